@@ -14,7 +14,7 @@ from cost_works import plain_forward
 
 import lens_lora as ll
 from lens_lora.analyses.compare_adapters import products
-from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.derivatives import joint_tangent
 
 __all__ = ["text_table"]
 

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 
 import lens_lora as ll
+from lens_lora.engine.derivatives import hessian_product, hessian_products, joint_tangent
 from lens_lora.engine.edges import edge_values
-from lens_lora.engine.forward import joint_tangent
-from lens_lora.engine.function import gated_logits
+from lens_lora.engine.function import gated_logits, run_without_logits
 from lens_lora.engine.memory import slopes_at_once
-from lens_lora.engine.read import run_without_logits
 from lens_lora.engine.reverse import site_gradients, site_slopes
-from lens_lora.engine.second_order import hessian_product, hessian_products
 from lens_lora.model.hooks import attached
 
 __all__ = [

@@ -32,7 +32,7 @@ import transformers as hf
 from cost_growth import tokenizer
 
 import lens_lora as ll
-from lens_lora.engine.read import read_value
+from lens_lora.engine.function import read_value
 from lens_lora.model.build import hooked_model
 from lens_lora.model.hooks import attached
 

@@ -251,16 +251,14 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 # --- transformers: experts
 
 
-def gated(experts: nn.Module, hidden: Tensor) -> Tensor:
+def gated(experts: Any, hidden: Tensor) -> Tensor:
     """act(gate) · up of what the first stack makes: each family's own, called by no public name."""
-    apply: Callable[[Tensor], Tensor] = experts._apply_gate  # pyright: ignore[reportAssignmentType]
-    return apply(hidden)
+    return experts._apply_gate(hidden)
 
 
 def experts_implementation(experts: Any) -> str | None:
     """By which kernel experts are computed: there is a public way to set it, and none to ask."""
-    kernel: str | None = experts.config._experts_implementation
-    return kernel
+    return experts.config._experts_implementation
 
 
 def is_split_over_processes(experts: nn.Module) -> bool:
@@ -488,8 +486,8 @@ def supports_sdpa(hf_model: Any) -> bool:
 
 def fields_of(config: Any) -> dict[str, Any]:
     """A configuration as it is saved, and the attention that it was loaded with, which is not."""
-    name = "_attn_implementation"
-    return {**config.to_dict(), name: getattr(config, name, None)}
+    attention = getattr(config, "_attn_implementation", None)
+    return {**config.to_dict(), "_attn_implementation": attention}
 
 
 def added_tokens(tokenizer: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.analyses.patching import patch_sites_of
 from lens_lora.analyses.second_order import coupling_of
 from lens_lora.engine.asked import Asked
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.engine.second_order import hessian_product
 from lens_lora.evaluation import rankings
 
 Part = Callable[[Asked], Tensor]

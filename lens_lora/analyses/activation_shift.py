@@ -12,7 +12,6 @@ Cost: two forward passes, and two vectors unembedded for each point.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
 
@@ -36,7 +35,7 @@ from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
 from lens_lora.model.sites import Names, firing, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.base import Drawn, Result, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.base import Described, Drawn, only_prompt, prompt_rows, tokens_at
 from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
 Positions = int | slice | Sequence[int] | None
@@ -44,8 +43,7 @@ By = Literal["position"] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Readable(Result):
+class Readable(Described, kw_only=True):
     """A vector at each hook point, read in logits at those of the residual stream.
 
     Attributes:
@@ -58,7 +56,6 @@ class Readable(Result):
     values: Annotated[Mapping[str, Float[Tensor, "*any"]], "point"]
     readings: Mapping[str, Float[Tensor, " vocab"]]
     strings: Annotated[tuple[str, ...], "vocab"]
-    meta: Mapping[str, str]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,14 +101,13 @@ class Readable(Result):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ActivationShift(Readable, Drawn):
     """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 
     Attributes:
         values: by hook point [batch, token, d], heads laid flat; NaN at padding, and at positions
             that were not asked for.
-        base_norms: by hook point [batch, token], ‖h(0)‖.
+        base_norms: ‖h(0)‖ by hook point, [batch, token].
         first: by hook point [batch, d], Δh at each text's first token.
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
         counted: [batch, token], those that were asked for, without sinks.
@@ -261,12 +257,11 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
     """
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
-        found = (
-            _written(source, name) if isinstance(source, LoraLens) else directions_of(source, name)
-        )
-        if found is None:
+        is_lens = isinstance(source, LoraLens)
+        known = _written(source, name) if is_lens else directions_of(source, name)
+        if known is None:
             continue
-        directions = found.at(name, len(vector))
+        directions = known.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         rows += [
             {"name": name, "direction": label, "index": i, "cosine": value}

@@ -36,7 +36,6 @@ that keep most of the KL keep a fact's margin, so with a readout there are both 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast, final
 
@@ -59,26 +58,31 @@ from lens_lora.errors import PromptError
 from lens_lora.model.basis import Gauge, Update
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale
-from lens_lora.model.sites import Site, chosen_sites, match_sites, one_site
+from lens_lora.model.sites import chosen_sites, match_sites, one_site
 from lens_lora.readouts.answers import AnswerLike, continued
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results import tokens as text_tokens
-from lens_lora.results.base import Result, only_prompt, site_labels, tokens_at
+from lens_lora.results.base import (
+    OfSites,
+    Pictured,
+    long_table,
+    only_prompt,
+    site_labels,
+    tokens_at,
+)
 from lens_lora.results.tokens import Positions, Sign, context_of, held_out_share, require_sign
 
 _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Activations(Result):
+class Activations(OfSites):
     """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
 
     Attributes:
         values: [batch, site, token, rank].
-        sites: those of the site axis.
         ranks: how many coordinates each of them has.
         sinks: [batch, token], the first token of each row, and tokens whose ‖z‖ is an outlier.
         beginnings: [batch, token], a number for each token with all before it, the same where two
@@ -87,11 +91,10 @@ class Activations(Result):
         gauge: 'svd' or 'trained'.
         at: the gates at which z was read.
         str_tokens: each row's tokens, prompt and response.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`.
     """
 
     values: Float[Tensor, "batch site token rank"]
-    sites: Annotated[tuple[Site, ...], "site"]
     ranks: Annotated[tuple[int, ...], "site rank"]
     sinks: Bool[Tensor, "batch token"]
     beginnings: Int[Tensor, "batch token"]
@@ -99,7 +102,6 @@ class Activations(Result):
     gauge: str
     at: str
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch token"]
-    meta: Mapping[str, str]
 
     @property
     def repeated(self) -> int:
@@ -135,22 +137,15 @@ class Activations(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
-        exists = torch.arange(self.values.shape[-1]) < torch.tensor(self.ranks)[:, None]
-        lengths = torch.tensor([len(row) for row in self.str_tokens])
-        real = torch.arange(self.values.shape[2]) < lengths[:, None]
-        index = (real[:, None, :, None] & exists[None, :, None, :]).nonzero().T
-        prompt, site, position, rank = index
-        columns: dict[str, Any] = {"prompt": prompt.tolist()}
-        columns |= site_labels([self.sites[i] for i in site.tolist()])
-        columns |= {
-            "position": position.tolist(),
-            "token": tokens_at(self.str_tokens, prompt.tolist(), position.tolist()),
-            "sink": self.sinks.cpu()[prompt, position].tolist(),
-            "response": (position >= self.starts.cpu()[prompt]).tolist(),
-            "rank": rank.tolist(),
-            "value": self.values.cpu()[tuple(index)].double().tolist(),
-        }
-        return pd.DataFrame(columns)
+        prompts, _, positions, ranks = map(range, self.values.shape)
+        axes = {"prompt": prompts}, site_labels(self.sites), {"position": positions}
+        frame = long_table({"value": self.values}, *axes, {"rank": ranks})
+        frame = frame.dropna(subset="value", ignore_index=True)
+        prompt, position = frame["prompt"].to_numpy(), frame["position"].to_numpy()
+        frame.insert(6, "token", tokens_at(self.str_tokens, prompt, position))
+        frame.insert(7, "sink", self.sinks.cpu().numpy()[prompt, position])
+        frame.insert(8, "response", position >= self.starts.cpu().numpy()[prompt])
+        return frame
 
     def top(
         self,
@@ -361,9 +356,10 @@ _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ConstantPart(Result):
+class ConstantPart(OfSites, Pictured):
     """How much of an adapter is the same whatever the input.
+
+    `plot` is the share of each site, layer × kind of module.
 
     Attributes:
         share: [site], 1 − Σ‖δ − μ̂‖² / Σ‖δ‖², μ̂ the mean over the other texts: 1 where δ is one
@@ -375,13 +371,12 @@ class ConstantPart(Result):
         base, constant, adapted: [text], the readout of the base model, with the constants of the
             other half of the texts alone, and of the adapted model. By KL: Σ_t KL(adapted ‖ it).
         base_kl, constant_kl: [text], Σ_t KL(adapted ‖ it) in nats, whatever the readout.
-        sites: the adapted sites.
         vectors: μ by module path, as the Hugging Face module writes it.
         widths: how many features each module reads.
         steering: what the constants add by hook point, in the hooked model's basis, heads laid
             flat: steering vectors.
         readout, units: by which the model is compared.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`; all that are adapted.
     """
 
     BY_KL = "KL(adapted ‖ ·)"
@@ -395,13 +390,11 @@ class ConstantPart(Result):
     adapted: Float[Tensor, " text"]
     base_kl: Float[Tensor, " text"]
     constant_kl: Float[Tensor, " text"]
-    sites: Annotated[tuple[Site, ...], "site"]
     vectors: Annotated[Mapping[str, Float[Tensor, " _out"]], "module"]
     widths: Annotated[Mapping[str, int], "module"]
     steering: Mapping[str, Float[Tensor, " _d"]]
     readout: str
     units: str
-    meta: Mapping[str, str]
 
     @property
     def adapter(self) -> Adapter:
@@ -443,10 +436,6 @@ class ConstantPart(Result):
         """
         order = self.mean_size.argsort(descending=True)[: whole("k", k, 0)].tolist()
         return self.to_frame().iloc[order].reset_index(drop=True)
-
-    def plot(self) -> drawing.Figure:
-        """The share of each site, layer × kind of module."""
-        return drawing.figure(self)
 
 
 @alone

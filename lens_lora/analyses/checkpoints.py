@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,26 +40,19 @@ from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import Site, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
+from lens_lora.results import base as results_base
 from lens_lora.results import drawing
-from lens_lora.results.base import (
-    SIGMAS,
-    Paged,
-    Read,
-    changes_sign,
-    hides_sign,
-    long_table,
-    read_of,
-)
+from lens_lora.results.base import SIGMAS, Paged, Pictured, Read, long_table, read_of
 
 What = Literal["moved", "effect", "norm", "read", "write"]
 GroupName = Literal["site", "layer", "kind"]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Checkpoints(Read, Paged):
+class Checkpoints(Read, Paged, Pictured):
     """A readout, its first order and the weights at each checkpoint of a training.
 
+    `plot` is the readout of each prompt over the steps, its first order, flips and phase changes.
     The base model is step 0 of every series, before the first checkpoint.
 
     Attributes:
@@ -130,21 +122,14 @@ class Checkpoints(Read, Paged):
 
         0 where either is within three noise floors of zero, so that rounding hides its sign.
         """
-        base, adapted = self._ends
-        return changes_sign(base, adapted, *self._end_floors).double()
+        base, floors = self.base.expand_as(self.adapted), (self.noise[:1], self.noise[1:])
+        return results_base.changes_sign(base, self.adapted, *floors).double()
 
     @property
     def hidden(self) -> Bool[Tensor, "step batch"]:
         """Where rounding hides a sign, of the base or of the checkpoint."""
-        return hides_sign(self._ends, self._end_floors).any(0)
-
-    @property
-    def _ends(self) -> Float[Tensor, "two step batch"]:
-        return torch.stack([self.base.expand_as(self.adapted), self.adapted])
-
-    @property
-    def _end_floors(self) -> Float[Tensor, "two step batch"]:
-        return torch.stack([self.noise[:1].expand_as(self.adapted), self.noise[1:]])
+        is_hidden = results_base.hides_sign
+        return is_hidden(self.base, self.noise[0]) | is_hidden(self.adapted, self.noise[1:])
 
     @property
     def flip_step(self) -> Float[Tensor, " batch"]:
@@ -204,10 +189,6 @@ class Checkpoints(Read, Paged):
     def story(self) -> str:
         """Where each prompt flips, and where anything changes at once, in plain words."""
         return drawing.story(self)
-
-    def plot(self) -> drawing.Figure:
-        """The readout of each prompt over the steps, its first order, flips and phase changes."""
-        return drawing.figure(self)
 
     def plot_modules(self, what: What = "moved", group: GroupName = "layer") -> drawing.Figure:
         """Which modules move when: heatmap of groups by step.
@@ -348,8 +329,7 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
     """What is run of one checkpoint."""
     lens = asked.lens
     scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=lens.gate_dtype)
-    points = scales[:, None].expand(-1, len(lens.sites))
-    along = asked.at_gates(points, progress=False, what="along the path")
+    along = asked.along([0.0, *scales.tolist()], progress=False)[:, 1:]
     first = first_order_of(asked)
     flips = flip_scales(asked, first.base, scales.to(along.device), along)
     return {

@@ -20,7 +20,6 @@ of that.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, final
@@ -38,7 +37,7 @@ from lens_lora.adapters.arithmetic import draw_seeds
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts
-from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.derivatives import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.engine.texts import beginnings, first_of_each
@@ -48,20 +47,19 @@ from lens_lora.model.lens import LoraLens, null_lenses
 from lens_lora.model.sites import Site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
-from lens_lora.results.base import Result, site_labels
+from lens_lora.results.base import OfSites, Pictured, site_labels
 
 _QUANTILES = [0.025, 0.5, 0.975]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class AdapterComparison(Result):
+class AdapterComparison(OfSites, Pictured):
     """Two adapters beside one another, and beside random directions.
+
+    `plot` is the cosine of ΔW, layer × kind of module.
 
     Attributes:
         names: the two adapters' names.
-        sites: that both adapt.
         only: sites that the first, and that the second alone adapts.
         norms: [adapter, site], ‖ΔW‖_F of the shared sites; of all others `rest`.
         rest: [adapter], √Σ‖ΔW‖² over the sites that it alone adapts.
@@ -73,13 +71,12 @@ class AdapterComparison(Result):
             tokens that no earlier prompt has after the same ones; no prompts without any.
         null_function: [kind, draw, pair, batch], of random directions in the place of the second.
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
-        readout: of the effects; '' without one.
+        readout: that of the effects; '' without one.
         draws, seed: how many random directions, and their seed.
-        meta: model, first adapter, dtype and versions.
+        sites, meta: see `OfSites`; sites that both adapt, and the first adapter.
     """
 
     names: tuple[str, str]
-    sites: Annotated[tuple[Site, ...], "site"]
     only: tuple[tuple[Site, ...], tuple[Site, ...]]
     norms: Float[Tensor, "2 site"]
     rest: Float[Tensor, " 2"]
@@ -96,7 +93,6 @@ class AdapterComparison(Result):
     readout: str
     draws: Annotated[int, "draw"]
     seed: int
-    meta: Mapping[str, str]
 
     @property
     def cosines(self) -> Float[Tensor, " site"]:
@@ -186,10 +182,6 @@ class AdapterComparison(Result):
         rows = [cosine_of(self.function, p).tolist() for p in range(batch)]
         return pd.DataFrame(rows, columns=pd.Index(["first order", "exact"]))
 
-    def plot(self) -> drawing.Figure:
-        """The cosine of ΔW, layer × kind of module."""
-        return drawing.figure(self)
-
     @property
     def _sizes(self) -> Float[Tensor, " 2"]:
         return (self.norms.square().sum(1) + self.rest.square()).sqrt()
@@ -202,11 +194,8 @@ class AdapterComparison(Result):
 
     def _correlations(self, ranked: bool) -> list[float]:
         """Of the two adapters, and of the first with each null; the mean over prompts."""
-        mine, second = self.effects.double().numpy()
-        pairs = (
-            zip(mine, theirs, strict=True)
-            for theirs in (second, *self.null_effects.double().numpy())
-        )
+        mine, *others = torch.cat([self.effects, self.null_effects]).double().numpy()
+        pairs = (zip(mine, theirs, strict=True) for theirs in others)
         return [float(np.nanmean([correlation_of(a, b, ranked) for a, b in p])) for p in pairs]
 
 

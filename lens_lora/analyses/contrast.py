@@ -19,7 +19,6 @@ Cost: one forward pass.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ from lens_lora.model.lens import LoraLens, Scale, name_of_scale
 from lens_lora.model.sites import Names
 from lens_lora.readouts.answers import continued
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.results import drawing
+from lens_lora.results.base import Pictured
 from lens_lora.results.tokens import Positions
 
 _HELD_OUT = 128  # texts of each set, evenly spread; all pairs of more take long
@@ -53,14 +52,15 @@ _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Contrast(activation_shift.Readable):
+class Contrast(activation_shift.Readable, Pictured):
     """μ₊ − μ₋ at hook points: a direction wherever one is taken.
 
+    `plot` is held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
+
     Attributes:
-        values: by hook point [d], μ₊ − μ₋, heads laid flat.
-        errors: by hook point [d], standard errors; NaN where a set has one text.
-        sizes: by hook point, the mean ‖m_i‖ over all texts.
+        values: [d] by hook point, μ₊ − μ₋, heads laid flat.
+        errors: [d] by hook point, standard errors; NaN where a set has one text.
+        sizes: the mean ‖m_i‖ over all texts, by hook point.
         auc: by hook point, the share of held-out pairs that is told apart; NaN where a set has one
             text.
         chance: by hook point, the 95 % quantile of `auc` with the labels shuffled.
@@ -136,10 +136,6 @@ class Contrast(activation_shift.Readable):
         table = pd.DataFrame({"name": self.names, **numbers})
         table = table.assign(share=table["size"] / list(self.sizes.values()))
         return table.assign(auc=list(self.auc.values()), chance=list(self.chance.values()))
-
-    def plot(self) -> drawing.Figure:
-        """Held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives."""
-        return drawing.figure(self)
 
 
 @alone

@@ -17,8 +17,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, final
 
 import pandas as pd
@@ -31,18 +30,17 @@ from tqdm import tqdm
 from lens_lora.adapters.directions import STREAM, directions_of, is_stream
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import in_float64
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.interventions import record
-from lens_lora.engine.read import read_logits
 from lens_lora.engine.texts import over_scale, read_through
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.basis import NormMap, Update
 from lens_lora.model.hooks import HookFn, alone, attached
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import WRITER_KINDS, Site, chosen_sites, firing, known_point, one_site
+from lens_lora.model.sites import WRITER_KINDS, chosen_sites, firing, known_point, one_site
 from lens_lora.readouts.prompts import Prompts, require_context
 from lens_lora.results import drawing
-from lens_lora.results.base import Result, long_table, site_labels
+from lens_lora.results.base import Described, OfSites, long_table, site_labels
 from lens_lora.results.tokens import ranked_tokens
 
 _DRAWS, QUANTILE = 2000, 0.99
@@ -54,18 +52,16 @@ _DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Alignment(Result):
+class Alignment(OfSites):
     """‖vᵀΔW‖/‖ΔW‖ of sites that write to the residual stream, ‖ΔW v‖/‖ΔW‖ of those that read it.
 
     Attributes:
         values: [site, direction], between 0 and 1; NaN where ΔW is zero.
-        sides: of each site, 'write' or 'read'.
+        sides: each site's, 'write' or 'read'.
         directions: their names.
         expected: the root mean square over random directions, 1/√d.
         quantile: [site], the 99 % quantile over random directions.
-        sites: those with a weight that writes to the residual stream or reads it.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`; those with a weight that writes to the stream, or reads it.
     """
 
     values: Float[Tensor, "site direction"]
@@ -73,8 +69,6 @@ class Alignment(Result):
     directions: Annotated[tuple[str, ...], "direction"]
     expected: float
     quantile: Float[Tensor, " site"]
-    sites: Annotated[tuple[Site, ...], "site"]
-    meta: Mapping[str, str]
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site and direction: value, and random directions' 1/√d and quantile."""
@@ -199,8 +193,7 @@ def _norm_read(lens: LoraLens, index: int) -> str | None:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Intruders(Result):
+class Intruders(OfSites):
     """The leading singular directions of W + ΔW, and how near W's own come to each.
 
     Attributes:
@@ -210,8 +203,7 @@ class Intruders(Result):
         nearest: the index of that one; −1 beyond the weight's size.
         overlap: [site, direction, direction of W], |cosine| of the leading directions of both.
         threshold: below it a direction is an intruder.
-        sites: those with a weight of its own.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`; those with a weight of its own.
     """
 
     sigma: Float[Tensor, "site direction"]
@@ -219,8 +211,6 @@ class Intruders(Result):
     nearest: Int[Tensor, "site direction"]
     overlap: Float[Tensor, "site direction direction"]
     threshold: float
-    sites: Annotated[tuple[Site, ...], "site"]
-    meta: Mapping[str, str]
 
     @property
     def counts(self) -> Int[Tensor, " site"]:
@@ -327,8 +317,7 @@ def _compared(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Patchscope(Result):
+class Patchscope(Described):
     """What the model goes on with when a vector stands in the place of a token.
 
     Attributes:
@@ -361,7 +350,6 @@ class Patchscope(Result):
     prompt: tuple[str, ...]
     position: int
     at: float
-    meta: Mapping[str, str]
 
     def top(self, k: int = 5) -> pd.DataFrame:
         """One row per direction and scale: the k likeliest tokens, and the continuation.

@@ -16,7 +16,7 @@ Of each site (`kl_shares`), the quadratic part of a KL, split exactly: q_l = ½ 
 
 1. One dual forward pass gives p₀ and v, the joint tangent of all sites; it keeps the graph of p₀.
 2. The covector F v goes back through it: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by position,
-   head and rank come as those of any readout (`engine/second_order.py`).
+   head and rank come as those of any readout (`engine/derivatives.py`).
 3. On request the kernel between sites or groups, K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m with
    w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
    and sums to vᵀ F v.
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast, final
+from typing import Annotated, Any, Literal, cast, final, get_args
 
 import pandas as pd
 import torch
@@ -46,12 +46,11 @@ from lens_lora.analyses.verdict import SharesVerdict
 from lens_lora.arguments import word
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.derivatives import group_parts, part_tangents, pulled_back
 from lens_lora.engine.duals import tangent_of
-from lens_lora.engine.forward import group_parts, part_tangents
 from lens_lora.engine.function import gated_logits, gated_readout, require_finite
 from lens_lora.engine.memory import graph_groups, rows_of_pass
 from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
-from lens_lora.engine.second_order import pulled_back
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.hooks import alone
@@ -63,13 +62,12 @@ from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Drawn, long_table, only_prompt, prompt_rows
+from lens_lora.results.base import Described, Drawn, long_table, only_prompt, prompt_rows
 from lens_lora.results.drawing import TokenView
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenShifts(Drawn):
+class TokenShifts(Described, Drawn):
     """Of each token of a response: how its distribution moved. NaN beyond a response's own tokens.
 
     `plot` is KL and the shift of log p, token by token.
@@ -100,7 +98,6 @@ class TokenShifts(Drawn):
     strings: Mapping[str, str]
     between: tuple[str, str]
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
-    meta: Mapping[str, str]
 
     @property
     def shift(self) -> Float[Tensor, "batch token"]:
@@ -282,12 +279,11 @@ def _padded(rows: list[Tensor]) -> Tensor:
 
 # --- The quadratic part of a KL, site by site.
 
-_KERNELS = ("site", "layer", "kind")
+_Kernel = Literal["site", "layer", "kind"]
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KLShares(Drawn):
     """Which site made the base and adapted distributions differ, to second order in ε.
 
@@ -345,9 +341,7 @@ class KLShares(Drawn):
         prompts = {"prompt": range(len(self.divergence))}
         return long_table(numbers, prompts, {"scale": self.scales.tolist()})
 
-    def kernel(
-        self, group: Literal["site", "layer", "kind"] = "layer", prompt: int | None = None
-    ) -> pd.DataFrame:
+    def kernel(self, group: _Kernel = "layer", prompt: int | None = None) -> pd.DataFrame:
         """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled; half its sum is the
         quadratic, and half the sum of a site's row its share.
 
@@ -406,7 +400,7 @@ def kl_shares(
     gauge: Gauge = "trained",
     direction: Literal["base_to_adapted", "adapted_to_base"] = "base_to_adapted",
     scales: Sequence[float] = _SCALES,
-    kernel: Literal["site", "layer", "kind"] | None = None,
+    kernel: _Kernel | None = None,
     max_memory: float | None = None,
     progress: bool = True,
 ) -> KLShares:
@@ -445,7 +439,7 @@ def kl_shares(
     if not all(0 < scale < 1 for scale in scales):
         raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
     if kernel is not None:
-        word("kernel", kernel, _KERNELS)
+        word("kernel", kernel, get_args(_Kernel))
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
     question, readout = ask_prompts(lens, prompts, max_memory), KL(response, direction)
     lens = question.lens

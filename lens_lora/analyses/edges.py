@@ -51,7 +51,6 @@ _DRAWN = 30  # edges of a graph that a person can still follow
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Edges(Ranked):
     """What each reader makes of what each site, or group of sites, writes, in the readout's units.
 
@@ -122,7 +121,7 @@ class Edges(Ranked):
         """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
 
         Args:
-            effects: of `patch_edges`.
+            effects: those of `patch_edges`.
 
         Raises:
             ArgumentError: other effects; an edge that is not among these, naming it.

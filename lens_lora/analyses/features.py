@@ -17,9 +17,8 @@ d·h.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, final, overload
 
 import pandas as pd
@@ -29,37 +28,29 @@ from torch import Tensor
 
 from lens_lora.adapters.directions import STREAM, Directions, directions_of
 from lens_lora.arguments import is_whole, number, one_entry, word
-from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.asked import Asked, ask_prompts, of_stream
+from lens_lora.engine.derivatives import JointInject
 from lens_lora.engine.duals import dual_forward, tangent_of
-from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.noise import of_stream
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.gates import Inject, ScaleInject
 from lens_lora.model.hooks import alone, attached
 from lens_lora.model.lens import LoraLens, Scale, stream_writers
-from lens_lora.model.sites import Site, chosen_sites, known_point
+from lens_lora.model.sites import chosen_sites, known_point
 from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.results import base as results_base
 from lens_lora.results import drawing
-from lens_lora.results.base import (
-    Result,
-    largest,
-    long_table,
-    only_prompt,
-    prompt_rows,
-    site_labels,
-    tokens_at,
-)
+from lens_lora.results.base import Described, OfSites, only_prompt, prompt_rows
 
 # --- How far each feature moves at a hook point.
 
 
 _Values = Float[Tensor, "batch feature *position"]
+_Positions = int | Literal["each"]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FeatureShift(Result):
+class FeatureShift(Described):
     """How far the adapter moves each feature at one hook point, exactly and to first order.
 
     Attributes:
@@ -91,7 +82,6 @@ class FeatureShift(Result):
     features: str
     units: str
     at: float
-    meta: Mapping[str, str]
 
     @property
     def remainder(self) -> Float[Tensor, "batch feature *position"]:
@@ -137,7 +127,7 @@ class FeatureShift(Result):
             ArgumentError: no such prompt; by position, several prompts and none named.
         """
         values = self.of_prompt(prompt)
-        order = largest(values["shift"], k)
+        order = results_base.largest(values["shift"], k)
         width = values["shift"].shape[1] if self.by_position else 1
         columns: dict[str, Any] = {"feature": [i // width for i in order]}
         if self.by_position:
@@ -153,7 +143,8 @@ class FeatureShift(Result):
         names = ("prompt", "feature", "position")
         columns: dict[str, Any] = dict(zip(names, (axis.tolist() for axis in where), strict=False))
         if self.by_position:
-            columns["token"] = tokens_at(self.str_tokens, columns["prompt"], columns["position"])
+            places = columns["prompt"], columns["position"]
+            columns["token"] = results_base.tokens_at(self.str_tokens, *places)
         return pd.DataFrame(columns | {n: v[where].tolist() for n, v in self.columns().items()})
 
     def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
@@ -329,26 +320,22 @@ def _activation(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FeatureWrites(Result):
+class FeatureWrites(OfSites):
     """What each site writes to each feature: d·δz_l, before any later module has seen it.
 
     Attributes:
         values: [batch, site, feature], at one position.
-        sites: those that write to the residual stream.
         positions: the index within each prompt.
         at: the gates at which z was read.
         str_tokens, features, units, meta: see `FeatureShift`.
     """
 
     values: Float[Tensor, "batch site feature"]
-    sites: Annotated[tuple[Site, ...], "site"]
     positions: int
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
     features: str
     units: str
     at: float
-    meta: Mapping[str, str]
 
     def top(self, site: str | None = None, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k pairs of site and feature of largest |d·δz|, of one site or of all.
@@ -364,7 +351,7 @@ class FeatureWrites(Result):
         """
         chosen = list(chosen_sites(self.sites, site))
         values = self.of_prompt(prompt)[chosen]
-        order, width = largest(values, k), values.shape[1]
+        order, width = results_base.largest(values, k), values.shape[1]
         columns: dict[str, Any] = {"site": [self.sites[chosen[i // width]].name for i in order]}
         columns["feature"] = [i % width for i in order]
         return pd.DataFrame(columns | {"write": values.flatten()[order].tolist()})
@@ -372,8 +359,9 @@ class FeatureWrites(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and feature."""
         batch, _, features = self.values.shape
-        axes = {"prompt": range(batch)}, site_labels(self.sites), {"feature": range(features)}
-        return long_table({"write": self.values}, *axes).drop(columns="module")
+        sites = results_base.site_labels(self.sites)
+        axes = {"prompt": range(batch)}, sites, {"feature": range(features)}
+        return results_base.long_table({"write": self.values}, *axes).drop(columns="module")
 
     def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """Site × feature, of the k features that are written most.
@@ -399,9 +387,7 @@ class FeatureWrites(Result):
         return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
 
 
-def _by_site(
-    asked: Asked, features: Directions, at: float, positions: int | Literal["each"]
-) -> FeatureWrites:
+def _by_site(asked: Asked, features: Directions, at: float, positions: _Positions) -> FeatureWrites:
     """d·δz_l at the gates `at`. One forward pass."""
     lens = asked.lens
     features = features.at(STREAM, int(lens.model.cfg.d_model))
@@ -441,9 +427,7 @@ def _by_site(
 class Projection:
     """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position]."""
 
-    def __init__(
-        self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
-    ) -> None:
+    def __init__(self, prompts: Prompts, features: Directions, positions: _Positions) -> None:
         self._real, self._features = prompts.real, features
         self._index = None if positions == "each" else _indices(prompts, positions)
 

@@ -32,40 +32,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, TypedDict, cast, final, overload
+from collections.abc import Generator, Sequence
+from typing import TypedDict, cast, final, overload
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lens_lora.arguments import number
-from lens_lora.engine import forward
+from lens_lora.engine import derivatives, function
 from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.derivatives import part_tangents, slopes_of_each, tangent_slopes
 from lens_lora.engine.duals import tangent_of
-from lens_lora.engine.forward import all_parts, group_parts, part_tangents, tangent_slopes
-from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
-from lens_lora.engine.read import differentiable_tokens, read_logits
 from lens_lora.engine.reverse import joined, require_finite_sites, site_gradients, token_slopes
-from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.gates import Injection
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.rules import FrozenRules, held_fixed, require_held
-from lens_lora.model.sites import AXES, Group, Groups, Site, by_axes, group_sites, indicator
+from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import LogProbs
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
-from lens_lora.results.base import Result, header, long_table, site_labels
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from lens_lora.results.base import OfSites, header, long_table, site_labels
 
 _TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
 
@@ -294,11 +290,14 @@ def _by_token(
     """A_lt of every site (or group, without axes) and token, and the mode, which is the cheaper."""
     _response(asked)
     lens, reading = asked.lens, asked.reading
-    parts = all_parts(lens, reading.prompts, axes) if groups is None else group_parts(lens, groups)
+    if groups is None:
+        parts = derivatives.all_parts(lens, reading.prompts, axes)
+    else:
+        parts = derivatives.group_parts(lens, groups)
     starts = [lens.sites[part.site].layer for part in parts]  # of each tangent of forward mode
     used_mode = chosen_mode(mode, lens, int(reading.prompts.slots), starts)
     if used_mode == "forward":
-        tokens = forward.TokenTangents(lens, reading)
+        tokens = derivatives.TokenTangents(lens, reading)
         if groups is None:
             values = tangent_slopes(lens, reading, gates, axes, tokens=tokens, progress=progress)
         else:
@@ -312,9 +311,9 @@ def _by_token(
         few_prompts = graph_groups(lens, reading)
         values = joined([token_slopes(lens, rows, gates, axes) for rows in few_prompts])
     else:
-        values = slopes_of_each(
-            lens, reading, gates, lambda: differentiable_tokens(lens, reading).T, progress=progress
-        ).permute(1, 2, 0)
+        read = functools.partial(function.differentiable_tokens, lens, reading)
+        slopes = slopes_of_each(lens, reading, gates, lambda: read().T, progress=progress)
+        values = slopes.permute(1, 2, 0)
     if groups is not None:
         members = indicator(groups, len(lens.sites)).to(values)
         values = torch.einsum("gs,bst->bgt", members, values)
@@ -398,18 +397,13 @@ def _slopes(
         return passes[-1]
 
     slopes = slopes_of_each(lens, prompts, lens.gates(at), values_at, progress=progress)
-    known = {at: passes[0].detach()}
+    ends = {at: passes[0].detach()}
     with torch.no_grad():
-        ends = torch.stack(
-            [
-                known[end] if end in known else values(gated_logits(lens, prompts, lens.gates(end)))
-                for end in (0.0, 1.0)
-            ],
-            1,
-        )
-    for asked, ends_of_one, slopes_of_one in zip(questions, ends, slopes, strict=True):
-        asked.know_ends(ends_of_one)
-        require_finite_sites(lens, slopes_of_one)
+        for end in {0.0, 1.0} - {at}:
+            ends[end] = values(gated_logits(lens, prompts, lens.gates(end)))
+    for i, asked in enumerate(questions):
+        asked.know_ends(torch.stack([ends[0.0][i], ends[1.0][i]]))
+        require_finite_sites(lens, slopes[i])
     return slopes
 
 
@@ -417,26 +411,22 @@ def _slopes(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Components(Result):
+class Components(OfSites):
     """Per prompt and site, at the base model: what makes a first-order shift large or small.
 
     Attributes:
-        sites: along the site axis.
         z_norm, delta_norm: ‖z‖ and ‖δz‖.
         sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
         cosine: cos(δz, Jᵀu_y); NaN where either is zero.
         gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`.
     """
 
-    sites: Annotated[tuple[Site, ...], "site"]
     z_norm: Float[Tensor, "batch site"]
     delta_norm: Float[Tensor, "batch site"]
     sensitivity: Float[Tensor, "batch site"]
     cosine: Float[Tensor, "batch site"]
     gain: Float[Tensor, "batch site"]
-    meta: Mapping[str, str]
 
     @property
     def first_order(self) -> Float[Tensor, "batch site"]:
@@ -483,7 +473,7 @@ def components(
     lens, reading = asked.lens, asked.reading
     squares = {name: reading.by_prompt(rows) for name, rows in squared_norms(asked).items()}
     z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
-    parts = [forward.Part(index) for index in range(len(lens.sites))]
+    parts = [derivatives.Part(index) for index in range(len(lens.sites))]
 
     def centred_square(rows: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
         tangent = tangent_of(rows)

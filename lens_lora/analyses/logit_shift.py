@@ -12,7 +12,6 @@ and the other way about, ∂g/∂h.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -22,13 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number, whole
+from lens_lora.engine import derivatives
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.derivatives import Part, joint_tangent, part_tangents, slopes_of_each
 from lens_lora.engine.duals import dual_forward, tangent_of
-from lens_lora.engine.forward import JointInject, Part, joint_tangent, part_tangents
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import read_for_slopes, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, require_graph, require_tangents
-from lens_lora.engine.read import read_for_slopes, read_logits
-from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, alone, attached
@@ -36,15 +34,14 @@ from lens_lora.model.lens import LoraLens, Scale
 from lens_lora.model.sites import Names, Site, one_site, require_fired, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, token_ids
-from lens_lora.results.base import Result, long_table, only_prompt
+from lens_lora.results.base import Described, long_table, only_prompt
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LogitShift(Result):
+class LogitShift(Described):
     """First-order logit shifts at the read position, in logits.
 
     Attributes:
@@ -59,7 +56,6 @@ class LogitShift(Result):
     sites: Annotated[tuple[Site, ...], "site?"]
     tokens: Annotated[tuple[int, ...], "vocab"]
     strings: Annotated[tuple[str, ...], "vocab"]
-    meta: Mapping[str, str]
 
     @property
     def joint(self) -> Float[Tensor, "batch vocab"]:
@@ -198,7 +194,7 @@ def _labelled(
     strings: tuple[str, ...],
 ) -> LogitShift:
     require_finite(values, "the logit shift")
-    return LogitShift(values, sites, tuple(ids), strings, lens.describe())
+    return LogitShift(values, sites, tuple(ids), strings, meta=lens.describe())
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:
@@ -264,7 +260,7 @@ def tangents(
         kept.update(dict.fromkeys(names, tangent_of(tensor)))
 
     with dual_forward():
-        inject = JointInject(lens, lens.gates(at), lens.gates(scale))
+        inject = derivatives.JointInject(lens, lens.gates(at), lens.gates(scale))
         with lens.injected(inject), attached(lens.model, _seen_by(keep, _aliases(lens, wanted))):
             lens.run(asked.prompts)
     return _cache(lens, wanted, kept)

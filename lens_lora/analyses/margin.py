@@ -36,7 +36,6 @@ from lens_lora.results.base import SIGMAS, Drawn, changes_sign, per_prompt
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FactMargin(Drawn):
     """Does the document's fact overtake the pretrained one, where on the way, because of what?
 

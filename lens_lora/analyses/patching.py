@@ -240,7 +240,6 @@ _SMALL, _ROUNDINGS = 1e-3, 64
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ActivationEffects(Ranked):
     """What replacing one activation by the other model's does to a readout, in its units.
 

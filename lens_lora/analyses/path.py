@@ -48,15 +48,15 @@ from lens_lora.analyses import verdict as verdicts
 from lens_lora.analyses.first_order import first_order_of, labelled
 from lens_lora.analyses.verdict import CHECKPOINTS, noise_of, points_of
 from lens_lora.arguments import number, numbers_of, whole
-from lens_lora.compat import Temporary, in_float64, temporary
+from lens_lora.compat import Temporary, in_float64
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.function import run_without_logits
 from lens_lora.engine.memory import slopes_at_once
-from lens_lora.engine.read import run_without_logits
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
-from lens_lora.model.experts import experts_by_layer
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import add_pre_hook, alone
+from lens_lora.model.kernels import experts_by_layer
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import by_axes
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -74,7 +74,6 @@ USUAL_SCALES = (
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Remainder(Measured):
     """What first order leaves, against the exact shift, in the readout's units.
 
@@ -214,26 +213,22 @@ def _chosen(
 ) -> dict[int, Int[Tensor, "token slot"]]:
     """The experts of every token at this strength, in order."""
     chosen: dict[int, Tensor] = {}
-    inject = ScaleInject(lens.plan, lens.gates(scale))
-    with torch.no_grad(), _recorded(stacks, chosen), lens.injected(inject):
-        run_without_logits(lens, rows)
-    return chosen
 
-
-@temporary
-def _recorded(
-    span: Temporary, stacks: Mapping[int, nn.Module], chosen: dict[int, Int[Tensor, "token slot"]]
-) -> None:
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, layer: int) -> None:
         index = args[1] if len(args) > 1 else kwargs["top_k_index"]
         chosen[layer] = index.sort(-1).values
 
-    for layer, module in stacks.items():
-        add_pre_hook(span, module, functools.partial(keep, layer=layer), with_kwargs=True)
+    def record(span: Temporary) -> None:
+        for layer, module in stacks.items():
+            add_pre_hook(span, module, functools.partial(keep, layer=layer), with_kwargs=True)
+
+    inject = ScaleInject(lens.plan, lens.gates(scale))
+    with torch.no_grad(), Temporary(record), lens.injected(inject):
+        run_without_logits(lens, rows)
+    return chosen
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RemainderCurve(results_base.Read, Drawn):
     """g, first order and remainder along ε from 0 to 1, in the readout's units.
 

@@ -29,7 +29,7 @@ the gain is what scaling leaves over what the repair leaves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast, final, get_args
 
 import pandas as pd
@@ -47,14 +47,15 @@ from lens_lora.errors import ArgumentError, UnsupportedAdapterError
 from lens_lora.model.basis import Update, svd_factors
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Site
 from lens_lora.model.updates import SiteUpdate
 from lens_lora.readouts.answers import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
-from lens_lora.results.base import SIGMAS, Paged
+from lens_lora.results.base import SIGMAS, OfSites, Paged, Pictured, long_table
 from lens_lora.results.storage import stored
+
+_Gates = Float[Tensor, " gate"]
+_Kept = Bool[Tensor, " gate"]
 
 Question = tuple[PromptsLike, Readout]
 Verdict = Literal["helps", "tie", "worse", "nothing"]
@@ -67,15 +68,15 @@ for _kind in (Adapter, LoRAFactors, TrainedModule):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Repair(Paged):
+class Repair(OfSites, Paged, Pictured):
     """A part of an adapter that keeps one behaviour and drops another, and how well it does so.
+
+    `plot` is what is left against what is kept: the repair beside scaling and random sets.
 
     Attributes:
         adapter: the kept part: lay it over the model, or save it for PEFT.
         gates: [gate], optimised, before rounding; site after site.
         kept: [gate], which are kept.
-        sites: the whole adapter's.
         sizes: how many gates each site has: one each for `of='site'`, else its ranks.
         of: 'rank' or 'site', each of which has a gate.
         gate_count: how many gates move anything; of ranks those with σ > 0.
@@ -93,13 +94,12 @@ class Repair(Paged):
         matched: the strength that keeps what the repair keeps, on the questions given and, where
             there are some, on those held out; both where they are judged. 1 where no strength up
             to 1 keeps as much (`exceeds`).
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`; the whole adapter's.
     """
 
     adapter: Adapter
     gates: Float[Tensor, " gate"]
     kept: Bool[Tensor, " gate"]
-    sites: Annotated[tuple[Site, ...], "site"]
     sizes: Annotated[tuple[int, ...], "site"]
     of: Of
     gate_count: int
@@ -113,7 +113,6 @@ class Repair(Paged):
     scales: Float[Tensor, " scale"]
     along: Float[Tensor, "scale question"]
     matched: tuple[float, ...]
-    meta: Mapping[str, str]
 
     @property
     def is_held_out(self) -> bool:
@@ -160,24 +159,11 @@ class Repair(Paged):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per question and state: the readout, and the share kept or left."""
-        rows = [
-            {
-                "question": self.labels[q],
-                "kind": "keep" if self.keeps[q] else "drop",
-                "held out": self.held_out[q],
-                "adapter": state,
-                "value": float(self.values[1 + s, q]),
-                "base": float(self.values[0, q]),
-                "share": float(self.shares[s, q]),
-            }
-            for q in range(len(self.labels))
-            for s, state in enumerate(STATES)
-        ]
-        return pd.DataFrame(rows)
-
-    def plot(self) -> drawing.Figure:
-        """What is left against what is kept: the repair beside scaling and random sets."""
-        return drawing.figure(self)
+        kinds = ["keep" if keep else "drop" for keep in self.keeps]
+        questions = {"question": self.labels, "kind": kinds, "held out": self.held_out}
+        base, values = self.values[:1].expand_as(self.shares).T, self.values[1:].T
+        numbers = {"value": values, "base": base, "share": self.shares.T}
+        return long_table(numbers, questions, {"adapter": STATES})
 
     def judging(self, *, keep: bool) -> list[int]:
         """Indices of the questions of a kind that judge: those held out, or those given.
@@ -297,7 +283,7 @@ class _Goal:
         """The readout's, and that it is per token where it is."""
         return self.asked.readout.label + (" per token" if self.tokens > 1 else "")
 
-    def values(self, gates: Float[Tensor, " gate"]) -> Float[Tensor, " batch"]:
+    def values(self, gates: _Gates) -> Float[Tensor, " batch"]:
         """g at these gates. One forward pass.
 
         Raises:
@@ -390,7 +376,7 @@ def require_expressible(layout: GateLayout) -> None:
             )
 
 
-def sub_adapter(layout: GateLayout, kept: Bool[Tensor, " gate"], name: str) -> Adapter:
+def sub_adapter(layout: GateLayout, kept: _Kept, name: str) -> Adapter:
     """The adapter with the kept gates at one and all others at zero."""
     adapter = layout.lens.adapter
     parts: dict[str, list[SitePart]] = {}
@@ -433,7 +419,7 @@ def _reduced(update: ModuleUpdate, parts: Sequence[SitePart], of: str) -> LoRAFa
 
 
 def _directions(
-    module: ModuleUpdate, site_update: SiteUpdate, mask: Bool[Tensor, " gate"], of: str
+    module: ModuleUpdate, site_update: SiteUpdate, mask: _Kept, of: str
 ) -> tuple[Float[Tensor, "kept in"], Float[Tensor, "out kept"], Float[Tensor, " out"]]:
     """Kept rows of ΣVᵀ, columns of U and Δb of one site, in float64 on the CPU."""
     update = cast(Update, site_update.update)  # a norm has neither ranks nor several sites
@@ -466,7 +452,7 @@ def _optimised(
     price: float,
     *,
     progress: bool,
-) -> Float[Tensor, " gate"]:
+) -> _Gates:
     """The gates after the last step."""
     lens = goals[0].layout.lens
     alive = goals[0].layout.alive.to(lens.device)
@@ -488,9 +474,7 @@ def _optimised(
     return gates.detach()
 
 
-def _rounded(
-    goals: Sequence[_Goal], gates: Float[Tensor, " gate"], keep_share: float
-) -> Bool[Tensor, " gate"]:
+def _rounded(goals: Sequence[_Goal], gates: _Gates, keep_share: float) -> _Kept:
     """The set of gates that leaves least, of those that keep the share of every question."""
     best, least = goals[0].layout.alive.to(gates.device), 1.0
     tried = {0}
@@ -507,7 +491,7 @@ def _rounded(
 
 
 def _kept_and_left(
-    goals: Sequence[_Goal], gates: Float[Tensor, " gate"]
+    goals: Sequence[_Goal], gates: _Gates
 ) -> tuple[Float[Tensor, " kept"], Float[Tensor, " dropped"]]:
     """The shares of questions of both kinds. One forward pass each."""
     shares = torch.stack([goal.share(goal.values(gates)) for goal in goals])
@@ -522,9 +506,7 @@ _SCALES = tuple(i / 8 for i in range(9))
 _BISECTIONS = 6  # to 1/512 of the whole adapter's strength
 
 
-def _judged(
-    goals: Sequence[_Goal], kept: Bool[Tensor, " gate"], draws: int, seed: int
-) -> dict[str, Any]:
+def _judged(goals: Sequence[_Goal], kept: _Kept, draws: int, seed: int) -> dict[str, Any]:
     """The fields of `Repair` that judge.
 
     Cost: 11 forward passes of every question, one for each random set, six more of those to be
@@ -558,7 +540,7 @@ def _judged(
     }
 
 
-def _values(goals: Sequence[_Goal], gates: Float[Tensor, " gate"]) -> list[Tensor]:
+def _values(goals: Sequence[_Goal], gates: _Gates) -> list[Tensor]:
     return [goal.values(gates) for goal in goals]
 
 
@@ -569,7 +551,7 @@ def _shares(goals: Sequence[_Goal], values: Sequence[Tensor]) -> Float[Tensor, "
 
 def _matched(
     goals: Sequence[_Goal],
-    every: Float[Tensor, " gate"],
+    every: _Gates,
     along: Float[Tensor, "scale question"],
     repaired: Float[Tensor, " question"],
 ) -> dict[bool, float]:
@@ -589,10 +571,7 @@ def _matched(
 
 
 def _strength(
-    goals: Sequence[_Goal],
-    every: Float[Tensor, " gate"],
-    along: Float[Tensor, " scale"],
-    target: float,
+    goals: Sequence[_Goal], every: _Gates, along: Float[Tensor, " scale"], target: float
 ) -> float:
     """The first strength of the whole adapter that keeps the target of these questions."""
     reached = (along >= target).tolist()
@@ -609,9 +588,7 @@ def _strength(
     return high
 
 
-def _random_sets(
-    layout: GateLayout, kept: Bool[Tensor, " gate"], draws: int, seed: int
-) -> list[Bool[Tensor, " gate"]]:
+def _random_sets(layout: GateLayout, kept: _Kept, draws: int, seed: int) -> list[_Kept]:
     """As many gates as are kept, of those that move anything."""
     generator = torch.Generator().manual_seed(seed)
     alive, count = layout.alive.nonzero()[:, 0], int(kept.sum())

@@ -8,7 +8,7 @@ is coupling, what one group's presence does to another's effect (note, §6, item
 
 1. First order, and the exact g along the path (`analyses/path.py`).
 2. H·1 from one Hessian product; ½H_ll on request, and H between groups, from a product for each
-   site or group, batched (`engine/second_order.py`) and summed over groups at once.
+   site or group, batched (`engine/derivatives.py`) and summed over groups at once.
 3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
    first order, or farther: at the full strength of trained adapters it is often far worse, since
    ε³ and what follows is then no smaller. It shows curvature; it is not a correction.
@@ -35,9 +35,8 @@ from lens_lora.analyses.path import USUAL_SCALES, RemainderCurve, orders, remain
 from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
 from lens_lora.arguments import number, word
 from lens_lora.compat import in_float64
-from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.noise import curvature_noise
-from lens_lora.engine.second_order import hessian_product, hessian_products, in_groups
+from lens_lora.engine.asked import Asked, ask, curvature_noise
+from lens_lora.engine.derivatives import hessian_product, hessian_products, in_groups
 from lens_lora.errors import ArgumentError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
@@ -52,7 +51,6 @@ from lens_lora.results.base import SIGMAS, Drawn, Entries, Ranked, header, long_
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SecondOrder(Drawn):
     """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
 
@@ -258,7 +256,6 @@ def second_order_of(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coupling(Ranked):
     """The matrix H between groups of sites, in the readout's units.
 

@@ -120,9 +120,7 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     """
     if factors.experts > 1:
         return torch.cat(list(map(singular_values, factors.by_expert()))).sort(descending=True)[0]
-    reads, writes = (
-        torch.linalg.qr(in_float64(matrix), mode="r").R for matrix in (factors.A.T, factors.B)
-    )
+    reads, writes = (torch.linalg.qr(in_float64(X), mode="r").R for X in (factors.A.T, factors.B))
     scale = abs(factors.scale * factors.strength)
     return scale * torch.linalg.svdvals(writes @ reads.T)
 
@@ -131,7 +129,6 @@ _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AdapterSummary(Result):
     """What an adapter is: one row per module, or with a lens per site.
 

@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked
-from lens_lora.engine.noise import first_order_noise
+from lens_lora.engine.asked import Asked, first_order_noise
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import SIGMAS
@@ -117,9 +116,7 @@ def points_of(
     rows = (remainder, shift, floor, noise.of_shift(scales))
     by_prompt = zip(*(values.cpu().double().tolist() for values in rows), strict=True)
     strengths = scales.cpu().double().tolist()
-    return [
-        [Point(*point) for point in zip(strengths, *numbers, strict=True)] for numbers in by_prompt
-    ]
+    return [[Point(*point) for point in zip(strengths, *row, strict=True)] for row in by_prompt]
 
 
 def points_at_end(

@@ -37,11 +37,10 @@ from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_lenses
-from lens_lora.model.sites import Site
 from lens_lora.readouts.neutral import everyday_questions, neutral_texts
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.base import Paged, site_labels
+from lens_lora.results.base import OfSites, Paged, site_labels
 from lens_lora.results.storage import stored
 from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
 
@@ -115,8 +114,7 @@ class Changes:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class WhatChanged(Paged):
+class WhatChanged(OfSites, Paged):
     """What an adapter changes over texts that have nothing to do with it, nothing asked.
 
     Attributes:
@@ -124,13 +122,12 @@ class WhatChanged(Paged):
         nulls: of adapters in random directions, as loud as the adapter: at the scale that gives
             them its KL.
         unrelated: of the unrelated adapters that were given.
-        sites: the adapted sites.
         shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats a token, with two nodes: they sum to the mean KL but
             for what two nodes leave open; zeros where it was not asked for.
         strings: every token of the vocabulary.
         str_tokens: each text's tokens.
         texts: what the texts are.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`; all that are adapted.
         answers: both models' to five everyday questions, 40 tokens at most; none where they were
             not asked for, without a tokenizer, or where the context has no room for them.
     """
@@ -138,12 +135,10 @@ class WhatChanged(Paged):
     found: Changes
     nulls: tuple[Changes, ...]
     unrelated: tuple[Changes, ...]
-    sites: Annotated[tuple[Site, ...], "site"]
     shares: Float[Tensor, " site"]
     strings: Annotated[tuple[str, ...], "vocab"]
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "text token"]
     texts: str
-    meta: Mapping[str, str]
     answers: tuple[SideBySide, ...] = ()
 
     @property

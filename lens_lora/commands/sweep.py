@@ -23,7 +23,7 @@ from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
 if TYPE_CHECKING:
-    from lens_lora.sweeps.activations_file import ActivationsFile
+    from lens_lora.sweeps.stream import ActivationsFile
     from lens_lora.sweeps.sweep import SweepResult
 
 

@@ -43,9 +43,8 @@ from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import word
-from lens_lora.engine.function import gated_readout, require_finite
+from lens_lora.engine.function import gated_readout, read_value, require_finite, run_without_logits
 from lens_lora.engine.memory import ROW_TOKENS
-from lens_lora.engine.read import read_value, run_without_logits
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
 from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate
 from lens_lora.model.gates import Inject, Injection, ScaleInject, weight_of, write
@@ -168,8 +167,10 @@ class _Keep:
             self._size(z)
             if slot is not None:
                 whole = u if injection.whole is None else injection.whole.coordinates(z)
-                by_token = injection.map.by_token(whole)
-                self._keep(slot, _of_one_input(self.lens, injection.site, by_token))
+                by_token, rank = injection.map.by_token(whole), self.ranks[slot]
+                kept = _of_one_input(self.lens, injection.site, by_token)[..., :rank]
+                self.values[:, slot, :, :rank] = kept
+                self._seen.add(slot)
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
             # What an update of v adds to the input of o, where it is not in z.
             gate = self.gates[..., injection.partner].to(u.device, u.dtype)
@@ -177,11 +178,6 @@ class _Keep:
         if not self._scaled.is_active(index):
             return None
         return write(out, injection.map, u, weight_of(injection, self.gates))
-
-    def _keep(self, slot: int, u: Float[Tensor, "batch pos rank"]) -> None:
-        self._seen.add(slot)
-        rank = self.ranks[slot]
-        self.values[:, slot, :, :rank] = u[..., :rank]
 
     def _size(self, z: Tensor) -> None:
         """‖z‖, once for each tensor that several sites read."""
@@ -201,13 +197,9 @@ class _Keep:
 
     def require_finite(self) -> None:
         """Raise NumericsError where a token has an activation that is not finite."""
-        ranks = torch.tensor(self.ranks, device=self.values.device)
-        slots = torch.arange(self.values.shape[-1], device=self.values.device)
-        lacking = (slots >= ranks[:, None])[:, None] | ~self._real[:, None, :, None]
-        broken = ~(torch.isfinite(self.values) | lacking).all(-1).all(-1).all(0)
-        for slot in broken.nonzero().flatten().tolist():
-            name = self.lens.sites[self.sites[slot]].name
-            require_finite(torch.tensor(torch.nan), f"u of {name}")
+        for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
+            u = self.values[:, slot, :, :rank][self._real]
+            require_finite(u, f"u of {self.lens.sites[site].name}")
 
     def require_all_seen(self) -> None:
         """Raise ModelStateError where a chosen site did not run."""

@@ -39,11 +39,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
-from lens_lora.engine import memory
+from lens_lora.engine import function, memory
 from lens_lora.engine.duals import dual_forward
-from lens_lora.engine.function import bar_of, in_chunks, require_finite
+from lens_lora.engine.function import bar_of, in_chunks, read_for_slopes, require_finite
 from lens_lora.engine.interventions import head_points
-from lens_lora.engine.read import read_for_slopes, read_value, run_without_logits
 from lens_lora.engine.reverse import Slopes, joined, tapped
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model.bridged import is_linear, unwrapped
@@ -356,7 +355,7 @@ def _by_head(
         readers_shown(lens, begin),
         attached(lens.model, _head_hooks(lens, end)),
     ):
-        run_without_logits(lens, prompts)
+        function.run_without_logits(lens, prompts)
     return split
 
 
@@ -396,7 +395,7 @@ class _Writers:
                 self._tangents = _RowInject(lens, gates, rows, waiting)
                 hooks = lens.injected(self._tangents, before=begin)
                 with hooks, readers_shown(lens, self._read):
-                    run_without_logits(lens, many)
+                    function.run_without_logits(lens, many)
             # A site that never writes here would wait for ever: its sum is refused.
             waiting = waiting - self._tangents.served if self._tangents.served else set[int]()
 
@@ -537,7 +536,7 @@ class _Paths:
             readers_shown(lens, self._read),
             attached(lens.model, _head_hooks(lens, self._only_head) if is_by_head else []),
         ):
-            values = read_value(lens, self._reading.repeat(len(self._gates)))
+            values = function.read_value(lens, self._reading.repeat(len(self._gates)))
         require_finite(values, "the patched readout")
         missed = [row for row in self._rows if row[0] not in self._reached]
         if missed:

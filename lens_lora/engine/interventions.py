@@ -27,9 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import in_float64
-from lens_lora.engine import memory
-from lens_lora.engine.function import in_chunks, more_copies, require_finite, row_by_row
-from lens_lora.engine.read import read_for_slopes, read_logits, read_value
+from lens_lora.engine import function, memory
 from lens_lora.errors import ModelStateError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, attached
@@ -92,7 +90,7 @@ def _recorded(lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str]) 
     ]
     hooks += [(name, functools.partial(keep, name)) for name in names]
     with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
-        read_logits(lens, prompts)
+        function.read_logits(lens, prompts)
     return recording
 
 
@@ -189,7 +187,7 @@ def patched_readout(
         for indices, run in ((outside, runs.in_batches), (within, runs.as_tree)):
             if len(indices):
                 values[:, indices] = run([patches[i] for i in indices.tolist()], bar)
-    require_finite(values, "the patched readout")
+    function.require_finite(values, "the patched readout")
     return values
 
 
@@ -213,7 +211,7 @@ class _Runs:
             patches_here = [patch.cut(rows, group.prompts.tokens.shape[1]) for patch in patches]
             run = functools.partial(self._whole_rows, group, donor)
             chunks = _chunks(patches_here, memory.rows_at_once(self.lens, group))
-            values.append(in_chunks(chunks, run, bar))
+            values.append(function.in_chunks(chunks, run, bar))
         return torch.cat(values)
 
     def _whole_rows(
@@ -222,7 +220,8 @@ class _Runs:
         """Every row of the reading once for each patch."""
         hooks = swaps(donor, patches, reading.prompts.batch)
         with self.lens.adapted(self.scale), attached(self.lens.model, hooks):
-            return read_value(self.lens, reading.repeat(len(patches))).view(reading.batch, -1)
+            values = function.read_value(self.lens, reading.repeat(len(patches)))
+        return values.view(reading.batch, -1)
 
     def as_tree(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
         """One row of the reading at a time; each patch begins at the input of the block it is in.
@@ -241,9 +240,9 @@ class _Runs:
                 with lens.adapted(self.scale), attached(lens.model, hooks):
                     return forward()[1:]
 
-            return row_by_row(lens, self.reading, len(chunk), 1 + len(chunk), run)
+            return function.row_by_row(lens, self.reading, len(chunk), 1 + len(chunk), run)
 
-        return in_chunks(
+        return function.in_chunks(
             _chunks(patches, memory.branches_at_once(lens, self.reading)), branched, bar
         )
 
@@ -270,7 +269,7 @@ def _growing_swaps(
     """Hooks that append a row for each patch at its block; patches must be in that order."""
     layers = [donor.layers[patch.name] for patch in patches]
     hooks: list[tuple[str, HookFn]] = [
-        (lens.plan.host.block_input(layer), more_copies(layers.count(layer)))
+        (lens.plan.host.block_input(layer), function.more_copies(layers.count(layer)))
         for layer in sorted(set(layers))
     ]
     for name, swap in swaps(donor, patches, 1):
@@ -306,7 +305,7 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
         for donor in (recording, dataclasses.replace(recording, firings=noisy)):
             hooks = swaps(donor, patches, 1)
             with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
-                logits.append(read_logits(lens, many))
+                logits.append(function.read_logits(lens, many))
         same = (logits[0] == logits[1]).all(-1).tolist()
         silent += [name for name, is_same in zip(chunk, same, strict=True) if is_same]
     return silent
@@ -422,10 +421,10 @@ class HeadMasks:
             chunks: list[Tensor] = []
             for few in masks.split(memory.rows_at_once(lens, group)):
                 with torch.no_grad(), self._moved(donor, few.repeat(len(group.owner), 1)):
-                    by_row = read_value(lens, group.repeat(len(few)))
+                    by_row = function.read_value(lens, group.repeat(len(few)))
                 chunks.append(by_row.unflatten(0, (group.batch, -1)))
             values.append(torch.cat(chunks, 1))
-        require_finite(torch.cat(values), "the patched readout")
+        function.require_finite(torch.cat(values), "the patched readout")
         return torch.cat(values)
 
     def slopes(self, mask: Float[Tensor, " head"]) -> Float[Tensor, "batch head"]:
@@ -440,9 +439,9 @@ class HeadMasks:
             is_long = memory.must_rerun(lens, group)
             rerun = memory.blocks_rerun(lens) if is_long else contextlib.nullcontext()
             with torch.enable_grad(), rerun, self._moved(donor, by_row):
-                value = read_for_slopes(lens, group)
+                value = function.read_for_slopes(lens, group)
                 slopes.append(group.by_prompt(torch.autograd.grad(value.sum(), by_row)[0]))
-        require_finite(torch.cat(slopes), "the slope of a head")
+        function.require_finite(torch.cat(slopes), "the slope of a head")
         return torch.cat(slopes)
 
     def _moved(self, donor: Recording, masks: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -32,9 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.engine import memory
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import differentiable_tokens, read_for_slopes, require_finite
 from lens_lora.engine.memory import Run, prompts_of
-from lens_lora.engine.read import differentiable_tokens, read_for_slopes
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.model.basis import ExpertMap, NormMap, SiteMap
 from lens_lora.model.gates import Inject, Injection, ScaleInject

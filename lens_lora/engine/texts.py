@@ -49,9 +49,8 @@ from tqdm import tqdm
 
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine.activations import site_activations
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.memory import ROW_TOKENS
-from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import PromptError, UnsupportedAdapterError
 from lens_lora.model.basis import NormUpdate

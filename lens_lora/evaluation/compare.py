@@ -83,7 +83,6 @@ Interval = tuple[float, float]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Read, Drawn):
     """Agreement of an attribution with effects, per prompt and over prompts.
 
@@ -328,7 +327,6 @@ def _intervals_of(values_of: Mapping[str, Tensor], draws: int, seed: int) -> dic
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Reliability(Drawn):
     """Each site's first-order number with what it misses, in the readout's units.
 

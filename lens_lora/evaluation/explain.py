@@ -44,9 +44,9 @@ from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.second_order import Coupling, SecondOrder, coupling_of, second_order_of
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.engine import forward, function, read, texts
+from lens_lora.engine import derivatives, function, texts
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.second_order import slopes_of_each
+from lens_lora.engine.derivatives import slopes_of_each
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
@@ -73,7 +73,6 @@ Said = Mapping[str, tuple[tuple[str, float], ...]]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Explanation(Paged):
     """One prompt's margin between two answers, explained; every part has a batch of one.
 
@@ -157,7 +156,6 @@ class Explanation(Paged):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Explanations(Paged):
     """Several prompts' margins, each explained.
 
@@ -187,7 +185,6 @@ class Explanations(Paged):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ResponseExplanation(Paged):
     """One prompt's response, explained; every part has a batch of one.
 
@@ -468,9 +465,9 @@ def _shifts_of_the_largest(asked: Asked, shift: LogitShift, first: Attribution) 
     lens, shifts = asked.lens, list[LogitShift]()
     for i, values in enumerate(first.values):
         chosen = values.abs().argsort(descending=True)[:_MODULES].tolist()
-        parts = [forward.Part(index) for index in chosen]
+        parts = [derivatives.Part(index) for index in chosen]
         prompt = asked.prompts.chosen([i])
-        tangents = forward.part_tangents(lens, prompt, lens.gates(0.0), parts, progress=False)
+        tangents = derivatives.part_tangents(lens, prompt, lens.gates(0.0), parts, progress=False)
         function.require_finite(tangents, "the logit shift")
         sites = tuple(lens.sites[index] for index in chosen)
         shifts.append(dataclasses.replace(shift, values=tangents, sites=sites))
@@ -506,7 +503,7 @@ def _explain_response(
             gates, reading = lens.gates(1.0), asked.reading
 
             def log_ps() -> Tensor:
-                return read.differentiable_tokens(lens, reading)[:, moved_tokens].T
+                return function.differentiable_tokens(lens, reading)[:, moved_tokens].T
 
             moved = slopes_of_each(lens, reading, gates, log_ps, progress=False)[:, 0]
         indices = tuple(moved_tokens)

@@ -58,7 +58,6 @@ _SHOWN, _CARRIED = 0.2, 0.9  # what a summary says: the share a fifth keeps, and
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness(Measured, Drawn):
     """Share of the shift that remains where the top of a ranking is kept, or dropped.
 

@@ -15,7 +15,6 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import final
 
 import numpy as np
@@ -41,7 +40,6 @@ from lens_lora.results.base import Drawn, flat
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NullTest(Drawn):
     """An attribution beside those of adapters of the same sizes in random directions.
 

@@ -55,7 +55,7 @@ from tqdm import tqdm
 from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.engine import function, interventions, read, reverse
+from lens_lora.engine import function, interventions, reverse
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.model.hooks import alone
@@ -174,7 +174,7 @@ def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
         squares[:, injection.site] += sums.to(home)
 
     with torch.no_grad(), lens.injected(record):
-        read.read_logits(lens, reading.prompts)
+        function.read_logits(lens, reading.prompts)
     return reading.by_prompt(squares).sqrt()
 
 
@@ -224,7 +224,6 @@ _AT = (0.0, 0.5, 1.0)
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BestSubset(Measured):
     """The sets of sites, or of heads, that keep most of the shift, one for each size asked for.
 

@@ -35,12 +35,11 @@ from torch import Tensor
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, base_part
 from lens_lora.adapters.from_models import is_transposed
-from lens_lora.engine.asked import ask
-from lens_lora.engine.noise import of_stream
+from lens_lora.engine.asked import ask, of_stream
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import AdapterError, LensLoraError, ModelStateError, PromptError, SiteError
-from lens_lora.model.experts import as_one_map
 from lens_lora.model.hooks import alone, attached
+from lens_lora.model.kernels import as_one_map
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.neutral import neutral_texts
@@ -109,7 +108,6 @@ class Expectation(NamedTuple):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Verification(Paged):
     """What was checked of an adapter, each with its outcome.
 

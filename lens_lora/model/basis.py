@@ -59,7 +59,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.model.experts import ID_COLUMNS, expert_of
+from lens_lora.model.kernels import ID_COLUMNS, expert_of
 from lens_lora.model.sites import Heads
 
 Gauge = Literal["svd", "trained"]

@@ -35,12 +35,10 @@ from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family, find_family, known_family
-from lens_lora.model import bridged
+from lens_lora.model import bridged, kernels
 from lens_lora.model.bases import stored_weight
-from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_without_float64
 from lens_lora.model.hooks import add_pre_hook, computes, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
-from lens_lora.model.quantised import dequantised, quantised_name
 from lens_lora.model.sites import MLP_KINDS, NORM_READ_BY, Heads, SiteFactors, site_name
 
 _R = TypeVar("_R")
@@ -172,7 +170,7 @@ class BridgeHost(Host):
     def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
         _refuse_unknown_copies(model)
         refuse_unused_caps(model)
-        refuse_without_float64(model)
+        kernels.refuse_without_float64(model)
         cfg, architecture = model.cfg, type(model.original_model).__name__
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
@@ -292,9 +290,9 @@ class BridgeHost(Host):
             return held
         linear = self._wrapped(layer, kind)
         if isinstance(linear, nn.Parameter):
-            return self._of_parameter(layer, kind, as_one_map)
-        if quantised_name(linear) is not None:
-            return dequantised(linear)
+            return self._of_parameter(layer, kind, kernels.as_one_map)
+        if kernels.quantised_name(linear) is not None:
+            return kernels.dequantised(linear)
         with compat.brought_in(linear):
             weight = stored_weight(linear)
         scale = self.embedding_scale(kind)
@@ -310,7 +308,7 @@ class BridgeHost(Host):
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
         """(out, in) of the weight; of a stack of experts that of each."""
         if isinstance(self._wrapped(layer, kind), nn.Parameter):
-            return self._of_parameter(layer, kind, each_shape)
+            return self._of_parameter(layer, kind, kernels.each_shape)
         return super().shape(layer, kind)
 
     def stack(self, layer: int, kind: str) -> Tensor | None:
@@ -341,7 +339,7 @@ class BridgeHost(Host):
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site; a dequantised weight is only near it."""
-        if quantised_name(self._wrapped(site.layer, site.kind)) is not None:
+        if kernels.quantised_name(self._wrapped(site.layer, site.kind)) is not None:
             raise ModelStateError(
                 f"{site.label}: {update} depends on the base's own weight, and this model's is "
                 "quantised: a plain LoRA needs no weight, this one does. Load the base in bfloat16 "
@@ -416,7 +414,7 @@ def _family_of(
         ModelStateError: processed weights of a family that is not listed.
     """
     listed = known_family(architecture)
-    has_experts = any(map(is_experts, model.modules()))
+    has_experts = any(map(kernels.is_experts, model.modules()))
     if compat.is_processed(model) or (listed is not None and not has_experts):
         return listed or find_family(architecture), {}
     read = bridged.bridged_family(model, heads)

@@ -8,7 +8,7 @@
 3. Where a component takes a fused projection apart, a weight that holds the index of each row goes
    through the component's own split, and says which rows each part has.
 4. A stack of experts, and the weight of a router, is a place by the path of the parameter
-   (`experts`).
+   (`kernels`).
 5. A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
    whatever its formula.
 
@@ -31,8 +31,8 @@ from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part, exp
 from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.families import NORM_KINDS, Family, Place
 from lens_lora.model.bases import stored_weight
-from lens_lora.model.experts import each_shape, is_experts, is_router, stacks_of
 from lens_lora.model.host import module_at
+from lens_lora.model.kernels import each_shape, is_experts, is_router, stacks_of
 from lens_lora.model.sites import ATTENTION_KINDS, MLP_KINDS, OUTSIDE_KINDS, Heads, outside_layer
 
 # The components of usual attention and MLPs, and their kinds.

@@ -27,7 +27,7 @@ from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
 from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
 from lens_lora.model.host import Host
-from lens_lora.model.quantised import differentiable_products, quantised_linears
+from lens_lora.model.kernels import differentiable_products, quantised_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,20 +134,19 @@ def transformer_lens_version() -> str:
 def _hooked_transformer(
     hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Any:
-    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
 
     with tempfile.TemporaryDirectory(prefix="config_") as folder:
         _write_config(hf_model, Path(folder))
-        cfg = loading_from_pretrained.get_pretrained_model_config(
+        cfg = loading.get_pretrained_model_config(
             folder,
             hf_cfg=hf_model.config.to_dict(),
             fold_ln=False,
             device=str(hf_model.device),
             dtype=hf_model.dtype,
         )
-        state = loading_from_pretrained.get_pretrained_state_dict(
-            folder, cfg, hf_model, dtype=hf_model.dtype
-        )
+        state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=hf_model.dtype)
     cfg.tokenizer_name, cfg.model_name = None, _name(hf_model)
     if cfg.positional_embedding_type == "rotary":
         cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base

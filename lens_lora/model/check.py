@@ -35,20 +35,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.compat import (
-    Temporary,
-    edits_of,
-    home_of,
-    modules_in,
-    parameters_in,
-    processed_tensors,
-    refuse_out_of_reach,
-)
+from lens_lora.compat import Temporary, edits_of, home_of, parameters_in
 from lens_lora.errors import AdapterError, ModelStateError
-from lens_lora.model.experts import refuse_without_float64
 from lens_lora.model.hooks import attached
-from lens_lora.model.quantised import quantised_name
+from lens_lora.model.kernels import quantised_name, refuse_without_float64
 
 TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
 # Largest difference, as a share of the logits' range. Rounding takes 1e-5 in float32, and 1e-7 in
@@ -69,7 +61,7 @@ def refuse_unusable(model: nn.Module) -> None:
     """
     _refuse_encoders(getattr(model, "original_model", model))
     refuse_dropout(model)
-    refuse_out_of_reach(model)
+    compat.refuse_out_of_reach(model)
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
@@ -303,7 +295,7 @@ def _places_of(module: nn.Module) -> Iterator[_Place]:
     passed: set[str] = set()
     for path, owner in modules.items():
         held = {k: p for k, p in parameters_in(owner).items() if p is not None}
-        places = [(parameters_in(owner), held), (vars(owner), processed_tensors(owner))]
+        places = [(parameters_in(owner), held), (vars(owner), compat.processed_tensors(owner))]
         for holder, found in places:
             for key, tensor in found.items():
                 if _is_watched(tensor):
@@ -311,7 +303,7 @@ def _places_of(module: nn.Module) -> Iterator[_Place]:
         while held and path and path not in passed:
             passed.add(path)
             above, _, key = path.rpartition(".")
-            yield _Place(modules_in(modules[above]), key, modules[path], path)
+            yield _Place(compat.modules_in(modules[above]), key, modules[path], path)
             path = above
 
 

@@ -37,7 +37,7 @@ from lens_lora.model.build import host_of
 from lens_lora.model.check import Watch, refuse_dropout
 from lens_lora.model.hooks import HookFn
 from lens_lora.model.host import Host, Ports
-from lens_lora.model.quantised import quantised_linears, quantised_name
+from lens_lora.model.kernels import quantised_linears, quantised_name
 from lens_lora.model.sites import Site, match_sites, points_between, resolve_sites
 from lens_lora.model.updates import SiteUpdate, site_updates
 

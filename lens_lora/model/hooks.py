@@ -48,8 +48,7 @@ from lens_lora import compat
 from lens_lora.adapters.directions import Directions, directions_of, is_residual
 from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, OutOfMemoryError
-from lens_lora.model.experts import is_weight, write_at
-from lens_lora.model.quantised import differentiable_products
+from lens_lora.model.kernels import differentiable_products, is_weight, write_at
 from lens_lora.model.sites import Names, few, firing, resolved
 
 HookFn = Callable[..., Tensor | None]
@@ -89,7 +88,7 @@ def attached(
     At a module without hook points the method `at_module(args, output)` of a hook is called, where
     it has one, in place of the hook itself: before the hooks that others put on the module, and
     after those of this call that stand before it. At a parameter it is called with what the map of
-    that weight reads and makes (`experts`).
+    that weight reads and makes (`kernels`).
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
@@ -266,9 +265,8 @@ def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
 def functions_at(point: nn.Module) -> list[object]:
     """What the hooks on a module call."""
     forward, before, *_ = hooks_of(point)
-    return [
-        compat.hook_function(_registered(hook)) for hook in (*forward.values(), *before.values())
-    ]
+    registered = map(_registered, (*forward.values(), *before.values()))
+    return list(map(compat.hook_function, registered))
 
 
 def _registered(hook: Any) -> Any:

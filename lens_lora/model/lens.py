@@ -48,8 +48,8 @@ from lens_lora.model.gates import (
 )
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
+from lens_lora.model.kernels import differentiable_products
 from lens_lora.model.probe import Probe, probed
-from lens_lora.model.quantised import differentiable_products
 from lens_lora.model.sites import (
     WRITER_KINDS,
     Heads,

@@ -37,10 +37,9 @@ from lens_lora.families import Family
 from lens_lora.model.bridged import Shell, is_linear, is_norm, names_by_path, normalised, shape_of
 from lens_lora.model.build import host_of
 from lens_lora.model.check import AGREEMENT, TOKENS, plain_logits
-from lens_lora.model.experts import each_shape, is_experts, is_router
 from lens_lora.model.gates import Plan, ScaleInject, make_plan, site_hooks
 from lens_lora.model.hooks import HookFn, attached
-from lens_lora.model.quantised import quantised_name
+from lens_lora.model.kernels import each_shape, is_experts, is_router, quantised_name
 
 # ‖ΔW‖ / ‖W‖, and from how many of W's entries its size is estimated.
 _SIZE, _ENTRIES = 0.3, 2**16

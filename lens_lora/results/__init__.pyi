@@ -40,7 +40,7 @@ from ..evaluation.verify import Verification as Verification
 from ..model.generate import SideBySide as SideBySide
 from ..model.sites import Site as Site
 from ..readouts.answers import Generated as Generated
-from ..sweeps.activations_file import ActivationsFile as ActivationsFile
+from ..sweeps.stream import ActivationsFile as ActivationsFile
 from ..sweeps.sweep import SweepResult as SweepResult
 from .attribution import Attribution as Attribution
 from .attribution import GroupAttribution as GroupAttribution

@@ -59,7 +59,6 @@ class Quadrature:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Attribution(Ranked):
     """What each site contributes to a readout, in the readout's units.
 
@@ -267,7 +266,6 @@ class Attribution(Ranked):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GroupAttribution(Ranked):
     """What each group of sites contributes to each token of a response, in the readout's units.
 

@@ -1,14 +1,16 @@
 """What results share: abstract bases, each with more of it than the one above.
 
-    Result      a table, a file, its text: also what has no readout (logit shifts, features)
-    Drawn       and a picture of one prompt, or of the mean over prompts
+    Result      a table, a file, its text
+    Described   and of which model, adapter and versions
+    OfSites     and of which sites: what has no readout
+    Pictured    and a picture; Drawn: of one prompt, or of the mean over prompts
     Paged       and a page of its own
     Read        and of which readout
     Measured    and the header: of which sites and prompts, between which exact ends
     Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
 
-A class is abstract or final: every result that a user meets is a final dataclass below one of
-these. The header is keyword-only, so that a subclass keeps its own fields first.
+Each is a frozen dataclass, as it is below `Result`, and abstract or final, as all that a user meets
+are. The header is keyword-only, so that a subclass keeps its own fields first.
 
 `prompt=None` is the mean over prompts where the values of different prompts can be averaged (sites,
 groups, hook points), and the only prompt where they cannot (positions, curves along ε, stories,
@@ -29,6 +31,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked
@@ -43,12 +46,13 @@ SIGMAS = 3.0
 _Self = TypeVar("_Self", bound="Result")
 
 
+@dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field,))
 class Result(abc.ABC):
     """Frozen numbers with labels: a table, a file, and what they say of themselves."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
         super().__init_subclass__()
-        stored(cls)
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(stored(cls))
 
     def __post_init__(self) -> None:
         """Refuse fields that contradict each other, also in what is read from a file."""
@@ -115,8 +119,16 @@ def load_result(path: str | Path) -> Result:
     return result
 
 
+class Pictured(Result):
+    """A result with one picture; the docstring of each class says of what."""
+
+    def plot(self) -> drawing.Figure:
+        """The picture."""
+        return drawing.figure(self)
+
+
 class Drawn(Result):
-    """A result with a picture; the docstring of each class says of what."""
+    """A result with a picture of each prompt; the docstring of each class says of what."""
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """The picture of one prompt, or of the mean over prompts where there is one.
@@ -157,24 +169,42 @@ class Paged(Result):
         return path
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Read(Result):
+class Described(Result, kw_only=True):
+    """A result that says of what it is.
+
+    Attributes:
+        meta: model, adapter, dtype and versions.
+    """
+
+    meta: Mapping[str, str]
+
+
+class OfSites(Described, kw_only=True):
+    """A result of some sites.
+
+    Attributes:
+        sites: along the site axis.
+        meta: see `Described`.
+    """
+
+    sites: Annotated[tuple[Site, ...], "site"]
+
+
+class Read(Described, kw_only=True):
     """A result of one readout.
 
     Attributes:
         str_tokens: each prompt's tokens.
         readout, units: the number that was read, in words, and its unit.
-        meta: model, adapter, dtype and versions.
+        meta: see `Described`.
     """
 
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
     readout: str
     units: str
-    meta: Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Measured(Read):
+class Measured(Read, kw_only=True):
     """A result of one readout, with the exact ends beside it.
 
     Attributes:
@@ -217,8 +247,7 @@ class Entries(NamedTuple):
     name: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Ranked(Measured, Drawn):
+class Ranked(Measured, Drawn, kw_only=True):
     """A measured result of one number per prompt and entry, so that entries can be ranked."""
 
     def mean_over(

@@ -19,7 +19,6 @@ from lens_lora.results.base import Entries, Measured, Ranked, is_by_site, is_par
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Effects(Ranked):
     """What intervening on each group of sites does to a readout, exactly, in its units.
 

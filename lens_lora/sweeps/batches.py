@@ -15,9 +15,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -33,9 +33,9 @@ from torch import Tensor
 from lens_lora.analyses.patching import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.engine.second_order import hessian_product
 from lens_lora.errors import NumericsError, PromptError, SweepError, TokenError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
@@ -53,33 +53,25 @@ from lens_lora.sweeps.store import Fingerprint, Store
 SiteValues = Float[Tensor, "batch site"]  # in the readout's units
 
 
-def _slopes(lens: LoraLens, prompts: Prompts, readout: Readout, *, name: str) -> SiteValues:
-    gates = lens.gates(ANALYSES[name].at)
-    slopes = site_slopes(lens, readout.over(lens.model, prompts), gates)
+# Those with options are public calls; of the others the engine has the numbers.
+_CALLS = {"path": path_attribution, "add_one": patch_sites, "leave_one_out": patch_sites}
+
+
+def _values_of(name: str, lens: LoraLens, prompts: Prompts, readout: Readout) -> SiteValues:
+    """What an analysis gives each site."""
+    analysis = ANALYSES[name]
+    if name in _CALLS:
+        call: Callable[..., Any] = _CALLS[name]
+        return call(lens, prompts, readout, **analysis.options, progress=False).values
+    reading, gates = readout.over(lens.model, prompts), lens.gates(analysis.at)
+    if name == "second_order":  # ½(H·1)_l
+        return 0.5 * hessian_product(lens, reading, gates, lens.gates(1.0))
+    slopes = site_slopes(lens, reading, gates)
     require_finite_sites(lens, slopes)
     return slopes
 
 
-def _second_order(lens: LoraLens, prompts: Prompts, readout: Readout) -> SiteValues:
-    """½(H·1)_l."""
-    reading = readout.over(lens.model, prompts)
-    return 0.5 * hessian_product(lens, reading, lens.gates(0.0), lens.gates(1.0))
-
-
-def _of_analysis(
-    lens: LoraLens, prompts: Prompts, readout: Readout, *, call: Callable[..., Any], name: str
-) -> SiteValues:
-    return call(lens, prompts, readout, **ANALYSES[name].options, progress=False).values
-
-
-VALUES: dict[str, Callable[[LoraLens, Prompts, Readout], SiteValues]] = {
-    "first_order": partial(_slopes, name="first_order"),
-    "first_order_at_1": partial(_slopes, name="first_order_at_1"),
-    "path": partial(_of_analysis, call=path_attribution, name="path"),
-    "add_one": partial(_of_analysis, call=patch_sites, name="add_one"),
-    "leave_one_out": partial(_of_analysis, call=patch_sites, name="leave_one_out"),
-    "second_order": _second_order,
-}
+VALUES = {name: functools.partial(_values_of, name) for name in ANALYSES}
 
 
 # --- Records → jobs

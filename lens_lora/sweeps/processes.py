@@ -106,14 +106,11 @@ def launched() -> Processes:
             "each would do all the work; on CPUs call accelerate.PartialState(cpu=True) first."
         )
 
-    def wait() -> None:
-        with _together():
-            state.wait_for_everyone()
-
+    @_together()
     def gather(value: Any) -> list[Any]:
-        with _together():
-            return list(gather_object([value]))
+        return list(gather_object([value]))
 
+    wait = _together()(state.wait_for_everyone)
     return Processes(state.process_index, state.num_processes, str(state.device), wait, gather)
 
 

@@ -1,4 +1,4 @@
-"""Texts, of any number, through `activations`, into one Parquet file with a row per token.
+"""Texts, of any number, through `activations`, into a Parquet file with a row per token.
 
 1. Records are read, tokenised and run window by window: consecutive records of about
    `WINDOW_TOKENS` tokens in all. Of n processes each takes every n-th block of records.
@@ -7,9 +7,13 @@
    records are the same. A span with bad records whose records have changed is run again; any other
    difference is refused.
 3. At the end the parts are written into the result in the order of the records, one group of rows
-   each. It holds the spans of its groups, so it can be resumed and extended as the parts can.
-
-One window, or the records of one span, is all that is held, whatever the number of texts.
+   each. It holds the spans of its groups, so it can be resumed and extended as the parts can. One
+   window, or the records of one span, is all that is held, whatever the number of texts.
+4. A row holds `record` (from 0), `id`, `position`, `token`, `prefix`, `sink`, `error`, and `rank`
+   numbers for each site. A bad record has one row, without a token. Tokens with the same tokens
+   before them have the same `prefix` (`engine/texts.py`), and the same numbers: examples and means
+   count one of them.
+5. A result is read one site's column at a time; `record`, `prefix` and `sink` before that.
 """
 
 from __future__ import annotations
@@ -20,29 +24,268 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
-from lens_lora.engine.texts import marks_of
+from lens_lora.engine.texts import first_of_each, marks_of
 from lens_lora.errors import NumericsError, PromptError, SweepError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Site
+from lens_lora.model.sites import Site, match_sites, one_site
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.sweeps import activations_file
-from lens_lora.sweeps.activations_file import ActivationsFile, Span
+from lens_lora.results import drawing, tokens
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
-from lens_lora.sweeps.store import Fingerprint, Store, fingerprint
+from lens_lora.sweeps.store import Fingerprint, Store, about_of, fingerprint
+
+# --- The file, read
+
+SITES, SPANS = b"lens_lora.sites", b"lens_lora.spans"
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A run of finished records.
+
+    Attributes:
+        first, last: their numbers, from 0.
+        digest: the hash of their ids and prompts.
+        tokens: how many they have in all.
+        errors: how many of them are bad.
+    """
+
+    first: int
+    last: int
+    digest: str
+    tokens: int
+    errors: int
+
+
+def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
+    """The spans of a file's groups of rows."""
+    spans = (schema.metadata or {}).get(SPANS)
+    if spans is None:
+        raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
+    return [Span(*fields) for fields in json.loads(spans)]
+
+
+def spans_of(path: Path) -> list[Span]:
+    """The spans of a result, each of which is one group of its rows."""
+    with pq.ParquetFile(path) as file:
+        spans, about = spans_in(file.schema_arrow, path), file.metadata
+        rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    # A text without numbers has one row, however many tokens.
+    known = [(n, span.tokens) for n, span in zip(rows, spans, strict=False) if not span.errors]
+    if len(rows) != len(spans) or any(n != total for n, total in known):
+        raise _changed(path, f"{sum(rows)} rows in {len(rows)} groups for {len(spans)} spans")
+    return spans
+
+
+def _changed(path: Path, fact: str) -> SweepError:
+    return SweepError(
+        f"{path} was changed after the sweep: {fact}. Restore it from a copy, or start over with "
+        "resume=False."
+    )
+
+
+_COLUMNS = ["rank", "record", "id", "position", "token", "value", "context"]
+
+
+@final
+class ActivationsFile:
+    """The activations of many texts in a file; no call holds more than a part of it.
+
+    Args:
+        path: the file that `ll.sweep(lens, texts, "activations", out=path)` wrote.
+
+    Attributes:
+        path: one row per token; pandas, polars and DuckDB read it too.
+        sites, ranks: the site of each column, and its rank.
+        gauge: 'svd' or 'trained'.
+        texts, tokens: how many it holds, texts with an error included.
+        errors: how many texts have no numbers.
+        meta: model, adapter, dtype and versions.
+
+    Raises:
+        SweepError: no such file, or not one of activations.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: Path = Path(path)
+        if not self.path.is_file():
+            raise SweepError(f"{self.path}: there is no such file of activations.")
+        about, schema = about_of(self.path), pq.read_schema(self.path)
+        spans = spans_of(self.path)
+        columns: list[dict[str, Any]] = json.loads(schema.metadata[SITES])
+        self.sites: tuple[Site, ...] = tuple(Site(**column) for column in columns)
+        self.ranks: tuple[int, ...] = tuple(site.rank for site in self.sites)
+        held = {name: getattr(schema.field(name).type, "list_size", 0) for name in schema.names}
+        for site in self.sites:
+            if held.get(site.name) != site.rank:
+                fact = f"{site.name} has {held.get(site.name, 'no')} numbers, and rank {site.rank}"
+                raise _changed(self.path, fact)
+        self.gauge: str = next(iter(about["options"].values()))["gauge"]
+        self.texts: int = sum(span.last - span.first + 1 for span in spans)
+        self.tokens: int = sum(span.tokens for span in spans)
+        self.errors: int = sum(span.errors for span in spans)
+        labels = ("model", "model_class", "dtype", "adapter")
+        self.meta: dict[str, str] = {name: about[name] for name in labels}
+
+    @property
+    def done(self) -> int:
+        """How many texts have numbers."""
+        return self.texts - self.errors
+
+    @property
+    def repeated(self) -> int:
+        """How many tokens beside sinks an earlier text has after the same ones; they count once.
+
+        Reads 17 bytes a token of the file.
+        """
+        return self._counted(None, sinks=False)[1]
+
+    def top(
+        self,
+        site: str,
+        k: int = 10,
+        *,
+        rank: int | None = None,
+        sign: tokens.Sign = 1,
+        context: int = 4,
+        sinks: bool = False,
+    ) -> pd.DataFrame:
+        """The k tokens at which each direction of a site is largest, with what stands around them.
+
+        Where several texts begin alike, a token with the same tokens before it counts once.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+            k: how many of each direction.
+            rank: one direction; without it, each of the site's.
+            sign: 1 for the largest values above zero, −1 for those below.
+            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            sinks: count sinks too.
+
+        Raises:
+            SiteError: no such site, or several.
+            ArgumentError: no such rank, another sign, or a k or context below 0.
+        """
+        k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
+        index = one_site([s.name for s in self.sites], site)
+        name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
+        texts = pq.read_table(self.path, columns=["record", "id", "token"]).combine_chunks()
+        values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)
+        rows = [
+            _example(texts, r, int(row), float(values[row, r]), context)
+            for r in ranks
+            for row in tokens.strongest(values[:, r], way, k)
+        ]
+        return pd.DataFrame(rows, columns=_COLUMNS)
+
+    def mean(
+        self, positions: tokens.Positions = None, *, sinks: bool = False
+    ) -> Float[Tensor, "site rank"]:
+        """The mean of u over tokens of all texts, without sinks; NaN beyond a site's own rank.
+
+        Where several texts begin alike, a token with the same tokens before it counts once.
+
+        Args:
+            positions: None for all tokens, or of each text an index, a slice or indices; negative
+                ones count from its end.
+            sinks: count sinks too.
+
+        Raises:
+            ArgumentError: positions at which there is no token.
+        """
+        mean = np.full((len(self.sites), max(self.ranks)), np.nan)
+        once = tokens.require_some(positions, self._counted(positions, sinks)[0])
+        for slot, site in enumerate(self.sites):
+            mean[slot, : site.rank] = self._numbers(site.name)[once].mean(0, dtype=float)
+        return torch.from_numpy(mean)
+
+    def spread(self, site: str | None = None) -> pd.DataFrame:
+        """How each direction's values are spread over the tokens of all texts.
+
+        As `Activations.spread`. Reads one site's numbers at a time.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no token that is not a sink.
+        """
+        once = tokens.require_some(None, self._counted(None, sinks=False)[0])
+        names = [s.name for s in self.sites]
+        rows = []
+        for index in sorted(match_sites(names, {site or "*": True})):
+            values = self._numbers(names[index])[once]
+            for r in range(1 if site is None else self.ranks[index]):
+                rows.append({"site": names[index], "rank": r} | tokens.spread_of(values[:, r]))
+        return pd.DataFrame(rows)
+
+    def plot(self, site: str | None = None) -> drawing.Figure:
+        """How each direction is spread over the tokens of all texts, as `spread` has it.
+
+        Of more than 40 directions those of largest |u| are shown, and the title says so.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no token that is not a sink.
+        """
+        return drawing.spread(self.spread(site), f"{self.texts} texts", site, self.gauge)
+
+    def bad(self) -> pd.DataFrame:
+        """The records without numbers: record, id, error."""
+        columns, bad = ["record", "id", "error"], [("error", "!=", "")]
+        return pd.read_parquet(self.path, columns=columns, filters=bad)
+
+    def _counted(self, positions: tokens.Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
+        """[row]: the tokens at these positions, repeats left out; and how many those are."""
+        table = pq.read_table(self.path, columns=["record", "prefix", "sink"])
+        lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
+        chosen = np.concatenate([tokens.chosen_positions(positions, n, n) for n in lengths])
+        chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
+        once = first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
+        return once, int(chosen.sum() - once.sum())
+
+    def _numbers(self, site: str) -> NDArray[np.floating]:
+        """[row, rank] of one site."""
+        column = pq.read_table(self.path, columns=[site])[site].combine_chunks()
+        rank = column.type.list_size
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationsFile in gauge {self.gauge!r}: {self.texts} texts ({self.errors} with "
+            f"errors), {self.tokens} tokens ({self.repeated} after the same tokens as earlier, "
+            f"which count once) × {len(self.sites)} sites of rank "
+            f"{max(self.ranks)}\n  {self.path}"
+        )
+
+
+def _example(texts: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
+    records = texts["record"].to_numpy()
+    low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
+    text = [token or "" for token in texts["token"].slice(low, high - low).to_pylist()]
+    place = int(records[row]), texts["id"][row].as_py(), row - low, text[row - low]
+    return (rank, *place, value, tokens.context_of(text, row - low, width))
+
 
 # --- The sweep
 
@@ -224,9 +467,9 @@ def window_table(
     order = sorted((i for i, t in enumerate(texts) if t.ids), key=lambda i: -len(texts[i].ids))
     for begin in range(0, len(order), batch_size):
         outcomes |= _run(lens, texts, order[begin : begin + batch_size], ranks)
-    digest, tokens = digest_of(t.record for t in texts), sum(len(t.ids) for t in texts)
+    digest, total = digest_of(t.record for t in texts), sum(len(t.ids) for t in texts)
     errors = sum(isinstance(outcome, str) for outcome in outcomes.values())
-    span = Span(texts[0].number, texts[-1].number, digest, tokens, errors)
+    span = Span(texts[0].number, texts[-1].number, digest, total, errors)
     return _table(lens, texts, ranks, outcomes), span
 
 
@@ -338,21 +581,18 @@ class TokenStore(Store):
 
     def sources(self) -> list[Source]:
         """Where each finished span lies, in order; a part goes before what it replaces."""
-        parts = [
-            Source(activations_file.spans_in(table.schema, path)[0], path)
-            for path, table in self.parts()
-        ]
+        parts = [Source(spans_in(table.schema, path)[0], path) for path, table in self.parts()]
         taken = [(source.span.first, source.span.last) for source in parts]
         rest: list[Source] = []
         if self.require_result(self.path):
-            for group, span in enumerate(activations_file.spans_of(self.path)):
+            for group, span in enumerate(spans_of(self.path)):
                 if all(span.last < first or last < span.first for first, last in taken):
                     rest.append(Source(span, self.path, group))
         return sorted([*parts, *rest], key=lambda source: source.span.first)
 
     def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
         rows = json.dumps([dataclasses.astuple(span) for span in spans])
-        return {activations_file.SITES: self._sites, activations_file.SPANS: rows.encode()}
+        return {SITES: self._sites, SPANS: rows.encode()}
 
 
 def _rows_of(source: Source) -> pa.Table:

@@ -29,12 +29,11 @@ from lens_lora.readouts.readout import Readout, bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.sweeps import batches
-from lens_lora.sweeps.activations_file import ActivationsFile
 from lens_lora.sweeps.batches import Job, Make, content, prepare
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, ByToken, RecordsLike, chosen, read_records
 from lens_lora.sweeps.store import Store, fingerprint, fingerprint_without_model
-from lens_lora.sweeps.stream import token_sweep
+from lens_lora.sweeps.stream import ActivationsFile, token_sweep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.engine import forward as tangent_slopes
-from lens_lora.engine import memory, read
+from lens_lora.engine import function, memory
 from lens_lora.engine import memory as batching
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -118,10 +117,9 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
 def test_through_the_vocabulary_or_not(lens: ll.LoraLens, by, monkeypatch):
     """Derivatives that end at the residual stream, in chunks of tokens, and at the logits."""
     found = {mode: of(lens, by=by, mode=mode).values for mode in ("forward", "reverse")}
-    monkeypatch.setattr(read, "PICKS", 3)
+    monkeypatch.setattr(function, "PICKS", 3)
     chunked = {mode: of(lens, by=by, mode=mode).values for mode in found}
-    for module in (read, tangent_slopes):
-        monkeypatch.setattr(module, "ends_plainly", lambda lens: False)
+    monkeypatch.setattr(function, "ends_plainly", lambda lens: False)
     for mode, values in found.items():
         assert apart(values, chunked[mode]) < 1e-12
         assert apart(values, of(lens, by=by, mode=mode).values) < 1e-11
@@ -134,7 +132,7 @@ def test_a_model_that_does_more_than_unembed(lens: ll.LoraLens):
     )
     step = 2e-6
     try:
-        assert not read.ends_plainly(lens)
+        assert not function.ends_plainly(lens)
         forward, reverse = (of(lens, mode=mode) for mode in ("forward", "reverse"))
         log_p = ll.token_shifts(lens, prompts(), RESPONSES, between=(0.4 - step, 0.4 + step)).log_p
     finally:

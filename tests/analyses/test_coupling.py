@@ -15,8 +15,8 @@ import lens_lora as ll
 from lens_lora.analyses import second_order as curvature
 from lens_lora.analyses.second_order import Coupling, SecondOrder, coupling
 from lens_lora.engine import memory as batching
+from lens_lora.engine.derivatives import GateGraph
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.engine.second_order import GateGraph
 from lens_lora.model import gates
 from lens_lora.model.sites import group_sites, indicator
 

@@ -18,7 +18,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.analyses.second_order import second_order_of
 from lens_lora.analyses.verdict import Noise
-from lens_lora.engine import noise as engine_noise
+from lens_lora.engine import asked as engine_noise
 from lens_lora.engine.asked import ask
 
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)

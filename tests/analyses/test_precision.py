@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
 from lens_lora.engine import asked as asking
-from lens_lora.engine import noise as rounding
+from lens_lora.engine import asked as rounding
 from lens_lora.engine.asked import ask
 from lens_lora.model.hooks import unembed
 from lens_lora.results.base import SIGMAS

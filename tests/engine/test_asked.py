@@ -229,7 +229,7 @@ def test_an_end_among_the_points_is_not_run_again(
         run.append(len(gates))
         return gated_readout(lens, reading, gates, **said)
 
-    monkeypatch.setattr("lens_lora.engine.asked.gated_readout", counted)
+    monkeypatch.setattr("lens_lora.engine.function.gated_readout", counted)
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
         asked = ask(lens, PROMPTS, ll.Margin(5, 9))

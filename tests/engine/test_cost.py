@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lens_lora as ll
 from lens_lora.analyses import logit_shift as module
 from lens_lora.engine import memory as batching
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.memory import (
     chosen_mode,
     pass_bytes,
@@ -20,7 +21,6 @@ from lens_lora.engine.memory import (
     tangents_at_once,
 )
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.engine.second_order import hessian_product
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
-from lens_lora.engine import memory, read, reverse
+from lens_lora.engine import function, memory, reverse
 from lens_lora.model import bases as processing
 from lens_lora.model import gates
 
@@ -207,7 +207,7 @@ def test_a_graph_that_is_not_kept_is_not_there(cls: str, runs_again: list[str]):
             reverse.tapped(one, reading.prompts, lens.gates(0.0)),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            read.read_for_slopes(one, reading)
+            function.read_for_slopes(one, reading)
         sizes[one.max_memory] = sum(saved.values())
     assert sizes[1e9] < sizes[None] / 5
 

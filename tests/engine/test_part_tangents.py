@@ -9,11 +9,11 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
+from lens_lora.engine import derivatives as module
 from lens_lora.engine import duals as dual_pass
-from lens_lora.engine import forward as module
 from lens_lora.engine import memory as batching
+from lens_lora.engine.derivatives import Part, part_tangents
 from lens_lora.engine.duals import OneProduct
-from lens_lora.engine.forward import Part, part_tangents
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -84,8 +84,8 @@ def test_a_row_that_begins_too_late_is_seen(cls, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     parts = [Part(i) for i in range(len(lens.sites))]
     whole = tangents(lens, parts)
-    grown = module.more_copies
+    grown = module.function.more_copies
     monkeypatch.setattr(
-        module, "more_copies", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
+        module.function, "more_copies", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
     )
     assert (tangents(lens, parts) - whole).abs().max() > 1e-6

@@ -10,10 +10,9 @@ from every_family import EVERY, lens_of
 
 import lens_lora as ll
 from lens_lora.engine.asked import ask
-from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.derivatives import joint_tangent, pulled_back
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.engine.second_order import pulled_back
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]

@@ -11,7 +11,7 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.engine.read import read_logits, read_value
+from lens_lora.engine.function import read_logits, read_value
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import attached
 

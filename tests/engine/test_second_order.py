@@ -11,10 +11,10 @@ from targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
+from lens_lora.engine import derivatives
 from lens_lora.engine import memory as batching
-from lens_lora.engine import second_order
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.engine.second_order import hessian_product
 
 MARGIN = ll.Margin(5, 9)
 
@@ -88,7 +88,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
     limit = 2 * reading.prompts.tokens.numel()
     monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
-    chunks = list(second_order.hessian_products(lens, reading, at, directions, progress=False))
+    chunks = list(derivatives.hessian_products(lens, reading, at, directions, progress=False))
     assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]
     for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):
         alone = hessian_product(lens, reading, at, direction)

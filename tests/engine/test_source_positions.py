@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine import forward as tangent_slopes
 from lens_lora.engine import reverse
 from lens_lora.model.gates import Injection
 
@@ -186,8 +185,7 @@ def test_a_constant_left_at_o_shows(cls: str, mode: str, monkeypatch: pytest.Mon
     raw, processed = (cases.case("gpt2", cls, flags).lens for flags in ("raw", "processed"))
     expected = split(raw, POSITION)
     monkeypatch.setattr(Injection, "map_by_position", property(at_o))
-    for module in (reverse, tangent_slopes):
-        monkeypatch.setattr(module, "require_split", lambda *args: None)
+    monkeypatch.setattr(reverse, "require_split", lambda *args: None)
     wrong = split(processed, POSITION, mode=mode)
     assert relative(wrong, expected) > SEEN
     assert relative(wrong.sum(2), expected.sum(2)) < ROUND_OFF

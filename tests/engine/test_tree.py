@@ -11,7 +11,7 @@ from every_family import EVERY, lens_of
 import lens_lora as ll
 from lens_lora.engine import function as tree
 from lens_lora.engine import memory as batching
-from lens_lora.engine.read import read_value
+from lens_lora.engine.function import read_value
 from lens_lora.model.gates import ScaleInject
 
 MARGIN = ll.Margin(5, 9)

@@ -199,7 +199,7 @@ def test_the_hooks_are_gone_after_a_failure(monkeypatch: pytest.MonkeyPatch):
 
     before = lens.logits(tokens, scale=0)
     with monkeypatch.context() as patched:
-        patched.setattr(interventions, "read_for_slopes", explode)
+        patched.setattr(interventions.function, "read_for_slopes", explode)
         with pytest.raises(KeyError, match="mid-forward"):
             best(lens, tokens, MARGIN, k=1)
     assert torch.equal(lens.logits(tokens, scale=0), before)

@@ -16,7 +16,7 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.analyses.patching import How
-from lens_lora.engine.second_order import hessian_product
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.evaluation import compare as module
 from lens_lora.evaluation.compare import Reliability, reliability, score_of
 from lens_lora.model.sites import group_sites

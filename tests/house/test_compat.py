@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.model.experts import _FLAGS
 from lens_lora.model.hooks import is_held
+from lens_lora.model.kernels import _FLAGS
 
 PACKAGE = Path(inspect.getfile(compat)).parent
 

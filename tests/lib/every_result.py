@@ -107,7 +107,8 @@ def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
 
 def components() -> ll.results.Components:
     size = torch.ones(2, 4)
-    return ll.results.Components(SITES, size, size, size, size / 2, size * math.nan, META)
+    sizes = (size, size, size, size / 2, size * math.nan)
+    return ll.results.Components(*sizes, sites=SITES, meta=META)
 
 
 def remainder() -> ll.results.Remainder:
@@ -305,7 +306,7 @@ def every_result() -> list[Result]:
     """One of each class."""
     e = by_hand()
     writes = ll.results.FeatureWrites(
-        torch.ones(2, 4, 3), SITES, -1, TOKENS, "directions", "h · d", 0, META
+        torch.ones(2, 4, 3), -1, TOKENS, "directions", "h · d", 0, sites=SITES, meta=META
     )
     found = [
         two_prompts(), rank_activations(), activation_shift(), constant_part(), what_changed(),

@@ -53,7 +53,9 @@ def by_hand(
         correction = torch.tensor([effect]) - first.values
         return ll.results.Reliability(first, correction, None, of, 0.5, torch.tensor([0.01]), {})
 
-    shift = ll.results.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta)
+    shift = ll.results.LogitShift(
+        torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta=meta
+    )
     module = dataclasses.replace(shift, values=torch.ones(1, 1, 3), sites=sites[1:2])
     curves = torch.tensor([[[0.0, 0.4, 0.9, 1.0]], [[0.0, 0.2, 0.5, 1.0]]], dtype=torch.float64)
     is_noise = abs(margins[-1] + 4) <= 3 * noise

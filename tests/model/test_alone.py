@@ -22,7 +22,7 @@ from interrupts import held
 from shapes import CHECKED
 
 import lens_lora as ll
-from lens_lora.engine import read
+from lens_lora.engine import function
 from lens_lora.model import hooks as alone_module
 from lens_lora.model import hooks as unembedded
 
@@ -242,7 +242,7 @@ def is_alone(fn: Any) -> bool:
 @pytest.mark.parametrize("name", ["inference_mode", "autocast"])
 def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
     monkeypatch.setattr(alone_module, "_prepare", lambda lens, span: None)
-    for module in (read, unembedded):
+    for module in (function, unembedded):
         monkeypatch.setattr(module, "unrounded", lambda residual: residual)
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())

@@ -30,7 +30,7 @@ from lens_lora.errors import (
     SiteError,
     UnsupportedAdapterError,
 )
-from lens_lora.model import experts
+from lens_lora.model import kernels as experts
 
 pytestmark = models.NEEDS_NEWEST
 MARGIN = architectures.MARGIN

@@ -15,7 +15,7 @@ from torch import nn
 
 import lens_lora as ll
 from lens_lora.model.build import hooked_model
-from lens_lora.model.quantised import dequantised, quantised_linears
+from lens_lora.model.kernels import dequantised, quantised_linears
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = models.NEEDS_BRIDGE

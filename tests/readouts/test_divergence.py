@@ -14,8 +14,7 @@ from scipy.special import rel_entr
 from scipy.stats import spearmanr
 
 import lens_lora as ll
-from lens_lora.engine import asked as asking
-from lens_lora.engine import read as reads
+from lens_lora.engine import function as reads
 from lens_lora.readouts import reading as readings
 from lens_lora.readouts.reading import Divergence
 from lens_lora.readouts.readout import bound
@@ -313,7 +312,7 @@ def test_a_token_that_was_impossible(way: str):
 def test_the_base_is_run_once(case: cases.Case, monkeypatch):
     """Its distribution is held, and D(0) is zero without a pass; four draws make the floor."""
     run, rows = ll.LoraLens.run, []
-    evaluate, gates = asking.gated_readout, []
+    evaluate, gates = reads.gated_readout, []
 
     def counted(lens: ll.LoraLens, some: ll.Prompts):
         rows.append(len(some.tokens))
@@ -324,7 +323,7 @@ def test_the_base_is_run_once(case: cases.Case, monkeypatch):
         return evaluate(lens, reading, points, **options)
 
     monkeypatch.setattr(ll.LoraLens, "run", counted)
-    monkeypatch.setattr(asking, "gated_readout", noted)
+    monkeypatch.setattr(reads, "gated_readout", noted)
     ll.patch_sites(
         case.lens, prompts(), ll.KL(), how="leave_one_out", group="layer", progress=False
     )

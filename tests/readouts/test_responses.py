@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine import read
+from lens_lora.engine import function
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import LogProbs, Reading
 
@@ -175,7 +175,7 @@ def test_a_few_tokens_at_a_time(lens: ll.LoraLens, name: str, monkeypatch):
         return [first.values, first.shift, half_row_sums(lens, READOUTS[name])]
 
     whole = both()
-    monkeypatch.setattr(read, "PICKS", 2)
+    monkeypatch.setattr(function, "PICKS", 2)
     for one, other in zip(whole, both(), strict=True):
         assert (one - other).abs().max() < 1e-12
 

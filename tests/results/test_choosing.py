@@ -77,7 +77,7 @@ def without_a_mean():
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,
         flip_scale=margin.flip_scale.expand(2),
     )  # fmt: skip
-    shift = ll.results.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), {})
+    shift = ll.results.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), meta={})
     flags = by_hand().reliability["add_one"]
     flags = dataclasses.replace(
         flags, attribution=by_position, correction=flags.correction.expand(2, -1),

@@ -1,8 +1,8 @@
-"""Where a site reads and writes when its weight is a parameter: stacks of experts, and routers.
+"""Modules that compute otherwise for the span of a lens's hooks: experts, routers, quantised ones.
 
-A layer of experts holds one tensor for all of them, W [expert, out, in], and the router sends each
-token to k of them. What expert e computes for a token in its slot j is W_e x, so an update is a
-site like any other, with
+**Experts.** A layer of experts holds one tensor for all of them, W [expert, out, in], and the
+router sends each token to k of them. What expert e computes for a token in its slot j is W_e x, so
+an update is a site like any other, with
 
     z = (x, e)  [row, pos, slot, in + 2],     δ(z) = s·B_e A_e x  [row, pos, slot · out].
 
@@ -14,16 +14,29 @@ without. That is exact in every dtype, with derivatives in both modes, whatever
 
 A router is one linear map, W [expert, in], within a module of its own. It is computed by the
 module's own code, in which what `F.linear` makes of W is the place to write.
+
+**Quantised linears** of bitsandbytes, in 4 and 8 bit. A LoRA's δ = s·B·A·z needs no W, so only the
+base's own products need care. With Ŵ the dequantised weight:
+
+    4 bit    y = x Ŵᵀ + b, in every run. bitsandbytes computes the same, but for a kernel on CPUs
+             with AVX512-BF16, which rounds to bfloat16, repacks the weight and has no derivative.
+    8 bit    y is the kernel's, which rounds x to 8 bit as well and so has steps for slopes.
+             Derivatives are straight through: those of x Ŵᵀ + b. What adds up exactly elsewhere
+             (first order of a linear model, the path integral) does so up to that rounding.
+
+bitsandbytes' own products have first derivatives in reverse mode only.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -221,3 +234,80 @@ def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
     stacks = ((name, module) for name, module in model.named_modules() if is_experts(module))
     numbered = ((re.search(r"\.(\d+)\.", name), module) for name, module in stacks)
     return {int(match[1]): module for match, module in numbered if match}
+
+
+_NAMES = {"Linear4bit": "4 bit", "Linear8bitLt": "8 bit"}
+
+
+def quantised_name(module: nn.Module) -> str | None:
+    """'4 bit' or '8 bit' for a linear module of bitsandbytes, None for any other."""
+    for cls in type(module).__mro__:
+        if cls.__name__ in _NAMES and cls.__module__.startswith("bitsandbytes."):
+            return _NAMES[cls.__name__]
+    return None
+
+
+def quantised_linears(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Every linear module of bitsandbytes."""
+    return tuple(module for module in model.modules() if quantised_name(module) is not None)
+
+
+def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+    """Ŵ, made anew at each call."""
+    of = _of_4bit if quantised_name(module) == "4 bit" else _of_8bit
+    return of(module, dtype)
+
+
+@compat.temporary
+def differentiable_products(span: compat.Temporary, modules: tuple[nn.Module, ...]) -> None:
+    """Within the block these modules have derivatives of every order, and values as above."""
+    for module in modules:
+        name = compat.computing_attribute(module)
+        native = getattr(module, name)
+        if isinstance(native, functools.partial) and native.func in (_product, _straight_through):
+            continue
+        product = functools.partial(_product, module)
+        if quantised_name(module) == "8 bit":
+            product = functools.partial(_straight_through, module, native)
+        compat.replace_forward(span, module, product, name)
+
+
+def _product(module: Any, x: Tensor) -> Tensor:
+    """x Ŵᵀ + b in the module's compute dtype, as bitsandbytes chooses it."""
+    dtype = module.compute_dtype if module.compute_type_is_set else None
+    if dtype is None and x.dtype in (torch.float32, torch.bfloat16):
+        dtype = x.dtype
+    dtype = dtype or x.dtype
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return linear(x.to(dtype), _of_4bit(module, dtype), bias).to(x.dtype)
+
+
+def _straight_through(module: Any, native: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The kernel's value; where a derivative is asked for, with that of x Ŵᵀ + b."""
+    primal, tangent = fwad.unpack_dual(x)
+    value = native(primal.detach())
+    if tangent is None and not (torch.is_grad_enabled() and x.requires_grad):
+        return value
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    smooth = linear(x, _of_8bit(module, x.dtype), bias)
+    return value + (smooth - fwad.unpack_dual(smooth).primal.detach())
+
+
+def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
+    from bitsandbytes import functional
+
+    held = getattr(module.weight, "quant_state", None) or module.quant_state
+    packed, state = module.weight.data, copy.copy(held)
+    if getattr(state, "packing_format_for_cpu", False):
+        # The scales of blocks stay as they were packed: transposed, in bfloat16, and not nested.
+        state.original_nested = False
+        packed, state = compat.unpacked_4bit(packed, state)
+        state.absmax = held.absmax.T.reshape(-1).float()
+    target = dtype or state.dtype
+    state.dtype = torch.float32 if target == torch.float64 else target
+    return functional.dequantize_4bit(packed, state).to(target)
+
+
+def _of_8bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
+    state = module.weight if module.state.CB is None else module.state
+    return state.CB.to(dtype or torch.float32) * (state.SCB.unsqueeze(1) / 127.0)
