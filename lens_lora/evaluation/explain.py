@@ -523,7 +523,7 @@ def _response_in_full(
     added = indicator(groups, len(lens.sites))
     ends = torch.zeros_like(added[:1]), torch.ones_like(added[:1])
     points = torch.cat([*ends, added, 1 - added]).to(lens.device, lens.gate_dtype)
-    how: Any = {"what": "each layer added and left out", "read": read.read_tokens}
+    how: Any = {"what": "each layer added and left out", "read": function.read_tokens}
     (values,) = function.gated_readout(lens, asked.reading, points, progress=progress, **how)
     base, adapted, alone, without = values.split([1, 1, len(groups), len(groups)])
     bar.update()
