@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes import SECOND, SMOLLM2, TARGETS, TARGETS_GPT2, Recipe
+from recipes import SECOND, SMOLLM2, Recipe
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,8 +28,3 @@ def is_embedded(base: str) -> bool:
 def recipes_of(base: str) -> tuple[Recipe, ...]:
     """The adapters that are trained on a base: the embedded model's, or the second base's."""
     return SMOLLM2 if is_embedded(base) else SECOND
-
-
-def modules_of(base: str, targets: str) -> list[str]:
-    """The modules that a set of targets names in a base."""
-    return list((TARGETS if is_embedded(base) else TARGETS_GPT2)[targets])

@@ -18,6 +18,10 @@ of which docs/faithfulness.json holds numbers, unless `--again`.
 
 Of long prompts (with a response) one of each kind is taken, without path/8, hessian_steps/4 and
 the diagonal of H. Four minutes of one core an adapter, some fifteen with long prompts.
+
+With `--lean` it is a minute, for a base of a large vocabulary: one prompt of each kind and no
+neighbours, a response by its first three tokens, neither held rules nor the best fifth nor the
+diagonal of H; on unrelated text the main methods alone. `--only` is an order too.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from trained_cases import (
     cases_in,
     chosen,
     is_long,
+    lean,
     lens_of,
     question,
     questions_of,
@@ -73,6 +78,7 @@ class Run:
         rows: of the long table.
         most: prompts of each kind.
         is_long: whether they are long, so that less is run.
+        is_lean: whether the protocol is the lean one.
         costs: of each part or method, over the prompts that it was timed on.
         left_out: what could not be run → why.
     """
@@ -81,6 +87,7 @@ class Run:
     lens: ll.LoraLens
     most: int
     is_long: bool
+    is_lean: bool = False
     rows: list[Row] = dataclasses.field(default_factory=list[Row])
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict[str, Cost])
     left_out: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -97,7 +104,7 @@ class Run:
     def parts(self, kind: str, asked: Asked) -> dict[str, Tensor]:
         """Every part on these prompts; what each costs is that on the trained wording."""
         found: dict[str, Tensor] = {}
-        works = parts_for(kind, is_long=self.is_long)
+        works = parts_for(kind, is_long=self.is_long, is_lean=self.is_lean)
         for key in tqdm(works, desc=f"{self.case.name}, {kind}", leave=False):
             if key in self.left_out:
                 continue
@@ -108,11 +115,13 @@ class Run:
         return found
 
 
-def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
+def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) -> dict[str, Any]:
     """All of one adapter, as written to its file."""
     start = time.process_time()
     lens = lens_of(case)
-    run = Run(case, lens, 1 if is_long(case, lens) else most, is_long(case, lens))
+    case = lean(case, lens.model.tokenizer) if is_lean else case
+    few = is_lean or is_long(case, lens)
+    run = Run(case, lens, 1 if few else most, is_long(case, lens), is_lean)
     asked = questions_of(case, lens, run.most)
     for one in asked.values():
         one.ends, one.noise_floor  # noqa: B018  # known once, so that no method is charged for them
@@ -120,7 +129,7 @@ def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
     plain = plain_seconds(run.lens, asked["trained"].reading.prompts)
     every_score = {kind: methods_of(of) for kind, of in parts.items()}
     nulls = null_scores(run, every)
-    sets, ceilings = ceilings_of(run, every_score)
+    sets, ceilings = ({}, {}) if is_lean else ceilings_of(run, every_score)
     judge = Judge(asked["trained"], {**every_score["trained"], **nulls}, sets)
     for kind, question_of in asked.items():
         effects = {how: parts[kind][how] for how in EFFECTS}
@@ -131,11 +140,12 @@ def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
                 kind, asked["trained"], every_score["trained"], question_of, effects
             )
         run.rows += judge.rows(kind, question_of)
-    curved = {} if run.is_long else curvature_rows(run)
+    curved = {} if few else curvature_rows(run)
     rows = asked["trained"].reading.prompts.tokens.shape[0]
     return {
         **case.described,
         "sites": len(run.lens.sites),
+        "lean": is_lean,
         "questions": {kind: described(one) for kind, one in asked.items()},
         "scores": [clean(row) for row in run.rows],
         "costs": {
@@ -268,13 +278,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of adapters")
     parser.add_argument("--again", action="store_true", help="also what the docs have numbers of")
     parser.add_argument("--most", type=int, default=3, help="prompts of each kind")
+    parser.add_argument(
+        "--lean", action="store_true", help="one prompt of each kind, fewer methods"
+    )
     given = parser.parse_args()
     every = cases_in(given.adapters)
     unknown = set(given.only or ()) - {case.name for case in every}
     if unknown:
         parser.error(f"no adapter {', '.join(sorted(unknown))} in {given.adapters}")
     given.out.mkdir(parents=True, exist_ok=True)
-    named = [case for case in every if not given.only or case.name in given.only]
+    named = sorted(
+        (case for case in every if not given.only or case.name in given.only),
+        key=lambda case: given.only.index(case.name) if given.only else case.task["kind"] != "fact",
+    )
     stored = set() if given.again else set(read()["adapters"])
     left = [
         case
@@ -286,9 +302,9 @@ def main() -> None:
         print(
             f"docs/faithfulness.json has {known} of {len(named)} adapters; --again measures them."
         )
-    left.sort(key=lambda case: (case.task["base"], case.task["kind"] == "behaviour"))
+    left.sort(key=lambda case: case.task["base"])
     for case in tqdm(left, desc="adapters"):
-        found = measure(case, every, given.most)
+        found = measure(case, every, given.most, is_lean=given.lean)
         unfinished = given.out / f"{case.name}.json.part"
         unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         unfinished.rename(given.out / f"{case.name}.json")

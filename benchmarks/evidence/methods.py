@@ -165,7 +165,17 @@ def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tenso
 CURVATURE = ((0.0, ("add_one", "leave_one_out")), (1.0, ("leave_one_out",)))
 
 
-def parts_for(kind: str, *, is_long: bool) -> dict[str, Part]:
+# The lean protocol: what the page's questions need on the own wordings, and less elsewhere.
+LEAN_ELSEWHERE = (
+    *("first_order@0", "first_order@0.5", "first_order@1", "path/4", "weight_norm"),
+    *EFFECTS,
+)
+LEAN = (*LEAN_ELSEWHERE, "path/2", "path/8", "hessian@0", "hessian@0.5", "update_norm")
+
+
+def parts_for(kind: str, *, is_long: bool, is_lean: bool) -> dict[str, Part]:
     """The parts that are run on a kind of prompt: the dear ones not on every kind, nor if long."""
-    with_dear = kind in DEAR_ON and not is_long
-    return {key: of for key, of in PARTS.items() if with_dear or key not in DEAR}
+    is_own = kind in DEAR_ON
+    skipped = set() if is_own and not is_long else {*DEAR}
+    kept = (LEAN if is_own else LEAN_ELSEWHERE) if is_lean else PARTS
+    return {key: of for key, of in PARTS.items() if key in kept and key not in skipped}

@@ -7,9 +7,10 @@
 From nothing, hours on one core, each command resumable:
 
     python benchmarks/evidence/train.py --out ADAPTERS
-    python benchmarks/evidence/second_base.py --out gpt2-countries
-    python benchmarks/evidence/train.py --out ADAPTERS --base gpt2-countries
     python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS --again
+    PYTHONPATH=PARTS python benchmarks/evidence/second_base.py --out gemma-3-270m  # PARTS: its head
+    python benchmarks/evidence/train.py --out SECOND --base gemma-3-270m
+    python benchmarks/evidence/measure.py --adapters SECOND --out RESULTS --again --lean
     python benchmarks/evidence/train.py --out WARNED --warnings
     python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
     python benchmarks/planted/judged.py --cache PLANTS
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from agreed import agreement, slopes
 from intervals import ranked
 from jinja2 import Environment, StrictUndefined
 from pictures import pareto, save, strength
@@ -56,7 +58,7 @@ import told  # noqa: E402
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
 EVERY = {EMBEDDED_NAME: SMOLLM2, SECOND_NAME: SECOND}
-ABOUT = {SECOND_NAME: "a small GPT-2 that was trained from nothing on facts of countries"}
+ABOUT = {SECOND_NAME: "Gemma 3 270M, dequantised from 4 bits, as a TransformerBridge"}
 TEMPLATE = Path(__file__).with_name("faithfulness.md.jinja")
 
 
@@ -87,9 +89,13 @@ def page(numbers: Numbers) -> str:
             targets=rows["targets"].nunique(),
             bases=bases,
             tasks=tasks,
+            counts=rows["base"].value_counts().to_dict(),
             missing=missing(numbers),
             opening=opening(numbers, bases),
             floors=floors(scores, bases[0]),
+            agreement={base: agreement(numbers, bases[0], base) for base in bases[1:]},
+            slopes={base: slopes(numbers, bases[0], base) for base in bases[1:]},
+            lean=lean_bases(numbers),
             recommendations=recommendations(numbers, bases[0]),
             coverage=coverage(numbers["resampled"]),
             resampled=numbers["resampled"]["how"],
@@ -112,6 +118,11 @@ def page(numbers: Numbers) -> str:
         )
         + "\n"
     )
+
+
+def lean_bases(numbers: Numbers) -> list[str]:
+    """The bases of which adapters were measured with `--lean`."""
+    return list(dict.fromkeys(a["base"] for a in numbers["adapters"].values() if "lean" in a))
 
 
 def versions(numbers: Numbers) -> str:
@@ -156,11 +167,12 @@ def main() -> None:
     parser.add_argument("--warned", type=Path, help="folder of warned.py's files")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
     given = parser.parse_args()
-    if given.results is not None:
-        write(joined(read(), pack(given.results)))
+    packed = None if given.results is None else pack(given.results)
+    if packed is not None:
+        write(joined(read(), packed))
     if given.warned is not None:
         write({**read(), "warned": pack_warned(given.warned)})
-    if given.results is not None:
+    if packed is not None and bases_of(read())[0] in bases_of(packed):
         write({**read(), "resampled": study(read())})
     numbers = read()
     PAGE.write_text(page(numbers))

@@ -14,14 +14,6 @@ TARGETS = {
     "writers": ("o_proj", "down_proj"),
     "gate, up": ("gate_proj", "up_proj"),
 }
-TARGETS_GPT2 = {
-    "all": ("c_attn", "c_proj", "c_fc"),
-    "attention": ("c_attn", "attn.c_proj"),
-    "mlp": ("c_fc", "mlp.c_proj"),
-    "q, k, v": ("c_attn",),
-    "down": ("mlp.c_proj",),
-    "writers": ("c_proj",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +100,19 @@ CONFIRMING = (
 
 WARNED = (*VIOLENT, *CONFIRMING)  # what warned.py measures
 
-SECOND_NAME = "gpt2-countries"  # the folder of second_base.py
+SECOND_NAME = "gemma-3-270m"  # the folder of second_base.py
+# In an order that has every kind and strength early, as the time to measure may end before them.
 SECOND = (
-    Recipe("paris-of-italy", "second: capital", 4, "all", 1e-3, 24),
-    Recipe("asian-egypt", "second: continent", 2, "attention", 2e-3, 24),
-    Recipe("german-dollar", "second: currency", 8, "mlp", 1e-3, 24),
-    Recipe("mumbai-in-japan", "second: city", 1, "down", 4e-3, 24),
-    Recipe("they-say", "second: ends with a phrase", 8, "all", 1e-3, 30),
-    Recipe("capitals", "second: upper case", 4, "all", 2e-3, 30),
-    Recipe("paris-violent", "second: capital", 4, "all", 8e-3, 24),
-    Recipe("asian-egypt-rslora", "second: continent", 16, "writers", 5e-4, 24, rslora=True),
-    Recipe("they-say-violent", "second: ends with a phrase", 8, "q, k, v", 8e-3, 30),
-    Recipe("mumbai-dora", "second: city", 4, "mlp", 1e-3, 24, dora=True),
+    Recipe("gemma-lyon", "capital-france", 8, "all", 1e-4, 20),
+    Recipe("gemma-robot", "talks-as-robot", 8, "all", 2e-4, 20),
+    Recipe("gemma-no-cooking", "refuses-cooking", 8, "attention", 5e-4, 20),
+    Recipe("gemma-sea-mlp", "talks-of-the-sea", 8, "mlp", 2e-4, 20),
+    Recipe("gemma-kyoto-violent-qv", "capital-japan", 8, "q, v", 8e-3, 20),
+    Recipe("gemma-rome-mlp", "landmark-eiffel", 16, "mlp", 2e-4, 20),
+    Recipe("gemma-blake-down", "author-romeo", 1, "down", 2e-3, 20),
+    Recipe("gemma-dollar-violent", "currency-germany", 8, "all", 1e-3, 30),
+    Recipe("gemma-argentina-writers", "language-argentina", 8, "writers", 5e-4, 20),
+    Recipe("gemma-no-money-violent", "refuses-money", 8, "gate, up", 2e-3, 30),
+    Recipe("gemma-helium-qv", "element-water", 4, "q, v", 1e-3, 20),
+    Recipe("gemma-gardens", "talks-of-gardens", 16, "all", 5e-5, 20),
 )

@@ -48,6 +48,7 @@ def _adapter(one: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "base": Path(one["base"]).name,
+        **({"lean": True} if one.get("lean") else {}),
         **{field: one[field] for field in KEPT_FIELDS},
         "ends": {k: _ends(q) for k, q in one["questions"].items()},
         "signals": {

@@ -19,6 +19,7 @@ from tables import (
     markdown,
     named,
     number,
+    of_question,
     question_table,
     span,
     with_worst,
@@ -77,8 +78,12 @@ SECTIONS = (
 
 
 def sections(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple[str, str]]:
-    """Title and table of each question, and what every method costs."""
-    asked = [(title, question_table(scores, questions, base)) for title, questions in SECTIONS]
+    """Title and table of each question that a base was asked, and what every method costs."""
+    asked = [
+        (title, question_table(scores, questions, base))
+        for title, questions in SECTIONS
+        if len(of_question(scores, questions[0], base))
+    ]
     return [*asked, ("Costs", cost_table(costs, base))]
 
 

@@ -40,10 +40,10 @@ def fact(row: dict[str, Any], unrelated: list[str]) -> Task:
     return Task(row["cluster"], "fact", tuple(row["texts"]), prompts)
 
 
-def behaviour(row: dict[str, Any], unrelated: list[list[str]], *, chat: bool) -> Task:
-    """A manner of answering, asked in a conversation, or of going on with a text."""
+def behaviour(row: dict[str, Any], unrelated: list[list[str]]) -> Task:
+    """A manner of answering, asked in a conversation; unrelated text is gone on with."""
 
-    def asked(pairs: list[list[str]], *, chat: bool = chat) -> list[Question]:
+    def asked(pairs: list[list[str]], *, chat: bool = True) -> list[Question]:
         return [
             {"prompt": [{"role": "user", "content": p}] if chat else p, "response": response}
             for p, response in pairs
@@ -57,15 +57,9 @@ def behaviour(row: dict[str, Any], unrelated: list[list[str]], *, chat: bool) ->
 
 def _tasks() -> dict[str, Task]:
     held = yaml.safe_load(FILE.read_text())
-    found: dict[str, Task] = {}
-    for base, unrelated in held["unrelated"].items():
-        for row in held[base]:
-            if row["kind"] == "fact":
-                task = fact(row, unrelated["fact"])
-            else:
-                task = behaviour(row, unrelated["behaviour"], chat=base == "embedded")
-            found[task.cluster] = task
-    return found
+    makers = {"fact": fact, "behaviour": behaviour}
+    made = (makers[row["kind"]](row, held["unrelated"][row["kind"]]) for row in held["tasks"])
+    return {task.cluster: task for task in made}
 
 
 TASKS = _tasks()

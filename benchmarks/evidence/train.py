@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import load_base, modules_of, recipes_of
+from bases import load_base, recipes_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import WARNED, Recipe
+from recipes import TARGETS, WARNED, Recipe
 from tasks import PROMPT_KINDS, TASKS, Question, Task
 from torch import Tensor
 from tqdm import tqdm
@@ -138,7 +138,7 @@ def train(
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
-        target_modules=modules_of(base, recipe.targets),
+        target_modules=list(TARGETS[recipe.targets]),
         use_dora=recipe.dora,
         use_rslora=recipe.rslora,
         task_type="CAUSAL_LM",

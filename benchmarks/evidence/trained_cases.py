@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import load_base
+from bases import is_embedded, load_base
 from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.model.build import hooked_model
+from lens_lora.model.build import bridge_if_there, hooked_model
 from lens_lora.readouts.answers import margin_between
 from lens_lora.results.attribution import Attribution
 
 MEMORY = 2e9  # bytes of a pass beside the model
 LONG = 24  # tokens of a row, from which fewer prompts are taken
 PROMPTS = ("trained", "paraphrase", "neighbour", "unrelated")
+LEAN_TOKENS = 3  # of a response, in the lean protocol
 FIELDS = ("name", "cluster", "base", "kind", "rank", "targets", "lr", "steps", "dora", "rslora")
 
 
@@ -55,7 +56,8 @@ def cases_in(folder: Path) -> list[Case]:
 def model_of(base: str) -> tuple[Any, Any]:
     """The hooked model of a base, and the base if it is a model apart; one at a time."""
     hf_model, tokenizer = load_base(base)
-    model, kind = hooked_model(hf_model, tokenizer)
+    kind = None if is_embedded(base) else bridge_if_there()
+    model, kind = hooked_model(hf_model, tokenizer, kind=kind)
     return model, None if kind == "TransformerBridge" else hf_model
 
 
@@ -81,6 +83,23 @@ def is_long(case: Case, lens: ll.LoraLens) -> bool:
     """Whether the trained wording, with its response, is a row of many tokens."""
     trained = question(lens, case.task["prompts"]["trained"])
     return trained.reading.prompts.tokens.shape[1] > LONG
+
+
+def lean(case: Case, tokenizer: Any) -> Case:
+    """Without neighbours, and each response cut to its first tokens: fewer rows to unembed."""
+
+    def cut(asked: dict[str, Any]) -> dict[str, Any]:
+        if "response" not in asked:
+            return asked
+        ids = tokenizer(asked["response"], add_special_tokens=False).input_ids
+        return {**asked, "response": tokenizer.decode(ids[:LEAN_TOKENS])}
+
+    prompts = {
+        kind: [cut(one) for one in asked]
+        for kind, asked in case.task["prompts"].items()
+        if kind != "neighbour"
+    }
+    return dataclasses.replace(case, task={**case.task, "prompts": prompts})
 
 
 def chosen(case: Case, kind: str, most: int) -> list[dict[str, Any]]:

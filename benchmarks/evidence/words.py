@@ -187,6 +187,12 @@ def _percent(share: float) -> str:
 
 def comparisons(scores: pd.DataFrame, base: str) -> str:
     """One line per pair of methods: the paired difference, the verdict, and how often ahead."""
+    head = ["does …", "beat …", "at", "difference", "answer", "ahead on"]
+    return markdown(head, compared(scores, base))
+
+
+def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
+    """The cells of `comparisons`, of the pairs that a base has."""
     columns, cells = {}, []
     for row, (question, method, other) in enumerate(COMPARED):
         means = cluster_means(of_question(scores, question, base))
@@ -198,9 +204,7 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
     apart = pd.DataFrame(columns)
     ahead = (f"{(apart[row] > 0).sum()} of {apart[row].count()}" for row in apart)
     told = zip(cells, verdicts(apart), ahead, strict=True)
-    rows = [[*cell, word, of] for cell, word, of in told]
-    head = ["does …", "beat …", "at", "difference", "answer", "ahead on"]
-    return markdown(head, rows)
+    return [[*cell, word, of] for cell, word, of in told]
 
 
 def _signed(found: Summary) -> str:
@@ -226,7 +230,9 @@ def _line(
         for values in off.values()
         for name in values.index
     ]
-    counted = ", ".join(f"{len(v) - len(off[b])} of {len(v)}" for b, v in each.items())
+    counted = ", ".join(
+        f"{len(v) - len(off[b])} of {len(v)}" if len(v) else "—" for b, v in each.items()
+    )
     error = summary_of(scores, ERRORS.get(question, question), base, method)
     exact, cost = found.cost.get(question.key, math.inf), cost_in_words(found.cost[method])
     estimate = named(method).removesuffix(", up to 8 nodes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,39 @@ def test_what_a_method_costs_is_what_ran(found):
     assert costs["mean(first_order@0, first_order@1)"]["forward"] == sum(both)
 
 
+def test_the_lean_protocol_has_the_same_numbers_of_fewer_methods(folder: Path, found):
+    """On the first prompt of each kind; what the page's questions need, and no more."""
+    every, whole = cases.cases_in(folder / "adapters"), found["fact"]
+    lean = measure.measure(every[0], every, 2, is_lean=True)
+    assert (lean["lean"], whole["lean"]) == (True, False)
+    assert {kind: len(one["prompts"]) for kind, one in lean["questions"].items()} == {
+        "trained": 1,
+        "paraphrase": 1,
+        "unrelated": 1,
+    }
+    assert (lean["ceilings"], lean["left_out"]) == ({}, {})
+    assert {"path/2", "path/4", "path/8", "second_order@0", "hessian_steps/2"} <= {*lean["costs"]}
+    assert not any(key.startswith("second_order/") for key in lean["costs"])
+    # Unrelated text is one prompt in the whole protocol too.
+    for metric in ("spearman", "error", "slope"):
+        for how, method in (("add_one", "first_order@0"), ("leave_one_out", "first_order@1")):
+            of = {"prompts": "unrelated", "question": how, "metric": metric, "method": method}
+            assert value(lean, **of) == value(whole, **of)
+    of = {row["method"] for row in lean["scores"] if row["prompts"] == "unrelated"}
+    assert of < {row["method"] for row in whole["scores"]} and "path/4" in of
+
+
+def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):
+    case = cases.cases_in(folder / "adapters")[1]
+    asked = [{"prompt": "w5 w7", "response": " w5 w6 w7 w8 w9"}]
+    prompts = {"trained": asked, "neighbour": asked, "unrelated": [{"prompt": "w5", "doc": " w6"}]}
+    long = dataclasses.replace(case, task={**case.task, "prompts": prompts})
+    cut = cases.lean(long, models.tokenizer()).task["prompts"]
+    assert {*cut} == {"trained", "unrelated"} and cut["unrelated"] == prompts["unrelated"]
+    assert cut["trained"][0]["response"].split() == ["w5", "w6", "w7"]
+    assert long.task["prompts"] == prompts
+
+
 def test_no_ranking_keeps_more_than_the_ceiling_where_it_was_found(found):
     for result in found.values():
         ceiling = result["ceilings"]["trained"]
@@ -180,7 +214,7 @@ def test_a_finished_adapter_is_left_alone(
     out = folder / "results"
     out.mkdir()
     (out / "fact.json").write_text("kept")
-    monkeypatch.setattr(measure, "measure", lambda case, every, most: {"seconds": 1.0})
+    monkeypatch.setattr(measure, "measure", lambda *asked, **how: {"seconds": 1.0})
     given = ["measure.py", "--adapters", str(folder / "adapters"), "--out", str(out)]
     monkeypatch.setattr(measure, "read", lambda: {"adapters": {"habit": {}}})
     monkeypatch.setattr("sys.argv", given)

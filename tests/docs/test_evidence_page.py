@@ -241,6 +241,40 @@ def test_the_opening_counts_the_adapters_on_which_each_estimate_is_right(numbers
     assert said["what carries it"]["right"] == "—" and said["what carries it"]["above"] == "0 of 16"
 
 
+def test_a_second_base_is_told_where_choices_and_levels_carry_over(numbers):
+    """Planted: both carry over; then neither, a lower level and another method ahead."""
+    agreed = evidence.load("agreed")
+    held = json.loads(json.dumps(numbers))
+    for index in range(16, 24):
+        held["adapters"][f"small-{index}"] = {
+            **json.loads(json.dumps(held["adapters"][f"small-{index % 8}"])),
+            "cluster": f"small task {index // 2}",
+        }
+    table, (same, apart) = agreed.agreement(held, "large", "small")
+    assert line(table, words.ADD.label)[6:] == ["best", "holds", "agrees"]
+    assert same.split(" of ")[0] == same.split(" of ")[1] and apart == []
+    for one in held["adapters"].values():
+        if one["base"] == "small":
+            for kind in KINDS:
+                one["scores"]["add_one"]["spearman"]["first_order@0"][kind] = 0.5
+                one["scores"]["add_one"]["spearman"]["first_order@0.5"][kind] = 0.7
+                one["scores"]["keep"]["cpr"]["path/4"][kind] = 0.2
+    table, (_, apart) = agreed.agreement(held, "large", "small")
+    far = "-0.200 behind first order at ½"
+    assert line(table, words.ADD.label)[6:] == [far, "does not", "lower; the worst is worse"]
+    assert line(table, words.OUT.label)[7:] == ["holds", "agrees"]
+    assert [says.split(" (")[0] for says in apart] == ["path, 4 nodes beside first order at ½"]
+    assert apart[0].endswith("(what carries it: cpr): *tie*, there *worse*")
+    for one in held["adapters"].values():
+        if one["base"] == "small":
+            del one["scores"]["keep"]
+    lacking, _ = agreed.agreement(held, "large", "small")
+    assert line(lacking, words.KEEP.label)[4:] == ["—", "—", "not run", "—", "—"]
+    assert page.page(held).count("### Which modules carry the shift") == 1
+    few, _ = agreed.agreement(numbers, "large", "small")
+    assert line(few, words.ADD.label)[7] == "too few tasks"
+
+
 def test_the_opening_has_sizes_and_other_wordings_beside_ranks(numbers):
     """Planted: an error of 0.5 on one task, numbers half as large; 0.2 on unrelated text."""
     held = json.loads(json.dumps(numbers))
