@@ -77,7 +77,7 @@ class _Places:
 def _place(frame: FrameType | None) -> Place:
     """The line, and the package's lines that called it."""
     found = []
-    while frame is not None:
+    while frame is not None and frame.f_code is not _traced.__code__:
         if frame.f_code.co_filename.startswith(PACKAGE):
             found.append((frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_lineno))
         frame = frame.f_back
