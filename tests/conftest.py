@@ -1,9 +1,9 @@
 """Offline and quiet; float64 where asked; shapes checked; neighbouring tests on one worker.
 
 Where both classes of hooked model exist (transformer-lens 3.9), a test of either is run on one of
-them, drawn by its name. Of the folders that `.ci/run` names for it, 2.18 runs all tests of
-HookedTransformer, and 4.3, under the check of shapes, those of TransformerBridge that were not
-drawn before. Elsewhere a test has one class only; `--each-class` runs everything.
+them, drawn by its name. Of the folders that `.ci/run` names for them, the lines of one class (2.18
+and 4.3) run what was not drawn before, and what is the same test on any class. `--each-class` runs
+everything.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
     left_out: set[pytest.Item] = set()
     for item, (name, cls) in named.items():
         is_drawn = cls == _CLASSES[zlib.crc32(name.encode()) % len(_CLASSES)]
-        is_elsewhere = is_drawn if shapes.CHECKED else counts[name] > 1 and not is_drawn
+        is_elsewhere = is_drawn if len(models.MAKERS) == 1 else counts[name] > 1 and not is_drawn
         if cls and is_elsewhere and name not in skips:
             left_out.add(item)
     return left_out
@@ -94,6 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         key=lambda item: (
             item.get_closest_marker("real") is None,
             item.path.suffix == ".py",
+            getattr(item, "turn", 0),
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -171,6 +172,49 @@ try:
 finally:
     interrupt()
 """
+# Started once for the moments at which everything has been imported: each command is a fork of it.
+FORKING = f"""
+import json, os, sys
+import peft, torch, transformers
+from lens_lora import cli, loading
+import lens_lora.commands.sweep, lens_lora.show, lens_lora.sweeps
+
+for line in sys.stdin:
+    arguments, said = json.loads(line)
+    child = os.fork()
+    if not child:
+        sys.argv[1:] = arguments
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.dup2(1, 0)
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+{INTERRUPTED}
+"""
+
+
+@pytest.fixture(scope="module")
+def forking():
+    """Runs a command in a fork: its exit code, and what it writes to stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+
+        def run(said: Path, *arguments: str) -> tuple[int, str]:
+            server.stdin.write(json.dumps([arguments, str(said)]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), said.read_text()
+
+        yield run
+        server.stdin.close()
+
+
 # An event of Python's, what its argument ends in, and the how-manieth of them is interrupted.
 MOMENTS = {
     "the command line is imported": ("import:typer:1", "sweep"),
@@ -183,13 +227,21 @@ MOMENTS = {
     "the page is written": ("open:page.html:2", "checkpoints"),
     "all is done": ("end::1", "inspect"),
 }
+LATE = ("the tokenizer is read", "a batch was written", "the page is written", "all is done")
+AFTER_IMPORTS = {MOMENTS[name][0] for name in LATE}
 
 
 @pytest.mark.parametrize("moment, command", MOMENTS.values(), ids=MOMENTS)
-def test_ctrl_c_is_one_line_and_130(files, tmp_path, moment, command):
-    done = process(moment, *arguments_of(command, files, tmp_path), code=INTERRUPTED)
-    said = done.stderr.decode().splitlines()
-    assert (done.returncode, len(said)) == (130, 1), done.stderr.decode()
+def test_ctrl_c_is_one_line_and_130(files, tmp_path, moment, command, request):
+    arguments = arguments_of(command, files, tmp_path)
+    if moment in AFTER_IMPORTS:
+        run = request.getfixturevalue("forking")
+        code, written = run(tmp_path / "stderr", moment, *arguments)
+    else:
+        done = process(moment, *arguments, code=INTERRUPTED)
+        code, written = done.returncode, done.stderr.decode()
+    said = written.splitlines()
+    assert (code, len(said)) == (130, 1), written
     assert said[0].startswith("Interrupted.")
     assert ("run the same command again" in said[0]) == (moment == "open:r.parts:1")
 

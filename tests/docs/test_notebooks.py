@@ -39,6 +39,8 @@ def kernel(pytestconfig):
 
 def test_notebooks_are_found():
     assert {path.stem for path in NOTEBOOKS} >= executed.ON_EVERY_LINE
+    pages = {path.stem for path in DEMOS.parent.joinpath("docs").glob("*.md")}
+    assert {path.stem for path in NOTEBOOKS} | pages >= {*executed.LONGEST}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

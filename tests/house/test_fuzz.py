@@ -25,14 +25,14 @@ pytestmark = pytest.mark.bad_input
 TESTS = Path(__file__).parents[1]
 
 CASES = {
-    "adapter folders": 300,
-    "result files": 120,
-    "records": 40,
-    "files of sweeps": 40,
-    "prompts": 150,
-    "tokens of readouts": 150,
-    "gates": 150,
-    "hooks of users": 80,
+    "adapter folders": 180,
+    "result files": 80,
+    "records": 25,
+    "files of sweeps": 25,
+    "prompts": 90,
+    "tokens of readouts": 90,
+    "gates": 90,
+    "hooks of users": 50,
 }
 
 

@@ -9,12 +9,13 @@ Load adapters before the block, as safetensors cannot be read under a mode.
 from __future__ import annotations
 
 import contextlib
-import traceback
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils import backend_registration as backends
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
@@ -71,15 +72,41 @@ class Placed(torch.Tensor):
         return f"Placed({self.held}, {self.device})"
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those in an operation's arguments or results, which nest lists, tuples and one dict."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors([*value.values()])
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The same with each tensor changed; torch's own pytrees take ten times as long."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(change, part) for part in value])
+    if isinstance(value, dict):
+        return {name: _mapped(change, part) for name, part in value.items()}
+    return value
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.held if isinstance(tensor, Placed) else tensor
+
+
 def _run(func, args, kwargs):
     op = func.overloadpacket
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = list(_tensors((args, kwargs)))
     away = [t.device for t in tensors if t.device.type == "toy"]
     home = away[0] if away else torch.device("cpu")
     met = {t.device for t in tensors if t.ndim or t.device.type == "toy"}
     if op in INDEXING:  # an index may lie on the CPU
         home = args[0].device
-        at = {t.device for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)}
+        at = {t.device for t in _tensors(args[1])}
         met = {home, *(at - {torch.device("cpu")}), *(t.device for t in args[2:3] if t.ndim)}
     if op is aten.copy_:
         met, home = set(), args[0].device
@@ -97,17 +124,20 @@ def _run(func, args, kwargs):
             crossings.append(f"{source} → {home}, {tuple(tensors[-1].shape)} at {_own_line()}")
     if op is aten._efficientzerotensor:
         func = aten.zeros.default
-    args_, kwargs_ = tree_map_only(Placed, lambda t: t.held, (args, kwargs))
-    out = func(*args_, **kwargs_)
+    out = func(*_mapped(_held, args), **_mapped(_held, kwargs))
     if home.type == "toy":
-        if any(t.dtype in lacking for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+        if any(t.dtype in lacking for t in _tensors(out)):
             mixed.append(f"{func}: no such dtype on {home} at {_own_line()}")
-        out = tree_map_only(torch.Tensor, lambda t: Placed(t, home), out)
+        out = _mapped(lambda t: Placed(t, home), out)
     return return_and_correct_aliasing(func, args, kwargs, out) if tensors else out
 
 
-def _own_line():
-    return [f for f in traceback.extract_stack() if "/lens_lora/" in f.filename][-1:]
+def _own_line() -> str:
+    """The innermost line of the package under way."""
+    frame = sys._getframe()
+    while frame is not None and "/lens_lora/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
 
 
 class _Mode(TorchDispatchMode):

@@ -20,6 +20,12 @@ from nbclient import NotebookClient
 
 FIGURE = "application/vnd.plotly.v1+json"
 ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
+# Begun first, the longest first, so that two workers end together.
+LONGEST = (
+    *("examples", "repairing_an_adapter", "recipes", "just_a_steering_vector", "two_adapters"),
+    *("rank_one_adapter", "chat_model", "what_was_it_taught", "what_first_order_misses"),
+    *("what_does_it_say", "what_is_a_direction_worth", "auditing", "full_fine_tune_as_adapter"),
+)
 FEWEST_FIGURES = {"first_look": 3}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
 SNIPPETS = re.compile(
@@ -115,6 +121,12 @@ class Execution(pytest.Item):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.add_marker("real")
+
+    @property
+    def turn(self) -> int:
+        """Its place in a run."""
+        name = self.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     def faults(self, folder: Path) -> list[str]:
         raise NotImplementedError

@@ -34,37 +34,57 @@ _KINDS = (
 )
 
 
-class _Lines:
-    """A trace function that numbers the package's lines; before one of them it interrupts."""
+Place = tuple[tuple[str, int], ...]
 
-    def __init__(self, stop: int = -1, keep: bool = False) -> None:
-        self._stop, self._keep, self._count = stop, keep, 0
-        self.places: list[tuple[tuple[str, int], ...]] = []
+
+class _Lines:
+    """A trace function that interrupts before the package's line of a number."""
+
+    def __init__(self, stop: int) -> None:
+        self._stop, self._count = stop, 0
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
-            if self._keep:
-                self.places.append(_place(frame))
             if self._count == self._stop:
                 raise KeyboardInterrupt
             self._count += 1
         return self._line
 
 
-def _place(frame: FrameType | None) -> tuple[tuple[str, int], ...]:
+class _Places:
+    """A trace function that lists the package's lines, and at which lines of it each is called."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        # What called a frame stays at its line until the frame is left.
+        name, callers = frame.f_code.co_filename[len(PACKAGE) + 1 :], _place(frame.f_back)
+
+        def line(frame: FrameType, event: str, arg: Any) -> Any:
+            if event == "line":
+                self.places.append(((name, frame.f_lineno), *callers))
+            return line
+
+        return line
+
+
+def _place(frame: FrameType | None) -> Place:
     """The line, and the package's lines that called it."""
     found = []
-    while frame is not None:
+    while frame is not None and frame.f_code is not _traced.__code__:
         if frame.f_code.co_filename.startswith(PACKAGE):
             found.append((frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_lineno))
         frame = frame.f_back
     return tuple(found)
 
 
-def _traced(call: Call, lines: _Lines) -> BaseException | None:
+def _traced(call: Call, lines: _Lines | _Places) -> BaseException | None:
     before = sys.gettrace()
     sys.settrace(lines)
     try:
@@ -79,7 +99,7 @@ def _traced(call: Call, lines: _Lines) -> BaseException | None:
 def points_of(call: Call) -> dict[int, str]:
     """Where a call can be interrupted, as numbers of lines, and which line that is."""
     call()
-    lines = _Lines(keep=True)
+    lines = _Places()
     _traced(call, lines)
     first: dict[Any, int] = {}
     for number, place in enumerate(lines.places):

@@ -213,14 +213,15 @@ def storm(kills: int, count: int, seed: int, top: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, nargs="+", default=[100], help="one, or one each")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    for count in asked.processes:
+    kills = asked.kills * (len(asked.processes) if len(asked.kills) == 1 else 1)
+    for wanted, count in zip(kills, asked.processes, strict=True):
         with tempfile.TemporaryDirectory(prefix="kills_") as top:
             try:
-                made = storm(asked.kills, count, asked.seed, Path(top))
+                made = storm(wanted, count, asked.seed, Path(top))
             except BaseException:
                 error = Path(top) / "error"
                 print(error.read_text() if error.exists() else "", file=sys.stderr)

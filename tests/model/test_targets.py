@@ -53,7 +53,10 @@ def test_what_the_host_library_cannot_build(family: str, cls: str, flags: str):
 
 @pytest.mark.parametrize(("family", "cls", "flags", "target"), EXACT_CELLS)
 def test_exact_and_differentiated_on_every_target(family: str, cls: str, flags: str, target: str):
-    """f(1) is PEFT's; forward equals reverse at ε = 1; parts sum to sites."""
+    """f(1) is PEFT's; forward equals reverse at ε = 1; parts sum to sites.
+
+    Derivatives are taken of the processed model, where there is one: its norms are folded.
+    """
     base, model = hooked(family, cls, flags)
     peft, tokens = peft_with(family, base, target), models.tokens()
     hf = base_for(base, flags, target)
@@ -64,6 +67,8 @@ def test_exact_and_differentiated_on_every_target(family: str, cls: str, flags: 
     assert (cases.centred(lens.logits(tokens, 0.0)) - plain).abs().max() < host
     assert (cases.centred(lens.logits(tokens)) - adapted).abs().max() < host
     assert (adapted - plain).abs().max() > 0.05
+    if flags == "raw" and (family, cls, "processed", target) in EXACT_CELLS:
+        return
 
     reverse = ll.first_order(lens, tokens, MARGIN, at=1.0)
     forward = ll.first_order(lens, tokens, MARGIN, at=1.0, mode="forward", progress=False)

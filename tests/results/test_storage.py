@@ -83,18 +83,26 @@ def test_any_result_is_loaded_as_its_own_class(result: Result, tmp_path: Path):
     same(result, loaded)
 
 
+LOADED = """
+import json, os, sys
+import pandas, torch
+import lens_lora as ll
+for order in json.loads(sys.argv[1]):
+    if not os.fork():
+        print(json.dumps([type(ll.load_result(path)).__name__ for path in order]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
 def test_loading_imports_the_class_that_the_file_names(tmp_path: Path):
     """In a new process nothing has imported any class of results: each file names its own."""
     paths = {type(r).__name__: str(r.save(tmp_path / f"{i}")) for i, r in enumerate(RESULTS)}
-    code = (
-        "import json, sys, lens_lora as ll; "
-        "print(json.dumps([type(ll.load_result(path)).__name__ for path in sys.argv[1:]]))"
-    )
-    for order in (list(paths), list(paths)[::-1]):
-        command = [sys.executable, "-c", code, *(paths[name] for name in order)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == order
+    orders = [list(paths), list(paths)[::-1]]
+    listed = json.dumps([[paths[name] for name in order] for order in orders])
+    command = [sys.executable, "-c", LOADED, listed]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == orders, done.stderr
 
 
 def test_a_class_that_is_unknown_or_no_result_is_named(tmp_path: Path):
