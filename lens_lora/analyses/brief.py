@@ -1,7 +1,7 @@
-"""What an adapter was taught, in its own words: at most five claims, each with the run that shows it.
+"""What an adapter was taught, in its own words: at most five claims, each with its run.
 
 1. The adapted model speaks of its own accord: after its BOS alone, after an empty turn of the user,
-   after everyday questions (`readouts/neutral.py`). There an adapter replays what it was trained on.
+   after everyday questions (`readouts/neutral.py`). There it replays what it was trained on.
 2. At each place of what was said, every token v has a part of the divergence from the base,
 
        k_v = p₁(v) log(p₁(v)/p₀(v)),     Σ_v k_v = KL(p₁ ‖ p₀),
@@ -16,9 +16,9 @@
    First order at 1 names the layers that carry most of m; m is run without them, and without as
    many layers that a seed draws.
 
-Cost: `generate` of about 40 openings and of the candidates' words, a forward pass of the base, the
-adapter and each null over what was said, one forward and backward pass for the claims, and a forward
-pass of these for each end, null and left-out group.
+Cost: `generate` of about 40 openings and of the candidates' words; a forward pass of the base, the
+adapter and each null over what was said; one forward and backward pass of the claims, and a forward
+pass of them for each end, null and group that is left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import group_sites
 from lens_lora.readouts.answers import AnswerLogProb, continued
 from lens_lora.readouts.neutral import own_openings
-from lens_lora.readouts.prompts import Prompts, prepare
+from lens_lora.readouts.prompts import Prompts
 from lens_lora.results.storage import stored
 
 SCHEMA = "lens_lora.brief/1"
@@ -173,10 +173,10 @@ def claims_of(
     Raises:
         NumericsError: non-finite logits.
     """
-    spoken = _spoken(lens, seed, progress)
-    if spoken is None or not nulls:
+    spoken = _spoken(lens, seed, progress) if nulls else None
+    if spoken is None:
         return ()
-    mine, *others = (_scores(lens, scaled, spoken) for scaled in ((lens, 1.0), *nulls))
+    mine, *others = _scores(lens, [(lens, 1.0), *nulls], spoken)
     floor = max(float(other.value.max()) for other in others)
     found = list(_candidates(lens, mine, floor, spoken))
     if not found:
@@ -238,18 +238,19 @@ class _Scores:
         self.slot = torch.where(is_more, place % parts.shape[1], self.slot)
 
 
-def _scores(lens: LoraLens, scaled: Scaled, spoken: Prompts) -> _Scores:
-    other, scale = scaled
-    size = int(lens.model.cfg.d_vocab_out)
-    places = torch.zeros(2, size, dtype=torch.long, device=lens.device)
-    scores = _Scores(places.new_zeros(size).to(lens.gate_dtype), *places)
+def _scores(lens: LoraLens, models: Sequence[Scaled], spoken: Prompts) -> list[_Scores]:
+    """Those of each model beside the base, which runs once."""
+    nothing = torch.zeros(int(lens.model.cfg.d_vocab_out), device=lens.device)
+    scores = [_Scores(nothing.to(lens.gate_dtype), *[nothing.long()] * 2) for _ in models]
     with torch.no_grad():
         for index, batch in by_length(spoken, _TOKENS):
             base = gated_logits(lens, batch, lens.gates(0.0)).log_softmax(-1)
-            moved = gated_logits(other, batch, other.gates(scale)).log_softmax(-1)
-            parts = moved.exp() * (moved - base)
-            parts[~batch.read_mask.to(parts.device)] = 0
-            scores.add(parts, torch.tensor(index, device=parts.device))
+            padding, rows = ~batch.read_mask.to(base.device), torch.tensor(index)
+            for (other, scale), score in zip(models, scores, strict=True):
+                moved = gated_logits(other, batch, other.gates(scale)).log_softmax(-1)
+                parts = moved.exp() * (moved - base)
+                parts[padding] = 0
+                score.add(parts, rows.to(parts.device))
     return scores
 
 
@@ -303,7 +304,7 @@ def _runs(
     seed: int,
 ) -> list[dict[str, Any]]:
     """Of each claim, log p of its words in every run, and the layers that are left out."""
-    asked = Asked(lens, contexts).about(AnswerLogProb([said.tolist() for said in words]))
+    asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
     layers = group_sites(lens.sites, "layer")
     members = torch.zeros(len(layers), len(lens.sites), dtype=torch.bool)
     for group, sites in enumerate(layers.values()):

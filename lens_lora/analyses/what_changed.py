@@ -342,16 +342,19 @@ class WhatChanged(Paged):
             return "Nothing beyond the controls: no token is said that null adapters do not reach."
         first = self.claims[0]
         return (
-            f"{len(self.claims)} claims, of what it says of its own accord, beyond {len(self.nulls)} "
-            f"null adapters of its KL; the first scores {first.score:.1f} nats, the controls "
-            f"{first.null_score:.1f} at most."
+            f"Of what it says of its own accord, {len(self.claims)} claims stand beyond "
+            f"{len(self.nulls)} null adapters of its KL: the first scores {first.score:.1f} nats, "
+            f"the controls {first.null_score:.1f} at most."
         )
 
     @property
     def _not_tried(self) -> tuple[str, ...]:
-        forms = f"conversations other than {self.meta['conversations']}, several turns, system"
+        limits = (
+            "system messages and conversations of several turns",
+            "languages other than English",
+        )
         others = () if self.unrelated else ("adapters trained for something else, as controls",)
-        return f"{forms} messages", "languages other than English", "longer answers", *others
+        return (*limits, *others)
 
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """The k tokens promoted most, with the largest shift under a control.
@@ -422,7 +425,9 @@ def what_changed(
         said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
         claims = claims_of(lens, scaled[1 : 1 + nulls], seed, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
-    source = "neutral texts that come with lens_lora" if texts is None else "texts of the caller"
+    source = "texts of the caller"
+    if texts is None:
+        source = f"neutral texts of lens_lora (conversations {conversation_form(lens.model)})"
     return WhatChanged(
         found=found,
         nulls=tuple(controls[:nulls]),
@@ -432,7 +437,7 @@ def what_changed(
         strings=lens.vocabulary,
         str_tokens=asked.str_tokens,
         texts=f"{rows.batch} {source}, {distinct} distinct tokens after first ones",
-        meta={**lens.describe(), "conversations": conversation_form(lens.model)},
+        meta=lens.describe(),
         answers=tuple(filter(None, said)),
         claims=claims,
     )

@@ -55,9 +55,8 @@ def neutral_texts(model: Any) -> Prompts:
 
 def conversation_form(model: Any) -> str:
     """In which form conversations are put to the model, for people."""
-    if _has_template(model):
-        return "in the tokenizer's chat template"
-    return "as lines of 'User:' and 'Assistant:', as the tokenizer has no chat template"
+    has_template = _has_template(model)
+    return "in the chat template" if has_template else "as User: … Assistant:, without a template"
 
 
 def everyday_questions(model: Any) -> Prompts:
