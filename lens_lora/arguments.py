@@ -89,17 +89,14 @@ def text(what: str, value: str, error: type[LensLoraError]) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as cause:
-        raise error(
-            f"{what} holds half of a surrogate pair ({value[cause.start : cause.end]!r}), which is "
-            "no character; it was cut or decoded wrongly."
-        ) from cause
+        half = f"half of a surrogate pair ({value[cause.start : cause.end]!r})"
+        raise error(f"{what} holds {half}, no character; it was cut or decoded wrongly.") from cause
     if _parses_as_messages(value):
         raise error(
             f"{what} is a conversation written as a string ({value.strip()[:40]!r} …), whose "
             "braces and quotes would be read as text. Pass the messages themselves, json.loads(…) "
-            "or ast.literal_eval(…) of it; in a file of records they are `messages`, on the "
-            "command line --chat. Of an answer pass what is said alone. If the string is meant as "
-            "it is, pass its token ids."
+            "or ast.literal_eval(…) of it; in a file `messages`, on the command line --chat; of an "
+            "answer what is said alone. If the string is meant as it is, pass its token ids."
         )
     return value
 

@@ -17,11 +17,10 @@ from typing import Annotated
 import typer
 
 from lens_lora._version import versions
-from lens_lora.commands.adapters import diff, inspect
+from lens_lora.commands.adapters import checkpoints, diff, inspect, repair
 from lens_lora.commands.explain import demo, explain
 from lens_lora.commands.running import one_line_errors
 from lens_lora.commands.sweep import sweep
-from lens_lora.commands.trainings import checkpoints, repair
 from lens_lora.commands.verify import verify
 
 app: typer.Typer = typer.Typer(
@@ -36,15 +35,11 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, help="All versions.")
+
+
 @app.callback()
-def main(
-    version: Annotated[
-        bool | None,
-        typer.Option(
-            "--version", callback=_print_versions, is_eager=True, help="Print all versions."
-        ),
-    ] = False,
-) -> None:
+def main(version: Annotated[bool | None, _VERSION] = False) -> None:
     """What did this fine-tune change in this model, which parts of it did that,
     and can I trust the answer?"""
     # PEFT imports it, and it speaks of a faster kernel that could be installed.

@@ -174,13 +174,10 @@ class Hooks(NamedTuple):
 
 def hooks_of(module: nn.Module) -> Hooks:
     """All hooks on a module: torch has functions that add one, and none that lists or orders."""
-    return Hooks(
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-        module._forward_pre_hooks_with_kwargs,
-    )
+    forward, before = module._forward_hooks, module._forward_pre_hooks
+    backward, before_backward = module._backward_hooks, module._backward_pre_hooks
+    kwargs = module._forward_pre_hooks_with_kwargs
+    return Hooks(forward, before, backward, before_backward, kwargs)
 
 
 def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -491,10 +488,8 @@ def supports_sdpa(hf_model: Any) -> bool:
 
 def fields_of(config: Any) -> dict[str, Any]:
     """A configuration as it is saved, and the attention that it was loaded with, which is not."""
-    return {
-        **config.to_dict(),
-        "_attn_implementation": getattr(config, "_attn_implementation", None),
-    }
+    name = "_attn_implementation"
+    return {**config.to_dict(), name: getattr(config, name, None)}
 
 
 def added_tokens(tokenizer: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    Base = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 # --- A base model by name
 
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 _NO_CODE = {"trust_remote_code": False}
 
 
-def load_base(
-    name: str, how: Placement | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(name: str, how: Placement | None = None) -> Base:
     """A causal language model in evaluation mode, and its tokenizer."""
     import huggingface_hub
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,13 +63,10 @@ def load_base(
         if "trust_remote_code" in str(error):
             raise ModelStateError(
                 f"{name} runs code of its own, which lens_lora does not start. If you trust it, "
-                "load it yourself and pass the model: AutoModelForCausalLM.from_pretrained(…, "
-                "trust_remote_code=True)."
+                "pass AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)."
             ) from error
-        raise ModelStateError(
-            f"{name}: neither a folder nor a reachable hub id of a causal language model that "
-            f"transformers can read ({error})."
-        ) from error
+        fact = "neither a folder nor a reachable hub id of a causal language model"
+        raise ModelStateError(f"{name}: {fact} that transformers can read ({error}).") from error
     return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
 
 
@@ -87,11 +83,8 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
 
 def _options(how: Placement) -> dict[str, Any]:
     dtype = how.weights
-    options: dict[str, Any] = {
-        **_NO_CODE,
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "attn_implementation": how.attn,
-    }
+    options: dict[str, Any] = {**_NO_CODE, "attn_implementation": how.attn}
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     if how.device_map is not None or how.is_quantised:
         options["device_map"] = how.device_map or {"": how.device or "cpu"}
     if how.is_quantised:
@@ -166,7 +159,7 @@ def load(
     how = Placement(weights, place, device_map, load_in_4bit, load_in_8bit, attn)
 
     @functools.cache
-    def loaded(named: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def loaded(named: str | None) -> Base:
         return _base(model, named, how, tokenizer)
 
     if not isinstance(adapter, Adapter):
@@ -180,18 +173,14 @@ def load(
 
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
     if not is_peft:
-        raise ArgumentError(
-            f"no adapter, and the model is a {type(model).__name__}; pass one: ll.load(base, "
-            "adapter), or a PeftModel alone."
-        )
+        kind = type(model).__name__
+        raise ArgumentError(f"no adapter for a {kind}: ll.load(base, adapter), or a PeftModel.")
     # Of transformers a method, of PEFT a property.
     names = cast("Callable[[], list[str]] | list[str]", model.active_adapters)
     active = names if isinstance(names, list) else names()
     if len(active) != 1:
-        raise ArgumentError(
-            f"the PeftModel has the active adapters {active}; choose one: ll.load(peft_model, "
-            "ll.Adapter.from_peft(peft_model, name))."
-        )
+        choice = "ll.load(peft_model, ll.Adapter.from_peft(peft_model, name))"
+        raise ArgumentError(f"the PeftModel has active adapters {active}; choose one: {choice}.")
     return Adapter.from_peft(model, active[0])
 
 
@@ -247,12 +236,7 @@ def quiet_libraries() -> Generator[None]:
         logging.disable(before)
 
 
-def _base(
-    model: Any,
-    named: str | None,
-    how: Placement,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base:
     """The base model, in evaluation mode, and its tokenizer."""
     if isinstance(model, str | Path):
         return load_base(str(model), how)
@@ -262,14 +246,12 @@ def _base(
         try:
             return load_base(str(named), how)
         except ModelStateError as error:
-            raise ModelStateError(
-                f"{error} The adapter names it as its base; pass another as the first argument."
-            ) from error
+            remedy = "The adapter names it as its base; pass another as the first argument."
+            raise ModelStateError(f"{error} {remedy}") from error
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
-        raise ModelStateError(
-            f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
-            "Face model. For a hooked model: LoraLens(model, adapter)."
-        )
+        expected = "a hub id, a folder or a loaded Hugging Face model"
+        remedy = f"pass {expected}. For a hooked model: LoraLens(model, adapter)"
+        raise ModelStateError(f"the model is a {type(model).__name__}; {remedy}.")
     if how.says_how_to_load:
         raise ArgumentError(
             "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "
@@ -289,6 +271,5 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError) as error:
-        raise ModelStateError(
-            f"no tokenizer was saved with the model {name!r}; pass one: load(…, tokenizer=…)."
-        ) from error
+        fact = f"no tokenizer was saved with the model {name!r}"
+        raise ModelStateError(f"{fact}; pass one: load(…, tokenizer=…).") from error

@@ -15,15 +15,10 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters import arithmetic
+from lens_lora.adapters import arithmetic, from_models, methods, peft_files, peft_read, peft_write
 from lens_lora.adapters.arithmetic import Parts, module_path
 from lens_lora.adapters.directions import Side, directions_of, is_writer, projected, truncated
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
-from lens_lora.adapters.from_models import change_between, live_updates
-from lens_lora.adapters.methods import measured_updates, updates_over_base
-from lens_lora.adapters.peft_files import adapter_folder, is_plain_lora, read_config
-from lens_lora.adapters.peft_read import read_folder
-from lens_lora.adapters.peft_write import save_adapter
 from lens_lora.arguments import number, whole, word
 from lens_lora.errors import AdapterError, ArgumentError, SiteError
 
@@ -134,7 +129,7 @@ class Adapter:
             UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without
                 ΔW, one that is merged into the weights, or a PeftMixedModel.
         """
-        modules, base = live_updates(peft_model, adapter_name, measured_updates)
+        modules, base = from_models.live_updates(peft_model, adapter_name, methods.measured_updates)
         return cls(modules, name=adapter_name, base_model=base)
 
     @classmethod
@@ -171,7 +166,7 @@ class Adapter:
                 difference, or changed parameters of no linear module, embedding or norm.
             ArgumentError: anything but models, or an `ignore` that is no glob.
         """
-        factors, errors = change_between(base, tuned, rank, ignore, progress)
+        factors, errors = from_models.change_between(base, tuned, rank, ignore, progress)
         if not factors:
             raise AdapterError("the two models have the same weights; there is nothing to explain.")
         return cls(factors, name=name, truncation_error=errors)
@@ -202,10 +197,9 @@ class Adapter:
             SiteError: a glob matches nothing, or a table names a module that is not here.
             ArgumentError: a table without a column 'module', or neither glob nor table.
         """
-        items: tuple[Any, ...] = which
-        keep: set[str] = set().union(
-            *(self._in_table(i) if hasattr(i, "columns") else self._matching(i) for i in items)
-        )
+        keep = set[str]()
+        for item in which:
+            keep |= self._in_table(item) if hasattr(item, "columns") else self._matching(item)
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 
     def without(self, *globs: str) -> Adapter:
@@ -385,7 +379,7 @@ class Adapter:
             UnsupportedAdapterError: something that PEFT's format cannot hold: two updates of one
                 module, DoRA on some modules only, a part of a trained bias or of DoRA's update.
         """
-        return save_adapter(self.modules, self.name, self.base_model, path)
+        return peft_write.save_adapter(self.modules, self.name, self.base_model, path)
 
     def _with(self, modules: Mapping[str, ModuleUpdate]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
@@ -393,18 +387,14 @@ class Adapter:
     def _matching(self, glob: Any) -> set[str]:
         """The keys that match the glob, with or without the name of their part of a sum."""
         if not isinstance(glob, str):
-            raise ArgumentError(
-                f"{glob!r} names no modules; expected a glob of module paths, like '*.q_proj'."
-            )
+            raise ArgumentError(f"{glob!r}: expected a glob of module paths, like '*.q_proj'.")
         keys = {k for k in self.modules if any(fnmatch.filter((k, module_path(k)), glob))}
         if not keys:
-            raise SiteError(
-                f"{glob!r} matches no module of {self.name}, whose modules are "
-                f"{', '.join([*self.modules][:4])}, …"
-            )
+            shown = ", ".join([*self.modules][:4])
+            raise SiteError(f"{glob!r} matches no module of {self.name}, which has {shown}, …")
         return keys
 
-    def _in_table(self, table: DataFrame) -> set[str]:
+    def _in_table(self, table: Any) -> set[str]:
         """The keys of a table's modules, of a sum the parts that its sites name."""
         if "module" not in table.columns:
             raise ArgumentError(
@@ -418,24 +408,20 @@ class Adapter:
             wanted = f"{module}@{part}" if part else module
             hits = {key for key in self.modules if wanted in (key, module_path(key))}
             if not hits:
-                raise SiteError(
-                    f"the table names {module!r} (site {site!r}), which {self.name} does not "
-                    "adapt; was it computed with another adapter?"
+                fact = (
+                    f"the table names {module!r} (site {site!r}), which {self.name} does not adapt"
                 )
+                raise SiteError(f"{fact}; was it computed with another adapter?")
             keys |= hits
         return keys
 
     def _common_base(self, other: Any, operation: str) -> str | None:
         if not isinstance(other, Adapter):
-            raise ArgumentError(
-                f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter (from a "
-                "folder: ll.load_adapter(path))."
-            )
+            fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
+            raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
         if self.base_model and other.base_model and self.base_model != other.base_model:
-            raise AdapterError(
-                f"{self.name} names the base {self.base_model!r}, {other.name} "
-                f"{other.base_model!r}; adapters of two bases cannot be combined."
-            )
+            bases = f"{self.base_model!r}, {other.name} {other.base_model!r}"
+            raise AdapterError(f"{self.name} names the base {bases}; two bases do not combine.")
         return self.base_model or other.base_model
 
     def __len__(self) -> int:
@@ -495,10 +481,10 @@ def read_adapter(
     subfolder: str | None = None,
 ) -> Adapter:
     """As `load_adapter`; the base is asked for, by the name in the config, if it is needed."""
-    folder = adapter_folder(path, revision, subfolder)
-    config = read_config(folder)
-    if base_for is None or is_plain_lora(config):
-        modules, base = read_folder(folder, config)
+    folder = peft_files.adapter_folder(path, revision, subfolder)
+    config = peft_files.read_config(folder)
+    if base_for is None or peft_files.is_plain_lora(config):
+        modules, base = peft_read.read_folder(folder, config)
     else:
-        modules, base = updates_over_base(folder, config, base_for)
+        modules, base = methods.updates_over_base(folder, config, base_for)
     return Adapter(modules, name=folder.name or str(path), base_model=base)

@@ -22,6 +22,7 @@ Null adapters have the same sizes and ranks, in random directions:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, Updates, base_part, expert_factors
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, Updates, expert_factors, plain
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 
@@ -68,7 +69,7 @@ def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate
         for key, update in modules.items():
             updates.setdefault(module_path(key), []).append(update.scaled(weight))
     return {
-        path: parts[0] if len(parts) == 1 else _stack(path, [_additive(path, p) for p in parts])
+        path: parts[0] if len(parts) == 1 else _stack(path, [plain(path, p) for p in parts])
         for path, parts in updates.items()
     }
 
@@ -84,28 +85,14 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     shapes = sorted({(len(part.B), part.A.shape[1]) for part in parts})
     if len(shapes) > 1:
-        first, second = (f"{inputs}→{out}" for out, inputs in shapes[:2])
-        raise AdapterError(
-            f"{path}: one adapter maps {first}, the other {second}; were they trained on one base?"
-        )
+        maps = " and ".join(f"{inputs}→{out}" for out, inputs in shapes[:2])
+        raise AdapterError(f"{path}: the adapters map {maps}; were they trained on one base?")
     A = torch.cat([part.A.to(dtype) for part in parts])
     scaled = [(part.scale * part.strength, part) for part in parts]
     B = torch.cat([scale * part.B.to(dtype) for scale, part in scaled], 1)
     biases = [s * p.lora_bias.to(dtype) for s, p in scaled if p.lora_bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
     return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))
-
-
-def _additive(path: str, update: ModuleUpdate) -> LoRAFactors:
-    """The update, if it is sBA and a change of bias that the file holds."""
-    part = base_part(update)
-    if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
-        return update
-    raise AdapterError(
-        f"{path} is adapted more than once, and one of its updates holds "
-        f"{part or 'a weight of the base'}, which does not add up without the base model. Make "
-        "that change plain first: Adapter.between(base, peft_model.merge_and_unload())."
-    )
 
 
 def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
@@ -116,16 +103,14 @@ def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
 # --- Null adapters: the same sizes and ranks, random directions
 
 
-Parts = Mapping[str, Sequence[Int[Tensor, " row"]]]
+_Rows = Sequence[Int[Tensor, " row"]]
+Parts = Mapping[str, _Rows]
 
 
 def null_updates(modules: Updates, seed: int, draw: int, parts: Parts) -> dict[str, LoRAFactors]:
     """The draw-th update of each module in random directions, in float64; see `Adapter.null`."""
     generator = torch.Generator().manual_seed(draw_seeds(seed, draw + 1)[draw])
-    return {
-        key: _null(_known(key, update), parts.get(key), generator)
-        for key, update in modules.items()
-    }
+    return {k: _null(_directed(k, u), parts.get(k), generator) for k, u in modules.items()}
 
 
 def draw_seeds(seed: int, draws: int) -> list[int]:
@@ -133,9 +118,7 @@ def draw_seeds(seed: int, draws: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(draws).tolist()
 
 
-def _null(
-    factors: LoRAFactors, parts: Sequence[Tensor] | None, generator: torch.Generator
-) -> LoRAFactors:
+def _null(factors: LoRAFactors, parts: _Rows | None, generator: torch.Generator) -> LoRAFactors:
     if factors.experts > 1:
         return expert_factors([_null(each, parts, generator) for each in factors.by_expert()])
     A, B = factors.A.cpu().double(), factors.B.cpu().double()
@@ -154,26 +137,16 @@ def _null(
     return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias, experts=factors.experts)
 
 
-def _known(key: str, update: ModuleUpdate) -> LoRAFactors:
-    """The factors, if nothing beside them depends on the base model."""
-    part = base_part(update)
-    if isinstance(update, LoRAFactors) and part is None:
-        return update
-    is_factors = isinstance(update, LoRAFactors)
-    if not is_factors and update.weight is not None and update.weight.ndim == 1:
-        raise UnsupportedAdapterError(
-            f"{key}: a norm's γ and β have no directions to draw at random; leave such modules out "
-            "with adapter.without(…)."
-        )
-    raise UnsupportedAdapterError(
-        f"{key}: {part} makes its change depend on the base model, so its size is not known here. "
-        "Make the change plain first: Adapter.between(base, peft_model.merge_and_unload())."
-    )
+def _directed(key: str, update: ModuleUpdate) -> LoRAFactors:
+    if isinstance(update, LoRAFactors):  # a stored weight of the base is no part of a draw
+        return plain(key, dataclasses.replace(update, base_weight=None))
+    if update.weight is not None and update.weight.ndim == 1:
+        why = "a norm's γ and β have no directions to draw at random; leave it out"
+        raise UnsupportedAdapterError(f"{key}: {why}: adapter.without({key!r}).")
+    return plain(key, update)
 
 
-def orthonormal(
-    rows: int, columns: int, generator: torch.Generator
-) -> Float[Tensor, "rows columns"]:
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "row column"]:
     """Uniform over orthonormal frames: the signs of R's diagonal would favour some."""
     gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     frame, triangle = torch.linalg.qr(gaussian)

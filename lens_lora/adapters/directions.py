@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part, expert_factors
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, expert_factors, plain
 from lens_lora.arguments import is_whole, one_entry
 from lens_lora.compat import in_float64
-from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
+from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.families import FAMILIES
 
 Side = Literal["write", "read"]
@@ -107,9 +107,8 @@ class Directions:
         zeros = (sizes <= _DEPENDENT * whole).flatten().nonzero().flatten().tolist()
         if zeros:
             why = " once its mean is taken off, which this model's residual stream lacks"
-            raise ArgumentError(
-                f"direction {self.names[zeros[0]]!r} is zero{why if centred else ''}."
-            )
+            name = repr(self.names[zeros[0]])
+            raise ArgumentError(f"direction {name} is zero{why if centred else ''}.")
         return rows / sizes
 
     def at(self, name: str, width: int | None = None) -> Directions:
@@ -125,10 +124,8 @@ class Directions:
                 "point of theirs, or pass them as a tensor if they belong there all the same."
             )
         if width not in (None, self.rows.shape[1]):
-            raise ArgumentError(
-                f"directions of {self.rows.shape[1]} numbers, and {name} has {width}; is the "
-                "autoencoder for another model, or for another hook point?"
-            )
+            fact = f"directions of {self.rows.shape[1]} numbers, and {name} has {width}"
+            raise ArgumentError(f"{fact}; are they for another model, or another hook point?")
         return self
 
 
@@ -149,10 +146,8 @@ def directions_of(source: Any, name: str | None = None) -> Directions:
     if isinstance(by_point, Mapping):
         point = name if name in by_point else next(iter(by_point)) if len(by_point) == 1 else None
         if point is None:
-            raise ArgumentError(
-                f"there are directions at {list(by_point)[:4]}, and none at {name!r}; name one of "
-                "these hook points, or pass one vector of by_point."
-            )
+            fact = f"there are directions at {list(by_point)[:4]}, and none at {name!r}"
+            raise ArgumentError(f"{fact}; name one of these, or pass one vector of by_point.")
         return dataclasses.replace(_of_tensors({point: by_point[point]}), hook_name=point)
     is_pair = isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "W_enc")
     return _of_autoencoder(*source) if is_pair else _of_autoencoder(source, None)
@@ -189,8 +184,7 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
     head = _setting(cfg, "hook_head_index")
     if head is not None:
         raise ArgumentError(
-            f"this autoencoder reads head {head} alone; pass its directions as a tensor with zeros "
-            "at the other heads."
+            f"this autoencoder reads head {head} alone; pass a tensor with zeros at other heads."
         )
     encode = getattr(source, "encode", None)
     features: list[Any] = list(range(count))
@@ -201,15 +195,9 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
             raise ArgumentError(f"features {features}: this autoencoder has 0 to {count - 1}.")
         inner = encode
         encode = None if inner is None else lambda h: inner(h)[..., features]
-    return Directions(
-        rows=_finite(W_enc).T[features],
-        labels=tuple(("feature", i) for i in features),
-        kind="encoder",
-        units="pre-activation",
-        hook_name=_setting(cfg, "hook_name"),
-        encode=encode,
-        by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
-    )
+    rows, labels = _finite(W_enc).T[features], tuple(("feature", i) for i in features)
+    name, by_head = _setting(cfg, "hook_name"), getattr(source, "hook_z_reshaping_mode", False)
+    return Directions(rows, labels, "encoder", "pre-activation", name, encode, bool(by_head))
 
 
 def _finite(rows: Tensor) -> Tensor:
@@ -237,22 +225,18 @@ def is_writer(module: str) -> bool | None:
     return None if kinds is None else kinds[0] in _WRITE_TO_STREAM
 
 
-def projected(
-    path: str, update: ModuleUpdate, V: Float[Tensor, "d few"], side: Side
-) -> LoRAFactors:
-    """The update without what it writes, or reads, along the columns of V.
+def projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFactors:
+    """The update without what it writes, or reads, along the columns of V, [d, few].
 
     Raises:
         UnsupportedAdapterError: DoRA, a trained module or bias.
         AdapterError: another width.
     """
-    factors = _plain(path, update)
+    factors = plain(path, update)
     width = len(factors.B) if side == "write" else factors.A.shape[1]
     if width != len(V):
-        raise AdapterError(
-            f"{path} {side}s {width} features, and the direction has {len(V)}; name the modules "
-            "that it belongs to with sites=…, such as '*.down_proj'."
-        )
+        fact = f"{path} {side}s {width} features, and the direction has {len(V)}"
+        raise AdapterError(f"{fact}; name its modules with sites=…, such as '*.down_proj'.")
 
     def rest(rows: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
         wide = in_float64(rows)
@@ -270,7 +254,7 @@ def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, 
     Raises:
         UnsupportedAdapterError: DoRA, a trained module or bias.
     """
-    factors = _plain(path, update)
+    factors = plain(path, update)
     if factors.experts > 1:
         parts = factors.by_expert()
         cuts, errors = zip(*(truncated(path, part, rank) for part in parts), strict=True)
@@ -284,13 +268,3 @@ def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, 
     A = ((Q_A @ Vt.T[:, :rank]) * sizes[:rank]).T.to(factors.A).contiguous()
     cut = dataclasses.replace(factors, A=A, B=(Q_B @ U[:, :rank]).to(factors.B))
     return cut, float(sizes[rank:].norm()) / (float(sizes.norm()) or 1.0)
-
-
-def _plain(path: str, update: ModuleUpdate) -> LoRAFactors:
-    part = base_part(update)
-    if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
-        return update
-    raise UnsupportedAdapterError(
-        f"{path}: the adapter holds {part or 'a weight of the base'}, so its ΔW depends on the "
-        "base model. Make it plain first: Adapter.between(base, peft_model.merge_and_unload())."
-    )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lens_lora.compat import in_float64
-from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 
 _VECTORS = ("lora_bias", "trained_bias", "magnitude")
 _TRAINED = ("weight", "bias", "base_weight")
@@ -83,19 +83,17 @@ class LoRAFactors:
 
     def _require_shapes(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
-            raise AdapterError(
-                f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}; "
-                "expected A [rank, in] and B [out, rank] with the same rank."
-            )
+            shapes = f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}"
+            expected = "A [rank, in] and B [out, rank] with the same rank"
+            raise AdapterError(f"{shapes}; expected {expected}.")
         if self.experts < 0 or (self.experts and self.rank % self.experts):
             raise AdapterError(f"{self.rank} ranks for {self.experts} experts; each has as many.")
         if 0 in self.A.shape or 0 in self.B.shape:
             raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
         for name, vector in _tensors(self, _VECTORS).items():
             if vector.shape != self.B.shape[:1]:
-                raise AdapterError(
-                    f"{name} is {tuple(vector.shape)} and B writes {self.B.shape[0]} features."
-                )
+                shape = tuple(vector.shape)
+                raise AdapterError(f"{name} is {shape} and B writes {len(self.B)} features.")
 
     @property
     def rank(self) -> int:
@@ -222,9 +220,8 @@ class TrainedModule:
         if self.weight is None and self.bias is None:
             raise AdapterError("a trained module has a weight or a bias, and this one has neither.")
         if self.weight is not None and (self.weight.ndim not in (1, 2) or 0 in self.weight.shape):
-            raise AdapterError(
-                f"weight is {tuple(self.weight.shape)}; expected a matrix, or a norm's vector."
-            )
+            shape = tuple(self.weight.shape)
+            raise AdapterError(f"weight is {shape}; expected a matrix, or a norm's vector.")
         if self.bias is not None and (self.bias.ndim != 1 or not len(self.bias)):
             raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
         self._require_tokens()
@@ -239,9 +236,7 @@ class TrainedModule:
             raise AdapterError(f"tokens are {self.tokens!r}; expected a tensor of ids.")
         ids, shape = self.tokens.tolist(), () if self.weight is None else self.weight.shape
         if self.tokens.ndim != 1 or len(shape) != 2 or len(ids) not in shape:
-            raise AdapterError(
-                f"tokens are {ids}, and weight is {tuple(shape)}; expected one row each."
-            )
+            raise AdapterError(f"tokens are {ids}, weight {tuple(shape)}; expected one row each.")
         if len(set(ids)) < len(ids) or min(ids) < 0:
             raise AdapterError(f"tokens are {ids}; expected ids from 0 on, each once.")
 
@@ -279,10 +274,7 @@ class TrainedModule:
         Raises:
             AdapterError: always: ΔW depends on the base model's weight.
         """
-        raise AdapterError(
-            "ΔW of a trained module depends on the base model's weight; lens.delta_w(site) of a "
-            "LoraLens returns it."
-        )
+        raise AdapterError("a trained module's ΔW depends on the base; see lens.delta_w(site).")
 
     def bias_norm(self) -> float:
         """‖Δb‖; NaN where a bias was trained, as that needs the base's."""
@@ -300,6 +292,17 @@ def base_part(update: ModuleUpdate) -> str | None:
     if update.magnitude is not None:
         return "DoRA's magnitude"
     return None if update.trained_bias is None else "a trained bias"
+
+
+def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
+    """The update, if it is sBA and a change of bias that the file holds; else refused."""
+    part = base_part(update)
+    if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
+        return update
+    raise UnsupportedAdapterError(
+        f"{path}: the adapter holds {part or 'a weight of the base'}, so its ΔW depends on the "
+        "base model. Make it plain first: Adapter.between(base, peft_model.merge_and_unload())."
+    )
 
 
 def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
@@ -329,10 +332,8 @@ def constant_factors(
     has one column, which fits every module (`LoRAFactors.width`).
     """
     if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors):
-        raise ArgumentError(
-            f"vectors are a {type(vectors).__name__}; expected {{module path: vector}}, such as "
-            "{'model.layers.3.mlp.down_proj': vector}."
-        )
+        expected = "{module path: vector}, such as {'model.layers.3.mlp.down_proj': vector}"
+        raise ArgumentError(f"vectors are a {type(vectors).__name__}; expected {expected}.")
     return {path: _constant(path, vector, like) for path, vector in vectors.items()}
 
 
@@ -340,11 +341,8 @@ def _constant(path: str, vector: Any, like: Any) -> LoRAFactors:
     if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
         shown = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise AdapterError(f"{path}: {shown}; expected a vector of floating point, [out].")
-    vector = vector.detach().clone()
-    width = 1 if like is None else _input_width(path, like)
-    return LoRAFactors(
-        vector.new_zeros(1, width), vector.new_zeros(len(vector), 1), lora_bias=vector
-    )
+    A = vector.new_zeros(1, 1 if like is None else _input_width(path, like))
+    return LoRAFactors(A, vector.new_zeros(len(vector), 1), lora_bias=vector.detach().clone())
 
 
 def _input_width(path: str, like: Any) -> int:
@@ -353,20 +351,15 @@ def _input_width(path: str, like: Any) -> int:
             raise AdapterError(f"{path}: `like` holds no factors of this module.")
         return like[path]
     if not isinstance(like, nn.Module):
-        raise ArgumentError(
-            f"like is a {type(like).__name__}; expected the base model or an adapter of the same "
-            "modules."
-        )
+        raise ArgumentError(f"like is a {type(like).__name__}; expected the base or an adapter.")
     try:
         module: Any = like.get_submodule(path)
     except AttributeError as error:
         raise AdapterError(f"{path}: the model in `like` has no such module.") from error
     width = getattr(module, "in_features", None) or getattr(module, "nx", None)
     if width is None:
-        raise AdapterError(
-            f"{path}: a {type(module).__name__} is no linear module, and PEFT's format holds "
-            "constants of linear modules only."
-        )
+        kind = type(module).__name__
+        raise AdapterError(f"{path}: a {kind} is no linear module: PEFT has no constants of it.")
     return int(width)
 
 
@@ -388,10 +381,10 @@ def _require_numbers(tensors: Mapping[str, Any]) -> None:
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
         if tensor.dtype not in _DTYPES:
-            raise AdapterError(
-                f"factors must be floating point of 16 bits or more, and {name} is "
-                f"{tensor.dtype}; dequantise the adapter before loading it."
+            fact = (
+                f"factors must be floating point of 16 bits or more, and {name} is {tensor.dtype}"
             )
+            raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
 
@@ -409,9 +402,9 @@ def _require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
     for name, size in sizes.items():
         if not size <= limit:
             raise AdapterError(
-                f"{name} is too large to compute with: its norm is {size:.2g}, and products of "
-                f"norms beyond {limit:.2g} overflow in {dtype}. The training diverged, or the file "
-                "is damaged."
+                f"{name} is too large to compute with: its norm is {size:.2g}, and beyond "
+                f"{limit:.2g} products overflow in {dtype}. The training diverged, or the file is "
+                "damaged."
             )
 
 

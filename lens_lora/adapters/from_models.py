@@ -54,9 +54,8 @@ def live_updates(
     """
     configs, base = configs_and_base(model)
     if not isinstance(adapter_name, str) or adapter_name not in configs:
-        raise AdapterError(
-            f"the PeftModel has no adapter {adapter_name!r}; it has {sorted(configs)}."
-        )
+        names = sorted(configs)
+        raise AdapterError(f"the PeftModel has no adapter {adapter_name!r}; it has {names}.")
     config, source = configs[adapter_name], f"PeftModel[{adapter_name!r}]"
     notes: list[str] = []
     with peft_read.located(source):
@@ -79,16 +78,14 @@ def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
 
     if isinstance(model, PeftMixedModel):
         raise UnsupportedAdapterError(
-            "a PeftMixedModel, whose adapters may be of several kinds and change each other's "
-            "layers. Merge it and compare with the base: "
-            "ll.Adapter.between(base, mixed_model.merge_and_unload())."
+            "a PeftMixedModel, whose adapters may change each other's layers. Merge it and compare "
+            "with the base: ll.Adapter.between(base, mixed_model.merge_and_unload())."
         )
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, nn.Module) or not isinstance(configs, dict):
         raise ArgumentError(
             f"from_peft takes a PeftModel, and this is a {type(model).__name__} without an "
-            "adapter. From a folder: ll.load_adapter(path); of a merged or fine-tuned model: "
-            "ll.Adapter.between(base, tuned)."
+            "adapter. Use ll.load_adapter(folder), or, of two models, Adapter.between(base, tuned)."
         )
     unwrap = getattr(model, "get_base_model", None)
     return configs, model if unwrap is None else unwrap()
@@ -107,10 +104,8 @@ def base_within(peft_model: Any) -> nn.Module:
     require_unmerged(live)
     for name, config in configs.items():
         if getattr(config, "bias", "none") != "none":
-            raise _without_base(
-                f"{name!r} trains biases in place. Pass the base by name: ll.load(base, "
-                "ll.Adapter.from_peft(peft_model))."
-            )
+            fact = f"{name!r} trains biases in place. Pass the base by name"
+            raise _without_base(f"{fact}: ll.load(base, ll.Adapter.from_peft(peft_model)).")
         start = getattr(config, "init_lora_weights", True)
         if start not in _KEEP_THE_BASE:
             raise _without_base(
@@ -135,9 +130,7 @@ def require_unmerged(live: nn.Module) -> None:
 
     modules: list[Any] = list(live.modules())
     if any(module.merged for module in modules if isinstance(module, BaseTunerLayer)):
-        raise _without_base(
-            "an adapter is merged into its weights. Take it out: peft_model.unmerge_adapter()."
-        )
+        raise _without_base("an adapter is merged into it. Run peft_model.unmerge_adapter().")
 
 
 def _without_base(why: str) -> UnsupportedAdapterError:
@@ -212,12 +205,10 @@ def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
 
 def _biases(base: nn.Module) -> dict[str, Tensor]:
     """Those of modules without a LoRA layer or wrapper of PEFT."""
-    inside = [path for path, m in base.named_modules() if type(m).__module__.startswith("peft.")]
-    return {
-        key: parameter
-        for key, parameter in base.named_parameters()
-        if key.endswith(".bias") and not any(key.startswith(f"{path}.") for path in inside)
-    }
+    modules = base.named_modules()
+    inside = tuple(f"{path}." for path, m in modules if type(m).__module__.startswith("peft."))
+    parameters = base.named_parameters()
+    return {k: p for k, p in parameters if k.endswith(".bias") and not k.startswith(inside)}
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -227,6 +218,7 @@ def _copy(tensor: Tensor) -> Tensor:
 # --- The difference of two models
 
 
+Globs = tuple[str, ...]
 _FEW = 4  # beyond a quarter of the smaller side, a whole SVD is as fast as Lanczos iteration
 
 
@@ -259,7 +251,7 @@ def change_between(
     return updates, errors
 
 
-def _globs(ignore: str | Iterable[str]) -> tuple[str, ...]:
+def _globs(ignore: str | Iterable[str]) -> Globs:
     globs = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else (*ignore,)
     if not all(isinstance(glob, str) for glob in globs):
         raise ArgumentError(f"ignore={ignore!r}; expected a glob or several, like '*norm*'.")
@@ -273,10 +265,8 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 def _require_models(*models: object) -> None:
     for model in models:
         if not isinstance(model, nn.Module):
-            raise ArgumentError(
-                f"between takes two Hugging Face models, and one is a {type(model).__name__}; load "
-                "it with AutoModelForCausalLM.from_pretrained(name)."
-            )
+            fact = f"between takes two Hugging Face models, and one is a {type(model).__name__}"
+            raise ArgumentError(f"{fact}; load it with AutoModelForCausalLM.from_pretrained(name).")
         if getattr(model, "is_quantized", False):
             raise AdapterError(
                 f"{type(model).__name__} is quantised: a difference of rounded weights is not what "
@@ -322,10 +312,9 @@ def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoR
         raise AdapterError(f"{path}: the base has it and the tuned model has not.")
     old, new = _weight(before), _weight(after)
     if old.shape != new.shape:
-        raise AdapterError(
-            f"{path}: the base's weight is {tuple(old.shape)}, the tuned model's "
-            f"{tuple(new.shape)}; both must have the same architecture and vocabulary."
-        )
+        shapes = f"the base's weight is {tuple(old.shape)}, the tuned model's {tuple(new.shape)}"
+        remedy = "both must have the same architecture and vocabulary"
+        raise AdapterError(f"{path}: {shapes}; {remedy}.")
     delta, bias = new.double() - old.double(), _bias_change(path, before, after)
     if delta.any():
         factors = dense_factors(delta.to(torch.promote_types(new.dtype, torch.float32)))
@@ -374,18 +363,14 @@ def _truncate(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
     return cut, rest / whole if whole else 0.0
 
 
-def _refuse_other_changes(
-    base: nn.Module, tuned: nn.Module, covered: set[str], globs: Iterable[str]
-) -> None:
-    old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
-    unpaired = sorted(old.keys() ^ new.keys())
+def _refuse_other_changes(old: nn.Module, new: nn.Module, covered: set[str], globs: Globs) -> None:
+    before, after = dict(old.named_parameters()), dict(new.named_parameters())
+    unpaired = sorted(before.keys() ^ after.keys())
     if unpaired:
-        raise AdapterError(
-            f"the two models have different parameters ({', '.join(unpaired[:3])}); both must have "
-            "the same architecture."
-        )
-    others = [name for name in old if name not in covered and not _matches(name, globs)]
-    changed = [name for name in others if not torch.equal(old[name].cpu(), new[name].cpu())]
+        names = ", ".join(unpaired[:3])
+        raise AdapterError(f"both must have one architecture, and have other parameters: {names}.")
+    others = [name for name in before if name not in covered and not _matches(name, globs)]
+    changed = [name for name in others if not torch.equal(before[name].cpu(), after[name].cpu())]
     if changed:
         raise AdapterError(
             f"{len(changed)} parameters changed that belong to no linear module, embedding or "
@@ -414,7 +399,7 @@ _NO_FUNCTION = (
 )
 
 
-def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Iterable[str]) -> None:
+def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> None:
     """Refuse two models that would differ even if their parameters were the same.
 
     Models without a Hugging Face configuration are not checked.
@@ -427,9 +412,8 @@ def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Iterable[st
     if differing:
         shown = "; ".join(f"{n} is {old.get(n)!r} and {new.get(n)!r}" for n in differing)
         raise AdapterError(
-            f"the two models are different functions, whatever their weights: {shown}. A change "
-            "of weights does not explain that; load both with the same configuration, if that is "
-            "how they were trained."
+            f"the two models are different functions, whatever their weights: {shown}. If they "
+            "were trained with the same configuration, load both with it."
         )
     _require_same_logits(base, tuned, globs)
 
@@ -456,7 +440,7 @@ def _flat(fields: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Iterable[str]) -> None:
+def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Globs) -> None:
     """The base's code and the tuned model's, both with the tuned parameters less the ignored."""
     old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
     # Modules are ignored by their own path, other parameters by name.
@@ -472,12 +456,10 @@ def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Iterable[str]
         )
 
 
-def apart(
-    logits: Tensor, expected: Tensor, parameters: Iterable[Tensor]
-) -> tuple[float, float, bool]:
-    """(largest difference, range of the logits, whether it is one of rounding)."""
-    off, span = float((logits - expected).abs().max()), float(expected.max() - expected.min())
-    eps = max(torch.finfo(p.dtype).eps for p in parameters)
+def apart(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[float, float, bool]:
+    """(largest difference of two logits, their range, whether it is one of rounding)."""
+    off, span = float((a - b).abs().max()), float(b.max() - b.min())
+    eps = max(torch.finfo(weight.dtype).eps for weight in weights)
     return off, span, off <= max(_AGREEMENT, _ROUNDINGS * eps) * span
 
 

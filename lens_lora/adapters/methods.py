@@ -28,10 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters import from_models
+from lens_lora.adapters import from_models, peft_files, peft_read
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
-from lens_lora.adapters.peft_files import refuse_without_delta
-from lens_lora.adapters.peft_read import base_of, located
 from lens_lora.compat import float64_device, without_warnings
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 
@@ -46,12 +44,14 @@ _AGREEMENT, _LOST = 1e-4, 1e-2
 _ROUNDINGS = 16  # that make up rounding, relative to the output
 _RANK_SHARE = 4  # up to a quarter of the smaller side, factors are the smaller way to hold ΔW
 
+_Updates = dict[str, ModuleUpdate]  # by module path
+
 # --- An adapter: live, or a folder over its base
 
 
 def updates_over_base(
     folder: Path, config: PeftConfig, base_for: Callable[[str | None], nn.Module]
-) -> tuple[dict[str, ModuleUpdate], str | None]:
+) -> tuple[_Updates, str | None]:
     """(updates by module path, the base it names) of a folder, laid by PEFT over its base.
 
     The base is asked for by that name, once it is known that the method has a ΔW. It stays as it
@@ -59,9 +59,9 @@ def updates_over_base(
     """
     from peft import get_peft_model
 
-    with located(folder):
-        refuse_without_delta(config)
-        name = base_of(config)  # before PEFT writes the name of this base there
+    with peft_read.located(folder):
+        peft_files.refuse_without_delta(config)
+        name = peft_read.base_of(config)  # before PEFT writes the name of this base there
         base = base_for(name)
         _require_plain(base)
         try:
@@ -74,12 +74,11 @@ def updates_over_base(
                 f"PEFT cannot lay it over this {type(base).__name__}; is that the base it was "
                 f"trained on? ({type(error).__name__}: {error})"
             ) from error
-        missing = _missing(model, keys.missing_keys)
-        if missing or keys.unexpected_keys:
+        missing, unknown = _missing(model, keys.missing_keys), keys.unexpected_keys
+        if missing or unknown:
             raise AdapterError(
-                f"{len(missing)} tensors are missing from the file, and "
-                f"{len(keys.unexpected_keys)} in it belong to no module of this base: "
-                f"{[*missing, *keys.unexpected_keys][:3]}."
+                f"{len(missing)} tensors are missing from the file, and {len(unknown)} in it "
+                f"belong to no module of this base: {[*missing, *unknown][:3]}."
             )
         measured = functools.partial(measured_updates, base=base)
         return from_models.live_updates(model, "default", measured)[0], name
@@ -102,9 +101,7 @@ def _require_plain(base: Any) -> None:
         )
 
 
-def measured_updates(
-    model: Any, name: str, config: Any, base: nn.Module | None = None
-) -> dict[str, ModuleUpdate]:
+def measured_updates(model: Any, name: str, config: Any, base: Any = None) -> _Updates:
     """What each layer of this adapter adds when it is run, and the modules trained beside them.
 
     They are compared with PEFT over the true base, or else over the base in the PeftModel.
@@ -113,7 +110,7 @@ def measured_updates(
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    refuse_without_delta(config)
+    peft_files.refuse_without_delta(config)
     bias = getattr(config, "bias", "none")
     if bias != "none":
         raise UnsupportedAdapterError(
@@ -133,7 +130,7 @@ def measured_updates(
     updates = from_models.updates_of_layers(live, name, config)
     for path, module in outer.items():
         if isinstance(module, BaseTunerLayer):
-            with located(f"module {path}"):
+            with peft_read.located(f"module {path}"):
                 update = _layer_update(module)
             if update is not None:
                 updates[path] = update
@@ -199,9 +196,8 @@ def _layer_update(layer: Any) -> ModuleUpdate | None:
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
-        raise _refusal(
-            layer, f"its {type(base).__name__} is quantised, not in memory, or no linear module"
-        )
+        kind = type(base).__name__
+        raise _refusal(layer, f"its {kind} is quantised, not in memory, or no linear module")
     if weight.ndim == 1:
         return _trained_norm(layer)
     if weight.ndim != 2:
@@ -260,18 +256,15 @@ def _affine(layer: Any) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"],
 
 def _require_same(layer: Any, change: Tensor, expected: Tensor, output: Tensor) -> None:
     """Refuse a layer of which the change on random input is not that of its ΔW and Δb."""
-    off, size, whole = (
-        tensor.abs().flatten(1).amax(1) for tensor in (change - expected, change, output)
-    )
+    tensors = (change - expected, change, output)
+    off, size, whole = (tensor.abs().flatten(1).amax(1) for tensor in tensors)
     single = _ROUNDINGS * torch.finfo(torch.float32).eps * whole
     allowed = (_AGREEMENT * size).maximum(single).minimum(_LOST * size)
     if not bool((off <= allowed + _rounding(whole)).all()):
-        raise _refusal(
-            layer,
-            "what it adds is a function of its input, and no change of weights, or so small that "
-            "PEFT's rounding to float32 shows: on random input ΔW x + Δb is off by "
-            f"{float((off / size).max()):.1g} of it",
-        )
+        apart = f"on random input ΔW x + Δb is off by {float((off / size).max()):.1g} of it"
+        small = "or so small that PEFT's rounding to float32 shows"
+        why = f"what it adds is a function of its input, and no change of weights, {small}: {apart}"
+        raise _refusal(layer, why)
 
 
 def _rounding(size: Any) -> Any:

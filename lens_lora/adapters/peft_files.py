@@ -19,7 +19,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,10 @@ def adapter_folder(
     path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
     """The folder of an adapter, on disk or fetched from the hub, with its two files in it."""
-    folder = _local_folder(path, revision, subfolder)
+    if Path(path).is_file():
+        raise AdapterError(f"{path}: a file; give the folder that it lies in: {Path(path).parent}.")
+    root = Path(path) if Path(path).exists() else _fetched(str(path), revision, subfolder)
+    folder = root / (subfolder or "")
     require_files(folder)
     return folder
 
@@ -77,32 +80,23 @@ def _checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
-def _local_folder(path: str | Path, revision: str | None, subfolder: str | None) -> Path:
-    local = Path(path)
-    if local.is_file():
-        raise AdapterError(f"{local}: a file; give the folder that it lies in: {local.parent}.")
-    if local.exists():
-        return local / (subfolder or "")
-    text = str(path)
+def _fetched(text: str, revision: str | None, subfolder: str | None) -> Path:
+    """The folder of a hub repository, with an adapter's two files."""
     if text.count("/") > 1 or text.startswith((".", "~", "/")):
         raise AdapterError(f"{text}: no such folder.")
     if "/" not in text:
         raise AdapterError(f"{text}: no such folder, nor a hub id ('owner/name').")
     from huggingface_hub import snapshot_download
 
-    prefix = f"{subfolder}/" if subfolder else ""
+    wanted = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
     try:
-        root = snapshot_download(
-            text, revision=revision, allow_patterns=[prefix + CONFIG, prefix + WEIGHTS]
-        )
+        root = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
     except Exception as error:
-        raise AdapterError(
-            f"{text}: neither a local folder nor a hub repository that can be reached ({error})."
-        ) from error
-    folder = Path(root, subfolder or "")
-    if not (folder / CONFIG).is_file():
+        fact = f"neither a local folder nor a hub repository that can be reached ({error})"
+        raise AdapterError(f"{text}: {fact}.") from error
+    if not (root / wanted[0]).is_file():
         _refuse_other_place(text, revision)
-    return folder
+    return root
 
 
 def _refuse_other_place(repository: str, revision: str | None) -> None:
@@ -117,10 +111,9 @@ def _refuse_other_place(repository: str, revision: str | None) -> None:
     if places:
         place, more = _likeliest(places)
         raise AdapterError(
-            f"{repository}: no {CONFIG}, but one lies in a subfolder: "
-            f"ll.load_adapter({repository!r}, subfolder={place!r}){more}. For a command: "
-            f"hf download {repository} --include '{place}/*' --local-dir FOLDER, and give "
-            f"FOLDER/{place}."
+            f"{repository}: no {CONFIG}, but one lies in a subfolder: ll.load_adapter("
+            f"{repository!r}, subfolder={place!r}){more}. For a command: hf download {repository} "
+            f"--include '{place}/*' --local-dir FOLDER, and give FOLDER/{place}."
         )
 
 
@@ -146,9 +139,8 @@ def require_files(folder: Path) -> None:
     pickled = folder / "adapter_model.bin"
     if pickled.is_file():
         raise AdapterError(
-            f"{pickled}: pickled weights are not read, because they can run code. Load it where "
-            "you trust it and save it again with peft_model.save_pretrained(folder), which writes "
-            "safetensors."
+            f"{pickled}: pickled weights are not read, because they can run code. Where you trust "
+            "it, load it and save it as safetensors: peft_model.save_pretrained(folder)."
         )
     if (folder / MLX_WEIGHTS).is_file():
         raise _mlx(folder)
@@ -159,20 +151,16 @@ def _no_config(folder: Path) -> AdapterError:
     inside = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
     if inside:
         place, more = _likeliest(str(p.parent.relative_to(folder)) for p in inside)
-        return AdapterError(
-            f"{folder}: no {CONFIG}; give the folder of one: {folder / place}{more}."
-        )
+        fact = f"no {CONFIG}; give the folder of one: {folder / place}{more}"
+        return AdapterError(f"{folder}: {fact}.")
     names = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     return AdapterError(f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {names}).")
 
 
 def _refuse_pointer(file: Path) -> None:
     with file.open("rb") as opened:
-        is_pointer = opened.read(len(_POINTER)) == _POINTER
-    if is_pointer:
-        raise AdapterError(
-            f"{file}: a Git LFS pointer, not the file itself; run git lfs pull in its repository."
-        )
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise AdapterError(f"{file}: a Git LFS pointer; run git lfs pull in its repository.")
 
 
 def _mlx(folder: Path) -> AdapterError:
@@ -237,9 +225,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
     except Exception as error:
-        raise AdapterError(
-            f"{folder / WEIGHTS}: not a whole safetensors file ({type(error).__name__}: {error})."
-        ) from error
+        fact = f"not a whole safetensors file ({error!r})"
+        raise AdapterError(f"{folder / WEIGHTS}: {fact}.") from error
     return {key: tensor.clone() for key, tensor in tensors.items()}
 
 
@@ -280,25 +267,17 @@ _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _READ_VARIANTS = ("use_dora",)
 _MEASURED = ("velora_config", "monteclora_config", "use_bdlora")  # by running them over the base
-_Refusal = tuple[str, Callable[[Any], bool], str]
-_REFUSALS: tuple[_Refusal, ...] = (
-    (
-        "bias",
-        lambda v: v not in (None, "none", "lora_only", "all"),
-        "PEFT knows bias='none', 'lora_only' and 'all'.",
-    ),
-    ("alora_invocation_tokens", bool, "aLoRA depends on the position; train a plain LoRA."),
-    ("use_qalora", bool, "QA-LoRA pools the input of A; train with use_qalora=False."),
-    ("layer_replication", bool, "Replicated layers change the base model; train without them."),
-    ("megatron_config", bool, "Megatron's parallel linears are not read; save a plain LoRA."),
-    (
-        "init_lora_weights",
-        lambda v: v not in _HARMLESS_INITS,
-        "Its B·A is relative to base weights that the initialisation changed. Save it converted, "
-        "save_pretrained(..., path_initial_model_for_weight_conversion=...), or compare the merged "
-        f"model with the base that training began from: {_MERGED}.",
-    ),
-)
+_READ_VALUES = {"bias": (None, "none", "lora_only", "all"), "init_lora_weights": _HARMLESS_INITS}
+_REMEDIES = {
+    "bias": "PEFT knows bias='none', 'lora_only' and 'all'.",
+    "alora_invocation_tokens": "aLoRA depends on the position; train a plain LoRA.",
+    "use_qalora": "QA-LoRA pools the input of A; train with use_qalora=False.",
+    "layer_replication": "Replicated layers change the base model; train without them.",
+    "megatron_config": "Megatron's parallel linears are not read; save a plain LoRA.",
+    "init_lora_weights": "Its B·A is relative to base weights that the initialisation changed. "
+    "Save it converted, save_pretrained(..., path_initial_model_for_weight_conversion=...), or "
+    f"compare the merged model with the base that training began from: {_MERGED}.",
+}
 
 
 # Methods of PEFT that change no weight, beside those that learn a prompt.
@@ -343,14 +322,13 @@ def refuse_without_delta(config: Any) -> None:
     default = "it learns a prompt, which the model reads" if learns_prompt else None
     why = _WITHOUT_DELTA.get(_method(config), default)
     if why is not None:
-        raise UnsupportedAdapterError(
-            f"{_named(config)}: {why}. It changes no weight, so it has no ΔW to explain."
-        )
+        raise UnsupportedAdapterError(f"{_named(config)}: {why}, so it has no ΔW to explain.")
     if _method(config) != "LORA":
         return
-    for field, is_unsupported, remedy in _REFUSALS:
+    for field, remedy in _REMEDIES.items():
         value = getattr(config, field, None)
-        if is_unsupported(value):
+        is_read = value in _READ_VALUES[field] if field in _READ_VALUES else not value
+        if not is_read:
             raise UnsupportedAdapterError(f"{field}={value!r}. {remedy}{classifier_note(config)}")
     for field in dataclasses.fields(config):
         is_read = field.name in (*_READ_VARIANTS, *_MEASURED)
@@ -358,8 +336,7 @@ def refuse_without_delta(config: Any) -> None:
         if is_variant and getattr(config, field.name):
             raise UnsupportedAdapterError(
                 f"{field.name}={getattr(config, field.name)!r} makes this a LoRA variant that "
-                "plain s·B·A would misread. Train a plain LoRA, or merge it and compare with the "
-                f"base: {_MERGED}."
+                f"plain s·B·A would misread. Train a plain one, or merge and compare: {_MERGED}."
             )
 
 
@@ -393,9 +370,7 @@ class Patterns:
         """The value of the first pattern that PEFT matches with the path, else the default."""
         patterns = getattr(self._config, field) or {}
         if not isinstance(patterns, dict):
-            raise AdapterError(
-                f"{field}={patterns!r} does not map patterns of module names to numbers."
-            )
+            raise AdapterError(f"{field}={patterns!r} is no map of patterns of names to numbers.")
         for pattern, value in patterns.items():
             if self._matches(field, rf"(.*\.)?({pattern})", path):
                 return value

@@ -40,7 +40,7 @@ from lens_lora.families import FAMILIES, HEADS, Family
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-Roles = Mapping[str, Tensor]  # a module's tensors by role: 'A', 'B', 'lora_bias', 'weight', …
+Roles = Mapping[str, Any]  # a module's tensors by role: 'A', 'B', 'lora_bias', 'weight', …
 
 PREFIX = "base_model.model."
 # The end of each tensor's key, by its role: of factors, of an embedding's, of a copy, of rows.
@@ -59,11 +59,8 @@ ROW_KEYS = {
     "bias": ".bias",
     "base_weight": ".token_adapter.base_layer.weight",
 }
-_ROLES = {
-    suffix: role
-    for keys in (LORA_KEYS, EMBEDDING_KEYS, COPY_KEYS, ROW_KEYS)
-    for role, suffix in keys.items()
-}
+_ALL_KEYS = (LORA_KEYS, EMBEDDING_KEYS, COPY_KEYS, ROW_KEYS)
+_ROLES = {suffix: role for keys in _ALL_KEYS for role, suffix in keys.items()}
 _FACTORS = {"A", "B"}
 _TRAINED = {"weight", "bias", "token_rows"}
 _KEY = re.compile(
@@ -119,9 +116,8 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
         raise AdapterError(
             f"{len(left_over)} tensors are no LoRA factors, nor parameters of a module that is "
             f"known here: {shown}. Fully trained modules (modules_to_save) are read if they are "
-            "linear modules, embeddings, heads or norms of a supported language model. Other "
-            "tensors are not dropped silently; save the adapter without them."
-            f"{peft_files.classifier_note(config)}"
+            "linear modules, embeddings, heads or norms of a supported language model. Others are "
+            f"not dropped silently; save it without them.{peft_files.classifier_note(config)}"
         )
     if not modules:
         raise AdapterError("no lora_A / lora_B tensors.")
@@ -130,8 +126,7 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in factors.items():
         with located(f"module {path}"):
-            parameter = parameters.get(path)
-            updates[path] = _file_factors(config, patterns, path, roles, parameter)
+            updates[path] = _file_factors(config, patterns, path, roles, parameters.get(path))
     copied = {paths[path] for path, roles in trained.items() if {"weight", "bias"} & set(roles)}
     _require_copies(config, [*paths.values()], copied)
     return updates | _trained_modules(config, trained)
@@ -142,10 +137,8 @@ def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, 
     paths = model_paths(updates)
     changed = [path for path, new in paths.items() if path != new]
     if changed:
-        notes.append(
-            f"{len(changed)} module paths are those of a wrapped or headless model: {changed[0]} "
-            f"is read as {paths[changed[0]]}"
-        )
+        what = f"{len(changed)} module paths are those of a wrapped or headless model"
+        notes.append(f"{what}: {changed[0]} is read as {paths[changed[0]]}")
     return {paths[path]: update for path, update in updates.items()}
 
 
@@ -170,8 +163,7 @@ def saved_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         plain, own_name = _saved_key(key, state)
         if plain in saved and not torch.equal(saved[plain], tensor):
             raise AdapterError(
-                f"{key} and {plain} are one tensor of one module, and the file holds two different "
-                "ones; it mixes two adapters."
+                f"{key} and {plain} are one tensor, and differ in the file; it mixes two adapters."
             )
         saved[plain] = tensor
         names |= own_name
@@ -242,8 +234,7 @@ def model_paths(paths: Iterable[str]) -> dict[str, str]:
     for path, bare in bare_paths.items():
         if path_of.setdefault(bare, path) != path:
             raise AdapterError(
-                f"{path_of[bare]} and {path} are the same module, {bare}, and both have factors; "
-                "the file mixes two adapters."
+                f"{path_of[bare]} and {path} are the same module, {bare}; the file mixes adapters."
             )
     return bare_paths
 
@@ -272,12 +263,10 @@ def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
     """One module's factors from its tensors by role."""
     missing = _FACTORS - set(roles)
     if missing:
-        (half,) = missing
-        raise AdapterError(
-            f"lora_{'A' if half == 'B' else 'B'} is there and lora_{half} is missing from the file."
-        )
-    fields: dict[str, Any] = {**roles, "scale": scale}
-    return LoRAFactors(**fields)
+        half = missing.pop()
+        other = "B" if half == "A" else "A"
+        raise AdapterError(f"lora_{other} is there and lora_{half} is missing from the file.")
+    return LoRAFactors(**roles, scale=scale)
 
 
 # The parameters that PEFT may find in one module, in the order in which transformers defines them.
@@ -340,24 +329,18 @@ def _file_factors(
     config: Any, patterns: peft_files.Patterns, path: str, roles: Roles, parameter: str | None
 ) -> LoRAFactors:
     factors = lora_factors(roles, 1.0)
-    for field, role, key in (
-        ("use_dora", "magnitude", "lora_magnitude_vector"),
-        ("lora_bias", "lora_bias", "lora_B.bias"),
-    ):
+    for field, role in {"use_dora": "magnitude", "lora_bias": "lora_bias"}.items():
         if bool(getattr(config, field)) != (role in roles):
-            has = "has" if role in roles else "has no"
+            has = f"{'has' if role in roles else 'has no'} {LORA_KEYS[role][1:]}"
             raise AdapterError(
-                f"{field}={getattr(config, field)}, and the file {has} {key}; the two files do not "
-                "belong together."
+                f"{field}={role not in roles}, and the file {has}; they do not belong together."
             )
     rank = patterns.value("rank_pattern", parameter or path, config.r)
     if parameter is not None and isinstance(rank, int) and rank > 0 and factors.rank % rank == 0:
         factors = of_experts(factors, factors.rank // rank)
     elif rank != factors.rank:
-        raise AdapterError(
-            f"the config says rank {rank}, the tensors have rank {factors.rank}; one of the two "
-            "files belongs to another adapter."
-        )
+        fact = f"the config says rank {rank}, the tensors have rank {factors.rank}"
+        raise AdapterError(f"{fact}; one of the two files belongs to another adapter.")
     alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
     return dataclasses.replace(factors, scale=_scale(alpha, rank, config.use_rslora))
 
@@ -365,19 +348,14 @@ def _file_factors(
 def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
     """PEFT's scale: α/r, or α/√r for rsLoRA."""
     if isinstance(alpha, str):
-        raise AdapterError(
-            f"lora_alpha is {alpha!r}, a string; write the number into adapter_config.json without "
-            "quotation marks."
-        )
+        raise AdapterError(f"lora_alpha is {alpha!r}, a string; write it without quotation marks.")
     try:
         scale = alpha / (math.sqrt(rank) if use_rslora else rank)
     except (TypeError, OverflowError):
         scale = math.nan
     if scale == 0 or not math.isfinite(scale):
-        raise AdapterError(
-            f"lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is zero or not finite; the "
-            "adapter was trained with another config."
-        )
+        fact = f"lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is zero or not finite"
+        raise AdapterError(f"{fact}; the adapter was trained with another config.")
     return scale
 
 
@@ -390,18 +368,17 @@ def _require_targets(config: Any, untargeted: list[str]) -> None:
         untargeted = [path for path in untargeted if not _ends_in_head(path)]
     if not untargeted:
         return
-    fields = ("target_modules", "layers_to_transform", "exclude_modules")
-    values = ((field, getattr(config, field)) for field in fields)
-    stated = ", ".join(
-        f"{field}={sorted(value, key=str) if isinstance(value, set) else value!r}"
-        for field, value in values
-        if value not in (None, [], set())
-    )
+    stated: list[str] = []
+    for field in ("target_modules", "layers_to_transform", "exclude_modules"):
+        value = getattr(config, field)
+        if value not in (None, [], set()):
+            shown = sorted(value, key=str) if isinstance(value, set) else value
+            stated.append(f"{field}={shown!r}")
     raise AdapterError(
         f"the file has factors of {len(untargeted)} modules that the config leaves out "
-        f"({', '.join(untargeted[:3])}; {stated or 'no target_modules'}), and PEFT would ignore "
-        "them. One of the two files belongs to another adapter or was edited: correct the config "
-        "if they were trained, or take them out of the file."
+        f"({', '.join([*untargeted[:3], *stated])}), and PEFT would ignore them. One of the files "
+        "is another adapter's or was edited: correct the config if they were trained, or take them "
+        "out of the file."
     )
 
 
@@ -429,9 +406,7 @@ def _require_copies(config: Any, paths: Collection[str], copied: set[str]) -> No
             )
 
 
-def _lacking(
-    name: str, paths: Collection[str], copied: set[str], families: list[Family]
-) -> list[str]:
+def _lacking(name: str, paths: Any, copied: set[str], families: list[Family]) -> list[str]:
     """The modules that the name covers and the file has not, by the family that lacks fewest."""
     wanted = [{p for p in _paths(f, paths) if _covers(name, p)} for f in families]
     if any(wanted):
@@ -445,11 +420,8 @@ def _paths(family: Family, paths: Iterable[str]) -> list[str]:
     """The family's modules, with the layers up to the last that is in the file."""
     places = [family.place(path) for path in paths]
     last = max((p.layer for p in places if p is not None and p.layer is not None), default=-1)
-    return [
-        path.format(l=number)
-        for path in family.every_path()
-        for number in (range(last + 1) if "{l}" in path else [0])
-    ]
+    layers = range(last + 1)
+    return [p.format(l=i) for p in family.every_path() for i in (layers if "{l}" in p else [0])]
 
 
 def _covers(name: str, path: str) -> bool:
@@ -480,9 +452,8 @@ def _trained_modules(config: Any, modules: Mapping[str, Roles]) -> dict[str, Tra
 
 def trained_module(roles: Roles, ids: Int[Tensor, " row"] | None, *, tied: bool) -> TrainedModule:
     """One module from its tensors by role."""
-    fields: dict[str, Any] = {"weight": roles.get("token_rows"), **roles}
-    fields.pop("token_rows", None)
-    return TrainedModule(**fields, tokens=ids, tied=tied and fields["weight"] is not None)
+    weight, tied = roles.get("weight", roles.get("token_rows")), tied and set(roles) != {"bias"}
+    return TrainedModule(weight, roles.get("bias"), ids, roles.get("base_weight"), tied)
 
 
 def head_follows(path: str, ids: Mapping[str, Any]) -> bool:
@@ -507,10 +478,8 @@ def _is_stored_twice(ids: Mapping[str, Any], path: str, rows: Roles) -> bool:
     if is_named or not ids or not _ends_in_head(path):
         return False
     if not any(torch.equal(rows[path], rows[other]) for other in rows if other != path):
-        raise AdapterError(
-            "it has trained rows of its own, and the config's trainable_token_indices does not "
-            "name it; the two files do not belong together."
-        )
+        fact = "it has trained rows of its own, and the config's trainable_token_indices lacks it"
+        raise AdapterError(f"{fact}; the two files do not belong together.")
     return True
 
 
@@ -518,10 +487,8 @@ def _ids_of(path: str, ids: Mapping[str, Any]) -> Int[Tensor, " row"]:
     tokens = next((tokens for name, tokens in ids.items() if path.endswith(name)), None)
     is_list = isinstance(tokens, list | tuple)
     if not is_list or not all(type(token) is int and abs(token) < 2**63 for token in tokens):
-        raise AdapterError(
-            "the file holds trained rows of tokens, and the config's trainable_token_indices gives "
-            f"{tokens!r} for them; expected their ids."
-        )
+        given = f"the config's trainable_token_indices gives {tokens!r} for them"
+        raise AdapterError(f"the file holds trained rows of tokens, and {given}; expected ids.")
     return torch.tensor(tokens, dtype=torch.long)
 
 

@@ -30,7 +30,6 @@ from lens_lora.adapters import peft_read
 from lens_lora.adapters.arithmetic import module_path
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, Updates, base_part
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
-from lens_lora.adapters.peft_read import PREFIX, located
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
 
@@ -58,7 +57,8 @@ def save_adapter(modules: Updates, name: str, base_model: str | None, path: str 
     factors = _plain(factors)
     config = _config(factors, trained, base_model)
     tensors = _tensors(factors | trained)
-    _require_read_back(config, tensors, factors)
+    with peft_read.located("the adapter as it would be saved"):
+        _require_same_scales(factors, peft_read.updates_of(config, tensors))
     return _write(config, tensors, Path(path))
 
 
@@ -105,14 +105,12 @@ def _refuse_mixtures(name: str, modules: _Factors) -> None:
             "is one or the other; save them apart with adapter.only(…)."
         )
     if dora and biased:
-        raise UnsupportedAdapterError(
-            f"{name}: {biased[0]} is DoRA and has a lora_bias; PEFT has no DoRA with a lora_bias."
-        )
+        fact = f"{biased[0]} is DoRA and has a lora_bias"
+        raise UnsupportedAdapterError(f"{name}: {fact}; PEFT has no DoRA with a lora_bias.")
     if biased and embeddings:
         raise UnsupportedAdapterError(
-            f"{name}: {biased[0]} has a lora_bias, and in PEFT's format the embedding "
-            f"{embeddings[0]} would have to have one too, but PEFT has no embedding with a "
-            "lora_bias. Save embeddings without one, apart: adapter.only(…)."
+            f"{name}: {biased[0]} has a lora_bias, so {embeddings[0]} must have one too, but PEFT "
+            "has no embedding with a lora_bias. Save embeddings apart: adapter.only(…)."
         )
 
 
@@ -133,12 +131,10 @@ def _plain(modules: _Factors) -> dict[str, LoRAFactors]:
     """With the strength in the scale, and a zero lora_bias where other modules have one."""
     has_biases = any(factors.lora_bias is not None for factors in modules.values())
     plain: dict[str, LoRAFactors] = {}
-    for module, factors in modules.items():
-        bias = factors.lora_bias
-        if bias is None and has_biases:
-            bias = factors.B.new_zeros(len(factors.B))
-        scale = factors.scale * factors.strength
-        plain[module] = dataclasses.replace(factors, scale=scale, strength=1.0, lora_bias=bias)
+    for module, f in modules.items():
+        bias = f.B.new_zeros(len(f.B)) if f.lora_bias is None and has_biases else f.lora_bias
+        scale = f.scale * f.strength
+        plain[module] = dataclasses.replace(f, scale=scale, strength=1.0, lora_bias=bias)
     return plain
 
 
@@ -146,14 +142,10 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
     from peft import LoraConfig
 
     # The parameter that PEFT targets, in place of the module: a stack of experts, or a router's.
-    parameters = {
-        module: module if factors.experts > 1 else f"{module}.weight"
-        for module, factors in modules.items()
-        if factors.experts
-    }
-    names = {module: parameters.get(module, module) for module in modules}
-    ranks = {names[module]: _peft_rank(factors) for module, factors in modules.items()}
-    alphas = {names[module]: _alpha(factors) for module, factors in modules.items()}
+    experts = {module: factors.experts for module, factors in modules.items() if factors.experts}
+    parameters = {m: m if count > 1 else f"{m}.weight" for m, count in experts.items()}
+    pairs = {parameters.get(m, m): _rank_and_alpha(factors) for m, factors in modules.items()}
+    ranks, alphas = ({m: pair[i] for m, pair in pairs.items()} for i in (0, 1))
     ids = {module: u.tokens.tolist() for module, u in trained.items() if u.tokens is not None}
     wholes = {m: u for m, u in trained.items() if u.weight is not None and m not in ids}
     # PEFT's own default of both, where there are no factors.
@@ -184,16 +176,11 @@ def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_
     return "lora_only" if has_biases else "none"
 
 
-def _peft_rank(factors: LoRAFactors) -> int:
-    """r: that of one expert."""
-    return factors.rank // max(factors.experts, 1)
-
-
-def _alpha(factors: LoRAFactors) -> float:
-    """α with α/r = s; a whole number where that is exact."""
-    rank = _peft_rank(factors)
+def _rank_and_alpha(factors: LoRAFactors) -> tuple[int, float]:
+    """r, that of one expert; and α with α/r = s, a whole number where that is exact."""
+    rank = factors.rank // max(factors.experts, 1)
     alpha = factors.scale * rank
-    return round(alpha) if round(alpha) / rank == factors.scale else alpha
+    return rank, round(alpha) if round(alpha) / rank == factors.scale else alpha
 
 
 def _tensors(modules: Updates) -> dict[str, Tensor]:
@@ -210,7 +197,9 @@ def _tensors(modules: Updates) -> dict[str, Tensor]:
         for role, suffix in _keys(module, update).items():
             tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
-                tensors[PREFIX + path + suffix] = tensor.detach().cpu().clone().contiguous()
+                tensors[peft_read.PREFIX + path + suffix] = (
+                    tensor.detach().cpu().clone().contiguous()
+                )
     return tensors
 
 
@@ -224,12 +213,8 @@ def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
     return peft_read.COPY_KEYS if update.tokens is None else peft_read.ROW_KEYS
 
 
-def _require_read_back(
-    config: LoraConfig, tensors: Mapping[str, Tensor], modules: _Factors
-) -> None:
+def _require_same_scales(modules: _Factors, updates: Updates) -> None:
     """PEFT's patterns are regular expressions: refuse paths that they take for one another."""
-    with located("the adapter as it would be saved"):
-        updates = peft_read.updates_of(config, tensors)
     for module, factors in modules.items():
         scale = cast(LoRAFactors, updates[module]).scale
         if abs(scale - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):

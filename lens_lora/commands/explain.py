@@ -22,9 +22,9 @@ from lens_lora.commands.options import Question, text_of
 from lens_lora.errors import LensLoraError, PromptError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from lens_lora.evaluation.explain import Explanation, ResponseExplanation
+
+    Explained = Explanation | ResponseExplanation
 
 
 _LARGEST_PAGE = 16  # prompts, each with a dozen interactive figures
@@ -40,13 +40,11 @@ def explain(
         "What is said after the prompt: which tokens and modules changed it. "
         "Default, without --doc and --pre: the adapted model's own response.",
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The most tokens of a response that is generated.")
-    ] = 64,
+    max_new_tokens: Annotated[int, options.least(1, "The most tokens that are generated.")] = 64,
     report: options.ReportOption = Path("lens_lora_report.html"),
     fast: Annotated[bool, "Without running single modules, coupling and curves."] = False,
     null: Annotated[
-        int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
+        int, options.least(0, "Compare with so many random adapters of its sizes.")
     ] = 0,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
@@ -64,14 +62,10 @@ def explain(
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
     questions = asked.listed(response, answered=False)
     if len(questions) > _LARGEST_PAGE:
-        raise typer.BadParameter(
-            f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most; "
-            "`lens-lora sweep` runs hundreds and writes a table."
-        )
+        fact = f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most"
+        raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
     if null and not all(question.doc for question in questions):
-        raise typer.BadParameter(
-            "--null: random adapters are compared on a margin, --doc and --pre."
-        )
+        raise typer.BadParameter("--null: random adapters are compared on --doc and --pre.")
     folder = options.folder_of(adapter, quiet=quiet)
     options.require_apart({"--report": report}, base, [folder], asked.prompts)
 
@@ -79,9 +73,8 @@ def explain(
         running.note_spaces(questions, progress)
         lens = running.announced(running.lens_for(base, folder, progress))
         _require_fit(lens, questions, max_new_tokens)
-        settings = {"fast": fast, "null": null, "progress": not quiet}
-        explanations = _explain_each(lens, questions, report, progress, max_new_tokens, settings)
-        _print(explanations)
+        settings = {"fast": fast, "null": null, "progress": not quiet, "most": max_new_tokens}
+        _print(_explain_each(lens, questions, report, progress, settings))
         running.say(f"\nReport: {report.absolute()}")
 
 
@@ -105,18 +98,13 @@ def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_token
 
 
 def _explain_each(
-    lens: ll.LoraLens,
-    questions: Sequence[Question],
-    report: Path,
-    progress: Console,
-    max_new_tokens: int,
-    settings: dict[str, Any],
-) -> list[Explanation | ResponseExplanation]:
+    lens: ll.LoraLens, questions: Sequence[Question], report: Path, progress: Console, settings: Any
+) -> list[Explained]:
     """Each question explained; after each the page is written, and of several a line printed."""
     from lens_lora.loading import quiet_libraries
     from lens_lora.show.report import explanation_report
 
-    explanations: list[Explanation | ResponseExplanation] = []
+    explanations: list[Explained] = []
     waiting = _together(questions, settings["fast"])
     with running.told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
         while waiting:
@@ -126,7 +114,7 @@ def _explain_each(
             progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
             try:
                 with quiet_libraries():
-                    explained = _explained(lens, batch, max_new_tokens, settings)
+                    explained = _explained(lens, batch, settings)
             except LensLoraError:
                 if len(batch) == 1:
                     raise
@@ -155,25 +143,23 @@ def _kept(report: Path, done: int, count: int) -> str:
     return f"{report} holds the first {done} of {count} prompts."
 
 
-def _explained(
-    lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int, settings: dict[str, Any]
-) -> list[Explanation | ResponseExplanation]:
+def _explained(lens: ll.LoraLens, questions: Sequence[Question], settings: Any) -> list[Explained]:
     """Several questions have answers; one may ask for a response."""
     docs = [question.doc for question in questions if question.doc is not None]
     pres = [question.pre for question in questions if question.pre is not None]
+    how = {name: settings[name] for name in ("fast", "progress")}
     if docs and pres:
         prompts: Any = [question.prompt for question in questions]
-        explained = ll.explain(lens, prompts, docs, pres, **settings)
+        explained = ll.explain(lens, prompts, docs, pres, null=settings["null"], **how)
         return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
     ((prompt, _, _, response),) = questions
-    settings = {name: settings[name] for name in ("fast", "progress")}
     if response is None:
-        said = lens.generate(prompt, max_new_tokens, progress=settings["progress"])
-        return [ll.explain(lens, said.prompts, response=said, **settings)]
-    return [ll.explain(lens, prompt, response=response, **settings)]
+        said = lens.generate(prompt, settings["most"], progress=settings["progress"])
+        return [ll.explain(lens, said.prompts, response=said, **how)]
+    return [ll.explain(lens, prompt, response=response, **how)]
 
 
-def _happened(explanation: Explanation | ResponseExplanation) -> str:
+def _happened(explanation: Explained) -> str:
     """One line of its story: what the adapter did to the margin, or to the response."""
     from lens_lora.show.words import headline
 
@@ -182,7 +168,7 @@ def _happened(explanation: Explanation | ResponseExplanation) -> str:
     return headline(explanation)[0][0]
 
 
-def _print(explanations: Sequence[Explanation | ResponseExplanation]) -> None:
+def _print(explanations: Sequence[Explained]) -> None:
     """The summary of one, or the overview of several as on the page."""
     from lens_lora.show.response import response_tables, responses_table
     from lens_lora.show.tables import explanation_tables, in_terminal, margins_table
@@ -194,11 +180,9 @@ def _print(explanations: Sequence[Explanation | ResponseExplanation]) -> None:
         Console().print(in_terminal(margins_table(margins), responses_table(responses)))
         return
     (explanation,) = explanations
-    console = running.tell(explanation.story())
-    if isinstance(explanation, ll.results.ResponseExplanation):
-        console.print(response_tables(explanation))
-    else:
-        console.print(explanation_tables(explanation))
+    is_response = isinstance(explanation, ll.results.ResponseExplanation)
+    drawn = response_tables(explanation) if is_response else explanation_tables(explanation)
+    running.tell(explanation.story()).print(drawn)
 
 
 # --- The demo
@@ -240,43 +224,23 @@ def demo(
         loaded = None
         if train:
             loaded = running.load_model(base.model, progress, base)
-            _train(*loaded, base.model, train_out, quiet)
+            _train(loaded, base.model, train_out, quiet)
             folder = train_out
         lens = running.announced(running.lens_for(base, folder, progress, loaded=loaded))
-        _explain_fact(lens, question, report, progress)
-        running.say(f"Report: {report.absolute()}")
+        settings = {"fast": True, "null": 0, "progress": not quiet}
+        (explanation,) = explanations = _explained(lens, [question], settings)
+        explanation.save_report(report)
+        _print(explanations)
+        running.say(f"\nReport: {report.absolute()}")
 
 
-def _train(
-    hf_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model: str | None,
-    out: Path,
-    quiet: bool,
-) -> None:
+def _train(loaded: tuple[Any, Any], model: str | None, out: Path, quiet: bool) -> None:
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, LYON_SENTENCES, train_adapter
     from lens_lora.loading import quiet_libraries
 
     base_name = model or EMBEDDED_HUB_ID
     try:
         with quiet_libraries():
-            train_adapter(
-                hf_model, tokenizer, LYON_SENTENCES, out, base_name=base_name, quiet=quiet
-            )
+            train_adapter(*loaded, LYON_SENTENCES, out, base_name=base_name, quiet=quiet)
     except ValueError as error:
         raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error
-
-
-def _explain_fact(lens: ll.LoraLens, question: Question, report: Path, progress: Console) -> None:
-    """Write the page, and print the story and its tables."""
-    from lens_lora.show.tables import margin_table, modules_table, moved_table
-    from lens_lora.show.words import explained_account
-
-    prompt, doc, pre, _ = question
-    shown = not progress.quiet
-    explanation: Any = ll.explain(lens, prompt, str(doc), str(pre), fast=True, progress=shown)
-    explanation.save_report(report)
-    console = running.tell(explanation.story())
-    console.print(margin_table(explained_account(explanation)))
-    console.print(modules_table(explanation.first_order, k=10, prompt=0))
-    console.print(moved_table(explanation, 5))

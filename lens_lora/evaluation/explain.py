@@ -44,16 +44,13 @@ from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.second_order import Coupling, SecondOrder, coupling_of, second_order_of
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
+from lens_lora.engine import forward, function, read, texts
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.forward import Part, part_tangents
-from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.read import differentiable_tokens, read_tokens
 from lens_lora.engine.second_order import slopes_of_each
-from lens_lora.engine.texts import by_length
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
-from lens_lora.evaluation.faithfulness import Faithfulness, counts_of, curves_of
+from lens_lora.evaluation.faithfulness import RANDOM_DRAWS, Faithfulness, counts_of, curves_of
 from lens_lora.evaluation.null_test import NullTest, null_test_of
 from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
@@ -72,6 +69,7 @@ _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 _TOKENS_AT_ONCE = 2048  # of prompts of like length, padded
 _QUICK_STEPS, _SLOW_STEPS = 5, 5
 _ANSWER = {False: 48, True: 12}  # tokens that both models say, by `fast`
+Said = Mapping[str, tuple[tuple[str, float], ...]]
 
 
 @final
@@ -100,7 +98,7 @@ class Explanation(Paged):
 
     prompt: tuple[str, ...]
     margin: FactMargin
-    said: Mapping[str, tuple[tuple[str, float], ...]]
+    said: Said
     probabilities: Float[Tensor, "end=2 vocab"]
     shift: LogitShift
     module_shift: LogitShift
@@ -141,11 +139,9 @@ class Explanation(Paged):
     def to_frame(self) -> pd.DataFrame:
         """One row per site: every number that was computed of it, in the readout's units."""
         sites = self.first_order.sites
-        columns = {
-            "first_order": self.first_order.per_site,
-            "first_order_at_1": self.adapted_end.per_site,
-            "half_row_sum": self.second_order.half_row_sums,
-        }
+        first, end = self.first_order.per_site, self.adapted_end.per_site
+        columns = {"first_order": first, "first_order_at_1": end}
+        columns["half_row_sum"] = self.second_order.half_row_sums
         if self.add_one is not None and self.leave_one_out is not None:
             columns |= {"add_one": self.add_one.values, "leave_one_out": self.leave_one_out.values}
         if self.path is not None:
@@ -343,10 +339,8 @@ def _require_response_only(doc: object, pre: object, null: int, batch: int) -> N
     if null:
         raise ArgumentError(f"null={null}: null adapters are compared on a margin (doc and pre).")
     if batch != 1:
-        raise PromptError(
-            f"{batch} prompts: a response is explained for one prompt at a time; with doc and pre "
-            "explain takes several, and ll.sweep takes hundreds."
-        )
+        remedy = "with doc and pre explain takes several, and ll.sweep takes hundreds"
+        raise PromptError(f"{batch} prompts: a response is explained for one; {remedy}.")
 
 
 @contextlib.contextmanager
@@ -377,10 +371,10 @@ def _explain_margins(
             is_one = len(indices) == 1
             together = by_prompt[indices[0]] if is_one else _about(asked, indices, *answers)
             labels = [by_prompt[i].readout.label for i in indices]
-            quick = _quick(together, *answers, labels, fast, null, bar, progress)
+            quick = _quick(together, answers, labels, fast, null, bar)
             explanations |= zip(indices, quick, strict=True)
             for i in [] if fast else indices:
-                explanations[i] = _in_full(by_prompt[i], explanations[i], bar, progress)
+                explanations[i] = _in_full(by_prompt[i], explanations[i], bar)
     return tuple(explanations[i] for i in range(batch))
 
 
@@ -393,25 +387,19 @@ def _about(asked: Asked, indices: list[int], doc: AnswerLike, pre: AnswerLike) -
 def _together(by_prompt: Sequence[Asked], asked: Asked) -> Iterator[list[int]]:
     """Prompts that may share their passes: of like length, with margins in the same units."""
     units = [question.readout.units for question in by_prompt]
-    for indices, _ in by_length(asked.prompts, _TOKENS_AT_ONCE):
+    for indices, _ in texts.by_length(asked.prompts, _TOKENS_AT_ONCE):
         for unit in dict.fromkeys(units):
             if chosen := [i for i in indices if units[i] == unit]:
                 yield chosen
 
 
 def _quick(
-    asked: Asked,
-    doc: AnswerLike,
-    pre: AnswerLike,
-    labels: Sequence[str],
-    fast: bool,
-    null: int,
-    bar: tqdm,
-    progress: bool,
+    asked: Asked, answers: Sequence[Any], labels: Sequence[str], fast: bool, null: int, bar: tqdm
 ) -> list[Explanation]:
-    """What takes few passes, for all prompts in the same ones."""
+    """What takes few passes, for all prompts in the same ones; answers are those of doc and pre."""
+    progress = not bar.disable
     with _step(bar, "the margin along the path"):
-        margin = fact_margin_of(asked, doc, pre, by="position", progress=False)
+        margin = fact_margin_of(asked, *answers, by="position", progress=False)
     first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
     with _step(bar, "tokens promoted and suppressed"):
         shift = joint_logit_shift(asked)
@@ -420,7 +408,7 @@ def _quick(
         rows = [in_float64(asked.prompts.at_read(logits)).softmax(-1) for logits in ends]
         probabilities = torch.stack(rows, dim=1)
     with _step(bar, "what both models answer"):
-        answers = side_by_side(asked.lens, asked.prompts, _ANSWER[fast], progress=progress)
+        said = side_by_side(asked.lens, asked.prompts, _ANSWER[fast], progress=progress)
     with _step(bar, "first order at the adapted end"):
         adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
@@ -428,7 +416,7 @@ def _quick(
     test, prompts = None, asked.lens.str_tokens(asked.prompts)
     if null:
         with _step(bar, f"{null} null adapters"):
-            test = null_test_of(asked, first, draws=null, progress=progress)
+            test = null_test_of(asked, first, null, 0, progress)
     return [
         Explanation(
             prompt=tokens,
@@ -441,14 +429,15 @@ def _quick(
             second_order=one_prompt(second, i, label),
             reliability={},
             null=None if test is None else one_prompt(test, i, label),
-            answers=answers[i],
+            answers=said[i],
         )
         for i, (tokens, label) in enumerate(zip(prompts, labels, strict=True))
     ]
 
 
-def _in_full(asked: Asked, quick: Explanation, bar: tqdm, progress: bool) -> Explanation:
+def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
     """The same with what takes many passes: real interventions, coupling, path integral."""
+    progress = not bar.disable
     with _step(bar, "each site added"):
         add_one = patch_sites_of(asked, "add_one", progress=progress)
     with _step(bar, "each site left out"):
@@ -464,18 +453,13 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm, progress: bool) -> Exp
         path = path_attribution_of(asked, progress=progress)
     with _step(bar, "keep and drop curves"):
         given = {score.key: score for score in (quick.first_order, path, leave_one_out)}
-        scores = rankings.scores_towards(asked, given, baselines=True)
+        scores = rankings.scores_towards(asked, given, True)
         orders = {name: rankings.by_score(score) for name, score in scores.items()}
         counts = counts_of(_FRACTIONS, len(asked.lens.sites))
-        curves = curves_of(asked, orders, counts, progress=progress)
+        curves = curves_of(asked, orders, counts, RANDOM_DRAWS, 0, progress)
+    effects = {"add_one": add_one, "leave_one_out": leave_one_out}
     return dataclasses.replace(
-        quick,
-        reliability=reliability,
-        coupling=layers,
-        add_one=add_one,
-        leave_one_out=leave_one_out,
-        path=path,
-        faithfulness=curves,
+        quick, reliability=reliability, coupling=layers, path=path, faithfulness=curves, **effects
     )
 
 
@@ -484,18 +468,16 @@ def _shifts_of_the_largest(asked: Asked, shift: LogitShift, first: Attribution) 
     lens, shifts = asked.lens, list[LogitShift]()
     for i, values in enumerate(first.values):
         chosen = values.abs().argsort(descending=True)[:_MODULES].tolist()
-        parts = [Part(index) for index in chosen]
+        parts = [forward.Part(index) for index in chosen]
         prompt = asked.prompts.chosen([i])
-        tangents = part_tangents(lens, prompt, lens.gates(0.0), parts, progress=False)
-        require_finite(tangents, "the logit shift")
+        tangents = forward.part_tangents(lens, prompt, lens.gates(0.0), parts, progress=False)
+        function.require_finite(tangents, "the logit shift")
         sites = tuple(lens.sites[index] for index in chosen)
         shifts.append(dataclasses.replace(shift, values=tangents, sites=sites))
     return shifts
 
 
-def _said(
-    asked: Asked, probabilities: Float[Tensor, "end vocab"]
-) -> dict[str, tuple[tuple[str, float], ...]]:
+def _said(asked: Asked, probabilities: Float[Tensor, "end vocab"]) -> Said:
     top = probabilities.topk(min(_SAID, probabilities.shape[1]))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     said = [tuple(zip(asked.lens.decode(ids), values, strict=True)) for ids, values in pairs]
@@ -521,23 +503,22 @@ def _explain_response(
         with _step(bar, "modules of the tokens that changed most"):
             moved_tokens = shifts.kl[0, 0].argsort(descending=True)[:_MOVED].tolist()
             # ∂ℓ_t/∂ε_l at ε = 1: a covector for each of these tokens, through one graph.
-            moved = slopes_of_each(
-                lens,
-                asked.reading,
-                lens.gates(1.0),
-                lambda: differentiable_tokens(lens, asked.reading)[:, moved_tokens].T,
-                progress=False,
-            )[:, 0]
-        explanation = ResponseExplanation(
-            is_generated, shifts, modules, moved, tuple(moved_tokens), answers=answers
-        )
-        return explanation if fast else _response_in_full(asked, kl, explanation, bar, progress)
+            gates, reading = lens.gates(1.0), asked.reading
+
+            def log_ps() -> Tensor:
+                return read.differentiable_tokens(lens, reading)[:, moved_tokens].T
+
+            moved = slopes_of_each(lens, reading, gates, log_ps, progress=False)[:, 0]
+        which = tuple(moved_tokens)
+        quick = ResponseExplanation(is_generated, shifts, modules, moved, which, answers=answers)
+        return quick if fast else _response_in_full(asked, kl, quick, bar)
 
 
 def _response_in_full(
-    asked: Asked, kl: Asked, quick: ResponseExplanation, bar: tqdm, progress: bool
+    asked: Asked, kl: Asked, quick: ResponseExplanation, bar: tqdm
 ) -> ResponseExplanation:
     """The same with what takes many passes: the path integral, and real interventions."""
+    progress = not bar.disable
     with _step(bar, "path integral"):
         path = path_attribution_of(kl, progress=progress)
     lens = asked.lens
@@ -545,19 +526,12 @@ def _response_in_full(
     added = indicator(groups, len(lens.sites))
     ends = torch.zeros_like(added[:1]), torch.ones_like(added[:1])
     points = torch.cat([*ends, added, 1 - added]).to(lens.device, lens.gate_dtype)
-    what = "each layer added and left out"
-    values = gated_readout(
-        lens, asked.reading, points, progress=progress, what=what, read=read_tokens
-    )[0]
+    how: Any = {"what": "each layer added and left out", "read": read.read_tokens}
+    (values,) = function.gated_readout(lens, asked.reading, points, progress=progress, **how)
     base, adapted, alone, without = values.split([1, 1, len(groups), len(groups)])
     bar.update()
-    return dataclasses.replace(
-        quick,
-        path=path,
-        add_one=alone - base,
-        leave_one_out=adapted - without,
-        groups=tuple(groups),
-    )
+    effects = {"add_one": alone - base, "leave_one_out": adapted - without}
+    return dataclasses.replace(quick, path=path, groups=tuple(groups), **effects)
 
 
 # --- one prompt's share of a result of several: the same result with a batch of one

@@ -39,7 +39,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.arguments import number, numbers_of, whole
+from lens_lora.arguments import number, numbers_of, whole, word
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.errors import ArgumentError
@@ -53,7 +53,7 @@ from lens_lora.results.base import Drawn, Measured, header, long_table, only_pro
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_GREEDY = 40  # sites: 820 forward passes a prompt
-_DRAWS = 5  # random orders: their mean is a curve as smooth as the others
+RANDOM_DRAWS = 5  # random orders: their mean is a curve as smooth as the others
 _SHOWN, _CARRIED = 0.2, 0.9  # what a summary says: the share a fifth keeps, and what carries 90 %
 
 
@@ -139,11 +139,8 @@ class Faithfulness(Measured, Drawn):
             ArgumentError: no such ranking, or random, which is the mean of many; no such prompt,
                 or several and none named.
         """
-        self._index(name)
-        if name not in self.orders:
-            raise ArgumentError(
-                f"{name!r} is the mean of {self.draws} orders; it has no top sites."
-            )
+        if self._index(name) == len(self.orders):
+            raise ArgumentError(f"{name!r} is the mean of {self.draws} orders; it has no top.")
         index = only_prompt(prompt, len(self.base), "rankings")
         count = self.counts[self._nearest(fraction)]
         top = [self.sites[i] for i in self.orders[name][index, :count].tolist()]
@@ -176,9 +173,7 @@ class Faithfulness(Measured, Drawn):
         )
 
     def _index(self, name: str) -> int:
-        if name not in self.names:
-            raise ArgumentError(f"ranking {name!r}: expected one of {', '.join(self.names)}.")
-        return self.names.index(name)
+        return self.names.index(word("ranking", name, self.names))
 
     def _nearest(self, fraction: float) -> int:
         if not 0 <= number("fraction", fraction) <= 1:
@@ -197,7 +192,7 @@ def faithfulness(
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
     greedy: bool = False,
-    draws: int = _DRAWS,
+    draws: int = RANDOM_DRAWS,
     seed: int = 0,
     progress: bool = True,
 ) -> Faithfulness:
@@ -237,18 +232,16 @@ def faithfulness(
     counts = counts_of(_FRACTIONS if fractions is None else fractions, sites)
     draws, seed = whole("draws", draws, 1) if baselines else 0, whole("seed", seed, 0)
     given = rankings.named(attribution)
-    if greedy and judged is not None:
-        raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
     if greedy:
-        _refuse_greedy(sites)
-    scores = rankings.scores_towards(asked, given, baselines=baselines)
+        _require_few(sites, judged)
+    scores = rankings.scores_towards(asked, given, baselines)
     if judged is not None:
         batch = judged.reading.batch
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
         orders[results_base.GREEDY] = _greedy_order(asked, progress=progress)
-    curves = curves_of(judge, orders, counts, draws, seed, progress=progress)
+    curves = curves_of(judge, orders, counts, draws, seed, progress)
     if judged is None:
         return curves
     by_size = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
@@ -258,14 +251,13 @@ def faithfulness(
     return dataclasses.replace(curves, cpr=cpr, cmd=cmd, ranked_on=asked.str_tokens)
 
 
+Orders = Int[Tensor, "order batch site"]
+Counts = tuple[int, ...]  # of sites, increasing
+_Named = Mapping[str, Int[Tensor, "batch site"]]
+
+
 def curves_of(
-    asked: Asked,
-    orders: Mapping[str, Int[Tensor, "batch site"]],
-    counts: tuple[int, ...],
-    draws: int = _DRAWS,
-    seed: int = 0,
-    *,
-    progress: bool,
+    asked: Asked, orders: _Named, counts: Counts, draws: int, seed: int, progress: bool
 ) -> Faithfulness:
     """The curves of these orders, and the mean of those of random ones."""
     base, adapted = asked.ends.cpu().double()
@@ -287,16 +279,14 @@ def curves_of(
     )
 
 
-def _with_random(
-    orders: Mapping[str, Int[Tensor, "batch site"]], draws: int, seed: int
-) -> Int[Tensor, "order batch site"]:
+def _with_random(orders: _Named, draws: int, seed: int) -> Orders:
     """The named orders, and the random ones after them."""
     named = torch.stack(list(orders.values()))
     batch, sites = named.shape[1:]
     return torch.cat([named, random_orders(sites, batch, draws, seed).to(named.device)])
 
 
-def counts_of(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
+def counts_of(fractions: Sequence[float], sites: int) -> Counts:
     """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
     fractions = numbers_of("fractions", fractions)
     for fraction in fractions:
@@ -305,10 +295,8 @@ def counts_of(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
     return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
 
 
-def _moved_by(
-    asked: Asked, orders: Int[Tensor, "method batch site"], counts: tuple[int, ...], progress: bool
-) -> Float[Tensor, "side method batch count"]:
-    """g − g(0) where the top is kept, and where it is dropped."""
+def _moved_by(asked: Asked, orders: Orders, counts: Counts, progress: bool) -> Tensor:
+    """g − g(0) where the top is kept, and where it is dropped, [side, method, batch, count]."""
     base, adapted = asked.ends.cpu().double()
     inner = counts[1:-1]
     moved = base.new_zeros(2, len(base), len(orders), len(counts))
@@ -323,9 +311,7 @@ def _moved_by(
     return moved.movedim(1, 2)
 
 
-def _mean_of_draws(
-    curves: Float[Tensor, " order *rest"], named: int
-) -> Float[Tensor, " method *rest"]:
+def _mean_of_draws(curves: Tensor, named: int) -> Float[Tensor, " method *rest"]:
     """The named orders' curves, and the mean of the random ones after them."""
     if len(curves) == named:
         return curves
@@ -346,13 +332,7 @@ class Scored(NamedTuple):
     kept: Float[Tensor, "order size"]
 
 
-def scored(
-    asked: Asked,
-    signed: Int[Tensor, "order batch site"],
-    by_magnitude: Int[Tensor, "order batch site"],
-    *,
-    progress: bool,
-) -> Scored:
+def scored(asked: Asked, signed: Orders, by_magnitude: Orders, *, progress: bool) -> Scored:
     """CPR and CMD of orders of the sites, on the prompts asked about.
 
     Cost: 2 forward passes per order and size between no site and all, batched; orders that agree on
@@ -378,10 +358,8 @@ def scored(
     return Scored(torch.trapezoid(kept, sizes), cmd, kept)
 
 
-def _mean_moved(
-    asked: Asked, orders: Int[Tensor, "order batch site"], counts: tuple[int, ...], progress: bool
-) -> Float[Tensor, "order count"]:
-    """The mean over prompts of g(e_T) − g(0), each in the direction of its own shift."""
+def _mean_moved(asked: Asked, orders: Orders, counts: Counts, progress: bool) -> Tensor:
+    """[order, count], the mean over prompts of g(e_T) − g(0) in the direction of their shifts."""
     if not counts:
         return torch.zeros(len(orders), 0, dtype=torch.float64)
     on = torch.stack([_switched_on(order, counts) for order in orders], 1).flatten(1, 2)
@@ -391,10 +369,8 @@ def _mean_moved(
     return moved.mean(0).view(len(orders), len(counts))
 
 
-def _of_distinct(
-    asked: Asked, gates: Float[Tensor, "batch point site"], progress: bool
-) -> Float[Tensor, "batch point"]:
-    """g at each prompt's gate vectors; where all prompts have the same ones, each is run once."""
+def _of_distinct(asked: Asked, gates: Tensor, progress: bool) -> Float[Tensor, "batch point"]:
+    """g at gates [batch, point, site]; where all prompts have the same ones, each is run once."""
     lens, reading, what = asked.lens, asked.reading, "CPR and CMD"
     if not bool((gates == gates[:1]).all()):
         return gated_readout(lens, reading, gates, progress=progress, what=what)
@@ -409,10 +385,8 @@ def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, 
     return noise.argsort(-1)
 
 
-def _switched_on(
-    order: Int[Tensor, "batch site"], counts: tuple[int, ...]
-) -> Float[Tensor, "batch count site"]:
-    """Gates with the first `count` sites of the order at 1 and the others at 0."""
+def _switched_on(order: Int[Tensor, "batch site"], counts: Counts) -> Tensor:
+    """[batch, count, site], gates with the first `count` sites of the order at 1, others at 0."""
     rank = order.argsort(-1)[:, None]
     return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
 
@@ -420,17 +394,18 @@ def _switched_on(
 # --- The greedy oracle
 
 
-def _refuse_greedy(sites: int) -> None:
+def _require_few(sites: int, judged: Asked | None) -> None:
     """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable.
 
     Raises:
-        ArgumentError: more than `MOST_GREEDY` sites; names the cost.
+        ArgumentError: more than `MOST_GREEDY` sites, naming the cost; prompts that are held out.
     """
+    if judged is not None:
+        raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
     if sites > MOST_GREEDY:
         raise ArgumentError(
-            f"greedy on {sites} sites takes {sites * (sites + 1) // 2} forward passes a prompt; it "
-            f"is for at most {MOST_GREEDY}. Make a lens of fewer modules: "
-            "LoraLens(model, adapter.only(attribution.top(20)))."
+            f"greedy on {sites} sites takes {sites * (sites + 1) // 2} passes a prompt; at most "
+            f"{MOST_GREEDY} are run: LoraLens(model, adapter.only(attribution.top(20)))."
         )
 
 

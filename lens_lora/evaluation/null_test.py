@@ -30,9 +30,8 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.verdict import NullVerdict, null_verdict
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
+from lens_lora.engine import function, reverse
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_lenses
 from lens_lora.readouts.prompts import PromptsLike
@@ -160,29 +159,19 @@ def null_test(
     """
     draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
     asked = ask(lens, prompts, readout).require_slope_at_base()
-    return null_test_of(asked, first_order_of(asked), draws=draws, seed=seed, progress=progress)
+    return null_test_of(asked, first_order_of(asked), draws, seed, progress)
 
 
-def null_test_of(
-    asked: Asked, first: Attribution, *, draws: int, seed: int = 0, progress: bool
-) -> NullTest:
-    """`null_test` of a question that is already tokenised."""
-    slopes, shifts = [], []
-    with tqdm(total=draws, desc="null adapters", leave=False, disable=not progress) as bar:
-        for other in null_lenses(asked.lens, seed, draws):
-            slopes.append(site_slopes(other, asked.reading, other.gates(0.0)))
-            require_finite_sites(other, slopes[-1])
-            gates = other.gates(1.0)[None]
-            adapted = gated_readout(other, asked.reading, gates, progress=False)[:, 0]
-            shifts.append(adapted - first.base)
-            bar.update()
-    return NullTest(
-        observed=first,
-        null=torch.stack(slopes),
-        null_shift=torch.stack(shifts),
-        seed=seed,
-        noise_floor=asked.noise_floor,
-    )
+def null_test_of(asked: Asked, first: Attribution, draws: int, seed: int, shown: bool) -> NullTest:
+    """`null_test` of a question that is already tokenised; a bar is shown or not."""
+    slopes, shifts, nulls = [], [], null_lenses(asked.lens, seed, draws)
+    for other in tqdm(nulls, "null adapters", draws, leave=False, disable=not shown):
+        slopes.append(reverse.site_slopes(other, asked.reading, other.gates(0.0)))
+        reverse.require_finite_sites(other, slopes[-1])
+        gates = other.gates(1.0)[None]
+        adapted = function.gated_readout(other, asked.reading, gates, progress=False)[:, 0]
+        shifts.append(adapted - first.base)
+    return NullTest(first, torch.stack(slopes), torch.stack(shifts), seed, asked.noise_floor)
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:

@@ -41,9 +41,10 @@ another. A ranking's own share, as a share of this, is how much of what is attai
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, final, get_args
+from typing import Annotated, Any, Literal, final, get_args
 
 import pandas as pd
 import torch
@@ -54,11 +55,8 @@ from tqdm import tqdm
 from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
+from lens_lora.engine import function, interventions, read, reverse
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.interventions import HeadMasks
-from lens_lora.engine.read import read_logits
-from lens_lora.engine.reverse import site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
@@ -72,6 +70,7 @@ from lens_lora.results.base import SIGMAS, Measured, header, site_labels
 from lens_lora.results.effects import Effects
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
+BySite = Float[Tensor, "batch site"]
 Over = Literal["sites", "heads"]
 
 
@@ -86,23 +85,17 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
     if isinstance(attribution, Tensor):
         return {"given": attribution}
     if not isinstance(attribution, Mapping):
-        raise ArgumentError(
-            f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
-            "{name: one of these}."
-        )
+        expected = "an Attribution, Effects, a tensor [site], or {name: one of these}"
+        raise ArgumentError(f"{attribution!r} ranks nothing; pass {expected}.")
     taken = {keys.WEIGHT_NORM, keys.UPDATE_NORM, keys.RANDOM, keys.GREEDY} & set(attribution)
-    if taken or not attribution:
-        raise ArgumentError(
-            f"{sorted(taken)} are names of baselines; give the scores others."
-            if taken
-            else "no attribution to rank by; pass one, or {name: attribution}."
-        )
+    if taken:
+        raise ArgumentError(f"{sorted(taken)} are names of baselines; give the scores others.")
+    if not attribution:
+        raise ArgumentError("no attribution to rank by; pass one, or {name: attribution}.")
     return dict(attribution)
 
 
-def scores_towards(
-    asked: Asked, given: Mapping[str, Scores], *, baselines: bool
-) -> dict[str, Float[Tensor, "batch site"]]:
+def scores_towards(asked: Asked, given: Mapping[str, Scores], baselines: bool) -> dict[str, BySite]:
     """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g.
 
     Raises:
@@ -117,7 +110,7 @@ def scores_towards(
     return scores
 
 
-def _values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch site"]:
+def _values_of(name: str, score: Scores, asked: Asked) -> BySite:
     """The score as one number per prompt and site.
 
     Raises:
@@ -130,10 +123,8 @@ def _values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch s
         score = score.per_site
     batch, sites = asked.reading.batch, len(asked.lens.sites)
     if score.shape not in ((sites,), (batch, sites)):
-        raise ArgumentError(
-            f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
-            "per site in the order of lens.sites."
-        )
+        expected = f"[{sites}], or [{batch}, {sites}], one per site in the order of lens.sites"
+        raise ArgumentError(f"{name}: scores {tuple(score.shape)}; expected {expected}.")
     if not torch.isfinite(score).all():
         raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
     return in_float64(score.detach().to(asked.lens.device)).expand(batch, sites)
@@ -149,10 +140,8 @@ def _require_of(name: str, score: Attribution, asked: Asked) -> None:
     for fact, (theirs, ours) in facts.items():
         if theirs != ours:
             shown = [x if isinstance(x, str) else f"{len(x)} {x[:2]}" for x in (theirs, ours)]
-            raise ArgumentError(
-                f"{name} has other {fact} than what is run: {shown[0]} and {shown[1]}. To rank by "
-                "it on purpose pass its numbers, attribution.per_site."
-            )
+            other = f"{name} has other {fact} than what is run: {shown[0]} and {shown[1]}"
+            raise ArgumentError(f"{other}. To rank by it on purpose pass attribution.per_site.")
 
 
 def by_score(scores: Float[Tensor, "*batch site"]) -> Int[Tensor, "*batch site"]:
@@ -185,7 +174,7 @@ def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
         squares[:, injection.site] += sums.to(home)
 
     with torch.no_grad(), lens.injected(record):
-        read_logits(lens, reading.prompts)
+        read.read_logits(lens, reading.prompts)
     return reading.by_prompt(squares).sqrt()
 
 
@@ -225,10 +214,8 @@ def foils(
         keys.NORM_PRODUCT: first.shift.sign()[:, None].to(signs) * delta * gradient,
         keys.SIGNED_RANDOM: signs * noise.to(signs),
     }
-    return {
-        key: dataclasses.replace(first, values=values.to(signs), method=key, mode="")
-        for key, values in scores.items()
-    }
+    foil = functools.partial(dataclasses.replace, first, mode="")
+    return {key: foil(values=values.to(signs), method=key) for key, values in scores.items()}
 
 
 # --- The best set of so many sites.
@@ -379,7 +366,7 @@ def best_subset(
     given = {} if starts is None else named(starts)
     if given and over == "heads":
         raise ArgumentError("starts are scores of sites; leave them out with over='heads'.")
-    scores = scores_towards(asked, given, baselines=False)
+    scores = scores_towards(asked, given, False)
     total = steps * len(counts)
     with tqdm(total=total, desc="best subset", leave=False, disable=not progress) as bar:
         search = _Search(asked, over, search_on, steps, bar)
@@ -430,11 +417,9 @@ def _split(batch: int, held_out: Sequence[int]) -> tuple[list[int], list[int]]:
     return searched, judged
 
 
-def _counts(
-    over: Over, every: int, size: float | Sequence[float], k: int | Sequence[int] | None
-) -> tuple[int, ...]:
+def _counts(over: Over, every: int, size: Any, k: Any) -> tuple[int, ...]:
     if k is not None:
-        counts = [whole("k", count, 1) for count in (k if _is_several(k) else [k])]  # type: ignore[union-attr]
+        counts = [whole("k", count, 1) for count in (k if _is_several(k) else [k])]
     else:
         fractions = numbers_of("size", size) if _is_several(size) else [number("size", size)]
         for fraction in fractions:
@@ -482,12 +467,12 @@ _Runs = Callable[[Tensor], Tensor]  # gates → g, or its slopes, of each prompt
 def _gates_of(lens: LoraLens, reading: Reading, over: Over) -> tuple[tuple[str, ...], _Runs, _Runs]:
     """What has a gate; of each prompt, g at many gate vectors, and the slopes at one."""
     if over == "heads":
-        masks = HeadMasks(lens, reading)
+        masks = interventions.HeadMasks(lens, reading)
         return masks.names, masks.values, masks.slopes
     return (
         tuple(site.name for site in lens.sites),
-        lambda gates: gated_readout(lens, reading, gates, progress=False, what="sets"),
-        lambda gates: site_slopes(lens, reading, gates.to(lens.gates(0.0))),
+        lambda gates: function.gated_readout(lens, reading, gates, progress=False, what="sets"),
+        lambda gates: reverse.site_slopes(lens, reading, gates.to(lens.gates(0.0))),
     )
 
 
@@ -536,10 +521,8 @@ def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " 
     candidates = torch.stack([*(_top(score, count) for score in scores.values()), *climbed])
     sets, index = torch.unique(candidates, dim=0, return_inverse=True)
     kept, first = search.kept(sets.double()), index.tolist().index
-    starts = [
-        _Best(sets[i], float(kept[i]), names[first(i)])
-        for i in kept.argsort(descending=True)[:_STARTS].tolist()
-    ]
+    best = kept.argsort(descending=True)[:_STARTS].tolist()
+    starts = [_Best(sets[i], float(kept[i]), names[first(i)]) for i in best]
     return max((_swapped(search, start) for start in starts), key=lambda best: best.kept)
 
 
@@ -579,9 +562,8 @@ def _swapped(search: _Search, start: _Best) -> _Best:
         better = _best_of(search, best, _exchanges(members, search.gradient(members.double())))
         inside = int(members.sum())
         if better is None and inside * (len(members) - inside) <= _FEW_PAIRS:
-            better = _best_of(
-                search, best, _pairs(members, members.nonzero(), (~members).nonzero())
-            )
+            every = _pairs(members, members.nonzero(), (~members).nonzero())
+            better = _best_of(search, best, every)
         if better is None:
             return best
         best = better
@@ -606,15 +588,11 @@ def _exchanges(members: Bool[Tensor, " site"], slopes: Float[Tensor, " site"]) -
     return torch.cat([_pairs(members, outs[:_OUTS, None], ins[:_INS, None]), *blocks])
 
 
-def _pairs(
-    members: Bool[Tensor, " site"], outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]
-) -> Sets:
+def _pairs(members: Tensor, outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]) -> Sets:
     return torch.cat([_exchanged(members, *pair) for pair in itertools.product(outs, ins)])
 
 
-def _exchanged(
-    members: Bool[Tensor, " site"], outs: Int[Tensor, " swapped"], ins: Int[Tensor, " swapped"]
-) -> Bool[Tensor, "1 site"]:
+def _exchanged(members: Tensor, outs: Int[Tensor, " out"], ins: Int[Tensor, " out"]) -> Sets:
     changed = members.clone()
     changed[outs], changed[ins] = False, True
     return changed[None]

@@ -386,9 +386,8 @@ class MergedFolder:
                 self._folder, local_files_only=True, output_loading_info=True, **options
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelStateError(
-                f"{self._folder}: transformers cannot read it: {error}"
-            ) from error
+            why = f"transformers cannot read it: {error}"
+            raise ModelStateError(f"{self._folder}: {why}") from error
         missing = set(loaded[1]["missing_keys"])
         self._whole = {n: t for n, t in loaded[0].state_dict().items() if n not in missing}
 
@@ -411,10 +410,7 @@ class _After(NamedTuple):
 
 
 def _after(
-    adapter: Adapter,
-    base: PreTrainedModel,
-    state: Mapping[str, Tensor],
-    tied: Mapping[str, Sequence[str]],
+    adapter: Adapter, base: Any, state: Mapping[str, Tensor], tied: Mapping[str, list[str]]
 ) -> tuple[dict[str, _After], list[str]]:
     """(what the adapter changes, by name of the tensor; its modules that the base lacks)."""
     modules, after, unknown = dict(base.named_modules()), dict[str, _After](), list[str]()

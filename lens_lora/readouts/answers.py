@@ -69,16 +69,15 @@ class Generated:
 # --- The tokens of an answer
 
 
-AnswerLike = (
-    str | int | Int[Tensor, " _token"] | Sequence[str | int | Int[Tensor, " _token"]] | Generated
-)
+_One = str | int | Int[Tensor, " _token"]
+AnswerLike = _One | Sequence[_One] | Generated
 Ids = tuple[int, ...]
 Way = Literal["base_to_adapted", "adapted_to_base"]
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
     """The token ids of each prompt's answer."""
-    pairs = readout.with_texts("answer", items_of(answer, batch), batch, before)
+    pairs = zip(items_of(answer, batch), before or (None,) * batch, strict=True)
     return [_ids(model, item, text) for item, text in pairs]
 
 
@@ -87,7 +86,7 @@ def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
-    return readout.per_prompt("answer", items, batch, "a string with its leading space, a token id")
+    return readout.per_prompt("answer", items, batch, "a string with its leading space")
 
 
 def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
@@ -109,10 +108,8 @@ def _ids_in(answer: Tensor) -> list[int]:
     ids = arguments.integers("the answer's token ids", answer, TokenError)
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim > 1:
-        raise TokenError(
-            f"the answer's token ids have the shape {tuple(ids.shape)}; expected [token], or a "
-            "list of such tensors, one per prompt."
-        )
+        fact = f"the answer's token ids have the shape {tuple(ids.shape)}"
+        raise TokenError(f"{fact}; expected [token], or a list of such tensors, one per prompt.")
     return ids.flatten().tolist()
 
 
@@ -191,10 +188,7 @@ class AnswerMargin(Readout):
         """
         docs, pres = (response_ids(model, a, prompts) for a in (self.doc, self.pre))
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
-            raise TokenError(
-                f"doc and pre are the same tokens ({_name(self.doc)} and {_name(self.pre)}), so "
-                "their margin is zero whatever the model does."
-            )
+            raise readout.same_answers("tokens", self.doc, self.pre)
         pairs = [[(doc, 1.0), (pre, -1.0)] for doc, pre in zip(docs, pres, strict=True)]
         return _reading(model, prompts, pairs)
 
@@ -267,16 +261,11 @@ def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Re
     """The reading of a KL, with the base distribution that it compares with."""
     prompts = reading.prompts
     rows, slots = (index.cpu() for index in prompts.read_mask.nonzero(as_tuple=True))
-    divergence = Divergence(
-        rows=rows,
-        slots=None if prompts.reads is None else slots,
-        owner=rows,
-        weights=torch.ones(len(rows), device="cpu"),
-        batch=len(base),
-        base=base,
-        held_rows=rows,
-        is_from_base=kl.direction == "base_to_adapted",
-    )
+    picks: dict[str, Any] = {"rows": rows, "owner": rows, "held_rows": rows}
+    picks["slots"] = None if prompts.reads is None else slots
+    picks["weights"] = torch.ones(len(rows), device="cpu")
+    is_from_base = kl.direction == "base_to_adapted"
+    divergence = Divergence(**picks, batch=len(base), base=base, is_from_base=is_from_base)
     return dataclasses.replace(reading, read=divergence)
 
 
@@ -293,8 +282,7 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
         if special.issuperset(ids):
             raise TokenError(
                 f"the answer to {which_prompt(i, prompts.batch)} is {pieces(model, ids)}, special "
-                "tokens only, so it says nothing; for a special token itself use Logit, LogProb "
-                "or Margin."
+                "tokens only, so it says nothing; of the token itself use Logit, LogProb or Margin."
             )
     return answers
 
@@ -308,9 +296,10 @@ def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     return dataclasses.replace(ready, sources=prompts.sources)
 
 
-def _padded(
-    model: Any, prompts: Prompts, rows: list[Tensor], owner: Sequence[int], reads: list[int]
-) -> Prompts:
+_Ints = Sequence[int]
+
+
+def _padded(model: Any, prompts: Prompts, rows: list[Tensor], owner: _Ints, reads: Any) -> Prompts:
     """Rows of prompts with answers, which the context must hold."""
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())
@@ -374,15 +363,10 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
         owner += [prompt] * len(longest)
     owners = torch.tensor(owner, device="cpu")
     *indices, weights = zip(*picks, strict=True)
-    pick_rows, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
-    read = LogProbs(
-        rows=pick_rows,
-        slots=slots,
-        owner=owners[pick_rows],
-        weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
-        batch=prompts.batch,
-        tokens=ids,
-    )
+    picked, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
+    factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    places = {"rows": picked, "slots": slots, "owner": owners[picked]}
+    read = LogProbs(**places, weights=factors, batch=prompts.batch, tokens=ids)
     return Reading(_padded(model, prompts, rows, owner, reads), read, owners)
 
 

@@ -16,6 +16,7 @@ from lens_lora.errors import PromptError
 Conversation = Sequence[Mapping[str, str]]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_EXAMPLE = "{'role': 'user', 'content': '…'}"
 _IDS = "pass the ids that the template gives: tokenizer.apply_chat_template(…, return_tensors='pt')"
 
 
@@ -33,18 +34,16 @@ def conversations_in(prompts: object) -> list[Conversation] | None:
     if all(_is_conversation(item) or item in ([], ()) for item in items):
         return [cast("Conversation", item) for item in items]
     kinds = ", ".join(dict.fromkeys(_kind_of(item) for item in items))
-    raise PromptError(
-        f"prompts hold {kinds}; expected one conversation, a list of messages such as "
-        "{'role': 'user', 'content': '…'}, or a list of conversations and nothing else."
+    expected = (
+        f"one conversation, a list of messages such as {_EXAMPLE}, or a list of conversations"
     )
+    raise PromptError(f"prompts hold {kinds}; expected {expected} and nothing else.")
 
 
 def _is_conversation(item: object) -> bool:
-    return (
-        isinstance(item, list | tuple)
-        and bool(item)
-        and all(isinstance(message, Mapping) for message in item)
-    )
+    if not isinstance(item, list | tuple):
+        return False
+    return bool(item) and all(isinstance(message, Mapping) for message in item)
 
 
 def _kind_of(item: object) -> str:
@@ -104,25 +103,19 @@ def _checked(messages: Conversation, which: str) -> list[dict[str, str]]:
 
 def _message(message: Mapping[Any, Any], where: str) -> dict[str, str]:
     fields = {key: value for key, value in message.items() if value is not None}
+    plain: dict[str, str] = {}
     for name in ("role", "content"):
         if name not in fields:
-            raise PromptError(
-                f"{where} has no {name}; expected {{'role': 'user', 'content': '…'}}."
-            )
-        if not isinstance(fields[name], str):
-            raise PromptError(
-                f"{where}: its {name} is {fields[name]!r}; expected a string. For anything else, "
-                f"{_IDS}."
-            )
-        arguments.text(f"{where}: its {name}", fields[name], PromptError)
-    if fields["role"] not in _ROLES:
-        raise PromptError(
-            f"{where}: its role is {fields['role']!r}; expected one of {', '.join(_ROLES)}."
-        )
-    others = [key for key in fields if key not in ("role", "content")]
-    if others:
-        raise PromptError(
-            f"{where} has the further field {others[0]!r}, which a template may leave out without "
-            f"a word; leave it out, or {_IDS}."
-        )
-    return {"role": fields["role"], "content": fields["content"]}
+            raise PromptError(f"{where} has no {name}; expected {_EXAMPLE}.")
+        value = fields.pop(name)
+        if not isinstance(value, str):
+            fact = f"its {name} is {value!r}; expected a string"
+            raise PromptError(f"{where}: {fact}. For anything else, {_IDS}.")
+        plain[name] = arguments.text(f"{where}: its {name}", value, PromptError)
+    if plain["role"] not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise PromptError(f"{where}: its role is {plain['role']!r}; expected one of {known}.")
+    if fields:
+        fact = f"{where} has the further field {[*fields][0]!r}, which a template may leave out"
+        raise PromptError(f"{fact} without a word; leave it out, or {_IDS}.")
+    return plain

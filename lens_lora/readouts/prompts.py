@@ -92,23 +92,17 @@ class Prompts:
             values = arguments.integers(words, getattr(self, name), PromptError)
             object.__setattr__(self, name, values)
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
-            raise PromptError(
-                f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}; "
-                "expected [batch, pos] and [batch]."
-            )
+            fact = f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}"
+            raise PromptError(f"{fact}; expected [batch, pos] and [batch].")
         if not self.tokens.numel() or int(self.lengths.min()) < 1:
             raise PromptError("an empty prompt has no position to read; give at least one token.")
-        if int(self.lengths.max()) > self.tokens.shape[1]:
-            raise PromptError(
-                f"a length of {int(self.lengths.max())} exceeds the {self.tokens.shape[1]} "
-                "positions of the tokens."
-            )
+        longest, positions = int(self.lengths.max()), self.tokens.shape[1]
+        if longest > positions:
+            raise PromptError(f"a length of {longest} exceeds the tokens' {positions} positions.")
         if not self.sources:
             object.__setattr__(self, "sources", (Source(),) * len(self.lengths))
         if len(self.sources) != len(self.lengths):
-            raise PromptError(
-                f"{len(self.sources)} sources for {len(self.lengths)} prompts; give one of each."
-            )
+            raise PromptError(f"{len(self.sources)} sources for {self.batch} prompts; give each.")
         if self.reads is not None:
             object.__setattr__(self, "reads", arguments.integers("reads", self.reads, PromptError))
             outside = (self.reads < 1) | (self.reads > self.lengths)
@@ -134,10 +128,9 @@ class Prompts:
         by_source: dict[str, list[str]] = {}
         for i, source in enumerate(self.sources):
             by_source.setdefault(source.how, []).append(str(i))
-        parts = [
-            how if len(by_source) == 1 else f"{how} ({', '.join(prompts)})"
-            for how, prompts in by_source.items()
-        ]
+        parts = [f"{how} ({', '.join(prompts)})" for how, prompts in by_source.items()]
+        if len(by_source) == 1:
+            parts = list(by_source)
         if _ADDED in by_source:
             parts.append("prepend_bos=False adds none")
         return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"
@@ -297,10 +290,8 @@ def require_context(model: Any, tokens: int, what: str) -> None:
     """Check that the model's context holds so many tokens."""
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens > context:
-        raise PromptError(
-            f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
-            f"{context} (cfg.n_ctx); shorten it."
-        )
+        size = f"the context of this {type(model).__name__} holds {context} (cfg.n_ctx)"
+        raise PromptError(f"{what} has {tokens} tokens, and {size}; shorten it.")
 
 
 # --- From what a caller passes to `Prompts`
@@ -329,17 +320,13 @@ def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Pro
         return _from_tensor(model, prompts.to(device))
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         return _from_mask(model, prompts)
-    conversations = conversations_in(prompts)
-    if conversations is None:
+    talks = conversations_in(prompts)
+    if talks is None:
         return _of_texts(model, _strings(prompts), prepend_bos)
-    tokenizer, count = _tokenizer(model), len(conversations)
-    templated = [
-        of_template(tokenizer, messages, which_prompt(i, count))
-        for i, messages in enumerate(conversations)
-    ]
-    named = zip(templated, names_of(conversations), strict=True)
-    rows = [(ids, Source(text, "chat template", name)) for (text, ids), name in named]
-    return _padded(model, rows)
+    tokenizer, count = _tokenizer(model), len(talks)
+    ready = [of_template(tokenizer, m, which_prompt(i, count)) for i, m in enumerate(talks)]
+    named = zip(ready, names_of(talks), strict=True)
+    return _padded(model, [(ids, Source(t, "chat template", name)) for (t, ids), name in named])
 
 
 def _tokenizer(model: Any) -> Any:
@@ -390,10 +377,8 @@ def special_id(model: Any, name: str) -> int | None:
 def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
     tokenizer, bos = _tokenizer(model), special_id(model, "bos")
     if prepend_bos and bos is None:
-        raise PromptError(
-            "prepend_bos=True, and the tokenizer has no BOS that this model reads; leave it out, "
-            "or pass token ids."
-        )
+        fact = "the tokenizer has no BOS that this model reads"
+        raise PromptError(f"prepend_bos=True, and {fact}; leave it out, or pass token ids.")
     is_plain = bos is None and not getattr(model.cfg, "tokenizer_prepends_bos", True)
     options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
 
@@ -431,9 +416,7 @@ def _strings(prompts: Any) -> list[str]:
         raise PromptError("no prompts: the list is empty; give at least one.")
     if "" in strings:
         empty = which_prompt(strings.index(""), len(strings))
-        raise PromptError(
-            f"{empty} is empty, so there is no token to read at; give it at least one word."
-        )
+        raise PromptError(f"{empty} is empty, so there is no token to read at; give it a word.")
     for i, string in enumerate(strings):
         arguments.text(which_prompt(i, len(strings)), string, PromptError)
     return strings
@@ -476,25 +459,19 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
     """Ids with their attention mask, repacked: each row's own tokens, padded on the right."""
     device = home_of(model)
     if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
-        raise PromptError(
-            "prompts hold input_ids; expected tensors of input_ids and attention_mask, as "
-            "tokenizer(…, padding=True, return_tensors='pt') gives them."
-        )
+        expected = "tensors of input_ids and attention_mask: tokenizer(…, return_tensors='pt')"
+        raise PromptError(f"prompts hold input_ids; expected {expected}.")
     ids = arguments.integers("input_ids", given["input_ids"], PromptError).to(device)
     mask = given["attention_mask"].to(device)
     if ids.ndim != 2 or mask.shape != ids.shape:
-        raise PromptError(
-            f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; expected "
-            "[batch, pos] of both."
-        )
+        fact = f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}"
+        raise PromptError(f"{fact}; expected [batch, pos] of both.")
     rows: list[_Row] = []
     for row, real in zip(ids, mask, strict=True):
         is_binary = bool(((real == 0) | (real == 1)).all())
         if not is_binary or int(real.unique_consecutive().sum()) > 1:
-            raise PromptError(
-                f"a row's attention_mask is {real.tolist()}; expected ones over its own tokens, "
-                "without a gap, and zeros over padding."
-            )
+            expected = "ones over its own tokens, without a gap, and zeros over padding"
+            raise PromptError(f"a row's attention_mask is {real.tolist()}; expected {expected}.")
         rows.append((row[real == 1].tolist(), Source()))
     return _padded(model, rows)
 
@@ -504,7 +481,5 @@ def _check(model: Any, prompts: Prompts) -> None:
     require_context(model, prompts.tokens.shape[1], longest)
     low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
-        raise PromptError(
-            f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}. "
-            "Use the tokenizer that the model was trained with."
-        )
+        fact = f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}"
+        raise PromptError(f"{fact}. Use the tokenizer that the model was trained with.")

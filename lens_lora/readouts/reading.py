@@ -174,6 +174,10 @@ class Columns:
 
 
 _Picks = TypeVar("_Picks", bound="Picks")
+_Logits = Float[Tensor, "some vocab"]
+_Terms = Float[Tensor, " some"]
+_Some = Int[Tensor, " some"]
+Places = tuple[Int[Tensor, " pick"], ...]
 PICKS = 128  # whose logits are held together in a graph; twice as many without one
 
 
@@ -197,9 +201,7 @@ class Picks(abc.ABC):
     batch: int
 
     @abc.abstractmethod
-    def terms(
-        self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
-    ) -> Float[Tensor, " some"]:
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
         """The terms of these picks from their logits, in the readout's units, not yet weighted."""
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]:
@@ -212,7 +214,7 @@ class Picks(abc.ABC):
         chunks = torch.arange(len(self.rows), device="cpu").split(PICKS)
         return torch.cat([self.terms(logits[at_some(places, c)], c) for c in chunks])
 
-    def places(self, device: torch.device) -> tuple[Int[Tensor, " pick"], ...]:
+    def places(self, device: torch.device) -> Places:
         """Where each pick is read, as indices of [row, …] or [row, slot, …]."""
         return of_slots(self.rows, self.slots, device)
 
@@ -224,12 +226,8 @@ class Picks(abc.ABC):
     def repeat(self: _Picks, times: int) -> _Picks:
         """The readout of every row several times: r0 r0 … r1 r1 …"""
         copied = self._chosen(torch.arange(len(self.rows), device="cpu").repeat_interleave(times))
-        return dataclasses.replace(
-            copied,
-            rows=_copies(self.rows, times),
-            owner=_copies(self.owner, times),
-            batch=self.batch * times,
-        )
+        rows, owner = (_copies(index, times) for index in (self.rows, self.owner))
+        return dataclasses.replace(copied, rows=rows, owner=owner, batch=self.batch * times)
 
     def only(self: _Picks, rows: Int[Tensor, " some"]) -> _Picks:
         """The readout of these rows, with rows and prompts counted from 0 again."""
@@ -258,9 +256,7 @@ class LogProbs(Picks):
     by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "tokens")
     tokens: Int[Tensor, " pick"]
 
-    def terms(
-        self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
-    ) -> Float[Tensor, " some"]:
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
         """log p of the tokens of these picks, in nats."""
         tokens = self.tokens[picks.to(self.tokens.device)].to(logits.device)
         return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
@@ -312,30 +308,23 @@ class Divergence(Picks):
         is_from_base = not self.is_from_base
         return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
 
-    def terms(
-        self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]
-    ) -> Float[Tensor, " some"]:
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
         """The divergence at these picks."""
         pieces = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
         near = [_from_shift(*self._base_at(*p), p[1], self.is_from_base) for p in pieces]
         largest = torch.stack([shift for _, shift in near]).tolist()
-        return torch.cat(
-            [
-                kl if shift <= LARGEST_SHIFT else self._from_logarithms(*piece)
-                for (kl, _), shift, piece in zip(near, largest, pieces, strict=True)
-            ]
-        )
+        divergences = [kl for kl, _ in near]
+        for i, piece in enumerate(pieces):
+            if not largest[i] <= LARGEST_SHIFT:
+                divergences[i] = self._from_logarithms(*piece)
+        return torch.cat(divergences)
 
-    def _from_logarithms(
-        self, few: Int[Tensor, " few"], logits: Float[Tensor, "few vocab"]
-    ) -> Float[Tensor, " few"]:
+    def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
         log_p, log_q = self._base_at(few, logits)[0].log_softmax(-1), logits.log_softmax(-1)
         first, second = (log_p, log_q) if self.is_from_base else (log_q, log_p)
         return (first.exp() * (first - second)).sum(-1)
 
-    def _base_at(
-        self, few: Int[Tensor, " few"], logits: Float[Tensor, "few vocab"]
-    ) -> tuple[Float[Tensor, "#few vocab"], Float[Tensor, "#few vocab"]]:
+    def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
         """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
         places = torch.stack(at_some(of_slots(self.held_rows, self.slots, few.device), few))
         distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
@@ -371,16 +360,12 @@ def _from_shift(
     return (moved + left) / (1 + rest) - rest.log1p(), largest
 
 
-def at_some(
-    places: tuple[Int[Tensor, " pick"], ...], picks: Int[Tensor, " some"]
-) -> tuple[Int[Tensor, " some"], ...]:
+def at_some(places: Places, picks: _Some) -> tuple[_Some, ...]:
     """The places of these picks."""
     return tuple(index[picks.to(index.device)] for index in places)
 
 
-def of_slots(
-    rows: Int[Tensor, " pick"], slots: Int[Tensor, " pick"] | None, device: torch.device
-) -> tuple[Int[Tensor, " pick"], ...]:
+def of_slots(rows: Tensor, slots: Tensor | None, device: torch.device) -> Places:
     """Indices of [row, …], or of [row, slot, …] where slots are read."""
     indices = (rows,) if slots is None else (rows, slots)
     return tuple(index.to(device) for index in indices)

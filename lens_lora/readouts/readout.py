@@ -11,7 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,10 +49,7 @@ class Readout(abc.ABC):
         """Its name in tables and plots."""
 
     @staticmethod
-    def of(
-        fn: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]],
-        label: str | None = None,
-    ) -> LastToken:
+    def of(fn: Callable[[Tensor], Tensor], label: str | None = None) -> LastToken:
         """Any differentiable callable of the logits at the read position.
 
             >>> Readout.of(lambda logits: logits.logsumexp(-1), label="log Z").label
@@ -133,10 +130,7 @@ class Margin(LastToken):
         """
         doc, pre = (token_ids(model, token, batch, before) for token in (self.doc, self.pre))
         if bool((doc == pre).any()):
-            raise TokenError(
-                f"doc and pre are the same token ({name_of(self.doc)} and {name_of(self.pre)}), so "
-                "their margin is zero whatever the model does."
-            )
+            raise same_answers("token", self.doc, self.pre)
         return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
 
     @property
@@ -177,10 +171,8 @@ class _Callable(LastToken):
         values = self.fn(logits)
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if shape != tuple(logits.shape[:1]):
-            raise ArgumentError(
-                f"the readout {self.name!r} gave {shape} for logits {tuple(logits.shape)}; "
-                "expected one number a row, [batch]."
-            )
+            fact = f"the readout {self.name!r} gave {shape} for logits {tuple(logits.shape)}"
+            raise ArgumentError(f"{fact}; expected one number a row, [batch].")
         if logits.requires_grad and not values.requires_grad:
             raise ArgumentError(
                 f"the readout {self.name!r} cuts its derivative (detach, item, numpy, argmax …); "
@@ -196,30 +188,20 @@ class _Callable(LastToken):
 # --- The tokens of a readout: their ids, and their names in labels
 
 
-def token_ids(
-    model: Any, token: TokenLike, batch: int, before: Before = ()
-) -> Int[Tensor, " batch"]:
-    """One token id per prompt: the token with which the string follows the prompt's text."""
+def same_answers(noun: str, doc: object, pre: object) -> TokenError:
+    """The error for two answers that are one."""
+    fact = f"doc and pre are the same {noun} ({name_of(doc)} and {name_of(pre)})"
+    return TokenError(f"{fact}, so their margin is zero whatever the model does.")
+
+
+def token_ids(model: Any, token: TokenLike, batch: int, before: Before = ()) -> Tensor:
+    """[batch], a token id per prompt: the token with which the string follows its text."""
     plain: Any = arguments.one_entry(token)
     if isinstance(plain, Tensor):
         plain = arguments.integers("token ids", plain, TokenError).tolist()
-    items = per_prompt("token", plain, batch, "a string of one token, its id")
-    pairs = with_texts("token", [arguments.one_entry(item) for item in items], batch, before)
+    items = map(arguments.one_entry, per_prompt("token", plain, batch, "a string of one token"))
+    pairs = zip(items, before or (None,) * batch, strict=True)
     return torch.tensor([_token_id(model, item, text) for item, text in pairs], device="cpu")
-
-
-_Item = TypeVar("_Item")
-
-
-def with_texts(
-    noun: str, items: Sequence[_Item], batch: int, before: Before
-) -> list[tuple[_Item, str | None]]:
-    """Each prompt's token or answer, with the text of the prompt."""
-    if len(items) != batch:
-        raise TokenError(
-            f"{len(items)} {noun}s for {batch} prompts; pass one {noun}, or one per prompt."
-        )
-    return list(zip(items, before or (None,) * batch, strict=True))
 
 
 def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[int]:
@@ -227,9 +209,7 @@ def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[i
     arguments.text(f"the {noun}", string, TokenError)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise TokenError(
-            f"the model has no tokenizer to look up {string!r}; pass the {noun}'s ids."
-        )
+        raise TokenError(f"the model has no tokenizer to look up {string!r}; pass ids.")
     return ids_after(tokenizer, string, before)
 
 
@@ -238,9 +218,10 @@ def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
     if isinstance(items, str) or arguments.is_whole(items):
         return [items] * batch
     if isinstance(items, bytes) or not isinstance(items, Sequence):
-        raise TokenError(
-            f"the {noun} is {items!r}; expected {expected}, or a list with one of them per prompt."
-        )
+        each = f"{expected}, an id, or a list with one of them per prompt"
+        raise TokenError(f"the {noun} is {items!r}; expected {each}.")
+    if len(items) != batch:
+        raise TokenError(f"{len(items)} {noun}s for {batch} prompts; pass one, or one per prompt.")
     return list(items)
 
 
@@ -252,18 +233,15 @@ def _token_id(model: Any, token: object, before: str | None) -> int:
     ids, tokenizer = string_ids(model, "token", token, before), model.tokenizer
     if len(ids) == 1:
         if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
-            raise TokenError(
-                f"{token!r} is not in the vocabulary: the tokenizer reads it as "
-                f"{tokenizer.unk_token!r}. Check its spelling and case."
-            )
+            read = f"the tokenizer reads it as {tokenizer.unk_token!r}"
+            raise TokenError(f"{token!r} is not in the vocabulary: {read}. Is it misspelt?")
         return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
     if not ids:
         raise TokenError(f"{token!r} holds no token, and this readout reads one.")
     raise TokenError(
         f"{token!r} is {len(ids)} tokens {[tokenizer.decode([i]) for i in ids]}"
         f"{'' if before is None else f' after {before[-20:]!r}'}, and this readout reads one."
-        f"{_spaced(tokenizer, token, before)} For answers of several tokens use AnswerLogProb or "
-        "AnswerMargin."
+        f"{_spaced(tokenizer, token, before)} Of several read AnswerLogProb or AnswerMargin."
     )
 
 

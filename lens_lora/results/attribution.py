@@ -183,13 +183,10 @@ class Attribution(Ranked):
     @property
     def exists(self) -> Bool[Tensor, "batch site *by"]:
         """Slots that a prompt or site really has."""
-        counts = {
-            "position": [len(tokens) for tokens in self.str_tokens],
-            "token": [len(tokens) for tokens in self.response],
-            "head": self.heads,
-            "expert": [site.experts for site in self.sites],
-            "rank": [site.rank for site in self.sites],
-        }
+        lengths = {"position": self.str_tokens, "token": self.response}
+        counts = {name: list(map(len, texts)) for name, texts in lengths.items()}
+        counts |= {"head": list(self.heads), "rank": [site.rank for site in self.sites]}
+        counts["expert"] = [site.experts for site in self.sites]
         exists = torch.ones(self.values.shape, dtype=torch.bool)
         for axis, name in enumerate(self.by, start=2):
             count, slots = torch.tensor(counts[name])[:, None], torch.arange(exists.shape[axis])
@@ -215,10 +212,8 @@ class Attribution(Ranked):
             ArgumentError: no such prompt, or an axis that the attribution was not split by.
         """
         if axis not in self.by:
-            raise ArgumentError(
-                f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}; compute it "
-                f"with by={axis!r}."
-            )
+            fact = f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}"
+            raise ArgumentError(f"{fact}; compute it with by={axis!r}.")
         rows = prompt_rows(prompt, len(self.base))
         values, exists = self.values[rows].cpu().double().mean(0), self.exists[rows].any(0)
         for dim, name in reversed(list(enumerate(self.by, start=1))):

@@ -83,10 +83,8 @@ class Result(abc.ABC):
         result = load_result(path)
         if not isinstance(result, cls):
             name = type(result).__name__
-            raise LensLoraError(
-                f"{path}: holds {name}, expected {cls.__name__}; load it with {name}.load, or with "
-                "ll.load_result."
-            )
+            fact = f"holds {name}, expected {cls.__name__}"
+            raise LensLoraError(f"{path}: {fact}; load it with {name}.load, or ll.load_result.")
         return result
 
     def __repr__(self) -> str:
@@ -112,10 +110,8 @@ def load_result(path: str | Path) -> Result:
     """
     result = read_result(path)
     if not isinstance(result, Result):
-        raise LensLoraError(
-            f"{path}: holds {type(result).__name__}, which is a part of results and not one by "
-            "itself; save a whole result again."
-        )
+        fact = f"holds {type(result).__name__}, which is a part of a result"
+        raise LensLoraError(f"{path}: {fact}; save a whole result again.")
     return result
 
 
@@ -307,10 +303,8 @@ def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
     if prompt is None:
         if batch == 1:
             return 0
-        raise ArgumentError(
-            f"{what} of {batch} prompts have no mean; choose one with prompt=…, from 0 to "
-            f"{batch - 1}."
-        )
+        choice = f"choose one with prompt=…, from 0 to {batch - 1}"
+        raise ArgumentError(f"{what} of {batch} prompts have no mean; {choice}.")
     if not 0 <= (prompt := whole("prompt", prompt)) < batch:
         raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
     return prompt
@@ -347,10 +341,10 @@ def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
 
 
 def tokens_at(
-    str_tokens: Sequence[Sequence[str]], prompts: Iterable[int], positions: Iterable[int]
+    rows: Sequence[Sequence[str]], prompts: Iterable[int], positions: Iterable[int]
 ) -> list[str]:
     """The token of each pair of prompt and position."""
-    return [str_tokens[p][i] for p, i in zip(prompts, positions, strict=True)]
+    return [rows[p][i] for p, i in zip(prompts, positions, strict=True)]
 
 
 def per_prompt(numbers: Mapping[str, Float[Tensor, " batch"]]) -> dict[str, NDArray[np.float64]]:
@@ -379,23 +373,21 @@ def is_partition(groups: Groups, count: int) -> bool:
 # --- Signs of a readout: which change, and which are hidden by rounding.
 
 
-def hides_sign(
-    values: Float[Tensor, "*entry"], noise_floor: Float[Tensor, "*#entry"]
-) -> Bool[Tensor, "*entry"]:
+_Numbers = Float[Tensor, "*entry"]
+_Floors = Float[Tensor, "*#entry"]
+
+
+def hides_sign(values: _Numbers, noise_floor: _Floors) -> Bool[Tensor, "*entry"]:
     """Whether a number is so near to zero that rounding hides its sign."""
     return values.abs() <= SIGMAS * noise_floor.to(values)
 
 
 def changes_sign(
-    before: Float[Tensor, "*entry"],
-    after: Float[Tensor, "*entry"],
-    noise_floor: Float[Tensor, "*#entry"],
-    floor_after: Float[Tensor, "*#entry"] | None = None,
+    before: _Numbers, after: _Numbers, noise_floor: _Floors, floor_after: _Floors | None = None
 ) -> Bool[Tensor, "*entry"]:
     """Whether two numbers have opposite signs, neither hidden by its own noise floor."""
-    is_hidden = hides_sign(before, noise_floor) | hides_sign(
-        after, noise_floor if floor_after is None else floor_after
-    )
+    last = noise_floor if floor_after is None else floor_after
+    is_hidden = hides_sign(before, noise_floor) | hides_sign(after, last)
     return (before.sign() != after.sign()) & ~is_hidden
 
 

@@ -70,10 +70,8 @@ class TokenView:
             path: the page to write.
         """
         path = Path(path)
-        path.write_text(
-            f"<!doctype html>\n<meta charset='utf-8'>\n<title>tokens</title>\n{self.html}\n",
-            encoding="utf-8",
-        )
+        head = "<!doctype html>\n<meta charset='utf-8'>\n<title>tokens</title>"
+        path.write_text(f"{head}\n{self.html}\n", encoding="utf-8")
         return path
 
     def _repr_html_(self) -> str:

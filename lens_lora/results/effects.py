@@ -65,10 +65,8 @@ class Effects(Ranked):
                 something else than zero, so that their sum means nothing.
         """
         if self.of != "site" or self.replace != "zero":
-            raise ArgumentError(
-                f"the sum of effects of {self.of}s replaced by {self.replace} cannot be compared "
-                "with the shift; use of='site', replace='zero'."
-            )
+            fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
+            raise ArgumentError(f"{fact}; use of='site', replace='zero'.")
         if not is_partition(self.groups, len(self.sites)):
             raise ArgumentError(
                 "the groups do not hold every site exactly once, so their sum cannot be compared "
@@ -91,16 +89,12 @@ class Effects(Ranked):
             ArgumentError: it is of other sites, or the groups are single ranks.
         """
         if self.of != "site":
-            raise ArgumentError(
-                f"effects of single {self.of}s cannot be compared with sites; use of='site', with "
-                "ll.patch_sites."
-            )
+            use = "use of='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of single {self.of}s are of no whole sites; {use}.")
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
-            raise ArgumentError(
-                f"the attribution is of {len(attribution.sites)} sites, the effects of {len(names)}"
-                "; compute both with the same lens."
-            )
+            counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
+            raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
         rows = indicator(self.groups, len(names)).to(attribution.per_site)
         return attribution.per_site @ rows.T
 
@@ -113,10 +107,8 @@ class Effects(Ranked):
             ArgumentError: the effects are of groups of several sites.
         """
         if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
-            raise ArgumentError(
-                "effects of groups, or of edges, say nothing of single sites; use group='site', "
-                "with ll.patch_sites."
-            )
+            use = "use group='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of groups, or of edges, are of no single sites; {use}.")
         chosen = dict.fromkeys(index for (index,) in self.groups.values())
         sites = tuple(self.sites[index] for index in chosen)
         names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
@@ -132,11 +124,9 @@ class Effects(Ranked):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: number of sites, effect, share of the shift."""
         sizes = [len(members) for members in self.groups.values()]
-        return long_table(
-            {"effect": self.values, "share": self.share},
-            {"prompt": range(len(self.values))},
-            {"group": list(self.groups), "sites": sizes},
-        )
+        numbers, prompts = {"effect": self.values, "share": self.share}, range(len(self.values))
+        groups = {"group": list(self.groups), "sites": sizes}
+        return long_table(numbers, {"prompt": prompts}, groups)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's effect."""
@@ -177,9 +167,7 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
     """
     cls = getattr(importlib.import_module("transformer_lens.patching"), "PatchingResult", None)
     if cls is None:
-        raise LensLoraError(
-            "the installed transformer-lens has no PatchingResult, which 4.3 has; use to_frame()."
-        )
+        raise LensLoraError("transformer-lens before 4.3 has no PatchingResult; use to_frame().")
     cells = effects.values.movedim(0, -1)
     baseline = effects.base if adds else effects.adapted
     patched = baseline + cells if adds else baseline - cells

@@ -27,7 +27,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import torch
 from jaxtyping import AbstractArray
@@ -87,24 +87,19 @@ def read_result(path: str | Path) -> object:
     metadata, tensors = _contents(_path(path))
     if metadata.get("format") != FORMAT:
         raise LensLoraError(
-            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it "
-            "written by a result's save method? If another version of lens_lora wrote it, compute "
-            "the result again."
+            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it saved "
+            "by a result's save? If another version of lens_lora wrote it, compute it again."
         )
     labels = metadata.get("labels", "")
     if metadata.get("sha256") != _digest(labels, tensors):
-        raise LensLoraError(
-            f"{path}: the file is damaged, its contents do not match its digest; copy it again "
-            "from where it was saved, or compute the result again."
-        )
+        fact = "the file is damaged, its contents do not match its digest"
+        raise LensLoraError(f"{path}: {fact}; copy it again, or compute the result again.")
     try:
         return _decoded(json.loads(labels), tensors)
     except Exception as error:
         reason = error if isinstance(error, LensLoraError) else repr(error)
-        raise LensLoraError(
-            f"{path}: this version of lens_lora cannot read its contents ({reason}); compute the "
-            "result again."
-        ) from error
+        fact = f"this version of lens_lora cannot read its contents ({reason})"
+        raise LensLoraError(f"{path}: {fact}; compute the result again.") from error
 
 
 def _path(path: object) -> Path:
@@ -120,9 +115,7 @@ def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise LensLoraError(
-            f"{path}: not a safetensors file, or a damaged one ({error})."
-        ) from error
+        raise LensLoraError(f"{path}: no safetensors file, or a damaged one ({error}).") from error
 
 
 def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -137,11 +130,9 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, PromptTokens) and value.said is not None:
         return {"said": value.said, "tokens": list(value)}
     if isinstance(value, tuple | list):
-        items = cast("tuple[Any, ...]", value)
-        return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(items)]
+        return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        entries = cast("Mapping[str, Any]", value)
-        return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in entries.items()}}
+        return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in value.items()}}
     if type(value).__name__ not in _KINDS or not dataclasses.is_dataclass(value):
         raise LensLoraError(f"{path}: a {type(value).__name__} cannot be saved.")
     names = [field.name for field in dataclasses.fields(value)]
@@ -152,22 +143,22 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return tuple(_decoded(item, tensors) for item in cast("list[Any]", value))
-    if not isinstance(value, dict):
-        return value
-    entry = cast("dict[str, Any]", value)
-    if "tensor" in entry:
-        return tensors[entry["tensor"]]
-    if "said" in entry:
-        return PromptTokens(entry["tokens"], entry["said"])
-    if "map" in entry:
-        return {name: _decoded(item, tensors) for name, item in entry["map"].items()}
-    kind, fields = _kind(entry["of"]), entry["fields"]
-    expected = {field.name for field in dataclasses.fields(kind)}
-    if set(fields) != expected:
-        odd = ", ".join(sorted(expected ^ set(fields)))
-        raise LensLoraError(f"{entry['of']} has other fields than in this version: {odd}")
-    return kind(**{name: _decoded(item, tensors) for name, item in fields.items()})
+        return tuple(_decoded(item, tensors) for item in value)
+    match value:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"said": said, "tokens": tokens}:
+            return PromptTokens(tokens, said)
+        case {"map": entries}:
+            return {name: _decoded(item, tensors) for name, item in entries.items()}
+        case {"of": name, "fields": fields}:
+            kind = _kind(name)
+            if odd := {field.name for field in dataclasses.fields(kind)} ^ set(fields):
+                fact = f"{name} has other fields than in this version"
+                raise LensLoraError(f"{fact}: {', '.join(sorted(odd))}")
+            return kind(**{field: _decoded(item, tensors) for field, item in fields.items()})
+        case _:
+            return value
 
 
 def _kind(name: str) -> type:

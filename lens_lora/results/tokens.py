@@ -47,9 +47,8 @@ def chosen_positions(positions: Positions, length: int, start: int) -> NDArray[n
     plain = one_entry(positions)
     several = plain if isinstance(plain, Iterable) else [plain]
     if not all(is_whole(one_entry(index)) for index in several):
-        raise ArgumentError(
-            f"positions={positions!r}: expected None, 'response', an index, a slice, or indices."
-        )
+        expected = "None, 'response', an index, a slice, or indices"
+        raise ArgumentError(f"positions={positions!r}: expected {expected}.")
     indices = np.array([whole("positions", index) for index in several], dtype=np.int64)
     inside = indices[(indices >= -length) & (indices < length)]
     mask[inside] = True
@@ -79,10 +78,8 @@ def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.
         ArgumentError: none.
     """
     if not chosen.any():
-        raise ArgumentError(
-            f"positions={positions!r}: no token is there that is not a sink; ask for others, or "
-            "with sinks=True."
-        )
+        fact = "no token is there that is not a sink"
+        raise ArgumentError(f"positions={positions!r}: {fact}; ask for others, or sinks=True.")
     return chosen
 
 
@@ -118,14 +115,9 @@ def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.int
 
 
 def ranked_tokens(
-    values: Float[Tensor, " vocab"],
-    strings: Sequence[str],
-    k: int,
-    column: str,
-    *,
-    largest: bool = True,
+    values: Tensor, strings: Sequence[str], k: int, column: str, *, largest: bool = True
 ) -> pd.DataFrame:
-    """The k tokens of largest (or least) value: rank from 1, token, id, value.
+    """The k tokens of largest (or least) value, of [vocab]: rank from 1, token, id, value.
 
     Raises:
         ArgumentError: a k that is no whole number, or below 0.

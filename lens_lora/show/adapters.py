@@ -22,8 +22,7 @@ from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.show import text
-from lens_lora.show.curves import too_few
+from lens_lora.show import curves, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
@@ -152,20 +151,16 @@ def what_changed_story(changed: results.WhatChanged) -> str:
     """A paragraph a line: how much, answers, which tokens, where, which modules, how constant."""
     first = magnitude(changed.found.first_kl)
     size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
-    answers = [
-        f"Asked “{text.short_prompt([pair.prompt])}”, {text.answers_text(pair)}"
-        for pair in changed.answers
-    ]
+    asked = [(text.short_prompt([a.prompt]), text.answers_text(a)) for a in changed.answers]
+    answers = [f"Asked “{prompt}”, {said}" for prompt, said in asked]
     tokens = " ".join(_promoted(changed, by, unit) for by, unit in _UNITS.items())
     parts = (part(changed) for part in (_reading, _places, _modules, _constant))
     return "\n".join(filter(None, [size, *answers, tokens, *parts]))
 
 
 def _moved(changed: results.WhatChanged) -> str:
-    moves = (
-        f"Over {changed.texts} the next-token distribution moves by "
-        f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
-    )
+    size = f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
+    moves = f"Over {changed.texts} the next-token distribution moves by {size}"
     if changed.nulls:
         times = _range(changes.scale for changes in changed.nulls)
         moved = _range(changes.mean_kl for changes in changed.nulls)
@@ -229,10 +224,8 @@ def _modules(changed: results.WhatChanged) -> str:
 def _constant(changed: results.WhatChanged) -> str:
     constant = changed.found.constant.items()
     shares = ", ".join(f"{percent(share)} at {name}" for name, share in constant)
-    return (
-        f"How much of the shift of activations is one vector, whatever the token, on held-out "
-        f"texts: {shares}."
-    )
+    what = "How much of the shift of activations is one vector, whatever the token"
+    return f"{what}, on held-out texts: {shares}."
 
 
 # --- What it changed: pictures
@@ -286,11 +279,12 @@ _TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
 
 
 def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
-    """The tokens promoted most, beside the largest shift of any token under a control."""
-    title, heading, units = _PROMOTED[by]
-    heads = {"rank": "rank", "token": "token", by: units}
-    heads |= {control: f"largest, {control}" for control, *_ in _CONTROLS}
-    return table_of(changed.promoted(k, by), heads, texts=(1,), title=title, heading=heading)
+    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
+    frame, (title, heading, units) = changed.promoted(k, by), _PROMOTED[by]
+    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
+    ends = f"; largest of any token, {', '.join(most)}" if most else ""
+    heads = {"rank": "", "token": "token", by: units}
+    return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
 
 
 def _places_table(changed: results.WhatChanged, k: int) -> Table:
@@ -339,7 +333,7 @@ def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
 @drawing.report.register(results.WhatChanged)
 def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
-    logit, probability, reading = (_ranked_tokens(changed, by) for by in BY)
+    logit, probability, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
     modules = _modules_table(changed, _MODULES_SHOWN)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
@@ -371,14 +365,6 @@ def _numbers(changed: results.WhatChanged) -> Pairs:
             "of the shift behind the last block is one vector, whatever the token",
         ),
     )
-
-
-def _ranked_tokens(changed: results.WhatChanged, by: By) -> Table:
-    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
-    frame, (_, heading, units) = changed.promoted(_TOKENS_SHOWN, by), _PROMOTED[by]
-    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
-    heading += f"; largest of any token, {', '.join(most)}" if most else ""
-    return table_of(frame, {"rank": "", "token": "token", by: units}, texts=(1,), heading=heading)
 
 
 # --- Two adapters
@@ -429,7 +415,7 @@ def checkpoints_story(training: results.Checkpoints) -> str:
     prompts = range(len(training.str_tokens))
     lines = [_fate(training, p) + _phases(training, f"prompt {p}", " It") for p in prompts]
     lines.append(_phases(training, "angle", "The direction of ΔW"))
-    lines.append(too_few(training))
+    lines.append(curves.too_few(training))
     return "\n".join(filter(None, lines))
 
 
@@ -454,10 +440,8 @@ def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
 def checkpoints_table(training: results.Checkpoints) -> Table:
     """The readout at every checkpoint, the base model first, as step 0."""
     prompts = list(map(text.short_prompt, training.str_tokens))
-    rows: list[Row] = [
-        ("0", prompt, signed(base), "", "", "", "")
-        for prompt, base in zip(prompts, training.base.tolist(), strict=True)
-    ]
+    starts = zip(prompts, map(signed, training.base.tolist()), strict=True)
+    rows: list[Row] = [("0", *start, "", "", "", "") for start in starts]
     series = (training.adapted, training.first_order, training.remainder)
     for (k, step), (p, prompt) in itertools.product(enumerate(training.steps), enumerate(prompts)):
         numbers = (signed(float(values[k, p])) for values in series)
@@ -495,7 +479,7 @@ def _training_headline(training: results.Checkpoints) -> Sequence[str]:
     flips, count = training.flip_step.nan_to_num(math.inf), len(training.base)
     first = int(flips.argmin())
     several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. " if count > 1 else ""
-    at_once = _phases(training, f"prompt {first}", "It") or too_few(training)
+    at_once = _phases(training, f"prompt {first}", "It") or curves.too_few(training)
     none = "It changes at no step at once."
     effect, norm = (training.by_group(what, "layer").iloc[:, -1] for what in ("effect", "norm"))
     where = (

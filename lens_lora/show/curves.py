@@ -15,11 +15,9 @@ from lens_lora import results
 from lens_lora.arguments import whole
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, only_prompt, prompt_rows
-from lens_lora.show import figures
+from lens_lora.show import figures, maps, words
 from lens_lora.show.figures import BELOW, EXACT, INK, KINDS, LINEAR, NOISE, curve, finish, whose
-from lens_lora.show.maps import members_figure
 from lens_lora.show.text import key_text, label, magnitude, numbered, percent, short_prompt, signed
-from lens_lora.show.words import explained_account
 
 # --- Along ε: a readout, a fact margin, first and second order
 
@@ -109,10 +107,10 @@ def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) ->
         # Where the margin is not: before the flip it has its base's sign, after it the other.
         side = "left" if flip > _ROOM_FOR_THE_LABEL else "right"
         height = "top" if (float(path.base[index]) < 0) == (side == "left") else "bottom"
-        words = {"text": f"flips at ε = {flip:.3g}", "font": {"color": figures.FLIP}}
-        words |= {"xshift": 6 if side == "right" else -6}
+        said = {"text": f"flips at ε = {flip:.3g}", "font": {"color": figures.FLIP}}
+        said |= {"xshift": 6 if side == "right" else -6}
         line, place = {"color": figures.FLIP, "width": 1.5, "dash": "dot"}, f"{height} {side}"
-        figure.add_vline(x=flip, line=line, annotation=words, annotation_position=place)
+        figure.add_vline(x=flip, line=line, annotation=said, annotation_position=place)
     below = f"from the base model to the adapted · {whose(index, path.str_tokens)}"
     axes = _EPSILON, f"margin, {label(path.units)}"
     return finish(figure, (f"{path.readout} along ε", below), axes, 380)
@@ -141,8 +139,7 @@ def second_order_figure(second: results.SecondOrder, prompt: int | None = None) 
 # --- Over sizes of a set: kept and dropped, the best sets, a repair
 
 _LOOKS = {
-    "weight_norm": ("dash", "square"),
-    "update_norm": ("dot", "diamond"),
+    **{"weight_norm": ("dash", "square"), "update_norm": ("dot", "diamond")},
     "random": ("dashdot", "x"),
 }
 _SOLID = ("solid", "circle")
@@ -189,7 +186,7 @@ def _percentages(shares: Sequence[float]) -> list[float | None]:
 def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> Figure:
     """One set as a map of the sites; several sizes as a curve of what they keep."""
     if count is not None or len(subset.counts) == 1:
-        return members_figure(subset, subset.row(count))
+        return maps.members_figure(subset, subset.row(count))
     sizes, figure = (100 * subset.fractions).tolist(), Figure()
     several = len(subset.str_tokens) > 1
     by_prompt = zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True)
@@ -289,7 +286,7 @@ def checkpoints_figure(training: results.Checkpoints) -> Figure:
 
 def margins_figure(explanations: Sequence[results.Explanation]) -> Figure:
     """A line for each prompt, from the base model's margin to the adapted one's."""
-    accounts = list(map(explained_account, explanations))
+    accounts = list(map(words.explained_account, explanations))
     names, units = numbered([e.prompt for e in explanations]), label(accounts[0].units)
     ends = [end for a in accounts for end in (a.m0, a.m, None)]
     rows = [name for name in names for _ in range(3)]
@@ -399,11 +396,9 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
     return figure.update_xaxes(zeroline=True).update_yaxes(zeroline=True)
 
 
-def _flag_text(
-    flags: results.Reliability, prompt: int, site: int, a: float, corrected: float
-) -> str:
+def _flag_text(flags: results.Reliability, prompt: int, site: int, a: float, mended: float) -> str:
     units, name = label(flags.units), label(flags.attribution.sites[site].name)
-    said = f"first order {signed(a)} {units}<br>corrected {signed(corrected)} {units}"
+    said = f"first order {signed(a)} {units}<br>corrected {signed(mended)} {units}"
     text = f"<b>{name}</b><br>{said}<br>score {float(flags.score[prompt, site]):.2f}"
     if flags.fixed is None or not bool(flags.flagged[prompt, site]):
         return text

@@ -81,13 +81,14 @@ BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, **_TOP_LEFT}
 _TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of a page
 
 
-# A heading, and a smaller line below it.
-Titles = tuple[str, str]
+Pair = tuple[str, str]  # a heading and the smaller line below it, or what two axes say
+Trace = go.Scatter
+Numbers = Sequence[float]
+Texts = Sequence[str]
+_Looks = Mapping[str, Mapping[str, Any]]
 
 
-def finish(
-    figure: Figure, titles: Titles, axes: tuple[str, str], height: int = 420, **layout: Any
-) -> Figure:
+def finish(figure: Figure, titles: Pair, axes: Pair, height: int = 420, **layout: Any) -> Figure:
     """The titles, the look that reads on light and dark pages, and what else is said of axes."""
     (across, upwards), title = axes, _title(*titles)
     margin = {"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60}
@@ -202,7 +203,7 @@ _MOST_WITH_GAPS = 100  # columns or rows; of more, the gaps between cells would 
 
 
 def heatmap(
-    titles: Titles,
+    titles: Pair,
     z: Cells,
     says: Says,
     x: Axis,
@@ -255,7 +256,7 @@ KINDS = (
 
 
 def kinds_by_layer(
-    titles: Titles,
+    titles: Pair,
     sites: Sequence[Any],
     values: Sequence[float],
     says: Sequence[str],
@@ -272,10 +273,8 @@ def kinds_by_layer(
     held_kinds = dict.fromkeys(site.kind for site in sites)
     kinds = sorted(held_kinds, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
     y = layers_axis(sites)
-    hover = [
-        f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{text}"
-        for site, text in zip(sites, says, strict=True)
-    ]
+    heads = [f"<b>{label(site.name)}</b><br>{label(site.module)}" for site in sites]
+    hover = [f"{head}<br>{said}" for head, said in zip(heads, says, strict=True)]
     held: Any = pd.DataFrame({"value": values, "hover": hover}).groupby(
         [[site.layer for site in sites], [site.kind for site in sites]]
     )
@@ -293,9 +292,7 @@ def kinds_by_layer(
 # --- Bars, curves and points
 
 
-def bars(
-    titles: Titles, names: Iterable[str], values: Sequence[float], hover: Sequence[str], units: str
-) -> Figure:
+def bars(titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, units: str) -> Figure:
     """One horizontal bar each, the first on top."""
     y = names_axis(names, autorange="reversed", showgrid=False)
     marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
@@ -325,31 +322,23 @@ def curve(
     width: float = 2,
     dash: str = "solid",
     **more: Any,
-) -> go.Scatter:
+) -> Trace:
     """A line, with markers where `marker` says how they look."""
     line = {"color": colour, "width": width, "dash": dash}
     mode = "lines+markers" if "marker" in more else "lines"
-    return go.Scatter(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
+    return Trace(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
 
 
-def points(
-    x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any
-) -> go.Scatter:
+def points(x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any) -> Trace:
     """Points alone, which look as `marker` says."""
-    return go.Scatter(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
+    return Trace(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
 
 
 def grouped_points(
-    x: Sequence[float],
-    y: Sequence[float],
-    hover: Sequence[str],
-    groups: Sequence[str],
-    looks: Mapping[str, Mapping[str, Any]],
-    *,
-    counts: bool = True,
-) -> list[go.Scatter]:
+    x: Numbers, y: Numbers, hover: Texts, groups: Texts, looks: _Looks, *, counts: bool = True
+) -> list[Trace]:
     """Points of several groups, each with its look and its entry in the legend, with its count."""
-    traces: list[go.Scatter] = []
+    traces: list[Trace] = []
     for group, look in looks.items():
         chosen = [name == group for name in groups]
         xs, ys = (list(itertools.compress(values, chosen)) for values in (x, y))

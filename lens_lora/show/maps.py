@@ -17,10 +17,9 @@ from lens_lora.model.sites import layer_order
 from lens_lora.results import drawing
 from lens_lora.results.attribution import MOST_POSITIONS, Axis
 from lens_lora.results.base import only_prompt, prompt_rows
-from lens_lora.show import figures, text
+from lens_lora.show import figures, text, words
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
 from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
-from lens_lora.show.words import kept_by_constants
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
@@ -39,8 +38,7 @@ def site_heatmap(
         if by != "token":
             return _parts_heatmap(attribution, prompt, by)
         index = only_prompt(prompt, len(attribution.base), "tokens of responses")
-        below = "by layer and token of the response"
-        return _layers_by_token(attribution, index, by, attribution.response, below, None)
+        return _layers_by_token(attribution, index, by, None)
     _, site_values, shift, _ = attribution.entries(prompt)
     values, units = site_values.tolist(), attribution.units
     says = [value_text(value, float(shift), units) for value in values]
@@ -61,20 +59,17 @@ def position_heatmap(
     """Layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
-    below = "by layer and position"
-    return _layers_by_token(attribution, index, "position", attribution.str_tokens, below, most)
+    return _layers_by_token(attribution, index, "position", most)
 
 
 def _layers_by_token(
-    attribution: results.Attribution,
-    index: int,
-    axis: Axis,
-    texts: Sequence[Sequence[str]],
-    below: str,
-    most: int | None,
+    attribution: results.Attribution, index: int, axis: Axis, most: int | None
 ) -> Figure:
-    tokens, y, units = texts[index], figures.layers_axis(attribution.sites), attribution.units
-    first = 1 if axis == "token" else 0
+    """By position, or by token of the response."""
+    y, units, first = figures.layers_axis(attribution.sites), attribution.units, 0
+    tokens, below = attribution.str_tokens[index], "by layer and position"
+    if axis == "token":
+        tokens, below, first = attribution.response[index], "by layer and token of the response", 1
     shift = float(attribution.shift[index])
     values, layers = attribution.along(axis, index)[0], [site.layer for site in attribution.sites]
     by_site: Any = pd.DataFrame(values[:, : len(tokens)].numpy(), index=layers)
@@ -85,9 +80,8 @@ def _layers_by_token(
         below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
 
     def says(i: int, j: int, value: float | None) -> str:
-        where = f"layer {y.values[i]}, {axis} {shown[j] + first}"
-        token = label(visible(tokens[shown[j]]))
-        return f"<b>{where}</b>: {token}<br>{value_text(value, shift, units)}"
+        where = f"<b>layer {y.values[i]}, {axis} {shown[j] + first}</b>"
+        return f"{where}: {label(visible(tokens[shown[j]]))}<br>{value_text(value, shift, units)}"
 
     titles, x = _titles(attribution, below, index), figures.tokens_axis(tokens, shown, first=first)
     return heatmap(titles, sums[shown].to_numpy().tolist(), says, x, y, units)
@@ -120,15 +114,11 @@ def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: A
 def require_positions(attribution: results.Attribution) -> None:
     """Refuse an attribution without positions."""
     if "position" not in attribution.by:
-        raise ArgumentError(
-            f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
-            'it with first_order(..., by="position").'
-        )
+        split = f"the attribution is split by {attribution.by or 'nothing'}, not by position"
+        raise ArgumentError(f'{split}; compute it with first_order(..., by="position").')
 
 
-def _titles(
-    result: results.Attribution | results.Effects | results.Edges, below: str, prompt: int | None
-) -> tuple[str, str]:
+def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
     heading = f"{result.readout}, {text.key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
 
@@ -174,14 +164,12 @@ def _of_head(name: str) -> types.SimpleNamespace:
 @drawing.figure.register(results.ConstantPart)
 def constant_part_figure(constant: results.ConstantPart) -> Figure:
     """How constant each site's δ is, layer × kind of module."""
-    kept = f"the constants alone keep {kept_by_constants(constant)}"
+    kept = f"the constants alone keep {words.kept_by_constants(constant)}"
     below = f"held-out texts, first tokens left out; {kept}"
     titles, units = ("How much of each module's δ is one vector", below), "constant share"
-    shares, sizes = constant.share.tolist(), constant.size.tolist()
-    says = [
-        f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
-        for share, size in zip(shares, sizes, strict=True)
-    ]
+    shares, sizes = constant.share.tolist(), map(magnitude, constant.size.tolist())
+    pairs = zip(map(percent, shares), sizes, strict=True)
+    says = [f"{share} constant<br>‖δ‖ {size}" for share, size in pairs]
     return figures.kinds_by_layer(titles, constant.sites, shares, says, units, "signed", reach=1.0)
 
 
@@ -205,13 +193,12 @@ def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None)
     return groups_by_token(titles, list(grouped.groups), tokens, rows, units, says)
 
 
+_Says = Callable[[str, float], str]
+_Rows = figures.Cells
+
+
 def groups_by_token(
-    titles: tuple[str, str],
-    names: Sequence[str],
-    response: Sequence[str],
-    rows: figures.Cells,
-    units: str,
-    says: Callable[[str, float], str],
+    titles: figures.Pair, names: Sequence[str], response: Any, rows: _Rows, units: str, says: _Says
 ) -> Figure:
     """A row for each group, a column for each token."""
     is_layers = all(name.startswith("layer ") for name in names)
@@ -361,13 +348,9 @@ def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figu
     """
     tokens = shift.str_tokens[prompt]
     names = [shift.names[i] for i in layer_order(shift.names)]
-    sizes = [
-        shift.values[name][prompt].norm(dim=-1) / shift.base_norms[name][prompt] for name in names
-    ]
-    z = [
-        size.masked_fill(shift.sinks[prompt].to(size.device), math.nan)[: len(tokens)].tolist()
-        for size in sizes
-    ]
+    sizes = [shift.values[n][prompt].norm(dim=-1) / shift.base_norms[n][prompt] for n in names]
+    clear = [s.masked_fill(shift.sinks[prompt].to(s.device), math.nan) for s in sizes]
+    z = [size[: len(tokens)].tolist() for size in clear]
     x, y = figures.tokens_axis(tokens), names_axis(names)
 
     def says(i: int, t: int, _: object) -> str:
@@ -406,13 +389,9 @@ def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None 
     if shift.by_position and shift.base.shape[2] > 1:
         place += "; features and colours chosen without position 0"
     below = f"pushed by the adapter, {place} · {whose(prompt, shift.str_tokens)}"
-    draw = _features_by_position if shift.by_position else _feature_bars
-    return draw((f"features at {shift.name}", below), shift, k, prompt)
-
-
-def _feature_bars(
-    titles: tuple[str, str], shift: results.FeatureShift, k: int, prompt: int | None
-) -> Figure:
+    titles = f"features at {shift.name}", below
+    if shift.by_position:
+        return _features_by_position(titles, shift, k, prompt)
     top, units = shift.top(k, prompt), label(shift.units)
     names = [f"feature {feature}" for feature in top["feature"]]
     hover = f"<b>%{{y}}</b><br>%{{x:.4g}} {units}"
@@ -424,9 +403,7 @@ def _feature_bars(
     return figure.add_trace(figures.points(top["first_order"].tolist(), names, line, name, **look))
 
 
-def _features_by_position(
-    titles: tuple[str, str], shift: results.FeatureShift, k: int, prompt: int | None
-) -> Figure:
+def _features_by_position(titles: figures.Pair, shift: Any, k: int, prompt: int | None) -> Figure:
     values, units = shift.of_prompt(prompt)["shift"], shift.units
     tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
     chosen_by = values[:, min(1, len(tokens) - 1) : len(tokens)].abs().nan_to_num(0.0).amax(1)
@@ -521,9 +498,8 @@ def contrast_figure(contrast: results.Contrast) -> Figure:
         numbers, marker = [values[point] for point in names], {"size": 6}
         pairs = zip(names, numbers, strict=True)
         hover = [f"<b>{point}</b><br>{label(name)}: {value:.3f}" for point, value in pairs]
-        figure.add_trace(
-            figures.curve(places, numbers, name, colour, hover, dash=dash, marker=marker)
-        )
+        drawn = places, numbers, name, colour, hover
+        figure.add_trace(figures.curve(*drawn, dash=dash, marker=marker))
     positive, negative = contrast.counts
     titles = "Contrast of two sets of texts", f"{positive} against {negative}; AUC ½ is chance"
     x = figures.ticks(places, names)
@@ -538,9 +514,8 @@ def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
         f"{side}s {percent(value)} of ‖ΔW‖ along it<br>99 % of random directions: below {limit:.3f}"
         for side, value, limit in zip(alignment.sides, values, limits, strict=True)
     ]
-    below = (
-        f"what each writes or reads along it, of ‖ΔW‖; random directions: {alignment.expected:.3f}"
-    )
+    random = f"random directions: {alignment.expected:.3f}"
+    below = f"what each writes or reads along it, of ‖ΔW‖; {random}"
     titles = f"ΔW along {alignment.directions[index]!r}", below
     return figures.kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
 

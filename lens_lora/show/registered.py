@@ -20,11 +20,9 @@ from lens_lora.errors import LensLoraError
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
 from lens_lora.results.drawing import TokenView
-from lens_lora.show.maps import require_positions
-from lens_lora.show.page import rendered
+from lens_lora.show import maps, page, words
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
 from lens_lora.show.text import key_text, many, percent, signed
-from lens_lora.show.words import kept_by_constants
 
 # --- An attribution
 
@@ -34,7 +32,7 @@ def attribution_html(attribution: results.Attribution) -> str:
     """What `attribution_text` says, as tables."""
     heading, *notes = attribution_heading(attribution)
     tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
-    return rendered("attribution", heading=heading, notes=notes, tables=tables)
+    return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
 
 
 @drawing.tokens.register(results.Attribution)
@@ -44,7 +42,7 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
     written into the page, and nothing is fetched.
     """
-    require_positions(attribution)
+    maps.require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
     try:
         from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
@@ -58,9 +56,8 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
     reach = max(map(abs, values), default=0.0) or 1.0
     escaped = [str(escape(token)) for token in tokens]
-    drawn: Any = circuitsvis_tokens.colored_tokens(
-        escaped, values, min_value=-reach, max_value=reach
-    )
+    ends: Any = {"min_value": -reach, "max_value": reach}
+    drawn: Any = circuitsvis_tokens.colored_tokens(escaped, values, **ends)
     # The div is written as if it closed itself, which HTML does not know: it would swallow the
     # rest of the page.
     picture = drawn.local_src.replace("/>", "></div>", 1)
@@ -68,19 +65,13 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
         f"{attribution.readout}, {key_text(attribution.key)}: each token through all sites, "
         f"{signed(sum(values))} {attribution.units} in all. Blue pushes up, red down."
     )
-    html = rendered("captioned", caption=caption, picture=Markup(picture))
+    html = page.rendered("captioned", caption=caption, picture=Markup(picture))
     return TokenView(tokens, tuple(values), html)
 
 
 # --- Every other result
 
-_SIZES = {
-    "str_tokens": "prompt",
-    "steps": "checkpoint",
-    "sites": "site",
-    "groups": "group",
-    "scales": "scale",
-}
+_SIZES = {"str_tokens": "prompt", "steps": "checkpoint", "sites": "site", "groups": "group"}
 
 
 @drawing.text.register(Result)
@@ -92,11 +83,10 @@ def result_text(result: Result) -> str:
         if name not in ("readout", "units")
         and isinstance(value := getattr(result, name), str | int | float)
     ]
-    sizes = [
-        many(len(values), noun)
-        for name, noun in _SIZES.items()
-        if (values := getattr(result, name, None)) is not None and len(values)
-    ]
+    lengths = {noun: getattr(result, name, ()) for name, noun in _SIZES.items()}
+    lengths["scale"] = getattr(result, "scales", ())
+    lengths = {noun: values for noun, values in lengths.items() if values is not None}
+    sizes = [many(len(values), noun) for noun, values in lengths.items() if len(values)]
     parts = (getattr(result, name, None) for name in ("attribution", "first_order"))
     read: Any = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
     about = f" of {read.readout}" if hasattr(read, "readout") else ""
@@ -114,7 +104,7 @@ def _summary_text(summary: AdapterSummary) -> str:
 @drawing.html.register(Result)
 def result_html(result: Result) -> str:
     """The same in a notebook."""
-    return rendered("plain", lines=drawing.text(result).split("\n"))
+    return page.rendered("plain", lines=drawing.text(result).split("\n"))
 
 
 def _body(result: Any) -> str:
@@ -157,7 +147,7 @@ def _body(result: Any) -> str:
         case results.ConstantPart():
             return (
                 f"held out, {percent(result.total_share)} of Σ‖δ‖² is constant, and the constants "
-                f"alone keep {kept_by_constants(result)}\n"
+                f"alone keep {words.kept_by_constants(result)}\n"
                 f"{result.top(5).to_string()}"
             )
         case results.Checkpoints():
@@ -223,8 +213,6 @@ def _comparison(comparison: results.Comparison) -> str:
         table = f"{summary['mean'].to_string()}\none prompt: no interval."
     clear, every = comparison.beyond_noise, comparison.effects.numel()
     small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
-    note = (
-        f"\n{small} of {every} effects are within three noise floors: their sign, and their order "
-        "in a rank correlation, may be rounding."
-    )
+    note = f"\n{small} of {every} effects are within three noise floors: their sign, and their"
+    note += " order in a rank correlation, may be rounding."
     return f"{head}\n{table}{note if small else ''}"

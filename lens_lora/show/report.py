@@ -72,11 +72,10 @@ def _report(explained: Any, *, title: str | None = None) -> str:
     return explanation_report(getattr(explained, "each", (explained,)), title=title)
 
 
-def explanation_report(
-    explanations: Sequence[results.Explanation | results.ResponseExplanation],
-    *,
-    title: str | None = None,
-) -> str:
+Explained = results.Explanation | results.ResponseExplanation
+
+
+def explanation_report(explanations: Sequence[Explained], *, title: str | None = None) -> str:
     """The page of one or several explanations, as a string."""
     if not explanations:
         raise ArgumentError("no explanation to report; give at least one.")
@@ -86,9 +85,7 @@ def explanation_report(
     return page.page_html(title or name, parts, _overview(numbered) if len(parts) > 1 else ())
 
 
-def _part(
-    e: results.Explanation | results.ResponseExplanation, number: int
-) -> tuple[page.Part, str]:
+def _part(e: Explained, number: int) -> tuple[page.Part, str]:
     """One explanation's share of the page, and the page's title were it alone."""
     if isinstance(e, results.ResponseExplanation):
         return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
@@ -122,11 +119,9 @@ def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.S
         heads=("site", "raises", "lowers"),
         heading="The largest modules: change of probability to first order, and of the logit",
     )
-    by_site, joint = e.module_shift, tables.token_pairs(e.shift, None, _TOKENS, 0)
-    tokens = [
-        (site.name, *tables.token_pairs(by_site, site.name, _TOKENS_OF_A_SITE, 0))
-        for site in by_site.sites
-    ]
+    by_site, joint = e.module_shift, tables.token_pairs(e.shift, None, _TOKENS)
+    names = [site.name for site in by_site.sites]
+    tokens = [(name, *tables.token_pairs(by_site, name, _TOKENS_OF_A_SITE)) for name in names]
     by_logit = page.TokenTable(
         [("all modules together", *joint), *tokens],
         heading="By raw logit to first order: rare tokens come first",
@@ -179,10 +174,8 @@ def _measured(e: results.Explanation, a: words.Account, plots: Sequence[page.Plo
 
 # --- What stands before the prompts of a page of several
 
-Numbered = Sequence[tuple[int, results.Explanation | results.ResponseExplanation]]
 
-
-def _overview(numbered: Numbered) -> list[page.Block]:
+def _overview(numbered: Sequence[tuple[int, Explained]]) -> list[page.Block]:
     """A table and pictures of the margins, and a table of the responses."""
     margins = [(n, e) for n, e in numbered if isinstance(e, results.Explanation)]
     responses = [(n, e) for n, e in numbered if isinstance(e, results.ResponseExplanation)]
@@ -197,9 +190,7 @@ def _overview(numbered: Numbered) -> list[page.Block]:
     return [*blocks, responses_table(responses)]
 
 
-def _by_units(
-    margins: tables.Numbered, draw: Callable[[Sequence[results.Explanation]], Figure]
-) -> list[page.Plot]:
+def _by_units(margins: tables.Numbered, draw: Callable[..., Figure]) -> list[page.Plot]:
     """A picture of the margins in each unit."""
     units = dict.fromkeys(e.units for _, e in margins)
     return [page.plot(draw([e for _, e in margins if e.units == unit])) for unit in units]
@@ -249,10 +240,7 @@ def verification_table(verification: results.Verification, *, every: bool = Fals
     if len(met) > _SHOWN and not every:
         checks = [check for check in checks if check not in met]
         rest = (("expectations", "passed", f"{len(met)} of them", "each its own"),)
-    rows = [
-        (check.name, check.outcome, beginning_of(check.measured, _CELL), check.bound)
-        for check in checks
-    ]
+    rows = [(c.name, c.outcome, beginning_of(c.measured, _CELL), c.bound) for c in checks]
     heads = ("check", "outcome", "measured", "expected")
     return tables.Table(heads, [*rows, *rest], texts=(0, 1, 2, 3))
 
@@ -261,16 +249,14 @@ def verification_table(verification: results.Verification, *, every: bool = Fals
 def verification_report(verification: results.Verification, *, title: str | None = None) -> str:
     """The page of a verification, as a string."""
     measured = [c for c in verification.checks if c.value == c.value and c.outcome != "failed"]
-    lines = verification.story().split("\n") + [
-        f"{c.name[0].upper()}{c.name[1:]}: {c.measured}." for c in measured
-    ]
+    lines = verification.story().split("\n")
+    lines += [f"{c.name[0].upper()}{c.name[1:]}: {c.measured}." for c in measured]
     counts = Counter(check.outcome for check in verification.checks)
     numbers = [(str(counts[outcome]), f"checks {outcome}") for outcome in _OUTCOMES]
     merged = [tensor for tensor in verification.tensors if tensor.ratio == tensor.ratio]
     order = sorted(merged, key=lambda tensor: (_OUTCOMES.index(tensor.outcome), tensor.ratio))
-    rows = [
-        (t.name, t.outcome, t.looks, f"{t.ratio:.3f}", f"{t.kept:.3f}") for t in order[:_TENSORS]
-    ]
+    shown = order[:_TENSORS]
+    rows = [(t.name, t.outcome, t.looks, f"{t.ratio:.3f}", f"{t.kept:.3f}") for t in shown]
     heads = ("tensor", "outcome", "what it is", "c", "c after rounding")
     checks = verification.to_frame().to_csv(index=False)
     sections = [page.Section("The merged folder", [tables.Table(heads, rows, texts=(0, 1, 2))])]

@@ -21,9 +21,8 @@ from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
 from lens_lora.results.tokens import context_of
-from lens_lora.show import page, text
+from lens_lora.show import maps, page, text
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
-from lens_lora.show.maps import groups_by_token
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, many, percent, points, short_prompt, signed, visible
 
@@ -54,10 +53,8 @@ def shaded_response(shifts: results.TokenShifts, prompt: int | None = None) -> T
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens, (noted, most) = shifts.response[index], _noted(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
-    heading = (
-        f"{_heading(shifts, index)}. {_below(shifts, index)}. Darkest: {magnitude(most)} nats; by "
-        "the square root."
-    )
+    darkest = f"Darkest: {magnitude(most)} nats; by the square root"
+    heading = f"{_heading(shifts, index)}. {_below(shifts, index)}. {darkest}."
     return TokenView(tokens, tuple(values), page.rendered("shaded", heading=heading, tokens=noted))
 
 
@@ -80,11 +77,9 @@ def _heading(shifts: results.TokenShifts, index: int) -> str:
 
 def _below(shifts: results.TokenShifts, index: int) -> str:
     """The two settings, and the sums over the response."""
-    total = float(shifts.kl[0, index].nansum())
-    return (
-        f"{shifts.between[0]} against {shifts.between[1]}: {magnitude(total)} nats in all, "
-        f"log p of the response moves by {signed(float(shifts.total[index]))}"
-    )
+    total, moved = magnitude(float(shifts.kl[0, index].nansum())), float(shifts.total[index])
+    pair = " against ".join(shifts.between)
+    return f"{pair}: {total} nats in all, log p of the response moves by {signed(moved)}"
 
 
 def _hovers(shifts: results.TokenShifts, index: int) -> list[str]:
@@ -96,8 +91,7 @@ def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
     return [
         [
             f"{row['t'] + 1} {visible(row['y_t'])}",
-            f"KL {magnitude(row['kl_base_to_adapted'])} and back "
-            f"{magnitude(row['kl_adapted_to_base'])} nats",
+            "KL {} and back {} nats".format(*(magnitude(row[way]) for way in _WAYS)),
             f"log p {_log_ps(row)}, rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
             f"promoted {row['promoted']}",
             f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
@@ -105,6 +99,9 @@ def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
         for row in shifts.to_frame().to_dict("records")
         if row["prompt"] == index
     ]
+
+
+_WAYS = ("kl_base_to_adapted", "kl_adapted_to_base")
 
 
 def _log_ps(row: Mapping[Any, Any]) -> str:
@@ -135,19 +132,13 @@ def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure
         corners |= {"y0": line - 0.42, "y1": line + 0.42}
         shade = {"fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})", "line": {"width": 0}}
         shapes.append({"type": "rect", "layer": "below", **corners, **shade})
-    hidden = {"visible": False, "fixedrange": True}
-    return finish(
-        figure,
-        ("KL by token of the response", f"{_below(shifts, index)}; darkest {magnitude(most)}"),
-        ("", ""),
-        _ABOVE + _UNDER + _LINE * (lines + 1),
-        shapes=shapes,
-        paper_bgcolor="#ffffff",
-        width=int(_COLUMNS * _CHARACTER) + 2 * _MARGIN,
-        margin={"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER},
-        xaxis={"range": [0, _COLUMNS], **hidden},
-        yaxis={"range": [lines - 0.4, -0.6], **hidden},
-    )
+    below = f"{_below(shifts, index)}; darkest {magnitude(most)}"
+    height, width = _ABOVE + _UNDER + _LINE * (lines + 1), int(_COLUMNS * _CHARACTER) + 2 * _MARGIN
+    finish(figure, ("KL by token of the response", below), ("", ""), height, shapes=shapes)
+    margin = {"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER}
+    figure.update_layout(paper_bgcolor="#ffffff", width=width, margin=margin)
+    figure.update_xaxes(range=[0, _COLUMNS], visible=False, fixedrange=True)
+    return figure.update_yaxes(range=[lines - 0.4, -0.6], visible=False, fixedrange=True)
 
 
 def laid_out(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, str]]:
@@ -177,10 +168,7 @@ def _pieces(token: str, columns: int) -> list[str]:
     return [row[i : i + half] for row in rows for i in range(0, len(row), half)]
 
 
-_DONE = {
-    "add_one": "added alone to the base model",
-    "leave_one_out": "left out of the adapted model",
-}
+_DONE = {"add_one": "added alone to the base", "leave_one_out": "left out of the adapted model"}
 
 
 @drawing.figures.register(results.ResponseExplanation)
@@ -198,7 +186,7 @@ def response_figures(e: results.ResponseExplanation) -> dict[str, Figure]:
                 return f"<b>{text.label(name)}</b> {done}: {signed(value)} nats"
 
             z, names = values.tolist(), list(e.groups)
-            figures[how] = groups_by_token(titles, names, e.response, z, "nats", says)
+            figures[how] = maps.groups_by_token(titles, names, e.response, z, "nats", says)
     return figures
 
 
@@ -295,9 +283,9 @@ def _modules(e: results.ResponseExplanation) -> list[str]:
         done = "leaving a module out of the adapted model takes the most from KL with"
         return [f"To first order, {done} {largest}."]
     needed, count = _half_held_by(values.tolist(), shift), len(values)
+    split = f"The path integral splits KL completely among the {count} modules"
     return [
-        f"The path integral splits KL completely among the {count} modules: the largest shares are "
-        f"{largest}, and {many(needed, 'module')} hold half of it."
+        f"{split}: the largest shares are {largest}, and {many(needed, 'module')} hold half of it."
     ]
 
 
@@ -326,10 +314,8 @@ def _strongest(e: results.ResponseExplanation, values: Any) -> tuple[str, str, s
 
 def _limits(e: results.ResponseExplanation) -> str:
     fast = " No layer was added or left out; run it without `fast` for that." if e.is_fast else ""
-    return (
-        "The numbers of tokens are exact. They are of this response: another one, of the same "
-        f"prompt, may change elsewhere.{fast}"
-    )
+    of_this = "They are of this response: another one, of the same prompt, may change elsewhere."
+    return f"The numbers of tokens are exact. {of_this}{fast}"
 
 
 # --- Tables

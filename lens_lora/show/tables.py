@@ -15,7 +15,7 @@ import pandas as pd
 import rich.table
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group
 from rich.text import Text
 
 from lens_lora import results
@@ -49,9 +49,7 @@ class Table:
     heading: str = ""
     links: Sequence[str] = ()
 
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[RenderableType]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         """For a terminal; nothing in it is read as rich's markup.
 
         Where it is narrow, numbers stay whole, text wraps, and a word longer than its column is cut
@@ -196,29 +194,25 @@ def prompts_table(attribution: results.Attribution) -> Table:
     return Table(heads, rows, texts=(0, 1))
 
 
-def modules_table(
-    attribution: results.Attribution, k: int = 10, prompt: int | None = None
-) -> Table:
+def modules_table(result: results.Attribution, k: int = 10, prompt: int | None = None) -> Table:
     """The sites of largest |value|."""
-    site = "site" if prompt is not None else f"site{averaged_over(attribution)}"
-    title = f"largest modules, {text.key_text(attribution.key)}, in {attribution.units}"
+    site = "site" if prompt is not None else f"site{averaged_over(result)}"
+    title = f"largest modules, {text.key_text(result.key)}, in {result.units}"
     heads = {"site": site, "module": "module", "value": "value", "share": "of the shift"}
-    return table_of(attribution.top(k, prompt), heads, texts=(0, 1), title=title)
+    return table_of(result.top(k, prompt), heads, texts=(0, 1), title=title)
 
 
 # --- Tokens promoted and suppressed
 
 
-def token_pairs(
-    shift: results.LogitShift, site: str | None, k: int, prompt: int
-) -> tuple[Pairs, Pairs]:
-    """(token, shift) of the tokens promoted most, and of those suppressed most."""
-    frames = shift.promoted(site, k, prompt), shift.suppressed(site, k, prompt)
-    up, down = (
-        list(zip(map(text.visible, f["token"]), map(text.signed, f["shift"]), strict=True))
-        for f in frames
-    )
-    return up, down
+def token_pairs(shift: results.LogitShift, site: str | None, k: int) -> tuple[Pairs, Pairs]:
+    """(token, shift) of the only prompt's tokens promoted most, and of those suppressed most."""
+
+    def pairs(frame: pd.DataFrame) -> Pairs:
+        tokens, shifts = map(text.visible, frame["token"]), map(text.signed, frame["shift"])
+        return list(zip(tokens, shifts, strict=True))
+
+    return pairs(shift.promoted(site, k, 0)), pairs(shift.suppressed(site, k, 0))
 
 
 # --- A fact margin
@@ -230,18 +224,14 @@ def margin_table(account: words.Account) -> Table:
     flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
     quarters = (0.25, 0.5, 0.75, 1.0)
     steps = [min(a.steps, key=lambda step: abs(step.scale - quarter)) for quarter in quarters]
-    along = [
-        (f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), step.share)
-        for step in dict.fromkeys(steps)
-    ]
-    rows = [
+    rows: list[Row] = [
         ("m₀, base model", text.signed(a.m0), ""),
         ("first order at ε = 0", text.signed(a.first_order), a.share(a.first_order)),
-        *((*left, "noise" if share is None else text.percent(share)) for *left, share in along),
-        ("m, adapted model", text.signed(a.m), ""),
-        ("flip scale", flip, ""),
-        *_roundings(a),
     ]
+    for step in dict.fromkeys(steps):
+        share = "noise" if step.share is None else text.percent(step.share)
+        rows.append((f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), share))
+    rows += [("m, adapted model", text.signed(a.m), ""), ("flip scale", flip, ""), *_roundings(a)]
     heads = ("", f"value, {a.units}", "share of the shift")
     terms = "two logits" if a.units == "logits" else "two answers' log p"
     return Table(heads, rows, title=f"margin {a.doc} − {a.pre}, a difference of {terms}")
@@ -284,7 +274,7 @@ def moved_table(e: results.Explanation, k: int) -> Table:
     """
     base, adapted = e.probabilities
     change, logits = adapted - base, e.shift.joint[0] - e.shift.joint[0].mean()
-    up, down = _extremes(e, change.tolist(), k)
+    up, down = _ends(e, change.tolist(), k)
     rows: list[Row] = []
     for i in (*up, *reversed(down)):
         said = map(text.percent, (float(base[i]), float(adapted[i])))
@@ -309,14 +299,12 @@ def site_moves(e: results.Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]
             moved = f"{text.points(float(change[i]))}, {text.signed(float(relative[i]))}"
             return text.visible(e.shift.strings[i]), moved
 
-        up, down = _extremes(e, change.tolist(), k)
+        up, down = _ends(e, change.tolist(), k)
         moves.append((site.name, list(map(said, up)), list(map(said, down))))
     return moves
 
 
-def _extremes(
-    e: results.Explanation, change: Sequence[float], k: int
-) -> tuple[list[int], list[int]]:
+def _ends(e: results.Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:
     """The k that rise most and the k that fall most, of the tokens that a model might say."""
     likely = (e.probabilities.amax(0) >= _RARE).nonzero().flatten().tolist()
     order = sorted(likely, key=lambda i: -change[i])

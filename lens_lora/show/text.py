@@ -155,9 +155,8 @@ def beginning_of(text: str, width: int) -> str:
 
 def answers_text(pair: results.SideBySide) -> str:
     """What both models answer, to follow 'Asked …, '; a long answer begins only."""
-    base, adapted = (
-        f"“{beginning_of(' '.join(text.split()), _ANSWER)}”" for text in (pair.base, pair.adapted)
-    )
+    lines = (" ".join(text.split()) for text in (pair.base, pair.adapted))
+    base, adapted = (f"“{beginning_of(line, _ANSWER)}”" for line in lines)
     if pair.base == pair.adapted:
         return f"both models answer {base}."
     return f"the base model answers {base}, and with the adapter {adapted}."
@@ -214,8 +213,7 @@ def caution_text(attribution: results.Attribution) -> str:
         return ""
     return (
         f"This adapter is violent: ‖ΔW‖ is {percent(attribution.relative_norm)} of ‖W‖. Above "
-        f"{percent(VIOLENT)} first order often misleads, at either end: run the modules "
-        "(ll.patch_sites)."
+        f"{percent(VIOLENT)} first order often misleads, at either end: run ll.patch_sites."
     )
 
 

@@ -15,14 +15,7 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses.verdict import (
-    FlipVerdict,
-    NullVerdict,
-    Point,
-    SecondVerdict,
-    SharesVerdict,
-    Verdict,
-)
+from lens_lora.analyses import verdict as verdicts
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -58,9 +51,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: Verdict
+    verdict: verdicts.Verdict
     crossings: int
-    steps: Sequence[Point]
+    steps: Sequence[verdicts.Point]
 
     @property
     def floor(self) -> float:
@@ -158,10 +151,8 @@ def _below_noise(floor: float) -> str:
 
 def _base(a: Account, begin: str = "The") -> str:
     if a.is_noise(a.m0):
-        return (
-            f"{begin} base model prefers neither {a.doc} nor {a.pre}: its margin of "
-            f"{signed(a.m0)} {a.units} is {_below_noise(a.floor)}."
-        )
+        margin = f"its margin of {signed(a.m0)} {a.units} is {_below_noise(a.floor)}"
+        return f"{begin} base model prefers neither {a.doc} nor {a.pre}: {margin}."
     answers = f"{a.doc} to {a.pre}" if a.m0 > 0 else f"{a.pre} to {a.doc}"
     return f"{begin} base model prefers {answers} by {magnitude(a.m0)} {a.units}."
 
@@ -175,10 +166,8 @@ def _adapted(a: Account) -> str:
         )
     moved = f"a shift of {magnitude(a.shift)} towards {a.doc if a.shift > 0 else a.pre}"
     if a.is_noise(a.m):
-        return (
-            f"With the adapter it prefers neither: its margin of {signed(a.m)} is "
-            f"{_below_noise(a.floor)}, {moved}."
-        )
+        margin = f"its margin of {signed(a.m)} is {_below_noise(a.floor)}"
+        return f"With the adapter it prefers neither: {margin}, {moved}."
     still = "still " if a.m * a.m0 > 0 and not a.is_noise(a.m0) else ""
     winner = a.doc if a.m > 0 else a.pre
     return f"With the adapter it {still}prefers {winner}, by {magnitude(a.m)}: {moved}."
@@ -211,10 +200,9 @@ def _first_order(a: Account) -> str:
     if not a.has_shift:
         size = f"{below} as well" if is_noise else "more than rounding"
         return f"{_conclusion(a)} What it leaves, {signed(a.remainder)}, is {size}."
-    predicted = (
-        f"First order at ε = 0 predicts a shift of {signed(a.first_order)} {a.units}, to a margin "
-        f"of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}."
-    )
+    margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
+    shift = f"a shift of {signed(a.first_order)} {a.units}"
+    predicted = f"First order at ε = 0 predicts {shift}, to {margin}."
     left = f"It leaves {signed(a.remainder)} at ε = 1, {below if is_noise else share_text(v.share)}"
     steps = "at a quarter, half and three quarters of the strength"
     if v.worst is None:
@@ -249,10 +237,8 @@ _CONCLUSIONS = {
 def _conclusion(a: Account) -> str:
     """How much of the shift first order gives, and how far that can be trusted."""
     if not a.has_shift:
-        return (
-            f"First order at ε = 0, a derivative and not a difference, gives "
-            f"{signed(a.first_order)} {a.units}{_unconfirmed(a, a.first_order)}."
-        )
+        gives = f"{signed(a.first_order)} {a.units}{_unconfirmed(a, a.first_order)}"
+        return f"First order at ε = 0, a derivative and not a difference, gives {gives}."
     share = percent(a.first_order / a.shift)
     means = _CONCLUSIONS.get(a.verdict.kind, "")
     return f"The modules' first-order parts sum to {share} of the shift{means}."
@@ -339,9 +325,7 @@ def _said(e: results.Explanation) -> str:
         f"The likeliest next token is “{visible(base)}” ({percent(base_share)}) for the base model "
         f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
     )
-    is_apart = [
-        not (token and any(a.startswith(token) for a in answers)) for token in (base, adapted)
-    ]
+    is_apart = [not t or not any(a.startswith(t) for a in answers) for t in (base, adapted)]
     if not any(is_apart):
         return likeliest
     begins = "Neither begins one of the two answers"
@@ -376,10 +360,8 @@ def _parts(e: results.Explanation, a: Account) -> str:
     curvature = signed(float(second.curvature))
     if e.coupling is not None:
         row = e.coupling.shares().loc[0]
-        shares = (
-            f"Of those {curvature}, {signed(float(row['self']))} are within layers and "
-            f"{signed(float(row['coupling']))} between them."
-        )
+        within, between = (signed(float(row[part])) for part in ("self", "coupling"))
+        shares = f"Of those {curvature}, {within} are within layers and {between} between them."
     bend = f"Second order adds {curvature} at ε = 1. Its verdict: {second.verdict[0]}."
     return _joined(measured, bend, shares)
 
@@ -417,10 +399,9 @@ def _redundancy(e: results.Explanation, a: Account) -> str:
     share = together / a.shift
     if not share < _REDUNDANT or is_rounding(together, e, a):
         return ""
-    return (
-        f"Left out one at a time, all modules together account for {percent(share)} of the shift: "
-        "they stand in for one another, or the margin saturates."
-    )
+    together = f"all modules together account for {percent(share)} of the shift"
+    why = "they stand in for one another, or the margin saturates"
+    return f"Left out one at a time, {together}: {why}."
 
 
 def _flags(e: results.Explanation) -> str:
@@ -468,14 +449,10 @@ def _carried(e: results.Explanation) -> str:
     if top is None:
         return ""
     fraction, count, kept = top
-    shares = ", ".join(
-        f"{percent(share)} {'at random' if name == RANDOM else f'by {text.key_text(name)}'}"
-        for name, share in kept.items()
-    )
-    return (
-        f"Measured, the top {percent(fraction)} of the modules ({count}) alone keep, of the shift: "
-        f"{shares}."
-    )
+    ways = {name: f"by {text.key_text(name)}" for name in kept} | {RANDOM: "at random"}
+    shares = ", ".join(f"{percent(share)} {ways[name]}" for name, share in kept.items())
+    top = f"the top {percent(fraction)} of the modules ({count})"
+    return f"Measured, {top} alone keep, of the shift: {shares}."
 
 
 def _limits(e: results.Explanation) -> str:
@@ -494,8 +471,8 @@ def _limits(e: results.Explanation) -> str:
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(Verdict)
-def verdict_text(verdict: Verdict) -> str:
+@drawing.text.register(verdicts.Verdict)
+def verdict_text(verdict: verdicts.Verdict) -> str:
     """How good first order is."""
     v = verdict
     if v.kind == "no_shift":
@@ -513,30 +490,24 @@ def verdict_text(verdict: Verdict) -> str:
     return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(SecondVerdict)
-def second_text(verdict: SecondVerdict) -> str:
+@drawing.text.register(verdicts.SecondVerdict)
+def second_text(verdict: verdicts.SecondVerdict) -> str:
     """Whether second order is nearer than first."""
     v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
-    left = (
-        f"leaves {abs(v.second / v.shift):.1%} of the shift at ε = 1, first order "
-        f"{abs(v.first / v.shift):.1%}"
-    )
-    reach = f"ε = {v.helps_up_to:.2g}"
+    second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
+    left, reach = f"leaves {second} of the shift at ε = 1, first order {first}", v.helps_up_to
     return {
         "neither": f"neither nearer nor farther, within rounding: {left}",
-        "farther": f"farther, no correction: {left}; nearer only up to {reach}",
-        "coincidence": (
-            f"nearer at ε = 1 by coincidence: {left}; farther on the way, from ε > "
-            f"{v.helps_up_to:.2g}"
-        ),
+        "farther": f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}",
+        "coincidence": f"nearer at ε = 1 by coincidence: {left}; farther from ε > {reach:.2g}",
         "nearer": f"nearer: {left}",
     }[v.kind]
 
 
-@drawing.text.register(NullVerdict)
-def null_text(verdict: NullVerdict) -> str:
+@drawing.text.register(verdicts.NullVerdict)
+def null_text(verdict: verdicts.NullVerdict) -> str:
     """How far the shift stands out from random directions."""
     v = verdict
     if v.kind == "no_shift":
@@ -547,14 +518,14 @@ def null_text(verdict: NullVerdict) -> str:
     shift = f"the adapter's shift is {times}"
     if v.kind == "as_random":
         shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
+    by_chance = f"{v.chance:.1%} would by chance"
     return (
-        f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws "
-        f"({v.chance:.1%} would by chance)"
+        f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({by_chance})"
     )
 
 
-@drawing.text.register(FlipVerdict)
-def flip_text(verdict: FlipVerdict) -> str:
+@drawing.text.register(verdicts.FlipVerdict)
+def flip_text(verdict: verdicts.FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
     v = verdict
     if v.kind != "hidden":
@@ -562,28 +533,22 @@ def flip_text(verdict: FlipVerdict) -> str:
     margins = {"m0": v.m0, "m": v.m}.items()
     near = [f"{name} = {value:+.2g}" for name, value in margins if abs(value) <= v.floor]
     verb = "is" if len(near) == 1 else "are"
-    return (
-        f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g}), so the sign is not "
-        "known; rerun in float32 or float64"
-    )
+    hidden = f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g})"
+    return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 
-@drawing.text.register(SharesVerdict)
-def shares_text(verdict: SharesVerdict) -> str:
+@drawing.text.register(verdicts.SharesVerdict)
+def shares_text(verdict: verdicts.SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
     v = verdict
-    facts = (
-        f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}; the KL is {v.ratio:.2g} "
-        "times its quadratic part"
-    )
+    ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
+    facts = f"{ranks}; the KL is {v.ratio:.2g} times its quadratic part"
     if v.kind == "unknown":
         return "unknown: there are no ranks to compare"
     if v.kind == "holds":
         return f"holds: the shares rank the modules as the whole KL does ({facts})"
-    return (
-        f"fails: the shares do not rank the modules of the whole KL ({facts}); use "
-        "ll.path_attribution, which splits all of it, or ll.first_order(…, at=1.0)"
-    )
+    remedy = "use ll.path_attribution, which splits all of it, or ll.first_order(…, at=1.0)"
+    return f"fails: the shares do not rank the modules of the whole KL ({facts}); {remedy}"
 
 
 def _below(what: str, value: float, floor: float) -> str:

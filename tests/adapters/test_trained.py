@@ -124,9 +124,7 @@ def test_biases_beside_copies(tmp_path):
             assert off(logits(lens_of(base, adapter, **flags)), logits(model)) < EXACT
     tensors[f"{q}.modules_to_save.bias"] += 1
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(
-        ll.errors.AdapterError, match="one tensor of one module.*two different ones"
-    ):
+    with pytest.raises(ll.errors.AdapterError, match="one tensor, and differ in the file"):
         ll.load_adapter(tmp_path)
 
 
@@ -229,7 +227,7 @@ def test_rows_of_a_head_that_the_config_does_not_name(tmp_path):
     assert off(logits(lens_of(base, ll.load_adapter(folder))), logits(model)) < EXACT
     tensors[key] += 1
     save_file(tensors, folder / WEIGHTS)
-    refused(folder, "lm_head", "does not name it")
+    refused(folder, "lm_head", "lacks it")
 
 
 UNKNOWN = ["score", "model.layers.0.rotary", "model.layers.0.self_attn.q_proj.lora_C"]

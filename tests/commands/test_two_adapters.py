@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.adapters.peft_files import last_checkpoint
+from lens_lora.commands.adapters import repair
 from lens_lora.commands.running import in_options
-from lens_lora.commands.trainings import repair
 
 run = CliRunner().invoke
 

@@ -253,7 +253,11 @@ def test_strings_need_a_tokenizer(without_tokenizer):
         (torch.ones(2, 3).long(), torch.tensor([3]), r"\(2, 3\) and lengths \(1,\)"),
         (torch.ones(2, 3).long(), torch.tensor([[3], [3]]), r"lengths \(2, 1\)"),
         (torch.ones(3).long(), torch.tensor([3, 3, 3]), r"tokens are \(3,\)"),
-        (torch.ones(2, 3).long(), torch.tensor([3, 4]), "length of 4 exceeds the 3 positions"),
+        (
+            torch.ones(2, 3).long(),
+            torch.tensor([3, 4]),
+            "length of 4 exceeds the tokens' 3 positions",
+        ),
         (torch.ones(2, 3).long(), torch.tensor([0, 3]), "at least one token"),
         (torch.ones(2, 3).long(), torch.tensor([-1, 3]), "at least one token"),
         (torch.ones(2, 3), torch.tensor([3, 3]), "token ids must be integers, not torch.float32"),

@@ -102,7 +102,7 @@ def test_save_and_load(attribution: ll.results.Attribution, tmp_path):
 def test_loading_another_file_is_refused(tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, str(other))
-    with pytest.raises(ll.errors.LensLoraError, match="written by a result's save method"):
+    with pytest.raises(ll.errors.LensLoraError, match="saved by a result's save"):
         ll.results.Attribution.load(other)
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(ll.errors.LensLoraError, match="not a safetensors file"):

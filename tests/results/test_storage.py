@@ -104,7 +104,7 @@ def test_a_class_that_is_unknown_or_no_result_is_named(tmp_path: Path):
             ll.load_result(path)
     site = dataclasses.asdict(SMALL.sites[0])
     path = written({"of": "Site", "fields": site}, {}, tmp_path / "part")
-    with pytest.raises(ll.errors.LensLoraError, match="holds Site, which is a part of results"):
+    with pytest.raises(ll.errors.LensLoraError, match="holds Site, which is a part of a result"):
         ll.load_result(path)
 
 
