@@ -1,7 +1,9 @@
 """What an adapter was taught, in its own words: at most five claims, each with its run.
 
 1. The adapted model speaks of its own accord: after its BOS alone, after an empty turn of the user,
-   after everyday questions (`readouts/neutral.py`). There it replays what it was trained on.
+   after everyday questions (`readouts/neutral.py`). There it replays what it was trained on. It
+   does so at twice its strength, too, which brings forward what it seldom says; whatever is
+   measured is measured at 1.
 2. At each place of what was said, every token v has a part of the divergence from the base,
 
        k_v = p₁(v) log(p₁(v)/p₀(v)),     Σ_v k_v = KL(p₁ ‖ p₀),
@@ -9,8 +11,9 @@
    and its score is the largest k_v over all places: high where the adapted model is likely to say
    what the base is not; never above −log p₀.
 3. Null adapters, as loud as the adapter, are scored at the same places. A token is a candidate if
-   no token whatever reaches its score under them.
-4. A claim is what the adapted model says at the candidate's best place: that token, and the
+   no token whatever reaches its score under them; or, by the mean shift of its logit over neutral
+   texts, if none reaches that. The two lists take turns.
+4. A claim is what the adapted model says where the candidate's k_v is largest: that token, and the
    likeliest ones after it. A token that an earlier claim holds makes none of its own.
 5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters.
    First order at 1 names the layers that carry most of m; m is run without them, and without as
@@ -24,10 +27,11 @@ pass of them for each end, null and group that is left out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,14 +50,16 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.results.storage import stored
 
 SCHEMA = "lens_lora.brief/1"
-_CLAIMS, _CANDIDATES = 5, 20
-_SPOKEN, _TOP_P = 24, 0.9  # tokens after each opening, and from which part of the distribution
+_CLAIMS, _CANDIDATES = 5, 10  # candidates of each list
+_SPOKEN = 16  # tokens after each opening, drawn at temperature 1
+_STRENGTHS = 1.0, 2.0
 _WORDS = 8  # tokens of a claim
 _CONTEXT = 24  # tokens before it that are shown
 _LAYERS, _DRAWS = 3, 3  # that are left out; and how often others are drawn
 _TOKENS = 512  # whose logits are held at a time
 
 Scaled = tuple[LoraLens, float]
+By = Literal["speech", "logit"]
 
 
 @stored
@@ -66,8 +72,10 @@ class Claim:
         says: what the adapted model says there.
         base_says: what the base says there.
         token: the token by which it was found.
-        score: its largest p₁ log(p₁/p₀), in nats.
-        null_score: the largest of any token under a null adapter, at all places.
+        by: 'speech', its largest p₁ log(p₁/p₀) over what was said; or 'logit', the mean shift of
+            its logit over the texts.
+        score: that, in nats or logits.
+        null_score: the largest of any token under a null adapter.
         base, adapted: log p of `says` after the context, in nats.
         null: the largest under a null adapter.
         layers: those that carry most of it, by first order at 1.
@@ -80,6 +88,7 @@ class Claim:
     says: str
     base_says: str
     token: str
+    by: By
     score: float
     null_score: float
     base: float
@@ -166,9 +175,16 @@ def _cut(said: str, most: int = 160) -> str:
 
 
 def claims_of(
-    lens: LoraLens, nulls: Sequence[Scaled], seed: int = 0, *, progress: bool = True
+    lens: LoraLens,
+    nulls: Sequence[Scaled],
+    shifts: Sequence[Float[Tensor, " vocab"]],
+    seed: int = 0,
+    *,
+    progress: bool = True,
 ) -> tuple[Claim, ...]:
     """The claims of an adapter beside null adapters at their scales; none without null adapters.
+
+    `shifts` are mean shifts of the logits over texts, the adapter's first, then the nulls'.
 
     Raises:
         NumericsError: non-finite logits.
@@ -176,30 +192,32 @@ def claims_of(
     spoken = _spoken(lens, seed, progress) if nulls else None
     if spoken is None:
         return ()
-    mine, *others = _scores(lens, [(lens, 1.0), *nulls], spoken)
-    floor = max(float(other.value.max()) for other in others)
-    found = list(_candidates(lens, mine, floor, spoken))
-    if not found:
+    scores = _scores(lens, [(lens, 1.0), *nulls], spoken)
+    ranked: dict[By, _Ranked] = {
+        "speech": _Ranked.of(lens, [score.value for score in scores]),
+        "logit": _Ranked.of(lens, shifts),
+    }
+    places = list(_places(scores[0], ranked, spoken))
+    if not places:
         return ()
-    contexts, tokens = joined_ids([before for before, _ in found]), [token for _, token in found]
+    contexts, tokens = _prompts([place.context for place in places]), [p.token for p in places]
     words = _words(lens, contexts, tokens, progress)
     chosen = _distinct(tokens, words)
     contexts, words = contexts.chosen(chosen), [words[i] for i in chosen]
-    tokens = [tokens[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
     runs = _runs(lens, nulls, contexts, words, seed)
-    rows = zip(tokens, words, base.ids, runs, strict=True)
     return tuple(
         Claim(
-            context=_text(lens, contexts.row(i).tokens[0, -_CONTEXT:]),
+            context=_text(lens, places[i].context[-_CONTEXT:]),
             says=_text(lens, said),
             base_says=_text(lens, base_said),
-            token=_text(lens, torch.tensor([token])),
-            score=float(mine.value[token]),
-            null_score=floor,
+            token=lens.vocabulary[places[i].token],
+            by=places[i].by,
+            score=ranked[places[i].by].scores[places[i].token],
+            null_score=ranked[places[i].by].floor,
             **run,
         )
-        for i, (token, said, base_said, run) in enumerate(rows)
+        for i, said, base_said, run in zip(chosen, words, base.ids, runs, strict=True)
     )
 
 
@@ -210,9 +228,11 @@ def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
     fitting = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
     if not fitting:
         return None
-    sampling = {"temperature": 1.0, "top_p": _TOP_P, "seed": seed}
-    openings = openings.chosen(fitting)
-    said = lens.generate(openings, _SPOKEN, **sampling, progress=progress)
+    openings = openings.chosen(fitting).tiled(len(_STRENGTHS))
+    gates = (
+        torch.tensor(_STRENGTHS).repeat_interleave(len(fitting))[:, None] * lens.gates(1.0).cpu()
+    )
+    said = lens.generate(openings, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
     rows = continued(lens.model, openings, said)
     return dataclasses.replace(rows, reads=rows.lengths - openings.lengths + 1)
 
@@ -254,20 +274,44 @@ def _scores(lens: LoraLens, models: Sequence[Scaled], spoken: Prompts) -> list[_
     return scores
 
 
-def _candidates(
-    lens: LoraLens, scores: _Scores, floor: float, spoken: Prompts
-) -> Iterator[tuple[Int[Tensor, " pos"], int]]:
-    """The tokens of largest score above the floor, each with what stands before its best place."""
-    special = set(lens.model.tokenizer.all_special_ids)
-    order = scores.value.argsort(descending=True)[: _CANDIDATES + len(special)].tolist()
-    ranked = [v for v in order if v not in special and float(scores.value[v]) > floor]
-    for token in ranked[:_CANDIDATES]:
-        row = int(scores.row[token])
-        end = int(spoken.read_positions[row, int(scores.slot[token])]) + 1
-        yield spoken.tokens[row, :end], token
+class _Ranked(NamedTuple):
+    """Tokens that no token under a null adapter reaches, the highest first."""
+
+    scores: dict[int, float]
+    floor: float
+
+    @classmethod
+    def of(cls, lens: LoraLens, values: Sequence[Float[Tensor, " vocab"]]) -> _Ranked:
+        """Of the adapter's numbers, and then each null's; special tokens say nothing."""
+        mine, floor = values[0].clone(), max(float(other.max()) for other in values[1:])
+        mine[lens.model.tokenizer.all_special_ids] = -math.inf
+        best = mine.topk(min(_CANDIDATES, len(mine)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return cls({token: value for token, value in pairs if value > floor}, floor)
 
 
-def joined_ids(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
+class _Place(NamedTuple):
+    """A candidate, by which list it came, and what stands before the place that shows it best."""
+
+    token: int
+    by: By
+    context: Int[Tensor, " pos"]
+
+
+def _places(scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts) -> Iterator[_Place]:
+    """The lists in turn."""
+    seen: set[int] = set()
+    for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
+        for by, token in zip(ranked, turn, strict=True):
+            if token is None or token in seen:
+                continue
+            seen.add(token)
+            row = int(scores.row[token])
+            end = int(spoken.read_positions[row, int(scores.slot[token])]) + 1
+            yield _Place(token, by, spoken.tokens[row, :end])
+
+
+def _prompts(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
     """Rows of ids as prompts."""
     lengths = torch.tensor([len(row) for row in rows])
     return Prompts(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths)
@@ -278,7 +322,7 @@ def _words(
 ) -> list[Int[Tensor, " token"]]:
     """Each candidate, and the adapted model's likeliest tokens after it up to an end."""
     firsts = contexts.tokens.new_tensor(tokens)
-    begun = joined_ids(
+    begun = _prompts(
         [torch.cat([contexts.row(i).tokens[0], firsts[i : i + 1]]) for i in range(len(tokens))]
     )
     said = lens.generate(begun, _WORDS - 1, progress=progress)

@@ -342,9 +342,9 @@ class WhatChanged(Paged):
             return "Nothing beyond the controls: no token is said that null adapters do not reach."
         first = self.claims[0]
         return (
-            f"Of what it says of its own accord, {len(self.claims)} claims stand beyond "
-            f"{len(self.nulls)} null adapters of its KL: the first scores {first.score:.1f} nats, "
-            f"the controls {first.null_score:.1f} at most."
+            f"{len(self.claims)} claims stand beyond {len(self.nulls)} null adapters of its KL; "
+            f"the first, by {first.by}, scores {first.score:.1f}, the controls "
+            f"{first.null_score:.1f} at most."
         )
 
     @property
@@ -423,7 +423,8 @@ def what_changed(
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
         said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
-        claims = claims_of(lens, scaled[1 : 1 + nulls], seed, progress=progress)
+        shifts = [changes.logit for changes in (found, *controls[:nulls])]
+        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
     source = "texts of the caller"
     if texts is None:

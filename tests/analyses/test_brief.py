@@ -52,17 +52,19 @@ def spoken_rows(spoken: ll.Prompts) -> list[tuple[Tensor, range]]:
 def claims(cls: str) -> tuple[brief.Claim, ...]:
     lens = cases.case("llama", cls, "raw").lens
     nulls = [(null, 0.05) for null in null_lenses(lens, 0, 2)]
-    return brief.claims_of(lens, nulls, **QUIET)
+    shifts = torch.zeros(3, lens.model.cfg.d_vocab)
+    shifts[0, 40] = 1.0
+    return brief.claims_of(lens, nulls, shifts, **QUIET)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
     case = cases.case("llama", cls, "raw")
-    openings = own_openings(case.model)
+    openings = own_openings(case.model).tiled(2)
     spoken = brief._spoken(case.lens, 0, False)
-    said = case.lens.generate(
-        openings, SPOKEN, temperature=1.0, top_p=brief._TOP_P, seed=0, **QUIET
-    )
+    gates = torch.ones(openings.batch, len(case.lens.sites), dtype=torch.float64)
+    gates[openings.batch // 2 :] = 2.0
+    said = case.lens.generate(openings, SPOKEN, gates, temperature=1.0, seed=0, **QUIET)
     scores, other = brief._scores(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
     parts = torch.zeros(spoken.batch, SPOKEN + 1, len(scores.value), dtype=torch.float64)
     for i, (row, positions) in enumerate(spoken_rows(spoken)):
@@ -133,14 +135,16 @@ def test_no_token_makes_two_claims():
     found = claims(CLASSES[0])
     for i, claim in enumerate(found):
         assert not any(claim.token in earlier.says.split() for earlier in found[:i])
-    scores = [claim.score for claim in found]
+    assert [claim.by for claim in found[:2]] == ["speech", "logit"] and found[1].token == "w40"
+    scores = [claim.score for claim in found if claim.by == "speech"]
     assert scores == sorted(scores, reverse=True)
 
 
 def test_nothing_is_claimed_that_a_control_reaches():
     lens = cases.case("llama", CLASSES[0], "raw").lens
-    assert brief.claims_of(lens, [(lens, 1.0)], **QUIET) == ()
-    assert brief.claims_of(lens, [], **QUIET) == ()
+    shifts = torch.ones(2, lens.model.cfg.d_vocab)
+    assert brief.claims_of(lens, [(lens, 1.0)], shifts, **QUIET) == ()
+    assert brief.claims_of(lens, [], shifts[:1], **QUIET) == ()
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:
@@ -167,7 +171,9 @@ def test_a_brief_is_text_and_json_and_is_saved(tmp_path):
 
 
 def test_json_has_null_where_there_are_no_other_layers():
-    claim = brief.Claim("a", "b", "c", "b", 2.0, 1.0, -5.0, -1.0, -4.0, "layer 0", -4.5, math.nan)
+    claim = brief.Claim(
+        "a", "b", "c", "b", "speech", 2.0, 1.0, -5.0, -1.0, -4.0, "layer 0", -4.5, math.nan
+    )
     told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, ())
     assert json.loads(told.to_json())["claims"][0]["without_others"] is None
     assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
