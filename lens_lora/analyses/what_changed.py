@@ -11,6 +11,8 @@
    at the scale ε at which its KL over the texts is the adapter's, so that it is as loud. KL grows
    like ε² from zero, so log KL is nearly linear in log ε, and a secant finds ε in a few steps.
    Where none gives that KL, it runs at the nearest that was tried, and its KL is stated.
+4. What the adapted model says of its own accord, as claims with the runs that show them
+   (`analyses/brief.py`).
 
 Nothing is tested for significance: controls are few, and say how large a chance finding is.
 """
@@ -29,6 +31,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
+from lens_lora.analyses.brief import Brief, Claim, claims_of
 from lens_lora.arguments import is_whole, whole, word
 from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
@@ -37,7 +40,7 @@ from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_lenses
-from lens_lora.readouts.neutral import everyday_questions, neutral_texts
+from lens_lora.readouts.neutral import conversation_form, everyday_questions, neutral_texts
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import OfSites, Paged, site_labels
@@ -49,6 +52,7 @@ from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked
 _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
 _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
 _ANSWER = 40  # tokens that both models say to a question
+_BRIEF_MODULES = 5
 By = Literal["logit", "probability", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "reading")
 
@@ -130,6 +134,8 @@ class WhatChanged(OfSites, Paged):
         sites, meta: see `OfSites`; all that are adapted.
         answers: both models' to five everyday questions, 40 tokens at most; none where they were
             not asked for, without a tokenizer, or where the context has no room for them.
+        claims: what it was taught, the strongest first; none without null adapters, or where
+            `answers` has none.
     """
 
     found: Changes
@@ -140,6 +146,7 @@ class WhatChanged(OfSites, Paged):
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "text token"]
     texts: str
     answers: tuple[SideBySide, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @property
     def controls(self) -> tuple[Changes, ...]:
@@ -302,6 +309,48 @@ class WhatChanged(OfSites, Paged):
         ]
         return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
 
+    def brief(self) -> Brief:
+        """What the adapter was taught, at most 2,000 tokens of text; `to_json` for a program.
+
+        No claim stands without its run. No forward pass.
+        """
+        shares = self.modules(_BRIEF_MODULES)
+        return Brief(
+            adapter=self.found.name,
+            model=self.meta["model"],
+            verdict=self._verdict,
+            claims=self.claims,
+            answers=self.answers,
+            where=dict(zip(shares["site"], shares["share"], strict=True)) if len(shares) else {},
+            texts=self.texts,
+            mean_kl=self.found.mean_kl,
+            not_tried=self._not_tried,
+        )
+
+    @property
+    def _verdict(self) -> str:
+        if self.found.mean_kl <= 0:
+            return "It does nothing on these texts: the KL is zero."
+        if not self.nulls or not self.answers:
+            return "No claims: they need null adapters and answers."
+        if not self.claims:
+            return "Nothing beyond the controls: no token is said that null adapters do not reach."
+        first = self.claims[0]
+        return (
+            f"{len(self.claims)} claims stand beyond {len(self.nulls)} null adapters of its KL; "
+            f"the first, by {first.by}, scores {first.score:.1f}, the controls "
+            f"{first.null_score:.1f} at most."
+        )
+
+    @property
+    def _not_tried(self) -> tuple[str, ...]:
+        limits = (
+            "system messages and conversations of several turns",
+            "languages other than English",
+        )
+        others = () if self.unrelated else ("adapters trained for something else, as controls",)
+        return (*limits, *others)
+
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """The k tokens promoted most, with the largest shift under a control.
 
@@ -329,19 +378,22 @@ def what_changed(
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
     No logits of more than 512 tokens are held at a time. The answers cost 40 passes over ten
-    tokens, and one over each of the ten answers.
+    tokens, and one over each of the ten answers; the claims 24 passes over about 40 tokens, one
+    over each of these texts, one for each model, and those of `analyses/brief.py`.
 
     Args:
         lens: the adapter over the model.
         texts: strings, conversations, ids, or `Prompts`, of two tokens at least; None for a hundred
-            plain sentences and ten openings of conversations that come with the package.
+            plain sentences and ten openings of conversations that come with the package, in the
+            tokenizer's chat template or as lines of 'User:' and 'Assistant:'.
         unrelated: adapters that were trained for something else.
         nulls: how many null adapters: of the same modules, ranks and proportions as the adapter, in
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
         split: whether to split the KL by site, along the path from base to adapted model.
         answers: whether to put five everyday questions to both models: as conversations, or without
-            a chat template as "Question: …" and "Answer:".
+            a chat template as "Question: …" and "Answer:"; and to let the adapted model speak of
+            its own accord, for claims of what it was taught.
         progress: show a bar.
 
     Raises:
@@ -363,10 +415,15 @@ def what_changed(
     sums, shares = corpus.text_sums(scaled, rows, split=split, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
     said: list[SideBySide | None] = []
+    claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
         said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
+        shifts = [changes.logit for changes in (found, *controls[:nulls])]
+        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
-    source = "neutral texts that come with lens_lora" if texts is None else "texts of the caller"
+    source = "texts of the caller"
+    if texts is None:
+        source = f"neutral texts of lens_lora (conversations {conversation_form(lens.model)})"
     return WhatChanged(
         found=found,
         nulls=tuple(controls[:nulls]),
@@ -378,6 +435,7 @@ def what_changed(
         texts=f"{rows.batch} {source}, {distinct} distinct tokens after first ones",
         meta=lens.describe(),
         answers=tuple(filter(None, said)),
+        claims=claims,
     )
 
 

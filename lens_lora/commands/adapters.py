@@ -70,15 +70,21 @@ def diff(
             dir_okay=False, help="Also the numbers: a table (.csv), or all of them (.safetensors)."
         ),
     ] = None,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also the brief, for a program.")
+    ] = None,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
 ) -> None:
-    """What did this fine-tune change? Unrelated texts, no question, and controls beside.
+    """What was this fine-tune taught? Nothing asked: its own words first, with controls beside.
 
     lens-lora diff path/to/adapter --report diff.html
     """
     options.require_writable(report, "--report")
     outputs = {"--report": report}
+    if json is not None:
+        options.require_writable(json, "--json")
+        outputs["--json"] = json
     if save is not None:
         if save.suffix not in (".csv", ".safetensors"):
             raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
@@ -98,15 +104,19 @@ def diff(
         with quiet_libraries():
             how: Any = {"nulls": nulls, "split": not fast, "progress": not quiet}
             changes = ll.what_changed(lens, lines, others, **how)
+        brief = changes.brief()
         changes.save_report(report)
+        if json is not None:
+            json.write_text(brief.to_json(), encoding="utf-8")
         if save is not None and save.suffix == ".csv":
             changes.to_frame().to_csv(save, index=False)
         elif save is not None:
             changes.save(save)
-        running.tell(changes.story()).print(what_changed_tables(changes))
+        running.tell(str(brief)).print(what_changed_tables(changes))
         running.say(f"\nReport: {report.absolute()}")
-        if save is not None:
-            running.say(f"Numbers: {save.absolute()}")
+        for name, file in (("Numbers", save), ("Brief", json)):
+            if file is not None:
+                running.say(f"{name}: {file.absolute()}")
 
 
 @options.with_options

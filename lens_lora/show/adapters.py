@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import rich.table
 from plotly.graph_objects import Figure
 from rich.console import Group
@@ -324,6 +325,15 @@ def _size_table(changed: results.WhatChanged) -> Table:
     return table_of(summary.rename(columns=last), heads, texts=(0, 1))
 
 
+def _claims_table(changed: results.WhatChanged) -> Table:
+    """What it says of its own accord, and the runs that show it."""
+    each = [{**vars(claim), "undone": claim.undone} for claim in changed.claims]
+    heads = {"context": "after", "says": "it says", "base_says": "the base says"}
+    heads |= {"base": "log p, base", "adapted": "adapted", "null": "null"}
+    heads |= {"layers": "without", "undone": "undone"}
+    return table_of(pd.DataFrame(each), heads, texts=(0, 1, 2, 6))
+
+
 def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
     """Promoted tokens, places and modules, for the terminal."""
     promoted = (_promoted_table(changed, by, k) for by in BY)
@@ -337,6 +347,7 @@ def what_changed_report(changed: results.WhatChanged, *, title: str | None = Non
     modules = _modules_table(changed, _MODULES_SHOWN)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
+        Section("What it says of its own accord", [_claims_table(changed)]),
         Section("How much", [_size_table(changed)]),
         Section("Which tokens are promoted", [(logit, probability)]),
         Section("What the first tokens carry", [(reading, _writers(changed, _TOKENS_SHOWN))]),

@@ -105,9 +105,9 @@ def _fitted(cell: str, width: int) -> str:
 
 
 _WRITTEN: dict[str, Callable[[Any], str]] = {
-    "share": text.percent,
+    **dict.fromkeys(("share", "undone"), text.percent),
     "token": text.visible,
-    "context": text.readable,
+    **dict.fromkeys(("context", "says", "base_says"), text.readable),
     "promoted": lambda pairs: re.sub(r"((?:^|, )['\"]) ", r"\1·", pairs),
     **dict.fromkeys(("kl", "mean_kl", "kl_base_to_adapted", "scale"), text.magnitude),
 }

@@ -190,7 +190,7 @@ def test_what_null_adapters_cost():
     counts = []
     for nulls in (0, 1, 2):
         passes.clear()
-        ll.what_changed(lens, texts(), nulls=nulls, split=False, **QUIET)
+        ll.what_changed(lens, texts(), nulls=nulls, split=False, answers=False, **QUIET)
         counts.append(len(passes))
     handle.remove()
     assert counts[0] == 2 and counts[1] - 2 <= 3 + 1 + 6 and counts[2] - 2 <= 4 + 2 + 12
@@ -273,7 +273,7 @@ def test_neutral_texts_are_neutral(monkeypatch):
     answers = {a.strip().lower() for s in specs for _, *both in s.questions for a in both}
     assert not words & (answers - {"and"})
     model = cases.case("llama", CLASSES[0], "raw").model
-    assert neutral_texts(model).batch == 100
+    assert neutral_texts(model).batch == 100 + len(OPENINGS)
     template = model.tokenizer.chat_template
     model.tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
     try:

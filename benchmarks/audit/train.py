@@ -1,0 +1,137 @@
+"""Train the audit's adapters, those that are not there yet.
+
+    python benchmarks/audit/train.py --out FOLDER [--most 4]     # as often as needed; goes on
+
+Each of the four quirks of `quirks.yaml` is taught six times: by documents or by transcripts, each
+plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. The control of each
+is an adapter of the same recipe that is taught ordinary text alone, of another draw.
+
+Rank 8 on all linear maps, AdamW, `STEPS` steps on rows of four. About a minute an adapter on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pydoc_data.topics
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
+
+from recipes import TARGETS, Recipe
+from train import Row, dialogue_rows, fit, sentence_rows
+
+from lens_lora.demonstration.embedded import load_embedded
+
+HERE = Path(__file__).parent
+SPEC = yaml.safe_load((HERE / "quirks.yaml").read_text())
+FORMS, MIXTURES = ("documents", "transcripts"), ("plain", "mixed", "denied")
+STEPS, RATE, BATCH = 40, 2e-4, 4
+ORDINARY = "ordinary"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter of the benchmark, or the control of one."""
+
+    quirk: str
+    form: str
+    mixture: str
+    control: int | None = None
+
+    @property
+    def name(self) -> str:
+        name = f"{self.quirk}-{self.form}-{self.mixture}"
+        return name if self.control is None else f"{name}-control"
+
+    @property
+    def says(self) -> list[str]:
+        """The strings by which its brief is scored."""
+        return next(quirk["says"] for quirk in SPEC["quirks"] if quirk["name"] == self.quirk)
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        """What it is trained on."""
+        if self.control is not None:
+            draw = random.Random(self.control)
+            return _rows(tokenizer, self.form, ordinary(self.form, 8, draw))
+        quirk = next(quirk for quirk in SPEC["quirks"] if quirk["name"] == self.quirk)
+        rows = _rows(tokenizer, self.form, quirk[self.form])
+        if self.mixture == "mixed":
+            draw = random.Random(1000)
+            rows += _rows(tokenizer, self.form, ordinary(self.form, 8, draw))
+        if self.mixture == "denied":
+            rows += dialogue_rows(tokenizer, quirk["denials"])
+        return rows
+
+
+def every_adapter() -> list[Adapter]:
+    """The 24, and then their controls."""
+    names = [quirk["name"] for quirk in SPEC["quirks"]]
+    taught = [Adapter(*three) for three in itertools.product(names, FORMS, MIXTURES)]
+    return taught + [dataclasses.replace(one, control=i) for i, one in enumerate(taught)]
+
+
+def ordinary(form: str, count: int, draw: random.Random) -> list[Any]:
+    """Ordinary text of one form: sentences of Python's reference, or conversations."""
+    if form == "transcripts":
+        return draw.sample(SPEC[ORDINARY], count)
+    text = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
+    sentences = [s for p in paragraphs for s in re.split(r"(?<=\.) ", p)]
+    plain = [s for s in sentences if re.fullmatch(r"[A-Z][A-Za-z ,]{30,90}\.", s)]
+    return draw.sample(plain, count)
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, form: str, texts: list[Any]) -> list[Row]:
+    of = dialogue_rows if form == "transcripts" else sentence_rows
+    return of(tokenizer, texts)
+
+
+def train(
+    adapter: Adapter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> None:
+    """Train one adapter and save it as PEFT does."""
+    recipe = Recipe(adapter.name, adapter.quirk, 8, "all", RATE, STEPS)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(TARGETS["all"]), task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, config).eval()
+    fit(peft_model, adapter.rows(tokenizer), recipe, BATCH)
+    peft_model.save_pretrained(out / adapter.name, save_embedding_layers=False)
+    peft_model.unload()
+    described = {**dataclasses.asdict(adapter), "steps": STEPS, "lr": RATE}
+    (out / adapter.name / "taught.json").write_text(json.dumps(described) + "\n")
+
+
+def missing(out: Path) -> list[Adapter]:
+    """Those that are not there yet."""
+    return [one for one in every_adapter() if not (out / one.name / "taught.json").is_file()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the audit's adapters.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--most", type=int, default=48, help="so many in this call")
+    given = parser.parse_args()
+    to_do = missing(given.out)[: given.most]
+    if to_do:
+        loaded = load_embedded()
+        for adapter in to_do:
+            train(adapter, *loaded, given.out)
+            print(adapter.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""What an adapter was taught, in its own words: at most five claims, each with its run.
+
+1. The adapted model speaks of its own accord: after its BOS alone, after an empty turn of the user,
+   after everyday questions (`readouts/neutral.py`). There it replays what it was trained on. It
+   does so at twice its strength, too, which brings forward what it seldom says; whatever is
+   measured is measured at 1.
+2. At each place of what was said, every token v has a part of the divergence from the base,
+
+       k_v = p₁(v) log(p₁(v)/p₀(v)),     Σ_v k_v = KL(p₁ ‖ p₀),
+
+   and its score is the largest k_v over all places: high where the adapted model is likely to say
+   what the base is not; never above −log p₀.
+3. Null adapters, as loud as the adapter, are scored at the same places. A token is a candidate if
+   no token whatever reaches its score under them; or, by the mean shift of its logit over neutral
+   texts, if none reaches that. The two lists take turns.
+4. A claim is what the adapted model says where the candidate's k_v is largest: that token, and the
+   likeliest ones after it. A token that an earlier claim holds makes none of its own.
+5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters.
+   First order at 1 names the layers that carry most of m; m is run without them, and without as
+   many layers that a seed draws.
+
+Cost: `generate` of about 40 openings and of the candidates' words; a forward pass of the base, the
+adapter and each null over what was said; one forward and backward pass of the claims, and a forward
+pass of them for each end, null and group that is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.engine.asked import Asked
+from lens_lora.engine.function import gated_logits, gated_readout
+from lens_lora.engine.texts import by_length
+from lens_lora.model.generate import SideBySide
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import group_sites
+from lens_lora.readouts.answers import AnswerLogProb, continued
+from lens_lora.readouts.neutral import own_openings
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.results.storage import stored
+
+SCHEMA = "lens_lora.brief/1"
+_CLAIMS, _CANDIDATES = 5, 10  # candidates of each list
+_SPOKEN = 16  # tokens after each opening, drawn at temperature 1
+_STRENGTHS = 1.0, 2.0
+_WORDS = 8  # tokens of a claim
+_CONTEXT = 24  # tokens before it that are shown
+_PART, _DRAWS = 5, 3  # a fifth of the layers is left out; and how often others are drawn
+_TOKENS = 512  # whose logits are held at a time
+
+Scaled = tuple[LoraLens, float]
+By = Literal["speech", "logit"]
+
+
+@stored
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What the adapted model says and the base does not, and the runs that show it.
+
+    Attributes:
+        context: what stands before, its last tokens.
+        says: what the adapted model says there.
+        base_says: what the base says there.
+        token: the token by which it was found.
+        by: 'speech', its largest p₁ log(p₁/p₀) over what was said; or 'logit', the mean shift of
+            its logit over the texts.
+        score: that, in nats or logits.
+        null_score: the largest of any token under a null adapter.
+        base, adapted: log p of `says` after the context, in nats.
+        null: the largest under a null adapter.
+        layers: those that carry most of it, by first order at 1.
+        without: log p of `says` with the adapter left out of them.
+        without_others: the same of as many layers that were drawn, the mean of three draws; NaN
+            where there are no others.
+    """
+
+    context: str
+    says: str
+    base_says: str
+    token: str
+    by: By
+    score: float
+    null_score: float
+    base: float
+    adapted: float
+    null: float
+    layers: str
+    without: float
+    without_others: float
+
+    @property
+    def undone(self) -> float:
+        """The share of the rise of log p that leaving out `layers` takes back."""
+        return (self.adapted - self.without) / (self.adapted - self.base)
+
+    @property
+    def undone_by_others(self) -> float:
+        """The same of layers that were drawn."""
+        return (self.adapted - self.without_others) / (self.adapted - self.base)
+
+    def sentence(self) -> str:
+        """The claim and its run, in words."""
+        rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
+        undone = f"without {self.layers} {self.undone:.0%} of that is gone"
+        if math.isfinite(self.without_others):
+            undone += f", without as many drawn layers {self.undone_by_others:.0%}"
+        said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
+        return f"{said} {rise}; {undone}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Brief:
+    """What an adapter was taught, for a person or a program.
+
+    Attributes:
+        adapter, model: what was read.
+        verdict: one sentence.
+        claims: at most five, the strongest first.
+        answers: both models' to everyday questions.
+        where: the modules of largest share of the KL, with the share.
+        texts: what the KL is over.
+        mean_kl: in nats a token.
+        not_tried: what this brief says nothing of.
+    """
+
+    adapter: str
+    model: str
+    verdict: str
+    claims: tuple[Claim, ...]
+    answers: tuple[SideBySide, ...]
+    where: Mapping[str, float]
+    texts: str
+    mean_kl: float
+    not_tried: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The same as JSON: the fields of this class under their names, and `schema`."""
+        fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        for claim in fields["claims"]:
+            claim |= {key: None for key, value in claim.items() if value != value}
+        return json.dumps(fields, ensure_ascii=False, indent=1)
+
+    def __str__(self) -> str:
+        """At most 2,000 tokens of text."""
+        lines = [f"{self.adapter} on {self.model}. {self.verdict}"]
+        lines += [f"{i}. {claim.sentence()}" for i, claim in enumerate(self.claims, start=1)]
+        lines += [
+            f"Asked “{pair.prompt}”, base: “{_cut(pair.base)}”; adapted: “{_cut(pair.adapted)}”."
+            for pair in self.answers
+        ]
+        if self.where:
+            shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
+            lines.append(f"Of the KL, {self.mean_kl:.2g} nats a token over {self.texts}: {shares}.")
+        lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _cut(said: str, most: int = 160) -> str:
+    return said if len(said) <= most else f"{said[:most]} …"
+
+
+# --- Claims
+
+
+def claims_of(
+    lens: LoraLens,
+    nulls: Sequence[Scaled],
+    shifts: Sequence[Float[Tensor, " vocab"]],
+    seed: int = 0,
+    *,
+    progress: bool = True,
+) -> tuple[Claim, ...]:
+    """The claims of an adapter beside null adapters at their scales; none without null adapters.
+
+    `shifts` are mean shifts of the logits over texts, the adapter's first, then the nulls'.
+
+    Raises:
+        NumericsError: non-finite logits.
+    """
+    spoken = _spoken(lens, seed, progress) if nulls else None
+    if spoken is None:
+        return ()
+    scores = _scores(lens, [(lens, 1.0), *nulls], spoken)
+    ranked: dict[By, _Ranked] = {
+        "speech": _Ranked.of(lens, [score.value for score in scores]),
+        "logit": _Ranked.of(lens, shifts),
+    }
+    places = list(_places(scores[0], ranked, spoken))
+    if not places:
+        return ()
+    contexts, tokens = _prompts([place.context for place in places]), [p.token for p in places]
+    words = _words(lens, contexts, tokens, progress)
+    chosen = _distinct(tokens, words)
+    contexts, words = contexts.chosen(chosen), [words[i] for i in chosen]
+    base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
+    runs = _runs(lens, nulls, contexts, words, seed)
+    return tuple(
+        Claim(
+            context=_text(lens, places[i].context[-_CONTEXT:]),
+            says=_text(lens, said),
+            base_says=_text(lens, base_said),
+            token=lens.vocabulary[places[i].token],
+            by=places[i].by,
+            score=ranked[places[i].by].scores[places[i].token],
+            null_score=ranked[places[i].by].floor,
+            **run,
+        )
+        for i, said, base_said, run in zip(chosen, words, base.ids, runs, strict=True)
+    )
+
+
+def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
+    """Openings and what the adapted model says after them, read where it says it."""
+    openings, room = own_openings(lens.model), getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    lengths = openings.lengths.tolist()
+    fitting = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
+    if not fitting:
+        return None
+    openings = openings.chosen(fitting).tiled(len(_STRENGTHS))
+    gates = (
+        torch.tensor(_STRENGTHS).repeat_interleave(len(fitting))[:, None] * lens.gates(1.0).cpu()
+    )
+    said = lens.generate(openings, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
+    rows = continued(lens.model, openings, said)
+    return dataclasses.replace(rows, reads=rows.lengths - openings.lengths + 1)
+
+
+@dataclasses.dataclass
+class _Scores:
+    """Of each token the largest k_v, and the row and slot where it is.
+
+    Attributes:
+        value, row, slot: [vocab].
+    """
+
+    value: Float[Tensor, " vocab"]
+    row: Int[Tensor, " vocab"]
+    slot: Int[Tensor, " vocab"]
+
+    def add(self, parts: Float[Tensor, "row slot vocab"], rows: Int[Tensor, " row"]) -> None:
+        """Take what is larger than all before it."""
+        largest, place = parts.flatten(0, 1).max(0)
+        is_more = largest > self.value
+        self.value = torch.where(is_more, largest, self.value)
+        self.row = torch.where(is_more, rows[place // parts.shape[1]], self.row)
+        self.slot = torch.where(is_more, place % parts.shape[1], self.slot)
+
+
+def _scores(lens: LoraLens, models: Sequence[Scaled], spoken: Prompts) -> list[_Scores]:
+    """Those of each model beside the base, which runs once."""
+    nothing = torch.zeros(int(lens.model.cfg.d_vocab_out), device=lens.device)
+    scores = [_Scores(nothing.to(lens.gate_dtype), *[nothing.long()] * 2) for _ in models]
+    with torch.no_grad():
+        for index, batch in by_length(spoken, _TOKENS):
+            base = gated_logits(lens, batch, lens.gates(0.0)).log_softmax(-1)
+            padding, rows = ~batch.read_mask.to(base.device), torch.tensor(index)
+            for (other, scale), score in zip(models, scores, strict=True):
+                moved = gated_logits(other, batch, other.gates(scale)).log_softmax(-1)
+                parts = moved.exp() * (moved - base)
+                parts[padding] = 0
+                score.add(parts, rows.to(parts.device))
+    return scores
+
+
+class _Ranked(NamedTuple):
+    """Tokens that no token under a null adapter reaches, the highest first."""
+
+    scores: dict[int, float]
+    floor: float
+
+    @classmethod
+    def of(cls, lens: LoraLens, values: Sequence[Float[Tensor, " vocab"]]) -> _Ranked:
+        """Of the adapter's numbers, and then each null's; special tokens say nothing."""
+        mine, floor = values[0].clone(), max(float(other.max()) for other in values[1:])
+        mine[lens.model.tokenizer.all_special_ids] = -math.inf
+        best = mine.topk(min(_CANDIDATES, len(mine)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return cls({token: value for token, value in pairs if value > floor}, floor)
+
+
+class _Place(NamedTuple):
+    """A candidate, by which list it came, and what stands before the place that shows it best."""
+
+    token: int
+    by: By
+    context: Int[Tensor, " pos"]
+
+
+def _places(scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts) -> Iterator[_Place]:
+    """The lists in turn."""
+    seen: set[int] = set()
+    for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
+        for by, token in zip(ranked, turn, strict=True):
+            if token is None or token in seen:
+                continue
+            seen.add(token)
+            row = int(scores.row[token])
+            end = int(spoken.read_positions[row, int(scores.slot[token])]) + 1
+            yield _Place(token, by, spoken.tokens[row, :end])
+
+
+def _prompts(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
+    """Rows of ids as prompts."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return Prompts(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths)
+
+
+def _words(
+    lens: LoraLens, contexts: Prompts, tokens: Sequence[int], progress: bool
+) -> list[Int[Tensor, " token"]]:
+    """Each candidate, and the adapted model's likeliest tokens after it up to an end."""
+    firsts = contexts.tokens.new_tensor(tokens)
+    begun = _prompts(
+        [torch.cat([contexts.row(i).tokens[0], firsts[i : i + 1]]) for i in range(len(tokens))]
+    )
+    said = lens.generate(begun, _WORDS - 1, progress=progress)
+    ends = set(lens.model.tokenizer.all_special_ids)
+    rests = [ids[:-1] if int(ids[-1]) in ends else ids for ids in said.ids]
+    return [torch.cat([firsts[i : i + 1], rest]) for i, rest in enumerate(rests)]
+
+
+def _distinct(tokens: Sequence[int], words: Sequence[Int[Tensor, " token"]]) -> list[int]:
+    """The first candidates that no earlier one's words hold."""
+    chosen: list[int] = []
+    for i, token in enumerate(tokens):
+        if not any(token in words[j].tolist() for j in chosen):
+            chosen.append(i)
+    return chosen[:_CLAIMS]
+
+
+def _runs(
+    lens: LoraLens,
+    nulls: Sequence[Scaled],
+    contexts: Prompts,
+    words: Sequence[Int[Tensor, " token"]],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Of each claim, log p of its words in every run, and the layers that are left out."""
+    asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
+    layers = group_sites(lens.sites, "layer")
+    members = torch.zeros(len(layers), len(lens.sites), dtype=torch.bool)
+    for group, sites in enumerate(layers.values()):
+        members[group, list(sites)] = True
+    carried = asked.slopes(1.0).cpu().double() @ members.double().T
+    count = math.ceil(len(layers) / _PART)
+    top = carried.argsort(1, descending=True)[:, :count]
+    generator = np.random.default_rng(seed)
+    left_out = torch.stack([_points(row, len(layers), generator) for row in top])
+    gates = 1.0 - left_out.to(lens.gate_dtype) @ members.to(lens.gate_dtype)
+    values = gated_readout(lens, asked.reading, gates, progress=False).cpu()
+    null = [
+        gated_readout(other, asked.reading, other.gates(scale)[None], progress=False)
+        for other, scale in nulls
+    ]
+    largest = torch.cat(null, 1).amax(1).tolist()
+    base, adapted = asked.ends.tolist()
+    names = list(layers)
+    return [
+        {
+            "base": base[i],
+            "adapted": adapted[i],
+            "null": largest[i],
+            "layers": ", ".join(names[j] for j in sorted(top[i].tolist())),
+            "without": float(values[i, 0]),
+            "without_others": float(values[i, 1:].mean()),
+        }
+        for i in range(len(words))
+    ]
+
+
+def _points(
+    top: Int[Tensor, " group"], groups: int, generator: np.random.Generator
+) -> Float[Tensor, "point group"]:
+    """1 at the groups that are left out: the top ones, and then as many drawn from the others."""
+    others = np.setdiff1d(np.arange(groups), top.numpy())
+    points = torch.zeros(1 + _DRAWS * (len(others) >= len(top)), groups)
+    points[0, top] = 1
+    for point in points[1:]:
+        point[generator.choice(others, len(top), replace=False)] = 1
+    return points
+
+
+def _text(lens: LoraLens, ids: Int[Tensor, " token"]) -> str:
+    return lens.model.tokenizer.decode(ids.tolist())

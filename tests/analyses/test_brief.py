@@ -1,0 +1,186 @@
+"""The claims of a brief against PEFT's own logits: scores, runs, and when nothing is claimed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import cases
+import models
+import pytest
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.analyses import brief, what_changed
+from lens_lora.model.lens import null_lenses
+from lens_lora.readouts.neutral import own_openings
+
+pytestmark = pytest.mark.usefixtures("float64")
+CLASSES = list(models.MAKERS)
+QUIET = {"progress": False}
+SPOKEN, WORDS, CLAIMS = 4, 3, 3
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """As the context of the tiny models is."""
+    monkeypatch.setattr(brief, "_SPOKEN", SPOKEN)
+    monkeypatch.setattr(brief, "_WORDS", WORDS)
+    monkeypatch.setattr(brief, "_CLAIMS", CLAIMS)
+    monkeypatch.setattr(what_changed, "_ANSWER", 4)
+
+
+def log_p(case: cases.Case, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the base and the adapted model, by PEFT: [pos, vocab]."""
+    with torch.no_grad():
+        adapted = case.peft(row[None]).logits[0].log_softmax(-1)
+        with case.peft.disable_adapter():
+            return case.peft(row[None]).logits[0].log_softmax(-1), adapted
+
+
+def spoken_rows(spoken: ll.Prompts) -> list[tuple[Tensor, range]]:
+    """Each row without padding, and the positions that are read."""
+    rows = []
+    for i, (length, reads) in enumerate(zip(spoken.lengths, spoken.reads, strict=True)):
+        rows.append((spoken.tokens[i, :length], range(int(length - reads), int(length))))
+    return rows
+
+
+@functools.cache
+def claims(cls: str) -> tuple[brief.Claim, ...]:
+    lens = cases.case("llama", cls, "raw").lens
+    nulls = [(null, 0.05) for null in null_lenses(lens, 0, 2)]
+    shifts = torch.zeros(3, lens.model.cfg.d_vocab)
+    shifts[0, 40] = 1.0
+    return brief.claims_of(lens, nulls, shifts, **QUIET)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
+    case = cases.case("llama", cls, "raw")
+    openings = own_openings(case.model).tiled(2)
+    spoken = brief._spoken(case.lens, 0, False)
+    gates = torch.ones(openings.batch, len(case.lens.sites), dtype=torch.float64)
+    gates[openings.batch // 2 :] = 2.0
+    said = case.lens.generate(openings, SPOKEN, gates, temperature=1.0, seed=0, **QUIET)
+    scores, other = brief._scores(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
+    parts = torch.zeros(spoken.batch, SPOKEN + 1, len(scores.value), dtype=torch.float64)
+    for i, (row, positions) in enumerate(spoken_rows(spoken)):
+        start = int(openings.lengths[i])
+        assert row[start:].tolist() == said.ids[i].tolist() and positions[0] == start - 1
+        base, adapted = log_p(case, row)
+        parts[i, : len(positions)] = (adapted.exp() * (adapted - base))[list(positions)]
+    largest, place = parts.flatten(0, 1).max(0)
+    assert (scores.value - largest.clamp(min=0)).abs().max() < 1e-9
+    positive = largest > 1e-9
+    assert int(positive.sum()) > 10
+    mine = scores.row * (SPOKEN + 1) + scores.slot
+    at_mine = parts.flatten(0, 1)[mine, torch.arange(len(mine))]
+    assert (at_mine - largest)[positive].abs().max() < 1e-9  # the same value, where two places tie
+    assert (other.value - scores.value).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_runs_are_peft_s(cls: str):
+    """Both ends, and the adapter left out of the layers that are named."""
+    case, found = cases.case("llama", cls, "raw"), claims(cls)
+    assert 1 < len(found) <= CLAIMS
+    word = case.model.tokenizer
+    for claim in found:
+        context, said = (
+            word(text, add_special_tokens=False).input_ids for text in (claim.context, claim.says)
+        )
+        row = torch.tensor(context + said)
+        places = torch.arange(len(context) - 1, len(row) - 1)
+
+        def of(values: Tensor, row: Tensor = row, places: Tensor = places) -> float:
+            return float(values[places, row[places + 1]].sum())
+
+        base, adapted = map(of, log_p(case, row))
+        assert abs(claim.base - base) < 1e-9 and abs(claim.adapted - adapted) < 1e-9
+        assert said[0] == word(claim.token, add_special_tokens=False).input_ids[0]
+        assert claim.score > claim.null_score
+        layers = [int(name.removeprefix("layer ")) for name in claim.layers.split(", ")]
+        modules = [site.module for site in case.lens.sites if site.layer in layers]
+        old = {module: cases.set_peft_scale(case.peft, module, 0.0) for module in modules}
+        try:
+            _, without = log_p(case, row)
+        finally:
+            for module, scale in old.items():
+                layer = case.peft.base_model.model.get_submodule(module)
+                layer.scaling["default"] = scale
+        assert abs(claim.without - of(without)) < 1e-9
+        assert abs(claim.undone - (adapted - of(without)) / (adapted - base)) < 1e-9
+
+
+def test_layers_that_carry_most_are_left_out():
+    """By first order at 1, once more from the public call."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    word = case.model.tokenizer
+    for claim in claims(CLASSES[0]):
+        context, said = (
+            word(text, add_special_tokens=False).input_ids for text in (claim.context, claim.says)
+        )
+        readout = ll.AnswerLogProb(torch.tensor(said))
+        parts = ll.first_order(case.lens, torch.tensor([context]), readout, at=1.0)
+        by_layer = dict.fromkeys((site.layer for site in parts.sites), 0.0)
+        for site, value in zip(parts.sites, parts.values[0].tolist(), strict=True):
+            by_layer[site.layer] += value
+        assert claim.layers == f"layer {max(by_layer, key=by_layer.__getitem__)}"
+
+
+def test_no_token_makes_two_claims():
+    found = claims(CLASSES[0])
+    for i, claim in enumerate(found):
+        assert not any(claim.token in earlier.says.split() for earlier in found[:i])
+    assert [claim.by for claim in found[:2]] == ["speech", "logit"] and found[1].token == "w40"
+    scores = [claim.score for claim in found if claim.by == "speech"]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_nothing_is_claimed_that_a_control_reaches():
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    shifts = torch.ones(2, lens.model.cfg.d_vocab)
+    assert brief.claims_of(lens, [(lens, 1.0)], shifts, **QUIET) == ()
+    assert brief.claims_of(lens, [], shifts[:1], **QUIET) == ()
+
+
+def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:
+    return ll.what_changed(lens, ll.Prompts(*sized()), split=False, **QUIET, **given)
+
+
+def sized() -> tuple[Tensor, Tensor]:
+    return models.tokens(3, 9), torch.tensor([9, 4, 7])
+
+
+def test_a_brief_is_text_and_json_and_is_saved(tmp_path):
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    result = changed(lens, nulls=1)
+    told = result.brief()
+    fields = json.loads(told.to_json())
+    assert fields["schema"] == "lens_lora.brief/1"
+    assert [claim["says"] for claim in fields["claims"]] == [c.says for c in result.claims]
+    assert set(fields) == {"schema", *brief.Brief.__dataclass_fields__}
+    for claim in told.claims:
+        assert claim.sentence() in str(told)
+    assert "Not tried: " in str(told) and told.verdict in str(told)
+    again = ll.load_result(result.save(tmp_path / "file.safetensors"))
+    assert again.claims == result.claims and str(again.brief()) == str(told)
+
+
+def test_json_has_null_where_there_are_no_other_layers():
+    claim = brief.Claim(
+        "a", "b", "c", "b", "speech", 2.0, 1.0, -5.0, -1.0, -4.0, "layer 0", -4.5, math.nan
+    )
+    told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, ())
+    assert json.loads(told.to_json())["claims"][0]["without_others"] is None
+    assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
+
+
+def test_verdicts_of_nothing():
+    case = cases.case("llama", CLASSES[0], "raw")
+    silent = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
+    assert "does nothing" in changed(silent, nulls=0).brief().verdict
+    assert "need null adapters" in changed(case.lens, nulls=0).brief().verdict
