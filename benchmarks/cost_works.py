@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -80,6 +81,22 @@ def slopes(*axes: str) -> Run:
     return lambda lens, prompts: site_slopes(
         lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), axes
     )
+
+
+def banked(lens: ll.LoraLens, prompts: ll.Prompts) -> ll.results.Bank:
+    return ll.bank(lens.model, prompts, MARGIN, progress=False)
+
+
+kept_bank = functools.lru_cache(maxsize=1)(banked)  # made in the turn that is not counted
+ADAPTERS = 20
+
+
+def scan(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    kept_bank(lens, prompts).scan([lens.adapter] * ADAPTERS, progress=False)
+
+
+def from_bank(*axes: str) -> Run:
+    return lambda lens, prompts: kept_bank(lens, prompts).first_order(lens.adapter, by=axes)
 
 
 def edges(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
@@ -163,6 +180,10 @@ QUICK = [
         "FB",
         "≤ 1.45 FB",
     ),
+    Work("a bank of it", banked, target="≤ 5 F"),
+    Work("… in a scan, an adapter", scan, target="≤ 0.07 F at 8 × 64", share=1 / ADAPTERS),
+    Work("… an adapter, as an attribution", from_bank()),
+    Work("… by position and rank", from_bank("position", "rank")),
     Work("all edges of 61 readers", edges, target="≤ 1 FB + 3 F"),
     Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
     Work("gradients, every hook point", lambda lens, p: ll.gradients(lens, p, MARGIN), "FB"),

@@ -34,7 +34,9 @@ from .readouts.answers import KL, AnswerLogProb, AnswerMargin
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result
+from .sweeps.bank import bank, load_bank
 from .sweeps.sweep import sweep
+from .sweeps.training import ShiftCallback
 
 __all__ = [
     # adapters
@@ -101,6 +103,9 @@ __all__ = [
     "constant_part",
     "what_changed",
     # sweeps
+    "ShiftCallback",
+    "bank",
+    "load_bank",
     "sweep",
     # results
     "load_result",

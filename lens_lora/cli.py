@@ -1,5 +1,5 @@
 """The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`,
-`verify`, `sweep`.
+`verify`, `sweep`, `scan`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -20,7 +20,7 @@ from lens_lora._version import versions
 from lens_lora.commands.adapters import diff, inspect
 from lens_lora.commands.explain import demo, explain
 from lens_lora.commands.running import one_line_errors
-from lens_lora.commands.sweep import sweep
+from lens_lora.commands.sweep import scan, sweep
 from lens_lora.commands.trainings import checkpoints, repair
 from lens_lora.commands.verify import verify
 
@@ -51,7 +51,7 @@ def main(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for _command in (demo, explain, diff, inspect, checkpoints, repair, verify, sweep):
+for _command in (demo, explain, diff, inspect, checkpoints, repair, verify, sweep, scan):
     app.command(_command.__name__)(one_line_errors(_command)(_command))
 
 if __name__ == "__main__":

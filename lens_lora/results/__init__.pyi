@@ -41,6 +41,7 @@ from ..model.generate import SideBySide as SideBySide
 from ..model.sites import Site as Site
 from ..readouts.answers import Generated as Generated
 from ..sweeps.activations_file import ActivationsFile as ActivationsFile
+from ..sweeps.bank import Bank as Bank
 from ..sweeps.sweep import SweepResult as SweepResult
 from .attribution import Attribution as Attribution
 from .attribution import GroupAttribution as GroupAttribution

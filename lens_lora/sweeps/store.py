@@ -290,14 +290,11 @@ def fingerprint(
 ) -> Fingerprint:
     """All that decides a number besides its record: one field for each name."""
     model, base = lens.model, getattr(lens, "_hf_model", None)
-    refuse_writers(hook for _, hook in _hooks(model))
     about = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        **_configuration(model),
-        **_attributes(model),
-        "hooks": [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)],
+        **settings(model),
         "tokenizer": _tokenizer(getattr(model, "tokenizer", None)),
         "sites": digest([dataclasses.astuple(site) for site in lens.sites]),
         "model_weights": _weights(model),
@@ -414,6 +411,13 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
         name = getattr(readout, "__qualname__", type(readout).__name__)
         text = f"{name} of each response, {hashed}"
     return text, [name] if own_code else []
+
+
+def settings(model: Any) -> dict[str, Any]:
+    """All that decides a model's numbers besides its weights: configuration, attributes, hooks."""
+    refuse_writers(hook for _, hook in _hooks(model))
+    hooks = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)]
+    return {**_configuration(model), **_attributes(model), "hooks": hooks}
 
 
 def _configuration(model: Any) -> dict[str, Any]:

@@ -58,6 +58,7 @@ CALLS = {
     "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
     "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
     "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),
+    "bank": lambda t, folder, **o: ll.bank(t.lens.model, PROMPT, R, **o),
     "best_subset": lambda t, folder, **o: ll.best_subset(t.lens, PROMPT, R, k=2, steps=4, **o),
     "checkpoints": lambda t, folder, **o: ll.checkpoints(
         t.lens, [t.lens.adapter.scaled(s) for s in (0.5, 1)], PROMPT, R, **o
@@ -122,7 +123,7 @@ SHORT = {
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
 DEEP = {"fact_margin", "patch_edges", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"alignment", "compare", "demo", "load", "load_adapter", "load_result"}
+NO_PASS = {"alignment", "compare", "demo", "load", "load_adapter", "load_bank", "load_result"}
 
 
 def is_python(member) -> bool:
@@ -195,7 +196,8 @@ def state_of(model):
     return hooks, {name: p.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", sorted(set(CALLS) - {"Adapter.between", "intruders"}))
+# A bank refuses the hook that counts and interrupts; tests/model/test_interrupts.py needs none.
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"Adapter.between", "intruders", "bank"}))
 def test_interrupted_call_leaves_nothing_behind(tiny, name, tmp_path, capsys):
     """In the middle of its passes: hooks off, weights untouched, no dual level, the bar wiped."""
     model = tiny.deep.model if name in DEEP else tiny.lens.model

@@ -45,6 +45,10 @@ def _swept(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
         return found.attribution("first_order").values
 
 
+def _banked(lens: ll.LoraLens, tokens: Tensor) -> Any:
+    return ll.bank(lens.model, tokens, MARGIN, hf_model=lens._hf_model, **QUIET)
+
+
 def _directions(lens: ll.LoraLens) -> Tensor:
     return torch.eye(16, dtype=lens.dtype, device="cpu")[:2]
 
@@ -154,6 +158,10 @@ CALLS: dict[str, Call] = {
         ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin
     ),
     "sweep": _swept,
+    "bank": lambda lens, t: _banked(lens, t).first_order(lens.adapter, by="rank", exact=True),
+    "scan": lambda lens, t: torch.tensor(
+        _banked(lens, t).scan([lens.adapter], **QUIET)["value"].to_numpy(), device="cpu"
+    ),
 }
 # A person's own run of the model: settings around it are theirs.
 OWN: dict[str, Call] = {"applied": _applied, "fwd_hooks": _listed, "without": _without}
