@@ -432,11 +432,14 @@ class Host(abc.ABC):
         if self.experts(*place):
             stack = cast(Tensor, self.stack(*place))
             return expert_map(update, self.working_dtype, stack.device)
-        basis = self.known(
-            "basis", *place, behind_norm, make=lambda: self._basis(site, behind_norm)
-        )
+        basis = self.basis_of(site, behind_norm)
         factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
         return site_map(dataclasses.replace(update, scale=update.scale * factor), basis)
+
+    def basis_of(self, site: SiteFactors, behind_norm: bool = False) -> Basis:
+        """How z and the output of a site's map differ from the Hugging Face linear's."""
+        place = site.layer, site.kind, behind_norm
+        return self.known("basis", *place, make=lambda: self._basis(site, behind_norm))
 
     def _basis(self, site: SiteFactors, behind_norm: bool) -> Basis:
         weight = self.weight(site.layer, site.kind)

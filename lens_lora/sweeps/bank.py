@@ -15,32 +15,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.torch
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.peft_files import folders_in
+from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in, read_config
+from lens_lora.adapters.peft_read import renamed, saved_keys, updates_of
 from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
 from lens_lora.arguments import word
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.bank import Half, Once, record, stand_ins
+from lens_lora.engine.bank import Factors, Half, Once, Parts, Thin, record, shapes_of, stand_ins
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.build import host_of
+from lens_lora.model.check import require_kinds
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import AXES, by_axes, group_sites, indicator
@@ -49,10 +54,14 @@ from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.storage import read_result, save_result, stored
 from lens_lora.sweeps.processes import launched
-from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings
+from lens_lora.sweeps.store import Store, Unchanged, differences, digest, fingerprint, settings
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
+_Values = tuple[LoraLens, list[Tensor], Callable[[], float]]  # of each readout; and ‖ΔW‖ / ‖W‖
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_PLANS = 8  # of adapters of other modules, the latest that are kept
+_TAME = 1e8  # squares of norms of factors whose products do not overflow
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
 stored(Half)
@@ -81,13 +90,13 @@ class HeldBank:
     """What a bank's file holds.
 
     Attributes:
-        tensors: z and G by name.
+        stacks: z and G, those of one shape together.
         readouts, several: the readouts, and whether they came as a list.
         modules: globs of the modules that were recorded.
         about: the model's fingerprint as JSON, once it is saved.
     """
 
-    tensors: dict[str, Tensor]
+    stacks: dict[str, Tensor]
     readouts: tuple[HeldReadout, ...]
     several: bool
     modules: tuple[str, ...]
@@ -105,11 +114,15 @@ class Bank:
         self.model: Any = lens.model
         self.several: bool = held.several
         self._lens, self._held, self._asked = lens, held, asked
-        self._settings = settings(lens.model)
+        self._halves = [half for readout in held.readouts for half in readout.halves]
+        self._unchanged = Unchanged(lens.model)
+        # By the shapes of plain factors, the latest of them.
+        self._thin: dict[tuple[Any, ...], Thin] = {}
+        self._layouts: dict[tuple[Any, ...], tuple[Thin, _Layout]] = {}
 
     def __repr__(self) -> str:
         labels = [held.labels for held in self._held.readouts]
-        size = sum(tensor.nbytes for tensor in self._held.tensors.values()) / 1e6
+        size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
         said = f"{len(labels[0]['base'])} prompts, {', '.join(each['readout'] for each in labels)}"
         return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
 
@@ -141,22 +154,28 @@ class Bank:
             ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
             NumericsError: non-finite derivatives, naming the site.
         """
+        require_kinds(adapter, None)
         self._require_same_model()
         axes = by_axes(by, (*AXES, "token"))
-        lens = in_rank_space(self._lens.with_adapter(adapter), axes, gauge)
         if exact and not self._asked:
             raise ArgumentError(
                 "exact=True: this bank was read from a file, which does not hold the readout "
                 "itself; take the shift from ll.fact_margin or ll.remainder."
             )
+        is_plain = not (axes or exact) and gauge == "trained"
+        lens, by_readout, norm = (
+            self._first_order(adapter)
+            if is_plain
+            else self._by(self._lens.with_adapter(adapter), axes, gauge)
+        )
         attributions: list[Attribution] = []
-        for number, held in enumerate(self._held.readouts):
+        for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
             adapted = torch.full_like(held.labels["base"], torch.nan)
             if exact:
                 reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
                 adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
             attribution = Attribution(
-                values=self._values(lens, held, axes),
+                values=values,
                 by=axes,  # pyright: ignore[reportArgumentType]
                 heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
                 method="first_order",
@@ -164,14 +183,58 @@ class Bank:
                 response=held.response if "token" in axes else (),
                 gauge=gauge if "rank" in axes else "",
                 mode="reverse",
-                relative_norm=lens.plan.relative_norm,
+                relative_norm=norm(),
                 sites=lens.sites,
                 adapted=adapted,
-                meta=lens.describe(),
+                meta={**lens.describe(), **_names_of(adapter)},
                 **held.labels,
             )
             attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
+
+    def _by(self, lens: LoraLens, axes: tuple[str, ...] = (), gauge: Gauge = "trained") -> _Values:
+        """By the adapter's own plan."""
+        turned, stacks = in_rank_space(lens, axes, gauge), self._held.stacks
+        if "token" in axes and not all(held.response for held in self._held.readouts):
+            raise ArgumentError(
+                "by='token': the bank holds one gradient for a whole readout; make it with "
+                "ll.bank(…, by_token=True)."
+            )
+        values = self._joined(lens, [half.slopes(turned, stacks, axes) for half in self._halves])
+        if "token" in axes:
+            pairs = zip(values, self._held.readouts, strict=True)
+            values = [_within_response(value, held.response) for value, held in pairs]
+        return turned, values, lambda: lens.plan.relative_norm
+
+    def _first_order(self, adapter: Adapter) -> _Values:
+        """The same without axes, of plain factors by products alone."""
+        thin = self._thin.get(shapes_of(adapter)) or self._thin_of(adapter)
+        if isinstance(thin, LoraLens):
+            return self._by(thin)
+        return self._thinly(thin, thin.factors(_factors_of(adapter)))
+
+    def _thin_of(self, adapter: Adapter) -> Thin | LoraLens:
+        """Of adapters with other modules than those before, checked by a lens; or that lens."""
+        lens, shapes = self._lens.with_adapter(adapter), shapes_of(adapter)
+        is_plain = shapes and lens.adapter is adapter
+        thin = Thin.of(lens, self._halves, self._held.stacks) if is_plain else None
+        if thin is None:
+            return lens
+        self._thin = dict([*self._thin.items(), (shapes, thin)][-_PLANS:])
+        return thin
+
+    def _thinly(self, thin: Thin, factors: Sequence[Parts]) -> _Values:
+        norm = functools.partial(thin.relative_norm, factors)
+        return thin.lens, self._joined(thin.lens, thin.slopes(factors)), norm
+
+    def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
+        """Of each readout, [batch, site, *by]."""
+        halves = iter(by_half)
+        counts = [len(held.halves) for held in self._held.readouts]
+        values = [joined([*itertools.islice(halves, count)]) for count in counts]
+        for each in values:
+            require_finite_sites(lens, each)
+        return values
 
     @alone
     def scan(
@@ -206,7 +269,7 @@ class Bank:
             ModelStateError: a model that has changed since the bank was made.
         """
         word("group", group, get_args(GroupName))
-        self._require_same_model()
+        self._require_same_model(entries=True)
         named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
             with bar(named, disable=not progress) as shown:
@@ -241,7 +304,7 @@ class Bank:
             ModelStateError: a model that has changed since, or that runs code of your own.
             LensLoraError: a place where no file can be written.
         """
-        self._require_same_model()
+        self._require_same_model(entries=True)
         about = fingerprint(self._lens, (), None)
         if about["own_code"]:
             raise ModelStateError(
@@ -250,10 +313,10 @@ class Bank:
             )
         return save_result(dataclasses.replace(self._held, about=json.dumps(about)), path)
 
-    def _require_same_model(self) -> None:
+    def _require_same_model(self, *, entries: bool = False) -> None:
         try:
-            self._lens.plan.check_state()
-            differ = differences(self._settings, settings(self.model))
+            self._lens.plan.check_state(entries=entries)
+            differ = self._unchanged.differences()
         except ModelStateError as error:
             differ = [str(error)]
         if differ:
@@ -261,24 +324,6 @@ class Bank:
                 f"the model is not as it was when the bank was made: {'; '.join(differ)} Set it "
                 "back (hooks of your own off), or make the bank anew: ll.bank(…)."
             )
-
-    def _values(
-        self, lens: LoraLens, held: HeldReadout, axes: tuple[str, ...] = ()
-    ) -> Float[Tensor, "batch site *by"]:
-        """First order; NaN beyond a response's own tokens."""
-        if "token" in axes and not held.response:
-            raise ArgumentError(
-                "by='token': the bank holds one gradient for a whole readout; make it with "
-                "ll.bank(…, by_token=True)."
-            )
-        values = joined([half.slopes(lens, self._held.tensors, axes) for half in held.halves])
-        require_finite_sites(lens, values)
-        if "token" not in axes:
-            return values
-        lengths = torch.tensor([len(tokens) for tokens in held.response], device=values.device)
-        exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
-        exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
-        return torch.where(exists, values, torch.nan)
 
     def _table(
         self,
@@ -290,25 +335,144 @@ class Bank:
         """An adapter's rows, those that are known if there are; or what is wrong with it."""
         rows: list[tuple[Any, ...]] = []
         try:
-            adapter = source if isinstance(source, Adapter) else load_adapter(source)
-            weights = None if known is None else digest(adapter.modules)
+            adapter = source if isinstance(source, Adapter) else _Files(adapter_folder(source))
+            weights = None if known is None else _hash_of(adapter)
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
-            lens = self._lens.with_adapter(adapter)
+            of = self._first_order if isinstance(adapter, Adapter) else self._of_files
+            lens, by_readout, _ = of(cast(Any, adapter))
             groups = group_sites(lens.sites, group)
-            members = indicator(groups, len(lens.sites))
-            for held in self._held.readouts:
-                sums = (self._values(lens, held).cpu().double() @ members.T).tolist()
+            members = indicator(groups, len(lens.sites)).T
+            for readout, values in zip(self._held.readouts, by_readout, strict=True):
+                label = readout.labels["readout"]
+                sums = (values.cpu().double() @ members).tolist()
                 rows += [
-                    (name, held.labels["readout"], p, label, value, sum(values), None, weights)
-                    for p, values in enumerate(sums)
-                    for label, value in zip(groups, values, strict=True)
+                    (name, label, prompt, place, value, total, None, weights)
+                    for prompt, parts in enumerate(sums)
+                    for total in (sum(parts),)
+                    for place, value in zip(groups, parts, strict=True)
                 ]
         except (LensLoraError, OSError) as error:
             rows = [(name, None, None, None, None, None, f"{type(error).__name__}: {error}", None)]
         columns = zip(zip(*rows, strict=True), _KINDS, strict=True)
         names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
         return pa.table([pa.array(column, kind) for column, kind in columns], names)
+
+    def _of_files(self, files: _Files) -> _Values:
+        """Of a folder; what its config and header say is worked out once for those beside it."""
+        layout = self._layouts.get(files.header)
+        if layout is not None:
+            values = self._in_layout(*layout, files.contents[1])
+            if values is not None:
+                return values
+        adapter = load_adapter(files.folder)
+        values = self._first_order(adapter)
+        thin = self._thin.get(shapes_of(adapter))
+        if thin is not None and (layout := files.layout()) is not None:
+            layouts = [*self._layouts.items(), (files.header, (thin, layout))]
+            self._layouts = dict(layouts[-_PLANS:])
+        return values
+
+    def _in_layout(self, thin: Thin, layout: _Layout, weights: _Bytes) -> _Values | None:
+        """None of factors that are to be read with care, or refused: cut, huge or NaN."""
+        if len(weights) != layout.size:
+            return None
+        numbers = torch.from_numpy(weights[layout.start :]).view(layout.dtype)
+        parts = numbers.split(layout.sizes)
+
+        def of(key: str) -> tuple[Tensor, Tensor, float]:
+            A, B, scale = layout.places[key]
+            return parts[A], parts[B], scale
+
+        factors = thin.factors(of)
+        sizes = [(part @ part.mT).diagonal(0, 1, 2).sum() for A, B, _ in factors for part in (A, B)]
+        return self._thinly(thin, factors) if bool((torch.stack(sizes) < _TAME).all()) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where a safetensors file of plain factors, all of one dtype, has each module's A, B, and s.
+
+    Attributes:
+        size, start: of the file, and where its numbers begin, in bytes.
+        sizes: how many numbers each tensor has, one after another.
+        places: which tensors A and B are, and s.
+    """
+
+    size: int
+    start: int
+    dtype: torch.dtype
+    sizes: list[int]
+    places: dict[str, tuple[int, int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """An adapter's two files."""
+
+    folder: Path
+
+    @functools.cached_property
+    def contents(self) -> tuple[bytes, _Bytes]:
+        """The config's bytes and the tensors'."""
+        return (self.folder / CONFIG).read_bytes(), np.fromfile(self.folder / WEIGHTS, np.uint8)
+
+    @property
+    def header(self) -> tuple[Path, bytes, bytes]:
+        """In what a file may differ only by the entries of its tensors; errors and warnings too."""
+        config, weights = self.contents
+        is_leaf = not any(path.is_dir() for path in self.folder.iterdir())
+        place = self.folder.parent if is_leaf else self.folder
+        return place, config, weights[: 8 + int.from_bytes(weights[:8], "little")].tobytes()
+
+    def layout(self) -> _Layout | None:
+        """None of tensors of several dtypes."""
+        weights, start = self.contents[1], len(self.header[2])
+        tensors = safetensors.torch.load(weights.tobytes())
+        dtype, *others = {tensor.dtype for tensor in tensors.values()}
+        if others or start % dtype.itemsize:
+            return None
+        header = json.loads(self.header[2][8:])
+        header.pop("__metadata__", None)
+        in_order = sorted(header, key=lambda key: header[key]["data_offsets"])
+        index = {id(tensors[key]): number for number, key in enumerate(in_order)}
+        state, notes = saved_keys(tensors)
+        updates = renamed(updates_of(read_config(self.folder), state), notes)
+        places = {
+            path: (index[id(u.A)], index[id(u.B)], u.scale * u.strength)
+            for path, u in cast("dict[str, LoRAFactors]", updates).items()
+        }
+        sizes = [tensors[key].numel() for key in in_order]
+        return _Layout(len(weights), start, dtype, sizes, places)
+
+
+def _hash_of(adapter: Adapter | _Files) -> str:
+    if isinstance(adapter, Adapter):
+        return digest(adapter.modules)
+    config, weights = adapter.contents
+    return hashlib.sha256(config + weights.data).hexdigest()
+
+
+def _factors_of(adapter: Adapter) -> Factors:
+    modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
+
+    def of(key: str) -> tuple[Tensor, Tensor, float]:
+        update = modules[key]
+        return update.A, update.B, update.scale * update.strength
+
+    return of
+
+
+def _names_of(adapter: Adapter) -> dict[str, str]:
+    return {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
+
+
+def _within_response(values: Tensor, response: Sequence[Sequence[str]]) -> Tensor:
+    """NaN beyond a response's own tokens."""
+    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
+    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+    exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
+    return torch.where(exists, values, torch.nan)
 
 
 # An adapter's name, the readout, the prompt, the group; value, total; what is wrong with it, and
@@ -370,7 +534,7 @@ def bank(
                 said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
                 readouts.append(HeldReadout(halves, response, said))
         several = not isinstance(readout, Readout)
-        return Bank(lens, HeldBank(once.tensors, tuple(readouts), several, globs), asked)
+        return Bank(lens, HeldBank(once.stacks(), tuple(readouts), several, globs), asked)
 
     return recorded(lenses[0])
 
@@ -399,10 +563,10 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
             f"{path} is the bank of another model than this one: {'; '.join(differ)}. Load that "
             "model, or make a bank of this one: ll.bank(…)."
         )
-    tensors = {name: tensor.to(lens.device) for name, tensor in held.tensors.items()}
+    stacks = {name: stack.to(lens.device) for name, stack in held.stacks.items()}
     for readout in held.readouts:
         readout.labels["base"] = readout.labels["base"].to(lens.device)
-    return Bank(lens, dataclasses.replace(held, tensors=tensors))
+    return Bank(lens, dataclasses.replace(held, stacks=stacks))
 
 
 def _lenses(

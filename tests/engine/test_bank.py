@@ -130,10 +130,8 @@ def test_responses_padding_and_several_readouts(cls: str):
     for mine, theirs in zip(found, expected, strict=True):
         assert off(mine.values, theirs.values) < ROUND_OFF
         assert (mine.readout, mine.units) == (theirs.readout, theirs.units)
-    alone = [
-        sum(t.nbytes for t in bank_of(lens, texts, r)._held.tensors.values()) for r in readouts
-    ]
-    assert sum(t.nbytes for t in bank._held.tensors.values()) < 0.9 * sum(alone)  # they share z
+    alone = [sum(t.nbytes for t in bank_of(lens, texts, r)._held.stacks.values()) for r in readouts]
+    assert sum(t.nbytes for t in bank._held.stacks.values()) < 0.9 * sum(alone)  # they share z
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -301,5 +299,6 @@ def test_a_planted_error_is_seen():
     bank, expected = bank_of(lens), ll.first_order(lens, models.tokens(), MARGIN).values
     (half,) = bank._held.readouts[0].halves
     gradient, _ = next(pairs for place, pairs in half.columns[0].items() if place[0] == "v")[0]
-    bank._held.tensors[gradient].mul_(1.001)
+    name, index = gradient
+    bank._held.stacks[name][index].mul_(1.001)
     assert off(bank.first_order(lens.adapter).values, expected) > 1e-6
