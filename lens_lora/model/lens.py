@@ -582,7 +582,12 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
 
 
 def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
-    """A lens of each of the adapter's null draws, which keep the spectrum of each fused part.
+    """A lens of each of `null_adapters`."""
+    return map(lens.with_adapter, null_adapters(lens, seed, draws))
+
+
+def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """The adapter's null draws, which keep the spectrum of each fused part.
 
     Raises:
         UnsupportedAdapterError: a module whose size is not that of its factors.
@@ -597,7 +602,7 @@ def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
             )
     parts = fused_parts(lens)
     for draw in range(draws):
-        yield lens.with_adapter(lens.adapter.null(seed, draw, parts=parts))
+        yield lens.adapter.null(seed, draw, parts=parts)
 
 
 def _changed_parameters(plan: Plan) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:

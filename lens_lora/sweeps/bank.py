@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in, read_config
 from lens_lora.adapters.peft_read import renamed, saved_keys, updates_of
 from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
-from lens_lora.arguments import word
+from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.bank import Factors, Half, Once, Parts, Thin, record, shapes_of, stand_ins
 from lens_lora.engine.function import gated_readout
@@ -47,7 +48,7 @@ from lens_lora.model.basis import Gauge
 from lens_lora.model.build import host_of
 from lens_lora.model.check import require_kinds
 from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
+from lens_lora.model.lens import LoraLens, null_adapters
 from lens_lora.model.sites import AXES, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
 from lens_lora.readouts.readout import Readout
@@ -60,7 +61,7 @@ Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
 _Values = tuple[LoraLens, list[Tensor], Callable[[], float]]  # of each readout; and ‖ΔW‖ / ‖W‖
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_PLANS = 8  # of adapters of other modules, the latest that are kept
+_PLANS = 16  # of adapters of other modules or configs, the latest that are kept
 _TAME = 1e8  # squares of norms of factors whose products do not overflow
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
@@ -168,7 +169,7 @@ class Bank:
             if is_plain
             else self._by(self._lens.with_adapter(adapter), axes, gauge)
         )
-        attributions: list[Attribution] = []
+        attributions, heads = list[Attribution](), lens.heads
         for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
             adapted = torch.full_like(held.labels["base"], torch.nan)
             if exact:
@@ -177,7 +178,7 @@ class Bank:
             attribution = Attribution(
                 values=values,
                 by=axes,  # pyright: ignore[reportArgumentType]
-                heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
+                heads=tuple(heads.of(site.kind) for site in lens.sites),
                 method="first_order",
                 at=0.0,
                 response=held.response if "token" in axes else (),
@@ -235,6 +236,36 @@ class Bank:
         for each in values:
             require_finite_sites(lens, each)
         return values
+
+    @alone
+    def null(
+        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
+    ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
+        """First order of the null adapters that `ll.null_test` draws, without their shifts.
+
+        Cost: no pass; drawing an adapter takes longer than its products.
+
+        Args:
+            adapter: any adapter of the bank's base.
+            draws: how many.
+            seed: of the draws, as for `Adapter.null`.
+            progress: show a bar.
+
+        Returns:
+            Values as of `first_order`, one draw after another; of several readouts a tuple.
+
+        Raises:
+            UnsupportedAdapterError: DoRA, or modules and biases that were trained.
+            SiteError, ModelStateError: as for `first_order`.
+            ArgumentError: draws below 1, or a seed below 0.
+        """
+        draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
+        self._require_same_model(entries=True)
+        drawn = null_adapters(self._lens.with_adapter(adapter), seed, draws)
+        with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
+            values = [self._first_order(null)[1] for null in bar]
+        nulls = tuple(map(torch.stack, zip(*values, strict=True)))
+        return nulls if self.several else nulls[0]
 
     @alone
     def scan(

@@ -302,3 +302,50 @@ def test_a_planted_error_is_seen():
     name, index = gradient
     bank._held.stacks[name][index].mul_(1.001)
     assert off(bank.first_order(lens.adapter).values, expected) > 1e-6
+
+
+# --- Adapters of the same modules and shapes, and null adapters
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
+def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
+    """By the products of the first one's plan: other factors, another scale, some modules."""
+    lens, tokens = lens_of(family, cls, flags), models.tokens()
+    bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
+    bank.first_order(lens.adapter)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        other = ll.Adapter.from_factors({
+            key: dataclasses.replace(u, A=torch.randn_like(u.A), scale=0.3 * u.scale)
+            for key, u in lens.adapter.modules.items()
+        })  # fmt: skip
+    for adapter in (other, other.only(*list(other.modules)[1:4]), other.scaled(-2)):
+        expected = ll.first_order(lens.with_adapter(adapter), tokens, MARGIN)
+        found, _ = bank.first_order(adapter)
+        assert off(found.values, expected.values) < ROUND_OFF and found.sites == expected.sites
+        assert found.relative_norm == pytest.approx(expected.relative_norm, rel=1e-9)
+        assert found.meta == expected.meta
+
+
+def test_plain_factors_are_contracted_by_kind():
+    """One batch for each kind of map, without a copy of what was recorded."""
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    bank = bank_of(lens)
+    bank.first_order(lens.adapter)
+    (thin,) = bank._thin.values()
+    assert len(thin._maps) == 7 and sum(len(maps.sites) for maps in thin._maps) == 14
+    kept = {stack.untyped_storage().data_ptr() for stack in bank._held.stacks.values()}
+    views = [tensor for maps in thin._maps for pair in maps.pairs for tensor in pair]
+    assert {view.untyped_storage().data_ptr() for view in views} <= kept
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_null_adapters_are_those_of_a_null_test(family: str):
+    """gpt2's q, k and v are one module, whose parts keep their own spectra."""
+    lens = cases.case(family, BRIDGE, "processed").lens
+    bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
+    test = ll.null_test(lens, models.tokens(), MARGIN, draws=3, seed=2, progress=False)
+    found, _ = bank.null(lens.adapter, draws=3, seed=2, progress=False)
+    assert off(found, test.null) < ROUND_OFF
+    with pytest.raises(ll.errors.ArgumentError, match="draws=0"):
+        bank.null(lens.adapter, draws=0)

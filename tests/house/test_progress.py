@@ -106,8 +106,8 @@ SHORT = {
         t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
     ),
     "feature_shift": lambda t: (
-        ll.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
-        ll.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
+        ll.results.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
+        ll.results.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
     ),
     "gradients": lambda t: ll.gradients(t.lens, PROMPT, R),
     "patchscope": lambda t: ll.patchscope(

@@ -33,7 +33,7 @@ def _listed(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
 
 
 def _frozen(mode: str) -> Call:
-    rules = ll.FrozenRules(norm_scales=True)
+    rules = ll.results.FrozenRules(norm_scales=True)
     return lambda lens, t: ll.first_order(lens, t, MARGIN, mode=mode, rules=rules, **QUIET)
 
 
@@ -112,7 +112,7 @@ CALLS: dict[str, Call] = {
         lens, t, MARGIN, "blocks.*.attn.hook_z", heads="each", **QUIET
     ),
     "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, _score(lens), **QUIET),
-    "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.FrozenRules.relp()),
+    "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.results.FrozenRules.relp()),
     "best_subset": lambda lens, t: ll.best_subset(
         lens, t, MARGIN, k=2, steps=2, starts=_score(lens), **QUIET
     ),
@@ -138,10 +138,10 @@ CALLS: dict[str, Call] = {
             lens, _directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"
         ).probabilities
     ),
-    "feature_shift": lambda lens, t: ll.feature_shift(
+    "feature_shift": lambda lens, t: ll.results.feature_shift(
         lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
-    "feature_shift by site": lambda lens, t: ll.feature_shift(
+    "feature_shift by site": lambda lens, t: ll.results.feature_shift(
         lens, t, _directions(lens), by="site"
     ),
     "compare_adapters": lambda lens, t: ll.compare_adapters(

@@ -10,6 +10,7 @@ from pathlib import Path
 import models
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
@@ -181,6 +182,47 @@ def test_a_scan_streams(scene):
 
     frame = bank.scan(each(), progress=False)
     assert frame["adapter"].nunique() == 6 and max(most) <= 2
+
+
+def saved(folder: Path, adapter: ll.Adapter, name: str, seed: int, change=lambda tensor: tensor):
+    """The adapter with other factors, in files of the same config and header."""
+    place = adapter.save(folder / name)
+    state = safetensors.torch.load_file(place / "adapter_model.safetensors")
+    random = torch.Generator().manual_seed(seed)
+    state = {
+        key: change(torch.randn(t.shape, generator=random).to(t.dtype)) for key, t in state.items()
+    }
+    safetensors.torch.save_file(state, place / "adapter_model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_one_layout_are_read_by_their_header(tmp_path: Path, dtype, monkeypatch):
+    """Only the first one is read in full, and those that it would refuse: cut, NaN or huge."""
+    model, adapter = made()
+    bank, read = bank_of(model), []
+    plain = bank_module.load_adapter
+    monkeypatch.setattr(
+        bank_module, "load_adapter", lambda path: read.append(Path(path).name) or plain(path)
+    )
+    for seed, name in enumerate("abc"):
+        saved(tmp_path, adapter, name, seed, lambda t: t.to(dtype))
+    saved(tmp_path, adapter, "d_nan", 3, lambda t: (t * torch.nan).to(dtype))
+    cut = saved(tmp_path, adapter, "e_cut", 4, lambda t: t.to(dtype)) / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-8])
+    if dtype is not torch.float16:  # which holds no number that is too large to compute with
+        saved(tmp_path, adapter, "f_huge", 5, lambda t: (t * 1e25).to(dtype))
+    frame = bank.scan(tmp_path, group="site", progress=False)
+    assert read[:3] == ["a", "d_nan", "e_cut"] and read[3:] in ([], ["f_huge"])
+    for name in "abc":
+        expected = bank.first_order(plain(tmp_path / name)).values
+        found = frame[frame["adapter"] == name]["value"].to_numpy()
+        assert found == pytest.approx(expected.flatten().numpy(), rel=1e-5, abs=1e-6)
+    for name in read[1:]:
+        with pytest.raises(ll.errors.AdapterError) as refusal:
+            plain(tmp_path / name)
+        (said,) = frame[frame["adapter"] == name]["error"]
+        assert said == f"{type(refusal.value).__name__}: {refusal.value}"
 
 
 def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch):
