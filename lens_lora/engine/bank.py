@@ -261,8 +261,8 @@ class _Maps:
 
     Attributes:
         sites, updates: each one's index in the lens, and what the adapter holds there.
-        rank: of A and B.
-        basis: of the first; its flags are those of all.
+        rank: A's and B's.
+        basis: the first one's; its flags are those of all.
         gamma, beta: [map, 1, in] and [map, in, 1], as in `Basis`.
         pairs: G [map, token, out] and z [map, token, in], of each column.
     """
@@ -317,7 +317,7 @@ class Thin:
     """First order, by products alone, of every adapter of the same modules and shapes.
 
     Attributes:
-        lens: of one of them; its sites are those of all.
+        lens: one adapter's; its sites are those of all.
     """
 
     def __init__(

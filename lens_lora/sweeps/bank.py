@@ -124,7 +124,9 @@ class Bank:
     def __repr__(self) -> str:
         labels = [held.labels for held in self._held.readouts]
         size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
-        said = f"{len(labels[0]['base'])} prompts, {', '.join(each['readout'] for each in labels)}"
+        said = (
+            f"{len(labels[0]['base'])} prompts, {', '.join(label['readout'] for label in labels)}"
+        )
         return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
 
     @alone
@@ -233,8 +235,8 @@ class Bank:
         halves = iter(by_half)
         counts = [len(held.halves) for held in self._held.readouts]
         values = [joined([*itertools.islice(halves, count)]) for count in counts]
-        for each in values:
-            require_finite_sites(lens, each)
+        for slopes in values:
+            require_finite_sites(lens, slopes)
         return values
 
     @alone
@@ -248,7 +250,7 @@ class Bank:
         Args:
             adapter: any adapter of the bank's base.
             draws: how many.
-            seed: of the draws, as for `Adapter.null`.
+            seed: the draws' seed, as for `Adapter.null`.
             progress: show a bar.
 
         Returns:
@@ -370,8 +372,8 @@ class Bank:
             weights = None if known is None else _hash_of(adapter)
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
-            of = self._first_order if isinstance(adapter, Adapter) else self._of_files
-            lens, by_readout, _ = of(cast(Any, adapter))
+            contract = self._first_order if isinstance(adapter, Adapter) else self._of_files
+            lens, by_readout, _ = contract(cast(Any, adapter))
             groups = group_sites(lens.sites, group)
             members = indicator(groups, len(lens.sites)).T
             for readout, values in zip(self._held.readouts, by_readout, strict=True):
@@ -411,11 +413,11 @@ class Bank:
         numbers = torch.from_numpy(weights[layout.start :]).view(layout.dtype)
         parts = numbers.split(layout.sizes)
 
-        def of(key: str) -> tuple[Tensor, Tensor, float]:
+        def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
             A, B, scale = layout.places[key]
             return parts[A], parts[B], scale
 
-        factors = thin.factors(of)
+        factors = thin.factors(factors_at)
         sizes = [(part @ part.mT).diagonal(0, 1, 2).sum() for A, B, _ in factors for part in (A, B)]
         return self._thinly(thin, factors) if bool((torch.stack(sizes) < _TAME).all()) else None
 
@@ -425,9 +427,9 @@ class _Layout:
     """Where a safetensors file of plain factors, all of one dtype, has each module's A, B, and s.
 
     Attributes:
-        size, start: of the file, and where its numbers begin, in bytes.
+        size, start: the file's size, and where its numbers begin, in bytes.
         sizes: how many numbers each tensor has, one after another.
-        places: which tensors A and B are, and s.
+        places: A's and B's places in `sizes`, and s.
     """
 
     size: int
@@ -487,11 +489,11 @@ def _hash_of(adapter: Adapter | _Files) -> str:
 def _factors_of(adapter: Adapter) -> Factors:
     modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
 
-    def of(key: str) -> tuple[Tensor, Tensor, float]:
+    def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
         update = modules[key]
         return update.A, update.B, update.scale * update.strength
 
-    return of
+    return factors_at
 
 
 def _names_of(adapter: Adapter) -> dict[str, str]:
