@@ -65,11 +65,11 @@ def test_what_is_counted(tmp_path: Path):
         path.write_text(text)
     assert weigh(tmp_path) == {
         "files": 3,
-        "code lines": 26_888,
-        "docstring lines": 9_169,
+        "code lines": 4,
+        "docstring lines": 6,
         "modules with one reader": 1,
         "modules at the root": 1,
-        "longest file": 664,
+        "longest file": 7,
         "public names": 1,
         "vague names, %": 50.0,
         "fragments, %": 100.0,
