@@ -49,7 +49,7 @@ from lens_lora.model.build import host_of
 from lens_lora.model.check import require_kinds
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_adapters
-from lens_lora.model.sites import AXES, by_axes, group_sites, indicator
+from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
@@ -374,8 +374,7 @@ class Bank:
                 return known[f"{name}#{weights}"]
             contract = self._first_order if isinstance(adapter, Adapter) else self._of_files
             lens, by_readout, _ = contract(cast(Any, adapter))
-            groups = group_sites(lens.sites, group)
-            members = indicator(groups, len(lens.sites)).T
+            groups, members = _grouping(lens.sites, group)
             for readout, values in zip(self._held.readouts, by_readout, strict=True):
                 label = readout.labels["readout"]
                 sums = (values.cpu().double() @ members).tolist()
@@ -477,6 +476,13 @@ class _Files:
         }
         sizes = [tensors[key].numel() for key in in_order]
         return _Layout(len(weights), start, dtype, sizes, places)
+
+
+@functools.lru_cache(maxsize=4)
+def _grouping(sites: tuple[Site, ...], group: GroupName) -> tuple[list[str], Tensor]:
+    """The groups' names, and [site, group], 1 where a site is in a group."""
+    groups = group_sites(sites, group)
+    return [*groups], indicator(groups, len(sites)).T
 
 
 def _hash_of(adapter: Adapter | _Files) -> str:

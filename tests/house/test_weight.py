@@ -28,11 +28,11 @@ LIMITS = {
     # contrast and what is done with them (810) came; constants judged by KL and by a readout (16);
     # single heads, masks over heads on held-out prompts, and vectors and single tokens read as
     # tokens (170). Then the bank, in files, its scans, their command and a training's callback.
-    "code lines": 26_888,
-    "docstring lines": 9_169,
+    "code lines": 26_891,
+    "docstring lines": 9_170,
     "modules with one reader": 27,
     "modules at the root": 6,
-    "longest file": 664,
+    "longest file": 670,
     "public names": 52,
     "vague names, %": 0.5,
     "fragments, %": 7.5,
