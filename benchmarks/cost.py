@@ -63,13 +63,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def random_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.Prompts:
+def random_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.results.Prompts:
     ids = torch.randint(1000, 40000, (batch, tokens), generator=torch.Generator().manual_seed(0))
     return lens.prompts(ids)
 
 
 def interleaved(
-    lens: ll.LoraLens, prompts: ll.Prompts, works: Iterable[Work], turns: int
+    lens: ll.LoraLens, prompts: ll.results.Prompts, works: Iterable[Work], turns: int
 ) -> dict[str, float]:
     """Median seconds of each, after one turn that is not counted where there are several."""
     every = [Work("F", plain_forward), Work("FB", plain_backward)]
@@ -116,7 +116,9 @@ def _ratio(value: float, unit: str) -> str:
     return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
 
 
-def _share_of_peak(lens: ll.LoraLens, prompts: ll.Prompts, times: dict, work: Work) -> float:
+def _share_of_peak(
+    lens: ll.LoraLens, prompts: ll.results.Prompts, times: dict, work: Work
+) -> float:
     """Products of the tangents with the weights, per second, over the best of one big product."""
     blocks = sum(p.numel() for n, p in lens.model.blocks.named_parameters() if p.ndim > 1)
     layers = lens.plan.host.n_layers

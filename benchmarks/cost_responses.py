@@ -58,7 +58,7 @@ class Row:
         return _ids(self.tokens, 1)[0]
 
     @property
-    def row(self) -> ll.Prompts:
+    def row(self) -> ll.results.Prompts:
         return self.lens.prompts(torch.cat([self.prompt[0], self.response[:-1]])[None])
 
     def forward(self) -> None:

@@ -40,7 +40,7 @@ def plain(lens: ll.LoraLens, tokens: int, seed: int) -> int:
             some = rows[begin : begin + _BATCH]
             lengths = torch.tensor([len(row) for row in some])
             padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-            lens.run(ll.Prompts(padded, lengths))
+            lens.run(ll.results.Prompts(padded, lengths))
     return sum(map(len, rows))
 
 

@@ -20,7 +20,7 @@ __all__ = ["text_table"]
 
 QUIET = {"progress": False}
 STREAM = "blocks.*.hook_resid_post"
-Works = dict[str, tuple[Callable[[ll.LoraLens, ll.Prompts], object], str]]
+Works = dict[str, tuple[Callable[[ll.LoraLens, ll.results.Prompts], object], str]]
 WORKS: Works = {
     "what_changed, no control": (
         lambda lens, texts: ll.what_changed(lens, texts, nulls=0, **QUIET),
@@ -58,7 +58,7 @@ def text_table(lens: ll.LoraLens, texts: int, turns: int, tokens: int = 64) -> N
     _cosine_lines(lens, rows.chosen(range(min(8, texts))), turns)
 
 
-def _cosine_lines(lens: ll.LoraLens, rows: ll.Prompts, turns: int) -> None:
+def _cosine_lines(lens: ll.LoraLens, rows: ll.results.Prompts, turns: int) -> None:
     """A pair's cosines under F, in joint shifts of the same tokens: two, and the exact ones."""
     rows, other = rows.at_each_token(), lens.with_adapter(lens.adapter.scaled(0.5))
     at = lens.gates(0.0)
@@ -70,7 +70,7 @@ def _cosine_lines(lens: ll.LoraLens, rows: ll.Prompts, turns: int) -> None:
     print(f"| {what} | ≤ 2 joint shifts | {least:.2f} joint shifts |", flush=True)
 
 
-def _batches(lens: ll.LoraLens, rows: ll.Prompts) -> None:
+def _batches(lens: ll.LoraLens, rows: ll.results.Prompts) -> None:
     """F: eight texts at a time, as the works run them."""
     for start in range(0, rows.batch, 8):
         plain_forward(lens, rows.rows(start, min(start + 8, rows.batch)))

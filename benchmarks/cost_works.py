@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 MARGIN = ll.Margin(" Lyon", " Paris")
-Run = Callable[[ll.LoraLens, ll.Prompts], object]
+Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +45,19 @@ class Work:
     share: float = 1.0
 
 
-def plain_forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def plain_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """F: no hook of ours, all positions unembedded, as the model does it."""
     with torch.no_grad():
         lens.run(prompts)
 
 
-def adapted_forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def adapted_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """FA: the sites' hooks alone, nothing unembedded."""
     with torch.no_grad(), lens.applied():
         run_without_logits(lens, prompts)
 
 
-def plain_backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def plain_backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """FB: no hook but the one that makes the embedding's output a leaf."""
     leaves: list[torch.Tensor] = []
 
@@ -69,7 +70,7 @@ def plain_backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
         torch.autograd.grad(MARGIN.bind(lens.model, prompts.batch)(logits).sum(), leaves)
 
 
-def one_gradient(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def one_gradient(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     reading = MARGIN.over(lens.model, prompts)
     site_gradients(lens, reading, lens.gates(0.0), lambda *visit: None)
 
@@ -80,31 +81,47 @@ def slopes(*axes: str) -> Run:
     )
 
 
-def edges(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def banked(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.results.Bank:
+    return ll.bank(lens.model, prompts, MARGIN, progress=False)
+
+
+kept_bank = functools.lru_cache(maxsize=1)(banked)  # made in the turn that is not counted
+ADAPTERS = 20
+
+
+def scan(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    kept_bank(lens, prompts).scan([lens.adapter] * ADAPTERS, progress=False)
+
+
+def from_bank(*axes: str) -> Run:
+    return lambda lens, prompts: kept_bank(lens, prompts).first_order(lens.adapter, by=axes)
+
+
+def edges(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     edge_values(lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), progress=False)
 
 
-def contrast(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def contrast(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """These prompts against as many others of the same length."""
-    others = ll.Prompts(prompts.tokens.roll(1, 1), prompts.lengths)
+    others = ll.results.Prompts(prompts.tokens.roll(1, 1), prompts.lengths)
     ll.contrast(lens, prompts, others, "blocks.15.hook_resid_post")
 
 
-def path_patches(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def path_patches(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """Twenty pairs, with writers in all layers."""
     sites = lens.sites[:: max(1, len(lens.sites) // 20)][:20]
     pairs = [(site.name, "logits") for site in sites]
     ll.patch_edges(lens, prompts, MARGIN, pairs, progress=False)
 
 
-def patchscope(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def patchscope(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """A vector for each prompt, at four sizes and five new tokens, in a text of as many tokens."""
     vectors = torch.eye(int(lens.model.cfg.d_model))[: prompts.batch]
     text = f"cat{' cat' * (prompts.tokens.shape[1] - 3)} ? ->"
     ll.patchscope(lens, vectors, "blocks.15.hook_resid_post", prompt=text)
 
 
-def heads(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def heads(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """Each head of z of one block in three: 90 patches."""
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(0, 30, 3)]
     ll.patch_activations(lens, prompts, MARGIN, names, heads="each", progress=False)
@@ -117,7 +134,7 @@ def tokens(count: int) -> Run:
     )
 
 
-def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def four_nodes(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """The slopes at four nodes of a path integral, so many at once as it takes them."""
     reading, adapted = MARGIN.over(lens.model, prompts), lens.gates(1.0)
     points = adapted.new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
@@ -126,19 +143,19 @@ def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
         site_slopes(lens, reading.repeat(len(some)), rows[:, None] * adapted)
 
 
-def curvature(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def curvature(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     gates = lens.gates(0.0)
     hessian_product(lens, MARGIN.over(lens.model, prompts), gates, torch.ones_like(gates))
 
 
-def hessian(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def hessian(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     every = torch.eye(len(lens.sites))
     reading = MARGIN.over(lens.model, prompts)
     for _ in hessian_products(lens, reading, lens.gates(0.0), every, progress=False):
         pass
 
 
-def loop_of_jvps(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def loop_of_jvps(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """Two of the sites' tangents one by one, by torch.func.jvp over the same hooks."""
     for site in (0, len(lens.sites) - 1):
         direction = torch.zeros_like(lens.gates(0.0))
@@ -161,6 +178,10 @@ QUICK = [
         "FB",
         "≤ 1.45 FB",
     ),
+    Work("a bank of it", banked, target="≤ 5 F"),
+    Work("… in a scan, an adapter", scan, target="≤ 0.07 F at 8 × 64", share=1 / ADAPTERS),
+    Work("… an adapter, as an attribution", from_bank()),
+    Work("… by position and rank", from_bank("position", "rank")),
     Work("all edges of 61 readers", edges, target="≤ 1 FB + 3 F"),
     Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
     Work("gradients, every hook point", lambda lens, p: ll.gradients(lens, p, MARGIN), "FB"),

@@ -37,7 +37,7 @@ ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave
 SHOWN = {"spearman": ".3f", "slope": ".2f", "relative_error": ".1%"}
 
 
-def asked(lens: ll.LoraLens, spec: Trained) -> tuple[ll.Prompts, ll.Readout]:
+def asked(lens: ll.LoraLens, spec: Trained) -> tuple[ll.results.Prompts, ll.Readout]:
     """The trained wording, and the margin of its answers."""
     prompt, doc, pre = spec.questions[0]
     prompts = lens.prompts(prompt)

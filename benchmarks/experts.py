@@ -31,7 +31,7 @@ TURNS, TOKENS, RANK, EXPERTS, LIMIT = 5, 64, 8, 128, 20e9
 MARGIN = ll.Margin(5, 9)
 
 
-def backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+def backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
     """FB, of the margin."""
     leaves: list[torch.Tensor] = []
 
@@ -75,7 +75,7 @@ def main() -> None:
         print(f"{work}: {statistics.median(ratios):.2f} F, {memory}", flush=True)
 
 
-def _seconds(lens: ll.LoraLens, rows: ll.Prompts, work: str) -> float:
+def _seconds(lens: ll.LoraLens, rows: ll.results.Prompts, work: str) -> float:
     start = time.perf_counter()
     WORKS[work](lens, rows)
     return time.perf_counter() - start

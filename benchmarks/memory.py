@@ -31,7 +31,7 @@ from lens_lora.demonstration.embedded import embedded_model_folder
 
 QUIET = {"progress": False}
 LAST, OPENING = "blocks.2[89].*", "The capital of France is"
-Run = Callable[[ll.LoraLens, ll.Prompts], object]
+Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 WORKS: dict[str, Run] = {
     "F": plain_forward,
     "FB": plain_backward,
@@ -134,7 +134,7 @@ def cell(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
     return f"{(_status('VmHWM') - before) / 1024:,.0f} MiB"
 
 
-def prompts(lens: ll.LoraLens, tokens: int) -> ll.Prompts:
+def prompts(lens: ll.LoraLens, tokens: int) -> ll.results.Prompts:
     ids = torch.randint(1000, 40000, (1, tokens), generator=torch.Generator().manual_seed(0))
     return lens.prompts(ids)
 

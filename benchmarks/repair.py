@@ -76,7 +76,7 @@ def measure(name: str, lens: ll.LoraLens) -> dict[str, Any]:
     spec = next(spec for spec in ADAPTERS if spec.name == name)
     (first, doc, pre), (second, *_), _ = spec.questions
 
-    def margin(prompts: list[str]) -> tuple[ll.Prompts, ll.Readout]:
+    def margin(prompts: list[str]) -> tuple[ll.results.Prompts, ll.Readout]:
         ready = lens.prompts(prompts)
         return ready, margin_between(lens.model, doc, pre, ready)
 

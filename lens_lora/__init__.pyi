@@ -13,7 +13,6 @@ from .analyses.contrast import contrast
 from .analyses.directions import alignment, intruders, patchscope
 from .analyses.divergence import kl_shares, token_shifts
 from .analyses.edges import edges, patch_edges
-from .analyses.features import feature_shift
 from .analyses.first_order import components, first_order
 from .analyses.logit_shift import gradients, logit_shift, tangents
 from .analyses.margin import fact_margin
@@ -29,12 +28,12 @@ from .evaluation.null_test import null_test
 from .evaluation.rankings import best_subset
 from .loading import demo, load
 from .model.lens import LoraLens
-from .model.rules import FrozenRules
 from .readouts.answers import KL, AnswerLogProb, AnswerMargin
-from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result
+from .sweeps.bank import bank, load_bank
 from .sweeps.sweep import sweep
+from .sweeps.training import ShiftCallback
 
 __all__ = [
     # adapters
@@ -43,7 +42,6 @@ __all__ = [
     "load_adapter",
     # the lens
     "LoraLens",
-    "Prompts",
     "demo",
     "load",
     # readouts
@@ -55,7 +53,6 @@ __all__ = [
     "Margin",
     "Readout",
     # first order
-    "FrozenRules",
     "components",
     "edges",
     "first_order",
@@ -93,7 +90,6 @@ __all__ = [
     # directions
     "alignment",
     "contrast",
-    "feature_shift",
     "intruders",
     "patchscope",
     # auditing
@@ -101,6 +97,9 @@ __all__ = [
     "constant_part",
     "what_changed",
     # sweeps
+    "ShiftCallback",
+    "bank",
+    "load_bank",
     "sweep",
     # results
     "load_result",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a number depends on, from their metadata: none is imported."""
     packages = ("transformer-lens", "torch", "transformers", "peft")

@@ -1,5 +1,5 @@
 """The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`,
-`verify`, `sweep`.
+`verify`, `sweep`, `scan`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -20,7 +20,7 @@ from lens_lora._version import versions
 from lens_lora.commands.adapters import checkpoints, diff, inspect, repair
 from lens_lora.commands.explain import demo, explain
 from lens_lora.commands.running import one_line_errors
-from lens_lora.commands.sweep import sweep
+from lens_lora.commands.sweep import scan, sweep
 from lens_lora.commands.verify import verify
 
 app: typer.Typer = typer.Typer(
@@ -46,7 +46,7 @@ def main(version: Annotated[bool | None, _VERSION] = False) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for _command in (demo, explain, diff, inspect, checkpoints, repair, verify, sweep):
+for _command in (demo, explain, diff, inspect, checkpoints, repair, verify, sweep, scan):
     app.command(_command.__name__)(one_line_errors(_command)(_command))
 
 if __name__ == "__main__":

@@ -403,6 +403,9 @@ def computing_attribute(module: nn.Module) -> str:
 # --- transformer-lens
 
 
+_WIRING = "transformer_lens.model_bridge.component_setup"
+
+
 def hook_function(hook: Any) -> object:
     """The function that a hook of torch calls, where TransformerLens wrapped a user's; else itself.
 
@@ -413,7 +416,9 @@ def hook_function(hook: Any) -> object:
     cells = _cells_of(hook)
     if "full_hook" in cells:
         return hook_function(cells["full_hook"])
-    return cells.get("hook")
+    users = cells.get("hook")
+    # A bridge itself wires some points to others, and nobody else uses that module's functions.
+    return None if getattr(users, "__module__", "") == _WIRING else users
 
 
 def calls(hook: Any, fn: object) -> bool:

@@ -104,7 +104,7 @@ class Counter:
             out.register_hook(on_gradient)
 
 
-def plain_seconds(lens: ll.LoraLens, prompts: ll.Prompts) -> float:
+def plain_seconds(lens: ll.LoraLens, prompts: ll.results.Prompts) -> float:
     """Process time of a plain pass of the base on these prompts: the least of some."""
     found: list[float] = []
     with torch.no_grad():

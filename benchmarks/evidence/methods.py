@@ -38,7 +38,7 @@ def _first(at: float, asked: Asked) -> Tensor:
     return site_slopes(asked.lens, asked.reading, asked.lens.gates(at))
 
 
-def _ruled(rules: ll.FrozenRules, at: float, asked: Asked) -> Tensor:
+def _ruled(rules: ll.results.FrozenRules, at: float, asked: Asked) -> Tensor:
     return first_order_of(asked, at=at, rules=rules).per_site
 
 
@@ -73,10 +73,10 @@ def _norm_product(asked: Asked) -> Tensor:
     return towards * (by_prompt(squares["delta"]) * by_prompt(squares["gradient"])).sqrt()
 
 
-HELD = ll.FrozenRules(attention_patterns=True, norm_scales=True)
-RELP = ll.FrozenRules.relp()
+HELD = ll.results.FrozenRules(attention_patterns=True, norm_scales=True)
+RELP = ll.results.FrozenRules.relp()
 # As the paper's own code has it by default: attention is differentiated.
-RELP_LIVE = ll.FrozenRules(norm_scales=True, identity_rule=True, half_rule=True)
+RELP_LIVE = ll.results.FrozenRules(norm_scales=True, identity_rule=True, half_rule=True)
 
 PARTS: dict[str, Part] = {
     **{f"first_order@{at:g}": functools.partial(_first, at) for at in (0.0, 0.25, 0.5, 0.75, 1.0)},

@@ -69,7 +69,9 @@ def of_kind(lens: ll.LoraLens, given: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def of_kl(lens: ll.LoraLens, prompts: ll.Prompts, response: list[str] | None) -> dict[str, float]:
+def of_kl(
+    lens: ll.LoraLens, prompts: ll.results.Prompts, response: list[str] | None
+) -> dict[str, float]:
     """Rank correlations of the shares, and of what may split a KL or warn, with the whole split."""
     asked = ask(lens, prompts, ll.KL(response))
     shares = ll.kl_shares(lens, prompts, response, scales=(), progress=False)

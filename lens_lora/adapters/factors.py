@@ -115,6 +115,12 @@ class LoRAFactors:
         return None if is_open and not bool(self.A.any()) else self.A.shape[1]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether s·B·A of one linear map is all of it."""
+        beside = (self.lora_bias, self.trained_bias, self.magnitude, self.base_weight)
+        return not self.experts and all(tensor is None for tensor in beside)
+
+    @property
     def needs_base_weight(self) -> bool:
         """Whether ΔW depends on the base model's W (DoRA)."""
         return self.magnitude is not None

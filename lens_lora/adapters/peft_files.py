@@ -53,6 +53,16 @@ def adapter_folder(
     return folder
 
 
+def folders_in(folder: str | Path) -> dict[str, Path]:
+    """Every adapter's folder below one, by its path from there; AdapterError if there is none."""
+    paths = sorted(file.parent for file in Path(folder).rglob(CONFIG))
+    if not paths:
+        raise AdapterError(
+            f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}."
+        )
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
 def checkpoint_folders(run: str | Path) -> dict[int, Path]:
     """{step: folder} of a trainer's run folder, increasing. Other folders are left alone."""
     if not Path(run).is_dir():

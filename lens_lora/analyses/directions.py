@@ -134,7 +134,7 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
         raise ModelStateError(
             f"{host.family.architectures[0]} as a TransformerBridge is read from the model and has "
             "no entry in lens_lora/families.py, so it is not known which norm stands between its "
-            "modules and the residual stream; use ll.feature_shift, which runs the model."
+            "modules and the residual stream; use ll.results.feature_shift, which runs the model."
         )
     d, centred = int(lens.model.cfg.d_model), host.family.norm == "LN"
     source = directions_of(directions)

@@ -151,7 +151,7 @@ def first_order(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    readouts, at = _readouts(readout), number("at", at)
+    readouts, at = readouts_of(readout), number("at", at)
     rows = ask_prompts(lens, prompts, max_memory)
     questions = [rows.about(each_readout) for each_readout in readouts]
     if at == 0:
@@ -178,7 +178,7 @@ def first_order(
     return tuple(map(take, questions))
 
 
-def _readouts(readout: object) -> Sequence[Readout]:
+def readouts_of(readout: object) -> Sequence[Readout]:
     """One readout as a list of it."""
     if isinstance(readout, Readout):
         return [readout]
@@ -237,7 +237,7 @@ def labelled(
         heads=tuple(asked.lens.heads.of(site.kind) for site in asked.lens.sites),
         method=method,
         at=at,
-        response=_response_tokens(asked) if is_by_token else (),
+        response=response_tokens(asked) if is_by_token else (),
         relative_norm=asked.lens.plan.relative_norm,
         **header(asked),
     )
@@ -333,7 +333,7 @@ def _by_group(
         method=_method(rules),
         at=at,
         mode=used_mode,
-        response=_response_tokens(asked),
+        response=response_tokens(asked),
         **header(asked),
     )
 
@@ -347,7 +347,7 @@ def _beyond_responses(
     return torch.where(exists, values, torch.nan)
 
 
-def _response_tokens(asked: Asked) -> tuple[tuple[str, ...], ...]:
+def response_tokens(asked: Asked) -> tuple[tuple[str, ...], ...]:
     """Each prompt's y_1 … y_T as strings."""
     response = _response(asked)
     ids = [response.tokens[response.owner == i].tolist() for i in range(response.batch)]

@@ -142,7 +142,7 @@ def checkpoints(
 
         running.note_spaces(questions, progress)
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
-        prompts, readout = running.margin_of(lens, questions)
+        prompts, readout = running.margin_of(lens.model, questions)
         with quiet_libraries():
             training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
         training.save_report(report)
@@ -197,11 +197,11 @@ def repair(
         with quiet_libraries():
             repaired = ll.repair(
                 lens,
-                keep=[running.margin_of(lens, questions)],
+                keep=[running.margin_of(lens.model, questions)],
                 drop=[(texts, ll.KL())],
                 keep_share=keep_share,
                 of=of,
-                test_keep=[running.margin_of(lens, tests)] if tests else [],
+                test_keep=[running.margin_of(lens.model, tests)] if tests else [],
                 test_drop=[(test_texts, ll.KL())] if test_texts else [],
                 steps=steps,
                 progress=not quiet,

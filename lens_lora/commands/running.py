@@ -66,20 +66,27 @@ def lens_for(
     from lens_lora.adapters.adapter import read_adapter
     from lens_lora.analyses.spectra import lacking
     from lens_lora.loading import base_beside
-    from lens_lora.model.build import hooked_model, hooked_transformer_if_there
 
     if isinstance(adapter, Path):
         adapter = read_adapter(adapter, lambda named: model_for(named)[0])
     hf_model, tokenizer = model_for(adapter.base_model)
     with step("Building the hooked model", progress):
-        default = "TransformerBridge" if base.says_how_to_load else hooked_transformer_if_there()
-        kind = base.model_class or default
-        hooked, class_name = hooked_model(hf_model, tokenizer, kind=kind, attn=base.attn)
+        hooked, class_name = hooked_by(base, hf_model, tokenizer)
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
             adapter = adapter.without(*absent)
     lens = ll.LoraLens(hooked, adapter, hf_model=base_beside(class_name, hf_model, adapter))
     return lens.within(base.max_memory)
+
+
+def hooked_by(
+    base: BaseModel, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, str]:
+    """The model as the hooked class that the options name, and the class's name."""
+    from lens_lora.model.build import hooked_model, hooked_transformer_if_there
+
+    default = "TransformerBridge" if base.says_how_to_load else hooked_transformer_if_there()
+    return hooked_model(hf_model, tokenizer, kind=base.model_class or default, attn=base.attn)
 
 
 def load_model_of(
@@ -121,15 +128,16 @@ def load_model(
         return load_base(str(model), how)
 
 
-def margin_of(lens: ll.LoraLens, questions: Sequence[Question]) -> tuple[Prompts, ll.Readout]:
+def margin_of(model: Any, questions: Sequence[Question]) -> tuple[Prompts, ll.Readout]:
     """The prompts, and the margin of each one's own answers."""
     from lens_lora.readouts.answers import margin_between
+    from lens_lora.readouts.prompts import prepare
 
     asked: Any = [question.prompt for question in questions]
-    prompts = lens.prompts(asked)
+    prompts = prepare(model, asked)
     docs = [str(question.doc) for question in questions]
     pres = [str(question.pre) for question in questions]
-    return prompts, margin_between(lens.model, docs, pres, prompts)
+    return prompts, margin_between(model, docs, pres, prompts)
 
 
 def announced(lens: ll.LoraLens) -> ll.LoraLens:

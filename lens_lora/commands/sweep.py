@@ -1,4 +1,5 @@
-"""`lens-lora sweep`: a file of prompts through chosen analyses, into Parquet.
+"""`lens-lora sweep`, a file of prompts through chosen analyses, and `scan`, a folder of adapters
+through one bank; both into Parquet.
 
 A record that cannot be used is listed and stops nothing; the exit code is 1 if no prompt has
 numbers. Results at `--out` of another sweep are refused before the model is loaded.
@@ -6,6 +7,9 @@ numbers. Results at `--out` of another sweep are refused before the model is loa
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import statistics
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -17,12 +21,15 @@ from rich.table import Table
 from rich.text import Text
 
 import lens_lora as ll
+from lens_lora.adapters.peft_files import folders_in, stated_fields
 from lens_lora.commands import options, running
 from lens_lora.errors import ArgumentError
 from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lens_lora.sweeps.stream import ActivationsFile
     from lens_lora.sweeps.sweep import SweepResult
 
@@ -121,6 +128,77 @@ def sweep(
             _print(result, processes.count)
     if not result.done:
         raise typer.Exit(1)
+
+
+@options.with_options
+def scan(
+    folder: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="With adapters in it, at any depth."),
+    ],
+    *,
+    asked: options.Questions,
+    out: Annotated[
+        Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")
+    ] = Path("scan.parquet"),
+    group: Annotated[
+        Literal["layer", "site", "kind"], "What each adapter's values are summed over."
+    ] = "layer",
+    resume: Annotated[
+        bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
+    ] = True,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
+) -> None:
+    """First order of every adapter in a folder, from one pass over the base for all of them."""
+    folders = list(folders_in(folder).values())
+    options.require_place(out, "--out")
+    options.require_apart({"--out": out}, base, folders, asked.prompts)
+    questions, named = asked.listed(), stated_fields(folders[0]).get("base_model_name_or_path")
+
+    with running.at_work(base, quiet=quiet) as progress:
+        from lens_lora.loading import quiet_libraries
+
+        running.note_spaces(questions, progress)
+        processes = launched()
+        if base.device is None and base.device_map is None:
+            base = dataclasses.replace(base, device=processes.device)
+        hf_model, tokenizer = running.load_model_of(named, base.model, progress, base)
+        with running.step("Building the hooked model", progress):
+            model, class_name = running.hooked_by(base, hf_model, tokenizer)
+        beside = hf_model if class_name == "HookedTransformer" else None
+        prompts, readout = running.margin_of(model, questions)
+        kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
+        with quiet_libraries(), running.told_if_interrupted(lambda: kept):
+            bank = ll.bank(
+                model,
+                prompts,
+                readout,
+                hf_model=beside,
+                max_memory=base.max_memory,
+                progress=not quiet,
+            )
+            table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
+        if processes.is_main:
+            _print_scan(table, out)
+    if table["error"].notna().all():
+        raise typer.Exit(1)
+
+
+def _print_scan(table: pd.DataFrame, out: Path) -> None:
+    """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
+    totals: dict[str, list[float]] = {}
+    for name, total in zip(table["adapter"], table["total"], strict=True):
+        if not math.isnan(total):
+            totals.setdefault(name, []).append(total)
+    means = {name: statistics.fmean(values) for name, values in totals.items()}
+    running.say(f"Σ a, mean over prompts, of {len(means)} adapters; the largest:")
+    for name in sorted(means, key=lambda name: -abs(means[name]))[:_SHOWN_ERRORS]:
+        running.say(f"  {means[name]:+9.3g}  {name}")
+    bad = table[table["error"].notna()]
+    for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):
+        running.say(f"  {name}: {error}")
+    running.say(f"{len(bad)} adapters cannot be used. All numbers: {out.absolute()}")
 
 
 _SHOWN_ERRORS = 10

@@ -119,14 +119,13 @@ def slopes_by_value(
     axes: tuple[str, ...] = (),
 ) -> list[Slopes]:
     """Those of each value that is read of a row. One forward and a backward pass a value."""
-    with tapped(lens, run, gates) as (tap, leaves):
-        values = read()
-        columns = [Slopes(lens, prompts_of(run), axes) for _ in range(values.shape[1])]
-        for column, slopes in enumerate(columns):
-            tap.visit = slopes.visit
-            only = torch.zeros_like(values)
-            only[:, column] = 1
-            torch.autograd.grad(values, leaves, only, retain_graph=column + 1 < len(columns))
+    columns: list[Slopes] = []
+
+    def visit_of(column: int) -> Visit:
+        columns.append(Slopes(lens, prompts_of(run), axes))
+        return columns[column].visit
+
+    _, tap = go_back(lens, run, gates, read, visit_of)
     tap.require_all_seen()
     return columns
 
@@ -381,12 +380,30 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    with tapped(lens, reading, gates) as (tap, leaves):
-        values = read_for_slopes(lens, reading)
-        tap.visit = visit
-        torch.autograd.grad(values, leaves, torch.ones_like(values))
+    values, tap = go_back(
+        lens, reading, gates, lambda: read_for_slopes(lens, reading)[:, None], lambda column: visit
+    )
     tap.require_all_seen()
-    return values.detach()
+    return values[:, 0]
+
+
+def go_back(
+    lens: LoraLens,
+    run: Run,
+    gates: Float[Tensor, "*row site"],
+    read: Callable[[], Float[Tensor, "row value"]],
+    visit_of: Callable[[int], Visit],
+) -> tuple[Float[Tensor, "row value"], Taps]:
+    """What is read of each row. One forward pass, and a backward pass a value, past its visitor."""
+    with tapped(lens, run, gates) as (tap, leaves):
+        values = read()
+        for column in range(values.shape[1]):
+            tap.visit = visit_of(column)
+            only = torch.zeros_like(values)
+            only[:, column] = 1
+            is_last = column + 1 == values.shape[1]
+            torch.autograd.grad(values, leaves, only, retain_graph=not is_last)
+    return values.detach(), tap
 
 
 @contextlib.contextmanager

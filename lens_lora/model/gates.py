@@ -112,13 +112,21 @@ class Plan:
         """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the adapted linear maps, as the model has them; NaN of norms
         alone. No forward pass; every such W is read once.
         """
+        changes = [delta.weight_norm() for delta in self.maps if not isinstance(delta, NormMap)]
+        return _root_of_squares(changes) / self.base_norm if changes else math.nan
+
+    @functools.cached_property
+    def base_norm(self) -> float:
+        """√Σ‖W‖_F² over the adapted linear maps; each W is read once for all adapters."""
         pairs = zip(self.sites, self.maps, strict=True)
-        linear = [pair for pair in pairs if not isinstance(pair[1], NormMap)]
-        if not linear:
-            return math.nan
-        changes = (site_map.weight_norm() for _, site_map in linear)
-        weights = (self.host.weight(s.layer, s.kind).to(site_map.dtype) for s, site_map in linear)
-        return _root_of_squares(changes) / _root_of_squares(map(torch.linalg.vector_norm, weights))
+        linear = [(site, delta.dtype) for site, delta in pairs if not isinstance(delta, NormMap)]
+        return _root_of_squares(self._weight_norm(site, dtype) for site, dtype in linear)
+
+    def _weight_norm(self, site: Site, dtype: torch.dtype) -> Float[Tensor, ""]:
+        def norm() -> Tensor:
+            return torch.linalg.vector_norm(self.host.weight(site.layer, site.kind).to(dtype))
+
+        return self.host.known("norm", site.layer, site.kind, dtype, make=norm)
 
     @functools.cached_property
     def turns(self) -> tuple[basis.Turn | None, ...]:
@@ -190,19 +198,29 @@ def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
     by_device: dict[torch.device, list[Tensor]] = collections.defaultdict(list)
     for norm in norms:
         by_device[norm.device].append(norm)
-    return math.hypot(*(float(torch.stack(part).norm()) for part in by_device.values()))
+    return math.hypot(*(float(torch.stack(part).detach().norm()) for part in by_device.values()))
 
 
-def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
+def make_plan(
+    model: Any, adapter: Adapter, hf_model: nn.Module | None, earlier: Plan | None = None
+) -> Plan:
     """Where each site of the adapter reads and writes in this model. No forward pass.
+
+    What `earlier`, another adapter's plan of the unchanged model, knows of it is taken from there.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
         AdapterError: its shapes do not fit the model's.
         ModelStateError: the model was processed and needs `hf_model`, or no exact lens is possible.
     """
-    host = host_of(model, hf_model)
-    watched = (Watch.of_module(model, "the model's "), Watch(_tensors_of(adapter)))
+    if earlier is None:
+        host, quantised = host_of(model, hf_model), quantised_linears(model)
+        of_model = Watch.of_module(model, "the model's ")
+        base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
+    else:
+        host, quantised, base = earlier.host, earlier.quantised, earlier.base
+        of_model, *_ = earlier.watched
+    watched = (of_model, Watch(_tensors_of(adapter)))
     resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, resolved)
     changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
@@ -216,7 +234,9 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
             elsewhere += [Injection(index, other, delta) for other in others]
         else:
             is_behind = host.family.norm_path(site.layer, site.kind) in changed_norms
-            port = (host.ports_behind_norm if is_behind else host.ports)(site.layer, site.kind)
+            ports_of = host.ports_behind_norm if is_behind else host.ports
+            place = site.layer, site.kind
+            port = host.known("ports", *place, is_behind, make=functools.partial(ports_of, *place))
             delta = host.map_of(site, update, behind_norm=is_behind)
         ports.append(port)
         deltas.append(delta)
@@ -226,8 +246,6 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
     ]
     sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
-    base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
-    quantised = quantised_linears(model)
     return Plan(
         host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
     )

@@ -15,7 +15,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,7 @@ from lens_lora.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
 COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 # How the axes lie at a norm of each head: [row, head, pos, d], or [row · pos · head, d]; and at
 # experts: [row · pos, slot, d].
+_Fact = TypeVar("_Fact")
 Layout = Literal["rows", "heads_first", "flat", "slots"]
 
 
@@ -131,6 +132,14 @@ class Host(abc.ABC):
         self.n_layers: int = model.cfg.n_layers
         self.keeps_rows: bool = not family.routed
         self.read_through: dict[str, nn.Module | None] = {}
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def known(self, fact: str, *of_what: Any, make: Callable[[], _Fact]) -> _Fact:
+        """A fact of the model, looked up once: a host is kept while the model stays as it is."""
+        key = fact, *of_what
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     # --- hook points
 
@@ -170,6 +179,13 @@ class Host(abc.ABC):
     def stack(self, layer: int, kind: str) -> Tensor | None:
         """The weights of all experts of a layer, one after another; None of any other kind."""
         del layer, kind
+
+    def experts(self, layer: int, kind: str) -> int:
+        """How many experts the weights are of; 0 of any other kind."""
+        stack = functools.partial(self.stack, layer, kind)
+        return self.known(
+            "experts", layer, kind, make=lambda: len(() if (s := stack()) is None else s)
+        )
 
     @abc.abstractmethod
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
@@ -412,27 +428,34 @@ class Host(abc.ABC):
         Raises:
             ModelStateError: the base is needed and was not given, or is another model's.
         """
-        stack = self.stack(site.layer, site.kind)
-        if stack is not None:
+        place = site.layer, site.kind
+        if self.experts(*place):
+            stack = cast(Tensor, self.stack(*place))
             return expert_map(update, self.working_dtype, stack.device)
+        basis = self.basis_of(site, behind_norm)
+        factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
+        return site_map(dataclasses.replace(update, scale=update.scale * factor), basis)
+
+    def basis_of(self, site: SiteFactors, behind_norm: bool = False) -> Basis:
+        """How z and the output of a site's map differ from the Hugging Face linear's."""
+        place = site.layer, site.kind, behind_norm
+        return self.known("basis", *place, make=lambda: self._basis(site, behind_norm))
+
+    def _basis(self, site: SiteFactors, behind_norm: bool) -> Basis:
         weight = self.weight(site.layer, site.kind)
         done = self._processing(site, weight)
         gamma, beta = (None, None) if behind_norm else self._affine(site, done.folded)
-        scale = update.scale * self.embedding_scale(site.kind)
-        return site_map(
-            dataclasses.replace(update, scale=scale),
-            Basis(
-                dtype=self.working_dtype,
-                device=weight.device,
-                gamma=gamma,
-                gamma_is_own=not done.folded,
-                beta=beta,
-                centre_read=done.folded and self.family.norm == "LN",
-                centre_write=done.centred,
-                n_heads=self.heads.n_heads if site.kind == "o" else 0,
-                kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
-                d_head=self.heads.d_head,
-            ),
+        return Basis(
+            dtype=self.working_dtype,
+            device=weight.device,
+            gamma=gamma,
+            gamma_is_own=not done.folded,
+            beta=beta,
+            centre_read=done.folded and self.family.norm == "LN",
+            centre_write=done.centred,
+            n_heads=self.heads.n_heads if site.kind == "o" else 0,
+            kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
+            d_head=self.heads.d_head,
         )
 
     def _affine(self, site: SiteFactors, folded: bool) -> tuple[Tensor | None, Tensor | None]:

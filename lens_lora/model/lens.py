@@ -80,7 +80,7 @@ class LoraLens:
             with it, in float32 also logits of 8 tokens.
         check: of a family without an entry in the table of `docs/exactness.md`, whether random
             updates at the adapter's modules are compared with the Hugging Face model under forward
-            hooks: two passes over eight tokens.
+            hooks: two passes over eight tokens. None for those of `with_adapter` alone.
 
     Attributes:
         max_memory: bytes that an analysis may take beside the model and its result; None for no
@@ -101,7 +101,7 @@ class LoraLens:
         adapter: Adapter,
         hf_model: nn.Module | None = None,
         *,
-        check: bool | Probe = True,
+        check: bool | Probe | None = True,
     ) -> None:
         require_kinds(adapter, hf_model)
         adapter = on_stacks(adapter, model)
@@ -116,8 +116,9 @@ class LoraLens:
                 f"without the adapter this {self.class_name} computes other logits than hf_model",
                 OF_A_GIVEN_BASE,
             )
-        self._probed: frozenset[str] | None = None
-        if check and self._plan.host.family.is_probed:
+        is_probed = check is not False and self._plan.host.family.is_probed
+        self._probed: frozenset[str] | None = frozenset() if is_probed else None
+        if is_probed and check is not None:
             probe = check if isinstance(check, Probe) else None
             self._probed = probed(model, hf_model, adapter, probe=probe)
 
@@ -135,15 +136,17 @@ class LoraLens:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
                 changed since this one was made.
         """
+        require_kinds(adapter, None)
         self._plan.check_state()
         if self._plan.base is not None:
             self._plan.base.require_same(entries=True)
         adapter = on_stacks(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter
-        other._plan = make_plan(self.model, adapter, self._hf_model)
+        other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
         if self._probed is not None:
             other._probed = probed(self.model, self._hf_model, adapter, self._probed)
+            self._probed = other._probed
         return other
 
     def within(self, max_memory: float | None) -> LoraLens:
@@ -579,7 +582,12 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
 
 
 def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
-    """A lens of each of the adapter's null draws, which keep the spectrum of each fused part.
+    """A lens of each of `null_adapters`."""
+    return map(lens.with_adapter, null_adapters(lens, seed, draws))
+
+
+def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """The adapter's null draws, which keep the spectrum of each fused part.
 
     Raises:
         UnsupportedAdapterError: a module whose size is not that of its factors.
@@ -594,7 +602,7 @@ def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
             )
     parts = fused_parts(lens)
     for draw in range(draws):
-        yield lens.with_adapter(lens.adapter.null(seed, draw, parts=parts))
+        yield lens.adapter.null(seed, draw, parts=parts)
 
 
 def _changed_parameters(plan: Plan) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:

@@ -20,6 +20,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
@@ -121,13 +122,13 @@ def _require_fit(host: Host, sites: Sequence[SiteFactors]) -> None:
     for site in sites:
         if site.kind in NORM_KINDS:
             continue
-        out, width = host.shape(site.layer, site.kind)
+        place = site.layer, site.kind
+        out, width = host.known("shape", *place, make=functools.partial(host.shape, *place))
         for theirs in _shapes(site, (out, width)):
             if theirs != (out, width):
                 maps = f"{theirs[1]}→{theirs[0]}, the model {width}→{out}"
                 raise site.misfit(f"the adapter maps {maps}")
-        stack = host.stack(site.layer, site.kind)
-        experts = 0 if stack is None else len(stack)
+        experts = host.experts(*place)
         if experts != _experts_of(site.factors):
             counts = f"{_experts_of(site.factors)} experts, the model's stack {experts}"
             raise site.misfit(f"the adapter's factors are of {counts}")

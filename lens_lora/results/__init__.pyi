@@ -15,6 +15,7 @@ from ..analyses.divergence import TokenShifts as TokenShifts
 from ..analyses.edges import Edges as Edges
 from ..analyses.features import FeatureShift as FeatureShift
 from ..analyses.features import FeatureWrites as FeatureWrites
+from ..analyses.features import feature_shift as feature_shift
 from ..analyses.first_order import Components as Components
 from ..analyses.logit_shift import LogitShift as LogitShift
 from ..analyses.margin import FactMargin as FactMargin
@@ -38,8 +39,11 @@ from ..evaluation.rankings import BestSubset as BestSubset
 from ..evaluation.rankings import foils as foils
 from ..evaluation.verify import Verification as Verification
 from ..model.generate import SideBySide as SideBySide
+from ..model.rules import FrozenRules as FrozenRules
 from ..model.sites import Site as Site
 from ..readouts.answers import Generated as Generated
+from ..readouts.prompts import Prompts as Prompts
+from ..sweeps.bank import Bank as Bank
 from ..sweeps.stream import ActivationsFile as ActivationsFile
 from ..sweeps.sweep import SweepResult as SweepResult
 from .attribution import Attribution as Attribution

@@ -193,6 +193,14 @@ _PLAIN = frozenset({str, int, float, bool})
 Sizes = dict[str, tuple[int, str]]
 
 
+def _is_flat(value: object) -> bool:
+    """A dataclass of plain values alone, as a site is: it has no axis."""
+    return dataclasses.is_dataclass(value) and all(
+        hint in _PLAIN and type(getattr(value, name)) is hint
+        for name, hint in _hints(type(value)).items()
+    )
+
+
 class Axes:
     """The sizes of a result's axes, if its fields are what they are annotated as, and agree.
 
@@ -225,7 +233,7 @@ class Axes:
 
     def _visit(self, place: str, value: Any, hint: Any, key: str = "") -> None:
         """A field, or an item in it, under this key of a mapping."""
-        if type(value) is hint and hint in _PLAIN:
+        if type(value) is hint and (hint in _PLAIN or _is_flat(value)):
             return
         if not _is_a(value, hint):
             self._refuse(f"{place} is {_told(value)}, expected {_named(hint)}")

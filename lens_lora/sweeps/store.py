@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import functools
@@ -290,14 +291,11 @@ def fingerprint(
 ) -> Fingerprint:
     """All that decides a number besides its record: one field for each name."""
     model, base = lens.model, getattr(lens, "_hf_model", None)
-    refuse_writers(hook for _, hook in _hooks(model))
     about = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        **_configuration(model),
-        **_attributes(model),
-        "hooks": [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)],
+        **settings(model),
         "tokenizer": _tokenizer(getattr(model, "tokenizer", None)),
         "sites": digest([dataclasses.astuple(site) for site in lens.sites]),
         "model_weights": _weights(model),
@@ -414,6 +412,43 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
         name = getattr(readout, "__qualname__", type(readout).__name__)
         text = f"{name} of each response, {hashed}"
     return text, [name] if own_code else []
+
+
+def settings(model: Any) -> dict[str, Any]:
+    """All that decides a model's numbers besides its weights: configuration, attributes, hooks."""
+    refuse_writers(hook for _, hook in _hooks(model))
+    hooks = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)]
+    return {**_configuration(model), **_attributes(model), "hooks": hooks}
+
+
+class Unchanged:
+    """A model's settings as they are now, and at once whether anything in it is another object.
+
+    The dictionaries of a thousand modules are compared in 2 ms, where `settings` takes 30; it
+    decides where one differs, as a pass may leave notes on a module.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.settings = model, settings(model)
+        self._note()
+
+    def _note(self) -> None:
+        modules = [vars(module) for module in self._model.modules()]
+        parts = [part for held in modules for part in held.values() if isinstance(part, dict)]
+        inner = getattr(getattr(self._model, "original_model", None), "config", None)
+        fields = [vars(config) for config in (self._model.cfg, inner) if config is not None]
+        self._live = [*modules, *parts, *fields]
+        self._then = [*map(dict, [*modules, *parts]), *copy.deepcopy(fields)]
+
+    def differences(self) -> list[str]:
+        """As of `differences`."""
+        with contextlib.suppress(RuntimeError, ValueError):  # two tensors have no truth value
+            if self._live == self._then:
+                return []
+        differ = differences(self.settings, settings(self._model))
+        if not differ:
+            self._note()
+        return differ
 
 
 def _configuration(model: Any) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_by_hand():
 def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, monkeypatch):
     """The growing batch, the plain one, and any chunk of either give the same numbers."""
     lens = cases.case("llama", cls, "raw").lens
-    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 4]))
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
     names = [n for n in points(cls) if n in lens.model.hook_dict]
     names = [n for n in names if positions is None or "pattern" not in n]
     found, grown = [], []
@@ -183,7 +183,7 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: 
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     names, lengths = [LAST[cls], "blocks.0." + IN_A_BLOCK[cls][4]], torch.tensor([7, 3])
     for positions in (None, "each", -2, slice(-2, None), [0, -1]):
-        both = patch(lens, ll.Prompts(tokens, lengths), readout, names, positions=positions)
+        both = patch(lens, ll.results.Prompts(tokens, lengths), readout, names, positions=positions)
         for row, length in enumerate(lengths.tolist()):
             own = readout
             if isinstance(readout, ll.AnswerMargin):
@@ -293,7 +293,7 @@ def test_one_token_alone_hears_no_query(cls: str):
 def test_positions_that_are_not_there_are_refused(cls: str):
     """Attention patterns have the heads on their second axis, also where they are as many."""
     lens = cases.case("llama", cls, "raw").lens
-    prompts = ll.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
+    prompts = ll.results.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
     assert lens.heads.n_heads == 4
     for positions in ("each", 0, [-1]):
         with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
@@ -347,7 +347,7 @@ def test_the_model_is_left_as_it_was(cls: str, monkeypatch):
 
 def test_the_result_tells_and_draws(cls: str):
     lens = cases.case("llama", cls, "raw").lens
-    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 3]))
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 3]))
     names = [n for n in points(cls) if "pattern" not in n]
     effects = patch(lens, prompts, MARGIN, names, positions="each")
     frame = effects.to_frame()

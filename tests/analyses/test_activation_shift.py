@@ -22,8 +22,8 @@ TINY = 1e-10
 CLASSES = list(models.MAKERS)
 
 
-def texts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def texts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
 def by_peft(case: cases.Case, module: str, of: Callable[[Tensor], Tensor]) -> list[tuple]:
@@ -268,7 +268,7 @@ def test_a_shared_beginning_counts_once_in_means():
     """Also where a token is asked for that an earlier text has, but not at the same place."""
     lens, rows = lens_of(), models.tokens(3, 7)
     rows[1:, :4] = rows[0, :4]
-    both = ll.Prompts(rows, torch.tensor([7, 7, 4]))
+    both = ll.results.Prompts(rows, torch.tensor([7, 7, 4]))
     found = ll.activation_shift(lens, both, LAST)
     first, second, _ = found.values[LAST]
     once = torch.cat([first[1:], second[4:]]).mean(0)
@@ -280,7 +280,7 @@ def test_a_shared_beginning_counts_once_in_means():
     last = ll.activation_shift(lens, both, LAST, positions=-1)
     ends = torch.stack([v[n - 1] for v, n in zip(found.values[LAST], (7, 7, 4), strict=True)])
     assert (last.mean()[LAST] - ends.mean(0)).abs().max() < TINY and last.repeated == 0
-    once = ll.activation_shift(lens, ll.Prompts(rows[:2], torch.tensor([7, 7])), LAST)
+    once = ll.activation_shift(lens, ll.results.Prompts(rows[:2], torch.tensor([7, 7])), LAST)
     assert (found.readings[LAST] - once.readings[LAST]).abs().max() < TINY
 
 

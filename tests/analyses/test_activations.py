@@ -22,8 +22,8 @@ LENGTHS = [7, 4]
 TINY = 1e-10
 
 
-def prompts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
 def rows() -> list[Tensor]:
@@ -313,7 +313,7 @@ def test_a_shared_beginning_counts_once():
     """Of examples and means over all prompts; of a single prompt every token is its own."""
     lens, rows = cases.case("llama", list(models.MAKERS)[0], "raw").lens, models.tokens(3, 7)
     rows[1:, :4] = rows[0, :4]
-    found = ll.activations(lens, ll.Prompts(rows, torch.tensor([7, 7, 4])))
+    found = ll.activations(lens, ll.results.Prompts(rows, torch.tensor([7, 7, 4])))
     site = "blocks.1.mlp.down"
     values = found.of(site)
     both = [found.top(site, 40, rank=0, sign=sign) for sign in (1, -1)]

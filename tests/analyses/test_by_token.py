@@ -26,8 +26,8 @@ def lens(request) -> ll.LoraLens:
     return cases.case("llama", request.param, "raw").lens
 
 
-def prompts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
 def of(lens: ll.LoraLens, **options):

@@ -134,7 +134,7 @@ def test_a_shared_beginning_counts_once(monkeypatch):
     other, lens = other_of(case), case.lens
     lengths = torch.tensor([7, 7, 7, 5])
     shared = ll.compare_adapters(
-        lens, other, ll.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0, progress=False
+        lens, other, ll.results.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0, progress=False
     )
     each = [ll.compare_adapters(lens, other, rows[i : i + 1], draws=0) for i in range(3)]
     part = ll.compare_adapters(lens, other, rows[1:2, :4], draws=0)
@@ -142,7 +142,9 @@ def test_a_shared_beginning_counts_once(monkeypatch):
     assert torch.allclose(shared.function.sum(-1), expected, rtol=1e-9)
     assert shared.by_prompt().isna().all(axis=1).tolist() == [False, False, False, True]
     monkeypatch.setattr("lens_lora.analyses.compare_adapters._TOKENS", 7)
-    single = ll.compare_adapters(lens, other, ll.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0)
+    single = ll.compare_adapters(
+        lens, other, ll.results.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0
+    )
     assert torch.allclose(single.function, shared.function, rtol=1e-9)
 
 

@@ -24,8 +24,8 @@ CASES = [
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-def texts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(3, 7), torch.tensor(LENGTHS))
+def texts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(3, 7), torch.tensor(LENGTHS))
 
 
 @functools.cache
@@ -309,12 +309,14 @@ def test_refusals():
     with pytest.raises(ll.errors.PromptError, match="give two or more"):
         ll.constant_part(lens, models.tokens(1))
     with pytest.raises(ll.errors.PromptError, match=r"text 0 of 2 \(from 0\) has one token"):
-        ll.constant_part(lens, ll.Prompts(models.tokens(2), torch.tensor([1, 7])))
+        ll.constant_part(lens, ll.results.Prompts(models.tokens(2), torch.tensor([1, 7])))
     twice = models.tokens(3)[[0, 1, 0]]
     with pytest.raises(ll.errors.PromptError, match=r"text 0 of 3 \(from 0\).*own: text 2 begins"):
         ll.constant_part(lens, twice)
     for lengths, short in (([4, 7], 0), ([7, 4], 1)):
-        beginning = ll.Prompts(models.tokens(1).expand(2, -1).clone(), torch.tensor(lengths))
+        beginning = ll.results.Prompts(
+            models.tokens(1).expand(2, -1).clone(), torch.tensor(lengths)
+        )
         with pytest.raises(ll.errors.PromptError, match=f"text {short} of 2"):
             ll.constant_part(lens, beginning, ll.Margin(5, 9))
     with pytest.raises(ll.errors.PromptError, match="no prompts"):

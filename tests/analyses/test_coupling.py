@@ -31,8 +31,8 @@ def lens(request) -> ll.LoraLens:
     return cases.case("llama", request.param, "raw").lens
 
 
-def padded() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor([7, 4]))
+def padded() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
 
 
 def by_differences(lens, prompts, readout, at: float = 0.0, step: float = 1e-5) -> Tensor:
@@ -385,7 +385,7 @@ def test_an_estimate_refuses_another_first_order(lens):
     with pytest.raises(ll.errors.ArgumentError, match="differ in their prompts"):
         found.estimate(ll.first_order(lens, models.tokens(seed=9), LOG_PROB), "add_one")
     with pytest.raises(ll.errors.ArgumentError, match="differ in their method"):
-        held = ll.FrozenRules(attention_patterns=True)
+        held = ll.results.FrozenRules(attention_patterns=True)
         found.estimate(ll.first_order(lens, padded(), LOG_PROB, rules=held), "add_one")
     with pytest.raises(ll.errors.ArgumentError, match=r"has 2 groups.*group='site'"):
         first = ll.first_order(lens, padded(), LOG_PROB)

@@ -213,7 +213,7 @@ OPTIONS = [
     {"by": "rank", "gauge": "svd"},
     {"mode": "forward"},
     {"mode": "reverse", "at": 0.5},
-    {"rules": ll.FrozenRules(attention_patterns=True)},
+    {"rules": ll.results.FrozenRules(attention_patterns=True)},
     {"by": "token", "readouts": [ll.AnswerLogProb(["w5 w7", "w8"]), ll.AnswerLogProb("w9 w5 w6")]},
 ]
 

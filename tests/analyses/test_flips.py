@@ -23,7 +23,7 @@ def lens() -> ll.LoraLens:
     return cases.case("llama", list(models.MAKERS)[-1], "raw").lens
 
 
-def answers(lens: ll.LoraLens, prompts: ll.Prompts) -> tuple[list[int], list[int]]:
+def answers(lens: ll.LoraLens, prompts: ll.results.Prompts) -> tuple[list[int], list[int]]:
     """Of each prompt two tokens whose margin clearly flips, or clearly stays where it is to."""
     ends = (prompts.at_read(lens.logits(prompts, scale)) for scale in (0.0, 1.0))
     base, adapted = (end[:, :, None] - end[:, None] for end in ends)

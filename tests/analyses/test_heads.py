@@ -104,7 +104,7 @@ def test_the_oracle_sees_another_head(cls: str):
 def test_positions_each_head_by_itself(cls: str):
     """Of a padded batch: every position, and several together, as of the prompts one by one."""
     lens = cases.case("llama", cls, "raw").lens
-    name, prompts = "blocks.1.attn.hook_k", ll.Prompts(TOKENS, torch.tensor([7, 3]))
+    name, prompts = "blocks.1.attn.hook_k", ll.results.Prompts(TOKENS, torch.tensor([7, 3]))
     for positions in ("each", -1, slice(-2, None)):
         both = ll.patch_activations(lens, prompts, MARGIN, name, positions=positions, **EACH)
         assert both.values.shape[1] == 2

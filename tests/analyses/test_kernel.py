@@ -28,8 +28,8 @@ def case(request) -> cases.Case:
     return cases.case("llama", request.param, "raw")
 
 
-def prompts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
 def logits_of(case: cases.Case, prompt: int, response, scales: dict[str, float]) -> Tensor:

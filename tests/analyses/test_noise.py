@@ -176,7 +176,7 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
     runs: list[int] = []
     plain = ll.LoraLens.run
 
-    def counted(lens: ll.LoraLens, rows: ll.Prompts) -> Tensor:
+    def counted(lens: ll.LoraLens, rows: ll.results.Prompts) -> Tensor:
         runs.append(rows.batch)
         return plain(lens, rows)
 

@@ -98,7 +98,7 @@ def test_groups_one_at_a_time(how: str, group, cls: str):
 def test_a_padded_batch_equals_its_prompts_one_by_one(how: str, readout: ll.Readout):
     lens, tokens = cases.case("llama", NEWEST, "raw").lens, models.tokens()
     lengths = torch.tensor([7, 3])
-    both = patch(lens, ll.Prompts(tokens, lengths), readout, how)
+    both = patch(lens, ll.results.Prompts(tokens, lengths), readout, how)
     for row, length in enumerate(lengths.tolist()):
         own = readout
         if isinstance(readout, ll.AnswerMargin):

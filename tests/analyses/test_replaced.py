@@ -31,12 +31,12 @@ READOUTS = {
 patch = functools.partial(ll.patch_sites, progress=False)
 
 
-def prompts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
-def texts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(3, 12, seed=8), torch.tensor(TEXT_LENGTHS))
+def texts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(3, 12, seed=8), torch.tensor(TEXT_LENGTHS))
 
 
 def row_of(prompt: int, name: str) -> Tensor:
@@ -174,7 +174,7 @@ def test_planted_errors_are_seen(monkeypatch):
     """A text's first token in the mean, a text shifted by one, and the first token replaced."""
     case = cases.case("llama", NEWEST, "raw")
     with monkeypatch.context() as patch:
-        patch.setattr(ll.Prompts, "after_first", property(lambda of: of.real))
+        patch.setattr(ll.results.Prompts, "after_first", property(lambda of: of.real))
         assert off(case, "leave_one_out", "mean", "margin") > 1e-3
     picked = stand_in._picked
     monkeypatch.setattr(stand_in, "_picked", lambda u, of, at: picked(u, of, (at - 1).clamp(min=0)))
@@ -298,7 +298,7 @@ def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
     find = functools.partial(patch, lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean")
     once, twice = (find(texts=given).values for given in (rows[:2], rows[[0, 0, 1, 0]]))
     assert (once - twice).abs().max() < 1e-12
-    beginning = ll.Prompts(rows[[0, 1, 0]], torch.tensor([rows.shape[1], rows.shape[1], 3]))
+    beginning = ll.results.Prompts(rows[[0, 1, 0]], torch.tensor([rows.shape[1], rows.shape[1], 3]))
     assert (once - find(texts=beginning).values).abs().max() < 1e-12
     monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
     assert (once - find(texts=beginning).values).abs().max() < 1e-12

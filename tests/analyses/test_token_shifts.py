@@ -19,8 +19,8 @@ RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
 LENGTHS = [7, 4]
 
 
-def prompts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
 def by_peft(case: cases.Case, prompt: int) -> list[np.ndarray]:

@@ -31,11 +31,11 @@ QUIET = {"progress": False}
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def texts() -> ll.Prompts:
+def texts() -> ll.results.Prompts:
     """Three, of which the second and the third begin alike."""
     tokens = models.tokens(3, 9)
     tokens[2, :3] = tokens[1, :3]
-    return ll.Prompts(tokens, torch.tensor(LENGTHS))
+    return ll.results.Prompts(tokens, torch.tensor(LENGTHS))
 
 
 def counted() -> list[list[int]]:
@@ -286,7 +286,7 @@ def test_neutral_texts_are_neutral(monkeypatch):
 def test_refusals():
     lens = cases.case("llama", CLASSES[0], "raw").lens
     with pytest.raises(ll.errors.PromptError, match=r"text 1 of 2 \(from 0\) has one token"):
-        ll.what_changed(lens, ll.Prompts(models.tokens(2, 4), torch.tensor([4, 1])))
+        ll.what_changed(lens, ll.results.Prompts(models.tokens(2, 4), torch.tensor([4, 1])))
     with pytest.raises(ll.errors.PromptError, match="no prompts"):
         ll.what_changed(lens, [])
     with pytest.raises(ll.errors.PromptError, match=f"{models.CONTEXT + 1} tokens"):

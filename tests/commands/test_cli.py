@@ -74,15 +74,15 @@ def test_an_option_means_the_same_on_every_command():
             if name in shared and (command, name) not in ANOTHER:
                 said[name][command] = str(parameter)
     assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
-    assert len(said["quiet"]) == 8, "control: every command was looked at"
+    assert len(said["quiet"]) == 9, "control: every command was looked at"
 
 
 @pytest.mark.parametrize("command", PARAMETERS)
 def test_the_adapter_comes_first_on_every_command(command):
     first, *_ = parameters = PARAMETERS[command]
-    assert first == ("run_folder" if command == "checkpoints" else "adapter")
+    assert first == {"checkpoints": "run_folder", "scan": "folder"}.get(command, "adapter")
     shared = {"model", "dtype", "device", "load_in_4bit", "max_memory", "quiet"}
-    if command in ("explain", "repair", "checkpoints", "demo"):
+    if command in ("explain", "repair", "checkpoints", "demo", "scan"):
         shared |= {"prompt", "prompts", "chat", "system", "doc", "pre"}
     assert shared <= {*parameters}
 

@@ -58,7 +58,7 @@ def counting(lens: ll.LoraLens, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cou
     counts, prepare, over = Counts(), ll.LoraLens.prompts, ll.Margin.over
 
     def prompts(self, given):
-        counts.tokenised += not isinstance(given, ll.Prompts)
+        counts.tokenised += not isinstance(given, ll.results.Prompts)
         return prepare(self, given)
 
     def bind(self, model, ready):
@@ -253,7 +253,7 @@ def test_the_path_and_the_draws_share_a_pass(cls: str, case: str, monkeypatch):
     run: list[int] = []
     plain = ll.LoraLens.run
 
-    def counted(lens: ll.LoraLens, rows: ll.Prompts) -> Tensor:
+    def counted(lens: ll.LoraLens, rows: ll.results.Prompts) -> Tensor:
         run.append(rows.batch)
         return plain(lens, rows)
 

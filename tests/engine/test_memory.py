@@ -295,7 +295,7 @@ def test_interventions_on_more_prompts_than_fit(
     widest: list[float] = []
     own = type(lens).run
 
-    def run(self: ll.LoraLens, some: ll.Prompts) -> torch.Tensor:
+    def run(self: ll.LoraLens, some: ll.results.Prompts) -> torch.Tensor:
         widest.append(len(some.tokens) * memory._need(lens, some).in_pass)
         return own(self, some)
 

@@ -82,7 +82,7 @@ def test_second_order_by_hand():
 def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     """Chunks of two of five directions, each as alone; of readouts with several rows a prompt."""
     lens = cases.case("gpt2", cls, "raw").lens
-    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 4]))
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
     readout = ll.AnswerMargin(torch.tensor([5, 9, 12]), torch.tensor([5, 7]))
     reading, at = readout.over(lens.model, prompts), lens.gates(0.3)
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)

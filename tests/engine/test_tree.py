@@ -65,7 +65,7 @@ def test_chunks_and_order_do_not_matter(monkeypatch):
     """Any number of points at once, in any order, padded prompts of any length."""
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     points = torch.eye(len(lens.sites)).double()[torch.randperm(len(lens.sites))]
-    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 3]))
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 3]))
     reading = MARGIN.over(lens.model, lens.prompts(prompts))
     alone = passes(lens, reading).in_batches(points)
     for tokens in (7, 40, 10**6):

@@ -94,7 +94,7 @@ def test_without_the_search_fewer_are_found(cls: str, monkeypatch: pytest.Monkey
 def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
     """Of a padded batch; within a bound of memory the same, to rounding."""
     lens = cases.case("gemma2", cls, "raw").lens
-    prompts = ll.Prompts(models.tokens(3, 6), torch.tensor([6, 4, 5]))
+    prompts = ll.results.Prompts(models.tokens(3, 6), torch.tensor([6, 4, 5]))
     reading = ask(lens, prompts, readout).reading
     masks = HeadMasks(lens, reading)
     mask = torch.rand(8, generator=models.seeded(4), dtype=torch.float64)

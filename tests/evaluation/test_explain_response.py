@@ -132,7 +132,7 @@ def test_a_conversation_s_response(tiny):
 # --- what both models answer
 
 
-def spoken(case: cases.Case, prompts: ll.Prompts, tokens: int) -> list[str]:
+def spoken(case: cases.Case, prompts: ll.results.Prompts, tokens: int) -> list[str]:
     """What Hugging Face's greedy search says, with PEFT's adapter off and on."""
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
     ids, texts = prompts.tokens, list[str]()

@@ -91,7 +91,7 @@ def test_no_ids(make: Callable[[Any], Any], token: Any):
 @pytest.mark.parametrize("make", [ll.AnswerLogProb, lambda a: ll.AnswerMargin(5, a)])
 def test_no_answers(make: Callable[[Any], Any], answer: Any):
     with pytest.raises(ll.errors.TokenError):
-        make(answer).over(WORDS, ll.Prompts(TOKENS, torch.tensor([4, 4])))
+        make(answer).over(WORDS, ll.results.Prompts(TOKENS, torch.tensor([4, 4])))
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
@@ -123,7 +123,7 @@ def test_prompts_of_any_integer_dtype(lens: ll.LoraLens, dtype: torch.dtype):
     """An index of eight bits without a sign is a mask to torch."""
     expected = lens.logits(TOKENS)
     assert torch.equal(lens.logits(TOKENS.to(dtype)), expected)
-    padded = ll.Prompts(TOKENS.to(dtype), torch.tensor([4, 4]).to(dtype))
+    padded = ll.results.Prompts(TOKENS.to(dtype), torch.tensor([4, 4]).to(dtype))
     assert torch.equal(lens.logits(padded), expected)
 
 
@@ -163,7 +163,7 @@ def test_strings_of_a_generator_are_read_once(lens: ll.LoraLens):
 ])  # fmt: skip
 def test_no_lengths(tokens: Any, lengths: Any):
     with pytest.raises(ll.errors.PromptError):
-        ll.Prompts(tokens, lengths)
+        ll.results.Prompts(tokens, lengths)
 
 
 # --- numbers
@@ -183,10 +183,10 @@ AT: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "gradients": lambda lens, at: ll.gradients(
         lens, TOKENS, MARGIN, "blocks.0.hook_resid_post", at=at
     ),
-    "feature_shift": lambda lens, at: ll.feature_shift(
+    "feature_shift": lambda lens, at: ll.results.feature_shift(
         lens, TOKENS, torch.eye(16)[:2], "blocks.0.hook_resid_post", at=at
     ),
-    "feature_shift by site": lambda lens, at: ll.feature_shift(
+    "feature_shift by site": lambda lens, at: ll.results.feature_shift(
         lens, TOKENS, torch.eye(16)[:2], at=at, by="site"
     ),
 }
@@ -384,7 +384,8 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
     "names": (lambda lens: ll.tangents(lens, TOKENS, 3), "names=3"),
     "names of a number": (lambda lens: ll.tangents(lens, TOKENS, [3]), "3 names no hook point"),
     "a name": (
-        lambda lens: ll.feature_shift(lens, TOKENS, torch.eye(16), 3), "3 names no hook point"),
+        lambda lens: ll.results.feature_shift(lens, TOKENS, torch.eye(16), 3),
+        "3 names no hook point"),
     "a string of tokens": (
         lambda lens: ll.logit_shift(lens, TOKENS, tokens="w5"), "tokens='w5': expected a list"),
     "no tokens": (lambda lens: ll.logit_shift(lens, TOKENS, tokens=[]), "tokens=.*nothing"),
@@ -403,7 +404,7 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
         lambda lens: ll.first_order(lens, TOKENS, [MARGIN, MARGIN], by="token", group="layer"),
         "group= takes one readout"),
     "directions of NaN": (
-        lambda lens: ll.feature_shift(lens, TOKENS, torch.full((1, 16), NAN), by="site"),
+        lambda lens: ll.results.feature_shift(lens, TOKENS, torch.full((1, 16), NAN), by="site"),
         "NaN or infinite"),
     "a function": (lambda lens: ll.Readout.of("entropy"), "cannot be called"),
     "a label": (lambda lens: ll.Readout.of(len, 3), "label=3"),
@@ -430,7 +431,7 @@ def test_positions_of_numpy_and_torch(lens: ll.LoraLens):
 
 
 def test_an_odd_index_is_saved(lens: ll.LoraLens, tmp_path):
-    shift = ll.feature_shift(
+    shift = ll.results.feature_shift(
         lens, TOKENS, torch.eye(16)[:1], "blocks.0.hook_resid_post", positions=np.int64(-1)
     )
     assert ll.results.FeatureShift.load(shift.save(tmp_path / "s")).positions == -1

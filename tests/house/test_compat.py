@@ -247,6 +247,20 @@ def test_a_function_within_a_hook_of_transformer_lens(direction: str):
 
 
 @models.NEEDS_NEWEST
+def test_what_a_bridge_wires_itself_is_nobody_s_hook():
+    """XGLM's MLP has no module of its own, so its points hang on those of the block."""
+    import architectures
+
+    from lens_lora.sweeps.store import settings
+
+    bridge = models.bridge(architectures.hf_model("XGLM", dtype=torch.float32))
+    wired = [m for m in bridge.modules() if any(map(len, compat.hooks_of(m)[:2]))]
+    assert wired and settings(bridge)["hooks"] == []
+    bridge.blocks[0].hook_in.add_hook(lambda tensor, hook: None)
+    assert len(settings(bridge)["hooks"]) == 1
+
+
+@models.NEEDS_NEWEST
 def test_the_scale_at_an_embedding_s_hook_point():
     import architectures
 

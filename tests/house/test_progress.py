@@ -58,6 +58,7 @@ CALLS = {
     "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
     "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
     "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),
+    "bank": lambda t, folder, **o: ll.bank(t.lens.model, PROMPT, R, **o),
     "best_subset": lambda t, folder, **o: ll.best_subset(t.lens, PROMPT, R, k=2, steps=4, **o),
     "checkpoints": lambda t, folder, **o: ll.checkpoints(
         t.lens, [t.lens.adapter.scaled(s) for s in (0.5, 1)], PROMPT, R, **o
@@ -105,8 +106,8 @@ SHORT = {
         t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
     ),
     "feature_shift": lambda t: (
-        ll.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
-        ll.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
+        ll.results.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
+        ll.results.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
     ),
     "gradients": lambda t: ll.gradients(t.lens, PROMPT, R),
     "patchscope": lambda t: ll.patchscope(
@@ -122,7 +123,7 @@ SHORT = {
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
 DEEP = {"fact_margin", "patch_edges", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"alignment", "compare", "demo", "load", "load_adapter", "load_result"}
+NO_PASS = {"alignment", "compare", "demo", "load", "load_adapter", "load_bank", "load_result"}
 
 
 def is_python(member) -> bool:
@@ -136,6 +137,7 @@ def takes_progress(function) -> bool:
 def test_every_public_function_is_here():
     """Functions and methods; a new one needs a bar, or a place among the short ones."""
     public = {name: getattr(ll, name) for name in ll.__all__}
+    public["feature_shift"] = ll.results.feature_shift
     functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
     methods = {
         f"{name}.{method}"
@@ -195,7 +197,8 @@ def state_of(model):
     return hooks, {name: p.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", sorted(set(CALLS) - {"Adapter.between", "intruders"}))
+# A bank refuses the hook that counts and interrupts; tests/model/test_interrupts.py needs none.
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"Adapter.between", "intruders", "bank"}))
 def test_interrupted_call_leaves_nothing_behind(tiny, name, tmp_path, capsys):
     """In the middle of its passes: hooks off, weights untouched, no dual level, the bar wiped."""
     model = tiny.deep.model if name in DEEP else tiny.lens.model

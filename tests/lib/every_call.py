@@ -33,7 +33,7 @@ def _listed(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
 
 
 def _frozen(mode: str) -> Call:
-    rules = ll.FrozenRules(norm_scales=True)
+    rules = ll.results.FrozenRules(norm_scales=True)
     return lambda lens, t: ll.first_order(lens, t, MARGIN, mode=mode, rules=rules, **QUIET)
 
 
@@ -43,6 +43,10 @@ def _swept(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         found = ll.sweep(lens, [record], "first_order", out=f"{folder}/r.parquet", **QUIET)
         return found.attribution("first_order").values
+
+
+def _banked(lens: ll.LoraLens, tokens: Tensor) -> Any:
+    return ll.bank(lens.model, tokens, MARGIN, hf_model=lens._hf_model, **QUIET)
 
 
 def _directions(lens: ll.LoraLens) -> Tensor:
@@ -108,7 +112,7 @@ CALLS: dict[str, Call] = {
         lens, t, MARGIN, "blocks.*.attn.hook_z", heads="each", **QUIET
     ),
     "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, _score(lens), **QUIET),
-    "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.FrozenRules.relp()),
+    "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.results.FrozenRules.relp()),
     "best_subset": lambda lens, t: ll.best_subset(
         lens, t, MARGIN, k=2, steps=2, starts=_score(lens), **QUIET
     ),
@@ -134,10 +138,10 @@ CALLS: dict[str, Call] = {
             lens, _directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"
         ).probabilities
     ),
-    "feature_shift": lambda lens, t: ll.feature_shift(
+    "feature_shift": lambda lens, t: ll.results.feature_shift(
         lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
-    "feature_shift by site": lambda lens, t: ll.feature_shift(
+    "feature_shift by site": lambda lens, t: ll.results.feature_shift(
         lens, t, _directions(lens), by="site"
     ),
     "compare_adapters": lambda lens, t: ll.compare_adapters(
@@ -154,6 +158,10 @@ CALLS: dict[str, Call] = {
         ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin
     ),
     "sweep": _swept,
+    "bank": lambda lens, t: _banked(lens, t).first_order(lens.adapter, by="rank", exact=True),
+    "scan": lambda lens, t: torch.tensor(
+        _banked(lens, t).scan([lens.adapter], **QUIET)["value"].to_numpy(), device="cpu"
+    ),
 }
 # A person's own run of the model: settings around it are theirs.
 OWN: dict[str, Call] = {"applied": _applied, "fwd_hooks": _listed, "without": _without}

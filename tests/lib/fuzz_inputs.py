@@ -132,7 +132,7 @@ def padded(chance: Chance, model: Any) -> Given:
     lengths = chance.choice(
         [[5, 3], [1, 5], [0, 5], [6, 5], [5], [5, 3, 1], [-1, 5], [5.0, 3.0], [True, True]]
     )
-    given = ll.Prompts(tokens, torch.tensor(lengths))
+    given = ll.results.Prompts(tokens, torch.tensor(lengths))
     return given, [row[:n].tolist() for row, n in zip(tokens, given.lengths.tolist(), strict=True)]
 
 

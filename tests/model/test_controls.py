@@ -196,7 +196,7 @@ def test_reading_the_last_position_of_a_padded_batch_shows(cls: str, monkeypatch
     """A padded prompt read at the padding gives another number."""
     lens, texts = cases.case("llama", cls, "raw").lens, ["w5 w7 w8", "w9 w10 w11 w12 w13"]
     right = ll.first_order(lens, texts, MARGIN)
-    monkeypatch.setattr(ll.Prompts, "at_read", lambda self, logits: logits[:, -1])
+    monkeypatch.setattr(ll.results.Prompts, "at_read", lambda self, logits: logits[:, -1])
     wrong = ll.first_order(lens, texts, MARGIN)
     assert (wrong.base[0] - right.base[0]).abs() > 1e-2
     assert (wrong.base[1] - right.base[1]).abs() < 1e-9

@@ -76,7 +76,7 @@ def test_families_that_cannot(family: str, why: str):
 @pytest.mark.bad_input
 def test_what_needs_patterns_is_refused():
     _, fused = pair("llama")
-    rules = ll.FrozenRules(attention_patterns=True)
+    rules = ll.results.FrozenRules(attention_patterns=True)
     with pytest.raises(ll.errors.ModelStateError, match=r"hook_pattern.*never.*eager"):
         ll.first_order(fused, models.tokens(), MARGIN, rules=rules)
     name = "blocks.0.attn.hook_pattern"

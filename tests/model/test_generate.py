@@ -25,11 +25,11 @@ QUIET: dict[str, Any] = {"eos_token_id": (), "progress": False}
 BOTH = list(models.MAKERS)
 
 
-def prompts() -> ll.Prompts:
+def prompts() -> ll.results.Prompts:
     """Of different lengths, and one that holds the tokenizer's pad token as content."""
     tokens = models.tokens(len(LENGTHS))
     tokens[0, 1] = PAD
-    return ll.Prompts(tokens, torch.tensor(LENGTHS))
+    return ll.results.Prompts(tokens, torch.tensor(LENGTHS))
 
 
 def by_peft(case: cases.Case, *, base: bool = False, **options: Any) -> list[list[int]]:
@@ -56,7 +56,7 @@ def passes(monkeypatch) -> list[int]:
     seen: list[int] = []
     run = ll.LoraLens.run
 
-    def counted(lens: ll.LoraLens, ready: ll.Prompts) -> Tensor:
+    def counted(lens: ll.LoraLens, ready: ll.results.Prompts) -> Tensor:
         seen.append(ready.tokens.numel())
         return run(lens, ready)
 

@@ -236,7 +236,7 @@ def test_generate_under_the_adapter(cls: str):
 def test_a_pass_leaves_nothing_to_the_garbage_collector(cls: str):
     """What a block's readers kept goes with its hooks: on long prompts it is a lot."""
     lens = cases.case("llama", cls, "raw").lens
-    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 4]))
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
 
     def tensors() -> int:
         return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())

@@ -732,7 +732,7 @@ def test_patching_results_of_groups_and_short_prompts():
     lens, margin = cases.case("llama", "TransformerBridge", "raw").lens, ll.Margin(5, 9)
     by_kind = ll.patch_sites(lens, BASES, margin, group="kind", progress=False)
     assert list(by_kind.to_patching_result().index_df) == ["group"]
-    prompts = ll.Prompts(BASES, torch.tensor([5, 3]))
+    prompts = ll.results.Prompts(BASES, torch.tensor([5, 3]))
     each = ll.patch_activations(
         lens, prompts, margin, "blocks.1.hook_resid_pre", positions="each", progress=False
     ).to_patching_result()

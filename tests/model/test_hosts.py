@@ -166,7 +166,7 @@ def test_generation_is_peft_s(family: str, flags: str, cls: str):
 def test_circuitsvis_draws_the_tokens(cls: str, tmp_path):
     """Each token's share through all sites, on a page that fetches nothing."""
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    prompts = ll.Prompts(tokens, torch.tensor([7, 4]))
+    prompts = ll.results.Prompts(tokens, torch.tensor([7, 4]))
     for by in ("position", ("position", "head")):
         attribution = ll.first_order(lens, prompts, MARGIN, by=by)
         view = attribution.token_view(prompt=1)

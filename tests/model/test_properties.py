@@ -83,7 +83,7 @@ def test_any_padding_is_harmless(data):
     real = models.tokens(batch=len(lengths), pos=12)
     for row, length in enumerate(lengths):
         tokens[row, :length] = real[row, :length]
-    prompts = ll.Prompts(tokens, torch.tensor(lengths))
+    prompts = ll.results.Prompts(tokens, torch.tensor(lengths))
     together = ll.first_order(lens, prompts, ll.LogProb(7))
     for row in range(len(lengths)):
         alone = ll.first_order(lens, prompts.row(row), ll.LogProb(7))

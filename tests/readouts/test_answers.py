@@ -32,7 +32,7 @@ def log_prob(lens: ll.LoraLens, prompt: Tensor, answer: Tensor, gates) -> Tensor
 def test_ends_equal_teacher_forcing(lens: ll.LoraLens, scale: float):
     """Also in a padded batch, and with answers of each prompt's own."""
     tokens = models.tokens()
-    prompts = ll.Prompts(tokens, torch.tensor([7, 4]))
+    prompts = ll.results.Prompts(tokens, torch.tensor([7, 4]))
     readout = ll.AnswerMargin([DOC, PRE], [PRE, torch.tensor([4])])
     curve = ll.remainder_curve(lens, prompts, readout, [scale or 1.0])
     found = curve.values[:, 0] if scale else curve.base

@@ -30,7 +30,7 @@ def model(request, monkeypatch):
     return chats.with_template(hooked(request.param), monkeypatch)
 
 
-def rows_of(prompts: ll.Prompts) -> list[list[int]]:
+def rows_of(prompts: ll.results.Prompts) -> list[list[int]]:
     return [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
 
 

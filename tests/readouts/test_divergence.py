@@ -33,8 +33,8 @@ def case(request) -> cases.Case:
     return cases.case("llama", request.param, "raw")
 
 
-def prompts() -> ll.Prompts:
-    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
 
 
 def log_probs(case: cases.Case, prompt: int, response, scales: dict[str, float]) -> np.ndarray:
@@ -314,7 +314,7 @@ def test_the_base_is_run_once(case: cases.Case, monkeypatch):
     run, rows = ll.LoraLens.run, []
     evaluate, gates = reads.gated_readout, []
 
-    def counted(lens: ll.LoraLens, some: ll.Prompts):
+    def counted(lens: ll.LoraLens, some: ll.results.Prompts):
         rows.append(len(some.tokens))
         return run(lens, some)
 

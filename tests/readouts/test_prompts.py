@@ -17,11 +17,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import lens_lora as ll
-from lens_lora import Prompts
 from lens_lora.errors import PromptError
 from lens_lora.model.build import hooked_model
 from lens_lora.model.generate import end_tokens
 from lens_lora.readouts.prompts import prepare
+from lens_lora.results import Prompts
 
 PAD = 2
 STRINGS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
@@ -111,7 +111,7 @@ def test_pad_that_is_also_the_end_of_text(pads_with_eos):
         ):
             prepare(pads_with_eos, torch.tensor([row, [5] * len(row)]))
     padded = torch.tensor([[5, 6, 7], [5, 1, 1]])
-    told = ll.Prompts(padded, torch.tensor([3, 1]))
+    told = ll.results.Prompts(padded, torch.tensor([3, 1]))
     assert prepare(pads_with_eos, told).lengths.tolist() == [3, 1]
 
 

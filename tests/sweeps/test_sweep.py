@@ -98,10 +98,10 @@ def test_second_order_is_half_the_row_sums(lens, tmp_path):
 def test_padding_left_unmasked_would_be_seen(lens, tmp_path, monkeypatch):
     """Control: a batch read at the last column instead of each prompt's last token differs."""
     one = run(lens, GOOD, tmp_path / "one", batch_size=1)
-    plain = ll.Prompts.at_read
-    monkeypatch.setattr(ll.Prompts, "at_read", lambda self, x: x[:, -1])
+    plain = ll.results.Prompts.at_read
+    monkeypatch.setattr(ll.results.Prompts, "at_read", lambda self, x: x[:, -1])
     wrong = run(lens, GOOD, tmp_path / "wrong", batch_size=4)
-    monkeypatch.setattr(ll.Prompts, "at_read", plain)
+    monkeypatch.setattr(ll.results.Prompts, "at_read", plain)
     with pytest.raises(AssertionError):
         same(one, wrong)
 

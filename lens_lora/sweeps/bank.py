@@ -1,0 +1,670 @@
+"""Many adapters over one base: the base's half of first order once, then each adapter at once.
+
+    bank = ll.bank(model, prompts, readout)
+    bank.first_order(adapter)                # equal to ll.first_order
+    bank.scan("folder/of/adapters")          # one after another, resumable
+
+1. `bank` records z and G of every module that an adapter may target, at ε = 0 (`engine/bank.py`).
+2. An adapter is laid over the same model, whose weights, settings and hooks must be those that were
+   recorded, and a_l is contracted from its factors and the bank. No pass is run.
+3. A saved bank has the fingerprint of model and tokenizer that a sweep's files have.
+4. `scan` holds one adapter at a time; every few of them are on the disk before the next begin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in, read_config
+from lens_lora.adapters.peft_read import renamed, saved_keys, updates_of
+from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
+from lens_lora.arguments import whole, word
+from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.bank import Factors, Half, Once, Parts, Thin, record, shapes_of, stand_ins
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.memory import graph_groups
+from lens_lora.engine.reverse import joined, require_finite_sites
+from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
+from lens_lora.model.basis import Gauge
+from lens_lora.model.build import host_of
+from lens_lora.model.check import require_kinds
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, null_adapters
+from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
+from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
+from lens_lora.readouts.readout import Readout
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.storage import read_result, save_result, stored
+from lens_lora.sweeps.processes import launched
+from lens_lora.sweeps.store import Store, Unchanged, differences, digest, fingerprint, settings
+
+Adapters = str | Path | Iterable[str | Path | Adapter]
+GroupName = Literal["site", "layer", "kind"]
+_Values = tuple[LoraLens, list[Tensor], Callable[[], float]]  # of each readout; and ‖ΔW‖ / ‖W‖
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_PLANS = 16  # of adapters of other modules or configs, the latest that are kept
+_TAME = 1e8  # squares of norms of factors whose products do not overflow
+_AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
+
+stored(Half)
+stored(Prompts)
+stored(Source)
+
+
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldReadout:
+    """One readout of a bank.
+
+    Attributes:
+        halves: the base's half, of one group of prompts after another.
+        response, labels: as in `Attribution`; base, str_tokens, readout and units.
+    """
+
+    halves: tuple[Half, ...]
+    response: tuple[tuple[str, ...], ...]
+    labels: dict[str, Any]
+
+
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldBank:
+    """What a bank's file holds.
+
+    Attributes:
+        stacks: z and G, those of one shape together.
+        readouts, several: the readouts, and whether they came as a list.
+        modules: globs of the modules that were recorded.
+        about: the model's fingerprint as JSON, once it is saved.
+    """
+
+    stacks: dict[str, Tensor]
+    readouts: tuple[HeldReadout, ...]
+    several: bool
+    modules: tuple[str, ...]
+    about: str = ""
+
+
+class Bank:
+    """The base's half of first order at ε = 0, over one model: made by `ll.bank`.
+
+    Attributes:
+        model, several: the hooked model; whether readouts came as a list, and results do.
+    """
+
+    def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
+        self.model: Any = lens.model
+        self.several: bool = held.several
+        self._lens, self._held, self._asked = lens, held, asked
+        self._halves = [half for readout in held.readouts for half in readout.halves]
+        self._unchanged = Unchanged(lens.model)
+        # By the shapes of plain factors, the latest of them.
+        self._thin: dict[tuple[Any, ...], Thin] = {}
+        self._layouts: dict[tuple[Any, ...], tuple[Thin, _Layout]] = {}
+
+    def __repr__(self) -> str:
+        labels = [held.labels for held in self._held.readouts]
+        size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
+        said = (
+            f"{len(labels[0]['base'])} prompts, {', '.join(label['readout'] for label in labels)}"
+        )
+        return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
+
+    @alone
+    def first_order(
+        self,
+        adapter: Adapter,
+        *,
+        by: tuple[str, ...] | str = (),
+        gauge: Gauge = "trained",
+        exact: bool = False,
+    ) -> Attribution | tuple[Attribution, ...]:
+        """a_l of every site of an adapter at ε = 0, equal to `ll.first_order`.
+
+        Cost: no pass; with `exact` one forward pass for each readout.
+
+        Args:
+            adapter: any adapter of the bank's base.
+            by: any of 'position', 'head', 'expert' and 'rank'; of a bank by token also 'token'.
+            gauge: the meaning of a rank, as for `ll.first_order`.
+            exact: whether the adapted model is run for the exact shift, which is NaN otherwise.
+
+        Returns:
+            Attribution as of `ll.first_order`; of several readouts a tuple with one for each.
+
+        Raises:
+            SiteError: a module that the bank lacks, or that the model lacks.
+            AdapterError, ModelStateError: a model that has changed since; as for a new LoraLens.
+            ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
+            NumericsError: non-finite derivatives, naming the site.
+        """
+        require_kinds(adapter, None)
+        self._require_same_model()
+        axes = by_axes(by, (*AXES, "token"))
+        if exact and not self._asked:
+            raise ArgumentError(
+                "exact=True: this bank was read from a file, which does not hold the readout "
+                "itself; take the shift from ll.fact_margin or ll.remainder."
+            )
+        is_plain = not (axes or exact) and gauge == "trained"
+        lens, by_readout, norm = (
+            self._first_order(adapter)
+            if is_plain
+            else self._by(self._lens.with_adapter(adapter), axes, gauge)
+        )
+        attributions, heads = list[Attribution](), lens.heads
+        for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
+            adapted = torch.full_like(held.labels["base"], torch.nan)
+            if exact:
+                reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
+                adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
+            attribution = Attribution(
+                values=values,
+                by=axes,  # pyright: ignore[reportArgumentType]
+                heads=tuple(heads.of(site.kind) for site in lens.sites),
+                method="first_order",
+                at=0.0,
+                response=held.response if "token" in axes else (),
+                gauge=gauge if "rank" in axes else "",
+                mode="reverse",
+                relative_norm=norm(),
+                sites=lens.sites,
+                adapted=adapted,
+                meta={**lens.describe(), **_names_of(adapter)},
+                **held.labels,
+            )
+            attributions.append(attribution)
+        return tuple(attributions) if self.several else attributions[0]
+
+    def _by(self, lens: LoraLens, axes: tuple[str, ...] = (), gauge: Gauge = "trained") -> _Values:
+        """By the adapter's own plan."""
+        turned, stacks = in_rank_space(lens, axes, gauge), self._held.stacks
+        if "token" in axes and not all(held.response for held in self._held.readouts):
+            raise ArgumentError(
+                "by='token': the bank holds one gradient for a whole readout; make it with "
+                "ll.bank(…, by_token=True)."
+            )
+        values = self._joined(lens, [half.slopes(turned, stacks, axes) for half in self._halves])
+        if "token" in axes:
+            pairs = zip(values, self._held.readouts, strict=True)
+            values = [_within_response(value, held.response) for value, held in pairs]
+        return turned, values, lambda: lens.plan.relative_norm
+
+    def _first_order(self, adapter: Adapter) -> _Values:
+        """The same without axes, of plain factors by products alone."""
+        thin = self._thin.get(shapes_of(adapter)) or self._thin_of(adapter)
+        if isinstance(thin, LoraLens):
+            return self._by(thin)
+        return self._thinly(thin, thin.factors(_factors_of(adapter)))
+
+    def _thin_of(self, adapter: Adapter) -> Thin | LoraLens:
+        """Of adapters with other modules than those before, checked by a lens; or that lens."""
+        lens, shapes = self._lens.with_adapter(adapter), shapes_of(adapter)
+        is_plain = shapes and lens.adapter is adapter
+        thin = Thin.of(lens, self._halves, self._held.stacks) if is_plain else None
+        if thin is None:
+            return lens
+        self._thin = dict([*self._thin.items(), (shapes, thin)][-_PLANS:])
+        return thin
+
+    def _thinly(self, thin: Thin, factors: Sequence[Parts]) -> _Values:
+        norm = functools.partial(thin.relative_norm, factors)
+        return thin.lens, self._joined(thin.lens, thin.slopes(factors)), norm
+
+    def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
+        """Of each readout, [batch, site, *by]."""
+        halves = iter(by_half)
+        counts = [len(held.halves) for held in self._held.readouts]
+        values = [joined([*itertools.islice(halves, count)]) for count in counts]
+        for slopes in values:
+            require_finite_sites(lens, slopes)
+        return values
+
+    @alone
+    def null(
+        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
+    ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
+        """First order of the null adapters that `ll.null_test` draws, without their shifts.
+
+        Cost: no pass; drawing an adapter takes longer than its products.
+
+        Args:
+            adapter: any adapter of the bank's base.
+            draws: how many.
+            seed: the draws' seed, as for `Adapter.null`.
+            progress: show a bar.
+
+        Returns:
+            Values as of `first_order`, one draw after another; of several readouts a tuple.
+
+        Raises:
+            UnsupportedAdapterError: DoRA, or modules and biases that were trained.
+            SiteError, ModelStateError: as for `first_order`.
+            ArgumentError: draws below 1, or a seed below 0.
+        """
+        draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
+        self._require_same_model(entries=True)
+        drawn = null_adapters(self._lens.with_adapter(adapter), seed, draws)
+        with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
+            values = [self._first_order(null)[1] for null in bar]
+        nulls = tuple(map(torch.stack, zip(*values, strict=True)))
+        return nulls if self.several else nulls[0]
+
+    @alone
+    def scan(
+        self,
+        adapters: Adapters,
+        *,
+        group: GroupName = "layer",
+        out: str | Path | None = None,
+        resume: bool = True,
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """First order of many adapters, one in memory at a time. No pass.
+
+        With `out`, every process of `accelerate launch` calls this and takes its share.
+
+        Args:
+            adapters: a folder, in which every folder with an adapter_config.json is one; or
+                folders, hub ids and `Adapter`s, in a list or one after another.
+            group: 'site', 'layer' or 'kind', over which values are summed.
+            out: a .parquet file, written part by part, with which the same call resumes.
+            resume: go on with what is at `out`; False removes it and starts over.
+            progress: show a bar.
+
+        Returns:
+            One row per adapter, readout, prompt and group: value, in the readout's units; total,
+            the sum over all sites; rank, the adapter's place by |total|, 1 the largest; error, in
+            the only row of an adapter that cannot be used.
+
+        Raises:
+            AdapterError, ArgumentError: no adapter at all; another group.
+            SweepError: `out` holds the scan of another bank or group, or cannot be written.
+            ModelStateError: a model that has changed since the bank was made.
+        """
+        word("group", group, get_args(GroupName))
+        self._require_same_model(entries=True)
+        named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
+        if out is None:
+            with bar(named, disable=not progress) as shown:
+                tables = [self._table(name, adapter, group) for name, adapter in shown]
+            return _ranked(tables).drop_columns("weights").to_pandas()
+        processes, done = launched(), list[str]()
+        about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
+        store = Store(out, about)
+        with store.writing(processes):
+            known = _tables(store) if resume else {}
+            processes.by_main(lambda: store.begin(anew=not resume))
+            share = itertools.islice(named, processes.index, None, processes.count)
+            with bar(share, disable=not (progress and processes.is_main)) as shown:
+                while chunk := [*itertools.islice(shown, _AT_ONCE)]:
+                    rows = [self._table(name, adapter, group, known) for name, adapter in chunk]
+                    keys = [_keys(table)[0] for table in rows]
+                    pairs = zip(keys, rows, strict=True)
+                    if new := [table for key, table in pairs if table is not known.get(key)]:
+                        store.write(new, {})
+                    done += keys
+            every = [key for part in processes.gather(done) for key in part]
+            processes.by_main(lambda: _merge(store, every))
+        return pd.read_parquet(store.path).drop(columns="weights")
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, with the model's fingerprint; returns the path.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ModelStateError: a model that has changed since, or that runs code of your own.
+            LensLoraError: a place where no file can be written.
+        """
+        self._require_same_model(entries=True)
+        about = fingerprint(self._lens, (), None)
+        if about["own_code"]:
+            raise ModelStateError(
+                f"the model runs code of your own, {', '.join(about['own_code'])}, and a file "
+                "cannot tell later whether that has changed; make the bank anew in each session."
+            )
+        return save_result(dataclasses.replace(self._held, about=json.dumps(about)), path)
+
+    def _require_same_model(self, *, entries: bool = False) -> None:
+        try:
+            self._lens.plan.check_state(entries=entries)
+            differ = self._unchanged.differences()
+        except ModelStateError as error:
+            differ = [str(error)]
+        if differ:
+            raise ModelStateError(
+                f"the model is not as it was when the bank was made: {'; '.join(differ)} Set it "
+                "back (hooks of your own off), or make the bank anew: ll.bank(…)."
+            )
+
+    def _table(
+        self,
+        name: str,
+        source: str | Path | Adapter,
+        group: GroupName,
+        known: Mapping[str, pa.Table] | None = None,
+    ) -> pa.Table:
+        """An adapter's rows, those that are known if there are; or what is wrong with it."""
+        rows: list[tuple[Any, ...]] = []
+        try:
+            adapter = source if isinstance(source, Adapter) else _Files(adapter_folder(source))
+            weights = None if known is None else _hash_of(adapter)
+            if known and f"{name}#{weights}" in known:
+                return known[f"{name}#{weights}"]
+            contract = self._first_order if isinstance(adapter, Adapter) else self._of_files
+            lens, by_readout, _ = contract(cast(Any, adapter))
+            groups, members = _grouping(lens.sites, group)
+            for readout, values in zip(self._held.readouts, by_readout, strict=True):
+                label = readout.labels["readout"]
+                sums = (values.cpu().double() @ members).tolist()
+                rows += [
+                    (name, label, prompt, place, value, total, None, weights)
+                    for prompt, parts in enumerate(sums)
+                    for total in (sum(parts),)
+                    for place, value in zip(groups, parts, strict=True)
+                ]
+        except (LensLoraError, OSError) as error:
+            rows = [(name, None, None, None, None, None, f"{type(error).__name__}: {error}", None)]
+        columns = zip(zip(*rows, strict=True), _KINDS, strict=True)
+        names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
+        return pa.table([pa.array(column, kind) for column, kind in columns], names)
+
+    def _of_files(self, files: _Files) -> _Values:
+        """Of a folder; what its config and header say is worked out once for those beside it."""
+        layout = self._layouts.get(files.header)
+        if layout is not None:
+            values = self._in_layout(*layout, files.contents[1])
+            if values is not None:
+                return values
+        adapter = load_adapter(files.folder)
+        values = self._first_order(adapter)
+        thin = self._thin.get(shapes_of(adapter))
+        if thin is not None and (layout := files.layout()) is not None:
+            layouts = [*self._layouts.items(), (files.header, (thin, layout))]
+            self._layouts = dict(layouts[-_PLANS:])
+        return values
+
+    def _in_layout(self, thin: Thin, layout: _Layout, weights: _Bytes) -> _Values | None:
+        """None of factors that are to be read with care, or refused: cut, huge or NaN."""
+        if len(weights) != layout.size:
+            return None
+        numbers = torch.from_numpy(weights[layout.start :]).view(layout.dtype)
+        parts = numbers.split(layout.sizes)
+
+        def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
+            A, B, scale = layout.places[key]
+            return parts[A], parts[B], scale
+
+        factors = thin.factors(factors_at)
+        sizes = [(part @ part.mT).diagonal(0, 1, 2).sum() for A, B, _ in factors for part in (A, B)]
+        return self._thinly(thin, factors) if bool((torch.stack(sizes) < _TAME).all()) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where a safetensors file of plain factors, all of one dtype, has each module's A, B, and s.
+
+    Attributes:
+        size, start: the file's size, and where its numbers begin, in bytes.
+        sizes: how many numbers each tensor has, one after another.
+        places: A's and B's places in `sizes`, and s.
+    """
+
+    size: int
+    start: int
+    dtype: torch.dtype
+    sizes: list[int]
+    places: dict[str, tuple[int, int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """An adapter's two files."""
+
+    folder: Path
+
+    @functools.cached_property
+    def contents(self) -> tuple[bytes, _Bytes]:
+        """The config's bytes and the tensors'."""
+        return (self.folder / CONFIG).read_bytes(), np.fromfile(self.folder / WEIGHTS, np.uint8)
+
+    @property
+    def header(self) -> tuple[Path, bytes, bytes]:
+        """In what a file may differ only by the entries of its tensors; errors and warnings too."""
+        config, weights = self.contents
+        is_leaf = not any(path.is_dir() for path in self.folder.iterdir())
+        place = self.folder.parent if is_leaf else self.folder
+        return place, config, weights[: 8 + int.from_bytes(weights[:8], "little")].tobytes()
+
+    def layout(self) -> _Layout | None:
+        """None of tensors of several dtypes."""
+        weights, start = self.contents[1], len(self.header[2])
+        tensors = safetensors.torch.load(weights.tobytes())
+        dtype, *others = {tensor.dtype for tensor in tensors.values()}
+        if others or start % dtype.itemsize:
+            return None
+        header = json.loads(self.header[2][8:])
+        header.pop("__metadata__", None)
+        in_order = sorted(header, key=lambda key: header[key]["data_offsets"])
+        index = {id(tensors[key]): number for number, key in enumerate(in_order)}
+        state, notes = saved_keys(tensors)
+        updates = renamed(updates_of(read_config(self.folder), state), notes)
+        places = {
+            path: (index[id(u.A)], index[id(u.B)], u.scale * u.strength)
+            for path, u in cast("dict[str, LoRAFactors]", updates).items()
+        }
+        sizes = [tensors[key].numel() for key in in_order]
+        return _Layout(len(weights), start, dtype, sizes, places)
+
+
+@functools.lru_cache(maxsize=4)
+def _grouping(sites: tuple[Site, ...], group: GroupName) -> tuple[list[str], Tensor]:
+    """The groups' names, and [site, group], 1 where a site is in a group."""
+    groups = group_sites(sites, group)
+    return [*groups], indicator(groups, len(sites)).T
+
+
+def _hash_of(adapter: Adapter | _Files) -> str:
+    if isinstance(adapter, Adapter):
+        return digest(adapter.modules)
+    config, weights = adapter.contents
+    return hashlib.sha256(config + weights.data).hexdigest()
+
+
+def _factors_of(adapter: Adapter) -> Factors:
+    modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
+
+    def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
+        update = modules[key]
+        return update.A, update.B, update.scale * update.strength
+
+    return factors_at
+
+
+def _names_of(adapter: Adapter) -> dict[str, str]:
+    return {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
+
+
+def _within_response(values: Tensor, response: Sequence[Sequence[str]]) -> Tensor:
+    """NaN beyond a response's own tokens."""
+    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
+    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+    exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
+    return torch.where(exists, values, torch.nan)
+
+
+# An adapter's name, the readout, the prompt, the group; value, total; what is wrong with it, and
+# the hash of its factors, by which a resumed scan knows it.
+_TEXT, _NUMBER = pa.string(), pa.float64()
+_KINDS = [_TEXT, _TEXT, pa.int64(), _TEXT, _NUMBER, _NUMBER, _TEXT, _TEXT]
+
+
+# --- Making and reading a bank
+
+
+def bank(
+    model: Any,
+    prompts: PromptsLike,
+    readout: Readout | Sequence[Readout],
+    *,
+    hf_model: nn.Module | None = None,
+    modules: str | Iterable[str] = "*",
+    by_token: bool = False,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Bank:
+    """The base's half of first order, for any number of adapters of this model.
+
+    Cost: two forward passes and one backward for each readout (more where norms can change, and a
+    backward pass for each token by token). It holds the inputs and outputs of all modules.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: a readout of the logits, or a list of several.
+        hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it.
+        modules: globs of Hugging Face module paths that adapters may target; by default all linear
+            maps, embeddings, norms, stacks of experts and the head.
+        by_token: whether each token's gradient of a response is kept, for by='token'.
+        max_memory: bytes beside the model that recording may take, as for `lens.within`.
+        progress: show a bar.
+
+    Raises:
+        SiteError: globs that match no module.
+        ModelStateError: hooks of your own on the model; as for a new LoraLens.
+        ArgumentError: a readout without a derivative at the base; by_token of no response.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+    """
+    globs = (modules,) if isinstance(modules, str) else tuple(modules)
+    lenses = _lenses(model, hf_model, globs, max_memory)
+
+    @alone
+    def recorded(lens: LoraLens) -> Bank:
+        rows, once = ask_prompts(lens, prompts), Once()
+        asked = tuple(rows.about(r).require_slope_at_base() for r in readouts_of(readout))
+        readouts: list[HeldReadout] = []
+        with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
+            for each in bar:
+                response = response_tokens(each) if by_token else ()
+                groups = graph_groups(lens, each.reading)
+                halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
+                said = {"readout": each.readout.label, "units": each.readout.units}
+                said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
+                readouts.append(HeldReadout(halves, response, said))
+        several = not isinstance(readout, Readout)
+        return Bank(lens, HeldBank(once.stacks(), tuple(readouts), several, globs), asked)
+
+    return recorded(lenses[0])
+
+
+def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None) -> Bank:
+    """A bank that its `save` wrote, over the same model. No forward pass.
+
+    Args:
+        path: the file to read.
+        model: the hooked model, with the weights, dtype, settings and tokenizer of that time.
+        hf_model: the base that `ll.bank` was given, if any.
+
+    Raises:
+        LensLoraError: no such file, another kind of file, or a damaged one.
+        ModelStateError: another base, dtype, tokenizer or version of a library, which is named.
+    """
+    held = read_result(path)
+    if not isinstance(held, HeldBank):
+        raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
+    lens, *_ = _lenses(model, hf_model, held.modules)
+    differ = differences(
+        json.loads(held.about), json.loads(json.dumps(fingerprint(lens, (), None)))
+    )
+    if differ:
+        raise ModelStateError(
+            f"{path} is the bank of another model than this one: {'; '.join(differ)}. Load that "
+            "model, or make a bank of this one: ll.bank(…)."
+        )
+    stacks = {name: stack.to(lens.device) for name, stack in held.stacks.items()}
+    for readout in held.readouts:
+        readout.labels["base"] = readout.labels["base"].to(lens.device)
+    return Bank(lens, dataclasses.replace(held, stacks=stacks))
+
+
+def _lenses(
+    model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
+) -> list[LoraLens]:
+    """Over the stand-ins."""
+    host = host_of(model, hf_model)
+    if hooked := settings(model)["hooks"]:
+        raise ModelStateError(
+            f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
+            "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
+        )
+    adapters = stand_ins(host, globs)
+    lenses = [LoraLens(model, adapter, hf_model, check=None) for adapter in adapters]
+    return [lens.within(max_memory) for lens in lenses]
+
+
+# --- The adapters of a scan, and its table
+
+
+def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
+    """Each adapter, and its name."""
+    if isinstance(adapters, str | Path):
+        return list(folders_in(adapters).items())
+    return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
+
+
+def _keys(table: pa.Table) -> list[str]:
+    """What a resumed scan knows each row's adapter by."""
+    names, weights = (table[column].to_pylist() for column in ("adapter", "weights"))
+    return [f"{name}#{mark}" for name, mark in zip(names, weights, strict=True)]
+
+
+def _tables(store: Store) -> dict[str, pa.Table]:
+    """Each adapter's rows by its key, the last that were written."""
+    tables = [table for _, table in store.parts()]
+    if store.require_result(store.path):
+        tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
+    by_key: dict[str, pa.Table] = {}
+    for table in tables:
+        keys = _keys(table)
+        starts = [i for i, key in enumerate(keys) if not i or key != keys[i - 1]]
+        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+            by_key[keys[start]] = table.slice(start, end - start)
+    return by_key
+
+
+def _merge(store: Store, keys: Sequence[str]) -> None:
+    tables = _tables(store)
+    store.write([_ranked([tables[key] for key in dict.fromkeys(keys)])], {}, store.path)
+    store.remove()
+
+
+def _ranked(tables: Sequence[pa.Table]) -> pa.Table:
+    """All rows, with each adapter's place by |total|."""
+    if not tables:
+        raise ArgumentError("no adapter was given.")
+    whole_table = pa.concat_tables(tables)
+    frame = cast(pd.DataFrame, whole_table.select(["readout", "prompt", "total"]).to_pandas())
+    asked = frame["total"].abs().groupby([frame["readout"], frame["prompt"]])
+    places = asked.rank(method="dense", ascending=False)
+    return whole_table.add_column(6, "rank", pa.array(places, pa.int64(), from_pandas=True))
