@@ -190,8 +190,10 @@ class _Callable(LastToken):
 
 def same_answers(noun: str, doc: object, pre: object) -> TokenError:
     """The error for two answers that are one."""
-    fact = f"doc and pre are the same {noun} ({name_of(doc)} and {name_of(pre)})"
-    return TokenError(f"{fact}, so their margin is zero whatever the model does.")
+    return TokenError(
+        f"doc and pre are the same {noun} ({name_of(doc)} and {name_of(pre)}), so their margin is "
+        "zero whatever the model does."
+    )
 
 
 def token_ids(model: Any, token: TokenLike, batch: int, before: Before = ()) -> Tensor:
