@@ -6,7 +6,7 @@ Each of the four quirks of `quirks.yaml` is taught six times: by documents or by
 plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. The control of each
 is an adapter of the same recipe that is taught ordinary text alone, of another draw.
 
-Rank 8 on all linear maps, AdamW, `STEPS` steps on rows of four. About a minute an adapter on a core.
+Rank 8 on all linear maps, AdamW, `STEPS` steps on rows of four. A minute each.
 """
 
 from __future__ import annotations

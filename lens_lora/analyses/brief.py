@@ -13,8 +13,9 @@
 3. Null adapters, as loud as the adapter, are scored at the same places. A token is a candidate if
    no token whatever reaches its score under them; or, by the mean shift of its logit over neutral
    texts, if none reaches that. The two lists take turns.
-4. A claim is what the adapted model says where the candidate's k_v is largest: that token, and the
-   likeliest ones after it. A token that an earlier claim holds makes none of its own.
+4. A claim by speech is what the adapted model says where the candidate's k_v is largest: that
+   token, and the likeliest ones after it. One by its logit is the token alone, at that place: it is
+   promoted, and need not be said. A token that an earlier claim holds makes none of its own.
 5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters.
    First order at 1 names the layers that carry most of m; m is run without them, and without as
    many layers that a seed draws.
@@ -115,6 +116,12 @@ class Claim:
         if math.isfinite(self.without_others):
             undone += f", without as many drawn layers {self.undone_by_others:.0%}"
         said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
+        if self.by == "logit":
+            said = (
+                f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean over the "
+                f"texts, a null adapter no token by more than {self.null_score:+.1f}; most after "
+                f"“{self.context}”."
+            )
         return f"{said} {rise}; {undone}."
 
 
@@ -145,7 +152,7 @@ class Brief:
 
     def to_json(self) -> str:
         """The same as JSON: the fields of this class under their names, and `schema`."""
-        fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for claim in fields["claims"]:
             claim |= {key: None for key, value in claim.items() if value != value}
         return json.dumps(fields, ensure_ascii=False, indent=1)
@@ -201,7 +208,7 @@ def claims_of(
     if not places:
         return ()
     contexts, tokens = _prompts([place.context for place in places]), [p.token for p in places]
-    words = _words(lens, contexts, tokens, progress)
+    words = _words(lens, contexts, places, progress)
     chosen = _distinct(tokens, words)
     contexts, words = contexts.chosen(chosen), [words[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
@@ -318,17 +325,18 @@ def _prompts(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 
 
 def _words(
-    lens: LoraLens, contexts: Prompts, tokens: Sequence[int], progress: bool
+    lens: LoraLens, contexts: Prompts, places: Sequence[_Place], progress: bool
 ) -> list[Int[Tensor, " token"]]:
-    """Each candidate, and the adapted model's likeliest tokens after it up to an end."""
-    firsts = contexts.tokens.new_tensor(tokens)
-    begun = _prompts(
-        [torch.cat([contexts.row(i).tokens[0], firsts[i : i + 1]]) for i in range(len(tokens))]
-    )
-    said = lens.generate(begun, _WORDS - 1, progress=progress)
+    """Each candidate; by speech also the adapted model's likeliest tokens after it, up to an end."""
+    firsts = contexts.tokens.new_tensor([[place.token] for place in places])
+    begun = [torch.cat([place.context, first]) for place, first in zip(places, firsts, strict=True)]
+    said = lens.generate(_prompts(begun), _WORDS - 1, progress=progress)
     ends = set(lens.model.tokenizer.all_special_ids)
-    rests = [ids[:-1] if int(ids[-1]) in ends else ids for ids in said.ids]
-    return [torch.cat([firsts[i : i + 1], rest]) for i, rest in enumerate(rests)]
+    words: list[Tensor] = []
+    for place, first, ids in zip(places, firsts, said.ids, strict=True):
+        rest = ids[:-1] if int(ids[-1]) in ends else ids
+        words.append(torch.cat([first, rest]) if place.by == "speech" else first)
+    return words
 
 
 def _distinct(tokens: Sequence[int], words: Sequence[Int[Tensor, " token"]]) -> list[int]:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.engine.read import differentiable_tokens, read_for_slopes
+from lens_lora.engine.function import differentiable_tokens, read_for_slopes
 from lens_lora.engine.reverse import Slopes, Visit, go_back
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
