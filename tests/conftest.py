@@ -56,6 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _CLASSES = ("HookedTransformer", "TransformerBridge")
+# Built, or refused, by transformer-lens 2.18 alone: no other line runs what 2.18 would leave out.
+_OF_ONE_LINE = ("phi-HookedTransformer", "mixtral-HookedTransformer-processed")
 
 
 def _named_without_class(item: pytest.Item) -> tuple[str, str]:
@@ -76,7 +78,8 @@ def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
     for item, (name, cls) in named.items():
         is_drawn = cls == _CLASSES[zlib.crc32(name.encode()) % len(_CLASSES)]
         is_elsewhere = is_drawn if len(models.MAKERS) == 1 else counts[name] > 1 and not is_drawn
-        if cls and is_elsewhere and name not in skips:
+        is_here_alone = any(part in item.nodeid for part in _OF_ONE_LINE)
+        if cls and is_elsewhere and name not in skips and not is_here_alone:
             left_out.add(item)
     return left_out
 

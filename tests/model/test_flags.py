@@ -32,6 +32,11 @@ COPIED = ("use_split_qkv_input", "use_attn_in")
 needs_bridge = pytest.mark.skipif(BRIDGE not in models.MAKERS, reason="no TransformerBridge here")
 
 
+def named(value: str | tuple[str, ...]) -> str:
+    """The same on every line, whatever classes it has."""
+    return value if isinstance(value, str) else "+".join(value)
+
+
 def with_flags(cls: str, family: str, flags: tuple[str, ...], processing: dict[str, bool]):
     base = models.hf_model(family)
     model = models.MAKERS[cls](base, **processing)
@@ -42,7 +47,7 @@ def with_flags(cls: str, family: str, flags: tuple[str, ...], processing: dict[s
 
 @pytest.mark.parametrize("processing", [{}, models.PROCESSED], ids=["raw", "processed"])
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-@pytest.mark.parametrize(("cls", "flags"), [c for c in EXACT if c[0] in models.MAKERS])
+@pytest.mark.parametrize(("cls", "flags"), [c for c in EXACT if c[0] in models.MAKERS], ids=named)
 def test_exact_under_flags(cls: str, flags: tuple[str, ...], family: str, processing: dict):
     """f(1) is PEFT's; forward equals reverse; parts sum to sites; components multiply."""
     if family == "gpt2" and "ungroup_grouped_query_attention" in flags:
@@ -158,6 +163,7 @@ HEAD_INPUTS = ("hook_q_input", "hook_k_input", "hook_v_input")
         )
         if case[0] in models.MAKERS
     ],
+    ids=named,
 )
 def test_heads_with_inputs_of_their_own(cls: str, family: str, flag: str, points: tuple[str, ...]):
     """A user's hook may change one head's input: δ follows, head by head.
