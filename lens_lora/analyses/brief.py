@@ -159,7 +159,8 @@ class Brief:
 
     def __str__(self) -> str:
         """At most 2,000 tokens of text."""
-        lines = [f"{self.adapter} on {self.model}. {self.verdict}"]
+        size = f"Over {self.texts} it moves by {self.mean_kl:.2g} nats a token (KL)."
+        lines = [f"{self.adapter} on {self.model}. {size}", self.verdict]
         lines += [f"{i}. {claim.sentence()}" for i, claim in enumerate(self.claims, start=1)]
         lines += [
             f"Asked “{pair.prompt}”, base: “{_cut(pair.base)}”; adapted: “{_cut(pair.adapted)}”."
@@ -167,7 +168,7 @@ class Brief:
         ]
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
-            lines.append(f"Of the KL, {self.mean_kl:.2g} nats a token over {self.texts}: {shares}.")
+            lines.append(f"Most of the KL belongs to {shares}.")
         lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
         return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 import lens_lora.demonstration.embedded as train
 from lens_lora import cli
+from lens_lora._version import versions
 from lens_lora.commands import explain as explain_command
 from lens_lora.commands import running
 from lens_lora.commands.options import BaseModel, Questions
@@ -134,7 +135,9 @@ def test_version_names_a_package_that_is_missing(monkeypatch):
         return "1.2"
 
     monkeypatch.setattr("lens_lora._version.version", version)
+    versions.cache_clear()
     printed = printed_versions()
+    versions.cache_clear()
     assert (printed["peft"], printed["torch"]) == ("not installed", "1.2")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import models
@@ -40,12 +41,15 @@ def test_summary_page_and_numbers(tiny, tmp_path):
     page, numbers = tmp_path / "diff.html", tmp_path / "diff.csv"
     options = ["--model", str(tiny / "base"), "--texts", str(texts), "--report", str(page)]
     options += ["--unrelated", str(tiny / "two"), "--nulls", "1", "--save", str(numbers)]
+    options += ["--json", str(told := tmp_path / "brief.json")]
     result = run(cli.app, ["diff", str(tiny / "one"), *options])
     assert result.exit_code == 0, result.output
     shown = plain(result.stdout)
     assert "Over 2 texts of the caller, 7 distinct tokens" in shown and "null adapters" in shown
     assert "promoted by mean logit" in shown and "Report:" in shown and "Numbers:" in shown
     assert "</html>" in page.read_text(encoding="utf-8")
+    brief = json.loads(told.read_text(encoding="utf-8"))
+    assert brief["schema"] == "lens_lora.brief/1" and " ".join(brief["verdict"].split()) in shown
     frame = pd.read_csv(numbers)
     assert {"where", "module", "promoted by logit"} <= set(frame["finding"])
     whole = tmp_path / "diff.safetensors"
@@ -62,6 +66,7 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
     for options, message in (
         (["no/such/adapter"], "no/such/adapter"),
         (["x", "--report", "no/such/x.html"], "there is no folder no/such"),
+        (["x", "--json", "no/such/x.json"], "there is no folder no/such"),
         (["x", "--save", "x.txt"], "a .csv or .safetensors file"),
         (["x", "--texts", str(empty)], "holds no text"),
         (["x", "--nulls", "-1"], "for '--nulls'"),
