@@ -4,6 +4,8 @@ from ..adapters.factors import TrainedModule as TrainedModule
 from ..analyses.activation_shift import ActivationShift as ActivationShift
 from ..analyses.activations import Activations as Activations
 from ..analyses.activations import ConstantPart as ConstantPart
+from ..analyses.brief import Brief as Brief
+from ..analyses.brief import Claim as Claim
 from ..analyses.checkpoints import Checkpoints as Checkpoints
 from ..analyses.compare_adapters import AdapterComparison as AdapterComparison
 from ..analyses.contrast import Contrast as Contrast

@@ -10,6 +10,7 @@ from explained import by_hand
 from results_by_hand import META, SITES, two_prompts
 
 import lens_lora as ll
+from lens_lora.analyses.brief import Claim
 from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.verdict import Noise
 from lens_lora.evaluation.verify import Check, MergedTensor
@@ -95,6 +96,11 @@ def changes(name: str, size: float, scale: float = 1.0) -> ll.results.Changes:
     )  # fmt: skip
 
 
+def claim(by: str = "speech", others: float = -2.0) -> Claim:
+    texts = "The <b>capital</b> of", " <b>Lyon</b>\n", " Paris", " <b>Lyon</b>"
+    return Claim(*texts, by, 6.0, 3.0, -9.0, -1.0, -8.0, "layer 1, layer 2", -5.0, others)
+
+
 def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
     return ll.results.WhatChanged(
         found=changes("lyon", 1.0), nulls=() if alone else (changes("null", 0.1, 30.0),),
@@ -102,6 +108,7 @@ def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
         shares=torch.zeros(4) if alone else torch.tensor([0.5, 0.3, -0.1, 0.2]),
         strings=("<b>x</b>", " b", "a\nb"), str_tokens=((" a", " b", " c"), (" d", " e")),
         texts="2 texts of the caller", meta=META,
+        claims=() if alone else (claim(), claim("logit", math.nan)),
     )  # fmt: skip
 
 
