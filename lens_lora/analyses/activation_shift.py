@@ -250,11 +250,7 @@ class ActivationShift(Readable, Drawn):
 
 
 def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
-    """The cosine of the vector at each hook point with directions.
-
-    Raises:
-        ArgumentError: directions of another width or space, or none at a point.
-    """
+    """The cosine of the vector at each hook point with directions."""
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
         is_lens = isinstance(source, LoraLens)

@@ -264,11 +264,7 @@ class Activations(OfSites):
         return pd.DataFrame([both | row for both, row in zip(labels, values, strict=True)])
 
     def _once(self, positions: Positions, sinks: bool) -> Bool[Tensor, "batch token"]:
-        """The tokens at these positions, each with all before it once.
-
-        Raises:
-            ArgumentError: none.
-        """
+        """The tokens at these positions, each with all before it once."""
         chosen = text_tokens.require_some(positions, self._chosen(positions, sinks))
         once = first_of_each(self.beginnings.numpy(), chosen)
         return torch.from_numpy(once).to(self.values.device)

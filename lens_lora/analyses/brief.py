@@ -192,9 +192,6 @@ def claims_of(
     """The claims of an adapter beside null adapters at their scales; none without null adapters.
 
     `shifts` are mean shifts of the logits over texts, the adapter's first, then the nulls'.
-
-    Raises:
-        NumericsError: non-finite logits.
     """
     spoken = _spoken(lens, seed, progress) if nulls else None
     if spoken is None:
@@ -327,7 +324,7 @@ def _prompts(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 def _words(
     lens: LoraLens, contexts: Prompts, places: Sequence[_Place], progress: bool
 ) -> list[Int[Tensor, " token"]]:
-    """Each candidate; by speech also the adapted model's likeliest tokens after it, up to an end."""
+    """Each candidate; by speech also what the adapted model says after it, up to an end."""
     firsts = contexts.tokens.new_tensor([[place.token] for place in places])
     begun = [torch.cat([place.context, first]) for place, first in zip(places, firsts, strict=True)]
     said = lens.generate(_prompts(begun), _WORDS - 1, progress=progress)

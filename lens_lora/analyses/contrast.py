@@ -229,11 +229,7 @@ def _require_apart(sets: Mapping[str, tuple[Prompts, Int[Tensor, " text"]]]) -> 
 def _chosen(
     rows: Prompts, starts: Int[Tensor, " text"], positions: Any, what: str
 ) -> Bool[Tensor, "text token"]:
-    """The tokens that each text's mean is over.
-
-    Raises:
-        ArgumentError: a text without one.
-    """
+    """The tokens that each text's mean is over."""
     chosen = activation_shift.positions_in(rows, positions, starts)
     empty = (~chosen.any(1)).nonzero().flatten().tolist()
     if empty:

@@ -284,11 +284,7 @@ class _Goal:
         return self.asked.readout.label + (" per token" if self.tokens > 1 else "")
 
     def values(self, gates: _Gates) -> Float[Tensor, " batch"]:
-        """g at these gates. One forward pass.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """g at these gates. One forward pass."""
         return value_at(self.layout, self.asked.reading, gates)
 
     def share(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:

@@ -75,12 +75,7 @@ class Asked:
     _drawn: dict[int, Tensor] = dataclasses.field(default_factory=dict, init=False)
 
     def about(self, readout: Readout) -> Asked:
-        """The same prompts, with a readout. One forward pass of a KL, for the base distribution.
-
-        Raises:
-            ArgumentError: something that is no readout.
-            TokenError: a readout that does not fit the model.
-        """
+        """The same prompts, with a readout. One forward pass of a KL, for the base distribution."""
         reading = bound(readout, self.lens.model, self.prompts)
         if isinstance(readout, KL):
             base = held_logits(self.lens, reading, functools.partial(held, readout, reading), 0.0)
@@ -96,11 +91,7 @@ class Asked:
         return asked
 
     def require_slope_at_base(self) -> Asked:
-        """The question itself, unless its readout has no derivative at ε = 0.
-
-        Raises:
-            ArgumentError: a KL, whose derivative there is zero.
-        """
+        """The question itself, unless its readout has no derivative at ε = 0."""
         if isinstance(self.readout, KL):
             raise ArgumentError(
                 f"{self.readout.label} is least at ε = 0, so its derivative there is zero and says "
@@ -336,9 +327,6 @@ def held_logits(
 
     As many rows are run at a time as there is memory for beside what is held, and are unembedded
     some tokens at a time, straight to where they stay. One forward pass.
-
-    Raises:
-        ArgumentError: they are beyond the bound of the lens.
     """
     prompts = reading.prompts
     slots = [] if prompts.reads is None else [prompts.slots]

@@ -486,9 +486,6 @@ def hessian_products(
     """H v of many directions, a chunk of them at a time, in their order.
 
     Cost: one forward and one backward, and a backward through both for each direction, batched.
-
-    Raises:
-        NumericsError: a product that is not finite, naming the site.
     """
     memory.require_second_order(lens, reading)
     directions = directions.to(at)

@@ -125,11 +125,7 @@ def beginnings(texts: Prompts) -> Int[Tensor, "batch pos"]:
 
 
 def require_second_token(texts: Prompts, what: str) -> None:
-    """Refuse texts of one token: the first is a sink, and left out.
-
-    Raises:
-        PromptError: naming the text.
-    """
+    """Refuse texts of one token: the first is a sink, and left out."""
     short = (texts.lengths < 2).nonzero().flatten().tolist()
     if short:
         raise PromptError(
@@ -139,11 +135,7 @@ def require_second_token(texts: Prompts, what: str) -> None:
 
 
 def require_own_tokens(texts: Prompts) -> None:
-    """Refuse a text that another one begins with: it has no token that the other lacks.
-
-    Raises:
-        PromptError: naming both texts.
-    """
+    """Refuse a text that another one begins with: it has no token that the other lacks."""
     marks = beginnings(texts)
     whole = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
     begins = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
@@ -194,11 +186,7 @@ class DistributionShift:
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
-    """KL and q − p of a shift of the logits.
-
-    Raises:
-        NumericsError: a shift that is not finite.
-    """
+    """KL and q − p of a shift of the logits."""
     require_finite(shift.sum(-1), "the shift of a logit")
     shift.sub_(_mean(p, shift)[..., None])
     if float(shift.amax()) > LARGEST_SHIFT:

@@ -544,9 +544,6 @@ def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Resu
 
     What a result states of its batch as a whole, as the quadrature of a path integral, stays.
     Positions end with the prompt's own tokens.
-
-    Raises:
-        ArgumentError: something that is no result.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise ArgumentError(f"{result!r}: expected a result.")

@@ -185,11 +185,7 @@ def _name(hf_model: PreTrainedModel) -> str:
 
 
 def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
-    """config.json as TransformerLens reads it: GPT-2's context under its old name too.
-
-    Raises:
-        ModelStateError: a path that TransformerLens would take for another family's model.
-    """
+    """config.json as TransformerLens reads it: GPT-2's context under its old name too."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise ModelStateError(

@@ -104,9 +104,6 @@ class Speaker:
         ends: tokens that end a response.
         texts: of each prompt, its tokens and those that were said after it.
         starts: how many of them are the prompt's.
-
-    Raises:
-        SiteError: gates for another number of prompts.
     """
 
     lens: Any
@@ -137,11 +134,7 @@ class Speaker:
         return len(self.said(i)) < self.most and not self.has_ended(i)
 
     def say(self, *, progress: bool) -> Generated:
-        """All that there is to say after each prompt.
-
-        Raises:
-            NumericsError: non-finite logits.
-        """
+        """All that there is to say after each prompt."""
         rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
         together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
         total = len(rows) * self.most
@@ -240,9 +233,6 @@ def side_by_side(
     """Both models' answers to each prompt; None where the context has no room for them.
 
     A response that was generated is the adapted model's. Cost: `generate`, of both in one batch.
-
-    Raises:
-        NumericsError: non-finite logits.
     """
     adapted = response if isinstance(response, Generated) else None
     most = most if adapted is None else max(map(len, adapted.ids))
@@ -268,11 +258,7 @@ def _whole_or_cut(said: Generated) -> list[str]:
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end a response: those given, or what the model's own files say.
-
-    Raises:
-        ArgumentError: what is no id.
-    """
+    """The tokens that end a response: those given, or what the model's own files say."""
     ends = given
     if ends is None:
         base = getattr(model, "original_model", None) if hf_model is None else hf_model
@@ -285,11 +271,7 @@ def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> 
 
 
 def require_room(lens: Any, prompts: Prompts, most: int) -> None:
-    """Check that so many tokens more fit into the context; the last one is not run.
-
-    Raises:
-        PromptError: they do not fit.
-    """
+    """Check that so many tokens more fit into the context; the last one is not run."""
     context = getattr(lens.model.cfg, "n_ctx", None)
     longest = int(prompts.lengths.max())
     if context and longest + most - 1 > context:
