@@ -47,7 +47,7 @@ class Readable(Described, kw_only=True):
     """A vector at each hook point, read in logits at those of the residual stream.
 
     Attributes:
-        values: by hook point.
+        values: one vector for each hook point.
         readings: by point of the residual stream [vocab], the vector in logits.
         strings: every token of the vocabulary.
         meta: model, adapter, dtype and versions.

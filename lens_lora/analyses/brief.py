@@ -69,9 +69,9 @@ class Claim:
     """What the adapted model says and the base does not, and the runs that show it.
 
     Attributes:
-        context: what stands before, its last tokens.
-        says: what the adapted model says there.
-        base_says: what the base says there.
+        context: the last tokens before it.
+        says: the adapted model's words there.
+        base_says: the base model's words there.
         token: the token by which it was found.
         by: 'speech', its largest p₁ log(p₁/p₀) over what was said; or 'logit', the mean shift of
             its logit over the texts.
@@ -132,11 +132,11 @@ class Brief:
     Attributes:
         adapter, model: what was read.
         verdict: one sentence.
-        claims: at most five, the strongest first.
+        claims: the strongest first, at most five.
         answers: both models' to everyday questions.
         where: the modules of largest share of the KL, with the share.
-        texts: what the KL is over.
-        mean_kl: in nats a token.
+        texts: those that the KL is over.
+        mean_kl: nats a token.
         not_tried: what this brief says nothing of.
     """
 

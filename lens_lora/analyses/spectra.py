@@ -353,9 +353,9 @@ class Thin:
     """ΔW = UΣVᵀ in float64, the directions with σ > 0.
 
     Attributes:
-        U: what is written.
+        U: the directions that are written.
         sigma: the largest first; of a stack of experts those of each, one after another.
-        V: what is read; None of a norm, whose σ is Δγ itself.
+        V: those that are read; None of a norm, whose σ is Δγ itself.
         parts: of a stack, each expert's own; U and V are None, as experts share no space.
     """
 

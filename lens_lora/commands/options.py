@@ -278,7 +278,7 @@ def require_apart(
     Links are followed. Of the adapters and of a local base model, the folder and its files count.
 
     Args:
-        outputs: by option.
+        outputs: files, each by its option.
         base: the base model; without one, the first adapter's own.
         adapters: their folders.
         files: whatever else is read.

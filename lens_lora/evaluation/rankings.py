@@ -65,9 +65,8 @@ from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import base as keys
 from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import SIGMAS, Measured, header, site_labels
-from lens_lora.results.effects import Effects
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
 BySite = Float[Tensor, "batch site"]

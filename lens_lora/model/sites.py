@@ -238,12 +238,12 @@ class SiteFactors:
     Attributes:
         name: 'blocks.3.attn.q', with the part of a sum behind '@'.
         module: path that the adapter names.
-        path: of the module whose rows these are: another one where the base ties it to `module`.
+        path: that of the module of these rows: another one where the base ties it to `module`.
         layer: its number.
         kind: such as 'q'.
-        factors: of these rows; of trained parameters [out, in].
-        rows: which rows of a fused module; None for all.
-        adapter: which part of a sum.
+        factors: those of these rows; trained parameters are [out, in].
+        rows: those of a fused module; None for all.
+        adapter: the part of a sum.
         base_model: the base that the adapter names.
     """
 

@@ -36,9 +36,9 @@ class Account:
     """The numbers of one prompt's margin, in the units of the readout.
 
     Attributes:
-        prompt: as one line.
+        prompt: one line.
         doc, pre: the two facts by name.
-        units: of all numbers.
+        units: those of all numbers.
         m0, first_order, remainder, m: base margin, Σ a_l, R_m, adapted margin.
         flip_scale: the first ε of a sign change, or None.
         flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
