@@ -436,11 +436,7 @@ class ConstantPart(OfSites, Pictured):
 
 @alone
 def constant_part(
-    lens: LoraLens,
-    texts: PromptsLike,
-    readout: Readout | None = None,
-    *,
-    progress: bool = True,
+    lens: LoraLens, texts: PromptsLike, readout: Readout | None = None, *, progress: bool = True
 ) -> ConstantPart:
     """How much of each site's δ is one vector, on held-out texts, and what the vectors alone do.
 

@@ -546,10 +546,7 @@ def _drawn(lens: LoraLens, many: Reading, batch: int, also: Visit | None = None)
 
 
 def first_order_noise(
-    lens: LoraLens,
-    draws: Draws,
-    values: Float[Tensor, "draw batch"],
-    slopes: _BySite,
+    lens: LoraLens, draws: Draws, values: Float[Tensor, "draw batch"], slopes: _BySite
 ) -> tuple[_ByPrompt, _ByPrompt]:
     """σ of g(ε) − g(0) near the base, and σ_a. No pass."""
     base, drawn = values[0], torch.cat([draws.values, values[1:].T], 1)
