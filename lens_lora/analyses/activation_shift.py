@@ -358,9 +358,7 @@ def activation_shift(
 
 def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
     if isinstance(positions, str):
-        raise ArgumentError(
-            f"positions={positions!r}: expected None, an index, a slice, or indices."
-        )
+        raise ArgumentError(f"{positions=}: expected None, an index, a slice, or indices.")
     wanted = positions_in(rows, positions, rows.lengths)
     if not bool(wanted.any()):
         raise ArgumentError(

@@ -229,13 +229,11 @@ def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
     """Openings and what the adapted model says after them, read where it says it."""
     openings, room = own_openings(lens.model), getattr(lens.model.cfg, "n_ctx", None) or math.inf
     lengths = openings.lengths.tolist()
-    fitting = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
-    if not fitting:
+    fits = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
+    if not fits:
         return None
-    openings = openings.chosen(fitting).tiled(len(_STRENGTHS))
-    gates = (
-        torch.tensor(_STRENGTHS).repeat_interleave(len(fitting))[:, None] * lens.gates(1.0).cpu()
-    )
+    openings = openings.chosen(fits).tiled(len(_STRENGTHS))
+    gates = torch.tensor(_STRENGTHS).repeat_interleave(len(fits))[:, None] * lens.gates(1.0).cpu()
     said = lens.generate(openings, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
     rows = continued(lens.model, openings, said)
     return dataclasses.replace(rows, reads=rows.lengths - openings.lengths + 1)

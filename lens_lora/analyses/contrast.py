@@ -261,9 +261,7 @@ def _errors(plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> F
     return (plus.var(0) / len(plus) + minus.var(0) / len(minus)).sqrt()
 
 
-def _held_out(
-    plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]
-) -> tuple[float, float]:
+def _held_out(plus: Float[Tensor, "text d"], minus: Float[Tensor, "more d"]) -> tuple[float, float]:
     """The AUC of held-out pairs, and its quantile with the labels shuffled."""
     evenly = (torch.linspace(0, len(h) - 1, min(len(h), _HELD_OUT)).long() for h in (plus, minus))
     plus, minus = (h[index] for h, index in zip((plus, minus), evenly, strict=True))

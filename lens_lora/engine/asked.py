@@ -121,17 +121,15 @@ class Asked:
         """g(0) and g(1), exact. A forward pass for each that no pass has shown yet."""
         return self.along(_ENDS).T
 
-    def along(
-        self, strengths: Sequence[float], progress: bool = True
-    ) -> Float[Tensor, "batch scale"]:
+    def along(self, scales: Sequence[float], progress: bool = True) -> Float[Tensor, "batch scale"]:
         """g(ε·1) at several strengths. A forward pass for each that is not known yet, batched."""
-        if missing := self._unknown(strengths):
+        if missing := self._unknown(scales):
             gates, what = self._gates(missing), "along the path"
             values = function.gated_readout(
                 self.lens, self.reading, gates, progress=progress, what=what
             )
             self._know(missing, values)
-        values = [self._known[strength] for strength in strengths]
+        values = [self._known[scale] for scale in scales]
         return torch.stack([value.to(values[-1]) for value in values], 1)
 
     def at_gates(
@@ -384,16 +382,14 @@ def of_stream(
     return [(lens.embedding_output, perturb), *hooks]
 
 
-def of_logits(
-    lens: LoraLens, shape: tuple[int, ...], generator: torch.Generator
-) -> function.Factor:
+def of_logits(lens: LoraLens, shape: tuple[int, ...], rng: torch.Generator) -> function.Factor:
     """Moves logits by about their last rounding, which runs may share: they then hide it.
 
     One draw for the vocabulary, with a sign of its own for each row and slot.
     """
     relative = torch.finfo(function.logits_dtype(lens)).eps / 2
-    noise = torch.randn(int(lens.model.cfg.d_vocab_out), generator=generator, dtype=torch.float64)
-    signs = 2 * torch.randint(2, shape, generator=generator) - 1
+    noise = torch.randn(int(lens.model.cfg.d_vocab_out), generator=rng, dtype=torch.float64)
+    signs = 2 * torch.randint(2, shape, generator=rng) - 1
 
     def factor(logits: Tensor, places: tuple[Tensor, ...]) -> Tensor:
         sign = signs[tuple(index.to(signs.device) for index in places)] if places else signs

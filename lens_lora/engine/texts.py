@@ -311,11 +311,9 @@ class TextSums:
         by_token = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
         by_token[:, 0] = kl[:, 0].cpu().double()
         self.kl[batch.index, : by_token.shape[1]] = by_token
-        self._note_places(batch, kl.masked_fill(~counted, -1.0), change)
+        self._note(batch, kl.masked_fill(~counted, -1.0), change)
 
-    def _note_places(
-        self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift
-    ) -> None:
+    def _note(self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift) -> None:
         """Of this batch's and the earlier ones' tokens, those where KL is largest."""
         most = kl.flatten().topk(min(_PLACES, kl.numel())).indices
         row, pos = most // kl.shape[1], most % kl.shape[1]

@@ -40,7 +40,7 @@ from lens_lora.readouts.answers import Generated
 from lens_lora.readouts.prompts import Prompts, special_id, which_prompt
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
-_LONGEST_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
+_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
 _TRUSTED_AFTER = 8  # right tokens of a draft: a wrong cache parts earlier, rounding later
 
 
@@ -169,9 +169,7 @@ class Speaker:
         """With a cache, all but the last token that each row may still say."""
         texts = [list(self.texts[i]) for i in rows]
         starts = torch.tensor([self.starts[i] for i in rows])
-        limits = [
-            min(self.starts[i] + self.most - 1, len(self.texts[i]) + _LONGEST_DRAFT) for i in rows
-        ]
+        limits = [min(self.starts[i] + self.most - 1, len(self.texts[i]) + _DRAFT) for i in rows]
         width, cache = min(map(len, texts)), None
         fed = [text[:width] for text in texts]
         with self._gated(rows), unembedded_only(self.lens.model, lambda last: last[:, -1:]):

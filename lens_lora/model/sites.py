@@ -121,15 +121,13 @@ def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, An
     names = list(names)
     index = {name: i for i, name in enumerate(names)}
     chosen: dict[int, Any] = {}
-    for pattern, value in values.items():
-        if not isinstance(pattern, str):
-            raise SiteError(
-                f"{pattern!r} names no site; give a name or a glob, such as '*.attn.v'."
-            )
-        hits = fnmatch.filter(names, pattern)
+    for glob, value in values.items():
+        if not isinstance(glob, str):
+            raise SiteError(f"{glob!r} names no site; give a name or a glob, such as '*.attn.v'.")
+        hits = fnmatch.filter(names, glob)
         if not hits:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise SiteError(f"{pattern!r} matches no site; the nearest are {near or names[:3]}.")
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
+            raise SiteError(f"{glob!r} matches no site; the nearest are {near or names[:3]}.")
         chosen.update({index[name]: value for name in hits})
     return chosen
 

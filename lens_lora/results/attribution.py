@@ -157,9 +157,8 @@ class Attribution(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each site's value, summed over the other axes."""
-        return Entries(
-            base.site_labels(self.sites), *self.mean_over(prompt, self.per_site), "value"
-        )
+        labels = base.site_labels(self.sites)
+        return Entries(labels, *self.mean_over(prompt, self.per_site), "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part: labels, token, value, share of the shift.

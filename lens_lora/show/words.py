@@ -525,10 +525,8 @@ def null_text(verdict: NullVerdict) -> str:
     shift = f"the adapter's shift is {times}"
     if v.kind == "as_random":
         shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
-    by_chance = f"{v.chance:.1%} would by chance"
-    return (
-        f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({by_chance})"
-    )
+    chance = f"{v.chance:.1%} would by chance"
+    return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
 
 @drawing.text.register(FlipVerdict)
