@@ -40,7 +40,7 @@ def log_p(case: cases.Case, row: Tensor) -> tuple[Tensor, Tensor]:
             return case.peft(row[None]).logits[0].log_softmax(-1), adapted
 
 
-def spoken_rows(spoken: ll.Prompts) -> list[tuple[Tensor, range]]:
+def spoken_rows(spoken: ll.results.Prompts) -> list[tuple[Tensor, range]]:
     """Each row without padding, and the positions that are read."""
     rows = []
     for i, (length, reads) in enumerate(zip(spoken.lengths, spoken.reads, strict=True)):
@@ -148,7 +148,7 @@ def test_nothing_is_claimed_that_a_control_reaches():
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:
-    return ll.what_changed(lens, ll.Prompts(*sized()), split=False, **QUIET, **given)
+    return ll.what_changed(lens, ll.results.Prompts(*sized()), split=False, **QUIET, **given)
 
 
 def sized() -> tuple[Tensor, Tensor]:
