@@ -203,10 +203,7 @@ _GEMMA2 = dataclasses.replace(
     _GEMMA,
     architectures=("Gemma2ForCausalLM",),
     ln2="pre_feedforward_layernorm",
-    other_norms={
-        "post_attention_layernorm": "ln1_post",
-        "post_feedforward_layernorm": "ln2_post",
-    },
+    other_norms={"post_attention_layernorm": "ln1_post", "post_feedforward_layernorm": "ln2_post"},
     post_norm=True,
 )
 

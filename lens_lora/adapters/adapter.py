@@ -403,14 +403,12 @@ class Adapter:
             )
         sites = table["site"] if "site" in table.columns else [""] * len(table)
         keys: set[str] = set()
-        for module, site in zip(table["module"], sites, strict=True):
+        for path, site in zip(table["module"], sites, strict=True):
             part = str(site).partition("@")[2]
-            wanted = f"{module}@{part}" if part else module
+            wanted = f"{path}@{part}" if part else path
             hits = {key for key in self.modules if wanted in (key, module_path(key))}
             if not hits:
-                fact = (
-                    f"the table names {module!r} (site {site!r}), which {self.name} does not adapt"
-                )
+                fact = f"the table names {path!r} (site {site!r}), which {self.name} does not adapt"
                 raise SiteError(f"{fact}; was it computed with another adapter?")
             keys |= hits
         return keys

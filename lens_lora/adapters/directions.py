@@ -87,19 +87,12 @@ class Directions:
 
         Args:
             centred: of a space without the direction of ones; the directions are centred first.
-
-        Raises:
-            ArgumentError: a direction that is zero.
         """
         left, sizes, _ = torch.linalg.svd(self.unit(centred=centred).T, full_matrices=False)
         return left[:, sizes > _DEPENDENT * sizes[0]]
 
     def unit(self, *, centred: bool = False) -> Float[Tensor, "direction d"]:
-        """Each of length 1, in float64 on the CPU; `centred` as for `basis`.
-
-        Raises:
-            ArgumentError: a direction that is zero.
-        """
+        """Each of length 1, in float64 on the CPU; `centred` as for `basis`."""
         rows = self.rows.cpu().double()
         whole = rows.norm(dim=1, keepdim=True)
         rows = rows - rows.mean(1, keepdim=True) if centred else rows
@@ -112,11 +105,7 @@ class Directions:
         return rows / sizes
 
     def at(self, name: str, width: int | None = None) -> Directions:
-        """The same, if they lie in the space of a hook point, which is so wide.
-
-        Raises:
-            ArgumentError: another width, or directions of another space.
-        """
+        """The same, if they lie in the space of a hook point, which is so wide."""
         home = self.hook_name
         if home not in (None, name) and not (is_residual(str(home)) and is_residual(name)):
             raise ArgumentError(
@@ -226,12 +215,7 @@ def is_writer(module: str) -> bool | None:
 
 
 def projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFactors:
-    """The update without what it writes, or reads, along the columns of V, [d, few].
-
-    Raises:
-        UnsupportedAdapterError: DoRA, a trained module or bias.
-        AdapterError: another width.
-    """
+    """The update without what it writes, or reads, along the columns of V, [d, few]."""
     factors = plain(path, update)
     width = len(factors.B) if side == "write" else factors.A.shape[1]
     if width != len(V):
@@ -249,11 +233,7 @@ def projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFac
 
 
 def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, float]:
-    """The best approximation of this rank in the Frobenius norm, and its relative error.
-
-    Raises:
-        UnsupportedAdapterError: DoRA, a trained module or bias.
-    """
+    """The best approximation of this rank in the Frobenius norm, and its relative error."""
     factors = plain(path, update)
     if factors.experts > 1:
         parts = factors.by_expert()

@@ -383,16 +383,14 @@ def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
 
 def _require_numbers(tensors: Mapping[str, Any]) -> None:
     """Refuse anything but finite tensors of floating point."""
-    for name, tensor in tensors.items():
+    for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
+            raise AdapterError(f"{key} is a {type(tensor).__name__}; expected a tensor.")
         if tensor.dtype not in _DTYPES:
-            fact = (
-                f"factors must be floating point of 16 bits or more, and {name} is {tensor.dtype}"
-            )
+            fact = f"factors must be floating point of 16 bits or more, and {key} is {tensor.dtype}"
             raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
         if not torch.isfinite(tensor).all():
-            raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
+            raise AdapterError(f"the factors contain NaN or infinite entries (in {key}).")
 
 
 def _require_finite(**values: Any) -> None:

@@ -197,9 +197,8 @@ def _tensors(modules: Updates) -> dict[str, Tensor]:
         for role, suffix in _keys(module, update).items():
             tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
-                tensors[peft_read.PREFIX + path + suffix] = (
-                    tensor.detach().cpu().clone().contiguous()
-                )
+                key = peft_read.PREFIX + path + suffix
+                tensors[key] = tensor.detach().cpu().clone().contiguous()
     return tensors
 
 

@@ -47,7 +47,7 @@ class Readable(Described, kw_only=True):
     """A vector at each hook point, read in logits at those of the residual stream.
 
     Attributes:
-        values: by hook point.
+        values: one vector for each hook point.
         readings: by point of the residual stream [vocab], the vector in logits.
         strings: every token of the vocabulary.
         meta: model, adapter, dtype and versions.
@@ -250,11 +250,7 @@ class ActivationShift(Readable, Drawn):
 
 
 def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
-    """The cosine of the vector at each hook point with directions.
-
-    Raises:
-        ArgumentError: directions of another width or space, or none at a point.
-    """
+    """The cosine of the vector at each hook point with directions."""
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
         is_lens = isinstance(source, LoraLens)
@@ -362,9 +358,7 @@ def activation_shift(
 
 def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
     if isinstance(positions, str):
-        raise ArgumentError(
-            f"positions={positions!r}: expected None, an index, a slice, or indices."
-        )
+        raise ArgumentError(f"{positions=}: expected None, an index, a slice, or indices.")
     wanted = positions_in(rows, positions, rows.lengths)
     if not bool(wanted.any()):
         raise ArgumentError(

@@ -264,11 +264,7 @@ class Activations(OfSites):
         return pd.DataFrame([both | row for both, row in zip(labels, values, strict=True)])
 
     def _once(self, positions: Positions, sinks: bool) -> Bool[Tensor, "batch token"]:
-        """The tokens at these positions, each with all before it once.
-
-        Raises:
-            ArgumentError: none.
-        """
+        """The tokens at these positions, each with all before it once."""
         chosen = text_tokens.require_some(positions, self._chosen(positions, sinks))
         once = first_of_each(self.beginnings.numpy(), chosen)
         return torch.from_numpy(once).to(self.values.device)
@@ -440,11 +436,7 @@ class ConstantPart(OfSites, Pictured):
 
 @alone
 def constant_part(
-    lens: LoraLens,
-    texts: PromptsLike,
-    readout: Readout | None = None,
-    *,
-    progress: bool = True,
+    lens: LoraLens, texts: PromptsLike, readout: Readout | None = None, *, progress: bool = True
 ) -> ConstantPart:
     """How much of each site's δ is one vector, on held-out texts, and what the vectors alone do.
 

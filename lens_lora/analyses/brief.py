@@ -69,9 +69,9 @@ class Claim:
     """What the adapted model says and the base does not, and the runs that show it.
 
     Attributes:
-        context: what stands before, its last tokens.
-        says: what the adapted model says there.
-        base_says: what the base says there.
+        context: the last tokens before it.
+        says: the adapted model's words there.
+        base_says: the base model's words there.
         token: the token by which it was found.
         by: 'speech', its largest p₁ log(p₁/p₀) over what was said; or 'logit', the mean shift of
             its logit over the texts.
@@ -132,11 +132,11 @@ class Brief:
     Attributes:
         adapter, model: what was read.
         verdict: one sentence.
-        claims: at most five, the strongest first.
+        claims: the strongest first, at most five.
         answers: both models' to everyday questions.
         where: the modules of largest share of the KL, with the share.
-        texts: what the KL is over.
-        mean_kl: in nats a token.
+        texts: those that the KL is over.
+        mean_kl: nats a token.
         not_tried: what this brief says nothing of.
     """
 
@@ -193,9 +193,6 @@ def claims_of(
     """The claims of an adapter beside null adapters at their scales; none without null adapters.
 
     `shifts` are mean shifts of the logits over texts, the adapter's first, then the nulls'.
-
-    Raises:
-        NumericsError: non-finite logits.
     """
     spoken = _spoken(lens, seed, progress) if nulls else None
     if spoken is None:
@@ -233,13 +230,11 @@ def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
     """Openings and what the adapted model says after them, read where it says it."""
     openings, room = own_openings(lens.model), getattr(lens.model.cfg, "n_ctx", None) or math.inf
     lengths = openings.lengths.tolist()
-    fitting = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
-    if not fitting:
+    fits = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
+    if not fits:
         return None
-    openings = openings.chosen(fitting).tiled(len(_STRENGTHS))
-    gates = (
-        torch.tensor(_STRENGTHS).repeat_interleave(len(fitting))[:, None] * lens.gates(1.0).cpu()
-    )
+    openings = openings.chosen(fits).tiled(len(_STRENGTHS))
+    gates = torch.tensor(_STRENGTHS).repeat_interleave(len(fits))[:, None] * lens.gates(1.0).cpu()
     said = lens.generate(openings, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
     rows = continued(lens.model, openings, said)
     return dataclasses.replace(rows, reads=rows.lengths - openings.lengths + 1)
@@ -328,7 +323,7 @@ def _prompts(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 def _words(
     lens: LoraLens, contexts: Prompts, places: Sequence[_Place], progress: bool
 ) -> list[Int[Tensor, " token"]]:
-    """Each candidate; by speech also the likeliest tokens after it, up to an end."""
+    """Each candidate; by speech also what the adapted model says after it, up to an end."""
     firsts = contexts.tokens.new_tensor([[place.token] for place in places])
     begun = [torch.cat([place.context, first]) for place, first in zip(places, firsts, strict=True)]
     said = lens.generate(_prompts(begun), _WORDS - 1, progress=progress)

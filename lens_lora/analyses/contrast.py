@@ -229,11 +229,7 @@ def _require_apart(sets: Mapping[str, tuple[Prompts, Int[Tensor, " text"]]]) -> 
 def _chosen(
     rows: Prompts, starts: Int[Tensor, " text"], positions: Any, what: str
 ) -> Bool[Tensor, "text token"]:
-    """The tokens that each text's mean is over.
-
-    Raises:
-        ArgumentError: a text without one.
-    """
+    """The tokens that each text's mean is over."""
     chosen = activation_shift.positions_in(rows, positions, starts)
     empty = (~chosen.any(1)).nonzero().flatten().tolist()
     if empty:
@@ -265,9 +261,7 @@ def _errors(plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> F
     return (plus.var(0) / len(plus) + minus.var(0) / len(minus)).sqrt()
 
 
-def _held_out(
-    plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]
-) -> tuple[float, float]:
+def _held_out(plus: Float[Tensor, "text d"], minus: Float[Tensor, "more d"]) -> tuple[float, float]:
     """The AUC of held-out pairs, and its quantile with the labels shuffled."""
     evenly = (torch.linspace(0, len(h) - 1, min(len(h), _HELD_OUT)).long() for h in (plus, minus))
     plus, minus = (h[index] for h, index in zip((plus, minus), evenly, strict=True))

@@ -41,9 +41,8 @@ from lens_lora.model.sites import Group, Groups, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import Entries, Measured, Ranked, header, key_of, long_table, tokens_at
-from lens_lora.results.effects import Effects
 
 Readers = Literal["block", "head"]
 _ARROW = " → "

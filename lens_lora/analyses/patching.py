@@ -50,8 +50,8 @@ from lens_lora.model.sites import Group, Groups, Names, chosen_sites, group_site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
+from lens_lora.results.attribution import Effects, patching_result
 from lens_lora.results.base import Entries, Ranked, header, long_table, only_prompt, tokens_at
-from lens_lora.results.effects import Effects, patching_result
 
 How = Literal["add_one", "leave_one_out"]
 Of = Literal["site", "rank"]

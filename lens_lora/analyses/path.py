@@ -552,11 +552,9 @@ class _Trail:
         )
 
 
-def _share(
-    size: Float[Tensor, " batch"], shift: Float[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """size / shift; zero where the size is, infinite where only the shift is zero."""
-    return torch.where(size == 0, torch.zeros_like(size), size / shift)
+def _share(size: Float[Tensor, " batch"], unit: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """size / unit; zero where the size is, infinite where only the unit is zero."""
+    return torch.where(size == 0, torch.zeros_like(size), size / unit)
 
 
 def _is_stuck(past: list[Tensor]) -> Tensor:

@@ -231,9 +231,7 @@ def repair(
     if not 0 < keep_share <= 1:
         raise ArgumentError(f"keep_share={keep_share:g}: expected a share above 0, at most 1.")
     if rate <= 0 or price < 0:
-        raise ArgumentError(
-            f"rate={rate:g}, price={price:g}: expected a rate above 0, a price ≥ 0."
-        )
+        raise ArgumentError(f"{rate=:g}, {price=:g}: expected a rate above 0, a price ≥ 0.")
     steps, draws, seed = whole("steps", steps, 1), whole("draws", draws, 1), whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
@@ -284,11 +282,7 @@ class _Goal:
         return self.asked.readout.label + (" per token" if self.tokens > 1 else "")
 
     def values(self, gates: _Gates) -> Float[Tensor, " batch"]:
-        """g at these gates. One forward pass.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """g at these gates. One forward pass."""
         return value_at(self.layout, self.asked.reading, gates)
 
     def share(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:

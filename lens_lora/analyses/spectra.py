@@ -230,11 +230,7 @@ class AdapterSummary(Result):
 
 
 def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
-    """Spectrum and size of every update. No forward pass.
-
-    Raises:
-        ModelStateError: the lens' model was processed.
-    """
+    """Spectrum and size of every update. No forward pass."""
     covered = () if lens is None else _site_spectra(lens)
     in_lens = {} if lens is None else lens.adapter.modules
     of_sites = {row.module for row in covered}
@@ -256,11 +252,7 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
 
 
 def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
-    """One for each site of an unprocessed model, in the order of a forward pass.
-
-    Raises:
-        ModelStateError: the model was processed.
-    """
+    """One for each site of an unprocessed model, in the order of a forward pass."""
     host, rows = host_of(lens.model), list[Spectrum]()
     for site_update in lens.plan.updates:
         site, update = site_update.site, site_update.update
@@ -336,11 +328,7 @@ def _target(key: str) -> str:
 
 
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
-    """The adapter's modules that a hooked model lacks, by name alone.
-
-    Raises:
-        ModelStateError: no hooked model, or one of a family that is not supported.
-    """
+    """The adapter's modules that a hooked model lacks, by name alone."""
     host = host_of(model)
     places = {key: host.family.place(key.partition("@")[0]) for key in adapter.modules}
     return tuple(
@@ -365,9 +353,9 @@ class Thin:
     """ΔW = UΣVᵀ in float64, the directions with σ > 0.
 
     Attributes:
-        U: what is written.
+        U: the directions that are written.
         sigma: the largest first; of a stack of experts those of each, one after another.
-        V: what is read; None of a norm, whose σ is Δγ itself.
+        V: those that are read; None of a norm, whose σ is Δγ itself.
         parts: of a stack, each expert's own; U and V are None, as experts share no space.
     """
 

@@ -105,10 +105,8 @@ ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
 ]
 QuietOption = Annotated[bool, "No progress on stderr."]
-_PROMPTS = (
-    "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
-)
-PromptsFile = Annotated[Path | None, input_file(_PROMPTS)]
+_FILE = "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
+PromptsFile = Annotated[Path | None, input_file(_FILE)]
 
 # --- Prompts and their answers
 
@@ -278,7 +276,7 @@ def require_apart(
     Links are followed. Of the adapters and of a local base model, the folder and its files count.
 
     Args:
-        outputs: by option.
+        outputs: files, each by its option.
         base: the base model; without one, the first adapter's own.
         adapters: their folders.
         files: whatever else is read.

@@ -109,11 +109,7 @@ def verify(
 
 
 def _read(file: Path) -> list[tuple[Any, ...]]:
-    """The fields of an `Expectation` for each line.
-
-    Raises:
-        LensLoraError: a line that is no expectation, by its number.
-    """
+    """The fields of an `Expectation` for each line."""
     if file.suffix.lower() != ".jsonl":
         raise LensLoraError(f"{file}: expected a file that ends in .jsonl.")
     records = read_records(file)

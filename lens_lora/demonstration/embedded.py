@@ -107,9 +107,6 @@ def load_embedded(
     """The embedded model on the CPU in evaluation mode, and its tokenizer.
 
     The first call converts the model: see `embedded_model_folder`.
-
-    Raises:
-        EmbeddedModelError: as for `embedded_model_folder`.
     """
     folder = embedded_model_folder(quiet=quiet)
     with without_bars():

@@ -73,11 +73,7 @@ class Seen:
 
 
 def in_gauge(lens: LoraLens, gauge: Gauge) -> LoraLens:
-    """The same function f(ε), each rank space in the coordinates of the gauge.
-
-    Raises:
-        ArgumentError: another gauge.
-    """
+    """The same function f(ε), each rank space in the coordinates of the gauge."""
     if word("gauge", gauge, get_args(Gauge)) == "trained":
         return lens
     other = copy.copy(lens)
@@ -86,11 +82,7 @@ def in_gauge(lens: LoraLens, gauge: Gauge) -> LoraLens:
 
 
 def activation_ranks(lens: LoraLens, sites: Sequence[int], gauge: Gauge) -> tuple[int, ...]:
-    """The number of coordinates of each of these sites; a change of bias has none.
-
-    Raises:
-        UnsupportedAdapterError: a site without a rank space, or without A of its own as trained.
-    """
+    """The number of coordinates of each of these sites; a change of bias has none."""
     return tuple(_rank(lens.plan.updates[site], gauge) for site in sites)
 
 
@@ -266,11 +258,7 @@ def mean_over(
     gates: Float[Tensor, " site"],
     reading: Reading,
 ) -> StandIn:
-    """The mean of each site's u over the texts' counted tokens, none of them a first one.
-
-    Raises:
-        PromptError: no text has a second token, or a row has none.
-    """
+    """The mean of each site's u over the texts' counted tokens, none of them a first one."""
     if not bool(counted.any()):
         raise PromptError(
             "texts: none has a token after its first, which is left out of the mean as a sink; "
@@ -367,11 +355,7 @@ _Keeper = Callable[[int, Tensor], None]
 
 
 def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _Keeper) -> None:
-    """Run the texts at these gates, and hand each injection's u to `keep`.
-
-    Raises:
-        UnsupportedAdapterError: a stack of experts, of which other tokens reach others.
-    """
+    """Run the texts at these gates, and hand each injection's u to `keep`."""
     for site, delta in zip(lens.sites, lens.maps, strict=True):
         if isinstance(delta, ExpertMap):
             raise UnsupportedAdapterError(
@@ -413,11 +397,7 @@ class Points:
 
 
 def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
-    """Refuse sites that have no ranks.
-
-    Raises:
-        ArgumentError: a norm.
-    """
+    """Refuse norms, which have no ranks."""
     for index in sites:
         if isinstance(lens.plan.updates[index].update, NormUpdate):
             raise ArgumentError(
@@ -435,11 +415,7 @@ def replaced_readout(
     progress: bool,
     what: str,
 ) -> Float[Tensor, "batch point"]:
-    """g of every prompt in every run. At most a forward pass a point, batched.
-
-    Raises:
-        NumericsError: a non-finite readout.
-    """
+    """g of every prompt in every run. At most a forward pass a point, batched."""
 
     def inject(states: Float[Tensor, "row site"], rows: Int[Tensor, " row"]) -> Inject:
         return _ReplaceInject(lens, dataclasses.replace(points, states=states), rows, stand_in)
@@ -563,11 +539,7 @@ def layout_of(lens: LoraLens, of: Of) -> GateLayout:
 def value_at(
     layout: GateLayout, reading: Reading, gates: Float[Tensor, " gate"]
 ) -> Float[Tensor, " batch"]:
-    """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass.
-
-    Raises:
-        NumericsError: a non-finite readout.
-    """
+    """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass."""
     by_site, unit = layout.by_site(gates), gates.new_ones(())
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor:

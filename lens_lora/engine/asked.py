@@ -75,12 +75,7 @@ class Asked:
     _drawn: dict[int, Tensor] = dataclasses.field(default_factory=dict, init=False)
 
     def about(self, readout: Readout) -> Asked:
-        """The same prompts, with a readout. One forward pass of a KL, for the base distribution.
-
-        Raises:
-            ArgumentError: something that is no readout.
-            TokenError: a readout that does not fit the model.
-        """
+        """The same prompts, with a readout. One forward pass of a KL, for the base distribution."""
         reading = bound(readout, self.lens.model, self.prompts)
         if isinstance(readout, KL):
             base = held_logits(self.lens, reading, functools.partial(held, readout, reading), 0.0)
@@ -96,11 +91,7 @@ class Asked:
         return asked
 
     def require_slope_at_base(self) -> Asked:
-        """The question itself, unless its readout has no derivative at ε = 0.
-
-        Raises:
-            ArgumentError: a KL, whose derivative there is zero.
-        """
+        """The question itself, unless its readout has no derivative at ε = 0."""
         if isinstance(self.readout, KL):
             raise ArgumentError(
                 f"{self.readout.label} is least at ε = 0, so its derivative there is zero and says "
@@ -130,17 +121,15 @@ class Asked:
         """g(0) and g(1), exact. A forward pass for each that no pass has shown yet."""
         return self.along(_ENDS).T
 
-    def along(
-        self, strengths: Sequence[float], progress: bool = True
-    ) -> Float[Tensor, "batch scale"]:
+    def along(self, scales: Sequence[float], progress: bool = True) -> Float[Tensor, "batch scale"]:
         """g(ε·1) at several strengths. A forward pass for each that is not known yet, batched."""
-        if missing := self._unknown(strengths):
+        if missing := self._unknown(scales):
             gates, what = self._gates(missing), "along the path"
             values = function.gated_readout(
                 self.lens, self.reading, gates, progress=progress, what=what
             )
             self._know(missing, values)
-        values = [self._known[strength] for strength in strengths]
+        values = [self._known[scale] for scale in scales]
         return torch.stack([value.to(values[-1]) for value in values], 1)
 
     def at_gates(
@@ -336,9 +325,6 @@ def held_logits(
 
     As many rows are run at a time as there is memory for beside what is held, and are unembedded
     some tokens at a time, straight to where they stay. One forward pass.
-
-    Raises:
-        ArgumentError: they are beyond the bound of the lens.
     """
     prompts = reading.prompts
     slots = [] if prompts.reads is None else [prompts.slots]
@@ -396,16 +382,14 @@ def of_stream(
     return [(lens.embedding_output, perturb), *hooks]
 
 
-def of_logits(
-    lens: LoraLens, shape: tuple[int, ...], generator: torch.Generator
-) -> function.Factor:
+def of_logits(lens: LoraLens, shape: tuple[int, ...], rng: torch.Generator) -> function.Factor:
     """Moves logits by about their last rounding, which runs may share: they then hide it.
 
     One draw for the vocabulary, with a sign of its own for each row and slot.
     """
     relative = torch.finfo(function.logits_dtype(lens)).eps / 2
-    noise = torch.randn(int(lens.model.cfg.d_vocab_out), generator=generator, dtype=torch.float64)
-    signs = 2 * torch.randint(2, shape, generator=generator) - 1
+    noise = torch.randn(int(lens.model.cfg.d_vocab_out), generator=rng, dtype=torch.float64)
+    signs = 2 * torch.randint(2, shape, generator=rng) - 1
 
     def factor(logits: Tensor, places: tuple[Tensor, ...]) -> Tensor:
         sign = signs[tuple(index.to(signs.device) for index in places)] if places else signs
@@ -558,10 +542,7 @@ def _drawn(lens: LoraLens, many: Reading, batch: int, also: Visit | None = None)
 
 
 def first_order_noise(
-    lens: LoraLens,
-    draws: Draws,
-    values: Float[Tensor, "draw batch"],
-    slopes: _BySite,
+    lens: LoraLens, draws: Draws, values: Float[Tensor, "draw batch"], slopes: _BySite
 ) -> tuple[_ByPrompt, _ByPrompt]:
     """σ of g(ε) − g(0) near the base, and σ_a. No pass."""
     base, drawn = values[0], torch.cat([draws.values, values[1:].T], 1)

@@ -182,14 +182,12 @@ class _Passes:
                 products.rows = 1
         return torch.stack(logits)
 
-    def _widened(
-        self, logits: Float[Tensor, "part *own vocab"]
-    ) -> Float[Tensor, "part *slot vocab"]:
+    def _widened(self, out: Float[Tensor, "part *own vocab"]) -> Float[Tensor, "part *slot vocab"]:
         """With as many slots as the longest response of the batch; the last one is repeated."""
         if self.prompts.reads is None:
-            return logits
-        slots = torch.arange(self.prompts.slots, device=logits.device)
-        return logits[:, slots.clamp(max=logits.shape[1] - 1)]
+            return out
+        slots = torch.arange(self.prompts.slots, device=out.device)
+        return out[:, slots.clamp(max=out.shape[1] - 1)]
 
     def _growing(self, parts: Sequence[Part], products: OneProduct) -> list[tuple[str, HookFn]]:
         """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
@@ -331,9 +329,7 @@ class TokenTangents:
         self.value: Tensor | None = None
         self._covectors: Tensor | None = None
 
-    def __call__(
-        self, rows: Float[Tensor, "row part slot wide"]
-    ) -> Float[Tensor, "row part token"]:
+    def __call__(self, rows: Float[Tensor, "row part slot d"]) -> Float[Tensor, "row part token"]:
         """Of what a dual pass ends with."""
         return self._of_final(rows) if self.final else self._of_logits(rows)
 
@@ -486,9 +482,6 @@ def hessian_products(
     """H v of many directions, a chunk of them at a time, in their order.
 
     Cost: one forward and one backward, and a backward through both for each direction, batched.
-
-    Raises:
-        NumericsError: a product that is not finite, naming the site.
     """
     memory.require_second_order(lens, reading)
     directions = directions.to(at)

@@ -163,7 +163,7 @@ def _subtract(a: Any, da: Any, b: Any, db: Any) -> _Moved:
     return a - b, -db if da is None else da.clone()
 
 
-def _multiply(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+def _times(a: Any, da: Any, b: Any, db: Any) -> _Moved:
     return a * b, da * _alone(b) if da is not None else _alone(a) * db
 
 
@@ -317,9 +317,7 @@ _RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys((torch.softmax, Tensor.softmax, functional.softmax), _softmax),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _pointwise(_add)),
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _pointwise(_subtract)),
-    **dict.fromkeys(
-        (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _pointwise(_multiply)
-    ),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _pointwise(_times)),
     **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _pointwise(_divide)),
 }
 

@@ -493,11 +493,6 @@ def patched_edges(
 ) -> Float[Tensor, "batch pair"]:
     """How g at this scale changes where one reader alone sees what a switch of one site's gate
     makes of its branch, for pairs (site, reader). At most a forward pass a pair, batched.
-
-    Raises:
-        ArgumentError: a reader that is not downstream of the site.
-        SiteError: a reader that the model lacks.
-        NumericsError: a non-finite readout.
     """
     groups, values = memory.pass_groups(lens, reading), []
     with bar_of(len(pairs) * len(groups), progress, "path patches") as bar:

@@ -278,9 +278,6 @@ def gated_readout(
     At most as many forward passes as points, batched. Points of all prompts that share their gates
     in the first layers share the work there, where the model's blocks allow it: adding, or leaving
     out, every site in turn costs half.
-
-    Raises:
-        NumericsError: a non-finite readout.
     """
     gates = gates.to(lens.device, lens.gate_dtype)
     inject = inject or (lambda gates, _: ScaleInject(lens.plan, gates))
@@ -388,11 +385,7 @@ def row_by_row(
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        NumericsError: some value is not finite.
-    """
+    """Refuse NaN and infinity."""
     if not torch.isfinite(values).all():
         raise NumericsError(
             f"{what} is not finite; lens.logits(prompts) names the first hook point at which the "

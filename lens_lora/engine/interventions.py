@@ -167,11 +167,7 @@ def patched_readout(
     scale: Scale,
     progress: bool,
 ) -> Float[Tensor, "batch patch"]:
-    """g of the model at `scale` under each patch. At most one forward pass a patch, batched.
-
-    Raises:
-        NumericsError: a non-finite readout.
-    """
+    """g of the model at `scale` under each patch. At most one forward pass a patch, batched."""
     layers = torch.tensor([donor.layers[patch.name] for patch in patches])
     order = layers.argsort(stable=True)
     within = order[layers[order] >= 0]
@@ -324,11 +320,7 @@ def _noisy(tensor: Tensor) -> Tensor:
 def require_positions(
     lens: LoraLens, prompts: Prompts, donor: Recording, points: Sequence[str], scale: float
 ) -> None:
-    """Refuse points whose second axis is not the position, of which one token has one entry.
-
-    Raises:
-        ModelStateError: naming the point and its shape.
-    """
+    """Refuse points whose second axis is not the position, of which one token has one entry."""
     token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
     short, count = record(lens, token, scale, points), prompts.tokens.shape[1]
     for name in points:
@@ -348,11 +340,7 @@ def require_positions(
 def head_parts(
     lens: LoraLens, donor: Recording, points: Iterable[str]
 ) -> dict[str, list[Bool[Tensor, "row 1 feature"]]]:
-    """Of each hook point where each head is, for `Patch`.
-
-    Raises:
-        ModelStateError: a point that is none of q, k, v and z, or of heads laid out otherwise.
-    """
+    """Of each hook point where each head is, for `Patch`."""
     hooked, known, width = lens.model.hook_dict, head_points(lens), lens.heads.d_head
     kinds = {id(hooked[point]): kind for point, kind in known.items()}
     parts: dict[str, list[Tensor]] = {}
@@ -403,19 +391,11 @@ class HeadMasks:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """'blocks.3.attn.hook_z[5]', in the order of a mask.
-
-        Raises:
-            ModelStateError: a block whose heads are laid out otherwise.
-        """
+        """'blocks.3.attn.hook_z[5]', in the order of a mask."""
         return tuple(f"{name}[{i}]" for name, count in self._heads.items() for i in range(count))
 
     def values(self, masks: Float[Tensor, "point head"]) -> Float[Tensor, "batch point"]:
-        """g under each mask. At most a forward pass a mask, batched.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """g under each mask. At most a forward pass a mask, batched."""
         lens, values = self.lens, list[Tensor]()
         for group, donor in self._runs:
             chunks: list[Tensor] = []
@@ -428,11 +408,7 @@ class HeadMasks:
         return torch.cat(values)
 
     def slopes(self, mask: Float[Tensor, " head"]) -> Float[Tensor, "batch head"]:
-        """∂g/∂m. One forward and one backward pass.
-
-        Raises:
-            NumericsError: a slope that is not finite.
-        """
+        """∂g/∂m. One forward and one backward pass."""
         lens, slopes = self.lens, list[Tensor]()
         for group, donor in self._runs:
             by_row = mask.repeat(len(group.owner), 1).requires_grad_()

@@ -65,11 +65,7 @@ Mode = Literal["auto", "forward", "reverse"]
 def chosen_mode(
     mode: Mode, lens: LoraLens, readouts: int, starts: Sequence[int] | None = None
 ) -> Literal["forward", "reverse"]:
-    """The given mode; for 'auto' the one that takes less work for so many readouts.
-
-    Raises:
-        ArgumentError: another mode.
-    """
+    """The given mode; for 'auto' the one that takes less work for so many readouts."""
     word("mode", mode, get_args(Mode))
     if mode != "auto":
         return mode
@@ -147,11 +143,7 @@ def directions_at_once(prompts: Prompts) -> int:
 
 
 def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
-    """The prompts in groups whose forward and backward pass is within the bound of the lens.
-
-    Raises:
-        ArgumentError: one row takes more.
-    """
+    """The prompts in groups whose forward and backward pass is within the bound of the lens."""
     return _groups(reading, rows_of_graph(lens, reading))
 
 
@@ -163,9 +155,6 @@ def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
 def edge_groups(lens: LoraLens, reading: Reading, rows: int, heads: int) -> list[Reading]:
     """The prompts in groups of which so many copies make one dual pass, within the bound of the
     lens together with the gradients at every reader: an MLP, and attention by so many heads.
-
-    Raises:
-        ArgumentError: one prompt takes more.
     """
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
     gradients = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * host.n_layers * (1 + heads)
@@ -197,11 +186,7 @@ def _bounded(tokens: int, run: Run, rows: int | None) -> int:
 
 
 def tangents_at_once(lens: LoraLens, run: Prompts, *, read: int) -> int:
-    """How many tangents of what is run make one pass, with the logits of `read` prompts, or none.
-
-    Raises:
-        ArgumentError: the bound of the lens is less than one tangent takes.
-    """
+    """How many tangents of what is run make one pass, with the logits of `read` prompts or none."""
     return _derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
 
 
@@ -261,21 +246,13 @@ def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
 
 
 def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
-    """How many rows of a pass without a graph are within the bound; None where there is none.
-
-    Raises:
-        ArgumentError: not even one.
-    """
+    """How many rows of a pass without a graph are within the bound; None where there is none."""
     what = "a forward pass of one prompt"
     return _rows(lens, run, lambda need: (need.in_pass, need.always + need.picked), what)
 
 
 def rows_of_graph(lens: LoraLens, run: Run) -> int | None:
-    """How many rows go forward and back at once within the bound, blocks run again where needed.
-
-    Raises:
-        ArgumentError: not even one.
-    """
+    """How many rows go forward and back at once within the bound, blocks run again where needed."""
 
     def sizes(need: _Need) -> tuple[float, float]:
         return min(need.of_rerun, need.of_graph), need.always + need.graphed
@@ -284,11 +261,7 @@ def rows_of_graph(lens: LoraLens, run: Run) -> int | None:
 
 
 def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
-    """Check that all rows go forward and back at once within the bound.
-
-    Raises:
-        ArgumentError: they do not.
-    """
+    """Check that all rows go forward and back at once within the bound."""
     fitting, rows = rows_of_graph(lens, run), len(prompts_of(run).tokens)
     if fitting is not None and fitting < rows:
         raise ArgumentError(
@@ -298,11 +271,7 @@ def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
 
 
 def require_graph(lens: LoraLens, run: Run) -> None:
-    """Check that a graph of all rows, whose blocks do not run again, is within the bound.
-
-    Raises:
-        ArgumentError: it is not.
-    """
+    """Check that a graph of all rows, whose blocks do not run again, is within the bound."""
     require_rows_of_graph(lens, run)
     if must_rerun(lens, run):
         raise ArgumentError(
@@ -312,11 +281,7 @@ def require_graph(lens: LoraLens, run: Run) -> None:
 
 
 def require_second_order(lens: LoraLens, run: Run) -> None:
-    """Check that the graph of a second derivative, which is kept whole, is within the bound.
-
-    Raises:
-        ArgumentError: it is not.
-    """
+    """Check that the graph of a second derivative, which is kept whole, is within the bound."""
 
     def sizes(need: _Need) -> tuple[float, float]:
         of_rows = len(prompts_of(run).tokens) * need.of_graph + need.graphed
@@ -326,11 +291,7 @@ def require_second_order(lens: LoraLens, run: Run) -> None:
 
 
 def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> None:
-    """Check that the tangents of these hook points, which are all kept, are within the bound.
-
-    Raises:
-        ArgumentError: they are not.
-    """
+    """Check that the tangents of these hook points, which are all kept, are within the bound."""
     if lens.max_memory is None:
         return
     cfg, longest = lens.model.cfg, prompts.tokens.shape[1]

@@ -125,11 +125,7 @@ def beginnings(texts: Prompts) -> Int[Tensor, "batch pos"]:
 
 
 def require_second_token(texts: Prompts, what: str) -> None:
-    """Refuse texts of one token: the first is a sink, and left out.
-
-    Raises:
-        PromptError: naming the text.
-    """
+    """Refuse texts of one token: the first is a sink, and left out."""
     short = (texts.lengths < 2).nonzero().flatten().tolist()
     if short:
         raise PromptError(
@@ -139,11 +135,7 @@ def require_second_token(texts: Prompts, what: str) -> None:
 
 
 def require_own_tokens(texts: Prompts) -> None:
-    """Refuse a text that another one begins with: it has no token that the other lacks.
-
-    Raises:
-        PromptError: naming both texts.
-    """
+    """Refuse a text that another one begins with: it has no token that the other lacks."""
     marks = beginnings(texts)
     whole = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
     begins = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
@@ -194,11 +186,7 @@ class DistributionShift:
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
-    """KL and q − p of a shift of the logits.
-
-    Raises:
-        NumericsError: a shift that is not finite.
-    """
+    """KL and q − p of a shift of the logits."""
     require_finite(shift.sum(-1), "the shift of a logit")
     shift.sub_(_mean(p, shift)[..., None])
     if float(shift.amax()) > LARGEST_SHIFT:
@@ -323,11 +311,9 @@ class TextSums:
         by_token = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
         by_token[:, 0] = kl[:, 0].cpu().double()
         self.kl[batch.index, : by_token.shape[1]] = by_token
-        self._note_places(batch, kl.masked_fill(~counted, -1.0), change)
+        self._note(batch, kl.masked_fill(~counted, -1.0), change)
 
-    def _note_places(
-        self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift
-    ) -> None:
+    def _note(self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift) -> None:
         """Of this batch's and the earlier ones' tokens, those where KL is largest."""
         most = kl.flatten().topk(min(_PLACES, kl.numel())).indices
         row, pos = most // kl.shape[1], most % kl.shape[1]

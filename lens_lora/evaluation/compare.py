@@ -69,9 +69,8 @@ from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import group_sites
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
-from lens_lora.results.effects import Effects
 
 _INTERVAL = (2.5, 97.5)  # percentiles
 STATISTICS = (

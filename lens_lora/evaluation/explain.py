@@ -60,9 +60,8 @@ from lens_lora.readouts import answers as readouts
 from lens_lora.readouts.answers import AnswerLike, items_of, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import Paged
-from lens_lora.results.effects import Effects
 
 _MODULES, _SAID, _MOVED = 8, 5, 8  # modules, next tokens and tokens of a response that are shown
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
@@ -544,9 +543,6 @@ def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Resu
 
     What a result states of its batch as a whole, as the quadrature of a path integral, stays.
     Positions end with the prompt's own tokens.
-
-    Raises:
-        ArgumentError: something that is no result.
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise ArgumentError(f"{result!r}: expected a result.")

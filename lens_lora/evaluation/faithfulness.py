@@ -394,11 +394,7 @@ def _switched_on(order: Int[Tensor, "batch site"], counts: Counts) -> Tensor:
 
 
 def _require_few(sites: int, judged: Asked | None) -> None:
-    """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable.
-
-    Raises:
-        ArgumentError: more than `MOST_GREEDY` sites, naming the cost; prompts that are held out.
-    """
+    """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable."""
     if judged is not None:
         raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
     if sites > MOST_GREEDY:

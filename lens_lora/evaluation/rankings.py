@@ -65,9 +65,8 @@ from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import base as keys
 from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import SIGMAS, Measured, header, site_labels
-from lens_lora.results.effects import Effects
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
 BySite = Float[Tensor, "batch site"]
@@ -75,11 +74,7 @@ Over = Literal["sites", "heads"]
 
 
 def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
-    """{name: score}; a single attribution or effect goes by its key, a tensor by 'given'.
-
-    Raises:
-        ArgumentError: a name that a baseline has, or nothing to rank by.
-    """
+    """{name: score}; a single attribution or effect goes by its key, a tensor by 'given'."""
     if isinstance(attribution, Attribution | Effects):
         return {attribution.key: attribution}
     if isinstance(attribution, Tensor):
@@ -96,11 +91,7 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
 
 
 def scores_towards(asked: Asked, given: Mapping[str, Scores], baselines: bool) -> dict[str, BySite]:
-    """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g.
-
-    Raises:
-        ArgumentError: scores of something else.
-    """
+    """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g."""
     base, adapted = asked.ends
     towards = (adapted - base).sign()[:, None].to(float64_device(asked.lens.device))
     scores = {name: _values_of(name, score, asked) * towards for name, score in given.items()}
@@ -492,11 +483,7 @@ class _Search:
         self.forwards, self.gradients = 0, 0
 
     def kept(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, " point"]:
-        """kept(ε) at several gate vectors. A forward pass each, batched.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """kept(ε) at several gate vectors. A forward pass each, batched."""
         values = self._values(gates)[self._rows]
         self.forwards += len(gates)
         moved = (values.double().cpu() - self._base[:, None]) * self._signs[:, None]

@@ -371,11 +371,7 @@ class MergedFolder:
             yield judged
 
     def _read_whole(self) -> None:
-        """By transformers, which stores some families' tensors by other names than the model's.
-
-        Raises:
-            ModelStateError: it cannot read the folder.
-        """
+        """By transformers, which stores some families' tensors by other names than the model's."""
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}

@@ -67,18 +67,11 @@ class BaseWeights:
         """W of a linear, or of an embedding with the vocabulary as its input.
 
         `rows` are the output rows of a fused projection; None for all.
-
-        Raises:
-            ModelStateError: the base has no such module.
         """
         return _rows(stored_weight(self._module(path)), rows)
 
     def bias(self, path: str, rows: Tensor | None = None) -> Float[Tensor, " out"] | None:
-        """b of a linear; None where it has none.
-
-        Raises:
-            ModelStateError: the base has no such module.
-        """
+        """b of a linear; None where it has none."""
         bias = getattr(self._module(path), "bias", None)
         return None if bias is None else _rows(bias.detach(), rows)
 
@@ -93,11 +86,7 @@ class BaseWeights:
         return bool(getattr(self._model.config, "tie_word_embeddings", False))
 
     def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """(γ, β) of a norm; β is None for an RMS norm.
-
-        Raises:
-            ModelStateError: the base has no such module.
-        """
+        """(γ, β) of a norm; β is None for an RMS norm."""
         norm = self._module(path)
         bias = getattr(norm, "bias", None) if self._family.norm == "LN" else None
         gamma = cast(Tensor, norm.weight).detach() + self._family.gamma_offset

@@ -187,7 +187,7 @@ class Basis:
     """How a site's z and output in the hooked model differ from the Hugging Face linear's.
 
     Attributes:
-        dtype: of the site's δ.
+        dtype: that of the site's δ.
         device: where the model's weight lies.
         gamma: γ with x = γ ⊙ z + β; None for 1.
         gamma_is_own: the model still applies γ itself, after the hook point that shows z.

@@ -52,11 +52,7 @@ _SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
 
 
 def fuse_attention(model: Any) -> None:
-    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good.
-
-    Raises:
-        ModelStateError: a family whose attention has no such form.
-    """
+    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     attentions, why = _attentions(model), None
@@ -115,11 +111,7 @@ def drop_unused_caps(hf_model: nn.Module) -> None:
 
 
 def refuse_unused_caps(bridge: nn.Module) -> None:
-    """Check that the bridge computes no cap that its Hugging Face model leaves out.
-
-    Raises:
-        ModelStateError: it does.
-    """
+    """Check that the bridge computes no cap that its Hugging Face model leaves out."""
     for attention in _with_unused_cap(bridge):
         raise ModelStateError(
             f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
@@ -210,11 +202,7 @@ class BridgeHost(Host):
         return self._homes.get((layer, kind)) or _usual_name(layer, kind)
 
     def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
-        """The component's own hook points.
-
-        Raises:
-            ModelStateError: a flag under which the bridge normalises past them.
-        """
+        """The component's own hook points."""
         if kind == "ln1" and self._copies(layer, "q") is not None:
             raise ModelStateError(
                 f"blocks.{layer}.ln1: the adapter changes this norm, and with use_split_qkv_input "
@@ -409,9 +397,6 @@ def _family_of(
 ) -> tuple[Family, Mapping[tuple[int, str], str]]:
     """The family, and the names of what was read from the model: all of it where none is listed,
     stacks of experts and routers where one is.
-
-    Raises:
-        ModelStateError: processed weights of a family that is not listed.
     """
     listed = known_family(architecture)
     has_experts = any(map(kernels.is_experts, model.modules()))

@@ -76,11 +76,7 @@ class BridgedFamily(Family):
         return True
 
     def place(self, module: str) -> Place | None:
-        """The place of a module, or None where the model has no such module.
-
-        Raises:
-            ModelStateError: the module has another place too.
-        """
+        """The place of a module, or None where the model has no such module."""
         if module in self.shared:
             raise ModelStateError(
                 f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "

@@ -131,25 +131,23 @@ def transformer_lens_version() -> str:
     return importlib.metadata.version("transformer-lens")
 
 
-def _hooked_transformer(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> Any:
+def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
     with tempfile.TemporaryDirectory(prefix="config_") as folder:
-        _write_config(hf_model, Path(folder))
+        _write_config(base, Path(folder))
         cfg = loading.get_pretrained_model_config(
             folder,
-            hf_cfg=hf_model.config.to_dict(),
+            hf_cfg=base.config.to_dict(),
             fold_ln=False,
-            device=str(hf_model.device),
-            dtype=hf_model.dtype,
+            device=str(base.device),
+            dtype=base.dtype,
         )
-        state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=hf_model.dtype)
-    cfg.tokenizer_name, cfg.model_name = None, _name(hf_model)
+        state = loading.get_pretrained_state_dict(folder, cfg, base, dtype=base.dtype)
+    cfg.tokenizer_name, cfg.model_name = None, _name(base)
     if cfg.positional_embedding_type == "rotary":
-        cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base
+        cfg.rotary_base = _rotary_base(base) or cfg.rotary_base
         cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
     model = HookedTransformer(cfg, None, move_to_device=False)
     # At once: load_and_process_state_dict walks the whole model once per weight, most of the time.
@@ -185,11 +183,7 @@ def _name(hf_model: PreTrainedModel) -> str:
 
 
 def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
-    """config.json as TransformerLens reads it: GPT-2's context under its old name too.
-
-    Raises:
-        ModelStateError: a path that TransformerLens would take for another family's model.
-    """
+    """config.json as TransformerLens reads it: GPT-2's context under its old name too."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise ModelStateError(

@@ -54,11 +54,7 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 def refuse_unusable(model: nn.Module) -> None:
-    """Check for encoders, adapters, active dropout, missing weights, and unknown quantisation.
-
-    Raises:
-        ModelStateError: naming the module or parameter.
-    """
+    """Check for encoders, adapters, active dropout, missing weights, and unknown quantisation."""
     _refuse_encoders(getattr(model, "original_model", model))
     refuse_dropout(model)
     compat.refuse_out_of_reach(model)
@@ -119,11 +115,7 @@ def _method(config: Any) -> str | None:
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Check for active dropout: in modules, and in a Hugging Face config in train mode.
-
-    Raises:
-        ModelStateError: naming the module or the field of the config.
-    """
+    """Check for active dropout: in modules, and in a Hugging Face config in train mode."""
     for active in _active_dropout(model) if model.training else ():
         raise ModelStateError(f"{active} is active, so no two runs agree; call model.eval().")
 
@@ -272,11 +264,7 @@ class Watch:
         return None
 
     def require_same(self, *, entries: bool) -> None:
-        """Check that nothing changed.
-
-        Raises:
-            ModelStateError: naming what did.
-        """
+        """Check that nothing changed."""
         changed = self.changed(entries=entries)
         if changed is not None:
             raise ModelStateError(
@@ -325,11 +313,7 @@ def _steps(tensor: Tensor) -> tuple[tuple[int], tuple[int]]:
 
 
 def require_kinds(adapter: object, hf_model: object) -> None:
-    """Check the types of a lens's arguments.
-
-    Raises:
-        AdapterError, ModelStateError: another type; names the call that makes the right one.
-    """
+    """Check the types of a lens's arguments."""
     if not isinstance(adapter, Adapter):
         is_path = isinstance(adapter, str | os.PathLike)
         remedy = f"ll.load_adapter({str(adapter)!r})" if is_path else "ll.Adapter.from_peft(…)"

@@ -40,7 +40,7 @@ from lens_lora.readouts.answers import Generated
 from lens_lora.readouts.prompts import Prompts, special_id, which_prompt
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
-_LONGEST_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
+_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
 _TRUSTED_AFTER = 8  # right tokens of a draft: a wrong cache parts earlier, rounding later
 
 
@@ -104,9 +104,6 @@ class Speaker:
         ends: tokens that end a response.
         texts: of each prompt, its tokens and those that were said after it.
         starts: how many of them are the prompt's.
-
-    Raises:
-        SiteError: gates for another number of prompts.
     """
 
     lens: Any
@@ -137,11 +134,7 @@ class Speaker:
         return len(self.said(i)) < self.most and not self.has_ended(i)
 
     def say(self, *, progress: bool) -> Generated:
-        """All that there is to say after each prompt.
-
-        Raises:
-            NumericsError: non-finite logits.
-        """
+        """All that there is to say after each prompt."""
         rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
         together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
         total = len(rows) * self.most
@@ -176,9 +169,7 @@ class Speaker:
         """With a cache, all but the last token that each row may still say."""
         texts = [list(self.texts[i]) for i in rows]
         starts = torch.tensor([self.starts[i] for i in rows])
-        limits = [
-            min(self.starts[i] + self.most - 1, len(self.texts[i]) + _LONGEST_DRAFT) for i in rows
-        ]
+        limits = [min(self.starts[i] + self.most - 1, len(self.texts[i]) + _DRAFT) for i in rows]
         width, cache = min(map(len, texts)), None
         fed = [text[:width] for text in texts]
         with self._gated(rows), unembedded_only(self.lens.model, lambda last: last[:, -1:]):
@@ -240,9 +231,6 @@ def side_by_side(
     """Both models' answers to each prompt; None where the context has no room for them.
 
     A response that was generated is the adapted model's. Cost: `generate`, of both in one batch.
-
-    Raises:
-        NumericsError: non-finite logits.
     """
     adapted = response if isinstance(response, Generated) else None
     most = most if adapted is None else max(map(len, adapted.ids))
@@ -268,11 +256,7 @@ def _whole_or_cut(said: Generated) -> list[str]:
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end a response: those given, or what the model's own files say.
-
-    Raises:
-        ArgumentError: what is no id.
-    """
+    """The tokens that end a response: those given, or what the model's own files say."""
     ends = given
     if ends is None:
         base = getattr(model, "original_model", None) if hf_model is None else hf_model
@@ -285,11 +269,7 @@ def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> 
 
 
 def require_room(lens: Any, prompts: Prompts, most: int) -> None:
-    """Check that so many tokens more fit into the context; the last one is not run.
-
-    Raises:
-        PromptError: they do not fit.
-    """
+    """Check that so many tokens more fit into the context; the last one is not run."""
     context = getattr(lens.model.cfg, "n_ctx", None)
     longest = int(prompts.lengths.max())
     if context and longest + most - 1 > context:

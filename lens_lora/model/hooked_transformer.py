@@ -84,11 +84,7 @@ class HookedTransformerHost(Host):
                 )
 
     def ports(self, layer: int, kind: str) -> Ports:
-        """Hook points of TransformerLens, or the module itself where none lies at its output.
-
-        Raises:
-            ModelStateError: an embedding with a norm inside it.
-        """
+        """Hook points of TransformerLens, or the module itself where none lies at its output."""
         if kind == "embed" and getattr(self.model.cfg, "post_embedding_ln", False):
             raise ModelStateError(
                 "embed: this HookedTransformer normalises inside its embedding, with no place "
@@ -129,9 +125,6 @@ class HookedTransformerHost(Host):
 
         ln1 runs three times a block. A Hugging Face norm that attention and MLP share is ln1 and
         ln2 here.
-
-        Raises:
-            ModelStateError: n cannot be told from the norm's output, and nothing else is shown.
         """
         block, (name, _) = f"blocks.{layer}", self._norm(layer, kind)
         if kind in ("q_norm", "k_norm"):

@@ -215,11 +215,7 @@ class Arranger:
         self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
 
     def __call__(self, tensor: object, hook: object) -> None:
-        """Arrange, as a hook of TransformerLens or as torch's pre-hook: what passes stays as it is.
-
-        Raises:
-            ModelStateError: this hook and what reads are at one point, where it is too late.
-        """
+        """Arrange, as a hook of TransformerLens or torch's pre-hook; what passes stays as it is."""
         del tensor
         self._begin()
         for point, fn, reads in self._hooks:
@@ -416,11 +412,7 @@ def call_under_way() -> object | None:
 
 
 def require_own_hooks(laid_by: object | None, adapter: str) -> None:
-    """Check that the call that is under way, if any, has laid the hook that runs now.
-
-    Raises:
-        ModelStateError: naming the adapter that the hook applies.
-    """
+    """Check that the call that is under way, if any, has laid the hook that runs now."""
     if _CALL.token not in (None, laid_by):
         raise open_block(adapter)
 
@@ -535,11 +527,7 @@ def unembedded_only(span: Temporary, model: Any, select: Callable[[Tensor], Tens
 
 
 def unrounded(residual: Tensor) -> Tensor:
-    """The same, unless the model's own forward pass turned autocast on.
-
-    Raises:
-        ModelStateError: autocast is on.
-    """
+    """The same, unless the model's own forward pass turned autocast on."""
     if torch.is_autocast_enabled(residual.device.type):
         raise ModelStateError(
             "the model turns autocast on in its forward pass (a model prepared by accelerate for "

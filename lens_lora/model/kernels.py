@@ -70,11 +70,7 @@ def is_router(module: object) -> bool:
 
 
 def refuse_without_float64(model: nn.Module) -> None:
-    """Check that no stack of experts in float64 is computed by a kernel that lacks it.
-
-    Raises:
-        ModelStateError: one is.
-    """
+    """Check that no stack of experts in float64 is computed by a kernel that lacks it."""
     for experts in filter(is_experts, model.modules()):
         kernel = compat.experts_implementation(experts)
         if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
@@ -206,11 +202,7 @@ def is_weight(model: nn.Module, owner: str, name: str) -> bool:
 
 
 def write_at(span: compat.Temporary, module: nn.Module, name: str, writer: Writer) -> None:
-    """The writer sees z and changes the output of the map of this parameter, until the span ends.
-
-    Raises:
-        ModelStateError: experts that are spread over processes.
-    """
+    """The writer sees z and changes the output of this parameter's map, until the span ends."""
     if compat.is_split_over_processes(module):
         raise ModelStateError(
             f"{name}: the experts of {type(module).__name__} are spread over processes, so no "

@@ -56,11 +56,7 @@ class Placement:
             )
 
     def require_packages(self) -> None:
-        """Refuse what needs a package that is not installed.
-
-        Raises:
-            ModelStateError: names the package, and the extra of this one that brings it.
-        """
+        """Refuse what needs a package that is not installed."""
         needed = {
             "bitsandbytes": (self.is_quantised, "load_in_4bit and load_in_8bit need"),
             "accelerate": (self.is_quantised or self.device_map is not None, "device_map needs"),

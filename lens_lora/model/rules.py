@@ -127,11 +127,7 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
 
 @temporary
 def held_fixed(span: Temporary, host: Host, rules: FrozenRules) -> None:
-    """Within the block derivatives of both modes follow the rules; no value changes.
-
-    Raises:
-        ModelStateError: a rule of MLPs, and a model that does not show its MLPs.
-    """
+    """Within the block derivatives of both modes follow the rules; no value changes."""
     hooks: list[tuple[str, HookFn]] = [
         (name, _without_derivative) for name in frozen_points(host.model, rules)
     ]
@@ -164,11 +160,7 @@ class _Mlp:
 
 
 def _mlps(host: Host) -> list[_Mlp]:
-    """Those of every block.
-
-    Raises:
-        ModelStateError: experts, or a block without such hook points.
-    """
+    """Those of every block."""
     kinds = {kind for linears in host.family.linears.values() for kind in linears}
     if not kinds & {"gate", "fc_in"}:
         raise ModelStateError(
@@ -240,11 +232,7 @@ def _primal(tensor: Tensor) -> Tensor:
 
 
 def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
-    """Check that the model computes with the value that a hook returns at every point of the rules.
-
-    Raises:
-        ModelStateError: naming the hook point, or the norm that has none, and the remedy.
-    """
+    """Check that the model computes with what a hook returns at every point of the rules."""
     if rules.of_mlps:
         _require_mlps(host, run)
     names = frozen_points(host.model, rules)

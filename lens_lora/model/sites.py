@@ -90,11 +90,7 @@ class Heads:
 
 
 def require_heads(sites: Iterable[Site]) -> None:
-    """Check that each site's features may be split over the model's heads, or are of no heads.
-
-    Raises:
-        ModelStateError: attention of another form; naming the site.
-    """
+    """Check that each site's features may be split over the model's heads, or are of no heads."""
     for site in sites:
         if site.kind.partition(".")[0].endswith("attn"):
             raise ModelStateError(
@@ -121,33 +117,23 @@ def points_between(writers: Iterable[tuple[Site, str]]) -> tuple[str, ...]:
 
 
 def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:
-    """Site index → value, for a mapping from site names or globs; later keys win.
-
-    Raises:
-        SiteError: a key that matches no site.
-    """
+    """Site index → value, for a mapping from site names or globs; later keys win."""
     names = list(names)
     index = {name: i for i, name in enumerate(names)}
     chosen: dict[int, Any] = {}
-    for pattern, value in values.items():
-        if not isinstance(pattern, str):
-            raise SiteError(
-                f"{pattern!r} names no site; give a name or a glob, such as '*.attn.v'."
-            )
-        hits = fnmatch.filter(names, pattern)
+    for glob, value in values.items():
+        if not isinstance(glob, str):
+            raise SiteError(f"{glob!r} names no site; give a name or a glob, such as '*.attn.v'.")
+        hits = fnmatch.filter(names, glob)
         if not hits:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise SiteError(f"{pattern!r} matches no site; the nearest are {near or names[:3]}.")
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
+            raise SiteError(f"{glob!r} matches no site; the nearest are {near or names[:3]}.")
         chosen.update({index[name]: value for name in hits})
     return chosen
 
 
 def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tuple[int, ...]:
-    """Indices of the sites that are named, in their own order; all for None.
-
-    Raises:
-        SiteError: no name at all, or one that matches no site.
-    """
+    """Indices of the sites that are named, in their own order; all for None."""
     if names is None:
         return tuple(range(len(sites)))
     patterns = [names] if isinstance(names, str) else list(names)
@@ -157,11 +143,7 @@ def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tu
 
 
 def one_site(names: Iterable[str], name: str) -> int:
-    """The index of the only site that a name or glob matches.
-
-    Raises:
-        SiteError: no such site, or several.
-    """
+    """The index of the only site that a name or glob matches."""
     hits = list(match_sites(names, {name: 0}))
     if len(hits) > 1:
         raise SiteError(f"{name!r} matches {len(hits)} sites; name one.")
@@ -169,12 +151,7 @@ def one_site(names: Iterable[str], name: str) -> int:
 
 
 def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
-    """{group name: indices of its sites}, in the order of the sites.
-
-    Raises:
-        SiteError: a glob that matches no site.
-        ArgumentError: any other word.
-    """
+    """{group name: indices of its sites}, in the order of the sites."""
     if isinstance(group, Mapping):
         if not group:
             raise ArgumentError("group={} holds no group; name at least one.")
@@ -222,11 +199,7 @@ def layer_order(names: Sequence[str]) -> list[int]:
 
 
 def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[str, ...]:
-    """`by` in canonical order.
-
-    Raises:
-        ArgumentError: any other axis, or both 'expert' and 'rank'.
-    """
+    """`by` in canonical order."""
     wanted = tuple(by) if isinstance(by, Iterable) and not isinstance(by, str) else (by,)
     unknown = [axis for axis in wanted if axis not in axes]
     if unknown:
@@ -263,12 +236,12 @@ class SiteFactors:
     Attributes:
         name: 'blocks.3.attn.q', with the part of a sum behind '@'.
         module: path that the adapter names.
-        path: of the module whose rows these are: another one where the base ties it to `module`.
+        path: that of the module of these rows: another one where the base ties it to `module`.
         layer: its number.
         kind: such as 'q'.
-        factors: of these rows; of trained parameters [out, in].
-        rows: which rows of a fused module; None for all.
-        adapter: which part of a sum.
+        factors: those of these rows; trained parameters are [out, in].
+        rows: those of a fused module; None for all.
+        adapter: the part of a sum.
         base_model: the base that the adapter names.
     """
 
@@ -424,11 +397,7 @@ _NAMED = 5  # hook points that a message names
 
 
 def resolved(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names given in full, and all that are wanted, in order.
-
-    Raises:
-        SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
-    """
+    """The names given in full, and all that are wanted, in order."""
     points = list(lens.model.hook_dict)
     known = [points[i] for i in layer_order(points)]
     if not isinstance(names, Iterable) and not callable(names):
@@ -450,11 +419,7 @@ def resolved(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def known_point(lens: Any, name: str) -> str:
-    """The name, if the model has such a hook point.
-
-    Raises:
-        SiteError: it has none, with the nearest names.
-    """
+    """The name, if the model has such a hook point."""
     known = list(lens.model.hook_dict)
     if not isinstance(name, str):
         raise SiteError(f"{name!r} names no hook point; give a string.")
@@ -482,11 +447,7 @@ def firing(
 def require_fired(
     lens: Any, fired: Container[str], in_full: Sequence[str], wanted: Sequence[str]
 ) -> tuple[str, ...]:
-    """The wanted points that fire, among them all whose names were given in full.
-
-    Raises:
-        ModelStateError: one that never fires.
-    """
+    """The wanted points that fire, among them all whose names were given in full."""
     dead = [name for name in in_full if name not in fired]
     points = tuple(name for name in wanted if name in fired)
     if dead or not points:

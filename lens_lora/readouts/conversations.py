@@ -34,10 +34,8 @@ def conversations_in(prompts: object) -> list[Conversation] | None:
     if all(_is_conversation(item) or item in ([], ()) for item in items):
         return [cast("Conversation", item) for item in items]
     kinds = ", ".join(dict.fromkeys(_kind_of(item) for item in items))
-    expected = (
-        f"one conversation, a list of messages such as {_EXAMPLE}, or a list of conversations"
-    )
-    raise PromptError(f"prompts hold {kinds}; expected {expected} and nothing else.")
+    form = f"one conversation, a list of messages such as {_EXAMPLE}, or a list of conversations"
+    raise PromptError(f"prompts hold {kinds}; expected {form} and nothing else.")
 
 
 def _is_conversation(item: object) -> bool:

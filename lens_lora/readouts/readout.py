@@ -88,11 +88,7 @@ class LastToken(Readout):
 
     @abc.abstractmethod
     def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
-        """The readout as a function of the logits, its tokens looked up for this batch.
-
-        Raises:
-            TokenError: a token string that is not one token.
-        """
+        """The readout as a function of the logits, its tokens looked up for this batch."""
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts themselves as rows, one each."""

@@ -49,7 +49,7 @@ from ..sweeps.bank import Bank as Bank
 from ..sweeps.stream import ActivationsFile as ActivationsFile
 from ..sweeps.sweep import SweepResult as SweepResult
 from .attribution import Attribution as Attribution
+from .attribution import Effects as Effects
 from .attribution import GroupAttribution as GroupAttribution
 from .attribution import Quadrature as Quadrature
 from .drawing import TokenView as TokenView
-from .effects import Effects as Effects

@@ -1,7 +1,8 @@
-"""Attributions: what each site, or group of sites, contributes to a readout, frozen and labelled.
+"""Attributions and effects: what each site, or group, does to a readout, frozen and labelled.
 
     Attribution         one number per prompt and site (and position, head, rank, output token)
     GroupAttribution    one number per prompt, group of sites and output token
+    Effects             one number per prompt and group, from real interventions
 
 A result carries its own check: the exact shift g(1) − g(0) stands beside the values, and what they
 leave of it is the property `remainder`.
@@ -10,19 +11,22 @@ leave of it is the property `remainder`.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast, final
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.arguments import word
-from lens_lora.errors import ArgumentError
-from lens_lora.model.sites import Groups
-from lens_lora.results import drawing
-from lens_lora.results.base import Entries, Ranked, key_of, prompt_rows, site_labels, tokens_at
+from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.model.sites import Groups, indicator
+from lens_lora.results import base, drawing
+from lens_lora.results.base import Entries, Measured, Ranked
 from lens_lora.results.drawing import TokenView
 from lens_lora.results.storage import stored
 
@@ -99,7 +103,7 @@ class Attribution(Ranked):
     @property
     def key(self) -> str:
         """'first_order@0', 'path', 'add_one': its stable name."""
-        return key_of(self.method, self.at)
+        return base.key_of(self.method, self.at)
 
     @property
     def per_site(self) -> Float[Tensor, "batch site"]:
@@ -146,14 +150,15 @@ class Attribution(Ranked):
         Raises:
             ArgumentError: another group.
         """
-        labels = site_labels(self.sites)[word("group", group, ("site", "layer", "kind"))]
+        labels = base.site_labels(self.sites)[word("group", group, ("site", "layer", "kind"))]
         frame = pd.DataFrame(self.per_site.T.cpu().double().numpy(), index=labels)
         summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
         return summed.rename_axis(index=group, columns="prompt")
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each site's value, summed over the other axes."""
-        return Entries(site_labels(self.sites), *self.mean_over(prompt, self.per_site), "value")
+        labels = base.site_labels(self.sites)
+        return Entries(labels, *self.mean_over(prompt, self.per_site), "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part: labels, token, value, share of the shift.
@@ -162,14 +167,14 @@ class Attribution(Ranked):
         """
         index = self.exists.nonzero()
         columns: dict[str, Any] = {"prompt": index[:, 0].tolist()}
-        columns |= site_labels([self.sites[i] for i in index[:, 1].tolist()])
+        columns |= base.site_labels([self.sites[i] for i in index[:, 1].tolist()])
         for axis, name in enumerate(self.by, start=2):
             columns["t" if name == "token" else name] = index[:, axis].tolist()
         prompts = columns["prompt"]
         if "token" in self.by:
-            columns["y_t"] = tokens_at(self.response, prompts, columns["t"])
+            columns["y_t"] = base.tokens_at(self.response, prompts, columns["t"])
         if "position" in self.by:
-            columns["token"] = tokens_at(self.str_tokens, prompts, columns["position"])
+            columns["token"] = base.tokens_at(self.str_tokens, prompts, columns["position"])
         parts = [name for name in _WITH_NONE if name in self.by]
         for name in parts:
             outside = self.values.shape[2 + self.by.index(name)] - 1
@@ -213,7 +218,7 @@ class Attribution(Ranked):
         if axis not in self.by:
             fact = f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}"
             raise ArgumentError(f"{fact}; compute it with by={axis!r}.")
-        rows = prompt_rows(prompt, len(self.base))
+        rows = base.prompt_rows(prompt, len(self.base))
         values, exists = self.values[rows].cpu().double().mean(0), self.exists[rows].any(0)
         for dim, name in reversed(list(enumerate(self.by, start=1))):
             if name != axis:
@@ -291,7 +296,7 @@ class GroupAttribution(Ranked):
     @property
     def key(self) -> str:
         """'first_order@0': its stable name."""
-        return key_of(self.method, self.at)
+        return base.key_of(self.method, self.at)
 
     @property
     def per_group(self) -> Float[Tensor, "batch group"]:
@@ -319,3 +324,162 @@ class GroupAttribution(Ranked):
         """Each group's value, summed over tokens."""
         groups = {"group": list(self.groups)}
         return Entries(groups, *self.mean_over(prompt, self.per_group), "value")
+
+
+# --- Effects of real interventions
+
+
+@final
+class Effects(Ranked):
+    """What intervening on each group of sites does to a readout, exactly, in its units.
+
+    `plot` is a heatmap layer × kind of single sites, or bars of groups.
+
+    Attributes:
+        values: [batch, group]. Positive where the group raises the readout.
+        groups: {name: indices into sites}; single sites carry their own name.
+        how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
+        of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
+            names it, in the coordinates of the SVD of ΔW; or 'edge', where one reader alone sees
+            what the site writes, as 'blocks.0.attn.o → blocks.1.mlp' names it.
+        replace: the stand-in for δ_G: 'zero', 'mean' or 'resample'.
+        texts: the number of texts that the stand-in came from.
+        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch group"]
+    groups: Annotated[Groups, "group: site"]
+    how: str
+    of: str = "site"
+    replace: str = "zero"
+    texts: int = 0
+    noise_floor: Float[Tensor, " batch"] | None = None
+
+    @property
+    def key(self) -> str:
+        """'add_one', 'leave_one_out', 'leave_one_out/mean': its stable name."""
+        return self.how if self.replace == "zero" else f"{self.how}/{self.replace}"
+
+    @property
+    def share(self) -> Float[Tensor, "batch group"]:
+        """The effects as shares of the shift."""
+        return self.share_of(self.values)
+
+    @property
+    def interaction(self) -> Float[Tensor, " batch"]:
+        """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
+
+        Raises:
+            ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by
+                something else than zero, so that their sum means nothing.
+        """
+        if self.of != "site" or self.replace != "zero":
+            fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
+            raise ArgumentError(f"{fact}; use of='site', replace='zero'.")
+        if not base.is_partition(self.groups, len(self.sites)):
+            raise ArgumentError(
+                "the groups do not hold every site exactly once, so their sum cannot be compared "
+                "with the shift; use group='site', 'layer' or 'kind' over all sites."
+            )
+        return self.shift - self.values.sum(1)
+
+    @property
+    def is_by_site(self) -> bool:
+        """Whether the groups are the single sites, all of them."""
+        return self.of == "site" and base.is_by_site(self.groups, len(self.sites))
+
+    def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
+        """An attribution of the same sites, summed over each group.
+
+        Args:
+            attribution: one that the same lens gave.
+
+        Raises:
+            ArgumentError: it is of other sites, or the groups are single ranks.
+        """
+        if self.of != "site":
+            use = "use of='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of single {self.of}s are of no whole sites; {use}.")
+        names = [site.name for site in self.sites]
+        if [site.name for site in attribution.sites] != names:
+            counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
+            raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
+        rows = indicator(self.groups, len(names)).to(attribution.per_site)
+        return attribution.per_site @ rows.T
+
+    def attribution(self) -> Attribution:
+        """The effects of single sites, all or some, as an attribution: heatmap, table and file.
+
+        Of single ranks they are split by rank.
+
+        Raises:
+            ArgumentError: the effects are of groups of several sites.
+        """
+        if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
+            use = "use group='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of groups, or of edges, are of no single sites; {use}.")
+        chosen = dict.fromkeys(index for (index,) in self.groups.values())
+        sites = tuple(self.sites[index] for index in chosen)
+        names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
+        labels: dict[str, Any] = {name: getattr(self, name) for name in names}
+        labels |= {"sites": sites, "heads": (0,) * len(sites), "method": self.key}
+        labels |= {"values": self.values, "by": (), "at": float(self.how == "leave_one_out")}
+        if self.of == "rank":
+            by_site = list(self.values.T.split([site.rank for site in sites]))
+            values = pad_sequence(by_site, batch_first=True).permute(2, 0, 1)
+            labels |= {"values": values, "by": ("rank",), "gauge": "svd"}
+        return Attribution(**labels)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and group: number of sites, effect, share of the shift."""
+        sizes = [len(members) for members in self.groups.values()]
+        numbers, prompts = {"effect": self.values, "share": self.share}, range(len(self.values))
+        groups = {"group": list(self.groups), "sites": sizes}
+        return base.long_table(numbers, {"prompt": prompts}, groups)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each group's effect."""
+        groups = {"group": list(self.groups)}
+        return Entries(groups, *self.mean_over(prompt, self.values), "effect")
+
+    def to_patching_result(self) -> Any:
+        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+
+        Its `values` are the readout with each group switched, [group, batch], and its `baseline`
+        the readout before: `effect()` is `values` here for add one, and their negative for leave
+        one out. `normalized(…)` of the readout at the other end is `share`.
+
+        Raises:
+            LensLoraError: the installed transformer-lens has no such class (4.3 has).
+            ArgumentError: add one with δ replaced, where each group has a baseline of its own.
+        """
+        adds = self.how == "add_one"
+        if adds and self.replace != "zero":
+            raise ArgumentError(
+                f"effects of add_one with replace={self.replace!r} have a baseline for each group, "
+                "and a PatchingResult has one for all; use replace='zero' or 'leave_one_out'."
+            )
+        columns: dict[str, list[Any]] = {"group": list(self.groups)}
+        if all(len(members) == 1 for members in self.groups.values()):
+            sites = [self.sites[index] for (index,) in self.groups.values()]
+            columns |= {"layer": [s.layer for s in sites], "kind": [s.kind for s in sites]}
+        return patching_result(self, adds, pd.DataFrame(columns))
+
+
+def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequence[str] = ()) -> Any:
+    """Effects as TransformerLens's own class: patched readouts, and the run that was patched.
+
+    Effects that add to the base are patched − g(0); all others g(1) − patched.
+
+    Raises:
+        LensLoraError: the installed transformer-lens has no such class.
+    """
+    cls = getattr(importlib.import_module("transformer_lens.patching"), "PatchingResult", None)
+    if cls is None:
+        raise LensLoraError("transformer-lens before 4.3 has no PatchingResult; use to_frame().")
+    cells = effects.values.movedim(0, -1)
+    baseline = effects.base if adds else effects.adapted
+    patched = baseline + cells if adds else baseline - cells
+    names = {"axis_names": list(axes), "metric_names": [effects.readout]}
+    return cls(values=patched, index_df=index, reduced=False, baseline=baseline, **names)

@@ -312,11 +312,7 @@ def header(asked: Asked) -> dict[str, Any]:
 
 
 def prompt_rows(prompt: int | None, batch: int) -> slice:
-    """The rows of one prompt, or those of all prompts, to be averaged.
-
-    Raises:
-        ArgumentError: the result has no such prompt.
-    """
+    """The rows of one prompt, or those of all prompts, to be averaged."""
     if prompt is None:
         return slice(None)
     index = only_prompt(prompt, batch)
@@ -324,11 +320,7 @@ def prompt_rows(prompt: int | None, batch: int) -> slice:
 
 
 def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
-    """The index of the prompt named, or of the only one; `what` cannot be averaged.
-
-    Raises:
-        ArgumentError: no such prompt, or several prompts and none named.
-    """
+    """The index of the prompt named, or of the only one; `what` cannot be averaged."""
     if prompt is None:
         if batch == 1:
             return 0
@@ -340,11 +332,7 @@ def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
 
 
 def largest(values: Tensor, k: int) -> list[int]:
-    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out.
-
-    Raises:
-        ArgumentError: a k that is no whole number, or below 0.
-    """
+    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out."""
     sizes = values.flatten().abs().nan_to_num(-1.0)
     order = sizes.argsort(descending=True, stable=True)[: whole("k", k, 0)]
     return order[sizes[order] >= 0].tolist()

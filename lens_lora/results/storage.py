@@ -56,11 +56,7 @@ stored(SideBySide)
 
 
 def save_result(result: object, path: str | Path) -> Path:
-    """Write a result, whole or not at all; returns the path.
-
-    Raises:
-        LensLoraError: a place where no file can be written, or something that is no path.
-    """
+    """Write a result, whole or not at all; returns the path."""
     path = _path(path)
     tensors: dict[str, Tensor] = {}
     labels = json.dumps(_encoded(result, "", tensors))
@@ -78,12 +74,7 @@ def save_result(result: object, path: str | Path) -> Path:
 
 
 def read_result(path: str | Path) -> object:
-    """What `save_result` wrote.
-
-    Raises:
-        LensLoraError: no such file, another kind of file, a damaged file, or one of another
-            version; something that is no path.
-    """
+    """What `save_result` wrote."""
     metadata, tensors = _contents(_path(path))
     if metadata.get("format") != FORMAT:
         raise LensLoraError(

@@ -30,11 +30,7 @@ Sign = Literal[1, -1]
 
 
 def chosen_positions(positions: Positions, length: int, start: int) -> NDArray[np.bool_]:
-    """[token]: which of a text's tokens are meant; its response begins at `start`.
-
-    Raises:
-        ArgumentError: neither None, 'response', an index, a slice, nor indices.
-    """
+    """[token]: which of a text's tokens are meant; its response begins at `start`."""
     mask = np.zeros(length, bool)
     if positions is None:
         return ~mask
@@ -72,11 +68,7 @@ def spread_of(values: NDArray[np.floating]) -> dict[str, float]:
 
 
 def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The tokens that are meant, if there are any.
-
-    Raises:
-        ArgumentError: none.
-    """
+    """The tokens that are meant, if there are any."""
     if not chosen.any():
         fact = "no token is there that is not a sink"
         raise ArgumentError(f"positions={positions!r}: {fact}; ask for others, or sinks=True.")
@@ -84,22 +76,14 @@ def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.
 
 
 def require_sign(sign: int) -> int:
-    """The sign, if it is one.
-
-    Raises:
-        ArgumentError: anything else.
-    """
+    """The sign, if it is one."""
     if one_entry(sign) not in (1, -1) or isinstance(sign, bool):
         raise ArgumentError(f"sign={sign!r}: expected 1 or -1.")
     return int(sign)
 
 
 def require_ranks(rank: int | None, count: int) -> list[int]:
-    """The rank that is asked for, or all.
-
-    Raises:
-        ArgumentError: no such rank.
-    """
+    """The rank that is asked for, or all."""
     if rank is None:
         return list(range(count))
     if not 0 <= (rank := whole("rank", rank)) < count:
@@ -117,11 +101,7 @@ def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.int
 def ranked_tokens(
     values: Tensor, strings: Sequence[str], k: int, column: str, *, largest: bool = True
 ) -> pd.DataFrame:
-    """The k tokens of largest (or least) value, of [vocab]: rank from 1, token, id, value.
-
-    Raises:
-        ArgumentError: a k that is no whole number, or below 0.
-    """
+    """The k tokens of largest (or least) value, of [vocab]: rank from 1, token, id, value."""
     order = values.argsort(descending=largest, stable=True)[: whole("k", k, 0)].tolist()
     ranks, tokens = range(1, len(order) + 1), [strings[i] for i in order]
     columns = {"rank": ranks, "token": tokens, "id": order, column: values[order].tolist()}

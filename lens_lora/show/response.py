@@ -275,18 +275,16 @@ def _ranked(e: results.ResponseExplanation) -> results.Attribution:
 def _modules(e: results.ResponseExplanation) -> list[str]:
     ranked = _ranked(e)
     values, shift = ranked.per_site[0], float(ranked.shift[0])
-    largest = ", ".join(
+    top = ", ".join(
         f"{site} ({value}{f', {share}' if shift else ''})"
         for site, _, value, share in text.top_rows(ranked, _MODULES_NAMED, 0)
     )
     if e.path is None:
         done = "leaving a module out of the adapted model takes the most from KL with"
-        return [f"To first order, {done} {largest}."]
+        return [f"To first order, {done} {top}."]
     needed, count = _half_held_by(values.tolist(), shift), len(values)
     split = f"The path integral splits KL completely among the {count} modules"
-    return [
-        f"{split}: the largest shares are {largest}, and {many(needed, 'module')} hold half of it."
-    ]
+    return [f"{split}: the largest shares are {top}, and {many(needed, 'module')} hold half of it."]
 
 
 def _layers(e: results.ResponseExplanation) -> str:

@@ -36,9 +36,9 @@ class Account:
     """The numbers of one prompt's margin, in the units of the readout.
 
     Attributes:
-        prompt: as one line.
+        prompt: one line.
         doc, pre: the two facts by name.
-        units: of all numbers.
+        units: those of all numbers.
         m0, first_order, remainder, m: base margin, Σ a_l, R_m, adapted margin.
         flip_scale: the first ε of a sign change, or None.
         flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
@@ -525,10 +525,8 @@ def null_text(verdict: NullVerdict) -> str:
     shift = f"the adapter's shift is {times}"
     if v.kind == "as_random":
         shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
-    by_chance = f"{v.chance:.1%} would by chance"
-    return (
-        f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({by_chance})"
-    )
+    chance = f"{v.chance:.1%} would by chance"
+    return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
 
 @drawing.text.register(FlipVerdict)

@@ -411,12 +411,10 @@ class RowStore(Store):
         """Ids are integers where all are, else strings."""
         is_whole = all(isinstance(identity, int) for identity in ids)
         column = pa.array(ids, pa.int64()) if is_whole else pa.array(list(map(str, ids)), _TEXT)
-        spans = [slice(i, i + _PROMPTS_AT_ONCE) for i in range(0, len(rows), _PROMPTS_AT_ONCE)]
-        by_site = (
-            _sites_table(rows[span], self._analyses, column[span], self._sites) for span in spans
-        )
+        cuts = [slice(i, i + _PROMPTS_AT_ONCE) for i in range(0, len(rows), _PROMPTS_AT_ONCE)]
+        tables = (_sites_table(rows[cut], self._analyses, column[cut], self._sites) for cut in cuts)
         notes = {_MARK: _mark(rows, self._analyses)}
-        self.write(by_site, notes, self.path)
+        self.write(tables, notes, self.path)
         self.write([_prompts_table(rows, self._analyses, column)], notes, self.prompts_path)
 
 

@@ -461,16 +461,14 @@ def window_table(
 ) -> tuple[pa.Table, Span]:
     """The rows of a window, and its span. One forward pass per batch."""
     lens.plan.check_state()
-    outcomes: dict[int, Outcome] = {
-        i: t.record.error for i, t in enumerate(texts) if t.record.error
-    }
+    by_text: dict[int, Outcome] = {i: t.record.error for i, t in enumerate(texts) if t.record.error}
     order = sorted((i for i, t in enumerate(texts) if t.ids), key=lambda i: -len(texts[i].ids))
     for begin in range(0, len(order), batch_size):
-        outcomes |= _run(lens, texts, order[begin : begin + batch_size], ranks)
+        by_text |= _run(lens, texts, order[begin : begin + batch_size], ranks)
     digest, total = digest_of(t.record for t in texts), sum(len(t.ids) for t in texts)
-    errors = sum(isinstance(outcome, str) for outcome in outcomes.values())
+    errors = sum(isinstance(outcome, str) for outcome in by_text.values())
     span = Span(texts[0].number, texts[-1].number, digest, total, errors)
-    return _table(lens, texts, ranks, outcomes), span
+    return _table(lens, texts, ranks, by_text), span
 
 
 def _run(

@@ -16,7 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.analyses import patching
 from lens_lora.analyses.patching import patch_sites
-from lens_lora.results.effects import Effects
+from lens_lora.results.attribution import Effects
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)

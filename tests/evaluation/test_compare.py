@@ -15,7 +15,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.evaluation.compare import Comparison, compare
 from lens_lora.model.sites import group_sites
-from lens_lora.results.effects import Effects
+from lens_lora.results.attribution import Effects
 
 KINDS = ("q", "k", "v", "o", "gate", "down")
 SITES = tuple(

@@ -18,7 +18,7 @@ from lens_lora.engine.asked import ask
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.faithfulness import Faithfulness, faithfulness, random_orders
 from lens_lora.model.sites import group_sites
-from lens_lora.results.effects import Effects
+from lens_lora.results.attribution import Effects
 from lens_lora.show.text import key_text
 
 pytestmark = pytest.mark.usefixtures("float64")

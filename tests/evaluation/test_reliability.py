@@ -20,7 +20,7 @@ from lens_lora.engine.derivatives import hessian_product
 from lens_lora.evaluation import compare as module
 from lens_lora.evaluation.compare import Reliability, reliability, score_of
 from lens_lora.model.sites import group_sites
-from lens_lora.results.effects import Effects
+from lens_lora.results.attribution import Effects
 
 MARGIN = ll.Margin(5, 9)
 QUESTIONS: tuple[How, ...] = ("add_one", "leave_one_out")

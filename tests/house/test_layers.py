@@ -138,8 +138,8 @@ def test_a_circle_through_the_door_is_none(tmp_path: Path):
     package = planted(
         tmp_path,
         results__drawing="def f():\n    from lens_lora.show import text",
-        results__effects="from lens_lora.results import drawing",
-        show__text="from lens_lora.results.effects import Effects",
+        results__attribution="from lens_lora.results import drawing",
+        show__text="from lens_lora.results.attribution import Effects",
     )
     assert package.circles(but=is_door) == []
     assert len(package.circles()) == 1
@@ -148,9 +148,12 @@ def test_a_circle_through_the_door_is_none(tmp_path: Path):
 def test_the_door_is_one_file(tmp_path: Path):
     """Only results/drawing.py may import show, and it may import nothing else from above."""
     source = "def f():\n    import lens_lora.show.text\n    import lens_lora.cli"
-    package = planted(tmp_path, results__drawing=source, results__effects=source, cli="")
+    package = planted(tmp_path, results__drawing=source, results__attribution=source, cli="")
     assert upward(package, "lens_lora.results.drawing") == ["lens_lora.cli"]
-    assert upward(package, "lens_lora.results.effects") == ["lens_lora.cli", "lens_lora.show.text"]
+    assert upward(package, "lens_lora.results.attribution") == [
+        "lens_lora.cli",
+        "lens_lora.show.text",
+    ]
 
 
 def test_a_planted_circle_is_seen(tmp_path: Path):
