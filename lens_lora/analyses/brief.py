@@ -157,10 +157,10 @@ class Brief:
             claim |= {key: None for key, value in claim.items() if value != value}
         return json.dumps(fields, ensure_ascii=False, indent=1)
 
-    def __str__(self) -> str:
-        """At most 2,000 tokens of text."""
-        size = f"Over {self.texts} it moves by {self.mean_kl:.2g} nats a token (KL)."
-        lines = [f"{self.adapter} on {self.model}. {size}", self.verdict]
+    @property
+    def told(self) -> str:
+        """The verdict, claims and answers, where, and what was not tried; a paragraph a line."""
+        lines = [self.verdict]
         lines += [f"{i}. {claim.sentence()}" for i, claim in enumerate(self.claims, start=1)]
         lines += [
             f"Asked “{pair.prompt}”, base: “{_cut(pair.base)}”; adapted: “{_cut(pair.adapted)}”."
@@ -169,8 +169,12 @@ class Brief:
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
             lines.append(f"Most of the KL belongs to {shares}.")
-        lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"Not tried: {'; '.join(self.not_tried)}."])
+
+    def __str__(self) -> str:
+        """At most 2,000 tokens of text."""
+        size = f"Over {self.texts} it moves by {self.mean_kl:.2g} nats a token (KL)."
+        return f"{self.adapter} on {self.model}. {size}\n{self.told}"
 
     __repr__ = __str__
 

@@ -144,19 +144,15 @@ def _spectrum(row: Spectrum, summary: AdapterSummary) -> dict[str, str]:
 
 # --- What it changed, nothing asked: in words
 
-_TOKENS_NAMED, _MODULES_NAMED = 6, 4
+_TOKENS_NAMED = 6
 
 
 @drawing.story.register(results.WhatChanged)
 def what_changed_story(changed: results.WhatChanged) -> str:
-    """A paragraph a line: how much, answers, which tokens, where, which modules, how constant."""
+    """A paragraph a line: how much, which tokens, and the brief."""
     first = magnitude(changed.found.first_kl)
     size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
-    asked = [(text.short_prompt([a.prompt]), text.answers_text(a)) for a in changed.answers]
-    answers = [f"Asked “{prompt}”, {said}" for prompt, said in asked]
-    tokens = " ".join(_promoted(changed, by, unit) for by, unit in _UNITS.items())
-    parts = (part(changed) for part in (_reading, _places, _modules, _constant))
-    return "\n".join(filter(None, [size, *answers, tokens, *parts]))
+    return "\n".join([size, _promoted(changed), changed.brief().told])
 
 
 def _moved(changed: results.WhatChanged) -> str:
@@ -178,29 +174,14 @@ def _range(values: Iterable[float]) -> str:
     return " to ".join(dict.fromkeys(map(magnitude, (ends[0], ends[-1]))))
 
 
-_UNITS: dict[By, str] = {"logit": "logits", "probability": "of probability"}
-
-
-def _promoted(changed: results.WhatChanged, by: By, unit: str) -> str:
-    frame = changed.promoted(_TOKENS_NAMED, by)
-    most = f"the first by {signed(frame[by].tolist()[0])} {unit}"
+def _promoted(changed: results.WhatChanged) -> str:
+    frame = changed.promoted(_TOKENS_NAMED)
+    most = f"the first by {signed(frame['logit'].tolist()[0])} logits"
     if "null" in frame:
         random = signed(frame["null"].tolist()[0])
         most += f"; no token by more than {random} under a null adapter"
-    return f"Promoted most by mean {by}: {_quoted(frame['token'])} ({most})."
-
-
-def _quoted(tokens: Iterable[str]) -> str:
-    return ", ".join(f"‘{visible(token)}’" for token in tokens)
-
-
-def _reading(changed: results.WhatChanged) -> str:
-    tokens = _quoted(changed.promoted(_TOKENS_NAMED, "reading")["token"])
-    shares = ", ".join(map(" ".join, _writers(changed, _MODULES_NAMED).rows))
-    return (
-        "What the residual stream gains on the first tokens of the texts reads, through the final "
-        f"norm and the unembedding, as {tokens}. It is added by {shares}."
-    )
+    tokens = ", ".join(f"‘{visible(token)}’" for token in frame["token"])
+    return f"Promoted most by mean logit: {tokens} ({most})."
 
 
 def _places(changed: results.WhatChanged) -> str:
@@ -213,20 +194,6 @@ def _places(changed: results.WhatChanged) -> str:
 
 def _context(changed: results.WhatChanged, row: Mapping[Any, Any]) -> str:
     return text.context_text(changed.str_tokens[row["text"]], row["position"])
-
-
-def _modules(changed: results.WhatChanged) -> str:
-    rows, total = _modules_table(changed, _MODULES_NAMED).rows, float(changed.shares.sum())
-    shares = ", ".join(f"{site} {share}" for site, _, _, share in rows)
-    split = f"Of the KL, {magnitude(total)} nats a token when split along the path"
-    return f"{split}, most belongs to {shares}." if rows else ""
-
-
-def _constant(changed: results.WhatChanged) -> str:
-    constant = changed.found.constant.items()
-    shares = ", ".join(f"{percent(share)} at {name}" for name, share in constant)
-    share = "How much of the shift of activations is one vector, whatever the token"
-    return f"{share}, on held-out texts: {shares}."
 
 
 # --- What it changed: pictures
@@ -356,7 +323,7 @@ def what_changed_report(changed: results.WhatChanged, *, title: str | None = Non
     ]
     part = Part(
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
-        headline=(_moved(changed), _promoted(changed, "logit", "logits"), _places(changed)),
+        headline=(_moved(changed), _promoted(changed), _places(changed)),
         numbers=_numbers(changed),
         top=[*answers_of(changed.answers), promoted_figure(changed)],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),

@@ -32,10 +32,9 @@ def test_words_stand_beside_their_controls():
     assert "unrelated adapters: 0.67" in story and "left out: 4.00 nats" in story
     assert "Promoted most by mean logit: ‘<b>x</b>’" in story
     assert "+1.00 logits; no token by more than +0.10 under a null adapter" in story
-    assert "blocks.2.hook_mlp_out 75%" in story and "50% at blocks.2.hook_resid_post" in story
-    assert "Of the KL" in story
+    assert "Most of the KL belongs to" in story and "After “The <b>capital</b> of” it says" in story
     alone = what_changed(alone=True).story()
-    assert "null" not in alone and "Of the KL" not in alone
+    assert "null adapter, " not in alone and "Most of the KL" not in alone
 
 
 def test_tables_and_page_are_escaped(page: str):
