@@ -4,28 +4,26 @@
     bank.first_order(adapter)                # equal to ll.first_order
     bank.scan("folder/of/adapters")          # one after another, resumable
 
-1. `bank` records z and G of every module that an adapter may target, at ε = 0 (`engine/bank.py`).
-2. An adapter is laid over the same model, whose weights, settings and hooks must be those that were
-   recorded, and a_l is contracted from its factors and the bank. No pass is run.
-3. A saved bank has the fingerprint of model and tokenizer that a sweep's files have.
-4. `scan` holds one adapter at a time; every few of them are on the disk before the next begin.
+Weights, settings and hooks of the model must be those that were recorded; a saved bank has the
+fingerprint of a sweep's files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
@@ -36,17 +34,21 @@ from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in, read_config
 from lens_lora.adapters.peft_read import renamed, saved_keys, updates_of
-from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
+from lens_lora.analyses.first_order import (
+    in_rank_space,
+    readouts_of,
+    response_tokens,
+    within_response,
+)
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.bank import Factors, Half, Once, Parts, Thin, record, shapes_of, stand_ins
+from lens_lora.engine.bank import Half, Once, Parts, Thin, is_thin, record, shapes_of, stand_ins
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.build import host_of
-from lens_lora.model.check import require_kinds
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_adapters
 from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
@@ -55,14 +57,15 @@ from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.storage import read_result, save_result, stored
 from lens_lora.sweeps.processes import launched
-from lens_lora.sweeps.store import Store, Unchanged, differences, digest, fingerprint, settings
+from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
-_Values = tuple[LoraLens, list[Tensor], Callable[[], float]]  # of each readout; and ‖ΔW‖ / ‖W‖
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_Values = tuple[LoraLens, list[Tensor]]  # of each readout
+_Layout = dict[str, tuple[str, str, float]]  # keys of A and B in a file, and s, by module path
+_Kept = TypeVar("_Kept")
 _PLANS = 16  # of adapters of other modules or configs, the latest that are kept
-_TAME = 1e8  # squares of norms of factors whose products do not overflow
+_TAME = 1e4  # norms of factors whose products do not overflow
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
 stored(Half)
@@ -73,35 +76,23 @@ stored(Source)
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldReadout:
-    """One readout of a bank.
+    """One readout of a bank."""
 
-    Attributes:
-        halves: the base's half, of one group of prompts after another.
-        response, labels: as in `Attribution`; base, str_tokens, readout and units.
-    """
-
-    halves: tuple[Half, ...]
+    halves: tuple[Half, ...]  # of one group of prompts after another
     response: tuple[tuple[str, ...], ...]
-    labels: dict[str, Any]
+    labels: dict[str, Any]  # base, str_tokens, readout and units, as in `Attribution`
 
 
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldBank:
-    """What a bank's file holds.
+    """What a bank's file holds."""
 
-    Attributes:
-        stacks: z and G, those of one shape together.
-        readouts, several: the readouts, and whether they came as a list.
-        modules: globs of the modules that were recorded.
-        about: the model's fingerprint as JSON, once it is saved.
-    """
-
-    stacks: dict[str, Tensor]
+    stacks: dict[str, Tensor]  # z and G, those of one shape together
     readouts: tuple[HeldReadout, ...]
-    several: bool
-    modules: tuple[str, ...]
-    about: str = ""
+    several: bool  # whether they came as a list
+    modules: tuple[str, ...]  # globs
+    about: str = ""  # the model's fingerprint as JSON, once it is saved
 
 
 class Bank:
@@ -116,8 +107,8 @@ class Bank:
         self.several: bool = held.several
         self._lens, self._held, self._asked = lens, held, asked
         self._halves = [half for readout in held.readouts for half in readout.halves]
-        self._unchanged = Unchanged(lens.model)
-        # By the shapes of plain factors, the latest of them.
+        self._settings = settings(lens.model)
+        # The latest, by the shapes of plain factors, and by a file's config and header.
         self._thin: dict[tuple[Any, ...], Thin] = {}
         self._layouts: dict[tuple[Any, ...], tuple[Thin, _Layout]] = {}
 
@@ -157,7 +148,6 @@ class Bank:
             ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
             NumericsError: non-finite derivatives, naming the site.
         """
-        require_kinds(adapter, None)
         self._require_same_model()
         axes = by_axes(by, (*AXES, "token"))
         if exact and not self._asked:
@@ -165,13 +155,8 @@ class Bank:
                 "exact=True: this bank was read from a file, which does not hold the readout "
                 "itself; take the shift from ll.fact_margin or ll.remainder."
             )
-        is_plain = not (axes or exact) and gauge == "trained"
-        lens, by_readout, norm = (
-            self._first_order(adapter)
-            if is_plain
-            else self._by(self._lens.with_adapter(adapter), axes, gauge)
-        )
-        attributions, heads = list[Attribution](), lens.heads
+        lens = in_rank_space(self._lens.with_adapter(adapter), axes, gauge)
+        by_readout, attributions, heads = self._by(lens, axes), list[Attribution](), lens.heads
         for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
             adapted = torch.full_like(held.labels["base"], torch.nan)
             if exact:
@@ -186,49 +171,45 @@ class Bank:
                 response=held.response if "token" in axes else (),
                 gauge=gauge if "rank" in axes else "",
                 mode="reverse",
-                relative_norm=norm(),
+                relative_norm=lens.plan.relative_norm,
                 sites=lens.sites,
                 adapted=adapted,
-                meta={**lens.describe(), **_names_of(adapter)},
+                meta=lens.describe(),
                 **held.labels,
             )
             attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
 
-    def _by(self, lens: LoraLens, axes: tuple[str, ...] = (), gauge: Gauge = "trained") -> _Values:
-        """By the adapter's own plan."""
-        turned, stacks = in_rank_space(lens, axes, gauge), self._held.stacks
+    def _by(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:
+        """Of each readout, by the adapter's own plan."""
         if "token" in axes and not all(held.response for held in self._held.readouts):
             raise ArgumentError(
                 "by='token': the bank holds one gradient for a whole readout; make it with "
                 "ll.bank(…, by_token=True)."
             )
-        values = self._joined(lens, [half.slopes(turned, stacks, axes) for half in self._halves])
-        if "token" in axes:
-            pairs = zip(values, self._held.readouts, strict=True)
-            values = [_within_response(value, held.response) for value, held in pairs]
-        return turned, values, lambda: lens.plan.relative_norm
+        by_half = [half.slopes(lens, self._held.stacks, axes) for half in self._halves]
+        values = self._joined(lens, by_half)
+        if "token" not in axes:
+            return values
+        pairs = zip(values, self._held.readouts, strict=True)
+        return [within_response(value, held.response) for value, held in pairs]
 
     def _first_order(self, adapter: Adapter) -> _Values:
-        """The same without axes, of plain factors by products alone."""
-        thin = self._thin.get(shapes_of(adapter)) or self._thin_of(adapter)
-        if isinstance(thin, LoraLens):
-            return self._by(thin)
-        return self._thinly(thin, thin.factors(_factors_of(adapter)))
-
-    def _thin_of(self, adapter: Adapter) -> Thin | LoraLens:
-        """Of adapters with other modules than those before, checked by a lens; or that lens."""
-        lens, shapes = self._lens.with_adapter(adapter), shapes_of(adapter)
-        is_plain = shapes and lens.adapter is adapter
-        thin = Thin.of(lens, self._halves, self._held.stacks) if is_plain else None
-        if thin is None:
-            return lens
-        self._thin = dict([*self._thin.items(), (shapes, thin)][-_PLANS:])
-        return thin
+        """The same without axes; of plain factors by products alone."""
+        shapes = shapes_of(adapter)
+        if shapes not in self._thin:
+            lens, stacks = self._lens.with_adapter(adapter), self._held.stacks
+            is_plain = shapes and lens.adapter is adapter
+            if not (is_plain and is_thin(lens, self._halves, stacks)):
+                return lens, self._by(lens)
+            self._thin = _latest(self._thin, shapes, Thin(lens, self._halves, stacks))
+        thin = self._thin[shapes]
+        modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
+        factors = {key: (u.A, u.B, u.scale * u.strength) for key, u in modules.items()}
+        return self._thinly(thin, thin.factors(factors))
 
     def _thinly(self, thin: Thin, factors: Sequence[Parts]) -> _Values:
-        norm = functools.partial(thin.relative_norm, factors)
-        return thin.lens, self._joined(thin.lens, thin.slopes(factors)), norm
+        return thin.lens, self._joined(thin.lens, thin.slopes(factors))
 
     def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
         """Of each readout, [batch, site, *by]."""
@@ -349,7 +330,7 @@ class Bank:
     def _require_same_model(self, *, entries: bool = False) -> None:
         try:
             self._lens.plan.check_state(entries=entries)
-            differ = self._unchanged.differences()
+            differ = differences(self._settings, settings(self._lens.model))
         except ModelStateError as error:
             differ = [str(error)]
         if differ:
@@ -368,12 +349,12 @@ class Bank:
         """An adapter's rows, those that are known if there are; or what is wrong with it."""
         rows: list[tuple[Any, ...]] = []
         try:
-            adapter = source if isinstance(source, Adapter) else _Files(adapter_folder(source))
-            weights = None if known is None else _hash_of(adapter)
+            place = source if isinstance(source, Adapter) else adapter_folder(source)
+            weights = None if known is None else _hash_of(place)
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
-            contract = self._first_order if isinstance(adapter, Adapter) else self._of_files
-            lens, by_readout, _ = contract(cast(Any, adapter))
+            contract = self._first_order if isinstance(place, Adapter) else self._of_folder
+            lens, by_readout = contract(cast(Any, place))
             groups, members = _grouping(lens.sites, group)
             for readout, values in zip(self._held.readouts, by_readout, strict=True):
                 label = readout.labels["readout"]
@@ -390,92 +371,44 @@ class Bank:
         names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
         return pa.table([pa.array(column, kind) for column, kind in columns], names)
 
-    def _of_files(self, files: _Files) -> _Values:
-        """Of a folder; what its config and header say is worked out once for those beside it."""
-        layout = self._layouts.get(files.header)
-        if layout is not None:
-            values = self._in_layout(*layout, files.contents[1])
-            if values is not None:
-                return values
-        adapter = load_adapter(files.folder)
-        values = self._first_order(adapter)
-        thin = self._thin.get(shapes_of(adapter))
-        if thin is not None and (layout := files.layout()) is not None:
-            layouts = [*self._layouts.items(), (files.header, (thin, layout))]
-            self._layouts = dict(layouts[-_PLANS:])
+    def _of_folder(self, folder: Path) -> _Values:
+        """What a config and a header say is worked out once for the folders beside it."""
+        key = folder.parent, (folder / CONFIG).read_bytes(), _header(folder / WEIGHTS)
+        if key in self._layouts:
+            thin, layout = self._layouts[key]
+            # What is cut, huge or NaN is read with care, and refused there.
+            with contextlib.suppress(safetensors.SafetensorError):
+                tensors = safetensors.torch.load_file(folder / WEIGHTS)
+                triples = {path: (tensors[A], tensors[B], s) for path, (A, B, s) in layout.items()}
+                factors = thin.factors(triples)
+                if all(float(part.norm()) < _TAME for A, B, _ in factors for part in (A, B)):
+                    return self._thinly(thin, factors)
+        adapter = load_adapter(folder)
+        values, thin = self._first_order(adapter), self._thin.get(shapes_of(adapter))
+        if thin is not None:
+            self._layouts = _latest(self._layouts, key, (thin, _layout(folder)))
         return values
 
-    def _in_layout(self, thin: Thin, layout: _Layout, weights: _Bytes) -> _Values | None:
-        """None of factors that are to be read with care, or refused: cut, huge or NaN."""
-        if len(weights) != layout.size:
-            return None
-        numbers = torch.from_numpy(weights[layout.start :]).view(layout.dtype)
-        parts = numbers.split(layout.sizes)
 
-        def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
-            A, B, scale = layout.places[key]
-            return parts[A], parts[B], scale
-
-        factors = thin.factors(factors_at)
-        sizes = [(part @ part.mT).diagonal(0, 1, 2).sum() for A, B, _ in factors for part in (A, B)]
-        return self._thinly(thin, factors) if bool((torch.stack(sizes) < _TAME).all()) else None
+def _latest(known: dict[Any, _Kept], key: object, value: _Kept) -> dict[Any, _Kept]:
+    return dict([*known.items(), (key, value)][-_PLANS:])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where a safetensors file of plain factors, all of one dtype, has each module's A, B, and s.
-
-    Attributes:
-        size, start: the file's size, and where its numbers begin, in bytes.
-        sizes: how many numbers each tensor has, one after another.
-        places: A's and B's places in `sizes`, and s.
-    """
-
-    size: int
-    start: int
-    dtype: torch.dtype
-    sizes: list[int]
-    places: dict[str, tuple[int, int, float]]
+def _header(file: Path) -> bytes:
+    """All of a safetensors file but its numbers."""
+    with file.open("rb") as opened:
+        return opened.read(int.from_bytes(opened.read(8), "little"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """An adapter's two files."""
-
-    folder: Path
-
-    @functools.cached_property
-    def contents(self) -> tuple[bytes, _Bytes]:
-        """The config's bytes and the tensors'."""
-        return (self.folder / CONFIG).read_bytes(), np.fromfile(self.folder / WEIGHTS, np.uint8)
-
-    @property
-    def header(self) -> tuple[Path, bytes, bytes]:
-        """In what a file may differ only by the entries of its tensors; errors and warnings too."""
-        config, weights = self.contents
-        is_leaf = not any(path.is_dir() for path in self.folder.iterdir())
-        place = self.folder.parent if is_leaf else self.folder
-        return place, config, weights[: 8 + int.from_bytes(weights[:8], "little")].tobytes()
-
-    def layout(self) -> _Layout | None:
-        """None of tensors of several dtypes."""
-        weights, start = self.contents[1], len(self.header[2])
-        tensors = safetensors.torch.load(weights.tobytes())
-        dtype, *others = {tensor.dtype for tensor in tensors.values()}
-        if others or start % dtype.itemsize:
-            return None
-        header = json.loads(self.header[2][8:])
-        header.pop("__metadata__", None)
-        in_order = sorted(header, key=lambda key: header[key]["data_offsets"])
-        index = {id(tensors[key]): number for number, key in enumerate(in_order)}
-        state, notes = saved_keys(tensors)
-        updates = renamed(updates_of(read_config(self.folder), state), notes)
-        places = {
-            path: (index[id(u.A)], index[id(u.B)], u.scale * u.strength)
-            for path, u in cast("dict[str, LoRAFactors]", updates).items()
-        }
-        sizes = [tensors[key].numel() for key in in_order]
-        return _Layout(len(weights), start, dtype, sizes, places)
+def _layout(folder: Path) -> _Layout:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    key_of = {id(tensor): key for key, tensor in tensors.items()}
+    state, notes = saved_keys(tensors)
+    updates = renamed(updates_of(read_config(folder), state), notes)
+    return {
+        path: (key_of[id(u.A)], key_of[id(u.B)], u.scale * u.strength)
+        for path, u in cast("dict[str, LoRAFactors]", updates).items()
+    }
 
 
 @functools.lru_cache(maxsize=4)
@@ -485,33 +418,11 @@ def _grouping(sites: tuple[Site, ...], group: GroupName) -> tuple[list[str], Ten
     return [*groups], indicator(groups, len(sites)).T
 
 
-def _hash_of(adapter: Adapter | _Files) -> str:
+def _hash_of(adapter: Adapter | Path) -> str:
     if isinstance(adapter, Adapter):
         return digest(adapter.modules)
-    config, weights = adapter.contents
-    return hashlib.sha256(config + weights.data).hexdigest()
-
-
-def _factors_of(adapter: Adapter) -> Factors:
-    modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
-
-    def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
-        update = modules[key]
-        return update.A, update.B, update.scale * update.strength
-
-    return factors_at
-
-
-def _names_of(adapter: Adapter) -> dict[str, str]:
-    return {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
-
-
-def _within_response(values: Tensor, response: Sequence[Sequence[str]]) -> Tensor:
-    """NaN beyond a response's own tokens."""
-    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
-    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
-    exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
-    return torch.where(exists, values, torch.nan)
+    content = (adapter / CONFIG).read_bytes() + (adapter / WEIGHTS).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 # An adapter's name, the readout, the prompt, the group; value, total; what is wrong with it, and
