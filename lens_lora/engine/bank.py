@@ -41,11 +41,7 @@ from lens_lora.readouts.reading import Reading
 
 
 def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
-    """Adapters that add nothing at gates 0: of every module that can be a site; without norms.
-
-    Raises:
-        SiteError: no module matches the globs.
-    """
+    """Adapters that add nothing at gates 0: of every module that can be a site; without norms."""
     updates: dict[str, ModuleUpdate] = {}
     paths = _paths(host)
     for path in (p for p in paths if any(fnmatch.fnmatch(p, glob) for glob in globs)):
@@ -61,7 +57,6 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
 
 
 def _paths(host: Host) -> list[str]:
-    """Every module that an adapter may name."""
     family, layers = host.family, range(host.n_layers)
     head = HEADS[0] if host.base is None else host.base.head
     usual = [path for path in family.every_path() if path not in HEADS or path == head]
@@ -104,7 +99,7 @@ class Once:
         self._alike: dict[tuple[str, float], list[int]] = {}
 
     def place_of(self, tensor: Tensor) -> _Place:
-        """Where a tensor with these entries is, which is kept if there is none yet."""
+        """Where its entries are kept, from now on if they were not."""
         name = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
         kept = self._kept.setdefault(name, [])
         alike = self._alike.setdefault((name, float(tensor.sum())), [])
@@ -122,16 +117,11 @@ class Once:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Half:
-    """The base's half over some rows.
-
-    Attributes:
-        prompts, owner: the rows, and the index of each one's prompt.
-        columns: place → where each G and z of it are; of g, or of each token's log p.
-    """
+    """The base's half over some rows."""
 
     prompts: Prompts
-    owner: Int[Tensor, " row"]
-    columns: tuple[_Pairs, ...]
+    owner: Int[Tensor, " row"]  # the index of each one's prompt
+    columns: tuple[_Pairs, ...]  # where G and z of a place are; of g, or of each token's log p
 
     @property
     def reading(self) -> Reading:
@@ -142,12 +132,7 @@ class Half:
     def slopes(
         self, lens: LoraLens, stacks: Mapping[str, Tensor], axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at 0 of the lens's adapter, split. No forward pass.
-
-        Raises:
-            SiteError: a module whose z and G were not recorded.
-        """
-        reading = self.reading
+        """∂g/∂ε_l at 0 of the lens's adapter, split. No forward pass."""
         by_column: list[Tensor] = []
         for column in self.columns:
             slopes = Slopes(lens, self.prompts, tuple(axis for axis in axes if axis != "token"))
@@ -155,7 +140,7 @@ class Half:
                 if injection.partner is None:  # what waits for a partner's gate is 0
                     for gradient, z in _recorded(lens, injection, column, stacks):
                         slopes.visit(injection, None, gradient, z)
-            by_column.append(slopes.by_prompt(reading))
+            by_column.append(slopes.by_prompt(self.reading))
         return torch.stack(by_column, -1) if "token" in axes else torch.stack(by_column).sum(0)
 
 
@@ -168,9 +153,8 @@ def _recorded(
     if ports.read is None:
         place = next((p for p in column if p.startswith("o ") and f" {ports.write} " in p), "")
     if place not in column:
-        lacking = (
-            "this module" if ports.read else "the o of this layer, into whose bias v's is folded"
-        )
+        o = "the o of this layer, into whose bias v's is folded"
+        lacking = "this module" if ports.read else o
         raise SiteError(
             f"{site.name} ({site.module}): the bank lacks {lacking}, and what it lacks is not "
             "counted as zero. Make a bank of more modules (modules=), or leave this one out: "
@@ -206,7 +190,6 @@ def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token
 
 
 def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[_Pairs]:
-    """What goes by at each place of one lens, for each value that is read."""
     columns: list[_Pairs] = []
 
     def read() -> Float[Tensor, "row value"]:
@@ -280,7 +263,6 @@ class _Maps:
         return A, back, A.new_tensor([scale for *_, scale in triples])[:, None]
 
     def slopes(self, A: Tensor, B: Tensor, scales: Tensor) -> Iterator[Float[Tensor, "map token"]]:
-        """Each column's."""
         offset = 0 if self._beta is None else A @ self._beta[..., None].to(A)
         reads = A if self._gamma is None else A * self._gamma[:, None].to(A)
         if self._basis.centre_read:

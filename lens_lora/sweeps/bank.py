@@ -10,7 +10,6 @@ fingerprint of a sweep's files.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,10 +19,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
@@ -42,7 +41,17 @@ from lens_lora.analyses.first_order import (
 )
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.bank import Half, Once, Parts, Thin, is_thin, record, shapes_of, stand_ins
+from lens_lora.engine.bank import (
+    Factors,
+    Half,
+    Once,
+    Parts,
+    Thin,
+    is_thin,
+    record,
+    shapes_of,
+    stand_ins,
+)
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
@@ -62,7 +71,8 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
 _Values = tuple[LoraLens, list[Tensor]]  # of each readout
-_Layout = dict[str, tuple[str, str, float]]  # keys of A and B in a file, and s, by module path
+_Place = tuple[int, int, torch.dtype, torch.Size]  # where a file has a tensor, in bytes
+_Layout = dict[str, tuple[_Place, _Place, float]]  # A, B and s by module path
 _Kept = TypeVar("_Kept")
 _PLANS = 16  # of adapters of other modules or configs, the latest that are kept
 _TAME = 1e4  # norms of factors whose products do not overflow
@@ -96,11 +106,7 @@ class HeldBank:
 
 
 class Bank:
-    """The base's half of first order at ε = 0, over one model: made by `ll.bank`.
-
-    Attributes:
-        model, several: the hooked model; whether readouts came as a list, and results do.
-    """
+    """The base's half of first order at ε = 0, over one model: made by `ll.bank`."""
 
     def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
         self.model: Any = lens.model
@@ -145,8 +151,8 @@ class Bank:
         Raises:
             SiteError: a module that the bank lacks, or that the model lacks.
             AdapterError, ModelStateError: a model that has changed since; as for a new LoraLens.
-            ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
-            NumericsError: non-finite derivatives, naming the site.
+            ArgumentError: another axis or gauge; `exact` of a bank from a file.
+            NumericsError: non-finite derivatives.
         """
         self._require_same_model()
         axes = by_axes(by, (*AXES, "token"))
@@ -224,18 +230,12 @@ class Bank:
     def null(
         self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
     ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
-        """First order of the null adapters that `ll.null_test` draws, without their shifts.
+        """First order of the null adapters that `ll.null_test` draws, a tuple of several readouts.
 
-        Cost: no pass; drawing an adapter takes longer than its products.
+        Cost: no pass.
 
         Args:
-            adapter: any adapter of the bank's base.
-            draws: how many.
-            seed: the draws' seed, as for `Adapter.null`.
-            progress: show a bar.
-
-        Returns:
-            Values as of `first_order`, one draw after another; of several readouts a tuple.
+            adapter, draws, seed, progress: as for `ll.null_test`.
 
         Raises:
             UnsupportedAdapterError: DoRA, or modules and biases that were trained.
@@ -265,17 +265,15 @@ class Bank:
         With `out`, every process of `accelerate launch` calls this and takes its share.
 
         Args:
-            adapters: a folder, in which every folder with an adapter_config.json is one; or
-                folders, hub ids and `Adapter`s, in a list or one after another.
+            adapters: a folder with adapters at any depth; or folders, hub ids and `Adapter`s.
             group: 'site', 'layer' or 'kind', over which values are summed.
-            out: a .parquet file, written part by part, with which the same call resumes.
-            resume: go on with what is at `out`; False removes it and starts over.
+            out: a .parquet file, written part by part.
+            resume: go on with what is at `out`, or start over.
             progress: show a bar.
 
         Returns:
-            One row per adapter, readout, prompt and group: value, in the readout's units; total,
-            the sum over all sites; rank, the adapter's place by |total|, 1 the largest; error, in
-            the only row of an adapter that cannot be used.
+            One row per adapter, readout, prompt and group: value, in the readout's units; total
+            of all sites; rank by |total|; error, in an unusable adapter's only row.
 
         Raises:
             AdapterError, ArgumentError: no adapter at all; another group.
@@ -373,20 +371,21 @@ class Bank:
 
     def _of_folder(self, folder: Path) -> _Values:
         """What a config and a header say is worked out once for the folders beside it."""
-        key = folder.parent, (folder / CONFIG).read_bytes(), _header(folder / WEIGHTS)
+        file, config = folder / WEIGHTS, (folder / CONFIG).read_bytes()
+        key = folder.parent, config, _header(file), file.stat().st_size
         if key in self._layouts:
             thin, layout = self._layouts[key]
-            # What is cut, huge or NaN is read with care, and refused there.
-            with contextlib.suppress(safetensors.SafetensorError):
-                tensors = safetensors.torch.load_file(folder / WEIGHTS)
-                triples = {path: (tensors[A], tensors[B], s) for path, (A, B, s) in layout.items()}
-                factors = thin.factors(triples)
-                if all(float(part.norm()) < _TAME for A, B, _ in factors for part in (A, B)):
-                    return self._thinly(thin, factors)
+            factors = thin.factors(_read(file, layout))
+            # Huge or NaN, it is read with care, and refused there.
+            if all(float(part.norm()) < _TAME for A, B, _ in factors for part in (A, B)):
+                return self._thinly(thin, factors)
         adapter = load_adapter(folder)
         values, thin = self._first_order(adapter), self._thin.get(shapes_of(adapter))
         if thin is not None:
-            self._layouts = _latest(self._layouts, key, (thin, _layout(folder)))
+            layout = _layout(folder)
+            places = [place for A, B, _ in layout.values() for place in (A, B)]
+            if all(start % dtype.itemsize == 0 for start, _, dtype, _ in places):
+                self._layouts = _latest(self._layouts, key, (thin, layout))
         return values
 
 
@@ -401,14 +400,32 @@ def _header(file: Path) -> bytes:
 
 
 def _layout(folder: Path) -> _Layout:
-    tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    key_of = {id(tensor): key for key, tensor in tensors.items()}
+    tensors, header = safetensors.torch.load_file(folder / WEIGHTS), _header(folder / WEIGHTS)
+    begin, about = 8 + len(header), json.loads(header)
+    place_of = {
+        id(tensor): (
+            begin + about[key]["data_offsets"][0],
+            tensor.nbytes,
+            tensor.dtype,
+            tensor.shape,
+        )
+        for key, tensor in tensors.items()
+    }
     state, notes = saved_keys(tensors)
     updates = renamed(updates_of(read_config(folder), state), notes)
     return {
-        path: (key_of[id(u.A)], key_of[id(u.B)], u.scale * u.strength)
+        path: (place_of[id(u.A)], place_of[id(u.B)], u.scale * u.strength)
         for path, u in cast("dict[str, LoRAFactors]", updates).items()
     }
+
+
+def _read(file: Path, layout: _Layout) -> Factors:
+    content = torch.from_numpy(np.fromfile(file, np.uint8))
+
+    def tensor(start: int, size: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return content[start : start + size].view(dtype).view(shape)
+
+    return {path: (tensor(*A), tensor(*B), scale) for path, (A, B, scale) in layout.items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -447,8 +464,8 @@ def bank(
 ) -> Bank:
     """The base's half of first order, for any number of adapters of this model.
 
-    Cost: two forward passes and one backward for each readout (more where norms can change, and a
-    backward pass for each token by token). It holds the inputs and outputs of all modules.
+    Cost: two forward passes and one backward for each readout (more where norms can change), by
+    token a backward pass for each. It holds what all modules read, and gradients.
 
     Args:
         model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
@@ -458,7 +475,7 @@ def bank(
         modules: globs of Hugging Face module paths that adapters may target; by default all linear
             maps, embeddings, norms, stacks of experts and the head.
         by_token: whether each token's gradient of a response is kept, for by='token'.
-        max_memory: bytes beside the model that recording may take, as for `lens.within`.
+        max_memory: bytes that recording may take, as for `lens.within`.
         progress: show a bar.
 
     Raises:
@@ -522,7 +539,6 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
 def _lenses(
     model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
 ) -> list[LoraLens]:
-    """Over the stand-ins."""
     host = host_of(model, hf_model)
     if hooked := settings(model)["hooks"]:
         raise ModelStateError(
@@ -538,14 +554,12 @@ def _lenses(
 
 
 def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
-    """Each adapter, and its name."""
     if isinstance(adapters, str | Path):
         return list(folders_in(adapters).items())
     return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
 
 
 def _keys(table: pa.Table) -> list[str]:
-    """What a resumed scan knows each row's adapter by."""
     names, weights = (table[column].to_pylist() for column in ("adapter", "weights"))
     return [f"{name}#{mark}" for name, mark in zip(names, weights, strict=True)]
 
