@@ -232,7 +232,7 @@ def labelled(
     """The values with their labels, and the exact shift beside them."""
     is_by_token = "token" in axes
     return Attribution(
-        values=_beyond_responses(asked, values) if is_by_token else values,
+        values=within_response(values, response_tokens(asked)) if is_by_token else values,
         by=cast("tuple[Axis, ...]", axes),
         heads=tuple(asked.lens.heads.of(site.kind) for site in asked.lens.sites),
         method=method,
@@ -328,7 +328,7 @@ def _by_group(
         values, used_mode = _by_token(asked, gates, (), mode, progress, groups)
     require_finite(values, "the first-order shift")
     return GroupAttribution(
-        values=_beyond_responses(asked, values),
+        values=within_response(values, response_tokens(asked)),
         groups=groups,
         method=_method(rules),
         at=at,
@@ -338,13 +338,13 @@ def _by_group(
     )
 
 
-def _beyond_responses(
-    asked: Asked, values: Float[Tensor, "batch *rest token"]
+def within_response(
+    values: Float[Tensor, "batch *rest token"], response: Sequence[Sequence[str]]
 ) -> Float[Tensor, "batch *rest token"]:
     """NaN beyond a response's own tokens."""
-    exists = asked.reading.prompts.read_mask.to(values.device)
-    exists = exists.view(len(exists), *[1] * (values.ndim - 2), -1)
-    return torch.where(exists, values, torch.nan)
+    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
+    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+    return torch.where(exists.view(len(lengths), *[1] * (values.ndim - 2), -1), values, torch.nan)
 
 
 def response_tokens(asked: Asked) -> tuple[tuple[str, ...], ...]:

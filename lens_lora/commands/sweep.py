@@ -8,12 +8,10 @@ numbers. Results at `--out` of another sweep are refused before the model is loa
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 import warnings
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -170,14 +168,8 @@ def scan(
         prompts, readout = running.margin_of(model, questions)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with quiet_libraries(), running.told_if_interrupted(lambda: kept):
-            bank = ll.bank(
-                model,
-                prompts,
-                readout,
-                hf_model=beside,
-                max_memory=base.max_memory,
-                progress=not quiet,
-            )
+            how: Any = {"hf_model": beside, "max_memory": base.max_memory, "progress": not quiet}
+            bank = ll.bank(model, prompts, readout, **how)
             table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
         if processes.is_main:
             _print_scan(table, out)
@@ -187,15 +179,12 @@ def scan(
 
 def _print_scan(table: pd.DataFrame, out: Path) -> None:
     """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
-    totals: dict[str, list[float]] = {}
-    for name, total in zip(table["adapter"], table["total"], strict=True):
-        if not math.isnan(total):
-            totals.setdefault(name, []).append(total)
-    means = {name: statistics.fmean(values) for name, values in totals.items()}
+    totals = table.dropna(subset="total").groupby("adapter")["total"]
+    means = {str(name): total.mean() for name, total in totals}
     running.say(f"Σ a, mean over prompts, of {len(means)} adapters; the largest:")
     for name in sorted(means, key=lambda name: -abs(means[name]))[:_SHOWN_ERRORS]:
         running.say(f"  {means[name]:+9.3g}  {name}")
-    bad = table[table["error"].notna()]
+    bad = table.dropna(subset="error")
     for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):
         running.say(f"  {name}: {error}")
     running.say(f"{len(bad)} adapters cannot be used. All numbers: {out.absolute()}")

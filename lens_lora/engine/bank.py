@@ -2,20 +2,11 @@
 
     a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what a map reads, G_l = ∂g/∂(its output)
 
-1. A stand-in adapter that adds nothing, on every module that an adapter may target (`stand_ins`),
-   is laid over the model; one forward and one backward pass shows z and G of each place where an
-   adapter of these modules reads and writes (`record`). A norm that changes moves the place at
-   which the maps behind it read, so both places are recorded.
-2. What an adapter adds at each place, in the model's basis, is its plan's, as for any lens:
-   constants of folded value biases, heads, ranks and experts too. Its injections are shown the
-   recorded G and z in place of a pass (`Half.slopes`).
-3. Adapters of plain factors, of the same modules and shapes, share a plan. Maps of one kind are
-   contracted together, all layers as one batch (`Thin`):
-
-       a_l = s_l Σ_t ⟨A_l' z_t + A_l β, B_l'ᵀ G_t⟩        A' = A diag(γ), B' = PB (`model/basis`)
-
-   Two thin products of r (in + out) operations a token; Σ_t G_t z_tᵀ, [out, in], would be cheaper
-   only beyond in · out / (in + out) tokens a prompt, hundreds.
+1. `stand_ins` add nothing on every module that an adapter may target; a forward and a backward pass
+   under them show z and G (`record`); again with norms, whose change moves where maps read.
+2. Any adapter's plan is shown these in place of a pass (`Half.slopes`).
+3. Plain factors of the same modules and shapes share a plan, maps of one kind a batch (`Thin`):
+   a_l = s_l Σ_t ⟨A_l' z_t + A_l β, B_l'ᵀ G_t⟩, A' = A diag(γ), B' = PB (`model/basis`).
 """
 
 from __future__ import annotations
@@ -23,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -38,11 +29,11 @@ from lens_lora.engine.function import differentiable_tokens, read_for_slopes
 from lens_lora.engine.reverse import Slopes, Visit, go_back
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
-from lens_lora.model.basis import Basis, SiteMap
+from lens_lora.model.basis import SiteMap
 from lens_lora.model.gates import Injection
 from lens_lora.model.host import Host
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import OUTSIDE_KINDS, SiteFactors, outside_layer
+from lens_lora.model.sites import OUTSIDE_KINDS, outside_layer
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import Reading
 
@@ -50,11 +41,7 @@ from lens_lora.readouts.reading import Reading
 
 
 def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
-    """Adapters that add nothing at gates 0: of every module that can be a site; without norms.
-
-    Raises:
-        SiteError: no module matches the globs.
-    """
+    """Adapters that add nothing at gates 0: of every module that can be a site; without norms."""
     updates: dict[str, ModuleUpdate] = {}
     paths = _paths(host)
     for path in (p for p in paths if any(fnmatch.fnmatch(p, glob) for glob in globs)):
@@ -70,7 +57,6 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
 
 
 def _paths(host: Host) -> list[str]:
-    """Every module that an adapter may name."""
     family, layers = host.family, range(host.n_layers)
     head = HEADS[0] if host.base is None else host.base.head
     usual = [path for path in family.every_path() if path not in HEADS or path == head]
@@ -113,7 +99,7 @@ class Once:
         self._alike: dict[tuple[str, float], list[int]] = {}
 
     def place_of(self, tensor: Tensor) -> _Place:
-        """Where a tensor with these entries is, which is kept if there is none yet."""
+        """Where its entries are kept, from now on if they were not."""
         name = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
         kept = self._kept.setdefault(name, [])
         alike = self._alike.setdefault((name, float(tensor.sum())), [])
@@ -131,16 +117,11 @@ class Once:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Half:
-    """The base's half over some rows.
-
-    Attributes:
-        prompts, owner: the rows, and the index of each one's prompt.
-        columns: place → where each G and z of it are; of g, or of each token's log p.
-    """
+    """The base's half over some rows."""
 
     prompts: Prompts
-    owner: Int[Tensor, " row"]
-    columns: tuple[_Pairs, ...]
+    owner: Int[Tensor, " row"]  # the index of each one's prompt
+    columns: tuple[_Pairs, ...]  # where G and z of a place are; of g, or of each token's log p
 
     @property
     def reading(self) -> Reading:
@@ -151,12 +132,7 @@ class Half:
     def slopes(
         self, lens: LoraLens, stacks: Mapping[str, Tensor], axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at 0 of the lens's adapter, split. No forward pass.
-
-        Raises:
-            SiteError: a module whose z and G were not recorded.
-        """
-        reading = self.reading
+        """∂g/∂ε_l at 0 of the lens's adapter, split. No forward pass."""
         by_column: list[Tensor] = []
         for column in self.columns:
             slopes = Slopes(lens, self.prompts, tuple(axis for axis in axes if axis != "token"))
@@ -164,7 +140,7 @@ class Half:
                 if injection.partner is None:  # what waits for a partner's gate is 0
                     for gradient, z in _recorded(lens, injection, column, stacks):
                         slopes.visit(injection, None, gradient, z)
-            by_column.append(slopes.by_prompt(reading))
+            by_column.append(slopes.by_prompt(self.reading))
         return torch.stack(by_column, -1) if "token" in axes else torch.stack(by_column).sum(0)
 
 
@@ -177,9 +153,8 @@ def _recorded(
     if ports.read is None:
         place = next((p for p in column if p.startswith("o ") and f" {ports.write} " in p), "")
     if place not in column:
-        lacking = (
-            "this module" if ports.read else "the o of this layer, into whose bias v's is folded"
-        )
+        o = "the o of this layer, into whose bias v's is folded"
+        lacking = "this module" if ports.read else o
         raise SiteError(
             f"{site.name} ({site.module}): the bank lacks {lacking}, and what it lacks is not "
             "counted as zero. Make a bank of more modules (modules=), or leave this one out: "
@@ -215,7 +190,6 @@ def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token
 
 
 def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[_Pairs]:
-    """What goes by at each place of one lens, for each value that is read."""
     columns: list[_Pairs] = []
 
     def read() -> Float[Tensor, "row value"]:
@@ -240,8 +214,7 @@ def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[
 # --- Adapters of the same modules and shapes
 
 
-# A and B, perhaps flat, and s by an adapter's own key
-Factors = Callable[[str], tuple[Tensor, Tensor, float]]
+Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # A, B and s by an adapter's own key
 # A [map, rank, in] before γ, B'ᵀ [map, rank, out], and s [map, 1]
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -251,74 +224,61 @@ def shapes_of(adapter: Adapter) -> tuple[Any, ...]:
     updates = [u for u in adapter.modules.values() if isinstance(u, LoRAFactors) and u.is_plain]
     if len(updates) < len(adapter.modules):
         return ()
-    kinds = ((u.A.shape, u.B.shape, u.A.dtype, u.B.dtype) for u in updates)
-    return (*adapter.modules, *kinds)
+    return (*adapter.modules, *((u.A.shape, u.B.shape, u.A.dtype, u.B.dtype) for u in updates))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Maps:
-    """Maps of one kind and shape, one layer after another.
+    """Maps of one kind and shape, layer by layer; `pairs` are each column's G and z."""
 
-    Attributes:
-        sites, updates: each one's index in the lens, and what the adapter holds there.
-        rank: A's and B's.
-        basis: the first one's; its flags are those of all.
-        gamma, beta: [map, 1, in] and [map, in, 1], as in `Basis`.
-        pairs: G [map, token, out] and z [map, token, in], of each column.
-    """
-
-    sites: list[int]
-    updates: list[SiteFactors]
-    rank: int
-    basis: Basis
-    gamma: Tensor | None
-    beta: Tensor | None
-    pairs: list[tuple[Tensor, Tensor]]
+    def __init__(
+        self,
+        lens: LoraLens,
+        group: Sequence[tuple[list[_Place], int]],
+        view: Callable[[tuple[_Place, ...]], Tensor],
+    ) -> None:
+        self.sites = [index for _, index in group]
+        self._keys = [lens.plan.updates[index].site for index in self.sites]
+        bases = [lens.plan.host.basis_of(site) for site in self._keys]
+        self._basis = bases[0]
+        self._gamma, self._beta = (
+            _stacked([b.gamma for b in bases]),
+            _stacked([b.beta for b in bases]),
+        )
+        tensors = [view(places) for places in zip(*(places for places, _ in group), strict=True)]
+        self.pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def factors(self, of: Factors) -> Parts:
-        """An adapter's."""
-        triples, basis = [of(site.key) for site in self.updates], self.basis
-        writes = [
-            B.view(-1, self.rank) if site.rows is None else B.view(-1, self.rank)[site.rows]
-            for (_, B, _), site in zip(triples, self.updates, strict=True)
-        ]
-        reads = torch.stack([A for A, _, _ in triples]).view(len(triples), self.rank, -1)
-        reads = reads.to(basis.device, basis.dtype)
-        back = torch.stack(writes).mT.to(reads, memory_format=torch.contiguous_format)
+        triples, basis = [of[site.key] for site in self._keys], self._basis
+        A = torch.stack([A for A, _, _ in triples]).to(basis.device, basis.dtype)
+        pairs = zip(triples, self._keys, strict=True)
+        writes = torch.stack(
+            [B if site.rows is None else B[site.rows] for (_, B, _), site in pairs]
+        )
+        back = writes.mT.to(A, memory_format=torch.contiguous_format)
         if basis.centre_write:
             back = back - back.mean(-1, keepdim=True)
         if basis.kv_copies > 1:
             by_head = back.unflatten(-1, (-1, basis.d_head))
             back = by_head.repeat_interleave(basis.kv_copies, -2).flatten(-2)
-        return reads, back, reads.new_tensor([scale for *_, scale in triples])[:, None]
-
-    def reads(self, A: Tensor) -> Tensor:
-        """A'."""
-        turned = A if self.gamma is None else A * self.gamma
-        return turned - turned.mean(-1, keepdim=True) if self.basis.centre_read else turned
+        return A, back, A.new_tensor([scale for *_, scale in triples])[:, None]
 
     def slopes(self, A: Tensor, B: Tensor, scales: Tensor) -> Iterator[Float[Tensor, "map token"]]:
-        """Of each column. Readouts of the same rows share z, and so u."""
-        reads, offset = self.reads(A), None if self.beta is None else A @ self.beta
-        by_z: dict[int, Tensor] = {}
+        offset = 0 if self._beta is None else A @ self._beta[..., None].to(A)
+        reads = A if self._gamma is None else A * self._gamma[:, None].to(A)
+        if self._basis.centre_read:
+            reads = reads - reads.mean(-1, keepdim=True)
+        # Readouts of the same rows share z, and so u.
+        u_of = functools.cache(lambda z: reads @ z.to(A).mT + offset)
         for gradient, z in self.pairs:
-            if id(z) not in by_z:
-                u = reads @ z.to(A).mT
-                by_z[id(z)] = u if offset is None else u + offset
-            yield (by_z[id(z)] * (B @ gradient.to(B).mT)).sum(1) * scales
+            yield (u_of(z) * (B @ gradient.to(B).mT)).sum(1) * scales
 
-    def square_norm(self, A: Tensor, B: Tensor, scales: Tensor) -> Float[Tensor, ""]:
-        """Σ ‖ΔW‖², of the model's own weights: s² tr((BᵀB)(AAᵀ))."""
-        reads = A if self.basis.gamma_is_own else self.reads(A)
-        return ((B @ B.mT) * (reads @ reads.mT) * scales[..., None].square()).sum()
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    return None if any(t is None for t in tensors) else torch.stack(cast("list[Tensor]", tensors))
 
 
 class Thin:
-    """First order, by products alone, of every adapter of the same modules and shapes.
-
-    Attributes:
-        lens: one adapter's; its sites are those of all.
-    """
+    """First order, by products alone, of adapters of the same modules and shapes as a lens's."""
 
     def __init__(
         self, lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
@@ -327,49 +287,12 @@ class Thin:
         columns = [column for half in halves for column in half.columns]
         alike: dict[tuple[Any, ...], list[tuple[list[_Place], int]]] = {}
         for index, injection in enumerate(lens.plan.injections):
-            place, site, delta = _place(lens, injection), lens.sites[index], injection.map
+            place, delta = _place(lens, injection), injection.map
             places = [tensor for column in columns for tensor in column[place][0]]
-            kind = site.kind, site.adapter, delta.rank, delta.device, delta.a0 is None
+            kind = lens.sites[index].kind, delta.rank, delta.a0 is None
             alike.setdefault((*kind, *(name for name, _ in places)), []).append((places, index))
-        views: dict[tuple[_Place, ...], Tensor] = {}
-        self._maps = [self._alike(sorted(group), stacks, views) for group in alike.values()]
-
-    def _alike(
-        self,
-        group: Sequence[tuple[list[_Place], int]],
-        stacks: Mapping[str, Tensor],
-        views: dict[tuple[_Place, ...], Tensor],
-    ) -> _Maps:
-        plan, sites = self.lens.plan, [index for _, index in group]
-        updates = [plan.updates[index].site for index in sites]
-        bases = [plan.host.basis_of(site) for site in updates]
-        first, offset = bases[0], plan.injections[sites[0]].map.a0
-        gammas, betas = [cast(Any, b.gamma) for b in bases], [cast(Any, b.beta) for b in bases]
-        gamma = None if first.gamma is None else torch.stack(gammas)[:, None].to(first.dtype)
-        beta = None if offset is None else torch.stack(betas)[..., None].to(first.dtype)
-        tensors: list[Tensor] = []
-        for places in zip(*(places for places, _ in group), strict=True):
-            if places not in views:
-                views[places] = _in_one(stacks, places)
-            tensors.append(views[places])
-        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
-        rank = plan.injections[sites[0]].map.rank
-        return _Maps(sites, updates, rank, first, gamma, beta, pairs)
-
-    @classmethod
-    def of(
-        cls, lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
-    ) -> Thin | None:
-        """None where some δ is no product of two plain factors."""
-
-        def is_thin(i: Injection) -> bool:
-            if type(i.map) is not SiteMap or i.ports.read is None or i.partner is not None:
-                return False
-            pairs = [column.get(_place(lens, i), ()) for half in halves for column in half.columns]
-            is_single = all(len(p) == 1 and stacks[p[0][1][0]].ndim == 4 for p in pairs)
-            return is_single and i.whole is None and lens.sites[i.site].kind not in OUTSIDE_KINDS
-
-        return cls(lens, halves, stacks) if all(map(is_thin, lens.plan.injections)) else None
+        view = functools.cache(functools.partial(_in_one, stacks))
+        self._maps = [_Maps(lens, sorted(group), view) for group in alike.values()]
 
     @torch.no_grad()
     def factors(self, of: Factors) -> list[Parts]:
@@ -381,28 +304,34 @@ class Thin:
         """∂g/∂ε_l at 0, of each half."""
         lens, by_half = self.lens, list[Tensor]()
         pairs = zip(self._maps, factors, strict=True)
-        by_kind = [maps.slopes(*parts) for maps, parts in pairs]
+        by_kind = [(maps.sites, maps.slopes(*parts)) for maps, parts in pairs]
         for half in self._halves:
             rows = torch.zeros(len(half.owner), len(lens.sites), dtype=lens.gate_dtype)
             rows = rows.to(lens.device)
-            for maps, columns in zip(self._maps, by_kind, strict=True):
+            for sites, columns in by_kind:
                 for values in itertools.islice(columns, len(half.columns)):
-                    rows[:, maps.sites] += values.unflatten(1, (len(rows), -1)).sum(2).T.to(rows)
+                    rows[:, sites] += values.unflatten(1, (len(rows), -1)).sum(2).T.to(rows)
             by_half.append(half.reading.by_prompt(rows))
         return by_half
 
-    def relative_norm(self, factors: Sequence[Parts]) -> float:
-        """‖ΔW‖ / ‖W‖, as a plan has it."""
-        pairs = zip(self._maps, factors, strict=True)
-        square = sum(float(maps.square_norm(*parts)) for maps, parts in pairs)
-        return math.sqrt(max(square, 0.0)) / self.lens.plan.base_norm
+
+def is_thin(lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]) -> bool:
+    """Whether each δ is a product of two plain factors, and recorded once."""
+    for i in lens.plan.injections:
+        if type(i.map) is not SiteMap or i.ports.read is None or i.partner is not None:
+            return False
+        pairs = [column.get(_place(lens, i), ()) for half in halves for column in half.columns]
+        is_single = all(len(p) == 1 and stacks[p[0][1][0]].ndim == 4 for p in pairs)
+        if not is_single or i.whole is not None or lens.sites[i.site].kind in OUTSIDE_KINDS:
+            return False
+    return True
 
 
 def _in_one(stacks: Mapping[str, Tensor], places: Sequence[_Place]) -> Float[Tensor, "map token _"]:
     """The tensors at these places of one stack; no copy where they are equally far apart."""
-    name, indices = places[0][0], [index for _, index in places]
-    steps = {later - earlier for earlier, later in itertools.pairwise(indices)} or {1}
-    step = min(steps)
-    is_regular = len(steps) == 1 and step > 0
-    chosen = slice(indices[0], indices[-1] + 1, step) if is_regular else indices
-    return stacks[name][chosen].flatten(1, 2)
+    indices = [index for _, index in places]
+    step = max(1, (indices[-1] - indices[0]) // max(1, len(indices) - 1))
+    regular = slice(indices[0], indices[-1] + 1, step)
+    stack = stacks[places[0][0]]
+    is_regular = [*range(len(stack))[regular]] == indices
+    return stack[regular if is_regular else indices].flatten(1, 2)

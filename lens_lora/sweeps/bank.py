@@ -4,11 +4,8 @@
     bank.first_order(adapter)                # equal to ll.first_order
     bank.scan("folder/of/adapters")          # one after another, resumable
 
-1. `bank` records z and G of every module that an adapter may target, at ε = 0 (`engine/bank.py`).
-2. An adapter is laid over the same model, whose weights, settings and hooks must be those that were
-   recorded, and a_l is contracted from its factors and the bank. No pass is run.
-3. A saved bank has the fingerprint of model and tokenizer that a sweep's files have.
-4. `scan` holds one adapter at a time; every few of them are on the disk before the next begin.
+Weights, settings and hooks of the model must be those that were recorded; a saved bank has the
+fingerprint of a sweep's files.
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -36,17 +33,31 @@ from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in, read_config
 from lens_lora.adapters.peft_read import renamed, saved_keys, updates_of
-from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
+from lens_lora.analyses.first_order import (
+    in_rank_space,
+    readouts_of,
+    response_tokens,
+    within_response,
+)
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.bank import Factors, Half, Once, Parts, Thin, record, shapes_of, stand_ins
+from lens_lora.engine.bank import (
+    Factors,
+    Half,
+    Once,
+    Parts,
+    Thin,
+    is_thin,
+    record,
+    shapes_of,
+    stand_ins,
+)
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.build import host_of
-from lens_lora.model.check import require_kinds
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_adapters
 from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
@@ -55,14 +66,16 @@ from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.storage import read_result, save_result, stored
 from lens_lora.sweeps.processes import launched
-from lens_lora.sweeps.store import Store, Unchanged, differences, digest, fingerprint, settings
+from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
-_Values = tuple[LoraLens, list[Tensor], Callable[[], float]]  # of each readout; and ‖ΔW‖ / ‖W‖
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_Values = tuple[LoraLens, list[Tensor]]  # of each readout
+_Place = tuple[int, int, torch.dtype, torch.Size]  # where a file has a tensor, in bytes
+_Layout = dict[str, tuple[_Place, _Place, float]]  # A, B and s by module path
+_Kept = TypeVar("_Kept")
 _PLANS = 16  # of adapters of other modules or configs, the latest that are kept
-_TAME = 1e8  # squares of norms of factors whose products do not overflow
+_TAME = 1e4  # norms of factors whose products do not overflow
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
 stored(Half)
@@ -73,51 +86,35 @@ stored(Source)
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldReadout:
-    """One readout of a bank.
+    """One readout of a bank."""
 
-    Attributes:
-        halves: the base's half, of one group of prompts after another.
-        response, labels: as in `Attribution`; base, str_tokens, readout and units.
-    """
-
-    halves: tuple[Half, ...]
+    halves: tuple[Half, ...]  # of one group of prompts after another
     response: tuple[tuple[str, ...], ...]
-    labels: dict[str, Any]
+    labels: dict[str, Any]  # base, str_tokens, readout and units, as in `Attribution`
 
 
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldBank:
-    """What a bank's file holds.
+    """What a bank's file holds."""
 
-    Attributes:
-        stacks: z and G, those of one shape together.
-        readouts, several: the readouts, and whether they came as a list.
-        modules: globs of the modules that were recorded.
-        about: the model's fingerprint as JSON, once it is saved.
-    """
-
-    stacks: dict[str, Tensor]
+    stacks: dict[str, Tensor]  # z and G, those of one shape together
     readouts: tuple[HeldReadout, ...]
-    several: bool
-    modules: tuple[str, ...]
-    about: str = ""
+    several: bool  # whether they came as a list
+    modules: tuple[str, ...]  # globs
+    about: str = ""  # the model's fingerprint as JSON, once it is saved
 
 
 class Bank:
-    """The base's half of first order at ε = 0, over one model: made by `ll.bank`.
-
-    Attributes:
-        model, several: the hooked model; whether readouts came as a list, and results do.
-    """
+    """The base's half of first order at ε = 0, over one model: made by `ll.bank`."""
 
     def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
         self.model: Any = lens.model
         self.several: bool = held.several
         self._lens, self._held, self._asked = lens, held, asked
         self._halves = [half for readout in held.readouts for half in readout.halves]
-        self._unchanged = Unchanged(lens.model)
-        # By the shapes of plain factors, the latest of them.
+        self._settings = settings(lens.model)
+        # The latest, by the shapes of plain factors, and by a file's config and header.
         self._thin: dict[tuple[Any, ...], Thin] = {}
         self._layouts: dict[tuple[Any, ...], tuple[Thin, _Layout]] = {}
 
@@ -154,10 +151,9 @@ class Bank:
         Raises:
             SiteError: a module that the bank lacks, or that the model lacks.
             AdapterError, ModelStateError: a model that has changed since; as for a new LoraLens.
-            ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
-            NumericsError: non-finite derivatives, naming the site.
+            ArgumentError: another axis or gauge; `exact` of a bank from a file.
+            NumericsError: non-finite derivatives.
         """
-        require_kinds(adapter, None)
         self._require_same_model()
         axes = by_axes(by, (*AXES, "token"))
         if exact and not self._asked:
@@ -165,13 +161,8 @@ class Bank:
                 "exact=True: this bank was read from a file, which does not hold the readout "
                 "itself; take the shift from ll.fact_margin or ll.remainder."
             )
-        is_plain = not (axes or exact) and gauge == "trained"
-        lens, by_readout, norm = (
-            self._first_order(adapter)
-            if is_plain
-            else self._by(self._lens.with_adapter(adapter), axes, gauge)
-        )
-        attributions, heads = list[Attribution](), lens.heads
+        lens = in_rank_space(self._lens.with_adapter(adapter), axes, gauge)
+        by_readout, attributions, heads = self._by(lens, axes), list[Attribution](), lens.heads
         for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
             adapted = torch.full_like(held.labels["base"], torch.nan)
             if exact:
@@ -186,49 +177,45 @@ class Bank:
                 response=held.response if "token" in axes else (),
                 gauge=gauge if "rank" in axes else "",
                 mode="reverse",
-                relative_norm=norm(),
+                relative_norm=lens.plan.relative_norm,
                 sites=lens.sites,
                 adapted=adapted,
-                meta={**lens.describe(), **_names_of(adapter)},
+                meta=lens.describe(),
                 **held.labels,
             )
             attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
 
-    def _by(self, lens: LoraLens, axes: tuple[str, ...] = (), gauge: Gauge = "trained") -> _Values:
-        """By the adapter's own plan."""
-        turned, stacks = in_rank_space(lens, axes, gauge), self._held.stacks
+    def _by(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:
+        """Of each readout, by the adapter's own plan."""
         if "token" in axes and not all(held.response for held in self._held.readouts):
             raise ArgumentError(
                 "by='token': the bank holds one gradient for a whole readout; make it with "
                 "ll.bank(…, by_token=True)."
             )
-        values = self._joined(lens, [half.slopes(turned, stacks, axes) for half in self._halves])
-        if "token" in axes:
-            pairs = zip(values, self._held.readouts, strict=True)
-            values = [_within_response(value, held.response) for value, held in pairs]
-        return turned, values, lambda: lens.plan.relative_norm
+        by_half = [half.slopes(lens, self._held.stacks, axes) for half in self._halves]
+        values = self._joined(lens, by_half)
+        if "token" not in axes:
+            return values
+        pairs = zip(values, self._held.readouts, strict=True)
+        return [within_response(value, held.response) for value, held in pairs]
 
     def _first_order(self, adapter: Adapter) -> _Values:
-        """The same without axes, of plain factors by products alone."""
-        thin = self._thin.get(shapes_of(adapter)) or self._thin_of(adapter)
-        if isinstance(thin, LoraLens):
-            return self._by(thin)
-        return self._thinly(thin, thin.factors(_factors_of(adapter)))
-
-    def _thin_of(self, adapter: Adapter) -> Thin | LoraLens:
-        """Of adapters with other modules than those before, checked by a lens; or that lens."""
-        lens, shapes = self._lens.with_adapter(adapter), shapes_of(adapter)
-        is_plain = shapes and lens.adapter is adapter
-        thin = Thin.of(lens, self._halves, self._held.stacks) if is_plain else None
-        if thin is None:
-            return lens
-        self._thin = dict([*self._thin.items(), (shapes, thin)][-_PLANS:])
-        return thin
+        """The same without axes; of plain factors by products alone."""
+        shapes = shapes_of(adapter)
+        if shapes not in self._thin:
+            lens, stacks = self._lens.with_adapter(adapter), self._held.stacks
+            is_plain = shapes and lens.adapter is adapter
+            if not (is_plain and is_thin(lens, self._halves, stacks)):
+                return lens, self._by(lens)
+            self._thin = _latest(self._thin, shapes, Thin(lens, self._halves, stacks))
+        thin = self._thin[shapes]
+        modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
+        factors = {key: (u.A, u.B, u.scale * u.strength) for key, u in modules.items()}
+        return self._thinly(thin, thin.factors(factors))
 
     def _thinly(self, thin: Thin, factors: Sequence[Parts]) -> _Values:
-        norm = functools.partial(thin.relative_norm, factors)
-        return thin.lens, self._joined(thin.lens, thin.slopes(factors)), norm
+        return thin.lens, self._joined(thin.lens, thin.slopes(factors))
 
     def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
         """Of each readout, [batch, site, *by]."""
@@ -243,18 +230,12 @@ class Bank:
     def null(
         self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
     ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
-        """First order of the null adapters that `ll.null_test` draws, without their shifts.
+        """First order of the null adapters that `ll.null_test` draws, a tuple of several readouts.
 
-        Cost: no pass; drawing an adapter takes longer than its products.
+        Cost: no pass.
 
         Args:
-            adapter: any adapter of the bank's base.
-            draws: how many.
-            seed: the draws' seed, as for `Adapter.null`.
-            progress: show a bar.
-
-        Returns:
-            Values as of `first_order`, one draw after another; of several readouts a tuple.
+            adapter, draws, seed, progress: as for `ll.null_test`.
 
         Raises:
             UnsupportedAdapterError: DoRA, or modules and biases that were trained.
@@ -284,17 +265,15 @@ class Bank:
         With `out`, every process of `accelerate launch` calls this and takes its share.
 
         Args:
-            adapters: a folder, in which every folder with an adapter_config.json is one; or
-                folders, hub ids and `Adapter`s, in a list or one after another.
+            adapters: a folder with adapters at any depth; or folders, hub ids and `Adapter`s.
             group: 'site', 'layer' or 'kind', over which values are summed.
-            out: a .parquet file, written part by part, with which the same call resumes.
-            resume: go on with what is at `out`; False removes it and starts over.
+            out: a .parquet file, written part by part.
+            resume: go on with what is at `out`, or start over.
             progress: show a bar.
 
         Returns:
-            One row per adapter, readout, prompt and group: value, in the readout's units; total,
-            the sum over all sites; rank, the adapter's place by |total|, 1 the largest; error, in
-            the only row of an adapter that cannot be used.
+            One row per adapter, readout, prompt and group: value, in the readout's units; total
+            of all sites; rank by |total|; error, in an unusable adapter's only row.
 
         Raises:
             AdapterError, ArgumentError: no adapter at all; another group.
@@ -349,7 +328,7 @@ class Bank:
     def _require_same_model(self, *, entries: bool = False) -> None:
         try:
             self._lens.plan.check_state(entries=entries)
-            differ = self._unchanged.differences()
+            differ = differences(self._settings, settings(self._lens.model))
         except ModelStateError as error:
             differ = [str(error)]
         if differ:
@@ -368,12 +347,12 @@ class Bank:
         """An adapter's rows, those that are known if there are; or what is wrong with it."""
         rows: list[tuple[Any, ...]] = []
         try:
-            adapter = source if isinstance(source, Adapter) else _Files(adapter_folder(source))
-            weights = None if known is None else _hash_of(adapter)
+            place = source if isinstance(source, Adapter) else adapter_folder(source)
+            weights = None if known is None else _hash_of(place)
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
-            contract = self._first_order if isinstance(adapter, Adapter) else self._of_files
-            lens, by_readout, _ = contract(cast(Any, adapter))
+            contract = self._first_order if isinstance(place, Adapter) else self._of_folder
+            lens, by_readout = contract(cast(Any, place))
             groups, members = _grouping(lens.sites, group)
             for readout, values in zip(self._held.readouts, by_readout, strict=True):
                 label = readout.labels["readout"]
@@ -390,92 +369,63 @@ class Bank:
         names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
         return pa.table([pa.array(column, kind) for column, kind in columns], names)
 
-    def _of_files(self, files: _Files) -> _Values:
-        """Of a folder; what its config and header say is worked out once for those beside it."""
-        layout = self._layouts.get(files.header)
-        if layout is not None:
-            values = self._in_layout(*layout, files.contents[1])
-            if values is not None:
-                return values
-        adapter = load_adapter(files.folder)
-        values = self._first_order(adapter)
-        thin = self._thin.get(shapes_of(adapter))
-        if thin is not None and (layout := files.layout()) is not None:
-            layouts = [*self._layouts.items(), (files.header, (thin, layout))]
-            self._layouts = dict(layouts[-_PLANS:])
+    def _of_folder(self, folder: Path) -> _Values:
+        """What a config and a header say is worked out once for the folders beside it."""
+        file, config = folder / WEIGHTS, (folder / CONFIG).read_bytes()
+        key = folder.parent, config, _header(file), file.stat().st_size
+        if key in self._layouts:
+            thin, layout = self._layouts[key]
+            factors = thin.factors(_read(file, layout))
+            # Huge or NaN, it is read with care, and refused there.
+            if all(float(part.norm()) < _TAME for A, B, _ in factors for part in (A, B)):
+                return self._thinly(thin, factors)
+        adapter = load_adapter(folder)
+        values, thin = self._first_order(adapter), self._thin.get(shapes_of(adapter))
+        if thin is not None:
+            layout = _layout(folder)
+            places = [place for A, B, _ in layout.values() for place in (A, B)]
+            if all(start % dtype.itemsize == 0 for start, _, dtype, _ in places):
+                self._layouts = _latest(self._layouts, key, (thin, layout))
         return values
 
-    def _in_layout(self, thin: Thin, layout: _Layout, weights: _Bytes) -> _Values | None:
-        """None of factors that are to be read with care, or refused: cut, huge or NaN."""
-        if len(weights) != layout.size:
-            return None
-        numbers = torch.from_numpy(weights[layout.start :]).view(layout.dtype)
-        parts = numbers.split(layout.sizes)
 
-        def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
-            A, B, scale = layout.places[key]
-            return parts[A], parts[B], scale
-
-        factors = thin.factors(factors_at)
-        sizes = [(part @ part.mT).diagonal(0, 1, 2).sum() for A, B, _ in factors for part in (A, B)]
-        return self._thinly(thin, factors) if bool((torch.stack(sizes) < _TAME).all()) else None
+def _latest(known: dict[Any, _Kept], key: object, value: _Kept) -> dict[Any, _Kept]:
+    return dict([*known.items(), (key, value)][-_PLANS:])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where a safetensors file of plain factors, all of one dtype, has each module's A, B, and s.
-
-    Attributes:
-        size, start: the file's size, and where its numbers begin, in bytes.
-        sizes: how many numbers each tensor has, one after another.
-        places: A's and B's places in `sizes`, and s.
-    """
-
-    size: int
-    start: int
-    dtype: torch.dtype
-    sizes: list[int]
-    places: dict[str, tuple[int, int, float]]
+def _header(file: Path) -> bytes:
+    """All of a safetensors file but its numbers."""
+    with file.open("rb") as opened:
+        return opened.read(int.from_bytes(opened.read(8), "little"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """An adapter's two files."""
+def _layout(folder: Path) -> _Layout:
+    tensors, header = safetensors.torch.load_file(folder / WEIGHTS), _header(folder / WEIGHTS)
+    begin, about = 8 + len(header), json.loads(header)
+    place_of = {
+        id(tensor): (
+            begin + about[key]["data_offsets"][0],
+            tensor.nbytes,
+            tensor.dtype,
+            tensor.shape,
+        )
+        for key, tensor in tensors.items()
+    }
+    state, notes = saved_keys(tensors)
+    updates = renamed(updates_of(read_config(folder), state), notes)
+    return {
+        path: (place_of[id(u.A)], place_of[id(u.B)], u.scale * u.strength)
+        for path, u in cast("dict[str, LoRAFactors]", updates).items()
+    }
 
-    folder: Path
 
-    @functools.cached_property
-    def contents(self) -> tuple[bytes, _Bytes]:
-        """The config's bytes and the tensors'."""
-        return (self.folder / CONFIG).read_bytes(), np.fromfile(self.folder / WEIGHTS, np.uint8)
+def _read(file: Path, layout: _Layout) -> Factors:
+    content = torch.from_numpy(np.fromfile(file, np.uint8))
 
-    @property
-    def header(self) -> tuple[Path, bytes, bytes]:
-        """In what a file may differ only by the entries of its tensors; errors and warnings too."""
-        config, weights = self.contents
-        is_leaf = not any(path.is_dir() for path in self.folder.iterdir())
-        place = self.folder.parent if is_leaf else self.folder
-        return place, config, weights[: 8 + int.from_bytes(weights[:8], "little")].tobytes()
+    def tensor(start: int, size: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        return content[start : start + size].view(dtype).view(shape)
 
-    def layout(self) -> _Layout | None:
-        """None of tensors of several dtypes."""
-        weights, start = self.contents[1], len(self.header[2])
-        tensors = safetensors.torch.load(weights.tobytes())
-        dtype, *others = {tensor.dtype for tensor in tensors.values()}
-        if others or start % dtype.itemsize:
-            return None
-        header = json.loads(self.header[2][8:])
-        header.pop("__metadata__", None)
-        in_order = sorted(header, key=lambda key: header[key]["data_offsets"])
-        index = {id(tensors[key]): number for number, key in enumerate(in_order)}
-        state, notes = saved_keys(tensors)
-        updates = renamed(updates_of(read_config(self.folder), state), notes)
-        places = {
-            path: (index[id(u.A)], index[id(u.B)], u.scale * u.strength)
-            for path, u in cast("dict[str, LoRAFactors]", updates).items()
-        }
-        sizes = [tensors[key].numel() for key in in_order]
-        return _Layout(len(weights), start, dtype, sizes, places)
+    return {path: (tensor(*A), tensor(*B), scale) for path, (A, B, scale) in layout.items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -485,33 +435,11 @@ def _grouping(sites: tuple[Site, ...], group: GroupName) -> tuple[list[str], Ten
     return [*groups], indicator(groups, len(sites)).T
 
 
-def _hash_of(adapter: Adapter | _Files) -> str:
+def _hash_of(adapter: Adapter | Path) -> str:
     if isinstance(adapter, Adapter):
         return digest(adapter.modules)
-    config, weights = adapter.contents
-    return hashlib.sha256(config + weights.data).hexdigest()
-
-
-def _factors_of(adapter: Adapter) -> Factors:
-    modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
-
-    def factors_at(key: str) -> tuple[Tensor, Tensor, float]:
-        update = modules[key]
-        return update.A, update.B, update.scale * update.strength
-
-    return factors_at
-
-
-def _names_of(adapter: Adapter) -> dict[str, str]:
-    return {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
-
-
-def _within_response(values: Tensor, response: Sequence[Sequence[str]]) -> Tensor:
-    """NaN beyond a response's own tokens."""
-    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
-    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
-    exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
-    return torch.where(exists, values, torch.nan)
+    content = (adapter / CONFIG).read_bytes() + (adapter / WEIGHTS).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 # An adapter's name, the readout, the prompt, the group; value, total; what is wrong with it, and
@@ -536,8 +464,8 @@ def bank(
 ) -> Bank:
     """The base's half of first order, for any number of adapters of this model.
 
-    Cost: two forward passes and one backward for each readout (more where norms can change, and a
-    backward pass for each token by token). It holds the inputs and outputs of all modules.
+    Cost: two forward passes and one backward for each readout (more where norms can change), by
+    token a backward pass for each. It holds what all modules read, and gradients.
 
     Args:
         model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
@@ -547,7 +475,7 @@ def bank(
         modules: globs of Hugging Face module paths that adapters may target; by default all linear
             maps, embeddings, norms, stacks of experts and the head.
         by_token: whether each token's gradient of a response is kept, for by='token'.
-        max_memory: bytes beside the model that recording may take, as for `lens.within`.
+        max_memory: bytes that recording may take, as for `lens.within`.
         progress: show a bar.
 
     Raises:
@@ -611,7 +539,6 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
 def _lenses(
     model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
 ) -> list[LoraLens]:
-    """Over the stand-ins."""
     host = host_of(model, hf_model)
     if hooked := settings(model)["hooks"]:
         raise ModelStateError(
@@ -627,14 +554,12 @@ def _lenses(
 
 
 def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
-    """Each adapter, and its name."""
     if isinstance(adapters, str | Path):
         return list(folders_in(adapters).items())
     return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
 
 
 def _keys(table: pa.Table) -> list[str]:
-    """What a resumed scan knows each row's adapter by."""
     names, weights = (table[column].to_pylist() for column in ("adapter", "weights"))
     return [f"{name}#{mark}" for name, mark in zip(names, weights, strict=True)]
 

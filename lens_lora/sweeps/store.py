@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import enum
 import functools
@@ -419,36 +418,6 @@ def settings(model: Any) -> dict[str, Any]:
     refuse_writers(hook for _, hook in _hooks(model))
     hooks = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)]
     return {**_configuration(model), **_attributes(model), "hooks": hooks}
-
-
-class Unchanged:
-    """A model's settings as they are now, and at once whether anything in it is another object.
-
-    The dictionaries of a thousand modules are compared in 2 ms, where `settings` takes 30; it
-    decides where one differs, as a pass may leave notes on a module.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model, self.settings = model, settings(model)
-        self._note()
-
-    def _note(self) -> None:
-        modules = [vars(module) for module in self._model.modules()]
-        parts = [part for held in modules for part in held.values() if isinstance(part, dict)]
-        inner = getattr(getattr(self._model, "original_model", None), "config", None)
-        fields = [vars(config) for config in (self._model.cfg, inner) if config is not None]
-        self._live = [*modules, *parts, *fields]
-        self._then = [*map(dict, [*modules, *parts]), *copy.deepcopy(fields)]
-
-    def differences(self) -> list[str]:
-        """As of `differences`."""
-        with contextlib.suppress(RuntimeError, ValueError):  # two tensors have no truth value
-            if self._live == self._then:
-                return []
-        differ = differences(self.settings, settings(self._model))
-        if not differ:
-            self._note()
-        return differ
 
 
 def _configuration(model: Any) -> dict[str, Any]:

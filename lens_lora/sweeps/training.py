@@ -1,8 +1,7 @@
 """First order while an adapter is trained: a bank of the base, read every few steps.
 
-The live adapter's factors are copied and contracted with the bank's z and gradients. The model in
-training is not run, and neither its modes nor any random state is touched, so the training is bit
-for bit what it is without. For the exact readout the bank's own hooked model is run.
+The model in training is not run, and neither its modes nor any random state is touched, so the
+training is bit for bit what it is without.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class ShiftCallback(TrainerCallback):
         every: steps between two measurements, each a `bank.first_order`.
         exact_every: steps between two exact readouts, a multiple of `every`; None for none.
         adapter_name: the adapter that is trained.
-        log: called with each step's numbers, such as `trainer.log`, which TensorBoard and W&B see;
-            by default they go into the trainer's log history alone.
+        log: called with each step's numbers, such as `trainer.log`, instead of the log history.
 
     Raises:
         ArgumentError: a bank of several readouts, or numbers of steps that do not fit.
@@ -64,8 +62,7 @@ class ShiftCallback(TrainerCallback):
         self._said = "", ""
 
     def measure(self, step: int, peft_model: Any) -> dict[str, float]:
-        """This step's numbers, means over prompts: first_order, Σ_l a_l; layer_3, … of each layer;
-        where it was run, the exact shift and readout, g(1). They are kept for `to_frame`.
+        """This step's means over prompts: first_order; layer_0, …; the exact shift and readout.
 
         Args:
             step: how many were done.

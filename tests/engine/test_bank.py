@@ -312,7 +312,7 @@ def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
     """By the products of the first one's plan: other factors, another scale, some modules."""
     lens, tokens = lens_of(family, cls, flags), models.tokens()
     bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
-    bank.first_order(lens.adapter)
+    bank.scan([lens.adapter], progress=False)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         other = ll.Adapter.from_factors({
@@ -323,6 +323,9 @@ def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
         expected = ll.first_order(lens.with_adapter(adapter), tokens, MARGIN)
         found, _ = bank.first_order(adapter)
         assert off(found.values, expected.values) < ROUND_OFF and found.sites == expected.sites
+        frame = bank.scan([adapter], group="site", progress=False)
+        scanned = torch.tensor(frame["value"].to_numpy()).view(2, *expected.values.shape)
+        assert off(scanned[0], expected.values) < ROUND_OFF
         assert found.relative_norm == pytest.approx(expected.relative_norm, rel=1e-9)
         assert found.meta == expected.meta
 
@@ -331,7 +334,7 @@ def test_plain_factors_are_contracted_by_kind():
     """One batch for each kind of map, without a copy of what was recorded."""
     lens = cases.case("llama", BRIDGE, "raw").lens
     bank = bank_of(lens)
-    bank.first_order(lens.adapter)
+    bank.scan([lens.adapter], progress=False)
     (thin,) = bank._thin.values()
     assert len(thin._maps) == 7 and sum(len(maps.sites) for maps in thin._maps) == 14
     kept = {stack.untyped_storage().data_ptr() for stack in bank._held.stacks.values()}
