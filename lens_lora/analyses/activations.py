@@ -55,13 +55,9 @@ from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.texts import beginnings, distinct_tokens, first_of_each, text_divergences
 from lens_lora.errors import PromptError
-from lens_lora.model.basis import Gauge, Update
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, Scale, name_of_scale
+from lens_lora.model import Gauge, LoraLens, Scale, Update, alone, name_of_scale
 from lens_lora.model.sites import chosen_sites, match_sites, one_site
-from lens_lora.readouts.answers import AnswerLike, continued
-from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.readouts import AnswerLike, Prompts, PromptsLike, Readout, continued
 from lens_lora.results import drawing
 from lens_lora.results import tokens as text_tokens
 from lens_lora.results.base import (

@@ -42,9 +42,7 @@ from torch import Tensor
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import gated_logits, gated_readout
 from lens_lora.engine.texts import by_length
-from lens_lora.model.generate import SideBySide
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import group_sites
+from lens_lora.model import LoraLens, SideBySide, group_sites
 from lens_lora.readouts.answers import AnswerLogProb, continued
 from lens_lora.readouts.neutral import own_openings
 from lens_lora.readouts.prompts import Prompts

@@ -35,11 +35,8 @@ from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import numbers_of, word
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Site, group_sites, indicator
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import LoraLens, Site, alone, group_sites, indicator
+from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import base as results_base
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, Paged, Pictured, Read, long_table, read_of

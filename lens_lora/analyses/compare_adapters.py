@@ -42,11 +42,8 @@ from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.engine.texts import beginnings, first_of_each
 from lens_lora.errors import AdapterError, ArgumentError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, null_lenses
-from lens_lora.model.sites import Site
-from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import LoraLens, Site, alone, null_lenses
+from lens_lora.readouts import Prompts, PromptsLike, Readout
 from lens_lora.results.base import OfSites, Pictured, site_labels
 
 _QUANTILES = [0.025, 0.5, 0.975]

@@ -35,11 +35,8 @@ from lens_lora.analyses import activation_shift
 from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.errors import ArgumentError, SiteError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, Scale, name_of_scale
-from lens_lora.model.sites import Names
-from lens_lora.readouts.answers import continued
-from lens_lora.readouts.prompts import Prompts
+from lens_lora.model import LoraLens, Names, Scale, alone, name_of_scale
+from lens_lora.readouts import Prompts, continued
 from lens_lora.results.base import Pictured
 from lens_lora.results.tokens import Positions
 

@@ -34,9 +34,8 @@ from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.interventions import record
 from lens_lora.engine.texts import over_scale, read_through
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.model import HookFn, LoraLens, alone, attached
 from lens_lora.model.basis import NormMap, Update
-from lens_lora.model.hooks import HookFn, alone, attached
-from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import WRITER_KINDS, chosen_sites, firing, known_point, one_site
 from lens_lora.readouts.prompts import Prompts, require_context
 from lens_lora.results import drawing

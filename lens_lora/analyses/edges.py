@@ -35,11 +35,8 @@ from lens_lora.engine.asked import ask
 from lens_lora.engine.edges import LOGITS, edge_values, head_readers, patched_edges, reader_layer
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, SiteError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Group, Groups, by_axes, group_sites, indicator
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import Group, Groups, LoraLens, alone, by_axes, group_sites, indicator
+from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import Entries, Measured, Ranked, header, key_of, long_table, tokens_at

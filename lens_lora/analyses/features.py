@@ -33,8 +33,7 @@ from lens_lora.engine.derivatives import JointInject
 from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
-from lens_lora.model.gates import Inject, ScaleInject
-from lens_lora.model.hooks import alone, attached
+from lens_lora.model import Inject, ScaleInject, alone, attached
 from lens_lora.model.lens import LoraLens, Scale, stream_writers
 from lens_lora.model.sites import chosen_sites, known_point
 from lens_lora.readouts.prompts import Prompts, PromptsLike

@@ -51,15 +51,10 @@ from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
 from lens_lora.engine.reverse import joined, require_finite_sites, site_gradients, token_slopes
 from lens_lora.errors import ArgumentError
-from lens_lora.model.basis import Gauge
-from lens_lora.model.gates import Injection
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
+from lens_lora.model import Gauge, Injection, LoraLens, alone
 from lens_lora.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
-from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.reading import LogProbs
-from lens_lora.readouts.readout import Readout
+from lens_lora.readouts import LogProbs, Prompts, PromptsLike, Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
 from lens_lora.results.base import OfSites, header, long_table, site_labels
 

@@ -28,9 +28,7 @@ from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.function import read_for_slopes, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, require_graph, require_tangents
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenError
-from lens_lora.model.gates import ScaleInject
-from lens_lora.model.hooks import HookFn, alone, attached
-from lens_lora.model.lens import LoraLens, Scale
+from lens_lora.model import HookFn, LoraLens, Scale, ScaleInject, alone, attached
 from lens_lora.model.sites import Names, Site, one_site, require_fired, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, token_ids

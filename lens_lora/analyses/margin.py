@@ -26,8 +26,7 @@ from lens_lora.analyses.path import USUAL_SCALES, RemainderCurve, remainder_curv
 from lens_lora.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_readout
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
+from lens_lora.model import LoraLens, alone
 from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing

@@ -43,13 +43,18 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.interventions import unheard
 from lens_lora.engine.texts import distinct_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.model import (
+    Group,
+    Groups,
+    LoraLens,
+    Names,
+    alone,
+    chosen_sites,
+    group_sites,
+    indicator,
+)
 from lens_lora.model import sites as model_sites
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Group, Groups, Names, chosen_sites, group_sites, indicator
-from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.reading import Reading
-from lens_lora.readouts.readout import Readout
+from lens_lora.readouts import Prompts, PromptsLike, Reading, Readout
 from lens_lora.results.attribution import Effects, patching_result
 from lens_lora.results.base import Entries, Ranked, header, long_table, only_prompt, tokens_at
 

@@ -54,14 +54,10 @@ from lens_lora.engine.function import run_without_logits
 from lens_lora.engine.memory import slopes_at_once
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
-from lens_lora.model.gates import ScaleInject
+from lens_lora.model import LoraLens, ScaleInject, by_axes
 from lens_lora.model.hooks import add_pre_hook, alone
 from lens_lora.model.kernels import experts_by_layer
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import by_axes
-from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.reading import Reading
-from lens_lora.readouts.readout import Readout
+from lens_lora.readouts import Prompts, PromptsLike, Reading, Readout
 from lens_lora.results import base as results_base
 from lens_lora.results.attribution import Attribution, Quadrature
 from lens_lora.results.base import Drawn, Measured, header, long_table, per_prompt, read_of

@@ -44,13 +44,9 @@ from lens_lora.arguments import number, whole, word
 from lens_lora.engine.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError
+from lens_lora.model import LoraLens, SiteUpdate, alone
 from lens_lora.model.basis import Update, svd_factors
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.updates import SiteUpdate
-from lens_lora.readouts.answers import KL
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.readouts import KL, PromptsLike, Readout
 from lens_lora.results.base import SIGMAS, OfSites, Paged, Pictured, long_table
 from lens_lora.results.storage import stored
 

@@ -38,12 +38,8 @@ from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask, curvature_noise
 from lens_lora.engine.derivatives import hessian_product, hessian_products, in_groups
 from lens_lora.errors import ArgumentError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Group, Groups, group_sites, indicator
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.reading import Reading
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import Group, Groups, LoraLens, alone, group_sites, indicator
+from lens_lora.readouts import PromptsLike, Reading, Readout
 from lens_lora.results import base as results_base
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution

@@ -37,9 +37,8 @@ from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.model import LoraLens, alone, null_lenses
 from lens_lora.model.generate import SideBySide, side_by_side
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, null_lenses
 from lens_lora.readouts.neutral import conversation_form, everyday_questions, neutral_texts
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing

@@ -46,12 +46,10 @@ from lens_lora.arguments import word
 from lens_lora.engine.function import gated_readout, read_value, require_finite, run_without_logits
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
+from lens_lora.model import LoraLens, SiteUpdate
 from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate
 from lens_lora.model.gates import Inject, Injection, ScaleInject, weight_of, write
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.updates import SiteUpdate
-from lens_lora.readouts.prompts import Prompts, which_prompt
-from lens_lora.readouts.reading import Reading
+from lens_lora.readouts import Prompts, Reading, which_prompt
 
 # --- u, kept
 

@@ -47,13 +47,10 @@ from lens_lora.engine import function, memory
 from lens_lora.engine.derivatives import hessian_products, in_groups
 from lens_lora.engine.reverse import Slopes, Visit, site_gradients, slopes_of_first
 from lens_lora.errors import ArgumentError
-from lens_lora.model.gates import Injection, ScaleInject
-from lens_lora.model.hooks import HookFn, attached
-from lens_lora.model.lens import LoraLens
+from lens_lora.model import HookFn, Injection, LoraLens, ScaleInject, attached
+from lens_lora.readouts import Prompts, PromptsLike, PromptTokens, Readout, bound
 from lens_lora.readouts.answers import KL, held
-from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens
 from lens_lora.readouts.reading import Columns, Divergence, Picks, Reading
-from lens_lora.readouts.readout import Readout, bound
 
 _ENDS = 0.0, 1.0  # the base model and the adapted one
 

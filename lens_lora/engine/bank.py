@@ -29,13 +29,11 @@ from lens_lora.engine.function import differentiable_tokens, read_for_slopes
 from lens_lora.engine.reverse import Slopes, Visit, go_back
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
+from lens_lora.model import Injection, LoraLens
 from lens_lora.model.basis import SiteMap
-from lens_lora.model.gates import Injection
 from lens_lora.model.host import Host
-from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import OUTSIDE_KINDS, outside_layer
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.reading import Reading
+from lens_lora.readouts import Prompts, Reading
 
 # --- What an adapter may target
 

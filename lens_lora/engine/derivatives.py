@@ -59,12 +59,9 @@ from lens_lora.engine import function, memory, reverse
 from lens_lora.engine.duals import OneProduct, attention_from_formula, dual_forward, tangent_of
 from lens_lora.engine.memory import Run, prompts_of, tangents_at_once
 from lens_lora.errors import ArgumentError
+from lens_lora.model import Groups, HookFn, LoraLens
 from lens_lora.model.gates import Inject, Plan, ScaleInject
-from lens_lora.model.hooks import HookFn
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Groups
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.reading import LogProbs, Reading
+from lens_lora.readouts import LogProbs, Prompts, Reading
 
 
 class JointInject(ScaleInject):

@@ -45,13 +45,11 @@ from lens_lora.engine.function import bar_of, in_chunks, read_for_slopes, requir
 from lens_lora.engine.interventions import head_points
 from lens_lora.engine.reverse import Slopes, joined, tapped
 from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.model import LoraLens, ScaleInject
 from lens_lora.model.bridged import is_linear, unwrapped
-from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, add_pre_hook, add_to_module, attached
 from lens_lora.model.host import COPIED_INPUTS
-from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.reading import Reading
+from lens_lora.readouts import Prompts, Reading
 
 LOGITS = "logits"
 _QKV, _LATER = ("q", "k", "v"), ("ln2", "ln2_post")

@@ -39,9 +39,8 @@ from tqdm import tqdm
 from lens_lora.compat import Temporary, hooks_of, own_forward, replace_forward
 from lens_lora.engine import memory
 from lens_lora.errors import NumericsError
-from lens_lora.model.gates import Inject, ScaleInject
+from lens_lora.model import Inject, LoraLens, ScaleInject
 from lens_lora.model.hooks import HookFn, unembed, unembedded_only, unrounded
-from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import PICKS, Columns, LogProbs, Picks, Reading, at_some
 

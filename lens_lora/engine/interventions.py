@@ -29,11 +29,8 @@ from tqdm import tqdm
 from lens_lora.compat import in_float64
 from lens_lora.engine import function, memory
 from lens_lora.errors import ModelStateError
-from lens_lora.model.gates import ScaleInject
-from lens_lora.model.hooks import HookFn, attached
-from lens_lora.model.lens import LoraLens, Scale
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.reading import Reading
+from lens_lora.model import HookFn, LoraLens, Scale, ScaleInject, attached
+from lens_lora.readouts import Prompts, Reading
 
 # --- Activations, recorded
 

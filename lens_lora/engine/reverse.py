@@ -35,12 +35,10 @@ from lens_lora.engine import memory
 from lens_lora.engine.function import differentiable_tokens, read_for_slopes, require_finite
 from lens_lora.engine.memory import Run, prompts_of
 from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.model import Inject, Injection, LoraLens, ScaleInject
 from lens_lora.model.basis import ExpertMap, NormMap, SiteMap
-from lens_lora.model.gates import Inject, Injection, ScaleInject
-from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import require_heads
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.reading import Reading
+from lens_lora.readouts import Prompts, Reading
 
 # --- Slopes
 

@@ -53,11 +53,7 @@ from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import PromptError, UnsupportedAdapterError
-from lens_lora.model.basis import NormUpdate
-from lens_lora.model.gates import ScaleInject
-from lens_lora.model.hooks import HookFn, attached
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.updates import SiteUpdate
+from lens_lora.model import HookFn, LoraLens, NormUpdate, ScaleInject, SiteUpdate, attached
 from lens_lora.readouts.prompts import Prompts, which_prompt
 from lens_lora.readouts.reading import LARGEST_SHIFT, Reading
 

@@ -64,11 +64,8 @@ from lens_lora.arguments import number, whole, word
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import group_sites
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import LoraLens, alone, group_sites
+from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
 

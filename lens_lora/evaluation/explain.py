@@ -52,10 +52,8 @@ from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
 from lens_lora.evaluation.faithfulness import RANDOM_DRAWS, Faithfulness, counts_of, curves_of
 from lens_lora.evaluation.null_test import NullTest, null_test_of
+from lens_lora.model import LoraLens, alone, group_sites, indicator
 from lens_lora.model.generate import SideBySide, side_by_side
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import group_sites, indicator
 from lens_lora.readouts import answers as readouts
 from lens_lora.readouts.answers import AnswerLike, items_of, margin_between
 from lens_lora.readouts.prompts import PromptsLike

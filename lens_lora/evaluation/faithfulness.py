@@ -44,10 +44,8 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.errors import ArgumentError
 from lens_lora.evaluation import rankings
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import LoraLens, alone
+from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import base as results_base
 from lens_lora.results.base import Drawn, Measured, header, long_table, only_prompt, site_labels
 

@@ -31,10 +31,8 @@ from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
 from lens_lora.engine import function, reverse
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, null_lenses
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import LoraLens, alone, null_lenses
+from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import Drawn, flat
 

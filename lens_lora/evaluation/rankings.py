@@ -58,11 +58,8 @@ from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine import function, interventions, reverse
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.reading import Reading
-from lens_lora.readouts.readout import Readout
+from lens_lora.model import LoraLens, alone
+from lens_lora.readouts import PromptsLike, Reading, Readout
 from lens_lora.results import base as keys
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution, Effects

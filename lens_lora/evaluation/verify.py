@@ -38,9 +38,8 @@ from lens_lora.adapters.from_models import is_transposed
 from lens_lora.engine.asked import ask, of_stream
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import AdapterError, LensLoraError, ModelStateError, PromptError, SiteError
-from lens_lora.model.hooks import alone, attached
+from lens_lora.model import LoraLens, alone, attached
 from lens_lora.model.kernels import as_one_map
-from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.neutral import neutral_texts
 from lens_lora.results import drawing

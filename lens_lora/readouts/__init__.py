@@ -1,1 +1,6 @@
-"""What is asked of the logits, and of which prompts."""
+"""What is asked of the logits: the names that other folders use together."""
+
+from lens_lora.readouts.answers import KL, AnswerLike, continued
+from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, which_prompt
+from lens_lora.readouts.reading import LogProbs, Reading
+from lens_lora.readouts.readout import Readout, bound

@@ -36,8 +36,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lens_lora.errors import LensLoraError
-from lens_lora.model.generate import SideBySide
-from lens_lora.model.sites import Site
+from lens_lora.model import SideBySide, Site
 from lens_lora.readouts.prompts import PromptTokens
 
 FORMAT = "lens_lora result 1"

@@ -56,9 +56,8 @@ from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
-from lens_lora.model.basis import Gauge
+from lens_lora.model import Gauge, alone
 from lens_lora.model.build import host_of
-from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_adapters
 from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike, Source

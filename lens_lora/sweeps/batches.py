@@ -37,9 +37,7 @@ from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import NumericsError, PromptError, SweepError, TokenError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Site
+from lens_lora.model import LoraLens, Site, alone
 from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.prompts import Prompts, joined
 from lens_lora.readouts.readout import Margin, Readout

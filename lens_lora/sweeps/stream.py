@@ -40,8 +40,7 @@ from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.engine.texts import first_of_each, marks_of
 from lens_lora.errors import NumericsError, PromptError, SweepError
-from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
+from lens_lora.model import LoraLens, alone
 from lens_lora.model.sites import Site, match_sites, one_site
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.results import drawing, tokens

@@ -21,11 +21,8 @@ from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import PromptError, SweepError, TokenError
-from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Site
-from lens_lora.readouts.answers import KL
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.model import LoraLens, Site
+from lens_lora.readouts import KL, Prompts, Readout, bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.sweeps import batches
