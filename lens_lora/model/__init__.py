@@ -1,5 +1,7 @@
 """Where the adapter meets the hooked model: the names that other folders use together."""
 
+# pyright: reportUnusedImport=false
+
 from lens_lora.model.basis import Gauge, NormUpdate, Update
 from lens_lora.model.gates import Inject, Injection, ScaleInject
 from lens_lora.model.generate import SideBySide
