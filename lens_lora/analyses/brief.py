@@ -28,6 +28,7 @@ pass of them for each end, null and group that is left out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -42,7 +43,7 @@ from torch import Tensor
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import gated_logits, gated_readout
 from lens_lora.engine.texts import by_length
-from lens_lora.model import LoraLens, SideBySide, group_sites
+from lens_lora.model import LoraLens, SideBySide, group_sites, indicator
 from lens_lora.readouts.answers import AnswerLogProb, continued
 from lens_lora.readouts.neutral import own_openings
 from lens_lora.readouts.prompts import Prompts
@@ -102,17 +103,13 @@ class Claim:
         """The share of the rise of log p that leaving out `layers` takes back."""
         return (self.adapted - self.without) / (self.adapted - self.base)
 
-    @property
-    def undone_by_others(self) -> float:
-        """The same of layers that were drawn."""
-        return (self.adapted - self.without_others) / (self.adapted - self.base)
-
     def sentence(self) -> str:
         """The claim and its run, in words."""
         rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
         undone = f"without {self.layers} {self.undone:.0%} of that is gone"
         if math.isfinite(self.without_others):
-            undone += f", without as many drawn layers {self.undone_by_others:.0%}"
+            others = (self.adapted - self.without_others) / (self.adapted - self.base)
+            undone += f", without as many drawn layers {others:.0%}"
         said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
         if self.by == "logit":
             said = (
@@ -160,10 +157,9 @@ class Brief:
         """The verdict, claims and answers, where, and what was not tried; a paragraph a line."""
         lines = [self.verdict]
         lines += [f"{i}. {claim.sentence()}" for i, claim in enumerate(self.claims, start=1)]
-        lines += [
-            f"Asked “{pair.prompt}”, base: “{_cut(pair.base)}”; adapted: “{_cut(pair.adapted)}”."
-            for pair in self.answers
-        ]
+        for asked in self.answers:
+            said = f"base: “{asked.base}”; adapted: “{asked.adapted}”"
+            lines.append(f"Asked “{asked.prompt}”, {said}.")
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
             lines.append(f"Most of the KL belongs to {shares}.")
@@ -175,10 +171,6 @@ class Brief:
         return f"{self.adapter} on {self.model}. {size}\n{self.told}"
 
     __repr__ = __str__
-
-
-def _cut(said: str, most: int = 160) -> str:
-    return said if len(said) <= most else f"{said[:most]} …"
 
 
 # --- Claims
@@ -207,9 +199,9 @@ def claims_of(
     places = list(_places(scores[0], ranked, spoken))
     if not places:
         return ()
-    contexts, tokens = _prompts([place.context for place in places]), [p.token for p in places]
+    contexts = _prompts(lens, [place.context for place in places])
     words = _words(lens, contexts, places, progress)
-    chosen = _distinct(tokens, words)
+    chosen = _distinct([place.token for place in places], words)
     contexts, words = contexts.chosen(chosen), [words[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
     runs = _runs(lens, nulls, contexts, words, seed)
@@ -230,9 +222,9 @@ def claims_of(
 
 def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
     """Openings and what the adapted model says after them, read where it says it."""
-    openings, room = own_openings(lens.model), getattr(lens.model.cfg, "n_ctx", None) or math.inf
-    lengths = openings.lengths.tolist()
-    fits = [i for i, length in enumerate(lengths) if length + _SPOKEN <= room]
+    openings = lens.prompts(own_openings(lens.model))
+    room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + _SPOKEN <= room]
     if not fits:
         return None
     openings = openings.chosen(fits).tiled(len(_STRENGTHS))
@@ -316,10 +308,11 @@ def _places(scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts) -> I
             yield _Place(token, by, spoken.tokens[row, :end])
 
 
-def _prompts(rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
+def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
     """Rows of ids as prompts."""
-    lengths = torch.tensor([len(row) for row in rows])
-    return Prompts(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths)
+    lengths = rows[0].new_tensor([len(row) for row in rows])
+    tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return lens.prompts(Prompts(tokens, lengths))
 
 
 def _words(
@@ -328,7 +321,7 @@ def _words(
     """Each candidate; by speech also what the adapted model says after it, up to an end."""
     firsts = contexts.tokens.new_tensor([[place.token] for place in places])
     begun = [torch.cat([place.context, first]) for place, first in zip(places, firsts, strict=True)]
-    said = lens.generate(_prompts(begun), _WORDS - 1, progress=progress)
+    said = lens.generate(_prompts(lens, begun), _WORDS - 1, progress=progress)
     ends = set(lens.model.tokenizer.all_special_ids)
     words: list[Tensor] = []
     for place, first, ids in zip(places, firsts, said.ids, strict=True):
@@ -356,20 +349,15 @@ def _runs(
     """Of each claim, log p of its words in every run, and the layers that are left out."""
     asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
     layers = group_sites(lens.sites, "layer")
-    members = torch.zeros(len(layers), len(lens.sites), dtype=torch.bool)
-    for group, sites in enumerate(layers.values()):
-        members[group, list(sites)] = True
-    carried = asked.slopes(1.0).cpu().double() @ members.double().T
+    members = indicator(layers, len(lens.sites))
+    carried = asked.slopes(1.0).cpu().double() @ members.T
     count = math.ceil(len(layers) / _PART)
     top = carried.argsort(1, descending=True)[:, :count]
     generator = np.random.default_rng(seed)
     left_out = torch.stack([_points(row, len(layers), generator) for row in top])
-    gates = 1.0 - left_out.to(lens.gate_dtype) @ members.to(lens.gate_dtype)
-    values = gated_readout(lens, asked.reading, gates, progress=False).cpu()
-    null = [
-        gated_readout(other, asked.reading, other.gates(scale)[None], progress=False)
-        for other, scale in nulls
-    ]
+    run = functools.partial(gated_readout, reading=asked.reading, progress=False)
+    values = run(lens, gates=1.0 - left_out @ members).cpu()
+    null = [run(other, gates=other.gates(scale)[None]) for other, scale in nulls]
     largest = torch.cat(null, 1).amax(1).tolist()
     base, adapted = asked.ends.tolist()
     names = list(layers)
@@ -391,7 +379,7 @@ def _points(
 ) -> Float[Tensor, "point group"]:
     """1 at the groups that are left out: the top ones, and then as many drawn from the others."""
     others = np.setdiff1d(np.arange(groups), top.numpy())
-    points = torch.zeros(1 + _DRAWS * (len(others) >= len(top)), groups)
+    points = torch.zeros(1 + _DRAWS * (len(others) >= len(top)), groups, dtype=torch.float64)
     points[0, top] = 1
     for point in points[1:]:
         point[generator.choice(others, len(top), replace=False)] = 1

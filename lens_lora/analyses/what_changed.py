@@ -52,6 +52,8 @@ _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
 _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
 _ANSWER = 40  # tokens that both models say to a question
 _BRIEF_MODULES = 5
+_NOT_TRIED = "system messages, conversations of several turns", "other languages"
+_UNRELATED = "adapters trained for something else, as controls"
 By = Literal["logit", "probability", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "reading")
 
@@ -323,7 +325,7 @@ class WhatChanged(OfSites, Paged):
             where=dict(zip(shares["site"], shares["share"], strict=True)) if len(shares) else {},
             texts=self.texts,
             mean_kl=self.found.mean_kl,
-            not_tried=self._not_tried,
+            not_tried=_NOT_TRIED if self.unrelated else (*_NOT_TRIED, _UNRELATED),
         )
 
     @property
@@ -334,21 +336,9 @@ class WhatChanged(OfSites, Paged):
             return "No claims: they need null adapters and answers."
         if not self.claims:
             return "Nothing beyond the controls: no token is said that null adapters do not reach."
-        first = self.claims[0]
-        return (
-            f"{len(self.claims)} claims stand beyond {len(self.nulls)} null adapters of its KL; "
-            f"the first, by {first.by}, scores {first.score:.1f}, the controls "
-            f"{first.null_score:.1f} at most."
-        )
-
-    @property
-    def _not_tried(self) -> tuple[str, ...]:
-        limits = (
-            "system messages and conversations of several turns",
-            "languages other than English",
-        )
-        others = () if self.unrelated else ("adapters trained for something else, as controls",)
-        return (*limits, *others)
+        first, nulls = self.claims[0], f"{len(self.nulls)} null adapters of its KL"
+        scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
+        return f"{len(self.claims)} claims stand beyond {nulls}; the first, {scores} at most."
 
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """The k tokens promoted most, with the largest shift under a control.

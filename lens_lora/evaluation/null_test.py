@@ -92,11 +92,6 @@ class NullTest(Drawn):
         return torch.from_numpy(np.asarray(adjusted))
 
     @property
-    def total_p(self) -> Float[Tensor, " batch"]:
-        """p of Σ_l a_l."""
-        return _p(self.observed.total, self.null.sum(2))
-
-    @property
     def shift_p(self) -> Float[Tensor, " batch"]:
         """p of the exact shift."""
         return _p(self.observed.shift, self.null_shift)

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from lens_lora.readouts.prompts import Prompts, joined, prepare
 
@@ -35,10 +33,7 @@ QUESTIONS = (
 )
 
 # What a text begins with where there is no BOS; as many draws are made where there is one.
-FIRST_WORDS = (
-    *("The", "In", "A", "It", "I", "When"),
-    *("There", "We", "This", "One", "What", "My"),
-)
+FIRST_WORDS = ("The", "In", "A", "It", "I", "When", "There", "We", "This", "One", "What", "My")
 EMPTY_TURNS = 6
 
 
@@ -67,13 +62,9 @@ def everyday_questions(model: Any) -> Prompts:
 def own_openings(model: Any) -> Prompts:
     """Where the adapted model is let speak: from nothing, and from questions in every form."""
     bos = getattr(model.tokenizer, "bos_token_id", None)
-    begun = prepare(model, list(FIRST_WORDS)) if bos is None else prepare(model, _alone(bos))
+    firsts = list(FIRST_WORDS) if bos is None else torch.full((len(FIRST_WORDS), 1), bos)
     said = (*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:])
-    return joined([begun, _conversations(model, said), _questions(model)])
-
-
-def _alone(bos: int) -> Int[Tensor, "draw 1"]:
-    return torch.full((len(FIRST_WORDS), 1), bos)
+    return joined([prepare(model, firsts), _conversations(model, said), _questions(model)])
 
 
 def _has_template(model: Any) -> bool:

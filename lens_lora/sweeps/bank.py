@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +41,6 @@ from lens_lora.analyses.first_order import (
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.bank import (
-    Factors,
     Half,
     Once,
     Parts,
@@ -70,8 +68,7 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
 _Values = tuple[LoraLens, list[Tensor]]  # of each readout
-_Place = tuple[int, int, torch.dtype, torch.Size]  # where a file has a tensor, in bytes
-_Layout = dict[str, tuple[_Place, _Place, float]]  # A, B and s by module path
+_Layout = dict[str, tuple[str, str, float]]  # the file's keys of A and B, and s, by module path
 _Kept = TypeVar("_Kept")
 _PLANS = 16  # of adapters of other modules or configs, the latest that are kept
 _TAME = 1e4  # norms of factors whose products do not overflow
@@ -369,22 +366,25 @@ class Bank:
         return pa.table([pa.array(column, kind) for column, kind in columns], names)
 
     def _of_folder(self, folder: Path) -> _Values:
-        """What a config and a header say is worked out once for the folders beside it."""
-        file, config = folder / WEIGHTS, (folder / CONFIG).read_bytes()
-        key = folder.parent, config, _header(file), file.stat().st_size
+        """What a config and a file's keys say is worked out once for the folders beside it."""
+        try:
+            tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        except Exception:  # an adapter that cannot be read says why
+            return self._first_order(load_adapter(folder))
+        shapes = tuple((key, tensor.shape, tensor.dtype) for key, tensor in tensors.items())
+        key = folder.parent, (folder / CONFIG).read_bytes(), shapes
         if key in self._layouts:
             thin, layout = self._layouts[key]
-            factors = thin.factors(_read(file, layout))
+            factors = thin.factors(
+                {k: (tensors[A], tensors[B], s) for k, (A, B, s) in layout.items()}
+            )
             # Huge or NaN, it is read with care, and refused there.
             if all(float(part.norm()) < _TAME for A, B, _ in factors for part in (A, B)):
                 return self._thinly(thin, factors)
         adapter = load_adapter(folder)
         values, thin = self._first_order(adapter), self._thin.get(shapes_of(adapter))
         if thin is not None:
-            layout = _layout(folder)
-            places = [place for A, B, _ in layout.values() for place in (A, B)]
-            if all(start % dtype.itemsize == 0 for start, _, dtype, _ in places):
-                self._layouts = _latest(self._layouts, key, (thin, layout))
+            self._layouts = _latest(self._layouts, key, (thin, _layout(folder, tensors)))
         return values
 
 
@@ -392,39 +392,14 @@ def _latest(known: dict[Any, _Kept], key: object, value: _Kept) -> dict[Any, _Ke
     return dict([*known.items(), (key, value)][-_PLANS:])
 
 
-def _header(file: Path) -> bytes:
-    """All of a safetensors file but its numbers."""
-    with file.open("rb") as opened:
-        return opened.read(int.from_bytes(opened.read(8), "little"))
-
-
-def _layout(folder: Path) -> _Layout:
-    tensors, header = safetensors.torch.load_file(folder / WEIGHTS), _header(folder / WEIGHTS)
-    begin, about = 8 + len(header), json.loads(header)
-    place_of = {
-        id(tensor): (
-            begin + about[key]["data_offsets"][0],
-            tensor.nbytes,
-            tensor.dtype,
-            tensor.shape,
-        )
-        for key, tensor in tensors.items()
-    }
+def _layout(folder: Path, tensors: dict[str, Tensor]) -> _Layout:
+    key_of = {id(tensor): key for key, tensor in tensors.items()}
     state, notes = saved_keys(tensors)
     updates = renamed(updates_of(read_config(folder), state), notes)
     return {
-        path: (place_of[id(u.A)], place_of[id(u.B)], u.scale * u.strength)
+        path: (key_of[id(u.A)], key_of[id(u.B)], u.scale * u.strength)
         for path, u in cast("dict[str, LoRAFactors]", updates).items()
     }
-
-
-def _read(file: Path, layout: _Layout) -> Factors:
-    content = torch.from_numpy(np.fromfile(file, np.uint8))
-
-    def tensor(start: int, size: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        return content[start : start + size].view(dtype).view(shape)
-
-    return {path: (tensor(*A), tensor(*B), scale) for path, (A, B, scale) in layout.items()}
 
 
 @functools.lru_cache(maxsize=4)
