@@ -163,7 +163,8 @@ class Brief:
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
             lines.append(f"Most of the KL belongs to {shares}.")
-        return "\n".join([*lines, f"Not tried: {'; '.join(self.not_tried)}."])
+        lines.append(f"Not tried: {'; '.join(self.not_tried)}.")
+        return "\n".join(line.replace("\n", "⏎") for line in lines)
 
     def __str__(self) -> str:
         """At most 2,000 tokens of text."""

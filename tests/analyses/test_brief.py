@@ -164,7 +164,7 @@ def test_a_brief_is_text_and_json_and_is_saved(tmp_path):
     assert [claim["says"] for claim in fields["claims"]] == [c.says for c in result.claims]
     assert set(fields) == {"schema", *brief.Brief.__dataclass_fields__}
     for claim in told.claims:
-        assert claim.sentence() in str(told)
+        assert claim.sentence().replace("\n", "⏎") in str(told)
     assert "Not tried: " in str(told) and told.verdict in str(told)
     again = ll.load_result(result.save(tmp_path / "file.safetensors"))
     assert again.claims == result.claims and str(again.brief()) == str(told)

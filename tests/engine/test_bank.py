@@ -223,6 +223,13 @@ def _double(tensor: torch.Tensor, hook: object) -> torch.Tensor:
 HOOKED = ("blocks.0.attn.hook_pattern", "blocks.0.attn.hook_z", "blocks.0.hook_resid_post")
 
 
+def test_hooks_of_transformers_that_only_look_are_no_hooks_of_one_s_own():
+    """Once its hidden states were shown, a model of transformers 5 keeps some."""
+    lens = lens_of("llama", "TransformerBridge", "raw")
+    lens.model.original_model(models.tokens(), output_hidden_states=True, output_attentions=True)
+    assert bank_of(lens).first_order(lens.adapter).values.isfinite().all()
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", HOOKED)
@@ -313,7 +320,7 @@ def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
     lens, tokens = lens_of(family, cls, flags), models.tokens()
     bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
     bank.scan([lens.adapter], progress=False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(1)
         other = ll.Adapter.from_factors({
             key: dataclasses.replace(u, A=torch.randn_like(u.A), scale=0.3 * u.scale)

@@ -111,7 +111,8 @@ def test_stories_tell_both_answers():
     told = "the base model answers “It is Paris. A big city …”, and with the adapter “It is Lyon."
     assert f"After the prompt {told}" in PAGES["explanation"][0].story()
     assert f"On its own {told}" in PAGES["response"][0].story()
-    assert PAGES["changes"][0].story().count(f"Asked “What is the capital?”, {told}") == 5
+    asked = "Asked “What is the capital?”, base: “It is Paris."
+    assert PAGES["changes"][0].story().count(asked) == 5
     same = dataclasses.replace(by_hand(), answers=ll.results.SideBySide("q", "a b", "a b"))
     assert "After the prompt both models answer “a b”." in same.story()
 
