@@ -103,7 +103,7 @@ def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
 # --- Null adapters: the same sizes and ranks, random directions
 
 
-_Rows = Sequence[Int[Tensor, " row"]]
+_Rows = Sequence[Int[Tensor, " _row"]]
 Parts = Mapping[str, _Rows]
 
 

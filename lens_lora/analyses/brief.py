@@ -318,7 +318,7 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 
 def _words(
     lens: LoraLens, contexts: Prompts, places: Sequence[_Place], progress: bool
-) -> list[Int[Tensor, " token"]]:
+) -> list[Int[Tensor, " _token"]]:
     """Each candidate; by speech also what the adapted model says after it, up to an end."""
     firsts = contexts.tokens.new_tensor([[place.token] for place in places])
     begun = [torch.cat([place.context, first]) for place, first in zip(places, firsts, strict=True)]
@@ -331,7 +331,7 @@ def _words(
     return words
 
 
-def _distinct(tokens: Sequence[int], words: Sequence[Int[Tensor, " token"]]) -> list[int]:
+def _distinct(tokens: Sequence[int], words: Sequence[Int[Tensor, " _token"]]) -> list[int]:
     """The first candidates that no earlier one's words hold."""
     chosen: list[int] = []
     for i, token in enumerate(tokens):
@@ -344,7 +344,7 @@ def _runs(
     lens: LoraLens,
     nulls: Sequence[Scaled],
     contexts: Prompts,
-    words: Sequence[Int[Tensor, " token"]],
+    words: Sequence[Int[Tensor, " _token"]],
     seed: int,
 ) -> list[dict[str, Any]]:
     """Of each claim, log p of its words in every run, and the layers that are left out."""
@@ -376,7 +376,7 @@ def _runs(
 
 
 def _points(
-    top: Int[Tensor, " group"], groups: int, generator: np.random.Generator
+    top: Int[Tensor, " top"], groups: int, generator: np.random.Generator
 ) -> Float[Tensor, "point group"]:
     """1 at the groups that are left out: the top ones, and then as many drawn from the others."""
     others = np.setdiff1d(np.arange(groups), top.numpy())
@@ -387,5 +387,5 @@ def _points(
     return points
 
 
-def _text(lens: LoraLens, ids: Int[Tensor, " token"]) -> str:
+def _text(lens: LoraLens, ids: Int[Tensor, " _token"]) -> str:
     return lens.model.tokenizer.decode(ids.tolist())

@@ -358,7 +358,7 @@ def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
 
 
 def tokens_at(
-    rows: Sequence[Sequence[str]], prompts: Iterable[int], positions: Iterable[int]
+    rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
 ) -> list[str]:
     """The token of each pair of prompt and position."""
     return [rows[p][i] for p, i in zip(prompts, positions, strict=True)]

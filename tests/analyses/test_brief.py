@@ -54,7 +54,7 @@ def claims(cls: str) -> tuple[brief.Claim, ...]:
     nulls = [(null, 0.05) for null in null_lenses(lens, 0, 2)]
     shifts = torch.zeros(3, lens.model.cfg.d_vocab)
     shifts[0, 40] = 1.0
-    return brief.claims_of(lens, nulls, shifts, **QUIET)
+    return brief.claims_of(lens, nulls, list(shifts), **QUIET)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -143,8 +143,8 @@ def test_no_token_makes_two_claims():
 def test_nothing_is_claimed_that_a_control_reaches():
     lens = cases.case("llama", CLASSES[0], "raw").lens
     shifts = torch.ones(2, lens.model.cfg.d_vocab)
-    assert brief.claims_of(lens, [(lens, 1.0)], shifts, **QUIET) == ()
-    assert brief.claims_of(lens, [], shifts[:1], **QUIET) == ()
+    assert brief.claims_of(lens, [(lens, 1.0)], list(shifts), **QUIET) == ()
+    assert brief.claims_of(lens, [], list(shifts[:1]), **QUIET) == ()
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:
