@@ -281,7 +281,8 @@ class Thin:
     def __init__(
         self, lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
     ) -> None:
-        self.lens, self._halves = lens, halves
+        self.lens: LoraLens = lens
+        self._halves = halves
         columns = [column for half in halves for column in half.columns]
         alike: dict[tuple[Any, ...], list[tuple[list[_Place], int]]] = {}
         for index, injection in enumerate(lens.plan.injections):
