@@ -404,15 +404,19 @@ def computing_attribute(module: nn.Module) -> str:
 
 
 _WIRING = "transformer_lens.model_bridge.component_setup"
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def hook_function(hook: Any) -> object:
     """The function that a hook of torch calls, where TransformerLens wrapped a user's; else itself.
 
-    A hook point keeps handles of its wrappers and not what they call (before 3.9).
+    A hook point keeps handles of its wrappers and not what they call (before 3.9). None of what a
+    library hangs on by itself: a bridge wires some points to others, and transformers leaves hooks
+    that only look, once a model has shown its hidden states.
     """
-    if not str(getattr(hook, "__module__", "")).startswith("transformer_lens"):
-        return hook
+    module = str(getattr(hook, "__module__", ""))
+    if not module.startswith("transformer_lens"):
+        return None if module == _CAPTURING else hook
     cells = _cells_of(hook)
     if "full_hook" in cells:
         return hook_function(cells["full_hook"])

@@ -16,9 +16,10 @@
 4. A claim by speech is what the adapted model says where the candidate's k_v is largest: that
    token, and the likeliest ones after it. One by its logit is the token alone, at that place: it is
    promoted, and need not be said. A token that an earlier claim holds makes none of its own.
-5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters.
-   First order at 1 names the layers that carry most of m; m is run without them, and without as
-   many layers that a seed draws.
+5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters. It
+   stands only if m is larger under the adapter than under the base and every null adapter. First
+   order at 1 names the layers that carry most of m; m is run without them, and without as many
+   layers that a seed draws.
 
 Cost: `generate` of about 40 openings and of the candidates' words; a forward pass of the base, the
 adapter and each null over what was said; one forward and backward pass of the claims, and a forward
@@ -43,6 +44,7 @@ from torch import Tensor
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import gated_logits, gated_readout
 from lens_lora.engine.texts import by_length
+from lens_lora.errors import NumericsError
 from lens_lora.model import LoraLens, SideBySide, group_sites, indicator
 from lens_lora.readouts.answers import AnswerLogProb, continued
 from lens_lora.readouts.neutral import own_openings
@@ -112,11 +114,9 @@ class Claim:
             undone += f", without as many drawn layers {others:.0%}"
         said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
         if self.by == "logit":
-            said = (
-                f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean over the "
-                f"texts, a null adapter no token by more than {self.null_score:+.1f}; most after "
-                f"“{self.context}”."
-            )
+            beside = f"null adapters none by more than {self.null_score:+.1f}"
+            said = f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean, {beside};"
+            said += f" where it speaks, most after “{self.context}”."
         return f"{said} {rise}; {undone}."
 
 
@@ -206,6 +206,7 @@ def claims_of(
     contexts, words = contexts.chosen(chosen), [words[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
     runs = _runs(lens, nulls, contexts, words, seed)
+    rows = zip(chosen, words, base.ids, runs, strict=True)
     return tuple(
         Claim(
             context=_text(lens, places[i].context[-_CONTEXT:]),
@@ -217,19 +218,29 @@ def claims_of(
             null_score=ranked[places[i].by].floor,
             **run,
         )
-        for i, said, base_said, run in zip(chosen, words, base.ids, runs, strict=True)
+        for i, said, base_said, run in rows
+        if run["adapted"] > max(run["base"], run["null"])
     )
 
 
 def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
     """Openings and what the adapted model says after them, read where it says it."""
     openings = lens.prompts(own_openings(lens.model))
-    room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
-    fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + _SPOKEN <= room]
+    room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
+    fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
     if not fits:
         return None
-    openings = openings.chosen(fits).tiled(len(_STRENGTHS))
-    gates = torch.tensor(_STRENGTHS).repeat_interleave(len(fits))[:, None] * lens.gates(1.0).cpu()
+    try:
+        return _said(lens, openings.chosen(fits), _STRENGTHS, seed, progress)
+    except NumericsError:  # of half precision, at twice its strength
+        return _said(lens, openings.chosen(fits), _STRENGTHS[:1], seed, progress)
+
+
+def _said(
+    lens: LoraLens, openings: Prompts, strengths: Sequence[float], seed: int, progress: bool
+) -> Prompts:
+    gates = torch.tensor(strengths).repeat_interleave(openings.batch)[:, None]
+    openings, gates = openings.tiled(len(strengths)), gates * lens.gates(1.0).cpu()
     said = lens.generate(openings, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
     rows = continued(lens.model, openings, said)
     return dataclasses.replace(rows, reads=rows.lengths - openings.lengths + 1)
@@ -301,7 +312,7 @@ def _places(scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts) -> I
     seen: set[int] = set()
     for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
         for by, token in zip(ranked, turn, strict=True):
-            if token is None or token in seen:
+            if token is None or token in seen or not scores.value[token] > 0:
                 continue
             seen.add(token)
             row = int(scores.row[token])
@@ -352,8 +363,7 @@ def _runs(
     layers = group_sites(lens.sites, "layer")
     members = indicator(layers, len(lens.sites))
     carried = asked.slopes(1.0).cpu().double() @ members.T
-    count = math.ceil(len(layers) / _PART)
-    top = carried.argsort(1, descending=True)[:, :count]
+    top = carried.argsort(1, descending=True)[:, : math.ceil(len(layers) / _PART)]
     generator = np.random.default_rng(seed)
     left_out = torch.stack([_points(row, len(layers), generator) for row in top])
     run = functools.partial(gated_readout, reading=asked.reading, progress=False)

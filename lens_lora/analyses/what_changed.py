@@ -367,8 +367,8 @@ def what_changed(
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
     No logits of more than 512 tokens are held at a time. The answers cost 40 passes over ten
-    tokens, and one over each of the ten answers; the claims 24 passes over about 40 tokens, one
-    over each of these texts, one for each model, and those of `analyses/brief.py`.
+    tokens, and one over each of the ten answers; the claims 16 passes over about seventy
+    tokens, one over each of these texts, one for each model, and those of `analyses/brief.py`.
 
     Args:
         lens: the adapter over the model.

@@ -83,9 +83,9 @@ def hooked_by(
     base: BaseModel, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Any, str]:
     """The model as the hooked class that the options name, and the class's name."""
-    from lens_lora.model.build import hooked_model, hooked_transformer_if_there
+    from lens_lora.model.build import hooked_model
 
-    default = "TransformerBridge" if base.says_how_to_load else hooked_transformer_if_there()
+    default = "TransformerBridge" if base.says_how_to_load else None
     return hooked_model(hf_model, tokenizer, kind=base.model_class or default, attn=base.attn)
 
 

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from lens_lora.sweeps.sweep import SweepResult
 
 
+_Resume = Annotated[
+    bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
+]
+
+
 @options.with_options
 def sweep(
     adapter: options.AdapterIfOther = None,
@@ -62,9 +67,7 @@ def sweep(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many records.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
-    ] = True,
+    resume: _Resume = True,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
 ) -> None:
@@ -142,9 +145,7 @@ def scan(
     group: Annotated[
         Literal["layer", "site", "kind"], "What each adapter's values are summed over."
     ] = "layer",
-    resume: Annotated[
-        bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
-    ] = True,
+    resume: _Resume = True,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
 ) -> None:
@@ -179,10 +180,9 @@ def scan(
 
 def _print_scan(table: pd.DataFrame, out: Path) -> None:
     """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
-    totals = table.dropna(subset="total").groupby("adapter")["total"]
-    means = {str(name): total.mean() for name, total in totals}
+    means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
     running.say(f"Σ a, mean over prompts, of {len(means)} adapters; the largest:")
-    for name in sorted(means, key=lambda name: -abs(means[name]))[:_SHOWN_ERRORS]:
+    for name in means.abs().nlargest(_SHOWN_ERRORS).index:
         running.say(f"  {means[name]:+9.3g}  {name}")
     bad = table.dropna(subset="error")
     for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):

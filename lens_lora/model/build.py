@@ -64,7 +64,9 @@ def hooked_model(
 ) -> tuple[Any, str]:
     """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
 
-    The hooked model may use the Hugging Face model's own weights: do not change it afterwards.
+    Without `kind` a HookedTransformer of the families that are listed, where it can be made, else a
+    TransformerBridge. The hooked model may use the Hugging Face model's own weights: do not change
+    it afterwards.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
@@ -79,7 +81,14 @@ def hooked_model(
     hf_model.config.architectures = [type(hf_model).__name__]
     with differentiable_products(quantised_linears(hf_model)):
         expected = base_logits(hf_model, hf_model.dtype)
-        model = _made(chosen, hf_model, tokenizer)
+        try:
+            model = _made(chosen, hf_model, tokenizer)
+        except ModelStateError as error:
+            # Without a cause it is refused here, and not by TransformerLens.
+            if error.__cause__ is None or kind or bridge_if_there() == chosen:
+                raise
+            chosen = bridge_if_there()
+            model = _made(chosen, hf_model, tokenizer)
         if attn == "sdpa":
             fuse_attention(model)
         require_same_logits(
@@ -122,7 +131,8 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         says = (str(error).splitlines() or [""])[0][:200]
         raise ModelStateError(
             f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "
-            f"{type(hf_model).__name__}, {type(error).__name__}: {says}"
+            f"{type(hf_model).__name__}, {type(error).__name__}: {says} The other class (kind=, "
+            "--class) may do, or another version of TransformerLens."
         ) from error
 
 

@@ -361,7 +361,7 @@ def tokens_at(
     rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
 ) -> list[str]:
     """The token of each pair of prompt and position."""
-    return [rows[p][i] for p, i in zip(prompts, positions, strict=True)]
+    return [rows[int(p)][int(i)] for p, i in zip(prompts, positions, strict=True)]
 
 
 def per_prompt(numbers: Mapping[str, Float[Tensor, " batch"]]) -> dict[str, NDArray[np.float64]]:

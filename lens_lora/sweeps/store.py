@@ -490,8 +490,7 @@ def _own_code(model: nn.Module) -> list[str]:
 def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
     """(place, function) of each hook, in the order in which they fire.
 
-    A bridge puts hooks of its own on its parts at the first pass, and transformers some that only
-    look, once a model has shown its hidden states; they are left out.
+    What a library hangs on by itself is left out.
     """
     hooks = [
         (place, compat.hook_function(hook))
@@ -499,11 +498,7 @@ def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
         for registered in compat.hooks_of(module)[:4]  # the fifth says which of them take keywords
         for hook in registered.values()
     ]
-    return [(place, hook) for place, hook in hooks if hook is not None and not _looks(hook)]
-
-
-def _looks(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+    return [(place, hook) for place, hook in hooks if hook is not None]
 
 
 def _tokenizer(tokenizer: Any) -> str | None:

@@ -101,7 +101,7 @@ def test_runs_are_peft_s(cls: str):
         base, adapted = map(of, log_p(case, row))
         assert abs(claim.base - base) < 1e-9 and abs(claim.adapted - adapted) < 1e-9
         assert said[0] == word(claim.token, add_special_tokens=False).input_ids[0]
-        assert claim.score > claim.null_score
+        assert claim.score > claim.null_score and claim.adapted > max(claim.base, claim.null)
         layers = [int(name.removeprefix("layer ")) for name in claim.layers.split(", ")]
         modules = [site.module for site in case.lens.sites if site.layer in layers]
         old = {module: cases.set_peft_scale(case.peft, module, 0.0) for module in modules}
@@ -145,6 +145,49 @@ def test_nothing_is_claimed_that_a_control_reaches():
     shifts = torch.ones(2, lens.model.cfg.d_vocab)
     assert brief.claims_of(lens, [(lens, 1.0)], list(shifts), **QUIET) == ()
     assert brief.claims_of(lens, [], list(shifts[:1]), **QUIET) == ()
+
+
+def test_nothing_is_claimed_that_no_run_shows(monkeypatch):
+    """Words that a null adapter says as well, whatever the score of their first token."""
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    runs = brief._runs
+
+    def level(*given: object) -> list[dict[str, object]]:
+        first, *rest = runs(*given)
+        return [{**first, "null": first["adapted"]}, *rest]
+
+    monkeypatch.setattr(brief, "_runs", level)
+    nulls, shifts = [(null, 0.05) for null in null_lenses(lens, 0, 2)], torch.zeros(3, models.VOCAB)
+    without_first = brief.claims_of(lens, nulls, list(shifts), **QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(brief, "_SPOKEN", SPOKEN)
+    monkeypatch.setattr(brief, "_WORDS", WORDS)
+    monkeypatch.setattr(brief, "_CLAIMS", CLAIMS)
+    assert without_first == brief.claims_of(lens, nulls, list(shifts), **QUIET)[1:]
+
+
+def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch):
+    case = cases.case("llama", CLASSES[0], "raw")
+    generate, asked = ll.LoraLens.generate, []
+
+    def breaking(lens: ll.LoraLens, prompts: object, most: int, gates: Tensor, **how: object):
+        asked.append(float(gates.max()))
+        if asked[-1] > 1:
+            raise ll.errors.NumericsError("not finite")
+        return generate(lens, prompts, most, gates, **how)
+
+    monkeypatch.setattr(ll.LoraLens, "generate", breaking)
+    assert brief._spoken(case.lens, 0, False).batch == own_openings(case.model).batch
+    assert asked == [2.0, 1.0]
+
+
+def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
+    case = cases.case("llama", CLASSES[0], "raw")
+    longest = int(own_openings(case.model).lengths.max())
+    monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS)
+    assert brief._spoken(case.lens, 0, False).batch == 2 * own_openings(case.model).batch
+    monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS - 1)
+    assert brief._spoken(case.lens, 0, False).batch < 2 * own_openings(case.model).batch
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:

@@ -260,6 +260,14 @@ def test_what_a_bridge_wires_itself_is_nobody_s_hook():
     assert len(settings(bridge)["hooks"]) == 1
 
 
+def test_what_transformers_leaves_on_a_model_is_nobody_s_hook(llama):
+    llama(models.tokens(), output_hidden_states=True)
+    hooks = [hook for m in llama.modules() for hook in compat.hooks_of(m).forward.values()]
+    if version("transformers") >= "5":
+        assert hooks, f"transformers {version('transformers')} captures outputs otherwise"
+    assert all(compat.hook_function(hook) is None for hook in hooks)
+
+
 @models.NEEDS_NEWEST
 def test_the_scale_at_an_embedding_s_hook_point():
     import architectures
