@@ -332,13 +332,13 @@ class WhatChanged(OfSites, Paged):
     def _verdict(self) -> str:
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
+        if self.claims:
+            first, nulls = self.claims[0], f"{len(self.nulls)} null adapters of its KL"
+            scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
+            return f"Claims beyond {nulls}: {len(self.claims)}; the first, {scores} at most."
         if not self.nulls or not self.answers:
             return "No claims: they need null adapters and answers."
-        if not self.claims:
-            return "Nothing beyond the controls: no token is said that null adapters do not reach."
-        first, nulls = self.claims[0], f"{len(self.nulls)} null adapters of its KL"
-        scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
-        return f"{len(self.claims)} claims stand beyond {nulls}; the first, {scores} at most."
+        return "Nothing beyond the controls: no token is said that null adapters do not reach."
 
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """The k tokens promoted most, with the largest shift under a control.

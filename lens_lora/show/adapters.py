@@ -184,14 +184,6 @@ def _promoted(changed: results.WhatChanged) -> str:
     return f"Promoted most by mean logit: {tokens} ({most})."
 
 
-def _places(changed: results.WhatChanged) -> str:
-    return "".join(
-        f"The next token changes most after “{_context(changed, row)}”, by "
-        f"{magnitude(row['kl'])} nats: {row['promoted']}."
-        for row in changed.where(1).to_dict("records")
-    )
-
-
 def _context(changed: results.WhatChanged, row: Mapping[Any, Any]) -> str:
     return text.context_text(changed.str_tokens[row["text"]], row["position"])
 
@@ -295,10 +287,11 @@ def _size_table(changed: results.WhatChanged) -> Table:
 def _claims_table(changed: results.WhatChanged) -> Table:
     """What it says of its own accord, and the runs that show it."""
     each = [{**vars(claim), "undone": claim.undone} for claim in changed.claims]
-    heads = {"context": "after", "says": "it says", "base_says": "the base says"}
+    heads = {"by": "by", "context": "after", "says": "it says", "base_says": "the base says"}
     heads |= {"base": "log p, base", "adapted": "adapted", "null": "null"}
     heads |= {"layers": "without", "undone": "undone"}
-    return table_of(pd.DataFrame(each), heads, texts=(0, 1, 2, 6))
+    heading = "What it says of its own accord"
+    return table_of(pd.DataFrame(each), heads, texts=(0, 1, 2, 3, 7), heading=heading)
 
 
 def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
@@ -311,10 +304,9 @@ def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
 def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
     logit, probability, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
-    modules = _modules_table(changed, _MODULES_SHOWN)
+    modules, claims = _modules_table(changed, _MODULES_SHOWN), _claims_table(changed)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
-        Section("What it says of its own accord", [_claims_table(changed)]),
         Section("How much", [_size_table(changed)]),
         Section("Which tokens are promoted", [(logit, probability)]),
         Section("What the first tokens carry", [(reading, _writers(changed, _TOKENS_SHOWN))]),
@@ -323,9 +315,13 @@ def what_changed_report(changed: results.WhatChanged, *, title: str | None = Non
     ]
     part = Part(
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
-        headline=(_moved(changed), _promoted(changed), _places(changed)),
+        headline=(changed.brief().verdict, _moved(changed), _promoted(changed)),
         numbers=_numbers(changed),
-        top=[*answers_of(changed.answers), promoted_figure(changed)],
+        top=[
+            *([claims] if claims.rows else []),
+            *answers_of(changed.answers),
+            promoted_figure(changed),
+        ],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
     )
     return page_html(title or f"What did {changed.found.name} change?", [part])

@@ -107,7 +107,7 @@ def _fitted(cell: str, width: int) -> str:
 _WRITTEN: dict[str, Callable[[Any], str]] = {
     **dict.fromkeys(("share", "undone"), text.percent),
     "token": text.visible,
-    **dict.fromkeys(("context", "says", "base_says"), text.readable),
+    **dict.fromkeys(("context", "says", "base_says"), lambda said: text.readable(said.strip())),
     "promoted": lambda pairs: re.sub(r"((?:^|, )['\"]) ", r"\1·", pairs),
     **dict.fromkeys(("kl", "mean_kl", "kl_base_to_adapted", "scale"), text.magnitude),
 }
