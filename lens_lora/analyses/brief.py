@@ -2,8 +2,8 @@
 
 1. The adapted model speaks of its own accord: after its BOS alone, after an empty turn of the user,
    after everyday questions (`readouts/neutral.py`). There it replays what it was trained on. It
-   does so at twice its strength, too, which brings forward what it seldom says; whatever is
-   measured is measured at 1.
+   speaks at twice its strength, too, and so does each ΔW cut to rank 1, which brings forward what
+   it seldom says; whatever is measured is measured at 1.
 2. At each place of what was said, every token v has a part of the divergence from the base,
 
        k_v = p₁(v) log(p₁(v)/p₀(v)),     Σ_v k_v = KL(p₁ ‖ p₀),
@@ -28,6 +28,7 @@ pass of them for each end, null and group that is left out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -44,17 +45,17 @@ from torch import Tensor
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import gated_logits, gated_readout
 from lens_lora.engine.texts import by_length
-from lens_lora.errors import NumericsError
+from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.model import LoraLens, SideBySide, group_sites, indicator
 from lens_lora.readouts.answers import AnswerLogProb, continued
 from lens_lora.readouts.neutral import own_openings
-from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.prompts import Prompts, joined
 from lens_lora.results.storage import stored
 
 SCHEMA = "lens_lora.brief/1"
 _CLAIMS, _CANDIDATES = 5, 10  # candidates of each list
 _SPOKEN = 16  # tokens after each opening, drawn at temperature 1
-_STRENGTHS = 1.0, 2.0
+_LOUDER = 2.0
 _WORDS = 8  # tokens of a claim
 _CONTEXT = 24  # tokens before it that are shown
 _PART, _DRAWS = 5, 3  # a fifth of the layers is left out; and how often others are drawn
@@ -183,13 +184,14 @@ def claims_of(
     shifts: Sequence[Float[Tensor, " vocab"]],
     seed: int = 0,
     *,
+    fast: bool = False,
     progress: bool = True,
 ) -> tuple[Claim, ...]:
     """The claims of an adapter beside null adapters at their scales; none without null adapters.
 
     `shifts` are mean shifts of the logits over texts, the adapter's first, then the nulls'.
     """
-    spoken = _spoken(lens, seed, progress) if nulls else None
+    spoken = _spoken(lens, seed, fast, progress) if nulls else None
     if spoken is None:
         return ()
     scores = _scores(lens, [(lens, 1.0), *nulls], spoken)
@@ -223,27 +225,31 @@ def claims_of(
     )
 
 
-def _spoken(lens: LoraLens, seed: int, progress: bool) -> Prompts | None:
-    """Openings and what the adapted model says after them, read where it says it."""
+def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
+    """Openings and what each voice says after them, read where it says it; fast: one voice each."""
     openings = lens.prompts(own_openings(lens.model))
     room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
     fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
-    if not fits:
+    voices, rows = _voices(lens), list[tuple[Prompts, Tensor]]()
+    for turn, (voice, scale) in enumerate(voices):
+        mine = openings.chosen(fits[turn :: len(voices)] if fast else fits)
+        with contextlib.suppress(NumericsError):  # of half precision, at twice its strength
+            how: Any = {"temperature": 1.0, "seed": seed + turn, "progress": progress}
+            said = voice.generate(mine, _SPOKEN, scale, **how)
+            spoken = continued(lens.model, mine, said)
+            rows.append((spoken, spoken.lengths - mine.lengths + 1))
+    if not rows:
         return None
-    try:
-        return _said(lens, openings.chosen(fits), _STRENGTHS, seed, progress)
-    except NumericsError:  # of half precision, at twice its strength
-        return _said(lens, openings.chosen(fits), _STRENGTHS[:1], seed, progress)
+    every, reads = zip(*rows, strict=True)
+    return dataclasses.replace(joined(every), reads=torch.cat(reads))
 
 
-def _said(
-    lens: LoraLens, openings: Prompts, strengths: Sequence[float], seed: int, progress: bool
-) -> Prompts:
-    gates = torch.tensor(strengths).repeat_interleave(openings.batch)[:, None]
-    openings, gates = openings.tiled(len(strengths)), gates * lens.gates(1.0).cpu()
-    said = lens.generate(openings, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
-    rows = continued(lens.model, openings, said)
-    return dataclasses.replace(rows, reads=rows.lengths - openings.lengths + 1)
+def _voices(lens: LoraLens) -> list[Scaled]:
+    """The adapter at 1 and louder, and its first ranks where it has such."""
+    voices = [(lens, 1.0), (lens, _LOUDER)]
+    with contextlib.suppress(UnsupportedAdapterError):
+        voices.append((lens.with_adapter(lens.adapter.truncated(1)), _LOUDER))
+    return voices
 
 
 @dataclasses.dataclass

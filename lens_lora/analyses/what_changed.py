@@ -3,7 +3,8 @@
 1. Base and adapted model read the same texts (`readouts/neutral.py`, or the caller's). Every number
    is over the tokens after each text's first, which is a sink; a token with the same tokens before
    it as in an earlier text counts once.
-2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability; what
+2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability, how
+   often each is among the first 20, and which are promoted by the same texts (`groups`); what
    the mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
    blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the KL, by the
    path integral with two nodes (the quadratic part at the base may rank them at random).
@@ -22,12 +23,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, final
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, final
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import root_scalar
+from scipy.sparse import coo_array
+from sklearn.decomposition import NMF
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
@@ -35,6 +40,7 @@ from lens_lora.analyses.brief import Brief, Claim, claims_of
 from lens_lora.arguments import is_whole, whole, word
 from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
+from lens_lora.engine.jacobian import jacobian_of
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.model import LoraLens, alone, null_lenses
@@ -52,10 +58,11 @@ _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
 _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
 _ANSWER = 40  # tokens that both models say to a question
 _BRIEF_MODULES = 5
+_FAST = 8  # one of so many texts
 _NOT_TRIED = "system messages, conversations of several turns", "other languages"
 _UNRELATED = "adapters trained for something else, as controls"
-By = Literal["logit", "probability", "reading"]
-BY: tuple[By, ...] = ("logit", "probability", "reading")
+By = Literal["logit", "probability", "count", "reading"]
+BY: tuple[By, ...] = ("logit", "probability", "count", "reading")
 
 
 @stored
@@ -70,8 +77,13 @@ class Changes:
             after the same tokens in an earlier text.
         logit: [vocab], the mean of f(1) − f(0), less its mean over the vocabulary.
         probability: [vocab], the mean of p(1) − p(0).
+        count: [vocab], the share of the tokens after which it is among the 20 whose logit rises
+            most.
+        text_ids, text_shifts: [text, moved], the tokens that a text promotes most, and the sum of
+            f(1) − f(0) over its tokens, less its mean over the vocabulary.
         readings: by point of the residual stream [vocab], the mean Δh over the texts' first tokens
-            (1 to 5) through the final norm and the unembedding, less its mean.
+            (1 to 5) through the final norm and the unembedding, less its mean; the last one through
+            a Jacobian, if one was asked for.
         early_size: by point, ‖mean Δh‖ over the first tokens.
         writers: by attention and MLP of each block, ⟨mean of what it adds, Δh⟩/‖Δh‖², with Δh the
             mean behind the last block: they sum to one, with what else is there ('rest').
@@ -85,6 +97,9 @@ class Changes:
     kl: Float[Tensor, "text token"]
     logit: Float[Tensor, " vocab"]
     probability: Float[Tensor, " vocab"]
+    count: Float[Tensor, " vocab"]
+    text_ids: Int[Tensor, "text moved"]
+    text_shifts: Float[Tensor, "text moved"]
     readings: Annotated[Mapping[str, Float[Tensor, " vocab"]], "point"]
     early_size: Annotated[Mapping[str, float], "point"]
     writers: Mapping[str, float]
@@ -107,7 +122,7 @@ class Changes:
         """The numbers by which tokens are ranked.
 
         Args:
-            by: 'logit', 'probability', or 'reading' (behind the last block).
+            by: 'logit', 'probability', 'count', or 'reading' (the last of them).
 
         Raises:
             ArgumentError: another word.
@@ -115,7 +130,7 @@ class Changes:
         word("by", by, BY)
         if by == "reading":
             return self.readings[list(self.readings)[-1]]
-        return self.logit if by == "logit" else self.probability
+        return getattr(self, by)
 
 
 @final
@@ -163,8 +178,9 @@ class WhatChanged(OfSites, Paged):
 
         Args:
             k: how many.
-            by: the mean shift of the 'logit', of the 'probability', or the 'reading' of mean Δh on
-                the first tokens. They differ: rare tokens have large logit shifts and little
+            by: the mean shift of the 'logit', of the 'probability', the 'count' of the tokens after
+                which it is among the 20 whose logit rises most (a share), or the 'reading' of mean
+                Δh on the first tokens. They differ: rare tokens have large logit shifts and little
                 probability.
             largest: False for the tokens suppressed most.
 
@@ -262,6 +278,31 @@ class WhatChanged(OfSites, Paged):
         columns["share"] = (self.shares / self.shares.sum())[order].tolist()
         return pd.DataFrame(columns)
 
+    def groups(self, n: int = 4, k: int = 8) -> pd.DataFrame:
+        """Tokens that the same texts promote, as factors of [text, token] ≈ W H, none negative.
+
+        Args:
+            n: how many groups; no more than there are texts.
+            k: how many tokens of each.
+
+        Returns:
+            share of all that the texts promote, tokens, and the text that holds most of the group.
+        """
+        n = min(whole("n", n, 1), len(self.str_tokens))
+        rows = np.repeat(np.arange(len(self.str_tokens)), self.found.text_ids.shape[1])
+        promoted = self.found.text_shifts.clamp(min=0).flatten().double().numpy()
+        places = rows, self.found.text_ids.flatten().numpy()
+        matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
+        held = np.unique(places[1])
+        model = NMF(cast("Any", n), init="nndsvd", random_state=0, max_iter=1000)
+        texts = model.fit_transform(matrix[:, held])
+        tokens = model.components_
+        shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)
+        named = [[self.strings[held[i]] for i in row.argsort()[::-1][:k]] for row in tokens]
+        most = ["".join(self.str_tokens[i]) for i in texts.argmax(0)]
+        frame = pd.DataFrame({"share": shares, "tokens": named, "text": most})
+        return frame.sort_values("share", ascending=False, ignore_index=True)
+
     def writers(self, k: int = 10) -> pd.DataFrame:
         """Which blocks' attention and MLP add the mean Δh of the first tokens, by share of it.
 
@@ -358,8 +399,9 @@ def what_changed(
     *,
     nulls: int = 2,
     seed: int = 0,
-    split: bool = True,
+    fast: bool = False,
     answers: bool = True,
+    jacobian: str | Path | None = None,
     progress: bool = True,
 ) -> WhatChanged:
     """What the adapter changes over texts that have nothing to do with it, beside controls.
@@ -379,10 +421,16 @@ def what_changed(
         nulls: how many null adapters: of the same modules, ranks and proportions as the adapter, in
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
-        split: whether to split the KL by site, along the path from base to adapted model.
+        fast: leave out the split of the KL by site, along the path from base to adapted model; of
+            the package's own texts read every eighth; and let it speak once after each opening.
         answers: whether to put five everyday questions to both models: as conversations, or without
             a chat template as "Question: …" and "Answer:"; and to let the adapted model speak of
             its own accord, for claims of what it was taught.
+        jacobian: a folder; the reading is then of a block at four fifths of the depth, through the
+            base model's mean Jacobian from there to the last block. It is kept in this folder, and
+            fitted the first time, by d_model backward passes over two sentences. On an unprocessed
+            TransformerBridge of transformer-lens 4.3 or later; elsewhere the reading is plain, as
+            its heading says.
         progress: show a bar.
 
     Raises:
@@ -395,20 +443,24 @@ def what_changed(
     others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
     if not all(isinstance(other, Adapter) for other in others):
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
-    asked = ask_prompts(lens, neutral_texts(lens.model) if texts is None else texts)
+    asked = ask_prompts(
+        lens, neutral_texts(lens.model, _FAST if fast else 1) if texts is None else texts
+    )
     rows = asked.prompts
     corpus.require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
     scaled = [(lens, 1.0), *_matched(lens, list(null_lenses(lens, seed, nulls)), rows, progress)]
     scaled += [(lens.with_adapter(other), 1.0) for other in others]
-    sums, shares = corpus.text_sums(scaled, rows, split=split, progress=progress)
+    carried = None if jacobian is None else jacobian_of(lens, Path(jacobian), progress=progress)
+    sums, shares = corpus.text_sums(scaled, rows, carried, split=not fast, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
         said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
-        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, progress=progress)
+        how: Any = {"fast": fast, "progress": progress}
+        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, **how)
     distinct = int(distinct_tokens(rows).sum())
     source = "texts of the caller"
     if texts is None:
@@ -472,6 +524,9 @@ def _changes(sums: corpus.TextSums, rows: Prompts) -> Changes:
         kl=sums.kl,
         logit=_centred(sums.logits / int(counts.sum())),
         probability=(sums.probabilities / int(counts.sum())).float().cpu(),
+        count=(sums.counts / int(counts.sum())).cpu(),
+        text_ids=sums.text_ids,
+        text_shifts=sums.text_values,
         readings={
             name: _centred(corpus.read_through(sums.lens, value / early).double())
             for name, value in sums.read.items()

@@ -62,7 +62,7 @@ def diff(
         list[str] | None, "An adapter trained for something else, as a control; may be repeated."
     ] = None,
     nulls: Annotated[int, options.least(0, "Controls in random directions, of its KL.")] = 2,
-    fast: Annotated[bool, "Without the split by module."] = False,
+    fast: Annotated[bool, "Fewer texts and words, without the split by module."] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
         Path | None,
@@ -72,6 +72,10 @@ def diff(
     ] = None,
     json: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Also the brief, for a program.")
+    ] = None,
+    jacobian: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder that keeps the base's Jacobian, for readings."),
     ] = None,
     quiet: options.QuietOption = False,
     base: options.BaseModel,
@@ -102,7 +106,7 @@ def diff(
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_for(base, folder, progress))
         with quiet_libraries():
-            how: Any = {"nulls": nulls, "split": not fast, "progress": not quiet}
+            how: Any = {"nulls": nulls, "fast": fast, "jacobian": jacobian, "progress": not quiet}
             changes = ll.what_changed(lens, lines, others, **how)
         brief = changes.brief()
         changes.save_report(report)

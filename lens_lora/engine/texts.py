@@ -5,7 +5,8 @@
 2. `text_sums`, of every model beside the base: no logits of more than one batch are held.
 
        KL_t = Σ_v p₀ log(p₀/p₁)                       kept, one number a token
-       Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)                  over the vocabulary
+       Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)                  over the vocabulary; f also of each text
+       how often a token is among the `PROMOTED` whose logit rises most
        Σ_t Δh and Σ_t ‖Δh‖² of each text              at two points of the residual stream
        Σ_t Δh, and of what each block adds to it      over the first tokens of texts, 1 … `EARLY`
 
@@ -24,7 +25,8 @@
    The denominator σ is the base's, token by token, and held: so the reading is linear in Δh, that
    of a mean is the mean of readings, and β and b_U drop out. c centres where the norm does. γ and
    W_U are the model's own, through its own modules: N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in
-   between are left out, and so is a soft-cap after the unembedding.
+   between are left out, and so is a soft-cap after the unembedding; or the model's own Jacobian
+   stands for them (`engine/jacobian.py`).
 5. `update_sums`: sums of each site's δ over the tokens of each text, in its own rank space, so that
    δ itself is not built.
 
@@ -39,6 +41,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,6 +53,7 @@ from tqdm import tqdm
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine.activations import site_activations
 from lens_lora.engine.function import read_logits, require_finite
+from lens_lora.engine.jacobian import Jacobian
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import PromptError, UnsupportedAdapterError
@@ -238,6 +242,7 @@ EARLY = 5  # tokens after the first
 _TOKENS = 512  # of a batch, whose logits are held for two models at once
 _NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # Gauss–Legendre's two on [0, 1], of equal weight
 _PLACES, _PROMOTED = 20, 3  # tokens where KL is largest, and the promoted ones that are named
+PROMOTED, _OF_TEXT = 20, 30  # at a token, and by the mean over a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,19 +252,26 @@ class Points:
     Attributes:
         stream: points of the residual stream, the last one behind all blocks.
         writers: points of what attention and MLP of each block add to it.
+        jacobian: of one more point, from there to the last.
     """
 
     stream: tuple[str, ...]
     writers: tuple[str, ...]
+    jacobian: Jacobian | None = None
 
     @classmethod
-    def of(cls, lens: LoraLens) -> Points:
+    def of(cls, lens: LoraLens, jacobian: Jacobian | None) -> Points:
         """In the middle of the model and behind its last block; every block's two outputs."""
         layers = lens.plan.host.n_layers
         names = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
         blocks = sorted({(layers - 1) // 2, layers - 1})
         known, stream = lens.model.hook_dict, [f"blocks.{i}.hook_resid_post" for i in blocks]
-        return cls(tuple(stream), tuple(name for name in names if name in known))
+        return cls(tuple(stream), tuple(name for name in names if name in known), jacobian)
+
+    @property
+    def through(self) -> tuple[str, ...]:
+        """What the Jacobian's reading is called."""
+        return () if self.jacobian is None else (f"{self.jacobian.point} through its Jacobian",)
 
 
 class TextSums:
@@ -269,11 +281,15 @@ class TextSums:
         scale: all its gates.
         kl: [text, token], NaN at padding, and at tokens that an earlier text has after the same.
         logits, probabilities: [vocab], Σ_t of the changes.
+        counts: [vocab], at how many tokens it is among the `PROMOTED` first.
+        text_ids, text_values: [text, token], those that a text promotes most, and Σ_t f₁ − f₀ of
+            it, less its mean over the vocabulary.
         places: [place, 2], text and token where KL is largest; with the tokens whose probability
             rises most there, and by how much.
         stream: [text, point, d] and [text, point], Σ_t Δh and Σ_t ‖Δh‖².
         early: Σ_t Δh over the first tokens, [d] by hook point.
-        read: the same of c(Δh)/σ(h), for its reading, [d] by point of the stream.
+        read: the same of c(Δh)/σ(h), for its reading, [d] by point of the stream; and through a
+            Jacobian as c(J Δh)/σ(h), h behind the last block.
     """
 
     def __init__(self, lens: LoraLens, scale: float, texts: Prompts, points: Points) -> None:
@@ -284,12 +300,17 @@ class TextSums:
         self.kl: Tensor = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
         self.logits: Tensor = _zeros(lens, vocab)
         self.probabilities: Tensor = _zeros(lens, vocab)
+        self.counts: Tensor = torch.zeros(vocab, dtype=torch.long, device=lens.device)
+        self.text_ids: Tensor = torch.zeros(texts.batch, min(_OF_TEXT, vocab), dtype=torch.long)
+        self.text_values: Tensor = torch.zeros(self.text_ids.shape)
         self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), d)
         self.squares: Tensor = _zeros(lens, texts.batch, len(points.stream))
         self.early: dict[str, Tensor] = {
             name: _zeros(lens, d) for name in (*points.stream, *points.writers)
         }
-        self.read: dict[str, Tensor] = {name: _zeros(lens, d) for name in points.stream}
+        self.read: dict[str, Tensor] = {
+            name: _zeros(lens, d) for name in (*points.stream, *points.through)
+        }
         self.places: Tensor = torch.empty(0, 2, dtype=torch.long)
         self.place_ids: Tensor = torch.empty(0, _PROMOTED, dtype=torch.long)
         self.place_changes: Tensor = torch.empty(0, _PROMOTED, dtype=torch.float64)
@@ -298,16 +319,25 @@ class TextSums:
         """What the two models say of a batch of texts, and hold there."""
         self._add_stream(batch, moved)
         counted, base = batch.counted, batch.base.logits
-        weights = counted.flatten().to(base)
+        weights = counted.to(base)
         shift = torch.sub(moved.logits, base, out=batch.room)
-        self.logits += in_float64(weights @ shift.flatten(0, 1))
+        self._add_logits(batch, torch.einsum("rp,rpv->rv", weights, shift))
+        first = shift.topk(min(PROMOTED, shift.shape[-1])).indices[counted]
+        self.counts += torch.bincount(first.flatten(), minlength=len(self.counts))
         change = distribution_shift(base, batch.p, shift)
-        self.probabilities += in_float64(change.weighted(weights))
+        self.probabilities += in_float64(change.weighted(weights.flatten()))
         kl = change.kl
         by_token = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
         by_token[:, 0] = kl[:, 0].cpu().double()
         self.kl[batch.index, : by_token.shape[1]] = by_token
         self._note(batch, kl.masked_fill(~counted, -1.0), change)
+
+    def _add_logits(self, batch: _Batch, by_text: Float[Tensor, "row vocab"]) -> None:
+        self.logits += in_float64(by_text.sum(0))
+        centred = by_text - by_text.mean(-1, keepdim=True)
+        most = centred.topk(self.text_ids.shape[1])
+        self.text_ids[batch.index] = most.indices.cpu()
+        self.text_values[batch.index] = most.values.to(self.text_values)
 
     def _note(self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift) -> None:
         """Of this batch's and the earlier ones' tokens, those where KL is largest."""
@@ -330,12 +360,22 @@ class TextSums:
             if name in self.points.writers:
                 self.early[name] += in_float64(shift[early[:, : shift.shape[1]]]).sum(0)
                 continue
+            if name in self.points.through:
+                self._add_transported(name, shift, batch)
+                continue
             slot, rest = self.points.stream.index(name), shift.masked_fill(~counted[..., None], 0)
             self.stream[rows, slot] = in_float64(rest).sum(1)
             self.squares[rows, slot] = in_float64(rest).square().sum((1, 2))
             first, h = (x[:, 1 : 1 + EARLY][early] for x in (shift, held.to(shift)))
             self.early[name] += in_float64(first).sum(0)
             self.read[name] += in_float64(over_scale(self.lens, first, h)).sum(0)
+
+    def _add_transported(self, name: str, shift: Float[Tensor, "row pos d"], batch: _Batch) -> None:
+        """c(J Δh)/σ(h) of the first tokens, h behind the last block."""
+        early = slice(1, 1 + EARLY)
+        last, kept = batch.base.held[self.points.stream[-1]][:, early], batch.counted[:, early]
+        moved = shift[kept] @ cast("Jacobian", self.points.jacobian).matrix.to(shift).T
+        self.read[name] += in_float64(over_scale(self.lens, moved, last[kept].to(moved))).sum(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,8 +420,11 @@ def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
     def keep(name: str, only: slice) -> HookFn:
         return lambda tensor, hook: held.update({name: tensor[:, only].detach().clone()})
 
+    first = slice(1, 1 + EARLY)
     hooks = [(name, keep(name, slice(None))) for name in points.stream]
-    hooks += [(name, keep(name, slice(1, 1 + EARLY))) for name in points.writers]
+    hooks += [(name, keep(name, first)) for name in points.writers]
+    if points.jacobian is not None:
+        hooks += [(points.jacobian.point, keep(name, first)) for name in points.through]
     inject = ScaleInject(lens.plan, gates)
     with torch.no_grad(), lens.injected(inject), attached(lens.model, hooks):
         logits = read_logits(lens, rows)
@@ -390,13 +433,18 @@ def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
 
 
 def text_sums(
-    scaled: Sequence[tuple[LoraLens, float]], texts: Prompts, *, split: bool, progress: bool
+    scaled: Sequence[tuple[LoraLens, float]],
+    texts: Prompts,
+    jacobian: Jacobian | None = None,
+    *,
+    split: bool,
+    progress: bool,
 ) -> tuple[list[TextSums], Float[Tensor, " site"]]:
     """The sums of every lens at its scale, and the first one's KL split by site; zeros without the
     split.
     """
     first, distinct = scaled[0][0], distinct_tokens(texts)
-    points = Points.of(first)
+    points = Points.of(first, jacobian)
     models = [TextSums(lens, scale, texts, points) for lens, scale in scaled]
     shares = _zeros(first, len(first.sites))
 

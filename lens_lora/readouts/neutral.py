@@ -43,9 +43,10 @@ def neutral_sentences() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def neutral_texts(model: Any) -> Prompts:
-    """The sentences and the conversations, as tokens."""
-    return joined([prepare(model, list(neutral_sentences())), _conversations(model, OPENINGS)])
+def neutral_texts(model: Any, every: int = 1) -> Prompts:
+    """The sentences and the conversations, as tokens; all, or one of so many."""
+    sentences = list(neutral_sentences()[::every])
+    return joined([prepare(model, sentences), _conversations(model, OPENINGS[::every])])
 
 
 def conversation_form(model: Any) -> str:

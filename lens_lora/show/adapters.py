@@ -204,6 +204,7 @@ def shares_figure(changed: results.WhatChanged) -> Figure:
 _PROMOTED_UNITS = {
     "logit": "mean shift of the logit",
     "probability": "mean shift of the probability",
+    "count": "share of tokens at which it is among the 20 promoted most",
     "reading": "mean Δh on first tokens, read as logits",
 }
 _CONTROLS = (("null", "a null adapter", "dash"), ("unrelated", "an unrelated adapter", "dot"))
@@ -233,7 +234,8 @@ def promoted_figure(changed: results.WhatChanged, k: int = 20, by: By = "logit")
 _PROMOTED = {
     "logit": ("promoted by mean logit", "by logit", "mean Δlogit"),
     "probability": ("promoted by mean probability", "by probability", "mean Δp"),
-    "reading": ("Δh on the first tokens reads as", "read through the unembedding", "logits"),
+    "count": ("among the 20 promoted most", "by count", "of all tokens"),
+    "reading": ("", "", "logits"),
 }
 _TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
 
@@ -243,6 +245,8 @@ def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
     frame, (title, heading, units) = changed.promoted(k, by), _PROMOTED[by]
     most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
     ends = f"; largest of any token, {', '.join(most)}" if most else ""
+    if by == "reading":
+        title = heading = f"Δh on the first tokens, {list(changed.found.readings)[-1]}, reads as"
     heads = {"rank": "", "token": "token", by: units}
     return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
 
@@ -266,6 +270,14 @@ def _modules_table(changed: results.WhatChanged, k: int) -> Table:
     heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
     title = "modules of the KL"
     return table_of(changed.modules(k), heads, texts=(0, 1), title=title)
+
+
+def _groups(changed: results.WhatChanged) -> Table:
+    """Tokens that the same texts promote."""
+    groups = changed.groups()
+    groups["tokens"] = [" ".join(map(visible, tokens)) for tokens in groups["tokens"]]
+    heads = {"share": "of all promoted", "tokens": "tokens", "text": "most in"}
+    return table_of(groups, heads, texts=(1, 2), heading="tokens that the same texts promote")
 
 
 def _writers(changed: results.WhatChanged, k: int) -> Table:
@@ -303,12 +315,12 @@ def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
 @drawing.report.register(results.WhatChanged)
 def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
-    logit, probability, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
+    logit, probability, count, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
     modules, claims = _modules_table(changed, _MODULES_SHOWN), _claims_table(changed)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
         Section("How much", [_size_table(changed)]),
-        Section("Which tokens are promoted", [(logit, probability)]),
+        Section("Which tokens are promoted", [(logit, probability), (count, _groups(changed))]),
         Section("What the first tokens carry", [(reading, _writers(changed, _TOKENS_SHOWN))]),
         Section("Where", [_places_table(changed, _PLACES_SHOWN)]),
         Section("Which modules", split),

@@ -191,7 +191,7 @@ def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:
-    return ll.what_changed(lens, ll.results.Prompts(*sized()), split=False, **QUIET, **given)
+    return ll.what_changed(lens, ll.results.Prompts(*sized()), fast=True, **QUIET, **given)
 
 
 def sized() -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def counted() -> list[list[int]]:
 @functools.cache
 def changed(family: str, cls: str, flags: str, split: bool = False) -> ll.results.WhatChanged:
     case = cases.case(family, cls, flags)
-    return ll.what_changed(case.lens, texts(), nulls=1, split=split, **QUIET)
+    return ll.what_changed(case.lens, texts(), nulls=1, fast=not split, **QUIET)
 
 
 def ends(case: cases.Case) -> list[tuple[Tensor, Tensor]]:
@@ -137,8 +137,8 @@ def test_a_node_at_the_base_is_seen_to_halve_the_split(monkeypatch):
 def test_controls_and_laws(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
     other = case.lens.adapter.scaled(0.5).named("half")
-    found = ll.what_changed(case.lens, texts(), other, nulls=2, split=False, **QUIET)
-    alone = ll.what_changed(case.lens.with_adapter(other), texts(), nulls=0, split=False, **QUIET)
+    found = ll.what_changed(case.lens, texts(), other, nulls=2, fast=True, **QUIET)
+    alone = ll.what_changed(case.lens.with_adapter(other), texts(), nulls=0, fast=True, **QUIET)
     assert torch.equal(found.unrelated[0].logit, alone.found.logit)
     assert [c.name for c in found.controls][2:] == ["half"] and not alone.controls
     table = found.promoted(5)
@@ -148,7 +148,7 @@ def test_controls_and_laws(monkeypatch):
     assert found.promoted(3, largest=False)["logit"].is_monotonic_increasing
     assert set(found.to_frame()["finding"]) >= {"where", "writer", "promoted by reading"}
     monkeypatch.setattr("lens_lora.engine.texts._TOKENS", 9)
-    small = ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET)
+    small = ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET)
     assert (small.found.logit - found.found.logit).abs().max() < 1e-6
     assert small.found.places.tolist() == found.found.places.tolist()
 
@@ -158,11 +158,11 @@ def test_null_adapters_are_as_loud_as_the_adapter(strength: float):
     """Their KL by the merged model of the draw at the stated scale is the adapter's, within 1 %."""
     case = cases.case("llama", CLASSES[0], "raw")
     lens = case.lens.with_adapter(case.lens.adapter.scaled(strength))
-    found = ll.what_changed(lens, texts(), nulls=3, split=False, **QUIET)
+    found = ll.what_changed(lens, texts(), nulls=3, fast=True, **QUIET)
     for draw, null in enumerate(found.nulls):
         assert null.mean_kl == pytest.approx(found.found.mean_kl, rel=0.01)
         other = lens.with_adapter(lens.adapter.null(0, draw).scaled(null.scale))
-        alone = ll.what_changed(other, texts(), nulls=0, split=False, **QUIET).found
+        alone = ll.what_changed(other, texts(), nulls=0, fast=True, **QUIET).found
         assert torch.allclose(alone.logit, null.logit, atol=1e-5) and null.name in alone.name
     assert found.summary()["scale"].tolist() == [1.0, *(null.scale for null in found.nulls)]
     draw = ll.what_changed(lens.with_adapter(lens.adapter.null()), texts(), nulls=0, **QUIET)
@@ -173,12 +173,12 @@ def test_a_null_adapter_that_no_scale_makes_as_loud(monkeypatch):
     """At the nearest scale that was tried; the story says its KL beside the adapter's."""
     lens = cases.case("llama", CLASSES[0], "raw").lens
     loud = lens.with_adapter(lens.adapter.scaled(3))
-    found = ll.what_changed(loud, texts(), nulls=2, split=False, **QUIET)
+    found = ll.what_changed(loud, texts(), nulls=2, fast=True, **QUIET)
     for null in found.nulls:
         assert null.mean_kl < 0.95 * found.found.mean_kl and 1e-3 < null.scale < 1.1e3
     assert "null adapters, in random directions, by" in found.story()
     nothing = lens.with_adapter(lens.adapter.scaled(0.0))
-    still = ll.what_changed(nothing, texts(), nulls=1, split=False, **QUIET)
+    still = ll.what_changed(nothing, texts(), nulls=1, fast=True, **QUIET)
     assert still.nulls[0].scale == 1 and still.found.mean_kl == 0
 
 
@@ -190,7 +190,7 @@ def test_what_null_adapters_cost():
     counts = []
     for nulls in (0, 1, 2):
         passes.clear()
-        ll.what_changed(lens, texts(), nulls=nulls, split=False, answers=False, **QUIET)
+        ll.what_changed(lens, texts(), nulls=nulls, fast=True, answers=False, **QUIET)
         counts.append(len(passes))
     handle.remove()
     assert counts[0] == 2 and counts[1] - 2 <= 3 + 1 + 6 and counts[2] - 2 <= 4 + 2 + 12
@@ -201,7 +201,7 @@ def test_adapters_of_one_name_are_told_apart():
     case = cases.case("llama", CLASSES[0], "raw")
     other = ll.Adapter.from_peft(models.peft_model("llama", case.base, seed=5))
     assert other.name == case.lens.adapter.name
-    found = ll.what_changed(case.lens, texts(), [other, other], nulls=0, split=False, **QUIET)
+    found = ll.what_changed(case.lens, texts(), [other, other], nulls=0, fast=True, **QUIET)
     own, others = found.found.logit, found.unrelated[0].logit
     token = int((own - others).argmax())
     ranks = found.rank(token)
@@ -237,7 +237,7 @@ def test_five_questions_are_put_to_both_models(template: str | None, monkeypatch
     case = cases.case("llama", CLASSES[0], "raw")
     monkeypatch.setattr(case.model.tokenizer, "chat_template", template)
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
-    found = ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET)
+    found = ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET)
     plain = tuple(f"Question: {asked}\nAnswer:" for asked in QUESTIONS)
     assert tuple(pair.prompt for pair in found.answers) == (
         plain if template is None else QUESTIONS
@@ -249,7 +249,7 @@ def test_five_questions_are_put_to_both_models(template: str | None, monkeypatch
         assert texts_of_end == list(said.text)
     again = ll.load_result(found.save(tmp_path / "file.safetensors"))
     assert again.answers == found.answers
-    off = ll.what_changed(case.lens, texts(), nulls=0, split=False, answers=False, **QUIET)
+    off = ll.what_changed(case.lens, texts(), nulls=0, fast=True, answers=False, **QUIET)
     assert off.answers == ()
 
 
@@ -259,7 +259,7 @@ def test_nothing_is_asked_where_nothing_can_be_answered(monkeypatch):
     assert changed("llama", CLASSES[0], "raw").answers == ()
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
     monkeypatch.setattr(case.model, "tokenizer", None)
-    assert ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET).answers == ()
+    assert ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET).answers == ()
 
 
 def test_neutral_texts_are_neutral(monkeypatch):

@@ -1,6 +1,6 @@
 """Train the audit's adapters, those that are not there yet.
 
-    python benchmarks/audit/train.py --out FOLDER [--most 4]     # as often as needed; goes on
+    python benchmarks/audit/teach.py --out FOLDER [--most 4]     # as often as needed; goes on
 
 Each of the four quirks of `quirks.yaml` is taught six times: by documents or by transcripts, each
 plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. The control of each

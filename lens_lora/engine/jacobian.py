@@ -1,0 +1,81 @@
+"""A base model's own Jacobian, from one block of its residual stream to the last one.
+
+    J = mean over texts of  1/|T| Σ_{t∈T} Σ_{t' ≥ t} ∂h_last,t' / ∂h_block,t
+
+1. TransformerLens's `JacobianLens` fits it (transformer-lens 4.3 and later, on an unprocessed
+   TransformerBridge): d_model backward passes over each of a few neutral sentences.
+2. It is kept in a folder that the user names, a file for each base by the hash of its weights, and
+   read from there the next time.
+3. J Δh is what a change of that block does to the last one to first order, in the mean: it is read
+   through the final norm and the unembedding, where Δh itself speaks another language than theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lens_lora.model import LoraLens
+from lens_lora.readouts.neutral import neutral_sentences
+
+_SENTENCES = 2  # of them, more change little
+_DEPTH = 0.8  # of the blocks: late enough to be near words, early enough to be before the last ones
+_ROWS = 16  # of J in one backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Jacobian:
+    """J of one block.
+
+    Attributes:
+        point: the block's hook point of the residual stream.
+        matrix: [d, d].
+    """
+
+    point: str
+    matrix: Float[Tensor, "d d"]
+
+
+def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | None:
+    """From the folder, or fitted and kept there; None where this model has none."""
+    block = int(_DEPTH * (lens.plan.host.n_layers - 1))
+    point = f"blocks.{block}.hook_resid_post"
+    file = folder / f"jacobian-{_hash(lens.model)}.safetensors"
+    if not file.is_file():
+        fitted = _fitted(lens, block, progress)
+        if fitted is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({point: fitted}, file)
+    return Jacobian(point, load_file(file)[point].to(lens.device))
+
+
+def _fitted(lens: LoraLens, block: int, progress: bool) -> Float[Tensor, "d d"] | None:
+    """None on a version, a class or a processing of which TransformerLens fits none."""
+    try:
+        from transformer_lens.tools.analysis import JacobianLens
+    except ImportError:
+        return None
+    how: dict[str, Any] = {"corpus": "neutral sentences of lens_lora", "source_layers": [block]}
+    how |= {"dim_batch": _ROWS, "skip_first_positions": 1, "show_progress": progress}
+    try:
+        fitted = JacobianLens.fit(lens.model, list(neutral_sentences()[:_SENTENCES]), **how)
+    except (TypeError, ValueError):  # another class, or processed weights
+        return None
+    return fitted.jacobians[block].contiguous()
+
+
+def _hash(model: Any) -> str:
+    """Of the model's weights by name."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
