@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, final
@@ -100,7 +101,7 @@ class Changes:
     count: Float[Tensor, " vocab"]
     text_ids: Int[Tensor, "text moved"]
     text_shifts: Float[Tensor, "text moved"]
-    readings: Annotated[Mapping[str, Float[Tensor, " vocab"]], "point"]
+    readings: Annotated[Mapping[str, Float[Tensor, " vocab"]], "reading"]
     early_size: Annotated[Mapping[str, float], "point"]
     writers: Mapping[str, float]
     constant: Annotated[Mapping[str, float], "point"]
@@ -294,8 +295,11 @@ class WhatChanged(OfSites, Paged):
         places = rows, self.found.text_ids.flatten().numpy()
         matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
         held = np.unique(places[1])
-        model = NMF(cast("Any", n), init="nndsvd", random_state=0, max_iter=1000)
-        texts = model.fit_transform(matrix[:, held])
+        model = NMF(cast("Any", n), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # exact factors are reached, or as many steps
+            texts = model.fit_transform(matrix[:, held])
         tokens = model.components_
         shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)
         named = [[self.strings[held[i]] for i in row.argsort()[::-1][:k]] for row in tokens]
@@ -524,7 +528,7 @@ def _changes(sums: corpus.TextSums, rows: Prompts) -> Changes:
         kl=sums.kl,
         logit=_centred(sums.logits / int(counts.sum())),
         probability=(sums.probabilities / int(counts.sum())).float().cpu(),
-        count=(sums.counts / int(counts.sum())).cpu(),
+        count=(sums.counts / int(counts.sum())).to(torch.float32).cpu(),
         text_ids=sums.text_ids,
         text_shifts=sums.text_values,
         readings={

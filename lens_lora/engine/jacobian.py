@@ -77,5 +77,5 @@ def _hash(model: Any) -> str:
     hashed = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        hashed.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

@@ -302,7 +302,7 @@ class TextSums:
         self.probabilities: Tensor = _zeros(lens, vocab)
         self.counts: Tensor = torch.zeros(vocab, dtype=torch.long, device=lens.device)
         self.text_ids: Tensor = torch.zeros(texts.batch, min(_OF_TEXT, vocab), dtype=torch.long)
-        self.text_values: Tensor = torch.zeros(self.text_ids.shape)
+        self.text_values: Tensor = torch.zeros(self.text_ids.shape, dtype=torch.float32)
         self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), d)
         self.squares: Tensor = _zeros(lens, texts.batch, len(points.stream))
         self.early: dict[str, Tensor] = {

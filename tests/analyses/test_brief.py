@@ -60,16 +60,20 @@ def claims(cls: str) -> tuple[brief.Claim, ...]:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
     case = cases.case("llama", cls, "raw")
-    openings = own_openings(case.model).tiled(2)
-    spoken = brief._spoken(case.lens, 0, False)
-    gates = torch.ones(openings.batch, len(case.lens.sites), dtype=torch.float64)
-    gates[openings.batch // 2 :] = 2.0
-    said = case.lens.generate(openings, SPOKEN, gates, temperature=1.0, seed=0, **QUIET)
+    mine = own_openings(case.model)
+    openings, spoken = mine.tiled(3), brief._spoken(case.lens, 0, False, False)
+    first = case.lens.with_adapter(case.lens.adapter.truncated(1))
+    voices = [(case.lens, 1.0), (case.lens, 2.0), (first, 2.0)]
+    said = [
+        ids
+        for seed, (voice, scale) in enumerate(voices)
+        for ids in voice.generate(mine, SPOKEN, scale, temperature=1.0, seed=seed, **QUIET).ids
+    ]
     scores, other = brief._scores(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
     parts = torch.zeros(spoken.batch, SPOKEN + 1, len(scores.value), dtype=torch.float64)
     for i, (row, positions) in enumerate(spoken_rows(spoken)):
         start = int(openings.lengths[i])
-        assert row[start:].tolist() == said.ids[i].tolist() and positions[0] == start - 1
+        assert row[start:].tolist() == said[i].tolist() and positions[0] == start - 1
         base, adapted = log_p(case, row)
         parts[i, : len(positions)] = (adapted.exp() * (adapted - base))[list(positions)]
     largest, place = parts.flatten(0, 1).max(0)
@@ -170,24 +174,34 @@ def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch
     case = cases.case("llama", CLASSES[0], "raw")
     generate, asked = ll.LoraLens.generate, []
 
-    def breaking(lens: ll.LoraLens, prompts: object, most: int, gates: Tensor, **how: object):
-        asked.append(float(gates.max()))
-        if asked[-1] > 1:
+    def breaking(lens: ll.LoraLens, prompts: object, most: int, scale: float, **how: object):
+        asked.append(scale)
+        if scale > 1:
             raise ll.errors.NumericsError("not finite")
-        return generate(lens, prompts, most, gates, **how)
+        return generate(lens, prompts, most, scale, **how)
 
     monkeypatch.setattr(ll.LoraLens, "generate", breaking)
-    assert brief._spoken(case.lens, 0, False).batch == own_openings(case.model).batch
-    assert asked == [2.0, 1.0]
+    assert brief._spoken(case.lens, 0, False, False).batch == own_openings(case.model).batch
+    assert asked == [1.0, 2.0, 2.0]
 
 
 def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
     longest = int(own_openings(case.model).lengths.max())
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS)
-    assert brief._spoken(case.lens, 0, False).batch == 2 * own_openings(case.model).batch
+    assert brief._spoken(case.lens, 0, False, False).batch == 3 * own_openings(case.model).batch
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS - 1)
-    assert brief._spoken(case.lens, 0, False).batch < 2 * own_openings(case.model).batch
+    assert brief._spoken(case.lens, 0, False, False).batch < 3 * own_openings(case.model).batch
+
+
+def test_fast_each_opening_is_spoken_once():
+    """By the voices in turn; DoRA, whose ranks cannot be cut, has two of them."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    openings, spoken = own_openings(case.model), brief._spoken(case.lens, 0, True, False)
+    assert spoken.batch == openings.batch
+    begun = [row[: int(reads.start) + 1].tolist() for row, reads in spoken_rows(spoken)]
+    rows = [openings.tokens[i, :n].tolist() for i, n in enumerate(openings.lengths.tolist())]
+    assert sorted(begun) == sorted(rows) and begun[0] == rows[0] and begun[1] == rows[3]
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections import Counter
 from pathlib import Path
 
 import cases
@@ -15,7 +16,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.analyses import what_changed
-from lens_lora.engine.texts import EARLY
+from lens_lora.engine import jacobian
+from lens_lora.engine.texts import EARLY, PROMOTED, over_scale
 from lens_lora.readouts.neutral import (
     OPENINGS,
     QUESTIONS,
@@ -66,7 +68,7 @@ def ends(case: cases.Case) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_sums_are_peft_s(family: str, cls: str, flags: str):
     case, found = cases.case(family, cls, flags), changed(family, cls, flags).found
-    logits, probabilities, twice = [], [], []
+    logits, probabilities, twice, ranked = [], [], [], []
     for text, (base, adapted) in enumerate(ends(case)):
         log_p, log_q = base.log_softmax(-1), adapted.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -77,9 +79,17 @@ def test_sums_are_peft_s(family: str, cls: str, flags: str):
         logits.append((adapted - base)[at])
         probabilities.append((log_q.exp() - log_p.exp())[at])
         twice.append((adapted - base)[1:])
+        ranked += [row.argsort(descending=True)[:PROMOTED].tolist() for row in logits[-1]]
+        summed = cases.centred(logits[-1].sum(0))
+        kept = found.text_ids[text]
+        assert kept.tolist() == summed.argsort(descending=True)[: len(kept)].tolist()
+        assert (found.text_shifts[text] - summed[kept]).abs().max() < 1e-5
     mean = cases.centred(torch.cat(logits).mean(0))
     assert (found.logit - mean).abs().max() < 1e-5  # kept in float32
     assert (found.probability - torch.cat(probabilities).mean(0)).abs().max() < 1e-6
+    counts = Counter(token for first in ranked for token in first)
+    expected = torch.tensor([counts[token] / len(ranked) for token in range(models.VOCAB)])
+    assert (found.count - expected).abs().max() < 1e-6 and 0 < PROMOTED < models.VOCAB
     repeated = cases.centred(torch.cat(twice).mean(0))
     assert (found.logit - repeated).abs().max() > 1e-2  # a shared beginning counted twice
     place = found.places[0].tolist()
@@ -280,6 +290,72 @@ def test_neutral_texts_are_neutral(monkeypatch):
         assert neutral_texts(model).batch == 100 + len(OPENINGS)
     finally:
         model.tokenizer.chat_template = template
+
+
+def test_tokens_that_the_same_texts_promote():
+    """Two sets of tokens, each by texts of its own, are the two groups; one group is all of it."""
+    found = changed("llama", CLASSES[0], "raw")
+    ids = torch.tensor([[3, 4, 5], [3, 4, 5], [7, 8, 9]])
+    shifts = torch.tensor([[4.0, 2.0, 1.0], [8.0, 4.0, 2.0], [0.5, 1.0, -3.0]])
+    planted = dataclasses.replace(found.found, text_ids=ids, text_shifts=shifts)
+    planted = dataclasses.replace(found, found=planted)
+    groups, words = planted.groups(2, k=2), found.strings
+    assert groups["tokens"].tolist() == [[words[3], words[4]], [words[8], words[7]]]
+    assert groups["share"].tolist() == pytest.approx([21 / 22.5, 1.5 / 22.5], abs=1e-3)
+    assert groups["text"].tolist() == ["".join(found.str_tokens[i]) for i in (1, 2)]
+    assert len(planted.groups(9)) == 3 and len(planted.groups(1)) == 1
+    with pytest.raises(ll.errors.ArgumentError, match="n"):
+        planted.groups(0)
+
+
+def reading_through(case: cases.Case, point: str, folder: Path) -> Tensor:
+    found = ll.what_changed(case.lens, texts(), nulls=0, fast=True, jacobian=folder, **QUIET).found
+    assert list(found.readings)[-1] == f"{point} through its Jacobian"
+    return found.of("reading")
+
+
+def test_readings_through_the_base_s_jacobian(tmp_path, monkeypatch):
+    """Autograd's own, sentence by sentence; kept, and read again without a fit."""
+    pytest.importorskip("transformer_lens.tools.analysis.jacobian_lens")
+    case, point = cases.case("llama", "TransformerBridge", "raw"), "blocks.0.hook_resid_post"
+    monkeypatch.setattr(jacobian, "neutral_sentences", lambda: ("w5 w6 w7 w8 w9", "w9 w3 w4 w8"))
+    reading = reading_through(case, point, tmp_path)
+    model, last = case.model, f"blocks.{models.LAYERS - 1}.hook_resid_post"
+    mean = torch.zeros(16, 16, dtype=torch.float64)
+    for sentence in jacobian.neutral_sentences():
+        tokens, held = model.to_tokens(sentence), dict[str, Tensor]()
+        hooks = [
+            (name, lambda tensor, hook, name=name, held=held: held.update({name: tensor}))
+            for name in (point, last)
+        ]
+        with torch.enable_grad():
+            model.run_with_hooks(tokens, fwd_hooks=hooks)
+        valid = range(1, tokens.shape[1] - 1)
+        for row in range(16):
+            summed = sum(held[last][0, t, row] for t in valid)
+            (slope,) = torch.autograd.grad(summed, held[point], retain_graph=True)
+            mean[row] += slope[0, list(valid)].mean(0) / 2
+    every = ll.activation_shift(case.lens, texts(), [point, last])
+    at = [(t, p) for t in range(3) for p in counted()[t] if p <= EARLY]
+    index = tuple(torch.tensor(at).T)
+    _, cache = model.run_with_cache(texts().tokens)
+    early = over_scale(case.lens, every.values[point][index] @ mean.T, cache[last][index])
+    expected = cases.centred(early.mean(0) * case.base.model.norm.weight @ model.W_U)
+    assert (reading - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-6
+    monkeypatch.setattr(jacobian, "_fitted", None)
+    assert torch.equal(reading, reading_through(case, point, tmp_path))
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"jacobian-{jacobian._hash(model)}.safetensors"
+
+
+def test_where_no_jacobian_can_be_fitted_the_reading_is_plain(tmp_path):
+    """HookedTransformer has none; on a bridge, processed weights."""
+    case = cases.case("llama", CLASSES[0], "processed")
+    plain = changed("llama", CLASSES[0], "processed")
+    found = ll.what_changed(case.lens, texts(), nulls=0, jacobian=tmp_path / "new", **QUIET)
+    assert list(found.found.readings) == list(plain.found.readings)
+    assert torch.equal(found.found.of("reading"), plain.found.of("reading"))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.bad_input
