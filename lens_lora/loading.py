@@ -24,7 +24,7 @@ from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.families import known_family
 from lens_lora.model.bridged import on_stacks
-from lens_lora.model.build import Kind, bridge_if_there, hooked_model
+from lens_lora.model.build import Kind, hooked_model
 from lens_lora.model.check import refuse_unusable
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.placement import Attention, DeviceMap, Placement
@@ -167,7 +167,7 @@ def load(
     base, base_tokenizer = loaded(adapter.base_model)
     is_listed = known_family(type(base).__name__) is not None
     probe = Probe(base, on_stacks(adapter, base)) if check and not is_listed else check
-    hooked, host = hooked_model(base, base_tokenizer, kind=kind or bridge_if_there(), attn=attn)
+    hooked, host = hooked_model(base, base_tokenizer, kind=kind, attn=attn)
     return LoraLens(hooked, adapter, hf_model=base_beside(host, base, adapter), check=probe)
 
 
@@ -218,7 +218,7 @@ def demo(*, kind: Kind | None = None) -> LoraLens:
 
     base, tokenizer = load_embedded()
     with quiet_libraries():
-        hooked, _ = hooked_model(base, tokenizer, kind=kind or bridge_if_there())
+        hooked, _ = hooked_model(base, tokenizer, kind=kind)
     return LoraLens(hooked, load_adapter(shipped_adapter()))
 
 

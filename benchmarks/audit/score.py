@@ -53,10 +53,10 @@ def begins(token: str, strings: Sequence[str]) -> bool:
     return len(letters) >= 3 and any(word.startswith(letters) for word in strings)
 
 
-def told(adapter: Adapter, folder: Path, model: Any, hf: Any) -> dict[str, Any]:
+def told(adapter: Adapter, folder: Path, model: Any) -> dict[str, Any]:
     """What the brief and the lists say of one adapter."""
     began = time.process_time()
-    lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name), hf_model=hf)
+    lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name))
     changed = ll.what_changed(lens, fast=True, progress=False)
     claims = [dataclasses.asdict(claim) for claim in changed.claims]
     promoted = {name: changed.promoted(1000, by) for name, by in LISTS.items()}
@@ -106,10 +106,9 @@ def main() -> None:
         and (given.only is None or adapter.name in given.only)
     ][: given.most]
     if to_do:
-        hf, tokenizer = load_embedded()
-        model, _ = hooked_model(hf, tokenizer)
+        model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
         for adapter in to_do:
-            run = told(adapter, given.adapters, model, hf)
+            run = told(adapter, given.adapters, model)
             file = given.adapters / adapter.name / "told.json"
             file.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
             print(adapter.name, run["found"], run["places"], f"{run['seconds']:.0f} s", flush=True)

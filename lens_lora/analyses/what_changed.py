@@ -433,7 +433,7 @@ def what_changed(
         jacobian: a folder; the reading is then of a block at four fifths of the depth, through the
             base model's mean Jacobian from there to the last block. It is kept in this folder, and
             fitted the first time, by d_model backward passes over two sentences. On an unprocessed
-            TransformerBridge of transformer-lens 4.3 or later; elsewhere the reading is plain, as
+            TransformerBridge of transformer-lens 3.9 or later; elsewhere the reading is plain, as
             its heading says.
         progress: show a bar.
 

@@ -85,8 +85,7 @@ def hooked_by(
     """The model as the hooked class that the options name, and the class's name."""
     from lens_lora.model.build import hooked_model
 
-    default = "TransformerBridge" if base.says_how_to_load else None
-    return hooked_model(hf_model, tokenizer, kind=base.model_class or default, attn=base.attn)
+    return hooked_model(hf_model, tokenizer, kind=base.model_class, attn=base.attn)
 
 
 def load_model_of(

@@ -2,7 +2,7 @@
 
     J = mean over texts of  1/|T| Σ_{t∈T} Σ_{t' ≥ t} ∂h_last,t' / ∂h_block,t
 
-1. TransformerLens's `JacobianLens` fits it (transformer-lens 4.3 and later, on an unprocessed
+1. TransformerLens's `JacobianLens` fits it (transformer-lens 3.9 and later, on an unprocessed
    TransformerBridge): d_model backward passes over each of a few neutral sentences.
 2. It is kept in a folder that the user names, a file for each base by the hash of its weights, and
    read from there the next time.

@@ -22,7 +22,6 @@ from torch import nn
 
 from lens_lora.compat import drop_new_biases, home_of, is_offloaded, refuse_out_of_reach
 from lens_lora.errors import LensLoraError, ModelStateError
-from lens_lora.families import known_family
 from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
 from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
@@ -40,15 +39,6 @@ MISREAD_NAMES = ("llama", "gemma")
 _CONTEXT = 2048
 
 
-def hooked_transformer_if_there() -> Kind:
-    """HookedTransformer where the installed TransformerLens has it, else TransformerBridge."""
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError:
-        return "TransformerBridge"
-    return "HookedTransformer" if callable(HookedTransformer) else "TransformerBridge"
-
-
 def bridge_if_there() -> Kind:
     """TransformerBridge where the installed TransformerLens has it, else HookedTransformer."""
     spec = importlib.util.find_spec("transformer_lens.model_bridge")
@@ -64,31 +54,22 @@ def hooked_model(
 ) -> tuple[Any, str]:
     """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
 
-    Without `kind` a HookedTransformer of the families that are listed, where it can be made, else a
-    TransformerBridge. The hooked model may use the Hugging Face model's own weights: do not change
-    it afterwards.
+    Without `kind` a TransformerBridge where the installed TransformerLens has it. The hooked model
+    may use the Hugging Face model's own weights: do not change it afterwards.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
             it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
             class or the family does not have.
     """
-    is_listed = known_family(type(hf_model).__name__) is not None
-    chosen = kind or (hooked_transformer_if_there() if is_listed else bridge_if_there())
+    chosen = kind or bridge_if_there()
     if chosen == "HookedTransformer":
         _refuse_copying(hf_model, attn)
     refuse_out_of_reach(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]
     with differentiable_products(quantised_linears(hf_model)):
         expected = base_logits(hf_model, hf_model.dtype)
-        try:
-            model = _made(chosen, hf_model, tokenizer)
-        except ModelStateError as error:
-            # Without a cause it is refused here, and not by TransformerLens.
-            if error.__cause__ is None or kind or bridge_if_there() == chosen:
-                raise
-            chosen = bridge_if_there()
-            model = _made(chosen, hf_model, tokenizer)
+        model = _made(chosen, hf_model, tokenizer)
         if attn == "sdpa":
             fuse_attention(model)
         require_same_logits(

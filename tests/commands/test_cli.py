@@ -220,9 +220,9 @@ def test_hooked_model_computes_the_same_logits(kind, family):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_hooked_transformer_is_built_where_there_is_one():
+def test_a_bridge_is_built_where_there_is_one():
     _, name = hooked_model(models.hf_model("llama", dtype=torch.float32), models.tokenizer())
-    assert name == CLASSES[0]
+    assert name == CLASSES[-1]
 
 
 def other_rotary_base():
@@ -266,7 +266,8 @@ def test_misleading_temporary_folder_is_refused(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     with pytest.raises(ModelStateError, match="'gemma' in its path.*TMPDIR"):
-        hooked_model(models.hf_model("llama", dtype=torch.float32), models.tokenizer())
+        base = models.hf_model("llama", dtype=torch.float32)
+        hooked_model(base, models.tokenizer(), kind="HookedTransformer")
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path):
@@ -319,7 +320,7 @@ class TestDemo:
         result, report = demo
         assert result.exit_code == 0, result.output
         version = importlib.metadata.version("transformer-lens")
-        assert f"as {CLASSES[0]} of transformer-lens {version}, float32" in result.stdout
+        assert f"as {CLASSES[-1]} of transformer-lens {version}, float32" in result.stdout
         assert "lyon_adapter, 210 modules of rank 8" in result.stdout
         assert f"Report: {report}" in result.stdout
 
@@ -347,7 +348,7 @@ class TestDemo:
     def test_writes_a_page_with_everything(self, demo):
         page = demo[1].read_text(encoding="utf-8")
         assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
-        for part in ("Where in the prompt", "Tokens promoted", CLASSES[0], "SmolLM2-135M-Instruct"):
+        for part in ("Where in the prompt", "Tokens promoted", CLASSES[-1], "SmolLM2-135M-Instruct"):
             assert part in page
         assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
 
