@@ -202,10 +202,10 @@ def claims_of(
     places = list(_places(scores[0], ranked, spoken))
     if not places:
         return ()
-    contexts = _prompts(lens, [place.context for place in places])
-    words = _words(lens, contexts, places, progress)
+    words = _words(lens, places, progress)
     chosen = _distinct([place.token for place in places], words)
-    contexts, words = contexts.chosen(chosen), [words[i] for i in chosen]
+    contexts = _prompts(lens, [places[i].context for i in chosen])
+    words = [words[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
     runs = _runs(lens, nulls, contexts, words, seed)
     rows = zip(chosen, words, base.ids, runs, strict=True)
@@ -334,17 +334,17 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 
 
 def _words(
-    lens: LoraLens, contexts: Prompts, places: Sequence[_Place], progress: bool
+    lens: LoraLens, places: Sequence[_Place], progress: bool
 ) -> list[Int[Tensor, " _token"]]:
     """Each candidate; by speech also what the adapted model says after it, up to an end."""
-    firsts = contexts.tokens.new_tensor([[place.token] for place in places])
-    begun = [torch.cat([place.context, first]) for place, first in zip(places, firsts, strict=True)]
-    said = lens.generate(_prompts(lens, begun), _WORDS - 1, progress=progress)
-    ends = set(lens.model.tokenizer.all_special_ids)
-    words: list[Tensor] = []
-    for place, first, ids in zip(places, firsts, said.ids, strict=True):
-        rest = ids[:-1] if int(ids[-1]) in ends else ids
-        words.append(torch.cat([first, rest]) if place.by == "speech" else first)
+    words = [place.context.new_tensor([place.token]) for place in places]
+    speech = [i for i, place in enumerate(places) if place.by == "speech"]
+    if speech:
+        begun = [torch.cat([places[i].context, words[i]]) for i in speech]
+        said = lens.generate(_prompts(lens, begun), _WORDS - 1, progress=progress)
+        ends = set(lens.model.tokenizer.all_special_ids)
+        for i, ids in zip(speech, said.ids, strict=True):
+            words[i] = torch.cat([words[i], ids[:-1] if int(ids[-1]) in ends else ids])
     return words
 
 

@@ -348,7 +348,12 @@ class TestDemo:
     def test_writes_a_page_with_everything(self, demo):
         page = demo[1].read_text(encoding="utf-8")
         assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
-        for part in ("Where in the prompt", "Tokens promoted", CLASSES[-1], "SmolLM2-135M-Instruct"):
+        for part in (
+            "Where in the prompt",
+            "Tokens promoted",
+            CLASSES[-1],
+            "SmolLM2-135M-Instruct",
+        ):
             assert part in page
         assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
 
