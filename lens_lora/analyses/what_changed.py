@@ -296,9 +296,8 @@ class WhatChanged(OfSites, Paged):
         matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
         held = np.unique(places[1])
         model = NMF(cast("Any", n), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # exact factors are reached, or as many steps
+        with warnings.catch_warnings():  # exact factors are reached, or as many steps
+            warnings.simplefilter("ignore")
             texts = model.fit_transform(matrix[:, held])
         tokens = model.components_
         shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)
