@@ -192,6 +192,7 @@ def record(lenses: Iterable[LoraLens], reading: Reading, once: Once, *, by_token
 
 def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[_Pairs]:
     columns: list[_Pairs] = []
+    shown_by: dict[str, Injection] = {}
 
     def read() -> Float[Tensor, "row value"]:
         if by_token:
@@ -202,8 +203,10 @@ def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[
         columns.append({})
 
         def visit(injection: Injection, weight: Any, gradient: Tensor, z: Tensor) -> None:
-            if injection.partner is None:  # what waits for a partner's gate is 0
-                place, G = _place(lens, injection), once.place_of(gradient)
+            # What waits for a partner's gate is 0; of several updates of a place, one shows it.
+            place = _place(lens, injection)
+            if injection.partner is None and shown_by.setdefault(place, injection) is injection:
+                G = once.place_of(gradient)
                 pair = G, G if injection.ports.read is None else once.place_of(z)
                 columns[column][place] = (*columns[column].get(place, ()), pair)
 
@@ -369,8 +372,9 @@ class Halves:
         shapes = shapes_of(adapter)
         if shapes not in self.thin:
             lens = self._lens.with_adapter(adapter)
-            is_plain = shapes and lens.adapter is adapter
-            if not (is_plain and is_thin(lens, self._halves, self._stacks)):
+            if not (
+                shapes and lens.adapter is adapter and is_thin(lens, self._halves, self._stacks)
+            ):
                 return lens
             thin = Thin(lens, self._halves, self._stacks)
             self.thin = dict([*self.thin.items(), (shapes, thin)][-_PLANS:])

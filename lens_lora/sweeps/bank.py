@@ -55,7 +55,6 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
-_Values = tuple[LoraLens, list[Tensor]]  # of each readout
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
 stored(Half)
@@ -92,16 +91,14 @@ class Bank:
         self.model: Any = lens.model
         self.several: bool = held.several
         self._lens, self._held, self._asked = lens, held, asked
-        halves = [half for readout in held.readouts for half in readout.halves]
-        self._base = Halves(lens, halves, held.stacks)
+        self._base = Halves(lens, [h for r in held.readouts for h in r.halves], held.stacks)
         self._settings = settings(lens.model)
 
     def __repr__(self) -> str:
         labels = [held.labels for held in self._held.readouts]
         size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
-        said = (
-            f"{len(labels[0]['base'])} prompts, {', '.join(label['readout'] for label in labels)}"
-        )
+        readouts = ", ".join(label["readout"] for label in labels)
+        said = f"{len(labels[0]['base'])} prompts, {readouts}"
         return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
 
     @alone
@@ -147,15 +144,14 @@ class Bank:
         require_kinds(adapter, None)
         plan = self._base.plan_of(adapter)
         if isinstance(plan, Thin) and not (axes or exact) and gauge == "trained":
-            factors = plan.factors_of(adapter)
-            relative_norm = plan.relative_norm(factors)
-            lens, by_readout = self._joined(plan.lens, plan.slopes(factors))
+            lens, factors = plan.lens, plan.factors_of(adapter)
+            by_half, relative_norm = plan.slopes(factors), plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
             lens = in_rank_space(lens, axes, gauge)
-            relative_norm = lens.plan.relative_norm
-            lens, by_readout = self._joined(lens, self._base.split(lens, axes))
-        attributions, heads = list[Attribution](), lens.heads
+            by_half, relative_norm = self._base.split(lens, axes), lens.plan.relative_norm
+        by_readout, heads = self._joined(lens, by_half), lens.heads
+        attributions: list[Attribution] = []
         named = {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
         for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
             adapted = torch.full_like(held.labels["base"], torch.nan)
@@ -181,14 +177,14 @@ class Bank:
             attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
 
-    def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> _Values:
+    def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
         """Of each readout, [batch, site, *by]."""
         halves = iter(by_half)
         counts = [len(held.halves) for held in self._held.readouts]
         values = [joined([*itertools.islice(halves, count)]) for count in counts]
         for slopes in values:
             require_finite_sites(lens, slopes)
-        return lens, values
+        return values
 
     @alone
     def scan(
@@ -292,9 +288,10 @@ class Bank:
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
             adapter = place if isinstance(place, Adapter) else load_adapter(place)
-            lens, by_readout = self._joined(*self._base.slopes(adapter))
+            lens, by_half = self._base.slopes(adapter)
             groups, members = _grouping(lens.sites, group)
-            for readout, values in zip(self._held.readouts, by_readout, strict=True):
+            pairs = zip(self._held.readouts, self._joined(lens, by_half), strict=True)
+            for readout, values in pairs:
                 label = readout.labels["readout"]
                 sums = (values.cpu().double() @ members).tolist()
                 rows += [
