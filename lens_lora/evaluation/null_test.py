@@ -15,6 +15,7 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import final
 
@@ -31,7 +32,6 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.verdict import NullVerdict, null_verdict
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.engine import function
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.bank import first_orders
 from lens_lora.model import LoraLens, alone, null_adapters
@@ -111,7 +111,7 @@ class NullTest(Drawn):
         null_rms = in_float64(self.null_shift).square().mean(0).sqrt()
         of_shift = (self.observed.shift, self.noise_floor, null_rms, self.shift_p)
         numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
-        return tuple(null_verdict(*row, draws=self.draws) for row in numbers)
+        return tuple(null_verdict(*row, self.draws, len(self.null_shift)) for row in numbers)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
@@ -151,7 +151,7 @@ def null_test(
     Raises:
         ArgumentError: fewer than two draws, or exact ones.
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
-        NumericsError: non-finite derivatives, naming the site.
+        NumericsError: a readout or derivative that is not finite.
     """
     draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
     exact = draws if exact is None else min(whole("exact", exact, 2), draws)
@@ -170,10 +170,8 @@ def null_test_of(
         for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not shown):
             yield null
             if len(shifts) < exact:  # of the first group of prompts
-                other = lens.with_adapter(null)
-                gates = other.gates(1.0)[None]
-                adapted = function.gated_readout(other, asked.reading, gates, progress=False)
-                shifts.append(adapted[:, 0] - first.base)
+                other = dataclasses.replace(asked, lens=lens.with_adapter(null))
+                shifts.append(other.along((1.0,), progress=False)[:, 0] - first.base)
 
     slopes = first_orders(lens, [lens.adapter], asked.reading, nulls, lens.sites)
     return NullTest(first, slopes, torch.stack(shifts), seed, asked.noise_floor)

@@ -179,9 +179,8 @@ class Bank:
 
     def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
         """Of each readout, [batch, site, *by]."""
-        halves = iter(by_half)
-        counts = [len(held.halves) for held in self._held.readouts]
-        values = [joined([*itertools.islice(halves, count)]) for count in counts]
+        halves, readouts = iter(by_half), self._held.readouts
+        values = [joined([*itertools.islice(halves, len(held.halves))]) for held in readouts]
         for slopes in values:
             require_finite_sites(lens, slopes)
         return values

@@ -131,6 +131,18 @@ def test_a_planted_error_is_seen(monkeypatch):
     assert 1e-6 < off(found, expected) < 1e-2
 
 
+def test_a_shift_is_judged_by_the_draws_that_were_run():
+    """p of a thousand draws, and of the two that were run no less than a third."""
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    loud = lens.with_adapter(lens.adapter.scaled(4))
+    found = ll.null_test(loud, models.tokens(), MARGIN, draws=40, exact=2, **QUIET)
+    louder = found.observed.shift.abs() > found.null_shift.abs().amax(0)
+    assert louder.any() and len(found.null_shift) == 2
+    for verdict, is_louder, p in zip(found.verdict, louder, found.shift_p, strict=True):
+        assert (verdict.draws, verdict.run) == (40, 2)
+        assert (verdict.kind == "stands_out") == bool(is_louder) == (float(p) <= 0.34)
+
+
 @pytest.mark.bad_input
 def test_exact_draws_that_are_none():
     lens = cases.case("llama", BRIDGE, "raw").lens
