@@ -9,8 +9,9 @@ adapted model without the unembedding. Times are CPU seconds: run it on one thre
 With transformer-lens 4.3 its own attribution patching is timed beside. `--growth` times models,
 adapters and ranks of several sizes instead, `--stream 200000` a stream of so many tokens through
 activations, `--texts 100` audits over so many texts, `--allocator` a few calls with freed memory
-given back and kept, and `--responses` whole responses, all cells or some groups of them. With
-`--write`, what is printed goes into benchmarks/RESULTS.md and docs/performance.md.
+given back and kept, `--responses` whole responses, all cells or some groups of them, `--bank 1000`
+a scan of so many adapters. With `--write`, what is printed goes into benchmarks/RESULTS.md and
+docs/performance.md.
 
 What is printed says whether glibc kept freed memory (benchmarks/cost_allocator.py).
 """
@@ -33,6 +34,7 @@ from pathlib import Path
 import cost_page
 import torch
 from cost_allocator import allocator_table, keeps_memory
+from cost_bank import bank_lines
 from cost_growth import growth_tables
 from cost_responses import GROUPS, response_table
 from cost_stream import stream_lines
@@ -248,6 +250,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     options.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
     options.add_argument("--texts", type=int, help="audits over so many texts, alone")
+    options.add_argument("--bank", type=int, metavar="ADAPTERS", help="a scan of so many, alone")
     options.add_argument("--growth", action="store_true")
     options.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
     options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
@@ -283,6 +286,9 @@ def measured(asked: argparse.Namespace) -> None:
         print(f"{kind}\n")
         if asked.stream:
             stream_lines(lens, asked.stream)
+            continue
+        if asked.bank:
+            bank_lines(lens, asked.bank)
             continue
         if asked.texts:
             text_table(lens, asked.texts, turns=3 if asked.texts <= 16 else 1)

@@ -139,7 +139,8 @@ def _null(factors: LoRAFactors, parts: _Rows | None, generator: torch.Generator)
 
 def _directed(key: str, update: ModuleUpdate) -> LoRAFactors:
     if isinstance(update, LoRAFactors):  # a stored weight of the base is no part of a draw
-        return plain(key, dataclasses.replace(update, base_weight=None))
+        is_stored = update.base_weight is not None
+        return plain(key, dataclasses.replace(update, base_weight=None) if is_stored else update)
     if update.weight is not None and update.weight.ndim == 1:
         why = "a norm's γ and β have no directions to draw at random; leave it out"
         raise UnsupportedAdapterError(f"{key}: {why}: adapter.without({key!r}).")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -239,6 +240,7 @@ def model_paths(paths: Iterable[str]) -> dict[str, str]:
     return bare_paths
 
 
+@functools.cache
 def _is_known(path: str) -> bool:
     """Whether some supported family has a module of this path."""
     return any(family.place(path) is not None for family in FAMILIES)
@@ -395,7 +397,7 @@ def _require_copies(config: Any, paths: Collection[str], copied: set[str]) -> No
     names = config.modules_to_save or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterError(f"modules_to_save is {names!r}; expected a list of module names.")
-    families = [f for f in FAMILIES if all(f.place(path) is not None for path in paths)]
+    families = [f for f in FAMILIES if names and all(map(f.place, paths))]
     for name in names:
         lacking = _lacking(name, paths, copied, families)
         if lacking:

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.peft_files import checkpoint_folders
-from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.margin import flip_scales
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import numbers_of, word
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.bank import first_orders
 from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, Site, alone, group_sites, indicator
 from lens_lora.readouts import PromptsLike, Readout
@@ -211,8 +211,9 @@ def checkpoints(
 ) -> Checkpoints:
     """A readout, its first order, its flip and the weights at every checkpoint of a training.
 
-    Cost per checkpoint: 16 forward passes, five of them for its noise floor, a backward pass, and
-    about ten more forward passes where a prompt flips; once five for the base's noise floor.
+    Cost per checkpoint: 14 forward passes, ten along the path and four for its noise floor, about
+    ten more where a prompt flips, and two thin products a module for its first order; once six
+    forward passes and one backward of the base (`engine/bank.py`).
 
     Args:
         lens: any adapter over the base model, such as the last checkpoint's.
@@ -234,6 +235,7 @@ def checkpoints(
     run, run_steps = _in_order(adapters, steps)
     _require_one_training(run)
     asked = ask(lens.with_adapter(run[0]), prompts, readout).require_slope_at_base()
+    noise, base = asked.base_noise, asked.along((0.0,), progress=False)[:, 0]
     rows: list[dict[str, Tensor]] = []
     updates: list[dict[str, Thin]] = []
     sites: tuple[Site, ...] = ()
@@ -241,12 +243,14 @@ def checkpoints(
         for adapter in bar:
             checkpoint = lens.with_adapter(adapter)
             sites = _same_sites(sites, checkpoint, adapter)
-            rows.append(_measured(ask(checkpoint, asked.prompts, readout)))
+            of_step = ask(checkpoint, asked.prompts, readout)
+            of_step.know_base(base)
+            rows.append(_measured(of_step))
             updates.append(thin_updates(checkpoint))
     series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    base = series.pop("base")[0]
-    weights = _weights(updates)
-    noise = torch.cat([asked.base_noise[None].cpu().double(), series.pop("noise")])
+    effects = first_orders(asked.lens, run, asked.reading, lambda: run, sites)
+    weights, base = _weights(updates), base.cpu().double()
+    noise = torch.cat([noise[None].cpu().double(), series.pop("noise")])
     labels: dict[str, Any] = read_of(asked)
     labels["meta"] = {**lens.describe(), "adapter": run[-1].name}
     return Checkpoints(
@@ -254,6 +258,7 @@ def checkpoints(
         names=tuple(adapter.name for adapter in run),
         sites=sites,
         base=base,
+        effects=effects.cpu().double(),
         **series,
         **weights,
         phases=_phases(run_steps, base, series["adapted"], weights["angle"], noise),
@@ -326,14 +331,10 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
     """What is run of one checkpoint."""
     lens = asked.lens
     scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=lens.gate_dtype)
-    along = asked.along([0.0, *scales.tolist()], progress=False)[:, 1:]
-    first = first_order_of(asked)
-    flips = flip_scales(asked, first.base, scales.to(along.device), along)
+    along = asked.along(scales.tolist(), progress=False)
     return {
-        "base": first.base.cpu().double(),
-        "adapted": first.adapted.cpu().double(),
-        "effects": first.per_site.detach().cpu().double(),
-        "flip_scale": flips,
+        "adapted": along[:, -1].cpu().double(),
+        "flip_scale": flip_scales(asked, asked.ends[0], scales.to(along.device), along),
         "noise": asked.adapted_noise.cpu().double(),
     }
 

@@ -37,12 +37,12 @@ from lens_lora.adapters.arithmetic import draw_seeds
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.bank import first_orders
 from lens_lora.engine.derivatives import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
-from lens_lora.engine.reverse import site_slopes
 from lens_lora.engine.texts import beginnings, first_of_each
 from lens_lora.errors import AdapterError, ArgumentError
-from lens_lora.model import LoraLens, Site, alone, null_lenses
+from lens_lora.model import LoraLens, Site, alone, null_adapters, null_lenses
 from lens_lora.readouts import Prompts, PromptsLike, Readout
 from lens_lora.results.base import OfSites, Pictured, site_labels
 
@@ -210,8 +210,8 @@ def compare_adapters(
     """Geometry of two adapters' weight changes, and with prompts what both do there.
 
     Cost: none in forward passes without prompts. With prompts two dual forward passes and three
-    forward passes, and half of that for each draw; a readout adds a forward and a backward pass for
-    each adapter and draw.
+    forward passes, and half of that for each draw; a readout adds one forward and one backward
+    pass, and another where the second adapter has modules of its own.
 
     Args:
         lens: the first adapter over the model.
@@ -422,17 +422,15 @@ def _on_prompts(
         values = products(asked.lens, others, prompts)
     fields = {"function": values[:, 0], "null_function": values[:, 1:]}
     if about is not None:
-        lenses = (asked.lens, second, *null_lenses(second, seed, draws))
-        effects = torch.stack([_effects(lens, about, shared) for lens in lenses])
+        both = about.lens.adapter, second.adapter
+
+        def adapters() -> Iterator[Adapter]:
+            yield from both
+            yield from null_adapters(second, seed, draws)
+
+        effects = first_orders(about.lens, both, about.reading, adapters, shared).cpu().double()
         fields |= {"effects": effects[:2], "null_effects": effects[2:]}
     return fields
-
-
-def _effects(lens: LoraLens, about: Asked, shared: Sequence[Site]) -> Float[Tensor, "batch shared"]:
-    """First order of the shared sites."""
-    slopes = site_slopes(lens, about.reading, lens.gates(0.0))
-    columns = [lens.site_index(site.name) for site in shared]
-    return slopes[:, columns].detach().cpu().double()
 
 
 # --- correlation

@@ -246,7 +246,7 @@ class NullVerdict(_Worded):
         is_least: whether theirs is below that floor, so that the ratio is a lower bound.
         p: the share of draws, the real adapter counted as one, that reach the shift.
         exceeds_all: the share of sites that exceed every draw.
-        draws: how many random adapters were drawn.
+        draws, run: how many random adapters were drawn, and run for their shift.
     """
 
     shift: float
@@ -256,6 +256,7 @@ class NullVerdict(_Worded):
     p: float
     exceeds_all: float
     draws: int
+    run: int
 
     @property
     def kind(self) -> Literal["no_shift", "as_random", "stands_out"]:
@@ -264,7 +265,7 @@ class NullVerdict(_Worded):
         """
         if abs(self.shift) <= self.floor:
             return "no_shift"
-        return "as_random" if self.p > max(_LEVEL, self.chance) else "stands_out"
+        return "as_random" if self.p > max(_LEVEL, 1 / (1 + self.run)) else "stands_out"
 
     @property
     def ratio(self) -> float:
@@ -278,11 +279,11 @@ class NullVerdict(_Worded):
 
 
 def null_verdict(
-    shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, draws: int
+    shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, *counts: int
 ) -> NullVerdict:
-    """The verdict on one prompt's null test."""
+    """The verdict on one prompt's null test, of so many draws, of which so many were run."""
     least, is_least = max(null, noise_floor), null < noise_floor
-    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, draws)
+    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, *counts)
 
 
 @final

@@ -4,7 +4,8 @@
 
 1. `stand_ins` add nothing on every module that an adapter may target; a forward and a backward pass
    under them show z and G (`record`); again with norms, whose change moves where maps read.
-2. Any adapter's plan is shown these in place of a pass (`Half.slopes`).
+2. Any adapter's plan is shown these in place of a pass (`Half.slopes`), one adapter after another
+   (`Halves`).
 3. Plain factors of the same modules and shapes share a plan, maps of one kind a batch (`Thin`):
    a_l = s_l Σ_t ⟨A_l' z_t + A_l β, B_l'ᵀ G_t⟩, A' = A diag(γ), B' = PB (`model/basis`).
 """
@@ -16,7 +17,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,14 +26,16 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.compat import in_float64
 from lens_lora.engine.function import differentiable_tokens, read_for_slopes
-from lens_lora.engine.reverse import Slopes, Visit, go_back
+from lens_lora.engine.memory import graph_groups
+from lens_lora.engine.reverse import Slopes, Visit, go_back, require_finite_sites
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
 from lens_lora.model import Injection, LoraLens
 from lens_lora.model.basis import SiteMap
 from lens_lora.model.host import Host
-from lens_lora.model.sites import OUTSIDE_KINDS, outside_layer
+from lens_lora.model.sites import OUTSIDE_KINDS, Site, outside_layer
 from lens_lora.readouts import Prompts, Reading
 
 # --- What an adapter may target
@@ -148,7 +151,7 @@ def _recorded(
     """G and z of one injection. The constant part of v needs no z, and is added where o writes."""
     site, ports = lens.sites[injection.site], injection.ports
     place = _place(lens, injection)
-    if ports.read is None:
+    if ports.read is None and place not in column:
         place = next((p for p in column if p.startswith("o ") and f" {ports.write} " in p), "")
     if place not in column:
         o = "the o of this layer, into whose bias v's is folded"
@@ -175,11 +178,11 @@ def _place(lens: LoraLens, injection: Injection) -> str:
     return f"{lens.sites[injection.site].kind} {ports.read} {ports.write} {ports.firing}"
 
 
-def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token: bool) -> Half:
+def record(lenses: Iterable[LoraLens], reading: Reading, once: Once, *, by_token: bool) -> Half:
     """The base's half at every place of these lenses; each that has a new place is run once."""
     columns: list[_Pairs] = []
     for lens in lenses:
-        places = {_place(lens, i) for i in lens.plan.injections if i.ports.read is not None}
+        places = {_place(lens, i) for i in lens.plan.injections if i.partner is None}
         if not columns or places - columns[0].keys():
             seen = _seen(lens, reading, once, by_token)
             known = columns or [{} for _ in seen]
@@ -189,6 +192,7 @@ def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token
 
 def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[_Pairs]:
     columns: list[_Pairs] = []
+    shown_by: dict[str, Injection] = {}
 
     def read() -> Float[Tensor, "row value"]:
         if by_token:
@@ -199,8 +203,11 @@ def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[
         columns.append({})
 
         def visit(injection: Injection, weight: Any, gradient: Tensor, z: Tensor) -> None:
-            if injection.ports.read is not None:
-                place, pair = _place(lens, injection), (once.place_of(gradient), once.place_of(z))
+            # What waits for a partner's gate is 0; of several updates of a place, one shows it.
+            place = _place(lens, injection)
+            if injection.partner is None and shown_by.setdefault(place, injection) is injection:
+                G = once.place_of(gradient)
+                pair = G, G if injection.ports.read is None else once.place_of(z)
                 columns[column][place] = (*columns[column].get(place, ()), pair)
 
         return visit
@@ -212,7 +219,7 @@ def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[
 # --- Adapters of the same modules and shapes
 
 
-Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # A, B and s by an adapter's own key
+_PLANS = 16  # of adapters of other modules or shapes, the latest that are kept
 # A [map, rank, in] before γ, B'ᵀ [map, rank, out], and s [map, 1]
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -245,26 +252,32 @@ class _Maps:
         tensors = [view(places) for places in zip(*(places for places, _ in group), strict=True)]
         self.pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
 
-    def factors(self, of: Factors) -> Parts:
-        triples, basis = [of[site.key] for site in self._keys], self._basis
-        A = torch.stack([A for A, _, _ in triples]).to(basis.device, basis.dtype)
-        pairs = zip(triples, self._keys, strict=True)
-        writes = torch.stack(
-            [B if site.rows is None else B[site.rows] for (_, B, _), site in pairs]
-        )
+    def factors_of(self, adapter: Adapter) -> Parts:
+        held = [cast(LoRAFactors, adapter.modules[site.key]) for site in self._keys]
+        pairs, basis = zip(held, self._keys, strict=True), self._basis
+        A = torch.stack([u.A for u in held]).to(basis.device, basis.dtype)
+        writes = torch.stack([u.B if at.rows is None else u.B[at.rows] for u, at in pairs])
         back = writes.mT.to(A, memory_format=torch.contiguous_format)
         if basis.centre_write:
             back = back - back.mean(-1, keepdim=True)
         if basis.kv_copies > 1:
             by_head = back.unflatten(-1, (-1, basis.d_head))
             back = by_head.repeat_interleave(basis.kv_copies, -2).flatten(-2)
-        return A, back, A.new_tensor([scale for *_, scale in triples])[:, None]
+        return A, back, A.new_tensor([u.scale * u.strength for u in held])[:, None]
+
+    def _reads(self, A: Tensor) -> Tensor:
+        reads = A if self._gamma is None else A * self._gamma[:, None].to(A)
+        return reads - reads.mean(-1, keepdim=True) if self._basis.centre_read else reads
+
+    def square_norm(self, A: Tensor, B: Tensor, scales: Tensor) -> float:
+        """Σ ‖ΔW‖² = Σ s² tr((BᵀB)(AAᵀ)) of the model's own weights."""
+        reads = in_float64(A if self._basis.gamma_is_own else self._reads(A))
+        back = in_float64(B * scales[..., None])
+        return float(((back @ back.mT) * (reads @ reads.mT)).sum())
 
     def slopes(self, A: Tensor, B: Tensor, scales: Tensor) -> Iterator[Float[Tensor, "map token"]]:
         offset = 0 if self._beta is None else A @ self._beta[..., None].to(A)
-        reads = A if self._gamma is None else A * self._gamma[:, None].to(A)
-        if self._basis.centre_read:
-            reads = reads - reads.mean(-1, keepdim=True)
+        reads = self._reads(A)
         # Readouts of the same rows share z, and so u.
         u_of = functools.cache(lambda z: reads @ z.to(A).mT + offset)
         for gradient, z in self.pairs:
@@ -294,9 +307,15 @@ class Thin:
         self._maps = [_Maps(lens, sorted(group), view) for group in alike.values()]
 
     @torch.no_grad()
-    def factors(self, of: Factors) -> list[Parts]:
+    def factors_of(self, adapter: Adapter) -> list[Parts]:
         """An adapter's, kind by kind."""
-        return [maps.factors(of) for maps in self._maps]
+        return [maps.factors_of(adapter) for maps in self._maps]
+
+    def relative_norm(self, factors: Sequence[Parts]) -> float:
+        """As a plan has it."""
+        pairs = zip(self._maps, factors, strict=True)
+        squares = sum(maps.square_norm(*parts) for maps, parts in pairs)
+        return squares**0.5 / self.lens.plan.base_norm
 
     @torch.no_grad()
     def slopes(self, factors: Sequence[Parts]) -> list[Float[Tensor, "prompt site"]]:
@@ -334,3 +353,66 @@ def _in_one(stacks: Mapping[str, Tensor], places: Sequence[_Place]) -> Float[Ten
     stack = stacks[places[0][0]]
     is_regular = [*range(len(stack))[regular]] == indices
     return stack[regular if is_regular else indices].flatten(1, 2)
+
+
+# --- One adapter after another
+
+
+class Halves:
+    """The base's half over some rows, contracted with any adapter."""
+
+    def __init__(
+        self, lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
+    ) -> None:
+        self._lens, self._halves, self._stacks = lens, halves, stacks
+        self.thin: dict[tuple[Any, ...], Thin] = {}  # by the shapes of plain factors
+
+    def plan_of(self, adapter: Adapter) -> Thin | LoraLens:
+        """Products that all adapters of its shapes share, or a lens of it where none are enough."""
+        shapes = shapes_of(adapter)
+        if shapes not in self.thin:
+            lens = self._lens.with_adapter(adapter)
+            if not (
+                shapes and lens.adapter is adapter and is_thin(lens, self._halves, self._stacks)
+            ):
+                return lens
+            thin = Thin(lens, self._halves, self._stacks)
+            self.thin = dict([*self.thin.items(), (shapes, thin)][-_PLANS:])
+        return self.thin[shapes]
+
+    def slopes(self, adapter: Adapter) -> tuple[LoraLens, list[Float[Tensor, "prompt site"]]]:
+        """∂g/∂ε_l at 0 of each half, and a lens whose sites are the adapter's."""
+        plan = self.plan_of(adapter)
+        if isinstance(plan, Thin):
+            return plan.lens, plan.slopes(plan.factors_of(adapter))
+        return plan, self.split(plan)
+
+    def split(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:
+        """∂g/∂ε_l at 0 of each half, by the lens's own plan."""
+        return [half.slopes(lens, self._stacks, axes) for half in self._halves]
+
+
+def first_orders(
+    lens: LoraLens,
+    like: Sequence[Adapter],
+    reading: Reading,
+    adapters: Callable[[], Iterable[Adapter]],
+    sites: Sequence[Site],
+) -> Float[Tensor, "adapter batch site"]:
+    """∂g/∂ε_l at 0 of adapters that read and write where those of `like` do, at sites of theirs.
+
+    One forward and one backward pass, and for each in `like` that has places of its own; in groups
+    of prompts, for each of which `adapters` is called, where all of them are too many.
+    """
+    by_group: list[Tensor] = []
+    for group in graph_groups(lens, reading):
+        once, rows = Once(), list[Tensor]()
+        half = record(map(lens.with_adapter, like), group, once, by_token=False)
+        base = Halves(lens, [half], once.stacks())
+        for adapter in adapters():
+            laid, (slopes,) = base.slopes(adapter)
+            require_finite_sites(laid, slopes)
+            index = {site.name: i for i, site in enumerate(laid.sites)}
+            rows.append(slopes[:, [index[site.name] for site in sites]])
+        by_group.append(torch.stack(rows))
+    return torch.cat(by_group, 1)

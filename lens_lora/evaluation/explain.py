@@ -410,7 +410,7 @@ def _quick(
     test, prompts = None, asked.lens.str_tokens(asked.prompts)
     if null:
         with _step(bar, f"{null} null adapters"):
-            test = null_test_of(asked, first, null, 0, progress)
+            test = null_test_of(asked, first, null, null, 0, progress)
     return [
         Explanation(
             prompt=tokens,

@@ -4,7 +4,7 @@
     directions a′_l has mean 0 and standard deviation ‖ΔW_l‖ ‖M_l‖ / √(out · in).
 
 1. Draw null adapters (`Adapter.null`): the size of each site's ΔW kept, its directions random.
-2. First order of each, and its exact shift, as of the real adapter.
+2. First order of each, from the base's half that all share, and its exact shift.
 3. Per site, and for Σ a and the shift: z = (a − mean a′) / std a′, and the empirical
    p = (1 + #{|a′| ≥ |a|}) / (1 + draws), two-sided, valid for any number of draws.
 
@@ -15,6 +15,8 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import final
 
 import numpy as np
@@ -25,13 +27,14 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.adapters.adapter import Adapter
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.verdict import NullVerdict, null_verdict
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.engine import function, reverse
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.model import LoraLens, alone, null_lenses
+from lens_lora.engine.bank import first_orders
+from lens_lora.model import LoraLens, alone, null_adapters
 from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import Drawn, flat
@@ -46,7 +49,7 @@ class NullTest(Drawn):
     Attributes:
         observed: first order of the real adapter, with its exact shift.
         null: [draw, batch, site], first order of each null adapter, in the readout's units.
-        null_shift: [draw, batch], the exact g(1) − g(0) of each.
+        null_shift: [run, batch], the exact g(1) − g(0) of the first draws, those that were run.
         seed: of the draws: draw k is that of `adapter.null(seed, k)`, but where a fused
             module holds several sites, whose singular values are kept part by part.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
@@ -54,7 +57,7 @@ class NullTest(Drawn):
 
     observed: Attribution
     null: Float[Tensor, "draw batch site"]
-    null_shift: Float[Tensor, "draw batch"]
+    null_shift: Float[Tensor, "run batch"]
     seed: int
     noise_floor: Float[Tensor, " batch"]
 
@@ -93,7 +96,7 @@ class NullTest(Drawn):
 
     @property
     def shift_p(self) -> Float[Tensor, " batch"]:
-        """p of the exact shift."""
+        """p of the exact shift, among the draws that were run."""
         return _p(self.observed.shift, self.null_shift)
 
     @property
@@ -108,7 +111,7 @@ class NullTest(Drawn):
         null_rms = in_float64(self.null_shift).square().mean(0).sqrt()
         of_shift = (self.observed.shift, self.noise_floor, null_rms, self.shift_p)
         numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
-        return tuple(null_verdict(*row, draws=self.draws) for row in numbers)
+        return tuple(null_verdict(*row, self.draws, len(self.null_shift)) for row in numbers)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
@@ -124,6 +127,7 @@ def null_test(
     readout: Readout,
     *,
     draws: int = 20,
+    exact: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> NullTest:
@@ -132,37 +136,45 @@ def null_test(
     A null of an embedding spreads over the whole vocabulary, so a trained one stands out wherever
     it was trained on few tokens.
 
-    Cost per draw: one forward and one backward, one forward pass, and laying the adapter over the
-    model; and once what first_order and the noise floor take (ten forward passes, one backward).
+    Cost per draw: drawing it and two thin products a module (`Bank`), no pass; for each in `exact`
+    a forward pass and laying it over the model; and once twelve forward passes and two backward.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         draws: how many null adapters; at least 2.
+        exact: how many of them are run for their exact shift, at least 2; None for all.
         seed: the seed of the draws, as for `Adapter.null`.
         progress: show a bar.
 
     Raises:
-        ArgumentError: fewer than two draws.
+        ArgumentError: fewer than two draws, or exact ones.
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
-        NumericsError: non-finite derivatives, naming the site.
+        NumericsError: a readout or derivative that is not finite.
     """
     draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
+    exact = draws if exact is None else min(whole("exact", exact, 2), draws)
     asked = ask(lens, prompts, readout).require_slope_at_base()
-    return null_test_of(asked, first_order_of(asked), draws, seed, progress)
+    return null_test_of(asked, first_order_of(asked), draws, exact, seed, progress)
 
 
-def null_test_of(asked: Asked, first: Attribution, draws: int, seed: int, shown: bool) -> NullTest:
+def null_test_of(
+    asked: Asked, first: Attribution, draws: int, exact: int, seed: int, shown: bool
+) -> NullTest:
     """`null_test` of a question that is already tokenised; a bar is shown or not."""
-    slopes, shifts, nulls = [], [], null_lenses(asked.lens, seed, draws)
-    for other in tqdm(nulls, "null adapters", draws, leave=False, disable=not shown):
-        slopes.append(reverse.site_slopes(other, asked.reading, other.gates(0.0)))
-        reverse.require_finite_sites(other, slopes[-1])
-        gates = other.gates(1.0)[None]
-        adapted = function.gated_readout(other, asked.reading, gates, progress=False)[:, 0]
-        shifts.append(adapted - first.base)
-    return NullTest(first, torch.stack(slopes), torch.stack(shifts), seed, asked.noise_floor)
+    lens, shifts = asked.lens, list[Tensor]()
+
+    def nulls() -> Iterator[Adapter]:
+        drawn = null_adapters(lens, seed, draws)
+        for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not shown):
+            yield null
+            if len(shifts) < exact:  # of the first group of prompts
+                other = dataclasses.replace(asked, lens=lens.with_adapter(null))
+                shifts.append(other.along((1.0,), progress=False)[:, 0] - first.base)
+
+    slopes = first_orders(lens, [lens.adapter], asked.reading, nulls, lens.sites)
+    return NullTest(first, slopes, torch.stack(shifts), seed, asked.noise_floor)
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:

@@ -112,12 +112,16 @@ class Plan:
         """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the adapted linear maps, as the model has them; NaN of norms
         alone. No forward pass; every such W is read once.
         """
+        linear = [delta for delta in self.maps if not isinstance(delta, NormMap)]
+        changes = _root_of_squares(delta.weight_norm() for delta in linear)
+        return changes / self.base_norm if linear else math.nan
+
+    @functools.cached_property
+    def base_norm(self) -> float:
+        """√Σ‖W‖_F² over the adapted linear maps."""
         pairs = zip(self.sites, self.maps, strict=True)
         linear = [pair for pair in pairs if not isinstance(pair[1], NormMap)]
-        if not linear:
-            return math.nan
-        weights = (self._weight_norm(site, delta.dtype) for site, delta in linear)
-        return _root_of_squares(d.weight_norm() for _, d in linear) / _root_of_squares(weights)
+        return _root_of_squares(self._weight_norm(site, delta.dtype) for site, delta in linear)
 
     def _weight_norm(self, site: Site, dtype: torch.dtype) -> Float[Tensor, ""]:
         def norm() -> Tensor:

@@ -17,46 +17,34 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in, read_config
-from lens_lora.adapters.peft_read import renamed, saved_keys, updates_of
+from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in
 from lens_lora.analyses.first_order import (
     in_rank_space,
     readouts_of,
     response_tokens,
     within_response,
 )
-from lens_lora.arguments import whole, word
+from lens_lora.arguments import word
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.bank import (
-    Half,
-    Once,
-    Parts,
-    Thin,
-    is_thin,
-    record,
-    shapes_of,
-    stand_ins,
-)
+from lens_lora.engine.bank import Half, Halves, Once, Thin, record, stand_ins
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
 from lens_lora.model import Gauge, alone
 from lens_lora.model.build import host_of
-from lens_lora.model.lens import LoraLens, null_adapters
+from lens_lora.model.check import require_kinds
+from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
 from lens_lora.readouts.readout import Readout
@@ -67,11 +55,6 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
-_Values = tuple[LoraLens, list[Tensor]]  # of each readout
-_Layout = dict[str, tuple[str, str, float]]  # the file's keys of A and B, and s, by module path
-_Kept = TypeVar("_Kept")
-_PLANS = 16  # of adapters of other modules or configs, the latest that are kept
-_TAME = 1e4  # norms of factors whose products do not overflow
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
 stored(Half)
@@ -108,18 +91,14 @@ class Bank:
         self.model: Any = lens.model
         self.several: bool = held.several
         self._lens, self._held, self._asked = lens, held, asked
-        self._halves = [half for readout in held.readouts for half in readout.halves]
+        self._base = Halves(lens, [h for r in held.readouts for h in r.halves], held.stacks)
         self._settings = settings(lens.model)
-        # The latest, by the shapes of plain factors, and by a file's config and header.
-        self._thin: dict[tuple[Any, ...], Thin] = {}
-        self._layouts: dict[tuple[Any, ...], tuple[Thin, _Layout]] = {}
 
     def __repr__(self) -> str:
         labels = [held.labels for held in self._held.readouts]
         size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
-        said = (
-            f"{len(labels[0]['base'])} prompts, {', '.join(label['readout'] for label in labels)}"
-        )
+        readouts = ", ".join(label["readout"] for label in labels)
+        said = f"{len(labels[0]['base'])} prompts, {readouts}"
         return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
 
     @alone
@@ -157,94 +136,54 @@ class Bank:
                 "exact=True: this bank was read from a file, which does not hold the readout "
                 "itself; take the shift from ll.fact_margin or ll.remainder."
             )
-        lens = in_rank_space(self._lens.with_adapter(adapter), axes, gauge)
-        by_readout, attributions, heads = self._by(lens, axes), list[Attribution](), lens.heads
-        for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
-            adapted = torch.full_like(held.labels["base"], torch.nan)
-            if exact:
-                reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
-                adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
-            attribution = Attribution(
-                values=values,
-                by=axes,  # pyright: ignore[reportArgumentType]
-                heads=tuple(heads.of(site.kind) for site in lens.sites),
-                method="first_order",
-                at=0.0,
-                response=held.response if "token" in axes else (),
-                gauge=gauge if "rank" in axes else "",
-                mode="reverse",
-                relative_norm=lens.plan.relative_norm,
-                sites=lens.sites,
-                adapted=adapted,
-                meta=lens.describe(),
-                **held.labels,
-            )
-            attributions.append(attribution)
-        return tuple(attributions) if self.several else attributions[0]
-
-    def _by(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:
-        """Of each readout, by the adapter's own plan."""
         if "token" in axes and not all(held.response for held in self._held.readouts):
             raise ArgumentError(
                 "by='token': the bank holds one gradient for a whole readout; make it with "
                 "ll.bank(…, by_token=True)."
             )
-        by_half = [half.slopes(lens, self._held.stacks, axes) for half in self._halves]
-        values = self._joined(lens, by_half)
-        if "token" not in axes:
-            return values
-        pairs = zip(values, self._held.readouts, strict=True)
-        return [within_response(value, held.response) for value, held in pairs]
-
-    def _first_order(self, adapter: Adapter) -> _Values:
-        """The same without axes; of plain factors by products alone."""
-        shapes = shapes_of(adapter)
-        if shapes not in self._thin:
-            lens, stacks = self._lens.with_adapter(adapter), self._held.stacks
-            is_plain = shapes and lens.adapter is adapter
-            if not (is_plain and is_thin(lens, self._halves, stacks)):
-                return lens, self._by(lens)
-            self._thin = _latest(self._thin, shapes, Thin(lens, self._halves, stacks))
-        thin = self._thin[shapes]
-        modules = cast("Mapping[str, LoRAFactors]", adapter.modules)
-        factors = {key: (u.A, u.B, u.scale * u.strength) for key, u in modules.items()}
-        return self._thinly(thin, thin.factors(factors))
-
-    def _thinly(self, thin: Thin, factors: Sequence[Parts]) -> _Values:
-        return thin.lens, self._joined(thin.lens, thin.slopes(factors))
+        require_kinds(adapter, None)
+        plan = self._base.plan_of(adapter)
+        if isinstance(plan, Thin) and not (axes or exact) and gauge == "trained":
+            lens, factors = plan.lens, plan.factors_of(adapter)
+            by_half, relative_norm = plan.slopes(factors), plan.relative_norm(factors)
+        else:
+            lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
+            lens = in_rank_space(lens, axes, gauge)
+            by_half, relative_norm = self._base.split(lens, axes), lens.plan.relative_norm
+        by_readout, heads = self._joined(lens, by_half), lens.heads
+        attributions: list[Attribution] = []
+        named = {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
+        for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
+            adapted = torch.full_like(held.labels["base"], torch.nan)
+            if exact:
+                reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
+                adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
+            is_by_token = "token" in axes
+            attribution = Attribution(
+                values=within_response(values, held.response) if is_by_token else values,
+                by=axes,  # pyright: ignore[reportArgumentType]
+                heads=tuple(heads.of(site.kind) for site in lens.sites),
+                method="first_order",
+                at=0.0,
+                response=held.response if is_by_token else (),
+                gauge=gauge if "rank" in axes else "",
+                mode="reverse",
+                relative_norm=relative_norm,
+                sites=lens.sites,
+                adapted=adapted,
+                meta=lens.describe() | named,
+                **held.labels,
+            )
+            attributions.append(attribution)
+        return tuple(attributions) if self.several else attributions[0]
 
     def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
         """Of each readout, [batch, site, *by]."""
-        halves = iter(by_half)
-        counts = [len(held.halves) for held in self._held.readouts]
-        values = [joined([*itertools.islice(halves, count)]) for count in counts]
+        halves, readouts = iter(by_half), self._held.readouts
+        values = [joined([*itertools.islice(halves, len(held.halves))]) for held in readouts]
         for slopes in values:
             require_finite_sites(lens, slopes)
         return values
-
-    @alone
-    def null(
-        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
-    ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
-        """First order of the null adapters that `ll.null_test` draws, a tuple of several readouts.
-
-        Cost: no pass.
-
-        Args:
-            adapter, draws, seed, progress: as for `ll.null_test`.
-
-        Raises:
-            UnsupportedAdapterError: DoRA, or modules and biases that were trained.
-            SiteError, ModelStateError: as for `first_order`.
-            ArgumentError: draws below 1, or a seed below 0.
-        """
-        draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
-        self._require_same_model(entries=True)
-        drawn = null_adapters(self._lens.with_adapter(adapter), seed, draws)
-        with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
-            values = [self._first_order(null)[1] for null in bar]
-        nulls = tuple(map(torch.stack, zip(*values, strict=True)))
-        return nulls if self.several else nulls[0]
 
     @alone
     def scan(
@@ -347,10 +286,11 @@ class Bank:
             weights = None if known is None else _hash_of(place)
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
-            contract = self._first_order if isinstance(place, Adapter) else self._of_folder
-            lens, by_readout = contract(cast(Any, place))
+            adapter = place if isinstance(place, Adapter) else load_adapter(place)
+            lens, by_half = self._base.slopes(adapter)
             groups, members = _grouping(lens.sites, group)
-            for readout, values in zip(self._held.readouts, by_readout, strict=True):
+            pairs = zip(self._held.readouts, self._joined(lens, by_half), strict=True)
+            for readout, values in pairs:
                 label = readout.labels["readout"]
                 sums = (values.cpu().double() @ members).tolist()
                 rows += [
@@ -364,42 +304,6 @@ class Bank:
         columns = zip(zip(*rows, strict=True), _KINDS, strict=True)
         names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
         return pa.table([pa.array(column, kind) for column, kind in columns], names)
-
-    def _of_folder(self, folder: Path) -> _Values:
-        """What a config and a file's keys say is worked out once for the folders beside it."""
-        try:
-            tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        except Exception:  # an adapter that cannot be read says why
-            return self._first_order(load_adapter(folder))
-        shapes = tuple((key, tensor.shape, tensor.dtype) for key, tensor in tensors.items())
-        key = folder.parent, (folder / CONFIG).read_bytes(), shapes
-        if key in self._layouts:
-            thin, layout = self._layouts[key]
-            factors = thin.factors(
-                {k: (tensors[A], tensors[B], s) for k, (A, B, s) in layout.items()}
-            )
-            # Huge or NaN, it is read with care, and refused there.
-            if all(float(part.norm()) < _TAME for A, B, _ in factors for part in (A, B)):
-                return self._thinly(thin, factors)
-        adapter = load_adapter(folder)
-        values, thin = self._first_order(adapter), self._thin.get(shapes_of(adapter))
-        if thin is not None:
-            self._layouts = _latest(self._layouts, key, (thin, _layout(folder, tensors)))
-        return values
-
-
-def _latest(known: dict[Any, _Kept], key: object, value: _Kept) -> dict[Any, _Kept]:
-    return dict([*known.items(), (key, value)][-_PLANS:])
-
-
-def _layout(folder: Path, tensors: dict[str, Tensor]) -> _Layout:
-    key_of = {id(tensor): key for key, tensor in tensors.items()}
-    state, notes = saved_keys(tensors)
-    updates = renamed(updates_of(read_config(folder), state), notes)
-    return {
-        path: (key_of[id(u.A)], key_of[id(u.B)], u.scale * u.strength)
-        for path, u in cast("dict[str, LoRAFactors]", updates).items()
-    }
 
 
 @functools.lru_cache(maxsize=4)

@@ -415,9 +415,10 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
 
 def settings(model: Any) -> dict[str, Any]:
     """All that decides a model's numbers besides its weights: configuration, attributes, hooks."""
-    refuse_writers(hook for _, hook in _hooks(model))
-    hooks = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)]
-    return {**_configuration(model), **_attributes(model), "hooks": hooks}
+    hooks = _hooks(model)
+    refuse_writers(hook for _, hook in hooks)
+    said = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in hooks]
+    return {**_configuration(model), **_attributes(model), "hooks": said}
 
 
 def _configuration(model: Any) -> dict[str, Any]:

@@ -312,7 +312,7 @@ def test_a_planted_error_is_seen():
     assert off(bank.first_order(lens.adapter).values, expected) > 1e-6
 
 
-# --- Adapters of the same modules and shapes, and null adapters
+# --- Adapters of the same modules and shapes
 
 
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
@@ -343,20 +343,8 @@ def test_plain_factors_are_contracted_by_kind():
     lens = cases.case("llama", BRIDGE, "raw").lens
     bank = bank_of(lens)
     bank.scan([lens.adapter], progress=False)
-    (thin,) = bank._thin.values()
+    (thin,) = bank._base.thin.values()
     assert len(thin._maps) == 7 and sum(len(maps.sites) for maps in thin._maps) == 14
     kept = {stack.untyped_storage().data_ptr() for stack in bank._held.stacks.values()}
     views = [tensor for maps in thin._maps for pair in maps.pairs for tensor in pair]
     assert {view.untyped_storage().data_ptr() for view in views} <= kept
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_null_adapters_are_those_of_a_null_test(family: str):
-    """gpt2's q, k and v are one module, whose parts keep their own spectra."""
-    lens = cases.case(family, BRIDGE, "processed").lens
-    bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
-    test = ll.null_test(lens, models.tokens(), MARGIN, draws=3, seed=2, progress=False)
-    found, _ = bank.null(lens.adapter, draws=3, seed=2, progress=False)
-    assert off(found, test.null) < ROUND_OFF
-    with pytest.raises(ll.errors.ArgumentError, match="draws=0"):
-        bank.null(lens.adapter, draws=0)

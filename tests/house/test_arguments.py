@@ -297,6 +297,7 @@ def compared(**how: Any) -> object:
 COUNTS: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "max_nodes": lambda lens, n: ll.path_attribution(lens, TOKENS, MARGIN, max_nodes=n),
     "draws": lambda lens, n: ll.null_test(lens, TOKENS, MARGIN, draws=n),
+    "exact": lambda lens, n: ll.null_test(lens, TOKENS, MARGIN, exact=n),
     "seed": lambda lens, n: ll.null_test(lens, TOKENS, MARGIN, seed=n),
     "draws of faithfulness": lambda lens, n: faithful(lens, draws=n),
     "seed of faithfulness": lambda lens, n: faithful(lens, seed=n),
