@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from lens_lora.analyses.first_order import (
     response_tokens,
     within_response,
 )
-from lens_lora.arguments import word
+from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.bank import Half, Halves, Once, Thin, record, stand_ins
 from lens_lora.engine.function import gated_readout
@@ -44,7 +45,7 @@ from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
 from lens_lora.model import Gauge, alone
 from lens_lora.model.build import host_of
 from lens_lora.model.check import require_kinds
-from lens_lora.model.lens import LoraLens
+from lens_lora.model.lens import LoraLens, null_adapters
 from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
 from lens_lora.readouts.readout import Readout
@@ -184,6 +185,30 @@ class Bank:
         for slopes in values:
             require_finite_sites(lens, slopes)
         return values
+
+    @alone
+    def null(
+        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
+    ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
+        """First order of the null adapters that `ll.null_test` draws, a tuple of several readouts.
+
+        Cost: no pass.
+
+        Args:
+            adapter, draws, seed, progress: as for `ll.null_test`.
+
+        Raises:
+            UnsupportedAdapterError: DoRA, or modules and biases that were trained.
+            SiteError, ModelStateError: as for `first_order`.
+            ArgumentError: draws below 1, or a seed below 0.
+        """
+        draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
+        self._require_same_model(entries=True)
+        drawn = null_adapters(self._lens.with_adapter(adapter), seed, draws)
+        with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
+            values = [self._joined(*self._base.slopes(null)) for null in bar]
+        nulls = tuple(map(torch.stack, zip(*values, strict=True)))
+        return nulls if self.several else nulls[0]
 
     @alone
     def scan(

@@ -348,3 +348,15 @@ def test_plain_factors_are_contracted_by_kind():
     kept = {stack.untyped_storage().data_ptr() for stack in bank._held.stacks.values()}
     views = [tensor for maps in thin._maps for pair in maps.pairs for tensor in pair]
     assert {view.untyped_storage().data_ptr() for view in views} <= kept
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_null_adapters_are_those_of_a_null_test(family: str):
+    """gpt2's q, k and v are one module, whose parts keep their own spectra."""
+    lens = cases.case(family, BRIDGE, "processed").lens
+    bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
+    test = ll.null_test(lens, models.tokens(), MARGIN, draws=3, seed=2, progress=False)
+    found, _ = bank.null(lens.adapter, draws=3, seed=2, progress=False)
+    assert off(found, test.null) < ROUND_OFF
+    with pytest.raises(ll.errors.ArgumentError, match="draws=0"):
+        bank.null(lens.adapter, draws=0)
