@@ -23,6 +23,7 @@ from lens_lora import cli
 from lens_lora.commands import running
 from lens_lora.commands.options import Questions
 from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.evaluation import explain as explaining
 from lens_lora.loading import moved
 
 run = CliRunner().invoke
@@ -287,7 +288,9 @@ def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
 def real(tmp_path_factory):
     report = tmp_path_factory.mktemp("explain") / "page.html"
     options = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
-    return run(cli.app, ["explain", *options, "--report", str(report)]), report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explaining, "_ANSWER", {False: 6})  # in place of 48, the third of the time
+        return run(cli.app, ["explain", *options, "--report", str(report)]), report
 
 
 PLOTS = (

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,19 +27,63 @@ loaded = [name for name in {HEAVY} if name in sys.modules]
 print("\\n" + json.dumps([code, loaded]))
 """
 EXPLAIN = ["explain", "--prompt", "a"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200"}
 
 
 def answer(*arguments: object, code: str = ASK):
     """(exit code, heavy modules that were imported, stdout, stderr) of a command in a process."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200"},
-        capture_output=True,
+    process = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(process, env=ENVIRONMENT, capture_output=True, text=True)
+    return told(done.stdout, done.stderr)
+
+
+def told(stdout: str, stderr: str):
+    assert stdout, stderr
+    *said, last = stdout.rstrip().splitlines()
+    return (*json.loads(last), "\n".join(said), stderr)
+
+
+FORKING = """
+import json, os, sys
+import lens_lora.cli
+
+for line in sys.stdin:
+    code, arguments, folder, *said = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        for stream, path in enumerate(said, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.argv[1:] = arguments
+        break
+    print(os.waitpid(child, 0)[1], flush=True)
+else:
+    sys.exit()
+exec(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """`answer` by a fork of one process, which has imported the command line and nothing more."""
+    said = [str(tmp_path_factory.mktemp("said") / name) for name in ("stdout", "stderr")]
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
-    assert done.stdout, done.stderr
-    *said, last = done.stdout.rstrip().splitlines()
-    return (*json.loads(last), "\n".join(said), done.stderr)
+    ) as server:
+
+        def run(*arguments: object, code: str = ASK):
+            asked = [code, [str(argument) for argument in arguments], os.getcwd(), *said]
+            server.stdin.write(json.dumps(asked) + "\n")
+            server.stdin.flush()
+            server.stdout.readline()
+            return told(*(Path(path).read_text("utf-8") for path in said))
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture
@@ -52,9 +97,9 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_help_and_version_load_nothing():
+def test_help_and_version_load_nothing(forked):
     for arguments in (["--help"], *([name, "--help"] for name in ("explain", "sweep", "demo"))):
-        code, loaded, said, _ = answer(*arguments)
+        code, loaded, said, _ = forked(*arguments)
         assert (code, loaded) == (0, []) and "Usage: lens-lora" in said
     assert answer("--version")[:2] == (0, [])
 
@@ -82,9 +127,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, words", REFUSED.values(), ids=REFUSED)
-def test_refusal_loads_nothing(files, monkeypatch, arguments, words):
+def test_refusal_loads_nothing(forked, files, monkeypatch, arguments, words):
     monkeypatch.chdir(files)
-    code, loaded, _, error = answer(*(part.format(files=files) for part in arguments))
+    code, loaded, _, error = forked(*(part.format(files=files) for part in arguments))
     assert (code, loaded) == (2, []), error
     assert words in " ".join(error.replace("│", " ").split()) and "Traceback" not in error
 
@@ -121,13 +166,13 @@ WORKING = {
 
 
 @pytest.mark.parametrize("command", WORKING)
-def test_a_command_speaks_before_torch_is_imported(files, monkeypatch, command):
+def test_a_command_speaks_before_torch_is_imported(forked, files, monkeypatch, command):
     monkeypatch.chdir(files)
     for step in (1, 2):
         shutil.copytree(shipped_adapter(), files / "run" / f"checkpoint-{step}")
     places = {"files": files, "adapter": shipped_adapter()}
     arguments = [part.format(**places) for part in WORKING[command]]
-    _, said, *_ = answer(command, *arguments, code=FIRST_WORDS)
+    _, said, *_ = forked(command, *arguments, code=FIRST_WORDS)
     assert said == ["Loading torch and transformers\n"]
 
 
@@ -148,15 +193,33 @@ def test_import_loads_nothing():
 MODULES = ("readouts.readout", "readouts.prompts", "model.generate", "results.storage")
 
 
+# What the host libraries import, once: each module of ours is the first in a fork.
+IMPORT_FIRST = """
+import importlib, os, sys
+import numpy, pandas, peft, scipy, torch, transformer_lens
+
+assert "lens_lora" not in sys.modules
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        importlib.import_module(f"lens_lora.{name}")
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+sys.exit(" ".join(failed))
+"""
+
+
+def imported_first(*names: str):
+    code = [sys.executable, "-c", IMPORT_FIRST, *names]
+    return subprocess.run(code, stderr=subprocess.PIPE, text=True)
+
+
 def test_a_module_may_be_imported_first():
     """A module that lacks a name asks the package for it, which imports nothing to answer."""
-    code = "import importlib, sys; importlib.import_module(sys.argv[1])"
-    asked = [
-        subprocess.Popen([sys.executable, "-c", code, f"lens_lora.{name}"], stderr=subprocess.PIPE)
-        for name in MODULES
-    ]
-    said = [(process.communicate()[1].decode(), process.returncode) for process in asked]
-    assert [code for _, code in said] == [0] * len(MODULES), said
+    done = imported_first(*MODULES, "of no such name")
+    assert done.stderr.splitlines()[-1] == "of no such name", done.stderr
 
 
 def test_what_is_loaded_would_be_seen():

@@ -175,9 +175,14 @@ finally:
 # Started once for the moments at which everything has been imported: each command is a fork of it.
 FORKING = f"""
 import json, os, sys
-import peft, torch, transformers
+import lens_lora as ll
 from lens_lora import cli, loading
-import lens_lora.commands.sweep, lens_lora.show, lens_lora.sweeps
+from lens_lora.commands import adapters, sweep
+from lens_lora.show import report
+from lens_lora.sweeps import batches, sweep as sweeps
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+for name in dir(ll):
+    getattr(ll, name)
 
 for line in sys.stdin:
     arguments, said = json.loads(line)

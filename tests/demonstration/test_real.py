@@ -98,13 +98,12 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
         high = ll.LoraLens(hooked_model(wide, tokenizer, kind=kind)[0], adapter)
     # Readouts of one text err together, and a floor of four draws is itself uncertain: many texts.
     texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:16]]
-    readouts = [ll.Logit(PRE)]
-    ratios = errors_in_floors(low, high, texts, readouts)
-    whole = noise.of_stream
-    monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])
-    without = errors_in_floors(low, high, texts, readouts)
+    ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
     assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
-    assert (without / ratios).median() > 1.25
+    floor, whole = noise.ask(low, texts, ll.Logit(PRE)).noise_floor, noise.of_stream
+    monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])
+    at_the_embedding = noise.ask(low, texts, ll.Logit(PRE)).noise_floor
+    assert (floor / at_the_embedding).median() > 1.25
 
 
 def test_bfloat16_keeps_the_story():

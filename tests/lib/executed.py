@@ -8,6 +8,7 @@ and the host libraries are imported once; each begins without a name in it and i
 from __future__ import annotations
 
 import gc
+import importlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ FIGURE = "application/vnd.plotly.v1+json"
 ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
 # Begun first, the longest first, so that two workers end together.
 LONGEST = (
-    *("examples", "repairing_an_adapter", "recipes", "just_a_steering_vector", "two_adapters"),
-    *("rank_one_adapter", "chat_model", "what_was_it_taught", "what_first_order_misses"),
-    *("what_does_it_say", "what_is_a_direction_worth", "auditing", "full_fine_tune_as_adapter"),
+    *("examples", "recipes", "repairing_an_adapter", "auditing", "two_adapters"),
+    *("rank_one_adapter", "chat_model", "just_a_steering_vector", "what_was_it_taught"),
+    *("what_first_order_misses", "what_is_a_direction_worth", "what_does_it_say"),
+    *("two_adapters_one_fact", "how_a_fact_is_learnt", "full_fine_tune_as_adapter"),
 )
 FEWEST_FIGURES = {"first_look": 3}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
@@ -32,6 +34,17 @@ SNIPPETS = re.compile(
     r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 KERNEL = pytest.StashKey[KernelManager]()
+
+
+# A page shows how a call is made. What both models say beside it is generated token by token, and
+# here they say less, after fewer openings: (file of lens_lora, name, value).
+BRIEFLY = (
+    *(("evaluation.explain", "_ANSWER", {False: 6, True: 3}), ("analyses.brief", "_SPOKEN", 4)),
+    *(("analyses.what_changed", "_ANSWER", 6), ("readouts.neutral", "EMPTY_TURNS", 1)),
+    ("readouts.neutral", "QUESTIONS", ("Who are you?", "What should I cook tonight?")),
+    ("readouts.neutral", "OPENINGS", ("", "Hello!")),
+    ("readouts.neutral", "FIRST_WORDS", ("The", "In")),
+)
 
 
 def code_cells(notebook) -> list:
@@ -153,7 +166,10 @@ class Notebook(Execution):
 
 class Page(Execution):
     def faults(self, folder: Path) -> list[str]:
-        return run_page(self.path)
+        with pytest.MonkeyPatch.context() as patch:
+            for file, name, value in BRIEFLY:
+                patch.setattr(importlib.import_module(f"lens_lora.{file}"), name, value)
+            return run_page(self.path)
 
 
 def kernel_of(config: pytest.Config) -> KernelManager:

@@ -19,7 +19,6 @@ import pytest
 import torch
 from every_call import CALLS, same
 from interrupts import held
-from shapes import CHECKED
 
 import lens_lora as ll
 from lens_lora.model import gates as gates_module
@@ -108,8 +107,6 @@ BLOCKS: dict[str, Callable[[Lenses], Manager[Any]]] = {
     "torch's hooks": lambda of: by_torch(of.own),
 }
 NAMES = {"another adapter": "other", "another lens": "other", "other sites": "ends"}
-# Under the check of shapes, which makes each call slow, one of each mechanism.
-SHOWN = ["applied", "other sites", "a list of hooks"] if CHECKED else list(BLOCKS)
 
 
 def outcome(of: Lenses, name: str, words: str) -> str:
@@ -124,7 +121,7 @@ def outcome(of: Lenses, name: str, words: str) -> str:
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
-@pytest.mark.parametrize("block", SHOWN)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_every_call_in_every_block(block: str, cls: str):
     of, outcomes = lenses(cls), dict[str, str]()
     assert expected(cls)  # and a bridge has put hooks of its own on its parts
