@@ -251,6 +251,5 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = {"packed": packed, "slug": slug, "drawn": _drawn}
-    environment.filters.update(filters)
+    environment.filters.update(packed=packed, slug=slug, drawn=_drawn)
     return environment

@@ -15,14 +15,7 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses.verdict import (
-    FlipVerdict,
-    NullVerdict,
-    Point,
-    SecondVerdict,
-    SharesVerdict,
-    Verdict,
-)
+from lens_lora.analyses import verdict as verdicts
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -58,9 +51,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: Verdict
+    verdict: verdicts.Verdict
     crossings: int
-    steps: Sequence[Point]
+    steps: Sequence[verdicts.Point]
 
     @property
     def floor(self) -> float:
@@ -478,10 +471,9 @@ def _limits(e: results.Explanation) -> str:
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(Verdict)
-def verdict_text(verdict: Verdict) -> str:
+@drawing.text.register(verdicts.Verdict)
+def verdict_text(v: verdicts.Verdict) -> str:
     """How good first order is."""
-    v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
     if v.kind == "noise":
@@ -497,10 +489,9 @@ def verdict_text(verdict: Verdict) -> str:
     return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(SecondVerdict)
-def second_text(verdict: SecondVerdict) -> str:
+@drawing.text.register(verdicts.SecondVerdict)
+def second_text(v: verdicts.SecondVerdict) -> str:
     """Whether second order is nearer than first."""
-    v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
     second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
@@ -513,10 +504,9 @@ def second_text(verdict: SecondVerdict) -> str:
     }[v.kind]
 
 
-@drawing.text.register(NullVerdict)
-def null_text(verdict: NullVerdict) -> str:
+@drawing.text.register(verdicts.NullVerdict)
+def null_text(v: verdicts.NullVerdict) -> str:
     """How far the shift stands out from random directions."""
-    v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
     many = f"{v.ratio:.0f}" if v.ratio >= 10 else f"{v.ratio:.2g}"
@@ -529,10 +519,9 @@ def null_text(verdict: NullVerdict) -> str:
     return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
 
-@drawing.text.register(FlipVerdict)
-def flip_text(verdict: FlipVerdict) -> str:
+@drawing.text.register(verdicts.FlipVerdict)
+def flip_text(v: verdicts.FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
-    v = verdict
     if v.kind != "hidden":
         return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
     margins = {"m0": v.m0, "m": v.m}.items()
@@ -542,10 +531,9 @@ def flip_text(verdict: FlipVerdict) -> str:
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 
-@drawing.text.register(SharesVerdict)
-def shares_text(verdict: SharesVerdict) -> str:
+@drawing.text.register(verdicts.SharesVerdict)
+def shares_text(v: verdicts.SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
-    v = verdict
     ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
     facts = f"{ranks}; the KL is {v.ratio:.2g} times its quadratic part"
     if v.kind == "unknown":
