@@ -15,7 +15,14 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses import verdict as verdicts
+from lens_lora.analyses.verdict import (
+    FlipVerdict,
+    NullVerdict,
+    Point,
+    SecondVerdict,
+    SharesVerdict,
+    Verdict,
+)
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -51,9 +58,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: verdicts.Verdict
+    verdict: Verdict
     crossings: int
-    steps: Sequence[verdicts.Point]
+    steps: Sequence[Point]
 
     @property
     def floor(self) -> float:
@@ -471,8 +478,8 @@ def _limits(e: results.Explanation) -> str:
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(verdicts.Verdict)
-def verdict_text(v: verdicts.Verdict) -> str:
+@drawing.text.register(Verdict)
+def verdict_text(v: Verdict) -> str:
     """How good first order is."""
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
@@ -489,8 +496,8 @@ def verdict_text(v: verdicts.Verdict) -> str:
     return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(verdicts.SecondVerdict)
-def second_text(v: verdicts.SecondVerdict) -> str:
+@drawing.text.register(SecondVerdict)
+def second_text(v: SecondVerdict) -> str:
     """Whether second order is nearer than first."""
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
@@ -504,8 +511,8 @@ def second_text(v: verdicts.SecondVerdict) -> str:
     }[v.kind]
 
 
-@drawing.text.register(verdicts.NullVerdict)
-def null_text(v: verdicts.NullVerdict) -> str:
+@drawing.text.register(NullVerdict)
+def null_text(v: NullVerdict) -> str:
     """How far the shift stands out from random directions."""
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
@@ -519,8 +526,8 @@ def null_text(v: verdicts.NullVerdict) -> str:
     return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
 
-@drawing.text.register(verdicts.FlipVerdict)
-def flip_text(v: verdicts.FlipVerdict) -> str:
+@drawing.text.register(FlipVerdict)
+def flip_text(v: FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
     if v.kind != "hidden":
         return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
@@ -531,8 +538,8 @@ def flip_text(v: verdicts.FlipVerdict) -> str:
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 
-@drawing.text.register(verdicts.SharesVerdict)
-def shares_text(v: verdicts.SharesVerdict) -> str:
+@drawing.text.register(SharesVerdict)
+def shares_text(v: SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
     ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
     facts = f"{ranks}; the KL is {v.ratio:.2g} times its quadratic part"
