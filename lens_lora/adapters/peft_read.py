@@ -263,11 +263,9 @@ def _unwrapped(path: str) -> str:
 
 def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
     """One module's factors from its tensors by role."""
-    missing = _FACTORS - set(roles)
-    if missing:
-        half = missing.pop()
-        other = "B" if half == "A" else "A"
-        raise AdapterError(f"lora_{other} is there and lora_{half} is missing from the file.")
+    for half, other in ("AB", "BA"):
+        if half not in roles:
+            raise AdapterError(f"lora_{other} is there and lora_{half} is missing from the file.")
     return LoRAFactors(**roles, scale=scale)
 
 
@@ -370,12 +368,10 @@ def _require_targets(config: Any, untargeted: list[str]) -> None:
         untargeted = [path for path in untargeted if not _ends_in_head(path)]
     if not untargeted:
         return
-    stated: list[str] = []
-    for field in ("target_modules", "layers_to_transform", "exclude_modules"):
-        value = getattr(config, field)
-        if value not in (None, [], set()):
-            shown = sorted(value, key=str) if isinstance(value, set) else value
-            stated.append(f"{field}={shown!r}")
+    fields = ("target_modules", "layers_to_transform", "exclude_modules")
+    values = {field: getattr(config, field) for field in fields}
+    shown = {f: sorted(v, key=str) if isinstance(v, set) else v for f, v in values.items()}
+    stated = [f"{field}={value!r}" for field, value in shown.items() if value not in (None, [])]
     raise AdapterError(
         f"the file has factors of {len(untargeted)} modules that the config leaves out "
         f"({', '.join([*untargeted[:3], *stated])}), and PEFT would ignore them. One of the files "

@@ -226,11 +226,14 @@ def claims_of(
 
 
 def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
-    """Openings and what each voice says after them, read where it says it; fast: one voice each."""
+    """Openings and what is said after them, read where it is said.
+
+    By every voice; fast by the first two in turn.
+    """
     openings = lens.prompts(own_openings(lens.model))
     room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
     fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
-    voices, rows = _voices(lens), list[tuple[Prompts, Tensor]]()
+    voices, rows = _voices(lens)[: 2 if fast else None], list[tuple[Prompts, Tensor]]()
     for turn, (voice, scale) in enumerate(voices):
         mine = openings.chosen(fits[turn :: len(voices)] if fast else fits)
         with contextlib.suppress(NumericsError):  # of half precision, at twice its strength

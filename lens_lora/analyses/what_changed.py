@@ -57,7 +57,7 @@ from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked
 # most steps; and the farthest log ε, a thousand times the adapter's size.
 _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
 _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
-_ANSWER = 40  # tokens that both models say to a question
+_ANSWER, _SHORT = 40, 16  # tokens that both models say to a question
 _BRIEF_MODULES = 5
 _FAST = 8  # one of so many texts
 _NOT_TRIED = "system messages, conversations of several turns", "other languages"
@@ -425,7 +425,8 @@ def what_changed(
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
         fast: leave out the split of the KL by site, along the path from base to adapted model; of
-            the package's own texts read every eighth; and let it speak once after each opening.
+            the package's own texts read every eighth; take answers of 16 tokens; and let it speak
+            once after each opening.
         answers: whether to put five everyday questions to both models: as conversations, or without
             a chat template as "Question: …" and "Answer:"; and to let the adapted model speak of
             its own accord, for claims of what it was taught.
@@ -460,7 +461,8 @@ def what_changed(
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
-        said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
+        most = min(_ANSWER, _SHORT) if fast else _ANSWER
+        said = side_by_side(lens, everyday_questions(lens.model), most, progress=progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         how: Any = {"fast": fast, "progress": progress}
         claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, **how)

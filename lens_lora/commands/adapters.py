@@ -84,16 +84,9 @@ def diff(
 
     lens-lora diff path/to/adapter --report diff.html
     """
-    options.require_writable(report, "--report")
-    outputs = {"--report": report}
-    if json is not None:
-        options.require_writable(json, "--json")
-        outputs["--json"] = json
-    if save is not None:
-        if save.suffix not in (".csv", ".safetensors"):
-            raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
-        options.require_writable(save, "--save")
-        outputs["--save"] = save
+    if save is not None and save.suffix not in (".csv", ".safetensors"):
+        raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
+    outputs = options.writable({"--report": report, "--json": json, "--save": save})
     lines = None if texts is None else options.texts_of(texts)
     names = (adapter, *(unrelated or []))
     folder, *controls = [options.folder_of(name, quiet=quiet) for name in names]

@@ -22,9 +22,7 @@ from lens_lora.commands.options import Question, text_of
 from lens_lora.errors import LensLoraError, PromptError
 
 if TYPE_CHECKING:
-    from lens_lora.evaluation.explain import Explanation, ResponseExplanation
-
-    Explained = Explanation | ResponseExplanation
+    from lens_lora.show.report import Explained
 
 
 _LARGEST_PAGE = 16  # prompts, each with a dozen interactive figures
@@ -145,14 +143,12 @@ def _kept(report: Path, done: int, count: int) -> str:
 
 def _explained(lens: ll.LoraLens, questions: Sequence[Question], settings: Any) -> list[Explained]:
     """Several questions have answers; one may ask for a response."""
-    docs = [question.doc for question in questions if question.doc is not None]
-    pres = [question.pre for question in questions if question.pre is not None]
+    prompts, docs, pres, responses = map(list, zip(*questions, strict=True))
     how = {name: settings[name] for name in ("fast", "progress")}
-    if docs and pres:
-        prompts: Any = [question.prompt for question in questions]
+    if docs[0] is not None:
         explained = ll.explain(lens, prompts, docs, pres, null=settings["null"], **how)
         return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
-    ((prompt, _, _, response),) = questions
+    (prompt,), (response,) = prompts, responses
     if response is None:
         said = lens.generate(prompt, settings["most"], progress=settings["progress"])
         return [ll.explain(lens, said.prompts, response=said, **how)]

@@ -52,6 +52,11 @@ class BaseModel(Placement):
     attn: Annotated[Attention, "sdpa takes less memory, and shows no patterns."] = "eager"
     max_memory: Annotated[float | None, _BYTES] = None
 
+    def placed(self, device: str) -> BaseModel:
+        """On this device, where the options name no place."""
+        is_placed = self.device is not None or self.device_map is not None
+        return self if is_placed else dataclasses.replace(self, device=device)
+
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one option for each field of a dataclass that it takes, in its place.
@@ -266,6 +271,14 @@ def require_writable(path: Path, option: str) -> None:
         raise typer.BadParameter(fact, param_hint=option) from error
     if is_new:
         path.unlink()
+
+
+def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The files that are asked for, by option, each of which can be written."""
+    outputs = {option: path for option, path in wanted.items() if path is not None}
+    for option, path in outputs.items():
+        require_writable(path, option)
+    return outputs
 
 
 def require_apart(

@@ -8,7 +8,6 @@ where a model is loaded, so a command whose options are refused never imports it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import re
@@ -33,8 +32,9 @@ from lens_lora.sweeps.processes import rank
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lens_lora.model.placement import Placement
     from lens_lora.readouts.prompts import Prompts
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 # --- The model, the adapter and the lens
 
@@ -46,22 +46,20 @@ def lens_for(
     base: BaseModel,
     adapter: ll.Adapter | Path,
     progress: Console,
-    device: str = "cpu",
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    loaded: Loaded | None = None,
     *,
     leaves_out: bool = False,
 ) -> ll.LoraLens:
-    """The lens over the model that the options name, on `device` if they name none.
+    """The lens over the model that the options name, on the CPU if they name no device.
 
     The adapter of a folder is measured over that model where its method needs it. With `leaves_out`
     modules that the model lacks are left out, unless it lacks them all.
     """
-    if base.device is None and base.device_map is None:
-        base = dataclasses.replace(base, device=device)
+    base = base.placed("cpu")
 
     @functools.cache
-    def model_for(named: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return loaded or load_model_of(named, base.model, progress, base)
+    def model_for(named: str | None) -> Loaded:
+        return loaded or load_model_of(named, progress, base)
 
     from lens_lora.adapters.adapter import read_adapter
     from lens_lora.analyses.spectra import lacking
@@ -69,42 +67,38 @@ def lens_for(
 
     if isinstance(adapter, Path):
         adapter = read_adapter(adapter, lambda named: model_for(named)[0])
-    hf_model, tokenizer = model_for(adapter.base_model)
+    pair = model_for(adapter.base_model)
     with step("Building the hooked model", progress):
-        hooked, class_name = hooked_by(base, hf_model, tokenizer)
+        hooked, class_name = hooked_by(base, pair)
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
             adapter = adapter.without(*absent)
-    lens = ll.LoraLens(hooked, adapter, hf_model=base_beside(class_name, hf_model, adapter))
+    lens = ll.LoraLens(hooked, adapter, hf_model=base_beside(class_name, pair[0], adapter))
     return lens.within(base.max_memory)
 
 
-def hooked_by(
-    base: BaseModel, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Any, str]:
+def hooked_by(base: BaseModel, loaded: Loaded) -> tuple[Any, str]:
     """The model as the hooked class that the options name, and the class's name."""
     from lens_lora.model.build import hooked_model
 
-    return hooked_model(hf_model, tokenizer, kind=base.model_class, attn=base.attn)
+    return hooked_model(*loaded, kind=base.model_class, attn=base.attn)
 
 
-def load_model_of(
-    named: str | None, model: str | None, progress: Console, how: Placement | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model_of(named: str | None, progress: Console, base: BaseModel) -> Loaded:
     """The model asked for, else the base that an adapter names, else the embedded model."""
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
-    if model is not None:
-        name = EMBEDDED_HUB_ID if model == EMBEDDED else model
+    if base.model is not None:
+        name = EMBEDDED_HUB_ID if base.model == EMBEDDED else base.model
         # A wrong base shows in no weight, but in the last parts of the two names.
         if named and Path(named).name.lower() != Path(name).name.lower():
             note = f"Note: the adapter names the base {named}, and --model is {name}"
             progress.print(Text(f"{note}; is that meant?", style="yellow"), soft_wrap=True)
-        return load_model(model, progress, how)
+        return load_model(base.model, progress, base)
     if named in (None, EMBEDDED_HUB_ID):
-        return load_model(None, progress, how)
+        return load_model(None, progress, base)
     try:
-        return load_model(named, progress, how)
+        return load_model(named, progress, base)
     except LensLoraError as error:
         if str(named) not in str(error):
             raise
@@ -113,9 +107,7 @@ def load_model_of(
         ) from error
 
 
-def load_model(
-    model: str | None, progress: Console, how: Placement | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(model: str | None, progress: Console, how: BaseModel) -> Loaded:
     """The model of this hub id or folder; the embedded model for None or 'embedded'."""
     from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
     from lens_lora.loading import load_base
@@ -132,10 +124,8 @@ def margin_of(model: Any, questions: Sequence[Question]) -> tuple[Prompts, ll.Re
     from lens_lora.readouts.answers import margin_between
     from lens_lora.readouts.prompts import prepare
 
-    asked: Any = [question.prompt for question in questions]
+    asked, docs, pres, _ = map(list, zip(*questions, strict=True))
     prompts = prepare(model, asked)
-    docs = [str(question.doc) for question in questions]
-    pres = [str(question.pre) for question in questions]
     return prompts, margin_between(model, docs, pres, prompts)
 
 

@@ -7,7 +7,6 @@ numbers. Results at `--out` of another sweep are refused before the model is loa
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -27,9 +26,6 @@ from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, re
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from lens_lora.sweeps.stream import ActivationsFile
-    from lens_lora.sweeps.sweep import SweepResult
 
 
 _Resume = Annotated[
@@ -96,7 +92,7 @@ def sweep(
 
         loaded = ll.load_adapter(folder)
         said = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}[readout]
-        require_slopes(names, None if said is None else said(["", ""]))
+        require_slopes(names, said)
         if resume:
             require_resumable(out, loaded, names, said)
         processes = launched()
@@ -106,7 +102,7 @@ def sweep(
                 "own on the same devices. Launch one process for a model over several devices, or "
                 "leave --device-map out: each process then takes the device of its number."
             )
-        lens = running.lens_for(base, loaded, progress, processes.device)
+        lens = running.lens_for(base.placed(processes.device), loaded, progress)
 
         def kept() -> str:
             if not is_begun(out):
@@ -160,12 +156,10 @@ def scan(
 
         running.note_spaces(questions, progress)
         processes = launched()
-        if base.device is None and base.device_map is None:
-            base = dataclasses.replace(base, device=processes.device)
-        hf_model, tokenizer = running.load_model_of(named, base.model, progress, base)
+        loaded = running.load_model_of(named, progress, base.placed(processes.device))
         with running.step("Building the hooked model", progress):
-            model, class_name = running.hooked_by(base, hf_model, tokenizer)
-        beside = hf_model if class_name == "HookedTransformer" else None
+            model, class_name = running.hooked_by(base, loaded)
+        beside = loaded[0] if class_name == "HookedTransformer" else None
         prompts, readout = running.margin_of(model, questions)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with quiet_libraries(), running.told_if_interrupted(lambda: kept):
@@ -193,7 +187,7 @@ def _print_scan(table: pd.DataFrame, out: Path) -> None:
 _SHOWN_ERRORS = 10
 
 
-def _print(result: SweepResult | ActivationsFile, processes: int) -> None:
+def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:
     """What is in the files, which records are bad, and where the files are."""
     if isinstance(result, ll.results.ActivationsFile):
         title, facts = "Sweep of activations", _facts_by_token(result)
@@ -218,7 +212,7 @@ def _print(result: SweepResult | ActivationsFile, processes: int) -> None:
         running.say(f"{name}: {path.absolute()}")
 
 
-def _facts_by_token(file: ActivationsFile) -> dict[str, str]:
+def _facts_by_token(file: ll.results.ActivationsFile) -> dict[str, str]:
     return {
         "texts": f"{file.texts}, with {file.tokens} tokens",
         "records with errors": str(file.errors),
@@ -228,7 +222,7 @@ def _facts_by_token(file: ActivationsFile) -> dict[str, str]:
     }
 
 
-def _facts_by_prompt(result: SweepResult, processes: int) -> dict[str, str]:
+def _facts_by_prompt(result: ll.results.SweepResult, processes: int) -> dict[str, str]:
     before = f", {result.resumed} of them before this run" if result.resumed else ""
     facts = {"prompts done": f"{result.done} of {result.records}{before}"}
     if processes > 1:

@@ -55,10 +55,7 @@ def verify(
 
     lens-lora verify path/to/adapter --merged path/to/merged --expect facts.jsonl
     """
-    wanted = {"--json": json_file, "--junit": junit, "--report": report}
-    outputs = {option: path for option, path in wanted.items() if path is not None}
-    for option, path in outputs.items():
-        options.require_writable(path, option)
+    outputs = options.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else _read(expect)
     folder = options.folder_of(adapter, quiet=quiet)
     options.require_apart(outputs, base, [folder], expect, *(merged.iterdir() if merged else ()))
@@ -70,12 +67,12 @@ def verify(
         from lens_lora.loading import quiet_libraries
         from lens_lora.show.report import verification_table
 
-        placed = base if base.device or base.device_map else dataclasses.replace(base, device="cpu")
+        placed = base.placed("cpu")
         named = stated_fields(folder).get("base_model_name_or_path")
         loaded, why = None, "the adapter names none; name it with --model"
         try:
             if named or base.model:
-                loaded = running.load_model_of(named, base.model, progress, placed)
+                loaded = running.load_model_of(named, progress, placed)
         except ModelStateError as error:
             if base.model is not None:
                 raise
@@ -102,9 +99,9 @@ def verify(
         if report is not None:
             verification.save_report(report)
         running.tell(verification.story()).print(verification_table(verification))
-        for label, path in zip(("JSON", "JUnit", "Report"), wanted.values(), strict=True):
-            if path is not None:
-                running.say(f"{label}: {path.absolute()}")
+        labels = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
+        for option, path in outputs.items():
+            running.say(f"{labels[option]}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
 
 

@@ -42,7 +42,6 @@ from lens_lora.model import LoraLens, alone, attached
 from lens_lora.model.kernels import as_one_map
 from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.neutral import neutral_texts
-from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, Paged
 from lens_lora.results.storage import stored
 
@@ -110,6 +109,8 @@ class Expectation(NamedTuple):
 class Verification(Paged):
     """What was checked of an adapter, each with its outcome.
 
+    `story` is the outcome, and each check that it is due to, a paragraph a line.
+
     Attributes:
         name: the adapter's.
         checks: in order.
@@ -135,10 +136,6 @@ class Verification(Paged):
     def to_frame(self) -> pd.DataFrame:
         """One row per check."""
         return pd.DataFrame(list(map(dataclasses.asdict, self.checks)))
-
-    def story(self) -> str:
-        """The outcome, and each check that it is due to, a paragraph a line."""
-        return drawing.story(self)
 
 
 def _worst(parts: Sequence[Check | MergedTensor]) -> Outcome:

@@ -350,11 +350,10 @@ def long_table(
     return labels.assign(**flat(numbers))
 
 
-def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
-    """Site, module, layer and kind of each row, `repeat` times over."""
-    names = ("site", "module", "layer", "kind")
-    rows = [(site.name, site.module, site.layer, site.kind) for site in sites] * repeat
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+def site_labels(sites: Sequence[Site]) -> dict[str, list[Any]]:
+    """Site, module, layer and kind of each row."""
+    fields = {"site": "name", "module": "module", "layer": "layer", "kind": "kind"}
+    return {name: [getattr(site, f) for site in sites] for name, f in fields.items()}
 
 
 def tokens_at(

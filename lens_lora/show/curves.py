@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.graph_objects import Figure
+from plotly.graph_objects import Bar, Figure, Scatter
 from plotly.subplots import make_subplots
 
 from lens_lora import results
@@ -64,7 +63,7 @@ def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) ->
     return figure.update_yaxes(title_text=f"|R| / |shift|, %{cut}", range=[0, top], row=2)
 
 
-def _exact_and_line(path: results.RemainderCurve, index: int) -> list[go.Scatter]:
+def _exact_and_line(path: results.RemainderCurve, index: int) -> list[Scatter]:
     """g(ε), exact, from the base model on, and the line g(0) + ε Σ a_l."""
     base, slope = float(path.base[index]), float(path.slope[index])
     scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
@@ -418,7 +417,7 @@ def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
     order, sizes = list(range(len(sites))), list(map(abs, values))
     look = {"color": "rgba(128,128,128,0.35)", "line": {"width": 0}}
     name = f"largest of {test.draws} random adapters"
-    draws = go.Bar(x=order, y=largest, width=1, name=name, marker=look, hoverinfo="skip")
+    draws = Bar(x=order, y=largest, width=1, name=name, marker=look, hoverinfo="skip")
     is_out = (size > most for size, most in zip(sizes, largest, strict=True))
     groups = ["stands out" if out else "within" for out in is_out]
     looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
-import plotly.graph_objects as go
 import plotly.io as pio
-from plotly.graph_objects import Figure
+from plotly.graph_objects import Bar, Figure, Scatter
+from plotly.graph_objs.layout import Template
 
 from lens_lora.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
 from lens_lora.show.text import label, percent, short_prompt, signed, visible
@@ -49,11 +49,11 @@ _INK_GRID_PAPER = {
 }
 
 
-def _template(ink: str, grid: str, paper: str) -> go.layout.Template:
+def _template(ink: str, grid: str, paper: str) -> Template:
     lines = {"gridcolor": grid, "linecolor": ink, "tickcolor": ink, "zerolinecolor": INK}
     axis_title = {"font": {"size": 13}, "standoff": 12}
     axis = {**lines, "zeroline": False, "automargin": True, "title": axis_title}
-    return go.layout.Template(
+    return Template(
         layout={
             "font": {"color": ink, "size": 13},
             "paper_bgcolor": paper,
@@ -82,7 +82,6 @@ _TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of 
 
 
 Pair = tuple[str, str]  # a heading and the smaller line below it, or what two axes say
-Trace = go.Scatter
 Numbers = Sequence[float]
 Texts = Sequence[str]
 _Looks = Mapping[str, Mapping[str, Any]]
@@ -296,7 +295,7 @@ def bars(titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, unit
     """One horizontal bar each, the first on top."""
     y = names_axis(names, autorange="reversed", showgrid=False)
     marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
-    bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
+    bar = Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
     height = max(240, 130 + 20 * len(values))
     figure = finish(Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
     return figure.update_xaxes(zeroline=True)
@@ -322,23 +321,23 @@ def curve(
     width: float = 2,
     dash: str = "solid",
     **more: Any,
-) -> Trace:
+) -> Scatter:
     """A line, with markers where `marker` says how they look."""
     line = {"color": colour, "width": width, "dash": dash}
     mode = "lines+markers" if "marker" in more else "lines"
-    return Trace(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
+    return Scatter(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
 
 
-def points(x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any) -> Trace:
+def points(x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any) -> Scatter:
     """Points alone, which look as `marker` says."""
-    return Trace(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
+    return Scatter(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
 
 
 def grouped_points(
     x: Numbers, y: Numbers, hover: Texts, groups: Texts, looks: _Looks, *, counts: bool = True
-) -> list[Trace]:
+) -> list[Scatter]:
     """Points of several groups, each with its look and its entry in the legend, with its count."""
-    traces: list[Trace] = []
+    traces: list[Scatter] = []
     for group, look in looks.items():
         chosen = [name == group for name in groups]
         xs, ys = (list(itertools.compress(values, chosen)) for values in (x, y))

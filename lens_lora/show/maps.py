@@ -35,10 +35,7 @@ def site_heatmap(
         word("by", by, get_args(Axis))
         if by == "position":
             return position_heatmap(attribution, prompt)
-        if by != "token":
-            return _parts_heatmap(attribution, prompt, by)
-        index = only_prompt(prompt, len(attribution.base), "tokens of responses")
-        return _layers_by_token(attribution, index, by, None)
+        return (_layers_by_token if by == "token" else _parts_heatmap)(attribution, prompt, by)
     _, site_values, shift, _ = attribution.entries(prompt)
     values, units = site_values.tolist(), attribution.units
     says = [value_text(value, float(shift), units) for value in values]
@@ -58,14 +55,15 @@ def position_heatmap(
 ) -> Figure:
     """Layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
-    index = only_prompt(prompt, len(attribution.base), "positions")
-    return _layers_by_token(attribution, index, "position", most)
+    return _layers_by_token(attribution, prompt, "position", most)
 
 
 def _layers_by_token(
-    attribution: results.Attribution, index: int, axis: Axis, most: int | None
+    attribution: results.Attribution, prompt: int | None, axis: Axis, most: int | None = None
 ) -> Figure:
     """By position, or by token of the response."""
+    what = "positions" if axis == "position" else "tokens of responses"
+    index = only_prompt(prompt, len(attribution.base), what)
     y, units, first = figures.layers_axis(attribution.sites), attribution.units, 0
     tokens, below = attribution.str_tokens[index], "by layer and position"
     if axis == "token":
@@ -527,8 +525,7 @@ def intruders_figure(intruders: results.Intruders, index: int | None = None) -> 
     if index is not None:
         x, y = (names_axis(range(k), title) for title in ("direction of W", "of W + ΔW"))
         says = "W + ΔW %{y}, W %{x}<br>|cosine| %{z:.3f}<extra></extra>"
-        rows = intruders.overlap[index].tolist()
-        cells = [[None if math.isnan(v) else v for v in row] for row in rows]
+        cells = intruders.overlap[index].tolist()
         titles = intruders.sites[index].name, f"the leading {k} directions of W and of W + ΔW"
         return heatmap(titles, cells, says, x, y, "|cosine|", "amount", reach=1.0)
     counts = intruders.counts.tolist()

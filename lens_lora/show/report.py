@@ -31,24 +31,21 @@ def explanation_figures(e: results.Explanation) -> dict[str, Figure]:
     """What there is to see; nothing that compares effects within rounding."""
     a, first = words.explained_account(e), e.first_order
     figures = {
-        "path": curves.margin_figure(e.margin),
-        "remainder": curves.remainder_figure(e.margin.curve),
-        "second_order": curves.second_order_figure(e.second_order),
-        "sites": maps.site_heatmap(first),
-        "positions": maps.position_heatmap(first),
+        "path": e.margin.plot(),
+        "remainder": e.margin.curve.plot(),
+        "second_order": e.second_order.plot_path(),
+        "sites": first.plot(),
+        "positions": first.plot_positions(),
     }
-    if e.coupling is not None:
-        figures["coupling"] = maps.coupling_heatmap(e.coupling)
-    for name, comparison in zip(_COMPARED, e.comparisons, strict=False):
-        if words.is_comparable(comparison, a):
-            figures[name] = curves.comparison_scatter(comparison)
-    flags = e.reliability.items()
-    figures |= {f"reliability/{name}": curves.reliability_figure(flag) for name, flag in flags}
-    if e.faithfulness is not None and a.has_shift:
-        figures["faithfulness"] = curves.faithfulness_figure(e.faithfulness)
-    if e.null is not None:
-        figures["null"] = curves.null_figure(e.null)
-    return figures
+    compared = zip(_COMPARED, e.comparisons, strict=False)
+    parts: dict[str, Any] = {
+        "coupling": e.coupling,
+        **{name: part for name, part in compared if words.is_comparable(part, a)},
+        **{f"reliability/{name}": flags for name, flags in e.reliability.items()},
+        "faithfulness": e.faithfulness if a.has_shift else None,
+        "null": e.null,
+    }
+    return figures | {name: part.plot() for name, part in parts.items() if part is not None}
 
 
 _COMPARED = {

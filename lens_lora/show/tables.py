@@ -218,9 +218,8 @@ def token_pairs(shift: results.LogitShift, site: str | None, k: int) -> tuple[Pa
 # --- A fact margin
 
 
-def margin_table(account: words.Account) -> Table:
+def margin_table(a: words.Account) -> Table:
     """What there is between the base model's margin m₀ and the adapted model's m."""
-    a = account
     flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
     quarters = (0.25, 0.5, 0.75, 1.0)
     steps = [min(a.steps, key=lambda step: abs(step.scale - quarter)) for quarter in quarters]

@@ -479,9 +479,8 @@ def _limits(e: results.Explanation) -> str:
 
 
 @drawing.text.register(Verdict)
-def verdict_text(verdict: Verdict) -> str:
+def verdict_text(v: Verdict) -> str:
     """How good first order is."""
-    v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
     if v.kind == "noise":
@@ -498,9 +497,8 @@ def verdict_text(verdict: Verdict) -> str:
 
 
 @drawing.text.register(SecondVerdict)
-def second_text(verdict: SecondVerdict) -> str:
+def second_text(v: SecondVerdict) -> str:
     """Whether second order is nearer than first."""
-    v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
     second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
@@ -514,9 +512,8 @@ def second_text(verdict: SecondVerdict) -> str:
 
 
 @drawing.text.register(NullVerdict)
-def null_text(verdict: NullVerdict) -> str:
+def null_text(v: NullVerdict) -> str:
     """How far the shift stands out from random directions."""
-    v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
     many = f"{v.ratio:.0f}" if v.ratio >= 10 else f"{v.ratio:.2g}"
@@ -530,9 +527,8 @@ def null_text(verdict: NullVerdict) -> str:
 
 
 @drawing.text.register(FlipVerdict)
-def flip_text(verdict: FlipVerdict) -> str:
+def flip_text(v: FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
-    v = verdict
     if v.kind != "hidden":
         return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
     margins = {"m0": v.m0, "m": v.m}.items()
@@ -543,9 +539,8 @@ def flip_text(verdict: FlipVerdict) -> str:
 
 
 @drawing.text.register(SharesVerdict)
-def shares_text(verdict: SharesVerdict) -> str:
+def shares_text(v: SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
-    v = verdict
     ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
     facts = f"{ranks}; the KL is {v.ratio:.2g} times its quadratic part"
     if v.kind == "unknown":

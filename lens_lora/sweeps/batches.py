@@ -41,9 +41,9 @@ from lens_lora.model import LoraLens, Site, alone
 from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.prompts import Prompts, joined
 from lens_lora.readouts.readout import Margin, Readout
-from lens_lora.results.base import changes_sign
+from lens_lora.results.base import changes_sign, site_labels
 from lens_lora.sweeps.records import ANALYSES, Record
-from lens_lora.sweeps.store import Fingerprint, Store
+from lens_lora.sweeps.store import Fingerprint, Store, other_sweep
 
 # --- How each column is computed
 
@@ -291,9 +291,8 @@ def _sites_table(
         "id": ids.take(by_prompt),
         "prompt": pa.array([row["prompt"] for row in rows], _TEXT).take(by_prompt),
     }
-    labels = {"site": "name", "module": "module", "layer": "layer", "kind": "kind"}
-    for name, field in labels.items():
-        columns[name] = pa.array([getattr(site, field) for site in sites]).take(by_site)
+    for name, labels in site_labels(sites).items():
+        columns[name] = pa.array(labels).take(by_site)
     for name in analyses:
         values = [rows[i][name] for i in good]
         columns[name] = pa.array(np.concatenate([np.empty(0), *values]), _NUMBER)
@@ -361,7 +360,7 @@ class RowStore(Store):
         contents = set(map(content, records))
         for row in rows:
             if content(row) not in contents:
-                raise SweepError(_unknown(row, records, self.prompts_path))
+                raise other_sweep(_unknown(row, records, self.prompts_path))
         return {content(row): row for row in rows}
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -376,10 +375,8 @@ class RowStore(Store):
         known = {content(row): row for row in good_last}
         lost = [r for r in records if r.error is None and content(r) not in known]
         if lost:
-            raise SweepError(
-                f"{self.folder} lacks {len(lost)} of {len(records)} records, {lost[0].where} among "
-                "them: several machines must write to one shared folder. Run it again to resume."
-            )
+            missing = f"{len(lost)} of {len(records)} records, {lost[0].where} among them"
+            raise self.lacking(missing)
         rows = [row_of(r) if r.error is not None else known[content(r)] for r in records]
         self._write(rows, [record.id for record in records])
         self.remove()
@@ -418,17 +415,16 @@ class RowStore(Store):
 
 def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
     """A finished row that belongs to no record, in words."""
-    remedy = "Give another out, or start over with resume=False."
     record = next((record for record in records if str(record.id) == row["id"]), None)
     if record is None:
         return (
             f"{path} or its parts hold the id {row['id']!r} (prompt {row['prompt']!r}), but the "
-            f"records do not. {remedy}"
+            "records do not"
         )
     field = next(name for name in CONTENT if row[name] != row_of(record)[name])
     return (
         f"the {field} of id {row['id']!r} is {row[field]!r} in {path} or its parts, but "
-        f"{row_of(record)[field]!r} in the records ({record.where}). {remedy}"
+        f"{row_of(record)[field]!r} in the records ({record.where})"
     )
 
 

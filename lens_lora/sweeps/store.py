@@ -195,16 +195,25 @@ class Store:
                 text = "\n  ".join([f"{self.path}: {fact}", *lines[:_SHOWN], *more])
                 warnings.warn(text, stacklevel=level + 1)
 
+    def lacking(self, records: str) -> SweepError:
+        """The error of parts that another machine wrote elsewhere."""
+        return SweepError(
+            f"{self.folder} lacks {records}: several machines must write to one shared folder. Run "
+            "it again to resume."
+        )
+
     def _part_paths(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
 
     def _require_same(self, about: Fingerprint, path: Path) -> None:
         differ = differences(about, self.fingerprint)
         if differ:
-            raise SweepError(
-                f"{path} holds another sweep: {'; '.join(differ)}. Give another out, or start over "
-                "with resume=False."
-            )
+            raise other_sweep(f"{path} holds another sweep: {'; '.join(differ)}")
+
+
+def other_sweep(fact: str) -> SweepError:
+    """The error of results that belong to another sweep than the one that is asked for."""
+    return SweepError(f"{fact}. Give another out, or start over with resume=False.")
 
 
 def about_of(path: Path) -> Fingerprint:

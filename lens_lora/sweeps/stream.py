@@ -47,7 +47,7 @@ from lens_lora.results import drawing, tokens
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
-from lens_lora.sweeps.store import Fingerprint, Store, about_of, fingerprint
+from lens_lora.sweeps.store import Fingerprint, Store, about_of, fingerprint, other_sweep
 
 # --- The file, read
 
@@ -327,14 +327,11 @@ def token_sweep(
     return file
 
 
-def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterator[Record]:
+def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterable[Record]:
     """The records, with a bar that counts them; of several processes, the first one's."""
     total = len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
-    title, stays = f"sweep{processes.share}", total is not None
-    with tqdm(total=total, desc=title, unit="text", leave=stays, disable=not shown) as bar:
-        for record in each_record(records, with_answers=False):
-            yield record
-            bar.update()
+    plain, title = each_record(records, with_answers=False), f"sweep{processes.share}"
+    return tqdm(plain, title, total, leave=total is not None, unit="text", disable=not shown)
 
 
 # --- Windows: which records are run
@@ -432,19 +429,15 @@ class Windows:
             if self.seen <= span.last or digest_of(held) == span.digest:
                 continue
             if not span.errors:
-                raise SweepError(
+                raise other_sweep(
                     f"{source.path} holds records {span.first} to {span.last} (from 0) with other "
-                    f"ids or prompts than {held[0].where} to {held[-1].where}. Give another out, "
-                    "or start over with resume=False."
+                    f"ids or prompts than {held[0].where} to {held[-1].where}"
                 )
             self.stale.append(source)
             yield from enumerate(held, start=number)
         n_done = max((source.span.last + 1 for source in self.done), default=0)
         if self.seen < n_done:
-            raise SweepError(
-                f"the results hold {n_done} records, and there are {self.seen}. Give another out, "
-                "or start over with resume=False."
-            )
+            raise other_sweep(f"the results hold {n_done} records, and there are {self.seen}")
 
 
 # --- A window of texts → a table: one row per token, one column per site with `rank` numbers
@@ -500,14 +493,11 @@ def _table(
     blocks: list[tuple[NDArray[np.floating], NDArray[np.bool_]]] = []
     for i, text in enumerate(texts):
         outcome = outcomes[i]
-        if isinstance(outcome, str):
-            rows.append((text, outcome, None))
-            prefixes.append(None)
-            blocks.append(nothing)
-        else:
-            rows += [(text, None, position) for position in range(len(text.ids))]
-            prefixes += marks_of(text.ids)
-            blocks.append(outcome)
+        error = outcome if isinstance(outcome, str) else None
+        positions = range(len(text.ids)) if error is None else [None]
+        rows += [(text, error, position) for position in positions]
+        prefixes += marks_of(text.ids) if error is None else [None]
+        blocks.append(nothing if isinstance(outcome, str) else outcome)
     ids = [None if p is None else text.ids[p] for text, _, p in rows]
     distinct = sorted({token for token in ids if token is not None})
     words = dict(zip(distinct, lens.decode(distinct), strict=True))
@@ -567,10 +557,7 @@ class TokenStore(Store):
                 break
             expected = source.span.last + 1
         if expected != records:
-            raise SweepError(
-                f"{self.folder} lacks record {expected} (from 0) of {records}: several machines "
-                "must write to one shared folder. Run it again to resume."
-            )
+            raise self.lacking(f"record {expected} (from 0) of {records}")
         if any(source.path != self.path for source in sources):
             spans = [source.span for source in sources]
             self.write(map(_rows_of, sources), self._notes(spans), self.path, **_HOW)

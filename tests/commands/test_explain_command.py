@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.commands import running
-from lens_lora.commands.options import Questions
+from lens_lora.commands.options import BaseModel, Questions
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.evaluation import explain as explaining
 from lens_lora.loading import moved
@@ -250,7 +250,7 @@ def test_an_error_of_a_device_is_not_one_of_the_base(monkeypatch):
 
     monkeypatch.setattr(running, "load_model", load)
     with pytest.raises(ModelStateError, match="out of memory$"):
-        running.load_model_of("its/base", None, Console(quiet=True))
+        running.load_model_of("its/base", Console(quiet=True), BaseModel())
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
 
     monkeypatch.setattr(running, "load_model", load)
     with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
-        running.load_model_of(named, asked, Console(quiet=True))
+        running.load_model_of(named, Console(quiet=True), BaseModel(model=asked))
     assert ("name another with --model" in str(caught.value)) == (loaded == named == "its/base")
 
 
