@@ -152,13 +152,18 @@ def methods_of(parts: Parts) -> dict[str, Tensor]:
 
 
 def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tensor]:
-    """Second order of effects, expanded at one gate value; one matrix H for all of them."""
-    first = first_order_of(asked, at=at)
+    """Second order of effects, expanded at one gate value; one matrix H for all of them.
+
+    Added to the base a_l − t (H1)_l + ½ H_ll,
+    taken out of the adapted a_l + (1 − t) (H1)_l − ½ H_ll.
+    """
+    first = first_order_of(asked, at=at).per_site
     found = coupling_of(asked, at=at, progress=False)
-    return {
-        f"second_order/{how}@{at:g}": found.estimate(first, how).per_site  # type: ignore[arg-type]
-        for how in hows
+    effects = {
+        "add_one": first - at * found.row_sums + found.self_curvature,
+        "leave_one_out": first + (1 - at) * found.row_sums - found.self_curvature,
     }
+    return {f"second_order/{how}@{at:g}": effects[how] for how in hows}
 
 
 # Each effect at its own end, and leaving one out from the base.

@@ -58,23 +58,16 @@ from lens_lora.errors import PromptError
 from lens_lora.model import Gauge, LoraLens, Scale, Update, alone, name_of_scale
 from lens_lora.model.sites import chosen_sites, match_sites, one_site
 from lens_lora.readouts import AnswerLike, Prompts, PromptsLike, Readout, continued
+from lens_lora.results import base as results_base
 from lens_lora.results import drawing
 from lens_lora.results import tokens as text_tokens
-from lens_lora.results.base import (
-    OfSites,
-    Pictured,
-    long_table,
-    only_prompt,
-    site_labels,
-    tokens_at,
-)
 from lens_lora.results.tokens import Positions, Sign, context_of, held_out_share, require_sign
 
 _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
 
 
 @final
-class Activations(OfSites):
+class Activations(results_base.OfSites):
     """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
 
     Attributes:
@@ -134,11 +127,11 @@ class Activations(OfSites):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
         prompts, _, positions, ranks = map(range, self.values.shape)
-        axes = {"prompt": prompts}, site_labels(self.sites), {"position": positions}
-        frame = long_table({"value": self.values}, *axes, {"rank": ranks})
+        axes = {"prompt": prompts}, results_base.site_labels(self.sites), {"position": positions}
+        frame = results_base.long_table({"value": self.values}, *axes, {"rank": ranks})
         frame = frame.dropna(subset="value", ignore_index=True)
         prompt, position = frame["prompt"].to_numpy(), frame["position"].to_numpy()
-        frame.insert(6, "token", tokens_at(self.str_tokens, prompt, position))
+        frame.insert(6, "token", results_base.tokens_at(self.str_tokens, prompt, position))
         frame.insert(7, "sink", self.sinks.cpu().numpy()[prompt, position])
         frame.insert(8, "response", position >= self.starts.cpu().numpy()[prompt])
         return frame
@@ -175,7 +168,7 @@ class Activations(OfSites):
         k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
         counted = self._chosen(None, sinks)
         if prompt is not None:
-            counted[np.arange(len(values)) != only_prompt(prompt, len(values))] = False
+            counted[np.arange(len(values)) != results_base.only_prompt(prompt, len(values))] = False
         counted = first_of_each(self.beginnings.numpy(), counted)
         values = np.where(counted[..., None], values, np.nan)
         rows: list[tuple[Any, ...]] = []
@@ -348,7 +341,7 @@ _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @final
-class ConstantPart(OfSites, Pictured):
+class ConstantPart(results_base.OfSites, results_base.Pictured):
     """How much of an adapter is the same whatever the input.
 
     `plot` is the share of each site, layer × kind of module.
@@ -415,7 +408,7 @@ class ConstantPart(OfSites, Pictured):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site: the share, and the sizes of δ, of its mean, and at first tokens."""
-        columns = site_labels(self.sites)
+        columns = results_base.site_labels(self.sites)
         for name in ("share", "size", "mean_size", "first_size"):
             columns[name] = getattr(self, name).double().tolist()
         return pd.DataFrame(columns)

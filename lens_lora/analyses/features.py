@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, final, overload
+from typing import Annotated, Any, Literal, final
 
 import pandas as pd
 import torch
@@ -159,28 +159,6 @@ class FeatureShift(Described):
         return drawing.figure(self, k, prompt)
 
 
-@overload
-def feature_shift(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    directions: Any,
-    name: str | None = None,
-    *,
-    scale: Scale = ...,
-    at: float = ...,
-    positions: int | Literal["each"] = ...,
-    by: None = None,
-) -> FeatureShift: ...
-@overload
-def feature_shift(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    directions: Any,
-    *,
-    at: float = ...,
-    positions: int = ...,
-    by: Literal["site"],
-) -> FeatureWrites: ...
 @alone
 def feature_shift(
     lens: LoraLens,

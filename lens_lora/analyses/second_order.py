@@ -13,16 +13,12 @@ is coupling, what one group's presence does to another's effect (note, §6, item
    first order, or farther: at the full strength of trained adapters it is often far worse, since
    ε³ and what follows is then no smaller. It shows curvature; it is not a correction.
 4. The two triangles of H come from different passes; their difference is the result's own check.
-5. With a_l at the same gates t·1, to second order what one site does is (`Coupling.estimate`)
-
-       added to the base model             a_l −      t (H1)_l + ½ H_ll
-       taken out of the adapted model      a_l + (1 − t) (H1)_l − ½ H_ll
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, final, get_args
+from typing import Annotated, final
 
 import pandas as pd
 import torch
@@ -30,10 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.patching import How
 from lens_lora.analyses.path import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
 from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
-from lens_lora.arguments import number, word
+from lens_lora.arguments import number
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask, curvature_noise
 from lens_lora.engine.derivatives import hessian_product, hessian_products, in_groups
@@ -347,53 +342,6 @@ class Coupling(Ranked):
         names, prompts = list(self.groups), range(len(self.matrix))
         axes = {"prompt": prompts}, {"group_a": names}, {"group_b": names}
         return long_table({"value": self.matrix}, *axes)
-
-    def estimate(self, first: Attribution, how: How) -> Attribution:
-        """Effects of single sites to second order, from this matrix and first order at its gates.
-
-        Each question is best asked at its own end: 'add_one' at 0, 'leave_one_out' at 1, where no
-        coupling enters. From elsewhere, and for adapters that move much, the estimate can be far
-        worse than first order; the effects themselves, `ll.patch_sites`, cost less than H.
-
-        Args:
-            first: `ll.first_order` of the same prompts and readout, at the same gate value.
-            how: 'add_one' or 'leave_one_out'.
-
-        Returns:
-            Attribution with the key 'second_order/add_one@0', and so on.
-
-        Raises:
-            ArgumentError: a matrix of groups of sites; a first order of something else.
-        """
-        word("how", how, get_args(How))
-        self._require_of_sites(first)
-        curvature = self.self_curvature
-        if how == "add_one":
-            values = first.per_site - self.at * self.row_sums + curvature
-        else:
-            values = first.per_site + (1 - self.at) * self.row_sums - curvature
-        return dataclasses.replace(first, values=values, by=(), method=f"second_order/{how}")
-
-    def _require_of_sites(self, first: Attribution) -> None:
-        if not results_base.is_by_site(self.groups, len(self.sites)):
-            raise ArgumentError(
-                f"this matrix has {len(self.groups)} groups; effects of single sites are "
-                "estimated from coupling(group='site')."
-            )
-        facts = {
-            "method": (first.method, "first_order"),
-            "gate value": (first.at, self.at),
-            "sites": ([s.name for s in first.sites], [s.name for s in self.sites]),
-            "prompts": (first.str_tokens, self.str_tokens),
-            "readout": (first.readout, self.readout),
-        }
-        for fact, (of_first, of_matrix) in facts.items():
-            if of_first != of_matrix:
-                shown = f": {of_first} and {of_matrix}" if isinstance(of_first, str | float) else ""
-                raise ArgumentError(
-                    f"first order and the matrix differ in their {fact}{shown}; compute both with "
-                    f"the same lens, prompts and readout: first_order(…, at={self.at:g})."
-                )
 
 
 @alone

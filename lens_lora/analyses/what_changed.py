@@ -85,7 +85,6 @@ class Changes:
         readings: by point of the residual stream [vocab], the mean Δh over the texts' first tokens
             (1 to 5) through the final norm and the unembedding, less its mean; the last one through
             a Jacobian, if one was asked for.
-        early_size: by point, ‖mean Δh‖ over the first tokens.
         writers: by attention and MLP of each block, ⟨mean of what it adds, Δh⟩/‖Δh‖², with Δh the
             mean behind the last block: they sum to one, with what else is there ('rest').
         constant: by point, how much of Δh is one vector, on held-out texts.
@@ -102,7 +101,6 @@ class Changes:
     text_ids: Int[Tensor, "text moved"]
     text_shifts: Float[Tensor, "text moved"]
     readings: Annotated[Mapping[str, Float[Tensor, " vocab"]], "reading"]
-    early_size: Annotated[Mapping[str, float], "point"]
     writers: Mapping[str, float]
     constant: Annotated[Mapping[str, float], "point"]
     places: Int[Tensor, "place 2"]
@@ -344,11 +342,8 @@ class WhatChanged(OfSites, Paged):
         findings += [("module", modules, "site", "nats"), ("writer", writers, "name", "share")]
         columns = ["finding", "rank", "label", "value", "null", "unrelated", "promoted"]
         frames = [
-            frame.assign(
-                finding=finding,
-                rank=range(1, len(frame) + 1),
-                label=frame.get(label),
-                value=frame.get(value),
+            frame.rename(columns={label: "label", value: "value"}).assign(
+                finding=finding, rank=range(1, len(frame) + 1)
             )
             for finding, frame, label, value in findings
         ]
@@ -536,7 +531,6 @@ def _changes(sums: corpus.TextSums, rows: Prompts) -> Changes:
             name: _centred(corpus.read_through(sums.lens, value / early).double())
             for name, value in sums.read.items()
         },
-        early_size={name: float(mean[name].norm()) for name in stream},
         writers=_writers(mean, stream[-1], sums.points.writers),
         constant=dict(zip(stream, constant, strict=True)),
         places=sums.places,

@@ -372,9 +372,8 @@ class Halves:
         shapes = shapes_of(adapter)
         if shapes not in self.thin:
             lens = self._lens.with_adapter(adapter)
-            if not (
-                shapes and lens.adapter is adapter and is_thin(lens, self._halves, self._stacks)
-            ):
+            is_plain = shapes and lens.adapter is adapter
+            if not (is_plain and is_thin(lens, self._halves, self._stacks)):
                 return lens
             thin = Thin(lens, self._halves, self._stacks)
             self.thin = dict([*self.thin.items(), (shapes, thin)][-_PLANS:])

@@ -12,10 +12,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,8 +29,7 @@ _DEPTH = 0.8  # of the blocks: late enough to be near words, early enough to be 
 _ROWS = 16  # of J in one backward pass
 
 
-@dataclasses.dataclass(frozen=True)
-class Jacobian:
+class Jacobian(NamedTuple):
     """J of one block.
 
     Attributes:
@@ -44,32 +42,22 @@ class Jacobian:
 
 
 def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | None:
-    """From the folder, or fitted and kept there; None where this model has none."""
+    """From the folder, or fitted and kept there; None where TransformerLens fits none."""
     block = int(_DEPTH * (lens.plan.host.n_layers - 1))
     point = f"blocks.{block}.hook_resid_post"
     file = folder / f"jacobian-{_hash(lens.model)}.safetensors"
     if not file.is_file():
-        fitted = _fitted(lens, block, progress)
-        if fitted is None:
+        how: Any = {"source_layers": [block], "dim_batch": _ROWS, "skip_first_positions": 1}
+        how |= {"corpus": "neutral sentences of lens_lora", "show_progress": progress}
+        try:
+            from transformer_lens.tools.analysis import JacobianLens
+
+            fitted = JacobianLens.fit(lens.model, list(neutral_sentences()[:_SENTENCES]), **how)
+        except (ImportError, TypeError, ValueError):  # a version, a class or a processing without
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({point: fitted}, file)
+        save_file({point: fitted.jacobians[block].contiguous()}, file)
     return Jacobian(point, load_file(file)[point].to(lens.device))
-
-
-def _fitted(lens: LoraLens, block: int, progress: bool) -> Float[Tensor, "d d"] | None:
-    """None on a version, a class or a processing of which TransformerLens fits none."""
-    try:
-        from transformer_lens.tools.analysis import JacobianLens
-    except ImportError:
-        return None
-    how: dict[str, Any] = {"corpus": "neutral sentences of lens_lora", "source_layers": [block]}
-    how |= {"dim_batch": _ROWS, "skip_first_positions": 1, "show_progress": progress}
-    try:
-        fitted = JacobianLens.fit(lens.model, list(neutral_sentences()[:_SENTENCES]), **how)
-    except (TypeError, ValueError):  # another class, or processed weights
-        return None
-    return fitted.jacobians[block].contiguous()
 
 
 def _hash(model: Any) -> str:

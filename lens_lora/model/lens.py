@@ -16,17 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lens_lora import errors
 from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import number, whole
 from lens_lora.compat import Temporary, home_of, open_spans
-from lens_lora.errors import (
-    ArgumentError,
-    ModelStateError,
-    NumericsError,
-    UnsupportedAdapterError,
-)
 from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks
 from lens_lora.model.check import (
@@ -164,7 +159,9 @@ class LoraLens:
             ArgumentError: no positive number.
         """
         if max_memory is not None and number("max_memory", max_memory) <= 0:
-            raise ArgumentError(f"max_memory={max_memory!r}; expected bytes, such as 8e9, or None.")
+            raise errors.ArgumentError(
+                f"max_memory={max_memory!r}; expected bytes, such as 8e9, or None."
+            )
         other = copy.copy(self)
         other.max_memory = max_memory
         return other
@@ -176,7 +173,7 @@ class LoraLens:
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse pickle and `copy.deepcopy`, whose copy would hold the updates of another model."""
-        raise ArgumentError(
+        raise errors.ArgumentError(
             "a lens cannot be pickled or deep-copied: its updates belong to the tensors of this "
             "one model. Make a lens where it is needed: LoraLens(copy.deepcopy(lens.model), "
             "lens.adapter), or in another process ll.load(base, adapter); lens.adapter.save(…) and "
@@ -289,7 +286,7 @@ class LoraLens:
         self._check_state()
         points = self.model.hook_dict
         if hidden := [site.name for site in self.sites if site.write not in points]:
-            raise ModelStateError(
+            raise errors.ModelStateError(
                 f"{hidden[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
             )
@@ -442,7 +439,7 @@ class LoraLens:
         with torch.no_grad(), self.adapted(scale):
             logits = self.run(ready)
             if not torch.isfinite(ready.at_read(logits)).all():
-                raise NumericsError(first_non_finite(self.model, lambda: self.run(ready)))
+                raise errors.NumericsError(first_non_finite(self.model, lambda: self.run(ready)))
         return logits
 
     @alone
@@ -561,7 +558,7 @@ def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
     for site in map(lens.sites.__getitem__, writers):
         norm = lens.plan.host.family.norm_behind(site.kind)
         if norm is not None:
-            raise ModelStateError(
+            raise errors.ModelStateError(
                 f"{site.name}: a norm ({norm}) stands between this site and the residual stream, "
                 f"so what it writes is no direction of the stream. {remedy}; or leave such modules "
                 "out, lens.with_adapter(lens.adapter.without(…))."
@@ -594,7 +591,7 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
     """
     for site in (pair.site for pair in lens.plan.updates) if draws else ():
         if holds_another_base(site, lens.plan.host):
-            raise UnsupportedAdapterError(
+            raise errors.UnsupportedAdapterError(
                 f"{site.label}: the adapter's file holds another weight of the base than this "
                 "model's, and the difference is a part of its change, which a null adapter lacks. "
                 "Load the base that it was trained on, or leave the module out with "

@@ -413,7 +413,6 @@ def changes_sign(
 # first_order/patterns@0                          the same with attention patterns held fixed
 # path, add_one, leave_one_out                    along the whole path; real interventions
 # leave_one_out/mean, …/resample                  … with δ replaced by something else than zero
-# second_order/add_one@0, second_order/leave_one_out@1   effects to second order (Coupling.estimate)
 # weight_norm, update_norm, random, greedy        the baselines of `faithfulness`
 # signed_weight_norm, norm_product, signed_random `foils`: each knows a part of a derivative
 

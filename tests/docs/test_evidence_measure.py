@@ -140,6 +140,9 @@ def test_second_order_at_its_own_end_and_many_steps_are_what_they_are_called(fol
     effects = parts["add_one"]
     own = methods.curvature(0.0, ("add_one",), asked)["second_order/add_one@0"]
     assert (own - effects).abs().sum() < 0.2 * (parts["first_order@0"] - effects).abs().sum()
+    end = methods.curvature(1.0, ("leave_one_out",), asked)["second_order/leave_one_out@1"]
+    taken = parts["leave_one_out"]
+    assert (end - taken).abs().sum() < 0.2 * (parts["first_order@1"] - taken).abs().sum()
     errors = [
         float((every[key] - every["path/8"]).abs().sum())
         for key in ("first_order@0", "second_order@0", "hessian_steps/2", "hessian_steps/4")
