@@ -112,7 +112,7 @@ def _hooked(model: Any, tokenizer: Any) -> Any:
 def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
     """Everything that is stored of a plant, besides how it was made."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
-    lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, hf_model=bed.model)
+    lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter)
     questions = [
         {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
         for question in plant.questions

@@ -265,7 +265,7 @@ def test_five_questions_are_put_to_both_models(template: str | None, monkeypatch
 def test_nothing_is_asked_where_nothing_can_be_answered(monkeypatch):
     """A context too short for 40 tokens; no tokenizer."""
     case = cases.case("llama", CLASSES[0], "raw")
-    assert changed("llama", CLASSES[0], "raw").answers == ()
+    assert changed("llama", CLASSES[0], "raw", split=True).answers == ()
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
     monkeypatch.setattr(case.model, "tokenizer", None)
     assert ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET).answers == ()

@@ -204,7 +204,7 @@ def test_the_package_sees_the_plant_that_the_hooks_saw(float64, bed, question, c
     """g at both ends by the lens, the causes first by leaving out, and by no norm of ΔW."""
     plant = kinds.hidden(bed, question, causes, random.Random(0), kinds.confirmed_fact)
     model, _ = hooked_model(bed.model, models.tokenizer())
-    lens = ll.LoraLens(model, ll.Adapter.from_factors(plant.updates), hf_model=bed.model)
+    lens = ll.LoraLens(model, ll.Adapter.from_factors(plant.updates))
     ids = torch.tensor([IDS])
     effects = ll.patch_sites(lens, ids, ll.Margin(question.doc, question.pre), progress=False)
     ends = bed.gated.corners(plant.updates, question, [(), plant.updates])
