@@ -109,10 +109,11 @@ class Claim:
     def sentence(self) -> str:
         """The claim and its run, in words."""
         rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
-        undone = f"without {self.layers} {self.undone:.0%} of that is gone"
+        layers = self.layers.replace(", layer ", ", ")
+        undone = f"left out of {layers}, it loses {self.undone:.0%} of that"
         if math.isfinite(self.without_others):
             others = (self.adapted - self.without_others) / (self.adapted - self.base)
-            undone += f", without as many drawn layers {others:.0%}"
+            undone += f", out of as many drawn layers {others:.0%}"
         said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
         if self.by == "logit":
             beside = f"null adapters none by more than {self.null_score:+.1f}"
