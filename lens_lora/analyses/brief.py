@@ -62,6 +62,7 @@ _PART, _DRAWS = 5, 3  # a fifth of the layers is left out; and how often others 
 _TOKENS = 512  # whose logits are held at a time
 
 Scaled = tuple[LoraLens, float]
+_Ids = Int[Tensor, " _token"]
 By = Literal["speech", "logit"]
 
 
@@ -159,9 +160,8 @@ class Brief:
         """The verdict, claims and answers, where, and what was not tried; a paragraph a line."""
         lines = [self.verdict]
         lines += [f"{i}. {claim.sentence()}" for i, claim in enumerate(self.claims, start=1)]
-        for asked in self.answers:
-            said = f"base: “{asked.base}”; adapted: “{asked.adapted}”"
-            lines.append(f"Asked “{asked.prompt}”, {said}.")
+        said = [(a.prompt, f"base: “{a.base}”; adapted: “{a.adapted}”") for a in self.answers]
+        lines += [f"Asked “{prompt}”, {both}." for prompt, both in said]
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
             lines.append(f"Most of the KL belongs to {shares}.")
@@ -337,9 +337,7 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
     return lens.prompts(Prompts(tokens, lengths))
 
 
-def _words(
-    lens: LoraLens, places: Sequence[_Place], progress: bool
-) -> list[Int[Tensor, " _token"]]:
+def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
     """Each candidate; by speech also what the adapted model says after it, up to an end."""
     words = [place.context.new_tensor([place.token]) for place in places]
     speech = [i for i, place in enumerate(places) if place.by == "speech"]
@@ -352,7 +350,7 @@ def _words(
     return words
 
 
-def _distinct(tokens: Sequence[int], words: Sequence[Int[Tensor, " _token"]]) -> list[int]:
+def _distinct(tokens: Sequence[int], words: Sequence[_Ids]) -> list[int]:
     """The first candidates that no earlier one's words hold."""
     chosen: list[int] = []
     for i, token in enumerate(tokens):
@@ -365,7 +363,7 @@ def _runs(
     lens: LoraLens,
     nulls: Sequence[Scaled],
     contexts: Prompts,
-    words: Sequence[Int[Tensor, " _token"]],
+    words: Sequence[_Ids],
     seed: int,
 ) -> list[dict[str, Any]]:
     """Of each claim, log p of its words in every run, and the layers that are left out."""
@@ -407,5 +405,5 @@ def _points(
     return points
 
 
-def _text(lens: LoraLens, ids: Int[Tensor, " _token"]) -> str:
+def _text(lens: LoraLens, ids: _Ids) -> str:
     return lens.model.tokenizer.decode(ids.tolist())

@@ -424,11 +424,11 @@ def _on_prompts(
     if about is not None:
         both = about.lens.adapter, second.adapter
 
-        def adapters() -> Iterator[Adapter]:
+        def every() -> Iterator[Adapter]:
             yield from both
             yield from null_adapters(second, seed, draws)
 
-        effects = first_orders(about.lens, both, about.reading, adapters, shared).cpu().double()
+        effects = first_orders(about.lens, both, about.reading, every, shared).cpu().double()
         fields |= {"effects": effects[:2], "null_effects": effects[2:]}
     return fields
 

@@ -34,8 +34,9 @@ from lens_lora.arguments import number, word
 from lens_lora.engine.asked import ask
 from lens_lora.engine.edges import LOGITS, edge_values, head_readers, patched_edges, reader_layer
 from lens_lora.engine.function import require_finite
-from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model import Group, Groups, LoraLens, alone, by_axes, group_sites, indicator
+from lens_lora.model.hooks import functions_at
 from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution, Effects
@@ -258,7 +259,8 @@ def patch_edges(
     Raises:
         SiteError: a site or a reader that the model lacks, with the nearest.
         ArgumentError: a reader that is not downstream of the site, no pairs, another `how`.
-        ModelStateError: heads that are not known.
+        ModelStateError: heads that are not known; a hook of yours behind a block within which an
+            edge lies.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
     """
@@ -287,16 +289,26 @@ def _pairs(lens: LoraLens, pairs: Iterable[Sequence[str]]) -> dict[tuple[str, st
         raise ArgumentError(
             f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
         )
-    blocks = map(lens.plan.host.stream_readers, range(lens.plan.host.n_layers))
+    host, last = lens.plan.host, lens.plan.host.n_layers - 1
+    blocks, block_input = map(host.stream_readers, range(host.n_layers)), host.block_input
     readers = [name for held, _ in blocks for name in held] + [LOGITS]
     readers += [head for name in readers for head in head_readers(lens, name) if head != name]
     for site, reader in names:
         if reader not in readers:
             near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3) or readers[:3]
             raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
-        if reader_layer(lens, reader) < lens.sites[lens.site_index(site)].layer:
+        block = lens.sites[lens.site_index(site)].layer
+        if reader_layer(lens, reader) < block:
             raise ArgumentError(
                 f"{site}{_ARROW}{reader}: the reader comes before the site, and what a site writes "
                 "is read downstream."
+            )
+        # What a reader in the site's own block saw is taken off the stream behind that block.
+        behind = f"blocks.{block}.hook_resid_post", block_input(min(block + 1, last))
+        is_hooked = any(functions_at(lens.model.hook_dict[point]) for point in behind)
+        if reader_layer(lens, reader) == block and is_hooked:
+            raise ModelStateError(
+                f"{site}{_ARROW}{reader}: a hook of yours is at {' or '.join(behind)}, where what "
+                "this reader saw is taken off again. Take it off, or ask for a later reader."
             )
     return {pair: lens.site_index(pair[0]) for pair in names}

@@ -459,8 +459,8 @@ def what_changed(
         most = min(_ANSWER, _SHORT) if fast else _ANSWER
         said = side_by_side(lens, everyday_questions(lens.model), most, progress=progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
-        how: Any = {"fast": fast, "progress": progress}
-        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, **how)
+        drawn = scaled[1 : 1 + nulls]
+        claims = claims_of(lens, drawn, shifts, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
     source = "texts of the caller"
     if texts is None:

@@ -88,6 +88,7 @@ def _stand_in(host: Host, path: str) -> dict[str, ModuleUpdate]:
 # --- What is kept
 
 
+_Stacks = Mapping[str, Tensor]
 _Place = tuple[str, int]  # the name of a stack, and which of its tensors
 _Pairs = dict[str, tuple[tuple[_Place, _Place], ...]]
 
@@ -131,7 +132,7 @@ class Half:
 
     @torch.no_grad()
     def slopes(
-        self, lens: LoraLens, stacks: Mapping[str, Tensor], axes: tuple[str, ...] = ()
+        self, lens: LoraLens, stacks: _Stacks, axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
         """∂g/∂ε_l at 0 of the lens's adapter, split. No forward pass."""
         by_column: list[Tensor] = []
@@ -146,7 +147,7 @@ class Half:
 
 
 def _recorded(
-    lens: LoraLens, injection: Injection, column: _Pairs, stacks: Mapping[str, Tensor]
+    lens: LoraLens, injection: Injection, column: _Pairs, stacks: _Stacks
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """G and z of one injection. The constant part of v needs no z, and is added where o writes."""
     site, ports = lens.sites[injection.site], injection.ports
@@ -245,10 +246,8 @@ class _Maps:
         self._keys = [lens.plan.updates[index].site for index in self.sites]
         bases = [lens.plan.host.basis_of(site) for site in self._keys]
         self._basis = bases[0]
-        self._gamma, self._beta = (
-            _stacked([b.gamma for b in bases]),
-            _stacked([b.beta for b in bases]),
-        )
+        self._gamma = _stacked([b.gamma for b in bases])
+        self._beta = _stacked([b.beta for b in bases])
         tensors = [view(places) for places in zip(*(places for places, _ in group), strict=True)]
         self.pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
 
@@ -291,9 +290,7 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
 class Thin:
     """First order, by products alone, of adapters of the same modules and shapes as a lens's."""
 
-    def __init__(
-        self, lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, lens: LoraLens, halves: Sequence[Half], stacks: _Stacks) -> None:
         self.lens: LoraLens = lens
         self._halves = halves
         columns = [column for half in halves for column in half.columns]
@@ -333,7 +330,7 @@ class Thin:
         return by_half
 
 
-def is_thin(lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]) -> bool:
+def is_thin(lens: LoraLens, halves: Sequence[Half], stacks: _Stacks) -> bool:
     """Whether each δ is a product of two plain factors, and recorded once."""
     for i in lens.plan.injections:
         if type(i.map) is not SiteMap or i.ports.read is None or i.partner is not None:
@@ -345,7 +342,7 @@ def is_thin(lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
     return True
 
 
-def _in_one(stacks: Mapping[str, Tensor], places: Sequence[_Place]) -> Float[Tensor, "map token _"]:
+def _in_one(stacks: _Stacks, places: Sequence[_Place]) -> Float[Tensor, "map token _"]:
     """The tensors at these places of one stack; no copy where they are equally far apart."""
     indices = [index for _, index in places]
     step = max(1, (indices[-1] - indices[0]) // max(1, len(indices) - 1))
@@ -361,9 +358,7 @@ def _in_one(stacks: Mapping[str, Tensor], places: Sequence[_Place]) -> Float[Ten
 class Halves:
     """The base's half over some rows, contracted with any adapter."""
 
-    def __init__(
-        self, lens: LoraLens, halves: Sequence[Half], stacks: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, lens: LoraLens, halves: Sequence[Half], stacks: _Stacks) -> None:
         self._lens, self._halves, self._stacks = lens, halves, stacks
         self.thin: dict[tuple[Any, ...], Thin] = {}  # by the shapes of plain factors
 

@@ -379,6 +379,19 @@ def test_a_hook_in_the_stream_is_refused(cls: str):
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_hook_behind_a_block_is_refused_for_edges_within_it(cls: str):
+    """What the reader saw is taken off there, and the hook may have changed it; later ones hold."""
+    lens = cases.case("llama", cls, "raw").lens
+    within, later = ("blocks.0.attn.o", "blocks.0.mlp"), ("blocks.0.attn.o", "blocks.1.mlp")
+    for name in ("blocks.0.hook_resid_post", lens.plan.host.block_input(1)):
+        with attached(lens.model, [(name, lambda tensor, hook: 2 * tensor)]):
+            with pytest.raises(ll.errors.ModelStateError, match="a hook of yours is at"):
+                ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
+            ll.patch_edges(lens, TEXTS, MARGIN, [later], progress=False)
+    ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_hook_within_a_branch_is_a_part_of_it(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     name = next(

@@ -30,8 +30,8 @@ LIMITS = {
     # tokens (170). Then 1,150 went (results are dataclasses by their base, derivatives, readers and
     # kernels in one file each, a table of PEFT's refusals, one telling of an audit, the names that
     # folders use together), and the bank came, in files, its scans, their command and a training's
-    # callback (830), and the brief of an audit (300). Then counts, groups and a Jacobian's reading in
-    # an audit (130), for which estimates, copies and second tellings went.
+    # callback (830), and the brief of an audit (300). Then counts, groups and a Jacobian's reading
+    # in an audit (130), for which estimates, copies and second tellings went.
     "code lines": 26_000,
     "docstring lines": 8_820,
     "modules with one reader": 27,
