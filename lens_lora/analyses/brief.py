@@ -379,13 +379,12 @@ def _runs(
     null = [run(other, gates=other.gates(scale)[None]) for other, scale in nulls]
     largest = torch.cat(null, 1).amax(1).tolist()
     base, adapted = asked.ends.tolist()
-    names = list(layers)
     return [
         {
             "base": base[i],
             "adapted": adapted[i],
             "null": largest[i],
-            "layers": ", ".join(names[j] for j in sorted(top[i].tolist())),
+            "layers": ", ".join([*layers][j] for j in sorted(top[i].tolist())),
             "without": float(values[i, 0]),
             "without_others": float(values[i, 1:].mean()),
         }

@@ -4,8 +4,8 @@
    is over the tokens after each text's first, which is a sink; a token with the same tokens before
    it as in an earlier text counts once.
 2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability, how
-   often each is among the first 20, and which are promoted by the same texts (`groups`); what
-   the mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
+   often each is among the first 20, and which the same texts promote (`promoted_groups`); what the
+   mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
    blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the KL, by the
    path integral with two nodes (the quadratic part at the base may rank them at random).
 3. The same of null adapters, in random directions, and of unrelated adapters. A null adapter runs
@@ -100,9 +100,9 @@ class Changes:
     count: Float[Tensor, " vocab"]
     text_ids: Int[Tensor, "text moved"]
     text_shifts: Float[Tensor, "text moved"]
-    readings: Annotated[Mapping[str, Float[Tensor, " vocab"]], "reading"]
+    readings: Mapping[str, Float[Tensor, " vocab"]]
     writers: Mapping[str, float]
-    constant: Annotated[Mapping[str, float], "point"]
+    constant: Mapping[str, float]
     places: Int[Tensor, "place 2"]
     place_ids: Int[Tensor, "place promoted"]
     place_changes: Float[Tensor, "place promoted"]
@@ -127,9 +127,7 @@ class Changes:
             ArgumentError: another word.
         """
         word("by", by, BY)
-        if by == "reading":
-            return self.readings[list(self.readings)[-1]]
-        return getattr(self, by)
+        return [*self.readings.values()][-1] if by == "reading" else getattr(self, by)
 
 
 @final
@@ -277,7 +275,7 @@ class WhatChanged(OfSites, Paged):
         columns["share"] = (self.shares / self.shares.sum())[order].tolist()
         return pd.DataFrame(columns)
 
-    def groups(self, n: int = 4, k: int = 8) -> pd.DataFrame:
+    def promoted_groups(self, n: int = 4, k: int = 8) -> pd.DataFrame:
         """Tokens that the same texts promote, as factors of [text, token] ≈ W H, none negative.
 
         Args:
@@ -442,9 +440,11 @@ def what_changed(
     others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
     if not all(isinstance(other, Adapter) for other in others):
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
-    asked = ask_prompts(
-        lens, neutral_texts(lens.model, _FAST if fast else 1) if texts is None else texts
-    )
+    source = "texts of the caller"
+    if texts is None:
+        texts = neutral_texts(lens.model, _FAST if fast else 1)
+        source = f"neutral texts of lens_lora (conversations {conversation_form(lens.model)})"
+    asked = ask_prompts(lens, texts)
     rows = asked.prompts
     corpus.require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
@@ -462,9 +462,6 @@ def what_changed(
         drawn = scaled[1 : 1 + nulls]
         claims = claims_of(lens, drawn, shifts, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
-    source = "texts of the caller"
-    if texts is None:
-        source = f"neutral texts of lens_lora (conversations {conversation_form(lens.model)})"
     return WhatChanged(
         found=found,
         nulls=tuple(controls[:nulls]),

@@ -110,8 +110,7 @@ def diff(
         elif save is not None:
             changes.save(save)
         running.tell(str(brief)).print(what_changed_tables(changes))
-        running.say(f"\nReport: {report.absolute()}")
-        for name, file in (("Numbers", save), ("Brief", json)):
+        for name, file in (("\nReport", report), ("Numbers", save), ("Brief", json)):
             if file is not None:
                 running.say(f"{name}: {file.absolute()}")
 

@@ -239,6 +239,7 @@ def _scale(lens: LoraLens, values: Tensor) -> Float[Tensor, "*token 1"]:
 
 
 EARLY = 5  # tokens after the first
+_FIRST = slice(1, 1 + EARLY)
 _TOKENS = 512  # of a batch, whose logits are held for two models at once
 _NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # Gauss–Legendre's two on [0, 1], of equal weight
 _PLACES, _PROMOTED = 20, 3  # tokens where KL is largest, and the promoted ones that are named
@@ -334,8 +335,7 @@ class TextSums:
 
     def _add_logits(self, batch: _Batch, by_text: Float[Tensor, "row vocab"]) -> None:
         self.logits += in_float64(by_text.sum(0))
-        centred = by_text - by_text.mean(-1, keepdim=True)
-        most = centred.topk(self.text_ids.shape[1])
+        most = (by_text - by_text.mean(-1, keepdim=True)).topk(self.text_ids.shape[1])
         self.text_ids[batch.index] = most.indices.cpu()
         self.text_values[batch.index] = most.values.to(self.text_values)
 
@@ -354,7 +354,7 @@ class TextSums:
 
     def _add_stream(self, batch: _Batch, moved: _Run) -> None:
         rows, counted = batch.index.to(self.stream.device), batch.counted
-        early = counted[:, 1 : 1 + EARLY]
+        early = counted[:, _FIRST]
         for name, held in batch.base.held.items():
             shift = moved.held[name].to(self.lens.gate_dtype) - held.to(self.lens.gate_dtype)
             if name in self.points.writers:
@@ -366,14 +366,13 @@ class TextSums:
             slot, rest = self.points.stream.index(name), shift.masked_fill(~counted[..., None], 0)
             self.stream[rows, slot] = in_float64(rest).sum(1)
             self.squares[rows, slot] = in_float64(rest).square().sum((1, 2))
-            first, h = (x[:, 1 : 1 + EARLY][early] for x in (shift, held.to(shift)))
+            first, h = (x[:, _FIRST][early] for x in (shift, held.to(shift)))
             self.early[name] += in_float64(first).sum(0)
             self.read[name] += in_float64(over_scale(self.lens, first, h)).sum(0)
 
     def _add_transported(self, name: str, shift: Float[Tensor, "row pos d"], batch: _Batch) -> None:
         """c(J Δh)/σ(h) of the first tokens, h behind the last block."""
-        early = slice(1, 1 + EARLY)
-        last, kept = batch.base.held[self.points.stream[-1]][:, early], batch.counted[:, early]
+        last, kept = batch.base.held[self.points.stream[-1]][:, _FIRST], batch.counted[:, _FIRST]
         moved = shift[kept] @ cast("Jacobian", self.points.jacobian).matrix.to(shift).T
         self.read[name] += in_float64(over_scale(self.lens, moved, last[kept].to(moved))).sum(0)
 
@@ -420,11 +419,10 @@ def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
     def keep(name: str, only: slice) -> HookFn:
         return lambda tensor, hook: held.update({name: tensor[:, only].detach().clone()})
 
-    first = slice(1, 1 + EARLY)
     hooks = [(name, keep(name, slice(None))) for name in points.stream]
-    hooks += [(name, keep(name, first)) for name in points.writers]
+    hooks += [(name, keep(name, _FIRST)) for name in points.writers]
     if points.jacobian is not None:
-        hooks += [(points.jacobian.point, keep(name, first)) for name in points.through]
+        hooks += [(points.jacobian.point, keep(name, _FIRST)) for name in points.through]
     inject = ScaleInject(lens.plan, gates)
     with torch.no_grad(), lens.injected(inject), attached(lens.model, hooks):
         logits = read_logits(lens, rows)

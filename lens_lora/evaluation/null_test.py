@@ -49,7 +49,8 @@ class NullTest(Drawn):
     Attributes:
         observed: first order of the real adapter, with its exact shift.
         null: [draw, batch, site], first order of each null adapter, in the readout's units.
-        null_shift: [run, batch], the exact g(1) − g(0) of the first draws, those that were run.
+        null_shift: [draw, batch], the exact g(1) − g(0) of each; NaN of those that were not run,
+            which are the last.
         seed: of the draws: draw k is that of `adapter.null(seed, k)`, but where a fused
             module holds several sites, whose singular values are kept part by part.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
@@ -57,7 +58,7 @@ class NullTest(Drawn):
 
     observed: Attribution
     null: Float[Tensor, "draw batch site"]
-    null_shift: Float[Tensor, "run batch"]
+    null_shift: Float[Tensor, "draw batch"]
     seed: int
     noise_floor: Float[Tensor, " batch"]
 
@@ -97,7 +98,11 @@ class NullTest(Drawn):
     @property
     def shift_p(self) -> Float[Tensor, " batch"]:
         """p of the exact shift, among the draws that were run."""
-        return _p(self.observed.shift, self.null_shift)
+        return _p(self.observed.shift, self._run_shift)
+
+    @property
+    def _run_shift(self) -> Float[Tensor, "run batch"]:
+        return self.null_shift[~self.null_shift.isnan().any(1)]
 
     @property
     def exceeds_all(self) -> Float[Tensor, " batch"]:
@@ -108,10 +113,11 @@ class NullTest(Drawn):
     @property
     def verdict(self) -> tuple[NullVerdict, ...]:
         """For each prompt, how far shift and sites stand out; str() words it."""
-        null_rms = in_float64(self.null_shift).square().mean(0).sqrt()
+        run = self._run_shift
+        null_rms = in_float64(run).square().mean(0).sqrt()
         of_shift = (self.observed.shift, self.noise_floor, null_rms, self.shift_p)
         numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
-        return tuple(null_verdict(*row, self.draws, len(self.null_shift)) for row in numbers)
+        return tuple(null_verdict(*row, self.draws, len(run)) for row in numbers)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
@@ -174,7 +180,9 @@ def null_test_of(
                 shifts.append(other.along((1.0,), progress=False)[:, 0] - first.base)
 
     slopes = first_orders(lens, [lens.adapter], asked.reading, nulls, lens.sites)
-    return NullTest(first, slopes, torch.stack(shifts), seed, asked.noise_floor)
+    missing = shifts[0].new_full((draws - len(shifts), len(shifts[0])), torch.nan)
+    ran = torch.cat([torch.stack(shifts), missing])
+    return NullTest(first, slopes, ran, seed, asked.noise_floor)
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:

@@ -274,7 +274,7 @@ def _modules_table(changed: results.WhatChanged, k: int) -> Table:
 
 def _groups(changed: results.WhatChanged) -> Table:
     """Tokens that the same texts promote."""
-    groups = changed.groups()
+    groups = changed.promoted_groups()
     groups["tokens"] = [" ".join(map(visible, tokens)) for tokens in groups["tokens"]]
     heads = {"share": "of all promoted", "tokens": "tokens", "text": "most in"}
     return table_of(groups, heads, texts=(1, 2), heading="tokens that the same texts promote")

@@ -298,13 +298,13 @@ def test_tokens_that_the_same_texts_promote():
     shifts = torch.tensor([[4.0, 2.0, 1.0], [8.0, 4.0, 2.0], [0.5, 1.0, -3.0]])
     planted = dataclasses.replace(found.found, text_ids=ids, text_shifts=shifts)
     planted = dataclasses.replace(found, found=planted)
-    groups, words = planted.groups(2, k=2), found.strings
+    groups, words = planted.promoted_groups(2, k=2), found.strings
     assert groups["tokens"].tolist() == [[words[3], words[4]], [words[8], words[7]]]
     assert groups["share"].tolist() == pytest.approx([21 / 22.5, 1.5 / 22.5], abs=1e-3)
     assert groups["text"].tolist() == ["".join(found.str_tokens[i]) for i in (1, 2)]
-    assert len(planted.groups(9)) == 3 and len(planted.groups(1)) == 1
+    assert len(planted.promoted_groups(9)) == 3 and len(planted.promoted_groups(1)) == 1
     with pytest.raises(ll.errors.ArgumentError, match="n"):
-        planted.groups(0)
+        planted.promoted_groups(0)
 
 
 def reading_through(case: cases.Case, point: str, folder: Path) -> Tensor:
