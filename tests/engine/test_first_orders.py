@@ -165,7 +165,7 @@ def test_checkpoints_are_first_order_of_each(family: str, target: str):
     run = [last.scaled(share).named(f"{share}") for share in (0.5, 1.0)] if target != "dora" else []
     run = run or [last.named("a"), last.named("b")]
     try:
-        lens = ll.LoraLens(model, last)
+        lens = ll.LoraLens(model, last, hf_model=base_for(base, "raw", target))
         found = ll.checkpoints(lens, run, models.tokens(), MARGIN, **QUIET)
     except ll.errors.LensLoraError as refusal:
         pytest.fail(str(refusal))
