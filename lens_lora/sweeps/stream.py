@@ -327,11 +327,11 @@ def token_sweep(
     return file
 
 
-def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterable[Record]:
+def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterator[Record]:
     """The records, with a bar that counts them; of several processes, the first one's."""
     total = len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
     plain, title = each_record(records, with_answers=False), f"sweep{processes.share}"
-    return tqdm(plain, title, total, leave=total is not None, unit="text", disable=not shown)
+    yield from tqdm(plain, title, total, leave=total is not None, unit="text", disable=not shown)
 
 
 # --- Windows: which records are run
