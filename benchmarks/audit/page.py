@@ -15,10 +15,10 @@ import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from marks import write  # noqa: E402
+from marks import put_in  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, NUMBERS = DOCS / "auditing.md", DOCS / "audit.json"
+SECTION, NUMBERS = Path(__file__).with_name("section.md"), DOCS / "audit.json"
 FIRST = 5
 METHODS = {
     "brief": "the brief's first five claims",
@@ -94,7 +94,7 @@ def _plain(said: str) -> str:
 
 def main() -> None:
     table = scores(json.loads(NUMBERS.read_text())["adapters"])
-    write(PAGE, {"audit": summary(table), "audited": every_adapter(table)})
+    print(put_in(SECTION.read_text(), {"audit": summary(table), "audited": every_adapter(table)}))
 
 
 if __name__ == "__main__":
