@@ -389,7 +389,7 @@ def _require_numbers(tensors: Mapping[str, Any]) -> None:
         if tensor.dtype not in _DTYPES:
             fact = f"factors must be floating point of 16 bits or more, and {key} is {tensor.dtype}"
             raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
-        # NaN and infinity are in the sum, too, which takes a tenth as long, and may overflow.
+        # A finite sum has finite terms, and takes a tenth as long; one that overflows says nothing.
         if not (math.isfinite(tensor.sum().item()) or torch.isfinite(tensor).all()):
             raise AdapterError(f"the factors contain NaN or infinite entries (in {key}).")
 

@@ -21,9 +21,9 @@
    order at 1 names the layers that carry most of m; m is run without them, and without as many
    layers that a seed draws.
 
-Cost: `generate` of about 40 openings and of the candidates' words; a forward pass of the base, the
-adapter and each null over what was said; one forward and backward pass of the claims, and a forward
-pass of them for each end, null and group that is left out.
+Cost: `generate` of about 40 openings in each voice and of the candidates' words; a forward pass of
+the base, the adapter and each null over what was said; one forward and backward pass of the claims,
+and a forward pass of them for each end, null and group that is left out.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class Claim:
         """The claim and its run, in words."""
         rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
         layers = self.layers.replace(", layer ", ", ")
-        undone = f"left out of {layers}, it loses {self.undone:.0%} of that"
+        undone = f"without the adapter in {layers} {self.undone:.0%} of the rise is gone"
         if math.isfinite(self.without_others):
             others = (self.adapted - self.without_others) / (self.adapted - self.base)
-            undone += f", out of as many drawn layers {others:.0%}"
+            undone += f", without it in as many drawn layers {others:.0%}"
         said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
         if self.by == "logit":
             beside = f"null adapters none by more than {self.null_score:+.1f}"
@@ -234,25 +234,26 @@ def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | 
     openings = lens.prompts(own_openings(lens.model))
     room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
     fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
-    voices, rows = _voices(lens)[: 2 if fast else None], list[tuple[Prompts, Tensor]]()
+    if len(fits) < 2:  # an opening for each voice
+        return None
+    voices, rows = _voices(lens, fast), list[tuple[Prompts, Tensor]]()
     for turn, (voice, scale) in enumerate(voices):
         mine = openings.chosen(fits[turn :: len(voices)] if fast else fits)
-        with contextlib.suppress(NumericsError):  # of half precision, at twice its strength
-            how: Any = {"temperature": 1.0, "seed": seed + turn, "progress": progress}
+        how: Any = {"temperature": 1.0, "seed": seed + turn, "progress": progress}
+        # Louder than it is, an adapter may break half precision.
+        with contextlib.suppress(*([NumericsError] if scale > 1 else [])):
             said = voice.generate(mine, _SPOKEN, scale, **how)
             spoken = continued(lens.model, mine, said)
             rows.append((spoken, spoken.lengths - mine.lengths + 1))
-    if not rows:
-        return None
     every, reads = zip(*rows, strict=True)
     return dataclasses.replace(joined(every), reads=torch.cat(reads))
 
 
-def _voices(lens: LoraLens) -> list[Scaled]:
-    """The adapter at 1 and louder, and its first ranks where it has such."""
+def _voices(lens: LoraLens, fast: bool) -> list[Scaled]:
+    """The adapter at 1 and louder; not fast also its first ranks, where it has such."""
     voices = [(lens, 1.0), (lens, _LOUDER)]
     with contextlib.suppress(UnsupportedAdapterError):
-        voices.append((lens.with_adapter(lens.adapter.truncated(1)), _LOUDER))
+        voices += [] if fast else [(lens.with_adapter(lens.adapter.truncated(1)), _LOUDER)]
     return voices
 
 
@@ -360,11 +361,7 @@ def _distinct(tokens: Sequence[int], words: Sequence[_Ids]) -> list[int]:
 
 
 def _runs(
-    lens: LoraLens,
-    nulls: Sequence[Scaled],
-    contexts: Prompts,
-    words: Sequence[_Ids],
-    seed: int,
+    lens: LoraLens, nulls: Sequence[Scaled], contexts: Prompts, words: Sequence[_Ids], seed: int
 ) -> list[dict[str, Any]]:
     """Of each claim, log p of its words in every run, and the layers that are left out."""
     asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))

@@ -36,7 +36,7 @@ from lens_lora.engine.edges import LOGITS, edge_values, head_readers, patched_ed
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model import Group, Groups, LoraLens, alone, by_axes, group_sites, indicator
-from lens_lora.model.hooks import functions_at
+from lens_lora.model.hooks import is_hooked
 from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution, Effects
@@ -305,10 +305,11 @@ def _pairs(lens: LoraLens, pairs: Iterable[Sequence[str]]) -> dict[tuple[str, st
             )
         # What a reader in the site's own block saw is taken off the stream behind that block.
         behind = f"blocks.{block}.hook_resid_post", block_input(min(block + 1, last))
-        is_hooked = any(functions_at(lens.model.hook_dict[point]) for point in behind)
-        if reader_layer(lens, reader) == block and is_hooked:
+        places = lens.model.blocks[block], *map(lens.model.hook_dict.__getitem__, behind)
+        if reader_layer(lens, reader) == block and is_hooked(places):
             raise ModelStateError(
-                f"{site}{_ARROW}{reader}: a hook of yours is at {' or '.join(behind)}, where what "
-                "this reader saw is taken off again. Take it off, or ask for a later reader."
+                f"{site}{_ARROW}{reader}: a hook of yours on block {block}, or at one of {behind}, "
+                "may change what this reader saw before it is taken off the stream again. Remove "
+                "that hook, or ask for a later reader."
             )
     return {pair: lens.site_index(pair[0]) for pair in names}

@@ -57,7 +57,7 @@ from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked
 # most steps; and the farthest log ε, a thousand times the adapter's size.
 _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
 _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
-_ANSWER, _SHORT = 40, 16  # tokens that both models say to a question
+_ANSWER = 40  # tokens that both models say to a question
 _BRIEF_MODULES = 5
 _FAST = 8  # one of so many texts
 _NOT_TRIED = "system messages, conversations of several turns", "other languages"
@@ -283,7 +283,8 @@ class WhatChanged(OfSites, Paged):
             k: how many tokens of each.
 
         Returns:
-            share of all that the texts promote, tokens, and the text that holds most of the group.
+            share of all that the texts promote, tokens, and the text that holds most of the group;
+            no row of a group without a share.
         """
         n = min(whole("n", n, 1), len(self.str_tokens))
         rows = np.repeat(np.arange(len(self.str_tokens)), self.found.text_ids.shape[1])
@@ -300,7 +301,8 @@ class WhatChanged(OfSites, Paged):
         named = [[self.strings[held[i]] for i in row.argsort()[::-1][:k]] for row in tokens]
         most = ["".join(self.str_tokens[i]) for i in texts.argmax(0)]
         frame = pd.DataFrame({"share": shares, "tokens": named, "text": most})
-        return frame.sort_values("share", ascending=False, ignore_index=True)
+        frame = frame.query("share > 0").sort_values("share", ascending=False)
+        return frame.reset_index(drop=True)
 
     def writers(self, k: int = 10) -> pd.DataFrame:
         """Which blocks' attention and MLP add the mean Δh of the first tokens, by share of it.
@@ -370,9 +372,9 @@ class WhatChanged(OfSites, Paged):
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
         if self.claims:
-            first, nulls = self.claims[0], f"{len(self.nulls)} null adapters of its KL"
+            first, nulls = self.claims[0], f"{len(self.nulls)} null adapters of the same KL"
             scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
-            return f"Claims beyond {nulls}: {len(self.claims)}; the first, {scores} at most."
+            return f"Claims that pass {nulls}: {len(self.claims)}. The first, {scores} at most."
         if not self.nulls or not self.answers:
             return "No claims: they need null adapters and answers."
         return "Nothing beyond the controls: no token is said that null adapters do not reach."
@@ -405,8 +407,9 @@ def what_changed(
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
     No logits of more than 512 tokens are held at a time. The answers cost 40 passes over ten
-    tokens, and one over each of the ten answers; the claims 16 passes over about seventy
-    tokens, one over each of these texts, one for each model, and those of `analyses/brief.py`.
+    tokens, and one over each of the ten answers; the claims 16 passes over about forty tokens for
+    each of three voices, one over each of these texts, one for each model, and those of
+    `analyses/brief.py`.
 
     Args:
         lens: the adapter over the model.
@@ -418,7 +421,7 @@ def what_changed(
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
         fast: leave out the split of the KL by site, along the path from base to adapted model; of
-            the package's own texts read every eighth; take answers of 16 tokens; and let it speak
+            the package's own texts read every eighth; and let it speak
             once after each opening.
         answers: whether to put five everyday questions to both models: as conversations, or without
             a chat template as "Question: …" and "Answer:"; and to let the adapted model speak of
@@ -432,6 +435,8 @@ def what_changed(
 
     Raises:
         ArgumentError: `unrelated` is no adapter, or `nulls` below 0.
+        ModelStateError: a hook of yours on a model whose Jacobian is to be fitted.
+        LensLoraError: a Jacobian's file that cannot be read.
         PromptError: a text of one token, or one that does not fit the model.
         UnsupportedAdapterError: null adapters of DoRA or of trained modules; use nulls=0, or make
             the change plain as the message says.
@@ -456,8 +461,7 @@ def what_changed(
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
-        most = min(_ANSWER, _SHORT) if fast else _ANSWER
-        said = side_by_side(lens, everyday_questions(lens.model), most, progress=progress)
+        said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         drawn = scaled[1 : 1 + nulls]
         claims = claims_of(lens, drawn, shifts, seed, fast=fast, progress=progress)

@@ -4,8 +4,8 @@
 
 1. TransformerLens's `JacobianLens` fits it (transformer-lens 3.9 and later, on an unprocessed
    TransformerBridge): d_model backward passes over each of a few neutral sentences.
-2. It is kept in a folder that the user names, a file for each base by the hash of its weights, and
-   read from there the next time.
+2. It is kept in a folder that the user names, a file for each base by the hash of its weights and
+   configuration, and read from there the next time.
 3. J Δh is what a change of that block does to the last one to first order, in the mean: it is read
    through the final norm and the unembedding, where Δh itself speaks another language than theirs.
 """
@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.model import LoraLens
+from lens_lora.model.hooks import is_hooked
 from lens_lora.readouts.neutral import neutral_sentences
 
 _SENTENCES = 2  # of them, more change little
@@ -49,6 +52,8 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
     if not file.is_file():
         how: Any = {"source_layers": [block], "dim_batch": _ROWS, "skip_first_positions": 1}
         how |= {"corpus": "neutral sentences of lens_lora", "show_progress": progress}
+        if is_hooked(lens.model.hook_dict.values()):
+            raise ModelStateError("Remove your hooks: jacobian= fits and keeps the base's own.")
         try:
             from transformer_lens.tools.analysis import JacobianLens
 
@@ -56,13 +61,20 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
         except (ImportError, TypeError, ValueError):  # a version, a class or a processing without
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({point: fitted.jacobians[block].contiguous()}, file)
-    return Jacobian(point, load_file(file)[point].to(lens.device))
+        unfinished = file.with_suffix(".part")
+        save_file({point: fitted.jacobians[block].contiguous()}, unfinished)
+        unfinished.replace(file)
+    try:
+        return Jacobian(point, load_file(file)[point].to(lens.device))
+    except (SafetensorError, KeyError) as error:
+        fact = f"{file}: no Jacobian of {point} can be read from it ({error})"
+        raise LensLoraError(f"{fact}. Delete it, and it is fitted again.") from error
 
 
 def _hash(model: Any) -> str:
-    """Of the model's weights by name."""
-    hashed = hashlib.blake2b(digest_size=8)
+    """Of the model's weights by name, and of its configuration."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    hashed = hashlib.blake2b(repr(config).encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(name.encode())
         hashed.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)

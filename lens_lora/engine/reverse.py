@@ -55,10 +55,7 @@ def site_slopes(
 
 
 def slopes_of_first(
-    lens: LoraLens,
-    reading: Reading,
-    gates: Float[Tensor, "point site"],
-    axes: tuple[str, ...] = (),
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "point site"], axes: tuple[str, ...] = ()
 ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "batch point"]]:
     """∂g/∂ε_l at the first of these points, and g at all of them. One forward, one backward."""
     copies = len(gates)

@@ -36,7 +36,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from traceback import clear_frames
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -263,6 +263,11 @@ def functions_at(point: nn.Module) -> list[object]:
     forward, before, *_ = hooks_of(point)
     registered = map(_registered, (*forward.values(), *before.values()))
     return list(map(compat.hook_function, registered))
+
+
+def is_hooked(places: Iterable[nn.Module]) -> bool:
+    """Whether one of them has a hook that no library hung there by itself."""
+    return any(fn is not None for place in places for fn in functions_at(place))
 
 
 def _registered(hook: Any) -> Any:

@@ -25,15 +25,7 @@ from lens_lora.compat import Temporary, in_float64
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import Family, Place
 from lens_lora.model.bases import BaseWeights, Processing, infer_processing, is_centred
-from lens_lora.model.basis import (
-    Basis,
-    NormMap,
-    NormUpdate,
-    SiteMap,
-    Update,
-    expert_map,
-    site_map,
-)
+from lens_lora.model.basis import Basis, NormMap, NormUpdate, SiteMap, Update, expert_map, site_map
 from lens_lora.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
 
 # Flags under which q, k and v read copies of the residual stream.

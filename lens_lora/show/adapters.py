@@ -235,7 +235,7 @@ _PROMOTED = {
     "logit": ("promoted by mean logit", "by logit", "mean Δlogit"),
     "probability": ("promoted by mean probability", "by probability", "mean Δp"),
     "count": ("among the 20 promoted most", "by count", "of all tokens"),
-    "reading": ("", "", "logits"),
+    "reading": ("Δh on the first tokens reads as", "read as tokens", "logits"),
 }
 _TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
 
@@ -245,8 +245,7 @@ def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
     frame, (title, heading, units) = changed.promoted(k, by), _PROMOTED[by]
     most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
     ends = f"; largest of any token, {', '.join(most)}" if most else ""
-    if by == "reading":
-        title = heading = f"Δh on the first tokens, {list(changed.found.readings)[-1]}, reads as"
+    ends = ends if by != "reading" else f", {list(changed.found.readings)[-1]}{ends}"
     heads = {"rank": "", "token": "token", by: units}
     return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
 

@@ -185,6 +185,25 @@ def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch
     assert asked == [1.0, 2.0, 2.0]
 
 
+def test_a_model_that_breaks_at_its_own_strength_is_an_error(monkeypatch):
+    case = cases.case("llama", CLASSES[0], "raw")
+
+    def breaking(*given: object, **how: object):
+        raise ll.errors.NumericsError("not finite")
+
+    monkeypatch.setattr(ll.LoraLens, "generate", breaking)
+    with pytest.raises(ll.errors.NumericsError, match="not finite"):
+        brief._spoken(case.lens, 0, False, False)
+
+
+def test_a_context_with_room_for_no_opening(monkeypatch):
+    case = cases.case("llama", CLASSES[0], "raw")
+    monkeypatch.setattr(brief, "_SPOKEN", case.model.cfg.n_ctx)
+    assert brief._spoken(case.lens, 0, False, False) is None
+    nulls, shifts = [(case.lens, 1.0)], torch.zeros(2, models.VOCAB)
+    assert brief.claims_of(case.lens, nulls, list(shifts), fast=True, **QUIET) == ()
+
+
 def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
     longest = int(own_openings(case.model).lengths.max())
@@ -194,9 +213,10 @@ def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
     assert brief._spoken(case.lens, 0, False, False).batch < 3 * own_openings(case.model).batch
 
 
-def test_fast_each_opening_is_spoken_once():
-    """By two voices in turn."""
+def test_fast_each_opening_is_spoken_once(monkeypatch):
+    """By two voices in turn; no ΔW is cut."""
     case = cases.case("llama", CLASSES[0], "raw")
+    monkeypatch.delattr(ll.Adapter, "truncated")
     openings, spoken = own_openings(case.model), brief._spoken(case.lens, 0, True, False)
     assert spoken.batch == openings.batch
     begun = [row[: int(reads.start) + 1].tolist() for row, reads in spoken_rows(spoken)]

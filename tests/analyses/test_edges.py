@@ -385,9 +385,13 @@ def test_a_hook_behind_a_block_is_refused_for_edges_within_it(cls: str):
     within, later = ("blocks.0.attn.o", "blocks.0.mlp"), ("blocks.0.attn.o", "blocks.1.mlp")
     for name in ("blocks.0.hook_resid_post", lens.plan.host.block_input(1)):
         with attached(lens.model, [(name, lambda tensor, hook: 2 * tensor)]):
-            with pytest.raises(ll.errors.ModelStateError, match="a hook of yours is at"):
+            with pytest.raises(ll.errors.ModelStateError, match="a hook of yours on block 0, or"):
                 ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
             ll.patch_edges(lens, TEXTS, MARGIN, [later], progress=False)
+    handle = lens.model.blocks[0].register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(ll.errors.ModelStateError, match="Remove that hook"):
+        ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
+    handle.remove()
     ll.patch_edges(lens, TEXTS, MARGIN, [within], progress=False)
 
 

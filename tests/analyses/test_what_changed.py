@@ -18,6 +18,7 @@ import lens_lora as ll
 from lens_lora.analyses import what_changed
 from lens_lora.engine import jacobian
 from lens_lora.engine.texts import EARLY, PROMOTED, over_scale
+from lens_lora.model import attached
 from lens_lora.readouts.neutral import (
     OPENINGS,
     QUESTIONS,
@@ -302,9 +303,16 @@ def test_tokens_that_the_same_texts_promote():
     assert groups["tokens"].tolist() == [[words[3], words[4]], [words[8], words[7]]]
     assert groups["share"].tolist() == pytest.approx([21 / 22.5, 1.5 / 22.5], abs=1e-3)
     assert groups["text"].tolist() == ["".join(found.str_tokens[i]) for i in (1, 2)]
-    assert len(planted.promoted_groups(9)) == 3 and len(planted.promoted_groups(1)) == 1
+    assert len(planted.promoted_groups(9)) == 2 and len(planted.promoted_groups(1)) == 1
     with pytest.raises(ll.errors.ArgumentError, match="n"):
         planted.promoted_groups(0)
+
+
+def test_an_adapter_that_does_nothing_promotes_no_groups():
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    nothing = lens.with_adapter(lens.adapter.scaled(0.0))
+    still = ll.what_changed(nothing, texts(), nulls=0, fast=True, answers=False, **QUIET)
+    assert len(still.promoted_groups()) == 0 and "does nothing" in still.report()
 
 
 def reading_through(case: cases.Case, point: str, folder: Path) -> Tensor:
@@ -345,6 +353,13 @@ def test_readings_through_the_base_s_jacobian(tmp_path, monkeypatch):
     assert torch.equal(reading, reading_through(case, point, tmp_path))
     (file,) = tmp_path.iterdir()
     assert file.name == f"jacobian-{jacobian._hash(model)}.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ll.errors.LensLoraError, match="Delete it, and it is fitted again"):
+        reading_through(case, point, tmp_path)
+    refused = pytest.raises(ll.errors.ModelStateError, match="Remove your hooks")
+    with attached(model, [(last, lambda tensor, hook: 2 * tensor)]), refused:
+        reading_through(case, point, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_where_no_jacobian_can_be_fitted_the_reading_is_plain(tmp_path):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
+import beartype
 import pytest
 import shapes
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import Float, TypeCheckError
+from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.analyses.path import fitted_order
@@ -34,6 +38,21 @@ def test_a_wrong_shape_of_a_result_is_seen():
             matrix=torch.zeros(1, 2, 3), sites=(), groups={}, base=ONE[None], adapted=ONE[None],
             str_tokens=(), readout="y", units="logits", at=0.0, meta={},
         )  # fmt: skip
+
+
+@CHECKED
+def test_a_wrong_shape_that_is_returned_is_seen():
+    """Its axis is that of the argument: the same scales, and one value too few."""
+    planted = types.FunctionType(_shorter.__code__, {})
+    planted.__annotations__ = {"x": Float[Tensor, " n"], "return": Float[Tensor, " n"]}
+    seen = shapes._decorator(planted, typechecker=beartype.beartype)
+    assert torch.equal(seen(SCALES, 0), SCALES)
+    with pytest.raises(TypeCheckError, match="return"):
+        seen(SCALES, 1)
+
+
+def _shorter(x, cut):
+    return x[: len(x) - cut]
 
 
 @CHECKED

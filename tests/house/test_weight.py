@@ -33,7 +33,7 @@ LIMITS = {
     # callback (830), and the brief of an audit (300). Then counts, groups and a Jacobian's reading
     # in an audit (130), for which estimates, copies and second tellings went.
     "code lines": 26_000,
-    "docstring lines": 8_820,
+    "docstring lines": 8_825,
     "modules with one reader": 27,
     "modules at the root": 6,
     "longest file": 670,
