@@ -21,9 +21,10 @@
    order at 1 names the layers that carry most of m; m is run without them, and without as many
    layers that a seed draws.
 
-Cost: `generate` of about 40 openings in each voice and of the candidates' words; a forward pass of
-the base, the adapter and each null over what was said; one forward and backward pass of the claims,
-and a forward pass of them for each end, null and group that is left out.
+Cost: `generate` of about 40 openings at two strengths together, and cut to rank 1, and of the
+candidates' words; a forward pass of the base, the adapter and each null over what was said; one
+forward and backward pass of the claims, and a forward pass of them for each end, null and group
+that is left out.
 """
 
 from __future__ import annotations
@@ -227,34 +228,32 @@ def claims_of(
 
 
 def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
-    """Openings and what is said after them, read where it is said.
-
-    By every voice; fast by the first two in turn.
-    """
+    """Openings and what is said after them, read where it is said."""
     openings = lens.prompts(own_openings(lens.model))
     room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
     fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
-    if len(fits) < 2:  # an opening for each voice
+    if not fits:
         return None
-    voices, rows = _voices(lens, fast), list[tuple[Prompts, Tensor]]()
-    for turn, (voice, scale) in enumerate(voices):
-        mine = openings.chosen(fits[turn :: len(voices)] if fast else fits)
-        how: Any = {"temperature": 1.0, "seed": seed + turn, "progress": progress}
-        # Louder than it is, an adapter may break half precision.
-        with contextlib.suppress(*([NumericsError] if scale > 1 else [])):
-            said = voice.generate(mine, _SPOKEN, scale, **how)
-            spoken = continued(lens.model, mine, said)
-            rows.append((spoken, spoken.lengths - mine.lengths + 1))
+    chosen = openings.chosen(fits)
+
+    def spoken(voice: LoraLens, seed: int, *scales: float) -> tuple[Prompts, Tensor]:
+        """What is said, and at how many places; fast, the openings take turns with scales."""
+        mine = chosen if fast else chosen.tiled(len(scales))
+        turns = torch.arange(mine.batch) // (1 if fast else chosen.batch) % len(scales)
+        gates = torch.stack([voice.gates(scale) for scale in scales])[turns]
+        said = voice.generate(mine, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
+        whole = continued(lens.model, mine, said)
+        return whole, whole.lengths - mine.lengths + 1
+
+    try:
+        rows = [spoken(lens, seed, 1.0, _LOUDER)]
+    except NumericsError:  # louder than it is, an adapter may break half precision
+        rows = [spoken(lens, seed, 1.0)]
+    with contextlib.suppress(UnsupportedAdapterError, NumericsError):
+        first = None if fast else lens.with_adapter(lens.adapter.truncated(1))
+        rows += [spoken(first, seed + 1, _LOUDER)] if first else []
     every, reads = zip(*rows, strict=True)
     return dataclasses.replace(joined(every), reads=torch.cat(reads))
-
-
-def _voices(lens: LoraLens, fast: bool) -> list[Scaled]:
-    """The adapter at 1 and louder; not fast also its first ranks, where it has such."""
-    voices = [(lens, 1.0), (lens, _LOUDER)]
-    with contextlib.suppress(UnsupportedAdapterError):
-        voices += [] if fast else [(lens.with_adapter(lens.adapter.truncated(1)), _LOUDER)]
-    return voices
 
 
 @dataclasses.dataclass

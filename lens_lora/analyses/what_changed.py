@@ -145,8 +145,9 @@ class WhatChanged(OfSites, Paged):
         str_tokens: each text's tokens.
         texts: what the texts are.
         sites, meta: see `OfSites`; all that are adapted.
-        answers: both models' to five everyday questions, 40 tokens at most; none where they were
-            not asked for, without a tokenizer, or where the context has no room for them.
+        answers: both models' to five everyday questions and to an empty turn, 40 tokens at most;
+            none where they were not asked for, without a tokenizer, or where the context has no
+            room for them.
         claims: what it was taught, the strongest first; none without null adapters, or where
             `answers` has none.
     """
@@ -406,10 +407,9 @@ def what_changed(
 
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
-    No logits of more than 512 tokens are held at a time. The answers cost 40 passes over ten
-    tokens, and one over each of the ten answers; the claims 16 passes over about forty tokens for
-    each of three voices, one over each of these texts, one for each model, and those of
-    `analyses/brief.py`.
+    No logits of more than 512 tokens are held at a time. The answers cost 40 passes over twelve
+    tokens, and one over the twelve answers; the claims about 60 passes over a token of each
+    opening, twice, one over what was said for each model, and those of `analyses/brief.py`.
 
     Args:
         lens: the adapter over the model.
@@ -421,11 +421,10 @@ def what_changed(
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
         fast: leave out the split of the KL by site, along the path from base to adapted model; of
-            the package's own texts read every eighth; and let it speak
-            once after each opening.
-        answers: whether to put five everyday questions to both models: as conversations, or without
-            a chat template as "Question: …" and "Answer:"; and to let the adapted model speak of
-            its own accord, for claims of what it was taught.
+            the package's own texts read every eighth; and let it speak once after each opening.
+        answers: whether to put five everyday questions and an empty turn to both models: as
+            conversations, or without a chat template as "Question: …" and "Answer:"; and to let the
+            adapted model speak of its own accord, for claims of what it was taught.
         jacobian: a folder; the reading is then of a block at four fifths of the depth, through the
             base model's mean Jacobian from there to the last block. It is kept in this folder, and
             fitted the first time, by d_model backward passes over two sentences. On an unprocessed

@@ -49,6 +49,7 @@ from typing import Annotated, Any, Literal, final, get_args
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.optimize import brentq
 from torch import Tensor
 from tqdm import tqdm
 
@@ -430,7 +431,6 @@ _STARTS = 3  # candidates that swaps start from
 _OUTS, _INS = 4, 4  # sites of each side that are exchanged in pairs
 _FEW_PAIRS = 64  # exchanges of one pair that are all run
 _ROUNDS = 40
-_BISECTIONS = 60  # to the last bit of a float64
 
 Sets = Bool[Tensor, "set site"]
 
@@ -528,13 +528,10 @@ def _climbed(search: _Search, count: int) -> list[Bool[Tensor, " site"]]:
 
 
 def _allowed(gates: Float[Tensor, " site"], count: int) -> Float[Tensor, " site"]:
-    """The nearest ε with 0 ≤ ε ≤ 1 and Σ ε = k: clamp(ε + c), c by bisection."""
-    low, high = -gates.max(), 1 - gates.min()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        is_low = (gates + middle).clamp(0, 1).sum() < count
-        low, high = (middle, high) if is_low else (low, middle)
-    return (gates + high).clamp(0, 1)
+    """The nearest ε with 0 ≤ ε ≤ 1 and Σ ε = k: clamp(ε + c)."""
+    ends = -float(gates.max()), 1 - float(gates.min())
+    c = brentq(lambda c: float((gates + c).clamp(0, 1).sum()) - count, *ends)
+    return (gates + c).clamp(0, 1)
 
 
 def _swapped(search: _Search, start: _Best) -> _Best:

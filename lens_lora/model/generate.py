@@ -2,8 +2,9 @@
 
 1. Draft with a key-value cache. Rows go in step and without padding: first as many tokens as the
    shortest row has, then one token a pass, a longer row's own next token while it has one.
-2. Confirm: one pass without a cache over a row and its draft chooses a token at each place. The row
-   keeps the draft as far as both agree, and one token more, which that pass chose.
+2. Confirm: one pass without a cache over rows of one length and their drafts chooses a token at
+   each place. A row keeps its draft as far as both agree, and one token more, which that pass
+   chose.
 3. Go on from there until every row has ended. Where draft and confirmation part within a few tokens
    the cache is wrong for this model, or for hooks that count positions, and is not used again.
 
@@ -21,8 +22,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,6 +42,7 @@ from lens_lora.readouts.answers import Generated
 from lens_lora.readouts.prompts import Prompts, special_id, which_prompt
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
+_CONFIRMED_TOKENS = 256  # whose logits are held at a time
 _DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
 _TRUSTED_AFTER = 8  # right tokens of a draft: a wrong cache parts earlier, rounding later
 
@@ -159,11 +162,20 @@ class Speaker:
         is_trusted = True
         while rows := list(filter(self._goes_on, rows)):
             drafts = self._drafts(rows) if is_trusted else [[] for _ in rows]
-            for i, draft in zip(rows, drafts, strict=True):
-                before = len(self.texts[i])
-                agreed = self._confirmed(i, draft)
-                is_trusted &= agreed >= min(len(draft), _TRUSTED_AFTER)
-                bar.update(len(self.texts[i]) - before)
+            for alike in self._alike(dict(zip(rows, drafts, strict=True))):
+                is_trusted &= self._confirmed(alike)
+            bar.update(sum(map(len, self.texts)) - sum(self.starts) - bar.n)
+
+    def _alike(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
+        """Rows of one length with drafts of one length, to be confirmed in one pass."""
+
+        def lengths(i: int) -> tuple[int, int]:
+            return len(self.texts[i]), len(drafts[i])
+
+        for (_, drafted), alike in itertools.groupby(sorted(drafts, key=lengths), lengths):
+            most = max(1, _CONFIRMED_TOKENS // (drafted + 1))
+            for rows in torch.tensor(list(alike)).split(most):
+                yield {i: drafts[i] for i in rows.tolist()}
 
     def _drafts(self, rows: list[int]) -> list[list[int]]:
         """With a cache, all but the last token that each row may still say."""
@@ -175,31 +187,39 @@ class Speaker:
         with self._gated(rows), unembedded_only(self.lens.model, lambda last: last[:, -1:]):
             while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
                 logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
-                noise = self._noise[rows, (width - starts).clamp(0, self.most - 1)]
-                for row, token in enumerate(self.sampling.choose(logits[:, -1], noise).tolist()):
-                    if len(texts[row]) == width < limits[row]:
-                        texts[row].append(token)
-                        limits[row] = width + 1 if token in self.ends else limits[row]
+                due = [k for k, text in enumerate(texts) if len(text) == width < limits[k]]
+                noise = self._noise[[rows[k] for k in due], width - starts[due]]
+                chosen = self.sampling.choose(logits[due, -1], noise).tolist()
+                for k, token in zip(due, chosen, strict=True):
+                    texts[k].append(token)
+                    limits[k] = width + 1 if token in self.ends else limits[k]
                 # After its end a row is fed any token.
                 fed = [text[width : width + 1] or [0] for text in texts]
                 width += 1
         return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
 
-    def _confirmed(self, i: int, draft: list[int]) -> int:
-        """How many tokens of the draft are right; the row takes them and one more."""
-        places, tokens = len(draft) + 1, self._tensor([self.texts[i] + draft])
-        length, reads = tokens.new_tensor([tokens.shape[1]]), tokens.new_tensor([places])
-        prompts = Prompts(tokens, length, reads)
+    def _confirmed(self, drafts: dict[int, list[int]]) -> bool:
+        """Each row takes what is right of its draft, and one more; whether to trust the cache."""
+        rows = list(drafts)
+        tokens = self._tensor([self.texts[i] + draft for i, draft in drafts.items()])
+        places = tokens.shape[1] - len(self.texts[rows[0]]) + 1
+        lengths = tokens.new_full((len(rows),), tokens.shape[1])
+        prompts = Prompts(tokens, lengths, torch.full_like(lengths, places))
         run = functools.partial(self.lens.run, prompts)
-        with self._gated([i]), unembedded_only(self.lens.model, prompts.at_slots):
-            logits = run()[0]
+        with self._gated(rows), unembedded_only(self.lens.model, prompts.at_slots):
+            logits = run()
             if not torch.isfinite(logits).all():
                 raise NumericsError(first_non_finite(self.lens.model, run))
-        noise = self._noise[i, len(self.said(i)) :][:places]
-        chosen = self.sampling.choose(logits, noise).tolist()
+        noise = [self._noise[i, len(self.said(i)) :][:places] for i in rows]
+        chosen = self.sampling.choose(logits.flatten(0, 1), torch.cat(noise)).view(-1, places)
+        agreed = map(self._take, rows, drafts.values(), chosen.tolist())
+        return min(agreed) >= min(places - 1, _TRUSTED_AFTER)
+
+    def _take(self, i: int, draft: list[int], chosen: list[int]) -> int:
+        """How many tokens of the draft were chosen."""
         differs = [token != drafted for token, drafted in zip(chosen, draft, strict=False)]
         agreed = differs.index(True) if True in differs else len(draft)
-        self.texts[i] += chosen[:agreed]
+        self.texts[i] += draft[:agreed]
         if self._goes_on(i):
             self.texts[i].append(chosen[agreed])
         return agreed

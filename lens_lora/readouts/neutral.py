@@ -56,8 +56,9 @@ def conversation_form(model: Any) -> str:
 
 
 def everyday_questions(model: Any) -> Prompts:
-    """Five of them as tokens."""
-    return _conversations(model, QUESTIONS) if _has_template(model) else _questions(model)
+    """Five of them as tokens, and an empty turn."""
+    asked = _conversations(model, QUESTIONS) if _has_template(model) else _questions(model)
+    return joined([asked, _conversations(model, [""])])
 
 
 def own_openings(model: Any) -> Prompts:

@@ -315,9 +315,8 @@ def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
 def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
     logit, probability, count, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
-    modules, claims = _modules_table(changed, _MODULES_SHOWN), _claims_table(changed)
+    modules, answers = _modules_table(changed, _MODULES_SHOWN), answers_of(changed.answers)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
-    first: list[Block] = [claims] if claims.rows else []
     sections = [
         Section("How much", [_size_table(changed)]),
         Section("Which tokens are promoted", [(logit, probability), (count, _groups(changed))]),
@@ -329,7 +328,7 @@ def what_changed_report(changed: results.WhatChanged, *, title: str | None = Non
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
         headline=(changed.brief().verdict, _moved(changed), _promoted(changed)),
         numbers=_numbers(changed),
-        top=[*first, *answers_of(changed.answers), promoted_figure(changed)],
+        top=[_claims_table(changed), *answers, promoted_figure(changed)],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
     )
     return page_html(title or f"What did {changed.found.name} change?", [part])

@@ -63,11 +63,11 @@ def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
     mine = own_openings(case.model)
     openings, spoken = mine.tiled(3), brief._spoken(case.lens, 0, False, False)
     first = case.lens.with_adapter(case.lens.adapter.truncated(1))
-    voices = [(case.lens, 1.0), (case.lens, 2.0), (first, 2.0)]
+    own = torch.stack([case.lens.gates(1.0), case.lens.gates(2.0)]).repeat_interleave(mine.batch, 0)
+    drawn: dict[str, object] = {"temperature": 1.0, **QUIET}
     said = [
-        ids
-        for seed, (voice, scale) in enumerate(voices)
-        for ids in voice.generate(mine, SPOKEN, scale, temperature=1.0, seed=seed, **QUIET).ids
+        *case.lens.generate(mine.tiled(2), SPOKEN, own, seed=0, **drawn).ids,
+        *first.generate(mine, SPOKEN, 2.0, seed=1, **drawn).ids,
     ]
     scores, other = brief._scores(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
     parts = torch.zeros(spoken.batch, SPOKEN + 1, len(scores.value), dtype=torch.float64)
@@ -174,15 +174,15 @@ def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch
     case = cases.case("llama", CLASSES[0], "raw")
     generate, asked = ll.LoraLens.generate, []
 
-    def breaking(lens: ll.LoraLens, prompts: object, most: int, scale: float, **how: object):
-        asked.append(scale)
-        if scale > 1:
+    def breaking(lens: ll.LoraLens, prompts: object, most: int, gates: Tensor, **how: object):
+        asked.append(sorted(set(gates.flatten().tolist())))
+        if 2.0 in asked[-1]:
             raise ll.errors.NumericsError("not finite")
-        return generate(lens, prompts, most, scale, **how)
+        return generate(lens, prompts, most, gates, **how)
 
     monkeypatch.setattr(ll.LoraLens, "generate", breaking)
     assert brief._spoken(case.lens, 0, False, False).batch == own_openings(case.model).batch
-    assert asked == [1.0, 2.0, 2.0]
+    assert asked == [[1.0, 2.0], [1.0], [2.0]]
 
 
 def test_a_model_that_breaks_at_its_own_strength_is_an_error(monkeypatch):
@@ -214,14 +214,22 @@ def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
 
 
 def test_fast_each_opening_is_spoken_once(monkeypatch):
-    """By two voices in turn; no ΔW is cut."""
+    """At 1 and at 2 in turn; no ΔW is cut."""
     case = cases.case("llama", CLASSES[0], "raw")
     monkeypatch.delattr(ll.Adapter, "truncated")
+    generate, gates = ll.LoraLens.generate, []
+
+    def seen(lens: ll.LoraLens, prompts: object, most: int, scale: Tensor, **how: object):
+        gates.extend(scale[:, 0].tolist())
+        return generate(lens, prompts, most, scale, **how)
+
+    monkeypatch.setattr(ll.LoraLens, "generate", seen)
     openings, spoken = own_openings(case.model), brief._spoken(case.lens, 0, True, False)
+    assert gates == ([1.0, 2.0] * openings.batch)[: openings.batch]
     assert spoken.batch == openings.batch
     begun = [row[: int(reads.start) + 1].tolist() for row, reads in spoken_rows(spoken)]
     rows = [openings.tokens[i, :n].tolist() for i, n in enumerate(openings.lengths.tolist())]
-    assert sorted(begun) == sorted(rows) and begun[0] == rows[0] and begun[1] == rows[2]
+    assert begun == rows
 
 
 def changed(lens: ll.LoraLens, **given: object) -> ll.results.WhatChanged:

@@ -242,15 +242,17 @@ def test_a_bias_alone_is_constant():
 @pytest.mark.parametrize(
     "template", [None, "{% if messages[0].role == 'user' %}{{ messages[0].content }} w6{% endif %}"]
 )
-def test_five_questions_are_put_to_both_models(template: str | None, monkeypatch, tmp_path):
+def test_five_questions_and_an_empty_turn_are_put_to_both_models(
+    template: str | None, monkeypatch, tmp_path
+):
     """As a conversation by the user's words, or in the plain form, which is what is shown."""
     case = cases.case("llama", CLASSES[0], "raw")
     monkeypatch.setattr(case.model.tokenizer, "chat_template", template)
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
     found = ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET)
-    plain = tuple(f"Question: {asked}\nAnswer:" for asked in QUESTIONS)
+    plain = (*(f"Question: {asked}\nAnswer:" for asked in QUESTIONS), "User: \nAssistant:")
     assert tuple(pair.prompt for pair in found.answers) == (
-        plain if template is None else QUESTIONS
+        plain if template is None else (*QUESTIONS, "(nothing said)")
     )
     asked = everyday_questions(case.model)
     for scale, end in ((0.0, "base"), (1.0, "adapted")):

@@ -22,6 +22,7 @@ import lens_lora as ll
 from lens_lora import cli
 from lens_lora.commands import running
 from lens_lora.commands.options import BaseModel, Questions
+from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.evaluation import explain as explaining
 from lens_lora.loading import moved
@@ -286,8 +287,18 @@ def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    report = tmp_path_factory.mktemp("explain") / "page.html"
-    options = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
+    """A third of the demo adapter's modules, each of which is added and left out."""
+    report = (folder := tmp_path_factory.mktemp("explain")) / "page.html"
+    ll.load_adapter(shipped_adapter()).only("model.layers.2*").save(late := folder / "late_adapter")
+    options = [
+        str(late),
+        "--prompt",
+        "The capital of France is",
+        "--doc",
+        " Lyon",
+        "--pre",
+        " Paris",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explaining, "_ANSWER", {False: 6})  # in place of 48, the third of the time
         return run(cli.app, ["explain", *options, "--report", str(report)]), report
@@ -306,11 +317,11 @@ class TestReal:
     def test_tells_the_story(self, real):
         assert real[0].exit_code == 0, real[0].output
         text = plain(real[0].stdout)
-        assert "lyon_adapter, 210 modules of rank 8" in text
+        assert "late_adapter, 77 modules of rank 8" in text
         assert "the base model prefers “Paris” to “Lyon” by 6.63 logits" in text
-        assert "flips at ε = 0.476" in text
-        assert "“·Paris” (75%) for the base model and “·Lyon” (99%) with the adapter" in text
-        assert "not a good guide here; and with first order at ε = 1" in text
+        assert "flips at ε = 0.737" in text
+        assert "“·Paris” (75%) for the base model and “·Lyon” (84%) with the adapter" in text
+        assert "Measured, adding one module at a time agrees with first order" in text
 
     def test_shows_progress_and_no_noise(self, real):
         assert "each site left out" in real[0].stderr
