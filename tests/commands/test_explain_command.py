@@ -290,15 +290,8 @@ def real(tmp_path_factory):
     """A third of the demo adapter's modules, each of which is added and left out."""
     report = (folder := tmp_path_factory.mktemp("explain")) / "page.html"
     ll.load_adapter(shipped_adapter()).only("model.layers.2*").save(late := folder / "late_adapter")
-    options = [
-        str(late),
-        "--prompt",
-        "The capital of France is",
-        "--doc",
-        " Lyon",
-        "--pre",
-        " Paris",
-    ]
+    asked = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
+    options = [str(late), *asked]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(explaining, "_ANSWER", {False: 6})  # in place of 48, the third of the time
         return run(cli.app, ["explain", *options, "--report", str(report)]), report

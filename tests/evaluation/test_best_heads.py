@@ -23,6 +23,7 @@ MARGIN, ROUND_OFF, IDS = ll.Margin(5, 9), 1e-9, torch.tensor
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
 HEADS = list(itertools.product((0, 1), range(4)))
 best = functools.partial(ll.best_subset, over="heads", progress=False)
+few = functools.partial(ll.best_subset, k=[1, 2], steps=8, progress=False)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def as_function(logits: Tensor) -> Tensor:
 def of_every_second(over: str, first: int) -> BestSubset:
     """The best sets of half of the prompts alone."""
     lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(4, 5)
-    return ll.best_subset(lens, tokens[first::2], MARGIN, k=[1, 2], over=over, progress=False)
+    return few(lens, tokens[first::2], MARGIN, over=over)
 
 
 @pytest.mark.parametrize("over", ["heads", "sites"])
@@ -132,9 +133,7 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
     """The sets are those of the other prompts alone; what they keep is judged on each part."""
     held = cases.case("llama", next(iter(models.MAKERS)), "raw")
     tokens = models.tokens(4, 5)
-    found = ll.best_subset(
-        held.lens, tokens, readout, k=[1, 2], over=over, held_out=[3, 1], progress=False
-    )
+    found = few(held.lens, tokens, readout, over=over, held_out=[3, 1])
     alone, judged = (of_every_second(over, first) for first in (0, 1))
     assert found.held_out == (1, 3) and torch.equal(found.members, alone.members)
     assert not torch.equal(found.members, judged.members)  # else held out or not is the same
@@ -158,8 +157,8 @@ def test_held_out_prompts_of_other_readouts(over: str):
         (ll.AnswerMargin(doc, pre), ll.AnswerMargin(doc[::2], pre[::2])),
         (ll.AnswerLogProb(doc), ll.AnswerLogProb(doc[::2])),
     ):
-        few = functools.partial(ll.best_subset, lens, over=over, k=2, steps=4, progress=False)
-        found, alone = few(tokens, readout, held_out=[1]), few(tokens[::2], others)
+        two = functools.partial(few, lens, over=over, k=2, steps=4)
+        found, alone = two(tokens, readout, held_out=[1]), two(tokens[::2], others)
         assert torch.equal(found.members, alone.members)
         assert (found.kept - alone.kept).abs().max() < ROUND_OFF
         assert (found.kept_held_out - found.kept_by_prompt[:, 1]).abs().max() < ROUND_OFF
@@ -170,9 +169,9 @@ def test_starts_of_held_out_prompts_do_not_leak():
     lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(4, 5)
     scores = torch.zeros(4, len(lens.sites), dtype=torch.float64)
     scores[[1, 3]] = torch.randn(2, len(lens.sites), generator=models.seeded(1)).double()
-    few = functools.partial(ll.best_subset, k=2, held_out=[1, 3], steps=2, progress=False)
-    found = few(lens, tokens, MARGIN, starts={"leak": scores})
-    plain = few(lens, tokens, MARGIN, starts={"none": torch.zeros(len(lens.sites))})
+    two = functools.partial(few, lens, tokens, MARGIN, k=2, held_out=[1, 3], steps=2)
+    found = two(starts={"leak": scores})
+    plain = two(starts={"none": torch.zeros(len(lens.sites))})
     assert torch.equal(found.members, plain.members)
 
 

@@ -7,6 +7,7 @@ syntax trees, and finds a private name that is touched anywhere else.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -447,13 +448,21 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 COMPAT = ast.parse(SOURCES.pop("compat.py"))
-OURS = DOCUMENTED.union(*(defined_in(ast.parse(source)) for source in SOURCES.values()))
-KNOWN = touched_by_compat(COMPAT) - OURS
+
+
+@functools.cache
+def ours() -> set[str]:
+    return DOCUMENTED.union(*(defined_in(ast.parse(source)) for source in SOURCES.values()))
+
+
+@functools.cache
+def known() -> set[str]:
+    return touched_by_compat(COMPAT) - ours()
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_private_name_elsewhere(name: str):
-    assert foreign(SOURCES[name], OURS, KNOWN) == []
+    assert foreign(SOURCES[name], ours(), known()) == []
 
 
 PLANTED = {
@@ -479,12 +488,12 @@ PLANTED = {
 @pytest.mark.parametrize("source", PLANTED)
 def test_a_planted_name_is_seen(source: str):
     """Negative control, in each form."""
-    assert PLANTED[source] in foreign(source, OURS, KNOWN)
+    assert PLANTED[source] in foreign(source, ours(), known())
 
 
 def test_what_is_ours_is_not_seen():
     source = "from lens_lora._version import versions\nself._plan._replace()\nx.__dict__"
-    assert foreign(source, OURS, KNOWN) == []
+    assert foreign(source, ours(), known()) == []
 
 
 def test_compat_imports_nothing_of_ours_but_errors():
@@ -496,5 +505,5 @@ def test_compat_imports_nothing_of_ours_but_errors():
 
 def test_compat_knows_what_it_touches():
     """The list that the check goes by is read from compat itself, and is not empty."""
-    assert {"_forward_hooks", "_hf_hook", "_version", "_use_processed_weights"} <= KNOWN
+    assert {"_forward_hooks", "_hf_hook", "_version", "_use_processed_weights"} <= known()
     assert sys.modules["lens_lora.compat"] is compat

@@ -15,7 +15,7 @@ import kills
 import pytest
 
 # By the number of processes.
-KILLS = {1: 10, 2: 5}
+KILLS = {1: 6, 2: 3}
 
 
 def test_killed_at_random_moments():
