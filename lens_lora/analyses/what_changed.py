@@ -301,9 +301,8 @@ class WhatChanged(OfSites, Paged):
         shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)
         named = [[self.strings[held[i]] for i in row.argsort()[::-1][:k]] for row in tokens]
         most = ["".join(self.str_tokens[i]) for i in texts.argmax(0)]
-        frame = pd.DataFrame({"share": shares, "tokens": named, "text": most})
-        frame = frame.query("share > 0").sort_values("share", ascending=False)
-        return frame.reset_index(drop=True)
+        frame = pd.DataFrame({"share": shares, "tokens": named, "text": most}).query("share > 0")
+        return frame.sort_values("share", ascending=False, ignore_index=True)
 
     def writers(self, k: int = 10) -> pd.DataFrame:
         """Which blocks' attention and MLP add the mean Δh of the first tokens, by share of it.

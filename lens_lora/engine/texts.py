@@ -306,12 +306,9 @@ class TextSums:
         self.text_values: Tensor = torch.zeros(self.text_ids.shape, dtype=torch.float32)
         self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), d)
         self.squares: Tensor = _zeros(lens, texts.batch, len(points.stream))
-        self.early: dict[str, Tensor] = {
-            name: _zeros(lens, d) for name in (*points.stream, *points.writers)
-        }
-        self.read: dict[str, Tensor] = {
-            name: _zeros(lens, d) for name in (*points.stream, *points.through)
-        }
+        early, read = (*points.stream, *points.writers), (*points.stream, *points.through)
+        self.early: dict[str, Tensor] = {name: _zeros(lens, d) for name in early}
+        self.read: dict[str, Tensor] = {name: _zeros(lens, d) for name in read}
         self.places: Tensor = torch.empty(0, 2, dtype=torch.long)
         self.place_ids: Tensor = torch.empty(0, _PROMOTED, dtype=torch.long)
         self.place_changes: Tensor = torch.empty(0, _PROMOTED, dtype=torch.float64)

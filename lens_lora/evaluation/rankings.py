@@ -530,7 +530,7 @@ def _climbed(search: _Search, count: int) -> list[Bool[Tensor, " site"]]:
 def _allowed(gates: Float[Tensor, " site"], count: int) -> Float[Tensor, " site"]:
     """The nearest ε with 0 ≤ ε ≤ 1 and Σ ε = k: clamp(ε + c)."""
     ends = -float(gates.max()), 1 - float(gates.min())
-    c = brentq(lambda c: float((gates + c).clamp(0, 1).sum()) - count, *ends)
+    c: Any = brentq(lambda c: float((gates + c).clamp(0, 1).sum()) - count, *ends)
     return (gates + c).clamp(0, 1)
 
 

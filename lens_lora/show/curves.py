@@ -83,12 +83,9 @@ def _along(name: str, units: str) -> str:
 def _runs(scales: Sequence[float], marked: Sequence[bool]) -> list[tuple[float, float]]:
     """Marked stretches of the axis, each reaching half way to its unmarked neighbours."""
     edges = [0.0, *((a + b) / 2 for a, b in zip(scales, scales[1:], strict=False)), scales[-1]]
-    runs: list[tuple[float, float]] = []
-    for i in (i for i, is_marked in enumerate(marked) if is_marked):
-        starts_anew = not runs or runs[-1][1] != edges[i]
-        low = edges[i] if starts_anew else runs.pop()[0]
-        runs.append((low, edges[i + 1]))
-    return runs
+    groups = itertools.groupby(range(len(marked)), marked.__getitem__)
+    runs = [[*group] for is_marked, group in groups if is_marked]
+    return [(edges[run[0]], edges[run[-1] + 1]) for run in runs]
 
 
 _ROOM_FOR_THE_LABEL = 0.25  # of the axis, which is as wide as the words beside the flip

@@ -127,8 +127,7 @@ class ActivationsFile:
             raise SweepError(f"{self.path}: there is no such file of activations.")
         about, schema = about_of(self.path), pq.read_schema(self.path)
         spans = spans_of(self.path)
-        columns: list[dict[str, Any]] = json.loads(schema.metadata[SITES])
-        self.sites: tuple[Site, ...] = tuple(Site(**column) for column in columns)
+        self.sites: tuple[Site, ...] = tuple(Site(**s) for s in json.loads(schema.metadata[SITES]))
         self.ranks: tuple[int, ...] = tuple(site.rank for site in self.sites)
         held = {name: getattr(schema.field(name).type, "list_size", 0) for name in schema.names}
         for site in self.sites:
@@ -475,11 +474,9 @@ def _run(
     except NumericsError as error:
         if len(batch) == 1:
             return {batch[0]: texts[batch[0]].record.bad(error).error or str(error)}
-        alone_each = [_run(lens, texts, [i], ranks) for i in batch]
-        return {i: outcome for outcomes in alone_each for i, outcome in outcomes.items()}
+        return {i: _run(lens, texts, [i], ranks)[i] for i in batch}
     values, sinks = seen.values.cpu().numpy(), seen.sinks.cpu().numpy()
-    counts = [len(texts[i].ids) for i in batch]
-    rows = enumerate(zip(batch, counts, strict=True))
+    rows = enumerate((i, len(texts[i].ids)) for i in batch)
     return {i: (values[row, :, :count], sinks[row, :count]) for row, (i, count) in rows}
 
 
