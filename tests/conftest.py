@@ -53,6 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--each-class", action="store_true", help="run tests of either class of model on both"
     )
+    parser.addoption(
+        "--by-class", action="store_true", help="outside tests/model, leave out tests of no class"
+    )
 
 
 _CLASSES = ("HookedTransformer", "TransformerBridge")
@@ -90,7 +93,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     They are the longest, and one worker has them in its run: it loads the model once, and others
     take the short tests from its end, so that all finish together.
     """
-    if not config.option.each_class and (left_out := _left_to_others(items)):
+    left_out = set[pytest.Item]() if config.option.each_class else _left_to_others(items)
+    if config.option.by_class:
+        others = (item for item in items if "tests/model/" not in item.path.as_posix())
+        left_out |= {item for item in others if not _named_without_class(item)[1]}
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     items.sort(
