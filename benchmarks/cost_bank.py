@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import statistics
 import tempfile
 import time
@@ -22,6 +23,8 @@ from cost_works import MARGIN
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
+from lens_lora.adapters.peft_files import CONFIG
+from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 
 __all__ = ["bank_lines", "bytes_of"]
@@ -68,10 +71,15 @@ def random_adapter(adapter: ll.Adapter, seed: int) -> ll.Adapter:
 
 
 def folder_of(adapter: ll.Adapter, place: Path, count: int) -> list[Path]:
-    """So many folders beside one another; the files of all but the first `FEW` are links."""
+    """So many folders beside one another; the files of all but the first `FEW` are links.
+
+    Each has the demo adapter's config, as PEFT wrote it: `save` would list every module's path.
+    """
     written = [
         random_adapter(adapter, seed).save(place / f"a{seed:04}") for seed in range(min(FEW, count))
     ]
+    for folder in written:
+        shutil.copy(shipped_adapter() / CONFIG, folder)
     for index in range(len(written), count):
         (folder := place / f"a{index:04}").mkdir()
         for file in written[index % FEW].iterdir():

@@ -328,21 +328,21 @@ def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
 def _file_factors(
     config: Any, patterns: peft_files.Patterns, path: str, roles: Roles, parameter: str | None
 ) -> LoRAFactors:
-    factors = lora_factors(roles, 1.0)
+    rank = patterns.value("rank_pattern", parameter or path, config.r)
+    alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
+    is_count = isinstance(rank, int) and rank > 0  # any other is refused below
+    factors = lora_factors(roles, _scale(alpha, rank if is_count else 1, config.use_rslora))
     for field, role in {"use_dora": "magnitude", "lora_bias": "lora_bias"}.items():
         if bool(getattr(config, field)) != (role in roles):
             has = f"{'has' if role in roles else 'has no'} {LORA_KEYS[role][1:]}"
-            raise AdapterError(
-                f"{field}={role not in roles}, and the file {has}; they do not belong together."
-            )
-    rank = patterns.value("rank_pattern", parameter or path, config.r)
-    if parameter is not None and isinstance(rank, int) and rank > 0 and factors.rank % rank == 0:
+            fact = f"{field}={role not in roles}, and the file {has}"
+            raise AdapterError(f"{fact}; they do not belong together.")
+    if parameter is not None and is_count and factors.rank % rank == 0:
         factors = of_experts(factors, factors.rank // rank)
     elif rank != factors.rank:
         fact = f"the config says rank {rank}, the tensors have rank {factors.rank}"
         raise AdapterError(f"{fact}; one of the two files belongs to another adapter.")
-    alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
-    return dataclasses.replace(factors, scale=_scale(alpha, rank, config.use_rslora))
+    return factors
 
 
 def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
