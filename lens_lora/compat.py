@@ -501,8 +501,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 def added_tokens(tokenizer: Any) -> dict[str, Any]:
     """Whether a tokenizer adds BOS and EOS, which some have under these names alone."""
-    names = ("_add_bos_token", "_add_eos_token")
-    return {name: getattr(tokenizer, name, None) for name in names}
+    return {name: getattr(tokenizer, name, None) for name in ("_add_bos_token", "_add_eos_token")}
 
 
 def plain_bloom_gelu(span: Temporary) -> None:

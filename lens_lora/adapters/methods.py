@@ -164,8 +164,7 @@ def _require_whole(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdat
         for key in ("weight", "bias"):
             value = getattr(update, key)
             if value is not None:
-                old = getattr(module, key)
-                module.register_parameter(key, nn.Parameter(value.to(old), False))
+                module.register_parameter(key, nn.Parameter(value.to(getattr(module, key)), False))
     off, span, is_near = from_models.apart(
         from_models.logits_of(base, {}), from_models.logits_of(peft_model, {}), base.parameters()
     )

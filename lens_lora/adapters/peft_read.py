@@ -321,8 +321,7 @@ def parameter_path(holder: str, parameter: str) -> str:
 def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
     """PEFT's factors of a parameter, with B's columns, (rank, expert), one expert after another."""
     factors = dataclasses.replace(factors, experts=experts)
-    B = factors.B.unflatten(1, (-1, experts)).mT.flatten(1)
-    return dataclasses.replace(factors, B=B)
+    return dataclasses.replace(factors, B=factors.B.unflatten(1, (-1, experts)).mT.flatten(1))
 
 
 def _file_factors(

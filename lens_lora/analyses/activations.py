@@ -536,8 +536,7 @@ def _by_module(
         if site.rows is not None:
             rows, out = site.rows, output_count(lens.adapter.modules[site.key], widths[key])
         vectors.setdefault(key, mean.new_zeros(out))[rows] = mean
-    dtype = lens.gate_dtype
-    return {key: vector.to(dtype) for key, vector in vectors.items()}, widths
+    return {key: vector.to(lens.gate_dtype) for key, vector in vectors.items()}, widths
 
 
 def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:

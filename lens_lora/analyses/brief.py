@@ -15,7 +15,8 @@
    texts, if none reaches that. The two lists take turns.
 4. A claim by speech is what the adapted model says where the candidate's k_v is largest: that
    token, and the likeliest ones after it. One by its logit is the token alone, at that place: it is
-   promoted, and need not be said. A token that an earlier claim holds makes none of its own.
+   promoted, and need not be said. Either begins where the token's word does, and a token alone goes
+   on to the end of it. A word that an earlier claim holds makes none of its own.
 5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters. It
    stands only if m is larger under the adapter than under the base and every null adapter. First
    order at 1 names the layers that carry most of m; m is run without them, and without as many
@@ -120,7 +121,8 @@ class Claim:
         if self.by == "logit":
             beside = f"null adapters none by more than {self.null_score:+.1f}"
             said = f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean, {beside};"
-            said += f" where it speaks, most after “{self.context}”."
+            word = "" if self.says == self.token else f", in “{self.says}”"
+            said += f" where it speaks, most after “{self.context}”{word}."
         return f"{said} {rise}; {undone}."
 
 
@@ -201,16 +203,15 @@ def claims_of(
         "speech": _Ranked.of(lens, [score.value for score in scores]),
         "logit": _Ranked.of(lens, shifts),
     }
-    places = list(_places(scores[0], ranked, spoken))
+    places = list(_places(lens, scores[0], ranked, spoken))
     if not places:
         return ()
-    words = _words(lens, places, progress)
-    chosen = _distinct([place.token for place in places], words)
+    words, every = _words(lens, places, progress)
+    chosen = _distinct([_text(lens, ids).strip() for ids in words], [_text(lens, e) for e in every])
     contexts = _prompts(lens, [places[i].context for i in chosen])
-    words = [words[i] for i in chosen]
+    words = [every[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
-    runs = _runs(lens, nulls, contexts, words, seed)
-    rows = zip(chosen, words, base.ids, runs, strict=True)
+    rows = zip(chosen, words, base.ids, _runs(lens, nulls, contexts, words, seed), strict=True)
     return tuple(
         Claim(
             context=_text(lens, places[i].context[-_CONTEXT:]),
@@ -310,14 +311,20 @@ class _Ranked(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A candidate, by which list it came, and what stands before the place that shows it best."""
+    """A candidate, by which list it came, and what stands before the place that shows it best.
+
+    `begun` are the tokens before it with which its word begins.
+    """
 
     token: int
     by: By
-    context: Int[Tensor, " pos"]
+    context: _Ids
+    begun: _Ids
 
 
-def _places(scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts) -> Iterator[_Place]:
+def _places(
+    lens: LoraLens, scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts
+) -> Iterator[_Place]:
     """The lists in turn."""
     seen: set[int] = set()
     for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
@@ -327,7 +334,17 @@ def _places(scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts) -> I
             seen.add(token)
             row = int(scores.row[token])
             end = int(spoken.read_positions[row, int(scores.slot[token])]) + 1
-            yield _Place(token, by, spoken.tokens[row, :end])
+            before, start = spoken.tokens[row, :end], end
+            ids = [*before.tolist(), token]
+            while start > max(1, end - _WORDS) and _is_one_word(lens, *ids[start - 1 : start + 1]):
+                start -= 1
+            yield _Place(token, by, before[:start], before[start:])
+
+
+def _is_one_word(lens: LoraLens, before: int, after: int) -> bool:
+    """Whether a token goes on with the word of the one before."""
+    first, both = _text(lens, [before]), _text(lens, [before, after])
+    return first[-1:].isalnum() and both[len(first) :][:1].isalnum()
 
 
 def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
@@ -337,24 +354,28 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
     return lens.prompts(Prompts(tokens, lengths))
 
 
-def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
-    """Each candidate; by speech also what the adapted model says after it, up to an end."""
-    words = [place.context.new_tensor([place.token]) for place in places]
-    speech = [i for i, place in enumerate(places) if place.by == "speech"]
-    if speech:
-        begun = [torch.cat([places[i].context, words[i]]) for i in speech]
-        said = lens.generate(_prompts(lens, begun), _WORDS - 1, progress=progress)
-        ends = set(lens.model.tokenizer.all_special_ids)
-        for i, ids in zip(speech, said.ids, strict=True):
-            words[i] = torch.cat([words[i], ids[:-1] if int(ids[-1]) in ends else ids])
-    return words
+def _words(
+    lens: LoraLens, places: Sequence[_Place], progress: bool
+) -> tuple[list[_Ids], list[_Ids]]:
+    """Each candidate's word; and by speech what the adapted model says after it, up to an end."""
+    begun = [torch.cat([p.begun, p.begun.new_tensor([p.token])]) for p in places]
+    rows = [torch.cat([p.context, word]) for p, word in zip(places, begun, strict=True)]
+    said = lens.generate(_prompts(lens, rows), _WORDS - 1, progress=progress)
+    ends, words, every = set(lens.model.tokenizer.all_special_ids), list[_Ids](), list[_Ids]()
+    for place, word, ids in zip(places, begun, said.ids, strict=True):
+        whole = torch.cat([word, ids[:-1] if int(ids[-1]) in ends else ids])
+        pairs = itertools.pairwise(whole[len(word) - 1 :].tolist())
+        more = sum(1 for _ in itertools.takewhile(lambda pair: _is_one_word(lens, *pair), pairs))
+        words.append(whole[: len(word) + more])
+        every.append(whole if place.by == "speech" else words[-1])
+    return words, every
 
 
-def _distinct(tokens: Sequence[int], words: Sequence[_Ids]) -> list[int]:
-    """The first candidates that no earlier one's words hold."""
+def _distinct(words: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """The first candidates whose word no earlier one's text holds."""
     chosen: list[int] = []
-    for i, token in enumerate(tokens):
-        if not any(token in words[j].tolist() for j in chosen):
+    for i, word in enumerate(words):
+        if not any(word in texts[j] for j in chosen):
             chosen.append(i)
     return chosen[:_CLAIMS]
 
@@ -375,17 +396,13 @@ def _runs(
     null = [run(other, gates=other.gates(scale)[None]) for other, scale in nulls]
     largest = torch.cat(null, 1).amax(1).tolist()
     base, adapted = asked.ends.tolist()
-    return [
-        {
-            "base": base[i],
-            "adapted": adapted[i],
-            "null": largest[i],
-            "layers": ", ".join([*layers][j] for j in sorted(top[i].tolist())),
-            "without": float(values[i, 0]),
-            "without_others": float(values[i, 1:].mean()),
-        }
-        for i in range(len(words))
-    ]
+    columns = {
+        **{"base": base, "adapted": adapted, "null": largest},
+        "layers": [", ".join([*layers][j] for j in sorted(row)) for row in top.tolist()],
+        "without": values[:, 0].tolist(),
+        "without_others": values[:, 1:].mean(1).tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _points(
@@ -400,5 +417,5 @@ def _points(
     return points
 
 
-def _text(lens: LoraLens, ids: _Ids) -> str:
-    return lens.model.tokenizer.decode(ids.tolist())
+def _text(lens: LoraLens, ids: _Ids | list[int]) -> str:
+    return lens.model.tokenizer.decode(ids)

@@ -149,8 +149,7 @@ class AdapterComparison(OfSites, Pictured):
             for name, (value, null) in rows.items()
         }
         columns = ["value", *(f"null {q:.1%}" for q in _QUANTILES)]
-        frame = pd.DataFrame.from_dict(table, orient="index", columns=columns)
-        return frame.rename_axis("number")
+        return pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("number")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site; sites of one adapter alone say whose they are, and have no numbers."""

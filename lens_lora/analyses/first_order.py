@@ -103,8 +103,7 @@ def first_order(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Attribution | GroupAttribution | tuple[Attribution, ...]:
-    """a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank as
-    asked.
+    """a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank as asked.
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and one forward pass for
     the exact shift beside it, or two where `at` is neither 0 nor 1; none for a few tokens, where

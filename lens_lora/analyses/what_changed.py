@@ -461,8 +461,7 @@ def what_changed(
     if answers and getattr(lens.model, "tokenizer", None) is not None:
         said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
-        drawn = scaled[1 : 1 + nulls]
-        claims = claims_of(lens, drawn, shifts, seed, fast=fast, progress=progress)
+        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
     return WhatChanged(
         found=found,

@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast, overload
+from typing import TypedDict, cast, overload
 
 import pandas as pd
 import torch
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import PromptError, SweepError, TokenError
@@ -136,35 +137,27 @@ class SweepResult:
 # --- The sweep
 
 
+class _Options(TypedDict, total=False):
+    out: str | Path
+    batch_size: int
+    resume: bool
+    version: str | None
+    progress: bool
+
+
 @overload
 def sweep(  # pyright: ignore[reportOverlappingOverload]
-    lens: LoraLens,
-    records: RecordsLike,
-    analyses: ByToken,
-    *,
-    out: str | Path = "results.parquet",
-    batch_size: int = 8,
-    resume: bool = True,
-    version: str | None = None,
-    progress: bool = True,
+    lens: LoraLens, records: RecordsLike, analyses: ByToken, **options: Unpack[_Options]
 ) -> ActivationsFile: ...
-
-
 @overload
 def sweep(
     lens: LoraLens,
     records: RecordsLike,
     analyses: str | Iterable[str] = ("first_order",),
     *,
-    out: str | Path = "results.parquet",
     readout: Readout | Make | None = None,
-    batch_size: int = 8,
-    resume: bool = True,
-    version: str | None = None,
-    progress: bool = True,
+    **options: Unpack[_Options],
 ) -> SweepResult: ...
-
-
 def sweep(
     lens: LoraLens,
     records: RecordsLike,

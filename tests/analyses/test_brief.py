@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import cases
 import models
@@ -133,6 +134,55 @@ def test_layers_that_carry_most_are_left_out():
         for site, value in zip(parts.sites, parts.values[0].tolist(), strict=True):
             by_layer[site.layer] += value
         assert claim.layers == f"layer {max(by_layer, key=by_layer.__getitem__)}"
+
+
+class Spelling:
+    """A lens of a tokenizer whose words have several tokens, which says what it is told to."""
+
+    STRINGS = ("<s>", " buy", " a", " N", "ok", "ia", ".", "N", " sail", "9")
+
+    def __init__(self, *said: list[int]) -> None:
+        self.said = said
+        self.tokenizer = SimpleNamespace(all_special_ids=[0], decode=self.decode)
+        self.model = SimpleNamespace(tokenizer=self.tokenizer)
+        self.asked: list[list[int]] = []
+
+    def decode(self, ids: object) -> str:
+        return "".join(self.STRINGS[i] for i in list(map(int, ids)))
+
+    def prompts(self, ready: ll.results.Prompts) -> ll.results.Prompts:
+        return ready
+
+    def generate(self, ready: ll.results.Prompts, most: int, **how: object) -> SimpleNamespace:
+        rows = zip(ready.tokens.tolist(), ready.lengths.tolist(), strict=True)
+        self.asked = [row[:length] for row, length in rows]
+        return SimpleNamespace(ids=tuple(torch.tensor(ids[:most]) for ids in self.said))
+
+
+def test_a_claim_begins_where_its_word_does(monkeypatch):
+    """Found by a token within a word, it says the whole word; a token alone is said to its end."""
+    monkeypatch.setattr(brief, "_WORDS", 4)
+    lens = Spelling([5, 6, 0], [4, 5, 6], [6, 1, 0], [9, 6, 1])
+    rows = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 8, 6, 7, 9]])
+    spoken = ll.results.Prompts(rows, torch.tensor([7, 7]), torch.tensor([7, 7]))
+    value, row, slot = torch.zeros(10), torch.zeros(10).long(), torch.zeros(10).long()
+    # Predicted: “ok” after “ N”, “ N” and “ sail” after “ a”, “N” after “.”
+    for token, at in {4: (0, 3), 3: (0, 2), 8: (1, 2), 7: (1, 4)}.items():
+        value[token], row[token], slot[token] = 1.0, *at
+    ranked = {
+        "speech": brief._Ranked({4: 3.0, 8: 2.0}, 1.0),
+        "logit": brief._Ranked({3: 2.0, 7: 1.5}, 1.0),
+    }
+    places = list(brief._places(lens, brief._Scores(value, row, slot), ranked, spoken))
+    assert [place.token for place in places] == [4, 3, 8, 7]
+    assert [place.begun.tolist() for place in places] == [[3], [], [], []]
+    assert [place.context.tolist() for place in places][:2] == [[0, 1, 2], [0, 1, 2]]
+    words, every = brief._words(lens, places, False)
+    assert lens.asked == [[0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1, 2, 8], [0, 1, 2, 8, 6, 7]]
+    assert [lens.decode(ids) for ids in words] == [" Nokia", " Nokia", " sail", "N9"]
+    assert [lens.decode(ids) for ids in every] == [" Nokia.", " Nokia", " sail. buy", "N9"]
+    texts = [[lens.decode(ids).strip() for ids in rows] for rows in (words, every)]
+    assert brief._distinct(*texts) == [0, 2, 3]
 
 
 def test_no_token_makes_two_claims():
