@@ -311,10 +311,7 @@ class _Ranked(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A candidate, by which list it came, and what stands before the place that shows it best.
-
-    `begun` are the tokens before it with which its word begins.
-    """
+    """A candidate, its list, what stands before its word, and what begins the word before it."""
 
     token: int
     by: By

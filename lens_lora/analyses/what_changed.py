@@ -146,8 +146,7 @@ class WhatChanged(OfSites, Paged):
         texts: what the texts are.
         sites, meta: see `OfSites`; all that are adapted.
         answers: both models' to five everyday questions and to an empty turn, 40 tokens at most;
-            none where they were not asked for, without a tokenizer, or where the context has no
-            room for them.
+            none unasked, without a tokenizer, or where the context has no room for them.
         claims: what it was taught, the strongest first; none without null adapters, or where
             `answers` has none.
     """
