@@ -207,7 +207,7 @@ def claims_of(
     if not places:
         return ()
     words, every = _words(lens, places, progress)
-    chosen = _distinct([_text(lens, ids).strip() for ids in words], [_text(lens, e) for e in every])
+    chosen = _distinct(*([_text(lens, ids) for ids in rows] for rows in (words, every)))
     contexts = _prompts(lens, [places[i].context for i in chosen])
     words = [every[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
@@ -372,7 +372,7 @@ def _distinct(words: Sequence[str], texts: Sequence[str]) -> list[int]:
     """The first candidates whose word no earlier one's text holds."""
     chosen: list[int] = []
     for i, word in enumerate(words):
-        if not any(word in texts[j] for j in chosen):
+        if not any((word.strip() or word) in texts[j] for j in chosen):
             chosen.append(i)
     return chosen[:_CLAIMS]
 

@@ -181,8 +181,9 @@ def test_a_claim_begins_where_its_word_does(monkeypatch):
     assert lens.asked == [[0, 1, 2, 3, 4], [0, 1, 2, 3], [0, 1, 2, 8], [0, 1, 2, 8, 6, 7]]
     assert [lens.decode(ids) for ids in words] == [" Nokia", " Nokia", " sail", "N9"]
     assert [lens.decode(ids) for ids in every] == [" Nokia.", " Nokia", " sail. buy", "N9"]
-    texts = [[lens.decode(ids).strip() for ids in rows] for rows in (words, every)]
+    texts = [[lens.decode(ids) for ids in rows] for rows in (words, every)]
     assert brief._distinct(*texts) == [0, 2, 3]
+    assert brief._distinct(["a", "\n", "\n", " a"], ["a b", "\nc", "\n", " a"]) == [0, 1]
 
 
 def test_no_token_makes_two_claims():
