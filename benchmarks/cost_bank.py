@@ -207,14 +207,17 @@ def callback_line(lens: ll.LoraLens, batch: int = 4, length: int = 64) -> None:
     )
 
 
-def memory_table(lens: ll.LoraLens, tokens: int = 256) -> None:
+def memory_table(lens: ll.LoraLens, rows: int = 8) -> None:
     """Computed for known shapes, and measured for the one that is here."""
-    bank = ll.bank(lens.model, random_prompts(lens, 1, tokens), MARGIN, **QUIET)
+    modules = [f"*.{name}" for name in ("?_proj", "gate_proj", "up_proj", "down_proj")]
+    prompts = random_prompts(lens, rows, TOKENS // rows)
+    bank = ll.bank(lens.model, prompts, MARGIN, modules=modules, **QUIET)
     held = sum(stack.nbytes for stack in bank._held.stacks.values())
-    computed = bytes_of(SHAPES["SmolLM2-135M"], tokens, lens.dtype.itemsize)
+    computed = bytes_of(SHAPES["SmolLM2-135M"], TOKENS, lens.dtype.itemsize)
     print(
-        f"\nA bank of {tokens} tokens of SmolLM2-135M holds {held / 1e6:.0f} MB; computed: "
-        f"{computed / 1e6:.0f} MB. Computed for {TOKENS:,} tokens:\n"
+        f"\nA bank of {rows} × {TOKENS // rows} tokens of SmolLM2-135M and its seven kinds of "
+        f"linear map holds {held / 1e9:.2f} GB; computed: {computed / 1e9:.2f} GB. Computed for as "
+        "many tokens:\n"
     )
     print("| shape | float32 | bfloat16 |\n| --- | --- | --- |")
     for name, shape in SHAPES.items():
