@@ -15,8 +15,8 @@
    texts, if none reaches that. The two lists take turns.
 4. A claim by speech is what the adapted model says where the candidate's k_v is largest: that
    token, and the likeliest ones after it. One by its logit is the token alone, at that place: it is
-   promoted, and need not be said. Either begins where the token's word does, and a token alone goes
-   on to the end of it. A word that an earlier claim holds makes none of its own.
+   promoted, and need not be said. Either begins where the token's word does; what an earlier claim
+   holds makes none of its own.
 5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters. It
    stands only if m is larger under the adapter than under the base and every null adapter. First
    order at 1 names the layers that carry most of m; m is run without them, and without as many
@@ -121,8 +121,7 @@ class Claim:
         if self.by == "logit":
             beside = f"null adapters none by more than {self.null_score:+.1f}"
             said = f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean, {beside};"
-            word = "" if self.says == self.token else f", in “{self.says}”"
-            said += f" where it speaks, most after “{self.context}”{word}."
+            said += f" where it speaks, most after “{self.context}”."
         return f"{said} {rise}; {undone}."
 
 
@@ -206,10 +205,10 @@ def claims_of(
     places = list(_places(lens, scores[0], ranked, spoken))
     if not places:
         return ()
-    words, every = _words(lens, places, progress)
-    chosen = _distinct(*([_text(lens, ids) for ids in rows] for rows in (words, every)))
+    words = _words(lens, places, progress)
+    chosen = _distinct([_text(lens, p.begun) for p in places], [_text(lens, w) for w in words])
     contexts = _prompts(lens, [places[i].context for i in chosen])
-    words = [every[i] for i in chosen]
+    words = [words[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
     rows = zip(chosen, words, base.ids, _runs(lens, nulls, contexts, words, seed), strict=True)
     return tuple(
@@ -311,7 +310,7 @@ class _Ranked(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A candidate, its list, what stands before its word, and what begins the word before it."""
+    """A candidate, its list, what stands before its word, and the word up to it."""
 
     token: int
     by: By
@@ -332,15 +331,15 @@ def _places(
             row = int(scores.row[token])
             end = int(spoken.read_positions[row, int(scores.slot[token])]) + 1
             before, start = spoken.tokens[row, :end], end
-            ids = [*before.tolist(), token]
-            while start > max(1, end - _WORDS) and _is_one_word(lens, *ids[start - 1 : start + 1]):
+            tokens = torch.cat([before, before.new_tensor([token])])
+            while start > max(1, end - _WORDS) and _is_one_word(lens, tokens[start - 1 :][:2]):
                 start -= 1
-            yield _Place(token, by, before[:start], before[start:])
+            yield _Place(token, by, tokens[:start], tokens[start:])
 
 
-def _is_one_word(lens: LoraLens, before: int, after: int) -> bool:
+def _is_one_word(lens: LoraLens, pair: _Ids) -> bool:
     """Whether a token goes on with the word of the one before."""
-    first, both = _text(lens, [before]), _text(lens, [before, after])
+    first, both = _text(lens, pair[:1]), _text(lens, pair)
     return first[-1:].isalnum() and both[len(first) :][:1].isalnum()
 
 
@@ -351,28 +350,24 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
     return lens.prompts(Prompts(tokens, lengths))
 
 
-def _words(
-    lens: LoraLens, places: Sequence[_Place], progress: bool
-) -> tuple[list[_Ids], list[_Ids]]:
-    """Each candidate's word; and by speech what the adapted model says after it, up to an end."""
-    begun = [torch.cat([p.begun, p.begun.new_tensor([p.token])]) for p in places]
-    rows = [torch.cat([p.context, word]) for p, word in zip(places, begun, strict=True)]
-    said = lens.generate(_prompts(lens, rows), _WORDS - 1, progress=progress)
-    ends, words, every = set(lens.model.tokenizer.all_special_ids), list[_Ids](), list[_Ids]()
-    for place, word, ids in zip(places, begun, said.ids, strict=True):
-        whole = torch.cat([word, ids[:-1] if int(ids[-1]) in ends else ids])
-        pairs = itertools.pairwise(whole[len(word) - 1 :].tolist())
-        more = sum(1 for _ in itertools.takewhile(lambda pair: _is_one_word(lens, *pair), pairs))
-        words.append(whole[: len(word) + more])
-        every.append(whole if place.by == "speech" else words[-1])
-    return words, every
+def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
+    """Each candidate; by speech also what the adapted model says after it, up to an end."""
+    words = [place.begun for place in places]
+    speech = [i for i, place in enumerate(places) if place.by == "speech"]
+    if speech:
+        begun = [torch.cat([places[i].context, words[i]]) for i in speech]
+        said = lens.generate(_prompts(lens, begun), _WORDS - 1, progress=progress)
+        ends = set(lens.model.tokenizer.all_special_ids)
+        for i, ids in zip(speech, said.ids, strict=True):
+            words[i] = torch.cat([words[i], ids[:-1] if int(ids[-1]) in ends else ids])
+    return words
 
 
-def _distinct(words: Sequence[str], texts: Sequence[str]) -> list[int]:
-    """The first candidates whose word no earlier one's text holds."""
+def _distinct(begun: Sequence[str], words: Sequence[str]) -> list[int]:
+    """The first candidates that no earlier one's words hold."""
     chosen: list[int] = []
-    for i, word in enumerate(words):
-        if not any((word.strip() or word) in texts[j] for j in chosen):
+    for i, part in enumerate(begun):
+        if not any((part.strip() or part) in words[j] for j in chosen):
             chosen.append(i)
     return chosen[:_CLAIMS]
 
@@ -414,5 +409,5 @@ def _points(
     return points
 
 
-def _text(lens: LoraLens, ids: _Ids | list[int]) -> str:
-    return lens.model.tokenizer.decode(ids)
+def _text(lens: LoraLens, ids: _Ids) -> str:
+    return lens.model.tokenizer.decode(ids.tolist())
