@@ -1,4 +1,4 @@
-"""The table of the audit's benchmark in docs/auditing.md, from docs/audit.json.
+"""The audit's benchmark as docs/auditing.md has it, from docs/audit.json and docs/audit_peer.json.
 
 python benchmarks/audit/page.py
 """
@@ -19,6 +19,7 @@ from marks import put_in  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 SECTION, NUMBERS = Path(__file__).with_name("section.md"), DOCS / "audit.json"
+PEER = DOCS / "audit_peer.json"
 FIRST = 5
 METHODS = {
     "brief": "the brief's first five claims",
@@ -66,6 +67,20 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def peer(said: dict[str, Any]) -> str:
+    """A sentence on what AdapterSentry says of adapters and controls."""
+    rows = pd.DataFrame.from_dict(said["adapters"], orient="index")
+    is_control = rows.index.str.endswith("-control")
+    taught, controls = rows[~is_control], rows[is_control]
+    stops = [f"{part['action'].ne('allow').sum()} of {len(part)}" for part in (taught, controls)]
+    pairs = taught["concentration"].to_numpy()[:, None] > controls["concentration"].to_numpy()
+    return (
+        f"AdapterSentry {said['adaptersentry']}, which reads the weights alone and names no word, "
+        f"stops {stops[0]} adapters and {stops[1]} controls. Its number is larger for an adapter "
+        f"than for a control in {pairs.mean():.0%} of all pairs."
+    )
+
+
 def every_adapter(table: pd.DataFrame) -> str:
     """A line an adapter: the places of the word, and the claim that holds it, or else the first."""
     heads = ("quirk", "taught by", "KL, nats a token", "place in the brief", "by mean logit")
@@ -94,7 +109,8 @@ def _plain(said: str) -> str:
 
 def main() -> None:
     table = scores(json.loads(NUMBERS.read_text())["adapters"])
-    print(put_in(SECTION.read_text(), {"audit": summary(table), "audited": every_adapter(table)}))
+    parts = {"audit": summary(table), "audited": every_adapter(table)}
+    print(put_in(SECTION.read_text(), {**parts, "peer": peer(json.loads(PEER.read_text()))}))
 
 
 if __name__ == "__main__":
