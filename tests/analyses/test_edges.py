@@ -345,7 +345,7 @@ def test_tangents_that_a_reader_passes_on_are_refused(cls: str, monkeypatch):
 
     def passed_on(writers, name, x):
         first = writers._blocks.index(name)
-        writers._contract(x, first, first + writers._blocks.count(name))
+        writers._contracted(x, first, first + writers._blocks.count(name))
         return x
 
     monkeypatch.setattr(engine._Writers, "_read", passed_on)
@@ -370,9 +370,10 @@ def test_a_lost_reader_is_refused(cls: str, monkeypatch):
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_hook_in_the_stream_is_refused(cls: str):
-    """It changes x between a branch and its readers, where δ is not seen to pass."""
+    """It changes x between some branch and its readers, where δ is not seen to pass."""
     lens = cases.case("llama", cls, "raw").lens
-    hook = [(lens.plan.host.block_input(1), lambda tensor, hook: 2 * tensor)]
+    host = lens.plan.host
+    hook = [(host.block_input(host.n_layers), lambda tensor, hook: 2 * tensor)]
     with attached(lens.model, hook), pytest.raises(ll.errors.ModelStateError, match="Take such"):
         ll.edges(lens, TEXTS, MARGIN, progress=False)
     ll.edges(lens, TEXTS, MARGIN, progress=False)
