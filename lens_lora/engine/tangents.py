@@ -38,7 +38,7 @@ class Moving(Tensor):
     """
 
     value: Tensor
-    tangents: dict[int, Tensor]
+    tangents: _Tangents
 
     @classmethod
     def __torch_function__(
@@ -150,30 +150,21 @@ def _in_place(func: Any, args: _Args, named: _Named) -> Any:
 def _linear(func: Any, args: _Args, named: _Named, result: Any) -> _Tangents:
     """The function of each tangent; zero in place of constants, but not of indices and sizes."""
     name = func.__name__
+    if "alpha" in named:
+        return _by_torch(func, args, named, result)
     # A tangent need not lie in memory as its value does.
     func = Tensor.reshape if name == "view" else func
 
     def of_site(site: int) -> Any:
         def change(x: Any) -> Any:
-            if _is_differentiable(x):
-                tangent = tangents_of(x).get(site)
-                return torch.zeros_like(value_of(x)) if tangent is None else tangent
-            return 0 if name in _CHOOSING and isinstance(x, int | float) else x
+            value, tangent = value_of(x), tangents_of(x).get(site)
+            if _is_differentiable(value):
+                return value.new_zeros(()).expand(value.shape) if tangent is None else tangent
+            return 0 if name.strip("_") in _OF_NUMBERS and isinstance(x, int | float) else x
 
         return func(*_mapped(args, change), **_mapped(named, change))
 
     return {site: of_site(site) for site in _sites(args, named)}
-
-
-def _sum(func: Any, args: _Args, named: _Named, result: Tensor) -> _Tangents:
-    if named:
-        return _by_torch(func, args, named, result)
-    tangents = _Tangents()
-    for summand, sign in zip(args, _SIGNS[func.__name__.strip("_")], strict=True):
-        for site, tangent in tangents_of(summand).items():
-            term = (tangent if sign > 0 else -tangent).to(result.dtype).expand_as(result)
-            tangents[site] = tangents[site] + term if site in tangents else term
-    return tangents
 
 
 def _product(func: Any, args: _Args, named: _Named, result: Tensor) -> _Tangents:
@@ -195,11 +186,6 @@ def _replaced(args: _Args, place: int, tangent: Tensor) -> _Args:
         return tangent if next(places) == place else x.value
 
     return _mapped(args, change)
-
-
-def _quotient(func: Any, args: _Args, named: _Named, result: Tensor) -> _Tangents:
-    rule = _by_torch if isinstance(args[1], Moving) else _product
-    return rule(func, args, named, result)
 
 
 def _softmax(func: Any, args: _Args, named: _Named, result: Tensor) -> _Tangents:
@@ -227,33 +213,22 @@ def _weighed(x: Any, weight: Any, bias: Any = None) -> Any:
     return moving(value, dict(zip(x.tangents, moved, strict=True)))
 
 
-def _linear_map(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _weighed(input, weight.mT, bias)
-
-
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> Any:
     return None if factors or input.ndim != 1 else _weighed(mat1, mat2, input)
 
 
-def _matmul(input: Tensor, other: Tensor) -> Any:
-    return _weighed(input, other)
-
-
 _IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
-_CHOOSING = frozenset({"where", "masked_fill"})
-_SIGNS = {"add": (1, 1), "radd": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}
+_OF_NUMBERS = frozenset({"where", "masked_fill", "add", "radd", "sub", "rsub"})
 _WEIGHED: dict[str, Callable[..., Any]] = {
-    "linear": _linear_map,
+    "linear": lambda input, weight, bias=None: _weighed(input, weight.mT, bias),
     "addmm": _addmm,
-    **dict.fromkeys(("matmul", "__matmul__"), _matmul),
+    **dict.fromkeys(("matmul", "__matmul__"), _weighed),
 }
 _RULES: dict[str, Callable[[Any, _Args, _Named, Any], _Tangents]] = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _linear),
     **dict.fromkeys(("transpose", "permute", "expand", "contiguous", "clone", "to"), _linear),
     **dict.fromkeys(("getitem", "chunk", "split", "unbind", "cat", "stack", "neg"), _linear),
-    **dict.fromkeys(("repeat", "repeat_interleave", *_CHOOSING), _linear),
-    **dict.fromkeys(_SIGNS, _sum),
+    **dict.fromkeys(("repeat", "repeat_interleave", *_OF_NUMBERS), _linear),
     **dict.fromkeys(("mul", "rmul", "matmul", "bmm", "einsum"), _product),
-    **dict.fromkeys(("div", "truediv"), _quotient),
     "softmax": _softmax,
 }
