@@ -372,8 +372,9 @@ def test_a_lost_reader_is_refused(cls: str, monkeypatch):
 def test_a_hook_in_the_stream_is_refused(cls: str):
     """It changes x between some branch and its readers, where δ is not seen to pass."""
     lens = cases.case("llama", cls, "raw").lens
-    host = lens.plan.host
-    hook = [(host.block_input(host.n_layers), lambda tensor, hook: 2 * tensor)]
+    points = "blocks.1.hook_resid_post", "blocks.1.hook_out"
+    name = next(name for name in points if name in lens.model.hook_dict)
+    hook = [(name, lambda tensor, hook: 2 * tensor)]
     with attached(lens.model, hook), pytest.raises(ll.errors.ModelStateError, match="Take such"):
         ll.edges(lens, TEXTS, MARGIN, progress=False)
     ll.edges(lens, TEXTS, MARGIN, progress=False)
