@@ -11,8 +11,8 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
    outputs of q, k and v go back to x in a forward pass that keeps a graph of a norm and these maps
    alone, one attention block after another (`_by_head`).
 3. One pass gives every δ_l (`_Writers`). Each site has a tangent from its output on, beside the
-   values (`engine/tangents.py`). A reader's x loses its tangents, so nothing moves but the branch of
-   the site, and so does the stream at each block's input, where they are complete.
+   values (`engine/tangents.py`). A reader's x loses its tangents, so nothing moves but its branch,
+   and so does the stream at each block's input, where they are complete.
 4. Σ_m is compared with a_l. What a model does beyond x + branch(norm(x)), a norm in the stream
    itself, a reader of another form, or a hook in between leaves a gap, and is refused.
 5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
