@@ -1,32 +1,33 @@
-"""Values that carry the tangents of several sites, in a pass over rows that stand there once.
+"""Values that carry the tangents of several sites; each value is computed once.
 
     y = f(x₁, x₂, …),    ẏ_l = Σ_i ∂f/∂x_i ẋ_{i,l}     for each site l that one of the x_i carries
 
-1. A `Moving` is a value with a table of tangents beside it, by site. The value is computed once,
-   and nothing for a site that has written nothing to it.
+1. A `Moving` is a value with a table of tangents beside it, by site.
 2. A product with a weight takes the value and its tangents together. What is linear is done to each
    tangent; in any other product each factor is replaced by its tangent in turn.
 3. Whatever has no rule is left to torch, as a dual number of each tangent, so `dual_level` must be
-   open. So is what changes a value in place.
+   open. So is what changes a value in place; where another tensor that is still in use shares its
+   memory, whose tangents would stay as they were, it is refused.
 4. Tangents are never changed in place, as values share them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import functools
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
+from lens_lora import compat
+from lens_lora.errors import ModelStateError
+
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
 _Tangents = dict[int, Any]  # by site; of a function with several results, one of each
-
-# Tokens up to which reading a weight once is worth a copy of what it multiplies.
-_TOGETHER = 64
 
 
 class Moving(Tensor):
@@ -46,28 +47,35 @@ class Moving(Tensor):
     ) -> Any:
         """What the function returns, with the tangents of it."""
         named, name = kwargs or {}, func.__name__
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        if name == "__set__" or named.get("out") is not None:
+            raise _refusal(name)
+        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if is_in_place or named.get("inplace"):
             return _in_place(func, args, named)
         if name in _WEIGHED and (product := _WEIGHED[name](*args, **named)) is not None:
             return product
         result = func(*_mapped(args, value_of), **_mapped(named, value_of))
         if not any(map(_is_differentiable, _parts(result))):
             return result
-        tangents = _RULES.get(name.strip("_"), _by_torch)(func, args, named, result)
+        tangents = _RULES.get(name.strip("_"), _by_torch)(func, args, named)
         if isinstance(result, Tensor):
             return moving(result, tangents)
-        by_site = {site: _parts(tangent) for site, tangent in tangents.items()}
-        columns = [{site: t[i] for site, t in by_site.items()} for i in range(len(result))]
+        columns = [{site: t[i] for site, t in tangents.items()} for i in range(len(result))]
         return type(result)([moving(*pair) for pair in zip(result, columns, strict=True)])
+
+
+_LIVE = weakref.WeakValueDictionary[int, Moving]()
 
 
 def moving(value: Any, tangents: dict[int, Tensor | None]) -> Any:
     """The value with those tangents that are there; itself, if none is."""
     held = {site: tangent for site, tangent in tangents.items() if tangent is not None}
-    if not held:
-        return value
-    out = value.as_subclass(Moving)
-    out.value, out.tangents = value, held
+    return _carrying(value.as_subclass(Moving), value, held) if held else value
+
+
+def _carrying(out: Any, value: Tensor, tangents: _Tangents) -> Moving:
+    out.value, out.tangents = value, tangents
+    _LIVE[id(out)] = out
     return out
 
 
@@ -105,110 +113,102 @@ def _carriers(*operands: Any) -> list[Moving]:
     return carriers
 
 
-def _sites(*operands: Any) -> dict[int, None]:
-    return dict.fromkeys(site for x in _carriers(*operands) for site in x.tangents)
-
-
 # --- Rules: the tangents of a result, from torch's function and its arguments
 
 
-def _by_torch(func: Any, args: _Args, named: _Named, result: Any) -> _Tangents:
+def _by_site(
+    func: Any, args: _Args, named: _Named, change: Callable[[int, Any], Any]
+) -> Iterator[tuple[int, Any]]:
+    """The function of what each site makes of its arguments."""
+    for site in dict.fromkeys(site for x in _carriers(args, named) for site in x.tangents):
+        of_site = functools.partial(change, site)
+        yield site, func(*_mapped(args, of_site), **_mapped(named, of_site))
+
+
+def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
     """One dual number after another."""
-    return {
-        site: _mapped(func(*_duals(args, site), **_duals(named, site)), _unpacked)
-        for site in _sites(args, named)
-    }
 
-
-def _duals(operands: Any, site: int) -> Any:
-    def dual(x: Any) -> Any:
+    def dual(site: int, x: Any) -> Any:
         tangent = tangents_of(x).get(site)
         return value_of(x) if tangent is None else fwad.make_dual(x.value, tangent)
 
-    return _mapped(operands, dual)
+    def tangent_of(part: Any) -> Tensor | None:
+        return fwad.unpack_dual(part).tangent if _is_differentiable(part) else None
 
-
-def _unpacked(part: Any) -> Tensor | None:
-    return fwad.unpack_dual(part).tangent if _is_differentiable(part) else None
+    results = _by_site(func, args, named, dual)
+    return {
+        site: tangent_of(result) if isinstance(result, Tensor) else [*map(tangent_of, result)]
+        for site, result in results
+    }
 
 
 def _in_place(func: Any, args: _Args, named: _Named) -> Any:
     """As `_by_torch`, of copies; what is changed has other tangents from then on."""
-    target, tangents = args[0], _Tangents()
-    for site in _sites(args, named):
-        first, *rest = _duals(args, site)
+    target, memory = args[0], value_of(args[0]).untyped_storage().data_ptr()
+    others = (x.value for x in list(_LIVE.values()) if x is not target)
+    is_part = not isinstance(target, Moving) and compat.is_view(target)
+    if is_part or any(other.untyped_storage().data_ptr() == memory for other in others):
+        raise _refusal(func.__name__)
+
+    def changed(first: Tensor, *args: Any, **named: Any) -> Tensor:
         first = first.clone()
-        func(first, *rest, **_duals(named, site))
-        tangents[site] = _unpacked(first)
+        func(first, *args, **named)
+        return first
+
+    tangents = _by_torch(changed, args, named)
     result = func(*_mapped(args, value_of), **_mapped(named, value_of))
-    if not isinstance(target, Moving):
-        target.value, target.__class__ = target.detach(), Moving
-    target.tangents = tangents
+    if _is_differentiable(value_of(target)):
+        value = target.value if isinstance(target, Moving) else target.detach()
+        target.__class__ = Moving
+        _carrying(target, value, {k: v for k, v in tangents.items() if v is not None})
     return target if isinstance(result, Tensor) else result
 
 
-def _linear(func: Any, args: _Args, named: _Named, result: Any) -> _Tangents:
+def _refusal(name: str) -> ModelStateError:
+    return ModelStateError(
+        f"{name}: this model, or a hook of yours, writes into a tensor whose memory another tensor "
+        "shares, and derivatives are not followed there. Take such hooks off, or use "
+        "ll.first_order."
+    )
+
+
+def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
     """The function of each tangent; zero in place of constants, but not of indices and sizes."""
-    name = func.__name__
+    name = func.__name__.strip("_")
     if "alpha" in named:
-        return _by_torch(func, args, named, result)
+        return _by_torch(func, args, named)
+
+    def moved(site: int, x: Any) -> Any:
+        value, tangent = value_of(x), tangents_of(x).get(site)
+        if _is_differentiable(value):
+            return value.new_zeros(()).expand(value.shape) if tangent is None else tangent
+        return 0 if name in _OF_NUMBERS and isinstance(x, int | float) else x
+
     # A tangent need not lie in memory as its value does.
-    func = Tensor.reshape if name == "view" else func
-
-    def of_site(site: int) -> Any:
-        def change(x: Any) -> Any:
-            value, tangent = value_of(x), tangents_of(x).get(site)
-            if _is_differentiable(value):
-                return value.new_zeros(()).expand(value.shape) if tangent is None else tangent
-            return 0 if name.strip("_") in _OF_NUMBERS and isinstance(x, int | float) else x
-
-        return func(*_mapped(args, change), **_mapped(named, change))
-
-    return {site: of_site(site) for site in _sites(args, named)}
+    return dict(_by_site(Tensor.reshape if name == "view" else func, args, named, moved))
 
 
-def _product(func: Any, args: _Args, named: _Named, result: Tensor) -> _Tangents:
+def _product(func: Any, args: _Args, named: _Named) -> _Tangents:
     """ȦB + AḂ."""
-    tangents = _Tangents()
-    for place, factor in enumerate(_carriers(args)):
+    carriers, tangents = _carriers(args), _Tangents()
+    if named or len(set(map(id, carriers))) < len(carriers):
+        return _by_torch(func, args, named)
+    for factor in carriers:
         for site, tangent in factor.tangents.items():
-            term = func(*_replaced(args, place, tangent), **named)
+            term = func(*_mapped(args, functools.partial(_replaced, factor, tangent)))
             tangents[site] = tangents[site] + term if site in tangents else term
     return tangents
 
 
-def _replaced(args: _Args, place: int, tangent: Tensor) -> _Args:
-    places = itertools.count()
-
-    def change(x: Any) -> Any:
-        if not isinstance(x, Moving):
-            return x
-        return tangent if next(places) == place else x.value
-
-    return _mapped(args, change)
-
-
-def _softmax(func: Any, args: _Args, named: _Named, result: Tensor) -> _Tangents:
-    """Ṗ = P ∘ (Ṡ − Σ P ∘ Ṡ)."""
-    dim = named.get("dim", args[1] if len(args) > 1 else None)
-    if dim is None:
-        return _by_torch(func, args, named, result)
-    tangents = _Tangents()
-    for site, tangent in args[0].tangents.items():
-        moved = result * tangent
-        tangents[site] = moved.addcmul_(result, moved.sum(dim, keepdim=True), value=-1)
-    return tangents
+def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
+    return tangent if x is factor else value_of(x)
 
 
 def _weighed(x: Any, weight: Any, bias: Any = None) -> Any:
     """xW + b; None where this is another product than of a moving x with constants."""
-    if not isinstance(x, Moving) or weight.ndim != 2 or x.value.ndim < 2 or _carriers(weight, bias):
+    if not isinstance(x, Moving) or weight.ndim != 2 or _carriers(weight, bias):
         return None
-    parts = [x.value, *x.tangents.values()]
-    if x.value.numel() <= _TOGETHER * x.value.shape[-1]:
-        value, *moved = (torch.cat(parts) @ weight).split(len(x.value))
-    else:
-        value, *moved = [part @ weight for part in parts]
+    value, *moved = (torch.stack([x.value, *x.tangents.values()]) @ weight).unbind()
     value = value if bias is None else value + bias
     return moving(value, dict(zip(x.tangents, moved, strict=True)))
 
@@ -217,18 +217,16 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> Any:
     return None if factors or input.ndim != 1 else _weighed(mat1, mat2, input)
 
 
-_IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"})
 _OF_NUMBERS = frozenset({"where", "masked_fill", "add", "radd", "sub", "rsub"})
 _WEIGHED: dict[str, Callable[..., Any]] = {
-    "linear": lambda input, weight, bias=None: _weighed(input, weight.mT, bias),
+    "linear": lambda input, weight, bias=None: _weighed(input, weight.transpose(0, -1), bias),
     "addmm": _addmm,
-    **dict.fromkeys(("matmul", "__matmul__"), _weighed),
+    "matmul": lambda input, other: _weighed(input, other),
 }
-_RULES: dict[str, Callable[[Any, _Args, _Named, Any], _Tangents]] = {
+_RULES: dict[str, Callable[[Any, _Args, _Named], _Tangents]] = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _linear),
     **dict.fromkeys(("transpose", "permute", "expand", "contiguous", "clone", "to"), _linear),
     **dict.fromkeys(("getitem", "chunk", "split", "unbind", "cat", "stack", "neg"), _linear),
     **dict.fromkeys(("repeat", "repeat_interleave", *_OF_NUMBERS), _linear),
     **dict.fromkeys(("mul", "rmul", "matmul", "bmm", "einsum"), _product),
-    "softmax": _softmax,
 }
