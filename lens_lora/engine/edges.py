@@ -19,9 +19,9 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
    plain. In each other one the gate of a site differs; what this makes of its branch is taken off
    the stream again, and added to what one reader reads.
 
-Cost: one forward and one backward pass for G, and a dual pass in which no more than the rest of
-each branch has tangents; by head, one more forward pass and one way back through q, k and v for
-each head. Patched: a forward pass a pair, batched.
+Cost: one forward and one backward pass for G, and one in which no more than the rest of each branch
+has tangents; by head, one more forward pass and one way back through q, k and v for each head.
+Patched: a forward pass a pair, batched.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def edge_values(
     by_position: bool = False,
     progress: bool = True,
 ) -> EdgeValues:
-    """⟨δ_l, G_m⟩ of every site and reader. One forward and one backward pass, and a dual pass."""
+    """⟨δ_l, G_m⟩ of every site and reader. A forward, a backward pass, and one of tangents."""
     heads = sum(map(lens.heads.of, _QKV)) if by_head else 1
     groups = memory.edge_groups(lens, reading, 1 + max(_places(lens).values(), default=0), heads)
     with bar_of(len(groups), progress, "edges") as bar:

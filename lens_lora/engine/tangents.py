@@ -5,9 +5,9 @@
 1. A `Moving` is a value with a table of tangents beside it, by site.
 2. A product with a weight takes the value and its tangents together. What is linear is done to each
    tangent; in any other product each factor is replaced by its tangent in turn.
-3. Whatever has no rule is left to torch, as a dual number of each tangent, so `dual_level` must be
-   open. So is what changes a value in place; where another tensor that is still in use shares its
-   memory, whose tangents would stay as they were, it is refused.
+3. Whatever has no rule, or is called with keywords, is left to torch, as a dual number of each
+   tangent, so `dual_level` must be open. So is what changes a value in place, but it is refused
+   where another tensor in use shares its memory, as that one's tangents would not follow.
 4. Tangents are never changed in place, as values share them.
 """
 
@@ -57,7 +57,8 @@ class Moving(Tensor):
         result = func(*_mapped(args, value_of), **_mapped(named, value_of))
         if not any(map(_is_differentiable, _parts(result))):
             return result
-        tangents = _RULES.get(name.strip("_"), _by_torch)(func, args, named)
+        rule = _by_torch if named else _RULES.get(name.strip("_"), _by_torch)
+        tangents = rule(func, args, named)
         if isinstance(result, Tensor):
             return moving(result, tangents)
         columns = [{site: t[i] for site, t in tangents.items()} for i in range(len(result))]
@@ -175,13 +176,15 @@ def _refusal(name: str) -> ModelStateError:
 def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
     """The function of each tangent; zero in place of constants, but not of indices and sizes."""
     name = func.__name__.strip("_")
-    if "alpha" in named:
-        return _by_torch(func, args, named)
 
     def moved(site: int, x: Any) -> Any:
         value, tangent = value_of(x), tangents_of(x).get(site)
-        if _is_differentiable(value):
-            return value.new_zeros(()).expand(value.shape) if tangent is None else tangent
+        if tangent is not None:
+            return tangent
+        if isinstance(value, Tensor):
+            is_mask = name in _CHOOSING and value.dtype == torch.bool
+            is_kept = is_mask or name in _INDEXED
+            return value if is_kept else value.new_zeros(()).expand(value.shape)
         return 0 if name in _OF_NUMBERS and isinstance(x, int | float) else x
 
     # A tangent need not lie in memory as its value does.
@@ -191,7 +194,7 @@ def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
 def _product(func: Any, args: _Args, named: _Named) -> _Tangents:
     """ȦB + AḂ."""
     carriers, tangents = _carriers(args), _Tangents()
-    if named or len(set(map(id, carriers))) < len(carriers):
+    if len(set(map(id, carriers))) < len(carriers):
         return _by_torch(func, args, named)
     for factor in carriers:
         for site, tangent in factor.tangents.items():
@@ -217,7 +220,8 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> Any:
     return None if factors or input.ndim != 1 else _weighed(mat1, mat2, input)
 
 
-_OF_NUMBERS = frozenset({"where", "masked_fill", "add", "radd", "sub", "rsub"})
+_INDEXED, _CHOOSING = {"getitem", "repeat_interleave"}, {"where", "masked_fill"}
+_OF_NUMBERS = _CHOOSING | {"add", "radd", "sub", "rsub"}
 _WEIGHED: dict[str, Callable[..., Any]] = {
     "linear": lambda input, weight, bias=None: _weighed(input, weight.transpose(0, -1), bias),
     "addmm": _addmm,
@@ -226,7 +230,7 @@ _WEIGHED: dict[str, Callable[..., Any]] = {
 _RULES: dict[str, Callable[[Any, _Args, _Named], _Tangents]] = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _linear),
     **dict.fromkeys(("transpose", "permute", "expand", "contiguous", "clone", "to"), _linear),
-    **dict.fromkeys(("getitem", "chunk", "split", "unbind", "cat", "stack", "neg"), _linear),
-    **dict.fromkeys(("repeat", "repeat_interleave", *_OF_NUMBERS), _linear),
+    **dict.fromkeys(("chunk", "split", "unbind", "cat", "stack", "neg", "repeat"), _linear),
+    **dict.fromkeys((*_INDEXED, *_OF_NUMBERS), _linear),
     **dict.fromkeys(("mul", "rmul", "matmul", "bmm", "einsum"), _product),
 }
