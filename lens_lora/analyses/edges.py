@@ -170,8 +170,8 @@ def edges(
     """First order of each site, split by who reads what it writes.
 
     Cost: one forward and one backward pass and, for all edges together, one to three forward
-    passes; by head about nine more. The exact shift beside it takes one forward pass, or two where `at` is
-    not 0. In the pass of tangents each site of attention, or of the MLP, has one at a time.
+    passes; by head about nine more. The exact shift beside it takes one forward pass, or two where
+    `at` is not 0. In the pass of tangents each site of attention, or of the MLP, has one at a time.
 
     Args:
         lens: the adapter over the model.
