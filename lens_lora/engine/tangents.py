@@ -2,13 +2,12 @@
 
     y = f(x₁, x₂, …),    ẏ_l = Σ_i ∂f/∂x_i ẋ_{i,l}     for each site l that one of the x_i carries
 
-1. A `Moving` is a value with a table of tangents beside it, by site.
-2. A product with a weight takes the value and its tangents together. What is linear is done to each
+1. A product with a weight takes the value and its tangents together. What is linear is done to each
    tangent; in any other product each factor is replaced by its tangent in turn.
-3. Whatever has no rule, or is called with keywords, is left to torch, as a dual number of each
+2. Whatever has no rule, or is called with keywords, is left to torch, as a dual number of each
    tangent, so `dual_level` must be open. So is what changes a value in place, but it is refused
    where another tensor in use shares its memory, as that one's tangents would not follow.
-4. Tangents are never changed in place, as values share them.
+3. Tangents are never changed in place, as values share them.
 """
 
 from __future__ import annotations
@@ -31,12 +30,7 @@ _Tangents = dict[int, Any]  # by site; of a function with several results, one o
 
 
 class Moving(Tensor):
-    """A value with tangents.
-
-    Attributes:
-        value: the same without them.
-        tangents: by site, in the value's shape.
-    """
+    """A value, and its tangents by site."""
 
     value: Tensor
     tangents: _Tangents
@@ -45,7 +39,6 @@ class Moving(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: _Args = (), kwargs: _Named | None = None
     ) -> Any:
-        """What the function returns, with the tangents of it."""
         named, name = kwargs or {}, func.__name__
         if name == "__set__" or named.get("out") is not None:
             raise _refusal(name)
@@ -108,7 +101,6 @@ def _is_differentiable(part: Any) -> bool:
 
 
 def _carriers(*operands: Any) -> list[Moving]:
-    """Those with tangents, in their order."""
     carriers: list[Moving] = []
     _mapped(operands, lambda x: carriers.append(x) if isinstance(x, Moving) else None)
     return carriers
@@ -127,7 +119,6 @@ def _by_site(
 
 
 def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """One dual number after another."""
 
     def dual(site: int, x: Any) -> Any:
         tangent = tangents_of(x).get(site)
@@ -216,15 +207,13 @@ def _weighed(x: Any, weight: Any, bias: Any = None) -> Any:
     return moving(value, dict(zip(x.tangents, moved, strict=True)))
 
 
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> Any:
-    return None if factors or input.ndim != 1 else _weighed(mat1, mat2, input)
-
-
 _INDEXED, _CHOOSING = {"getitem", "repeat_interleave"}, {"where", "masked_fill"}
 _OF_NUMBERS = _CHOOSING | {"add", "radd", "sub", "rsub"}
 _WEIGHED: dict[str, Callable[..., Any]] = {
     "linear": lambda input, weight, bias=None: _weighed(input, weight.transpose(0, -1), bias),
-    "addmm": _addmm,
+    "addmm": lambda input, mat1, mat2, **factors: (
+        None if factors or input.ndim != 1 else _weighed(mat1, mat2, input)
+    ),
     "matmul": lambda input, other: _weighed(input, other),
 }
 _RULES: dict[str, Callable[[Any, _Args, _Named], _Tangents]] = {
