@@ -60,50 +60,20 @@ class OneProduct(TorchFunctionMode):
         rows: how many rows of the batch have the same primal: 1, or all rows that it has now. Code
             that adds rows must set it. It stays 1 for a mixture of experts, which takes tokens out
             of their rows.
-        alike: lengths of a first axis that nothing but such rows has. Then constants are computed
-            once, too, and no row without a tangent is multiplied; empty where that is not known.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: int = 1
-        self.alike: tuple[int, ...] = ()
         self._kernels: list[SDPBackend] = compat.attention_kernels()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        result = None
-        if self.alike and func in _OF_WEIGHTS:
-            result = self._once(func, args, kwargs)
-        if result is None and rule is not None:
-            result = rule(self.rows, *args, **kwargs)
+        result = None if rule is None else rule(self.rows, *args, **kwargs)
         if result is None and func in _SAVING:
             result = _apart(func, args, kwargs, self._kernels)
         return func(*args, **kwargs) if result is None else result
-
-    def _once(self, func: Callable[..., Any], args: _Args, named: dict[str, Any]) -> Tensor | None:
-        """Rows times a weight; None where it is another product, or the rows are not alike."""
-        place = _OF_WEIGHTS[func]
-        others = [*args[:place], *args[place + 1 :], *named.values()]
-        is_plain = len(args) >= place + 2 and not {"alpha", "beta"} & named.keys()
-        if not is_plain or not _are_weights(others) or len(args[place]) not in self.alike:
-            return None
-        x, moving = _parts_of(args[place])
-        first = _common(x, self.rows)
-        value = _spread(func(*args[:place], first, *args[place + 1 :], **named), x)
-        if moving is None:
-            return value
-        held, weight = moving.flatten(1).any(1), args[place + 1]
-        moved = torch.zeros_like(value)
-        moved[held] = moving[held] @ (weight.T if func is functional.linear else weight)
-        return fwad.make_dual(value, moved)
-
-
-def _are_weights(operands: Sequence[Any]) -> bool:
-    """Whether they are no more than matrices and vectors, and constant."""
-    held = [operand for operand in operands if isinstance(operand, Tensor)]
-    return all(operand.ndim <= 2 and not _is_dual(operand) for operand in held)
 
 
 class _Known(torch.autograd.Function):
@@ -292,12 +262,6 @@ def _spread(value: Tensor, like: Tensor) -> Tensor:
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
 
 
-# Where the rows stand among what a product is called with.
-_OF_WEIGHTS: dict[Callable[..., Any], int] = {
-    functional.linear: 0,
-    torch.addmm: 1,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), 0),
-}
 # What torch saves their operands for.
 _SAVING = frozenset(
     {
@@ -340,7 +304,19 @@ def dual_forward() -> AbstractContextManager[OneProduct]:
     return compat.Temporary(_begin_dual)
 
 
+def dual_level() -> AbstractContextManager[None]:
+    """As `dual_forward`, with torch's own products."""
+    return compat.Temporary(_begin_level)
+
+
 def _begin_dual(span: compat.Temporary) -> OneProduct:
+    products = OneProduct()
+    _begin_level(span)
+    compat.enter_mode(span, products)
+    return products
+
+
+def _begin_level(span: compat.Temporary) -> None:
     hold(span, ONE_IN_A_PROCESS)
     if _is_dual_level_open():
         raise ModelStateError(
@@ -348,7 +324,6 @@ def _begin_dual(span: compat.Temporary) -> OneProduct:
             "around this call, and torch has no second one. Leave it first."
         )
     span.push(_name_the_operation)
-    products = OneProduct()
     attention_from_formula(span)
     compat.plain_bloom_gelu(span)
     span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
@@ -356,8 +331,6 @@ def _begin_dual(span: compat.Temporary) -> OneProduct:
     compat.allow_forward_mode(span)
     span.way_back(_leave_dual_level)
     fwad.enter_dual_level()
-    compat.enter_mode(span, products)
-    return products
 
 
 def attention_from_formula(span: compat.Temporary) -> None:

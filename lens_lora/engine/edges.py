@@ -10,23 +10,23 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
 2. One backward pass gives every G_m, and every a_l (`_Gradients`). By head, the gradients at the
    outputs of q, k and v go back to x in a forward pass that keeps a graph of a norm and these maps
    alone, one attention block after another (`_by_head`).
-3. One dual pass gives every δ_l (`_Writers`). Each site has a tangent from its output on, in a row
-   of the batch. A reader's x loses its tangents, so nothing moves but the branch of the site, and
-   so does the stream at each block's input, where they are complete. All rows have the same values,
-   which are computed once.
+3. One pass gives every δ_l (`_Writers`). Each site has a tangent from its output on, beside the
+   values (`engine/tangents.py`). A reader's x loses its tangents, so nothing moves but its branch,
+   and so does the stream at each block's input, where they are complete.
 4. Σ_m is compared with a_l. What a model does beyond x + branch(norm(x)), a norm in the stream
    itself, a reader of another form, or a hook in between leaves a gap, and is refused.
 5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
    plain. In each other one the gate of a site differs; what this makes of its branch is taken off
    the stream again, and added to what one reader reads.
 
-Cost: one forward and one backward pass for G, and a dual pass in which no more than the rest of
-each branch has tangents; by head, one more forward pass and one way back through q, k and v for
-each head. Patched: a forward pass a pair, batched.
+Cost: one forward and one backward pass for G, and one in which no more than the rest of each branch
+has tangents; by head, one more forward pass and one way back through q, k and v for each head.
+Patched: a forward pass a pair, batched.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -34,16 +34,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
 from lens_lora.engine import function, memory
-from lens_lora.engine.duals import dual_forward
+from lens_lora.engine.duals import dual_level
 from lens_lora.engine.function import bar_of, in_chunks, read_for_slopes, require_finite
 from lens_lora.engine.interventions import head_points
 from lens_lora.engine.reverse import Slopes, joined, tapped
+from lens_lora.engine.tangents import moving, tangents_of, value_of
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model import LoraLens, ScaleInject
 from lens_lora.model.bridged import is_linear, unwrapped
@@ -188,9 +188,9 @@ def edge_values(
     by_position: bool = False,
     progress: bool = True,
 ) -> EdgeValues:
-    """⟨δ_l, G_m⟩ of every site and reader. One forward and one backward pass, and a dual pass."""
+    """⟨δ_l, G_m⟩ of every site and reader. A forward, a backward pass, and one of tangents."""
     heads = sum(map(lens.heads.of, _QKV)) if by_head else 1
-    groups = memory.edge_groups(lens, reading, _rows_needed(lens), heads)
+    groups = memory.edge_groups(lens, reading, 1 + max(_places(lens).values(), default=0), heads)
     with bar_of(len(groups), progress, "edges") as bar:
         parts: list[EdgeValues] = []
         for group in groups:
@@ -207,7 +207,7 @@ def _of_group(
     value = back.run(reading, gates, by_head)
     gradients = _by_head(lens, reading.prompts, gates, back) if by_head else back.readers
     writers = _Writers(lens, reading.prompts, gradients, by_position)
-    writers.run(gates, _rows_needed(lens, back.parallel))
+    writers.run(gates, _places(lens, back.parallel))
     values, first = reading.by_prompt(writers.values), back.slopes.by_prompt(reading)
     # The final norm and the unembedding write to the logits.
     after = [i for i, site in enumerate(lens.sites) if site.layer >= lens.plan.host.n_layers]
@@ -240,16 +240,19 @@ def _require_sum(
         )
 
 
-def _rows_needed(lens: LoraLens, parallel: Collection[int] = ()) -> int:
-    """How many sites write at a time: those of attention, or of the MLP that reads what it wrote;
-    all of a block where it does not.
+def _places(lens: LoraLens, parallel: Collection[int] = ()) -> dict[int, int]:
+    """The place of each site of the blocks among those that write at a time: those of attention, or
+    of the MLP that reads what it wrote; all of a block where it does not.
     """
     counts: collections.Counter[tuple[int, bool]] = collections.Counter()
-    for site in lens.sites:
+    places: dict[int, int] = {}
+    for index, site in enumerate(lens.sites):
         if site.layer < lens.plan.host.n_layers:
             is_later = site.kind in _LATER or ".mlp." in site.name
-            counts[site.layer, is_later and site.layer not in parallel] += 1
-    return max(counts.values(), default=1)
+            branch = site.layer, is_later and site.layer not in parallel
+            places[index] = counts[branch]
+            counts[branch] += 1
+    return places
 
 
 class _Gradients:
@@ -358,7 +361,7 @@ def _by_head(
 
 
 class _Writers:
-    """Dual passes in which each site has a tangent up to the end of its block, in a row.
+    """Passes in which each site has a tangent from its output up to the end of its block.
 
     Attributes:
         values: ⟨δ_l, G_m⟩, [row, site, reader], or with a last axis of positions.
@@ -372,112 +375,69 @@ class _Writers:
         self._blocks = list(map(block_reader, gradients))
         self._layers = [reader_layer(lens, name) for name in self._blocks]
         held = [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()]
-        self._gradients = torch.stack(held)
+        self._gradients = torch.stack(held, 1)
         batch, longest = prompts.tokens.shape
         shape = (batch, len(lens.sites), len(gradients), *[longest] * by_position)
         self.values: Tensor = self._gradients.new_zeros(shape)
         self.exists: Tensor = torch.zeros(shape[1:3], dtype=torch.bool)
 
-    def run(self, gates: Float[Tensor, " site"], rows: int) -> None:
-        """As many passes as it takes until each site had a row; so many rows, or what fits."""
+    def run(self, gates: Float[Tensor, " site"], places: Mapping[int, int]) -> None:
+        """One pass; several, where so many tangents at a time are too many."""
         lens, host, layers = self._lens, self._lens.plan.host, range(self._lens.plan.host.n_layers)
         begin = [(host.block_input(i), functools.partial(self._end, i)) for i in layers]
-        rows = min(rows, memory.tangents_at_once(lens, self._prompts, read=0))
-        many = self._prompts.tiled(rows)
-        waiting = {i for i, site in enumerate(lens.sites) if site.layer < host.n_layers}
-        while waiting:
-            with dual_forward() as products:
-                if host.keeps_rows:
-                    products.rows = rows
-                    products.alike = len(many.tokens), many.tokens.numel()
-                self._tangents = _RowInject(lens, gates, rows, waiting)
-                hooks = lens.injected(self._tangents, before=begin)
-                with hooks, readers_shown(lens, self._read):
-                    function.run_without_logits(lens, many)
-            # A site that never writes here would wait for ever: its sum is refused.
-            waiting = waiting - self._tangents.served if self._tangents.served else set[int]()
+        at_once = memory.tangents_at_once(lens, self._prompts, read=0)
+        for first in range(0, max(places.values(), default=-1) + 1, at_once):
+            chunk = range(first, first + at_once)
+            inject = _TangentInject(lens, gates, {i for i in places if places[i] in chunk})
+            hooks = lens.injected(inject, before=begin)
+            with dual_level(), hooks, readers_shown(lens, self._read):
+                function.run_without_logits(lens, self._prompts)
 
     def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
         """At a block's input: the tangents are complete, and end here."""
-        self._contract(stream, sum(other < layer for other in self._layers), len(self._layers))
-        self._tangents.begin()
-        return fwad.unpack_dual(stream).primal
+        return self._contracted(stream, bisect.bisect_left(self._layers, layer), len(self._layers))
 
     def _read(self, name: str, x: Tensor) -> Tensor:
         """A reader within the block sees what was written so far, and passes none of it on."""
         first = self._blocks.index(name)
-        self._contract(x, first, first + self._blocks.count(name))
-        return fwad.unpack_dual(x).primal
+        return self._contracted(x, first, first + self._blocks.count(name))
 
-    def _contract(self, x: Tensor, first: int, end: int) -> None:
-        tangent = fwad.unpack_dual(x).tangent
-        if tangent is None:
-            return
-        by_row = tangent.view(-1, *self._prompts.tokens.shape, tangent.shape[-1])
-        sites, deltas = self._tangents.deltas(by_row)
-        gradients = self._gradients[first:end]
-        pair = [some.transpose(0, 1) for some in (deltas.to(gradients), gradients)]
-        if self._by_position:
-            values = torch.einsum("brpd,bmpd->brmp", *pair)
-        else:
-            values = pair[0].flatten(2) @ pair[1].flatten(2).mT
-        self.values[:, sites, first:end] = values
-        self.exists[sites, first:end] = True
+    def _contracted(self, x: Tensor, first: int, end: int) -> Tensor:
+        if tangents := tangents_of(x):
+            sites, shape = torch.tensor(list(tangents)), self._prompts.tokens.shape
+            deltas = torch.stack([t.reshape(*shape, -1) for t in tangents.values()], 1)
+            gradients = self._gradients[:, first:end]
+            deltas = deltas.to(gradients)
+            if self._by_position:
+                values = torch.einsum("bspd,bmpd->bsmp", deltas, gradients)
+            else:
+                values = deltas.flatten(2) @ gradients.flatten(2).mT
+            self.values[:, sites, first:end] = values
+            least, most = deltas.transpose(0, 1).flatten(1).aminmax(dim=1)
+            self.exists[sites[((least != 0) | (most != 0)).cpu()], first:end] = True
+        return value_of(x)
 
 
-class _RowInject:
-    """out + ε_l ΔW_l z_l, where a site that waits has a tangent in a row of its own.
+class _TangentInject:
+    """out + ε_l ΔW_l z_l, where some sites have a tangent from here on."""
 
-    A row is free again once a reader within the block has seen what was written in it: what is
-    written there later is the rest of the row's tangent.
-    """
-
-    def __init__(self, lens: LoraLens, gates: Tensor, rows: int, waiting: set[int]) -> None:
+    def __init__(self, lens: LoraLens, gates: Tensor, sites: Collection[int]) -> None:
         self._scaled, self._plan = ScaleInject(lens.plan, gates), lens.plan
-        self._at, self._rows, self._waiting = gates.tolist(), rows, waiting
-        self.served: set[int] = set()
-        self.begin()
-
-    def begin(self) -> None:
-        """At a block's input nothing is written."""
-        self._row: dict[int, int] = {}  # of each site whose tangent no reader has seen
-        self._before: Tensor | None = None
-        self._seen: dict[int, Tensor] = {}
-
-    def deltas(
-        self, tangent: Float[Tensor, "row b p d"]
-    ) -> tuple[list[int], Float[Tensor, "site b p d"]]:
-        """The sites of this block whose δ is in the tangent, and δ of each."""
-        new = tangent if self._before is None else tangent - self._before
-        there = new.flatten(1).any(1).tolist()
-        if any(there):
-            self._seen |= {site: new[row] for site, row in self._row.items() if there[row]}
-            self._row = {site: row for site, row in self._row.items() if not there[row]}
-            self._before = tangent
-        return list(self._seen), torch.stack([new[0], *self._seen.values()])[1:]
+        self._at, self._sites = gates.tolist(), sites
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """The same as in a scaled run, with the tangent of δ in the site's row."""
+        """The same as in a scaled run, with δ in the site's tangent."""
         moved = self._scaled(index, out, z)
         injection = self._plan.injections[index]
         weight = 1.0 if injection.partner is None else self._at[injection.partner]
-        row = self._row_of(injection.site)
-        if row is None or not weight:
+        if injection.site not in self._sites or not weight:
             return moved
-        batch = len(out) // self._rows
-        rows = slice(row * batch, (row + 1) * batch)
-        delta = injection.map.write(injection.map.coordinates(fwad.unpack_dual(z).primal[rows]))
-        primal, tangent = fwad.unpack_dual(out if moved is None else moved)
-        tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
-        tangent[rows] += (weight * delta).to(out.dtype).view(tangent[rows].shape)
-        return fwad.make_dual(primal, tangent)
-
-    def _row_of(self, site: int) -> int | None:
-        free = set(range(self._rows)) - set(self._row.values())
-        if free and site in self._waiting - self.served:
-            self._row[site] = min(free)
-            self.served.add(site)
-        return self._row.get(site)
+        moved = out if moved is None else moved
+        delta = injection.map.write(injection.map.coordinates(value_of(z)))
+        delta, tangents = (weight * delta).to(out.dtype).view(out.shape), tangents_of(moved)
+        if injection.site in tangents:
+            delta = tangents[injection.site] + delta
+        return moving(value_of(moved), {**tangents, injection.site: delta})
 
 
 # --- Path patching
