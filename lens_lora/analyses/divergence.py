@@ -458,7 +458,7 @@ def kl_shares(
     midpoint = site_slopes(lens, asked.reading, lens.gates(0.5))
     require_finite_sites(lens, midpoint)
     # D(0) = 0 by definition, so only the other end is run.
-    asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
+    asked.know({0.0: torch.zeros_like(along[:, -1]), 1.0: along[:, -1]})
     return KLShares(
         attribution=dataclasses.replace(
             labelled(asked, values, axes, method="kl_quadratic", at=0.0),

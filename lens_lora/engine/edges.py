@@ -7,30 +7,29 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
 
 1. Readers are shown by one function, (name, x) → what it reads instead (`readers_shown`). Where a
    norm feeds several modules, each gets a run of the norm of its own.
-2. One backward pass gives every G_m, and every a_l (`_Gradients`). By head, the gradients at the
-   outputs of q, k and v go back to x in a forward pass that keeps a graph of a norm and these maps
-   alone, one attention block after another (`_by_head`).
-3. One pass gives every δ_l (`_Writers`). Each site has a tangent from its output on, beside the
-   values (`engine/tangents.py`). A reader's x loses its tangents, so nothing moves but its branch,
-   and so does the stream at each block's input, where they are complete.
+2. One pass forward gives every δ_l (`_Pass`). Each site has a tangent from its output on, beside
+   the values (`engine/duals.py`). A reader's x loses its tangents, so nothing moves but the site's
+   branch, and so does the stream at each block's input, where they are complete.
+3. The way back through the graph of the values gives every G_m, and every a_l. By head, the
+   gradients at the outputs of q, k and v go back to x in a forward pass that keeps a graph of a
+   norm and these maps alone, one attention block after another (`_by_head`).
 4. Σ_m is compared with a_l. What a model does beyond x + branch(norm(x)), a norm in the stream
    itself, a reader of another form, or a hook in between leaves a gap, and is refused.
 5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
    plain. In each other one the gate of a site differs; what this makes of its branch is taken off
    the stream again, and added to what one reader reads.
 
-Cost: one forward and one backward pass for G, and one in which no more than the rest of each branch
-has tangents; by head, one more forward pass and one way back through q, k and v for each head.
-Patched: a forward pass a pair, batched.
+Cost: one forward and one backward pass, in which no more than the rest of each branch has tangents;
+by head, one more forward pass and one way back through q, k and v for each head. Every δ_l is held
+until the way back is done. Patched: a forward pass a pair, batched.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +38,10 @@ from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
 from lens_lora.engine import function, memory
-from lens_lora.engine.duals import dual_level
+from lens_lora.engine.duals import dual_level, moving, tangents_of, value_of
 from lens_lora.engine.function import bar_of, in_chunks, read_for_slopes, require_finite
 from lens_lora.engine.interventions import head_points
 from lens_lora.engine.reverse import Slopes, joined, tapped
-from lens_lora.engine.tangents import moving, tangents_of, value_of
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model import LoraLens, ScaleInject
 from lens_lora.model.bridged import is_linear, unwrapped
@@ -52,7 +50,7 @@ from lens_lora.model.host import COPIED_INPUTS
 from lens_lora.readouts import Prompts, Reading
 
 LOGITS = "logits"
-_QKV, _LATER = ("q", "k", "v"), ("ln2", "ln2_post")
+_QKV = "q", "k", "v"
 # What ran last among the norms of a block: (output, norm, x). Two run before the first branch where
 # each branch has its own, and one of them once more for a reader.
 _Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
@@ -188,9 +186,8 @@ def edge_values(
     by_position: bool = False,
     progress: bool = True,
 ) -> EdgeValues:
-    """⟨δ_l, G_m⟩ of every site and reader. A forward, a backward pass, and one of tangents."""
-    heads = sum(map(lens.heads.of, _QKV)) if by_head else 1
-    groups = memory.edge_groups(lens, reading, 1 + max(_places(lens).values(), default=0), heads)
+    """⟨δ_l, G_m⟩ of every site and reader. A forward pass with tangents, and a backward pass."""
+    groups = memory.edge_groups(lens, reading, sum(map(lens.heads.of, _QKV)) if by_head else 1)
     with bar_of(len(groups), progress, "edges") as bar:
         parts: list[EdgeValues] = []
         for group in groups:
@@ -203,18 +200,19 @@ def edge_values(
 def _of_group(
     lens: LoraLens, reading: Reading, gates: Tensor, by_head: bool, by_position: bool
 ) -> EdgeValues:
-    back = _Gradients(lens, reading.prompts, ("position",) if by_position else ())
-    value = back.run(reading, gates, by_head)
-    gradients = _by_head(lens, reading.prompts, gates, back) if by_head else back.readers
-    writers = _Writers(lens, reading.prompts, gradients, by_position)
-    writers.run(gates, _places(lens, back.parallel))
-    values, first = reading.by_prompt(writers.values), back.slopes.by_prompt(reading)
+    there_and_back = _Pass(lens, reading.prompts, ("position",) if by_position else ())
+    value = there_and_back.run(reading, gates, by_head)
+    gradients = there_and_back.readers
+    if by_head:
+        gradients = _by_head(lens, reading.prompts, gates, there_and_back)
+    by_row, exists = there_and_back.edges(gradients, by_position)
+    values, first = reading.by_prompt(by_row), there_and_back.slopes.by_prompt(reading)
     # The final norm and the unembedding write to the logits.
     after = [i for i, site in enumerate(lens.sites) if site.layer >= lens.plan.host.n_layers]
     values[:, after, -1] = first[:, after]
-    writers.exists[after, -1] = True
+    exists[after, -1] = True
     _require_sum(lens, *((values.sum(3), first.sum(2)) if by_position else (values, first)))
-    return EdgeValues(tuple(gradients), values, writers.exists, value)
+    return EdgeValues(tuple(gradients), values, exists, value)
 
 
 # Of a site whose numbers are less than this share of the largest, rounding may be all.
@@ -240,28 +238,12 @@ def _require_sum(
         )
 
 
-def _places(lens: LoraLens, parallel: Collection[int] = ()) -> dict[int, int]:
-    """The place of each site of the blocks among those that write at a time: those of attention, or
-    of the MLP that reads what it wrote; all of a block where it does not.
-    """
-    counts: collections.Counter[tuple[int, bool]] = collections.Counter()
-    places: dict[int, int] = {}
-    for index, site in enumerate(lens.sites):
-        if site.layer < lens.plan.host.n_layers:
-            is_later = site.kind in _LATER or ".mlp." in site.name
-            branch = site.layer, is_later and site.layer not in parallel
-            places[index] = counts[branch]
-            counts[branch] += 1
-    return places
-
-
-class _Gradients:
-    """G_m of every reader, in the order of a forward pass, and what shows a_l beside them.
+class _Pass:
+    """A pass forward, in which each site has a tangent up to the end of its block, and back.
 
     Attributes:
-        readers: G_m.
+        readers: G_m of every reader, in the order of a forward pass.
         heads: (attention, kind) → the gradient where q, k or v is complete.
-        parallel: blocks in which two readers read the same.
         slopes: a_l.
     """
 
@@ -269,17 +251,19 @@ class _Gradients:
         self._lens, self._shape = lens, prompts.tokens.shape
         self.readers: dict[str, Tensor] = {}
         self.heads: dict[tuple[str, str], Tensor] = {}
-        self.parallel: set[int] = set()
         self.slopes = Slopes(lens, prompts, axes)
-        self._last: tuple[str, Tensor] = LOGITS, torch.empty(0)
+        # δ by site, the first of the readers that see it, and whether that is the only one.
+        self._written: list[tuple[dict[int, Tensor], int, bool]] = []
 
     def run(self, reading: Reading, gates: Tensor, by_head: bool) -> Float[Tensor, " batch"]:
         """One forward and one backward pass; returns g."""
-        lens = self._lens
-        hooks = _head_hooks(lens, self._of_head) if by_head else []
+        lens, host = self._lens, self._lens.plan.host
+        hooks = [(host.block_input(layer), self._end) for layer in range(host.n_layers)]
+        hooks += _head_hooks(lens, self._of_head) if by_head else []
         with (
-            tapped(lens, reading, gates) as (tap, leaves),
-            readers_shown(lens, self._of_reader),
+            dual_level(),
+            tapped(lens, reading, gates, _TangentInject(lens, gates)) as (tap, leaves),
+            readers_shown(lens, self._read),
             attached(lens.model, hooks),
         ):
             values = read_for_slopes(lens, reading)
@@ -288,13 +272,20 @@ class _Gradients:
         tap.require_all_seen()
         return values.detach()
 
-    def _of_reader(self, name: str, x: Tensor) -> Tensor:
-        last, before = self._last
-        layer = reader_layer(self._lens, name)
-        if name != last and reader_layer(self._lens, last) == layer and torch.equal(x, before):
-            self.parallel.add(layer)
-        self._last = name, x.detach()
-        return self._watched(self.readers, name, x)
+    def _end(self, stream: Tensor, hook: Any) -> Tensor:
+        """At a block's input: the tangents are complete, and end here."""
+        self._write(stream, is_alone=False)
+        return value_of(stream)
+
+    def _read(self, name: str, x: Tensor) -> Tensor:
+        """A reader within the block sees what was written so far, and passes none of it on."""
+        if name not in self.readers:
+            self._write(x, is_alone=True)
+        return self._watched(self.readers, name, value_of(x))
+
+    def _write(self, x: Tensor, is_alone: bool) -> None:
+        if tangents := tangents_of(x):
+            self._written.append((tangents, len(self.readers), is_alone))
 
     def _of_head(self, name: str, kind: str, out: Tensor) -> Tensor:
         return self._watched(self.heads, (name, kind), out.flatten(2)).view_as(out)
@@ -312,9 +303,56 @@ class _Gradients:
         seen.register_hook(add)
         return seen
 
+    def edges(
+        self, gradients: Mapping[str, Tensor], by_position: bool
+    ) -> tuple[Float[Tensor, "row site reader *position"], Bool[Tensor, "site reader"]]:
+        """⟨δ_l, G_m⟩, and whether the reader is downstream of the site. No pass."""
+        lens, blocks, names = self._lens, list(map(block_reader, gradients)), list(self.readers)
+        held = [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()]
+        stacked, (batch, longest) = torch.stack(held, 1), self._shape
+        shape = (batch, len(lens.sites), len(blocks), *[longest] * by_position)
+        values = stacked.new_zeros(shape)
+        exists = torch.zeros(shape[1:3], dtype=torch.bool)
+        for tangents, reader, is_alone in self._written:
+            first = blocks.index(names[reader])
+            end = first + blocks.count(names[reader]) if is_alone else len(blocks)
+            deltas = torch.stack([t.reshape(batch, longest, -1) for t in tangents.values()], 1)
+            deltas, seen, sites = deltas.to(stacked), stacked[:, first:end], list(tangents)
+            if by_position:
+                split = torch.einsum("bspd,bmpd->bsmp", deltas, seen)
+            else:
+                split = deltas.flatten(2) @ seen.flatten(2).mT
+            values[:, sites, first:end] = split
+            least, most = deltas.transpose(0, 1).flatten(1).aminmax(dim=1)
+            exists[torch.tensor(sites)[((least != 0) | (most != 0)).cpu()], first:end] = True
+        return values, exists
+
+
+class _TangentInject:
+    """out + ε_l ΔW_l z_l, where the sites of the blocks have a tangent from here on."""
+
+    def __init__(self, lens: LoraLens, gates: Float[Tensor, " site"]) -> None:
+        self._scaled, self._lens, self._at = ScaleInject(lens.plan, gates), lens, gates.tolist()
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        """The same as in a scaled run, with δ in the site's tangent."""
+        moved = self._scaled(index, out, z)
+        injection = self._lens.plan.injections[index]
+        weight = 1.0 if injection.partner is None else self._at[injection.partner]
+        is_late = self._lens.sites[injection.site].layer >= self._lens.plan.host.n_layers
+        if is_late or not weight:
+            return moved
+        moved = out if moved is None else moved
+        with torch.no_grad():
+            delta = injection.map.write(injection.map.coordinates(value_of(z)))
+            delta, tangents = (weight * delta).to(out.dtype).view(out.shape), tangents_of(moved)
+            if injection.site in tangents:
+                delta = tangents[injection.site] + delta
+        return moving(value_of(moved), {**tangents, injection.site: delta})
+
 
 def _by_head(
-    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, " site"], back: _Gradients
+    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, " site"], back: _Pass
 ) -> dict[str, Tensor]:
     """G_m of each head's q, k and v in place of attention's. One forward pass, and a way back
     through the norm and the map for each head.
@@ -358,86 +396,6 @@ def _by_head(
     ):
         function.run_without_logits(lens, prompts)
     return split
-
-
-class _Writers:
-    """Passes in which each site has a tangent from its output up to the end of its block.
-
-    Attributes:
-        values: ⟨δ_l, G_m⟩, [row, site, reader], or with a last axis of positions.
-        exists: [site, reader], whether the reader is downstream of the site.
-    """
-
-    def __init__(
-        self, lens: LoraLens, prompts: Prompts, gradients: Mapping[str, Tensor], by_position: bool
-    ) -> None:
-        self._lens, self._prompts, self._by_position = lens, prompts, by_position
-        self._blocks = list(map(block_reader, gradients))
-        self._layers = [reader_layer(lens, name) for name in self._blocks]
-        held = [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()]
-        self._gradients = torch.stack(held, 1)
-        batch, longest = prompts.tokens.shape
-        shape = (batch, len(lens.sites), len(gradients), *[longest] * by_position)
-        self.values: Tensor = self._gradients.new_zeros(shape)
-        self.exists: Tensor = torch.zeros(shape[1:3], dtype=torch.bool)
-
-    def run(self, gates: Float[Tensor, " site"], places: Mapping[int, int]) -> None:
-        """One pass; several, where so many tangents at a time are too many."""
-        lens, host, layers = self._lens, self._lens.plan.host, range(self._lens.plan.host.n_layers)
-        begin = [(host.block_input(i), functools.partial(self._end, i)) for i in layers]
-        at_once = memory.tangents_at_once(lens, self._prompts, read=0)
-        for first in range(0, max(places.values(), default=-1) + 1, at_once):
-            chunk = range(first, first + at_once)
-            inject = _TangentInject(lens, gates, {i for i in places if places[i] in chunk})
-            hooks = lens.injected(inject, before=begin)
-            with dual_level(), hooks, readers_shown(lens, self._read):
-                function.run_without_logits(lens, self._prompts)
-
-    def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
-        """At a block's input: the tangents are complete, and end here."""
-        return self._contracted(stream, bisect.bisect_left(self._layers, layer), len(self._layers))
-
-    def _read(self, name: str, x: Tensor) -> Tensor:
-        """A reader within the block sees what was written so far, and passes none of it on."""
-        first = self._blocks.index(name)
-        return self._contracted(x, first, first + self._blocks.count(name))
-
-    def _contracted(self, x: Tensor, first: int, end: int) -> Tensor:
-        if tangents := tangents_of(x):
-            sites, shape = torch.tensor(list(tangents)), self._prompts.tokens.shape
-            deltas = torch.stack([t.reshape(*shape, -1) for t in tangents.values()], 1)
-            gradients = self._gradients[:, first:end]
-            deltas = deltas.to(gradients)
-            if self._by_position:
-                values = torch.einsum("bspd,bmpd->bsmp", deltas, gradients)
-            else:
-                values = deltas.flatten(2) @ gradients.flatten(2).mT
-            self.values[:, sites, first:end] = values
-            least, most = deltas.transpose(0, 1).flatten(1).aminmax(dim=1)
-            self.exists[sites[((least != 0) | (most != 0)).cpu()], first:end] = True
-        return value_of(x)
-
-
-class _TangentInject:
-    """out + ε_l ΔW_l z_l, where some sites have a tangent from here on."""
-
-    def __init__(self, lens: LoraLens, gates: Tensor, sites: Collection[int]) -> None:
-        self._scaled, self._plan = ScaleInject(lens.plan, gates), lens.plan
-        self._at, self._sites = gates.tolist(), sites
-
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """The same as in a scaled run, with δ in the site's tangent."""
-        moved = self._scaled(index, out, z)
-        injection = self._plan.injections[index]
-        weight = 1.0 if injection.partner is None else self._at[injection.partner]
-        if injection.site not in self._sites or not weight:
-            return moved
-        moved = out if moved is None else moved
-        delta = injection.map.write(injection.map.coordinates(value_of(z)))
-        delta, tangents = (weight * delta).to(out.dtype).view(out.shape), tangents_of(moved)
-        if injection.site in tangents:
-            delta = tangents[injection.site] + delta
-        return moving(value_of(moved), {**tangents, injection.site: delta})
 
 
 # --- Path patching

@@ -90,6 +90,7 @@ _SHARED_TOKENS = 512  # one forward pass instead of two: more of them do not fit
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
+EDGE_TOKENS = 1024  # a graph, and the tangents of a branch beside it
 FINAL_TOKENS = 8192  # tangents of which nothing is unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
 
@@ -152,20 +153,20 @@ def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     return _groups(reading, rows_of_pass(lens, reading))
 
 
-def edge_groups(lens: LoraLens, reading: Reading, rows: int, heads: int) -> list[Reading]:
-    """The prompts in groups of which so many copies make one dual pass, within the bound of the
-    lens together with the gradients at every reader: an MLP, and attention by so many heads.
+def edge_groups(lens: LoraLens, reading: Reading, heads: int) -> list[Reading]:
+    """… together with what each site writes, the gradients at every reader, an MLP or attention by
+    so many heads, and the tangents of a branch.
     """
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
-    gradients = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * host.n_layers * (1 + heads)
+    held = len(lens.sites) + host.n_layers * (1 + heads)
+    of_streams = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * held
 
     def sizes(need: _Need) -> tuple[float, float]:
-        of_one = max(min(need.of_rerun, need.of_graph), 2 * need.of_duals)
-        return of_one + gradients, max(need.always + need.graphed, pass_bytes(lens))
+        of_one = min(need.of_rerun, need.of_graph) + need.of_duals + of_streams
+        return of_one, max(need.always + need.graphed, pass_bytes(lens))
 
     fitting = _rows(lens, reading, sizes, "the edges of one prompt")
-    tokens = FINAL_TOKENS // rows
-    return reading.groups(tokens if fitting is None else min(tokens, fitting * longest))
+    return reading.groups(EDGE_TOKENS if fitting is None else min(EDGE_TOKENS, fitting * longest))
 
 
 def _groups(reading: Reading, rows: int | None) -> list[Reading]:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.engine import memory
+from lens_lora.engine.duals import value_of
 from lens_lora.engine.function import differentiable_tokens, read_for_slopes, require_finite
 from lens_lora.engine.memory import Run, prompts_of
 from lens_lora.errors import ModelStateError, NumericsError
@@ -405,10 +406,7 @@ def go_back(
 def tapped(
     lens: LoraLens, run: Run, gates: Float[Tensor, "*row site"], inject: Inject | None = None
 ) -> Generator[tuple[Taps, list[Tensor]]]:
-    """The taps, and the leaves of the graph of what is read within the block.
-
-    Blocks run again only under what is added without `inject`, ε_l ΔW_l z_l.
-    """
+    """The taps, and the leaves of the graph of what is read within the block."""
     leaves: list[Tensor] = []
     starts: list[Tensor] = []
 
@@ -421,7 +419,7 @@ def tapped(
         return leaf
 
     tap = Taps(lens, gates, inject or ScaleInject(lens.plan, gates), leaves)
-    runs_again = inject is None and memory.must_rerun(lens, run)
+    runs_again = memory.must_rerun(lens, run)
     rerun = memory.blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     first = min(site.layer for site in lens.sites)
     leaf = lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
@@ -452,7 +450,7 @@ class Taps:
         if self._lens.sites[site].kind == "pos_embed":
             self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
             moved = moved + self._leaves[-1]
-        held = fwad.unpack_dual(z).primal.detach()
+        held = fwad.unpack_dual(value_of(z)).primal.detach()
         kept: Any = _Kept.apply(held.new_zeros((), dtype=out.dtype).requires_grad_(), held)
 
         def on_gradient(gradient: Tensor) -> None:

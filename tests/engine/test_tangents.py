@@ -12,9 +12,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lens_lora as ll
-from lens_lora.engine import tangents
-from lens_lora.engine.duals import dual_level
-from lens_lora.engine.tangents import moving, tangents_of, value_of
+from lens_lora.engine import duals
+from lens_lora.engine.duals import dual_level, moving, tangents_of, value_of
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -126,13 +125,13 @@ def test_every_rule_equals_torch(name: str):
 
 def test_a_factor_left_in_place_is_seen(monkeypatch):
     """The control: a product that forgets one of its two terms."""
-    product = tangents._RULES["mul"]
+    product = duals._BY_SITE["mul"]
 
     def forgetful(func, args, named):
         kept = [arg if i == 0 else value_of(arg) for i, arg in enumerate(args)]
         return product(func, tuple(kept), named)
 
-    monkeypatch.setitem(tangents._RULES, "mul", forgetful)
+    monkeypatch.setitem(duals._BY_SITE, "mul", forgetful)
     ours, expected = both("products")
     assert torch.allclose(ours[0], expected[0])
     assert not torch.allclose(ours[2], expected[2])
@@ -173,14 +172,42 @@ def test_writes_that_are_not_followed_are_refused(name: str):
         WRITES[name](moving(x, {0: draw(2, 3, 4, seed=5)}))
 
 
+@pytest.mark.bad_input
+def test_writes_into_what_has_a_graph_and_no_tangents_are_refused():
+    x, y = moving(draw(3, seed=3), {0: draw(3, seed=5)}), draw(3, seed=4).requires_grad_()
+    with dual_level(), torch.enable_grad():
+        made = y * 2
+        with pytest.raises(ll.errors.ModelStateError, match="another tensor shares"):
+            made[:2] = x[:2]
+
+
 def test_values_stand_there_once(monkeypatch):
-    """A product with a weight is one call of torch, whatever the number of tangents."""
+    """A product with a weight is one call of torch for all tangents, whatever their number."""
     calls = []
     stack = torch.stack
     monkeypatch.setattr(
-        tangents.torch, "stack", lambda parts: calls.append(len(parts)) or stack(parts)
+        duals.torch, "stack", lambda parts: calls.append(len(parts)) or stack(parts)
     )
     x = moving(draw(2, 3, 4, seed=3), {site: draw(2, 3, 4, seed=site) for site in range(5)})
     with dual_level():
         assert sorted(tangents_of(functional.linear(x, W.T))) == list(range(5))
-    assert calls == [6]
+    assert calls == [5]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_keep_their_graph_and_tangents_have_none(name: str):
+    """The way back is that of the function of the values alone, in-place writes included."""
+    function, x, y = FUNCTIONS[name], draw(2, 3, 4, seed=3), draw(2, 3, 4, seed=4)
+    gradients = []
+    for is_moving in (True, False):
+        leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
+        with dual_level(), torch.enable_grad():
+            a, b = (leaf * 1 for leaf in leaves)
+            if is_moving:
+                a, b = moving(a, {0: draw(2, 3, 4, seed=5)}), moving(b, {1: draw(2, 3, 4, seed=6)})
+            result = function(a, b)
+            assert not any(tangent.requires_grad for tangent in tangents_of(result).values())
+            result = value_of(result)
+            gradients.append(torch.autograd.grad(result.square().sum(), leaves, allow_unused=True))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
