@@ -171,7 +171,7 @@ def edges(
     """First order of each site, split by who reads what it writes.
 
     Cost: one forward and one backward pass and, for all edges together, one or two forward passes
-    more; by head about nine. The exact shift beside it takes one forward pass, or two where `at` is
+    more; by head up to five. The exact shift beside it takes one forward pass, or two where `at` is
     neither 0 nor 1.
 
     Args:

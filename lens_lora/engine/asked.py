@@ -121,11 +121,7 @@ class Asked:
     def along(self, scales: Sequence[float], progress: bool = True) -> Float[Tensor, "batch scale"]:
         """g(ε·1) at several strengths. A forward pass for each that is not known yet, batched."""
         if missing := self._unknown(scales):
-            gates, what = self._gates(missing), "along the path"
-            values = function.gated_readout(
-                self.lens, self.reading, gates, progress=progress, what=what
-            )
-            self.know(dict(zip(missing, values.T, strict=True)))
+            self._run(missing, (), progress, "along the path")
         values = [self._known[scale] for scale in scales]
         return torch.stack([value.to(values[-1]) for value in values], 1)
 
@@ -139,22 +135,24 @@ class Asked:
         """
         is_end = torch.stack([(gates == strength).all(1) for strength in _ENDS])
         inner = ~is_end.any(0)
-        values = self._with_ends(gates[inner], progress, what)
+        values = self._run(self._unknown(_ENDS), gates[inner], progress, what)
         at_points = values.new_empty(len(values), len(gates))
         at_points[:, inner] = values
         for end, points in zip(self.ends, is_end, strict=True):
             at_points[:, points] = end[:, None].to(at_points)
         return at_points
 
-    def _with_ends(
-        self, gates: Float[Tensor, "inner site"], progress: bool, what: str
-    ) -> Float[Tensor, "batch inner"]:
-        missing = self._unknown(_ENDS)
-        every = [*map(self.lens.gates, missing), *gates]
+    def _run(
+        self, missing: Sequence[float], others: Iterable[Tensor], progress: bool, what: str
+    ) -> Float[Tensor, "batch other"]:
+        """g at other gates, in the same passes as at strengths where it is not known yet."""
+        every = [*map(self.lens.gates, missing), *others]
         if not every:
             return self.ends.T[:, :0]
-        both = torch.stack([point.to(self.lens.gates(0.0)) for point in every])
-        values = function.gated_readout(self.lens, self.reading, both, progress=progress, what=what)
+        gates = torch.stack([point.to(every[0]) for point in every])
+        values = function.gated_readout(
+            self.lens, self.reading, gates, progress=progress, what=what
+        )
         self.know(dict(zip(missing, values.T, strict=False)))
         return values[:, len(missing) :]
 

@@ -19,20 +19,17 @@
 
 Cost: a dual forward pass takes about 2.5 forward passes.
 
-**Tangents of several sites**, of a pass in which few modules at a time have any: values that carry
-them, so that each value is computed once.
+**Tangents of several sites**, where few modules at a time have any: each value is computed once.
 
     y = f(x₁, x₂, …),    ẏ_l = Σ_i ∂f/∂x_i ẋ_{i,l}     for each site l that one of the x_i carries
 
 1. A product with a weight takes all tangents together. What is linear is done to each tangent; in
-   any other product each factor is replaced by its tangent in turn.
-2. Values keep their graph, where there is one, and tangents have none.
-3. Whatever has no rule is left to torch, as a dual number of each tangent, so `dual_level` must be
-   open. So is what changes a value in place, but it is refused where another tensor in use shares
-   its memory, as that one's tangents would not follow.
-4. Tangents are never changed in place, as values share them.
-5. Code that takes a tensor without torch's own functions would lose its tangents without a word.
-   So what is computed from them has to be checked, as edges are against first order.
+   any other product each factor is replaced by its tangent in turn. Whatever has no rule is left to
+   torch, as a dual number of each tangent. Values keep their graph, and tangents have none.
+2. So is what changes a value in place, but it is refused where another tensor in use shares its
+   memory, as that one's tangents would not follow.
+3. A kernel that reads a tensor past torch's functions would lose its tangents without a word, so
+   what is made of them has to be checked, as edges are against first order.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ import contextlib
 import functools
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -61,8 +58,6 @@ from lens_lora.model.hooks import ONE_IN_A_PROCESS, hold
 
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
-_Moved = tuple[Tensor, Tensor]
-_Pointwise = Callable[..., _Moved]
 _Rule = Callable[..., "Tensor | None"]  # from the rows with one primal, and torch's arguments
 # Beyond so many rows of one primal, copying it beside the tangents costs more than it saves.
 _APART = 4
@@ -108,34 +103,19 @@ class _Known(torch.autograd.Function):
         return gradients[0] @ weight.mT, None, None
 
 
-def _is_dual(value: Any) -> bool:
-    return _parts_of(value)[1] is not None
-
-
-def _pointwise(rule: _Pointwise) -> _Rule:
-    """The rule, of a dual number and a constant; None where neither or both are dual."""
-
-    def applied(rows: int, *args: Any, **factors: Any) -> Tensor | None:
-        if factors or len(args) != 2:
-            return None
-        (a, da), (b, db) = map(_parts_of, args)
-        if (da is None) == (db is None):
-            return None
-        dual = rule(a, da, b, db)
-        if dual[0].shape != dual[1].shape or dual[0].dtype != dual[1].dtype:
-            return None
-        return fwad.make_dual(*dual)
-
-    return applied
-
-
-def _add(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
+    """A constant times, or added to, a dual number; None where neither or both are dual."""
+    if factors or len(args) != 2:
+        return None
+    (a, da), (b, db) = map(_parts_of, args)
+    if (da is None) == (db is None):
+        return None
+    moving, constant = cast("tuple[Tensor, Any]", (da, b) if db is None else (db, a))
     # A tangent of its own: what is later done in place to the sum is not done to the summand.
-    return a + b, (db if da is None else da).clone()
-
-
-def _times(a: Any, da: Any, b: Any, db: Any) -> _Moved:
-    return a * b, da * _alone(b) if da is not None else _alone(a) * db
+    moved = moving.clone() if func in _SUMS else moving * _alone(constant)
+    value = func(a, b)
+    is_dual = value.shape == moved.shape and value.dtype == moved.dtype
+    return fwad.make_dual(value, moved) if is_dual else None
 
 
 def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
@@ -144,7 +124,7 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
     if operands is None:
         return None if named or func not in _MATMULS else _batched_product(rows, *args)
     (primal, tangent), weight, bias = _parts_of(operands[0]), *operands[1:]
-    if tangent is None or _is_dual(weight) or _is_dual(bias):
+    if tangent is None or any(_parts_of(held)[1] is not None for held in (weight, bias)):
         return None
     first = _common(primal, rows)
     if len(primal) > _APART * len(first):
@@ -160,7 +140,7 @@ def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
 
 def _of_weight(func: Any, args: _Args, named: _Named) -> _Args | None:
     """x, W and b of a product xW + b of rows with a matrix; None of another product."""
-    x, weight, bias = (*args, *[None] * (3 - len(args)))
+    x, weight, bias = cast("tuple[Any, Any, Any]", (*args, None, None)[:3])
     if func is torch.addmm:
         x, weight, bias = weight, bias, x
     elif func is functional.linear:
@@ -170,24 +150,17 @@ def _of_weight(func: Any, args: _Args, named: _Named) -> _Args | None:
 
 
 def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
-    """AB of two batches of matrices; None where torch has to do it."""
+    """(A + Ȧd)(B + Ḃd) of two batches of matrices; None where torch has to do it."""
     (a, da), (b, db) = _parts_of(left), _parts_of(right)
     alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
     if not alike or (da is None and db is None):
         return None
-    return fwad.make_dual(_spread(_common(a, rows) @ _common(b, rows), a), _moved(a, da, b, db))
-
-
-def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor:
-    """ȦB + AḂ."""
-    a, b = _alone(a), _alone(b)
-    if da is None:
-        return a @ cast("Tensor", db)
-    if db is None:
-        return da @ b
+    value, a, b = _spread(_common(a, rows) @ _common(b, rows), a), _alone(a), _alone(b)
+    if da is None or db is None:
+        return fwad.make_dual(value, da @ b if db is None else a @ db)
     moved = (da @ b).flatten(0, -3)
     moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
-    return moved.view(*da.shape[:-1], db.shape[-1])
+    return fwad.make_dual(value, moved.view(value.shape))
 
 
 def _softmax(
@@ -266,13 +239,14 @@ _SAVING = frozenset(
         *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.gather, Tensor.gather),
     }
 )
+_SUMS = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
+_MULTIPLES = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
 _MATMULS = torch.matmul, Tensor.matmul, Tensor.__matmul__
 _PRODUCTS = functional.linear, torch.addmm, *_MATMULS
 _RULES: dict[Callable[..., Any], _Rule] = {
     **{func: functools.partial(_product, func) for func in _PRODUCTS},
     **dict.fromkeys((torch.softmax, Tensor.softmax, functional.softmax), _softmax),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _pointwise(_add)),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _pointwise(_times)),
+    **{func: functools.partial(_affine, func) for func in (*_SUMS, *_MULTIPLES)},
 }
 
 
@@ -401,14 +375,13 @@ class Moving(Tensor):
 _LIVE = weakref.WeakValueDictionary[int, Moving]()
 
 
-def moving(value: Any, tangents: dict[int, Tensor | None]) -> Any:
+def moving(value: Any, tangents: Mapping[int, Tensor | None], held_by: Any = None) -> Any:
     """The value with those tangents that are there; itself, if none is."""
     held = {site: tangent for site, tangent in tangents.items() if tangent is not None}
-    return _carrying(value.as_subclass(Moving), value, held) if held else value
-
-
-def _carrying(out: Any, value: Tensor, tangents: _Tangents) -> Moving:
-    out.value, out.tangents = value, tangents
+    if not held and held_by is None:
+        return value
+    out = value.as_subclass(Moving) if held_by is None else held_by
+    out.value, out.tangents = value, held
     _LIVE[id(out)] = out
     return out
 
@@ -495,7 +468,7 @@ def _in_place(func: Any, args: _Args, named: _Named) -> Any:
     result = func(value, *_mapped(args[1:], value_of), **_mapped(named, value_of))
     if _is_differentiable(value):
         target.__class__ = Moving
-        _carrying(target, value, {k: v for k, v in tangents.items() if v is not None})
+        moving(value, tangents, target)
     return target if isinstance(result, Tensor) else result
 
 
@@ -545,11 +518,11 @@ def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
 
 def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
     """ẊW of all sites at once, where it is X that moves."""
-    x, weight, bias = _of_weight(func, args, named) or (None, None, None)
-    if not isinstance(x, Moving) or _carriers(weight, bias):
+    x, *weights = _of_weight(func, args, named) or (None,)
+    if not isinstance(x, Moving) or _carriers(weights):
         rule = _by_factor if func in _MATMULS else _by_torch
         return rule(func, args, named)
-    moved = torch.stack([*x.tangents.values()]) @ weight
+    moved = torch.stack([*x.tangents.values()]) @ weights[0]
     return dict(zip(x.tangents, moved.unbind(), strict=True))
 
 

@@ -10,9 +10,8 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
 2. One pass forward gives every δ_l (`_Pass`). Each site has a tangent from its output on, beside
    the values (`engine/duals.py`). A reader's x loses its tangents, so nothing moves but the site's
    branch, and so does the stream at each block's input, where they are complete.
-3. The way back through the graph of the values gives every G_m, and every a_l. By head, the
-   gradients at the outputs of q, k and v go back to x in a forward pass that keeps a graph of a
-   norm and these maps alone, one attention block after another (`_by_head`).
+3. The way back through the graph of the values gives every G_m, and every a_l. By head, what comes
+   back to q, k or v first goes on to x head by head, through these maps and their norm alone.
 4. Σ_m is compared with a_l. What a model does beyond x + branch(norm(x)), a norm in the stream
    itself, a reader of another form, or a hook in between leaves a gap, and is refused.
 5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
@@ -20,8 +19,8 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
    the stream again, and added to what one reader reads.
 
 Cost: one forward and one backward pass, in which no more than the rest of each branch has tangents;
-by head, one more forward pass and one way back through q, k and v for each head. Every δ_l is held
-until the way back is done. Patched: a forward pass a pair, batched.
+by head, one way back through q, k and v for each head. Every δ_l is held until the way back is
+done. Patched: a forward pass a pair, batched.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ from torch import Tensor, nn
 from lens_lora.compat import Temporary, temporary
 from lens_lora.engine import function, memory
 from lens_lora.engine.duals import dual_level, moving, tangents_of, value_of
-from lens_lora.engine.function import bar_of, in_chunks, read_for_slopes, require_finite
+from lens_lora.engine.function import bar_of, in_chunks, require_finite
 from lens_lora.engine.interventions import head_points
-from lens_lora.engine.reverse import Slopes, joined, tapped
+from lens_lora.engine.reverse import Slopes, joined, site_gradients
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model import LoraLens, ScaleInject
 from lens_lora.model.bridged import is_linear, unwrapped
@@ -200,13 +199,11 @@ def edge_values(
 def _of_group(
     lens: LoraLens, reading: Reading, gates: Tensor, by_head: bool, by_position: bool
 ) -> EdgeValues:
-    there_and_back = _Pass(lens, reading.prompts, ("position",) if by_position else ())
-    value = there_and_back.run(reading, gates, by_head)
-    gradients = there_and_back.readers
-    if by_head:
-        gradients = _by_head(lens, reading.prompts, gates, there_and_back)
-    by_row, exists = there_and_back.edges(gradients, by_position)
-    values, first = reading.by_prompt(by_row), there_and_back.slopes.by_prompt(reading)
+    both_ways = _Pass(lens, reading.prompts, ("position",) if by_position else ())
+    value = both_ways.run(reading, gates, by_head)
+    gradients = both_ways.gradients(by_head)
+    by_row, exists = both_ways.edges(gradients, by_position)
+    values, first = reading.by_prompt(by_row), both_ways.slopes.by_prompt(reading)
     # The final norm and the unembedding write to the logits.
     after = [i for i, site in enumerate(lens.sites) if site.layer >= lens.plan.host.n_layers]
     values[:, after, -1] = first[:, after]
@@ -243,34 +240,33 @@ class _Pass:
 
     Attributes:
         readers: G_m of every reader, in the order of a forward pass.
-        heads: (attention, kind) → the gradient where q, k or v is complete.
+        heads: G_m of each head's q, k and v.
         slopes: a_l.
     """
 
     def __init__(self, lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> None:
         self._lens, self._shape = lens, prompts.tokens.shape
         self.readers: dict[str, Tensor] = {}
-        self.heads: dict[tuple[str, str], Tensor] = {}
+        self.heads: dict[str, Tensor] = {}
         self.slopes = Slopes(lens, prompts, axes)
         # δ by site, the first of the readers that see it, and whether that is the only one.
         self._written: list[tuple[dict[int, Tensor], int, bool]] = []
+        self._seen: dict[str, list[Tensor]] = {}
+        # Whether the way back has begun, and whether it is that of one head.
+        self._is_back = self._is_split = False
 
     def run(self, reading: Reading, gates: Tensor, by_head: bool) -> Float[Tensor, " batch"]:
         """One forward and one backward pass; returns g."""
         lens, host = self._lens, self._lens.plan.host
         hooks = [(host.block_input(layer), self._end) for layer in range(host.n_layers)]
         hooks += _head_hooks(lens, self._of_head) if by_head else []
-        with (
-            dual_level(),
-            tapped(lens, reading, gates, _TangentInject(lens, gates)) as (tap, leaves),
-            readers_shown(lens, self._read),
-            attached(lens.model, hooks),
-        ):
-            values = read_for_slopes(lens, reading)
-            tap.visit = self.slopes.visit
-            torch.autograd.grad(values, leaves, torch.ones_like(values))
-        tap.require_all_seen()
-        return values.detach()
+        inject = _TangentInject(lens, gates)
+        with dual_level(), readers_shown(lens, self._read), attached(lens.model, hooks):
+            return site_gradients(lens, reading, gates, self._visit, inject)
+
+    def _visit(self, *shown: Any) -> None:
+        if not self._is_split:
+            self.slopes.visit(*shown)
 
     def _end(self, stream: Tensor, hook: Any) -> Tensor:
         """At a block's input: the tangents are complete, and end here."""
@@ -279,29 +275,59 @@ class _Pass:
 
     def _read(self, name: str, x: Tensor) -> Tensor:
         """A reader within the block sees what was written so far, and passes none of it on."""
+        if self._is_back:
+            return value_of(x)
         if name not in self.readers:
             self._write(x, is_alone=True)
-        return self._watched(self.readers, name, value_of(x))
+            self.readers[name] = x.new_zeros(()).expand(*self._shape, x.shape[-1])
+        x = value_of(x)
+        seen = x.view_as(x)
+        self._seen.setdefault(name, []).append(seen)
+        if seen.requires_grad:  # else nothing that is adapted lies before it
+            seen.register_hook(functools.partial(self._add, name))
+        return seen
 
     def _write(self, x: Tensor, is_alone: bool) -> None:
         if tangents := tangents_of(x):
             self._written.append((tangents, len(self.readers), is_alone))
 
-    def _of_head(self, name: str, kind: str, out: Tensor) -> Tensor:
-        return self._watched(self.heads, (name, kind), out.flatten(2)).view_as(out)
+    def _add(self, name: str, gradient: Tensor) -> None:
+        self._is_back = True
+        if not self._is_split:
+            self.readers[name] = self.readers[name] + gradient.view(*self._shape, -1)
 
-    def _watched(self, gradients: dict[Any, Tensor], key: Any, x: Tensor) -> Tensor:
-        """x as a reader of its own, whose gradient is added up."""
-        gradients.setdefault(key, x.new_zeros(()).expand(*self._shape, x.shape[-1]))
-        if not x.requires_grad:
-            return x  # nothing that is adapted lies before it
-        seen = x.view_as(x)
+    def _of_head(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
+        split, heads = out.view_as(out), [f"{name}.{head}.{kind}" for head in range(out.shape[2])]
+        if not self._is_back:
+            self.heads |= dict.fromkeys(heads, self.readers[name])  # so far zero
+            if split.requires_grad:
+                to_x = functools.partial(self._split, name, heads, value_of(out))
+                split.register_hook(to_x)
+        return split
 
-        def add(gradient: Tensor) -> None:
-            gradients[key] = gradients[key] + gradient.view(*self._shape, -1)
+    def _split(self, name: str, heads: Sequence[str], out: Tensor, covectors: Tensor) -> None:
+        """What each head's share goes back to, through the map and the norm alone."""
+        self._is_split = True
+        for head, known_as in enumerate(heads):
+            only = torch.zeros_like(out)
+            only[:, :, head] = covectors[:, :, head]
+            # A HookedTransformer reads x three times, once for each of q, k and v.
+            parts = torch.autograd.grad(
+                out, self._seen[name], only, retain_graph=True, materialize_grads=True
+            )
+            together = torch.stack(parts).sum(0)
+            self.heads[known_as] = together.view(*self._shape, -1)
+        self._is_split = False
 
-        seen.register_hook(add)
-        return seen
+    def gradients(self, by_head: bool) -> dict[str, Tensor]:
+        """G_m of the readers that are asked for."""
+        known, chosen = self.readers | self.heads, dict[str, Tensor]()
+        for name in self.readers:
+            for reader in head_readers(self._lens, name) if by_head else [name]:
+                if reader not in known:
+                    raise _unknown_heads(name)
+                chosen[reader] = known[reader]
+        return chosen
 
     def edges(
         self, gradients: Mapping[str, Tensor], by_position: bool
@@ -349,53 +375,6 @@ class _TangentInject:
             if injection.site in tangents:
                 delta = tangents[injection.site] + delta
         return moving(value_of(moved), {**tangents, injection.site: delta})
-
-
-def _by_head(
-    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, " site"], back: _Pass
-) -> dict[str, Tensor]:
-    """G_m of each head's q, k and v in place of attention's. One forward pass, and a way back
-    through the norm and the map for each head.
-    """
-    split: dict[str, Tensor] = {}
-    read: dict[str, list[Tensor]] = {}
-    for name, gradient in back.readers.items():
-        heads = head_readers(lens, name)
-        split |= dict.fromkeys(heads, gradient)
-        if heads != [name] and any((name, kind) not in back.heads for kind in _QKV):
-            raise _unknown_heads(name)
-
-    def begin(name: str, x: Tensor) -> Tensor:
-        if name in split:
-            return x
-        torch.set_grad_enabled(True)
-        read.setdefault(name, []).append(x.detach().requires_grad_())
-        return read[name][-1]
-
-    def end(name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
-        covectors = back.heads[name, kind].view_as(out)
-        for head in range(out.shape[2]):
-            only = torch.zeros_like(out)
-            only[:, :, head] = covectors[:, :, head]
-            # A HookedTransformer reads x three times, once for each of q, k and v.
-            parts = torch.autograd.grad(
-                out, read[name], only, retain_graph=True, materialize_grads=True
-            )
-            together = torch.stack(parts).sum(0)
-            split[f"{name}.{head}.{kind}"] = together.view(*prompts.tokens.shape, -1)
-        if kind == _QKV[-1]:
-            torch.set_grad_enabled(False)
-            read[name].clear()
-        return out.detach()
-
-    with (
-        torch.no_grad(),
-        lens.injected(ScaleInject(lens.plan, gates)),
-        readers_shown(lens, begin),
-        attached(lens.model, _head_hooks(lens, end)),
-    ):
-        function.run_without_logits(lens, prompts)
-    return split
 
 
 # --- Path patching

@@ -365,7 +365,11 @@ Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
 
 
 def site_gradients(
-    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], visit: Visit
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "*row site"],
+    visit: Visit,
+    inject: Inject | None = None,
 ) -> Float[Tensor, " batch"]:
     """Visit every injection at these gates; returns g there. One forward and one backward.
 
@@ -376,9 +380,11 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    values, tap = go_back(
-        lens, reading, gates, lambda: read_for_slopes(lens, reading)[:, None], lambda column: visit
-    )
+
+    def read() -> Float[Tensor, "row value"]:
+        return read_for_slopes(lens, reading)[:, None]
+
+    values, tap = go_back(lens, reading, gates, read, lambda column: visit, inject)
     tap.require_all_seen()
     return values[:, 0]
 
@@ -389,9 +395,10 @@ def go_back(
     gates: Float[Tensor, "*row site"],
     read: Callable[[], Float[Tensor, "row value"]],
     visit_of: Callable[[int], Visit],
+    inject: Inject | None = None,
 ) -> tuple[Float[Tensor, "row value"], Taps]:
     """What is read of each row. One forward pass, and a backward pass a value, past its visitor."""
-    with tapped(lens, run, gates) as (tap, leaves):
+    with tapped(lens, run, gates, inject) as (tap, leaves):
         values = read()
         for column in range(values.shape[1]):
             tap.visit = visit_of(column)

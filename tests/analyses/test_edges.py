@@ -15,7 +15,7 @@ from reference import Stream
 
 import lens_lora as ll
 from lens_lora.engine import edges as engine
-from lens_lora.engine.duals import moving, tangents_of, value_of
+from lens_lora.engine.duals import moving, tangents_of
 from lens_lora.model.hooks import attached
 
 ROUND_OFF, DIFFERENCES = 1e-10, 1e-7
@@ -344,10 +344,10 @@ def test_tangents_that_a_reader_passes_on_are_refused(cls: str, monkeypatch):
     """Then δ of attention goes through the MLP as well, and is counted twice."""
     lens = cases.case("llama", cls, "raw").lens
 
+    read = engine._Pass._read
+
     def passed_on(held, name, x):
-        held._write(x, is_alone=True)
-        passed = {} if name == "logits" else tangents_of(x)
-        return moving(held._watched(held.readers, name, value_of(x)), passed)
+        return moving(read(held, name, x), {} if name == "logits" else tangents_of(x))
 
     monkeypatch.setattr(engine._Pass, "_read", passed_on)
     with pytest.raises(ll.errors.ModelStateError, match=r"its edges sum to .* first order is"):

@@ -95,6 +95,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scattered": scattered,
     "a view alone": lambda x, y: on_a_view_alone(x) * y.view(-1, 4),
     "in place": lambda x, y: functional.relu((x * 2).add_(y).clamp_(-1, 1), inplace=True),
+    "in place, without what was": lambda x, y: (x * 2).fill_(3.0) + y,
     "in place, at once": lambda x, y: (x + 0).mul_(y).masked_fill_(MASK, 0.5),
 }  # fmt: skip
 
