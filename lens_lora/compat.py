@@ -274,6 +274,11 @@ def edits_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Whether it is a part, or another shape, of a tensor that torch knows."""
+    return tensor._is_view()
+
+
 def is_within_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, …) is under way; only torch's C++ knows."""
     return bool(get_interpreter_stack())

@@ -51,7 +51,7 @@ from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.model import LoraLens, SideBySide, group_sites, indicator
 from lens_lora.readouts.answers import AnswerLogProb, continued
 from lens_lora.readouts.neutral import own_openings
-from lens_lora.readouts.prompts import Prompts, joined
+from lens_lora.readouts.prompts import Prompts, decoded, joined
 from lens_lora.results.storage import stored
 
 SCHEMA = "lens_lora.brief/1"
@@ -213,9 +213,9 @@ def claims_of(
     rows = zip(chosen, words, base.ids, _runs(lens, nulls, contexts, words, seed), strict=True)
     return tuple(
         Claim(
-            context=_text(lens, places[i].context[-_CONTEXT:]),
-            says=_text(lens, said),
-            base_says=_text(lens, base_said),
+            context=decoded(lens.model, places[i].context[-_CONTEXT:].tolist()),
+            says=decoded(lens.model, said.tolist()),
+            base_says=decoded(lens.model, base_said.tolist()),
             token=lens.vocabulary[places[i].token],
             by=places[i].by,
             score=ranked[places[i].by].scores[places[i].token],
@@ -407,7 +407,3 @@ def _points(
     for point in points[1:]:
         point[generator.choice(others, len(top), replace=False)] = 1
     return points
-
-
-def _text(lens: LoraLens, ids: _Ids) -> str:
-    return lens.model.tokenizer.decode(ids.tolist())

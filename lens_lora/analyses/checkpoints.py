@@ -244,7 +244,7 @@ def checkpoints(
             checkpoint = lens.with_adapter(adapter)
             sites = _same_sites(sites, checkpoint, adapter)
             of_step = ask(checkpoint, asked.prompts, readout)
-            of_step.know_base(base)
+            of_step.know({0.0: base})
             rows.append(_measured(of_step))
             updates.append(thin_updates(checkpoint))
     series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

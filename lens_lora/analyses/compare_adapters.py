@@ -40,6 +40,7 @@ from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.bank import first_orders
 from lens_lora.engine.derivatives import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.memory import row_groups
 from lens_lora.engine.texts import beginnings, first_of_each
 from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.model import LoraLens, Site, alone, null_adapters, null_lenses
@@ -304,8 +305,8 @@ def _geometry(
         "norms": table([[float(held[n].sigma.norm()) for n in names] for held in (mine, theirs)]),
         "rest": torch.tensor(rest, dtype=torch.float64),
         "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),
-        "read": _padded([pair.read for pair in pairs]),
-        "write": _padded([pair.write for pair in pairs]),
+        "read": padded([pair.read for pair in pairs]),
+        "write": padded([pair.write for pair in pairs]),
         "null_inner": table([[pair.inner for pair in row] for row in null]),
         "null_read": table([[_overlap(pair.read) for pair in row] for row in null]),
         "null_write": table([[_overlap(pair.write) for pair in row] for row in null]),
@@ -316,10 +317,12 @@ def _table(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row si
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
 
 
-def _padded(rows: Sequence[Tensor]) -> Float[Tensor, "site angle"]:
+def padded(rows: Sequence[Tensor]) -> Float[Tensor, "row longest *rest"]:
+    """Beyond a row's own entries NaN, of integers −1."""
     if not rows:
         return torch.zeros(0, 0, dtype=torch.float64)
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=torch.nan)
+    filler = float("nan") if rows[0].is_floating_point() else -1
+    return torch.nn.utils.rnn.pad_sequence([*rows], batch_first=True, padding_value=filler)
 
 
 def _overlap(cosines: Tensor) -> float:
@@ -339,17 +342,12 @@ def products(
     marks = beginnings(prompts).gather(1, prompts.read_positions.cpu())
     once = torch.from_numpy(first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy()))
     groups = [
-        _products_of(lens, others(), prompts.chosen(rows), once[rows]) for rows in _groups(prompts)
+        _products_of(lens, others(), prompts.chosen(rows), once[rows])
+        for rows in row_groups(prompts, _TOKENS)
     ]
     values = torch.cat(groups, -1)
     require_finite(values, "the shift of the logits")
     return values
-
-
-def _groups(prompts: Prompts) -> list[list[int]]:
-    """The prompts that are run at once, group by group."""
-    step, order = max(1, _TOKENS // prompts.tokens.shape[1]), list(range(prompts.batch))
-    return [order[first : first + step] for first in range(0, prompts.batch, step)]
 
 
 def _products_of(
@@ -409,7 +407,7 @@ def _on_prompts(
     if about is not None:
         about.require_slope_at_base()
     silent, prompts = not progress or not draws, asked.prompts.at_each_token()
-    total = draws * len(_groups(prompts))
+    total = draws * len(row_groups(prompts, _TOKENS))
     with tqdm(total=total, desc="null adapters", leave=False, disable=silent) as bar:
 
         def others() -> Iterator[LoraLens]:

@@ -37,7 +37,7 @@ from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model import HookFn, LoraLens, alone, attached
 from lens_lora.model.basis import NormMap, Update
 from lens_lora.model.sites import WRITER_KINDS, chosen_sites, firing, known_point, one_site
-from lens_lora.readouts.prompts import Prompts, require_context
+from lens_lora.readouts.prompts import Prompts, decoded, require_context
 from lens_lora.results import drawing
 from lens_lora.results.base import Described, OfSites, long_table, site_labels
 from lens_lora.results.tokens import ranked_tokens
@@ -481,7 +481,8 @@ def patchscope(
         plain=plain,
         readings=read_through(lens, over_scale(lens, unit * size, unit * size)),
         continuations=tuple(
-            tuple(_text(lens, ids) for ids in by_scale) for by_scale in tokens.view(shape).tolist()
+            tuple(decoded(lens.model, ids) for ids in by_scale)
+            for by_scale in tokens.view(shape).tolist()
         ),
         strings=lens.vocabulary,
         directions=source.names,
@@ -515,8 +516,3 @@ def _continued(
         logits.append(read_logits(lens, Prompts(tokens, row.lengths.repeat(count) + step)))
         tokens = torch.cat([tokens, logits[-1].argmax(-1)[:, None].to(tokens)], 1)
     return logits[0], tokens[:, -most:]
-
-
-def _text(lens: LoraLens, ids: list[int]) -> str:
-    tokenizer = getattr(lens.model, "tokenizer", None)
-    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)

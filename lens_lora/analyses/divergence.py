@@ -40,7 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from lens_lora.analyses.compare_adapters import correlation_of
+from lens_lora.analyses.compare_adapters import correlation_of, padded
 from lens_lora.analyses.first_order import in_rank_space, labelled
 from lens_lora.analyses.verdict import SharesVerdict
 from lens_lora.arguments import word
@@ -212,7 +212,7 @@ def token_shifts_of(
     gates = torch.stack([lens.gates(scale) for scale in between])
     responses = [read.tokens[read.owner == prompt] for prompt in range(read.batch)]
     rows = [_of_one(asked, prompt, ids, gates, k) for prompt, ids in enumerate(responses)]
-    fields = {name: _padded([row[name] for row in rows]) for name in rows[0]}
+    fields = {name: padded([row[name] for row in rows]) for name in rows[0]}
     kept = torch.cat([fields["promoted_ids"], fields["suppressed_ids"]]).unique()
     kept = kept[kept >= 0].tolist()
     return TokenShifts(
@@ -273,12 +273,6 @@ def _of_tokens(
 def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
     """Σ_v p(v) values(v); what has no probability counts for nothing."""
     return torch.where(p > 0, p * values, 0.0).sum(-1)
-
-
-def _padded(rows: list[Tensor]) -> Tensor:
-    """[batch, token, …]; beyond a row's tokens NaN, of integers −1."""
-    filler = float("nan") if rows[0].is_floating_point() else -1
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
 
 
 # --- The quadratic part of a KL, site by site.
@@ -458,7 +452,7 @@ def kl_shares(
     midpoint = site_slopes(lens, asked.reading, lens.gates(0.5))
     require_finite_sites(lens, midpoint)
     # D(0) = 0 by definition, so only the other end is run.
-    asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
+    asked.know({0.0: torch.zeros_like(along[:, -1]), 1.0: along[:, -1]})
     return KLShares(
         attribution=dataclasses.replace(
             labelled(asked, values, axes, method="kl_quadratic", at=0.0),

@@ -7,8 +7,8 @@ residual stream; G_m the gradient of g by the input of reader m alone, before it
 ⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
 whatever way. 'logits' is what no block reads any more.
 
-1. `edges` gives all of them at one gate value, from one backward pass for G and one pass of dual
-   numbers for δ (`engine/edges.py`). They sum to first order, which each call checks.
+1. `edges` gives all of them at one gate value, from one pass forward with tangents for δ, and back
+   for G (`engine/edges.py`). They sum to first order, which each call checks.
 2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
    over the tokens at which it is read.
 3. `patch_edges` measures them: one reader alone sees what switching a site on, or off, makes of its
@@ -170,9 +170,9 @@ def edges(
 ) -> Edges:
     """First order of each site, split by who reads what it writes.
 
-    Cost: one forward and one backward pass and, for all edges together, about three forward passes;
-    by head about nine more. The exact shift beside it takes one forward pass, or two where `at` is
-    not 0. A dual pass of the prompts has a row for each site of attention, or of the MLP.
+    Cost: one forward and one backward pass and, for all edges together, one or two forward passes
+    more; by head up to five. The exact shift beside it takes one forward pass, or two where `at` is
+    neither 0 nor 1.
 
     Args:
         lens: the adapter over the model.
@@ -209,8 +209,7 @@ def edges(
         lens, reading, gates, by_head=readers == "head", by_position=bool(axes), progress=progress
     )
     require_finite(split.values, "an edge")
-    if at == 0:
-        asked.know_base(split.value)
+    asked.know({at: split.value})
     members = indicator(groups, len(lens.sites)).to(split.values)
     return Edges(
         values=torch.einsum("gs,bs...->bg...", members, split.values),

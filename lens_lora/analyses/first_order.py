@@ -299,7 +299,7 @@ def _by_token(
                 lens, reading.prompts, gates, parts, tokens, final=tokens.final, progress=progress
             )
         if tokens.value is not None and not bool(gates.any()):
-            asked.know_base(tokens.value)
+            asked.know({0.0: tokens.value})
         return values, used_mode
     if axes or must_rerun(lens, reading):
         few_prompts = graph_groups(lens, reading)
@@ -396,7 +396,7 @@ def _slopes(
         for end in {0.0, 1.0} - {at}:
             ends[end] = values(gated_logits(lens, prompts, lens.gates(end)))
     for i, asked in enumerate(questions):
-        asked.know_ends(torch.stack([ends[0.0][i], ends[1.0][i]]))
+        asked.know({end: value[i] for end, value in ends.items()})
         require_finite_sites(lens, slopes[i])
     return slopes
 

@@ -126,7 +126,7 @@ def patch_sites(
         groups, ranks = _single_ranks(asked.lens, groups, group)
         activations.require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
         turned = dataclasses.replace(asked, lens=activations.in_gauge(asked.lens, "svd"))
-        turned.know_ends(asked.ends)
+        turned.know({0.0: asked.ends[0], 1.0: asked.ends[1]})
     stand_in = None if replacing is None else _stand_in(turned, how, replace, replacing)
     values = _replaced(turned, groups, ranks, how, stand_in, progress)
     count = 0 if replacing is None else replacing.batch

@@ -34,7 +34,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -44,7 +44,7 @@ from torch import Tensor
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import word
 from lens_lora.engine.function import gated_readout, read_value, require_finite, run_without_logits
-from lens_lora.engine.memory import ROW_TOKENS
+from lens_lora.engine.memory import ROW_TOKENS, row_groups
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
 from lens_lora.model import LoraLens, SiteUpdate
 from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate
@@ -263,7 +263,7 @@ def mean_over(
             "give longer texts."
         )
     sums, rest = dict[int, Tensor](), counted
-    for batch in _a_few_at_a_time(texts):
+    for batch in map(texts.chosen, row_groups(texts, ROW_TOKENS)):
         mask, rest = rest[: batch.batch, : batch.tokens.shape[1]], rest[batch.batch :]
 
         def add(index: int, u: Tensor, mask: Tensor = mask) -> None:
@@ -290,7 +290,8 @@ def resampled(
     used, used_of = torch.unique(text_of, return_inverse=True)
     batches: dict[int, list[Tensor]] = {}
     width = int(texts.lengths[used].max())
-    for batch in _a_few_at_a_time(Prompts(texts.tokens[used], texts.lengths[used])):
+    once = Prompts(texts.tokens[used], texts.lengths[used])
+    for batch in map(once.chosen, row_groups(once, ROW_TOKENS)):
 
         def keep(index: int, u: Tensor) -> None:
             padded = u.new_zeros(len(u), width, *u.shape[2:])
@@ -341,12 +342,6 @@ def _require_room(rows: Prompts, texts: Prompts, text_of: Int[Tensor, " row"]) -
                 f"text {text} of {texts.batch} (from 0) has the same tokens as what it stands in "
                 "for, so nothing would be replaced; give other texts, or the same in another order."
             )
-
-
-def _a_few_at_a_time(texts: Prompts) -> Iterator[Prompts]:
-    step = max(1, ROW_TOKENS // texts.tokens.shape[1])
-    for first in range(0, texts.batch, step):
-        yield texts.chosen(range(first, min(first + step, texts.batch)))
 
 
 _Keeper = Callable[[int, Tensor], None]

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class Asked:
     ) -> Asked:
         """The same prompts, with a KL whose base distribution is known."""
         asked = Asked(self.lens, self.prompts, (readout, held(readout, reading, base)))
-        asked.know_base(asked.lens.gates(0.0).new_zeros(reading.batch))
+        asked.know({0.0: asked.lens.gates(0.0).new_zeros(reading.batch)})
         return asked
 
     def require_slope_at_base(self) -> Asked:
@@ -121,11 +121,7 @@ class Asked:
     def along(self, scales: Sequence[float], progress: bool = True) -> Float[Tensor, "batch scale"]:
         """g(ε·1) at several strengths. A forward pass for each that is not known yet, batched."""
         if missing := self._unknown(scales):
-            gates, what = self._gates(missing), "along the path"
-            values = function.gated_readout(
-                self.lens, self.reading, gates, progress=progress, what=what
-            )
-            self._know(missing, values)
+            self._run(missing, (), progress, "along the path")
         values = [self._known[scale] for scale in scales]
         return torch.stack([value.to(values[-1]) for value in values], 1)
 
@@ -139,23 +135,25 @@ class Asked:
         """
         is_end = torch.stack([(gates == strength).all(1) for strength in _ENDS])
         inner = ~is_end.any(0)
-        values = self._with_ends(gates[inner], progress, what)
+        values = self._run(self._unknown(_ENDS), gates[inner], progress, what)
         at_points = values.new_empty(len(values), len(gates))
         at_points[:, inner] = values
         for end, points in zip(self.ends, is_end, strict=True):
             at_points[:, points] = end[:, None].to(at_points)
         return at_points
 
-    def _with_ends(
-        self, gates: Float[Tensor, "inner site"], progress: bool, what: str
-    ) -> Float[Tensor, "batch inner"]:
-        missing = self._unknown(_ENDS)
-        every = [*map(self.lens.gates, missing), *gates]
+    def _run(
+        self, missing: Sequence[float], others: Iterable[Tensor], progress: bool, what: str
+    ) -> Float[Tensor, "batch other"]:
+        """g at other gates, in the same passes as at strengths where it is not known yet."""
+        every = [*map(self.lens.gates, missing), *others]
         if not every:
             return self.ends.T[:, :0]
-        both = torch.stack([point.to(self.lens.gates(0.0)) for point in every])
-        values = function.gated_readout(self.lens, self.reading, both, progress=progress, what=what)
-        self._know(missing, values[:, : len(missing)])
+        gates = torch.stack([point.to(every[0]) for point in every])
+        values = function.gated_readout(
+            self.lens, self.reading, gates, progress=progress, what=what
+        )
+        self.know(dict(zip(missing, values.T, strict=False)))
         return values[:, len(missing) :]
 
     def slopes(
@@ -172,20 +170,14 @@ class Asked:
         strengths = [at, *riding]
         gates = self._gates(strengths)
         slopes, values = slopes_of_first(lens or self.lens, self.reading, gates, axes)
-        self._know(strengths, values)
+        self.know(dict(zip(strengths, values.T, strict=True)))
         return slopes
 
-    def know_base(self, base: Float[Tensor, " batch"]) -> None:
-        """Take g(0) from a pass that was run anyway."""
-        self._know([0.0], base[:, None])
-
-    def know_ends(self, ends: Float[Tensor, "end batch"]) -> None:
-        """Take g(0) and g(1) from passes that were run anyway."""
-        self._know(_ENDS, ends.T)
-
-    def _know(self, strengths: Sequence[float], values: Float[Tensor, "batch strength"]) -> None:
-        function.require_finite(values, "the readout")
-        self._known.update(zip(strengths, values.T, strict=True))
+    def know(self, values: Mapping[float, Float[Tensor, " batch"]]) -> None:
+        """Take g(ε·1) at some strengths from passes that were run anyway."""
+        for value in values.values():
+            function.require_finite(value, "the readout")
+        self._known.update(values)
 
     def _unknown(self, strengths: Iterable[float]) -> list[float]:
         """Those at which g is not known yet."""
@@ -228,7 +220,7 @@ class Asked:
                 self.along(exact, progress)
                 exact = []
             values, draws = draws_at(self.lens, self.reading, new, exact=exact, progress=progress)
-            self._know(exact, values)
+            self.know(dict(zip(exact, values.T, strict=True)))
             for end, drawn in zip(new, draws, strict=True):
                 self._drawn[end] = torch.cat([self._known[end].to(drawn)[None], drawn])
         return [self._drawn[end] for end in ends]
@@ -265,7 +257,7 @@ class Asked:
         """∂g/∂ε_l at the base, split, with `slope_draws`; g along the path beside its floors."""
         slopes, base, draws = slopes_and_draws(self.lens, self.reading, axes)
         vars(self)["slope_draws"] = draws
-        self.know_base(base)
+        self.know({0.0: base})
         self._drawn_at(0, 1, beside=along, progress=progress)
         return slopes
 

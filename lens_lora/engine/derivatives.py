@@ -434,7 +434,7 @@ def slopes_of_each(
         memory.require_rows_of_graph(lens, run)
         values = reverse.slopes_by_value(lens, prompts, at, lambda: read().T)
         return torch.stack([slopes.by_row for slopes in values])
-    step = memory.covectors_at_once(lens, prompts)
+    step = memory.derivatives_at_once(memory.COVECTOR_TOKENS, lens, prompts, prompts.batch)
     graph = gate_graph(lens, prompts, at, read)
     values, slopes = graph.out, []
     with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:

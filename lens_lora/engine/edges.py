@@ -7,22 +7,20 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
 
 1. Readers are shown by one function, (name, x) → what it reads instead (`readers_shown`). Where a
    norm feeds several modules, each gets a run of the norm of its own.
-2. One backward pass gives every G_m, and every a_l (`_Gradients`). By head, the gradients at the
-   outputs of q, k and v go back to x in a forward pass that keeps a graph of a norm and these maps
-   alone, one attention block after another (`_by_head`).
-3. One dual pass gives every δ_l (`_Writers`). Each site has a tangent from its output on, in a row
-   of the batch. A reader's x loses its tangents, so nothing moves but the branch of the site, and
-   so does the stream at each block's input, where they are complete. All rows have the same values,
-   which are computed once.
+2. One pass forward gives every δ_l (`_Pass`). Each site has a tangent from its output on, beside
+   the values (`engine/duals.py`). A reader's x loses its tangents, so nothing moves but the site's
+   branch, and so does the stream at each block's input, where they are complete.
+3. The way back through the graph of the values gives every G_m, and every a_l. By head, what comes
+   back to q, k or v first goes on to x head by head, through these maps and their norm alone.
 4. Σ_m is compared with a_l. What a model does beyond x + branch(norm(x)), a norm in the stream
    itself, a reader of another form, or a hook in between leaves a gap, and is refused.
 5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
    plain. In each other one the gate of a site differs; what this makes of its branch is taken off
    the stream again, and added to what one reader reads.
 
-Cost: one forward and one backward pass for G, and a dual pass in which no more than the rest of
-each branch has tangents; by head, one more forward pass and one way back through q, k and v for
-each head. Patched: a forward pass a pair, batched.
+Cost: one forward and one backward pass, in which no more than the rest of each branch has tangents;
+by head, one way back through q, k and v for each head. Every δ_l is held until the way back is
+done. Patched: a forward pass a pair, batched.
 """
 
 from __future__ import annotations
@@ -30,20 +28,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
 from lens_lora.engine import function, memory
-from lens_lora.engine.duals import dual_forward
-from lens_lora.engine.function import bar_of, in_chunks, read_for_slopes, require_finite
+from lens_lora.engine.duals import dual_level, moving, tangents_of, value_of
+from lens_lora.engine.function import bar_of, in_chunks, require_finite
 from lens_lora.engine.interventions import head_points
-from lens_lora.engine.reverse import Slopes, joined, tapped
+from lens_lora.engine.reverse import Slopes, joined, site_gradients
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model import LoraLens, ScaleInject
 from lens_lora.model.bridged import is_linear, unwrapped
@@ -52,7 +49,7 @@ from lens_lora.model.host import COPIED_INPUTS
 from lens_lora.readouts import Prompts, Reading
 
 LOGITS = "logits"
-_QKV, _LATER = ("q", "k", "v"), ("ln2", "ln2_post")
+_QKV = "q", "k", "v"
 # What ran last among the norms of a block: (output, norm, x). Two run before the first branch where
 # each branch has its own, and one of them once more for a reader.
 _Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
@@ -188,9 +185,8 @@ def edge_values(
     by_position: bool = False,
     progress: bool = True,
 ) -> EdgeValues:
-    """⟨δ_l, G_m⟩ of every site and reader. One forward and one backward pass, and a dual pass."""
-    heads = sum(map(lens.heads.of, _QKV)) if by_head else 1
-    groups = memory.edge_groups(lens, reading, _rows_needed(lens), heads)
+    """⟨δ_l, G_m⟩ of every site and reader. A forward pass with tangents, and a backward pass."""
+    groups = memory.edge_groups(lens, reading, sum(map(lens.heads.of, _QKV)) if by_head else 1)
     with bar_of(len(groups), progress, "edges") as bar:
         parts: list[EdgeValues] = []
         for group in groups:
@@ -203,18 +199,17 @@ def edge_values(
 def _of_group(
     lens: LoraLens, reading: Reading, gates: Tensor, by_head: bool, by_position: bool
 ) -> EdgeValues:
-    back = _Gradients(lens, reading.prompts, ("position",) if by_position else ())
-    value = back.run(reading, gates, by_head)
-    gradients = _by_head(lens, reading.prompts, gates, back) if by_head else back.readers
-    writers = _Writers(lens, reading.prompts, gradients, by_position)
-    writers.run(gates, _rows_needed(lens, back.parallel))
-    values, first = reading.by_prompt(writers.values), back.slopes.by_prompt(reading)
+    both_ways = _Pass(lens, reading.prompts, ("position",) if by_position else ())
+    value = both_ways.run(reading, gates, by_head)
+    gradients = both_ways.gradients(by_head)
+    by_row, exists = both_ways.edges(gradients, by_position)
+    values, first = reading.by_prompt(by_row), both_ways.slopes.by_prompt(reading)
     # The final norm and the unembedding write to the logits.
     after = [i for i, site in enumerate(lens.sites) if site.layer >= lens.plan.host.n_layers]
     values[:, after, -1] = first[:, after]
-    writers.exists[after, -1] = True
+    exists[after, -1] = True
     _require_sum(lens, *((values.sum(3), first.sum(2)) if by_position else (values, first)))
-    return EdgeValues(tuple(gradients), values, writers.exists, value)
+    return EdgeValues(tuple(gradients), values, exists, value)
 
 
 # Of a site whose numbers are less than this share of the largest, rounding may be all.
@@ -240,244 +235,146 @@ def _require_sum(
         )
 
 
-def _rows_needed(lens: LoraLens, parallel: Collection[int] = ()) -> int:
-    """How many sites write at a time: those of attention, or of the MLP that reads what it wrote;
-    all of a block where it does not.
-    """
-    counts: collections.Counter[tuple[int, bool]] = collections.Counter()
-    for site in lens.sites:
-        if site.layer < lens.plan.host.n_layers:
-            is_later = site.kind in _LATER or ".mlp." in site.name
-            counts[site.layer, is_later and site.layer not in parallel] += 1
-    return max(counts.values(), default=1)
-
-
-class _Gradients:
-    """G_m of every reader, in the order of a forward pass, and what shows a_l beside them.
+class _Pass:
+    """A pass forward, in which each site has a tangent up to the end of its block, and back.
 
     Attributes:
-        readers: G_m.
-        heads: (attention, kind) → the gradient where q, k or v is complete.
-        parallel: blocks in which two readers read the same.
+        readers: G_m of every reader, in the order of a forward pass.
+        heads: G_m of each head's q, k and v.
         slopes: a_l.
     """
 
     def __init__(self, lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> None:
         self._lens, self._shape = lens, prompts.tokens.shape
         self.readers: dict[str, Tensor] = {}
-        self.heads: dict[tuple[str, str], Tensor] = {}
-        self.parallel: set[int] = set()
+        self.heads: dict[str, Tensor] = {}
         self.slopes = Slopes(lens, prompts, axes)
-        self._last: tuple[str, Tensor] = LOGITS, torch.empty(0)
+        # δ by site, the first of the readers that see it, and whether that is the only one.
+        self._written: list[tuple[dict[int, Tensor], int, bool]] = []
+        self._seen: dict[str, list[Tensor]] = {}
+        # Whether the way back has begun, and whether it is that of one head.
+        self._is_back = self._is_split = False
 
     def run(self, reading: Reading, gates: Tensor, by_head: bool) -> Float[Tensor, " batch"]:
         """One forward and one backward pass; returns g."""
-        lens = self._lens
-        hooks = _head_hooks(lens, self._of_head) if by_head else []
-        with (
-            tapped(lens, reading, gates) as (tap, leaves),
-            readers_shown(lens, self._of_reader),
-            attached(lens.model, hooks),
-        ):
-            values = read_for_slopes(lens, reading)
-            tap.visit = self.slopes.visit
-            torch.autograd.grad(values, leaves, torch.ones_like(values))
-        tap.require_all_seen()
-        return values.detach()
+        lens, host = self._lens, self._lens.plan.host
+        hooks = [(host.block_input(layer), self._end) for layer in range(host.n_layers)]
+        hooks += _head_hooks(lens, self._of_head) if by_head else []
+        inject = _TangentInject(lens, gates)
+        with dual_level(), readers_shown(lens, self._read), attached(lens.model, hooks):
+            return site_gradients(lens, reading, gates, self._visit, inject)
 
-    def _of_reader(self, name: str, x: Tensor) -> Tensor:
-        last, before = self._last
-        layer = reader_layer(self._lens, name)
-        if name != last and reader_layer(self._lens, last) == layer and torch.equal(x, before):
-            self.parallel.add(layer)
-        self._last = name, x.detach()
-        return self._watched(self.readers, name, x)
+    def _visit(self, *shown: Any) -> None:
+        if not self._is_split:
+            self.slopes.visit(*shown)
 
-    def _of_head(self, name: str, kind: str, out: Tensor) -> Tensor:
-        return self._watched(self.heads, (name, kind), out.flatten(2)).view_as(out)
+    def _end(self, stream: Tensor, hook: Any) -> Tensor:
+        """At a block's input: the tangents are complete, and end here."""
+        self._write(stream, is_alone=False)
+        return value_of(stream)
 
-    def _watched(self, gradients: dict[Any, Tensor], key: Any, x: Tensor) -> Tensor:
-        """x as a reader of its own, whose gradient is added up."""
-        gradients.setdefault(key, x.new_zeros(()).expand(*self._shape, x.shape[-1]))
-        if not x.requires_grad:
-            return x  # nothing that is adapted lies before it
+    def _read(self, name: str, x: Tensor) -> Tensor:
+        """A reader within the block sees what was written so far, and passes none of it on."""
+        if self._is_back:
+            return value_of(x)
+        if name not in self.readers:
+            self._write(x, is_alone=True)
+            self.readers[name] = x.new_zeros(()).expand(*self._shape, x.shape[-1])
+        x = value_of(x)
         seen = x.view_as(x)
-
-        def add(gradient: Tensor) -> None:
-            gradients[key] = gradients[key] + gradient.view(*self._shape, -1)
-
-        seen.register_hook(add)
+        self._seen.setdefault(name, []).append(seen)
+        if seen.requires_grad:  # else nothing that is adapted lies before it
+            seen.register_hook(functools.partial(self._add, name))
         return seen
 
+    def _write(self, x: Tensor, is_alone: bool) -> None:
+        if tangents := tangents_of(x):
+            self._written.append((tangents, len(self.readers), is_alone))
 
-def _by_head(
-    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, " site"], back: _Gradients
-) -> dict[str, Tensor]:
-    """G_m of each head's q, k and v in place of attention's. One forward pass, and a way back
-    through the norm and the map for each head.
-    """
-    split: dict[str, Tensor] = {}
-    read: dict[str, list[Tensor]] = {}
-    for name, gradient in back.readers.items():
-        heads = head_readers(lens, name)
-        split |= dict.fromkeys(heads, gradient)
-        if heads != [name] and any((name, kind) not in back.heads for kind in _QKV):
-            raise _unknown_heads(name)
+    def _add(self, name: str, gradient: Tensor) -> None:
+        self._is_back = True
+        if not self._is_split:
+            self.readers[name] = self.readers[name] + gradient.view(*self._shape, -1)
 
-    def begin(name: str, x: Tensor) -> Tensor:
-        if name in split:
-            return x
-        torch.set_grad_enabled(True)
-        read.setdefault(name, []).append(x.detach().requires_grad_())
-        return read[name][-1]
+    def _of_head(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
+        split, heads = out.view_as(out), [f"{name}.{head}.{kind}" for head in range(out.shape[2])]
+        if not self._is_back:
+            self.heads |= dict.fromkeys(heads, self.readers[name])  # so far zero
+            if split.requires_grad:
+                to_x = functools.partial(self._split, name, heads, value_of(out))
+                split.register_hook(to_x)
+        return split
 
-    def end(name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
-        covectors = back.heads[name, kind].view_as(out)
-        for head in range(out.shape[2]):
+    def _split(self, name: str, heads: Sequence[str], out: Tensor, covectors: Tensor) -> None:
+        """What each head's share goes back to, through the map and the norm alone."""
+        self._is_split = True
+        for head, known_as in enumerate(heads):
             only = torch.zeros_like(out)
             only[:, :, head] = covectors[:, :, head]
             # A HookedTransformer reads x three times, once for each of q, k and v.
             parts = torch.autograd.grad(
-                out, read[name], only, retain_graph=True, materialize_grads=True
+                out, self._seen[name], only, retain_graph=True, materialize_grads=True
             )
             together = torch.stack(parts).sum(0)
-            split[f"{name}.{head}.{kind}"] = together.view(*prompts.tokens.shape, -1)
-        if kind == _QKV[-1]:
-            torch.set_grad_enabled(False)
-            read[name].clear()
-        return out.detach()
+            self.heads[known_as] = together.view(*self._shape, -1)
+        self._is_split = False
 
-    with (
-        torch.no_grad(),
-        lens.injected(ScaleInject(lens.plan, gates)),
-        readers_shown(lens, begin),
-        attached(lens.model, _head_hooks(lens, end)),
-    ):
-        function.run_without_logits(lens, prompts)
-    return split
+    def gradients(self, by_head: bool) -> dict[str, Tensor]:
+        """G_m of the readers that are asked for."""
+        known, chosen = self.readers | self.heads, dict[str, Tensor]()
+        for name in self.readers:
+            for reader in head_readers(self._lens, name) if by_head else [name]:
+                if reader not in known:
+                    raise _unknown_heads(name)
+                chosen[reader] = known[reader]
+        return chosen
 
-
-class _Writers:
-    """Dual passes in which each site has a tangent up to the end of its block, in a row.
-
-    Attributes:
-        values: ⟨δ_l, G_m⟩, [row, site, reader], or with a last axis of positions.
-        exists: [site, reader], whether the reader is downstream of the site.
-    """
-
-    def __init__(
-        self, lens: LoraLens, prompts: Prompts, gradients: Mapping[str, Tensor], by_position: bool
-    ) -> None:
-        self._lens, self._prompts, self._by_position = lens, prompts, by_position
-        self._blocks = list(map(block_reader, gradients))
-        self._layers = [reader_layer(lens, name) for name in self._blocks]
+    def edges(
+        self, gradients: Mapping[str, Tensor], by_position: bool
+    ) -> tuple[Float[Tensor, "row site reader *position"], Bool[Tensor, "site reader"]]:
+        """⟨δ_l, G_m⟩, and whether the reader is downstream of the site. No pass."""
+        lens, blocks, names = self._lens, list(map(block_reader, gradients)), list(self.readers)
         held = [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()]
-        self._gradients = torch.stack(held)
-        batch, longest = prompts.tokens.shape
-        shape = (batch, len(lens.sites), len(gradients), *[longest] * by_position)
-        self.values: Tensor = self._gradients.new_zeros(shape)
-        self.exists: Tensor = torch.zeros(shape[1:3], dtype=torch.bool)
-
-    def run(self, gates: Float[Tensor, " site"], rows: int) -> None:
-        """As many passes as it takes until each site had a row; so many rows, or what fits."""
-        lens, host, layers = self._lens, self._lens.plan.host, range(self._lens.plan.host.n_layers)
-        begin = [(host.block_input(i), functools.partial(self._end, i)) for i in layers]
-        rows = min(rows, memory.tangents_at_once(lens, self._prompts, read=0))
-        many = self._prompts.tiled(rows)
-        waiting = {i for i, site in enumerate(lens.sites) if site.layer < host.n_layers}
-        while waiting:
-            with dual_forward() as products:
-                if host.keeps_rows:
-                    products.rows = rows
-                    products.alike = len(many.tokens), many.tokens.numel()
-                self._tangents = _RowInject(lens, gates, rows, waiting)
-                hooks = lens.injected(self._tangents, before=begin)
-                with hooks, readers_shown(lens, self._read):
-                    function.run_without_logits(lens, many)
-            # A site that never writes here would wait for ever: its sum is refused.
-            waiting = waiting - self._tangents.served if self._tangents.served else set[int]()
-
-    def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
-        """At a block's input: the tangents are complete, and end here."""
-        self._contract(stream, sum(other < layer for other in self._layers), len(self._layers))
-        self._tangents.begin()
-        return fwad.unpack_dual(stream).primal
-
-    def _read(self, name: str, x: Tensor) -> Tensor:
-        """A reader within the block sees what was written so far, and passes none of it on."""
-        first = self._blocks.index(name)
-        self._contract(x, first, first + self._blocks.count(name))
-        return fwad.unpack_dual(x).primal
-
-    def _contract(self, x: Tensor, first: int, end: int) -> None:
-        tangent = fwad.unpack_dual(x).tangent
-        if tangent is None:
-            return
-        by_row = tangent.view(-1, *self._prompts.tokens.shape, tangent.shape[-1])
-        sites, deltas = self._tangents.deltas(by_row)
-        gradients = self._gradients[first:end]
-        pair = [some.transpose(0, 1) for some in (deltas.to(gradients), gradients)]
-        if self._by_position:
-            values = torch.einsum("brpd,bmpd->brmp", *pair)
-        else:
-            values = pair[0].flatten(2) @ pair[1].flatten(2).mT
-        self.values[:, sites, first:end] = values
-        self.exists[sites, first:end] = True
+        stacked, (batch, longest) = torch.stack(held, 1), self._shape
+        shape = (batch, len(lens.sites), len(blocks), *[longest] * by_position)
+        values = stacked.new_zeros(shape)
+        exists = torch.zeros(shape[1:3], dtype=torch.bool)
+        for tangents, reader, is_alone in self._written:
+            first = blocks.index(names[reader])
+            end = first + blocks.count(names[reader]) if is_alone else len(blocks)
+            deltas = torch.stack([t.reshape(batch, longest, -1) for t in tangents.values()], 1)
+            deltas, seen, sites = deltas.to(stacked), stacked[:, first:end], list(tangents)
+            if by_position:
+                split = torch.einsum("bspd,bmpd->bsmp", deltas, seen)
+            else:
+                split = deltas.flatten(2) @ seen.flatten(2).mT
+            values[:, sites, first:end] = split
+            least, most = deltas.transpose(0, 1).flatten(1).aminmax(dim=1)
+            exists[torch.tensor(sites)[((least != 0) | (most != 0)).cpu()], first:end] = True
+        return values, exists
 
 
-class _RowInject:
-    """out + ε_l ΔW_l z_l, where a site that waits has a tangent in a row of its own.
+class _TangentInject:
+    """out + ε_l ΔW_l z_l, where the sites of the blocks have a tangent from here on."""
 
-    A row is free again once a reader within the block has seen what was written in it: what is
-    written there later is the rest of the row's tangent.
-    """
-
-    def __init__(self, lens: LoraLens, gates: Tensor, rows: int, waiting: set[int]) -> None:
-        self._scaled, self._plan = ScaleInject(lens.plan, gates), lens.plan
-        self._at, self._rows, self._waiting = gates.tolist(), rows, waiting
-        self.served: set[int] = set()
-        self.begin()
-
-    def begin(self) -> None:
-        """At a block's input nothing is written."""
-        self._row: dict[int, int] = {}  # of each site whose tangent no reader has seen
-        self._before: Tensor | None = None
-        self._seen: dict[int, Tensor] = {}
-
-    def deltas(
-        self, tangent: Float[Tensor, "row b p d"]
-    ) -> tuple[list[int], Float[Tensor, "site b p d"]]:
-        """The sites of this block whose δ is in the tangent, and δ of each."""
-        new = tangent if self._before is None else tangent - self._before
-        there = new.flatten(1).any(1).tolist()
-        if any(there):
-            self._seen |= {site: new[row] for site, row in self._row.items() if there[row]}
-            self._row = {site: row for site, row in self._row.items() if not there[row]}
-            self._before = tangent
-        return list(self._seen), torch.stack([new[0], *self._seen.values()])[1:]
+    def __init__(self, lens: LoraLens, gates: Float[Tensor, " site"]) -> None:
+        self._scaled, self._lens, self._at = ScaleInject(lens.plan, gates), lens, gates.tolist()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """The same as in a scaled run, with the tangent of δ in the site's row."""
+        """The same as in a scaled run, with δ in the site's tangent."""
         moved = self._scaled(index, out, z)
-        injection = self._plan.injections[index]
+        injection = self._lens.plan.injections[index]
         weight = 1.0 if injection.partner is None else self._at[injection.partner]
-        row = self._row_of(injection.site)
-        if row is None or not weight:
+        is_late = self._lens.sites[injection.site].layer >= self._lens.plan.host.n_layers
+        if is_late or not weight:
             return moved
-        batch = len(out) // self._rows
-        rows = slice(row * batch, (row + 1) * batch)
-        delta = injection.map.write(injection.map.coordinates(fwad.unpack_dual(z).primal[rows]))
-        primal, tangent = fwad.unpack_dual(out if moved is None else moved)
-        tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
-        tangent[rows] += (weight * delta).to(out.dtype).view(tangent[rows].shape)
-        return fwad.make_dual(primal, tangent)
-
-    def _row_of(self, site: int) -> int | None:
-        free = set(range(self._rows)) - set(self._row.values())
-        if free and site in self._waiting - self.served:
-            self._row[site] = min(free)
-            self.served.add(site)
-        return self._row.get(site)
+        moved = out if moved is None else moved
+        with torch.no_grad():
+            delta = injection.map.write(injection.map.coordinates(value_of(z)))
+            delta, tangents = (weight * delta).to(out.dtype).view(out.shape), tangents_of(moved)
+            if injection.site in tangents:
+                delta = tangents[injection.site] + delta
+        return moving(value_of(moved), {**tangents, injection.site: delta})
 
 
 # --- Path patching

@@ -90,6 +90,7 @@ _SHARED_TOKENS = 512  # one forward pass instead of two: more of them do not fit
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
+EDGE_TOKENS = 1024  # a graph, and the tangents of a branch beside it
 FINAL_TOKENS = 8192  # tangents of which nothing is unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
 
@@ -152,20 +153,20 @@ def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     return _groups(reading, rows_of_pass(lens, reading))
 
 
-def edge_groups(lens: LoraLens, reading: Reading, rows: int, heads: int) -> list[Reading]:
-    """The prompts in groups of which so many copies make one dual pass, within the bound of the
-    lens together with the gradients at every reader: an MLP, and attention by so many heads.
-    """
+def edge_groups(lens: LoraLens, reading: Reading, heads: int) -> list[Reading]:
+    """… with each δ, the gradients of readers (attention as so many), a branch's tangents."""
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
-    gradients = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * host.n_layers * (1 + heads)
+    held = len(lens.sites) + host.n_layers * (1 + heads)
+    of_streams = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * held
+    beside = of_streams + _need(lens, reading).of_duals
+    fitting = rows_of_graph(lens, reading, beside, "the edges")
+    return reading.groups(EDGE_TOKENS if fitting is None else min(EDGE_TOKENS, fitting * longest))
 
-    def sizes(need: _Need) -> tuple[float, float]:
-        of_one = max(min(need.of_rerun, need.of_graph), 2 * need.of_duals)
-        return of_one + gradients, max(need.always + need.graphed, pass_bytes(lens))
 
-    fitting = _rows(lens, reading, sizes, "the edges of one prompt")
-    tokens = FINAL_TOKENS // rows
-    return reading.groups(tokens if fitting is None else min(tokens, fitting * longest))
+def row_groups(prompts: Prompts, tokens: int) -> list[list[int]]:
+    """The prompts, by index, in groups of at most so many tokens."""
+    rows = torch.arange(prompts.batch, device="cpu")
+    return [group.tolist() for group in rows.split(_within(tokens, prompts.tokens.shape[1]))]
 
 
 def _groups(reading: Reading, rows: int | None) -> list[Reading]:
@@ -187,15 +188,11 @@ def _bounded(tokens: int, run: Run, rows: int | None) -> int:
 
 def tangents_at_once(lens: LoraLens, run: Prompts, *, read: int) -> int:
     """How many tangents of what is run make one pass, with the logits of `read` prompts or none."""
-    return _derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
+    return derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
 
 
-def covectors_at_once(lens: LoraLens, run: Prompts) -> int:
-    """How many covectors of what is run go back at once; as `tangents_at_once`."""
-    return _derivatives_at_once(COVECTOR_TOKENS, lens, run, run.batch)
-
-
-def _derivatives_at_once(tokens: int, lens: LoraLens, run: Prompts, read: int) -> int:
+def derivatives_at_once(tokens: int, lens: LoraLens, run: Prompts, read: int) -> int:
+    """As `tangents_at_once`, with so many tokens in a pass, or in the way back of covectors."""
     logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
     rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, max(1, logits)))
 
@@ -251,13 +248,15 @@ def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     return _rows(lens, run, lambda need: (need.in_pass, need.always + need.picked), what)
 
 
-def rows_of_graph(lens: LoraLens, run: Run) -> int | None:
-    """How many rows go forward and back at once within the bound, blocks run again where needed."""
+def rows_of_graph(
+    lens: LoraLens, run: Run, beside: float = 0.0, what: str = "a forward and a backward pass"
+) -> int | None:
+    """How many rows, with so many bytes beside the graph of each, go forward and back at once."""
 
     def sizes(need: _Need) -> tuple[float, float]:
-        return min(need.of_rerun, need.of_graph), need.always + need.graphed
+        return min(need.of_rerun, need.of_graph) + beside, need.always + need.graphed
 
-    return _rows(lens, run, sizes, "a forward and a backward pass of one prompt")
+    return _rows(lens, run, sizes, f"{what} of one prompt")
 
 
 def require_rows_of_graph(lens: LoraLens, run: Run) -> None:

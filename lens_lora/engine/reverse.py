@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.engine import memory
+from lens_lora.engine.duals import value_of
 from lens_lora.engine.function import differentiable_tokens, read_for_slopes, require_finite
 from lens_lora.engine.memory import Run, prompts_of
 from lens_lora.errors import ModelStateError, NumericsError
@@ -364,7 +365,11 @@ Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
 
 
 def site_gradients(
-    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], visit: Visit
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "*row site"],
+    visit: Visit,
+    inject: Inject | None = None,
 ) -> Float[Tensor, " batch"]:
     """Visit every injection at these gates; returns g there. One forward and one backward.
 
@@ -375,9 +380,11 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    values, tap = go_back(
-        lens, reading, gates, lambda: read_for_slopes(lens, reading)[:, None], lambda column: visit
-    )
+
+    def read() -> Float[Tensor, "row value"]:
+        return read_for_slopes(lens, reading)[:, None]
+
+    values, tap = go_back(lens, reading, gates, read, lambda column: visit, inject)
     tap.require_all_seen()
     return values[:, 0]
 
@@ -388,9 +395,10 @@ def go_back(
     gates: Float[Tensor, "*row site"],
     read: Callable[[], Float[Tensor, "row value"]],
     visit_of: Callable[[int], Visit],
+    inject: Inject | None = None,
 ) -> tuple[Float[Tensor, "row value"], Taps]:
     """What is read of each row. One forward pass, and a backward pass a value, past its visitor."""
-    with tapped(lens, run, gates) as (tap, leaves):
+    with tapped(lens, run, gates, inject) as (tap, leaves):
         values = read()
         for column in range(values.shape[1]):
             tap.visit = visit_of(column)
@@ -405,10 +413,7 @@ def go_back(
 def tapped(
     lens: LoraLens, run: Run, gates: Float[Tensor, "*row site"], inject: Inject | None = None
 ) -> Generator[tuple[Taps, list[Tensor]]]:
-    """The taps, and the leaves of the graph of what is read within the block.
-
-    Blocks run again only under what is added without `inject`, ε_l ΔW_l z_l.
-    """
+    """The taps, and the leaves of the graph of what is read within the block."""
     leaves: list[Tensor] = []
     starts: list[Tensor] = []
 
@@ -421,7 +426,7 @@ def tapped(
         return leaf
 
     tap = Taps(lens, gates, inject or ScaleInject(lens.plan, gates), leaves)
-    runs_again = inject is None and memory.must_rerun(lens, run)
+    runs_again = memory.must_rerun(lens, run)
     rerun = memory.blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     first = min(site.layer for site in lens.sites)
     leaf = lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
@@ -452,7 +457,7 @@ class Taps:
         if self._lens.sites[site].kind == "pos_embed":
             self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
             moved = moved + self._leaves[-1]
-        held = fwad.unpack_dual(z).primal.detach()
+        held = fwad.unpack_dual(value_of(z)).primal.detach()
         kept: Any = _Kept.apply(held.new_zeros((), dtype=out.dtype).requires_grad_(), held)
 
         def on_gradient(gradient: Tensor) -> None:

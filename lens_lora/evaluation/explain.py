@@ -69,9 +69,17 @@ _ANSWER = {False: 48, True: 12}  # tokens that both models say, by `fast`
 Said = Mapping[str, tuple[tuple[str, float], ...]]
 
 
+class _Figured(Paged):
+    def figures(self) -> dict[str, drawing.Figure]:
+        """The report's pictures by key; the docstring of each class says which."""
+        return drawing.figures(self)
+
+
 @final
-class Explanation(Paged):
+class Explanation(_Figured):
     """One prompt's margin between two answers, explained; every part has a batch of one.
+
+    `figures` has `"path"`, `"positions"`, `"reliability/add_one"`, ….
 
     Attributes:
         prompt: its tokens.
@@ -147,14 +155,12 @@ class Explanation(Paged):
         flags = {f"flagged_{how}": r.flagged[0].tolist() for how, r in self.reliability.items()}
         return pd.DataFrame({**labels, **numbers, **flags})
 
-    def figures(self) -> dict[str, drawing.Figure]:
-        """The report's pictures by key: `"path"`, `"positions"`, `"reliability/add_one"`, …."""
-        return drawing.figures(self)
-
 
 @final
-class Explanations(Paged):
+class Explanations(_Figured):
     """Several prompts' margins, each explained.
+
+    `figures` has `"margins"`, and `"layers"`, first order by layer, of all prompts.
 
     Attributes:
         each: an explanation a prompt, in their order.
@@ -176,14 +182,12 @@ class Explanations(Paged):
         frames = [explanation.to_frame() for explanation in self.each]
         return pd.concat(frames, keys=range(len(frames)), names=["prompt", None]).reset_index(0)
 
-    def figures(self) -> dict[str, drawing.Figure]:
-        """Pictures of all prompts: `"margins"`, and `"layers"`, first order by layer."""
-        return drawing.figures(self)
-
 
 @final
-class ResponseExplanation(Paged):
+class ResponseExplanation(_Figured):
     """One prompt's response, explained; every part has a batch of one.
+
+    `figures` has `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`.
 
     Attributes:
         is_generated: whether the adapted model said it itself.
@@ -234,10 +238,6 @@ class ResponseExplanation(Paged):
                 rows = zip(self.groups, values.cpu().double().tolist(), strict=True)
                 frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
         return frame
-
-    def figures(self) -> dict[str, drawing.Figure]:
-        """The report's pictures by key: `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`."""
-        return drawing.figures(self)
 
 
 @overload

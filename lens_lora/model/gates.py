@@ -398,20 +398,27 @@ class _Reader:
 
 # Without a repr: TransformerLens names a hook by it, and an injection's holds all its tensors.
 @dataclasses.dataclass(eq=False, repr=False)
-class _Writer:
+class _AtSite:
     index: int
-    injection: Injection
     inject: Inject
-    name: str
-    reader: _Reader | None
     like: _Reader | None
     adapter: str
-    laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way)
+    laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way, kw_only=True)
+
+    def begun(self) -> Tensor | None:
+        """What shows how the host lays out rows, after the check that the hook is still ours."""
+        hooks.require_own_hooks(self.laid_by, self.adapter)
+        return None if self.like is None else self.like.kept[-1]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Writer(_AtSite):
+    injection: Injection
+    name: str
+    reader: _Reader | None
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
-        hooks.require_own_hooks(self.laid_by, self.adapter)
-        ports = self.injection.ports
-        like = None if self.like is None else self.like.kept[-1]
+        like, ports = self.begun(), self.injection.ports
         out = ports.in_rows(tensor, like)
         moved = self.inject(self.index, out, self._z(ports, out, like))
         if moved is None:
@@ -461,25 +468,18 @@ def refuse_writers(functions: Iterable[object]) -> None:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class _ModuleWriter:
+class _ModuleWriter(_AtSite):
     """A writer at a module that has no hook points: z is the module's own input."""
 
-    index: int
     kind: str
-    inject: Inject
     ports: Ports
-    like: _Reader | None
-    adapter: str
-    laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way)
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        hooks.require_own_hooks(self.laid_by, self.adapter)
-        z = args[0].to(output.device)
+        like, z = self.begun(), args[0].to(output.device)
         if self.kind == "pos_embed":
             offset = args[1] if len(args) > 1 else 0
             z = torch.arange(output.shape[1], device=output.device).expand(output.shape[:2])
             z = z + offset
-        like = None if self.like is None else self.like.kept[-1]
         rows = self.ports.in_rows(output, like)
         moved = self.inject(self.index, rows, self.ports.in_rows(z, like))
         return None if moved is None else self.ports.as_at_point(moved, output)
@@ -512,12 +512,12 @@ def site_hooks(
         if port.read in readers:
             readers[port.read].site = site.name
         reader, like = readers.get(port.read or ""), readers.get(port.like or "")
+        at_site = index, inject, like, plan.adapter
         if port.read == port.write and port.write not in points:
-            at_module = _ModuleWriter(index, site.kind, inject, port, like, plan.adapter)
+            at_module = _ModuleWriter(*at_site, site.kind, port)
             placed.append((port.write, at_module))
             continue
-        ports_of = (site.name, reader, like, plan.adapter)
-        placed.append((port.write, _Writer(index, injection, inject, *ports_of)))
+        placed.append((port.write, _Writer(*at_site, injection, site.name, reader)))
     unread = [name for name in plan.points_without_update if name in points]
     guards = [(name, hooks.Unread(points[name], name, plan.adapter)) for name in unread]
     arranged = [*before, *guards]

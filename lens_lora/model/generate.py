@@ -39,7 +39,7 @@ from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteErro
 from lens_lora.model.check import first_non_finite
 from lens_lora.model.hooks import unembedded_only
 from lens_lora.readouts.answers import Generated
-from lens_lora.readouts.prompts import Prompts, special_id, which_prompt
+from lens_lora.readouts.prompts import Prompts, decoded, special_id, which_prompt
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
 _CONFIRMED_TOKENS = 256  # whose logits are held at a time
@@ -150,13 +150,8 @@ class Speaker:
         said = [self.said(i) for i in range(len(rows))]
         ids = tuple(map(self.prompts.tokens.new_tensor, said))
         ended = tuple(map(self.has_ended, range(len(rows))))
-        return Generated(ids, tuple(map(self._text, said)), self.prompts, ended)
-
-    def _text(self, ids: list[int]) -> str:
-        tokenizer = getattr(self.lens.model, "tokenizer", None)
-        if tokenizer is None:
-            return " ".join(map(str, ids))
-        return tokenizer.decode(ids, skip_special_tokens=True)
+        texts = (decoded(self.lens.model, row, skip_special_tokens=True) for row in said)
+        return Generated(ids, tuple(texts), self.prompts, ended)
 
     def _say(self, rows: list[int], bar: tqdm) -> None:
         is_trusted = True

@@ -376,6 +376,12 @@ def special_id(model: Any, name: str) -> int | None:
     return None if is_unknown or is_given else token_id
 
 
+def decoded(model: Any, ids: Sequence[int], **options: bool) -> str:
+    """The tokens as text; their ids where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids, **options)
+
+
 def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
     tokenizer, bos = _tokenizer(model), special_id(model, "bos")
     if prepend_bos and bos is None:

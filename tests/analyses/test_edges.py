@@ -15,6 +15,7 @@ from reference import Stream
 
 import lens_lora as ll
 from lens_lora.engine import edges as engine
+from lens_lora.engine.duals import moving, tangents_of
 from lens_lora.model.hooks import attached
 
 ROUND_OFF, DIFFERENCES = 1e-10, 1e-7
@@ -343,12 +344,12 @@ def test_tangents_that_a_reader_passes_on_are_refused(cls: str, monkeypatch):
     """Then δ of attention goes through the MLP as well, and is counted twice."""
     lens = cases.case("llama", cls, "raw").lens
 
-    def passed_on(writers, name, x):
-        first = writers._blocks.index(name)
-        writers._contract(x, first, first + writers._blocks.count(name))
-        return x
+    read = engine._Pass._read
 
-    monkeypatch.setattr(engine._Writers, "_read", passed_on)
+    def passed_on(held, name, x):
+        return moving(read(held, name, x), {} if name == "logits" else tangents_of(x))
+
+    monkeypatch.setattr(engine._Pass, "_read", passed_on)
     with pytest.raises(ll.errors.ModelStateError, match=r"its edges sum to .* first order is"):
         ll.edges(lens, TEXTS, MARGIN, progress=False)
 
@@ -368,14 +369,50 @@ def test_a_lost_reader_is_refused(cls: str, monkeypatch):
         ll.edges(lens, TEXTS, MARGIN, progress=False)
 
 
+def doubled(tensor, hook):
+    return 2 * tensor
+
+
+@pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_hook_where_every_reader_sees_it_is_followed(cls: str, how: str):
+    """At a block's input, of what the block before it wrote. First order, and path patches.
+
+    Of a site and the MLP of its own block, which no patch can undo behind such a hook, the edge is
+    what is left of first order.
+    """
+    held = cases.case("llama", cls, "raw").lens
+    at, errors = float(how == "leave_one_out"), []
+    for size in (1e-2, 1e-4):
+        lens = held.with_adapter(held.adapter.scaled(size))
+        with attached(lens.model, [(lens.plan.host.block_input(1), doubled)]):
+            edges = ll.edges(lens, TEXTS, MARGIN, at=at, progress=False)
+            whole = ll.first_order(lens, TEXTS, MARGIN, at=at)
+            pairs = edges.top(60)[["writer", "reader"]].values.tolist()
+            pairs = [(w, r) for w, r in pairs if w.split(".")[:2] != r.split(".")[:2]]
+            effects = ll.patch_edges(lens, TEXTS, MARGIN, pairs, how, progress=False)
+        assert relative(edges.first_order, whole.values) < ROUND_OFF
+        errors.append(relative(edges.along(effects).values, effects.values))
+    assert errors[1] < 2e-2 * errors[0]
+    plain = ll.edges(lens, TEXTS, MARGIN, at=at, progress=False)
+    assert relative(plain.values, edges.values) > 1e-2
+
+
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_hook_in_the_stream_is_refused(cls: str):
-    """It changes x between a branch and its readers, where δ is not seen to pass."""
+    """It changes x between some branch and its readers, where δ is not seen to pass."""
     lens = cases.case("llama", cls, "raw").lens
-    hook = [(lens.plan.host.block_input(1), lambda tensor, hook: 2 * tensor)]
-    with attached(lens.model, hook), pytest.raises(ll.errors.ModelStateError, match="Take such"):
-        ll.edges(lens, TEXTS, MARGIN, progress=False)
-    ll.edges(lens, TEXTS, MARGIN, progress=False)
+    points = "blocks.1.hook_resid_post", "blocks.1.hook_out"
+    name = next(name for name in points if name in lens.model.hook_dict)
+    base, model = targets.hooked("gpt2", cls, "raw")
+    adapter = ll.Adapter.from_peft(targets.peft_with("gpt2", base, "embedding"))
+    skipping = ll.LoraLens(model, adapter, hf_model=base)
+    hooks = ((lens, name), (skipping, skipping.plan.host.block_input(1)))
+    for held, point in hooks:
+        refused = pytest.raises(ll.errors.ModelStateError, match="Take such")
+        with attached(held.model, [(point, doubled)]), refused:
+            ll.edges(held, TEXTS, MARGIN, progress=False)
+        ll.edges(held, TEXTS, MARGIN, progress=False)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

@@ -104,8 +104,8 @@ def test_blooms_own_gelu():
 
     points = points_in(
         call,
-        *(duals._begin_dual, duals.attention_from_formula, duals._leave_dual_level),
-        *(compat.plain_bloom_gelu, compat.use_attention_kernels),
+        *(duals._begin_dual, duals._begin_level, duals._leave_dual_level),
+        *(duals.attention_from_formula, compat.plain_bloom_gelu, compat.use_attention_kernels),
         *(compat.allow_forward_mode, compat.enter_mode),
     )
     assert len(points) > 30
