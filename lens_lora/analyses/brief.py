@@ -213,9 +213,9 @@ def claims_of(
     rows = zip(chosen, words, base.ids, _runs(lens, nulls, contexts, words, seed), strict=True)
     return tuple(
         Claim(
-            context=decoded(lens.model, places[i].context[-_CONTEXT:].tolist()),
-            says=decoded(lens.model, said.tolist()),
-            base_says=decoded(lens.model, base_said.tolist()),
+            context=_text(lens, places[i].context[-_CONTEXT:]),
+            says=_text(lens, said),
+            base_says=_text(lens, base_said),
             token=lens.vocabulary[places[i].token],
             by=places[i].by,
             score=ranked[places[i].by].scores[places[i].token],
@@ -407,3 +407,7 @@ def _points(
     for point in points[1:]:
         point[generator.choice(others, len(top), replace=False)] = 1
     return points
+
+
+def _text(lens: LoraLens, ids: _Ids) -> str:
+    return decoded(lens.model, ids.tolist())
