@@ -11,7 +11,6 @@ import torch
 
 import lens_lora as ll
 from lens_lora.engine.derivatives import hessian_product, hessian_products, joint_tangent
-from lens_lora.engine.edges import edge_values
 from lens_lora.engine.function import gated_logits, run_without_logits
 from lens_lora.engine.memory import slopes_at_once
 from lens_lora.engine.reverse import site_gradients, site_slopes
@@ -98,7 +97,7 @@ def from_bank(*axes: str) -> Run:
 
 
 def edges(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    edge_values(lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), progress=False)
+    ll.edges(lens, prompts, MARGIN, progress=False)
 
 
 def contrast(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:

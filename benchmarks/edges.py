@@ -1,6 +1,7 @@
 """How far edges predict path patches, what they cost, and how they differ from `coupling`.
 
     python benchmarks/edges.py --adapters FOLDER     # trains what is missing, and measures
+    python benchmarks/edges.py --cost                # only measures the cost again
     python benchmarks/edges.py --table               # only writes the tables of docs/edges.md
 
 The eight adapters of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its prompts, the
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import marks
+import torch
 from adapters import ADAPTERS, Trained
 from cost import interleaved, random_prompts
 from cost_works import Work, edges
@@ -31,7 +33,7 @@ from lens_lora.readouts.answers import margin_between
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "edges.json", DOCS / "edges.md"
 PAIRS = 100
-TOKENS = (8, 64)
+TOKENS = (8, 64, 256)
 TURNS = 5
 ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave_one_out": 1.0}
 SHOWN = {"spearman": ".3f", "slope": ".2f", "relative_error": ".1%"}
@@ -77,7 +79,8 @@ def beside_coupling(lens: ll.LoraLens, spec: Trained) -> float:
 
 
 def cost(lens: ll.LoraLens) -> dict[str, dict[str, float]]:
-    """Passes by number of tokens: FB, and all edges, in F."""
+    """Passes by number of tokens: FB, and all edges with the exact shift, in F; on one thread."""
+    torch.set_num_threads(1)
     costs = {}
     for tokens in TOKENS:
         taken = interleaved(lens, random_prompts(lens, 1, tokens), [Work("edges", edges)], TURNS)
@@ -113,7 +116,8 @@ def tables(numbers: dict[str, Any]) -> dict[str, str]:
     apart = [f"{least:.2f}" for least in (min(numbers["coupling"]), max(numbers["coupling"]))]
     return {
         "agreement": "\n".join(lines),
-        "cost": f"Beyond one forward and one backward pass, all edges by block take {costs}.",
+        "cost": "Beyond one forward and one backward pass, all edges by block, and the exact shift "
+        f"beside them, take {costs}.",
         "coupling": "Over the eight adapters above, layer by layer, the correlation of the two is "
         f"between {' and '.join(apart)}.",
     }
@@ -129,8 +133,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Edges against path patches.")
     parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
     parser.add_argument("--table", action="store_true", help="only write the tables")
+    parser.add_argument("--cost", action="store_true", help="only measure the cost")
     options = parser.parse_args()
-    if not options.table:
+    if options.cost:
+        numbers = json.loads(NUMBERS.read_text()) | {"cost": cost(ll.demo())}
+        NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
+    elif not options.table:
         if options.adapters is None:
             parser.error("--adapters: a folder to keep the trained adapters in.")
         NUMBERS.write_text(json.dumps(measured(options.adapters), indent=0) + "\n")
