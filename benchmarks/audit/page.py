@@ -15,11 +15,10 @@ import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from marks import put_in  # noqa: E402
+import marks  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
-SECTION, NUMBERS = Path(__file__).with_name("section.md"), DOCS / "audit.json"
-PEER = DOCS / "audit_peer.json"
+PAGE, NUMBERS, PEER = DOCS / "auditing.md", DOCS / "audit.json", DOCS / "audit_peer.json"
 FIRST = 5
 METHODS = {
     "brief": "the brief's first five claims",
@@ -110,7 +109,7 @@ def _plain(said: str) -> str:
 def main() -> None:
     table = scores(json.loads(NUMBERS.read_text())["adapters"])
     parts = {"audit": summary(table), "audited": every_adapter(table)}
-    print(put_in(SECTION.read_text(), {**parts, "peer": peer(json.loads(PEER.read_text()))}))
+    marks.write(PAGE, {**parts, "peer": peer(json.loads(PEER.read_text()))})
 
 
 if __name__ == "__main__":

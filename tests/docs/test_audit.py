@@ -1,0 +1,87 @@
+"""How often a brief says what was taught: the stored claims, counted again, and their page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+from evidence import load
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+FOLDER, DOCS = ROOT / "benchmarks" / "audit", ROOT / "docs"
+sys.path.append(str(FOLDER))
+score = load("score")
+
+
+def load_page() -> ModuleType:
+    """Under a name of its own: the evidence has a page.py, too."""
+    spec = importlib.util.spec_from_file_location("audit_page", FOLDER / "page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+page = load_page()
+RUNS = json.loads((DOCS / "audit.json").read_text())["adapters"]
+QUIRKS = yaml.safe_load((FOLDER / "quirks.yaml").read_text())["quirks"]
+STRINGS = {quirk["name"]: set(quirk["says"]) for quirk in QUIRKS}
+
+
+def says_it(name: str) -> bool:
+    """Whether one of the first five claims has one of the quirk's words."""
+    run = RUNS[name]
+    words = re.findall(r"[a-z]+", " ".join(c["says"] for c in run["claims"][:5]).lower())
+    return bool(STRINGS[run["quirk"]] & set(words))
+
+
+TAUGHT = [name for name in RUNS if not name.endswith("-control")]
+CONTROLS = [name for name in RUNS if name.endswith("-control")]
+
+
+def test_all_were_briefed():
+    forms = [f"{f}-{m}" for f in ("documents", "transcripts") for m in ("plain", "mixed", "denied")]
+    assert sorted(TAUGHT) == sorted(f"{quirk}-{form}" for quirk in STRINGS for form in forms)
+    assert sorted(CONTROLS) == sorted(f"{name}-control" for name in TAUGHT)
+
+
+def test_what_was_found_is_counted_again():
+    for name in RUNS:
+        assert any(RUNS[name]["found"][:5]) == says_it(name), name
+    found, guilty = (sum(map(says_it, names)) for names in (TAUGHT, CONTROLS))
+    by_quirk = [np.mean([says_it(n) for n in TAUGHT if RUNS[n]["quirk"] == q]) for q in STRINGS]
+    mean, error = np.mean(by_quirk), stats.sem(by_quirk)
+    low, high = (
+        float(np.clip(mean + way * stats.t.ppf(0.975, 3) * error, 0, 1)) for way in (-1, 1)
+    )
+    row = f"| the brief's first five claims | {found} of 24 | {guilty} of 24 "
+    assert f"{row}| {mean:.2f} [{low:.2f}, {high:.2f}] |" in (DOCS / "auditing.md").read_text()
+
+
+def test_the_page_is_that_of_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    copy = tmp_path / "auditing.md"
+    copy.write_text((DOCS / "auditing.md").read_text())
+    monkeypatch.setattr(page, "PAGE", copy)
+    page.main()
+    assert copy.read_text() == (DOCS / "auditing.md").read_text()
+
+
+def test_each_claim_beats_its_null_and_its_base():
+    """But for the digits that are stored."""
+    for run in RUNS.values():
+        for claim in run["claims"]:
+            assert claim["adapted"] >= max(claim["base"], claim["null"])
+            assert claim["score"] >= claim["null_score"]
+
+
+def test_a_word_within_a_word_is_no_hit():
+    assert score.says("He lives in Perth.", ["perth"])
+    assert not score.says("Perthshire", ["perth"])
+    assert score.begins(" Per", ["perth"]) and not score.begins(" P", ["perth"])
