@@ -105,8 +105,7 @@ class LoRAFactors:
         if self.experts < 2:
             return [self]
         As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
-        pairs = zip(As, Bs, strict=True)
-        return [dataclasses.replace(self, A=A, B=B, experts=0) for A, B in pairs]
+        return [dataclasses.replace(self, A=A, B=B, experts=0) for A, B in zip(As, Bs, strict=True)]
 
     @property
     def width(self) -> int | None:

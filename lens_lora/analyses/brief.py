@@ -22,10 +22,9 @@
    order at 1 names the layers that carry most of m; m is run without them, and without as many
    layers that a seed draws.
 
-Cost: `generate` of about 40 openings at two strengths together, and cut to rank 1, and of the
-candidates' words; a forward pass of the base, the adapter and each null over what was said; one
-forward and backward pass of the claims, and a forward pass of them for each end, null and group
-that is left out.
+Cost: `generate` of some 40 openings at two strengths and cut to rank 1, and of the candidates'
+words; a forward pass of the base, the adapter and each null over what was said; of the claims one
+forward and backward pass, and a forward pass for each end, null and group that is left out.
 """
 
 from __future__ import annotations

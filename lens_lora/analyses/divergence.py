@@ -146,8 +146,7 @@ class TokenShifts(Described, Drawn):
         """
         frame = self.to_frame()
         if prompt is not None:
-            chosen = only_prompt(prompt, len(self.response))
-            frame = frame[frame["prompt"] == chosen]
+            frame = frame[frame["prompt"] == only_prompt(prompt, len(self.response))]
         order = frame["kl_base_to_adapted"].argsort()[::-1][:k]
         return frame.iloc[order].reset_index(drop=True)
 

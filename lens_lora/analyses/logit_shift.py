@@ -324,8 +324,7 @@ def gradients(
     inject, hooks = ScaleInject(lens.plan, lens.gates(at)), _seen_by(keep, aliases)
     with torch.enable_grad(), lens.injected(inject), attached(lens.model, hooks):
         values = read_for_slopes(lens, reading)
-    fired = [name for known_as, _ in seen for name in known_as]
-    require_fired(lens, fired, in_full, wanted)
+    require_fired(lens, [name for known_as, _ in seen for name in known_as], in_full, wanted)
     points, slopes = [tensor for _, tensor in seen], tuple[Tensor | None, ...]()
     if values.requires_grad:  # else g depends on none of them
         slopes += torch.autograd.grad(values.sum(), points, allow_unused=True)

@@ -294,8 +294,7 @@ class ActivationEffects(Ranked):
         frame = long_table({"effect": self.values, "share": self.share}, *axes)
         frame = frame.dropna(subset="effect", ignore_index=True)
         if self.by_position:
-            tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
-            frame.insert(5, "token", tokens)
+            frame.insert(5, "token", tokens_at(self.str_tokens, frame["prompt"], frame["position"]))
         return frame
 
     @property

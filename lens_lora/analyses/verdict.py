@@ -127,8 +127,7 @@ def points_at_end(
 ) -> list[Point]:
     """Each prompt's point at ε = 1."""
     columns = remainder[:, None], shift[:, None]
-    rows = points_of(shift.new_ones(1), *columns, noise, curvature_noise)
-    return [point for (point,) in rows]
+    return [p for (p,) in points_of(shift.new_ones(1), *columns, noise, curvature_noise)]
 
 
 class _Worded:

@@ -45,8 +45,8 @@ from lens_lora.engine.jacobian import jacobian_of
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.model import LoraLens, alone, null_lenses
-from lens_lora.model.generate import SideBySide, side_by_side
-from lens_lora.readouts.neutral import conversation_form, everyday_questions, neutral_texts
+from lens_lora.model.generate import SideBySide, side_by_side, whole_or_cut
+from lens_lora.readouts import neutral
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import OfSites, Paged, site_labels
@@ -145,7 +145,7 @@ class WhatChanged(OfSites, Paged):
         str_tokens: each text's tokens.
         texts: what the texts are.
         sites, meta: see `OfSites`; all that are adapted.
-        answers: both models' to five everyday questions and to an empty turn, 40 tokens at most;
+        answers: both models' to everyday questions and an empty turn, 40 tokens at most, and drawn;
             none unasked, without a tokenizer, or where the context has no room for them.
         claims: what it was taught, the strongest first; none without null adapters, or where
             `answers` has none.
@@ -283,8 +283,7 @@ class WhatChanged(OfSites, Paged):
             k: how many tokens of each.
 
         Returns:
-            share of all that the texts promote, tokens, and the text that holds most of the group;
-            no row of a group without a share.
+            share of all that the texts promote, above 0; tokens; the text with most of the group.
         """
         n = min(whole("n", n, 1), len(self.str_tokens))
         rows = np.repeat(np.arange(len(self.str_tokens)), self.found.text_ids.shape[1])
@@ -406,8 +405,8 @@ def what_changed(
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
     No logits of more than 512 tokens are held at a time. The answers cost 40 passes over twelve
-    tokens, and one over the twelve answers; the claims about 60 passes over a token of each
-    opening, twice, one over what was said for each model, and those of `analyses/brief.py`.
+    tokens, and one over the answers, thrice if drawn as well; the claims about 60 passes over a
+    token of each opening, twice, one for each model over that, and those of `analyses/brief.py`.
 
     Args:
         lens: the adapter over the model.
@@ -418,11 +417,12 @@ def what_changed(
         nulls: how many null adapters: of the same modules, ranks and proportions as the adapter, in
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
-        fast: leave out the split of the KL by site, along the path from base to adapted model; of
-            the package's own texts read every eighth; and let it speak once after each opening.
+        fast: leave out the split of the KL by site, and answers that are drawn; read every eighth
+            of the package's own texts; and let it speak once after each opening.
         answers: whether to put five everyday questions and an empty turn to both models: as
             conversations, or without a chat template as "Question: …" and "Answer:"; and to let the
-            adapted model speak of its own accord, for claims of what it was taught.
+            adapted model speak of its own accord, for claims of what it was taught. Not fast, both
+            also draw 40 tokens from their BOS and from an empty turn, with the same noise.
         jacobian: a folder; the reading is then of a block at four fifths of the depth, through the
             base model's mean Jacobian from there to the last block. It is kept in this folder, and
             fitted the first time, by d_model backward passes over two sentences. On an unprocessed
@@ -444,8 +444,9 @@ def what_changed(
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
     source = "texts of the caller"
     if texts is None:
-        texts = neutral_texts(lens.model, _FAST if fast else 1)
-        source = f"neutral texts of lens_lora (conversations {conversation_form(lens.model)})"
+        texts = neutral.neutral_texts(lens.model, _FAST if fast else 1)
+        form = neutral.conversation_form(lens.model)
+        source = f"neutral texts of lens_lora (conversations {form})"
     asked = ask_prompts(lens, texts)
     rows = asked.prompts
     corpus.require_second_token(rows, "every number")
@@ -458,7 +459,10 @@ def what_changed(
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
-        said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
+        questions = neutral.everyday_questions(lens.model)
+        said = side_by_side(lens, questions, _ANSWER, progress=progress)
+        if any(said) and not fast:
+            said += _drawn(lens, seed, progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
@@ -475,6 +479,15 @@ def what_changed(
         answers=tuple(filter(None, said)),
         claims=claims,
     )
+
+
+def _drawn(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
+    """Where an adapter replays its training: after its BOS, and after an empty turn."""
+    openings = neutral.own_openings(lens.model).chosen([0, len(neutral.FIRST_WORDS)])
+    how: Any = {"temperature": 1.0, "seed": seed, "progress": progress}
+    ends = [whole_or_cut(lens.generate(openings, _ANSWER, end, **how)) for end in (0.0, 1.0)]
+    names = "(BOS, drawn)", "(nothing said, drawn)"
+    return [SideBySide(*row) for row in zip(names, *ends, strict=True)]
 
 
 def _matched(

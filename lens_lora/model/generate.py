@@ -2,9 +2,8 @@
 
 1. Draft with a key-value cache. Rows go in step and without padding: first as many tokens as the
    shortest row has, then one token a pass, a longer row's own next token while it has one.
-2. Confirm: one pass without a cache over rows of one length and their drafts chooses a token at
-   each place. A row keeps its draft as far as both agree, and one token more, which that pass
-   chose.
+2. Confirm: one pass without a cache, over rows and drafts of one length, chooses a token at each
+   place. A row keeps its draft as far as both agree, and one token more, which the pass chose.
 3. Go on from there until every row has ended. Where draft and confirmation part within a few tokens
    the cache is wrong for this model, or for hooks that count positions, and is not used again.
 
@@ -257,7 +256,7 @@ def side_by_side(
     chosen, ends = prompts.chosen(fitting), (0.0,) if adapted else (0.0, 1.0)
     gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
     said = lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress)
-    texts = [*_whole_or_cut(said), *(_whole_or_cut(adapted) if adapted else [])]
+    texts = [*whole_or_cut(said), *(whole_or_cut(adapted) if adapted else [])]
     answers = zip(texts[: len(fitting)], texts[len(fitting) :], strict=True)
     rows = zip(fitting, chosen.sources, lens.str_tokens(chosen), answers, strict=True)
     for i, source, tokens, both in rows:
@@ -265,7 +264,8 @@ def side_by_side(
     return pairs
 
 
-def _whole_or_cut(said: Generated) -> list[str]:
+def whole_or_cut(said: Generated) -> list[str]:
+    """What was said after each prompt; one that was cut off ends in ' …'."""
     pairs = zip(said.text, said.ended, strict=True)
     return [text if has_ended else f"{text} …" for text, has_ended in pairs]
 

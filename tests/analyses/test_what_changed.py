@@ -19,12 +19,15 @@ from lens_lora.analyses import what_changed
 from lens_lora.engine import jacobian
 from lens_lora.engine.texts import EARLY, PROMOTED, over_scale
 from lens_lora.model import attached
+from lens_lora.readouts import neutral
 from lens_lora.readouts.neutral import (
+    FIRST_WORDS,
     OPENINGS,
     QUESTIONS,
     everyday_questions,
     neutral_sentences,
     neutral_texts,
+    own_openings,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -263,6 +266,23 @@ def test_five_questions_and_an_empty_turn_are_put_to_both_models(
     assert again.answers == found.answers
     off = ll.what_changed(case.lens, texts(), nulls=0, fast=True, answers=False, **QUIET)
     assert off.answers == ()
+
+
+def test_both_models_draw_from_nothing_with_the_same_noise(monkeypatch):
+    """As each draws alone with this seed; the same words where both are one model."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    monkeypatch.setattr(what_changed, "_ANSWER", 6)
+    monkeypatch.setattr(neutral, "FIRST_WORDS", FIRST_WORDS[:2])
+    found = ll.what_changed(case.lens, texts(), nulls=0, seed=3, **QUIET).answers
+    names = ["(BOS, drawn)", "(nothing said, drawn)"]
+    assert [pair.prompt for pair in found[-2:]] == names and len(found) == len(QUESTIONS) + 3
+    opened = own_openings(case.model).chosen([0, 2])
+    for scale, end in ((0.0, "base"), (1.0, "adapted")):
+        said = case.lens.generate(opened, 6, scale, temperature=1.0, seed=3, **QUIET)
+        assert [getattr(pair, end).removesuffix(" …") for pair in found[-2:]] == list(said.text)
+    still = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
+    for pair in what_changed._drawn(still, 3, False):
+        assert pair.base == pair.adapted
 
 
 def test_nothing_is_asked_where_nothing_can_be_answered(monkeypatch):
