@@ -24,6 +24,7 @@ from shapes import share
 
 import lens_lora as ll
 from lens_lora.analyses.activation_shift import Readable
+from lens_lora.evaluation import explain
 from lens_lora.results import base, storage
 from lens_lora.results.base import Drawn, Measured, Paged, Ranked, Read, Result
 
@@ -64,7 +65,7 @@ def test_every_final_class_is_among_them():
     """A class is abstract or final: nothing that can be made has a subclass."""
     classes = {kind for kind in descendants(Result) if kind.__module__.startswith("lens_lora.")}
     abstract = {Drawn, Paged, Read, Measured, Ranked, Readable}
-    abstract |= {base.Described, base.OfSites, base.Pictured}
+    abstract |= {base.Described, base.OfSites, base.Pictured, explain._Figured}
     assert classes - abstract == {type(result) for result in RESULTS}
     for kind in classes - abstract:
         assert not kind.__subclasses__() and not kind.__abstractmethods__, kind
