@@ -27,7 +27,7 @@ from typing import Annotated, Any, final
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
@@ -317,7 +317,7 @@ def _table(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row si
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
 
 
-def padded(rows: Sequence[Tensor]) -> Float[Tensor, "row longest *rest"]:
+def padded(rows: Sequence[Tensor]) -> Shaped[Tensor, "row longest *rest"]:
     """Beyond a row's own entries NaN, of integers −1."""
     if not rows:
         return torch.zeros(0, 0, dtype=torch.float64)

@@ -399,7 +399,7 @@ def go_back(
 ) -> tuple[Float[Tensor, "row value"], Taps]:
     """What is read of each row. One forward pass, and a backward pass a value, past its visitor."""
     with tapped(lens, run, gates, inject) as (tap, leaves):
-        values = read()
+        values = value_of(read())  # tangents that ride along end here
         for column in range(values.shape[1]):
             tap.visit = visit_of(column)
             only = torch.zeros_like(values)

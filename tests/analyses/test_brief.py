@@ -159,6 +159,7 @@ class Spelling:
         return SimpleNamespace(ids=tuple(torch.tensor(ids[:most]) for ids in self.said))
 
 
+@pytest.mark.bad_input  # a lens of no model
 def test_a_claim_begins_where_its_word_does(monkeypatch):
     """Found by a token within a word, it says the word from its beginning on."""
     monkeypatch.setattr(brief, "_WORDS", 4)
