@@ -486,7 +486,8 @@ def _drawn(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
     openings = neutral.own_openings(lens.model).chosen([0, len(neutral.FIRST_WORDS)])
     how: Any = {"temperature": 1.0, "seed": seed, "progress": progress}
     ends = [whole_or_cut(lens.generate(openings, _ANSWER, end, **how)) for end in (0.0, 1.0)]
-    names = "(BOS, drawn)", "(nothing said, drawn)"
+    first = "".join(lens.str_tokens(openings)[0])  # the BOS, or a word where there is none
+    names = f"({first}, drawn)", "(nothing said, drawn)"
     return [SideBySide(*row) for row in zip(names, *ends, strict=True)]
 
 

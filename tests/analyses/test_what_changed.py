@@ -274,15 +274,19 @@ def test_both_models_draw_from_nothing_with_the_same_noise(monkeypatch):
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
     monkeypatch.setattr(neutral, "FIRST_WORDS", FIRST_WORDS[:2])
     found = ll.what_changed(case.lens, texts(), nulls=0, seed=3, **QUIET).answers
-    names = ["(BOS, drawn)", "(nothing said, drawn)"]
+    bos = case.model.tokenizer.bos_token
+    names = [f"({bos}, drawn)", "(nothing said, drawn)"]
     assert [pair.prompt for pair in found[-2:]] == names and len(found) == len(QUESTIONS) + 3
     opened = own_openings(case.model).chosen([0, 2])
     for scale, end in ((0.0, "base"), (1.0, "adapted")):
         said = case.lens.generate(opened, 6, scale, temperature=1.0, seed=3, **QUIET)
         assert [getattr(pair, end).removesuffix(" …") for pair in found[-2:]] == list(said.text)
     still = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
-    for pair in what_changed._drawn(still, 3, False):
-        assert pair.base == pair.adapted
+    words = ll.results.Prompts(torch.tensor([[5], [6], [7]]), torch.tensor([1, 1, 1]))
+    monkeypatch.setattr(neutral, "own_openings", lambda model: words)  # as there is no BOS
+    without = what_changed._drawn(still, 3, False)
+    assert [pair.prompt for pair in without] == ["(w5, drawn)", names[1]]
+    assert all(pair.base == pair.adapted for pair in without)
 
 
 def test_nothing_is_asked_where_nothing_can_be_answered(monkeypatch):
