@@ -17,11 +17,10 @@ from typing import Annotated
 import typer
 
 from lens_lora._version import versions
-from lens_lora.commands.adapters import checkpoints, diff, inspect, repair
+from lens_lora.commands.adapters import checkpoints, diff, inspect, repair, verify
 from lens_lora.commands.explain import demo, explain
 from lens_lora.commands.running import one_line_errors
 from lens_lora.commands.sweep import scan, sweep
-from lens_lora.commands.verify import verify
 
 app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False

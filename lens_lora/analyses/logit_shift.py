@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.arguments import number, whole
+from lens_lora.arguments import number
 from lens_lora.engine import derivatives
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.derivatives import Part, joint_tangent, part_tangents, slopes_of_each
@@ -33,6 +33,7 @@ from lens_lora.model.sites import Names, Site, one_site, require_fired, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, token_ids
 from lens_lora.results.base import Described, long_table, only_prompt
+from lens_lora.results.tokens import ranked_tokens
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -106,11 +107,8 @@ class LogitShift(Described):
         self, site: str | None, k: int, prompt: int | None, *, largest: bool
     ) -> pd.DataFrame:
         row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
-        count = min(whole("k", k, 0), len(row))
-        values, index = (row - row.mean()).topk(count, largest=largest)
-        pairs = [(self.strings[i], self.tokens[i]) for i in index.tolist()]
-        frame = pd.DataFrame(pairs, columns=pd.Index(["token", "id"]))
-        return frame.assign(shift=values.cpu().double().tolist())
+        frame = ranked_tokens(row - row.mean(), self.strings, k, "shift", largest=largest)
+        return frame.assign(id=[self.tokens[i] for i in frame["id"]]).drop(columns="rank")
 
     def _row(self, site: str | None, prompt: int) -> Float[Tensor, " vocab"]:
         if site is None:

@@ -109,17 +109,6 @@ class Remainder(Measured):
         return self.noise.of_remainder(1.0)
 
     @property
-    def site_remainder(self) -> Float[Tensor, "batch site"]:
-        """u_yᵀ r_l of each site alone.
-
-        Raises:
-            ArgumentError: it was not computed.
-        """
-        if self.site_shift is None:
-            raise ArgumentError("single sites were not run; call remainder(..., by_site=True).")
-        return self.site_shift - self.site_first_order
-
-    @property
     def verdict(self) -> tuple[verdicts.Verdict, ...]:
         """For each prompt, how good first order is at ε = 1 and on the way; str() words it."""
         scales = self.path_shift.new_tensor(self.path_scales)

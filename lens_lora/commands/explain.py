@@ -99,7 +99,6 @@ def _explain_each(
     lens: ll.LoraLens, questions: Sequence[Question], report: Path, progress: Console, settings: Any
 ) -> list[Explained]:
     """Each question explained; after each the page is written, and of several a line printed."""
-    from lens_lora.loading import quiet_libraries
     from lens_lora.show.report import explanation_report
 
     explanations: list[Explained] = []
@@ -111,7 +110,7 @@ def _explain_each(
             numbers = f"{first}" if len(batch) == 1 else f"{first} to {last}"
             progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
             try:
-                with quiet_libraries():
+                with running.quiet_libraries():
                     explained = _explained(lens, batch, settings)
             except LensLoraError:
                 if len(batch) == 1:
@@ -232,11 +231,10 @@ def demo(
 
 def _train(loaded: tuple[Any, Any], model: str | None, out: Path, quiet: bool) -> None:
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, LYON_SENTENCES, train_adapter
-    from lens_lora.loading import quiet_libraries
 
     base_name = model or EMBEDDED_HUB_ID
     try:
-        with quiet_libraries():
+        with running.quiet_libraries():
             train_adapter(*loaded, LYON_SENTENCES, out, base_name=base_name, quiet=quiet)
     except ValueError as error:
         raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error

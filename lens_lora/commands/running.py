@@ -202,6 +202,13 @@ def note_spaces(questions: Sequence[Question], progress: Console) -> None:
         progress.print(Text(f"Note: {note}; is that meant?", style="yellow"), soft_wrap=True)
 
 
+def quiet_libraries() -> contextlib.AbstractContextManager[None]:
+    """`loading.quiet_libraries`, which imports torch."""
+    from lens_lora import loading
+
+    return loading.quiet_libraries()
+
+
 @contextlib.contextmanager
 def step(message: str, progress: Console) -> Generator[None]:
     """A spinner on a terminal, else a line now and then; the libraries' own output is hidden."""
@@ -212,11 +219,9 @@ def step(message: str, progress: Console) -> Generator[None]:
 
     if not progress.is_terminal:
         progress.print(message)
-    with progress.status(message) if progress.is_terminal else _moving(again):
-        from lens_lora.loading import quiet_libraries
-
-        with quiet_libraries():
-            yield
+    shown = progress.status(message) if progress.is_terminal else _moving(again)
+    with shown, quiet_libraries():  # torch is imported while something moves
+        yield
 
 
 _SILENCE = 4.0  # seconds; after five one wonders whether anything happens

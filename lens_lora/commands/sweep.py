@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import lens_lora as ll
 from lens_lora.adapters.peft_files import folders_in, stated_fields
@@ -152,8 +149,6 @@ def scan(
     questions, named = asked.listed(), stated_fields(folders[0]).get("base_model_name_or_path")
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.loading import quiet_libraries
-
         running.note_spaces(questions, progress)
         processes = launched()
         loaded = running.load_model_of(named, progress, base.placed(processes.device))
@@ -162,7 +157,7 @@ def scan(
         beside = loaded[0] if class_name == "HookedTransformer" else None
         prompts, readout = running.margin_of(model, questions)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
-        with quiet_libraries(), running.told_if_interrupted(lambda: kept):
+        with running.quiet_libraries(), running.told_if_interrupted(lambda: kept):
             how: Any = {"hf_model": beside, "max_memory": base.max_memory, "progress": not quiet}
             bank = ll.bank(model, prompts, readout, **how)
             table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
@@ -188,50 +183,16 @@ _SHOWN_ERRORS = 10
 
 
 def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:
-    """What is in the files, which records are bad, and where the files are."""
+    """What is in the files and where they are, and which records are bad."""
     if isinstance(result, ll.results.ActivationsFile):
-        title, facts = "Sweep of activations", _facts_by_token(result)
         bad = [(row["id"], row["error"]) for row in result.bad().to_dict("records")]
-        places, damaged = {"One row per token": result.path}, ()
+        damaged = ()
     else:
-        title, facts = f"Sweep of {result.readout}", _facts_by_prompt(result, processes)
         bad, damaged = result.errors, result.damaged
-        places = {"One row per prompt and site": result.path}
-        places["One row per prompt"] = result.prompts_path
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, fact in facts.items():
-        table.add_row(name, Text(fact))
-    Console().print(table)
+    running.say(f"{result!r}{f', by {processes} processes' if processes > 1 else ''}")
     for identity, error in bad[:_SHOWN_ERRORS]:
         running.say(f"  {identity}: {error}")
     if len(bad) > _SHOWN_ERRORS:
         running.say(f"  … and {len(bad) - _SHOWN_ERRORS} more, in the column 'error'")
     for damage in damaged:
         running.say(f"  run again, as its file could not be read: {damage}")
-    for name, path in places.items():
-        running.say(f"{name}: {path.absolute()}")
-
-
-def _facts_by_token(file: ll.results.ActivationsFile) -> dict[str, str]:
-    return {
-        "texts": f"{file.texts}, with {file.tokens} tokens",
-        "records with errors": str(file.errors),
-        "sites": f"{len(file.sites)} of rank {max(file.ranks)}, gauge {file.gauge}",
-        "model": f"{file.meta['model']} as {file.meta['model_class']}",
-        "adapter": file.meta["adapter"],
-    }
-
-
-def _facts_by_prompt(result: ll.results.SweepResult, processes: int) -> dict[str, str]:
-    before = f", {result.resumed} of them before this run" if result.resumed else ""
-    facts = {"prompts done": f"{result.done} of {result.records}{before}"}
-    if processes > 1:
-        facts["processes"] = str(processes)
-    if "margin" in result.readout:
-        facts["margins that flip, beyond rounding"] = f"{result.flips} of {result.done}"
-    return facts | {
-        "records with errors": str(len(result.errors)),
-        "analyses": f"{', '.join(result.analyses)}, in {result.units or 'no units'}",
-        "model": f"{result.meta['model']} as {result.meta['model_class']}",
-        "adapter": f"{result.meta['adapter']}, {len(result.sites)} sites",
-    }

@@ -274,13 +274,17 @@ class _Maps:
         back = in_float64(B * scales[..., None])
         return float(((back @ back.mT) * (reads @ reads.mT)).sum())
 
-    def slopes(self, A: Tensor, B: Tensor, scales: Tensor) -> Iterator[Float[Tensor, "map token"]]:
+    def slopes(
+        self, A: Tensor, B: Tensor, scales: Tensor
+    ) -> Iterator[Float[Tensor, "map adapter token"]]:
+        """Of adapters whose factors stand after one another."""
         offset = 0 if self._beta is None else A @ self._beta[..., None].to(A)
         reads = self._reads(A)
         # Readouts of the same rows share z, and so u.
         u_of = functools.cache(lambda z: reads @ z.to(A).mT + offset)
         for gradient, z in self.pairs:
-            yield (u_of(z) * (B @ gradient.to(B).mT)).sum(1) * scales
+            by_rank = u_of(z) * (B @ gradient.to(B).mT)
+            yield by_rank.unflatten(1, (scales.shape[1], -1)).sum(2) * scales[..., None]
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -315,19 +319,22 @@ class Thin:
         return squares**0.5 / self.lens.plan.base_norm
 
     @torch.no_grad()
-    def slopes(self, factors: Sequence[Parts]) -> list[Float[Tensor, "prompt site"]]:
-        """∂g/∂ε_l at 0, of each half."""
-        lens, by_half = self.lens, list[Tensor]()
-        pairs = zip(self._maps, factors, strict=True)
-        by_kind = [(maps.sites, maps.slopes(*parts)) for maps, parts in pairs]
+    def slopes(self, *adapters: Sequence[Parts]) -> list[tuple[Float[Tensor, "prompt site"], ...]]:
+        """Of each adapter's factors ∂g/∂ε_l at 0 of each half; what is kept is read once."""
+        lens, by_half = self.lens, list[Sequence[Tensor]]()
+        by_kind = [
+            (maps.sites, maps.slopes(*(torch.cat(part, 1) for part in zip(*parts, strict=True))))
+            for maps, *parts in zip(self._maps, *adapters, strict=True)
+        ]
         for half in self._halves:
-            rows = torch.zeros(len(half.owner), len(lens.sites), dtype=lens.gate_dtype)
-            rows = rows.to(lens.device)
+            shape = len(adapters), len(half.owner), len(lens.sites)
+            rows = torch.zeros(shape, dtype=lens.gate_dtype).to(lens.device)
             for sites, columns in by_kind:
                 for values in itertools.islice(columns, len(half.columns)):
-                    rows[:, sites] += values.unflatten(1, (len(rows), -1)).sum(2).T.to(rows)
-            by_half.append(half.reading.by_prompt(rows))
-        return by_half
+                    by_row = values.unflatten(2, (shape[1], -1)).sum(3)
+                    rows[:, :, sites] += by_row.movedim(0, -1).to(rows)
+            by_half.append([half.reading.by_prompt(of_adapter) for of_adapter in rows])
+        return [*zip(*by_half, strict=True)]
 
 
 def is_thin(lens: LoraLens, halves: Sequence[Half], stacks: _Stacks) -> bool:
@@ -374,12 +381,28 @@ class Halves:
             self.thin = dict([*self.thin.items(), (shapes, thin)][-_PLANS:])
         return self.thin[shapes]
 
-    def slopes(self, adapter: Adapter) -> tuple[LoraLens, list[Float[Tensor, "prompt site"]]]:
+    def slopes(self, adapter: Adapter) -> tuple[LoraLens, Sequence[Float[Tensor, "prompt site"]]]:
         """∂g/∂ε_l at 0 of each half, and a lens whose sites are the adapter's."""
         plan = self.plan_of(adapter)
         if isinstance(plan, Thin):
-            return plan.lens, plan.slopes(plan.factors_of(adapter))
+            (slopes,) = plan.slopes(plan.factors_of(adapter))
+            return plan.lens, slopes
         return plan, self.split(plan)
+
+    def together(
+        self, adapters: Sequence[Adapter]
+    ) -> dict[int, tuple[LoraLens, Sequence[Float[Tensor, "prompt site"]]]]:
+        """`slopes`, by `id`, of those that are products alone: the base's half is read once."""
+        alike: dict[Thin, list[Adapter]] = {}
+        for adapter in filter(shapes_of, adapters):
+            with contextlib.suppress(LensLoraError):  # `slopes` says what is wrong with it
+                if isinstance(plan := self.plan_of(adapter), Thin):
+                    alike.setdefault(plan, []).append(adapter)
+        return {
+            id(adapter): (plan.lens, slopes)
+            for plan, same in alike.items()
+            for adapter, slopes in zip(same, plan.slopes(*map(plan.factors_of, same)), strict=True)
+        }
 
     def split(self, lens: LoraLens, axes: tuple[str, ...] = ()) -> list[Tensor]:
         """∂g/∂ε_l at 0 of each half, by the lens's own plan."""

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in
 from lens_lora.analyses.first_order import (
     in_rank_space,
@@ -56,7 +57,8 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
-_AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
+_AT_ONCE = 8  # adapters that are contracted together, and written: what a kill loses at most
+_HELD = 2**28  # bytes of their factors: no further adapter is taken above
 
 stored(Half)
 stored(Prompts)
@@ -146,7 +148,7 @@ class Bank:
         plan = self._base.plan_of(adapter)
         if isinstance(plan, Thin) and not (axes or exact) and gauge == "trained":
             lens, factors = plan.lens, plan.factors_of(adapter)
-            by_half, relative_norm = plan.slopes(factors), plan.relative_norm(factors)
+            (by_half,), relative_norm = plan.slopes(factors), plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
             lens = in_rank_space(lens, axes, gauge)
@@ -220,7 +222,7 @@ class Bank:
         resume: bool = True,
         progress: bool = True,
     ) -> pd.DataFrame:
-        """First order of many adapters, one in memory at a time. No pass.
+        """First order of many adapters, at most eight of them in memory at a time. No pass.
 
         With `out`, every process of `accelerate launch` calls this and takes its share.
 
@@ -245,7 +247,7 @@ class Bank:
         named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
             with bar(named, disable=not progress) as shown:
-                tables = [self._table(name, adapter, group) for name, adapter in shown]
+                tables = [*itertools.chain.from_iterable(self._tables(shown, group))]
             return _ranked(tables).drop_columns("weights").to_pandas()
         processes, done = launched(), list[str]()
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
@@ -255,8 +257,7 @@ class Bank:
             processes.by_main(lambda: store.begin(anew=not resume))
             share = itertools.islice(named, processes.index, None, processes.count)
             with bar(share, disable=not (progress and processes.is_main)) as shown:
-                while chunk := [*itertools.islice(shown, _AT_ONCE)]:
-                    rows = [self._table(name, adapter, group, known) for name, adapter in chunk]
+                for rows in self._tables(shown, group, known):
                     keys = [_keys(table)[0] for table in rows]
                     pairs = zip(keys, rows, strict=True)
                     if new := [table for key, table in pairs if table is not known.get(key)]:
@@ -297,22 +298,35 @@ class Bank:
                 "back (hooks of your own off), or make the bank anew: ll.bank(…)."
             )
 
+    def _tables(
+        self,
+        adapters: Iterable[tuple[str, str | Path | Adapter]],
+        group: GroupName,
+        known: Mapping[str, pa.Table] | None = None,
+    ) -> Iterator[list[pa.Table]]:
+        """The rows of a few adapters after another, those that are known if there are."""
+        following = iter(adapters)
+        while read := [*_next_few(following, known)]:
+            slopes = self._base.together([held[1] for _, held in read if isinstance(held, tuple)])
+            yield [self._table(name, held, slopes, group) for name, held in read]
+            read.clear()  # before the next adapters are read
+
     def _table(
         self,
         name: str,
-        source: str | Path | Adapter,
+        held: pa.Table | _Loaded | Exception,
+        slopes: Mapping[int, tuple[LoraLens, Sequence[Tensor]]],
         group: GroupName,
-        known: Mapping[str, pa.Table] | None = None,
     ) -> pa.Table:
-        """An adapter's rows, those that are known if there are; or what is wrong with it."""
+        """An adapter's rows, or what is wrong with it."""
+        if isinstance(held, pa.Table):
+            return held
         rows: list[tuple[Any, ...]] = []
         try:
-            place = source if isinstance(source, Adapter) else adapter_folder(source)
-            weights = None if known is None else _hash_of(place)
-            if known and f"{name}#{weights}" in known:
-                return known[f"{name}#{weights}"]
-            adapter = place if isinstance(place, Adapter) else load_adapter(place)
-            lens, by_half = self._base.slopes(adapter)
+            if isinstance(held, Exception):
+                raise held
+            weights, adapter = held
+            lens, by_half = slopes.get(id(adapter)) or self._base.slopes(adapter)
             groups, members = _grouping(lens.sites, group)
             pairs = zip(self._held.readouts, self._joined(lens, by_half), strict=True)
             for readout, values in pairs:
@@ -336,6 +350,32 @@ def _grouping(sites: tuple[Site, ...], group: GroupName) -> tuple[list[str], Ten
     """The groups' names, and [site, group], 1 where a site is in a group."""
     groups = group_sites(sites, group)
     return [*groups], indicator(groups, len(sites)).T
+
+
+_Loaded = tuple[str | None, Adapter]
+
+
+def _next_few(
+    adapters: Iterator[tuple[str, str | Path | Adapter]], known: Mapping[str, pa.Table] | None
+) -> Iterator[tuple[str, pa.Table | _Loaded | Exception]]:
+    """Each one's rows if they are known, or the adapter beside its hash, or what is wrong."""
+    size = 0
+    for name, source in itertools.islice(adapters, _AT_ONCE):
+        try:
+            place = source if isinstance(source, Adapter) else adapter_folder(source)
+            weights = None if known is None else _hash_of(place)
+            if known and f"{name}#{weights}" in known:
+                yield name, known[f"{name}#{weights}"]
+                continue
+            adapter = place if isinstance(place, Adapter) else load_adapter(place)
+        except (LensLoraError, OSError) as error:
+            yield name, error
+            continue
+        yield name, (weights, adapter)
+        factors = [u for u in adapter.modules.values() if isinstance(u, LoRAFactors)]
+        size += sum(update.A.nbytes + update.B.nbytes for update in factors)
+        if size > _HELD:
+            return
 
 
 def _hash_of(adapter: Adapter | Path) -> str:

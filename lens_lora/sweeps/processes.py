@@ -1,11 +1,8 @@
 """Who works on a sweep: the processes that were launched together, and one writer for each output.
 
 The processes are those of `accelerate launch`, `torchrun` or `mpirun`, or a single one. The main
-process holds an `flock` on '.results.parquet.lock' while the sweep runs; the others need none. A
-second sweep on the same output is refused, and told which process holds the lock. The system
-releases it when its process ends, and a file that a killed process left behind is nobody's: the
-next sweep takes it over. On a file system without locks a warning says so; on Windows, which has no
-`flock`, nothing is locked.
+process holds a lock of `filelock` on '.results.parquet.lock' while the sweep runs; the others need
+none. The system releases it when its process ends; the file may stay, and is then nobody's.
 
 Only `launched` imports torch, and only if there are several processes.
 """
@@ -15,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
-import sys
 import warnings
 from collections.abc import Callable, Generator
 from datetime import timedelta
@@ -132,21 +127,23 @@ def _together() -> Generator[None]:
 @contextlib.contextmanager
 def only_writer(out: Path) -> Generator[None]:
     """Within the block, no other sweep can write to this output."""
+    from filelock import FileLock, Timeout
+
     path = out.with_name(f".{out.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(
-            f"{path.parent}: the folder cannot be made ({error.strerror}); give another out."
-        ) from error
+    lock = FileLock(path)
     with told(path):
-        file = _held(path, out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SweepError(
+                f"{out} is being written by another sweep, which holds {path}. Wait until it has "
+                "ended, or give another out."
+            ) from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # removed while it is held: nobody else can have it
-            path.unlink(missing_ok=True)
-        os.close(file)
+        lock.release()  # the file may stay: who removes it may take a lock from under another one
 
 
 @contextlib.contextmanager
@@ -160,45 +157,3 @@ def told(path: Path) -> Generator[None]:
             f"{path} cannot be written ({fact}). Mend that and run the same sweep again, which "
             "goes on where this one stopped, or give another out."
         ) from error
-
-
-def _held(path: Path, out: Path) -> int:
-    """The lock file, open and locked."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(file, path, out)
-            if _is_at(path, file):
-                os.ftruncate(file, 0)
-                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # its last owner removed it just before it was locked
-
-
-def _lock(file: int, path: Path, out: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(file, 200).decode(errors="replace") or "another process"
-        raise SweepError(
-            f"{out} is being written by {holder}. Wait until it has ended, or give another out."
-        ) from error
-    except OSError as error:
-        warnings.warn(
-            f"{path.parent}: its file system has no locks ({error.strerror}), so a second sweep to "
-            f"{out} would not be noticed; do not start one.",
-            stacklevel=2,
-        )
-
-
-def _is_at(path: Path, file: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), os.fstat(file))
-    return False

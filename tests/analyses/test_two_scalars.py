@@ -33,7 +33,7 @@ def test_first_order_at_the_adapted_end_by_hand():
 def test_remainder_by_hand():
     """Alone, site 1 leaves 2·0.25·9 = 4.5 and site 2 nothing; together they leave 60.75."""
     found = ll.remainder(LENS, X, Y, by_site=True)
-    assert found.site_remainder[0].tolist() == pytest.approx([4.5, 0.0])
+    assert (found.site_shift - found.site_first_order)[0].tolist() == pytest.approx([4.5, 0.0])
     assert found.remainder.item() == pytest.approx(60.75)
     assert str(found.verdict[0]).startswith("large: 49% of the shift at ε = 1")
 
@@ -99,5 +99,5 @@ def test_remainder_is_zero_where_g_is_linear(gates: dict[str, float]):
 def test_remainder_of_two_linear_sites_is_their_coupling():
     """φ = id, both open: R = d₁d₂x exactly, though each map is linear."""
     found = ll.remainder(scalar_lens(lambda y: y), X, Y, by_site=True)
-    assert found.site_remainder[0].tolist() == pytest.approx([0.0, 0.0])
+    assert (found.site_shift - found.site_first_order)[0].tolist() == pytest.approx([0.0, 0.0])
     assert found.remainder.item() == pytest.approx(D1 * D2 * 3)

@@ -14,7 +14,7 @@ from no_ops import NO_OPS
 from typer.testing import CliRunner
 
 from lens_lora import cli
-from lens_lora.commands.verify import SCHEMA
+from lens_lora.commands.adapters import SCHEMA
 
 run = CliRunner().invoke
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import models
 import pandas as pd
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -121,7 +122,8 @@ def test_code_of_one_s_own_is_not_saved(tmp_path: Path):
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """A bank, a folder with five adapters, two of which cannot be used, and the adapter."""
-    folder, (model, adapter) = tmp_path_factory.mktemp("adapters"), made()
+    folder = tmp_path_factory.mktemp("adapters")
+    model, adapter = made(dtype=torch.float64)
     for number in (1, 2, 3):
         adapter.scaled(number).save(folder / "runs" / f"a{number}")
     (folder / "broken").mkdir()
@@ -165,23 +167,41 @@ def _label(label: object, group: str) -> str:
     return f"layer {label}" if group == "layer" else str(label)
 
 
-def test_a_scan_streams(scene):
-    """Of a generator's adapters one is alive at a time."""
+@pytest.mark.parametrize(("limit", "most"), [(None, 8), (0, 1)])
+def test_a_scan_streams(scene, monkeypatch, limit: int | None, most: int):
+    """Of a generator's adapters eight are alive at a time, or one where they are large."""
     bank, _, adapter = scene
+    if limit is not None:
+        monkeypatch.setattr(bank_module, "_HELD", limit)
     alive: list[weakref.ref] = []
-    most = []
+    counts: list[int] = []
 
     def each():
-        for number in range(6):
+        for number in range(20):
             scaled = adapter.scaled(number + 1)
             alive.append(weakref.ref(next(iter(scaled.modules.values()))))
             yield scaled.named(f"a{number}")
             del scaled
             gc.collect()
-            most.append(sum(ref() is not None for ref in alive))
+            counts.append(sum(ref() is not None for ref in alive))
 
     frame = bank.scan(each(), progress=False)
-    assert frame["adapter"].nunique() == 6 and max(most) <= 2
+    assert frame["adapter"].nunique() == 20 and most - 1 <= max(counts) <= most
+
+
+def test_adapters_that_are_contracted_together_do_not_touch_each_other(scene):
+    """Ranks and modules mixed, one of a module that is not there: each has what it has alone."""
+    bank, _, adapter = scene
+    others = [adapter.only(glob) for glob in ("*q_proj", "*mlp*")]
+    unknown = ll.Adapter({"model.nowhere": next(iter(adapter.modules.values()))}, name="unknown")
+    given = [adapter, unknown, others[0], adapter.truncated(1), *others, adapter.scaled(-3.0)]
+    given = [one.named(f"a{index}") for index, one in enumerate(given)]
+    frame = bank.scan(given, progress=False)
+    assert list(frame[frame["error"].notna()]["adapter"]) == ["a1"]
+    for one in given:
+        alone = bank.scan([one], progress=False)
+        same = frame[frame["adapter"] == one.name].drop(columns="rank").reset_index(drop=True)
+        pd.testing.assert_frame_equal(same, alone.drop(columns="rank"), False, rtol=1e-10)
 
 
 def saved(folder: Path, adapter: ll.Adapter, name: str, seed: int, change=lambda tensor: tensor):
@@ -237,11 +257,10 @@ def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return counted(self, name, *args)
 
-    def counted(self, name, source, group, known):
-        rows = table(self, name, source, group, known)
-        if not any(rows is other for other in known.values()):
+    def counted(self, name, held, *args):
+        if not isinstance(held, pa.Table):
             done.append(name)
-        return rows
+        return table(self, name, held, *args)
 
     out = tmp_path / "new" / "scan.parquet"
     monkeypatch.setattr(bank_module.Bank, "_table", interrupted)
