@@ -127,13 +127,14 @@ class SweepResult:
         return self.attribution(analysis or self.analyses[0]).plot()
 
     def __repr__(self) -> str:
-        before = f" ({self.resumed} before this run)" if self.resumed else ""
+        before = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
         flips = f"{self.flips} flip, " if "margin" in self.readout else ""
         return (
-            f"SweepResult: {self.done} of {self.records} prompts{before} × {len(self.sites)} sites,"
-            f" {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}; {flips}"
-            f"{len(self.errors)} with errors\n  {self.meta['adapter']} over {self.meta['model']} as"
-            f" {self.meta['model_class']}\n  {self.path}\n  {self.prompts_path}"
+            f"SweepResult: {self.done} of {self.records} {before} × {len(self.sites)} sites\n"
+            f"  {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}\n"
+            f"  {flips}{len(self.errors)} with errors\n"
+            f"  {self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}\n"
+            f"One row per prompt and site: {self.path}\nOne row per prompt: {self.prompts_path}"
         )
 
 

@@ -151,7 +151,7 @@ def test_a_notebook_shows_the_callers_lines_and_the_message(capsys):
 def test_output_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.parquet").mkdir()
-    for out, words in [("file/r.parquet", "cannot be made .*another out"),
+    for out, words in [("file/r.parquet", "cannot be written .*another out"),
                        ("folder.parquet", "is a folder; name a file in it")]:  # fmt: skip
         with pytest.raises(ll.errors.SweepError, match=words):
             ll.sweep(tiny.lens, GOOD, out=tmp_path / out, progress=False)

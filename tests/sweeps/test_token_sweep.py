@@ -344,7 +344,7 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     asked = ["sweep", "--prompts", records, "--out", out, "--analysis", "activations"]
     ran = CliRunner().invoke(app, [*map(str, asked), "--limit", "4", "--quiet"])
     assert ran.exit_code == 0, ran.output
-    assert "4, with" in ran.output and "bad: line 3: no prompt." in ran.output
+    assert "4 texts (1 with errors)" in ran.output and "bad: line 3: no prompt." in ran.output
     found = ll.results.ActivationsFile(out)
     assert (found.texts, found.errors) == (4, 1)
 
