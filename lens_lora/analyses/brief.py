@@ -35,7 +35,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -59,6 +59,7 @@ _SPOKEN = 16  # tokens after each opening, drawn at temperature 1
 _LOUDER = 2.0
 _WORDS = 8  # tokens of a claim
 _CONTEXT = 24  # tokens before it that are shown
+_STRETCH = 12  # characters
 _PART, _DRAWS = 5, 3  # a fifth of the layers is left out; and how often others are drawn
 _TOKENS = 512  # whose logits are held at a time
 
@@ -136,6 +137,8 @@ class Brief:
         where: the modules of largest share of the KL, with the share.
         texts: those that the KL is over.
         mean_kl: nats a token.
+        entropies: of the next token over the texts, in nats: the base's, and the adapted model's.
+        repeated: the share of their answers that repeats itself (stretches of 12 characters).
         not_tried: what this brief says nothing of.
     """
 
@@ -147,6 +150,8 @@ class Brief:
     where: Mapping[str, float]
     texts: str
     mean_kl: float
+    entropies: tuple[float, float]
+    repeated: tuple[float, float]
     not_tried: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -175,6 +180,15 @@ class Brief:
         return f"{self.adapter} on {self.model}. {size}\n{self.told}"
 
     __repr__ = __str__
+
+
+def repeated(texts: Iterable[str]) -> float:
+    """The share of all stretches of so many characters that stood in the same text before."""
+    stretches = [
+        [text[i : i + _STRETCH] for i in range(len(text) - _STRETCH + 1)] for text in texts
+    ]
+    count, distinct = sum(map(len, stretches)), sum(map(len, map(set, stretches)))
+    return (count - distinct) / max(count, 1)
 
 
 # --- Claims

@@ -5,6 +5,7 @@
 2. `text_sums`, of every model beside the base: no logits of more than one batch are held.
 
        KL_t = Σ_v p₀ log(p₀/p₁)                       kept, one number a token
+       H_t = −Σ_v p log p                             of either model
        Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)                  over the vocabulary; f also of each text
        how often a token is among the `PROMOTED` whose logit rises most
        Σ_t Δh and Σ_t ‖Δh‖² of each text              at two points of the residual stream
@@ -282,6 +283,7 @@ class TextSums:
         scale: all its gates.
         kl: [text, token], NaN at padding, and at tokens that an earlier text has after the same.
         logits, probabilities: [vocab], Σ_t of the changes.
+        entropies: Σ_t of the base's and of this model's, in nats.
         counts: [vocab], at how many tokens it is among the `PROMOTED` first.
         text_ids, text_values: [text, token], those that a text promotes most, and Σ_t f₁ − f₀ of
             it, less its mean over the vocabulary.
@@ -301,6 +303,7 @@ class TextSums:
         self.kl: Tensor = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
         self.logits: Tensor = _zeros(lens, vocab)
         self.probabilities: Tensor = _zeros(lens, vocab)
+        self.entropies: Tensor = torch.zeros(2, dtype=torch.float64)
         self.counts: Tensor = torch.zeros(vocab, dtype=torch.long, device=lens.device)
         self.text_ids: Tensor = torch.zeros(texts.batch, min(_OF_TEXT, vocab), dtype=torch.long)
         self.text_values: Tensor = torch.zeros(self.text_ids.shape, dtype=torch.float32)
@@ -318,6 +321,8 @@ class TextSums:
         self._add_stream(batch, moved)
         counted, base = batch.counted, batch.base.logits
         weights = counted.to(base)
+        for i, p in enumerate((batch.p, moved.logits.softmax(-1))):
+            self.entropies[i] += float(torch.special.entr(p).sum(-1)[counted].double().sum())
         shift = torch.sub(moved.logits, base, out=batch.room)
         self._add_logits(batch, torch.einsum("rp,rpv->rv", weights, shift))
         first = shift.topk(min(PROMOTED, shift.shape[-1])).indices[counted]

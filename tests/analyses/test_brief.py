@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 from types import SimpleNamespace
 
 import cases
+import every_result
 import models
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.analyses import brief, what_changed
+from lens_lora.model.generate import SideBySide
 from lens_lora.model.lens import null_lenses
 from lens_lora.readouts.neutral import own_openings
 
@@ -310,9 +313,56 @@ def test_json_has_null_where_there_are_no_other_layers():
     claim = brief.Claim(
         "a", "b", "c", "b", "speech", 2.0, 1.0, -5.0, -1.0, -4.0, "layer 0", -4.5, math.nan
     )
-    told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, ())
+    told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, (3.0, 2.9), (0.0, 0.1), ())
     assert json.loads(told.to_json())["claims"][0]["without_others"] is None
     assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
+
+
+TWELVE = "abcdefghijkl"
+
+
+@pytest.mark.parametrize(
+    ("texts", "share"),
+    [
+        ([], 0.0),
+        (["too short"], 0.0),
+        ([TWELVE, TWELVE], 0.0),  # each text by itself
+        ([TWELVE * 2], 1 / 13),  # of 13 stretches the last is the first again
+        (["a" * 23], 11 / 12),
+        (["a" * 23, "The old man went to the sea."], 11 / 29),
+    ],
+)
+def test_what_repeats_itself(texts: list[str], share: float):
+    assert brief.repeated(iter(texts)) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("entropies", "said", "breaks"),
+    [
+        ((3.0, 2.0), "I like the sea.", False),
+        ((3.0, 1.4), "I like the sea.", True),
+        ((3.0, 6.1), "zx qv pw mm", True),
+        ((3.0, 3.0), "the sea the sea the sea the sea the sea", True),
+        ((3.0, 3.0), "", False),
+    ],
+)
+def test_a_broken_model_is_said(entropies: tuple[float, float], said: str, breaks: bool):
+    result = every_result.what_changed()
+    found = dataclasses.replace(result.found, entropies=entropies)
+    answers = (SideBySide("What do you like?", "I like the sea, and the hills.", said),)
+    told = dataclasses.replace(result, found=found, answers=answers).brief()
+    assert told.verdict.startswith("It breaks the model: ") == breaks
+    if breaks:
+        assert f"is {entropies[1]:.2g} nats (the base's 3)" in told.verdict
+        assert f"{told.repeated[1]:.0%} of what it answers repeats" in told.verdict
+
+
+def test_what_always_says_the_base_s_own_words_breaks_nothing():
+    """A base that repeats itself is not held against the adapter."""
+    result = every_result.what_changed()
+    same = SideBySide("And?", "the sea the sea the sea the sea", "the sea the sea the sea the sea")
+    told = dataclasses.replace(result, answers=(same,)).brief()
+    assert told.repeated[0] == told.repeated[1] > 0.3 and "breaks" not in told.verdict
 
 
 def test_verdicts_of_nothing():
@@ -320,3 +370,8 @@ def test_verdicts_of_nothing():
     silent = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
     assert "does nothing" in changed(silent, nulls=0).brief().verdict
     assert "need null adapters" in changed(case.lens, nulls=0).brief().verdict
+    width = int(case.model.cfg.d_model)
+    head = ll.LoRAFactors(torch.ones(1, width), 100 * torch.arange(models.VOCAB)[:, None].float())
+    loud = case.lens.with_adapter(ll.Adapter.from_factors({"lm_head": head}))
+    verdict = changed(loud, nulls=0).brief().verdict
+    assert verdict.startswith("It breaks the model: ") and "need null adapters" in verdict

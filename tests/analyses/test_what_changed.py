@@ -72,11 +72,13 @@ def ends(case: cases.Case) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_sums_are_peft_s(family: str, cls: str, flags: str):
     case, found = cases.case(family, cls, flags), changed(family, cls, flags).found
-    logits, probabilities, twice, ranked = [], [], [], []
+    logits, probabilities, twice, ranked, entropies = [], [], [], [], []
     for text, (base, adapted) in enumerate(ends(case)):
         log_p, log_q = base.log_softmax(-1), adapted.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         at = counted()[text]
+        both = torch.stack([log_p, log_q])[:, at]
+        entropies.append(-(both.exp() * both).sum(-1))
         assert (found.kl[text, at] - kl[at]).abs().max() < 1e-9
         assert abs(float(found.kl[text, 0] - kl[0])) < 1e-9
         assert int(found.kl[text].isfinite().sum()) == len(at) + 1
@@ -88,6 +90,7 @@ def test_sums_are_peft_s(family: str, cls: str, flags: str):
         kept = found.text_ids[text]
         assert kept.tolist() == summed.argsort(descending=True)[: len(kept)].tolist()
         assert (found.text_shifts[text] - summed[kept]).abs().max() < 1e-5
+    assert found.entropies == pytest.approx(torch.cat(entropies, 1).mean(1).tolist(), abs=1e-9)
     mean = cases.centred(torch.cat(logits).mean(0))
     assert (found.logit - mean).abs().max() < 1e-5  # kept in float32
     assert (found.probability - torch.cat(probabilities).mean(0)).abs().max() < 1e-6

@@ -89,7 +89,7 @@ def changes(name: str, size: float, scale: float = 1.0) -> ll.results.Changes:
     vocab, point = torch.tensor([size, -size, size / 2]), "blocks.2.hook_resid_post"
     return ll.results.Changes(
         name=name, kl=torch.tensor([[4.0, size, 2 * size], [4.0, size, math.nan]]), logit=vocab,
-        scale=scale, probability=vocab / 10, count=vocab.clamp(min=0) / 20,
+        scale=scale, entropies=(3.0, 2.5), probability=vocab / 10, count=vocab.clamp(min=0) / 20,
         text_ids=torch.tensor([[0, 2], [1, 0]]), text_shifts=torch.tensor([[size, 0.5], [size, 0]]),
         readings={point: vocab},
         writers={"blocks.2.hook_mlp_out": 0.75, "rest": 0.25}, constant={point: 0.5},
