@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -316,6 +317,30 @@ def test_json_has_null_where_there_are_no_other_layers():
     told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, (3.0, 2.9), (0.0, 0.1), ())
     assert json.loads(told.to_json())["claims"][0]["without_others"] is None
     assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
+
+
+@models.NEEDS_BRIDGE
+def test_a_brief_in_bfloat16_holds_by_runs_in_float32():
+    """What it claims is likelier under the adapter by PEFT at full precision, too."""
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    peft = models.peft_model("llama", base)
+    lens = ll.LoraLens(models.MAKERS["TransformerBridge"](base), ll.Adapter.from_peft(peft))
+    told = changed(lens, nulls=1).brief()
+    assert lens.dtype == torch.bfloat16 and told.claims
+    whole, tokenizer = copy.deepcopy(peft).float(), lens.model.tokenizer
+    for claim in told.claims:
+        texts = [claim.context, claim.says]
+        ids, words = tokenizer(texts, add_special_tokens=False).input_ids
+        row = torch.tensor([ids + words])
+        with torch.no_grad():
+            adapted = whole(row).logits[0].log_softmax(-1)
+            with whole.disable_adapter():
+                base_log_p = whole(row).logits[0].log_softmax(-1)
+        said = torch.tensor(words)[:, None]
+        rows = slice(len(ids) - 1, len(ids) + len(words) - 1)
+        for own, exact in ((claim.adapted, adapted), (claim.base, base_log_p)):
+            assert own == pytest.approx(float(exact[rows].gather(1, said).sum()), abs=0.3)
+        assert claim.adapted > claim.base
 
 
 TWELVE = "abcdefghijkl"

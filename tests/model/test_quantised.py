@@ -14,6 +14,8 @@ from peft import PeftModel
 from torch import nn
 
 import lens_lora as ll
+from lens_lora.analyses import brief
+from lens_lora.analyses import what_changed as changes
 from lens_lora.model.build import hooked_model
 from lens_lora.model.kernels import dequantised, quantised_linears
 
@@ -94,6 +96,32 @@ def test_analyses_in_4_bit_are_those_of_the_dequantised_model(family: str, name:
     size = expected.nan_to_num().abs().max()
     assert size > 1e-3
     assert (found - expected).nan_to_num().abs().max() < 2e-4 * size
+
+
+@pytest.fixture
+def short_brief(monkeypatch):
+    """As the context of the tiny models is."""
+    for module, name, value in (
+        (brief, "_SPOKEN", 4),
+        (brief, "_WORDS", 3),
+        (changes, "_ANSWER", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+
+def test_a_brief_in_4_bit_is_that_of_the_dequantised_model(short_brief):
+    """The same answers, the same words claimed, the same runs."""
+    briefs = [
+        ll.what_changed(lens, models.tokens(), nulls=1, fast=True, progress=False).brief()
+        for lens in of_4bit("llama")
+    ]
+    own, plain = briefs
+    assert own.answers == plain.answers and len(own.claims) == len(plain.claims) > 0
+    assert own.entropies == pytest.approx(plain.entropies, abs=1e-4)
+    for claim, expected in zip(own.claims, plain.claims, strict=True):
+        assert (claim.context, claim.says) == (expected.context, expected.says)
+        for name in ("score", "null_score", "base", "adapted", "null", "without"):
+            assert getattr(claim, name) == pytest.approx(getattr(expected, name), abs=2e-3)
 
 
 def test_derivatives_in_8_bit_are_straight_through():
