@@ -97,7 +97,7 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
         wide = copy.deepcopy(half).double()
         high = ll.LoraLens(hooked_model(wide, tokenizer, kind=kind)[0], adapter)
     # Readouts of one text err together, and a floor of four draws is itself uncertain: many texts.
-    texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:16]]
+    texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:8]]
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
     assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
     floor, whole = noise.ask(low, texts, ll.Logit(PRE)).noise_floor, noise.of_stream
