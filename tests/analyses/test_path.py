@@ -285,12 +285,11 @@ def test_a_wrong_rule_is_not_complete(bug: str, monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("cls", models.MAKERS)
-def test_the_trained_adapter_is_explained_completely(cls: str):
+def test_the_trained_adapter_is_explained_completely():
     """The demo's fact in float32: a thousandth of the shift, sites steady to as much."""
     from real import DOC, PRE, PROMPT, lens
 
-    found = integral(lens(cls), PROMPT, ll.Margin(DOC, PRE))
+    found = integral(lens(list(models.MAKERS)[-1]), PROMPT, ll.Margin(DOC, PRE))
     reached = found.quadrature
     assert reached is not None and reached.met and reached.nodes <= 16
     assert reached.site_change < 1e-3 and not reached.note

@@ -23,11 +23,11 @@ browser = pytest.mark.skipif(
     reason="LENS_LORA_BROWSER=none, or no Chromium on the PATH (apt-get install chromium)",
 )
 
-# Once every picture that is not folded away is drawn, or after ten seconds.
+# Once every picture that is not folded away is drawn, or after ten seconds: the height as it is
+# folded, and, with all unfolded, the rest.
 MEASURE = r"""<script>addEventListener("load", () => {
-  for (const part of document.querySelectorAll("details")) part.open ||= %s;
   const began = performance.now();
-  const measure = () => {
+  const measure = (height) => {
     const boxes = [document.documentElement, ...document.querySelectorAll(".scroll")];
     const wide = String(boxes.some((box) => box.scrollWidth > box.clientWidth + 1));
     const shown = (element) => !element.closest("details:not([open])");
@@ -35,7 +35,6 @@ MEASURE = r"""<script>addEventListener("load", () => {
     const faint = words.filter((word) => shown(word) && contrast(word) < 4.5);
     const maps = plots().filter((plot) => plot.querySelector(".heatmaplayer .hm"));
     const titled = maps.filter((map) => map.querySelector(".xtitle, .ytitle")).length;
-    const height = document.documentElement.scrollHeight;
     Object.assign(document.body.dataset, {wide, ink: getComputedStyle(document.body).color,
       text: document.querySelector(".xtitle")?.style.fill, titled, height,
       faint: faint.map((word) => word.textContent).join("; ")});
@@ -60,12 +59,16 @@ MEASURE = r"""<script>addEventListener("load", () => {
     const ends = [light(numbers(getComputedStyle(element).color)), light(paper)];
     return (Math.max(...ends) + 0.05) / (Math.min(...ends) + 0.05);
   };
-  const wait = () => {
+  const wait = (then) => {
     const drawn = plots().every((plot) => plot.querySelector(".main-svg")
       || plot.closest("details:not([open])"));
-    setTimeout(drawn || performance.now() - began > 10000 ? measure : wait, 200);
+    setTimeout(drawn || performance.now() - began > 10000 ? then : () => wait(then), 200);
   };
-  wait();
+  wait(() => {
+    const height = document.documentElement.scrollHeight;
+    for (const part of document.querySelectorAll("details")) part.open ||= %s;
+    wait(() => measure(height));
+  });
 })</script></body>"""
 PHONE = """<iframe src="page.html" style="width:390px; height:800px"></iframe><script>
 addEventListener("message", ({data}) => Object.assign(document.body.dataset, data));</script>"""
@@ -74,8 +77,8 @@ addEventListener("message", ({data}) => Object.assign(document.body.dataset, dat
 def opened(page, folder, *, fragment="", dark=False, phone=False, unfolded=True):
     """The DOM after scripts have run, and what the console said; of a phone, its frame's.
 
-    Its body's data say whether anything is wider than it should be, how high the page is, which
-    words are faint (a contrast below 4.5), and how many maps have titles on their axes.
+    Its body's data say whether anything is wider than it should be, how high the page is before it
+    is unfolded, which words are faint (a contrast below 4.5), and how many maps have titles on their axes.
     """
     assert BROWSER, f"LENS_LORA_BROWSER=required, and none of {NAMES} is on the PATH"
     path = folder / "page.html"

@@ -73,7 +73,6 @@ def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path
     assert 'data-wide="false"' in dom and 'data-faint=""' in dom
     dom, console = opened(page, tmp_path, phone=True)
     assert console == [] and 'data-wide="false at 390"' in dom and 'data-titled="0"' in dom
-    dom, _ = opened(page, tmp_path, phone=True, unfolded=False)
     assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
 
 
