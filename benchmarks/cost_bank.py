@@ -121,33 +121,46 @@ def whole_scan(lens: ll.LoraLens, folder: Path, count: int) -> None:
     )
 
 
+PARTS = ("position", "head", "rank")
+
+
 def beside_first_order(lens: ll.LoraLens, folders: list[Path]) -> None:
     head = " | ".join(f"{PROMPTS} × {length}" for length in LENGTHS)
-    print(f"| an adapter from its folder | {head} |\n| --- |{' --- |' * len(LENGTHS)}")
-    rows: dict[str, list[str]] = {
-        name: [] for name in ("the bank, once", "in its scan", "by `ll.first_order`", "times")
+    print(f"| in seconds, and in forward passes F | {head} |\n| --- |{' --- |' * len(LENGTHS)}")
+    columns = [_column(lens, folders, random_prompts(lens, PROMPTS, n)) for n in LENGTHS]
+    for name in columns[0]:
+        print(f"| {name} | {' | '.join(column[name] for column in columns)} |", flush=True)
+
+
+def _column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) -> dict[str, str]:
+    """What each way takes for an adapter, with its F; the last row is the ratio of two of them."""
+    forward = statistics.median(seconds(lambda: lens.logits(prompts)) for _ in range(3))
+    built = seconds(lambda: ll.bank(lens.model, prompts, MARGIN, **QUIET))
+    bank = ll.bank(lens.model, prompts, MARGIN, **QUIET)
+    bank.scan(folders[:2], **QUIET)
+    scanned = seconds(lambda: bank.scan(folders, **QUIET)) / len(folders)
+
+    def each(run: Callable[[ll.Adapter], object]) -> float:
+        adapters = [ll.load_adapter(folder) for folder in folders[:3]]
+        return statistics.median(seconds(lambda a=adapter: run(a)) for adapter in adapters)
+
+    def from_folder(folder: Path) -> object:
+        return ll.first_order(lens.with_adapter(ll.load_adapter(folder)), prompts, MARGIN)
+
+    alone = statistics.median(seconds(lambda f=f: from_folder(f)) for f in folders[:3])
+    works = {
+        "a forward pass": forward,
+        "`ll.bank`, once": built,
+        "an adapter in `bank.scan`, from its folder": scanned,
+        "`bank.first_order`, loaded": each(bank.first_order),
+        "the same by position, head and rank": each(lambda a: bank.first_order(a, by=PARTS)),
+        "`ll.first_order`, from its folder": alone,
+        "the same by position, head and rank, loaded": each(
+            lambda a: ll.first_order(lens.with_adapter(a), prompts, MARGIN, by=PARTS)
+        ),
     }
-    for length in LENGTHS:
-        prompts = random_prompts(lens, PROMPTS, length)
-
-        def alone(folder: Path, prompts=prompts) -> None:
-            ll.first_order(lens.with_adapter(ll.load_adapter(folder)), prompts, MARGIN)
-
-        built = seconds(lambda p=prompts: ll.bank(lens.model, p, MARGIN, **QUIET))
-        bank = ll.bank(lens.model, prompts, MARGIN, **QUIET)
-        bank.scan(folders[:2], **QUIET)
-        scanned = seconds(lambda b=bank: b.scan(folders, **QUIET)) / len(folders)
-        each = statistics.median(seconds(lambda f=f, a=alone: a(f)) for f in folders[:3])
-        cells = (
-            f"{built:.2f} s",
-            f"{1e3 * scanned:.0f} ms",
-            f"{each:.2f} s",
-            f"{each / scanned:.0f}",
-        )
-        for column, cell in zip(rows.values(), cells, strict=True):
-            column.append(cell)
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    cells = {name: f"{taken:.3g} s, {taken / forward:.2g} F" for name, taken in works.items()}
+    return cells | {"adapters scanned in the time of one": f"{alone / scanned:.0f}"}
 
 
 def marginal_costs(lens: ll.LoraLens) -> None:
