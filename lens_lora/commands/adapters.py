@@ -1,8 +1,4 @@
-"""An adapter as a whole: `inspect`, `diff`, `checkpoints` through a training, `repair`, `verify`.
-
-`verify` ends with 0 where every check passed, 1 where one failed, 2 where something cannot be read,
-3 where something could not be decided.
-"""
+"""An adapter as a whole: `inspect`, `diff`, `checkpoints` through a training, `repair`, `verify`."""
 
 from __future__ import annotations
 

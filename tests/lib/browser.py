@@ -78,7 +78,8 @@ def opened(page, folder, *, fragment="", dark=False, phone=False, unfolded=True)
     """The DOM after scripts have run, and what the console said; of a phone, its frame's.
 
     Its body's data say whether anything is wider than it should be, how high the page is before it
-    is unfolded, which words are faint (a contrast below 4.5), and how many maps have titles on their axes.
+    is unfolded, which words are faint (a contrast below 4.5), and how many maps have titles on
+    their axes.
     """
     assert BROWSER, f"LENS_LORA_BROWSER=required, and none of {NAMES} is on the PATH"
     path = folder / "page.html"
