@@ -1,4 +1,4 @@
-"""An adapter as a whole: `inspect`, `diff`, `checkpoints` through a training, `repair`, `verify`."""
+"""An adapter as a whole: `inspect`, `diff`, `checkpoints` of a training, `repair`, `verify`."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ class Bank:
         named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
             with bar(named, disable=not progress) as shown:
-                tables = [*itertools.chain.from_iterable(self._tables(shown, group))]
+                tables = [*itertools.chain.from_iterable(self._tables(iter(shown), group))]
             return _ranked(tables).drop_columns("weights").to_pandas()
         processes, done = launched(), list[str]()
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
@@ -257,7 +257,7 @@ class Bank:
             processes.by_main(lambda: store.begin(anew=not resume))
             share = itertools.islice(named, processes.index, None, processes.count)
             with bar(share, disable=not (progress and processes.is_main)) as shown:
-                for rows in self._tables(shown, group, known):
+                for rows in self._tables(iter(shown), group, known):
                     keys = [_keys(table)[0] for table in rows]
                     pairs = zip(keys, rows, strict=True)
                     if new := [table for key, table in pairs if table is not known.get(key)]:
@@ -300,13 +300,12 @@ class Bank:
 
     def _tables(
         self,
-        adapters: Iterable[tuple[str, str | Path | Adapter]],
+        adapters: Iterator[tuple[str, str | Path | Adapter]],
         group: GroupName,
         known: Mapping[str, pa.Table] | None = None,
     ) -> Iterator[list[pa.Table]]:
         """The rows of a few adapters after another, those that are known if there are."""
-        following = iter(adapters)
-        while read := [*_next_few(following, known)]:
+        while read := [*_next_few(adapters, known)]:
             slopes = self._base.together([held[1] for _, held in read if isinstance(held, tuple)])
             yield [self._table(name, held, slopes, group) for name, held in read]
             read.clear()  # before the next adapters are read
