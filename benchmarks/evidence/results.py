@@ -24,6 +24,7 @@ KEPT_FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps", "dora", "rsl
 CEILING = {"trained": "best_subset", "paraphrase": "best_subset/paraphrase"}
 RULES = ("path/2", "path/4", "path/8")
 TOL = inspect.signature(ll.path_attribution).parameters["tol"].default
+PRINTED = 0.005  # half of the last digit of a rank correlation on the page
 Numbers = dict[str, Any]
 
 
@@ -39,6 +40,33 @@ def pack(folder: Path) -> Numbers:
 def joined(stored: Numbers, packed: Numbers) -> Numbers:
     """What is stored, with the adapters that are packed added or replaced."""
     return {**stored, "adapters": {**stored["adapters"], **packed["adapters"]}}
+
+
+def with_slopes(stored: Numbers, folder: Path) -> Numbers:
+    """What is stored, with the slopes of `measure.py --slopes`.
+
+    The adapters were trained again for it, so their rank correlations must be those that are
+    stored, to the digits that the page prints.
+    """
+    adapters = dict(stored["adapters"])
+    for file in sorted(folder.glob("*.json")):
+        found = json.loads(file.read_text())
+        one, nested = adapters[found["name"]], _nested(found["scores"])
+        _require_stored(found["name"], one["scores"], nested)
+        added = {question: {"slope": of["slope"]} for question, of in nested.items()}
+        scores = {key: {**of, **added.get(key, {})} for key, of in one["scores"].items()}
+        adapters[found["name"]] = {**one, "scores": scores}
+    return {**stored, "adapters": adapters}
+
+
+def _require_stored(name: str, stored: dict[str, Any], found: dict[str, Any]) -> None:
+    for question, metrics in found.items():
+        for method, kinds in metrics["spearman"].items():
+            for kind, value in kinds.items():
+                known = stored[question]["spearman"][method][kind]
+                if abs(value - known) > PRINTED:
+                    told = f"{name}: {method}, {question}, {kind}: Spearman {value}, stored {known}"
+                    raise SystemExit(f"{told}. It is another adapter: measure it again, whole.")
 
 
 def _adapter(one: dict[str, Any]) -> dict[str, Any]:
