@@ -289,9 +289,10 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
     values = _by_adapter(scores, asked, base, method)
     if values.empty:
         return ""
-    median = number(summary_of(scores, asked, base, method).median)
+    found = summary_of(scores, asked, base, method)
     ends = (f"{number(values[name])} ({name})" for name in (values.idxmin(), values.idxmax()))
-    return f"{median} in the median task, {' to '.join(ends)}"
+    counts = f"{len(values)} adapters of {found.tasks} tasks"
+    return f"{number(found.median)} in the median task, {' to '.join(ends)}; {counts}"
 
 
 def _worst(off: pd.Series, larger: bool, base: str) -> str:

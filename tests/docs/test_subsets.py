@@ -1,4 +1,4 @@
-"""Fifths of the modules chosen on several wordings: the table, counted again from the margins."""
+"""Fifths chosen on several wordings, and repairs of several seeds: the tables, counted again."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from lens_lora.engine.function import gated_logits
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.append(str(ROOT / "benchmarks"))
-several, subsets = map(load, ("several", "subsets"))
+several, subsets, repair = map(load, ("several", "subsets", "repair"))
 SUBSETS = json.loads((DOCS / "subsets.json").read_text())
+REPAIRS = json.loads((DOCS / "repair.json").read_text())["adapters"]
 REFERENCE = "best_subset, 4"
 WORDS = {
     "best_subset": "`ll.best_subset`",
@@ -182,3 +183,42 @@ def test_greedy_adds_the_site_of_the_largest_slope():
     assert subsets.greedy(asked, 5).nonzero()[:, 0].tolist() == sorted(members)
     assert subsets.sizes_of(5) == [1, 2, 3, 4, 5]
     assert len(subsets.sizes_of(42)) == 12 and subsets.sizes_of(42)[-1] == 42
+
+
+# --- Repairs of several seeds
+
+
+def repaired(name: str, key: str) -> list[float]:
+    return sorted(row[key] for row in REPAIRS[name].values())
+
+
+def told_of_repairs() -> tuple[dict[str, list[str]], str]:
+    """The table's cells by adapter, and the sentences under it."""
+    text = (DOCS / "two_adapters.md").read_text()
+    _, _, rest = text.partition("<!-- repair table -->")
+    body, _, _ = rest.partition("<!-- end of repair table -->")
+    rows = [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ")]
+    sentences = next(line for line in body.splitlines() if line[:1].isdigit())
+    return {row[0]: row[1:] for row in rows[2:]}, sentences
+
+
+def test_repairs_are_counted_again():
+    rows, sentences = told_of_repairs()
+    assert set(rows) == set(REPAIRS) == set(repair.WORDINGS)
+    for name, cells in rows.items():
+        shares, gains = (repaired(name, key) for key in ("keep share, repaired", "gain"))
+        assert cells[0] == str(len(shares)) and len(shares) >= 2
+        assert cells[2] == f"{statistics.median(shares):.0%} ({shares[0]:.0%})"
+        assert cells[-1].split(";")[0] == f"{statistics.median(gains):.2f} ({gains[0]:.2f})"
+    every = [row for seeds in REPAIRS.values() for row in seeds.values()]
+    least = min(row["keep share, repaired"] for row in every)
+    assert f"keep at least {least:.0%} of" in sentences
+    short = sum(row["keep share, repaired"] < 0.9 for row in every)
+    assert f"{short} of {len(every)} adapters keep less than the 90%" in sentences
+    assert f"the smallest gain is {min(row['gain'] for row in every):.2f}" in sentences
+
+
+def test_a_changed_share_is_seen():
+    rows, _ = told_of_repairs()
+    shares = [share - 0.2 for share in repaired("lyon", "keep share, repaired")]
+    assert rows["lyon"][2] != f"{statistics.median(shares):.0%} ({min(shares):.0%})"
