@@ -188,7 +188,9 @@ def main() -> None:
     if packed is not None:
         write(joined(read(), packed))
     if given.slopes is not None:
-        write(with_slopes(read(), given.slopes))
+        joined_slopes, others = with_slopes(read(), given.slopes)
+        write(joined_slopes)
+        print(*others, sep="\n")
     if given.warned is not None:
         write({**read(), "warned": pack_warned(given.warned)})
     if packed is not None and bases_of(read())[0] in bases_of(packed):

@@ -250,7 +250,7 @@ def _line(
         "count": len(strengths),
         "violent": sum(strength > VIOLENT for strength in strengths),
         "error": with_worst(error),
-        "slope": calibration(scores, question, base, method),
+        "slope": "; ".join(filter(None, (calibration(scores, question, b, method) for b in bases))),
         "factor": number(1 / (1 - error.worst), 1) if error.worst < 1 else "any size",
         "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
         "most": number(each[base].max()),
@@ -291,8 +291,11 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
         return ""
     found = summary_of(scores, asked, base, method)
     ends = (f"{number(values[name])} ({name})" for name in (values.idxmin(), values.idxmax()))
-    counts = f"{len(values)} adapters of {found.tasks} tasks"
-    return f"{number(found.median)} in the median task, {' to '.join(ends)}; {counts}"
+    told = f"{base} {number(found.median)} in the median task, {' to '.join(ends)}"
+    left = _by_adapter(scores, question, base, method).index.difference(values.index)
+    if len(left):
+        told += f", without {', '.join(left)}, of which training again made another adapter"
+    return told
 
 
 def _worst(off: pd.Series, larger: bool, base: str) -> str:
