@@ -1,7 +1,7 @@
 """Repair against scaling: the benchmark's adapters, each kept on its fact and cleaned elsewhere.
 
-    python benchmarks/repair.py --adapters FOLDER --seeds 0 1 [--only NAME …]  # those not measured
-    python benchmarks/repair.py --table                                        # the table of all
+    python benchmarks/repair.py --adapters FOLDER --seeds 0 1 2 [--only NAME …]  # what is missing
+    python benchmarks/repair.py --table                                          # the table of all
 
 1. Train each adapter by PEFT on SmolLM2-135M-Instruct from each seed, if FOLDER lacks it
    (`benchmarks/adapters.py`).
