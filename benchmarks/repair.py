@@ -12,7 +12,7 @@
 4. An adapter spills if the KL on the held-out texts is at least `SPILLS` nats per token.
 
 Numbers go to docs/repair.json as each adapter is done, and the table into docs/two_adapters.md.
-About three minutes an adapter and seed on one core.
+About two minutes an adapter and seed on one core.
 """
 
 from __future__ import annotations
