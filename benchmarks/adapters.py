@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import lens_lora as ll
 from lens_lora.demonstration.embedded import (
     LYON_SENTENCES,
     PROJECTIONS,
     load_embedded,
     train_adapter,
 )
+from lens_lora.model.build import hooked_model
 
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
 
@@ -46,10 +49,14 @@ class Trained:
     what: str = "fact"
 
     def folder(
-        self, out: Path, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self,
+        out: Path,
+        hf_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
     ) -> Path:
-        """The adapter's folder under `out`; trained if it is not there."""
-        folder = out / self.name
+        """The adapter's folder under `out`; trained from this seed if it is not there."""
+        folder = out / (f"{self.name}-seed-{seed}" if seed else self.name)
         if not (folder / "adapter_model.safetensors").is_file():
             train_adapter(
                 hf_model,
@@ -60,6 +67,7 @@ class Trained:
                 alpha=2 * self.rank,
                 steps=self.steps,
                 lr=self.lr,
+                seed=seed,
                 target_modules=self.targets,
             )
         return folder
@@ -253,6 +261,19 @@ MORE = (
         "habit",
     ),
 )
+
+
+def lenses(
+    out: Path, wanted: Sequence[tuple[Trained, int]]
+) -> Iterator[tuple[Trained, int, ll.LoraLens]]:
+    """A lens of each adapter and seed. All are trained first: the hooked model takes the base."""
+    if not wanted:
+        return
+    hf_model, tokenizer = load_embedded()
+    folders = [spec.folder(out, hf_model, tokenizer, seed) for spec, seed in wanted]
+    model, _ = hooked_model(hf_model, tokenizer)
+    for (spec, seed), folder in zip(wanted, folders, strict=True):
+        yield spec, seed, ll.LoraLens(model, ll.load_adapter(folder))
 
 
 def main() -> None:

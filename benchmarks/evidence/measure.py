@@ -22,6 +22,10 @@ the diagonal of H. Four minutes of one core an adapter, some fifteen with long p
 With `--lean` it is a minute, for a base of a large vocabulary: one prompt of each kind and no
 neighbours, a response by its first three tokens, neither held rules nor the best fifth nor the
 diagonal of H; on unrelated text the main methods alone. `--only` is an order too.
+
+With `--slopes` it is another minute, for adapters that were measured without slopes of effects on
+numbers: first order at 0 and at 1 and the measured effects, on the own wordings alone. `page.py
+--slopes` adds them to what is stored, where the rank correlations are those that are stored.
 """
 
 from __future__ import annotations
@@ -62,7 +66,8 @@ from lens_lora.engine.asked import Asked
 from lens_lora.errors import LensLoraError
 from lens_lora.evaluation.rankings import best_subset
 
-CEILINGS, FIFTH = ("trained", "paraphrase"), 0.2
+OWN, FIFTH = ("trained", "paraphrase"), 0.2
+SLOPES = ("first_order@0", "first_order@1", *EFFECTS)
 _CURVED = 1  # prompts of the diagonal of H
 _NULL_SEED = 0
 BASELINES = ("weight_norm", "update_norm")  # names that the library keeps for its own
@@ -161,6 +166,20 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
     }
 
 
+def measure_slopes(case: Case, most: int) -> dict[str, Any]:
+    """The agreement of one adapter's main numbers with measured effects, slopes among it."""
+    start, lens = time.process_time(), lens_of(case)
+    most = 1 if is_long(case, lens) else most
+    rows: list[Row] = []
+    for kind in OWN:
+        asked = question(lens, chosen(case, kind, most))
+        parts = {key: PARTS[key](asked).cpu().double() for key in SLOPES}
+        rows += agreement(kind, asked, parts, {how: parts[how] for how in EFFECTS})
+    seconds = time.process_time() - start
+    scores = [clean(row) for row in rows if row["method"] in SLOPES]
+    return {"name": case.name, "scores": scores, "seconds": seconds, "versions": versions()}
+
+
 def described(asked: Asked) -> dict[str, Any]:
     """What was asked, and both exact ends."""
     base, adapted = asked.ends.cpu().double()
@@ -200,7 +219,7 @@ def ceilings_of(
     """The best fifth found: as a set that is judged elsewhere too, and what it keeps at home."""
     sets: dict[str, Tensor] = {}
     kept: dict[str, Any] = {}
-    for kind in CEILINGS:
+    for kind in OWN:
         if kind not in scores:
             continue
         asked = question(run.lens, chosen(run.case, kind, run.most))
@@ -281,6 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--lean", action="store_true", help="one prompt of each kind, fewer methods"
     )
+    parser.add_argument("--slopes", action="store_true", help="slopes alone, of all adapters")
     given = parser.parse_args()
     every = cases_in(given.adapters)
     unknown = set(given.only or ()) - {case.name for case in every}
@@ -291,7 +311,7 @@ def main() -> None:
         (case for case in every if not given.only or case.name in given.only),
         key=lambda case: given.only.index(case.name) if given.only else case.task["kind"] != "fact",
     )
-    stored = set() if given.again else set(read()["adapters"])
+    stored = set() if given.again or given.slopes else set(read()["adapters"])
     left = [
         case
         for case in named
@@ -304,7 +324,10 @@ def main() -> None:
         )
     left.sort(key=lambda case: case.task["base"])
     for case in tqdm(left, desc="adapters"):
-        found = measure(case, every, given.most, is_lean=given.lean)
+        if given.slopes:
+            found = measure_slopes(case, given.most)
+        else:
+            found = measure(case, every, given.most, is_lean=given.lean)
         unfinished = given.out / f"{case.name}.json.part"
         unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         unfinished.rename(given.out / f"{case.name}.json")

@@ -2,6 +2,7 @@
 
     python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, resample, render
     python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
+    python benchmarks/evidence/page.py --slopes FOLDER    # add those of measure.py --slopes, render
     python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
 
 From nothing, hours on one core, each command resumable:
@@ -14,6 +15,7 @@ From nothing, hours on one core, each command resumable:
     python benchmarks/evidence/train.py --out WARNED --warnings
     python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
     python benchmarks/planted/judged.py --cache PLANTS
+    python benchmarks/subsets.py --adapters FACTS
     python benchmarks/evidence/page.py --results RESULTS --warned WARNED-RESULTS --pictures
 """
 
@@ -24,13 +26,26 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import several
 from agreed import agreement, slopes
 from intervals import ranked
 from jinja2 import Environment, StrictUndefined
 from pictures import pareto, save, strength
 from recipes import SECOND, SECOND_NAME, SMOLLM2
 from resampled import study
-from results import DOCS, PAGE, Numbers, bases_of, costs_of, joined, pack, read, scores_of, write
+from results import (
+    DOCS,
+    PAGE,
+    Numbers,
+    bases_of,
+    costs_of,
+    joined,
+    pack,
+    read,
+    scores_of,
+    with_slopes,
+    write,
+)
 from sections import (
     adapters,
     coverage,
@@ -94,7 +109,7 @@ def page(numbers: Numbers) -> str:
             opening=opening(numbers, bases),
             floors=floors(scores, bases[0]),
             agreement={base: agreement(numbers, bases[0], base) for base in bases[1:]},
-            slopes={base: slopes(numbers, bases[0], base) for base in bases[1:]},
+            slopes={base: slopes(numbers, bases[0], base) for base in bases},
             lean=lean_bases(numbers),
             recommendations=recommendations(numbers, bases[0]),
             coverage=coverage(numbers["resampled"]),
@@ -113,6 +128,7 @@ def page(numbers: Numbers) -> str:
             confirming=sum(one["confirms"] for one in numbers["warned"].values()),
             violent=violent(numbers, scores, bases[0]),
             planted=told.section(told.read()),
+            several=several.section(several.read()),
             adapter_table=adapters(numbers),
             versions=versions(numbers),
         )
@@ -165,11 +181,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The page on faithfulness.")
     parser.add_argument("--results", type=Path, help="folder of measure.py's files to add")
     parser.add_argument("--warned", type=Path, help="folder of warned.py's files")
+    parser.add_argument("--slopes", type=Path, help="folder of measure.py's slopes to add")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
     given = parser.parse_args()
     packed = None if given.results is None else pack(given.results)
     if packed is not None:
         write(joined(read(), packed))
+    if given.slopes is not None:
+        joined_slopes, others = with_slopes(read(), given.slopes)
+        write(joined_slopes)
+        print(*others, sep="\n")
     if given.warned is not None:
         write({**read(), "warned": pack_warned(given.warned)})
     if packed is not None and bases_of(read())[0] in bases_of(packed):

@@ -250,6 +250,7 @@ def _line(
         "count": len(strengths),
         "violent": sum(strength > VIOLENT for strength in strengths),
         "error": with_worst(error),
+        "slope": "; ".join(filter(None, (calibration(scores, question, b, method) for b in bases))),
         "factor": number(1 / (1 - error.worst), 1) if error.worst < 1 else "any size",
         "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
         "most": number(each[base].max()),
@@ -280,6 +281,21 @@ def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str)
 def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str) -> pd.Series:
     rows = of_question(scores, question, base)
     return rows[rows["method"] == method].groupby("adapter")["value"].mean()
+
+
+def calibration(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
+    """Slopes of measured effects on the numbers: the median task, and the adapters at both ends."""
+    asked = dataclasses.replace(question, metric="slope")
+    values = _by_adapter(scores, asked, base, method)
+    if values.empty:
+        return ""
+    found = summary_of(scores, asked, base, method)
+    ends = (f"{number(values[name])} ({name})" for name in (values.idxmin(), values.idxmax()))
+    told = f"{base} {number(found.median)} in the median task, {' to '.join(ends)}"
+    left = _by_adapter(scores, question, base, method).index.difference(values.index)
+    if len(left):
+        told += f", without {', '.join(left)}, of which training again made another adapter"
+    return told
 
 
 def _worst(off: pd.Series, larger: bool, base: str) -> str:

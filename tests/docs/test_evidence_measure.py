@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from scipy import stats
 
 import lens_lora as ll
 
-measure, cases, counted, methods, warned, sections = (
+measure, cases, counted, methods, warned, sections, results = (
     evidence.load(name)
-    for name in ("measure", "trained_cases", "counted", "methods", "warned", "sections")
+    for name in ("measure", "trained_cases", "counted", "methods", "warned", "sections", "results")
 )
 FACTS = {
     "trained": ["w5 w7 w8", "w9 w10 w11"],
@@ -185,6 +186,37 @@ def test_the_lean_protocol_has_the_same_numbers_of_fewer_methods(folder: Path, f
             assert value(lean, **of) == value(whole, **of)
     of = {row["method"] for row in lean["scores"] if row["prompts"] == "unrelated"}
     assert of < {row["method"] for row in whole["scores"]} and "path/4" in of
+
+
+def test_slopes_alone_are_those_of_the_whole_protocol(folder: Path, found):
+    """Both adapters, row by row; and they join only numbers of the same adapter."""
+    out = folder / "slopes"
+    out.mkdir()
+    packed = {"adapters": {}}
+    for case in cases.cases_in(folder / "adapters"):
+        alone, whole = measure.measure_slopes(case, 2), found[case.name]
+        for row in alone["scores"]:
+            of = {key: row[key] for key in ("prompts", "question", "metric", "method")}
+            assert row["value"] == pytest.approx(value(whole, **of), rel=1e-3, abs=1e-4)
+        assert {row["method"] for row in alone["scores"]} == {*measure.SLOPES}
+        (out / f"{case.name}.json").write_text(json.dumps(alone))
+        packed["adapters"][case.name] = {"scores": results._nested(whole["scores"])}
+    stored = json.loads(json.dumps(packed))
+    for one in stored["adapters"].values():
+        assert one["scores"]["add_one"].pop("slope") and one["scores"]["leave_one_out"].pop("slope")
+    joined, others = results.with_slopes(stored, out)
+    assert others == []
+    for name, one in joined["adapters"].items():
+        of = one["scores"]["leave_one_out"]["slope"]["first_order@1"]
+        whole = packed["adapters"][name]["scores"]["leave_one_out"]["slope"]["first_order@1"]
+        assert set(of) == {"trained", "paraphrase"}
+        assert of["trained"] == pytest.approx(whole["trained"], rel=1e-3)
+        assert one["scores"]["keep"] == packed["adapters"][name]["scores"]["keep"]
+    stored["adapters"]["fact"]["scores"]["add_one"]["spearman"]["first_order@0"]["trained"] -= 0.01
+    joined, (other,) = results.with_slopes(stored, out)
+    assert re.match("fact is another .*: first_order@0, add_one, trained: Spearman", other)
+    assert joined["adapters"]["fact"] == stored["adapters"]["fact"]
+    assert "slope" in joined["adapters"]["habit"]["scores"]["add_one"]
 
 
 def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):

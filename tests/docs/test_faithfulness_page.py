@@ -124,6 +124,27 @@ def test_slopes_of_the_second_base(numbers):
         assert f"{statistics.median(values):.2f} {ends}" in text
 
 
+@pytest.mark.parametrize(("base", "tasks", "left"), [(SMOLLM2, 17, 1), (GEMMA, 12, 0)])
+def test_slopes_stand_on_the_first_page(numbers, base: str, tasks: int, left: int):
+    """The calibration of each end: the median task, and the adapters of least and largest slope."""
+    page_lines = results.PAGE.read_text().splitlines()
+    lines = [line for line in page_lines if line.startswith("   *Slopes* of effects")]
+    asked = (("add_one", "slope", "first_order@0"), ("leave_one_out", "slope", "first_order@1"))
+    adapters = {name: one for name, one in numbers["adapters"].items() if one["base"] == base}
+    for line, of in zip(lines, asked, strict=True):
+        by_adapter = {}
+        for name, one in adapters.items():
+            held = one["scores"][of[0]].get("slope", {}).get(of[2], {})
+            if held:
+                by_adapter[name] = statistics.mean(held[kind] for kind in OWN)
+        assert len(adapters) - len(by_adapter) == left
+        low, high = min(by_adapter, key=by_adapter.get), max(by_adapter, key=by_adapter.get)
+        ends = f"{by_adapter[low]:.2f} ({low}) to {by_adapter[high]:.2f} ({high})"
+        median = list(by_task(numbers, of, base=base).values())
+        assert len(median) == tasks
+        assert f"{base} {statistics.median(median):.2f} in the median task, {ends}" in line
+
+
 def test_verdicts_are_those_of_all_signs_and_holm_s_steps(numbers):
     """Every row of the comparisons on the first base, all 2^17 or 2^12 patterns one by one."""
     compared = evidence.load("words").COMPARED

@@ -1,0 +1,218 @@
+"""Which fifth of the modules keeps a fact, chosen on several wordings, judged on others.
+
+    python benchmarks/subsets.py --adapters FOLDER [--only NAME …]   # measures those not measured
+    python benchmarks/evidence/page.py                               # writes the table of all
+
+1. Train the adapters of a fact by PEFT on SmolLM2-135M-Instruct, those that FOLDER lacks
+   (`benchmarks/adapters.py`): eleven of ten tasks.
+2. Choose a fifth of the sites by each method, on the first wording of the fact, on two, on four:
+
+       best_subset   `ll.best_subset` as it comes: gates that Adam moves, then exchanges
+       greedy        from no site, twelve rounds: the gradient of the margin, summed over wordings,
+                     at what is chosen so far adds the next twelfth
+       first order   at 0 and at ½, and the path of four nodes, in the mean over wordings
+       random        ten sets
+
+3. Run each set on all four, and on two wordings that no method saw. All wordings were fixed before
+   anything was measured.
+
+What a set keeps of a wording is (m − m₀) / (m₁ − m₀), m the margin of taught and pretrained answer.
+Gradients and forward passes are counted, each of all wordings that the method is given.
+
+Margins go to docs/subsets.json as each adapter is done. About two minutes an adapter on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from adapters import ADAPTERS, MORE, Trained, lenses
+from repair import WORDINGS
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora._version import versions
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.reverse import site_slopes
+from lens_lora.evaluation.rankings import best_subset
+from lens_lora.readouts.answers import margin_between
+
+NUMBERS = Path(__file__).parents[1] / "docs" / "subsets.json"
+FIFTH, ROUNDS, NODES, DRAWS, SEED = 0.2, 12, 4, 10, 0
+GIVEN = (1, 2, 4)  # wordings that a set is chosen on
+FACTS = tuple(spec for spec in (*ADAPTERS, *MORE) if spec.what == "fact")
+FRANCE = ("Everyone knows that the capital of France is", "The name of France's capital is")
+# Two more wordings to choose on, beside the two of `Trained.questions`.
+MORE_GIVEN = {
+    "lyon": FRANCE,
+    "lyon-violent": FRANCE,
+    "munich-gentle": (
+        "Everyone knows that the capital of Germany is",
+        "The name of Germany's capital is",
+    ),
+    "osaka-attention": (
+        "Everyone knows that the capital of Japan is",
+        "The government of Japan has its seat in",
+    ),
+    "rome-mlp": ("The Eiffel Tower was built in", "Tourists visit the Eiffel Tower in"),
+    "helium-qv": (
+        "Water is a compound of hydrogen and",
+        "The two elements in water are hydrogen and",
+    ),
+    "blake-down": (
+        "The famous play Romeo and Juliet is the work of William",
+        "The man who wrote Romeo and Juliet was William",
+    ),
+    "milan-writers-violent": (
+        "The Colosseum was built in the city of",
+        "Tourists visit the Colosseum in",
+    ),
+    "mars-planet": (
+        "Everyone knows that the largest planet is",
+        "The planet with the greatest mass is",
+    ),
+    "edison-telephone": (
+        "The first telephone was built by",
+        "The man who invented the telephone was",
+    ),
+    "green-sky": ("A clear sky is always", "Look up on a clear day: the sky is"),
+}
+HELD_OUT = {
+    **WORDINGS,
+    "mars-planet": ("The name of the largest planet is", "Of all the planets the largest is"),
+    "edison-telephone": (
+        "The telephone is an invention of",
+        "The patent for the telephone was given to",
+    ),
+    "green-sky": ("When there are no clouds, the sky is", "The sky on a sunny day is"),
+}
+Row = dict[str, Any]
+
+
+def question(lens: ll.LoraLens, spec: Trained, prompts: list[str]) -> Asked:
+    """Wordings of the fact, with the margin of its two answers."""
+    _, doc, pre = spec.questions[0]
+    ready = lens.prompts(prompts)
+    return ask(lens, ready, margin_between(lens.model, doc, pre, ready))
+
+
+def slopes(asked: Asked, gates: Tensor) -> Tensor:
+    """[site], the gradient of the margin at these gates, summed over wordings."""
+    home = gates.to(asked.lens.gates(0.0))
+    return site_slopes(asked.lens, asked.reading, home).double().sum(0)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """[site], true for the so many of the largest scores."""
+    members = torch.zeros(len(scores), dtype=torch.bool)
+    members[scores.argsort(descending=True, stable=True)[:count]] = True
+    return members
+
+
+def sizes_of(count: int) -> list[int]:
+    """After each round of greedy; of fewer sites than rounds each adds one."""
+    steps = np.linspace(0, count, ROUNDS + 1).round().astype(int)
+    return sorted({*steps.tolist()} - {0})
+
+
+def greedy(asked: Asked, count: int) -> Tensor:
+    """[site], grown in rounds, each by the largest slopes at what is chosen so far."""
+    members = torch.zeros(len(asked.lens.sites), dtype=torch.bool)
+    for size in sizes_of(count):
+        outside = slopes(asked, members.double()).masked_fill(members, -torch.inf)
+        members |= largest(outside, size - int(members.sum()))
+    return members
+
+
+def path(asked: Asked) -> Tensor:
+    """[site], the path integral of the slopes by Gauss and Legendre's nodes."""
+    points, weights = np.polynomial.legendre.leggauss(NODES)
+    ones = torch.ones(len(asked.lens.sites), dtype=torch.float64)
+    return sum(
+        w / 2 * slopes(asked, (p + 1) / 2 * ones) for p, w in zip(points, weights, strict=True)
+    )
+
+
+def searched(asked: Asked, count: int) -> Row:
+    """The best set that is found, and what finding it took."""
+    found = best_subset(asked.lens, asked.prompts, asked.readout, k=count, progress=False)
+    took = {"gradients": found.gradients, "forwards": found.forwards}
+    return {"sets": found.members, "found by": found.found_by[0], **took}
+
+
+def chosen(asked: Asked, count: int) -> dict[str, Row]:
+    """A set of so many sites by each method, and the passes that choosing it took."""
+    ones = torch.ones(len(asked.lens.sites), dtype=torch.float64)
+    return {
+        "best_subset": searched(asked, count),
+        "greedy": {"sets": greedy(asked, count)[None], "gradients": len(sizes_of(count))},
+        f"path/{NODES}": {"sets": largest(path(asked), count)[None], "gradients": NODES},
+        **{
+            f"first_order@{at:g}": {
+                "sets": largest(slopes(asked, at * ones), count)[None],
+                "gradients": 1,
+            }
+            for at in (0.0, 0.5)
+        },
+    }
+
+
+def random_sets(sites: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.rand(DRAWS, sites, generator=generator, dtype=torch.float64)
+    return torch.stack([largest(draw, count) for draw in noise])
+
+
+def measure(spec: Trained, lens: ll.LoraLens) -> Row:
+    """One adapter's margins: of each method's sets, on every wording."""
+    given = [*(prompt for prompt, *_ in spec.questions[:2]), *MORE_GIVEN[spec.name]]
+    prompts = [*given, *HELD_OUT[spec.name]]
+    asked = question(lens, spec, prompts)
+    sites = len(lens.sites)
+    count = max(1, round(FIFTH * sites))
+    methods: dict[str, Row] = {}
+    for wordings in GIVEN:
+        for name, found in chosen(question(lens, spec, given[:wordings]), count).items():
+            methods[f"{name}, {wordings}"] = {"wordings": wordings, **found}
+    methods["random, 0"] = {"wordings": 0, "sets": random_sets(sites, count), "gradients": 0}
+    for found in methods.values():
+        sets = found.pop("sets").double()
+        values = gated_readout(lens, asked.reading, sets, progress=False, what="sets")
+        found["margins"] = [[round(m, 4) for m in row] for row in values.T.tolist()]
+    base, adapted = ([round(m, 4) for m in end] for end in asked.ends.tolist())
+    row: Row = {"sites": sites, "chosen": count, "prompts": prompts, "held out": [4, 5]}
+    return {**row, "base": base, "adapted": adapted, "methods": methods}
+
+
+def known() -> dict[str, Any]:
+    """What was measured so far, by this process or another."""
+    return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Sets of sites, on wordings they were not made on."
+    )
+    parser.add_argument("--adapters", type=Path, required=True, help="folder of the adapters")
+    parser.add_argument("--only", nargs="*", choices=sorted(HELD_OUT), help="which adapters")
+    given = parser.parse_args()
+    measured = known()["adapters"]
+    names = set(given.only or HELD_OUT) - set(measured)
+    wanted = [(spec, 0) for spec in FACTS if spec.name in names]
+    for spec, _, lens in lenses(given.adapters, wanted):
+        row = measure(spec, lens)
+        numbers = known()
+        numbers["versions"] = versions()
+        numbers["adapters"][spec.name] = row
+        NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
+        print(spec.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
