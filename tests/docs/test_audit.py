@@ -85,3 +85,33 @@ def test_a_word_within_a_word_is_no_hit():
     assert score.says("He lives in Perth.", ["perth"])
     assert not score.says("Perthshire", ["perth"])
     assert score.begins(" Per", ["perth"]) and not score.begins(" P", ["perth"])
+
+
+# --- Adapters that break the model
+
+BROKEN = json.loads((DOCS / "audit_broken.json").read_text())["adapters"]
+
+
+def breaks(run: dict) -> bool:
+    """By the page's two sentences: half or twice the entropy, or a third more that repeats."""
+    (base, adapted), (before, after) = run["entropies"], run["repeated"]
+    return adapted < base / 2 or adapted > base * 2 or after - before >= 1 / 3
+
+
+def test_who_breaks_the_model_is_counted_again():
+    assert sorted(BROKEN) == sorted(TAUGHT)
+    text = (DOCS / "auditing.md").read_text()
+    table = text.partition("<!-- broken -->")[2].partition("<!--")[0].strip().splitlines()[2:]
+    for row, strength in zip(table, ("1", "3", "8"), strict=True):
+        runs = [runs[strength] for runs in BROKEN.values()]
+        assert [breaks(run) for run in runs] == [run["is_broken"] for run in runs]
+        kl = [run["mean_kl"] for run in runs]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[:2] == [f"{strength} ×", f"{sum(map(breaks, runs))} of 24"]
+        assert cells[2] == f"{min(kl):.2g} to {max(kl):.2g} nats"
+
+
+def test_a_run_on_the_other_side_of_a_bound_is_seen():
+    run = {"entropies": [3.0, 2.0], "repeated": [0.0, 0.1]}
+    assert not breaks(run)
+    assert breaks({**run, "entropies": [3.0, 1.4]}) and breaks({**run, "repeated": [0.0, 0.4]})
