@@ -17,8 +17,8 @@
    token, and the likeliest ones after it. One by its logit is the token alone, at that place: it is
    promoted, and need not be said. Either begins where the token's word does; what an earlier claim
    holds makes none of its own.
-5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters. It
-   stands only if m is larger under the adapter than under the base and every null adapter. First
+5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters and
+   unrelated ones. It stands only if m is larger under the adapter than under all others. First
    order at 1 names the layers that carry most of m; m is run without them, and without as many
    layers that a seed draws.
 
@@ -64,6 +64,7 @@ _PART, _DRAWS = 5, 3  # a fifth of the layers is left out; and how often others 
 _TOKENS = 512  # whose logits are held at a time
 
 Scaled = tuple[LoraLens, float]
+_Controls = Mapping[str, Sequence[Scaled]]
 _Ids = Int[Tensor, " _token"]
 By = Literal["speech", "logit"]
 
@@ -83,7 +84,7 @@ class Claim:
         score: that, in nats or logits.
         null_score: the largest of any token under a null adapter.
         base, adapted: log p of `says` after the context, in nats.
-        null: the largest under a null adapter.
+        null, unrelated: the largest under a null adapter, and under an unrelated one; NaN without.
         layers: those that carry most of it, by first order at 1.
         without: log p of `says` with the adapter left out of them.
         without_others: the same of as many layers that were drawn, the mean of three draws; NaN
@@ -100,6 +101,7 @@ class Claim:
     base: float
     adapted: float
     null: float
+    unrelated: float
     layers: str
     without: float
     without_others: float
@@ -112,6 +114,8 @@ class Claim:
     def sentence(self) -> str:
         """The claim and its run, in words."""
         rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
+        if math.isfinite(self.unrelated):
+            rise += f", {self.unrelated:+.1f} under an unrelated adapter"
         layers = self.layers.replace(", layer ", ", ")
         undone = f"without the adapter in {layers} {self.undone:.0%} of the rise is gone"
         if math.isfinite(self.without_others):
@@ -198,6 +202,7 @@ def claims_of(
     lens: LoraLens,
     nulls: Sequence[Scaled],
     shifts: Sequence[Float[Tensor, " vocab"]],
+    unrelated: Sequence[Scaled] = (),
     seed: int = 0,
     *,
     fast: bool = False,
@@ -223,7 +228,7 @@ def claims_of(
     contexts = _prompts(lens, [places[i].context for i in chosen])
     words = [words[i] for i in chosen]
     base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
-    rows = zip(chosen, words, base.ids, _runs(lens, nulls, contexts, words, seed), strict=True)
+    runs = _runs(lens, {"null": nulls, "unrelated": unrelated}, contexts, words, seed)
     return tuple(
         Claim(
             context=_text(lens, places[i].context[-_CONTEXT:]),
@@ -235,8 +240,8 @@ def claims_of(
             null_score=ranked[places[i].by].floor,
             **run,
         )
-        for i, said, base_said, run in rows
-        if run["adapted"] > max(run["base"], run["null"])
+        for i, said, base_said, run in zip(chosen, words, base.ids, runs, strict=True)
+        if run["adapted"] > max(run["base"], run["null"], run["unrelated"])
     )
 
 
@@ -386,7 +391,7 @@ def _distinct(begun: Sequence[str], words: Sequence[str]) -> list[int]:
 
 
 def _runs(
-    lens: LoraLens, nulls: Sequence[Scaled], contexts: Prompts, words: Sequence[_Ids], seed: int
+    lens: LoraLens, controls: _Controls, contexts: Prompts, words: Sequence[_Ids], seed: int
 ) -> list[dict[str, Any]]:
     """Of each claim, log p of its words in every run, and the layers that are left out."""
     asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
@@ -398,11 +403,15 @@ def _runs(
     left_out = torch.stack([_points(row, len(layers), generator) for row in top])
     run = functools.partial(gated_readout, reading=asked.reading, progress=False)
     values = run(lens, gates=1.0 - left_out @ members).cpu()
-    null = [run(other, gates=other.gates(scale)[None]) for other, scale in nulls]
-    largest = torch.cat(null, 1).amax(1).tolist()
+    largest = {
+        name: torch.cat([run(o, gates=o.gates(scale)[None]) for o, scale in others], 1).amax(1)
+        for name, others in controls.items()
+        if others
+    }
     base, adapted = asked.ends.tolist()
     columns = {
-        **{"base": base, "adapted": adapted, "null": largest},
+        **{"base": base, "adapted": adapted, "unrelated": [math.nan] * len(words)},
+        **{name: values.tolist() for name, values in largest.items()},
         "layers": [", ".join([*layers][j] for j in sorted(row)) for row in top.tolist()],
         "without": values[:, 0].tolist(),
         "without_others": values[:, 1:].mean(1).tolist(),

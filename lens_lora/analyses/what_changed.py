@@ -488,7 +488,8 @@ def what_changed(
         if any(said) and not fast:
             said += _drawn(lens, seed, progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
-        claims = claims_of(lens, scaled[1 : 1 + nulls], shifts, seed, fast=fast, progress=progress)
+        null, beside = scaled[1 : 1 + nulls], scaled[1 + nulls :]
+        claims = claims_of(lens, null, shifts, beside, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
     return WhatChanged(
         found=found,

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lens_lora.evaluation.verify import Verification
 
 
+_to_write = functools.partial(typer.Option, dir_okay=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelBeside(options.BaseModel):
     """A base model that is loaded only if it is named."""
@@ -78,14 +81,9 @@ def diff(
     fast: Annotated[bool, "Fewer texts and words, without the split by module."] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
-        Path | None,
-        typer.Option(
-            dir_okay=False, help="Also the numbers: a table (.csv), or all of them (.safetensors)."
-        ),
+        Path | None, _to_write(help="Also the numbers: a table (.csv), or all (.safetensors).")
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Also the brief, for a program.")
-    ] = None,
+    json: Annotated[Path | None, _to_write(help="Also the brief, for a program.")] = None,
     jacobian: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Folder that keeps the base's Jacobian, for readings."),
@@ -225,7 +223,6 @@ def repair(
 SCHEMA = "lens_lora verification 1"
 _KEYS = frozenset({"id", "prompt", "messages", "doc", "pre", "flips", "margin_at_least"})
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
-_to_write = functools.partial(typer.Option, dir_okay=False)
 
 
 @options.with_options

@@ -185,8 +185,7 @@ _SHOWN_ERRORS = 10
 def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:
     """What is in the files and where they are, and which records are bad."""
     if isinstance(result, ll.results.ActivationsFile):
-        bad = [(row["id"], row["error"]) for row in result.bad().to_dict("records")]
-        damaged = ()
+        bad, damaged = [(r["id"], r["error"]) for r in result.bad().to_dict("records")], ()
     else:
         bad, damaged = result.errors, result.damaged
     running.say(f"{result!r}{f', by {processes} processes' if processes > 1 else ''}")

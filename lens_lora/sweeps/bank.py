@@ -329,10 +329,9 @@ class Bank:
             groups, members = _grouping(lens.sites, group)
             pairs = zip(self._held.readouts, self._joined(lens, by_half), strict=True)
             for readout, values in pairs:
-                label = readout.labels["readout"]
                 sums = (values.cpu().double() @ members).tolist()
                 rows += [
-                    (name, label, prompt, place, value, total, None, weights)
+                    (name, readout.labels["readout"], prompt, place, value, total, None, weights)
                     for prompt, parts in enumerate(sums)
                     for total in (sum(parts),)
                     for place, value in zip(groups, parts, strict=True)

@@ -307,16 +307,54 @@ def test_a_brief_is_text_and_json_and_is_saved(tmp_path):
         assert claim.sentence().replace("\n", "⏎") in str(told)
     assert "Not tried: " in str(told) and told.verdict in str(told)
     again = ll.load_result(result.save(tmp_path / "file.safetensors"))
-    assert again.claims == result.claims and str(again.brief()) == str(told)
+    assert repr(again.claims) == repr(result.claims) and str(again.brief()) == str(told)
 
 
 def test_json_has_null_where_there_are_no_other_layers():
     claim = brief.Claim(
-        "a", "b", "c", "b", "speech", 2.0, 1.0, -5.0, -1.0, -4.0, "layer 0", -4.5, math.nan
+        "a",
+        "b",
+        "c",
+        "b",
+        "speech",
+        2.0,
+        1.0,
+        -5.0,
+        -1.0,
+        -4.0,
+        math.nan,
+        "layer 0",
+        -4.5,
+        math.nan,
     )
     told = brief.Brief("x", "y", "z", (claim,), (), {}, "texts", 1.0, (3.0, 2.9), (0.0, 0.1), ())
     assert json.loads(told.to_json())["claims"][0]["without_others"] is None
     assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_claim_names_what_unrelated_adapters_say_of_it(cls: str):
+    """A weaker copy says its words less; what a copy says as well does not stand."""
+    case, adapter = cases.case("llama", cls, "raw"), cases.case("llama", cls, "raw").lens.adapter
+    alone = claims(cls)
+    nulls = [(null, 0.05) for null in null_lenses(case.lens, 0, 2)]
+    assert all(
+        math.isnan(claim.unrelated) and "unrelated" not in claim.sentence() for claim in alone
+    )
+    shifts = torch.zeros(3, case.model.cfg.d_vocab)
+    shifts[0, 40] = 1.0
+    others = [(case.lens.with_adapter(adapter.scaled(k)), 1.0) for k in (0.25, 0.5)]
+    beside = brief.claims_of(case.lens, nulls, list(shifts), others, **QUIET)
+    assert beside and {claim.says for claim in beside} <= {claim.says for claim in alone}
+    word = case.model.tokenizer
+    for claim in beside:
+        texts = (claim.context, claim.says)
+        context, said = (word(text, add_special_tokens=False).input_ids for text in texts)
+        readout = ll.AnswerLogProb(torch.tensor(said))
+        at = [ll.first_order(lens, torch.tensor([context]), readout, at=1.0) for lens, _ in others]
+        assert claim.unrelated == pytest.approx(max(float(a.adapted) for a in at), abs=1e-9)
+        assert f", {claim.unrelated:+.1f} under an unrelated adapter" in claim.sentence()
+    assert brief.claims_of(case.lens, nulls, list(shifts), [(case.lens, 1.0)], **QUIET) == ()
 
 
 @models.NEEDS_BRIDGE

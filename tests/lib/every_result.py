@@ -100,7 +100,7 @@ def changes(name: str, size: float, scale: float = 1.0) -> ll.results.Changes:
 
 def claim(by: str = "speech", others: float = -2.0) -> Claim:
     texts = "The <b>capital</b> of", " <b>Lyon</b>\n", " Paris", " <b>Lyon</b>"
-    return Claim(*texts, by, 6.0, 3.0, -9.0, -1.0, -8.0, "layer 1, layer 2", -5.0, others)
+    return Claim(*texts, by, 6.0, 3.0, -9.0, -1.0, -8.0, -8.5, "layer 1, layer 2", -5.0, others)
 
 
 def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
