@@ -327,12 +327,15 @@ def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
             key: dataclasses.replace(u, A=torch.randn_like(u.A), scale=0.3 * u.scale)
             for key, u in lens.adapter.modules.items()
         })  # fmt: skip
-    for adapter in (other, other.only(*list(other.modules)[1:4]), other.scaled(-2)):
+    given = [other, other.only(*list(other.modules)[1:4]), other.scaled(-2)]
+    given = [adapter.named(f"a{i}") for i, adapter in enumerate(given)]
+    frame = bank.scan(given, group="site", progress=False)  # the first and the last together
+    for adapter in given:
         expected = ll.first_order(lens.with_adapter(adapter), tokens, MARGIN)
         found, _ = bank.first_order(adapter)
         assert off(found.values, expected.values) < ROUND_OFF and found.sites == expected.sites
-        frame = bank.scan([adapter], group="site", progress=False)
-        scanned = torch.tensor(frame["value"].to_numpy()).view(2, *expected.values.shape)
+        values = frame[frame["adapter"] == adapter.name]["value"].to_numpy()
+        scanned = torch.tensor(values).view(2, *expected.values.shape)
         assert off(scanned[0], expected.values) < ROUND_OFF
         assert found.relative_norm == pytest.approx(expected.relative_norm, rel=1e-9)
         assert found.meta == expected.meta
