@@ -165,6 +165,25 @@ def test_a_changed_confirmation_is_seen(second, name, key, value):
         require_confirmed(second)
 
 
+def test_the_carried_warning_is_counted_right(second):
+    """At the threshold that the page's table prints, by plain counting."""
+    numbers = told.read()["plants"]
+    threshold = float(row_of(alarms.warnings(numbers), alarms.SIGNALS["screened"])[1])
+    flags = [
+        (case["signals"]["screened"] >= threshold, check["interaction"] > 0.5)
+        for plant in second.values()
+        for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
+    ]
+    right, false = flags.count((True, True)), flags.count((True, False))
+    broken = sum(interacts for _, interacts in flags)
+    expected = (
+        f"{right} of {broken} questions that interact, and "
+        f"{false} of {len(flags) - broken} of the others"
+    )
+    assert alarms.carried(numbers, second) == expected
+    assert f"flags {expected}." in PAGE.read_text()
+
+
 @pytest.mark.parametrize("base", ["anywhere/other-base", judged.EMBEDDED_NAME])
 def test_a_base_is_written_beside_the_others(base, tmp_path, monkeypatch):
     """Of one plant in the folder; what is stored of other bases stays to the last digit."""
@@ -341,6 +360,13 @@ def test_decoys_are_mute_where_there_is_no_norm(float64, bed, question, causes):
     generator = torch.Generator().manual_seed(1)
     _, sorts = decoys.Decoys(bed.gated, question, causes, bed.ordinary, generator).draw()
     assert {"deaf", "mute"} <= set(sorts.values())
+
+
+def test_a_judged_model_can_be_planted_again(normed):
+    """Its modules keep the names by which the next plant finds them."""
+    before = list(gated.linears(normed.model))
+    judged._hooked(normed.model, models.tokenizer())
+    assert list(gated.linears(normed.model)) == before
 
 
 def test_the_package_sees_the_plant_that_the_hooks_saw(float64, bed, question, causes):
