@@ -151,3 +151,15 @@ def confirmed(plants: Plants) -> str:
     }
     parts = [f"{int(flagged[of].sum())} of {int(of.sum())} {words}" for words, of in groups.items()]
     return f"On the half that confirms, the best signal flags {', '.join(parts)}."
+
+
+def carried(plants: Plants, others: Plants) -> str:
+    """How the signal that one base's plants chose fares on another's, at the same threshold."""
+    rows, rows_elsewhere = cases(plants), cases(others)
+    best = chosen(rows)
+    flagged = rows_elsewhere[best] >= confusion(rows, best)[0]
+    broken = rows_elsewhere["broken"]
+    return (
+        f"{int((flagged & broken).sum())} of {int(broken.sum())} questions that interact, and "
+        f"{int((flagged & ~broken).sum())} of {int((~broken).sum())} of the others"
+    )

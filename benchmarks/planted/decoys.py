@@ -5,7 +5,8 @@ deaf     A is orthogonal to every input of the module on the question (with the 
          inputs on ordinary sentences: δz = 0 there, and almost 0 elsewhere.
 mute     of q or k. It is as loud as a cause at the last token and reads nothing before it. A
          query's change is orthogonal to every key that it is compared with, a key's to the queries
-         that read it, after the rotary embedding: no attention score moves.
+         that read it, after the rotary embedding: no attention score moves. None is drawn where a
+         norm comes after q or k (Gemma 3): it divides by the length, which the change alters.
 stray    random directions, as of a null adapter: small effects of either sign.
 
 The singular values are those of a cause, so neither ‖ΔW‖ nor any other norm of ΔW tells which is
@@ -90,6 +91,8 @@ class Decoys:
 
     def __post_init__(self) -> None:
         self._modules = linears(self.gated.model)
+        names = (path for path, _ in self.gated.model.named_modules())
+        self._has_norms = any(path.endswith(("q_norm", "k_norm")) for path in names)
         count = len(self.causes)
         gates = torch.tensor(GATES)[:, None].expand(-1, count)
         if count == 2:
@@ -121,7 +124,7 @@ class Decoys:
         # Queries and keys that both change would meet in a product, so a block has one of the two.
         partner = path.replace("q_proj", "k_proj") if "q_proj" in path else path
         if path.endswith(("q_proj", "k_proj")):
-            is_free = block not in muted and partner not in self.causes
+            is_free = not self._has_norms and block not in muted and partner not in self.causes
             if is_free and path.replace("k_proj", "q_proj") not in self.causes and draw < MUTE:
                 muted.add(block)
                 return "mute"

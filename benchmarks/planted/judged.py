@@ -1,9 +1,10 @@
 """Plant, confirm and judge: where each attribution puts the causes of a plant, and what warns.
 
-    python benchmarks/planted/judged.py --cache FOLDER [--only NAME …]
+    python benchmarks/planted/judged.py --cache FOLDER [--only NAME …] [--base NAME|FOLDER]
 
 One file a plant, FOLDER/<name>.json; those that are there are left alone, so a run may be
-interrupted. Then docs/planted.json is written from all of them. About half an hour of one core.
+interrupted. Then docs/planted.json is written from all of them: those of the embedded base as
+`plants`, those of another under its name in `elsewhere`. About half an hour of one core.
 
 1. Every score of `SCORES` is computed on the plant's questions, by `benchmarks/evidence/methods.py`
    where that has it. Sites are ranked by magnitude.
@@ -19,6 +20,7 @@ interrupted. Then docs/planted.json is written from all of them. About half an h
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -33,7 +35,7 @@ import numpy as np
 import torch
 from gated import block_of
 from kinds import planted
-from plants import RECIPES, Bed, Plant, Recipe
+from plants import RECIPES, SECOND, Bed, Plant, Recipe
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
@@ -53,7 +55,7 @@ from lens_lora.results.attribution import VIOLENT
 from lens_lora.results.base import SIGMAS
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from bases import load_base  # noqa: E402
+from bases import is_embedded, load_base  # noqa: E402
 from methods import PARTS, RELP_LIVE  # noqa: E402
 from results import DOCS, rounded  # noqa: E402
 from scored import attribution_of  # noqa: E402
@@ -106,7 +108,8 @@ def _paths(lens: ll.LoraLens) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _hooked(model: Any, tokenizer: Any) -> Any:
-    return hooked_model(model, tokenizer)[0]
+    # Of a copy: a bridge renames the modules of the model that it wraps, by which plants find them.
+    return hooked_model(copy.deepcopy(model), tokenizer)[0]
 
 
 def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
@@ -267,24 +270,53 @@ def short(value: Any) -> Any:
     return [short(part) for part in value] if isinstance(value, list | tuple) else rounded(value)
 
 
-def write(folder: Path) -> None:
-    """docs/planted.json, one line a plant."""
-    files = {recipe.name: folder / f"{recipe.name}.json" for recipe in RECIPES}
-    there = ((name, file.read_text().strip()) for name, file in files.items() if file.is_file())
-    lines = ",\n".join(f"{json.dumps(name)}: {line}" for name, line in there)
-    about = json.dumps({"command": COMMAND, **versions()})
-    NUMBERS.write_text(f'{{"about": {about}, "plants": {{\n{lines}\n}}}}\n')
+def recipes_of(base: str) -> tuple[Recipe, ...]:
+    """The plants of a base: the embedded model's, or a second base's."""
+    return RECIPES if is_embedded(base) else SECOND
+
+
+def collected(folder: Path, base: str) -> dict[str, Any]:
+    """What is stored of a base: the plants that are in the folder, and how they were made."""
+    files = {recipe.name: folder / f"{recipe.name}.json" for recipe in recipes_of(base)}
+    plants = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    option = "" if is_embedded(base) else f" --base {Path(base).name}"
+    return {"about": {"command": COMMAND + option, **versions()}, "plants": plants}
+
+
+def write(folder: Path, base: str) -> None:
+    """docs/planted.json, one line a plant, with the numbers of other bases as they were."""
+    numbers = json.loads(NUMBERS.read_text())
+    if is_embedded(base):
+        numbers |= collected(folder, base)
+    else:
+        numbers["elsewhere"] = {
+            **numbers.get("elsewhere", {}),
+            Path(base).name: collected(folder, base),
+        }
+    others = ",\n".join(
+        f"{json.dumps(name)}: {{{text(part)}}}"
+        for name, part in numbers.get("elsewhere", {}).items()
+    )
+    NUMBERS.write_text(f'{{{text(numbers)}, "elsewhere": {{\n{others}\n}}}}\n')
+
+
+def text(part: Mapping[str, Any]) -> str:
+    """One base in the file, without its braces."""
+    plants = part["plants"].items()
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(plant)}" for name, plant in plants)
+    return f'"about": {json.dumps(part["about"])}, "plants": {{\n{lines}\n}}'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plant, confirm and judge.")
     parser.add_argument("--cache", type=Path, required=True, help="folder of results, one a plant")
     parser.add_argument("--only", nargs="*", help="names of plants")
+    parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
     asked = parser.parse_args()
     asked.cache.mkdir(parents=True, exist_ok=True)
-    chosen = [r for r in RECIPES if not asked.only or r.name in asked.only]
+    chosen = [r for r in recipes_of(asked.base) if not asked.only or r.name in asked.only]
     left = [r for r in chosen if not (asked.cache / f"{r.name}.json").is_file()]
-    bed = Bed.of(*load_base(EMBEDDED_NAME)) if left else None
+    bed = Bed.of(*load_base(asked.base)) if left else None
     for recipe in tqdm(left, desc="plants"):
         start = time.process_time()
         plant = planted(bed, recipe)
@@ -293,7 +325,7 @@ def main() -> None:
         unfinished = asked.cache / f"{recipe.name}.part"
         unfinished.write_text(json.dumps(short(result)) + "\n")
         unfinished.rename(asked.cache / f"{recipe.name}.json")
-    write(asked.cache)
+    write(asked.cache, asked.base)
 
 
 if __name__ == "__main__":

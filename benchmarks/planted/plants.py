@@ -17,6 +17,7 @@
    (`decoys.py`). Where the stray ones together move too much, half of them become deaf, and so on.
 5. `confirmed` holds what interventions say of each question, and whether the plant enters. One that
    fails is drawn again, up to `ATTEMPTS` times.
+6. `SECOND` are the plants on a second base: the first seeds of the same recipes, two of each kind.
 
 `interaction`, from interventions alone: how far the causes' effects are from adding up. With E the
 effect, it is max(|Σ add − shift|, |Σ leave − shift|) / E over the causes, added to the base or left
@@ -66,6 +67,16 @@ COUNTS = {
     "constant": 11,
     "additive": 6,
 }
+# A cancelling pair is masked once and opposed once.
+SECOND_COUNTS = {
+    "confined": 2,
+    "two facts": 2,
+    "redundant": 2,
+    "masked": 1,
+    "opposed": 1,
+    "gated": 2,
+    "constant": 2,
+}
 KINDS = tuple(COUNTS)
 ANY = float("nan")  # a gate that is drawn at every step
 
@@ -88,12 +99,18 @@ class Recipe:
         return FACTS[index % len(FACTS)], FACTS[(index + 5) % len(FACTS)]
 
 
-RECIPES = tuple(
-    Recipe(kind, seed)
-    for seed in range(max(COUNTS.values()))
-    for kind, count in COUNTS.items()
-    if seed < count
-)
+def recipes(counts: Mapping[str, int]) -> tuple[Recipe, ...]:
+    """So many of each kind, the first of every kind before the second of any."""
+    return tuple(
+        Recipe(kind, seed)
+        for seed in range(max(counts.values()))
+        for kind, count in counts.items()
+        if seed < count
+    )
+
+
+RECIPES = recipes(COUNTS)
+SECOND = recipes(SECOND_COUNTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from alarms import INTERACTS, KINDS, Plants, confirmed, entered, shipped, warnings
+from alarms import INTERACTS, KINDS, Plants, carried, confirmed, entered, shipped, warnings
 from jinja2 import Environment, StrictUndefined
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
@@ -73,14 +73,25 @@ def table(plants: Plants, measure: Any) -> str:
     """One line a method, best on the kinds of the goal first: median, interval and worst plant."""
     scores = scored(plants, measure)
     by_kind = scores.groupby("kind")
-    kinds = [kind for kind in KINDS if kind in by_kind.groups]
-    means = by_kind.mean()
-    order = means.loc[[kind for kind in AIMED if kind in kinds]].mean().sort_values(ascending=False)
+    kinds = kinds_of(scores)
     rows = [
         [label(method), *(cell(by_kind.get_group(kind)[method]) for kind in kinds)]
-        for method in order.index
+        for method in best_first(scores)
     ]
     return markdown(["score", *(KINDS[kind] for kind in kinds)], rows)
+
+
+def kinds_of(scores: pd.DataFrame) -> list[str]:
+    """The kinds that are there, in the page's order."""
+    there = set(scores["kind"])
+    return [kind for kind in KINDS if kind in there]
+
+
+def best_first(scores: pd.DataFrame) -> list[str]:
+    """Methods by their mean over the kinds of the goal."""
+    means = scores.groupby("kind").mean()
+    aimed = means.loc[[kind for kind in AIMED if kind in means.index]]
+    return list(aimed.mean().sort_values(ascending=False).index)
 
 
 def label(method: str) -> str:
@@ -195,6 +206,95 @@ def way(plants: Plants) -> tuple[float, float]:
     return float(np.median(costs)), max(costs)
 
 
+# --- A second base, with too few plants of a kind for an interval
+
+
+def every_plant(plants: Plants) -> str:
+    """One line a method: of each plant of a kind the AUROC, and in brackets the recovery."""
+    aurocs, recoveries = scored(plants, auroc), scored(plants, recovery)
+    kinds = kinds_of(aurocs)
+    rows = [
+        [label(method)]
+        + [
+            " · ".join(
+                f"{aurocs[method][name]:.2f} ({recoveries[method][name]:.2f})"
+                for name in aurocs.index[aurocs["kind"] == kind]
+            )
+            for kind in kinds
+        ]
+        for method in best_first(aurocs)
+    ]
+    return markdown(["score", *(KINDS[kind] for kind in kinds)], rows)
+
+
+def repeated(plants: Plants, others: Plants) -> str:
+    """Of each kind of the goal, whether what reached it on one base does on another's plants."""
+    scores = scored(others, auroc).rename(columns=label)
+    rows = []
+    for kind, methods in reached(plants):
+        worst = scores[scores["kind"].map(KINDS) == kind].drop(columns="kind").min().dropna()
+        above = [method for method in worst.index if method in methods]
+        high = worst >= GOAL
+        rows.append(
+            [
+                kind,
+                f"{int(high[above].sum())} of {len(methods)}",
+                with_values(worst[above][~high[above]]),
+                with_values(worst.drop(above)[high.drop(above)]),
+            ]
+        )
+    head = ["kind", "reached above and here", "above only", "here only"]
+    return markdown(head, rows)
+
+
+def with_values(scores: pd.Series) -> str:
+    return ", ".join(f"{method} ({score:.2f})" for method, score in scores.items()) or "—"
+
+
+def choice(others: Plants) -> str:
+    """First order at 0, in a sentence: AUROC and recovery on two facts, and at least elsewhere."""
+    parts = []
+    for words, measure in (("AUROC", auroc), ("recovery", recovery)):
+        scores = scored(others, measure)
+        facts = scores["kind"] == "two facts"
+        values = " and ".join(f"{score:.2f}" for score in scores["first_order@0"][facts])
+        least = scores["first_order@0"][~facts].min()
+        parts.append(f"{words} {values} on two facts, at least {least:.2f} on all others")
+    return f"First order at 0: {'; '.join(parts)}."
+
+
+def edge_places(plants: Plants) -> str:
+    """Of each gated plant, the places of its edge at 0, ½ and 1, in words."""
+    parts = []
+    for plant in entered(plants).values():
+        if "edges" in plant:
+            ranks = (plant["edges"]["places"][gate]["among all"] for gate in ("0", "0.5", "1"))
+            parts.append(
+                ", ".join(f"{rank:.0f}" for rank in ranks) + f" of {plant['edges']['edges']}"
+            )
+    return " and ".join(parts)
+
+
+def elsewhere(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the page says of the plants on each other base."""
+    return [
+        {
+            "base": base,
+            "drawn": len(part["plants"]),
+            "entered": len(entered(part["plants"])),
+            "confirmation": confirmation(part["plants"]),
+            "table": every_plant(part["plants"]),
+            "sites": max(plant.get("sites", 0) for plant in part["plants"].values()),
+            "choice": choice(part["plants"]),
+            "repeated": repeated(numbers["plants"], part["plants"]),
+            "edges": edge_places(part["plants"]),
+            "carried": carried(numbers["plants"], part["plants"]),
+            "command": part["about"]["command"],
+        }
+        for base, part in numbers.get("elsewhere", {}).items()
+    ]
+
+
 def section(numbers: Mapping[str, Any]) -> str:
     """The whole section, as markdown."""
     plants: Plants = numbers["plants"]
@@ -217,5 +317,6 @@ def section(numbers: Mapping[str, Any]) -> str:
         confirmed=confirmed(plants),
         shipped=shipped(plants),
         interacts=INTERACTS,
+        elsewhere=elsewhere(numbers),
         command=numbers["about"]["command"],
     )

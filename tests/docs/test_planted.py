@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 import sys
 from pathlib import Path
@@ -45,6 +47,9 @@ def among_first(places: list[float], sites: int) -> float:
     return float(np.mean(np.array(places) <= len(places)))
 
 
+MEASURES = (share_behind, among_first)
+
+
 @pytest.mark.parametrize(
     ("kind", "column", "method", "words", "measure"),
     [
@@ -76,14 +81,127 @@ def test_plants_are_as_many_as_promised_and_confirmed():
     numbers = told.read()["plants"]
     assert set(numbers) == {recipe.name for recipe in plants.RECIPES}
     there = [plant for plant in numbers.values() if plant["enters"]]
+    require_confirmed(numbers)
     assert len(there) >= 60
     for group in (("masked", "opposed"), *((kind,) for kind in told.KINDS)):
         wanted = 10 if len(group) == 2 or group[0] in (*told.AIMED, "redundant") else 4
         assert sum(plant["kind"] in group for plant in there) >= wanted
-    for plant in there:
-        for check in plant["confirmed"]:
-            assert abs(check["kept"] - 1) <= 0.0101
-            assert check["lost"] >= 0.9
+
+
+# Of a pair, shares of the effect: of both, of the first alone, of the second alone.
+PROMISED = {
+    "redundant": (1, 1, 1),
+    "masked": (0, 1, 0),
+    "opposed": (0, 1, -1),
+    "gated": (1, 0, 0),
+    "additive": (1, 0.5, 0.5),
+}
+
+
+def require_confirmed(numbers):
+    """That the stored interventions say of each plant that enters what its kind promises."""
+    for name, plant in numbers.items():
+        for check in plant["confirmed"] if plant["enters"] else ():
+            assert abs(check["kept"] - 1) <= 0.0101, name
+            assert check["lost"] >= 0.9, name
+            assert abs(check["effect"]) > 4, name
+            if plant["kind"] in PROMISED:
+                both = check["shift"] / check["effect"]
+                corners = [both, check["second left out"], check["first left out"]]
+                assert corners == pytest.approx(PROMISED[plant["kind"]], abs=0.101), name
+
+
+# --- The second base
+
+
+@pytest.fixture
+def second():
+    """A copy, to be changed."""
+    (part,) = copy.deepcopy(told.read()["elsewhere"]).values()
+    return part["plants"]
+
+
+def test_the_second_base_has_two_of_each_kind_confirmed(second):
+    assert set(second) == {recipe.name for recipe in plants.SECOND}
+    asked = [plant["kind"] for plant in second.values()]
+    groups = [("masked", "opposed"), *((kind,) for kind in (*told.AIMED, "redundant", "gated"))]
+    assert all(sum(kind in group for kind in asked) == 2 for group in groups)
+    require_confirmed(second)
+    assert not any("mute" in plant["decoys"] for plant in second.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "method", "words"),
+    [
+        ("two facts", "(b) two facts", "first_order@0", "first order at 0"),
+        ("gated", "(e) gate and writer", "path", told.METHODS["path"]),
+        ("constant", "(f) constants", "update_norm", "‖δz‖"),
+    ],
+)
+def test_cells_of_the_second_base_are_what_the_places_say(second, kind, column, method, words):
+    """AUROC and recovery of every plant again; and a place that is changed is seen."""
+    entered = [plant for plant in second.values() if plant["kind"] == kind and plant["enters"]]
+    cells = []
+    for plant in entered:
+        pairs = [(case["places"][method], plant["sites"]) for case in plant["cases"]]
+        scores = [np.mean([measure(*pair) for pair in pairs]) for measure in MEASURES]
+        cells.append("{:.2f} ({:.2f})".format(*scores))
+    table = told.every_plant(second)
+    assert row_of(table, words)[column_of(table, column)] == " · ".join(cells)
+    assert table in PAGE.read_text()
+    entered[-1]["cases"][0]["places"][method][0] = 5.5 * entered[-1]["sites"] / 10
+    changed = told.every_plant(second)
+    assert row_of(changed, words)[column_of(changed, column)] != " · ".join(cells)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("confined-0", "kept", 1.02), ("gated-0", "lost", 0.89), ("opposed-0", "shift", 2.0)],
+)
+def test_a_changed_confirmation_is_seen(second, name, key, value):
+    second[name]["enters"] = True
+    second[name]["confirmed"][0][key] = value
+    with pytest.raises(AssertionError, match=name):
+        require_confirmed(second)
+
+
+def test_the_carried_warning_is_counted_right(second):
+    """At the threshold that the page's table prints, by plain counting."""
+    numbers = told.read()["plants"]
+    threshold = float(row_of(alarms.warnings(numbers), alarms.SIGNALS["screened"])[1])
+    flags = [
+        (case["signals"]["screened"] >= threshold, check["interaction"] > 0.5)
+        for plant in second.values()
+        for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
+    ]
+    right, false = flags.count((True, True)), flags.count((True, False))
+    broken = sum(interacts for _, interacts in flags)
+    expected = (
+        f"{right} of {broken} questions that interact, and "
+        f"{false} of {len(flags) - broken} of the others"
+    )
+    assert alarms.carried(numbers, second) == expected
+    assert f"flags {expected}." in PAGE.read_text()
+
+
+@pytest.mark.parametrize("base", ["anywhere/other-base", judged.EMBEDDED_NAME])
+def test_a_base_is_written_beside_the_others(base, tmp_path, monkeypatch):
+    """Of one plant in the folder; what is stored of other bases stays to the last digit."""
+    before = judged.NUMBERS.read_text()
+    monkeypatch.setattr(judged, "NUMBERS", tmp_path / "planted.json")
+    judged.NUMBERS.write_text(before)
+    (tmp_path / "confined-0.json").write_text('{"kind": "confined", "share": 0.0001234}\n')
+    judged.write(tmp_path, base)
+    old, new = json.loads(before), json.loads(judged.NUMBERS.read_text())
+    written = {"confined-0": {"kind": "confined", "share": 0.0001234}}
+    if base == judged.EMBEDDED_NAME:
+        assert new["plants"] == written
+        assert new["elsewhere"] == old["elsewhere"]
+    else:
+        assert new["elsewhere"].pop("other-base")["plants"] == written
+        assert new == old
+        kept = [line for line in before.splitlines() if line.startswith('"confined-1"')]
+        assert set(kept) <= set(judged.NUMBERS.read_text().splitlines())
 
 
 def test_alarms_are_counted_right():
@@ -119,6 +237,28 @@ def bed():
     )
     torch.manual_seed(0)
     model = models.randomised(transformers.LlamaForCausalLM(config), 0, torch.float64).eval()
+    model.requires_grad_(False)
+    rows = [[5, 6, 7], [21, 22, 23, 24]]
+    return plants.Bed(model, None, decoys.ordinary_directions(model, rows, few=6))
+
+
+@pytest.fixture(scope="module")
+def normed():
+    """A model with norms after its queries and keys, and windows."""
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=3,
+        hidden_size=96,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        intermediate_size=128,
+        vocab_size=61,
+        max_position_embeddings=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = models.randomised(transformers.Gemma3ForCausalLM(config), 0, torch.float64).eval()
     model.requires_grad_(False)
     rows = [[5, 6, 7], [21, 22, 23, 24]]
     return plants.Bed(model, None, decoys.ordinary_directions(model, rows, few=6))
@@ -198,6 +338,35 @@ def test_a_plant_enters_with_its_causes_and_not_with_others(float64, bed, questi
     shares, enters = kinds.confirmed_fact(bed, plant.updates, question, swapped)
     assert not enters
     assert abs(shares["lost"]) < 0.5
+
+
+def test_no_decoy_is_mute_behind_a_norm(float64, normed, question):
+    """A norm divides by the length, which a change alters: what is mute elsewhere is heard here."""
+    (writer,) = (path for path in gated.linears(normed.model) if path.endswith("0.mlp.down_proj"))
+    causes = gated.detached(gated.fresh(normed.model, [writer], 2, 0))
+    causes[writer].B.normal_()
+    generator = torch.Generator().manual_seed(1)
+    maker = decoys.Decoys(normed.gated, question, causes, normed.ordinary, generator)
+    others, sorts = maker.draw()
+    assert len(others) == 20
+    assert set(sorts.values()) == {"deaf", "stray"}
+    deaf = {path: others[path] for path, sort in sorts.items() if sort == "deaf"}
+    assert moved(normed, question, causes, deaf) < 1e-5
+    key = next(path for path in deaf if path.endswith("1.self_attn.k_proj"))
+    assert moved(normed, question, causes, {key: maker.of_sort("mute", key)}) > 1e-4
+
+
+def test_decoys_are_mute_where_there_is_no_norm(float64, bed, question, causes):
+    generator = torch.Generator().manual_seed(1)
+    _, sorts = decoys.Decoys(bed.gated, question, causes, bed.ordinary, generator).draw()
+    assert {"deaf", "mute"} <= set(sorts.values())
+
+
+def test_a_judged_model_can_be_planted_again(normed):
+    """Its modules keep the names by which the next plant finds them."""
+    before = list(gated.linears(normed.model))
+    judged._hooked(normed.model, models.tokenizer())
+    assert list(gated.linears(normed.model)) == before
 
 
 def test_the_package_sees_the_plant_that_the_hooks_saw(float64, bed, question, causes):
