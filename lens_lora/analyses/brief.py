@@ -84,7 +84,7 @@ class Claim:
         score: that, in nats or logits.
         null_score: the largest of any token under a null adapter.
         base, adapted: log p of `says` after the context, in nats.
-        null, unrelated: the largest under a null adapter, and under an unrelated one; NaN without.
+        null, unrelated: the largest under a null adapter, and an unrelated one (NaN without one).
         layers: those that carry most of it, by first order at 1.
         without: log p of `says` with the adapter left out of them.
         without_others: the same of as many layers that were drawn, the mean of three draws; NaN
@@ -188,10 +188,8 @@ class Brief:
 
 def repeated(texts: Iterable[str]) -> float:
     """The share of all stretches of so many characters that stood in the same text before."""
-    stretches = [
-        [text[i : i + _STRETCH] for i in range(len(text) - _STRETCH + 1)] for text in texts
-    ]
-    count, distinct = sum(map(len, stretches)), sum(map(len, map(set, stretches)))
+    pieces = [[t[i : i + _STRETCH] for i in range(len(t) - _STRETCH + 1)] for t in texts]
+    count, distinct = sum(map(len, pieces)), sum(map(len, map(set, pieces)))
     return (count - distinct) / max(count, 1)
 
 

@@ -60,9 +60,9 @@ _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
 _ANSWER = 40  # tokens that both models say to a question
 _BRIEF_MODULES = 5
 _FAST = 8  # one of so many texts
-# It breaks the model: factors between entropies, and shares that repeat beyond the base's. Seven
-# adapters of benchmarks/audit and the demo's had at most 1.3 and 0.23 as trained; at three times
-# their strength and more, where they no longer speak, 2 or 0.37.
+# An adapter breaks the model beyond this factor between the entropies, or if so much more than of
+# the base's answers repeats. `benchmarks/audit/broken.py` has both of 24 adapters: as trained at
+# most 1.3 and 0.23, at eight times their strength up to 8.0 and 0.96.
 _APART, _REPEATS = 2.0, 1 / 3
 _NOT_TRIED = "system messages, conversations of several turns", "other languages"
 _UNRELATED = "adapters trained for something else, as controls"
@@ -375,7 +375,7 @@ class WhatChanged(OfSites, Paged):
 
     @property
     def _broken(self) -> str:
-        """A sentence, of an adapter that leaves no model that speaks; empty of any other."""
+        """What the verdict says of an adapter that breaks the model; empty for any other."""
         (base, adapted), (before, after) = self.found.entropies, self._repeated
         if base / _APART <= adapted <= base * _APART and after - before < _REPEATS:
             return ""

@@ -58,7 +58,7 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
 _AT_ONCE = 8  # adapters that are contracted together, and written: what a kill loses at most
-_HELD = 2**28  # bytes of their factors: no further adapter is taken above
+_HELD = 2**28  # bytes of their factors, above which no further adapter is read beside them
 
 stored(Half)
 stored(Prompts)
@@ -304,7 +304,7 @@ class Bank:
         group: GroupName,
         known: Mapping[str, pa.Table] | None = None,
     ) -> Iterator[list[pa.Table]]:
-        """The rows of a few adapters after another, those that are known if there are."""
+        """The rows of the next few adapters at a time; those that are known are not computed."""
         while read := [*_next_few(adapters, known)]:
             slopes = self._base.together([held[1] for _, held in read if isinstance(held, tuple)])
             yield [self._table(name, held, slopes, group) for name, held in read]

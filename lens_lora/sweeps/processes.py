@@ -130,8 +130,9 @@ def only_writer(out: Path) -> Generator[None]:
     from filelock import FileLock, Timeout
 
     path = out.with_name(f".{out.name}.lock")
-    lock = FileLock(path)
-    with told(path):
+    # Its stand-in for a lock, a file alone, is taken from under another sweep by some versions.
+    lock = FileLock(path, fallback_to_soft=False)
+    with told(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -143,7 +144,7 @@ def only_writer(out: Path) -> Generator[None]:
     try:
         yield
     finally:
-        lock.release()  # the file may stay: who removes it may take a lock from under another one
+        lock.release()  # its file is left: two sweeps could each lock one, if it were removed
 
 
 @contextlib.contextmanager

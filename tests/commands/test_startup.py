@@ -190,7 +190,7 @@ def test_import_loads_nothing():
     assert answer(code=IMPORT)[1] == []
 
 
-MODULES = ("readouts.prompts", "results.storage")
+MODULES = ("readouts.readout", "readouts.prompts", "model.generate", "results.storage")
 
 
 # What the host libraries import, once: each module of ours is the first in a fork.
