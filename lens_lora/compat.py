@@ -35,7 +35,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from types import FunctionType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,42 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
         attributes[name] = before
 
 
+class SharedForward:
+    """What a module computes until the last span ends that asked for it, in whatever order."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._own = own_forward(module)
+        self.before = self._own or functools.partial(type(module).forward, module)
+        self.asked: list[Any] = []
+
+    @classmethod
+    def until(cls, span: Temporary, module: nn.Module, entry: object) -> Any:
+        """What stands there is shared; `entry` is in `asked` until the span ends."""
+        shared = own_forward(module)
+        shared = shared if isinstance(shared, cls) else cls(module)
+        span.way_back(functools.partial(shared._leave, entry))
+        shared.asked.append(entry)
+        vars(module)["forward"] = shared
+        return shared
+
+    def _leave(self, entry: object) -> None:
+        self.asked[:] = [other for other in self.asked if other is not entry]
+        if not self.asked:
+            _put_back(vars(self.module), "forward", self._own)
+
+
+class _Guard(NamedTuple):
+    names: frozenset[str]
+    why: Callable[[], Exception]
+    unless: Callable[[], bool]
+
+
+# Of each module that has any: the class that it is of, and its guards.
+_Guarded: TypeAlias = weakref.WeakKeyDictionary[nn.Module, tuple[type, list[_Guard]]]
+_GUARDED: _Guarded = weakref.WeakKeyDictionary()
+
+
 def refuse_reading(
     span: Temporary,
     module: nn.Module,
@@ -222,20 +258,33 @@ def refuse_reading(
     No hook sees that a weight is read. A module's class is made another one for a while, as a
     property stands in a class; a bridge's component hands attributes on to what it wraps.
     """
+    kind, guards = _GUARDED.get(module, (None, []))
+    if not guards:
+        _GUARDED[module] = kind, guards = type(module), []
+    guard = _Guard(frozenset(names), why, unless)
 
+    def guard_by(others: list[_Guard]) -> None:  # spans may end in any order
+        guards[:] = [other for other in guards if other is not guard] + others
+        every = frozenset[str]().union(*(other.names for other in guards))
+        object.__setattr__(module, "__class__", _guarded(kind, every) if guards else kind)
+
+    span.way_back(functools.partial(guard_by, []))
+    guard_by([guard])
+
+
+@functools.cache  # a class made anew for each span would keep the garbage collector busy
+def _guarded(kind: type, names: frozenset[str]) -> type:
     def guard(name: str) -> property:
         def read(component: nn.Module) -> Any:
-            if not unless():
-                raise why()
+            for guarded, why, unless in _GUARDED.get(component, (kind, []))[1]:  # none of a copy
+                if name in guarded and not unless():
+                    raise why()
             of_class = getattr(kind, name, None)  # K and V of grouped heads are properties
             return of_class.__get__(component) if of_class else component.__getattr__(name)
 
         return property(read)
 
-    kind = type(module)
-    guarded = type(kind.__name__, (kind,), {name: guard(name) for name in names})
-    span.way_back(functools.partial(object.__setattr__, module, "__class__", kind))
-    object.__setattr__(module, "__class__", guarded)
+    return type(kind.__name__, (kind,), {name: guard(name) for name in names})
 
 
 def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -436,7 +485,15 @@ def calls(hook: Any, fn: object) -> bool:
     A user's own may be anything that can be called: a partial, an object, a builtin, a closure
     whose cells are empty.
     """
-    return hook is fn or any(content is fn for content in _cells_of(hook).values())
+    if hook is fn:
+        return True
+    for cell in (hook.__closure__ or ()) if isinstance(hook, FunctionType) else ():
+        try:  # at every pass for every hook, so without the dictionary below
+            if cell.cell_contents is fn:
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def _cells_of(fn: object) -> dict[str, object]:

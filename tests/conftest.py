@@ -131,3 +131,12 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformer_lens")
         yield
+
+
+@pytest.fixture(scope="session")
+def opened() -> Iterator[Any]:
+    """Opens a page in a browser."""
+    import browser
+
+    with browser.opening() as opened:
+        yield opened

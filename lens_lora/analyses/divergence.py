@@ -52,16 +52,8 @@ from lens_lora.engine.function import gated_logits, gated_readout, require_finit
 from lens_lora.engine.memory import graph_groups, rows_of_pass
 from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
-from lens_lora.model import (
-    Gauge,
-    Groups,
-    LoraLens,
-    Scale,
-    alone,
-    by_axes,
-    group_sites,
-    name_of_scale,
-)
+from lens_lora.model import Gauge, Groups, LoraLens, Scale, alone, by_axes, group_sites
+from lens_lora.model.lens import name_of_scale
 from lens_lora.readouts import Prompts, PromptsLike, Reading, bound
 from lens_lora.readouts.answers import KL, AnswerLike, AnswerLogProb
 from lens_lora.results import drawing

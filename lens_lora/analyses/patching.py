@@ -43,16 +43,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.interventions import unheard
 from lens_lora.engine.texts import distinct_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
-from lens_lora.model import (
-    Group,
-    Groups,
-    LoraLens,
-    Names,
-    alone,
-    chosen_sites,
-    group_sites,
-    indicator,
-)
+from lens_lora.model import Group, Groups, LoraLens, Names, alone
 from lens_lora.model import sites as model_sites
 from lens_lora.readouts import Prompts, PromptsLike, Reading, Readout
 from lens_lora.results.attribution import Effects, patching_result
@@ -137,8 +128,8 @@ def patch_sites_of(
     asked: Asked, how: How, groups: Groups | None = None, progress: bool = True
 ) -> Effects:
     """Effects of gates of zero, on groups of sites or each site: corners of the cube."""
-    groups = group_sites(asked.lens.sites) if groups is None else groups
-    members = indicator(groups, len(asked.lens.sites))
+    groups = model_sites.group_sites(asked.lens.sites) if groups is None else groups
+    members = model_sites.indicator(groups, len(asked.lens.sites))
     corners, name = (members if how == "add_one" else 1 - members), how.replace("_", " ")
     corner_values = asked.at_gates(corners, progress=progress, what=name)
     base, adapted = asked.ends[..., None]
@@ -168,10 +159,10 @@ def _require_texts(replace: str, texts: Prompts | None) -> None:
 
 def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:
     """The groups, of the chosen sites alone."""
-    groups = group_sites(lens.sites, group)
+    groups = model_sites.group_sites(lens.sites, group)
     if sites is None:
         return groups
-    chosen = chosen_sites(lens.sites, sites)
+    chosen = model_sites.chosen_sites(lens.sites, sites)
     kept = {name: tuple(i for i in members if i in chosen) for name, members in groups.items()}
     empty = [name for name, members in kept.items() if not members]
     if empty and isinstance(group, Mapping):
@@ -218,7 +209,7 @@ def _replaced(
     def run(points: activations.Points, what: str) -> Float[Tensor, "batch group"]:
         return replaced_readout(lens, asked.reading, points, stand_in, progress=progress, what=what)
 
-    members = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
+    members = model_sites.indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
     about = 2.0 + torch.tensor(ranks or [0] * len(groups))[:, None]
     states = torch.where(members > 0, about.to(members), 0.0 if adds else 1.0)
     points = activations.Points(states, is_by_rank, alone=adds and is_by_rank, replaced=True)

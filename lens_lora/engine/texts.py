@@ -440,9 +440,7 @@ def text_sums(
     split: bool,
     progress: bool,
 ) -> tuple[list[TextSums], Float[Tensor, " site"]]:
-    """The sums of every lens at its scale, and the first one's KL split by site; zeros without the
-    split.
-    """
+    """The sums of every lens at its scale, and the first one's KL split by site, or zeros."""
     first, distinct = scaled[0][0], distinct_tokens(texts)
     points = Points.of(first, jacobian)
     models = [TextSums(lens, scale, texts, points) for lens, scale in scaled]

@@ -148,20 +148,21 @@ def add_pre_hook(
     module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
 
+class _Counted(compat.SharedForward):
+    passes = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.passes += 1
+        try:
+            return self.before(*args, **kwargs)
+        finally:
+            self.passes -= 1
+
+
 def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
     """Whether the module is within its own pass, to be asked until the span ends."""
-    passes: list[nn.Module] = []
-    forward = module.forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        passes.append(module)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            passes.pop()
-
-    compat.replace_forward(span, module, counted)
-    return lambda: bool(passes)
+    counted = _Counted.until(span, module, object())
+    return lambda: counted.passes > 0
 
 
 def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
@@ -219,8 +220,8 @@ class Arranger:
         del tensor
         self._begin()
         for point, fn, reads in self._hooks:
-            forward = hooks_of(point).forward
-            if hooks_of(point).before and not reads:
+            forward, before, *_ = hooks_of(point)
+            if before and not reads:
                 _move_before_pre_hooks(point, fn)
             for key in _keys_of(forward, fn):
                 if point is hook and reads and key != next(reversed(forward)):

@@ -116,17 +116,10 @@ def expert_of(z: Float[Tensor, "... in_and_expert"]) -> Int[Tensor, "..."]:
     return high * _DIGIT + low
 
 
-class _Written:
-    """What a module computes for a span of time, with writers at its parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.before: Callable[..., Any] | None = compat.own_forward(module)
-        self.writers: list[tuple[str, Writer]] = []
-
+class _Written(compat.SharedForward):
     def written(self, name: str, z: Tensor, out: Tensor) -> Tensor:
         """The output of the map, after all writers at this parameter."""
-        for parameter, writer in self.writers:
+        for parameter, writer in self.asked:
             moved = writer((z,), out) if parameter == name else None
             out = out if moved is None else moved
         return out
@@ -157,7 +150,7 @@ class _Experts(_Written):
             if len(rows)
         ]
         out = torch.cat(outs)[order.argsort()].unflatten(0, index.shape)
-        if not any(parameter == name for parameter, _ in self.writers):
+        if not any(parameter == name for parameter, _ in self.asked):
             return out
         return self.written(name, with_expert(x, index), out)
 
@@ -169,9 +162,8 @@ def _row(biases: Tensor | None, expert: int) -> Tensor | None:
 class _Router(_Written):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        forward = self.before or functools.partial(type(module).forward, module)
         with compat.brought_in(module), _AtWeight(module.get_parameter("weight"), self.written):
-            return forward(*args, **kwargs)
+            return self.before(*args, **kwargs)
 
 
 class _AtWeight(TorchFunctionMode):
@@ -208,17 +200,7 @@ def write_at(span: compat.Temporary, module: nn.Module, name: str, writer: Write
             f"{name}: the experts of {type(module).__name__} are spread over processes, so no "
             "process has all of them. Load the model without expert parallelism."
         )
-    written = compat.own_forward(module)
-    if not isinstance(written, _Written):
-        written = _Experts(module) if is_experts(module) else _Router(module)
-        compat.replace_forward(span, module, written)
-    entry = name, writer
-    span.way_back(functools.partial(_drop, written.writers, entry))
-    written.writers.append(entry)
-
-
-def _drop(writers: list[tuple[str, Writer]], entry: tuple[str, Writer]) -> None:
-    writers[:] = [held for held in writers if held is not entry]
+    (_Experts if is_experts(module) else _Router).until(span, module, (name, writer))
 
 
 def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:

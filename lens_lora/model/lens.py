@@ -22,15 +22,9 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import number, whole
 from lens_lora.compat import Temporary, home_of, open_spans
+from lens_lora.model import check as checks
 from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks
-from lens_lora.model.check import (
-    OF_A_GIVEN_BASE,
-    base_logits,
-    first_non_finite,
-    require_kinds,
-    require_same_logits,
-)
 from lens_lora.model.gates import (
     Inject,
     Plan,
@@ -98,18 +92,18 @@ class LoraLens:
         *,
         check: bool | Probe | None = True,
     ) -> None:
-        require_kinds(adapter, hf_model)
+        checks.require_kinds(adapter, hf_model)
         adapter = on_stacks(adapter, model)
         self.model = model
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
         if hf_model is not None:
-            require_same_logits(
-                base_logits(hf_model, self.dtype),
+            checks.require_same_logits(
+                checks.base_logits(hf_model, self.dtype),
                 lambda tokens: self.logits(tokens.to(self.device), 0.0),
                 f"without the adapter this {self.class_name} computes other logits than hf_model",
-                OF_A_GIVEN_BASE,
+                checks.OF_A_GIVEN_BASE,
             )
         is_probed = check is not False and self._plan.host.family.is_probed
         self._probed: frozenset[str] | None = frozenset() if is_probed else None
@@ -131,7 +125,7 @@ class LoraLens:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
                 changed since this one was made.
         """
-        require_kinds(adapter, None)
+        checks.require_kinds(adapter, None)
         self._plan.check_state()
         if self._plan.base is not None:
             self._plan.base.require_same(entries=True)
@@ -439,7 +433,9 @@ class LoraLens:
         with torch.no_grad(), self.adapted(scale):
             logits = self.run(ready)
             if not torch.isfinite(ready.at_read(logits)).all():
-                raise errors.NumericsError(first_non_finite(self.model, lambda: self.run(ready)))
+                raise errors.NumericsError(
+                    checks.first_non_finite(self.model, lambda: self.run(ready))
+                )
         return logits
 
     @alone

@@ -15,14 +15,7 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses.verdict import (
-    FlipVerdict,
-    NullVerdict,
-    Point,
-    SecondVerdict,
-    SharesVerdict,
-    Verdict,
-)
+from lens_lora.analyses import verdict as verdicts
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -58,9 +51,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: Verdict
+    verdict: verdicts.Verdict
     crossings: int
-    steps: Sequence[Point]
+    steps: Sequence[verdicts.Point]
 
     @property
     def floor(self) -> float:
@@ -478,8 +471,8 @@ def _limits(e: results.Explanation) -> str:
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(Verdict)
-def verdict_text(v: Verdict) -> str:
+@drawing.text.register(verdicts.Verdict)
+def verdict_text(v: verdicts.Verdict) -> str:
     """How good first order is."""
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
@@ -496,8 +489,8 @@ def verdict_text(v: Verdict) -> str:
     return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(SecondVerdict)
-def second_text(v: SecondVerdict) -> str:
+@drawing.text.register(verdicts.SecondVerdict)
+def second_text(v: verdicts.SecondVerdict) -> str:
     """Whether second order is nearer than first."""
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
@@ -511,8 +504,8 @@ def second_text(v: SecondVerdict) -> str:
     }[v.kind]
 
 
-@drawing.text.register(NullVerdict)
-def null_text(v: NullVerdict) -> str:
+@drawing.text.register(verdicts.NullVerdict)
+def null_text(v: verdicts.NullVerdict) -> str:
     """How far the shift stands out from random directions."""
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
@@ -526,8 +519,8 @@ def null_text(v: NullVerdict) -> str:
     return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
 
-@drawing.text.register(FlipVerdict)
-def flip_text(v: FlipVerdict) -> str:
+@drawing.text.register(verdicts.FlipVerdict)
+def flip_text(v: verdicts.FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
     if v.kind != "hidden":
         return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
@@ -538,8 +531,8 @@ def flip_text(v: FlipVerdict) -> str:
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 
-@drawing.text.register(SharesVerdict)
-def shares_text(v: SharesVerdict) -> str:
+@drawing.text.register(verdicts.SharesVerdict)
+def shares_text(v: verdicts.SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
     ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
     facts = f"{ranks}; the KL is {v.ratio:.2g} times its quadratic part"

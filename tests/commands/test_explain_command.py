@@ -13,7 +13,7 @@ import chats
 import models
 import pytest
 import torch
-from browser import browser, drawn, opened
+from browser import browser, drawn
 from results_by_hand import without_plotly
 from rich.console import Console
 from typer.testing import CliRunner
@@ -321,7 +321,7 @@ class TestReal:
         assert not re.search(r"warn|deprecat|traceback", real[0].stderr, flags=re.IGNORECASE)
 
     @browser
-    def test_page_opens(self, real, tmp_path):
+    def test_page_opens(self, real, tmp_path, opened):
         dom, console = opened(real[1].read_text(encoding="utf-8"), tmp_path)
         assert console == [] and drawn(dom) == len(PLOTS)
-        assert 'data-wide="false"' in dom
+        assert 'data-wide="false at 1200"' in dom

@@ -69,6 +69,26 @@ def test_what_is_not_to_be_read_is_there_again_afterwards():
     assert type(module) is kind and module.in_features == 2
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_spans_that_refuse_a_reading_end_in_any_order(first: int):
+    """What one of two no longer refuses is read again, and the other still refuses its own."""
+    module, names = nn.Linear(2, 3), ("in_features", "out_features")
+    spans: list[Temporary] = []
+    for name in names:
+
+        def refused(span: Temporary, name: str = name) -> None:
+            compat.refuse_reading(span, module, [name], lambda: ValueError(name))
+
+        spans.append(Temporary(refused))
+        spans[-1].__enter__()
+    spans[first].close()
+    assert getattr(module, names[first]) == (2, 3)[first]
+    with pytest.raises(ValueError, match=names[1 - first]):
+        getattr(module, names[1 - first])
+    spans[1 - first].close()
+    assert type(module) is nn.Linear and (module.in_features, module.out_features) == (2, 3)
+
+
 def test_experts_of_transformers():
     """What a stack of experts states about itself, and the kernel and gate that it is given."""
     if not models.is_newest():

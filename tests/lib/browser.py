@@ -6,11 +6,11 @@ that there must be one ("required"), so that it fails instead, or that none is w
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import html.parser
 import os
-import re
 import shutil
-import subprocess
 
 import pytest
 
@@ -25,7 +25,7 @@ browser = pytest.mark.skipif(
 
 # Once every picture that is not folded away is drawn, or after ten seconds: the height as it is
 # folded, and, with all unfolded, the rest.
-MEASURE = r"""<script>addEventListener("load", () => {
+MEASURE = r"""addEventListener("load", () => {
   const began = performance.now();
   const measure = (height) => {
     const boxes = [document.documentElement, ...document.querySelectorAll(".scroll")];
@@ -35,10 +35,10 @@ MEASURE = r"""<script>addEventListener("load", () => {
     const faint = words.filter((word) => shown(word) && contrast(word) < 4.5);
     const maps = plots().filter((plot) => plot.querySelector(".heatmaplayer .hm"));
     const titled = maps.filter((map) => map.querySelector(".xtitle, .ytitle")).length;
-    Object.assign(document.body.dataset, {wide, ink: getComputedStyle(document.body).color,
-      text: document.querySelector(".xtitle")?.style.fill, titled, height,
+    Object.assign(document.body.dataset, {wide: wide + " at " + innerWidth, titled, height,
+      ink: getComputedStyle(document.body).color,
+      text: document.querySelector(".xtitle")?.style.fill,
       faint: faint.map((word) => word.textContent).join("; ")});
-    parent.postMessage({wide: wide + " at " + innerWidth, titled, height}, "*");
   };
   const plots = () => [...document.querySelectorAll(".plot")];
   const numbers = (colour) => colour.match(/[\d.]+/g).map(Number);
@@ -69,37 +69,71 @@ MEASURE = r"""<script>addEventListener("load", () => {
     for (const part of document.querySelectorAll("details")) part.open ||= %s;
     wait(() => measure(height));
   });
-})</script></body>"""
-PHONE = """<iframe src="page.html" style="width:390px; height:800px"></iframe><script>
-addEventListener("message", ({data}) => Object.assign(document.body.dataset, data));</script>"""
+})"""
+
+DOM = """for (const part of document.querySelectorAll("script, template")) part.remove();
+document.documentElement.outerHTML"""
 
 
-def opened(page, folder, *, fragment="", dark=False, phone=False, unfolded=True):
-    """The DOM after scripts have run, and what the console said; of a phone, its frame's.
-
-    Its body's data say whether anything is wider than it should be, how high the page is before it
-    is unfolded, which words are faint (a contrast below 4.5), and how many maps have titles on
-    their axes.
-    """
+@contextlib.contextmanager
+def opening():
+    """Opens pages in one browser, each in a tab of its own: the fixture `opened`."""
     assert BROWSER, f"LENS_LORA_BROWSER=required, and none of {NAMES} is on the PATH"
-    path = folder / "page.html"
-    path.write_text(
-        page.replace("</body>", MEASURE.replace("%s", str(unfolded).lower())), encoding="utf-8"
-    )
-    if phone:
-        path = folder / "phone.html"
-        path.write_text(PHONE, encoding="utf-8")
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-         "--disable-background-networking", "--enable-logging=stderr",
-         f"--user-data-dir={folder / 'profile'}", "--window-size=1200,900",
-         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-         "--virtual-time-budget=20000", "--dump-dom", f"{path.as_uri()}{fragment}"],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    parts = r"<script.*?</script>|<template.*?</template>"
-    dom = re.sub(parts, "", done.stdout, flags=re.DOTALL)
-    return dom, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    import choreographer  # which the oldest dependencies are tested without
+
+    chromium = choreographer.Browser(BROWSER)
+
+    def opened(page, folder, *, fragment="", dark=False, phone=False, unfolded=True):
+        """The DOM after scripts have run, without them, and what the console said.
+
+        Its body's data say whether anything is wider than it should be, in a window of what width,
+        how high the page is before it is unfolded, which words are faint (a contrast below 4.5),
+        and how many maps have titles on their axes.
+        """
+        path = folder / "page.html"
+        path.write_text(page, encoding="utf-8")
+        measure = MEASURE.replace("%s", str(unfolded).lower())
+        width = 390 if phone else 1200
+        visit = _visit(chromium, f"{path.as_uri()}{fragment}", measure, dark, width)
+        return loop.run_until_complete(asyncio.wait_for(visit, 240))
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(chromium.open())
+        try:
+            yield opened
+        finally:
+            loop.run_until_complete(chromium.close())
+
+
+async def _visit(chromium, address, measure, dark, width):
+    """Until 20 seconds of the page's own clock have passed, which stands while it computes."""
+    tab, said = await chromium.create_tab("about:blank"), []
+
+    async def hear(event):
+        said.append(str(event["params"]))
+
+    for event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+        tab.subscribe(event, hear)
+    colours = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    clock = {"policy": "pauseIfNetworkFetchesPending", "budget": 20000}
+    passed = tab.subscribe_once("Emulation.virtualTimeBudgetExpired")
+    for command, arguments in (
+        ("Runtime.enable", {}),
+        ("Log.enable", {}),
+        ("Page.enable", {}),
+        ("Page.addScriptToEvaluateOnNewDocument", {"source": measure}),
+        ("Emulation.setEmulatedMedia", {"features": [colours]}),
+        ("Emulation.setDeviceMetricsOverride", window),
+        ("Page.navigate", {"url": address}),
+        ("Emulation.setVirtualTimePolicy", clock),
+    ):
+        answer = await tab.send_command(command, arguments)
+        assert "error" not in answer, (command, answer)
+    await passed
+    answer = await tab.send_command("Runtime.evaluate", {"expression": DOM})
+    await tab.close()
+    return answer["result"]["result"]["value"], said
 
 
 def drawn(dom):

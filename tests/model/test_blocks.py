@@ -247,6 +247,23 @@ def test_blocks_add_up(how: str, cls: str):
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_end_in_any_order(first: int, cls: str):
+    """What is left on the model is the other's alone, and after both the model is as it was."""
+    own, other, _ = lenses(cls)
+    own.model(tokens())
+    before, kinds = held(own.model), list(map(type, own.model.modules()))
+    left = (own, other)[1 - first].logits(tokens())
+    blocks = own.applied(), other.applied()
+    for block in blocks:
+        block.__enter__()
+    blocks[first].__exit__(None, None, None)
+    assert torch.equal(own.model(tokens()), left)
+    blocks[1 - first].__exit__(None, None, None)
+    assert held(own.model) == before and list(map(type, own.model.modules())) == kinds
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("how", ["blocks", "lists"])
 @pytest.mark.usefixtures("float64")
 def test_blocks_of_v_and_o_where_value_biases_are_folded(how: str, cls: str, monkeypatch):
@@ -296,6 +313,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_without_the_check_the_adapter_is_applied_twice(cls: str, monkeypatch):
     of = lenses(cls)
+    assert expected(cls)  # made without the fault
     monkeypatch.setattr(gates_module.hooks, "require_own_hooks", lambda laid_by, adapter: None)
     with of.own.applied():
         assert {outcome(of, name, "") for name in ("logits", "first_order")} == {"wrong"}

@@ -504,6 +504,21 @@ def test_the_model_computes_its_own_again(case):
     assert float((twice - case.lens.logits(tokens)).abs().max()) < 1e-12
 
 
+def test_blocks_on_stacks_end_in_any_order(case):
+    """The expert's update of the block that is left stays on."""
+    half, tokens = case.lens.with_adapter(case.lens.adapter.scaled(0.5)), models.tokens(batch=1)
+    expected = half.logits(tokens)
+    blocks = case.lens.applied(), half.applied()
+    for block in blocks:
+        block.__enter__()
+    blocks[0].__exit__(None, None, None)
+    assert torch.equal(case.model(tokens), expected)
+    blocks[1].__exit__(None, None, None)
+    assert all(
+        own_forward(stack) is None for stack in experts.experts_by_layer(case.model).values()
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrong_order_of_experts_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
     base = architectures.hf_model(name, dtype=torch.float32)

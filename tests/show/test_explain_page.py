@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
-from browser import Reader, browser, drawn, opened
+from browser import Reader, browser, drawn
 from explained import by_hand
 from results_by_hand import EVIL, SCALES, SITES, attribution, without_plotly
 
@@ -279,15 +279,15 @@ def test_the_check_of_hostile_names_sees_a_careless_page(setting, text, monkeypa
 
 
 @browser
-def test_browser_draws_every_plot_without_an_error(page, tmp_path):
+def test_browser_draws_every_plot_without_an_error(page, tmp_path, opened):
     dom, console = opened(page, tmp_path)
     assert console == [] and drawn(dom) == PLOTS
-    assert 'data-wide="false"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
+    assert 'data-wide="false at 1200"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
     assert 'data-text="rgb(28, 33, 38)' in dom
 
 
 @browser
-def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path):
+def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened):
     """One picture at first; of several prompts the overview, and the prompt that a link names."""
     assert drawn(opened(page, tmp_path, unfolded=False)[0]) == 1
     several = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
@@ -298,11 +298,11 @@ def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path):
 
 
 @browser
-def test_browser_draws_every_prompt_in_dark(tmp_path):
+def test_browser_draws_every_prompt_in_dark(tmp_path, opened):
     page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
     dom, console = opened(page, tmp_path, dark=True)
     assert console == [] and drawn(dom) == OVERVIEW + 2 * PLOTS
-    assert 'data-wide="false"' in dom
+    assert 'data-wide="false at 1200"' in dom
     assert 'data-ink="rgb(230, 234, 238)"' in dom and 'data-text="rgb(230, 234, 238)' in dom
 
 
@@ -318,7 +318,7 @@ addEventListener("load", () => setTimeout(() => {
 
 
 @browser
-def test_browser_saves_pictures_and_numbers(page, tmp_path):
+def test_browser_saves_pictures_and_numbers(page, tmp_path, opened):
     dom, console = opened(page.replace("</body>", SAVE), tmp_path, unfolded=False)
     assert console == []
     name = "margin-lyon-paris-along-ε"
@@ -328,7 +328,7 @@ def test_browser_saves_pictures_and_numbers(page, tmp_path):
 
 
 @browser
-def test_page_is_no_wider_than_a_phone(page, tmp_path):
+def test_page_is_no_wider_than_a_phone(page, tmp_path, opened):
     """Nor is any table on it: a row becomes a card, or its words wrap."""
     dom, console = opened(page, tmp_path, phone=True)
     assert console == [] and 'data-wide="false at 390"' in dom
@@ -337,7 +337,7 @@ def test_page_is_no_wider_than_a_phone(page, tmp_path):
 
 
 @browser
-def test_browser_runs_no_name_and_drops_none(tmp_path):
+def test_browser_runs_no_name_and_drops_none(tmp_path, opened):
     titled = "".join(HOSTILE)
     dom, console = opened(explanation_report([named(*HOSTILE)], title=titled), tmp_path)
     assert console == [] and drawn(dom) == PLOTS
@@ -350,7 +350,7 @@ PLOTLYS_OWN = ("$x$ costs $5", "%{x} of %{y}", "<b>bold</b>", 'it\'s "so"', "&qu
 
 @browser
 @pytest.mark.parametrize("written", [label, html.escape])
-def test_a_figure_writes_what_plotly_would_read_as_marks(written, tmp_path):
+def test_a_figure_writes_what_plotly_would_read_as_marks(written, tmp_path, opened):
     """In the control `&quot;` stays, and plotly asks for MathJax to typeset what $ encloses."""
     names = [written(text) for text in PLOTLYS_OWN]
     figure = go.Figure(go.Bar(x=[1.0] * len(names), y=names, orientation="h"))
@@ -362,7 +362,7 @@ def test_a_figure_writes_what_plotly_would_read_as_marks(written, tmp_path):
 
 
 @browser
-def test_browser_check_sees_a_name_that_runs(tmp_path, monkeypatch):
+def test_browser_check_sees_a_name_that_runs(tmp_path, monkeypatch, opened):
     """The control."""
     careless = render._templates().overlay(autoescape=False)
     monkeypatch.setattr(render, "_templates", lambda: careless)
@@ -371,7 +371,7 @@ def test_browser_check_sees_a_name_that_runs(tmp_path, monkeypatch):
 
 
 @browser
-def test_browser_check_sees_a_broken_page(page, tmp_path):
+def test_browser_check_sees_a_broken_page(page, tmp_path, opened):
     """The control: a plot that cannot be drawn is reported, and not counted."""
     broken = page.replace("Plotly.newPlot(", "Plotly.noSuchPlot(")
     dom, console = opened(broken, tmp_path)

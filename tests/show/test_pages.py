@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 import pytest
-from browser import browser, drawn, opened
+from browser import browser, drawn
 from every_result import (
     checkpoints,
     rank_activations,
@@ -66,18 +66,18 @@ def test_save_report_writes_the_page(kind: str, tmp_path):
 
 @KINDS
 @browser
-def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path):
+def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path, opened):
     page = PAGES[kind][0].report()
     dom, console = opened(page, tmp_path, dark=True)
     assert console == [] and drawn(dom) == without_plotly(page).count("data-figure=")
-    assert 'data-wide="false"' in dom and 'data-faint=""' in dom
+    assert 'data-wide="false at 1200"' in dom and 'data-faint=""' in dom
     dom, console = opened(page, tmp_path, phone=True)
     assert console == [] and 'data-wide="false at 390"' in dom and 'data-titled="0"' in dom
     assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
 
 
 @browser
-def test_the_check_sees_what_is_faint_or_titled(tmp_path):
+def test_the_check_sees_what_is_faint_or_titled(tmp_path, opened):
     """The control: grey on the dark paper, and a map that keeps its titles where it is narrow."""
     page = PAGES["changes"][0].report()
     faint = page.replace("mark { background", "mark { color: #60666c !important; background")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser import browser, drawn, opened
+from browser import browser, drawn
 from every_result import response_explanation
 
 PLOTS = 3
@@ -26,10 +26,10 @@ def note(dom: str) -> str:
 
 
 @browser
-def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp_path):
+def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp_path, opened):
     dom, console = opened(page, tmp_path)
     assert console == [] and drawn(dom) == PLOTS
-    assert 'data-wide="false"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
+    assert 'data-wide="false at 1200"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
     assert note(dom).startswith("2 a⏎b\nKL 2.00 and back 1.50 nats\n")
     assert "<b>x</b></span>" not in dom and "&lt;b&gt;x&lt;/b&gt;</span>" in dom
 
@@ -44,7 +44,7 @@ def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp
         (1, "click", "ArrowRight", "2 a⏎b"),
     ],
 )
-def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key, shown):
+def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key, shown, opened):
     """By mouse, by touch, and by arrow keys, which stop at the ends."""
     pointed = page.replace("</body>", POINT % (index, event, key))
     dom, console = opened(pointed, tmp_path)
@@ -53,7 +53,7 @@ def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key,
 
 
 @browser
-def test_it_is_no_wider_than_a_phone_and_dark_where_wanted(page, tmp_path):
+def test_it_is_no_wider_than_a_phone_and_dark_where_wanted(page, tmp_path, opened):
     dom, console = opened(page, tmp_path, phone=True)
     assert console == [] and 'data-wide="false at 390"' in dom
     dom, console = opened(page, tmp_path, dark=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser import browser, drawn, opened
+from browser import browser, drawn
 from every_result import (
     activation_shift,
     activations,
@@ -88,8 +88,8 @@ def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
 
 
 @browser
-def test_the_page_is_drawn(page: str, tmp_path):
+def test_the_page_is_drawn(page: str, tmp_path, opened):
     dom, console = opened(page, tmp_path)
-    assert console == [] and drawn(dom) == 2 and 'data-wide="false"' in dom
+    assert console == [] and drawn(dom) == 2 and 'data-wide="false at 1200"' in dom
     dom, console = opened(page, tmp_path, phone=True)
     assert console == [] and 'data-wide="false at 390"' in dom
