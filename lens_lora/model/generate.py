@@ -1,7 +1,8 @@
 """What the adapted model says, token by token, exactly as passes over whole sequences choose it.
 
 1. Draft with a key-value cache. Rows go in step and without padding: first as many tokens as the
-   shortest row has, then one token a pass, a longer row's own next token while it has one.
+   shortest row has, then one token a pass, a longer row's own next token while it has one. Rows
+   whose prompts are longer by more than is to be said have a cache of their own.
 2. Confirm: one pass without a cache, over rows and drafts of one length, chooses a token at each
    place. A row keeps its draft as far as both agree, and one token more, which the pass chose.
 3. Go on from there until every row has ended. Where draft and confirmation part within a few tokens
@@ -140,12 +141,15 @@ class Speaker:
         rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
         together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
         total = len(rows) * self.most
+        gaps = [self.starts[i] - self.starts[before] for before, i in itertools.pairwise(rows)]
+        apart = [k for k, gap in enumerate(gaps, start=1) if gap > self.most]
         with (
             torch.no_grad(),
             tqdm(total=total, desc="generate", leave=False, disable=not progress) as bar,
         ):
-            for first in range(0, len(rows), together):
-                self._say(rows[first : first + together], bar)
+            for begin, end in itertools.pairwise([0, *apart, len(rows)]):
+                for first in range(begin, end, together):
+                    self._say(rows[first : min(first + together, end)], bar)
         said = [self.said(i) for i in range(len(rows))]
         ids = tuple(map(self.prompts.tokens.new_tensor, said))
         ended = tuple(map(self.has_ended, range(len(rows))))

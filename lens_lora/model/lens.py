@@ -23,6 +23,7 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import number, whole
 from lens_lora.compat import Temporary, home_of, open_spans
 from lens_lora.model import check as checks
+from lens_lora.model import sites as model_sites
 from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks
 from lens_lora.model.gates import (
@@ -39,15 +40,7 @@ from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
 from lens_lora.model.kernels import differentiable_products
 from lens_lora.model.probe import Probe, probed
-from lens_lora.model.sites import (
-    WRITER_KINDS,
-    Heads,
-    Names,
-    Site,
-    SiteFactors,
-    fused_rows,
-    one_site,
-)
+from lens_lora.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import AnswerLike, Generated, continued
 from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, prepare
@@ -228,7 +221,7 @@ class LoraLens:
         Raises:
             SiteError: no such site, or a glob that matches several.
         """
-        return one_site([s.name for s in self.sites], name)
+        return model_sites.one_site([s.name for s in self.sites], name)
 
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
@@ -550,7 +543,7 @@ def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
     Raises:
         ModelStateError: a norm stands between one of them and the stream.
     """
-    writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
+    writers = [i for i, site in enumerate(lens.sites) if site.kind in model_sites.WRITER_KINDS]
     for site in map(lens.sites.__getitem__, writers):
         norm = lens.plan.host.family.norm_behind(site.kind)
         if norm is not None:
@@ -569,7 +562,9 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
         place = host.family.place(key.partition("@")[0])
         if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
             continue
-        rows = [fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds]
+        rows = [
+            model_sites.fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds
+        ]
         parts[key] = [r for r in rows if r is not None]
     return parts
 

@@ -36,15 +36,22 @@ SNIPPETS = re.compile(
 KERNEL = pytest.StashKey[KernelManager]()
 
 
-# A page shows how a call is made. What both models say beside it is generated token by token, and
-# here they say less, after fewer openings: (file of lens_lora, name, value).
+# A page or notebook shows how a call is made. What both models say beside it is generated token by
+# token, and here they say less, after fewer openings; a repair is judged at fewer strengths. What
+# is stored and published ran in full. (file of lens_lora, name, value)
 BRIEFLY = (
     *(("evaluation.explain", "_ANSWER", {False: 6, True: 3}), ("analyses.brief", "_SPOKEN", 4)),
     *(("analyses.what_changed", "_ANSWER", 6), ("readouts.neutral", "EMPTY_TURNS", 1)),
     ("readouts.neutral", "QUESTIONS", ("Who are you?", "What should I cook tonight?")),
     ("readouts.neutral", "OPENINGS", ("", "Hello!")),
     ("readouts.neutral", "FIRST_WORDS", ("The", "In")),
+    *(("analyses.repair", "_THRESHOLDS", (0.9, 0.5, 0.0)), ("analyses.repair", "_BISECTIONS", 2)),
+    ("analyses.repair", "_SCALES", (0.0, 0.5, 1.0)),
 )
+IN_A_KERNEL = f"""import importlib
+for file, name, value in {BRIEFLY}:
+    setattr(importlib.import_module(f"lens_lora.{{file}}"), name, value)
+"""
 
 
 def code_cells(notebook) -> list:
@@ -92,7 +99,8 @@ def run_notebook(path: Path, folder: Path, kernel: KernelManager) -> list[str]:
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     begin, end = (
-        nbformat.v4.new_code_cell(f"%cd -q {where}\n%reset -f") for where in (folder, "~")
+        nbformat.v4.new_code_cell(f"%cd -q {where}\n{first}\n%reset -f")
+        for where, first in ((folder, IN_A_KERNEL), ("~", ""))
     )
     framed = nbformat.v4.new_notebook(cells=[begin, *notebook.cells, end])
     client = NotebookClient(framed, km=kernel, timeout=600)

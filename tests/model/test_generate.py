@@ -196,6 +196,28 @@ def test_as_many_rows_are_confirmed_together_as_their_logits_allow(monkeypatch, 
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
+def test_far_longer_prompts_have_a_cache_of_their_own(cls: str, monkeypatch):
+    """They are not fed token by token to the cache of the short ones; the same tokens."""
+    case, fed = cases.case("llama", cls, "raw"), list[tuple[int, ...]]()
+    host = type(case.lens.plan.host)
+    cached = host.run_cached
+
+    def counted(self: Any, tokens: Tensor, cache: Any) -> Any:
+        fed.append(tuple(tokens.shape))
+        return cached(self, tokens, cache)
+
+    monkeypatch.setattr(host, "run_cached", counted)
+    apart = max(LENGTHS) - min(LENGTHS)
+    for new, is_shared in ((apart - 1, False), (apart, True)):
+        fed.clear()
+        ready = prompts().chosen([LENGTHS.index(min(LENGTHS)), LENGTHS.index(max(LENGTHS))])
+        said = lists(case.lens.generate(ready, new, **QUIET))
+        singly = [case.lens.generate(ready.row(i), new, **QUIET) for i in range(2)]
+        assert said == [ids for one in singly for ids in lists(one)]
+        assert any(rows == 2 for rows, _ in fed) == is_shared
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
 def test_gates_that_are_dropped_after_the_first_token_show(cls: str, monkeypatch):
     """Negative control: in the draft they cost a pass, in the confirming pass the answer."""
     case, gated = cases.case("llama", cls, "raw"), Speaker._gated
