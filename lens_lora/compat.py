@@ -216,7 +216,9 @@ class SharedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._own = own_forward(module)
-        self.before = self._own or functools.partial(type(module).forward, module)
+        self.before: Callable[..., Any] = self._own or functools.partial(
+            type(module).forward, module
+        )
         self.asked: list[Any] = []
 
     @classmethod

@@ -258,8 +258,9 @@ def choice(others: Plants) -> str:
         scores = scored(others, measure)
         facts = scores["kind"] == "two facts"
         values = " and ".join(f"{score:.2f}" for score in scores["first_order@0"][facts])
-        least = scores["first_order@0"][~facts].min()
-        parts.append(f"{words} {values} on two facts, at least {least:.2f} on all others")
+        least = f"{scores['first_order@0'][~facts].min():.2f}"
+        least = least if least == "1.00" else f"at least {least}"
+        parts.append(f"{words} {values} on two facts, {least} on all others")
     return f"First order at 0: {'; '.join(parts)}."
 
 

@@ -23,10 +23,10 @@ FIGURE = "application/vnd.plotly.v1+json"
 ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
 # Begun first, the longest first, so that two workers end together.
 LONGEST = (
-    *("examples", "recipes", "repairing_an_adapter", "auditing", "two_adapters"),
-    *("rank_one_adapter", "chat_model", "just_a_steering_vector", "what_was_it_taught"),
-    *("what_first_order_misses", "what_is_a_direction_worth", "what_does_it_say"),
-    *("two_adapters_one_fact", "how_a_fact_is_learnt", "full_fine_tune_as_adapter"),
+    *("examples", "recipes", "auditing", "chat_model", "what_was_it_taught"),
+    *("what_first_order_misses", "full_fine_tune_as_adapter", "two_adapters"),
+    *("what_does_it_say", "rank_one_adapter", "just_a_steering_vector", "repairing_an_adapter"),
+    *("against_activation_patching", "fact_margin_and_flip", "what_is_a_direction_worth"),
 )
 FEWEST_FIGURES = {"first_look": 3}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
@@ -48,9 +48,15 @@ BRIEFLY = (
     *(("analyses.repair", "_THRESHOLDS", (0.9, 0.5, 0.0)), ("analyses.repair", "_BISECTIONS", 2)),
     ("analyses.repair", "_SCALES", (0.0, 0.5, 1.0)),
 )
+# In a notebook's kernel, where an adapter is trained for a third of its steps.
 IN_A_KERNEL = f"""import importlib
 for file, name, value in {BRIEFLY}:
     setattr(importlib.import_module(f"lens_lora.{{file}}"), name, value)
+from lens_lora.demonstration import embedded
+def briefly(*given, steps, train=embedded.train_adapter, **named):
+    return train(*given, steps=steps // 3, **named)
+if embedded.train_adapter.__name__ != "briefly":
+    embedded.train_adapter = briefly
 """
 
 
@@ -93,14 +99,14 @@ def stored_faults(path: Path) -> list[str]:
     return found + ([] if in_order else ["not run from top to bottom in one go"])
 
 
-def run_notebook(path: Path, folder: Path, kernel: KernelManager) -> list[str]:
+def run_notebook(path: Path, folder: Path, kernel: KernelManager, before: str = "") -> list[str]:
     """What is wrong with it once it has run in that folder; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     begin, end = (
         nbformat.v4.new_code_cell(f"%cd -q {where}\n{first}\n%reset -f")
-        for where, first in ((folder, IN_A_KERNEL), ("~", ""))
+        for where, first in ((folder, before), ("~", ""))
     )
     framed = nbformat.v4.new_notebook(cells=[begin, *notebook.cells, end])
     client = NotebookClient(framed, km=kernel, timeout=600)
@@ -169,7 +175,7 @@ class Notebook(Execution):
 
         if len(models.MAKERS) < 2 and self.path.stem not in ON_EVERY_LINE:
             pytest.skip("executed where both classes of hooked model exist (transformer-lens 3.9)")
-        return run_notebook(self.path, folder, kernel_of(self.config))
+        return run_notebook(self.path, folder, kernel_of(self.config), IN_A_KERNEL)
 
 
 class Page(Execution):
