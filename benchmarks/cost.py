@@ -107,7 +107,7 @@ def column(lens: ll.LoraLens, batch: int, tokens: int) -> dict[str, str]:
             continue
         slow = interleaved(lens, prompts, [work], 1)
         base = statistics.median([quick[work.unit], slow[work.unit]])
-        cells[work.name] = _ratio(slow[work.name] / base, work.unit)
+        cells[work.name] = _ratio(slow[work.name] * work.share / base, work.unit)
         if work is SLOW[0]:
             cells["… times faster than a loop of jvps"] = f"{loop / slow[work.name]:.0f}"
             cells["… share of the matmul peak"] = f"{_share_of_peak(lens, prompts, slow, work):.0%}"

@@ -107,33 +107,41 @@ def opening():
 
 async def _visit(chromium, address, measure, dark, width):
     """Until 20 seconds of the page's own clock have passed, which stands while it computes."""
-    tab, said = await chromium.create_tab("about:blank"), []
+    tab, said, loaded = await chromium.create_tab("about:blank"), [], set()
+
+    async def send(command, **arguments):
+        answer = await tab.send_command(command, arguments)
+        assert "error" not in answer, (command, answer)
+        return answer["result"]
 
     async def hear(event):
         said.append(str(event["params"]))
 
+    async def live(event):
+        if event["params"]["name"] == "load":
+            loaded.add(event["params"]["loaderId"])
+
     for event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
         tab.subscribe(event, hear)
+    tab.subscribe("Page.lifecycleEvent", live)
+    for domain in ("Runtime", "Log", "Page"):
+        await send(f"{domain}.enable")
+    await send("Page.setLifecycleEventsEnabled", enabled=True)
+    await send("Page.addScriptToEvaluateOnNewDocument", source=measure)
     colours = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    await send("Emulation.setEmulatedMedia", features=[colours])
     window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    clock = {"policy": "pauseIfNetworkFetchesPending", "budget": 20000}
+    await send("Emulation.setDeviceMetricsOverride", **window)
+    page = (await send("Page.navigate", url=address))["loaderId"]
+    while page not in loaded:  # before, the clock would be that of the blank page
+        await asyncio.sleep(0.01)
     passed = tab.subscribe_once("Emulation.virtualTimeBudgetExpired")
-    for command, arguments in (
-        ("Runtime.enable", {}),
-        ("Log.enable", {}),
-        ("Page.enable", {}),
-        ("Page.addScriptToEvaluateOnNewDocument", {"source": measure}),
-        ("Emulation.setEmulatedMedia", {"features": [colours]}),
-        ("Emulation.setDeviceMetricsOverride", window),
-        ("Page.navigate", {"url": address}),
-        ("Emulation.setVirtualTimePolicy", clock),
-    ):
-        answer = await tab.send_command(command, arguments)
-        assert "error" not in answer, (command, answer)
+    clock = {"policy": "pauseIfNetworkFetchesPending", "budget": 20000}
+    await send("Emulation.setVirtualTimePolicy", **clock)
     await passed
-    answer = await tab.send_command("Runtime.evaluate", {"expression": DOM})
+    dom = await send("Runtime.evaluate", expression=DOM)
     await tab.close()
-    return answer["result"]["result"]["value"], said
+    return dom["result"]["value"], said
 
 
 def drawn(dom):
