@@ -243,7 +243,7 @@ class _Guard(NamedTuple):
     unless: Callable[[], bool]
 
 
-# Of each module that has any: the class that it is of, and its guards.
+# Of each module that has guards: its own class, and them.
 _Guarded: TypeAlias = weakref.WeakKeyDictionary[nn.Module, tuple[type, list[_Guard]]]
 _GUARDED: _Guarded = weakref.WeakKeyDictionary()
 

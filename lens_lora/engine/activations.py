@@ -417,7 +417,7 @@ def replaced_readout(
 
 
 class _ReplaceInject:
-    """What each row of a run writes: its point, and the row of the reading that it is of."""
+    """What each row of a run writes: its point, and which row of the reading it belongs to."""
 
     def __init__(
         self, lens: LoraLens, points: Points, rows: Int[Tensor, " row"], stand_in: StandIn | None
