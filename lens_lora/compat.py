@@ -190,17 +190,15 @@ def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def replace_forward(
-    span: Temporary, module: nn.Module, forward: Callable[..., Any], name: str = "forward"
-) -> None:
+def replace_forward(span: Temporary, module: nn.Module, forward: Callable[..., Any]) -> None:
     """The module computes `forward` until the span ends.
 
     A hook cannot keep a module from computing. The change is made in the module's own dictionary,
     as a bridge's component passes attributes on to the module that it wraps.
     """
     attributes = vars(module)
-    span.way_back(functools.partial(_put_back, attributes, name, attributes.get(name)))
-    attributes[name] = forward
+    span.way_back(functools.partial(_put_back, attributes, "forward", attributes.get("forward")))
+    attributes["forward"] = forward
 
 
 def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
@@ -213,28 +211,26 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
 class SharedForward:
     """What a module computes until the last span ends that asked for it, in whatever order."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._own = own_forward(module)
-        self.before: Callable[..., Any] = self._own or functools.partial(
-            type(module).forward, module
-        )
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self._name, self._own = module, name, vars(module).get(name)
+        of_class = functools.partial(type(module).forward, module)
+        self.before: Callable[..., Any] = self._own or of_class
         self.asked: list[Any] = []
 
     @classmethod
-    def until(cls, span: Temporary, module: nn.Module, entry: object) -> Any:
+    def until(cls, span: Temporary, module: nn.Module, entry: object, name: str = "forward") -> Any:
         """What stands there is shared; `entry` is in `asked` until the span ends."""
-        shared = own_forward(module)
-        shared = shared if isinstance(shared, cls) else cls(module)
+        shared = vars(module).get(name)
+        shared = shared if isinstance(shared, cls) else cls(module, name)
         span.way_back(functools.partial(shared._leave, entry))
         shared.asked.append(entry)
-        vars(module)["forward"] = shared
+        vars(module)[name] = shared
         return shared
 
     def _leave(self, entry: object) -> None:
         self.asked[:] = [other for other in self.asked if other is not entry]
         if not self.asked:
-            _put_back(vars(self.module), "forward", self._own)
+            _put_back(vars(self.module), self._name, self._own)
 
 
 class _Guard(NamedTuple):

@@ -58,6 +58,7 @@ _PATIENCE = 60.0
 # takes it has its model's lock already.
 ONE_IN_A_PROCESS = threading.Condition()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Condition] = weakref.WeakKeyDictionary()
+_HOLDERS: weakref.WeakKeyDictionary[threading.Condition, list[object]] = weakref.WeakKeyDictionary()
 
 
 class _Call(threading.local):
@@ -186,11 +187,17 @@ def is_held(lock: threading.Condition) -> bool:
 
 
 def hold(span: Temporary, lock: threading.Condition) -> None:
-    """The lock is this thread's until the span ends, or an outer one of the same lock."""
-    if is_held(lock):
-        return
-    span.way_back(lambda: lock.release() if is_held(lock) else None)
-    if not lock.acquire(timeout=_PATIENCE):
+    """The lock is this thread's until the last of its spans that asked for it ends."""
+    holders, token = _HOLDERS.setdefault(lock, []), object()
+
+    def leave() -> None:
+        if token in holders:
+            holders.remove(token)
+        if not holders and is_held(lock):
+            lock.release()
+
+    span.way_back(leave)
+    if not is_held(lock) and not lock.acquire(timeout=_PATIENCE):
         warnings.warn(
             f"{threading.current_thread().name} has waited a minute for a thread that runs a lens "
             "on the same model. If that thread waits for this one, neither will go on: leave its "
@@ -198,6 +205,7 @@ def hold(span: Temporary, lock: threading.Condition) -> None:
             stacklevel=2,
         )
         lock.acquire()
+    holders.append(token)
 
 
 class Arranger:

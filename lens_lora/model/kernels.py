@@ -30,7 +30,6 @@ bitsandbytes' own products have first derivatives in reverse mode only.
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -236,35 +235,33 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Te
 def differentiable_products(span: compat.Temporary, modules: tuple[nn.Module, ...]) -> None:
     """Within the block these modules have derivatives of every order, and values as above."""
     for module in modules:
-        name = compat.computing_attribute(module)
-        native = getattr(module, name)
-        if isinstance(native, functools.partial) and native.func in (_product, _straight_through):
-            continue
-        product = functools.partial(_product, module)
-        if quantised_name(module) == "8 bit":
-            product = functools.partial(_straight_through, module, native)
-        compat.replace_forward(span, module, product, name)
+        product = _Product if quantised_name(module) == "4 bit" else _StraightThrough
+        product.until(span, module, object(), compat.computing_attribute(module))
 
 
-def _product(module: Any, x: Tensor) -> Tensor:
-    """x Ŵᵀ + b in the module's compute dtype, as bitsandbytes chooses it."""
-    dtype = module.compute_dtype if module.compute_type_is_set else None
-    if dtype is None and x.dtype in (torch.float32, torch.bfloat16):
-        dtype = x.dtype
-    dtype = dtype or x.dtype
-    bias = None if module.bias is None else module.bias.to(dtype)
-    return linear(x.to(dtype), _of_4bit(module, dtype), bias).to(x.dtype)
+class _Product(compat.SharedForward):
+    def __call__(self, x: Tensor) -> Tensor:
+        """x Ŵᵀ + b in the module's compute dtype, as bitsandbytes chooses it."""
+        module: Any = self.module
+        dtype = module.compute_dtype if module.compute_type_is_set else None
+        if dtype is None and x.dtype in (torch.float32, torch.bfloat16):
+            dtype = x.dtype
+        dtype = dtype or x.dtype
+        bias = None if module.bias is None else module.bias.to(dtype)
+        return linear(x.to(dtype), _of_4bit(module, dtype), bias).to(x.dtype)
 
 
-def _straight_through(module: Any, native: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The kernel's value; where a derivative is asked for, with that of x Ŵᵀ + b."""
-    primal, tangent = fwad.unpack_dual(x)
-    value = native(primal.detach())
-    if tangent is None and not (torch.is_grad_enabled() and x.requires_grad):
-        return value
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    smooth = linear(x, _of_8bit(module, x.dtype), bias)
-    return value + (smooth - fwad.unpack_dual(smooth).primal.detach())
+class _StraightThrough(compat.SharedForward):
+    def __call__(self, x: Tensor) -> Tensor:
+        """The kernel's value; where a derivative is asked for, with that of x Ŵᵀ + b."""
+        module: Any = self.module
+        primal, tangent = fwad.unpack_dual(x)
+        value = self.before(primal.detach())
+        if tangent is None and not (torch.is_grad_enabled() and x.requires_grad):
+            return value
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        smooth = linear(x, _of_8bit(module, x.dtype), bias)
+        return value + (smooth - fwad.unpack_dual(smooth).primal.detach())
 
 
 def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:

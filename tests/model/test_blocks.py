@@ -22,6 +22,7 @@ from interrupts import held
 
 import lens_lora as ll
 from lens_lora.model import gates as gates_module
+from lens_lora.model import hooks
 from lens_lora.model import lens as lens_module
 from lens_lora.model.gates import ScaleInject
 
@@ -259,6 +260,7 @@ def test_blocks_end_in_any_order(first: int, cls: str):
         block.__enter__()
     blocks[first].__exit__(None, None, None)
     assert torch.equal(own.model(tokens()), left)
+    assert hooks.is_held(hooks.lock_of(own.model))  # other threads still wait
     blocks[1 - first].__exit__(None, None, None)
     assert held(own.model) == before and list(map(type, own.model.modules())) == kinds
 

@@ -16,6 +16,7 @@ from torch import nn
 import lens_lora as ll
 from lens_lora.analyses import brief
 from lens_lora.analyses import what_changed as changes
+from lens_lora.compat import computing_attribute
 from lens_lora.model.build import hooked_model
 from lens_lora.model.kernels import dequantised, quantised_linears
 
@@ -321,3 +322,24 @@ def test_a_fused_projection_is_refused_in_one_line():
         ll.errors.ModelStateError, match="cannot make a TransformerBridge of this model"
     ):
         hooked_model(model, models.tokenizer(), kind="TransformerBridge")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("bits", quantised.BITS)
+def test_blocks_end_in_any_order(bits: str, first: int):
+    """The block that is left goes on with products that have derivatives; then the kernel's own."""
+    model = quantised.load(FAMILIES[0], bits)
+    lens = lens_of(model, FAMILIES[0])
+    half = lens.with_adapter(lens.adapter.scaled(0.5))
+    places = [(m, computing_attribute(m)) for m in quantised_linears(lens.model)]
+    before = [vars(module).get(name) for module, name in places]
+    left = (lens, half)[1 - first].logits(models.tokens())
+    blocks = lens.applied(), half.applied()
+    for block in blocks:
+        block.__enter__()
+    products = [vars(module).get(name) for module, name in places]
+    blocks[first].__exit__(None, None, None)
+    assert [vars(module).get(name) for module, name in places] == products != before
+    assert torch.equal(lens.model(models.tokens()), left)
+    blocks[1 - first].__exit__(None, None, None)
+    assert [vars(module).get(name) for module, name in places] == before
