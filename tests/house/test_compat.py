@@ -244,10 +244,14 @@ def test_an_offloaded_module():
     with compat.brought_in(away):
         assert torch.equal(away.weight, weight)
     compat.refuse_out_of_reach(model)
-    with Temporary(
-        lambda span: compat.replace_forward(span, away, lambda x: x + 1, "_old_forward")
-    ):
+
+    class Next(compat.SharedForward):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    with Temporary(lambda span: Next.until(span, away, object(), "_old_forward")):
         assert away(torch.zeros(1)).item() == 1
+    assert not isinstance(vars(away)["_old_forward"], Next)
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
