@@ -212,7 +212,8 @@ class SharedForward:
     """What a module computes until the last span ends that asked for it, in whatever order."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self._name, self._own = module, name, vars(module).get(name)
+        self.module: nn.Module = module
+        self._name, self._own = name, vars(module).get(name)
         of_class = functools.partial(type(module).forward, module)
         self.before: Callable[..., Any] = self._own or of_class
         self.asked: list[Any] = []

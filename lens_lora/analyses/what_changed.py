@@ -394,7 +394,8 @@ class WhatChanged(OfSites, Paged):
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
         if self.claims:
-            first, nulls = self.claims[0], f"{len(self.nulls)} null adapters of the same KL"
+            first, count = self.claims[0], len(self.nulls)
+            nulls = f"{count} null adapter{'s' * (count > 1)} of the same KL"
             scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
             return f"Claims that pass {nulls}: {len(self.claims)}. The first, {scores} at most."
         if not self.nulls or not self.answers:
