@@ -1,10 +1,15 @@
-"""Errors by cause. Each names the place, the two facts that disagree, and a remedy."""
+"""Errors by cause: each names the place, two facts that disagree, a remedy. Counts in words."""
 
 from __future__ import annotations
 
 import itertools
 import traceback
 from pathlib import Path
+
+
+def many(count: int, thing: str) -> str:
+    """'1 prompt', '3 prompts'."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 class LensLoraError(Exception):

@@ -20,7 +20,7 @@ from lens_lora.adapters.arithmetic import Parts, module_path
 from lens_lora.adapters.directions import Side, directions_of, is_writer, projected, truncated
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
 from lens_lora.arguments import number, whole, word
-from lens_lora.errors import AdapterError, ArgumentError, SiteError
+from lens_lora.errors import AdapterError, ArgumentError, SiteError, many
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -417,10 +417,8 @@ class Adapter:
         if not isinstance(other, Adapter):
             fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
             raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
-        if self.base_model and other.base_model and self.base_model != other.base_model:
-            bases = f"{self.base_model!r}, {other.name} {other.base_model!r}"
-            raise AdapterError(f"{self.name} names the base {bases}; two bases do not combine.")
-        return self.base_model or other.base_model
+        named = [(adapter.name, adapter.base_model) for adapter in (self, other)]
+        return peft_files.one_base(named, "two bases do not combine.")
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -428,7 +426,7 @@ class Adapter:
     def __repr__(self) -> str:
         ranks = {f.rank for f in self.modules.values() if isinstance(f, LoRAFactors)}
         whole = sum(isinstance(f, TrainedModule) for f in self.modules.values())
-        parts = [f"{len(self)} modules"]
+        parts = [many(len(self), "module")]
         parts += [f"rank {sorted(ranks)}"] if ranks else []
         parts += [f"{whole} without factors"] if whole else []
         parts += [f"base {self.base_model!r}"] if self.base_model else []

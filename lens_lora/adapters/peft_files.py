@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import regex
 
-from lens_lora.errors import AdapterError, UnsupportedAdapterError
+from lens_lora.errors import AdapterError, UnsupportedAdapterError, many
 from lens_lora.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def adapter_folder(
 
 
 def folders_in(folder: str | Path) -> dict[str, Path]:
-    """Every adapter's folder below one, by its path from there; AdapterError if there is none."""
-    paths = sorted(file.parent for file in Path(folder).rglob(CONFIG))
+    """Every adapter's folder below one, whole or not, by its path from there; refused if none."""
+    paths = sorted({p.parent for name in (CONFIG, WEIGHTS) for p in Path(folder).rglob(name)})
     if not paths:
         raise AdapterError(
             f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}."
@@ -70,8 +70,8 @@ def checkpoint_folders(run: str | Path) -> dict[int, Path]:
     folders = _checkpoints(Path(run))
     if len(folders) < 2:
         raise AdapterError(
-            f"{run} holds {len(folders)} folders checkpoint-<step>; a training is read from two or "
-            "more (save_steps of transformers' TrainingArguments sets how many are written)."
+            f"{run} holds {many(len(folders), 'folder')} checkpoint-<step>; a training is read "
+            "from two or more (save_steps of transformers' TrainingArguments sets how many)."
         )
     for folder in folders.values():
         require_files(folder)
@@ -146,8 +146,7 @@ def require_files(folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         _refuse_pointer(folder / WEIGHTS)
         return
-    pickled = folder / "adapter_model.bin"
-    if pickled.is_file():
+    if (pickled := folder / "adapter_model.bin").is_file():
         raise AdapterError(
             f"{pickled}: pickled weights are not read, because they can run code. Where you trust "
             "it, load it and save it as safetensors: peft_model.save_pretrained(folder)."
@@ -201,6 +200,25 @@ def stated_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
+def stated_base(folder: Path) -> str | None:
+    """The base that a config names; None as well where reading the adapter says what is wrong."""
+    try:
+        base = stated_fields(folder).get("base_model_name_or_path")
+    except AdapterError:
+        return None
+    return base if isinstance(base, str) else None
+
+
+def one_base(named: Iterable[tuple[str, str | None]], why: str) -> str | None:
+    """The base that adapters name, by the last part of its name; AdapterError if two differ."""
+    stated = [(name, base) for name, base in named if base]
+    for name, base in stated:
+        first, expected = stated[0]
+        if Path(base).name.lower() != Path(expected).name.lower():
+            raise AdapterError(f"{first} names the base {expected!r}, {name} {base!r}; {why}")
+    return stated[0][1] if stated else None
+
+
 def read_config(folder: Path) -> PeftConfig:
     """An adapter's config, as PEFT reads it."""
     from peft import PeftConfig
@@ -241,11 +259,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
-    """Warn if PEFT seems to have left modules out of the file when it was saved.
-
-    Of a model with several adapters, PEFT saves no module whose path contains another one's name.
-    PEFT saves the others in folders beside this one, or inside it.
-    """
+    """Warn if PEFT seems to have left out modules: those whose path holds another one's name."""
     configs = (*folder.glob(f"*/{CONFIG}"), *folder.resolve().parent.glob(f"*/{CONFIG}"))
     neighbours = sorted({path.parent.name for path in configs} - {folder.resolve().name})
     parts = {part for path in paths for part in path.split(".")}

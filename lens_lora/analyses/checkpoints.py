@@ -28,13 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.peft_files import checkpoint_folders
+from lens_lora.adapters.peft_files import checkpoint_folders, one_base
 from lens_lora.analyses.margin import flip_scales
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import numbers_of, word
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.bank import first_orders
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, many
 from lens_lora.model import LoraLens, Site, alone, group_sites, indicator
 from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import base as results_base
@@ -225,10 +225,10 @@ def checkpoints(
         progress: show a bar.
 
     Raises:
-        AdapterError: a folder without checkpoints, or one of them that cannot be read or does not
-            fit the model.
-        ArgumentError: fewer than two checkpoints, other modules in one than in another, other
-            bases, steps that do not increase, or a readout without a derivative at the base.
+        AdapterError: a folder without checkpoints, one that cannot be read or does not fit the
+            model, or two that name different bases.
+        ArgumentError: fewer than two checkpoints, other modules in one than in another, steps that
+            do not increase, or a readout without a derivative at the base.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
@@ -285,7 +285,7 @@ def _in_order(
     count = len(adapters)
     if count < 2:
         raise ArgumentError(
-            f"{count} checkpoints: a training is read from two or more; of one adapter use "
+            f"{many(count, 'checkpoint')}: a training is read from two or more; of one adapter use "
             "ll.fact_margin or ll.remainder."
         )
     numbers = numbers_of("steps", range(1, count + 1) if steps is None else steps)
@@ -300,20 +300,15 @@ def _in_order(
 def _require_one_training(adapters: Sequence[Adapter]) -> None:
     first = adapters[0]
     for other in adapters[1:]:
-        odd = sorted(set(first.modules) ^ set(other.modules))
-        if odd:
+        if odd := sorted(set(first.modules) ^ set(other.modules)):
             has, lacks = (first, other) if odd[0] in first.modules else (other, first)
             raise ArgumentError(
                 f"{has.name} adapts {odd[0]} and {lacks.name} does not ({len(odd)} such modules); "
                 "checkpoints of one training adapt the same modules. Two trainings are compared by "
                 "ll.compare_adapters."
             )
-        bases = first.base_model, other.base_model
-        if all(bases) and bases[0] != bases[1]:
-            raise ArgumentError(
-                f"{first.name} names the base {bases[0]!r}, {other.name} {bases[1]!r}; checkpoints "
-                "of one training have one base model."
-            )
+    named = [(adapter.name, adapter.base_model) for adapter in adapters]
+    one_base(named, "checkpoints of one training have one base model.")
 
 
 def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tuple[Site, ...]:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.arithmetic import draw_seeds
+from lens_lora.adapters.peft_files import one_base
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts
@@ -42,7 +43,7 @@ from lens_lora.engine.derivatives import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.memory import row_groups
 from lens_lora.engine.texts import beginnings, first_of_each
-from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, Site, alone, null_adapters, null_lenses
 from lens_lora.readouts import Prompts, PromptsLike, Readout
 from lens_lora.results.base import OfSites, Pictured, site_labels
@@ -275,12 +276,8 @@ def _require_adapter(lens: LoraLens, other: Adapter) -> None:
             f"the other adapter is a {type(other).__name__}; pass an ll.Adapter (of a folder: "
             "ll.load_adapter(path))."
         )
-    bases = lens.adapter.base_model, other.base_model
-    if all(bases) and bases[0] != bases[1]:
-        raise AdapterError(
-            f"{lens.adapter.name} names the base {bases[0]!r}, {other.name} {bases[1]!r}; changes "
-            "of different models have nothing in common to compare."
-        )
+    named = [(adapter.name, adapter.base_model) for adapter in (lens.adapter, other)]
+    one_base(named, "changes of different models have nothing in common to compare.")
 
 
 # --- geometry

@@ -43,7 +43,7 @@ from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.jacobian import jacobian_of
 from lens_lora.engine.texts import distinct_tokens, text_divergences
-from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.errors import ArgumentError, TokenError, many
 from lens_lora.model import LoraLens, alone, null_lenses
 from lens_lora.model.generate import SideBySide, side_by_side, whole_or_cut
 from lens_lora.readouts import neutral
@@ -394,8 +394,7 @@ class WhatChanged(OfSites, Paged):
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
         if self.claims:
-            first, count = self.claims[0], len(self.nulls)
-            nulls = f"{count} null adapter{'s' * (count > 1)} of the same KL"
+            first, nulls = self.claims[0], f"{many(len(self.nulls), 'null adapter')} of the same KL"
             scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
             return f"Claims that pass {nulls}: {len(self.claims)}. The first, {scores} at most."
         if not self.nulls or not self.answers:

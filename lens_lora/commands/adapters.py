@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.adapters.peft_files import checkpoint_folders, stated_fields
+from lens_lora.adapters.peft_files import checkpoint_folders, stated_base, stated_fields
 from lens_lora.commands import options, running
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.sweeps.records import read_records
@@ -259,8 +259,8 @@ def verify(
         from lens_lora.show.report import verification_table
 
         placed = base.placed("cpu")
-        named = stated_fields(folder).get("base_model_name_or_path")
-        loaded, why = None, "the adapter names none; name it with --model"
+        named, loaded = stated_base(folder), None
+        why = "the adapter names none; name it with --model"
         try:
             if named or base.model:
                 loaded = running.load_model_of(named, progress, placed)

@@ -297,7 +297,7 @@ def require_apart(
     inputs = [path for path in files if path is not None]
     for folder in adapters:
         inputs += [folder, folder / peft_files.CONFIG, folder / peft_files.WEIGHTS]
-    model = base.model or peft_files.stated_fields(adapters[0]).get("base_model_name_or_path")
+    model = base.model or peft_files.stated_base(adapters[0])
     if model and Path(model).is_dir():
         inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]
     for option, output in outputs.items():

@@ -26,7 +26,7 @@ from rich.text import Text
 
 import lens_lora as ll
 from lens_lora.commands.options import BaseModel, Question
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import LensLoraError, many
 from lens_lora.sweeps.processes import rank
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
     )
     ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
-    say(f"Adapter: {adapter.name}, {len(adapter)} modules of rank {ranks}{base}")
+    say(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
     return lens
 
 

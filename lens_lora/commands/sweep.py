@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import lens_lora as ll
-from lens_lora.adapters.peft_files import folders_in, stated_fields
+from lens_lora.adapters.peft_files import folders_in, one_base, stated_base
 from lens_lora.commands import options, running
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, many
 from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_Out = Annotated[Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")]
 _Resume = Annotated[
     bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
 ]
@@ -41,9 +42,7 @@ def sweep(
             "response in place of doc and pre for a --readout of it."
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")
-    ] = Path("results.parquet"),
+    out: _Out = Path("results.parquet"),
     analysis: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,9 +131,7 @@ def scan(
     ],
     *,
     asked: options.Questions,
-    out: Annotated[
-        Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")
-    ] = Path("scan.parquet"),
+    out: _Out = Path("scan.parquet"),
     group: Annotated[
         Literal["layer", "site", "kind"], "What each adapter's values are summed over."
     ] = "layer",
@@ -146,7 +143,9 @@ def scan(
     folders = list(folders_in(folder).values())
     options.require_place(out, "--out")
     options.require_apart({"--out": out}, base, folders, asked.prompts)
-    questions, named = asked.listed(), stated_fields(folders[0]).get("base_model_name_or_path")
+    questions, bases = asked.listed(), [(str(path), stated_base(path)) for path in folders]
+    why = "scan the adapters of each base apart, or name one base for all with --model."
+    named = one_base(bases if base.model is None else bases[:1], why)
 
     with running.at_work(base, quiet=quiet) as progress:
         running.note_spaces(questions, progress)
@@ -170,13 +169,13 @@ def scan(
 def _print_scan(table: pd.DataFrame, out: Path) -> None:
     """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
-    running.say(f"Σ a, mean over prompts, of {len(means)} adapters; the largest:")
+    running.say(f"Σ a, mean over prompts, of {many(len(means), 'adapter')}; the largest:")
     for name in means.abs().nlargest(_SHOWN_ERRORS).index:
         running.say(f"  {means[name]:+9.3g}  {name}")
     bad = table.dropna(subset="error")
     for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):
         running.say(f"  {name}: {error}")
-    running.say(f"{len(bad)} adapters cannot be used. All numbers: {out.absolute()}")
+    running.say(f"{many(len(bad), 'adapter')} cannot be used. All numbers: {out.absolute()}")
 
 
 _SHOWN_ERRORS = 10

@@ -530,11 +530,9 @@ class LoraLens:
         }
 
     def __repr__(self) -> str:
-        layers = len({site.layer for site in self.sites})
-        return (
-            f"LoraLens({self.adapter!r} over {self.class_name}: "
-            f"{len(self.sites)} sites in {layers} layers)"
-        )
+        layers = errors.many(len({site.layer for site in self.sites}), "layer")
+        sites = f"{errors.many(len(self.sites), 'site')} in {layers}"
+        return f"LoraLens({self.adapter!r} over {self.class_name}: {sites})"
 
 
 def stream_writers(lens: LoraLens, remedy: str) -> list[int]:

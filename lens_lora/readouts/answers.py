@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.errors import TokenError
+from lens_lora.errors import TokenError, many
 from lens_lora.readouts import readout
 from lens_lora.readouts.prompts import Prompts, ids_after, require_context, which_prompt
 from lens_lora.readouts.reading import Divergence, LogProbs, Reading, one_row_each
@@ -60,7 +60,7 @@ class Generated:
 
     def __repr__(self) -> str:
         says = (
-            f"{text!r}, {len(ids)} tokens{'' if ended else ', cut off'}"
+            f"{text!r}, {many(len(ids), 'token')}{'' if ended else ', cut off'}"
             for ids, text, ended in zip(self.ids, self.text, self.ended, strict=True)
         )
         return f"Generated({'; '.join(says)})"

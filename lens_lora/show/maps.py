@@ -12,7 +12,7 @@ from plotly.graph_objects import Box, Figure
 
 from lens_lora import results
 from lens_lora.arguments import whole, word
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, many
 from lens_lora.model.sites import layer_order
 from lens_lora.results import drawing
 from lens_lora.results.attribution import MOST_POSITIONS, Axis
@@ -531,6 +531,6 @@ def intruders_figure(intruders: results.Intruders, index: int | None = None) -> 
     counts = intruders.counts.tolist()
     below = f"largest |cosine| with W below {intruders.threshold:g}"
     says = [f"{count} of {k} leading directions: {below}" for count in counts]
-    intruding = text.many(sum(counts), "intruder")
+    intruding = many(sum(counts), "intruder")
     titles = f"{intruding} among the leading {k} directions of each site", below
     return figures.kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")

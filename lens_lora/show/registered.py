@@ -16,13 +16,13 @@ import lens_lora.show.adapters  # pyright: ignore[reportUnusedImport]
 import lens_lora.show.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lens_lora import results
 from lens_lora.analyses.spectra import AdapterSummary
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import LensLoraError, many
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
 from lens_lora.results.drawing import TokenView
 from lens_lora.show import maps, page, words
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
-from lens_lora.show.text import key_text, many, percent, signed
+from lens_lora.show.text import key_text, percent, signed
 
 # --- An attribution
 
@@ -98,7 +98,7 @@ def result_text(result: Result) -> str:
 @drawing.text.register(AdapterSummary)
 def _summary_text(summary: AdapterSummary) -> str:
     over = f" over {summary.model}" if summary.model else ""
-    return f"AdapterSummary({summary.name!r}{over}: {summary.module_count} modules)"
+    return f"AdapterSummary({summary.name!r}{over}: {many(summary.module_count, 'module')})"
 
 
 @drawing.html.register(Result)

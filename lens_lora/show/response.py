@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Group
 
 from lens_lora import results
+from lens_lora.errors import many
 from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
@@ -24,7 +25,7 @@ from lens_lora.results.tokens import context_of
 from lens_lora.show import maps, page, text
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
-from lens_lora.show.text import magnitude, many, percent, points, short_prompt, signed, visible
+from lens_lora.show.text import magnitude, percent, points, short_prompt, signed, visible
 
 # --- Pictures: bars, shaded text for a notebook, and the same as a still
 

@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, Group
 from rich.text import Text
 
 from lens_lora import results
+from lens_lora.errors import many
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS
 from lens_lora.show import text, words
@@ -161,12 +162,12 @@ def attribution_text(attribution: results.Attribution) -> str:
 
 def attribution_heading(attribution: results.Attribution) -> list[str]:
     """What was attributed, how and of how much; below it, how, and whether to distrust it."""
-    batch, sites = len(attribution.base), len(attribution.sites)
+    batch, sites = len(attribution.base), many(len(attribution.sites), "site")
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
     mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
     heading = (
         f"{attribution.readout}, {text.key_text(attribution.key)}, in {attribution.units}: "
-        f"{text.many(batch, 'prompt')} × {sites} sites{by}{mode}"
+        f"{many(batch, 'prompt')} × {sites}{by}{mode}"
     )
     quadrature, caution = attribution.quadrature, text.caution_text(attribution)
     notes = ("" if quadrature is None else text.quadrature_text(quadrature), caution)

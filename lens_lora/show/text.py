@@ -41,11 +41,6 @@ def log_p_text(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def many(count: int, thing: str) -> str:
-    """'1 prompt', '3 prompts'."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 def first_of(names: Sequence[str], k: int) -> str:
     """'a, b, …': the first k of them."""
     return ", ".join([*names[:k], *("…" for _ in names[k : k + 1])])

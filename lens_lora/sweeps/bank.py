@@ -42,7 +42,7 @@ from lens_lora.engine.bank import Half, Halves, Once, Thin, record, stand_ins
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
-from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
+from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many
 from lens_lora.model import Gauge, alone
 from lens_lora.model.build import host_of
 from lens_lora.model.check import require_kinds
@@ -101,8 +101,8 @@ class Bank:
         labels = [held.labels for held in self._held.readouts]
         size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
         readouts = ", ".join(label["readout"] for label in labels)
-        said = f"{len(labels[0]['base'])} prompts, {readouts}"
-        return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
+        said = f"{many(len(labels[0]['base']), 'prompt')}, {readouts}"
+        return f"Bank({said}; {many(len(self._lens.adapter), 'module')}, {size:.3g} MB)"
 
     @alone
     def first_order(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import models
 import pandas as pd
 import pytest
@@ -24,7 +27,7 @@ def command(*arguments: object):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model, and a folder with two adapters and one that cannot be read."""
+    """A model, and a folder with two adapters and two that cannot be read."""
     folder = tmp_path_factory.mktemp("tiny")
     base = models.hf_model("llama", dtype=torch.float32)
     base.save_pretrained(folder / "base")
@@ -34,6 +37,9 @@ def tiny(tmp_path_factory):
         adapter.scaled(number).save(folder / "adapters" / f"a{number}")
     (folder / "adapters" / "bad").mkdir()
     (folder / "adapters" / "bad" / "adapter_config.json").write_text("{}")
+    (folder / "adapters" / "headless").mkdir()
+    weights = folder / "adapters" / "a1" / "adapter_model.safetensors"
+    shutil.copy(weights, folder / "adapters" / "headless")
     return folder
 
 
@@ -47,7 +53,8 @@ def test_command_on_a_folder(tiny, tmp_path, cls: str):
     lines = done.stdout.splitlines()
     assert "of 2 adapters" in lines[0]
     assert lines[1].endswith("  a2") and lines[2].endswith("  a1")
-    assert "bad: AdapterError" in done.stdout and "1 adapters cannot be used" in done.stdout
+    assert "headless: AdapterError" in done.stdout and "no adapter_config.json" in done.stdout
+    assert "bad: AdapterError" in done.stdout and "2 adapters cannot be used" in done.stdout
     table = pd.read_parquet(out)
     lens = ll.load(str(tiny / "base"), str(tiny / "adapters" / "a2"), kind=cls)
     expected = ll.first_order(lens, ["w5 w6 w7", "w9 w10"], ll.Margin("w5", "w9"))
@@ -70,9 +77,31 @@ def test_what_the_command_refuses(tiny, tmp_path):
         (
             [tiny / "adapters" / "bad", *how, "--out", tmp_path / "b.parquet"],
             1,
-            "1 adapters cannot",
+            "1 adapter cannot",
         ),
     ):
         found = command(*arguments)
         assert found.exit_code == code, found.output
         assert words in " ".join(found.output.replace("│", " ").split()), found.output
+
+
+@pytest.mark.bad_input
+def test_adapters_of_two_bases_are_not_run_on_one(tiny, tmp_path):
+    """Without --model the base is the one that all name, wherever it lies; two are refused."""
+    shutil.copytree(tiny / "adapters", tmp_path / "adapters")
+    how = [tmp_path / "adapters", *ASKED, "--out", tmp_path / "scan.parquet"]
+    names_base(tmp_path / "adapters" / "a1", tiny / "base")
+    names_base(tmp_path / "adapters" / "a2", "owner/base")
+    done = command(*how)
+    assert done.exit_code == 0 and "of 2 adapters" in done.stdout, done.output
+    names_base(tmp_path / "adapters" / "a2", "owner/other")
+    refused = " ".join(command(*how).output.split())
+    assert "a1 names the base" in refused and "a2 'owner/other'; scan the adapters of" in refused
+    again = command(*how, "--model", tiny / "base")
+    assert again.exit_code == 0 and "of 2 adapters" in again.stdout, again.output
+
+
+def names_base(folder, base: object) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
