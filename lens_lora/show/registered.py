@@ -126,7 +126,7 @@ def _body(result: Any) -> str:
             return f"order {', '.join(f'{order:.2f}' for order in result.order.tolist())}"
         case results.Coupling():
             pairs = f"strongest pairs, mean over prompts:\n{result.top(5).to_string()}"
-            return f"{result.shares().to_string()}\n{pairs}"
+            return result.shares().to_string() + f"\n{pairs}" * (len(result.groups) > 1)
         case results.Comparison():
             return _comparison(result)
         case results.Faithfulness():

@@ -480,13 +480,13 @@ def verdict_text(v: verdicts.Verdict) -> str:
         return _below("remainder", v.remainder, v.remainder_floor)
     on_the_way = "on the way within rounding"
     if v.worst is not None:
-        on_the_way = f"{v.worst:.0%} of the shift at ε = {v.worst_scale:g}"
+        on_the_way = f"{percent(v.worst)} of the shift at ε = {v.worst_scale:g}"
     if v.kind == "coincidence":
-        return f"a coincidence at ε = 1: {v.share:.1%} of the shift there, but {on_the_way}"
+        return f"a coincidence at ε = 1: {percent(v.share)} of the shift there, but {on_the_way}"
     if v.kind == "large":
-        return f"large: {v.share:.0%} of the shift at ε = 1, {on_the_way}"
+        return f"large: {percent(v.share)} of the shift at ε = 1, {on_the_way}"
     most = "" if v.worst is None else "at most "
-    return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
+    return f"{v.kind}: {percent(v.share)} of the shift at ε = 1, {most}{on_the_way}"
 
 
 @drawing.text.register(verdicts.SecondVerdict)

@@ -177,6 +177,7 @@ def test_groups_that_do_not_partition_have_no_row_sums(lens: ll.LoraLens, group:
         with pytest.raises(ValueError, match="some twice or not at all"):
             getattr(found, name)
     assert len(found.shares()) == 2 and "Coupling of" in repr(found)
+    assert ("strongest pairs" in repr(found)) == (len(group) > 1) and "Empty" not in repr(found)
 
 
 @pytest.mark.parametrize("tokens", [1, 14 * 5])

@@ -133,7 +133,8 @@ def hand_made(first_order: float, ratios: list[float]) -> ll.results.Remainder:
     ("first_order", "ratios", "verdict"),
     [
         (9.84, [0.45, 0.38, 0.2], "a coincidence at ε = 1: 1.6% of the shift there, but 45%"),
-        (9.9, [0.01, 0.02, 0.03], "small: 1.0% of the shift at ε = 1, at most 3%"),
+        (9.9, [0.01, 0.02, 0.03], "small: 1.0% of the shift at ε = 1, at most 3.0%"),
+        (9.96, [4e-3, 4e-3, 4e-3], "small: 0.4% of the shift at ε = 1, at most 0.4%"),
         (5.0, [0.1, 0.2, 0.3], "large: 50% of the shift at ε = 1"),
         (9.9999, [0.01, 0.01, 0.01], "below the noise: the remainder"),
     ],
