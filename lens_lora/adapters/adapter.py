@@ -428,7 +428,7 @@ class Adapter:
     def __repr__(self) -> str:
         ranks = {f.rank for f in self.modules.values() if isinstance(f, LoRAFactors)}
         whole = sum(isinstance(f, TrainedModule) for f in self.modules.values())
-        parts = [f"{len(self)} modules"]
+        parts = [f"{len(self)} module{'s' * (len(self) > 1)}"]
         parts += [f"rank {sorted(ranks)}"] if ranks else []
         parts += [f"{whole} without factors"] if whole else []
         parts += [f"base {self.base_model!r}"] if self.base_model else []

@@ -151,7 +151,7 @@ def attribution_text(attribution: results.Attribution) -> str:
     for row in prompts_table(attribution).rows:
         lines.append("  {}  {}: {} → {}, shift {}, Σ {}, remainder {} ({})".format(*row))
     hidden = len(attribution.base) - _PROMPTS_SHOWN
-    lines += [f"  … and {hidden} more prompts"] if hidden > 0 else []
+    lines += [f"  … and {text.many(hidden, 'more prompt')}"] if hidden > 0 else []
     lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
     top = text.top_rows(attribution, SITES_SHOWN)
     width = max(len(site) for site, *_ in top)
@@ -166,7 +166,7 @@ def attribution_heading(attribution: results.Attribution) -> list[str]:
     mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
     heading = (
         f"{attribution.readout}, {text.key_text(attribution.key)}, in {attribution.units}: "
-        f"{text.many(batch, 'prompt')} × {sites} sites{by}{mode}"
+        f"{text.many(batch, 'prompt')} × {text.many(sites, 'site')}{by}{mode}"
     )
     quadrature, caution = attribution.quadrature, text.caution_text(attribution)
     notes = ("" if quadrature is None else text.quadrature_text(quadrature), caution)
