@@ -464,6 +464,11 @@ def test_one_is_not_several():
     }
     six = dataclasses.replace(one, str_tokens=one.str_tokens * 3, **several)
     assert "… and 1 more prompt\n" in repr(six)
+    curves = by_hand().faithfulness
+    hidden = dataclasses.replace(curves, noise_floor=curves.shift.abs())
+    assert repr(hidden).endswith("\n1 prompt has no shift above the noise: left out.")
+    line = flip_case().curve
+    assert "order —" in repr(dataclasses.replace(line, order=torch.tensor([torch.nan])))
 
 
 def test_a_module_that_was_not_screened_has_no_correction():
