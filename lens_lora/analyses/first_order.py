@@ -472,7 +472,8 @@ def components(
     def centred_square(rows: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
         tangent = tangent_of(rows)
         square = (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
-        return torch.stack([reading.prompts.over_slots(part) for part in square.unbind(1)], 1)
+        mask = reading.prompts.read_mask.to(square.device)[:, None]
+        return (square.view(*square.shape[:2], -1) * mask).sum(-1)
 
     base = lens.gates(0.0)
     moved = part_tangents(lens, reading.prompts, base, parts, centred_square, progress=progress)

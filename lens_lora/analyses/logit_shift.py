@@ -30,7 +30,7 @@ from lens_lora.engine.memory import Mode, chosen_mode, require_graph, require_ta
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenError
 from lens_lora.model import HookFn, LoraLens, Scale, ScaleInject, alone, attached
 from lens_lora.model.sites import Names, Site, one_site, require_fired, resolved
-from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike, require_last_alone
 from lens_lora.readouts.readout import Readout, token_ids
 from lens_lora.results.base import Described, long_table, only_prompt
 from lens_lora.results.tokens import ranked_tokens
@@ -153,10 +153,12 @@ def logit_shift(
     Raises:
         TokenError: a token string that is not one token, or not the same one after each prompt.
         ArgumentError: another mode, no tokens, or less memory than one site or token takes.
+        PromptError: prompts that hold a response.
         NumericsError: non-finite tangents.
     """
     asked = ask_prompts(lens, prompts, max_memory)
     lens, prompts, at = asked.lens, asked.prompts, number("at", at)
+    require_last_alone(prompts, "the logit shift")
     ids, gates = _ids(lens, tokens, prompts), lens.gates(at)
     index = torch.tensor(ids, device=lens.device)
     cheaper = chosen_mode(mode, lens, len(ids))

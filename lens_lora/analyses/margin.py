@@ -215,7 +215,7 @@ def flip_scales(
 
 _PRECISION = 1e-5  # of a flip; nearer to it the rounding of float32 hides a margin's sign
 _NODES = 6  # of the interpolant: with more of them rounding grows
-_MOST_PASSES = 8
+_MOST_PASSES = 16  # a smooth margin takes two or three, one that jumps (experts switch) many
 
 
 @dataclasses.dataclass(frozen=True)

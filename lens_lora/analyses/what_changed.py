@@ -466,11 +466,11 @@ def what_changed(
     others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
     if not all(isinstance(other, Adapter) for other in others):
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
-    source = "texts of the caller"
+    kind, origin = "text", "of the caller"
     if texts is None:
         texts = neutral.neutral_texts(lens.model, _FAST if fast else 1)
         form = neutral.conversation_form(lens.model)
-        source = f"neutral texts of lens_lora (conversations {form})"
+        kind, origin = "neutral text", f"of lens_lora (conversations {form})"
     asked = ask_prompts(lens, texts)
     rows = asked.prompts
     corpus.require_second_token(rows, "every number")
@@ -491,6 +491,7 @@ def what_changed(
         null, beside = scaled[1 : 1 + nulls], scaled[1 + nulls :]
         claims = claims_of(lens, null, shifts, beside, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
+    counted = f"{many(distinct, 'distinct token')} after first ones"
     return WhatChanged(
         found=found,
         nulls=tuple(controls[:nulls]),
@@ -499,7 +500,7 @@ def what_changed(
         shares=(shares / distinct).cpu(),
         strings=lens.vocabulary,
         str_tokens=asked.str_tokens,
-        texts=f"{rows.batch} {source}, {distinct} distinct tokens after first ones",
+        texts=f"{many(rows.batch, kind)} {origin}, {counted}",
         meta=lens.describe(),
         answers=tuple(filter(None, said)),
         claims=claims,

@@ -249,7 +249,7 @@ def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
     a0 = reads @ beta
     if not basis.n_heads:
         return a0, None
-    return a0, (reads * beta).view(len(reads), basis.n_heads, -1).sum(-1).T.contiguous()
+    return a0, (reads * beta).unflatten(1, (basis.n_heads, -1)).sum(-1).T.contiguous()
 
 
 def _with_bias_coordinate(

@@ -76,8 +76,7 @@ class Sampling:
     def noise(self, prompts: int, tokens: int) -> Float[Tensor, "prompt token"]:
         """u of each prompt and place."""
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
-        shape = (prompts, tokens)
-        return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.rand(prompts, tokens, generator=generator, dtype=torch.float64, device="cpu")
 
     def choose(
         self, logits: Float[Tensor, "place vocab"], noise: Float[Tensor, " place"]
@@ -120,8 +119,7 @@ class Speaker:
         batch, self.gates = self.prompts.batch, self.gates.detach()
         if self.gates.ndim > 1 and len(self.gates) != batch:
             raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
-        rows = (self.prompts.row(i).tokens[0] for i in range(batch))
-        self.texts: list[list[int]] = [row.tolist() for row in rows]
+        self.texts: list[list[int]] = [self.prompts.row(i).tokens[0].tolist() for i in range(batch)]
         self.starts: list[int] = list(map(len, self.texts))
         self._noise = self.sampling.noise(batch, self.most)
 
@@ -154,7 +152,7 @@ class Speaker:
         ids = tuple(map(self.prompts.tokens.new_tensor, said))
         ended = tuple(map(self.has_ended, range(len(rows))))
         texts = (decoded(self.lens.model, row, skip_special_tokens=True) for row in said)
-        return Generated(ids, tuple(texts), self.prompts, ended)
+        return Generated(ids, tuple(texts), dataclasses.replace(self.prompts, reads=None), ended)
 
     def _say(self, rows: list[int], bar: tqdm) -> None:
         is_trusted = True
@@ -270,8 +268,7 @@ def side_by_side(
 
 def whole_or_cut(said: Generated) -> list[str]:
     """What was said after each prompt; one that was cut off ends in ' …'."""
-    pairs = zip(said.text, said.ended, strict=True)
-    return [text if has_ended else f"{text} …" for text, has_ended in pairs]
+    return [t if end else f"{t} …" for t, end in zip(said.text, said.ended, strict=True)]
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:

@@ -228,7 +228,8 @@ class LoraLens:
 
         In the model's own basis: merged weights, processed as the model's were, minus the model's.
         TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
-        follow one another in d_out, those of o in d_in; an embedding's d_in is the vocabulary.
+        follow one another in d_out, those of o in d_in; an embedding's d_in is the vocabulary, and
+        where a TransformerBridge scales what it reads (Gemma: √d_model) the factor is in its ΔW.
         A change of bias, or what else is added whatever the input, is not in it. That of a stack of
         experts is [ΔW_1 … ΔW_E], [d_out, expert · d_in].
 
@@ -253,8 +254,7 @@ class LoraLens:
             SiteError: a name that matches no site, or a tensor without one gate per site.
             ArgumentError: what is no number, tensor or mapping.
         """
-        gates = gates_of(scale, [site.name for site in self.sites], self.gate_dtype)
-        return gates.to(self.device)
+        return gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
@@ -396,7 +396,8 @@ class LoraLens:
         Args:
             prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`.
             response: what is said after each: a string, ids, or one of these per prompt. Both are
-                then one row, which is read at each token of the response.
+                then one row, which is read at each token of the response: by `KL()`, and at hook
+                points. What goes by a prompt's last token refuses it.
             prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
                 with one; None for TransformerLens's default.
 

@@ -274,10 +274,10 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 
     What a model said may be its end alone: that it has nothing to say is an answer of its own.
     """
+    readout.require_last_alone(prompts, "a response")
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
-    if isinstance(answer, Generated):
-        return answers
-    special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", ()))
+    tokenizer = None if isinstance(answer, Generated) else getattr(model, "tokenizer", None)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
     for i, ids in enumerate(answers):
         if special.issuperset(ids):
             raise TokenError(
@@ -391,6 +391,5 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 def _name(answer: AnswerLike) -> str:
     """As a token's, but a tensor holds the ids of one answer, and what was generated its text."""
     if isinstance(answer, Generated):
-        first, *others = answer.text
-        answer = [first, *others] if others else first
+        answer = answer.text if len(answer.text) > 1 else next(iter(answer.text))
     return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else readout.name_of(answer)

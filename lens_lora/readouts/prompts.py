@@ -207,16 +207,6 @@ class Prompts:
         """
         return self._mapped(lambda values: values.repeat(times, *[1] * (values.ndim - 1)))
 
-    def over_slots(self, values: Float[Tensor, " batch *slot"]) -> Float[Tensor, " batch"]:
-        """The sum over the positions that are read.
-
-        Args:
-            values: one at each prompt's last token, or at each of its slots.
-        """
-        if self.reads is None:
-            return values
-        return (values * self.read_mask.to(values.device)).sum(1)
-
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Prompts:
         reads = None if self.reads is None else change(self.reads)
         kept = change(torch.arange(self.batch, device=self.lengths.device)).tolist()
@@ -284,6 +274,15 @@ PromptsLike = (
 def which_prompt(index: int, count: int) -> str:
     """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'."""
     return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
+
+
+def require_last_alone(prompts: Prompts, what: str) -> None:
+    """Check that prompts are read at their last token alone, and so hold no response."""
+    if prompts.reads is not None:
+        raise PromptError(
+            f"{what} goes by each prompt's last token, and these hold a response; pass the prompts "
+            "alone, or all as ll.results.Prompts(prompts.tokens, prompts.lengths)."
+        )
 
 
 def require_context(model: Any, tokens: int, what: str) -> None:

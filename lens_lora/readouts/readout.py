@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import ArgumentError, TokenError
-from lens_lora.readouts.prompts import Prompts, ids_after
+from lens_lora.readouts.prompts import Prompts, ids_after, require_last_alone
 from lens_lora.readouts.reading import Bound, Columns, LogProbs, Reading, one_row_each
 
 Before = Sequence[str | None]
@@ -92,6 +92,7 @@ class LastToken(Readout):
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts themselves as rows, one each."""
+        require_last_alone(prompts, self.label)
         return one_row_each(prompts, self.bind(model, prompts.batch, prompts.texts))
 
 

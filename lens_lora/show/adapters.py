@@ -178,14 +178,9 @@ def _promoted(changed: results.WhatChanged) -> str:
     frame = changed.promoted(_TOKENS_NAMED)
     most = f"the first by {signed(frame['logit'].tolist()[0])} logits"
     if "null" in frame:
-        random = signed(frame["null"].tolist()[0])
-        most += f"; no token by more than {random} under a null adapter"
+        most += f"; no token by more than {signed(frame['null'].tolist()[0])} under a null adapter"
     tokens = ", ".join(f"‘{visible(token)}’" for token in frame["token"])
     return f"Promoted most by mean logit: {tokens} ({most})."
-
-
-def _context(changed: results.WhatChanged, row: Mapping[Any, Any]) -> str:
-    return text.context_text(changed.str_tokens[row["text"]], row["position"])
 
 
 # --- What it changed: pictures
@@ -256,7 +251,8 @@ def _places_table(changed: results.WhatChanged, k: int) -> Table:
     is_still = places["promoted"] == ""
     hidden, places = is_still.sum(), places[~is_still].copy()
     title = f"where ({hidden} places left out: no probability rises there)" if hidden else "where"
-    places["context"] = [_context(changed, row) for row in places.to_dict("records")]
+    where = zip(places["text"], places["position"], strict=True)
+    places["context"] = [text.context_text(changed.str_tokens[i], t) for i, t in where]
     for control in places.columns.intersection(["null", "unrelated"]):
         places[control] = list(map(magnitude, places[control]))
     heads = {"context": "after ⟦token⟧", "kl": "KL, nats", "promoted": "promoted there"}
@@ -267,8 +263,7 @@ def _places_table(changed: results.WhatChanged, k: int) -> Table:
 def _modules_table(changed: results.WhatChanged, k: int) -> Table:
     """The sites of largest share of the KL; no row where it was not split."""
     heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
-    title = "modules of the KL"
-    return table_of(changed.modules(k), heads, texts=(0, 1), title=title)
+    return table_of(changed.modules(k), heads, texts=(0, 1), title="modules of the KL")
 
 
 def _groups(changed: results.WhatChanged) -> Table:
@@ -426,8 +421,8 @@ def checkpoints_table(training: results.Checkpoints) -> Table:
     series = (training.adapted, training.first_order, training.remainder)
     for (k, step), (p, prompt) in itertools.product(enumerate(training.steps), enumerate(prompts)):
         numbers = (signed(float(values[k, p])) for values in series)
-        flip = magnitude(float(training.flip_scale[k, p]))
-        rows.append((f"{step:g}", prompt, *numbers, flip, f"{training.angle[k]:.0f}°"))
+        flip, angle = magnitude(float(training.flip_scale[k, p])), f"{training.angle[k]:.0f}°"
+        rows.append((f"{step:g}", prompt, *numbers, flip, angle.replace("nan°", "—")))
     value = f"value, {training.units}"
     heads = ("step", "prompt", value, "first order", "remainder", "flips at ε", "angle")
     return Table(heads, rows, texts=(1,), title=f"{training.readout} through the training")
@@ -461,14 +456,13 @@ def _training_headline(training: results.Checkpoints) -> Sequence[str]:
     first = int(flips.argmin())
     several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. " if count > 1 else ""
     at_once = _phases(training, f"prompt {first}", "It") or curves.too_few(training)
-    none = "It changes at no step at once."
     effect, norm = (training.by_group(what, "layer").iloc[:, -1] for what in ("effect", "norm"))
     where = (
         f"At the last checkpoint first order is largest in {effect.abs().idxmax()} "
         f"({signed(effect[effect.abs().idxmax()])} {training.units}), and ΔW in {norm.idxmax()} "
         f"(‖ΔW‖ = {magnitude(norm.max())})."
     )
-    return several + _fate(training, first), at_once or none, where
+    return several + _fate(training, first), at_once or "It changes at no step at once.", where
 
 
 def _training_numbers(training: results.Checkpoints) -> Pairs:

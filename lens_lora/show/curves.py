@@ -392,8 +392,10 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
 
 def _flag_text(flags: results.Reliability, prompt: int, site: int, a: float, mended: float) -> str:
     units, name = label(flags.units), label(flags.attribution.sites[site].name)
-    said = f"first order {signed(a)} {units}<br>corrected {signed(mended)} {units}"
-    text = f"<b>{name}</b><br>{said}<br>score {float(flags.score[prompt, site]):.2f}"
+    text, score = f"<b>{name}</b><br>first order {signed(a)} {units}", flags.score[prompt, site]
+    if bool(score.isnan()):
+        return f"{text}<br>not measured: too small to matter"
+    text += f"<br>corrected {signed(mended)} {units}<br>score {float(score):.2f}"
     if flags.fixed is None or not bool(flags.flagged[prompt, site]):
         return text
     return f"{text}<br>measured {signed(float(flags.fixed[prompt, site]))} {units}"

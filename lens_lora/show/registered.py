@@ -123,7 +123,8 @@ def _body(result: Any) -> str:
             is_second = isinstance(result, results.SecondOrder)
             return f"{_DIAGNOSTIC if is_second else ''}{frame.to_string()}"
         case results.RemainderCurve():
-            return f"order {', '.join(f'{order:.2f}' for order in result.order.tolist())}"
+            orders = (f"{order:.2f}".replace("nan", "—") for order in result.order.tolist())
+            return f"order {', '.join(orders)}"
         case results.Coupling():
             pairs = f"strongest pairs, mean over prompts:\n{result.top(5).to_string()}"
             return result.shares().to_string() + f"\n{pairs}" * (len(result.groups) > 1)
@@ -131,9 +132,9 @@ def _body(result: Any) -> str:
             return _comparison(result)
         case results.Faithfulness():
             noisy = int((result.shift.abs() <= SIGMAS * result.noise_floor).sum())
-            left_out = f"{noisy} prompts have no shift above the noise and are left out."
-            summary = result.summary().rename(index=key_text)
-            return f"{summary.to_string()}\n{left_out if noisy else ''}".rstrip()
+            have = f"{many(noisy, 'prompt')} {'has' if noisy == 1 else 'have'}"
+            note = f"\n{have} no shift above the noise: left out." if noisy else ""
+            return result.summary().rename(index=key_text).to_string() + note
         case results.AdapterComparison():
             pairs = zip(result.only, result.names, strict=True)
             alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
@@ -203,8 +204,7 @@ def _left_out(result: results.Activations | results.ActivationShift) -> str:
 
 
 def _comparison(comparison: results.Comparison) -> str:
-    attribution, effects = map(key_text, (comparison.attribution_name, comparison.effects_name))
-    head = f"{attribution} against {effects}"
+    head = " against ".join(map(key_text, (comparison.attribution_name, comparison.effects_name)))
     if comparison.made_on:
         head += f"; made on {many(len(comparison.made_on), 'other prompt')}"
     summary = comparison.summary()

@@ -284,8 +284,10 @@ def _modules(e: results.ResponseExplanation) -> list[str]:
         done = "leaving a module out of the adapted model takes the most from KL with"
         return [f"To first order, {done} {top}."]
     needed, count = _half_held_by(values.tolist(), shift), len(values)
-    split = f"The path integral splits KL completely among the {count} modules"
-    return [f"{split}: the largest shares are {top}, and {many(needed, 'module')} hold half of it."]
+    how = " completely" if getattr(e.path.quadrature, "met", True) else ", but not completely,"
+    split = f"The path integral splits KL{how} among the {many(count, 'module')}"
+    half = f"{many(needed, 'module')} hold{'s' if needed == 1 else ''} half of it"
+    return [f"{split}: the largest shares are {top}, and {half}."]
 
 
 def _layers(e: results.ResponseExplanation) -> str:
@@ -297,9 +299,9 @@ def _layers(e: results.ResponseExplanation) -> str:
     return (
         f"Added alone to the base model, {adding} changes log p of the response by {added} nats, "
         f"most at {at_added}. Left out, {leaving} takes {lost} nats of log p with it, most at "
-        f"{at_lost}. Over all {len(e.groups)} layers this sums to {sums[0]} added and {sums[1]} "
-        f"left out, of a shift of {signed(float(e.shifts.total[0]))}: what differs from it is held "
-        "by layers together."
+        f"{at_lost}. Over all {many(len(e.groups), 'layer')} this sums to {sums[0]} added and "
+        f"{sums[1]} left out, of a shift of {signed(float(e.shifts.total[0]))}: what differs from "
+        "it is held by layers together."
     )
 
 

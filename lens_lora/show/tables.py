@@ -152,7 +152,7 @@ def attribution_text(attribution: results.Attribution) -> str:
     for row in prompts_table(attribution).rows:
         lines.append("  {}  {}: {} → {}, shift {}, Σ {}, remainder {} ({})".format(*row))
     hidden = len(attribution.base) - _PROMPTS_SHOWN
-    lines += [f"  … and {hidden} more prompts"] if hidden > 0 else []
+    lines += [f"  … and {many(hidden, 'more prompt')}"] if hidden > 0 else []
     lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
     top = text.top_rows(attribution, SITES_SHOWN)
     width = max(len(site) for site, *_ in top)

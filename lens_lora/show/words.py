@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from lens_lora import results
 from lens_lora.analyses import verdict as verdicts
+from lens_lora.errors import many
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -249,13 +250,13 @@ def _unconfirmed(a: Account, value: float) -> str:
 
 
 def _largest(attribution: results.Attribution, a: Account, k: int, prompt: int = 0) -> str:
-    rows, sites = text.top_rows(attribution, k, prompt), len(attribution.sites)
+    rows, modules = text.top_rows(attribution, k, prompt), many(len(attribution.sites), "module")
     named, unsure = "", ""
     if a.has_shift:
         named = ", with their share of the shift"
         unsure = _unconfirmed(a, float(attribution.per_site[prompt].abs().max()))
     parts = (f"{site} {value}{f' ({share})' if named else ''}" for site, _, value, share in rows)
-    return f"Largest first-order parts of {sites} modules{named}: {', '.join(parts)}{unsure}."
+    return f"Largest first-order parts of {modules}{named}: {', '.join(parts)}{unsure}."
 
 
 # --- An explanation: the margin, what its remainder is made of, what to trust

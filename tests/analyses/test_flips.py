@@ -78,3 +78,18 @@ def test_probes_are_distinct_wherever_the_root_is(values: list[float]):
 def test_a_margin_that_is_exactly_zero_is_the_flip():
     crossing = module._Crossing(np.array([0.0, 0.5, 1.0]), np.array([-1.0, 0.0, 2.0]), 0)
     assert crossing.is_narrow and crossing.root == 0.5
+
+
+@pytest.mark.parametrize("jump", [0.318401, 0.3500001, 0.39])
+def test_a_margin_that_jumps_through_zero(jump: float):
+    """Where experts switch on the way; no polynomial leads there, so the step is halved."""
+
+    def margin(scales: np.ndarray) -> np.ndarray:
+        return np.where(scales < jump, 0.3 * scales - 0.13, 0.22 + scales**2)
+
+    scales = np.array([0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0])
+    crossing = module._Crossing(scales, margin(scales), 4)
+    for _ in range(module._MOST_PASSES):
+        if not crossing.is_narrow:
+            crossing = crossing.narrowed(margin(np.array(crossing.probes)))
+    assert abs(crossing.root - jump) < 1e-5

@@ -196,6 +196,8 @@ def test_a_null_adapter_that_no_scale_makes_as_loud(monkeypatch):
     nothing = lens.with_adapter(lens.adapter.scaled(0.0))
     still = ll.what_changed(nothing, texts(), nulls=1, fast=True, **QUIET)
     assert still.nulls[0].scale == 1 and still.found.mean_kl == 0
+    one = ll.what_changed(lens, texts().chosen([0]), nulls=0, fast=True, answers=False, **QUIET)
+    assert one.texts == f"1 text of the caller, {LENGTHS[0] - 1} distinct tokens after first ones"
 
 
 def test_what_null_adapters_cost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from typing import Any
 
@@ -227,6 +228,26 @@ def test_story_says_the_numbers():
     assert "layer 2 changes log p of the response by +0.90 nats, most at “·b” (token 2)" in story
     assert "sums to +1.20 added and +0.30 left out, of a shift of +1.50" in story
     assert "holds half" in story and "`fast`" not in story
+
+
+def test_story_of_a_path_that_is_not_complete():
+    """Where experts switch along the path its nodes miss a part of the KL, which is said."""
+    e, of = response_explanation(), "The path integral splits KL"
+    assert f"{of} completely among the 4 modules" in e.story()
+    taken = ll.results.Quadrature(8, 0.01, 0.2, 0.1, False, "hardly falls")
+    missed = dataclasses.replace(e, path=dataclasses.replace(e.path, quadrature=taken))
+    assert f"{of}, but not completely, among the 4 modules" in missed.story()
+
+
+def test_story_of_one_module_in_one_layer():
+    e = response_explanation()
+    one = {"sites": e.modules.sites[:1], "values": torch.tensor([[3.0]]), "heads": (0,)}
+    modules, path = (dataclasses.replace(split, **one) for split in (e.modules, e.path))
+    alone = {name: getattr(e, name)[:1] for name in ("add_one", "leave_one_out")}
+    alone |= {"moved": e.moved[:, :1], "groups": ("layer 0",)}
+    story = dataclasses.replace(e, modules=modules, path=path, **alone).story()
+    assert "among the 1 module:" in story and "and 1 module holds half of it" in story
+    assert "Over all 1 layer this sums" in story
 
 
 def test_page_holds_every_part_and_escapes_what_is_said():

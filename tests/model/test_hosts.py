@@ -112,6 +112,24 @@ def test_delta_w_of_other_targets_is_peft_s(target: str, cls: str):
         assert (lens.delta_w(site).AB - (ends[1] - ends[0]).T).abs().max() < EXACT, site.name
 
 
+def test_delta_w_of_a_scaled_embedding_is_what_its_hook_adds(cls: str):
+    """Gemma's √d is in a HookedTransformer's own W_E, and in no weight of a TransformerBridge."""
+    base, model = hooked("gemma", cls, "raw")
+    peft = models.peft_model("gemma", base, targets=["embed_tokens"])
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    merged = models.MAKERS[cls](copy.deepcopy(peft).merge_and_unload())
+    factor = 1.0 if cls == "HookedTransformer" else base.config.hidden_size**0.5
+    expected = factor * (merged.W_E - model.W_E).T
+    assert (lens.delta_w("embed").AB - expected).abs().max() < EXACT < expected.abs().max()
+    tokens = models.tokens()
+    with torch.no_grad(), lens.applied() as adapted:
+        after = adapted.run_with_cache(tokens)[1]["hook_embed"]
+    with torch.no_grad():
+        before = model.run_with_cache(tokens)[1]["hook_embed"]
+    added = lens.delta_w("embed").AB[:, tokens].movedim(0, -1)
+    assert (after - before - added).abs().max() < EXACT
+
+
 def test_delta_w_meets_other_factored_matrices(cls: str):
     """Its transpose is as TransformerLens multiplies: what o writes, seen by the unembedding."""
     lens = cases.case("llama", cls, "raw").lens

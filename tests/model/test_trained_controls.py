@@ -11,6 +11,7 @@ import cases
 import models
 import pytest
 import torch
+import transformers
 from targets import NORMS
 from trained import base_of, logits, off, trained
 
@@ -124,6 +125,23 @@ def test_a_bias_of_a_folded_value(cls: str, monkeypatch):
         with torch.no_grad(), lens.applied() as adapted:
             values.append(adapted.run_with_cache(models.tokens())[1][name])
     assert off(*values) > 1e-3
+
+
+@models.NEEDS_BRIDGE
+def test_a_bias_of_o_alone_beside_a_folded_value():
+    """bias="all" on o without a LoRA, whose update has no rank, where b_V is in the model's b_O."""
+    config = transformers.LlamaConfig(**{**models._ROTARY, "attention_bias": True})
+    made = transformers.LlamaForCausalLM(config)
+    base = models.randomised(made, 0, torch.float64)
+    model = trained("llama", base, targets=["q_proj"], bias="all")
+    hooked = models.bridge(base, **models.PROCESSED)
+    lens = ll.LoraLens(hooked, ll.Adapter.from_peft(model), hf_model=base)
+    assert off(logits(lens), logits(model)) < EXACT
+    at_o = [site for site in lens.sites if site.kind == "o"]
+    assert len(at_o) == models.LAYERS and {site.rank for site in at_o} == {1}
+    split = ll.first_order(lens, models.tokens(), ll.Margin(5, 9), by=("head", "rank"))
+    whole = ll.first_order(lens, models.tokens(), ll.Margin(5, 9), mode="forward", progress=False)
+    assert off(split.per_site, whole.values) < EXACT < float(whole.values.abs().max())
 
 
 def test_rows_are_replaced_not_added(cls: str, monkeypatch):

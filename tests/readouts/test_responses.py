@@ -197,6 +197,48 @@ def test_reads_must_fit():
             dataclasses.replace(good, reads=torch.tensor(reads))
 
 
+LAST = {
+    "margin": ll.Margin(5, 9),
+    "a logit": ll.Logit(5),
+    "a log-probability": ll.LogProb(5),
+    "a callable": ll.Readout.of(lambda logits: logits.logsumexp(-1)),
+    "an answer": ll.AnswerLogProb(RESPONSES),
+    "a KL of a response": ll.KL(RESPONSES),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_what_goes_by_the_last_token_takes_no_prompt_with_its_response(
+    lens: ll.LoraLens, name: str
+):
+    """Else it is read at every token of the response, or a response is put after itself."""
+    row = lens.prompts(prompts(), RESPONSES)
+    with pytest.raises(ll.errors.PromptError, match="hold a response; pass the prompts alone"):
+        ll.first_order(lens, row, LAST[name], at=1.0)
+    alone = ll.results.Prompts(row.tokens, row.lengths)  # the remedy that the message names
+    assert ll.first_order(lens, alone, LAST[name], at=1.0).values.isfinite().all()
+
+
+def test_a_kl_is_read_at_each_token_of_a_response():
+    """Σ KL of the distributions after y_1 … y_T, by PEFT; what was said goes on from there."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    row = case.lens.prompts(prompts(), RESPONSES)
+    expected = []
+    for length, prompt, response in zip(LENGTHS, models.tokens(), RESPONSES, strict=True):
+        ids, both = torch.cat([prompt[:length], response])[None], (case.base, case.peft)
+        with torch.no_grad():
+            p, q = (model(ids).logits[0, length:].log_softmax(-1) for model in both)
+        expected.append((p.exp() * (p - q)).sum())
+    found = ll.first_order(case.lens, row, ll.KL(), at=1.0)
+    assert (found.adapted - torch.stack(expected)).abs().max() < 1e-10
+    with pytest.raises(ll.errors.PromptError, match="the logit shift goes by"):
+        ll.logit_shift(case.lens, row, progress=False)
+    with pytest.raises(ll.errors.PromptError, match="a response goes by"):
+        ll.activations(case.lens, row, RESPONSES)
+    said = case.lens.generate(row, 2, eos_token_id=(), progress=False)
+    assert ll.token_shifts(case.lens, said.prompts, said).kl.shape == (2, 2, 2)
+
+
 def term_by_peft(case: cases.Case, prompt: int, token: int, module: str, factor: float) -> float:
     """log p(y_t | x, y_<t) with one module's scale multiplied."""
     old = cases.set_peft_scale(case.peft, module, factor)

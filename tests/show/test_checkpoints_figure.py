@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
+import torch
 from every_result import checkpoints
 
 
@@ -20,3 +22,12 @@ def test_what_is_shaded_is_said(phases, shaded: int, words: str):
     figure = dataclasses.replace(checkpoints(), phases=phases).plot()
     boxes = [shape for shape in figure.layout.shapes if shape.type == "rect"]
     assert len(boxes) == shaded and words in figure.layout.title.text
+
+
+def test_a_checkpoint_without_an_update_has_no_angle():
+    """B = 0, as before the first step: no direction, so none is written."""
+    training = checkpoints()
+    angle = training.angle.clone()
+    angle[0] = torch.nan
+    page = dataclasses.replace(training, angle=angle).report()
+    assert "nan" not in re.sub(r"(?s)<script.*?</script>", "", page) and f"{angle[1]:.0f}°" in page

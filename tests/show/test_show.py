@@ -454,6 +454,34 @@ def test_repr_shows_five_prompts_and_counts_the_rest():
     assert "more prompts" not in repr(two_prompts())
 
 
+def test_one_is_not_several():
+    whole = two_prompts()
+    one = {name: getattr(whole, name)[:1] for name in ("sites", "heads")}
+    one = dataclasses.replace(whole, values=whole.values[:, :1], **one)
+    assert "2 prompts × 1 site\n" in repr(one)
+    several = {
+        name: getattr(one, name)[[0, 1, 0, 1, 0, 1]] for name in ("values", "base", "adapted")
+    }
+    six = dataclasses.replace(one, str_tokens=one.str_tokens * 3, **several)
+    assert "… and 1 more prompt\n" in repr(six)
+    curves = by_hand().faithfulness
+    hidden = dataclasses.replace(curves, noise_floor=curves.shift.abs())
+    assert repr(hidden).endswith("\n1 prompt has no shift above the noise: left out.")
+    line = flip_case().curve
+    assert "order —" in repr(dataclasses.replace(line, order=torch.tensor([torch.nan])))
+
+
+def test_a_module_that_was_not_screened_has_no_correction():
+    """Its number is first order's own, and there is no score."""
+    flags = by_hand().reliability["add_one"]
+    correction = flags.correction.clone()
+    correction[0, 1] = torch.nan
+    (_, _, *marks) = dataclasses.replace(flags, correction=correction).plot().data
+    hover = [text for mark in marks for text in mark.hovertext]
+    assert sum("not measured" in text and "corrected" not in text for text in hover) == 1
+    assert not any("nan" in text for text in hover)
+
+
 def test_notebook_table_is_escaped():
     sites = (site(0, "q", "<script>alert(1)</script>"),)
     att = attribution([[1.0]], [0.0], [1.0], sites=sites, tokens=(("<b>", "<img src=x>"),))
