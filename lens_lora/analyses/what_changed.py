@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, final
@@ -39,6 +38,7 @@ from torch import Tensor
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.analyses.brief import Brief, Claim, claims_of, repeated
 from lens_lora.arguments import is_whole, whole, word
+from lens_lora.compat import without_warnings
 from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.jacobian import jacobian_of
@@ -298,8 +298,7 @@ class WhatChanged(OfSites, Paged):
         matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
         held = np.unique(places[1])
         model = NMF(cast("Any", n), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
-        with warnings.catch_warnings():  # exact factors are reached, or as many steps
-            warnings.simplefilter("ignore")
+        with without_warnings():  # exact factors are reached, or as many steps
             texts = model.fit_transform(matrix[:, held])
         tokens = model.components_
         shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 def refuse_unusable(model: nn.Module) -> None:
     """Check for encoders, adapters, active dropout, missing weights, and unknown quantisation."""
     _refuse_encoders(getattr(model, "original_model", model))
-    refuse_dropout(model)
+    refuse_dropout(model, modules_of(model))
     compat.refuse_out_of_reach(model)
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
@@ -114,14 +114,24 @@ def _method(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def refuse_dropout(model: nn.Module) -> None:
-    """Check for active dropout: in modules, and in a Hugging Face config in train mode."""
-    for active in _active_dropout(model) if model.training else ():
+def modules_of(model: nn.Module) -> dict[nn.Module, str]:
+    """The names of a hooked model's modules; of a bridge also those that it wraps nowhere."""
+    base = getattr(model, "original_model", model)
+    return {module: name for name, module in (*base.named_modules(), *model.named_modules())}
+
+
+def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Check for active dropout: in modules, and in a Hugging Face config if one is in train mode.
+
+    A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
+    """
+    is_trained = any(module.training for module in modules)
+    for active in _active_dropout(model, modules) if is_trained else ():
         raise ModelStateError(f"{active} is active, so no two runs agree; call model.eval().")
 
 
-def _active_dropout(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
+def _active_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> Iterator[str]:
+    for module, name in modules.items():
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             yield f"{name}: dropout {module.p}"
     config = getattr(getattr(model, "original_model", None), "config", None)
@@ -193,7 +203,7 @@ _Counted = tuple[str, Tensor, int]
 class _Place(NamedTuple):
     """Where something stands: a module's own dictionary and a key in it."""
 
-    holder: dict[str, Any]
+    holder: Mapping[str, Any]
     key: str
     held: Any
     name: str
@@ -245,6 +255,15 @@ class Watch:
         tensors = [place for place in places if isinstance(place.held, Tensor)]
         first = {id(place.held): (place.name, place.held) for place in reversed(tensors)}
         return cls(first.values(), places)
+
+    @classmethod
+    def of_adapter(cls, adapter: Adapter) -> Watch:
+        """Every update by its module, and its tensors."""
+        updates = adapter.modules
+        places = [_Place(updates, m, u, f"the adapter's update of {m}") for m, u in updates.items()]
+        held = ((m, *item) for m, u in updates.items() for item in vars(u).items())
+        tensors = [(f"the adapter's {k} of {m}", t) for m, k, t in held if isinstance(t, Tensor)]
+        return cls(tensors, places)
 
     def changed(self, *, entries: bool) -> str | None:
         """What changed, as the beginning of a sentence; None where nothing did."""

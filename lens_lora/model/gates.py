@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real as RealNumber
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.arguments import number, one_entry
-from lens_lora.compat import is_wrapped
+from lens_lora.compat import edits_of, is_wrapped
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS
 from lens_lora.model import basis, hooks
 from lens_lora.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.model.build import host_of
-from lens_lora.model.check import Watch, refuse_dropout
+from lens_lora.model.check import Watch, modules_of, refuse_dropout
 from lens_lora.model.hooks import HookFn
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.kernels import quantised_linears, quantised_name
@@ -168,7 +168,8 @@ class Plan:
             ModelStateError: naming what changed.
         """
         self.check_flags()
-        refuse_dropout(self.host.model)
+        model = self.host.model
+        refuse_dropout(model, self.host.known("modules", make=lambda: modules_of(model)))
         for watch in self.watched:
             watch.require_same(entries=entries)
 
@@ -221,7 +222,7 @@ def make_plan(
     else:
         host, quantised, base = earlier.host, earlier.quantised, earlier.base
         of_model, *_ = earlier.watched
-    watched = (of_model, Watch(_tensors_of(adapter)))
+    watched = (of_model, Watch.of_adapter(adapter))
     resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, resolved)
     changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
@@ -250,13 +251,6 @@ def make_plan(
     return Plan(
         host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
     )
-
-
-def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    for module, factors in adapter.modules.items():
-        for name, tensor in vars(factors).items():
-            if isinstance(tensor, Tensor):
-                yield f"the adapter's {name} of {module}", tensor
 
 
 def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
@@ -337,9 +331,17 @@ class ScaleInject:
     A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
     One that is differentiated (in reverse mode, in forward mode, or within a torch.func transform)
     adds its zero, as the zero has a derivative.
+
+    Of the tensors that gates were `given` by, those that are differentiated and used as they are
+    may change between passes, as an optimiser changes them. Others were copied or looked at.
     """
 
-    def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"]) -> None:
+    def __init__(
+        self, plan: Plan, gates: Float[Tensor, "*batch site"], given: Scale | None = None
+    ) -> None:
+        held = given.values() if isinstance(given, Mapping) else (given,)
+        copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
+        self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]
         self._injections, self._gates = plan.injections, {gates.device: gates}
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
@@ -347,6 +349,11 @@ class ScaleInject:
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """out + ε_l ΔW_l z_l, or None where the gate is switched off."""
+        if any(edits_of(tensor) != edits for tensor, edits in self._copied):
+            raise ModelStateError(
+                "the gates were edited in place after the block, or the list of hooks, was made of "
+                "them, and its passes would go on with those of before. Make it anew."
+            )
         if not self.is_active(index):
             return None
         injection = self._injections[index]

@@ -241,7 +241,7 @@ class LoraLens:
         index = self.site_index(site if isinstance(site, str) else site.name)
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
-        return FactoredMatrix(*self.maps[index].of_weight())
+        return FactoredMatrix(*(factor.clone() for factor in self.maps[index].of_weight()))
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
@@ -277,7 +277,7 @@ class LoraLens:
                 f"{hidden[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
             )
-        hooks = site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)), points)
+        hooks = site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale), scale), points)
         # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
         fires = getattr(self.model.cfg, "use_attn_result", False)
         silent = () if fires else self._plan.points_without_update
@@ -328,7 +328,7 @@ class LoraLens:
         def apply(span: Temporary) -> Any:
             self._check_state()
             span.about = self._plan
-            span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale))))
+            span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale), scale)))
             return self.model
 
         return Temporary(apply)

@@ -309,9 +309,8 @@ def prepare(model: Any, prompts: PromptsLike, prepend_bos: bool | None = None) -
             "conversation begins as its chat template says. Leave prepend_bos out."
         )
     _check(model, ready)
-    if ready.tokens.is_inference():  # of which no graph can be made
-        return dataclasses.replace(ready, tokens=ready.tokens.clone())
-    return ready
+    # A caller may edit the ids later; and of those of inference mode no graph can be made.
+    return dataclasses.replace(ready, tokens=ready.tokens.clone())
 
 
 def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Prompts:

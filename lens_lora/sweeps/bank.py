@@ -175,7 +175,7 @@ class Bank:
                 sites=lens.sites,
                 adapted=adapted,
                 meta=lens.describe() | named,
-                **held.labels,
+                **held.labels | {"base": held.labels["base"].clone()},
             )
             attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
