@@ -55,7 +55,15 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 def refuse_unusable(model: nn.Module) -> None:
     """Check for encoders, adapters, active dropout, missing weights, and unknown quantisation."""
-    _refuse_encoders(getattr(model, "original_model", model))
+    hf_model: Any = getattr(model, "original_model", model)
+    name, can_generate = type(hf_model).__name__, getattr(hf_model, "can_generate", lambda: True)
+    is_pair = getattr(getattr(hf_model, "config", None), "is_encoder_decoder", False)
+    if is_pair or not can_generate():
+        what = "an encoder-decoder" if is_pair else "no causal language model with a head"
+        raise ModelStateError(
+            f"{name} is {what}, and a lens explains next-token logits of a decoder. Pass a "
+            "decoder: AutoModelForCausalLM.from_pretrained(base)."
+        )
     refuse_dropout(model, modules_of(model))
     compat.refuse_out_of_reach(model)
     for name, module in model.named_modules():
@@ -65,18 +73,6 @@ def refuse_unusable(model: nn.Module) -> None:
                 "applied twice; let ll.load(peft_model) build it, and the PeftModel stays as it is."
             )
     _refuse_unknown_quantisation(model)
-
-
-def _refuse_encoders(hf_model: Any) -> None:
-    """Encoders, encoder-decoders, and models without a head."""
-    name, can_generate = type(hf_model).__name__, getattr(hf_model, "can_generate", lambda: True)
-    is_pair = getattr(getattr(hf_model, "config", None), "is_encoder_decoder", False)
-    if is_pair or not can_generate():
-        what = "an encoder-decoder" if is_pair else "no causal language model with a head"
-        raise ModelStateError(
-            f"{name} is {what}, and a lens explains next-token logits of a decoder. Pass a "
-            "decoder: AutoModelForCausalLM.from_pretrained(base)."
-        )
 
 
 def _refuse_unknown_quantisation(model: nn.Module) -> None:
@@ -125,19 +121,17 @@ def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
 
     A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
     """
-    is_trained = any(module.training for module in modules)
-    for active in _active_dropout(model, modules) if is_trained else ():
-        raise ModelStateError(f"{active} is active, so no two runs agree; call model.eval().")
-
-
-def _active_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> Iterator[str]:
-    for module, name in modules.items():
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            yield f"{name}: dropout {module.p}"
+    if not any(module.training for module in modules):
+        return
     config = getattr(getattr(model, "original_model", None), "config", None)
-    for name, value in (config.to_dict() if config is not None else {}).items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            yield f"{name}={value}"
+    fields = {} if config is None else config.to_dict()
+    dropouts = ((m, name) for m, name in modules.items() if isinstance(m, nn.Dropout))
+    rates = {f"{name}: dropout ": m.p for m, name in dropouts if m.training}
+    rates |= {f"{name}=": value for name, value in fields.items() if "drop" in name}
+    for name, rate in rates.items():
+        if isinstance(rate, float) and rate > 0:
+            fact = f"{name}{rate} is active, so no two runs agree"
+            raise ModelStateError(f"{fact}; call model.eval().")
 
 
 def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
@@ -203,7 +197,7 @@ _Counted = tuple[str, Tensor, int]
 class _Place(NamedTuple):
     """Where something stands: a module's own dictionary and a key in it."""
 
-    holder: Mapping[str, Any]
+    holder: dict[str, Any]
     key: str
     held: Any
     name: str
@@ -255,15 +249,6 @@ class Watch:
         tensors = [place for place in places if isinstance(place.held, Tensor)]
         first = {id(place.held): (place.name, place.held) for place in reversed(tensors)}
         return cls(first.values(), places)
-
-    @classmethod
-    def of_adapter(cls, adapter: Adapter) -> Watch:
-        """Every update by its module, and its tensors."""
-        updates = adapter.modules
-        places = [_Place(updates, m, u, f"the adapter's update of {m}") for m, u in updates.items()]
-        held = ((m, *item) for m, u in updates.items() for item in vars(u).items())
-        tensors = [(f"the adapter's {k} of {m}", t) for m, k, t in held if isinstance(t, Tensor)]
-        return cls(tensors, places)
 
     def changed(self, *, entries: bool) -> str | None:
         """What changed, as the beginning of a sentence; None where nothing did."""

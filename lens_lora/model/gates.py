@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real as RealNumber
 from typing import Any, Protocol, runtime_checkable
 
@@ -222,7 +222,7 @@ def make_plan(
     else:
         host, quantised, base = earlier.host, earlier.quantised, earlier.base
         of_model, *_ = earlier.watched
-    watched = (of_model, Watch.of_adapter(adapter))
+    watched = (of_model, Watch(_tensors_of(adapter)))
     resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, resolved)
     changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
@@ -247,16 +247,19 @@ def make_plan(
         Injection(i, port, part, whole=None if part is delta else delta)
         for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
     ]
-    sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
-    return Plan(
-        host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
-    )
+    sites, placed = list[Site](), (*injections, *elsewhere, *at_o)
+    for site, port, delta in zip((u.site for u in updates), ports, deltas, strict=True):
+        names = site.name, site.module, site.layer, site.kind, port.read or port.write, port.write
+        sites.append(Site(*names, delta.rank, site.adapter, delta.experts))
+    parts = host, tuple(sites), maps, placed, host.state(), updates, watched, base
+    return Plan(*parts, quantised, adapter.name)
 
 
-def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
-    site, read = pair.site, port.read or port.write
-    names = (site.name, site.module, site.layer, site.kind)
-    return Site(*names, read, port.write, delta.rank, site.adapter, delta.experts)
+def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for module, factors in adapter.modules.items():
+        for name, tensor in vars(factors).items():
+            if isinstance(tensor, Tensor):
+                yield f"the adapter's {name} of {module}", tensor
 
 
 def _with_constants_at_o(
@@ -332,17 +335,15 @@ class ScaleInject:
     One that is differentiated (in reverse mode, in forward mode, or within a torch.func transform)
     adds its zero, as the zero has a derivative.
 
-    Of the tensors that gates were `given` by, those that are differentiated and used as they are
-    may change between passes, as an optimiser changes them. Others were copied or looked at.
+    Of the tensors of the `scale` that gates were made of, one that is differentiated and used as it
+    is may change between passes, as an optimiser changes it. Others were copied or looked at.
     """
 
-    def __init__(
-        self, plan: Plan, gates: Float[Tensor, "*batch site"], given: Scale | None = None
-    ) -> None:
-        held = given.values() if isinstance(given, Mapping) else (given,)
+    def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"], scale: Scale = 0.0) -> None:
+        held = scale.values() if isinstance(scale, Mapping) else (scale,)
         copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
         self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]
-        self._injections, self._gates = plan.injections, {gates.device: gates}
+        self._injections, self._gates = plan.injections, gates
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
             self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
@@ -350,21 +351,12 @@ class ScaleInject:
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """out + ε_l ΔW_l z_l, or None where the gate is switched off."""
         if any(edits_of(tensor) != edits for tensor, edits in self._copied):
-            raise ModelStateError(
-                "the gates were edited in place after the block, or the list of hooks, was made of "
-                "them, and its passes would go on with those of before. Make it anew."
-            )
+            raise ModelStateError("the gates were edited in place: make the block, or list, anew.")
         if not self.is_active(index):
             return None
         injection = self._injections[index]
-        u, gates = injection.map.coordinates(z), self._on(injection.map.device)
-        return write(out, injection.map, u, weight_of(injection, gates))
-
-    def _on(self, device: torch.device) -> Tensor:
-        """The gates, moved once to each device."""
-        if device not in self._gates:
-            self._gates[device] = next(iter(self._gates.values())).to(device)
-        return self._gates[device]
+        u = injection.map.coordinates(z)
+        return write(out, injection.map, u, weight_of(injection, self._gates))
 
     def is_active(self, index: int) -> bool:
         """Whether anything is added at this injection."""

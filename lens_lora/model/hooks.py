@@ -128,24 +128,15 @@ def attached(
             forward, before, *_ = hooks_of(known[name])
             places.append((known[name], fn, {*forward, *before}))
             known[name].add_hook(fn, is_permanent=True)
-            handle = known[name].fwd_hooks[-1]
-            handle.hook = _Lasting(handle.hook.id)
+            known[name].fwd_hooks[-1].hook.remove = _refuse_removal
 
 
-class _Lasting:
-    """In place of torch's handle: `reset_hooks(including_permanent=True)` would leave the base."""
-
-    extra_dict_ref: tuple[Any, ...] = ()
-
-    def __init__(self, key: int) -> None:
-        self.id = key
-
-    def remove(self) -> None:
-        raise ModelStateError(
-            "hooks of lens_lora are on the model, of an open block or a call, and removing them "
-            "would leave the base without a word. Leave the block first; model.reset_hooks() takes "
-            "off your own hooks alone."
-        )
+def _refuse_removal() -> None:
+    """What `reset_hooks(including_permanent=True)` calls of each hook."""
+    raise ModelStateError(
+        "hooks of an open block or call of a lens are on the model, and without them it would run "
+        "the base. Leave the block first; model.reset_hooks() takes off your own hooks alone."
+    )
 
 
 def _take_off(places: list[tuple[Any, HookFn, set[int]]]) -> None:
@@ -224,14 +215,13 @@ def hold(span: Temporary, lock: Lock) -> None:
 
     span.way_back(leave)
     with lock.mutex:
-        if not lock.changed.wait_for(lock.is_free, _PATIENCE):
+        while not lock.changed.wait_for(lock.is_free, _PATIENCE):
             warnings.warn(
                 f"{threading.current_thread().name} has waited a minute for a thread that runs a "
                 "lens on the same model. If that thread waits for this one, neither will go on: "
                 "leave its `with lens.applied():` first.",
                 stacklevel=2,
             )
-            lock.changed.wait_for(lock.is_free)
         lock.holders[token] = threading.get_ident()
 
 
@@ -482,16 +472,6 @@ def of_the_base(site: str) -> ModelStateError:
     )
 
 
-def _refuse_within_another(model: object) -> None:
-    for laid in (span.about for span in open_spans()):
-        if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:
-            raise ModelStateError(
-                "this call is made within another one, by a hook or a readout of yours, while "
-                "hooks of that call are on the model, which would change the numbers. Make it "
-                "beforehand, and let the hook or the readout use what it returned."
-            )
-
-
 def _prepare(lens: Any, span: Temporary) -> None:
     if compat.is_within_transform():
         raise ModelStateError(
@@ -502,7 +482,13 @@ def _prepare(lens: Any, span: Temporary) -> None:
     model = getattr(lens, "model", None)
     if isinstance(model, nn.Module):
         hold(span, lock_of(model))
-    _refuse_within_another(model)
+    for laid in (other.about for other in open_spans()):
+        if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:
+            raise ModelStateError(
+                "this call is made within another one, by a hook or a readout of yours, while "
+                "hooks of that call are on the model, which would change the numbers. Make it "
+                "beforehand, and let the hook or the readout use what it returned."
+            )
     span.way_back(functools.partial(setattr, _CALL, "token", _CALL.token))
     _CALL.token = object()
     plan = getattr(lens, "_plan", None)

@@ -477,8 +477,7 @@ class LoraLens:
         ends = end_tokens(self.model, self._hf_model, eos_token_id)
         ready = self.prompts(prompts)
         require_room(self, ready, most)
-        speaker = Speaker(self, ready, self.gates(scale), sampling, most, ends)
-        return speaker.say(progress=progress)
+        return Speaker(self, ready, self.gates(scale), sampling, most, ends).say(progress=progress)
 
     def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own forward pass, with the hooks that it has at the moment.
@@ -562,16 +561,10 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
         place = host.family.place(key.partition("@")[0])
         if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
             continue
-        rows = [
-            model_sites.fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds
-        ]
+        out, cut = len(factors.B), model_sites.fused_rows
+        rows = [cut(place, kind, host.heads, out) for kind in place.kinds]
         parts[key] = [r for r in rows if r is not None]
     return parts
-
-
-def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
-    """A lens of each of `null_adapters`."""
-    return map(lens.with_adapter, null_adapters(lens, seed, draws))
 
 
 def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
