@@ -117,10 +117,8 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    """Check for active dropout: in modules, and in a Hugging Face config if one is in train mode.
-
-    A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
-    """
+    """Check for active dropout: in modules, and in a Hugging Face config where one is trained."""
+    # A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
     if not any(module.training for module in modules):
         return
     config = getattr(getattr(model, "original_model", None), "config", None)

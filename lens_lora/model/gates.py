@@ -334,12 +334,11 @@ class ScaleInject:
     A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
     One that is differentiated (in reverse mode, in forward mode, or within a torch.func transform)
     adds its zero, as the zero has a derivative.
-
-    Of the tensors of the `scale` that gates were made of, one that is differentiated and used as it
-    is may change between passes, as an optimiser changes it. Others were copied or looked at.
     """
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"], scale: Scale = 0.0) -> None:
+        # A tensor that is differentiated and used as it is may change between passes, as an
+        # optimiser changes it. Any other was copied, or looked at here.
         held = scale.values() if isinstance(scale, Mapping) else (scale,)
         copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
         self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]

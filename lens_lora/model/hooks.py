@@ -64,10 +64,6 @@ class Lock:
         self.changed = threading.Condition(self.mutex)
         self.holders: dict[object, int] = {}
 
-    def is_free(self) -> bool:
-        """Whether no other thread holds it."""
-        return {*self.holders.values()} <= {threading.get_ident()}
-
 
 # For what a process has once: torch's dual level and its choice of attention kernels. A thread that
 # takes it has its model's lock already.
@@ -131,8 +127,7 @@ def attached(
             known[name].fwd_hooks[-1].hook.remove = _refuse_removal
 
 
-def _refuse_removal() -> None:
-    """What `reset_hooks(including_permanent=True)` calls of each hook."""
+def _refuse_removal() -> None:  # which `reset_hooks(including_permanent=True)` asks for
     raise ModelStateError(
         "hooks of an open block or call of a lens are on the model, and without them it would run "
         "the base. Leave the block first; model.reset_hooks() takes off your own hooks alone."
@@ -201,13 +196,14 @@ def lock_of(model: nn.Module) -> Lock:
 
 
 def hold(span: Temporary, lock: Lock) -> None:
-    """The lock is this thread's until the last of its spans that asked for it ends.
-
-    A span may end in another thread: that of the garbage collector, or the next one of a server
-    that resumes a suspended generator in whichever is free.
-    """
+    """The lock is this thread's until the last of its spans that asked for it ends."""
     token = object()
 
+    def is_free() -> bool:
+        return {*lock.holders.values()} <= {threading.get_ident()}
+
+    # A span may end in another thread: that of the garbage collector, or the next one of a server
+    # that resumes a suspended generator in whichever is free.
     def leave() -> None:
         with lock.mutex:
             lock.holders.pop(token, None)
@@ -215,7 +211,7 @@ def hold(span: Temporary, lock: Lock) -> None:
 
     span.way_back(leave)
     with lock.mutex:
-        while not lock.changed.wait_for(lock.is_free, _PATIENCE):
+        while not lock.changed.wait_for(is_free, _PATIENCE):
             warnings.warn(
                 f"{threading.current_thread().name} has waited a minute for a thread that runs a "
                 "lens on the same model. If that thread waits for this one, neither will go on: "
