@@ -61,6 +61,7 @@ class Temporary(contextlib.ExitStack):
     """
 
     about: object = None
+    _is_open = False
 
     def __init__(self, change: Callable[[Temporary], Any]) -> None:
         super().__init__()
@@ -73,8 +74,9 @@ class Temporary(contextlib.ExitStack):
 
     def __enter__(self) -> Any:
         others = open_spans()
-        if self in others:
+        if self._is_open:  # perhaps in another thread
             raise RuntimeError("this span is open already; make another one")
+        self._is_open = True
         _OPEN.spans.append(weakref.ref(self))
         self.way_back(functools.partial(_forget, weakref.ref(self)))
         try:
@@ -114,6 +116,8 @@ _OPEN = _Open()
 
 
 def _forget(span: weakref.ref[Temporary]) -> None:
+    if (ended := span()) is not None:
+        ended._is_open = False
     _OPEN.spans = [other for other in _OPEN.spans if other is not span and other() is not None]
 
 

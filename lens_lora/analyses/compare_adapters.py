@@ -44,7 +44,7 @@ from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.memory import row_groups
 from lens_lora.engine.texts import beginnings, first_of_each
 from lens_lora.errors import ArgumentError
-from lens_lora.model import LoraLens, Site, alone, null_adapters, null_lenses
+from lens_lora.model import LoraLens, Site, alone, null_adapters
 from lens_lora.readouts import Prompts, PromptsLike, Readout
 from lens_lora.results.base import OfSites, Pictured, site_labels
 
@@ -409,7 +409,7 @@ def _on_prompts(
 
         def others() -> Iterator[LoraLens]:
             yield second
-            for null in null_lenses(second, seed, draws):
+            for null in map(second.with_adapter, null_adapters(second, seed, draws)):
                 yield null
                 bar.update()
 

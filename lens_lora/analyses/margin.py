@@ -247,7 +247,8 @@ class _Crossing:
         """That of the polynomial through the nearest points, the two neighbours among them."""
         low, high = self.step
         nearest = np.abs(self.scales - (low + high) / 2).argsort()[:_NODES]
-        through = BarycentricInterpolator(self.scales[nearest], self.values[nearest])
+        # Without `rng` it draws from numpy's global state.
+        through = BarycentricInterpolator(self.scales[nearest], self.values[nearest], rng=0)
         return float(root_scalar(through, bracket=(low, high)).root)
 
     @property

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, final
@@ -39,12 +38,13 @@ from torch import Tensor
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.analyses.brief import Brief, Claim, claims_of, repeated
 from lens_lora.arguments import is_whole, whole, word
+from lens_lora.compat import without_warnings
 from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.jacobian import jacobian_of
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import ArgumentError, TokenError, many
-from lens_lora.model import LoraLens, alone, null_lenses
+from lens_lora.model import LoraLens, alone, null_adapters
 from lens_lora.model.generate import SideBySide, side_by_side, whole_or_cut
 from lens_lora.readouts import neutral
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -256,17 +256,15 @@ class WhatChanged(OfSites, Paged):
             tokens = self.str_tokens[text]
             row = {"text": text, "position": t, "token": tokens[t]}
             row |= {"context": context_of(tokens, t, context)}
-            row |= {"kl": float(self.found.kl[text, t]), "promoted": self._promoted_at(place)}
+            ids, changes = self.found.place_ids[place], self.found.place_changes[place]
+            pairs = zip(ids.tolist(), changes.tolist(), strict=True)
+            words = [f"{self.strings[i]!r} {c:+.3f}" for i, c in pairs if c >= _SEEN]
+            row |= {"kl": float(self.found.kl[text, t]), "promoted": ", ".join(words)}
             for name, others in self._kinds.items():
                 if others:
                     row[name] = max(float(other.kl[text, t]) for other in others)
             rows.append(row)
         return pd.DataFrame(rows)
-
-    def _promoted_at(self, place: int) -> str:
-        ids, changes = self.found.place_ids[place], self.found.place_changes[place]
-        pairs = zip(ids.tolist(), changes.tolist(), strict=True)
-        return ", ".join(f"{self.strings[i]!r} {c:+.3f}" for i, c in pairs if c >= _SEEN)
 
     def modules(self, k: int = 10) -> pd.DataFrame:
         """The k sites of largest share of the KL; none where it was not split.
@@ -298,8 +296,7 @@ class WhatChanged(OfSites, Paged):
         matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
         held = np.unique(places[1])
         model = NMF(cast("Any", n), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
-        with warnings.catch_warnings():  # exact factors are reached, or as many steps
-            warnings.simplefilter("ignore")
+        with without_warnings():  # exact factors are reached, or as many steps
             texts = model.fit_transform(matrix[:, held])
         tokens = model.components_
         shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)
@@ -475,7 +472,8 @@ def what_changed(
     rows = asked.prompts
     corpus.require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
-    scaled = [(lens, 1.0), *_matched(lens, list(null_lenses(lens, seed, nulls)), rows, progress)]
+    drawn = list(map(lens.with_adapter, null_adapters(lens, seed, nulls)))
+    scaled = [(lens, 1.0), *_matched(lens, drawn, rows, progress)]
     scaled += [(lens.with_adapter(other), 1.0) for other in others]
     carried = None if jacobian is None else jacobian_of(lens, Path(jacobian), progress=progress)
     sums, shares = corpus.text_sums(scaled, rows, carried, split=not fast, progress=progress)

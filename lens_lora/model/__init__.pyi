@@ -12,7 +12,6 @@ from .lens import LoraLens as LoraLens
 from .lens import Scale as Scale
 from .lens import name_of_scale as name_of_scale
 from .lens import null_adapters as null_adapters
-from .lens import null_lenses as null_lenses
 from .sites import Group as Group
 from .sites import Groups as Groups
 from .sites import Names as Names

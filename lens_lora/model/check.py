@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -55,20 +55,7 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 def refuse_unusable(model: nn.Module) -> None:
     """Check for encoders, adapters, active dropout, missing weights, and unknown quantisation."""
-    _refuse_encoders(getattr(model, "original_model", model))
-    refuse_dropout(model)
-    compat.refuse_out_of_reach(model)
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise ModelStateError(
-                f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
-                "applied twice; let ll.load(peft_model) build it, and the PeftModel stays as it is."
-            )
-    _refuse_unknown_quantisation(model)
-
-
-def _refuse_encoders(hf_model: Any) -> None:
-    """Encoders, encoder-decoders, and models without a head."""
+    hf_model: Any = getattr(model, "original_model", model)
     name, can_generate = type(hf_model).__name__, getattr(hf_model, "can_generate", lambda: True)
     is_pair = getattr(getattr(hf_model, "config", None), "is_encoder_decoder", False)
     if is_pair or not can_generate():
@@ -77,6 +64,15 @@ def _refuse_encoders(hf_model: Any) -> None:
             f"{name} is {what}, and a lens explains next-token logits of a decoder. Pass a "
             "decoder: AutoModelForCausalLM.from_pretrained(base)."
         )
+    refuse_dropout(model, modules_of(model))
+    compat.refuse_out_of_reach(model)
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ModelStateError(
+                f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
+                "applied twice; let ll.load(peft_model) build it, and the PeftModel stays as it is."
+            )
+    _refuse_unknown_quantisation(model)
 
 
 def _refuse_unknown_quantisation(model: nn.Module) -> None:
@@ -114,20 +110,26 @@ def _method(config: Any) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def refuse_dropout(model: nn.Module) -> None:
-    """Check for active dropout: in modules, and in a Hugging Face config in train mode."""
-    for active in _active_dropout(model) if model.training else ():
-        raise ModelStateError(f"{active} is active, so no two runs agree; call model.eval().")
+def modules_of(model: nn.Module) -> dict[nn.Module, str]:
+    """The names of a hooked model's modules; of a bridge also those that it wraps nowhere."""
+    base = getattr(model, "original_model", model)
+    return {module: name for name, module in (*base.named_modules(), *model.named_modules())}
 
 
-def _active_dropout(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            yield f"{name}: dropout {module.p}"
+def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Check for active dropout: in modules, and in a Hugging Face config where one is trained."""
+    # A bridge stays in evaluation mode when `train` is called on a part, or on what it wraps.
+    if not any(module.training for module in modules):
+        return
     config = getattr(getattr(model, "original_model", None), "config", None)
-    for name, value in (config.to_dict() if config is not None else {}).items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            yield f"{name}={value}"
+    fields = {} if config is None else config.to_dict()
+    dropouts = ((m, name) for m, name in modules.items() if isinstance(m, nn.Dropout))
+    rates = {f"{name}: dropout ": m.p for m, name in dropouts if m.training}
+    rates |= {f"{name}=": value for name, value in fields.items() if "drop" in name}
+    for name, rate in rates.items():
+        if isinstance(rate, float) and rate > 0:
+            fact = f"{name}{rate} is active, so no two runs agree"
+            raise ModelStateError(f"{fact}; call model.eval().")
 
 
 def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.arguments import number, one_entry
-from lens_lora.compat import is_wrapped
+from lens_lora.compat import edits_of, is_wrapped
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS
 from lens_lora.model import basis, hooks
 from lens_lora.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.model.build import host_of
-from lens_lora.model.check import Watch, refuse_dropout
+from lens_lora.model.check import Watch, modules_of, refuse_dropout
 from lens_lora.model.hooks import HookFn
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.kernels import quantised_linears, quantised_name
@@ -168,7 +168,8 @@ class Plan:
             ModelStateError: naming what changed.
         """
         self.check_flags()
-        refuse_dropout(self.host.model)
+        model = self.host.model
+        refuse_dropout(model, self.host.known("modules", make=lambda: modules_of(model)))
         for watch in self.watched:
             watch.require_same(entries=entries)
 
@@ -246,10 +247,12 @@ def make_plan(
         Injection(i, port, part, whole=None if part is delta else delta)
         for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
     ]
-    sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
-    return Plan(
-        host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
-    )
+    sites, placed = list[Site](), (*injections, *elsewhere, *at_o)
+    for site, port, delta in zip((u.site for u in updates), ports, deltas, strict=True):
+        names = site.name, site.module, site.layer, site.kind, port.read or port.write, port.write
+        sites.append(Site(*names, delta.rank, site.adapter, delta.experts))
+    parts = host, tuple(sites), maps, placed, host.state(), updates, watched, base
+    return Plan(*parts, quantised, adapter.name)
 
 
 def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
@@ -257,12 +260,6 @@ def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in vars(factors).items():
             if isinstance(tensor, Tensor):
                 yield f"the adapter's {name} of {module}", tensor
-
-
-def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
-    site, read = pair.site, port.read or port.write
-    names = (site.name, site.module, site.layer, site.kind)
-    return Site(*names, read, port.write, delta.rank, site.adapter, delta.experts)
 
 
 def _with_constants_at_o(
@@ -339,25 +336,26 @@ class ScaleInject:
     adds its zero, as the zero has a derivative.
     """
 
-    def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"]) -> None:
-        self._injections, self._gates = plan.injections, {gates.device: gates}
+    def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"], scale: Scale = 0.0) -> None:
+        # A tensor that is differentiated and used as it is may change between passes, as an
+        # optimiser changes it. Any other was copied, or looked at here.
+        held = scale.values() if isinstance(scale, Mapping) else (scale,)
+        copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
+        self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]
+        self._injections, self._gates = plan.injections, gates
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
             self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """out + ε_l ΔW_l z_l, or None where the gate is switched off."""
+        if any(edits_of(tensor) != edits for tensor, edits in self._copied):
+            raise ModelStateError("the gates were edited in place: make the block, or list, anew.")
         if not self.is_active(index):
             return None
         injection = self._injections[index]
-        u, gates = injection.map.coordinates(z), self._on(injection.map.device)
-        return write(out, injection.map, u, weight_of(injection, gates))
-
-    def _on(self, device: torch.device) -> Tensor:
-        """The gates, moved once to each device."""
-        if device not in self._gates:
-            self._gates[device] = next(iter(self._gates.values())).to(device)
-        return self._gates[device]
+        u = injection.map.coordinates(z)
+        return write(out, injection.map, u, weight_of(injection, self._gates))
 
     def is_active(self, index: int) -> bool:
         """Whether anything is added at this injection."""

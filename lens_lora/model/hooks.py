@@ -54,11 +54,21 @@ from lens_lora.model.sites import Names, few, firing, resolved
 HookFn = Callable[..., Tensor | None]
 # Seconds until a thread that waits for another one says so.
 _PATIENCE = 60.0
+
+
+class Lock:
+    """What one thread at a time holds, in any number of spans: {its own token: the thread}."""
+
+    def __init__(self) -> None:
+        self.mutex = threading.RLock()
+        self.changed = threading.Condition(self.mutex)
+        self.holders: dict[object, int] = {}
+
+
 # For what a process has once: torch's dual level and its choice of attention kernels. A thread that
 # takes it has its model's lock already.
-ONE_IN_A_PROCESS = threading.Condition()
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Condition] = weakref.WeakKeyDictionary()
-_HOLDERS: weakref.WeakKeyDictionary[threading.Condition, list[object]] = weakref.WeakKeyDictionary()
+ONE_IN_A_PROCESS = Lock()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Lock] = weakref.WeakKeyDictionary()
 
 
 class _Call(threading.local):
@@ -114,6 +124,14 @@ def attached(
             forward, before, *_ = hooks_of(known[name])
             places.append((known[name], fn, {*forward, *before}))
             known[name].add_hook(fn, is_permanent=True)
+            known[name].fwd_hooks[-1].hook.remove = _refuse_removal
+
+
+def _refuse_removal() -> None:  # which `reset_hooks(including_permanent=True)` asks for
+    raise ModelStateError(
+        "hooks of an open block or call of a lens are on the model, and without them it would run "
+        "the base. Leave the block first; model.reset_hooks() takes off your own hooks alone."
+    )
 
 
 def _take_off(places: list[tuple[Any, HookFn, set[int]]]) -> None:
@@ -172,40 +190,35 @@ def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
             table.pop(key, None)
 
 
-def lock_of(model: nn.Module) -> threading.Condition:
+def lock_of(model: nn.Module) -> Lock:
     """The model's lock, to be taken with `hold`."""
-    return _LOCKS.setdefault(model, threading.Condition())
+    return _LOCKS.setdefault(model, Lock())
 
 
-def is_held(lock: threading.Condition) -> bool:
-    """Whether this thread has the lock: only then may it notify those that wait for a change."""
-    try:
-        lock.notify(0)
-    except RuntimeError:
-        return False
-    return True
-
-
-def hold(span: Temporary, lock: threading.Condition) -> None:
+def hold(span: Temporary, lock: Lock) -> None:
     """The lock is this thread's until the last of its spans that asked for it ends."""
-    holders, token = _HOLDERS.setdefault(lock, []), object()
+    token = object()
 
+    def is_free() -> bool:
+        return {*lock.holders.values()} <= {threading.get_ident()}
+
+    # A span may end in another thread: that of the garbage collector, or the next one of a server
+    # that resumes a suspended generator in whichever is free.
     def leave() -> None:
-        if token in holders:
-            holders.remove(token)
-        if not holders and is_held(lock):
-            lock.release()
+        with lock.mutex:
+            lock.holders.pop(token, None)
+            lock.changed.notify_all()
 
     span.way_back(leave)
-    if not is_held(lock) and not lock.acquire(timeout=_PATIENCE):
-        warnings.warn(
-            f"{threading.current_thread().name} has waited a minute for a thread that runs a lens "
-            "on the same model. If that thread waits for this one, neither will go on: leave its "
-            "`with lens.applied():` first.",
-            stacklevel=2,
-        )
-        lock.acquire()
-    holders.append(token)
+    with lock.mutex:
+        while not lock.changed.wait_for(is_free, _PATIENCE):
+            warnings.warn(
+                f"{threading.current_thread().name} has waited a minute for a thread that runs a "
+                "lens on the same model. If that thread waits for this one, neither will go on: "
+                "leave its `with lens.applied():` first.",
+                stacklevel=2,
+            )
+        lock.holders[token] = threading.get_ident()
 
 
 class Arranger:
@@ -331,14 +344,14 @@ def _take(lens: Any, directions: Directions, name: str) -> HookFn:
             "Contrast of this point."
         )
     V = directions.basis(centred=is_residual(name) and lens.plan.host.centres_stream)
+    return functools.partial(_projected, V)  # a sweep's fingerprint hashes what a partial holds
 
-    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        basis, h = V.to(tensor.device, wide), tensor.flatten(2).to(wide)
-        return (h - (h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)
 
-    return hook_fn
+def _projected(V: Tensor, tensor: Tensor, hook: Any) -> Tensor:
+    del hook
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    basis, h = V.to(tensor.device, wide), tensor.flatten(2).to(wide)
+    return (h - (h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)
 
 
 # --- Hooks of others that would be shown a wrong number
@@ -402,7 +415,10 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             try:
                 span.__enter__()
-                return call(*args, **kwargs)
+                result = call(*args, **kwargs)
+                # What is open still is the caller's own, such as a block in a suspended generator.
+                others = [other for other in open_spans() if other is not span]
+                return result
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, LensLoraError):
                     raise
@@ -452,16 +468,6 @@ def of_the_base(site: str) -> ModelStateError:
     )
 
 
-def _refuse_within_another(model: object) -> None:
-    for laid in (span.about for span in open_spans()):
-        if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:
-            raise ModelStateError(
-                "this call is made within another one, by a hook or a readout of yours, while "
-                "hooks of that call are on the model, which would change the numbers. Make it "
-                "beforehand, and let the hook or the readout use what it returned."
-            )
-
-
 def _prepare(lens: Any, span: Temporary) -> None:
     if compat.is_within_transform():
         raise ModelStateError(
@@ -472,7 +478,13 @@ def _prepare(lens: Any, span: Temporary) -> None:
     model = getattr(lens, "model", None)
     if isinstance(model, nn.Module):
         hold(span, lock_of(model))
-    _refuse_within_another(model)
+    for laid in (other.about for other in open_spans()):
+        if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:
+            raise ModelStateError(
+                "this call is made within another one, by a hook or a readout of yours, while "
+                "hooks of that call are on the model, which would change the numbers. Make it "
+                "beforehand, and let the hook or the readout use what it returned."
+            )
     span.way_back(functools.partial(setattr, _CALL, "token", _CALL.token))
     _CALL.token = object()
     plan = getattr(lens, "_plan", None)

@@ -36,10 +36,6 @@ _Fact = TypeVar("_Fact")
 Layout = Literal["rows", "heads_first", "flat", "slots"]
 
 
-def _as_read(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @dataclasses.dataclass(eq=False, slots=True)
 class Ports:
     """A site's hook points, and which firing of its read point in one block is the site's.
@@ -60,7 +56,7 @@ class Ports:
     write: str
     firing: int = 0
     firings: int = 1
-    through: Callable[[Tensor], Tensor] = _as_read
+    through: Callable[[Tensor], Tensor] = lambda tensor: tensor
     layout: Layout = "rows"
     like: str | None = None
     repeats: int = 1

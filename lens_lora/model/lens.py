@@ -242,7 +242,7 @@ class LoraLens:
         index = self.site_index(site if isinstance(site, str) else site.name)
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
-        return FactoredMatrix(*self.maps[index].of_weight())
+        return FactoredMatrix(*(factor.clone() for factor in self.maps[index].of_weight()))
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
@@ -277,7 +277,7 @@ class LoraLens:
                 f"{hidden[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
             )
-        hooks = site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)), points)
+        hooks = site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale), scale), points)
         # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
         fires = getattr(self.model.cfg, "use_attn_result", False)
         silent = () if fires else self._plan.points_without_update
@@ -328,7 +328,7 @@ class LoraLens:
         def apply(span: Temporary) -> Any:
             self._check_state()
             span.about = self._plan
-            span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale))))
+            span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale), scale)))
             return self.model
 
         return Temporary(apply)
@@ -478,8 +478,7 @@ class LoraLens:
         ends = end_tokens(self.model, self._hf_model, eos_token_id)
         ready = self.prompts(prompts)
         require_room(self, ready, most)
-        speaker = Speaker(self, ready, self.gates(scale), sampling, most, ends)
-        return speaker.say(progress=progress)
+        return Speaker(self, ready, self.gates(scale), sampling, most, ends).say(progress=progress)
 
     def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own forward pass, with the hooks that it has at the moment.
@@ -561,16 +560,10 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
         place = host.family.place(key.partition("@")[0])
         if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
             continue
-        rows = [
-            model_sites.fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds
-        ]
+        out, cut = len(factors.B), model_sites.fused_rows
+        rows = [cut(place, kind, host.heads, out) for kind in place.kinds]
         parts[key] = [r for r in rows if r is not None]
     return parts
-
-
-def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
-    """A lens of each of `null_adapters`."""
-    return map(lens.with_adapter, null_adapters(lens, seed, draws))
 
 
 def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:

@@ -307,10 +307,14 @@ def prepare(model: Any, prompts: PromptsLike, prepend_bos: bool | None = None) -
             f"prepend_bos={prepend_bos} is for strings: ids are taken as they are, and a "
             "conversation begins as its chat template says. Leave prepend_bos out."
         )
-    _check(model, ready)
-    if ready.tokens.is_inference():  # of which no graph can be made
-        return dataclasses.replace(ready, tokens=ready.tokens.clone())
-    return ready
+    longest = which_prompt(int(ready.lengths.argmax()), ready.batch)
+    require_context(model, ready.tokens.shape[1], longest)
+    low, high = int(ready.tokens.min()), int(ready.tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        fact = f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}"
+        raise PromptError(f"{fact}. Use the tokenizer that the model was trained with.")
+    # A caller may edit the ids later; and of those of inference mode no graph can be made.
+    return dataclasses.replace(ready, tokens=ready.tokens.clone())
 
 
 def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Prompts:
@@ -481,12 +485,3 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
             raise PromptError(f"a row's attention_mask is {real.tolist()}; expected {expected}.")
         rows.append((row[real == 1].tolist(), Source()))
     return _padded(model, rows)
-
-
-def _check(model: Any, prompts: Prompts) -> None:
-    longest = which_prompt(int(prompts.lengths.argmax()), prompts.batch)
-    require_context(model, prompts.tokens.shape[1], longest)
-    low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
-    if low < 0 or high >= model.cfg.d_vocab:
-        fact = f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}"
-        raise PromptError(f"{fact}. Use the tokenizer that the model was trained with.")

@@ -175,7 +175,7 @@ class Bank:
                 sites=lens.sites,
                 adapted=adapted,
                 meta=lens.describe() | named,
-                **held.labels,
+                **held.labels | {"base": held.labels["base"].clone()},
             )
             attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
@@ -463,9 +463,8 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     if not isinstance(held, HeldBank):
         raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
     lens, *_ = _lenses(model, hf_model, held.modules)
-    differ = differences(
-        json.loads(held.about), json.loads(json.dumps(fingerprint(lens, (), None)))
-    )
+    about = json.dumps(fingerprint(lens, (), None))
+    differ = differences(json.loads(held.about), json.loads(about))
     if differ:
         raise ModelStateError(
             f"{path} is the bank of another model than this one: {'; '.join(differ)}. Load that "

@@ -19,7 +19,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.analyses import brief, what_changed
 from lens_lora.model.generate import SideBySide
-from lens_lora.model.lens import null_lenses
+from lens_lora.model.lens import null_adapters
 from lens_lora.readouts.neutral import own_openings
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -51,6 +51,10 @@ def spoken_rows(spoken: ll.results.Prompts) -> list[tuple[Tensor, range]]:
     for i, (length, reads) in enumerate(zip(spoken.lengths, spoken.reads, strict=True)):
         rows.append((spoken.tokens[i, :length], range(int(length - reads), int(length))))
     return rows
+
+
+def null_lenses(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.LoraLens]:
+    return list(map(lens.with_adapter, null_adapters(lens, seed, draws)))
 
 
 @functools.cache

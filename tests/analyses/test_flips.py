@@ -47,7 +47,10 @@ def test_a_batch_flips_where_each_prompt_alone_does(
         return run(lens, reading, *args, **said)
 
     monkeypatch.setattr(module, "gated_readout", counted)
+    np.random.seed(0)
+    drawn = np.random.get_state()[1].copy()
     found = ll.fact_margin(lens, prompts, doc, pre, progress=False)
+    assert np.array_equal(np.random.get_state()[1], drawn)  # the caller's, from which none is taken
     assert found.flips == tuple(i not in STAYING for i in range(COUNT))
     assert ran[0] == COUNT - len(STAYING) and ran == sorted(ran, reverse=True)
     assert len(ran) <= 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -337,6 +339,21 @@ def test_tokens_that_the_same_texts_promote():
     assert len(planted.promoted_groups(9)) == 2 and len(planted.promoted_groups(1)) == 1
     with pytest.raises(ll.errors.ArgumentError, match="n"):
         planted.promoted_groups(0)
+
+
+def test_groups_leave_the_filters_of_warnings_as_they_were(monkeypatch):
+    """Also where `catch_warnings` of another thread begins within, and ends later."""
+    result, theirs = changed("llama", CLASSES[0], "raw"), contextlib.ExitStack()
+    plain, before = what_changed.NMF.fit_transform, list(warnings.filters)
+
+    def fit(self, matrix):
+        theirs.enter_context(warnings.catch_warnings())
+        return plain(self, matrix)
+
+    monkeypatch.setattr(what_changed.NMF, "fit_transform", fit)
+    result.promoted_groups()
+    theirs.close()
+    assert list(warnings.filters) == before
 
 
 def test_an_adapter_that_does_nothing_promotes_no_groups():

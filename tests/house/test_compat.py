@@ -11,7 +11,6 @@ import functools
 import inspect
 import re
 import sys
-import threading
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.model.hooks import is_held
 from lens_lora.model.kernels import _FLAGS
 
 PACKAGE = Path(inspect.getfile(compat)).parent
@@ -215,18 +213,6 @@ def test_attention_kernels():
         assert compat.attention_kernels() == [SDPBackend.MATH]
         assert not torch.backends.cuda.flash_sdp_enabled()
     assert compat.attention_kernels() == before
-
-
-def test_a_lock_knows_its_thread():
-    """By the public `Condition.notify`, which no other thread may call."""
-    lock, seen = threading.Condition(), []
-    with lock:
-        assert is_held(lock)
-        other = threading.Thread(target=lambda: seen.append(is_held(lock)))
-        other.start()
-        other.join()
-    assert seen == [False]
-    assert not is_held(lock)
 
 
 def test_an_offloaded_module():

@@ -19,7 +19,7 @@ from torch._C import _len_torch_function_stack
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
 import lens_lora
-from lens_lora.model.hooks import ONE_IN_A_PROCESS, call_under_way, is_held, lock_of
+from lens_lora.model.hooks import ONE_IN_A_PROCESS, call_under_way, lock_of
 
 PACKAGE = str(Path(lens_lora.__file__).parent)
 Call = Callable[[], object]
@@ -147,5 +147,5 @@ def held(model: Any) -> dict[str, Any]:
         "attention kernels": _cur_sdpa_kernel_backends(),
         "warnings": list(warnings.filters),
         "public call": call_under_way(),
-        "locks": (is_held(lock_of(model)), is_held(ONE_IN_A_PROCESS)),
+        "locks": (len(lock_of(model).holders), len(ONE_IN_A_PROCESS.holders)),
     }

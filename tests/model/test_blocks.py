@@ -6,6 +6,7 @@ Right is what the call gives outside of the block.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -260,9 +261,79 @@ def test_blocks_end_in_any_order(first: int, cls: str):
         block.__enter__()
     blocks[first].__exit__(None, None, None)
     assert torch.equal(own.model(tokens()), left)
-    assert hooks.is_held(hooks.lock_of(own.model))  # other threads still wait
+    assert hooks.lock_of(own.model).holders  # other threads still wait
     blocks[1 - first].__exit__(None, None, None)
     assert held(own.model) == before and list(map(type, own.model.modules())) == kinds
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("block", ["applied", "without"])
+def test_no_reset_takes_a_block_s_hooks_off(block: str, cls: str):
+    """The rest of the block would run the base."""
+    own, *_ = lenses(cls)
+    own.model(tokens())
+    before = held(own.model)
+    with torch.no_grad(), own.applied() if block == "applied" else own.without(torch.eye(16)[0]):
+        inside = own.model(tokens())
+        own.model.reset_hooks()
+        with pytest.raises(ll.errors.ModelStateError, match="Leave the block first"):
+            own.model.reset_hooks(including_permanent=True)
+        assert torch.equal(own.model(tokens()), inside)
+    assert held(own.model) == before
+
+
+def halved(gates: torch.Tensor) -> None:
+    gates.mul_(0.5)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("how", ["block", "list"])
+def test_gates_that_are_edited_in_place(how: str, cls: str):
+    """A pass has those of now, as an optimiser's, or is refused; none has those of before."""
+    own, *_ = lenses(cls)
+    expected = [own.logits(tokens(), scale) for scale in (1.0, 0.5)]
+
+    def logits(gates: Any, edit: Callable[[], object]) -> list[torch.Tensor]:
+        hooks = own.fwd_hooks(gates) if how == "list" else []
+        with torch.no_grad(), own.applied(gates) if how == "block" else contextlib.nullcontext():
+            first = own.model.run_with_hooks(tokens(), fwd_hooks=hooks)
+            edit()
+            return [first, own.model.run_with_hooks(tokens(), fwd_hooks=hooks)]
+
+    ones = torch.ones(len(own.sites), requires_grad=True)
+    for found, wanted in zip(logits(ones, functools.partial(halved, ones)), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+    plain, double = torch.ones(len(own.sites)), torch.ones(len(own.sites), dtype=torch.float64)
+    zero, number = torch.zeros(len(own.sites)), torch.tensor(1.0)
+    edits = [(gates, functools.partial(halved, gates)) for gates in (plain, double, number)]
+    edits += [({"*": number}, functools.partial(halved, number)), (zero, lambda: zero.fill_(1.0))]
+    for gates, edit in edits:
+        with pytest.raises(ll.errors.ModelStateError, match="gates were edited in place"):
+            logits(gates, edit)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_call_leaves_a_block_open_that_its_callback_opened(cls: str):
+    """Of a generator over another model that a readout takes one step on."""
+    own, judge = lenses(cls).own, ll.LoraLens(lenses(cls).own.model, lenses(cls).other.adapter)
+    judge = ll.LoraLens(copy.deepcopy(judge.model), judge.adapter)
+    adapted = judge.logits(tokens())
+
+    def judged() -> Iterator[torch.Tensor]:
+        with judge.applied() as model:
+            while True:
+                yield model(tokens()).detach()
+
+    steps = judged()
+
+    def read(logits: torch.Tensor) -> torch.Tensor:
+        assert torch.allclose(next(steps), adapted, atol=1e-5)
+        return logits[:, 5]
+
+    ll.first_order(own, tokens(), ll.Readout.of(read))
+    assert torch.allclose(next(steps), adapted, atol=1e-5)
+    steps.close()
+    assert torch.equal(judge.logits(tokens()), adapted)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

@@ -335,7 +335,15 @@ def test_active_dropout():
     message = refusal(model, adapter("gpt2"), ModelStateError)
     assert "dropout 0.1 is active" in message and "model.eval()" in message
     model.eval()
-    assert len(ll.LoraLens(model, adapter("gpt2")).sites) == 12
+    lens = ll.LoraLens(model, adapter("gpt2"))
+    assert len(lens.sites) == 12
+    expected = lens.logits(models.tokens())
+    for part in (model.original_model, model.original_model.transformer.drop, model.blocks[1]):
+        part.train()  # the bridge itself stays in evaluation mode
+        with pytest.raises(ModelStateError, match=r"dropout 0\.1 is active.*model\.eval"):
+            lens.logits(models.tokens())
+        model.eval()
+        assert torch.equal(lens.logits(models.tokens()), expected)
     assert len(ll.LoraLens(fresh("TransformerBridge").train(), adapter("llama")).sites) == 14
 
 

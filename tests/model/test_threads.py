@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import threading
 import warnings
@@ -99,7 +100,7 @@ def test_a_thread_that_waits_long_says_so(two, monkeypatch):
 
 
 def test_a_lock_is_let_go_once_however_many_blocks_hold_it():
-    lock = threading.Condition()
+    lock = attaching.Lock()
 
     def hold(span: Temporary) -> None:
         attaching.hold(span, lock)
@@ -107,8 +108,53 @@ def test_a_lock_is_let_go_once_however_many_blocks_hold_it():
     with Temporary(hold):
         with Temporary(hold):
             pass
-        assert attaching.is_held(lock)
-    assert not attaching.is_held(lock)
+        assert len(lock.holders) == 1
+    assert not lock.holders
+
+
+@pytest.mark.parametrize("how", ["left elsewhere", "resumed elsewhere", "collected elsewhere"])
+def test_a_block_that_ends_in_another_thread_lets_others_in(how: str, two):
+    """As a server's generators do, each step of which is run by the next thread that is free."""
+    (first, second), _ = two
+    expected, before = second.logits(tokens()), held(first.model)
+    pools = [ThreadPoolExecutor(1) for _ in range(3)]
+    block = first.applied()
+
+    def stream():
+        with torch.no_grad(), first.applied() as model:
+            yield model(tokens())
+
+    def abandon() -> None:
+        lost = [first.applied()]
+        lost.append(lost)
+        lost[0].__enter__()
+
+    steps: list[Callable] = [block.__enter__, lambda: block.__exit__(None, None, None)]
+    if how == "resumed elsewhere":
+        said = stream()
+        steps = [lambda: next(said), lambda: next(said, None)]
+    elif how == "collected elsewhere":
+        gc.disable()
+        steps = [abandon, gc.collect]
+    try:
+        for pool, step in zip(pools, steps, strict=False):
+            run_in(pool, step, [()])
+        assert held(first.model) == before
+        (found,) = run_in(pools[2], second.logits, [(tokens(),)])
+        assert torch.equal(found, expected)
+    finally:
+        gc.enable()
+
+
+def test_a_block_is_no_block_of_two_threads(two):
+    (first, _), _ = two
+    block = first.applied()
+    with ThreadPoolExecutor(1) as pool, block, pytest.raises(RuntimeError, match="open already"):
+        pool.submit(block.__enter__).result(timeout=LONG)
+    with block:  # again, once it has ended
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        run_in(pool, first.logits, [(tokens(),)])
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

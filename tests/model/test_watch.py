@@ -176,6 +176,16 @@ def test_the_adapter(made: SimpleNamespace):
     assert torch.equal(ll.LoraLens(made.model, adapter).logits(TOKENS), expected)
 
 
+def test_what_a_lens_gave_away_may_be_edited(made: SimpleNamespace):
+    expected = made.lens.logits(TOKENS)
+    for site in made.lens.sites:
+        change = made.lens.delta_w(site)
+        change.A.mul_(2)
+        change.B.mul_(2)
+    made.lens.gates().zero_()
+    assert torch.equal(made.lens.logits(TOKENS), expected)
+
+
 @pytest.mark.usefixtures("float64")
 def test_hf_model_counts_where_it_is_read_again():
     """The lens has taken what it needs; another adapter's lens takes it anew."""

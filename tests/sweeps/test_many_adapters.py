@@ -56,6 +56,20 @@ def test_a_saved_bank_gives_the_same_numbers(cls: str, tmp_path: Path):
             again.first_order(adapter, exact=True)
 
 
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_what_was_given_and_what_came_back_may_be_edited(cls: str):
+    model, adapter = made(cls)
+    ids = models.tokens(2, 5)
+    bank = ll.bank(model, ids, MARGIN, progress=False)
+    prompts = ll.LoraLens(model, adapter).prompts(ids)
+    expected = bank.first_order(adapter, exact=True)
+    shift, tokens = expected.shift.clone(), prompts.tokens.clone()
+    ids.fill_(7)
+    expected.base.fill_(7)
+    assert torch.equal(bank.first_order(adapter, exact=True).shift, shift)
+    assert torch.equal(prompts.tokens, tokens)
+
+
 OTHERS = {
     "another base": ("model_weights", lambda: made(seed=5)[0]),
     "another dtype": ("dtype", lambda: made(dtype=torch.float64)[0]),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import sweep_runs
+import torch
 from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
@@ -56,6 +57,17 @@ def test_a_finished_sweep_grows_and_is_not_repeated(a_lens, tmp_path, calls):
     again = run(a_lens, GOOD, tmp_path)
     assert len(calls) == 6 and again.resumed == 6
     same(again, run(a_lens, GOOD, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["first_order", "activations"])
+def test_numbers_without_other_directions_are_another_sweep_s(a_lens, tmp_path, name: str):
+    one, other = torch.eye(16, dtype=torch.float64)[[0, 5]]
+    with a_lens.without(one):
+        run(a_lens, GOOD[2:4], tmp_path, name)
+    with a_lens.without(other), pytest.raises(SweepError, match="another sweep: hooks"):
+        run(a_lens, GOOD, tmp_path, name)
+    with a_lens.without(one):
+        run(a_lens, GOOD[2:4], tmp_path, name)
 
 
 def test_a_record_that_failed_is_tried_again(a_lens, tmp_path, calls):
