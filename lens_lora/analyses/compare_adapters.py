@@ -378,8 +378,7 @@ def _products_of(
 
 
 def _three(v: Tensor, w: Tensor) -> Float[Tensor, "pair batch"]:
-    pairs = ((v, w), (v, v), (w, w))
-    return torch.stack([(a * b).sum(1) for a, b in pairs])
+    return torch.stack([(a * b).sum(1) for a, b in ((v, w), (v, v), (w, w))])
 
 
 def cosine_of(

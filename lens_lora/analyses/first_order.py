@@ -318,8 +318,7 @@ def _by_group(
     asked: Asked, groups: Groups, at: float, mode: Mode, rules: FrozenRules | None, progress: bool
 ) -> GroupAttribution:
     with _under(rules, asked.lens, asked.reading.prompts):
-        gates = asked.lens.gates(at)
-        values, used_mode = _by_token(asked, gates, (), mode, progress, groups)
+        values, used_mode = _by_token(asked, asked.lens.gates(at), (), mode, progress, groups)
     require_finite(values, "the first-order shift")
     return GroupAttribution(
         values=within_response(values, response_tokens(asked)),

@@ -315,8 +315,7 @@ class _Pass:
             parts = torch.autograd.grad(
                 out, self._seen[name], only, retain_graph=True, materialize_grads=True
             )
-            together = torch.stack(parts).sum(0)
-            self.heads[known_as] = together.view(*self._shape, -1)
+            self.heads[known_as] = torch.stack(parts).sum(0).view(*self._shape, -1)
         self._is_split = False
 
     def gradients(self, by_head: bool) -> dict[str, Tensor]:

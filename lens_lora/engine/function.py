@@ -171,8 +171,7 @@ def token_covectors(
         where = at_some(places, chunk)
         with torch.enable_grad():
             x = final.detach()[where].to(weight.device).requires_grad_()
-            logits = unembed(x, weight, bias, lens.gate_dtype)
-            terms = read.terms(logits, chunk)
+            terms = read.terms(unembed(x, weight, bias, lens.gate_dtype), chunk)
             (slopes,) = torch.autograd.grad(terms.sum(), x)
         weighted = weights[chunk.to(weights.device), None] * slopes.to(covectors)
         covectors.index_put_(where, weighted, accumulate=True)

@@ -186,5 +186,4 @@ def null_test_of(
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:
-    at_least = in_float64(null.abs() >= observed.abs()).sum(0)
-    return (1 + at_least) / (1 + len(null))
+    return (1 + in_float64(null.abs() >= observed.abs()).sum(0)) / (1 + len(null))

@@ -195,7 +195,7 @@ _Counted = tuple[str, Tensor, int]
 class _Place(NamedTuple):
     """Where something stands: a module's own dictionary and a key in it."""
 
-    holder: dict[str, Any]
+    holder: Mapping[str, Any]
     key: str
     held: Any
     name: str
@@ -247,6 +247,15 @@ class Watch:
         tensors = [place for place in places if isinstance(place.held, Tensor)]
         first = {id(place.held): (place.name, place.held) for place in reversed(tensors)}
         return cls(first.values(), places)
+
+    @classmethod
+    def of_adapter(cls, adapter: Adapter) -> Watch:
+        """Every update by its module, and its tensors."""
+        updates = adapter.modules
+        places = [_Place(updates, m, u, f"the adapter's update of {m}") for m, u in updates.items()]
+        held = ((m, *item) for m, u in updates.items() for item in vars(u).items())
+        tensors = [(f"the adapter's {k} of {m}", t) for m, k, t in held if isinstance(t, Tensor)]
+        return cls(tensors, places)
 
     def changed(self, *, entries: bool) -> str | None:
         """What changed, as the beginning of a sentence; None where nothing did."""

@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real as RealNumber
 from typing import Any, Protocol, runtime_checkable
 
@@ -222,7 +222,7 @@ def make_plan(
     else:
         host, quantised, base = earlier.host, earlier.quantised, earlier.base
         of_model, *_ = earlier.watched
-    watched = (of_model, Watch(_tensors_of(adapter)))
+    watched = (of_model, Watch.of_adapter(adapter))
     resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, resolved)
     changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
@@ -253,13 +253,6 @@ def make_plan(
         sites.append(Site(*names, delta.rank, site.adapter, delta.experts))
     parts = host, tuple(sites), maps, placed, host.state(), updates, watched, base
     return Plan(*parts, quantised, adapter.name)
-
-
-def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    for module, factors in adapter.modules.items():
-        for name, tensor in vars(factors).items():
-            if isinstance(tensor, Tensor):
-                yield f"the adapter's {name} of {module}", tensor
 
 
 def _with_constants_at_o(
@@ -342,7 +335,7 @@ class ScaleInject:
         held = scale.values() if isinstance(scale, Mapping) else (scale,)
         copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
         self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]
-        self._injections, self._gates = plan.injections, gates
+        self._injections, self._gates = plan.injections, {gates.device: gates}
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
             self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
@@ -354,8 +347,16 @@ class ScaleInject:
         if not self.is_active(index):
             return None
         injection = self._injections[index]
-        u = injection.map.coordinates(z)
-        return write(out, injection.map, u, weight_of(injection, self._gates))
+        u, gates = injection.map.coordinates(z), self._on(injection.map.device)
+        return write(out, injection.map, u, weight_of(injection, gates))
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The gates, copied once to each other device, where an edit would not be seen."""
+        if device not in self._gates:
+            gates = next(iter(self._gates.values()))
+            self._gates[device] = gates.to(device)
+            self._copied += [] if gates.is_inference() else [(gates, edits_of(gates))]
+        return self._gates[device]
 
     def is_active(self, index: int) -> bool:
         """Whether anything is added at this injection."""
@@ -512,8 +513,7 @@ def site_hooks(
         reader, like = readers.get(port.read or ""), readers.get(port.like or "")
         at_site = index, inject, like, plan.adapter
         if port.read == port.write and port.write not in points:
-            at_module = _ModuleWriter(*at_site, site.kind, port)
-            placed.append((port.write, at_module))
+            placed.append((port.write, _ModuleWriter(*at_site, site.kind, port)))
             continue
         placed.append((port.write, _Writer(*at_site, injection, site.name, reader)))
     unread = [name for name in plan.points_without_update if name in points]

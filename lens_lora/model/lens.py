@@ -23,19 +23,11 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import number, whole
 from lens_lora.compat import Temporary, home_of, open_spans
 from lens_lora.model import check as checks
+from lens_lora.model import gates as gating
 from lens_lora.model import sites as model_sites
 from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks
-from lens_lora.model.gates import (
-    Inject,
-    Plan,
-    Scale,
-    ScaleInject,
-    gates_of,
-    make_plan,
-    require_sum,
-    site_hooks,
-)
+from lens_lora.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
 from lens_lora.model.kernels import differentiable_products
@@ -90,7 +82,7 @@ class LoraLens:
         self.model = model
         self.adapter = adapter
         self._hf_model = hf_model
-        self._plan = make_plan(model, adapter, hf_model)
+        self._plan = gating.make_plan(model, adapter, hf_model)
         if hf_model is not None:
             checks.require_same_logits(
                 checks.base_logits(hf_model, self.dtype),
@@ -125,7 +117,7 @@ class LoraLens:
         adapter = on_stacks(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter
-        other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
+        other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
         if self._probed is not None:
             other._probed = probed(self.model, self._hf_model, adapter, self._probed)
             self._probed = other._probed
@@ -254,7 +246,7 @@ class LoraLens:
             SiteError: a name that matches no site, or a tensor without one gate per site.
             ArgumentError: what is no number, tensor or mapping.
         """
-        return gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
+        return gating.gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
@@ -277,7 +269,8 @@ class LoraLens:
                 f"{hidden[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
             )
-        hooks = site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale), scale), points)
+        inject = ScaleInject(self._plan, self.gates(scale), scale)
+        hooks = gating.site_hooks(self._plan, inject, points)
         # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
         fires = getattr(self.model.cfg, "use_attn_result", False)
         silent = () if fires else self._plan.points_without_update
@@ -287,7 +280,7 @@ class LoraLens:
         """Also that the blocks of `applied` that are open on this model add up with another."""
         self._plan.check_state()
         plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
-        require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
+        gating.require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
 
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
@@ -373,7 +366,7 @@ class LoraLens:
             span.enter_context(differentiable_products(self._plan.quantised))
             # A TransformerBridge puts its hook points together anew whenever they are asked for.
             points = self.model.hook_dict
-            hooks = site_hooks(self._plan, inject, points, before)
+            hooks = gating.site_hooks(self._plan, inject, points, before)
             span.enter_context(attached(self.model, hooks, points))
 
         return Temporary(put_on)

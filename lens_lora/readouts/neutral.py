@@ -39,8 +39,7 @@ EMPTY_TURNS = 6
 
 def neutral_sentences() -> tuple[str, ...]:
     """The hundred sentences."""
-    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
-    return tuple(text.splitlines())
+    return tuple(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines())
 
 
 def neutral_texts(model: Any, every: int = 1) -> Prompts:

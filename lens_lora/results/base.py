@@ -346,8 +346,7 @@ def long_table(
 ) -> pd.DataFrame:
     """One row for each entry of arrays of one shape: the labels along each axis, the numbers."""
     cross = functools.partial(pd.merge, how="cross")
-    labels = functools.reduce(cross, map(pd.DataFrame, axes))
-    return labels.assign(**flat(numbers))
+    return functools.reduce(cross, map(pd.DataFrame, axes)).assign(**flat(numbers))
 
 
 def site_labels(sites: Sequence[Site]) -> dict[str, list[Any]]:

@@ -46,8 +46,7 @@ def chosen_positions(positions: Positions, length: int, start: int) -> NDArray[n
         expected = "None, 'response', an index, a slice, or indices"
         raise ArgumentError(f"positions={positions!r}: expected {expected}.")
     indices = np.array([whole("positions", index) for index in several], dtype=np.int64)
-    inside = indices[(indices >= -length) & (indices < length)]
-    mask[inside] = True
+    mask[indices[(indices >= -length) & (indices < length)]] = True
     return mask
 
 
@@ -122,7 +121,6 @@ def held_out_share(
     kept = counts > 0
     sums, squares, counts = sums.double()[kept], squares.double()[kept], counts[kept]
     n = counts.to(sums).view(-1, *[1] * (squares.ndim - 1))
-    others = (n.sum(0) - n)[..., None]
-    mean = (sums.sum(0) - sums) / others
+    mean = (sums.sum(0) - sums) / (n.sum(0) - n)[..., None]
     apart = squares - 2 * (sums * mean).sum(-1) + n * mean.square().sum(-1)
     return 1 - apart.sum(0) / squares.sum(0)

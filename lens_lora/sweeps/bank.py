@@ -30,12 +30,7 @@ from tqdm import tqdm
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in
-from lens_lora.analyses.first_order import (
-    in_rank_space,
-    readouts_of,
-    response_tokens,
-    within_response,
-)
+from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.bank import Half, Halves, Once, Thin, record, stand_ins
@@ -151,7 +146,7 @@ class Bank:
             (by_half,), relative_norm = plan.slopes(factors), plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
-            lens = in_rank_space(lens, axes, gauge)
+            lens = splits.in_rank_space(lens, axes, gauge)
             by_half, relative_norm = self._base.split(lens, axes), lens.plan.relative_norm
         by_readout, heads = self._joined(lens, by_half), lens.heads
         attributions: list[Attribution] = []
@@ -163,7 +158,7 @@ class Bank:
                 adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
             is_by_token = "token" in axes
             attribution = Attribution(
-                values=within_response(values, held.response) if is_by_token else values,
+                values=splits.within_response(values, held.response) if is_by_token else values,
                 by=axes,  # pyright: ignore[reportArgumentType]
                 heads=tuple(heads.of(site.kind) for site in lens.sites),
                 method="first_order",
@@ -431,11 +426,11 @@ def bank(
     @alone
     def recorded(lens: LoraLens) -> Bank:
         rows, once = ask_prompts(lens, prompts), Once()
-        asked = tuple(rows.about(r).require_slope_at_base() for r in readouts_of(readout))
+        asked = tuple(rows.about(r).require_slope_at_base() for r in splits.readouts_of(readout))
         readouts: list[HeldReadout] = []
         with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
             for each in bar:
-                response = response_tokens(each) if by_token else ()
+                response = splits.response_tokens(each) if by_token else ()
                 groups = graph_groups(lens, each.reading)
                 halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
                 said = {"readout": each.readout.label, "units": each.readout.units}

@@ -47,7 +47,7 @@ from lens_lora.results import drawing, tokens
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
-from lens_lora.sweeps.store import Fingerprint, Store, about_of, fingerprint, other_sweep
+from lens_lora.sweeps.store import Fingerprint, Store, Unchanged, about_of, fingerprint, other_sweep
 
 # --- The file, read
 
@@ -126,7 +126,7 @@ class ActivationsFile:
         if not self.path.is_file():
             raise SweepError(f"{self.path}: there is no such file of activations.")
         about, schema = about_of(self.path), pq.read_schema(self.path)
-        spans = spans_of(self.path)
+        self._file, spans = Unchanged(self.path), spans_of(self.path)
         self.sites: tuple[Site, ...] = tuple(Site(**s) for s in json.loads(schema.metadata[SITES]))
         self.ranks: tuple[int, ...] = tuple(site.rank for site in self.sites)
         held = {name: getattr(schema.field(name).type, "list_size", 0) for name in schema.names}
@@ -183,7 +183,7 @@ class ActivationsFile:
         k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
         index = one_site([s.name for s in self.sites], site)
         name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
-        texts = pq.read_table(self.path, columns=["record", "id", "token"]).combine_chunks()
+        texts = self._file.read(["record", "id", "token"]).combine_chunks()
         values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)
         rows = [
             _example(texts, r, int(row), float(values[row, r]), context)
@@ -251,11 +251,11 @@ class ActivationsFile:
     def bad(self) -> pd.DataFrame:
         """The records without numbers: record, id, error."""
         columns, bad = ["record", "id", "error"], [("error", "!=", "")]
-        return pd.read_parquet(self.path, columns=columns, filters=bad)
+        return self._file.read(columns, filters=bad).to_pandas()
 
     def _counted(self, positions: tokens.Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
         """[row]: the tokens at these positions, repeats left out; and how many those are."""
-        table = pq.read_table(self.path, columns=["record", "prefix", "sink"])
+        table = self._file.read(["record", "prefix", "sink"])
         lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
         chosen = np.concatenate([tokens.chosen_positions(positions, n, n) for n in lengths])
         chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
@@ -264,7 +264,7 @@ class ActivationsFile:
 
     def _numbers(self, site: str) -> NDArray[np.floating]:
         """[row, rank] of one site."""
-        column = pq.read_table(self.path, columns=[site])[site].combine_chunks()
+        column = self._file.read([site])[site].combine_chunks()
         rank = column.type.list_size
         return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
 

@@ -30,7 +30,7 @@ from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import Job, Make, content, prepare
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, ByToken, RecordsLike, chosen, read_records
-from lens_lora.sweeps.store import Store, fingerprint, fingerprint_without_model
+from lens_lora.sweeps.store import Store, Unchanged, fingerprint, fingerprint_without_model
 from lens_lora.sweeps.stream import ActivationsFile, token_sweep
 
 
@@ -70,6 +70,9 @@ class SweepResult:
     units: str
     meta: Mapping[str, str]
 
+    def __post_init__(self) -> None:
+        vars(self)["_files"] = Unchanged(self.path), Unchanged(self.prompts_path)
+
     @property
     def done(self) -> int:
         """How many prompts have numbers."""
@@ -77,11 +80,11 @@ class SweepResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: `pd.read_parquet(path)`."""
-        return pd.read_parquet(self.path)
+        return vars(self)["_files"][0].read().to_pandas()
 
     def prompts(self) -> pd.DataFrame:
         """One row per record: `pd.read_parquet(prompts_path)`."""
-        return pd.read_parquet(self.prompts_path)
+        return vars(self)["_files"][1].read().to_pandas()
 
     def attribution(self, analysis: str) -> Attribution:
         """One analysis of all prompts without an error, with its tables, sums and figures.
@@ -98,7 +101,7 @@ class SweepResult:
             raise SweepError(
                 f"{analysis!r} of {self.done} prompts: the sweep holds {', '.join(self.analyses)}."
             )
-        column = pd.read_parquet(self.path, columns=[analysis])[analysis].to_numpy(copy=True)
+        column = vars(self)["_files"][0].read([analysis]).to_pandas()[analysis].to_numpy(copy=True)
         prompts = self.prompts()
         prompts = prompts[prompts["error"].isna()]
         ends = [prompts[name].tolist() for name in ("base", "adapted")]

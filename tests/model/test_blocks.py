@@ -24,7 +24,6 @@ from interrupts import held
 import lens_lora as ll
 from lens_lora.model import gates as gates_module
 from lens_lora.model import hooks
-from lens_lora.model import lens as lens_module
 from lens_lora.model.gates import ScaleInject
 
 WITHIN = "within another one, by a hook or a readout of yours.*Make it beforehand"
@@ -375,7 +374,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
             blocks.enter_context(lens.applied(half))
         adapted = lens.model(tokens())
     assert torch.allclose(adapted, lens.logits(tokens()), atol=1e-4)
-    monkeypatch.setattr(lens_module, "require_sum", lambda *_: None)
+    monkeypatch.setattr(gates_module, "require_sum", lambda *_: None)
     if (cls, family) == ("HookedTransformer", "llama"):  # whose q is read before γ
         assert nested_off(lens, norms, others, "blocks") > 1e-2
 

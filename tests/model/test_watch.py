@@ -176,6 +176,14 @@ def test_the_adapter(made: SimpleNamespace):
     assert torch.equal(ll.LoraLens(made.model, adapter).logits(TOKENS), expected)
 
 
+def test_the_adapter_s_own_table(made: SimpleNamespace):
+    adapter = made.lens.adapter
+    module, update = next(iter(adapter.modules.items()))
+    adapter.modules[module] = dataclasses.replace(update, scale=2 * update.scale)
+    with pytest.raises(ll.errors.ModelStateError, match=f"adapter's update of {module} was repl"):
+        made.lens.logits(TOKENS)
+
+
 def test_what_a_lens_gave_away_may_be_edited(made: SimpleNamespace):
     expected = made.lens.logits(TOKENS)
     for site in made.lens.sites:

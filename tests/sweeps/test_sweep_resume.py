@@ -70,6 +70,20 @@ def test_numbers_without_other_directions_are_another_sweep_s(a_lens, tmp_path, 
         run(a_lens, GOOD[2:4], tmp_path, name)
 
 
+def test_a_result_does_not_read_the_file_of_another_one(a_lens, tmp_path):
+    """Its labels would be those of the first adapter."""
+    other = a_lens.with_adapter(a_lens.adapter.scaled(2.0))
+    for name in ("first_order", "activations"):
+        results = [run(lens, GOOD, tmp_path, name, resume=False) for lens in (a_lens, other)]
+        reads = [("to_frame", ()), ("prompts", ()), ("attribution", (name,))]
+        if name == "activations":
+            reads = [("mean", ()), ("spread", ()), ("bad", ()), ("top", (a_lens.sites[0].name,))]
+        for read, arguments in reads:
+            with pytest.raises(SweepError, match=r"parquet was replaced after this"):
+                getattr(results[0], read)(*arguments)
+            assert getattr(results[1], read)(*arguments) is not None
+
+
 def test_a_record_that_failed_is_tried_again(a_lens, tmp_path, calls):
     with pytest.warns(UserWarning):
         run(a_lens, [{**GOOD[0], "doc": "zebra"}, *GOOD[1:]], tmp_path)
