@@ -128,8 +128,8 @@ def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
     rates |= {f"{name}=": value for name, value in fields.items() if "drop" in name}
     for name, rate in rates.items():
         if isinstance(rate, float) and rate > 0:
-            fact = f"{name}{rate} is active, so no two runs agree"
-            raise ModelStateError(f"{fact}; call model.eval().")
+            fact = f"{name}{rate} is active, so no two runs agree; call model.eval()."
+            raise ModelStateError(fact)
 
 
 def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
