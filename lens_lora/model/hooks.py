@@ -60,8 +60,7 @@ class Lock:
     """What one thread at a time holds, in any number of spans: {its own token: the thread}."""
 
     def __init__(self) -> None:
-        self.mutex = threading.RLock()
-        self.changed = threading.Condition(self.mutex)
+        self.changed: threading.Condition = threading.Condition()
         self.holders: dict[object, int] = {}
 
 
@@ -205,12 +204,12 @@ def hold(span: Temporary, lock: Lock) -> None:
     # A span may end in another thread: that of the garbage collector, or the next one of a server
     # that resumes a suspended generator in whichever is free.
     def leave() -> None:
-        with lock.mutex:
+        with lock.changed:
             lock.holders.pop(token, None)
             lock.changed.notify_all()
 
     span.way_back(leave)
-    with lock.mutex:
+    with lock.changed:
         while not lock.changed.wait_for(is_free, _PATIENCE):
             warnings.warn(
                 f"{threading.current_thread().name} has waited a minute for a thread that runs a "
