@@ -287,7 +287,8 @@ class LoraLens:
 
         After the block, also after an exception or an interrupt, the model has its own hooks and
         weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
-        may be differentiated: in reverse and in forward mode, and within torch.func transforms.
+        may be differentiated, in either mode and within torch.func transforms. In the gates' own
+        dtype it may then be edited between passes, as an optimiser does; no other may.
 
         Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
         Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
