@@ -204,7 +204,7 @@ for name in sys.argv[1:]:
     child = os.fork()
     if not child:
         importlib.import_module(f"lens_lora.{name}")
-        sys.exit()
+        os._exit(0)
     if os.waitpid(child, 0)[1]:
         failed.append(name)
 sys.exit(" ".join(failed))
