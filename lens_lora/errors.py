@@ -1,4 +1,4 @@
-"""Errors by cause: each names the place, two facts that disagree, a remedy. Counts in words."""
+"""Errors by cause, each with the place, two facts that disagree and a remedy; `many` of them."""
 
 from __future__ import annotations
 

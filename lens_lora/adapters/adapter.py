@@ -417,8 +417,7 @@ class Adapter:
         if not isinstance(other, Adapter):
             fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
             raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
-        named = [(adapter.name, adapter.base_model) for adapter in (self, other)]
-        return peft_files.one_base(named, "two bases do not combine.")
+        return require_one_base([self, other], "two bases do not combine")
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -431,6 +430,13 @@ class Adapter:
         parts += [f"{whole} without factors"] if whole else []
         parts += [f"base {self.base_model!r}"] if self.base_model else []
         return f"Adapter({self.name!r}: {', '.join(parts)})"
+
+
+def require_one_base(adapters: Iterable[Adapter], why: str) -> str | None:
+    """The base that they name; AdapterError, with the reason, if two differ."""
+    remedy = "if it is one model, give both one name: dataclasses.replace(adapter, base_model=…)."
+    named = [(adapter.name, adapter.base_model) for adapter in adapters]
+    return peft_files.one_base(named, f"{why}; {remedy}")
 
 
 def load_adapter(

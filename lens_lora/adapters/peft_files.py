@@ -54,7 +54,7 @@ def adapter_folder(
 
 
 def folders_in(folder: str | Path) -> dict[str, Path]:
-    """Every adapter's folder below one, whole or not, by its path from there; refused if none."""
+    """Every folder with an adapter's config or weights, by its path from here; at least one."""
     paths = sorted({p.parent for name in (CONFIG, WEIGHTS) for p in Path(folder).rglob(name)})
     if not paths:
         raise AdapterError(
@@ -210,11 +210,11 @@ def stated_base(folder: Path) -> str | None:
 
 
 def one_base(named: Iterable[tuple[str, str | None]], why: str) -> str | None:
-    """The base that adapters name, by the last part of its name; AdapterError if two differ."""
+    """The base that adapters name, None if they name none; AdapterError if two differ."""
     stated = [(name, base) for name, base in named if base]
     for name, base in stated:
         first, expected = stated[0]
-        if Path(base).name.lower() != Path(expected).name.lower():
+        if base != expected:
             raise AdapterError(f"{first} names the base {expected!r}, {name} {base!r}; {why}")
     return stated[0][1] if stated else None
 
@@ -259,7 +259,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
-    """Warn if PEFT seems to have left out modules: those whose path holds another one's name."""
+    """Warn if PEFT seems to have left out modules, as it does where a path has another's name."""
     configs = (*folder.glob(f"*/{CONFIG}"), *folder.resolve().parent.glob(f"*/{CONFIG}"))
     neighbours = sorted({path.parent.name for path in configs} - {folder.resolve().name})
     parts = {part for path in paths for part in path.split(".")}

@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.peft_files import checkpoint_folders, one_base
+from lens_lora.adapters.adapter import Adapter, load_adapter, require_one_base
+from lens_lora.adapters.peft_files import checkpoint_folders
 from lens_lora.analyses.margin import flip_scales
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import numbers_of, word
@@ -307,8 +307,7 @@ def _require_one_training(adapters: Sequence[Adapter]) -> None:
                 "checkpoints of one training adapt the same modules. Two trainings are compared by "
                 "ll.compare_adapters."
             )
-    named = [(adapter.name, adapter.base_model) for adapter in adapters]
-    one_base(named, "checkpoints of one training have one base model.")
+    require_one_base(adapters, "checkpoints of one training have one base model")
 
 
 def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tuple[Site, ...]:
@@ -324,8 +323,7 @@ def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tu
 
 def _measured(asked: Asked) -> dict[str, Tensor]:
     """What is run of one checkpoint."""
-    lens = asked.lens
-    scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=lens.gate_dtype)
+    scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=asked.lens.gate_dtype)
     along = asked.along(scales.tolist(), progress=False)
     return {
         "adapted": along[:, -1].cpu().double(),

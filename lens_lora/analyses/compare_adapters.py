@@ -32,9 +32,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.adapter import Adapter, require_one_base
 from lens_lora.adapters.arithmetic import draw_seeds
-from lens_lora.adapters.peft_files import one_base
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts
@@ -276,8 +275,7 @@ def _require_adapter(lens: LoraLens, other: Adapter) -> None:
             f"the other adapter is a {type(other).__name__}; pass an ll.Adapter (of a folder: "
             "ll.load_adapter(path))."
         )
-    named = [(adapter.name, adapter.base_model) for adapter in (lens.adapter, other)]
-    one_base(named, "changes of different models have nothing in common to compare.")
+    require_one_base([lens.adapter, other], "changes of different models cannot be compared")
 
 
 # --- geometry

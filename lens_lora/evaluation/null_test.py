@@ -107,8 +107,7 @@ class NullTest(Drawn):
     @property
     def exceeds_all(self) -> Float[Tensor, " batch"]:
         """The share of sites whose |a_l| exceeds every draw's; 1/(1 + draws) by chance."""
-        largest = self.null.abs().amax(0)
-        return in_float64(self.observed.per_site.abs() > largest).mean(1)
+        return in_float64(self.observed.per_site.abs() > self.null.abs().amax(0)).mean(1)
 
     @property
     def verdict(self) -> tuple[NullVerdict, ...]:

@@ -215,8 +215,7 @@ def _modules_check(adapter: Adapter, lens: LoraLens | None) -> Check:
     silent = [key for key, update in adapter.modules.items() if _is_zero(update)]
     changing = len(adapter) - len(silent)
     if lens is not None:  # it leaves out a trained module that equals the base's
-        sites = {update.site.key for update in lens.plan.updates}
-        changing = len(sites.difference(silent))
+        changing = len({update.site.key for update in lens.plan.updates}.difference(silent))
     facts = f"{changing} of {len(adapter)} do", "B and A are not zero", _first_of(silent)
     return Check(MODULES, "failed", *facts) if silent else Check(MODULES, "passed", facts[0])
 

@@ -111,7 +111,7 @@ def _method(config: Any) -> str | None:
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
-    """The names of a hooked model's modules; of a bridge also those that it wraps nowhere."""
+    """The names of a hooked model's modules; of a bridge also those that no component wraps."""
     base = getattr(model, "original_model", model)
     return {module: name for name, module in (*base.named_modules(), *model.named_modules())}
 

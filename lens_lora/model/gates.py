@@ -247,12 +247,16 @@ def make_plan(
         Injection(i, port, part, whole=None if part is delta else delta)
         for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
     ]
-    sites, placed = list[Site](), (*injections, *elsewhere, *at_o)
-    for site, port, delta in zip((u.site for u in updates), ports, deltas, strict=True):
-        names = site.name, site.module, site.layer, site.kind, port.read or port.write, port.write
-        sites.append(Site(*names, delta.rank, site.adapter, delta.experts))
-    parts = host, tuple(sites), maps, placed, host.state(), updates, watched, base
-    return Plan(*parts, quantised, adapter.name)
+    sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
+    return Plan(
+        host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
+    )
+
+
+def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
+    site, read = pair.site, port.read or port.write
+    names = (site.name, site.module, site.layer, site.kind)
+    return Site(*names, read, port.write, delta.rank, site.adapter, delta.experts)
 
 
 def _with_constants_at_o(
@@ -330,8 +334,8 @@ class ScaleInject:
     """
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"], scale: Scale = 0.0) -> None:
-        # A tensor that is differentiated and used as it is may change between passes, as an
-        # optimiser changes it. Any other was copied, or looked at here.
+        # `scale` is what the gates were made of. Where it is the gates, and is differentiated, it
+        # may change between passes, as an optimiser changes it. Else it was copied, or read here.
         held = scale.values() if isinstance(scale, Mapping) else (scale,)
         copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
         self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]
@@ -343,7 +347,7 @@ class ScaleInject:
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """out + ε_l ΔW_l z_l, or None where the gate is switched off."""
         if any(edits_of(tensor) != edits for tensor, edits in self._copied):
-            raise ModelStateError("the gates were edited in place: make the block, or list, anew.")
+            raise ModelStateError("the gates were edited in place; begin another block, or list.")
         if not self.is_active(index):
             return None
         injection = self._injections[index]

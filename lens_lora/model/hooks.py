@@ -57,7 +57,7 @@ _PATIENCE = 60.0
 
 
 class Lock:
-    """What one thread at a time holds, in any number of spans: {its own token: the thread}."""
+    """Held by one thread at a time, in any number of spans: {a token of each: the thread}."""
 
     def __init__(self) -> None:
         self.changed: threading.Condition = threading.Condition()

@@ -220,10 +220,9 @@ class LoraLens:
 
         In the model's own basis: merged weights, processed as the model's were, minus the model's.
         TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
-        follow one another in d_out, those of o in d_in; an embedding's d_in is the vocabulary, and
-        where a TransformerBridge scales what it reads (Gemma: √d_model) the factor is in its ΔW.
-        A change of bias, or what else is added whatever the input, is not in it. That of a stack of
-        experts is [ΔW_1 … ΔW_E], [d_out, expert · d_in].
+        follow one another in d_out, those of o in d_in. Of an embedding d_in is the vocabulary, and
+        ΔW has the factor by which a TransformerBridge scales it (Gemma: √d_model). What is added
+        whatever the input is not in it. Experts: [ΔW_1 … ΔW_E], [d_out, expert · d_in].
 
         Args:
             site: one of `sites`, or its name.
@@ -287,8 +286,8 @@ class LoraLens:
 
         After the block, also after an exception or an interrupt, the model has its own hooks and
         weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
-        may be differentiated, in either mode and within torch.func transforms. In the gates' own
-        dtype it may then be edited between passes, as an optimiser does; no other may.
+        may be differentiated, in either mode and within torch.func transforms, and one that needs
+        a gradient, in the gates' dtype, edited between passes, as an optimiser does.
 
         Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
         Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
@@ -390,8 +389,8 @@ class LoraLens:
         Args:
             prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`.
             response: what is said after each: a string, ids, or one of these per prompt. Both are
-                then one row, which is read at each token of the response: by `KL()`, and at hook
-                points. What goes by a prompt's last token refuses it.
+                then one row, of which `KL()` and activations read each token of the response;
+                what is about the next token (a margin, an answer, the logit shift) refuses it.
             prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
                 with one; None for TransformerLens's default.
 

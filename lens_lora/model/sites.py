@@ -325,8 +325,7 @@ def in_order(site: SiteFactors) -> tuple[int, int, str]:
     """
     usual = "fc_out" if site.kind.startswith("mlp.") else "o"
     usual = _OF_STACKS.get(site.kind.rpartition(".")[2], usual)
-    place = _ORDER.index(site.kind if site.kind in _ORDER else usual)
-    return site.layer, place, site.kind
+    return site.layer, _ORDER.index(site.kind if site.kind in _ORDER else usual), site.kind
 
 
 def _turned(factors: ModuleUpdate, family: Family, place: Place) -> ModuleUpdate:

@@ -274,7 +274,7 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 
     What a model said may be its end alone: that it has nothing to say is an answer of its own.
     """
-    readout.require_last_alone(prompts, "a response")
+    readout.require_last_alone(prompts, "an answer")
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
     tokenizer = None if isinstance(answer, Generated) else getattr(model, "tokenizer", None)
     special = set(getattr(tokenizer, "all_special_ids", ()))

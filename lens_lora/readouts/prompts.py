@@ -280,8 +280,8 @@ def require_last_alone(prompts: Prompts, what: str) -> None:
     """Check that prompts are read at their last token alone, and so hold no response."""
     if prompts.reads is not None:
         raise PromptError(
-            f"{what} goes by each prompt's last token, and these hold a response; pass the prompts "
-            "alone, or all as ll.results.Prompts(prompts.tokens, prompts.lengths)."
+            f"{what} is about what follows a prompt, and these prompts hold a response. Pass them "
+            "without it; or, for what follows that, as ll.results.Prompts(p.tokens, p.lengths)."
         )
 
 

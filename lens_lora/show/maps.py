@@ -247,8 +247,7 @@ def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> F
     below = "diagonal: self-curvature; off it: half of each pair's coupling"
     titles, units = (heading, f"{below} · {whose(prompt, coupling.str_tokens)}"), coupling.units
     says = f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {label(units)}<extra></extra>"
-    cut = _cut(half)
-    figure = heatmap(titles, half.tolist(), says, axis, axis, units, "signed", **cut)
+    figure = heatmap(titles, half.tolist(), says, axis, axis, units, "signed", **_cut(half))
     figure.update_layout(height=680, yaxis={"scaleanchor": "x", "constrain": "domain"})
     return figure.update_traces(xgap=0, ygap=0)
 

@@ -222,14 +222,15 @@ class Unchanged:
     def __init__(self, path: Path) -> None:
         self._path, self._notes = path, pq.read_schema(path).metadata
 
-    def read(self, columns: Sequence[str] | None = None, **how: Any) -> pa.Table:
-        """Some of its columns, unless another file is in its place."""
+    @property
+    def path(self) -> Path:
+        """Where it lies, unless another file is in its place."""
         if pq.read_schema(self._path).metadata != self._notes:
             raise SweepError(
                 f"{self._path} was replaced after this result was made, by another sweep or one of "
                 "more records. Use what that one returned, or run this one with another out."
             )
-        return pq.read_table(self._path, columns=columns, **how)
+        return self._path
 
 
 def about_of(path: Path) -> Fingerprint:

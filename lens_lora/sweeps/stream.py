@@ -183,7 +183,7 @@ class ActivationsFile:
         k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
         index = one_site([s.name for s in self.sites], site)
         name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
-        texts = self._file.read(["record", "id", "token"]).combine_chunks()
+        texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
         values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)
         rows = [
             _example(texts, r, int(row), float(values[row, r]), context)
@@ -251,11 +251,11 @@ class ActivationsFile:
     def bad(self) -> pd.DataFrame:
         """The records without numbers: record, id, error."""
         columns, bad = ["record", "id", "error"], [("error", "!=", "")]
-        return self._file.read(columns, filters=bad).to_pandas()
+        return pd.read_parquet(self._file.path, columns=columns, filters=bad)
 
     def _counted(self, positions: tokens.Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
         """[row]: the tokens at these positions, repeats left out; and how many those are."""
-        table = self._file.read(["record", "prefix", "sink"])
+        table = pq.read_table(self._file.path, columns=["record", "prefix", "sink"])
         lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
         chosen = np.concatenate([tokens.chosen_positions(positions, n, n) for n in lengths])
         chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
@@ -264,7 +264,7 @@ class ActivationsFile:
 
     def _numbers(self, site: str) -> NDArray[np.floating]:
         """[row, rank] of one site."""
-        column = self._file.read([site])[site].combine_chunks()
+        column = pq.read_table(self._file.path, columns=[site])[site].combine_chunks()
         rank = column.type.list_size
         return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
 

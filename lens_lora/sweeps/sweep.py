@@ -71,7 +71,7 @@ class SweepResult:
     meta: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        vars(self)["_files"] = Unchanged(self.path), Unchanged(self.prompts_path)
+        vars(self).update(_rows=Unchanged(self.path), _prompts=Unchanged(self.prompts_path))
 
     @property
     def done(self) -> int:
@@ -80,11 +80,11 @@ class SweepResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: `pd.read_parquet(path)`."""
-        return vars(self)["_files"][0].read().to_pandas()
+        return pd.read_parquet(vars(self)["_rows"].path)
 
     def prompts(self) -> pd.DataFrame:
         """One row per record: `pd.read_parquet(prompts_path)`."""
-        return vars(self)["_files"][1].read().to_pandas()
+        return pd.read_parquet(vars(self)["_prompts"].path)
 
     def attribution(self, analysis: str) -> Attribution:
         """One analysis of all prompts without an error, with its tables, sums and figures.
@@ -101,7 +101,8 @@ class SweepResult:
             raise SweepError(
                 f"{analysis!r} of {self.done} prompts: the sweep holds {', '.join(self.analyses)}."
             )
-        column = vars(self)["_files"][0].read([analysis]).to_pandas()[analysis].to_numpy(copy=True)
+        file = vars(self)["_rows"].path
+        column = pd.read_parquet(file, columns=[analysis])[analysis].to_numpy(copy=True)
         prompts = self.prompts()
         prompts = prompts[prompts["error"].isna()]
         ends = [prompts[name].tolist() for name in ("base", "adapted")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import cases
 import models
@@ -85,8 +86,9 @@ def test_globs_on_a_sum_and_what_cannot_be_added():
         _ = a + a
     with pytest.raises(ll.errors.AdapterError, match="names the base 'x'.*'y'"):
         _ = ll.Adapter(a.modules, "a", "x") + ll.Adapter(a.modules, "b", "y")
-    same = ll.Adapter(a.modules, "a", "owner/X") + ll.Adapter(a.modules, "b", "models/x")
-    assert same.base_model == "owner/X"
+    elsewhere = ll.Adapter(a.modules, "b", "models/x")  # the remedy that the message names:
+    both = ll.Adapter(a.modules, "a", "x") + dataclasses.replace(elsewhere, base_model="x")
+    assert both.base_model == "x"
     dora = ll.Adapter.from_peft(models.peft_model("llama", base, use_dora=True)).named("dora")
     with pytest.raises(ll.errors.AdapterError, match="_proj is adapted twice, once by DoRA"):
         _ = a + dora

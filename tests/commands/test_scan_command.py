@@ -87,16 +87,16 @@ def test_what_the_command_refuses(tiny, tmp_path):
 
 @pytest.mark.bad_input
 def test_adapters_of_two_bases_are_not_run_on_one(tiny, tmp_path):
-    """Without --model the base is the one that all name, wherever it lies; two are refused."""
+    """Without --model the base is the one that all name, and two are refused."""
     shutil.copytree(tiny / "adapters", tmp_path / "adapters")
     how = [tmp_path / "adapters", *ASKED, "--out", tmp_path / "scan.parquet"]
-    names_base(tmp_path / "adapters" / "a1", tiny / "base")
-    names_base(tmp_path / "adapters" / "a2", "owner/base")
+    for name in ("a1", "a2"):
+        names_base(tmp_path / "adapters" / name, tiny / "base")
     done = command(*how)
     assert done.exit_code == 0 and "of 2 adapters" in done.stdout, done.output
-    names_base(tmp_path / "adapters" / "a2", "owner/other")
+    names_base(tmp_path / "adapters" / "a2", "another/base")
     refused = " ".join(command(*how).output.split())
-    assert "a1 names the base" in refused and "a2 'owner/other'; scan the adapters of" in refused
+    assert "a1 names the base" in refused and "a2 'another/base'; scan the adapters of" in refused
     again = command(*how, "--model", tiny / "base")
     assert again.exit_code == 0 and "of 2 adapters" in again.stdout, again.output
 

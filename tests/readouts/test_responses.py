@@ -213,7 +213,7 @@ def test_what_goes_by_the_last_token_takes_no_prompt_with_its_response(
 ):
     """Else it is read at every token of the response, or a response is put after itself."""
     row = lens.prompts(prompts(), RESPONSES)
-    with pytest.raises(ll.errors.PromptError, match="hold a response; pass the prompts alone"):
+    with pytest.raises(ll.errors.PromptError, match="hold a response. Pass them without it"):
         ll.first_order(lens, row, LAST[name], at=1.0)
     alone = ll.results.Prompts(row.tokens, row.lengths)  # the remedy that the message names
     assert ll.first_order(lens, alone, LAST[name], at=1.0).values.isfinite().all()
@@ -231,9 +231,9 @@ def test_a_kl_is_read_at_each_token_of_a_response():
         expected.append((p.exp() * (p - q)).sum())
     found = ll.first_order(case.lens, row, ll.KL(), at=1.0)
     assert (found.adapted - torch.stack(expected)).abs().max() < 1e-10
-    with pytest.raises(ll.errors.PromptError, match="the logit shift goes by"):
+    with pytest.raises(ll.errors.PromptError, match="the logit shift is about what follows"):
         ll.logit_shift(case.lens, row, progress=False)
-    with pytest.raises(ll.errors.PromptError, match="a response goes by"):
+    with pytest.raises(ll.errors.PromptError, match="an answer is about what follows"):
         ll.activations(case.lens, row, RESPONSES)
     said = case.lens.generate(row, 2, eos_token_id=(), progress=False)
     assert ll.token_shifts(case.lens, said.prompts, said).kl.shape == (2, 2, 2)
