@@ -220,7 +220,8 @@ def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[
 # --- Adapters of the same modules and shapes
 
 
-_PLANS = 16  # of adapters of other modules or shapes, the latest that are kept
+_PLANS = 16  # of adapters of other modules or shapes, the latest that are kept, each with its first
+LARGE = 2**28  # bytes of adapters, above which no further one is kept beside them
 # A [map, rank, in] before γ, B'ᵀ [map, rank, out], and s [map, 1]
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -231,6 +232,12 @@ def shapes_of(adapter: Adapter) -> tuple[Any, ...]:
     if len(updates) < len(adapter.modules):
         return ()
     return (*adapter.modules, *((u.A.shape, u.B.shape, u.A.dtype, u.B.dtype) for u in updates))
+
+
+def bytes_of(adapter: Adapter) -> int:
+    """Of every tensor: factors, magnitudes, and modules that were trained whole."""
+    tensors = (part for update in adapter.modules.values() for part in vars(update).values())
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 class _Maps:
@@ -378,7 +385,8 @@ class Halves:
             if not (is_plain and is_thin(lens, self._halves, self._stacks)):
                 return lens
             thin = Thin(lens, self._halves, self._stacks)
-            self.thin = dict([*self.thin.items(), (shapes, thin)][-_PLANS:])
+            latest = 1 if bytes_of(adapter) > LARGE else _PLANS
+            self.thin = dict([*self.thin.items(), (shapes, thin)][-latest:])
         return self.thin[shapes]
 
     def slopes(self, adapter: Adapter) -> tuple[LoraLens, Sequence[Float[Tensor, "prompt site"]]]:

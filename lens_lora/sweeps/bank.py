@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in
 from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.bank import Half, Halves, Once, Thin, record, stand_ins
+from lens_lora.engine.bank import LARGE, Half, Halves, Once, Thin, bytes_of, record, stand_ins
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
@@ -53,7 +52,6 @@ from lens_lora.sweeps.store import Store, differences, digest, fingerprint, sett
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
 _AT_ONCE = 8  # adapters that are contracted together, and written: what a kill loses at most
-_HELD = 2**28  # bytes of their factors, above which no further adapter is read beside them
 
 stored(Half)
 stored(Prompts)
@@ -217,7 +215,7 @@ class Bank:
         resume: bool = True,
         progress: bool = True,
     ) -> pd.DataFrame:
-        """First order of many adapters, at most eight of them in memory at a time. No pass.
+        """First order of many adapters, of which at most eight are read at a time. No pass.
 
         With `out`, every process of `accelerate launch` calls this and takes its share.
 
@@ -365,9 +363,8 @@ def _next_few(
             yield name, error
             continue
         yield name, (weights, adapter)
-        factors = [u for u in adapter.modules.values() if isinstance(u, LoRAFactors)]
-        size += sum(update.A.nbytes + update.B.nbytes for update in factors)
-        if size > _HELD:
+        size += bytes_of(adapter)
+        if size > LARGE:
             return
 
 

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import lens_lora as ll
+from lens_lora.engine import bank as engine_bank
 from lens_lora.sweeps import bank as bank_module
 from lens_lora.sweeps.processes import Processes
 
@@ -181,18 +182,26 @@ def _label(label: object, group: str) -> str:
     return f"layer {label}" if group == "layer" else str(label)
 
 
-@pytest.mark.parametrize(("limit", "most"), [(None, 8), (0, 1)])
-def test_a_scan_streams(scene, monkeypatch, limit: int | None, most: int):
-    """Of a generator's adapters eight are alive at a time, or one where they are large."""
+@pytest.mark.parametrize(
+    ("large", "globs", "most"),
+    [(bank_module.LARGE, ["*"], 8), (0, ["*"], 1), (0, ["*q_proj", "*mlp*"], 1)],
+)
+def test_a_scan_streams(scene, monkeypatch, large: int, globs: list[str], most: int):
+    """Of a generator's adapters eight are alive at a time, or one where they are large.
+
+    The bank keeps the first adapter of modules and shapes: here one that is not counted, or, where
+    large ones take turns in what they adapt, the one that is alive.
+    """
     bank, _, adapter = scene
-    if limit is not None:
-        monkeypatch.setattr(bank_module, "_HELD", limit)
+    bank.first_order(adapter)
+    for module in (bank_module, engine_bank):
+        monkeypatch.setattr(module, "LARGE", large)
     alive: list[weakref.ref] = []
     counts: list[int] = []
 
     def each():
         for number in range(20):
-            scaled = adapter.scaled(number + 1)
+            scaled = adapter.scaled(number + 1).only(globs[number % len(globs)])
             alive.append(weakref.ref(next(iter(scaled.modules.values()))))
             yield scaled.named(f"a{number}")
             del scaled
