@@ -213,6 +213,16 @@ def test_a_scan_streams(scene, monkeypatch, large: int, globs: list[str], most: 
     assert frame["adapter"].nunique() == 20 and most - 1 <= max(counts) <= most
 
 
+@pytest.mark.parametrize("trained", [None, ["lm_head"], ["input_layernorm"]])
+def test_modules_trained_whole_count_as_memory(tmp_path: Path, trained: list[str] | None):
+    """An adapter's bytes are those of its file, in which PEFT writes all that it has."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=trained)
+    get_peft_model(models.hf_model("llama"), config).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    adapter = ll.load_adapter(tmp_path)
+    assert engine_bank.bytes_of(adapter) == sum(tensor.nbytes for tensor in tensors.values())
+
+
 def test_adapters_that_are_contracted_together_do_not_touch_each_other(scene):
     """Ranks and modules mixed, one of a module that is not there: each has what it has alone."""
     bank, _, adapter = scene
