@@ -242,8 +242,7 @@ def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, 
         return expert_factors(cuts), lost / (factors.norm() or 1.0)
     if factors.rank <= rank:
         return factors, 0.0
-    ends = in_float64(factors.B), in_float64(factors.A).T
-    (Q_B, R_B), (Q_A, R_A) = map(torch.linalg.qr, ends)
+    (Q_B, R_B), (Q_A, R_A) = map(torch.linalg.qr, (in_float64(factors.B), in_float64(factors.A).T))
     U, sizes, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     A = ((Q_A @ Vt.T[:, :rank]) * sizes[:rank]).T.to(factors.A).contiguous()
     cut = dataclasses.replace(factors, A=A, B=(Q_B @ U[:, :rank]).to(factors.B))

@@ -407,8 +407,7 @@ def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> N
     if not (hasattr(base, "config") and hasattr(tuned, "config")):
         return
     old, new = _fields(base.config), _fields(tuned.config)
-    names = sorted(old.keys() | new.keys())
-    differing = [name for name in names if old.get(name) != new.get(name)]
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differing:
         shown = "; ".join(f"{n} is {old.get(n)!r} and {new.get(n)!r}" for n in differing)
         raise AdapterError(

@@ -58,8 +58,7 @@ class Contrast(activation_shift.Readable, Pictured):
         values: [d] by hook point, μ₊ − μ₋, heads laid flat.
         errors: [d] by hook point, standard errors; NaN where a set has one text.
         sizes: the mean ‖m_i‖ over all texts, by hook point.
-        auc: by hook point, the share of held-out pairs that is told apart; NaN where a set has one
-            text.
+        auc: by hook point, the share of held-out pairs told apart; NaN where a set has one text.
         chance: by hook point, the 95 % quantile of `auc` with the labels shuffled.
         modules: by hook point, the Hugging Face module whose output joins the residual stream
             there, where a constant can be added (`adapter`).

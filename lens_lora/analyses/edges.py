@@ -136,8 +136,7 @@ class Edges(Ranked):
                     f"{name} is not among these edges; compute them by site, with readers='head' "
                     "where a head was patched."
                 )
-            row = list(self.groups).index(writer)
-            values.append(per_edge[:, row, self.readers.index(reader)])
+            values.append(per_edge[:, list(self.groups).index(writer), self.readers.index(reader)])
         labels = {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
         return Effects(
             values=torch.stack(values, 1), groups=effects.groups, how=self.key, of="edge", **labels
@@ -190,8 +189,7 @@ def edges(
         first order.
 
     Raises:
-        ArgumentError: other readers, another axis or group, a KL at 0, less memory than one prompt
-            takes.
+        ArgumentError: other readers, another axis or group, a KL at 0, too little memory.
         SiteError: a glob of a group that matches no site.
         ModelStateError: a model whose edges do not sum to first order, naming the site; heads that
             are not known; an operation without a forward-mode derivative.
@@ -239,7 +237,8 @@ def patch_edges(
     'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
     for that reader alone.
 
-    Cost: two forward passes, four for the noise floor, and one per pair, batched.
+    Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
+    one block one more, with tangents.
 
     Args:
         lens: the adapter over the model.
@@ -258,8 +257,7 @@ def patch_edges(
     Raises:
         SiteError: a site or a reader that the model lacks, with the nearest.
         ArgumentError: a reader that is not downstream of the site, no pairs, another `how`.
-        ModelStateError: heads that are not known; a hook of yours behind a block within which an
-            edge lies.
+        ModelStateError: heads that are not known; a hook of yours behind an edge's own block.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
     """

@@ -334,8 +334,7 @@ def _rounding(asked: Asked, keep: bool) -> float:
     """Of Σ|shift|, whose terms do not cancel: Σσ for what is kept, else a step of the dtype."""
     if keep:
         return float(asked.noise_floor.double().sum())
-    ends = asked.ends.double()
-    return torch.finfo(asked.ends.dtype).eps * float((1 + ends.abs()).sum())
+    return torch.finfo(asked.ends.dtype).eps * float((1 + asked.ends.double().abs()).sum())
 
 
 # --- the kept part as an adapter

@@ -498,8 +498,7 @@ class GateLayout:
         alive = []
         for turn, size in zip(self.lens.plan.turns, self.sizes, strict=True):
             sigma = torch.zeros(0) if turn is None else turn.sigma.cpu()
-            bias = torch.ones(size - len(sigma), dtype=torch.bool)
-            alive += [sigma > 0, bias]
+            alive += [sigma > 0, torch.ones(size - len(sigma), dtype=torch.bool)]
         return torch.cat(alive)
 
     def by_site(self, gates: Tensor) -> tuple[Tensor, ...]:

@@ -16,11 +16,12 @@ is the gradient of g by a zero that is added to x for reader m alone, before its
    itself, a reader of another form, or a hook in between leaves a gap, and is refused.
 5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
    plain. In each other one the gate of a site differs; what this makes of its branch is taken off
-   the stream again, and added to what one reader reads.
+   the stream again, and added to what one reader reads. By tangents it is known beforehand whether
+   a reader of the site's own block comes after the site: rows of a batch differ by rounding anyway.
 
 Cost: one forward and one backward pass, in which no more than the rest of each branch has tangents;
 by head, one way back through q, k and v for each head. Every δ_l is held until the way back is
-done. Patched: a forward pass a pair, batched.
+done. Patched: a forward pass a pair, batched, and one with tangents if a pair is within a block.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from lens_lora.model.host import COPIED_INPUTS
 from lens_lora.readouts import Prompts, Reading
 
 LOGITS = "logits"
+_Pair = tuple[int, str]  # a site's index, and a reader
 _QKV = "q", "k", "v"
 # What ran last among the norms of a block: (output, norm, x). Two run before the first branch where
 # each branch has its own, and one of them once more for a reader.
@@ -245,7 +247,8 @@ class _Pass:
     """
 
     def __init__(self, lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> None:
-        self._lens, self._shape = lens, prompts.tokens.shape
+        self._lens, self._shape, host = lens, prompts.tokens.shape, lens.plan.host
+        self._ends = [(host.block_input(layer), self._end) for layer in range(host.n_layers)]
         self.readers: dict[str, Tensor] = {}
         self.heads: dict[str, Tensor] = {}
         self.slopes = Slopes(lens, prompts, axes)
@@ -257,12 +260,22 @@ class _Pass:
 
     def run(self, reading: Reading, gates: Tensor, by_head: bool) -> Float[Tensor, " batch"]:
         """One forward and one backward pass; returns g."""
-        lens, host = self._lens, self._lens.plan.host
-        hooks = [(host.block_input(layer), self._end) for layer in range(host.n_layers)]
+        lens, hooks = self._lens, [*self._ends]
         hooks += _head_hooks(lens, self._of_head) if by_head else []
         inject = _TangentInject(lens, gates)
         with dual_level(), readers_shown(lens, self._read), attached(lens.model, hooks):
             return site_gradients(lens, reading, gates, self._visit, inject)
+
+    @torch.no_grad()
+    def within_blocks(self, reading: Reading, gates: Tensor) -> set[_Pair]:
+        """The readers that see what a site of their own block writes. One forward pass."""
+        lens, inject = self._lens, _TangentInject(self._lens, gates)
+        shown = readers_shown(lens, self._read), attached(lens.model, self._ends)
+        with dual_level(), shown[0], shown[1], lens.injected(inject):
+            function.read_value(lens, reading)
+        names = list(self.readers)
+        alone = [(names[first], held) for held, first, is_alone in self._written if is_alone]
+        return {(site, name) for name, tangents in alone for site in tangents}
 
     def _visit(self, *shown: Any) -> None:
         if not self._is_split:
@@ -301,8 +314,7 @@ class _Pass:
         if not self._is_back:
             self.heads |= dict.fromkeys(heads, self.readers[name])  # so far zero
             if split.requires_grad:
-                to_x = functools.partial(self._split, name, heads, value_of(out))
-                split.register_hook(to_x)
+                split.register_hook(functools.partial(self._split, name, heads, value_of(out)))
         return split
 
     def _split(self, name: str, heads: Sequence[str], out: Tensor, covectors: Tensor) -> None:
@@ -348,8 +360,7 @@ class _Pass:
             else:
                 split = deltas.flatten(2) @ seen.flatten(2).mT
             values[:, sites, first:end] = split
-            least, most = deltas.transpose(0, 1).flatten(1).aminmax(dim=1)
-            exists[torch.tensor(sites)[((least != 0) | (most != 0)).cpu()], first:end] = True
+            exists[sites, first:end] = True
         return values, exists
 
 
@@ -379,9 +390,6 @@ class _TangentInject:
 # --- Path patching
 
 
-_Pair = tuple[int, str]  # a site's index, and a reader
-
-
 def patched_edges(
     lens: LoraLens, reading: Reading, pairs: Sequence[_Pair], *, scale: float, progress: bool = True
 ) -> Float[Tensor, "batch pair"]:
@@ -389,6 +397,7 @@ def patched_edges(
     makes of its branch, for pairs (site, reader). At most a forward pass a pair, batched.
     """
     groups, values = memory.pass_groups(lens, reading), []
+    _require_downstream(lens, reading, pairs, scale)
     with bar_of(len(pairs) * len(groups), progress, "path patches") as bar:
         for group in groups:
             step = max(1, memory.rows_at_once(lens, group) - 1)
@@ -396,6 +405,22 @@ def patched_edges(
             runs = (_Paths(lens, group, chunk, scale) for chunk in chunks)
             values.append(in_chunks(runs, _Paths.effects, bar))
     return torch.cat(values)
+
+
+def _require_downstream(
+    lens: LoraLens, reading: Reading, pairs: Sequence[_Pair], scale: float
+) -> None:
+    """Check that readers of a site's own block come after it. A pass with tangents, if any."""
+    layers, reached = [site.layer for site in lens.sites], set[_Pair]()
+    own = [(s, m) for s, m in pairs if layers[s] == reader_layer(lens, m) and m != LOGITS]
+    for group in memory.edge_groups(lens, reading, 1) if own else ():
+        reached |= _Pass(lens, group.prompts, ()).within_blocks(group, lens.gates(scale))
+    for site, reader in own:
+        if (site, block_reader(reader)) not in reached:
+            raise ArgumentError(
+                f"{lens.sites[site].name} → {reader}: nothing that the site writes reaches this "
+                "reader; ll.edges(…).to_frame() has the readers of each site."
+            )
 
 
 class _Paths:
@@ -411,7 +436,7 @@ class _Paths:
         # (row, site, reader, the site's block)
         self._rows = [(r, s, name, lens.sites[s].layer) for r, (s, name) in enumerate(pairs, 1)]
         self._deltas: dict[int, Tensor] = {}
-        self._reached: set[int] = set()  # rows whose reader has seen something
+        self._split: set[int] = set()  # rows whose reader, a head, was run
 
     def effects(self) -> Float[Tensor, "batch pair"]:
         """g of each pair's row less that of the plain one. One forward pass of each row."""
@@ -427,12 +452,9 @@ class _Paths:
         ):
             values = function.read_value(lens, self._reading.repeat(len(self._gates)))
         require_finite(values, "the patched readout")
-        missed = [row for row in self._rows if row[0] not in self._reached]
-        if missed:
-            raise ArgumentError(
-                f"{lens.sites[missed[0][1]].name} → {missed[0][2]}: nothing that the site writes "
-                "reaches this reader; ll.edges(…).to_frame() has the readers of each site."
-            )
+        for row, _, name, _ in self._rows:
+            if block_reader(name) != name and row not in self._split:
+                raise _unknown_heads(block_reader(name))
         values = values.unflatten(0, (self._reading.batch, -1))
         return values[:, 1:] - values[:, :1]
 
@@ -453,17 +475,14 @@ class _Paths:
         layer, x = reader_layer(self._lens, name), self._by_row(stream)
         x = self._taken_off(layer, x) if name == LOGITS else x
         for row, _, reader, start in self._rows:
-            is_it, delta = block_reader(reader) == name, x[:, row] - x[:, 0]
+            is_it = block_reader(reader) == name
             if start == layer and name != LOGITS:
-                if is_it and bool(delta.any()):
-                    self._deltas[row] = delta
-                elif not is_it:
+                if is_it:
+                    self._deltas[row] = x[:, row] - x[:, 0]
+                else:
                     x[:, row] = x[:, 0]
             elif is_it and start < layer:
                 x[:, row] += self._deltas[row]
-            writes_last = start == layer == reader_layer(self._lens, LOGITS)
-            if reader == name and (row in self._deltas or writes_last):
-                self._reached.add(row)
         return x.flatten(0, 1)
 
     def _only_head(self, name: str, kind: str, out: Tensor) -> Tensor:
@@ -476,5 +495,5 @@ class _Paths:
                 by_row[:, row] = by_row[:, 0]
                 if kind == of_kind:
                     by_row[:, row, :, int(head)] = own[:, :, int(head)]
-                    self._reached.add(row)
+                    self._split.add(row)
         return by_row.flatten(0, 1)

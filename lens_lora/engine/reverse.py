@@ -354,8 +354,7 @@ def input_by_head(
     )
     if site.a0_by_head is None:
         return u
-    spare = len(site.a0_by_head) - heads
-    return functional.pad(u, (0, 0, 0, spare)) + site.a0_by_head
+    return functional.pad(u, (0, 0, 0, len(site.a0_by_head) - heads)) + site.a0_by_head
 
 
 # --- Taps: a backward pass shows G and z of each site to a visitor

@@ -532,5 +532,4 @@ def judged(
     screened = Reliability(first, correction, None, how, threshold, material, passes)
     if not fix:
         return screened
-    fixed = torch.where(screened.flagged, screened.corrected, a)
-    return dataclasses.replace(screened, fixed=fixed)
+    return dataclasses.replace(screened, fixed=torch.where(screened.flagged, screened.corrected, a))

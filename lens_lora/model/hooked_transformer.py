@@ -251,8 +251,7 @@ class HookedTransformerHost(Host):
 def _held(module: nn.Module, name: str) -> Tensor:
     """A parameter, within an open block, too; K and V of grouped heads without their copies."""
     parameters = parameters_in(module)
-    parameter = parameters[name if name in parameters else f"_{name}"]
-    return cast("Tensor", parameter).detach()
+    return cast("Tensor", parameters[name if name in parameters else f"_{name}"]).detach()
 
 
 @functools.cache

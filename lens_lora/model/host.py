@@ -418,8 +418,7 @@ class Host(abc.ABC):
         """
         place = site.layer, site.kind
         if self.experts(*place):
-            stack = cast(Tensor, self.stack(*place))
-            return expert_map(update, self.working_dtype, stack.device)
+            return expert_map(update, self.working_dtype, cast(Tensor, self.stack(*place)).device)
         basis = self.basis_of(site, behind_norm)
         factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
         return site_map(dataclasses.replace(update, scale=update.scale * factor), basis)

@@ -245,8 +245,7 @@ class Prompts:
             indices: the prompts, from 0.
         """
         chosen = self._mapped(lambda values: values[list(indices)])
-        tokens = chosen.tokens[:, : int(chosen.lengths.max())]
-        return dataclasses.replace(chosen, tokens=tokens)
+        return dataclasses.replace(chosen, tokens=chosen.tokens[:, : int(chosen.lengths.max())])
 
 
 def joined(prompts: Sequence[Prompts]) -> Prompts:

@@ -440,8 +440,7 @@ class Effects(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's effect."""
-        groups = {"group": list(self.groups)}
-        return Entries(groups, *self.mean_over(prompt, self.values), "effect")
+        return Entries({"group": list(self.groups)}, *self.mean_over(prompt, self.values), "effect")
 
     def to_patching_result(self) -> Any:
         """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.

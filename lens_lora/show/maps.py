@@ -451,8 +451,7 @@ def activations_figure(
     """
     count = len(activations.str_tokens)
     if prompt is None and count > 1:
-        frame = activations.spread(site)
-        return drawing.spread(frame, f"{count} prompts", site, activations.gauge)
+        return drawing.spread(activations.spread(site), f"{count} prompts", site, activations.gauge)
     index = only_prompt(prompt, count, "activations")
     tokens = activations.str_tokens[index]
     is_sink = activations.sinks[index, : len(tokens)].cpu()

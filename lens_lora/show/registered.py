@@ -2,8 +2,7 @@
 
 In a terminal a result says: its class, what was read and in which units, its sizes, its plain
 fields; then its story, its summary, its largest entries, or its table. In a notebook, the same
-text; an attribution has tables. Importing `lens_lora.show` alone draws in neither plotly nor the
-analyses.
+text; an attribution has tables. Importing `lens_lora.show` loads neither plotly nor analyses.
 """
 
 from __future__ import annotations

@@ -413,8 +413,7 @@ def responses_table(numbered: Sequence[tuple[int, results.ResponseExplanation]])
         moved = signed(float(e.shifts.total[0]))
         rows.append((*asked, magnitude(total), _named(e, e.moved_tokens[0]), share, moved))
     heads = ("prompt", "tokens", "KL, nats", "most at", "its share", "shift of log p")
-    links = [f"#prompt-{number}" for number, _ in numbered]
-    return Table(heads, rows, texts=(0, 3), links=links)
+    return Table(heads, rows, texts=(0, 3), links=[f"#prompt-{number}" for number, _ in numbered])
 
 
 # --- One response's share of a page

@@ -189,8 +189,7 @@ def each_record(
     answers, said = ANSWERS if with_answers else (), ("response",) if with_response else ()
     needed, number = ("prompt", *answers, *said), -1
     for number, (where, row) in enumerate(_rows(records, needed)):
-        record = row if isinstance(row, Record) else _record(number, where, row, needed)
-        yield _storable(record)
+        yield _storable(row if isinstance(row, Record) else _record(number, where, row, needed))
     if number < 0:
         name = str(records) if isinstance(records, str | Path) else "the records"
         raise SweepError(f"{name}: no record found; each needs {', '.join(needed)}.")

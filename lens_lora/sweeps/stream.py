@@ -265,8 +265,7 @@ class ActivationsFile:
     def _numbers(self, site: str) -> NDArray[np.floating]:
         """[row, rank] of one site."""
         column = pq.read_table(self._file.path, columns=[site])[site].combine_chunks()
-        rank = column.type.list_size
-        return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
 
     def __repr__(self) -> str:
         return (

@@ -49,8 +49,7 @@ class SweepResult:
         resumed: how many of them earlier runs had finished.
         flips: how many margins change sign, beyond three noise floors.
         errors: (id, what is wrong, with its line) of each bad record.
-        damaged: files of finished prompts that could not be read, and why; their prompts were run
-            again.
+        damaged: files of finished prompts that could not be read, and why; their prompts ran again.
         sites, analyses: the rows and the columns of the site table.
         readout, units: of all prompts; 'margin(doc − pre)' if each prompt has its own, and every
             unit that occurs (nats where an answer has several tokens).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import architectures
 import cases
@@ -337,6 +338,36 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
 
 
 # --- Faults
+
+
+@pytest.mark.parametrize("family", ["llama", "neox", "gemma2"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):
+    """A reader in the site's own block comes after it or is refused, whatever rows' last bits."""
+    lens = cases.case(family, cls, "raw").lens
+    edges, by_row = ll.edges(lens, "w5 w6", MARGIN, progress=False), engine._Paths._by_row
+    named = itertools.product(enumerate(edges.sites), enumerate(edges.readers))
+    within = {
+        (site.name, reader): bool(edges.exists[i, j])
+        for (i, site), (j, reader) in named
+        if site.layer == 1 and reader.startswith("blocks.1.")
+    }
+    assert set(within.values()) == ({False} if family == "neox" else {True, False})
+    reached = [pair for pair, exists in within.items() if exists] or [("blocks.0.attn.o", "logits")]
+    exact = ll.patch_edges(lens, "w5 w6", MARGIN, reached, progress=False)
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        rows = by_row(self, tensor)
+        return rows + 1e-14 * torch.arange(rows.shape[1]).view(-1, *[1] * (rows.ndim - 2))
+
+    monkeypatch.setattr(engine._Paths, "_by_row", rounded)
+    again = ll.patch_edges(lens, "w5 w6", MARGIN, reached, progress=False)
+    assert relative(again.values, exact.values) < ROUND_OFF
+    for pair, exists in within.items():
+        of_head = pair == ("blocks.1.attn.o", "blocks.1.attn")
+        for reader in () if exists else (pair[1], "blocks.1.attn.0.q")[: 1 + of_head]:
+            with pytest.raises(ll.errors.ArgumentError, match=f"{reader}: nothing that the site"):
+                ll.patch_edges(lens, "w5 w6", MARGIN, [(pair[0], reader)], progress=False)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
