@@ -158,7 +158,7 @@ class _Keep:
             if slot is not None:
                 whole = u if injection.whole is None else injection.whole.coordinates(z)
                 by_token, rank = injection.map.by_token(whole), self.ranks[slot]
-                kept = _of_one_input(self.lens, injection.site, by_token)[..., :rank]
+                kept = _of_one_input(self.lens.sites[injection.site].name, z, by_token)[..., :rank]
                 self.values[:, slot, :, :rank] = kept
                 self._seen.add(slot)
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
@@ -215,15 +215,15 @@ def sinks_among(
     return sinks
 
 
-def _of_one_input(lens: LoraLens, site: int, u: Tensor) -> Float[Tensor, "batch pos rank"]:
-    """u where each head has an input of its own: the heads' one u, if they agree."""
+def _of_one_input(site: str, z: Tensor, u: Tensor) -> Float[Tensor, "batch pos rank"]:
+    """u where each head has an input of its own: the heads' one u, if they read the same."""
     if u.ndim < 4:
         return u
-    if not torch.equal(u, u[:, :, :1].expand_as(u)):
+    if not torch.equal(z, z[:, :, :1].expand_as(z)):  # products of equal rows differ by rounding
         raise ModelStateError(
-            f"{lens.sites[site].name}: each head has an input of its own here, and they differ, so "
-            "there is no single u. Take the hooks off that change them, or turn "
-            "use_split_qkv_input off."
+            f"{site}: each head has an input of its own here, and they differ, so there is no one "
+            "u. Take the hooks off that change them, or turn use_split_qkv_input and use_attn_in "
+            "off."
         )
     return u[:, :, 0]
 

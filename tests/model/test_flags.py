@@ -8,7 +8,9 @@ import torch
 from cases import centred
 
 import lens_lora as ll
+from lens_lora.model.basis import SiteMap
 from lens_lora.model.bridge import BridgeHost
+from lens_lora.model.hooks import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -190,3 +192,27 @@ def test_heads_with_inputs_of_their_own(cls: str, family: str, flag: str, points
             plain = merged(tokens)
         assert (found - expected).abs().max() < 1e-9
         assert (plain - expected).abs().max() > 1e-3
+        refused = pytest.raises(ll.errors.ModelStateError, match="each head has an input of its")
+        with attached(model, [(name, one_head)]), refused:
+            ll.activations(lens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flag"),
+    [(cls, flag) for cls in models.MAKERS for flag in COPIED],
+)
+def test_heads_that_read_the_same_have_one_activation(cls: str, flag: str, monkeypatch):
+    """Whatever the last bits of their products: u is what it is without copies."""
+    base, model = with_flags(cls, "qwen2", (), {})
+    adapter = ll.Adapter.from_peft(models.peft_model("qwen2", base))
+    expected = ll.activations(ll.LoraLens(model, adapter), models.tokens()).values
+    _, model = with_flags(cls, "qwen2", (flag,), {})
+    lens, exact = ll.LoraLens(model, adapter), SiteMap.coordinates
+
+    def rounded(self, z: torch.Tensor) -> torch.Tensor:
+        u = exact(self, z)
+        return u if u.ndim < 4 else u + 1e-14 * torch.arange(u.shape[2])[:, None]
+
+    monkeypatch.setattr(SiteMap, "coordinates", rounded)
+    found = ll.activations(lens, models.tokens()).values
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
