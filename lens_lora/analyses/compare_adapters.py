@@ -175,8 +175,7 @@ class AdapterComparison(OfSites, Pictured):
 
     def by_prompt(self) -> pd.DataFrame:
         """One row per prompt: both cosines under F; NaN of one that an earlier one begins with."""
-        batch = self.function.shape[-1]
-        rows = [cosine_of(self.function, p).tolist() for p in range(batch)]
+        rows = [cosine_of(self.function, p).tolist() for p in range(self.function.shape[-1])]
         return pd.DataFrame(rows, columns=pd.Index(["first order", "exact"]))
 
     @property

@@ -211,8 +211,7 @@ def first_order_of(
             values = asked.slopes(at, axes, lens)
     require_finite_sites(lens, values)
     attribution = labelled(asked, values, axes, method=_method(rules), at=at)
-    gauge_used = gauge if "rank" in axes else ""
-    return dataclasses.replace(attribution, mode=used_mode, gauge=gauge_used)
+    return dataclasses.replace(attribution, mode=used_mode, gauge=gauge if "rank" in axes else "")
 
 
 def labelled(
@@ -265,7 +264,7 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
         raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
-    require_held(lens.plan.host, rules, lambda: lens.run(few))
+    require_held(lens.plan.host, rules, lambda: lens.run(few), lens.eps)
     with held_fixed(lens.plan.host, rules):
         yield
 

@@ -265,8 +265,7 @@ class _Crossing:
         scales = np.insert(self.scales, self.low + 1, self.probes)
         values = np.insert(self.values, self.low + 1, between)
         inner = values[self.low : self.low + 4]
-        changes = inner[:-1] * inner[1:] <= 0
-        return _Crossing(scales, values, self.low + int(changes.argmax()))
+        return _Crossing(scales, values, self.low + int((inner[:-1] * inner[1:] <= 0).argmax()))
 
 
 def _values_at(

@@ -430,7 +430,7 @@ def _require_heard(
 ) -> None:
     """Refuse points without an effect at which nothing at all would have one."""
     lens, ends = asked.lens, asked.ends
-    rounding = _ROUNDINGS * torch.finfo(lens.dtype).eps * float(ends.abs().max())
+    rounding = _ROUNDINGS * lens.eps * float(ends.abs().max())
     least = max(_SMALL * float((ends[1] - ends[0]).abs().max()), rounding)
     is_heard = (values.abs().amax((0, 2)) > least).tolist()
     heard = {name for name, is_it in zip(points, is_heard, strict=True) if is_it}

@@ -121,8 +121,7 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     if factors.experts > 1:
         return torch.cat(list(map(singular_values, factors.by_expert()))).sort(descending=True)[0]
     reads, writes = (torch.linalg.qr(in_float64(X), mode="r").R for X in (factors.A.T, factors.B))
-    scale = abs(factors.scale * factors.strength)
-    return scale * torch.linalg.svdvals(writes @ reads.T)
+    return abs(factors.scale * factors.strength) * torch.linalg.svdvals(writes @ reads.T)
 
 
 _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}

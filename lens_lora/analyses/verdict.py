@@ -144,8 +144,7 @@ class Verdict(_Worded):
 
     Attributes:
         shift, remainder: g(1) − g(0), and what first order leaves of it.
-        floor: three noise floors of the shift; a difference of readouts of at most that can be
-            rounding.
+        floor: three noise floors of the shift; a difference of readouts below it can be rounding.
         remainder_floor: three of the remainder, whose first order has rounding of its own.
         worst: the largest |R(ε)| / |g(ε) − g(0)| at a quarter, half and three quarters of the
             strength; None where none of them stands out of the noise.

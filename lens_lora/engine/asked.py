@@ -337,7 +337,7 @@ def held_logits(
 
 def unit(lens: LoraLens) -> float:
     """Of rounding, relative: the dtype's, or that of activations which a kernel rounds to 8 bit."""
-    return max(torch.finfo(lens.dtype).eps / 2, lens.plan.activation_rounding)
+    return max(lens.eps / 2, lens.plan.activation_rounding)
 
 
 def of_stream(
@@ -439,8 +439,7 @@ def _draws_of(
 
     def run(chunk: Sequence[_Copy]) -> Float[Tensor, "some chunk"]:
         gates, is_drawn = zip(*chunk, strict=True)
-        drawn_rows = torch.tensor(is_drawn).repeat_interleave(rows)
-        perturb = of_stream(lens, drawn_rows, generator)
+        perturb = of_stream(lens, torch.tensor(is_drawn).repeat_interleave(rows), generator)
         scaled = ScaleInject(lens.plan, torch.stack(gates).repeat_interleave(rows, 0))
         with torch.no_grad(), lens.injected(scaled, before=perturb):
             return torch.stack(_values_of(lens, reading, is_drawn, of_logits), 1)

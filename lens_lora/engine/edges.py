@@ -224,8 +224,7 @@ def _require_sum(
     """Check that Σ_m ⟨δ_l, G_m⟩ = a_l."""
     sums, size = values.sum(2), values.abs().sum(2) + first.abs()
     size = torch.maximum(size, _SMALL * size.amax(1, keepdim=True))
-    eps = torch.finfo(lens.dtype).eps
-    apart = (~((sums - first).abs() <= eps**0.5 * size)).nonzero().tolist()
+    apart = (~((sums - first).abs() <= lens.eps**0.5 * size)).nonzero().tolist()
     if apart:
         row, site = apart[0]
         raise ModelStateError(

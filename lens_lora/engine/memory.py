@@ -158,8 +158,7 @@ def edge_groups(lens: LoraLens, reading: Reading, heads: int) -> list[Reading]:
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
     held = len(lens.sites) + host.n_layers * (1 + heads)
     of_streams = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * held
-    beside = of_streams + _need(lens, reading).of_duals
-    fitting = rows_of_graph(lens, reading, beside, "the edges")
+    fitting = rows_of_graph(lens, reading, of_streams + _need(lens, reading).of_duals, "the edges")
     return reading.groups(EDGE_TOKENS if fitting is None else min(EDGE_TOKENS, fitting * longest))
 
 

@@ -208,7 +208,7 @@ def require_split(
     parts_of_v = values[:, sites_of_v].flatten(2)
     gap = (parts_of_v.sum(2) - whole).abs()
     size = parts_of_v.abs().sum(2) + whole.abs()
-    apart = (gap > torch.finfo(lens.dtype).eps ** 0.5 * size).any(0).nonzero()
+    apart = (gap > lens.eps**0.5 * size).any(0).nonzero()
     if len(apart):
         site = lens.sites[sites_of_v[int(apart[0])]]
         raise ModelStateError(

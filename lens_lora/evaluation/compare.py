@@ -97,8 +97,7 @@ class Comparison(Read, Drawn):
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
         str_tokens, readout, units, meta: the effects'; see `Read`.
-        made_on: the tokens of the prompts that the attribution was made on, where it is judged on
-            others.
+        made_on: tokens of the prompts that an attribution was made on, if it is judged on others.
     """
 
     labels: Annotated[tuple[str, ...], "group"]

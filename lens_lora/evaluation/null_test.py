@@ -92,8 +92,7 @@ class NullTest(Drawn):
     def q(self) -> Float[Tensor, "batch site"]:
         """p over each prompt's sites after Benjamini and Hochberg: listing the sites with q ≤ x
         lists at most a share x of false ones, on average."""
-        adjusted = false_discovery_control(self.p.cpu().numpy(), axis=1)
-        return torch.from_numpy(np.asarray(adjusted))
+        return torch.from_numpy(np.asarray(false_discovery_control(self.p.cpu().numpy(), axis=1)))
 
     @property
     def shift_p(self) -> Float[Tensor, " batch"]:

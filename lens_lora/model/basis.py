@@ -130,7 +130,7 @@ class SiteMap:
         """What z holds beside the number of an expert."""
         return z
 
-    def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
+    def by_token(self, u: Float[Tensor, "*token rank"]) -> Float[Tensor, "*token rank"]:
         """u of each token, whatever reads it in several slots."""
         return u
 

@@ -144,6 +144,27 @@ def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
     return plain_logits(hf_model)
 
 
+# Relative steps of an embedding, far below a rounding of float32; and what they bend logits by at
+# least where something on the way is rounded to float32. In float64 alone it is about 1e-15.
+_STEP, _BENT = 2.0**-30, 2.0**-36
+
+
+def eps_of(model: Any, embedding: str) -> float:
+    """Of the dtype, or float32's if a float64 model rounds to it, as norms of transformers do."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if dtype != torch.float64:
+        return torch.finfo(dtype).eps
+
+    def steps(rows: Tensor, hook: Any) -> Tensor:
+        drawn = torch.randn(rows[0].shape, generator=torch.Generator().manual_seed(0))
+        return rows * (1 + _STEP * torch.stack([0 * drawn, drawn, -drawn]).to(rows))
+
+    with torch.no_grad(), attached(model, [(embedding, steps)]):
+        rows = model(TOKENS.repeat(3, 1).to(home_of(model)), return_type="logits")
+    bend, size = (rows[1] + rows[2] - 2 * rows[0]).abs().max(), rows[0].abs().max()
+    return torch.finfo(torch.float32 if bend > _BENT * size else dtype).eps
+
+
 def plain_logits(hf_model: nn.Module) -> _Logits:
     """The same in any dtype."""
     refuse_without_float64(hf_model)

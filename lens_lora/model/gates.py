@@ -223,8 +223,7 @@ def make_plan(
         host, quantised, base = earlier.host, earlier.quantised, earlier.base
         of_model, *_ = earlier.watched
     watched = (of_model, Watch.of_adapter(adapter))
-    resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
-    updates = site_updates(host, resolved)
+    updates = site_updates(host, resolve_sites(adapter, host.family, host.heads, host.n_layers))
     changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
     ports: list[Ports] = []
     deltas: list[SiteMap] = []

@@ -57,6 +57,7 @@ class LoraLens:
             hooks: two passes over eight tokens. None for those of `with_adapter` alone.
 
     Attributes:
+        eps: of the model's dtype; of float32 if a float64 model rounds to it, which a pass shows.
         max_memory: bytes that an analysis may take beside the model and its result; None for no
             bound.
 
@@ -90,6 +91,7 @@ class LoraLens:
                 f"without the adapter this {self.class_name} computes other logits than hf_model",
                 checks.OF_A_GIVEN_BASE,
             )
+        self.eps: float = checks.eps_of(model, self.embedding_output)
         is_probed = check is not False and self._plan.host.family.is_probed
         self._probed: frozenset[str] | None = frozenset() if is_probed else None
         if is_probed and check is not None:

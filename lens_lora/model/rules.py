@@ -231,7 +231,7 @@ def _primal(tensor: Tensor) -> Tensor:
 # --- Whether the model computes with what the hooks return
 
 
-def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
+def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
     """Check that the model computes with what a hook returns at every point of the rules."""
     if rules.of_mlps:
         _require_mlps(host, run)
@@ -249,7 +249,7 @@ def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
             "use_attn_in off, which cause this; or leave out norm_scales."
         )
     error, span = float((logits.detach() - bare).abs().max()), float(bare.max() - bare.min())
-    if not error <= torch.finfo(bare.dtype).eps ** 0.5 * span:
+    if not error <= eps**0.5 * span:
         raise ModelStateError(
             f"this {host.class_name} computes other logits ({error:.2g} off, of a range of "
             f"{span:.2g}) when hooks return patterns and scales unchanged, so they cannot be held "

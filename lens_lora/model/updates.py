@@ -246,8 +246,7 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: Host) -> Update:
     stored = _unlike_base(site, factors.base_weight, host)
     width = factors.width or host.weight(site.layer, site.kind).shape[1]
     A = factors.A if factors.width else factors.A.new_zeros(factors.rank, width)
-    scale = factors.scale * factors.strength
-    update = Update(A, factors.B, scale, experts=_experts_of(factors))
+    update = Update(A, factors.B, factors.scale * factors.strength, experts=_experts_of(factors))
     if stored is None and not factors.needs_base_weight:
         return update
     named = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"

@@ -444,8 +444,7 @@ def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
             "real; pass strings, Prompts(tokens, lengths) padded on the right, or the ids with "
             "their mask as the tokenizer returns them."
         )
-    lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-    return Prompts(tokens, lengths)
+    return Prompts(tokens, torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device))
 
 
 def _is_padded(model: Any, tokens: Tensor) -> bool:

@@ -405,8 +405,7 @@ class Effects(Ranked):
         if [site.name for site in attribution.sites] != names:
             counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
             raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
-        rows = indicator(self.groups, len(names)).to(attribution.per_site)
-        return attribution.per_site @ rows.T
+        return attribution.per_site @ indicator(self.groups, len(names)).to(attribution.per_site).T
 
     def attribution(self) -> Attribution:
         """The effects of single sites, all or some, as an attribution: heatmap, table and file.

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lens_lora.analyses.patching import patch_sites
 from lens_lora.analyses.path import path_attribution
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.asked import Asked, ask, unit
 from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
@@ -232,8 +232,7 @@ def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]
         return [None] * len(base)
     ends = torch.from_numpy(np.stack([base, adapted]))
     floor = ends.new_zeros(len(base))
-    unit = max(torch.finfo(asked.lens.dtype).eps, 2 * asked.lens.plan.activation_rounding)
-    if float(ends.abs().min()) <= _ROUNDINGS * unit:
+    if float(ends.abs().min()) <= 2 * _ROUNDINGS * unit(asked.lens):
         floor = asked.noise_floor.cpu().double()
     return changes_sign(ends[0], ends[1], floor).tolist()
 

@@ -201,3 +201,55 @@ def test_rows_that_ride_take_no_draw():
     for drawn, both in zip(alone, beside, strict=True):
         assert torch.equal(both[rows], drawn) and torch.equal(both[~rows], stream[~rows])
         assert (drawn != stream[rows]).any(-1).all()
+
+
+# --- Models in float64 that round to float32 on their way
+
+ROUNDING = {"llama": True, "gemma2": True, "qwen2": True, "gpt2": False, "neox": False}
+
+
+@functools.cache
+def as_shipped(family: str, cls: str) -> ll.LoraLens:
+    """In float64, with the casts of transformers where they stand."""
+    base = models.hf_model(family, dtype=torch.float64)
+    return ll.LoraLens(
+        models.MAKERS[cls](base), ll.Adapter.from_peft(models.peft_model(family, base))
+    )
+
+
+@pytest.mark.parametrize("family", ROUNDING)
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_the_precision_of_a_model_is_measured(cls: str, family: str):
+    """RMS norms of transformers round to float32; others, and those of transformer-lens, do not."""
+    lens, rounds = as_shipped(family, cls), ROUNDING[family] and cls == "TransformerBridge"
+    assert lens.eps == torch.finfo(torch.float32 if rounds else torch.float64).eps
+    assert lens.with_adapter(lens.adapter.scaled(2)).eps == lens.eps
+    assert lenses("gpt2", cls)[0].eps == torch.finfo(torch.float32).eps
+    with models.lifted():
+        again = ll.LoraLens(lens.model, lens.adapter)
+    assert again.eps == torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_floor_in_float64_is_the_error(cls: str, family: str):
+    """Against the same weights with nothing rounded to float32."""
+    lens = as_shipped(family, cls)
+    shift = ll.first_order(lens, TOKENS, MARGIN).shift
+    floor = ll.remainder_curve(lens, TOKENS, MARGIN, SCALES, progress=False).noise_floor
+    with models.lifted():
+        exact = ll.first_order(lens, TOKENS, MARGIN).shift
+    if cls == "TransformerBridge":
+        assert 1 / FACTOR < ratio(shift - exact, floor) < FACTOR
+    else:
+        assert float((shift - exact).abs().max()) < 1e-12 and float(floor.max()) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_checks_of_equality_know_the_precision(cls: str, family: str):
+    """Edges that sum to first order, and values held fixed, up to what is really computed."""
+    lens = as_shipped(family, cls)
+    assert ll.edges(lens, TOKENS, MARGIN, "head", by="position", progress=False).exists.any()
+    rules = ll.results.FrozenRules.relp()
+    assert ll.first_order(lens, TOKENS, MARGIN, rules=rules).values.isfinite().all()

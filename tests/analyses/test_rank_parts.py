@@ -60,7 +60,7 @@ def test_both_modes_and_the_other_axes_know_the_gauge(tmp_path):
     token = ll.first_order(lens, models.tokens(), response, by=("rank", "token"), gauge="svd")
     whole = ll.first_order(lens, models.tokens(), response, by="rank", gauge="svd")
     assert (token.values.sum(-1) - whole.values).abs().max() < 1e-10
-    assert whole.gauge == "svd" and (whole.shift - token.shift).abs().max() == 0
+    assert whole.gauge == "svd" and (whole.shift - token.shift).abs().max() < 1e-12
     assert ll.results.Attribution.load(whole.save(tmp_path / "a.safetensors")).gauge == "svd"
     assert ll.first_order(lens, models.tokens(), MARGIN).gauge == ""
 
