@@ -112,8 +112,7 @@ class Family:
     def every_path(self) -> tuple[str, ...]:
         """Every module's path, those of a layer with '{l}' for its number."""
         outside = (self.embed, self.pos_embed, self.embed_norm, self.ln_final, *HEADS)
-        inside = (f"{self.layer}.{name}" for name in self._within_layer)
-        return (*filter(None, outside), *inside)
+        return (*filter(None, outside), *(f"{self.layer}.{name}" for name in self._within_layer))
 
     def linear_paths(self, n_layers: int) -> list[str]:
         """The path of every linear module of so many layers."""

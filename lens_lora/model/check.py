@@ -159,8 +159,9 @@ def eps_of(model: Any, embedding: str) -> float:
         drawn = torch.randn(rows[0].shape, generator=torch.Generator().manual_seed(0))
         return rows * (1 + _STEP * torch.stack([0 * drawn, drawn, -drawn]).to(rows))
 
+    tokens = TOKENS[:, : model.cfg.n_ctx].repeat(3, 1) % model.cfg.d_vocab
     with torch.no_grad(), attached(model, [(embedding, steps)]):
-        rows = model(TOKENS.repeat(3, 1).to(home_of(model)), return_type="logits")
+        rows = model(tokens.to(home_of(model)), return_type="logits")
     bend, size = (rows[1] + rows[2] - 2 * rows[0]).abs().max(), rows[0].abs().max()
     return torch.finfo(torch.float32 if bend > _BENT * size else dtype).eps
 

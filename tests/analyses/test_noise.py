@@ -253,3 +253,17 @@ def test_checks_of_equality_know_the_precision(cls: str, family: str):
     assert ll.edges(lens, TOKENS, MARGIN, "head", by="position", progress=False).exists.any()
     rules = ll.results.FrozenRules.relp()
     assert ll.first_order(lens, TOKENS, MARGIN, rules=rules).values.isfinite().all()
+
+
+@pytest.mark.skipif("HookedTransformer" not in models.MAKERS, reason="no HookedTransformer here")
+def test_the_precision_of_a_toy_is_measured():
+    """Of fewer words, and a shorter context, than the eight tokens have."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 1, "d_model": 8, "d_head": 4, "n_heads": 2, "n_ctx": 4, "d_vocab": 5}
+    like = {"act_fn": "relu", "device": "cpu", "original_architecture": "GPT2LMHeadModel"}
+    factors = torch.randn(2, 8).double(), torch.randn(8, 2).double()
+    adapter = ll.Adapter.from_factors({"transformer.h.0.attn.c_proj": ll.LoRAFactors(*factors)})
+    for dtype in (torch.float64, torch.float32):
+        model = HookedTransformer(HookedTransformerConfig(**sizes, **like, dtype=dtype, seed=0))
+        assert ll.LoraLens(model, adapter).eps == torch.finfo(dtype).eps
