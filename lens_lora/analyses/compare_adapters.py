@@ -14,8 +14,7 @@
 3. Effects, with a readout: the correlation over shared sites of both first orders.
 4. Null scale: the same numbers with the other adapter in random directions of the same spectrum.
 
-Cost of a pair on prompts: two dual forward passes, three forward passes; of one more adapter half
-of that.
+Cost of a pair on prompts: two dual forward passes, three forward passes; half for one more adapter.
 """
 
 from __future__ import annotations

@@ -257,7 +257,8 @@ def patch_edges(
     Raises:
         SiteError: a site or a reader that the model lacks, with the nearest.
         ArgumentError: a reader that is not downstream of the site, no pairs, another `how`.
-        ModelStateError: heads that are not known; a hook of yours behind an edge's own block.
+        ModelStateError: heads that are not known; for a pair within one block, a hook of yours
+            behind it, or an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
     """
