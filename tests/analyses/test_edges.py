@@ -554,10 +554,10 @@ def test_parallel_branches_read_nothing_of_each_other():
 @pytest.mark.bad_input
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_copies_of_the_stream_are_refused(cls: str):
-    base = models.hf_model("llama")
+    base = models.hf_model("gpt2")  # a HookedTransformer has no such copies for fewer keys
     model = models.MAKERS[cls](base)
-    model.cfg.use_attn_in = True
-    lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("llama", base)))
+    model.set_use_attn_in(True)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
     with pytest.raises(ll.errors.ModelStateError, match=r"cfg\.use_attn_in is on.*readers='head'"):
         ll.edges(lens, "w5 w6", MARGIN)
 
