@@ -268,9 +268,9 @@ class _Pass:
     @torch.no_grad()
     def within_blocks(self, reading: Reading, gates: Tensor) -> set[_Pair]:
         """The readers that see what a site of their own block writes. One forward pass."""
-        lens, inject = self._lens, _TangentInject(self._lens, gates)
-        shown = readers_shown(lens, self._read), attached(lens.model, self._ends)
-        with dual_level(), shown[0], shown[1], lens.injected(inject):
+        lens, ends = self._lens, attached(self._lens.model, self._ends)
+        injected = lens.injected(_TangentInject(lens, gates))
+        with dual_level(), readers_shown(lens, self._read), ends, injected:
             function.read_value(lens, reading)
         names = list(self.readers)
         alone = [(names[first], held) for held, first, is_alone in self._written if is_alone]

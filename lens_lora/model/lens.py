@@ -57,7 +57,7 @@ class LoraLens:
             hooks: two passes over eight tokens. None for those of `with_adapter` alone.
 
     Attributes:
-        eps: of the model's dtype; of float32 if a float64 model rounds to it, which a pass shows.
+        eps: of the model's dtype, or of float32 if a float64 model rounds to it (one short pass).
         max_memory: bytes that an analysis may take beside the model and its result; None for no
             bound.
 

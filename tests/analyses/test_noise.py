@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from two_scalars import scalar_lens
 
 import lens_lora as ll
@@ -20,6 +21,7 @@ from lens_lora.analyses.second_order import second_order_of
 from lens_lora.analyses.verdict import Noise
 from lens_lora.engine import asked as engine_noise
 from lens_lora.engine.asked import ask
+from lens_lora.model.check import eps_of
 
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)
 SCALES = [0.01, 0.1, 0.25, 0.5, 0.75, 1.0]
@@ -253,6 +255,19 @@ def test_checks_of_equality_know_the_precision(cls: str, family: str):
     assert ll.edges(lens, TOKENS, MARGIN, "head", by="position", progress=False).exists.any()
     rules = ll.results.FrozenRules.relp()
     assert ll.first_order(lens, TOKENS, MARGIN, rules=rules).values.isfinite().all()
+
+
+@pytest.mark.skipif("TransformerBridge" not in models.MAKERS, reason="no TransformerBridge here")
+@pytest.mark.parametrize("seed", range(5))
+def test_few_roundings_to_float32_are_seen(seed: int):
+    """One layer of eight coordinates, whose norms round 192 numbers in all."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 20}
+    torch.manual_seed(seed)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).double().eval()
+    model = models.MAKERS["TransformerBridge"](base)
+    assert eps_of(model, "embed.hook_out") == torch.finfo(torch.float32).eps
+    with models.lifted():
+        assert eps_of(model, "embed.hook_out") == torch.finfo(torch.float64).eps
 
 
 @pytest.mark.skipif("HookedTransformer" not in models.MAKERS, reason="no HookedTransformer here")
