@@ -187,6 +187,15 @@ def test_what_the_config_names_and_the_file_lacks(everything, tmp_path):
     refused(folder, "the file holds no rows of wpe")
 
 
+@pytest.mark.parametrize("value", ["lm_head", {"lm_head": 1}, [1], 7], ids=str)
+def test_modules_to_save_that_is_no_list(value, everything, tmp_path):
+    """A string would be taken letter by letter, and a number ends in Python's own error."""
+    _, model = everything
+    folder = saved(model, tmp_path)
+    set_config(folder, modules_to_save=value)
+    refused(folder, f"modules_to_save is {value!r}", "expected a list of module names")
+
+
 @pytest.mark.parametrize(
     "name", ["lm_head", "layers.0.input_layernorm", "layers.1.self_attn.o_proj"]
 )
