@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError, setting
 
 _BOOLEAN = bool | np.bool_
 
@@ -35,17 +35,17 @@ def number(name: str, value: object) -> float:
     """A finite real number."""
     plain = one_entry(value)
     if isinstance(plain, _BOOLEAN) or not isinstance(plain, numbers.Real):
-        raise ArgumentError(f"{name}={value!r}: expected a number.")
+        raise ArgumentError(f"{setting(name, value)}: expected a number.")
     with contextlib.suppress(OverflowError):  # a whole number beyond any float
         if math.isfinite(plain):
             return float(plain)
-    raise ArgumentError(f"{name}={value!r}: expected a finite number.")
+    raise ArgumentError(f"{setting(name, value)}: expected a finite number.")
 
 
 def numbers_of(name: str, values: object) -> list[float]:
     """Several finite real numbers, in a list, a tuple, an array or a tensor."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ArgumentError(f"{name}={values!r}: expected a list of numbers.")
+        raise ArgumentError(f"{setting(name, values)}: expected a list of numbers.")
     if isinstance(values, Tensor | np.ndarray) and values.ndim != 1:
         raise ArgumentError(f"{name} has the shape {tuple(values.shape)}; expected one axis.")
     return [number(name, value) for value in values]
@@ -60,9 +60,9 @@ def whole(name: str, value: object, least: int | None = None) -> int:
     """A whole number."""
     plain = one_entry(value)
     if not is_whole(plain):
-        raise ArgumentError(f"{name}={value!r}: expected a whole number.")
+        raise ArgumentError(f"{setting(name, value)}: expected a whole number.")
     if least is not None and plain < least:
-        raise ArgumentError(f"{name}={plain}: expected at least {least}.")
+        raise ArgumentError(f"{setting(name, plain)}: expected at least {least}.")
     return int(plain)
 
 
@@ -72,7 +72,7 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
         return value
     *others, last = map(repr, known)
     expected = f"{', '.join(others)} or {last}" if others else last
-    raise ArgumentError(f"{name}={value!r}: expected {expected}.")
+    raise ArgumentError(f"{setting(name, value)}: expected {expected}.")
 
 
 def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
@@ -94,9 +94,12 @@ def text(what: str, value: str, error: type[LensLoraError]) -> str:
     if _parses_as_messages(value):
         raise error(
             f"{what} is a conversation written as a string ({value.strip()[:40]!r} …), whose "
-            "braces and quotes would be read as text. Pass the messages themselves, json.loads(…) "
-            "or ast.literal_eval(…) of it; in a file `messages`, on the command line --chat; of an "
-            "answer what is said alone. If the string is meant as it is, pass its token ids."
+            "braces and quotes would be read as text.",
+            remedy="Pass the messages themselves, json.loads(…) or ast.literal_eval(…) of it; in a "
+            "file `messages`; of an answer what is said alone. If the string is meant as it is, "
+            "pass its token ids.",
+            in_shell="Give what the user says as --chat, or a file with `messages`; of an answer "
+            "what is said alone.",
         )
     return value
 

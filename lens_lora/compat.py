@@ -411,9 +411,12 @@ def refuse_out_of_reach(model: nn.Module) -> None:
             if not is_offloaded(module) and weight.is_meta:
                 raise ModelStateError(
                     f"{path}.{name} is on the device 'meta', and no hook of accelerate's brings it "
-                    "in when its module is called. Load the model so that it fits: in 4 bit "
-                    "(ll.load(…, load_in_4bit=True)), in bfloat16, over more GPUs "
-                    "(device_map='balanced'), or on the CPU alone (device='cpu')."
+                    "in when its module is called.",
+                    remedy="Load the model so that it fits: in 4 bit (ll.load(…, "
+                    "load_in_4bit=True)), in bfloat16, over more GPUs (device_map='balanced'), or "
+                    "on the CPU alone (device='cpu').",
+                    in_shell="Load the model so that it fits: --load-in-4bit, --dtype bfloat16, "
+                    "over more GPUs with --device-map balanced, or --device cpu alone.",
                 )
             if is_offloaded(module) and not _knows(module, name):
                 raise ModelStateError(

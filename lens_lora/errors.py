@@ -1,10 +1,42 @@
-"""Errors by cause, each with the place, two facts that disagree and a remedy; `many` of them."""
+"""Errors and warnings: a fact, and a remedy for whoever reads it, in Python or in a shell.
+
+How to write one:
+
+    raise ModelStateError(
+        "a HookedTransformer always computes attention patterns",
+        remedy="Take a TransformerBridge, or bound the memory: lens.within(max_memory=…).",
+        in_shell="Take --class TransformerBridge, or bound the memory with --max-memory.",
+    )
+
+1. `fact` names the place and what disagrees there. `remedy` is what to do about it in Python;
+   `in_shell` is what to do at the command line, where that differs ('' where nothing can be done
+   there). A message that reads the same on either side may be one text, the fact.
+2. An argument of the call is named by `named("max_memory")` or `setting("max_memory", 8e9)`. They
+   give `max_memory=8000000000.0` in Python, and `--max-memory 8000000000.0` within a command that
+   has this option.
+3. A sentence of a story or a page that names a call is `worded(in_python, in_shell)`.
+4. `str(error)` is the fact and the remedy of whoever reads it: of a Python user, and within a
+   command (`within_command`) of its user. So a message may be quoted in another one.
+5. `error.at(place)` is the same error, which begins with the place. Its remedies stay.
+6. Warnings are `warn(fact, remedy=…, in_shell=…)`. A command prints them, also with --quiet.
+
+No text of a message is ever searched or replaced: a path, a prompt and a token stay as they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
+import shlex
 import traceback
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeVar
+
+_M = TypeVar("_M", bound="_Message")
 
 
 def many(count: int, thing: str) -> str:
@@ -12,7 +44,125 @@ def many(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
-class LensLoraError(Exception):
+# --- Who reads a message
+
+# The options of the command that is running, by the argument that each sets; None in Python.
+_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("lens_lora_options", default=None)
+
+
+@contextlib.contextmanager
+def within_command(options: Mapping[str, str]) -> Generator[None]:
+    """Within the block, messages are for a reader at the command line.
+
+    Args:
+        options: the options of the command, by the argument of Python that each sets.
+    """
+    before = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(before)
+
+
+def worded(in_python: str, in_shell: str) -> str:
+    """The one text for a reader in Python, the other for a reader at the command line."""
+    return in_python if _OPTIONS.get() is None else in_shell
+
+
+def named(argument: str) -> str:
+    """An argument as the reader knows it: `max_memory`, or `--max-memory`."""
+    options = _OPTIONS.get() or {}
+    return options.get(argument, argument)
+
+
+def setting(argument: str, value: object) -> str:
+    """An argument with its value as the reader writes it: `of='site'`, or `--of site`."""
+    option = named(argument)
+    if option == argument:
+        return f"{argument}={value!r}"
+    return f"{option} {shlex.quote(str(value))}"
+
+
+class _Message(Exception):
+    """A fact with its remedies, as the text of an error or a warning.
+
+    Attributes:
+        fact: the place, and what disagrees there.
+        remedy: what to do about it in Python; '' where the fact says it, or nothing can be done.
+        in_shell: the same at the command line; None where the remedy of Python holds there too.
+    """
+
+    fact: str
+    remedy: str
+    in_shell: str | None
+
+    def __init__(self, fact: str = "", *, remedy: str = "", in_shell: str | None = None) -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.remedy = remedy
+        self.in_shell = in_shell
+
+    def __str__(self) -> str:
+        in_shell = self.remedy if self.in_shell is None else self.in_shell
+        remedy = worded(self.remedy, in_shell)
+        if not remedy:
+            return self.fact
+        # A fact that is a sentence is followed by another one, else by a clause.
+        between = " " if self.fact.endswith((".", "!", "?")) else "; "
+        return f"{self.fact}{between}{remedy}"
+
+    def at(self: _M, place: object) -> _M:
+        """The same message, which begins with the place that it is about."""
+        moved = copy.copy(self)
+        moved.fact = f"{place}: {self.fact}"
+        moved.args = (moved.fact,)
+        return moved
+
+
+# --- Warnings
+
+
+class LensLoraWarning(_Message, UserWarning):
+    """A warning of this package."""
+
+
+# Who is told of warnings in place of Python's `warnings`.
+_LISTENER: ContextVar[Callable[[LensLoraWarning], None] | None] = ContextVar(
+    "lens_lora_listener", default=None
+)
+
+
+def warn(fact: str, *, remedy: str = "", in_shell: str | None = None, stacklevel: int = 2) -> None:
+    """Warn as `warnings.warn` does, or tell the listener that is there (`heard_by`).
+
+    Args:
+        fact: the place, and what disagrees there.
+        remedy: what to do about it in Python.
+        in_shell: the same at the command line, where it differs.
+        stacklevel: as of `warnings.warn`: 2 is the line that called the function that warns.
+    """
+    warning = LensLoraWarning(fact, remedy=remedy, in_shell=in_shell)
+    listener = _LISTENER.get()
+    if listener is None:
+        warnings.warn(warning, stacklevel=stacklevel + 1)
+    else:
+        listener(warning)
+
+
+@contextlib.contextmanager
+def heard_by(listener: Callable[[LensLoraWarning], None]) -> Generator[None]:
+    """Within the block, the listener is told of each warning of this package, and nobody else."""
+    before = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(before)
+
+
+# --- Errors, by cause
+
+
+class LensLoraError(_Message):
     """Base of all errors of this package."""
 
     def _render_traceback_(self) -> list[str]:

@@ -290,8 +290,9 @@ def find_family(architecture: str | None) -> Family:
         known = ", ".join(name for family in FAMILIES for name in family.architectures)
         raise ModelStateError(
             f"the model's architecture is {architecture!r}; on a HookedTransformer, and on weights "
-            f"that TransformerLens processed, adapters are exact for {known}. For any other "
-            "decoder, pass a TransformerBridge as boot_transformers makes it, before "
-            "enable_compatibility_mode(), or let ll.load make one."
+            f"that TransformerLens processed, adapters are exact for {known}.",
+            remedy="For any other decoder, pass a TransformerBridge as boot_transformers makes it, "
+            "before enable_compatibility_mode(), or let ll.load make one.",
+            in_shell="For any other decoder take --class TransformerBridge.",
         )
     return family

@@ -26,7 +26,6 @@ import copy
 import dataclasses
 import fnmatch
 import itertools
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from lens_lora.adapters import peft_read
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
 from lens_lora.adapters.peft_files import is_plain_lora, refuse_variants
-from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
+from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, NORM_KINDS
 
 # --- The adapter of a live model
@@ -68,7 +67,7 @@ def live_updates(
             raise AdapterError("no layer of the model has this adapter, or it changes nothing.")
         modules, base_name = peft_read.renamed(updates, notes), peft_read.base_of(config)
     for note in notes:
-        warnings.warn(f"{source}: {note}.", stacklevel=3)
+        warn(f"{source}: {note}.", stacklevel=3)
     return modules, base_name
 
 

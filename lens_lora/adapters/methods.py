@@ -114,8 +114,9 @@ def measured_updates(model: Any, name: str, config: Any, base: Any = None) -> _U
     bias = getattr(config, "bias", "none")
     if bias != "none":
         raise UnsupportedAdapterError(
-            f"bias={bias!r} trains biases in the base itself. Merge it and compare with the true "
-            "base: ll.Adapter.between(base, peft_model.merge_and_unload())."
+            f"bias={bias!r} trains biases in the base itself.",
+            remedy=f"Merge it and compare with the true base: {peft_files.MERGED}.",
+            in_shell=f"Give the folder that {peft_files.MERGED_FOLDER} writes.",
         )
     from_models.require_unmerged(model)
     twin = _twin(model)

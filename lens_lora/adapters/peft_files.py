@@ -18,14 +18,13 @@ import functools
 import json
 import re
 import time
-import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
 
-from lens_lora.errors import AdapterError, UnsupportedAdapterError, many
+from lens_lora.errors import AdapterError, UnsupportedAdapterError, many, warn
 from lens_lora.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -275,10 +274,12 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
         reason = f"the config targets {', '.join(empty[:4])}, and the file has no factors there"
     else:
         return
-    warnings.warn(
+    trained = "ll.Adapter.from_peft(peft_model, adapter_name)"
+    warn(
         f"{folder}: modules may be missing from the file: {reason}. PEFT leaves out every module "
-        "whose path contains another adapter's name. Compare with the model that was trained: "
-        "ll.Adapter.from_peft(peft_model, adapter_name).",
+        "whose path contains another adapter's name.",
+        remedy=f"Compare with the model that was trained: {trained}.",
+        in_shell=f"In Python, save the model that was trained: {trained}.save(folder).",
         stacklevel=4,
     )
 
@@ -286,7 +287,9 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
 # --- Methods and variants that s·B·A would misread
 
 
-_MERGED = "ll.Adapter.between(base, peft_model.merge_and_unload())"
+MERGED = "ll.Adapter.between(base, peft_model.merge_and_unload())"
+# A command reads folders, so there the difference is saved first.
+MERGED_FOLDER = f"{MERGED}.save(folder)"
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _READ_VARIANTS = ("use_dora",)
@@ -300,7 +303,7 @@ _REMEDIES = {
     "megatron_config": "Megatron's parallel linears are not read; save a plain LoRA.",
     "init_lora_weights": "Its B·A is relative to base weights that the initialisation changed. "
     "Save it converted, save_pretrained(..., path_initial_model_for_weight_conversion=...), or "
-    f"compare the merged model with the base that training began from: {_MERGED}.",
+    f"compare the merged model with the base that training began from: {MERGED}.",
 }
 
 
@@ -335,8 +338,9 @@ def refuse_variants(config: Any) -> None:
         fields = ((field, getattr(config, field, None)) for field in _MEASURED)
         variant = next((f"{field}={value!r}" for field, value in fields if value), None)
         raise UnsupportedAdapterError(
-            f"{variant or _named(config)}: its ΔW is measured over the base: "
-            "ll.load_adapter(folder, base=AutoModelForCausalLM.from_pretrained(…))."
+            f"{variant or _named(config)}: its ΔW is measured over the base",
+            remedy="ll.load_adapter(folder, base=AutoModelForCausalLM.from_pretrained(…)).",
+            in_shell="name the base with --model.",
         )
 
 
@@ -360,7 +364,9 @@ def refuse_without_delta(config: Any) -> None:
         if is_variant and getattr(config, field.name):
             raise UnsupportedAdapterError(
                 f"{field.name}={getattr(config, field.name)!r} makes this a LoRA variant that "
-                f"plain s·B·A would misread. Train a plain one, or merge and compare: {_MERGED}."
+                "plain s·B·A would misread.",
+                remedy=f"Train a plain one, or merge and compare: {MERGED}.",
+                in_shell=f"Train a plain one, or give the folder that {MERGED_FOLDER} writes.",
             )
 
 

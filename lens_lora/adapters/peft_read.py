@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import math
 import re
-import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from lens_lora.adapters import peft_files
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.errors import AdapterError, UnsupportedAdapterError
+from lens_lora.errors import AdapterError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, HEADS, Family
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def read_folder(folder: Path, config: PeftConfig) -> tuple[dict[str, ModuleUpdat
         updates = updates_of(config, state)
         modules, base = renamed(updates, notes), base_of(config)
     for note in notes:
-        warnings.warn(f"{folder}: {note}.", stacklevel=3)
+        warn(f"{folder}: {note}.", stacklevel=3)
     peft_files.warn_of_cuts(folder, config, updates)
     return modules, base
 
@@ -100,7 +99,7 @@ def located(place: object) -> Generator[None]:
     try:
         yield
     except AdapterError as error:
-        raise type(error)(f"{place}: {error}") from error
+        raise error.at(place) from error
 
 
 def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, ModuleUpdate]:

@@ -285,8 +285,9 @@ def _in_order(
     count = len(adapters)
     if count < 2:
         raise ArgumentError(
-            f"{many(count, 'checkpoint')}: a training is read from two or more; of one adapter use "
-            "ll.fact_margin or ll.remainder."
+            f"{many(count, 'checkpoint')}: a training is read from two or more",
+            remedy="of one adapter use ll.fact_margin or ll.remainder.",
+            in_shell="of one adapter use `lens-lora explain`.",
         )
     numbers = numbers_of("steps", range(1, count + 1) if steps is None else steps)
     increasing = all(a < b for a, b in itertools.pairwise([0.0, *numbers]))
@@ -304,8 +305,8 @@ def _require_one_training(adapters: Sequence[Adapter]) -> None:
             has, lacks = (first, other) if odd[0] in first.modules else (other, first)
             raise ArgumentError(
                 f"{has.name} adapts {odd[0]} and {lacks.name} does not ({len(odd)} such modules); "
-                "checkpoints of one training adapt the same modules. Two trainings are compared by "
-                "ll.compare_adapters."
+                "checkpoints of one training adapt the same modules.",
+                remedy="Two trainings are compared by ll.compare_adapters.",
             )
     require_one_base(adapters, "checkpoints of one training have one base model")
 
@@ -315,8 +316,8 @@ def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tu
     if sites and names != expected:
         odd = sorted(set(names) ^ set(expected))
         raise ArgumentError(
-            f"{adapter.name}: {odd[0]} is as in the base in one checkpoint and changed in another; "
-            "leave such modules out: adapter.without(…)."
+            f"{adapter.name}: {odd[0]} is as in the base in one checkpoint and changed in another",
+            remedy="leave such modules out: adapter.without(…).",
         )
     return lens.sites
 

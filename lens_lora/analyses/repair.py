@@ -43,7 +43,7 @@ from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule,
 from lens_lora.arguments import number, whole, word
 from lens_lora.engine.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.errors import ArgumentError, UnsupportedAdapterError
+from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
 from lens_lora.model import LoraLens, SiteUpdate, alone
 from lens_lora.model.basis import Update, svd_factors
 from lens_lora.readouts import KL, PromptsLike, Readout
@@ -225,7 +225,9 @@ def repair(
     keep_share, rate = number("keep_share", keep_share), number("rate", rate)
     price = number("price", price)
     if not 0 < keep_share <= 1:
-        raise ArgumentError(f"keep_share={keep_share:g}: expected a share above 0, at most 1.")
+        raise ArgumentError(
+            f"{setting('keep_share', keep_share)}: expected a share above 0, at most 1."
+        )
     if rate <= 0 or price < 0:
         raise ArgumentError(f"{rate=:g}, {price=:g}: expected a rate above 0, a price ≥ 0.")
     steps, draws, seed = whole("steps", steps, 1), whole("draws", draws, 1), whole("seed", seed, 0)
@@ -355,13 +357,18 @@ def require_expressible(layout: GateLayout) -> None:
         if site.path != site.module:
             raise UnsupportedAdapterError(
                 f"{site.name} follows {site.module}, to which the base ties it, so no adapter can "
-                "switch one of them alone. Leave the module out: adapter.without(…)."
+                "switch one of them alone.",
+                remedy="Leave the module out: adapter.without(…).",
+                in_shell="In Python, leave the module out: adapter.without(…).save(folder).",
             )
         if layout.of == "rank" and isinstance(adapter.modules[site.key], TrainedModule):
             raise UnsupportedAdapterError(
                 f"{site.name} ({site.module}) was trained whole, so its ranks are as many as the "
-                "model is wide; use of='site', or make it low-rank first: Adapter.between(base, "
-                "merged, rank=…)."
+                "model is wide",
+                remedy="use of='site', or make it low-rank first: Adapter.between(base, merged, "
+                "rank=…).",
+                in_shell="use --of site, or make it low-rank first, in Python: "
+                "Adapter.between(base, merged, rank=…).save(folder).",
             )
 
 

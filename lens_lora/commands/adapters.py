@@ -7,7 +7,6 @@ import functools
 import json as json_text
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.console import Console
 import lens_lora as ll
 from lens_lora.adapters.peft_files import checkpoint_folders, stated_base, stated_fields
 from lens_lora.commands import options, running
-from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.errors import LensLoraError, LensLoraWarning, ModelStateError, heard_by
 from lens_lora.sweeps.records import read_records
 
 if TYPE_CHECKING:
@@ -145,7 +144,7 @@ def checkpoints(
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.show.adapters import checkpoints_table
 
-        running.note_spaces(questions, progress)
+        running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
         prompts, readout = running.margin_of(lens.model, questions)
         with running.quiet_libraries():
@@ -196,7 +195,7 @@ def repair(
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.show.adapters import repair_table
 
-        running.note_spaces([*questions, *tests], progress)
+        running.warn_of_spaces([*questions, *tests])
         lens = running.announced(running.lens_for(base, folder, progress))
         with running.quiet_libraries():
             repaired = ll.repair(
@@ -212,7 +211,7 @@ def repair(
             )
         repaired.adapter.save(out)
         repaired.save_report(report)
-        running.tell(running.in_options(repaired.story(), repair)).print(repair_table(repaired))
+        running.tell(repaired.story()).print(repair_table(repaired))
         kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
         running.say(f"\nAdapter: {out.absolute()}, {kept_gates}")
         running.say(f"Report: {report.absolute()}")
@@ -268,8 +267,8 @@ def verify(
             if base.model is not None:
                 raise
             why = str(error)
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always", UserWarning)
+        notes: list[LensLoraWarning] = []
+        with heard_by(notes.append):
             read = read_adapter(folder, None if loaded is None else lambda _: loaded[0])
 
         with running.quiet_libraries():
@@ -280,7 +279,7 @@ def verify(
                 merged=merged,
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
-                notes=[str(note.message) for note in notes if note.category is UserWarning],
+                notes=[str(note) for note in notes],
                 progress=not quiet,
             )
         if json_file is not None:

@@ -19,7 +19,7 @@ from rich.console import Console
 import lens_lora as ll
 from lens_lora.commands import options, running
 from lens_lora.commands.options import Question, text_of
-from lens_lora.errors import LensLoraError, PromptError
+from lens_lora.errors import LensLoraError
 
 if TYPE_CHECKING:
     from lens_lora.show.report import Explained
@@ -68,7 +68,7 @@ def explain(
     options.require_apart({"--report": report}, base, [folder], asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
-        running.note_spaces(questions, progress)
+        running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, folder, progress))
         _require_fit(lens, questions, max_new_tokens)
         settings = {"fast": fast, "null": null, "progress": not quiet, "most": max_new_tokens}
@@ -92,7 +92,7 @@ def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_token
         except LensLoraError as error:
             if len(questions) == 1:
                 raise
-            raise PromptError(f"prompt {number}, {text_of(question.prompt)!r}: {error}") from error
+            raise error.at(f"prompt {number}, {text_of(question.prompt)!r}") from error
 
 
 def _explain_each(

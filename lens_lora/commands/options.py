@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.models import ArgumentInfo, OptionInfo
 
 from lens_lora.adapters import peft_files
 from lens_lora.demonstration import shipped_adapter
@@ -94,6 +95,26 @@ def _option(name: str, annotation: Any) -> Any:
         return annotation
     names = [f"--{name.replace('_', '-')}"] if kind is bool else []
     return Annotated[kind, typer.Option(*names, help=more[0])]
+
+
+# Arguments of Python that a command knows by a parameter of another name.
+_ALSO = {"kind": "model_class", "prepend_bos": "bos"}
+
+
+def options_of(command: Callable[..., None]) -> dict[str, str]:
+    """The options of a command, by the argument that each sets: {'max_kl': '--max-kl'}."""
+    names: dict[str, str] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        names[name] = f"--{name.replace('_', '-')}"
+        for about in get_args(parameter.annotation)[1:]:
+            if isinstance(about, ArgumentInfo):
+                names[name] = about.metavar or name.upper()
+            elif isinstance(about, OptionInfo):
+                # typer.Option("--json") has its first name as `default`.
+                written = [about.default, *(about.param_decls or ())]
+                declared = [text for text in written if str(text).startswith("--")]
+                names[name] = next(iter(declared), names[name]).partition("/")[0]
+    return names | {also: names[name] for also, name in _ALSO.items() if name in names}
 
 
 def input_file(text: str) -> Any:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import re
 import signal
 import sys
 import threading
@@ -25,8 +23,8 @@ from rich.console import Console
 from rich.text import Text
 
 import lens_lora as ll
-from lens_lora.commands.options import BaseModel, Question
-from lens_lora.errors import LensLoraError, many
+from lens_lora.commands.options import BaseModel, Question, options_of
+from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
 from lens_lora.sweeps.processes import rank
 
 if TYPE_CHECKING:
@@ -92,8 +90,7 @@ def load_model_of(named: str | None, progress: Console, base: BaseModel) -> Load
         name = EMBEDDED_HUB_ID if base.model == EMBEDDED else base.model
         # A wrong base shows in no weight, but in the last parts of the two names.
         if named and Path(named).name.lower() != Path(name).name.lower():
-            note = f"Note: the adapter names the base {named}, and --model is {name}"
-            progress.print(Text(f"{note}; is that meant?", style="yellow"), soft_wrap=True)
+            warn(f"the adapter names the base {named}, and --model is {name}; is that meant?")
         return load_model(base.model, progress, base)
     if named in (None, EMBEDDED_HUB_ID):
         return load_model(None, progress, base)
@@ -155,7 +152,7 @@ def say(line: str) -> None:
 def tell(story: str) -> Console:
     """Print the paragraphs of a story to stdout, and return the console for its tables."""
     console = Console()
-    for paragraph in in_options(story).split("\n"):
+    for paragraph in story.split("\n"):
         console.print(Text(f"\n{paragraph}"))
     console.print()
     return console
@@ -181,8 +178,8 @@ def at_work(base: BaseModel, *, quiet: bool) -> Generator[Console]:
     progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
 
 
-def note_spaces(questions: Sequence[Question], progress: Console) -> None:
-    """Note a space at a prompt's end, or none before an answer: both give unintended tokens.
+def warn_of_spaces(questions: Sequence[Question]) -> None:
+    """Warn of a space at a prompt's end, or none before an answer: both give unintended tokens.
 
     Where a turn of a conversation begins, an answer needs no space.
     """
@@ -199,7 +196,7 @@ def note_spaces(questions: Sequence[Question], progress: Console) -> None:
             note = f"the answers {quoted} do not both begin with a space"
         else:
             continue
-        progress.print(Text(f"Note: {note}; is that meant?", style="yellow"), soft_wrap=True)
+        warn(f"{note}; is that meant?")
 
 
 def quiet_libraries() -> contextlib.AbstractContextManager[None]:
@@ -254,16 +251,23 @@ _SECONDS_FOR_THE_FIRST = 10.0
 def one_line_errors(command: Callable[..., None] | None = None) -> Generator[None]:
     """Print an error of this package or of the system as one line, and exit with code 2.
 
-    Ctrl-C also prints one line; its code is 130. Arguments that a message names are written as the
-    command's options.
+    Ctrl-C also prints one line; its code is 130. Messages name the command's options, and a warning
+    of this package is printed as one line as well.
     """
+    options = options_of(command) if command else {}
+    with within_command(options), heard_by(_print_warning), _one_line_errors():
+        yield
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Generator[None]:
     try:
         with _stopped_by_ctrl_c():
             yield
     except BrokenPipeError:
         raise
     except (LensLoraError, OSError) as error:
-        _print_error(in_options(f"{type(error).__name__}: {error}", command))
+        _print_error(f"{type(error).__name__}: {error}")
         raise typer.Exit(2) from error
     except RuntimeError as error:
         torch = sys.modules.get("torch")  # a command that never imported it has run out of none
@@ -277,33 +281,6 @@ def one_line_errors(command: Callable[..., None] | None = None) -> Generator[Non
         if rank() == 0:
             _print_line(str(error) or "Interrupted.")
         raise typer.Exit(130) from error
-
-
-# Remedies of Python that are no option's name.
-_ON_THE_COMMAND_LINE = {
-    "test_keep": "test_prompt",
-    "resume=False": "--no-resume",
-    "ll.patch_sites": "explain without --fast",
-    "lens.within(max_memory=…), in bytes, for every analysis of the lens that it returns": (
-        "--max-memory, in bytes"
-    ),
-    ", fewer tokens=, or fewer hook points in names=": "",
-    "ll.load(…, attn='sdpa')": "--attn sdpa",
-    "set model.tokenizer.chat_template to that of the model's family, or pass token ids": (
-        "give the whole text as --prompt"
-    ),
-}
-
-
-def in_options(text: str, command: Callable[..., None] | None = None) -> str:
-    """The text with the arguments of Python as the command's options: test_drop → --test-drop."""
-    for remedy, here in _ON_THE_COMMAND_LINE.items():
-        text = text.replace(remedy, here)
-    for name in inspect.signature(command).parameters if command else ():
-        option = f"--{name.replace('_', '-')}"
-        text = re.sub(rf"\b{name}=", f"{option} ", text)
-        text = re.sub(rf"\b{name}\b", option, text) if "_" in name else text
-    return text
 
 
 @contextlib.contextmanager
@@ -356,5 +333,11 @@ def _print_error(line: str) -> None:
     _print_line(line)
 
 
-def _print_line(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(" ".join(line.split()), style="red"))
+def _print_warning(warning: LensLoraWarning) -> None:
+    """Print a warning; of several processes the first one's."""
+    if rank() == 0:
+        _print_line(f"Warning: {warning}", style="yellow")
+
+
+def _print_line(line: str, style: str = "red") -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(" ".join(line.split()), style=style))

@@ -148,7 +148,7 @@ def scan(
     named = one_base(bases if base.model is None else bases[:1], why)
 
     with running.at_work(base, quiet=quiet) as progress:
-        running.note_spaces(questions, progress)
+        running.warn_of_spaces(questions)
         processes = launched()
         loaded = running.load_model_of(named, progress, base.placed(processes.device))
         with running.step("Building the hooked model", progress):

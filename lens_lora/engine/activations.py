@@ -45,7 +45,13 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import word
 from lens_lora.engine.function import gated_readout, read_value, require_finite, run_without_logits
 from lens_lora.engine.memory import ROW_TOKENS, row_groups
-from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
+from lens_lora.errors import (
+    ArgumentError,
+    ModelStateError,
+    PromptError,
+    UnsupportedAdapterError,
+    setting,
+)
 from lens_lora.model import LoraLens, SiteUpdate
 from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate
 from lens_lora.model.gates import Inject, Injection, ScaleInject, weight_of, write
@@ -395,7 +401,7 @@ def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
         if isinstance(lens.plan.updates[index].update, NormUpdate):
             raise ArgumentError(
                 f"{lens.sites[index].name} is a norm that was trained, whose update has no ranks; "
-                "choose other sites (sites=…), or of='site'."
+                "choose other sites (sites=…), or {setting('of', 'site')}."
             )
 
 
@@ -522,7 +528,7 @@ def layout_of(lens: LoraLens, of: Of) -> GateLayout:
             f"{lens.sites[partnered[0]].name}: value biases of this model were folded into b_O, so "
             "its update multiplies that of v there, and single ranks of the two have no gates of "
             "their own. Load the model unprocessed (from_pretrained_no_processing), or use "
-            "of='site'."
+            f"{setting('of', 'site')}."
         )
     turned = in_gauge(lens, "svd")
     return GateLayout(turned, of, tuple(site_map.rank for site_map in turned.maps))

@@ -326,10 +326,11 @@ def _name_the_operation(kind: object, error: BaseException | None, trace: object
         last = [frame for frame in frames if "/torch/" not in frame.filename][-1]
         raise ModelStateError(
             "this model has an operation without a forward-mode derivative "
-            f"({last.line} in {last.name}: {error}). A fused "
-            "kernel is one: load the model without it (attn_implementation='eager', and of a "
-            "mixture of experts experts_implementation='eager'). Reverse mode (first_order, "
-            "mode='reverse') needs no such derivative."
+            f"({last.line} in {last.name}: {error}). A fused kernel is one.",
+            remedy="Load the model without it (attn_implementation='eager', and of a mixture of "
+            "experts experts_implementation='eager'). Reverse mode (first_order, mode='reverse') "
+            "needs no such derivative.",
+            in_shell="Load the model without it (--attn eager).",
         ) from error
 
 

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lens_lora.arguments import word
 from lens_lora.compat import Temporary, replace_forward
-from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError, named, worded
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import PICKS, Columns, Divergence, Picks, Reading
@@ -263,7 +263,7 @@ def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
     fitting, rows = rows_of_graph(lens, run), len(prompts_of(run).tokens)
     if fitting is not None and fitting < rows:
         raise ArgumentError(
-            f"max_memory={lens.max_memory:.3g} bytes, enough for a forward and a backward pass of "
+            f"{_bound(lens)}, enough for a forward and a backward pass of "
             f"{fitting} of these {rows} rows; pass fewer prompts at a time, or allow more."
         )
 
@@ -273,7 +273,7 @@ def require_graph(lens: LoraLens, run: Run) -> None:
     require_rows_of_graph(lens, run)
     if must_rerun(lens, run):
         raise ArgumentError(
-            f"max_memory={lens.max_memory:.3g} bytes, and the graph of these rows, which is kept "
+            f"{_bound(lens)}, and the graph of these rows, which is kept "
             "whole, takes more; pass fewer or shorter prompts at a time, or allow more."
         )
 
@@ -299,9 +299,14 @@ def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> 
     needed = prompts.tokens.numel() * lens.dtype.itemsize * of_token
     if needed > lens.max_memory:
         raise ArgumentError(
-            f"max_memory={lens.max_memory:.3g} bytes, and the tangents of {len(names)} hook points "
+            f"{_bound(lens)}, and the tangents of {len(names)} hook points "
             f"take about {needed:.3g}; name fewer, as in names='blocks.*.hook_out', or allow more."
         )
+
+
+def _bound(lens: LoraLens) -> str:
+    """The bound of a lens as its user wrote it, for messages."""
+    return f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes"
 
 
 _Sizes = Callable[[_Need], tuple[float, float]]
@@ -320,7 +325,7 @@ def _rows(
         longest, slots = prompts.tokens.shape[1], prompts.slots
         read = f", {slots} of them read" if slots > 1 else ""
         raise ArgumentError(
-            f"max_memory={bound:.3g} bytes, and {what} takes about {always + of_one:.3g} for "
+            f"{_bound(lens)}, and {what} takes about {always + of_one:.3g} for "
             f"{longest} tokens{read}; allow more, or {remedy}."
         )
     return int((bound - always) // of_one)
@@ -425,8 +430,8 @@ def _require_same(name: str, first: Tensor, second: Tensor) -> None:
     room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().amax(-1)
     if not bool(((first - second).abs().amax(-1) <= room).all() | first.isnan().any()):
         raise ModelStateError(
-            f"{name}: within max_memory a block runs again on the way back, and it returned "
-            "something else than the first time. A hook of yours depends on how often it was "
-            "called, or draws numbers of its own. Make it return the same each time, or allow "
+            f"{name}: within {named('max_memory')} a block runs again on the way back, and it "
+            "returned something else than the first time. A hook of yours depends on how often it "
+            "was called, or draws numbers of its own. Make it return the same each time, or allow "
             "more memory."
         )

@@ -47,7 +47,7 @@ from lens_lora.compat import in_float64
 from lens_lora.engine import derivatives, function, texts
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.derivatives import slopes_of_each
-from lens_lora.errors import ArgumentError, PromptError
+from lens_lora.errors import ArgumentError, PromptError, named, setting
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
 from lens_lora.evaluation.faithfulness import RANDOM_DRAWS, Faithfulness, counts_of, curves_of
@@ -313,7 +313,8 @@ def explain(
     asked = ask_prompts(lens, prompts)
     batch = asked.prompts.batch
     if whole("null", null, 0) == 1:
-        raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
+        expected = "expected 0 for none, or at least 2 null adapters"
+        raise ArgumentError(f"{setting('null', null)}; {expected}.")
     if doc is None or pre is None:
         _require_response_only(doc, pre, null, batch)
         is_generated = response is None or isinstance(response, readouts.Generated)
@@ -329,12 +330,19 @@ def explain(
 def _require_response_only(doc: object, pre: object, null: int, batch: int) -> None:
     if doc is not None or pre is not None:
         given, other = ("doc", "pre") if pre is None else ("pre", "doc")
-        raise ArgumentError(f"{given} without {other}: explain takes two answers, or a response.")
+        raise ArgumentError(
+            f"{named(given)} without {named(other)}: explain takes two answers, or a response."
+        )
     if null:
-        raise ArgumentError(f"null={null}: null adapters are compared on a margin (doc and pre).")
+        answers = f"{named('doc')} and {named('pre')}"
+        why = f"null adapters are compared on a margin ({answers})"
+        raise ArgumentError(f"{setting('null', null)}: {why}.")
     if batch != 1:
-        remedy = "with doc and pre explain takes several, and ll.sweep takes hundreds"
-        raise PromptError(f"{batch} prompts: a response is explained for one prompt; {remedy}.")
+        raise PromptError(
+            f"{batch} prompts: a response is explained for one prompt",
+            remedy="with doc and pre explain takes several, and ll.sweep takes hundreds.",
+            in_shell="with --doc and --pre explain takes several, and `lens-lora sweep` hundreds.",
+        )
 
 
 @contextlib.contextmanager

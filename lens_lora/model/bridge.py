@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, final
 
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import ModelStateError, setting, warn
 from lens_lora.families import Family, find_family, known_family
 from lens_lora.model import bridged, kernels
 from lens_lora.model.bases import stored_weight
@@ -66,9 +65,11 @@ def fuse_attention(model: Any) -> None:
         why = "transformers has none for this family"
     if why is not None:
         raise ModelStateError(
-            f"attn='sdpa': {why}, so a TransformerBridge of {type(model.original_model).__name__} "
-            "cannot use a fused kernel. Leave attn out, and bound the memory of long prompts by "
-            "lens.within(max_memory)."
+            f"{setting('attn', 'sdpa')}: {why}, so a TransformerBridge of "
+            f"{type(model.original_model).__name__} cannot use a fused kernel.",
+            remedy="Leave attn out, and bound the memory of long prompts by "
+            "lens.within(max_memory).",
+            in_shell="Leave --attn out, and bound the memory of long prompts by --max-memory.",
         )
     model.original_model.set_attn_implementation("sdpa")
     for attention in attentions:
@@ -83,10 +84,9 @@ def _attentions(model: Any) -> list[Any]:
 def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
     hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
     if hooked:
-        warnings.warn(
+        warn(
             f"{hooked[0]}: attn='sdpa' makes no attention scores, patterns or rotated q and k, so "
-            "hooks there never fire. Load the model with attn='eager'.",
-            stacklevel=2,
+            "hooks there never fire. Load the model with attn='eager'."
         )
     return forward(attention, *args, **kwargs)
 
@@ -212,8 +212,9 @@ class BridgeHost(Host):
         is_of_heads = kind in ("q_norm", "k_norm")
         if is_of_heads and not self.keeps_patterns:
             raise ModelStateError(
-                f"blocks.{layer}.attn.{kind}: the adapter changes this norm, and with attn='sdpa' "
-                "its hook points show another layout. Load the model with attn='eager'."
+                f"blocks.{layer}.attn.{kind}: the adapter changes this norm, and with "
+                f"{setting('attn', 'sdpa')} its hook points show another layout. Load the model "
+                f"with {setting('attn', 'eager')}."
             )
         name = self._component(layer, kind)
         if not self._is_listed:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lens_lora.compat import drop_new_biases, home_of, is_offloaded, refuse_out_of_reach
-from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.errors import LensLoraError, ModelStateError, named, setting
 from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
 from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
@@ -90,8 +90,11 @@ def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
     """Refuse what a HookedTransformer, which copies the weights, cannot be made from."""
     if attn != "eager":
         raise ModelStateError(
-            f"attn={attn!r}: a HookedTransformer always computes attention patterns. Take a "
-            "TransformerBridge, or bound the memory of long prompts by lens.within(max_memory)."
+            f"{setting('attn', attn)}: a HookedTransformer always computes attention patterns.",
+            remedy="Take a TransformerBridge, or bound the memory of long prompts by "
+            "lens.within(max_memory).",
+            in_shell="Take --class TransformerBridge, or bound the memory of long prompts by "
+            "--max-memory.",
         )
     is_offloaded_anywhere = any(map(is_offloaded, hf_model.modules()))
     if is_offloaded_anywhere or quantised_linears(hf_model):
@@ -112,8 +115,8 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         says = (str(error).splitlines() or [""])[0][:200]
         raise ModelStateError(
             f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "
-            f"{type(hf_model).__name__}, {type(error).__name__}: {says} The other class (kind=, "
-            "--class) may do, or another version of TransformerLens."
+            f"{type(hf_model).__name__}, {type(error).__name__}: {says} The other class "
+            f"({named('kind')}) may do, or another version of TransformerLens."
         ) from error
 
 

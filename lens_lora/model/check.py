@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.compat import Temporary, edits_of, home_of, parameters_in
-from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.errors import AdapterError, ModelStateError, named
 from lens_lora.model.hooks import attached
 from lens_lora.model.kernels import quantised_name, refuse_without_float64
 
@@ -61,8 +61,9 @@ def refuse_unusable(model: nn.Module) -> None:
     if is_pair or not can_generate():
         what = "an encoder-decoder" if is_pair else "no causal language model with a head"
         raise ModelStateError(
-            f"{name} is {what}, and a lens explains next-token logits of a decoder. Pass a "
-            "decoder: AutoModelForCausalLM.from_pretrained(base)."
+            f"{name} is {what}, and a lens explains next-token logits of a decoder.",
+            remedy="Pass a decoder: AutoModelForCausalLM.from_pretrained(base).",
+            in_shell="Name a decoder with --model.",
         )
     refuse_dropout(model, modules_of(model))
     compat.refuse_out_of_reach(model)
@@ -70,7 +71,9 @@ def refuse_unusable(model: nn.Module) -> None:
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
                 f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
-                "applied twice; let ll.load(peft_model) build it, and the PeftModel stays as it is."
+                "applied twice",
+                remedy="let ll.load(peft_model) build it, and the PeftModel stays as it is.",
+                in_shell="name the base alone with --model, not a folder that holds an adapter.",
             )
     _refuse_unknown_quantisation(model)
 
@@ -97,7 +100,8 @@ def _refuse_unknown_quantisation(model: nn.Module) -> None:
 def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError:
     return ModelStateError(
         f"{quantised} is quantised by {method}, whose products have no derivative that is known "
-        "here; load the base by bitsandbytes (load_in_4bit or load_in_8bit) or in bfloat16."
+        f"here; load the base by bitsandbytes ({named('load_in_4bit')} or "
+        f"{named('load_in_8bit')}) or in bfloat16."
     )
 
 
@@ -304,7 +308,8 @@ class Watch:
         if changed is not None:
             raise ModelStateError(
                 f"{changed} after the lens was made, and its updates were computed from what was "
-                "there before; make a new LoraLens."
+                "there before",
+                remedy="make a new LoraLens.",
             )
 
 

@@ -178,9 +178,9 @@ class Plan:
         for (name, then), (_, now) in zip(self.state, self.host.state(), strict=True):
             if then != now:
                 raise ModelStateError(
-                    f"{name} was {then} when the lens was made and is {now}; make a new LoraLens, "
-                    "or set it back. For a tool that changes it by itself, set it so before you "
-                    "make the lens."
+                    f"{name} was {then} when the lens was made and is {now}",
+                    remedy="make a new LoraLens, or set it back. For a tool that changes it by "
+                    "itself, set it so before you make the lens.",
                 )
 
     @functools.cached_property

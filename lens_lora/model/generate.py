@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from lens_lora import arguments
 from lens_lora.compat import home_of, in_float64
-from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError
+from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
 from lens_lora.model.check import first_non_finite
 from lens_lora.model.hooks import unembedded_only
 from lens_lora.readouts.answers import Generated
@@ -291,7 +291,7 @@ def require_room(lens: Any, prompts: Prompts, most: int) -> None:
     if context and longest + most - 1 > context:
         prompt = which_prompt(int(prompts.lengths.argmax()), prompts.batch)
         raise PromptError(
-            f"{prompt} has {longest} tokens, and max_new_tokens={most} more do not fit into the "
-            f"context of this {type(lens.model).__name__}, {context} (cfg.n_ctx); at most "
+            f"{prompt} has {longest} tokens, and {setting('max_new_tokens', most)} more do not fit "
+            f"into the context of this {type(lens.model).__name__}, {context} (cfg.n_ctx); at most "
             f"{context - longest + 1} do."
         )

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from traceback import clear_frames
@@ -47,7 +46,14 @@ from torch.nn.functional import linear
 from lens_lora import compat
 from lens_lora.adapters.directions import Directions, directions_of, is_residual
 from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
-from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, OutOfMemoryError
+from lens_lora.errors import (
+    ArgumentError,
+    LensLoraError,
+    ModelStateError,
+    OutOfMemoryError,
+    named,
+    warn,
+)
 from lens_lora.model.kernels import differentiable_products, is_weight, write_at
 from lens_lora.model.sites import Names, few, firing, resolved
 
@@ -211,11 +217,10 @@ def hold(span: Temporary, lock: Lock) -> None:
     span.way_back(leave)
     with lock.changed:
         while not lock.changed.wait_for(is_free, _PATIENCE):
-            warnings.warn(
+            warn(
                 f"{threading.current_thread().name} has waited a minute for a thread that runs a "
                 "lens on the same model. If that thread waits for this one, neither will go on: "
-                "leave its `with lens.applied():` first.",
-                stacklevel=2,
+                "leave its `with lens.applied():` first."
             )
         lock.holders[token] = threading.get_ident()
 
@@ -423,7 +428,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
                     raise
                 if is_memory_short(error):
                     clear_frames(error.__traceback__)  # which hold what takes the memory
-                    raise OutOfMemoryError(_too_much(lens, error)) from error
+                    raise _too_much(lens, error) from error
                 if "nference tensor" not in str(error):
                     raise
                 raise ModelStateError(f"{_made_there(lens)} Torch says: {error}") from error
@@ -509,15 +514,17 @@ def is_memory_short(error: BaseException) -> bool:
     )
 
 
-def _too_much(lens: Any, error: BaseException) -> str:
+def _too_much(lens: Any, error: BaseException) -> OutOfMemoryError:
     bound = getattr(lens, "max_memory", None)
-    now = "no bound is set" if bound is None else f"max_memory is {bound:.3g} bytes"
+    now = f"{named('max_memory')} is {bound:.3g} bytes" if bound else "no bound is set"
     says = str(error).strip() or "no more memory"
-    return (
-        f"memory ran out ({says.splitlines()[0]}), and {now}. Bound it: "
-        "lens.within(max_memory=…), in bytes, for every analysis of the lens that it returns; or "
-        "pass fewer or shorter prompts, fewer tokens=, or fewer hook points in names=. Attention "
-        "patterns of long prompts take most: ll.load(…, attn='sdpa') makes none."
+    return OutOfMemoryError(
+        f"memory ran out ({says.splitlines()[0]}), and {now}.",
+        remedy="Bound it: lens.within(max_memory=…), in bytes, for every analysis of the lens that "
+        "it returns; or pass fewer or shorter prompts, fewer tokens=, or fewer hook points in "
+        "names=. Attention patterns of long prompts take most: ll.load(…, attn='sdpa') makes none.",
+        in_shell="Bound it: --max-memory, in bytes; or pass fewer or shorter prompts. Attention "
+        "patterns of long prompts take most: --attn sdpa makes none.",
     )
 
 

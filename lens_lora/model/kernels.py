@@ -75,9 +75,10 @@ def refuse_without_float64(model: nn.Module) -> None:
         if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
             raise ModelStateError(
                 f"the experts of {type(experts).__name__} are in float64 and computed by "
-                f"{kernel!r}, which has no float64. Load the Hugging Face model with "
-                "experts_implementation='eager', or call "
-                "hf_model.set_experts_implementation('eager')."
+                f"{kernel!r}, which has no float64.",
+                remedy="Load the Hugging Face model with experts_implementation='eager', or call "
+                "hf_model.set_experts_implementation('eager').",
+                in_shell="Take --dtype float32.",
             )
 
 

@@ -141,7 +141,7 @@ class LoraLens:
         """
         if max_memory is not None and number("max_memory", max_memory) <= 0:
             raise errors.ArgumentError(
-                f"max_memory={max_memory!r}; expected bytes, such as 8e9, or None."
+                f"{errors.setting('max_memory', max_memory)}; expected bytes, such as 8e9, or None."
             )
         other = copy.copy(self)
         other.max_memory = max_memory
@@ -571,9 +571,10 @@ def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
         if holds_another_base(site, lens.plan.host):
             raise errors.UnsupportedAdapterError(
                 f"{site.label}: the adapter's file holds another weight of the base than this "
-                "model's, and the difference is a part of its change, which a null adapter lacks. "
-                "Load the base that it was trained on, or leave the module out with "
-                "adapter.without(…)."
+                "model's, and the difference is a part of its change, which a null adapter lacks.",
+                remedy="Load the base that it was trained on, or leave the module out with "
+                "adapter.without(…).",
+                in_shell="Name the base that it was trained on with --model.",
             )
     parts = fused_parts(lens)
     for draw in range(draws):

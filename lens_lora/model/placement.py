@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError, named, setting
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Attention = Literal["eager", "sdpa"]
@@ -40,26 +40,33 @@ class Placement:
         ):
             if value not in words:
                 shown = ", ".join(repr(word) for word in words if word)
-                raise ArgumentError(f"{name}={value!r}; expected {shown}.")
+                raise ArgumentError(f"{setting(name, value)}; expected {shown}.")
         if self.load_in_4bit and self.load_in_8bit:
-            raise ArgumentError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+            both = f"{named('load_in_4bit')} and {named('load_in_8bit')}"
+            raise ArgumentError(f"{both} exclude each other; choose one.")
         places = () if not isinstance(self.device_map, Mapping) else self.device_map.values()
         if "disk" in places:
             raise ArgumentError(
-                "device_map puts modules on 'disk', and a lens needs its weights at hand. Leave "
-                "'disk' out: load in 4 bit or in bfloat16, or over more devices."
+                f"{named('device_map')} puts modules on 'disk', and a lens needs its weights at "
+                "hand. Leave 'disk' out: load in 4 bit or in bfloat16, or over more devices."
             )
         if self.device is not None and self.device_map is not None:
             raise ArgumentError(
-                f"device={self.device!r} and device_map={self.device_map!r} exclude each other: "
-                "the map says where each module lies. Leave one out."
+                f"{setting('device', self.device)} and {setting('device_map', self.device_map)} "
+                "exclude each other: the map says where each module lies. Leave one out."
             )
 
     def require_packages(self) -> None:
         """Refuse what needs a package that is not installed."""
         needed = {
-            "bitsandbytes": (self.is_quantised, "load_in_4bit and load_in_8bit need"),
-            "accelerate": (self.is_quantised or self.device_map is not None, "device_map needs"),
+            "bitsandbytes": (
+                self.is_quantised,
+                f"{named('load_in_4bit')} and {named('load_in_8bit')} need",
+            ),
+            "accelerate": (
+                self.is_quantised or self.device_map is not None,
+                f"{named('device_map')} needs",
+            ),
         }
         for package, (is_needed, what_needs) in needed.items():
             if is_needed and importlib.util.find_spec(package) is None:

@@ -202,8 +202,9 @@ def _refuse_parts(family: Family, paths: Collection[str]) -> None:
             raise ModelStateError(
                 f"{path}: this TransformerBridge takes the projection apart into "
                 f"{', '.join(place.kinds)}, and only the base can tell whether its rows were read "
-                "right. Pass it: LoraLens(model, adapter, "
-                f"hf_model=AutoModelForCausalLM.from_pretrained(base)), or use ll.load. {_SKIP}"
+                "right.",
+                remedy="Pass it: LoraLens(model, adapter, "
+                f"hf_model=AutoModelForCausalLM.from_pretrained(base)), or use ll.load. {_SKIP}",
             )
 
 
@@ -228,7 +229,9 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe) -> None:
                 f"{site.name} ({site.module}): in one pass this module runs {added.runs} times and "
                 f"the site at {site.write} writes {writes} times; once is expected of both. Either "
                 "the bridge computes past its hook point, or the model runs the module several "
-                f"times. Leave it out: adapter.without({site.module!r}). {_SKIP}"
+                "times.",
+                remedy=f"Leave it out: adapter.without({site.module!r}). {_SKIP}",
+                in_shell=f"In Python, leave it out: adapter.without({site.module!r}).save(folder).",
             )
         if isinstance(added, _Changed):
             continue
@@ -263,7 +266,9 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str) -> None:
             f"with random updates of the adapter's modules, {claim} up to {off:.2g} off, of "
             f"{size:.2g}, from the Hugging Face model with the same updates: this "
             "TransformerBridge computes another function, or orders a module's rows otherwise. "
-            f"Another version of transformer-lens may not. {_SKIP}"
+            "Another version of transformer-lens may not.",
+            remedy=_SKIP,
+            in_shell="",
         )
 
 

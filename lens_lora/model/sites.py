@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError
+from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError, setting
 from lens_lora.families import NORM_KINDS, Family, Place
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -375,17 +375,21 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
     known = family.linear_paths(n_layers)
     near = difflib.get_close_matches(module, known, n=3, cutoff=0.3) or known[:3]
     places = (family.place(key.partition("@")[0]) for key in adapter.modules)
-    if any(place is not None and (place.layer or 0) < n_layers for place in places):
-        remedy = "use adapter.without(…) to leave a module out on purpose."
-    else:
-        remedy = (
-            f"none of its {len(adapter)} modules exists here, so it is of another architecture (a "
-            "UNet, an encoder, another family of language models)."
-        )
-    return SiteError(
+    fact = (
         f"{module}: the model ({family.architectures[0]} naming, {n_layers} layers) has no such "
         f"linear module, embedding or norm that can be adapted here; the nearest are "
-        f"{', '.join(near)}. The adapter names the base {adapter.base_model!r}; {remedy}"
+        f"{', '.join(near)}. The adapter names the base {adapter.base_model!r}"
+    )
+    if any(place is not None and (place.layer or 0) < n_layers for place in places):
+        without = "adapter.without(…)"
+        return SiteError(
+            fact,
+            remedy=f"use {without} to leave a module out on purpose.",
+            in_shell=f"to leave a module out on purpose, in Python: {without}.save(folder).",
+        )
+    return SiteError(
+        f"{fact}; none of its {len(adapter)} modules exists here, so it is of another architecture "
+        "(a UNet, an encoder, another family of language models)."
     )
 
 
@@ -456,8 +460,8 @@ def require_fired(
         )
         if not lens.plan.host.keeps_patterns:
             why = (
-                "with attn='sdpa' no attention scores, patterns or rotated q and k are made. Name "
-                "another point, or load the model with attn='eager'."
+                f"with {setting('attn', 'sdpa')} no attention scores, patterns or rotated q and k "
+                f"are made. Name another point, or load the model with {setting('attn', 'eager')}."
             )
         raise ModelStateError(
             f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"

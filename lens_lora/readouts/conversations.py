@@ -56,8 +56,10 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
     if getattr(tokenizer, "chat_template", None) is None:
         raise PromptError(
             f"{which} is a conversation, and the model's tokenizer has no chat template "
-            "(tokenizer.chat_template is None); set model.tokenizer.chat_template to that of the "
-            "model's family, or pass token ids."
+            "(tokenizer.chat_template is None)",
+            remedy="set model.tokenizer.chat_template to that of the model's family, or pass token "
+            "ids.",
+            in_shell="give the whole text as --prompt.",
         )
 
     def rendered(**options: bool) -> Any:
@@ -68,7 +70,9 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
     except Exception as error:  # a template may raise anything
         raise PromptError(
             f"{which}: the model's chat template (tokenizer.chat_template) does not take these "
-            f"messages ({type(error).__name__}: {error}); change them, or pass token ids."
+            f"messages ({type(error).__name__}: {error})",
+            remedy="change them, or pass token ids.",
+            in_shell="change them, or give the whole text as --prompt.",
         ) from error
 
 
@@ -93,8 +97,10 @@ def _checked(messages: Conversation, which: str) -> list[dict[str, str]]:
     plain = [_message(message, f"{which}, message {i}") for i, message in enumerate(messages)]
     if plain[-1]["role"] == "assistant":
         raise PromptError(
-            f"{which} ends with a turn of the assistant; leave it out of the messages and pass it "
-            "as the response: ll.AnswerLogProb(text), ll.KL(text), ll.token_shifts(…, text)."
+            f"{which} ends with a turn of the assistant",
+            remedy="leave it out of the messages and pass it as the response: "
+            "ll.AnswerLogProb(text), ll.KL(text), ll.token_shifts(…, text).",
+            in_shell="leave it out of the messages and give it as the response.",
         )
     return plain
 

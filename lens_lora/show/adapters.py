@@ -21,7 +21,7 @@ from rich.text import Text
 from lens_lora import results
 from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, named, worded
 from lens_lora.results import drawing
 from lens_lora.show import curves, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
@@ -72,7 +72,10 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
     if summary.unchanged:
         facts["as in the model"] = ", ".join(summary.unchanged[:_LISTED])
     if summary.missing:
-        remedy = "to make a lens, leave them out: adapter.without(…)"
+        remedy = worded(
+            "to make a lens, leave them out: adapter.without(…)",
+            "for other commands leave them out in Python: adapter.without(…).save(folder)",
+        )
         facts["model lacks"] = f"{_first(summary.missing)}; {remedy}"
     return facts
 
@@ -495,7 +498,8 @@ def _judged(repair: results.Repair) -> tuple[str, str, str]:
     if repair.verdict == "nothing":
         none = (
             f"No smaller set of {repair.of}s that was tried kept {percent(repair.keep_share)} and "
-            "left less, so the adapter is whole: ask for a smaller keep_share, or more steps."
+            f"left less, so the adapter is whole: ask for a smaller {named('keep_share')}, or more "
+            "steps."
         )
         return outcome, none, ""
     gain = f"{repair.gain:.3g} times as much"
@@ -507,7 +511,8 @@ def _judged(repair: results.Repair) -> tuple[str, str, str]:
     }[repair.verdict]
     if repair.exceeds:
         beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
-    fair = "" if repair.is_held_out else "Give test_keep and test_drop to judge it fairly."
+    held_out = worded("test_keep and test_drop", "--test-prompt and --test-drop")
+    fair = "" if repair.is_held_out else f"Give {held_out} to judge it fairly."
     return outcome, beside, fair
 
 

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Group
 
 from lens_lora import results
-from lens_lora.errors import many
+from lens_lora.errors import many, worded
 from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
@@ -391,10 +391,11 @@ def _is_saturated(e: results.ResponseExplanation, t: int) -> bool:
 def _saturation(e: results.ResponseExplanation) -> list[page.Block]:
     """What to ask where log p is saturated; nothing where it is not."""
     names = [_named(e, t) for t in e.moved_tokens if _is_saturated(e, t)][:_MODULES_NAMED]
+    with_answers = worded("ll.explain with doc and pre", "explain with --doc and --pre")
     advice = (
         f"At {', '.join(names)} log p is saturated: the adapted model is so sure of the token that "
         "no module seems to move it. Ask there for the margin between it and the token that lost "
-        "most (ll.explain with doc and pre), or for KL (“Which modules changed them”)."
+        f"most ({with_answers}), or for KL (“Which modules changed them”)."
     )
     return [advice] if names else []
 

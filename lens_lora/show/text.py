@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from lens_lora import results
+from lens_lora.errors import worded
 from lens_lora.readouts.prompts import PromptTokens
 from lens_lora.results.attribution import VIOLENT
 from lens_lora.results.tokens import context_of
@@ -206,9 +207,10 @@ def caution_text(attribution: results.Attribution) -> str:
     """Why first order is to be distrusted here, and what to do instead; '' where it is not."""
     if not attribution.is_violent:
         return ""
+    remedy = worded("run ll.patch_sites", "run explain without --fast")
     return (
         f"This adapter is violent: ‖ΔW‖ is {percent(attribution.relative_norm)} of ‖W‖. Above "
-        f"{percent(VIOLENT)} first order often misleads, at either end: run ll.patch_sites."
+        f"{percent(VIOLENT)} first order often misleads, at either end: {remedy}."
     )
 
 

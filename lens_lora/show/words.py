@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from lens_lora import results
 from lens_lora.analyses import verdict as verdicts
-from lens_lora.errors import many
+from lens_lora.errors import many, worded
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -541,7 +541,10 @@ def shares_text(v: verdicts.SharesVerdict) -> str:
         return "unknown: there are no ranks to compare"
     if v.kind == "holds":
         return f"holds: the shares rank the modules as the whole KL does ({facts})"
-    remedy = "use ll.path_attribution, which splits all of it, or ll.first_order(…, at=1.0)"
+    remedy = worded(
+        "use ll.path_attribution, which splits all of it, or ll.first_order(…, at=1.0)",
+        "`lens-lora sweep --readout kl --analysis path` splits all of it",
+    )
     return f"fails: the shares do not rank the modules of the whole KL ({facts}); {remedy}"
 
 

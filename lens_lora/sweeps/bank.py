@@ -284,11 +284,11 @@ class Bank:
             self._lens.plan.check_state(entries=entries)
             differ = differences(self._settings, settings(self._lens.model))
         except ModelStateError as error:
-            differ = [str(error)]
+            differ = [error.fact]
         if differ:
             raise ModelStateError(
-                f"the model is not as it was when the bank was made: {'; '.join(differ)} Set it "
-                "back (hooks of your own off), or make the bank anew: ll.bank(…)."
+                f"the model is not as it was when the bank was made: {'; '.join(differ)}",
+                remedy="set it back (hooks of your own off), or make the bank anew: ll.bank(…).",
             )
 
     def _tables(

@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Generator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lens_lora.errors import LensLoraError, SweepError
+from lens_lora.errors import LensLoraError, SweepError, warn
 
 # --- The processes that were launched together
 
@@ -80,11 +79,10 @@ def launched() -> Processes:
     if size < 2:
         # What accelerate's launcher of single processes sets when it is asked for several.
         if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= {*os.environ} - {*_SIZES}:
-            warnings.warn(
+            warn(
                 "accelerate launch was asked for several processes and started one, which does all "
                 "the work. Launch with --multi_gpu, on CPUs too: accelerate launch --multi_gpu "
-                "--num_processes 2 -m lens_lora sweep …",
-                stacklevel=2,
+                "--num_processes 2 -m lens_lora sweep …"
             )
         return Processes()
     import torch

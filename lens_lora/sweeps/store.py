@@ -31,7 +31,6 @@ import re
 import shutil
 import time
 import uuid
-import warnings
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,7 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import SweepError
+from lens_lora.errors import SweepError, setting, warn
 from lens_lora.model.gates import refuse_writers
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.readout import Readout
@@ -77,9 +76,10 @@ class Store:
     def __init__(self, out: str | Path, fingerprint: Fingerprint) -> None:
         self.path: Path = Path(out)
         if self.path.suffix != ".parquet":
-            raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
+            place = setting("out", str(out))
+            raise SweepError(f"{place}: expected a name that ends in .parquet.")
         if self.path.is_dir():
-            raise SweepError(f"out={str(out)!r} is a folder; name a file in it.")
+            raise SweepError(f"{setting('out', str(out))} is a folder; name a file in it.")
         self.folder: Path = self.path.with_suffix(".parts")
         self.results: tuple[Path, ...] = (self.path,)
         self.damaged: dict[Path, str] = {}
@@ -132,8 +132,10 @@ class Store:
         if is_there and own_code and version is None:
             raise SweepError(
                 f"{self.path} was computed with code of your own, {', '.join(own_code)}, and "
-                "without a version, so nothing tells whether that code has changed. Start over "
-                "with resume=False; with version='…' as well, that run can be resumed."
+                "without a version, so nothing tells whether that code has changed.",
+                remedy="Start over with resume=False; with version='…' as well, that run can be "
+                "resumed.",
+                in_shell="Start over with --no-resume.",
             )
 
     def begin(self, *, anew: bool) -> None:
@@ -193,7 +195,7 @@ class Store:
             if count:
                 more = [f"… and {count - _SHOWN} more"] if count > _SHOWN else []
                 text = "\n  ".join([f"{self.path}: {fact}", *lines[:_SHOWN], *more])
-                warnings.warn(text, stacklevel=level + 1)
+                warn(text, stacklevel=level + 1)
 
     def lacking(self, records: str) -> SweepError:
         """The error of parts that another machine wrote elsewhere."""
@@ -213,7 +215,11 @@ class Store:
 
 def other_sweep(fact: str) -> SweepError:
     """The error of results that belong to another sweep than the one that is asked for."""
-    return SweepError(f"{fact}. Give another out, or start over with resume=False.")
+    return SweepError(
+        f"{fact}.",
+        remedy="Give another out, or start over with resume=False.",
+        in_shell="Give another --out, or start over with --no-resume.",
+    )
 
 
 class Unchanged:
@@ -239,8 +245,9 @@ def about_of(path: Path) -> Fingerprint:
         return _about_in(pq.read_schema(path))
     except KeyError as error:
         raise SweepError(
-            f"{path} exists and is not the result of a sweep; give another out, or overwrite it "
-            "with resume=False."
+            f"{path} exists and is not the result of a sweep",
+            remedy="give another out, or overwrite it with resume=False.",
+            in_shell="give another --out, or overwrite it with --no-resume.",
         ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SweepError(

@@ -94,8 +94,9 @@ def spans_of(path: Path) -> list[Span]:
 
 def _changed(path: Path, fact: str) -> SweepError:
     return SweepError(
-        f"{path} was changed after the sweep: {fact}. Restore it from a copy, or start over with "
-        "resume=False."
+        f"{path} was changed after the sweep: {fact}.",
+        remedy="Restore it from a copy, or start over with resume=False.",
+        in_shell="Restore it from a copy, or start over with --no-resume.",
     )
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from typing_extensions import Unpack
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import PromptError, SweepError, TokenError
+from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.model import LoraLens, Site
 from lens_lora.readouts import KL, Prompts, Readout, bound
 from lens_lora.results import drawing
@@ -223,7 +223,8 @@ def sweep(
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise SweepError(f"batch_size={batch_size!r}: expected a whole number of at least 1.")
+        expected = "expected a whole number of at least 1"
+        raise SweepError(f"{setting('batch_size', batch_size)}: {expected}.")
     names = chosen(analyses)
     if names[0] in BY_TOKEN:
         if readout is not None:

@@ -38,6 +38,8 @@ def plain(text):
 
 
 ANSWERS = ["--doc", "w9", "--pre", "w26"]
+# What is warned of them, also with --quiet.
+SPACES = "Warning: the answers 'w9' and 'w26' do not both begin with a space; is that meant?\n"
 
 
 @pytest.mark.parametrize(
@@ -181,12 +183,12 @@ def test_command_explains_what_is_said_to_a_chat_model(tiny_command, monkeypatch
     figures = "".join(gzip.decompress(base64.b64decode(figure)).decode() for figure in packed)
     tokens = ["0 ", *(f"{i} w{n}" for i, n in ((1, 5), (2, 20), (4, 4), (5, 13), (6, 14), (8, 6)))]
     assert all(token in figures for token in tokens)
-    assert "Note:" not in result.stderr
+    assert "Warning:" not in result.stderr
 
 
 def test_quiet_command_says_nothing_on_stderr(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13 w14", *ANSWERS, "--fast", "--quiet")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, SPACES)
     assert "1 of 1:" not in result.stdout
 
 
@@ -277,9 +279,9 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
 
 def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13 ", *ANSWERS, "--fast")
-    assert "Note: the prompt 'w13 ' ends in a space" in result.stderr
+    assert "Warning: the prompt 'w13 ' ends in a space" in result.stderr
     result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--fast")
-    assert "Note: the answers 'w9' and 'w26' do not both begin with a space" in result.stderr
+    assert "Warning: the answers 'w9' and 'w26' do not both begin with a space" in result.stderr
 
 
 # --- once, on the real model
