@@ -1,5 +1,7 @@
 """Offline and quiet; float64 where asked; shapes checked; neighbouring tests on one worker.
 
+A run without options is the quick suite; `tests/lib/selection.py` says what it leaves out.
+
 Where both classes of hooked model exist (transformer-lens 3.9), a test of either is run on one of
 them, drawn by its name. Of the folders that `.ci/run` names for them, the lines of one class (2.18
 and 4.3) run what was not drawn before, and what is the same test on any class. `--each-class` runs
@@ -18,10 +20,6 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# The same cases in every run: what a change breaks, it breaks again.
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-settings.load_profile("repeatable")
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # also for the processes and kernels that tests start
@@ -31,7 +29,15 @@ import shapes  # noqa: E402
 
 shapes.check()
 
+# The same cases in every run: what a change breaks, it breaks again. A run of more cases draws
+# others each time.
+settings.register_profile(
+    "repeatable", derandomize=shapes.MORE_CASES == 1, deadline=None, database=None
+)
+settings.load_profile("repeatable")
+
 import models  # noqa: E402
+import selection  # noqa: E402
 import torch  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -50,6 +56,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="also what the quick suite leaves out")
+    parser.addoption("--rest", action="store_true", help="only what the quick suite leaves out")
     parser.addoption(
         "--each-class", action="store_true", help="run tests of either class of model on both"
     )
@@ -97,6 +105,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.by_class:
         others = (item for item in items if "tests/model/" not in item.path.as_posix())
         left_out |= {item for item in others if not _named_without_class(item)[1]}
+    # Samples are drawn of the items that this line of transformer-lens runs.
+    left_out |= selection.deselected(config, [item for item in items if item not in left_out])
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

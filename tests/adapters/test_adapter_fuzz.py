@@ -29,7 +29,7 @@ SCALE_FIELDS = {"lora_alpha", "alpha_pattern", "use_rslora"}
 
 pytestmark = pytest.mark.bad_input
 
-fuzz = functools.partial(settings, derandomize=True, deadline=None, database=None)
+fuzz = functools.partial(settings, deadline=None, database=None)
 
 
 class Victim:

@@ -38,9 +38,11 @@ def source_of(public: Callable[..., object]) -> str:
     return ast.unparse(tree)
 
 
-@pytest.mark.parametrize("public", DOCUMENTED.values(), ids=DOCUMENTED)
-def test_every_parameter_is_documented(public: Callable[..., object]):
-    assert is_documented(source_of(public))
+def test_every_parameter_is_documented():
+    undocumented = [
+        name for name, public in DOCUMENTED.items() if not is_documented(source_of(public))
+    ]
+    assert undocumented == []
 
 
 DOCUMENTED_SUM = '''

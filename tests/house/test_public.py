@@ -69,12 +69,22 @@ def test_an_action_that_can_move_is_seen(used, is_refused):
     assert unpinned(f"    steps:\n      - uses: {used}\n") == [f"uses: {used}"] * is_refused
 
 
-def test_ci_is_the_whole_check_and_a_part_on_each_python():
+def test_ci_is_the_whole_check_and_the_quick_suite_on_each_python():
     jobs = parsed(GITHUB / "workflows/ci.yml")["jobs"]
     assert [name for name, job in jobs.items() if ".ci/run" in commands(job)] == ["whole"]
     assert jobs["quick"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13"]
-    for file in re.findall(r"tests/\S+", commands(jobs["quick"])):
-        assert (ROOT / file).is_file()
+    assert "python -m pytest -n 2\n" in commands(jobs["quick"]) + "\n"
+    assert {"ruff check . && ruff format --check .", "pyright"} <= {
+        step.get("run") for step in steps(jobs["lint"])
+    }
+
+
+def test_the_night_has_everything_on_every_line():
+    night = parsed(GITHUB / "workflows/nightly.yml")["jobs"]["exhaustive"]
+    lines = [row["line"] for row in night["strategy"]["matrix"]["include"]]
+    assert lines == ["2.18", "3.9", "4.3"]
+    assert "--whole --each-class" in commands(night) and "--random-order" in commands(night)
+    assert int(night["env"]["LENS_LORA_CASES"]) > 1
 
 
 def test_only_a_tag_that_passed_is_published():

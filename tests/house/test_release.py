@@ -50,10 +50,10 @@ def test_the_changelog_begins_with_this_version():
     assert first[1] == ll.__version__
 
 
-@pytest.mark.parametrize("text", BOUNDED)
-def test_every_lower_bound_is_what_the_oldest_environment_installs(text):
-    requirement = Requirement(text)
-    assert parts(lower_bound(requirement)) == parts(oldest()[requirement.name])
+def test_every_lower_bound_is_what_the_oldest_environment_installs():
+    bounds = {r.name: parts(lower_bound(r)) for r in map(Requirement, BOUNDED)}
+    installed = {name: parts(version) for name, version in oldest().items()}
+    assert {name: installed[name] for name in bounds} == bounds
 
 
 def test_the_oldest_environment_names_nothing_else():
@@ -88,17 +88,17 @@ def test_type_checkers_and_python_find_the_same_names():
     assert sorted(homes("lens_lora.results")) == sorted(dir(ll.results))
 
 
-@pytest.mark.parametrize("name", sorted(homes("lens_lora")))
-def test_public_name_is_what_its_module_defines(name):
-    module = importlib.import_module(homes("lens_lora")[name])
-    assert getattr(ll, name) is getattr(module, name)
+def test_public_names_are_what_their_modules_define():
+    for name, home in homes("lens_lora").items():
+        module = importlib.import_module(home)
+        assert getattr(ll, name) is getattr(module, name), name
 
 
-@pytest.mark.parametrize("name", sorted(homes("lens_lora.results")))
-def test_result_class_is_what_its_module_defines(name):
-    module = importlib.import_module(homes("lens_lora.results")[name])
-    assert getattr(ll.results, name) is getattr(module, name)
-    assert not hasattr(ll, name), "classes of results are in lens_lora.results alone"
+def test_result_classes_are_what_their_modules_define():
+    for name, home in homes("lens_lora.results").items():
+        module = importlib.import_module(home)
+        assert getattr(ll.results, name) is getattr(module, name), name
+        assert not hasattr(ll, name), f"{name} is a result's class: in lens_lora.results alone"
 
 
 def test_errors_are_in_their_module_alone():

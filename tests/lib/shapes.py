@@ -127,12 +127,16 @@ def _checked(function: Callable, check: _Check) -> Callable:
     return checked
 
 
-def share(cases: int) -> int:
-    """How many of so many random cases are run: all, or a fifth under the check.
+# How many times as many random cases are run. At 1 they are the same in every run, else others.
+MORE_CASES = int(os.environ.get("LENS_LORA_CASES", "1"))
 
-    A call then takes longer, and the plain run has had all of them.
+
+def share(cases: int) -> int:
+    """How many of so many random cases are run: all, or a fifth under the check of shapes.
+
+    A call then takes longer, and the plain run has had all of them. A nightly run has more.
     """
-    return max(2, cases // 5) if CHECKED else cases
+    return max(2, cases // 5) if CHECKED else cases * MORE_CASES
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 PROPERTY = settings(
     max_examples=share(25),
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 SITES = [(f, c, p) for f in models.CORE for c in models.MAKERS for p in cases.FLAGS]

@@ -361,7 +361,7 @@ def prompts_of(lengths: list[int], width: int) -> Prompts:
     return Prompts(100 * rows + torch.arange(width), torch.tensor(lengths))
 
 
-@settings(derandomize=True, deadline=None, max_examples=share(60))
+@settings(deadline=None, max_examples=share(60))
 @given(padded)
 def test_read_at_the_last_real_token(case):
     """`at_read`, `real`, `row` and `repeat` agree on where each prompt ends, by a slow loop."""

@@ -1,0 +1,87 @@
+"""Which tests a run has: the quick suite, what it leaves out, or the whole.
+
+The quick suite (README's test command, `pytest` without a word) leaves out what is marked
+
+- `slow`: takes seconds, and guards something rare;
+- `exhaustive`: runs every member of a family of which the quick suite runs some;
+- `browser`: opens pages in a browser;
+
+and of a test that is marked `sample(n)` it runs n items, drawn by the test's name: tests of one
+product (sixteen families × two classes × two processings, say) draw different items, and together
+they meet every member. The items that `tests/defects.md` names are always among them.
+
+`--rest` runs what the quick suite leaves out, `--whole` both. A test that is named on the command
+line by its `::` runs whatever its marks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+LEFT_OUT = ("slow", "exhaustive", "browser")
+DEFECTS = Path(__file__).parents[1] / "defects.md"
+
+
+@cache
+def _text_of_defects() -> str:
+    return DEFECTS.read_text(encoding="utf-8") if DEFECTS.exists() else ""
+
+
+def guards_a_defect(nodeid: str) -> bool:
+    """Whether the table of mended defects names this very item."""
+    return nodeid.removeprefix("tests/") in _text_of_defects()
+
+
+def draw(nodeids: list[str], count: int) -> set[str]:
+    """So many of a test's items, one out of each of `count` stretches of equal length.
+
+    Where a stretch is begun depends on the test's name alone, so that runs are repeatable and
+    different tests of one family draw different members of it.
+    """
+    if len(nodeids) <= count:
+        return set(nodeids)
+    test_name = nodeids[0].partition("[")[0]
+    stretch = len(nodeids) / count
+    offset = zlib.crc32(test_name.encode()) / 2**32 * stretch
+    return {nodeids[int(offset + index * stretch)] for index in range(count)}
+
+
+def _left_out_of_samples(items: list[pytest.Item]) -> set[pytest.Item]:
+    items_of_test = defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        if item.get_closest_marker("sample") is not None:
+            items_of_test[item.nodeid.partition("[")[0]].append(item)
+    left_out: set[pytest.Item] = set()
+    for sampled in items_of_test.values():
+        marker = sampled[0].get_closest_marker("sample")
+        drawn = draw([item.nodeid for item in sampled], *marker.args)
+        left_out |= {
+            item
+            for item in sampled
+            if item.nodeid not in drawn and not guards_a_defect(item.nodeid)
+        }
+    return left_out
+
+
+def left_out_of_the_quick_suite(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What is marked as too slow for it, and what no sample has drawn."""
+    marked = {
+        item
+        for item in items
+        if any(item.get_closest_marker(mark) is not None for mark in LEFT_OUT)
+    }
+    return marked | _left_out_of_samples(items)
+
+
+def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """The tests that this run leaves out, by its options."""
+    names_a_test = any("::" in argument for argument in config.args)
+    if config.option.whole or names_a_test:
+        return set()
+    left_out = left_out_of_the_quick_suite(items)
+    return set(items) - left_out if config.option.rest else left_out
