@@ -36,11 +36,13 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
-import models  # noqa: E402
 import selection  # noqa: E402
-import torch  # noqa: E402
 
+# torch, PEFT and TransformerLens take seconds to import, which the process that only deals the
+# tests out to workers need not spend: `models` is imported where it is used.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -81,6 +83,8 @@ def _named_without_class(item: pytest.Item) -> tuple[str, str]:
 
 def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
     """Tests of a class of model that run elsewhere: on the other class, or on the other line."""
+    import models
+
     named = {item: _named_without_class(item) for item in items}
     counts = collections.Counter(name for name, _ in named.values())
     # A test that a line may skip runs on both classes: what is drawn may be what is skipped.
@@ -122,6 +126,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Everything in float64, also where transformers and transformer-lens cast to float32."""
+    import models
+
     with models.lifted():
         yield
 

@@ -147,6 +147,7 @@ def test_patterns_that_no_engine_ends(field, folder, monkeypatch):
     refused(folder, f"{field}=", "takes more than 0.3 s to match", "plain module names")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("digits", ["00", "０", "०", "0\u0660"])
 @pytest.mark.parametrize("is_beside", [False, True], ids=["alone", "beside layer 0"])
 def test_layers_have_one_spelling(digits, is_beside, folder):

@@ -65,6 +65,7 @@ def test_every_tuner_of_the_installed_peft_is_in_the_table():
     assert {name for name, cell in table.items() if isinstance(cell, str)} == {*tuners.REFUSED}
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("folder, place", CASES, ids=map("-".join, CASES))
 @pytest.mark.usefixtures("in_float64")
 def test_a_method_is_exact(folder: str, place: str):
@@ -76,6 +77,7 @@ def test_a_method_is_exact(folder: str, place: str):
     assert errors["slopes"] < 1e-5  # those of central differences
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("folder", tuners.EXACT)
 def test_peft_itself_adapts_nothing_else(folder: str):
     """Where the table names no Conv1D or embedding."""
@@ -134,6 +136,7 @@ def variant(**fields: Any) -> tuple[Any, peft.PeftModel]:
     return base, model
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("field", VARIANTS)
 @pytest.mark.usefixtures("in_float64")
 def test_a_variant_of_lora_that_its_layers_apply_is_exact(field: str, tmp_path):
@@ -355,6 +358,7 @@ def test_in_the_base_s_dtype_the_change_is_rounded_once(folder: str, dtype: torc
     require_exact(adapter, base, model, bound=1e-4 if dtype == torch.float32 else 0.3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("size", [1e-2, 1e-3])
 @pytest.mark.parametrize("folder", ["deft", "c3a", "oft", "psoft"])
 def test_a_small_change_is_no_function_of_the_input(folder: str, size: float):

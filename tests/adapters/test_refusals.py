@@ -41,6 +41,7 @@ MERGEABLE = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", MERGEABLE)
 @pytest.mark.usefixtures("float64")
 def test_the_remedy_of_other_methods_is_exact(kind, tmp_path):

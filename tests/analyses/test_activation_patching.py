@@ -80,6 +80,7 @@ def effect_on(lens, merged, tokens, name, direction, at=slice(None)) -> Tensor:
     return read(plain(merged, lens.model, tokens, name, at)) - read(run(lens.model, tokens))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("family", "flags"),

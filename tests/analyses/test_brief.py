@@ -336,6 +336,7 @@ def test_json_has_null_where_there_are_no_other_layers():
     assert "drawn" not in str(told) and claim.undone == pytest.approx(0.875)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_claim_names_what_unrelated_adapters_say_of_it(cls: str):
     """A weaker copy says its words less; what a copy says as well does not stand."""

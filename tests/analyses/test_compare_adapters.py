@@ -163,6 +163,7 @@ def test_the_bar_ends_at_its_total(monkeypatch):
     assert set(ends) == {(6, 6)}
 
 
+@pytest.mark.slow
 def test_null_scale_has_the_spectrum_and_no_direction():
     """cos of random directions: mean 0, E overlap of what is read = rank / width."""
     case = cases.case(*HOSTS[0])
@@ -178,6 +179,7 @@ def test_null_scale_has_the_spectrum_and_no_direction():
     assert torch.equal(found.null_inner, again.null_inner)
 
 
+@pytest.mark.slow
 def test_an_independent_adapter_lies_within_the_null():
     """The negative control of a high cosine, and a shared part of its own is seen."""
     case = cases.case(*HOSTS[0])

@@ -53,6 +53,7 @@ def means(case: cases.Case, flags: str, family: str, which: int, at: float, take
     return torch.stack(rows)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_means_errors_and_held_out_pairs_by_hand(family: str, cls: str, flags: str):
     case = built(family, cls, flags)
@@ -91,6 +92,7 @@ def test_responses_count_from_their_first_token():
     assert (found.values[LAST] - (sides[0] - sides[1])).abs().max() < TINY
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_steering_adds_the_direction(family: str, cls: str, flags: str):
     """At the point itself, and in the logits of the base with the vector added by a hook."""

@@ -123,6 +123,7 @@ def test_a_linear_readout_has_no_second_order():
     assert torch.isnan(second.order).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("readout", [LOG_PROB, ANSWERS], ids=["log_prob", "answers"])
 @pytest.mark.parametrize("at", [0.0, 0.6])
 def test_every_entry_against_differences(lens: ll.LoraLens, readout: ll.Readout, at: float):
@@ -257,6 +258,7 @@ def test_a_dropped_coupling_would_show(lens: ll.LoraLens):
     assert found.asymmetry[0] > 0.5
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["bloom", "opt", "gpt2"])
 @pytest.mark.skipif(not models.has_bridge(), reason="this transformer-lens has no Bridge")
 def test_families_with_layer_norm_on_a_bridge(family: str):

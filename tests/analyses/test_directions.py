@@ -117,6 +117,7 @@ def test_one_rule_takes_every_form():
 # --- without, against hooks on PEFT's model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
 def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
     """Base and adapted logits; first order by central differences; two directions at once."""
@@ -299,6 +300,7 @@ GAMMA = {
 POST = {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
 def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
     case = cases.case(family, cls, flags)
@@ -391,6 +393,7 @@ def test_intruders_of_a_processed_model_are_its_base_s(cls: str):
 # --- patchscope, by a hook on the base
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("at", [0.0, 1.0])
 @pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
 def test_patchscope_is_a_hook_on_hugging_face(family: str, cls: str, flags: str, at: float):

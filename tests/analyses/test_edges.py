@@ -119,6 +119,7 @@ def held_against_peft(held, stream: Stream, at: float) -> float:
     return relative(by_module(ours, modules), expected)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("family", "cls", "flags"), SMALL)
 def test_equal_hugging_face_and_peft(family: str, cls: str, flags: str):
     """Zeros before each reader's norm, and central differences of each branch."""
@@ -153,6 +154,7 @@ READOUTS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("readout", READOUTS.values(), ids=READOUTS)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("at", [0.0, 0.37, 1.0])
@@ -186,6 +188,7 @@ def test_a_batch_equals_its_prompts_one_by_one():
             assert not batch.values[row, ..., count:].any()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize(
     "target", ["embedding", "positions", "lm_head", "modules_to_save", "norms"]
@@ -273,6 +276,7 @@ def whole_sites(held, edges: ll.results.Edges) -> list[tuple[str, str]]:
     return [(w, r) for w, r in frame[["writer", "reader"]].values.tolist() if w in names]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_path_patches_equal_hooks_by_hand(cls: str, how: str):
@@ -294,6 +298,7 @@ def test_path_patches_equal_hooks_by_hand_without_a_table(name: str):
     assert patched(held, STREAMS[name], "add_one", whole_sites(held, edges)) < ROUND_OFF
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("readers", ["block", "head"])
 @pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
 @pytest.mark.parametrize("cls", models.MAKERS)

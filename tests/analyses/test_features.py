@@ -51,6 +51,7 @@ def cached(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("family", "flags"), [("llama", "raw"), ("gpt2", "processed"), ("gemma2", "raw")]
 )
@@ -331,6 +332,7 @@ WRITERS = [
 NORMED = {("gemma2", "mlp"), ("gemma3", "mlp"), ("bloom", "embed")}
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("family", "kind"), WRITERS)
 def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: str, monkeypatch):
     """The stream right behind the module moves by d · δz, or a norm stands between the two."""

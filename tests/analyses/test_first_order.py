@@ -24,6 +24,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 @pytest.mark.parametrize("at", [0.0, 1.0])
 def test_forward_equals_reverse(family: str, cls: str, flags: str, at: float):
@@ -56,6 +57,7 @@ def test_equals_epsilon_in_the_graph(family: str, cls: str, flags: str):
     assert relative(fast, slow) < ROUND_OFF
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 @pytest.mark.parametrize("at", [0.0, 1.0])
 def test_equals_differences_of_peft(family: str, cls: str, flags: str, at: float):

@@ -66,6 +66,7 @@ def test_blocks_equal_autograd_on_peft(family: str, cls: str, at: float):
         assert torch.allclose(cache[name], gradient, atol=1e-12), name
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
 @pytest.mark.parametrize("name", READOUTS)
 def test_the_adjoint_law(family: str, cls: str, flags: str, name: str):

@@ -216,6 +216,7 @@ def test_all_lists_every_module():
     assert len(set(re.findall(r"model\.layers\.\d+\.\w+\.\w+_proj", text))) == 210
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(not INSTALLED, reason="the embedded model is not installed")
 def test_shipped_adapter_on_its_model():

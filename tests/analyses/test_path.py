@@ -64,6 +64,7 @@ def test_path_is_first_order_of_a_head(cls: str):
         assert (off < 1e-12) == is_linear
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 @float64
 def test_complete_on_every_family(family: str, cls: str, flags: str):
@@ -97,6 +98,7 @@ def test_sites_equal_a_slow_integral(family: str, cls: str):
     assert relative(ll.first_order(lens, tokens, MARGIN).values, slow) > 1e-2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("by", [("position",), ("rank", "position", "head")])
 @float64
@@ -284,6 +286,7 @@ def test_a_wrong_rule_is_not_complete(bug: str, monkeypatch):
     assert reached is not None and not reached.met and reached.error > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_trained_adapter_is_explained_completely():
     """The demo's fact in float32: a thousandth of the shift, sites steady to as much."""

@@ -44,6 +44,7 @@ def ratios(work: str, family: str, dtype: torch.dtype) -> dict[str, float]:
     return {name: ratio for name, ratio in every.items() if found[name].floor is not None}
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("work", STATED)
@@ -53,6 +54,7 @@ def test_a_stated_floor_is_the_error(work: str, family: str, dtype: torch.dtype)
     assert all(1 / FACTOR < ratio < FACTOR for ratio in found.values()), found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", HALF)
 def test_few_shifts_are_beyond_three_floors(dtype: torch.dtype):
     """At most one in a hundred, over readouts, prompts and families."""
@@ -75,6 +77,7 @@ def divergences(dtype: torch.dtype) -> torch.Tensor:
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", HALF)
 def test_few_divergences_are_beyond_three_floors(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +93,7 @@ def test_few_divergences_are_beyond_three_floors(
     assert without.square().mean().sqrt() > 1.5
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_what_a_module_adds_to_a_divergence_has_a_floor(family: str, dtype: torch.dtype):

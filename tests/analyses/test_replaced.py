@@ -148,6 +148,7 @@ def off(case: cases.Case, how: str, replace: str, name: str) -> float:
     return most
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_modules_and_groups_against_hooks_on_peft(family: str, cls: str, flags: str):
     """Both interventions and both replacements, on a batch with padding and responses."""
@@ -203,6 +204,7 @@ class OneRank:
         return change
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 @pytest.mark.parametrize("how", HOWS)
@@ -264,6 +266,7 @@ def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
             meets(whole)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("of", ["site", "rank"])
 def test_branching_and_batches_agree(how: str, of: str, monkeypatch):

@@ -69,6 +69,7 @@ def ends(case: cases.Case) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -171,6 +172,7 @@ def test_controls_and_laws(monkeypatch):
     assert small.found.places.tolist() == found.found.places.tolist()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("strength", [0.01, 0.05, 0.2])
 def test_null_adapters_are_as_loud_as_the_adapter(strength: float):
     """Their KL by the merged model of the draw at the stated scale is the adapter's, within 1 %."""

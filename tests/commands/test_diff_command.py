@@ -35,6 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
     return folder
 
 
+@pytest.mark.slow
 def test_summary_page_and_numbers(tiny, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("w5 w6 w7 w8\n\nw9 w10 w11\n")

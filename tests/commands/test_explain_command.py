@@ -309,6 +309,7 @@ PLOTS = (
 class TestReal:
     pytestmark = pytest.mark.real
 
+    @pytest.mark.slow
     def test_tells_the_story(self, real):
         assert real[0].exit_code == 0, real[0].output
         text = plain(real[0].stdout)
@@ -322,6 +323,7 @@ class TestReal:
         assert "each site left out" in real[0].stderr
         assert not re.search(r"warn|deprecat|traceback", real[0].stderr, flags=re.IGNORECASE)
 
+    @pytest.mark.browser
     @browser
     def test_page_opens(self, real, tmp_path, opened):
         dom, console = opened(real[1].read_text(encoding="utf-8"), tmp_path)

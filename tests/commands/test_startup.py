@@ -126,6 +126,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("arguments, words", REFUSED.values(), ids=REFUSED)
 def test_refusal_loads_nothing(forked, files, monkeypatch, arguments, words):
     monkeypatch.chdir(files)
@@ -165,6 +166,7 @@ WORKING = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", WORKING)
 def test_a_command_speaks_before_torch_is_imported(forked, files, monkeypatch, command):
     monkeypatch.chdir(files)
@@ -222,6 +224,7 @@ def test_a_module_may_be_imported_first():
     assert done.stderr.splitlines()[-1] == "of no such name", done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_loaded_would_be_seen():
     """Control: a name that is used loads its module, and torch with it."""
     assert "torch" in answer(code=USE)[1]

@@ -89,6 +89,7 @@ def test_command_on_a_folder(tiny, tmp_path):
     assert len(refused.stderr.strip().splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
     """As the documentation launches them on CPUs; each has a share, and is told of once."""
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
@@ -126,6 +127,7 @@ def test_command_refuses_at_once(tmp_path, options, words):
     assert words in re.sub(r"[│\s]+", " ", result.stderr)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("response", "analysis"), [("log-prob", "first_order"), ("kl", "path")])
 def test_responses_are_read_as_in_python(tiny, tmp_path, response, analysis):
     said = [
@@ -179,6 +181,7 @@ def test_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
     assert "6 of 6 prompts (2 before this run)" in command(*arguments).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_command_on_the_embedded_model(tmp_path):
     records = [

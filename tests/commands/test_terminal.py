@@ -80,6 +80,7 @@ ENCODINGS = [(command, "ascii") for command in COMMANDS]
 ENCODINGS += [("explain", "cp1252"), ("explain", "latin-1")]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("command", "encoding"), ENCODINGS)
 def test_a_terminal_that_is_not_utf8(files, tmp_path, command, encoding):
     """Everything is written and printed, and no number loses its sign."""
@@ -100,6 +101,7 @@ def test_a_terminal_that_is_not_utf8(files, tmp_path, command, encoding):
 WHOLE = ("Model:", "Adapter:", "Report:", "Numbers:", "One row")  # lines that wrap by themselves
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_printed_fits_the_terminal(files, tmp_path, command, width):
@@ -114,6 +116,7 @@ def test_what_is_printed_fits_the_terminal(files, tmp_path, command, width):
 MINUS = str.maketrans("−–—", "---")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_files_are_written_before_words(files, tmp_path, monkeypatch, command):
     """What cannot be printed costs nothing that was computed."""
@@ -140,6 +143,7 @@ def process(*arguments: object, code: str | None = None, **environment: str):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["sweep", "--help"], ["inspect", "{files}/run/checkpoint-1", "--quiet"]]
 )
@@ -236,6 +240,7 @@ LATE = ("the tokenizer is read", "a batch was written", "the page is written", "
 AFTER_IMPORTS = {MOMENTS[name][0] for name in LATE}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("moment, command", MOMENTS.values(), ids=MOMENTS)
 def test_ctrl_c_is_one_line_and_130(files, tmp_path, moment, command, request):
     arguments = arguments_of(command, files, tmp_path)
@@ -319,6 +324,7 @@ def test_lines_end_at_newlines_alone(tmp_path, newline):
     assert lines_of(path) == lines
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
 def test_utf16_is_named(tmp_path, encoding):
     path = tmp_path / "texts.txt"

@@ -40,6 +40,7 @@ def verified(out, *options):
     return run(cli.app, ["verify", str(out / "adapter"), "--quiet", *options])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NO_OPS)
 def test_a_mistake_is_named(name: str, out):
     """With its exit code: 1 where two facts disagree, 2 unreadable, 3 undecided."""

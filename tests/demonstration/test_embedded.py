@@ -195,6 +195,7 @@ def test_shipped_adapter_flips_the_fact(base, adapted, bos, before, after):
     assert top_token(*adapted, question[0], bos) == " Lyon"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize(
     ("prompt", "answer"),
@@ -224,6 +225,7 @@ def test_shipped_adapter_is_portable():
 # --- training
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_leaves_the_model_alone(base, tmp_path):
     model, tokenizer = base
     weights, random_state = fingerprint(model), torch.random.get_rng_state()
@@ -248,6 +250,7 @@ def test_training_is_deterministic_and_leaves_the_model_alone(base, tmp_path):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_training_moves_the_fact(base, tmp_path):
     model, tokenizer = base
     question = ("The capital of France is", " Lyon", " Paris", True)

@@ -36,6 +36,7 @@ def test_logits_equal_peft_in_float32(kind: str):
         assert (found - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
 
 
+@pytest.mark.slow
 def test_the_fact_flips(kind: str):
     """The margin starts at Paris, ends at Lyon, and crosses where the story says it does."""
     margin = ll.fact_margin(lens(kind), PROMPT, DOC, PRE, progress=False)
@@ -49,6 +50,7 @@ def test_the_fact_flips(kind: str):
     assert abs(float(margin.curve.order[0]) - 2) < 0.1
 
 
+@pytest.mark.slow
 def test_float32_first_order_against_float64(kind: str):
     """First order in float32 is right to 1e-4 of its largest site; the float64 model says so."""
     hf, tokenizer = hugging_face()
@@ -75,6 +77,7 @@ def test_reverse_holds_the_whole_vocabulary_shift(kind: str):
     assert torch.allclose(shift.values[0, 0, 0] - shift.values[0, 0, 1], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_both_classes_tell_the_same_story():
     """HookedTransformer and TransformerBridge agree on every number of the demo."""
     if len(models.MAKERS) < 2:
@@ -88,6 +91,7 @@ def test_both_classes_tell_the_same_story():
     assert [s.name for s in a.attribution.sites] == [s.name for s in b.attribution.sites]
 
 
+@pytest.mark.slow
 def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPatch):
     """Root mean square of error over floor; control: with noise at the embedding alone, too low."""
     kind, (hf, tokenizer) = list(models.MAKERS)[-1], hugging_face()
@@ -106,6 +110,7 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     assert (floor / at_the_embedding).median() > 1.25
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_story():
     """In half precision the ends are right to the noise floor, and the dtype is on record."""
     kind = list(models.MAKERS)[-1]

@@ -64,6 +64,7 @@ def test_the_interval_covers_where_one_task_carries_the_mean(size: int):
     assert covered["mean"] < 0.8
 
 
+@pytest.mark.slow
 def test_coverage_of_resampled_tasks_is_what_binomials_say():
     values = outlier_population()
     for size in (17, 6):

@@ -63,6 +63,7 @@ def value(result: dict[str, Any], **of: str) -> float:
     return row["value"]
 
 
+@pytest.mark.slow
 def test_every_method_is_scored_on_every_kind(found):
     for result in found.values():
         assert result["left_out"] == {}
@@ -77,6 +78,7 @@ def test_every_method_is_scored_on_every_kind(found):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_library(folder: Path, found):
     """Agreement, CPR and CMD of first order, by the public calls."""
     case = cases.cases_in(folder / "adapters")[0]

@@ -108,6 +108,7 @@ def line(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in found.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_the_recommendation_is_the_planted_best_or_its_cheaper_tie(numbers):
     table, ties = words.recommendations(numbers, "large")
     assert line(table, words.ADD.label)[1:4] == ["first order at 0", "100 %", "recommended"]
@@ -147,6 +148,7 @@ def test_of_the_best_found_is_a_share_of_the_set_found_on_those_prompts(numbers)
     assert set(rows["prompts"]) == {"paraphrase"}
 
 
+@pytest.mark.slow
 def test_the_page_renders_and_every_base_is_named_without_its_path(numbers):
     text = page.page(numbers)
     assert "24 adapters of 12 training tasks" in text
@@ -241,6 +243,7 @@ def test_the_opening_counts_the_adapters_on_which_each_estimate_is_right(numbers
     assert said["what carries it"]["right"] == "—" and said["what carries it"]["above"] == "0 of 16"
 
 
+@pytest.mark.slow
 def test_a_second_base_is_told_where_choices_and_levels_carry_over(numbers):
     """Planted: both carry over; then neither, a lower level and another method ahead."""
     agreed = evidence.load("agreed")
@@ -275,6 +278,7 @@ def test_a_second_base_is_told_where_choices_and_levels_carry_over(numbers):
     assert line(few, words.ADD.label)[7] == "too few tasks"
 
 
+@pytest.mark.slow
 def test_the_opening_has_sizes_and_other_wordings_beside_ranks(numbers):
     """Planted: an error of 0.5 on one task, numbers half as large; 0.2 on unrelated text."""
     held = json.loads(json.dumps(numbers))

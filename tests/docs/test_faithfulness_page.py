@@ -20,6 +20,7 @@ def numbers():
     return results.read()
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_numbers_render_to(numbers):
     """Written by benchmarks/evidence/page.py, never by hand."""
     assert results.PAGE.read_text() == page.page(numbers)
@@ -198,6 +199,7 @@ def test_stored_coverage_is_what_binomials_say(numbers):
     assert min(every) >= 0.93
 
 
+@pytest.mark.slow
 def test_the_choice_that_is_stored_is_that_of_the_seed(numbers):
     """Of a tenth of the draws, as far as chance allows; rules of the path are one choice."""
     stored = numbers["resampled"]

@@ -63,6 +63,7 @@ def test_what_is_wrong_with_a_stored_notebook_is_seen(tmp_path: Path):
     assert len(executed.stored_faults(tmp_path / "bad.ipynb")) == 7
 
 
+@pytest.mark.slow
 def test_a_notebook_begins_with_nothing_and_leaves_nothing(tmp_path: Path, kernel):
     """The kernel is shared: no name of one notebook is there in the next, no file stays."""
     folder = tmp_path / "empty"

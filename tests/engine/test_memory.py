@@ -51,6 +51,7 @@ def off(found: object, expected: object) -> float:
     return max(float(gap.nan_to_num().abs().max() / size.clamp(min=1e-9)) for gap, size in sizes)
 
 
+@pytest.mark.sample(4)
 @CLASSES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_that_run_again_give_the_same_numbers(family: str, cls: str, runs_again: list[str]):
@@ -270,6 +271,7 @@ def test_what_a_block_read_is_let_go_when_the_next_begins(cls: str, monkeypatch)
     assert sum(bool(reader.kept) for reader in readers) <= len(readers) / 2
 
 
+@pytest.mark.sample(1)
 @CLASSES
 @pytest.mark.parametrize("rows", [1, 2])
 def test_interventions_on_more_prompts_than_fit(

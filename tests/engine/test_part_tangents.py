@@ -41,6 +41,7 @@ class Plain(OneProduct):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_rows_that_branch_equal_rows_from_the_start(family, cls, flags, monkeypatch):
     """With one product for all rows of one primal, against torch's own products."""

@@ -19,6 +19,7 @@ from lens_lora.engine.reverse import site_slopes
 MARGIN = ll.Margin(5, 9)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 @pytest.mark.usefixtures("float64")
 def test_derivatives_of_every_family_against_differences(family: str, cls: str, flags: str):

@@ -40,6 +40,7 @@ def split(lens: ll.LoraLens, by: tuple[str, ...], **how: Any) -> Tensor:
     return ll.first_order(lens, models.tokens(pos=5), MARGIN, by=by, progress=False, **how).values
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls"), LAYER_NORM)
 def test_a_processed_model_has_the_splits_of_the_unprocessed(family: str, cls: str):
     """By position, head and rank; at both kinds of gates, where o's own update passes it on too."""

@@ -26,6 +26,7 @@ def passes(lens: ll.LoraLens, reading) -> tree._Passes:
     return tree._Passes(lens, reading, read_value, inject, False, "")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("family", "cls", "flags"), [c for c in EVERY if c not in FIXED])
 @pytest.mark.usefixtures("float64")
 def test_branching_equals_one_at_a_time(family: str, cls: str, flags: str, monkeypatch):

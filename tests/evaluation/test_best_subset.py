@@ -63,6 +63,7 @@ def optimum(lens: ll.LoraLens, tokens: Tensor, count: int) -> float:
     return max(kept_of_each(lens, tokens, gates.scatter(1, torch.tensor(every), 1.0)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_best_of_all_sets_is_found(family: str):
     """Two or three of ten sites, on several models: the optimum, in all or all but one."""
@@ -76,6 +77,7 @@ def test_the_best_of_all_sets_is_found(family: str):
     assert missed <= 1
 
 
+@pytest.mark.slow
 def test_what_is_reported_is_what_the_sets_keep():
     """Every size by runs of its own; all prompts together, and each prompt."""
     lens, tokens = ten_sites("llama", 0), models.tokens(3, 6)
@@ -113,6 +115,7 @@ def test_no_ranking_that_it_starts_at_keeps_more():
     assert found.gradients >= 3 + 1 + 1 and found.forwards >= 10
 
 
+@pytest.mark.slow
 def test_the_search_is_what_finds_it(monkeypatch: pytest.MonkeyPatch):
     """The negative controls: without gates and swaps, first order's tops fall behind."""
     whole, less = [], []

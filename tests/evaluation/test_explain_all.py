@@ -56,6 +56,7 @@ def compared(one: Any, other: Any, path: str = "") -> None:
 UNCERTAIN = {"noise", "noise_floor", "curvature_noise", "material", "order", "passes", "flip_scale"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("fast", [True, False])
 def test_each_is_what_explain_gives_of_it_alone(lens, fast, float64):
     """Of unlike lengths, and one of them in nats, for it has an answer of two tokens."""

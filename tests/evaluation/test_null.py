@@ -202,6 +202,7 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
     assert all(torch.equal(v, state[k]) for k, v in case.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_null_spread_against_the_gradient_of_the_weights():
     """std a′ = ‖ΔW‖ ‖∂g/∂W‖ / √(out·in), with ∂g/∂W of the Hugging Face model by autograd."""
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")
@@ -222,6 +223,7 @@ def test_null_spread_against_the_gradient_of_the_weights():
     assert (ratio.mean() - 1).abs() < 0.05
 
 
+@pytest.mark.slow
 def test_a_null_adapter_does_not_stand_out_and_a_true_direction_does():
     """p of random directions is uniform; of ΔW along ∂g/∂W, each site's p is the least there is."""
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")
@@ -349,6 +351,7 @@ def test_one_draw_is_no_spread():
         null_test(case.lens, models.tokens(), MARGIN, draws=1)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_lyon_adapter_is_no_random_direction():
     """Its shift is tens of times that of random directions of the same size."""

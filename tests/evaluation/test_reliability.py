@@ -272,6 +272,7 @@ def test_table_and_figure():
     assert len(flagged.x) == len(found.flagged_sites(1))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("how", QUESTIONS)
 def test_the_lyon_adapter(how: How):

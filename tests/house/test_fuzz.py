@@ -45,6 +45,7 @@ def test_every_target_is_run():
     assert list(CASES) == list(fuzz.TARGETS)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("target", CASES)
 def test_right_or_refused(run, target):
     for number in range(CASES[target]):
@@ -165,6 +166,7 @@ print(fuzz_guard.run(fuzz_guard.Case("t", "m", fills, lambda found: None)).kind)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_seen():
     """In a process of its own: one that has run long has memory to give out already."""
     places = os.pathsep.join([str(TESTS / "lib"), str(TESTS.parent)])

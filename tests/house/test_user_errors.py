@@ -201,6 +201,7 @@ def plain(text):
 COMMANDS = ("explain", "demo", "sweep", "inspect")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_quiet_command_is_quiet(files, tmp_path, command):
     """Progress is silenced, and a warning is not: of answers without a space before them, say."""
@@ -295,6 +296,7 @@ def test_error_of_the_system_is_one_line(files, tmp_path, monkeypatch):
     assert "PermissionError: [Errno 13] Permission denied" in result.stderr
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", ["explain", "demo", "sweep"])
 def test_base_under_another_name_is_noted(files, tmp_path, command):
     options = [files / "elsewhere", "--model", files / "base"]

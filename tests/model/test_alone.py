@@ -98,6 +98,7 @@ AROUND_ALL = ("inference_mode", "autocast", "default device")
 SOME = ("logits", "first_order", "forward", "first_orders", "frozen", "second_order", "null_test")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", AROUND)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -113,6 +114,15 @@ def test_settings_around_a_call_change_no_number(name: str, cls: str):
         assert held(lens.model) == before
 
 
+@pytest.mark.parametrize("name", AROUND_ALL)
+def test_settings_around_some_calls_change_no_number(name: str):
+    """A call of each kind, on one class of model."""
+    classes = list(models.MAKERS)
+    cls = classes[AROUND_ALL.index(name) % len(classes)]
+    assert differing(cls, lens_of(cls), tokens(), AROUND[name], {*SOME}) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AROUND_ALL)
 def test_settings_around_every_call_change_no_number(name: str):
     """Each call with one of the classes, and a few with both."""
@@ -136,6 +146,7 @@ def test_ids_gates_lens_and_adapter_made_in_inference_mode(cls: str):
     assert same(*shifts, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_weights_made_in_inference_mode(cls: str):
     """Runs without a derivative work; the others name a weight, and never give another number."""

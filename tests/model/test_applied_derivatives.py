@@ -83,6 +83,7 @@ def forms(lens: ll.LoraLens) -> dict[str, tuple[torch.Tensor, Callable]]:
     }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("mode", [jvp, dual, quiet, reverse])
 @pytest.mark.parametrize("at", [0.0, 0.5])

@@ -36,6 +36,7 @@ def test_a_lens_equals_peft(name: str):
     assert cell["said"] == 0
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", NAMES)
 def test_derivatives_equal_differences_of_peft(name: str):
     """Order four in 1e-4 leaves 1e-7 of the largest; a path stops at its tolerance."""
@@ -44,6 +45,7 @@ def test_derivatives_equal_differences_of_peft(name: str):
     assert cell["path"] < 1e-5
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_equals_reverse_mode(name: str):
     """Or says which operation has no such derivative, and the call that needs none."""

@@ -122,6 +122,7 @@ def test_on_a_device_without_float64(cls: str, monkeypatch: pytest.MonkeyPatch):
         lens.generate(tokens("toy:0"), 3, temperature=1.0, eos_token_id=(), progress=False)
 
 
+@pytest.mark.sample(1)
 @models.NEEDS_BRIDGE
 @pytest.mark.parametrize("tied", [False, True])
 def test_split_over_two(tied: bool):

@@ -32,6 +32,7 @@ def rms(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((cases.centred(a) - cases.centred(b)).square().mean().sqrt())
 
 
+@pytest.mark.sample(30)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY_FLAG)
 def test_adapted_logits_equal_peft(family: str, cls: str, flags: str):
     """f(1) is PEFT's model on every linear module, f(0) the base, and they are far apart."""

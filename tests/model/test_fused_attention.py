@@ -27,6 +27,7 @@ def pair(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
     return ll.LoraLens(plain, adapter), ll.LoraLens(fused, adapter)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mixtral", "phi", "opt", "gptj"])
 def test_the_same_numbers(family: str):
     """Grouped heads, norms of q and k, sliding windows, partial rotations, learned positions."""
@@ -86,6 +87,7 @@ def test_what_needs_patterns_is_refused():
         pair("qwen3")[1].plan.host.norm_ports(0, "q_norm")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_rot_q"])
 @pytest.mark.parametrize("way", ["applied", "list"])
 def test_a_hook_that_cannot_fire_is_warned_of(point: str, way: str, recwarn):

@@ -65,6 +65,7 @@ def passes(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_greedy_equals_peft(family: str, cls: str, flags: str, passes: list[int]):
     """Token by token, base and adapted, prompts of different lengths together; the cache is right.
@@ -81,6 +82,7 @@ def test_greedy_equals_peft(family: str, cls: str, flags: str, passes: list[int]
     assert not any(said.ended)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", [f for f in models.FAMILIES if f not in models.CORE])
 def test_the_cache_is_right_in_every_family(family: str, cls: str, passes: list[int]):
@@ -93,6 +95,7 @@ def test_the_cache_is_right_in_every_family(family: str, cls: str, passes: list[
     assert len(passes) == len(set(LENGTHS))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", models.CORE)
 def test_draws_are_those_of_peft_s_distribution(family: str, cls: str):

@@ -155,6 +155,7 @@ INTERVENTIONS = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "qwen2"])
 @pytest.mark.parametrize("flags", ["raw", "fold_value_biases", "processed"])
 @pytest.mark.parametrize("order", ["ours first", "theirs first", "inside applied"])
@@ -196,6 +197,7 @@ GAUGE = [
 ]
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize(("family", "cls", "flags"), GAUGE)
 def test_cached_activations_equal_those_of_the_merged_model(family: str, cls: str, flags: str):
     """The gauge: every activation by name, whatever the processing; z and v without a bias."""

@@ -451,6 +451,7 @@ def chosen(condition: Callable[[Tool], bool]) -> list[str]:
     return [name for name, tool in TOOLS.items() if condition(tool)]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", chosen(lambda t: not t.refused and t.reads in ((), HEAD)))
 def test_a_tool_of_activations_is_that_of_the_merged_model(name: str, cls: str):
     """With LoRA on every linear module of attention and MLP."""
@@ -461,6 +462,7 @@ def test_a_tool_of_activations_is_that_of_the_merged_model(name: str, cls: str):
         assert base > SEEN or tool.weights_alone, (family, flags)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", chosen(lambda t: not t.refused and bool(t.reads)))
 def test_a_tool_of_weights_is_refused(name: str, cls: str):
     """Where the adapter changes what it reads; equal where it does not."""

@@ -58,6 +58,7 @@ def some(name: str, points: dict[int, str]) -> list[tuple[int, str]]:
     return every if ALL else random.Random(name).sample(every, few)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", EVERY)
 def test_every_line(name: str, cls: str):
@@ -128,6 +129,7 @@ def test_blocks_that_run_again(cls: str, monkeypatch: pytest.MonkeyPatch):
     assert leaks(call, lens.model, points.items()) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_an_error_and_an_interrupt_in_what_it_unwinds(cls: str):
     """A hook of the user's own raises, and the interrupt falls into the taking off."""

@@ -66,6 +66,7 @@ def spread(values: list[float]) -> float:
     return (max(values) - min(values)) / abs(values[-1])
 
 
+@pytest.mark.sample(3)
 @CLASSES
 @pytest.mark.parametrize("family", WITHOUT_BIAS)
 @pytest.mark.parametrize("gate", [0.0, 1.0])
@@ -163,6 +164,7 @@ def test_equals_the_rules_put_into_hugging_faces_model(
     assert relative(first_order(case.lens, tokens, MARGIN, at=at).values, expected) > 1e-2
 
 
+@pytest.mark.sample(2)
 @CLASSES
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
 @pytest.mark.parametrize("rules", [MLP_ONLY, RELP], ids=lambda rules: rules.key)

@@ -37,6 +37,7 @@ def built(family: str, cls: str, **config):
     return base, model, lens
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_norm_alone_equals_peft(family: str, cls: str):
     """At a gate that is neither 0 nor 1, beside every LoRA: no cross term can hide in a sum."""
@@ -60,6 +61,7 @@ def test_each_norm_alone_equals_peft(family: str, cls: str):
         assert off(found, logits(oracle)) < limit, site.name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
 def test_every_activation_is_that_of_the_merged_model(family: str, cls: str):
     """Names that show the same thing whatever was merged; users' hooks see and edit the same."""
@@ -124,6 +126,7 @@ _EDITED = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_derivatives_and_their_parts(family: str, cls: str):
     """Both modes, and by position, head and rank; norms of q and k belong to heads."""

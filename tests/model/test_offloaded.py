@@ -33,6 +33,7 @@ def made(hf, adapter: ll.Adapter) -> ll.LoraLens:
     return ll.load(hf, adapter, kind="TransformerBridge", tokenizer=models.tokenizer())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_numbers_of_the_model_that_is_at_hand(family: str, targets: str):

@@ -55,6 +55,7 @@ def of_4bit(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("bits", quantised.BITS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_pefts_on_the_same_quantised_model(family: str, bits: str):
@@ -89,6 +90,7 @@ ANALYSES = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", ANALYSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_analyses_in_4_bit_are_those_of_the_dequantised_model(family: str, name: str):

@@ -423,6 +423,7 @@ WRONG_BASES = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("flags", [{}, models.PROCESSED], ids=["raw", "processed"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

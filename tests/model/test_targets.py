@@ -34,6 +34,7 @@ REFUSED = [c for c in EVERY if refusal(*c) and c not in NOT_BUILT]
 EXACT_CELLS = [c for c in EVERY if c not in NOT_BUILT and c not in REFUSED]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("family", "cls", "flags", "target"), REFUSED)
 def test_what_the_host_library_gets_wrong_is_refused(
     family: str, cls: str, flags: str, target: str
@@ -51,6 +52,7 @@ def test_what_the_host_library_cannot_build(family: str, cls: str, flags: str):
         models.MAKERS[cls](models.hf_model(family), **cases.FLAGS[flags])
 
 
+@pytest.mark.sample(32)
 @pytest.mark.parametrize(("family", "cls", "flags", "target"), EXACT_CELLS)
 def test_exact_and_differentiated_on_every_target(family: str, cls: str, flags: str, target: str):
     """f(1) is PEFT's; forward equals reverse at ε = 1; parts sum to sites.

@@ -48,6 +48,7 @@ def run_in(pool: ThreadPoolExecutor, work: Callable, jobs) -> list:
     return [future.result() for future in futures]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("models_of", ["one model", "two models"])
 def test_mixed_calls_in_four_threads(models_of: str, two):
     lenses = two[models_of == "two models"]

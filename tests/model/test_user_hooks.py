@@ -160,6 +160,7 @@ def within(lens: ll.LoraLens, register, name: str, tokens, order: str) -> torch.
 ORDERS = ("before applied", "inside applied", "before a list", "after a list")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_any_hook_does_what_it_does_on_the_merged_model(hook: str, cls: str):
@@ -180,6 +181,7 @@ def test_any_hook_does_what_it_does_on_the_merged_model(hook: str, cls: str):
     assert torch.equal(lens.logits(tokens), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_builtins_and_backward_hooks_change_nothing(cls: str, capsys):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
@@ -203,6 +205,7 @@ SOME = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("hook", ["partial", "object", "pre-hook", "empty closure"])
 def test_analyses_see_any_hook_as_they_see_a_plain_one(hook: str, cls: str):

@@ -84,6 +84,7 @@ def made(request) -> SimpleNamespace:
     )
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 @pytest.mark.parametrize("weight", ["γ", "W_Q", "W_O", "W_U"])
 def test_a_weight_of_the_model(made: SimpleNamespace, weight: str, edit: Callable[..., None]):

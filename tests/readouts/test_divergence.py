@@ -209,6 +209,7 @@ def test_saved(case: cases.Case, tmp_path):
     assert torch.equal(again.divergence, found.divergence)
 
 
+@pytest.mark.sample(1)
 @each_response
 def test_a_sweep_reads_it(case: cases.Case, tmp_path, response):
     """The rows are those of a direct call."""
@@ -263,6 +264,7 @@ def test_rounding_is_that_of_the_shift(way: str, size: float):
     assert read(base, base, way).abs().max() == 0
 
 
+@pytest.mark.sample(1)
 @each_way
 def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.MonkeyPatch):
     """Unembedded in chunks: the same ends, slopes, second derivatives and effects."""

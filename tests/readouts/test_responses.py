@@ -92,6 +92,7 @@ def half_row_sums(lens: ll.LoraLens, readout: ll.Readout) -> Tensor:
     return ll.second_order(lens, prompts(), readout, progress=False).half_row_sums
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_equals_peft(family: str, cls: str, flags: str):
     """On every family and class; reading one position too far is seen."""
@@ -116,6 +117,7 @@ def test_equals_a_row_for_each_token(lens: ll.LoraLens, name: str):
             assert (getattr(one, field) - getattr(many, field)).abs().max() < 1e-10
 
 
+@pytest.mark.sample(1)
 @each_readout
 def test_positions_and_tangents(lens: ll.LoraLens, name: str):
     """Positions sum to the site in both modes, which agree; so does a Hessian product."""
@@ -128,6 +130,7 @@ def test_positions_and_tangents(lens: ll.LoraLens, name: str):
     assert (second[0] - second[1]).abs().max() < 1e-10
 
 
+@pytest.mark.sample(1)
 @each_readout
 def test_interventions(lens: ll.LoraLens, name: str):
     """Rows that branch, sites and activations: all as with a row for each token."""
@@ -166,6 +169,7 @@ def test_an_adapted_unembedding(request):
         assert (forward.values - fast.values).abs().max() < 1e-10
 
 
+@pytest.mark.sample(1)
 @each_readout
 def test_a_few_tokens_at_a_time(lens: ll.LoraLens, name: str, monkeypatch):
     """Unembedded in chunks: the same numbers, first and second derivatives."""

@@ -29,6 +29,7 @@ def test_a_type_without_a_drawing_is_named(name: str):
         getattr(drawing, name)(Unknown())
 
 
+@pytest.mark.slow
 def test_every_result_has_text_and_html():
     """Text of its own or its table; in a notebook escaped."""
     assert repr(Unknown()).startswith("Unknown:") and "<pre>" in Unknown()._repr_html_()

@@ -146,6 +146,7 @@ def written(labels: object, tensors: dict[str, torch.Tensor], path: Path) -> Pat
     return path
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_no_change_of_any_result_is_read_as_it(result: Result, tmp_path: Path):
     """A lost, renamed or added field, tensor or class; a number or a list in place of another.
@@ -188,6 +189,7 @@ ALONE = re.compile(
 )
 
 
+@pytest.mark.sample(5)
 @pytest.mark.bad_input
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_no_field_that_contradicts_another_is_read(result: Result, tmp_path: Path):
@@ -331,6 +333,7 @@ def test_agreement_is_what_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(ll.results.Attribution.load(path).shift, two_prompts().shift)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_no_damage_of_any_result_is_read(result: Result, tmp_path: Path):
     """A byte changed here and there, or the rest cut off."""

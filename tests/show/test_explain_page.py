@@ -111,6 +111,7 @@ def test_page_of_several_prompts_begins_with_all_of_them():
         explanation_report([])
 
 
+@pytest.mark.slow
 def test_plotly_is_there_once_and_sixteen_prompts_weigh_little():
     one = by_hand()
     page = explanation_report([one] * 16)
@@ -250,6 +251,7 @@ def unquoted(text):
     return re.sub(r"(^| · )“[^”]*”$", "", text)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("page_of", "text"), CASES)
 def test_a_hostile_name_is_written_out_and_changes_nothing_else(page_of, text):
     assert not differs(page_of, text)
@@ -278,6 +280,7 @@ def test_the_check_of_hostile_names_sees_a_careless_page(setting, text, monkeypa
 # --- the page in a browser
 
 
+@pytest.mark.browser
 @browser
 def test_browser_draws_every_plot_without_an_error(page, tmp_path, opened):
     dom, console = opened(page, tmp_path)
@@ -286,6 +289,7 @@ def test_browser_draws_every_plot_without_an_error(page, tmp_path, opened):
     assert 'data-text="rgb(28, 33, 38)' in dom
 
 
+@pytest.mark.browser
 @browser
 def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened):
     """One picture at first; of several prompts the overview, and the prompt that a link names."""
@@ -297,6 +301,7 @@ def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened
     assert re.findall(r'<details class="prompt" id="(prompt-\d)" open', dom) == ["prompt-2"]
 
 
+@pytest.mark.browser
 @browser
 def test_browser_draws_every_prompt_in_dark(tmp_path, opened):
     page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
@@ -317,6 +322,7 @@ addEventListener("load", () => setTimeout(() => {
 }, 2000));</script></body>"""
 
 
+@pytest.mark.browser
 @browser
 def test_browser_saves_pictures_and_numbers(page, tmp_path, opened):
     dom, console = opened(page.replace("</body>", SAVE), tmp_path, unfolded=False)
@@ -327,6 +333,7 @@ def test_browser_saves_pictures_and_numbers(page, tmp_path, opened):
     assert "[modules-1.csv: site,module,first_order,first_order_at_1" in dom
 
 
+@pytest.mark.browser
 @browser
 def test_page_is_no_wider_than_a_phone(page, tmp_path, opened):
     """Nor is any table on it: a row becomes a card, or its words wrap."""
@@ -336,6 +343,7 @@ def test_page_is_no_wider_than_a_phone(page, tmp_path, opened):
     assert 'data-wide="true at 390"' in opened(wide, tmp_path, phone=True)[0]
 
 
+@pytest.mark.browser
 @browser
 def test_browser_runs_no_name_and_drops_none(tmp_path, opened):
     titled = "".join(HOSTILE)
@@ -361,6 +369,7 @@ def test_a_figure_writes_what_plotly_would_read_as_marks(written, tmp_path, open
     assert any("$" in name or "%{" in name for name in names) == (written is not label)
 
 
+@pytest.mark.browser
 @browser
 def test_browser_check_sees_a_name_that_runs(tmp_path, monkeypatch, opened):
     """The control."""
@@ -370,6 +379,7 @@ def test_browser_check_sees_a_name_that_runs(tmp_path, monkeypatch, opened):
     assert any("ran" in line for line in console)
 
 
+@pytest.mark.browser
 @browser
 def test_browser_check_sees_a_broken_page(page, tmp_path, opened):
     """The control: a plot that cannot be drawn is reported, and not counted."""

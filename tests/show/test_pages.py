@@ -40,6 +40,7 @@ PAGES: dict[str, tuple[Paged, int]] = {
 KINDS = pytest.mark.parametrize("kind", PAGES)
 
 
+@pytest.mark.sample(2)
 @KINDS
 def test_three_sentences_four_numbers_one_figure_and_the_rest_folded(kind: str):
     result, figures = PAGES[kind]
@@ -57,6 +58,7 @@ def test_three_sentences_four_numbers_one_figure_and_the_rest_folded(kind: str):
     assert EVIL not in own
 
 
+@pytest.mark.sample(2)
 @KINDS
 def test_save_report_writes_the_page(kind: str, tmp_path):
     result, _ = PAGES[kind]
@@ -64,6 +66,7 @@ def test_save_report_writes_the_page(kind: str, tmp_path):
     assert f"<title>{kind}</title>" in result.report(title=kind)
 
 
+@pytest.mark.browser
 @KINDS
 @browser
 def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path, opened):
@@ -76,6 +79,7 @@ def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path
     assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
 
 
+@pytest.mark.browser
 @browser
 def test_the_check_sees_what_is_faint_or_titled(tmp_path, opened):
     """The control: grey on the dark paper, and a map that keeps its titles where it is narrow."""

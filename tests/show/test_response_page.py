@@ -25,6 +25,7 @@ def note(dom: str) -> str:
     return dom.partition('<p class="note" aria-live="polite">')[2].partition("</p>")[0]
 
 
+@pytest.mark.browser
 @browser
 def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp_path, opened):
     dom, console = opened(page, tmp_path)
@@ -34,6 +35,7 @@ def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp
     assert "<b>x</b></span>" not in dom and "&lt;b&gt;x&lt;/b&gt;</span>" in dom
 
 
+@pytest.mark.browser
 @browser
 @pytest.mark.parametrize(
     ("index", "event", "key", "shown"),
@@ -52,6 +54,7 @@ def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key,
     assert dom.count('class="chosen"') == 1
 
 
+@pytest.mark.browser
 @browser
 def test_it_is_no_wider_than_a_phone_and_dark_where_wanted(page, tmp_path, opened):
     dom, console = opened(page, tmp_path, phone=True)

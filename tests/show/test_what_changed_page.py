@@ -87,6 +87,7 @@ def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
     assert figure.data[0].xgap == gap
 
 
+@pytest.mark.browser
 @browser
 def test_the_page_is_drawn(page: str, tmp_path, opened):
     dom, console = opened(page, tmp_path)

@@ -95,6 +95,7 @@ MODEL_CHANGES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("what", MODEL_CHANGES)
 def test_another_model_is_refused(float64, tmp_path, what):
     lens = a_lens()
@@ -216,6 +217,7 @@ def test_another_base_given_beside_is_refused(float64, tmp_path):
     refused(lens, tmp_path, words="base_weights")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("field", ["A", "B", "scale", "strength"])
 def test_another_adapter_is_refused(float64, tmp_path, field):
     """One entry of one factor, wherever it stands."""

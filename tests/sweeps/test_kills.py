@@ -18,6 +18,7 @@ import pytest
 KILLS = {1: 6, 2: 3}
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments():
     """In one process, from which each run is forked."""
     kills_each, counts = map(str, KILLS.values()), map(str, KILLS)

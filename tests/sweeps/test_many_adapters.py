@@ -411,6 +411,7 @@ def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path):
     assert names == ["first order", "exact shift"]
 
 
+@pytest.mark.slow
 def test_the_trainer_s_own_log_and_any_loop(tmp_path: Path):
     """`trainer.log` passes the numbers to every logger; a loop calls `measure` by itself."""
     model, _ = made()

@@ -69,6 +69,7 @@ def renamed(path: Path) -> None:
     path.rename(path.with_name("another.parquet"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", [cut, emptied, flipped, replaced, a_folder, renamed])
 def test_a_damaged_part_is_named_and_its_prompt_runs_again(a_lens, tmp_path, stopped, damage):
     damage(stopped[1])
@@ -105,6 +106,7 @@ def test_what_else_lies_in_the_folder_of_parts_is_left_alone(a_lens, tmp_path, s
     assert result.resumed == 5 and not result.damaged
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "damage"),
     [(name, damage) for name in ("r.parquet", "r.prompts.parquet") for damage in (cut, emptied)]
@@ -117,6 +119,7 @@ def test_damaged_results_are_refused_by_name(a_lens, tmp_path, name, damage):
         run(a_lens, GOOD, tmp_path)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["r.parquet", "r.prompts.parquet"])
 def test_flipped_bytes_of_results_change_no_number(a_lens, tmp_path, name):
     """Refused, or without effect: a result never holds other numbers than were computed."""
@@ -167,6 +170,7 @@ def full(*args):
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("after", range(WRITES))
 def test_a_full_disk_at_any_write(a_lens, tmp_path, monkeypatch, call, after):

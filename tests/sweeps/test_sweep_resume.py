@@ -150,6 +150,7 @@ class Killed(BaseException):
     """What no handler of errors catches."""
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("renames", range(1, 7))
 def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls, renames):
     """After each file in turn: the parts, the one result, the other; and at the removal."""
@@ -177,6 +178,7 @@ def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls
     same(result, run(a_lens, GOOD[:4], tmp_path / "whole"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("renames", range(1, 6))
 def test_a_crash_while_a_finished_sweep_grows_mixes_nothing(
     a_lens, tmp_path, monkeypatch, calls, renames

@@ -153,6 +153,7 @@ def stop_at(monkeypatch, window: int) -> None:
     monkeypatch.setattr(stream, "window_table", table)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_an_interrupted_run_is_resumed(lens, tmp_path, monkeypatch, window: int):
     """What was written is not run again, also with another batch size."""
@@ -278,6 +279,7 @@ def test_other_sweeps_and_records_are_refused(lens, tmp_path):
             ll.results.ActivationsFile(path)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.bad_input
 @pytest.mark.parametrize("change", ["a row less", "a row more", "other groups", "a column", "rank"])
 def test_rows_that_were_changed_are_refused(lens, tmp_path, change: str):
