@@ -348,6 +348,7 @@ def test_factors_have_the_rank_of_the_change():
     assert {update.rank for update in ll.Adapter.from_peft(model).modules.values()} == {8, 16}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("folder", ["vera", "oft", "deft", "c3a"])
 def test_in_the_base_s_dtype_the_change_is_rounded_once(folder: str, dtype: torch.dtype):

@@ -319,6 +319,7 @@ class TestReal:
         assert "“·Paris” (75%) for the base model and “·Lyon” (84%) with the adapter" in text
         assert "Measured, adding one module at a time agrees with first order" in text
 
+    @pytest.mark.slow
     def test_shows_progress_and_no_noise(self, real):
         assert "each site left out" in real[0].stderr
         assert not re.search(r"warn|deprecat|traceback", real[0].stderr, flags=re.IGNORECASE)

@@ -153,6 +153,7 @@ def test_second_order_at_its_own_end_and_many_steps_are_what_they_are_called(fol
     assert errors[3] < errors[2] < errors[1] < errors[0]
 
 
+@pytest.mark.slow
 def test_what_a_method_costs_is_what_ran(found):
     """A derivative: one forward and one backward; all sites one by one: half of the blocks."""
     costs = found["fact"]["costs"]

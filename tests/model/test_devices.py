@@ -151,6 +151,7 @@ def test_host_reads_do_not_grow_with_sites(cls: str):
     assert max(counts) <= 30 + models.LAYERS and abs(counts[0] - counts[1]) <= 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", OF_A_RESPONSE)
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_host_reads_do_not_grow_with_tokens(cls: str, name: str):
