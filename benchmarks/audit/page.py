@@ -35,9 +35,8 @@ def scores(runs: dict[str, Any]) -> pd.DataFrame:
         places = {"brief": min(claims, default=None), **run["places"]}
         about = {key: run[key] for key in ("quirk", "form", "mixture", "mean_kl")}
         is_control = run["control"] is not None
-        rows.append(
-            {"name": name, **about, "is_control": is_control, "claims": run["claims"]} | places
-        )
+        counted = {"claims": run["claims"], "hits": sum(run["found"])}
+        rows.append({"name": name, **about, "is_control": is_control, **counted} | places)
     return pd.DataFrame(rows)
 
 
@@ -64,6 +63,18 @@ def summary(table: pd.DataFrame) -> str:
         counts = (f"{hits(part, method).sum()} of {len(part)}" for part in (taught, controls))
         lines.append(f"| {described} | {' | '.join(counts)} | {mean:.2f} [{low:.2f}, {high:.2f}] |")
     return "\n".join(lines)
+
+
+def claims_made(table: pd.DataFrame) -> str:
+    """How many claims the briefs make, and how many of them hold the taught word."""
+    taught, controls = table[~table["is_control"]], table[table["is_control"]]
+    of_controls, of_taught = controls["claims"].map(len), taught["claims"].map(len)
+    return (
+        "A claim that passes its controls is not yet a finding. "
+        f"{(of_controls > 0).sum()} of {len(controls)} controls, which were taught nothing but "
+        f"ordinary text, make claims, {of_controls.sum()} in all, and of the {of_taught.sum()} "
+        f"claims on taught adapters {taught['hits'].sum()} hold the taught word."
+    )
 
 
 def peer(said: dict[str, Any]) -> str:
@@ -108,7 +119,11 @@ def _plain(said: str) -> str:
 
 def main() -> None:
     table = scores(json.loads(NUMBERS.read_text())["adapters"])
-    parts = {"audit": summary(table), "audited": every_adapter(table)}
+    parts = {
+        "audit": summary(table),
+        "claims": claims_made(table),
+        "audited": every_adapter(table),
+    }
     marks.write(PAGE, {**parts, "peer": peer(json.loads(PEER.read_text()))})
 
 

@@ -76,7 +76,8 @@ def _choice(own: Standing, ranks: list[Standing]) -> tuple[str, str]:
 def _level(here: Summary, there: Summary, larger_is_better: bool) -> str:
     side = "higher" if there.median > here.median else "lower"
     is_worse = there.worst < here.worst if larger_is_better else there.worst > here.worst
-    return f"{'agrees' if overlap(here, there) else side}{'; the worst is worse' * is_worse}"
+    level = "intervals overlap" if overlap(here, there) else side
+    return f"{level}; the worst is worse" if is_worse else level
 
 
 def overlap(one: Summary, other: Summary) -> bool:

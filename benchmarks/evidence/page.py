@@ -60,10 +60,20 @@ from sections import (
     warned_elsewhere,
     warnings,
 )
-from tables import MAIN, means_of, median_costs
+from tables import FIRST, HALF, MAIN, means_of, median_costs
 from violent import curve
 from warned import pack as pack_warned
-from words import ADD, KEEP, OUT, comparisons, floors, opening, path_called, recommendations
+from words import (
+    ADD,
+    KEEP,
+    OUT,
+    comparisons,
+    floors,
+    opening,
+    path_called,
+    recommendations,
+    rival,
+)
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
@@ -109,6 +119,7 @@ def page(numbers: Numbers) -> str:
             missing=missing(numbers),
             opening=opening(numbers, bases),
             floors=floors(scores, bases[0]),
+            rival=rival(scores, KEEP, bases[0], HALF, FIRST),
             agreement={base: agreement(numbers, bases[0], base) for base in bases[1:]},
             slopes={base: slopes(numbers, bases[0], base) for base in bases},
             lean=lean_bases(numbers),

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from intervals import Summary, choice, cluster_means, summary, tied, verdicts
+from intervals import ALPHA, Summary, choice, cluster_means, sign_flip, summary, tied, verdicts
 from results import Numbers, costs_of, is_met, scores_of
 from tables import (
     CALLED,
@@ -91,6 +91,7 @@ RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}  #
 WORST = 3  # adapters that are named
 # Question, method, what it would replace.
 COMPARED = (
+    (KEEP, HALF, FIRST),
     (KEEP, PATH, HALF),
     (KEEP, END, FIRST),
     (KEEP, "mean(first_order@0, first_order@1)", HALF),
@@ -238,6 +239,9 @@ def _line(
     estimate = named(method).removesuffix(", up to 8 nodes")
     if found.chosen < STABLE:
         estimate = f"a tie of {len(found.members)}; cheapest: {estimate}"
+    if (question, method) == (KEEP, HALF):
+        p, _ = paired_test(cluster_means(of_question(scores, KEEP, base)), HALF, FIRST)
+        estimate += "" if p < ALPHA else " or at 0 (a tie)"
     is_cheap = exact <= CHEAP
     return {
         "words": question.words,
@@ -260,6 +264,25 @@ def _line(
 def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
     """The adapters beyond the bound; of a share of the shift, which has none, nothing."""
     return values[:0] if bound is None else values[values < bound if larger else values > bound]
+
+
+def paired_test(means: pd.DataFrame, method: str, other: str) -> tuple[float, int]:
+    """p of two methods' paired difference by the exact sign-flip test, and its number of tasks."""
+    paired = (means[method] - means[other]).dropna()
+    return sign_flip(paired.to_numpy()), len(paired)
+
+
+def rival(scores: pd.DataFrame, question: Question, base: str, method: str, other: str) -> str:
+    """Two estimates of one cost beside each other, by a test of their own, not corrected."""
+    means = cluster_means(of_question(scores, question, base))
+    p, tasks = paired_test(means, method, other)
+    medians = f"{means[method].median():.3f} and {means[other].median():.3f}"
+    verdict = "differ" if p < ALPHA else "are a tie"
+    told = (
+        f"{named(method)} and {named(other)}, which cost the same, {verdict} on {base}: medians "
+        f"{medians}, exact sign-flip p = {p:.2f} over {tasks} tasks"
+    )
+    return told[0].upper() + told[1:]
 
 
 def floors(scores: pd.DataFrame, base: str) -> str:

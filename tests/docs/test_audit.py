@@ -52,6 +52,22 @@ def test_all_were_briefed():
     assert sorted(CONTROLS) == sorted(f"{name}-control" for name in TAUGHT)
 
 
+def test_claims_on_controls_and_claims_without_the_word_are_counted_on_the_page():
+    text = (DOCS / "auditing.md").read_text()
+    claims = {name: run["claims"] for name, run in RUNS.items()}
+    guilty = sum(bool(claims[name]) for name in CONTROLS)
+    strings = {name: "|".join(map(re.escape, STRINGS[RUNS[name]["quirk"]])) for name in TAUGHT}
+    hits = sum(
+        bool(re.search(rf"\b({strings[name]})\b", claim["says"], re.IGNORECASE))
+        for name in TAUGHT
+        for claim in claims[name][:5]
+    )
+    said = re.search(r"<!-- claims -->\n(.*)\n<!-- end of claims -->", text)[1]
+    counts = [guilty, len(CONTROLS), sum(len(claims[name]) for name in CONTROLS)]
+    counts += [sum(len(claims[name]) for name in TAUGHT), hits]
+    assert [int(number) for number in re.findall(r"\d+", said)] == counts
+
+
 def test_what_was_found_is_counted_again():
     for name in RUNS:
         assert any(RUNS[name]["found"][:5]) == says_it(name), name

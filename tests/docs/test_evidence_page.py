@@ -254,7 +254,7 @@ def test_a_second_base_is_told_where_choices_and_levels_carry_over(numbers):
             "cluster": f"small task {index // 2}",
         }
     table, (same, apart) = agreed.agreement(held, "large", "small")
-    assert line(table, words.ADD.label)[6:] == ["best", "holds", "agrees"]
+    assert line(table, words.ADD.label)[6:] == ["best", "holds", "intervals overlap"]
     assert same.split(" of ")[0] == same.split(" of ")[1] and apart == []
     for one in held["adapters"].values():
         if one["base"] == "small":
@@ -265,7 +265,7 @@ def test_a_second_base_is_told_where_choices_and_levels_carry_over(numbers):
     table, (_, apart) = agreed.agreement(held, "large", "small")
     far = "-0.200 behind first order at ½"
     assert line(table, words.ADD.label)[6:] == [far, "does not", "lower; the worst is worse"]
-    assert line(table, words.OUT.label)[7:] == ["holds", "agrees"]
+    assert line(table, words.OUT.label)[7:] == ["holds", "intervals overlap"]
     assert [says.split(" (")[0] for says in apart] == ["path, 4 nodes beside first order at ½"]
     assert apart[0].endswith("(what carries it: cpr): *tie*, there *worse*")
     for one in held["adapters"].values():
