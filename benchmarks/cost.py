@@ -161,6 +161,12 @@ def memory_lines(lens: ll.LoraLens) -> None:
         f"\nPeak memory of one readout, all sites, on 256 tokens: {ours:.0f} MiB beside "
         f"{bare:.0f} MiB of the bare FB ({ours / bare:.2f}; target ≤ 1.05)."
     )
+    edges = peak_memory(lambda: ll.edges(lens, prompts, MARGIN, progress=False))
+    bank = peak_memory(lambda: ll.bank(lens.model, prompts, MARGIN))
+    print(
+        f"\nOn the same tokens `ll.edges` takes {edges:.0f} MiB ({edges / bare:.2f} of the bare "
+        f"FB) and `ll.bank` {bank:.0f} MiB ({bank / bare:.2f}), its z and gradients included."
+    )
     prompts = random_prompts(lens, 1, 64)
     last = lens.with_adapter(lens.adapter.only("*.layers.2[0-9].*"))
     took = {
@@ -199,8 +205,11 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
         from transformer_lens.tools.analysis import attribution_patching
     except ImportError:
         return
-    print("\n| beside `attribution_patch` | its time | first_order's share of it |")
-    print("| --- | --- | --- |")
+    print(
+        "\n| beside `attribution_patch` | its time | the slopes alone, share of it | "
+        "`ll.first_order`, the public call with its exact shift, share of it |"
+    )
+    print("| --- | --- | --- | --- |")
     for batch, tokens in sizes:
         prompts = random_prompts(lens, batch, tokens)
         other = prompts.tokens.roll(1, 1)
@@ -213,12 +222,16 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
 
         reading = MARGIN.over(lens.model, prompts)
 
-        def ours(reading=reading):
+        def slopes(reading=reading):
             site_slopes(lens, reading, lens.gates(0.0))
 
-        times = [(seconds(peer), seconds(ours)) for _ in range(TURNS + 1)][1:]
-        theirs, mine = (statistics.median(t) for t in zip(*times, strict=True))
-        print(f"| {batch} × {tokens} tokens | {1e3 * theirs:.0f} ms | {mine / theirs:.2f} |")
+        def call(prompts=prompts):
+            ll.first_order(lens, prompts, MARGIN, progress=False)
+
+        times = [(seconds(peer), seconds(slopes), seconds(call)) for _ in range(TURNS + 1)][1:]
+        theirs, slopes_alone, whole_call = (statistics.median(t) for t in zip(*times, strict=True))
+        shares = f"{slopes_alone / theirs:.2f} | {whole_call / theirs:.2f}"
+        print(f"| {batch} × {tokens} tokens | {1e3 * theirs:.0f} ms | {shares} |")
 
 
 def table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:

@@ -144,7 +144,7 @@ def kl(lens: ll.LoraLens, peak: Callable) -> list[str]:
 
     cells = [
         Cell(
-            "kl_shares, 60 tokens, with D(1)",
+            "kl_shares(scales=()), 60 tokens, with D(1)",
             "≤ 4.5 F",
             lambda: ll.kl_shares(lens, of.prompt, of.response, scales=(), **QUIET),
         ),

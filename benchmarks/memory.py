@@ -39,6 +39,8 @@ WORKS: dict[str, Run] = {
     "first_order by position and rank": lambda lens, p: ll.first_order(
         lens, p, MARGIN, by=("position", "rank")
     ),
+    "edges": lambda lens, p: ll.edges(lens, p, MARGIN, **QUIET),
+    "bank": lambda lens, p: ll.bank(lens.model, p, MARGIN, max_memory=lens.max_memory, **QUIET),
     "path_attribution": lambda lens, p: ll.path_attribution(
         lens, p, MARGIN, tol=1e9, max_nodes=4, **QUIET
     ),

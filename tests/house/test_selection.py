@@ -1,0 +1,78 @@
+"""Which tests the quick suite runs: `tests/lib/selection.py`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import selection
+
+
+class Item:
+    """As much of a test as the selection looks at."""
+
+    def __init__(self, nodeid: str, **marks: tuple[int, ...]) -> None:
+        self.nodeid = nodeid
+        self.marks = marks
+
+    def get_closest_marker(self, name: str) -> SimpleNamespace | None:
+        return SimpleNamespace(args=self.marks[name]) if name in self.marks else None
+
+
+def config(*arguments: str, whole: bool = False, rest: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(args=arguments, option=SimpleNamespace(whole=whole, rest=rest))
+
+
+SAMPLED = [Item(f"tests/test_a.py::test_of_all[{i}]", sample=(3,)) for i in range(16)]
+MARKED = [Item(f"tests/test_a.py::test_{mark}", **{mark: ()}) for mark in selection.LEFT_OUT]
+PLAIN = [Item("tests/test_a.py::test_plain")]
+ITEMS = [*SAMPLED, *MARKED, *PLAIN]
+
+
+def run_by(options: SimpleNamespace) -> set[Item]:
+    return set(ITEMS) - selection.deselected(options, ITEMS)
+
+
+def test_the_quick_suite_has_neither_what_is_marked_nor_more_than_a_sample():
+    quick = run_by(config())
+    assert set(PLAIN) <= quick
+    assert not quick & set(MARKED)
+    assert len(quick & set(SAMPLED)) == 3
+
+
+def test_the_quick_suite_and_the_rest_are_the_whole():
+    quick, rest, whole = run_by(config()), run_by(config(rest=True)), run_by(config(whole=True))
+    assert quick | rest == whole == set(ITEMS)
+    assert not quick & rest
+
+
+def test_a_test_that_is_named_runs_whatever_its_marks():
+    assert run_by(config("tests/test_a.py::test_slow")) == set(ITEMS)
+    assert run_by(config("tests/test_a.py")) == run_by(config())
+
+
+def test_a_case_that_guards_a_defect_is_always_drawn(monkeypatch: pytest.MonkeyPatch):
+    left_out = next(item for item in SAMPLED if item not in run_by(config()))
+    monkeypatch.setattr(selection, "_text_of_defects", lambda: f"| wrong | `{left_out.nodeid}` |")
+    assert left_out in run_by(config())
+
+
+@pytest.mark.parametrize(("cases", "count"), [(5, 5), (5, 9), (33, 8), (262, 32), (16, 1)])
+def test_a_draw_is_repeatable_and_spread_over_all_cases(cases: int, count: int):
+    nodeids = [f"tests/test_a.py::test_of_all[{i}]" for i in range(cases)]
+    drawn = selection.draw(nodeids, count)
+    assert drawn == selection.draw(nodeids, count) <= set(nodeids)
+    assert len(drawn) == min(cases, count)
+    places = [nodeids.index(nodeid) for nodeid in sorted(drawn, key=nodeids.index)]
+    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    assert max(gaps, default=0) <= -(-cases // count) + 1
+
+
+def test_different_tests_of_one_family_draw_different_members():
+    """Together 16 tests of one item each meet at least half of 16 members."""
+    drawn = set()
+    for test in range(16):
+        nodeids = [f"tests/test_a.py::test_{test}[{member}]" for member in range(16)]
+        (one,) = selection.draw(nodeids, 1)
+        drawn.add(one.partition("[")[2])
+    assert len(drawn) >= 8
