@@ -26,13 +26,13 @@ from lens_lora.arguments import word
 from lens_lora.engine.activations import sinks_among
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.interventions import record, require_positions
+from lens_lora.engine.interventions import positioned, record
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.texts import beginnings, by_length, first_of_each, over_scale, read_through
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
-from lens_lora.model.sites import Names, firing, resolved
+from lens_lora.model.sites import Names, computed, require_fired
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import Described, Drawn, only_prompt, prompt_rows, tokens_at
@@ -301,8 +301,9 @@ def activation_shift(
     Args:
         lens: the adapter over the model.
         texts: strings, conversations, ids, or `Prompts`.
-        names: a hook point, several, globs, or a predicate. A name in full must fire; globs and
-            predicates choose among the points that do.
+        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
+            activations by position, [batch, pos, …]; globs and predicates choose among the points
+            that do.
         positions: None for all tokens, or of each text an index, a slice or indices; negative ones
             count from its end, and those beyond a text are not there.
         scale: the gates of h(1), as for `LoraLens.gates`.
@@ -312,8 +313,8 @@ def activation_shift(
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: a point that never fires, holds no activations by position, or lies between
-            a site's input and output.
+        ModelStateError: a point named in full that never fires, holds no activations by position,
+            or lies between a site's input and output; globs that match no other.
         ArgumentError: positions at which no text has a token that is counted, another axis.
         PromptError: a text that does not fit the model.
         NumericsError: non-finite activations.
@@ -382,12 +383,13 @@ def activations_at(
     lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
 ) -> Iterator[tuple[list[int], str, list[Float[Tensor, "text token d"]]]]:
     """Texts, a hook point, and h there at each scale: heads laid flat, NaN at padding."""
-    in_full, named = resolved(lens, names)
+    in_full, points = computed(lens, names)
     for number, (index, batch) in enumerate(by_length(rows, ROW_TOKENS)):
-        runs, real = [record(lens, batch, scale, named) for scale in scales], batch.real.cpu()
-        points = firing(lens, runs[0].firings, in_full, named)
+        runs = [record(lens, batch, scale, points, in_full) for scale in scales]
+        real = batch.real.cpu()
         if number == 0:
-            require_positions(lens, batch, runs[0], points, 0.0)
+            points = require_fired(lens, runs[0].firings, in_full, points)
+            points = positioned(lens, batch, runs[0], points, in_full, 0.0)
         for name in points:
             held = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
             ends = [h.expand(len(real), -1, -1) for h in held]

@@ -152,8 +152,9 @@ def contrast(
         positive: texts as every analysis takes prompts, or a tuple (prompts, responses), as
             `ll.activations` takes them. A text that is there twice counts once.
         negative: the other set; the direction points away from it.
-        names: a hook point, several, globs, or a predicate. A name in full must fire; globs and
-            predicates choose among the points that do.
+        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
+            activations by position, [batch, pos, …]; globs and predicates choose among the points
+            that do.
         positions: what a text's mean is over: 'response', the tokens of the response, or of a text
             without one all but its first (a sink); 'last', an index, a slice or indices; None for
             all tokens.
@@ -161,8 +162,8 @@ def contrast(
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: a point that never fires, holds no activations by position, or lies between
-            a site's input and output.
+        ModelStateError: a point named in full that never fires, holds no activations by position,
+            or lies between a site's input and output; globs that match no other.
         ArgumentError: a text that is in both sets; positions at which a text has no token.
         TokenError, PromptError: a text or response that does not fit the model; an empty set.
         NumericsError: non-finite activations.

@@ -363,8 +363,9 @@ def patch_activations(
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        names: a hook point, several, or a predicate. A name in full must fire; globs and
-            predicates choose among the points that do.
+        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
+            activations by prompt (and by position, with positions); globs and predicates choose
+            among the points that do.
         direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
         positions: None for the whole sequence at once; 'each' for one number per position; an
             index, a slice, or indices, replaced together. They count within each prompt, negative
@@ -380,10 +381,11 @@ def patch_activations(
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: a point that never fires, whose value the model ignores, that does not
-            hold activations by prompt (and by position, with positions), or that lies between a
-            site's input and output, where the adapted model's value does not exist; with heads, one
-            that is none of q, k, v and z, or whose heads are laid out otherwise.
+        ModelStateError: a point whose value the model ignores; one named in full that never fires,
+            does not hold activations by prompt (and by position, with positions), or lies between a
+            site's input and output, where the adapted model's value does not exist; no point that a
+            glob matches; with heads, one that is none of q, k, v and z, or whose heads are laid out
+            otherwise.
         ArgumentError: a position outside a prompt, another direction, other heads.
         NumericsError: a non-finite readout.
     """
@@ -391,11 +393,13 @@ def patch_activations(
     chosen, asked = _checked(positions), ask(lens, prompts, readout)
     reading = asked.reading
     masks = _masks(chosen, asked.prompts, reading)
-    in_full, wanted = model_sites.resolved(lens, names)
-    donor = interventions.record(lens, reading.prompts, donor_scale, wanted)
-    points = model_sites.firing(lens, donor.firings, in_full, wanted)
+    in_full, wanted = model_sites.computed(lens, names)
+    donor = interventions.record(lens, reading.prompts, donor_scale, wanted, in_full)
+    points = model_sites.require_fired(lens, donor.firings, in_full, wanted)
     if chosen is not None:
-        interventions.require_positions(lens, reading.prompts, donor, points, donor_scale)
+        points = interventions.positioned(
+            lens, reading.prompts, donor, points, in_full, donor_scale
+        )
     rows: list[tuple[str, str, Tensor | None]] = [(name, name, None) for name in points]
     if heads is not None and word("heads", heads, ["each"]):
         parts = interventions.head_parts(lens, donor, points).items()

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -48,18 +48,33 @@ class Recording:
     layers: dict[str, int]
 
 
-def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str]) -> Recording:
+def record(
+    lens: LoraLens,
+    prompts: Prompts,
+    scale: Scale,
+    names: Iterable[str],
+    in_full: Iterable[str] | None = None,
+) -> Recording:
     """The activations at these hook points with the adapter at `scale`. One forward pass.
 
+    Args:
+        lens: the adapter over the model.
+        prompts: the rows.
+        scale: the gates.
+        names: hook points.
+        in_full: those that must hold activations with the batch as first axis; others of `names`
+            that hold something else are left out. Without it, all must.
+
     Raises:
-        ModelStateError: a point whose value is not activations with the batch as first axis.
+        ModelStateError: a point that must hold such activations, and does not.
     """
     count, names = prompts.batch, list(names)
+    must = set(names if in_full is None else in_full)
     step = memory.rows_of_pass(lens, prompts) or count
     if step >= count:
-        return _recorded(lens, prompts, scale, names)
+        return _recorded(lens, prompts, scale, names, must)
     groups = [prompts.cut(start, start + step) for start in range(0, count, step)]
-    return _joined([_recorded(lens, group, scale, names) for group in groups], step)
+    return _joined([_recorded(lens, group, scale, names, must) for group in groups], step)
 
 
 def _joined(parts: list[Recording], rows: int) -> Recording:
@@ -71,12 +86,18 @@ def _joined(parts: list[Recording], rows: int) -> Recording:
     return Recording(firings, parts[0].layers)
 
 
-def _recorded(lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str]) -> Recording:
+def _recorded(
+    lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str], must: Container[str]
+) -> Recording:
     recording, entered = Recording({}, {}), [-1]
 
     def keep(name: str, tensor: Any, hook: Any) -> None:
         del hook
-        _require_activation(name, tensor, prompts.batch)
+        fault = _no_activation(name, tensor, prompts.batch)
+        if fault is not None:
+            if name in must:
+                raise ModelStateError(fault)
+            return
         recording.firings.setdefault(name, []).append(tensor.detach().clone())
         recording.layers.setdefault(name, entered[-1])
 
@@ -91,15 +112,17 @@ def _recorded(lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str]) 
     return recording
 
 
-def _require_activation(name: str, tensor: Any, rows: int) -> None:
+def _no_activation(name: str, tensor: Any, rows: int) -> str | None:
+    """Why this is no activation by prompt; None where it is one."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         value = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ModelStateError(f"{name} holds {value}, not activations; leave this point out.")
+        return f"{name} holds {value}, not activations; leave this point out."
     if tensor.ndim < 3 or tensor.shape[0] not in (1, rows):
-        raise ModelStateError(
+        return (
             f"{name} holds a tensor {tuple(tensor.shape)} for {rows} rows: its first axis is not "
             "the prompts, so one prompt cannot be patched alone; leave this point out."
         )
+    return None
 
 
 # --- Patched runs
@@ -314,21 +337,63 @@ def _noisy(tensor: Tensor) -> Tensor:
 # --- Hook points without positions
 
 
-def require_positions(
-    lens: LoraLens, prompts: Prompts, donor: Recording, points: Sequence[str], scale: float
-) -> None:
-    """Refuse points whose second axis is not the position, of which one token has one entry."""
-    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
-    short, count = record(lens, token, scale, points), prompts.tokens.shape[1]
-    for name in points:
-        pairs = zip(donor.firings[name], short.firings[name], strict=True)
-        if any(long.shape[1] != count or of_one.shape[1] != 1 for long, of_one in pairs):
-            shape = tuple(donor.firings[name][0].shape)
-            raise ModelStateError(
-                f"{name} holds a tensor {shape} for {count} positions: its second axis is not the "
-                "position (attention patterns have the heads there), so single positions cannot be "
-                "told apart; leave this point out, or patch all of it with positions=None."
-            )
+def positioned(
+    lens: LoraLens,
+    prompts: Prompts,
+    donor: Recording,
+    points: Sequence[str],
+    in_full: Sequence[str],
+    scale: float,
+) -> tuple[str, ...]:
+    """The points that hold [batch, pos, …], of which one token has one entry.
+
+    One pass of two rows of a token each. In what all rows share, such as rotary angles, no prompt
+    has an activation of its own.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: the rows of the donor.
+        donor: what the points held there.
+        points: those that fired.
+        in_full: those that were named in full, whose second axis must be the position. Others are
+            left out where it is not, and where all rows share one.
+        scale: the gates of the donor.
+
+    Raises:
+        ModelStateError: a point named in full that holds no activations by position, or no point
+            that does.
+    """
+    tokens = prompts.tokens[:1, :1].repeat(2, 1)
+    pair = Prompts(tokens, torch.ones_like(tokens[:, 0]))
+    short = record(lens, pair, scale, points, in_full).firings
+    count = prompts.tokens.shape[1]
+
+    def is_positioned(name: str) -> bool:
+        runs = zip(donor.firings[name], short.get(name, []), strict=False)
+        return name in short and all(
+            long.shape[1] == count and of_one.shape[1] == 1 for long, of_one in runs
+        )
+
+    def has_rows(name: str) -> bool:
+        return all(len(of_one) == len(tokens) for of_one in short[name])
+
+    by_position = [name for name in points if is_positioned(name)]
+    others = [name for name in points if name not in by_position]
+    refused = [name for name in others if name in in_full or not by_position]
+    if refused:
+        shape = tuple(donor.firings[refused[0]][0].shape)
+        raise ModelStateError(
+            f"{refused[0]} holds a tensor {shape} for {count} positions: its second axis is not "
+            "the position (attention patterns have the heads there), so single positions cannot be "
+            "told apart; leave this point out, or patch all of it with positions=None."
+        )
+    held = tuple(name for name in by_position if name in in_full or has_rows(name))
+    if not held:
+        raise ModelStateError(
+            f"{by_position[0]}: what this point holds is the same for every row, so no prompt has "
+            "an activation of its own there; name another point."
+        )
+    return held
 
 
 # --- Heads

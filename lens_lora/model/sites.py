@@ -421,6 +421,22 @@ def resolved(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]
     return tuple(name for name in patterns if name in known), tuple(wanted_names)
 
 
+def computed(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """As `resolved`, without points whose value the adapted model never computes.
+
+    Globs and predicates leave such a point out.
+
+    Raises:
+        SiteError: a hook point that the model lacks.
+        ModelStateError: a name in full, or all names, of such points.
+    """
+    in_full, wanted = resolved(lens, names)
+    never = lens.plan.points_without_update
+    kept = tuple(name for name in wanted if name not in never)
+    lens.plan.require_update(in_full if kept else wanted)
+    return in_full, kept
+
+
 def known_point(lens: Any, name: str) -> str:
     """The name, if the model has such a hook point."""
     known = list(lens.model.hook_dict)

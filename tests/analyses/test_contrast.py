@@ -171,3 +171,57 @@ def test_refuses():
     assert one.errors[LAST].isnan().all() and one.auc[LAST] != one.auc[LAST]
     twice = ll.contrast(lens, torch.cat([SETS[0], SETS[0]]), texts(1), LAST)
     assert twice.counts == (4, 5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_globs_choose_among_points_with_positions(family: str, cls: str):
+    """Of "*" token ids, attention patterns and what is unembedded are left out; the rest is right.
+
+    In full each of them is refused by name.
+    """
+    lens = cases.case(family, cls, "raw").lens
+    found = ll.contrast(lens, texts(0), texts(1), "*")
+    shift = ll.activation_shift(lens, texts(0), "*", sinks=True)
+    assert list(found.values) == list(shift.values)
+    with torch.no_grad():
+        _, cache = lens.model.run_with_cache(SETS[0])
+    fired = {name for name in cache if name in lens.model.hook_dict}
+    for name in fired:
+        tensor = cache[name]
+        is_activation = tensor.is_floating_point() and tensor.shape[:2] == SETS[0].shape
+        if "unembed" not in name:  # of which an analysis runs what is read alone
+            assert (name in found.values) == is_activation, name
+    one_by_one = [n for n in ("embed.hook_out", "blocks.1.attn.hook_in", LAST) if n in found.values]
+    for name in one_by_one:
+        alone = ll.contrast(lens, texts(0), texts(1), name)
+        assert torch.equal(alone.values[name], found.values[name])
+    hook_out = lambda name: name.endswith("hook_out")  # noqa: E731
+    if cls == "TransformerBridge":
+        by_glob = ll.contrast(lens, texts(0), texts(1), "*hook_out")
+        by_predicate = ll.contrast(lens, texts(0), texts(1), hook_out)
+        assert list(by_glob.values) == list(by_predicate.values)
+        assert "blocks.0.attn.hook_out" in by_glob.values
+        assert "unembed.hook_out" not in by_glob.values
+    for name in ("unembed.hook_out", "blocks.0.attn.hook_pattern"):
+        if name in lens.model.hook_dict:
+            with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
+                ll.contrast(lens, texts(0), texts(1), ["*", name])
+    with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
+        ll.contrast(lens, texts(0), texts(1), "*hook_pattern")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_patches_at_globs_leave_out_what_holds_no_activation(cls: str):
+    lens, prompt = cases.case("llama", cls, "raw").lens, SETS[0][:2]
+    names = ["*mbed*", "blocks.0.attn.hook_[pz]*", "blocks.1.hook_resid_pre"]
+    patched = {
+        positions: ll.patch_activations(
+            lens, prompt, ll.Logit(5), names, positions=positions, progress=False
+        )
+        for positions in (None, -1)
+    }
+    assert "embed.hook_in" not in patched[None].names
+    assert "blocks.0.attn.hook_pattern" in patched[None].names
+    assert "blocks.0.attn.hook_pattern" not in patched[-1].names
+    assert "blocks.1.hook_resid_pre" in patched[-1].names
