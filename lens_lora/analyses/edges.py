@@ -32,11 +32,19 @@ from torch import Tensor
 from lens_lora.analyses.patching import How
 from lens_lora.arguments import number, word
 from lens_lora.engine.asked import ask
-from lens_lora.engine.edges import LOGITS, edge_values, head_readers, patched_edges, reader_layer
+from lens_lora.engine.edges import (
+    LOGITS,
+    Path,
+    edge_values,
+    head_readers,
+    patched_edges,
+    reader_layer,
+)
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model import Group, Groups, LoraLens, alone, by_axes, group_sites, indicator
 from lens_lora.model.hooks import is_hooked
+from lens_lora.model.sites import chosen_sites
 from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution, Effects
@@ -121,26 +129,44 @@ class Edges(Ranked):
             effects: those of `patch_edges`.
 
         Raises:
-            ArgumentError: other effects; an edge that is not among these, naming it.
+            ArgumentError: other effects; an edge whose sites these groups do not make up, or whose
+                reader is not among these, naming it.
         """
         if not isinstance(effects, Effects) or effects.of != "edge":
             raise ArgumentError(
                 f"edges agree with effects of edges, and {effects.key} has none; measure them with "
                 "ll.patch_edges."
             )
-        values, per_edge = list[Tensor](), self.per_edge
-        for name in effects.groups:
-            writer, reader = name.split(_ARROW)
-            if writer not in self.groups or reader not in self.readers:
+        values = list[Tensor]()
+        for name, members in effects.groups.items():
+            writer, _, reader = name.rpartition(_ARROW)
+            rows = self._rows_of(members)
+            if rows is None or reader not in self.readers:
                 raise ArgumentError(
-                    f"{name} is not among these edges; compute them by site, with readers='head' "
-                    "where a head was patched."
+                    f"{name} is not among these edges; compute them by site, or with the group= of "
+                    f"{writer!r}, and with readers='head' where a head was patched."
                 )
-            values.append(per_edge[:, list(self.groups).index(writer), self.readers.index(reader)])
+            values.append(self.per_edge[:, rows, self.readers.index(reader)].sum(1))
         labels = {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
         return Effects(
             values=torch.stack(values, 1), groups=effects.groups, how=self.key, of="edge", **labels
         )
+
+    def _rows_of(self, members: Sequence[int]) -> list[int] | None:
+        """The groups that make up these sites: one of the same sites, or several without overlap.
+
+        None where no groups do.
+        """
+        wanted = set(members)
+        parts: list[int] = []
+        for row, sites in enumerate(self.groups.values()):
+            if set(sites) == wanted:
+                return [row]
+            if set(sites) <= wanted:
+                parts.append(row)
+        groups = list(self.groups.values())
+        covered = [site for row in parts for site in groups[row]]
+        return parts if sorted(covered) == sorted(wanted) else None
 
     def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
         """The k strongest edges, from the writer's layer to the reader's.
@@ -228,14 +254,19 @@ def patch_edges(
     pairs: Iterable[Sequence[str]],
     how: How = "add_one",
     *,
+    group: Group = "site",
     progress: bool = True,
 ) -> Effects:
-    """What one reader does with what one site writes, exactly: path patching.
+    """What one reader does with what one site, or group of sites, writes, exactly: path patching.
 
     With 'add_one' the base model runs, and to the input of the reader, before its norm, is added
     what switching the site on makes of its branch's output. No other reader sees it. With
     'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
     for that reader alone.
+
+    The sites of a group are switched together. Each block's branches read the stream as it is
+    without the switch, so that sites of one group do not read each other across blocks, and the
+    reader gets the sum; of a group those sites count that the reader is downstream of.
 
     Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
     one block one more, with tangents.
@@ -244,10 +275,13 @@ def patch_edges(
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        pairs: (site, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
-            'blocks.5.attn.3.q', or 'logits'; `edges(…).top(20)[["writer", "reader"]].values` gives
+        pairs: (writer, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
+            'blocks.5.attn.3.q', or 'logits'. The writer is a site, a glob for all sites that it
+            matches, or the name of a group; `edges(…).top(20)[["writer", "reader"]].values` gives
             the strongest.
         how: 'add_one', on the base model, or 'leave_one_out', in the adapted model.
+        group: the writers that may be named: 'layer', 'kind' or {name: site names or globs}, as for
+            `edges`.
         progress: show a bar.
 
     Returns:
@@ -255,8 +289,9 @@ def patch_edges(
         raises the readout.
 
     Raises:
-        SiteError: a site or a reader that the model lacks, with the nearest.
-        ArgumentError: a reader that is not downstream of the site, no pairs, another `how`.
+        SiteError: a site, group or reader that there is not, with the nearest.
+        ArgumentError: a reader that is not downstream of any of the writer's sites, no pairs,
+            another `how` or group.
         ModelStateError: heads that are not known; for a pair within one block, a hook of yours
             behind it, or an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
@@ -264,12 +299,13 @@ def patch_edges(
     """
     word("how", how, get_args(How))
     asked = ask(lens, prompts, readout)
-    sites, adds = _pairs(asked.lens, pairs), how == "add_one"
-    indices, scale = [(site, reader) for (_, reader), site in sites.items()], float(not adds)
-    moved = patched_edges(asked.lens, asked.reading, indices, scale=scale, progress=progress)
+    paths = _paths(asked.lens, pairs, group_sites(lens.sites, group))
+    adds = how == "add_one"
+    scale = float(not adds)
+    moved = patched_edges(asked.lens, asked.reading, paths, scale=scale, progress=progress)
     return Effects(
         values=moved if adds else -moved,
-        groups={_ARROW.join(pair): (site,) for pair, site in sites.items()},
+        groups={f"{path.writer}{_ARROW}{path.reader}": path.sites for path in paths},
         how=how,
         of="edge",
         noise_floor=asked.effect_noise(scale),
@@ -277,37 +313,72 @@ def patch_edges(
     )
 
 
-def _pairs(lens: LoraLens, pairs: Iterable[Sequence[str]]) -> dict[tuple[str, str], int]:
-    """(site, reader) → index of the site, after their names and directions were checked."""
+def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[Path]:
+    """The pairs, each once, after their names and directions were checked."""
     try:
-        names = [(site, reader) for site, reader in pairs]
+        names = [(writer, reader) for writer, reader in pairs]
     except (TypeError, ValueError):
         names = []
     if not names:
         raise ArgumentError(
             f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
         )
-    host, last = lens.plan.host, lens.plan.host.n_layers - 1
-    blocks, block_input = map(host.stream_readers, range(host.n_layers)), host.block_input
-    readers = [name for held, _ in blocks for name in held] + [LOGITS]
-    readers += [head for name in readers for head in head_readers(lens, name) if head != name]
-    for site, reader in names:
+    readers = _reader_names(lens)
+    paths: list[Path] = []
+    for writer, reader in dict.fromkeys(names):
         if reader not in readers:
             near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3) or readers[:3]
             raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
-        block = lens.sites[lens.site_index(site)].layer
-        if reader_layer(lens, reader) < block:
-            raise ArgumentError(
-                f"{site}{_ARROW}{reader}: the reader comes before the site, and what a site writes "
-                "is read downstream."
-            )
-        # What a reader in the site's own block saw is taken off the stream behind that block.
-        behind = f"blocks.{block}.hook_resid_post", block_input(min(block + 1, last))
-        places = lens.model.blocks[block], *map(lens.model.hook_dict.__getitem__, behind)
-        if reader_layer(lens, reader) == block and is_hooked(places):
-            raise ModelStateError(
-                f"{site}{_ARROW}{reader}: a hook of yours on block {block}, or at one of {behind}, "
-                "may change what this reader saw before it is taken off the stream again. Remove "
-                "that hook, or ask for a later reader."
-            )
-    return {pair: lens.site_index(pair[0]) for pair in names}
+        path = Path(writer, _writer_sites(lens, writer, groups), reader)
+        _require_downstream(lens, path)
+        paths.append(path)
+    return paths
+
+
+def _reader_names(lens: LoraLens) -> list[str]:
+    """Every reader of the model, blocks first, then heads."""
+    host = lens.plan.host
+    blocks = [name for layer in range(host.n_layers) for name in host.stream_readers(layer)[0]]
+    heads = [head for name in blocks for head in head_readers(lens, name) if head != name]
+    return [*blocks, LOGITS, *heads]
+
+
+def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...]:
+    """The sites of a group of this name, or those that a name or glob matches."""
+    if writer in groups:
+        return tuple(groups[writer])
+    try:
+        return chosen_sites(lens.sites, [writer])
+    except SiteError as error:
+        names = list(groups)
+        if names == [site.name for site in lens.sites]:
+            raise
+        raise SiteError(
+            f"{writer!r} is none of the groups {names[:6]}, and it matches no site."
+        ) from error
+
+
+def _require_downstream(lens: LoraLens, path: Path) -> None:
+    """Check that the reader is behind some site, and that a patch within a block can be undone."""
+    layer = reader_layer(lens, path.reader)
+    blocks = {lens.sites[site].layer for site in path.sites}
+    if layer < min(blocks):
+        raise ArgumentError(
+            f"{path.writer}{_ARROW}{path.reader}: the reader comes before the site, and what a "
+            "site writes is read downstream."
+        )
+    host = lens.plan.host
+    if path.reader == LOGITS or layer not in blocks:
+        return
+    # What a reader in the site's own block saw is taken off the stream behind that block.
+    behind = (
+        f"blocks.{layer}.hook_resid_post",
+        host.block_input(min(layer + 1, host.n_layers - 1)),
+    )
+    places = lens.model.blocks[layer], *map(lens.model.hook_dict.__getitem__, behind)
+    if is_hooked(places):
+        raise ModelStateError(
+            f"{path.writer}{_ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
+            f"{behind}, may change what this reader saw before it is taken off the stream again. "
+            "Remove that hook, or ask for a later reader."
+        )

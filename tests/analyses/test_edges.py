@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import itertools
 
 import architectures
@@ -268,6 +269,73 @@ def patched(held, stream: Stream, how: str, pairs: list[tuple[str, str]]) -> flo
     return relative(ours.values, torch.stack(expected, 1))
 
 
+GROUPS = {"attention of 0": ["blocks.0.attn.*"], "all values": "*.attn.v", "all": "*"}
+WRITERS = [*GROUPS, "blocks.1.*", "*.mlp.*"]  # groups by name, and globs
+
+
+@pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("family", ["llama", "neox", "gemma2"])
+def test_groups_and_globs_equal_hooks_by_hand(family: str, cls: str, how: str):
+    """Sites of both branches and of both layers, and readers in the block of some of them."""
+    if not models.is_built_right(family, cls, "raw"):
+        pytest.skip("this version of transformer-lens builds another model")
+    held, tokens = cases.case(family, cls, "raw"), models.tokens(pos=5)
+    modules, sites = list(held.lens.adapter.modules), held.lens.sites
+    names = [site.name for site in sites]
+    stream, layers = STREAMS[family], models.LAYERS
+    pairs, expected = [], []
+    for writer in WRITERS:
+        patterns = GROUPS.get(writer, writer)
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        members = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        written = list(dict.fromkeys(s.module for s in sites if s.name in members))
+        if any(s.module in written and s.name not in members for s in sites):
+            continue  # a part of a fused projection, of which PEFT has one gate
+        for reader in ("blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "logits"):
+            places = [stream.writer(module, layers)[:2] for module in written]
+            if any(stream.is_downstream(*place, reader) for place in places):
+                pairs.append((writer, reader))
+                expected.append(
+                    reference.peft_path_patch(
+                        held.peft, tokens, read, stream, modules, (written, reader), how
+                    )
+                )
+    assert len(pairs) >= 8
+    ours = ll.patch_edges(held.lens, tokens, MARGIN, pairs, how, group=GROUPS, progress=False)
+    assert relative(ours.values, torch.stack(expected, 1)) < ROUND_OFF
+    alone = [
+        ll.patch_edges(held.lens, tokens, MARGIN, [pair], how, group=GROUPS, progress=False)
+        for pair in pairs[::5]
+    ]
+    together = ours.values[:, ::5]
+    assert relative(torch.cat([effect.values for effect in alone], 1), together) < ROUND_OFF
+
+
+@pytest.mark.parametrize("group", ["layer", "kind", {"a": "*.attn.*", "rest": ["*.mlp.*"]}])
+def test_edges_of_groups_are_the_limit_of_their_path_patches(group):
+    """Measured as they were estimated: `compare` takes both, by the groups' names or by site."""
+    held = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    errors = []
+    for size in (1e-2, 1e-4):
+        lens = held.with_adapter(held.adapter.scaled(size))
+        edges = ll.edges(lens, TEXTS, MARGIN, group=group, progress=False)
+        pairs = edges.top(40)[["writer", "reader"]].values.tolist()
+        effects = ll.patch_edges(lens, TEXTS, MARGIN, pairs, group=group, progress=False)
+        errors.append(relative(edges.along(effects).values, effects.values))
+        by_site = ll.edges(lens, TEXTS, MARGIN, progress=False)
+        assert relative(by_site.along(effects).values, edges.along(effects).values) < ROUND_OFF
+    assert errors[1] < 2e-2 * errors[0]
+    assert ll.compare(edges, effects, bootstrap=0).mean("slope") == pytest.approx(1, abs=1e-2)
+    first = ll.patch_edges(lens, TEXTS, MARGIN, [("*.mlp.*", "logits")], progress=False)
+    if isinstance(group, dict):  # the same sites by another name
+        assert edges.along(first).values.shape == (3, 1)
+    else:
+        other = ll.edges(lens, TEXTS, MARGIN, group={"one": "blocks.0.mlp.*"}, progress=False)
+        with pytest.raises(ll.errors.ArgumentError, match="is not among these edges"):
+            other.along(first)
+
+
 def whole_sites(held, edges: ll.results.Edges) -> list[tuple[str, str]]:
     """Every edge of a site that is all of its module."""
     counts = [site.module for site in held.lens.sites]
@@ -524,6 +592,18 @@ BAD = {
     "no such site": (
         lambda t: ll.patch_edges(t, "w5", MARGIN, [("blocks.0.attn.x", "logits")]),
         "matches no site",
+    ),
+    "no such group": (
+        lambda t: ll.patch_edges(t, "w5", MARGIN, [("layer 7", "logits")], group="layer"),
+        r"'layer 7' is none of the groups \['layer 0', 'layer 1'\], and it matches no site",
+    ),
+    "a group behind the reader": (
+        lambda t: ll.patch_edges(t, "w5", MARGIN, [("layer 1", "blocks.0.mlp")], group="layer"),
+        "the reader comes before the site",
+    ),
+    "another group of writers": (
+        lambda t: ll.patch_edges(t, "w5", MARGIN, [("q", "logits")], group="head"),
+        "group 'head'",
     ),
     "no pairs": (lambda t: ll.patch_edges(t, "w5", MARGIN, []), "expected pairs of names"),
     "one name": (lambda t: ll.patch_edges(t, "w5", MARGIN, ["logits"]), "expected pairs of names"),

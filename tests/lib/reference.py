@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -245,16 +245,27 @@ def peft_path_patch(
     read: Read,
     stream: Stream,
     modules: list[str],
-    pair: tuple[str, str],
+    pair: tuple[str | Sequence[str], str],
     how: str,
 ) -> Tensor:
-    """The effect of one edge: the reader alone sees the branch's change, and all else follows."""
-    scale, (module, reader) = float(how == "leave_one_out"), pair
+    """The effect of one edge: the reader alone sees the branches' change, and all else follows.
+
+    Of several modules each branch reads the stream of the plain run, and the reader the sum of what
+    the branches before it write.
+    """
+    scale, (writer, reader) = float(how == "leave_one_out"), pair
     layers = peft.config.num_hidden_layers
     gates = dict.fromkeys(modules, scale)
-    _, _, out = stream.writer(module, layers)
-    switched = gates | {module: 1 - scale}
-    delta = branch_output(peft, tokens, out, switched) - branch_output(peft, tokens, out, gates)
+    branches: dict[str, list[str]] = {}
+    for module in [writer] if isinstance(writer, str) else writer:
+        layer, branch, out = stream.writer(module, layers)
+        if stream.is_downstream(layer, branch, reader):
+            branches.setdefault(out, []).append(module)
+    delta: Any = 0.0
+    for out, members in branches.items():
+        switched = gates | dict.fromkeys(members, 1 - scale)
+        moved = branch_output(peft, tokens, out, switched)
+        delta = delta + moved - branch_output(peft, tokens, out, gates)
     plain = peft_readout(peft, tokens, read, gates)
     with adding(peft, stream, {reader: delta}, layers):
         patched = peft_readout(peft, tokens, read, gates)
