@@ -121,8 +121,8 @@ def first_order(
             tokens. The result names it.
         by: any of 'position', 'head', 'expert' (of a stack of them) and 'rank'; with AnswerLogProb
             also 'token', which token of the response is moved.
-        group: with by='token', sums over 'layer', 'kind' or {name: site names or globs}, which
-            take fewer tangents than single sites.
+        group: sums over 'layer', 'kind' or {name: site names or globs} of sites, of the whole
+            readout or with by='token', which in forward mode take fewer tangents than single sites.
         gauge: the meaning of a rank: 'trained', the ranks of the file, whose parts another (GA,
             BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
@@ -134,11 +134,12 @@ def first_order(
     Returns:
         Attribution with values [batch, site, *by] in the readout's units; its `method` names the
         rules, as in 'first_order/patterns'. With `group`, GroupAttribution with values [batch,
-        group, token]. Of several readouts, a tuple with an Attribution for each.
+        group], or by token [batch, group, token]. Of several readouts, a tuple with an Attribution
+        for each.
 
     Raises:
         ArgumentError: no readouts, another mode, axis, group or gauge, a gauge 'svd' without
-            'rank', a group without by='token', or less memory than one part takes.
+            'rank', a group split by anything but tokens, or less memory than one part takes.
         SiteError: a glob of a group that matches no site.
         ModelStateError: rules that this model's hooks cannot keep, naming the hook point; in
             forward mode, an operation without a forward-mode derivative.
@@ -155,13 +156,15 @@ def first_order(
             raise ArgumentError(
                 f"group= takes one readout, and these are {len(readouts)}: call it for each."
             )
-        if by_axes(by, (*AXES, "token")) != ("token",) or gauge != "trained":
+        axes = by_axes(by, (*AXES, "token"))
+        if axes not in ((), ("token",)) or gauge != "trained":
             raise ArgumentError(
-                f"group={group!r} sums the sites of by='token' alone, and by={by!r}, "
-                f"gauge={gauge!r}; without tokens use .sum('layer') of the result."
+                f"group={group!r} sums sites as a whole, or by='token' alone, and by={by!r}, "
+                f"gauge={gauge!r}; sum the parts of single sites yourself: leave group= out, and "
+                "use .to_frame() of the result."
             )
         groups = group_sites(lens.sites, group)
-        return _by_group(questions[0], groups, at, mode, rules, progress)
+        return _by_group(questions[0], groups, axes, at, mode, rules, progress)
     take = functools.partial(
         first_order_of, at=at, mode=mode, by=by, gauge=gauge, rules=rules, progress=progress
     )
@@ -314,20 +317,48 @@ def _by_token(
 
 
 def _by_group(
-    asked: Asked, groups: Groups, at: float, mode: Mode, rules: FrozenRules | None, progress: bool
+    asked: Asked,
+    groups: Groups,
+    axes: tuple[str, ...],
+    at: float,
+    mode: Mode,
+    rules: FrozenRules | None,
+    progress: bool,
 ) -> GroupAttribution:
+    gates = asked.lens.gates(at)
     with _under(rules, asked.lens, asked.reading.prompts):
-        values, used_mode = _by_token(asked, asked.lens.gates(at), (), mode, progress, groups)
+        if axes:
+            values, used_mode = _by_token(asked, gates, (), mode, progress, groups)
+        else:
+            values, used_mode = _of_groups(asked, groups, at, mode, progress)
     require_finite(values, "the first-order shift")
     return GroupAttribution(
-        values=within_response(values, response_tokens(asked)),
+        values=within_response(values, response_tokens(asked)) if axes else values,
         groups=groups,
+        by=axes,
         method=_method(rules),
         at=at,
         mode=used_mode,
-        response=response_tokens(asked),
+        response=response_tokens(asked) if axes else (),
         **header(asked),
     )
+
+
+def _of_groups(
+    asked: Asked, groups: Groups, at: float, mode: Mode, progress: bool
+) -> tuple[Float[Tensor, "batch group"], str]:
+    """Σ_{l in G} a_l of every group, and the mode: in forward mode a tangent for each group."""
+    lens, reading = asked.lens, asked.reading
+    if chosen_mode(mode, lens, 1) == "forward":
+        parts = derivatives.group_parts(lens, groups)
+        read = derivatives.of_value(reading)
+        gates = lens.gates(at)
+        values = part_tangents(lens, reading.prompts, gates, parts, read, progress=progress)
+        return values, "forward"
+    slopes = asked.slopes(at)
+    require_finite_sites(lens, slopes)
+    members = indicator(groups, len(lens.sites)).to(slopes)
+    return slopes @ members.T, "reverse"
 
 
 def within_response(

@@ -272,26 +272,30 @@ class Attribution(Ranked):
 
 @final
 class GroupAttribution(Ranked):
-    """What each group of sites contributes to each token of a response, in the readout's units.
+    """What each group of sites contributes to a readout, or to each token of a response.
 
-    `plot` is a heatmap group × token of one response.
+    In the readout's units. `plot` is bars of groups; by token a heatmap group × token of one
+    response.
 
     Attributes:
-        values: [batch, group, token]; NaN beyond a response's own tokens.
+        values: [batch, group], or [batch, group, token] with NaN beyond a response's own tokens.
         groups: {name: indices into sites}, as in `Effects`.
+        by: () or ('token',).
         method: how it was computed: 'first_order', 'first_order/patterns'.
         at: the gate value at which it was taken.
-        mode: 'forward', a tangent for each group, or 'reverse', a covector for each token.
-        response: each prompt's y_1 … y_T.
+        mode: 'forward', a tangent for each group, or 'reverse', one way back, by token a covector
+            for each token.
+        response: each prompt's y_1 … y_T, where values are by token.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
-    values: Float[Tensor, "batch group token"]
+    values: Float[Tensor, "batch group *token"]
     groups: Annotated[Groups, "group: site"]
     method: str
     at: float
     mode: str
-    response: Annotated[tuple[tuple[str, ...], ...], "batch token"]
+    by: tuple[str, ...] = ("token",)
+    response: Annotated[tuple[tuple[str, ...], ...], "batch token?"] = ()
 
     @property
     def key(self) -> str:
@@ -301,24 +305,35 @@ class GroupAttribution(Ranked):
     @property
     def per_group(self) -> Float[Tensor, "batch group"]:
         """The values summed over tokens."""
-        return self.values.nansum(2)
+        return self.values.nansum(2) if self.by else self.values
 
     @property
     def per_token(self) -> Float[Tensor, "batch token"]:
-        """The values summed over groups; NaN beyond a response."""
+        """The values summed over groups; NaN beyond a response.
+
+        Raises:
+            ArgumentError: the groups were not split by token.
+        """
+        if not self.by:
+            raise ArgumentError("these groups are not by token; ask for by='token'.")
         return self.values.sum(1)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt, group and token of its response: its value and share of the shift."""
-        values, shares = self.values.tolist(), self.share_of(self.values).tolist()
-        rows = [
-            (p, name, len(members), t, token, values[p][g][t], shares[p][g][t])
-            for p, tokens in enumerate(self.response)
-            for g, (name, members) in enumerate(self.groups.items())
-            for t, token in enumerate(tokens)
-        ]
-        columns = ["prompt", "group", "sites", "t", "y_t", "value", "share"]
-        return pd.DataFrame(rows, columns=columns)
+        """One row per prompt and group (and token): its value and share of the shift."""
+        frame = base.long_table(
+            {"value": self.values, "share": self.share_of(self.values)},
+            {"prompt": range(len(self.values))},
+            {"group": list(self.groups), "sites": list(map(len, self.groups.values()))},
+            *([{"t": range(self.values.shape[2])}] if self.by else []),
+        )
+        if not self.by:
+            return frame
+        lengths = torch.tensor([len(tokens) for tokens in self.response])
+        slots = torch.arange(self.values.shape[2])
+        is_there = (slots < lengths[:, None])[:, None].expand(self.values.shape)
+        frame = frame.loc[is_there.flatten().numpy()].reset_index(drop=True)
+        frame.insert(4, "y_t", base.tokens_at(self.response, frame["prompt"], frame["t"]))
+        return frame
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's value, summed over tokens."""

@@ -129,14 +129,24 @@ def effects_figure(effects: results.Effects, prompt: int | None = None) -> Figur
     """Layer × kind of module for single sites, a bar for each group of several."""
     if effects.of == "site" and all(len(members) == 1 for members in effects.groups.values()):
         return site_heatmap(effects.attribution(), prompt)
-    _, group_values, total, _ = effects.entries(prompt)
-    values, shift, units = group_values.tolist(), float(total), effects.units
+    _, group_values, shift, _ = effects.entries(prompt)
+    return _bars_of_groups(effects, group_values.tolist(), float(shift), prompt)
+
+
+def _bars_of_groups(
+    result: results.Effects | results.GroupAttribution,
+    values: Sequence[float],
+    shift: float,
+    prompt: int | None,
+) -> Figure:
+    """A bar for each group of sites."""
+    units = result.units
     hover = [
         f"<b>{label(name)}</b><br>{value_text(value, shift, units)}<br>sites: {len(members)}"
-        for (name, members), value in zip(effects.groups.items(), values, strict=True)
+        for (name, members), value in zip(result.groups.items(), values, strict=True)
     ]
-    titles = _titles(effects, f"of a shift of {signed(shift)} {units}", prompt)
-    return figures.bars(titles, effects.groups, values, hover, units)
+    titles = _titles(result, f"of a shift of {signed(shift)} {units}", prompt)
+    return figures.bars(titles, result.groups, values, hover, units)
 
 
 def members_figure(subset: results.BestSubset, row: int) -> Figure:
@@ -176,7 +186,10 @@ def constant_part_figure(constant: results.ConstantPart) -> Figure:
 
 @drawing.figure.register(results.GroupAttribution)
 def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None) -> Figure:
-    """What each group contributes to each token of one response."""
+    """A bar for each group; by token what each group contributes to each token of one response."""
+    if not grouped.by:
+        _, group_values, shift, _ = grouped.entries(prompt)
+        return _bars_of_groups(grouped, group_values.tolist(), float(shift), prompt)
     index = only_prompt(prompt, len(grouped.base), "tokens")
     tokens, shift, units = grouped.response[index], float(grouped.shift[index]), grouped.units
     total = signed(float(grouped.per_group[index].sum()))
@@ -370,6 +383,7 @@ def writes_figure(writes: results.FeatureWrites, k: int = 20, prompt: int | None
         return f"<b>{y.values[i]}</b>, feature {chosen[j]}<br>{signed(value)} {label(writes.units)}"
 
     below = f"what it writes by itself, {text.position_text(writes.positions)}"
+    below += f", to {writes.name}" if writes.name else ""
     titles = ("δz of each site onto features", f"{below} · {whose(prompt, writes.str_tokens)}")
     return heatmap(titles, values[:, chosen].tolist(), says, x, y, writes.units, "signed")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cases
 import models
 import pytest
+import reference
 import torch
 
 import lens_lora as ll
@@ -54,6 +55,44 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
     assert (found.shift - sites.shift).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+@pytest.mark.parametrize("at", [0.0, 0.4])
+def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):
+    """Without by='token': central differences of PEFT's scales of a group's modules together."""
+    held, step = cases.case("llama", lens.class_name, "raw"), 2e-4
+    tokens, readout = models.tokens(), ll.Margin(5, 9)
+    modules = dict.fromkeys(lens.adapter.modules, at)
+
+    def margin(members, eps: float) -> torch.Tensor:
+        moved = {lens.sites[site].module: at + eps for site in members}
+        read = lambda logits: logits[:, 5] - logits[:, 9]  # noqa: E731
+        return reference.peft_readout(held.peft, tokens, read, modules | moved)
+
+    for mode in ("auto", "reverse", "forward"):
+        found = first_order(lens, tokens, readout, at=at, group=group, mode=mode, progress=False)
+        assert found.mode == ("forward" if mode == "forward" else "reverse") and found.by == ()
+        for column, members in enumerate(found.groups.values()):
+            near = margin(members, step) - margin(members, -step)
+            far = margin(members, 2 * step) - margin(members, -2 * step)
+            slope = (8 * near - far) / (12 * step)
+            assert (found.values[:, column] - slope).abs().max() < 1e-8
+    sites = first_order(lens, tokens, readout, at=at)
+    assert (found.shift - sites.shift).abs().max() < 1e-12
+    for column, members in enumerate(found.groups.values()):
+        assert apart(found.values[:, column], sites.values[:, list(members)].sum(1)) < 1e-11
+
+
+def test_groups_of_every_readout_sum_their_tokens(lens: ll.LoraLens):
+    whole = of(lens, group="layer", by=())
+    assert apart(whole.values, of(lens, group="layer").per_group) < 1e-11
+    for readout in (ll.KL(RESPONSES), ll.AnswerMargin(RESPONSES, " w5"), ll.Logit(7)):
+        found = first_order(lens, prompts(), readout, at=1.0, group="kind", progress=False)
+        sites = first_order(lens, prompts(), readout, at=1.0)
+        for column, members in enumerate(found.groups.values()):
+            summed = sites.values[:, list(members)].sum(1)
+            assert apart(found.values[:, column], summed) < 1e-11
+
+
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_groups_where_the_constant_of_v_is_added_at_o(family: str, cls: str):
@@ -61,6 +100,8 @@ def test_groups_where_the_constant_of_v_is_added_at_o(family: str, cls: str):
     lens = cases.case(family, cls, "processed").lens
     forward, reverse = (of(lens, mode=m, group="layer") for m in ("forward", "reverse"))
     assert apart(forward.values, reverse.values) < 1e-11
+    whole = [of(lens, mode=m, group="layer", by=()) for m in ("forward", "reverse")]
+    assert apart(whole[0].values, whole[1].values) < 1e-11
 
 
 @pytest.mark.parametrize("by", ["position", "head", "rank", ("head", "rank")], ids=str)
@@ -167,13 +208,21 @@ def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
     assert frame["value"].sum() == pytest.approx(float(found.values.nansum()))
     assert list(found.top(1)) == ["group", "value", "share"]
     assert (found.per_token.nansum(1) - found.per_group.sum(1)).abs().max() < 1e-12
+    whole = of(lens, group="layer", by=())
+    again = ll.results.GroupAttribution.load(whole.save(tmp_path / "whole.safetensors"))
+    assert again.by == () and apart(again.values, whole.values) == 0
+    frame = whole.to_frame()
+    assert list(frame) == ["prompt", "group", "sites", "value", "share"] and len(frame) == 4
+    assert frame["sites"].tolist() == [7, 7, 7, 7]
+    with pytest.raises(ll.errors.ArgumentError, match="not by token"):
+        _ = whole.per_token
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"group": "layer", "by": ()}, ll.errors.ArgumentError, r"use \.sum"),
+        ({"group": "layer", "by": "position"}, ll.errors.ArgumentError, "leave group= out"),
         ({"group": "layer", "by": ("head", "token")}, ll.errors.ArgumentError, "by='token' alone"),
         ({"group": "head"}, ll.errors.ArgumentError, "'site', 'layer', 'kind'"),
         ({"group": {"x": "nothing"}}, ll.errors.SiteError, "nearest"),

@@ -142,6 +142,14 @@ def token_shifts() -> ll.results.TokenShifts:
     )  # fmt: skip
 
 
+def of_groups() -> ll.results.GroupAttribution:
+    """Summed over a whole readout."""
+    return ll.results.GroupAttribution(
+        values=torch.tensor([[1.0, -2.0], [0.5, 3.0]]), groups={"mlp": (0, 1), "rest": (2, 3)},
+        method="first_order", at=0.0, mode="reverse", by=(), **HEADER,
+    )  # fmt: skip
+
+
 def by_group() -> ll.results.GroupAttribution:
     values = torch.tensor([[[1.0, 2.0], [0.5, -1.0]], [[3.0, math.nan], [0.0, math.nan]]])
     return ll.results.GroupAttribution(
@@ -323,7 +331,7 @@ def every_result() -> list[Result]:
         features(by_position=True), writes,
         contrast(), *of_directions(),
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
-        ll.results.Explanations((e, by_hand(fast=True))), by_group(),
+        ll.results.Explanations((e, by_hand(fast=True))), by_group(), of_groups(),
         adapter_comparison(), checkpoints(), repair(), best_subset(),
         verification(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_result import best_subset, by_group, every_result
+from every_result import best_subset, by_group, every_result, of_groups
 from explained import by_hand
 from results_by_hand import (
     EVIL,
@@ -670,3 +670,8 @@ def test_groups_by_token_are_a_heatmap():
     assert "first order at ε" in figure.layout.title.text
     with pytest.raises(ArgumentError, match="prompt"):
         grouped.plot()
+    whole = of_groups()
+    assert list(whole.plot(1).data[0].x) == [0.5, 3.0] or list(whole.plot(1).data[0].y) == [
+        0.5,
+        3.0,
+    ]
