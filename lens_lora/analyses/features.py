@@ -5,14 +5,18 @@ d·h.
 
     shift           d·(h(1) − h(0))              `feature_shift`, at one hook point
     first order     d·∂h/∂t along the adapter
-    write           d·δz_l                       by='site', before any later
-                                                 module has seen it
+    write           d·δz_l                       by='site', before any later module has
+                                                 seen it, of sites that write to the point
 
 1. h of the base and of the adapted model: a forward pass each, kept at the hook point.
 2. ∂h by forward mode: one dual pass, every gate moving along `scale`.
 3. Differences are projected, not projections subtracted: in float32 that keeps their digits.
 4. The exact shift less its first order is the remainder; a noise floor says what of it is rounding.
-5. δz_l of the sites that write to the residual stream: one forward pass at the gates `at`.
+5. δz_l of the sites that write to the point: one forward pass at the gates `at`. To a point of the
+   residual stream write o, down and embeddings before it; what stands behind it cannot move it, and
+   is left out. Between the two branches of a block (resid_mid) a site counts if the activation
+   depends on its gate, which a backward pass of one prompt shows. To any other point writes a site
+   whose own output is held there.
 """
 
 from __future__ import annotations
@@ -26,7 +30,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.adapters.directions import STREAM, Directions, directions_of
+from lens_lora.adapters.directions import (
+    STREAM,
+    Directions,
+    directions_of,
+    is_residual,
+    is_stream,
+)
 from lens_lora.arguments import is_whole, number, one_entry, word
 from lens_lora.engine.asked import Asked, ask_prompts, of_stream
 from lens_lora.engine.derivatives import JointInject
@@ -173,12 +183,14 @@ def feature_shift(
 ) -> FeatureShift | FeatureWrites:
     """How far the adapter moves each feature at a hook point: exactly, and to first order.
 
-    With by='site', what each site that writes to the residual stream writes to each feature itself,
-    d·δz_l, without what later modules make of it. q, k, v, gate and up do not write to the stream
-    and are left out.
+    With by='site', what each site writes to each feature itself, d·δz_l, without what later modules
+    make of it. At a point of the residual stream these are the sites before it that write to the
+    stream: a site behind the point cannot move it, and q, k, v, gate and up do not write to the
+    stream. At any other point it is the site whose output it holds. Without a point, all sites that
+    write to the stream are listed, wherever the feature is read.
 
     Cost: three forward passes, a dual one and one of a single token (about 6 F), however many
-    features; by site one forward pass.
+    features; by site one forward pass, and between a block's branches a backward one.
 
     Args:
         lens: the adapter over the model.
@@ -187,14 +199,14 @@ def feature_shift(
             them to read lengths); or a sparse autoencoder with W_enc (SAELens's, or any with such
             attributes), alone or as (autoencoder, indices).
         name: the hook point where d·h is read; with heads their last two axes are laid flat. An
-            autoencoder brings its own.
+            autoencoder brings its own, as a Contrast of one point does.
         scale: the sites and their strength, 1 by default: the shift is h(scale) − h(0).
         at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
             By site, the gates at which z is read.
         positions: an index within each prompt, negative ones from its own end; 'each' for every
             position: values are [batch, feature, position].
-        by: 'site' for what each site writes; directions are then as wide as the residual stream,
-            and there is no `name` and no `scale`.
+        by: 'site' for what each site writes; there is then no `scale`, and `name` may be left out
+            for directions of the residual stream.
 
     Returns:
         FeatureShift, or by site FeatureWrites. An autoencoder's activations at both ends stand
@@ -202,26 +214,26 @@ def feature_shift(
         downstream of it.
 
     Raises:
-        SiteError: a hook point that the model lacks, with the nearest names; by site, an adapter
-            without a site that writes to the residual stream.
+        SiteError: a hook point that the model lacks, with the nearest names; by site, a point to
+            which no site of the adapter writes.
         ModelStateError: a point that never fires, holds no activations by position, or lies
             between a site's input and output; an operation without a forward-mode derivative. By
             site, a norm that changes what a site writes before it joins the residual stream (o and
             down of Gemma 2 and 3, Bloom's embedding).
         ArgumentError: directions of another width, an autoencoder that is not linear up to its
-            pre-activations, a position outside a prompt; a name or a scale beside by='site'.
+            pre-activations, a position outside a prompt; by site, a scale, or every position.
         NumericsError: non-finite activations.
     """
     asked, features = ask_prompts(lens, prompts), directions_of(directions, name)
     at = number("at", at)
     if by is not None:
         word("by", by, ["site"])
-        if name is not None or scale is not None or one_entry(positions) == "each":
+        if scale is not None or one_entry(positions) == "each":
             raise ArgumentError(
-                "by='site' is what each site writes to the residual stream at one position, at the "
-                "gates `at`; leave out name= and scale=, and give positions an index, such as -1."
+                "by='site' is what each site writes at one position, at the gates `at`; leave out "
+                "scale=, and give positions an index, such as -1."
             )
-        return _by_site(asked, features, at, positions)
+        return _by_site(asked, features, name or features.hook_name, at, positions)
     gates = lens.gates(1.0 if scale is None else scale)
     name = name or features.hook_name
     if name is None:
@@ -304,6 +316,8 @@ class FeatureWrites(OfSites):
         values: [batch, site, feature], at one position.
         positions: the index within each prompt.
         at: the gates at which z was read.
+        name: the hook point where the features are read, to which all of `sites` write; '' for the
+            residual stream as a whole.
         str_tokens, features, units, meta: see `FeatureShift`.
     """
 
@@ -313,6 +327,7 @@ class FeatureWrites(OfSites):
     features: str
     units: str
     at: float
+    name: str = ""
 
     def top(self, site: str | None = None, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k pairs of site and feature of largest |d·δz|, of one site or of all.
@@ -364,24 +379,36 @@ class FeatureWrites(OfSites):
         return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
 
 
-def _by_site(asked: Asked, features: Directions, at: float, positions: _Positions) -> FeatureWrites:
+def _by_site(
+    asked: Asked, features: Directions, name: str | None, at: float, positions: _Positions
+) -> FeatureWrites:
     """d·δz_l at the gates `at`. One forward pass."""
     lens = asked.lens
-    features = features.at(STREAM, int(lens.model.cfg.d_model))
-    writers = stream_writers(lens, "Use feature_shift(…, scale={site: 1.0}), which is exact")
+    if name is not None:
+        lens.plan.require_update([known_point(lens, name)])
+    writers = _writers_to(asked, name)
     if not writers:
+        where = "the residual stream" if name is None else name
         raise SiteError(
-            "no site of this adapter writes to the residual stream (o, down, an embedding); "
-            "leave out by='site': the shift includes what the other sites do."
+            f"no site of this adapter writes to {where}: to the stream write o, down and "
+            "embeddings before a point, to another point the site whose output it holds. Leave "
+            "out by='site': the shift includes what the other sites do."
         )
-    project, gates = Projection(asked.prompts, features, positions), lens.gates(at)
-    scaled, written = ScaleInject(lens.plan, gates), dict[int, Tensor]()
+    d_model = int(lens.model.cfg.d_model)
+    gates = lens.gates(at)
+    scaled = ScaleInject(lens.plan, gates)
+    if name is None or is_residual(name):
+        features = features.at(name or STREAM, d_model)
+    project = Projection(asked.prompts, features, positions)
+    written: dict[int, Tensor] = {}
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = lens.plan.injections[index]
         if injection.site in writers:
             weight = 1.0 if injection.partner is None else float(gates[injection.partner])
-            write = weight * project(injection.map(z))
+            delta = injection.map(z)
+            features.at(name or STREAM, delta[0, 0].numel())
+            write = weight * project(delta)
             written[injection.site] = written.get(injection.site, 0.0) + write
         return scaled(index, out, z)
 
@@ -394,8 +421,69 @@ def _by_site(asked: Asked, features: Directions, at: float, positions: _Position
         sites=tuple(lens.sites[i] for i in writers),
         positions=int(positions),
         at=at,
+        name=name or "",
         **_labels(asked, features),
     )
+
+
+_BY_SHIFT = "Use feature_shift(…, scale={site: 1.0}), which is exact"
+# The kinds of sites whose outputs, and nothing else, are added to the stream at such points.
+_ADDED_BY = {
+    "hook_attn_out": ("o",),
+    "hook_mlp_out": ("down", "fc_out"),
+    "hook_embed": ("embed",),
+}
+
+
+def _writers_to(asked: Asked, name: str | None) -> list[int]:
+    """The sites whose δz is a part of what this point holds; of the stream without a point."""
+    lens = asked.lens
+    if name is None:
+        return stream_writers(lens, _BY_SHIFT)
+    if is_stream(name):
+        return _writers_before(asked, name)
+    points = lens.model.hook_dict
+    own = [i for i, site in enumerate(lens.sites) if points.get(site.write) is points[name]]
+    if own or not is_residual(name):
+        return own
+    block, _, point = name.rpartition(".")
+    return [
+        site
+        for site in stream_writers(lens, _BY_SHIFT)
+        if lens.sites[site].kind in _ADDED_BY[point]
+        and (not block or block == f"blocks.{lens.sites[site].layer}")
+    ]
+
+
+def _writers_before(asked: Asked, name: str) -> list[int]:
+    """The sites that write to the residual stream before one of its points."""
+    writers = stream_writers(asked.lens, _BY_SHIFT)
+    block, point = name.rsplit(".", 1)
+    if block == "ln_final":
+        return writers
+    own = int(block.removeprefix("blocks."))
+    of_own_block = {site for site in writers if asked.lens.sites[site].layer == own}
+    if point == "hook_resid_mid":
+        of_own_block &= _moving(asked, name)
+    elif point not in ("hook_resid_post", "hook_out"):
+        of_own_block = set()
+    return [s for s in writers if asked.lens.sites[s].layer < own or s in of_own_block]
+
+
+def _moving(asked: Asked, name: str) -> set[int]:
+    """The sites on whose gates the activation at a point depends, on the first prompt.
+
+    One forward and one backward pass.
+    """
+    lens, row = asked.lens, asked.prompts.row(0)
+    gates = lens.gates(0.5).requires_grad_()
+    with torch.enable_grad():
+        h = _activation(lens, row, name, ScaleInject(lens.plan, gates))
+        if not h.requires_grad:
+            return set()
+        covector = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
+        (slopes,) = torch.autograd.grad((h * covector).sum(), gates)
+    return set(slopes.nonzero().flatten().tolist())
 
 
 # --- Activations projected onto directions.

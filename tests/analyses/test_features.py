@@ -301,11 +301,91 @@ def test_writes_that_have_no_meaning_are_refused(cls: str):
         ll.results.feature_shift(gemma, tokens, directions(16), by="site")
 
 
-@pytest.mark.bad_input
-def test_by_site_takes_a_position_and_nothing_of_another_point(cls: str):
+STREAM_POINTS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_in", "hook_out")
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
+    """Those that write to the stream, and whose scale in PEFT moves the merged model's h there.
+
+    In a parallel block attention does not move what the MLP reads.
+    """
+    case, tokens, rows = cases.case(family, cls, "raw"), models.tokens(), directions(16)
+    lens = case.lens
+    everywhere = ll.results.feature_shift(lens, tokens, rows, by="site")
+    assert everywhere.name == ""
+    points = [f"blocks.{layer}.{p}" for layer in range(models.LAYERS) for p in STREAM_POINTS]
+    fired = cached(lens.model, tokens)
+    points = [point for point in points if point in fired]
+    assert len(points) >= 4
+    for name in points:
+        movers = [
+            column
+            for column, site in enumerate(everywhere.sites)
+            if ll.results.feature_shift(lens, tokens, rows, name, scale={site.name: 1.0})
+            .shift.abs()
+            .max()
+            > 1e-9
+        ]
+        if not movers:
+            with pytest.raises(
+                ll.errors.SiteError, match=f"no site of this adapter writes to {name}"
+            ):
+                ll.results.feature_shift(lens, tokens, rows, name, by="site")
+            continue
+        found = ll.results.feature_shift(lens, tokens, rows, name, by="site")
+        assert found.sites == tuple(everywhere.sites[column] for column in movers), name
+        assert torch.equal(found.values, everywhere.values[:, movers]) and found.name == name
+
+
+def test_sites_that_move_the_stream_by_peft(cls: str):
+    """The hidden state after block 0 moves with a module's scale, or the module is not listed."""
+    case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
+    found = ll.results.feature_shift(case.lens, tokens, rows, out(cls, 0), by="site")
+    modules = list(case.lens.adapter.modules)
+    plain = peft_projected(case, tokens, rows, dict.fromkeys(modules, 0.0))
+    for site in case.lens.sites:
+        if site.kind in ("o", "down"):
+            gates = dict.fromkeys(modules, 0.0) | {site.module: 1.0}
+            moves = bool((peft_projected(case, tokens, rows, gates) - plain).abs().max() > 1e-9)
+            assert moves == (site in found.sites), site.name
+
+
+def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    for odd in ({"name": out(cls)}, {"scale": 0.5}, {"positions": "each"}):
-        with pytest.raises(ll.errors.ArgumentError, match=r"leave out name= and scale="):
+    sae = autoencoder(16, out(cls, 0))
+    found = ll.results.feature_shift(lens, tokens, (sae, [0, 3]), by="site")
+    assert {site.layer for site in found.sites} == {0} and found.name == out(cls, 0)
+    by_name = ll.results.feature_shift(lens, tokens, sae.W_enc.T[[0, 3]], out(cls, 0), by="site")
+    assert torch.equal(found.values, by_name.values)
+    contrast = ll.contrast(lens, models.tokens(3, seed=5), tokens, out(cls, 0))
+    assert ll.results.feature_shift(lens, tokens, contrast, by="site").sites == found.sites
+
+
+def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
+    """A site's own output, what attention adds to the stream, and points that none writes to."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    up = next(site for site in lens.sites if site.kind == "up" and site.layer == 1)
+    rows = directions(lens.plan.host.shape(1, "up")[0])
+    found = ll.results.feature_shift(lens, tokens, rows, up.write, by="site")
+    own = ll.results.feature_shift(lens, tokens, rows, up.write, scale={up.name: 1.0})
+    assert found.sites == (up,)
+    assert (found.values[:, 0] - own.shift).abs().max() < EXACT
+    added = ll.results.feature_shift(
+        lens, tokens, directions(16), "blocks.1.hook_attn_out", by="site"
+    )
+    assert [site.name for site in added.sites] == ["blocks.1.attn.o"]
+    with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to"):
+        ll.results.feature_shift(lens, tokens, directions(16), "blocks.0.ln1.hook_scale", by="site")
+    with pytest.raises(ll.errors.ArgumentError, match="numbers, and"):
+        ll.results.feature_shift(lens, tokens, directions(16), up.write, by="site")
+
+
+@pytest.mark.bad_input
+def test_by_site_takes_one_position_and_no_scale(cls: str):
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    for odd in ({"scale": 0.5}, {"positions": "each"}):
+        with pytest.raises(ll.errors.ArgumentError, match=r"leave out scale="):
             ll.results.feature_shift(lens, tokens, directions(16), by="site", **odd)
     with pytest.raises(ll.errors.ArgumentError, match="by='layer': expected 'site'"):
         ll.results.feature_shift(lens, tokens, directions(16), by="layer")
