@@ -13,6 +13,10 @@
    each root; where prompts begin alike, a token with the same tokens before it counts once.
 3. Effects, with a readout: the correlation over shared sites of both first orders.
 4. Null scale: the same numbers with the other adapter in random directions of the same spectrum.
+5. PEFT draws A at random and begins with B = 0, and most trainings move A little. So adapters that
+   begin alike (one seed, the same modules and rank) read nearly the same space whatever they were
+   taught, and their ΔW = sBA have a cosine for that reason alone. Where what is read overlaps and
+   what is written does not, the result says so (`begin_alike`).
 
 Cost of a pair on prompts: two dual forward passes, three forward passes; half for one more adapter.
 """
@@ -47,6 +51,10 @@ from lens_lora.readouts import Prompts, PromptsLike, Readout
 from lens_lora.results.base import OfSites, Pictured, site_labels
 
 _QUANTILES = [0.025, 0.5, 0.975]
+# Of two adapters that begin alike what is read overlaps by at least so much.
+_READ_ALIKE = 0.5
+# What is written, and what random directions read, overlap by at most this share of it.
+_OTHERS_APART = 0.5
 
 
 @final
@@ -110,6 +118,30 @@ class AdapterComparison(OfSites, Pictured):
     def write_overlap(self) -> Float[Tensor, " site"]:
         """Mean squared cosine of the principal angles of what is written: 1 for one space."""
         return self.write.square().nanmean(1)
+
+    @property
+    def begin_alike(self) -> bool:
+        """Whether what is read overlaps, as of adapters that begin alike, and what is written not.
+
+        Adapters of one seed share A, which training moves little: their reading overlaps whatever
+        they were taught, and says nothing of what they do.
+        """
+        read, write = float(self.read_overlap.nanmean()), float(self.write_overlap.nanmean())
+        by_chance = float(self.null_read.nanmean()) if self.draws else 0.0
+        return read >= _READ_ALIKE and max(write, by_chance) <= _OTHERS_APART * read
+
+    @property
+    def note(self) -> str:
+        """What to make of an overlap of reading alone; '' where there is nothing to say."""
+        if not self.begin_alike:
+            return ""
+        read, write = float(self.read_overlap.nanmean()), float(self.write_overlap.nanmean())
+        return (
+            f"What is read overlaps ({read:.2f}) as of adapters that begin alike: from one seed "
+            "both have the same A, which training moves little. That, and the cosine of ΔW that "
+            "comes of it, says nothing of what they were taught; what is written overlaps by "
+            f"{write:.2f}."
+        )
 
     def angles(self, site: str) -> pd.DataFrame:
         """Principal angles of one site, in degrees: what both read, and what both write.
@@ -206,6 +238,9 @@ def compare_adapters(
     progress: bool = True,
 ) -> AdapterComparison:
     """Geometry of two adapters' weight changes, and with prompts what both do there.
+
+    Two adapters that were initialised with one seed share A at first, and read nearly the same
+    space at the end, whatever they were taught; `.begin_alike` and `.note` say where that is so.
 
     Cost: none in forward passes without prompts. With prompts two dual forward passes and three
     forward passes, and half of that for each draw; a readout adds one forward and one backward

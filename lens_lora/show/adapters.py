@@ -357,6 +357,8 @@ def comparison_heatmap(comparison: results.AdapterComparison) -> Figure:
     cosines, unshared = comparison.cosines.tolist(), sum(map(len, comparison.only))
     rest = f", {unshared} sites in one of them alone" if unshared else ""
     below = f"cosine over all sites {comparison.cosine:+.3f}{rest}"
+    if comparison.begin_alike:
+        below += "; what is read overlaps as of adapters that begin alike"
     titles, sites = (f"ΔW of {' and '.join(comparison.names)}", below), comparison.sites
     says = [f"cosine {cosine:+.3f}" for cosine in cosines]
     return kinds_by_layer(titles, sites, cosines, says, "cosine", "signed", reach=1.0)

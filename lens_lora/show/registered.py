@@ -138,7 +138,8 @@ def _body(result: Any) -> str:
             pairs = zip(result.only, result.names, strict=True)
             alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
             shared = many(len(result.sites), "site")
-            return f"{shared} in both, {', '.join(alone)}\n{result.summary().to_string()}"
+            note = f"\n{result.note}" if result.note else ""
+            return f"{shared} in both, {', '.join(alone)}\n{result.summary().to_string()}{note}"
         case results.ActivationEffects() | results.FeatureShift():
             # Positions have no mean over prompts.
             prompt = 0 if result.by_position and len(result.base) > 1 else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import cases
 import models
 import numpy as np
+import peft
 import pytest
 import torch
 from reference import peft_scales
@@ -62,6 +64,51 @@ def test_a_scaled_copy_points_the_same_way():
     first, exact = found.by_prompt().mean()
     assert first == pytest.approx(-1, abs=1e-12)
     assert exact > -0.999, "at full strength the two are not opposite"
+
+
+def initialised(base, seed: int, taught: int) -> ll.Adapter:
+    """PEFT's own A of this seed, and a B that stands for what was taught."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"])
+    model = peft.get_peft_model(copy.deepcopy(base), config).double()
+    generator = models.seeded(taught)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).double()
+        if "lora_A" in name:  # which training moves little
+            step = torch.randn(parameter.shape, generator=generator).double()
+            parameter.data = parameter.data + 0.05 * parameter.data.norm() / step.norm() * step
+    return ll.Adapter.from_peft(model)
+
+
+def test_adapters_of_one_seed_are_said_to_begin_alike():
+    """What is read overlaps and what is written does not: neither of two seeds nor of equals."""
+    case = cases.case(*HOSTS[0])
+    first = initialised(case.base, seed=0, taught=1)
+    lens = case.lens.with_adapter(first)
+    alike = ll.compare_adapters(lens, initialised(case.base, 0, taught=2).named("b"), draws=3)
+    assert alike.read_overlap.mean() > 0.9 > 0.5 > alike.write_overlap.mean()
+    assert alike.begin_alike and "as of adapters that begin alike" in alike.note
+    assert alike.note in repr(alike)
+    assert "begin alike" in alike.plot().layout.title.text
+    without_null = ll.compare_adapters(
+        lens, initialised(case.base, 0, taught=2).named("b"), draws=0
+    )
+    assert without_null.begin_alike
+    others = initialised(case.base, 5, taught=2), initialised(case.base, 5, taught=1), first
+    for other in others:
+        found = ll.compare_adapters(lens, other.named("b"), draws=3)
+        assert not found.begin_alike and found.note == "" and "begin alike" not in repr(found)
+    wide = case.lens.with_adapter(models_of_full_rank(case, 1))
+    found = ll.compare_adapters(wide, models_of_full_rank(case, 2).named("b"), draws=2)
+    assert found.read_overlap.mean() > 0.9 and not found.begin_alike  # so does any of that rank
+
+
+def models_of_full_rank(case: cases.Case, seed: int) -> ll.Adapter:
+    """Changes that read all of their input, and write into little of their output."""
+    width = case.base.config.hidden_size
+    made = models.peft_model("llama", case.base, seed=seed, targets=["gate_proj"], r=width)
+    return ll.Adapter.from_peft(made)
 
 
 def test_what_cancels_has_no_direction():
