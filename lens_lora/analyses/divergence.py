@@ -55,7 +55,7 @@ from lens_lora.errors import ArgumentError
 from lens_lora.model import Gauge, Groups, LoraLens, Scale, alone, by_axes, group_sites
 from lens_lora.model.lens import name_of_scale
 from lens_lora.readouts import Prompts, PromptsLike, Reading, bound
-from lens_lora.readouts.answers import KL, AnswerLike, AnswerLogProb
+from lens_lora.readouts.answers import KL, AnswerLike, AnswerLogProb, ReadTokens
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import Described, Drawn, long_table, only_prompt, prompt_rows
@@ -388,6 +388,7 @@ def kl_shares(
     by: tuple[str, ...] | str = (),
     gauge: Gauge = "trained",
     direction: Literal["base_to_adapted", "adapted_to_base"] = "base_to_adapted",
+    tokens: ReadTokens | None = None,
     scales: Sequence[float] = _SCALES,
     kernel: _Kernel | None = None,
     max_memory: float | None = None,
@@ -411,6 +412,8 @@ def kl_shares(
         by: any of 'position', 'head', 'expert', 'rank'.
         gauge: of the parts by rank, as for `first_order`.
         direction: the direction of the divergence along ε.
+        tokens: without a response, after which tokens, as for `KL`: 'prompt' for all of a text but
+            the first.
         scales: ε at which it is measured, beside 1; () for none.
         kernel: also K between sites, layers or kinds, which `.kernel(group)` of the result shows.
         max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
@@ -418,8 +421,9 @@ def kl_shares(
         progress: show a bar.
 
     Raises:
-        ArgumentError: another axis, gauge or direction, a gauge 'svd' without 'rank', a scale that
-            is not between 0 and 1, or less memory than one tangent takes.
+        ArgumentError: another axis, gauge or direction, tokens beside a response, a gauge 'svd'
+            without 'rank', a scale that is not between 0 and 1, or less memory than one tangent
+            takes.
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a response or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
@@ -430,7 +434,8 @@ def kl_shares(
     if kernel is not None:
         word("kernel", kernel, get_args(_Kernel))
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
-    question, readout = ask_prompts(lens, prompts, max_memory), KL(response, direction)
+    question = ask_prompts(lens, prompts, max_memory)
+    readout = KL(response, direction, tokens).on(question.prompts)
     lens = question.lens
     reading, base_gates = bound(readout, lens.model, question.prompts), lens.gates(0.0)
     rows = reading.prompts

@@ -4,8 +4,9 @@
     left   Σ_p |g_p(ε) − g_p(0)| / Σ_p |g_p(1) − g_p(0)|
 
 1. A question is prompts with a readout, and is read as the share that gates keep, or leave, of what
-   the whole adapter does. A `KL()` without a response is read at every token of its texts but the
-   first. A question that the adapter does not move has no share, and is refused.
+   the whole adapter does. A plain `KL()` is taken for KL(tokens="prompt"), at every token of its
+   texts but the first, as its label says; KL(tokens="next") stays the next token's alone. A
+   question that the adapter does not move has no share, and is refused.
 2. Gates of all ranks or sites start at one. Each step of Adam is put back into 0 ≤ ε ≤ 1, and
 
        minimises   mean left(ε) + price · mean ε + force · Σ max(0, share − kept_q(ε)).
@@ -46,7 +47,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
 from lens_lora.model import LoraLens, SiteUpdate, alone
 from lens_lora.model.basis import Update, svd_factors
-from lens_lora.readouts import KL, PromptsLike, Readout
+from lens_lora.readouts import KL, Prompts, PromptsLike, Readout
 from lens_lora.results.base import SIGMAS, OfSites, Paged, Pictured, long_table
 from lens_lora.results.storage import stored
 
@@ -199,8 +200,9 @@ def repair(
     Args:
         lens: the adapter over the model.
         keep: what is to be kept: pairs of prompts and a readout, as for `first_order`.
-        drop: what is to be dropped. A `KL()` without a response is read at every token of its texts
-            but the first, here and in `keep`.
+        drop: what is to be dropped. A plain `KL()` is taken for `KL(tokens="prompt")`, at every
+            token of its texts but the first, here and in `keep`; the result's labels say so. For
+            the next token alone pass `KL(tokens="next")`.
         keep_share: how much of each kept question's shift must stay on the prompts given, in
             (0, 1].
         of: 'rank', each singular direction of each site's ΔW, or 'site'.
@@ -277,7 +279,7 @@ class _Goal:
     @property
     def label(self) -> str:
         """The readout's, and that it is per token where it is."""
-        return self.asked.readout.label + (" per token" if self.tokens > 1 else "")
+        return self.asked.readout.label + (", per token" if self.tokens > 1 else "")
 
     def values(self, gates: _Gates) -> Float[Tensor, " batch"]:
         """g at these gates. One forward pass."""
@@ -318,11 +320,11 @@ def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Asked,
             "as ll.Margin(' Lyon', ' Paris') or ll.KL()."
         )
     prompts, readout = lens.prompts(question[0]), question[1]
-    tokens = 1
     if isinstance(readout, KL) and readout.response is None:
-        prompts = prompts.at_each_token()
-        tokens = int(prompts.read_mask.sum())
+        readout = _of_whole_texts(readout, prompts)
     asked = ask(lens, prompts, readout)
+    is_of_texts = isinstance(asked.readout, KL) and asked.readout.tokens in ("prompt", "response")
+    tokens = int(asked.reading.prompts.read_mask.sum()) if is_of_texts else 1
     size = float((asked.ends[1] - asked.ends[0]).abs().sum())
     if size <= SIGMAS * _rounding(asked, keep):
         raise ArgumentError(
@@ -330,6 +332,13 @@ def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Asked,
             f"alone may do; there is nothing to {'keep' if keep else 'drop'}."
         )
     return asked, tokens
+
+
+def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:
+    """A KL that does not say which tokens it reads, as one of its texts, or of their responses."""
+    if kl.tokens is not None or prompts.reads is not None:
+        return kl.on(prompts)
+    return dataclasses.replace(kl, tokens="prompt")
 
 
 def _rounding(asked: Asked, keep: bool) -> float:

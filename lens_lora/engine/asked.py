@@ -73,6 +73,8 @@ class Asked:
 
     def about(self, readout: Readout) -> Asked:
         """The same prompts, with a readout. One forward pass of a KL, for the base distribution."""
+        if isinstance(readout, KL):
+            readout = readout.on(self.prompts)
         reading = bound(readout, self.lens.model, self.prompts)
         if isinstance(readout, KL):
             base = held_logits(self.lens, reading, functools.partial(held, readout, reading), 0.0)

@@ -13,6 +13,9 @@ Beside them the KL of a response, between the base's distribution and that at th
 
     D(ε) = Σ_t KL(p_0,t ‖ p_ε,t),   or the other way round   Σ_t KL(p_ε,t ‖ p_0,t).
 
+The tokens t are those that its label names: the next one after each prompt, the response's, or all
+of a text but the first.
+
 f₀ is run once, at gates of zero, and held (`engine/asked.py`). D(0) = 0 and ∇D(0) = 0, as a
 divergence is least where the two agree; so first order at ε = 0 says nothing, and is refused.
 `kl_shares`, `path_attribution` and first order at ε = 1 do.
@@ -32,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.errors import TokenError, many
+from lens_lora.errors import ArgumentError, PromptError, TokenError, many
 from lens_lora.readouts import readout
 from lens_lora.readouts.prompts import Prompts, ids_after, require_context, which_prompt
 from lens_lora.readouts.reading import Divergence, LogProbs, Reading, one_row_each
@@ -73,6 +76,12 @@ _One = str | int | Int[Tensor, " _token"]
 AnswerLike = _One | Sequence[_One] | Generated
 Ids = tuple[int, ...]
 Way = Literal["base_to_adapted", "adapted_to_base"]
+ReadTokens = Literal["next", "response", "prompt"]
+_OF_TOKENS: dict[ReadTokens, str] = {
+    "next": "of the next token",
+    "response": "after each token of the response",
+    "prompt": "after each token of its text but the first",
+}
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
@@ -206,21 +215,52 @@ class KL(Readout):
     it but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
     computed once and held; the rounding in it is part of the noise floors.
 
+    It reads one distribution, or sums over several; `label` says which:
+
+        KL()                 that of the next token, after each prompt's last one
+        KL(response)         Σ_t of those from which the response's tokens y_t come
+        KL(tokens="prompt")  Σ_t of those after each token of the prompt but the first, a sink
+
+    On prompts that hold their response (`lens.prompts(prompts, response)`) KL() reads what follows
+    each token of the response. An analysis that is asked about whole texts, as `ll.repair` is,
+    takes a plain KL() for KL(tokens="prompt"), and its label then says so.
+
     Args:
-        response: the answer to each prompt, as `AnswerLogProb` takes it: the sum over its
-            tokens; None for the next token alone.
+        response: the answer to each prompt, as `AnswerLogProb` takes it; None without one.
         direction: 'base_to_adapted', KL(p₀‖p), or 'adapted_to_base', KL(p‖p₀).
+        tokens: without a response, after which tokens it is read: 'next', each prompt's last one
+            alone; 'prompt', all but the first; 'response', those of a response that the prompts
+            hold. None for 'response' where they hold one, else 'next'.
 
     Raises:
-        ArgumentError: another direction.
+        ArgumentError: another direction, other tokens, or tokens beside a response.
     """
 
     response: AnswerLike | None = None
     direction: Way = "base_to_adapted"
+    tokens: ReadTokens | None = None
     units = "nats"
 
     def __post_init__(self) -> None:
         arguments.word("direction", self.direction, get_args(Way))
+        if self.tokens is not None:
+            arguments.word("tokens", self.tokens, get_args(ReadTokens))
+            if self.response is not None:
+                raise ArgumentError(
+                    f"tokens={self.tokens!r} beside a response: KL(response) is read at the "
+                    "response's own tokens. Leave one of the two out."
+                )
+
+    def on(self, prompts: Prompts) -> KL:
+        """The same, stating which tokens of these prompts it reads.
+
+        Args:
+            prompts: those that it is asked about.
+        """
+        if self.response is not None or self.tokens is not None:
+            return self
+        holds_response = prompts.reads is not None
+        return dataclasses.replace(self, tokens="response" if holds_response else "next")
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts with their responses, one row each; p₀ is held later (`held`).
@@ -230,18 +270,47 @@ class KL(Readout):
             prompts: without the responses.
 
         Raises:
-            TokenError, PromptError: a response that does not fit the model.
+            TokenError, PromptError: a response that does not fit the model; tokens that the prompts
+                do not have.
         """
         if self.response is None:
-            return one_row_each(prompts, _Unheld())
+            return one_row_each(self._rows(prompts), _Unheld())
         reading = AnswerLogProb(self.response).over(model, prompts)
         return dataclasses.replace(reading, read=_Unheld())
 
+    def _rows(self, prompts: Prompts) -> Prompts:
+        """The prompts, read where `tokens` says."""
+        tokens = self.on(prompts).tokens
+        holds_response = prompts.reads is not None
+        if tokens == "next":
+            return dataclasses.replace(prompts, reads=None)
+        if tokens == "response":
+            if not holds_response:
+                raise PromptError(
+                    "KL(tokens='response') is read at a response that the prompts hold, and these "
+                    "hold none; pass ll.KL(response), or lens.prompts(prompts, response)."
+                )
+            return prompts
+        if holds_response:
+            raise PromptError(
+                "KL(tokens='prompt') is read at every token of a text, and these prompts hold a "
+                "response; pass them as ll.results.Prompts(p.tokens, p.lengths) to read all of "
+                "both, or ll.KL() for the response."
+            )
+        short = (prompts.lengths < 2).nonzero().flatten().tolist()
+        if short:
+            raise PromptError(
+                f"{which_prompt(short[0], prompts.batch)} has one token, and the first one is left "
+                "out of KL(tokens='prompt') as a sink; give longer texts."
+            )
+        return prompts.at_each_token()
+
     @property
     def label(self) -> str:
-        """`KL(base ‖ adapted)`, or the other way round."""
+        """`KL(base ‖ adapted) of the next token`, or of what else, and which way round."""
         sides = "base ‖ adapted" if self.direction == "base_to_adapted" else "adapted ‖ base"
-        return f"KL({sides}){'' if self.response is None else ' of the response'}"
+        of = "of the response" if self.response is not None else _OF_TOKENS[self.tokens or "next"]
+        return f"KL({sides}) {of}"
 
 
 class _Unheld:

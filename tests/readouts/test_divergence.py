@@ -193,6 +193,105 @@ def test_first_order_at_the_base_is_refused(case: cases.Case, call):
         call(case.lens, ll.KL())
 
 
+def by_peft_at(case: cases.Case, token: int, first: int, count: int, way: str = WAYS[0]) -> float:
+    """Σ KL by scipy of PEFT's distributions after `count` tokens from `first` on, of one prompt."""
+    row = models.tokens()[token, : LENGTHS[token]][None]
+    with torch.no_grad(), case.peft.disable_adapter():
+        base = case.peft(row).logits[0].log_softmax(-1)[first : first + count]
+    with torch.no_grad():
+        adapted = case.peft(row).logits[0].log_softmax(-1)[first : first + count]
+    p, q = base.exp().numpy(), adapted.exp().numpy()
+    return float((rel_entr(p, q) if way == WAYS[0] else rel_entr(q, p)).sum())
+
+
+ANALYSES = {
+    "first_order": lambda lens, t, r: ll.first_order(lens, t, r, at=1.0),
+    "patch_sites": lambda lens, t, r: ll.patch_sites(lens, t, r, progress=False),
+    "path": lambda lens, t, r: ll.path_attribution(lens, t, r, tol=0.5, progress=False),
+    "edges": lambda lens, t, r: ll.edges(lens, t, r, at=1.0, progress=False),
+    "kl_shares": lambda lens, t, r: (
+        ll.kl_shares(
+            lens, t, direction=r.direction, tokens=r.tokens, scales=(), progress=False
+        ).attribution
+    ),
+}
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize("tokens", [None, "next", "prompt"])
+def test_one_kl_is_one_quantity(analysis: str, tokens):
+    """The tokens that its label names, in every analysis, by PEFT."""
+    case = cases.case("llama", list(models.MAKERS)[-1], "raw")
+    for way in WAYS:
+        readout = ll.KL(direction=way, tokens=tokens)
+        found = ANALYSES[analysis](case.lens, prompts(), readout)
+        says = "of the next token"
+        if tokens == "prompt":
+            says = "after each token of its text but the first"
+        assert found.readout.endswith(f") {says}") and readout.label == found.readout
+        for i, length in enumerate(LENGTHS):
+            first, count = (1, length - 1) if tokens == "prompt" else (length - 1, 1)
+            expected = by_peft_at(case, i, first, count, way)
+            assert float(found.adapted[i]) == pytest.approx(expected, abs=1e-10)
+
+
+def test_repair_says_that_it_reads_whole_texts():
+    """A plain KL() there is KL(tokens='prompt'), in number and label; 'next' stays what it is."""
+    case = cases.case("llama", list(models.MAKERS)[-1], "raw")
+    asked = {None: ll.KL(), "prompt": ll.KL(tokens="prompt"), "next": ll.KL(tokens="next")}
+    found = {
+        tokens: ll.repair(
+            case.lens, [(prompts(), ll.Margin(5, 9))], [(prompts(), readout)], 0.3,
+            of="site", steps=2, draws=1, progress=False,
+        )
+        for tokens, readout in asked.items()
+    }  # fmt: skip
+    every, next_alone = (
+        sum(by_peft_at(case, i, *span(length)) for i, length in enumerate(LENGTHS))
+        for span in (lambda n: (1, n - 1), lambda n: (n - 1, 1))
+    )
+    tokens = sum(LENGTHS) - len(LENGTHS)
+    says = "KL(base ‖ adapted) after each token of its text but the first, per token"
+    for plain in (None, "prompt"):
+        assert found[plain].labels[1] == says
+        assert float(found[plain].values[1, 1]) == pytest.approx(every / tokens, abs=1e-10)
+    assert found["next"].labels[1] == "KL(base ‖ adapted) of the next token"
+    assert float(found["next"].values[1, 1]) == pytest.approx(next_alone / 2, abs=1e-10)
+
+
+def test_a_kl_of_prompts_that_hold_their_response_says_so(case: cases.Case):
+    """What follows each token of the response; 'next' is then what follows the whole."""
+    row = case.lens.prompts(prompts(), RESPONSES)
+    found = ll.first_order(case.lens, row, ll.KL(), at=1.0)
+    assert found.readout == "KL(base ‖ adapted) after each token of the response"
+    stated = ll.first_order(case.lens, row, ll.KL(tokens="response"), at=1.0)
+    assert torch.equal(stated.adapted, found.adapted)
+    after = ll.first_order(case.lens, row, ll.KL(tokens="next"), at=1.0)
+    alone = ll.results.Prompts(row.tokens, row.lengths)
+    assert torch.equal(after.adapted, ll.first_order(case.lens, alone, ll.KL(), at=1.0).adapted)
+    assert after.readout == "KL(base ‖ adapted) of the next token"
+    whole = ll.first_order(case.lens, prompts(), ll.KL(RESPONSES), at=1.0)
+    assert whole.readout == "KL(base ‖ adapted) of the response"
+
+
+@pytest.mark.bad_input
+def test_tokens_that_are_not_there_are_refused(case: cases.Case):
+    row = case.lens.prompts(prompts(), RESPONSES)
+    one = ll.results.Prompts(models.tokens(), torch.tensor([7, 1]))
+    calls = (
+        (row, ll.KL(tokens="prompt"), "these prompts hold a response"),
+        (prompts(), ll.KL(tokens="response"), "these hold none"),
+        (one, ll.KL(tokens="prompt"), r"prompt 1 of 2 \(from 0\) has one token"),
+    )
+    for asked, readout, says in calls:
+        with pytest.raises(ll.errors.PromptError, match=says):
+            ll.first_order(case.lens, asked, readout, at=1.0)
+    with pytest.raises(ll.errors.ArgumentError, match="tokens='all'"):
+        ll.KL(tokens="all")
+    with pytest.raises(ll.errors.ArgumentError, match="beside a response"):
+        ll.KL("w5", tokens="next")
+
+
 @pytest.mark.bad_input
 def test_bad_input(case: cases.Case):
     with pytest.raises(ll.errors.ArgumentError, match="direction='there'"):
