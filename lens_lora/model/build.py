@@ -27,6 +27,7 @@ from lens_lora.model.check import base_logits, refuse_unusable, require_same_log
 from lens_lora.model.hooked_transformer import HookedTransformerHost
 from lens_lora.model.host import Host
 from lens_lora.model.kernels import differentiable_products, quantised_linears
+from lens_lora.model.lengths import context_of_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,6 +144,7 @@ def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if cfg.positional_embedding_type == "rotary":
         cfg.rotary_base = _rotary_base(base) or cfg.rotary_base
         cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
+    cfg.n_ctx = int(min(cfg.n_ctx, context_of_copy(base, cfg)))
     model = HookedTransformer(cfg, None, move_to_device=False)
     # At once: load_and_process_state_dict walks the whole model once per weight, most of the time.
     model.load_state_dict(model.fill_missing_keys(state), strict=False)

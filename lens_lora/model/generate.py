@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,10 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora import arguments
-from lens_lora.compat import home_of, in_float64
+from lens_lora.compat import Temporary, home_of, in_float64
 from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
 from lens_lora.model.check import first_non_finite
 from lens_lora.model.hooks import unembedded_only
+from lens_lora.model.lengths import alike_up_to, tables_as_made
 from lens_lora.readouts.answers import Generated
 from lens_lora.readouts.prompts import Prompts, decoded, special_id, which_prompt
 
@@ -157,10 +158,20 @@ class Speaker:
     def _say(self, rows: list[int], bar: tqdm) -> None:
         is_trusted = True
         while rows := list(filter(self._goes_on, rows)):
-            drafts = self._drafts(rows) if is_trusted else [[] for _ in rows]
-            for alike in self._alike(dict(zip(rows, drafts, strict=True))):
+            drafts: dict[int, list[int]] = {i: [] for i in rows}
+            for together in self._by_table(rows) if is_trusted else ():
+                drafts |= zip(together, self._drafts(together), strict=True)
+            for alike in self._alike(drafts):
                 is_trusted &= self._confirmed(alike)
             bar.update(sum(map(len, self.texts)) - sum(self.starts) - bar.n)
+
+    def _by_table(self, rows: list[int]) -> Iterable[list[int]]:
+        """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
+        rotary = self.lens.plan.host.rotary
+        together: dict[float, list[int]] = {}
+        for i in rows:
+            together.setdefault(alike_up_to(rotary, len(self.texts[i])), []).append(i)
+        return together.values()
 
     def _alike(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
         """Rows of one length with drafts of one length, to be confirmed in one pass."""
@@ -177,10 +188,15 @@ class Speaker:
         """With a cache, all but the last token that each row may still say."""
         texts = [list(self.texts[i]) for i in rows]
         starts = torch.tensor([self.starts[i] for i in rows])
-        limits = [min(self.starts[i] + self.most - 1, len(self.texts[i]) + _DRAFT) for i in rows]
+        limits = [self._end_of_draft(i) for i in rows]
         width, cache = min(map(len, texts)), None
         fed = [text[:width] for text in texts]
-        with self._gated(rows), unembedded_only(self.lens.model, lambda last: last[:, -1:]):
+        rotary = self.lens.plan.host.rotary
+        with (
+            self._gated(rows),
+            unembedded_only(self.lens.model, lambda last: last[:, -1:]),
+            Temporary(lambda span: tables_as_made(span, rotary)),
+        ):
             while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
                 logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
                 due = [k for k, text in enumerate(texts) if len(text) == width < limits[k]]
@@ -193,6 +209,14 @@ class Speaker:
                 fed = [text[width : width + 1] or [0] for text in texts]
                 width += 1
         return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
+
+    def _end_of_draft(self, i: int) -> int:
+        """How long a text is with its draft, all of which one pass can confirm: no longer than all
+        but the last token that may be said, nor than its rotary tables stay the same.
+        """
+        length = len(self.texts[i])
+        most = min(self.starts[i] + self.most - 1, length + _DRAFT)
+        return int(min(most, alike_up_to(self.lens.plan.host.rotary, length)))
 
     def _confirmed(self, drafts: dict[int, list[int]]) -> bool:
         """Each row takes what is right of its draft, and one more; whether to trust the cache."""

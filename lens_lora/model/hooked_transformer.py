@@ -23,6 +23,7 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 from lens_lora.model.hooks import computes, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
+from lens_lora.model.lengths import context_of_copy
 from lens_lora.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, SiteFactors, site_name
 
 # Of transformer-lens 3, and of 2.
@@ -69,6 +70,8 @@ class HookedTransformerHost(Host):
                 "device_map='balanced'), with transformer-lens 3 or newer."
             )
         self._refuse_refactored()
+        if hf_model is not None:
+            _refuse_longer_context(cfg, hf_model)
 
     def _refuse_refactored(self) -> None:
         """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
@@ -246,6 +249,20 @@ class HookedTransformerHost(Host):
     def needs_base(self) -> bool:
         """Whether norms were folded: what is left of them only normalises ('LNPre', 'RMSPre')."""
         return str(self.model.cfg.normalization_type).endswith("Pre")
+
+
+def _refuse_longer_context(cfg: Any, hf_model: Any) -> None:
+    """Check that the model takes no prompt so long that it computes another function."""
+    longest = context_of_copy(hf_model, cfg)
+    if cfg.n_ctx > longest:
+        raise ModelStateError(
+            f"this HookedTransformer takes prompts of up to {cfg.n_ctx} tokens (cfg.n_ctx), and "
+            f"beyond {longest:.0f} tokens its base has other rotary frequencies or a window of "
+            "attention, which this HookedTransformer lacks.",
+            remedy=f"Set model.cfg.n_ctx = {longest:.0f}, so that longer prompts are refused, or "
+            "take a TransformerBridge.",
+            in_shell="Take --class TransformerBridge.",
+        )
 
 
 def _held(module: nn.Module, name: str) -> Tensor:

@@ -26,6 +26,7 @@ from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import Family, Place
 from lens_lora.model.bases import BaseWeights, Processing, infer_processing, is_centred
 from lens_lora.model.basis import Basis, NormMap, NormUpdate, SiteMap, Update, expert_map, site_map
+from lens_lora.model.lengths import Rotary, rotary_of
 from lens_lora.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
 
 # Flags under which q, k and v read copies of the residual stream.
@@ -128,6 +129,11 @@ class Host(abc.ABC):
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embeddings whose table depends on how many positions a pass has."""
+        return self.known("rotary", make=lambda: rotary_of(self.model))
 
     # --- hook points
 

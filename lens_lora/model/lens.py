@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -31,6 +32,7 @@ from lens_lora.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
 from lens_lora.model.kernels import differentiable_products
+from lens_lora.model.lengths import tables_by_row
 from lens_lora.model.probe import Probe, probed
 from lens_lora.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.model.updates import holds_another_base
@@ -120,7 +122,7 @@ class LoraLens:
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
-        if self._probed is not None:
+        if check and self._probed is not None:
             other._probed = probed(self.model, self._hf_model, adapter, self._probed)
             self._probed = other._probed
         return other

@@ -306,6 +306,7 @@ _NO_NUMBERS = frozenset(
         "transformers_version", "checkpoint_index", "checkpoint_label_type", "checkpoint_value",
         "from_checkpoint", "seed", "init_mode", "init_weights", "initializer_range",
         "trust_remote_code", "training", "context_level", "is_caching", "tokenizer", "processor",
+        "max_seq_len_cached",  # how far a pass has made a rotary table grow (`model/lengths.py`)
     }
 )  # fmt: skip
 _TOKENIZER = ("padding_side", "add_prefix_space", "legacy")

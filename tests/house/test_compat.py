@@ -21,6 +21,7 @@ import models
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
@@ -102,6 +103,39 @@ def test_experts_of_transformers():
     assert not compat.is_split_over_processes(experts)
     experts._is_expert_parallel = True
     assert compat.is_split_over_processes(experts)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_tables_of_transformers(kind: str):
+    """A table depends on the number of positions as its rule says, and is as made afterwards."""
+    factors = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
+    rope = {"rope_type": kind, "factor": 4.0, **(factors if kind == "longrope" else {})}
+    sizes = {**models._ROTARY, "max_position_embeddings": 8, "original_max_position_embeddings": 8}
+    if version("transformers") < "5":
+        config = transformers.LlamaConfig(**sizes, rope_scaling=rope)
+    else:
+        rope |= {"original_max_position_embeddings": 8, "rope_theta": 10_000.0}
+        config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
+    rotary = transformers.LlamaForCausalLM(config).model.rotary_emb
+    [rule] = compat.rotary_rules(rotary)
+    assert (rule.is_dynamic, rule.limit) == (kind == "dynamic", 8)
+    back = compat.rotary_state(rotary)
+
+    def table(length: int) -> torch.Tensor:
+        cosines, _ = rotary(torch.zeros(1), torch.arange(length)[None])
+        return cosines[0, :8].clone()
+
+    short = table(8)
+    for one, other in ((7, 8), (8, 9), (9, 10)):
+        rule.make_anew(rotary)
+        first = table(one)
+        rule.make_anew(rotary)
+        is_same = torch.equal(first[:7], table(other)[:7])
+        assert is_same == (rule.table(one) == rule.table(other))
+        assert is_same == (rule.alike_up_to(one) >= other)
+    back()
+    assert torch.equal(table(8), short)
+    assert compat.rotary_rules(nn.Linear(1, 1)) == []
 
 
 def test_hooks_of_a_module():

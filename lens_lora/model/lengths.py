@@ -1,0 +1,137 @@
+"""Rotary tables that depend on a row's length: each row of a pass gets the one that it has alone.
+
+Two kinds of rotary embedding choose their frequencies by n, the number of positions of a pass:
+
+    longrope   the short factors where n ≤ L, the long ones beyond
+    dynamic    the base grows with n beyond L: θ · (s n / L − (s − 1))^(d / (d − 2))
+
+transformers takes n from the whole batch, which is padded to its longest row, and the table of
+`dynamic` also stays as an earlier, longer pass left it. So a prompt's logits would depend on its
+neighbours and on what was run before. A lens runs prompts of any lengths together, and therefore
+
+1. computes such an embedding once for each table that its rows need, as for a batch of these rows
+   alone, and from the state in which transformers made it;
+2. gives each row its own table, beside which the pass is the usual one (`tables_by_row`);
+3. puts the state back at the end of the pass, so that the model is as its user left it.
+
+Where tokens follow a text one by one, n grows with each. `alike_up_to` says how far a text may grow
+before its table is another one, and with it the logits at every earlier place.
+
+Cost: a table of [positions, d_head] for each length that needs its own. Nothing for other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_lora.compat import RotaryRule, Temporary, replace_forward, rotary_rules, rotary_state
+
+# Modules whose output depends on the number of positions, and how.
+Rotary = Sequence[tuple[nn.Module, RotaryRule]]
+
+
+def rotary_of(model: nn.Module) -> Rotary:
+    """The rotary embeddings of a model that depend on the number of positions. No forward pass."""
+    found = ((module, rotary_rules(module)) for module in model.modules())
+    return [(module, rule) for module, rules in found for rule in rules]
+
+
+def alike_up_to(rotary: Rotary, length: int) -> float:
+    """The most positions that a text of this length may grow to under the same tables."""
+    return min((rule.alike_up_to(length) for _, rule in rotary), default=float("inf"))
+
+
+def context_of_copy(hf_model: Any, cfg: Any) -> float:
+    """The most tokens over which a HookedTransformer computes what the model that it copies does.
+
+    It has one rotary table, that of short prompts, and the attention window that its own
+    configuration names. Eight tokens, on which both are compared, show neither.
+    """
+    limits = [rule.limit for _, rule in rotary_of(hf_model)]
+    window = _window(hf_model.config)
+    has_window = getattr(cfg, "use_local_attn", False) and getattr(cfg, "window_size", 0) == window
+    if window is not None and not has_window:
+        limits.append(window)
+    return min(limits, default=float("inf"))
+
+
+def _window(config: Any) -> int | None:
+    """How many tokens the attention of some layer sees; None where every layer sees all."""
+    layers = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layers is None:
+        return window if getattr(config, "use_sliding_window", True) else None
+    return window if "sliding_attention" in layers else None
+
+
+def tables_by_row(span: Temporary, rotary: Rotary, lengths: Sequence[int]) -> None:
+    """Until the span ends, row i of a pass is computed as a row of lengths[i] positions alone.
+
+    Args:
+        span: the time of one pass, whose rows are those of `lengths`, or copies of a single one.
+        rotary: the model's.
+        lengths: the number of tokens of each row, without padding.
+    """
+    tables_as_made(span, rotary)
+    for module in _modules(rotary):
+        own = [(held, rule) for held, rule in rotary if held is module]
+        replace_forward(span, module, _TablesByRow(module.forward, own, lengths))
+
+
+def tables_as_made(span: Temporary, rotary: Rotary) -> None:
+    """No earlier pass has made a table grow; what was there is put back when the span ends."""
+    for module in _modules(rotary):
+        span.way_back(rotary_state(module))
+    _make_anew(rotary)
+
+
+def _modules(rotary: Rotary) -> list[nn.Module]:
+    """Each embedding once."""
+    return list(dict.fromkeys(module for module, _ in rotary))
+
+
+def _make_anew(rotary: Rotary) -> None:
+    for module, rule in rotary:
+        rule.make_anew(module)
+
+
+class _TablesByRow:
+    """The forward of a rotary embedding, for rows that need different tables."""
+
+    def __init__(self, forward: Callable[..., Any], rotary: Rotary, lengths: Sequence[int]) -> None:
+        self._forward = forward
+        self._rotary = rotary
+        # What the tables of a row depend on: rows that agree in it have the same ones.
+        by_row = [tuple(rule.table(length) for _, rule in rotary) for length in lengths]
+        longest: dict[tuple[int, ...], int] = {}
+        for table, length in zip(by_row, lengths, strict=True):
+            longest[table] = max(length, longest.get(table, 0))
+        self._longest = list(longest.values())
+        self._table_of_row = [list(longest).index(table) for table in by_row]
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What transformers computes, cos and sin or one tensor: [row, position, …]."""
+        positions = position_ids.shape[-1]
+        computed: list[Any] = []
+        for longest in self._longest:
+            _make_anew(self._rotary)
+            computed.append(self._forward(x, position_ids[..., :longest], *args, **kwargs))
+        if isinstance(computed[0], Tensor):
+            return self._by_row(computed, positions)
+        return tuple(self._by_row(parts, positions) for parts in zip(*computed, strict=True))
+
+    def _by_row(self, tables: Sequence[Tensor], positions: int) -> Tensor:
+        """Each row's own table; padding, which no token reads, repeats the last position."""
+        places = torch.arange(positions, device=tables[0].device)
+        widened = [table[:, places.clamp(max=table.shape[1] - 1)] for table in tables]
+        if len(widened) == 1:
+            return widened[0]
+        rows = [
+            widened[table][min(row, len(widened[table]) - 1)]
+            for row, table in enumerate(self._table_of_row)
+        ]
+        return torch.stack(rows)
