@@ -101,7 +101,7 @@ class LoraLens:
             self._probed = probed(model, hf_model, adapter, probe=probe)
 
     @alone
-    def with_adapter(self, adapter: Adapter) -> LoraLens:
+    def with_adapter(self, adapter: Adapter, *, check: bool = True) -> LoraLens:
         """A lens of another adapter over the same model and hf_model.
 
         No forward pass: weights of the adapted modules are compared with hf_model, logits not.
@@ -109,6 +109,8 @@ class LoraLens:
 
         Args:
             adapter: the other adapter.
+            check: False leaves unseen modules to the next adapter that has them, for an adapter
+                whose update is zero, say.
 
         Raises:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
@@ -480,12 +482,21 @@ class LoraLens:
     def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own forward pass, with the hooks that it has at the moment.
 
+        Every pass over prompts of this package is made here. Each row is computed as it is alone,
+        also where a rotary table depends on how long the longest row is.
+
         Args:
             prompts: as tokens.
         """
         left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
         mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
-        return self.model(prompts.tokens, return_type="logits", **mask)
+        rotary = self._plan.host.rotary
+
+        def own_tables(span: Temporary) -> None:
+            tables_by_row(span, rotary, prompts.lengths.tolist())
+
+        with Temporary(own_tables) if rotary else contextlib.nullcontext():
+            return self.model(prompts.tokens, return_type="logits", **mask)
 
     def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:
         """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
