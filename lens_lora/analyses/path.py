@@ -46,9 +46,10 @@ from tqdm import tqdm
 
 from lens_lora.analyses import verdict as verdicts
 from lens_lora.analyses.first_order import first_order_of, labelled
-from lens_lora.analyses.verdict import CHECKPOINTS, noise_of, points_of
+from lens_lora.analyses.verdict import CHECKPOINTS, points_of
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import Temporary, in_float64
+from lens_lora.core.noise import noise_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import run_without_logits
 from lens_lora.engine.memory import slopes_at_once
@@ -164,7 +165,7 @@ def remainder(
         site_shift = corners - attribution.base[:, None]
     return Remainder(
         first_order=attribution.total,
-        noise=noise_of(asked, attribution),
+        noise=noise_of(asked, attribution.per_site),
         path_scales=CHECKPOINTS,
         path_shift=path - attribution.base[:, None],
         site_first_order=attribution.per_site,
@@ -327,7 +328,8 @@ def remainder_curve_of(
     progress: bool = True,
 ) -> RemainderCurve:
     """The curve at these ε, beside first order at the base."""
-    noise, values = noise_of(asked, attribution), asked.along(sorted(strengths), progress)
+    noise = noise_of(asked, attribution.per_site)
+    values = asked.along(sorted(strengths), progress)
     scales = torch.tensor(sorted(strengths), dtype=asked.lens.gate_dtype, device=values.device)
     rest = values - attribution.base[:, None] - scales * attribution.total[:, None]
     return RemainderCurve(

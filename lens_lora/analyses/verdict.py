@@ -17,68 +17,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked, first_order_noise
+from lens_lora.core.noise import Noise
 from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import SIGMAS
-from lens_lora.results.storage import stored
 
 CHECKPOINTS = (0.25, 0.5, 0.75)  # The strengths at which every result looks at the path.
 _SMALL = 0.1  # A remainder of at most a tenth of the shift is small,
 _LARGE = 0.2  # and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
 _LEVEL = 0.05  # The usual level of significance.
 _RANKED = 0.9  # A rank correlation; chosen and confirmed in docs/faithfulness.md.
-_Scale = float | Float[Tensor, " scale"]
-
-
-@final
-@stored
-@dataclasses.dataclass(frozen=True, eq=False)
-class Noise:
-    """σ of each number from rounding alone, per prompt, in the readout's units.
-
-    Attributes:
-        shift: [batch], of g(1) − g(0).
-        base: [batch], of g(ε) − g(0) where ε is small.
-        slope: [batch], of Σ_l a_l.
-    """
-
-    shift: Float[Tensor, " batch"]
-    base: Float[Tensor, " batch"]
-    slope: Float[Tensor, " batch"]
-
-    def of_shift(self, scale: _Scale) -> Float[Tensor, " batch *scale"]:
-        """σ of g(ε) − g(0): from `base` to `shift`, its square with ε²."""
-        eps, shift, base = self._beside(scale, self.shift, self.base)
-        share = eps.square().clamp(max=1)
-        return ((1 - share) * base.square() + share * shift.square()).sqrt()
-
-    def of_remainder(
-        self, scale: _Scale, curvature: Float[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, " batch *scale"]:
-        """σ of g(ε) − g(0) − ε Σ a, or of what second order leaves as well."""
-        eps, slope = self._beside(scale, self.slope)
-        square = self.of_shift(scale).square() + (eps * slope).square()
-        if curvature is not None:
-            eps, bend = self._beside(scale, curvature)
-            square = square + (eps.square() * bend).square()
-        return square.sqrt()
-
-    def _beside(self, scale: _Scale, *numbers: Float[Tensor, " batch"]) -> tuple[Tensor, ...]:
-        """ε, and numbers of each prompt in shapes that go with it."""
-        eps = torch.as_tensor(scale, dtype=self.shift.dtype, device=self.shift.device)
-        return eps, *(row[:, None] if eps.ndim else row for row in numbers)
-
-
-def noise_of(asked: Asked, first: Attribution) -> Noise:
-    """Fourteen forward passes and four backward, batched; none after `slopes_with_floors`."""
-    floor = asked.noise_floor
-    both = first_order_noise(asked.lens, asked.slope_draws, asked.base_draws, first.per_site)
-    return Noise(floor, *both)
 
 
 class Point(NamedTuple):
