@@ -20,13 +20,13 @@ from lens_lora.adapters.adapter import Adapter, load_adapter, read_adapter
 from lens_lora.adapters.factors import TrainedModule
 from lens_lora.adapters.from_models import base_within
 from lens_lora.compat import without_warnings
+from lens_lora.core import LoraLens
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.families import known_family
 from lens_lora.model.bridged import on_stacks
 from lens_lora.model.build import Kind, hooked_model
 from lens_lora.model.check import refuse_unusable
-from lens_lora.model.lens import LoraLens
 from lens_lora.model.placement import Attention, DeviceMap, Placement
 from lens_lora.model.probe import Probe
 

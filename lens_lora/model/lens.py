@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,20 @@ from lens_lora.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import AnswerLike, Generated, continued
 from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, prepare
+from lens_lora.readouts.readout import Readout
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
+
+    from lens_lora.core.function import Function
+
+# What `LoraLens.function` calls: a `Function` stands above the engine, which stands above a lens.
+_MAKES_FUNCTION: list[Callable[..., Function]] = []
+
+
+def provide_function(make: Callable[..., Function]) -> None:
+    """Tell lenses how their `function` is made; `core/lens.py` does."""
+    _MAKES_FUNCTION[:] = [make]
 
 
 class LoraLens:
@@ -408,6 +419,40 @@ class LoraLens:
         """
         ready = prepare(self.model, prompts, prepend_bos)
         return ready if response is None else continued(self.model, ready, response)
+
+    @alone
+    def function(
+        self,
+        prompts: PromptsLike,
+        readout: Readout | None = None,
+        response: AnswerLike | None = None,
+        *,
+        progress: bool = True,
+    ) -> Function:
+        """g(ε) over these prompts: the function of which every analysis is a part, bound once.
+
+            >>> g = lens.function("The capital of France is", margin)  # doctest: +SKIP
+            >>> g(0.5), g.shift, g.slopes(at=1.0), g.corners("leave_one_out")  # doctest: +SKIP
+
+        `docs/write_your_own.md` shows how an analysis is written with it. No forward pass; one of a
+        `KL`, for the base's distribution, which is a part of the function from then on.
+
+        Args:
+            prompts: as for `prompts`.
+            readout: what is read of the logits; without it there is f alone: logits and tangents.
+            response: what is said after each prompt. Without a readout the logits are those from
+                which each of its tokens is drawn; with one it is passed on as for `prompts`.
+            progress: whether long calls show a bar.
+
+        Raises:
+            ArgumentError: something that is no readout.
+            TokenError, PromptError: a readout, prompt or response that does not fit the model.
+            ModelStateError: the model is not as it was when the lens was made.
+        """
+        if not _MAKES_FUNCTION:
+            raise RuntimeError("what a lens's function is stands in lens_lora.core: import it.")
+        (make,) = _MAKES_FUNCTION
+        return make(self, prompts, readout, response, progress=progress)
 
     @alone
     def logits(

@@ -1,0 +1,5 @@
+"""The function g(ε), of which every analysis is a part: names that other folders use together."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

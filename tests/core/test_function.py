@@ -1,0 +1,484 @@
+"""g(ε) as an object: its values are PEFT's, its derivatives are differences of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import architectures
+import cases
+import models
+import pytest
+import reference
+import torch
+from torch import Tensor
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+from lens_lora.core import Evaluations
+
+pytestmark = pytest.mark.usefixtures("float64")
+MARGIN = ll.Margin(5, 9)
+TOKENS = models.tokens()
+EXACT = 1e-9
+DERIVATIVE = 1e-6  # of differences
+# Value biases that are folded need a partner of v at o: qwen2 and gpt2 have them.
+CASES = [
+    (family, cls, flags)
+    for family in ("llama", "qwen2", "gpt2")
+    for cls in models.MAKERS
+    for flags in ("raw", "processed")
+]
+EVERY = pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
+
+
+def read(logits: Tensor) -> Tensor:
+    return logits[:, 5] - logits[:, 9]
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().abs().max())
+
+
+def difference(value_at: Callable[[float], Tensor], step: float = 1e-4) -> Tensor:
+    """The derivative at 0, by central differences of order four."""
+    near = value_at(step) - value_at(-step)
+    far = value_at(2 * step) - value_at(-2 * step)
+    return (8 * near - far) / (12 * step)
+
+
+def uniform(*shape: int, seed: int) -> Tensor:
+    return torch.rand(shape, generator=models.seeded(seed), dtype=torch.float64)
+
+
+def modules_of(lens: ll.LoraLens) -> dict[str, tuple[str, ...]]:
+    """The names of the sites of each module: three of a fused q, k and v."""
+    found: dict[str, tuple[str, ...]] = {}
+    for site in lens.sites:
+        found[site.module] = (*found.get(site.module, ()), site.name)
+    return found
+
+
+def gates_of(lens: ll.LoraLens, factors: dict[str, float]) -> Tensor:
+    """A gate for each site, from a factor for each module of PEFT."""
+    return torch.tensor([factors[site.module] for site in lens.sites], dtype=torch.float64)
+
+
+def drawn(lens: ll.LoraLens, seed: int) -> dict[str, float]:
+    """A factor between 0 and 1.5 for each module."""
+    numbers = 1.5 * uniform(len(modules_of(lens)), seed=seed)
+    return dict(zip(modules_of(lens), numbers.tolist(), strict=True))
+
+
+# --- Values
+
+
+@EVERY
+def test_values_are_peft_s_at_corners_and_inside(family: str, cls: str, flags: str):
+    """Each module on, each off, both ends, and gates that are neither 0 nor 1."""
+    case = cases.case(family, cls, flags)
+    g = case.lens.function(TOKENS, MARGIN)
+    modules = modules_of(case.lens)
+    every = dict.fromkeys(modules, 1.0)
+    none = dict.fromkeys(modules, 0.0)
+
+    def peft(factors: dict[str, float]) -> Tensor:
+        return reference.peft_readout(case.peft, TOKENS, read, factors)
+
+    added = torch.stack([peft(none | {module: 1.0}) for module in modules])
+    left_out = torch.stack([peft(every | {module: 0.0}) for module in modules])
+    assert worst(g.corners(on=list(modules.values())), added) < EXACT
+    assert worst(g.corners(off=modules), left_out) < EXACT
+    assert worst(g.ends, torch.stack([peft(none), peft(every)])) < EXACT
+    assert worst(g.shift, peft(every) - peft(none)) < EXACT
+    inside = [drawn(case.lens, seed) for seed in range(3)]
+    points = torch.stack([gates_of(case.lens, factors) for factors in inside])
+    assert worst(g(points), torch.stack(list(map(peft, inside)))) < EXACT
+    assert (
+        worst(
+            g.along([0.3, -0.5]),
+            torch.stack([peft(dict.fromkeys(modules, e)) for e in (0.3, -0.5)]),
+        )
+        < EXACT
+    )
+    assert float(g.shift.abs().min()) > 0.1
+
+
+@EVERY
+def test_logits_and_tangents_are_peft_s(family: str, cls: str, flags: str):
+    """f at random gates, and its derivative along a random direction by central differences."""
+    case = cases.case(family, cls, flags)
+    f = case.lens.function(TOKENS)
+    at, along = drawn(case.lens, 0), drawn(case.lens, 1)
+
+    def peft(step: float) -> Tensor:
+        factors = {module: at[module] + step * along[module] for module in at}
+        return cases.centred(reference.peft_readout(case.peft, TOKENS, lambda x: x, factors))
+
+    gates, direction = gates_of(case.lens, at), gates_of(case.lens, along)
+    assert worst(cases.centred(f.logits(gates)), peft(0.0)) < EXACT
+    assert worst(cases.centred(f.tangent(direction, gates)), difference(peft)) < DERIVATIVE
+
+
+@CLASSES
+def test_shapes_put_the_axes_of_the_points_first(cls: str):
+    lens = cases.case("llama", cls, "raw").lens
+    g, sites, vocab = lens.function(TOKENS, MARGIN), len(lens.sites), models.VOCAB
+    points = uniform(3, 2, sites, seed=0)
+    assert g(0.5).shape == g({"*.q": 1.0}).shape == g(points[0, 0]).shape == (2,)
+    assert g(points).shape == (3, 2, 2) and g(points[0]).shape == (2, 2)
+    assert worst(g(points)[1, 0], g(points[1, 0])) < EXACT
+    assert g.logits(points).shape == (3, 2, 2, vocab)
+    assert g.slopes(points, by="position").shape == (3, 2, 2, sites, TOKENS.shape[1])
+    assert g.slopes(by=("rank", "head")).shape == (2, sites, 5, 3)
+    assert worst(g.slopes(points)[2, 1], g.slopes(points[2, 1])) < EXACT
+    assert g.tangent(points).shape == (3, 2, 2, vocab)
+    assert g.curvature(points).shape == (3, 2, 2, sites)
+    assert g.corners("add_one").shape == (sites, 2) and g.corners(points[0]).shape == (2, 2)
+    assert g.ends.shape == (2, 2) and g.shift.shape == g.floor.shape == (2,)
+    assert "margin(5 − 9)" in repr(g) and f"{sites} gates" in repr(g)
+
+
+@CLASSES
+def test_corners_are_gates_of_zero_and_one(cls: str):
+    lens = cases.case("llama", cls, "raw").lens
+    g, each = lens.function(TOKENS, MARGIN), torch.eye(len(lens.sites))
+    assert worst(g.corners("add_one"), g(each)) < EXACT
+    assert worst(g.corners("leave_one_out"), g(1 - each)) < EXACT
+    q_off = g.corners(off=["*.q", ("*.k", lens.sites[0].name)])
+    assert worst(q_off[0], g({"*": 1.0, "*.q": 0.0})) < EXACT
+    assert worst(q_off[1], g({"*": 1.0, "*.k": 0.0, lens.sites[0].name: 0.0})) < EXACT
+    assert worst(g.corners(on={"attention": "*.attn.*"})[0], g({"*.attn.*": 1.0})) < EXACT
+
+
+def test_a_batch_with_padding_and_answers_of_two_rows_equals_its_prompts():
+    """Every method, on prompts of different length, and of a readout of two rows a prompt."""
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
+    gates = uniform(2, len(lens.sites), seed=1)
+    for readout in (MARGIN, ll.AnswerMargin("w5 w6", "w9"), ll.AnswerLogProb("w5 w6 w7"), ll.KL()):
+        g = lens.function(texts, readout)
+        for row, text in enumerate(texts):
+            one = lens.function(text, readout)
+            assert worst(g(gates)[:, row], one(gates)[:, 0]) < EXACT
+            assert worst(g.slopes(gates)[:, row], one.slopes(gates)[:, 0]) < EXACT
+            assert worst(g.curvature(gates, 0.5)[:, row], one.curvature(gates, 0.5)[:, 0]) < EXACT
+
+
+def test_a_response_is_read_where_its_tokens_are_drawn():
+    """[row, slot, vocab]: f_t is the logits after x and y_1 … y_{t−1}, as `AnswerLogProb` reads."""
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    prompt, said = TOKENS[:1], torch.tensor([11, 12, 13])
+    f = lens.function(prompt, response=said)
+    logits = f.logits(0.7)
+    assert logits.shape == f.tangent(1.0).shape == (1, 3, models.VOCAB)
+    whole = lens.logits(torch.cat([prompt, said[None]], 1), 0.7)
+    assert worst(logits[0], whole[0, -4:-1]) < EXACT
+    log_p = logits.log_softmax(-1)[0, torch.arange(3), said]
+    by_token = lens.function(prompt, ll.AnswerLogProb(said))
+    assert worst(log_p.sum()[None], by_token(0.7)) < EXACT
+    texts, answers = ["w5 w7 w8", "w9 w10"], ["w11", "w12 w13 w14"]
+    f = lens.function(texts, response=answers)
+    assert f.logits(0.7).shape == (2, 3, models.VOCAB)
+    assert f.rows.read_mask.sum(1).tolist() == [1, 3]
+    assert (
+        worst(f.logits(0.7)[1], lens.function(texts[1], response=answers[1]).logits(0.7)[0]) < EXACT
+    )
+    held = lens.function(texts, ll.KL(), response=answers)  # prompts that hold their response
+    kl = lens.function(lens.prompts(texts, answers), ll.KL())
+    assert worst(held.ends, kl.ends) == 0
+
+
+# --- Derivatives
+
+
+@EVERY
+@pytest.mark.parametrize("at", [0.0, 0.6, 1.0])
+def test_slopes_are_differences_of_peft(family: str, cls: str, flags: str, at: float):
+    case = cases.case(family, cls, flags)
+    g, modules = case.lens.function(TOKENS, MARGIN), modules_of(case.lens)
+    expected = reference.peft_first_order(case.peft, TOKENS, read, list(modules), at)
+    slopes = g.slopes(at)
+    for module in modules:
+        sites = [i for i, site in enumerate(case.lens.sites) if site.module == module]
+        assert worst(slopes[:, sites].sum(1), expected[module]) < 1e-8, module
+
+
+@EVERY
+def test_slopes_and_curvature_at_any_gates_are_differences(family: str, cls: str, flags: str):
+    """At gates that differ from site to site, where a partner's gate is not the site's own."""
+    lens = cases.case(family, cls, flags).lens
+    g = lens.function(TOKENS, MARGIN)
+    at, v = uniform(2, len(lens.sites), seed=5)
+    assert worst(g.slopes(at) @ v, difference(lambda h: g(at + h * v))) < DERIVATIVE
+    assert worst(g.curvature(v, at), difference(lambda h: g.slopes(at + h * v))) < DERIVATIVE
+
+
+@CLASSES
+def test_curvature_is_the_second_difference_of_peft(cls: str):
+    """vᵀHv, from values of PEFT's own model alone."""
+    case = cases.case("qwen2", cls, "raw")
+    at, v = drawn(case.lens, 2), drawn(case.lens, 3)
+
+    def peft(step: float) -> Tensor:
+        factors = {module: at[module] + step * v[module] for module in at}
+        return reference.peft_readout(case.peft, TOKENS, read, factors)
+
+    h = 1e-3
+    near, far = peft(h) + peft(-h), peft(2 * h) + peft(-2 * h)
+    expected = (16 * near - far - 30 * peft(0.0)) / (12 * h * h)
+    direction = gates_of(case.lens, v)
+    g = case.lens.function(TOKENS, MARGIN)
+    assert worst(g.curvature(direction, gates_of(case.lens, at)) @ direction, expected) < 1e-6
+
+
+@CLASSES
+def test_gates_in_a_graph_have_the_slopes_as_their_gradient(cls: str):
+    """And the curvature as their second derivative; without a graph values are plain numbers."""
+    lens = cases.case("qwen2", cls, "processed").lens
+    g = lens.function(TOKENS, MARGIN)
+    gates = uniform(3, len(lens.sites), seed=4).requires_grad_()
+    values = g(gates)
+    (gradient,) = torch.autograd.grad(values.sum(), gates, create_graph=True)
+    assert worst(gradient, g.slopes(gates.detach()).sum(1)) < EXACT
+    v = uniform(len(lens.sites), seed=6)
+    (bend,) = torch.autograd.grad((gradient @ v).sum(), gates)
+    assert worst(bend[0], g.curvature(v, gates[0].detach()).sum(0)) < EXACT
+    assert worst(values.detach(), g(gates.detach())) < EXACT
+    assert values.requires_grad and not g(gates.detach()).requires_grad
+    with torch.no_grad():
+        assert not g(gates).requires_grad
+
+
+@CLASSES
+def test_tangents_of_any_directions_are_sums_of_those_of_the_sites(cls: str):
+    """Ones and zeros begin at their block; any other direction rides in rows of its own."""
+    lens = cases.case("qwen2", cls, "processed").lens
+    f = lens.function(TOKENS)
+    each = f.tangent(torch.eye(len(lens.sites), dtype=torch.float64), at=0.4)
+    some = (uniform(3, len(lens.sites), seed=7) > 0.5).to(each)
+    for directions in (some, 2 * some - 0.3, torch.zeros(2, len(lens.sites)).to(each)):
+        expected = torch.einsum("ds,sbv->dbv", directions, each)
+        assert worst(f.tangent(directions, at=0.4), expected) < EXACT
+    assert worst(f.tangent(1.0, at=0.4), each.sum(0)) < EXACT
+
+
+def test_by_hand_on_two_scalars():
+    """g = (2 + 5ε₂) (1 + ε₁/2)² · 9, whose derivatives are known."""
+    g = scalar_lens(torch.square).function(torch.tensor([[3]]), ll.Logit(0))
+    assert g.ends[:, 0].tolist() == [18.0, 141.75]
+    assert g.corners("add_one")[:, 0].tolist() == [40.5, 63.0]
+    assert g.slopes()[0].tolist() == [18.0, 45.0]
+    assert g.curvature(torch.eye(2))[:, 0].tolist() == [[9.0, 45.0], [45.0, 0.0]]
+    assert g({"site2": 0.5}).tolist() == [40.5]
+
+
+def test_parts_by_token_sum_to_the_response():
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    g = lens.function(["w5 w7 w8", "w9"], ll.AnswerLogProb(["w11", "w12 w13 w14"]))
+    parts = g.slopes(0.5, by=("token", "position"))
+    assert parts.shape[-1] == 3
+    assert worst(parts.sum((2, 3)), g.slopes(0.5)) < EXACT
+    assert float(parts[0, ..., 1:].abs().max()) == 0
+
+
+@models.NEEDS_NEWEST
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "gpt-oss", "Mixtral"])
+def test_stacks_of_experts(name: str):
+    """Values are PEFT's; parts by expert sum to the site; slopes are differences of PEFT."""
+    with architectures.in_float64():
+        case = architectures.case(name)
+        g = case.lens.function(TOKENS[:1], MARGIN)
+        factors = dict.fromkeys(case.modules, 0.4)
+        expected = reference.peft_readout(case.peft, TOKENS[:1], read, factors)
+        assert worst(g(0.4), expected) < EXACT
+        slopes = reference.peft_first_order(case.peft, TOKENS[:1], read, case.modules, 0.4)
+        by_module = torch.stack([slopes[site.module] for site in case.lens.sites], 1)
+        assert worst(g.slopes(0.4), by_module) < 1e-8
+        assert worst(g.slopes(0.4, by="expert").sum(2), by_module) < 1e-8
+
+
+# --- What is on the model, and what is remembered
+
+
+@CLASSES
+def test_every_call_sees_hooks_of_one_s_own(cls: str):
+    """A head that is switched off is off for values, slopes, tangents and curvature alike."""
+    lens = cases.case("llama", cls, "raw").lens
+    (name,) = (site.read for site in lens.sites if site.kind == "o" and site.layer == 1)
+    g = lens.function(TOKENS, MARGIN)
+    v = uniform(len(lens.sites), seed=8)
+    free = g(v)
+
+    def off(z: Tensor, hook: object) -> Tensor:
+        return torch.cat([torch.zeros_like(z[:, :, :1]), z[:, :, 1:]], 2)
+
+    with lens.model.hooks(fwd_hooks=[(name, off)]):
+        assert worst(g.slopes(v) @ v, difference(lambda h: g(v + h * v))) < DERIVATIVE
+        assert worst(g.curvature(v, v), difference(lambda h: g.slopes(v + h * v))) < DERIVATIVE
+        assert worst(read(g.tangent(v, v)), g.slopes(v) @ v) < EXACT
+        assert float((g(v) - free).abs().min()) > 1e-3
+    assert worst(g(v), free) == 0
+
+
+@CLASSES
+def test_a_bound_on_memory_changes_no_number(cls: str):
+    whole = cases.case("llama", cls, "raw").lens
+    texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w4", "w6 w7"]
+    answers = ll.AnswerLogProb(["w5 w6", "w7", "w8 w9 w10", "w4"])
+    gates = uniform(3, len(whole.sites), seed=9)
+    g, f = whole.function(texts, answers), whole.function(texts, response=answers.answer)
+    bound = whole.within(3e5)
+    small, few = bound.function(texts, answers), bound.function(texts, response=answers.answer)
+    assert worst(small(gates), g(gates)) < EXACT
+    for by in ((), ("position",), ("rank", "token")):
+        assert worst(small.slopes(gates, by), g.slopes(gates, by)) < EXACT
+    mask = f.rows.read_mask[:, :, None]
+    assert worst(few.logits(gates) * mask, f.logits(gates) * mask) < EXACT
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The rows of each forward pass."""
+    seen: list[int] = []
+    run = ll.LoraLens.run
+
+    def counted(self: ll.LoraLens, prompts: ll.results.Prompts) -> Tensor:
+        seen.append(prompts.batch)
+        return run(self, prompts)
+
+    monkeypatch.setattr(ll.LoraLens, "run", counted)
+    yield seen
+
+
+def test_a_function_keeps_nothing_and_evaluations_run_each_point_once(passes: list[int]):
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    g = lens.function(TOKENS, MARGIN)
+    assert passes == []
+    assert worst(g.ends, g.ends) == 0
+    assert sum(passes) == 4 * len(TOKENS)
+    known = Evaluations.of(g)
+    assert Evaluations.of(known) is known
+    corners = known.corners("leave_one_out")  # both ends ride along
+    passes.clear()
+    ends, shift = known.ends, known.shift
+    header = known.header()
+    assert passes == []
+    assert worst(ends, g.ends) < EXACT and worst(shift, g.shift) < EXACT
+    assert worst(header["adapted"], ends[1]) == 0 and header["readout"] == MARGIN.label
+    assert worst(corners, g.corners("leave_one_out")) < EXACT
+    passes.clear()
+    along, floor = known.along([0.0, 0.5, 1.0]), known.floor
+    before = len(passes)
+    assert 0 < before <= 3
+    assert worst(known.along([0.5, 0.0])[0], along[1]) == 0 and worst(known.floor, floor) == 0
+    assert worst(known(0.5), along[1]) == 0
+    assert len(passes) == before
+
+
+def numbers_of(g: ll.Function, gates: Tensor) -> Iterator[Tensor]:
+    """One of each kind."""
+    yield g(gates)
+    yield g.slopes(0.5, by="rank")
+    yield g.slopes(gates)
+    yield g.ends
+    yield g.corners("add_one")
+    yield g.along([0.25, 1.0])
+    yield g.curvature(1.0, 0.5)
+    yield g.tangent(1.0)
+    yield g.header()["base"]
+
+
+def test_what_evaluations_know_are_the_function_s_own_numbers():
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    for readout in (MARGIN, ll.KL(), ll.AnswerMargin("w5 w6", "w9")):
+        g = lens.function(["w5 w7 w8", "w9 w10 w11"], readout)
+        known = Evaluations.of(g)
+        gates = uniform(2, len(lens.sites), seed=10)
+        pairs = zip(numbers_of(known, gates), numbers_of(g, gates), strict=True)
+        assert all(worst(*pair) < EXACT for pair in pairs)
+
+
+# --- What rounding does
+
+
+def test_the_noise_of_a_sum_is_that_of_its_terms():
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    g = lens.function(TOKENS, MARGIN)
+    base, adapted = g.noise([1], at=0), g.noise([1], at=1)
+    assert worst(g.noise((1, -1, -1, 1)), 2 * adapted) < 1e-25
+    assert worst(g.floor, (base.square() + adapted.square()).sqrt()) < 1e-25
+    assert (
+        worst(g.noise((2, -3), at=(0, 1)), ((2 * base).square() + (3 * adapted).square()).sqrt())
+        < 1e-25
+    )
+    effects = ll.patch_sites(lens, TOKENS, MARGIN, "leave_one_out", progress=False)
+    assert worst(effects.noise_floor, g.noise((1, -1))) < 1e-25
+
+
+# --- What is refused
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        (lambda g, f: f(0.5), "ArgumentError", "no readout.*lens.function\\(prompts, readout\\)"),
+        (lambda g, f: f.header(), "ArgumentError", "no readout"),
+        (lambda g, f: g.corners(), "ArgumentError", "one of which=, on= and off=, and none"),
+        (lambda g, f: g.corners("add_one", off=["*.q"]), "ArgumentError", "which and off came"),
+        (lambda g, f: g.corners("add"), "ArgumentError", "'add_one' or 'leave_one_out'"),
+        (
+            lambda g, f: g.corners(off="*.q"),
+            "ArgumentError",
+            "a list with the sites of each corner",
+        ),
+        (lambda g, f: g.corners(off=[]), "ArgumentError", "a list with the sites of each corner"),
+        (lambda g, f: g.corners(on=["*.qq"]), "SiteError", "matches no site; the nearest are"),
+        (lambda g, f: g.corners(on=[()]), "SiteError", "chooses nothing"),
+        (lambda g, f: g({"*.qq": 1.0}), "SiteError", "matches no site"),
+        (lambda g, f: g(torch.ones(3)), "SiteError", "3 gates for 14 sites"),
+        (lambda g, f: g(float("nan")), "ArgumentError", "finite number"),
+        (lambda g, f: g([0.1, 0.2]), "ArgumentError", "a scale of type list"),
+        (lambda g, f: g.along([]), "ArgumentError", "at least one strength"),
+        (lambda g, f: g.along(0.5), "ArgumentError", "expected a list of numbers"),
+        (lambda g, f: g.slopes(by="layer"), "ArgumentError", "expected any of"),
+        (lambda g, f: g.slopes(by="token"), "ArgumentError", "AnswerLogProb"),
+        (lambda g, f: g.about(ll.KL()).slopes(), "ArgumentError", "least at ε = 0"),
+        (lambda g, f: g.tangent(1.0, torch.ones(2, 14)), "ArgumentError", "several points"),
+        (lambda g, f: g.curvature(1.0, torch.ones(2, 14)), "ArgumentError", "several points"),
+        (lambda g, f: g.noise([]), "ArgumentError", "0 coefficients"),
+        (lambda g, f: g.noise([1, -1], at=[1]), "ArgumentError", "2 coefficients and 1 strengths"),
+        (lambda g, f: g.about("margin"), "ArgumentError", "is not a readout"),
+        (lambda g, f: g.about(lambda x: x), "ArgumentError", "expected one number a row"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(ask, error: str, words: str):
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    g, f = lens.function(TOKENS, MARGIN), lens.function(TOKENS)
+    with pytest.raises(getattr(ll.errors, error), match=words):
+        result = ask(g, f)
+        result(0.5)  # of `about`, whose readout is called with logits
+    assert not any(point.fwd_hooks for point in lens.model.hook_dict.values())
+
+
+def test_a_changed_model_and_an_open_block_are_refused():
+    base = models.hf_model("llama")
+    peft = models.peft_model("llama", base)
+    (cls, *_) = models.MAKERS
+    lens = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft))
+    g = lens.function(TOKENS, MARGIN)
+    with lens.applied(), pytest.raises(ll.errors.ModelStateError, match="on the model already"):
+        g(0.5)
+    with torch.no_grad():
+        next(lens.model.parameters()).add_(1.0)
+    for ask in (g, g.slopes, g.logits, lambda at: g.ends):
+        with pytest.raises(ll.errors.ModelStateError, match="after the lens was made"):
+            ask(0.5)
