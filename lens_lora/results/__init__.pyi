@@ -53,3 +53,4 @@ from .attribution import Effects as Effects
 from .attribution import GroupAttribution as GroupAttribution
 from .attribution import Quadrature as Quadrature
 from .drawing import TokenView as TokenView
+from .labelled import Labelled as Labelled

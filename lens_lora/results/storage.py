@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError
 from lens_lora.model import SideBySide, Site
 from lens_lora.readouts.prompts import PromptTokens
 
@@ -45,9 +45,34 @@ _KINDS: dict[str, type] = {}
 
 
 def stored(kind: type[_Kind]) -> type[_Kind]:
-    """Let files hold this dataclass, by its name."""
-    _KINDS[kind.__name__] = kind
+    """Let files hold this dataclass, by its name.
+
+    Raises:
+        ArgumentError: another class has this name already. One that is defined anew in its own
+            module, as a notebook's cell does that runs again, takes the place of the old one.
+    """
+    name = kind.__name__
+    holder = _KINDS.get(name)
+    owner = "" if holder is None else holder.__module__
+    if not _is_of_package(kind.__module__) and name in _names_of_package():
+        owner = "lens_lora.results"
+    if owner not in ("", kind.__module__):
+        raise ArgumentError(
+            f"{owner} has a class of results called {name!r} already, and a file names its class "
+            "by that",
+            remedy="choose another name.",
+        )
+    _KINDS[name] = kind
     return kind
+
+
+def _is_of_package(module: str) -> bool:
+    return module.partition(".")[0] == "lens_lora"
+
+
+def _names_of_package() -> list[str]:
+    """The public classes of results, imported or not."""
+    return dir(sys.modules["lens_lora.results"])
 
 
 stored(Site)
@@ -153,11 +178,12 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _kind(name: str) -> type:
     """The class of this name, which `lens_lora.results` imports where nothing has yet."""
-    results = sys.modules["lens_lora.results"]
-    if name in dir(results):
-        getattr(results, name)
+    if name in _names_of_package():
+        getattr(sys.modules["lens_lora.results"], name)
     if name not in _KINDS:
-        raise LensLoraError(f"no class of results is called {name!r}")
+        raise LensLoraError(
+            f"no class of results is called {name!r}; if it is your own, import its module first"
+        )
     return _KINDS[name]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 import lens_lora.show.adapters  # pyright: ignore[reportUnusedImport]
+import lens_lora.show.labelled  # pyright: ignore[reportUnusedImport]
 import lens_lora.show.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lens_lora import results
 from lens_lora.analyses.spectra import AdapterSummary

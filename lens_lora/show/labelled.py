@@ -1,0 +1,118 @@
+"""What a result class of one's own shows and says where it does not say so itself."""
+
+from __future__ import annotations
+
+from plotly.graph_objects import Figure
+
+from lens_lora.errors import many
+from lens_lora.results import drawing
+from lens_lora.results.base import SIGMAS, largest, only_prompt
+from lens_lora.results.labelled import Labelled
+from lens_lora.show import figures
+from lens_lora.show.figures import names_axis, value_text, whose
+from lens_lora.show.text import label, visible
+
+_MOST_BARS = 20
+
+
+@drawing.figure.register(Labelled)
+def figure(result: Labelled, prompt: int | None = None) -> Figure:
+    """The class's own picture."""
+    return result.picture(prompt)
+
+
+@drawing.labelled.register(Labelled)
+def entries_figure(result: Labelled, prompt: int | None = None) -> Figure:
+    """Sites by layer and kind of module, two axes as a heatmap, else bars of the largest."""
+    axes = result.entry_axes
+    if "position" in axes:
+        prompt = only_prompt(prompt, len(result.base), "positions")
+    if axes == ("site",):
+        return _of_sites(result, prompt)
+    if len(axes) == 2:
+        return _of_two_axes(result, prompt)
+    return _bars(result, prompt)
+
+
+def _titles(result: Labelled, below: str, prompt: int | None) -> figures.Pair:
+    heading = f"{type(result).__name__} of {result.readout}"
+    return heading, f"{below} · {whose(prompt, result.str_tokens)}"
+
+
+def _of_sites(result: Labelled, prompt: int | None) -> Figure:
+    _, values, shift, _ = result.entries(prompt)
+    says = [value_text(value, float(shift), result.units) for value in values.tolist()]
+    titles = _titles(result, "by layer and kind of module", prompt)
+    return figures.kinds_by_layer(titles, result.sites, values.tolist(), says, result.units)
+
+
+def _of_two_axes(result: Labelled, prompt: int | None) -> Figure:
+    values, shift = result.mean_over(prompt, vars(result)["values"])
+    down, across = (_axis(result, axis, prompt) for axis in result.entry_axes)
+    z = values[: len(down.values), : len(across.values)].tolist()
+    rows, columns = (_names(result, axis) for axis in result.entry_axes)
+
+    def says(i: int, j: int, value: float | None) -> str:
+        place = f"<b>{label(rows[i])}</b>, <b>{label(columns[j])}</b>"
+        return f"{place}<br>{value_text(value, float(shift), result.units)}"
+
+    below = " by ".join(result.entry_axes)
+    return figures.heatmap(_titles(result, below, prompt), z, says, across, down, result.units)
+
+
+def _axis(result: Labelled, axis: str, prompt: int | None) -> figures.Axis:
+    if axis == "position":
+        return figures.tokens_axis(result.str_tokens[prompt or 0], title=axis)
+    return names_axis(_names(result, axis), axis)
+
+
+def _names(result: Labelled, axis: str) -> list[str]:
+    """One name for each place on an axis."""
+    labels = result.labels_of(axis)
+    columns = [labels["site"]] if axis == "site" else list(labels.values())
+    return [", ".join(map(str, place)) for place in zip(*columns, strict=True)]
+
+
+def _bars(result: Labelled, prompt: int | None) -> Figure:
+    labels, values, shift, _ = result.entries(prompt)
+    order = largest(values, _MOST_BARS)
+    columns = [name for name in labels if name not in ("module", "layer", "kind")]
+    names = [", ".join(visible(str(labels[name][i])) for name in columns) for i in order]
+    numbers = values[order].tolist()
+    hover = [
+        f"<b>{label(name)}</b><br>{value_text(number, float(shift), result.units)}"
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    thing = result.entry_axes[0] if len(result.entry_axes) == 1 else "value"
+    below = many(len(values), thing)
+    if len(order) < len(values):
+        below = f"the {len(order)} largest of {below}"
+    return figures.bars(_titles(result, below, prompt), names, numbers, hover, result.units)
+
+
+@drawing.text.register(Labelled)
+def text(result: Labelled) -> str:
+    """What it is of and its sizes, its own words, and its largest entries."""
+    prompts = len(result.base)
+    sizes = zip(result.entry_axes, vars(result)["values"].shape[1:], strict=True)
+    counts = " × ".join([many(prompts, "prompt"), *(many(size, axis) for axis, size in sizes)])
+    heading = f"{type(result).__name__} of {result.readout}, in {result.units}: {counts}"
+    shown = 0 if "position" in result.entry_axes and prompts > 1 else None
+    lines = [heading, result.words(shown)]
+    if shown is not None:
+        lines.append(f"prompt 0 of {prompts}:")
+    lines += [result.top(5, shown).to_string(), _within_rounding(result)]
+    return "\n".join(filter(None, lines))
+
+
+def _within_rounding(result: Labelled) -> str:
+    """How many values cannot be told from rounding; nothing where all can, or it is unknown."""
+    floor = vars(result).get("noise_floor")
+    if floor is None:
+        return ""
+    values = vars(result)["values"].flatten(1)
+    small = int((values.abs() <= SIGMAS * floor.to(values)[:, None]).sum())
+    if not small:
+        return ""
+    every = int((~values.isnan()).sum())
+    return f"{small} of {every} values are within three noise floors: rounding may be all of them."
