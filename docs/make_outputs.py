@@ -31,6 +31,7 @@ PAGES = (
     "auditing",
     "two_adapters",
     "edges",
+    "write_your_own",
 )
 SNIPPET = re.compile(
     r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL

@@ -21,14 +21,15 @@ from .analyses.path import path_attribution, remainder, remainder_curve
 from .analyses.repair import repair
 from .analyses.second_order import coupling, second_order
 from .analyses.what_changed import what_changed
+from .core import Function, LoraLens, analysis
 from .evaluation.compare import compare, reliability
 from .evaluation.explain import explain
 from .evaluation.faithfulness import faithfulness
 from .evaluation.null_test import null_test
 from .evaluation.rankings import best_subset
 from .loading import demo, load
-from .model.lens import LoraLens
 from .readouts.answers import KL, AnswerLogProb, AnswerMargin
+from .readouts.declared import readout
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result
 from .sweeps.bank import bank, load_bank
@@ -44,6 +45,7 @@ __all__ = [
     "LoraLens",
     "demo",
     "load",
+    "Function",
     # readouts
     "AnswerLogProb",
     "AnswerMargin",
@@ -103,4 +105,7 @@ __all__ = [
     "sweep",
     # results
     "load_result",
+    # your own
+    "analysis",
+    "readout",
 ]

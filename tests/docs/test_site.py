@@ -191,7 +191,7 @@ def test_every_public_call_has_an_example():
     calls = {name for name in ll.__all__ if name[0].islower()}
     assert set(outputs.examples()) == calls | {"feature_shift"}
     for name, example in outputs.examples().items():
-        assert re.search(rf"\bll\.(results\.)?{name}\(", example), name
+        assert re.search(rf"(\bll\.(results\.)?{name}\(|^@ll\.{name}$)", example, re.M), name
         assert name == "load" or "{ .text .output" in example or "![" in example, name
 
 

@@ -1,0 +1,92 @@
+"""A readout declared by a function of the logits: as `Readout.of`, and in groups as well."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+
+TEXTS = ["w5 w7 w8", "w9 w10 w11 w12", "w4", "w6 w7"]
+
+
+@ll.readout(units="nats", label="H(next token)")
+def Entropy(logits: Tensor) -> Tensor:
+    """The entropy of the next token."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@ll.readout(units="logits", label="the {k} largest logits")
+def Largest(logits: Tensor, k: int, *, sign: float = 1.0) -> Tensor:
+    return sign * logits.topk(k).values.sum(-1)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_it_is_the_same_readout_as_of_the_function(cls: str):
+    """Values, slopes and effects; and where prompts go in groups, which `Readout.of` cannot."""
+    lens = cases.case("llama", cls, "raw").lens
+    same = ll.Readout.of(lambda logits: torch.distributions.Categorical(logits=logits).entropy())
+    expected = ll.first_order(lens, TEXTS, same, at=0.5)
+    found = ll.first_order(lens, TEXTS, Entropy(), at=0.5)
+    assert worst(found.values, expected.values) < 1e-9 and worst(found.shift, expected.shift) < 1e-9
+    small = ll.first_order(lens.within(2e5), TEXTS, Entropy(), at=0.5)
+    assert worst(small.values, expected.values) < 1e-9
+    found, expected = (
+        ll.patch_sites(lens, TEXTS, readout, progress=False) for readout in (Entropy(), same)
+    )
+    assert worst(found.values, expected.values) < 1e-9
+    assert (found.readout, found.units) == ("H(next token)", "nats")
+
+
+def test_parameters_of_the_function_are_those_of_the_class():
+    five, six = Largest(5), Largest(k=6, sign=-1.0)
+    assert five.label == "the 5 largest logits" and repr(six) == "Largest(k=6, sign=-1.0)"
+    assert five == Largest(k=5) != six and len({five, Largest(5)}) == 1
+    logits = torch.randn(3, 61)
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    read = six.over(lens.model, lens.prompts(TEXTS[:3])).read
+    assert torch.equal(read(logits), -logits.topk(6).values.sum(-1))
+    assert Entropy.__doc__ == "The entropy of the next token." and Entropy.__module__ == __name__
+    assert isinstance(Entropy(), ll.Readout) and Entropy().units == "nats"
+    with pytest.raises(TypeError, match="missing a required argument: 'k'"):
+        Largest()
+
+
+def mean_of_rows(logits: Tensor) -> Tensor:
+    return logits[:, 0] - logits[:, 0].mean()
+
+
+REFUSED = {
+    "other rows": (mean_of_rows, "another number beside other rows"),
+    "a shape": (lambda logits: logits, "expected one number a row"),
+    "no tensor": (lambda logits: 3.0, "gave float for logits"),
+    "no derivative": (lambda logits: logits.argmax(-1).double(), "cuts its derivative"),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("function", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_as_declared_is_refused_when_it_is_bound(function, words: str):
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    declared = ll.readout(units="logits", label="own")(function)
+    with pytest.raises(ll.errors.ArgumentError, match=words):
+        lens.function(TEXTS, declared())
+
+
+@pytest.mark.bad_input
+def test_a_declaration_that_says_nothing_is_refused():
+    with pytest.raises(ll.errors.ArgumentError, match="units=3"):
+        ll.readout(units=3, label="own")
+    with pytest.raises(ll.errors.ArgumentError, match=r"label='the \{n\} largest' names 'n'"):
+        ll.readout(units="logits", label="the {n} largest")(Largest.function)
+    with pytest.raises(ll.errors.ArgumentError, match="no function of the logits"):
+        ll.readout(units="logits", label="own")(lambda: 0)
