@@ -86,10 +86,14 @@ class BaseWeights:
         return bool(getattr(self._model.config, "tie_word_embeddings", False))
 
     def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """(γ, β) of a norm; β is None for an RMS norm."""
+        """(γ, β) of a norm; β is None for an RMS norm, and γ is 1 for a norm without one."""
         norm = self._module(path)
         bias = getattr(norm, "bias", None) if self._family.norm == "LN" else None
-        gamma = cast(Tensor, norm.weight).detach() + self._family.gamma_offset
+        weight = cast("Tensor | None", norm.weight)
+        if weight is None:
+            gamma = torch.ones(cast("tuple[int, ...]", norm.normalized_shape))
+        else:
+            gamma = weight.detach() + self._family.gamma_offset
         return gamma, None if bias is None else bias.detach()
 
 

@@ -351,7 +351,7 @@ class BridgeHost(Host):
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
         """The wrapped norm's own."""
         norm = self._wrapped(layer, kind)
-        if not hasattr(norm, "weight"):
+        if getattr(norm, "weight", None) is None:  # also one that has a γ by its class, not here
             return None
         with compat.brought_in(norm):
             bias, gamma = getattr(norm, "bias", None), norm.weight.detach()
@@ -367,9 +367,9 @@ class BridgeHost(Host):
             return False
         norm = self._wrapped(layer, NORM_READ_BY.get(kind, "ln_final"))
         norm = self._wrapped(layer, "ln1") if norm is None else norm
-        bias = getattr(norm, "bias", None)
-        gamma = norm.weight + self.family.gamma_offset
-        return bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
+        gamma, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        is_one = gamma is None or bool((gamma + self.family.gamma_offset == 1).all())
+        return is_one and (bias is None or not bool(bias.any()))
 
     def is_tied(self) -> bool | None:
         """As the wrapped model's config says."""

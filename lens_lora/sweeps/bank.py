@@ -1,6 +1,6 @@
 """Many adapters over one base: the base's half of first order once, then each adapter at once.
 
-    bank = ll.bank(model, prompts, readout)
+    bank = ll.bank(lens, prompts, readout)   # or of the hooked model alone
     bank.first_order(adapter)                # equal to ll.first_order
     bank.scan("folder/of/adapters")          # one after another, resumable
 
@@ -401,20 +401,23 @@ def bank(
     token a backward pass for each. It holds what all modules read, and gradients.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
+        model: a lens, of whatever adapter; or its HookedTransformer or TransformerBridge, raw or
+            processed. Without other hooks.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: a readout of the logits, or a list of several.
-        hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it.
+        hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it. A lens has it,
+            if it was needed, and has verified the modules of its own adapter.
         modules: globs of Hugging Face module paths that adapters may target; by default all linear
             maps, embeddings, norms, stacks of experts and the head.
         by_token: whether each token's gradient of a response is kept, for by='token'.
-        max_memory: bytes that recording may take, as for `lens.within`.
+        max_memory: bytes that recording may take, as for `lens.within`; by default as a lens does.
         progress: show a bar.
 
     Raises:
         SiteError: globs that match no module.
         ModelStateError: hooks of your own on the model; as for a new LoraLens.
-        ArgumentError: a readout without a derivative at the base; by_token of no response.
+        ArgumentError: a lens beside an hf_model; a readout without a derivative at the base;
+            by_token of no response.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
@@ -444,7 +447,8 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
 
     Args:
         path: the file to read.
-        model: the hooked model, with the weights, dtype, settings and tokenizer of that time.
+        model: the hooked model, or a lens over it, with the weights, dtype, settings and tokenizer
+            of that time.
         hf_model: the base that `ll.bank` was given, if any.
 
     Raises:
@@ -471,15 +475,26 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
 def _lenses(
     model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
 ) -> list[LoraLens]:
-    host = host_of(model, hf_model)
-    if hooked := settings(model)["hooks"]:
+    """Lenses of adapters that add nothing to the modules that a later adapter may target."""
+    lens = model if isinstance(model, LoraLens) else None
+    if lens is not None and hf_model is not None:
+        raise ArgumentError(
+            "hf_model beside a lens, which has a base of its own if it needs one.",
+            remedy="Leave hf_model out, or pass the model: ll.bank(lens.model, …, hf_model=…).",
+        )
+    hooked_model = model if lens is None else lens.model
+    host = host_of(model, hf_model) if lens is None else lens.plan.host
+    if hooked := settings(hooked_model)["hooks"]:
         raise ModelStateError(
             f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
             "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
         )
     adapters = stand_ins(host, globs)
-    lenses = [LoraLens(model, adapter, hf_model, check=None) for adapter in adapters]
-    return [lens.within(max_memory) for lens in lenses]
+    if lens is None:
+        lenses = [LoraLens(model, adapter, hf_model, check=None) for adapter in adapters]
+    else:
+        lenses = [lens.with_adapter(adapter, check=False) for adapter in adapters]
+    return lenses if max_memory is None else [lens.within(max_memory) for lens in lenses]
 
 
 # --- The adapters of a scan, and its table

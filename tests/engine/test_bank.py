@@ -14,7 +14,9 @@ import models
 import pytest
 import reference
 import torch
+import transformers
 from every_family import EVERY, lens_of
+from peft import PeftModel
 from targets import EVERY as EVERY_TARGET
 from targets import base_for, hooked, peft_with
 
@@ -113,6 +115,73 @@ def test_decoders_that_no_table_lists(name: str):
         for by in ((), "rank", "expert"):
             expected = ll.first_order(case.lens, tokens, MARGIN, by=by)
             assert off(bank.first_order(case.lens.adapter, by=by).values, expected.values) < 1e-9
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.parametrize("flags", ["raw", "processed"])
+def test_norms_without_gamma(flags: str):
+    """OPT's norms may have neither γ nor β, and then are no modules that an adapter changes."""
+    config = transformers.OPTConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=16,
+        num_hidden_layers=models.LAYERS,
+        ffn_dim=24,
+        num_attention_heads=4,
+        max_position_embeddings=models.CONTEXT,
+        word_embed_proj_dim=16,
+        layer_norm_elementwise_affine=False,
+    )
+    base = models.randomised(transformers.OPTForCausalLM(config), 0, torch.float64)
+    peft, tokens = models.peft_model("opt", base), models.tokens()
+    adapter = ll.Adapter.from_peft(peft)
+    model = models.bridge(base, **cases.FLAGS[flags])
+    lens = ll.LoraLens(model, adapter, hf_model=base)
+    with torch.no_grad():
+        expected = cases.centred(peft(tokens).logits)
+    torch.testing.assert_close(cases.centred(lens.logits(tokens)), expected, rtol=0, atol=1e-9)
+    found = bank_of(lens).first_order(adapter)
+    assert off(found.values, ll.first_order(lens, tokens, MARGIN).values) < ROUND_OFF
+
+
+def _falcon() -> tuple[transformers.PreTrainedModel, PeftModel]:
+    """A family that no table lists, whose q, k and v are one projection."""
+    base = architectures.hf_model("Falcon")
+    return base, architectures.peft_model("Falcon", base)
+
+
+@models.NEEDS_BRIDGE
+def test_a_lens_has_what_a_bank_needs_of_the_base(tmp_path):
+    """Its projections were taken apart and verified before the bridge wrapped the base."""
+    base, peft = _falcon()
+    lens = ll.load(base, ll.Adapter.from_peft(peft), tokenizer=models.tokenizer())
+    tokens = models.tokens()
+    expected = ll.first_order(lens, tokens, MARGIN).values
+    bank = ll.bank(lens, tokens, MARGIN, progress=False)
+    assert off(bank.first_order(lens.adapter).values, expected) < ROUND_OFF
+    other = lens.adapter.scaled(0.5)
+    assert off(bank.first_order(other).values, expected / 2) < ROUND_OFF
+    read = ll.load_bank(bank.save(tmp_path / "bank.safetensors"), lens)
+    assert off(read.first_order(lens.adapter).values, expected) < ROUND_OFF
+
+
+@models.NEEDS_BRIDGE
+def test_a_module_that_a_lens_has_not_verified_is_refused():
+    base, peft = _falcon()
+    adapter = ll.Adapter.from_peft(peft)
+    dense = adapter.only("*.self_attention.dense")
+    lens = ll.load(base, dense, tokenizer=models.tokenizer())
+    bank = ll.bank(lens, models.tokens(), MARGIN, progress=False)
+    assert bank.first_order(dense).values.any()
+    with pytest.raises(ll.errors.ModelStateError, match="takes the projection apart"):
+        bank.first_order(adapter)
+
+
+def test_a_lens_s_own_bound_of_memory_holds():
+    case = cases.case("llama", BRIDGE, "raw")
+    lens = case.lens.within(1e9)
+    assert ll.bank(lens, models.tokens(), MARGIN, progress=False)._lens.max_memory == 1e9
+    with pytest.raises(ll.errors.ArgumentError, match="hf_model beside a lens"):
+        ll.bank(lens, models.tokens(), MARGIN, hf_model=case.base)
 
 
 RESPONSES = ["w5 w7", "w8 w9 w5"]
