@@ -36,7 +36,13 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+import not_run  # noqa: E402
 import selection  # noqa: E402
+from not_run import (  # noqa: E402, F401
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 # torch, PEFT and TransformerLens take seconds to import, which the process that only deals the
 # tests out to workers need not spend: `models` is imported where it is used.
@@ -88,7 +94,8 @@ def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
     named = {item: _named_without_class(item) for item in items}
     counts = collections.Counter(name for name, _ in named.values())
     # A test that a line may skip runs on both classes: what is drawn may be what is skipped.
-    skips = {named[item][0] for item in items if item.get_closest_marker("skipif") is not None}
+    of_a_line = ("skipif", "of_some_lines")
+    skips = {named[i][0] for i in items if any(map(i.get_closest_marker, of_a_line))}
     left_out: set[pytest.Item] = set()
     for item, (name, cls) in named.items():
         is_drawn = cls == _CLASSES[zlib.crc32(name.encode()) % len(_CLASSES)]
@@ -105,12 +112,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     They are the longest, and one worker has them in its run: it loads the model once, and others
     take the short tests from its end, so that all finish together.
     """
-    left_out = set[pytest.Item]() if config.option.each_class else _left_to_others(items)
+    left_out = not_run.of_other_lines(config, items)
+    if not config.option.each_class:
+        others = _left_to_others(items) - left_out
+        left_out |= not_run.counted(config, others, "run on the other class of hooked model")
     if config.option.by_class:
         others = (item for item in items if "tests/model/" not in item.path.as_posix())
         left_out |= {item for item in others if not _named_without_class(item)[1]}
     # Samples are drawn of the items that this line of transformer-lens runs.
-    left_out |= selection.deselected(config, [item for item in items if item not in left_out])
+    here = [item for item in items if item not in left_out]
+    left_out |= not_run.counted(config, selection.deselected(config, here), selection.said(config))
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

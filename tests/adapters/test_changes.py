@@ -86,6 +86,8 @@ def test_globs_on_a_sum_and_what_cannot_be_added():
         _ = a + a
     with pytest.raises(ll.errors.AdapterError, match="names the base 'x'.*'y'"):
         _ = ll.Adapter(a.modules, "a", "x") + ll.Adapter(a.modules, "b", "y")
+    with pytest.raises(ll.errors.AdapterError, match="names the base 'owner/x'.*'models/x'"):
+        _ = ll.Adapter(a.modules, "a", "owner/x") + ll.Adapter(a.modules, "b", "models/x")
     elsewhere = ll.Adapter(a.modules, "b", "models/x")  # the remedy that the message names:
     both = ll.Adapter(a.modules, "a", "x") + dataclasses.replace(elsewhere, base_model="x")
     assert both.base_model == "x"

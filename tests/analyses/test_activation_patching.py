@@ -210,7 +210,7 @@ def test_sites_outside_the_blocks(target: str, cls: str):
         assert (effects.share - expected).abs().max() < 1e-11
 
 
-@pytest.mark.skipif(len(models.MAKERS) < 2, reason="only transformer-lens 3 has this hook point")
+@models.of_some_lines(len(models.MAKERS) == 2, "only transformer-lens 3 has this hook point")
 def test_a_head_is_shown_with_its_update(cls: str):
     base, model = hooked("gpt2", cls, "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))

@@ -260,7 +260,7 @@ def test_a_dropped_coupling_would_show(lens: ll.LoraLens):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["bloom", "opt", "gpt2"])
-@pytest.mark.skipif(not models.has_bridge(), reason="this transformer-lens has no Bridge")
+@models.NEEDS_BRIDGE
 def test_families_with_layer_norm_on_a_bridge(family: str):
     """F.layer_norm and Bloom's own GELU, whose second derivatives torch gets wrong or refuses."""
     lens = cases.case(family, "TransformerBridge", "raw").lens

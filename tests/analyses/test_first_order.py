@@ -268,7 +268,7 @@ def test_bad_arguments_are_refused():
         ll.first_order(lens, models.tokens(), MARGIN, mode="sideways")
 
 
-@pytest.mark.skipif(not models.has_bridge(), reason="a HookedTransformer computes attention itself")
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("family", ["opt", "gptj", "llama"])
 def test_fused_attention_is_differentiated_by_its_formula(family: str):
     """Fused kernels have no forward-mode and no second derivative; attention's formula has."""

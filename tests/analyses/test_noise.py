@@ -152,6 +152,9 @@ def test_floors_between_the_ends():
     noise = Noise(*torch.tensor([[5.0], [1.0], [2.0]]))
     eps = torch.tensor([0.0, 0.5, 1.0])
     assert noise.of_shift(eps)[0].tolist() == pytest.approx([1.0, 7**0.5, 5.0])
+    drawn = Noise(*torch.rand(3, 999, generator=models.seeded(0)).float())
+    ends = drawn.of_shift(torch.tensor([0.0, 1.0]))
+    assert torch.equal(ends.T, torch.stack([drawn.base, drawn.shift]))  # to the last bit
     assert noise.of_remainder(eps)[0].tolist() == pytest.approx([1.0, 8**0.5, 29**0.5])
     bend = torch.tensor([4.0])
     assert noise.of_remainder(eps, bend)[0].tolist() == pytest.approx([1.0, 9**0.5, 45**0.5])
@@ -260,7 +263,7 @@ def test_checks_of_equality_know_the_precision(cls: str, family: str):
     assert ll.first_order(lens, TOKENS, MARGIN, rules=rules).values.isfinite().all()
 
 
-@pytest.mark.skipif("TransformerBridge" not in models.MAKERS, reason="no TransformerBridge here")
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("seed", range(5))
 def test_few_roundings_to_float32_are_seen(seed: int):
     """One layer of eight coordinates, whose norms round 192 numbers in all."""
@@ -273,7 +276,7 @@ def test_few_roundings_to_float32_are_seen(seed: int):
         assert eps_of(model, "embed.hook_out") == torch.finfo(torch.float64).eps
 
 
-@pytest.mark.skipif("HookedTransformer" not in models.MAKERS, reason="no HookedTransformer here")
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_the_precision_of_a_toy_is_measured():
     """Of fewer words, and a shorter context, than the eight tokens have."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig

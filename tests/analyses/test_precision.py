@@ -68,6 +68,19 @@ def test_few_shifts_are_beyond_three_floors(dtype: torch.dtype):
     assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
 
 
+def test_a_floor_has_the_rounding_of_every_block():
+    """A draw moves the embedding, and what each later block reads, by about one rounding of it."""
+    lens, _ = lenses("llama", torch.bfloat16)
+    host = lens.plan.host
+    points = [lens.embedding_output, *map(host.block_input, range(1, host.n_layers))]
+    drawn = asking.of_stream(lens)
+    assert [name for name, _ in drawn] == points and len(points) == models.LAYERS
+    stream = torch.ones(4, 5, lens.model.cfg.d_model)
+    for _, move in drawn:
+        moved = (move(stream, hook=None) - stream).square().mean().sqrt()
+        assert 1 / 2 < moved / 2.0**-8 < 2
+
+
 def divergences(dtype: torch.dtype) -> torch.Tensor:
     """Of the next token, both ways round, and of a response, how many floors D(1) is off."""
     readouts = ll.KL(), ll.KL(direction="adapted_to_base"), ll.KL(ASKED.response)
@@ -91,6 +104,16 @@ def test_few_divergences_are_beyond_three_floors(
     without = divergences(dtype)
     assert (without > SIGMAS).double().mean() > 0.03
     assert without.square().mean().sqrt() > 1.5
+
+
+def test_the_floor_of_a_divergence_has_the_rounding_of_the_base(monkeypatch: pytest.MonkeyPatch):
+    """Of p₀, which is held while p is read: without it the floor is far too low."""
+    lens, _ = lenses("llama", torch.bfloat16)
+    floor = ask(lens, ASKED.prompts, ll.KL()).noise_floor
+    still = functools.partialmethod(lambda self, _: self.ends[1].expand(5, -1))
+    monkeypatch.setattr(asking.Asked, "_draws_of_held", still)
+    without = ask(lens, ASKED.prompts, ll.KL()).noise_floor
+    assert (floor / without).median() > 1.2
 
 
 @pytest.mark.sample(2)

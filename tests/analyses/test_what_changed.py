@@ -189,6 +189,14 @@ def test_null_adapters_are_as_loud_as_the_adapter(strength: float):
     assert abs(draw.found.mean_kl / found.found.mean_kl - 1) > 0.05  # as it was drawn
 
 
+def test_a_null_adapter_stays_quieter_where_no_scale_is_enough():
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    loud = lens.with_adapter(lens.adapter.scaled(3))
+    found = ll.what_changed(loud, texts(), nulls=1, fast=True, answers=False, **QUIET)
+    (null,) = found.nulls
+    assert null.mean_kl < 0.95 * found.found.mean_kl and 1e-3 < null.scale < 1.1e3
+
+
 def test_a_null_adapter_that_no_scale_makes_as_loud(monkeypatch):
     """At the nearest scale that was tried; the story says its KL beside the adapter's."""
     lens = cases.case("llama", CLASSES[0], "raw").lens

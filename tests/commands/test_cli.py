@@ -246,21 +246,21 @@ def test_rotary_base_is_the_models_own(kind):
         torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif("HookedTransformer" not in CLASSES, reason="no HookedTransformer")
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_model_that_computes_other_logits_is_refused(monkeypatch):
     monkeypatch.setattr(host_build, "_rotary_base", lambda hf_model: 10.0)
     with pytest.raises(ModelStateError, match="computes other logits than the Hugging Face model"):
         hooked_model(other_rotary_base(), models.tokenizer(), kind="HookedTransformer")
 
 
-@pytest.mark.skipif("HookedTransformer" in CLASSES, reason="has HookedTransformer")
+@models.of_some_lines("HookedTransformer" not in CLASSES, "only transformer-lens 4 lacks it")
 def test_class_that_is_not_there_is_refused():
     base = models.hf_model("llama", dtype=torch.float32)
     with pytest.raises(ModelStateError, match="cannot make a HookedTransformer"):
         hooked_model(base, models.tokenizer(), kind="HookedTransformer")
 
 
-@pytest.mark.skipif("HookedTransformer" not in CLASSES, reason="no HookedTransformer")
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_misleading_temporary_folder_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "my_gemma"
     folder.mkdir()

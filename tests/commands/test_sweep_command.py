@@ -127,6 +127,29 @@ def test_command_refuses_at_once(tmp_path, options, words):
     assert words in re.sub(r"[│\s]+", " ", result.stderr)
 
 
+@pytest.mark.parametrize(
+    ("name", "readout"), [("log-prob", ll.AnswerLogProb), ("kl", ll.KL), ("margin", None)]
+)
+def test_a_readout_by_name_is_that_of_python(tiny, tmp_path, monkeypatch, name, readout):
+    """The sweep is asked for it, with each record's own response."""
+    asked = {}
+
+    def ask(lens, rows, names, **options):
+        asked.update(options, said=[row.response for row in rows])
+        raise ll.errors.ArgumentError("enough.")
+
+    monkeypatch.setattr(sweep_command.running, "lens_for", lambda *_: None)
+    monkeypatch.setattr(ll, "sweep", ask)
+    said = [{**row, "response": "w8 w10"} for row in GOOD]
+    found = command(
+        tiny / "lora", "--prompts", write_jsonl(tmp_path / "r.jsonl", said), "--readout", name,
+        "--out", tmp_path / "r.parquet", "--analysis", "path",
+    )  # fmt: skip
+    assert found.exit_code == 2 and "enough." in found.stderr
+    assert asked["readout"] is readout
+    assert set(asked["said"]) == {None if readout is None else "w8 w10"}
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("response", "analysis"), [("log-prob", "first_order"), ("kl", "path")])
 def test_responses_are_read_as_in_python(tiny, tmp_path, response, analysis):

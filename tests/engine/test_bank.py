@@ -294,7 +294,7 @@ def _double(tensor: torch.Tensor, hook: object) -> torch.Tensor:
 HOOKED = ("blocks.0.attn.hook_pattern", "blocks.0.attn.hook_z", "blocks.0.hook_resid_post")
 
 
-@pytest.mark.skipif("TransformerBridge" not in models.MAKERS, reason="wraps the model itself")
+@models.NEEDS_BRIDGE
 def test_hooks_of_transformers_that_only_look_are_no_hooks_of_one_s_own():
     """Once its hidden states were shown, a model of transformers 5 keeps some."""
     lens = lens_of("llama", "TransformerBridge", "raw")

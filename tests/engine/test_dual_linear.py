@@ -13,7 +13,8 @@ from saved import saved
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lens_lora.engine.duals import OneProduct
+import lens_lora as ll
+from lens_lora.engine.duals import OneProduct, dual_forward
 
 
 def in_place(op):
@@ -116,6 +117,21 @@ def test_equals_torch(name: str, sizes: tuple[int, ...], one_primal: bool, seed:
     )
     for mine, torchs in zip(found, expected, strict=True):
         assert torch.allclose(mine, torchs, rtol=1e-12, atol=1e-12)
+
+
+class Rounded(torch.autograd.Function):
+    """As an old model's own activation function: it has no rule of forward mode."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+
+def test_an_operation_without_a_forward_derivative_is_named():
+    with pytest.raises(ll.errors.ModelStateError) as caught, dual_forward():
+        x = torch.ones(2, 3)
+        Rounded.apply(fwad.make_dual(x, x))
+    assert "Rounded.apply(" in str(caught.value) and "mode='reverse'" in str(caught.value)
 
 
 def test_what_has_no_tangent_is_left_alone():

@@ -88,10 +88,9 @@ def test_spans_that_refuse_a_reading_end_in_any_order(first: int):
     assert type(module) is nn.Linear and (module.in_features, module.out_features) == (2, 3)
 
 
+@models.NEEDS_NEWEST
 def test_experts_of_transformers():
     """What a stack of experts states about itself, and the kernel and gate that it is given."""
-    if not models.is_newest():
-        pytest.skip("a stack of experts is made by transformers 5")
     base = architectures.hf_model("Qwen3-MoE", dtype=torch.float32)
     experts = base.model.layers[0].mlp.experts
     require("transformers", experts, "_apply_gate", "_is_expert_parallel", *_FLAGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import beartype
+import models
 import pytest
 import shapes
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.analyses.path import fitted_order
 
-CHECKED = pytest.mark.skipif(
-    not shapes.CHECKED, reason="shapes are checked where LENS_LORA_SHAPES=checked"
+CHECKED = models.of_some_lines(
+    shapes.CHECKED, "shapes are checked on transformer-lens 4 (LENS_LORA_SHAPES=checked)"
 )
 SCALES, ONE = torch.tensor([0.1, 0.2, 0.4]), torch.tensor(0.0)
 

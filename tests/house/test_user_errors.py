@@ -69,7 +69,7 @@ def test_lens_that_cannot_be(tiny, make, words):
         make(tiny)
 
 
-@pytest.mark.skipif("HookedTransformer" not in models.MAKERS, reason="no HookedTransformer")
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_missing_gamma_names_the_norm_and_both_remedies(tiny):
     folded = models.hooked_transformer(tiny.base, **models.PROCESSED)
     words = r"blocks\.0.*input_layernorm.*hf_model=.*from_pretrained_no_processing"
@@ -343,6 +343,19 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
     assert result.stderr.startswith("Interrupted.")
     said = dict.fromkeys(("sweep", "explain"), "No prompt was finished")
     assert said.get(command, "") in result.stderr
+
+
+def test_a_later_process_gives_the_first_one_time_to_tell_of_an_error(monkeypatch, capsys):
+    """The launcher ends all processes with the first that ends, and all have the same error."""
+    waited: list[float] = []
+    monkeypatch.setattr(running.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    running._print_error("no such folder")
+    assert waited == [] and capsys.readouterr().err == "no such folder\n"
+    monkeypatch.setenv("RANK", "1")
+    running._print_error("no such folder")
+    assert waited == [running._SECONDS_FOR_THE_FIRST] and waited[0] >= 1
+    assert capsys.readouterr().err == "process 2: no such folder\n"
 
 
 def test_two_processes_tell_of_an_error_once(files, tmp_path):

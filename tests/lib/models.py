@@ -260,21 +260,27 @@ def has_bridge() -> bool:
     return True
 
 
-NEEDS_HOOKED_TRANSFORMER = pytest.mark.skipif(
-    not has_hooked_transformer(), reason="transformer-lens 4 has no HookedTransformer"
+def of_some_lines(is_this_one: bool, reason: str) -> pytest.MarkDecorator:
+    """The mark of a test that some lines of transformer-lens cannot run.
+
+    They leave it out, and say how many of these there are (`tests/lib/not_run.py`). What could run
+    on this line, were something installed, is skipped instead.
+    """
+    return pytest.mark.of_some_lines(is_this_one, reason=reason)
+
+
+NEEDS_HOOKED_TRANSFORMER = of_some_lines(
+    has_hooked_transformer(), "transformer-lens 4 has no HookedTransformer"
 )
-NEEDS_BRIDGE = pytest.mark.skipif(
-    not has_bridge(), reason="transformer-lens 2 has no TransformerBridge"
-)
+NEEDS_BRIDGE = of_some_lines(has_bridge(), "transformer-lens 2 has no TransformerBridge")
 
 
 def is_newest() -> bool:
     return version("transformer-lens") >= "4"
 
 
-NEEDS_NEWEST = pytest.mark.skipif(
-    not is_newest(),
-    reason="architectures are measured on the newest transformer-lens",
+NEEDS_NEWEST = of_some_lines(
+    is_newest(), "architectures, experts and later tools are tested on transformer-lens 4"
 )
 RAW = {
     "fold_ln": False,

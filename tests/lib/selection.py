@@ -85,3 +85,10 @@ def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
         return set()
     left_out = left_out_of_the_quick_suite(items)
     return set(items) - left_out if config.option.rest else left_out
+
+
+def said(config: pytest.Config) -> str:
+    """Why `deselected` leaves them out."""
+    if config.option.rest:
+        return "in the quick suite"
+    return "slow, exhaustive, in a browser, or not drawn of a sample; in .ci/run"

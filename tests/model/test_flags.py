@@ -31,7 +31,6 @@ EXACT = [
 PROCESSINGS = ["raw", "no_processing", "processed"]
 NORM_PER_HEAD = "_apply_ln1_per_head"
 COPIED = ("use_split_qkv_input", "use_attn_in")
-needs_bridge = pytest.mark.skipif(BRIDGE not in models.MAKERS, reason="no TransformerBridge here")
 
 
 def named(value: str | tuple[str, ...]) -> str:
@@ -82,7 +81,7 @@ def test_exact_under_flags(cls: str, flags: tuple[str, ...], family: str, proces
 
 
 @pytest.mark.sample(4)
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flag", COPIED)
 @pytest.mark.parametrize("processing", [{}, models.RAW, models.PROCESSED], ids=PROCESSINGS)
 @pytest.mark.parametrize("family", ["neox", "bloom", "phi3", "qwen3", "gemma3"])
@@ -105,7 +104,7 @@ def test_copied_inputs_on_a_bridge(family: str, processing: dict, flag: str):
     assert (slope - reverse.sum(1)).abs().max() < 1e-5 * reverse.abs().max()
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flag", COPIED)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_control_copies_before_their_norm(family: str, flag: str, monkeypatch: pytest.MonkeyPatch):
@@ -119,7 +118,7 @@ def test_control_copies_before_their_norm(family: str, flag: str, monkeypatch: p
     assert error.abs().max() > 0.1
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flag", COPIED)
 @pytest.mark.parametrize("family", ["gpt_neo", "gptj", "opt"])
 def test_families_that_the_bridge_gives_no_copies(family: str, flag: str):
@@ -128,7 +127,7 @@ def test_families_that_the_bridge_gives_no_copies(family: str, flag: str):
         with_flags(BRIDGE, family, (flag,), {})
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flag", COPIED)
 def test_a_bridge_of_unknown_copies_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch):
     """A transformer-lens without this per-head norm: refused by name, never a guess."""
@@ -140,7 +139,7 @@ def test_a_bridge_of_unknown_copies_is_refused(flag: str, monkeypatch: pytest.Mo
         ll.LoraLens(model, adapter)
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flag", COPIED)
 def test_a_flag_set_after_the_lens(flag: str):
     base, model = with_flags(BRIDGE, "gpt2", (), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import cases
 import models
@@ -13,6 +14,7 @@ from model_state import merged_model, same, state
 
 import lens_lora as ll
 from lens_lora.engine.function import gated_logits
+from lens_lora.model.hooks import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -233,6 +235,27 @@ def test_generate_under_the_adapter(cls: str):
     with lens.applied() as model:
         found = model.generate(tokens, max_new_tokens=4, stop_at_eos=False, **options)
     assert torch.equal(found, expected)
+
+
+def test_what_a_reader_kept_goes_with_its_hooks(cls: str):
+    """Without a cycle, in which it would wait for the garbage collector."""
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
+    name = next(site.read for site in lens.sites if site.kind == "o")
+    seen: list[weakref.ref] = []
+
+    def keep(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+        changed = tensor + 0
+        seen.append(weakref.ref(changed))
+        return changed
+
+    gc.disable()
+    try:
+        with attached(lens.model, [(name, keep)]):
+            gated_logits(lens, prompts, lens.gates(1.0))
+        assert [ref() for ref in seen] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_pass_leaves_nothing_to_the_garbage_collector(cls: str):

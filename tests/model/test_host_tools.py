@@ -37,12 +37,13 @@ LAST = torch.tensor([4, 4])
 PROCESSED, LLAMA, GEMMA = ("gpt2", "processed"), ("llama", "raw"), ("gemma2", "raw")
 EVERY = (PROCESSED, LLAMA, GEMMA)
 WITH_GATED = (*EVERY, ("llama", "processed"))  # whose MLP's own passes read its weights
-NEEDS_NEWEST = pytest.mark.skipif(
-    not models.is_newest(), reason="of what transformer-lens has from 4 on"
-)
 EDGE_FLAGS = ("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in")
 UTILITIES = f"transformer_lens.{'utilities' if models.is_newest() else 'utils'}"
 PAGE = Path(__file__).parents[2] / "docs" / "your_model.md"
+ANALYSIS: Any = None
+with contextlib.suppress(ImportError):  # from transformer-lens 3 on
+    ANALYSIS = importlib.import_module("transformer_lens.tools.analysis")
+FLAG = r"cfg\.use_\w+ was False .* set it so before you make the lens"
 
 
 @pytest.fixture(params=models.MAKERS)
@@ -63,6 +64,8 @@ class Tool:
 
     reads: kinds whose base weight it takes for the adapted one, or for which it is refused.
     refused: what our error says.
+    of: a name in TransformerLens's `tools.analysis`, if only some lines of it have the tool.
+    bridge_alone: whether it takes, or we can refuse it, on a TransformerBridge alone.
     """
 
     run: Callable[[Any], Tensor]
@@ -70,16 +73,22 @@ class Tool:
     refused: str = ""
     on: tuple[tuple[str, str], ...] = EVERY
     weights_alone: bool = False  # no activation is in it
+    of: str = ""
+    bridge_alone: bool = False
+
+    def is_there(self, cls: str) -> bool:
+        """Whether this transformer-lens has the tool for models of this class."""
+        if self.refused == FLAG and not models.is_newest():  # before, a tool that sets no flags
+            return False
+        has_tool = not self.of or hasattr(ANALYSIS, self.of)
+        return has_tool and (cls == "TransformerBridge" or not self.bridge_alone)
 
 
 OUT, DOWN, HEAD = ("o",), ("down", "fc_out"), ("unembed",)
 
 
 def analysis(name: str) -> Any:
-    tools = pytest.importorskip("transformer_lens.tools.analysis", reason="no tools.analysis here")
-    if not hasattr(tools, name):
-        pytest.skip(f"this transformer-lens has no {name}")
-    return getattr(tools, name)
+    return getattr(ANALYSIS, name)
 
 
 def cached(model: Any, tokens: Tensor = CLEAN, **options: Any) -> Any:
@@ -215,7 +224,8 @@ def jacobian(read: Callable[[Any, Any], Any]) -> Tool:
         options = {"corpus": "two", "skip_first_positions": 1, "show_progress": False}
         return numbers([read(analysis("JacobianLens").fit(model, prompts, **options), model)])
 
-    return Tool(run, reads=HEAD, on=(("gpt2", "raw"), LLAMA, GEMMA))
+    on = (("gpt2", "raw"), LLAMA, GEMMA)
+    return Tool(run, reads=HEAD, on=on, of="JacobianLens", bridge_alone=True)
 
 
 def coordinate_patch(lens: Any, model: Any) -> Tensor:
@@ -297,7 +307,6 @@ def gradients(model: Any) -> Tensor:
 
 ATTENTION = ("q", "k", "v", "o")
 AT_INPUT = "a backward hook is on the point at which"
-FLAG = r"cfg\.use_\w+ was False .* set it so before you make the lens"
 TOOLS = {
     "run_with_cache": Tool(every_activation),
     "accumulated_resid": Tool(of_cache("accumulated_resid", apply_ln=True)),
@@ -320,18 +329,24 @@ TOOLS = {
     "hf_generate": Tool(next_tokens("hf_generate", use_cache=False)),
     "test_prompt": Tool(answer),
     'model(…, return_type="loss")': Tool(loss),
-    "collect_activations": Tool(collected),
-    "run_with_intervention": Tool(interchanged("run_with_intervention")),
-    "intervened_logits": Tool(interchanged("intervened_logits")),
-    "fit_das": Tool(das),
-    "projection_kernel": Tool(kernel),
-    "fit_sparse_probe": Tool(probe),
+    "collect_activations": Tool(collected, of="collect_activations"),
+    "run_with_intervention": Tool(
+        interchanged("run_with_intervention"), of="run_with_intervention"
+    ),
+    "intervened_logits": Tool(interchanged("intervened_logits"), of="intervened_logits"),
+    "fit_das": Tool(das, of="fit_das"),
+    "projection_kernel": Tool(kernel, of="projection_kernel"),
+    "fit_sparse_probe": Tool(probe, of="fit_sparse_probe"),
     "JacobianLens.fit": dataclasses.replace(jacobian(lambda j, m: j.jacobians[0]), reads=()),
     # of W_U
-    'direct_logit_attribution(unit="component")': Tool(direct("component"), on=(PROCESSED,)),
-    'direct_logit_attribution(unit="layer")': Tool(direct("layer"), on=(PROCESSED,)),
-    "logit_lens": Tool(logit_lens),
-    "logit_readout": Tool(logit_readout, reads=HEAD),
+    'direct_logit_attribution(unit="component")': Tool(
+        direct("component"), on=(PROCESSED,), of="direct_logit_attribution"
+    ),
+    'direct_logit_attribution(unit="layer")': Tool(
+        direct("layer"), on=(PROCESSED,), of="direct_logit_attribution"
+    ),
+    "logit_lens": Tool(logit_lens, of="logit_lens"),
+    "logit_readout": Tool(logit_readout, reads=HEAD, of="logit_readout"),
     "logit_attrs": Tool(logit_attrs, reads=HEAD),
     "tokens_to_residual_directions": Tool(
         lambda m: m.tokens_to_residual_directions(torch.tensor([5, 9])),
@@ -355,7 +370,9 @@ TOOLS = {
     "JacobianLens.ablation_hooks": jacobian(steered("ablation_hooks", [5])),
     "JacobianLens.swap_hooks": jacobian(steered("swap_hooks", 5, 9)),
     # of W_O, W_out and biases
-    'direct_logit_attribution(unit="head")': Tool(direct("head"), reads=OUT, on=(PROCESSED,)),
+    'direct_logit_attribution(unit="head")': Tool(
+        direct("head"), reads=OUT, on=(PROCESSED,), of="direct_logit_attribution"
+    ),
     "stack_head_results": Tool(of_cache("stack_head_results"), reads=OUT),
     "compute_head_results": Tool(head_results, reads=OUT),
     "get_neuron_results": Tool(of_cache("get_neuron_results", 0), reads=DOWN, on=WITH_GATED),
@@ -372,10 +389,19 @@ TOOLS = {
     "accumulated_bias": Tool(
         lambda m: m.accumulated_bias(2), ATTENTION, on=(PROCESSED,), weights_alone=True
     ),
-    "SVDInterpreter": Tool(singular, ("v", *OUT, *DOWN), weights_alone=True),
-    "attention_head_subspace_affinity": Tool(affinity, ATTENTION, weights_alone=True),
+    # On a HookedTransformer it walks named_parameters(), where nothing can be refused.
+    "SVDInterpreter": Tool(singular, ("v", *OUT, *DOWN), weights_alone=True, bridge_alone=True),
+    "attention_head_subspace_affinity": Tool(
+        affinity,
+        ATTENTION,
+        weights_alone=True,
+        of="attention_head_subspace_affinity",
+        bridge_alone=True,
+    ),
     # refused, unless the adapter leaves out what is named
-    'attribution_patch(granularity="node")': Tool(attribution_patch("node"), OUT, AT_INPUT),
+    'attribution_patch(granularity="node")': Tool(
+        attribution_patch("node"), OUT, AT_INPUT, of="attribution_patch"
+    ),
     'attribution_patch(granularity="edge")': Tool(
         attribution_patch("edge"), ATTENTION, FLAG, on=(PROCESSED,)
     ),
@@ -447,12 +473,18 @@ def on_merged(run: Callable[[Any], Tensor], merged: Any) -> Tensor:
         pytest.skip(f"this host has no such tool for this model: {error}")
 
 
-def chosen(condition: Callable[[Tool], bool]) -> list[str]:
-    return [name for name, tool in TOOLS.items() if condition(tool)]
+def chosen(condition: Callable[[Tool], bool]) -> list[tuple[str, str]]:
+    """(class, tool) of each tool that this transformer-lens has for the class."""
+    return [
+        (cls, name)
+        for cls in models.MAKERS
+        for name, tool in TOOLS.items()
+        if condition(tool) and tool.is_there(cls)
+    ]
 
 
 @pytest.mark.sample(6)
-@pytest.mark.parametrize("name", chosen(lambda t: not t.refused and t.reads in ((), HEAD)))
+@pytest.mark.parametrize(("cls", "name"), chosen(lambda t: not t.refused and t.reads in ((), HEAD)))
 def test_a_tool_of_activations_is_that_of_the_merged_model(name: str, cls: str):
     """With LoRA on every linear module of attention and MLP."""
     tool = TOOLS[name]
@@ -463,7 +495,7 @@ def test_a_tool_of_activations_is_that_of_the_merged_model(name: str, cls: str):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("name", chosen(lambda t: not t.refused and bool(t.reads)))
+@pytest.mark.parametrize(("cls", "name"), chosen(lambda t: not t.refused and bool(t.reads)))
 def test_a_tool_of_weights_is_refused(name: str, cls: str):
     """Where the adapter changes what it reads; equal where it does not."""
     tool = TOOLS[name]
@@ -472,8 +504,6 @@ def test_a_tool_of_weights_is_refused(name: str, cls: str):
             continue
         lens, merged = pair(cls, family, flags, head=tool.reads == HEAD)
         on_merged(tool.run, merged)
-        if name == "SVDInterpreter" and cls == "HookedTransformer":
-            pytest.skip("it walks named_parameters(), where nothing can be refused")
         with (
             pytest.raises((ModelStateError, ValueError), match=BASE_S),  # or it words ours
             lens.applied() as model,
@@ -485,13 +515,11 @@ def test_a_tool_of_weights_is_refused(name: str, cls: str):
             assert base > SEEN, (family, flags)
 
 
-@pytest.mark.parametrize("name", chosen(lambda t: bool(t.refused)))
+@pytest.mark.parametrize(("cls", "name"), chosen(lambda t: bool(t.refused)))
 def test_a_tool_that_cannot_be_right_is_refused(name: str, cls: str):
     """By name, with a remedy; without the kinds that it reads it is right."""
     tool = TOOLS[name]
     before = EDGE_FLAGS if tool.refused == FLAG else ()
-    if before and not models.is_newest():
-        pytest.skip("before transformer-lens 4 the tool is another one, which sets no flags")
     for family, flags in tool.on:
         lens, merged = pair(cls, family, flags)
         on_merged(tool.run, merged)
@@ -509,7 +537,7 @@ def test_a_tool_that_cannot_be_right_is_refused(name: str, cls: str):
 # --- what is refused, and why
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 @pytest.mark.parametrize(
     "name", ['faithfulness(ablation="corrupt")', 'attribution_patch(granularity="edge")']
 )
@@ -526,7 +554,7 @@ def test_results_by_head_are_refused_where_o_is_adapted(name: str):
         TOOLS[name].run(model)
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 def test_direct_paths_of_an_adapted_o_are_refused():
     """With the flag set before the lens, too; outside of a block the base's W_O is there."""
     lens, _ = pair("TransformerBridge", *PROCESSED, set_before=("use_split_qkv_input",))
@@ -539,7 +567,7 @@ def test_direct_paths_of_an_adapted_o_are_refused():
     assert lens.model.blocks[0].attn.o.weight is not None
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 def test_a_bias_that_an_update_of_v_would_be_folded_into_is_refused():
     """Of o, which has no update itself."""
     base = models.hf_model("gpt2")
@@ -553,7 +581,7 @@ def test_a_bias_that_an_update_of_v_would_be_folded_into_is_refused():
     model.accumulated_bias(1)
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 @pytest.mark.parametrize("name", ["logit_lens", 'direct_logit_attribution(unit="component")'])
 def test_readouts_of_an_adapted_head_are_refused(name: str):
     """They read W_U."""
@@ -626,7 +654,7 @@ def test_points_without_the_update_are_refused_in_a_block(cls: str):
     assert len(cache) == 2
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 @pytest.mark.parametrize("left_out", [(), OUT], ids=["with o", "v's constant alone"])
 def test_the_sum_of_the_heads_before_the_update(left_out: tuple[str, ...]):
     """hook_hidden_states under use_attn_result, where δ of o, or v's constant, is added later."""
@@ -666,7 +694,7 @@ def by_row(logits: Tensor) -> Tensor:
     return logits[:, -1, 5] - logits[:, -1, 9]
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 @pytest.mark.parametrize("direction", ["adapted_to_base", "base_to_adapted"])
 def test_patched_activations_as_transformer_lens_has_them(direction: str):
     """Its own patching of one model with the cache of the other gives the same result."""
@@ -702,7 +730,7 @@ def test_patched_activations_as_transformer_lens_has_them(direction: str):
     assert whole.metric_names == [effects.readout] == whole.to_dataframe()["metric"].unique()
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 @pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
 def test_switched_sites_as_transformer_lens_has_them(how: str):
     """Patched readout, baseline and other end are those of PEFT with one module on, or off."""
@@ -728,7 +756,7 @@ def test_switched_sites_as_transformer_lens_has_them(how: str):
     assert list(found.to_dataframe()["group"].unique()) == list(effects.groups)
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 def test_patching_results_of_groups_and_short_prompts():
     """Groups have no layer of their own, a position that a prompt lacks is NaN."""
     lens, margin = cases.case("llama", "TransformerBridge", "raw").lens, ll.Margin(5, 9)
@@ -770,7 +798,7 @@ WITHOUT_MODEL = {
 }
 
 
-@NEEDS_NEWEST
+@models.NEEDS_NEWEST
 def test_no_tool_is_forgotten():
     from transformer_lens.tools import analysis
 

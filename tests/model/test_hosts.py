@@ -227,7 +227,7 @@ def test_a_token_is_no_markup():
     assert "</script><b>" not in view.html and "&lt;/script&gt;&lt;b&gt;" in view.html
 
 
-@pytest.mark.skipif("TransformerBridge" not in models.MAKERS, reason="no other class here")
+@models.NEEDS_BRIDGE
 def test_a_listed_family_that_has_no_hooked_transformer_gets_a_bridge():
     """TransformerLens 3.9 reads no Gemma 3 from a folder; a class that is named is not replaced."""
     base = models.hf_model("gemma3")

@@ -17,8 +17,6 @@ from lens_lora.errors import AdapterError, ModelStateError, SiteError
 from lens_lora.families import find_family
 
 CLASSES = list(models.MAKERS)
-needs_bridge = pytest.mark.skipif("TransformerBridge" not in CLASSES, reason="no bridge in 2.x")
-needs_ht = pytest.mark.skipif("HookedTransformer" not in CLASSES, reason="not in 4.x")
 
 
 @functools.cache
@@ -315,7 +313,7 @@ def test_model_without_hooks(make, name):
     assert "no hook points" in message and "TransformerBridge" in message
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_bridge_of_an_injected_model(family):
     """A bridge around a PEFT-injected model carries the adapter once already, or drops it."""
@@ -326,7 +324,7 @@ def test_bridge_of_an_injected_model(family):
     assert "blocks.0." in message
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 def test_active_dropout():
     """In train mode with dropout no two runs agree; where every p is 0 train mode is harmless."""
     model = fresh("TransformerBridge", "gpt2")
@@ -436,7 +434,7 @@ def test_hf_model_that_is_not_the_base(make, needles, family, flags, cls):
     assert all(needle in message for needle in needles), message
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flags", [{}, models.PROCESSED], ids=["raw", "processed"])
 def test_hf_model_that_the_bridge_wraps(flags):
     """Its weights were rewritten in place, so it tells nothing of the base."""
@@ -457,7 +455,7 @@ def test_hf_model_with_an_unmerged_adapter_is_the_base(flags, cls):
         assert torch.equal(logits, expected)
 
 
-@needs_ht
+@models.NEEDS_HOOKED_TRANSFORMER
 @pytest.mark.parametrize("flags", [{}, models.PROCESSED], ids=["raw", "processed"])
 def test_refactored_attention(flags):
     """Rotated heads have no ΔW of theirs."""
@@ -476,7 +474,7 @@ CHANGES = {
 }
 
 
-@needs_bridge
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
 def test_a_model_that_changed_after_the_lens_was_made(change, message):
     """The lens' δ holds for the model as it was: any run after such a change is refused."""

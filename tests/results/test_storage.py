@@ -86,6 +86,22 @@ def test_any_result_is_loaded_as_its_own_class(result: Result, tmp_path: Path):
     same(result, loaded)
 
 
+def test_a_class_that_nothing_has_imported_is_found(monkeypatch: pytest.MonkeyPatch):
+    """`lens_lora.results` imports a class when it is asked for, and that makes it known."""
+
+    class Results:
+        def __dir__(self) -> list[str]:
+            return ["Edges"]
+
+        def __getattr__(self, name: str) -> type:
+            storage._KINDS[name] = ll.results.Edges
+            return ll.results.Edges
+
+    monkeypatch.setitem(sys.modules, "lens_lora.results", Results())
+    monkeypatch.delitem(storage._KINDS, "Edges")
+    assert storage._kind("Edges") is ll.results.Edges
+
+
 LOADED = """
 import json, os, sys
 import pandas, torch

@@ -356,6 +356,14 @@ def test_browser_runs_no_name_and_drops_none(tmp_path, opened):
 PLOTLYS_OWN = ("$x$ costs $5", "%{x} of %{y}", "<b>bold</b>", 'it\'s "so"', "&quot;")
 
 
+@pytest.mark.parametrize("text", PLOTLYS_OWN)
+def test_a_label_holds_no_mark_that_plotly_reads(text: str):
+    """Plotly reads entities, and then finds neither a tag, nor TeX, nor a variable."""
+    written = label(text)
+    assert html.unescape(written) == text
+    assert not any(mark in written for mark in ("$", "%{", "<", '"'))
+
+
 @browser
 @pytest.mark.parametrize("written", [label, html.escape])
 def test_a_figure_writes_what_plotly_would_read_as_marks(written, tmp_path, opened):

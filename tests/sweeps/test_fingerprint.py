@@ -193,7 +193,7 @@ def test_the_same_hook_place_takes_a_version(float64, tmp_path):
         lens.model.reset_hooks()
 
 
-@pytest.mark.skipif("TransformerBridge" not in models.MAKERS, reason="a bridge holds such weights")
+@models.NEEDS_BRIDGE
 def test_a_weight_that_is_no_parameter_counts(float64, tmp_path):
     """A processed gated MLP of a bridge computes with tensors that are no parameters."""
     lens = a_lens(flags=models.PROCESSED)

@@ -385,6 +385,20 @@ def trained(folder: Path, *callbacks, optim: str = "adamw_torch"):
     return {n: p.detach().clone() for n, p in peft.named_parameters()}, trainer, peft
 
 
+def test_a_callback_draws_nothing_and_changes_nothing():
+    """Of the model in training, whose dropout draws from the same random numbers."""
+    bank = bank_of(made()[0])
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1, init_lora_weights=False)
+    peft = get_peft_model(models.hf_model("llama", dtype=torch.float32), config).train()
+    before = {name: p.detach().clone() for name, p in peft.named_parameters()}
+    drawn = torch.get_rng_state()
+    measured = ll.ShiftCallback(bank, every=1, exact_every=1).measure(1, peft)
+    assert torch.equal(torch.get_rng_state(), drawn) and measured["shift"] != 0
+    assert all(torch.equal(p, before[name]) for name, p in peft.named_parameters())
+    assert all(p.grad is None for p in peft.parameters())
+    assert all(module.training for module in peft.modules())
+
+
 def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path):
     """Under dropout, so that a random number more would show; and the log holds first order."""
     model, _ = made()
