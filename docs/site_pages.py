@@ -100,7 +100,8 @@ def homes(folder: str = "") -> dict[str, str]:
 
 def _errors() -> list[str]:
     tree = ast.parse((PACKAGE / "errors.py").read_text(encoding="utf-8"))
-    return [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [name for name in names if not name.startswith("_")]
 
 
 def _title(comment: str) -> str:

@@ -163,6 +163,17 @@ class _OneFilter(tuple[Any, ...]):
         return self is other
 
 
+# --- torch: memory
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether this says that memory ran out, on any device."""
+    says = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in says for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
 # --- torch: modules
 
 

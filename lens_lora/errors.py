@@ -39,6 +39,14 @@ from typing import TypeVar
 _M = TypeVar("_M", bound="_Message")
 
 
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether this is an error of the operating system (a full disk, a file without permission).
+
+    Libraries raise an OSError of their own words as well; that one has no number.
+    """
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def many(count: int, thing: str) -> str:
     """'1 prompt', '3 prompts'."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
@@ -123,7 +131,7 @@ class _Message(Exception):
 
 
 class LensLoraWarning(_Message, UserWarning):
-    """A warning of this package."""
+    """A warning of this package, with the attributes of `LensLoraError`."""
 
 
 # Who is told of warnings in place of Python's `warnings`.
@@ -163,7 +171,13 @@ def heard_by(listener: Callable[[LensLoraWarning], None]) -> Generator[None]:
 
 
 class LensLoraError(_Message):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Attributes:
+        fact: the place, and what disagrees there.
+        remedy: what to do about it in Python; '' where the fact says it, or nothing can be done.
+        in_shell: the same at the command line; None where the remedy of Python holds there too.
+    """
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows of it: the caller's own lines, and the message."""

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lens_lora.adapters.adapter import Adapter, load_adapter, read_adapter
 from lens_lora.adapters.factors import TrainedModule
 from lens_lora.adapters.from_models import base_within
-from lens_lora.compat import without_warnings
+from lens_lora.adapters.peft_files import CONFIG
+from lens_lora.compat import is_memory_short, without_warnings
 from lens_lora.core import LoraLens
 from lens_lora.demonstration import shipped_adapter
-from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
 from lens_lora.families import known_family
 from lens_lora.model.bridged import on_stacks
 from lens_lora.model.build import Kind, hooked_model
@@ -43,31 +45,80 @@ if TYPE_CHECKING:
 _NO_CODE = {"trust_remote_code": False}
 
 
-def load_base(name: str, how: Placement | None = None) -> Base:
-    """A causal language model in evaluation mode, and its tokenizer."""
-    import huggingface_hub
+def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = False) -> Base:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder or a hub id.
+        how: where the model lies and how it is stored.
+        of_adapter: whether an adapter gave the name, and not the caller.
+
+    Raises:
+        ModelStateError: no such model, or it cannot be loaded; a device that cannot be used.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     how = how or Placement()
     how.require_packages()
     if how.device is not None:
         moved(torch.empty(0), how.device)  # a wrong device is reported before anything is loaded
+    _require_decoder(name, of_adapter=of_adapter)
     options = _options(how)
-    try:
+    with _read_by_transformers(name, f"{name}: transformers cannot load its weights"):
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+    with _read_by_transformers(name, f"{name}: transformers cannot load its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_NO_CODE)
+    return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
+
+
+def _require_decoder(name: str, *, of_adapter: bool) -> None:
+    """Check, by its config alone, that this is a causal language model, and no adapter."""
+    import huggingface_hub
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if (Path(name) / CONFIG).is_file():
+        raise ModelStateError(
+            f"{name} holds an adapter ({CONFIG}), which transformers would load into the base.",
+            remedy="Pass the folder or the hub id of the base alone.",
+            in_shell="Name the base alone with --model.",
+        )
+    remedy, in_shell = "", ""
+    if of_adapter:
+        remedy = "The adapter names it as its base; pass another as the first argument."
+        in_shell = "The adapter names it as its base; name another with --model."
+    fact = "neither a folder nor a reachable hub id of a causal language model"
+    fact = f"{name}: {fact} that transformers can read"
+    with _read_by_transformers(name, fact, remedy, in_shell):
         if not Path(name).exists():
             # At one attempt; transformers makes several for each file.
             huggingface_hub.snapshot_download(name, allow_patterns=["config.json"])
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **_NO_CODE)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, **_NO_CODE)
+        has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+            raise ValueError(f"its model_type is {config.model_type!r}")
+
+
+@contextlib.contextmanager
+def _read_by_transformers(
+    name: str, fact: str, remedy: str = "", in_shell: str = ""
+) -> Generator[None]:
+    """Within the block, what transformers refuses is told with its own words, and this remedy.
+
+    Errors of the system (a full disk, no permission) and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if is_of_the_system(error) or is_memory_short(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ModelStateError(
-                f"{name} runs code of its own, which lens_lora does not start. If you trust it, "
-                "pass AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)."
+                f"{name} runs code of its own, which lens_lora does not start.",
+                remedy="If you trust it, pass AutoModelForCausalLM.from_pretrained(…, "
+                "trust_remote_code=True).",
+                in_shell="If you trust it, load it in Python.",
             ) from error
-        fact = "neither a folder nor a reachable hub id of a causal language model"
-        raise ModelStateError(f"{name}: {fact} that transformers can read ({error}).") from error
-    return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
+        raise ModelStateError(f"{fact} ({error}).", remedy=remedy, in_shell=in_shell) from error
 
 
 def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None) -> Any:
@@ -243,11 +294,7 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     if model is None and named is None:
         raise ModelStateError("the adapter names no base model; pass it as the first argument.")
     if model is None:
-        try:
-            return load_base(str(named), how)
-        except ModelStateError as error:
-            remedy = "The adapter names it as its base; pass another as the first argument."
-            raise ModelStateError(f"{error} {remedy}") from error
+        return load_base(str(named), how, of_adapter=True)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         expected = "a hub id, a folder or a loaded Hugging Face model"
         remedy = f"pass {expected}. For a hooked model: LoraLens(model, adapter)"

@@ -30,8 +30,13 @@ from torch import Tensor, nn
 
 from lens_lora.adapters import from_models, peft_files, peft_read
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
-from lens_lora.compat import float64_device, without_warnings
-from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
+from lens_lora.compat import float64_device, is_memory_short, without_warnings
+from lens_lora.errors import (
+    AdapterError,
+    ArgumentError,
+    UnsupportedAdapterError,
+    is_of_the_system,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -70,9 +75,14 @@ def updates_over_base(
                 model = get_peft_model(_twin(base), config)
                 keys = model.load_adapter(str(folder), "default", torch_device="cpu")
         except Exception as error:
+            if is_of_the_system(error) or is_memory_short(error):
+                raise
+            # Modules that are not there, and shapes that differ.
+            is_misfit = isinstance(error, ValueError | RuntimeError)
             raise AdapterError(
-                f"PEFT cannot lay it over this {type(base).__name__}; is that the base it was "
-                f"trained on? ({type(error).__name__}: {error})"
+                f"PEFT cannot lay it over this {type(base).__name__} "
+                f"({type(error).__name__}: {error})",
+                remedy="is that the base it was trained on?" if is_misfit else "",
             ) from error
         missing, unknown = _missing(model, keys.missing_keys), keys.unexpected_keys
         if missing or unknown:
@@ -233,6 +243,8 @@ def _affine(layer: Any) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"],
         try:
             return layer(inputs) - base(inputs)
         except Exception as error:
+            if is_memory_short(error):
+                raise
             raise _refusal(layer, f"it cannot be run alone in float64 ({error})") from error
 
     identity = torch.arange(width) if is_embedding else torch.eye(width, dtype=torch.float64)

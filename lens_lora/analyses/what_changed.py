@@ -32,7 +32,6 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import root_scalar
 from scipy.sparse import coo_array
-from sklearn.decomposition import NMF
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
@@ -295,6 +294,8 @@ class WhatChanged(OfSites, Paged):
         places = rows, self.found.text_ids.flatten().numpy()
         matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
         held = np.unique(places[1])
+        from sklearn.decomposition import NMF  # which takes a second to import
+
         model = NMF(cast("Any", n), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
         with without_warnings():  # exact factors are reached, or as many steps
             texts = model.fit_transform(matrix[:, held])

@@ -236,5 +236,7 @@ def _train(loaded: tuple[Any, Any], model: str | None, out: Path, quiet: bool) -
     try:
         with running.quiet_libraries():
             train_adapter(*loaded, LYON_SENTENCES, out, base_name=base_name, quiet=quiet)
+    except LensLoraError:
+        raise
     except ValueError as error:
         raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error

@@ -94,18 +94,20 @@ def load_model_of(named: str | None, progress: Console, base: BaseModel) -> Load
         return load_model(base.model, progress, base)
     if named in (None, EMBEDDED_HUB_ID):
         return load_model(None, progress, base)
-    try:
-        return load_model(named, progress, base)
-    except LensLoraError as error:
-        if str(named) not in str(error):
-            raise
-        raise type(error)(
-            f"{error} The adapter names it as its base; name another with --model."
-        ) from error
+    return load_model(named, progress, base, of_adapter=True)
 
 
-def load_model(model: str | None, progress: Console, how: BaseModel) -> Loaded:
-    """The model of this hub id or folder; the embedded model for None or 'embedded'."""
+def load_model(
+    model: str | None, progress: Console, how: BaseModel, *, of_adapter: bool = False
+) -> Loaded:
+    """The model of this hub id or folder; the embedded model for None or 'embedded'.
+
+    Args:
+        model: the name.
+        progress: the console of progress.
+        how: where the model lies and how it is stored.
+        of_adapter: whether an adapter gave the name, and not the user.
+    """
     from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
     from lens_lora.loading import load_base
 
@@ -113,7 +115,7 @@ def load_model(model: str | None, progress: Console, how: BaseModel) -> Loaded:
     if model in (None, EMBEDDED):
         name, model = EMBEDDED_NAME, str(embedded_model_folder(quiet=progress.quiet))
     with step(f"Loading {name}", progress):
-        return load_base(str(model), how)
+        return load_base(str(model), how, of_adapter=of_adapter)
 
 
 def margin_of(model: Any, questions: Sequence[Question]) -> tuple[Prompts, ll.Readout]:

@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from lens_lora.compat import drop_new_biases, home_of, is_offloaded, refuse_out_of_reach
-from lens_lora.errors import LensLoraError, ModelStateError, named, setting
+from lens_lora.compat import (
+    drop_new_biases,
+    home_of,
+    is_memory_short,
+    is_offloaded,
+    refuse_out_of_reach,
+)
+from lens_lora.errors import LensLoraError, ModelStateError, is_of_the_system, named, setting
 from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
 from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
@@ -113,6 +119,8 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     except LensLoraError:
         raise
     except Exception as error:  # a family that the host lacks, or builds wrongly, fails anyhow
+        if is_of_the_system(error) or is_memory_short(error):
+            raise
         says = (str(error).splitlines() or [""])[0][:200]
         raise ModelStateError(
             f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "

@@ -426,7 +426,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
             except (RuntimeError, MemoryError) as error:
                 if isinstance(error, LensLoraError):
                     raise
-                if is_memory_short(error):
+                if compat.is_memory_short(error):
                     clear_frames(error.__traceback__)  # which hold what takes the memory
                     raise _too_much(lens, error) from error
                 if "nference tensor" not in str(error):
@@ -504,14 +504,6 @@ def _prepare(lens: Any, span: Temporary) -> None:
         span.enter_context(torch.device("cpu"))
     if torch.is_anomaly_enabled():
         span.enter_context(torch.autograd.set_detect_anomaly(False))
-
-
-def is_memory_short(error: BaseException) -> bool:
-    """Whether this says that memory ran out, on any device."""
-    says = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in says for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )
 
 
 def _too_much(lens: Any, error: BaseException) -> OutOfMemoryError:

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError, is_of_the_system
 from lens_lora.model import SideBySide, Site
 from lens_lora.readouts.prompts import PromptTokens
 
@@ -130,6 +130,8 @@ def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except Exception as error:
+        if is_of_the_system(error):
+            raise LensLoraError(f"{path}: cannot be read ({error}).") from error
         raise LensLoraError(f"{path}: not a safetensors file, or damaged ({error}).") from error
 
 

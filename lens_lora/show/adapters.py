@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import rich.table
-from plotly.graph_objects import Figure
 from rich.console import Group
 from rich.text import Text
 
@@ -23,7 +22,7 @@ from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError, named, worded
 from lens_lora.results import drawing
-from lens_lora.show import curves, text
+from lens_lora.show import curves, go, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
@@ -189,7 +188,7 @@ def _promoted(changed: results.WhatChanged) -> str:
 # --- What it changed: pictures
 
 
-def shares_figure(changed: results.WhatChanged) -> Figure:
+def shares_figure(changed: results.WhatChanged) -> go.Figure:
     """Each site's share of the KL, layer × kind of module."""
     values = changed.shares.tolist()
     total = sum(values) or 1.0
@@ -209,7 +208,7 @@ _CONTROLS = (("null", "a null adapter", "dash"), ("unrelated", "an unrelated ada
 
 
 @drawing.figure.register(results.WhatChanged)
-def promoted_figure(changed: results.WhatChanged, k: int = 20, by: By = "logit") -> Figure:
+def promoted_figure(changed: results.WhatChanged, k: int = 20, by: By = "logit") -> go.Figure:
     """The tokens promoted most; lines where the largest shift under a control is."""
     frame = changed.promoted(k, by)
     values = frame[by].tolist()
@@ -350,7 +349,7 @@ def _numbers(changed: results.WhatChanged) -> Pairs:
 
 
 @drawing.figure.register(results.AdapterComparison)
-def comparison_heatmap(comparison: results.AdapterComparison) -> Figure:
+def comparison_heatmap(comparison: results.AdapterComparison) -> go.Figure:
     """cos⟨ΔW, ΔW′⟩ of every shared site; the colours end at ±1."""
     if not comparison.sites:
         raise ArgumentError("the two adapters share no site, so there is no cosine to draw.")
@@ -377,7 +376,7 @@ _AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "wr
 
 
 @drawing.modules.register(results.Checkpoints)
-def modules_heatmap(training: results.Checkpoints, what: Any, group: Any) -> Figure:
+def modules_heatmap(training: results.Checkpoints, what: Any, group: Any) -> go.Figure:
     """Groups of modules by step."""
     frame = training.by_group(what, group)
     heading, below = _MOVES[what]

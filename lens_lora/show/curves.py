@@ -7,14 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from plotly.graph_objects import Bar, Figure, Scatter
-from plotly.subplots import make_subplots
-
 from lens_lora import results
 from lens_lora.arguments import whole
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, only_prompt, prompt_rows
-from lens_lora.show import figures, maps, words
+from lens_lora.show import figures, go, maps, words
 from lens_lora.show.figures import BELOW, EXACT, INK, KINDS, LINEAR, NOISE, curve, finish, whose
 from lens_lora.show.text import key_text, label, magnitude, numbered, percent, short_prompt, signed
 
@@ -25,7 +22,7 @@ _HIGHEST_SHARE = 300.0  # % of the shift: a share above this would flatten the o
 
 
 @drawing.figure.register(results.RemainderCurve)
-def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) -> Figure:
+def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) -> go.Figure:
     """The readout and its first-order line along ε, and |R(ε)| as a share of the shift.
 
     Where |R| is under three noise floors of its own it is greyed: its share is one of rounding.
@@ -45,7 +42,7 @@ def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) ->
     marker = {"size": 6, "color": [NOISE if noise else LINEAR for noise in is_noise]}
     remainders = curve(scales, shares, "|R| / |shift|", LINEAR, said, marker=marker)
     remainders.update(hovertext=texts, showlegend=False)
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     figure.add_traces([*_exact_and_line(path, index), remainders], rows=[1, 1, 2], cols=[1, 1, 1])
     for low, high in _runs(scales, is_noise):
         figure.add_vrect(x0=low, x1=high, fillcolor=NOISE, opacity=0.25, line_width=0)
@@ -63,7 +60,7 @@ def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) ->
     return figure.update_yaxes(title_text=f"|R| / |shift|, %{cut}", range=[0, top], row=2)
 
 
-def _exact_and_line(path: results.RemainderCurve, index: int) -> list[Scatter]:
+def _exact_and_line(path: results.RemainderCurve, index: int) -> list[go.Scatter]:
     """g(ε), exact, from the base model on, and the line g(0) + ε Σ a_l."""
     base, slope = float(path.base[index]), float(path.slope[index])
     scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
@@ -92,11 +89,11 @@ _ROOM_FOR_THE_LABEL = 0.25  # of the axis, which is as wide as the words beside 
 
 
 @drawing.figure.register(results.FactMargin)
-def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) -> Figure:
+def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) -> go.Figure:
     """The margin along ε, its first-order line, the zero line and the flip."""
     path = fact_margin.curve
     index = only_prompt(prompt, len(path.base), "curves along ε")
-    figure = Figure(_exact_and_line(path, index))
+    figure = go.Figure(_exact_and_line(path, index))
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     flip = float(fact_margin.flip_scale[index])
     if math.isfinite(flip):
@@ -113,12 +110,12 @@ def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) ->
 
 
 @drawing.path.register(results.SecondOrder)
-def second_order_figure(second: results.SecondOrder, prompt: int | None = None) -> Figure:
+def second_order_figure(second: results.SecondOrder, prompt: int | None = None) -> go.Figure:
     """The exact shift along ε, first order's line and second order's parabola."""
     index = only_prompt(prompt, len(second.shift), "curves along ε")
     path = second.curve
     scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
-    figure = Figure()
+    figure = go.Figure()
     for name, values, colour, width, dash in (
         ("exact", path.shift, EXACT, 2.5, "solid"),
         ("first order", path.first_order, LINEAR, 2, "dash"),
@@ -143,11 +140,13 @@ _KEPT = "%{y:.3g}% of the shift<extra></extra>"
 
 
 @drawing.figure.register(results.Faithfulness)
-def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None) -> Figure:
+def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None) -> go.Figure:
     """Keep-top-k on the left (high is good), drop-top-k on the right (low is good)."""
     rows, sites = prompt_rows(prompt, len(curves.base)), len(curves.sites)
     above = ("top kept, the others off", "top dropped, the others on")
-    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above)
+    figure = go.make_subplots(
+        1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above
+    )
     numbers = [f"{count} of {sites} sites" for count in curves.counts]
     rankings = iter(figures.PALETTE * len(curves.names))
     colours = {name: NOISE if name in _LOOKS else next(rankings) for name in curves.names}
@@ -179,11 +178,11 @@ def _percentages(shares: Sequence[float]) -> list[float | None]:
 
 
 @drawing.figure.register(results.BestSubset)
-def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> Figure:
+def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> go.Figure:
     """One set as a map of the sites; several sizes as a curve of what they keep."""
     if count is not None or len(subset.counts) == 1:
         return maps.members_figure(subset, subset.row(count))
-    sizes, figure = (100 * subset.fractions).tolist(), Figure()
+    sizes, figure = (100 * subset.fractions).tolist(), go.Figure()
     several = len(subset.str_tokens) > 1
     by_prompt = zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True)
     for number, (tokens, shares) in enumerate(by_prompt if several else ()):
@@ -206,7 +205,7 @@ def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> 
 
 
 @drawing.figure.register(results.Repair)
-def repair_figure(repair: results.Repair) -> Figure:
+def repair_figure(repair: results.Repair) -> go.Figure:
     """What is left of what was to be dropped, against what is kept: scaled, repaired, random."""
     keep, drop = repair.judging(keep=True), repair.judging(keep=False)
 
@@ -219,7 +218,7 @@ def repair_figure(repair: results.Repair) -> Figure:
     name, marker = "whole adapter, scaled", {"size": 5}
     scaled = curve(*kept_and_left(repair.along), name, LINEAR, hover, marker=marker)
     texts = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
-    figure = Figure(scaled.update(hovertext=texts))
+    figure = go.Figure(scaled.update(hovertext=texts))
     for name, shares, marker in (
         ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
         ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
@@ -249,9 +248,9 @@ def too_few(training: results.Checkpoints) -> str:
 
 
 @drawing.figure.register(results.Checkpoints)
-def checkpoints_figure(training: results.Checkpoints) -> Figure:
+def checkpoints_figure(training: results.Checkpoints) -> go.Figure:
     """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
-    figure, steps, units = Figure(), [0.0, *training.steps], label(training.units)
+    figure, steps, units = go.Figure(), [0.0, *training.steps], label(training.units)
     for p, tokens in enumerate(training.str_tokens):
         name, colour = label(short_prompt(tokens)), figures.PALETTE[p % len(figures.PALETTE)]
         base = float(training.base[p])
@@ -280,13 +279,13 @@ def checkpoints_figure(training: results.Checkpoints) -> Figure:
     return finish(figure, titles, ("step", units), legend=BELOW, margin=margin, xaxis=step)
 
 
-def margins_figure(explanations: Sequence[results.Explanation]) -> Figure:
+def margins_figure(explanations: Sequence[results.Explanation]) -> go.Figure:
     """A line for each prompt, from the base model's margin to the adapted one's."""
     accounts = list(map(words.explained_account, explanations))
     names, units = numbered([e.prompt for e in explanations]), label(accounts[0].units)
     ends = [end for a in accounts for end in (a.m0, a.m, None)]
     rows = [name for name in names for _ in range(3)]
-    figure = Figure(curve(ends, rows, "", NOISE, showlegend=False))
+    figure = go.Figure(curve(ends, rows, "", NOISE, showlegend=False))
     for model, values, colour in (
         ("base model", [a.m0 for a in accounts], NOISE),
         ("with the adapter", [a.m for a in accounts], EXACT),
@@ -312,7 +311,7 @@ _MARGIN = 0.05
 
 
 @drawing.figure.register(results.Comparison)
-def comparison_scatter(comparison: results.Comparison, prompt: int | None = None) -> Figure:
+def comparison_scatter(comparison: results.Comparison, prompt: int | None = None) -> go.Figure:
     """Effect (y) against attribution (x); hover names each site or group."""
     rows, units = prompt_rows(prompt, len(comparison.pearson)), label(comparison.units)
     x = comparison.attribution[rows].mean(0).tolist()
@@ -330,7 +329,7 @@ def comparison_scatter(comparison: results.Comparison, prompt: int | None = None
     ends = _with_room([*x, *y], _MARGIN)
     identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
     marks = figures.grouped_points(x, y, hover, comparison.kinds, looks, counts=False)
-    figure = Figure([identity, *marks])
+    figure = go.Figure([identity, *marks])
     prompts = whose(prompt, comparison.str_tokens)
     below = f"{comparison.readout} · {_agreement(comparison, prompt)} · {prompts}"
     titles = f"Measured effects against {attribution}", below
@@ -360,7 +359,7 @@ _QUESTIONS = {"add_one": "adding one site", "leave_one_out": "leaving one site o
 
 
 @drawing.figure.register(results.Reliability)
-def reliability_figure(flags: results.Reliability, prompt: int | None = None) -> Figure:
+def reliability_figure(flags: results.Reliability, prompt: int | None = None) -> go.Figure:
     """a_l (x) against a_l + correction (y); flagged are material ones off the band.
 
     The band is where a + correction is from threshold · a to a / threshold.
@@ -382,7 +381,7 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
     }
     wide = curve(ends + ends[::-1], wedge, f"score ≥ {threshold:g}", INK, width=0, **band)
     middle = curve(ends, ends, "no correction", INK, width=1, dash="dot")
-    figure = Figure([wide, middle, *figures.grouped_points(x, y, hover, groups, looks)])
+    figure = go.Figure([wide, middle, *figures.grouped_points(x, y, hover, groups, looks)])
     heading = f"{flags.readout}: first order against {_QUESTIONS[flags.how]}"
     titles = heading, f"which to trust · {whose(index, flags.attribution.str_tokens)}"
     axes = f"a at ε = {flags.attribution.at:g}, {units}", f"a + correction, {units}"
@@ -402,7 +401,7 @@ def _flag_text(flags: results.Reliability, prompt: int, site: int, a: float, men
 
 
 @drawing.figure.register(results.NullTest)
-def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
+def null_figure(test: results.NullTest, prompt: int | None = None) -> go.Figure:
     """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale."""
     index = only_prompt(prompt, len(test.noise_floor), "null tests")
     sites, units = test.observed.sites, label(test.units)
@@ -416,11 +415,11 @@ def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
     order, sizes = list(range(len(sites))), list(map(abs, values))
     look = {"color": "rgba(128,128,128,0.35)", "line": {"width": 0}}
     name = f"largest of {test.draws} random adapters"
-    draws = Bar(x=order, y=largest, width=1, name=name, marker=look, hoverinfo="skip")
+    draws = go.Bar(x=order, y=largest, width=1, name=name, marker=look, hoverinfo="skip")
     is_out = (size > most for size, most in zip(sizes, largest, strict=True))
     groups = ["stands out" if out else "within" for out in is_out]
     looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}
-    figure = Figure([draws, *figures.grouped_points(order, sizes, hover, groups, looks)])
+    figure = go.Figure([draws, *figures.grouped_points(order, sizes, hover, groups, looks)])
     starts = {site.layer: i for i, site in reversed(list(enumerate(sites))) if site.layer >= 0}
     shown = figures.every_few(sorted(starts))
     heading = "First order of each site against random directions"
@@ -440,7 +439,7 @@ _WIDEST, _BENDS = 7.0, 16
 
 
 @drawing.graph.register(results.Edges)
-def edges_graph(edges: results.Edges, k: int, prompt: int | None = None) -> Figure:
+def edges_graph(edges: results.Edges, k: int, prompt: int | None = None) -> go.Figure:
     """The strongest edges, from the lane of the writer's kind to that of the reader's branch."""
     rows = edges.top(whole("k", k, 1), prompt).values.tolist()
     starts = [_writer_place(edges, writer) for writer, *_ in rows]
@@ -449,7 +448,7 @@ def edges_graph(edges: results.Edges, k: int, prompt: int | None = None) -> Figu
     above = [kind for kind in kinds if kind in KINDS[: KINDS.index("ln2")]]
     lanes = [*above, *_READS, *(kind for kind in kinds if kind not in above)][::-1]
     largest, total = (f(map(abs, edges.entries(prompt).values.tolist())) for f in (max, sum))
-    figure, steps = Figure(), [step / _BENDS for step in range(_BENDS + 1)]
+    figure, steps = go.Figure(), [step / _BENDS for step in range(_BENDS + 1)]
     for (writer, reader, value, _), (x, lane), (end, to) in zip(rows, starts, ends, strict=True):
         y, rise = lanes.index(lane), lanes.index(to) - lanes.index(lane)
         said = figures.value_text(value, float(edges.mean_over(prompt, edges.base)[1]), edges.units)

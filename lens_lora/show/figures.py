@@ -16,63 +16,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
-import plotly.io as pio
-from plotly.graph_objects import Bar, Figure, Scatter
-from plotly.graph_objs.layout import Template
 
 from lens_lora.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
+from lens_lora.show import go
+from lens_lora.show.go import DIVERGING, LOOK, SEQUENTIAL
+from lens_lora.show.go import INK as INK
+from lens_lora.show.go import PALETTE as PALETTE
 from lens_lora.show.text import label, percent, short_prompt, signed, visible
 
 # --- The look
 
 
-INK, CLEAR = "#777777", "rgba(0,0,0,0)"
-# Zero has no colour of its own, so it is that of the page, light or dark.
-_DIVERGING = (
-    (0.0, "#ba1c30"),
-    (0.25, "rgba(219,84,80,0.62)"),
-    (0.5, "rgba(128,128,128,0.04)"),
-    (0.75, "rgba(63,140,207,0.62)"),
-    (1.0, "#1460b0"),
-)
-_SEQUENTIAL = ((0.0, _DIVERGING[2][1]), (0.5, _DIVERGING[3][1]), _DIVERGING[4])
-PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
 EXACT, LINEAR, FLIP, NEGATIVE, NOISE = "#2f83c5", "#e0802b", "#b04fc4", "#c9445a", "#999999"
 _BLANK = "rgba(128,128,128,0.32)"
-
-
-_INK_GRID_PAPER = {
-    "": (INK, "rgba(128,128,128,0.25)", CLEAR),
-    ".light": ("#24292f", "#e3e7ec", "#ffffff"),
-    ".dark": ("#d6dbe1", "#333a42", "#15191e"),
-    ".print": ("#000000", "#cccccc", "#ffffff"),
-}
-
-
-def _template(ink: str, grid: str, paper: str) -> Template:
-    lines = {"gridcolor": grid, "linecolor": ink, "tickcolor": ink, "zerolinecolor": INK}
-    axis_title = {"font": {"size": 13}, "standoff": 12}
-    axis = {**lines, "zeroline": False, "automargin": True, "title": axis_title}
-    return Template(
-        layout={
-            "font": {"color": ink, "size": 13},
-            "paper_bgcolor": paper,
-            "plot_bgcolor": CLEAR,
-            "colorway": list(PALETTE),
-            "modebar": {"bgcolor": CLEAR, "color": INK},
-            "xaxis": axis,
-            "yaxis": axis,
-            "title": {"x": 0, "xref": "container", "pad": {"l": 12}, "font": {"size": 15}},
-            "colorscale": {"sequential": _SEQUENTIAL, "diverging": _DIVERGING},
-        }
-    )
-
-
-# Plotly has them by name, for figures of one's own as well, once this module is imported: the look
-# of this package's figures, which can be read on any background, and three with a paper.
-LOOK = "lens_lora"
-for _name, _colours in _INK_GRID_PAPER.items():
-    pio.templates[f"{LOOK}{_name}"] = _template(*_colours)
 
 
 _TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
@@ -87,7 +43,9 @@ Texts = Sequence[str]
 _Looks = Mapping[str, Mapping[str, Any]]
 
 
-def finish(figure: Figure, titles: Pair, axes: Pair, height: int = 420, **layout: Any) -> Figure:
+def finish(
+    figure: go.Figure, titles: Pair, axes: Pair, height: int = 420, **layout: Any
+) -> go.Figure:
     """The titles, the look that reads on light and dark pages, and what else is said of axes."""
     (across, upwards), title = axes, _title(*titles)
     margin = {"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60}
@@ -213,7 +171,7 @@ def heatmap(
     reach: float | None = None,
     note: str = "",
     row_height: int = 18,
-) -> Figure:
+) -> go.Figure:
     """Cells coloured from −reach to reach, amounts from zero; None and NaN are grey.
 
     By default the reach is the largest size.
@@ -227,11 +185,13 @@ def heatmap(
     cells |= {f"{side}gap": int(len(cells[side]) <= _MOST_WITH_GAPS) for side in "xy"}
     lines = [*filter(None, (label(units), _COLOUR_MEANS[scale], note)), "&nbsp;"]
     bar_title = {"text": "<br>".join(lines), "side": "top", "font": {"size": 13}}
-    colours = {"colorscale": _DIVERGING, "zmin": -reach, "zmid": 0, "zmax": reach}
+    colours = {"colorscale": DIVERGING, "zmin": -reach, "zmid": 0, "zmax": reach}
     if is_amount:
-        colours = {"colorscale": _SEQUENTIAL, "zmin": 0, "zmax": reach}
+        colours = {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": reach}
     bar = {"title": bar_title, "thickness": 14, "outlinewidth": 0}
-    figure = Figure().add_heatmap(z=z, hoverongaps=False, colorbar=bar, **cells, **hover, **colours)
+    figure = go.Figure().add_heatmap(
+        z=z, hoverongaps=False, colorbar=bar, **cells, **hover, **colours
+    )
     blank = [[1.0 if value is None else None for value in row] for row in z]
     if any(value for row in blank for value in row):
         grey = [[0, _BLANK], [1, _BLANK]]
@@ -263,7 +223,7 @@ def kinds_by_layer(
     scale: Scale = "pushes",
     *,
     reach: float | None = None,
-) -> Figure:
+) -> go.Figure:
     """Layer × kind of module, hover naming each site; a site that does not exist is grey.
 
     In a sum of adapters several sites may share a cell. It holds their sum; or, on a scale with an
@@ -291,13 +251,15 @@ def kinds_by_layer(
 # --- Bars, curves and points
 
 
-def bars(titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, units: str) -> Figure:
+def bars(
+    titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, units: str
+) -> go.Figure:
     """One horizontal bar each, the first on top."""
     y = names_axis(names, autorange="reversed", showgrid=False)
     marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
-    bar = Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
+    bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
     height = max(240, 130 + 20 * len(values))
-    figure = finish(Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
+    figure = finish(go.Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
     return figure.update_xaxes(zeroline=True)
 
 
@@ -321,23 +283,25 @@ def curve(
     width: float = 2,
     dash: str = "solid",
     **more: Any,
-) -> Scatter:
+) -> go.Scatter:
     """A line, with markers where `marker` says how they look."""
     line = {"color": colour, "width": width, "dash": dash}
     mode = "lines+markers" if "marker" in more else "lines"
-    return Scatter(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
+    return go.Scatter(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
 
 
-def points(x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any) -> Scatter:
+def points(
+    x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any
+) -> go.Scatter:
     """Points alone, which look as `marker` says."""
-    return Scatter(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
+    return go.Scatter(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
 
 
 def grouped_points(
     x: Numbers, y: Numbers, hover: Texts, groups: Texts, looks: _Looks, *, counts: bool = True
-) -> list[Scatter]:
+) -> list[go.Scatter]:
     """Points of several groups, each with its look and its entry in the legend, with its count."""
-    traces: list[Scatter] = []
+    traces: list[go.Scatter] = []
     for group, look in looks.items():
         chosen = [name == group for name in groups]
         xs, ys = (list(itertools.compress(values, chosen)) for values in (x, y))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from plotly.graph_objects import Figure
-
 from lens_lora.errors import many
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, largest, only_prompt
 from lens_lora.results.labelled import Labelled
-from lens_lora.show import figures
+from lens_lora.show import figures, go
 from lens_lora.show.figures import names_axis, value_text, whose
 from lens_lora.show.text import label, visible
 
@@ -16,13 +14,13 @@ _MOST_BARS = 20
 
 
 @drawing.figure.register(Labelled)
-def figure(result: Labelled, prompt: int | None = None) -> Figure:
+def figure(result: Labelled, prompt: int | None = None) -> go.Figure:
     """The class's own picture."""
     return result.picture(prompt)
 
 
 @drawing.labelled.register(Labelled)
-def entries_figure(result: Labelled, prompt: int | None = None) -> Figure:
+def entries_figure(result: Labelled, prompt: int | None = None) -> go.Figure:
     """Sites by layer and kind of module, two axes as a heatmap, else bars of the largest."""
     axes = result.entry_axes
     if "position" in axes:
@@ -39,14 +37,14 @@ def _titles(result: Labelled, below: str, prompt: int | None) -> figures.Pair:
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
 
 
-def _of_sites(result: Labelled, prompt: int | None) -> Figure:
+def _of_sites(result: Labelled, prompt: int | None) -> go.Figure:
     _, values, shift, _ = result.entries(prompt)
     says = [value_text(value, float(shift), result.units) for value in values.tolist()]
     titles = _titles(result, "by layer and kind of module", prompt)
     return figures.kinds_by_layer(titles, result.sites, values.tolist(), says, result.units)
 
 
-def _of_two_axes(result: Labelled, prompt: int | None) -> Figure:
+def _of_two_axes(result: Labelled, prompt: int | None) -> go.Figure:
     values, shift = result.mean_over(prompt, vars(result)["values"])
     down, across = (_axis(result, axis, prompt) for axis in result.entry_axes)
     z = values[: len(down.values), : len(across.values)].tolist()
@@ -73,7 +71,7 @@ def _names(result: Labelled, axis: str) -> list[str]:
     return [", ".join(map(str, place)) for place in zip(*columns, strict=True)]
 
 
-def _bars(result: Labelled, prompt: int | None) -> Figure:
+def _bars(result: Labelled, prompt: int | None) -> go.Figure:
     labels, values, shift, _ = result.entries(prompt)
     order = largest(values, _MOST_BARS)
     columns = [name for name in labels if name not in ("module", "layer", "kind")]

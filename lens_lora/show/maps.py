@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import pandas as pd
-from plotly.graph_objects import Box, Figure
 
 from lens_lora import results
 from lens_lora.arguments import whole, word
@@ -17,7 +16,7 @@ from lens_lora.model.sites import layer_order
 from lens_lora.results import drawing
 from lens_lora.results.attribution import MOST_POSITIONS, Axis
 from lens_lora.results.base import only_prompt, prompt_rows
-from lens_lora.show import figures, text, words
+from lens_lora.show import figures, go, text, words
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
 from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
 
@@ -29,7 +28,7 @@ _MOST_ROWS = 40
 @drawing.figure.register(results.Attribution)
 def site_heatmap(
     attribution: results.Attribution, prompt: int | None = None, by: Axis | None = None
-) -> Figure:
+) -> go.Figure:
     """Layer × kind of module, or the picture of one axis that the attribution was split by."""
     if by is not None:
         word("by", by, get_args(Axis))
@@ -52,7 +51,7 @@ def site_heatmap(
 @drawing.positions.register(results.Attribution)
 def position_heatmap(
     attribution: results.Attribution, prompt: int | None = None, most: int | None = MOST_POSITIONS
-) -> Figure:
+) -> go.Figure:
     """Layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
     return _layers_by_token(attribution, prompt, "position", most)
@@ -60,7 +59,7 @@ def position_heatmap(
 
 def _layers_by_token(
     attribution: results.Attribution, prompt: int | None, axis: Axis, most: int | None = None
-) -> Figure:
+) -> go.Figure:
     """By position, or by token of the response."""
     what = "positions" if axis == "position" else "tokens of responses"
     index = only_prompt(prompt, len(attribution.base), what)
@@ -85,7 +84,7 @@ def _layers_by_token(
     return heatmap(titles, sums[shown].to_numpy().tolist(), says, x, y, units)
 
 
-def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> Figure:
+def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> go.Figure:
     """Site × head, expert or rank, of the sites with the largest part."""
     parts, exists = attribution.along(axis, prompt)
     _, shift = attribution.mean_over(prompt, attribution.base)
@@ -125,7 +124,7 @@ def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
 
 
 @drawing.figure.register(results.Effects)
-def effects_figure(effects: results.Effects, prompt: int | None = None) -> Figure:
+def effects_figure(effects: results.Effects, prompt: int | None = None) -> go.Figure:
     """Layer × kind of module for single sites, a bar for each group of several."""
     if effects.of == "site" and all(len(members) == 1 for members in effects.groups.values()):
         return site_heatmap(effects.attribution(), prompt)
@@ -138,7 +137,7 @@ def _bars_of_groups(
     values: Sequence[float],
     shift: float,
     prompt: int | None,
-) -> Figure:
+) -> go.Figure:
     """A bar for each group of sites."""
     units = result.units
     hover = [
@@ -149,7 +148,7 @@ def _bars_of_groups(
     return figures.bars(titles, result.groups, values, hover, units)
 
 
-def members_figure(subset: results.BestSubset, row: int) -> Figure:
+def members_figure(subset: results.BestSubset, row: int) -> go.Figure:
     """Which sites, or heads, are in one of the best sets."""
     members, kept = subset.members[row].tolist(), percent(float(subset.kept[row]))
     heading = f"{subset.counts[row]} of {len(subset.names)} {subset.over} keep {kept} of the shift"
@@ -170,7 +169,7 @@ def _of_head(name: str) -> types.SimpleNamespace:
 
 
 @drawing.figure.register(results.ConstantPart)
-def constant_part_figure(constant: results.ConstantPart) -> Figure:
+def constant_part_figure(constant: results.ConstantPart) -> go.Figure:
     """How constant each site's δ is, layer × kind of module."""
     kept = f"the constants alone keep {words.kept_by_constants(constant)}"
     below = f"held-out texts, first tokens left out; {kept}"
@@ -185,7 +184,7 @@ def constant_part_figure(constant: results.ConstantPart) -> Figure:
 
 
 @drawing.figure.register(results.GroupAttribution)
-def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None) -> Figure:
+def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None) -> go.Figure:
     """A bar for each group; by token what each group contributes to each token of one response."""
     if not grouped.by:
         _, group_values, shift, _ = grouped.entries(prompt)
@@ -210,7 +209,7 @@ _Rows = figures.Cells
 
 def groups_by_token(
     titles: figures.Pair, names: Sequence[str], response: Any, rows: _Rows, units: str, says: _Says
-) -> Figure:
+) -> go.Figure:
     """A row for each group, a column for each token."""
     is_layers = all(name.startswith("layer ") for name in names)
     y = names_axis((n.removeprefix("layer ") for n in names), "layer" if is_layers else "")
@@ -224,7 +223,7 @@ def groups_by_token(
     return heatmap(titles, rows, cell_text, x, y, units, row_height=12)
 
 
-def layers_figure(explanations: Sequence[results.Explanation]) -> Figure:
+def layers_figure(explanations: Sequence[results.Explanation]) -> go.Figure:
     """First order of each prompt, summed over the sites of each layer."""
     sites, units = explanations[0].first_order.sites, explanations[0].units
     layers = figures.layers_axis(sites).values
@@ -248,7 +247,7 @@ _GREY = "grey: not downstream"
 
 
 @drawing.figure.register(results.Coupling)
-def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> Figure:
+def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> go.Figure:
     """½H: self-curvature on the diagonal, half of each pair's coupling off it.
 
     In a large matrix colours are cut at the 99.5th percentile of the sizes, so that a few strong
@@ -274,7 +273,7 @@ def _cut(values: Any) -> dict[str, Any]:
 
 
 @drawing.figure.register(results.Edges)
-def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> Figure:
+def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> go.Figure:
     """Writer × reader in the order of a forward pass, so that what exists is a triangle."""
     values, _ = edges.mean_over(prompt, edges.per_edge)
     firsts = dict[str, str]()  # the first reader of each block
@@ -312,7 +311,7 @@ _DIRECTIONS = {
 
 
 @drawing.figure.register(results.ActivationEffects)
-def activation_figure(effects: results.ActivationEffects, prompt: int | None = None) -> Figure:
+def activation_figure(effects: results.ActivationEffects, prompt: int | None = None) -> go.Figure:
     """Hook point × position where each was patched alone; else layer × hook point, or bars."""
     values, total = effects.of_prompt(prompt)
     rows, shift, units = values.tolist(), float(total), effects.units
@@ -351,7 +350,7 @@ def activation_figure(effects: results.ActivationEffects, prompt: int | None = N
 
 
 @drawing.figure.register(results.ActivationShift)
-def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figure:
+def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> go.Figure:
     """‖Δh‖/‖h(0)‖ of each hook point over the tokens of one text; sinks are blank.
 
     So are tokens that were not asked for.
@@ -373,7 +372,9 @@ def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figu
 
 
 @drawing.figure.register(results.FeatureWrites)
-def writes_figure(writes: results.FeatureWrites, k: int = 20, prompt: int | None = None) -> Figure:
+def writes_figure(
+    writes: results.FeatureWrites, k: int = 20, prompt: int | None = None
+) -> go.Figure:
     """Site × feature, of the k features that some site writes most."""
     values = writes.of_prompt(prompt)
     chosen = values.abs().amax(0).topk(min(k, values.shape[1])).indices.tolist()
@@ -389,7 +390,9 @@ def writes_figure(writes: results.FeatureWrites, k: int = 20, prompt: int | None
 
 
 @drawing.figure.register(results.FeatureShift)
-def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None = None) -> Figure:
+def feature_figure(
+    shift: results.FeatureShift, k: int = 20, prompt: int | None = None
+) -> go.Figure:
     """Bars of the exact shift with its first order; by position, feature × position.
 
     Position 0 sees no other token, and its activations are often hundreds of times those after it:
@@ -414,7 +417,9 @@ def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None 
     return figure.add_trace(figures.points(top["first_order"].tolist(), names, line, name, **look))
 
 
-def _features_by_position(titles: figures.Pair, shift: Any, k: int, prompt: int | None) -> Figure:
+def _features_by_position(
+    titles: figures.Pair, shift: Any, k: int, prompt: int | None
+) -> go.Figure:
     values, units = shift.of_prompt(prompt)["shift"], shift.units
     tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
     chosen_by = values[:, min(1, len(tokens) - 1) : len(tokens)].abs().nan_to_num(0.0).amax(1)
@@ -436,7 +441,7 @@ def _shown(site: str | None, drawn: int, count: int) -> str:
 
 
 @drawing.spread.register(pd.DataFrame)
-def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str) -> Figure:
+def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str) -> go.Figure:
     """A box for each direction: the quarters of its values over tokens, and the ends of all."""
     largest = frame[["least", "largest"]].abs().max(axis=1).nlargest(_MOST_ROWS).index
     rows = frame.loc[sorted(largest)]
@@ -444,11 +449,11 @@ def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str
     quarters = {"q1": "lower", "median": "median", "q3": "upper", "mean": "mean"}
     ends = {"lowerfence": "least", "upperfence": "largest"}
     numbers = {key: rows[column] for key, column in (quarters | ends).items()}
-    box = Box(y=y.values, orientation="h", line={"color": figures.EXACT, "width": 1}, **numbers)
+    box = go.Box(y=y.values, orientation="h", line={"color": figures.EXACT, "width": 1}, **numbers)
     below = f"{_shown(site, len(rows), len(frame))}; sinks are left out"
     titles = f"Activations over the tokens of {tokens}", below
     height = 120 + 18 * max(len(rows), 8)
-    figure = figures.finish(Figure(box), titles, (_GAUGES[gauge], ""), height)
+    figure = figures.finish(go.Figure(box), titles, (_GAUGES[gauge], ""), height)
     return figure.update_yaxes(autorange="reversed", **y.layout)
 
 
@@ -458,7 +463,7 @@ _GAUGES = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
 @drawing.figure.register(results.Activations)
 def activations_figure(
     activations: results.Activations, site: str | None = None, prompt: int | None = None
-) -> Figure:
+) -> go.Figure:
     """Every rank of the sites that are named, or the first rank of each; sinks are grey.
 
     Of many directions the 40 of largest |u| are shown, and the title says so.
@@ -494,7 +499,7 @@ def activations_figure(
 
 
 @drawing.figure.register(results.Contrast)
-def contrast_figure(contrast: results.Contrast) -> Figure:
+def contrast_figure(contrast: results.Contrast) -> go.Figure:
     """Held-out AUC and the direction's size by hook point, beside what chance gives."""
     names = [contrast.names[i] for i in layer_order(contrast.names)]
     share = dict(contrast.to_frame()[["name", "share"]].values.tolist())
@@ -503,7 +508,7 @@ def contrast_figure(contrast: results.Contrast) -> Figure:
         "95 % of shuffled labels": (contrast.chance, figures.INK, "dot"),
         "‖μ₊ − μ₋‖ / ‖h‖": (share, figures.NEGATIVE, "solid"),
     }
-    figure, places = Figure(), list(map(float, range(len(names))))
+    figure, places = go.Figure(), list(map(float, range(len(names))))
     for name, (values, colour, dash) in lines.items():
         numbers, marker = [values[point] for point in names], {"size": 6}
         pairs = zip(names, numbers, strict=True)
@@ -517,7 +522,7 @@ def contrast_figure(contrast: results.Contrast) -> Figure:
 
 
 @drawing.figure.register(results.Alignment)
-def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
+def alignment_figure(alignment: results.Alignment, index: int) -> go.Figure:
     """Layer × kind of module, of one direction."""
     values, limits = alignment.values[:, index].tolist(), alignment.quantile.tolist()
     says = [
@@ -531,7 +536,7 @@ def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
 
 
 @drawing.figure.register(results.Intruders)
-def intruders_figure(intruders: results.Intruders, index: int | None = None) -> Figure:
+def intruders_figure(intruders: results.Intruders, index: int | None = None) -> go.Figure:
     """How many intruders each site has, layer × kind; or the overlaps of one site."""
     k = intruders.sigma.shape[1]
     if index is not None:

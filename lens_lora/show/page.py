@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.graph_objects import Figure
-from plotly.offline import get_plotlyjs
 
 from lens_lora import results
+from lens_lora.show import go
 from lens_lora.show.figures import EXACT, further_lines
 from lens_lora.show.tables import Pairs, Row, Table
 from lens_lora.show.text import readable, short_prompt
@@ -125,7 +124,7 @@ Shown = Table | tuple[Table, ...] | TokenTable | ShadedText | Answers | Plot | A
 Block = Shown | Download | HowToRead | str
 
 
-def plot(figure: Figure, *, heading: str = "") -> Plot:
+def plot(figure: go.Figure, *, heading: str = "") -> Plot:
     """A figure as a block of a page.
 
     Its title becomes a caption, which breaks into lines where the page is narrow; a title inside
@@ -210,12 +209,12 @@ def _is_shown(block: Block) -> bool:
 
 def _drawn(blocks: Sequence[Block]) -> list[Block]:
     """The blocks that have something to show, figures as plots."""
-    return [plot(b) if isinstance(b, Figure) else b for b in filter(_is_shown, blocks)]
+    return [plot(b) if isinstance(b, go.Figure) else b for b in filter(_is_shown, blocks)]
 
 
 def page_html(title: str, parts: Sequence[Part], overview: Sequence[Block] = ()) -> str:
     """A page that needs no network: plotly's script stands in it, once."""
-    plotly = Markup(get_plotlyjs())
+    plotly = Markup(go.get_plotlyjs())
     return rendered("page", title=title, parts=parts, overview=overview, plotly=plotly)
 
 

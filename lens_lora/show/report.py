@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
-from plotly.graph_objects import Figure
 
 from lens_lora import results
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.show import curves, maps, page, tables, text, words
+from lens_lora.show import curves, go, maps, page, tables, text, words
 from lens_lora.show.response import response_part, responses_table
 from lens_lora.show.text import beginning_of, magnitude, short_prompt
 
@@ -27,7 +26,7 @@ _TOKENS, _TOKENS_OF_A_SITE = 8, 4
 
 
 @drawing.figures.register(results.Explanation)
-def explanation_figures(e: results.Explanation) -> dict[str, Figure]:
+def explanation_figures(e: results.Explanation) -> dict[str, go.Figure]:
     """What there is to see; nothing that compares effects within rounding."""
     a, first = words.explained_account(e), e.first_order
     figures = {
@@ -56,7 +55,7 @@ _COMPARED = {
 
 
 @drawing.figures.register(results.Explanations)
-def overview_figures(explanations: results.Explanations) -> dict[str, Figure]:
+def overview_figures(explanations: results.Explanations) -> dict[str, go.Figure]:
     """Both pictures by name."""
     margins = explanations.each
     return {"margins": curves.margins_figure(margins), "layers": maps.layers_figure(margins)}
@@ -102,7 +101,7 @@ def _part(e: Explained, number: int) -> tuple[page.Part, str]:
     return part, facts
 
 
-def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.Section]:
+def _sections(e: results.Explanation, figures: dict[str, go.Figure]) -> list[page.Section]:
     """What there is, in the order in which one reads it."""
     a = words.explained_account(e)
 
@@ -185,7 +184,7 @@ def _overview(numbered: Sequence[tuple[int, Explained]]) -> list[page.Block]:
     return [*blocks, responses_table(responses)]
 
 
-def _by_units(margins: tables.Numbered, draw: Callable[..., Figure]) -> list[page.Plot]:
+def _by_units(margins: tables.Numbered, draw: Callable[..., go.Figure]) -> list[page.Plot]:
     """A picture of the margins in each unit."""
     units = dict.fromkeys(e.units for _, e in margins)
     return [page.plot(draw([e for _, e in margins if e.units == unit])) for unit in units]

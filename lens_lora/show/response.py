@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from plotly.graph_objects import Figure
-from plotly.subplots import make_subplots
 from rich.cells import cell_len
 from rich.console import Group
 
@@ -22,7 +20,7 @@ from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
 from lens_lora.results.tokens import context_of
-from lens_lora.show import maps, page, text
+from lens_lora.show import go, maps, page, text
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, percent, points, short_prompt, signed, visible
@@ -31,13 +29,13 @@ from lens_lora.show.text import magnitude, percent, points, short_prompt, signed
 
 
 @drawing.figure.register(results.TokenShifts)
-def token_shifts_figure(shifts: results.TokenShifts, prompt: int | None = None) -> Figure:
+def token_shifts_figure(shifts: results.TokenShifts, prompt: int | None = None) -> go.Figure:
     """Above, KL from the first setting to the second; below, the shift of log p of each token."""
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens = shifts.response[index]
     kl, moved = (rows[index, : len(tokens)].tolist() for rows in (shifts.kl[0], shifts.shift))
     hover = {"hovertext": _hovers(shifts, index), "hoverinfo": "text", "showlegend": False}
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     signs = [EXACT if value >= 0 else NEGATIVE for value in moved]
     for row, (values, colours) in enumerate(((kl, FLIP), (moved, signs)), start=1):
         figure.add_bar(y=values, marker={"color": colours}, **hover, row=row, col=1)
@@ -117,7 +115,7 @@ _FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "
 
 
 @drawing.still.register(results.TokenShifts)
-def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure:
+def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> go.Figure:
     """The shaded text as a figure, which can be written as an image; a rectangle behind a token."""
     index = only_prompt(prompt, len(shifts.response), "responses")
     hover, (noted, most) = _hovers(shifts, index), _noted(shifts, index)
@@ -127,7 +125,7 @@ def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure
     shown = [text.label(piece).replace(" ", "\u00a0") for piece in texts]
     said = {"hovertext": [hover[t] for t in indices], "hoverinfo": "text", "showlegend": False}
     look = {"mode": "text", "textposition": "middle right", "textfont": _FONT}
-    figure, shapes = Figure().add_scatter(x=xs, y=ys, text=shown, **look, **said), []
+    figure, shapes = go.Figure().add_scatter(x=xs, y=ys, text=shown, **look, **said), []
     for t, line, column, piece in pieces:
         corners = {"x0": column, "x1": column + cell_len(piece)}
         corners |= {"y0": line - 0.42, "y1": line + 0.42}
@@ -173,7 +171,7 @@ _DONE = {"add_one": "added alone to the base", "leave_one_out": "left out of the
 
 
 @drawing.figures.register(results.ResponseExplanation)
-def response_figures(e: results.ResponseExplanation) -> dict[str, Figure]:
+def response_figures(e: results.ResponseExplanation) -> dict[str, go.Figure]:
     """What there is to see; the last two, what each layer does to log p of each token, exactly."""
     figures = {"text": still_text(e.shifts), "tokens": token_shifts_figure(e.shifts)}
     shift = signed(float(e.shifts.total[0]))

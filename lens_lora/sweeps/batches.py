@@ -36,7 +36,13 @@ from lens_lora.engine.asked import Asked, ask, unit
 from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.errors import NumericsError, PromptError, SweepError, TokenError
+from lens_lora.errors import (
+    NumericsError,
+    PromptError,
+    SweepError,
+    TokenError,
+    is_of_the_system,
+)
 from lens_lora.model import LoraLens, Site, alone
 from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.prompts import Prompts, joined
@@ -432,6 +438,8 @@ def read(path: Path) -> pa.Table:
     try:
         return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:
+        if is_of_the_system(error):
+            raise SweepError(f"{path}: cannot be read ({error}).") from error
         raise _damaged(path, f"it cannot be read ({error})") from error
 
 

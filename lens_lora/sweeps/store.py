@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import SweepError, setting, warn
+from lens_lora.errors import SweepError, is_of_the_system, setting, warn
 from lens_lora.model.gates import refuse_writers
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.readout import Readout
@@ -250,6 +250,8 @@ def about_of(path: Path) -> Fingerprint:
             in_shell="give another --out, or overwrite it with --no-resume.",
         ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
+        if is_of_the_system(error):
+            raise SweepError(f"{path}: cannot be read ({error}).") from error
         raise SweepError(
             f"{path}: not a Parquet file, or a damaged one ({error}). Restore it from a copy, "
             "delete it, or give another out."
@@ -277,7 +279,7 @@ def _read_part(path: Path) -> pa.Table | str:
         _about_in(table.schema)
         return table
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        return f"damaged ({error})"
+        return f"{'cannot be read' if is_of_the_system(error) else 'damaged'} ({error})"
 
 
 def _hash(content: bytes | pa.Buffer) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pandas as pd
-from plotly.graph_objects import Figure
 from transformers import TrainerCallback
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.results.attribution import Attribution
+from lens_lora.show import go
 from lens_lora.show.figures import BELOW, EXACT, LINEAR, curve, finish
 from lens_lora.sweeps.bank import Bank
 
@@ -101,7 +101,7 @@ class ShiftCallback(TrainerCallback):
         """One row per measured step; NaN where the exact readout was not run."""
         return pd.DataFrame(self._rows)
 
-    def plot(self) -> Figure:
+    def plot(self) -> go.Figure:
         """Σ a over the steps, and the exact shift where it was run; an error before any step."""
         if not self._rows:
             raise ArgumentError(f"no step was measured yet; the first is step {self._every}.")
@@ -112,4 +112,4 @@ class ShiftCallback(TrainerCallback):
             curve(steps, shift, "exact shift", EXACT, "%{y:.4g}", marker={}, connectgaps=True),
         ]
         titles = f"{readout} while training", "mean over prompts, at ε = 0"
-        return finish(Figure(lines), titles, ("step", units), legend=BELOW)
+        return finish(go.Figure(lines), titles, ("step", units), legend=BELOW)

@@ -81,7 +81,7 @@ def test_every_public_name_is_in_the_reference():
     """Once, under a group with a page of its own in the navigation; so is every notebook."""
     names = [name for group in site.groups().values() for name in group]
     below = [f"results.{name}" for name in dir(ll.results)]
-    errors = [f"errors.{name}" for name in vars(ll.errors) if name.endswith("Error")]
+    errors = [f"errors.{name}" for name in vars(ll.errors) if name.endswith(("Error", "Warning"))]
     assert sorted(names) == sorted([*ll.__all__, *below, *errors])
     plain = SimpleNamespace(nav=copy.deepcopy(config()["nav"]))
     paths = nav_paths(site.on_config(plain).nav)
@@ -391,7 +391,7 @@ def is_raised(quoted: str) -> bool:
     name, _, message = quoted.partition(": ")
     known = any(re.search(rf"^class {name}\(", p.read_text(), re.M) for p in PACKAGE.rglob("*.py"))
     # An error may be put together: where it is, the facts, the remedy that several have in common.
-    parts = [part for part in re.split(r"…|[:.] ", message) if len(part) > 5]
+    parts = [part for part in re.split(r"…|[;:.] ", message) if len(part) > 5]
     return known and all(any(part in literal for literal in literals()) for part in parts)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from every_result import every_result
@@ -51,4 +53,22 @@ def test_results_load_no_pictures_before_they_draw():
         "assert 'plotly' not in sys.modules and 'lens_lora.show' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_text_of_a_result_loads_no_pictures():
+    """Nor scikit-learn; drawing one loads plotly, with the templates of this package."""
+    code = (
+        "import sys; from every_result import every_result\n"
+        "for result in every_result(): repr(result), result._repr_html_()\n"
+        "assert not {'plotly', 'sklearn'} & {*sys.modules}\n"
+        "from lens_lora.show import go; go.Figure\n"
+        "import plotly.io; plotly.io.templates['lens_lora.print']"
+    )
+    lib = str(Path(__file__).parents[1] / "lib")
+    paths = os.pathsep.join([lib, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,81 @@
+"""Plotly, imported at the first figure: the text of a result does not wait for it.
+
+    from lens_lora.show import go
+
+    go.Figure(go.Scatter(x=x, y=y))
+
+1. The names are those of `plotly.graph_objects`, with `make_subplots` and `get_plotlyjs`.
+2. With plotly come its templates of this package, by name, for figures of one's own as well: the
+   look of this package's figures, which can be read on any background, and three with a paper.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Bar as Bar
+    from plotly.graph_objects import Box as Box
+    from plotly.graph_objects import Figure as Figure
+    from plotly.graph_objects import Scatter as Scatter
+    from plotly.graph_objs.layout import Template
+    from plotly.offline import get_plotlyjs as get_plotlyjs
+    from plotly.subplots import make_subplots as make_subplots
+
+INK, CLEAR = "#777777", "rgba(0,0,0,0)"
+# Zero has no colour of its own, so it is that of the page, light or dark.
+DIVERGING = (
+    (0.0, "#ba1c30"),
+    (0.25, "rgba(219,84,80,0.62)"),
+    (0.5, "rgba(128,128,128,0.04)"),
+    (0.75, "rgba(63,140,207,0.62)"),
+    (1.0, "#1460b0"),
+)
+SEQUENTIAL = ((0.0, DIVERGING[2][1]), (0.5, DIVERGING[3][1]), DIVERGING[4])
+PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
+
+LOOK = "lens_lora"
+_INK_GRID_PAPER = {
+    "": (INK, "rgba(128,128,128,0.25)", CLEAR),
+    ".light": ("#24292f", "#e3e7ec", "#ffffff"),
+    ".dark": ("#d6dbe1", "#333a42", "#15191e"),
+    ".print": ("#000000", "#cccccc", "#ffffff"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of plotly, which is imported and given the templates at the first one (PEP 562)."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    import plotly.graph_objects
+    import plotly.io
+    from plotly.offline import get_plotlyjs
+    from plotly.subplots import make_subplots
+
+    for ending, colours in _INK_GRID_PAPER.items():
+        plotly.io.templates[f"{LOOK}{ending}"] = _template(*colours)
+    others = {"get_plotlyjs": get_plotlyjs, "make_subplots": make_subplots}
+    found = others.get(name) or getattr(plotly.graph_objects, name)
+    globals()[name] = found
+    return found
+
+
+def _template(ink: str, grid: str, paper: str) -> Template:
+    from plotly.graph_objs.layout import Template
+
+    lines = {"gridcolor": grid, "linecolor": ink, "tickcolor": ink, "zerolinecolor": INK}
+    axis_title = {"font": {"size": 13}, "standoff": 12}
+    axis = {**lines, "zeroline": False, "automargin": True, "title": axis_title}
+    return Template(
+        layout={
+            "font": {"color": ink, "size": 13},
+            "paper_bgcolor": paper,
+            "plot_bgcolor": CLEAR,
+            "colorway": list(PALETTE),
+            "modebar": {"bgcolor": CLEAR, "color": INK},
+            "xaxis": axis,
+            "yaxis": axis,
+            "title": {"x": 0, "xref": "container", "pad": {"l": 12}, "font": {"size": 15}},
+            "colorscale": {"sequential": SEQUENTIAL, "diverging": DIVERGING},
+        }
+    )
