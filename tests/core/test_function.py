@@ -15,6 +15,9 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.core import Evaluations
+from lens_lora.engine import asked as engine_noise
+from lens_lora.engine import memory
+from lens_lora.model import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -420,6 +423,37 @@ def test_the_noise_of_a_sum_is_that_of_its_terms():
     )
     effects = ll.patch_sites(lens, TOKENS, MARGIN, "leave_one_out", progress=False)
     assert worst(effects.noise_floor, g.noise((1, -1))) < 1e-25
+
+
+PLANTED = 1e-3  # of each entry of the residual stream, and far above the rounding of float64
+
+
+@pytest.mark.parametrize("coefficients", [(1, -1, 0, 0), (1, -1, -1, 1), (0, 3, 0, -2)])
+def test_the_noise_of_a_sum_is_what_planted_rounding_does(
+    coefficients: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+):
+    """Values of a model each of whose passes rounds anew, and is known to how much.
+
+    Four draws tell σ of a prompt to a third, so eight prompts tell it to an eighth.
+    """
+    monkeypatch.setattr(engine_noise, "unit", lambda lens: PLANTED)
+    monkeypatch.setattr(memory, "BRANCHING_PAYS", 0.0)  # each value has rounding of its own
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    g = lens.function(models.tokens(batch=8), MARGIN, progress=False)
+    # Near 1, whose rounding theirs is then: at a corner of this violent adapter it is another one.
+    first, second = 1 - 0.02 * torch.eye(len(lens.sites), dtype=torch.float64)[:2]
+    points = torch.stack([torch.ones_like(first), first, second, first * second])
+    factors = torch.tensor(coefficients, dtype=torch.float64)
+    exact = factors @ g(points)
+    rounding = engine_noise.of_stream(lens, generator=models.seeded(0))
+    with attached(lens.model, rounding):
+        drawn = torch.stack([factors @ g(points) for _ in range(60)])
+    deviation = (drawn - exact).square().mean(0).sqrt()
+    # A draw and the run that it is compared with are both rounded; of planted rounding, one is.
+    predicted = 2**0.5 * g.noise(coefficients, at=1.0)
+    ratio = (deviation / predicted).log().mean().exp()
+    assert 0.7 < float(ratio) < 1.43
 
 
 # --- What is refused
