@@ -5,6 +5,7 @@ from . import results as results
 from ._version import __version__ as __version__
 from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
+from .adapters.formats import adapter_format
 from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations, constant_part
 from .analyses.checkpoints import checkpoints
@@ -108,4 +109,5 @@ __all__ = [
     # your own
     "analysis",
     "readout",
+    "adapter_format",
 ]

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters import arithmetic, from_models, methods, peft_files, peft_read, peft_write
+from lens_lora.adapters import (
+    arithmetic,
+    formats,
+    from_models,
+    methods,
+    peft_files,
+    peft_read,
+    peft_write,
+)
 from lens_lora.adapters.arithmetic import Parts, module_path
 from lens_lora.adapters.directions import Side, directions_of, is_writer, projected, truncated
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
@@ -448,6 +456,8 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter that PEFT saved: a local folder, or a hub id (fetched only if named).
 
+    A folder of a format that `ll.adapter_format` has registered is read by it.
+
     LoRA is read from its two files. The ΔW of other methods (VeRA, LoHa, OFT, IA3, …) is measured:
     PEFT lays the folder over the base, and each layer is run on every unit vector in float64. A
     method whose layer is a function of the input, and no ΔW, is refused by name.
@@ -484,9 +494,26 @@ def read_adapter(
 ) -> Adapter:
     """As `load_adapter`; the base is asked for, by the name in the config, if it is needed."""
     folder = peft_files.adapter_folder(path, revision, subfolder)
+    known = formats.format_in(folder)
+    if known is not None:
+        return _of_format(known, folder)
     config = peft_files.read_config(folder)
     if base_for is None or peft_files.is_plain_lora(config):
         modules, base = peft_read.read_folder(folder, config)
     else:
         modules, base = methods.updates_over_base(folder, config, base_for)
     return Adapter(modules, name=folder.name or str(path), base_model=base)
+
+
+def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
+    """The adapter of a folder of a registered format, named after the folder."""
+    with peft_read.located(folder):
+        found = known.read(folder)
+        if isinstance(found, Adapter):
+            return found
+        if not isinstance(found, Mapping):
+            raise AdapterError(
+                f"the format {known.name!r} gave {type(found).__name__}",
+                remedy="return updates by module path, {path: ll.LoRAFactors(…)}, or an Adapter.",
+            )
+        return Adapter(found, name=folder.name, base_model=known.base_model(folder))

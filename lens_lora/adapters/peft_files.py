@@ -2,7 +2,7 @@
 
 1. A local folder, or a hub repository of which two files are fetched. Anything else is refused by
    name: MLX's format, pickled weights, a Git LFS pointer, an adapter one folder further down.
-   Nothing is unpickled.
+   Nothing is unpickled. A folder of a registered format (`formats`) is one as well.
 2. PEFT reads the files. Methods and variants that s·B·A would misread are refused, each with its
    remedy, and so are switches that the installed PEFT does not know and would ignore.
 3. `Patterns` says which r and α PEFT gives a module path, and whether it adapts it at all.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import regex
 
+from lens_lora.adapters import formats
 from lens_lora.errors import AdapterError, UnsupportedAdapterError, many, warn
 from lens_lora.families import FAMILIES
 
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = formats.PEFT_FILES
 MLX_WEIGHTS = "adapters.safetensors"
 _POINTER = b"version https://git-lfs.github.com/spec"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -53,13 +53,19 @@ def adapter_folder(
 
 
 def folders_in(folder: str | Path) -> dict[str, Path]:
-    """Every folder with an adapter's config or weights, by its path from here; at least one."""
-    paths = sorted({p.parent for name in (CONFIG, WEIGHTS) for p in Path(folder).rglob(name)})
+    """Every folder with an adapter's config or weights, by its path from here; at least one.
+
+    Of a registered format those with all of its files.
+    """
+    paths = {path.parent for name in (CONFIG, WEIGHTS) for path in Path(folder).rglob(name)}
+    for known in formats.registered():
+        first = Path(folder).rglob(known.files[0])
+        paths |= {path.parent for path in first if known.is_in(path.parent)}
     if not paths:
         raise AdapterError(
             f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}."
         )
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
 
 
 def checkpoint_folders(run: str | Path) -> dict[int, Path]:
@@ -80,7 +86,8 @@ def checkpoint_folders(run: str | Path) -> dict[int, Path]:
 def last_checkpoint(path: str | Path) -> Path | None:
     """The last checkpoint in a trainer's run folder; None where the folder is an adapter."""
     folders = _checkpoints(Path(path))
-    return None if not folders or (Path(path) / CONFIG).exists() else [*folders.values()][-1]
+    is_adapter = (Path(path) / CONFIG).exists() or formats.format_in(Path(path)) is not None
+    return None if is_adapter or not folders else [*folders.values()][-1]
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
@@ -97,13 +104,15 @@ def _fetched(text: str, revision: str | None, subfolder: str | None) -> Path:
         raise AdapterError(f"{text}: no such folder, nor a hub id ('owner/name').")
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
+    names = formats.every_file_name()
+    wanted = [f"{subfolder}/{name}" if subfolder else name for name in names]
     try:
         root = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
     except Exception as error:
         fact = f"neither a local folder nor a hub repository that can be reached ({error})"
         raise AdapterError(f"{text}: {fact}.") from error
-    if not (root / wanted[0]).is_file():
+    is_there = (root / wanted[0]).is_file() or formats.format_in(root / (subfolder or ""))
+    if not is_there:
         _refuse_other_place(text, revision)
     return root
 
@@ -139,6 +148,8 @@ def _likeliest(places: Iterable[str]) -> tuple[str, str]:
 
 def require_files(folder: Path) -> None:
     """Refuse a folder without an adapter's two files, naming what it holds instead."""
+    if formats.format_in(folder) is not None:
+        return
     if not (folder / CONFIG).is_file():
         raise _no_config(folder)
     _refuse_pointer(folder / CONFIG)
@@ -189,7 +200,12 @@ def _unreadable(folder: Path, error: Exception) -> AdapterError:
 
 
 def stated_fields(folder: Path) -> dict[str, Any]:
-    """The fields that `adapter_config.json` itself states, without PEFT's defaults."""
+    """The fields that `adapter_config.json` itself states, without PEFT's defaults.
+
+    None of a folder of another format.
+    """
+    if formats.format_in(folder) is not None:
+        return {}
     try:
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
@@ -201,6 +217,9 @@ def stated_fields(folder: Path) -> dict[str, Any]:
 
 def stated_base(folder: Path) -> str | None:
     """The base that a config names; None as well where reading the adapter says what is wrong."""
+    known = formats.format_in(folder)
+    if known is not None:
+        return known.base_model(folder)
     try:
         base = stated_fields(folder).get("base_model_name_or_path")
     except AdapterError:

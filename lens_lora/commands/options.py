@@ -20,6 +20,7 @@ from rich.text import Text
 from typer.models import ArgumentInfo, OptionInfo
 
 from lens_lora.adapters import peft_files
+from lens_lora.adapters.formats import files_in
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError, TokenError
 from lens_lora.model.placement import Attention, Dtype, Placement
@@ -317,7 +318,7 @@ def require_apart(
     """
     inputs = [path for path in files if path is not None]
     for folder in adapters:
-        inputs += [folder, folder / peft_files.CONFIG, folder / peft_files.WEIGHTS]
+        inputs += [folder, *files_in(folder)]
     model = base.model or peft_files.stated_base(adapters[0])
     if model and Path(model).is_dir():
         inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]

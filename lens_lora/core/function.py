@@ -382,8 +382,8 @@ class Function:
 
         σ of one value is measured, not assumed: relative noise of the size of the model's rounding
         is added to the embedding and to what each block reads, four times. It is that of gates ε·1;
-        at gates far from them, where a violent adapter is half switched off, it is another one. Of a
-        `KL` at 0 it is how far its value at 1 moves with the rounding of the base's distribution.
+        at gates far from them, where much of a violent adapter is off, it is another one. Of a `KL`
+        at 0 it is how far its value at 1 moves with the rounding of the base's distribution.
 
         Cost: five forward passes for each different strength, batched.
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, folders_in
+from lens_lora.adapters.formats import files_in
+from lens_lora.adapters.peft_files import adapter_folder, folders_in
 from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
@@ -371,7 +372,7 @@ def _next_few(
 def _hash_of(adapter: Adapter | Path) -> str:
     if isinstance(adapter, Adapter):
         return digest(adapter.modules)
-    content = (adapter / CONFIG).read_bytes() + (adapter / WEIGHTS).read_bytes()
+    content = b"".join(file.read_bytes() for file in files_in(adapter))
     return hashlib.sha256(content).hexdigest()
 
 

@@ -1,0 +1,153 @@
+"""Formats of adapters: what a folder is, asked in one place by all that read adapters.
+
+    @ll.adapter_format(files=("delta.safetensors",))
+    def delta(folder):
+        tensors = safetensors.torch.load_file(folder / "delta.safetensors")
+        return {module: ll.LoRAFactors(A, B, scale) for module, A, B, scale in … }
+
+1. PEFT's format is built in (`peft_files`). Another one is a function of a folder, registered by
+   the names of the files that make a folder one of its adapters.
+2. `load_adapter`, `load`, `inspect`, `scan`, `checkpoints` and every command ask `format_in`.
+3. A folder that is an adapter of two formats is refused, for either reading may be the wrong one.
+4. For the command line an installed package names the module that registers its format, as an
+   entry point of the group 'lens_lora.adapter_formats'. It is imported when the first folder is
+   looked at.
+
+Torch is not imported here, so that a wrong folder is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lens_lora.errors import AdapterError, ArgumentError
+
+# From a folder to updates by module path, or to an `Adapter`, which is made above this file.
+Read = Callable[[Path], Any]
+_Read = TypeVar("_Read", bound=Read)
+
+GROUP = "lens_lora.adapter_formats"
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFormat:
+    """A format that is not PEFT's.
+
+    Attributes:
+        name: of the function that reads it.
+        module: in which that function stands.
+        files: a folder with all of them is an adapter of this format.
+        read: from the folder to updates by module path, or an `Adapter`.
+        base_model: from the folder to the name of its base, or None.
+    """
+
+    name: str
+    module: str
+    files: tuple[str, ...]
+    read: Read
+    base_model: Callable[[Path], str | None]
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the folder has all files of the format."""
+        return all((folder / name).is_file() for name in self.files)
+
+
+_FORMATS: dict[str, AdapterFormat] = {}
+
+
+def adapter_format(
+    *, files: Sequence[str], base_model: Callable[[Path], str | None] | None = None
+) -> Callable[[_Read], _Read]:
+    """Register a format: whatever reads an adapter's folder reads folders of this format too.
+
+        >>> @adapter_format(files=("delta.safetensors",))  # doctest: +SKIP
+        ... def delta(folder):
+        ...     return {"model.layers.0.self_attn.q_proj": ll.LoRAFactors(A, B, scale)}
+        >>> ll.load_adapter("a/folder/with/delta.safetensors")  # doctest: +SKIP
+
+    The function is given the folder, and returns the updates by Hugging Face module path, or an
+    `Adapter`. A format that is registered again under its name takes the place of the earlier one.
+    For the command line, name the module in a package's entry points, in the group
+    'lens_lora.adapter_formats'.
+
+    Args:
+        files: names of files; a folder with all of them is an adapter of this format.
+        base_model: from the folder to the hub id or path of its base, or None where it names none.
+
+    Raises:
+        ArgumentError: no names of files; PEFT's own two; what is no function; a name that another
+            module has registered.
+    """
+    names = tuple(files) if isinstance(files, Sequence) and not isinstance(files, str) else ()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ArgumentError(
+            f"files={files!r} names no files of a folder",
+            remedy="give names such as files=('delta.safetensors',).",
+        )
+    if set(names) <= set(PEFT_FILES):
+        raise ArgumentError(
+            f"files={files!r} are those of PEFT's own format", remedy="name another file, too."
+        )
+
+    def register(read: _Read) -> _Read:
+        if not callable(read):
+            raise ArgumentError(f"{read!r} is no function of a folder.")
+        name, module = read.__name__, read.__module__
+        earlier = _FORMATS.get(name)
+        if earlier is not None and earlier.module != module:
+            raise ArgumentError(
+                f"a format {name!r} is registered by {earlier.module} already",
+                remedy="rename the function.",
+            )
+        base_of = base_model or (lambda folder: None)
+        _FORMATS[name] = AdapterFormat(name, module, names, read, base_of)
+        return read
+
+    return register
+
+
+def format_in(folder: Path) -> AdapterFormat | None:
+    """The registered format of which the folder is an adapter; None for PEFT's, or none at all.
+
+    Raises:
+        AdapterError: the folder is an adapter of two formats.
+    """
+    found = [known for known in registered() if known.is_in(folder)]
+    is_peft = all((folder / name).is_file() for name in PEFT_FILES)
+    names = [*(known.name for known in found), *(["PEFT's"] if is_peft else [])]
+    if len(names) > 1:
+        raise AdapterError(
+            f"{folder}: an adapter of the formats {' and '.join(names)} at once, which may differ",
+            remedy="leave the files of one of them in the folder.",
+        )
+    return found[0] if found else None
+
+
+def registered() -> list[AdapterFormat]:
+    """All formats beside PEFT's, those of installed packages included."""
+    _import_installed()
+    return list(_FORMATS.values())
+
+
+@functools.cache
+def _import_installed() -> None:
+    for entry in entry_points(group=GROUP):
+        entry.load()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files that hold the adapter of a folder."""
+    known = format_in(folder)
+    names = PEFT_FILES if known is None else known.files
+    return [folder / name for name in names]
+
+
+def every_file_name() -> list[str]:
+    """The names of the files of all formats."""
+    return [*PEFT_FILES, *(name for known in registered() for name in known.files)]
