@@ -423,6 +423,19 @@ def rotary_state(module: nn.Module) -> Callable[[], None]:
 # --- torch: derivatives
 
 
+def float32_products() -> tuple[str, ...]:
+    """How torch lets backends round float32 products, in its own words.
+
+    The one public question, `torch.get_float32_matmul_precision`, raises an error from torch 2.9 on
+    where a program has set a single backend.
+    """
+    backends: Any = torch.backends.cuda, torch.backends.mkldnn
+    products = [getattr(backend, "matmul", None) for backend in backends]
+    if all(hasattr(product, "fp32_precision") for product in products):
+        return tuple(product.fp32_precision for product in products)
+    return (torch.get_float32_matmul_precision(),)
+
+
 def edits_of(tensor: Tensor) -> int:
     """How often a tensor was edited in place: torch counts, and does not say so publicly."""
     return tensor._version

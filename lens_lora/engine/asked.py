@@ -377,7 +377,9 @@ def of_logits(lens: LoraLens, shape: tuple[int, ...], rng: torch.Generator) -> f
 
     One draw for the vocabulary, with a sign of its own for each row and slot.
     """
-    relative = torch.finfo(function.logits_dtype(lens)).eps / 2
+    is_float32 = lens.dtype == torch.float32  # whose products a device may round more coarsely
+    eps = lens.eps if is_float32 else torch.finfo(function.logits_dtype(lens)).eps
+    relative = eps / 2
     noise = torch.randn(int(lens.model.cfg.d_vocab_out), generator=rng, dtype=torch.float64)
     signs = 2 * torch.randint(2, shape, generator=rng) - 1
 

@@ -29,7 +29,7 @@ from lens_lora.compat import (
 )
 from lens_lora.errors import LensLoraError, ModelStateError, is_of_the_system, named, setting
 from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
-from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
+from lens_lora.model.check import base_logits, eps_of, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
 from lens_lora.model.host import Host
 from lens_lora.model.kernels import differentiable_products, quantised_linears
@@ -85,6 +85,7 @@ def hooked_model(
             f"the {chosen} that TransformerLens {transformer_lens_version()} builds computes other "
             "logits than the Hugging Face model",
             "Another version of TransformerLens, or its TransformerBridge, may build it right.",
+            lambda: eps_of(model, _HOSTS[chosen].embedding_output),
         )
     # TransformerLens reads the template from the tokenizer's files, which lack one set afterwards.
     template = getattr(tokenizer, "chat_template", None)
@@ -204,21 +205,25 @@ def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
 # --- the host of a hooked model
 
 
+_HOSTS: dict[str, type[HookedTransformerHost | BridgeHost]] = {
+    host.class_name: host for host in (HookedTransformerHost, BridgeHost)
+}
+
+
 def host_of(model: Any, hf_model: nn.Module | None = None) -> Host:
     """The host that fits the model's class, with the base if it is given. No forward pass.
 
     Raises:
         ModelStateError: another class, or a state in which an adapter cannot be applied exactly.
     """
-    hosts = {host.class_name: host for host in (HookedTransformerHost, BridgeHost)}
-    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in hosts), None)
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _HOSTS), None)
     if name is None:
         raise ModelStateError(
             f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
             "TransformerBridge."
         )
     refuse_unusable(model)
-    host = hosts[name](model, hf_model)
+    host = _HOSTS[name](model, hf_model)
     if host.needs_base() and quantised_linears(model):
         raise ModelStateError(
             f"this {name} is quantised and processed: folding needs the weights themselves. Use it "

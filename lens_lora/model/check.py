@@ -46,6 +46,8 @@ TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
 # Largest difference, as a share of the logits' range. Rounding takes 1e-5 in float32, and 1e-7 in
 # float64, as weights are folded in float32.
 AGREEMENT = 1e-4
+# So many roundings may be that far off, where a device rounds products more coarsely than that.
+_ROUNDINGS = 16
 OF_A_GIVEN_BASE = (
     "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
     "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."
@@ -148,28 +150,64 @@ def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
     return plain_logits(hf_model)
 
 
-# A relative step of the embedding, an eighth of a rounding of float32, so that about one entry in
-# eight is then rounded another way. Steps up and down bend the logits, as a share of the largest,
-# by 2^-26 (a Llama of one layer, d = 8) to 2^-17 (SmolLM2) where norms round to float32; where
-# nothing does, curvature and last bits make it 2^-50 to 2^-37.
-_STEP, _BENT = 2.0**-27, 2.0**-31
+# --- What a model rounds to
+
+# Of a float64 model: a relative step of the embedding, an eighth of a rounding of float32, so that
+# about one entry in eight is then rounded another way. Steps up and down bend the logits, as a
+# share of the largest, by 2^-26 (a Llama of one layer, d = 8) to 2^-17 (SmolLM2) where norms round
+# to float32; where nothing does, curvature and last bits make it 2^-50 to 2^-37.
+_STEP = 2.0**-27
+_BENT = 2.0**-31
+# Of a float32 model: an eighth of a rounding of TF32, in which a device may compute the products.
+# Curvature and last bits bend a token's logits by 2^-10 to 2^-5.6 (SmolLM2) of what the step
+# changes in them; where factors are rounded to the 10 bits of TF32, or the 7 of bfloat16, it is
+# 2^-0.5 to 2^2.5. The median over tokens counts: a step may send single ones to other experts.
+_PRODUCT_STEP = 2.0**-13
+_BENT_BY_PRODUCTS = 2.0**-3
+_PRODUCT_DRAWS = 2
+_TF32_EPS = 2.0**-10
+_Rows = Float[Tensor, "draw pos d_vocab"]
 
 
 def eps_of(model: Any, embedding: str) -> float:
-    """Of the model's dtype, or of float32 if a float64 model rounds to it. At most one pass."""
+    """The precision in which a model computes, relative. At most one pass, of eight tokens.
+
+    That of its dtype; of a float64 model that rounds to float32 on its way, float32's; of a float32
+    model whose products a device rounds, that of the format to which it rounds their factors.
+    """
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if dtype != torch.float64:
-        return torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64:
+        plain, up, down = _stepped(model, embedding, _STEP, draws=1)
+        bend = (up + down - 2 * plain).abs().max()
+        return torch.finfo(torch.float32).eps if bend > _BENT * plain.abs().max() else eps
+    if dtype == torch.float32:
+        plain, up, down = _stepped(model, embedding, _PRODUCT_STEP, _PRODUCT_DRAWS)
+        bend = (up + down - 2 * plain).norm(dim=-1)
+        share = (bend / (up - down).norm(dim=-1)).nanmedian()
+        return _eps_of_products() if share > _BENT_BY_PRODUCTS else eps
+    return eps
+
+
+def _stepped(model: Any, embedding: str, step: float, draws: int) -> tuple[_Rows, _Rows, _Rows]:
+    """Logits of eight tokens, and those after relative steps of the embedding up and down."""
 
     def steps(rows: Tensor, hook: Any) -> Tensor:
-        drawn = torch.randn(rows[0].shape, generator=torch.Generator().manual_seed(0))
-        return rows * (1 + _STEP * torch.stack([0 * drawn, drawn, -drawn]).to(rows))
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(draws, *rows[0].shape, generator=generator)
+        return rows * (1 + step * torch.cat([0 * drawn[:1], drawn, -drawn]).to(rows))
 
-    tokens = TOKENS[:, : model.cfg.n_ctx].repeat(3, 1) % model.cfg.d_vocab
+    tokens = TOKENS[:, : model.cfg.n_ctx].repeat(1 + 2 * draws, 1) % model.cfg.d_vocab
     with torch.no_grad(), attached(model, [(embedding, steps)]):
-        rows = model(tokens.to(home_of(model)), return_type="logits")
-    bend, size = (rows[1] + rows[2] - 2 * rows[0]).abs().max(), rows[0].abs().max()
-    return torch.finfo(torch.float32 if bend > _BENT * size else dtype).eps
+        logits = model(tokens.to(home_of(model)), return_type="logits")
+    plain, up, down = logits.split([1, draws, draws])
+    return plain, up, down
+
+
+def _eps_of_products() -> float:
+    """Of the factors of products that are seen to be rounded: bfloat16's where torch says so."""
+    is_bfloat16 = any(setting in ("bf16", "medium") for setting in compat.float32_products())
+    return torch.finfo(torch.bfloat16).eps if is_bfloat16 else _TF32_EPS
 
 
 def plain_logits(hf_model: nn.Module) -> _Logits:
@@ -193,13 +231,22 @@ def require_same_logits(
     logits_of: Callable[[Int[Tensor, "batch pos"]], _Logits],
     claim: str,
     remedy: str,
+    eps: Callable[[], float],
 ) -> None:
     """Check that a hooked model's logits equal its base's. One forward pass.
 
     A constant at each position does not count, as a centred unembedding removes it.
 
+    Args:
+        expected: the base's; None where they are not compared.
+        logits_of: runs the hooked model.
+        claim: what is wrong if they differ.
+        remedy: what to do then.
+        eps: the precision in which the hooked model computes, asked for where they differ.
+
     Raises:
-        ModelStateError: they differ by more than a ten-thousandth of their range.
+        ModelStateError: they differ by more than a ten-thousandth of their range, and by more than
+            rounding can do.
     """
     if expected is None:
         return
@@ -207,7 +254,7 @@ def require_same_logits(
         logits = logits_of(TOKENS.to(expected.device)).to(expected)
     logits, expected = (values - values.mean(-1, keepdim=True) for values in (logits, expected))
     off, span = float((logits - expected).abs().max()), float(expected.max() - expected.min())
-    if not off <= AGREEMENT * span:
+    if not off <= AGREEMENT * span and not off <= _ROUNDINGS * eps() * span:
         raise ModelStateError(f"{claim}: {off:.2g} off, of a range of {span:.2g}. {remedy}")
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, in_float64
+from lens_lora.compat import Temporary, float32_products, in_float64
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import Family, Place
 from lens_lora.model.bases import BaseWeights, Processing, infer_processing, is_centred
@@ -217,7 +217,8 @@ class Host(abc.ABC):
     def state(self) -> tuple[tuple[str, Any], ...]:
         """What must not change after the lens is made: (name, value) pairs."""
         flags = [(f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in self.flags]
-        return (*flags, ("processed weights", self.needs_base()))
+        products = "torch's precision of float32 products", float32_products()
+        return (*flags, ("processed weights", self.needs_base()), products)
 
     @abc.abstractmethod
     def run_cached(

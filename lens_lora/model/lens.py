@@ -70,7 +70,9 @@ class LoraLens:
             hooks: two passes over eight tokens. None for those of `with_adapter` alone.
 
     Attributes:
-        eps: of the model's dtype, or of float32 if a float64 model rounds to it (one short pass).
+        eps: the precision in which the model computes, measured by one short pass: that of its
+            dtype; of float32 if a float64 model rounds to it; of TF32 or bfloat16 if a device
+            rounds the factors of a float32 model's products to it.
         max_memory: bytes that an analysis may take beside the model and its result; None for no
             bound.
 
@@ -97,19 +99,21 @@ class LoraLens:
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = gating.make_plan(model, adapter, hf_model)
+        with differentiable_products(self._plan.quantised):
+            self.eps: float = checks.eps_of(model, self.embedding_output)
         if hf_model is not None:
             checks.require_same_logits(
                 checks.base_logits(hf_model, self.dtype),
                 lambda tokens: self.logits(tokens.to(self.device), 0.0),
                 f"without the adapter this {self.class_name} computes other logits than hf_model",
                 checks.OF_A_GIVEN_BASE,
+                lambda: self.eps,
             )
-        self.eps: float = checks.eps_of(model, self.embedding_output)
         is_probed = check is not False and self._plan.host.family.is_probed
         self._probed: frozenset[str] | None = frozenset() if is_probed else None
         if is_probed and check is not None:
             probe = check if isinstance(check, Probe) else None
-            self._probed = probed(model, hf_model, adapter, probe=probe)
+            self._probed = probed(model, hf_model, adapter, eps=self.eps, probe=probe)
 
     @alone
     def with_adapter(self, adapter: Adapter, *, check: bool = True) -> LoraLens:
@@ -136,7 +140,7 @@ class LoraLens:
         other.adapter = adapter
         other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
         if check and self._probed is not None:
-            other._probed = probed(self.model, self._hf_model, adapter, self._probed)
+            other._probed = probed(self.model, self._hf_model, adapter, self._probed, eps=self.eps)
             self._probed = other._probed
         return other
 

@@ -177,6 +177,8 @@ def probed(
     hf_model: nn.Module | None,
     adapter: Adapter,
     done: frozenset[str] = frozenset(),
+    *,
+    eps: float,
     probe: Probe | None = None,
 ) -> frozenset[str]:
     """`done` and the adapter's modules, once they are seen to be exact on this bridge.
@@ -191,7 +193,7 @@ def probed(
             _refuse_parts(host_of(model).family, paths)
         probe = Probe(hf_model or model, adapter, done)
     if probe is not None:
-        require_exact(model, hf_model, probe)
+        require_exact(model, hf_model, probe, eps)
     return done | paths
 
 
@@ -208,8 +210,10 @@ def _refuse_parts(family: Family, paths: Collection[str]) -> None:
             )
 
 
-def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe) -> None:
+def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: float) -> None:
     """Check that a lens over this bridge does what the probe's forward hooks did. One pass.
+
+    `eps` is the precision in which the bridge computes.
 
     Raises:
         ModelStateError: a site that does not write as often as its module runs, or more than once;
@@ -238,8 +242,9 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe) -> None:
         rows = plan.updates[index].site.rows
         expected = added.last if rows is None else added.last[rows.to(added.last.device)]
         if site.kind != "embed":  # whose hook point may show a multiple
-            _require_near(inject.last[index][0], expected, f"{site.name} ({site.module}) writes")
-    _require_near(logits, probe.logits, "the logits are")
+            claim = f"{site.name} ({site.module}) writes"
+            _require_near(inject.last[index][0], expected, claim, eps)
+    _require_near(logits, probe.logits, "the logits are", eps)
 
 
 class _Seen:
@@ -257,8 +262,7 @@ class _Seen:
         return moved
 
 
-def _require_near(ours: Tensor, expected: Tensor, claim: str) -> None:
-    eps = torch.finfo(expected.dtype).eps
+def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> None:
     off = float((ours.to(expected) - expected).abs().max())
     size = float(expected.abs().max())
     if not off <= max(AGREEMENT, eps**0.5) * size:

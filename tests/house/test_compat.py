@@ -182,6 +182,26 @@ def test_replaced_forward():
     assert compat.own_forward(module) is not None
 
 
+def test_precision_of_float32_products():
+    """The setting is known also where the public question about it raises an error."""
+    before = compat.float32_products()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert compat.float32_products() != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        return
+    then = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        assert "bf16" in compat.float32_products()
+    finally:
+        matmul.fp32_precision = then
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_edits_of_a_tensor():
     tensor = torch.zeros(2)
     require("torch", tensor, "_version")
