@@ -1,0 +1,25 @@
+"""Errors planted in the factors of Prop. 1 are seen by the quick suite (`mutations`)."""
+
+from __future__ import annotations
+
+import mutations
+import pytest
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=str)
+def test_the_text_that_is_replaced_is_there(mutation: mutations.Mutation, tmp_path):
+    """Whoever changes such a line changes its mutation, too."""
+    place = tmp_path / mutation.file
+    place.parent.mkdir(parents=True)
+    place.write_text((mutations.REPOSITORY / "lens_lora" / mutation.file).read_text())
+    mutation.plant(tmp_path)
+    assert mutation.new in place.read_text()
+    assert (mutations.REPOSITORY / mutation.tests.partition("::")[0]).is_file()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=str)
+def test_a_planted_error_is_seen(mutation: mutations.Mutation):
+    outcome = mutations.outcome_of(mutation)
+    assert not outcome.trouble
+    assert outcome.failed, f"{mutation} is seen by none of {mutation.tests}"

@@ -1,0 +1,680 @@
+"""Errors to be planted in the factors of Prop. 1, each alone, and the quick tests that see them.
+
+    python tests/lib/mutations.py            # all of them, in some minutes
+    python tests/lib/mutations.py strength   # those whose name holds the word
+
+A mutation replaces one text of one file of the package. It is made in a copy of the package, and
+the tests named beside it are run on the copy: one of them must fail. The tests are quick ones, so
+that whoever breaks a factor is told by README's test command. A process is forked for each, from
+one that has imported the libraries already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+_FACTORS = "tests/engine/test_factors.py::"
+EVERY_PART = f"{_FACTORS}test_every_part_of_every_site"
+FROM_A_BANK = f"{_FACTORS}test_every_part_from_a_bank"
+OTHERS_FROM_A_BANK = f"{_FACTORS}test_other_adapters_of_the_same_shapes_from_a_bank"
+NORMS_OF_UPDATES = f"{_FACTORS}test_relative_norms"
+REPEATED = f"{_FACTORS}test_repeated_heads_share_the_part_of_their_own"
+EMBEDDINGS = f"{_FACTORS}test_embedding_and_unembedding"
+NORMS = f"{_FACTORS}test_trained_norms_feature_by_feature"
+EXPERTS = f"{_FACTORS}test_experts_one_by_one"
+SINGULAR = f"{_FACTORS}test_singular_directions"
+TOKENS = f"{_FACTORS}test_each_token_of_a_response"
+CURVATURE = f"{_FACTORS}test_curvature"
+SHARES = f"{_FACTORS}test_shares_of_a_divergence"
+INTEGRAL = f"{_FACTORS}test_the_path_integral"
+STRENGTHS = f"{_FACTORS}test_the_strength_of_every_kind_of_update"
+INTERVENTIONS = f"{_FACTORS}test_interventions"
+_LIBRARIES = ("torch", "transformers", "peft", "transformer_lens", "pandas", "pytest")
+_QUICK = "not slow and not exhaustive and not browser and not real"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One error.
+
+    Attributes:
+        name: what is wrong.
+        file: in which it is planted, below `lens_lora`.
+        old: a text that occurs once in that file.
+        new: what stands in its place.
+        tests: a quick test, or a file of them; one of them fails.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+    def plant(self, package: Path) -> None:
+        """Replace the text in a copy of the package."""
+        path = package / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise LookupError(f"{self}: {self.old!r} is there {text.count(self.old)} times")
+        path.write_text(text.replace(self.old, self.new))
+
+
+BANK = [
+    Mutation(
+        "the strength of an adapter is dropped",
+        "engine/bank.py",
+        "u.scale * u.strength for u in held",
+        "u.scale for u in held",
+        OTHERS_FROM_A_BANK,
+    ),
+    Mutation(
+        "s is dropped",
+        "engine/bank.py",
+        "u.scale * u.strength for u in held",
+        "u.strength for u in held",
+        FROM_A_BANK,
+    ),
+    Mutation(
+        "Aβ is dropped",
+        "engine/bank.py",
+        "offset = 0 if self._beta is None else A @ self._beta[..., None].to(A)",
+        "offset = 0",
+        FROM_A_BANK,
+    ),
+    Mutation(
+        "β is multiplied by γ",
+        "engine/bank.py",
+        "A @ self._beta[..., None].to(A)\n        reads = self._reads(A)",
+        "self._reads(A) @ self._beta[..., None].to(A)\n        reads = self._reads(A)",
+        FROM_A_BANK,
+    ),
+    Mutation(
+        "γ is left out",
+        "engine/bank.py",
+        "reads = A if self._gamma is None else A * self._gamma[:, None].to(A)",
+        "reads = A",
+        FROM_A_BANK,
+    ),
+    Mutation(
+        "what reads a centred norm is not centred",
+        "engine/bank.py",
+        "return reads - reads.mean(-1, keepdim=True) if self._basis.centre_read else reads",
+        "return reads",
+        OTHERS_FROM_A_BANK,
+    ),
+    Mutation(
+        "what writes to a centred stream is not centred",
+        "engine/bank.py",
+        "        if basis.centre_write:\n            back = back - back.mean(-1, keepdim=True)\n",
+        "",
+        OTHERS_FROM_A_BANK,
+    ),
+    Mutation(
+        "repeated heads of k and v in another order",
+        "engine/bank.py",
+        "by_head.repeat_interleave(basis.kv_copies, -2)",
+        "by_head.repeat(1, 1, basis.kv_copies, 1)",
+        REPEATED,
+    ),
+    Mutation(
+        "the rows of a fused module from its beginning",
+        "engine/bank.py",
+        "u.B if at.rows is None else u.B[at.rows]",
+        "u.B if at.rows is None else u.B[: len(u.B[at.rows])]",
+        FROM_A_BANK,
+    ),
+    Mutation(
+        "ranks and adapters change places",
+        "engine/bank.py",
+        "by_rank.unflatten(1, (scales.shape[1], -1)).sum(2)",
+        "by_rank.unflatten(1, (-1, scales.shape[1])).sum(1)",
+        OTHERS_FROM_A_BANK,
+    ),
+    Mutation(
+        "a size of ΔW without its s",
+        "engine/bank.py",
+        "back = in_float64(B * scales[..., None])",
+        "back = in_float64(B)",
+        NORMS_OF_UPDATES,
+    ),
+    Mutation(
+        "what waits for a partner's gate is counted",
+        "engine/bank.py",
+        "if injection.partner is None:  # what waits for a partner's gate is 0",
+        "if True:",
+        FROM_A_BANK,
+    ),
+]
+REVERSE = [
+    Mutation(
+        "a partner's gate is dropped",
+        "engine/reverse.py",
+        "            if weight is not None:\n"
+        "                values = weight.to(values.device).view(-1, *[1] * (values.ndim - 1)) "
+        "* values\n",
+        "",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a site's own gate in place of its partner's",
+        "engine/reverse.py",
+        "partner = None if injection.partner is None else self._gates[..., injection.partner]",
+        "partner = None if injection.partner is None else self._gates[..., injection.site] ** 2",
+        EVERY_PART,
+    ),
+    Mutation(
+        "the unembedding's slots in place of their positions",
+        "engine/reverse.py",
+        "positions = prompts.read_positions.to(values.device)\n    # A prompt",
+        "positions = prompts.read_positions.to(values.device) * 0\n    # A prompt",
+        EMBEDDINGS,
+    ),
+    Mutation(
+        "a tangent of a position is that of all positions",
+        "engine/reverse.py",
+        "delta = delta * kept(slots.position, delta.shape[1], delta)[:, :, None]",
+        "delta = delta",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a tangent of a rank is that of its mirror image",
+        "engine/reverse.py",
+        "masks = [] if slots.rank is None else [kept(slots.rank, u.shape[-1], u)]",
+        "masks = [] if slots.rank is None else [kept(slots.rank, u.shape[-1], u).flip(1)]",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a tangent of a head has another head's features",
+        "engine/reverse.py",
+        "delta = delta * mask.repeat_interleave(delta.shape[-1] // heads, 1)[:, None]",
+        "delta = delta * mask.repeat(1, delta.shape[-1] // heads)[:, None]",
+        EVERY_PART,
+    ),
+    Mutation(
+        "heads of o are interleaved",
+        "engine/reverse.py",
+        "z.to(site.A.dtype).unflatten(-1, (heads, -1)),\n"
+        "        site.A.unflatten(-1, (heads, -1)),",
+        "z.to(site.A.dtype).unflatten(-1, (-1, heads)).mT,\n"
+        "        site.A.unflatten(-1, (-1, heads)).mT,",
+        EVERY_PART,
+    ),
+    Mutation(
+        "the constant of o belongs to no head",
+        "engine/reverse.py",
+        "return functional.pad(u, (0, 0, 0, len(site.a0_by_head) - heads)) + site.a0_by_head",
+        "return functional.pad(u, (0, 0, 0, len(site.a0_by_head) - heads))",
+        EVERY_PART,
+    ),
+    Mutation(
+        "G of a copy that runs at another gate",
+        "engine/reverse.py",
+        "first.visit(injection, weight, gradient[::copies], z[::copies])",
+        "first.visit(injection, weight, gradient[1::copies], z[::copies])",
+        EVERY_PART,
+    ),
+    Mutation(
+        "v's constant part stays at o when it is split by position",
+        "engine/reverse.py",
+        'split = injection.map_by_position if "position" in axes else injection.map',
+        "split = injection.map",
+        EVERY_PART,
+    ),
+    Mutation(
+        "each token of a response has the gradient of all",
+        "engine/reverse.py",
+        "only[:, column] = 1",
+        "only[:] = 1",
+        TOKENS,
+    ),
+]
+DERIVATIVES = [
+    Mutation(
+        "a partner's gate is dropped from tangents",
+        "engine/derivatives.py",
+        "weight = 1.0 if injection.partner is None else self._at[injection.partner]",
+        "weight = 1.0",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a tangent's sign",
+        "engine/derivatives.py",
+        "tangent[rows] = (weight * delta).to(out.dtype)",
+        "tangent[rows] = -(weight * delta).to(out.dtype)",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a read position is looked up in the wrong place",
+        "engine/derivatives.py",
+        "slot = torch.where(same.any(1), same.int().argmax(1), -2)",
+        "slot = torch.where(same.any(1), same.int().argmax(1), 0)",
+        EMBEDDINGS,
+    ),
+    Mutation(
+        "a joint tangent forgets what earlier sites moved",
+        "engine/derivatives.py",
+        "delta if tangent is None else tangent.detach() + delta",
+        "delta",
+        SHARES,
+    ),
+    Mutation(
+        "the covectors of tokens without their tangent's sum",
+        "engine/derivatives.py",
+        "return (self._covectors[:, None] * tangent_of(rows)).sum(-1)",
+        "return (self._covectors[:, None] * tangent_of(rows)).mean(-1)",
+        TOKENS,
+    ),
+    Mutation(
+        "H of the mean of the prompts",
+        "engine/derivatives.py",
+        "covectors = chunk[:, None].expand(-1, *graph.gates.shape)",
+        "covectors = chunk[:, None].expand(-1, *graph.gates.shape) / len(graph.gates)",
+        CURVATURE,
+    ),
+]
+GATES = [
+    Mutation(
+        "half of a product of two gates is dropped",
+        "model/gates.py",
+        "gate if injection.partner is None else gate * gates[..., injection.partner] / 2",
+        "gate if injection.partner is None else gate * gates[..., injection.partner]",
+        CURVATURE,
+    ),
+    Mutation(
+        "gates of rows are those of positions",
+        "model/gates.py",
+        "gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate",
+        "gate[:1] if gate.ndim else gate",
+        INTERVENTIONS,
+    ),
+    Mutation(
+        "v's constant part does not pass through the update of o",
+        "model/gates.py",
+        "                at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))\n"
+        "                at_o.append(Injection(o, port, by_o, v))\n",
+        "",
+        INTERVENTIONS,
+    ),
+    Mutation(
+        "v's constant part is added at v and at o",
+        "model/gates.py",
+        "maps[v] = basis.without_constant(maps[v], constant)",
+        "pass",
+        INTERVENTIONS,
+    ),
+    Mutation(
+        "q, k and v read what the last of them read",
+        "model/gates.py",
+        "z = ports.in_rows(ports.through(self.reader.kept[ports.firing]), like)",
+        "z = ports.in_rows(ports.through(self.reader.kept[-1].detach()), like)",
+        EVERY_PART,
+    ),
+]
+BASIS = [
+    Mutation(
+        "s is dropped from B",
+        "model/basis.py",
+        "writes = in_float64(update.B).to(home) * update.scale",
+        "writes = in_float64(update.B).to(home)",
+        EVERY_PART,
+    ),
+    Mutation(
+        "s is squared in a stack of experts",
+        "model/basis.py",
+        "factors = (in_float64(update.A), in_float64(update.B) * update.scale)",
+        "factors = (in_float64(update.A), in_float64(update.B) * update.scale**2)",
+        EXPERTS,
+    ),
+    Mutation(
+        "β is dropped",
+        "model/basis.py",
+        "    a0 = reads @ beta\n    if not",
+        "    a0 = reads @ beta * 0\n    if not",
+        EVERY_PART,
+    ),
+    Mutation(
+        "γ is applied to the wrong side of β",
+        "model/basis.py",
+        "    a0, heads = _offset(reads, basis)\n",
+        "    a0, heads = _offset(\n"
+        "        reads if basis.gamma is None else reads * basis.gamma.to(reads), basis\n"
+        "    )\n",
+        EVERY_PART,
+    ),
+    Mutation(
+        "what reads a centred norm is not centred",
+        "model/basis.py",
+        "    if basis.centre_read:\n        reads = reads - reads.mean(1, keepdim=True)\n",
+        "",
+        EVERY_PART,
+    ),
+    Mutation(
+        "what writes to a centred stream is not centred",
+        "model/basis.py",
+        "    if basis.centre_write:\n        writes = writes - writes.mean(0, keepdim=True)\n",
+        "",
+        EVERY_PART,
+    ),
+    Mutation(
+        "A and B are centred along the other axis",
+        "model/basis.py",
+        "writes = writes - writes.mean(0, keepdim=True)",
+        "writes = writes - writes.mean(1, keepdim=True)",
+        EVERY_PART,
+    ),
+    Mutation(
+        "repeated heads in another order",
+        "model/basis.py",
+        "writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)",
+        "writes = by_head.repeat(basis.kv_copies, 1, 1).flatten(0, 1)",
+        REPEATED,
+    ),
+    Mutation(
+        "query heads get the constant of another group",
+        "model/basis.py",
+        "reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)",
+        "reads_kv = torch.eye(heads.n_kv).repeat(1, heads.n_heads // heads.n_kv)",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a change of bias belongs to the last head",
+        "model/basis.py",
+        "spread[n_heads, -1] = 1.0",
+        "spread[n_heads - 1, -1] = 1.0",
+        EVERY_PART,
+    ),
+    Mutation(
+        "an expert has the ranks of another",
+        "model/basis.py",
+        "owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)",
+        "owners = torch.arange(self.rank, device=z.device) % self.experts",
+        EXPERTS,
+    ),
+    Mutation(
+        "Δβ is multiplied by n",
+        "model/basis.py",
+        "delta = delta if self.beta is None else delta + u[..., self.width :] * self.beta",
+        "delta = delta if self.beta is None else delta + u[..., : self.width] * self.beta",
+        NORMS,
+    ),
+    Mutation(
+        "Δβ has no derivative",
+        "model/basis.py",
+        "return torch.cat([by_feature, (gradient @ self.beta)[..., None]], -1)",
+        "return torch.cat([by_feature, (gradient @ self.beta)[..., None] * 0], -1)",
+        NORMS,
+    ),
+    Mutation(
+        "s is dropped from singular values",
+        "model/basis.py",
+        "    B = in_float64(update.B).to(A.device) * update.scale\n    rank, few",
+        "    B = in_float64(update.B).to(A.device)\n    rank, few",
+        SINGULAR,
+    ),
+    Mutation(
+        "u and B are turned by different signs",
+        "model/basis.py",
+        "left, right = left * signs, right * signs[:, None]",
+        "left = left * signs",
+        SINGULAR,
+    ),
+]
+DUALS = [
+    Mutation(
+        "only one factor of a product has a tangent",
+        "engine/duals.py",
+        "    moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))\n",
+        "",
+        EVERY_PART,
+    ),
+    Mutation(
+        "the derivative of the softmax without its mean",
+        "engine/duals.py",
+        "    moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)\n",
+        "",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a tangent is not multiplied by a constant factor",
+        "engine/duals.py",
+        "moved = moving.clone() if func in _SUMS else moving * _alone(constant)",
+        "moved = moving.clone()",
+        EVERY_PART,
+    ),
+    Mutation(
+        "a bias is added to a tangent",
+        "engine/duals.py",
+        "value = value if bias is None else value + bias\n",
+        "value, moved = (value, moved) if bias is None else (value + bias, moved + bias)\n",
+        EVERY_PART,
+    ),
+]
+FUNCTION = [
+    Mutation(
+        "b_U is forgotten where few logits are read",
+        "engine/function.py",
+        "few = few if bias is None else few + bias[ids.to(bias.device)].to(final)",
+        "few = few",
+        INTERVENTIONS,
+    ),
+    Mutation(
+        "points that share blocks come back in another order",
+        "engine/function.py",
+        "in_chunks(chunks, self._branched, bar)[:, order.argsort()]",
+        "in_chunks(chunks, self._branched, bar)[:, order]",
+        INTERVENTIONS,
+    ),
+    Mutation(
+        "rows of a tree continue the wrong parents",
+        "engine/function.py",
+        "parents.append(history[first])",
+        "parents.append(history[first.flip(0)])",
+        INTERVENTIONS,
+    ),
+    Mutation(
+        "each token's covector without the weight of the readout",
+        "engine/function.py",
+        "weighted = weights[chunk.to(weights.device), None] * slopes.to(covectors)",
+        "weighted = slopes.to(covectors) / 2",
+        TOKENS,
+    ),
+]
+HOOKS = [
+    Mutation(
+        "a direction is put in place of what is left",
+        "model/hooks.py",
+        "return (h - (h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)",
+        "return ((h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)",
+        "tests/analyses/test_directions.py",
+    ),
+    Mutation(
+        "what writes runs after a user's hooks",
+        "model/hooks.py",
+        "forward.move_to_end(key, last=reads)",
+        "forward.move_to_end(key, last=True)",
+        "tests/model/test_user_hooks.py",
+    ),
+    Mutation(
+        "what is unembedded is another position",
+        "model/hooks.py",
+        "return (select(unrounded(args[0])), *args[1:])",
+        "return (select(unrounded(args[0]).roll(1, 1)), *args[1:])",
+        EVERY_PART,
+    ),
+]
+PATH = [
+    Mutation(
+        "nodes and weights change places",
+        "analyses/path.py",
+        "return (points + 1) / 2, weights / 2",
+        "return (points + 1) / 2, weights[::-1] ** 2",
+        INTEGRAL,
+    ),
+]
+UPDATES = [
+    Mutation(
+        "the strength of factors is dropped",
+        "model/updates.py",
+        "factors.scale * factors.strength, experts",
+        "factors.scale, experts",
+        STRENGTHS,
+    ),
+    Mutation(
+        "the strength of a trained weight is dropped",
+        "model/updates.py",
+        "return _dense(trained.strength * _difference(cast(Tensor, weight), W))",
+        "return _dense(_difference(cast(Tensor, weight), W))",
+        STRENGTHS,
+    ),
+    Mutation(
+        "the strength of trained rows is dropped",
+        "model/updates.py",
+        "change = strength * _difference(rows, before)",
+        "change = _difference(rows, before)",
+        STRENGTHS,
+    ),
+    Mutation(
+        "the strength of a change of bias is dropped",
+        "model/updates.py",
+        "return None if change is None else change * factors.strength",
+        "return change",
+        STRENGTHS,
+    ),
+    Mutation(
+        "the strength of a change of γ is dropped",
+        "model/updates.py",
+        "torch.zeros_like(gamma) if d_gamma is None else d_gamma * trained.strength",
+        "torch.zeros_like(gamma) if d_gamma is None else d_gamma",
+        STRENGTHS,
+    ),
+    Mutation(
+        "the strength of a change of β is dropped",
+        "model/updates.py",
+        "None if d_beta is None else d_beta * trained.strength",
+        "d_beta",
+        STRENGTHS,
+    ),
+    Mutation(
+        "the strength of DoRA's update is dropped",
+        "adapters/factors.py",
+        "return self.strength * (self.magnitude[:, None] / size * turned - weight.to(plain))",
+        "return self.magnitude[:, None] / size * turned - weight.to(plain)",
+        STRENGTHS,
+    ),
+]
+MUTATIONS = [
+    *BANK,
+    *REVERSE,
+    *DERIVATIVES,
+    *GATES,
+    *BASIS,
+    *DUALS,
+    *FUNCTION,
+    *HOOKS,
+    *PATH,
+    *UPDATES,
+]
+
+
+# --- Running them
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What the tests said of one mutation.
+
+    Attributes:
+        failed: the tests that failed; none where the error survived.
+        trouble: why the tests did not run at all, if they did not.
+    """
+
+    failed: list[str] = dataclasses.field(default_factory=list)
+    trouble: str = ""
+
+
+def outcome_of(mutation: Mutation, *, every: bool = False) -> Outcome:
+    """Run the mutation's tests on a copy of the package in which it is planted.
+
+    Args:
+        mutation: the error.
+        every: go on after the first test that fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="mutated_") as folder:
+        package = Path(folder) / "lens_lora"
+        shutil.copytree(
+            REPOSITORY / "lens_lora", package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        mutation.plant(package)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*_LIBRARIES])
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_test, args=(theirs, folder, mutation.tests, every))
+        process.start()
+        theirs.close()
+        try:
+            return ours.recv()
+        except EOFError:
+            return Outcome(trouble="the process that ran the tests ended without an answer")
+        finally:
+            process.join()
+
+
+def _test(answer: Any, folder: str, tests: str, every: bool) -> None:
+    """In a process of its own: run the tests on the package in this folder."""
+    import pytest
+
+    # Imported before pytest puts the repository first in the path, and without the check of shapes.
+    os.environ.pop("LENS_LORA_SHAPES", None)
+    sys.path.insert(0, folder)
+    lens_lora = importlib.import_module("lens_lora")
+    os.chdir(REPOSITORY)
+    outcome = Outcome()
+
+    class Listener:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                outcome.failed.append(report.nodeid)
+
+    options = ["-q", "-p", "no:cacheprovider", "-m", _QUICK, *([] if every else ["-x"])]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = pytest.main([*options, tests], plugins=[Listener()])
+    is_copy = str(lens_lora.__file__).startswith(folder)
+    if not is_copy or sys.modules["lens_lora"] is not lens_lora:
+        outcome.trouble = f"{lens_lora} was tested and not the copy in {folder}"
+    elif code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        outcome.trouble = f"pytest ended with {code!r}: {said.getvalue()[-2000:]}"
+    answer.send(outcome)
+    answer.close()
+
+
+def main(words: list[str]) -> int:
+    """Print what became of each mutation; 1 where one survived."""
+    survived = 0
+    for mutation in MUTATIONS:
+        if not all(word in str(mutation) for word in words):
+            continue
+        outcome = outcome_of(mutation)
+        survived += not outcome.failed
+        said = outcome.failed[0] if outcome.failed else outcome.trouble or "SURVIVED"
+        print(f"{mutation}: {said}", flush=True)
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
