@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine import reverse
+from lens_lora.engine import memory, reverse
 from lens_lora.engine.bank import Thin
 from lens_lora.model.basis import Update, expert_map
 from lens_lora.model.kernels import with_expert
@@ -118,6 +118,26 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+def exact(config: Config, scale: float) -> Tensor:
+    """The margin of each prompt, by PEFT with every s times a number."""
+    case = built(config)
+    modules = list(case.lens.adapter.modules)
+    values = []
+    for ids in PROMPTS:
+        g = by_hand.as_function(case.peft, torch.tensor([ids]), margin, modules)
+        with torch.no_grad():
+            values.append(g(torch.full((len(modules),), scale, dtype=torch.float64)))
+    return torch.cat(values)
+
+
+@each_config
+def test_both_ends(config: Config):
+    """g(0) and g(1) themselves, and not their difference alone."""
+    found = ll.first_order(built(config).lens, prompts(), MARGIN)
+    assert off(found.base, exact(config, 0.0)) < ROUND_OFF
+    assert off(found.adapted, exact(config, 1.0)) < ROUND_OFF
+
+
 @each_config
 @pytest.mark.parametrize("at", [0.0, 0.6])
 def test_every_part_of_every_site(config: Config, at: float):
@@ -143,25 +163,29 @@ def bank_of(config: Config, readout: ll.Readout = MARGIN, **options: Any):
     )
 
 
-def relative_norm_by_hand(case: cases.Case, strength: float) -> float:
-    """√Σ‖sBA‖² / √Σ‖W‖², dense, of a model whose weights are Hugging Face's own."""
+def relative_norm_by_hand(case: cases.Case, config: Config, strength: float) -> float:
+    """√Σ‖sBA‖² / √Σ‖W‖² of dense matrices, both processed as transformer-lens processes W."""
     changes: list[Tensor] = []
     weights: list[Tensor] = []
     for module in case.lens.adapter.modules:
         layer = reference.lora_layer(case.peft, module)
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        changes.append(strength * layer.scaling["default"] * (B @ A).flatten())
-        weights.append(layer.get_base_layer().weight.flatten())
+        A, B, _ = by_hand.factors(layer)
+        base = layer.get_base_layer()
+        W = base.weight if isinstance(base, torch.nn.Linear) else base.weight.T
+        for matrix, kept in ((strength * layer.scaling["default"] * B @ A, changes), (W, weights)):
+            kept.append(processed(case, config, module, matrix.detach()).flatten())
     return float(torch.cat(changes).norm() / torch.cat(weights).norm())
 
 
-@each_config
-def test_every_part_from_a_bank(config: Config):
-    """Split by every axis, and whole, where plain factors of the same shapes are products alone."""
-    lens, expected, bank = built(config).lens, expected_parts(config, 0.0), bank_of(config)
-    for by in BY:
-        found = bank.first_order(lens.adapter, by=by)
-        assert off(found.values, by_hand.summed(expected, by)) < ROUND_OFF, by
+def processed(case: cases.Case, config: Config, module: str, W: Tensor) -> Tensor:
+    """γ folded into what reads the stream and 1 taken out of it, on both sides of a processed W."""
+    if config.flags == "raw":
+        return W
+    if not module.endswith("c_fc"):  # it writes to the stream
+        return W - W.mean(0, keepdim=True)
+    block = case.base.get_submodule(module.partition(".mlp")[0])
+    folded = W * block.ln_2.weight.detach()
+    return folded - folded.mean(1, keepdim=True)
 
 
 def with_strength(adapter: ll.Adapter, strength: float) -> ll.Adapter:
@@ -202,18 +226,38 @@ def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
             assert (of_site - values[:, index]).abs().max() < ROUND_OFF * values.abs().max(), name
 
 
-def test_relative_norms():
+@pytest.mark.parametrize("config", [LLAMA, FOLDED], ids=str)
+def test_relative_norms(config: Config):
     """‖ΔW‖ / ‖W‖, by a lens and by the products of a bank, of an adapter and of a multiple."""
-    case, bank = built(LLAMA), bank_of(LLAMA)
+    case, bank = built(config), bank_of(config)
     for strength in (1.0, -0.6):
-        adapter, expected = (
-            case.lens.adapter.scaled(strength),
-            relative_norm_by_hand(case, strength),
-        )
-        of_lens = ll.first_order(case.lens.with_adapter(adapter), prompts(), MARGIN).relative_norm
+        expected = relative_norm_by_hand(case, config, strength)
+        adapter = with_strength(case.lens.adapter, strength)
+        lens = case.lens.with_adapter(adapter)
+        of_lens = ll.first_order(lens, prompts(), MARGIN).relative_norm
         of_bank = bank.first_order(adapter).relative_norm
         assert abs(of_lens / expected - 1) < ROUND_OFF
         assert abs(of_bank / expected - 1) < ROUND_OFF
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_every_activation_is_that_of_the_merged_weights(family: str):
+    """What is folded and centred too: the stream itself, v and z without biases that moved."""
+    base = models.hf_model(family)
+    options = {"lora_bias": True} if family == "gpt2" else {}
+    peft = models.peft_model(family, base, **options)
+    model = models.hooked_transformer(base, **models.PROCESSED)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
+    merged = models.hooked_transformer(peft.merge_and_unload(), **models.PROCESSED)
+    with torch.no_grad():
+        _, expected = merged.run_with_cache(prompts().tokens)
+        with lens.applied():
+            _, found = model.run_with_cache(prompts().tokens)
+    for name in ("hook_resid_post", "attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_mlp_out"):
+        for layer in range(models.LAYERS):
+            point = f"blocks.{layer}.{name}"
+            assert off(found[point], expected[point]) < ROUND_OFF, point
 
 
 KINDS_OF_UPDATE = [
@@ -361,8 +405,9 @@ def test_experts_one_by_one():
 
 
 def test_singular_directions():
-    """By rank in the gauge of the SVD: σ_r (U_rᵀG)(V_rᵀx), of the dense sBA."""
+    """By rank in the gauge of the SVD: σ_r (U_rᵀG)(V_rᵀx), of the dense sBA; and u = σ_r V_rᵀx."""
     case, at = built(LLAMA), 0.6
+    seen_u = ll.activations(case.lens, prompts(), scale=at).values
     found = ll.first_order(case.lens, prompts(), MARGIN, at=at, by="rank", gauge="svd").values
     modules = list(case.lens.adapter.modules)
     for row, ids in enumerate(PROMPTS):
@@ -376,6 +421,8 @@ def test_singular_directions():
                 back, read = here.gradient[0] @ U[:, r], here.x[0] @ Vh[r]
                 expected = sigma[r] * (back * read).sum()
                 assert abs(found[row, index, r] - expected) < 1e-9 * found[row].abs().max()
+                sign = U[U[:, r].abs().argmax(), r].sign()
+                assert off(seen_u[row, index, : len(ids), r], sign * sigma[r] * read) < 1e-9
 
 
 # --- Response tokens, curvature, divergence, path and interventions
@@ -467,10 +514,16 @@ def test_the_path_integral():
 
 
 @each_config
-def test_interventions(config: Config):
-    """g(e_l) and g(1 − e_l) of PEFT, module by module, and gates of each row's own."""
+@pytest.mark.parametrize("way", ["rows", "tree"])
+def test_interventions(config: Config, way: str, monkeypatch: pytest.MonkeyPatch):
+    """g(e_l) and g(1 − e_l) of PEFT, module by module, and gates of each row's own.
+
+    Each point in a row of its own, and points that share their first blocks in one.
+    """
+    monkeypatch.setattr(memory, "BRANCHING_PAYS", 9.0 if way == "tree" else 0.0)
     case = built(config)
     modules = list(case.lens.adapter.modules)
+    modules = [modules[i] for i in torch.randperm(len(modules), generator=models.seeded(2))]
     groups = {m: [s.name for s in case.lens.sites if s.module == m] for m in modules}
 
     def g(gates: Tensor) -> Tensor:

@@ -220,6 +220,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def lifted() -> Iterator[None]:
     """Run the libraries' hard-coded float32 casts in float64, so that 1e-9 can be asked for."""
     importlib.import_module("lens_lora.model.lens")  # now: its tables of dtypes keep float32
+    rules = importlib.import_module("lens_lora.engine.duals")._RULES
     to, float_ = torch.Tensor.to, torch.Tensor.float
 
     def lift(value):
@@ -233,7 +234,10 @@ def lifted() -> Iterator[None]:
     def softmax64(*args, **kwargs):
         return softmax(*args, **{k: lift(v) for k, v in kwargs.items()})
 
+    # Torch's softmax names itself by looking itself up, so a dual number meets it by this name.
+    rule = rules[softmax] if softmax in rules else rules[torch.softmax]
     with (
+        mock.patch.dict(rules, {softmax64: rule}),
         mock.patch.object(torch.Tensor, "to", to64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
         mock.patch.object(nn.functional, "softmax", softmax64),

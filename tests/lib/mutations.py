@@ -25,10 +25,12 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 _FACTORS = "tests/engine/test_factors.py::"
+BOTH_ENDS = f"{_FACTORS}test_both_ends"
 EVERY_PART = f"{_FACTORS}test_every_part_of_every_site"
 FROM_A_BANK = f"{_FACTORS}test_every_part_from_a_bank"
 OTHERS_FROM_A_BANK = f"{_FACTORS}test_other_adapters_of_the_same_shapes_from_a_bank"
 NORMS_OF_UPDATES = f"{_FACTORS}test_relative_norms"
+ACTIVATIONS = f"{_FACTORS}test_every_activation_is_that_of_the_merged_weights"
 REPEATED = f"{_FACTORS}test_repeated_heads_share_the_part_of_their_own"
 EMBEDDINGS = f"{_FACTORS}test_embedding_and_unembedding"
 NORMS = f"{_FACTORS}test_trained_norms_feature_by_feature"
@@ -115,14 +117,14 @@ BANK = [
         "engine/bank.py",
         "return reads - reads.mean(-1, keepdim=True) if self._basis.centre_read else reads",
         "return reads",
-        OTHERS_FROM_A_BANK,
+        NORMS_OF_UPDATES,
     ),
     Mutation(
         "what writes to a centred stream is not centred",
         "engine/bank.py",
         "        if basis.centre_write:\n            back = back - back.mean(-1, keepdim=True)\n",
         "",
-        OTHERS_FROM_A_BANK,
+        NORMS_OF_UPDATES,
     ),
     Mutation(
         "repeated heads of k and v in another order",
@@ -361,21 +363,21 @@ BASIS = [
         "model/basis.py",
         "    if basis.centre_read:\n        reads = reads - reads.mean(1, keepdim=True)\n",
         "",
-        EVERY_PART,
+        NORMS_OF_UPDATES,
     ),
     Mutation(
         "what writes to a centred stream is not centred",
         "model/basis.py",
         "    if basis.centre_write:\n        writes = writes - writes.mean(0, keepdim=True)\n",
         "",
-        EVERY_PART,
+        ACTIVATIONS,
     ),
     Mutation(
         "A and B are centred along the other axis",
         "model/basis.py",
         "writes = writes - writes.mean(0, keepdim=True)",
         "writes = writes - writes.mean(1, keepdim=True)",
-        EVERY_PART,
+        ACTIVATIONS,
     ),
     Mutation(
         "repeated heads in another order",
@@ -470,7 +472,7 @@ FUNCTION = [
         "engine/function.py",
         "few = few if bias is None else few + bias[ids.to(bias.device)].to(final)",
         "few = few",
-        INTERVENTIONS,
+        BOTH_ENDS,
     ),
     Mutation(
         "points that share blocks come back in another order",
