@@ -1,9 +1,11 @@
 """What a sweep is asked for, read without torch: its records, and the names of its analyses.
 
 1. Each row of a JSONL or CSV file, a data frame, a Dataset or any iterable becomes a `Record`, in
-   order, with its own id or the row's number (from 0).
+   order, with its own id or the row's number (from 0). A string or a conversation is a prompt, as
+   it is everywhere: a record of its own where no answers are needed.
 2. An error in one row is kept in its record, with its line; the other rows are read as usual.
-3. An error in all of them (a missing column, no row at all) is raised.
+3. An error in all of them (a missing column, no row at all) is raised. So is an object of Python
+   that can be no record, before anything is run: it is a mistake in the call, not in the data.
 
 pandas is not imported: a data frame is recognised by its attributes.
 """
@@ -156,7 +158,8 @@ class Frame(Protocol):
         ...
 
 
-RecordsLike = str | Path | Iterable[Mapping[str, Any]] | Iterable[Record] | Frame
+Conversation = Sequence[Mapping[str, Any]]
+RecordsLike = str | Path | Iterable[Mapping[str, Any] | Record | str | Conversation] | Frame
 _Row = tuple[str, Any]
 
 
@@ -166,7 +169,12 @@ def read_records(
     """Every record in order, bad ones included.
 
     A record's own id goes before the number that stands in for another one's.
+
+    Raises:
+        SweepError: no record, a file that cannot be read, or an object that can be no record.
     """
+    if isinstance(records, Iterable) and not isinstance(records, str | Mapping | Frame):
+        records = list(records)
     read = list(each_record(records, with_answers=with_answers, with_response=with_response))
     owners: dict[str, Record] = {}
     for record in sorted(read, key=lambda record: not record.has_own_id):
@@ -185,9 +193,13 @@ def read_records(
 def each_record(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> Iterator[Record]:
-    """As `read_records`, one after another; whether an id occurs twice is not looked at."""
+    """As `read_records`, one after another; whether an id occurs twice is not looked at.
+
+    Objects of a list are looked at before the first is read; of a stream each is when it comes.
+    """
     answers, said = ANSWERS if with_answers else (), ("response",) if with_response else ()
     needed, number = ("prompt", *answers, *said), -1
+    _require_records(records, needed)
     for number, (where, row) in enumerate(_rows(records, needed)):
         yield _storable(row if isinstance(row, Record) else _record(number, where, row, needed))
     if number < 0:
@@ -223,6 +235,49 @@ def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
 def is_utf16(start: bytes) -> bool:
     """Whether a file that begins so is UTF-16, by its mark or the zeros between ASCII."""
     return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start
+
+
+def _require_records(records: object, needed: tuple[str, ...]) -> None:
+    """Refuse objects of Python that can be no record.
+
+    Raises:
+        SweepError: naming the first of them, and what to give instead.
+    """
+    columns = ", ".join(needed)
+    if not isinstance(records, str | Path | Frame | Iterable):
+        raise SweepError(
+            f"records are a {type(records).__name__}",
+            remedy=f"give a list of prompts, of mappings with {columns}, or a file of them.",
+        )
+    rows = records if isinstance(records, list | tuple) else ()
+    for number, row in enumerate(rows):
+        if isinstance(row, Mapping) and _is_message(row) and "prompt" not in row:
+            raise SweepError(
+                f"row {number} is one message of a conversation, and a record is a whole one",
+                remedy='put it into a list, [[{"role": "user", "content": "…"}]], or give '
+                '{"messages": […]}.',
+            )
+        if isinstance(row, Mapping | Record):
+            continue
+        if not isinstance(row, str) and not _is_conversation(row):
+            raise SweepError(
+                f"row {number} is a {type(row).__name__}, and no record",
+                remedy=f"give strings, conversations, or mappings with {columns}.",
+            )
+        if needed != ("prompt",):
+            raise SweepError(
+                f"row {number} is a prompt alone, and each record needs {', '.join(needed[1:])}",
+                remedy=f"give mappings with {columns}, or what is read of every prompt: "
+                "readout=ll.LogProb(' Paris').",
+            )
+
+
+def _is_message(row: Any) -> bool:
+    return isinstance(row, Mapping) and "role" in row and "content" in row
+
+
+def _is_conversation(row: object) -> bool:
+    return isinstance(row, list | tuple) and bool(row) and all(map(_is_message, row))
 
 
 def _stripped(name: Any) -> Any:
@@ -294,6 +349,10 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
     plain = Record(number, where, has_own_id=False)
     if isinstance(row, csv.Error | ValueError):
         return plain.bad(f"unreadable ({row}).")
+    if isinstance(row, str):
+        row = {"prompt": row}
+    elif _is_conversation(row):
+        row = {"messages": row}
     if not isinstance(row, Mapping):
         return plain.bad(f"{row!r} is not a record with the columns {', '.join(needed)}.")
     identity: Any = row.get("id")

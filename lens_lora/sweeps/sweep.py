@@ -191,6 +191,7 @@ def sweep(
             answers `doc` and `pre` (strings with their leading space, of one token or several),
             and optionally `id`, by default the row's number from 0; in place of `prompt` also
             `messages`, a conversation, and with such a readout `response` in place of answers.
+            Where no answers are needed, strings and conversations are records of their own.
         analyses: one or several of 'first_order', 'first_order_at_1', 'path', 'add_one',
             'leave_one_out', 'second_order'; or 'activations' (or 'activations_trained') alone,
             which needs no answers and reads the records one after another, so that there may be
@@ -215,7 +216,8 @@ def sweep(
         earlier run, whose prompts run again. Of activations, `ActivationsFile`.
 
     Raises:
-        SweepError: there are no records, an analysis is unknown, a file is of another kind, or
+        SweepError: there are no records, an analysis is unknown, a file is of another kind, an
+            object can be no record, or
             `out` holds results of another lens, readout, choice of analyses or prompts, or of code
             of your own without a version, or is being written by another sweep, or cannot be
             written or read.
@@ -315,8 +317,13 @@ def _result(
 ) -> SweepResult:
     rows = batches.read(store.prompts_path).to_pylist()
     good = [row for row in rows if row["error"] is None]
-    readouts, units = ({row[name] for row in good} for name in ("readout", "units"))
-    several = readout(["", ""]).label if batches.is_make(readout) else "margin(doc − pre)"
+    readouts = {row["readout"] for row in good}
+    units = {row["units"] for row in good}
+    given = readout(["", ""]) if batches.is_make(readout) else cast(Readout | None, readout)
+    # What was asked for has its name also where no record could be read.
+    several = "margin(doc − pre)" if given is None else given.label
+    if given is not None and not units:
+        units = {given.units}
     return SweepResult(
         path=store.path,
         prompts_path=store.prompts_path,
