@@ -49,24 +49,32 @@ class Readout(abc.ABC):
         """Its name in tables and plots."""
 
     @staticmethod
-    def of(fn: Callable[[Tensor], Tensor], label: str | None = None) -> LastToken:
+    def of(
+        fn: Callable[[Tensor], Tensor],
+        label: str | None = None,
+        units: str = "units of the readout",
+    ) -> LastToken:
         """Any differentiable callable of the logits at the read position.
 
-            >>> Readout.of(lambda logits: logits.logsumexp(-1), label="log Z").label
+            >>> Readout.of(lambda logits: logits.logsumexp(-1), "log Z", units="nats").label
             'log Z'
 
         Args:
             fn: [batch, d_vocab] → [batch]; each row's number may depend on that row only.
             label: its name in tables and plots; by default the function's name.
+            units: what its values are in, which tables, figures and stories print beside them.
 
         Raises:
-            ArgumentError: something that cannot be called, or a label that is no string.
+            ArgumentError: something that cannot be called, a label that is no string, or units that
+                are no words.
         """
         if not callable(fn):
             raise ArgumentError(f"{fn!r} cannot be called; give a function of the logits.")
         if label is not None and not isinstance(label, str):
             raise ArgumentError(f"label={label!r}: expected a string.")
-        return _Callable(fn, label or getattr(fn, "__name__", "readout"))
+        if not isinstance(units, str) or not units.strip():
+            raise ArgumentError(f"units={units!r}: expected words, such as 'nats' or 'bits'.")
+        return _Callable(fn, label or getattr(fn, "__name__", "readout"), units)
 
 
 def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
@@ -159,7 +167,7 @@ class LogProb(LastToken):
 class _Callable(LastToken):
     fn: Callable[[Tensor], Tensor]
     name: str
-    units = "units of the readout"
+    units: str  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         return self._checked
