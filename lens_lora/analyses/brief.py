@@ -45,6 +45,7 @@ from torch import Tensor
 
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import gated_logits, gated_readout
+from lens_lora.engine.memory import tokens_at_once
 from lens_lora.engine.texts import by_length
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.model import LoraLens, SideBySide, group_sites, indicator
@@ -298,7 +299,7 @@ def _scores(lens: LoraLens, models: Sequence[Scaled], spoken: Prompts) -> list[_
     nothing = torch.zeros(int(lens.model.cfg.d_vocab_out), device=lens.device)
     scores = [_Scores(nothing.to(lens.gate_dtype), *[nothing.long()] * 2) for _ in models]
     with torch.no_grad():
-        for index, batch in by_length(spoken, _TOKENS):
+        for index, batch in by_length(spoken, tokens_at_once(lens, spoken, _TOKENS)):
             base = gated_logits(lens, batch, lens.gates(0.0)).log_softmax(-1)
             padding, rows = ~batch.read_mask.to(base.device), torch.tensor(index)
             for (other, scale), score in zip(models, scores, strict=True):

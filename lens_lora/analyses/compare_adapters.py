@@ -371,7 +371,7 @@ def products(
     once = torch.from_numpy(first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy()))
     groups = [
         _products_of(lens, others(), prompts.chosen(rows), once[rows])
-        for rows in row_groups(prompts, _TOKENS)
+        for rows in row_groups(lens, prompts, _TOKENS, "dual")
     ]
     values = torch.cat(groups, -1)
     require_finite(values, "the shift of the logits")
@@ -434,7 +434,7 @@ def _on_prompts(
     if about is not None:
         about.require_slope_at_base()
     silent, prompts = not progress or not draws, asked.prompts.at_each_token()
-    total = draws * len(row_groups(prompts, _TOKENS))
+    total = draws * len(row_groups(asked.lens, prompts, _TOKENS, "dual"))
     with tqdm(total=total, desc="null adapters", leave=False, disable=silent) as bar:
 
         def others() -> Iterator[LoraLens]:

@@ -49,7 +49,7 @@ from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.derivatives import group_parts, part_tangents, pulled_back
 from lens_lora.engine.duals import tangent_of
 from lens_lora.engine.function import gated_logits, gated_readout, require_finite
-from lens_lora.engine.memory import graph_groups, rows_of_pass
+from lens_lora.engine.memory import dual_graph_groups, rows_of_pass
 from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model import Gauge, Groups, LoraLens, Scale, alone, by_axes, group_sites
@@ -468,7 +468,7 @@ def _quadratic(
     """q_l and its parts, and f(0), as many prompts at a time as there is memory for."""
     values: list[Tensor] = []
     base: list[Tensor] = []
-    for group in graph_groups(lens, reading):
+    for group in dual_graph_groups(lens, reading):
         rows = group.prompts
 
         def pulled(f: Tensor, v: Tensor, rows: Prompts = rows) -> Tensor:

@@ -41,7 +41,8 @@ from lens_lora.arguments import is_whole, number, one_entry, word
 from lens_lora.engine.asked import Asked, ask_prompts, of_stream
 from lens_lora.engine.derivatives import JointInject
 from lens_lora.engine.duals import dual_forward, tangent_of
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import require_finite, run_without_logits
+from lens_lora.engine.memory import rows_of_duals, rows_of_pass
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model import Inject, ScaleInject, alone, attached
 from lens_lora.model.lens import LoraLens, Scale, stream_writers
@@ -281,7 +282,24 @@ def _activation(
     inject: Inject,
     keep: Callable[[Tensor], Tensor] = torch.clone,
 ) -> Float[Tensor, "batch pos *d"]:
-    """The activation at one hook point, or what `keep` makes of it: its tangent, in a dual pass."""
+    """The activation at one hook point, or what `keep` makes of it: its tangent, in a dual pass.
+
+    In groups of prompts, where all of them are beyond the bound of the lens.
+    """
+    rows = prompts.batch
+    is_dual = keep is not torch.clone
+    fitting = (rows_of_duals if is_dual else rows_of_pass)(lens, prompts) or rows
+    groups = [prompts.cut(first, min(first + fitting, rows)) for first in range(0, rows, fitting)]
+    return torch.cat([_activation_of(lens, group, name, inject, keep) for group in groups])
+
+
+def _activation_of(
+    lens: LoraLens,
+    prompts: Prompts,
+    name: str,
+    inject: Inject,
+    keep: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "batch pos *d"]:
     kept: list[Tensor] = []
 
     def hook_fn(tensor: Any, hook: Any) -> None:
@@ -290,7 +308,7 @@ def _activation(
             kept.append(keep(tensor))
 
     with lens.injected(inject), attached(lens.model, [(name, hook_fn)]):
-        lens.run(prompts)
+        run_without_logits(lens, prompts)
     if not kept:
         raise ModelStateError(
             f"{name}: the hook point exists but no activation passes it in a forward pass; a flag "
@@ -395,26 +413,32 @@ def _by_site(
             "out by='site': the shift includes what the other sites do."
         )
     d_model = int(lens.model.cfg.d_model)
-    gates = lens.gates(at)
+    gates, rows = lens.gates(at), asked.prompts.batch
     scaled = ScaleInject(lens.plan, gates)
     if name is None or is_residual(name):
         features = features.at(name or STREAM, d_model)
-    project = Projection(asked.prompts, features, positions)
-    written: dict[int, Tensor] = {}
 
-    def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = lens.plan.injections[index]
-        if injection.site in writers:
-            weight = 1.0 if injection.partner is None else float(gates[injection.partner])
-            delta = injection.map(z)
-            features.at(name or STREAM, delta[0, 0].numel())
-            write = weight * project(delta)
-            written[injection.site] = written.get(injection.site, 0.0) + write
-        return scaled(index, out, z)
+    def writes(prompts: Prompts) -> Tensor:
+        project = Projection(prompts, features, positions)
+        written: dict[int, Tensor] = {}
 
-    with torch.no_grad(), lens.injected(inject):
-        lens.run(asked.prompts)
-    values = torch.stack([written[i].to(lens.device) for i in writers], 1)
+        def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+            injection = lens.plan.injections[index]
+            if injection.site in writers:
+                weight = 1.0 if injection.partner is None else float(gates[injection.partner])
+                delta = injection.map(z)
+                features.at(name or STREAM, delta[0, 0].numel())
+                write = weight * project(delta)
+                written[injection.site] = written.get(injection.site, 0.0) + write
+            return scaled(index, out, z)
+
+        with torch.no_grad(), lens.injected(inject):
+            run_without_logits(lens, prompts)
+        return torch.stack([written[i].to(lens.device) for i in writers], 1)
+
+    fitting = rows_of_pass(lens, asked.prompts) or rows
+    groups = (asked.prompts.cut(i, min(i + fitting, rows)) for i in range(0, rows, fitting))
+    values = torch.cat([writes(group) for group in groups])
     require_finite(values, "a site's δz")
     return FeatureWrites(
         values=values,

@@ -54,7 +54,7 @@ from lens_lora.errors import ArgumentError
 from lens_lora.model import Gauge, Injection, LoraLens, alone
 from lens_lora.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
-from lens_lora.readouts import LogProbs, Prompts, PromptsLike, Readout
+from lens_lora.readouts import LogProbs, Prompts, PromptsLike, Reading, Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
 from lens_lora.results.base import OfSites, header, long_table, site_labels
 
@@ -519,7 +519,12 @@ def components(
 
 def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
     """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward."""
-    lens, reading = asked.lens, asked.reading
+    groups = graph_groups(asked.lens, asked.reading)
+    squares = [_squared_norms(asked.lens, group) for group in groups]
+    return {name: torch.cat([of_group[name] for of_group in squares]) for name in squares[0]}
+
+
+def _squared_norms(lens: LoraLens, reading: Reading) -> dict[str, Float[Tensor, "row site"]]:
     real, read = (mask[..., None] for mask in (reading.prompts.real, reading.prompts.read_mask))
     shape = (len(reading.owner), len(lens.sites))
     squares = {

@@ -52,8 +52,8 @@ from lens_lora.compat import Temporary, in_float64
 from lens_lora.core.noise import noise_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import run_without_logits
-from lens_lora.engine.memory import slopes_at_once
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.memory import graph_groups, pass_groups, slopes_at_once
+from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, ScaleInject, by_axes
 from lens_lora.model.hooks import add_pre_hook, alone
@@ -180,18 +180,21 @@ def rerouted_tokens(asked: Asked) -> dict[str, Float[Tensor, " batch"]]:
 
     Two forward passes; none where the model has no stacks of experts.
     """
-    lens, rows = asked.lens, asked.reading.prompts
+    lens = asked.lens
     stacks = experts_by_layer(lens.model)
     if not stacks:
         return {}
-    base, adapted = (_chosen(lens, rows, scale, stacks) for scale in (0.0, 1.0))
-    real = rows.real.to(lens.device)
-    return {
-        f"layer {layer}": asked.reading.by_prompt(
-            ((base[layer] != adapted[layer]).any(-1).view(real.shape) & real).sum(1).double()
-        )
-        for layer in stacks
-    }
+    counts: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in stacks}
+    for group in pass_groups(lens, asked.reading):
+        rows = group.prompts
+        real = rows.real.to(lens.device)
+        base = _chosen(lens, rows, 0.0, stacks)
+        adapted = _chosen(lens, rows, 1.0, stacks)
+        for layer in stacks:
+            is_other = (base[layer] != adapted[layer]).any(-1).view(real.shape)
+            by_row = (is_other & real).sum(1).double()
+            counts[f"layer {layer}"].append(group.by_prompt(by_row))
+    return {layer: torch.cat(by_group) for layer, by_group in counts.items()}
 
 
 def _chosen(
@@ -443,8 +446,22 @@ def path_attribution_of(
 def _integral(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...], nodes: int, bar: tqdm
 ) -> Float[Tensor, "batch site *by"]:
-    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by the rule with this many nodes on [0, 1]."""
-    bar.reset(total=nodes)
+    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by the rule with this many nodes on [0, 1].
+
+    Prompts whose graph is beyond the bound of the lens are run in groups, each through all nodes.
+    """
+    groups = graph_groups(lens, reading)
+    bar.reset(total=nodes * len(groups))
+    integrals = [_integral_of_group(lens, group, axes, nodes, bar) for group in groups]
+    total = joined(integrals)
+    require_finite_sites(lens, total)
+    return total
+
+
+def _integral_of_group(
+    lens: LoraLens, reading: Reading, axes: tuple[str, ...], nodes: int, bar: tqdm
+) -> Float[Tensor, "some site *by"]:
+    """As many nodes at a time as fit beside one another in rows of one batch."""
     adapted = lens.gates(1.0)
     total = adapted.new_zeros(())
     points, weights = map(adapted.new_tensor, _gauss_legendre(nodes))
@@ -455,7 +472,6 @@ def _integral(
         by_node = slopes.unflatten(0, (reading.batch, -1))
         total = total + torch.einsum("bk...,k->b...", by_node, weight)
         bar.update(len(scales))
-    require_finite_sites(lens, total)
     return total
 
 

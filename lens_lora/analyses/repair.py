@@ -44,6 +44,7 @@ from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule,
 from lens_lora.arguments import number, whole, word
 from lens_lora.engine.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.memory import require_graphs
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
 from lens_lora.model import LoraLens, SiteUpdate, alone
 from lens_lora.model.basis import Update, svd_factors
@@ -217,7 +218,8 @@ def repair(
 
     Raises:
         ArgumentError: no questions, something that is no pair of prompts and a readout, a question
-            that the adapter does not move, a share outside (0, 1], another `of`, ranks of a norm.
+            that the adapter does not move, a share outside (0, 1], another `of`, ranks of a norm; a
+            bound of the lens without room for the graphs of all questions that are given.
         ModelStateError: ranks, where value biases were folded.
         UnsupportedAdapterError: a part that no adapter can hold; names the remedy.
         TokenError, PromptError: a readout or prompt that does not fit the model.
@@ -460,6 +462,7 @@ def _optimised(
 ) -> _Gates:
     """The gates after the last step."""
     lens = goals[0].layout.lens
+    require_graphs(lens, [goal.asked.reading for goal in goals])
     alive = goals[0].layout.alive.to(lens.device)
     gates = alive.to(lens.gate_dtype).requires_grad_()
     adam = torch.optim.Adam([gates], lr=rate)

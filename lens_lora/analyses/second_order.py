@@ -391,5 +391,5 @@ def coupling_of(
         products = hessian_products(lens, reading, gates, rows, progress=progress, what="coupling")
         return torch.cat([product @ rows.T for product in products], 1)
 
-    matrix = in_groups(asked.reading, summed).transpose(1, 2).contiguous()
+    matrix = in_groups(lens, asked.reading, summed).transpose(1, 2).contiguous()
     return Coupling(matrix=matrix, groups=groups, at=at, **header(asked))

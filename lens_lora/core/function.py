@@ -328,7 +328,7 @@ class Function:
             )
             return torch.cat(list(chunks), 1)
 
-        values = derivatives.in_groups(self.reading, products)
+        values = derivatives.in_groups(self.lens, self.reading, products)
         return values.movedim(0, 1).reshape(*shape, *values[:, 0].shape)
 
     @_public

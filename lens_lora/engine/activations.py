@@ -44,7 +44,7 @@ from torch import Tensor
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import word
 from lens_lora.engine.function import gated_readout, read_value, require_finite, run_without_logits
-from lens_lora.engine.memory import ROW_TOKENS, row_groups
+from lens_lora.engine.memory import ROW_TOKENS, pass_groups, row_groups, rows_of_pass
 from lens_lora.errors import (
     ArgumentError,
     ModelStateError,
@@ -116,12 +116,29 @@ def site_activations(
     sites: Sequence[int],
     ranks: Sequence[int],
 ) -> Seen:
-    """u of these sites at these gates. One forward pass.
+    """u of these sites at these gates. One forward pass, in groups that fit within the bound.
 
     Raises:
         ModelStateError: a site's hook did not fire, or the heads of one have inputs of their own.
         NumericsError: non-finite activations.
     """
+    rows = prompts.batch
+    fitting = rows_of_pass(lens, dataclasses.replace(prompts, reads=None)) or rows
+    seen: list[Seen] = []
+    for first in range(0, rows, fitting):
+        last = min(first + fitting, rows)
+        of_group = gates if gates.ndim == 1 else gates[first:last]
+        seen.append(_activations(lens, prompts.cut(first, last), of_group, sites, ranks))
+    return Seen(torch.cat([s.values for s in seen]), torch.cat([s.sinks for s in seen]))
+
+
+def _activations(
+    lens: LoraLens,
+    prompts: Prompts,
+    gates: Float[Tensor, "*batch site"],
+    sites: Sequence[int],
+    ranks: Sequence[int],
+) -> Seen:
     keep = _Keep(lens, prompts, gates, sites, ranks)
     with torch.no_grad(), lens.injected(keep):
         run_without_logits(lens, prompts)
@@ -269,7 +286,7 @@ def mean_over(
             "give longer texts."
         )
     sums, rest = dict[int, Tensor](), counted
-    for batch in map(texts.chosen, row_groups(texts, ROW_TOKENS)):
+    for batch in map(texts.chosen, row_groups(lens, texts, ROW_TOKENS)):
         mask, rest = rest[: batch.batch, : batch.tokens.shape[1]], rest[batch.batch :]
 
         def add(index: int, u: Tensor, mask: Tensor = mask) -> None:
@@ -297,7 +314,7 @@ def resampled(
     batches: dict[int, list[Tensor]] = {}
     width = int(texts.lengths[used].max())
     once = Prompts(texts.tokens[used], texts.lengths[used])
-    for batch in map(once.chosen, row_groups(once, ROW_TOKENS)):
+    for batch in map(once.chosen, row_groups(lens, once, ROW_TOKENS)):
 
         def keep(index: int, u: Tensor) -> None:
             padded = u.new_zeros(len(u), width, *u.shape[2:])
@@ -537,7 +554,10 @@ def layout_of(lens: LoraLens, of: Of) -> GateLayout:
 def value_at(
     layout: GateLayout, reading: Reading, gates: Float[Tensor, " gate"]
 ) -> Float[Tensor, " batch"]:
-    """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass."""
+    """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass.
+
+    Without a graph it is taken in groups of prompts that fit within the bound of the lens.
+    """
     by_site, unit = layout.by_site(gates), gates.new_ones(())
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor:
@@ -548,7 +568,8 @@ def value_at(
             gate = gate * by_site[injection.partner].to(gate) / 2
         return write(out, injection.map, u * gate, unit)
 
+    groups = [reading] if torch.is_grad_enabled() else pass_groups(layout.lens, reading)
     with layout.lens.injected(inject):
-        values = read_value(layout.lens, reading)
+        values = torch.cat([read_value(layout.lens, group) for group in groups])
     require_finite(values.detach(), "the readout")
     return values

@@ -547,14 +547,14 @@ def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) ->
 
     def half_sums(group: Reading) -> Float[Tensor, "some draw"]:
         sums: list[Tensor] = []
-        for draws in torch.arange(DRAWS).split(memory.directions_at_once(group.prompts)):
+        for draws in torch.arange(DRAWS).split(memory.second_orders_at_once(lens, group)):
             many, ones = group.repeat(len(draws)), torch.ones_like(base)[None]
             (product,) = hessian_products(lens, many, base, ones, progress=False)
             sums.append(product[:, 0].sum(1).unflatten(0, (group.batch, len(draws))))
         return torch.cat(sums, 1) / 2
 
     with attached(lens.model, of_stream(lens)):
-        return _of_sum(lens, in_groups(reading, half_sums), half_row_sums) / _TWO_RUNS
+        return _of_sum(lens, in_groups(lens, reading, half_sums), half_row_sums) / _TWO_RUNS
 
 
 def _of_sum(lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: _BySite) -> _ByPrompt:

@@ -52,6 +52,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from lens_lora.compat import Temporary, without_warnings
@@ -77,9 +78,21 @@ class JointInject(ScaleInject):
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
 ) -> Float[Tensor, "batch *slot vocab"]:
-    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass."""
-    with dual_forward(), lens.injected(JointInject(lens, at, direction)):
-        return tangent_of(function.read_logits(lens, prompts))
+    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
+
+    In groups of prompts, where all of them are beyond the bound of the lens.
+    """
+    rows = prompts.batch
+    fitting = memory.rows_of_duals(lens, prompts) or rows
+    tangents: list[Tensor] = []
+    for first in range(0, rows, fitting):
+        group = prompts.cut(first, min(first + fitting, rows))
+        with dual_forward(), lens.injected(JointInject(lens, at, direction)):
+            tangent = tangent_of(function.read_logits(lens, group))
+        if prompts.reads is not None:  # slots that none of the group has hold nothing
+            tangent = functional.pad(tangent, (0, 0, 0, prompts.slots - group.slots))
+        tangents.append(tangent)
+    return torch.cat(tangents)
 
 
 _Logits = Float[Tensor, "batch part *slot vocab"]
@@ -452,19 +465,22 @@ def hessian_product(
     """H v per prompt and site, in the readout's units.
 
     Cost: one forward and two backward passes, about 2 FB. Memory: the graph of a group of prompts.
+
+    Raises:
+        ArgumentError: a bound of the lens that has no room for one prompt.
     """
 
     def product(group: Reading) -> Float[Tensor, "batch site"]:
         return next(hessian_products(lens, group, at, direction[None], progress=False))[:, 0]
 
-    return in_groups(reading, product)
+    return in_groups(lens, reading, product)
 
 
 def in_groups(
-    reading: Reading, work: Callable[[Reading], Float[Tensor, " some *out"]]
+    lens: LoraLens, reading: Reading, work: Callable[[Reading], Float[Tensor, " some *out"]]
 ) -> Float[Tensor, " batch *out"]:
-    """Run `work` on one group of prompts after another, and join the results."""
-    return torch.cat([work(group) for group in reading.groups(memory.GRAPH_TOKENS)])
+    """Run `work`, a second derivative, on one group of prompts after another; join the results."""
+    return torch.cat([work(group) for group in memory.second_order_groups(lens, reading)])
 
 
 def hessian_products(
@@ -480,7 +496,6 @@ def hessian_products(
 
     Cost: one forward and one backward, and a backward through both for each direction, batched.
     """
-    memory.require_second_order(lens, reading)
     directions = directions.to(at)
     step = memory.directions_at_once(reading.prompts)
     silent = not progress or len(directions) <= step

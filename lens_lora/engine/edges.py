@@ -412,7 +412,8 @@ def patched_edges(
     """How g at this scale changes where one reader alone sees what a switch of the writer's gates
     makes of its branches, for each path. At most a forward pass a path, batched.
     """
-    groups, values = memory.pass_groups(lens, reading), []
+    groups = memory.pass_groups(lens, reading, copies=2)  # a plain row beside a patched one
+    values: list[Tensor] = []
     heard = _heard(lens, reading, paths, scale)
     with bar_of(len(heard) * len(groups), progress, "path patches") as bar:
         for group in groups:

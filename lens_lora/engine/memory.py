@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lens_lora.arguments import word
 from lens_lora.compat import Temporary, replace_forward
-from lens_lora.errors import ArgumentError, ModelStateError, named, worded
+from lens_lora.errors import ArgumentError, ModelStateError, many, named, worded
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import PICKS, Columns, Divergence, Picks, Reading
@@ -100,7 +100,12 @@ BRANCHING_PAYS = 0.75
 
 def rows_at_once(lens: LoraLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward pass."""
-    return _bounded(ROW_TOKENS, run, rows_of_pass(lens, run))
+    rows_of_pass(lens, run)  # refuses what is beyond the bound by itself
+
+    def sizes(need: _Need) -> _Copy:
+        return _Copy(need.in_pass, _LOGITS, 2 * PICKS)
+
+    return _copies(ROW_TOKENS, lens, run, sizes)
 
 
 def branches_at_once(lens: LoraLens, run: Run) -> int:
@@ -115,7 +120,12 @@ def branches_at_once(lens: LoraLens, run: Run) -> int:
 
 def slopes_at_once(lens: LoraLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward and a backward pass."""
-    return _bounded(SLOPE_TOKENS, run, rows_of_graph(lens, run))
+    rows_of_graph(lens, run)
+
+    def sizes(need: _Need) -> _Copy:
+        return _Copy(min(need.of_rerun, need.of_graph), _LOGITS_OF_GRAPH, PICKS)
+
+    return _copies(SLOPE_TOKENS, lens, run, sizes)
 
 
 def rides_along(lens: LoraLens, run: Run, copies: int) -> bool:
@@ -143,35 +153,104 @@ def directions_at_once(prompts: Prompts) -> int:
     return _within(GRAPH_TOKENS, prompts.tokens.numel())
 
 
+def second_orders_at_once(lens: LoraLens, reading: Reading) -> int:
+    """How many copies of the prompts have one graph of a second derivative."""
+    rows_of_second_order(lens, reading)
+
+    def sizes(need: _Need) -> _Copy:
+        return _Copy(_SECOND * need.of_graph, _SECOND * _LOGITS_OF_GRAPH, PICKS)
+
+    return _copies(GRAPH_TOKENS, lens, reading, sizes)
+
+
 def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
-    """The prompts in groups whose forward and backward pass is within the bound of the lens."""
-    return _groups(reading, rows_of_graph(lens, reading))
+    """The prompts in groups whose forward and backward pass is within the bound of the lens.
+
+    Raises:
+        ArgumentError: the rows that cannot be run apart (those of one prompt, or all of them where
+            a user's function reads them) are more than the bound has room for.
+    """
+    return _groups(lens, reading, rows_of_graph(lens, reading))
 
 
-def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
-    """… whose forward pass is; as `graph_groups`."""
-    return _groups(reading, rows_of_pass(lens, reading))
+def pass_groups(lens: LoraLens, reading: Reading, copies: int = 1) -> list[Reading]:
+    """The prompts in groups, so many copies of which go forward within the bound of the lens.
+
+    Raises:
+        ArgumentError: as for `graph_groups`, or room for fewer rows than copies.
+    """
+    fitting = rows_of_pass(lens, reading)
+    if fitting is not None and fitting < copies:
+        raise ArgumentError(
+            f"{_bound(lens)}, enough for a forward pass of {many(fitting, 'row')}, and {copies} "
+            "are run beside one another; allow more, or pass shorter prompts."
+        )
+    return _groups(lens, reading, None if fitting is None else fitting // copies)
 
 
 def edge_groups(lens: LoraLens, reading: Reading, heads: int) -> list[Reading]:
-    """… with each δ, the gradients of readers (attention as so many), a branch's tangents."""
+    """The prompts in groups whose edges are within the bound; as `graph_groups`.
+
+    Beside the graph of each row there are each site's δ, the gradients of the readers (attention as
+    so many), and a branch's tangents.
+    """
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
     held = len(lens.sites) + host.n_layers * (1 + heads)
     of_streams = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * held
     fitting = rows_of_graph(lens, reading, of_streams + _need(lens, reading).of_duals, "the edges")
-    return reading.groups(EDGE_TOKENS if fitting is None else min(EDGE_TOKENS, fitting * longest))
+    return _groups(lens, reading, fitting, EDGE_TOKENS)
 
 
-def row_groups(prompts: Prompts, tokens: int) -> list[list[int]]:
-    """The prompts, by index, in groups of at most so many tokens."""
+def dual_graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+    """The prompts in groups, each with a pass of dual numbers and a way back; as `graph_groups`."""
+    limits = rows_of_graph(lens, reading), rows_of_duals(lens, reading.prompts)
+    fitting = [rows for rows in limits if rows is not None]
+    return _groups(lens, reading, min(fitting, default=None))
+
+
+def second_order_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+    """The prompts in groups whose second derivative is within the bound; as `graph_groups`."""
+    return _groups(lens, reading, rows_of_second_order(lens, reading), GRAPH_TOKENS)
+
+
+# A pass that keeps nothing, one that is followed by a way back, or one of dual numbers.
+Pass = Literal["plain", "graph", "dual"]
+
+
+def tokens_at_once(lens: LoraLens, prompts: Prompts, most: int, kind: Pass = "plain") -> int:
+    """How many tokens of these prompts make one pass: at most so many, and within the bound."""
+    rows_of = {"plain": rows_of_pass, "graph": rows_of_graph, "dual": rows_of_duals}[kind]
+    rows = rows_of(lens, prompts)
+    return most if rows is None else min(most, rows * prompts.tokens.shape[1])
+
+
+def row_groups(
+    lens: LoraLens, prompts: Prompts, most: int, kind: Pass = "plain"
+) -> list[list[int]]:
+    """The prompts, by index, in groups of at most so many tokens, and within the bound."""
+    tokens = tokens_at_once(lens, prompts, most, kind)
     rows = torch.arange(prompts.batch, device="cpu")
     return [group.tolist() for group in rows.split(_within(tokens, prompts.tokens.shape[1]))]
 
 
-def _groups(reading: Reading, rows: int | None) -> list[Reading]:
-    if rows is None or rows >= len(reading.owner):
+def _groups(
+    lens: LoraLens, reading: Reading, rows: int | None, tokens: int | None = None
+) -> list[Reading]:
+    """Groups of at most so many rows, and of so many tokens; all at once where neither is given."""
+    longest = reading.prompts.tokens.shape[1]
+    limits = [limit for limit in (None if rows is None else rows * longest, tokens) if limit]
+    if not limits or min(limits) >= len(reading.owner) * longest:
         return [reading]
-    return reading.groups(rows * reading.prompts.tokens.shape[1])
+    groups = reading.groups(min(limits))
+    largest = max(len(group.owner) for group in groups)
+    if rows is not None and largest > rows:
+        is_one = len(groups) == 1 and reading.batch > 1
+        why = "a function of yours reads them together" if is_one else "they are of one prompt"
+        raise ArgumentError(
+            f"{_bound(lens)}, enough for {rows} of {largest} rows that are run at once, as {why}; "
+            f"allow more, or pass {'fewer' if is_one else 'shorter'} prompts."
+        )
+    return groups
 
 
 def _within(bound: int, size: int) -> int:
@@ -179,10 +258,41 @@ def _within(bound: int, size: int) -> int:
     return max(1, bound // size)
 
 
-def _bounded(tokens: int, run: Run, rows: int | None) -> int:
+class _Copy(NamedTuple):
+    """What a further copy of the prompts takes.
+
+    Attributes:
+        of_row: bytes of a row.
+        logits: how often the logits of a pick are held.
+        picks: of how many picks at most.
+    """
+
+    of_row: float
+    logits: float
+    picks: int
+
+
+def _copies(tokens: int, lens: LoraLens, run: Run, sizes: Callable[[_Need], _Copy]) -> int:
+    """How many copies of the prompts make one pass: in tokens, and within the bound of the lens.
+
+    c copies take c · rows · of_row bytes, and the logits of c · picks picks, which are made in turn
+    where they are many.
+    """
     prompts = prompts_of(run)
-    copies = _within(tokens, prompts.tokens.numel())
-    return copies if rows is None else max(1, min(copies, rows // len(prompts.tokens)))
+    most = _within(tokens, prompts.tokens.numel())
+    if lens.max_memory is None:
+        return most
+    need = _need(lens, run)
+    of_row, logits, held_at_once = sizes(need)
+    of_copy = len(prompts.tokens) * of_row
+    of_pick = logits * lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
+    room = lens.max_memory - need.always
+    with_all_logits = room // (of_copy + of_pick * need.picks)
+    if need.picks:
+        with_all_logits = min(with_all_logits, held_at_once // need.picks)
+    with_logits_in_turn = (room - of_pick * held_at_once) // of_copy
+    fitting = max(with_all_logits, with_logits_in_turn)
+    return max(1, min(most, int(fitting)))
 
 
 def tangents_at_once(lens: LoraLens, run: Prompts, *, read: int) -> int:
@@ -217,6 +327,7 @@ class _Need(NamedTuple):
     Attributes:
         in_pass, of_graph, of_rerun, of_duals: bytes of a row; of dual numbers without the logits.
         always: bytes that the reading holds.
+        picks: how many tokens' logits are made in turn.
         picked, graphed: bytes of the logits that are held together, without and with a graph.
     """
 
@@ -225,6 +336,7 @@ class _Need(NamedTuple):
     of_rerun: float
     of_duals: float
     always: float
+    picks: int
     picked: float
     graphed: float
 
@@ -278,14 +390,38 @@ def require_graph(lens: LoraLens, run: Run) -> None:
         )
 
 
-def require_second_order(lens: LoraLens, run: Run) -> None:
-    """Check that the graph of a second derivative, which is kept whole, is within the bound."""
+def require_graphs(lens: LoraLens, readings: Sequence[Reading]) -> None:
+    """Check that the graphs of all of these, which are held together, are within the bound."""
+    if lens.max_memory is None:
+        return
+    total = 0.0
+    for reading in readings:
+        need = _need(lens, reading)
+        total += len(reading.owner) * need.of_graph + need.graphed + need.always
+    if total > lens.max_memory:
+        raise ArgumentError(
+            f"{_bound(lens)}, and the graphs of {many(len(readings), 'question')}, which are held "
+            f"together, take about {total:.3g}; pass fewer or shorter prompts, or allow more."
+        )
+
+
+def rows_of_second_order(lens: LoraLens, run: Run) -> int | None:
+    """How many rows a graph of a second derivative, which is kept whole, may have."""
 
     def sizes(need: _Need) -> tuple[float, float]:
-        of_rows = len(prompts_of(run).tokens) * need.of_graph + need.graphed
-        return _SECOND * of_rows, need.always
+        return _SECOND * need.of_graph, need.always + _SECOND * need.graphed
 
-    _rows(lens, run, sizes, "a second derivative, whose graph is kept whole,")
+    return _rows(lens, run, sizes, "a second derivative of one prompt, whose graph is kept whole,")
+
+
+def rows_of_duals(lens: LoraLens, prompts: Prompts) -> int | None:
+    """How many rows of dual numbers, each of which is read, make one pass within the bound."""
+
+    def sizes(_: _Need) -> tuple[float, float]:
+        rows = len(prompts.tokens)
+        return row_bytes(lens, prompts, rows) / rows, pass_bytes(lens)
+
+    return _rows(lens, prompts, sizes, "a pass of dual numbers of one prompt")
 
 
 def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> None:
@@ -349,6 +485,7 @@ def _need(lens: LoraLens, run: Run) -> _Need:
         of_rerun=of_token * (host.n_layers * width + 8 * wide + 7 * pattern) + graphed,
         of_duals=lens.gate_dtype.itemsize * longest * _DUAL_ROW * (wide + any_pattern),
         always=read.held_bytes if isinstance(read, Divergence) else 0,
+        picks=picks,
         picked=_LOGITS * of_logits * min(picks, 2 * PICKS),
         graphed=_LOGITS_OF_GRAPH * of_logits * min(picks, PICKS),
     )

@@ -76,9 +76,14 @@ def slopes_of_first(
 def _slopes_and_values(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], axes: tuple[str, ...]
 ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, " batch"]]:
-    """In groups of prompts, where all of them are too many."""
+    """In groups of prompts, where all of them are too many; with gates of each row's own at once.
+
+    Who gives each row gates of its own has chosen how many rows there are: `slopes_at_once`.
+    """
     groups: list[Tensor] = []
     values: list[Tensor] = []
+    if gates.ndim > 1:
+        memory.require_rows_of_graph(lens, reading)
     for group in memory.graph_groups(lens, reading) if gates.ndim == 1 else [reading]:
         slopes = Slopes(lens, group.prompts, axes)
         values.append(site_gradients(lens, group, gates, slopes.visit))

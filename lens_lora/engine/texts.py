@@ -55,7 +55,7 @@ from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine.activations import site_activations
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.jacobian import Jacobian
-from lens_lora.engine.memory import ROW_TOKENS
+from lens_lora.engine.memory import ROW_TOKENS, Pass, tokens_at_once
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import PromptError, UnsupportedAdapterError
 from lens_lora.model import HookFn, LoraLens, NormUpdate, ScaleInject, SiteUpdate, attached
@@ -81,10 +81,23 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
 _Visit = Callable[[list[int], Prompts], None]
 
 
-def _over_texts(texts: Prompts, most: int, visit: _Visit, what: str, progress: bool) -> None:
-    """Show every batch of texts of like length, read at each token, with their indices."""
+def _over_texts(
+    lens: LoraLens,
+    texts: Prompts,
+    most: int,
+    visit: _Visit,
+    what: str,
+    progress: bool,
+    kind: Pass = "plain",
+) -> None:
+    """Show every batch of texts of like length, read at each token, with their indices.
+
+    A batch has at most so many tokens, and no more than the bound of the lens has room for.
+    """
+    at_each = dataclasses.replace(texts, reads=texts.lengths)
+    tokens = tokens_at_once(lens, at_each, most, kind)
     with tqdm(total=texts.batch, desc=what, leave=False, disable=not progress) as bar:
-        for index, batch in by_length(texts, most):
+        for index, batch in by_length(texts, tokens):
             visit(index, dataclasses.replace(batch, reads=batch.lengths))
             bar.update(len(index))
 
@@ -456,7 +469,7 @@ def text_sums(
         if split:
             shares.add_(_divergence_split(first, rows, counted, p))
 
-    _over_texts(texts, _TOKENS, visit, "texts", progress)
+    _over_texts(first, texts, _TOKENS, visit, "texts", progress, "graph" if split else "plain")
     return models, shares
 
 
@@ -504,7 +517,7 @@ def text_divergences(
             kl = distribution_shift(base, p, shift).kl
             sums[slot, index] = kl.masked_fill(~mask, 0.0).cpu().double().sum(1)
 
-    _over_texts(texts, _TOKENS, visit, "the models' logits", progress)
+    _over_texts(reference[0], texts, _TOKENS, visit, "the models' logits", progress)
     return sums
 
 
@@ -571,7 +584,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
             squares[index, site] = size.masked_fill(~counted, 0.0).sum(1)
             first[index, site] = size[:, 0].sqrt()
 
-    _over_texts(texts, ROW_TOKENS, visit, "activations", progress=False)
+    _over_texts(lens, texts, ROW_TOKENS, visit, "activations", progress=False)
     counts = distinct.sum(1), apart.sum(1)
     return UpdateSums(writes, roots, sums, apart_sums, squares, first, *counts)
 

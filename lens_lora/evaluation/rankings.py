@@ -56,7 +56,7 @@ from tqdm import tqdm
 from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.engine import function, interventions, reverse
+from lens_lora.engine import function, interventions, memory, reverse
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, alone
@@ -146,7 +146,11 @@ def weight_norms(lens: LoraLens) -> Float[Tensor, " site"]:
 
 def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
     """‖δz_l‖ at the base model over a prompt's real positions. One forward pass."""
-    lens, reading = asked.lens, asked.reading
+    groups = memory.pass_groups(asked.lens, asked.reading)
+    return torch.cat([_update_norms(asked.lens, group) for group in groups])
+
+
+def _update_norms(lens: LoraLens, reading: Reading) -> Float[Tensor, "some site"]:
     real, home = reading.prompts.real[..., None], float64_device(lens.device)
     squares = torch.zeros(len(reading.owner), len(lens.sites), dtype=torch.float64, device=home)
 

@@ -150,7 +150,8 @@ class LoraLens:
         Prompts, interventions, tangents and covectors go fewer at a time, and where the graph of a
         backward pass is too large, blocks keep their inputs alone and run once more on the way
         back: hooks of your own then fire twice there. Numbers stay the same but for rounding. The
-        bound is kept by an estimate.
+        bound is kept by an estimate. `logits` and `generate` run the model as they are called:
+        their batches are yours.
 
         Args:
             max_memory: bytes, such as 8e9; None for no bound.
