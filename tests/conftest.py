@@ -100,8 +100,9 @@ def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
     for item, (name, cls) in named.items():
         is_drawn = cls == _CLASSES[zlib.crc32(name.encode()) % len(_CLASSES)]
         is_elsewhere = is_drawn if len(models.MAKERS) == 1 else counts[name] > 1 and not is_drawn
-        is_here_alone = any(part in item.nodeid for part in _OF_ONE_LINE)
-        if cls and is_elsewhere and name not in skips and not is_here_alone:
+        stays = any(part in item.nodeid for part in _OF_ONE_LINE)
+        stays = stays or name in skips or selection.guards_a_defect(item.nodeid)
+        if cls and is_elsewhere and not stays:
             left_out.add(item)
     return left_out
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.sweeps.store import digest, fingerprint_without_model
+from lens_lora.sweeps.store import _weights, digest, fingerprint_without_model
 
 PROMPTS = [{"prompt": "w5 w6 w7"}, {"prompt": "w9 w8"}]
 RECORDS = [{**record, "doc": "w8", "pre": "w9"} for record in PROMPTS]
@@ -193,6 +193,15 @@ def test_the_same_hook_place_takes_a_version(float64, tmp_path):
         lens.model.reset_hooks()
 
 
+def test_a_tensor_beside_the_parameters_counts():
+    """As a component of a bridge may hold its processed weights."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    module[0]._processed_W_in = torch.zeros(2)
+    before = _weights(module)
+    module[0]._processed_W_in[1] = 1.0
+    assert _weights(module) != before
+
+
 @models.NEEDS_BRIDGE
 def test_a_weight_that_is_no_parameter_counts(float64, tmp_path):
     """A processed gated MLP of a bridge computes with tensors that are no parameters."""
@@ -228,7 +237,7 @@ def test_another_adapter_is_refused(float64, tmp_path, field):
     if isinstance(values[field], float):
         values[field] += 2**-30
     else:
-        _add(values[field], 1)
+        _add(values[field], 300)
     other = ll.Adapter.from_factors({"model.layers.1.mlp.down_proj": ll.LoRAFactors(**values)})
     refused(lens.with_adapter(other), tmp_path, words="adapter_weights")
 
