@@ -26,6 +26,7 @@ no such dtype, so there they are on the CPU.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 import sys
@@ -685,6 +686,47 @@ def fields_of(config: Any) -> dict[str, Any]:
 def added_tokens(tokenizer: Any) -> dict[str, Any]:
     """Whether a tokenizer adds BOS and EOS, which some have under these names alone."""
     return {name: getattr(tokenizer, name, None) for name in ("_add_bos_token", "_add_eos_token")}
+
+
+# Tokenizers that are as they were saved, whatever their fields say.
+_kept_tokenizers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def tokenizer_for_host(tokenizer: Any) -> tuple[Any, Callable[[], None]]:
+    """A copy that a host takes as it is, and what sets the copy's fields back afterwards.
+
+    TransformerLens reads a tokenizer again from the files that it names, so that it adds a BOS:
+    what was set after loading is lost, one made in memory names no file, and a hub id may be
+    fetched. It leaves alone what says that it adds a BOS.
+    """
+    kept = copy.deepcopy(tokenizer)
+    fields = dict(kept.init_kwargs)
+    kept.init_kwargs = {"name_or_path": "", **fields, "add_bos_token": True}
+    _kept_tokenizers.add(kept)
+    return kept, functools.partial(setattr, kept, "init_kwargs", fields)
+
+
+def tokenizer_as_saved(tokenizer: Any) -> Any:
+    """The tokenizer as its own files have it, None if they cannot be read. Fetches nothing.
+
+    TransformerLens has read it from them with `add_bos_token=True`.
+    """
+    if tokenizer in _kept_tokenizers or not tokenizer.init_kwargs.get("add_bos_token"):
+        return tokenizer
+    return _read_again(str(tokenizer.name_or_path))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_again(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with without_warnings():
+            return AutoTokenizer.from_pretrained(
+                name, local_files_only=True, trust_remote_code=False
+            )
+    except Exception:  # files that are gone, or of another kind
+        return None
 
 
 def plain_bloom_gelu(span: Temporary) -> None:

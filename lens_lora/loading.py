@@ -166,6 +166,7 @@ def load(
     load_in_8bit: bool = False,
     attn: Attention = "eager",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    prepend_bos: bool | None = None,
     check: bool = True,
 ) -> LoraLens:
     """The lens over a base model and an adapter, each by name or already loaded.
@@ -190,6 +191,9 @@ def load(
         load_in_8bit: … to 8 bit.
         attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
         tokenizer: by default the one saved with the model.
+        prepend_bos: whether a string that does not begin with a BOS gets one; None to read strings
+            exactly as the tokenizer does. It holds for the hooked model itself, too
+            (`lens.model.to_tokens`).
         check: whether the adapter's modules are verified: see `LoraLens`.
 
     Raises:
@@ -218,8 +222,14 @@ def load(
     base, base_tokenizer = loaded(adapter.base_model)
     is_listed = known_family(type(base).__name__) is not None
     probe = Probe(base, on_stacks(adapter, base)) if check and not is_listed else check
-    hooked, host = hooked_model(base, base_tokenizer, kind=kind, attn=attn)
-    return LoraLens(hooked, adapter, hf_model=base_beside(host, base, adapter), check=probe)
+    hooked, host = hooked_model(base, base_tokenizer, kind=kind, attn=attn, prepend_bos=prepend_bos)
+    return LoraLens(
+        hooked,
+        adapter,
+        hf_model=base_beside(host, base, adapter),
+        check=probe,
+        prepend_bos=prepend_bos,
+    )
 
 
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
@@ -250,7 +260,7 @@ def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTraine
     return base if host == "HookedTransformer" and is_compared else None
 
 
-def demo(*, kind: Kind | None = None) -> LoraLens:
+def demo(*, kind: Kind | None = None, prepend_bos: bool | None = None) -> LoraLens:
     """The lens over SmolLM2-135M-Instruct and an adapter that moves France's capital to Lyon.
 
     Nothing is downloaded. Converting the model takes about 20 seconds the first time.
@@ -260,6 +270,7 @@ def demo(*, kind: Kind | None = None) -> LoraLens:
 
     Args:
         kind: the class of hooked model; by default TransformerBridge if it is installed.
+        prepend_bos: whether a string gets a BOS; by default none, as its tokenizer adds none.
 
     Raises:
         EmbeddedModelError: the packages that carry the model are not installed; the message has the
@@ -269,8 +280,8 @@ def demo(*, kind: Kind | None = None) -> LoraLens:
 
     base, tokenizer = load_embedded()
     with quiet_libraries():
-        hooked, _ = hooked_model(base, tokenizer, kind=kind)
-    return LoraLens(hooked, load_adapter(shipped_adapter()))
+        hooked, _ = hooked_model(base, tokenizer, kind=kind, prepend_bos=prepend_bos)
+    return LoraLens(hooked, load_adapter(shipped_adapter()), prepend_bos=prepend_bos)
 
 
 @contextlib.contextmanager

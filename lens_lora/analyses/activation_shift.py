@@ -346,7 +346,9 @@ def activation_shift(
         sinks=found_sinks,
         counted=counted,
         distinct=distinct,
-        **readable(lens, ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())),
+        **readable(
+            lens, [rows], ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())
+        ),
         token_readings={
             name: read_through(lens, over_scale(lens, h, base[name])).cpu()
             for name, h in shown.items()
@@ -398,12 +400,17 @@ def activations_at(
             yield index, name, [h.masked_fill(~real[..., None], torch.nan) for h in ends]
 
 
-def readable(lens: LoraLens, points: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Any]:
-    """The fields of `Readable`; of each point Δh [token, d], and the h whose norm divides it."""
+def readable(
+    lens: LoraLens, texts: Sequence[Prompts], points: Iterable[tuple[str, Tensor, Tensor]]
+) -> dict[str, Any]:
+    """The fields of `Readable`, over these texts.
+
+    Of each point Δh [token, d], and the h whose norm divides it.
+    """
     d_model = int(lens.model.cfg.d_model)
     readings = {
         name: read_through(lens, over_scale(lens, shift, h).double().mean(0).to(shift)).cpu()
         for name, shift, h in points
         if is_stream(name) and h.shape[1] == d_model
     }
-    return {"readings": readings, "strings": lens.vocabulary, "meta": lens.describe()}
+    return {"readings": readings, "strings": lens.vocabulary, "meta": lens.describe(*texts)}

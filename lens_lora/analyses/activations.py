@@ -331,7 +331,7 @@ def activations(
         gauge=gauge,
         at=name_of_scale(scale),
         str_tokens=lens.str_tokens(rows),
-        meta=lens.describe(),
+        meta=lens.describe(rows),
     )
 
 
@@ -477,7 +477,7 @@ def constant_part(
         steering=_steering(lens.with_adapter(_constants(vectors, widths))),
         readout=ConstantPart.BY_KL if readout is None else readout.label,
         units="nats" if readout is None else readout.units,
-        meta=lens.describe(),
+        meta=asked.describe(),
     )
 
 

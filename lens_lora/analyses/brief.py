@@ -246,7 +246,7 @@ def claims_of(
 
 def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
     """Openings and what is said after them, read where it is said."""
-    openings = lens.prompts(own_openings(lens.model))
+    openings = lens.prompts(own_openings(lens.model, lens.prepend_bos))
     room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
     fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
     if not fits:

@@ -252,7 +252,7 @@ def checkpoints(
     weights, base = _weights(updates), base.cpu().double()
     noise = torch.cat([noise[None].cpu().double(), series.pop("noise")])
     labels: dict[str, Any] = read_of(asked)
-    labels["meta"] = {**lens.describe(), "adapter": run[-1].name}
+    labels["meta"] = {**asked.describe(), "adapter": run[-1].name}
     return Checkpoints(
         steps=run_steps,
         names=tuple(adapter.name for adapter in run),

@@ -282,10 +282,12 @@ def compare_adapters(
     zeros = functools.partial(torch.zeros, dtype=torch.float64)
     fields |= {"function": zeros(2, 3, 0), "null_function": zeros(2, 0, 3, 0)}
     fields |= {"effects": zeros(2, 0, len(shared)), "null_effects": zeros(0, 0, len(shared))}
+    about = lens.describe()
     if prompts is not None:
         asked = ask_prompts(lens, prompts)
-        about = None if readout is None else ask(lens, asked.prompts, readout)
-        fields |= _on_prompts(asked, about, second, shared, draws, seed, progress)
+        about = asked.describe()
+        read = None if readout is None else ask(lens, asked.prompts, readout)
+        fields |= _on_prompts(asked, read, second, shared, draws, seed, progress)
     first_only, second_only = (
         tuple(site for site in sites if site.name not in names)
         for sites in (lens.sites, second.sites)
@@ -297,7 +299,7 @@ def compare_adapters(
         readout="" if readout is None else readout.label,
         draws=draws,
         seed=seed,
-        meta=lens.describe(),
+        meta=about,
         **fields,
     )
 

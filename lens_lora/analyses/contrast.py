@@ -186,7 +186,9 @@ def contrast(
         auc={name: auc for name, (auc, _) in tests.items()},
         chance={name: chance for name, (_, chance) in tests.items()},
         **activation_shift.readable(
-            lens, ((n, values[n].expand_as(h), h) for n, h in both.items())
+            lens,
+            [rows for rows, _ in sets.values()],
+            ((n, values[n].expand_as(h), h) for n, h in both.items()),
         ),
         modules={name: path for name, (path, _) in modules.items()},
         widths=dict(modules.values()),

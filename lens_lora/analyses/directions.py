@@ -492,7 +492,7 @@ def patchscope(
         prompt=tuple(said),
         position=place,
         at=number("at", at),
-        meta=lens.describe(),
+        meta=lens.describe(row),
     )
 
 

@@ -212,7 +212,7 @@ def token_shifts_of(
         strings={str(i): s for i, s in zip(kept, lens.decode(kept), strict=True)},
         between=(name_of_scale(between[0]), name_of_scale(between[1])),
         str_tokens=lens.str_tokens(asked.prompts),
-        meta=lens.describe(),
+        meta=asked.describe(),
     )
 
 

@@ -272,7 +272,7 @@ def feature_shift(
 
 def _labels(asked: Asked, features: Directions) -> dict[str, Any]:
     said = {"features": features.kind, "units": features.units}
-    return {**said, "str_tokens": asked.str_tokens, "meta": asked.lens.describe()}
+    return {**said, "str_tokens": asked.str_tokens, "meta": asked.describe()}
 
 
 def _activation(

@@ -513,7 +513,7 @@ def components(
         sensitivity=gradient,
         cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), torch.nan),
         gain=torch.where(delta > 0, reading.by_prompt(moved).sqrt() / delta, torch.nan),
-        meta=lens.describe(),
+        meta=asked.describe(),
     )
 
 

@@ -174,25 +174,25 @@ def logit_shift(
             lens, prompts, gates, parts, lambda x: tangent_of(x)[..., index], progress=progress
         )
     strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
-    return _labelled(lens, values, lens.sites if by_site else (), ids, strings)
+    return _labelled(asked, values, lens.sites if by_site else (), ids, strings)
 
 
 def joint_logit_shift(asked: Asked) -> LogitShift:
     """All sites together at the base, over the whole vocabulary. One dual forward pass."""
     lens, base = asked.lens, asked.lens.gates(0.0)
     values = joint_tangent(lens, asked.prompts, base, torch.ones_like(base))
-    return _labelled(lens, values, (), range(values.shape[1]), lens.vocabulary)
+    return _labelled(asked, values, (), range(values.shape[1]), lens.vocabulary)
 
 
 def _labelled(
-    lens: LoraLens,
+    asked: Asked,
     values: Float[Tensor, "batch *site vocab"],
     sites: tuple[Site, ...],
     ids: Iterable[int],
     strings: tuple[str, ...],
 ) -> LogitShift:
     require_finite(values, "the logit shift")
-    return LogitShift(values, sites, tuple(ids), strings, meta=lens.describe())
+    return LogitShift(values, sites, tuple(ids), strings, meta=asked.describe())
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:

@@ -254,7 +254,7 @@ def repair(
         keeps=tuple(goal.keep for goal in goals),
         held_out=tuple(goal.held_out for goal in goals),
         gate_count=int(layout.alive.sum()),
-        meta={**lens.describe(), RANDOM: str(seed)},
+        meta={**_described(goals), RANDOM: str(seed)},
         **_judged(goals, kept, draws, seed),
     )
 
@@ -312,6 +312,11 @@ def _goals(layout: GateLayout, questions: Sequence[Question], name: str) -> list
         _Goal(layout, *_bound(layout.lens, question, f"{name}[{i}]", keep), keep, held_out)
         for i, question in enumerate(questions)
     ]
+
+
+def _described(goals: Sequence[_Goal]) -> dict[str, str]:
+    """The names of model and adapter, versions, and how the prompts of all questions were read."""
+    return goals[0].layout.lens.describe(*(goal.asked.prompts for goal in goals))
 
 
 def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Asked, int]:

@@ -466,7 +466,7 @@ def what_changed(
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
     kind, origin = "text", "of the caller"
     if texts is None:
-        texts = neutral.neutral_texts(lens.model, _FAST if fast else 1)
+        texts = neutral.neutral_texts(lens.model, lens.prepend_bos, _FAST if fast else 1)
         form = neutral.conversation_form(lens.model)
         kind, origin = "neutral text", f"of lens_lora (conversations {form})"
     asked = ask_prompts(lens, texts)
@@ -482,7 +482,7 @@ def what_changed(
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
-        questions = neutral.everyday_questions(lens.model)
+        questions = neutral.everyday_questions(lens.model, lens.prepend_bos)
         said = side_by_side(lens, questions, _ANSWER, progress=progress)
         if any(said) and not fast:
             said += _drawn(lens, seed, progress)
@@ -500,7 +500,7 @@ def what_changed(
         strings=lens.vocabulary,
         str_tokens=asked.str_tokens,
         texts=f"{many(rows.batch, kind)} {origin}, {counted}",
-        meta=lens.describe(),
+        meta=asked.describe(),
         answers=tuple(filter(None, said)),
         claims=claims,
     )
@@ -508,7 +508,8 @@ def what_changed(
 
 def _drawn(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
     """Where an adapter replays its training: after its BOS, and after an empty turn."""
-    openings = neutral.own_openings(lens.model).chosen([0, len(neutral.FIRST_WORDS)])
+    every = neutral.own_openings(lens.model, lens.prepend_bos)
+    openings = every.chosen([0, len(neutral.FIRST_WORDS)])
     how: Any = {"temperature": 1.0, "seed": seed, "progress": progress}
     ends = [whole_or_cut(lens.generate(openings, _ANSWER, end, **how)) for end in (0.0, 1.0)]
     first = "".join(lens.str_tokens(openings)[0])  # the BOS, or a word where there is none

@@ -30,7 +30,7 @@ _to_write = functools.partial(typer.Option, dir_okay=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelBeside(options.BaseModel):
+class ModelBeside(options.ModelOptions):
     """A base model that is loaded only if it is named."""
 
     model: Annotated[
@@ -146,7 +146,7 @@ def checkpoints(
 
         running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
-        prompts, readout = running.margin_of(lens.model, questions)
+        prompts, readout = running.margin_of(lens.model, questions, lens.prepend_bos)
         with running.quiet_libraries():
             training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
         training.save_report(report)
@@ -197,14 +197,16 @@ def repair(
 
         running.warn_of_spaces([*questions, *tests])
         lens = running.announced(running.lens_for(base, folder, progress))
+        kept = running.margin_of(lens.model, questions, lens.prepend_bos)
+        held_out_kept = [running.margin_of(lens.model, tests, lens.prepend_bos)] if tests else []
         with running.quiet_libraries():
             repaired = ll.repair(
                 lens,
-                keep=[running.margin_of(lens.model, questions)],
+                keep=[kept],
                 drop=[(texts, ll.KL())],
                 keep_share=keep_share,
                 of=of,
-                test_keep=[running.margin_of(lens.model, tests)] if tests else [],
+                test_keep=held_out_kept,
                 test_drop=[(test_texts, ll.KL())] if test_texts else [],
                 steps=steps,
                 progress=not quiet,

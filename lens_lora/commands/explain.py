@@ -84,7 +84,9 @@ def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_token
         try:
             prompts = lens.prompts(question.prompt)
             if question.doc is not None:
-                running.margin_of(lens.model, [question])[1].over(lens.model, prompts)
+                running.margin_of(lens.model, [question], lens.prepend_bos)[1].over(
+                    lens.model, prompts
+                )
             elif question.response is not None:
                 ll.AnswerLogProb(question.response).over(lens.model, prompts)
             else:

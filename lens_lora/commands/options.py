@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 from typer.models import ArgumentInfo, OptionInfo
+from typing_extensions import Self
 
 from lens_lora.adapters import peft_files
 from lens_lora.adapters.formats import files_in
@@ -38,8 +39,8 @@ _BYTES = least(1, "Bytes beside the model, such as 8e9: less at a time, and the 
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseModel(Placement):
-    """The base model of a command and how it is loaded; each field is an option (`with_options`).
+class ModelOptions(Placement):
+    """A base model and how it is loaded; each field is an option (`with_options`).
 
     Without a model it is the base that the adapter names.
     """
@@ -54,10 +55,32 @@ class BaseModel(Placement):
     attn: Annotated[Attention, "sdpa takes less memory, and shows no patterns."] = "eager"
     max_memory: Annotated[float | None, _BYTES] = None
 
-    def placed(self, device: str) -> BaseModel:
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether strings get a BOS; None for what their tokenizer does."""
+        return None
+
+    def placed(self, device: str) -> Self:
         """On this device, where the options name no place."""
         is_placed = self.device is not None or self.device_map is not None
         return self if is_placed else dataclasses.replace(self, device=device)
+
+
+_BOS = typer.Option(
+    "--bos/--no-bos", help="A BOS before each text, or none. Default: as the tokenizer does."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel(ModelOptions):
+    """The base model of a command that runs it on texts."""
+
+    bos: Annotated[bool | None, _BOS] = None
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """As the option says."""
+        return self.bos
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -304,7 +327,7 @@ def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
 
 
 def require_apart(
-    outputs: Mapping[str, Path], base: BaseModel, adapters: Sequence[Path], *files: Path | None
+    outputs: Mapping[str, Path], base: ModelOptions, adapters: Sequence[Path], *files: Path | None
 ) -> None:
     """Check that nothing is written over what the command reads, and no two outputs are one file.
 

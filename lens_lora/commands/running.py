@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 import lens_lora as ll
-from lens_lora.commands.options import BaseModel, Question, options_of
+from lens_lora.commands.options import ModelOptions, Question, options_of
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
 from lens_lora.sweeps.processes import rank
 
@@ -41,7 +41,7 @@ EMBEDDED = "embedded"
 
 
 def lens_for(
-    base: BaseModel,
+    base: ModelOptions,
     adapter: ll.Adapter | Path,
     progress: Console,
     loaded: Loaded | None = None,
@@ -71,18 +71,21 @@ def lens_for(
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
             adapter = adapter.without(*absent)
-    lens = ll.LoraLens(hooked, adapter, hf_model=base_beside(class_name, pair[0], adapter))
+    beside = base_beside(class_name, pair[0], adapter)
+    lens = ll.LoraLens(hooked, adapter, hf_model=beside, prepend_bos=base.prepend_bos)
     return lens.within(base.max_memory)
 
 
-def hooked_by(base: BaseModel, loaded: Loaded) -> tuple[Any, str]:
+def hooked_by(base: ModelOptions, loaded: Loaded) -> tuple[Any, str]:
     """The model as the hooked class that the options name, and the class's name."""
     from lens_lora.model.build import hooked_model
 
-    return hooked_model(*loaded, kind=base.model_class, attn=base.attn)
+    return hooked_model(
+        *loaded, kind=base.model_class, attn=base.attn, prepend_bos=base.prepend_bos
+    )
 
 
-def load_model_of(named: str | None, progress: Console, base: BaseModel) -> Loaded:
+def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> Loaded:
     """The model asked for, else the base that an adapter names, else the embedded model."""
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
@@ -98,7 +101,7 @@ def load_model_of(named: str | None, progress: Console, base: BaseModel) -> Load
 
 
 def load_model(
-    model: str | None, progress: Console, how: BaseModel, *, of_adapter: bool = False
+    model: str | None, progress: Console, how: ModelOptions, *, of_adapter: bool = False
 ) -> Loaded:
     """The model of this hub id or folder; the embedded model for None or 'embedded'.
 
@@ -118,13 +121,15 @@ def load_model(
         return load_base(str(model), how, of_adapter=of_adapter)
 
 
-def margin_of(model: Any, questions: Sequence[Question]) -> tuple[Prompts, ll.Readout]:
+def margin_of(
+    model: Any, questions: Sequence[Question], prepend_bos: bool | None
+) -> tuple[Prompts, ll.Readout]:
     """The prompts, and the margin of each one's own answers."""
     from lens_lora.readouts.answers import margin_between
     from lens_lora.readouts.prompts import prepare
 
     asked, docs, pres, _ = map(list, zip(*questions, strict=True))
-    prompts = prepare(model, asked)
+    prompts = prepare(model, asked, rule=prepend_bos)
     return prompts, margin_between(model, docs, pres, prompts)
 
 
@@ -140,6 +145,8 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
     ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
     say(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
+    if lens.reads_strings:
+        say(f"Strings: {lens.reads_strings}")
     return lens
 
 
@@ -164,7 +171,7 @@ def tell(story: str) -> Console:
 
 
 @contextlib.contextmanager
-def at_work(base: BaseModel, *, quiet: bool) -> Generator[Console]:
+def at_work(base: ModelOptions, *, quiet: bool) -> Generator[Console]:
     """The console of progress: it says at once that something loads, and at the end how long."""
     base.require_packages()
     progress, started = Console(stderr=True, quiet=quiet), time.perf_counter()

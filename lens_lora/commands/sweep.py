@@ -154,10 +154,11 @@ def scan(
         with running.step("Building the hooked model", progress):
             model, class_name = running.hooked_by(base, loaded)
         beside = loaded[0] if class_name == "HookedTransformer" else None
-        prompts, readout = running.margin_of(model, questions)
+        prompts, readout = running.margin_of(model, questions, base.prepend_bos)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with running.quiet_libraries(), running.told_if_interrupted(lambda: kept):
-            how: Any = {"hf_model": beside, "max_memory": base.max_memory, "progress": not quiet}
+            how: Any = {"hf_model": beside, "prepend_bos": base.prepend_bos}
+            how |= {"max_memory": base.max_memory, "progress": not quiet}
             bank = ll.bank(model, prompts, readout, **how)
             table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
         if processes.is_main:

@@ -270,6 +270,10 @@ class Asked:
         """
         return 2**0.5 * (self.adapted_noise if scale else self.base_noise)
 
+    def describe(self) -> dict[str, str]:
+        """The names of model and adapter, versions, and how the prompts were read."""
+        return self.lens.describe(self.prompts)
+
     @functools.cached_property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens; 'a|b' where the rows of an answer continue differently."""

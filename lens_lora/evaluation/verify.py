@@ -236,7 +236,7 @@ def _first_of(names: Sequence[str]) -> str:
 def _neutral_checks(lens: LoraLens, max_kl: float | None, progress: bool) -> list[Check]:
     """Of the largest KL of a text, and of the mean; the floor is that of two runs of the base."""
     lens.plan.check_state()
-    texts, base = neutral_texts(lens.model), (lens, lens.gates(0.0))
+    texts, base = neutral_texts(lens.model, lens.prepend_bos), (lens, lens.gates(0.0))
     counted, adapted = distinct_tokens(texts), (lens, lens.gates(1.0))
     (sums,) = text_divergences(base, [adapted], texts, counted, progress=progress)
     with attached(lens.model, of_stream(lens)):

@@ -2,8 +2,11 @@
 
 1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
    come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
-2. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
-3. The hooked model's logits on a few tokens must equal the Hugging Face model's (`check`):
+2. The tokenizer stays as it is, and strings are read as it reads them (`cfg.default_prepend_bos`),
+   unless the caller says otherwise. Left alone, TransformerLens puts a BOS in front of each string,
+   also where neither training nor serving had one.
+3. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
+4. The hooked model's logits on a few tokens must equal the Hugging Face model's (`check`):
    TransformerLens 2 reads some configurations with a wrong rotary base, without a warning.
 
 Cost: two short forward passes, and one copy of the weights for HookedTransformer.
@@ -15,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +30,7 @@ from lens_lora.compat import (
     is_memory_short,
     is_offloaded,
     refuse_out_of_reach,
+    tokenizer_for_host,
 )
 from lens_lora.errors import LensLoraError, ModelStateError, is_of_the_system, named, setting
 from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
@@ -58,25 +63,29 @@ def hooked_model(
     *,
     kind: Kind | None = None,
     attn: str = "eager",
+    prepend_bos: bool | None = None,
 ) -> tuple[Any, str]:
     """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
 
     Without `kind` a TransformerBridge where the installed TransformerLens has it. The hooked model
-    may use the Hugging Face model's own weights: do not change it afterwards.
+    may use the Hugging Face model's own weights: do not change it afterwards. It has a copy of the
+    tokenizer. Without `prepend_bos` strings get a BOS where this tokenizer adds one.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
             it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
-            class or the family does not have.
+            class or the family does not have; or a tokenizer that reads no text.
     """
     chosen = kind or bridge_if_there()
+    own, set_back = _usable(tokenizer)
     if chosen == "HookedTransformer":
         _refuse_copying(hf_model, attn)
     refuse_out_of_reach(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]
     with differentiable_products(quantised_linears(hf_model)):
         expected = base_logits(hf_model, hf_model.dtype)
-        model = _made(chosen, hf_model, tokenizer)
+        model = _made(chosen, hf_model, own)
+        set_back()
         if attn == "sdpa":
             fuse_attention(model)
         require_same_logits(
@@ -87,11 +96,33 @@ def hooked_model(
             "Another version of TransformerLens, or its TransformerBridge, may build it right.",
             lambda: eps_of(model, _HOSTS[chosen].embedding_output),
         )
-    # TransformerLens reads the template from the tokenizer's files, which lack one set afterwards.
-    template = getattr(tokenizer, "chat_template", None)
-    if template is not None:
-        model.tokenizer.chat_template = template
+    if own is not None:
+        adds_bos = model.cfg.tokenizer_prepends_bos
+        model.cfg.default_prepend_bos = adds_bos if prepend_bos is None else prepend_bos
     return model, chosen
+
+
+def _usable(tokenizer: Any) -> tuple[Any, Callable[[], None]]:
+    """A copy of the tokenizer for the host, and what sets its fields back once the host has it."""
+    if tokenizer is None:
+        return None, lambda: None
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        remedy = "one of tokenizers itself goes into PreTrainedTokenizerFast(tokenizer_object=…)"
+        kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
+        raise ModelStateError(
+            f"the tokenizer is a {kind}; expected a tokenizer of transformers ({remedy})."
+        )
+    try:
+        tokenizer("a")
+        return tokenizer_for_host(tokenizer)
+    except Exception as error:  # a tokenizer may raise anything
+        raise ModelStateError(
+            f"the tokenizer {type(tokenizer).__name__} cannot be used: it fails to read or to copy "
+            f"itself ({type(error).__name__}: {error}). Save it with save_pretrained(folder), and "
+            "pass AutoTokenizer.from_pretrained(folder)."
+        ) from error
 
 
 def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:

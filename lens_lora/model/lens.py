@@ -37,7 +37,13 @@ from lens_lora.model.probe import Probe, probed
 from lens_lora.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import AnswerLike, Generated, continued
-from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, prepare
+from lens_lora.readouts.prompts import (
+    Prompts,
+    PromptsLike,
+    PromptTokens,
+    prepare,
+    reading_of_texts,
+)
 from lens_lora.readouts.readout import Readout
 
 if TYPE_CHECKING:
@@ -68,8 +74,12 @@ class LoraLens:
         check: of a family without an entry in the table of `docs/exactness.md`, whether random
             updates at the adapter's modules are compared with the Hugging Face model under forward
             hooks: two passes over eight tokens. None for those of `with_adapter` alone.
+        prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis;
+            None for what the model does itself (`model.to_tokens`), of which is warned once where
+            its tokenizer does otherwise. `ll.load` reads strings as the tokenizer does.
 
     Attributes:
+        prepend_bos: see above.
         eps: the precision in which the model computes, measured by one short pass: that of its
             dtype; of float32 if a float64 model rounds to it; of TF32 or bfloat16 if a device
             rounds the factors of a float32 model's products to it.
@@ -92,10 +102,12 @@ class LoraLens:
         hf_model: nn.Module | None = None,
         *,
         check: bool | Probe | None = True,
+        prepend_bos: bool | None = None,
     ) -> None:
         checks.require_kinds(adapter, hf_model)
         adapter = on_stacks(adapter, model)
         self.model = model
+        self.prepend_bos: bool | None = prepend_bos
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = gating.make_plan(model, adapter, hf_model)
@@ -402,8 +414,8 @@ class LoraLens:
     ) -> Prompts:
         """Strings, conversations or ids as `Prompts`, which every analysis takes as they are.
 
-        TransformerLens puts a BOS in front of a string, also where the model's own tokenizer adds
-        none (`model.cfg.default_prepend_bos`). The repr says what was done. No forward pass.
+        A string gets a BOS, or none, by the lens's own `prepend_bos`; a conversation has the ids of
+        its chat template. The repr says what was done. No forward pass.
 
             >>> lens.prompts("The capital of France is", prepend_bos=False)  # doctest: +SKIP
             Prompts(1 of 5 tokens; text without BOS)
@@ -414,7 +426,7 @@ class LoraLens:
                 then one row, of which `KL()` and activations read each token of the response;
                 what is about the next token (a margin, an answer, the logit shift) refuses it.
             prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
-                with one; None for TransformerLens's default.
+                with one; None for the lens's own `prepend_bos`.
 
         Raises:
             PromptError: empty, too long, outside the vocabulary, padded without lengths or mask, or
@@ -422,7 +434,7 @@ class LoraLens:
                 the tokenizer has no BOS.
             TokenError: a response that does not fit the model.
         """
-        ready = prepare(self.model, prompts, prepend_bos)
+        ready = prepare(self.model, prompts, prepend_bos, rule=self.prepend_bos)
         return ready if response is None else continued(self.model, ready, response)
 
     @alone
@@ -573,8 +585,18 @@ class LoraLens:
         """Every token of the model's output as a string."""
         return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
 
-    def describe(self) -> dict[str, str]:
-        """The names of model and adapter, and versions: saved with every result."""
+    @property
+    def reads_strings(self) -> str:
+        """How a string becomes ids: 'text without BOS'; '' of a model without a tokenizer."""
+        return reading_of_texts(self.model, self.prepend_bos)
+
+    def describe(self, *prompts: Prompts) -> dict[str, str]:
+        """The names of model and adapter, and versions: saved with every result.
+
+        Args:
+            prompts: what the result is of; how they were read is said, too.
+        """
+        origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
         spans = [span.about for span in open_spans() if isinstance(span.about, Removed)]
         removed = [about.says for about in spans if about.model is self.model]
         return {
@@ -583,6 +605,7 @@ class LoraLens:
             "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
+            **({"prompts": "; ".join(origins)} if origins else {}),
             **({"without": "; ".join(removed)} if removed else {}),
             **versions(),
         }
@@ -590,7 +613,8 @@ class LoraLens:
     def __repr__(self) -> str:
         layers = errors.many(len({site.layer for site in self.sites}), "layer")
         sites = f"{errors.many(len(self.sites), 'site')} in {layers}"
-        return f"LoraLens({self.adapter!r} over {self.class_name}: {sites})"
+        strings = f"; strings: {said}" if (said := self.reads_strings) else ""
+        return f"LoraLens({self.adapter!r} over {self.class_name}: {sites}{strings})"
 
 
 def stream_writers(lens: LoraLens, remedy: str) -> list[int]:

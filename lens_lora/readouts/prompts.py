@@ -5,10 +5,13 @@ count from the left, so every activation of a prompt is the same as without padd
 
 A caller may pass strings, conversations, ids, or ids with their mask (`prepare`):
 
-1. A string: as `model.to_tokens` tokenises it, with the BOS that it prepends, also where the
-   model's own tokenizer adds none; `prepend_bos` overrides that. A string that already begins with
-   the BOS token, as a chat template writes it, gets no second one. Nor does one whose tokenizer has
-   no special tokens: what TransformerLens gives it, no model was trained with (`special_id`).
+1. A string: as `model.to_tokens` tokenises it, so that it has the ids that `model(string)` reads.
+   A hooked model that lens_lora made reads it exactly as its tokenizer does (`model/build.py`); of
+   others TransformerLens puts a BOS in front also where their own tokenizer adds none, which is
+   warned of once. `prepend_bos` overrides both. A string that already begins with the BOS token, as
+   a chat template writes it, gets no second one. Nor does one whose tokenizer has no special
+   tokens: what TransformerLens gives it, no model was trained with (`special_id`). An EOS that a
+   tokenizer appends is left out, as the text is to go on.
 2. A conversation: the chat template's own ids.
 3. Ids: as they are, where it is certain which of them are padding; with an attention mask, from
    either side to padding on the right.
@@ -17,19 +20,27 @@ A caller may pass strings, conversations, ids, or ids with their mask (`prepare`
 from __future__ import annotations
 
 import dataclasses
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.compat import home_of
+from lens_lora.compat import home_of, tokenizer_as_saved
 from lens_lora.errors import PromptError, TokenError
 from lens_lora.readouts.conversations import Conversation, conversations_in, names_of, of_template
 
-_ADDED = "text, BOS added by TransformerLens"
+# How a string got its ids (`Source.how`).
+_BY_HOST = "text, BOS added by TransformerLens"
+_BY_TOKENIZER = "text, BOS added by its tokenizer"
+_BY_CALLER = "text, BOS added by prepend_bos=True"
+_ITS_OWN_BOS = "text with its own BOS"
+_WITHOUT_BOS = "text without BOS"
+_WITHOUT_EOS = ", its tokenizer's EOS left out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +49,8 @@ class Source:
 
     Attributes:
         text: the string, or what the chat template made of the messages; None of ids.
-        how: 'text, BOS added by TransformerLens', 'text with its own BOS', 'text without BOS',
-            'chat template', 'ids'.
+        how: 'text without BOS', 'text with its own BOS', 'text, BOS added by its tokenizer' (or by
+            TransformerLens, or by prepend_bos=True), 'chat template', 'ids'.
         said: the last words of a conversation's user, by which it is called; None of the others.
     """
 
@@ -131,7 +142,7 @@ class Prompts:
         parts = [f"{how} ({', '.join(prompts)})" for how, prompts in by_source.items()]
         if len(by_source) == 1:
             parts = list(by_source)
-        if _ADDED in by_source:
+        if _BY_HOST in by_source:
             parts.append("prepend_bos=False adds none")
         return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"
 
@@ -297,9 +308,22 @@ def require_context(model: Any, tokens: int, what: str) -> None:
 # --- From what a caller passes to `Prompts`
 
 
-def prepare(model: Any, prompts: PromptsLike, prepend_bos: bool | None = None) -> Prompts:
-    """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it)."""
-    ready = _tokenise(model, prompts, prepend_bos)
+def prepare(
+    model: Any,
+    prompts: PromptsLike,
+    prepend_bos: bool | None = None,
+    *,
+    rule: bool | None = None,
+) -> Prompts:
+    """Tokenise, and check that the model can read the ids.
+
+    Args:
+        model: the hooked model.
+        prompts: what a caller passes.
+        prepend_bos: what the caller says of these very prompts, which must then be strings.
+        rule: what holds for strings of which nothing is said; None for what the host does.
+    """
+    ready = _tokenise(model, prompts, rule if prepend_bos is None else prepend_bos)
     is_as_given = isinstance(prompts, Prompts) or ready.sources[0].how in ("chat template", "ids")
     if prepend_bos is not None and is_as_given:
         raise PromptError(
@@ -385,22 +409,102 @@ def decoded(model: Any, ids: Sequence[int], **options: bool) -> str:
 
 
 def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
-    tokenizer, bos = _tokenizer(model), special_id(model, "bos")
-    if prepend_bos and bos is None:
+    if prepend_bos and special_id(model, "bos") is None:
         fact = "the tokenizer has no BOS that this model reads"
         raise PromptError(f"prepend_bos=True, and {fact}; leave it out, or pass token ids.")
-    is_plain = bos is None and not getattr(model.cfg, "tokenizer_prepends_bos", True)
-    options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+    rows = [_read_text(model, text, prepend_bos) for text in texts]
+    if prepend_bos is None and any(source.how != _ITS_OWN_BOS for _, source in rows):
+        _warn_of_other_reading(model)
+    return _padded(model, rows)
 
-    def row(text: str) -> _Row:
-        ids = _own_ids(tokenizer, text)
-        if ids[:1] == [bos] and text.lstrip().startswith(tokenizer.bos_token):
-            return ids, Source(text, "text with its own BOS")
-        if not is_plain:
-            ids = model.to_tokens(text, truncate=False, **options)[0].tolist()
-        return ids, Source(text, _ADDED if ids[:1] == [bos] else "text without BOS")
 
-    return _padded(model, list(map(row, texts)))
+def _read_text(model: Any, text: str, prepend_bos: bool | None) -> _Row:
+    """The ids of one string, and how it got them."""
+    tokenizer = _tokenizer(model)
+    bos = special_id(model, "bos")
+    plain = _own_ids(tokenizer, text)
+    if plain[:1] == [bos] and text.lstrip().startswith(tokenizer.bos_token):
+        return plain, Source(text, _ITS_OWN_BOS)
+    whole = list(tokenizer(text)["input_ids"])
+    if bos is None and not getattr(model.cfg, "tokenizer_prepends_bos", True):
+        ids = plain  # what TransformerLens would put in front is no token of the model's
+    elif prepend_bos is None:
+        ids = model.to_tokens(text, truncate=False)[0].tolist()
+    else:
+        ids = whole
+        begins_with_bos = ids[:1] == [bos] and ids != plain
+        if prepend_bos and not begins_with_bos:
+            ids = [cast("int", bos), *ids]
+        elif begins_with_bos and not prepend_bos:
+            ids = ids[1:]
+    eos = special_id(model, "eos")
+    appends_eos = eos is not None and whole[-1:] == [eos] and plain[-1:] != [eos]
+    if appends_eos and ids[-1:] == [eos]:
+        ids = ids[:-1]
+    how = _WITHOUT_BOS
+    if ids[:1] == [bos]:
+        by_host = _BY_TOKENIZER if adds_bos(model) else _BY_HOST
+        how = _BY_CALLER if prepend_bos else by_host
+    return ids, Source(text, how + _WITHOUT_EOS * appends_eos)
+
+
+def adds_bos(model: Any) -> bool | None:
+    """Whether the model's tokenizer, as it was saved, puts its BOS in front of a text.
+
+    None where that cannot be told: TransformerLens reads a tokenizer's files again so that it adds
+    one, and those files are no longer there.
+    """
+    saved = tokenizer_as_saved(_tokenizer(model))
+    if saved is None:
+        return None
+    bos = special_id(model, "bos")
+    return bos is not None and saved(_A_TEXT)["input_ids"][:1] == [bos]
+
+
+_A_TEXT = "a"
+
+
+def reading_of_texts(model: Any, prepend_bos: bool | None) -> str:
+    """How strings are read: 'text without BOS'; '' where there is no tokenizer that reads one."""
+    if getattr(model, "tokenizer", None) is None:
+        return ""
+    try:
+        return _read_text(model, _A_TEXT, prepend_bos)[1].how
+    except Exception:  # for a repr; whatever is wrong is raised where a string is read
+        return ""
+
+
+def reads_with_bos(model: Any, prepend_bos: bool | None) -> bool:
+    """Whether a string that has no BOS of its own gets one."""
+    ids, _ = _read_text(model, _A_TEXT, prepend_bos)
+    bos = special_id(model, "bos")
+    return bos is not None and ids[:1] == [bos]
+
+
+# Models of which was said that strings are read otherwise than by their tokenizer.
+_warned_of: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _warn_of_other_reading(model: Any) -> None:
+    """Warn, once a model, where the host begins a string otherwise than its tokenizer does."""
+    has_bos = reads_with_bos(model, None)
+    own = adds_bos(model)
+    if own is None or own == has_bos or model in _warned_of:
+        return
+    _warned_of.add(model)
+    bos = _tokenizer(model).bos_token
+    if has_bos:
+        fact = (
+            f"puts the BOS {bos!r} in front of a string, and this model's own tokenizer adds none"
+        )
+    else:
+        fact = f"puts no BOS in front of a string, and this model's own tokenizer adds {bos!r}"
+    warnings.warn(
+        f"TransformerLens {fact}. Numbers differ from those after tokenizer(text), with which "
+        f"adapters are mostly trained and served: LoraLens(…, prepend_bos={own}) reads strings as "
+        f"the tokenizer does, and prepend_bos={has_bos} as now, without this warning.",
+        stacklevel=2,
+    )
 
 
 def _padded(model: Any, rows: Sequence[_Row]) -> Prompts:

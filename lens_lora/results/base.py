@@ -299,7 +299,7 @@ class Ranked(Measured, Drawn, kw_only=True):
 def read_of(asked: Asked) -> dict[str, Any]:
     """The fields of `Read`."""
     said = {"readout": asked.readout.label, "units": asked.readout.units}
-    return {**said, "str_tokens": asked.str_tokens, "meta": asked.lens.describe()}
+    return {**said, "str_tokens": asked.str_tokens, "meta": asked.describe()}
 
 
 def header(asked: Asked) -> dict[str, Any]:

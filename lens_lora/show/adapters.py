@@ -26,7 +26,7 @@ from lens_lora.show import curves, go, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
-from lens_lora.show.text import magnitude, percent, signed, visible
+from lens_lora.show.text import magnitude, percent, reading_text, signed, visible
 
 # --- What an adapter's files hold, for the terminal
 
@@ -154,7 +154,8 @@ def what_changed_story(changed: results.WhatChanged) -> str:
     """A paragraph a line: how much, which tokens, and the brief."""
     first = magnitude(changed.found.first_kl)
     size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
-    return "\n".join([size, _promoted(changed), changed.brief().told])
+    paragraphs = [size, _promoted(changed), changed.brief().told, reading_text(changed.meta)]
+    return "\n".join(filter(None, paragraphs))
 
 
 def _moved(changed: results.WhatChanged) -> str:
@@ -395,7 +396,7 @@ def checkpoints_story(training: results.Checkpoints) -> str:
     prompts = range(len(training.str_tokens))
     lines = [_fate(training, p) + _phases(training, f"prompt {p}", " It") for p in prompts]
     lines.append(_phases(training, "angle", "The direction of ΔW"))
-    lines.append(curves.too_few(training))
+    lines += [curves.too_few(training), reading_text(training.meta)]
     return "\n".join(filter(None, lines))
 
 
@@ -487,7 +488,7 @@ def _training_numbers(training: results.Checkpoints) -> Pairs:
 @drawing.story.register(results.Repair)
 def repair_story(repair: results.Repair) -> str:
     """Kept and left on the prompts that judge, and whether that is better than scaling."""
-    return " ".join(filter(None, _judged(repair)))
+    return " ".join(filter(None, (*_judged(repair), reading_text(repair.meta))))
 
 
 def _judged(repair: results.Repair) -> tuple[str, str, str]:

@@ -188,8 +188,9 @@ Meta = Mapping[str, str]
 
 
 def made_by(meta: Meta) -> str:
-    """'the adapter over the model'."""
-    return " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
+    """'the adapter over the model · text without BOS'."""
+    names = " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
+    return " · ".join(filter(None, (names, meta.get("prompts"))))
 
 
 def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> list[Section]:

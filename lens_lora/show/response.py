@@ -202,6 +202,7 @@ def response_story(e: results.ResponseExplanation) -> str:
     answers = "" if e.answers is None else f"On its own {text.answers_text(e.answers)}"
     moved = (" ".join(sentences) for sentences in (_moved(e), _token(e), _modules(e)))
     paragraphs = [_said(e), answers, *moved, text.caution_text(e.modules), _layers(e), _limits(e)]
+    paragraphs.append(text.reading_text(e.shifts.meta))
     return "\n".join(filter(None, paragraphs))
 
 

@@ -169,6 +169,8 @@ def attribution_heading(attribution: results.Attribution) -> list[str]:
         f"{attribution.readout}, {text.key_text(attribution.key)}, in {attribution.units}: "
         f"{many(batch, 'prompt')} × {sites}{by}{mode}"
     )
+    if read := attribution.meta.get("prompts"):
+        heading += f" ({read})"
     quadrature, caution = attribution.quadrature, text.caution_text(attribution)
     notes = ("" if quadrature is None else text.quadrature_text(quadrature), caution)
     return [heading, *filter(None, notes)]

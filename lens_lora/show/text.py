@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import escape
 
@@ -156,6 +156,12 @@ def answers_text(pair: results.SideBySide) -> str:
     if pair.base == pair.adapted:
         return f"both models answer {base}."
     return f"the base model answers {base}, and with the adapter {adapted}."
+
+
+def reading_text(meta: Mapping[str, str]) -> str:
+    """How the prompts became token ids, as a sentence; '' where a result does not say."""
+    said = meta.get("prompts")
+    return f"Prompts were read as {said}." if said else ""
 
 
 def shortened(text: str) -> str:

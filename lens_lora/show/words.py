@@ -128,12 +128,13 @@ _MODULES_NAMED, _MODULES_IN_HEADLINE = 5, 3
 
 @drawing.story.register(results.FactMargin)
 def margin_story(fact_margin: results.FactMargin, prompt: int | None = None) -> str:
-    """One prompt's story, in three paragraphs: what happened, what first order says, where."""
+    """One prompt's story: what happened, what first order says, where, how it was read."""
     attribution, account = fact_margin.attribution, account_of(fact_margin, prompt)
     index = only_prompt(prompt, len(attribution.base), "accounts")
     where = _largest(attribution, account, _MODULES_NAMED, index)
     first = _joined(_first_order(account), caution_text(attribution))
-    return "\n".join([_happened(account), first, where])
+    paragraphs = [_happened(account), first, where, text.reading_text(attribution.meta)]
+    return "\n".join(filter(None, paragraphs))
 
 
 def _happened(a: Account) -> str:
@@ -283,6 +284,7 @@ def explanation_story(explanation: results.Explanation) -> str:
         trust = _joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
         more = [_parts(e, a), where, trust, _carried(e)]
     paragraphs = [f"{_happened(a)} {_said(e)}", answers, _first_order(a), *more, _limits(e)]
+    paragraphs.append(text.reading_text(e.first_order.meta))
     return "\n".join(filter(None, paragraphs))
 
 

@@ -78,6 +78,8 @@ class HeldBank:
     readouts: tuple[HeldReadout, ...]
     several: bool  # whether they came as a list
     modules: tuple[str, ...]  # globs
+    prepend_bos: bool | None = None  # the rule by which strings were read
+    prompts: str = ""  # how they were read, in words
     about: str = ""  # the model's fingerprint as JSON, once it is saved
 
 
@@ -95,7 +97,7 @@ class Bank:
         labels = [held.labels for held in self._held.readouts]
         size = sum(tensor.nbytes for tensor in self._held.stacks.values()) / 1e6
         readouts = ", ".join(label["readout"] for label in labels)
-        said = f"{many(len(labels[0]['base']), 'prompt')}, {readouts}"
+        said = f"{many(len(labels[0]['base']), 'prompt')} ({self._held.prompts}), {readouts}"
         return f"Bank({said}; {many(len(self._lens.adapter), 'module')}, {size:.3g} MB)"
 
     @alone
@@ -150,6 +152,7 @@ class Bank:
         by_readout, heads = self._joined(lens, by_half), lens.heads
         attributions: list[Attribution] = []
         named = {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
+        named |= {"prompts": self._held.prompts}
         for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
             adapted = torch.full_like(held.labels["base"], torch.nan)
             if exact:
@@ -393,6 +396,7 @@ def bank(
     hf_model: nn.Module | None = None,
     modules: str | Iterable[str] = "*",
     by_token: bool = False,
+    prepend_bos: bool | None = None,
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Bank:
@@ -411,6 +415,8 @@ def bank(
         modules: globs of Hugging Face module paths that adapters may target; by default all linear
             maps, embeddings, norms, stacks of experts and the head.
         by_token: whether each token's gradient of a response is kept, for by='token'.
+        prepend_bos: whether a string that does not begin with a BOS gets one, as for `LoraLens`;
+            by default as of the lens, or as the model does itself. Its file holds how the prompts were read.
         max_memory: bytes that recording may take, as for `lens.within`; by default as a lens does.
         progress: show a bar.
 
@@ -422,7 +428,7 @@ def bank(
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
-    lenses = _lenses(model, hf_model, globs, max_memory)
+    lenses = _lenses(model, hf_model, globs, prepend_bos, max_memory)
 
     @alone
     def recorded(lens: LoraLens) -> Bank:
@@ -437,8 +443,15 @@ def bank(
                 said = {"readout": each.readout.label, "units": each.readout.units}
                 said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
                 readouts.append(HeldReadout(halves, response, said))
-        several = not isinstance(readout, Readout)
-        return Bank(lens, HeldBank(once.stacks(), tuple(readouts), several, globs), asked)
+        held = HeldBank(
+            stacks=once.stacks(),
+            readouts=tuple(readouts),
+            several=not isinstance(readout, Readout),
+            modules=globs,
+            prepend_bos=prepend_bos,
+            prompts=rows.describe()["prompts"],
+        )
+        return Bank(lens, held, asked)
 
     return recorded(lenses[0])
 
@@ -459,7 +472,7 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     held = read_result(path)
     if not isinstance(held, HeldBank):
         raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
-    lens, *_ = _lenses(model, hf_model, held.modules)
+    lens, *_ = _lenses(model, hf_model, held.modules, held.prepend_bos)
     about = json.dumps(fingerprint(lens, (), None))
     differ = differences(json.loads(held.about), json.loads(about))
     if differ:
@@ -474,7 +487,11 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
 
 
 def _lenses(
-    model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
+    model: Any,
+    hf_model: nn.Module | None,
+    globs: Sequence[str],
+    prepend_bos: bool | None,
+    max_memory: float | None = None,
 ) -> list[LoraLens]:
     """Lenses of adapters that add nothing to the modules that a later adapter may target."""
     lens = model if isinstance(model, LoraLens) else None
@@ -492,9 +509,14 @@ def _lenses(
         )
     adapters = stand_ins(host, globs)
     if lens is None:
-        lenses = [LoraLens(model, adapter, hf_model, check=None) for adapter in adapters]
+        lenses = [
+            LoraLens(model, adapter, hf_model, check=None, prepend_bos=prepend_bos)
+            for adapter in adapters
+        ]
     else:
         lenses = [lens.with_adapter(adapter, check=False) for adapter in adapters]
+        for other in lenses:
+            other.prepend_bos = lens.prepend_bos if prepend_bos is None else prepend_bos
     return lenses if max_memory is None else [lens.within(max_memory) for lens in lenses]
 
 

@@ -49,6 +49,7 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import SweepError, is_of_the_system, setting, warn
 from lens_lora.model.gates import refuse_writers
 from lens_lora.model.lens import LoraLens
+from lens_lora.readouts.prompts import reads_with_bos
 from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.processes import Processes, only_writer, told
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN
@@ -332,12 +333,20 @@ def fingerprint(
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         **settings(model),
         "tokenizer": _tokenizer(getattr(model, "tokenizer", None)),
+        "strings": strings_of(lens),
         "sites": digest([dataclasses.astuple(site) for site in lens.sites]),
         "model_weights": _weights(model),
         "base_weights": None if base is None else _weights(base),
         **about,
         "own_code": [*about["own_code"], *_own_code(model)],
     }
+
+
+def strings_of(lens: LoraLens) -> str | None:
+    """Whether strings get a BOS; None where the model has no tokenizer."""
+    if getattr(lens.model, "tokenizer", None) is None:
+        return None
+    return "with BOS" if reads_with_bos(lens.model, lens.prepend_bos) else "without BOS"
 
 
 def fingerprint_without_model(

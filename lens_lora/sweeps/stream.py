@@ -141,6 +141,7 @@ class ActivationsFile:
         self.errors: int = sum(span.errors for span in spans)
         labels = ("model", "model_class", "dtype", "adapter")
         self.meta: dict[str, str] = {name: about[name] for name in labels}
+        self.meta["strings"] = about.get("strings") or ""
 
     @property
     def done(self) -> int:
@@ -269,11 +270,12 @@ class ActivationsFile:
         return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
 
     def __repr__(self) -> str:
+        strings = self.meta["strings"]
         return (
             f"ActivationsFile in gauge {self.gauge!r}: {self.texts} texts ({self.errors} with "
             f"errors), {self.tokens} tokens ({self.repeated} after the same tokens as earlier, "
             f"which count once) × {len(self.sites)} sites of rank "
-            f"{max(self.ranks)}\n  {self.path}"
+            f"{max(self.ranks)}{f', texts {strings}' if strings else ''}\n  {self.path}"
         )
 
 

@@ -30,7 +30,13 @@ from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import Job, Make, content, prepare
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, ByToken, RecordsLike, chosen, read_records
-from lens_lora.sweeps.store import Store, Unchanged, fingerprint, fingerprint_without_model
+from lens_lora.sweeps.store import (
+    Store,
+    Unchanged,
+    fingerprint,
+    fingerprint_without_model,
+    strings_of,
+)
 from lens_lora.sweeps.stream import ActivationsFile, token_sweep
 
 
@@ -129,6 +135,12 @@ class SweepResult:
         """
         return self.attribution(analysis or self.analyses[0]).plot()
 
+    @property
+    def _strings(self) -> str:
+        """How prompts that are strings were read, to follow what they were run on."""
+        strings = self.meta.get("strings")
+        return f", prompts {strings}" if strings else ""
+
     def __repr__(self) -> str:
         before = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
         flips = f"{self.flips} flip, " if "margin" in self.readout else ""
@@ -136,7 +148,8 @@ class SweepResult:
             f"SweepResult: {self.done} of {self.records} {before} × {len(self.sites)} sites\n"
             f"  {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}\n"
             f"  {flips}{len(self.errors)} with errors\n"
-            f"  {self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}\n"
+            f"  {self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}"
+            f"{self._strings}\n"
             f"One row per prompt and site: {self.path}\nOne row per prompt: {self.prompts_path}"
         )
 
@@ -336,5 +349,5 @@ def _result(
         analyses=analyses,
         readout=readouts.pop() if len(readouts) == 1 else several,
         units=" and ".join(sorted(units)),
-        meta=lens.describe(),
+        meta={**lens.describe(), "strings": strings_of(lens) or ""},
     )
