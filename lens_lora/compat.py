@@ -688,12 +688,14 @@ def added_tokens(tokenizer: Any) -> dict[str, Any]:
     return {name: getattr(tokenizer, name, None) for name in ("_add_bos_token", "_add_eos_token")}
 
 
-# Tokenizers that are as they were saved, whatever their fields say.
-_kept_tokenizers: weakref.WeakSet[Any] = weakref.WeakSet()
+# Tokenizers that are as they were saved, whatever their fields say, with what is known of them.
+_kept_tokenizers: weakref.WeakKeyDictionary[Any, object] = weakref.WeakKeyDictionary()
 
 
-def tokenizer_for_host(tokenizer: Any) -> tuple[Any, Callable[[], None]]:
+def tokenizer_for_host(tokenizer: Any, known: object = None) -> tuple[Any, Callable[[], None]]:
     """A copy that a host takes as it is, and what sets the copy's fields back afterwards.
+
+    What is known of it can be asked for as long as the copy is there (`known_of_tokenizer`).
 
     TransformerLens reads a tokenizer again from the files that it names, so that it adds a BOS:
     what was set after loading is lost, one made in memory names no file, and a hub id may be
@@ -702,7 +704,7 @@ def tokenizer_for_host(tokenizer: Any) -> tuple[Any, Callable[[], None]]:
     kept = copy.deepcopy(tokenizer)
     fields = dict(kept.init_kwargs)
     kept.init_kwargs = {"name_or_path": "", **fields, "add_bos_token": True}
-    _kept_tokenizers.add(kept)
+    _kept_tokenizers[kept] = known
     return kept, functools.partial(setattr, kept, "init_kwargs", fields)
 
 
@@ -714,6 +716,11 @@ def tokenizer_as_saved(tokenizer: Any) -> Any:
     if tokenizer in _kept_tokenizers or not tokenizer.init_kwargs.get("add_bos_token"):
         return tokenizer
     return _read_again(str(tokenizer.name_or_path))
+
+
+def known_of_tokenizer(tokenizer: Any) -> Any:
+    """What was known of a hooked model's tokenizer when it was made; None of other tokenizers."""
+    return None if tokenizer is None else _kept_tokenizers.get(tokenizer)
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from lens_lora.adapters.adapter import Adapter, load_adapter, read_adapter
 from lens_lora.adapters.factors import TrainedModule
 from lens_lora.adapters.from_models import base_within
 from lens_lora.adapters.peft_files import CONFIG
+from lens_lora.adapters.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
 from lens_lora.compat import is_memory_short, without_warnings
 from lens_lora.core import LoraLens
 from lens_lora.demonstration import shipped_adapter
@@ -190,7 +191,8 @@ def load(
         load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
         load_in_8bit: … to 8 bit.
         attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
-        tokenizer: by default the one saved with the model.
+        tokenizer: by default the one saved with the adapter, where there is one, with its chat
+            template; else the one saved with the model. The lens's repr names the adapter's.
         prepend_bos: whether a string that does not begin with a BOS gets one; None to read strings
             exactly as the tokenizer does. It holds for the hooked model itself, too
             (`lens.model.to_tokens`).
@@ -220,9 +222,18 @@ def load(
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter, lambda named: loaded(named)[0])
     base, base_tokenizer = loaded(adapter.base_model)
+    own = OwnTokenizer(tokenizer)
+    if tokenizer is None:
+        own = tokenizer_beside(adapter, base, base_tokenizer)
     is_listed = known_family(type(base).__name__) is not None
     probe = Probe(base, on_stacks(adapter, base)) if check and not is_listed else check
-    hooked, host = hooked_model(base, base_tokenizer, kind=kind, attn=attn, prepend_bos=prepend_bos)
+    hooked, host = hooked_model(
+        base,
+        own,
+        kind=kind,
+        attn=attn,
+        prepend_bos=prepend_bos,
+    )
     return LoraLens(
         hooked,
         adapter,
@@ -243,6 +254,32 @@ def _active_adapter(model: Any, is_peft: bool) -> Adapter:
         choice = "ll.load(peft_model, ll.Adapter.from_peft(peft_model, name))"
         raise ArgumentError(f"the PeftModel has active adapters {active}; choose one: {choice}.")
     return Adapter.from_peft(model, active[0])
+
+
+def tokenizer_beside(adapter: Adapter, base: PreTrainedModel, tokenizer: Any) -> OwnTokenizer:
+    """The tokenizer that was saved with the adapter, else the base's own.
+
+    Raises:
+        AdapterError: the adapter's cannot be read, or does not fit the base.
+        ModelStateError: none was saved with either.
+    """
+    folder = adapter.tokenizer_folder
+    if folder is None and tokenizer is None:
+        raise ModelStateError(
+            f"no tokenizer was saved with the model {str(base.config.name_or_path)!r}",
+            remedy="pass one: load(…, tokenizer=…).",
+        )
+    if folder is None:
+        return OwnTokenizer(tokenizer)
+    embedding: Any = base.get_input_embeddings()
+    path = next((name for name, module in base.named_modules() if module is embedding), None)
+    return own_tokenizer(
+        folder,
+        tokenizer,
+        rows=len(embedding.weight),
+        brought=rows_brought(adapter.modules, path),
+        config=base.config,
+    )
 
 
 def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
@@ -319,15 +356,15 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     base = cast("PreTrainedModel", model.eval())
     refuse_unusable(base)
     dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
-    return moved(base, how.device, dtype), tokenizer or _tokenizer_of(base)
+    chosen = _tokenizer_of(base) if tokenizer is None else tokenizer
+    return moved(base, how.device, dtype), chosen
 
 
-def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    """The tokenizer that was saved with a loaded model; None where there is none."""
     from transformers import AutoTokenizer
 
-    name = str(model.config.name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name, **_NO_CODE)
-    except (OSError, ValueError) as error:
-        fact = f"no tokenizer was saved with the model {name!r}"
-        raise ModelStateError(f"{fact}; pass one: load(…, tokenizer=…).") from error
+        return AutoTokenizer.from_pretrained(str(model.config.name_or_path), **_NO_CODE)
+    except (OSError, ValueError):
+        return None

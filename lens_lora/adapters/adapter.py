@@ -56,12 +56,14 @@ class Adapter:
         name: tells the parts of a sum apart; the folder's name, if it was read from one.
         base_model: the base model that its files name.
         truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
+        tokenizer_folder: its own folder, if a tokenizer or a chat template was saved in it.
     """
 
     modules: Mapping[str, ModuleUpdate]
     name: str = "adapter"
     base_model: str | None = None
     truncation_error: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    tokenizer_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -502,7 +504,12 @@ def read_adapter(
         modules, base = peft_read.read_folder(folder, config)
     else:
         modules, base = methods.updates_over_base(folder, config, base_for)
-    return Adapter(modules, name=folder.name or str(path), base_model=base)
+    return Adapter(
+        modules,
+        name=folder.name or str(path),
+        base_model=base,
+        tokenizer_folder=folder if peft_files.own_tokenizer_files(folder) else None,
+    )
 
 
 def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:

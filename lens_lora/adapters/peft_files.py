@@ -1,8 +1,8 @@
 """An adapter's folder in PEFT's format: where it lies, and what its config says.
 
-1. A local folder, or a hub repository of which two files are fetched. Anything else is refused by
-   name: MLX's format, pickled weights, a Git LFS pointer, an adapter one folder further down.
-   Nothing is unpickled. A folder of a registered format (`formats`) is one as well.
+1. A local folder, or a hub repository of which two files are fetched, and its tokenizer's where it
+   has one. Anything else is refused by name: MLX's format, pickled weights, a Git LFS pointer, an
+   adapter one folder further down. Nothing is unpickled. A folder of a registered format (`formats`) is one as well.
 2. PEFT reads the files. Methods and variants that s·B·A would misread are refused, each with its
    remedy, and so are switches that the installed PEFT does not know and would ignore.
 3. `Patterns` says which r and α PEFT gives a module path, and whether it adapts it at all.
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = formats.PEFT_FILES
 MLX_WEIGHTS = "adapters.safetensors"
+# What a tokenizer is saved in, by any of which a folder is known to have one of its own.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+)
 _POINTER = b"version https://git-lfs.github.com/spec"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -104,7 +110,7 @@ def _fetched(text: str, revision: str | None, subfolder: str | None) -> Path:
         raise AdapterError(f"{text}: no such folder, nor a hub id ('owner/name').")
     from huggingface_hub import snapshot_download
 
-    names = formats.every_file_name()
+    names = (*formats.every_file_name(), *TOKENIZER_FILES)
     wanted = [f"{subfolder}/{name}" if subfolder else name for name in names]
     try:
         root = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
@@ -152,9 +158,9 @@ def require_files(folder: Path) -> None:
         return
     if not (folder / CONFIG).is_file():
         raise _no_config(folder)
-    _refuse_pointer(folder / CONFIG)
+    refuse_pointer(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
-        _refuse_pointer(folder / WEIGHTS)
+        refuse_pointer(folder / WEIGHTS)
         return
     if (pickled := folder / "adapter_model.bin").is_file():
         raise AdapterError(
@@ -164,6 +170,11 @@ def require_files(folder: Path) -> None:
     if (folder / MLX_WEIGHTS).is_file():
         raise _mlx(folder)
     raise AdapterError(f"{folder}: no {WEIGHTS} beside {CONFIG}.")
+
+
+def own_tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer, or of the chat template alone, that lie beside an adapter."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def _no_config(folder: Path) -> AdapterError:
@@ -176,7 +187,8 @@ def _no_config(folder: Path) -> AdapterError:
     return AdapterError(f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {names}).")
 
 
-def _refuse_pointer(file: Path) -> None:
+def refuse_pointer(file: Path) -> None:
+    """Refuse a file that is a Git LFS pointer in place of its content."""
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
             raise AdapterError(f"{file}: a Git LFS pointer; run git lfs pull in its repository.")

@@ -30,6 +30,7 @@ from lens_lora.sweeps.processes import rank
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lens_lora.adapters.tokenizers import OwnTokenizer
     from lens_lora.readouts.prompts import Prompts
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -61,13 +62,14 @@ def lens_for(
 
     from lens_lora.adapters.adapter import read_adapter
     from lens_lora.analyses.spectra import lacking
-    from lens_lora.loading import base_beside
+    from lens_lora.loading import base_beside, tokenizer_beside
 
     if isinstance(adapter, Path):
         adapter = read_adapter(adapter, lambda named: model_for(named)[0])
     pair = model_for(adapter.base_model)
     with step("Building the hooked model", progress):
-        hooked, class_name = hooked_by(base, pair)
+        own = tokenizer_beside(adapter, *pair)
+        hooked, class_name = hooked_by(base, pair[0], own)
         absent = lacking(adapter, hooked) if leaves_out else ()
         if 0 < len(absent) < len(adapter):
             adapter = adapter.without(*absent)
@@ -76,13 +78,14 @@ def lens_for(
     return lens.within(base.max_memory)
 
 
-def hooked_by(base: ModelOptions, loaded: Loaded) -> tuple[Any, str]:
+def hooked_by(
+    base: ModelOptions, hf_model: PreTrainedModel, tokenizer: OwnTokenizer
+) -> tuple[Any, str]:
     """The model as the hooked class that the options name, and the class's name."""
     from lens_lora.model.build import hooked_model
 
-    return hooked_model(
-        *loaded, kind=base.model_class, attn=base.attn, prepend_bos=base.prepend_bos
-    )
+    how: Any = {"kind": base.model_class, "attn": base.attn, "prepend_bos": base.prepend_bos}
+    return hooked_model(hf_model, tokenizer, **how)
 
 
 def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> Loaded:
@@ -147,6 +150,8 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
     say(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
     if lens.reads_strings:
         say(f"Strings: {lens.reads_strings}")
+    if lens.tokenizer_origin:
+        say(f"Tokenizer: {lens.tokenizer_origin}")
     return lens
 
 

@@ -8,6 +8,7 @@ numbers. Results at `--out` of another sweep are refused before the model is loa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,12 +18,14 @@ import typer
 import lens_lora as ll
 from lens_lora.adapters.peft_files import folders_in, one_base, stated_base
 from lens_lora.commands import options, running
-from lens_lora.errors import ArgumentError, many
+from lens_lora.errors import ArgumentError, many, warn
 from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from lens_lora.adapters.tokenizers import OwnTokenizer
 
 
 _Out = Annotated[Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")]
@@ -151,8 +154,9 @@ def scan(
         running.warn_of_spaces(questions)
         processes = launched()
         loaded = running.load_model_of(named, progress, base.placed(processes.device))
+        tokenizer = _tokenizer_for(folders, loaded)
         with running.step("Building the hooked model", progress):
-            model, class_name = running.hooked_by(base, loaded)
+            model, class_name = running.hooked_by(base, loaded[0], tokenizer)
         beside = loaded[0] if class_name == "HookedTransformer" else None
         prompts, readout = running.margin_of(model, questions, base.prepend_bos)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
@@ -165,6 +169,39 @@ def scan(
             _print_scan(table, out)
     if table["error"].notna().all():
         raise typer.Exit(1)
+
+
+def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokenizer:
+    """The tokenizer that reads the prompts for all adapters.
+
+    It is the adapters' own where all were saved with the same files, as in a run's checkpoints.
+    Else it is the base's, and a warning names the adapters whose own differs.
+    """
+    from lens_lora.adapters.peft_files import own_tokenizer_files
+    from lens_lora.adapters.tokenizers import (
+        OwnTokenizer,
+        differences_from,
+        files_digest,
+        own_tokenizer,
+    )
+
+    base, tokenizer = loaded
+    by_files: dict[str, list[Path]] = {}
+    for folder in folders:
+        if own_tokenizer_files(folder):
+            by_files.setdefault(files_digest(folder), []).append(folder)
+    if [len(same) for same in by_files.values()] == [len(folders)]:
+        rows = len(base.get_input_embeddings().weight)
+        return own_tokenizer(folders[0], tokenizer, rows=rows, config=base.config)
+    for same in by_files.values():
+        if differing := differences_from(tokenizer, same[0]):
+            warn(
+                f"{', '.join(folder.name for folder in same[:3])}"
+                f"{', …' if len(same) > 3 else ''}: saved with a tokenizer that differs from the "
+                f"base's, by which all prompts are read: {'; '.join(differing)}.",
+                in_shell="lens-lora explain reads them by the adapter's own.",
+            )
+    return OwnTokenizer(tokenizer)
 
 
 def _print_scan(table: pd.DataFrame, out: Path) -> None:

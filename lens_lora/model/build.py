@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lens_lora.adapters.tokenizers import OwnTokenizer
 from lens_lora.compat import (
     drop_new_biases,
     home_of,
@@ -59,7 +60,7 @@ def bridge_if_there() -> Kind:
 
 def hooked_model(
     hf_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | OwnTokenizer | None,
     *,
     kind: Kind | None = None,
     attn: str = "eager",
@@ -69,7 +70,8 @@ def hooked_model(
 
     Without `kind` a TransformerBridge where the installed TransformerLens has it. The hooked model
     may use the Hugging Face model's own weights: do not change it afterwards. It has a copy of the
-    tokenizer. Without `prepend_bos` strings get a BOS where this tokenizer adds one.
+    tokenizer, and knows where that is from. Without `prepend_bos` strings get a BOS where this
+    tokenizer adds one.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
@@ -77,7 +79,8 @@ def hooked_model(
             class or the family does not have; or a tokenizer that reads no text.
     """
     chosen = kind or bridge_if_there()
-    own, set_back = _usable(tokenizer)
+    given = tokenizer if isinstance(tokenizer, OwnTokenizer) else OwnTokenizer(tokenizer)
+    own, set_back = _usable(given)
     if chosen == "HookedTransformer":
         _refuse_copying(hf_model, attn)
     refuse_out_of_reach(hf_model)
@@ -97,32 +100,42 @@ def hooked_model(
             lambda: eps_of(model, _HOSTS[chosen].embedding_output),
         )
     if own is not None:
-        adds_bos = model.cfg.tokenizer_prepends_bos
-        model.cfg.default_prepend_bos = adds_bos if prepend_bos is None else prepend_bos
+        # HookedTransformer takes a tokenizer that appends an EOS for one that begins with a BOS.
+        begins_text = _begins_text(own)
+        model.cfg.tokenizer_prepends_bos = begins_text
+        model.cfg.default_prepend_bos = begins_text if prepend_bos is None else prepend_bos
     return model, chosen
 
 
-def _usable(tokenizer: Any) -> tuple[Any, Callable[[], None]]:
+def _usable(given: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
     """A copy of the tokenizer for the host, and what sets its fields back once the host has it."""
+    tokenizer = given.tokenizer
     if tokenizer is None:
         return None, lambda: None
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        remedy = "one of tokenizers itself goes into PreTrainedTokenizerFast(tokenizer_object=…)"
         kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
         raise ModelStateError(
-            f"the tokenizer is a {kind}; expected a tokenizer of transformers ({remedy})."
+            f"the tokenizer is a {kind}, and expected is a tokenizer of transformers.",
+            remedy="Wrap it: PreTrainedTokenizerFast(tokenizer_object=…).",
         )
     try:
         tokenizer("a")
-        return tokenizer_for_host(tokenizer)
+        return tokenizer_for_host(tokenizer, given._replace(tokenizer=None))
     except Exception as error:  # a tokenizer may raise anything
         raise ModelStateError(
             f"the tokenizer {type(tokenizer).__name__} cannot be used: it fails to read or to copy "
-            f"itself ({type(error).__name__}: {error}). Save it with save_pretrained(folder), and "
-            "pass AutoTokenizer.from_pretrained(folder)."
+            f"itself ({type(error).__name__}: {error}).",
+            remedy="Pass another one: ll.load(…, tokenizer=AutoTokenizer.from_pretrained(folder)).",
+            in_shell="Repair or replace the tokenizer's files in the model's folder.",
         ) from error
+
+
+def _begins_text(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a token in front of a text."""
+    whole, plain = (tokenizer("a", add_special_tokens=how)["input_ids"] for how in (True, False))
+    return bool(whole) and whole[:1] != plain[:1]
 
 
 def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:

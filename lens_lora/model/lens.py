@@ -9,8 +9,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +23,15 @@ from lens_lora import errors
 from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.tokenizers import differences_from
 from lens_lora.arguments import number, whole
-from lens_lora.compat import Temporary, home_of, open_spans
+from lens_lora.compat import (
+    Temporary,
+    home_of,
+    known_of_tokenizer,
+    open_spans,
+    tokenizer_as_saved,
+)
 from lens_lora.model import check as checks
 from lens_lora.model import gates as gating
 from lens_lora.model import sites as model_sites
@@ -435,6 +444,8 @@ class LoraLens:
             TokenError: a response that does not fit the model.
         """
         ready = prepare(self.model, prompts, prepend_bos, rule=self.prepend_bos)
+        if not isinstance(prompts, Prompts) and any(source.text for source in ready.sources):
+            self._note_other_tokenizer()
         return ready if response is None else continued(self.model, ready, response)
 
     @alone
@@ -585,10 +596,35 @@ class LoraLens:
         """Every token of the model's output as a string."""
         return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
 
+    def _note_other_tokenizer(self) -> None:
+        """Warn once where the adapter was saved with a tokenizer that differs from the model's."""
+        folder = self.adapter.tokenizer_folder
+        known = known_of_tokenizer(getattr(self.model, "tokenizer", None))
+        compared = _compared_tokenizers.setdefault(self.model, set())
+        if folder is None or folder in compared or (known and known.folder == folder):
+            return
+        compared.add(folder)
+        as_saved = tokenizer_as_saved(self.model.tokenizer)
+        differing = [] if as_saved is None else differences_from(as_saved, folder)
+        if differing:
+            errors.warn(
+                f"{self.adapter.name}: the tokenizer saved with the adapter differs from the "
+                f"model's, by which prompts are read: {'; '.join(differing)}.",
+                remedy="ll.load(base, adapter) reads prompts by the adapter's.",
+                in_shell="",
+                stacklevel=4,
+            )
+
     @property
     def reads_strings(self) -> str:
         """How a string becomes ids: 'text without BOS'; '' of a model without a tokenizer."""
         return reading_of_texts(self.model, self.prepend_bos)
+
+    @property
+    def tokenizer_origin(self) -> str:
+        """Where the tokenizer is from, and how it differs from the base's; '' of the base's own."""
+        known = known_of_tokenizer(getattr(self.model, "tokenizer", None))
+        return known.origin if known else ""
 
     def describe(self, *prompts: Prompts) -> dict[str, str]:
         """The names of model and adapter, and versions: saved with every result.
@@ -606,6 +642,7 @@ class LoraLens:
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
             **({"prompts": "; ".join(origins)} if origins else {}),
+            **({"tokenizer": self.tokenizer_origin} if self.tokenizer_origin else {}),
             **({"without": "; ".join(removed)} if removed else {}),
             **versions(),
         }
@@ -613,8 +650,16 @@ class LoraLens:
     def __repr__(self) -> str:
         layers = errors.many(len({site.layer for site in self.sites}), "layer")
         sites = f"{errors.many(len(self.sites), 'site')} in {layers}"
-        strings = f"; strings: {said}" if (said := self.reads_strings) else ""
-        return f"LoraLens({self.adapter!r} over {self.class_name}: {sites}{strings})"
+        parts = [sites]
+        if self.reads_strings:
+            parts.append(f"strings: {self.reads_strings}")
+        if self.tokenizer_origin:
+            parts.append(f"tokenizer: {self.tokenizer_origin}")
+        return f"LoraLens({self.adapter!r} over {self.class_name}: {'; '.join(parts)})"
+
+
+# The adapters' folders whose tokenizers have been compared with a model's.
+_compared_tokenizers: weakref.WeakKeyDictionary[Any, set[Path]] = weakref.WeakKeyDictionary()
 
 
 def stream_writers(lens: LoraLens, remedy: str) -> list[int]:

@@ -20,7 +20,6 @@ A caller may pass strings, conversations, ids, or ids with their mask (`prepare`
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, cast
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.compat import home_of, tokenizer_as_saved
-from lens_lora.errors import PromptError, TokenError
+from lens_lora.errors import PromptError, TokenError, warn
 from lens_lora.readouts.conversations import Conversation, conversations_in, names_of, of_template
 
 # How a string got its ids (`Source.how`).
@@ -410,8 +409,12 @@ def decoded(model: Any, ids: Sequence[int], **options: bool) -> str:
 
 def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
     if prepend_bos and special_id(model, "bos") is None:
-        fact = "the tokenizer has no BOS that this model reads"
-        raise PromptError(f"prepend_bos=True, and {fact}; leave it out, or pass token ids.")
+        raise PromptError(
+            "a BOS is to stand before each text, and the tokenizer has no BOS that this model "
+            "reads.",
+            remedy="Leave prepend_bos=True out, or pass token ids.",
+            in_shell="Leave --bos out.",
+        )
     rows = [_read_text(model, text, prepend_bos) for text in texts]
     if prepend_bos is None and any(source.how != _ITS_OWN_BOS for _, source in rows):
         _warn_of_other_reading(model)
@@ -499,11 +502,12 @@ def _warn_of_other_reading(model: Any) -> None:
         )
     else:
         fact = f"puts no BOS in front of a string, and this model's own tokenizer adds {bos!r}"
-    warnings.warn(
+    warn(
         f"TransformerLens {fact}. Numbers differ from those after tokenizer(text), with which "
-        f"adapters are mostly trained and served: LoraLens(…, prepend_bos={own}) reads strings as "
-        f"the tokenizer does, and prepend_bos={has_bos} as now, without this warning.",
-        stacklevel=2,
+        "adapters are mostly trained and served.",
+        remedy=f"LoraLens(…, prepend_bos={own}) reads strings as the tokenizer does, and "
+        f"prepend_bos={has_bos} as now, without this warning.",
+        in_shell="--no-bos reads texts without a BOS, and --bos with one.",
     )
 
 

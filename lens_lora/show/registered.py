@@ -91,7 +91,7 @@ def result_text(result: Result) -> str:
     read: Any = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
     about = f" of {read.readout}" if hasattr(read, "readout") else ""
     about += f", in {read.units}" if hasattr(read, "units") else ""
-    origin = getattr(result, "meta", {}).get("prompts", "")
+    origin = getattr(read, "meta", {}).get("prompts", "")
     detail = "; ".join(filter(None, (" × ".join(sizes), ", ".join(stated), origin)))
     return f"{type(result).__name__}{about}: {detail}".rstrip() + f"\n{_body(result)}"
 

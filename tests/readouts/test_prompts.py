@@ -342,7 +342,7 @@ def test_a_tokenizer_without_special_tokens(name, kind, size, tmp_path):
     assert prepare(model, "w5 w6", prepend_bos=False).tokens.tolist() == [own]
 
     try:
-        planted = model.to_tokens("w5 w6").tolist()  # TransformerLens's own way
+        planted = model.to_tokens("w5 w6", prepend_bos=True).tolist()  # TransformerLens's own way
     except TypeError:  # the BOS has no id
         planted = []
     assert planted != [own]
