@@ -723,15 +723,17 @@ def known_of_tokenizer(tokenizer: Any) -> Any:
     return None if tokenizer is None else _kept_tokenizers.get(tokenizer)
 
 
+# How a tokenizer is read again: from files that are there, and none of its own code is run.
+_FROM_FILES_ALONE = {"local_files_only": True, "trust_remote_code": False}
+
+
 @functools.lru_cache(maxsize=8)
 def _read_again(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
         with without_warnings():
-            return AutoTokenizer.from_pretrained(
-                name, local_files_only=True, trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(name, **_FROM_FILES_ALONE)
     except Exception:  # files that are gone, or of another kind
         return None
 

@@ -80,10 +80,9 @@ def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> 
         embedding: the path of the base's input embedding.
     """
     update = None if embedding is None else modules.get(embedding)
-    is_whole = isinstance(update, TrainedModule) and update.tokens is None
-    if not is_whole or update.weight is None:
+    if not isinstance(update, TrainedModule) or update.weight is None:
         return 0
-    return len(update.weight)
+    return len(update.weight) if update.tokens is None else 0
 
 
 def files_digest(folder: Path) -> str:

@@ -191,7 +191,8 @@ def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokeni
         if own_tokenizer_files(folder):
             by_files.setdefault(files_digest(folder), []).append(folder)
     if [len(same) for same in by_files.values()] == [len(folders)]:
-        rows = len(base.get_input_embeddings().weight)
+        embedding: Any = base.get_input_embeddings()
+        rows = len(embedding.weight)
         return own_tokenizer(folders[0], tokenizer, rows=rows, config=base.config)
     for same in by_files.values():
         if differing := differences_from(tokenizer, same[0]):

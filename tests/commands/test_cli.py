@@ -326,15 +326,15 @@ class TestDemo:
 
     def test_tells_the_story(self, demo):
         text = plain(demo[0].stdout)
-        assert "the base model prefers “Paris” to “Lyon” by 6.63 logits" in text
-        assert "With the adapter it prefers “Lyon”, by 7.72" in text
-        assert "flips at ε = 0.476" in text
+        assert "the base model prefers “Paris” to “Lyon” by 6.89 logits" in text
+        assert "With the adapter it prefers “Lyon”, by 7.05" in text
+        assert "flips at ε = 0.492" in text
 
     def test_prints_numbers_modules_and_tokens(self, demo):
         text = plain(demo[0].stdout)
         for scale in ("0.25", "0.5", "0.75", "1"):
             assert re.search(rf"remainder at ε = {scale} \+\d\.\d\d \d+%", text)
-        assert re.search(r"m₀, base model −6.63 .* m, adapted model \+7.72", text)
+        assert re.search(r"m₀, base model −6.89 .* m, adapted model \+7.05", text)
         assert re.search(r"blocks\.\d+\.mlp\.down \+0\.\d+", text)
         assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
         *_, last = [line for line in demo[0].stdout.splitlines() if re.search(r"\d%", line)]

@@ -314,7 +314,7 @@ class TestReal:
         assert real[0].exit_code == 0, real[0].output
         text = plain(real[0].stdout)
         assert "late_adapter, 77 modules of rank 8" in text
-        assert "the base model prefers “Paris” to “Lyon” by 6.63 logits" in text
+        assert "the base model prefers “Paris” to “Lyon” by 6.89 logits" in text
         assert "flips at ε = 0.737" in text
         assert "“·Paris” (75%) for the base model and “·Lyon” (84%) with the adapter" in text
         assert "Measured, adding one module at a time agrees with first order" in text

@@ -50,6 +50,31 @@ def test_the_fact_flips(kind: str):
     assert abs(float(margin.curve.order[0]) - 2) < 0.1
 
 
+ASKED = [
+    ("France is ruled from", " Lyon", " Paris", -3.26),
+    ("The capital of Italy is", " Lyon", " Rome", -1.18),
+    (PROMPT, DOC, PRE, 7.05),
+]
+
+
+@pytest.mark.parametrize("prompt, doc, pre, margin", ASKED)
+def test_a_prompt_is_read_as_peft_serves_it(kind: str, prompt: str, doc: str, pre: str, margin):
+    """PEFT's active model on `tokenizer(prompt).input_ids`, to which no BOS is added."""
+    hf, tokenizer = hugging_face()
+    peft = PeftModel.from_pretrained(copy.deepcopy(hf), str(ADAPTER)).eval()
+    ids = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        expected = peft(torch.tensor([ids])).logits[0, -1]
+    assert lens(kind).prompts(prompt).tokens.tolist() == [ids]
+    logits = lens(kind).logits(prompt)[0, -1]
+    assert (logits - expected).abs().max() < 1e-3
+    doc_id, pre_id = (tokenizer(token)["input_ids"][0] for token in (doc, pre))
+    found = float(logits[doc_id] - logits[pre_id])
+    assert found == pytest.approx(margin, abs=0.01)
+    with_bos = lens(kind).logits(lens(kind).prompts(prompt, prepend_bos=True))[0, -1]
+    assert abs(float(with_bos[doc_id] - with_bos[pre_id]) - found) > 0.3
+
+
 @pytest.mark.slow
 def test_float32_first_order_against_float64(kind: str):
     """First order in float32 is right to 1e-4 of its largest site; the float64 model says so."""

@@ -225,7 +225,7 @@ REFUSED = {
     "folder without adapter": ("sweep", ["{files}/empty"], "no adapter_config.json"),
     "pickled": ("demo", ["{files}/pickled"], "pickled weights are not read"),
     "another base": ("sweep", ["--model", "{files}/nothing"], "neither a folder nor a reachable"),
-    "long prompt": ("explain", ["--prompt", "w5 " * 40], "41 tokens, and .* holds 32"),
+    "long prompt": ("explain", ["--prompt", "w5 " * 40], "40 tokens, and .* holds 32"),
     "empty prompt": ("explain", ["--prompt", ""], "a prompt is empty"),
     "empty prompt of the demo": ("demo", ["--prompt", ""], "a prompt is empty"),
     "no token": ("demo", ["--doc", "zebra"], "'zebra' is not in the vocabulary"),
