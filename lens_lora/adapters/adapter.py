@@ -508,8 +508,13 @@ def read_adapter(
         modules,
         name=folder.name or str(path),
         base_model=base,
-        tokenizer_folder=folder if peft_files.own_tokenizer_files(folder) else None,
+        tokenizer_folder=_own_tokenizer_in(folder),
     )
+
+
+def _own_tokenizer_in(folder: Path) -> Path | None:
+    """The folder, if a tokenizer or a chat template was saved in it."""
+    return folder if peft_files.own_tokenizer_files(folder) else None
 
 
 def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
@@ -523,4 +528,9 @@ def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
                 f"the format {known.name!r} gave {type(found).__name__}",
                 remedy="return updates by module path, {path: ll.LoRAFactors(…)}, or an Adapter.",
             )
-        return Adapter(found, name=folder.name, base_model=known.base_model(folder))
+        return Adapter(
+            found,
+            name=folder.name,
+            base_model=known.base_model(folder),
+            tokenizer_folder=_own_tokenizer_in(folder),
+        )

@@ -2,7 +2,8 @@
 
 1. A local folder, or a hub repository of which two files are fetched, and its tokenizer's where it
    has one. Anything else is refused by name: MLX's format, pickled weights, a Git LFS pointer, an
-   adapter one folder further down. Nothing is unpickled. A folder of a registered format (`formats`) is one as well.
+   adapter one folder further down. Nothing is unpickled. A folder of a registered format
+   (`formats`) is one as well.
 2. PEFT reads the files. Methods and variants that s·B·A would misread are refused, each with its
    remedy, and so are switches that the installed PEFT does not know and would ignore.
 3. `Patterns` says which r and α PEFT gives a module path, and whether it adapts it at all.

@@ -416,7 +416,7 @@ def bank(
             maps, embeddings, norms, stacks of experts and the head.
         by_token: whether each token's gradient of a response is kept, for by='token'.
         prepend_bos: whether a string that does not begin with a BOS gets one, as for `LoraLens`;
-            by default as of the lens, or as the model does itself. Its file holds how the prompts were read.
+            by default as the lens says, or as the model does. The bank's file holds how it was.
         max_memory: bytes that recording may take, as for `lens.within`; by default as a lens does.
         progress: show a bar.
 
@@ -448,7 +448,7 @@ def bank(
             readouts=tuple(readouts),
             several=not isinstance(readout, Readout),
             modules=globs,
-            prepend_bos=prepend_bos,
+            prepend_bos=lens.prepend_bos,
             prompts=rows.describe()["prompts"],
         )
         return Bank(lens, held, asked)
