@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters import peft_read
+from lens_lora.adapters.configurations import differing_fields
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
 from lens_lora.adapters.peft_files import is_plain_lora, refuse_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
@@ -384,18 +385,6 @@ def _refuse_other_changes(old: nn.Module, new: nn.Module, covered: set[str], glo
 _TOKENS = 8
 # Two runs of one function agree to 1e-4 of the logits' range, or to 8 roundings of a coarse dtype.
 _AGREEMENT, _ROUNDINGS = 1e-4, 8
-_NO_FUNCTION = (
-    # names, versions and tokens
-    *("_name_or_path", "*architectures", "*auto_map", "transformers_version", "unsloth*"),
-    *("*_token_id", "*_token", "chat_template"),
-    # how it is stored, computed and given back
-    *("*dtype", "tie_word_embeddings", "quantization_config", "torchscript", "pretraining_tp"),
-    *("*attn_implementation*", "*experts_implementation*", "use_cache", "return_dict*", "output_*"),
-    # training, and heads of other tasks
-    *("*dropout*", "*pdrop", "*drop_rate", "initializer_*", "gradient_checkpointing"),
-    *("*id2label", "*label2id", "num_labels", "problem_type", "task_specific_params"),
-    *("router_aux_loss_coef", "summary_*"),
-)
 
 
 def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> None:
@@ -405,37 +394,14 @@ def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> N
     """
     if not (hasattr(base, "config") and hasattr(tuned, "config")):
         return
-    old, new = _fields(base.config), _fields(tuned.config)
-    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    differing = differing_fields(base.config, tuned.config)
     if differing:
-        shown = "; ".join(f"{n} is {old.get(n)!r} and {new.get(n)!r}" for n in differing)
+        shown = "; ".join(f"{n} is {old!r} and {new!r}" for n, (old, new) in differing.items())
         raise AdapterError(
             f"the two models are different functions, whatever their weights: {shown}. If they "
             "were trained with the same configuration, load both with it."
         )
     _require_same_logits(base, tuned, globs)
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    """The fields that decide logits, nested ones by 'outer.inner'."""
-    fields = _flat(config.to_dict())
-    if not fields.get("use_sliding_window", True):
-        for inert in ("sliding_window", "max_window_layers"):
-            fields.pop(inert, None)
-    scaling = [v for k, v in fields.items() if k.endswith(("rope_type", "rope_scaling.type"))]
-    if all(kind in (None, "default") for kind in scaling):
-        fields.pop("max_position_embeddings", None)  # how far positions go, not what they do
-    return {name: value for name, value in fields.items() if not _matches(name, _NO_FUNCTION)}
-
-
-def _flat(fields: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{before}{name}.")
-        else:
-            flat[f"{before}{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Globs) -> None:

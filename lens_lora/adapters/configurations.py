@@ -1,0 +1,83 @@
+"""Which fields of a Hugging Face configuration decide what a model computes, and where two differ.
+
+Two models with the same parameters are the same function only if these fields agree: the norm's ε,
+the activation function, the rotary embedding, the number of heads, a soft cap. What names a model,
+what stores it, and what draws its tokens decides no logits, and is left out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+_DECIDES_NO_LOGITS = (
+    # names, versions and tokens
+    *("_name_or_path", "*architectures", "*auto_map", "transformers_version", "unsloth*"),
+    *("*_token_id", "*_token", "chat_template"),
+    # how it is stored, computed and given back
+    *("*dtype", "tie_word_embeddings", "quantization_config*", "torchscript", "pretraining_tp"),
+    *("*attn_implementation*", "*experts_implementation*", "use_cache", "return_dict*"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "output_past"),
+    # training, and heads of other tasks
+    *("*dropout*", "*pdrop", "*drop_rate", "initializer_*", "gradient_checkpointing"),
+    *("*id2label*", "*label2id*", "num_labels", "problem_type", "task_specific_params*"),
+    *("router_aux_loss_coef", "summary_*"),
+)
+
+
+def differing_fields(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields that decide logits and differ between two configurations, with both values.
+
+    A nested field is called 'outer.inner'; a field that one of the two lacks is None there.
+    """
+    ours = _deciding_fields(one)
+    theirs = _deciding_fields(other)
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs)}
+    return {name: values for name, values in pairs.items() if values[0] != values[1]}
+
+
+def known_fields(config: Any) -> set[str]:
+    """The fields that the configuration's own class has, which are those that its model reads."""
+    try:
+        return {name.partition(".")[0] for name in _flat(type(config)().to_dict())}
+    except (TypeError, ValueError):  # a class that needs arguments: then each of its fields counts
+        return {name.partition(".")[0] for name in _flat(config.to_dict())}
+
+
+def _deciding_fields(config: Any) -> dict[str, Any]:
+    fields = _flat(config.to_dict())
+    if not fields.get("use_sliding_window", True):
+        for inert in ("sliding_window", "max_window_layers"):
+            fields.pop(inert, None)
+    rope_types = ("rope_type", "rope_scaling.type")
+    scaling = [value for name, value in fields.items() if name.endswith(rope_types)]
+    if all(kind in (None, "default") for kind in scaling):
+        fields.pop("max_position_embeddings", None)  # how far positions go, not what they do
+    inert = _fields_of_generation()
+    return {
+        name: value
+        for name, value in fields.items()
+        if name.partition(".")[0] not in inert and not _matches(name, _DECIDES_NO_LOGITS)
+    }
+
+
+def _fields_of_generation() -> set[str]:
+    """What says how tokens are drawn from the logits; older configurations hold it, too."""
+    from transformers import GenerationConfig
+
+    return set(GenerationConfig().to_dict())
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, glob) for glob in globs)
+
+
+def _flat(fields: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[f"{before}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
