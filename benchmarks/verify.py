@@ -56,7 +56,8 @@ def rounding() -> str:
 
     from lens_lora.adapters.adapter import load_adapter
     from lens_lora.demonstration import embedded
-    from lens_lora.evaluation.verify import MergedFolder
+    from lens_lora.evaluation.merged_folder import MergedFolder
+    from lens_lora.evaluation.merged_tensors import compared
 
     folder_of_lyon = Path(embedded.__file__).parent / "lyon_adapter"
     base, _ = embedded.load_embedded()
@@ -66,8 +67,8 @@ def rounding() -> str:
             half.to(torch.bfloat16), folder_of_lyon
         ).merge_and_unload()
         merged.save_pretrained(folder)
-        compared = list(MergedFolder(Path(folder)).compared(load_adapter(folder_of_lyon), base))
-    kept = [tensor.ratio for tensor in compared if tensor.ratio == tensor.ratio]
+        tensors = list(compared(MergedFolder(Path(folder)), load_adapter(folder_of_lyon), base))
+    kept = [tensor.ratio for tensor in tensors if tensor.ratio == tensor.ratio]
     middle, least = statistics.median(kept), min(kept)
     return (
         f"On the demo's adapter, merged by PEFT in bfloat16, c is {middle:.2f} in the median "

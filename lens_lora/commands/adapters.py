@@ -255,6 +255,7 @@ def verify(
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.adapters.adapter import read_adapter
+        from lens_lora.evaluation.merged_settings import read_tokenizer
         from lens_lora.evaluation.verify import Expectation
         from lens_lora.evaluation.verify import verify as verification_of
         from lens_lora.show.report import verification_table
@@ -273,12 +274,16 @@ def verify(
         with heard_by(notes.append):
             read = read_adapter(folder, None if loaded is None else lambda _: loaded[0])
 
+        tokenizer = None if merged is None else read_tokenizer(folder)
+        if tokenizer is None and loaded is not None:
+            tokenizer = loaded[1]
         with running.quiet_libraries():
             verification = verification_of(
                 read,
                 why if loaded is None else loaded[0],
                 lambda: running.announced(running.lens_for(placed, read, progress, loaded=loaded)),
                 merged=merged,
+                tokenizer=tokenizer,
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
                 notes=[str(note) for note in notes],

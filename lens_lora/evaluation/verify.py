@@ -2,92 +2,59 @@
 
 1. It loads on this base, every module adds something, and on neutral texts KL(base ‖ adapted) is
    beyond that of two runs of the base with noise of the size of its rounding.
-2. A merged folder is base plus adapter, tensor by tensor, one read at a time. With W of the base, E
-   what PEFT's merge makes of it, M what is there, and D = E − W:
-
-       c = ⟨M − W, D⟩ / ‖D‖²      1 if the adapter is merged, 0 if not, 2 if twice, 1/s without α
-
-   Entry by entry M is E to four roundings of the coarser dtype. That alone would pass the base in
-   bfloat16, where ΔW may be less than one rounding; so c is compared with that of a merge in M's
-   dtype, which is also the part of ΔW that it keeps. Without an update M is W, bit by bit.
+2. A merged folder, as transformers would load it, is base plus adapter in every tensor
+   (`merged_tensors`), and has the base's configuration and the tokenizer of the adapter's training
+   (`merged_settings`).
 3. Margins are as expected, and the mean KL is within a bound.
 
-What rounding hides is undecided. Cost: four forward passes over 110 short texts, ten a prompt.
+What rounding hides is undecided, and so is what could not be asked.
+
+Cost: two forward passes over 15 short texts, and two over 4 of them for the rounding. Only where KL
+is less than a hundred times that, all four are over all 110 texts. Two more passes over the 110 if
+a bound on the mean KL is given. Ten a prompt of an expectation; none for a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import pandas as pd
-import torch
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, base_part
-from lens_lora.adapters.from_models import is_transposed
+from lens_lora.adapters.factors import ModuleUpdate, TrainedModule, base_part
 from lens_lora.engine.asked import ask, of_stream
 from lens_lora.engine.texts import distinct_tokens, text_divergences
-from lens_lora.errors import AdapterError, LensLoraError, ModelStateError, PromptError, SiteError
+from lens_lora.errors import (
+    AdapterError,
+    LensLoraError,
+    ModelStateError,
+    PromptError,
+    SiteError,
+    UnsupportedAdapterError,
+    many,
+)
+from lens_lora.evaluation.checks import Check, MergedTensor, Outcome, first_of, worst
+from lens_lora.evaluation.merged_folder import MergedFolder
+from lens_lora.evaluation.merged_settings import CONFIG, TOKENIZER, config_check, tokenizer_check
+from lens_lora.evaluation.merged_tensors import compared
 from lens_lora.model import LoraLens, alone, attached
-from lens_lora.model.kernels import as_one_map
 from lens_lora.readouts.answers import margin_between
-from lens_lora.readouts.neutral import neutral_texts
+from lens_lora.readouts.neutral import readable_texts
+from lens_lora.readouts.prompts import Prompts
 from lens_lora.results.base import SIGMAS, Paged
-from lens_lora.results.storage import stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Outcome = Literal["passed", "failed", "undecided", "not asked"]
 LOADS, MODULES, EFFECT = "loads on the base", "every module adds ΔW", "changes neutral texts"
 MERGED, KL, EXPECTATION = "merged folder", "KL on neutral texts", "expectation"
-
-
-@stored
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One check: the two facts that agree or not, and the module or prompt where they do not.
-
-    `value` is the number measured: nats per token, a margin, the part of ΔW that a merge keeps.
-    """
-
-    name: str
-    outcome: Outcome
-    measured: str
-    bound: str = ""
-    where: str = ""
-    value: float = math.nan
-
-    @property
-    def facts(self) -> str:
-        """What was measured, what was expected, and where, in a line."""
-        bound = f"expected: {self.bound}" if self.bound else ""
-        return "; ".join(filter(None, (self.measured.rstrip("."), bound, self.where)))
-
-
-@stored
-@dataclasses.dataclass(frozen=True)
-class MergedTensor:
-    """What a tensor of a merged folder looks like; c of it, and of base + ΔW in its dtype.
-
-    Both are NaN where the adapter adds nothing.
-    """
-
-    name: str
-    outcome: Outcome
-    looks: str
-    ratio: float = math.nan
-    kept: float = math.nan
 
 
 class Expectation(NamedTuple):
@@ -126,7 +93,7 @@ class Verification(Paged):
     @property
     def outcome(self) -> Outcome:
         """'failed' if any check failed, else 'undecided' if any is, else 'passed'."""
-        return _worst(self.checks)
+        return worst(self.checks)
 
     @property
     def exit_code(self) -> int:
@@ -138,19 +105,13 @@ class Verification(Paged):
         return pd.DataFrame(list(map(dataclasses.asdict, self.checks)))
 
 
-def _worst(parts: Sequence[Check | MergedTensor]) -> Outcome:
-    outcomes = {part.outcome for part in parts}
-    if "failed" in outcomes:
-        return "failed"
-    return "undecided" if "undecided" in outcomes else "passed"
-
-
 def verify(
     adapter: Adapter,
     base: PreTrainedModel | str,
     lens_over: Callable[[], LoraLens],
     *,
     merged: Path | None = None,
+    tokenizer: Any = None,
     expectations: Sequence[Expectation] = (),
     max_kl: float | None = None,
     notes: Sequence[str] = (),
@@ -163,6 +124,8 @@ def verify(
         base: the model, before it is hooked; or why there is none.
         lens_over: makes the lens over the adapter and the base, which it may take over.
         merged: a folder that is to be base plus adapter.
+        tokenizer: the one that the adapter was trained with, which a merged folder is to hold; None
+            if it is not at hand.
         expectations: margins that are to hold.
         max_kl: the largest mean KL on neutral texts, in nats per token; None if that is not asked.
         notes: what reading the adapter warned of.
@@ -172,10 +135,12 @@ def verify(
         ModelStateError: the merged folder cannot be read.
         PromptError: an expectation that does not fit the model, by its line.
     """
-    folder, tensors = None if merged is None else MergedFolder(merged), tuple[MergedTensor, ...]()
-    if folder is not None and not isinstance(base, str) and not folder.is_quantised(base):
-        tensors = tuple(folder.compared(adapter, base))
-    loads, lens = _loaded(base, lens_over, notes)
+    tensors: tuple[MergedTensor, ...] = ()
+    of_folder = [Check(MERGED, "not asked", "no folder given")]
+    if merged is not None:  # before the lens takes the base over
+        of_folder, tensors = merged_checks(merged, adapter, base, tokenizer)
+    lacking = [] if isinstance(base, str) else _lacking(adapter, base)
+    loads, lens = _loaded(base, lens_over, notes, lacking)
     checks = [loads, _modules_check(adapter, lens)]
     if lens is None:
         names = [EFFECT, *([] if max_kl is None else [KL])]
@@ -184,7 +149,7 @@ def verify(
     else:
         checks += _neutral_checks(lens, max_kl, progress)
         checks += [_expected(lens, expectation) for expectation in expectations]
-    checks.append(_merged_check(folder, tensors, base))
+    checks += of_folder
     if not expectations:
         checks.append(Check(EXPECTATION, "not asked", "no file given"))
     about = {"adapter": adapter.name} if lens is None else lens.describe()
@@ -194,17 +159,30 @@ def verify(
 # --- Loading, doing something, and doing what is expected
 
 
+def _lacking(adapter: Adapter, base: PreTrainedModel) -> list[str]:
+    """Modules and parameters that the adapter changes and the base does not have."""
+    modules = {name for name, _ in base.named_modules()}
+    parameters = base.state_dict().keys()
+    return [key for key in adapter.modules if key not in modules and key not in parameters]
+
+
 def _loaded(
-    base: PreTrainedModel | str, lens_over: Callable[[], LoraLens], notes: Sequence[str]
+    base: PreTrainedModel | str,
+    lens_over: Callable[[], LoraLens],
+    notes: Sequence[str],
+    lacking: Sequence[str],
 ) -> tuple[Check, LoraLens | None]:
+    """Whether the adapter fits the base; what only this package does not support is undecided."""
     if isinstance(base, str):
         return Check(LOADS, "undecided", f"no base at hand: {base}"), None
     try:
         lens = lens_over()
-    except (SiteError, AdapterError) as error:
-        return Check(LOADS, "failed", str(error)), None
-    except ModelStateError as error:
+    except (ModelStateError, UnsupportedAdapterError) as error:
         return Check(LOADS, "undecided", str(error)), None
+    except SiteError as error:
+        return Check(LOADS, "failed" if lacking else "undecided", str(error)), None
+    except AdapterError as error:
+        return Check(LOADS, "failed", str(error)), None
     sites = f"{len(lens.adapter)} modules, {len(lens.sites)} sites"
     if notes:
         return Check(LOADS, "undecided", "; ".join(notes), sites), lens
@@ -216,7 +194,7 @@ def _modules_check(adapter: Adapter, lens: LoraLens | None) -> Check:
     changing = len(adapter) - len(silent)
     if lens is not None:  # it leaves out a trained module that equals the base's
         changing = len({update.site.key for update in lens.plan.updates}.difference(silent))
-    facts = f"{changing} of {len(adapter)} do", "B and A are not zero", _first_of(silent)
+    facts = f"{changing} of {len(adapter)} do", "B and A are not zero", first_of(silent)
     return Check(MODULES, "failed", *facts) if silent else Check(MODULES, "passed", facts[0])
 
 
@@ -228,32 +206,87 @@ def _is_zero(update: ModuleUpdate) -> bool:
     return not (is_biased or bool(update.A.any() and update.B.any()))
 
 
-def _first_of(names: Sequence[str]) -> str:
-    return " and ".join([*names[:1], *([f"{len(names) - 1} more"] if len(names) > 1 else [])])
+# Every eighth text decides what is far from a bound; every fourth of these shows the rounding.
+_EIGHTH = 8
+_FOURTH = 4
+_CLEAR = 100  # times the rounding: no other text would change the outcome
+
+
+class _NeutralKL(NamedTuple):
+    """Nats per token over some texts: the text's with the largest mean, and the mean."""
+
+    largest: float
+    mean: float
+    texts: int
 
 
 @alone
 def _neutral_checks(lens: LoraLens, max_kl: float | None, progress: bool) -> list[Check]:
-    """Of the largest KL of a text, and of the mean; the floor is that of two runs of the base."""
+    """Whether the adapter moves neutral texts beyond rounding, and their mean KL within a bound.
+
+    On a few texts, and on all of them where these do not decide.
+    """
     lens.plan.check_state()
-    texts, base = neutral_texts(lens.model, lens.prepend_bos), (lens, lens.gates(0.0))
-    counted, adapted = distinct_tokens(texts), (lens, lens.gates(1.0))
-    (sums,) = text_divergences(base, [adapted], texts, counted, progress=progress)
-    with attached(lens.model, of_stream(lens)):
-        (noise,) = text_divergences(base, [base], texts, counted, progress=progress)
-    counts = counted.sum(1)
-    # KL grows with the square of the shift that makes it.
-    floors = SIGMAS**2 * noise
-    largest, floor = (float((kl / counts)[counts > 0].max()) for kl in (sums, floors))
-    mean, mean_floor = (float(kl.sum() / counts.sum()) for kl in (sums, floors))
-    outcome: Outcome = "passed" if largest > floor else "undecided"
-    facts = f"KL up to {largest:.2g} nats per token", f"above rounding, {floor:.1g}"
-    effect, measured = Check(EFFECT, outcome, *facts, value=largest), f"{mean:.3g} nats per token"
+    few = readable_texts(lens.model, lens.prepend_bos, _EIGHTH)
+    everything = readable_texts(lens.model, lens.prepend_bos)
+    if few is None or everything is None:
+        why = "the tokenizer has no tokens of which a text could be made"
+        outcome: Outcome = "not asked" if max_kl is None else "undecided"
+        return [Check(EFFECT, "undecided", why), Check(KL, outcome, why)]
+    kl = _kl(lens, few, progress)
+    floor = _kl_of_rounding(lens, few.chosen(range(0, few.batch, _FOURTH)), progress)
+    is_near = not kl.largest > _CLEAR * floor.largest
+    is_near_bound = max_kl is not None and max_kl < _CLEAR * floor.mean
+    if is_near or is_near_bound:
+        floor = _kl_of_rounding(lens, everything, progress)
+    if is_near or max_kl is not None:
+        kl = _kl(lens, everything, progress)
+    return [_effect_check(kl, floor, few), _kl_check(kl, floor, max_kl)]
+
+
+def _effect_check(kl: _NeutralKL, floor: _NeutralKL, texts: Prompts) -> Check:
+    outcome: Outcome = "passed" if kl.largest > floor.largest else "undecided"
+    of = " of the tokenizer's own tokens" if texts.sources[0].how == "ids" else ""
+    measured = f"KL up to {kl.largest:.2g} nats per token in {many(kl.texts, 'text')}{of}"
+    return Check(EFFECT, outcome, measured, f"above rounding, {floor.largest:.1g}", "", kl.largest)
+
+
+def _kl_check(kl: _NeutralKL, floor: _NeutralKL, max_kl: float | None) -> Check:
+    measured = f"{kl.mean:.3g} nats per token in {many(kl.texts, 'text')}"
     if max_kl is None:
-        return [effect, Check(KL, "not asked", measured, value=mean)]
-    outcome = "passed" if max_kl >= mean_floor else "undecided"
-    outcome = "failed" if mean > max(max_kl, mean_floor) else outcome
-    return [effect, Check(KL, outcome, measured, f"at most {max_kl:g}", value=mean)]
+        return Check(KL, "not asked", measured, value=kl.mean)
+    outcome: Outcome = "passed"
+    if kl.mean > max(max_kl, floor.mean):
+        outcome = "failed"
+    elif max_kl < floor.mean:
+        outcome = "undecided"
+    return Check(KL, outcome, measured, f"at most {max_kl:g}", value=kl.mean)
+
+
+def _kl(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralKL:
+    """KL(base ‖ adapted). Two forward passes."""
+    base = (lens, lens.gates(0.0))
+    adapted = (lens, lens.gates(1.0))
+    counted = distinct_tokens(texts)
+    (sums,) = text_divergences(base, [adapted], texts, counted, progress=progress)
+    return _per_token(sums, counted.sum(1))
+
+
+def _kl_of_rounding(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralKL:
+    """The most that rounding would make of it: the base beside itself. Two forward passes.
+
+    KL grows with the square of the shift that makes it.
+    """
+    base = (lens, lens.gates(0.0))
+    counted = distinct_tokens(texts)
+    with attached(lens.model, of_stream(lens)):
+        (sums,) = text_divergences(base, [base], texts, counted, progress=progress)
+    return _per_token(SIGMAS**2 * sums, counted.sum(1))
+
+
+def _per_token(sums: Float[Tensor, " text"], counts: Float[Tensor, " text"]) -> _NeutralKL:
+    by_text = sums[counts > 0] / counts[counts > 0]
+    return _NeutralKL(float(by_text.max()), float(sums.sum() / counts.sum()), len(sums))
 
 
 @alone
@@ -284,235 +317,56 @@ def _expected(lens: LoraLens, row: Expectation) -> Check:
     return Check(f"{EXPECTATION}, {row.where}", outcome, *facts, where, after)
 
 
-# --- A merged folder, tensor by tensor
+# --- The merged folder
 
-_INDEX, _SHARD = "model.safetensors.index.json", re.compile(r".*-of-(\d+)\.safetensors")
-_ROUNDINGS = 4  # PEFT's merge rounds W, ΔW, with DoRA its norm, and the sum
-_FLOAT32 = torch.finfo(torch.float32).eps
-_NEAR = 0.05  # c of a merge is 1 but for rounding, and the next mistake is far from it
-_CLOSE = 0.01  # to the c of a mistake that is named
 _WHOLE = 0.995  # of ΔW that a dtype keeps: less is said
-_STRAIGHT = 0.02  # of ‖ΔW‖: what else M − W may hold where it is told to be c ΔW
 
 
-class MergedFolder:
-    """The tensors of a model's folder, each read when it is asked for.
+def merged_checks(
+    path: Path, adapter: Adapter, base: PreTrainedModel | str, tokenizer: Any
+) -> tuple[list[Check], tuple[MergedTensor, ...]]:
+    """Whether a folder is base plus adapter, in its tensors, configuration and tokenizer.
+
+    Args:
+        path: the folder.
+        adapter: what is to be merged in it.
+        base: the model, before it is hooked; or why there is none.
+        tokenizer: the one that the adapter was trained with; None if it is not at hand.
 
     Raises:
-        ModelStateError: no safetensors file, a shard that is missing, or one that is damaged.
+        ModelStateError: transformers would load nothing from the folder, or a file is damaged.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._whole = folder, dict[str, Tensor]()
-        try:
-            self._config, index = (_json(folder / name) for name in ("config.json", _INDEX))
-            files = {file.name for file in folder.glob("*.safetensors")}
-            files |= set(index.get("weight_map", {}).values())
-            sizes = [int(shard[1]) for shard in map(_SHARD.fullmatch, files) if shard]
-            missing = sorted(name for name in files if not (folder / name).is_file())
-            if missing or not files or len(files) < max(sizes, default=0):
-                held, promised = len(files) - len(missing), max([len(files), 1, *sizes])
-                names = f"; missing: {', '.join(missing)}" if missing else ""
-                raise ModelStateError(f"{folder}: {held} of {promised} .safetensors files{names}.")
-            self._files = {key: folder / n for n in sorted(files) for key in _keys(folder / n)}
-        except (ValueError, TypeError, AttributeError, SafetensorError, OSError) as error:
-            raise ModelStateError(f"{folder}: damaged ({error}).") from error
-
-    def is_quantised(self, base: PreTrainedModel) -> bool:
-        """Whether one of the two holds rounded weights, which are no W + ΔW."""
-        return "quantization_config" in self._config or bool(getattr(base, "is_quantized", False))
-
-    def tensor(self, name: str) -> Tensor:
-        """One of them, read from its file."""
-        if name in self._whole:
-            return self._whole[name]
-        with safe_open(str(self._files[name]), framework="pt") as file:
-            return file.get_tensor(name)
-
-    def compared(self, adapter: Adapter, base: PreTrainedModel) -> Iterator[MergedTensor]:
-        """Each tensor beside the base's, and what one of the two lacks."""
-        state, by_place = base.state_dict(), defaultdict[int, list[str]](list)
-        for name, tensor in state.items():
-            by_place[tensor.data_ptr()].append(name)
-        tied = {n: [m for m in by_place[t.data_ptr()] if m != n] for n, t in state.items()}
-        after, unknown = _after(adapter, base, state, tied)
-        unmerged = [name for name in self._files if ".lora_" in name]
-        lacking = [n for n in state if not self._files.keys() & {n, *tied[n]}]
-        if lacking and not unmerged and self._files.keys() - state.keys():
-            self._read_whole()
-        names = self._whole.keys() or self._files.keys()
-        ends = (base.get_input_embeddings(), base.get_output_embeddings())
-        ties = {f"{path}.weight" for path, module in base.named_modules() if module in ends}
-        ties = ties if self._config.get("tie_word_embeddings") else set[str]()
-        for name in unmerged:
-            yield MergedTensor(name, "failed", "the adapter's own: saved without merging it")
-        for name in unknown:
-            yield MergedTensor(name, "failed", "a module that the base lacks")
-        for name, W in state.items():
-            place = next((n for n in (name, *tied[name]) if n in names), None)
-            if place is None:
-                yield MergedTensor(name, "failed", "not in the folder")
-                continue
-            M = self.tensor(place)
-            judged = _compared(name, W.detach().cpu(), M, after.get(name))
-            other = next((n for n in tied[name] if n in after), None)
-            if judged.outcome == "failed" and other is not None:
-                looks = f"{judged.looks}; the base ties it to {other}: a merge changes both"
-                judged = dataclasses.replace(judged, looks=looks)
-            partners = [n for n in ties - {name} if n in names] if name in ties else []
-            if place == name and not all(M.equal(self.tensor(n)) for n in partners):
-                looks = f"not {partners[0]}'s, and config.json ties the two: loading loses it"
-                judged = MergedTensor(name, "failed", looks)
-            yield judged
-
-    def _read_whole(self) -> None:
-        """By transformers, which stores some families' tensors by other names than the model's."""
-        from transformers import AutoModelForCausalLM
-
-        options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self._folder, local_files_only=True, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            why = f"transformers cannot read it: {error}"
-            raise ModelStateError(f"{self._folder}: {why}") from error
-        missing = set(loaded[1]["missing_keys"])
-        self._whole = {n: t for n, t in loaded[0].state_dict().items() if n not in missing}
+    folder = MergedFolder(path)
+    if isinstance(base, str):
+        names = (MERGED, CONFIG, TOKENIZER)
+        return [Check(name, "undecided", "no base at hand") for name in names], ()
+    settings = [config_check(folder, base, tokenizer), tokenizer_check(folder, tokenizer)]
+    if folder.is_quantised(base):
+        why = "quantised weights are no W + ΔW"
+        return [Check(MERGED, "undecided", why), *settings], ()
+    tensors = tuple(compared(folder, adapter, base))
+    return [_tensors_check(folder, tensors), *settings], tensors
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(str(file), framework="pt") as opened:
-        return list(opened.keys())
-
-
-class _After(NamedTuple):
-    """What is to stand in a tensor's place, and the tensor turned to [out, in]."""
-
-    update: ModuleUpdate
-    turned: Callable[[Tensor], Tensor]
-    is_bias: bool = False
-
-
-def _after(
-    adapter: Adapter, base: Any, state: Mapping[str, Tensor], tied: Mapping[str, list[str]]
-) -> tuple[dict[str, _After], list[str]]:
-    """(what the adapter changes, by name of the tensor; its modules that the base lacks)."""
-    modules, after, unknown = dict(base.named_modules()), dict[str, _After](), list[str]()
-    for key, update in adapter.modules.items():
-        name = key if key in state else f"{key}.weight"
-        owner = modules.get(key.rpartition(".")[0] if key in state else key)
-        if owner is None:
-            unknown.append(key)
-            continue
-        turned: Callable[[Tensor], Tensor] = torch.t if is_transposed(owner) else Tensor.clone
-        if isinstance(update, LoRAFactors) and update.experts > 1:
-            turned = functools.partial(as_one_map, owner)
-        after[name] = _After(update, turned)
-        after[f"{key}.bias"] = _After(update, Tensor.clone, is_bias=True)
-        if isinstance(update, TrainedModule) and update.tied:
-            for other in tied.get(name, ()):
-                after.setdefault(other, after[name])
-    return after, unknown
-
-
-def _expected_tensor(W: Tensor, after: _After) -> Tensor | None:
-    """E, turned to [out, in]; None where the shapes do not fit."""
-    update, turned = after.update, after.turned
-    if after.is_bias:
-        trained = update.bias if isinstance(update, TrainedModule) else update.trained_bias
-        bias = W if trained is None else trained.to(W)
-        if isinstance(update, TrainedModule) or update.lora_bias is None:
-            return bias
-        return bias + update.scale * update.strength * update.lora_bias.to(W)
-    stored = W if update.base_weight is None else update.base_weight.to(W)
-    if isinstance(update, TrainedModule):
-        weight = stored if update.weight is None else update.weight.to(W)
-        if update.tokens is not None:
-            weight = stored.index_copy(0, update.tokens, weight)
-        return turned(weight) if weight.shape == W.shape else None
-    matrix, experts = turned(stored), max(update.experts, 1)
-    width = matrix.shape[1] // experts if update.width is None else update.width
-    fits = matrix.shape == (len(update.B), experts * width) and stored.shape == W.shape
-    return matrix + update.materialise(matrix) if fits else None
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _compared(name: str, W: Tensor, M: Tensor, after: _After | None) -> MergedTensor:
-    """M beside W and E."""
-    if M.shape != W.shape:
-        return MergedTensor(name, "failed", f"{tuple(M.shape)}, the base's is {tuple(W.shape)}")
-    low = max(W.dtype, M.dtype, key=_eps)
-    wide = torch.float32 if low in (torch.bfloat16, torch.float16) else torch.float64
-    before = W if after is None else after.turned(W.to(wide))
-    E = W if after is None else _expected_tensor(W.to(wide), after)
-    if E is None:
-        return MergedTensor(name, "failed", "of another shape than the adapter's")
-    if after is None or E.equal(before):
-        if M.to(low).equal(W.to(low)):
-            return MergedTensor(name, "passed", "the base's")
-        return MergedTensor(name, "failed", "changed, and the adapter adds nothing there")
-    D, R, rounded = E - before, after.turned(M.to(wide)) - before, _eps(low) / 2
-    size = float(D.square().sum())
-    ratio = float((R * D).sum()) / size
-    # Merged and then rounded, or rounded before: on the grid of its dtype, W absorbs more of ΔW.
-    grid = before.to(low).to(wide)
-    merges = ((start + D).to(low).to(wide) - grid for start in (before, grid))
-    kept = min((float((m * D).sum()) / size for m in merges), key=lambda c: abs(c - ratio))
-    spread = SIGMAS * rounded * float((before * D).norm()) / size
-    room = _ROUNDINGS * rounded * (before.abs() + D.abs())
-    room += after.update.rank * _FLOAT32 * D.abs().max()  # PEFT sums over ranks in float32
-    dtype, outcome = str(low).removeprefix("torch."), "failed"
-    rest, noise = float((R - ratio * D).norm()), rounded * float(before.norm() + D.norm())
-    if abs(ratio - kept) <= _NEAR + spread and bool(((R - D).abs() <= room).all()):
-        outcome, looks = "passed", f"base + ΔW in {dtype}"
-        if min(kept, 1 - spread) < 0.5:  # then a merge and none are hard to tell apart
-            outcome, looks = "undecided", f"rounding to {dtype} leaves {kept:.2f} of ΔW"
-    elif rest > _STRAIGHT * max(1.0, abs(ratio)) * size**0.5 + 2 * noise:
-        looks = f"neither base nor base + ΔW: off by {float((R - D).norm()) / size**0.5:.2g} ‖ΔW‖"
-    else:
-        near = spread + _CLOSE
-        mistakes = [mistake for c, mistake in _mistakes(after.update) if abs(ratio - c) <= near]
-        looks = f"base + {ratio:.2f} ΔW" if abs(ratio) > near else "the base"
-        looks += f" ({'; or '.join(mistakes)})" if mistakes else ""
-    return MergedTensor(name, outcome, looks, ratio, kept)
-
-
-def _mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
-    """c, and the mistake that gives it."""
-    yield from {0.0: "nothing was merged", 0.5: "α halved", -1.0: "subtracted"}.items()
-    yield 2.0, "merged twice, or α doubled"
-    if isinstance(update, LoRAFactors) and update.magnitude is None:
-        root = (update.rank / max(update.experts, 1)) ** 0.5
-        yield 1 / update.scale, "α is lost, s = 1"
-        yield 1 / root, "rsLoRA read as LoRA, α/r for α/√r"
-        yield root, "LoRA read as rsLoRA, α/√r for α/r"
-
-
-def _merged_check(
-    folder: MergedFolder | None, tensors: Sequence[MergedTensor], base: PreTrainedModel | str
-) -> Check:
-    if folder is None:
-        return Check(MERGED, "not asked", "no folder given")
-    if not tensors:
-        why = "no base at hand" if isinstance(base, str) else "quantised weights are no W + ΔW"
-        return Check(MERGED, "undecided", why)
+def _tensors_check(folder: MergedFolder, tensors: Sequence[MergedTensor]) -> Check:
+    """All tensors in one line: how many are base + ΔW, or what the others look like."""
     changed = [tensor for tensor in tensors if not math.isnan(tensor.ratio)]
     kept = min((tensor.kept for tensor in changed), default=math.nan)
-    outcome = _worst(tensors)
+    beside = ""
+    if folder.ignored:
+        files = ", ".join(file.name for file in folder.files)
+        beside = f"; loaded: {files}, and not {first_of(folder.ignored)}"
+    outcome = worst(tensors)
     if outcome == "passed":
-        held = f"{len(changed)} tensors{f' (c ≥ {kept:.2f})' if kept < _WHOLE else ''}"
-        measured = f"base + ΔW in {held}, the base in {len(tensors) - len(changed)}"
-        return Check(MERGED, outcome, measured, value=kept)
+        share = f" (c ≥ {kept:.2f})" if kept < _WHOLE else ""
+        held = f"base + ΔW in {many(len(changed), 'tensor')}{share}"
+        facts = f"{held}, the base in {len(tensors) - len(changed)}{beside}"
+        return Check(MERGED, outcome, facts, value=kept)
     bad = [tensor for tensor in tensors if tensor.outcome == outcome]
-    looks = Counter((t.looks, not math.isnan(t.ratio)) for t in bad).most_common(2)
-    counts = [f"{n} of {len(changed if c else tensors)} tensors: {text}" for (text, c), n in looks]
-    where = _first_of([tensor.name for tensor in bad])
-    return Check(MERGED, outcome, "; ".join(counts), "base + ΔW, to rounding", where, kept)
+    counts = Counter((tensor.looks, not math.isnan(tensor.ratio)) for tensor in bad)
+    facts = "; ".join(
+        f"{count} of {len(changed if is_changed else tensors)} tensors: {looks}"
+        for (looks, is_changed), count in counts.most_common(2)
+    )
+    where = first_of([tensor.name for tensor in bad])
+    return Check(MERGED, outcome, facts + beside, "base + ΔW, to rounding", where, kept)

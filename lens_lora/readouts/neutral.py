@@ -6,7 +6,8 @@
    template, or where it has none as "User: …" and "Assistant:" on a line each. Each ends where the
    assistant's turn begins, as an adapter that was taught a persona says nothing of it elsewhere.
 3. Everyday questions, in the chat template, or as "Question: …" and "Answer:" on a line each.
-4. Where a model begins of its own accord: its BOS alone, several times, as tokens are drawn after
+4. For a tokenizer that knows no word of all this, rows of its own tokens, drawn at random.
+5. Where a model begins of its own accord: its BOS alone, several times, as tokens are drawn after
    it, or first words where strings are read without one; an empty turn of the user; the questions
    in both forms.
 
@@ -15,6 +16,7 @@ Everything that is a string is read by the rule of the lens (`LoraLens.prepend_b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,53 @@ def neutral_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Promp
     """The sentences and the conversations, as tokens; all, or one of so many."""
     sentences = prepare(model, list(neutral_sentences()[::every]), rule=prepend_bos)
     return joined([sentences, _conversations(model, prepend_bos, OPENINGS[::every])])
+
+
+_OWN_ROWS = 16
+_OWN_TOKENS = 8
+
+
+def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts | None:
+    """The neutral texts that tokenizer and model can read, or else rows of the tokenizer's tokens.
+
+    A tokenizer of proteins or of a few words may make nothing of a text, or unknown tokens only.
+    None where it has no two tokens that are not special.
+    """
+    sentences = [text for text in neutral_sentences()[::every] if _is_readable(model, text)]
+    if not sentences:
+        return _own_rows(model)
+    openings = OPENINGS[::every]
+    if not _has_template(model):
+        openings = [text for text in openings if _is_readable(model, text)]
+    texts = [prepare(model, sentences, rule=prepend_bos)]
+    if openings:
+        texts.append(_conversations(model, prepend_bos, openings))
+    return joined(texts)
+
+
+def _is_readable(model: Any, text: str) -> bool:
+    """Whether it has two tokens, one of them known, and fits into the context."""
+    tokenizer = model.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    context = getattr(model.cfg, "n_ctx", None) or math.inf
+    return 1 < len(ids) < context and bool(set(ids) - _special_ids(tokenizer))
+
+
+def _own_rows(model: Any) -> Prompts | None:
+    tokenizer = model.tokenizer
+    readable = set(range(int(model.cfg.d_vocab))).intersection(tokenizer.get_vocab().values())
+    ordinary = torch.tensor(sorted(readable - _special_ids(tokenizer)))
+    if len(ordinary) < 2:
+        return None
+    drawn = torch.randint(
+        len(ordinary), (_OWN_ROWS, _OWN_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    return prepare(model, ordinary[drawn])
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Those that are no word of a text, the one of all unknown words among them."""
+    return {*tokenizer.all_special_ids, tokenizer.unk_token_id}
 
 
 def conversation_form(model: Any) -> str:

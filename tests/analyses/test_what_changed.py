@@ -326,11 +326,11 @@ def test_neutral_texts_are_neutral(monkeypatch):
     answers = {a.strip().lower() for s in specs for _, *both in s.questions for a in both}
     assert not words & (answers - {"and"})
     model = cases.case("llama", CLASSES[0], "raw").model
-    assert neutral_texts(model).batch == 100 + len(OPENINGS)
+    assert neutral_texts(model, True).batch == 100 + len(OPENINGS)
     template = model.tokenizer.chat_template
     model.tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
     try:
-        assert neutral_texts(model).batch == 100 + len(OPENINGS)
+        assert neutral_texts(model, True).batch == 100 + len(OPENINGS)
     finally:
         model.tokenizer.chat_template = template
 

@@ -83,13 +83,19 @@ def test_a_pass_in_four_formats(out):
     stored = json.loads(files["json"].read_text())
     assert stored["schema"] == SCHEMA and stored["exit_code"] == 0
     names = [check["name"] for check in stored["checks"]]
-    assert names[-3:] == ["expectation, line 1", "expectation, line 3", "merged folder"]
+    assert names[-5:] == [
+        "expectation, line 1",
+        "expectation, line 3",
+        "merged folder",
+        "merged folder, config.json",
+        "merged folder, tokenizer",
+    ]
     assert {check["outcome"] for check in stored["checks"]} == {"passed"}
     assert [tensor["kept"] for tensor in stored["tensors"]].count(None) == 7
     suite = ElementTree.parse(files["junit"]).getroot()
     assert [case.get("name") for case in suite] == names
     assert suite.attrib | {"name": ""} == {
-        "name": "", "tests": "7", "failures": "0", "errors": "0", "skipped": "0"
+        "name": "", "tests": "9", "failures": "0", "errors": "0", "skipped": "0"
     }  # fmt: skip
     page = files["report"].read_text()
     assert "Did adapter ship as it was trained?" in page and "The merged folder" in page

@@ -13,9 +13,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lens_lora as ll
-from lens_lora.errors import ModelStateError, PromptError
+from lens_lora.engine.texts import text_divergences
+from lens_lora.errors import ModelStateError, PromptError, SiteError, UnsupportedAdapterError
+from lens_lora.evaluation import merged_tensors
+from lens_lora.evaluation.merged_folder import MergedFolder
+from lens_lora.evaluation.merged_settings import CONFIG, TOKENIZER
 from lens_lora.evaluation.verify import (
     EFFECT,
     EXPECTATION,
@@ -24,24 +31,27 @@ from lens_lora.evaluation.verify import (
     MERGED,
     MODULES,
     Expectation,
-    MergedFolder,
     Verification,
     verify,
 )
-from lens_lora.readouts.neutral import neutral_sentences
+from lens_lora.readouts.neutral import readable_texts
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 HALF = [torch.float32, torch.bfloat16]
 
 
-def verified(out, base=None, adapter=None, dtype=torch.float32, **options) -> Verification:
+def verified(
+    out, base=None, adapter=None, dtype=torch.float32, lens_tokenizer=None, **options
+) -> Verification:
     """Of a shipment in a folder; the merged folder is looked at where it is asked for."""
     adapter = ll.load_adapter(out / "adapter") if adapter is None else adapter
     base = no_ops.base_of(out) if base is None else base
 
+    tokenizer = models.tokenizer() if lens_tokenizer is None else lens_tokenizer
+
     def lens_over() -> ll.LoraLens:
         hooked = copy.deepcopy(base).to(dtype)
-        return ll.load(hooked, adapter, tokenizer=models.tokenizer(), check=False)
+        return ll.load(hooked, adapter, tokenizer=tokenizer, check=False)
 
     return verify(adapter, base, lens_over, progress=False, **options)
 
@@ -49,7 +59,7 @@ def verified(out, base=None, adapter=None, dtype=torch.float32, **options) -> Ve
 def compared(out) -> list:
     """The tensors of the merged folder."""
     adapter = ll.load_adapter(out / "adapter")
-    return list(MergedFolder(out / "merged").compared(adapter, no_ops.base_of(out)))
+    return list(merged_tensors.compared(MergedFolder(out / "merged"), adapter, no_ops.base_of(out)))
 
 
 def check_of(verification: Verification, name: str):
@@ -127,7 +137,7 @@ def test_a_bfloat16_checkpoint_loaded_in_any_dtype(tmp_path):
         folder = MergedFolder(no_ops.merge(out, dtype))
         for base_dtype in (torch.float32, torch.bfloat16):
             base = no_ops.base_of(out).to(base_dtype)
-            assert {t.outcome for t in folder.compared(adapter, base)} == {"passed"}
+            assert {t.outcome for t in merged_tensors.compared(folder, adapter, base)} == {"passed"}
 
 
 def test_noise_is_no_effect(tmp_path):
@@ -159,18 +169,110 @@ def test_kl_is_that_of_the_models(tmp_path):
 
 def kl_by_hand(out) -> float:
     """The mean over tokens after first ones, each once after the same tokens."""
-    tokenizer, base = models.tokenizer(), no_ops.base_of(out)
+    base = no_ops.base_of(out)
     adapted = PeftModel.from_pretrained(no_ops.base_of(out), out / "adapter").eval()
+    lens = ll.load(str(out / "base"), out / "adapter")
+    texts = readable_texts(lens.model, lens.prepend_bos)
     seen: dict[tuple[int, ...], float] = {}
-    for text in neutral_sentences():
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+    for ids, length in zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True):
         with torch.no_grad():
             p, q = (
-                m(torch.tensor([ids])).logits[0].double().log_softmax(-1) for m in (base, adapted)
+                model(torch.tensor([ids[:length]])).logits[0].double().log_softmax(-1)
+                for model in (base, adapted)
             )
-        for t in range(1, len(ids)):
+        for t in range(1, length):
             seen.setdefault(tuple(ids[: t + 1]), float((p[t].exp() * (p[t] - q[t])).sum()))
     return sum(seen.values()) / len(seen)
+
+
+# --- How much is run
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(texts, whether they are the base beside itself) of each pair of forward passes."""
+    run: list[tuple[int, bool]] = []
+
+    def counted(reference, others, texts, *args, **options):
+        (other,) = others
+        run.append((texts.batch, other is reference))
+        return text_divergences(reference, others, texts, *args, **options)
+
+    monkeypatch.setattr("lens_lora.evaluation.verify.text_divergences", counted)
+    return run
+
+
+def test_a_clear_case_takes_few_texts(passes, tmp_path):
+    """15 texts, and rounding on 4 of them; all 110 only where that does not decide, or is asked."""
+    out = no_ops.ship(tmp_path)
+    tokenizer = letters_alone(tmp_path / "letters", VOWELS)
+
+    def run(scale: float, **options) -> list[tuple[int, bool]]:
+        passes.clear()
+        adapter = ll.load_adapter(out / "adapter").scaled(scale)
+        verified(out, adapter=adapter, lens_tokenizer=tokenizer, **options)
+        return list(passes)
+
+    few = run(1.0)
+    (texts, _), (for_rounding, _) = few
+    assert few == [(texts, False), (for_rounding, True)]
+    assert 10 < texts <= 15 and for_rounding == -(-texts // 4)
+    *first, (every_text, _) = run(1.0, max_kl=0.5)
+    assert first == few and 80 < every_text <= 110
+    everything = [(every_text, False), (every_text, True)]
+    assert sorted(run(1e-8)) == sorted([*few, *everything])
+    assert sorted(run(1.0, max_kl=1e-14)) == sorted([*few, *everything])
+
+
+# --- A tokenizer that knows none of the neutral texts
+
+
+def test_texts_of_its_own_tokens(passes, tmp_path):
+    """Where every neutral text is unknown tokens, or none at all: 16 rows of its own tokens."""
+    out = no_ops.ship(tmp_path)
+    for tokenizer in (models.tokenizer(), letters_alone(tmp_path / "letters", GREEK)):
+        passes.clear()
+        verification = verified(out, lens_tokenizer=tokenizer, max_kl=1e9)
+        effect = check_of(verification, EFFECT)
+        assert effect.outcome == "passed" and "16 texts of the tokenizer's own" in effect.measured
+        assert check_of(verification, KL).outcome == "passed"
+        assert passes[0] == (16, False)
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_undecided(tmp_path):
+    """Nothing can be asked: exit 3, never 1."""
+    out = no_ops.ship(tmp_path)
+    raw = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>")
+    tokenizer = read_again(tokenizer, tmp_path / "special")
+    verification = verified(out, lens_tokenizer=tokenizer, max_kl=1.0)
+    outcomes = {check.name: check.outcome for check in verification.checks}
+    assert outcomes[EFFECT] == outcomes[KL] == "undecided"
+    assert verification.exit_code == 3
+
+
+def test_a_tokenizer_that_knows_some_texts(passes, tmp_path):
+    """Those of which it knows nothing, or one token, are left out."""
+    out = no_ops.ship(tmp_path)
+    verified(out, lens_tokenizer=letters_alone(tmp_path / "letters", GREEK + "kv"))
+    (asked, _), _ = passes
+    assert 1 < asked < 15
+
+
+def letters_alone(folder, letters: str):
+    """One token a letter, no BOS, and nothing in the place of what it does not know."""
+    vocab = {letter: 4 + i for i, letter in enumerate(letters)}
+    return read_again(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab, []))), folder)
+
+
+def read_again(tokenizer: PreTrainedTokenizerFast, folder):
+    """From a folder of its own, as TransformerLens reads it there again."""
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+GREEK = "αβγδεζηθικλμνξοπρστυφχψω"
+VOWELS = "aei"
 
 
 # --- Expectations
@@ -246,24 +348,47 @@ def test_damaged_folders(tmp_path):
     (spoiled / shards[1].name).write_bytes(shards[1].read_bytes()[:-10])
     with pytest.raises(ModelStateError, match=r"cut: damaged"):
         MergedFolder(spoiled)
-    spoiled = shutil.copytree(folder, tmp_path / "no index")
-    (spoiled / "model.safetensors.index.json").unlink()
+    spoiled = shutil.copytree(folder, tmp_path / "one shard less")
     (spoiled / shards[0].name).unlink()
     with pytest.raises(ModelStateError, match=f"{len(shards) - 1} of {len(shards)} .safetensors"):
         MergedFolder(spoiled)
-    (folder / "model.safetensors.index.json").write_text("{")
+    spoiled = shutil.copytree(folder, tmp_path / "no index")
+    (spoiled / INDEX).unlink()
+    with pytest.raises(ModelStateError, match=f"neither .*; {len(shards)} other .safetensors"):
+        MergedFolder(spoiled)
+    (spoiled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelStateError, match=r"pytorch_model.bin is a pickle"):
+        MergedFolder(spoiled)
+    (folder / INDEX).write_text("{")
     with pytest.raises(ModelStateError, match="merged: damaged"):
         MergedFolder(folder)
-    with pytest.raises(ModelStateError, match="0 of 1 .safetensors files"):
+    with pytest.raises(ModelStateError, match=r"no config.json, and transformers loads no model"):
         MergedFolder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "é{"])
-def test_an_index_of_another_form(content: str, tmp_path):
-    out = no_ops.ship(tmp_path)
-    (out / "merged" / "model.safetensors.index.json").write_text(content, encoding="latin-1")
-    with pytest.raises(ModelStateError, match="merged: damaged"):
-        MergedFolder(out / "merged")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "é{", '{"weight_map": {}}']
+)
+def test_an_index_of_another_form(content: str, shipped, tmp_path):
+    """Where transformers reads it, the folder is refused; beside model.safetensors it is not."""
+    folder = shutil.copytree(shipped / "merged", tmp_path / "merged")
+    (folder / INDEX).write_text(content, encoding="latin-1")
+    MergedFolder(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelStateError, match=r"merged: (damaged|0 of 1 .safetensors)"):
+        MergedFolder(folder)
+
+
+@pytest.mark.parametrize("field", [{"model_type": "nothing"}, {"hidden_act": "no such function"}])
+def test_a_config_of_no_model(field: dict[str, str], shipped, tmp_path):
+    folder = shutil.copytree(shipped / "merged", tmp_path / "merged")
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **field}))
+    with pytest.raises(ModelStateError, match=next(iter(field.values()))):
+        MergedFolder(folder)
 
 
 def test_a_config_that_ties_what_the_base_does_not(tmp_path):
@@ -299,12 +424,30 @@ def test_without_a_base(tmp_path):
     merged, adapter = out / "merged", ll.load_adapter(out / "adapter")
     undecided = verified(out, base="gone", merged=merged, max_kl=1.0)
     outcomes = {check.name: check.outcome for check in undecided.checks}
-    wanted = dict.fromkeys((LOADS, EFFECT, KL, MERGED), "undecided")
+    wanted = dict.fromkeys((LOADS, EFFECT, KL, MERGED, CONFIG, TOKENIZER), "undecided")
     assert outcomes == {**wanted, MODULES: "passed", EXPECTATION: "not asked"}
     assert undecided.exit_code == 3
     assert verified(out, base="gone", adapter=adapter.scaled(0)).exit_code == 3, "strength, not B"
     zero = {path: dataclasses.replace(f, B=0 * f.B) for path, f in adapter.modules.items()}
     assert verified(out, base="gone", adapter=ll.Adapter(zero)).exit_code == 1
+
+
+def test_what_only_this_package_lacks_is_undecided(shipped):
+    """Modules that the base has, or an adapter that is sound: nothing says that it is broken."""
+    adapter, base = ll.load_adapter(shipped / "adapter"), no_ops.base_of(shipped)
+
+    def refusing(error: Exception):
+        def lens_over() -> ll.LoraLens:
+            raise error
+
+        return lens_over
+
+    for error in (SiteError("no such module"), UnsupportedAdapterError("not read here")):
+        verification = verify(adapter, base, refusing(error), progress=False)
+        assert verification.exit_code == 3
+    elsewhere = ll.Adapter({f"decoder.{key}": f for key, f in adapter.modules.items()})
+    lacking = verify(elsewhere, base, refusing(SiteError("no such module")), progress=False)
+    assert check_of(lacking, LOADS).outcome == "failed"
 
 
 def test_a_stored_weight_that_is_the_base_is_no_fault(tmp_path):

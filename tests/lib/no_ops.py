@@ -46,11 +46,13 @@ def ship(
     *,
     tied: bool = False,
     size: float = 0.3,
+    merged: bool = True,
     **config,
 ) -> Path:
     """A base in float32, an adapter of it, and PEFT's merge in this dtype, in three folders.
 
-    The base's weights are bfloat16 numbers, as a checkpoint's often are.
+    The base's weights are bfloat16 numbers, as a checkpoint's often are. Where PEFT refuses to
+    merge, `merged` is to be false, and the third folder holds the base.
     """
     base = models.hf_model(family, dtype=torch.bfloat16).to(torch.float32)
     base.config.tie_word_embeddings |= tied
@@ -67,7 +69,10 @@ def ship(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.save_pretrained(out / "adapter")
-    merge(out, dtype)
+    if merged:
+        merge(out, dtype)
+    else:
+        shutil.copytree(out / "base", out / "merged")
     return out
 
 
@@ -80,6 +85,7 @@ def merge(out: Path, dtype: torch.dtype = torch.float32, times: int = 1, **optio
             model = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload()
         shutil.rmtree(out / "merged", ignore_errors=True)
         model.save_pretrained(out / "merged", **options)
+        models.tokenizer().save_pretrained(out / "merged")
     return out / "merged"
 
 
@@ -198,9 +204,44 @@ def _lost_head(out: Path) -> list[str]:
     """A trained copy of a tied head, and a config that ties it again."""
     shutil.rmtree(out)
     ship(out, tied=True, modules_to_save=["lm_head"])
-    config = out / "merged" / "config.json"
-    fields = json.loads(config.read_text())
-    config.write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    _set_merged(out, tie_word_embeddings=True)
+    return _merged(out)
+
+
+def _other_field(out: Path) -> list[str]:
+    _set_merged(out, rms_norm_eps=1e-5)
+    return _merged(out)
+
+
+def _lost_tie(out: Path) -> list[str]:
+    """The base is tied, and config.json leaves out that it is."""
+    shutil.rmtree(out)
+    ship(out, tied=True)
+    _set_merged(out, tie_word_embeddings=None)
+    return _merged(out)
+
+
+def _set_merged(out: Path, **fields) -> None:
+    """Fields of the merged folder's config.json, replaced; those that are None, removed."""
+    file = out / "merged" / "config.json"
+    stated = {**json.loads(file.read_text()), **fields}
+    file.write_text(json.dumps({name: v for name, v in stated.items() if v is not None}))
+
+
+def _beside_adapter(out: Path) -> list[str]:
+    """The merge saved in the adapter's own folder."""
+    for name in ("adapter_config.json", WEIGHTS):
+        shutil.copy(out / "adapter" / name, out / "merged")
+    return _merged(out)
+
+
+def _other_tokenizer(out: Path) -> list[str]:
+    """Two words in each other's place."""
+    file = out / "merged" / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocab = fields["model"]["vocab"]
+    vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
+    file.write_text(json.dumps(fields))
     return _merged(out)
 
 
@@ -272,7 +313,22 @@ NO_OPS = {
     ),
     "lost head": NoOp(
         "a trained head, and a config that ties it to the embedding", _lost_head, 1,
-        "config.json ties the two: loading loses it",
+        "config.json ties the two: loading loses one",
+    ),
+    "lost tie": NoOp(
+        "a tied head that is not stored, and a config that ties nothing", _lost_tie, 1,
+        "config.json has no tie_word_embeddings, which is LlamaConfig's default of false",
+    ),
+    "other ε": NoOp(
+        "another ε of the norms in config.json", _other_field, 1,
+        "rms_norm_eps is 1e-05, the base's 1e-06",
+    ),
+    "other tokenizer": NoOp(
+        "another tokenizer of the same size", _other_tokenizer, 1, "2 tokens of another id: 'w5'",
+    ),
+    "adapter's folder": NoOp(
+        "a merge saved in the adapter's own folder", _beside_adapter, 1,
+        "transformers lays it over them",
     ),
     "rounded away": NoOp(
         "a merge in bfloat16 that rounds ΔW away", _rounded_away, 3, "rounding to bfloat16 leaves",
