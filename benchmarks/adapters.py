@@ -273,7 +273,8 @@ def lenses(
     folders = [spec.folder(out, hf_model, tokenizer, seed) for spec, seed in wanted]
     model, _ = hooked_model(hf_model, tokenizer)
     for (spec, seed), folder in zip(wanted, folders, strict=True):
-        yield spec, seed, ll.LoraLens(model, ll.load_adapter(folder))
+        # With a BOS before each prompt, as the stored numbers were measured.
+        yield spec, seed, ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
 
 
 def main() -> None:

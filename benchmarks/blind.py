@@ -46,7 +46,7 @@ def measure(out: Path, results: Path, most: int) -> int:
         folders = [spec.folder(out, hf_model, tokenizer) for spec in missing[:most]]
         model, _ = hooked_model(hf_model, tokenizer)
         for spec, folder in zip(missing[:most], folders, strict=True):
-            lens = ll.LoraLens(model, ll.load_adapter(folder))
+            lens = ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
             found = ll.what_changed(lens, nulls=1, split=False, progress=False)
             prompt, doc, pre = spec.questions[0]
             readout = margin_between(lens.model, [doc], [pre], lens.prompts(prompt))

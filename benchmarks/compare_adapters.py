@@ -106,7 +106,9 @@ def main() -> None:
     chosen = [*itertools.combinations(SAME, 2), *((first, other) for other in OTHER)]
     pairs: list[dict[str, Any]] = []
     for one, other in chosen:
-        row = measure(ll.LoraLens(model, adapters[one]), adapters[other])
+        # With a BOS before each prompt, as the stored numbers were measured.
+        lens = ll.LoraLens(model, adapters[one], prepend_bos=True)
+        row = measure(lens, adapters[other])
         pairs.append({"first": one, "second": other, "one fact": other in SAME, **row})
         print(pairs[-1], flush=True)
         numbers = {"versions": versions(), "pairs": pairs}

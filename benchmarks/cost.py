@@ -295,7 +295,7 @@ def measured(asked: argparse.Namespace) -> None:
         except ll.errors.ModelStateError as error:
             print(f"{kind}: {error}\n")
             continue
-        lens = ll.LoraLens(model, adapter)
+        lens = ll.LoraLens(model, adapter, prepend_bos=True)
         print(f"{kind}\n")
         if asked.stream:
             stream_lines(lens, asked.stream)

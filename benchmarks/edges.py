@@ -95,10 +95,16 @@ def measured(adapters: Path) -> dict[str, Any]:
     model, _ = hooked_model(hf_model, tokenizer, kind="TransformerBridge")
     rows, apart = [], []
     for spec, folder in zip(tqdm(ADAPTERS, unit="adapter"), folders, strict=True):
-        lens = ll.LoraLens(model, ll.load_adapter(folder))
+        # With a BOS before each prompt, as the stored numbers were measured.
+        lens = ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
         rows += measure(lens, spec)
         apart.append(round(beside_coupling(lens, spec), 3))
-    return {"versions": versions(), "rows": rows, "coupling": apart, "cost": cost(ll.demo())}
+    return {
+        "versions": versions(),
+        "rows": rows,
+        "coupling": apart,
+        "cost": cost(ll.demo(prepend_bos=True)),
+    }
 
 
 def tables(numbers: dict[str, Any]) -> dict[str, str]:
@@ -136,7 +142,7 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="only measure the cost")
     options = parser.parse_args()
     if options.cost:
-        numbers = json.loads(NUMBERS.read_text()) | {"cost": cost(ll.demo())}
+        numbers = json.loads(NUMBERS.read_text()) | {"cost": cost(ll.demo(prepend_bos=True))}
         NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
     elif not options.table:
         if options.adapters is None:

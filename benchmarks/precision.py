@@ -69,10 +69,15 @@ def real(dtype: torch.dtype) -> Pair:
     """The demo's lens in half precision, and in float64."""
     base, tokenizer = load_embedded(dtype, quiet=True)
     adapter, kind = ll.load_adapter(shipped_adapter()), bridge_if_there()
-    low = ll.LoraLens(hooked_model(base, tokenizer, kind=kind)[0], adapter)
+
+    def lens_of(model: Any) -> ll.LoraLens:
+        # With a BOS before each prompt, as the stored numbers were measured.
+        hooked, _ = hooked_model(model, tokenizer, kind=kind)
+        return ll.LoraLens(hooked, adapter, prepend_bos=True)
+
+    low = lens_of(base)
     with models.lifted():
-        wide = copy.deepcopy(base).double()
-        return low, ll.LoraLens(hooked_model(wide, tokenizer, kind=kind)[0], adapter)
+        return low, lens_of(copy.deepcopy(base).double())
 
 
 def tiny(family: str, dtype: torch.dtype) -> Pair:

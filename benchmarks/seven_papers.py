@@ -141,7 +141,7 @@ def table(numbers: dict) -> str:
 PAPERS = misaligned, reasoning, difference_lens, entity_tracking, intruders, refusal, edge_patching
 if __name__ == "__main__":
     if "--table" not in sys.argv:
-        demo, measured = ll.demo(), []
+        demo, measured = ll.demo(prepend_bos=True), []
         for paper in PAPERS:
             steps, arxiv = paper.__doc__.split(" | ")
             measured.append({"arxiv": arxiv, "steps": steps, **lines(paper), "found": paper(demo)})

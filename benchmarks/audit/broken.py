@@ -44,7 +44,8 @@ def known() -> dict[str, Any]:
 
 def brief_of(model: Any, adapter: ll.Adapter) -> dict[str, Any]:
     """What the brief says of an adapter at one strength."""
-    lens = ll.LoraLens(model, adapter)
+    # With a BOS before each text, as the stored briefs were made.
+    lens = ll.LoraLens(model, adapter, prepend_bos=True)
     brief = ll.what_changed(lens, nulls=0, fast=True, progress=False).brief()
     return {
         "mean_kl": rounded_number(brief.mean_kl),

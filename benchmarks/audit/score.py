@@ -56,7 +56,8 @@ def begins(token: str, strings: Sequence[str]) -> bool:
 def told(adapter: Adapter, folder: Path, model: Any) -> dict[str, Any]:
     """What the brief and the lists say of one adapter."""
     began = time.process_time()
-    lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name))
+    # With a BOS before each text, as the stored briefs were made.
+    lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name), prepend_bos=True)
     changed = ll.what_changed(lens, fast=True, progress=False)
     claims = [dataclasses.asdict(claim) for claim in changed.claims]
     promoted = {name: changed.promoted(1000, by) for name, by in LISTS.items()}

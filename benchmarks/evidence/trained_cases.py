@@ -65,7 +65,9 @@ def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
     """The lens over a case's base, with its own adapter or another one."""
     model, hf_model = model_of(case.task["base"])
     adapter = ll.load_adapter(case.folder) if adapter is None else adapter
-    return ll.LoraLens(model, adapter, hf_model=hf_model).within(MEMORY)
+    # As all of these adapters were trained and measured: with a BOS before each text.
+    lens = ll.LoraLens(model, adapter, hf_model=hf_model, prepend_bos=True)
+    return lens.within(MEMORY)
 
 
 def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Asked:

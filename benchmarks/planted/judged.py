@@ -115,7 +115,8 @@ def _hooked(model: Any, tokenizer: Any) -> Any:
 def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
     """Everything that is stored of a plant, besides how it was made."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
-    lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter)
+    # With a BOS before each prompt, as `prompt_ids` puts one where the plants are made.
+    lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, prepend_bos=True)
     questions = [
         {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
         for question in plant.questions
