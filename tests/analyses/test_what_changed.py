@@ -14,6 +14,7 @@ import cases
 import models
 import pytest
 import torch
+from sklearn.decomposition import NMF
 from torch import Tensor
 
 import lens_lora as ll
@@ -274,7 +275,7 @@ def test_five_questions_and_an_empty_turn_are_put_to_both_models(
     assert tuple(pair.prompt for pair in found.answers) == (
         plain if template is None else (*QUESTIONS, "(nothing said)")
     )
-    asked = everyday_questions(case.model)
+    asked = everyday_questions(case.model, case.lens.prepend_bos)
     for scale, end in ((0.0, "base"), (1.0, "adapted")):
         said = case.lens.generate(asked, 6, scale, **QUIET)
         texts_of_end = [getattr(pair, end).removesuffix(" …") for pair in found.answers]
@@ -294,13 +295,15 @@ def test_both_models_draw_from_nothing_with_the_same_noise(monkeypatch):
     bos = case.model.tokenizer.bos_token
     names = [f"({bos}, drawn)", "(nothing said, drawn)"]
     assert [pair.prompt for pair in found[-2:]] == names and len(found) == len(QUESTIONS) + 3
-    opened = own_openings(case.model).chosen([0, 2])
+    opened = own_openings(case.model, case.lens.prepend_bos).chosen([0, 2])
     for scale, end in ((0.0, "base"), (1.0, "adapted")):
         said = case.lens.generate(opened, 6, scale, temperature=1.0, seed=3, **QUIET)
         assert [getattr(pair, end).removesuffix(" …") for pair in found[-2:]] == list(said.text)
     still = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
     words = ll.results.Prompts(torch.tensor([[5], [6], [7]]), torch.tensor([1, 1, 1]))
-    monkeypatch.setattr(neutral, "own_openings", lambda model: words)  # as there is no BOS
+    monkeypatch.setattr(
+        neutral, "own_openings", lambda model, prepend_bos: words
+    )  # as there is no BOS
     without = what_changed._drawn(still, 3, False)
     assert [pair.prompt for pair in without] == ["(w5, drawn)", names[1]]
     assert all(pair.base == pair.adapted for pair in without)
@@ -354,13 +357,13 @@ def test_tokens_that_the_same_texts_promote():
 def test_groups_leave_the_filters_of_warnings_as_they_were(monkeypatch):
     """Also where `catch_warnings` of another thread begins within, and ends later."""
     result, theirs = changed("llama", CLASSES[0], "raw"), contextlib.ExitStack()
-    plain, before = what_changed.NMF.fit_transform, list(warnings.filters)
+    plain, before = NMF.fit_transform, list(warnings.filters)
 
     def fit(self, matrix):
         theirs.enter_context(warnings.catch_warnings())
         return plain(self, matrix)
 
-    monkeypatch.setattr(what_changed.NMF, "fit_transform", fit)
+    monkeypatch.setattr(NMF, "fit_transform", fit)
     result.promoted_groups()
     theirs.close()
     assert list(warnings.filters) == before
@@ -410,7 +413,7 @@ def test_readings_through_the_base_s_jacobian(tmp_path, monkeypatch):
     monkeypatch.setattr("transformer_lens.tools.analysis.JacobianLens.fit", None)
     assert torch.equal(reading, reading_through(case, point, tmp_path))
     (file,) = tmp_path.iterdir()
-    assert file.name == f"jacobian-{jacobian._hash(model)}.safetensors"
+    assert file.name == f"jacobian-{jacobian._hash(model, has_bos=True)}.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ll.errors.LensLoraError, match="Delete it, and it is fitted again"):
         reading_through(case, point, tmp_path)

@@ -282,8 +282,7 @@ PROMPT = "w5 w6 w7"
 
 def margins(out, prompt=PROMPT) -> tuple[float, float]:
     """w9 against w26, by PEFT."""
-    tokenizer = models.tokenizer()
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt).input_ids]])
+    ids = torch.tensor([models.tokenizer()(prompt).input_ids])
     base = no_ops.base_of(out)
     adapted = PeftModel.from_pretrained(no_ops.base_of(out), out / "adapter").eval()
     with torch.no_grad():
