@@ -65,7 +65,10 @@ def test_a_line_that_is_a_string_is_a_prompt(lens: ll.LoraLens, tmp_path: Path):
     assert run(lens, path, tmp_path, readout=LOG_PROB).done == 2
 
 
-@pytest.mark.parametrize("readout", [LOG_PROB, ENTROPY, ll.AnswerLogProb], ids=str)
+EACH_READOUT = {"log prob": LOG_PROB, "function": ENTROPY, "class": ll.AnswerLogProb}
+
+
+@pytest.mark.parametrize("readout", EACH_READOUT.values(), ids=EACH_READOUT)
 def test_a_readout_keeps_its_name_where_every_record_is_bad(
     lens: ll.LoraLens, tmp_path: Path, readout
 ):
