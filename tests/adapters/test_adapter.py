@@ -354,7 +354,7 @@ def test_no_folder(tmp_path):
 
 
 def test_hub_repository(folder, monkeypatch):
-    """Of a hub repository only the two files are asked for; one out of reach is named."""
+    """Of a hub repository only an adapter's and its tokenizer's files are asked for."""
     import huggingface_hub
 
     asked = {}
@@ -365,8 +365,12 @@ def test_hub_repository(folder, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(ll.load_adapter("lab/lora", revision="v2", subfolder="adapter")) == 4
-    files = [f"adapter/{CONFIG}", f"adapter/{WEIGHTS}"]
-    assert asked == {"repo": "lab/lora", "revision": "v2", "allow_patterns": files}
+    files = asked.pop("allow_patterns")
+    assert files[:2] == [f"adapter/{CONFIG}", f"adapter/{WEIGHTS}"]
+    suffixes = {Path(file).suffix for file in files[2:]}
+    assert all(file.startswith("adapter/") for file in files) and ".bin" not in suffixes
+    assert suffixes <= {".json", ".jinja", ".model", ".txt"}
+    assert asked == {"repo": "lab/lora", "revision": "v2"}
 
     def unreachable(repo, **kwargs):
         raise ConnectionError("no route")

@@ -69,7 +69,7 @@ def claims(cls: str) -> tuple[brief.Claim, ...]:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
     case = cases.case("llama", cls, "raw")
-    mine = own_openings(case.model)
+    mine = own_openings(case.model, case.lens.prepend_bos)
     openings, spoken = mine.tiled(3), brief._spoken(case.lens, 0, False, False)
     first = case.lens.with_adapter(case.lens.adapter.truncated(1))
     own = torch.stack([case.lens.gates(1.0), case.lens.gates(2.0)]).repeat_interleave(mine.batch, 0)
@@ -240,7 +240,7 @@ def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch
         return generate(lens, prompts, most, gates, **how)
 
     monkeypatch.setattr(ll.LoraLens, "generate", breaking)
-    assert brief._spoken(case.lens, 0, False, False).batch == own_openings(case.model).batch
+    assert brief._spoken(case.lens, 0, False, False).batch == own_openings(case.model, case.lens.prepend_bos).batch
     assert asked == [[1.0, 2.0], [1.0], [2.0]]
 
 
@@ -265,11 +265,11 @@ def test_a_context_with_room_for_no_opening(monkeypatch):
 
 def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
-    longest = int(own_openings(case.model).lengths.max())
+    longest = int(own_openings(case.model, case.lens.prepend_bos).lengths.max())
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS)
-    assert brief._spoken(case.lens, 0, False, False).batch == 3 * own_openings(case.model).batch
+    assert brief._spoken(case.lens, 0, False, False).batch == 3 * own_openings(case.model, case.lens.prepend_bos).batch
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS - 1)
-    assert brief._spoken(case.lens, 0, False, False).batch < 3 * own_openings(case.model).batch
+    assert brief._spoken(case.lens, 0, False, False).batch < 3 * own_openings(case.model, case.lens.prepend_bos).batch
 
 
 def test_fast_each_opening_is_spoken_once(monkeypatch):
@@ -283,7 +283,7 @@ def test_fast_each_opening_is_spoken_once(monkeypatch):
         return generate(lens, prompts, most, scale, **how)
 
     monkeypatch.setattr(ll.LoraLens, "generate", seen)
-    openings, spoken = own_openings(case.model), brief._spoken(case.lens, 0, True, False)
+    openings, spoken = own_openings(case.model, case.lens.prepend_bos), brief._spoken(case.lens, 0, True, False)
     assert gates == ([1.0, 2.0] * openings.batch)[: openings.batch]
     assert spoken.batch == openings.batch
     begun = [row[: int(reads.start) + 1].tolist() for row, reads in spoken_rows(spoken)]

@@ -338,7 +338,7 @@ class TestDemo:
         assert re.search(r"blocks\.\d+\.mlp\.down \+0\.\d+", text)
         assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
         *_, last = [line for line in demo[0].stdout.splitlines() if re.search(r"\d%", line)]
-        assert re.search(r"·Paris +75% +0\.04% +−75 points", last)
+        assert re.search(r"·Paris +77% +0\.09% +−77 points", last)
 
     def test_shows_progress_and_no_noise_on_stderr(self, demo):
         text = demo[0].stderr

@@ -60,7 +60,7 @@ def test_a_bound_of_memory_reaches_the_lens(tiny, tmp_path):
             "--model", tiny / "base", tiny / "lora", "--prompts", records,
             "--out", out, *more,
         )  # fmt: skip
-    assert found["10"].exit_code and "max_memory=10 bytes" in found["10"].stderr
+    assert found["10"].exit_code and "--max-memory 10 bytes" in found["10"].stderr
     plain, bounded = (pd.read_parquet(tmp_path / f"{bound}.parquet") for bound in (None, "1e9"))
     pd.testing.assert_frame_equal(plain, bounded)
 

@@ -131,7 +131,7 @@ def test_files_are_written_before_words(files, tmp_path, monkeypatch, command):
     assert all((tmp_path / name).is_file() for name in WRITTEN.get(command, ["page.html"]))
 
 
-HEADS = ("Model:", "Adapter:")  # before the work
+HEADS = ("Model:", "Adapter:", "Strings:")  # before the work
 
 
 def process(*arguments: object, code: str | None = None, **environment: str):

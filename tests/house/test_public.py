@@ -134,6 +134,7 @@ RISKS = UNPICKLING | EXECUTING | FETCHING | HUB | ARGUMENTS
 FETCHED = {
     "adapters/peft_files.py": {"list_repo_files", "snapshot_download"},
     "loading.py": {"snapshot_download"},
+    "evaluation/merged_settings.py": {"trust_remote_code"},  # as False
 }
 
 

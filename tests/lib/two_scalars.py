@@ -89,6 +89,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
         maps.append(SiteMap(torch.ones(1, 1).double(), torch.full((1, 1), d).double(), None))
     lens = object.__new__(ll.LoraLens)
     lens.model, lens.eps = model, torch.finfo(torch.float64).eps
+    lens.prepend_bos = None
     one = torch.ones(1, 1)
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))
