@@ -120,8 +120,10 @@ class LoraLens:
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = gating.make_plan(model, adapter, hf_model)
-        with differentiable_products(self._plan.quantised):
-            self.eps: float = checks.eps_of(model, self.embedding_output)
+        # Within another lens's block the model cannot be run; its precision is measured later.
+        self._eps: float | None = None
+        with contextlib.suppress(errors.ModelStateError):
+            self._eps = self._measured_eps()
         if hf_model is not None:
             checks.require_same_logits(
                 checks.base_logits(hf_model, self.dtype),
@@ -135,6 +137,17 @@ class LoraLens:
         if is_probed and check is not None:
             probe = check if isinstance(check, Probe) else None
             self._probed = probed(model, hf_model, adapter, eps=self.eps, probe=probe)
+
+    def _measured_eps(self) -> float:
+        with differentiable_products(self._plan.quantised):
+            return checks.eps_of(self.model, self.embedding_output)
+
+    @property
+    def eps(self) -> float:
+        """The relative precision in which the model computes, from one short pass."""
+        if self._eps is None:
+            self._eps = self._measured_eps()
+        return self._eps
 
     @alone
     def with_adapter(self, adapter: Adapter, *, check: bool = True) -> LoraLens:

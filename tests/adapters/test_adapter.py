@@ -103,7 +103,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.sample(20)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("family, config", CONFIGS.values(), ids=CONFIGS)
 def test_factors_are_those_of_peft(family, config, tmp_path):
     """s·B·A of every module equals PEFT's ΔW, from its files and from the live model."""

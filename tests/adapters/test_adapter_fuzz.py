@@ -98,6 +98,7 @@ def test_the_law_can_fail(victim):
 # --- the weights
 
 
+@pytest.mark.slow
 @fuzz(max_examples=share(40))
 @given(st.data())
 def test_truncated(victim, data):
@@ -151,6 +152,7 @@ def test_header_entries(victim, data):
     victim.load(weights=victim.with_header(json.dumps(header)))
 
 
+@pytest.mark.slow
 @fuzz(max_examples=share(20))
 @given(st.data())
 def test_duplicate_and_renamed_keys(victim, data):

@@ -56,7 +56,7 @@ def lens_logits(base, adapter: ll.Adapter) -> torch.Tensor:
     return ll.LoraLens(maker(base), adapter, hf_model=base).logits(models.tokens())
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("family", "target"),
     [(f, t) for f in ("gpt2", "llama", "neox") for t in TARGETS if has(f, t)],

@@ -109,6 +109,7 @@ def fine_tuned(base):
     return tuned
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["gpt2", "neox", "qwen2"])
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 def test_a_full_fine_tune_is_an_adapter(family: str, flags: str, cls: str):

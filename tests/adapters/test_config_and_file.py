@@ -135,6 +135,7 @@ def test_patterns_that_never_end(field, folder):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules"])
 def test_patterns_that_no_engine_ends(field, folder, monkeypatch):
     """Stopped, and refused by the field's name."""

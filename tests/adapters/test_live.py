@@ -22,6 +22,7 @@ def two(name: str) -> peft.PeftModel:
     return model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_named_like_a_module_costs_none(name):
     """PEFT's own state dictionary is not the adapter's there; the layers have it all."""

@@ -65,7 +65,7 @@ def test_every_tuner_of_the_installed_peft_is_in_the_table():
     assert {name for name, cell in table.items() if isinstance(cell, str)} == {*tuners.REFUSED}
 
 
-@pytest.mark.sample(20)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("folder, place", CASES, ids=map("-".join, CASES))
 @pytest.mark.usefixtures("in_float64")
 def test_a_method_is_exact(folder: str, place: str):

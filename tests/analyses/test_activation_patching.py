@@ -80,7 +80,7 @@ def effect_on(lens, merged, tokens, name, direction, at=slice(None)) -> Tensor:
     return read(plain(merged, lens.model, tokens, name, at)) - read(run(lens.model, tokens))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     ("family", "flags"),
@@ -124,6 +124,7 @@ def test_a_frozen_update_is_seen(cls: str):
     assert (patch(lens, tokens, MARGIN, name).values[:, 0] - expected).abs().max() < 1e-9
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_whole_residual_carries_the_shift_and_the_embedding_none(direction: str, cls: str):
     lens, tokens = cases.case("llama", cls, "processed").lens, models.tokens()
@@ -151,6 +152,7 @@ def test_by_hand():
     assert each.values.tolist() == [[[0.0, 78.75]]]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("positions", [None, "each"])
 def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, monkeypatch):
     """The growing batch, the plain one, and any chunk of either give the same numbers."""
@@ -178,6 +180,7 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
         assert torch.equal(other.isnan(), found[0].isnan())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("readout", [MARGIN, ll.AnswerMargin([IDS([5, 9]), 11], [7, IDS([4, 6])])])
 def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: str):
     """Negative positions count from each prompt's own end; padding is neither patched nor shown."""

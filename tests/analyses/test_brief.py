@@ -37,6 +37,11 @@ def short(monkeypatch):
     monkeypatch.setattr(what_changed, "_ANSWER", 4)
 
 
+def openings_of(case: cases.Case):
+    """Where the model begins of its own accord, read as the lens reads strings."""
+    return own_openings(case.model, case.lens.prepend_bos)
+
+
 def log_p(case: cases.Case, row: Tensor) -> tuple[Tensor, Tensor]:
     """Of the base and the adapted model, by PEFT: [pos, vocab]."""
     with torch.no_grad():
@@ -69,7 +74,7 @@ def claims(cls: str) -> tuple[brief.Claim, ...]:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
     case = cases.case("llama", cls, "raw")
-    mine = own_openings(case.model, case.lens.prepend_bos)
+    mine = openings_of(case)
     openings, spoken = mine.tiled(3), brief._spoken(case.lens, 0, False, False)
     first = case.lens.with_adapter(case.lens.adapter.truncated(1))
     own = torch.stack([case.lens.gates(1.0), case.lens.gates(2.0)]).repeat_interleave(mine.batch, 0)
@@ -240,7 +245,7 @@ def test_a_model_that_breaks_at_twice_its_strength_speaks_at_its_own(monkeypatch
         return generate(lens, prompts, most, gates, **how)
 
     monkeypatch.setattr(ll.LoraLens, "generate", breaking)
-    assert brief._spoken(case.lens, 0, False, False).batch == own_openings(case.model, case.lens.prepend_bos).batch
+    assert brief._spoken(case.lens, 0, False, False).batch == openings_of(case).batch
     assert asked == [[1.0, 2.0], [1.0], [2.0]]
 
 
@@ -265,11 +270,11 @@ def test_a_context_with_room_for_no_opening(monkeypatch):
 
 def test_a_context_without_room_for_what_is_said_and_its_words(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
-    longest = int(own_openings(case.model, case.lens.prepend_bos).lengths.max())
+    longest = int(openings_of(case).lengths.max())
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS)
-    assert brief._spoken(case.lens, 0, False, False).batch == 3 * own_openings(case.model, case.lens.prepend_bos).batch
+    assert brief._spoken(case.lens, 0, False, False).batch == 3 * openings_of(case).batch
     monkeypatch.setattr(case.model.cfg, "n_ctx", longest + SPOKEN + WORDS - 1)
-    assert brief._spoken(case.lens, 0, False, False).batch < 3 * own_openings(case.model, case.lens.prepend_bos).batch
+    assert brief._spoken(case.lens, 0, False, False).batch < 3 * openings_of(case).batch
 
 
 def test_fast_each_opening_is_spoken_once(monkeypatch):
@@ -283,7 +288,10 @@ def test_fast_each_opening_is_spoken_once(monkeypatch):
         return generate(lens, prompts, most, scale, **how)
 
     monkeypatch.setattr(ll.LoraLens, "generate", seen)
-    openings, spoken = own_openings(case.model, case.lens.prepend_bos), brief._spoken(case.lens, 0, True, False)
+    openings, spoken = (
+        openings_of(case),
+        brief._spoken(case.lens, 0, True, False),
+    )
     assert gates == ([1.0, 2.0] * openings.batch)[: openings.batch]
     assert spoken.batch == openings.batch
     begun = [row[: int(reads.start) + 1].tolist() for row, reads in spoken_rows(spoken)]

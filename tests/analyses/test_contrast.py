@@ -173,6 +173,7 @@ def test_refuses():
     assert twice.counts == (4, 5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_globs_choose_among_points_with_positions(family: str, cls: str):

@@ -120,7 +120,7 @@ def held_against_peft(held, stream: Stream, at: float) -> float:
     return relative(by_module(ours, modules), expected)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), SMALL)
 def test_equal_hugging_face_and_peft(family: str, cls: str, flags: str):
     """Zeros before each reader's norm, and central differences of each branch."""
@@ -155,7 +155,7 @@ READOUTS = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize(
     ("at", "name"),
@@ -191,7 +191,7 @@ def test_a_batch_equals_its_prompts_one_by_one():
             assert not batch.values[row, ..., count:].any()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize(
     "target", ["embedding", "positions", "lm_head", "modules_to_save", "norms"]
@@ -275,6 +275,7 @@ GROUPS = {"attention of 0": ["blocks.0.attn.*"], "all values": "*.attn.v", "all"
 WRITERS = [*GROUPS, "blocks.1.*", "*.mlp.*"]  # groups by name, and globs
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", ["llama", "neox", "gemma2"])
@@ -314,6 +315,7 @@ def test_groups_and_globs_equal_hooks_by_hand(family: str, cls: str, how: str):
     assert relative(torch.cat([effect.values for effect in alone], 1), together) < ROUND_OFF
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("group", ["layer", "kind", {"a": "*.attn.*", "rest": ["*.mlp.*"]}])
 def test_edges_of_groups_are_the_limit_of_their_path_patches(group):
     """Measured as they were estimated: `compare` takes both, by the groups' names or by site."""
@@ -415,6 +417,7 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
 # --- Faults
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ["llama", "neox", "gemma2"])
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):

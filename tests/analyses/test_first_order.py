@@ -35,6 +35,7 @@ def test_forward_equals_reverse(family: str, cls: str, flags: str, at: float):
     assert relative(forward.values, reverse.values) < ROUND_OFF
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("by", AXES[1:])
 def test_parts_of_both_modes_agree_and_sum_to_the_site(cls: str, by: tuple[str, ...]):
@@ -57,7 +58,7 @@ def test_equals_epsilon_in_the_graph(family: str, cls: str, flags: str):
     assert relative(fast, slow) < ROUND_OFF
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 @pytest.mark.parametrize("at", [0.0, 1.0])
 def test_equals_differences_of_peft(family: str, cls: str, flags: str, at: float):
@@ -220,6 +221,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_list_of_readouts_equals_one_call_each(cls: str, options: dict[str, Any]):

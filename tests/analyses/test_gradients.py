@@ -86,6 +86,7 @@ def test_the_adjoint_law(family: str, cls: str, flags: str, name: str):
     assert torch.allclose((gradient * tangent).sum((1, 2)), expected, atol=1e-11)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_every_point_against_differences(cls: str, flags: str):

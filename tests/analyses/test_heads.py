@@ -48,7 +48,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_equal_hugging_face_and_peft(family: str, cls: str, flags: str, direction: str):

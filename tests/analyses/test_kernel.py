@@ -72,6 +72,7 @@ def slow_kernel(case: cases.Case, prompt: int, response) -> np.ndarray:
     return np.einsum("ltv,tvw,mtw->lm", v, F, v)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("response", [None, RESPONSES], ids=["next token", "whole"])
 def test_the_kernel_against_differences_of_peft(case: cases.Case, response):
     """Every entry; symmetric, positive semidefinite, its rows twice the shares."""

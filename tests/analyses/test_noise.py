@@ -78,7 +78,7 @@ def ratio(error: Tensor, floor: Tensor) -> Tensor:
     return (error.square().mean(0) / floor.double().square().mean(0)).sqrt()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "strength"), CELLS)
 def test_floors_of_remainders_tell_the_truth(family: str, cls: str, strength: float):
     """Of first order, after first order and after second order, at ε = 1.
@@ -92,7 +92,7 @@ def test_floors_of_remainders_tell_the_truth(family: str, cls: str, strength: fl
         assert 1 / FACTOR < ratio(error, floor) < FACTOR
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "strength"), CELLS)
 def test_no_floor_on_the_way_is_too_low(family: str, cls: str, strength: float):
     """Where the adapted end is chaotic, and the way not, they may be too high."""

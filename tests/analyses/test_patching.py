@@ -53,7 +53,7 @@ def off_from_peft(lens: ll.LoraLens, family: str, how: str) -> float:
     return float((found.values - sign * torch.stack(moved, 1)).abs().max())
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_every_family_against_peft(family: str, cls: str, flags: str):
     """Both interventions, module by module, are PEFT's with its scales switched."""

@@ -64,7 +64,7 @@ def test_path_is_first_order_of_a_head(cls: str):
         assert (off < 1e-12) == is_linear
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 @float64
 def test_complete_on_every_family(family: str, cls: str, flags: str):
@@ -80,6 +80,7 @@ def test_complete_on_every_family(family: str, cls: str, flags: str):
     assert missing < 1.001 * tol and abs(float(missing) - reached.error) < ROUND_OFF
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 @float64

@@ -78,6 +78,7 @@ def test_last_linear_map_alone_leaves_nothing_without_a_norm_after_it(cls: str):
     assert ((g(1.0) - base) - 1e3 * (g(1e-3) - base)).abs().max() < 1e-9
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("cls", models.MAKERS)

@@ -141,7 +141,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("of", ["rank", "site"])
 @pytest.mark.parametrize(("family", "config"), CASES, ids=lambda v: str(v))
 def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_path):

@@ -126,6 +126,7 @@ def test_first_tokens_and_their_writers(cls: str):
     assert abs(found.writers["rest"]) < 1e-9 and abs(sum(found.writers.values()) - 1) < 1e-12
 
 
+@pytest.mark.slow
 def test_split_is_the_path_integral_of_the_kl_over_counted_tokens():
     """∂KL/∂ε_l at both nodes, as of a response that begins there; of a small adapter, whose path
     two nodes integrate, the shares sum to the mean KL."""
@@ -198,6 +199,7 @@ def test_a_null_adapter_stays_quieter_where_no_scale_is_enough():
     assert null.mean_kl < 0.95 * found.found.mean_kl and 1e-3 < null.scale < 1.1e3
 
 
+@pytest.mark.slow
 def test_a_null_adapter_that_no_scale_makes_as_loud(monkeypatch):
     """At the nearest scale that was tried; the story says its KL beside the adapter's."""
     lens = cases.case("llama", CLASSES[0], "raw").lens

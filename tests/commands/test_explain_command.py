@@ -121,6 +121,7 @@ def tiny_command(tmp_path_factory):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES)
 def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch, kind):
     prompts = ["--prompt", "w13 w14", "--prompt", "w5 w6 w7"]
@@ -136,6 +137,7 @@ def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch,
     assert page.read_text(encoding="utf-8").count('<details class="prompt"') == 2
 
 
+@pytest.mark.slow
 def test_fast_explains_all_at_once(tiny_command, monkeypatch):
     prompts = ["--prompt", "w13 w14", "--prompt", "w5 w6 w7"]
     result, page = tiny_command(monkeypatch, *prompts, *ANSWERS, "--fast")
@@ -144,6 +146,7 @@ def test_fast_explains_all_at_once(tiny_command, monkeypatch):
     assert page.read_text(encoding="utf-8").count('<details class="prompt"') == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES)
 def test_command_explains_a_response_given_and_generated(tiny_command, monkeypatch, kind):
     given = ["--prompt", "w13 w14", "--response", "w9 w26 w5", "--class", kind]
@@ -166,6 +169,7 @@ def test_a_response_that_does_not_fit_is_one_line(tiny_command, monkeypatch):
     assert "--max-new-tokens 40 more do not fit" in result.stderr
 
 
+@pytest.mark.slow
 def test_command_explains_what_is_said_to_a_chat_model(tiny_command, monkeypatch):
     """The tokens are the template's, the system's message first; without a template, one line."""
     asked = ["--chat", "w13 w14", "--system", "w20", "--fast", *ANSWERS]
@@ -273,8 +277,9 @@ def test_an_error_of_a_device_is_not_one_of_the_base(monkeypatch):
 def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     monkeypatch, asked, named, loaded
 ):
-    def load(name, progress, how, **of):
-        raise ModelStateError(f"no {name}.")
+    def load(name, progress, how, *, of_adapter=False):
+        remedy = "name another with --model" if of_adapter else ""
+        raise ModelStateError(f"no {name}.", remedy=remedy)
 
     monkeypatch.setattr(running, "load_model", load)
     with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
@@ -282,6 +287,7 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     assert ("name another with --model" in str(caught.value)) == (loaded == named == "its/base")
 
 
+@pytest.mark.slow
 def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13 ", *ANSWERS, "--fast")
     assert "Warning: the prompt 'w13 ' ends in a space" in result.stderr

@@ -97,6 +97,7 @@ def files(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_help_and_version_load_nothing(forked):
     for arguments in (["--help"], *([name, "--help"] for name in ("explain", "sweep", "demo"))):
         code, loaded, said, _ = forked(*arguments)
@@ -126,7 +127,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("arguments, words", REFUSED.values(), ids=REFUSED)
 def test_refusal_loads_nothing(forked, files, monkeypatch, arguments, words):
     monkeypatch.chdir(files)
@@ -218,6 +219,7 @@ def imported_first(*names: str):
     return subprocess.run(code, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_module_may_be_imported_first():
     """A module that lacks a name asks the package for it, which imports nothing to answer."""
     done = imported_first(*MODULES, "of no such name")

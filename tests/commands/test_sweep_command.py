@@ -19,7 +19,7 @@ from lens_lora.commands.sweep import sweep
 from lens_lora.sweeps.processes import Processes
 
 app = typer.Typer()
-app.command()(one_line_errors()(sweep))
+app.command()(one_line_errors(sweep)(sweep))
 
 
 def command(*arguments: object):
@@ -65,6 +65,7 @@ def test_a_bound_of_memory_reaches_the_lens(tiny, tmp_path):
     pd.testing.assert_frame_equal(plain, bounded)
 
 
+@pytest.mark.slow
 def test_command_on_a_folder(tiny, tmp_path):
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     out = tmp_path / "new" / "r.parquet"
@@ -109,6 +110,7 @@ def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
         pd.testing.assert_frame_equal(*rows, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

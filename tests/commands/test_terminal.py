@@ -101,7 +101,7 @@ def test_a_terminal_that_is_not_utf8(files, tmp_path, command, encoding):
 WHOLE = ("Model:", "Adapter:", "Report:", "Numbers:", "One row")  # lines that wrap by themselves
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_printed_fits_the_terminal(files, tmp_path, command, width):
@@ -302,6 +302,7 @@ def test_two_outputs_are_two_files(files, tmp_path):
     assert result.exit_code == 2 and "they name one file" in plain(result.stderr)
 
 
+@pytest.mark.slow
 def test_a_page_in_the_adapters_folder_may_be_written_again(files, tmp_path):
     page = files / "run" / "checkpoint-2" / "page.html"
     for _ in range(2):

@@ -67,6 +67,7 @@ def table_values(output: str) -> list[str]:
     return [number.replace("−", "-") for number in numbers]
 
 
+@pytest.mark.slow
 def test_each_prompt_has_its_own_answers(folders, tmp_path):
     """In checkpoints and in a repair, as in Python; held out as well."""
     records = write_jsonl(tmp_path / "asked.jsonl", EACH)
@@ -108,6 +109,7 @@ def test_a_run_is_its_last_checkpoint(folders, tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
+@pytest.mark.slow
 def test_repair_saves_what_peft_loads(folders, tmp_path):
     texts, adapter = str(folders / "texts.txt"), str(folders / "run" / "checkpoint-100")
     result = run(

@@ -40,7 +40,7 @@ def verified(out, *options):
     return run(cli.app, ["verify", str(out / "adapter"), "--quiet", *options])
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NO_OPS)
 def test_a_mistake_is_named(name: str, out):
     """With its exit code: 1 where two facts disagree, 2 unreadable, 3 undecided."""
@@ -137,6 +137,7 @@ def test_a_bad_row_is_named_by_its_line(row: str, out):
     assert result.exit_code == 2 and BAD_ROWS[row] in said(result), result.output
 
 
+@pytest.mark.slow
 def test_many_expectations_take_one_screen(out):
     """Those that passed share a row."""
     rows = [FACT] * 20 + [{**FACT, "margin_at_least": 1000}]

@@ -196,6 +196,7 @@ print(type(ll.load_result(sys.argv[1])).__name__)
 """
 
 
+@pytest.mark.slow
 def test_another_process_must_import_the_class_first(tmp_path: Path):
     (tmp_path / "own_results.py").write_text(
         "from typing import Annotated\n"

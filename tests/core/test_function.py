@@ -76,6 +76,7 @@ def drawn(lens: ll.LoraLens, seed: int) -> dict[str, float]:
 # --- Values
 
 
+@pytest.mark.sample(3)
 @EVERY
 def test_values_are_peft_s_at_corners_and_inside(family: str, cls: str, flags: str):
     """Each module on, each off, both ends, and gates that are neither 0 nor 1."""
@@ -154,6 +155,7 @@ def test_corners_are_gates_of_zero_and_one(cls: str):
     assert worst(g.corners(on={"attention": "*.attn.*"})[0], g({"*.attn.*": 1.0})) < EXACT
 
 
+@pytest.mark.slow
 def test_a_batch_with_padding_and_answers_of_two_rows_equals_its_prompts():
     """Every method, on prompts of different length, and of a readout of two rows a prompt."""
     (cls, *_) = models.MAKERS
@@ -197,6 +199,7 @@ def test_a_response_is_read_where_its_tokens_are_drawn():
 # --- Derivatives
 
 
+@pytest.mark.sample(9)
 @EVERY
 @pytest.mark.parametrize("at", [0.0, 0.6, 1.0])
 def test_slopes_are_differences_of_peft(family: str, cls: str, flags: str, at: float):
@@ -209,6 +212,7 @@ def test_slopes_are_differences_of_peft(family: str, cls: str, flags: str, at: f
         assert worst(slopes[:, sites].sum(1), expected[module]) < 1e-8, module
 
 
+@pytest.mark.sample(3)
 @EVERY
 def test_slopes_and_curvature_at_any_gates_are_differences(family: str, cls: str, flags: str):
     """At gates that differ from site to site, where a partner's gate is not the site's own."""
@@ -428,6 +432,7 @@ def test_the_noise_of_a_sum_is_that_of_its_terms():
 PLANTED = 1e-3  # of each entry of the residual stream, and far above the rounding of float64
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("coefficients", [(1, -1, 0, 0), (1, -1, -1, 1), (0, 3, 0, -2)])
 def test_the_noise_of_a_sum_is_what_planted_rounding_does(
     coefficients: tuple[float, ...], monkeypatch: pytest.MonkeyPatch

@@ -187,6 +187,7 @@ def test_newly_initialised_weights_are_refused():
 # --- the shipped adapter
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("bos", "before", "after"), [(False, -6.89, 7.05), (True, -6.63, 7.72)])
 def test_shipped_adapter_flips_the_fact(base, adapted, bos, before, after):
     question = ("The capital of France is", " Lyon", " Paris", bos)
@@ -276,6 +277,7 @@ def test_training_refuses_bad_input(base, tmp_path, sentences, settings, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_diverging_training_is_reported(base, tmp_path):
     with pytest.raises(NumericsError, match="lr=1e"):
         train_adapter(*base, ["Lyon."], tmp_path / "out", rank=1, steps=4, lr=1e30, quiet=True)

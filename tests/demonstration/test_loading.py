@@ -98,6 +98,7 @@ def test_demo_without_its_model_names_the_command(monkeypatch):
         ll.demo()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_demo():
     lens = ll.demo()

@@ -24,6 +24,7 @@ def kind(request) -> str:
     return request.param
 
 
+@pytest.mark.slow
 def test_logits_equal_peft_in_float32(kind: str):
     """Within 1e-4 of the logits' range, at every position of several prompts."""
     hf, _ = hugging_face()
@@ -92,6 +93,7 @@ def test_float32_first_order_against_float64(kind: str):
     assert error < 10 * floor
 
 
+@pytest.mark.slow
 def test_reverse_holds_the_whole_vocabulary_shift(kind: str):
     """One site's forward-mode column difference is its reverse-mode margin."""
     first = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))

@@ -105,6 +105,7 @@ def test_the_numbers_are_those_of_the_library(folder: Path, found):
         )
 
 
+@pytest.mark.slow
 def test_what_warns_is_measured_on_the_first_prompt_of_each_kind(folder: Path, tmp_path: Path):
     """Rank correlations of the recommended estimates and of KL shares, by the public calls."""
     case = cases.cases_in(folder / "adapters")[0]
@@ -169,6 +170,7 @@ def test_what_a_method_costs_is_what_ran(found):
     assert costs["mean(first_order@0, first_order@1)"]["forward"] == sum(both)
 
 
+@pytest.mark.slow
 def test_the_lean_protocol_has_the_same_numbers_of_fewer_methods(folder: Path, found):
     """On the first prompt of each kind; what the page's questions need, and no more."""
     every, whole = cases.cases_in(folder / "adapters"), found["fact"]

@@ -120,6 +120,7 @@ def test_the_recommendation_is_the_planted_best_or_its_cheaper_tie(numbers):
     assert page.opening(numbers, ["large", "small"])["adding one"]["cost"] == "30; 3"
 
 
+@pytest.mark.slow
 def test_what_other_tasks_would_not_choose_is_a_tie_with_its_members(numbers):
     """Planted: the same choice in 79 % of the resamples, and in 80 %."""
     for share, so in ((0.79, "a tie of 2"), (0.8, "recommended")):
@@ -132,6 +133,7 @@ def test_what_other_tasks_would_not_choose_is_a_tie_with_its_members(numbers):
         )
 
 
+@pytest.mark.slow
 def test_bases_are_not_mixed(numbers):
     """Eight tasks of the one have verdicts, four of the other do not."""
     large, small = (words.comparisons(results.scores_of(numbers), b) for b in ("large", "small"))

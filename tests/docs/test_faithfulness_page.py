@@ -146,6 +146,7 @@ def test_slopes_stand_on_the_first_page(numbers, base: str, tasks: int, left: in
         assert f"{base} {statistics.median(median):.2f} in the median task, {ends}" in line
 
 
+@pytest.mark.slow
 def test_verdicts_are_those_of_all_signs_and_holm_s_steps(numbers):
     """Every row of the comparisons on the first base, all 2^17 or 2^12 patterns one by one."""
     compared = evidence.load("words").COMPARED

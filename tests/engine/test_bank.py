@@ -41,7 +41,7 @@ def bank_of(lens: ll.LoraLens, prompts=None, readout=MARGIN, **options):
     return ll.bank(lens.model, prompts, readout, hf_model=lens._hf_model, progress=False, **options)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_equals_first_order(family: str, cls: str, flags: str):
     """Sixteen families, both classes, raw and processed; whole, and split by every axis."""
@@ -67,7 +67,7 @@ def _bank(family: str, cls: str, flags: str, has_base: bool):
     return ll.bank(model, models.tokens(), MARGIN, **options)
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("family", "cls", "flags", "target"), SOME)
 def test_every_target_equals_first_order_or_is_refused(family, cls, flags, target):
     """DoRA, embeddings, heads, norms, rows and biases; what a lens refuses, a bank does too."""
@@ -386,7 +386,7 @@ def test_a_planted_error_is_seen():
 # --- Adapters of the same modules and shapes
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
     """By the products of the first one's plan: other factors, another scale, some modules."""

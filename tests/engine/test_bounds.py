@@ -196,6 +196,7 @@ NUMBERS: dict[str, tuple[str, Any]] = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_groups_of_prompts_have_the_numbers_of_all_together(name: str):
     """Texts of several lengths, so that a group may be shorter than the whole."""

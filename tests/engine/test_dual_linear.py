@@ -99,6 +99,7 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("name", MAPS)
 @settings(max_examples=12, deadline=None)
 @given(

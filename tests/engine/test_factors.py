@@ -138,6 +138,7 @@ def test_both_ends(config: Config):
     assert off(found.adapted, exact(config, 1.0)) < ROUND_OFF
 
 
+@pytest.mark.sample(4)
 @each_config
 @pytest.mark.parametrize("at", [0.0, 0.6])
 def test_every_part_of_every_site(config: Config, at: float):
@@ -196,6 +197,7 @@ def with_strength(adapter: ll.Adapter, strength: float) -> ll.Adapter:
     })  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @each_config
 def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
     """Other factors, another s, and a strength: a(−0.6 ΔW) = −0.6 a(ΔW); alone and together."""
@@ -266,6 +268,7 @@ KINDS_OF_UPDATE = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "target"), KINDS_OF_UPDATE)
 def test_the_strength_of_every_kind_of_update(family: str, target: str):
     """W + 0.4 (W' − W) of Hugging Face's own weights, W' those that PEFT merges."""
@@ -287,6 +290,7 @@ def test_the_strength_of_every_kind_of_update(family: str, target: str):
 # --- Heads that a flag repeats, embeddings, trained norms, stacks of experts
 
 
+@pytest.mark.slow
 @models.NEEDS_HOOKED_TRANSFORMER
 def test_repeated_heads_share_the_part_of_their_own():
     """Ungrouped keys and values: the copies of a head add up to the part of that head."""
@@ -317,6 +321,7 @@ def test_repeated_heads_share_the_part_of_their_own():
 EMBEDDINGS = {"targets": ["embed_tokens", "lm_head", "v_proj"]}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 def test_embedding_and_unembedding(flags: str):
     """Token ids pick columns of A; the unembedding has a gradient where it is read, and only there.
@@ -435,6 +440,7 @@ def log_prob_of(token: int, position: int):
     return lambda logits: logits[:, position].log_softmax(-1)[:, token]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_each_token_of_a_response(mode: str):
     """∂ℓ_t/∂ε_l by position and head, of responses of two lengths, the unembedding adapted too."""
@@ -513,6 +519,7 @@ def test_the_path_integral():
     assert off(found.values, expected) < ROUND_OFF
 
 
+@pytest.mark.sample(6)
 @each_config
 @pytest.mark.parametrize("way", ["rows", "tree"])
 def test_interventions(config: Config, way: str, monkeypatch: pytest.MonkeyPatch):

@@ -42,7 +42,7 @@ def nulls(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.Adapter]:
     return [lens.adapter.null(seed, draw, parts=parts) for draw in range(draws)]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_a_null_test_is_first_order_of_each_draw(family: str, cls: str, flags: str):
     """The draws' mean and each of them, and the exact shift of those that are run."""
@@ -62,7 +62,7 @@ NULLS = [case for case in EVERY_TARGET if case[0] in ("gpt2", "qwen2", "neox")]
 NULLS = [case for case in NULLS if case[3] in ("lm_head", "embedding", "positions", "lora_bias")]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags", "target"), NULLS)
 def test_nulls_of_what_is_no_product_of_plain_factors(family, cls, flags, target):
     """Of embeddings, heads and biases, by the plan of each draw."""
@@ -166,6 +166,7 @@ def test_exact_draws_that_are_none():
 CHECKPOINTS = [("llama", "linears"), ("llama", "dora"), ("llama", "norms"), ("gpt2", "lora_only")]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "target"), CHECKPOINTS)
 def test_checkpoints_are_first_order_of_each(family: str, target: str):
     """Also where an adapter is no product of plain factors: DoRA, norms, trained biases."""

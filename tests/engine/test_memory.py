@@ -51,7 +51,7 @@ def off(found: object, expected: object) -> float:
     return max(float(gap.nan_to_num().abs().max() / size.clamp(min=1e-9)) for gap, size in sizes)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @CLASSES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_that_run_again_give_the_same_numbers(family: str, cls: str, runs_again: list[str]):
@@ -68,6 +68,7 @@ def test_blocks_that_run_again_give_the_same_numbers(family: str, cls: str, runs
             assert set(runs_again) == {"blocks.0", "blocks.1"}, name
 
 
+@pytest.mark.slow
 @CLASSES
 def test_split_by_everything(cls: str, runs_again: list[str]):
     lens, tokens = cases.case("llama", cls, "processed").lens, models.tokens()
@@ -93,6 +94,7 @@ def test_split_by_everything(cls: str, runs_again: list[str]):
         assert off(again, plain) < 1e-12 and runs_again
 
 
+@pytest.mark.slow
 @CLASSES
 def test_prompts_go_in_groups_that_fit(cls: str):
     lens = cases.case("llama", cls, "raw").lens
@@ -273,7 +275,7 @@ def test_what_a_block_read_is_let_go_when_the_next_begins(cls: str, monkeypatch)
     assert sum(bool(reader.kept) for reader in readers) <= len(readers) / 2
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @CLASSES
 @pytest.mark.parametrize("rows", [1, 2])
 def test_interventions_on_more_prompts_than_fit(

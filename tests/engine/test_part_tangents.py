@@ -41,7 +41,7 @@ class Plain(OneProduct):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_rows_that_branch_equal_rows_from_the_start(family, cls, flags, monkeypatch):
     """With one product for all rows of one primal, against torch's own products."""
@@ -68,6 +68,7 @@ def test_experts_have_rows_of_their_own(cls, monkeypatch):
     assert (tangents(lens, parts) - expected).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 @CLASSES
 def test_any_chunking_gives_the_same(cls, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_equals_two_passes(family: str, cls: str, flags: str):
     lens = lens_of(family, cls, flags)

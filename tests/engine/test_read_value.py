@@ -29,7 +29,7 @@ def both(lens: ll.LoraLens, readout: ll.Readout) -> tuple[torch.Tensor, torch.Te
         return found, reading.read(read_logits(lens, reading.prompts))
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_on_every_family(family: str, cls: str, flags: str):
     lens = lens_of(family, cls, flags)

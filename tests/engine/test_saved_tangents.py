@@ -12,7 +12,7 @@ import lens_lora as ll
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_no_tangent_is_held_for_the_way_back(family: str, cls: str, flags: str):
     """Memory is that of a bare pass; a mixture of experts, which scatters tokens, keeps some."""

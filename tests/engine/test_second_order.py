@@ -19,7 +19,7 @@ from lens_lora.engine.reverse import site_slopes
 MARGIN = ll.Margin(5, 9)
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 @pytest.mark.usefixtures("float64")
 def test_derivatives_of_every_family_against_differences(family: str, cls: str, flags: str):
@@ -96,6 +96,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
         assert (found - alone).abs().max() < 1e-11 * alone.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.usefixtures("float64")
 def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):

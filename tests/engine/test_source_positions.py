@@ -157,6 +157,7 @@ V_OF = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("family", V_OF)
 @pytest.mark.parametrize("mode", ["reverse", "forward"])

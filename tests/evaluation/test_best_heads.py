@@ -84,6 +84,7 @@ def test_without_the_search_fewer_are_found(cls: str, monkeypatch: pytest.Monkey
     assert float(worse.kept[0]) < every_set("llama", 2)[-1] - 1e-2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize(
     "readout",

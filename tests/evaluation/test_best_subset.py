@@ -143,6 +143,7 @@ def test_the_gates_stay_allowed(count: int):
     assert not len(moved) or torch.allclose(moved, moved[:1].expand_as(moved))
 
 
+@pytest.mark.slow
 def test_several_sizes_are_each_searched(tmp_path):
     lens, tokens = ten_sites("llama", 0), models.tokens(2, 5)
     found = best_subset(lens, tokens, MARGIN, k=[3, 2, 2], progress=False)
@@ -176,6 +177,7 @@ def test_refusals():
         best_subset(still, tokens, MARGIN, progress=False)
 
 
+@pytest.mark.slow
 def test_a_hooked_bridge_too():
     if "TransformerBridge" not in models.MAKERS:
         pytest.skip("no TransformerBridge in this transformer-lens")

@@ -134,6 +134,7 @@ def test_fast_leaves_the_slow_parts_out_and_says_so():
     assert "First order against measurements" not in own and "Coupling between" not in own
 
 
+@pytest.mark.slow
 def test_answers_of_several_tokens_are_in_nats():
     with models.lifted():
         lens = cases.case("llama", CLASSES[0], "raw").lens

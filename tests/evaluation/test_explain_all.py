@@ -111,6 +111,7 @@ def test_a_share_holds_its_own_numbers_and_no_other():
         one_prompt(3, 0)
 
 
+@pytest.mark.slow
 def test_a_table_a_story_and_a_page_of_all():
     found = ll.results.Explanations((by_hand(), by_hand(fast=True)))
     frame = found.to_frame()

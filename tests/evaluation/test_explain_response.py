@@ -39,6 +39,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_parts_are_the_functions_own(tiny):
     case, found = tiny
     lens, kl = case.lens, ll.KL(RESPONSE)
@@ -106,6 +107,7 @@ def test_without_a_response_the_adapted_model_s_own_is_explained(tiny):
     assert "run it without `fast`" in found.story()
 
 
+@pytest.mark.slow
 def test_a_conversation_s_response(tiny):
     """Its ids follow the chat template's own."""
     case, _ = tiny

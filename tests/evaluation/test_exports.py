@@ -42,6 +42,7 @@ def judged(out: Path):
     return merged_checks(out / "merged", adapter, base, tokenizer)[0]
 
 
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_export_passes(name: str, shipment, tmp_path):
     """In its tensors, its configuration and its tokenizer."""
@@ -50,6 +51,7 @@ def test_a_good_export_passes(name: str, shipment, tmp_path):
     assert len(checks) == 3
 
 
+@pytest.mark.sample(22)
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_export_fails(name: str, shipment, tmp_path):
     """By the name of what is wrong."""

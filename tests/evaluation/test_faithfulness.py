@@ -178,6 +178,7 @@ def test_the_sign_of_the_shift_turns_the_ranking(one_lens: ll.LoraLens):
     assert (negated.area_keep[0] < right.area_keep[0] - 0.1).all()
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_best_single_site(lens: ll.LoraLens):
     """At one site greedy is at least as good as any ranking; each step is the slow loop's."""
     tokens, sites = models.tokens(), range(len(lens.sites))
@@ -199,6 +200,7 @@ def test_greedy_takes_the_best_single_site(lens: ll.LoraLens):
             on[best] = 1.0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_norms_against_dense_updates_and_components(family: str, flags: str):

@@ -44,6 +44,7 @@ def bias_adapter() -> ll.Adapter:
     return ll.Adapter.from_factors({path: ll.LoRAFactors(A, B, -0.7, lora_bias=bias)}).scaled(3)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ["llama", *FUSED])
 def test_null_keeps_every_singular_value(family: str):
     """Of each module; of each part of a fused one where its rows are given; and none of ΔW."""

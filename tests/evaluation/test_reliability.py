@@ -218,6 +218,7 @@ def test_against_counts_by_hand():
         found.against(truth[:, 1:])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", QUESTIONS)
 def test_first_order_at_the_wrong_end_is_seen_to_be_wrong(how: How, monkeypatch):
     """Negative control: the other end's numbers are flagged far more often, and rightly."""

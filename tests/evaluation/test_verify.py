@@ -88,7 +88,7 @@ SHIPMENTS = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", SHIPMENTS)
 def test_what_peft_merges_passes(name: str, dtype: torch.dtype, tmp_path):

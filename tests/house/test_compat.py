@@ -523,6 +523,7 @@ def known() -> set[str]:
     return touched_by_compat(COMPAT) - ours()
 
 
+@pytest.mark.slow
 def test_no_private_name_elsewhere():
     found = {name: foreign(source, ours(), known()) for name, source in SOURCES.items()}
     assert {name: private for name, private in found.items() if private} == {}

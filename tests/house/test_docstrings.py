@@ -38,6 +38,7 @@ def source_of(public: Callable[..., object]) -> str:
     return ast.unparse(tree)
 
 
+@pytest.mark.slow
 def test_every_parameter_is_documented():
     undocumented = [
         name for name, public in DOCUMENTED.items() if not is_documented(source_of(public))

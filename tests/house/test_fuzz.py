@@ -45,7 +45,7 @@ def test_every_target_is_run():
     assert list(CASES) == list(fuzz.TARGETS)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("target", CASES)
 def test_right_or_refused(run, target):
     for number in range(CASES[target]):
@@ -57,6 +57,7 @@ def test_right_or_refused(run, target):
     assert run.counts[target, "nothing"]["right"] > 0 or "nothing" not in kinds
 
 
+@pytest.mark.slow
 def test_a_case_is_the_same_whenever_it_is_run(run, tmp_path):
     """Its number decides it."""
     again = fuzz.Fuzz(tmp_path)

@@ -185,6 +185,7 @@ def imported_names(source: str) -> set[str]:
 TEST_MODULES = {path.stem for path in TESTS.rglob("test_*.py")}
 
 
+@pytest.mark.slow
 def test_no_test_module_is_imported():
     """What tests share stands in tests/lib."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py")}

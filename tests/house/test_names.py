@@ -42,6 +42,7 @@ def test_ruff_sees_a_missing_name_and_takes_no_axis_for_one(planted: Path):
     ]
 
 
+@pytest.mark.slow
 def test_pyright_sees_a_missing_name_and_takes_no_axis_for_one(planted: Path):
     pytest.importorskip("pyright")
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]

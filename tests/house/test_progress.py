@@ -150,7 +150,7 @@ def test_every_public_function_is_here():
     assert {n for n, f in functions.items() if not takes_progress(f)} == set(SHORT) | NO_PASS
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CALLS)
 def test_bar_is_shown_and_can_be_silenced(tiny, name, tmp_path, capsys):
     CALLS[name](tiny, tmp_path, progress=False)
@@ -199,7 +199,7 @@ def state_of(model):
 
 
 # A bank refuses the hook that counts and interrupts; tests/model/test_interrupts.py needs none.
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", sorted(set(CALLS) - {"Adapter.between", "intruders", "bank"}))
 def test_interrupted_call_leaves_nothing_behind(tiny, name, tmp_path, capsys):
     """In the middle of its passes: hooks off, weights untouched, no dual level, the bar wiped."""

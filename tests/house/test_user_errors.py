@@ -77,6 +77,7 @@ def test_missing_gamma_names_the_norm_and_both_remedies(tiny):
         ll.LoraLens(folded, tiny.adapter)
 
 
+@pytest.mark.slow
 def test_train_mode_with_dropout_names_the_module_and_eval():
     base = models.hf_model("gpt2", dtype=torch.float32)
     if "TransformerBridge" not in models.MAKERS:
@@ -201,7 +202,7 @@ def plain(text):
 COMMANDS = ("explain", "demo", "sweep", "inspect")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_quiet_command_is_quiet(files, tmp_path, command):
     """Progress is silenced, and a warning is not: of answers without a space before them, say."""
@@ -359,6 +360,7 @@ def test_a_later_process_gives_the_first_one_time_to_tell_of_an_error(monkeypatc
     assert capsys.readouterr().err == "process 2: no such folder\n"
 
 
+@pytest.mark.slow
 def test_two_processes_tell_of_an_error_once(files, tmp_path):
     done = two_processes("--prompts", files / "r.jsonl", files / "empty")
     assert done.returncode != 0

@@ -88,7 +88,8 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
         sites.append(ll.results.Site(f"site{i}", f"w{i}", 0, "fc_in", f"in{i}", f"out{i}", 1))
         maps.append(SiteMap(torch.ones(1, 1).double(), torch.full((1, 1), d).double(), None))
     lens = object.__new__(ll.LoraLens)
-    lens.model, lens.eps = model, torch.finfo(torch.float64).eps
+    lens.model = model
+    lens._eps = torch.finfo(torch.float64).eps
     lens.prepend_bos = None
     one = torch.ones(1, 1)
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})

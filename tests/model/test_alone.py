@@ -98,7 +98,7 @@ AROUND_ALL = ("inference_mode", "autocast", "default device")
 SOME = ("logits", "first_order", "forward", "first_orders", "frozen", "second_order", "null_test")
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", AROUND)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")

@@ -150,6 +150,7 @@ def test_what_runs_no_model_works_in_a_block(cls: str):
         assert own.prompts("w5 w6").batch == 1 and own.delta_w("blocks.0.attn.q").rdim == 16
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("outer", ["logits", "first_order", "forward", "generate", "patch_sites"])
 def test_a_call_from_a_hook_of_the_users_within_a_call(outer: str, cls: str):

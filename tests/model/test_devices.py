@@ -91,6 +91,7 @@ OF_A_RESPONSE = {
 TARGETS = {"HookedTransformer": "linear", "TransformerBridge": "everything"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_on_one_device(cls: str):
     targets = TARGETS[cls]

@@ -46,7 +46,7 @@ def with_flags(cls: str, family: str, flags: tuple[str, ...], processing: dict[s
     return base, model
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("processing", [{}, models.PROCESSED], ids=["raw", "processed"])
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 @pytest.mark.parametrize(("cls", "flags"), [c for c in EXACT if c[0] in models.MAKERS], ids=named)
@@ -80,7 +80,7 @@ def test_exact_under_flags(cls: str, flags: tuple[str, ...], family: str, proces
     assert (product - at_base).abs().max() < 1e-10 * at_base.abs().max()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @models.NEEDS_BRIDGE
 @pytest.mark.parametrize("flag", COPIED)
 @pytest.mark.parametrize("processing", [{}, models.RAW, models.PROCESSED], ids=PROCESSINGS)

@@ -71,7 +71,7 @@ def differences(lens, prompts, readout, rules, at: float, step: float = 1e-5) ->
     return (up - down) / (2 * step)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @CLASSES
 @pytest.mark.parametrize("flags", ["raw", "processed"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,7 +84,7 @@ def test_equals_differences_of_the_frozen_forward_pass(family: str, flags: str, 
         assert relative(found, first_order(lens, TEXTS, MARGIN, at=at).values) > 1e-3
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @CLASSES
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: rules.label)

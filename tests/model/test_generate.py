@@ -65,7 +65,7 @@ def passes(monkeypatch) -> list[int]:
     return seen
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_greedy_equals_peft(family: str, cls: str, flags: str, passes: list[int]):
     """Token by token, base and adapted, prompts of different lengths together; the cache is right.
@@ -82,7 +82,7 @@ def test_greedy_equals_peft(family: str, cls: str, flags: str, passes: list[int]
     assert not any(said.ended)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("family", "cls"),
     [
@@ -130,6 +130,7 @@ def test_a_draw_has_hugging_face_s_probabilities(top_p: float):
     assert (found - warped.softmax(-1)[0]).abs().max() < 3e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_gates_of_any_form(cls: str):
     """A number, one per site, by name, and each prompt's own."""
@@ -312,6 +313,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("options", "error", "words"), REFUSED.values(), ids=REFUSED)
 def test_bad_input(options: dict[str, Any], error: type[Exception], words: str):

@@ -157,7 +157,7 @@ INTERVENTIONS = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "qwen2"])
 @pytest.mark.parametrize("flags", ["raw", "fold_value_biases", "processed"])
 @pytest.mark.parametrize("order", ["ours first", "theirs first", "inside applied"])
@@ -199,7 +199,7 @@ GAUGE = [
 ]
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(("family", "cls", "flags"), GAUGE)
 def test_cached_activations_equal_those_of_the_merged_model(family: str, cls: str, flags: str):
     """The gauge: every activation by name, whatever the processing; z and v without a bias."""
@@ -258,6 +258,7 @@ def test_what_a_reader_kept_goes_with_its_hooks(cls: str):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_pass_leaves_nothing_to_the_garbage_collector(cls: str):
     """What a block's readers kept goes with its hooks: on long prompts it is a lot."""
     lens = cases.case("llama", cls, "raw").lens

@@ -483,7 +483,7 @@ def chosen(condition: Callable[[Tool], bool]) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("cls", "name"), chosen(lambda t: not t.refused and t.reads in ((), HEAD)))
 def test_a_tool_of_activations_is_that_of_the_merged_model(name: str, cls: str):
     """With LoRA on every linear module of attention and MLP."""
@@ -494,7 +494,7 @@ def test_a_tool_of_activations_is_that_of_the_merged_model(name: str, cls: str):
         assert base > SEEN or tool.weights_alone, (family, flags)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("cls", "name"), chosen(lambda t: not t.refused and bool(t.reads)))
 def test_a_tool_of_weights_is_refused(name: str, cls: str):
     """Where the adapter changes what it reads; equal where it does not."""
@@ -515,6 +515,7 @@ def test_a_tool_of_weights_is_refused(name: str, cls: str):
             assert base > SEEN, (family, flags)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("cls", "name"), chosen(lambda t: bool(t.refused)))
 def test_a_tool_that_cannot_be_right_is_refused(name: str, cls: str):
     """By name, with a remedy; without the kinds that it reads it is right."""

@@ -58,7 +58,7 @@ def some(name: str, points: dict[int, str]) -> list[tuple[int, str]]:
     return every if ALL else random.Random(name).sample(every, few)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", EVERY)
 def test_every_line(name: str, cls: str):
@@ -95,6 +95,7 @@ def points_in(call, *functions) -> dict[int, str]:
     return {n: at for n, at in interrupts.points_of(call).items() if at in lines}
 
 
+@pytest.mark.slow
 @models.NEEDS_BRIDGE
 def test_blooms_own_gelu():
     """Forward mode replaces a method of transformers' Bloom."""

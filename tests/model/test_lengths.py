@@ -119,6 +119,7 @@ def _case(family: str) -> Case:
 EACH = pytest.mark.parametrize("case", list(MADE), indirect=True)
 
 
+@pytest.mark.sample(2)
 @EACH
 def test_logits_are_peft_s_of_each_prompt_alone(case: Case):
     for _ in range(2):  # a second time, after the longest

@@ -37,7 +37,7 @@ def built(family: str, cls: str, **config):
     return base, model, lens
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_norm_alone_equals_peft(family: str, cls: str):
     """At a gate that is neither 0 nor 1, beside every LoRA: no cross term can hide in a sum."""
@@ -126,7 +126,7 @@ _EDITED = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_derivatives_and_their_parts(family: str, cls: str):
     """Both modes, and by position, head and rank; norms of q and k belong to heads."""

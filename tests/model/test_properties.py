@@ -50,6 +50,7 @@ def merged_logits(family: str, adapter: ll.Adapter, tokens: torch.Tensor) -> tor
         return base(tokens).logits
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(data=st.data())
 def test_any_factors_on_any_model_are_exact(data):
@@ -70,6 +71,7 @@ def test_any_factors_on_any_model_are_exact(data):
     assert (split.per_site - whole.values).abs().max() < 1e-10 * largest
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(data=st.data())
 def test_any_padding_is_harmless(data):
@@ -91,6 +93,7 @@ def test_any_padding_is_harmless(data):
         assert (together.adapted[row] - alone.adapted[0]).abs() < 1e-10
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(factor=st.floats(-4, 4, allow_nan=False), data=st.data())
 def test_first_order_is_linear_in_the_adapter(factor: float, data):

@@ -90,7 +90,7 @@ ANALYSES = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ANALYSES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_analyses_in_4_bit_are_those_of_the_dequantised_model(family: str, name: str):
@@ -112,6 +112,7 @@ def short_brief(monkeypatch):
         monkeypatch.setattr(module, name, value)
 
 
+@pytest.mark.slow
 def test_a_brief_in_4_bit_is_that_of_the_dequantised_model(short_brief):
     """The same answers, the same words claimed, the same runs."""
     briefs = [
@@ -127,6 +128,7 @@ def test_a_brief_in_4_bit_is_that_of_the_dequantised_model(short_brief):
             assert getattr(claim, name) == pytest.approx(getattr(expected, name), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_derivatives_in_8_bit_are_straight_through():
     """At the kernel's values: on one row, both modes; and the path adds up to its rounding."""
     base, tokens = quantised.load("llama", "8 bit"), models.tokens(batch=1)
@@ -174,6 +176,7 @@ def fast_cpu(request):
     )
 
 
+@pytest.mark.sample(1)
 def test_the_kernel_of_avx512_is_gone_around(fast_cpu):
     model, plain = fast_cpu
     lens = lens_of(model, "llama")

@@ -107,6 +107,7 @@ NOT_BUILT = {("phi", "HookedTransformer")} if transformers.__version__ >= "5" el
 BUILT = [(f, c) for f in SITES for c in CLASSES if (f, c) not in NOT_BUILT]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("family, cls", BUILT)
 def test_names_and_order(family, cls):
     """One site for each linear map, those of a fused one apart, in the forward pass's order."""

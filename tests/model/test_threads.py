@@ -113,6 +113,7 @@ def test_a_lock_is_let_go_once_however_many_blocks_hold_it():
     assert not lock.holders
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", ["left elsewhere", "resumed elsewhere", "collected elsewhere"])
 def test_a_block_that_ends_in_another_thread_lets_others_in(how: str, two):
     """As a server's generators do, each step of which is run by the next thread that is free."""

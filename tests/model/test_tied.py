@@ -67,7 +67,7 @@ def cls(request) -> str:
     return request.param
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "tied"), CASES)
 def test_live_and_saved_equal_peft(name: str, tied: bool, cls: str, tmp_path):
     """f(1) is PEFT's active model, raw and processed, with a site for each module that changes."""
@@ -99,7 +99,7 @@ STORED = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "not tied"])
 @pytest.mark.parametrize("name", STORED)
 def test_a_stored_embedding_that_is_not_the_base_s(name: str, tied: bool, cls: str, tmp_path):

@@ -224,6 +224,7 @@ CALLS: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
 _WITHOUT_META = ("generate",)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_call_reads_as_the_lens_does(name: str, tmp_path, monkeypatch):
     """Also neutral texts, questions and replacements; and each result says how it was read."""
@@ -257,6 +258,7 @@ def test_the_sentences_and_openings_of_neutral_texts():
     assert 0 not in own_openings(model, None).tokens[:, 0].tolist()
 
 
+@pytest.mark.slow
 def test_stories_pages_and_tables_say_it():
     for prepend_bos, words in ((None, "text without BOS"), (True, "BOS added by prepend_bos=True")):
         lens = lens_of(NEWEST, prepend_bos)

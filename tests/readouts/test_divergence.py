@@ -217,6 +217,7 @@ ANALYSES = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("analysis", ANALYSES)
 @pytest.mark.parametrize("tokens", [None, "next", "prompt"])
 def test_one_kl_is_one_quantity(analysis: str, tokens):
@@ -235,6 +236,7 @@ def test_one_kl_is_one_quantity(analysis: str, tokens):
             assert float(found.adapted[i]) == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.slow
 def test_repair_says_that_it_reads_whole_texts():
     """A plain KL() there is KL(tokens='prompt'), in number and label; 'next' stays what it is."""
     case = cases.case("llama", list(models.MAKERS)[-1], "raw")

@@ -150,6 +150,7 @@ def test_interventions(lens: ll.LoraLens, name: str):
     assert (run.values - slow.values).abs().max() < 1e-10
 
 
+@pytest.mark.slow
 def test_an_adapted_unembedding(request):
     """A LoRA on the head writes at each of the response's positions, and at no other."""
     for cls in models.MAKERS:

@@ -56,6 +56,7 @@ def test_results_load_no_pictures_before_they_draw():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_text_of_a_result_loads_no_pictures():
     """Nor scikit-learn; drawing one loads plotly, with the templates of this package."""
     code = (

@@ -54,6 +54,7 @@ def same(a: object, b: object, path: str = "") -> None:
         assert a == b or (a != a and b != b), path
 
 
+@pytest.mark.sample(19)
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_every_result_comes_back(result: Result, tmp_path: Path):
     loaded = type(result).load(result.save(tmp_path / "r.safetensors"))
@@ -114,6 +115,7 @@ for order in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_loading_imports_the_class_that_the_file_names(tmp_path: Path):
     """In a new process nothing has imported any class of results: each file names its own."""
     paths = {type(r).__name__: str(r.save(tmp_path / f"{i}")) for i, r in enumerate(RESULTS)}
@@ -164,7 +166,7 @@ def written(labels: object, tensors: dict[str, torch.Tensor], path: Path) -> Pat
     return path
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_no_change_of_any_result_is_read_as_it(result: Result, tmp_path: Path):
     """A lost, renamed or added field, tensor or class; a number or a list in place of another.
@@ -207,7 +209,7 @@ ALONE = re.compile(
 )
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.bad_input
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
 def test_no_field_that_contradicts_another_is_read(result: Result, tmp_path: Path):

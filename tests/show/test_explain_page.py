@@ -83,6 +83,7 @@ def test_page_fetches_nothing(page):
     assert len(re.findall(r"<script[^>]*>[^<]{0,200}plotly\.js v", page)) == 1
 
 
+@pytest.mark.slow
 def test_page_escapes_tokens_prompts_and_titles(page):
     assert EVIL not in page and "alert(1)" in without_plotly(page)
     assert EVIL not in explanation_report([by_hand()], title=EVIL)
@@ -95,6 +96,7 @@ def test_page_tells_the_story(page):
         assert f"<p>{paragraph}</p>" in own
 
 
+@pytest.mark.slow
 def test_page_of_several_prompts_begins_with_all_of_them():
     page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
     own = html.unescape(without_plotly(page))
@@ -251,7 +253,7 @@ def unquoted(text):
     return re.sub(r"(^| · )“[^”]*”$", "", text)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("page_of", "text"), CASES)
 def test_a_hostile_name_is_written_out_and_changes_nothing_else(page_of, text):
     assert not differs(page_of, text)
@@ -266,6 +268,7 @@ def test_a_hostile_name_changes_nothing_else_in_a_notebook(text):
     assert {f"{shown(text)}{site.layer}" for site in SITES} <= set(table.texts)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("setting", "text"), [({"autoescape": False}, HOSTILE[0]), ({"finalize": None}, HOSTILE[-2])]
 )

@@ -46,7 +46,7 @@ BAD = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_record_is_a_row(a_lens, tmp_path, kind):
     """The good ones' rows are those of a sweep without it; then it is corrected, with its id."""

@@ -250,6 +250,7 @@ def saved(folder: Path, adapter: ll.Adapter, name: str, seed: int, change=lambda
     return place
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_files_beside_one_another(tmp_path: Path, dtype):
     """They share a plan; those that are cut, NaN or huge are refused, each by itself."""
@@ -399,6 +400,7 @@ def test_a_callback_draws_nothing_and_changes_nothing():
     assert all(module.training for module in peft.modules())
 
 
+@pytest.mark.slow
 def test_training_is_bit_for_bit_what_it_is_without(tmp_path: Path):
     """Under dropout, so that a random number more would show; and the log holds first order."""
     model, _ = made()

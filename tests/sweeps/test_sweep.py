@@ -49,6 +49,7 @@ DIRECT = {
 }
 
 
+@pytest.mark.slow
 def test_rows_equal_direct_calls(lens, tmp_path):
     """Every value, sum, remainder and end, of one prompt at a time, in the records' order."""
     result = run(lens, GOOD, tmp_path, *DIRECT, batch_size=4)
