@@ -275,7 +275,7 @@ def test_what_a_block_read_is_let_go_when_the_next_begins(cls: str, monkeypatch)
     assert sum(bool(reader.kept) for reader in readers) <= len(readers) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.sample(1)
 @CLASSES
 @pytest.mark.parametrize("rows", [1, 2])
 def test_interventions_on_more_prompts_than_fit(
