@@ -431,7 +431,7 @@ def float32_products() -> tuple[str, ...]:
     where a program has set a single backend.
     """
     backends: Any = torch.backends.cuda, torch.backends.mkldnn
-    products = [getattr(backend, "matmul", None) for backend in backends]
+    products: list[Any] = [getattr(backend, "matmul", None) for backend in backends]
     if all(hasattr(product, "fp32_precision") for product in products):
         return tuple(product.fp32_precision for product in products)
     return (torch.get_float32_matmul_precision(),)

@@ -135,8 +135,8 @@ def options_of(command: Callable[..., None]) -> dict[str, str]:
                 names[name] = about.metavar or name.upper()
             elif isinstance(about, OptionInfo):
                 # typer.Option("--json") has its first name as `default`.
-                written = [about.default, *(about.param_decls or ())]
-                declared = [text for text in written if str(text).startswith("--")]
+                written = [str(text) for text in (about.default, *(about.param_decls or ()))]
+                declared = [text for text in written if text.startswith("--")]
                 names[name] = next(iter(declared), names[name]).partition("/")[0]
     return names | {also: names[name] for also, name in _ALSO.items() if name in names}
 

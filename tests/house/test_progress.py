@@ -87,6 +87,7 @@ CALLS = {
     "remainder_curve": lambda t, folder, **o: ll.remainder_curve(
         t.lens, PROMPT, R, torch.linspace(0.1, 1, 70), **o
     ),
+    "LoraLens.function": lambda t, folder, **o: t.deep.function(PROMPT, R, **o).corners("add_one"),
     "LoraLens.generate": lambda t, folder, **o: t.lens.generate(PROMPT, 12, eos_token_id=(), **o),
     "kl_shares": lambda t, folder, **o: ll.kl_shares(
         t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
@@ -122,8 +123,18 @@ SHORT = {
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
-DEEP = {"fact_margin", "patch_edges", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"alignment", "compare", "demo", "load", "load_adapter", "load_bank", "load_result"}
+DEEP = {
+    "LoraLens.function",
+    "fact_margin",
+    "patch_edges",
+    "patch_sites",
+    "reliability",
+    "remainder",
+}
+NO_PASS = {
+    *("adapter_format", "alignment", "analysis", "compare", "demo", "load", "load_adapter"),
+    *("load_bank", "load_result", "readout"),
+}
 
 
 def is_python(member) -> bool:
