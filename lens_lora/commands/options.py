@@ -12,13 +12,21 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.models import ArgumentInfo, OptionInfo
-from typing_extensions import Self
 
 from lens_lora.adapters import peft_files
 from lens_lora.adapters.formats import files_in
@@ -36,6 +44,9 @@ def least(number: int, text: str) -> Any:
 ModelClass = Literal["HookedTransformer", "TransformerBridge"]
 _CLASS = typer.Option("--class", help="Hooked class. Default: what there is.")
 _BYTES = least(1, "Bytes beside the model, such as 8e9: less at a time, and the same numbers.")
+
+
+_Options = TypeVar("_Options", bound="ModelOptions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +71,7 @@ class ModelOptions(Placement):
         """Whether strings get a BOS; None for what their tokenizer does."""
         return None
 
-    def placed(self, device: str) -> Self:
+    def placed(self: _Options, device: str) -> _Options:
         """On this device, where the options name no place."""
         is_placed = self.device is not None or self.device_map is not None
         return self if is_placed else dataclasses.replace(self, device=device)
