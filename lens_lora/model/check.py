@@ -166,6 +166,7 @@ _PRODUCT_STEP = 2.0**-13
 _BENT_BY_PRODUCTS = 2.0**-3
 _PRODUCT_DRAWS = 2
 _TF32_EPS = 2.0**-10
+_Row = Float[Tensor, "1 pos d_vocab"]
 _Rows = Float[Tensor, "draw pos d_vocab"]
 
 
@@ -189,7 +190,7 @@ def eps_of(model: Any, embedding: str) -> float:
     return eps
 
 
-def _stepped(model: Any, embedding: str, step: float, draws: int) -> tuple[_Rows, _Rows, _Rows]:
+def _stepped(model: Any, embedding: str, step: float, draws: int) -> tuple[_Row, _Rows, _Rows]:
     """Logits of eight tokens, and those after relative steps of the embedding up and down."""
 
     def steps(rows: Tensor, hook: Any) -> Tensor:

@@ -103,8 +103,8 @@ def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
 
 
 def with_expert(
-    x: Float[Tensor, "token slot in"], expert: Int[Tensor, "token slot"]
-) -> Float[Tensor, "token slot in_and_expert"]:
+    x: Float[Tensor, "*token slot in"], expert: Int[Tensor, "*token slot"]
+) -> Float[Tensor, "*token slot in_and_expert"]:
     """z = (x, e)."""
     digits = torch.stack([expert // _DIGIT, expert % _DIGIT], -1)
     return torch.cat([x, digits.to(x.dtype)], -1)

@@ -172,7 +172,7 @@ class _Callable(LastToken):
     def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         return self._checked
 
-    def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+    def _checked(self, logits: Float[Tensor, "batch *slot vocab"]) -> Float[Tensor, " batch"]:
         values = self.fn(logits)
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if shape != tuple(logits.shape[:1]):
