@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lens_lora.adapters.adapter import Adapter, load_adapter, read_adapter
+from lens_lora.adapters.adapter import Adapter, given_adapter, load_adapter
 from lens_lora.adapters.factors import TrainedModule
 from lens_lora.adapters.from_models import base_within
 from lens_lora.adapters.peft_files import CONFIG
@@ -166,6 +166,8 @@ def load(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     attn: Attention = "eager",
+    revision: str | None = None,
+    subfolder: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prepend_bos: bool | None = None,
     check: bool = True,
@@ -180,8 +182,9 @@ def load(
             wrapped, so do not run or change it afterwards, but `copy.deepcopy` it before. A
             PeftModel stays as it is: its base is wrapped as modules of their own on the same
             weights. None for the base that the adapter names.
-        adapter: a hub id, a folder, or an `Adapter`; left out, the active one of a PeftModel. The
-            ΔW of a method other than LoRA is measured over the base first (`load_adapter`).
+        adapter: a hub id ('owner/repo', or 'owner/repo/sub/folder'), a folder, or an `Adapter`;
+            left out, the active one of a PeftModel. The ΔW of a method other than LoRA is measured
+            over the base first (`load_adapter`).
         kind: the class of hooked model; by default TransformerBridge if it is installed. A model
             that is quantised or lies on several devices needs a TransformerBridge.
         dtype: the weights' torch dtype, its name, or 'auto' for the checkpoint's own. By default a
@@ -191,6 +194,8 @@ def load(
         load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
         load_in_8bit: … to 8 bit.
         attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
+        revision: branch, tag or commit of the adapter's hub repository.
+        subfolder: the adapter's folder within its folder or repository.
         tokenizer: by default the one saved with the adapter, where there is one, with its chat
             template; else the one saved with the model. The lens's repr names the adapter's.
         prepend_bos: whether a string that does not begin with a BOS gets one; None to read strings
@@ -219,8 +224,7 @@ def load(
     def loaded(named: str | None) -> Base:
         return _base(model, named, how, tokenizer)
 
-    if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter, lambda named: loaded(named)[0])
+    adapter = given_adapter(adapter, lambda named: loaded(named)[0], revision, subfolder)
     base, base_tokenizer = loaded(adapter.base_model)
     own = OwnTokenizer(tokenizer)
     if tokenizer is None:

@@ -28,7 +28,7 @@ from lens_lora.adapters.arithmetic import Parts, module_path
 from lens_lora.adapters.directions import Side, directions_of, is_writer, projected, truncated
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
 from lens_lora.arguments import number, whole, word
-from lens_lora.errors import AdapterError, ArgumentError, SiteError, many
+from lens_lora.errors import AdapterError, ArgumentError, SiteError, many, setting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -460,12 +460,15 @@ def load_adapter(
 
     A folder of a format that `ll.adapter_format` has registered is read by it.
 
+        >>> load_adapter("owner/repo/run/checkpoint-500", revision="v2")  # doctest: +SKIP
+
     LoRA is read from its two files. The ΔW of other methods (VeRA, LoHa, OFT, IA3, …) is measured:
     PEFT lays the folder over the base, and each layer is run on every unit vector in float64. A
     method whose layer is a function of the input, and no ΔW, is refused by name.
 
     Args:
-        path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
+        path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id, also
+            with a folder of the repository: 'owner/repo/sub/folder'.
         base: the Hugging Face model that the adapter was trained on, for methods other than LoRA;
             in the dtype of the training, as some draw matrices from a seed. It stays as it is.
         revision: branch, tag or commit of the hub repository.
@@ -506,7 +509,7 @@ def read_adapter(
         modules, base = methods.updates_over_base(folder, config, base_for)
     return Adapter(
         modules,
-        name=folder.name or str(path),
+        name=peft_files.name_of(folder),
         base_model=base,
         tokenizer_folder=_own_tokenizer_in(folder),
     )
@@ -530,7 +533,24 @@ def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
             )
         return Adapter(
             found,
-            name=folder.name,
+            name=peft_files.name_of(folder),
             base_model=known.base_model(folder),
             tokenizer_folder=_own_tokenizer_in(folder),
         )
+
+
+def given_adapter(
+    adapter: Adapter | str | Path,
+    base_for: Callable[[str | None], nn.Module] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """An adapter as a caller gives it: the object itself, or where it lies (`load_adapter`)."""
+    if not isinstance(adapter, Adapter):
+        return read_adapter(adapter, base_for, revision, subfolder)
+    where = {"revision": revision, "subfolder": subfolder}
+    for name, value in where.items():
+        if value is not None:
+            fact = f"{setting(name, value)} says where an adapter lies"
+            raise ArgumentError(f"{fact}, and {adapter.name!r} is read already; leave it out.")
+    return adapter

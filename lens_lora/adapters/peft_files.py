@@ -16,17 +16,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import glob
 import json
 import re
 import time
 from collections.abc import Collection, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import regex
 
 from lens_lora.adapters import formats
-from lens_lora.errors import AdapterError, UnsupportedAdapterError, many, warn
+from lens_lora.errors import (
+    AdapterError,
+    UnsupportedAdapterError,
+    is_of_the_system,
+    many,
+    setting,
+    warn,
+)
 from lens_lora.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -47,39 +55,62 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # --- Folders
 
 
+class Place(NamedTuple):
+    """Where an adapter, or a folder of several, lies on disk or on the hub.
+
+    Attributes:
+        path: a folder, 'owner/repo', or 'owner/repo/sub/folder'.
+        revision: branch, tag or commit of the hub repository.
+        subfolder: its folder within the folder or the repository.
+    """
+
+    path: str | Path
+    revision: str | None = None
+    subfolder: str | None = None
+
+
 def adapter_folder(
     path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
     """The folder of an adapter, on disk or fetched from the hub, with its two files in it."""
-    if Path(path).is_file():
-        raise AdapterError(f"{path}: a file; give the folder that it lies in: {Path(path).parent}.")
-    root = Path(path) if Path(path).exists() else _fetched(str(path), revision, subfolder)
-    folder = root / (subfolder or "")
+    place = Place(path, revision, subfolder)
+    folder = _at_hand(place, _file_names())
+    is_there = (folder / CONFIG).is_file() or formats.format_in(folder) is not None
+    if not Path(path).exists() and not is_there:
+        _refuse_other_place(place)
     require_files(folder)
     return folder
 
 
-def folders_in(folder: str | Path) -> dict[str, Path]:
+def folders_in(
+    folder: str | Path, revision: str | None = None, subfolder: str | None = None
+) -> dict[str, Path]:
     """Every folder with an adapter's config or weights, by its path from here; at least one.
 
     Of a registered format those with all of its files.
     """
-    paths = {path.parent for name in (CONFIG, WEIGHTS) for path in Path(folder).rglob(name)}
+    names = _file_names()
+    root = _at_hand(Place(folder, revision, subfolder), [*names, *(f"*/{name}" for name in names)])
+    paths = {path.parent for name in (CONFIG, WEIGHTS) for path in root.rglob(name)}
     for known in formats.registered():
-        first = Path(folder).rglob(known.files[0])
+        first = root.rglob(known.files[0])
         paths |= {path.parent for path in first if known.is_in(path.parent)}
     if not paths:
         raise AdapterError(
             f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}."
         )
-    return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return {path.relative_to(root).as_posix(): path for path in sorted(paths)}
 
 
-def checkpoint_folders(run: str | Path) -> dict[int, Path]:
+def checkpoint_folders(
+    run: str | Path, revision: str | None = None, subfolder: str | None = None
+) -> dict[int, Path]:
     """{step: folder} of a trainer's run folder, increasing. Other folders are left alone."""
-    if not Path(run).is_dir():
+    names = [f"checkpoint-*/{name}" for name in _file_names()]
+    root = _at_hand(Place(run, revision, subfolder), names)
+    if not root.is_dir():
         raise AdapterError(f"{run}: no such folder.")
-    folders = _checkpoints(Path(run))
+    folders = _checkpoints(root)
     if len(folders) < 2:
         raise AdapterError(
             f"{run} holds {many(len(folders), 'folder')} checkpoint-<step>; a training is read "
@@ -88,6 +119,17 @@ def checkpoint_folders(run: str | Path) -> dict[int, Path]:
     for folder in folders.values():
         require_files(folder)
     return folders
+
+
+def name_of(folder: Path) -> str:
+    """The name of an adapter that lies in this folder; of a whole hub repository its own name.
+
+    The hub's cache keeps a repository as `models--owner--name/snapshots/commit`.
+    """
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name or str(folder)
 
 
 def last_checkpoint(path: str | Path) -> Path | None:
@@ -103,43 +145,81 @@ def _checkpoints(run: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
-def _fetched(text: str, revision: str | None, subfolder: str | None) -> Path:
-    """The folder of a hub repository, with an adapter's two files."""
-    if text.count("/") > 1 or text.startswith((".", "~", "/")):
+def _file_names() -> list[str]:
+    """What is fetched of an adapter: the files of every format, and those of its tokenizer."""
+    return [*formats.every_file_name(), *TOKENIZER_FILES]
+
+
+def _at_hand(place: Place, files: Iterable[str]) -> Path:
+    """The folder of a place. On the hub these files are fetched, as globs within the folder."""
+    path = Path(place.path)
+    if path.is_file():
+        raise AdapterError(f"{path}: a file; give the folder that it lies in: {path.parent}.")
+    if not path.exists():
+        return _fetched(place, files)
+    if place.revision is not None:
+        of_the_hub = f"{setting('revision', place.revision)} is of a hub repository"
+        raise AdapterError(f"{path}: a local folder, and {of_the_hub}; leave it out.")
+    return path / (place.subfolder or "")
+
+
+# As the hub has them: 'owner/name', and perhaps a folder within.
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<inside>.+))?")
+
+
+def _on_the_hub(place: Place) -> tuple[str, str]:
+    """(the repository, the folder within it) of a place that is not on disk."""
+    text = str(place.path)
+    is_path = text.startswith((".", "~", "/"))
+    hub_id = None if is_path else _HUB_ID.fullmatch(text.rstrip("/"))
+    if hub_id is None:
+        is_one_word = not is_path and "/" not in text
+        nor_hub_id = ", nor a hub id ('owner/name')" if is_one_word else ""
+        raise AdapterError(f"{text}: no such folder{nor_hub_id}.")
+    if Path(hub_id["repository"]).exists():
         raise AdapterError(f"{text}: no such folder.")
-    if "/" not in text:
-        raise AdapterError(f"{text}: no such folder, nor a hub id ('owner/name').")
+    parts = [hub_id["inside"], place.subfolder]
+    return hub_id["repository"], "/".join(part.strip("/") for part in parts if part)
+
+
+def _fetched(place: Place, files: Iterable[str]) -> Path:
+    """The folder of a hub repository, with the files in it that match these globs."""
+    repository, inside = _on_the_hub(place)
+    before = f"{glob.escape(inside)}/" if inside else ""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    names = (*formats.every_file_name(), *TOKENIZER_FILES)
-    wanted = [f"{subfolder}/{name}" if subfolder else name for name in names]
+    wanted = [before + name for name in files]
     try:
-        root = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
+        root = snapshot_download(repository, revision=place.revision, allow_patterns=wanted)
+    except RevisionNotFoundError as error:
+        fact = f"the hub repository has no revision {place.revision!r}"
+        raise AdapterError(f"{repository}: {fact}.") from error
     except Exception as error:
-        fact = f"neither a local folder nor a hub repository that can be reached ({error})"
-        raise AdapterError(f"{text}: {fact}.") from error
-    is_there = (root / wanted[0]).is_file() or formats.format_in(root / (subfolder or ""))
-    if not is_there:
-        _refuse_other_place(text, revision)
-    return root
+        if is_of_the_system(error):
+            raise
+        named = f" {repository}" if inside else ""
+        fact = f"neither a local folder nor a hub repository{named} that can be reached ({error})"
+        raise AdapterError(f"{place.path}: {fact}.") from error
+    return Path(root) / inside
 
 
-def _refuse_other_place(repository: str, revision: str | None) -> None:
+def _refuse_other_place(place: Place) -> None:
     """Refuse a hub repository that has an adapter elsewhere, if its list of files can be read."""
     import huggingface_hub
 
+    repository, inside = _on_the_hub(place)
     try:
-        files = huggingface_hub.list_repo_files(repository, revision=revision)
+        files = huggingface_hub.list_repo_files(repository, revision=place.revision)
     except Exception:  # then the missing config is all that can be reported
         return
-    places = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")]
-    if places:
-        place, more = _likeliest(places)
-        raise AdapterError(
-            f"{repository}: no {CONFIG}, but one lies in a subfolder: ll.load_adapter("
-            f"{repository!r}, subfolder={place!r}){more}. For a command: hf download {repository} "
-            f"--include '{place}/*' --local-dir FOLDER, and give FOLDER/{place}."
-        )
+    configs = [PurePosixPath(file) for file in files if PurePosixPath(file).name == CONFIG]
+    if not configs:
+        return
+    lacks = f"no {CONFIG} in {inside}" if inside else f"no {CONFIG}"
+    nearest, more = _likeliest(str(config.parent) for config in configs)
+    other = repository if nearest == "." else f"{repository}/{nearest}"
+    raise AdapterError(f"{repository}: {lacks}; give the folder of one: {other}{more}.")
 
 
 def _likeliest(places: Iterable[str]) -> tuple[str, str]:

@@ -207,6 +207,8 @@ def checkpoints(
     readout: Readout,
     *,
     steps: Sequence[float] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
     progress: bool = True,
 ) -> Checkpoints:
     """A readout, its first order, its flip and the weights at every checkpoint of a training.
@@ -217,11 +219,13 @@ def checkpoints(
 
     Args:
         lens: any adapter over the base model, such as the last checkpoint's.
-        adapters: the checkpoints in the order of training, or the folder of a run, whose
-            `checkpoint-<step>` folders are found and sorted by step.
+        adapters: the checkpoints in the order of training, or the folder or hub id of a run,
+            whose `checkpoint-<step>` folders are found and sorted by step.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: what is read of the logits; a margin, for flips that mean something.
         steps: of the checkpoints, increasing; without it 1, 2, …, or the folders' own.
+        revision: branch, tag or commit of the run's hub repository.
+        subfolder: the run's folder within its folder or repository.
         progress: show a bar.
 
     Raises:
@@ -232,7 +236,7 @@ def checkpoints(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    run, run_steps = _in_order(adapters, steps)
+    run, run_steps = _in_order(adapters, steps, revision, subfolder)
     _require_one_training(run)
     asked = ask(lens.with_adapter(run[0]), prompts, readout).require_slope_at_base()
     noise, base = asked.base_noise, asked.along((0.0,), progress=False)[:, 0]
@@ -268,12 +272,15 @@ def checkpoints(
 
 
 def _in_order(
-    adapters: Sequence[Adapter] | str | Path, steps: Sequence[float] | None
+    adapters: Sequence[Adapter] | str | Path,
+    steps: Sequence[float] | None,
+    revision: str | None,
+    subfolder: str | None,
 ) -> tuple[tuple[Adapter, ...], tuple[float, ...]]:
     if isinstance(adapters, str | Path):
         if steps is not None:
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
-        folders = checkpoint_folders(adapters)
+        folders = checkpoint_folders(adapters, revision, subfolder)
         run = (load_adapter(path).named(path.name) for path in folders.values())
         return tuple(run), tuple(map(float, folders))
     is_list = isinstance(adapters, list | tuple)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, final
 
 import numpy as np
@@ -35,7 +36,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.adapters.adapter import Adapter, require_one_base
+from lens_lora.adapters.adapter import Adapter, given_adapter, require_one_base
 from lens_lora.adapters.arithmetic import draw_seeds
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
@@ -229,12 +230,14 @@ class AdapterComparison(OfSites, Pictured):
 @alone
 def compare_adapters(
     lens: LoraLens,
-    other: Adapter,
+    other: Adapter | str | Path,
     prompts: PromptsLike | None = None,
     readout: Readout | None = None,
     *,
     draws: int = 10,
     seed: int = 0,
+    revision: str | None = None,
+    subfolder: str | None = None,
     progress: bool = True,
 ) -> AdapterComparison:
     """Geometry of two adapters' weight changes, and with prompts what both do there.
@@ -248,12 +251,14 @@ def compare_adapters(
 
     Args:
         lens: the first adapter over the model.
-        other: the second, of the same base.
+        other: the second, of the same base; or its folder or hub id, as of `load_adapter`.
         prompts: on which both are run; read at every token but the first, those with the same
             tokens before them once.
         readout: whose first order by site is correlated; read at each prompt's last token.
         draws: adapters of the second's spectra in random directions; 0 for none.
         seed: of the draws; those that are run on prompts are `other.null(seed, draw)`.
+        revision: branch, tag or commit of the other adapter's hub repository.
+        subfolder: its folder within its folder or repository.
         progress: show a bar.
 
     Raises:
@@ -266,7 +271,8 @@ def compare_adapters(
         ModelStateError: an operation without a forward-mode derivative.
     """
     draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
-    _require_adapter(lens, other)
+    other = _adapter_of(other, revision, subfolder)
+    require_one_base([lens.adapter, other], "changes of different models cannot be compared")
     if readout is not None and prompts is None:
         raise ArgumentError("a readout is read on prompts, and there are none; pass prompts=…")
     second = lens.with_adapter(other)
@@ -304,13 +310,13 @@ def compare_adapters(
     )
 
 
-def _require_adapter(lens: LoraLens, other: Adapter) -> None:
-    if not isinstance(other, Adapter):
+def _adapter_of(other: object, revision: str | None, subfolder: str | None) -> Adapter:
+    if not isinstance(other, Adapter | str | Path):
         raise ArgumentError(
-            f"the other adapter is a {type(other).__name__}; pass an ll.Adapter (of a folder: "
-            "ll.load_adapter(path))."
+            f"the other adapter is a {type(other).__name__}; pass an ll.Adapter, or its folder or "
+            "hub id."
         )
-    require_one_base([lens.adapter, other], "changes of different models cannot be compared")
+    return given_adapter(other, None, revision, subfolder)
 
 
 # --- geometry

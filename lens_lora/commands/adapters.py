@@ -47,10 +47,11 @@ def inspect(
     top: Annotated[int, typer.Option(min=1, help="How many of the largest to list.")] = 10,
     every: Annotated[bool, typer.Option("--all", help="List every one.")] = False,
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: ModelBeside,
 ) -> None:
     """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
-    folder = options.folder_of(adapter, quiet=quiet)
+    folder = options.folder_of(adapter, within, quiet=quiet)
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.analyses.spectra import summarise
         from lens_lora.show.adapters import adapter_table, spectra_table
@@ -88,6 +89,7 @@ def diff(
         typer.Option(file_okay=False, help="Folder that keeps the base's Jacobian, for readings."),
     ] = None,
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """What was this fine-tune taught? Nothing asked: its own words first, with controls beside.
@@ -98,8 +100,8 @@ def diff(
         raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
     outputs = options.writable({"--report": report, "--json": json, "--save": save})
     lines = None if texts is None else options.texts_of(texts)
-    names = (adapter, *(unrelated or []))
-    folder, *controls = [options.folder_of(name, quiet=quiet) for name in names]
+    folder = options.folder_of(adapter, within, quiet=quiet)
+    controls = [options.folder_of(control, quiet=quiet) for control in unrelated or []]
     options.require_apart(outputs, base, [folder, *controls], texts)
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -127,16 +129,19 @@ def diff(
 @options.with_options
 def checkpoints(
     run_folder: Annotated[
-        Path, typer.Argument(help="A trainer's folder, with checkpoint-<step> folders in it.")
+        str,
+        typer.Argument(help="A trainer's folder or hub id, with checkpoint-<step> folders in it."),
     ],
     *,
     asked: options.Questions,
     report: options.ReportOption = Path("lens_lora_checkpoints.html"),
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
-    *_, last = folders = list(checkpoint_folders(run_folder).values())
+    found = checkpoint_folders(run_folder, within.revision, within.subfolder)
+    *_, last = folders = list(found.values())
     options.require_writable(report, "--report")
     options.require_apart({"--report": report}, base, folders, asked.prompts)
     questions = asked.listed()
@@ -148,7 +153,7 @@ def checkpoints(
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
         prompts, readout = running.margin_of(lens.model, questions, lens.prepend_bos)
         with running.quiet_libraries():
-            training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
+            training = ll.checkpoints(lens, last.parent, prompts, readout, progress=not quiet)
         training.save_report(report)
         Console().print(checkpoints_table(training))
         running.say(f"\nReport: {report.absolute()}")
@@ -176,6 +181,7 @@ def repair(
     steps: Annotated[int, options.least(1, "Of the optimiser.")] = 40,
     report: options.ReportOption = Path("lens_lora_repair.html"),
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """Keep a margin, drop what else the adapter does; judged beside scaling the whole adapter."""
@@ -188,7 +194,7 @@ def repair(
     if bool(tests) != bool(test_texts):
         why = "a repair is judged on both kinds"
         raise typer.BadParameter(f"--test-prompt(s) and --test-drop go together: {why}.")
-    folder = options.folder_of(adapter, quiet=quiet)
+    folder = options.folder_of(adapter, within, quiet=quiet)
     outputs = {"--out": out, "--report": report}
     options.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
 
@@ -242,6 +248,7 @@ def verify(
     junit: Annotated[Path | None, _to_write(help="The checks as JUnit's XML.")] = None,
     report: Annotated[Path | None, _to_write(help="HTML page to write.")] = None,
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """Did this adapter ship as trained? Exit 0 passed, 1 failed, 2 unreadable, 3 undecided.
@@ -250,7 +257,7 @@ def verify(
     """
     outputs = options.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else _read(expect)
-    folder = options.folder_of(adapter, quiet=quiet)
+    folder = options.folder_of(adapter, within, quiet=quiet)
     options.require_apart(outputs, base, [folder], expect, *(merged.iterdir() if merged else ()))
 
     with running.at_work(base, quiet=quiet) as progress:

@@ -45,6 +45,7 @@ def explain(
         int, options.least(0, "Compare with so many random adapters of its sizes.")
     ] = 0,
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """Explain what a LoRA did to two answers' margin, or to a response: a summary, and a page.
@@ -64,7 +65,7 @@ def explain(
         raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
     if null and not all(question.doc for question in questions):
         raise typer.BadParameter("--null: random adapters are compared on a margin (--doc, --pre).")
-    folder = options.folder_of(adapter, quiet=quiet)
+    folder = options.folder_of(adapter, within, quiet=quiet)
     options.require_apart({"--report": report}, base, [folder], asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
@@ -196,6 +197,7 @@ def demo(
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures.
@@ -213,7 +215,7 @@ def demo(
     if more:
         raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
     options.require_writable(report, "--report")
-    folder = options.folder_of(adapter, quiet=quiet)
+    folder = options.folder_of(adapter, within, quiet=quiet)
     trained = {"--train-out": train_out} if train else {}
     options.require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
 

@@ -157,11 +157,23 @@ def input_file(text: str) -> Any:
     return typer.Option(exists=True, dir_okay=False, help=text)
 
 
-_ADAPTER = "LoRA: a hub id, a folder, or a run's folder for its last checkpoint."
+_ADAPTER = "A hub id (owner/repo, owner/repo/folder), a folder, or a run's for its last checkpoint."
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=_ADAPTER)]
 AdapterIfOther = Annotated[
     str | None, typer.Argument(metavar="ADAPTER", help=f"{_ADAPTER} Default: the demo's.")
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Where the adapter lies in its folder or hub repository; each field is an option."""
+
+    subfolder: Annotated[
+        str | None, "The adapter's folder within it; also owner/repo/sub/folder."
+    ] = None
+    revision: Annotated[str | None, "Branch, tag or commit of its hub repository."] = None
+
+
 ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
 ]
@@ -278,18 +290,27 @@ def text_of(prompt: Prompt) -> str:
 # --- Files and folders
 
 
-def folder_of(adapter: str | None, *, quiet: bool) -> Path:
+def folder_of(adapter: str | None, within: Within | None = None, *, quiet: bool) -> Path:
     """The folder of the adapter that is asked for, or of the one that comes with the package.
 
     Of a trainer's run it is the last checkpoint's.
     """
+    within = within or Within()
     if not adapter:
+        for option, value in {
+            "--subfolder": within.subfolder,
+            "--revision": within.revision,
+        }.items():
+            if value is not None:
+                raise typer.BadParameter("it is of an ADAPTER; name one.", param_hint=option)
         return shipped_adapter()
-    checkpoint = peft_files.last_checkpoint(adapter)
+    run = Path(adapter, within.subfolder or "")
+    checkpoint = peft_files.last_checkpoint(run)
     if checkpoint is not None:
-        line = Text(f"{adapter} is a run; its last checkpoint is taken, {checkpoint.name}.")
+        line = Text(f"{run} is a run; its last checkpoint is taken, {checkpoint.name}.")
         Console(stderr=True, quiet=quiet).print(line, soft_wrap=True)
-    return peft_files.adapter_folder(checkpoint or adapter)
+        return peft_files.adapter_folder(checkpoint, within.revision)
+    return peft_files.adapter_folder(adapter, within.revision, within.subfolder)
 
 
 _NEWLINE = re.compile(r"\r\n?|\n")  # `str.splitlines` also cuts at form feeds, U+2028 and others

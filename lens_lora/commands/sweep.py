@@ -64,6 +64,7 @@ def sweep(
     ] = None,
     resume: _Resume = True,
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
@@ -83,7 +84,7 @@ def sweep(
         rows = read_records(prompts, with_answers=has_margin, with_response=not has_margin)[:limit]
     if rank() == 0:
         options.require_place(out, "--out")
-    folder = options.folder_of(adapter, quiet=quiet or rank() > 0)
+    folder = options.folder_of(adapter, within, quiet=quiet or rank() > 0)
     options.require_apart({"--out": out}, base, [folder], prompts)
 
     with running.at_work(base, quiet=quiet or rank() > 0) as progress:
@@ -129,8 +130,7 @@ def sweep(
 @options.with_options
 def scan(
     folder: Annotated[
-        Path,
-        typer.Argument(exists=True, file_okay=False, help="With adapters in it, at any depth."),
+        str, typer.Argument(help="A folder or hub id with adapters in it, at any depth.")
     ],
     *,
     asked: options.Questions,
@@ -140,10 +140,12 @@ def scan(
     ] = "layer",
     resume: _Resume = True,
     quiet: options.QuietOption = False,
+    within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """First order of every adapter in a folder, from one pass over the base for all of them."""
-    folders = list(folders_in(folder).values())
+    where: Any = {"revision": within.revision, "subfolder": within.subfolder}
+    folders = list(folders_in(folder, **where).values())
     options.require_place(out, "--out")
     options.require_apart({"--out": out}, base, folders, asked.prompts)
     questions, bases = asked.listed(), [(str(path), stated_base(path)) for path in folders]
@@ -164,7 +166,8 @@ def scan(
             how: Any = {"hf_model": beside, "prepend_bos": base.prepend_bos}
             how |= {"max_memory": base.max_memory, "progress": not quiet}
             bank = ll.bank(model, prompts, readout, **how)
-            table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
+            how = {"group": group, "out": out, "resume": resume, "progress": not quiet}
+            table = bank.scan(folder, **where, **how)
         if processes.is_main:
             _print_scan(table, out)
     if table["error"].notna().all():

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.formats import files_in
-from lens_lora.adapters.peft_files import adapter_folder, folders_in
+from lens_lora.adapters.peft_files import Place, adapter_folder, folders_in
 from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
@@ -217,6 +217,8 @@ class Bank:
         group: GroupName = "layer",
         out: str | Path | None = None,
         resume: bool = True,
+        revision: str | None = None,
+        subfolder: str | None = None,
         progress: bool = True,
     ) -> pd.DataFrame:
         """First order of many adapters, of which at most eight are read at a time. No pass.
@@ -224,10 +226,13 @@ class Bank:
         With `out`, every process of `accelerate launch` calls this and takes its share.
 
         Args:
-            adapters: a folder with adapters at any depth; or folders, hub ids and `Adapter`s.
+            adapters: a folder or a hub id ('owner/repo', or 'owner/repo/sub/folder') with adapters
+                at any depth; or several folders, hub ids and `Adapter`s.
             group: 'site', 'layer' or 'kind', over which values are summed.
             out: a .parquet file, written part by part.
             resume: go on with what is at `out`, or start over.
+            revision: branch, tag or commit of every hub repository that is named.
+            subfolder: the folder within each folder or repository that is named.
             progress: show a bar.
 
         Returns:
@@ -241,7 +246,8 @@ class Bank:
         """
         word("group", group, get_args(GroupName))
         self._require_same_model(entries=True)
-        named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
+        named = _named(adapters, revision, subfolder)
+        bar = functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
             with bar(named, disable=not progress) as shown:
                 tables = [*itertools.chain.from_iterable(self._tables(iter(shown), group))]
@@ -297,7 +303,7 @@ class Bank:
 
     def _tables(
         self,
-        adapters: Iterator[tuple[str, str | Path | Adapter]],
+        adapters: Iterator[tuple[str, Place | Adapter]],
         group: GroupName,
         known: Mapping[str, pa.Table] | None = None,
     ) -> Iterator[list[pa.Table]]:
@@ -351,13 +357,13 @@ _Loaded = tuple[str | None, Adapter]
 
 
 def _next_few(
-    adapters: Iterator[tuple[str, str | Path | Adapter]], known: Mapping[str, pa.Table] | None
+    adapters: Iterator[tuple[str, Place | Adapter]], known: Mapping[str, pa.Table] | None
 ) -> Iterator[tuple[str, pa.Table | _Loaded | Exception]]:
     """Each one's rows if they are known, or the adapter beside its hash, or what is wrong."""
     size = 0
     for name, source in itertools.islice(adapters, _AT_ONCE):
         try:
-            place = source if isinstance(source, Adapter) else adapter_folder(source)
+            place = source if isinstance(source, Adapter) else adapter_folder(*source)
             weights = None if known is None else _hash_of(place)
             if known and f"{name}#{weights}" in known:
                 yield name, known[f"{name}#{weights}"]
@@ -523,10 +529,24 @@ def _lenses(
 # --- The adapters of a scan, and its table
 
 
-def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
+def _named(
+    adapters: Adapters, revision: str | None, subfolder: str | None
+) -> Iterable[tuple[str, Place | Adapter]]:
+    """Each adapter, or where it lies, beside its name in the table."""
     if isinstance(adapters, str | Path):
-        return list(folders_in(adapters).items())
-    return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
+        folders = folders_in(adapters, revision, subfolder)
+        return [(name, Place(folder)) for name, folder in folders.items()]
+    return (_named_one(adapter, revision, subfolder) for adapter in adapters)
+
+
+def _named_one(
+    adapter: str | Path | Adapter, revision: str | None, subfolder: str | None
+) -> tuple[str, Place | Adapter]:
+    if isinstance(adapter, Adapter):
+        return adapter.name, adapter
+    is_local = Path(adapter).exists()
+    name = "/".join(filter(None, [str(adapter), subfolder]))
+    return name, Place(adapter, None if is_local else revision, subfolder)
 
 
 def _keys(table: pa.Table) -> list[str]:

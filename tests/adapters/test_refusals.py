@@ -135,8 +135,9 @@ def test_a_subfolder_of_a_hub_repository(monkeypatch, tmp_path):
     files = ["README.md", f"run/last/{CONFIG}", f"run/last/{WEIGHTS}"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: files)
     message = refusal("lab/lora")
-    assert "ll.load_adapter('lab/lora', subfolder='run/last')" in message
-    assert "hf download lab/lora --include 'run/last/*'" in message
+    assert message == f"lab/lora: no {CONFIG}; give the folder of one: lab/lora/run/last."
+    message = refusal("lab/lora/run/first")
+    assert message.endswith(f"no {CONFIG} in run/first; give the folder of one: lab/lora/run/last.")
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

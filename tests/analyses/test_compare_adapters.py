@@ -288,9 +288,11 @@ def test_bad_input_is_refused():
         ll.compare_adapters(lens.with_adapter(adapter.only("*.q_proj")), adapter.only("*.k_proj"))
     one = lens.with_adapter(adapter.only("*.q_proj"))
     assert not ll.compare_adapters(one, adapter.only("*.k_proj"), models.tokens(), draws=0).sites
-    for wrong in ("folder", lens, None):
-        with pytest.raises(ArgumentError, match="ll.load_adapter"):
+    for wrong in (lens, None):
+        with pytest.raises(ArgumentError, match="pass an ll.Adapter, or its folder or hub id"):
             ll.compare_adapters(lens, wrong)
+    with pytest.raises(AdapterError, match="nowhere: no such folder"):
+        ll.compare_adapters(lens, "nowhere")
     with pytest.raises(ArgumentError, match="there are none"):
         ll.compare_adapters(lens, adapter, readout=READOUT)
     with pytest.raises(ArgumentError, match="kl_shares"):

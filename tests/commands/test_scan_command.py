@@ -73,7 +73,7 @@ def test_what_the_command_refuses(tiny, tmp_path):
     for arguments, code, words in (
         ([tiny / "adapters", *how, "--out", tmp_path / "scan.csv"], 2, "ends in .parquet"),
         ([tiny / "base", *how, "--out", tmp_path / "s.parquet"], 2, "none in it has an"),
-        ([tmp_path / "nowhere", *how], 2, "does not exist"),
+        ([tmp_path / "nowhere", *how], 2, "no such folder"),
         ([tiny / "adapters", "--model", tiny / "base"], 2, "which prompt?"),
         (
             [tiny / "adapters" / "bad", *how, "--out", tmp_path / "b.parquet"],

@@ -332,7 +332,7 @@ def test_a_scan_of_another_bank_is_not_mixed_in(scene, tmp_path: Path):
         bank.scan(folder, group="head", progress=False)
     with pytest.raises(ll.errors.ArgumentError, match="no adapter"):
         bank.scan([], progress=False)
-    with pytest.raises(ll.errors.AdapterError, match="a folder with adapters is expected"):
+    with pytest.raises(ll.errors.AdapterError, match="none: no such folder"):
         bank.scan(tmp_path / "none", progress=False)
 
 
