@@ -276,11 +276,15 @@ class Asked:
 
     @functools.cached_property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
-        """Each prompt's tokens; 'a|b' where the rows of an answer continue differently."""
+        """Each row's tokens, prompt and answer; 'a|b' where the rows continue differently.
+
+        They know how many of them were asked, which is what titles and stories quote.
+        """
         if self._bound is None:
             return self.lens.str_tokens(self.prompts)
         merged = self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
-        return tuple(map(PromptTokens, merged, (source.said for source in self.prompts.sources)))
+        said = [source.said for source in self.prompts.sources]
+        return tuple(map(PromptTokens, merged, said, self.prompts.asked_lengths))
 
 
 def ask(

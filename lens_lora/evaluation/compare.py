@@ -66,6 +66,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, alone, group_sites
 from lens_lora.readouts import PromptsLike, Readout
+from lens_lora.readouts.prompts import asked_of
 from lens_lora.results.attribution import Attribution, Effects
 from lens_lora.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
 
@@ -249,10 +250,18 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects, held
         if not isinstance(result, Attribution | Effects):
             kind = type(result).__name__
             raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
+    rows = [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)]
+    prompts = [
+        ["|".join(asked_of(tokens)) for tokens in result.str_tokens] for result in (one, other)
+    ]
+    are_same_rows = rows[0] == rows[1]
     facts = {
         "sites": [[s.name for s in result.sites] for result in (one, other)],
-        "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],
+        # A file of an earlier version does not say where in its rows the prompts end.
+        "prompts": rows if are_same_rows else prompts,
         "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
+        # The label of a readout need not name all that is said after a prompt.
+        "responses": rows,
     }
     if held_out:
         facts = {"sites": facts["sites"], "units": [[one.units], [other.units]]}

@@ -61,6 +61,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, alone
 from lens_lora.readouts import PromptsLike, Reading, Readout
+from lens_lora.readouts.prompts import asked_of
 from lens_lora.results import base as keys
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution, Effects
@@ -120,11 +121,18 @@ def _values_of(name: str, score: Scores, asked: Asked) -> BySite:
 
 
 def _require_of(name: str, score: Attribution, asked: Asked) -> None:
-    texts = [["".join(tokens) for tokens in result.str_tokens] for result in (score, asked)]
+    rows = [["".join(tokens) for tokens in result.str_tokens] for result in (score, asked)]
+    prompts = [
+        ["".join(asked_of(tokens)) for tokens in result.str_tokens] for result in (score, asked)
+    ]
+    are_same_rows = rows[0] == rows[1]
     facts = {
         "sites": ([s.name for s in score.sites], [s.name for s in asked.lens.sites]),
-        "prompts": texts,
+        # A file of an earlier version does not say where in its rows the prompts end.
+        "prompts": rows if are_same_rows else prompts,
         "readout": (score.readout, asked.readout.label),
+        # The label of a readout need not name all that is said after a prompt.
+        "responses": rows,
     }
     for fact, (theirs, ours) in facts.items():
         if theirs != ours:

@@ -591,7 +591,7 @@ class LoraLens:
             prompts: as tokens.
         """
         return tuple(
-            PromptTokens(self.decode(prompts.row(i).tokens[0].tolist()), source.said)
+            PromptTokens(self.decode(prompts.row(i).tokens[0].tolist()), source.said, source.length)
             for i, source in enumerate(prompts.sources)
         )
 

@@ -362,7 +362,9 @@ def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     begun = (prompts.row(i).tokens[0] for i in range(prompts.batch))
     rows = [torch.cat([row, row.new_tensor(ids)]) for row, ids in zip(begun, said, strict=True)]
     ready = _padded(model, prompts, rows, range(prompts.batch), list(map(len, said)))
-    return dataclasses.replace(ready, sources=prompts.sources)
+    asked = zip(prompts.sources, prompts.lengths.tolist(), strict=True)
+    sources = tuple(dataclasses.replace(source, length=length) for source, length in asked)
+    return dataclasses.replace(ready, sources=sources)
 
 
 _Ints = Sequence[int]

@@ -51,27 +51,40 @@ class Source:
         how: 'text without BOS', 'text with its own BOS', 'text, BOS added by its tokenizer' (or by
             TransformerLens, or by prepend_bos=True), 'chat template', 'ids'.
         said: the last words of a conversation's user, by which it is called; None of the others.
+        length: how many of the tokens were asked, where what is said after them follows in the same
+            row; None where all of them were.
     """
 
     text: str | None = None
     how: str = "ids"
     said: str | None = None
+    length: int | None = None
 
 
 class PromptTokens(tuple[str, ...]):
-    """A prompt's tokens as strings, and what it is called by where they are mostly a template's.
+    """The tokens of a prompt's row as strings, and what the prompt is called by.
 
     Attributes:
-        said: that of its `Source`.
+        said: that of its `Source`: what stands for tokens that are mostly a template's.
+        length: how many of them were asked; the others are an answer's, or a response's.
     """
 
     said: str | None
+    length: int
 
-    def __new__(cls, tokens: Iterable[str], said: str | None = None) -> PromptTokens:
-        """The same tokens with what was said."""
+    def __new__(
+        cls, tokens: Iterable[str], said: str | None = None, length: int | None = None
+    ) -> PromptTokens:
+        """The same tokens with what was said, and how many were asked; by default all."""
         prompt = super().__new__(cls, tokens)
         prompt.said = said
+        prompt.length = len(prompt) if length is None else min(length, len(prompt))
         return prompt
+
+
+def asked_of(tokens: Sequence[str]) -> Sequence[str]:
+    """Of the tokens of a prompt's row those that were asked, without an answer after them."""
+    return tokens[: tokens.length] if isinstance(tokens, PromptTokens) else tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +139,12 @@ class Prompts:
     def batch(self) -> int:
         """The number of prompts."""
         return self.tokens.shape[0]
+
+    @property
+    def asked_lengths(self) -> list[int]:
+        """How many tokens of each row were asked, without a response that follows them there."""
+        pairs = zip(self.sources, self.lengths.tolist(), strict=True)
+        return [length if source.length is None else source.length for source, length in pairs]
 
     @property
     def texts(self) -> tuple[str | None, ...]:

@@ -144,8 +144,8 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         # Two fields may share memory, which a safetensors file cannot.
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
-    if isinstance(value, PromptTokens) and value.said is not None:
-        return {"said": value.said, "tokens": list(value)}
+    if isinstance(value, PromptTokens):
+        return {"said": value.said, "tokens": list(value), "asked": value.length}
     if isinstance(value, tuple | list):
         return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
@@ -164,8 +164,8 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     match value:
         case {"tensor": name}:
             return tensors[name]
-        case {"said": said, "tokens": tokens}:
-            return PromptTokens(tokens, said)
+        case {"said": said, "tokens": tokens, **asked}:
+            return PromptTokens(tokens, said, asked.get("asked"))
         case {"map": entries}:
             return {name: _decoded(item, tensors) for name, item in entries.items()}
         case {"of": name, "fields": fields}:

@@ -10,7 +10,7 @@ from markupsafe import escape
 
 from lens_lora import results
 from lens_lora.errors import worded
-from lens_lora.readouts.prompts import PromptTokens
+from lens_lora.readouts.prompts import PromptTokens, asked_of
 from lens_lora.results.attribution import VIOLENT
 from lens_lora.results.tokens import context_of
 
@@ -94,11 +94,13 @@ def label(text: str) -> str:
 def prompt_text(tokens: Sequence[str]) -> str:
     """A prompt as one line, without the special token that a tokenizer puts in front.
 
+    Whatever answer follows it in the same row was not asked, and is not quoted.
     Of a conversation what its user said last, and nothing of the template.
     """
     if isinstance(tokens, PromptTokens) and tokens.said is not None:
         return readable(tokens.said)
-    shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
+    asked = asked_of(tokens)
+    shown = asked[1:] if len(asked) > 1 and _SPECIAL_TOKEN.fullmatch(asked[0]) else asked
     return readable("".join(shown))
 
 
@@ -106,7 +108,8 @@ def short_prompt(tokens: Sequence[str]) -> str:
     """The end of a prompt, or of what a user said, as one line: for headings."""
     said = tokens.said if isinstance(tokens, PromptTokens) else None
     if said is None:
-        said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in tokens)
+        asked = asked_of(tokens)
+        said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in asked)
     words = " ".join("".join(c if c.isprintable() else " " for c in said).split())
     return _end_of(words, _SHORT, "… ")
 
