@@ -57,7 +57,7 @@ from lens_lora.model.lens import name_of_scale
 from lens_lora.readouts import Prompts, PromptsLike, Reading, bound
 from lens_lora.readouts.answers import KL, AnswerLike, AnswerLogProb, ReadTokens
 from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import Attribution, Shown
 from lens_lora.results.base import Described, Drawn, long_table, only_prompt, prompt_rows
 from lens_lora.results.drawing import TokenView
 
@@ -374,9 +374,18 @@ class KLShares(Drawn):
         """
         return self.attribution.top(k, prompt).drop(columns="share")
 
-    def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """Heatmap layer × kind of module."""
-        return drawing.figure(self.attribution, prompt)
+    def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
+        """Heatmap of the shares, as `Attribution.plot` draws them.
+
+        Args:
+            prompt: an index; without it, the mean over prompts, or by position the only prompt.
+            by: an axis that they were split by, or 'site'; by default the first one, else 'site'.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named; an axis that they were not
+                split by.
+        """
+        return drawing.figure(self.attribution, prompt, by)
 
 
 @alone

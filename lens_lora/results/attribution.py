@@ -31,6 +31,8 @@ from lens_lora.results.drawing import TokenView
 from lens_lora.results.storage import stored
 
 Axis = Literal["position", "head", "expert", "rank", "token"]
+# What a picture shows: the parts along an axis, or whole sites.
+Shown = Literal["site", "position", "head", "expert", "rank", "token"]
 _WITH_NONE = ("head", "expert")  # axes whose last slot is for sites that have none
 # ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained adapters
 # of SmolLM2-135M (docs/faithfulness.md).
@@ -225,18 +227,20 @@ class Attribution(Ranked):
                 values, exists = values.nansum(dim), exists.any(dim)
         return values, exists
 
-    def plot(self, prompt: int | None = None, by: Axis | None = None) -> drawing.Figure:
-        """Heatmap layer × kind of module, hover naming each site; or of the parts along an axis.
+    def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
+        """Heatmap of what was asked for: the parts along an axis, or layer × kind of module.
 
         Args:
             prompt: an index; without it, the mean over prompts, whose spread the hover gives. By
                 position and token, without it the only prompt.
-            by: None, or an axis that the attribution was split by: 'head', 'expert' and 'rank' of
-                the 40 sites with the largest part, 'position' and 'token' layer by layer.
+            by: 'position' and 'token' layer by layer, 'head', 'expert' and 'rank' of the 40 sites
+                with the largest part, or 'site', layer × kind of module, hover naming each site.
+                By default the first axis that the attribution was split by and some site has parts
+                along, else 'site'; the title says what is summed over.
 
         Raises:
             ArgumentError: no such prompt, or several and none named; the attribution was not split
-                by that axis.
+                by that axis, or no site has parts along it.
         """
         return drawing.figure(self, prompt, by)
 

@@ -13,8 +13,9 @@ from lens_lora import results
 from lens_lora.arguments import whole, word
 from lens_lora.errors import ArgumentError, many
 from lens_lora.model.sites import layer_order
+from lens_lora.readouts.prompts import asked_of
 from lens_lora.results import drawing
-from lens_lora.results.attribution import MOST_POSITIONS, Axis
+from lens_lora.results.attribution import MOST_POSITIONS, Axis, Shown
 from lens_lora.results.base import only_prompt, prompt_rows
 from lens_lora.show import figures, go, text, words
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
@@ -26,15 +27,31 @@ _MOST_ROWS = 40
 
 
 @drawing.figure.register(results.Attribution)
-def site_heatmap(
-    attribution: results.Attribution, prompt: int | None = None, by: Axis | None = None
+def attribution_figure(
+    attribution: results.Attribution, prompt: int | None = None, by: Shown | None = None
 ) -> go.Figure:
-    """Layer × kind of module, or the picture of one axis that the attribution was split by."""
-    if by is not None:
-        word("by", by, get_args(Axis))
-        if by == "position":
-            return position_heatmap(attribution, prompt)
-        return (_layers_by_token if by == "token" else _parts_heatmap)(attribution, prompt, by)
+    """The picture of one axis: by default the first along which some site has a part.
+
+    Of an attribution that was not split, or with by='site', layer × kind of module.
+    """
+    shown: Shown
+    if by is None:
+        axes: list[Axis] = [axis for axis in attribution.by if _has_parts(attribution, axis)]
+        shown = axes[0] if axes else "site"
+    else:
+        word("by", by, get_args(Shown))
+        shown = by
+    if shown == "site":
+        return site_heatmap(attribution, prompt)
+    if shown == "position":
+        return position_heatmap(attribution, prompt)
+    if shown == "token":
+        return _layers_by_token(attribution, prompt, "token")
+    return _parts_heatmap(attribution, prompt, shown)
+
+
+def site_heatmap(attribution: results.Attribution, prompt: int | None = None) -> go.Figure:
+    """Layer × kind of module, each site summed over whatever it was split by."""
     _, site_values, shift, _ = attribution.entries(prompt)
     values, units = site_values.tolist(), attribution.units
     says = [value_text(value, float(shift), units) for value in values]
@@ -42,10 +59,15 @@ def site_heatmap(
         spread = attribution.per_site.cpu().double().std(0).tolist()
         pairs = zip(says, spread, strict=True)
         says = [f"{said}<br>± {magnitude(deviation)} over prompts" for said, deviation in pairs]
-    rest = [f"{axis}s" for axis in attribution.by if axis != "position"]
-    summed = f", summed over {' and '.join(rest)}" if rest else ""
-    titles = _titles(attribution, f"by layer and kind of module{summed}", prompt)
+    below = f"by layer and kind of module{_summed(attribution)}"
+    titles = _titles(attribution, below, prompt)
     return figures.kinds_by_layer(titles, attribution.sites, values, says, units)
+
+
+def _summed(attribution: results.Attribution, *shown: Axis) -> str:
+    """', summed over heads and ranks', to follow what a picture shows; '' where nothing is."""
+    others = [f"{axis}s" for axis in attribution.by if axis not in shown]
+    return f", summed over {' and '.join(others)}" if others else ""
 
 
 @drawing.positions.register(results.Attribution)
@@ -67,6 +89,7 @@ def _layers_by_token(
     tokens, below = attribution.str_tokens[index], "by layer and position"
     if axis == "token":
         tokens, below, first = attribution.response[index], "by layer and token of the response", 1
+    below += _summed(attribution, axis)
     shift = float(attribution.shift[index])
     values, layers = attribution.along(axis, index)[0], [site.layer for site in attribution.sites]
     by_site: Any = pd.DataFrame(values[:, : len(tokens)].numpy(), index=layers)
@@ -86,16 +109,20 @@ def _layers_by_token(
 
 def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> go.Figure:
     """Site × head, expert or rank, of the sites with the largest part."""
-    parts, exists = attribution.along(axis, prompt)
+    parts, exists = _parts(attribution, prompt, axis)
     _, shift = attribution.mean_over(prompt, attribution.base)
-    if axis in ("head", "expert"):  # the last slot is for sites without
-        parts, exists = parts[:, :-1], exists[:, :-1]
-    sizes = parts.abs().masked_fill(~exists, -1.0).amax(1)
     having = int(exists.any(1).sum())
+    if not having:
+        raise ArgumentError(
+            f"by={axis!r}: no site of this attribution has {axis}s. "
+            "plot(by='site') draws the sites."
+        )
+    sizes = parts.abs().masked_fill(~exists, -1.0).amax(1)
     chosen = sorted(sizes.argsort(descending=True)[: min(_MOST_ROWS, having)].tolist())
     below = f"by site and {axis}"
     if axis == "rank":
         below += " of the SVD of ΔW" if attribution.gauge == "svd" else " as trained"
+    below += _summed(attribution, axis)
     if len(chosen) < having:
         below += f", the {len(chosen)} of {having} sites with the largest part"
     z = parts.masked_fill(~exists, math.nan)[chosen].tolist()
@@ -106,6 +133,23 @@ def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: A
         return f"<b>{y.values[i]}</b>, {axis} {part}<br>{value_text(value, float(shift), units)}"
 
     return heatmap(_titles(attribution, below, prompt), z, says, x, y, units)
+
+
+def _parts(attribution: results.Attribution, prompt: int | None, axis: Axis) -> tuple[Any, Any]:
+    """The values along an axis, and which exist: two [site, part].
+
+    The last slot by head and by expert, which is of sites that have none, is left out.
+    """
+    parts, exists = attribution.along(axis, prompt)
+    if axis in ("head", "expert"):
+        return parts[:, :-1], exists[:, :-1]
+    return parts, exists
+
+
+def _has_parts(attribution: results.Attribution, axis: Axis) -> bool:
+    """Whether some site has a part along the axis: an adapter of MLPs alone has no heads."""
+    _, exists = _parts(attribution, None, axis)
+    return bool(exists.any())
 
 
 def require_positions(attribution: results.Attribution) -> None:
@@ -490,6 +534,8 @@ def activations_figure(
 
     shown = _shown(site, len(rows), len(every))
     heading = f"Activations over “{short_prompt(tokens)}”"
+    if len(asked_of(tokens)) < len(tokens):
+        heading += " and what is said after it"
     below = f"{shown}; sinks are grey; z read at {activations.at}"
     units = _GAUGES[activations.gauge]
     return heatmap((heading, below), z, says, figures.tokens_axis(tokens), y, units, "signed")

@@ -33,7 +33,7 @@ def explanation_figures(e: results.Explanation) -> dict[str, go.Figure]:
         "path": e.margin.plot(),
         "remainder": e.margin.curve.plot(),
         "second_order": e.second_order.plot_path(),
-        "sites": first.plot(),
+        "sites": first.plot(by="site"),
         "positions": first.plot_positions(),
     }
     compared = zip(_COMPARED, e.comparisons, strict=False)

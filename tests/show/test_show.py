@@ -179,9 +179,55 @@ def test_parts_by_head_and_rank_have_a_picture_each():
     ranks = att.plot(by="rank")
     assert [list(row) for row in ranks.data[0].z][:2] == [[0.0, 2.0], [-1.0, 0.0]]
     assert "rank 1<br>+2.00 logits" in ranks.data[0].hovertext[0][1]
-    assert "summed over heads and ranks" in att.plot().layout.title.text
+    assert "by site and head, summed over ranks" in heads.layout.title.text
+    assert "summed over heads and ranks" in att.plot(by="site").layout.title.text
     with pytest.raises(ArgumentError, match="not by position"):
         att.plot(by="position")
+
+
+@pytest.mark.parametrize("axis", ["position", "head", "expert", "rank", "token"])
+def test_what_was_asked_for_is_drawn(axis: str):
+    """Not the sum over it, which is what by='site' draws."""
+    values = torch.arange(8.0).view(1, 4, 2) + 1
+    more = {"str_tokens": (("x", "y"),)} if axis == "position" else {"heads": (1,) * 4}
+    whole = attribution(values.sum(-1).tolist(), [0.0], [1.0])
+    response = ((" a", " b"),) if axis == "token" else ()
+    att = dataclasses.replace(whole, values=values, by=(axis,), response=response, **more)
+    figure = att.plot()
+    assert figure == att.plot(by=axis) != att.plot(by="site")
+    assert axis in figure.layout.title.text and "summed" not in figure.layout.title.text
+    by_site = att.plot(by="site")
+    assert "by layer and kind of module, summed over" in by_site.layout.title.text
+    assert by_site.data[0].z == site_heatmap(whole).data[0].z
+
+
+@pytest.mark.parametrize(("axis", "slots"), [("head", 3), ("expert", 1)])
+def test_sites_are_drawn_where_none_has_a_head_or_an_expert(axis: str, slots: int):
+    """An adapter of MLPs alone has no heads; the last slot is for sites without."""
+    values = torch.zeros(1, 4, slots)
+    values[..., -1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    whole = attribution(values.sum(-1).tolist(), [0.0], [1.0])
+    att = dataclasses.replace(whole, values=values, by=(axis,))
+    assert att.plot() == att.plot(by="site")
+    assert att.plot().data[0].z == whole.plot().data[0].z
+    with pytest.raises(ArgumentError, match=rf"no site .* has {axis}s\. plot\(by='site'\)"):
+        att.plot(by=axis)
+    both = dataclasses.replace(
+        att, values=values[..., None].expand(1, 4, slots, 2) / 2, by=(axis, "rank")
+    )
+    assert "by site and rank" in both.plot().layout.title.text
+
+
+def test_positions_of_several_prompts_are_drawn_one_prompt_at_a_time():
+    """They have no mean; the sites do."""
+    tokens = (("x", "y"), ("z", "w"))
+    att = attribution(
+        torch.ones(2, 4, 2).tolist(), [0.0, 0.0], [1.0, 1.0], by=("position",), tokens=tokens
+    )
+    with pytest.raises(ArgumentError, match="no mean; choose one with prompt="):
+        att.plot()
+    assert "prompt 1 of 2" in att.plot(1).layout.title.text
+    assert "mean of 2 prompts" in att.plot(by="site").layout.title.text
 
 
 def test_position_heatmap_sums_the_other_axes():
@@ -272,8 +318,8 @@ def test_a_theme_is_put_on_afterwards():
 @pytest.mark.bad_input
 def test_words_that_name_no_picture_are_refused():
     att = attribution([[1.0] * 4], [0.0], [1.0])
-    with pytest.raises(ArgumentError, match="by='site'"):
-        att.plot(by="site")
+    with pytest.raises(ArgumentError, match="by='kind'"):
+        att.plot(by="kind")
 
 
 def test_results_call_the_figures():
