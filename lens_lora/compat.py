@@ -428,12 +428,15 @@ def float32_products() -> tuple[str, ...]:
     """How torch lets backends round float32 products, in its own words.
 
     The one public question, `torch.get_float32_matmul_precision`, raises an error from torch 2.9 on
-    where a program has set a single backend.
+    where a program has set a single backend. 'none' says that nothing was set for the product, its
+    backend or torch as a whole: products are then rounded as with 'ieee', which torch's default
+    writes there once it is set by name.
     """
     backends: Any = torch.backends.cuda, torch.backends.mkldnn
     products: list[Any] = [getattr(backend, "matmul", None) for backend in backends]
     if all(hasattr(product, "fp32_precision") for product in products):
-        return tuple(product.fp32_precision for product in products)
+        settings = [product.fp32_precision for product in products]
+        return tuple("ieee" if setting == "none" else setting for setting in settings)
     return (torch.get_float32_matmul_precision(),)
 
 

@@ -202,6 +202,20 @@ def test_precision_of_float32_products():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_torch_s_own_precision_set_by_name_is_no_other_one():
+    """Nothing is rounded otherwise once 'highest' is set, which is what holds unset."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has no setting of a single backend")
+    torch.set_float32_matmul_precision("highest")
+    by_name = compat.float32_products()
+    matmul.fp32_precision = "none"
+    try:
+        assert compat.float32_products() == by_name
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_edits_of_a_tensor():
     tensor = torch.zeros(2)
     require("torch", tensor, "_version")
