@@ -11,10 +11,12 @@ Two models.  ΔW = W_tuned − W_base of every linear module and embedding, exac
 
 The difference explains the models only if they differ in their parameters alone. Weights are not
 all of a model: `rope_theta`, the norm's ε, the activation function, soft caps and the like stand in
-its configuration. Two checks, since each sees what the other does not:
+its configuration. Three checks, since each sees what the others do not:
 
 1. The configurations are compared field by field, but for those that decide no logits.
 2. The base's own code, run with the tuned model's parameters, must give the tuned model's logits.
+3. In these passes each changed linear module must compute W z + b: one with a forward of its own
+   (0.5 W z, say) adds something else than ΔW z when it is trained.
 
 Cost: one forward pass of each model on 8 tokens.
 """
@@ -25,9 +27,10 @@ import contextlib
 import copy
 import dataclasses
 import fnmatch
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -112,16 +115,20 @@ def base_within(peft_model: Any) -> nn.Module:
                 f"init_lora_weights={start!r} of {name!r} changed its weights. Compare with the "
                 "true base: ll.load(base, ll.Adapter.between(base, peft_model.merge_and_unload()))."
             )
-    tensors = itertools.chain(live.parameters(), live.buffers())
-    model = copy.deepcopy(live, {id(tensor): tensor for tensor in tensors})
+    # `copy.deepcopy` takes what is in its memo for the copy: of a tensor the tensor itself, and of
+    # PEFT's layers what they wrap. So nothing that PEFT holds in them is copied.
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in itertools.chain(live.parameters(), live.buffers())
+    }
     wrappers = BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper
-    while path := next((p for p, m in model.named_modules() if isinstance(m, wrappers)), ""):
-        inner: Any = model.get_submodule(path)
+    for module in live.modules():
+        inner: Any = module
         while isinstance(inner, wrappers):
             is_layer = isinstance(inner, BaseTunerLayer)
             inner = inner.get_base_layer() if is_layer else inner.original_module
-        model.set_submodule(path, inner)
-    return model
+        if inner is not module:
+            memo[id(module)] = copy.deepcopy(inner, memo)
+    return copy.deepcopy(live, memo)
 
 
 def require_unmerged(live: nn.Module) -> None:
@@ -188,8 +195,19 @@ def _live_state(
             if rows.tied_adapter is None and name in deltas:
                 tensors = {f"token_adapter.trainable_tokens_delta.{name}": deltas[name]}
                 ids[path] = rows.token_indices[name]
+        _require_numbers(path, tensors)
         state |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
     return state, scales, ids, experts
+
+
+def _require_numbers(path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors on the device 'meta', which have a shape and no numbers."""
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise AdapterError(
+                f"{path}.{key} is on the device 'meta', where a tensor holds no numbers. Load the "
+                "PeftModel with its weights, or read the folder: ll.load_adapter(folder)."
+            )
 
 
 def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
@@ -247,7 +265,7 @@ def change_between(
             if rank is not None and isinstance(update, LoRAFactors):
                 updates[path], errors[path] = _truncate(update, rank)
     _refuse_other_changes(base, tuned, covered, globs)
-    _require_same_function(base, tuned, globs)
+    _require_same_function(base, tuned, globs, updates)
     return updates, errors
 
 
@@ -387,10 +405,14 @@ _TOKENS = 8
 _AGREEMENT, _ROUNDINGS = 1e-4, 8
 
 
-def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> None:
+def _require_same_function(
+    base: nn.Module, tuned: nn.Module, globs: Globs, changed: Iterable[str]
+) -> None:
     """Refuse two models that would differ even if their parameters were the same.
 
-    Models without a Hugging Face configuration are not checked.
+    Refused as well is a changed module (`changed`: their paths) that computes something else than
+    W z + b, so that W' − W is not what it adds to its output. Models without a Hugging Face
+    configuration are not checked.
     """
     if not (hasattr(base, "config") and hasattr(tuned, "config")):
         return
@@ -401,22 +423,114 @@ def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> N
             f"the two models are different functions, whatever their weights: {shown}. If they "
             "were trained with the same configuration, load both with it."
         )
-    _require_same_logits(base, tuned, globs)
+    _require_same_logits(base, tuned, globs, changed)
 
 
-def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Globs) -> None:
-    """The base's code and the tuned model's, both with the tuned parameters less the ignored."""
+def _require_same_logits(
+    base: nn.Module, tuned: nn.Module, globs: Globs, changed: Iterable[str]
+) -> None:
+    """The base's code and the tuned model's, both with the tuned parameters less the ignored.
+
+    In the same two passes each changed module's output is compared with that of its parameters.
+    """
     old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
     # Modules are ignored by their own path, other parameters by name.
     ignored = {n for n in new if _matches(n, globs) or _matches(n.rpartition(".")[0], globs)}
-    expected = logits_of(tuned, {name: old[name].to(new[name]) for name in ignored})
-    logits = logits_of(base, {n: p.to(old[n]) for n, p in new.items() if n not in ignored})
+    paths = [*changed]
+    with _calls_of(tuned, paths) as tuned_calls:
+        expected = logits_of(tuned, {name: old[name].to(new[name]) for name in ignored})
+    with _calls_of(base, paths) as base_calls:
+        logits = logits_of(base, {n: p.to(old[n]) for n, p in new.items() if n not in ignored})
     off, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
     if not is_near:
         raise AdapterError(
             "the base with the tuned model's weights does not compute the tuned model's logits: "
             f"{off:.2g} off, of a range of {span:.2g}. The two are different functions (other "
             "code, buffers or hooks), and a change of weights does not explain that."
+        )
+    for model, calls in ((tuned, tuned_calls), (base, base_calls)):
+        for path in paths:
+            module, trained = model.get_submodule(path), tuned.get_submodule(path)
+            call = calls.get(path)
+            if call is None:
+                _require_affine(path, module, module, _call_alone(module))
+            else:
+                _require_affine(path, module, trained, call)
+
+
+# --- Whether a module computes what its parameters say
+
+
+class _Call(NamedTuple):
+    """What went into a module, and what came out; on the CPU."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+@contextlib.contextmanager
+def _calls_of(model: nn.Module, paths: Iterable[str]) -> Generator[dict[str, _Call]]:
+    """Within the block, the last call of each of these modules is kept, by path."""
+    calls: dict[str, _Call] = {}
+    handles: list[Any] = []
+
+    def keep(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        del module
+        calls[path] = _Call(tuple(map(_on_the_cpu, args)), _on_the_cpu(output))
+
+    try:
+        for path in paths:
+            hook = functools.partial(keep, path)
+            handles.append(model.get_submodule(path).register_forward_hook(hook))
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_the_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _call_alone(module: nn.Module) -> _Call:
+    """A call of a module that these tokens do not reach (an expert, say), on random input."""
+    weight = _weight(module)
+    inputs = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    first = next(module.parameters())
+    with torch.no_grad():
+        output = module(inputs.to(first.device, first.dtype))
+    return _Call((inputs.to(first.dtype),), _on_the_cpu(output))
+
+
+def _require_affine(path: str, module: nn.Module, holder: nn.Module, call: _Call) -> None:
+    """Refuse a linear module or an embedding that does not compute W z + b.
+
+    A norm is not compared, nor is a module whose output is no tensor (a router that chooses).
+
+    Args:
+        path: the module's path.
+        module: the module that was called.
+        holder: the one whose parameters it had then, cast to its own dtype.
+        call: the call.
+    """
+    weight = module.get_parameter("weight")
+    if weight.ndim != 2 or not isinstance(call.output, Tensor):
+        return
+    inputs = call.args[0]
+    W = _weight(holder).to(weight.dtype).double()
+    if isinstance(module, nn.Embedding):
+        expected = W.T[inputs] * float(getattr(module, "embed_scale", 1.0))
+    else:
+        expected = inputs.double() @ W.T
+    bias = getattr(holder, "bias", None)
+    if bias is not None:
+        expected = expected + bias.detach().cpu().to(weight.dtype).double()
+    off, span, is_near = apart(call.output.double(), expected, (weight,))
+    if not is_near:
+        raise AdapterError(
+            f"{path}: this {type(module).__name__} does not compute W z + b, but something that is "
+            f"{off:.2g} off, of a range of {span:.2g}. So W' − W is not what its training adds to "
+            f"its output. To leave it out on purpose, pass ignore={path!r}."
         )
 
 
