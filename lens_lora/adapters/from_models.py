@@ -15,8 +15,8 @@ its configuration. Three checks, since each sees what the others do not:
 
 1. The configurations are compared field by field, but for those that decide no logits.
 2. The base's own code, run with the tuned model's parameters, must give the tuned model's logits.
-3. In these passes each changed linear module must compute W z + b: one with a forward of its own
-   (0.5 W z, say) adds something else than ΔW z when it is trained.
+3. In these passes each changed module must compute what its parameters say (`own_forward`): one
+   with a forward of its own (0.5 W z, say) adds something else than ΔW z when it is trained.
 
 Cost: one forward pass of each model on 8 tokens.
 """
@@ -27,10 +27,9 @@ import contextlib
 import copy
 import dataclasses
 import fnmatch
-import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -41,6 +40,13 @@ from tqdm import tqdm
 from lens_lora.adapters import peft_read
 from lens_lora.adapters.configurations import differing_fields
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.adapters.own_forward import (
+    TOKENS,
+    apart,
+    calls_of,
+    require_own_parameters,
+    weight_of,
+)
 from lens_lora.adapters.peft_files import is_plain_lora, refuse_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, NORM_KINDS
@@ -328,7 +334,7 @@ def _norm_change(path: str, before: nn.Module, after: nn.Module | None) -> Train
 def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoRAFactors | None:
     if after is None or _change_of(path, after) is not _linear_change:
         raise AdapterError(f"{path}: the base has it and the tuned model has not.")
-    old, new = _weight(before), _weight(after)
+    old, new = weight_of(before), weight_of(after)
     if old.shape != new.shape:
         shapes = f"the base's weight is {tuple(old.shape)}, the tuned model's {tuple(new.shape)}"
         remedy = "both must have the same architecture and vocabulary"
@@ -341,16 +347,6 @@ def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoR
     else:
         return None
     return dataclasses.replace(factors, lora_bias=bias)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its weight as [in, out]: GPT-2's Conv1D, an embedding."""
-    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
-
-
-def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
-    weight = module.get_parameter("weight").detach().cpu()
-    return weight.T if is_transposed(module) else weight
 
 
 def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor, " out"] | None:
@@ -400,19 +396,14 @@ def _refuse_other_changes(old: nn.Module, new: nn.Module, covered: set[str], glo
 # --- Whether two models differ in their parameters alone
 
 
-_TOKENS = 8
-# Two runs of one function agree to 1e-4 of the logits' range, or to 8 roundings of a coarse dtype.
-_AGREEMENT, _ROUNDINGS = 1e-4, 8
-
-
 def _require_same_function(
     base: nn.Module, tuned: nn.Module, globs: Globs, changed: Iterable[str]
 ) -> None:
     """Refuse two models that would differ even if their parameters were the same.
 
-    Refused as well is a changed module (`changed`: their paths) that computes something else than
-    W z + b, so that W' − W is not what it adds to its output. Models without a Hugging Face
-    configuration are not checked.
+    Refused as well is a changed module (`changed`: their paths) with a forward of its own, so that
+    W' − W is not what training adds to its output. Models without a Hugging Face configuration are
+    not checked.
     """
     if not (hasattr(base, "config") and hasattr(tuned, "config")):
         return
@@ -437,9 +428,9 @@ def _require_same_logits(
     # Modules are ignored by their own path, other parameters by name.
     ignored = {n for n in new if _matches(n, globs) or _matches(n.rpartition(".")[0], globs)}
     paths = [*changed]
-    with _calls_of(tuned, paths) as tuned_calls:
+    with calls_of(tuned, paths) as tuned_calls:
         expected = logits_of(tuned, {name: old[name].to(new[name]) for name in ignored})
-    with _calls_of(base, paths) as base_calls:
+    with calls_of(base, paths) as base_calls:
         logits = logits_of(base, {n: p.to(old[n]) for n, p in new.items() if n not in ignored})
     off, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
     if not is_near:
@@ -450,101 +441,17 @@ def _require_same_logits(
         )
     for model, calls in ((tuned, tuned_calls), (base, base_calls)):
         for path in paths:
-            module, trained = model.get_submodule(path), tuned.get_submodule(path)
-            call = calls.get(path)
-            if call is None:
-                _require_affine(path, module, module, _call_alone(module))
-            else:
-                _require_affine(path, module, trained, call)
-
-
-# --- Whether a module computes what its parameters say
-
-
-class _Call(NamedTuple):
-    """What went into a module, and what came out; on the CPU."""
-
-    args: tuple[Any, ...]
-    output: Any
-
-
-@contextlib.contextmanager
-def _calls_of(model: nn.Module, paths: Iterable[str]) -> Generator[dict[str, _Call]]:
-    """Within the block, the last call of each of these modules is kept, by path."""
-    calls: dict[str, _Call] = {}
-    handles: list[Any] = []
-
-    def keep(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        del module
-        calls[path] = _Call(tuple(map(_on_the_cpu, args)), _on_the_cpu(output))
-
-    try:
-        for path in paths:
-            hook = functools.partial(keep, path)
-            handles.append(model.get_submodule(path).register_forward_hook(hook))
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _on_the_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _call_alone(module: nn.Module) -> _Call:
-    """A call of a module that these tokens do not reach (an expert, say), on random input."""
-    weight = _weight(module)
-    inputs = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    first = next(module.parameters())
-    with torch.no_grad():
-        output = module(inputs.to(first.device, first.dtype))
-    return _Call((inputs.to(first.dtype),), _on_the_cpu(output))
-
-
-def _require_affine(path: str, module: nn.Module, holder: nn.Module, call: _Call) -> None:
-    """Refuse a linear module or an embedding that does not compute W z + b.
-
-    A norm is not compared, nor is a module whose output is no tensor (a router that chooses).
-
-    Args:
-        path: the module's path.
-        module: the module that was called.
-        holder: the one whose parameters it had then, cast to its own dtype.
-        call: the call.
-    """
-    weight = module.get_parameter("weight")
-    if weight.ndim != 2 or not isinstance(call.output, Tensor):
-        return
-    inputs = call.args[0]
-    W = _weight(holder).to(weight.dtype).double()
-    if isinstance(module, nn.Embedding):
-        expected = W.T[inputs] * float(getattr(module, "embed_scale", 1.0))
-    else:
-        expected = inputs.double() @ W.T
-    bias = getattr(holder, "bias", None)
-    if bias is not None:
-        expected = expected + bias.detach().cpu().to(weight.dtype).double()
-    off, span, is_near = apart(call.output.double(), expected, (weight,))
-    if not is_near:
-        raise AdapterError(
-            f"{path}: this {type(module).__name__} does not compute W z + b, but something that is "
-            f"{off:.2g} off, of a range of {span:.2g}. So W' − W is not what its training adds to "
-            f"its output. To leave it out on purpose, pass ignore={path!r}."
-        )
-
-
-def apart(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[float, float, bool]:
-    """(largest difference of two logits, their range, whether it is one of rounding)."""
-    off, span = float((a - b).abs().max()), float(b.max() - b.min())
-    eps = max(torch.finfo(weight.dtype).eps for weight in weights)
-    return off, span, off <= max(_AGREEMENT, _ROUNDINGS * eps) * span
+            remedy = f"To leave it out on purpose, pass ignore={path!r}."
+            module, call = model.get_submodule(path), calls.get(path)
+            # Both models ran with the tuned parameters; what these tokens do not reach did not run.
+            holder = module if call is None else tuned.get_submodule(path)
+            require_own_parameters(path, module, remedy, holder=holder, call=call)
 
 
 def logits_of(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
     """In float64, on a few tokens, with some parameters replaced."""
-    vocabulary = getattr(model.config, "vocab_size", None) or 1 + _TOKENS
-    tokens = torch.arange(1, 1 + _TOKENS, device=next(model.parameters()).device)[None] % vocabulary
+    vocabulary = getattr(model.config, "vocab_size", None) or 1 + TOKENS
+    tokens = torch.arange(1, 1 + TOKENS, device=next(model.parameters()).device)[None] % vocabulary
     with torch.no_grad(), _in_eval(model):
         out = torch.func.functional_call(model, dict(parameters), (tokens,))
     return (out.logits if hasattr(out, "logits") else out[0]).cpu().double()

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lens_lora.adapters import from_models, peft_files, peft_read
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.adapters.own_forward import apart, is_transposed
 from lens_lora.compat import float64_device, is_memory_short, without_warnings
 from lens_lora.errors import (
     AdapterError,
@@ -176,7 +177,7 @@ def _require_whole(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdat
             value = getattr(update, key)
             if value is not None:
                 module.register_parameter(key, nn.Parameter(value.to(getattr(module, key)), False))
-    off, span, is_near = from_models.apart(
+    off, span, is_near = apart(
         from_models.logits_of(base, {}), from_models.logits_of(peft_model, {}), base.parameters()
     )
     if not is_near:
@@ -237,7 +238,7 @@ def _affine(layer: Any) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"],
     """(Δb, ΔW, the size of the outputs that they are differences of), checked on random input."""
     base = layer.get_base_layer()
     weight, is_embedding = base.weight, isinstance(base, nn.Embedding)
-    width = weight.shape[0 if from_models.is_transposed(base) else 1]
+    width = weight.shape[0 if is_transposed(base) else 1]
 
     def delta(inputs: Tensor) -> Tensor:
         try:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.adapters.from_models import is_transposed
+from lens_lora.adapters.own_forward import is_transposed
 from lens_lora.evaluation.checks import MergedTensor, Outcome
 from lens_lora.evaluation.merged_folder import MergedFolder, sharing_in
 from lens_lora.model.kernels import as_one_map

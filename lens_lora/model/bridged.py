@@ -26,8 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lens_lora.adapters import own_forward
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part, expert_factors
+from lens_lora.adapters.arithmetic import module_path
+from lens_lora.adapters.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    TrainedModule,
+    base_part,
+    expert_factors,
+)
 from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.families import NORM_KINDS, Family, Place
 from lens_lora.model.bases import stored_weight
@@ -287,6 +295,25 @@ def normalised(norm: nn.Module, x: Tensor) -> Tensor:
     zeros = {name: torch.zeros_like(p) for name, p in computed.named_parameters()}
     ones = {n: torch.ones_like(p) if n.endswith("weight") else p for n, p in zeros.items()}
     return functional_call(computed, ones, (x,)) - functional_call(computed, zeros, (x,))
+
+
+def require_own_parameters(model: Any, adapter: Adapter) -> None:
+    """Refuse modules that were trained whole and do not compute what their parameters say.
+
+    Only of those whose code is neither torch's nor transformers' is a call made, on eight tokens.
+
+    Raises:
+        AdapterError: a module with a forward of its own, such as 0.5 W z.
+    """
+    trained = [key for key, update in adapter.modules.items() if isinstance(update, TrainedModule)]
+    names = names_by_path(model) if trained else {}
+    for path in map(module_path, trained):
+        if path not in names:
+            continue
+        module = model.get_submodule(names[path])
+        if (is_linear(module) or is_norm(module)) and own_forward.has_own_code(module):
+            remedy = f"Leave it out: adapter.without({path!r})."
+            own_forward.require_own_parameters(path, module, remedy)
 
 
 class Shell(nn.Module):

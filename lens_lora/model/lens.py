@@ -36,7 +36,7 @@ from lens_lora.model import check as checks
 from lens_lora.model import gates as gating
 from lens_lora.model import sites as model_sites
 from lens_lora.model.basis import SiteMap, Update
-from lens_lora.model.bridged import on_stacks
+from lens_lora.model.bridged import on_stacks, require_own_parameters
 from lens_lora.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
@@ -82,7 +82,9 @@ class LoraLens:
             with it, in float32 also logits of 8 tokens.
         check: of a family without an entry in the table of `docs/exactness.md`, whether random
             updates at the adapter's modules are compared with the Hugging Face model under forward
-            hooks: two passes over eight tokens. None for those of `with_adapter` alone.
+            hooks: two passes over eight tokens. None for those of `with_adapter` alone. And, but
+            for False, whether a module that was trained whole computes what its weight says, where
+            its code is its own.
         prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis;
             None for what the model does itself (`model.to_tokens`), of which is warned once where
             its tokenizer does otherwise. `ll.load` reads strings as the tokenizer does.
@@ -120,6 +122,8 @@ class LoraLens:
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = gating.make_plan(model, adapter, hf_model)
+        if check is not False:
+            require_own_parameters(model, adapter)
         # Within another lens's block the model cannot be run; its precision is measured later.
         self._eps: float | None = None
         with contextlib.suppress(errors.ModelStateError):
@@ -173,6 +177,8 @@ class LoraLens:
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
+        if check:
+            require_own_parameters(self.model, adapter)
         if check and self._probed is not None:
             other._probed = probed(self.model, self._hf_model, adapter, self._probed, eps=self.eps)
             self._probed = other._probed

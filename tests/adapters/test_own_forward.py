@@ -1,4 +1,4 @@
-"""`Adapter.between` of modules that compute something else than W z + b: refused by name."""
+"""Modules that were trained and compute something else than W z + b, or γ ⊙ n: refused by name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lens_lora as ll
+from lens_lora.adapters.factors import TrainedModule
+from lens_lora.adapters.own_forward import has_own_code
 from lens_lora.errors import AdapterError
 
 
@@ -46,10 +49,29 @@ class Scaled(nn.Embedding):
         return 3 * super().forward(ids)
 
 
+class HalfNorm(LlamaRMSNorm):
+    """A norm with a forward of its own."""
+
+    def forward(self, z):
+        """0.5 γ n."""
+        return 0.5 * super().forward(z)
+
+
+class SameNorm(LlamaRMSNorm):
+    """A norm in code of its own."""
+
+    def forward(self, z):
+        """γ n."""
+        n = z * (z.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return self.weight * n
+
+
 PLACES = {
     "o_proj": ("model.layers.0.self_attn.o_proj", Half),
     "gate_proj": ("model.layers.1.mlp.gate_proj", Clipped),
     "embedding": ("model.embed_tokens", Scaled),
+    "norm": ("model.layers.0.input_layernorm", HalfNorm),
+    "final norm": ("model.norm", HalfNorm),
 }
 
 
@@ -69,7 +91,7 @@ def pair(path: str, cls: type | None, dtype: torch.dtype = torch.float64):
 @pytest.mark.parametrize("path, cls", PLACES.values(), ids=PLACES)
 def test_a_forward_of_its_own_is_refused(path, cls):
     base, tuned = pair(path, cls)
-    with pytest.raises(AdapterError, match=rf"{path}: this {cls.__name__} does not compute W z"):
+    with pytest.raises(AdapterError, match=f"{path}: this {cls.__name__} does not compute "):
         ll.Adapter.between(base, tuned, progress=False)
     tuned.get_submodule("model.layers.0.mlp.up_proj").weight.data *= 1.1
     rest = ll.Adapter.between(base, tuned, ignore=path, progress=False)
@@ -88,12 +110,34 @@ def test_a_hook_of_the_module_s_own_is_seen():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_w_z_in_code_of_its_own_is_taken(dtype):
-    """PEFT's merged model is not needed as oracle: the tuned model's own logits are."""
-    path = "model.layers.0.self_attn.o_proj"
-    base, tuned = pair(path, Same, dtype)
+def test_the_same_in_code_of_its_own_is_taken(dtype):
+    places = (
+        ("model.layers.0.self_attn.o_proj", Same),
+        ("model.layers.1.input_layernorm", SameNorm),
+    )
+    for path, cls in places:
+        base, tuned = pair(path, cls, dtype)
+        adapter = ll.Adapter.between(base, tuned, progress=False)
+        assert list(adapter.modules) == [path]
+
+
+def test_a_module_that_is_called_by_name_or_not_at_all():
+    """Its input may have a name; and what eight tokens do not reach is called alone."""
+    path = "model.layers.0.mlp.down_proj"
+    base, tuned = pair(path, None)
+    for model in (base, tuned):
+        down = model.get_submodule(path)
+        model.unused = nn.Embedding(5, 4)
+        model.model.layers[0].mlp.forward = lambda x, m=model.model.layers[0].mlp, down=down: down(
+            input=m.act_fn(m.gate_proj(x)) * m.up_proj(x)
+        )
+    tuned.unused.weight.data = base.unused.weight.data + 1
     adapter = ll.Adapter.between(base, tuned, progress=False)
-    assert list(adapter.modules) == [path]
+    assert set(adapter.modules) == {path, "unused"}
+    for model in (base, tuned):
+        model.unused.__class__ = Scaled
+    with pytest.raises(AdapterError, match="unused: this Scaled does not compute"):
+        ll.Adapter.between(base, tuned, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +160,31 @@ def test_every_family_is_taken():
             parameter.data += 0.02 * noise.to(parameter)
         tuned.tie_weights()
         assert len(ll.Adapter.between(base, tuned, progress=False)) > 5
+
+
+# --- Modules that an adapter holds as they were trained
+
+
+@pytest.mark.skipif(not models.has_bridge(), reason="only a bridge runs the model's own modules")
+@pytest.mark.parametrize("path, cls", PLACES.values(), ids=PLACES)
+def test_a_trained_module_with_a_forward_of_its_own_is_refused(path, cls):
+    """`modules_to_save` of such a module: PEFT's logits were missed by more than the shift."""
+    base, tuned = pair(path, cls)
+    module = tuned.get_submodule(path)
+    trained = ll.Adapter({path: TrainedModule(module.weight.detach().clone())})
+    factors = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
+    words = f"{path}: this {cls.__name__} does not compute "
+    with pytest.raises(AdapterError, match=f"{words}.*Leave it out: adapter.without"):
+        ll.LoraLens(models.bridge(base), trained)
+    lens = ll.LoraLens(models.bridge(base), factors.only("*.q_proj"))
+    with pytest.raises(AdapterError, match=words):
+        lens.with_adapter(trained)
+
+
+def test_libraries_have_no_code_of_their_own():
+    """So no call is made of their modules."""
+    for family in ("llama", "gpt2", "gemma2", "phi3"):
+        model = models.hf_model(family)
+        own = [path for path, module in model.named_modules() if has_own_code(module)]
+        assert own == []
+    assert all(has_own_code(cls(4, 4)) for cls in (Half, Clipped, Same, Scaled))

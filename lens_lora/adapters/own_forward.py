@@ -1,0 +1,207 @@
+"""Whether a module computes what its parameters say, so that a change of them is a change of it.
+
+What training adds to the output of a linear module is (W' − W) z + b' − b only if the module
+computes W z + b, and to that of a norm (γ' − γ) ⊙ n only if n is the normalised input. A module
+with a forward of its own (0.5 W z, a clipped output) or with a hook adds something else. No shape
+shows it, and where base and tuned model share that code their logits agree as well. So a module is
+run, and its output is compared with that of its parameters:
+
+    linear module, embedding    output = W z + b
+    norm                        output(γ = 1) − output(γ = 0) = n,  whose root mean square is 1
+
+Cost: one call of the module, on eight tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lens_lora.errors import AdapterError
+
+TOKENS = 8
+# Two runs of one function agree to 1e-4 of the output's range, or to 8 roundings of a coarse dtype.
+_AGREEMENT = 1e-4
+_ROUNDINGS = 8
+# Large beside the ε in a norm's root, so that n has a root mean square of 1; its square is finite
+# in float16.
+_SIZE_OF_INPUT = 10.0
+# Whose code is known to compute W z + b, by the beginning of its module's name.
+_KNOWN_CODE = ("torch.", "transformers.", "peft.", "bitsandbytes.", "transformer_lens.")
+
+
+# --- Calls
+
+
+class Call(NamedTuple):
+    """What went into a module, and what came out; on the CPU."""
+
+    inputs: Any
+    output: Any
+
+
+@contextlib.contextmanager
+def calls_of(model: nn.Module, paths: Iterable[str]) -> Generator[dict[str, Call]]:
+    """Within the block, the last call of each of these modules is kept, by path."""
+    calls: dict[str, Call] = {}
+    handles: list[Any] = []
+
+    def keep(
+        path: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        del module
+        inputs = next(iter((*args, *named.values())), None)
+        calls[path] = Call(_on_the_cpu(inputs), _on_the_cpu(output))
+
+    try:
+        for path in paths:
+            hook = functools.partial(keep, path)
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_the_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _call_alone(module: nn.Module) -> Call:
+    """A call on random input."""
+    inputs = _random_input(module)
+    device = module.get_parameter("weight").device
+    with torch.no_grad():
+        output = module(inputs.to(device))
+    return Call(inputs, _on_the_cpu(output))
+
+
+def _random_input(module: nn.Module) -> Tensor:
+    """Token ids of an embedding; else what fits the module's input, in its dtype."""
+    weight = module.get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(module, nn.Embedding):
+        return torch.randint(len(weight), (1, TOKENS), generator=generator)
+    width = weight_of(module).shape[-1]
+    return torch.randn(1, TOKENS, width, generator=generator).to(weight.dtype)
+
+
+# --- The comparison
+
+
+def apart(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[float, float, bool]:
+    """(largest difference of two outputs, their range, whether it is one of rounding)."""
+    off, span = float((a - b).abs().max()), float(b.max() - b.min())
+    eps = max(torch.finfo(weight.dtype).eps for weight in weights)
+    return off, span, off <= max(_AGREEMENT, _ROUNDINGS * eps) * span
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight as [in, out]: GPT-2's Conv1D, an embedding."""
+    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A linear module's or an embedding's weight as [out, in], or a norm's γ; on the CPU."""
+    weight = module.get_parameter("weight").detach().cpu()
+    return weight.T if is_transposed(module) else weight
+
+
+def require_own_parameters(
+    path: str,
+    module: nn.Module,
+    remedy: str,
+    *,
+    holder: nn.Module | None = None,
+    call: Call | None = None,
+) -> None:
+    """Refuse a linear module, an embedding or a norm that computes something else.
+
+    Not compared is a module whose output is no tensor, as a router's that chooses.
+
+    Args:
+        path: the module's path.
+        module: the module.
+        remedy: what to do about it.
+        holder: the one whose parameters it had in that call, cast to its own dtype; None for
+            itself.
+        call: a call of it; None for one on random input.
+
+    Raises:
+        AdapterError: it computes something else than W z + b, or γ ⊙ n + β.
+    """
+    weight = module.get_parameter("weight")
+    if weight.ndim == 1:
+        _require_norm(path, module, remedy)
+    elif weight.ndim == 2:
+        _require_affine(path, module, holder or module, call or _call_alone(module), remedy)
+
+
+def _require_affine(
+    path: str, module: nn.Module, holder: nn.Module, call: Call, remedy: str
+) -> None:
+    if not isinstance(call.output, Tensor) or not isinstance(call.inputs, Tensor):
+        return
+    expected = _affine(module, holder, call.inputs)
+    weight = module.get_parameter("weight")
+    off, span, is_near = apart(call.output.to(expected), expected, (weight,))
+    if not is_near:
+        raise AdapterError(
+            f"{path}: this {type(module).__name__} does not compute W z + b, but something that is "
+            f"{off:.2g} off, of a range of {span:.2g}. So W' − W is not what its training adds to "
+            "its output.",
+            remedy=remedy,
+        )
+
+
+def _affine(module: nn.Module, holder: nn.Module, inputs: Tensor) -> Tensor:
+    """W z + b, at least in float32; of an embedding its rows, times what it says that it scales."""
+    dtype = module.get_parameter("weight").dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    W: Float[Tensor, "out in"] = weight_of(holder)
+    if isinstance(module, nn.Embedding):
+        scale = float(getattr(module, "embed_scale", 1.0))
+        output = W.T[inputs].to(dtype).to(wide) * scale
+    else:
+        output = inputs.to(wide) @ W.to(dtype).to(wide).T
+    bias = getattr(holder, "bias", None)
+    if bias is None:
+        return output
+    return output + bias.detach().cpu().to(dtype).to(wide)
+
+
+def _require_norm(path: str, norm: nn.Module, remedy: str) -> None:
+    gamma = norm.get_parameter("weight").detach()
+    inputs = _SIZE_OF_INPUT * _random_input(norm).to(gamma.device)
+    with torch.no_grad():
+        # What γ adds is the same from 0 to 1 as from γ to γ + 1, and is rounded less.
+        at_one, at_zero = (
+            functional_call(norm, {"weight": torch.full_like(gamma, value)}, (inputs,))
+            for value in (1.0, 0.0)
+        )
+    if not isinstance(at_one, Tensor):
+        return
+    added = (at_one - at_zero).float()
+    size = float(added.square().mean().sqrt())
+    if abs(size - 1) > max(1e-3, _ROUNDINGS * torch.finfo(gamma.dtype).eps):
+        raise AdapterError(
+            f"{path}: this {type(norm).__name__} does not compute γ ⊙ n + β of a normalised input "
+            f"n, whose root mean square is 1: from γ = 0 to 1 its output changes by {size:.3g}. "
+            "So (γ' − γ) ⊙ n is not what its training adds to its output.",
+            remedy=remedy,
+        )
+
+
+def has_own_code(module: nn.Module) -> bool:
+    """Whether the forward of a module is neither torch's nor one of the known libraries'."""
+    is_replaced = "forward" in vars(module)
+    code = type(module).forward.__module__
+    return is_replaced or bool(module._forward_hooks) or not code.startswith(_KNOWN_CODE)
