@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,31 @@ def test_a_risk_is_seen(source):
     """Negative control."""
     assert risks(source)
     assert not risks("model.eval()\nre.compile(text)\nfrom .http import page")
+
+
+@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("background", ["true", "sleep 60"], ids=["ended", "at work"])
+def test_the_whole_check_ends_with_the_code_of_its_tests(tmp_path, background: str, code: int):
+    """Not with that of its clean-up, which also runs under `set -e`; and it prints the summary."""
+    (on_exit,) = re.findall(r"^trap .* EXIT$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "summary").write_text("2 failed\n")
+    waits = 'wait "$maker"' if background == "true" else ":"
+    lines = [
+        "set -euo pipefail",
+        f"work={work}",
+        "set -m",
+        f"{background} &",
+        "maker=$!",
+        "set +m",
+        waits,
+        on_exit,
+        f"exit {code}",
+    ]
+    command = ["bash", "-c", "\n".join(lines)]
+    # A session of its own: job control would stop this process, where it runs in the background.
+    options = {"capture_output": True, "text": True, "timeout": 30, "start_new_session": True}
+    done = subprocess.run(command, **options)
+    assert (done.returncode, done.stdout) == (code, "2 failed\n")
+    assert not work.exists()
