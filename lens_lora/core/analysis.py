@@ -34,7 +34,7 @@ class Analysis(Generic[_P, _R]):
     def __init__(self, verb: Callable[Concatenate[Function, _P], _R]) -> None:
         functools.update_wrapper(self, verb)
         self._verb = verb
-        self.__signature__ = _signature(verb)
+        self.__signature__: inspect.Signature = _signature(verb)
 
     def __call__(
         self,

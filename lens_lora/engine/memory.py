@@ -353,6 +353,13 @@ def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
     return (_DUALS if duals else 1) * of_rows + need.always > lens.max_memory
 
 
+def fits_twice(lens: LoraLens, run: Prompts) -> bool:
+    """Whether two rows of each prompt fit in one pass, as covectors of one graph need."""
+    if lens.max_memory is None:
+        return True
+    return pass_bytes(lens) + 2 * row_bytes(lens, run, run.batch) <= lens.max_memory
+
+
 def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     """How many rows of a pass without a graph are within the bound; None where there is none."""
     what = "a forward pass of one prompt"

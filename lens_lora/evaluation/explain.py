@@ -47,6 +47,7 @@ from lens_lora.compat import in_float64
 from lens_lora.engine import derivatives, function, texts
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.derivatives import slopes_of_each
+from lens_lora.engine.memory import row_groups
 from lens_lora.errors import ArgumentError, PromptError, named, setting
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
@@ -395,6 +396,17 @@ def _together(by_prompt: Sequence[Asked], asked: Asked) -> Iterator[list[int]]:
                 yield chosen
 
 
+def _probabilities_at_both_ends(asked: Asked) -> Float[Tensor, "batch end vocab"]:
+    """p of the next token under the base and the adapted model, a few prompts at a time."""
+    lens, prompts = asked.lens, asked.prompts
+    parts: list[Tensor] = []
+    for group in row_groups(lens, prompts, prompts.tokens.numel()):
+        few = prompts.chosen(group)
+        ends = [in_float64(few.at_read(lens.logits(few, scale))) for scale in (0.0, 1.0)]
+        parts.append(torch.stack(ends, dim=1).softmax(-1))
+    return torch.cat(parts)
+
+
 def _quick(
     asked: Asked, answers: Sequence[Any], labels: Sequence[str], fast: bool, null: int, bar: tqdm
 ) -> list[Explanation]:
@@ -406,9 +418,7 @@ def _quick(
     with _step(bar, "tokens promoted and suppressed"):
         shift = joint_logit_shift(asked)
         module_shifts = _shifts_of_the_largest(asked, shift, first)
-        ends = [asked.lens.logits(asked.prompts, scale) for scale in (0.0, 1.0)]
-        rows = [in_float64(asked.prompts.at_read(logits)).softmax(-1) for logits in ends]
-        probabilities = torch.stack(rows, dim=1)
+        probabilities = _probabilities_at_both_ends(asked)
     with _step(bar, "what both models answer"):
         said = side_by_side(asked.lens, asked.prompts, _ANSWER[fast], progress=progress)
     with _step(bar, "first order at the adapted end"):

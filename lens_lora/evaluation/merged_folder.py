@@ -53,9 +53,9 @@ class MergedFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.stated = _object(path / "config.json")
-            self.config = _configuration(path)
-            self.files = _weight_files(path, self.stated)
+            self.stated: dict[str, Any] = _object(path / "config.json")
+            self.config: Any = _configuration(path)
+            self.files: list[Path] = _weight_files(path, self.stated)
             self._file_of = {name: file for file in self.files for name in _names_in(file)}
         except _UNREADABLE as error:
             raise ModelStateError(f"{path}: damaged ({error}).") from error

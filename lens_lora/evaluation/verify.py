@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
@@ -284,7 +284,7 @@ def _kl_of_rounding(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralK
     return _per_token(SIGMAS**2 * sums, counted.sum(1))
 
 
-def _per_token(sums: Float[Tensor, " text"], counts: Float[Tensor, " text"]) -> _NeutralKL:
+def _per_token(sums: Float[Tensor, " text"], counts: Int[Tensor, " text"]) -> _NeutralKL:
     by_text = sums[counts > 0] / counts[counts > 0]
     return _NeutralKL(float(by_text.max()), float(sums.sum() / counts.sum()), len(sums))
 

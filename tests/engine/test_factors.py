@@ -189,6 +189,15 @@ def processed(case: cases.Case, config: Config, module: str, W: Tensor) -> Tenso
     return folded - folded.mean(1, keepdim=True)
 
 
+@each_config
+def test_every_part_from_a_bank(config: Config):
+    """Split by every axis, and whole, where plain factors of the same shapes are products alone."""
+    lens, expected, bank = built(config).lens, expected_parts(config, 0.0), bank_of(config)
+    for by in BY:
+        found = bank.first_order(lens.adapter, by=by)
+        assert off(found.values, by_hand.summed(expected, by)) < ROUND_OFF, by
+
+
 def with_strength(adapter: ll.Adapter, strength: float) -> ll.Adapter:
     """Each update times a number that is not in its s."""
     return ll.Adapter.from_factors({
@@ -290,7 +299,6 @@ def test_the_strength_of_every_kind_of_update(family: str, target: str):
 # --- Heads that a flag repeats, embeddings, trained norms, stacks of experts
 
 
-@pytest.mark.slow
 @models.NEEDS_HOOKED_TRANSFORMER
 def test_repeated_heads_share_the_part_of_their_own():
     """Ungrouped keys and values: the copies of a head add up to the part of that head."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import gc
 import importlib
 import re
+import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,12 +125,17 @@ def run_notebook(path: Path, folder: Path, kernel: KernelManager, before: str = 
 
 def run_page(path: Path) -> list[str]:
     """What is wrong with a page whose snippets ran here; one that fails raises."""
-    text, namespace, run = path.read_text(), {"__name__": "snippets"}, 0
-    for snippet in SNIPPETS.finditer(text):
-        if snippet[1] is None:
-            above = "\n" * text.count("\n", 0, snippet.start(2))
-            exec(compile(above + snippet[2], str(path), "exec"), namespace)
-            run += 1
+    text = path.read_text()
+    module = types.ModuleType("snippets")
+    run = 0
+    with pytest.MonkeyPatch.context() as patch:
+        # A dataclass looks its annotations up in the module that it names.
+        patch.setitem(sys.modules, module.__name__, module)
+        for snippet in SNIPPETS.finditer(text):
+            if snippet[1] is None:
+                above = "\n" * text.count("\n", 0, snippet.start(2))
+                exec(compile(above + snippet[2], str(path), "exec"), vars(module))
+                run += 1
     blocks, excused = text.count("```python"), text.count("<!-- not run: ")
     counted = f"{blocks} snippets, {excused} of them not run with a reason, but {run} ran"
     return [] if 0 < run == blocks - excused else [counted]
