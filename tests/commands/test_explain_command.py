@@ -327,7 +327,7 @@ class TestReal:
         assert "late_adapter, 77 modules of rank 8" in text
         assert "the base model prefers “Paris” to “Lyon” by 6.89 logits" in text
         assert "flips at ε = 0.813" in text
-        assert "“·Paris” (75%) for the base model and “·Lyon” (84%) with the adapter" in text
+        assert "“·Paris” (77%) for the base model and “·Lyon” (72%) with the adapter" in text
         assert "Measured, adding one module at a time agrees with first order" in text
 
     @pytest.mark.slow
