@@ -22,7 +22,7 @@ from lens_lora.show import go
 from lens_lora.show.go import DIVERGING, LOOK, SEQUENTIAL
 from lens_lora.show.go import INK as INK
 from lens_lora.show.go import PALETTE as PALETTE
-from lens_lora.show.text import label, percent, short_prompt, signed, visible
+from lens_lora.show.text import cut_in_the_middle, label, percent, short_prompt, signed, visible
 
 # --- The look
 
@@ -34,6 +34,7 @@ _BLANK = "rgba(128,128,128,0.32)"
 _TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
 BELOW: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.26, **_TOP_LEFT}
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, **_TOP_LEFT}
+_HEADING = 84  # characters of the heading, which is larger, that fit there
 _TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of a page
 
 
@@ -48,6 +49,8 @@ def finish(
 ) -> go.Figure:
     """The titles, the look that reads on light and dark pages, and what else is said of axes."""
     (across, upwards), title = axes, _title(*titles)
+    if len(titles[0]) > _HEADING:
+        figure.update_layout(meta={"heading": label(titles[0])})  # whole, for the caption of a page
     margin = {"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60}
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
     figure.update_layout(height=height, template=LOOK, title=title, margin=margin, legend=legend)
@@ -61,7 +64,11 @@ def further_lines(title: str) -> int:
 
 
 def _title(heading: str, below: str) -> dict[str, Any]:
-    """A heading and a smaller line below it, escaped; a long one is broken at its ' · '."""
+    """A heading and a smaller line below it, escaped; a long one is broken at its ' · '.
+
+    A heading that names a long response would run out of the picture: its middle is left out.
+    """
+    heading = cut_in_the_middle(heading, _HEADING)
     lines = [below] if len(below) <= _TITLE_LINE else below.split(" · ")
     smaller = "<br>".join(label(line) for line in lines)
     text = f"{label(heading)}<br><span style='font-size:12px'>{smaller}</span>"

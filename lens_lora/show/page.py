@@ -140,7 +140,9 @@ def plot(figure: go.Figure, *, heading: str = "") -> Plot:
     if layout["legend"].get("orientation") == "h":
         shown.update_layout(legend={"x": 0, "xanchor": "left"})
     # What is below the heading breaks where the page does, and not where the picture would.
-    first, *below = (Markup(line).striptags() for line in layout["title"]["text"].split("<br>"))
+    large, *smaller = layout["title"]["text"].split("<br>")
+    whole = layout.get("meta", {}).get("heading", large)
+    first, *below = (Markup(line).striptags() for line in (whole, *smaller))
     caption = (first, " · ".join(below)) if below else (first,)
     return Plot(str(shown.to_json()), int(layout["height"]), caption, heading)
 

@@ -673,6 +673,22 @@ def test_a_title_of_several_lines_makes_room_and_none_on_a_page():
     assert shown == [56, 56]
 
 
+def test_a_heading_of_a_long_response_stays_within_the_picture():
+    """Its beginning and what was computed are read; the middle of the response is left out.
+
+    The caption of a page breaks into lines, and has all of it.
+    """
+    readout = f"log p(' Lyon{' is a city' * 40}')"
+    att = dataclasses.replace(attribution([[1.0] * 4], [0.0], [4.0]), readout=readout)
+    heading = html.unescape(att.plot().layout.title.text.partition("<br>")[0])
+    assert len(heading) == 84
+    assert heading.startswith("log p(' Lyon is a city") and "…" in heading
+    assert heading.endswith("'), first order at ε = 0")
+    assert plot(att.plot()).caption[0] == f"{readout}, first order at ε = 0"  # of a page, whole
+    plain = attribution([[1.0] * 4], [0.0], [4.0]).plot().layout.title.text
+    assert "…" not in plain.partition("<br>")[0]
+
+
 # --- layers
 
 
