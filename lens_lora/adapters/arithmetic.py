@@ -33,7 +33,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, Updates, expert_factors, plain
+from lens_lora.adapters.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    Updates,
+    dense_factors,
+    expert_factors,
+    plain,
+)
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 
@@ -87,11 +94,14 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     if len(shapes) > 1:
         maps = " and ".join(f"{inputs}→{out}" for out, inputs in shapes[:2])
         raise AdapterError(f"{path}: the adapters map {maps}; were they trained on one base?")
-    A = torch.cat([part.A.to(dtype) for part in parts])
     scaled = [(part.scale * part.strength, part) for part in parts]
-    B = torch.cat([scale * part.B.to(dtype) for scale, part in scaled], 1)
     biases = [s * p.lora_bias.to(dtype) for s, p in scaled if p.lora_bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
+    if all(part.is_dense for part in parts):
+        change = torch.stack([part.materialise().to(dtype) for part in parts]).sum(0)
+        return dataclasses.replace(dense_factors(change), lora_bias=bias)
+    A = torch.cat([part.A.to(dtype) for part in parts])
+    B = torch.cat([scale * part.B.to(dtype) for scale, part in scaled], 1)
     return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))
 
 

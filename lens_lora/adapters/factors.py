@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lens_lora.adapters.dense import is_reversal, reversal, written_out
 from lens_lora.compat import in_float64
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 
@@ -73,6 +74,9 @@ class LoRAFactors:
     experts: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("A", "B"):
+            if isinstance(getattr(self, name), Tensor):
+                object.__setattr__(self, name, written_out(getattr(self, name)))
         tensors = {"A": self.A, "B": self.B, **_tensors(self, (*_VECTORS, "base_weight"))}
         _require_numbers(tensors)
         _require_finite(scale=self.scale, strength=self.strength)
@@ -124,6 +128,11 @@ class LoRAFactors:
         """Whether ΔW depends on the base model's W (DoRA)."""
         return self.magnitude is not None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether one factor is the identity in reverse, and the other holds all of ΔW."""
+        return not self.experts and (is_reversal(self.A) or is_reversal(self.B))
+
     def scaled(self, factor: float) -> LoRAFactors:
         """The whole update times a number.
 
@@ -141,6 +150,9 @@ class LoRAFactors:
             rows: indices of output features, [row].
         """
         cut = {name: tensor[rows] for name, tensor in _tensors(self, ("B", *_VECTORS)).items()}
+        if not self.experts and is_reversal(self.B):
+            part = dense_factors(self.A.flip(0)[rows])
+            cut |= {"A": part.A, "B": part.B}
         return dataclasses.replace(self, **cut, base_weight=None)
 
     def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
@@ -156,7 +168,7 @@ class LoRAFactors:
             return torch.cat([each.materialise() for each in self.by_expert()], 1)
         dtype = torch.promote_types(self.A.dtype, self.B.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-        plain = self.scale * (self.B.to(dtype) @ self.A.to(dtype))
+        plain = self.scale * self._product(dtype)
         if self.magnitude is None:
             return self.strength * plain
         if weight is None:
@@ -164,6 +176,14 @@ class LoRAFactors:
         turned = weight.to(plain) + plain
         size = turned.norm(dim=1, keepdim=True)
         return self.strength * (self.magnitude[:, None] / size * turned - weight.to(plain))
+
+    def _product(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """BA."""
+        if is_reversal(self.B):
+            return self.A.to(dtype).flip(0)
+        if is_reversal(self.A):
+            return self.B.to(dtype).flip(1)
+        return self.B.to(dtype) @ self.A.to(dtype)
 
     def norm(self) -> float:
         """Frobenius norm of ΔW, without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)).
@@ -177,6 +197,9 @@ class LoRAFactors:
             raise AdapterError("DoRA's ΔW depends on the base model's weight: use materialise.")
         if self.experts > 1:
             return math.hypot(*(each.norm() for each in self.by_expert()))
+        if self.is_dense:
+            change = self.A if is_reversal(self.B) else self.B
+            return abs(self.scale * self.strength) * size_of(change)
         A, B = in_float64(self.A), in_float64(self.B)
         squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
         return abs(self.scale * self.strength) * math.sqrt(squared)
@@ -311,11 +334,11 @@ def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
 
 
 def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
-    """Any ΔW as factors, without loss: an identity stands on its smaller side."""
+    """Any ΔW as factors, without loss: on its smaller side stands what `dense.reversal` makes."""
     out, inputs = delta.shape
     if out <= inputs:
-        return LoRAFactors(delta, torch.eye(out, dtype=delta.dtype, device=delta.device))
-    return LoRAFactors(torch.eye(inputs, dtype=delta.dtype, device=delta.device), delta)
+        return LoRAFactors(delta.flip(0), reversal(out, delta.dtype, delta.device))
+    return LoRAFactors(reversal(inputs, delta.dtype, delta.device), delta.flip(1))
 
 
 def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -372,6 +395,8 @@ def size_of(tensor: Tensor | None) -> float:
     """The norm of a tensor's entries in float64; 0 for None."""
     if tensor is None:
         return 0.0
+    if is_reversal(tensor):
+        return math.sqrt(len(tensor))
     return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
 
 

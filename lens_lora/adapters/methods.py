@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.adapters import from_models, peft_files, peft_read
+from lens_lora.adapters.dense import converted
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
 from lens_lora.adapters.own_forward import apart, is_transposed
 from lens_lora.compat import float64_device, is_memory_short, without_warnings
@@ -50,6 +51,7 @@ _AGREEMENT, _LOST = 1e-4, 1e-2
 _ROUNDINGS = 16  # that make up rounding, relative to the output
 _RANK_SHARE = 4  # up to a quarter of the smaller side, factors are the smaller way to hold ΔW
 
+_CPU = torch.device("cpu")
 _Updates = dict[str, ModuleUpdate]  # by module path
 
 # --- An adapter: live, or a folder over its base
@@ -219,7 +221,8 @@ def _layer_update(layer: Any) -> ModuleUpdate | None:
         factors = _factors(delta, _rounding(size), dtype)
     if not delta.any() and not bias.any():
         return None
-    factors = dataclasses.replace(factors, A=factors.A.cpu(), B=factors.B.cpu())
+    A, B = (converted(factor, factor.dtype, _CPU) for factor in (factors.A, factors.B))
+    factors = dataclasses.replace(factors, A=A, B=B)
     return dataclasses.replace(factors, lora_bias=bias.to("cpu", dtype)) if bias.any() else factors
 
 

@@ -33,6 +33,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_lora.adapters import peft_files
+from lens_lora.adapters.dense import as_dense
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, HEADS, Family
@@ -265,6 +266,9 @@ def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
     for half, other in ("AB", "BA"):
         if half not in roles:
             raise AdapterError(f"lora_{other} is there and lora_{half} is missing from the file.")
+    dense = as_dense(roles["A"], roles["B"])
+    if dense is not None:
+        roles = {**roles, "A": dense[0], "B": dense[1]}
     return LoRAFactors(**roles, scale=scale)
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.dense import stored_bytes
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.compat import in_float64
 from lens_lora.engine.function import differentiable_tokens, read_for_slopes
@@ -227,8 +228,12 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def shapes_of(adapter: Adapter) -> tuple[Any, ...]:
-    """Adapters of plain factors that agree in this share a plan; empty for any other adapter."""
-    updates = [u for u in adapter.modules.values() if isinstance(u, LoRAFactors) and u.is_plain]
+    """Adapters of plain factors that agree in this share a plan; empty for any other adapter.
+
+    Nor has a dense ΔW a plan: stacked with others, its second factor would be written out.
+    """
+    factors = [u for u in adapter.modules.values() if isinstance(u, LoRAFactors)]
+    updates = [u for u in factors if u.is_plain and not u.is_dense]
     if len(updates) < len(adapter.modules):
         return ()
     return (*adapter.modules, *((u.A.shape, u.B.shape, u.A.dtype, u.B.dtype) for u in updates))
@@ -237,7 +242,7 @@ def shapes_of(adapter: Adapter) -> tuple[Any, ...]:
 def bytes_of(adapter: Adapter) -> int:
     """Of every tensor: factors, magnitudes, and modules that were trained whole."""
     tensors = (part for update in adapter.modules.values() for part in vars(update).values())
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+    return sum(stored_bytes(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 class _Maps:

@@ -58,6 +58,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.adapters.dense import applied, converted, is_reversal
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.model.kernels import ID_COLUMNS, expert_of
 from lens_lora.model.sites import Heads
@@ -136,7 +137,7 @@ class SiteMap:
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
         """u = Az + a₀; of token ids, each id picks a column of A."""
-        u = z.to(self.A.dtype) @ self.A.T if z.is_floating_point() else self.A.T[z]
+        u = applied(z.to(self.A.dtype), self.A) if z.is_floating_point() else self.A.T[z]
         return u if self.a0 is None else u + self.a0
 
     def __call__(self, z: Input) -> Float[Tensor, "... out"]:
@@ -145,12 +146,12 @@ class SiteMap:
 
     def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
         """GᵀB, the derivative by u."""
-        return gradient @ self.B
+        return applied(gradient, self.B.T)
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
         """δ = Bu; [batch, pos, head, rank] gives each head its own rows of B."""
         if u.ndim < 4:
-            return u @ self.B.T
+            return applied(u, self.B)
         B = self.B.unflatten(0, (u.shape[-2], -1))
         return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
 
@@ -217,6 +218,9 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
     A change of bias becomes the last direction of rank space, with coordinate 1. It belongs to no
     head: split by head, it has a slot of its own after the heads.
     """
+    dense = _dense_map(update, basis)
+    if dense is not None:
+        return dense
     home = float64_device(basis.device)
     reads = in_float64(update.A).to(home)
     writes = in_float64(update.B).to(home) * update.scale
@@ -239,6 +243,24 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
         for tensor in (reads, writes, a0, heads, behind)
     )
     return SiteMap(cast(Tensor, A), cast(Tensor, B), a0, heads, A_behind_gamma=behind)
+
+
+def _dense_map(update: Update, basis: Basis) -> SiteMap | None:
+    """The map of a dense ΔW whose factors this basis leaves as they are; None of any other.
+
+    So it holds ΔW alone, as the adapter does.
+    """
+    is_dense = is_reversal(update.A) or is_reversal(update.B)
+    is_as_read = basis.gamma is None and basis.beta is None and not basis.centre_read
+    is_as_written = not basis.centre_write and basis.kv_copies == 1
+    if not (is_dense and is_as_read and is_as_written) or update.bias is not None:
+        return None
+    A, B = (converted(factor, basis.dtype, basis.device) for factor in (update.A, update.B))
+    if update.scale == 1:
+        return SiteMap(A, B, None)
+    return (
+        SiteMap(A, update.scale * B, None) if is_reversal(A) else SiteMap(update.scale * A, B, None)
+    )
 
 
 def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:

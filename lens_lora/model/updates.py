@@ -187,18 +187,18 @@ def _token_axis(kind: str) -> int:
 def _require_memory(host: Host, sites: Sequence[SiteFactors]) -> None:
     """Check that the dense updates fit into what is free on each device, before any is made.
 
-    DoRA's ΔW and that of a module trained whole have full rank: ΔW [out, in] and an identity on its
-    smaller side are held, in float32 at least,
-
-        4 · (out · in + min(out, in)²) bytes a module,
-
-    several times the adapter.
+    DoRA's ΔW and that of a module trained whole have full rank: ΔW [out, in] is held, in float32 at
+    least, 4 · out · in bytes a module, several times the adapter. Where the model was processed or
+    the bias changes as well, the other factor is no view (`dense`), and min(out, in)² numbers more
+    are held.
     """
     dense = [site for site in sites if _is_dense(site)]
     needed: Counter[torch.device] = Counter()
     for site in dense:
         weight = host.weight(site.layer, site.kind)
-        entries = weight.numel() + min(weight.shape) ** 2
+        entries = weight.numel()
+        if host.needs_base() or _has_bias(site.factors):
+            entries += min(weight.shape) ** 2
         needed[weight.device] += _COPIES * max(4, weight.dtype.itemsize) * entries
     for device, size in needed.items():
         free = free_bytes(device)
@@ -222,6 +222,11 @@ def _is_dense(site: SiteFactors) -> bool:
     if isinstance(factors, LoRAFactors):
         return factors.needs_base_weight
     return site.kind not in NORM_KINDS and factors.weight is not None and factors.tokens is None
+
+
+def _has_bias(factors: ModuleUpdate) -> bool:
+    bias = factors.lora_bias if isinstance(factors, LoRAFactors) else factors.bias
+    return bias is not None
 
 
 # --- updates of linear modules, embeddings and heads

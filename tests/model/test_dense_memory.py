@@ -27,7 +27,7 @@ def test_refused_by_what_is_free(kind: str, monkeypatch: pytest.MonkeyPatch):
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base, targets=["q_proj"], **more))
     model, free = list(models.MAKERS.values())[-1](base), []
     monkeypatch.setattr(dense_memory, "free_bytes", lambda device: free[-1])
-    needed = sum(2 * 8 * (out * width + min(out, width) ** 2) for out, width in shapes)
+    needed = sum(2 * 8 * out * width for out, width in shapes)
     free.append(needed - 1)
     with pytest.raises(ll.errors.OutOfMemoryError, match=rf"these {len(shapes)} modules .*only\("):
         ll.LoraLens(model, adapter)
