@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, final
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,9 +36,8 @@ from lens_lora.model.sites import Names, computed, require_fired
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import Described, Drawn, only_prompt, prompt_rows, tokens_at
-from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
+from lens_lora.results.tokens import Positions, chosen_positions, held_out_share, ranked_tokens
 
-Positions = int | slice | Sequence[int] | None
 By = Literal["position"] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
@@ -304,8 +303,9 @@ def activation_shift(
         names: a hook point, several, globs, or a predicate. A name in full must fire and hold
             activations by position, [batch, pos, …]; globs and predicates choose among the points
             that do.
-        positions: None for all tokens, or of each text an index, a slice or indices; negative ones
-            count from its end, and those beyond a text are not there.
+        positions: which tokens are shown: None or 'each' for all, 'prompt' and 'response' of texts
+            that hold one (`lens.prompts(prompts, response)`), or of each text an index, a slice or
+            indices; negative ones count from its end, and those beyond a text are not there.
         scale: the gates of h(1), as for `LoraLens.gates`.
         sinks: count sinks in the means too.
         by: 'position' to read Δh of each token in logits, too, at points of the residual stream:
@@ -323,11 +323,12 @@ def activation_shift(
     wanted = _wanted(positions, rows)
     base: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
-    for index, name, (h, moved) in activations_at(lens, rows, names, (0.0, scale)):
-        for kept, values in ((base, h), (shifts, moved - h)):
-            if name not in kept:
-                kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
-            kept[name][index, : h.shape[1]] = values
+    for index, held in activations_at(lens, rows, names, (0.0, scale)):
+        for name, (h, moved) in held.items():
+            for kept, values in ((base, h), (shifts, moved - h)):
+                if name not in kept:
+                    kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
+                kept[name][index, : h.shape[1]] = values
     real = rows.real.cpu()
     norms = {name: h.norm(dim=-1) for name, h in base.items()}
     found_sinks = sinks_among(list(norms.values()), real) & real
@@ -360,31 +361,31 @@ def activation_shift(
 
 
 def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
-    if isinstance(positions, str):
-        raise ArgumentError(f"{positions=}: expected None, an index, a slice, or indices.")
-    wanted = positions_in(rows, positions, rows.lengths)
+    wanted = positions_in(rows, positions)
     if not bool(wanted.any()):
         raise ArgumentError(
             f"positions={positions!r}: no text has a token there; the longest has "
-            f"{int(rows.lengths.max())}."
+            f"{int(rows.lengths.max())}, and "
+            f"{'each holds its response' if rows.holds_responses else 'none holds a response'}."
         )
     return wanted
 
 
-def positions_in(
-    rows: Prompts, positions: Any, starts: Int[Tensor, " text"]
-) -> Bool[Tensor, "text token"]:
-    """The tokens of each text that are meant; what was said in it begins at `starts`."""
+def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
+    """The tokens of each text that are meant."""
     chosen = torch.zeros_like(rows.real, device="cpu")
-    for row, length, start in zip(chosen, rows.lengths.tolist(), starts.tolist(), strict=True):
+    for row, length, start in zip(chosen, rows.lengths.tolist(), rows.asked_lengths, strict=True):
         row[:length] = torch.from_numpy(chosen_positions(positions, length, start))
     return chosen
 
 
+Held = dict[str, list[Float[Tensor, "text token _d"]]]
+
+
 def activations_at(
     lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
-) -> Iterator[tuple[list[int], str, list[Float[Tensor, "text token d"]]]]:
-    """Texts, a hook point, and h there at each scale: heads laid flat, NaN at padding."""
+) -> Iterator[tuple[list[int], Held]]:
+    """Batches of texts, and h at each hook point at each scale: heads laid flat, NaN at padding."""
     in_full, points = computed(lens, names)
     for number, (index, batch) in enumerate(by_length(rows, ROW_TOKENS)):
         runs = [record(lens, batch, scale, points, in_full) for scale in scales]
@@ -392,12 +393,14 @@ def activations_at(
         if number == 0:
             points = require_fired(lens, runs[0].firings, in_full, points)
             points = positioned(lens, batch, runs[0], points, in_full, 0.0)
+        held: Held = {}
         for name in points:
-            held = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
-            ends = [h.expand(len(real), -1, -1) for h in held]
+            by_run = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
+            ends = [h.expand(len(real), -1, -1) for h in by_run]
             for h in ends:
                 require_finite(h[real], f"the activation at {name}")
-            yield index, name, [h.masked_fill(~real[..., None], torch.nan) for h in ends]
+            held[name] = [h.masked_fill(~real[..., None], torch.nan) for h in ends]
+        yield index, held
 
 
 def readable(

@@ -23,8 +23,8 @@ The constant part (`constant_part`): a steering vector for each module, whatever
    first token is left out, a sink whose δ is another one, and its size is shown apart. A token with
    the same tokens before it as in an earlier text counts once: it is not held out from that text.
 3. What the constants alone do: the texts are cut in two halves, and the constants of each are
-   applied, as an adapter and at every token, to the other half. A beginning that texts of both
-   halves share is in neither half's constants. By KL, over the same tokens,
+   applied to the other half, as an adapter and so at every token, the first one too. A beginning
+   that texts of both halves share is in neither half's constants. By KL, over the same tokens,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
@@ -327,7 +327,7 @@ def activations(
         ranks=ranks,
         sinks=seen.sinks,
         beginnings=beginnings(rows),
-        starts=prompts.lengths,
+        starts=rows.lengths.new_tensor(rows.asked_lengths),
         gauge=gauge,
         at=name_of_scale(scale),
         str_tokens=lens.str_tokens(rows),

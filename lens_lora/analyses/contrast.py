@@ -1,7 +1,8 @@
 """The direction between two sets of answers, within one model, and whether it tells new ones apart.
 
 1. Each text is one vector at each hook point, m_i: the mean of h over the positions asked for. So a
-   long text counts as much as a short one, and texts are what is independent.
+   long text counts as much as a short one, and texts are what is independent. Sinks (the first
+   token, and those whose ‖h‖ is an outlier) are left out: a mean with one of them is about it.
 2. The direction is μ₊ − μ₋, the difference of the two sets' means. Its standard errors are those of
    a difference of means over texts, √(s₊²/n₊ + s₋²/n₋); with no difference at all ‖μ₊ − μ₋‖² would
    be Σ se² on average.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, final
 
 import pandas as pd
@@ -33,10 +34,12 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import constant_factors
 from lens_lora.analyses import activation_shift
 from lens_lora.arguments import number
+from lens_lora.engine.activations import sinks_among
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.model import LoraLens, Names, Scale, alone, name_of_scale
 from lens_lora.readouts import Prompts, continued
+from lens_lora.readouts.positions import positions_text
 from lens_lora.results.base import Pictured
 from lens_lora.results.tokens import Positions
 
@@ -64,7 +67,7 @@ class Contrast(activation_shift.Readable, Pictured):
             there, where a constant can be added (`adapter`).
         widths: by module, the features that it reads.
         counts: how many texts the positive and the negative set have, each different one once.
-        positions: those that a text's mean is over.
+        positions: those that a text's mean is over, and whether sinks are among them.
         at: the gates of the model.
         readings, strings, meta: see `Readable`.
     """
@@ -105,8 +108,9 @@ class Contrast(activation_shift.Readable, Pictured):
     def adapter(self, name: str, coefficient: float = 1.0) -> Adapter:
         """Steering as an adapter: `coefficient` times the direction is added at the hook point.
 
-        At every position, as a change of bias of the module that writes there. At coefficient 1 the
-        negative set's mean moves to the positive one's.
+        At every token, as a change of bias of the module that writes there, and so at a text's
+        first token too, which no mean here is over unless `sinks` were counted. At coefficient 1
+        the negative set's mean moves to the positive one's.
 
         Args:
             name: a point of the residual stream among these, or what attention or an MLP adds.
@@ -142,6 +146,8 @@ def contrast(
     names: Names,
     positions: Positions | Literal["last"] = "response",
     scale: Scale = 1.0,
+    *,
+    sinks: bool = False,
 ) -> Contrast:
     """The mean difference of activations between two sets of texts, within one model.
 
@@ -156,15 +162,18 @@ def contrast(
             activations by position, [batch, pos, …]; globs and predicates choose among the points
             that do.
         positions: what a text's mean is over: 'response', the tokens of the response, or of a text
-            without one all but its first (a sink); 'last', an index, a slice or indices; None for
-            all tokens.
+            without one every token; 'prompt', those before it; None or 'each' for every token;
+            'last', an index, a slice or indices, negative ones from the text's end.
         scale: the gates of the model, as for `LoraLens.gates`: 0 for the base, 1 for the adapted.
+        sinks: count sinks, too: each text's first token, and at each hook point tokens whose ‖h‖
+            there is an outlier.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
         ModelStateError: a point named in full that never fires, holds no activations by position,
             or lies between a site's input and output; globs that match no other.
-        ArgumentError: a text that is in both sets; positions at which a text has no token.
+        ArgumentError: a text that is in both sets; positions at which a text has no token that is
+            counted.
         TokenError, PromptError: a text or response that does not fit the model; an empty set.
         NumericsError: non-finite activations.
     """
@@ -172,8 +181,8 @@ def contrast(
     sets = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
     _require_apart(sets)
     plus, minus = (
-        _means(lens, rows, _chosen(rows, starts, positions, side), scale, names)
-        for side, (rows, starts) in sets.items()
+        _means(lens, _Side(side, rows, positions, sinks=sinks), scale, names)
+        for side, rows in sets.items()
     )
     values = {name: plus[name].mean(0) - minus[name].mean(0) for name in plus}
     both = {name: torch.cat([plus[name], minus[name]]) for name in plus}
@@ -187,37 +196,41 @@ def contrast(
         chance={name: chance for name, (_, chance) in tests.items()},
         **activation_shift.readable(
             lens,
-            [rows for rows, _ in sets.values()],
+            list(sets.values()),
             ((n, values[n].expand_as(h), h) for n, h in both.items()),
         ),
         modules={name: path for name, (path, _) in modules.items()},
         widths=dict(modules.values()),
         counts=(len(plus[next(iter(plus))]), len(minus[next(iter(minus))])),
-        positions="last" if positions == -1 else "all" if positions is None else str(positions),
+        positions=_positions_text(positions, sinks=sinks),
         at=name_of_scale(scale),
     )
 
 
-def _distinct(lens: LoraLens, texts: Any) -> tuple[Prompts, Int[Tensor, " text"]]:
-    """Each different text once, and where what was said in it begins."""
+def _positions_text(positions: Any, *, sinks: bool) -> str:
+    said = "last" if positions == -1 else positions_text(positions)
+    said = "every token" if said in ("all", "each") else said
+    return said if sinks else f"{said}, without sinks"
+
+
+def _distinct(lens: LoraLens, texts: Any) -> Prompts:
+    """Each different text once, with its response where it has one."""
     if isinstance(texts, tuple) and len(texts) == 2:
-        prompts = lens.prompts(texts[0])
-        rows, starts = continued(lens.model, prompts, texts[1]), prompts.lengths
+        rows = continued(lens.model, lens.prompts(texts[0]), texts[1])
     else:
         rows = ask_prompts(lens, texts).prompts
-        starts = torch.ones_like(rows.lengths)
-    first = {key: i for i, key in reversed(list(enumerate(_keys(rows, starts))))}
-    kept = sorted(first.values())
-    return rows.chosen(kept), starts[kept]
+    first = {key: i for i, key in reversed(list(enumerate(_keys(rows))))}
+    return rows.chosen(sorted(first.values()))
 
 
-def _keys(rows: Prompts, starts: Int[Tensor, " text"]) -> list[tuple[int, ...]]:
-    pairs = zip(rows.tokens.tolist(), rows.lengths.tolist(), starts.tolist(), strict=True)
-    return [(start, *ids[:length]) for ids, length, start in pairs]
+def _keys(rows: Prompts) -> list[tuple[int, ...]]:
+    """Each text's tokens, and where its response begins; the same of equal texts."""
+    rest = rows.tokens.tolist(), rows.lengths.tolist(), rows.asked_lengths
+    return [(start, *ids[:length]) for ids, length, start in zip(*rest, strict=True)]
 
 
-def _require_apart(sets: Mapping[str, tuple[Prompts, Int[Tensor, " text"]]]) -> None:
-    positive, negative = ({k: i for i, k in enumerate(_keys(*texts))} for texts in sets.values())
+def _require_apart(sets: Mapping[str, Prompts]) -> None:
+    positive, negative = ({k: i for i, k in enumerate(_keys(rows))} for rows in sets.values())
     for key in filter(negative.__contains__, positive):
         raise ArgumentError(
             f"text {positive[key]} of the positive set is text {negative[key]} of the negative "
@@ -225,31 +238,53 @@ def _require_apart(sets: Mapping[str, tuple[Prompts, Int[Tensor, " text"]]]) -> 
         )
 
 
-def _chosen(
-    rows: Prompts, starts: Int[Tensor, " text"], positions: Any, what: str
-) -> Bool[Tensor, "text token"]:
-    """The tokens that each text's mean is over."""
-    chosen = activation_shift.positions_in(rows, positions, starts)
-    empty = (~chosen.any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise ArgumentError(
-            f"positions={positions!r}: text {empty[0]} of the {what} set has "
-            f"{int(rows.lengths[empty[0]])} tokens and none of these; of a text without a "
-            "response, 'response' is all but its first token."
-        )
-    return chosen
+class _Side:
+    """One set of texts, and which of their tokens the means are over."""
+
+    def __init__(self, name: str, rows: Prompts, positions: Any, *, sinks: bool) -> None:
+        self.name = name
+        self.rows = rows
+        self._positions = positions
+        self._sinks = sinks
+        holds_no_response = isinstance(positions, str) and positions == "response"
+        holds_no_response = holds_no_response and not rows.holds_responses
+        asked = None if holds_no_response else positions
+        self.chosen = activation_shift.positions_in(rows, asked)
+        if not sinks:
+            self.chosen &= rows.after_first.cpu()
+        self._require_tokens(self.chosen, range(rows.batch))
+
+    def weights(
+        self, index: Sequence[int], norms: Float[Tensor, "text token"]
+    ) -> Float[Tensor, "text token"]:
+        """Of each token in its text's mean; sinks, which the norms of h show, have none."""
+        chosen = self.chosen[list(index), : norms.shape[1]]
+        if not self._sinks:
+            real = self.rows.real.cpu()[list(index), : norms.shape[1]]
+            chosen = chosen & ~sinks_among([norms], real)
+            self._require_tokens(chosen, index)
+        return chosen.double() / chosen.sum(1, keepdim=True)
+
+    def _require_tokens(self, chosen: Bool[Tensor, "text token"], index: Sequence[int]) -> None:
+        for row in (~chosen.any(1)).nonzero().flatten().tolist()[:1]:
+            counted = "" if self._sinks else " that is no sink (ask with sinks=True to count them)"
+            raise ArgumentError(
+                f"positions={self._positions!r}: text {index[row]} of the {self.name} set has "
+                f"{int(self.rows.lengths[index[row]])} tokens and none of these{counted}."
+            )
 
 
 def _means(
-    lens: LoraLens, rows: Prompts, chosen: Bool[Tensor, "text token"], scale: Scale, names: Names
+    lens: LoraLens, side: _Side, scale: Scale, names: Names
 ) -> dict[str, Float[Tensor, "text _d"]]:
     """The mean of h over each text's chosen tokens, in float64 on the CPU."""
     means: dict[str, Tensor] = {}
-    for index, name, (h,) in activation_shift.activations_at(lens, rows, names, [scale]):
-        weights = chosen[index, : h.shape[1]].double()
-        weights = weights / weights.sum(1, keepdim=True)
-        mean = torch.einsum("bt,btd->bd", weights, h.double().nan_to_num())
-        means.setdefault(name, mean.new_zeros(rows.batch, mean.shape[1]))[index] = mean
+    for index, held in activation_shift.activations_at(lens, side.rows, names, [scale]):
+        for name, ends in held.items():
+            h = ends[0].double()
+            weights = side.weights(index, h.norm(dim=-1))
+            mean = torch.einsum("bt,btd->bd", weights, h.nan_to_num())
+            means.setdefault(name, mean.new_zeros(side.rows.batch, mean.shape[1]))[index] = mean
     return means
 
 

@@ -361,23 +361,22 @@ def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     said = response_ids(model, response, prompts)
     begun = (prompts.row(i).tokens[0] for i in range(prompts.batch))
     rows = [torch.cat([row, row.new_tensor(ids)]) for row, ids in zip(begun, said, strict=True)]
-    ready = _padded(model, prompts, rows, range(prompts.batch), list(map(len, said)))
-    asked = zip(prompts.sources, prompts.lengths.tolist(), strict=True)
-    sources = tuple(dataclasses.replace(source, length=length) for source, length in asked)
-    return dataclasses.replace(ready, sources=sources)
+    return _padded(model, prompts, rows, range(prompts.batch), list(map(len, said)))
 
 
 _Ints = Sequence[int]
 
 
 def _padded(model: Any, prompts: Prompts, rows: list[Tensor], owner: _Ints, reads: Any) -> Prompts:
-    """Rows of prompts with answers, which the context must hold."""
+    """Rows of prompts with answers, which the context must hold; sources say where prompts end."""
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())
     name = which_prompt(owner[longest], prompts.batch)
     require_context(model, int(lengths[longest]), f"{name} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return Prompts(tokens, lengths, lengths.new_tensor(reads))
+    asked = prompts.lengths.tolist()
+    sources = tuple(dataclasses.replace(prompts.sources[i], length=asked[i]) for i in owner)
+    return Prompts(tokens, lengths, lengths.new_tensor(reads), sources)
 
 
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:

@@ -147,6 +147,11 @@ class Prompts:
         return [length if source.length is None else source.length for source, length in pairs]
 
     @property
+    def holds_responses(self) -> bool:
+        """Whether something that is said after a prompt follows it in its row."""
+        return any(source.length is not None for source in self.sources)
+
+    @property
     def texts(self) -> tuple[str | None, ...]:
         """The text that each prompt's ids were made of; None of ids."""
         return tuple(source.text for source in self.sources)

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,32 +22,12 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.arguments import is_whole, one_entry, whole, word
+from lens_lora.arguments import one_entry, whole
 from lens_lora.errors import ArgumentError
+from lens_lora.readouts.positions import Positions as Positions
+from lens_lora.readouts.positions import chosen_positions as chosen_positions
 
-Positions = Literal["response"] | int | slice | Sequence[int] | None
 Sign = Literal[1, -1]
-
-
-def chosen_positions(positions: Positions, length: int, start: int) -> NDArray[np.bool_]:
-    """[token]: which of a text's tokens are meant; its response begins at `start`."""
-    mask = np.zeros(length, bool)
-    if positions is None:
-        return ~mask
-    if isinstance(positions, str):
-        word("positions", positions, ("response",))
-        return np.arange(length) >= start
-    if isinstance(positions, slice):
-        mask[positions] = True
-        return mask
-    plain = one_entry(positions)
-    several = plain if isinstance(plain, Iterable) else [plain]
-    if not all(is_whole(one_entry(index)) for index in several):
-        expected = "None, 'response', an index, a slice, or indices"
-        raise ArgumentError(f"positions={positions!r}: expected {expected}.")
-    indices = np.array([whole("positions", index) for index in several], dtype=np.int64)
-    mask[indices[(indices >= -length) & (indices < length)]] = True
-    return mask
 
 
 def context_of(tokens: Sequence[str], at: int, width: int) -> str:

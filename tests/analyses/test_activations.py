@@ -86,6 +86,16 @@ def test_trained_equals_lora_a(family: str, cls: str, flags: str):
     assert shifted > 0.1 and dropped > 0.01  # a position off; the response's first token lost
 
 
+def test_prompts_that_hold_their_response_know_where_it_begins():
+    """As prompts with the response beside them."""
+    lens = cases.case(*cases.CASES[0]).lens
+    beside = ll.activations(lens, prompts(), RESPONSES)
+    held = ll.activations(lens, lens.prompts(prompts(), RESPONSES))
+    assert held.starts.tolist() == beside.starts.tolist() == LENGTHS
+    for positions in ("prompt", "response"):
+        assert torch.equal(held.mean(positions), beside.mean(positions))
+
+
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
 def test_svd_writes_the_same_delta(family: str, cls: str, flags: str):
     """U u = sBAx of PEFT's own modules, with U from the dense sBA of the site's own rows."""
@@ -389,7 +399,7 @@ def test_bad_input():
         (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", rank=3)),
         (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", sign=0)),
         (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", k=-1)),
-        (ll.errors.ArgumentError, lambda: found.mean("prompt")),
+        (ll.errors.ArgumentError, lambda: found.mean("middle")),
         (ll.errors.ArgumentError, lambda: found.mean(0)),
         (ll.errors.ArgumentError, lambda: found.mean("response")),
         (ll.errors.ArgumentError, lambda: found.mean(1.5)),

@@ -93,6 +93,73 @@ def test_responses_count_from_their_first_token():
 
 
 @pytest.mark.sample(2)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_sinks_are_in_no_mean(cls: str):
+    """None is every token but the first; an outlier is left out at its own point, and said."""
+    case = cases.case("llama", cls, "raw")
+    lens, name = case.lens, "blocks.0.hook_resid_post"
+    rows = texts(0), texts(1)
+    plain = ll.contrast(lens, *rows, name, None)
+    assert plain.positions == "every token, without sinks"
+    by_response = ll.contrast(lens, *rows, name)
+    assert torch.equal(plain.values[name], by_response.values[name])
+    assert by_response.positions == "response, without sinks"
+    every = ll.contrast(lens, *rows, name, None, sinks=True)
+    with_first = ll.contrast(lens, *rows, name, slice(None), sinks=True)
+    assert torch.equal(every.values[name], with_first.values[name])
+    assert every.positions == "every token"
+    assert (every.values[name] - plain.values[name]).abs().max() > 1e-3
+
+    def outlier(tensor, hook):  # the second token of the first set's first text, in each batch
+        is_it = (tensor[:, 2:3] != 0) & (marked(tensor)[:, None, None])
+        return torch.cat([tensor[:, :2], torch.where(is_it, 1e4, tensor[:, 2:3]), tensor[:, 3:]], 1)
+
+    seen = ll.activation_shift(lens, rows[0], name, scale=0.0)
+    first = seen.base_norms[name][0, 1]
+
+    def marked(tensor):
+        if tensor.shape[1] < 3:
+            return torch.zeros(len(tensor), dtype=torch.bool)
+        return (tensor[:, 1].norm(dim=-1) - first).abs() < 1e-6
+
+    with lens.model.hooks(fwd_hooks=[(name, outlier)]):
+        found = ll.contrast(lens, *rows, name, None, scale=0.0)
+        counted = ll.contrast(lens, *rows, name, None, scale=0.0, sinks=True)
+    base = ll.contrast(lens, *rows, name, None, scale=0.0)
+    # That text's mean is over its other tokens; no other text's changes.
+    kept = [t for t in range(1, LENGTHS[0][0]) if t != 2]
+    with case.peft.disable_adapter():
+        h = seen_after_block(case, SETS[0][0, : LENGTHS[0][0]])
+    moved = (h[kept].mean(0) - h[1:].mean(0)) / len(LENGTHS[0])
+    assert (found.values[name] - base.values[name] - moved).abs().max() < TINY
+    assert counted.values[name].abs().max() > 100
+
+
+def seen_after_block(case: cases.Case, row: Tensor) -> Tensor:
+    """The hidden state after block 0 of Hugging Face's model, which block 1 reads."""
+    with torch.no_grad():
+        return case.peft(row[None], output_hidden_states=True).hidden_states[1][0]
+
+
+def test_prompts_that_hold_a_response_are_read_there():
+    """As a tuple of prompts and responses is; 'prompt' is what stands before it."""
+    case = cases.case("llama", CLASSES[-1], "raw")
+    prompts = SETS[0][:, :4]
+    sides = [[torch.tensor(ids) for ids in ([9, 8], [9, 7], [9], [8])], [torch.tensor([5, 6])] * 4]
+    held = [case.lens.prompts(prompts, side) for side in sides]
+    as_tuples = [(prompts, side) for side in sides]
+    for positions in ("response", "prompt", -1, None):
+        one = ll.contrast(case.lens, *held, LAST, positions, sinks=positions == "prompt")
+        two = ll.contrast(case.lens, *as_tuples, LAST, positions, sinks=positions == "prompt")
+        assert torch.equal(one.values[LAST], two.values[LAST])
+        if positions == "prompt":  # both sides have the same prompts
+            assert one.values[LAST].abs().max() < TINY
+    shift = ll.activation_shift(case.lens, held[0], LAST, positions="response")
+    assert shift.counted.sum() == 6 and not shift.counted[:, :4].any()
+    before = ll.activation_shift(case.lens, held[0], LAST, positions="prompt")
+    assert before.counted.sum() == 4 * 3 and not before.counted[:, 4:].any()
+
+
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_steering_adds_the_direction(family: str, cls: str, flags: str):
     """At the point itself, and in the logits of the base with the vector added by a hook."""
@@ -161,6 +228,8 @@ def test_refuses():
         ll.contrast(lens, texts(0), texts(1), LAST, slice(3, None))
     with pytest.raises(ll.errors.ArgumentError, match="expected"):
         ll.contrast(lens, texts(0), texts(1), LAST, "first")
+    with pytest.raises(ll.errors.ArgumentError, match="none of these that is no sink"):
+        ll.contrast(lens, texts(0), texts(1), LAST, 0)
     with pytest.raises(ll.errors.SiteError, match="the nearest are"):
         ll.contrast(lens, texts(0), texts(1), "blocks.7.hook_resid_post")
     with pytest.raises(ll.errors.ModelStateError, match="hook_pattern"):
