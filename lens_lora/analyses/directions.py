@@ -30,6 +30,7 @@ from tqdm import tqdm
 from lens_lora.adapters.directions import STREAM, directions_of, is_stream
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import in_float64
+from lens_lora.engine.activations import sinks_among
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.interventions import record
 from lens_lora.engine.texts import over_scale, read_through
@@ -328,7 +329,7 @@ class Patchscope(Described):
         strings: every token of the vocabulary.
         directions: their names.
         scales: the sizes of the vector, in mean sizes of h at the other tokens.
-        size: that mean ‖h‖, the first token left out.
+        size: that mean ‖h‖, without sinks: the first token, and tokens whose ‖h‖ is an outlier.
         name: the hook point.
         prompt: the tokens of the prompt.
         position: the token whose place is taken.
@@ -459,8 +460,10 @@ def patchscope(
     place = _place(said, placeholder)
     seen = record(lens, row, gate, [name]).firings
     firing(lens, seen, [name], [name])
-    others = [i for i in range(1, len(said)) if i != place] or [place]
-    size = float(seen[name][-1][0, others].cpu().double().norm(dim=-1).mean())
+    norms = seen[name][-1].cpu().double().norm(dim=-1)
+    sinks = sinks_among([norms], row.real.cpu())[0].tolist()
+    others = [i for i in range(1, len(said)) if i != place and not sinks[i]] or [place]
+    size = float(norms[0, others].mean())
     vectors = (unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None]).flatten(0, 1) * size
     require_context(lens.model, len(said) + most - 1, "the prompt with its continuation")
 

@@ -126,18 +126,26 @@ class FeatureShift(Described):
         rows = prompt_rows(prompt, batch)
         return {name: values[rows].mean(0) for name, values in self.columns().items()}
 
-    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+    def top(self, k: int = 10, prompt: int | None = None, *, sinks: bool = False) -> pd.DataFrame:
         """The k features (and positions) of largest |shift|.
+
+        By position the prompt's first token is left out, a sink whose h is up to hundreds of times
+        the others' and sees no other token, unless it is the only one.
 
         Args:
             k: how many.
             prompt: an index; without it the mean over prompts, or by position the only prompt.
+            sinks: count the first token, too.
 
         Raises:
             ArgumentError: no such prompt; by position, several prompts and none named.
         """
         values = self.of_prompt(prompt)
-        order = results_base.largest(values["shift"], k)
+        ranked = values["shift"]
+        if self.by_position and ranked.shape[1] > 1 and not sinks:
+            ranked = ranked.clone()
+            ranked[:, 0] = torch.nan
+        order = results_base.largest(ranked, k)
         width = values["shift"].shape[1] if self.by_position else 1
         columns: dict[str, Any] = {"feature": [i // width for i in order]}
         if self.by_position:

@@ -153,8 +153,12 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
     assert len(frame) == FEATURES * sum(lengths) and not frame.isna().any().any()
     with pytest.raises(ValueError, match="no mean; choose one with prompt="):
         by_position.top(3)
-    top = by_position.top(99, prompt=1)
+    top = by_position.top(99, prompt=1, sinks=True)
     assert len(top) == FEATURES * 4 and top["shift"].abs().is_monotonic_decreasing
+    later = by_position.top(99, prompt=1)  # the first token is a sink
+    assert set(later["position"]) == {1, 2, 3} and len(later) == FEATURES * 3
+    expected = top[top["position"] > 0].reset_index(drop=True)
+    assert later.equals(expected)
     assert list(top["token"]) == [by_position.str_tokens[1][i] for i in top["position"]]
 
 
