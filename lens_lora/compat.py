@@ -579,6 +579,39 @@ def computing_attribute(module: nn.Module) -> str:
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
+# --- Key-value caches
+
+
+def cached_tokens(cache: Any) -> int:
+    """How many tokens of each row a key-value cache holds, of transformers or transformer-lens.
+
+    Neither class says so for the other, and transformer-lens has no method for it.
+
+    Raises:
+        ModelStateError: a cache of another kind.
+    """
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    entries = getattr(cache, "entries", None)
+    if entries:
+        return int(entries[0].past_keys.shape[1])
+    raise ModelStateError(
+        f"a cache of the class {type(cache).__name__} does not say how many tokens it holds; run "
+        "the model without it (use_past_kv_cache=False)."
+    )
+
+
+def cached_mask(cache: Any) -> Tensor | None:
+    """[row, cached]: which tokens in a cache of transformer-lens are no padding.
+
+    None of another cache: transformers' classes hold no mask, and each pass brings the whole one.
+    """
+    mask = getattr(cache, "previous_attention_mask", None)
+    return mask if isinstance(mask, Tensor) else None
+
+
 # --- transformer-lens
 
 

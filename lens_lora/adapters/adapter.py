@@ -103,6 +103,9 @@ class Adapter:
     ) -> Adapter:
         """Steering as an adapter: each module adds one vector, whatever its input.
 
+        At every token, the first one too, as a bias does; a text's first token is a sink, and what
+        is added there reaches all others.
+
         Args:
             vectors: added to a module's output, by Hugging Face module path.
             like: the Hugging Face base, or an adapter of these modules. It tells the modules' input
@@ -233,7 +236,8 @@ class Adapter:
 
         ΔW and Δb become (I − vvᵀ)ΔW and (I − vvᵀ)Δb, or of what is read ΔW(I − vvᵀ), in the
         Hugging Face basis. A module reads its own input, behind a norm: of a direction v of the
-        residual stream pass γ ⊙ v there. `lens.without` takes a direction out of activations.
+        residual stream pass γ ⊙ v there. Weights know no tokens: the direction is gone from ΔW at a
+        text's first token, too. `lens.without` takes it out of activations, and not there.
 
         Args:
             directions: [d], [direction, d], {label: either}, a Contrast of one hook point, or

@@ -118,6 +118,17 @@ class Directions:
         return self
 
 
+def home_points(source: Any) -> tuple[str, ...]:
+    """The hook points at which a source of directions has its own; none of a plain tensor."""
+    by_point = getattr(source, "by_point", None)
+    if isinstance(by_point, Mapping):
+        return tuple(by_point)
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    autoencoder = source[0] if is_pair else source
+    name = _setting(getattr(autoencoder, "cfg", None), "hook_name")
+    return () if name is None or not hasattr(autoencoder, "W_enc") else (str(name),)
+
+
 _DEPENDENT = 1e-10  # of the largest size: what is smaller is rounding
 
 

@@ -45,6 +45,7 @@ from lens_lora.arguments import word
 from lens_lora.compat import Temporary, replace_forward
 from lens_lora.errors import ArgumentError, ModelStateError, many, named, worded
 from lens_lora.model.lens import LoraLens
+from lens_lora.model.removal import going_on, pass_under_way
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import PICKS, Columns, Divergence, Picks, Reading
 
@@ -554,9 +555,11 @@ def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
         return forward(*args, **kwargs)
     kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
     once: list[Tensor] = []
+    earlier = pass_under_way()  # over when the block runs again
 
     def run(*args: Any) -> Any:
-        out = forward(*args, **kwargs)
+        with going_on(earlier):
+            out = forward(*args, **kwargs)
         residual = (out[0] if isinstance(out, tuple) else out).detach()
         if once:
             _require_same(name, once[0], residual)

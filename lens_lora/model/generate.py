@@ -39,8 +39,9 @@ from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteErro
 from lens_lora.model.check import first_non_finite
 from lens_lora.model.hooks import unembedded_only
 from lens_lora.model.lengths import alike_up_to, tables_as_made
+from lens_lora.model.removal import Rows, told
 from lens_lora.readouts.answers import Generated
-from lens_lora.readouts.prompts import Prompts, decoded, special_id, which_prompt
+from lens_lora.readouts.prompts import Prompts, Source, decoded, special_id, which_prompt
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
 _CONFIRMED_TOKENS = 256  # whose logits are held at a time
@@ -198,7 +199,8 @@ class Speaker:
             Temporary(lambda span: tables_as_made(span, rotary)),
         ):
             while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
-                logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
+                with told(self.lens.model, Rows(starts, has_response=True)):
+                    logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
                 due = [k for k, text in enumerate(texts) if len(text) == width < limits[k]]
                 noise = self._noise[[rows[k] for k in due], width - starts[due]]
                 chosen = self.sampling.choose(logits[due, -1], noise).tolist()
@@ -224,7 +226,8 @@ class Speaker:
         tokens = self._tensor([self.texts[i] + draft for i, draft in drafts.items()])
         places = tokens.shape[1] - len(self.texts[rows[0]]) + 1
         lengths = tokens.new_full((len(rows),), tokens.shape[1])
-        prompts = Prompts(tokens, lengths, torch.full_like(lengths, places))
+        sources = tuple(Source(length=self.starts[i]) for i in rows)
+        prompts = Prompts(tokens, lengths, torch.full_like(lengths, places), sources)
         run = functools.partial(self.lens.run, prompts)
         with self._gated(rows), unembedded_only(self.lens.model, prompts.at_slots):
             logits = run()

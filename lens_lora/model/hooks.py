@@ -44,10 +44,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lens_lora import compat
-from lens_lora.adapters.directions import Directions, directions_of, is_residual
 from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
 from lens_lora.errors import (
-    ArgumentError,
     LensLoraError,
     ModelStateError,
     OutOfMemoryError,
@@ -55,7 +53,6 @@ from lens_lora.errors import (
     warn,
 )
 from lens_lora.model.kernels import differentiable_products, is_weight, write_at
-from lens_lora.model.sites import Names, few, firing, resolved
 
 HookFn = Callable[..., Tensor | None]
 # Seconds until a thread that waits for another one says so.
@@ -298,64 +295,6 @@ def is_hooked(places: Iterable[nn.Module]) -> bool:
 
 def _registered(hook: Any) -> Any:
     return hook.forward_hook if isinstance(hook, _Early) else hook
-
-
-# --- A direction taken away
-
-
-class Removed(NamedTuple):
-    """What an open block of `lens.without` takes from a model."""
-
-    model: nn.Module
-    says: str
-
-
-def take_away(span: Temporary, lens: Any, source: Any, names: Names) -> Any:
-    """h − V Vᵀ h at hook points, until the span ends. One forward pass of one token.
-
-    The hooks are a user's own for every call: they see the adapted model's h, and what reads h
-    sees what they leave of it.
-    """
-    hold(span, lock_of(lens.model))
-    in_full, wanted = resolved(lens, names)
-    widths: dict[str, int] = {}
-
-    def measure(name: str, tensor: Any, hook: Any) -> None:
-        del hook
-        if not isinstance(tensor, Tensor) or tensor.ndim < 3 or tensor.shape[:2] != (1, 1):
-            raise ModelStateError(f"{name} holds no activations by position; leave this point out.")
-        widths[name] = tensor.shape[2:].numel()
-
-    hooks = [(name, functools.partial(measure, name)) for name in wanted]
-    with torch.no_grad(), attached(lens.model, hooks):
-        lens.run(lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device)))
-    points = firing(lens, widths, in_full, wanted)
-    by_point = {name: directions_of(source, name).at(name, widths[name]) for name in points}
-    taken = [(name, _take(lens, directions, name)) for name, directions in by_point.items()]
-    span.enter_context(attached(lens.model, taken))
-    said = f"{len(by_point[points[0]].rows)} of {type(source).__name__} at {few(points)}"
-    span.about = Removed(lens.model, said)
-    return lens.model
-
-
-def _take(lens: Any, directions: Directions, name: str) -> HookFn:
-    is_own = directions.hook_name is None and directions.rows.shape[1] == lens.model.cfg.d_model
-    if is_own and not is_residual(name):
-        raise ArgumentError(
-            f"{name} is as wide as the residual stream and holds another space (heads, a norm's "
-            "output, or what comes before one), so a direction of the stream means nothing there. "
-            "Name points such as 'blocks.*.hook_resid_pre' or 'blocks.*.hook_attn_out', or pass a "
-            "Contrast of this point."
-        )
-    V = directions.basis(centred=is_residual(name) and lens.plan.host.centres_stream)
-    return functools.partial(_projected, V)  # a sweep's fingerprint hashes what a partial holds
-
-
-def _projected(V: Tensor, tensor: Tensor, hook: Any) -> Tensor:
-    del hook
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    basis, h = V.to(tensor.device, wide), tensor.flatten(2).to(wide)
-    return (h - (h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)
 
 
 # --- Hooks of others that would be shown a wrong number

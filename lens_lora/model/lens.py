@@ -39,13 +39,15 @@ from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks, require_own_parameters
 from lens_lora.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
-from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
+from lens_lora.model.hooks import HookFn, alone, attached, hold, lock_of
 from lens_lora.model.kernels import differentiable_products
 from lens_lora.model.lengths import tables_by_row
 from lens_lora.model.probe import Probe, probed
+from lens_lora.model.removal import removed_from, rows_of, take_away, told
 from lens_lora.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import AnswerLike, Generated, continued
+from lens_lora.readouts.positions import Positions
 from lens_lora.readouts.prompts import (
     Prompts,
     PromptsLike,
@@ -389,28 +391,46 @@ class LoraLens:
         return Temporary(apply)
 
     def without(
-        self, directions: Any, names: Names = "blocks.*.hook_resid_*"
+        self,
+        directions: Any,
+        names: Names | None = None,
+        positions: Positions = None,
+        *,
+        sinks: bool = False,
     ) -> AbstractContextManager[Any]:
         """Within the block, h has nothing along some directions: h − v vᵀh at hook points.
 
         The base as well as the adapted model, for every call, `generate`, and tools of
-        TransformerLens; derivatives pass through it. After the block, also after an exception or an
+        TransformerLens; derivatives pass through it. `ll.removal_cost(lens)` within the block says
+        what the same removal costs the base. After the block, also after an exception or an
         interrupt, the model is as before. Entering it runs one token. In the model's basis: where
         processing centred the residual stream, directions of it are centred first. On a
         TransformerBridge hook_resid_mid is what the MLP's norm reads, not the stream itself.
 
+        Each text's first token stays as it is. It is a sink: its ‖h‖ is up to hundreds of times the
+        others', and every later token attends to it, so a direction removed there changes the model
+        everywhere, whatever the direction means.
+
         Args:
             directions: [d], [direction, d], {label: either}, a Contrast (at each of its points its
                 own), or a sparse autoencoder, alone or as (autoencoder, indices); of any length.
-            names: hook points, globs or a predicate; by default all of the residual stream.
+            names: hook points, globs or a predicate. None for all of the residual stream; of a
+                Contrast of several points, and of directions of another space, for their own.
+            positions: the tokens: None or 'each' for every one, 'prompt', 'response', an index, a
+                slice or indices, which count within each prompt, negative ones from its end. A row
+                without such a token stays as it is. A pass of your own has to begin at the row's
+                first token or continue a cache, and does not say where prompts end.
+            sinks: also remove them at each text's first token.
 
         Raises:
             SiteError: a hook point that the model lacks, with the nearest names.
-            ModelStateError: a point that never fires, holds no activations by position, or lies
-                between a site's input and output.
-            ArgumentError: directions of another width or space, a direction of zeros or NaN.
+            ModelStateError: a point named in full that never fires, or holds no activations by
+                position; one that lies between a site's input and output; within the block, a pass
+                of which it is not known which token is which.
+            ArgumentError: directions of another width or space, a direction of zeros or NaN; no
+                positions, or each text's first token without `sinks`.
         """
-        return Temporary(lambda span: take_away(span, self, directions, names))
+        return Temporary(lambda span: take_away(span, self, directions, names, positions, sinks))
 
     def injected(
         self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
@@ -587,7 +607,8 @@ class LoraLens:
         def own_tables(span: Temporary) -> None:
             tables_by_row(span, rotary, prompts.lengths.tolist())
 
-        with Temporary(own_tables) if rotary else contextlib.nullcontext():
+        tables = Temporary(own_tables) if rotary else contextlib.nullcontext()
+        with tables, told(self.model, rows_of(prompts)):
             return self.model(prompts.tokens, return_type="logits", **mask)
 
     def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:
@@ -652,8 +673,7 @@ class LoraLens:
             prompts: what the result is of; how they were read is said, too.
         """
         origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
-        spans = [span.about for span in open_spans() if isinstance(span.about, Removed)]
-        removed = [about.says for about in spans if about.model is self.model]
+        removed = [removed.says for removed in removed_from(self.model)]
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,

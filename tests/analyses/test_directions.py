@@ -141,7 +141,7 @@ def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
                 layer = case.peft.base_model.model.get_submodule(module)
                 layer.scaling["default"] = old
                 ends.append(logits[:, 5] - logits[:, 9])
-        with lens.without(v, names="blocks.*.hook_resid_post"):
+        with lens.without(v, names="blocks.*.hook_resid_post", sinks=True):
             gap = [
                 cases.centred(lens.logits(tokens, scale)) - cases.centred(expected)
                 for scale, expected in ((0.0, base), (1.0, adapted))
@@ -180,7 +180,7 @@ def test_without_at_every_point_of_the_stream(cls: str):
             said = tokens
             for _ in range(4):
                 said = torch.cat([said, model(said).logits[:, -1:].argmax(-1)], 1)
-    with case.lens.without({"v": 3 * v}):
+    with case.lens.without({"v": 3 * v}, sinks=True):
         assert (case.lens.logits(tokens) - expected).abs().max() < TINY
         heard = case.lens.generate(tokens, 4, eos_token_id=(), progress=False)
         with case.lens.applied():

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import architectures
+import cases
 import models
 import pytest
 import torch
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
+from lens_lora.errors import ModelStateError
 from lens_lora.model.kernels import _FLAGS
 
 PACKAGE = Path(inspect.getfile(compat)).parent
@@ -535,6 +537,21 @@ def ours() -> set[str]:
 @functools.cache
 def known() -> set[str]:
     return touched_by_compat(COMPAT) - ours()
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_tokens_in_a_cache(cls: str):
+    """Of transformer-lens, whose entries hold the keys, and of transformers."""
+    lens = cases.case("llama", cls, "raw").lens
+    cache = None
+    for count in (3, 4):
+        _, cache = lens.plan.host.run_cached(models.tokens(2, count), cache)
+    assert compat.cached_tokens(cache) == 7 and compat.cached_tokens(None) == 0
+    mask = compat.cached_mask(cache)
+    assert mask is None if cls == "TransformerBridge" else mask.tolist() == [[1] * 7] * 2
+    assert compat.cached_mask(None) is None
+    with pytest.raises(ModelStateError, match="a cache of the class object does not say"):
+        compat.cached_tokens(object())
 
 
 @pytest.mark.slow
