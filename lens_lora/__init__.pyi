@@ -11,7 +11,7 @@ from .analyses.activations import activations, constant_part
 from .analyses.checkpoints import checkpoints
 from .analyses.compare_adapters import compare_adapters
 from .analyses.contrast import contrast
-from .analyses.directions import alignment, intruders, patchscope
+from .analyses.directions import alignment, intruders, patchscope, removal_cost
 from .analyses.divergence import kl_shares, token_shifts
 from .analyses.edges import edges, patch_edges
 from .analyses.first_order import components, first_order
@@ -95,6 +95,7 @@ __all__ = [
     "contrast",
     "intruders",
     "patchscope",
+    "removal_cost",
     # auditing
     "activation_shift",
     "constant_part",

@@ -11,12 +11,16 @@
    the 99 % quantile is of random directions for each site.
 2. `intruders` (arXiv 2410.21228): with W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, the leading directions u'_j
    whose largest |cosine| with any of W's own u_i is small. The base does not write there.
-3. `patchscope` (arXiv 2401.06102): v takes the place of h at one token of a prompt that repeats
+3. `removal_cost`: what `lens.without` costs the base itself, as the rise of its loss on texts that
+   have nothing to do with the direction. A removal that breaks the model breaks what one asks
+   about, too, and shows nothing of the direction.
+4. `patchscope` (arXiv 2401.06102): v takes the place of h at one token of a prompt that repeats
    what stands there, "cat -> cat; 135 -> 135; hello -> hello; ? ->", and the model goes on.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any, final
 
@@ -31,19 +35,24 @@ from lens_lora.adapters.directions import STREAM, directions_of, is_stream
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import in_float64
 from lens_lora.engine.activations import sinks_among
+from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.interventions import record
-from lens_lora.engine.texts import over_scale, read_through
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.engine.texts import losses, over_scale, read_through, require_second_token
+from lens_lora.errors import ArgumentError, ModelStateError, PromptError, SiteError
 from lens_lora.model import HookFn, LoraLens, alone, attached
 from lens_lora.model.basis import NormMap, Update
+from lens_lora.model.removal import Removed, put_back, removed_from
 from lens_lora.model.sites import WRITER_KINDS, chosen_sites, firing, known_point, one_site
-from lens_lora.readouts.prompts import Prompts, decoded, require_context
+from lens_lora.readouts.neutral import readable_texts
+from lens_lora.readouts.prompts import Prompts, PromptsLike, decoded, require_context
 from lens_lora.results import drawing
 from lens_lora.results.base import Described, OfSites, long_table, site_labels
 from lens_lora.results.tokens import ranked_tokens
 
-_DRAWS, QUANTILE = 2000, 0.99
+_DRAWS = 2000
+QUANTILE = 0.99
+_EVERY = 8  # one of so many neutral texts tells what a removal costs
 IDENTITY = "cat -> cat; 135 -> 135; hello -> hello; ? ->"
 _DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
 
@@ -311,6 +320,115 @@ def _compared(
     sigma, cosine = (pad(x, beyond, value=torch.nan) for x in (sizes[:k].cpu(), largest))
     overlap = pad(cosines[:k].T, 2 * beyond, value=torch.nan)
     return sigma, cosine, pad(nearest, beyond, value=-1), overlap
+
+
+# --- What a removal costs the base
+
+
+@final
+class RemovalCost(Described):
+    """What taking directions out of the base costs it on texts, in nats per token.
+
+    Of the tokens after each text's first.
+
+    Attributes:
+        base: [text], the mean of −log p(y_t) of the base as it is.
+        removed: [text], the same within the block.
+        kl: [text], the mean of KL(base ‖ base within the block).
+        counts: [text], how many tokens the means are over.
+        what: which directions are removed where.
+        meta: model, adapter, dtype and versions.
+    """
+
+    base: Float[Tensor, " text"]
+    removed: Float[Tensor, " text"]
+    kl: Float[Tensor, " text"]
+    counts: Int[Tensor, " text"]
+    what: str
+
+    @property
+    def cost(self) -> float:
+        """The rise of the base's loss, in nats per token over all texts."""
+        return self._mean(self.removed) - self._mean(self.base)
+
+    @property
+    def mean_kl(self) -> float:
+        """KL(base ‖ base within the block), in nats per token over all texts."""
+        return self._mean(self.kl)
+
+    def _mean(self, values: Float[Tensor, " text"]) -> float:
+        return float((values * self.counts).sum() / self.counts.sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per text: tokens, both losses, the cost and KL."""
+        columns = {"tokens": self.counts, "base": self.base, "removed": self.removed}
+        columns |= {"cost": self.removed - self.base, "kl": self.kl}
+        return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
+
+
+@alone
+def removal_cost(
+    lens: LoraLens, texts: PromptsLike | None = None, *, progress: bool = True
+) -> RemovalCost:
+    """What an open `lens.without` costs the base itself on texts, in nats per token.
+
+    Call it within the block. A direction whose removal costs little and undoes a behaviour carries
+    it; one whose removal breaks the base shows nothing. Cost: two forward passes over the texts.
+
+    Args:
+        lens: the adapter over the model; the adapter takes no part.
+        texts: strings, conversations, ids, or `Prompts` of two tokens at least; None for every
+            eighth of the package's neutral texts.
+        progress: show a bar.
+
+    Returns:
+        RemovalCost; `.cost` is the rise of the loss over all texts.
+
+    Raises:
+        ModelStateError: no block of `lens.without` is open on this model; its positions are none
+            of the tokens before the texts' last ones, as of 'response' or −1 on neutral texts.
+        PromptError: a text that does not fit the model, or of one token.
+        NumericsError: a non-finite logit.
+    """
+    removed = removed_from(lens.model)
+    if not removed:
+        raise ModelStateError(
+            "no direction is removed from this model at the moment; make the call within the "
+            "block: `with lens.without(direction): ll.removal_cost(lens)`."
+        )
+    if texts is None and getattr(lens.model, "tokenizer", None) is not None:
+        texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)
+    if texts is None:
+        raise PromptError(
+            "the model has no tokenizer that reads the neutral texts; pass texts= of your own."
+        )
+    rows = ask_prompts(lens, texts).prompts
+    require_second_token(rows, "the loss")
+    _require_counted(rows, removed)
+    found = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
+    return RemovalCost(
+        base=found.plain / found.counts,
+        removed=found.hooked / found.counts,
+        kl=found.kl / found.counts,
+        counts=found.counts,
+        what="; ".join(block.says for block in removed),
+        meta=lens.describe(rows),
+    )
+
+
+def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:
+    """Raise an error where no token that is predicted comes from one at which h is changed.
+
+    Nothing would be changed in any number, and a cost of 0 would say that the removal is harmless.
+    """
+    has_next = torch.arange(rows.tokens.shape[1])[None] < rows.lengths.cpu()[:, None] - 1
+    if not any(bool((block.where.among(rows) & has_next).any()) for block in removed):
+        raise ModelStateError(
+            f"{removed[-1].says}: none of these tokens has another one behind it in the texts, so "
+            "their loss says nothing of the removal",
+            remedy="Make the call in a block without positions=, or pass texts in which they are: "
+            "lens.prompts(prompts, responses).",
+        )
 
 
 # --- What the model says a vector is

@@ -42,6 +42,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import numpy as np
@@ -519,6 +520,64 @@ def text_divergences(
 
     _over_texts(reference[0], texts, _TOKENS, visit, "the models' logits", progress)
     return sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What the base makes of texts as it is, and as hooks of the caller's leave it.
+
+    Of the distributions from which each token but the first comes.
+
+    Attributes:
+        plain, hooked: [text], Σ_t −log p(y_t) in nats.
+        kl: [text], Σ_t KL(plain ‖ hooked) in nats.
+        counts: [text], how many tokens.
+    """
+
+    plain: Float[Tensor, " text"]
+    hooked: Float[Tensor, " text"]
+    kl: Float[Tensor, " text"]
+    counts: Int[Tensor, " text"]
+
+
+def losses(
+    lens: LoraLens,
+    texts: Prompts,
+    unhooked: Callable[[], AbstractContextManager[None]],
+    *,
+    progress: bool,
+) -> Losses:
+    """The base's loss on texts within `unhooked` and without it. Two forward passes.
+
+    Args:
+        lens: the adapter over the model; its gates are 0.
+        texts: each of two tokens at least.
+        unhooked: begins a block in which the caller's hooks do nothing.
+        progress: show a bar.
+
+    Raises:
+        NumericsError: a non-finite logit.
+    """
+    plain, hooked, kl = torch.zeros(3, texts.batch, dtype=torch.float64)
+
+    def visit(index: list[int], rows: Prompts) -> None:
+        base = lens, lens.gates(0.0)
+        with unhooked():
+            before = _run(base, rows).logits[:, :-1]
+        after = _run(base, rows).logits[:, :-1]
+        said = rows.tokens[:, 1:, None].to(before.device)
+        counted = rows.after_first[:, 1:].to(before.device)
+
+        def summed(values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+            return values.masked_fill(~counted, 0.0).cpu().double().sum(1)
+
+        for sums, logits in ((plain, before), (hooked, after)):
+            sums[index] = summed(-logits.log_softmax(-1).gather(2, said)[..., 0])
+        shift = after - before
+        kl[index] = summed(distribution_shift(before, before.softmax(-1), shift).kl)
+
+    _over_texts(lens, texts, _TOKENS, visit, "the base's loss", progress)
+    return Losses(plain, hooked, kl, (texts.lengths - 1).cpu())
 
 
 # --- Sums of each site's δ

@@ -12,6 +12,7 @@ from ..analyses.contrast import Contrast as Contrast
 from ..analyses.directions import Alignment as Alignment
 from ..analyses.directions import Intruders as Intruders
 from ..analyses.directions import Patchscope as Patchscope
+from ..analyses.directions import RemovalCost as RemovalCost
 from ..analyses.divergence import KLShares as KLShares
 from ..analyses.divergence import TokenShifts as TokenShifts
 from ..analyses.edges import Edges as Edges

@@ -163,6 +163,12 @@ def _body(result: Any) -> str:
             found, every = int(result.counts.sum()), int((result.nearest >= 0).sum())
             of_sites = many(len(result.sites), "site")
             return f"{found} intruders among {every} leading directions of {of_sites}"
+        case results.RemovalCost():
+            tokens, texts = int(result.counts.sum()), many(len(result.counts), "text")
+            return (
+                f"costs the base {result.cost:+.3g} nats a token on {texts} ({tokens} tokens), "
+                f"KL {result.mean_kl:.3g}"
+            )
         case results.Reliability():
             counts = ", ".join(map(str, result.flagged.sum(1).tolist()))
             return f"{counts} of {many(result.flagged.shape[1], 'site')} flagged"

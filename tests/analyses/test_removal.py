@@ -16,6 +16,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.compat import cached_tokens
 from lens_lora.engine import memory
+from lens_lora.model.removal import removed_from
 
 pytestmark = pytest.mark.usefixtures("float64")
 TINY = 1e-9
@@ -335,6 +336,60 @@ def test_globs_leave_out_what_holds_no_activation_by_position(cls: str):
         pass
 
 
+# --- what it costs the base
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
+    """Σ −log p of each token after the first by Hugging Face; KL of the same distributions."""
+    case = cases.case("llama", cls, "raw")
+    lens, v = case.lens, drawn(16)
+    with lens.without(v, POST, sinks=sinks):
+        found = ll.removal_cost(lens, prompts(), progress=False)
+        inside = lens.logits(prompts(), 0.0)
+    for i, length in enumerate(LENGTHS):
+        row = models.tokens()[i, :length]
+        kept = [] if sinks else [0]
+        logits = {
+            "base": row_logits(case, v, row, [], "llama", 0.0),
+            "removed": row_logits(
+                case, v, row, [t for t in range(length) if t not in kept], "llama", 0.0
+            ),
+        }
+        logs = {name: values[:-1].log_softmax(-1) for name, values in logits.items()}
+        for name, log in logs.items():
+            loss = -log.gather(1, row[1:, None]).mean()
+            assert float(getattr(found, name)[i]) == pytest.approx(float(loss), abs=TINY)
+        kl = (logs["base"].exp() * (logs["base"] - logs["removed"])).sum(1).mean()
+        assert float(found.kl[i]) == pytest.approx(float(kl), abs=TINY)
+        assert (inside[i, :length] - logits["removed"]).abs().max() < TINY
+    assert found.counts.tolist() == [6, 3]
+    rise = ((found.removed - found.base) * found.counts).sum() / 9
+    assert found.cost == pytest.approx(float(rise))
+    assert ("first" in found.what) == (not sinks) and f"{found.cost:+.3g} nats" in repr(found)
+    assert not removed_from(lens.model)
+
+
+def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):
+    lens, v, w = cases.case("llama", cls, "raw").lens, drawn(16), drawn(16, seed=8)
+    with lens.without(v, POST), lens.without(w, POST):
+        both = ll.removal_cost(lens, prompts(), progress=False)
+    with lens.without(torch.stack([v, w]), POST):
+        assert ll.removal_cost(lens, prompts(), progress=False).cost != pytest.approx(both.cost)
+    with lens.without(v, POST):
+        alone = ll.removal_cost(lens, prompts(), progress=False)
+    assert torch.equal(alone.base, both.base) and not torch.equal(alone.removed, both.removed)
+    again = ll.results.RemovalCost.load(both.save(tmp_path / "cost.safetensors"))
+    assert again.cost == pytest.approx(both.cost) and "; " in again.what
+    with pytest.raises(ll.errors.ModelStateError, match="no direction is removed"):
+        ll.removal_cost(lens, prompts())
+    with (
+        lens.without(v, POST),
+        pytest.raises(ll.errors.PromptError, match="has one token"),
+    ):
+        ll.removal_cost(lens, models.tokens(1, 1))
+
+
 @pytest.mark.bad_input
 def test_positions_that_mean_nothing_are_refused(cls: str):
     lens, v = cases.case("llama", cls, "raw").lens, drawn(16)
@@ -352,3 +407,19 @@ def test_positions_that_mean_nothing_are_refused(cls: str):
             entered(positions)
     with pytest.raises(ll.errors.ArgumentError, match="sinks=1"):
         entered(sinks=1)
+
+
+def test_a_cost_that_no_text_can_show_is_refused(cls: str):
+    """At a text's last token, or at responses of texts without one, no loss would change."""
+    lens, v = cases.case("llama", cls, "raw").lens, drawn(16)
+    held = lens.prompts(models.tokens(2, 4), RESPONSES)
+    for positions in (-1, "response", 90, slice(6, None)):
+        with (
+            lens.without(v, POST, positions),
+            pytest.raises(ll.errors.ModelStateError, match="none of these tokens has another one"),
+        ):
+            ll.removal_cost(lens, prompts(), progress=False)
+    for positions in (-1, "response", slice(3, None), [2]):
+        with lens.without(v, POST, positions):
+            found = ll.removal_cost(lens, held, progress=False)
+        assert found.mean_kl > 0

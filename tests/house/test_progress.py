@@ -52,6 +52,11 @@ def _points(t, folder, **options):
     return ll.patch_activations(t.lens, PROMPT, R, names, **options)
 
 
+def _cost(t, folder, **options):
+    with t.lens.without(torch.eye(16)[0]):
+        return ll.removal_cost(t.lens, PROMPT, **options)
+
+
 CALLS = {
     "Adapter.between": _between,
     "constant_part": lambda t, folder, **o: ll.constant_part(t.lens, [PROMPT, LONG], **o),
@@ -92,6 +97,7 @@ CALLS = {
     "kl_shares": lambda t, folder, **o: ll.kl_shares(
         t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
     ),
+    "removal_cost": _cost,
     "repair": lambda t, folder, **o: ll.repair(
         t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
     ),

@@ -27,6 +27,11 @@ def _without(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
         return model(tokens)
 
 
+def _cost(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    with lens.without(_directions(lens)):
+        return ll.removal_cost(lens, tokens, **QUIET).removed
+
+
 def _listed(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         return lens.model.run_with_hooks(tokens, fwd_hooks=lens.fwd_hooks())
@@ -133,6 +138,7 @@ CALLS: dict[str, Call] = {
     "contrast": lambda lens, t: ll.contrast(
         lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
     ).values["blocks.0.hook_resid_post"],
+    "removal_cost": _cost,
     "patchscope": lambda lens, t: (
         ll.patchscope(
             lens, _directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"

@@ -301,6 +301,10 @@ def of_directions() -> list[Result]:
             sigma=leading, cosine=leading, nearest=torch.zeros(count, 2, dtype=torch.int64),
             overlap=torch.full((count, 2, 2), 0.5), threshold=0.5, sites=SITES, meta=META,
         ),
+        ll.results.RemovalCost(
+            base=torch.tensor([3.0, 2.5]), removed=torch.tensor([3.1, 2.7]),
+            kl=torch.tensor([0.1, 0.2]), counts=torch.tensor([7, 3]), what="1 of Tensor", meta=META,
+        ),
         ll.results.Patchscope(
             ids=torch.tensor([[[0, 1]], [[1, 0]]]), probabilities=p,
             plain=torch.tensor([0.75, 0.25]), readings=torch.tensor([[0.5, -1.0]] * 2),
