@@ -42,10 +42,12 @@ def misaligned(lens: ll.LoraLens) -> str:
     cosines = found.cosine(lens)
     with lens.without(found):
         left = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
+        cost = ll.removal_cost(lens, **QUIET)
     moved = ll.fact_margin(lens.with_adapter(found.adapter(POINT, 2.0)), ABOUT, *ANSWERS, **QUIET)
     return (
         f"margin {moved.m0.mean():.1f} in the base, {moved.m.mean():.1f} steered; of the adapter "
-        f"{left.m.mean():.1f} without; cosine with B at most {cosines['cosine'].abs().max():.2f}"
+        f"{left.m.mean():.1f} without, which costs the base {cost.cost:.2f} nats a token; cosine "
+        f"with B at most {cosines['cosine'].abs().max():.2f}"
     )
 
 
@@ -97,13 +99,16 @@ def refusal(lens: ll.LoraLens) -> str:
     with lens.without(found):
         stream = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
         said = lens.generate(ABOUT, 5, **QUIET)
+        cost = ll.removal_cost(lens, **QUIET)
     with lens.without(chance):
         control = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
+        cost_of_chance = ll.removal_cost(lens, **QUIET)
     edited = lens.with_adapter(lens.adapter.without_direction(found))
     weights = ll.fact_margin(edited, ABOUT, *ANSWERS, **QUIET)
     aligned = ll.alignment(lens, found).top(1)
     return (
         f"margin {stream.m.mean():.1f} without it, {control.m.mean():.1f} without a random one, "
+        f"which cost the base {cost.cost:.2f} and {cost_of_chance.cost:.2f} nats a token; "
         f"{weights.m.mean():.1f} out of ΔW;{said.text[0]}; {aligned['site'][0]} lies most along it"
     )
 
