@@ -280,7 +280,7 @@ class Asked:
 
         They know how many of them were asked, which is what titles and stories quote.
         """
-        if self._bound is None:
+        if self._bound is None or self.reading.prompts is self.prompts:
             return self.lens.str_tokens(self.prompts)
         merged = self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
         said = [source.said for source in self.prompts.sources]

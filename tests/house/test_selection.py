@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,8 @@ class Item:
 
 
 def config(*arguments: str, whole: bool = False, rest: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(args=arguments, option=SimpleNamespace(whole=whole, rest=rest))
+    options = SimpleNamespace(whole=whole, rest=rest)
+    return SimpleNamespace(args=arguments, option=options, rootpath=Path.cwd())
 
 
 SAMPLED = [Item(f"tests/test_a.py::test_of_all[{i}]", sample=(3,)) for i in range(16)]
@@ -47,8 +49,12 @@ def test_the_quick_suite_and_the_rest_are_the_whole():
 
 
 def test_a_test_that_is_named_runs_whatever_its_marks():
-    assert run_by(config("tests/test_a.py::test_slow")) == set(ITEMS)
-    assert run_by(config("tests/test_a.py")) == run_by(config())
+    quick, slow = run_by(config()), MARKED[0]
+    assert slow not in quick
+    assert run_by(config("tests/test_a.py::test_slow")) == quick | {slow}
+    assert run_by(config("tests/test_a.py::test_of_all")) == quick | set(SAMPLED)
+    assert run_by(config("tests/test_a.py::test_of_all[1]")) == quick | {SAMPLED[1]}
+    assert run_by(config("tests/test_a.py")) == quick
 
 
 def test_a_case_that_guards_a_defect_is_always_drawn(monkeypatch: pytest.MonkeyPatch):

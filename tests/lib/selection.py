@@ -80,11 +80,23 @@ def left_out_of_the_quick_suite(items: list[pytest.Item]) -> set[pytest.Item]:
 
 def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
     """The tests that this run leaves out, by its options."""
-    names_a_test = any("::" in argument for argument in config.args)
-    if config.option.whole or names_a_test:
+    if config.option.whole:
         return set()
     left_out = left_out_of_the_quick_suite(items)
-    return set(items) - left_out if config.option.rest else left_out
+    if config.option.rest:
+        left_out = set(items) - left_out
+    named = tuple(argument for argument in config.args if "::" in argument)
+    return {item for item in left_out if not _is_named(item, config.rootpath, named)}
+
+
+def _is_named(item: pytest.Item, root: Path, arguments: tuple[str, ...]) -> bool:
+    """Whether one of these arguments, each with a `::`, names the item, its test or its class."""
+    for argument in arguments:
+        file, _, name = argument.partition("::")
+        named = f"{(Path.cwd() / file).relative_to(root)}::{name}"
+        if item.nodeid == named or item.nodeid.startswith((f"{named}[", f"{named}::")):
+            return True
+    return False
 
 
 def said(config: pytest.Config) -> str:
