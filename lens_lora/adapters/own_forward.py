@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lens_lora.compat import hooks_of
 from lens_lora.errors import AdapterError
 
 TOKENS = 8
@@ -204,4 +205,4 @@ def has_own_code(module: nn.Module) -> bool:
     """Whether the forward of a module is neither torch's nor one of the known libraries'."""
     is_replaced = "forward" in vars(module)
     code = type(module).forward.__module__
-    return is_replaced or bool(module._forward_hooks) or not code.startswith(_KNOWN_CODE)
+    return is_replaced or bool(hooks_of(module).forward) or not code.startswith(_KNOWN_CODE)
