@@ -67,6 +67,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="also what the quick suite leaves out")
     parser.addoption("--rest", action="store_true", help="only what the quick suite leaves out")
     parser.addoption(
+        "--line", action="store_true", help="the quick suite, and all that a host's version changes"
+    )
+    parser.addoption(
         "--each-class", action="store_true", help="run tests of either class of model on both"
     )
     parser.addoption(

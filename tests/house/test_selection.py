@@ -20,8 +20,10 @@ class Item:
         return SimpleNamespace(args=self.marks[name]) if name in self.marks else None
 
 
-def config(*arguments: str, whole: bool = False, rest: bool = False) -> SimpleNamespace:
-    options = SimpleNamespace(whole=whole, rest=rest)
+def config(
+    *arguments: str, whole: bool = False, rest: bool = False, line: bool = False
+) -> SimpleNamespace:
+    options = SimpleNamespace(whole=whole, rest=rest, line=line)
     return SimpleNamespace(args=arguments, option=options, rootpath=Path.cwd())
 
 
@@ -55,6 +57,14 @@ def test_a_test_that_is_named_runs_whatever_its_marks():
     assert run_by(config("tests/test_a.py::test_of_all")) == quick | set(SAMPLED)
     assert run_by(config("tests/test_a.py::test_of_all[1]")) == quick | {SAMPLED[1]}
     assert run_by(config("tests/test_a.py")) == quick
+
+
+def test_a_second_line_has_the_quick_suite_and_all_that_a_line_changes():
+    of_models = Item("tests/model/test_b.py::test_slow", slow=())
+    of_this_line = Item("tests/test_a.py::test_new", exhaustive=(), of_some_lines=(True,))
+    items = [*ITEMS, of_models, of_this_line]
+    found = set(items) - selection.deselected(config(line=True), items)
+    assert found == run_by(config()) | {of_models, of_this_line}
 
 
 def test_a_case_that_guards_a_defect_is_always_drawn(monkeypatch: pytest.MonkeyPatch):

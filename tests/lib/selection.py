@@ -10,8 +10,10 @@ and of a test that is marked `sample(n)` it runs n items, drawn by the test's na
 product (sixteen families × two classes × two processings, say) draw different items, and together
 they meet every member. The items that `tests/defects.md` names are always among them.
 
-`--rest` runs what the quick suite leaves out, `--whole` both. A test that is named on the command
-line by its `::` runs whatever its marks.
+`--rest` runs what the quick suite leaves out, `--whole` both. `--line` is for a second line of
+transformer-lens: the quick suite, and everything that a line may change, which is what tests/model
+says of models and what only some lines can run. A test that is named on the command line by its
+`::` runs whatever its marks.
 """
 
 from __future__ import annotations
@@ -85,8 +87,15 @@ def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
     left_out = left_out_of_the_quick_suite(items)
     if config.option.rest:
         left_out = set(items) - left_out
+    if config.option.line:
+        left_out = {item for item in left_out if not _depends_on_the_line(item)}
     named = tuple(argument for argument in config.args if "::" in argument)
     return {item for item in left_out if not _is_named(item, config.rootpath, named)}
+
+
+def _depends_on_the_line(item: pytest.Item) -> bool:
+    is_of_models = item.nodeid.startswith("tests/model/")
+    return is_of_models or item.get_closest_marker("of_some_lines") is not None
 
 
 def _is_named(item: pytest.Item, root: Path, arguments: tuple[str, ...]) -> bool:
