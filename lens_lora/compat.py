@@ -33,7 +33,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeAlias, TypeVar
@@ -438,6 +438,20 @@ def float32_products() -> tuple[str, ...]:
         settings = [product.fp32_precision for product in products]
         return tuple("ieee" if setting == "none" else setting for setting in settings)
     return (torch.get_float32_matmul_precision(),)
+
+
+def activation_checkpointing(modules: Iterable[nn.Module]) -> str | None:
+    """How transformers runs blocks again on the way back: 'reentrant', 'not reentrant', or None.
+
+    A module does so only while it is in training mode. Where nothing says how, torch's default,
+    reentrant, holds. No public name tells.
+    """
+    for module in modules:
+        if module.training and getattr(module, "gradient_checkpointing", False) is True:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            keywords = getattr(function, "keywords", {})
+            return "reentrant" if keywords.get("use_reentrant", True) else "not reentrant"
+    return None
 
 
 def edits_of(tensor: Tensor) -> int:

@@ -508,6 +508,7 @@ def _moving(asked: Asked, name: str) -> set[int]:
     One forward and one backward pass.
     """
     lens, row = asked.lens, asked.prompts.row(0)
+    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
     gates = lens.gates(0.5).requires_grad_()
     with torch.enable_grad():
         h = _activation(lens, row, name, ScaleInject(lens.plan, gates))

@@ -311,6 +311,7 @@ def gradients(
     aliases = _aliases(lens, wanted)
     require_tangents(asked.lens, reading.prompts, [known_as[0] for known_as in aliases])
     require_graph(asked.lens, reading)
+    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
     seen: list[tuple[list[str], Tensor]] = []
 
     def keep(known_as: list[str], tensor: Tensor) -> Tensor:

@@ -468,6 +468,7 @@ def _optimised(
     """The gates after the last step."""
     lens = goals[0].layout.lens
     require_graphs(lens, [goal.asked.reading for goal in goals])
+    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
     alive = goals[0].layout.alive.to(lens.device)
     gates = alive.to(lens.gate_dtype).requires_grad_()
     adam = torch.optim.Adam([gates], lr=rate)

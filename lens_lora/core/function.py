@@ -540,6 +540,7 @@ class Function:
         """Every row once for each point. Attention from its formula, which has all derivatives."""
         reading = self.reading
         memory.require_graph(self.lens, reading)
+        self.lens.plan.check_backward(once=False)
         many = reading.repeat(len(points))
         inject = ScaleInject(self.lens.plan, points.repeat(len(reading.owner), 1))
         formula = Temporary(attention_from_formula)

@@ -423,6 +423,7 @@ def gate_graph(
 
     Attention is computed from its formula, as fused kernels have no second derivative.
     """
+    lens.plan.check_backward(once=False)
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
     with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):
@@ -536,6 +537,7 @@ def pulled_back(
             taps.visit = slopes.visit
             torch.autograd.grad(function.read_logits(lens, prompts), leaves, covector(base, v))
     else:
+        lens.plan.check_backward(once=False)  # the tangents end where a block is run again
         push = _push(lens.plan)
         with dual_forward(), reverse.tapped(lens, reading, base_gates, push) as (taps, leaves):
             base, v = _read(lens, prompts)

@@ -264,6 +264,7 @@ class _Pass:
         lens, hooks = self._lens, [*self._ends]
         hooks += _head_hooks(lens, self._of_head) if by_head else []
         inject = _TangentInject(lens, gates)
+        lens.plan.check_backward(once=False)  # the tangents end where a block is run again
         with dual_level(), readers_shown(lens, self._read), attached(lens.model, hooks):
             return site_gradients(lens, reading, gates, self._visit, inject)
 

@@ -37,7 +37,13 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.compat import Temporary, edits_of, home_of, parameters_in
+from lens_lora.compat import (
+    Temporary,
+    activation_checkpointing,
+    edits_of,
+    home_of,
+    parameters_in,
+)
 from lens_lora.errors import AdapterError, ModelStateError, named
 from lens_lora.model.hooks import attached
 from lens_lora.model.kernels import quantised_name, refuse_without_float64
@@ -136,6 +142,31 @@ def refuse_dropout(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
         if isinstance(rate, float) and rate > 0:
             fact = f"{name}{rate} is active, so no two runs agree; call model.eval()."
             raise ModelStateError(fact)
+
+
+def refuse_checkpointing(modules: Iterable[nn.Module], *, once: bool) -> None:
+    """Check that transformers does not run blocks again in a backward pass, where that does harm.
+
+    Reentrant checkpointing cuts the graph at each block, so that a derivative by something within
+    it is zero. Any other one runs the block again, under the hooks that are on it then: a first
+    derivative survives that, and no second one and none of several values at once.
+
+    Args:
+        modules: the model's.
+        once: whether the graph is walked back once, for a first derivative, with hooks still on.
+
+    Raises:
+        ModelStateError: gradient checkpointing is on, and the model in training mode.
+    """
+    how = activation_checkpointing(modules)
+    if how is None or (once and how != "reentrant"):
+        return
+    raise ModelStateError(
+        f"gradient checkpointing ({how}) is on and the model in training mode, so blocks are run "
+        "again on the way back, which these derivatives do not survive",
+        remedy="Call model.eval(), in which no block is run again. lens.within(max_memory=…) "
+        "bounds the memory of a backward pass.",
+    )
 
 
 def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
@@ -405,6 +436,8 @@ def require_kinds(adapter: object, hf_model: object) -> None:
     if not isinstance(adapter, Adapter):
         is_path = isinstance(adapter, str | os.PathLike)
         remedy = f"ll.load_adapter({str(adapter)!r})" if is_path else "ll.Adapter.from_peft(…)"
+        if isinstance(getattr(adapter, "adapter", None), Adapter):
+            remedy = "pass its own, result.adapter"
         raise AdapterError(
             f"the adapter is a {type(adapter).__name__}; LoraLens takes an ll.Adapter: {remedy}."
         )

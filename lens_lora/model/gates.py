@@ -34,7 +34,7 @@ from lens_lora.families import NORM_KINDS
 from lens_lora.model import basis, hooks
 from lens_lora.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.model.build import host_of
-from lens_lora.model.check import Watch, modules_of, refuse_dropout
+from lens_lora.model.check import Watch, modules_of, refuse_checkpointing, refuse_dropout
 from lens_lora.model.hooks import HookFn
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.kernels import quantised_linears, quantised_name
@@ -182,6 +182,19 @@ class Plan:
                     remedy="make a new LoraLens, or set it back. For a tool that changes it by "
                     "itself, set it so before you make the lens.",
                 )
+
+    def check_backward(self, *, once: bool = True) -> None:
+        """Check that the graph of a pass is that of one run of each block.
+
+        Args:
+            once: whether it is walked back once, for a first derivative, with hooks still on.
+
+        Raises:
+            ModelStateError: gradient checkpointing would run blocks again.
+        """
+        model = self.host.model
+        modules = self.host.known("modules", make=lambda: modules_of(model))
+        refuse_checkpointing(modules, once=once)
 
     @functools.cached_property
     def points_without_update(self) -> tuple[str, ...]:

@@ -385,7 +385,8 @@ class LoraLens:
         def apply(span: Temporary) -> Any:
             self._check_state()
             span.about = self._plan
-            span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale), scale)))
+            inject = ScaleInject(self._plan, self.gates(scale), scale)
+            self._put_on(span, inject)
             return self.model
 
         return Temporary(apply)
@@ -440,18 +441,30 @@ class LoraLens:
         Args:
             inject: what is written at each site.
             before: hooks that are added before those of the sites.
+
+        Raises:
+            ModelStateError: the model changed since the lens was made; or gradients are computed,
+                and reentrant gradient checkpointing would cut them off.
         """
 
         def put_on(span: Temporary) -> None:
-            hold(span, lock_of(self.model))
-            self._plan.check_state(entries=False)
-            span.enter_context(differentiable_products(self._plan.quantised))
-            # A TransformerBridge puts its hook points together anew whenever they are asked for.
-            points = self.model.hook_dict
-            hooks = gating.site_hooks(self._plan, inject, points, before)
-            span.enter_context(attached(self.model, hooks, points))
+            if torch.is_grad_enabled():
+                self._plan.check_backward()
+            self._put_on(span, inject, before)
 
         return Temporary(put_on)
+
+    def _put_on(
+        self, span: Temporary, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
+    ) -> None:
+        """Until the span ends, the sites' hooks are on the model."""
+        hold(span, lock_of(self.model))
+        self._plan.check_state(entries=False)
+        span.enter_context(differentiable_products(self._plan.quantised))
+        # A TransformerBridge puts its hook points together anew whenever they are asked for.
+        points = self.model.hook_dict
+        hooks = gating.site_hooks(self._plan, inject, points, before)
+        span.enter_context(attached(self.model, hooks, points))
 
     def prompts(
         self,
