@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,15 +66,26 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
                 fitted = JacobianLens.fit(lens.model, sentences, **how)
         except (ImportError, TypeError, ValueError):  # a version, a class or a processing without
             return None
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        save_file({point: fitted.jacobians[block].contiguous()}, unfinished)
-        unfinished.replace(file)
+        _keep(file, {point: fitted.jacobians[block].contiguous()})
     try:
         return Jacobian(point, load_file(file)[point].to(lens.device))
     except (SafetensorError, KeyError) as error:
         fact = f"{file}: no Jacobian of {point} can be read from it ({error})"
         raise LensLoraError(f"{fact}. Delete it, and it is fitted again.") from error
+
+
+def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the file, whole or not at all, also where other processes fit the same one.
+
+    Each writes a file of its own, and the last one that is finished stays.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{uuid.uuid4().hex}.part")
+    try:
+        save_file(tensors, unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _read_with(span: Temporary, model: Any, *, has_bos: bool) -> None:
