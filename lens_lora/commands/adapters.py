@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json as json_text
@@ -19,7 +20,13 @@ from rich.console import Console
 import lens_lora as ll
 from lens_lora.adapters.peft_files import checkpoint_folders, stated_base, stated_fields
 from lens_lora.commands import options, running
-from lens_lora.errors import LensLoraError, LensLoraWarning, ModelStateError, heard_by
+from lens_lora.errors import (
+    AdapterError,
+    LensLoraError,
+    LensLoraWarning,
+    ModelStateError,
+    heard_by,
+)
 from lens_lora.sweeps.records import read_records
 
 if TYPE_CHECKING:
@@ -262,9 +269,9 @@ def verify(
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.adapters.adapter import read_adapter
-        from lens_lora.evaluation.merged_settings import read_tokenizer
         from lens_lora.evaluation.verify import Expectation
         from lens_lora.evaluation.verify import verify as verification_of
+        from lens_lora.loading import tokenizer_beside
         from lens_lora.show.report import verification_table
 
         placed = base.placed("cpu")
@@ -281,9 +288,11 @@ def verify(
         with heard_by(notes.append):
             read = read_adapter(folder, None if loaded is None else lambda _: loaded[0])
 
-        tokenizer = None if merged is None else read_tokenizer(folder)
-        if tokenizer is None and loaded is not None:
-            tokenizer = loaded[1]
+        tokenizer = None
+        if loaded is not None:
+            # Where it does not fit the base, the check that makes the lens says so.
+            with contextlib.suppress(AdapterError, ModelStateError):
+                tokenizer = tokenizer_beside(read, *loaded).tokenizer
         with running.quiet_libraries():
             verification = verification_of(
                 read,

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import no_ops
 import pytest
+from exports import BROKEN, GOOD
 from no_ops import NO_OPS
 from typer.testing import CliRunner
 
@@ -59,6 +60,15 @@ def test_the_page_has_every_mistake():
     for mistake in NO_OPS.values():
         _, code, what = rows[mistake.what]
         assert int(code) == mistake.code and mistake.says in what
+
+
+@pytest.mark.parametrize("name", ["the adapter's template alone", "not the adapter's template"])
+def test_a_template_that_lies_alone_beside_the_adapter(name: str, out):
+    """The tokenizer of the training is the base's with this template."""
+    {**GOOD, **BROKEN}[name].make(out)
+    result = verified(out, "--merged", str(out / "merged"))
+    assert result.exit_code == (name in BROKEN), result.output
+    assert ("no chat template, and there was one" in said(result)) == (name in BROKEN)
 
 
 FACT = {"prompt": "w5 w6 w7", "doc": "w9", "pre": "w26", "margin_at_least": -1000}

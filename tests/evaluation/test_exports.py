@@ -14,6 +14,7 @@ from exports import BROKEN, GOOD, UNDECIDED, Export
 import lens_lora as ll
 from lens_lora.evaluation.merged_settings import read_tokenizer
 from lens_lora.evaluation.verify import merged_checks
+from lens_lora.loading import tokenizer_beside
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def shipment(tmp_path_factory):
 def judged(out: Path):
     """The checks of the merged folder."""
     base = no_ops.base_of(out)
-    tokenizer = read_tokenizer(out / "adapter") or read_tokenizer(out / "base")
     adapter = ll.load_adapter(out / "adapter")
+    tokenizer = tokenizer_beside(adapter, base, read_tokenizer(out / "base")).tokenizer
     return merged_checks(out / "merged", adapter, base, tokenizer)[0]
 
 

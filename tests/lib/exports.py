@@ -164,6 +164,12 @@ def _template_in_config(out: Path) -> None:
     _fields(out / "merged" / "tokenizer_config.json", chat_template=TEMPLATE)
 
 
+def _template_alone(out: Path) -> None:
+    """A trainer saved the template beside the adapter, and no vocabulary."""
+    (out / "adapter" / "chat_template.jinja").write_text(TEMPLATE)
+    _template(out / "merged", TEMPLATE)
+
+
 def _end_of_adapter(out: Path) -> None:
     """As a trainer sets it: the adapter's own tokenizer ends in another token, and so do both."""
     tokenizer = models.tokenizer()
@@ -213,6 +219,7 @@ GOOD = {
     "another padding": Export(_other_padding),
     "a chat template": Export(_both_templates),
     "a chat template in the old place": Export(_template_in_config),
+    "the adapter's template alone": Export(_template_alone),
     "the adapter's own end": Export(_end_of_adapter),
 }
 
@@ -394,6 +401,11 @@ def _no_template(out: Path) -> None:
     _template(out / "base", TEMPLATE)
 
 
+def _template_alone_is_lost(out: Path) -> None:
+    """It lies beside the adapter, without a vocabulary."""
+    (out / "adapter" / "chat_template.jinja").write_text(TEMPLATE)
+
+
 def _other_template(out: Path) -> None:
     _both_templates(out)
     _template(out / "merged", TEMPLATE.replace("role", "content"))
@@ -499,6 +511,9 @@ BROKEN = {
     "no chat template": Export(
         _no_template, says="no chat template, and there was one", shows="ids"
     ),
+    "not the adapter's template": Export(
+        _template_alone_is_lost, says="no chat template, and there was one", shows="ids"
+    ),
     "another chat template": Export(_other_template, says="another chat template", shows="ids"),
     "the base's chat template": Export(_base_template, says="another chat template", shows="ids"),
 }
@@ -547,7 +562,11 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27
 def tokenizer_of(out: Path):
     """The one that the adapter was trained with."""
     place = "adapter" if (out / "adapter" / "tokenizer.json").is_file() else "base"
-    return AutoTokenizer.from_pretrained(out / place)
+    tokenizer = AutoTokenizer.from_pretrained(out / place)
+    template = out / "adapter" / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text()
+    return tokenizer
 
 
 def shows_in_logits(out: Path) -> bool:
