@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import glob
 import json
+import os
 import re
 import time
 from collections.abc import Collection, Iterable
@@ -49,6 +50,10 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
 )
+# The mark of a file that a result of lens_lora was saved to, before the number of its version.
+RESULT_MARK = "lens_lora result"
+# The results that have an adapter.
+RESULTS_WITH_ADAPTER = ("Repair", "ConstantPart")
 _POINTER = b"version https://git-lfs.github.com/spec"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -73,6 +78,7 @@ def adapter_folder(
     path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
     """The folder of an adapter, on disk or fetched from the hub, with its two files in it."""
+    require_path(path)
     place = Place(path, revision, subfolder)
     folder = _at_hand(place, _file_names())
     is_there = (folder / CONFIG).is_file() or formats.format_in(folder) is not None
@@ -82,6 +88,17 @@ def adapter_folder(
     return folder
 
 
+def require_path(given: object) -> None:
+    """Refuse what is no path and no hub id; of a result that has an adapter, name that."""
+    if isinstance(given, str | os.PathLike):
+        return
+    kind = type(given).__name__
+    remedy = "give a folder, a hub id ('owner/repo') or an ll.Adapter."
+    if kind in RESULTS_WITH_ADAPTER:
+        remedy = "pass its adapter: result.adapter."
+    raise AdapterError(f"a {kind} is no adapter, and no path of one", remedy=remedy)
+
+
 def folders_in(
     folder: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> dict[str, Path]:
@@ -89,6 +106,7 @@ def folders_in(
 
     Of a registered format those with all of its files.
     """
+    require_path(folder)
     names = _file_names()
     root = _at_hand(Place(folder, revision, subfolder), [*names, *(f"*/{name}" for name in names)])
     paths = {path.parent for name in (CONFIG, WEIGHTS) for path in root.rglob(name)}
@@ -154,6 +172,7 @@ def _at_hand(place: Place, files: Iterable[str]) -> Path:
     """The folder of a place. On the hub these files are fetched, as globs within the folder."""
     path = Path(place.path)
     if path.is_file():
+        _refuse_result(path)
         raise AdapterError(f"{path}: a file; give the folder that it lies in: {path.parent}.")
     if not path.exists():
         return _fetched(place, files)
@@ -264,8 +283,43 @@ def _no_config(folder: Path) -> AdapterError:
         place, more = _likeliest(str(p.parent.relative_to(folder)) for p in inside)
         fact = f"no {CONFIG}; give the folder of one: {folder / place}{more}"
         return AdapterError(f"{folder}: {fact}.")
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.safetensors"))[:8]:
+            _refuse_result(file)
     names = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     return AdapterError(f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {names}).")
+
+
+def _refuse_result(file: Path) -> None:
+    """Refuse a file that a result was saved to, which holds no adapter as PEFT saves it."""
+    kind = _result_in(file)
+    if kind is None:
+        return
+    remedy = f"ll.load_result({str(file)!r}) reads it."
+    if kind in RESULTS_WITH_ADAPTER:
+        remedy = (
+            "save its adapter into a folder, and give that: "
+            f"ll.load_result({str(file)!r}).adapter.save(folder)."
+        )
+    raise AdapterError(f"{file}: a file of a result ({kind}), and no adapter", remedy=remedy)
+
+
+def _result_in(file: Path) -> str | None:
+    """The class of the result that a file holds; None of any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    if not metadata.get("format", "").startswith(RESULT_MARK):
+        return None
+    try:
+        labels = json.loads(metadata.get("labels", ""))
+    except ValueError:
+        return "damaged"
+    return str(labels.get("of", "damaged")) if isinstance(labels, dict) else "damaged"
 
 
 def refuse_pointer(file: Path) -> None:

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import reprlib
 import sys
 import types
 import typing
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -35,11 +37,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lens_lora.adapters.peft_files import CONFIG, RESULT_MARK, RESULTS_WITH_ADAPTER, WEIGHTS
 from lens_lora.errors import ArgumentError, LensLoraError, is_of_the_system
 from lens_lora.model import SideBySide, Site
 from lens_lora.readouts.prompts import PromptTokens
 
-FORMAT = "lens_lora result 1"
+FORMAT = f"{RESULT_MARK} 1"
 _Kind = TypeVar("_Kind")
 _KINDS: dict[str, type] = {}
 
@@ -82,23 +85,31 @@ stored(SideBySide)
 def save_result(result: object, path: str | Path) -> Path:
     """Write a result, whole or not at all; returns the path."""
     path = _path(path)
+    if path.is_dir():
+        kind = type(result).__name__
+        remedy = "name a file in it."
+        if kind in RESULTS_WITH_ADAPTER:
+            remedy += f" result.adapter.save({str(path)!r}) writes its adapter into the folder."
+        raise LensLoraError(f"{path}: a folder, and a {kind} is written to a file", remedy=remedy)
     tensors: dict[str, Tensor] = {}
     labels = json.dumps(_encoded(result, "", tensors))
     metadata = {"format": FORMAT, "labels": labels, "sha256": _digest(labels, tensors)}
-    unfinished = path.with_name(f"{path.name}.part")
+    # A name of its own: several processes may write the same result.
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         unfinished.write_bytes(save(tensors, metadata=metadata))
         unfinished.replace(path)
     except OSError as error:
         raise LensLoraError(f"{path}: cannot be written ({error.strerror}).") from error
     finally:
-        if unfinished.is_file():
+        with contextlib.suppress(OSError):
             unfinished.unlink()
     return path
 
 
 def read_result(path: str | Path) -> object:
     """What `save_result` wrote."""
+    _refuse_adapter(_path(path))
     metadata, tensors = _contents(_path(path))
     if metadata.get("format") != FORMAT:
         raise LensLoraError(
@@ -121,6 +132,17 @@ def _path(path: object) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise LensLoraError(f"{path!r} is not a path.")
     return Path(path)
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Refuse a folder, or the weights of an adapter in one, in place of a result's file."""
+    folder = path if path.is_dir() else path.parent
+    holds_adapter = (folder / CONFIG).is_file()
+    remedy = f"ll.load_adapter({str(folder)!r}) reads the adapter." if holds_adapter else ""
+    if path.is_dir():
+        raise LensLoraError(f"{path}: a folder, and a result is one file", remedy=remedy)
+    if holds_adapter and path.name == WEIGHTS:
+        raise LensLoraError(f"{path}: the weights of an adapter, and no result", remedy=remedy)
 
 
 def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

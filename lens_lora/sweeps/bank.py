@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.formats import files_in
-from lens_lora.adapters.peft_files import Place, adapter_folder, folders_in
+from lens_lora.adapters.peft_files import Place, adapter_folder, folders_in, require_path
 from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
@@ -544,6 +544,7 @@ def _named_one(
 ) -> tuple[str, Place | Adapter]:
     if isinstance(adapter, Adapter):
         return adapter.name, adapter
+    require_path(adapter)
     is_local = Path(adapter).exists()
     name = "/".join(filter(None, [str(adapter), subfolder]))
     return name, Place(adapter, None if is_local else revision, subfolder)

@@ -126,6 +126,26 @@ def test_loading_imports_the_class_that_the_file_names(tmp_path: Path):
     assert [json.loads(line) for line in done.stdout.splitlines()] == orders, done.stderr
 
 
+def test_two_processes_that_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One writes the whole file while the other is writing: both end, and the file is whole."""
+    result, file = two_prompts(), tmp_path / "result"
+    write = Path.write_bytes
+    written: list[Path] = []
+
+    def interrupted(path: Path, content: bytes) -> int:
+        size = write(path, content)
+        written.append(path)
+        if len(written) == 1:
+            result.save(file)
+        return size
+
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
+    result.save(file)
+    assert len(set(written)) == 2
+    assert list(tmp_path.iterdir()) == [file]
+    assert torch.equal(type(result).load(file).values, result.values)
+
+
 def test_a_class_that_is_unknown_or_no_result_is_named(tmp_path: Path):
     """Public names of `lens_lora.results` that no file holds are unknown as well."""
     for name in ("Nothing", "Site", "SweepResult", "storage", "Noise"):
