@@ -421,6 +421,43 @@ def rotary_state(module: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+# --- torch: models that are compiled, or spread over processes
+
+
+def uncompiled(model: Any) -> Any:
+    """The model that `torch.compile` has wrapped; any other model itself.
+
+    The wrapper is of a private class, and runs code that does not look for hooks added later.
+    """
+    if type(model).__name__ == "OptimizedModule":
+        return modules_in(model)["_orig_mod"]
+    return model
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called; nothing public tells it, or takes it back."""
+    return module._compiled_call_impl is not None
+
+
+def compile_no_more(model: nn.Module) -> None:
+    """Its modules compute what they did before `compile()`, for good."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether it is a DTensor, of which a process may hold a part only.
+
+    Asked for by name, as to import the class takes as long as to import torch.
+    """
+    return "DTensor" in [cls.__name__ for cls in type(parameter.data).__mro__]
+
+
+def gathers_weights(module: nn.Module) -> bool:
+    """Whether FSDP2 puts the module's weights together whenever it runs; asked for by name too."""
+    return "FSDPModule" in [cls.__name__ for cls in type(module).__mro__]
+
+
 # --- torch: derivatives
 
 

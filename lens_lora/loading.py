@@ -22,7 +22,7 @@ from lens_lora.adapters.factors import TrainedModule
 from lens_lora.adapters.from_models import base_within
 from lens_lora.adapters.peft_files import CONFIG
 from lens_lora.adapters.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
-from lens_lora.compat import is_memory_short, without_warnings
+from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
 from lens_lora.core import LoraLens
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
@@ -212,6 +212,7 @@ def load(
         ModelStateError: the model cannot be loaded, or no exact lens is possible; the message has
             the remedy.
     """
+    model = uncompiled(model)
     is_peft = isinstance(getattr(model, "peft_config", None), dict)
     if adapter is None:
         adapter = _active_adapter(model, is_peft)
@@ -358,6 +359,7 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
             "AutoModelForCausalLM.from_pretrained(name, device_map=…)."
         )
     base = cast("PreTrainedModel", model.eval())
+    compile_no_more(base)
     refuse_unusable(base)
     dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
     chosen = _tokenizer_of(base) if tokenizer is None else tokenizer

@@ -83,7 +83,53 @@ def refuse_unusable(model: nn.Module) -> None:
                 remedy="let ll.load(peft_model) build it, and the PeftModel stays as it is.",
                 in_shell="name the base alone with --model, not a folder that holds an adapter.",
             )
+    refuse_compiled(modules_of(model))
+    _refuse_sharded(model)
     _refuse_unknown_quantisation(model)
+
+
+def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
+    """Check that no module was compiled in place: compiled code runs the hooks of its first pass.
+
+    `torch.compile(model)` is another thing: it leaves the model as it is, beside a wrapper.
+    """
+    for module, name in modules.items():
+        if compat.is_compiled_in_place(module):
+            raise ModelStateError(
+                f"{name or type(module).__name__} was compiled in place (compile()), and compiled "
+                "code does not run hooks that are put on later.",
+                remedy="Make the lens of a model that is not compiled; ll.load(hf_model, adapter) "
+                "sets the compiled code aside.",
+            )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Check that each module computes with whole weights, as under FSDP2, and not with its part."""
+    ranks = getattr(getattr(model, "original_model", model), "tp_size", None)
+    if ranks is not None and ranks > 1:
+        raise _tensor_parallel(f"the model was loaded for {ranks} processes by tp_plan=")
+    modules = modules_of(model)
+    gathered: set[nn.Module] = set()
+    for module in modules:
+        if compat.gathers_weights(module):
+            gathered.update(module.modules())
+    for module, path in modules.items():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if not compat.is_sharded(parameter):
+                continue
+            mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+            if module not in gathered or mesh.ndim > 1:
+                raise _tensor_parallel(f"{name} is a DTensor")
+
+
+def _tensor_parallel(fact: str) -> ModelStateError:
+    return ModelStateError(
+        f"{fact}: tensor parallelism (tp_plan=, parallelize_module) splits the model's weights "
+        "over processes, and a lens adds to the whole output of a map.",
+        remedy="Load the model without tp_plan: on one device, or over several by "
+        "ll.load(name, adapter, device_map='balanced').",
+        in_shell="Load the model on one device, or over several by --device-map balanced.",
+    )
 
 
 def _refuse_unknown_quantisation(model: nn.Module) -> None:

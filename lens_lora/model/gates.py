@@ -34,7 +34,13 @@ from lens_lora.families import NORM_KINDS
 from lens_lora.model import basis, hooks
 from lens_lora.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.model.build import host_of
-from lens_lora.model.check import Watch, modules_of, refuse_checkpointing, refuse_dropout
+from lens_lora.model.check import (
+    Watch,
+    modules_of,
+    refuse_checkpointing,
+    refuse_compiled,
+    refuse_dropout,
+)
 from lens_lora.model.hooks import HookFn
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.kernels import quantised_linears, quantised_name
@@ -169,7 +175,9 @@ class Plan:
         """
         self.check_flags()
         model = self.host.model
-        refuse_dropout(model, self.host.known("modules", make=lambda: modules_of(model)))
+        modules = self.host.known("modules", make=lambda: modules_of(model))
+        refuse_dropout(model, modules)
+        refuse_compiled(modules)
         for watch in self.watched:
             watch.require_same(entries=entries)
 

@@ -31,6 +31,7 @@ from lens_lora.compat import (
     known_of_tokenizer,
     open_spans,
     tokenizer_as_saved,
+    uncompiled,
 )
 from lens_lora.model import check as checks
 from lens_lora.model import gates as gating
@@ -77,7 +78,8 @@ class LoraLens:
     The model is not changed: hooks are added at the start of a call and removed at its end.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge of the adapter's base model.
+        model: a HookedTransformer or a TransformerBridge of the adapter's base model. Of one that
+            `torch.compile` has wrapped, the model within.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
         hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
             folded, and by a HookedTransformer for trained biases. The model's weights are compared
@@ -117,6 +119,8 @@ class LoraLens:
         check: bool | Probe | None = True,
         prepend_bos: bool | None = None,
     ) -> None:
+        model = uncompiled(model)
+        hf_model = uncompiled(hf_model)
         checks.require_kinds(adapter, hf_model)
         adapter = on_stacks(adapter, model)
         self.model = model

@@ -32,6 +32,7 @@ from lens_lora.adapters.formats import files_in
 from lens_lora.adapters.peft_files import Place, adapter_folder, folders_in, require_path
 from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
+from lens_lora.compat import uncompiled
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.bank import LARGE, Half, Halves, Once, Thin, bytes_of, record, stand_ins
 from lens_lora.engine.function import gated_readout
@@ -500,6 +501,8 @@ def _lenses(
     max_memory: float | None = None,
 ) -> list[LoraLens]:
     """Lenses of adapters that add nothing to the modules that a later adapter may target."""
+    model = uncompiled(model)
+    hf_model = uncompiled(hf_model)
     lens = model if isinstance(model, LoraLens) else None
     if lens is not None and hf_model is not None:
         raise ArgumentError(

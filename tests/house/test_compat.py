@@ -106,6 +106,30 @@ def test_experts_of_transformers():
     assert compat.is_split_over_processes(experts)
 
 
+def test_compiled_models():
+    """The wrapper of torch.compile, and the code that a module compiled in place has."""
+    module = nn.Sequential(nn.Linear(2, 2))
+    assert compat.uncompiled(torch.compile(module, backend="eager")) is module
+    assert compat.uncompiled(module) is module and compat.uncompiled(None) is None
+    assert not compat.is_compiled_in_place(module[0])
+    module[0].compile(backend="eager")
+    assert compat.is_compiled_in_place(module[0]) and not compat.is_compiled_in_place(module)
+    compat.compile_no_more(module)
+    assert not compat.is_compiled_in_place(module[0])
+
+
+def test_classes_of_weights_that_processes_share():
+    """They are asked for by name: torch still calls them so."""
+    fsdp = import_module("torch.distributed.fsdp")
+    tensors = import_module("torch.distributed.tensor")
+    require("torch", fsdp, "FSDPModule")
+    require("torch", tensors, "DTensor")
+    module = type("Gathered", (fsdp.FSDPModule, nn.Linear), {})
+    assert compat.gathers_weights(object.__new__(module))
+    assert not compat.gathers_weights(nn.Linear(1, 1))
+    assert not compat.is_sharded(nn.Linear(1, 1).weight)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_tables_of_transformers(kind: str):
     """A table depends on the number of positions as its rule says, and is as made afterwards."""
