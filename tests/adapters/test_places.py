@@ -116,6 +116,7 @@ def test_a_bank_s_scan(hub):
     assert "no lab/no here" in named["error"].dropna().item()
 
 
+@pytest.mark.bad_input
 def test_checkpoints_and_comparison(hub):
     lens = ll.load(hub.base, hub.files / "runs/a")
     for path, subfolder in (("lab/zoo/run", None), ("lab/zoo", "run"), (hub.files, "run")):
