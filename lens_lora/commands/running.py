@@ -266,10 +266,17 @@ def one_line_errors(command: Callable[..., None] | None = None) -> Generator[Non
     """Print an error of this package or of the system as one line, and exit with code 2.
 
     Ctrl-C also prints one line; its code is 130. Messages name the command's options, and a warning
-    of this package is printed as one line as well.
+    of this package is printed as one line as well, once if it is the same for several prompts.
     """
     options = options_of(command) if command else {}
-    with within_command(options), heard_by(_print_warning), _one_line_errors():
+    printed: set[str] = set()
+
+    def print_once(warning: LensLoraWarning) -> None:
+        if str(warning) not in printed:
+            printed.add(str(warning))
+            _print_warning(warning)
+
+    with within_command(options), heard_by(print_once), _one_line_errors():
         yield
 
 

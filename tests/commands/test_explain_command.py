@@ -291,8 +291,10 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
 def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13 ", *ANSWERS, "--fast")
     assert "Warning: the prompt 'w13 ' ends in a space" in result.stderr
-    result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--fast")
-    assert "Warning: the answers 'w9' and 'w26' do not both begin with a space" in result.stderr
+    twice = ["--prompt", "w13", "--prompt", "w14"]
+    result, _ = tiny_command(monkeypatch, *twice, *ANSWERS, "--fast")
+    words = "Warning: the answers 'w9' and 'w26' do not both begin with a space"
+    assert result.stderr.count(words) == 1, "of two prompts the same warning is printed once"
 
 
 # --- once, on the real model
