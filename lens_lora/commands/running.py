@@ -93,10 +93,6 @@ def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> L
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
     if base.model is not None:
-        name = EMBEDDED_HUB_ID if base.model == EMBEDDED else base.model
-        # A wrong base shows in no weight, but in the last parts of the two names.
-        if named and Path(named).name.lower() != Path(name).name.lower():
-            warn(f"the adapter names the base {named}, and --model is {name}; is that meant?")
         return load_model(base.model, progress, base)
     if named in (None, EMBEDDED_HUB_ID):
         return load_model(None, progress, base)

@@ -60,6 +60,7 @@ from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
 from lens_lora.compat import without_gguf_bar
 from lens_lora.errors import LensLoraError, NumericsError
 from lens_lora.model.build import MISREAD_NAMES
+from lens_lora.model.given_base import PUBLIC_NAMES
 
 # --- The embedded model
 
@@ -92,6 +93,7 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
         raise EmbeddedModelError(f"{fact}. Reinstall it with: {REMEDY}")
     home = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
     folder = home.expanduser().absolute() / _folder_name()
+    PUBLIC_NAMES[folder.name] = EMBEDDED_HUB_ID
     _refuse_misleading(folder)
     if not folder.is_dir():
         _require("gguf")

@@ -40,10 +40,11 @@ from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks, require_own_parameters
 from lens_lora.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
+from lens_lora.model.given_base import judged, names_of, note_of_names
 from lens_lora.model.hooks import HookFn, alone, attached, hold, lock_of
 from lens_lora.model.kernels import differentiable_products
 from lens_lora.model.lengths import tables_by_row
-from lens_lora.model.probe import Probe, probed
+from lens_lora.model.probe import SKIP, Probe, probed
 from lens_lora.model.removal import removed_from, rows_of, take_away, told
 from lens_lora.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.model.updates import holds_another_base
@@ -88,7 +89,7 @@ class LoraLens:
             updates at the adapter's modules are compared with the Hugging Face model under forward
             hooks: two passes over eight tokens. None for those of `with_adapter` alone. And, but
             for False, whether a module that was trained whole computes what its weight says, where
-            its code is its own.
+            its code is its own, and whether a base is refused that holds the adapter already.
         prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis;
             None for what the model does itself (`model.to_tokens`), of which is warned once where
             its tokenizer does otherwise. `ll.load` reads strings as the tokenizer does.
@@ -100,6 +101,12 @@ class LoraLens:
             rounds the factors of a float32 model's products to it.
         max_memory: bytes that an analysis may take beside the model and its result; None for no
             bound.
+        base_note: what was warned of the base, on every page of the lens's results; '' for
+            nothing.
+
+    Warns:
+        LensLoraWarning: the base is not the one that the adapter names, by its name, or by its
+            weights where the named base lies on this machine.
 
     Raises:
         SiteError, AdapterError: a module that the model lacks; shapes that do not fit.
@@ -147,6 +154,33 @@ class LoraLens:
         if is_probed and check is not None:
             probe = check if isinstance(check, Probe) else None
             self._probed = probed(model, hf_model, adapter, eps=self.eps, probe=probe)
+        self.base_note: str = ""
+        if check is not None:
+            self._judge_base(is_refused=check is not False)
+
+    def _judge_base(self, *, is_refused: bool) -> None:
+        """Warn of what a user should know of the base, or refuse it where it holds the adapter."""
+        named, names = self.adapter.base_model, names_of(self.model, self._hf_model)
+        verdict = judged(self._plan, named, names)
+        self.base_note = verdict.note
+        if verdict.holds_adapter:
+            fact = (
+                f"this base holds the adapter {self.adapter.name!r} already: "
+                f"{verdict.holds_adapter}. Its ΔW would count twice."
+            )
+            if is_refused:
+                trained_on = "the base that it was trained on" + (f", {named}" if named else "")
+                raise errors.ModelStateError(
+                    fact,
+                    remedy=f"Pass {trained_on}. {SKIP}",
+                    in_shell=f"Name {trained_on}, with --model.",
+                )
+            self.base_note = fact
+        self._warn_of_base(stacklevel=5)
+
+    def _warn_of_base(self, stacklevel: int) -> None:
+        if self.base_note:
+            errors.warn(self.base_note, stacklevel=stacklevel)
 
     def _measured_eps(self) -> float:
         with differentiable_products(self._plan.quantised):
@@ -171,6 +205,9 @@ class LoraLens:
             check: False leaves unseen modules to the next adapter that has them, for an adapter
                 whose update is zero, say.
 
+        Warns:
+            LensLoraWarning: it names another base than this lens's adapter and than the model.
+
         Raises:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
                 changed since this one was made.
@@ -185,6 +222,10 @@ class LoraLens:
         other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
         if check:
             require_own_parameters(self.model, adapter)
+        if adapter.base_model not in (None, self.adapter.base_model):
+            names = names_of(self.model, self._hf_model)
+            other.base_note = note_of_names(adapter.base_model, names)
+            other._warn_of_base(stacklevel=3)
         if check and self._probed is not None:
             other._probed = probed(self.model, self._hf_model, adapter, self._probed, eps=self.eps)
             self._probed = other._probed
@@ -700,6 +741,7 @@ class LoraLens:
             **({"prompts": "; ".join(origins)} if origins else {}),
             **({"tokenizer": self.tokenizer_origin} if self.tokenizer_origin else {}),
             **({"without": "; ".join(removed)} if removed else {}),
+            **({"warning": self.base_note} if self.base_note else {}),
             **versions(),
         }
 

@@ -43,7 +43,7 @@ from lens_lora.model.kernels import each_shape, is_experts, is_router, quantised
 
 # ‖ΔW‖ / ‖W‖, and from how many of W's entries its size is estimated.
 _SIZE, _ENTRIES = 0.3, 2**16
-_SKIP = "Pass check=False to go on without this check, at your own risk."
+SKIP = "Pass check=False to go on without this check, at your own risk."
 
 
 class _Added:
@@ -206,7 +206,7 @@ def _refuse_parts(family: Family, paths: Collection[str]) -> None:
                 f"{', '.join(place.kinds)}, and only the base can tell whether its rows were read "
                 "right.",
                 remedy="Pass it: LoraLens(model, adapter, "
-                f"hf_model=AutoModelForCausalLM.from_pretrained(base)), or use ll.load. {_SKIP}",
+                f"hf_model=AutoModelForCausalLM.from_pretrained(base)), or use ll.load. {SKIP}",
             )
 
 
@@ -234,7 +234,7 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
                 f"the site at {site.write} writes {writes} times; once is expected of both. Either "
                 "the bridge computes past its hook point, or the model runs the module several "
                 "times.",
-                remedy=f"Leave it out: adapter.without({site.module!r}). {_SKIP}",
+                remedy=f"Leave it out: adapter.without({site.module!r}). {SKIP}",
                 in_shell=f"In Python, leave it out: adapter.without({site.module!r}).save(folder).",
             )
         if isinstance(added, _Changed):
@@ -271,7 +271,7 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> Non
             f"{size:.2g}, from the Hugging Face model with the same updates: this "
             "TransformerBridge computes another function, or orders a module's rows otherwise. "
             "Another version of transformer-lens may not.",
-            remedy=_SKIP,
+            remedy=SKIP,
             in_shell="",
         )
 

@@ -24,7 +24,16 @@ from lens_lora.errors import ArgumentError, named, worded
 from lens_lora.results import drawing
 from lens_lora.show import curves, go, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
-from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
+from lens_lora.show.page import (
+    Block,
+    Part,
+    Section,
+    answers_of,
+    folded,
+    made_by,
+    page_html,
+    warned,
+)
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, percent, reading_text, signed, visible
 
@@ -328,6 +337,7 @@ def what_changed_report(changed: results.WhatChanged, *, title: str | None = Non
         numbers=_numbers(changed),
         top=[_claims_table(changed), *answers, promoted_figure(changed)],
         sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
+        warnings=warned(changed.meta),
     )
     return page_html(title or f"What did {changed.found.name} change?", [part])
 
@@ -449,6 +459,7 @@ def checkpoints_report(training: results.Checkpoints, *, title: str | None = Non
         numbers=_training_numbers(training),
         top=[training.plot()],
         sections=folded(checkpoints_story(training), sections, "training", training.meta),
+        warnings=warned(training.meta),
     )
     first, *_, last = training.steps
     name = f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}"
@@ -545,5 +556,6 @@ def repair_report(repair: results.Repair, *, title: str | None = None) -> str:
         ),
         top=[repair.plot()],
         sections=folded(repair_story(repair), sections, "repair", repair.meta),
+        warnings=warned(repair.meta),
     )
     return page_html(title or f"What a repair left of {repair.meta.get('adapter', 'it')}", [part])

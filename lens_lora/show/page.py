@@ -175,6 +175,7 @@ class Part:
         numbers: the four that stand below them, each (value, what it is).
         top: the blocks below these, with one figure.
         sections: what is folded, in the order in which one reads it.
+        warnings: what the reader should know before any number.
         name: what the reader chooses it by, where there are several.
     """
 
@@ -184,6 +185,7 @@ class Part:
     top: Sequence[Block]
     sections: Sequence[Section]
     name: str = ""
+    warnings: Sequence[str] = ()
 
 
 Meta = Mapping[str, str]
@@ -193,6 +195,11 @@ def made_by(meta: Meta) -> str:
     """'the adapter over the model · text without BOS'."""
     names = " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
     return " · ".join(filter(None, (names, meta.get("prompts"))))
+
+
+def warned(meta: Meta) -> list[str]:
+    """What was warned of when the lens was made."""
+    return [f"Warning: {meta['warning']}"] if "warning" in meta else []
 
 
 def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> list[Section]:

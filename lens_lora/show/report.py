@@ -97,6 +97,7 @@ def _part(e: Explained, number: int) -> tuple[page.Part, str]:
         numbers=numbers,
         top=[*page.answers_of([e.answers]), figures["path"], numbers_file],
         sections=page.folded(story, sections, "margin", first.meta),
+        warnings=page.warned(first.meta),
     )
     return part, facts
 
@@ -260,5 +261,6 @@ def verification_report(verification: results.Verification, *, title: str | None
         numbers=numbers,
         top=[verification_table(verification, every=True), page.Download("checks.csv", checks)],
         sections=page.folded(verification.story(), sections, "verification", verification.meta),
+        warnings=page.warned(verification.meta),
     )
     return page.page_html(title or f"Did {verification.name} ship as it was trained?", [part])

@@ -435,6 +435,7 @@ def response_part(e: results.ResponseExplanation) -> page.Part:
         numbers=_numbers(e),
         top=[*page.answers_of([e.answers]), shaded, numbers_file],
         sections=page.folded(response_story(e), _sections(e), "response", meta),
+        warnings=page.warned(meta),
     )
 
 

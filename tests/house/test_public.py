@@ -135,6 +135,7 @@ RISKS = UNPICKLING | EXECUTING | FETCHING | HUB | ARGUMENTS
 FETCHED = {
     "adapters/peft_files.py": {"list_repo_files", "snapshot_download"},
     "loading.py": {"snapshot_download"},
+    "model/given_base.py": {"snapshot_download"},  # of what is on this machine already
     "evaluation/merged_settings.py": {"trust_remote_code"},  # as False
 }
 

@@ -303,7 +303,7 @@ def test_base_under_another_name_is_noted(files, tmp_path, command):
     options = [files / "elsewhere", "--model", files / "base"]
     result = call(command, files, tmp_path, *options)
     assert result.exit_code == 0, result.output
-    assert f"the adapter names the base some/other, and --model is {files}/base" in result.stderr
+    assert "the adapter names the base some/other, and this model is" in plain(result.stderr)
 
 
 def test_base_that_the_adapter_names_is_taken_without_a_note(files, tmp_path):
