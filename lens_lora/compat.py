@@ -307,6 +307,14 @@ def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     vars(module)["forward"] = forward
 
 
+def is_forward_replaced(module: Any) -> bool:
+    """Whether somebody has given a module another forward than its class's; accelerate has not."""
+    if not isinstance(module, nn.Module):
+        return False
+    forward = vars(module).get(computing_attribute(module))
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     """What the module computes in place of its class's `forward`; None where it is that."""
     return vars(module).get("forward")
@@ -762,6 +770,11 @@ def normed_per_head(attention: Any, copies: Tensor) -> Tensor:
 def supports_sdpa(hf_model: Any) -> bool:
     """Whether transformers has a fused kernel for this family; only loading a model asks too."""
     return bool(hf_model._supports_sdpa)
+
+
+def attention_of(hf_model: Any) -> str | None:
+    """By which kernel a model was loaded to compute attention: 'eager', 'sdpa', …"""
+    return getattr(hf_model.config, "_attn_implementation", None)
 
 
 def fields_of(config: Any) -> dict[str, Any]:

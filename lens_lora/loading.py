@@ -193,7 +193,9 @@ def load(
         device_map: 'auto', 'balanced', or {module: device}: over several devices, by accelerate.
         load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
         load_in_8bit: … to 8 bit.
-        attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
+        attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns: each
+            block's attention is then the model's own. A loaded model whose attention only its own
+            forward computes, and which was loaded with 'sdpa', is taken so, with a warning.
         revision: branch, tag or commit of the adapter's hub repository.
         subfolder: the adapter's folder within its folder or repository.
         tokenizer: by default the one saved with the adapter, where there is one, with its chat
@@ -205,7 +207,7 @@ def load(
 
     Raises:
         ArgumentError: options that exclude each other, or a loaded model beside `device_map`,
-            `load_in_4bit`, `load_in_8bit` or `attn`; no adapter, and no PeftModel.
+            `load_in_4bit` or `load_in_8bit`; no adapter, and no PeftModel.
         UnsupportedAdapterError: a PeftModel that no longer holds its base.
         AdapterError: the adapter cannot be read, or its shapes do not fit the model.
         SiteError: the adapter names a module that the model lacks.
@@ -354,7 +356,7 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
         raise ModelStateError(f"the model is a {type(model).__name__}; {remedy}.")
     if how.says_how_to_load:
         raise ArgumentError(
-            "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "
+            "device_map, load_in_4bit and load_in_8bit say how a model is loaded, and this "
             "one is loaded already; pass its name, or load it with them yourself: "
             "AutoModelForCausalLM.from_pretrained(name, device_map=…)."
         )

@@ -95,6 +95,16 @@ def _has_hooks(point: Any) -> bool:
     return point is not None and any(compat.hooks_of(point)[:3])
 
 
+def replaced_attentions(model: Any) -> list[str]:
+    """The blocks' attentions in a bridge whose Hugging Face module has a forward of its own."""
+    replaced: list[str] = []
+    for layer, block in enumerate(getattr(model, "blocks", ())):
+        attention = getattr(getattr(block, "attn", None), "original_component", None)
+        if compat.is_forward_replaced(attention):
+            replaced.append(f"blocks.{layer}.attn")
+    return replaced
+
+
 def has_fused_attention(model: Any) -> bool:
     """Whether `fuse_attention` was called on this TransformerBridge."""
     attentions = _attentions(model)

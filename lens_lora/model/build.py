@@ -22,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lens_lora.adapters.tokenizers import OwnTokenizer
 from lens_lora.compat import (
+    attention_of,
     drop_new_biases,
     home_of,
     is_memory_short,
@@ -33,9 +34,27 @@ from lens_lora.compat import (
     refuse_out_of_reach,
     tokenizer_for_host,
 )
-from lens_lora.errors import LensLoraError, ModelStateError, is_of_the_system, named, setting
-from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
-from lens_lora.model.check import base_logits, eps_of, refuse_unusable, require_same_logits
+from lens_lora.errors import (
+    LensLoraError,
+    ModelStateError,
+    is_of_the_system,
+    named,
+    setting,
+    warn,
+)
+from lens_lora.model.bridge import (
+    BridgeHost,
+    drop_unused_caps,
+    fuse_attention,
+    replaced_attentions,
+)
+from lens_lora.model.check import (
+    base_logits,
+    eps_of,
+    refuse_unusable,
+    require_running,
+    require_same_logits,
+)
 from lens_lora.model.hooked_transformer import HookedTransformerHost
 from lens_lora.model.host import Host
 from lens_lora.model.kernels import differentiable_products, quantised_linears
@@ -87,18 +106,17 @@ def hooked_model(
     hf_model.config.architectures = [type(hf_model).__name__]
     with differentiable_products(quantised_linears(hf_model)):
         expected = base_logits(hf_model, hf_model.dtype)
+        loaded_with = attention_of(hf_model)
         model = _made(chosen, hf_model, own)
         set_back()
         if attn == "sdpa":
             fuse_attention(model)
-        require_same_logits(
-            expected,
-            lambda tokens: model(tokens, return_type="logits"),
-            f"the {chosen} that TransformerLens {transformer_lens_version()} builds computes other "
-            "logits than the Hugging Face model",
-            "Another version of TransformerLens, or its TransformerBridge, may build it right.",
-            lambda: eps_of(model, _HOSTS[chosen].embedding_output),
-        )
+        try:
+            _require_right(chosen, model, expected, attn)
+        except ModelStateError as error:
+            if chosen == "HookedTransformer" or attn == "sdpa":
+                raise
+            _take_own_attention(model, expected, error, loaded_with)
     if own is not None:
         # HookedTransformer takes a tokenizer that appends an EOS for one that begins with a BOS.
         begins_text = _begins_text(own)
@@ -136,6 +154,73 @@ def _begins_text(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a token in front of a text."""
     whole, plain = (tokenizer("a", add_special_tokens=how)["input_ids"] for how in (True, False))
     return bool(whole) and whole[:1] != plain[:1]
+
+
+def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -> None:
+    """Check that a hooked model computes the logits of the Hugging Face model that it is made of.
+
+    In half precision logits are not compared: there an attention whose forward was replaced is
+    looked for, past which a bridge computes.
+
+    Raises:
+        ModelStateError: it computes others, or none, as TransformerLens makes some that cannot run.
+    """
+    made = f"the {kind} that TransformerLens {transformer_lens_version()} builds"
+    if expected is None:
+        replaced = replaced_attentions(model) if attn == "eager" else []
+        if replaced:
+            raise ModelStateError(
+                f"{made} computes past the forward that {replaced[0]} has of its own.",
+                remedy="Give it the forward of its class again.",
+            )
+        return
+    other = ", or its TransformerBridge," if kind == "HookedTransformer" else ""
+    remedy = f"Another version of TransformerLens{other} may build it right."
+
+    def run(tokens: Tensor) -> Tensor:
+        return require_running(lambda: model(tokens, return_type="logits"), made, remedy)
+
+    require_same_logits(
+        expected,
+        run,
+        f"{made} computes other logits than the Hugging Face model",
+        remedy,
+        lambda: eps_of(model, _HOSTS[kind].embedding_output),
+    )
+
+
+def _take_own_attention(
+    model: Any, expected: Tensor | None, error: ModelStateError, loaded_with: str | None
+) -> None:
+    """Let attention be the model's own where nothing else differs, if the model was loaded so.
+
+    A bridge computes attention from the formula of its family, also where a model's attention has a
+    forward of its own.
+
+    Raises:
+        ModelStateError: the given one; with the remedy where the model's own attention is one.
+    """
+    try:
+        fuse_attention(model)
+        _require_right("TransformerBridge", model, expected, "sdpa")
+    except ModelStateError:
+        raise error from None
+    kind = type(model.original_model).__name__
+    fact = (
+        f"the attention of this {kind} is not what a TransformerBridge computes for its family, "
+        "which has hook points for its scores and patterns"
+    )
+    if loaded_with != "sdpa":
+        raise ModelStateError(
+            f"{fact}; with its own attention its logits are right.",
+            remedy="Let each block's attention be the model's own: ll.load(…, attn='sdpa').",
+            in_shell="Let each block's attention be the model's own: --attn sdpa.",
+        ) from error
+    warn(
+        f"{fact}. It was loaded with 'sdpa', so each block's attention is the model's own, and "
+        "scores, patterns and rotated q and k have no hook points.",
+        stacklevel=4,
+    )
 
 
 def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:

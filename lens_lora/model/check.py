@@ -29,7 +29,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -44,7 +44,13 @@ from lens_lora.compat import (
     home_of,
     parameters_in,
 )
-from lens_lora.errors import AdapterError, ModelStateError, named
+from lens_lora.errors import (
+    AdapterError,
+    LensLoraError,
+    ModelStateError,
+    is_of_the_system,
+    named,
+)
 from lens_lora.model.hooks import attached
 from lens_lora.model.kernels import quantised_name, refuse_without_float64
 
@@ -59,6 +65,7 @@ OF_A_GIVEN_BASE = (
     "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."
 )
 _Logits = Float[Tensor, "batch pos d_vocab"]
+_R = TypeVar("_R")
 
 
 def refuse_unusable(model: nn.Module) -> None:
@@ -286,6 +293,32 @@ def _eps_of_products() -> float:
     """Of the factors of products that are seen to be rounded: bfloat16's where torch says so."""
     is_bfloat16 = any(setting in ("bf16", "medium") for setting in compat.float32_products())
     return torch.finfo(torch.bfloat16).eps if is_bfloat16 else _TF32_EPS
+
+
+def kind_of(model: Any) -> str:
+    """The class of the Hugging Face model within a bridge, or the name of what a model copies."""
+    if hasattr(model, "original_model"):
+        return type(model.original_model).__name__
+    return str(getattr(model.cfg, "original_architecture", None) or "a model of its own")
+
+
+def require_running(run: Callable[[], _R], which: str, remedy: str) -> _R:
+    """What a short pass of a hooked model returns.
+
+    Raises:
+        ModelStateError: TransformerLens has made a model that cannot run.
+    """
+    try:
+        return run()
+    except LensLoraError:
+        raise
+    except Exception as error:
+        if is_of_the_system(error) or compat.is_memory_short(error):
+            raise
+        says = (str(error).splitlines() or [""])[0][:200]
+        raise ModelStateError(
+            f"{which} cannot run on eight tokens: {type(error).__name__}: {says}", remedy=remedy
+        ) from error
 
 
 def plain_logits(hf_model: nn.Module) -> _Logits:

@@ -84,7 +84,7 @@ class Placement:
     @property
     def says_how_to_load(self) -> bool:
         """Whether it says what a model that is loaded already cannot follow."""
-        return self.is_quantised or self.device_map is not None or self.attn != "eager"
+        return self.is_quantised or self.device_map is not None
 
     @property
     def weights(self) -> str:

@@ -130,6 +130,11 @@ def test_classes_of_weights_that_processes_share():
     assert not compat.is_sharded(nn.Linear(1, 1).weight)
 
 
+def test_the_kernel_of_attention(llama):
+    require("transformers", llama.config, "_attn_implementation")
+    assert compat.attention_of(llama) == "eager"
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_tables_of_transformers(kind: str):
     """A table depends on the number of positions as its rule says, and is as made afterwards."""

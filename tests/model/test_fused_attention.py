@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import models
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lens_lora.model.build import hooked_model
 
 pytestmark = models.NEEDS_BRIDGE
 LONG = 23
+HEAD = "transformer_lens.model_bridge.generalized_components.unembedding"
 
 
 def pair(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
@@ -128,3 +132,86 @@ def test_no_patterns_are_held_for_a_divergence():
     plain, fused = held
     assert fused == 0 < plain
     assert same(found[1], found[0], 1e-10)
+
+
+# --- An attention with a forward of its own
+
+
+def _halve(attention: Any) -> None:
+    """It writes half of what its family's formula says."""
+    forward = attention.forward
+
+    def half(*args: Any, **kwargs: Any) -> Any:
+        out, *rest = forward(*args, **kwargs)
+        return 0.5 * out, *rest
+
+    attention.forward = half
+
+
+def half_attention(loaded_with: str = "eager") -> Any:
+    base = models.hf_model("llama", dtype=torch.float32)
+    base.set_attn_implementation(loaded_with)
+    _halve(base.model.layers[1].self_attn)
+    return base
+
+
+def half_peft() -> tuple[Any, ll.Adapter]:
+    """PEFT over a model with the same attention, and its adapter."""
+    peft = models.peft_model("llama", models.hf_model("llama", dtype=torch.float32))
+    _halve(peft.base_model.model.model.layers[1].self_attn)
+    return peft, ll.Adapter.from_peft(peft)
+
+
+def _require_peft_s(lens: ll.LoraLens, peft: Any) -> None:
+    with torch.no_grad():
+        expected = peft(models.tokens()).logits
+    torch.testing.assert_close(lens.logits(models.tokens()), expected, rtol=0, atol=2e-5)
+
+
+def test_an_attention_of_its_own_is_refused_with_what_helps():
+    base = half_attention()
+    _, adapter = half_peft()
+    with pytest.raises(ll.errors.ModelStateError) as refused:
+        ll.load(base, adapter, tokenizer=models.tokenizer())
+    said = str(refused.value)
+    assert "attn='sdpa'" in said and "TransformerBridge computes for its family" in said
+    assert "Another version" not in said
+
+
+def test_what_helps_does():
+    """The same model beside attn='sdpa', which a loaded model may have."""
+    peft, adapter = half_peft()
+    lens = ll.load(half_attention(), adapter, attn="sdpa", tokenizer=models.tokenizer())
+    _require_peft_s(lens, peft)
+
+
+def test_a_model_that_was_loaded_with_it_is_taken_as_it_is():
+    peft, adapter = half_peft()
+    with pytest.warns(UserWarning, match="loaded with 'sdpa'"):
+        lens = ll.load(half_attention(loaded_with="sdpa"), adapter, tokenizer=models.tokenizer())
+    assert not lens.plan.host.keeps_patterns
+    _require_peft_s(lens, peft)
+
+
+def test_in_half_precision_too():
+    """Where logits are not compared, as rounding moves them as far."""
+    _, adapter = half_peft()
+    with pytest.raises(ll.errors.ModelStateError, match="attn='sdpa'"):
+        ll.load(half_attention().bfloat16(), adapter, tokenizer=models.tokenizer())
+    options = {"attn": "sdpa", "tokenizer": models.tokenizer()}
+    own = ll.load(half_attention().bfloat16(), adapter, **options).logits(models.tokens())
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    usual = ll.load(base, adapter, **options).logits(models.tokens())
+    assert float((own - usual).abs().max()) > 0.5
+
+
+def test_where_it_does_not_help_it_is_not_said(monkeypatch: pytest.MonkeyPatch):
+    """Another error than that of attention: a bridge whose head is not the model's."""
+    head = importlib.import_module(HEAD).UnembeddingBridge
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda *args, **kwargs: forward(*args, **kwargs).flip(-1))
+    base = models.hf_model("llama", dtype=torch.float32)
+    _, adapter = half_peft()
+    with pytest.raises(ll.errors.ModelStateError, match="Another version") as refused:
+        ll.load(base, adapter, tokenizer=models.tokenizer())
+    assert "sdpa" not in str(refused.value) and "its TransformerBridge" not in str(refused.value)
