@@ -35,6 +35,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_a_tied_embedding_is_exact_live_and_from_its_folder(fields, tied, tmp_path):
