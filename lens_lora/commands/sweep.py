@@ -167,6 +167,7 @@ def scan(
             how |= {"max_memory": base.max_memory, "progress": not quiet}
             bank = ll.bank(model, prompts, readout, **how)
             how = {"group": group, "out": out, "resume": resume, "progress": not quiet}
+            how["any_base"] = base.model is not None
             table = bank.scan(folder, **where, **how)
         if processes.is_main:
             _print_scan(table, out)

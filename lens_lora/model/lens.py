@@ -231,6 +231,11 @@ class LoraLens:
             self._probed = other._probed
         return other
 
+    @property
+    def base_names(self) -> list[str]:
+        """The names by which the base is known, as of the Hugging Face model; perhaps none."""
+        return names_of(self.model, self._hf_model)
+
     def within(self, max_memory: float | None) -> LoraLens:
         """The same lens, whose analyses take so much memory beside the model and their results.
 

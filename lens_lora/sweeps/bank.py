@@ -29,7 +29,13 @@ from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.formats import files_in
-from lens_lora.adapters.peft_files import Place, adapter_folder, folders_in, require_path
+from lens_lora.adapters.peft_files import (
+    Place,
+    adapter_folder,
+    folders_in,
+    require_path,
+    stated_base,
+)
 from lens_lora.analyses import first_order as splits
 from lens_lora.arguments import whole, word
 from lens_lora.compat import uncompiled
@@ -38,10 +44,18 @@ from lens_lora.engine.bank import LARGE, Half, Halves, Once, Thin, bytes_of, rec
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
-from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many
+from lens_lora.errors import (
+    AdapterError,
+    ArgumentError,
+    LensLoraError,
+    ModelStateError,
+    many,
+    warn,
+)
 from lens_lora.model import Gauge, alone
 from lens_lora.model.build import host_of
 from lens_lora.model.check import require_kinds
+from lens_lora.model.given_base import note_of_names
 from lens_lora.model.lens import LoraLens, null_adapters
 from lens_lora.model.sites import AXES, Site, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
@@ -87,9 +101,16 @@ class HeldBank:
 class Bank:
     """The base's half of first order at ε = 0, over one model: made by `ll.bank`."""
 
-    def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
+    def __init__(
+        self,
+        lens: LoraLens,
+        held: HeldBank,
+        asked: tuple[Asked, ...] = (),
+        bases: Sequence[str] = (),
+    ) -> None:
         self.model: Any = lens.model
         self.several: bool = held.several
+        self._bases = tuple(bases)
         self._lens, self._held, self._asked = lens, held, asked
         self._base = Halves(lens, [h for r in held.readouts for h in r.halves], held.stacks)
         self._settings = settings(lens.model)
@@ -144,6 +165,8 @@ class Bank:
         require_kinds(adapter, None)
         plan = self._base.plan_of(adapter)
         if isinstance(plan, Thin) and not (axes or exact) and gauge == "trained":
+            if note := note_of_names(adapter.base_model, self._bases):
+                warn(note)  # as a lens of the adapter would, and none is made here
             lens, factors = plan.lens, plan.factors_of(adapter)
             (by_half,), relative_norm = plan.slopes(factors), plan.relative_norm(factors)
         else:
@@ -220,6 +243,7 @@ class Bank:
         resume: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
+        any_base: bool = False,
         progress: bool = True,
     ) -> pd.DataFrame:
         """First order of many adapters, of which at most eight are read at a time. No pass.
@@ -234,11 +258,15 @@ class Bank:
             resume: go on with what is at `out`, or start over.
             revision: branch, tag or commit of every hub repository that is named.
             subfolder: the folder within each folder or repository that is named.
+            any_base: whether to take adapters that name another base than the bank's, such as the
+                same model under another name; a warning names them.
             progress: show a bar.
 
         Returns:
             One row per adapter, readout, prompt and group: value, in the readout's units; total
-            of all sites; rank by |total|; error, in an unusable adapter's only row.
+            of all sites; rank by |total|; error, in an unusable adapter's only row. An adapter that
+            names another base than the bank's is one; where the model has no name, than the first
+            adapter that names one.
 
         Raises:
             AdapterError, ArgumentError: no adapter at all; another group.
@@ -248,10 +276,11 @@ class Bank:
         word("group", group, get_args(GroupName))
         self._require_same_model(entries=True)
         named = _named(adapters, revision, subfolder)
+        bases = _BasesOfScan(self._bases or _first_base(named), is_any=any_base)
         bar = functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
             with bar(named, disable=not progress) as shown:
-                tables = [*itertools.chain.from_iterable(self._tables(iter(shown), group))]
+                tables = [*itertools.chain.from_iterable(self._tables(iter(shown), group, bases))]
             return _ranked(tables).drop_columns("weights").to_pandas()
         processes, done = launched(), list[str]()
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
@@ -261,7 +290,7 @@ class Bank:
             processes.by_main(lambda: store.begin(anew=not resume))
             share = itertools.islice(named, processes.index, None, processes.count)
             with bar(share, disable=not (progress and processes.is_main)) as shown:
-                for rows in self._tables(iter(shown), group, known):
+                for rows in self._tables(iter(shown), group, bases, known):
                     keys = [_keys(table)[0] for table in rows]
                     pairs = zip(keys, rows, strict=True)
                     if new := [table for key, table in pairs if table is not known.get(key)]:
@@ -306,10 +335,11 @@ class Bank:
         self,
         adapters: Iterator[tuple[str, Place | Adapter]],
         group: GroupName,
+        bases: _BasesOfScan,
         known: Mapping[str, pa.Table] | None = None,
     ) -> Iterator[list[pa.Table]]:
         """The rows of the next few adapters at a time; those that are known are not computed."""
-        while read := [*_next_few(adapters, known)]:
+        while read := [*_next_few(adapters, bases, known)]:
             slopes = self._base.together([held[1] for _, held in read if isinstance(held, tuple)])
             yield [self._table(name, held, slopes, group) for name, held in read]
             read.clear()  # before the next adapters are read
@@ -357,19 +387,62 @@ def _grouping(sites: tuple[Site, ...], group: GroupName) -> tuple[list[str], Ten
 _Loaded = tuple[str | None, Adapter]
 
 
+class _BasesOfScan:
+    """The base of a scan: the bank's names of it, or else the first that an adapter names."""
+
+    def __init__(self, names: Sequence[str], *, is_any: bool) -> None:
+        self._names = list(names)
+        self._is_any = is_any
+        self._others: set[str] = set()
+
+    def require(self, adapter: str, named: str | None) -> None:
+        """Refuse an adapter that names another base, or warn once for each where all are taken."""
+        if named is None:
+            return
+        if not self._names:
+            self._names.append(named)
+        note = note_of_names(named, self._names)
+        if not note:
+            return
+        if not self._is_any:
+            raise AdapterError(
+                note,
+                remedy="Make a bank of that model; or, if it is this one under another name, pass "
+                "any_base=True.",
+                in_shell="Scan the adapters of each base apart, or name the base of all with "
+                "--model.",
+            )
+        if named not in self._others:
+            self._others.add(named)
+            warn(f"{adapter}: {note}")
+
+
+def _first_base(named: Iterable[tuple[str, Place | Adapter]]) -> list[str]:
+    """The first base that an adapter of a folder names, the same in every process; perhaps none."""
+    if not isinstance(named, list):
+        return []  # they may come one by one, and are not read twice
+    folders = (source.path for _, source in named if isinstance(source, Place))
+    stated = (stated_base(Path(folder)) for folder in folders)
+    return [base for base in stated if base][:1]
+
+
 def _next_few(
-    adapters: Iterator[tuple[str, Place | Adapter]], known: Mapping[str, pa.Table] | None
+    adapters: Iterator[tuple[str, Place | Adapter]],
+    bases: _BasesOfScan,
+    known: Mapping[str, pa.Table] | None,
 ) -> Iterator[tuple[str, pa.Table | _Loaded | Exception]]:
     """Each one's rows if they are known, or the adapter beside its hash, or what is wrong."""
     size = 0
     for name, source in itertools.islice(adapters, _AT_ONCE):
         try:
             place = source if isinstance(source, Adapter) else adapter_folder(*source)
+            is_read = isinstance(place, Adapter)
+            bases.require(name, place.base_model if is_read else stated_base(place))
             weights = None if known is None else _hash_of(place)
             if known and f"{name}#{weights}" in known:
                 yield name, known[f"{name}#{weights}"]
                 continue
-            adapter = place if isinstance(place, Adapter) else load_adapter(place)
+            adapter = place if is_read else load_adapter(place)
         except (LensLoraError, OSError) as error:
             yield name, error
             continue
@@ -458,8 +531,9 @@ def bank(
             prepend_bos=lens.prepend_bos,
             prompts=rows.describe()["prompts"],
         )
-        return Bank(lens, held, asked)
+        return Bank(lens, held, asked, bases)
 
+    bases = _bases_of(model, lenses[0])
     return recorded(lenses[0])
 
 
@@ -490,7 +564,15 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     stacks = {name: stack.to(lens.device) for name, stack in held.stacks.items()}
     for readout in held.readouts:
         readout.labels["base"] = readout.labels["base"].to(lens.device)
-    return Bank(lens, dataclasses.replace(held, stacks=stacks))
+    return Bank(lens, dataclasses.replace(held, stacks=stacks), bases=_bases_of(model, lens))
+
+
+def _bases_of(given: Any, lens: LoraLens) -> list[str]:
+    """The names by which a bank's base is known, that of a given lens's adapter among them."""
+    names = lens.base_names
+    if isinstance(given, LoraLens) and given.adapter.base_model is not None:
+        names.append(given.adapter.base_model)
+    return names
 
 
 def _lenses(
@@ -526,6 +608,7 @@ def _lenses(
         lenses = [lens.with_adapter(adapter, check=False) for adapter in adapters]
         for other in lenses:
             other.prepend_bos = lens.prepend_bos if prepend_bos is None else prepend_bos
+            other.base_note = ""  # is of the given lens's adapter, and a bank has none
     return lenses if max_memory is None else [lens.within(max_memory) for lens in lenses]
 
 
