@@ -43,6 +43,7 @@ class Evaluations(Function):
         """
         if isinstance(g, Evaluations):
             return g
+        g._require_same_model()
         return cls.about_question(g._asked(), progress=g.progress)
 
     @classmethod
@@ -66,12 +67,17 @@ class Evaluations(Function):
     def _asked(self) -> Asked:
         return self.asked
 
-    def _values(self, points: Float[Tensor, "point site"]) -> Float[Tensor, "point batch"]:
+    def _require_same_model(self) -> None:
+        """The model was checked when this was made, and stays as it is within the call."""
+
+    def _values(
+        self, points: Float[Tensor, "point site"], what: str
+    ) -> Float[Tensor, "point batch"]:
         """Points with the same gate at every site are strengths, which are remembered."""
         is_uniform = (points == points[:, :1]).all(1)
         if bool(is_uniform.all()):
             return self._along(points[:, 0].tolist())
-        return self.asked.at_gates(points, progress=self.progress, what="values of g").T
+        return self.asked.at_gates(points, progress=self.progress, what=what).T
 
     def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
         return self.asked.along(strengths, self.progress).T

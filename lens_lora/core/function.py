@@ -77,7 +77,8 @@ def _public(
     def run(self: Function, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         @alone
         def once(lens: LoraLens) -> _R:
-            lens.plan.check_state()
+            del lens
+            self._require_same_model()
             return method(self, *args, **kwargs)
 
         return once(self.lens)
@@ -155,8 +156,9 @@ class Function:
             NumericsError: a readout that is not finite.
         """
         points, shape = self._points(gates)
-        evaluate = self._with_graph if _is_differentiated(points) else self._values
-        return evaluate(points).view(*shape, -1)
+        if _is_differentiated(points):
+            return self._with_graph(points).view(*shape, -1)
+        return self._values(points, "values of g").reshape(*shape, -1)
 
     @_public
     def along(
@@ -215,7 +217,8 @@ class Function:
             ArgumentError: none of the three, or more than one of them.
             SiteError: a name or a glob that matches no site, with the nearest names.
         """
-        return self._values(self._corner_gates(which, on, off))
+        what = which.replace("_", " ") if isinstance(which, str) else "corners"
+        return self._values(self._corner_gates(which, on, off), what)
 
     @_public
     def logits(self, gates: Gates) -> Float[Tensor, "*point row *slot vocab"]:
@@ -275,8 +278,12 @@ class Function:
 
     @_public
     def tangent(
-        self, direction: Gates, at: Gates = 0.0
-    ) -> Float[Tensor, "*direction row *slot vocab"]:
+        self,
+        direction: Gates,
+        at: Gates = 0.0,
+        *,
+        read: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "*direction row *slot_and_vocab"]:
         """Σ_l v_l ∂f/∂ε_l: how the logits begin to move along a direction of the gates.
 
         With direction 1 it is the first-order logit shift of the whole adapter, with {name: 1} that
@@ -288,6 +295,8 @@ class Function:
         Args:
             direction: v, as gates are given; [*direction, site] for several.
             at: the gates at which the derivative is taken, one point.
+            read: what is kept of the tangents, [row, direction, *slot, vocab] → [row, direction,
+                *out]: it sees those of some directions at a time, which are then never all held.
 
         Raises:
             ArgumentError: several points in `at`.
@@ -295,7 +304,7 @@ class Function:
             NumericsError: a tangent that is not finite.
         """
         directions, shape = self._points(direction)
-        values = self._tangents(directions, self._one_point(at))
+        values = self._tangents(directions, self._one_point(at), read or _as_it_is)
         function.require_finite(values, "the tangent of the logits")
         return values.view(*shape, *values.shape[1:])
 
@@ -465,13 +474,19 @@ class Function:
         assert self.readout is not None, "a reading has a readout"
         return self.readout
 
-    def _values(self, points: _Points) -> Float[Tensor, "point batch"]:
+    def _require_same_model(self) -> None:
+        """Check that the model is as it was when the lens was made."""
+        self.lens.plan.check_state()
+
+    def _values(self, points: _Points, what: str) -> Float[Tensor, "point batch"]:
+        """g at these gates; `what` is how a bar calls them."""
         return function.gated_readout(
-            self.lens, self.reading, points, progress=self.progress, what="values of g"
+            self.lens, self.reading, points, progress=self.progress, what=what
         ).T
 
     def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
-        return self._values(torch.stack([self.lens.gates(strength) for strength in strengths]))
+        points = torch.stack([self.lens.gates(strength) for strength in strengths])
+        return self._values(points, "along the path")
 
     def _sigma(self, strength: float) -> Float[Tensor, " batch"]:
         """σ of g at this strength."""
@@ -521,19 +536,25 @@ class Function:
         return torch.cat(logits)
 
     def _tangents(
-        self, directions: _Points, at: Float[Tensor, " site"]
-    ) -> Float[Tensor, "direction row *slot vocab"]:
+        self,
+        directions: _Points,
+        at: Float[Tensor, " site"],
+        read: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "direction row *out"]:
         lens, rows = self.lens, self.rows
         if len(directions) == 1:
-            return derivatives.joint_tangent(lens, rows, at, directions[0])[None]
+            tangent = derivatives.joint_tangent(lens, rows, at, directions[0])
+            return read(tangent[:, None])[:, 0][None]
         is_switch = (directions == 0) | (directions == 1)
         if bool(is_switch.all() & directions.any(1).all()):
             groups = {str(i): tuple(d.nonzero()[:, 0].tolist()) for i, d in enumerate(directions)}
             parts = derivatives.group_parts(lens, groups)
-            tangents = derivatives.part_tangents(lens, rows, at, parts, progress=self.progress)
+            tangents = derivatives.part_tangents(
+                lens, rows, at, parts, lambda dual: read(tangent_of(dual)), progress=self.progress
+            )
             return tangents.movedim(1, 0)
         step = memory.tangents_at_once(lens, rows, read=rows.batch)
-        chunks = [_tangents_of(lens, rows, at, some) for some in directions.split(step)]
+        chunks = [read(_tangents_of(lens, rows, at, some)) for some in directions.split(step)]
         return torch.cat(chunks, 1).movedim(1, 0)
 
     def _with_graph(self, points: _Points) -> Float[Tensor, "point batch"]:
@@ -628,6 +649,10 @@ def _is_differentiated(gates: Tensor) -> bool:
     """Whether a derivative is to pass through these gates, in either mode."""
     is_in_graph = gates.requires_grad and torch.is_grad_enabled()
     return is_in_graph or fwad.unpack_dual(gates).tangent is not None
+
+
+def _as_it_is(tangents: Tensor) -> Tensor:
+    return tangents
 
 
 def _slopes_at(
