@@ -45,11 +45,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.analyses import verdict as verdicts
-from lens_lora.analyses.first_order import first_order_of, labelled
+from lens_lora.analyses.first_order import labelled
 from lens_lora.analyses.verdict import CHECKPOINTS, points_of
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import Temporary, in_float64
-from lens_lora.core.noise import noise_of
+from lens_lora.core import Evaluations, Function, evaluations
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import run_without_logits
 from lens_lora.engine.memory import graph_groups, pass_groups, slopes_at_once
@@ -61,7 +61,7 @@ from lens_lora.model.kernels import experts_by_layer
 from lens_lora.readouts import Prompts, PromptsLike, Reading, Readout
 from lens_lora.results import base as results_base
 from lens_lora.results.attribution import Attribution, Quadrature
-from lens_lora.results.base import Drawn, Measured, header, long_table, per_prompt, read_of
+from lens_lora.results.base import Drawn, Measured, long_table, per_prompt, read_of
 
 # Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
 USUAL_SCALES = (
@@ -155,37 +155,34 @@ def remainder(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    asked = ask(lens, prompts, readout).require_slope_at_base()
-    attribution = first_order_of(asked, along=CHECKPOINTS, progress=progress)
-    path = asked.along(CHECKPOINTS, progress)
-    site_shift = None
-    if by_site:
-        single = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
-        corners = asked.at_gates(single, progress=progress, what="single sites")
-        site_shift = corners - attribution.base[:, None]
+    g = evaluations(lens, prompts, readout, progress=progress)
+    g.require_slope_at_base()
+    slopes = g.slopes_with_noise(along=CHECKPOINTS)
+    path = g.along(CHECKPOINTS)
+    base, _ = g.ends
     return Remainder(
-        first_order=attribution.total,
-        noise=noise_of(asked, attribution.per_site),
+        first_order=slopes.sum(1),
+        noise=g.remainder_noise(slopes),
         path_scales=CHECKPOINTS,
-        path_shift=path - attribution.base[:, None],
-        site_first_order=attribution.per_site,
-        site_shift=site_shift,
-        rerouted=rerouted_tokens(asked),
-        **header(asked),
+        path_shift=(path - base).T,
+        site_first_order=slopes,
+        site_shift=(g.corners("add_one") - base).T if by_site else None,
+        rerouted=rerouted_tokens(g),
+        **g.header(),
     )
 
 
-def rerouted_tokens(asked: Asked) -> dict[str, Float[Tensor, " batch"]]:
+def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
     """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
 
     Two forward passes; none where the model has no stacks of experts.
     """
-    lens = asked.lens
+    lens = g.lens
     stacks = experts_by_layer(lens.model)
     if not stacks:
         return {}
     counts: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in stacks}
-    for group in pass_groups(lens, asked.reading):
+    for group in pass_groups(lens, g.reading):
         rows = group.prompts
         real = rows.real.to(lens.device)
         base = _chosen(lens, rows, 0.0, stacks)
@@ -319,9 +316,9 @@ def remainder_curve(
     strengths = USUAL_SCALES if scales is None else numbers_of("scales", scales)
     if not strengths:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
-    asked = ask(lens, prompts, readout)
-    first = first_order_of(asked, along=strengths, progress=progress)
-    return remainder_curve_of(asked, first, strengths, progress)
+    g = evaluations(lens, prompts, readout, progress=progress)
+    slopes = g.slopes_with_noise(along=strengths)
+    return _curve(g, slopes, strengths)
 
 
 def remainder_curve_of(
@@ -331,18 +328,28 @@ def remainder_curve_of(
     progress: bool = True,
 ) -> RemainderCurve:
     """The curve at these ε, beside first order at the base."""
-    noise = noise_of(asked, attribution.per_site)
-    values = asked.along(sorted(strengths), progress)
-    scales = torch.tensor(sorted(strengths), dtype=asked.lens.gate_dtype, device=values.device)
-    rest = values - attribution.base[:, None] - scales * attribution.total[:, None]
+    g = Evaluations.about_question(asked, progress=progress)
+    return _curve(g, attribution.per_site, strengths)
+
+
+def _curve(
+    g: Evaluations, slopes: Float[Tensor, "batch site"], strengths: Sequence[float]
+) -> RemainderCurve:
+    ordered = sorted(strengths)
+    noise = g.remainder_noise(slopes)
+    values = g.along(ordered).T
+    base, _ = g.ends
+    slope = slopes.sum(1)
+    scales = torch.tensor(ordered, dtype=g.lens.gate_dtype, device=values.device)
+    rest = values - base[:, None] - scales * slope[:, None]
     return RemainderCurve(
         scales=scales,
         values=values,
-        base=attribution.base,
-        slope=attribution.total,
+        base=base,
+        slope=slope,
         noise=noise,
         order=orders(scales, rest, noise.of_remainder(scales)),
-        **read_of(asked),
+        **read_of(g.asked),
     )
 
 
