@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import one_entry, whole, word
+from lens_lora.core import Evaluations
 from lens_lora.engine import activations, interventions
 from lens_lora.engine.activations import mean_over, replaced_readout
 from lens_lora.engine.asked import Asked, ask
@@ -128,13 +129,18 @@ def patch_sites_of(
     asked: Asked, how: How, groups: Groups | None = None, progress: bool = True
 ) -> Effects:
     """Effects of gates of zero, on groups of sites or each site: corners of the cube."""
-    groups = model_sites.group_sites(asked.lens.sites) if groups is None else groups
-    members = model_sites.indicator(groups, len(asked.lens.sites))
-    corners, name = (members if how == "add_one" else 1 - members), how.replace("_", " ")
-    corner_values = asked.at_gates(corners, progress=progress, what=name)
-    base, adapted = asked.ends[..., None]
-    values = corner_values - base if how == "add_one" else adapted - corner_values
-    return _labelled(asked, values, groups, how)
+    g = Evaluations.about_question(asked, progress=progress)
+    groups = model_sites.group_sites(g.lens.sites) if groups is None else groups
+    members = model_sites.indicator(groups, len(g.lens.sites))
+    if how == "add_one":
+        added = g.corners(members)
+        base, _ = g.ends
+        effects = added - base
+    else:
+        without = g.corners(1 - members)
+        _, adapted = g.ends
+        effects = adapted - without
+    return _labelled(asked, effects.T, groups, how)
 
 
 def _labelled(

@@ -30,15 +30,16 @@ from lens_lora.analyses.path import USUAL_SCALES, RemainderCurve, orders, remain
 from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
 from lens_lora.arguments import number
 from lens_lora.compat import in_float64
+from lens_lora.core import Evaluations
 from lens_lora.engine.asked import Asked, ask, curvature_noise
-from lens_lora.engine.derivatives import hessian_product, hessian_products, in_groups
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.errors import ArgumentError
 from lens_lora.model import Group, Groups, LoraLens, alone, group_sites, indicator
-from lens_lora.readouts import PromptsLike, Reading, Readout
+from lens_lora.readouts import PromptsLike, Readout
 from lens_lora.results import base as results_base
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import SIGMAS, Drawn, Entries, Ranked, header, long_table, per_prompt
+from lens_lora.results.base import SIGMAS, Drawn, Entries, Ranked, long_table, per_prompt
 
 
 @final
@@ -383,13 +384,9 @@ def coupling_of(
     asked: Asked, group: Group = "site", at: float = 0.0, progress: bool = True
 ) -> Coupling:
     """H at the gates `at`, between these groups of sites."""
-    lens, gates = asked.lens, asked.lens.gates(at)
-    groups = group_sites(lens.sites, group)
-    rows = indicator(groups, len(lens.sites)).to(gates)
-
-    def summed(reading: Reading) -> Float[Tensor, "batch group group"]:
-        products = hessian_products(lens, reading, gates, rows, progress=progress, what="coupling")
-        return torch.cat([product @ rows.T for product in products], 1)
-
-    matrix = in_groups(lens, asked.reading, summed).transpose(1, 2).contiguous()
-    return Coupling(matrix=matrix, groups=groups, at=at, **header(asked))
+    g = Evaluations.about_question(asked, progress=progress)
+    groups = group_sites(g.lens.sites, group)
+    members = indicator(groups, len(g.lens.sites)).to(g.lens.gates(at))
+    products = g.curvature(members, at)
+    matrix = torch.einsum("gbs,hs->bhg", products, members)
+    return Coupling(matrix=matrix, groups=groups, at=at, **g.header())
