@@ -23,6 +23,7 @@ import lens_lora as ll
 from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.analyses.patching import patch_sites_of
 from lens_lora.analyses.second_order import coupling_of
+from lens_lora.core import Evaluations
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.reverse import site_slopes
@@ -68,7 +69,8 @@ def _update_norm(asked: Asked) -> Tensor:
 
 
 def _norm_product(asked: Asked) -> Tensor:
-    squares, by_prompt = squared_norms(asked), asked.reading.by_prompt
+    squares = squared_norms(Evaluations.about_question(asked))
+    by_prompt = asked.reading.by_prompt
     towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
     return towards * (by_prompt(squares["delta"]) * by_prompt(squares["gradient"])).sqrt()
 

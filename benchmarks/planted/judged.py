@@ -47,6 +47,7 @@ from lens_lora.analyses.patching import How
 from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.verdict import CHECKPOINTS as WAY
 from lens_lora.analyses.verdict import Verdict
+from lens_lora.core import Evaluations
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.engine.asked import Asked
 from lens_lora.evaluation.compare import Reliability, judged
@@ -70,7 +71,7 @@ ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 def _norms(asked: Asked) -> dict[str, Tensor]:
     """‖Jᵀu‖, ‖δz‖ and their product, from one pass."""
-    squares = squared_norms(asked)
+    squares = squared_norms(Evaluations.about_question(asked))
     gradient, delta = (
         asked.reading.by_prompt(squares[key]).sqrt() for key in ("gradient", "delta")
     )

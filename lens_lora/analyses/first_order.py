@@ -42,11 +42,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lens_lora.arguments import number
+from lens_lora.core import Function, evaluations
 from lens_lora.engine import derivatives, function
 from lens_lora.engine.activations import in_gauge
-from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.derivatives import part_tangents, slopes_of_each, tangent_slopes
-from lens_lora.engine.duals import tangent_of
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, fits_twice, graph_groups, must_rerun
 from lens_lora.engine.reverse import joined, require_finite_sites, site_gradients, token_slopes
@@ -492,35 +492,35 @@ def components(
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = ask(lens, prompts, readout, max_memory).require_slope_at_base()
-    lens, reading = asked.lens, asked.reading
-    squares = {name: reading.by_prompt(rows) for name, rows in squared_norms(asked).items()}
+    lens = lens if max_memory is None else lens.within(max_memory)
+    g = evaluations(lens, prompts, readout, progress=progress)
+    g.require_slope_at_base()
+    by_prompt = g.reading.by_prompt
+    squares = {name: by_prompt(rows) for name, rows in squared_norms(g).items()}
     z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
-    parts = [derivatives.Part(index) for index in range(len(lens.sites))]
 
-    def centred_square(rows: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
-        tangent = tangent_of(rows)
+    def centred_square(tangent: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
         square = (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
-        mask = reading.prompts.read_mask.to(square.device)[:, None]
+        mask = g.rows.read_mask.to(square.device)[:, None]
         return (square.view(*square.shape[:2], -1) * mask).sum(-1)
 
-    base = lens.gates(0.0)
-    moved = part_tangents(lens, reading.prompts, base, parts, centred_square, progress=progress)
+    each_site = torch.eye(len(lens.sites))
+    moved = by_prompt(g.tangent(each_site, read=centred_square).T)
     return Components(
         sites=lens.sites,
         z_norm=z,
         delta_norm=delta,
         sensitivity=gradient,
         cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), torch.nan),
-        gain=torch.where(delta > 0, reading.by_prompt(moved).sqrt() / delta, torch.nan),
-        meta=asked.describe(),
+        gain=torch.where(delta > 0, moved.sqrt() / delta, torch.nan),
+        meta=g.asked.describe(),
     )
 
 
-def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
+def squared_norms(g: Function) -> dict[str, Float[Tensor, "row site"]]:
     """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward."""
-    groups = graph_groups(asked.lens, asked.reading)
-    squares = [_squared_norms(asked.lens, group) for group in groups]
+    groups = graph_groups(g.lens, g.reading)
+    squares = [_squared_norms(g.lens, group) for group in groups]
     return {name: torch.cat([of_group[name] for of_group in squares]) for name in squares[0]}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lens_lora.core.function import Function
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.model import LoraLens
 from lens_lora.readouts import PromptsLike, Readout
 
@@ -90,6 +91,21 @@ class Evaluations(Function):
         if is_strength and "token" not in axes:
             return self.asked.slopes(float(points[0, 0]), axes, lens)[None]
         return super()._slopes(points, axes, lens)
+
+    def slopes_with_noise(self, along: Sequence[float] = ()) -> Float[Tensor, "batch site"]:
+        """∂g/∂ε_l at the base; in the same passes what `noise` and `remainder_noise` rest on.
+
+        Five forward and backward passes, and ten forward ones, batched; and one for each strength.
+
+        Args:
+            along: strengths at which g is to be known as well.
+
+        Raises:
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        slopes = self.asked.slopes_with_floors((), along, self.progress)
+        require_finite_sites(self.lens, slopes)
+        return slopes
 
 
 def evaluations(

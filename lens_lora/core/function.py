@@ -271,10 +271,18 @@ class Function:
         axes = by_axes(by, (*AXES, "token"))
         points, shape = self._points(at)
         if not shape and not bool(points.any()):
-            self._require_slope_at_base()
+            self.require_slope_at_base()
         values = self._slopes(points, axes, in_gauge(self.lens, gauge))
         reverse.require_finite_sites(self.lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
+
+    def require_slope_at_base(self) -> None:
+        """Refuse a readout that has no slope at ε = 0, as a `KL` has none. No pass.
+
+        Raises:
+            ArgumentError: naming what says something there.
+        """
+        self._asked().require_slope_at_base()
 
     @_public
     def tangent(
@@ -497,9 +505,6 @@ class Function:
             return asked.adapted_noise
         exact, draws = draws_at(self.lens, self.reading, [strength], exact=[strength])
         return noise_of_draws(torch.cat([exact.T, draws[0]]))
-
-    def _require_slope_at_base(self) -> None:
-        self._asked().require_slope_at_base()
 
     def _slopes(
         self, points: _Points, axes: tuple[str, ...], lens: LoraLens

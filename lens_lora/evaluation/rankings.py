@@ -56,6 +56,7 @@ from tqdm import tqdm
 from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
+from lens_lora.core import Evaluations
 from lens_lora.engine import function, interventions, memory, reverse
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
@@ -208,7 +209,8 @@ def foils(
     signs = first.per_site.sign()
     generator = torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0))
     noise = torch.rand(signs.shape, generator=generator, dtype=torch.float64)
-    squares, by_prompt = squared_norms(asked), asked.reading.by_prompt
+    squares = squared_norms(Evaluations.about_question(asked))
+    by_prompt = asked.reading.by_prompt
     delta, gradient = (by_prompt(squares[name]).sqrt() for name in ("delta", "gradient"))
     scores = {
         keys.SIGNED_WEIGHT_NORM: signs * weight_norms(asked.lens).to(signs),

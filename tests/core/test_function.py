@@ -272,6 +272,24 @@ def test_tangents_of_any_directions_are_sums_of_those_of_the_sites(cls: str):
     assert worst(f.tangent(1.0, at=0.4), each.sum(0)) < EXACT
 
 
+@CLASSES
+def test_what_is_read_of_tangents_is_kept_alone(cls: str):
+    """Of one direction, of ones and zeros, and of any others: the same as of the tangents whole."""
+    lens = cases.case("llama", cls, "raw").lens
+    f = lens.function(TOKENS, progress=False)
+    switches = torch.eye(len(lens.sites), dtype=torch.float64)
+    for directions in (switches[:1], switches, uniform(3, len(lens.sites), seed=11)):
+        whole = f.tangent(directions)
+        assert (
+            worst(f.tangent(directions, read=lambda t: t.square().sum(-1)), whole.square().sum(-1))
+            < EXACT
+        )
+        assert (
+            worst(f.tangent(directions, read=lambda t: t[..., [5, 9]]), whole[..., [5, 9]]) < EXACT
+        )
+    assert f.tangent(1.0, read=lambda t: t.norm(dim=-1)).shape == (2,)
+
+
 def test_by_hand_on_two_scalars():
     """g = (2 + 5ε₂) (1 + ε₁/2)² · 9, whose derivatives are known."""
     g = scalar_lens(torch.square).function(torch.tensor([[3]]), ll.Logit(0))

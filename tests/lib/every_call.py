@@ -75,6 +75,11 @@ CALLS: dict[str, Call] = {
     "by token and layer": lambda lens, t: ll.first_order(
         lens, t, ll.AnswerLogProb(RESPONSE), by="token", group="layer", **QUIET
     ),
+    "values of g": lambda lens, t: lens.function(t, MARGIN, **QUIET).corners("add_one"),
+    "slopes of g": lambda lens, t: lens.function(t, MARGIN, **QUIET).slopes(0.5, "rank"),
+    "curvature of g": lambda lens, t: lens.function(t, MARGIN, **QUIET).curvature(1.0),
+    "tangent of f": lambda lens, t: lens.function(t, **QUIET).tangent(1.0),
+    "g in a graph": lambda lens, t: lens.function(t, MARGIN, **QUIET).graphed(0.5).detach(),
     "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
     "path of a KL": lambda lens, t: ll.path_attribution(
         lens, t, ll.KL(RESPONSE, "adapted_to_base"), tol=0.5, **QUIET
