@@ -565,9 +565,9 @@ class Function:
     def _with_graph(self, points: _Points) -> Float[Tensor, "point batch"]:
         """Every row once for each point. Attention from its formula, which has all derivatives."""
         reading = self.reading
-        memory.require_graph(self.lens, reading)
-        self.lens.plan.check_backward(once=False)
         many = reading.repeat(len(points))
+        memory.require_graph(self.lens, many)
+        self.lens.plan.check_backward(once=False)
         inject = ScaleInject(self.lens.plan, points.repeat(len(reading.owner), 1))
         formula = Temporary(attention_from_formula)
         with torch.enable_grad(), self.lens.injected(inject), formula:
