@@ -499,10 +499,10 @@ FUNCTION = [
 HOOKS = [
     Mutation(
         "a direction is put in place of what is left",
-        "model/hooks.py",
-        "return (h - (h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)",
-        "return ((h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)",
-        "tests/analyses/test_directions.py",
+        "model/removal.py",
+        "return (h - along @ basis.T).to(tensor.dtype).reshape(tensor.shape)",
+        "return (along @ basis.T).to(tensor.dtype).reshape(tensor.shape)",
+        "tests/analyses/test_removal.py",
     ),
     Mutation(
         "what writes runs after a user's hooks",
