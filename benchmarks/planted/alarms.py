@@ -1,7 +1,9 @@
 """Who warns of plants whose effects do not add up: counts of right and false alarms, from numbers.
 
 A question of a plant is *broken* where its interaction, which interventions measured, is above
-`INTERACTS`. Thresholds are chosen on plants of even seeds and confirmed on those of odd seeds.
+`INTERACTS`. Thresholds are chosen on plants of even seeds and confirmed on those of odd seeds, all
+of them of kinds that are trained at corners. Smooth plants choose nothing: they judge what was
+chosen (`on_smooth`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from tables import markdown  # noqa: E402
@@ -28,6 +31,14 @@ KINDS = {
     "gated": "(e) gate and writer",
     "constant": "(f) constants",
     "additive": "control: additive",
+}
+CONJUNCTION = "smooth conjunction"
+LOUD = "loud conjunction"
+SUM = "smooth sum"
+SMOOTH_KINDS = {
+    CONJUNCTION: "(g) smooth conjunction",
+    LOUD: "(h) loud conjunction",
+    SUM: "control: smooth sum",
 }
 SIGNALS = {
     "screened": "Σ of what `ll.reliability` corrects off the shift, by the larger sum of sizes",
@@ -56,6 +67,16 @@ SAYS = {
 def entered(plants: Plants) -> dict[str, Mapping[str, Any]]:
     """The plants that interventions confirmed."""
     return {name: plant for name, plant in plants.items() if plant["enters"]}
+
+
+def at_corners(plants: Plants) -> dict[str, Mapping[str, Any]]:
+    """The plants of kinds that are trained at corners, or at both ends alone."""
+    return {name: plant for name, plant in plants.items() if plant["kind"] not in SMOOTH_KINDS}
+
+
+def of_kind(plants: Plants, kind: str) -> dict[str, Mapping[str, Any]]:
+    """The plants of one kind that entered."""
+    return {name: plant for name, plant in entered(plants).items() if plant["kind"] == kind}
 
 
 def cases(plants: Plants) -> pd.DataFrame:
@@ -163,3 +184,98 @@ def carried(plants: Plants, others: Plants) -> str:
         f"{int((flagged & broken).sum())} of {int(broken.sum())} questions that interact, and "
         f"{int((flagged & ~broken).sum())} of {int((~broken).sum())} of the others"
     )
+
+
+# --- Smooth plants, which chose no threshold
+
+
+def on_smooth(plants: Plants, groups: Mapping[str, Plants]) -> str:
+    """Who flags smooth plants, by groups of them: warnings at the thresholds that `plants` chose.
+
+    Args:
+        plants: of kinds that are trained at corners.
+        groups: smooth plants that entered, by what heads their column.
+    """
+    rows = cases(plants)
+    tables = {head: cases(group) for head, group in groups.items()}
+    lines = [
+        [
+            "interacts, by interventions",
+            "",
+            *(of_all(table["broken"]) for table in tables.values()),
+        ]
+    ]
+    results = {signal: confusion(rows, signal) for signal in SIGNALS}
+    order = sorted(results, key=lambda signal: -results[signal][1].f1)
+    for signal in order:
+        threshold = results[signal][0]
+        counts = [of_all(table[signal] >= threshold) for table in tables.values()]
+        lines.append([SIGNALS[signal], f"{threshold:.3g}", *counts])
+    for key, words in SAYS.items():
+        lines.append([words, "as it ships", *(of_all(table[key] > 0) for table in tables.values())])
+    return markdown(["warning: … above", "threshold", *tables], lines)
+
+
+def of_all(flagged: pd.Series) -> str:
+    return f"{int(flagged.sum())} of {len(flagged)}"
+
+
+def missed(plants: Plants, conjunctions: Plants) -> dict[str, Any]:
+    """How the warning that was chosen on `plants` fares on smooth conjunctions.
+
+    Returns:
+        its threshold; its values on the conjunctions, the smallest first; how many it misses, and
+        the exact 95 % interval of the share that it misses.
+    """
+    rows = cases(plants)
+    best = chosen(rows)
+    threshold = confusion(rows, best)[0]
+    values = sorted(cases(conjunctions)[best].tolist())
+    count = sum(value < threshold for value in values)
+    interval = binomtest(count, len(values)).proportion_ci(0.95, "exact")
+    return {
+        "threshold": threshold,
+        "values": values,
+        "count": count,
+        "low": interval.low,
+        "high": interval.high,
+    }
+
+
+def by_largest_effect(plant: Mapping[str, Any]) -> float:
+    """The same sums off the shift, by the larger of the shift and the largest single effect.
+
+        max(|Σ corrected at 0 − shift|, |Σ corrected at 1 − shift|) / max(|shift|, max_l |e_l|)
+
+    This is how `interaction` divides. Unlike the sum of sizes, the divisor does not grow with the
+    number of modules that do something.
+    """
+    (case,) = plant["cases"]
+    base, adapted = case["ends"]
+    shift = adapted - base
+    corrected = [case["sizes"][f"corrected, {how}"] for how in ("add_one", "leave_one_out")]
+    off = max(abs(sizes["sum"] - shift) for sizes in corrected)
+    effects = [abs(value) for sizes in corrected for value in sizes["pair"]]
+    effects += [extremes["strongest other"] for extremes in case["effects"].values()]
+    return off / max(abs(shift), *effects)
+
+
+def diluted(groups: Mapping[str, Plants], sums: Plants) -> dict[str, Any]:
+    """What the sum of sizes costs the warning: its lowest value, and the other divisor's.
+
+    Args:
+        groups: conjunctions, by what heads their column.
+        sums: smooth sums, the control.
+    """
+    conjunctions = [plant for group in groups.values() for plant in group.values()]
+    lowest = min(conjunctions, key=lambda plant: plant["cases"][0]["signals"]["screened"])
+    others = [by_largest_effect(plant) for plant in conjunctions]
+    controls = [by_largest_effect(plant) for plant in sums.values()]
+    return {
+        "lowest": lowest["cases"][0]["signals"]["screened"],
+        "strays": lowest["decoys"].get("stray", 0),
+        "count": len(conjunctions),
+        "others": (min(others), max(others)),
+        "controls": (min(controls), max(controls)),
+        "control count": len(controls),
+    }

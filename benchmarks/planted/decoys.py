@@ -81,6 +81,7 @@ class Decoys:
         causes: the updates that are there already.
         ordinary: by module, leading directions of its inputs on ordinary sentences, [d, few].
         generator: of all draws.
+        stray: the share of stray ones among the decoys that are no query or key.
     """
 
     gated: Gated
@@ -88,6 +89,7 @@ class Decoys:
     causes: Updates
     ordinary: Mapping[str, Tensor]
     generator: torch.Generator
+    stray: float = STRAY
 
     def __post_init__(self) -> None:
         self._modules = linears(self.gated.model)
@@ -129,7 +131,7 @@ class Decoys:
                 muted.add(block)
                 return "mute"
             return "deaf"
-        return "stray" if draw < STRAY else "deaf"
+        return "stray" if draw < self.stray else "deaf"
 
     def _deaf(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
         heard = self._seen[path][0].flatten(0, 1)

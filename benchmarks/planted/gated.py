@@ -136,11 +136,17 @@ class Gated:
     ) -> list[float]:
         """g with the modules of each set switched on, and no others."""
         gates = torch.tensor([[float(path in members) for path in updates] for members in sets])
-        rows = [question] * len(sets)
+        return self.at_gates(updates, question, gates)
+
+    def at_gates(
+        self, updates: Updates, question: Question, gates: Float[Tensor, "row module"]
+    ) -> list[float]:
+        """g at each row of gates; modules in the order of `updates`."""
+        rows = [question] * len(gates)
         with torch.no_grad():
             parts = [
                 self.margins(updates, rows[i : i + 16], gates[i : i + 16])
-                for i in range(0, len(sets), 16)
+                for i in range(0, len(gates), 16)
             ]
         return torch.cat(parts).tolist()
 

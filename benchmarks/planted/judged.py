@@ -4,7 +4,8 @@
 
 One file a plant, FOLDER/<name>.json; those that are there are left alone, so a run may be
 interrupted. Then docs/planted.json is written from all of them: those of the embedded base as
-`plants`, those of another under its name in `elsewhere`. About half an hour of one core.
+`plants`, those of another under its name in `elsewhere`. With --only, the plants that are not in
+the folder stay there as they were. About an hour of one core.
 
 1. Every score of `SCORES` is computed on the plant's questions, by `benchmarks/evidence/methods.py`
    where that has it. Sites are ranked by magnitude.
@@ -14,6 +15,7 @@ interrupted. Then docs/planted.json is written from all of them: those of the em
        AUROC = 1 − (Σ places − k(k + 1)/2) / (k(n − k)),    recovery = share of places ≤ k
 
 3. Of a gated plant, the place and the effect of the edge from its writer to its gate's attention.
+   Of a smooth one, what the scores say of the pair in logits: `sizes`.
 4. Signals, of derivatives and of what `ll.reliability` measures; the package's own warnings.
 """
 
@@ -35,7 +37,7 @@ import numpy as np
 import torch
 from gated import block_of
 from kinds import planted
-from plants import RECIPES, SECOND, Bed, Plant, Recipe
+from plants import RECIPES, SECOND, SMOOTH, Bed, Plant, Recipe
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
@@ -66,6 +68,16 @@ from trained_cases import question as bound  # noqa: E402
 NUMBERS = DOCS / "planted.json"
 COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
 TINY, DIGITS = 1e-30, 6  # what differs by less than a millionth of the largest is tied
+# Scores in the readout's units, whose size can be held against an effect.
+SIZED = (
+    "first_order@0",
+    "first_order@0.5",
+    "first_order@1",
+    "path",
+    "second_order@0",
+    "add_one",
+    "leave_one_out",
+)
 ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 
@@ -113,7 +125,7 @@ def _hooked(model: Any, tokenizer: Any) -> Any:
     return hooked_model(copy.deepcopy(model), tokenizer)[0]
 
 
-def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
+def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
     """Everything that is stored of a plant, besides how it was made."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
     # With a BOS before each prompt, as `prompt_ids` puts one where the plants are made.
@@ -139,8 +151,11 @@ def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
     for row, case in enumerate(cases):
         case["says"] |= {f"flags, {how}": s.flagged_sites(row) for how, s in screens.items()}
         case["signals"]["screened"] = _sums_off(asked, row, [s.corrected for s in screens.values()])
-    has_gate = bool(plant.pair) and plant.pair[1].endswith("q_proj")
-    edges = {"edges": _edges(asked, plant)} if has_gate else {}
+        if kind in SMOOTH:
+            numbers = {key: scores[key][row] for key in SIZED}
+            numbers |= {f"corrected, {how}": s.corrected[row] for how, s in screens.items()}
+            case["sizes"] = _sizes(asked.lens, plant.pair, numbers)
+    edges = {"edges": _edges(asked, plant)} if kind == "gated" else {}
     return {"sites": len(lens.sites), "cases": cases, **edges}
 
 
@@ -175,6 +190,21 @@ def _extremes(effects: Tensor, members: np.ndarray) -> dict[str, float]:
     return {
         "weakest cause": float(sizes[members].min()),
         "strongest other": float(sizes[~members].max()),
+    }
+
+
+def _sizes(
+    lens: ll.LoraLens, pair: Collection[str], numbers: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Of each score, in logits: the pair's own numbers, the first module's first, and all sums."""
+    paths = _paths(lens)
+    return {
+        key: {
+            "pair": [float(values[paths.index(path)]) for path in pair],
+            "sum": float(values.sum()),
+            "sum of sizes": float(values.abs().sum()),
+        }
+        for key, values in numbers.items()
     }
 
 
@@ -285,21 +315,31 @@ def collected(folder: Path, base: str) -> dict[str, Any]:
     return {"about": {"command": COMMAND + option, **versions()}, "plants": plants}
 
 
-def write(folder: Path, base: str) -> None:
-    """docs/planted.json, one line a plant, with the numbers of other bases as they were."""
+def write(folder: Path, base: str, *, are_some: bool = False) -> None:
+    """docs/planted.json, one line a plant, with the numbers of other bases as they were.
+
+    Args:
+        folder: of results, one file a plant.
+        base: the embedded model's name, or another base's folder.
+        are_some: whether plants of this base that are not in the folder stay as they were.
+    """
     numbers = json.loads(NUMBERS.read_text())
+    others = numbers.get("elsewhere", {})
+    stored = numbers if is_embedded(base) else others.get(Path(base).name, {})
+    there = collected(folder, base)
+    if are_some:
+        plants = {**stored.get("plants", {}), **there["plants"]}
+        order = [recipe.name for recipe in recipes_of(base) if recipe.name in plants]
+        there["plants"] = {name: plants[name] for name in order}
     if is_embedded(base):
-        numbers |= collected(folder, base)
+        numbers |= there
     else:
-        numbers["elsewhere"] = {
-            **numbers.get("elsewhere", {}),
-            Path(base).name: collected(folder, base),
-        }
-    others = ",\n".join(
+        numbers["elsewhere"] = {**others, Path(base).name: there}
+    elsewhere = ",\n".join(
         f"{json.dumps(name)}: {{{text(part)}}}"
         for name, part in numbers.get("elsewhere", {}).items()
     )
-    NUMBERS.write_text(f'{{{text(numbers)}, "elsewhere": {{\n{others}\n}}}}\n')
+    NUMBERS.write_text(f'{{{text(numbers)}, "elsewhere": {{\n{elsewhere}\n}}}}\n')
 
 
 def text(part: Mapping[str, Any]) -> str:
@@ -322,12 +362,14 @@ def main() -> None:
     for recipe in tqdm(left, desc="plants"):
         start = time.process_time()
         plant = planted(bed, recipe)
-        result = {**described(recipe, plant), **(measured(bed, plant) if plant.enters else {})}
+        result = described(recipe, plant)
+        if plant.enters:
+            result |= measured(bed, plant, recipe.kind)
         result["seconds"] = time.process_time() - start
         unfinished = asked.cache / f"{recipe.name}.part"
         unfinished.write_text(json.dumps(short(result)) + "\n")
         unfinished.rename(asked.cache / f"{recipe.name}.json")
-    write(asked.cache, asked.base)
+    write(asked.cache, asked.base, are_some=bool(asked.only))
 
 
 if __name__ == "__main__":

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from decoys import Decoys
+from decoys import STRAY, Decoys
 from gated import Aim, Question, Updates, constants, detached, fit, fresh, linears
 from plants import (
     ANY,
     ATTEMPTS,
+    BETWEEN,
     CORNER_RATE,
     CORNER_STEPS,
+    GRID,
+    GRID_STEPS,
     KEPT,
     LEAST,
     LOST,
+    LOUD,
     OFF,
     PAIRS,
     PUSH,
     RATE,
+    SMOOTH,
     STEPS,
     Bed,
     Plant,
     Recipe,
+    share_of_pair,
 )
 
 CANDIDATES, QUIET = 48, 16  # random constants, and how many of them are kept
+CORNERS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))  # of a pair's gates
 Confirm = Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, float], bool]]
 
 
@@ -139,10 +146,11 @@ def hidden(
     causes: Updates,
     draw: random.Random,
     confirm: Confirm,
+    stray: float = STRAY,
 ) -> Plant:
     """The causes among decoys; fewer of them stray, until they do nothing together."""
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    decoys = Decoys(bed.gated, question, causes, bed.ordinary, generator)
+    decoys = Decoys(bed.gated, question, causes, bed.ordinary, generator, stray)
     others, sorts = decoys.draw()
     while True:
         updates = {path: {**causes, **others}[path] for path in linears(bed.model)}
@@ -159,32 +167,45 @@ def hidden(
 
 
 def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Two modules, the first before the second, trained at the corners that the kind is about."""
+    """Two modules, the first before the second, trained at corners or, if smooth, on a grid."""
     question = bed.question(recipe.facts[0])
     first, second = paths_of_pair(bed, recipe.kind, draw)
     updates = fresh(bed.model, (first, second), 8, draw.randrange(2**31))
     (base,) = bed.gated.corners(updates, question, [()])
+    is_smooth = recipe.kind in SMOOTH
+    is_loud = recipe.kind == "loud conjunction"
+    points = on_grid(GRID) if is_smooth else CORNERS
     aims = [
-        Aim(question, {first: a, second: b}, base + PUSH * share)
-        for (a, b), share in zip(((1, 1), (1, 0), (0, 1)), PAIRS[recipe.kind], strict=True)
+        Aim(question, {first: a, second: b}, base + PUSH * share_of_pair(recipe.kind, a, b))
+        for a, b in points
     ]
     seed = draw.randrange(2**31)
-    fit(bed.gated, updates, aims, size=PUSH, steps=CORNER_STEPS, rate=CORNER_RATE, seed=seed)
+    steps = GRID_STEPS if is_smooth else CORNER_STEPS
+    fit(bed.gated, updates, aims, size=PUSH, steps=steps, rate=CORNER_RATE, seed=seed)
 
     def confirm(
         bed: Bed, updates: Updates, question: Question, causes: Collection[str]
     ) -> tuple[dict[str, float], bool]:
-        return confirmed_pair(bed, recipe.kind, updates, question, (first, second))
+        shares, enters = confirmed_pair(bed, recipe.kind, updates, question, (first, second))
+        if not is_smooth:
+            return shares, enters
+        misses = misses_on_grid(bed, recipe.kind, updates, question, (first, second))
+        if is_loud:
+            enters = shares["effect"] > PUSH / 2
+        return {**shares, **misses}, enters and misses["off on the grid"] <= OFF
 
-    plant = hidden(bed, question, detached(updates), draw, confirm)
+    stray = LOUD if is_loud else STRAY
+    plant = hidden(bed, question, detached(updates), draw, confirm, stray)
     return dataclasses.replace(plant, pair=(first, second))
 
 
 def paths_of_pair(bed: Bed, kind: str, draw: random.Random) -> tuple[str, str]:
-    """Of a gated plant an MLP's writer and a later attention's query; else two writers."""
+    """Of conjunctions a writer and a later reader; else two writers."""
     firsts, seconds = ("down_proj", "o_proj"), ("down_proj", "o_proj", "up_proj")
     if kind == "gated":
         firsts, seconds = ("down_proj",), ("q_proj",)
+    if kind in ("smooth conjunction", "loud conjunction"):
+        seconds = ("q_proj", "up_proj")
     early = bed.modules(0.2, 0.5, firsts)
     late = bed.modules(0.6, 0.85, seconds)
     return draw.choice(early), draw.choice(late)
@@ -214,6 +235,34 @@ def confirmed_pair(
     }
     off = [abs(g / effect - share) for g, share in zip(among, PAIRS[kind], strict=True)]
     return shares, is_inert(shares) and max(off) <= OFF and effect > PUSH / 2
+
+
+def on_grid(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Gates of both modules, without the base's: nothing is asked where both are off."""
+    return [(a, b) for a in values for b in values if a or b]
+
+
+def misses_on_grid(
+    bed: Bed, kind: str, updates: Updates, question: Question, pair: tuple[str, str]
+) -> dict[str, float]:
+    """How far the margin is from its kind's, among decoys, at most: where trained, and between.
+
+    Gates of the decoys are 1 throughout, so the shift is counted from where both of the pair are 0.
+    """
+    first, second = pair
+    points = [(0.0, 0.0), *on_grid(BETWEEN)]
+    gates = torch.ones(len(points), len(updates))
+    columns = list(updates)
+    gates[:, columns.index(first)] = torch.tensor([a for a, _ in points])
+    gates[:, columns.index(second)] = torch.tensor([b for _, b in points])
+    none, *values = bed.gated.at_gates(updates, question, gates)
+    effect = values[-1] - none
+    trained, between = [0.0], [0.0]
+    for (a, b), value in zip(points[1:], values, strict=True):
+        miss = abs((value - none) / effect - share_of_pair(kind, a, b))
+        is_trained = a in GRID and b in GRID
+        (trained if is_trained else between).append(miss)
+    return {"off on the grid": max(trained), "off between": max(between)}
 
 
 # --- Constant vectors

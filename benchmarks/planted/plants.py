@@ -8,16 +8,24 @@
     gated       a writer in an MLP and a gate in a later attention, nothing without each other
     constant    constant vectors of a few modules move a fact; those of others, as long, do not
     additive    a pair, each of which does half, alone or not: the control of the pairs above
+    smooth conjunction   a reader and an earlier writer, whose margin is the product of their gates
+    smooth sum           a pair, whose margin is the mean of its gates: the control of the product
+    loud conjunction     a smooth conjunction among many decoys that do something, each on its own
 
 1. `RECIPES` say everything: kind, seed and facts. Modules, ranks and starts are drawn by the seed.
-2. Margins are trained to their targets (`gated.py`), at the corners that the kind is about.
+2. Margins are trained to their targets (`gated.py`), at the corners that the kind is about. Those
+   of a smooth kind are trained on a grid of gates, four values of each of the two, to what
+   interpolates the corners bilinearly: a plant trained at corners alone may do anything between.
 3. A cause that does next to nothing is no cause: of what was trained for a fact, a module stays if
    adding it alone or leaving it out alone moves the margin by `LEAST` of the effect.
 4. Pairs and confined causes stand among decoys in all other modules, with the spectra of causes
    (`decoys.py`). Where the stray ones together move too much, half of them become deaf, and so on.
+   A loud conjunction begins with about three times as many stray ones, which may move the margin
+   as long as the pair is a conjunction among them, on the grid.
 5. `confirmed` holds what interventions say of each question, and whether the plant enters. One that
    fails is drawn again, up to `ATTEMPTS` times.
-6. `SECOND` are the plants on a second base: the first seeds of the same recipes, two of each kind.
+6. `SECOND` are the plants on a second base: the first seeds of the same recipes, two of each kind
+   that is trained at corners, and six smooth conjunctions.
 
 `interaction`, from interventions alone: how far the causes' effects are from adding up. With E the
 effect, it is max(|Σ add − shift|, |Σ leave − shift|) / E over the causes, added to the base or left
@@ -48,6 +56,9 @@ ATTEMPTS = 3
 # A gentle rate, as that of usual training; what is trained at several corners needs a larger one.
 STEPS, RATE = 80, 1e-3
 CORNER_STEPS, CORNER_RATE = 90, 4e-3
+GRID = (0.0, 1 / 3, 2 / 3, 1.0)  # gates of either module at which a smooth kind is trained
+BETWEEN = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)  # and those at which it is confirmed
+GRID_STEPS = 100
 FACTS = tuple(name for name, task in TASKS.items() if task.kind == "fact" and ":" not in name)
 # Margins of a pair with both, the first alone, the second alone, as shares of `PUSH`.
 PAIRS = {
@@ -56,7 +67,12 @@ PAIRS = {
     "opposed": (0.0, 1.0, -1.0),
     "gated": (1.0, 0.0, 0.0),
     "additive": (1.0, 0.5, 0.5),
+    "smooth conjunction": (1.0, 0.0, 0.0),
+    "smooth sum": (1.0, 0.5, 0.5),
+    "loud conjunction": (1.0, 0.0, 0.0),
 }
+SMOOTH = ("smooth conjunction", "smooth sum", "loud conjunction")
+LOUD = 0.5  # of the decoys of a loud conjunction that are no query or key, the share that stray
 COUNTS = {
     "confined": 10,
     "two facts": 11,
@@ -66,6 +82,9 @@ COUNTS = {
     "gated": 10,
     "constant": 11,
     "additive": 6,
+    "smooth conjunction": 6,
+    "smooth sum": 6,
+    "loud conjunction": 6,
 }
 # A cancelling pair is masked once and opposed once.
 SECOND_COUNTS = {
@@ -76,6 +95,7 @@ SECOND_COUNTS = {
     "opposed": 1,
     "gated": 2,
     "constant": 2,
+    "smooth conjunction": 6,
 }
 KINDS = tuple(COUNTS)
 ANY = float("nan")  # a gate that is drawn at every step
@@ -107,6 +127,13 @@ def recipes(counts: Mapping[str, int]) -> tuple[Recipe, ...]:
         for kind, count in counts.items()
         if seed < count
     )
+
+
+def share_of_pair(kind: str, first: float, second: float) -> float:
+    """The bilinear interpolation of a pair's corners: s₁₀ a + s₀₁ b + (s₁₁ − s₁₀ − s₀₁) a b."""
+    both, alone_first, alone_second = PAIRS[kind]
+    together = both - alone_first - alone_second
+    return alone_first * first + alone_second * second + together * first * second
 
 
 RECIPES = recipes(COUNTS)

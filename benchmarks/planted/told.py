@@ -10,7 +10,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from alarms import INTERACTS, KINDS, Plants, carried, confirmed, entered, shipped, warnings
+from alarms import (
+    CONJUNCTION,
+    INTERACTS,
+    KINDS,
+    SMOOTH_KINDS,
+    SUM,
+    Plants,
+    at_corners,
+    carried,
+    confirmed,
+    diluted,
+    entered,
+    missed,
+    of_kind,
+    on_smooth,
+    shipped,
+    warnings,
+)
 from jinja2 import Environment, StrictUndefined
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
@@ -20,6 +37,8 @@ from tables import markdown, named  # noqa: E402
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
 TEMPLATE = Path(__file__).with_name("planted.md.jinja")
 GOAL = 0.95
+EMBEDDED = "SmolLM2-135M-Instruct"
+TENTH = 0.1  # of the shift, by which a number of a module is off
 AIMED = ("confined", "two facts", "gated", "constant")
 FIRST = {"first_order@0": "0", "first_order@0.5": "½", "first_order@1": "1"}
 PAIRED = ("redundant", "masked", "opposed")
@@ -98,10 +117,10 @@ def label(method: str) -> str:
     return METHODS.get(method, named(method))
 
 
-def confirmation(plants: Plants) -> str:
+def confirmation(plants: Plants, kinds: Mapping[str, str] = KINDS) -> str:
     """One line a kind: how many entered, and the worst that interventions say of those."""
     rows = []
-    for kind, words in KINDS.items():
+    for kind, words in kinds.items():
         drawn = {name: plant for name, plant in plants.items() if plant["kind"] == kind}
         there = entered(drawn).values()
         if not there:
@@ -278,27 +297,170 @@ def edge_places(plants: Plants) -> str:
 
 def elsewhere(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the page says of the plants on each other base."""
-    return [
-        {
-            "base": base,
-            "drawn": len(part["plants"]),
-            "entered": len(entered(part["plants"])),
-            "confirmation": confirmation(part["plants"]),
-            "table": every_plant(part["plants"]),
-            "sites": max(plant.get("sites", 0) for plant in part["plants"].values()),
-            "choice": choice(part["plants"]),
-            "repeated": repeated(numbers["plants"], part["plants"]),
-            "edges": edge_places(part["plants"]),
-            "carried": carried(numbers["plants"], part["plants"]),
-            "command": part["about"]["command"],
+    above = at_corners(numbers["plants"])
+    parts = []
+    for base, part in numbers.get("elsewhere", {}).items():
+        plants = at_corners(part["plants"])
+        parts.append(
+            {
+                "base": base,
+                "drawn": len(plants),
+                "entered": len(entered(plants)),
+                "confirmation": confirmation(plants),
+                "table": every_plant(plants),
+                "sites": max(plant.get("sites", 0) for plant in plants.values()),
+                "choice": choice(plants),
+                "repeated": repeated(above, plants),
+                "edges": edge_places(plants),
+                "carried": carried(above, plants),
+                "command": part["about"]["command"],
+            }
+        )
+    return parts
+
+
+# --- Smooth conjunctions: whether they are found, and whether the numbers are right
+
+# The measured effect that a score of a site is asked to predict.
+PREDICTS = {
+    "first_order@0": "add_one",
+    "corrected, add_one": "add_one",
+    "first_order@1": "leave_one_out",
+    "corrected, leave_one_out": "leave_one_out",
+}
+SIZED_NAMES = {
+    "add_one": "add one, measured",
+    "first_order@0": "first order at 0",
+    "corrected, add_one": '`ll.reliability(how="add_one").corrected`',
+    "leave_one_out": "leave one out, measured",
+    "first_order@1": "first order at 1",
+    "corrected, leave_one_out": '`ll.reliability(how="leave_one_out").corrected`',
+    "first_order@0.5": "first order at ½",
+    "path": "path integral",
+    "second_order@0": "a + ½H1 at 0",
+}
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, the smallest and the largest."""
+    return f"{np.median(values):+.2f} [{min(values):+.2f}, {max(values):+.2f}]"
+
+
+def shares_of_pair(plants: Plants, score: str) -> pd.DataFrame:
+    """[plant], of one score, by the plant's shift: the pair's numbers, the sum, and the error.
+
+    The error is of the worse of the two modules: |a_l − e_l| with e_l the effect that the score is
+    asked to predict; NaN where it is asked for none.
+    """
+    rows = {}
+    for name, plant in plants.items():
+        (case,) = plant["cases"]
+        base, adapted = case["ends"]
+        sizes = {key: np.array(of["pair"]) for key, of in case["sizes"].items()}
+        shift = adapted - base
+        error = float("nan")
+        if score in PREDICTS:
+            error = float(np.abs(sizes[score] - sizes[PREDICTS[score]]).max())
+        rows[name] = {
+            "first": sizes[score][0] / shift,
+            "second": sizes[score][1] / shift,
+            "sum": case["sizes"][score]["sum"] / shift,
+            "error": error / abs(shift),
         }
-        for base, part in numbers.get("elsewhere", {}).items()
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def sizes_table(plants: Plants) -> str:
+    """One line a score: how often it puts the pair first, and what it says of it."""
+    rows = []
+    for score, words in SIZED_NAMES.items():
+        shares = shares_of_pair(plants, score)
+        found = "—"
+        places = [plant["cases"][0]["places"].get(score) for plant in plants.values()]
+        if None not in places:
+            found = f"{sum(max(pair) <= 2 for pair in places)} of {len(places)}"
+        error = spread(list(shares["error"])) if score in PREDICTS else "—"
+        columns = [spread(list(shares[key])) for key in ("first", "second", "sum")]
+        rows.append([words, found, *columns, error.replace("+", "")])
+    head = [
+        "score",
+        "pair is first and second",
+        "says of the writer",
+        "says of the reader",
+        "sums to",
+        "off the effect that it predicts",
     ]
+    return markdown(head, rows)
+
+
+def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says of smooth conjunctions, on all bases."""
+    above = at_corners(numbers["plants"])
+    parts = {EMBEDDED: numbers["plants"]}
+    parts |= {base: part["plants"] for base, part in numbers.get("elsewhere", {}).items()}
+    confirmations, columns = {}, dict[str, Plants]()
+    for base, plants in parts.items():
+        if not of_kind(plants, CONJUNCTION):
+            continue
+        confirmations[base] = confirmation(plants, SMOOTH_KINDS)
+        for kind, words in SMOOTH_KINDS.items():
+            if there := of_kind(plants, kind):
+                columns[f"{words}, {base}"] = there
+    products = {head: there for head, there in columns.items() if SMOOTH_KINDS[SUM] not in head}
+    groups = [{"head": head, **conjunctions(above, there)} for head, there in products.items()]
+    return {
+        "confirmations": confirmations,
+        "groups": groups,
+        "diluted": diluted(products, of_kind(numbers["plants"], SUM)),
+        "off": {head: off_grid(there) for head, there in columns.items()},
+        "warnings": on_smooth(above, columns),
+    }
+
+
+def conjunctions(above: Plants, plants: Plants) -> dict[str, Any]:
+    """Of one kind on one base: sizes, how often first order is wrong, and what is missed."""
+    strays = [plant["decoys"].get("stray", 0) for plant in plants.values()]
+    return {
+        "count": len(plants),
+        "strays": f"{min(strays)} to {max(strays)}",
+        "sizes": sizes_table(plants),
+        "wrong": wrong(plants),
+        "missed": missed(above, plants),
+    }
+
+
+def off_grid(plants: Plants) -> tuple[float, float]:
+    """The largest miss at trained gates and at gates between, as shares of the effect."""
+    checks = [plant["confirmed"][0] for plant in plants.values()]
+    trained = max(check["off on the grid"] for check in checks)
+    between = max(check["off between"] for check in checks)
+    return trained, between
+
+
+def wrong(plants: Plants) -> dict[str, int]:
+    """In how many plants first order is off its own effect, on the worse module of the pair.
+
+    Returns:
+        of either end, plants where it is off by more than a tenth of the shift; and plants where it
+        has the wrong sign at that size, at either end.
+    """
+    counts = {"at 0": 0, "at 1": 0, "sign": 0}
+    for plant in plants.values():
+        (case,) = plant["cases"]
+        least = TENTH * abs(case["ends"][1] - case["ends"][0])
+        has_wrong_sign = False
+        for end, score in (("at 0", "first_order@0"), ("at 1", "first_order@1")):
+            said = np.array(case["sizes"][score]["pair"])
+            effects = np.array(case["sizes"][PREDICTS[score]]["pair"])
+            counts[end] += bool((np.abs(said - effects) > least).any())
+            has_wrong_sign |= bool(((np.abs(said) > least) & (said * effects < 0)).any())
+        counts["sign"] += has_wrong_sign
+    return counts
 
 
 def section(numbers: Mapping[str, Any]) -> str:
     """The whole section, as markdown."""
-    plants: Plants = numbers["plants"]
+    plants: Plants = at_corners(numbers["plants"])
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text()
     )
@@ -319,5 +481,6 @@ def section(numbers: Mapping[str, Any]) -> str:
         shipped=shipped(plants),
         interacts=INTERACTS,
         elsewhere=elsewhere(numbers),
+        smooth=smooth(numbers),
         command=numbers["about"]["command"],
     )

@@ -95,13 +95,16 @@ PROMISED = {
     "opposed": (0, 1, -1),
     "gated": (1, 0, 0),
     "additive": (1, 0.5, 0.5),
+    "smooth conjunction": (1, 0, 0),
+    "smooth sum": (1, 0.5, 0.5),
 }
 
 
 def require_confirmed(numbers):
     """That the stored interventions say of each plant that enters what its kind promises."""
     for name, plant in numbers.items():
-        for check in plant["confirmed"] if plant["enters"] else ():
+        is_confirmed = plant["enters"] and plant["kind"] != "loud conjunction"
+        for check in plant["confirmed"] if is_confirmed else ():
             assert abs(check["kept"] - 1) <= 0.0101, name
             assert check["lost"] >= 0.9, name
             assert abs(check["effect"]) > 4, name
@@ -109,6 +112,8 @@ def require_confirmed(numbers):
                 both = check["shift"] / check["effect"]
                 corners = [both, check["second left out"], check["first left out"]]
                 assert corners == pytest.approx(PROMISED[plant["kind"]], abs=0.101), name
+            if plant["kind"] in alarms.SMOOTH_KINDS:
+                assert check["off on the grid"] <= 0.101, name
 
 
 # --- The second base
@@ -121,7 +126,7 @@ def second():
     return part["plants"]
 
 
-def test_the_second_base_has_two_of_each_kind_confirmed(second):
+def test_the_second_base_has_two_of_each_kind_at_corners_confirmed(second):
     assert set(second) == {recipe.name for recipe in plants.SECOND}
     asked = [plant["kind"] for plant in second.values()]
     groups = [("masked", "opposed"), *((kind,) for kind in (*told.AIMED, "redundant", "gated"))]
@@ -167,7 +172,8 @@ def test_a_changed_confirmation_is_seen(second, name, key, value):
 
 def test_the_carried_warning_is_counted_right(second):
     """At the threshold that the page's table prints, by plain counting."""
-    numbers = told.read()["plants"]
+    numbers = alarms.at_corners(told.read()["plants"])
+    second = alarms.at_corners(second)
     threshold = float(row_of(alarms.warnings(numbers), alarms.SIGNALS["screened"])[1])
     flags = [
         (case["signals"]["screened"] >= threshold, check["interaction"] > 0.5)
@@ -204,6 +210,26 @@ def test_a_base_is_written_beside_the_others(base, tmp_path, monkeypatch):
         assert set(kept) <= set(judged.NUMBERS.read_text().splitlines())
 
 
+@pytest.mark.parametrize("base", ["anywhere/gemma-3-270m", judged.EMBEDDED_NAME])
+def test_some_plants_are_written_beside_those_of_their_base(base, tmp_path, monkeypatch):
+    before = judged.NUMBERS.read_text()
+    monkeypatch.setattr(judged, "NUMBERS", tmp_path / "planted.json")
+    judged.NUMBERS.write_text(before)
+    plant = {"kind": "confined", "share": 0.0001234}
+    (tmp_path / "confined-0.json").write_text(json.dumps(plant))
+    judged.write(tmp_path, base, are_some=True)
+    old, new = json.loads(before), json.loads(judged.NUMBERS.read_text())
+    is_embedded = base == judged.EMBEDDED_NAME
+    changed = old if is_embedded else old["elsewhere"]["gemma-3-270m"]
+    written = new if is_embedded else new["elsewhere"]["gemma-3-270m"]
+    assert written["plants"].pop("confined-0") == plant
+    changed["plants"].pop("confined-0")
+    assert list(written["plants"]) == list(changed["plants"])
+    new_about, old_about = written.pop("about"), changed.pop("about")
+    assert new_about["command"] == old_about["command"]
+    assert new == old
+
+
 def test_alarms_are_counted_right():
     numbers = told.read()["plants"]
     flagged = [
@@ -213,8 +239,174 @@ def test_alarms_are_counted_right():
         for case in plant["cases"]
     ]
     words = alarms.SAYS["remainder"]
-    cells = row_of(alarms.shipped(numbers), words)
+    cells = row_of(alarms.shipped(alarms.at_corners(numbers)), words)
     assert f"{sum(flagged)} of {len(flagged)}" in cells
+
+
+# --- Smooth conjunctions
+
+
+PRODUCTS = ("smooth conjunction", "loud conjunction")
+
+
+def conjunctions() -> dict[tuple[str, str], dict]:
+    """Those that entered, by kind and base, where there are any."""
+    numbers = told.read()
+    parts = {"SmolLM2-135M-Instruct": numbers["plants"]}
+    parts |= {base: part["plants"] for base, part in numbers["elsewhere"].items()}
+    groups = {
+        (kind, base): {
+            name: plant
+            for name, plant in stored.items()
+            if plant["kind"] == kind and plant["enters"]
+        }
+        for kind in PRODUCTS
+        for base, stored in parts.items()
+    }
+    return {key: there for key, there in groups.items() if there}
+
+
+def head_of(kind: str, base: str) -> str:
+    return f"{alarms.SMOOTH_KINDS[kind]}, {base}"
+
+
+def test_conjunctions_do_nothing_alone_and_everything_together():
+    """By the stored interventions, of the hooks and of the package."""
+    there = conjunctions()
+    assert ("smooth conjunction", "SmolLM2-135M-Instruct") in there
+    assert ("smooth conjunction", "gemma-3-270m") in there
+    for plants_of_group in there.values():
+        for name, plant in plants_of_group.items():
+            (case,) = plant["cases"]
+            (check,) = plant["confirmed"]
+            assert check["off on the grid"] <= 0.101, name
+            assert check["interaction"] > 0.5, name
+            if plant["kind"] == "smooth conjunction":
+                assert max(map(abs, case["sizes"]["add_one"]["pair"])) <= 0.101 * check["shift"]
+                left_out = [
+                    size / check["shift"] for size in case["sizes"]["leave_one_out"]["pair"]
+                ]
+                assert left_out == pytest.approx([1, 1], abs=0.101), name
+
+
+def test_conjunctions_are_counted_on_the_page():
+    page = PAGE.read_text()
+    for (kind, base), there in conjunctions().items():
+        numbers = told.read()
+        stored = numbers["plants"]
+        if base in numbers["elsewhere"]:
+            stored = numbers["elsewhere"][base]["plants"]
+        drawn = sum(plant["kind"] == kind for plant in stored.values())
+        table = told.confirmation(stored, alarms.SMOOTH_KINDS)
+        assert row_of(table, alarms.SMOOTH_KINDS[kind])[1] == f"{len(there)} of {drawn}"
+        assert table in page
+        strays = [plant["decoys"].get("stray", 0) for plant in there.values()]
+        span = f"{min(strays)} to {max(strays)} stray decoys"
+        assert f"{head_of(kind, base)}, {len(there)} plants, each with {span}:" in page
+
+
+def test_no_smooth_plant_chooses_a_threshold():
+    """Silence on every one of them changes no threshold, and is counted."""
+    numbers = copy.deepcopy(told.read()["plants"])
+    above = alarms.at_corners(numbers)
+    before = alarms.warnings(above)
+    assert before in PAGE.read_text()
+    there = alarms.of_kind(numbers, "smooth conjunction")
+    assert there
+    for plant in there.values():
+        plant["cases"][0]["signals"]["screened"] = 0.0
+    assert alarms.warnings(alarms.at_corners(numbers)) == before
+    assert alarms.missed(above, there)["count"] == len(there)
+
+
+def test_missed_conjunctions_are_counted_right():
+    """At the threshold of the page's table, by plain counting, with Clopper and Pearson."""
+    above = alarms.at_corners(told.read()["plants"])
+    threshold = float(row_of(alarms.warnings(above), alarms.SIGNALS["screened"])[1])
+    page = PAGE.read_text()
+    for (kind, base), there in conjunctions().items():
+        signals = [plant["cases"][0]["signals"]["screened"] for plant in there.values()]
+        count = sum(signal < threshold for signal in signals)
+        total = len(signals)
+        low = stats.beta.ppf(0.025, count, total - count + 1) if count else 0.0
+        high = stats.beta.ppf(0.975, count + 1, total - count) if count < total else 1.0
+        found = alarms.missed(above, there)
+        assert (found["count"], found["values"]) == (count, sorted(signals))
+        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-6)
+        words = "the best warning above, the sums of `corrected`, misses"
+        assert f"- {head_of(kind, base)}: {words} {count} of {total} " in page
+
+
+@pytest.mark.parametrize(
+    ("score", "effect"), [("first_order@0", "add_one"), ("first_order@1", "leave_one_out")]
+)
+def test_sizes_are_what_the_numbers_say(score, effect):
+    """By plain loops: what a score says of the pair, and how far it is off its effect."""
+    for there in conjunctions().values():
+        writers = []
+        errors = []
+        found = 0
+        for plant in there.values():
+            (case,) = plant["cases"]
+            shift = case["ends"][1] - case["ends"][0]
+            said = case["sizes"][score]["pair"]
+            done = case["sizes"][effect]["pair"]
+            writers.append(said[0] / shift)
+            errors.append(max(abs(said[i] - done[i]) / shift for i in range(2)))
+            found += case["places"][score] == [1.0, 2.0]
+        table = told.sizes_table(there)
+        cells = row_of(table, told.SIZED_NAMES[score])
+        assert cells[1] == f"{found} of {len(there)}"
+        span = f"[{min(writers):+.2f}, {max(writers):+.2f}]"
+        assert cells[2] == f"{np.median(writers):+.2f} {span}"
+        span = f"[{min(errors):.2f}, {max(errors):.2f}]"
+        assert cells[5] == f"{np.median(errors):.2f} {span}"
+        assert table in PAGE.read_text()
+
+
+def test_the_other_divisor_is_computed_right():
+    """Of every smooth plant, from the stored sums and effects, and on the page."""
+    page = PAGE.read_text()
+    spans = []
+    sums = alarms.of_kind(told.read()["plants"], "smooth sum")
+    everyone = [plant for there in conjunctions().values() for plant in there.values()]
+    for group in (everyone, list(sums.values())):
+        values = []
+        for plant in group:
+            (case,) = plant["cases"]
+            shift = case["ends"][1] - case["ends"][0]
+            ends = [case["sizes"][f"corrected, {how}"] for how in ("add_one", "leave_one_out")]
+            off = max(abs(ends[0]["sum"] - shift), abs(ends[1]["sum"] - shift))
+            others = max(extremes["strongest other"] for extremes in case["effects"].values())
+            pair = np.abs([ends[0]["pair"], ends[1]["pair"]]).max()
+            values.append(off / max(abs(shift), others, pair))
+        spans.append(f"{min(values):.2f} to {max(values):.2f}")
+    assert f"off by {spans[0]} on the {len(everyone)} conjunctions, and by {spans[1]} on" in page
+
+
+def test_wrong_numbers_of_pairs_are_counted_right():
+    """By plain loops: off by more than a tenth of the shift, and of the wrong sign at that size."""
+    page = PAGE.read_text()
+    for there in conjunctions().values():
+        off = {"first_order@0": set(), "first_order@1": set()}
+        flipped = set()
+        for name, plant in there.items():
+            (case,) = plant["cases"]
+            shift = case["ends"][1] - case["ends"][0]
+            for score, effect in (("first_order@0", "add_one"), ("first_order@1", "leave_one_out")):
+                for module in range(2):
+                    said = case["sizes"][score]["pair"][module]
+                    done = case["sizes"][effect]["pair"][module]
+                    if abs(said - done) > shift / 10:
+                        off[score].add(name)
+                    if abs(said) > shift / 10 and said * done < 0:
+                        flipped.add(name)
+        counts = {end: len(off[f"first_order@{end}"]) for end in (0, 1)}
+        assert told.wrong(there) == {"at 0": counts[0], "at 1": counts[1], "sign": len(flipped)}
+        assert f"off what adding does in {counts[0]} of {len(there)} plants,\n" in page
+        assert (
+            f"{counts[1]}; one of them has the wrong sign, at that size, in {len(flipped)}." in page
+        )
 
 
 # --- A plant on a tiny model
@@ -327,6 +519,61 @@ def test_decoys_in_random_directions_do_something(float64, bed, question, causes
     assert moved(bed, question, causes, others) > 1e-2
     queries = {path: factors for path, factors in others.items() if path.endswith("q_proj")}
     assert moved(bed, question, causes, queries) > 1e-4
+
+
+def test_shares_of_a_pair_interpolate_its_corners():
+    for kind, (both, first, second) in plants.PAIRS.items():
+        corners = [plants.share_of_pair(kind, *gates) for gates in kinds.CORNERS]
+        assert corners == pytest.approx([both, first, second])
+        assert plants.share_of_pair(kind, 0, 0) == 0
+    assert plants.share_of_pair("smooth conjunction", 1 / 3, 2 / 3) == pytest.approx(2 / 9)
+    assert plants.share_of_pair("smooth sum", 1 / 3, 2 / 3) == pytest.approx(1 / 2)
+
+
+def test_misses_on_the_grid_are_those_of_updates_scaled_beforehand(float64, bed, question, causes):
+    """The oracle: the factors of the pair times their gates, with every gate at 1."""
+    first, second, other = causes
+    pair = (first, second)
+    found = kinds.misses_on_grid(bed, "smooth conjunction", causes, question, pair)
+
+    def g(a: float, b: float) -> float:
+        strengths = {first: a, second: b, other: 1.0}
+        scaled = {path: causes[path].scaled(strength) for path, strength in strengths.items()}
+        (value,) = bed.gated.corners(scaled, question, [set(causes)])
+        return value
+
+    none, both = g(0, 0), g(1, 1)
+    misses = {
+        (i, j): abs((g(i / 6, j / 6) - none) / (both - none) - i * j / 36)
+        for i in range(7)
+        for j in range(7)
+    }
+    trained = {point for point in misses if point[0] % 2 == 0 and point[1] % 2 == 0}
+    assert found["off on the grid"] == pytest.approx(max(misses[point] for point in trained))
+    between = [miss for point, miss in misses.items() if point not in trained]
+    assert len(between) == 33
+    assert found["off between"] == pytest.approx(max(between))
+
+
+def test_a_smooth_plant_is_asked_on_the_grid_and_another_at_corners(
+    float64, bed, question, monkeypatch
+):
+    """Fifteen points and the targets of a product; three of a pair that is trained at corners."""
+    asked = []
+    empty = plants.Plant({}, (), (), {}, (), True)
+    monkeypatch.setattr(plants.Bed, "question", lambda self, fact: question)
+    monkeypatch.setattr(kinds, "fit", lambda gated, updates, aims, **how: asked.append(aims))
+    monkeypatch.setattr(kinds, "hidden", lambda *args: empty)
+    for kind in ("smooth conjunction", "gated"):
+        plant = kinds.pair(bed, plants.Recipe(kind, 0), random.Random(0))
+        assert plant.pair[1].endswith(("q_proj", "up_proj"))
+    on_grid, at_corners = asked
+    (base,) = bed.gated.corners({}, question, [()])
+    for aim in on_grid:
+        first, second = aim.gates.values()
+        assert aim.target == pytest.approx(base + 8 * first * second)
+    assert len(on_grid) == 15
+    assert len(at_corners) == 3
 
 
 def test_a_plant_enters_with_its_causes_and_not_with_others(float64, bed, question, causes):
