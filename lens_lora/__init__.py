@@ -44,4 +44,13 @@ def __getattr__(name: str) -> object:
         if lens is not None and hasattr(lens, name):
             remedy = f"a lens has it: lens.{name}"
         raise AttributeError(f"module 'lens_lora' has no attribute {name!r}; {remedy}.")
+    if "plotly.io" in sys.modules:
+        _give_plotly_the_templates()
     return _imported(name)
+
+
+def _give_plotly_the_templates() -> None:
+    """For figures of one's own, `template="lens_lora"`; plotly itself is not imported for it."""
+    from lens_lora.show import go
+
+    go.register_templates()

@@ -48,9 +48,13 @@ from lens_lora.model.bases import is_same
 from lens_lora.model.gates import Plan
 from lens_lora.model.sites import OUTSIDE_KINDS, SiteFactors
 
-# Modules of which W is looked at, spread over the layers: all while their entries are so many.
+# Modules of which W is looked at in one round, spread over the layers: all in as many rounds as it
+# takes while their entries are so many, else one round.
 _LOOKED_AT = 24
 _ENTRIES = 2**27
+# The log-likelihood ratio after a round below which no further one is looked at, as in Wald's
+# sequential test: a base that holds ΔW comes there once in e¹⁰ times.
+_SETTLED = -10.0
 _READ = 4  # modules of which a file is read
 _LARGEST_RANK = 256  # of a dense ΔW the singular vectors would take too long
 
@@ -336,10 +340,16 @@ class Evidence(NamedTuple):
 
     @classmethod
     def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Evidence:
-        """The evidence of several modules, each as W [out, in], B [out, rank], A [rank, in]."""
+        """The evidence of several modules, each as W [out, in], B [out, rank], A [rank, in].
+
+        It ends with the round that settles that ΔW was not merged, as almost every base does.
+        """
         count = 0
         diagonals, leftovers, products, sizes = 0.0, 0.0, 0.0, 0.0  # sums of squares by v
-        for weight, B, A in parts:
+        for looked_at, (weight, B, A) in enumerate(parts):
+            is_round_over = looked_at > 0 and looked_at % _LOOKED_AT == 0
+            if is_round_over and (diagonals - leftovers) / 2 < _SETTLED:
+                break
             U, sigma, V = singular(B, A)
             along = Along.of(weight, U, V)
             if along.variance == 0.0:
@@ -408,8 +418,9 @@ def _parts(plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         index for index, pair in enumerate(plan.updates) if _is_usable(plan, index, pair.site)
     ]
     entries = sum(len(plan.maps[index].B) * plan.maps[index].width for index in usable)
-    step = 1 if entries <= _ENTRIES else -(-len(usable) // _LOOKED_AT)
-    for index in usable[::step]:
+    step = max(1, -(-len(usable) // _LOOKED_AT))
+    rounds = range(step) if entries <= _ENTRIES else range(1)
+    for index in (index for first in rounds for index in usable[first::step]):
         site = plan.updates[index].site
         weight = plan.host.weight(site.layer, site.kind)
         B, A = plan.maps[index].of_weight()

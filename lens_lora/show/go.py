@@ -5,8 +5,9 @@
     go.Figure(go.Scatter(x=x, y=y))
 
 1. The names are those of `plotly.graph_objects`, with `make_subplots` and `get_plotlyjs`.
-2. With plotly come its templates of this package, by name, for figures of one's own as well: the
+2. With plotly come the templates of this package, by name, for figures of one's own as well: the
    look of this package's figures, which can be read on any background, and three with a paper.
+   Where a program has imported plotly itself, they come with the next name of `lens_lora` it uses.
 """
 
 from __future__ import annotations
@@ -48,16 +49,24 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     import plotly.graph_objects
-    import plotly.io
     from plotly.offline import get_plotlyjs
     from plotly.subplots import make_subplots
 
-    for ending, colours in _INK_GRID_PAPER.items():
-        plotly.io.templates[f"{LOOK}{ending}"] = _template(*colours)
+    register_templates()
     others = {"get_plotlyjs": get_plotlyjs, "make_subplots": make_subplots}
     found = others.get(name) or getattr(plotly.graph_objects, name)
     globals()[name] = found
     return found
+
+
+def register_templates() -> None:
+    """Give plotly the templates of this package, if it has not got them."""
+    import plotly.io
+
+    if LOOK in plotly.io.templates:
+        return
+    for ending, colours in _INK_GRID_PAPER.items():
+        plotly.io.templates[f"{LOOK}{ending}"] = _template(*colours)
 
 
 def _template(ink: str, grid: str, paper: str) -> Template:

@@ -56,6 +56,15 @@ def test_results_load_no_pictures_before_they_draw():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("first", ["plotly.io", "lens_lora"])
+def test_a_program_that_has_plotly_has_the_templates(first: str):
+    """Before anything is drawn, whichever of the two it has imported first."""
+    code = f"import {first}; import lens_lora as ll, plotly.io; ll.errors; "
+    code += "plotly.io.templates['lens_lora'], plotly.io.templates['lens_lora.dark']"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_the_text_of_a_result_loads_no_pictures():
     """Nor scikit-learn; drawing one loads plotly, with the templates of this package."""
