@@ -16,6 +16,7 @@ From nothing, hours on one core, each command resumable:
     python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
     python benchmarks/planted/judged.py --cache PLANTS
     python benchmarks/planted/judged.py --cache SECOND-PLANTS --base gemma-3-270m
+    python benchmarks/planted/fresh.py --out docs/planted_fresh.json
     python benchmarks/subsets.py --adapters FACTS
     python benchmarks/evidence/page.py --results RESULTS --warned WARNED-RESULTS --pictures
 """

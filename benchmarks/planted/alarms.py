@@ -279,3 +279,30 @@ def diluted(groups: Mapping[str, Plants], sums: Plants) -> dict[str, Any]:
         "controls": (min(controls), max(controls)),
         "control count": len(controls),
     }
+
+
+def on_fresh(plants: Plants, fresh: Plants) -> str:
+    """Both divisors on plants of seeds that chose neither, by kind: those that interact first.
+
+    Args:
+        plants: of kinds that are trained at corners, which chose the threshold of the one. That of
+            the other is `INTERACTS`, by definition.
+        fresh: from `fresh.py`.
+    """
+    rows = cases(plants)
+    threshold = confusion(rows, "screened")[0]
+    questions = [case for plant in fresh.values() for case in plant["cases"]]
+    interacting = [case for case in questions if case["interaction"] > INTERACTS]
+    others = [case for case in questions if case["interaction"] <= INTERACTS]
+    lines = []
+    for key, words, least in (
+        ("by sizes", "by the larger sum of sizes", threshold),
+        ("by largest", "by the larger of the shift and the largest single effect", INTERACTS),
+    ):
+        cells = []
+        for group in (interacting, others):
+            values = [case[key] for case in group]
+            flagged = sum(value > least for value in values)
+            cells.append(f"{flagged} of {len(values)} ({min(values):.2f} to {max(values):.2f})")
+        lines.append([words, f"{least:.3g}", *cells])
+    return markdown(["Σ `corrected` off the shift …", "above", "interact", "do not"], lines)

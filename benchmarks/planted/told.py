@@ -24,6 +24,7 @@ from alarms import (
     entered,
     missed,
     of_kind,
+    on_fresh,
     on_smooth,
     shipped,
     warnings,
@@ -35,6 +36,7 @@ from intervals import summary  # noqa: E402
 from tables import markdown, named  # noqa: E402
 
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
+FRESH = NUMBERS.with_name("planted_fresh.json")
 TEMPLATE = Path(__file__).with_name("planted.md.jinja")
 GOAL = 0.95
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -414,7 +416,15 @@ def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "diluted": diluted(products, of_kind(numbers["plants"], SUM)),
         "off": {head: off_grid(there) for head, there in columns.items()},
         "warnings": on_smooth(above, columns),
+        "fresh": fresh(above),
     }
+
+
+def fresh(above: Plants) -> dict[str, Any]:
+    """The two divisors on plants that chose neither."""
+    stored = json.loads(FRESH.read_text())
+    there = entered(stored)
+    return {"drawn": len(stored), "entered": len(there), "table": on_fresh(above, there)}
 
 
 def conjunctions(above: Plants, plants: Plants) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import lens_lora as ll
 from lens_lora.model.build import hooked_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "planted"))
-alarms, decoys, gated, judged, kinds, plants, told = map(
-    load, ("alarms", "decoys", "gated", "judged", "kinds", "plants", "told")
+alarms, decoys, fresh, gated, judged, kinds, plants, told = map(
+    load, ("alarms", "decoys", "fresh", "gated", "judged", "kinds", "plants", "told")
 )
 PAGE = told.NUMBERS.with_name("faithfulness.md")
 
@@ -382,6 +382,28 @@ def test_the_other_divisor_is_computed_right():
             values.append(off / max(abs(shift), others, pair))
         spans.append(f"{min(values):.2f} to {max(values):.2f}")
     assert f"off by {spans[0]} on the {len(everyone)} conjunctions, and by {spans[1]} on" in page
+
+
+def test_divisors_on_other_seeds_are_counted_right():
+    """By plain counting; no seed of `planted.json` is among them."""
+    stored = json.loads(told.FRESH.read_text())
+    above = alarms.at_corners(told.read()["plants"])
+    assert set(stored) == {recipe.name for recipe in fresh.FRESH}
+    assert not set(stored) & set(told.read()["plants"])
+    threshold = float(row_of(alarms.warnings(above), alarms.SIGNALS["screened"])[1])
+    table = alarms.on_fresh(above, stored)
+    assert table in PAGE.read_text()
+    cases = [case for plant in stored.values() for case in plant["cases"]]
+    words = {
+        "by sizes": ("by the larger sum of sizes", threshold),
+        "by largest": ("by the larger of the shift and the largest single effect", 0.5),
+    }
+    for key, (label, least) in words.items():
+        cells = row_of(table, label)
+        for column, interacts in ((2, True), (3, False)):
+            values = [case[key] for case in cases if (case["interaction"] > 0.5) == interacts]
+            flagged = sum(value > least for value in values)
+            assert cells[column].startswith(f"{flagged} of {len(values)} ")
 
 
 def test_wrong_numbers_of_pairs_are_counted_right():
