@@ -432,6 +432,11 @@ def rotary_state(module: nn.Module) -> Callable[[], None]:
 # --- torch: models that are compiled, or spread over processes
 
 
+# What modules that wrap others during training call the wrapped one, which stands in the keys of
+# files that were saved from them: of torch.compile, FSDP and checkpointing.
+WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
 def uncompiled(model: Any) -> Any:
     """The model that `torch.compile` has wrapped; any other model itself.
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from lens_lora.adapters import peft_files
 from lens_lora.adapters.dense import as_dense
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.compat import WRAPPED_NAMES
 from lens_lora.errors import AdapterError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, HEADS, Family
 
@@ -75,7 +76,6 @@ _INERT = re.compile(
     r".*\.(?:original_module\.bias|token_adapter\.base_layer\.bias"
     r"|token_adapter\.trainable_tokens_original(?:\.[^.]+)?)"
 )
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PARTS = ("module", "language_model")
 _BEFORE_LAYERS = ("model.", "transformer.", "gpt_neox.")
 
@@ -249,7 +249,7 @@ def _is_known(path: str) -> bool:
 def _unwrapped(path: str) -> str:
     while path.startswith(PREFIX):
         path = path.removeprefix(PREFIX)
-    parts = [part for part in path.split(".") if part not in _WRAPPERS]
+    parts = [part for part in path.split(".") if part not in WRAPPED_NAMES]
     path = ".".join(parts).removeprefix(PREFIX)
     if not _is_known(path) and _is_known(path.removeprefix("model.")):
         return path.removeprefix("model.")

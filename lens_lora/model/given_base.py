@@ -150,7 +150,7 @@ def names_of(model: Any, hf_model: Any) -> list[str]:
     """
     own: list[object] = []
     for holder in (hf_model, getattr(model, "original_model", None)):
-        own.append(getattr(getattr(holder, "config", None), "_name_or_path", None))
+        own.append(getattr(getattr(holder, "config", None), "name_or_path", None))
     hooked = [getattr(model.cfg, name, None) for name in ("model_name", "tokenizer_name")]
     for names in (own, hooked):
         named = [str(name) for name in names if name and name not in _NO_NAMES]

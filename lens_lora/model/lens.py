@@ -671,7 +671,11 @@ class LoraLens:
             tables_by_row(span, rotary, prompts.lengths.tolist())
 
         tables = Temporary(own_tables) if rotary else contextlib.nullcontext()
-        with tables, told(self.model, rows_of(prompts)):
+        # What is removed asks which token is which, and nothing else does: lengths on a GPU are not
+        # waited for without it.
+        is_asked = bool(removed_from(self.model))
+        rows = told(self.model, rows_of(prompts)) if is_asked else contextlib.nullcontext()
+        with tables, rows:
             return self.model(prompts.tokens, return_type="logits", **mask)
 
     def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:

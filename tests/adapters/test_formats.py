@@ -101,11 +101,11 @@ def test_bank_scans_and_remembers_it(adapter: ll.Adapter, tmp_path: Path):
     bank = ll.bank(lens.model, models.tokens(), ll.Margin(5, 9), progress=False)
     folders = [written(adapter.scaled(k), tmp_path / "all" / f"a{k}") for k in (1, 2)]
     out = tmp_path / "scan.parquet"
-    once = bank.scan(tmp_path / "all", out=out, progress=False)
+    once = bank.scan(tmp_path / "all", out=out, any_base=True, progress=False)
     assert set(once["adapter"]) == {"a1", "a2"} and not once["value"].isna().any()
     written(adapter.scaled(5), tmp_path / "new")
     shutil.copy(tmp_path / "new" / FILE, folders[0])
-    again = bank.scan(tmp_path / "all", out=out, progress=False)
+    again = bank.scan(tmp_path / "all", out=out, any_base=True, progress=False)
     sums = again.groupby("adapter")["value"].sum() / once.groupby("adapter")["value"].sum()
     assert sums.round(3).to_dict() == {"a1": 5.0, "a2": 1.0}
 

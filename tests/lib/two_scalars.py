@@ -91,6 +91,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     lens.model = model
     lens._eps = torch.finfo(torch.float64).eps
     lens.prepend_bos = None
+    lens.base_note = ""
     one = torch.ones(1, 1)
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))

@@ -212,7 +212,7 @@ def test_within_a_dual_level(cls: str):
                 assert "forward-mode derivatives" in str(error)
                 refused.append(name)
     forward = {"forward", "frozen, forward", "components", "logit_shift", "joint", "tangents"}
-    forward |= {"explain_all"}
+    forward |= {"explain_all", "tangent of f"}
     assert {*refused} == forward | REFUSED
 
 

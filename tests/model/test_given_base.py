@@ -149,12 +149,12 @@ def test_another_adapter_of_another_base_has_its_own_note():
 
 def test_a_model_is_known_by_its_weights_name_before_its_architecture_s():
     """A hooked model made under an architecture's name from another's weights."""
-    holder = SimpleNamespace(config=SimpleNamespace(_name_or_path="lab/tuned"))
+    holder = SimpleNamespace(config=SimpleNamespace(name_or_path="lab/tuned"))
     cfg = SimpleNamespace(model_name="lab/base", tokenizer_name="lab/tokens")
     hooked = SimpleNamespace(cfg=cfg)
     assert names_of(hooked, holder) == ["lab/tuned"]
     assert names_of(hooked, None) == ["lab/base", "lab/tokens"]
-    unnamed = SimpleNamespace(config=SimpleNamespace(_name_or_path=""))
+    unnamed = SimpleNamespace(config=SimpleNamespace(name_or_path=""))
     assert names_of(hooked, unnamed) == ["lab/base", "lab/tokens"]
 
 
