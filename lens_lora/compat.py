@@ -749,6 +749,44 @@ def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name.startswith("_processed_")}
 
 
+def wraps_nothing(module: Any) -> bool:
+    """Whether it is a bridge's component for a module that the model does without."""
+    is_component = type(module).__module__.startswith("transformer_lens")
+    return is_component and getattr(module, "original_component", module) is None
+
+
+def keep_rows_at_last_norms(bridge: Any) -> None:
+    """Norms behind an OPT's branches see [batch, pos, d], and pass on the same.
+
+    A bridge takes the norm before the MLP for one within the part that OPT computes on flattened
+    positions. In an OPT that normalises after each branch it is not, and a hook there would hand
+    flattened positions to the next block.
+    """
+    if getattr(bridge.original_model.config, "do_layer_norm_before", True):
+        return
+    for block in bridge.blocks:
+        for point in (block.ln2.hook_in, block.ln2.hook_out, block.hook_mlp_in):
+            point.hook_conversion = None
+
+
+def complete_codegen(bridge: Any) -> None:
+    """Give each attention of a CodeGen what a bridge looks for in it.
+
+    transformers 4 kept a table of positions and √d_head in every attention. transformers 5 has one
+    table for the whole model, and the reciprocal of √d_head.
+    """
+    modules = list(bridge.original_model.modules())
+    named = {type(module).__name__: module for module in modules}
+    rotary = named.get("CodeGenRotaryEmbedding")
+    if rotary is None:
+        return
+    for module in modules:
+        if type(module).__name__ == "CodeGenAttention":
+            module.embed_positions = rotary.embed_positions
+            if not hasattr(module, "scale_attn"):
+                module.scale_attn = 1.0 / module.scaling
+
+
 def scale_at_hook_out(component: Any) -> float:
     """The factor by which a bridge's embedding is larger at `hook_out` than what it passes on.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lens_lora.errors import ModelStateError
 
@@ -281,6 +281,23 @@ FAMILIES: tuple[Family, ...] = (
 def known_family(architecture: str | None) -> Family | None:
     """The family of a Hugging Face architecture; None where it has no entry here."""
     return next((family for family in FAMILIES if architecture in family.architectures), None)
+
+
+def listed_family(hf_model: Any) -> Family | None:
+    """The entry of a Hugging Face model; None where it has none, or is built otherwise.
+
+    An entry says what follows what in the residual stream. An OPT that normalises after each branch
+    has no last norm, and one whose embedding is narrower than its stream projects it.
+    """
+    family = known_family(type(hf_model).__name__)
+    if family is None:
+        return None
+    norm: Any = hf_model
+    for name in family.ln_final.split("."):
+        norm = getattr(norm, name, None)
+    width = getattr(hf_model.config, "hidden_size", None)
+    is_whole = getattr(hf_model.config, "word_embed_proj_dim", width) == width
+    return family if norm is not None and is_whole else None
 
 
 def find_family(architecture: str | None) -> Family:

@@ -26,7 +26,7 @@ from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, witho
 from lens_lora.core import LoraLens
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
-from lens_lora.families import known_family
+from lens_lora.families import listed_family
 from lens_lora.model.bridged import on_stacks
 from lens_lora.model.build import Kind, hooked_model
 from lens_lora.model.check import refuse_unusable
@@ -232,7 +232,7 @@ def load(
     own = OwnTokenizer(tokenizer)
     if tokenizer is None:
         own = tokenizer_beside(adapter, base, base_tokenizer)
-    is_listed = known_family(type(base).__name__) is not None
+    is_listed = listed_family(base) is not None
     probe = Probe(base, on_stacks(adapter, base)) if check and not is_listed else check
     hooked, host = hooked_model(
         base,

@@ -359,8 +359,10 @@ def of_stream(
 
     With noise at the embedding alone, a large entry of the stream is rounded the same way in every
     draw, and its error is in none of their differences. Blocks take the draw of the embedding, one
-    coordinate further each: the same one where a block is run again.
+    coordinate further each: the same one where a block is run again. Where the embedding is
+    narrower than the stream (OPT-350m), it takes the first coordinates of the draw.
     """
+    d_model = int(lens.model.cfg.d_model)
     draw = torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
     noise: list[Tensor] = []  # of the pass that is going on
 
@@ -369,9 +371,11 @@ def of_stream(
         moved = moved.to(tensor.device)
         values = tensor.detach()[moved].to(lens.gate_dtype)
         if not layer:
-            drawn = torch.randn(values.shape, generator=draw, dtype=torch.float64)
+            shape = *values.shape[:-1], max(values.shape[-1], d_model)
+            drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
             noise[:] = [(unit(lens) * drawn).to(values)]
-        shift = values * noise[0].to(values).roll(layer, -1)
+        of_layer = noise[0].to(values).roll(layer, -1)
+        shift = values * of_layer[..., : values.shape[-1]]
         return tensor.index_add(0, moved, shift.to(tensor))
 
     host = lens.plan.host

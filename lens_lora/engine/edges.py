@@ -107,7 +107,13 @@ def readers_shown(span: Temporary, lens: LoraLens, read: Callable[[str, Tensor],
         for name, module in readers.items():
             norm = host.read_through.get(name)
             show(name, norm if norm is not None and norm in alone else module, runs)
-    show(LOGITS, model.ln_final, _Runs())
+    if host.final_norm is None:
+        raise ModelStateError(
+            "this model has no norm between its blocks and its head, before which edges to the "
+            "logits end.",
+            remedy="Use ll.first_order, by site and position.",
+        )
+    show(LOGITS, host.final_norm, _Runs())
 
 
 @dataclasses.dataclass(eq=False, repr=False)

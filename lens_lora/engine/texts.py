@@ -224,17 +224,28 @@ def _mean(p: _Rows, shift: _Rows) -> Float[Tensor, "*row"]:
 def over_scale(
     lens: LoraLens, shift: Float[Tensor, "*token d"], base: Float[Tensor, "*token d"]
 ) -> Float[Tensor, "*token d"]:
-    """c(Δh)/σ(h), token by token."""
+    """c(Δh)/σ(h), token by token; Δh itself where the model has no final norm."""
+    if lens.plan.host.final_norm is None:
+        return shift
     return _centred(lens, shift) / _scale(lens, base)
 
 
 def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tensor, "*token vocab"]:
-    """W_U γ ⊙ m of a mean m of `over_scale`, or of several, in logits."""
+    """W_U γ ⊙ m of a mean m of `over_scale`, or of several, in logits.
+
+    W_U P m where a projection P, and no norm, stands between the stream and the head (OPT-350m).
+    """
     rows = mean.reshape(-1, mean.shape[-1])
     both = torch.stack([rows, torch.zeros_like(rows)]).to(lens.device, lens.dtype)
+    host = lens.plan.host
     with torch.no_grad():
-        normed, zero = lens.model.ln_final(both)
-        final = (normed - zero) * _scale(lens, rows).to(normed)
+        if host.final_norm is None:
+            final = both[0]
+        else:
+            normed, zero = host.final_norm(both)
+            final = (normed - zero) * _scale(lens, rows).to(normed)
+        for projection in host.after_the_stream:
+            final = projection(final)
         read, bias = lens.model.unembed(torch.stack([final, torch.zeros_like(final)]))
     return (read - bias).to(lens.gate_dtype).view(*mean.shape[:-1], -1)
 

@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, final
+from typing import Any, ClassVar, NoReturn, TypeVar, final
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.errors import ModelStateError, setting, warn
-from lens_lora.families import Family, find_family, known_family
+from lens_lora.families import Family, find_family, listed_family
 from lens_lora.model import bridged, kernels
 from lens_lora.model.bases import stored_weight
 from lens_lora.model.hooks import add_pre_hook, computes, of_the_base
@@ -144,6 +144,45 @@ def _uses_cap(attention: type[nn.Module]) -> bool:
     return code is None or _CAP in code.co_names
 
 
+# --- modules that a model does without
+
+
+def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The places where a model has None for a module, as (module, name).
+
+    An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
+    place of its rotary embedding.
+    """
+    absent: list[tuple[nn.Module, str]] = []
+    for module in hf_model.modules():
+        members = {**vars(module), **compat.modules_in(module)}
+        absent += [(module, name) for name, held in members.items() if held is None]
+    return absent
+
+
+def refuse_empty_components(model: Any) -> None:
+    """Check that each component of a bridge wraps a module, without which it cannot run."""
+    for name, component in model.original_model.named_modules():
+        if compat.wraps_nothing(component):
+            kind = type(model.original_model).__name__
+            raise ModelStateError(
+                f"{name}: this {kind} does without such a module, and TransformerLens has put a "
+                f"{type(component).__name__} there, which cannot run.",
+                remedy="Let ll.load make the bridge, which leaves that place empty: "
+                "ll.load(hf_model, adapter).",
+            )
+
+
+def leave_absent(absent: Sequence[tuple[nn.Module, str]]) -> None:
+    """None stands there again, where a bridge has put a component that wraps nothing.
+
+    The model asks whether there is a module, and would call that component, which raises an error.
+    """
+    for module, name in absent:
+        if compat.wraps_nothing(getattr(module, name, None)):
+            setattr(module, name, None)
+
+
 # --- the host
 
 # Bloom's position biases are made for each row; OPT flattens positions and counts them back.
@@ -172,6 +211,7 @@ class BridgeHost(Host):
     def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
         _refuse_unknown_copies(model)
         refuse_unused_caps(model)
+        refuse_empty_components(model)
         kernels.refuse_without_float64(model)
         cfg, architecture = model.cfg, type(model.original_model).__name__
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
@@ -409,10 +449,14 @@ def _family_of(
     """The family, and the names of what was read from the model: all of it where none is listed,
     stacks of experts and routers where one is.
     """
-    listed = known_family(architecture)
+    listed = listed_family(model.original_model)
+    if listed is None and compat.is_processed(model):
+        _refuse_processed(architecture)
+    if listed is not None and compat.is_processed(model):
+        return listed, {}
     has_experts = any(map(kernels.is_experts, model.modules()))
-    if compat.is_processed(model) or (listed is not None and not has_experts):
-        return listed or find_family(architecture), {}
+    if listed is not None and not has_experts:
+        return listed, {}
     read = bridged.bridged_family(model, heads)
     if listed is None:
         return read, read.homes
@@ -423,6 +467,18 @@ def _family_of(
     }
     stacks = {p: place for p, place in read.places.items() if (place.layer, *place.kinds) in homes}
     return dataclasses.replace(listed, stacks=stacks), homes
+
+
+def _refuse_processed(architecture: str) -> NoReturn:
+    """Raise the error of a model without an entry whose weights were processed."""
+    family = find_family(architecture)
+    raise ModelStateError(
+        f"{architecture}: this model has no {family.ln_final}, or an embedding of another width "
+        "than its residual stream, so what TransformerLens does to the weights of others of its "
+        "class is not known to be right.",
+        remedy="Use the TransformerBridge as boot_transformers makes it, before "
+        "enable_compatibility_mode(), or let ll.load make one.",
+    )
 
 
 def _usual_name(layer: int, kind: str) -> str:

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from lens_lora.adapters.tokenizers import OwnTokenizer
 from lens_lora.compat import (
     attention_of,
+    complete_codegen,
     drop_new_biases,
     home_of,
     is_memory_short,
     is_offloaded,
+    keep_rows_at_last_norms,
     refuse_out_of_reach,
     tokenizer_for_host,
 )
@@ -44,8 +46,10 @@ from lens_lora.errors import (
 )
 from lens_lora.model.bridge import (
     BridgeHost,
+    absent_modules,
     drop_unused_caps,
     fuse_attention,
+    leave_absent,
     replaced_attentions,
 )
 from lens_lora.model.check import (
@@ -295,6 +299,7 @@ def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     from transformer_lens.model_bridge import TransformerBridge
 
     drop_unused_caps(hf_model)
+    absent = absent_modules(hf_model)
     bridge = TransformerBridge.boot_transformers(
         _name(hf_model),
         hf_model=hf_model,
@@ -303,6 +308,9 @@ def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         dtype=hf_model.dtype,
     )
     drop_new_biases(bridge)
+    leave_absent(absent)
+    keep_rows_at_last_norms(bridge)
+    complete_codegen(bridge)
     return bridge
 
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, float32_products, in_float64
+from lens_lora.compat import Temporary, float32_products, in_float64, wraps_nothing
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import Family, Place
 from lens_lora.model.bases import BaseWeights, Processing, infer_processing, is_centred
@@ -129,6 +129,18 @@ class Host(abc.ABC):
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """What norms the residual stream before the head; None where the model has no such norm."""
+        norm = getattr(self.model, "ln_final", None)
+        return None if norm is None or wraps_nothing(norm) else norm
+
+    @property
+    def after_the_stream(self) -> tuple[nn.Module, ...]:
+        """What projects the residual stream to the width that the head reads, as in OPT-350m."""
+        projection = getattr(self.model, "project_out", None)
+        return () if projection is None else (projection,)
 
     @property
     def rotary(self) -> Rotary:

@@ -137,10 +137,13 @@ class LoraLens:
         self._plan = gating.make_plan(model, adapter, hf_model)
         if check is not False:
             require_own_parameters(model, adapter)
-        # Within another lens's block the model cannot be run; its precision is measured later.
         self._eps: float | None = None
-        with contextlib.suppress(errors.ModelStateError):
-            self._eps = self._measured_eps()
+        checks.require_running(
+            self._measure_if_it_runs,
+            f"this {self.class_name} of {checks.kind_of(model)}",
+            "Let ll.load make the hooked model, which mends what it knows of; or use another "
+            "version of TransformerLens.",
+        )
         if hf_model is not None:
             checks.require_same_logits(
                 checks.base_logits(hf_model, self.dtype),
@@ -181,6 +184,11 @@ class LoraLens:
     def _warn_of_base(self, stacklevel: int) -> None:
         if self.base_note:
             errors.warn(self.base_note, stacklevel=stacklevel)
+
+    def _measure_if_it_runs(self) -> None:
+        """Within another lens's block the model cannot be run; its precision is measured later."""
+        with contextlib.suppress(errors.ModelStateError):
+            self._eps = self._measured_eps()
 
     def _measured_eps(self) -> float:
         with differentiable_products(self._plan.quantised):

@@ -135,6 +135,35 @@ def test_the_kernel_of_attention(llama):
     assert compat.attention_of(llama) == "eager"
 
 
+def test_a_component_without_a_module(bridge):
+    """As a bridge has in place of a module that its model does without."""
+    assert not compat.wraps_nothing(bridge.ln_final) and not compat.wraps_nothing(None)
+    assert compat.wraps_nothing(type(bridge.ln_final)("ln_final", bridge.cfg))
+
+
+def test_where_an_opt_flattens_positions(bridge):
+    """What converts there is an attribute of the hook point, under a name of its own."""
+    points = [SimpleNamespace(hook_conversion="to rows") for _ in range(3)]
+    require("transformer_lens", bridge.blocks[0].ln2.hook_out, "hook_conversion")
+    require("transformer_lens", bridge.blocks[0].hook_mlp_in, "hook_conversion")
+    norm = SimpleNamespace(hook_in=points[0], hook_out=points[1])
+    blocks = [SimpleNamespace(ln2=norm, hook_mlp_in=points[2])]
+    for is_before, expected in ((True, "to rows"), (False, None)):
+        config = SimpleNamespace(do_layer_norm_before=is_before)
+        original = SimpleNamespace(config=config)
+        compat.keep_rows_at_last_norms(SimpleNamespace(original_model=original, blocks=blocks))
+        assert [point.hook_conversion for point in points] == [expected] * 3
+
+
+def test_what_a_bridge_of_codegen_looks_for():
+    config = transformers.CodeGenConfig(n_embd=16, n_layer=1, n_head=4, rotary_dim=2, vocab_size=9)
+    model = transformers.CodeGenForCausalLM(config)
+    compat.complete_codegen(SimpleNamespace(original_model=model))
+    attention = model.transformer.h[0].attn
+    assert attention.embed_positions.shape == (config.n_positions, 2)
+    assert float(attention.scale_attn) == 2.0
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_tables_of_transformers(kind: str):
     """A table depends on the number of positions as its rule says, and is as made afterwards."""

@@ -1,7 +1,9 @@
 """Tiny models of architectures that have no entry in `families`, a line of data each.
 
-A line is transformers' own class and what its configuration needs beside `_SIZES`. The LoRA is on
-every linear module but the head.
+A line is transformers' own class and the sizes that its configuration needs beside `_SIZES`: what
+makes it tiny, and what lets two layers show each kind of layer. A configuration that is not the
+class's default, but for its sizes, stands in `CHOICES` by the name of its row; then the default has
+a row of its own. The LoRA is on every linear module but the head.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lens_lora as ll
+from lens_lora.model.build import hooked_model
 
 _SIZES = {
     "num_hidden_layers": 2,
@@ -34,7 +37,6 @@ _SIZES = {
     "intermediate_size": 24,
     "vocab_size": models.VOCAB,
     "max_position_embeddings": models.CONTEXT,
-    "tie_word_embeddings": False,
     "attn_implementation": "eager",
     "pad_token_id": 2,
     "bos_token_id": 0,
@@ -67,22 +69,18 @@ _FALCON = {"head_dim": None, "num_key_value_heads": None}
 _GLM = {"partial_rotary_factor": 0.5}
 # (transformers' class without ForCausalLM, its configuration where that is named otherwise, sizes)
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "OLMo": ("Olmo", "", {"clip_qkv": None}),
+    "OLMo": ("Olmo", "", {}),
     "OLMo 2": ("Olmo2", "", {}),
     "OLMo 3": ("Olmo3", "", {"sliding_window": 4}),
     "OLMoE": ("Olmoe", "", _MOE),
     "FlexOLMo": ("FlexOlmo", "", _MOE),
-    "Granite": (
-        "Granite",
-        "",
-        {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7},
-    ),
-    "Granite MoE": ("GraniteMoe", "", {**_MOE, "logits_scaling": 3.0}),
-    "SmolLM3": ("SmolLM3", "", {"no_rope_layers": [1, 0]}),
-    "StarCoder 2": ("Starcoder2", "", {"sliding_window": 4}),
-    "StableLM": ("StableLm", "", {"partial_rotary_factor": 0.5}),
-    "Cohere": ("Cohere", "", {"logit_scale": 0.5}),
-    "Cohere 2": ("Cohere2", "", {"logit_scale": 0.5, "sliding_window": 4}),
+    "Granite": ("Granite", "", {}),
+    "Granite MoE": ("GraniteMoe", "", _MOE),
+    "SmolLM3": ("SmolLM3", "", {}),
+    "StarCoder 2": ("Starcoder2", "", {}),
+    "StableLM": ("StableLm", "", {}),
+    "Cohere": ("Cohere", "", {}),
+    "Cohere 2": ("Cohere2", "", {"sliding_window": 4}),
     "GLM": ("Glm", "", _GLM),
     "GLM 4": ("Glm4", "", _GLM),
     "GLM 4 MoE": ("Glm4Moe", "", {**_DEEPSEEK, **_GLM, "num_key_value_heads": 2}),
@@ -90,7 +88,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama 4": (
         "Llama4",
         "Llama4TextConfig",
-        {**_MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 24, "no_rope_layers": [1, 0]},
+        {**_MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 24},
     ),
     "Hunyuan": ("HunYuanDenseV1", "", {}),
     "Seed-OSS": ("SeedOss", "", {}),
@@ -123,7 +121,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LFM2": (
         "Lfm2",
         "",
-        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        {"layer_types": ["conv", "full_attention"]},
     ),
     "XGLM": (
         "XGLM",
@@ -133,12 +131,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Jais 2": ("Jais2", "", _MHA),
     "nanochat": ("NanoChat", "", {}),
     "Ministral 3": ("Ministral3", "", {}),
-    "Falcon": ("Falcon", "", {**_FALCON, "multi_query": True}),
-    "Falcon, interleaved": (
-        "Falcon",
-        "",
-        {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
-    ),
+    "Falcon": ("Falcon", "", _FALCON),
+    "Falcon, interleaved": ("Falcon", "", _FALCON),
     "MPT": (
         "Mpt",
         "",
@@ -169,7 +163,6 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             **_MAMBA,
             "layer_types": ["mamba", "attention"],
             "shared_intermediate_size": 12,
-            "position_embedding_type": "rope",
         },
     ),
     "Jamba": (
@@ -218,12 +211,41 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "MiniMax-M2": ("MiniMaxM2", "", _MOE),
     "JetMoE": ("JetMoe", "", {**_MOE, "kv_channels": 4, "num_key_value_heads": 2}),
     "BitNet": ("BitNet", "", {}),
+    "CodeGen": ("CodeGen", "", {**_GPT, "n_ctx": models.CONTEXT, "rotary_dim": 2}),
+    # Of listed classes, and built otherwise than their entries say.
+    "OPT, norms after": ("OPT", "", {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "OPT-350m": ("OPT", "", {"ffn_dim": 24, "word_embed_proj_dim": 8}),
 }
+# What is not the default of the row's class, beside sizes.
+CHOICES: dict[str, dict[str, Any]] = {
+    "Granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7},
+    "Granite MoE": {"logits_scaling": 3.0},
+    "Granite hybrid": {"position_embedding_type": "rope"},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "StarCoder 2": {"sliding_window": 4, "tie_word_embeddings": False},
+    "StableLM": {"partial_rotary_factor": 0.5},
+    "Cohere": {"logit_scale": 0.5, "tie_word_embeddings": False},
+    "Cohere 2": {"logit_scale": 0.5, "tie_word_embeddings": False},
+    "Llama 4": {"no_rope_layers": [1, 0]},
+    "LFM2": {"block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
+    "Falcon, interleaved": {
+        **{"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        "tie_word_embeddings": False,
+    },
+    "OPT, norms after": {"do_layer_norm_before": False},
+    "OPT-350m": {"do_layer_norm_before": False},
+}
+# Whose default has a row under another name, or an entry in `families`.
+_HAVE_DEFAULTS = ("Falcon, interleaved", "OPT, norms after", "OPT-350m")
+ARCHITECTURES |= {
+    f"{name}, defaults": ARCHITECTURES[name] for name in CHOICES if name not in _HAVE_DEFAULTS
+}
+# A quarter of four dimensions of a head is no rotation: heads of eight.
+ARCHITECTURES["StableLM, defaults"] = ("StableLm", "", {"hidden_size": 32})
 _UNDER_NO_GRAD = ("indexer.wk", "indexer.wq_b", "indexer.weights_proj")
-# The head, which is another test's; routers whose output is no tensor; and what Mamba's scan reads
-# past its module, or PEFT refuses to adapt.
+# Beside the head, which is another test's: routers whose output is no tensor; and what Mamba's scan
+# reads past its module, or PEFT refuses to adapt.
 _LEFT_OUT = (
-    "lm_head",
     "feed_forward.router",
     "mlp.router",
     "router.gate",
@@ -240,12 +262,25 @@ _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The tiny model, every parameter random, as `models.hf_model` makes it."""
     stem, config_name, sizes = ARCHITECTURES[name]
-    given = {k: v for k, v in {**_SIZES, **sizes}.items() if v is not None}
+    every = {**_SIZES, **sizes, **CHOICES.get(name, {})}
+    given = {k: v for k, v in every.items() if v is not None}
     config = getattr(hf, config_name or f"{stem}Config")(**given)
     config._experts_implementation = "eager"
     torch.manual_seed(seed)
     made = getattr(hf, f"{stem}ForCausalLM")(config)
     return models.randomised(made, seed, dtype)
+
+
+def configuration(name: str) -> str:
+    """What a row's configuration has beside its sizes that is not its class's default."""
+    choices = CHOICES.get(name, {})
+    return ", ".join(f"{field}={value}" for field, value in choices.items()) or "default"
+
+
+def bridge(base: PreTrainedModel) -> Any:
+    """The base (copied) as `ll.load` makes its bridge."""
+    model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind="TransformerBridge")
+    return model
 
 
 def expert_parameters(base: nn.Module) -> list[str]:
@@ -261,10 +296,13 @@ def expert_parameters(base: nn.Module) -> list[str]:
 
 def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
     """The base (copied) with a random LoRA of every linear module active."""
+    head = base.get_output_embeddings()
     linears = [
         path
         for path, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not path.endswith(_LEFT_OUT)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not path.endswith(_LEFT_OUT)
     ]
     if ARCHITECTURES[name][0] in _REFUSED_BY_PEFT:
         linears = [path for path in linears if not path.endswith("out_proj")]
@@ -308,7 +346,7 @@ def case(name: str) -> Case:
     with in_float64():
         base = hf_model(name)
         peft = peft_model(name, base)
-        model = models.bridge(base)
+        model = bridge(base)
         lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
     return Case(base, peft, model, lens)
 
@@ -369,7 +407,7 @@ def _module_alone(held: Case, tokens: torch.Tensor, module: str) -> float:
 
 
 def _activations(held: Case, tokens: torch.Tensor) -> float:
-    merged = models.bridge(copy.deepcopy(held.peft).merge_and_unload())
+    merged = bridge(copy.deepcopy(held.peft).merge_and_unload())
     with torch.no_grad(), held.lens.applied() as model:
         _, ours = model.run_with_cache(tokens)
         _, expected = merged.run_with_cache(tokens)
