@@ -2,6 +2,7 @@
 
     python docs/make_exactness.py
     python docs/make_exactness.py --architectures   # only these, of the newest line
+    python docs/make_exactness.py --defaults   # only families at their classes' defaults
     python docs/make_exactness.py --methods   # only PEFT's methods; AdaMSS needs scikit-learn
 
 1. Measure every cell that the installed transformer-lens has: family × class × processing × target
@@ -38,6 +39,7 @@ from tqdm import tqdm  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
 from lens_lora._version import versions  # noqa: E402
+from lens_lora.families import known_family  # noqa: E402
 
 RESULTS, PAGE = HERE / "exactness", HERE / "exactness.md"
 BOUND, HOST_EXACT = 1e-9, 1e-11
@@ -168,6 +170,31 @@ def measure_architectures() -> dict[str, Cell]:
         return {name: rounded(architectures.measure(name)) for name in bar}
 
 
+def measure_defaults() -> dict[str, Any]:
+    """The cells of each class for the families whose tiny model is not the default of its class."""
+    found: dict[str, Any] = {}
+    with models.lifted():
+        for cls, family in itertools.product(models.MAKERS, models.CHOICES):
+            found.setdefault(cls, {})[family] = rounded(measure_default(family, cls))
+    return found
+
+
+def measure_default(family: str, cls: str) -> Cell:
+    """The errors of a family at its class's defaults, raw. Within `lifted`."""
+    base = models.at_defaults(family)
+    peft, tokens = models.peft_model(family, base), models.tokens()
+    model = models.MAKERS[cls](base)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    with torch.no_grad():
+        plain, adapted = base(tokens).logits, peft(tokens).logits
+        host = _distance(model(tokens, return_type="logits"), plain)
+    return {
+        "host": host,
+        "adapted": _distance(lens.logits(tokens), adapted),
+        "modes": _modes(lens, tokens),
+    }
+
+
 def measure_methods() -> dict[str, Any]:
     """The errors of every method by what it adapts, or its refusal; none before version 4."""
     if not models.is_newest():
@@ -221,7 +248,7 @@ def cells(result: dict[str, Any]) -> Iterator[tuple[Key, Cell]]:
 def render(results: dict[str, Any]) -> str:
     """The page."""
     notes: dict[str, list[str]] = {}
-    parts = [INTRODUCTION, _versions_table(results)]
+    parts = [INTRODUCTION, _versions_table(results), _configurations(results)]
     for version, result in results.items():
         for cls, families in sorted(result["cells"].items()):
             parts.append(_section(f"{cls}, transformer-lens {version}", families, notes))
@@ -238,6 +265,30 @@ def _versions_table(results: dict[str, Any]) -> str:
     names = ("transformer-lens", "transformers", "torch", "peft", "python")
     rows = [[str(r["versions"][name]) for name in names] for r in results.values()]
     return _table(names, rows)
+
+
+CONFIGURATIONS = """## Configurations
+
+The tables by processing and by target are of transformers' defaults for each family's class, but
+for sizes (two layers, windows of eight tokens, a vocabulary of {vocab}) and for what the second
+column names. With the default in its place, unprocessed, the largest difference of any logit from
+PEFT's is:
+"""
+
+
+def _configurations(results: dict[str, Any]) -> str:
+    """Which families are not measured at their defaults, and the errors of these at theirs."""
+    columns: list[tuple[str, dict[str, Cell]]] = []
+    for version, result in results.items():
+        for cls, cells_of in sorted(result.get("defaults", {}).items()):
+            columns.append((f"{cls} {version}", cells_of))
+    rows: list[list[str]] = []
+    for family, choices in models.CHOICES.items():
+        said = ", ".join(f"{field}={value}" for field, value in choices.items())
+        errors = [f"{cells_of[family]['adapted']:.0e}" for _, cells_of in columns]
+        rows.append([NAMES[family], f"`{said}`", *errors])
+    heads = ["", "configuration", *(name for name, _ in columns)]
+    return "\n".join([CONFIGURATIONS.format(vocab=models.VOCAB), _table(heads, rows)])
 
 
 def _section(title: str, families: dict[str, Any], notes: dict[str, list[str]]) -> str:
@@ -271,6 +322,11 @@ component, else by its path. The LoRA is on all of them except the head and what
 adapt; the stacks of Llama 4 and JetMoE have a form of their own and are left out. One line in
 `tests/lib/architectures.py` adds an architecture.
 
+Each row is of transformers' defaults for its class, but for sizes (two layers, one of each kind,
+windows of a few tokens) and for what **configuration** names; every architecture has a row with its
+defaults. Mixtral and OPT are here beside these, for experts and for forms of OPT that the tables
+above are not of.
+
 - **adapted** as above; **each**: the same with one module's gate at 0.7, one after another;
 - **activations**: every hook point against a bridge of PEFT's merged weights;
 - **slopes**: `first_order` at 0, 0.37 and 1 against central differences of PEFT, relative to the
@@ -290,13 +346,19 @@ def _error(value: float | int | str, place: str, notes: dict[str, list[str]]) ->
 
 def _architectures(version: str, measured: dict[str, Cell], notes: dict[str, list[str]]) -> str:
     columns = ("sites", *architectures.ERRORS)
-    rows = [
-        [name, *(_error(cell[column], f"{name}, {column}", notes) for column in columns)]
-        for name, cell in measured.items()
-    ]
+    rows: list[list[str]] = []
+    for name, cell in measured.items():
+        errors = [_error(cell[column], f"{name}, {column}", notes) for column in columns]
+        rows.append([name, _configuration(name), *errors])
     stems = {architectures.ARCHITECTURES[name][0] for name in measured}
-    heading = ARCHITECTURES.format(n=len(stems), version=version)
-    return "\n".join([heading, _table(["", *columns], rows)])
+    others = [stem for stem in stems if known_family(f"{stem}ForCausalLM") is None]
+    heading = ARCHITECTURES.format(n=len(others), version=version)
+    return "\n".join([heading, _table(["", "configuration", *columns], rows)])
+
+
+def _configuration(name: str) -> str:
+    said = architectures.configuration(name)
+    return said if said == "default" else f"`{said}`"
 
 
 METHODS = """## PEFT's {n} methods, transformer-lens {version}
@@ -382,7 +444,11 @@ def main() -> None:
     file = RESULTS / f"{line()}.json"
     asked = sys.argv[1:]
     measured = json.loads(file.read_text()) if asked else measure_all()
-    parts = {"architectures": measure_architectures, "methods": measure_methods}
+    parts = {
+        "architectures": measure_architectures,
+        "defaults": measure_defaults,
+        "methods": measure_methods,
+    }
     measured |= {name: part() for name, part in parts.items() if not asked or f"--{name}" in asked}
     file.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(render(read_results()))

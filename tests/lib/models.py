@@ -139,6 +139,33 @@ PEFT_DEFAULTS = {
 }
 
 
+# What is not the default of a family's class, beside sizes. A quarter of NeoX's four dimensions of
+# a head would be none, so that at its default it has heads of eight.
+CHOICES = {
+    "neox": {"rotary_pct": 0.5},
+    "mistral": {"sliding_window": None},
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), {"tie_word_embeddings": False}),
+}
+_DEFAULT_SIZES = {"neox": {"hidden_size": 32}, "mistral": {"sliding_window": 4}}
+
+
+def at_defaults(family: str, seed: int = 0) -> PreTrainedModel:
+    """A family's tiny model with its class's defaults in place of its `CHOICES`, in float64."""
+    torch.manual_seed(seed)
+    made = FAMILIES[family]()
+    config, default = made.config, type(made.config)()
+    fields = config.to_dict()
+    for name in CHOICES[family]:
+        fields[name] = getattr(default, name, None)
+        if fields[name] is None:  # transformers 5 has it among the parameters of the rotation
+            del fields[name]
+            fields["rope_parameters"] = default.rope_parameters
+    fields |= _DEFAULT_SIZES.get(family, {})
+    remade = type(config)(**fields)
+    remade._attn_implementation = "eager"
+    return randomised(type(made)(remade), seed, torch.float64)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
