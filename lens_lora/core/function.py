@@ -19,7 +19,7 @@ Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l
    How many rows go at once, and whether points that share their first blocks are run together, is
    decided below this file (`engine/memory.py`) and changes no number but by rounding.
 4. A `Function` keeps no number, so what is asked for twice is run twice. `Evaluations`
-   (`core/evaluations.py`) is the same function with a memory.
+   (`core/cache.py`) is the same function with a memory.
 """
 
 from __future__ import annotations

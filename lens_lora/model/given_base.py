@@ -404,7 +404,7 @@ class Along(NamedTuple):
 
 def singular(
     B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "in rank"]]:
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in k"]]:
     """U, σ and V with BA = U diag(σ) Vᵀ, without building BA."""
     Q_B, R_B = torch.linalg.qr(in_float64(B).cpu())
     Q_A, R_A = torch.linalg.qr(in_float64(A).cpu().T)

@@ -208,3 +208,18 @@ def test_import_works_without_hooked_transformer():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "door", sorted((TESTS.parent / "lens_lora").rglob("__init__.pyi")), ids=lambda p: p.parent.name
+)
+def test_no_name_of_a_door_is_a_module_behind_it(door: Path):
+    """Once that module is imported, Python puts it where the door's name is looked for."""
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(door.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+    modules = {path.stem for path in door.parent.iterdir() if path.suffix in ("", ".py")}
+    assert not names & modules

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from lens_lora.core.evaluations import Evaluations, evaluations
+from lens_lora.core.cache import Evaluations, evaluations
 from lens_lora.core.function import Function
 from lens_lora.errors import ArgumentError
 from lens_lora.model import LoraLens, alone
