@@ -362,7 +362,6 @@ def of_stream(
     coordinate further each: the same one where a block is run again. Where the embedding is
     narrower than the stream (OPT-350m), it takes the first coordinates of the draw.
     """
-    d_model = int(lens.model.cfg.d_model)
     draw = torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
     noise: list[Tensor] = []  # of the pass that is going on
 
@@ -371,7 +370,8 @@ def of_stream(
         moved = moved.to(tensor.device)
         values = tensor.detach()[moved].to(lens.gate_dtype)
         if not layer:
-            shape = *values.shape[:-1], max(values.shape[-1], d_model)
+            width = max(values.shape[-1], int(lens.model.cfg.d_model))
+            shape = *values.shape[:-1], width
             drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
             noise[:] = [(unit(lens) * drawn).to(values)]
         of_layer = noise[0].to(values).roll(layer, -1)

@@ -36,7 +36,7 @@ class TwoScalars(nn.Module):
         self.phi = phi
         self.unembed = _ToLogits()
         self.cfg = SimpleNamespace(
-            d_vocab=10, d_vocab_out=2, n_ctx=8, n_layers=1, model_name="two scalars"
+            d_vocab=10, d_vocab_out=2, d_model=1, n_ctx=8, n_layers=1, model_name="two scalars"
         )
         names = ("embed", "block", "in1", "out1", "in2", "out2")
         self.hook_dict = {name: HookPoint() for name in names}
