@@ -65,7 +65,7 @@ def test_rounded_products_are_measured(cls: str, family: str):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_rounded_products_are_measured_in_every_architecture(name: str):
-    model = models.bridge(architectures.hf_model(name, dtype=torch.float32))
+    model = architectures.bridge(architectures.hf_model(name, dtype=torch.float32))
     assert eps_of(model, "embed.hook_out") == FLOAT32_EPS
     with rounded.TF32():
         assert eps_of(model, "embed.hook_out") == TF32_EPS
