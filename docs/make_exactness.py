@@ -224,7 +224,12 @@ def measure_all() -> dict[str, Any]:
         for family, cls, flags, target in tqdm(every_key(), unit="cell"):
             row = found.setdefault(cls, {}).setdefault(family, {}).setdefault(target, {})
             row[flags] = rounded(measure(family, cls, flags, target))
-    return {"versions": {**versions(), "python": platform.python_version()}, "cells": found}
+    return {"versions": versions_here(), "cells": found}
+
+
+def versions_here() -> dict[str, str]:
+    """What the numbers of this environment depend on."""
+    return {**versions(), "python": platform.python_version()}
 
 
 # --- rendering
@@ -262,9 +267,17 @@ def render(results: dict[str, Any]) -> str:
 
 
 def _versions_table(results: dict[str, Any]) -> str:
+    """What was measured with what; a table that was measured anew by itself has its own row."""
     names = ("transformer-lens", "transformers", "torch", "peft", "python")
-    rows = [[str(r["versions"][name]) for name in names] for r in results.values()]
-    return _table(names, rows)
+    rows: list[list[str]] = []
+    for result in results.values():
+        of_all = [str(result["versions"][name]) for name in names]
+        rows.append([*of_all, "all that is not below"])
+        for part, own in sorted(result.get("versions_of", {}).items()):
+            of_part = [str(own[name]) for name in names]
+            if of_part != of_all:
+                rows.append([*of_part, part])
+    return _table([*names, "tables"], rows)
 
 
 CONFIGURATIONS = """## Configurations
@@ -449,7 +462,15 @@ def main() -> None:
         "defaults": measure_defaults,
         "methods": measure_methods,
     }
-    measured |= {name: part() for name, part in parts.items() if not asked or f"--{name}" in asked}
+    measured_now = {
+        name: part() for name, part in parts.items() if not asked or f"--{name}" in asked
+    }
+    measured |= measured_now
+    if asked:
+        measured["versions_of"] = {
+            **measured.get("versions_of", {}),
+            **dict.fromkeys(measured_now, versions_here()),
+        }
     file.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(render(read_results()))
 

@@ -48,7 +48,7 @@ from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.derivatives import part_tangents, slopes_of_each, tangent_slopes
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
-from lens_lora.engine.memory import Mode, chosen_mode, fits_twice, graph_groups, must_rerun
+from lens_lora.engine.memory import Mode, chosen_mode, fits_with_covectors, graph_groups, must_rerun
 from lens_lora.engine.reverse import joined, require_finite_sites, site_gradients, token_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model import Gauge, Injection, LoraLens, alone
@@ -303,7 +303,7 @@ def _by_token(
         if tokens.value is not None and not bool(gates.any()):
             asked.know({0.0: tokens.value})
         return values, used_mode
-    if axes or must_rerun(lens, reading) or not fits_twice(lens, reading.prompts):
+    if axes or must_rerun(lens, reading) or not fits_with_covectors(lens, reading.prompts):
         few_prompts = graph_groups(lens, reading)
         values = joined([token_slopes(lens, rows, gates, axes) for rows in few_prompts])
     else:

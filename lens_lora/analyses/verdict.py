@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, final
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.noise import Noise
+from lens_lora.core import Noise
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS
 

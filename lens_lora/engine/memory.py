@@ -354,8 +354,11 @@ def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
     return (_DUALS if duals else 1) * of_rows + need.always > lens.max_memory
 
 
-def fits_twice(lens: LoraLens, run: Prompts) -> bool:
-    """Whether two rows of each prompt fit in one pass, as covectors of one graph need."""
+def fits_with_covectors(lens: LoraLens, run: Prompts) -> bool:
+    """Whether one graph of all prompts fits beside a covector for each, which is as large a row.
+
+    Where it does not, prompts go a few at a time, each group with a graph of its own.
+    """
     if lens.max_memory is None:
         return True
     return pass_bytes(lens) + 2 * row_bytes(lens, run, run.batch) <= lens.max_memory

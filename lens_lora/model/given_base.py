@@ -53,7 +53,8 @@ from lens_lora.model.sites import OUTSIDE_KINDS, SiteFactors
 _LOOKED_AT = 24
 _ENTRIES = 2**27
 # The log-likelihood ratio after a round below which no further one is looked at, as in Wald's
-# sequential test: a base that holds ΔW comes there once in e¹⁰ times.
+# sequential test: a base that holds ΔW comes there at most once in e¹⁰ times, by these two
+# hypotheses.
 _SETTLED = -10.0
 _READ = 4  # modules of which a file is read
 _LARGEST_RANK = 256  # of a dense ΔW the singular vectors would take too long

@@ -62,7 +62,7 @@ from lens_lora.readouts.readout import Readout
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
-    from lens_lora.core.function import Function
+    from lens_lora.core import Function
 
 # What `LoraLens.function` calls: a `Function` stands above the engine, which stands above a lens.
 _MAKES_FUNCTION: list[Callable[..., Function]] = []

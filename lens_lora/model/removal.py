@@ -207,6 +207,12 @@ def _may_be_padded(given: Any, tokenizer: Any) -> bool:
 
 # --- Where directions are removed
 
+_SAID = {
+    "all": "every token",
+    "prompt": "the prompt's tokens",
+    "response": "the response's tokens",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Where:
@@ -257,11 +263,13 @@ class Where:
         return self.named == "all" and self.sinks
 
     def __str__(self) -> str:
-        slices = None if self.bounds is None else slice(*self.bounds)
-        said = self.named or f"positions {positions_text(slices or self.indices)}"
-        said = {"all": "every token", "prompt": "the prompt's tokens"}.get(said, said)
-        said = "the response's tokens" if said == "response" else said
-        return said if self.sinks else f"{said} but each text's first"
+        if self.named:
+            tokens = _SAID[self.named]
+        elif self.bounds is not None:
+            tokens = f"positions {positions_text(slice(*self.bounds))}"
+        else:
+            tokens = f"positions {positions_text(self.indices)}"
+        return tokens if self.sinks else f"{tokens} but each text's first"
 
     def among(self, prompts: Prompts) -> Bool[Tensor, "#row pos"]:
         """Which tokens of rows that a lens runs."""

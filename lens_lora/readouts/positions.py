@@ -15,7 +15,7 @@ changes the model everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def checked(positions: object) -> Checked:
         return plain
     if isinstance(plain, str):
         word("positions", plain, ("each", "prompt", "response"))
-        return plain  # type: ignore[return-value]
+        return cast(Named, plain)
     several = plain if isinstance(plain, Iterable) else [plain]
     indices = [one_entry(index) for index in several]
     if not indices or not all(is_whole(index) for index in indices):

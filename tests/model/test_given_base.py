@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import models
@@ -309,6 +310,25 @@ def test_of_a_small_change_nothing_is_said():
     adapter = random_adapter(size=0.003)
     assert notes_of(lambda: lens_of(merged(adapter), adapter)) == []
     assert not Evidence.of([]).shows_adapter
+
+
+def modules(merged: float, count: int = 60) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(W, B, A) of modules, whose W has so much of ΔW in it."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        W = torch.randn(40, 30, generator=generator)
+        B, A = torch.randn(40, 3, generator=generator), torch.randn(3, 30, generator=generator)
+        B = B / 4
+        yield W + merged * B @ A, B, A
+
+
+def test_a_clean_base_is_settled_by_the_first_modules():
+    """And one that holds the adapter by all of them, with the verdict of all of them."""
+    clean, held = modules(0.0), modules(1.0)
+    assert not Evidence.of(clean).shows_adapter
+    assert len(list(clean)) == 60 - given_base._LOOKED_AT - 1
+    assert Evidence.of(held).shows_adapter
+    assert not list(held)
 
 
 def test_dense_changes_and_trained_modules_are_left_alone():
