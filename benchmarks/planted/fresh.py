@@ -17,17 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from judged import ENDS, SCORES, _hooked, _screened, _sums_off
+from judged import ENDS, SCORES, _screened, _sums_off, question_of
 from kinds import planted
 from plants import Bed, Recipe
 from tqdm import tqdm
 
-import lens_lora as ll
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from bases import load_base  # noqa: E402
-from trained_cases import question as bound  # noqa: E402
 
 FRESH = (
     Recipe("confined", 10),
@@ -52,13 +50,7 @@ def warned(bed: Bed, recipe: Recipe) -> dict[str, Any]:
     plant = planted(bed, recipe)
     if not plant.enters:
         return {"kind": recipe.kind, "enters": False, "cases": []}
-    adapter = ll.Adapter.from_factors(plant.updates, name="plant")
-    lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, prepend_bos=True)
-    questions = [
-        {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
-        for question in plant.questions
-    ]
-    asked = bound(lens, questions)
+    asked = question_of(bed, plant)
     scores = {key: SCORES[key](asked) for key in NEEDED}
     corrected = [_screened(asked, how, at, scores).corrected for how, at in ENDS.items()]
     cases = []

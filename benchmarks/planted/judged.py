@@ -125,8 +125,8 @@ def _hooked(model: Any, tokenizer: Any) -> Any:
     return hooked_model(copy.deepcopy(model), tokenizer)[0]
 
 
-def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
-    """Everything that is stored of a plant, besides how it was made."""
+def question_of(bed: Bed, plant: Plant) -> Asked:
+    """The plant's questions, asked of its model."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
     # With a BOS before each prompt, as `prompt_ids` puts one where the plants are made.
     lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, prepend_bos=True)
@@ -134,7 +134,13 @@ def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
         {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
         for question in plant.questions
     ]
-    asked = bound(lens, questions)
+    return bound(lens, questions)
+
+
+def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
+    """Everything that is stored of a plant, besides how it was made."""
+    asked = question_of(bed, plant)
+    lens = asked.lens
     shares = ll.kl_shares(lens, asked.prompts, scales=(), progress=False)
     scores = {key: score(asked) for key, score in SCORES.items()} | _norms(asked)
     scores["kl_shares"] = shares.attribution.per_site

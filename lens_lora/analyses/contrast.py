@@ -246,9 +246,9 @@ class _Side:
         self.rows = rows
         self._positions = positions
         self._sinks = sinks
-        holds_no_response = isinstance(positions, str) and positions == "response"
-        holds_no_response = holds_no_response and not rows.holds_responses
-        asked = None if holds_no_response else positions
+        asks_for_response = isinstance(positions, str) and positions == "response"
+        # Texts that hold no response are asked whole.
+        asked = None if asks_for_response and not rows.holds_responses else positions
         self.chosen = activation_shift.positions_in(rows, asked)
         if not sinks:
             self.chosen &= rows.after_first.cpu()

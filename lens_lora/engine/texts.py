@@ -569,7 +569,9 @@ def losses(
     Raises:
         NumericsError: a non-finite logit.
     """
-    plain, hooked, kl = torch.zeros(3, texts.batch, dtype=torch.float64)
+    plain = torch.zeros(texts.batch, dtype=torch.float64)
+    hooked = torch.zeros_like(plain)
+    kl = torch.zeros_like(plain)
 
     def visit(index: list[int], rows: Prompts) -> None:
         base = lens, lens.gates(0.0)
