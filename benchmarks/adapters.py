@@ -25,7 +25,7 @@ from lens_lora.demonstration.embedded import (
     load_embedded,
     train_adapter,
 )
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
 

@@ -25,12 +25,12 @@ import pandas as pd
 from adapters import ADAPTERS, MORE, Trained
 
 import lens_lora as ll
-from lens_lora.analyses.what_changed import BY
+from lens_lora.audit.what_changed import BY
+from lens_lora.core.function.asked import ask
+from lens_lora.core.results.tokens import rank_of
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.engine.asked import ask
-from lens_lora.model.build import hooked_model
-from lens_lora.readouts.answers import margin_between
-from lens_lora.results.tokens import rank_of
+from lens_lora.hosts.build import hooked_model
+from lens_lora.responses.answers import margin_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "auditing.md"
 TOP = 20

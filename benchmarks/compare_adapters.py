@@ -29,7 +29,7 @@ from repair import HELD_OUT as TEXTS
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import LYON_SENTENCES, load_embedded, train_adapter
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "compare_adapters.json", DOCS / "two_adapters.md"

@@ -51,9 +51,9 @@ from cost_works import (
 )
 
 import lens_lora as ll
+from lens_lora.core.function.reverse import site_slopes
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.engine.reverse import site_slopes
-from lens_lora.model.build import hooked_model, transformer_lens_version
+from lens_lora.hosts.build import hooked_model, transformer_lens_version
 
 TURNS, ONCE, LONG = 5, 256, 512
 

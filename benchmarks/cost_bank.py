@@ -23,7 +23,7 @@ from cost_works import MARGIN
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
-from lens_lora.adapters.peft_files import CONFIG
+from lens_lora.core.adapter.peft_files import CONFIG
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import load_embedded
 

@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_lora as ll
-from lens_lora.engine.reverse import site_slopes
-from lens_lora.model.build import hooked_model
+from lens_lora.core.function.reverse import site_slopes
+from lens_lora.hosts.build import hooked_model
 
 READOUT = ll.Margin(5, 9)
 FOLDER = tempfile.TemporaryDirectory()  # TransformerLens reads the tokenizer from it once more

@@ -18,10 +18,10 @@ import torch
 from cost_works import MARGIN, plain_forward
 
 import lens_lora as ll
-from lens_lora.engine.asked import ask
-from lens_lora.engine.memory import slopes_at_once
-from lens_lora.engine.reverse import site_slopes
-from lens_lora.model.hooks import attached
+from lens_lora.core.function.asked import ask
+from lens_lora.core.function.memory import slopes_at_once
+from lens_lora.core.function.reverse import site_slopes
+from lens_lora.core.model.hooks import attached
 
 __all__ = ["GROUPS", "Cell", "response_table"]
 

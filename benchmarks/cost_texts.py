@@ -13,8 +13,8 @@ import torch
 from cost_works import plain_forward
 
 import lens_lora as ll
-from lens_lora.analyses.compare_adapters import products
-from lens_lora.engine.derivatives import joint_tangent
+from lens_lora.core.function.derivatives import joint_tangent
+from lens_lora.two_adapters.compare_adapters import products
 
 __all__ = ["text_table"]
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 import lens_lora as ll
-from lens_lora.engine.derivatives import hessian_product, hessian_products, joint_tangent
-from lens_lora.engine.function import gated_logits, run_without_logits
-from lens_lora.engine.memory import slopes_at_once
-from lens_lora.engine.reverse import site_gradients, site_slopes
-from lens_lora.model.hooks import attached
+from lens_lora.core.function.derivatives import hessian_product, hessian_products, joint_tangent
+from lens_lora.core.function.forward import gated_logits, run_without_logits
+from lens_lora.core.function.memory import slopes_at_once
+from lens_lora.core.function.reverse import site_gradients, site_slopes
+from lens_lora.core.model.hooks import attached
 
 __all__ = [
     "QUICK",

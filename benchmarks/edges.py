@@ -27,8 +27,8 @@ from tqdm import tqdm
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.model.build import hooked_model
-from lens_lora.readouts.answers import margin_between
+from lens_lora.hosts.build import hooked_model
+from lens_lora.responses.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "edges.json", DOCS / "edges.md"

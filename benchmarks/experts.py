@@ -22,10 +22,10 @@ from cost_works import plain_forward
 from memory import WORKS, Run, in_child, prompts
 
 import lens_lora as ll
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.model.bridged import names_by_path
-from lens_lora.model.hooks import attached
-from lens_lora.model.kernels import each_shape, is_experts, stacks_of
+from lens_lora.core.adapter.factors import LoRAFactors
+from lens_lora.core.model.hooks import attached
+from lens_lora.core.model.kernels import each_shape, is_experts, stacks_of
+from lens_lora.hosts.bridged import names_by_path
 
 TURNS, TOKENS, RANK, EXPERTS, LIMIT = 5, 64, 8, 128, 20e9
 MARGIN = ll.Margin(5, 9)

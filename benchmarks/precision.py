@@ -31,10 +31,10 @@ import torch  # noqa: E402
 from half_precision import ALONE, STATED, Asked, compared, errors_in_floors  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
+from lens_lora.core.results.base import SIGMAS
 from lens_lora.demonstration import shipped_adapter  # noqa: E402
 from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
-from lens_lora.model.build import bridge_if_there, hooked_model
-from lens_lora.results.base import SIGMAS
+from lens_lora.hosts.build import bridge_if_there, hooked_model
 
 WORKS = STATED | ALONE
 PROMPTS = (

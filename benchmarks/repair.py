@@ -28,7 +28,7 @@ from adapters import ADAPTERS, Trained, lenses
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.readouts.answers import margin_between
+from lens_lora.responses.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "repair.json", DOCS / "two_adapters.md"

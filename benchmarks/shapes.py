@@ -32,9 +32,9 @@ import transformers as hf
 from cost_growth import tokenizer
 
 import lens_lora as ll
-from lens_lora.engine.function import read_value
-from lens_lora.model.build import hooked_model
-from lens_lora.model.hooks import attached
+from lens_lora.core.function.forward import read_value
+from lens_lora.core.model.hooks import attached
+from lens_lora.hosts.build import hooked_model
 
 PROMPT, RESPONSE, CONTEXT = 64, 512, 2048
 DOC, PRE = 5, 9

@@ -37,11 +37,11 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.reverse import site_slopes
-from lens_lora.evaluation.rankings import best_subset
-from lens_lora.readouts.answers import margin_between
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.function.forward import gated_readout
+from lens_lora.core.function.reverse import site_slopes
+from lens_lora.judging.rankings import best_subset
+from lens_lora.responses.answers import margin_between
 
 NUMBERS = Path(__file__).parents[1] / "docs" / "subsets.json"
 FIFTH, ROUNDS, NODES, DRAWS, SEED = 0.2, 12, 4, 10, 0

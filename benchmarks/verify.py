@@ -54,10 +54,10 @@ def rounding() -> str:
     import torch
     from peft import PeftModel
 
-    from lens_lora.adapters.adapter import load_adapter
+    from lens_lora.core.adapter.adapter import load_adapter
     from lens_lora.demonstration import embedded
-    from lens_lora.evaluation.merged_folder import MergedFolder
-    from lens_lora.evaluation.merged_tensors import compared
+    from lens_lora.ship.merged_folder import MergedFolder
+    from lens_lora.ship.merged_tensors import compared
 
     folder_of_lyon = Path(embedded.__file__).parent / "lyon_adapter"
     base, _ = embedded.load_embedded()

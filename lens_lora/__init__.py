@@ -40,7 +40,7 @@ def __getattr__(name: str) -> object:
         nearest = difflib.get_close_matches(name, __all__)
         remedy = f"the nearest are {', '.join(nearest)}" if nearest else "see dir(lens_lora)"
         # Who has a lens has this module; to import it here would be a circle within the package.
-        lens = getattr(sys.modules.get("lens_lora.model.lens"), "LoraLens", None)
+        lens = getattr(sys.modules.get("lens_lora.core.model.lens"), "LoraLens", None)
         if lens is not None and hasattr(lens, name):
             remedy = f"a lens has it: lens.{name}"
         raise AttributeError(f"module 'lens_lora' has no attribute {name!r}; {remedy}.")

@@ -3,39 +3,39 @@
 from . import errors as errors
 from . import results as results
 from ._version import __version__ as __version__
-from .adapters.adapter import Adapter, load_adapter
-from .adapters.factors import LoRAFactors
-from .adapters.formats import adapter_format
-from .analyses.activation_shift import activation_shift
-from .analyses.activations import activations, constant_part
-from .analyses.checkpoints import checkpoints
-from .analyses.compare_adapters import compare_adapters
-from .analyses.contrast import contrast
-from .analyses.directions import alignment, intruders, patchscope, removal_cost
-from .analyses.divergence import kl_shares, token_shifts
-from .analyses.edges import edges, patch_edges
-from .analyses.first_order import components, first_order
-from .analyses.logit_shift import gradients, logit_shift, tangents
-from .analyses.margin import fact_margin
-from .analyses.patching import patch_activations, patch_sites
-from .analyses.path import path_attribution, remainder, remainder_curve
-from .analyses.repair import repair
-from .analyses.second_order import coupling, second_order
-from .analyses.what_changed import what_changed
+from .audit.what_changed import what_changed
+from .banks.bank import bank, load_bank
+from .banks.training import ShiftCallback
 from .core import Function, LoraLens, analysis
-from .evaluation.compare import compare, reliability
-from .evaluation.explain import explain
-from .evaluation.faithfulness import faithfulness
-from .evaluation.null_test import null_test
-from .evaluation.rankings import best_subset
+from .core.adapter.adapter import Adapter, load_adapter
+from .core.adapter.factors import LoRAFactors
+from .core.adapter.formats import adapter_format
+from .core.analyses.first_order import components, first_order
+from .core.analyses.margin import fact_margin
+from .core.analyses.patching import patch_activations, patch_sites
+from .core.readout.declared import readout
+from .core.readout.readout import Logit, LogProb, Margin, Readout
+from .core.results.base import load_result
+from .curvature.second_order import coupling, second_order
+from .directions.contrast import contrast
+from .directions.directions import alignment, intruders, patchscope, removal_cost
+from .edge_attribution.edges import edges, patch_edges
+from .explanations.explanation import explain
+from .hidden.activation_shift import activation_shift
+from .hidden.activations import activations, constant_part
+from .judging.compare import compare, reliability
+from .judging.faithfulness import faithfulness
+from .judging.null_test import null_test
+from .judging.rankings import best_subset
 from .loading import demo, load
-from .readouts.answers import KL, AnswerLogProb, AnswerMargin
-from .readouts.declared import readout
-from .readouts.readout import Logit, LogProb, Margin, Readout
-from .results.base import load_result
-from .sweeps.bank import bank, load_bank
+from .path.path_attribution import path_attribution, remainder, remainder_curve
+from .responses.answers import KL, AnswerLogProb, AnswerMargin
+from .responses.divergence import kl_shares, token_shifts
+from .responses.logit_shift import gradients, logit_shift, tangents
 from .sweeps.sweep import sweep
-from .sweeps.training import ShiftCallback
+from .two_adapters.checkpoints import checkpoints
+from .two_adapters.compare_adapters import compare_adapters
+from .two_adapters.repair import repair
 
 __all__ = [
     # adapters

@@ -17,21 +17,21 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lens_lora.adapters.adapter import Adapter, given_adapter, load_adapter
-from lens_lora.adapters.factors import TrainedModule
-from lens_lora.adapters.from_models import base_within
-from lens_lora.adapters.peft_files import CONFIG
-from lens_lora.adapters.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
 from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
 from lens_lora.core import LoraLens
+from lens_lora.core.adapter.adapter import Adapter, given_adapter, load_adapter
+from lens_lora.core.adapter.factors import TrainedModule
+from lens_lora.core.adapter.peft_files import CONFIG
+from lens_lora.core.model.check import refuse_unusable
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
 from lens_lora.families import listed_family
-from lens_lora.model.bridged import on_stacks
-from lens_lora.model.build import Kind, hooked_model
-from lens_lora.model.check import refuse_unusable
-from lens_lora.model.placement import Attention, DeviceMap, Placement
-from lens_lora.model.probe import Probe
+from lens_lora.formats.from_models import base_within
+from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
+from lens_lora.hosts.bridged import on_stacks
+from lens_lora.hosts.build import Kind, hooked_model
+from lens_lora.hosts.placement import Attention, DeviceMap, Placement
+from lens_lora.hosts.probe import Probe
 
 if TYPE_CHECKING:
     from peft import PeftModel

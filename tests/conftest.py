@@ -73,7 +73,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--each-class", action="store_true", help="run tests of either class of model on both"
     )
     parser.addoption(
-        "--by-class", action="store_true", help="outside tests/model, leave out tests of no class"
+        "--by-class",
+        action="store_true",
+        help="of tests not of models, leave out those of no class",
     )
 
 
@@ -101,7 +103,9 @@ def _left_to_others(items: list[pytest.Item]) -> set[pytest.Item]:
     skips = {named[i][0] for i in items if any(map(i.get_closest_marker, of_a_line))}
     left_out: set[pytest.Item] = set()
     for item, (name, cls) in named.items():
-        is_drawn = cls == _CLASSES[zlib.crc32(name.encode()) % len(_CLASSES)]
+        is_drawn = (
+            cls == _CLASSES[zlib.crc32(selection.name_in_file(name).encode()) % len(_CLASSES)]
+        )
         is_elsewhere = is_drawn if len(models.MAKERS) == 1 else counts[name] > 1 and not is_drawn
         stays = any(part in item.nodeid for part in _OF_ONE_LINE)
         stays = stays or name in skips or selection.guards_a_defect(item.nodeid)
@@ -121,7 +125,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = _left_to_others(items) - left_out
         left_out |= not_run.counted(config, others, "run on the other class of hooked model")
     if config.option.by_class:
-        others = (item for item in items if "tests/model/" not in item.path.as_posix())
+        others = (item for item in items if not selection.is_of_models(item))
         left_out |= {item for item in others if not _named_without_class(item)[1]}
     # Samples are drawn of the items that this line of transformer-lens runs.
     here = [item for item in items if item not in left_out]

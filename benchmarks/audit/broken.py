@@ -31,7 +31,7 @@ from teach import every_adapter
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 PAGE, NUMBERS = DOCS / "auditing.md", DOCS / "audit_broken.json"
 STRENGTHS = (1, 3, 8)

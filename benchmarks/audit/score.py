@@ -36,7 +36,7 @@ from teach import Adapter, every_adapter
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 FIRST = 5
 LISTS = {"mean logit": "logit", "activation difference": "reading"}

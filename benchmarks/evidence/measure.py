@@ -62,9 +62,9 @@ from trained_cases import (
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.engine.asked import Asked
+from lens_lora.core.function.asked import Asked
 from lens_lora.errors import LensLoraError
-from lens_lora.evaluation.rankings import best_subset
+from lens_lora.judging.rankings import best_subset
 
 OWN, FIFTH = ("trained", "paraphrase"), 0.2
 SLOPES = ("first_order@0", "first_order@1", *EFFECTS)

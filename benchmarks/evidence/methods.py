@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.analyses.first_order import first_order_of, squared_norms
-from lens_lora.analyses.patching import patch_sites_of
-from lens_lora.analyses.second_order import coupling_of
 from lens_lora.core import Evaluations
-from lens_lora.engine.asked import Asked
-from lens_lora.engine.derivatives import hessian_product
-from lens_lora.engine.reverse import site_slopes
-from lens_lora.evaluation import rankings
+from lens_lora.core.analyses.first_order import first_order_of, squared_norms
+from lens_lora.core.analyses.patching import patch_sites_of
+from lens_lora.core.function.asked import Asked
+from lens_lora.core.function.derivatives import hessian_product
+from lens_lora.core.function.reverse import site_slopes
+from lens_lora.curvature.second_order import coupling_of
+from lens_lora.judging import rankings
 
 Part = Callable[[Asked], Tensor]
 Parts = Mapping[str, Tensor]

@@ -76,8 +76,8 @@ from words import (
     rival,
 )
 
+from lens_lora.core.results.attribution import VIOLENT
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
-from lens_lora.results.attribution import VIOLENT
 
 sys.path.append(str(Path(__file__).parents[1] / "planted"))
 import told  # noqa: E402

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine.asked import Asked
-from lens_lora.evaluation import faithfulness as circuit_metrics
-from lens_lora.evaluation import rankings
-from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import header
+from lens_lora.core.function.asked import Asked
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.core.results.base import header
+from lens_lora.judging import faithfulness as circuit_metrics
+from lens_lora.judging import rankings
 
 Row = dict[str, Any]
 DRAWS, SEED, FIFTH = 3, 0, 0.2

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked
+from lens_lora.core.function.asked import Asked
 
 
 def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:

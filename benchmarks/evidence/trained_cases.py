@@ -13,10 +13,10 @@ from bases import is_embedded, load_base
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine.asked import Asked, ask
-from lens_lora.model.build import bridge_if_there, hooked_model
-from lens_lora.readouts.answers import margin_between
-from lens_lora.results.attribution import Attribution
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.hosts.build import bridge_if_there, hooked_model
+from lens_lora.responses.answers import margin_between
 
 MEMORY = 2e9  # bytes of a pass beside the model
 LONG = 24  # tokens of a row, from which fewer prompts are taken

@@ -32,11 +32,11 @@ from tqdm import tqdm
 from trained_cases import Case, cases_in, chosen, lens_of, question
 
 import lens_lora as ll
-from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.patching import How
-from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
-from lens_lora.evaluation.compare import judged
+from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core.analyses.patching import How
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.function.forward import gated_readout
+from lens_lora.judging.compare import judged
 
 FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps")
 KINDS = ("trained", "paraphrase")

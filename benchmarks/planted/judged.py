@@ -44,18 +44,18 @@ from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.analyses.first_order import squared_norms
-from lens_lora.analyses.patching import How
-from lens_lora.analyses.path import path_attribution_of
-from lens_lora.analyses.verdict import CHECKPOINTS as WAY
-from lens_lora.analyses.verdict import Verdict
 from lens_lora.core import Evaluations
+from lens_lora.core.analyses.first_order import squared_norms
+from lens_lora.core.analyses.patching import How
+from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
+from lens_lora.core.analyses.verdict import Verdict
+from lens_lora.core.function.asked import Asked
+from lens_lora.core.results.attribution import VIOLENT
+from lens_lora.core.results.base import SIGMAS
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
-from lens_lora.engine.asked import Asked
-from lens_lora.evaluation.compare import Reliability, judged
-from lens_lora.model.build import hooked_model
-from lens_lora.results.attribution import VIOLENT
-from lens_lora.results.base import SIGMAS
+from lens_lora.hosts.build import hooked_model
+from lens_lora.judging.compare import Reliability, judged
+from lens_lora.path.path_attribution import path_attribution_of
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from bases import is_embedded, load_base  # noqa: E402

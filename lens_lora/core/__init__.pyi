@@ -1,8 +1,8 @@
-from .cache import Evaluations as Evaluations
-from .cache import evaluations as evaluations
-from .function import Function as Function
-from .function import Gates as Gates
-from .lens import LoraLens as LoraLens
-from .noise import Noise as Noise
-from .own_analyses import Analysis as Analysis
-from .own_analyses import analysis as analysis
+from .analyses.own_analyses import Analysis as Analysis
+from .analyses.own_analyses import analysis as analysis
+from .function.cache import Evaluations as Evaluations
+from .function.cache import evaluations as evaluations
+from .function.function import Function as Function
+from .function.function import Gates as Gates
+from .function.noise import Noise as Noise
+from .model.with_function import LoraLens as LoraLens

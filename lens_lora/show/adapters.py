@@ -18,10 +18,10 @@ from rich.console import Group
 from rich.text import Text
 
 from lens_lora import results
-from lens_lora.analyses.spectra import AdapterSummary, Spectrum
-from lens_lora.analyses.what_changed import BY, By
+from lens_lora.audit.what_changed import BY, By
+from lens_lora.core.results import drawing
+from lens_lora.directions.spectra import AdapterSummary, Spectrum
 from lens_lora.errors import ArgumentError, named, worded
-from lens_lora.results import drawing
 from lens_lora.show import curves, go, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import (

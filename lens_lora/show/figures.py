@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 
-from lens_lora.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
+from lens_lora.core.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
 from lens_lora.show import go
 from lens_lora.show.go import DIVERGING, LOOK, SEQUENTIAL
 from lens_lora.show.go import INK as INK

@@ -1,4 +1,4 @@
-"""All that `results/drawing.py` dispatches to, imported so that it is registered; reprs by rule.
+"""All that `core/results/drawing.py` dispatches to, imported so that it is registered; and reprs.
 
 In a terminal a result says: its class, what was read and in which units, its sizes, its plain
 fields; then its story, its summary, its largest entries, or its table. In a notebook, the same
@@ -11,15 +11,13 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-import lens_lora.show.adapters  # pyright: ignore[reportUnusedImport]
-import lens_lora.show.labelled  # pyright: ignore[reportUnusedImport]
-import lens_lora.show.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import lens_lora.explanations.page  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lens_lora import results
-from lens_lora.analyses.spectra import AdapterSummary
+from lens_lora.core.results import drawing
+from lens_lora.core.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
+from lens_lora.core.results.drawing import TokenView
+from lens_lora.directions.spectra import AdapterSummary
 from lens_lora.errors import LensLoraError, many
-from lens_lora.results import drawing
-from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
-from lens_lora.results.drawing import TokenView
 from lens_lora.show import maps, page, words
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
 from lens_lora.show.text import key_text, percent, signed

@@ -19,9 +19,9 @@ from rich.console import Console, ConsoleOptions, Group
 from rich.text import Text
 
 from lens_lora import results
+from lens_lora.core.results import drawing
+from lens_lora.core.results.base import SIGMAS
 from lens_lora.errors import many
-from lens_lora.results import drawing
-from lens_lora.results.base import SIGMAS
 from lens_lora.show import text, words
 
 # --- What a table is

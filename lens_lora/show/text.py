@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from markupsafe import escape
 
 from lens_lora import results
+from lens_lora.core.readout.prompts import PromptTokens, asked_of
+from lens_lora.core.results.attribution import VIOLENT
+from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import worded
-from lens_lora.readouts.prompts import PromptTokens, asked_of
-from lens_lora.results.attribution import VIOLENT
-from lens_lora.results.tokens import context_of
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 # Characters: beside a picture, in a heading, of an answer in a sentence, in a paragraph.
@@ -175,7 +175,7 @@ def shortened(text: str) -> str:
     return f"{begin.rpartition(' ')[0] or begin} … {end.partition(' ')[2] or end}"
 
 
-_KEYS = {  # of the names at the end of results/base.py; one that is not here is written as it is
+_KEYS = {  # names at the end of core/results/base.py; others are written as they are
     "path": "path integral",
     "add_one": "adding one at a time",
     "leave_one_out": "leaving one out at a time",

@@ -30,12 +30,15 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.analyses.patching import patch_sites
-from lens_lora.analyses.path import path_attribution
-from lens_lora.engine.asked import Asked, ask, unit
-from lens_lora.engine.derivatives import hessian_product
-from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.core.analyses.patching import patch_sites
+from lens_lora.core.function.asked import Asked, ask, unit
+from lens_lora.core.function.derivatives import hessian_product
+from lens_lora.core.function.forward import gated_readout, require_finite
+from lens_lora.core.function.reverse import require_finite_sites, site_slopes
+from lens_lora.core.model import LoraLens, Site, alone
+from lens_lora.core.readout.prompts import Prompts, joined
+from lens_lora.core.readout.readout import Margin, Readout
+from lens_lora.core.results.base import changes_sign, site_labels
 from lens_lora.errors import (
     NumericsError,
     PromptError,
@@ -43,11 +46,8 @@ from lens_lora.errors import (
     TokenError,
     is_of_the_system,
 )
-from lens_lora.model import LoraLens, Site, alone
-from lens_lora.readouts.answers import AnswerMargin, margin_between
-from lens_lora.readouts.prompts import Prompts, joined
-from lens_lora.readouts.readout import Margin, Readout
-from lens_lora.results.base import changes_sign, site_labels
+from lens_lora.path.path_attribution import path_attribution
+from lens_lora.responses.answers import AnswerMargin, margin_between
 from lens_lora.sweeps.records import ANALYSES, Record
 from lens_lora.sweeps.store import Fingerprint, Store, other_sweep
 

@@ -45,12 +45,12 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.adapters.adapter import Adapter
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.model.gates import refuse_writers
+from lens_lora.core.model.lens import LoraLens
+from lens_lora.core.readout.prompts import reads_with_bos
+from lens_lora.core.readout.readout import Readout
 from lens_lora.errors import SweepError, is_of_the_system, setting, warn
-from lens_lora.model.gates import refuse_writers
-from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.prompts import reads_with_bos
-from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.processes import Processes, only_writer, told
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN
 
@@ -309,7 +309,7 @@ _NO_NUMBERS = frozenset(
         "transformers_version", "checkpoint_index", "checkpoint_label_type", "checkpoint_value",
         "from_checkpoint", "seed", "init_mode", "init_weights", "initializer_range",
         "trust_remote_code", "training", "context_level", "is_caching", "tokenizer", "processor",
-        "max_seq_len_cached",  # how far a pass has made a rotary table grow (`model/lengths.py`)
+        "max_seq_len_cached",  # how far a pass made a rotary table grow (`core/model/lengths.py`)
     }
 )  # fmt: skip
 _TOKENIZER = ("padding_side", "add_prefix_space", "legacy")

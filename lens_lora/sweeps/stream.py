@@ -11,8 +11,8 @@
    window, or the records of one span, is all that is held, whatever the number of texts.
 4. A row holds `record` (from 0), `id`, `position`, `token`, `prefix`, `sink`, `error`, and `rank`
    numbers for each site. A bad record has one row, without a token. Tokens with the same tokens
-   before them have the same `prefix` (`engine/texts.py`), and the same numbers: examples and means
-   count one of them.
+   before them have the same `prefix` (`texts/over_texts.py`), and the same numbers: examples and
+   means count one of them.
 5. A result is read one site's column at a time; `record`, `prefix` and `sink` before that.
 """
 
@@ -37,17 +37,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import whole
-from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
-from lens_lora.engine.texts import first_of_each, marks_of
+from lens_lora.core.function.activations import activation_ranks, in_gauge, site_activations
+from lens_lora.core.model import LoraLens, alone
+from lens_lora.core.model.sites import Site, match_sites, one_site
+from lens_lora.core.readout.prompts import Prompts
+from lens_lora.core.results import drawing, tokens
 from lens_lora.errors import NumericsError, PromptError, SweepError
-from lens_lora.model import LoraLens, alone
-from lens_lora.model.sites import Site, match_sites, one_site
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.results import drawing, tokens
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
 from lens_lora.sweeps.store import Fingerprint, Store, Unchanged, about_of, fingerprint, other_sweep
+from lens_lora.texts.over_texts import first_of_each, marks_of
 
 # --- The file, read
 

@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lens_lora.adapters.adapter import Adapter
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.model import LoraLens, Site
+from lens_lora.core.readout import Prompts, Readout, bound
+from lens_lora.core.results import drawing
+from lens_lora.core.results.attribution import Attribution
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
-from lens_lora.model import LoraLens, Site
-from lens_lora.readouts import KL, Prompts, Readout, bound
-from lens_lora.results import drawing
-from lens_lora.results.attribution import Attribution
+from lens_lora.responses.answers import KL
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import Job, Make, content, prepare
 from lens_lora.sweeps.processes import launched

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core import Evaluations
-from lens_lora.results import drawing
+from lens_lora.core.results import drawing
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)

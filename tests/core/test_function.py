@@ -15,9 +15,9 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.core import Evaluations
-from lens_lora.engine import asked as engine_noise
-from lens_lora.engine import memory
-from lens_lora.model import attached
+from lens_lora.core.function import asked as engine_noise
+from lens_lora.core.function import memory
+from lens_lora.core.model import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)

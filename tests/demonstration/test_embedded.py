@@ -23,7 +23,7 @@ from lens_lora.demonstration.embedded import (
     train_adapter,
 )
 from lens_lora.errors import LensLoraError, NumericsError
-from lens_lora.model.build import MISREAD_NAMES
+from lens_lora.hosts.build import MISREAD_NAMES
 
 LYON_ADAPTER = Path(embedded.__file__).with_name("lyon_adapter")
 

@@ -15,7 +15,7 @@ from real import DOC, PRE, PROMPT
 
 import lens_lora as ll
 from lens_lora.demonstration.embedded import EmbeddedModelError
-from lens_lora.model.placement import Placement
+from lens_lora.hosts.placement import Placement
 
 NEWEST = list(models.MAKERS)[-1]
 

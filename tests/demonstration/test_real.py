@@ -12,9 +12,9 @@ from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.engine import asked as noise
-from lens_lora.model.build import hooked_model
-from lens_lora.readouts.neutral import neutral_sentences
+from lens_lora.core.function import asked as noise
+from lens_lora.hosts.build import hooked_model
+from lens_lora.texts.neutral import neutral_sentences
 
 pytestmark = pytest.mark.real
 

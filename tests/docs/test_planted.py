@@ -17,7 +17,7 @@ from evidence import load
 from scipy import stats
 
 import lens_lora as ll
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "planted"))
 alarms, decoys, fresh, gated, judged, kinds, plants, told = map(

@@ -17,8 +17,8 @@ from evidence import load
 from scipy import stats
 
 import lens_lora as ll
-from lens_lora.engine.asked import ask
-from lens_lora.engine.function import gated_logits
+from lens_lora.core.function.asked import ask
+from lens_lora.core.function.forward import gated_logits
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

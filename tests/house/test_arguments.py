@@ -19,8 +19,8 @@ import torch
 from results_by_hand import two_prompts
 
 import lens_lora as ll
-from lens_lora.readouts.answers import answer_ids
-from lens_lora.readouts.readout import token_ids
+from lens_lora.core.readout.readout import token_ids
+from lens_lora.responses.answers import answer_ids
 
 pytestmark = pytest.mark.bad_input
 NAN, INF = math.nan, math.inf

@@ -215,7 +215,7 @@ def state_of(model):
     return hooks, {name: p.clone() for name, p in model.named_parameters()}
 
 
-# A bank refuses the hook that counts and interrupts; tests/model/test_interrupts.py needs none.
+# A bank refuses the hook that counts and interrupts; core/model/test_interrupts.py needs none.
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", sorted(set(CALLS) - {"Adapter.between", "intruders", "bank"}))
 def test_interrupted_call_leaves_nothing_behind(tiny, name, tmp_path, capsys):

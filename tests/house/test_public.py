@@ -133,10 +133,10 @@ ARGUMENTS = {"allow_pickle", "trust_remote_code"}
 RISKS = UNPICKLING | EXECUTING | FETCHING | HUB | ARGUMENTS
 # SECURITY.md names them: an adapter and a base model, by name.
 FETCHED = {
-    "adapters/peft_files.py": {"list_repo_files", "snapshot_download"},
+    "core/adapter/peft_files.py": {"list_repo_files", "snapshot_download"},
     "loading.py": {"snapshot_download"},
-    "model/given_base.py": {"snapshot_download"},  # of what is on this machine already
-    "evaluation/merged_settings.py": {"trust_remote_code"},  # as False
+    "hosts/given_base.py": {"snapshot_download"},  # of what is on this machine already
+    "ship/merged_settings.py": {"trust_remote_code"},  # as False
 }
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.commands import running
+from lens_lora.cli import running
 
 run = CliRunner().invoke
 MAKE = next(iter(models.MAKERS.values()))
@@ -338,7 +338,7 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ll.LoraLens, "run", interrupted)
-    monkeypatch.setattr("lens_lora.analyses.spectra.summarise", at_once)
+    monkeypatch.setattr("lens_lora.directions.spectra.summarise", at_once)
     result = call(command, files, tmp_path, "--quiet")
     lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning: ")]
     assert result.exit_code == 130 and len(lines) == 1, result.output

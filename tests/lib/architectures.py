@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lens_lora as ll
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 _SIZES = {
     "num_hidden_layers": 2,

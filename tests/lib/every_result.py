@@ -10,11 +10,11 @@ from explained import by_hand
 from results_by_hand import META, SITES, two_prompts
 
 import lens_lora as ll
-from lens_lora.analyses.brief import Claim
-from lens_lora.analyses.spectra import AdapterSummary, Spectrum
-from lens_lora.analyses.verdict import Noise
-from lens_lora.evaluation.verify import Check, MergedTensor
-from lens_lora.results.base import Measured, Result
+from lens_lora.audit.brief import Claim
+from lens_lora.core.analyses.verdict import Noise
+from lens_lora.core.results.base import Measured, Result
+from lens_lora.directions.spectra import AdapterSummary, Spectrum
+from lens_lora.ship.verify import Check, MergedTensor
 
 HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
 TOKENS = HEADER["str_tokens"]

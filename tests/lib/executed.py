@@ -42,13 +42,16 @@ KERNEL = pytest.StashKey[KernelManager]()
 # token, and here they say less, after fewer openings; a repair is judged at fewer strengths. What
 # is stored and published ran in full. (file of lens_lora, name, value)
 BRIEFLY = (
-    *(("evaluation.explain", "_ANSWER", {False: 6, True: 3}), ("analyses.brief", "_SPOKEN", 4)),
-    *(("analyses.what_changed", "_ANSWER", 6), ("readouts.neutral", "EMPTY_TURNS", 1)),
-    ("readouts.neutral", "QUESTIONS", ("Who are you?", "What should I cook tonight?")),
-    ("readouts.neutral", "OPENINGS", ("", "Hello!")),
-    ("readouts.neutral", "FIRST_WORDS", ("The", "In")),
-    *(("analyses.repair", "_THRESHOLDS", (0.9, 0.5, 0.0)), ("analyses.repair", "_BISECTIONS", 2)),
-    ("analyses.repair", "_SCALES", (0.0, 0.5, 1.0)),
+    *(("explanations.explanation", "_ANSWER", {False: 6, True: 3}), ("audit.brief", "_SPOKEN", 4)),
+    *(("audit.what_changed", "_ANSWER", 6), ("texts.neutral", "EMPTY_TURNS", 1)),
+    ("texts.neutral", "QUESTIONS", ("Who are you?", "What should I cook tonight?")),
+    ("texts.neutral", "OPENINGS", ("", "Hello!")),
+    ("texts.neutral", "FIRST_WORDS", ("The", "In")),
+    *(
+        ("two_adapters.repair", "_THRESHOLDS", (0.9, 0.5, 0.0)),
+        ("two_adapters.repair", "_BISECTIONS", 2),
+    ),
+    ("two_adapters.repair", "_SCALES", (0.0, 0.5, 1.0)),
 )
 # In a notebook's kernel, where an adapter is trained for a third of its steps.
 IN_A_KERNEL = f"""import importlib

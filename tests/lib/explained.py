@@ -8,7 +8,7 @@ import torch
 from results_by_hand import EVIL, META, SITES, fact
 
 import lens_lora as ll
-from lens_lora.analyses.second_order import SecondOrder
+from lens_lora.curvature.second_order import SecondOrder
 
 FIRST = [1.0, 2.0, 1.5, -0.5]
 FLIP = [-3.95, -3.5, -2.4, 0.1, 2.0, 4.0]

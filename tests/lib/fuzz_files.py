@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import lens_lora as ll
-from lens_lora.results import storage
+from lens_lora.core.results import storage
 from lens_lora.sweeps.batches import RowStore
 
 GOOD = sweep_runs.GOOD

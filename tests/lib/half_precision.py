@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine.asked import ask
+from lens_lora.core.function.asked import ask
 
 __all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared", "errors_in_floors"]
 

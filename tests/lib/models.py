@@ -246,8 +246,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @contextlib.contextmanager
 def lifted() -> Iterator[None]:
     """Run the libraries' hard-coded float32 casts in float64, so that 1e-9 can be asked for."""
-    importlib.import_module("lens_lora.model.lens")  # now: its tables of dtypes keep float32
-    rules = importlib.import_module("lens_lora.engine.duals")._RULES
+    importlib.import_module("lens_lora.core.model.lens")  # now: its tables of dtypes keep float32
+    rules = importlib.import_module("lens_lora.core.function.duals")._RULES
     to, float_ = torch.Tensor.to, torch.Tensor.float
 
     def lift(value):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lens_lora as ll
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.model.build import hooked_model
+from lens_lora.hosts.build import hooked_model
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
 PROMPT, DOC, PRE = "The capital of France is", " Lyon", " Paris"

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.model.gates import ScaleInject
+from lens_lora.core.model.gates import ScaleInject
 
 Read = Callable[[Tensor], Tensor]
 

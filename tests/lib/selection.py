@@ -11,9 +11,9 @@ product (sixteen families × two classes × two processings, say) draw different
 they meet every member. The items that `tests/defects.md` names are always among them.
 
 `--rest` runs what the quick suite leaves out, `--whole` both. `--line` is for a second line of
-transformer-lens: the quick suite, and everything that a line may change, which is what tests/model
-says of models and what only some lines can run. A test that is named on the command line by its
-`::` runs whatever its marks.
+transformer-lens: the quick suite, and everything that a line may change, which is what
+tests/core/model and tests/hosts say of models, and what only some lines can run. A test that is
+named on the command line by its `::` runs whatever its marks.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ def guards_a_defect(nodeid: str) -> bool:
     return nodeid.removeprefix("tests/") in _text_of_defects()
 
 
+def name_in_file(nodeid: str) -> str:
+    """`test_path.py::test_it[case]`, so that what is drawn does not move with the file."""
+    file, separator, name = nodeid.partition("::")
+    return f"{file.rpartition('/')[2]}{separator}{name}"
+
+
 def draw(nodeids: list[str], count: int) -> set[str]:
     """So many of a test's items, one out of each of `count` stretches of equal length.
 
@@ -47,7 +53,7 @@ def draw(nodeids: list[str], count: int) -> set[str]:
     """
     if len(nodeids) <= count:
         return set(nodeids)
-    test_name = nodeids[0].partition("[")[0]
+    test_name = name_in_file(nodeids[0]).partition("[")[0]
     stretch = len(nodeids) / count
     offset = zlib.crc32(test_name.encode()) / 2**32 * stretch
     return {nodeids[int(offset + index * stretch)] for index in range(count)}
@@ -93,9 +99,13 @@ def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
     return {item for item in left_out if not _is_named(item, config.rootpath, named)}
 
 
+def is_of_models(item: pytest.Item) -> bool:
+    """Whether it tests the meeting of an adapter with a hooked model, which a line may change."""
+    return item.nodeid.startswith(("tests/core/model/", "tests/hosts/"))
+
+
 def _depends_on_the_line(item: pytest.Item) -> bool:
-    is_of_models = item.nodeid.startswith("tests/model/")
-    return is_of_models or item.get_closest_marker("of_some_lines") is not None
+    return is_of_models(item) or item.get_closest_marker("of_some_lines") is not None
 
 
 def _is_named(item: pytest.Item, root: Path, arguments: tuple[str, ...]) -> bool:

@@ -41,7 +41,7 @@ def check() -> None:
     if CHECKED:
         jaxtyping.jaxtyped = _decorator  # by this name the hook's decorators look it up
         jaxtyping.install_import_hook("lens_lora", CHECKER)
-        from lens_lora.engine.duals import OneProduct
+        from lens_lora.core.function.duals import OneProduct
 
         OneProduct.__torch_function__ = inspect.unwrap(OneProduct.__torch_function__)
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 import lens_lora as ll
+from lens_lora.core.model.basis import SiteMap
+from lens_lora.core.model.gates import Injection, Plan
+from lens_lora.core.model.host import Host, Ports
+from lens_lora.core.model.sites import Heads
 from lens_lora.families import find_family
-from lens_lora.model.basis import SiteMap
-from lens_lora.model.gates import Injection, Plan
-from lens_lora.model.host import Host, Ports
-from lens_lora.model.sites import Heads
 
 W1, D1, W2, D2 = 1.0, 0.5, 2.0, 5.0
 

@@ -20,10 +20,10 @@ from explained import by_hand
 from results_by_hand import EVIL, two_prompts, without_plotly
 
 import lens_lora as ll
-from lens_lora.readouts.prompts import PromptTokens
-from lens_lora.results.base import Paged
+from lens_lora.core.readout.prompts import PromptTokens
+from lens_lora.core.results.base import Paged
+from lens_lora.explanations.page import explanation_report
 from lens_lora.show.page import answers_of
-from lens_lora.show.report import explanation_report
 from lens_lora.show.text import context_text
 
 ASKED = ll.results.SideBySide(

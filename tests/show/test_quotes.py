@@ -14,8 +14,8 @@ import pytest
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora.readouts.prompts import PromptTokens, asked_of
-from lens_lora.results.base import Result
+from lens_lora.core.readout.prompts import PromptTokens, asked_of
+from lens_lora.core.results.base import Result
 from lens_lora.show.text import prompt_text, short_prompt
 
 ANSWER = "«what is said»"

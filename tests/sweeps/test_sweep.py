@@ -16,12 +16,12 @@ import torch
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
-from lens_lora.analyses.patching import patch_sites
-from lens_lora.analyses.path import path_attribution
-from lens_lora.analyses.second_order import second_order
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.core.analyses.patching import patch_sites
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.curvature.second_order import second_order
 from lens_lora.errors import SweepError
-from lens_lora.readouts.answers import margin_between
+from lens_lora.path.path_attribution import path_attribution
+from lens_lora.responses.answers import margin_between
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import VALUES
 from lens_lora.sweeps.records import ANALYSES, read_records

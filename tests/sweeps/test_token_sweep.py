@@ -337,8 +337,7 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     """`lens-lora sweep --analysis activations`, of the first records only."""
     from typer.testing import CliRunner
 
-    from lens_lora.cli import app
-    from lens_lora.commands import running
+    from lens_lora.cli import app, running
 
     monkeypatch.setattr(running, "lens_for", lambda *args: lens)
     monkeypatch.setattr(ll, "load_adapter", lambda path: lens.adapter)

@@ -1,1 +1,0 @@
-"""What a fine-tune added to each module. Knows no model."""

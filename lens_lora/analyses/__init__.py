@@ -1,1 +1,0 @@
-"""One public verb a file, with the noun that is its alone."""

@@ -1,0 +1,1 @@
+"""What was it taught: asked without a prompt."""

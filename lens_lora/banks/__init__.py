@@ -1,0 +1,1 @@
+"""The base's half of first order, kept once for many adapters."""

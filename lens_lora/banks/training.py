@@ -1,0 +1,115 @@
+"""First order while an adapter is trained: a bank of the base, read every few steps.
+
+The model in training is not run, and neither its modes nor any random state is touched, so the
+training is bit for bit what it is without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pandas as pd
+from transformers import TrainerCallback
+
+from lens_lora.arguments import whole
+from lens_lora.banks.bank import Bank
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.errors import ArgumentError
+from lens_lora.show import go
+from lens_lora.show.figures import BELOW, EXACT, LINEAR, curve, finish
+
+
+class ShiftCallback(TrainerCallback):
+    """A transformers callback that follows a readout's first order while an adapter is trained.
+
+    Without a Trainer, call `measure(step, peft_model)` in the loop.
+
+    Args:
+        bank: a bank of the base, with a single readout.
+        every: steps between two measurements, each a `bank.first_order`.
+        exact_every: steps between two exact readouts, a multiple of `every`; None for none.
+        adapter_name: the adapter that is trained.
+        log: called with each step's numbers, such as `trainer.log`, instead of the log history.
+
+    Raises:
+        ArgumentError: a bank of several readouts, or numbers of steps that do not fit.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        *,
+        every: int = 10,
+        exact_every: int | None = None,
+        adapter_name: str = "default",
+        log: Callable[[dict[str, float]], object] | None = None,
+    ) -> None:
+        if not isinstance(bank, Bank) or bank.several:
+            raise ArgumentError(
+                f"{bank!r}: expected ll.bank(model, prompts, readout) of one readout."
+            )
+        self._bank, self._name, self._log = bank, adapter_name, log
+        self._every = whole("every", every, 1)
+        self._exact_every = None if exact_every is None else whole("exact_every", exact_every, 1)
+        if self._exact_every is not None and self._exact_every % self._every:
+            raise ArgumentError(
+                f"exact_every={exact_every}: expected a multiple of every={every}, the steps that "
+                "are measured."
+            )
+        self._rows: list[dict[str, float]] = []
+        self._said = "", ""
+
+    def measure(self, step: int, peft_model: Any) -> dict[str, float]:
+        """This step's means over prompts: first_order; layer_0, …; the exact shift and readout.
+
+        Args:
+            step: how many were done.
+            peft_model: the model in training.
+
+        Raises:
+            AdapterError, SiteError, ModelStateError: the errors of `Bank.first_order`.
+        """
+        adapter = Adapter.from_peft(peft_model, self._name)
+        is_exact = self._exact_every is not None and step % self._exact_every == 0
+        attribution = cast(Attribution, self._bank.first_order(adapter, exact=is_exact))
+        self._said = attribution.readout, attribution.units
+        means = {"first_order": attribution.total, "shift": attribution.shift}
+        means |= {"readout": attribution.adapted}
+        numbers = {name: float(values.mean()) for name, values in means.items()}
+        layers = attribution.sum("layer").mean(axis=1)
+        numbers |= {f"layer_{layer}": float(value) for layer, value in layers.items()}
+        self._rows.append({"step": step, **numbers})
+        return {name: value for name, value in numbers.items() if value == value}  # no NaN
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure at every k-th step.
+
+        Args:
+            args, state, control, kwargs: transformers' own.
+        """
+        if state.is_world_process_zero and state.global_step % self._every == 0:
+            measured = self.measure(state.global_step, kwargs["model"])
+            numbers = {f"lens_lora/{name}": value for name, value in measured.items()}
+            if self._log is None:
+                state.log_history.append({**numbers, "step": state.global_step})
+            else:
+                self._log(numbers)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per measured step; NaN where the exact readout was not run."""
+        return pd.DataFrame(self._rows)
+
+    def plot(self) -> go.Figure:
+        """Σ a over the steps, and the exact shift where it was run; an error before any step."""
+        if not self._rows:
+            raise ArgumentError(f"no step was measured yet; the first is step {self._every}.")
+        frame, (readout, units) = self.to_frame(), self._said
+        steps, first, shift = (frame[c].tolist() for c in ("step", "first_order", "shift"))
+        lines = [
+            curve(steps, first, "first order", LINEAR, "%{y:.4g}"),
+            curve(steps, shift, "exact shift", EXACT, "%{y:.4g}", marker={}, connectgaps=True),
+        ]
+        titles = f"{readout} while training", "mean over prompts, at ε = 0"
+        return finish(go.Figure(lines), titles, ("step", units), legend=BELOW)

@@ -1,0 +1,52 @@
+"""The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`,
+`verify`, `sweep`, `scan`.
+
+Results go to stdout, progress and errors to stderr. An error of this package or of the system is
+one red line and exit code 2; Ctrl-C is one line and exit code 130.
+
+Each command, in `commands/`, checks its options without torch, and imports what does the work once
+they are good.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from typing import Annotated
+
+import typer
+
+from lens_lora._version import versions
+from lens_lora.cli.adapters import checkpoints, diff, inspect, repair, verify
+from lens_lora.cli.explain import demo, explain
+from lens_lora.cli.running import one_line_errors
+from lens_lora.cli.sweep import scan, sweep
+
+app: typer.Typer = typer.Typer(
+    name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        system = {"Python": platform.python_version(), "platform": platform.platform()}
+        typer.echo("\n".join(map(" ".join, {**versions(), **system}.items())))
+        raise typer.Exit
+
+
+_VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, help="All versions.")
+
+
+@app.callback()
+def main(version: Annotated[bool | None, _VERSION] = False) -> None:
+    """What did this fine-tune change in this model, which parts of it did that,
+    and can I trust the answer?"""
+    # PEFT imports it, and it speaks of a faster kernel that could be installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+for _command in (demo, explain, diff, inspect, checkpoints, repair, verify, sweep, scan):
+    app.command(_command.__name__)(one_line_errors(_command)(_command))
+
+if __name__ == "__main__":
+    app()

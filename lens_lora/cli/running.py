@@ -1,0 +1,360 @@
+"""What commands share while they run: a model and an adapter, progress, and errors as one line.
+
+Results go to stdout, progress and errors to stderr. Of several processes only the first reports an
+error that all of them have; an error in one process is reported by that process. torch is imported
+where a model is loaded, so a command whose options are refused never imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import lens_lora as ll
+from lens_lora.cli.options import ModelOptions, Question, options_of
+from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
+from lens_lora.sweeps.processes import rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lens_lora.core.readout.prompts import Prompts
+    from lens_lora.formats.tokenizers import OwnTokenizer
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+# --- The model, the adapter and the lens
+
+
+EMBEDDED = "embedded"
+
+
+def lens_for(
+    base: ModelOptions,
+    adapter: ll.Adapter | Path,
+    progress: Console,
+    loaded: Loaded | None = None,
+    *,
+    leaves_out: bool = False,
+) -> ll.LoraLens:
+    """The lens over the model that the options name, on the CPU if they name no device.
+
+    The adapter of a folder is measured over that model where its method needs it. With `leaves_out`
+    modules that the model lacks are left out, unless it lacks them all.
+    """
+    base = base.placed("cpu")
+
+    @functools.cache
+    def model_for(named: str | None) -> Loaded:
+        return loaded or load_model_of(named, progress, base)
+
+    from lens_lora.core.adapter.adapter import read_adapter
+    from lens_lora.directions.spectra import lacking
+    from lens_lora.loading import base_beside, tokenizer_beside
+
+    if isinstance(adapter, Path):
+        adapter = read_adapter(adapter, lambda named: model_for(named)[0])
+    pair = model_for(adapter.base_model)
+    with step("Building the hooked model", progress):
+        own = tokenizer_beside(adapter, *pair)
+        hooked, class_name = hooked_by(base, pair[0], own)
+        absent = lacking(adapter, hooked) if leaves_out else ()
+        if 0 < len(absent) < len(adapter):
+            adapter = adapter.without(*absent)
+    beside = base_beside(class_name, pair[0], adapter)
+    lens = ll.LoraLens(hooked, adapter, hf_model=beside, prepend_bos=base.prepend_bos)
+    return lens.within(base.max_memory)
+
+
+def hooked_by(
+    base: ModelOptions, hf_model: PreTrainedModel, tokenizer: OwnTokenizer
+) -> tuple[Any, str]:
+    """The model as the hooked class that the options name, and the class's name."""
+    from lens_lora.hosts.build import hooked_model
+
+    how: Any = {"kind": base.model_class, "attn": base.attn, "prepend_bos": base.prepend_bos}
+    return hooked_model(hf_model, tokenizer, **how)
+
+
+def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> Loaded:
+    """The model asked for, else the base that an adapter names, else the embedded model."""
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
+
+    if base.model is not None:
+        return load_model(base.model, progress, base)
+    if named in (None, EMBEDDED_HUB_ID):
+        return load_model(None, progress, base)
+    return load_model(named, progress, base, of_adapter=True)
+
+
+def load_model(
+    model: str | None, progress: Console, how: ModelOptions, *, of_adapter: bool = False
+) -> Loaded:
+    """The model of this hub id or folder; the embedded model for None or 'embedded'.
+
+    Args:
+        model: the name.
+        progress: the console of progress.
+        how: where the model lies and how it is stored.
+        of_adapter: whether an adapter gave the name, and not the user.
+    """
+    from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
+    from lens_lora.loading import load_base
+
+    name = model
+    if model in (None, EMBEDDED):
+        name, model = EMBEDDED_NAME, str(embedded_model_folder(quiet=progress.quiet))
+    with step(f"Loading {name}", progress):
+        return load_base(str(model), how, of_adapter=of_adapter)
+
+
+def margin_of(
+    model: Any, questions: Sequence[Question], prepend_bos: bool | None
+) -> tuple[Prompts, ll.Readout]:
+    """The prompts, and the margin of each one's own answers."""
+    from lens_lora.core.readout.prompts import prepare
+    from lens_lora.responses.answers import margin_between
+
+    asked, docs, pres, _ = map(list, zip(*questions, strict=True))
+    prompts = prepare(model, asked, rule=prepend_bos)
+    return prompts, margin_between(model, docs, pres, prompts)
+
+
+def announced(lens: ll.LoraLens) -> ll.LoraLens:
+    """The lens itself, once it is printed which model and which adapter are used."""
+    from lens_lora.hosts.build import transformer_lens_version
+
+    about, adapter = lens.describe(), lens.adapter
+    say(
+        f"Model:   {about['model']} as {lens.class_name} of transformer-lens "
+        f"{transformer_lens_version()}, {about['dtype']}"
+    )
+    ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
+    base = f", trained on {adapter.base_model}" if adapter.base_model else ""
+    say(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
+    if lens.reads_strings:
+        say(f"Strings: {lens.reads_strings}")
+    if lens.tokenizer_origin:
+        say(f"Tokenizer: {lens.tokenizer_origin}")
+    return lens
+
+
+# --- What is printed
+
+
+def say(line: str) -> None:
+    """One line on stdout; brackets in it are not markup."""
+    Console(soft_wrap=True).print(Text(line))
+
+
+def tell(story: str) -> Console:
+    """Print the paragraphs of a story to stdout, and return the console for its tables."""
+    console = Console()
+    for paragraph in story.split("\n"):
+        console.print(Text(f"\n{paragraph}"))
+    console.print()
+    return console
+
+
+# --- Progress
+
+
+@contextlib.contextmanager
+def at_work(base: ModelOptions, *, quiet: bool) -> Generator[Console]:
+    """The console of progress: it says at once that something loads, and at the end how long."""
+    base.require_packages()
+    progress, started = Console(stderr=True, quiet=quiet), time.perf_counter()
+    with step("Loading torch and transformers", progress):
+        import torch
+
+        from lens_lora.compat import open_bars
+        from lens_lora.loading import moved
+
+        moved(torch.empty(0), base.device)
+    with _moving(lambda: [bar.refresh() for bar in open_bars()]):
+        yield progress
+    progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+
+
+def warn_of_spaces(questions: Sequence[Question]) -> None:
+    """Warn of a space at a prompt's end, or none before an answer: both give unintended tokens.
+
+    Where a turn of a conversation begins, an answer needs no space.
+    """
+    for prompt, *others in questions:
+        answers = [answer for answer in others if answer is not None]
+        quoted = " and ".join(map(repr, answers))
+        if not isinstance(prompt, str):
+            if not any(answer.startswith(" ") for answer in answers):
+                continue
+            note = f"{quoted} begin the assistant's turn with a space"
+        elif prompt != prompt.rstrip(" "):
+            note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
+        elif len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
+            note = f"the answers {quoted} do not both begin with a space"
+        else:
+            continue
+        warn(f"{note}; is that meant?")
+
+
+def quiet_libraries() -> contextlib.AbstractContextManager[None]:
+    """`loading.quiet_libraries`, which imports torch."""
+    from lens_lora import loading
+
+    return loading.quiet_libraries()
+
+
+@contextlib.contextmanager
+def step(message: str, progress: Console) -> Generator[None]:
+    """A spinner on a terminal, else a line now and then; the libraries' own output is hidden."""
+    started = time.perf_counter()
+
+    def again() -> None:
+        progress.print(f"{message}, {time.perf_counter() - started:.0f} s", highlight=False)
+
+    if not progress.is_terminal:
+        progress.print(message)
+    shown = progress.status(message) if progress.is_terminal else _moving(again)
+    with shown, quiet_libraries():  # torch is imported while something moves
+        yield
+
+
+_SILENCE = 4.0  # seconds; after five one wonders whether anything happens
+
+
+@contextlib.contextmanager
+def _moving(move: Callable[[], object]) -> Generator[None]:
+    """Within the block, a thread calls `move` every four seconds."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_SILENCE):
+            move()
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+# --- Errors and Ctrl-C
+
+
+# A launcher ends all processes soon after the first has left.
+_SECONDS_FOR_THE_FIRST = 10.0
+
+
+@contextlib.contextmanager
+def one_line_errors(command: Callable[..., None] | None = None) -> Generator[None]:
+    """Print an error of this package or of the system as one line, and exit with code 2.
+
+    Ctrl-C also prints one line; its code is 130. Messages name the command's options, and a warning
+    of this package is printed as one line as well, once if it is the same for several prompts.
+    """
+    options = options_of(command) if command else {}
+    printed: set[str] = set()
+
+    def print_once(warning: LensLoraWarning) -> None:
+        if str(warning) not in printed:
+            printed.add(str(warning))
+            _print_warning(warning)
+
+    with within_command(options), heard_by(print_once), _one_line_errors():
+        yield
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Generator[None]:
+    try:
+        with _stopped_by_ctrl_c():
+            yield
+    except BrokenPipeError:
+        raise
+    except (LensLoraError, OSError) as error:
+        _print_error(f"{type(error).__name__}: {error}")
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # a command that never imported it has run out of none
+        if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        fact = str(error).split(". ")[0]
+        remedy = "Use shorter prompts, a smaller --batch-size (sweep), or --device cpu."
+        _print_error(f"{fact}. {remedy}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        if rank() == 0:
+            _print_line(str(error) or "Interrupted.")
+        raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Generator[None]:
+    """Within the block, Ctrl-C raises KeyboardInterrupt, so that what was begun is cleaned up.
+
+    While a module is imported, which may catch it and go on without a part of itself, and the
+    second time, it does what it does outside of the block.
+    """
+    outside = signal.getsignal(signal.SIGINT)
+    if not callable(outside):  # the signal is ignored, as a shell has it for jobs in the background
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, outside)
+        if _is_importing(frame):
+            outside(number, frame)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def told_if_interrupted(what_is_saved: Callable[[], str]) -> Generator[None]:
+    """Within the block, Ctrl-C prints what has been saved."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"Interrupted. {what_is_saved()}") from error
+
+
+def _print_error(line: str) -> None:
+    """Print an error once, even if every process has the same one."""
+    if rank():
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+        line = f"process {rank() + 1}: {line}"
+    _print_line(line)
+
+
+def _print_warning(warning: LensLoraWarning) -> None:
+    """Print a warning; of several processes the first one's."""
+    if rank() == 0:
+        _print_line(f"Warning: {warning}", style="yellow")
+
+
+def _print_line(line: str, style: str = "red") -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(" ".join(line.split()), style=style))

@@ -1,0 +1,239 @@
+"""`lens-lora sweep`, a file of prompts through chosen analyses, and `scan`, a folder of adapters
+through one bank; both into Parquet.
+
+A record that cannot be used is listed and stops nothing; the exit code is 1 if no prompt has
+numbers. Results at `--out` of another sweep are refused before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import lens_lora as ll
+from lens_lora.cli import options, running
+from lens_lora.core.adapter.peft_files import folders_in, one_base, stated_base
+from lens_lora.errors import ArgumentError, many, warn
+from lens_lora.sweeps.processes import launched, rank
+from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lens_lora.formats.tokenizers import OwnTokenizer
+
+
+_Out = Annotated[Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")]
+_Resume = Annotated[
+    bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
+]
+
+
+@options.with_options
+def sweep(
+    adapter: options.AdapterIfOther = None,
+    *,
+    prompts: Annotated[
+        Path,
+        options.input_file(
+            "JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; "
+            "response in place of doc and pre for a --readout of it."
+        ),
+    ],
+    out: _Out = Path("results.parquet"),
+    analysis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Any of {', '.join(ANALYSES)}; may be repeated. Default: first_order. Or one of "
+            f"{', '.join(BY_TOKEN)}, which need no doc and pre."
+        ),
+    ] = None,
+    readout: Annotated[
+        Literal["margin", "log-prob", "kl"],
+        "The margin of doc and pre; or of each record's response its log-prob, or the kl "
+        "of base and adapted model over it (by path, add_one and leave_one_out).",
+    ] = "margin",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many records.")
+    ] = None,
+    resume: _Resume = True,
+    quiet: options.QuietOption = False,
+    within: options.Within,
+    base: options.BaseModel,
+) -> None:
+    """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
+
+    Over several processes, on GPUs or CPUs:
+
+    accelerate launch --multi_gpu --num_processes 2 -m lens_lora sweep …
+    """
+    if out.suffix != ".parquet":
+        raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
+    names, has_margin = chosen(analysis or ["first_order"]), readout == "margin"
+    if names[0] in BY_TOKEN:
+        if not has_margin:
+            raise typer.BadParameter(f"--readout: {names[0]} has no readout; leave it out.")
+        rows = islice(each_record(prompts, with_answers=False), limit)
+    else:
+        rows = read_records(prompts, with_answers=has_margin, with_response=not has_margin)[:limit]
+    if rank() == 0:
+        options.require_place(out, "--out")
+    folder = options.folder_of(adapter, within, quiet=quiet or rank() > 0)
+    options.require_apart({"--out": out}, base, [folder], prompts)
+
+    with running.at_work(base, quiet=quiet or rank() > 0) as progress:
+        from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
+
+        loaded = ll.load_adapter(folder)
+        said = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}[readout]
+        require_slopes(names, said)
+        if resume:
+            require_resumable(out, loaded, names, said)
+        processes = launched()
+        if processes.count > 1 and base.device_map is not None:
+            raise ArgumentError(
+                f"--device-map and {processes.count} processes: each would place a model of its "
+                "own on the same devices. Launch one process for a model over several devices, or "
+                "leave --device-map out: each process then takes the device of its number."
+            )
+        lens = running.lens_for(base.placed(processes.device), loaded, progress)
+
+        def kept() -> str:
+            if not is_begun(out):
+                return "No prompt was finished."
+            return f"Finished prompts are kept beside {out}; run the same command again to resume."
+
+        with warnings.catch_warnings(), running.told_if_interrupted(kept):
+            warnings.simplefilter("ignore")  # bad records are listed below
+            result = ll.sweep(
+                lens,
+                rows,
+                names,
+                out=out,
+                readout=said,
+                batch_size=batch_size,
+                resume=resume,
+                progress=not progress.quiet,
+            )
+        if processes.is_main:
+            _print(result, processes.count)
+    if not result.done:
+        raise typer.Exit(1)
+
+
+@options.with_options
+def scan(
+    folder: Annotated[
+        str, typer.Argument(help="A folder or hub id with adapters in it, at any depth.")
+    ],
+    *,
+    asked: options.Questions,
+    out: _Out = Path("scan.parquet"),
+    group: Annotated[
+        Literal["layer", "site", "kind"], "What each adapter's values are summed over."
+    ] = "layer",
+    resume: _Resume = True,
+    quiet: options.QuietOption = False,
+    within: options.Within,
+    base: options.BaseModel,
+) -> None:
+    """First order of every adapter in a folder, from one pass over the base for all of them."""
+    where: Any = {"revision": within.revision, "subfolder": within.subfolder}
+    folders = list(folders_in(folder, **where).values())
+    options.require_place(out, "--out")
+    options.require_apart({"--out": out}, base, folders, asked.prompts)
+    questions, bases = asked.listed(), [(str(path), stated_base(path)) for path in folders]
+    why = "scan the adapters of each base apart, or name one base for all with --model."
+    named = one_base(bases if base.model is None else bases[:1], why)
+
+    with running.at_work(base, quiet=quiet) as progress:
+        running.warn_of_spaces(questions)
+        processes = launched()
+        loaded = running.load_model_of(named, progress, base.placed(processes.device))
+        tokenizer = _tokenizer_for(folders, loaded)
+        with running.step("Building the hooked model", progress):
+            model, class_name = running.hooked_by(base, loaded[0], tokenizer)
+        beside = loaded[0] if class_name == "HookedTransformer" else None
+        prompts, readout = running.margin_of(model, questions, base.prepend_bos)
+        kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
+        with running.quiet_libraries(), running.told_if_interrupted(lambda: kept):
+            how: Any = {"hf_model": beside, "prepend_bos": base.prepend_bos}
+            how |= {"max_memory": base.max_memory, "progress": not quiet}
+            bank = ll.bank(model, prompts, readout, **how)
+            how = {"group": group, "out": out, "resume": resume, "progress": not quiet}
+            how["any_base"] = base.model is not None
+            table = bank.scan(folder, **where, **how)
+        if processes.is_main:
+            _print_scan(table, out)
+    if table["error"].notna().all():
+        raise typer.Exit(1)
+
+
+def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokenizer:
+    """The tokenizer that reads the prompts for all adapters.
+
+    It is the adapters' own where all were saved with the same files, as in a run's checkpoints.
+    Else it is the base's, and a warning names the adapters whose own differs.
+    """
+    from lens_lora.core.adapter.peft_files import own_tokenizer_files
+    from lens_lora.formats.tokenizers import (
+        OwnTokenizer,
+        differences_from,
+        files_digest,
+        own_tokenizer,
+    )
+
+    base, tokenizer = loaded
+    by_files: dict[str, list[Path]] = {}
+    for folder in folders:
+        if own_tokenizer_files(folder):
+            by_files.setdefault(files_digest(folder), []).append(folder)
+    if [len(same) for same in by_files.values()] == [len(folders)]:
+        embedding: Any = base.get_input_embeddings()
+        rows = len(embedding.weight)
+        return own_tokenizer(folders[0], tokenizer, rows=rows, config=base.config)
+    for same in by_files.values():
+        if differing := differences_from(tokenizer, same[0]):
+            warn(
+                f"{', '.join(folder.name for folder in same[:3])}"
+                f"{', …' if len(same) > 3 else ''}: saved with a tokenizer that differs from the "
+                f"base's, by which all prompts are read: {'; '.join(differing)}.",
+                in_shell="lens-lora explain reads them by the adapter's own.",
+            )
+    return OwnTokenizer(tokenizer)
+
+
+def _print_scan(table: pd.DataFrame, out: Path) -> None:
+    """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
+    means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
+    running.say(f"Σ a, mean over prompts, of {many(len(means), 'adapter')}; the largest:")
+    for name in means.abs().nlargest(_SHOWN_ERRORS).index:
+        running.say(f"  {means[name]:+9.3g}  {name}")
+    bad = table.dropna(subset="error")
+    for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):
+        running.say(f"  {name}: {error}")
+    running.say(f"{many(len(bad), 'adapter')} cannot be used. All numbers: {out.absolute()}")
+
+
+_SHOWN_ERRORS = 10
+
+
+def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:
+    """What is in the files and where they are, and which records are bad."""
+    if isinstance(result, ll.results.ActivationsFile):
+        bad, damaged = [(r["id"], r["error"]) for r in result.bad().to_dict("records")], ()
+    else:
+        bad, damaged = result.errors, result.damaged
+    running.say(f"{result!r}{f', by {processes} processes' if processes > 1 else ''}")
+    for identity, error in bad[:_SHOWN_ERRORS]:
+        running.say(f"  {identity}: {error}")
+    if len(bad) > _SHOWN_ERRORS:
+        running.say(f"  … and {len(bad) - _SHOWN_ERRORS} more, in the column 'error'")
+    for damage in damaged:
+        running.say(f"  run again, as its file could not be read: {damage}")

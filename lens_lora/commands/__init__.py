@@ -1,1 +1,0 @@
-"""The commands of `lens-lora`, one per file."""

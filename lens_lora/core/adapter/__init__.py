@@ -1,0 +1,1 @@
+"""What a fine-tune added to each module: plain LoRA as PEFT writes it. Knows no model."""

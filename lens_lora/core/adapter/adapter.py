@@ -1,0 +1,558 @@
+"""The adapter: what a fine-tune added to each module. Knows no model.
+
+Its updates come from PEFT's files (`load_adapter`), a live PeftModel (`Adapter.from_peft`), tensors
+at hand (`from_factors`, `constant`), or the difference of two models (`between`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat, get_args
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora.arguments import number, whole, word
+from lens_lora.core.adapter import formats, peft_files, peft_read
+from lens_lora.core.adapter.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    TrainedModule,
+    constant_factors,
+)
+from lens_lora.errors import AdapterError, ArgumentError, SiteError, many, setting
+from lens_lora.formats import arithmetic, from_models, methods, peft_write
+from lens_lora.formats.arithmetic import Parts, module_path
+from lens_lora.formats.directions import Side, directions_of, is_writer, projected, truncated
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Updates by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
+
+    A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
+
+        >>> import torch
+        >>> update = LoRAFactors(A=torch.ones(2, 8), B=torch.ones(8, 2), scale=0.5)
+        >>> modules = {"layers.0.q_proj": update, "layers.0.v_proj": update}
+        >>> a = Adapter.from_factors(modules, name="a")
+        >>> list(a.only("*.q_proj").modules)
+        ['layers.0.q_proj']
+        >>> list((a.without("*.v_proj").scaled(0.5) + a.only("*.q_proj").named("b")).modules)
+        ['layers.0.q_proj@a', 'layers.0.q_proj@b']
+
+    Attributes:
+        modules: updates by module path: factors, or parameters that were trained whole.
+        name: tells the parts of a sum apart; the folder's name, if it was read from one.
+        base_model: the base model that its files name.
+        truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
+        tokenizer_folder: its own folder, if a tokenizer or a chat template was saved in it.
+    """
+
+    modules: Mapping[str, ModuleUpdate]
+    name: str = "adapter"
+    base_model: str | None = None
+    truncation_error: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    tokenizer_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ArgumentError(f"an adapter's name is {self.name!r}; expected a string.")
+        if not self.modules:
+            raise AdapterError(f"{self.name}: the adapter adapts no module.")
+        for path, update in self.modules.items():
+            if not isinstance(path, str) or not isinstance(update, LoRAFactors | TrainedModule):
+                raise ArgumentError(
+                    f"{self.name}: {path!r} → {type(update).__name__}; expected a module path → "
+                    "ll.LoRAFactors(A, B, scale) or ll.results.TrainedModule(weight)."
+                )
+        in_order = sorted(self.modules.items(), key=arithmetic.natural)
+        object.__setattr__(self, "modules", dict(in_order))
+
+    @classmethod
+    def from_factors(cls, modules: Mapping[str, ModuleUpdate], *, name: str = "adapter") -> Adapter:
+        """An adapter from factors, or trained modules, at hand.
+
+        Args:
+            modules: updates by Hugging Face module path.
+            name: the adapter's name.
+
+        Raises:
+            AdapterError: no modules.
+            ArgumentError: anything but updates by path.
+        """
+        return cls(dict(modules), name=name)
+
+    @classmethod
+    def constant(
+        cls,
+        vectors: Mapping[str, Float[Tensor, " out"]],
+        like: nn.Module | Adapter | None = None,
+        *,
+        name: str = "constant",
+    ) -> Adapter:
+        """Steering as an adapter: each module adds one vector, whatever its input.
+
+        At every token, the first one too, as a bias does; a text's first token is a sink, and what
+        is added there reaches all others.
+
+        Args:
+            vectors: added to a module's output, by Hugging Face module path.
+            like: the Hugging Face base, or an adapter of these modules. It tells the modules' input
+                widths, which `save` needs; without it, a lens takes them from its model.
+            name: the adapter's name.
+
+        Raises:
+            ArgumentError: no vectors by module path.
+            AdapterError: a value that is no vector, or a module that `like` lacks.
+        """
+        if isinstance(like, Adapter):
+            modules = like.modules.items()
+            widths = {key: u.A.shape[1] for key, u in modules if isinstance(u, LoRAFactors)}
+            return cls(constant_factors(vectors, widths), name=name)
+        return cls(constant_factors(vectors, like), name=name)
+
+    @classmethod
+    def from_peft(cls, peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
+        """The named adapter of a live PeftModel, as its layers apply it now; copied.
+
+        LoRA is read from its tensors. The ΔW of other methods is measured, each layer run in
+        float64 on every unit vector, and rounded once, to float32 or the base's dtype; what is a
+        function of the input, and no ΔW, is refused by name. The model stays as it is.
+
+        Args:
+            peft_model: a PeftModel, or a transformers model with adapters of its own.
+            adapter_name: the name of one of its adapters.
+
+        Cost: none for LoRA; for other methods see `load_adapter`.
+
+        Raises:
+            ArgumentError: a model without an adapter.
+            AdapterError: no such adapter, or its tensors are inconsistent.
+            UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without
+                ΔW, one that is merged into the weights, or a PeftMixedModel.
+        """
+        modules, base = from_models.live_updates(peft_model, adapter_name, methods.measured_updates)
+        return cls(modules, name=adapter_name, base_model=base)
+
+    @classmethod
+    def between(
+        cls,
+        base: nn.Module,
+        tuned: nn.Module,
+        *,
+        rank: int | None = None,
+        ignore: str | Iterable[str] = (),
+        name: str = "fine-tune",
+        progress: bool = True,
+    ) -> Adapter:
+        """Any weight change as an adapter: of every linear module, embedding and norm that differs.
+
+        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base. Norms that
+        changed need an unprocessed hooked model.
+
+        Args:
+            base: the Hugging Face model before.
+            tuned: the model after, of the same architecture and configuration.
+            rank: None for the exact difference; else the best approximation of this rank, its
+                relative error in `truncation_error`.
+            ignore: a glob or several ('*norm*', say), of modules and parameters whose change is
+                left out on purpose.
+            name: the adapter's name.
+            progress: whether to draw a progress bar.
+
+        Cost: one forward pass of each model on 8 tokens; with `rank`, an SVD a module.
+
+        Raises:
+            AdapterError: different architectures, models that are different functions whatever
+                their weights (`rope_theta`, the norm's ε, the activation function, …), no
+                difference, or changed parameters of no linear module, embedding or norm.
+            ArgumentError: anything but models, or an `ignore` that is no glob.
+        """
+        factors, errors = from_models.change_between(base, tuned, rank, ignore, progress)
+        if not factors:
+            raise AdapterError("the two models have the same weights; there is nothing to explain.")
+        return cls(factors, name=name, truncation_error=errors)
+
+    def named(self, name: str) -> Adapter:
+        """The adapter under another name, to tell the parts of a sum apart.
+
+        Args:
+            name: the new name.
+
+        Raises:
+            ArgumentError: anything but a string.
+        """
+        return dataclasses.replace(self, name=name)
+
+    def only(self, *which: str | DataFrame) -> Adapter:
+        """The modules whose path matches a glob ('*.q_proj'), or that a table of sites names.
+
+        `adapter.only(attribution.top(20))` prunes the adapter. A module is kept whole if one of its
+        sites is named: of a fused q, k, v projection all three stay, even if the table names only
+        one. In a sum of adapters, a site's '@name' picks the part.
+
+        Args:
+            which: globs, or tables with a column 'module' (and 'site'), as `Attribution.top` and
+                `Faithfulness.kept` return them.
+
+        Raises:
+            SiteError: a glob matches nothing, or a table names a module that is not here.
+            ArgumentError: a table without a column 'module', or neither glob nor table.
+        """
+        keep = set[str]()
+        for item in which:
+            keep |= self._in_table(item) if hasattr(item, "columns") else self._matching(item)
+        return self._with({path: f for path, f in self.modules.items() if path in keep})
+
+    def without(self, *globs: str) -> Adapter:
+        """The modules whose path matches none of the globs.
+
+        Args:
+            globs: patterns of module paths, or of 'path@name' in a sum of adapters.
+
+        Raises:
+            SiteError: a glob matches nothing.
+            AdapterError: nothing is left.
+            ArgumentError: a glob that is no string.
+        """
+        drop: set[str] = set().union(*map(self._matching, globs))
+        return self._with({path: f for path, f in self.modules.items() if path not in drop})
+
+    def without_direction(
+        self, directions: Any, side: Side = "write", sites: str | Iterable[str] = "*"
+    ) -> Adapter:
+        """The adapter that writes, or reads, nothing along a direction v of length 1.
+
+        ΔW and Δb become (I − vvᵀ)ΔW and (I − vvᵀ)Δb, or of what is read ΔW(I − vvᵀ), in the
+        Hugging Face basis. A module reads its own input, behind a norm: of a direction v of the
+        residual stream pass γ ⊙ v there. Weights know no tokens: the direction is gone from ΔW at a
+        text's first token, too. `lens.without` takes it out of activations, and not there.
+
+        Args:
+            directions: [d], [direction, d], {label: either}, a Contrast of one hook point, or
+                (autoencoder, indices).
+            side: 'write' for outputs, 'read' for inputs.
+            sites: globs of module paths. Of '*' those that write to the residual stream (o, down,
+                an embedding), or those that read it (q, k, v, gate, up, the head).
+
+        Raises:
+            SiteError: a glob matches nothing; '*' where no module is one of these, or a module is
+                of no known family.
+            AdapterError: directions of another width than a module writes or reads.
+            ArgumentError: another side, a direction of zeros, what is no direction.
+            UnsupportedAdapterError: DoRA, trained modules or biases.
+        """
+        word("side", side, get_args(Side))
+        keys = set[str]().union(*map(self._matching, [sites] if isinstance(sites, str) else sites))
+        if sites == "*":
+            writes = {key: is_writer(module_path(key)) for key in keys}
+            unknown = [key for key in writes if writes[key] is None]
+            keys = {key for key in keys if writes[key] is (side == "write")}
+            if unknown or not keys:
+                first = [*unknown, *writes][0]
+                verb = "read" if side == "read" else "write to"
+                raise SiteError(
+                    f"{first} is no module that is known to {verb} the residual stream; name the "
+                    "modules that the direction belongs to with sites=…, such as '*.down_proj'."
+                )
+        V = directions_of(directions).basis()
+        changed = {key: projected(key, self.modules[key], V, side) for key in keys}
+        return self._with({**self.modules, **changed})
+
+    def truncated(self, rank: int) -> Adapter:
+        """Each ΔW cut to its best approximation of this rank; updates of a lower rank stay.
+
+        Args:
+            rank: at least 1; of a stack of experts that of each.
+
+        Returns:
+            The adapter, with the relative errors in `truncation_error`.
+
+        Raises:
+            ArgumentError: a rank that is no whole number, or below 1.
+            UnsupportedAdapterError: DoRA, trained modules or biases.
+        """
+        rank = whole("rank", rank, 1)
+        cuts = {path: truncated(path, update, rank) for path, update in self.modules.items()}
+        errors = {path: error for path, (_, error) in cuts.items()}
+        modules = {path: update for path, (update, _) in cuts.items()}
+        return dataclasses.replace(self, modules=modules, truncation_error=errors)
+
+    def scaled(self, factor: SupportsFloat) -> Adapter:
+        """Every ΔW and Δb multiplied by a number.
+
+        Args:
+            factor: a finite number; 0 and negative ones too.
+
+        Raises:
+            ArgumentError: anything but a finite number.
+        """
+        scale = number("factor", factor)
+        return self._with({path: update.scaled(scale) for path, update in self.modules.items()})
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Both adapters at once; weight them with `scaled`. Their sites stay separate.
+
+        Args:
+            other: an adapter of the same base model and another name.
+
+        Raises:
+            ArgumentError: `other` is no adapter.
+            AdapterError: the same name twice, different bases, or DoRA on a module of both (whose
+                ΔW is not additive).
+        """
+        base = self._common_base(other, "+")
+        left = arithmetic.tagged(self.modules, self.name)
+        right = arithmetic.tagged(other.modules, other.name)
+        if self.name == other.name or set(left) & set(right):
+            raise AdapterError(f"both adapters are called {self.name!r}; rename one: named('…').")
+        arithmetic.refuse_dora_twice({**left, **right})
+        errors = {**self.truncation_error, **other.truncation_error}
+        return Adapter({**left, **right}, f"{self.name} + {other.name}", base, errors)
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        """ΔW − ΔW′ as one adapter, which `save` can write.
+
+        Args:
+            other: an adapter of the same base model.
+
+        Raises:
+            ArgumentError: `other` is no adapter.
+            AdapterError: different bases, or a module of both whose updates do not add up (DoRA,
+                trained whole, a trained bias).
+        """
+        base = self._common_base(other, "-")
+        modules = arithmetic.stacked([(self.modules, 1.0), (other.modules, -1.0)])
+        return Adapter(modules, f"{self.name} - {other.name}", base)
+
+    def mixed(self, other: Adapter, weight: SupportsFloat = 0.5) -> Adapter:
+        """(1 − w) ΔW + w ΔW′ as one adapter, which `save` can write; extrapolates beyond 0 to 1.
+
+        Args:
+            other: an adapter of the same base model.
+            weight: w, the other adapter's share.
+
+        Raises:
+            ArgumentError: `other` is no adapter, or the weight is no finite number.
+            AdapterError: different bases, or a module of both whose updates do not add up (DoRA,
+                trained whole, a trained bias).
+        """
+        base, share = self._common_base(other, "mixed with"), number("weight", weight)
+        modules = arithmetic.stacked([(self.modules, 1 - share), (other.modules, share)])
+        return Adapter(modules, f"{1 - share:g} {self.name} + {share:g} {other.name}", base)
+
+    def null(self, seed: int = 0, draw: int = 0, *, parts: Parts | None = None) -> Adapter:
+        """An adapter of the same modules, ranks and singular values in random directions.
+
+        The same seed and draw give the same adapter, here and wherever null adapters are drawn:
+        `null_test(…, seed=3)` and `what_changed(…, seed=3)` hold the draws 0, 1, … of seed 3. In
+        float64. No forward pass; QR of the factors and of as many Gaussians.
+
+        Args:
+            seed: a whole number of at least 0, the seed of all draws.
+            draw: the number of the draw, from 0.
+            parts: output rows of each part of a fused module, by the adapter's own key, where each
+                part is to keep its spectrum (`null_test` passes the model's q, k and v).
+
+        Raises:
+            ArgumentError: a seed or draw that is no whole number, or below 0.
+            UnsupportedAdapterError: DoRA, trained biases or modules: their change depends on the
+                base.
+        """
+        seed, draw = whole("seed", seed, 0), whole("draw", draw, 0)
+        modules = arithmetic.null_updates(self.modules, seed, draw, parts or {})
+        label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
+        return Adapter(modules, name=f"null {label} of {self.name}", base_model=self.base_model)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the adapter to a folder in PEFT's format; `PeftModel.from_pretrained` loads it.
+
+        Files of the same names are replaced. Ranks and scales are each module's own; rsLoRA's s
+        is written as the α/r that equals it, and dense differences as LoRA of full rank. The parts
+        of a sum become one adapter where they share no module.
+
+        Args:
+            path: the folder; created if it is missing.
+
+        Returns:
+            The folder.
+
+        Raises:
+            AdapterError: a module whose scale is zero.
+            UnsupportedAdapterError: something that PEFT's format cannot hold: two updates of one
+                module, DoRA on some modules only, a part of a trained bias or of DoRA's update.
+        """
+        return peft_write.save_adapter(self.modules, self.name, self.base_model, path)
+
+    def _with(self, modules: Mapping[str, ModuleUpdate]) -> Adapter:
+        return dataclasses.replace(self, modules=modules)
+
+    def _matching(self, glob: Any) -> set[str]:
+        """The keys that match the glob, with or without the name of their part of a sum."""
+        if not isinstance(glob, str):
+            raise ArgumentError(f"{glob!r}: expected a glob of module paths, like '*.q_proj'.")
+        keys = {k for k in self.modules if any(fnmatch.filter((k, module_path(k)), glob))}
+        if not keys:
+            shown = ", ".join([*self.modules][:4])
+            raise SiteError(f"{glob!r} matches no module of {self.name}, which has {shown}, …")
+        return keys
+
+    def _in_table(self, table: Any) -> set[str]:
+        """The keys of a table's modules, of a sum the parts that its sites name."""
+        if "module" not in table.columns:
+            raise ArgumentError(
+                f"a table with the columns {list(table.columns)}; expected a column 'module', as "
+                "attribution.top(k) has it (for effects: effects.attribution().top(k))."
+            )
+        sites = table["site"] if "site" in table.columns else [""] * len(table)
+        keys: set[str] = set()
+        for path, site in zip(table["module"], sites, strict=True):
+            part = str(site).partition("@")[2]
+            wanted = f"{path}@{part}" if part else path
+            hits = {key for key in self.modules if wanted in (key, module_path(key))}
+            if not hits:
+                fact = f"the table names {path!r} (site {site!r}), which {self.name} does not adapt"
+                raise SiteError(f"{fact}; was it computed with another adapter?")
+            keys |= hits
+        return keys
+
+    def _common_base(self, other: Any, operation: str) -> str | None:
+        if not isinstance(other, Adapter):
+            fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
+            raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
+        return require_one_base([self, other], "two bases do not combine")
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __repr__(self) -> str:
+        ranks = {f.rank for f in self.modules.values() if isinstance(f, LoRAFactors)}
+        whole = sum(isinstance(f, TrainedModule) for f in self.modules.values())
+        parts = [many(len(self), "module")]
+        parts += [f"rank {sorted(ranks)}"] if ranks else []
+        parts += [f"{whole} without factors"] if whole else []
+        parts += [f"base {self.base_model!r}"] if self.base_model else []
+        return f"Adapter({self.name!r}: {', '.join(parts)})"
+
+
+def require_one_base(adapters: Iterable[Adapter], why: str) -> str | None:
+    """The base that they name; AdapterError, with the reason, if two differ."""
+    remedy = "if it is one model, give both one name: dataclasses.replace(adapter, base_model=…)."
+    named = [(adapter.name, adapter.base_model) for adapter in adapters]
+    return peft_files.one_base(named, f"{why}; {remedy}")
+
+
+def load_adapter(
+    path: str | Path,
+    *,
+    base: PreTrainedModel | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """Read an adapter that PEFT saved: a local folder, or a hub id (fetched only if named).
+
+    A folder of a format that `ll.adapter_format` has registered is read by it.
+
+        >>> load_adapter("owner/repo/run/checkpoint-500", revision="v2")  # doctest: +SKIP
+
+    LoRA is read from its two files. The ΔW of other methods (VeRA, LoHa, OFT, IA3, …) is measured:
+    PEFT lays the folder over the base, and each layer is run on every unit vector in float64. A
+    method whose layer is a function of the input, and no ΔW, is refused by name.
+
+    Args:
+        path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id, also
+            with a folder of the repository: 'owner/repo/sub/folder'.
+        base: the Hugging Face model that the adapter was trained on, for methods other than LoRA;
+            in the dtype of the training, as some draw matrices from a seed. It stays as it is.
+        revision: branch, tag or commit of the hub repository.
+        subfolder: the adapter's folder within the folder or repository.
+
+    Cost: none for LoRA. For other methods a pass of each adapted module over as many tokens as it
+        has inputs, two forward passes on 8 tokens, and a copy of the largest module in float64.
+
+    Warns:
+        UserWarning: module paths of a wrapped or headless model are read as the language model's;
+            or PEFT seems to have left modules out of the file.
+
+    Raises:
+        AdapterError: files missing, pickled, truncated, of another format; tensors left over,
+            missing, or not in the config; ranks that disagree; NaN; another base.
+        UnsupportedAdapterError: a variant that s·B·A would misread, a method without ΔW, or one
+            that needs the base; the message has the remedy.
+        ArgumentError: a base that is no Hugging Face model, or one that PEFT has changed.
+    """
+    return read_adapter(path, None if base is None else lambda _: base, revision, subfolder)
+
+
+def read_adapter(
+    path: str | Path,
+    base_for: Callable[[str | None], nn.Module] | None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """As `load_adapter`; the base is asked for, by the name in the config, if it is needed."""
+    folder = peft_files.adapter_folder(path, revision, subfolder)
+    known = formats.format_in(folder)
+    if known is not None:
+        return _of_format(known, folder)
+    config = peft_files.read_config(folder)
+    if base_for is None or peft_files.is_plain_lora(config):
+        modules, base = peft_read.read_folder(folder, config)
+    else:
+        modules, base = methods.updates_over_base(folder, config, base_for)
+    return Adapter(
+        modules,
+        name=peft_files.name_of(folder),
+        base_model=base,
+        tokenizer_folder=_own_tokenizer_in(folder),
+    )
+
+
+def _own_tokenizer_in(folder: Path) -> Path | None:
+    """The folder, if a tokenizer or a chat template was saved in it."""
+    return folder if peft_files.own_tokenizer_files(folder) else None
+
+
+def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
+    """The adapter of a folder of a registered format, named after the folder."""
+    with peft_read.located(folder):
+        found = known.read(folder)
+        if isinstance(found, Adapter):
+            return found
+        if not isinstance(found, Mapping):
+            raise AdapterError(
+                f"the format {known.name!r} gave {type(found).__name__}",
+                remedy="return updates by module path, {path: ll.LoRAFactors(…)}, or an Adapter.",
+            )
+        return Adapter(
+            found,
+            name=peft_files.name_of(folder),
+            base_model=known.base_model(folder),
+            tokenizer_folder=_own_tokenizer_in(folder),
+        )
+
+
+def given_adapter(
+    adapter: Adapter | str | Path,
+    base_for: Callable[[str | None], nn.Module] | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """An adapter as a caller gives it: the object itself, or where it lies (`load_adapter`)."""
+    if not isinstance(adapter, Adapter):
+        return read_adapter(adapter, base_for, revision, subfolder)
+    where = {"revision": revision, "subfolder": subfolder}
+    for name, value in where.items():
+        if value is not None:
+            fact = f"{setting(name, value)} says where an adapter lies"
+            raise ArgumentError(f"{fact}, and {adapter.name!r} is read already; leave it out.")
+    return adapter

@@ -1,0 +1,446 @@
+"""One module's update: factors, ΔW = s B A, or the module as training left it.
+
+PEFT also trains whole modules (`modules_to_save`), rows of an embedding or a head
+(`trainable_token_indices`) and biases (`bias="all"`), and stores embeddings whole
+(`save_embedding_layers`). All of them take the place of the base's parameters:
+
+    linear module, head    ΔW = W' − W     [out, in],      Δb = b' − b   [out]
+    embedding              ΔW = (E' − E)ᵀ  [d, vocab]
+    rows t of either       the same, and 0 outside these rows
+    norm                   Δγ = γ' − γ,    Δβ = β' − β     [d]
+
+so each is an exact update where the base is at hand (core/model/updates.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lens_lora.compat import in_float64
+from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
+from lens_lora.formats.dense import is_reversal, reversal, written_out
+
+_VECTORS = ("lora_bias", "trained_bias", "magnitude")
+_TRAINED = ("weight", "bias", "base_weight")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAFactors:
+    """One module's update ΔW = scale · B A, and perhaps Δb.
+
+        >>> LoRAFactors(A=torch.ones(2, 8), B=torch.ones(4, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lens_lora.errors.AdapterError: A is (2, 8) and B is (4, 3); expected A [rank, in] and ...
+
+    Args:
+        A: [rank, in], reads the module's input (for an embedding: [rank, vocabulary]).
+        B: [out, rank], writes its output.
+        scale: s of the note: α/r, or α/√r for rsLoRA.
+        lora_bias: [out], a bias of B's own: Δb = scale · lora_bias.
+        trained_bias: [out], the module's bias after training: Δb = trained_bias − the base's.
+        magnitude: [out], DoRA's m: ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W, with W the base's.
+        base_weight: the base's weight as the adapter saw it, where the file holds it, stored as
+            Hugging Face does. Its difference from the base is a part of the update.
+        strength: multiplies the whole update.
+        experts: how many experts a parameter holds that is one tensor of all of them
+            (`target_parameters`): ΔW_e = scale · B_e A_e, with the ranks of one expert after
+            another's. 1 for a parameter of a module that is no linear one (a router); 0 for a
+            linear module.
+
+    Raises:
+        AdapterError: A and B disagree on the rank, are not matrices, are not finite, or are so
+            large that their products overflow.
+    """
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    scale: float = 1.0
+    lora_bias: Float[Tensor, " out"] | None = None
+    trained_bias: Float[Tensor, " out"] | None = None
+    magnitude: Float[Tensor, " out"] | None = None
+    base_weight: Tensor | None = None
+    strength: float = 1.0
+    experts: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("A", "B"):
+            if isinstance(getattr(self, name), Tensor):
+                object.__setattr__(self, name, written_out(getattr(self, name)))
+        tensors = {"A": self.A, "B": self.B, **_tensors(self, (*_VECTORS, "base_weight"))}
+        _require_numbers(tensors)
+        _require_finite(scale=self.scale, strength=self.strength)
+        self._require_shapes()
+        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
+        _require_products(sizes, torch.promote_types(self.A.dtype, self.B.dtype))
+
+    def _require_shapes(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            shapes = f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}"
+            expected = "A [rank, in] and B [out, rank] with the same rank"
+            raise AdapterError(f"{shapes}; expected {expected}.")
+        if self.experts < 0 or (self.experts and self.rank % self.experts):
+            raise AdapterError(f"{self.rank} ranks for {self.experts} experts; each has as many.")
+        if 0 in self.A.shape or 0 in self.B.shape:
+            raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
+        for name, vector in _tensors(self, _VECTORS).items():
+            if vector.shape != self.B.shape[:1]:
+                shape = tuple(vector.shape)
+                raise AdapterError(f"{name} is {shape} and B writes {len(self.B)} features.")
+
+    @property
+    def rank(self) -> int:
+        """r, the number of A's rows and of B's columns."""
+        return self.A.shape[0]
+
+    def by_expert(self) -> list[LoRAFactors]:
+        """The factors of each expert; of any other map, these."""
+        if self.experts < 2:
+            return [self]
+        As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
+        return [dataclasses.replace(self, A=A, B=B, experts=0) for A, B in zip(As, Bs, strict=True)]
+
+    @property
+    def width(self) -> int | None:
+        """How many features A reads; None where a constant leaves it open (Adapter.constant)."""
+        is_open = self.A.shape[1] == 1 and self.lora_bias is not None
+        return None if is_open and not bool(self.A.any()) else self.A.shape[1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether s·B·A of one linear map is all of it."""
+        beside = (self.lora_bias, self.trained_bias, self.magnitude, self.base_weight)
+        return not self.experts and all(tensor is None for tensor in beside)
+
+    @property
+    def needs_base_weight(self) -> bool:
+        """Whether ΔW depends on the base model's W (DoRA)."""
+        return self.magnitude is not None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether one factor is the identity in reverse, and the other holds all of ΔW."""
+        return not self.experts and (is_reversal(self.A) or is_reversal(self.B))
+
+    def scaled(self, factor: float) -> LoRAFactors:
+        """The whole update times a number.
+
+        Args:
+            factor: the number that multiplies ΔW and Δb.
+        """
+        if self.trained_bias is None and self.magnitude is None:
+            return dataclasses.replace(self, scale=self.scale * factor)
+        return dataclasses.replace(self, strength=self.strength * factor)
+
+    def rows(self, rows: Tensor) -> LoRAFactors:
+        """The update of some output features only (one part of a fused projection).
+
+        Args:
+            rows: indices of output features, [row].
+        """
+        cut = {name: tensor[rows] for name, tensor in _tensors(self, ("B", *_VECTORS)).items()}
+        if not self.experts and is_reversal(self.B):
+            part = dense_factors(self.A.flip(0)[rows])
+            cut |= {"A": part.A, "B": part.B}
+        return dataclasses.replace(self, **cut, base_weight=None)
+
+    def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
+        """ΔW, dense; biases are no part of it. Of experts [ΔW_1 … ΔW_E], [out, expert · in].
+
+        Args:
+            weight: the base's W, which DoRA's ΔW depends on.
+
+        Raises:
+            AdapterError: DoRA without the weight.
+        """
+        if self.experts > 1:
+            return torch.cat([each.materialise() for each in self.by_expert()], 1)
+        dtype = torch.promote_types(self.A.dtype, self.B.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+        plain = self.scale * self._product(dtype)
+        if self.magnitude is None:
+            return self.strength * plain
+        if weight is None:
+            raise AdapterError("DoRA's ΔW depends on the base model's weight; pass it.")
+        turned = weight.to(plain) + plain
+        size = turned.norm(dim=1, keepdim=True)
+        return self.strength * (self.magnitude[:, None] / size * turned - weight.to(plain))
+
+    def _product(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """BA."""
+        if is_reversal(self.B):
+            return self.A.to(dtype).flip(0)
+        if is_reversal(self.A):
+            return self.B.to(dtype).flip(1)
+        return self.B.to(dtype) @ self.A.to(dtype)
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW, without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)).
+
+        What biases add, ‖Δb‖, is `bias_norm`.
+
+        Raises:
+            AdapterError: DoRA, whose ΔW depends on the base model.
+        """
+        if self.magnitude is not None:
+            raise AdapterError("DoRA's ΔW depends on the base model's weight: use materialise.")
+        if self.experts > 1:
+            return math.hypot(*(each.norm() for each in self.by_expert()))
+        if self.is_dense:
+            change = self.A if is_reversal(self.B) else self.B
+            return abs(self.scale * self.strength) * size_of(change)
+        A, B = in_float64(self.A), in_float64(self.B)
+        squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
+        return abs(self.scale * self.strength) * math.sqrt(squared)
+
+    def bias_norm(self) -> float:
+        """‖Δb‖, added whatever the input; NaN for a trained bias, as that needs the base's."""
+        if self.trained_bias is not None:
+            return math.nan
+        return abs(self.scale * self.strength) * size_of(self.lora_bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModule:
+    """A module's parameters after training, in place of the base's: ΔW = weight − W.
+
+        >>> import torch
+        >>> TrainedModule(weight=torch.ones(4, 8)).rank
+        4
+
+    Args:
+        weight: as Hugging Face stores it: [out, in] of a linear module ([in, out] of GPT-2's
+            Conv1D), [vocab, d] of an embedding, [d] of a norm. None where only the bias changes.
+        bias: [out], or β of a norm.
+        tokens: [row], ids of the rows of an embedding or a head that `weight` holds; None for all.
+        base_weight: the base's whole weight as the adapter saw it, where the file holds it. PEFT
+            writes it into the base; beside a copy, only what is tied to the base sees it.
+        tied: whether a head that the base ties to this embedding changes with it, and the other
+            way round. A copy of its own (`modules_to_save`) does not.
+        strength: multiplies the whole update.
+
+    Raises:
+        AdapterError: tensors that are not finite or do not fit together.
+    """
+
+    weight: Tensor | None = None
+    bias: Float[Tensor, " out"] | None = None
+    tokens: Int[Tensor, " row"] | None = None
+    base_weight: Tensor | None = None
+    tied: bool = False
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        tensors = _tensors(self, _TRAINED)
+        _require_numbers(tensors)
+        _require_finite(strength=self.strength)
+        if self.weight is None and self.bias is None:
+            raise AdapterError("a trained module has a weight or a bias, and this one has neither.")
+        if self.weight is not None and (self.weight.ndim not in (1, 2) or 0 in self.weight.shape):
+            shape = tuple(self.weight.shape)
+            raise AdapterError(f"weight is {shape}; expected a matrix, or a norm's vector.")
+        if self.bias is not None and (self.bias.ndim != 1 or not len(self.bias)):
+            raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
+        self._require_tokens()
+        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        _require_products(sizes, next(iter(tensors.values())).dtype)
+
+    def _require_tokens(self) -> None:
+        if self.tokens is None:
+            return
+        is_tensor = isinstance(self.tokens, Tensor)
+        if not is_tensor or self.tokens.dtype not in (torch.int32, torch.int64):
+            raise AdapterError(f"tokens are {self.tokens!r}; expected a tensor of ids.")
+        ids, shape = self.tokens.tolist(), () if self.weight is None else self.weight.shape
+        if self.tokens.ndim != 1 or len(shape) != 2 or len(ids) not in shape:
+            raise AdapterError(f"tokens are {ids}, weight {tuple(shape)}; expected one row each.")
+        if len(set(ids)) < len(ids) or min(ids) < 0:
+            raise AdapterError(f"tokens are {ids}; expected ids from 0 on, each once.")
+
+    @property
+    def rank(self) -> int:
+        """The rank that ΔW may have: the smaller side of `weight`; 1 for a bias alone."""
+        return 1 if self.weight is None else min(self.weight.shape)
+
+    def scaled(self, factor: float) -> TrainedModule:
+        """The whole update times a number.
+
+        Args:
+            factor: the number that multiplies ΔW and Δb.
+        """
+        return dataclasses.replace(self, strength=self.strength * factor)
+
+    def turned(self) -> TrainedModule:
+        """With `weight` and `base_weight` transposed; a norm's vector is its own."""
+        weights = _tensors(self, ("weight", "base_weight"))
+        turned = {name: weight.T for name, weight in weights.items() if weight.ndim == 2}
+        return dataclasses.replace(self, **turned)
+
+    def rows(self, rows: Tensor) -> TrainedModule:
+        """The update of some output features only, of parameters turned to [out, in].
+
+        Args:
+            rows: indices of output features, [row].
+        """
+        cut = {name: tensor[rows] for name, tensor in _tensors(self, _TRAINED).items()}
+        return dataclasses.replace(self, **cut)
+
+    def norm(self) -> float:
+        """‖ΔW‖_F is not known here.
+
+        Raises:
+            AdapterError: always: ΔW depends on the base model's weight.
+        """
+        raise AdapterError("a trained module's ΔW depends on the base; see lens.delta_w(site).")
+
+    def bias_norm(self) -> float:
+        """‖Δb‖; NaN where a bias was trained, as that needs the base's."""
+        return 0.0 if self.bias is None else math.nan
+
+
+ModuleUpdate: TypeAlias = LoRAFactors | TrainedModule
+Updates = Mapping[str, ModuleUpdate]  # by Hugging Face module path
+
+
+def base_part(update: ModuleUpdate) -> str | None:
+    """The part of an update that is a change only beside the base's own parameters; or None."""
+    if isinstance(update, TrainedModule):
+        return "a module that was trained whole"
+    if update.magnitude is not None:
+        return "DoRA's magnitude"
+    return None if update.trained_bias is None else "a trained bias"
+
+
+def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
+    """The update, if it is sBA and a change of bias that the file holds; else refused."""
+    part = base_part(update)
+    if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
+        return update
+    raise UnsupportedAdapterError(
+        f"{path}: the adapter holds {part or 'a weight of the base'}, so its ΔW depends on the "
+        "base model. Make it plain first: Adapter.between(base, peft_model.merge_and_unload())."
+    )
+
+
+def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
+    """Any ΔW as factors, without loss: on its smaller side stands what `dense.reversal` makes."""
+    out, inputs = delta.shape
+    if out <= inputs:
+        return LoRAFactors(delta.flip(0), reversal(out, delta.dtype, delta.device))
+    return LoRAFactors(reversal(inputs, delta.dtype, delta.device), delta.flip(1))
+
+
+def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
+    """The factors of each expert as those of the stack; shorter ones are filled up with zeros."""
+    rank = max(part.rank for part in parts)
+    As = [functional.pad(part.A, (0, 0, 0, rank - part.rank)) for part in parts]
+    Bs = [part.scale * part.strength * part.B for part in parts]
+    Bs = [functional.pad(B, (0, rank - B.shape[1])) for B in Bs]
+    return LoRAFactors(torch.cat(As), torch.cat(Bs, 1), experts=len(parts))
+
+
+def constant_factors(
+    vectors: Mapping[str, Float[Tensor, " out"]], like: nn.Module | Mapping[str, int] | None
+) -> dict[str, LoRAFactors]:
+    """Factors that add each vector to its module's output, whatever the input: ΔW = 0, and Δb.
+
+    In PEFT's format a LoRA with A = 0, B = 0 and a bias of B's own (`lora_bias`). A has as many
+    columns as the module has inputs, which `like` tells: the base, or widths by path. Without it A
+    has one column, which fits every module (`LoRAFactors.width`).
+    """
+    if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors):
+        expected = "{module path: vector}, such as {'model.layers.3.mlp.down_proj': vector}"
+        raise ArgumentError(f"vectors are a {type(vectors).__name__}; expected {expected}.")
+    return {path: _constant(path, vector, like) for path, vector in vectors.items()}
+
+
+def _constant(path: str, vector: Any, like: Any) -> LoRAFactors:
+    if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
+        shown = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise AdapterError(f"{path}: {shown}; expected a vector of floating point, [out].")
+    A = vector.new_zeros(1, 1 if like is None else _input_width(path, like))
+    return LoRAFactors(A, vector.new_zeros(len(vector), 1), lora_bias=vector.detach().clone())
+
+
+def _input_width(path: str, like: Any) -> int:
+    if isinstance(like, Mapping):
+        if path not in like:
+            raise AdapterError(f"{path}: `like` holds no factors of this module.")
+        return like[path]
+    if not isinstance(like, nn.Module):
+        raise ArgumentError(f"like is a {type(like).__name__}; expected the base or an adapter.")
+    try:
+        module: Any = like.get_submodule(path)
+    except AttributeError as error:
+        raise AdapterError(f"{path}: the model in `like` has no such module.") from error
+    width = getattr(module, "in_features", None) or getattr(module, "nx", None)
+    if width is None:
+        kind = type(module).__name__
+        raise AdapterError(f"{path}: a {kind} is no linear module: PEFT has no constants of it.")
+    return int(width)
+
+
+def size_of(tensor: Tensor | None) -> float:
+    """The norm of a tensor's entries in float64; 0 for None."""
+    if tensor is None:
+        return 0.0
+    if is_reversal(tensor):
+        return math.sqrt(len(tensor))
+    return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
+
+
+def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the named tensors that the update has."""
+    return {name: held for name in names if (held := getattr(update, name)) is not None}
+
+
+def _require_numbers(tensors: Mapping[str, Any]) -> None:
+    """Refuse anything but finite tensors of floating point."""
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise AdapterError(f"{key} is a {type(tensor).__name__}; expected a tensor.")
+        if tensor.dtype not in _DTYPES:
+            fact = f"factors must be floating point of 16 bits or more, and {key} is {tensor.dtype}"
+            raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
+        # A finite sum has finite terms, and takes a tenth as long; one that overflows says nothing.
+        if not (math.isfinite(tensor.sum().item()) or torch.isfinite(tensor).all()):
+            raise AdapterError(f"the factors contain NaN or infinite entries (in {key}).")
+
+
+def _require_finite(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise AdapterError(f"{name} is {value!r}; expected a finite number.")
+
+
+def _require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Refuse tensors larger than √max: their products are infinite, or NaN, wherever applied."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    limit = math.sqrt(torch.finfo(dtype).max)
+    for name, size in sizes.items():
+        if not size <= limit:
+            raise AdapterError(
+                f"{name} is too large to compute with: its norm is {size:.2g}, and beyond "
+                f"{limit:.2g} products overflow in {dtype}. The training diverged, or the file is "
+                "damaged."
+            )
+
+
+def output_count(module: ModuleUpdate, inputs: int) -> int:
+    """How many features the whole module writes; a site of a fused one has some of these rows."""
+    if isinstance(module, LoRAFactors):
+        return len(module.B)
+    if module.weight is None:
+        return 0 if module.bias is None else len(module.bias)
+    return module.weight.numel() // inputs  # stored as [out, in] or [in, out]

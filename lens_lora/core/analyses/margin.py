@@ -1,0 +1,281 @@
+"""The fact margin (note, §5): m = m₀ + Σ_l (u_doc − u_pre)ᵀ J δz_l + R_m.
+
+The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
+
+1. First order of the margin, and the margin itself along ε·Δ (`path/path_attribution.py`).
+2. Where the curve changes sign, the scale is found for all prompts together: g is run on either
+   side of the root of a polynomial through the nearest points, until the step is narrow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy.interpolate import BarycentricInterpolator
+from scipy.optimize import root_scalar
+from torch import Tensor
+
+from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
+from lens_lora.core.function.asked import Asked, ask_prompts
+from lens_lora.core.function.forward import gated_readout
+from lens_lora.core.model import LoraLens, alone
+from lens_lora.core.readout.prompts import PromptsLike
+from lens_lora.core.results import drawing
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.core.results.base import SIGMAS, Drawn, changes_sign, per_prompt
+from lens_lora.path.path_attribution import USUAL_SCALES, RemainderCurve, remainder_curve_of
+from lens_lora.responses.answers import AnswerLike, answer_ids, margin_between
+
+
+@final
+class FactMargin(Drawn):
+    """Does the document's fact overtake the pretrained one, where on the way, because of what?
+
+    `plot` is the margin along ε, its first-order line, and the flip.
+
+    Attributes:
+        attribution: the first-order shift of the margin, by site (at ε = 0).
+        curve: the margin along ε from 0 to 1, exact, beside its first-order line.
+        flip_scale: [batch], the first ε in (0, 1] at which the margin changes sign; NaN where it
+            does not. Where rounding hides a sign it may be rounding too.
+        doc, pre: the two answers, per prompt.
+    """
+
+    attribution: Attribution
+    curve: RemainderCurve
+    flip_scale: Float[Tensor, " batch"]
+    doc: Annotated[tuple[str, ...], "batch"]
+    pre: Annotated[tuple[str, ...], "batch"]
+
+    @property
+    def m0(self) -> Float[Tensor, " batch"]:
+        """The base model's margin, in logits: negative where it prefers the pretrained fact."""
+        return self.attribution.base
+
+    @property
+    def m(self) -> Float[Tensor, " batch"]:
+        """The adapted model's margin, exact."""
+        return self.attribution.adapted
+
+    @property
+    def first_order(self) -> Float[Tensor, " batch"]:
+        """Σ_l (u_doc − u_pre)ᵀ J δz_l."""
+        return self.attribution.total
+
+    @property
+    def remainder(self) -> Float[Tensor, " batch"]:
+        """R_m = m − m₀ − first order."""
+        return self.attribution.remainder
+
+    @property
+    def noise_floor(self) -> Float[Tensor, " batch"]:
+        """σ of a difference of two margins from rounding alone."""
+        return self.curve.noise_floor
+
+    @property
+    def remainder_floor(self) -> Float[Tensor, " batch"]:
+        """σ of R_m from rounding alone: of the margins' and of first order's."""
+        return self.curve.noise.of_remainder(1.0)
+
+    @property
+    def flips(self) -> tuple[bool, ...]:
+        """Whether the preferred fact changes between base and adapted model.
+
+        False where rounding hides the sign of a margin; `flip_verdict` tells that from no flip.
+        """
+        return tuple(changes_sign(self.m0, self.m, self.noise_floor).tolist())
+
+    @property
+    def flip_predicted(self) -> tuple[bool, ...]:
+        """Whether first order alone, m₀ + Σ a_l, says so; False where rounding hides a sign."""
+        floors = self.noise_floor, self.remainder_floor
+        return tuple(changes_sign(self.m0, self.m0 + self.first_order, *floors).tolist())
+
+    @property
+    def flip_verdict(self) -> tuple[FlipVerdict, ...]:
+        """For each prompt, whether the margin flips, or rounding hides it."""
+        rows = torch.stack([self.m0, self.m, self.noise_floor.to(self.m)], 1).cpu().double()
+        return tuple(FlipVerdict(m0, m, SIGMAS * floor) for m0, m, floor in rows.tolist())
+
+    @property
+    def verdict(self) -> tuple[Verdict, ...]:
+        """For each prompt, how good first order is at ε = 1 and on the way."""
+        ends = points_at_end(self.remainder, self.attribution.shift, self.curve.noise)
+        return tuple(verdict_of(end, self.curve.way_of(i)) for i, end in enumerate(ends))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign."""
+        floors = ("noise_floor", "remainder_floor")
+        names = ("m0", "first_order", "remainder", "m", *floors, "flip_scale")
+        columns = per_prompt({name: getattr(self, name) for name in names})
+        return pd.DataFrame(columns).assign(
+            flips=self.flips,
+            flip_predicted=self.flip_predicted,
+            hidden=[verdict.kind == "hidden" for verdict in self.flip_verdict],
+        )
+
+    def story(self, prompt: int | None = None) -> str:
+        """The margin's account in plain words, claiming no more than the numbers.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.story(self, prompt)
+
+
+@alone
+def fact_margin(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    doc: AnswerLike,
+    pre: AnswerLike,
+    *,
+    by: tuple[str, ...] | str = (),
+    progress: bool = True,
+) -> FactMargin:
+    """m = m₀ + first order + R_m between the document's fact and the pretrained one.
+
+    Cost: five forward and backward passes and 30 forward passes, along the path and for the noise
+    floors, in two batches for up to 17 tokens; mostly two or three more, of two points each, if
+    any prompt flips.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        doc, pre: a string each (with its leading space), token id or ids, or one of each per
+            prompt. Answers of several tokens are teacher-forced and their margin is in nats.
+        by: also split the attribution by 'position', 'head', 'expert', 'rank'.
+        progress: show a bar.
+
+    Raises:
+        TokenError: an answer that is no token of the model, a word that lost its leading space,
+            or doc equal to pre.
+    """
+    asked = ask_prompts(lens, prompts)
+    margin = margin_between(lens.model, doc, pre, asked.prompts)
+    return fact_margin_of(asked.about(margin), doc, pre, by, progress)
+
+
+def fact_margin_of(
+    asked: Asked, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str, progress: bool
+) -> FactMargin:
+    """The margin that `asked` reads, between these answers."""
+    lens = asked.lens
+    attribution = first_order_of(asked, by=by, along=USUAL_SCALES, progress=progress)
+    curve = remainder_curve_of(asked, attribution, progress=progress)
+    batch, texts = asked.prompts.batch, asked.prompts.texts
+    docs, pres = (answer_ids(lens.model, answer, batch, texts) for answer in (doc, pre))
+    return FactMargin(
+        attribution=attribution,
+        curve=curve,
+        flip_scale=flip_scales(asked, curve.base, curve.scales, curve.values),
+        doc=tuple("".join(lens.decode(ids)) for ids in docs),
+        pre=tuple("".join(lens.decode(ids)) for ids in pres),
+    )
+
+
+def flip_scales(
+    asked: Asked,
+    base: Float[Tensor, " batch"],
+    scales: Float[Tensor, " scale"],
+    values: Float[Tensor, "batch scale"],
+) -> Float[Tensor, " batch"]:
+    """Each prompt's first sign change along ε, refined; NaN without one.
+
+    All prompts are refined together, two points of each in a pass: mostly two forward passes.
+    """
+    steps = torch.cat([scales.new_zeros(1), scales]).cpu().double()
+    values = torch.cat([base[:, None], values], 1).cpu().double()
+    crosses = (values[:, :-1] != 0) & (values[:, :-1] * values[:, 1:] <= 0)
+    flips = torch.full((len(values),), float("nan"), dtype=torch.float64)
+    flipping = crosses.any(1).nonzero()[:, 0]
+    first = crosses[flipping].int().argmax(1).tolist()
+    rows = zip(values[flipping].numpy(), first, strict=True)
+    crossings = [_Crossing(steps.numpy(), *row) for row in rows]
+    for _ in range(_MOST_PASSES):
+        wide = [i for i, crossing in enumerate(crossings) if not crossing.is_narrow]
+        if not wide:
+            break
+        probes = torch.tensor([crossings[i].probes for i in wide])
+        for i, between in zip(wide, _values_at(asked, flipping[wide], probes).numpy(), strict=True):
+            crossings[i] = crossings[i].narrowed(between)
+    flips[flipping] = torch.tensor([c.root for c in crossings], dtype=torch.float64)
+    return flips
+
+
+_PRECISION = 1e-5  # of a flip; nearer to it the rounding of float32 hides a margin's sign
+_NODES = 6  # of the interpolant: with more of them rounding grows
+_MOST_PASSES = 16  # a smooth margin takes two or three, one that jumps (experts switch) many
+
+
+@dataclasses.dataclass(frozen=True)
+class _Crossing:
+    """Where g changes sign between two neighbours of the points ε at which it is known.
+
+    Attributes:
+        scales, values: ε of each point, rising, and g there.
+        low: the index of the point before the change.
+    """
+
+    scales: NDArray[np.float64]
+    values: NDArray[np.float64]
+    low: int
+
+    @property
+    def step(self) -> tuple[float, float]:
+        """ε of the two neighbours."""
+        return float(self.scales[self.low]), float(self.scales[self.low + 1])
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether nothing is left to look for; also where g is exactly zero at a neighbour."""
+        low, high = self.step
+        return high - low <= _PRECISION or not self.values[self.low : self.low + 2].all()
+
+    @property
+    def root(self) -> float:
+        """That of the polynomial through the nearest points, the two neighbours among them."""
+        low, high = self.step
+        nearest = np.abs(self.scales - (low + high) / 2).argsort()[:_NODES]
+        # Without `rng` it draws from numpy's global state.
+        through = BarycentricInterpolator(self.scales[nearest], self.values[nearest], rng=0)
+        return float(root_scalar(through, bracket=(low, high)).root)
+
+    @property
+    def probes(self) -> tuple[float, float]:
+        """Either side of that root, by about what it may be off, and apart from the neighbours."""
+        (low, high), root = self.step, self.root
+        reach = max(0.4 * _PRECISION, (high - low) ** 2 / 8)
+        gap = min(reach, high - low) / 8
+        left = min(max(root - reach, low + gap), high - 2 * gap)
+        return left, min(max(root + reach, left + gap), high - gap)
+
+    def narrowed(self, between: NDArray[np.float64]) -> _Crossing:
+        """The part of the step with the first change, g being known at the probes as well."""
+        scales = np.insert(self.scales, self.low + 1, self.probes)
+        values = np.insert(self.values, self.low + 1, between)
+        inner = values[self.low : self.low + 4]
+        return _Crossing(scales, values, self.low + int((inner[:-1] * inner[1:] <= 0).argmax()))
+
+
+def _values_at(
+    asked: Asked, chosen: Int[Tensor, " chosen"], scales: Float[Tensor, "chosen point"]
+) -> Float[Tensor, "chosen point"]:
+    """g(ε·1) of some prompts, each at its own ε."""
+    lens, reading = asked.lens, asked.reading
+    rows = reading.only(chosen)
+    if rows is reading:  # a user's function reads all prompts
+        scales = scales.new_zeros(reading.batch, scales.shape[1]).index_copy(0, chosen, scales)
+    gates = scales[..., None].expand(-1, -1, len(lens.sites))
+    values = gated_readout(lens, rows, lens.gates(gates), progress=False).cpu().double()
+    return values[chosen] if rows is reading else values

@@ -1,0 +1,279 @@
+"""What one prompt's numbers say, decided here and nowhere else; `show/words.py` words it.
+
+0. A number counts where it stands out of three noise floors (`Noise`): σ from rounding alone, of a
+   shift and of what first or second order leaves of it.
+1. First order (`Verdict`): the remainder against the shift, at ε = 1 and at a quarter, half and
+   three quarters of the strength. Each has its own noise floor: where an adapter moves much, the
+   remainder's is far above the shift's, as first order has rounding of its own.
+2. Second order beside first (`SecondVerdict`): which of the two leaves less, up to which strength.
+3. Random directions (`NullVerdict`): how far the shift stands out from theirs.
+4. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
+5. Shares of a KL's quadratic part (`SharesVerdict`): whether they rank the sites as all of it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core import Noise
+from lens_lora.core.results import drawing
+from lens_lora.core.results.base import SIGMAS
+
+CHECKPOINTS = (0.25, 0.5, 0.75)  # The strengths at which every result looks at the path.
+_SMALL = 0.1  # A remainder of at most a tenth of the shift is small,
+_LARGE = 0.2  # and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
+_LEVEL = 0.05  # The usual level of significance.
+_RANKED = 0.9  # A rank correlation; chosen and confirmed in docs/faithfulness.md.
+
+
+class Point(NamedTuple):
+    """One strength of one prompt, in the readout's units.
+
+    Attributes:
+        scale: ε.
+        remainder, shift: R(ε), and g(ε) − g(0).
+        remainder_floor, noise_floor: σ of the two from rounding alone.
+    """
+
+    scale: float
+    remainder: float
+    shift: float
+    remainder_floor: float
+    noise_floor: float
+
+    @property
+    def share(self) -> float | None:
+        """|R| / |shift|; None where one of them is within rounding."""
+        is_clear = abs(self.remainder) > SIGMAS * self.remainder_floor
+        has_moved = abs(self.shift) > SIGMAS * self.noise_floor
+        return abs(self.remainder / self.shift) if is_clear and has_moved else None
+
+
+def points_of(
+    scales: Float[Tensor, " scale"],
+    remainder: Float[Tensor, "batch scale"],
+    shift: Float[Tensor, "batch scale"],
+    noise: Noise,
+    curvature_noise: Float[Tensor, " batch"] | None = None,
+) -> list[list[Point]]:
+    """The points of each prompt."""
+    floor = noise.of_remainder(scales, curvature_noise)
+    rows = (remainder, shift, floor, noise.of_shift(scales))
+    by_prompt = zip(*(values.cpu().double().tolist() for values in rows), strict=True)
+    strengths = scales.cpu().double().tolist()
+    return [[Point(*point) for point in zip(strengths, *row, strict=True)] for row in by_prompt]
+
+
+def points_at_end(
+    remainder: Float[Tensor, " batch"],
+    shift: Float[Tensor, " batch"],
+    noise: Noise,
+    curvature_noise: Float[Tensor, " batch"] | None = None,
+) -> list[Point]:
+    """Each prompt's point at ε = 1."""
+    columns = remainder[:, None], shift[:, None]
+    return [p for (p,) in points_of(shift.new_ones(1), *columns, noise, curvature_noise)]
+
+
+class _Worded:
+    """A verdict, which str() puts into words."""
+
+    def __str__(self) -> str:
+        return drawing.text(self)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Verdict(_Worded):
+    """How good first order is on one prompt, at ε = 1 and on the way.
+
+    Attributes:
+        shift, remainder: g(1) − g(0), and what first order leaves of it.
+        floor: three noise floors of the shift; a difference of readouts below it can be rounding.
+        remainder_floor: three of the remainder, whose first order has rounding of its own.
+        worst: the largest |R(ε)| / |g(ε) − g(0)| at a quarter, half and three quarters of the
+            strength; None where none of them stands out of the noise.
+        worst_scale: the ε of it.
+    """
+
+    shift: float
+    remainder: float
+    floor: float
+    remainder_floor: float
+    worst: float | None
+    worst_scale: float | None
+
+    @property
+    def share(self) -> float:
+        """|R| / |shift| at ε = 1; NaN without a shift."""
+        return abs(self.remainder / self.shift) if self.shift else float("nan")
+
+    @property
+    def kind(self) -> Literal["no_shift", "coincidence", "noise", "small", "large", "uneven"]:
+        """'no_shift', the shift itself is within rounding; 'coincidence', at most a tenth of the
+        shift is missed at ε = 1, but more than a fifth on the way; 'noise', the remainder at ε = 1
+        is within rounding; 'small', at most a tenth is missed throughout; 'large', more than a
+        tenth at ε = 1; 'uneven', at most a tenth at ε = 1, and up to a fifth on the way.
+        """
+        worst = self.worst or 0.0
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        if self.share <= _SMALL and worst > _LARGE:
+            return "coincidence"
+        if abs(self.remainder) <= self.remainder_floor:
+            return "noise"
+        if self.share > _SMALL:
+            return "large"
+        return "small" if worst <= _SMALL else "uneven"
+
+
+def verdict_of(end: Point, way: Sequence[Point]) -> Verdict:
+    """The verdict on one prompt's remainder, at ε = 1 and on the way."""
+    clear = [(point.share, point.scale) for point in way if point.share is not None]
+    worst = max(clear, default=(None, None), key=lambda pair: pair[0])
+    floors = SIGMAS * end.noise_floor, SIGMAS * end.remainder_floor
+    return Verdict(end.shift, end.remainder, *floors, *worst)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SecondVerdict(_Worded):
+    """Whether second order is nearer to the exact shift than first order, on one prompt.
+
+    Attributes:
+        shift: g(1) − g(0).
+        first, second: the remainders that first order, and second order, leave.
+        floor: three noise floors of the shift.
+        remainder_floor: three of what second order leaves.
+        helps_up_to: the strength up to which second order is nowhere farther.
+    """
+
+    shift: float
+    first: float
+    second: float
+    floor: float
+    remainder_floor: float
+    helps_up_to: float
+
+    @property
+    def kind(self) -> Literal["no_shift", "neither", "farther", "nearer", "coincidence"]:
+        """'no_shift', the shift itself is within rounding; 'neither', the two leave the same at
+        ε = 1, within rounding; 'farther', second order leaves more; 'nearer', it leaves less, all
+        along the path; 'coincidence', less at ε = 1, but more on the way.
+        """
+        nearer_by = abs(self.first) - abs(self.second)
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        if abs(nearer_by) <= self.remainder_floor:
+            return "neither"
+        if nearer_by < 0:
+            return "farther"
+        return "coincidence" if self.helps_up_to < 1 else "nearer"
+
+
+def second_verdict(first: Point, second: Point, helps_up_to: float) -> SecondVerdict:
+    """The verdict on one prompt's second order: what it, and first order, leave at ε = 1."""
+    floors = SIGMAS * second.noise_floor, SIGMAS * second.remainder_floor
+    return SecondVerdict(second.shift, first.remainder, second.remainder, *floors, helps_up_to)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class NullVerdict(_Worded):
+    """How far one prompt's shift stands out from those of adapters in random directions.
+
+    Attributes:
+        shift: g(1) − g(0).
+        floor: three noise floors.
+        null: root mean square of the draws' shifts, at least one noise floor.
+        is_least: whether theirs is below that floor, so that the ratio is a lower bound.
+        p: the share of draws, the real adapter counted as one, that reach the shift.
+        exceeds_all: the share of sites that exceed every draw.
+        draws, run: how many random adapters were drawn, and run for their shift.
+    """
+
+    shift: float
+    floor: float
+    null: float
+    is_least: bool
+    p: float
+    exceeds_all: float
+    draws: int
+    run: int
+
+    @property
+    def kind(self) -> Literal["no_shift", "as_random", "stands_out"]:
+        """'no_shift', the shift itself is within rounding; 'as_random', as many draws reach it as
+        chance allows; 'stands_out'.
+        """
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        return "as_random" if self.p > max(_LEVEL, 1 / (1 + self.run)) else "stands_out"
+
+    @property
+    def ratio(self) -> float:
+        """|shift| over the draws'."""
+        return abs(self.shift) / self.null
+
+    @property
+    def chance(self) -> float:
+        """The share of sites that exceed every draw by chance."""
+        return 1 / (1 + self.draws)
+
+
+def null_verdict(
+    shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, *counts: int
+) -> NullVerdict:
+    """The verdict on one prompt's null test, of so many draws, of which so many were run."""
+    least, is_least = max(null, noise_floor), null < noise_floor
+    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, *counts)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class FlipVerdict(_Worded):
+    """Whether one prompt's margin changes sign between base and adapted model.
+
+    Attributes:
+        m0, m: the base model's margin, and the adapted model's.
+        floor: three noise floors.
+    """
+
+    m0: float
+    m: float
+    floor: float
+
+    @property
+    def kind(self) -> Literal["hidden", "flips", "keeps"]:
+        """'hidden', a margin is within rounding of zero, so that its sign is unknown; 'flips';
+        'keeps', both have the same sign.
+        """
+        if min(abs(self.m0), abs(self.m)) <= self.floor:
+            return "hidden"
+        return "flips" if self.m0 * self.m < 0 else "keeps"
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SharesVerdict(_Worded):
+    """Whether shares of a KL's quadratic part rank the sites as the whole KL does, on one prompt.
+
+    Attributes:
+        ratio: the divergence at ε = 1 over the quadratic.
+        agreement: rank correlation of the shares with the gradient of the divergence at ε = ½.
+    """
+
+    ratio: float
+    agreement: float
+
+    @property
+    def kind(self) -> Literal["holds", "fails", "unknown"]:
+        """'holds', the ranks agree; 'fails'; 'unknown', there is no rank correlation."""
+        if self.agreement != self.agreement:
+            return "unknown"
+        return "holds" if self.agreement >= _RANKED else "fails"

@@ -1,0 +1,1 @@
+"""The function g(ε), its derivatives and corners: tensors alone, no result."""

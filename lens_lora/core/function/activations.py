@@ -1,0 +1,580 @@
+"""u_l = A_l z_l of every site: kept, replaced by something else, or gated rank by rank.
+
+1. `site_activations`. The adapted pass computes u = Az + a₀ anyway; it is kept before B writes it.
+   So x, the input of the Hugging Face linear, is what A reads, whatever was folded into the hooked
+   model: where value biases were folded, what an update of v adds to x at o is added to u there. A
+   token is a sink if it is the first of its row, or if at some site its ‖z‖ is more than
+   `SINK_RATIO` times the median over the row's later tokens.
+2. `replaced_readout`: g with the δ = B u of some sites replaced, u ← u + P(ū − u). A whole site:
+   P = 1. A single rank j: P = e_j e_jᵀ, in the coordinates of the SVD of ΔW (`in_gauge`), so that
+   σ_j v_jᵀx is replaced. All that follows is live: other sites read the changed residual stream.
+3. What stands in, ū:
+
+       zero       ū = 0 at every token
+       mean       ū = mean of u over the tokens of the texts: without first ones, and once those
+                  with the same tokens before them
+       resample   ū at a row's token = u at the text's token that is as far from its end
+
+   The texts are run once, at the gates of the model that the intervention is made on. The first
+   token is a sink, its ‖z‖ up to hundreds of times the others' (and its δ the same whatever
+   follows): it is in no mean, gives nothing to another text, and keeps its own δ. Text i mod N
+   stands in for prompt i. It has at least as many tokens as the prompt's rows, so that a row's
+   second token never gets a text's first.
+4. `value_at`: g differentiable in a gate for each rank, u ← ε ∘ u, or for each site. Ranks are
+   those of the SVD, so that one of them means something by itself; a change of bias is one more
+   coordinate, and a gate of its own. Directions with σ = 0 do nothing; their gates are held at
+   zero. All gates are one vector, site after site (`GateLayout`).
+
+Cost: one forward pass, of the prompts or of the texts, without the unembedding; a forward pass a
+point for interventions, about half of that where they branch; a pass as any other for gates.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lens_lora.arguments import word
+from lens_lora.core.adapter.factors import LoRAFactors
+from lens_lora.core.function.forward import (
+    gated_readout,
+    read_value,
+    require_finite,
+    run_without_logits,
+)
+from lens_lora.core.function.memory import ROW_TOKENS, pass_groups, row_groups, rows_of_pass
+from lens_lora.core.model import LoraLens, SiteUpdate
+from lens_lora.core.model.basis import ExpertMap, Gauge, NormUpdate
+from lens_lora.core.model.gates import Inject, Injection, ScaleInject, weight_of, write
+from lens_lora.core.readout import Prompts, Reading, which_prompt
+from lens_lora.errors import (
+    ArgumentError,
+    ModelStateError,
+    PromptError,
+    UnsupportedAdapterError,
+    setting,
+)
+
+# --- u, kept
+
+
+SINK_RATIO = 50.0  # sinks of trained models have up to hundreds of times the others' ‖z‖
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """What one forward pass showed.
+
+    Attributes:
+        values: u, NaN at padding and beyond a site's own rank.
+        sinks: True where a token is a sink; False at padding.
+    """
+
+    values: Float[Tensor, "batch site pos rank"]
+    sinks: Bool[Tensor, "batch pos"]
+
+
+def in_gauge(lens: LoraLens, gauge: Gauge) -> LoraLens:
+    """The same function f(ε), each rank space in the coordinates of the gauge."""
+    if word("gauge", gauge, get_args(Gauge)) == "trained":
+        return lens
+    other = copy.copy(lens)
+    other._plan = lens.plan.in_svd_gauge
+    return other
+
+
+def activation_ranks(lens: LoraLens, sites: Sequence[int], gauge: Gauge) -> tuple[int, ...]:
+    """The number of coordinates of each of these sites; a change of bias has none."""
+    return tuple(_rank(lens.plan.updates[site], gauge) for site in sites)
+
+
+def _rank(site_update: SiteUpdate, gauge: Gauge) -> int:
+    site, update = site_update.site, site_update.update
+    factors, name = site.factors, f"{site.name} ({site.module})"
+    if isinstance(update, NormUpdate):
+        raise UnsupportedAdapterError(
+            f"{name}: a norm's update Δγ ⊙ n + Δβ has no rank space; name the other sites with "
+            "sites=[…], globs allowed."
+        )
+    if gauge == "svd":
+        return len(update.A)
+    if isinstance(factors, LoRAFactors) and not factors.needs_base_weight:
+        return factors.rank
+    kind = "DoRA's ΔW" if isinstance(factors, LoRAFactors) else "a weight that was trained whole"
+    raise UnsupportedAdapterError(
+        f"{name}: {kind} is no product s·B·A, so it has no activations as trained; use "
+        "gauge='svd', or name the other sites with sites=[…], globs allowed."
+    )
+
+
+def site_activations(
+    lens: LoraLens,
+    prompts: Prompts,
+    gates: Float[Tensor, "*batch site"],
+    sites: Sequence[int],
+    ranks: Sequence[int],
+) -> Seen:
+    """u of these sites at these gates. One forward pass, in groups that fit within the bound.
+
+    Raises:
+        ModelStateError: a site's hook did not fire, or the heads of one have inputs of their own.
+        NumericsError: non-finite activations.
+    """
+    rows = prompts.batch
+    fitting = rows_of_pass(lens, dataclasses.replace(prompts, reads=None)) or rows
+    seen: list[Seen] = []
+    for first in range(0, rows, fitting):
+        last = min(first + fitting, rows)
+        of_group = gates if gates.ndim == 1 else gates[first:last]
+        seen.append(_activations(lens, prompts.cut(first, last), of_group, sites, ranks))
+    return Seen(torch.cat([s.values for s in seen]), torch.cat([s.sinks for s in seen]))
+
+
+def _activations(
+    lens: LoraLens,
+    prompts: Prompts,
+    gates: Float[Tensor, "*batch site"],
+    sites: Sequence[int],
+    ranks: Sequence[int],
+) -> Seen:
+    keep = _Keep(lens, prompts, gates, sites, ranks)
+    with torch.no_grad(), lens.injected(keep):
+        run_without_logits(lens, prompts)
+    keep.require_all_seen()
+    keep.finish()
+    keep.require_finite()
+    real = prompts.real.to(keep.values.device)
+    keep.values.masked_fill_(~real[:, None, :, None], torch.nan)
+    return Seen(keep.values, sinks_among(keep.sizes, real) & real)
+
+
+@dataclasses.dataclass(eq=False)
+class _Keep:
+    """Adds ε ΔW z at every site, and keeps u of the chosen ones."""
+
+    lens: LoraLens
+    prompts: Prompts
+    gates: Tensor
+    sites: Sequence[int]
+    ranks: Sequence[int]
+
+    def __post_init__(self) -> None:
+        lens = self.lens
+        self._scaled = ScaleInject(lens.plan, self.gates)
+        self._slot = {site: slot for slot, site in enumerate(self.sites)}
+        self._real = self.prompts.real.to(lens.device)
+        self._seen: set[int] = set()
+        self.sizes: list[Float[Tensor, "batch pos"]] = []
+        self._added: dict[int, Tensor] = {}
+        self._last: Tensor | None = None
+        batch, pos = self.prompts.tokens.shape
+        shape = batch, len(self.sites), pos, max(self.ranks)
+        self.values = torch.full(shape, torch.nan, dtype=lens.gate_dtype, device=lens.device)
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        injection = self.lens.plan.injections[index]
+        u, slot = injection.map.coordinates(z), self._slot.get(injection.site)
+        if index < len(self.lens.sites):
+            self._size(z)
+            if slot is not None:
+                whole = u if injection.whole is None else injection.whole.coordinates(z)
+                by_token, rank = injection.map.by_token(whole), self.ranks[slot]
+                kept = _of_one_input(self.lens.sites[injection.site].name, z, by_token)[..., :rank]
+                self.values[:, slot, :, :rank] = kept
+                self._seen.add(slot)
+        elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
+            # What an update of v adds to the input of o, where it is not in z.
+            gate = self.gates[..., injection.partner].to(u.device, u.dtype)
+            self._added[slot] = u * (gate.view(-1, 1, 1) if gate.ndim else gate)
+        if not self._scaled.is_active(index):
+            return None
+        return write(out, injection.map, u, weight_of(injection, self.gates))
+
+    def _size(self, z: Tensor) -> None:
+        """‖z‖, once for each tensor that several sites read."""
+        if z is self._last or not z.is_floating_point():
+            return
+        self._last = z
+        size = torch.linalg.vector_norm(
+            z.flatten(2), dim=-1, dtype=torch.promote_types(z.dtype, torch.float32)
+        )
+        self.sizes.append(size.to(self._real.device))
+
+    def finish(self) -> None:
+        """Add what is kept apart, as hooks of one point may fire in any order."""
+        for slot, added in self._added.items():
+            rank = self.ranks[slot]
+            self.values[:, slot, :, :rank] += added[..., :rank].to(self.values.device)
+
+    def require_finite(self) -> None:
+        """Raise NumericsError where a token has an activation that is not finite."""
+        for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
+            u = self.values[:, slot, :, :rank][self._real]
+            require_finite(u, f"u of {self.lens.sites[site].name}")
+
+    def require_all_seen(self) -> None:
+        """Raise ModelStateError where a chosen site did not run."""
+        missed = [site for site, slot in self._slot.items() if slot not in self._seen]
+        if missed:
+            name = self.lens.sites[missed[0]].name
+            raise ModelStateError(
+                f"{name} did not run ({len(missed)} sites in all): a hook or a flag of the model "
+                "leaves its module out."
+            )
+
+
+def sinks_among(
+    sizes: Sequence[Float[Tensor, "batch pos"]], real: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """The first token of each row, and those with an outlier among the sizes."""
+    sinks = torch.zeros_like(real)
+    if sizes and sinks.shape[1] > 2:
+        of_sites = torch.stack(list(sizes), 1).masked_fill(~real[:, None], torch.nan)
+        usual = of_sites[..., 1:].nanmedian(-1, keepdim=True).values
+        sinks = (of_sites > SINK_RATIO * usual).any(1)
+    sinks[:, 0] = True
+    return sinks
+
+
+def _of_one_input(site: str, z: Tensor, u: Tensor) -> Float[Tensor, "batch pos rank"]:
+    """u where each head has an input of its own: the heads' one u, if they read the same."""
+    if u.ndim < 4:
+        return u
+    if not torch.equal(z, z[:, :, :1].expand_as(z)):  # products of equal rows differ by rounding
+        raise ModelStateError(
+            f"{site}: each head has an input of its own here, and they differ, so there is no one "
+            "u. Take the hooks off that change them, or turn use_split_qkv_input and use_attn_in "
+            "off."
+        )
+    return u[:, :, 0]
+
+
+# --- What stands in for δ
+
+
+Coordinates = Float[Tensor, "_row _pos *_head _rank"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """ū of every injection, and where it stands in.
+
+    Attributes:
+        u: ū of each injection, [row, pos, …, rank], or [1, 1, …, rank] for all rows and tokens.
+        at: [row, pos], the tokens at which δ is replaced.
+        at_slots: [row, slot], the same at the positions that reach the unembedding.
+    """
+
+    u: tuple[Coordinates, ...]
+    at: Bool[Tensor, "row pos"]
+    at_slots: Bool[Tensor, "row slot"]
+
+
+def mean_over(
+    lens: LoraLens,
+    texts: Prompts,
+    counted: Bool[Tensor, "text pos"],
+    gates: Float[Tensor, " site"],
+    reading: Reading,
+) -> StandIn:
+    """The mean of each site's u over the texts' counted tokens, none of them a first one."""
+    if not bool(counted.any()):
+        raise PromptError(
+            "texts: none has a token after its first, which is left out of the mean as a sink; "
+            "give longer texts."
+        )
+    sums, rest = dict[int, Tensor](), counted
+    for batch in map(texts.chosen, row_groups(lens, texts, ROW_TOKENS)):
+        mask, rest = rest[: batch.batch, : batch.tokens.shape[1]], rest[batch.batch :]
+
+        def add(index: int, u: Tensor, mask: Tensor = mask) -> None:
+            sums[index] = sums.get(index, 0) + u[mask.to(u.device)].sum(0)
+
+        _run(lens, batch, gates, add)
+    count = int(counted.sum())
+    u = tuple(sums[index][None, None] / count for index in range(len(lens.plan.injections)))
+    return _over_rows(u, reading.prompts)
+
+
+def resampled(
+    lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], reading: Reading
+) -> StandIn:
+    """Another text's u for each row, the ends of both aligned.
+
+    Raises:
+        PromptError: a text with fewer tokens than a row that it stands in for, or with the same
+            ones; a row of one token.
+    """
+    rows = reading.prompts
+    text_of = (reading.owner % texts.batch).to(texts.tokens.device)
+    _require_room(rows, texts, text_of)
+    used, used_of = torch.unique(text_of, return_inverse=True)
+    batches: dict[int, list[Tensor]] = {}
+    width = int(texts.lengths[used].max())
+    once = Prompts(texts.tokens[used], texts.lengths[used])
+    for batch in map(once.chosen, row_groups(lens, once, ROW_TOKENS)):
+
+        def keep(index: int, u: Tensor) -> None:
+            padded = u.new_zeros(len(u), width, *u.shape[2:])
+            padded[:, : u.shape[1]] = u
+            batches.setdefault(index, []).append(padded)
+
+        _run(lens, batch, gates, keep)
+    later = (texts.lengths[text_of] - rows.lengths.to(text_of.device))[:, None]
+    places = torch.arange(rows.tokens.shape[1], device=text_of.device)
+    everywhere = (places + later).clamp(max=width - 1)
+    at_slots = rows.read_positions.to(text_of.device) + later
+    kinds = [lens.sites[injection.site].kind for injection in lens.plan.injections]
+    u = tuple(
+        _picked(torch.cat(batches[i]), used_of, at_slots if kind == "unembed" else everywhere)
+        for i, kind in enumerate(kinds)
+    )
+    return _over_rows(u, rows)
+
+
+def _picked(u: Tensor, text_of: Int[Tensor, " row"], places: Int[Tensor, "row pos"]) -> Coordinates:
+    return u[text_of.to(u.device)[:, None], places.to(u.device)]
+
+
+def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
+    is_later = rows.after_first
+    without = (~is_later.any(1)).nonzero().flatten()
+    if len(without):
+        prompt = which_prompt(int(without[0]), rows.batch)
+        raise PromptError(
+            f"{prompt} has one token, the first, which keeps its own δ as a sink; there is nothing "
+            "to replace. Give a longer prompt, or use replace='zero'."
+        )
+    return StandIn(u, is_later, is_later.gather(1, rows.read_positions.to(is_later.device)))
+
+
+def _require_room(rows: Prompts, texts: Prompts, text_of: Int[Tensor, " row"]) -> None:
+    for row, text in enumerate(text_of.tolist()):
+        needed, length = int(rows.lengths[row]), int(texts.lengths[text])
+        if length < needed:
+            raise PromptError(
+                f"text {text} of {texts.batch} (from 0) has {length} tokens, and what it stands in "
+                f"for has {needed}, its response included; give texts at least as long."
+            )
+        if length == needed and torch.equal(
+            rows.tokens[row, :needed], texts.tokens[text, :needed].to(rows.tokens.device)
+        ):
+            raise PromptError(
+                f"text {text} of {texts.batch} (from 0) has the same tokens as what it stands in "
+                "for, so nothing would be replaced; give other texts, or the same in another order."
+            )
+
+
+_Keeper = Callable[[int, Tensor], None]
+
+
+def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _Keeper) -> None:
+    """Run the texts at these gates, and hand each injection's u to `keep`."""
+    for site, delta in zip(lens.sites, lens.maps, strict=True):
+        if isinstance(delta, ExpertMap):
+            raise UnsupportedAdapterError(
+                f"{site.name} ({site.module}): another token's experts are not this one's, so "
+                "nothing can stand in for what they write. Use replace='zero', or leave the "
+                "experts out with adapter.without(…)."
+            )
+    scaled = ScaleInject(lens.plan, gates)
+
+    def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        injection = lens.plan.injections[index]
+        u = injection.map.coordinates(z)
+        keep(index, u if injection.partner is None else u * gates[injection.partner].to(u))
+        return scaled(index, out, z)
+
+    with torch.no_grad(), lens.injected(inject):
+        run_without_logits(lens, texts)
+
+
+# --- δ replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """What each run does.
+
+    Attributes:
+        states: 0 where a site is off, 1 where it is on and the run is not about it, 2 where the run
+            is about it, or 2 + j where it is about its rank j.
+        of_ranks: whether the runs are about single ranks.
+        alone: whether of its site only that rank writes.
+        replaced: whether its δ is replaced.
+    """
+
+    states: Float[Tensor, "point site"]
+    of_ranks: bool
+    alone: bool
+    replaced: bool
+
+
+def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
+    """Refuse norms, which have no ranks."""
+    for index in sites:
+        if isinstance(lens.plan.updates[index].update, NormUpdate):
+            raise ArgumentError(
+                f"{lens.sites[index].name} is a norm that was trained, whose update has no ranks; "
+                "choose other sites (sites=…), or {setting('of', 'site')}."
+            )
+
+
+def replaced_readout(
+    lens: LoraLens,
+    reading: Reading,
+    points: Points,
+    stand_in: StandIn | None,
+    *,
+    progress: bool,
+    what: str,
+) -> Float[Tensor, "batch point"]:
+    """g of every prompt in every run. At most a forward pass a point, batched."""
+
+    def inject(states: Float[Tensor, "row site"], rows: Int[Tensor, " row"]) -> Inject:
+        return _ReplaceInject(lens, dataclasses.replace(points, states=states), rows, stand_in)
+
+    return gated_readout(lens, reading, points.states, inject=inject, progress=progress, what=what)
+
+
+class _ReplaceInject:
+    """What each row of a run writes: its point, and which row of the reading it belongs to."""
+
+    def __init__(
+        self, lens: LoraLens, points: Points, rows: Int[Tensor, " row"], stand_in: StandIn | None
+    ) -> None:
+        self._lens, self._points, self._rows, self._stand_in = lens, points, rows, stand_in
+        self._gates = (points.states > 0).to(lens.gate_dtype)
+        self._ranks = (points.states.amax(1) - 2).long()
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        injection = self._lens.plan.injections[index]
+        gate = weight_of(injection, self._gates)
+        if not bool((gate != 0).any()):
+            return None
+        u = self._moved(index, injection, injection.map.coordinates(z))
+        return write(out, injection.map, u, gate)
+
+    def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
+        is_about = (self._points.states[:, injection.site] >= 2).to(u.device)
+        if not bool(is_about.any()):
+            return u
+        start = torch.where(_over(is_about, u), self._part(u), u) if self._points.alone else u
+        if not self._points.replaced:
+            return start
+        if self._stand_in is None:
+            # Each of two partners adds half of what they add together: all of the rank's is out.
+            gap, mask = -u if injection.partner is None else -2 * u, is_about[:, None]
+        else:
+            other, rows = self._stand_in.u[index], self._rows
+            gap = (other if len(other) == 1 else other[rows.to(other.device), : u.shape[1]]) - u
+            is_head = self._lens.sites[injection.site].kind == "unembed"
+            tokens = self._stand_in.at_slots if is_head else self._stand_in.at
+            mask = is_about[:, None] & tokens.to(u.device)[rows.to(u.device), : u.shape[1]]
+        return start + torch.where(_over(mask, u), self._part(gap), 0.0)
+
+    def _part(self, u: Tensor) -> Tensor:
+        """P u, with each row's own rank."""
+        if not self._points.of_ranks:
+            return u
+        is_rank = self._ranks.to(u.device)[:, None] == torch.arange(u.shape[-1], device=u.device)
+        return u * is_rank.view(len(is_rank), *[1] * (u.ndim - 2), -1)
+
+
+def _over(values: Tensor, u: Tensor) -> Tensor:
+    """Of each row, or of each row and token: as wide as u."""
+    return values.view(*values.shape, *[1] * (u.ndim - values.ndim))
+
+
+# --- A gate for each rank, or for each site
+
+
+Of = Literal["rank", "site"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GateLayout:
+    """Which gate is where in the one vector of gates.
+
+    Attributes:
+        lens: the adapter over the model; for ranks in the coordinates of the SVD.
+        of: 'rank' or 'site', each of which has a gate.
+        sizes: how many gates each site has.
+    """
+
+    lens: LoraLens
+    of: Of
+    sizes: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of gates."""
+        return sum(self.sizes)
+
+    @functools.cached_property
+    def alive(self) -> Bool[Tensor, " gate"]:
+        """Which gates move anything; of ranks those with σ > 0, and changes of bias."""
+        if self.of == "site":
+            return torch.ones(self.count, dtype=torch.bool)
+        alive = []
+        for turn, size in zip(self.lens.plan.turns, self.sizes, strict=True):
+            sigma = torch.zeros(0) if turn is None else turn.sigma.cpu()
+            alive += [sigma > 0, torch.ones(size - len(sigma), dtype=torch.bool)]
+        return torch.cat(alive)
+
+    def by_site(self, gates: Tensor) -> tuple[Tensor, ...]:
+        """Each site's own gates."""
+        return gates.split(self.sizes)
+
+
+def layout_of(lens: LoraLens, of: Of) -> GateLayout:
+    """The gates of a lens.
+
+    Raises:
+        ArgumentError: ranks of a norm.
+        ModelStateError: ranks, where value biases were folded and updates of v and o multiply.
+    """
+    if of == "site":
+        return GateLayout(lens, of, (1,) * len(lens.sites))
+    require_ranks(lens, range(len(lens.sites)))
+    partnered = [i.site for i in lens.plan.injections if i.partner is not None]
+    if partnered:
+        raise ModelStateError(
+            f"{lens.sites[partnered[0]].name}: value biases of this model were folded into b_O, so "
+            "its update multiplies that of v there, and single ranks of the two have no gates of "
+            "their own. Load the model unprocessed (from_pretrained_no_processing), or use "
+            f"{setting('of', 'site')}."
+        )
+    turned = in_gauge(lens, "svd")
+    return GateLayout(turned, of, tuple(site_map.rank for site_map in turned.maps))
+
+
+def value_at(
+    layout: GateLayout, reading: Reading, gates: Float[Tensor, " gate"]
+) -> Float[Tensor, " batch"]:
+    """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass.
+
+    Without a graph it is taken in groups of prompts that fit within the bound of the lens.
+    """
+    by_site, unit = layout.by_site(gates), gates.new_ones(())
+
+    def inject(index: int, out: Tensor, z: Tensor) -> Tensor:
+        injection = layout.lens.plan.injections[index]
+        u = injection.map.coordinates(z)
+        gate = by_site[injection.site].to(u.device, u.dtype)
+        if injection.partner is not None:
+            gate = gate * by_site[injection.partner].to(gate) / 2
+        return write(out, injection.map, u * gate, unit)
+
+    groups = [reading] if torch.is_grad_enabled() else pass_groups(layout.lens, reading)
+    with layout.lens.injected(inject):
+        values = torch.cat([read_value(layout.lens, group) for group in groups])
+    require_finite(values.detach(), "the readout")
+    return values

@@ -1,0 +1,539 @@
+"""A forward pass of dual numbers x + ẋd, without the products that torch wastes on zeros.
+
+    (x + ẋd) W + b = (xW + b) + (ẋW) d              c(x + ẋd) + b = (cx + b) + (cẋ) d
+    (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ) d             P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
+
+1. Constant weights and factors. Torch multiplies a weight by the primal, by the tangent, and once
+   more for the weight's own tangent, which is zero. Within `OneProduct` there is one product, of
+   primal and tangent together.
+2. Attention. The scores are the largest tensors of a long prompt, and torch passes over them once
+   for every term; here terms are added in place.
+3. Where every row of a batch has the same primal (tangents of many parts of one prompt), what
+   depends on the primal only is computed once for all rows.
+4. Where the value keeps a graph, tangents are detached from it, as nothing goes back through them.
+   What torch saves of a dual number holds its tangent too, so such functions (and fused attention,
+   whose value then saves no pattern) are run once for the value and once for the tangent.
+5. Operations without a rule here are left to torch. One without a derivative is named.
+6. One thread of the process at a time, as torch has one dual level and one choice of attention
+   kernels: that of the formula, because fused kernels have no forward-mode derivative.
+
+Cost: a dual forward pass takes about 2.5 forward passes.
+
+**Tangents of several sites**, where few modules at a time have any: each value is computed once.
+
+    y = f(x₁, x₂, …),    ẏ_l = Σ_i ∂f/∂x_i ẋ_{i,l}     for each site l that one of the x_i carries
+
+1. A product with a weight takes all tangents together. What is linear is done to each tangent; in
+   any other product each factor is replaced by its tangent in turn. Whatever has no rule is left to
+   torch, as a dual number of each tangent. Values keep their graph, and tangents have none.
+2. So is what changes a value in place, but it is refused where another tensor in use shares its
+   memory, as that one's tangents would not follow.
+3. A kernel that reads a tensor past torch's functions would lose its tangents without a word, so
+   what is made of them has to be checked, as edges are against first order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from lens_lora import compat
+from lens_lora.core.model.hooks import ONE_IN_A_PROCESS, hold
+from lens_lora.errors import ModelStateError
+
+# --- Rules for products and attention
+
+
+_Args = tuple[Any, ...]
+_Named = dict[str, Any]
+_Rule = Callable[..., "Tensor | None"]  # from the rows with one primal, and torch's arguments
+# Beyond so many rows of one primal, copying it beside the tangents costs more than it saves.
+_APART = 4
+
+
+class OneProduct(TorchFunctionMode):
+    """Within the block, products of dual numbers follow the rules above.
+
+    Attention of values that keep a graph is computed by the kernels that are allowed when this is
+    made, and whatever has a tangent by those that are in force.
+
+    Attributes:
+        rows: how many rows of the batch have the same primal: 1, or all rows that it has now. Code
+            that adds rows must set it. It stays 1 for a mixture of experts, which takes tokens out
+            of their rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: int = 1
+        self._kernels: list[SDPBackend] = compat.attention_kernels()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        result = None if rule is None else rule(self.rows, *args, **kwargs)
+        if result is None and func in _SAVING:
+            result = _apart(func, args, kwargs, self._kernels)
+        return func(*args, **kwargs) if result is None else result
+
+
+class _Known(torch.autograd.Function):
+    """xW, computed already: only the way back to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight.mT, None, None
+
+
+def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
+    """A constant times, or added to, a dual number; None where neither or both are dual."""
+    if factors or len(args) != 2:
+        return None
+    (a, da), (b, db) = map(_parts_of, args)
+    if (da is None) == (db is None):
+        return None
+    moving, constant = cast("tuple[Tensor, Any]", (da, b) if db is None else (db, a))
+    # A tangent of its own: what is later done in place to the sum is not done to the summand.
+    moved = moving.clone() if func in _SUMS else moving * _alone(constant)
+    value = func(a, b)
+    is_dual = value.shape == moved.shape and value.dtype == moved.dtype
+    return fwad.make_dual(value, moved) if is_dual else None
+
+
+def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
+    """xW + b, or AB; None where this is no dual number times a constant, or torch has to do it."""
+    operands = _of_weight(func, args, named)
+    if operands is None:
+        return None if named or func not in _MATMULS else _batched_product(rows, *args)
+    (primal, tangent), weight, bias = _parts_of(operands[0]), *operands[1:]
+    if tangent is None or any(_parts_of(held)[1] is not None for held in (weight, bias)):
+        return None
+    first = _common(primal, rows)
+    if len(primal) > _APART * len(first):
+        value, moved = first @ weight, tangent @ _alone(weight)
+    else:
+        both = torch.cat([_alone(first), tangent]) @ _alone(weight)
+        value, moved = both[: len(first)], both[len(first) :]
+        if first.requires_grad:
+            value = cast("Tensor", _Known.apply(first, _alone(weight), value))
+    value = value if bias is None else value + bias
+    return fwad.make_dual(_spread(value, primal), moved)
+
+
+def _of_weight(func: Any, args: _Args, named: _Named) -> _Args | None:
+    """x, W and b of a product xW + b of rows with a matrix; None of another product."""
+    x, weight, bias = cast("tuple[Any, Any, Any]", (*args, None, None)[:3])
+    if func is torch.addmm:
+        x, weight, bias = weight, bias, x
+    elif func is functional.linear:
+        weight = weight.transpose(0, -1)
+    is_plain = not named and x.ndim > 1 and weight.ndim == 2 and (bias is None or bias.ndim == 1)
+    return (x, weight, bias) if is_plain else None
+
+
+def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
+    """(A + Ȧd)(B + Ḃd) of two batches of matrices; None where torch has to do it."""
+    (a, da), (b, db) = _parts_of(left), _parts_of(right)
+    alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
+    if not alike or (da is None and db is None):
+        return None
+    value, a, b = _spread(_common(a, rows) @ _common(b, rows), a), _alone(a), _alone(b)
+    if da is None or db is None:
+        return fwad.make_dual(value, da @ b if db is None else a @ db)
+    moved = (da @ b).flatten(0, -3)
+    moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
+    return fwad.make_dual(value, moved.view(value.shape))
+
+
+def _softmax(
+    rows: int,
+    input: Tensor,
+    dim: int | None = None,
+    *rest: Any,
+    dtype: torch.dtype | None = None,
+    _stacklevel: int = 3,
+    **other: Any,
+) -> Tensor | None:
+    """P along `dim`; None where torch has to do it."""
+    x, dx = _parts_of(input)
+    if rest or other or dx is None or dim is None or dim % x.ndim == 0:
+        return None
+    P = torch.softmax(_common(x, rows), dim, dtype)
+    spread = _alone(P) if len(P) == 1 else _spread(_alone(P), x)  # one row broadcasts
+    moved = spread * dx.to(P.dtype)
+    moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)
+    return fwad.make_dual(_spread(P, x), moved)
+
+
+def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
+    """x and ẋ; ẋ is None of a constant, which need not be a tensor."""
+    if not isinstance(value, Tensor):
+        return value, None
+    primal, tangent = fwad.unpack_dual(value)
+    return primal, None if tangent is None else _alone(tangent)
+
+
+def _apart(
+    func: Callable[..., Any], args: _Args, named: _Named, kernels: list[SDPBackend]
+) -> Tensor | None:
+    """The value with its graph, and the tangent without; None where no dual number has a graph."""
+    both = [_parts_of(arg) for arg in (*args, *named.values())]
+    if not any(moved is not None and value.requires_grad for value, moved in both):
+        return None
+
+    def run(operands: Sequence[Any]) -> Tensor:
+        return func(*operands[: len(args)], **dict(zip(named, operands[len(args) :], strict=True)))
+
+    with torch.no_grad():
+        alone = [_alone(x) if dx is None else fwad.make_dual(_alone(x), dx) for x, dx in both]
+        moved = fwad.unpack_dual(run(alone)).tangent
+    with sdpa_kernel(kernels):
+        return fwad.make_dual(run([value for value, _ in both]), moved)
+
+
+def _alone(value: Any) -> Any:
+    """The same without its graph."""
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _common(x: Tensor, rows: int) -> Tensor:
+    """The first of `rows` equal rows; all of x, if it has no such rows."""
+    if rows == 1 or x.ndim == 0 or len(x) % rows:
+        return x
+    return x[: len(x) // rows]
+
+
+def _spread(value: Tensor, like: Tensor) -> Tensor:
+    """What was computed of the first row, for as many rows as `like` has."""
+    if value.ndim == 0 or len(value) == len(like):
+        return value
+    return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
+
+
+# What torch saves their operands for.
+_SAVING = frozenset(
+    {
+        *(torch.mul, Tensor.mul, Tensor.__mul__, torch.div, Tensor.div, Tensor.__truediv__),
+        *(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square),
+        *(torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.tanh, Tensor.tanh),
+        *(functional.silu, functional.gelu, functional.relu, functional.tanh),
+        *(functional.layer_norm, functional.scaled_dot_product_attention),
+        *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.gather, Tensor.gather),
+    }
+)
+_SUMS = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
+_MULTIPLES = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
+_MATMULS = torch.matmul, Tensor.matmul, Tensor.__matmul__
+_PRODUCTS = functional.linear, torch.addmm, *_MATMULS
+_RULES: dict[Callable[..., Any], _Rule] = {
+    **{func: functools.partial(_product, func) for func in _PRODUCTS},
+    **dict.fromkeys((torch.softmax, Tensor.softmax, functional.softmax), _softmax),
+    **{func: functools.partial(_affine, func) for func in (*_SUMS, *_MULTIPLES)},
+}
+
+
+# --- Torch's forward mode, set up
+
+
+def dual_forward() -> AbstractContextManager[OneProduct]:
+    """Within the block, forward-mode derivatives are computed.
+
+    Torch has one dual level, and one choice of attention kernels, in a process: a thread waits for
+    another one that is within such a block.
+
+    `as` gives the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
+
+    Raises:
+        ModelStateError: a dual level is open outside; the model uses an operation without a
+            forward-mode derivative.
+    """
+    return compat.Temporary(_begin_dual)
+
+
+def dual_level() -> AbstractContextManager[None]:
+    """As `dual_forward`, with torch's own products and whatever attention is in force."""
+    return compat.Temporary(_begin_level)
+
+
+def _begin_dual(span: compat.Temporary) -> OneProduct:
+    products = OneProduct()
+    _begin_level(span)
+    attention_from_formula(span)
+    compat.enter_mode(span, products)
+    return products
+
+
+def _begin_level(span: compat.Temporary) -> None:
+    hold(span, ONE_IN_A_PROCESS)
+    if _is_dual_level_open():
+        raise ModelStateError(
+            "a level of forward-mode derivatives (forward_ad.dual_level, torch.func.jvp) is open "
+            "around this call, and torch has no second one. Leave it first."
+        )
+    span.push(_name_the_operation)
+    compat.plain_bloom_gelu(span)
+    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    torch.set_grad_enabled(False)
+    compat.allow_forward_mode(span)
+    span.way_back(_leave_dual_level)
+    fwad.enter_dual_level()
+
+
+def attention_from_formula(span: compat.Temporary) -> None:
+    """Scaled-dot-product attention from its formula until the span ends, by no fused kernel.
+
+    A fused kernel has neither forward-mode nor second derivatives.
+    """
+    hold(span, ONE_IN_A_PROCESS)
+    compat.use_attention_kernels(span, [SDPBackend.MATH])
+
+
+def _leave_dual_level() -> None:
+    while _is_dual_level_open():
+        fwad.exit_dual_level()
+
+
+def _is_dual_level_open() -> bool:
+    """Whether a dual number can be made, which torch refuses without a level."""
+    try:
+        fwad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _name_the_operation(kind: object, error: BaseException | None, trace: object) -> None:
+    if isinstance(error, NotImplementedError):
+        frames = traceback.extract_tb(error.__traceback__)
+        last = [frame for frame in frames if "/torch/" not in frame.filename][-1]
+        raise ModelStateError(
+            "this model has an operation without a forward-mode derivative "
+            f"({last.line} in {last.name}: {error}). A fused kernel is one.",
+            remedy="Load the model without it (attn_implementation='eager', and of a mixture of "
+            "experts experts_implementation='eager'). Reverse mode (first_order, mode='reverse') "
+            "needs no such derivative.",
+            in_shell="Load the model without it (--attn eager).",
+        ) from error
+
+
+def tangent_of(dual: Tensor) -> Tensor:
+    """The derivative that a dual number carries; zeros where it has none."""
+    primal, tangent = fwad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()
+
+
+# --- Values with the tangents of several sites
+
+
+_Tangents = dict[int, Any]  # by site; of a function with several results, one of each
+
+
+class Moving(Tensor):
+    """A value, and its tangents by site."""
+
+    value: Tensor
+    tangents: _Tangents
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: _Args = (), kwargs: _Named | None = None
+    ) -> Any:
+        named, name = kwargs or {}, func.__name__
+        if name == "__set__" or named.get("out") is not None:
+            raise _refusal(name)
+        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if is_in_place or named.get("inplace"):
+            return _in_place(func, args, named)
+        result = func(*_mapped(args, value_of), **_mapped(named, value_of))
+        if not any(map(_is_differentiable, _parts(result))):
+            return result
+        with torch.no_grad():
+            tangents = _BY_SITE.get(name.strip("_"), _by_torch)(func, args, named)
+        if isinstance(result, Tensor):
+            return moving(result, tangents)
+        columns = [{site: t[i] for site, t in tangents.items()} for i in range(len(result))]
+        return type(result)([moving(*pair) for pair in zip(result, columns, strict=True)])
+
+
+_LIVE = weakref.WeakValueDictionary[int, Moving]()
+
+
+def moving(value: Any, tangents: Mapping[int, Tensor | None], held_by: Any = None) -> Any:
+    """The value with those tangents that are there; itself, if none is."""
+    held = {site: tangent for site, tangent in tangents.items() if tangent is not None}
+    if not held and held_by is None:
+        return value
+    out = value.as_subclass(Moving) if held_by is None else held_by
+    out.value, out.tangents = value, held
+    _LIVE[id(out)] = out
+    return out
+
+
+def value_of(x: Any) -> Any:
+    """The value without its tangents; whatever has none, itself."""
+    return x.value if isinstance(x, Moving) else x
+
+
+def tangents_of(x: Any) -> dict[int, Tensor]:
+    """The tangents by site; none of a constant."""
+    return x.tangents if isinstance(x, Moving) else {}
+
+
+def _mapped(operand: Any, change: Callable[[Any], Any]) -> Any:
+    """The operand, or what is within a list, tuple or dict of operands, changed."""
+    if type(operand) in (list, tuple):
+        return type(operand)([_mapped(part, change) for part in operand])
+    if type(operand) is dict:
+        return {name: _mapped(part, change) for name, part in operand.items()}
+    return change(operand)
+
+
+def _parts(result: Any) -> _Args:
+    return tuple(result) if isinstance(result, list | tuple) else (result,)
+
+
+def _is_differentiable(part: Any) -> bool:
+    return isinstance(part, Tensor) and (part.is_floating_point() or part.is_complex())
+
+
+def _carriers(*operands: Any) -> list[Moving]:
+    carriers: list[Moving] = []
+    _mapped(operands, lambda x: carriers.append(x) if isinstance(x, Moving) else None)
+    return carriers
+
+
+# --- Rules: the tangents of a result, from torch's function and its arguments
+
+
+def _by_site(
+    func: Any, args: _Args, named: _Named, change: Callable[[int, Any], Any]
+) -> Iterator[tuple[int, Any]]:
+    """The function of what each site makes of its arguments."""
+    for site in dict.fromkeys(site for x in _carriers(args, named) for site in x.tangents):
+        of_site = functools.partial(change, site)
+        yield site, func(*_mapped(args, of_site), **_mapped(named, of_site))
+
+
+def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
+
+    def dual(site: int, x: Any) -> Any:
+        tangent = tangents_of(x).get(site)
+        return value_of(x) if tangent is None else fwad.make_dual(x.value.detach(), tangent)
+
+    def moved(part: Any) -> Tensor | None:
+        return fwad.unpack_dual(part).tangent if _is_differentiable(part) else None
+
+    is_attention = func is functional.scaled_dot_product_attention
+    with sdpa_kernel(SDPBackend.MATH) if is_attention else contextlib.nullcontext():
+        results = dict(_by_site(func, args, named, dual))
+    return {
+        site: moved(result) if isinstance(result, Tensor) else [*map(moved, result)]
+        for site, result in results.items()
+    }
+
+
+def _in_place(func: Any, args: _Args, named: _Named) -> Any:
+    """As `_by_torch`, of copies; what is changed has other tangents from then on."""
+    target, memory = args[0], value_of(args[0]).untyped_storage().data_ptr()
+    others = (x.value for x in list(_LIVE.values()) if x is not target)
+    is_made = not isinstance(target, Moving) and (compat.is_view(target) or target.requires_grad)
+    if is_made or any(other.untyped_storage().data_ptr() == memory for other in others):
+        raise _refusal(func.__name__)
+
+    def changed(first: Tensor, *args: Any, **named: Any) -> Tensor:
+        first = first.clone()
+        func(first, *args, **named)
+        return first
+
+    with torch.no_grad():
+        tangents = _by_torch(changed, args, named)
+    value = target.value if isinstance(target, Moving) else target.detach()
+    result = func(value, *_mapped(args[1:], value_of), **_mapped(named, value_of))
+    if _is_differentiable(value):
+        target.__class__ = Moving
+        moving(value, tangents, target)
+    return target if isinstance(result, Tensor) else result
+
+
+def _refusal(name: str) -> ModelStateError:
+    return ModelStateError(
+        f"{name}: this model, or a hook of yours, writes into a tensor whose memory another tensor "
+        "shares, and derivatives are not followed there. Take such hooks off, or use "
+        "ll.first_order."
+    )
+
+
+def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
+    """The function of each tangent; zero in place of constants, but not of indices and sizes."""
+    name = func.__name__.strip("_")
+    if named and name in _OF_NUMBERS:
+        return _by_torch(func, args, named)
+
+    def moved(site: int, x: Any) -> Any:
+        value, tangent = value_of(x), tangents_of(x).get(site)
+        if tangent is not None:
+            return tangent
+        if isinstance(value, Tensor):
+            is_mask = name in _CHOOSING and value.dtype == torch.bool
+            is_kept = is_mask or name in _INDEXED
+            return value if is_kept else value.new_zeros(()).expand(value.shape)
+        return 0 if name in _OF_NUMBERS and isinstance(x, int | float) else x
+
+    # A tangent need not lie in memory as its value does.
+    return dict(_by_site(Tensor.reshape if name == "view" else func, args, named, moved))
+
+
+def _by_factor(func: Any, args: _Args, named: _Named) -> _Tangents:
+    """ȦB + AḂ."""
+    carriers, tangents = _carriers(args), _Tangents()
+    if named or len(set(map(id, carriers))) < len(carriers):
+        return _by_torch(func, args, named)
+    for factor in carriers:
+        for site, tangent in factor.tangents.items():
+            term = func(*_mapped(args, functools.partial(_replaced, factor, tangent)))
+            tangents[site] = tangents[site] + term if site in tangents else term
+    return tangents
+
+
+def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
+    return tangent if x is factor else value_of(x)
+
+
+def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
+    """ẊW of all sites at once, where it is X that moves."""
+    x, *weights = _of_weight(func, args, named) or (None,)
+    if not isinstance(x, Moving) or _carriers(weights):
+        rule = _by_factor if func in _MATMULS else _by_torch
+        return rule(func, args, named)
+    moved = torch.stack([*x.tangents.values()]) @ weights[0]
+    return dict(zip(x.tangents, moved.unbind(), strict=True))
+
+
+_INDEXED, _CHOOSING = {"getitem", "repeat_interleave"}, {"where", "masked_fill"}
+_OF_NUMBERS = _CHOOSING | {"add", "radd", "sub", "rsub"}
+_BY_SITE: dict[str, Callable[[Any, _Args, _Named], _Tangents]] = {
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _linear),
+    **dict.fromkeys(("transpose", "permute", "expand", "contiguous", "clone", "to"), _linear),
+    **dict.fromkeys(("chunk", "split", "unbind", "cat", "stack", "neg", "repeat"), _linear),
+    **dict.fromkeys((*_INDEXED, *_OF_NUMBERS), _linear),
+    **dict.fromkeys(("mul", "rmul", "bmm", "einsum"), _by_factor),
+    **dict.fromkeys(("linear", "addmm", "matmul"), _weighed),
+}

@@ -1,0 +1,696 @@
+"""g(ε) = readout(f(ε)) as an object: everything that is computed is a part of it.
+
+Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l. With these gates
+
+    f(ε)               are the logits where they are read,            `logits`
+    g(ε)               is the readout of them,                        `g(gates)`, `along`
+    g(0), g(1)         are the base and the adapted model,            `ends`, `shift`
+    g(e_l), g(1 − e_l) are the corners of the cube [0, 1]^S,          `corners`
+    ∂g/∂ε_l            are slopes, split by position, head or rank,   `slopes`
+    Σ_l v_l ∂f/∂ε_l    is a tangent of the logits,                    `tangent`
+    H v                is the curvature along a direction,            `curvature`
+    σ                  is what rounding alone makes of a number,      `noise`, `floor`
+
+1. `lens.function(prompts, readout)` tokenises the prompts and looks up the readout's tokens, once.
+2. Gates are a number for every site, a tensor [site], or {site name or glob: number}. A tensor
+   [*point, site] is many points at once. The axes of the points come first in every result, then
+   the prompts.
+3. Every call runs the model under the hooks that are on it at that moment, a user's own among them.
+   How many rows go at once, and whether points that share their first blocks are run together, is
+   decided below this file (`function/memory.py`) and changes no number but by rounding.
+4. A `Function` keeps no number, so what is asked for twice is run twice. `Evaluations`
+   (`function/cache.py`) is the same function with a memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import torch
+import torch.autograd.forward_ad as fwad
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.arguments import number, numbers_of, word
+from lens_lora.compat import Temporary
+from lens_lora.core.function import derivatives, memory, reverse
+from lens_lora.core.function import forward as function
+from lens_lora.core.function.activations import in_gauge
+from lens_lora.core.function.asked import Asked, ask_prompts, draws_at, noise_of_draws
+from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
+from lens_lora.core.function.noise import Noise, noise_of
+from lens_lora.core.model import (
+    Gauge,
+    LoraLens,
+    Scale,
+    ScaleInject,
+    alone,
+    by_axes,
+    chosen_sites,
+    indicator,
+)
+from lens_lora.core.model.sites import AXES
+from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, Reading, Readout
+from lens_lora.core.readout.reading import one_row_each
+from lens_lora.core.results.base import header
+from lens_lora.errors import ArgumentError
+from lens_lora.responses.answers import AnswerLike, AnswerLogProb
+
+Gates = Scale
+Corners = Literal["add_one", "leave_one_out"]
+# The sites of each corner: a name or a glob, or several of them.
+SitesOfCorners = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Points = Float[Tensor, "point site"]
+
+
+def _public(
+    method: Callable[Concatenate[Function, _P], _R],
+) -> Callable[Concatenate[Function, _P], _R]:
+    """The method, which no other call on the same model interrupts; the model is checked first."""
+
+    @functools.wraps(method)
+    def run(self: Function, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        @alone
+        def once(lens: LoraLens) -> _R:
+            del lens
+            self._require_same_model()
+            return method(self, *args, **kwargs)
+
+        return once(self.lens)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Function:
+    """g(ε): what a readout reads of the logits, as a function of the gates; from `lens.function`.
+
+    Gates are a number for every site, a tensor [site], {site name or glob: number} with all other
+    sites at 0, or a tensor [*point, site] of many points. The axes of the points come first in
+    every result, then the prompts.
+
+    It keeps no number: what is asked for twice is run twice. Every call runs the model under the
+    hooks that are on it at that moment, yours among them.
+
+        >>> g = lens.function("The capital of France is", margin)  # doctest: +SKIP
+        >>> base, adapted = g.ends  # doctest: +SKIP
+        >>> g({"*.attn.*": 1.0}) - base  # what the attention modules do alone  # doctest: +SKIP
+
+    Attributes:
+        lens: the adapter over the model.
+        prompts: those asked about, as tokens.
+        rows: the tokens that are run: the prompts, with their answers where those are read.
+        readout: what is read of the logits; None where there is f alone.
+        progress: whether long calls show a bar.
+    """
+
+    lens: LoraLens
+    prompts: Prompts
+    rows: Prompts
+    readout: Readout | None
+    _reading: Reading | None
+    progress: bool = True
+
+    def __repr__(self) -> str:
+        said = "logits"
+        if self.readout is not None:
+            said = f"{self.readout.label}, in {self.readout.units}"
+        return f"{type(self).__name__}({said}; {self.prompts!r}; {len(self.lens.sites)} gates)"
+
+    @property
+    def reading(self) -> Reading:
+        """The rows that are run, and how g of each prompt is read from their logits.
+
+        Raises:
+            ArgumentError: a function without a readout.
+        """
+        if self._reading is None:
+            raise ArgumentError(
+                "this function has no readout, so it has logits and tangents alone",
+                remedy="make it with lens.function(prompts, readout), or of the same prompts with "
+                "f.about(readout).",
+            )
+        return self._reading
+
+    # --- Values
+
+    @_public
+    def __call__(self, gates: Gates) -> Float[Tensor, "*point batch"]:
+        """g at these gates, in the readout's units.
+
+        Cost: at most a forward pass a point, batched; points that agree in the first blocks share
+        the work there, where the model's batch may grow.
+
+        Args:
+            gates: a number, [site], {site name or glob: number}, or [*point, site]. Where they need
+                a gradient (or carry a tangent), so does the result, and the graph of all points is
+                kept.
+
+        Raises:
+            SiteError, ArgumentError: as for `LoraLens.gates`; no readout.
+            NumericsError: a readout that is not finite.
+        """
+        points, shape = self._points(gates)
+        if _is_differentiated(points):
+            return self._with_graph(points).view(*shape, -1)
+        return self._values(points, "values of g").reshape(*shape, -1)
+
+    @_public
+    def along(
+        self, scales: Sequence[float] | Float[Tensor, " point"]
+    ) -> Float[Tensor, "point batch"]:
+        """g(ε·1), with the same strength ε at every site. A forward pass each, batched.
+
+        Args:
+            scales: the strengths; 0 is the base model, 1 the adapted one.
+
+        Raises:
+            ArgumentError: anything but a list of finite numbers.
+        """
+        strengths = numbers_of("scales", scales)
+        if not strengths:
+            raise ArgumentError(
+                "scales=[] asks for nothing", remedy="give at least one strength ε."
+            )
+        return self._along(strengths)
+
+    @property
+    def ends(self) -> Float[Tensor, "end=2 batch"]:
+        """g(0) and g(1): of the base model, and of the adapted one. Two forward passes."""
+        return self.along([0.0, 1.0])
+
+    @property
+    def shift(self) -> Float[Tensor, " batch"]:
+        """g(1) − g(0), exact. Two forward passes."""
+        base, adapted = self.ends
+        return adapted - base
+
+    @_public
+    def corners(
+        self,
+        which: Corners | Gates | None = None,
+        *,
+        on: SitesOfCorners | None = None,
+        off: SitesOfCorners | None = None,
+    ) -> Float[Tensor, "corner batch"]:
+        """g at corners of the cube: some sites as in the adapted model, the others as in the base.
+
+            g.corners("leave_one_out")                # g(1 − e_l): each site off in turn
+            g.corners(off=[("blocks.3.attn.q", "blocks.3.attn.k"), "blocks.4.*"])
+            g.corners(on=["*.attn.*", "*.mlp.*"])     # the attention alone, the MLPs alone
+
+        Cost: a forward pass a corner, and about half of that for every site in turn, where the
+        model's batch may grow.
+
+        Args:
+            which: 'add_one', g(e_l), or 'leave_one_out', g(1 − e_l), for each site in the order of
+                `lens.sites`; or the gates of each corner, [corner, site].
+            on: for each corner a site name, a glob, or several; all other sites are off.
+            off: the same, and all other sites are on.
+
+        Raises:
+            ArgumentError: none of the three, or more than one of them.
+            SiteError: a name or a glob that matches no site, with the nearest names.
+        """
+        what = which.replace("_", " ") if isinstance(which, str) else "corners"
+        return self._values(self._corner_gates(which, on, off), what)
+
+    @_public
+    def logits(self, gates: Gates) -> Float[Tensor, "*point row *slot vocab"]:
+        """f at these gates, where it is read: the logits of the next token, or of a response's.
+
+        A row is a prompt; of `AnswerMargin` there are two for each. With a response there is a slot
+        for each of its tokens, from whose logits that token is drawn; a row with fewer tokens
+        repeats its last one (`rows.read_mask` tells them). Float32 or better. One forward pass a
+        point.
+
+        Args:
+            gates: as for the function itself.
+
+        Raises:
+            NumericsError: logits that are not finite.
+        """
+        points, shape = self._points(gates)
+        with torch.no_grad():
+            values = torch.stack([self._logits_at(point) for point in points])
+        function.require_finite(values, "the model's output")
+        return values.view(*shape, *values.shape[1:])
+
+    # --- Derivatives
+
+    @_public
+    def slopes(
+        self, at: Gates = 0.0, by: tuple[str, ...] | str = (), *, gauge: Gauge = "trained"
+    ) -> Float[Tensor, "*point batch site *by"]:
+        """∂g/∂ε_l of every site (note, Prop. 1), by reverse mode, in the readout's units.
+
+        At 0 it predicts what adding a module to the base does, at 1 what taking it away from the
+        adapted model does.
+
+        Cost: one forward and one backward pass a point, whatever the sites and parts; by token a
+        backward pass for each token of the response.
+
+        Args:
+            at: the gates at which the derivative is taken, as for the function itself.
+            by: any of 'position', 'head', 'expert' and 'rank', each of which becomes an axis of
+                parts that sum to the site's slope, in this order; and 'token' of a response, which
+                `AnswerLogProb` reads, as the last axis.
+            gauge: of parts by rank: 'trained', the factors' own ranks, or 'svd', those of the SVD
+                of ΔW, which are unique.
+
+        Raises:
+            ArgumentError: another axis or gauge; a KL at 0, where it has no slope.
+            ModelStateError: a gradient did not reach some site.
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        axes = by_axes(by, (*AXES, "token"))
+        points, shape = self._points(at)
+        if not shape and not bool(points.any()):
+            self.require_slope_at_base()
+        values = self._slopes(points, axes, in_gauge(self.lens, gauge))
+        reverse.require_finite_sites(self.lens, values.flatten(0, 1))
+        return values.view(*shape, *values.shape[1:])
+
+    def require_slope_at_base(self) -> None:
+        """Refuse a readout that has no slope at ε = 0, as a `KL` has none. No pass.
+
+        Raises:
+            ArgumentError: naming what says something there.
+        """
+        self._asked().require_slope_at_base()
+
+    @_public
+    def tangent(
+        self,
+        direction: Gates,
+        at: Gates = 0.0,
+        *,
+        read: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "*direction row *slot_and_vocab"]:
+        """Σ_l v_l ∂f/∂ε_l: how the logits begin to move along a direction of the gates.
+
+        With direction 1 it is the first-order logit shift of the whole adapter, with {name: 1} that
+        of one site. Shaped as `logits`, in logits.
+
+        Cost: one dual forward pass a direction, about 2.5 forward passes; about half of that for
+        directions of ones and zeros, which begin at their first block.
+
+        Args:
+            direction: v, as gates are given; [*direction, site] for several.
+            at: the gates at which the derivative is taken, one point.
+            read: what is kept of the tangents, [row, direction, *slot, vocab] → [row, direction,
+                *out]: it sees those of some directions at a time, which are then never all held.
+
+        Raises:
+            ArgumentError: several points in `at`.
+            ModelStateError: the model has an operation without a forward-mode derivative.
+            NumericsError: a tangent that is not finite.
+        """
+        directions, shape = self._points(direction)
+        values = self._tangents(directions, self._one_point(at), read or _as_it_is)
+        function.require_finite(values, "the tangent of the logits")
+        return values.view(*shape, *values.shape[1:])
+
+    @_public
+    def curvature(
+        self, direction: Gates, at: Gates = 0.0
+    ) -> Float[Tensor, "*direction batch site"]:
+        """(H v)_l = Σ_m ∂²g/∂ε_l∂ε_m v_m (note, §6, item 4), in the readout's units.
+
+        Its inner product with a second direction w is wᵀHv: with the indicators of two groups of
+        sites, their coupling.
+
+        Cost: one forward and one backward pass, and two backward passes for each direction,
+        batched. The graph of a few prompts is kept whole.
+
+        Args:
+            direction: v, as gates are given; [*direction, site] for several.
+            at: the gates at which the derivative is taken, one point.
+
+        Raises:
+            ArgumentError: several points in `at`; a graph beyond the bound of the lens.
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        directions, shape = self._points(direction)
+        gates = self._one_point(at)
+
+        def products(group: Reading) -> Float[Tensor, "some direction site"]:
+            chunks = derivatives.hessian_products(
+                self.lens, group, gates, directions, progress=self.progress
+            )
+            return torch.cat(list(chunks), 1)
+
+        values = derivatives.in_groups(self.lens, self.reading, products)
+        return values.movedim(0, 1).reshape(*shape, *values[:, 0].shape)
+
+    @_public
+    def graphed(self, gates: Gates) -> Float[Tensor, "*point batch"]:
+        """g with the graph of whatever needs a gradient: the gates, or tensors of your own hooks.
+
+        For derivatives by anything but the gates: add a tensor of zeros at a hook point, call this
+        within `with model.hooks(…)`, and differentiate. One forward pass; its graph is kept whole.
+
+        Args:
+            gates: as for the function itself.
+
+        Raises:
+            ArgumentError: a graph beyond the bound of the lens.
+        """
+        points, shape = self._points(gates)
+        return self._with_graph(points).view(*shape, -1)
+
+    @_public
+    def visit(self, visitor: reverse.Visit, at: Gates = 0.0) -> Float[Tensor, " batch"]:
+        """Show each site on the way back; returns g. One forward and one backward pass.
+
+        The slope of a site is the sum of weight · ⟨G, δ(z)⟩ over the places where it writes.
+
+        Args:
+            visitor: called with (the place, an `Injection`; its weight, or None for 1; G = ∂g/∂(its
+                output) [row, pos, out]; z, what the site reads [row, pos, in]).
+            at: the gates, one point.
+
+        Raises:
+            ModelStateError: a gradient did not reach some site.
+        """
+        memory.require_rows_of_graph(self.lens, self.reading)
+        return reverse.site_gradients(self.lens, self.reading, self._one_point(at), visitor)
+
+    # --- What rounding alone does
+
+    @property
+    def floor(self) -> Float[Tensor, " batch"]:
+        """σ of `shift` from rounding alone, in the readout's units. Ten forward passes, batched."""
+        return self.noise((1.0, -1.0), at=(1.0, 0.0))
+
+    @_public
+    def noise(
+        self, coefficients: Sequence[float], at: float | Sequence[float] = 1.0
+    ) -> Float[Tensor, " batch"]:
+        """σ of a sum of values of g, Σ_k c_k g(ε_k), from rounding alone: √(Σ_k c_k² σ(at_k)²).
+
+        A sum that is within three of it may be rounding and nothing else. An interaction of two
+        modules, g(1) − g(1 − e_l) − g(1 − e_m) + g(1 − e_l − e_m), has noise((1, −1, −1, 1), at=1).
+
+        σ of one value is measured, not assumed: relative noise of the size of the model's rounding
+        is added to the embedding and to what each block reads, four times. It is that of gates ε·1;
+        at gates far from them, where much of a violent adapter is off, it is another one. Of a `KL`
+        at 0 it is how far its value at 1 moves with the rounding of the base's distribution.
+
+        Cost: five forward passes for each different strength, batched.
+
+        Args:
+            coefficients: c_k, one for each value of g in the sum.
+            at: the strength ε near which the values lie, one for all or one for each.
+
+        Raises:
+            ArgumentError: no coefficients, or another number of strengths.
+        """
+        factors = numbers_of("coefficients", coefficients)
+        if isinstance(at, Sequence) or (isinstance(at, Tensor) and at.ndim):
+            strengths = numbers_of("at", at)
+        else:
+            strengths = [number("at", at)] * len(factors)
+        if not factors or len(strengths) != len(factors):
+            raise ArgumentError(
+                f"{len(factors)} coefficients and {len(strengths)} strengths",
+                remedy="give each value of g its coefficient, and one strength for all or one for "
+                "each.",
+            )
+        sigma = {strength: self._sigma(strength) for strength in dict.fromkeys(strengths)}
+        squares = [(c * sigma[s]).square() for c, s in zip(factors, strengths, strict=True)]
+        return torch.stack(squares).sum(0).sqrt()
+
+    @_public
+    def remainder_noise(self, slopes: Float[Tensor, "batch site"]) -> Noise:
+        """σ of g(ε) − g(0), and of what first order leaves of it, at any strength ε.
+
+            rest = g.along(scales) - base - scales[:, None] * slopes.sum(1)
+            floor = g.remainder_noise(slopes).of_remainder(scales)  # [batch, scale]
+
+        First order has rounding of its own, which on a violent adapter is most of it.
+
+        Cost: fourteen forward and four backward passes, batched.
+
+        Args:
+            slopes: ∂g/∂ε_l at the base, `slopes()`.
+        """
+        return noise_of(self._asked(), slopes)
+
+    # --- The same function otherwise, and what results say of it
+
+    @_public
+    def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
+        """The same prompts with another readout. One forward pass of a `KL`, for its base.
+
+        Args:
+            readout: a readout; or a function of what `logits` returns, [row, *slot, vocab], that
+                gives one number a row.
+
+        Raises:
+            TokenError, ArgumentError: a readout that does not fit the model, or the prompts.
+        """
+        if callable(readout) and not isinstance(readout, Readout):
+            named = Readout.of(readout)
+            reading = one_row_each(self.rows, named.bind(self.lens.model, self.rows.batch))
+        else:
+            asked = Asked(self.lens, self.prompts).about(readout)
+            named, reading = asked.readout, asked.reading
+        return Function(self.lens, self.prompts, reading.prompts, named, reading, self.progress)
+
+    @_public
+    def header(self) -> dict[str, Any]:
+        """The fields that every measured result has: sites, both ends, tokens, readout and units.
+
+        Two forward passes, for the ends.
+        """
+        return header(self._asked())
+
+    # --- How it is evaluated; `Evaluations` answers some of these from what it remembers
+
+    def _asked(self) -> Asked:
+        """The question to the engine, which remembers nothing of an earlier one."""
+        reading = self.reading
+        return Asked(self.lens, self.prompts, (self._named_readout(), reading))
+
+    def _named_readout(self) -> Readout:
+        assert self.readout is not None, "a reading has a readout"
+        return self.readout
+
+    def _require_same_model(self) -> None:
+        """Check that the model is as it was when the lens was made."""
+        self.lens.plan.check_state()
+
+    def _values(self, points: _Points, what: str) -> Float[Tensor, "point batch"]:
+        """g at these gates; `what` is how a bar calls them."""
+        return function.gated_readout(
+            self.lens, self.reading, points, progress=self.progress, what=what
+        ).T
+
+    def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
+        points = torch.stack([self.lens.gates(strength) for strength in strengths])
+        return self._values(points, "along the path")
+
+    def _sigma(self, strength: float) -> Float[Tensor, " batch"]:
+        """σ of g at this strength."""
+        asked = self._asked()
+        if strength == 0:
+            return asked.base_noise
+        if strength == 1:
+            return asked.adapted_noise
+        exact, draws = draws_at(self.lens, self.reading, [strength], exact=[strength])
+        return noise_of_draws(torch.cat([exact.T, draws[0]]))
+
+    def _slopes(
+        self, points: _Points, axes: tuple[str, ...], lens: LoraLens
+    ) -> Float[Tensor, "point batch site *by"]:
+        """Some prompts at a time, and as many points of them as go into one batch."""
+        groups: list[Tensor] = []
+        for group in memory.graph_groups(lens, self.reading):
+            if "token" in axes:
+                self._require_one_response()
+                chunks = [reverse.token_slopes(lens, group, p, axes[:-1])[:, None] for p in points]
+            else:
+                step = memory.slopes_at_once(lens, group)
+                chunks = [_slopes_at(lens, group, some, axes) for some in points.split(step)]
+            groups.append(torch.cat(chunks, 1))
+        return reverse.joined(groups).movedim(1, 0)
+
+    def _require_one_response(self) -> None:
+        read = self.reading.read
+        if not (isinstance(read, LogProbs) and read.is_one_response):
+            raise ArgumentError(
+                "by='token' splits the log-probability of one response, and the readout is "
+                f"{self._named_readout().label}",
+                remedy="use ll.AnswerLogProb(response).",
+            )
+
+    def _logits_at(self, gates: Float[Tensor, " site"]) -> Float[Tensor, "row *slot vocab"]:
+        """As many rows at a time as there is memory for."""
+        rows = self.rows
+        step = memory.rows_of_pass(self.lens, rows) or rows.batch
+        logits: list[Tensor] = []
+        for first in range(0, rows.batch, step):
+            group = rows.cut(first, first + step)
+            logits.append(_with_slots(function.gated_logits(self.lens, group, gates), rows))
+        return torch.cat(logits)
+
+    def _tangents(
+        self,
+        directions: _Points,
+        at: Float[Tensor, " site"],
+        read: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "direction row *out"]:
+        lens, rows = self.lens, self.rows
+        if len(directions) == 1:
+            tangent = derivatives.joint_tangent(lens, rows, at, directions[0])
+            return read(tangent[:, None])[:, 0][None]
+        is_switch = (directions == 0) | (directions == 1)
+        if bool(is_switch.all() & directions.any(1).all()):
+            groups = {str(i): tuple(d.nonzero()[:, 0].tolist()) for i, d in enumerate(directions)}
+            parts = derivatives.group_parts(lens, groups)
+            tangents = derivatives.part_tangents(
+                lens, rows, at, parts, lambda dual: read(tangent_of(dual)), progress=self.progress
+            )
+            return tangents.movedim(1, 0)
+        step = memory.tangents_at_once(lens, rows, read=rows.batch)
+        chunks = [read(_tangents_of(lens, rows, at, some)) for some in directions.split(step)]
+        return torch.cat(chunks, 1).movedim(1, 0)
+
+    def _with_graph(self, points: _Points) -> Float[Tensor, "point batch"]:
+        """Every row once for each point. Attention from its formula, which has all derivatives."""
+        reading = self.reading
+        many = reading.repeat(len(points))
+        memory.require_graph(self.lens, many)
+        self.lens.plan.check_backward(once=False)
+        inject = ScaleInject(self.lens.plan, points.repeat(len(reading.owner), 1))
+        formula = Temporary(attention_from_formula)
+        with torch.enable_grad(), self.lens.injected(inject), formula:
+            values = function.read_value(self.lens, many)
+        return values.unflatten(0, (reading.batch, len(points))).T
+
+    # --- Gates as points
+
+    def _points(self, gates: Gates) -> tuple[_Points, torch.Size]:
+        """The gates as [point, site], and the axes that the points had."""
+        tensor = self.lens.gates(gates)
+        return tensor.reshape(-1, tensor.shape[-1]), tensor.shape[:-1]
+
+    def _one_point(self, gates: Gates) -> Float[Tensor, " site"]:
+        points, shape = self._points(gates)
+        if shape:
+            raise ArgumentError(
+                f"at holds several points, {tuple(shape)}",
+                remedy="give one, and make a call for each.",
+            )
+        return points[0]
+
+    def _corner_gates(
+        self,
+        which: Corners | Gates | None,
+        on: SitesOfCorners | None,
+        off: SitesOfCorners | None,
+    ) -> _Points:
+        given = [
+            name
+            for name, value in (("which", which), ("on", on), ("off", off))
+            if value is not None
+        ]
+        if len(given) != 1:
+            raise ArgumentError(
+                f"corners takes one of which=, on= and off=, and {' and '.join(given) or 'none'} "
+                "came",
+                remedy="for each site in turn: g.corners('leave_one_out').",
+            )
+        if on is not None:
+            return self._indicator("on", on)
+        if off is not None:
+            return 1 - self._indicator("off", off)
+        if not isinstance(which, str):
+            assert which is not None
+            return self._points(which)[0]
+        each_site = torch.eye(len(self.lens.sites), dtype=self.lens.gate_dtype)
+        is_added = word("which", which, ("add_one", "leave_one_out")) == "add_one"
+        return self.lens.gates(each_site if is_added else 1 - each_site)
+
+    def _indicator(self, name: str, corners: SitesOfCorners) -> _Points:
+        """1 at the sites of each corner, 0 elsewhere."""
+        listed = corners.values() if isinstance(corners, Mapping) else corners
+        if isinstance(corners, str) or not isinstance(corners, Sequence | Mapping) or not corners:
+            raise ArgumentError(
+                f"{name}={corners!r}: expected a list with the sites of each corner",
+                remedy=f"write {name}=['*.attn.*', ('blocks.0.attn.q', 'blocks.0.attn.k')], say.",
+            )
+        sites = self.lens.sites
+        groups = {str(i): chosen_sites(sites, names) for i, names in enumerate(listed)}
+        return self.lens.gates(indicator(groups, len(sites)).to(self.lens.gate_dtype))
+
+
+def function_of(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout | None = None,
+    response: AnswerLike | None = None,
+    *,
+    progress: bool = True,
+) -> Function:
+    """g over these prompts, bound once; see `LoraLens.function`."""
+    if readout is None:
+        ready = ask_prompts(lens, prompts).prompts
+        rows = ready
+        if response is not None:
+            rows = AnswerLogProb(response).over(lens.model, ready).prompts
+        return Function(lens, ready, rows, None, None, progress)
+    ready = ask_prompts(lens, lens.prompts(prompts, response)).prompts
+    return Function(lens, ready, ready, None, None, progress).about(readout)
+
+
+def _is_differentiated(gates: Tensor) -> bool:
+    """Whether a derivative is to pass through these gates, in either mode."""
+    is_in_graph = gates.requires_grad and torch.is_grad_enabled()
+    return is_in_graph or fwad.unpack_dual(gates).tangent is not None
+
+
+def _as_it_is(tangents: Tensor) -> Tensor:
+    return tangents
+
+
+def _slopes_at(
+    lens: LoraLens, reading: Reading, points: _Points, axes: tuple[str, ...]
+) -> Float[Tensor, "batch point site *by"]:
+    """Every row of the reading once for each point, in one forward and one backward pass."""
+    many = reading
+    gates = points[0]
+    if len(points) > 1:
+        many = reading.repeat(len(points))
+        gates = points.repeat(len(reading.owner), 1)  # of each row
+    slopes = reverse.Slopes(lens, many.prompts, axes)
+    reverse.site_gradients(lens, many, gates, slopes.visit)
+    return slopes.by_prompt(many).unflatten(0, (reading.batch, len(points)))
+
+
+def _with_slots(
+    logits: Float[Tensor, "some *own vocab"], rows: Prompts
+) -> Float[Tensor, "some *slot vocab"]:
+    """With as many slots as the longest response of all rows; the last one is repeated."""
+    if rows.reads is None:
+        return logits
+    slots = torch.arange(rows.slots, device=logits.device)
+    return logits[:, slots.clamp(max=logits.shape[1] - 1)]
+
+
+def _tangents_of(
+    lens: LoraLens, rows: Prompts, at: Float[Tensor, " site"], directions: _Points
+) -> Float[Tensor, "row direction *slot vocab"]:
+    """Every row once for each direction, in one dual forward pass."""
+    many = rows.repeat(len(directions))
+    by_row = directions.repeat(rows.batch, 1)
+    with dual_forward(), lens.injected(derivatives.JointInject(lens, at, by_row)):
+        tangents = tangent_of(function.read_logits(lens, many))
+    return tangents.unflatten(0, (rows.batch, len(directions)))

@@ -1,0 +1,605 @@
+"""δ of a site in the basis of the hooked model, processed or not, and in which coordinates.
+
+An adapter was trained on x, the input of the Hugging Face linear; a hook shows z. They differ by
+
+    x = γ ⊙ z + β        q, k, v, gate, up, fc_in where the norm's affine is folded or comes later
+    x = z + Rep(b̂_V)     o, where the value biases were folded into b_O
+
+and where writing weights are centred, what a module writes is multiplied by P = I − 11ᵀ/d. So a
+site adds
+
+    δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
+
+A norm y = γ ⊙ n + β whose parameters were trained adds δ(n) = Δγ ⊙ n + Δβ. Its rank space is
+u = (n, 1), one coordinate a feature and one for Δβ, where there is one; its matrices A = I and
+B = diag(Δγ) are built only where they are asked for.
+
+**Value biases that TransformerLens folded into b_O.** A folded model's v and z have no bias: b̂_V is
+in b_O. An update of v has a constant part as well, c_v = B_v u with u = s A_v β (+ Δb), and folding
+merged weights would move it to b_O too. So v's own output gets B_v A_v' n only, and attention's
+output gets, at every position,
+
+    ε_v W_O Rep(c_v)  +  ε_o ε_v s_o B_o A_o Rep(c_v)
+
+(o's own update reads z + Rep(c_v)). Then every named activation, z and v included, equals that of
+a model made from the merged weights. Rep repeats each KV head for its group of query heads.
+
+Over positions the constant is split at v, not at o. Attention's rows sum to one, so what it adds at
+position q comes from all positions k of v, and the part of k is, with G = Jᵀu_y at each output,
+
+    Σ_q A_qk ⟨G_q at o, W_O Rep(c_v)⟩  =  ⟨G_k at v, c_v⟩
+
+as in the unprocessed model. Under a hook that edits the pattern or z there is no such split.
+
+**The gauge.** (GA, BG⁻¹) is the same ΔW for every invertible G.
+
+    trained    u = Ax of the file: as training left it, so single ranks mean nothing by themselves
+    svd        u = ΣVᵀx with sBA = UΣVᵀ: unique up to equal singular values
+
+1. sBA is that of one site in the Hugging Face basis, a fused module cut to the site's own rows.
+2. Its SVD comes from the thin factors: B = Q_B R_B and Aᵀ = Q_A R_A, so that only
+   s R_B R_Aᵀ = U'ΣV'ᵀ, of the size of the rank, is decomposed; U = Q_B U', V = Q_A V'.
+3. The entry of U's column of largest magnitude is positive, the first one on ties.
+4. u' = Tu and B' = BM with T = s U'ᵀR_B and M = R_Aᵀ V'Σ⁻¹. They act in rank space, so they hold
+   in the basis of the hooked model too. Directions with σ = 0 are zero in both.
+   σ within the rounding of the factors' product is 0: factors that cancel have no direction.
+
+A change of bias keeps its own last coordinate, and a norm's update is diagonal already.
+No forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, cast
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.compat import float64_device, in_float64
+from lens_lora.core.model.kernels import ID_COLUMNS, expert_of
+from lens_lora.core.model.sites import Heads
+from lens_lora.formats.dense import applied, converted, is_reversal
+
+Gauge = Literal["svd", "trained"]
+_TIE = 1e-6  # entries of U that differ by less are of one magnitude
+# What a site reads: activations, or an embedding's token ids.
+Input = Float[Tensor, "... in"] | Int[Tensor, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteMap:
+    """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
+
+    Attributes:
+        A: reads z; γ is in it.
+        B: writes δ; s is in it.
+        a0: the coordinates that β, folded value biases and a change of bias give for z = 0.
+        a0_by_head: a₀ split over the heads of an input that has them (o).
+        B_by_head: B split over heads that write to one output (the constant part of v, seen at o).
+        A_behind_gamma: A without γ, where the model itself applies γ after the hook point of z.
+        experts: how many maps share the rank space; 0 where this is one map.
+    """
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    a0: Float[Tensor, " rank"] | None
+    a0_by_head: Float[Tensor, "head rank"] | None = None
+    B_by_head: Float[Tensor, "head out rank"] | None = None
+    A_behind_gamma: Float[Tensor, "of_weight in"] | None = None
+    experts: int = 0
+
+    @property
+    def rank(self) -> int:
+        """The number of coordinates of u."""
+        return self.A.shape[0]
+
+    @property
+    def width(self) -> int:
+        """The number of features of z."""
+        return self.A.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of δ."""
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where δ is computed."""
+        return self.A.device
+
+    def norm(self) -> float:
+        """‖BA‖_F; what is constant is left out."""
+        return float(norm_of_product(self.B, self.A))
+
+    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(B, A) with BA the change of the model's own weight by merging, without a change of bias.
+
+        Where the model itself applies γ, A does not contain it.
+        """
+        A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
+        return self.B[:, : len(A)], A
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """‖ΔW‖_F of the change of the model's own weight; see `of_weight`."""
+        return norm_of_product(*self.of_weight())
+
+    def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
+        """What z holds beside the number of an expert."""
+        return z
+
+    def by_token(self, u: Float[Tensor, "*token rank"]) -> Float[Tensor, "*token rank"]:
+        """u of each token, whatever reads it in several slots."""
+        return u
+
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
+        """u = Az + a₀; of token ids, each id picks a column of A."""
+        u = applied(z.to(self.A.dtype), self.A) if z.is_floating_point() else self.A.T[z]
+        return u if self.a0 is None else u + self.a0
+
+    def __call__(self, z: Input) -> Float[Tensor, "... out"]:
+        """δ = Bu = s·B·A·x."""
+        return self.write(self.coordinates(z))
+
+    def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
+        """GᵀB, the derivative by u."""
+        return applied(gradient, self.B.T)
+
+    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
+        """δ = Bu; [batch, pos, head, rank] gives each head its own rows of B."""
+        if u.ndim < 4:
+            return applied(u, self.B)
+        B = self.B.unflatten(0, (u.shape[-2], -1))
+        return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """What the adapter adds to one linear map, s·BAx + Δb, in the Hugging Face basis.
+
+    Attributes:
+        A: reads x, the input of the Hugging Face linear.
+        B: writes.
+        scale: s, with the adapter's strength and the model's own factor of an embedding.
+        bias: Δb, if the adapter changes the bias.
+        experts: of a stack of experts how many it has, each with as many ranks, one expert's after
+            another's.
+    """
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    scale: float
+    bias: Float[Tensor, " out"] | None = None
+    experts: int = 0
+
+    def by_expert(self) -> list[Update]:
+        """The update of each expert; of any other map itself."""
+        if not self.experts:
+            return [self]
+        As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
+        return [Update(A, B, self.scale) for A, B in zip(As, Bs, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Basis:
+    """How a site's z and output in the hooked model differ from the Hugging Face linear's.
+
+    Attributes:
+        dtype: that of the site's δ.
+        device: where the model's weight lies.
+        gamma: γ with x = γ ⊙ z + β; None for 1.
+        gamma_is_own: the model still applies γ itself, after the hook point that shows z.
+        beta: β, or Rep(b̂_V) at o; None for 0.
+        centre_read: z is centred, so what A reads along 1 is dropped.
+        centre_write: writing weights are centred, so B is too.
+        n_heads: into which the input is split (o); 0 where it is not.
+        kv_copies: how often the model repeats each head of k and v.
+        d_head: the width of a head.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    gamma: Float[Tensor, " in"] | None = None
+    gamma_is_own: bool = False
+    beta: Float[Tensor, " in"] | None = None
+    centre_read: bool = False
+    centre_write: bool = False
+    n_heads: int = 0
+    kv_copies: int = 1
+    d_head: int = 1
+
+
+def site_map(update: Update, basis: Basis) -> SiteMap:
+    """A site's δ in the model's basis: A' = A diag(γ), a₀ = Aβ, B' = s·PB.
+
+    A change of bias becomes the last direction of rank space, with coordinate 1. It belongs to no
+    head: split by head, it has a slot of its own after the heads.
+    """
+    dense = _dense_map(update, basis)
+    if dense is not None:
+        return dense
+    home = float64_device(basis.device)
+    reads = in_float64(update.A).to(home)
+    writes = in_float64(update.B).to(home) * update.scale
+    a0, heads = _offset(reads, basis)
+    behind = reads if basis.gamma_is_own and basis.gamma is not None else None
+    if basis.gamma is not None:
+        reads = reads * in_float64(basis.gamma).to(home)
+    if basis.centre_read:
+        reads = reads - reads.mean(1, keepdim=True)
+    if update.bias is not None:
+        writes = torch.cat([writes, in_float64(update.bias).to(home)[:, None]], 1)
+        reads, a0, heads = _with_bias_coordinate(reads, a0, heads, basis.n_heads)
+    if basis.centre_write:
+        writes = writes - writes.mean(0, keepdim=True)
+    if basis.kv_copies > 1:
+        by_head = writes.unflatten(0, (-1, basis.d_head))
+        writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)
+    A, B, a0, heads, behind = (
+        None if tensor is None else tensor.to(basis.dtype).to(basis.device)
+        for tensor in (reads, writes, a0, heads, behind)
+    )
+    return SiteMap(cast(Tensor, A), cast(Tensor, B), a0, heads, A_behind_gamma=behind)
+
+
+def _dense_map(update: Update, basis: Basis) -> SiteMap | None:
+    """The map of a dense ΔW whose factors this basis leaves as they are; None of any other.
+
+    So it holds ΔW alone, as the adapter does.
+    """
+    is_dense = is_reversal(update.A) or is_reversal(update.B)
+    is_as_read = basis.gamma is None and basis.beta is None and not basis.centre_read
+    is_as_written = not basis.centre_write and basis.kv_copies == 1
+    if not (is_dense and is_as_read and is_as_written) or update.bias is not None:
+        return None
+    A, B = (converted(factor, basis.dtype, basis.device) for factor in (update.A, update.B))
+    if update.scale == 1:
+        return SiteMap(A, B, None)
+    return (
+        SiteMap(A, update.scale * B, None) if is_reversal(A) else SiteMap(update.scale * A, B, None)
+    )
+
+
+def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
+    """a₀ = Aβ, and its split over the heads of the input where it has them."""
+    if basis.beta is None or not bool((basis.beta != 0).any()):
+        return None, None
+    beta = in_float64(basis.beta).to(reads.device)
+    a0 = reads @ beta
+    if not basis.n_heads:
+        return a0, None
+    return a0, (reads * beta).unflatten(1, (basis.n_heads, -1)).sum(-1).T.contiguous()
+
+
+def _with_bias_coordinate(
+    reads: Tensor, a0: Tensor | None, heads: Tensor | None, n_heads: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    a0 = torch.cat([reads.new_zeros(len(reads)) if a0 is None else a0, reads.new_ones(1)])
+    reads = torch.cat([reads, reads.new_zeros(1, reads.shape[1])])
+    if not n_heads:
+        return reads, a0, None
+    spread = reads.new_zeros(n_heads + 1, len(reads))
+    if heads is not None:
+        spread[:n_heads, :-1] = heads
+    spread[n_heads, -1] = 1.0
+    return reads, a0, spread
+
+
+def norm_of_product(B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]) -> Float[Tensor, ""]:
+    """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
+    left, right = in_float64(B), in_float64(A)
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+
+
+# --- experts
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMap(SiteMap):
+    """δ(x, e) = s·B_e A_e x of a stack of experts.
+
+    Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
+    """
+
+    def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
+        """x of z = (x, e)."""
+        return z[..., :-ID_COLUMNS]
+
+    def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
+        """The sum over slots: each of a token's experts has ranks of its own."""
+        return u.sum(2)
+
+    def norm(self) -> float:
+        """√Σ_e ‖B_e A_e‖_F²."""
+        return float(self.weight_norm())
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """√Σ_e ‖B_e A_e‖_F²."""
+        pairs = zip(self.B.chunk(self.experts, 1), self.A.chunk(self.experts), strict=True)
+        return torch.stack([norm_of_product(*pair) for pair in pairs]).norm()
+
+    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(B, A) of [W_1 … W_E], [out, expert · in]."""
+        return self.B, torch.block_diag(*self.A.chunk(self.experts))
+
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
+        """A x at the ranks of expert e, and 0 at all others."""
+        owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)
+        return (self.inputs(z).to(self.dtype) @ self.A.T) * (owners == expert_of(z)[..., None])
+
+    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
+        """δ = Bu of each slot, one slot's features after another's."""
+        delta = u @ self.B.T
+        return delta.flatten(2) if u.ndim == 4 else delta
+
+    def by_head(
+        self,
+        gradient: Float[Tensor, "batch pos slot_and_out"],
+        z: Float[Tensor, "batch pos slot in"],
+        heads: int,
+    ) -> Float[Tensor, "batch pos 1 rank"]:
+        """⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
+        gradient = gradient.unflatten(-1, (z.shape[2], -1))
+        return (self.back(gradient) * self.coordinates(z)).sum(2, keepdim=True)
+
+
+def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> ExpertMap:
+    """δ of a stack of experts, where the model lies."""
+    factors = (in_float64(update.A), in_float64(update.B) * update.scale)
+    reads, writes = (factor.to(dtype).to(device) for factor in factors)
+    return ExpertMap(reads, writes, None, experts=update.experts)
+
+
+# --- norms
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NormUpdate:
+    """What the adapter adds to one norm, as the Hugging Face module has it.
+
+    Attributes:
+        gamma: Δγ.
+        beta: Δβ, or None.
+    """
+
+    gamma: Float[Tensor, " d"]
+    beta: Float[Tensor, " d"] | None = None
+
+
+class NormMap(SiteMap):
+    """δ(n) = Δγ ⊙ n + Δβ."""
+
+    def __init__(self, gamma: Float[Tensor, " d"], beta: Float[Tensor, " d"] | None = None) -> None:
+        for name, value in (("gamma", gamma), ("beta", beta), ("a0", None)):
+            object.__setattr__(self, name, value)
+
+    gamma: Float[Tensor, " d"]
+    beta: Float[Tensor, " d"] | None
+
+    def __repr__(self) -> str:
+        return f"NormMap({self.width} features{'' if self.beta is None else ', and Δβ'})"
+
+    @property
+    def A(self) -> Float[Tensor, "rank in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The identity, and a row of zeros for Δβ."""
+        return torch.eye(self.rank, self.width, dtype=self.dtype, device=self.device)
+
+    @property
+    def B(self) -> Float[Tensor, "out rank"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """diag(Δγ), and Δβ as a last column."""
+        diagonal = torch.diag(self.gamma)
+        return diagonal if self.beta is None else torch.cat([diagonal, self.beta[:, None]], 1)
+
+    @property
+    def rank(self) -> int:
+        """One for each feature, and one for Δβ."""
+        return len(self.gamma) + (self.beta is not None)
+
+    @property
+    def width(self) -> int:
+        """Of n."""
+        return len(self.gamma)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of δ."""
+        return self.gamma.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where δ is computed."""
+        return self.gamma.device
+
+    def norm(self) -> float:
+        """‖diag(Δγ)‖_F = ‖Δγ‖."""
+        return float(in_float64(self.gamma).norm())
+
+    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(diag(Δγ), I)."""
+        return torch.diag(self.gamma), torch.eye(self.width, dtype=self.dtype, device=self.device)
+
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
+        """u = (n, 1)."""
+        u = z.to(self.dtype)
+        return u if self.beta is None else torch.cat([u, torch.ones_like(u[..., :1])], -1)
+
+    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
+        """Δγ ⊙ u, plus Δβ times the last coordinate."""
+        delta = u[..., : self.width] * self.gamma
+        delta = delta if self.beta is None else delta + u[..., self.width :] * self.beta
+        return delta if u.ndim < 4 else delta.flatten(2)
+
+    def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
+        """Gᵀ B."""
+        by_feature = gradient * self.gamma
+        if self.beta is None:
+            return by_feature
+        return torch.cat([by_feature, (gradient @ self.beta)[..., None]], -1)
+
+    def by_head(
+        self,
+        gradient: Float[Tensor, "batch pos out"],
+        z: Float[Tensor, "batch pos *head d"],
+        heads: int,
+    ) -> Float[Tensor, "batch pos head rank"]:
+        """⟨G, δ⟩ by head and coordinate: of a norm's own heads, or of inputs that have heads."""
+        if z.ndim == 4:
+            gradient = gradient.unflatten(-1, (z.shape[2], -1))
+        products = self.back(gradient) * self.coordinates(z)
+        if z.ndim == 4:
+            return products.sum(2, keepdim=True)
+        if not heads:
+            return products[:, :, None]
+        is_of_head = torch.eye(heads, dtype=self.dtype, device=self.device)
+        return products[:, :, None] * is_of_head.repeat_interleave(self.width // heads, 1)
+
+
+# --- the constant part of an update of v, where value biases are folded
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """c_v in v's rank space: c_v = B u, and Rep B per KV head: [kv, n_heads · d_head, rank]."""
+
+    u: Float[Tensor, " rank"]
+    spread: Float[Tensor, "kv out rank"]
+
+
+def constant_of_v(
+    site: SiteMap, heads: Heads, *, norm_folded: bool, has_bias: bool
+) -> Constant | None:
+    """The part of an update of v that folds as a bias; None where there is none.
+
+    If the norm was folded, it is all of a₀ = A_v β (and Δb). If not, β reaches v through the norm,
+    and only a change of bias (the last entry of a₀) folds.
+    """
+    if site.a0 is None:
+        return None
+    u = site.a0.clone()
+    if not norm_folded:
+        u[: len(u) - 1 if has_bias else len(u)] = 0
+    if not bool(u.any()):
+        return None
+    by_kv = site.B.unflatten(0, (heads.n_kv, -1))
+    reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)
+    spread = reads_kv.to(by_kv)[:, :, None, None] * by_kv[:, None]
+    return Constant(u, spread.flatten(1, 2))
+
+
+def without_constant(site: SiteMap, constant: Constant) -> SiteMap:
+    """δ of v without its constant part."""
+    return dataclasses.replace(site, a0=None if site.a0 is None else site.a0 - constant.u)
+
+
+def through_o(constant: Constant, W_O: Float[Tensor, "d_model out"], heads: Heads) -> SiteMap:
+    """W_O Rep(c_v), in v's rank space."""
+    return _constant_map(W_O.to(constant.spread) @ constant.spread, constant.u, heads)
+
+
+def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[SiteMap, SiteMap]:
+    """s_o B_o A_o Rep(c_v) twice: in v's rank space, and in o's."""
+    of_v = _constant_map(o.B @ (o.A @ constant.spread), constant.u, heads)
+    shift = constant.spread.sum(0) @ constant.u
+    by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T
+    if o.a0_by_head is not None:
+        by_head = torch.nn.functional.pad(by_head, (0, 0, 0, len(o.a0_by_head) - len(by_head)))
+    nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
+    return of_v, SiteMap(nothing, o.B, o.A @ shift, by_head.contiguous())
+
+
+def _constant_map(
+    by_head: Float[Tensor, "kv d_model rank"], u: Float[Tensor, " rank"], heads: Heads
+) -> SiteMap:
+    nothing = u.new_zeros(len(u), heads.n_heads)
+    return SiteMap(nothing, by_head.sum(0), u, B_by_head=by_head)
+
+
+# --- the gauge
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn:
+    """From the trained coordinates of a rank space to those of the SVD, in float64.
+
+    Attributes:
+        u: T with u' = Tu.
+        B: M with B' = BM.
+        sigma: the singular values of sBA, the largest first.
+    """
+
+    u: Float[Tensor, "rank rank"]
+    B: Float[Tensor, "rank rank"]
+    sigma: Float[Tensor, " rank"]
+
+
+def svd_turn(update: Update) -> Turn:
+    """The SVD of sBA as a change of coordinates; of experts, that of each."""
+    if update.experts:
+        turns = [svd_turn(each) for each in update.by_expert()]
+        us, Bs, sigmas = zip(*((turn.u, turn.B, turn.sigma) for turn in turns), strict=True)
+        return Turn(torch.block_diag(*us), torch.block_diag(*Bs), torch.cat(sigmas))
+    A = in_float64(update.A)
+    B = in_float64(update.B).to(A.device) * update.scale
+    rank, few = len(A), min(len(A), len(B), A.shape[1])
+    u, back, sigma = A.new_zeros(rank, rank), A.new_zeros(rank, rank), A.new_zeros(rank)
+    if few:
+        (writes, R_B), (_, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+        left, values, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+        factors = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
+        rounding = max(len(B), A.shape[1]) * torch.finfo(values.dtype).eps * factors
+        values = torch.where(values > rounding, values, 0.0)
+        signs = _signs(writes @ left)
+        left, right = left * signs, right * signs[:, None]
+        present = (values > 0).to(values)
+        inverse = present / torch.where(values > 0, values, 1.0)
+        u[:few] = present[:, None] * (left.T @ R_B)
+        back[:, :few] = (right @ R_A).T * inverse
+        sigma[:few] = values
+    return Turn(u, back, sigma)
+
+
+def svd_factors(
+    update: Update,
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
+    """(ΣVᵀ, U, σ) of sBA = UΣVᵀ, in float64 on the CPU; zero where σ is."""
+    turn = svd_turn(update)
+    reads = turn.u @ update.A.double()
+    writes = update.scale * update.B.double() @ turn.B.to(update.B.device)
+    return reads.cpu(), writes.cpu(), turn.sigma.cpu()
+
+
+def turned(site: SiteMap, turn: Turn) -> SiteMap:
+    """The same δ in the coordinates of the SVD."""
+    u, back = _padded(turn.u, site), _padded(turn.B, site)
+
+    def product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+        if left is None or right is None:
+            return None
+        exact = in_float64(left).to(u.device) @ in_float64(right).to(u.device)
+        return exact.to(site.dtype).to(site.device)
+
+    return dataclasses.replace(
+        site,
+        A=cast(Tensor, product(u, site.A)),
+        B=cast(Tensor, product(site.B, back)),
+        a0=product(site.a0, u.T),
+        a0_by_head=product(site.a0_by_head, u.T),
+        B_by_head=product(site.B_by_head, back),
+        A_behind_gamma=product(turn.u, site.A_behind_gamma),
+    )
+
+
+def _padded(matrix: Float[Tensor, "rank rank"], site: SiteMap) -> Tensor:
+    """The matrix with a one for the coordinate of a change of bias, where the map has it."""
+    extra = torch.eye(site.rank - len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.block_diag(matrix, extra).to(float64_device(site.device))
+
+
+def _signs(U: Float[Tensor, "out few"]) -> Float[Tensor, " few"]:
+    """±1 of each column, so that its entry of largest magnitude is positive; the first on ties."""
+    sizes = U.abs()
+    first = (sizes >= (1 - _TIE) * sizes.amax(0)).to(torch.int8).argmax(0)
+    return torch.where(U.gather(0, first[None])[0] < 0, -1.0, 1.0).to(U)

@@ -1,0 +1,517 @@
+"""TransformerBridge (transformer-lens 3.x, 4.x): hook names, weights, attention.
+
+Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
+bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
+input x; once the norm is folded it is n. Names are those of `families`, or of `bridged` where a
+family has no entry.
+
+Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
+d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
+weight. So the copies are read at that hook point and normalised in the same way.
+
+A bridge of most families computes attention itself, from its formula and whatever the config says,
+so that patterns have hook points. Two consequences:
+
+- `fuse_attention` lets each block's attention be Hugging Face's own, by torch's fused kernel, which
+  makes no [head, query, key]. Hook points of scores, patterns and rotated q and k then never fire;
+  a hook there is warned of when a pass begins, whoever put it on.
+- Gemma 3's attention holds `attn_logit_softcapping` and leaves it out of its forward pass; the
+  bridge computes it. So such a cap is taken away (`drop_unused_caps`), or refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar, final
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lens_lora import compat
+from lens_lora.compat import Temporary
+from lens_lora.core.model import kernels
+from lens_lora.core.model.bases import stored_weight
+from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
+from lens_lora.core.model.host import COPIED_INPUTS, Host, Ports, module_at
+from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, Heads, SiteFactors, site_name
+from lens_lora.errors import ModelStateError, setting, warn
+from lens_lora.families import Family, find_family, listed_family
+from lens_lora.hosts import bridged
+
+_R = TypeVar("_R")
+
+# --- attention by torch's fused kernels
+
+_CAP = "attn_logit_softcapping"
+_DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
+# Bridges whose q, k and v are modules of Hugging Face's own attention.
+_SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
+
+
+def fuse_attention(model: Any) -> None:
+    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    attentions, why = _attentions(model), None
+    if len(attentions) < len(model.blocks):
+        why = "some layers have no attention"
+    elif any(type(attention).__name__ not in _SEPARATE for attention in attentions):
+        why = "q, k and v are one module"
+    elif any(getattr(a.original_component, _CAP, None) is not None for a in attentions):
+        why = "attention scores are capped"
+    elif not compat.supports_sdpa(model.original_model):
+        why = "transformers has none for this family"
+    if why is not None:
+        raise ModelStateError(
+            f"{setting('attn', 'sdpa')}: {why}, so a TransformerBridge of "
+            f"{type(model.original_model).__name__} cannot use a fused kernel.",
+            remedy="Leave attn out, and bound the memory of long prompts by "
+            "lens.within(max_memory).",
+            in_shell="Leave --attn out, and bound the memory of long prompts by --max-memory.",
+        )
+    model.original_model.set_attn_implementation("sdpa")
+    for attention in attentions:
+        compat.set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
+
+
+def _attentions(model: Any) -> list[Any]:
+    """Those of the blocks that have attention under the usual name."""
+    return [block.attn for block in getattr(model, "blocks", ()) if hasattr(block, "attn")]
+
+
+def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+    hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
+    if hooked:
+        warn(
+            f"{hooked[0]}: attn='sdpa' makes no attention scores, patterns or rotated q and k, so "
+            "hooks there never fire. Load the model with attn='eager'."
+        )
+    return forward(attention, *args, **kwargs)
+
+
+def _has_hooks(point: Any) -> bool:
+    return point is not None and any(compat.hooks_of(point)[:3])
+
+
+def replaced_attentions(model: Any) -> list[str]:
+    """The blocks' attentions in a bridge whose Hugging Face module has a forward of its own."""
+    replaced: list[str] = []
+    for layer, block in enumerate(getattr(model, "blocks", ())):
+        attention = getattr(getattr(block, "attn", None), "original_component", None)
+        if compat.is_forward_replaced(attention):
+            replaced.append(f"blocks.{layer}.attn")
+    return replaced
+
+
+def has_fused_attention(model: Any) -> bool:
+    """Whether `fuse_attention` was called on this TransformerBridge."""
+    attentions = _attentions(model)
+    return bool(attentions) and all(compat.own_forward(attn) is not None for attn in attentions)
+
+
+# --- soft-caps of attention scores that Hugging Face never computes
+
+
+def drop_unused_caps(hf_model: nn.Module) -> None:
+    """Take the caps away; what Hugging Face computes stays the same."""
+    for attention in _with_unused_cap(hf_model):
+        setattr(attention, _CAP, None)
+
+
+def refuse_unused_caps(bridge: nn.Module) -> None:
+    """Check that the bridge computes no cap that its Hugging Face model leaves out."""
+    for attention in _with_unused_cap(bridge):
+        raise ModelStateError(
+            f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
+            "TransformerBridge caps attention scores by it, and transformers ignores it, so their "
+            "logits differ. Set it to None on the Hugging Face model's attention modules (and in "
+            "its config), or load by ll.load, which does."
+        )
+
+
+def _with_unused_cap(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "__dict__", {}).get(_CAP) is not None and not _uses_cap(type(module))
+    ]
+
+
+def _uses_cap(attention: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(attention.forward), "__code__", None)
+    return code is None or _CAP in code.co_names
+
+
+# --- modules that a model does without
+
+
+def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The places where a model has None for a module, as (module, name).
+
+    An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
+    place of its rotary embedding.
+    """
+    absent: list[tuple[nn.Module, str]] = []
+    for module in hf_model.modules():
+        members = {**vars(module), **compat.modules_in(module)}
+        absent += [(module, name) for name, held in members.items() if held is None]
+    return absent
+
+
+def refuse_empty_components(model: Any) -> None:
+    """Check that each component of a bridge wraps a module, without which it cannot run."""
+    for name, component in model.original_model.named_modules():
+        if compat.wraps_nothing(component):
+            kind = type(model.original_model).__name__
+            raise ModelStateError(
+                f"{name}: this {kind} does without such a module, and TransformerLens has put a "
+                f"{type(component).__name__} there, which cannot run.",
+                remedy="Let ll.load make the bridge, which leaves that place empty: "
+                "ll.load(hf_model, adapter).",
+            )
+
+
+def leave_absent(absent: Sequence[tuple[nn.Module, str]]) -> None:
+    """None stands there again, where a bridge has put a component that wraps nothing.
+
+    The model asks whether there is a module, and would call that component, which raises an error.
+    """
+    for module, name in absent:
+        if compat.wraps_nothing(getattr(module, name, None)):
+            setattr(module, name, None)
+
+
+# --- the host
+
+# Bloom's position biases are made for each row; OPT flattens positions and counts them back.
+_FIXED_BATCH = ("BloomForCausalLM", "OPTForCausalLM")
+_PROCESSED_GATED = ("gate", "up")
+# Under which names tools read a component's parameters.
+_READ_AS = {"weight": ("weight", "W_E", "W_U", "W_pos"), "bias": ("bias", "b_U")}
+# The bridge's names of an MLP's components, where they are others than the kinds.
+_COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
+
+
+@final
+class BridgeHost(Host):
+    """A TransformerBridge.
+
+    Raises:
+        ModelStateError: a family that is not supported, a flag whose effect is not known, or
+            attention that is another function than Hugging Face's.
+    """
+
+    class_name: ClassVar[str] = "TransformerBridge"
+    pass_overhead: ClassVar[float] = 0.4
+    embedding_output: ClassVar[str] = "embed.hook_out"
+    flags: ClassVar[tuple[str, ...]] = (*COPIED_INPUTS, "use_attn_result")
+
+    def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
+        _refuse_unknown_copies(model)
+        refuse_unused_caps(model)
+        refuse_empty_components(model)
+        kernels.refuse_without_float64(model)
+        cfg, architecture = model.cfg, type(model.original_model).__name__
+        n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
+        family, homes = _family_of(model, architecture, heads)
+        super().__init__(model, family, heads, hf_model)
+        self._homes: Mapping[tuple[int, str], str] = homes
+        self._is_listed: bool = not isinstance(family, bridged.BridgedFamily)
+        self.grows: bool = self._is_listed and architecture not in _FIXED_BATCH
+        self.keeps_patterns: bool = not has_fused_attention(model)
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        """The component's own hook points, or those that replace them under a flag."""
+        name = self._component(layer, kind)
+        if self._homes and kind not in bridged.USUAL_KINDS:
+            return self._ports_by_path(layer, name)
+        copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
+        if copies is not None:
+            return Ports(copies, f"{name}.hook_out", through=self._norm_per_head(layer, kind))
+        if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
+            return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
+        if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
+            return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
+        return Ports(f"{name}.hook_in", f"{name}.hook_out")
+
+    def _ports_by_path(self, layer: int, name: str) -> Ports:
+        """Those of a component or a module that may see the tokens of all rows as one axis."""
+        like = self.block_input(layer) if 0 <= layer < self.n_layers else None
+        weight = module_at(self.model, name)
+        if isinstance(weight, nn.Parameter):
+            return Ports(name, name, like=like, layout="slots" if weight.ndim == 3 else "rows")
+        ends = (f"{name}{bridged.HOOK_IN}", f"{name}.hook_out")
+        read, write = ends if ends[0] in self.model.hook_dict else (name, name)
+        return Ports(read, write, like=like)
+
+    def _component(self, layer: int, kind: str) -> str:
+        """The name, in the bridge, of a linear map, an embedding or a norm."""
+        return self._homes.get((layer, kind)) or _usual_name(layer, kind)
+
+    def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
+        """The component's own hook points."""
+        if kind == "ln1" and self._copies(layer, "q") is not None:
+            raise ModelStateError(
+                f"blocks.{layer}.ln1: the adapter changes this norm, and with use_split_qkv_input "
+                "or use_attn_in this TransformerBridge normalises each head's input past its hook "
+                "points. Turn the flags off."
+            )
+        is_of_heads = kind in ("q_norm", "k_norm")
+        if is_of_heads and not self.keeps_patterns:
+            raise ModelStateError(
+                f"blocks.{layer}.attn.{kind}: the adapter changes this norm, and with "
+                f"{setting('attn', 'sdpa')} its hook points show another layout. Load the model "
+                f"with {setting('attn', 'eager')}."
+            )
+        name = self._component(layer, kind)
+        if not self._is_listed:
+            through = functools.partial(bridged.normalised, self._wrapped(layer, kind))
+            return (Ports(f"{name}{bridged.HOOK_IN}", f"{name}.hook_out", through=through),)
+        layout = "heads_first" if is_of_heads else "rows"
+        return (Ports(f"{name}.hook_normalized", f"{name}.hook_out", layout=layout),)
+
+    def block_input(self, layer: int) -> str:
+        """`hook_in` of the block, or of the final norm."""
+        return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
+
+    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """Every module of the block that has weights, by the component that it is or is within."""
+        block = self.model.blocks[layer]
+        whole, children = bridged.unwrapped(block), block.named_children()
+        parts = {name: set(part.modules()) for name, part in children if part is not whole}
+        readers: dict[str, nn.Module] = {}
+        norms: list[nn.Module] = []
+        for path, module in whole.named_children():
+            if "Norm" in type(bridged.unwrapped(module)).__name__:
+                norms.append(module)
+            elif next(module.parameters(), None) is not None:
+                name = next((name for name, held in parts.items() if module in held), path)
+                # What an MLP that is no module of its own reads, its first weight does.
+                readers.setdefault(f"blocks.{layer}.{name}", module)
+        return readers, norms
+
+    def _copies(self, layer: int, kind: str) -> str | None:
+        """The hook point of the copies of the residual that the heads of q, k or v read."""
+        if getattr(self.model.cfg, "use_split_qkv_input", False):
+            return f"blocks.{layer}.attn.hook_{kind}_input"
+        if getattr(self.model.cfg, "use_attn_in", False):
+            return f"blocks.{layer}.attn.hook_attn_in"
+        return None
+
+    def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
+        """What the bridge does to the copies before the weight; k and v take the first heads'."""
+        attn, heads = self.model.blocks[layer].attn, self.heads.of(kind)
+        return lambda copies: compat.normed_per_head(attn, copies[:, :, :heads])
+
+    def _computes_gated_mlp(self, layer: int) -> bool:
+        """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
+        mlp = self.model.blocks[layer].mlp
+        return compat.uses_processed_weights(mlp) and hasattr(mlp, "gate")
+
+    def embedding_scale(self, kind: str) -> float:
+        """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too.
+
+        Also a factor that only the hook point shows.
+        """
+        own = float(getattr(self._wrapped(-1, kind), "embed_scale", 1.0))
+        return own * compat.scale_at_hook_out(module_at(self.model, self._component(-1, kind)))
+
+    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
+        """The wrapped module's weight, or the one that a processed gated MLP uses instead.
+
+        Of a quantised module, the dequantised weight, made anew at each call.
+        """
+        held = self._held(layer, kind) if kind in (*_PROCESSED_GATED, "down") else None
+        if held is not None:
+            return held
+        linear = self._wrapped(layer, kind)
+        if isinstance(linear, nn.Parameter):
+            return self._of_parameter(layer, kind, kernels.as_one_map)
+        if kernels.quantised_name(linear) is not None:
+            return kernels.dequantised(linear)
+        with compat.brought_in(linear):
+            weight = stored_weight(linear)
+        scale = self.embedding_scale(kind)
+        return weight if scale == 1 else weight * scale
+
+    def _of_parameter(self, layer: int, kind: str, look: Callable[[nn.Module, Tensor], _R]) -> _R:
+        """What `look` makes of a module and its weight, where no linear module holds it."""
+        name, _, parameter = self._component(layer, kind).rpartition(".")
+        owner = module_at(self.model, name)
+        with compat.brought_in(owner):
+            return look(owner, owner.get_parameter(parameter))
+
+    def shape(self, layer: int, kind: str) -> tuple[int, int]:
+        """(out, in) of the weight; of a stack of experts that of each."""
+        if isinstance(self._wrapped(layer, kind), nn.Parameter):
+            return self._of_parameter(layer, kind, kernels.each_shape)
+        return super().shape(layer, kind)
+
+    def stack(self, layer: int, kind: str) -> Tensor | None:
+        """The parameter of a module of experts."""
+        weight = self._wrapped(layer, kind)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 3:
+            return None
+        return self._of_parameter(layer, kind, lambda _, stack: stack.detach())
+
+    def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
+        """A component computes by the module that it wraps; its own `weight` is for tools, and for
+        the passes of a processed gated MLP (transformer-lens 4).
+        """
+        component = module_at(self.model, self._component(site.layer, site.kind))
+        if not isinstance(component, nn.Module) or bridged.unwrapped(component) is component:
+            return
+        names = [name for parameter in parameters for name in _READ_AS[parameter]]
+        why = functools.partial(of_the_base, site.name)
+        if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
+            passes = computes(span, self.model.blocks[site.layer].mlp)
+            compat.refuse_reading(span, component, names, why, unless=passes)
+        else:
+            compat.refuse_reading(span, component, names, why)
+
+    def _wrapped(self, layer: int, kind: str) -> Any:
+        """The Hugging Face module of a component, or the parameter; None where it has none."""
+        return bridged.unwrapped(module_at(self.model, self._component(layer, kind)))
+
+    def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
+        """W at a site; a dequantised weight is only near it."""
+        if kernels.quantised_name(self._wrapped(site.layer, site.kind)) is not None:
+            raise ModelStateError(
+                f"{site.label}: {update} depends on the base's own weight, and this model's is "
+                "quantised: a plain LoRA needs no weight, this one does. Load the base in bfloat16 "
+                "or float32."
+            )
+        return super().base_weight(site, update)
+
+    def _held(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
+        """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
+        held = compat.processed_weight(self.model.blocks[layer].mlp, _COMPONENTS.get(kind, kind))
+        return held.detach() if held is not None and self._computes_gated_mlp(layer) else None
+
+    def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
+        """The wrapped module's bias, of any kind."""
+        linear = self._wrapped(layer, kind)
+        with compat.brought_in(linear):
+            bias = getattr(linear, "bias", None)
+            return None if bias is None else bias.detach().flatten()
+
+    def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """The wrapped norm's own."""
+        norm = self._wrapped(layer, kind)
+        if getattr(norm, "weight", None) is None:  # also one that has a γ by its class, not here
+            return None
+        with compat.brought_in(norm):
+            bias, gamma = getattr(norm, "bias", None), norm.weight.detach()
+        if self.family.gamma_offset:
+            has_float64 = compat.float64_device(gamma.device) == gamma.device
+            wide = gamma.double() if has_float64 else gamma.float()
+            gamma = wide + self.family.gamma_offset
+        return gamma, None if bias is None else bias.detach()
+
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """True where weights were processed and the norm has weight 1 and bias 0."""
+        if not self.needs_base():
+            return False
+        norm = self._wrapped(layer, NORM_READ_BY.get(kind, "ln_final"))
+        norm = self._wrapped(layer, "ln1") if norm is None else norm
+        gamma, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        is_one = gamma is None or bool((gamma + self.family.gamma_offset == 1).all())
+        return is_one and (bias is None or not bool(bias.any()))
+
+    def is_tied(self) -> bool | None:
+        """As the wrapped model's config says."""
+        return bool(getattr(self.model.original_model.config, "tie_word_embeddings", False))
+
+    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
+        """As of any host; None also where it is not known what follows before the logits."""
+        return super().unembedding() if self._is_listed else None
+
+    def needs_base(self) -> bool:
+        """Whether the bridge's compatibility mode processed the weights."""
+        return compat.is_processed(self.model)
+
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
+        with _cache_is_shown(_attentions(self.model)):
+            return self.model(
+                tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
+            )
+
+
+def _family_of(
+    model: Any, architecture: str, heads: Heads
+) -> tuple[Family, Mapping[tuple[int, str], str]]:
+    """The family, and the names of what was read from the model: all of it where none is listed,
+    stacks of experts and routers where one is.
+    """
+    listed = listed_family(model.original_model)
+    if listed is None and compat.is_processed(model):
+        _refuse_processed(architecture)
+    if listed is not None and compat.is_processed(model):
+        return listed, {}
+    has_experts = any(map(kernels.is_experts, model.modules()))
+    if listed is not None and not has_experts:
+        return listed, {}
+    read = bridged.bridged_family(model, heads)
+    if listed is None:
+        return read, read.homes
+    homes = {
+        key: name
+        for key, name in read.homes.items()
+        if isinstance(module_at(model, name), nn.Parameter)
+    }
+    stacks = {p: place for p, place in read.places.items() if (place.layer, *place.kinds) in homes}
+    return dataclasses.replace(listed, stacks=stacks), homes
+
+
+def _refuse_processed(architecture: str) -> NoReturn:
+    """Raise the error of a model without an entry whose weights were processed."""
+    family = find_family(architecture)
+    raise ModelStateError(
+        f"{architecture}: this model has no {family.ln_final}, or an embedding of another width "
+        "than its residual stream, so what TransformerLens does to the weights of others of its "
+        "class is not known to be right.",
+        remedy="Use the TransformerBridge as boot_transformers makes it, before "
+        "enable_compatibility_mode(), or let ll.load make one.",
+    )
+
+
+def _usual_name(layer: int, kind: str) -> str:
+    """The bridge's name of a linear map, an embedding or a norm of usual attention or MLPs."""
+    name = _COMPONENTS.get(kind)
+    return site_name(layer, kind) if name is None else f"blocks.{layer}.mlp.{name}"
+
+
+@compat.temporary
+def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
+    span.enter_context(compat.without_warnings(".past_key_values. is deprecated"))
+    for attention in attentions:
+        add_pre_hook(span, attention, _named_as_before, with_kwargs=True)
+
+
+def _named_as_before(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Attention of transformers 5.24 is given `cache`; the bridge looks for `past_key_values`."""
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+    return args, kwargs
+
+
+def _refuse_unknown_copies(model: Any) -> None:
+    """Refuse a flag under which a transformer-lens does something else to the copies."""
+    for flag in COPIED_INPUTS:
+        is_known = all(map(compat.can_norm_per_head, _attentions(model)))
+        if getattr(model.cfg, flag, False) and not is_known:
+            raise ModelStateError(
+                f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "
+                f"normalises each head's input, so it cannot compute z. Turn the flag off "
+                f"(bridge.set_{flag}(False)) before you make the lens, or use transformer-lens 3.9 "
+                "or later."
+            )

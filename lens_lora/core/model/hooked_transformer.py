@@ -1,0 +1,288 @@
+"""HookedTransformer (transformer-lens 2.x, 3.x): hook names, weights and norms.
+
+`ln1.hook_normalized` fires three times a block, for q, k and v in that order. It shows n before the
+affine for RMS norms and, from 3.x on, for LayerNorm; after it for LayerNorm of 2.x. This is
+measured once per class. Where a norm follows attention and MLP (Gemma 2, 3), no hook point lies
+before that norm; δ is then added to the output of the module itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lens_lora.compat import Temporary, in_float64, parameters_in, refuse_reading
+from lens_lora.core.model.hooks import computes, of_the_base
+from lens_lora.core.model.host import COPIED_INPUTS, Host, Ports, module_at
+from lens_lora.core.model.lengths import context_of_copy
+from lens_lora.core.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, SiteFactors, site_name
+from lens_lora.errors import ModelStateError
+from lens_lora.families import find_family
+
+# Of transformer-lens 3, and of 2.
+_CACHES = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")
+# Where each weight stands, in the model or in a block; those of attention have an axis of heads.
+_WEIGHTS = {
+    "embed": "embed.W_E",
+    "pos_embed": "pos_embed.W_pos",
+    "unembed": "unembed.W_U",
+    **{kind: f"attn.W_{kind.upper()}" for kind in "qkvo"},
+    "gate": "mlp.W_gate",
+    **dict.fromkeys(("up", "fc_in"), "mlp.W_in"),
+    **dict.fromkeys(("down", "fc_out"), "mlp.W_out"),
+}
+
+
+@final
+class HookedTransformerHost(Host):
+    """A HookedTransformer.
+
+    Raises:
+        ModelStateError: a family that is not supported, refactored attention, several devices.
+    """
+
+    class_name: ClassVar[str] = "HookedTransformer"
+    # It copies the weights that it uses, and W_U is the largest of them.
+    pass_overhead: ClassVar[float] = 1.4
+    embedding_output: ClassVar[str] = "embed"
+    flags: ClassVar[tuple[str, ...]] = (*COPIED_INPUTS, "ungroup_grouped_query_attention")
+    says_folded_biases: ClassVar[bool] = False
+
+    def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
+        cfg = model.cfg
+        family = find_family(getattr(cfg, "original_architecture", None))
+        heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        super().__init__(model, family, heads, hf_model)
+        if getattr(cfg, "ungroup_grouped_query_attention", False):
+            self.kv_copies: int = heads.n_heads // heads.n_kv
+        if getattr(cfg, "n_devices", 1) > 1:
+            raise ModelStateError(
+                f"this HookedTransformer is spread over {cfg.n_devices} devices (n_devices), where "
+                "it moves activations but not all that it computes with. Put it on one device "
+                "(n_devices=1), or take a TransformerBridge over several: ll.load(name, adapter, "
+                "device_map='balanced'), with transformer-lens 3 or newer."
+            )
+        self._refuse_refactored()
+        if hf_model is not None:
+            _refuse_longer_context(cfg, hf_model)
+
+    def _refuse_refactored(self) -> None:
+        """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
+        for layer, block in enumerate(self.model.blocks):
+            heads = in_float64(_held(block.attn, "W_O"))
+            gram = heads @ heads.transpose(1, 2)
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):
+                raise ModelStateError(
+                    f"blocks.{layer}.attn: refactor_factored_attn_matrices was applied, which "
+                    "mixes W_Q with W_K and W_V with W_O, so their ΔW cannot be added. Load the "
+                    "model without it."
+                )
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        """Hook points of TransformerLens, or the module itself where none lies at its output."""
+        if kind == "embed" and getattr(self.model.cfg, "post_embedding_ln", False):
+            raise ModelStateError(
+                "embed: this HookedTransformer normalises inside its embedding, with no place "
+                "between the two for δ; use a TransformerBridge, or adapter.without(…)."
+            )
+        if kind == "unembed" and hasattr(self.model.unembed, "hook_out"):  # transformer-lens 3
+            return Ports("unembed.hook_in", "unembed.hook_out")
+        if kind in ("embed", "pos_embed", "unembed"):
+            return Ports(kind, kind)
+        block = f"blocks.{layer}"
+        if kind in ("q", "k", "v"):
+            read = f"{block}.ln1.hook_normalized"
+            return Ports(read, f"{block}.attn.hook_{kind}", "qkv".index(kind), 3)
+        if kind == "o":
+            write = "attn" if self.family.post_norm else "hook_attn_out"
+            return Ports(f"{block}.attn.hook_z", f"{block}.{write}")
+        if kind in ("down", "fc_out"):
+            write = "mlp" if self.family.post_norm else "hook_mlp_out"
+            return Ports(f"{block}.mlp.hook_post", f"{block}.{write}")
+        write = "hook_pre_linear" if kind == "up" else "hook_pre"
+        return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
+
+    def _norm(self, layer: int, kind: str) -> tuple[str, Any]:
+        """A norm by name; None where the model has none."""
+        name = "embed.ln" if kind == "embed_ln" else site_name(layer, kind)
+        return name, module_at(self.model, name)
+
+    def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """(w, b) of a norm that is not folded."""
+        _, norm = self._norm(layer, kind)
+        if not hasattr(norm, "w"):
+            return None
+        bias = getattr(norm, "b", None)
+        return norm.w.detach(), None if bias is None else bias.detach()
+
+    def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
+        """n at `hook_normalized`; δ at the norm's own module, or at the hook point next to it.
+
+        ln1 runs three times a block. A Hugging Face norm that attention and MLP share is ln1 and
+        ln2 here.
+        """
+        block, (name, _) = f"blocks.{layer}", self._norm(layer, kind)
+        if kind in ("q_norm", "k_norm"):
+            like = f"{block}.attn.hook_{kind[0]}"
+            return (Ports(f"{name}.hook_normalized", name, layout="flat", like=like),)
+        if kind in ("ln1_post", "ln2_post"):
+            write = f"{block}.hook_{'attn' if kind == 'ln1_post' else 'mlp'}_out"
+            return (Ports(f"{name}.hook_normalized", write),)
+        if kind == "ln1" and self.family.ln1 == self.family.ln2:
+            return tuple(self._norm_port(layer, place, repeats=4) for place in ("ln1", "ln2"))
+        return (self._norm_port(layer, kind, repeats=3 if kind == "ln1" else 1),)
+
+    def _norm_port(self, layer: int, kind: str, repeats: int) -> Ports:
+        name, norm = self._norm(layer, kind)
+        read, firings = f"{name}.hook_normalized", 3 if kind == "ln1" else 1
+        write = self.embedding_output if kind == "embed_ln" else name
+        if not fires_after_affine(type(norm)):
+            return Ports(read, write, -1, firings, repeats=repeats)
+        gamma, beta = norm.w.detach(), norm.b.detach()
+        if bool((gamma == 0).any()):
+            raise ModelStateError(
+                f"{name}: the adapter changes this norm, some of its γ are 0, and transformer-lens "
+                "2 has no hook point before γ. Use transformer-lens 3 or later."
+            )
+        write = read if name == write else write
+        return Ports(read, write, -1, firings, lambda y: (y - beta) / gamma, repeats=repeats)
+
+    def ports_behind_norm(self, layer: int, kind: str) -> Ports:
+        """At the norm's module, where `hook_normalized` does not show its output."""
+        ports = self.ports(layer, kind)
+        if kind == "unembed":
+            return ports
+        name, norm = self._norm(layer, NORM_READ_BY[kind])
+        return ports if fires_after_affine(type(norm)) else dataclasses.replace(ports, read=name)
+
+    def is_tied(self) -> bool | None:
+        """False if W_E and W_U differ; if not, they may be tied or not."""
+        embed = self.weight(-1, "embed").T / self.embedding_scale("embed")
+        head = self.weight(self.n_layers, "unembed")
+        eps = torch.finfo(head.dtype).eps
+        is_equal = embed.shape == head.shape and torch.allclose(embed, head, 4 * eps, 0.0)
+        return None if is_equal else False
+
+    def block_input(self, layer: int) -> str:
+        """`hook_resid_pre` of the block, or the scale of the final norm."""
+        return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
+
+    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """The norm of each branch, which no other one reads."""
+        block, norms = self.model.blocks[layer], {"attn": "ln1", "mlp": "ln2"}
+        held = [branch for branch, norm in norms.items() if hasattr(block, norm)]
+        return {f"blocks.{layer}.{branch}": getattr(block, norms[branch]) for branch in held}, []
+
+    def embedding_scale(self, kind: str) -> float:
+        """√d for Gemma's token embedding, as W_E contains that factor."""
+        is_scaled = kind == "embed" and self.family.gamma_offset
+        return self.model.cfg.d_model**0.5 if is_scaled else 1.0
+
+    def _parameter(self, layer: int, kind: str) -> tuple[nn.Module, str]:
+        """The module that holds a weight, and the weight's name there."""
+        path, _, name = _WEIGHTS[kind].rpartition(".")
+        owner = self.model if kind in OUTSIDE_KINDS else self.model.blocks[layer]
+        return owner.get_submodule(path), name
+
+    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
+        """The parameter of this kind, turned to [out, in]; a grouped model's own heads only."""
+        held = _held(*self._parameter(layer, kind))
+        if kind in ("q", "k", "v"):
+            return held.transpose(1, 2).flatten(0, 1)
+        return held.flatten(0, -2).T
+
+    def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
+        """W_Q and b_Q of an attention, say, which its own passes go on to read."""
+        module, weight = self._parameter(site.layer, site.kind)
+        names = [weight if parameter == "weight" else f"b{weight[1:]}" for parameter in parameters]
+        why = functools.partial(of_the_base, site.name)
+        refuse_reading(span, module, names, why, unless=computes(span, module))
+
+    def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
+        """b_V, b_O or b_U."""
+        module, weight = self._parameter(layer, kind)
+        return _held(module, f"b{weight[1:]}").flatten()
+
+    def base_bias(self, site: SiteFactors) -> Tensor | None:
+        """None also for a head of an unprocessed model whose b_U is zero.
+
+        Raises:
+            ModelStateError: no base was given. A HookedTransformer does not say whether its biases
+                were processed.
+        """
+        is_raw = self.base is None and not self.needs_base()
+        if is_raw and site.kind == "unembed" and not bool(_held(self.model.unembed, "b_U").any()):
+            return None
+        return super().base_bias(site)
+
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """TransformerLens' own cache; without a mask it would take pad tokens for padding."""
+        if cache is None:
+            lines = vars(importlib.import_module("transformer_lens.HookedTransformer"))
+            name = next(name for name in _CACHES if name in lines)
+            cache = lines[name].init_cache(self.model.cfg, tokens.device, len(tokens))
+        mask = torch.ones_like(tokens)
+        return self.model(tokens, past_kv_cache=cache, attention_mask=mask), cache
+
+    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """(w, b) of an unfolded norm, unless its hook point fires after them."""
+        norm = NORM_READ_BY.get(kind)
+        affine = self.norm_parameters(layer, norm) if norm else None
+        if norm and affine and fires_after_affine(type(self._norm(layer, norm)[1])):
+            return None
+        return affine
+
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """All norms are folded, or none."""
+        return self.needs_base()
+
+    def needs_base(self) -> bool:
+        """Whether norms were folded: what is left of them only normalises ('LNPre', 'RMSPre')."""
+        return str(self.model.cfg.normalization_type).endswith("Pre")
+
+
+def _refuse_longer_context(cfg: Any, hf_model: Any) -> None:
+    """Check that the model takes no prompt so long that it computes another function."""
+    longest = context_of_copy(hf_model, cfg)
+    if cfg.n_ctx > longest:
+        raise ModelStateError(
+            f"this HookedTransformer takes prompts of up to {cfg.n_ctx} tokens (cfg.n_ctx), and "
+            f"beyond {longest:.0f} tokens its base has other rotary frequencies or a window of "
+            "attention, which this HookedTransformer lacks.",
+            remedy=f"Set model.cfg.n_ctx = {longest:.0f}, so that longer prompts are refused, or "
+            "take a TransformerBridge.",
+            in_shell="Take --class TransformerBridge.",
+        )
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    """A parameter, within an open block, too; K and V of grouped heads without their copies."""
+    parameters = parameters_in(module)
+    return cast("Tensor", parameters[name if name in parameters else f"_{name}"]).detach()
+
+
+@functools.cache
+def fires_after_affine(norm_type: type[nn.Module]) -> bool:
+    """Whether `hook_normalized` of this class is the norm's output after its affine; measured."""
+    from transformer_lens import HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=4, n_ctx=4, d_head=4, n_heads=1, d_vocab=4, act_fn="relu", device="cpu"
+    )
+    norm: Any = norm_type(cfg)
+    seen: list[Tensor] = []
+    norm.hook_normalized.add_hook(lambda tensor, hook: seen.append(tensor))
+    with torch.no_grad():
+        norm.w.fill_(2.0)
+        out = norm(torch.tensor([[[1.0, -2.0, 3.0, 0.5]]]))
+    return bool(torch.allclose(out.double(), seen[0].double()))

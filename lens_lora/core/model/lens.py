@@ -1,0 +1,844 @@
+"""LoraLens: an adapter over a hooked model: the function f(ε) that every analysis evaluates.
+
+ε has one gate per site; f(0) is the base model, f(1) the adapted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora import errors
+from lens_lora._version import versions
+from lens_lora.arguments import number, whole
+from lens_lora.compat import (
+    Temporary,
+    home_of,
+    known_of_tokenizer,
+    open_spans,
+    tokenizer_as_saved,
+    uncompiled,
+)
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.adapter.factors import LoRAFactors
+from lens_lora.core.model import check as checks
+from lens_lora.core.model import gates as gating
+from lens_lora.core.model import sites as model_sites
+from lens_lora.core.model.basis import SiteMap, Update
+from lens_lora.core.model.gates import Inject, Plan, Scale, ScaleInject
+from lens_lora.core.model.hooks import HookFn, alone, attached, hold, lock_of
+from lens_lora.core.model.kernels import differentiable_products
+from lens_lora.core.model.lengths import tables_by_row
+from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
+from lens_lora.core.model.updates import holds_another_base
+from lens_lora.core.readout.positions import Positions
+from lens_lora.core.readout.prompts import (
+    Prompts,
+    PromptsLike,
+    PromptTokens,
+    prepare,
+    reading_of_texts,
+)
+from lens_lora.core.readout.readout import Readout
+from lens_lora.directions.removal import removed_from, rows_of, take_away, told
+from lens_lora.formats.tokenizers import differences_from
+from lens_lora.hosts.bridged import on_stacks, require_own_parameters
+from lens_lora.hosts.given_base import judged, names_of, note_of_names
+from lens_lora.hosts.probe import SKIP, Probe, probed
+from lens_lora.responses.answers import AnswerLike, Generated, continued
+from lens_lora.responses.generate import Sampling, Speaker, end_tokens, require_room
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
+
+    from lens_lora.core import Function
+
+# What `LoraLens.function` calls: a `Function` stands above the engine, which stands above a lens.
+_MAKES_FUNCTION: list[Callable[..., Function]] = []
+
+
+def provide_function(make: Callable[..., Function]) -> None:
+    """Tell lenses how their `function` is made; `model/with_function.py` does."""
+    _MAKES_FUNCTION[:] = [make]
+
+
+class LoraLens:
+    """A LoRA adapter over a hooked model, exact up to the model's own rounding.
+
+    The model is not changed: hooks are added at the start of a call and removed at its end.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge of the adapter's base model. Of one that
+            `torch.compile` has wrapped, the model within.
+        adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
+        hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
+            folded, and by a HookedTransformer for trained biases. The model's weights are compared
+            with it, in float32 also logits of 8 tokens.
+        check: of a family without an entry in the table of `docs/exactness.md`, whether random
+            updates at the adapter's modules are compared with the Hugging Face model under forward
+            hooks: two passes over eight tokens. None for those of `with_adapter` alone. And, but
+            for False, whether a module that was trained whole computes what its weight says, where
+            its code is its own, and whether a base is refused that holds the adapter already.
+        prepend_bos: whether a string that does not begin with a BOS gets one, in every analysis;
+            None for what the model does itself (`model.to_tokens`), of which is warned once where
+            its tokenizer does otherwise. `ll.load` reads strings as the tokenizer does.
+
+    Attributes:
+        prepend_bos: see above.
+        eps: the precision in which the model computes, measured by one short pass: that of its
+            dtype; of float32 if a float64 model rounds to it; of TF32 or bfloat16 if a device
+            rounds the factors of a float32 model's products to it.
+        max_memory: bytes that an analysis may take beside the model and its result; None for no
+            bound.
+        base_note: what was warned of the base, on every page of the lens's results; '' for
+            nothing.
+
+    Warns:
+        LensLoraWarning: the base is not the one that the adapter names, by its name, or by its
+            weights where the named base lies on this machine.
+
+    Raises:
+        SiteError, AdapterError: a module that the model lacks; shapes that do not fit.
+        ModelStateError: a state in which the adapter cannot be applied exactly; names the remedy.
+        OutOfMemoryError: dense updates (DoRA, modules trained whole) that do not fit into memory.
+    """
+
+    max_memory: float | None = None
+
+    @alone
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        hf_model: nn.Module | None = None,
+        *,
+        check: bool | Probe | None = True,
+        prepend_bos: bool | None = None,
+    ) -> None:
+        model = uncompiled(model)
+        hf_model = uncompiled(hf_model)
+        checks.require_kinds(adapter, hf_model)
+        adapter = on_stacks(adapter, model)
+        self.model = model
+        self.prepend_bos: bool | None = prepend_bos
+        self.adapter = adapter
+        self._hf_model = hf_model
+        self._plan = gating.make_plan(model, adapter, hf_model)
+        if check is not False:
+            require_own_parameters(model, adapter)
+        self._eps: float | None = None
+        checks.require_running(
+            self._measure_if_it_runs,
+            f"this {self.class_name} of {checks.kind_of(model)}",
+            "Let ll.load make the hooked model, which mends what it knows of; or use another "
+            "version of TransformerLens.",
+        )
+        if hf_model is not None:
+            checks.require_same_logits(
+                checks.base_logits(hf_model, self.dtype),
+                lambda tokens: self.logits(tokens.to(self.device), 0.0),
+                f"without the adapter this {self.class_name} computes other logits than hf_model",
+                checks.OF_A_GIVEN_BASE,
+                lambda: self.eps,
+            )
+        is_probed = check is not False and self._plan.host.family.is_probed
+        self._probed: frozenset[str] | None = frozenset() if is_probed else None
+        if is_probed and check is not None:
+            probe = check if isinstance(check, Probe) else None
+            self._probed = probed(model, hf_model, adapter, eps=self.eps, probe=probe)
+        self.base_note: str = ""
+        if check is not None:
+            self._judge_base(is_refused=check is not False)
+
+    def _judge_base(self, *, is_refused: bool) -> None:
+        """Warn of what a user should know of the base, or refuse it where it holds the adapter."""
+        named, names = self.adapter.base_model, names_of(self.model, self._hf_model)
+        verdict = judged(self._plan, named, names)
+        self.base_note = verdict.note
+        if verdict.holds_adapter:
+            fact = (
+                f"this base holds the adapter {self.adapter.name!r} already: "
+                f"{verdict.holds_adapter}. Its ΔW would count twice."
+            )
+            if is_refused:
+                trained_on = "the base that it was trained on" + (f", {named}" if named else "")
+                raise errors.ModelStateError(
+                    fact,
+                    remedy=f"Pass {trained_on}. {SKIP}",
+                    in_shell=f"Name {trained_on}, with --model.",
+                )
+            self.base_note = fact
+        self._warn_of_base(stacklevel=5)
+
+    def _warn_of_base(self, stacklevel: int) -> None:
+        if self.base_note:
+            errors.warn(self.base_note, stacklevel=stacklevel)
+
+    def _measure_if_it_runs(self) -> None:
+        """Within another lens's block the model cannot be run; its precision is measured later."""
+        with contextlib.suppress(errors.ModelStateError):
+            self._eps = self._measured_eps()
+
+    def _measured_eps(self) -> float:
+        with differentiable_products(self._plan.quantised):
+            return checks.eps_of(self.model, self.embedding_output)
+
+    @property
+    def eps(self) -> float:
+        """The relative precision in which the model computes, from one short pass."""
+        if self._eps is None:
+            self._eps = self._measured_eps()
+        return self._eps
+
+    @alone
+    def with_adapter(self, adapter: Adapter, *, check: bool = True) -> LoraLens:
+        """A lens of another adapter over the same model and hf_model.
+
+        No forward pass: weights of the adapted modules are compared with hf_model, logits not.
+        Modules that `check` has not seen are checked as by a new lens.
+
+        Args:
+            adapter: the other adapter.
+            check: False leaves unseen modules to the next adapter that has them, for an adapter
+                whose update is zero, say.
+
+        Warns:
+            LensLoraWarning: it names another base than this lens's adapter and than the model.
+
+        Raises:
+            SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
+                changed since this one was made.
+        """
+        checks.require_kinds(adapter, None)
+        self._plan.check_state()
+        if self._plan.base is not None:
+            self._plan.base.require_same(entries=True)
+        adapter = on_stacks(adapter, self.model)
+        other = copy.copy(self)
+        other.adapter = adapter
+        other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
+        if check:
+            require_own_parameters(self.model, adapter)
+        if adapter.base_model not in (None, self.adapter.base_model):
+            names = names_of(self.model, self._hf_model)
+            other.base_note = note_of_names(adapter.base_model, names)
+            other._warn_of_base(stacklevel=3)
+        if check and self._probed is not None:
+            other._probed = probed(self.model, self._hf_model, adapter, self._probed, eps=self.eps)
+            self._probed = other._probed
+        return other
+
+    @property
+    def base_names(self) -> list[str]:
+        """The names by which the base is known, as of the Hugging Face model; perhaps none."""
+        return names_of(self.model, self._hf_model)
+
+    def within(self, max_memory: float | None) -> LoraLens:
+        """The same lens, whose analyses take so much memory beside the model and their results.
+
+        Prompts, interventions, tangents and covectors go fewer at a time, and where the graph of a
+        backward pass is too large, blocks keep their inputs alone and run once more on the way
+        back: hooks of your own then fire twice there. Numbers stay the same but for rounding. The
+        bound is kept by an estimate. `logits` and `generate` run the model as they are called:
+        their batches are yours.
+
+        Args:
+            max_memory: bytes, such as 8e9; None for no bound.
+
+        Raises:
+            ArgumentError: no positive number.
+        """
+        if max_memory is not None and number("max_memory", max_memory) <= 0:
+            raise errors.ArgumentError(
+                f"{errors.setting('max_memory', max_memory)}; expected bytes, such as 8e9, or None."
+            )
+        other = copy.copy(self)
+        other.max_memory = max_memory
+        return other
+
+    def __copy__(self) -> LoraLens:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse pickle and `copy.deepcopy`, whose copy would hold the updates of another model."""
+        raise errors.ArgumentError(
+            "a lens cannot be pickled or deep-copied: its updates belong to the tensors of this "
+            "one model. Make a lens where it is needed: LoraLens(copy.deepcopy(lens.model), "
+            "lens.adapter), or in another process ll.load(base, adapter); lens.adapter.save(…) and "
+            "a result's save(…) write files."
+        )
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted linear maps, in the order in which a forward pass meets them."""
+        return self._plan.sites
+
+    @property
+    def maps(self) -> tuple[SiteMap, ...]:
+        """Each site's δ(z) = sB(Az + a₀), in the model's basis."""
+        return self._plan.maps
+
+    @property
+    def plan(self) -> Plan:
+        """What the hooks add and where: for injections of your own (`injected`)."""
+        return self._plan
+
+    @property
+    def heads(self) -> Heads:
+        """How many attention heads there are, and how wide, at their hook points."""
+        return self._plan.host.heads_at_hooks
+
+    @property
+    def class_name(self) -> str:
+        """'HookedTransformer' or 'TransformerBridge'."""
+        return self._plan.host.class_name
+
+    @property
+    def embedding_output(self) -> str:
+        """The hook point after the token embedding."""
+        return self._plan.host.embedding_output
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's first parameter; where that is offloaded, the device on which it runs."""
+        return home_of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """The dtype of gates and updates: the model's, never below float32."""
+        return self.maps[0].dtype
+
+    def site_index(self, name: str) -> int:
+        """The index of a site in `sites`.
+
+        Args:
+            name: its name.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+        """
+        return model_sites.one_site([s.name for s in self.sites], name)
+
+    def delta_w(self, site: str | Site) -> FactoredMatrix:
+        """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
+
+        In the model's own basis: merged weights, processed as the model's were, minus the model's.
+        TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
+        follow one another in d_out, those of o in d_in. Of an embedding d_in is the vocabulary, and
+        ΔW has the factor by which a TransformerBridge scales it (Gemma: √d_model). What is added
+        whatever the input is not in it. Experts: [ΔW_1 … ΔW_E], [d_out, expert · d_in].
+
+        Args:
+            site: one of `sites`, or its name.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+        """
+        index = self.site_index(site if isinstance(site, str) else site.name)
+        from transformer_lens.FactoredMatrix import FactoredMatrix
+
+        return FactoredMatrix(*(factor.clone() for factor in self.maps[index].of_weight()))
+
+    def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
+        """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
+
+        Args:
+            scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
+
+        Raises:
+            SiteError: a name that matches no site, or a tensor without one gate per site.
+            ArgumentError: what is no number, tensor or mapping.
+        """
+        return gating.gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
+
+    def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
+        """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
+
+        Your own hooks in the same list see and change the adapted model, whatever the order:
+        δ is computed from the input that they return, and added before they see the output. While
+        these hooks are on the model, calls of a lens are refused, as within `applied`.
+
+        Args:
+            scale: as for `gates`.
+
+        Raises:
+            ModelStateError: a site without a hook point at its output (on HookedTransformer
+                embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
+        """
+        self._check_state()
+        points = self.model.hook_dict
+        if hidden := [site.name for site in self.sites if site.write not in points]:
+            raise errors.ModelStateError(
+                f"{hidden[0]}: no hook point of this model shows its output, so a list of "
+                "hooks cannot hold its δ; use `with lens.applied():`."
+            )
+        inject = ScaleInject(self._plan, self.gates(scale), scale)
+        hooks = gating.site_hooks(self._plan, inject, points)
+        # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
+        fires = getattr(self.model.cfg, "use_attn_result", False)
+        silent = () if fires else self._plan.points_without_update
+        return [(name, fn) for name, fn in hooks if name not in silent]
+
+    def _check_state(self) -> None:
+        """Also that the blocks of `applied` that are open on this model add up with another."""
+        self._plan.check_state()
+        plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
+        gating.require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
+
+    def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
+        """Within the block, every tool of TransformerLens sees the adapted model.
+
+        After the block, also after an exception or an interrupt, the model has its own hooks and
+        weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
+        may be differentiated, in either mode and within torch.func transforms, and one that needs
+        a gradient, in the gates' dtype, edited between passes, as an optimiser does.
+
+        Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
+        Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
+        they would take the adapted model for their base; they apply the adapter by themselves.
+        Weights stay the base's. Reading one that the adapter changes is refused within the block,
+        so that no tool takes it for the adapted model's.
+
+        Args:
+            scale: as for `gates`.
+
+        Raises:
+            ModelStateError: the model's state changed; or blocks that do not add up, where one
+                changes a norm, or v and o where value biases are folded. Make one lens of the sum.
+        """
+
+        def apply(span: Temporary) -> Any:
+            span.enter_context(self.adapted(scale))
+            for site, parameters in _changed_parameters(self._plan):
+                self._plan.host.refuse_reading(span, site, parameters)
+            return self.model
+
+        return Temporary(apply)
+
+    def adapted(self, scale: Scale) -> AbstractContextManager[Any]:
+        """As `applied`, for code that reads no weight of the model.
+
+        Args:
+            scale: as for `gates`.
+        """
+
+        def apply(span: Temporary) -> Any:
+            self._check_state()
+            span.about = self._plan
+            inject = ScaleInject(self._plan, self.gates(scale), scale)
+            self._put_on(span, inject)
+            return self.model
+
+        return Temporary(apply)
+
+    def without(
+        self,
+        directions: Any,
+        names: Names | None = None,
+        positions: Positions = None,
+        *,
+        sinks: bool = False,
+    ) -> AbstractContextManager[Any]:
+        """Within the block, h has nothing along some directions: h − v vᵀh at hook points.
+
+        The base as well as the adapted model, for every call, `generate`, and tools of
+        TransformerLens; derivatives pass through it. `ll.removal_cost(lens)` within the block says
+        what the same removal costs the base. After the block, also after an exception or an
+        interrupt, the model is as before. Entering it runs one token. In the model's basis: where
+        processing centred the residual stream, directions of it are centred first. On a
+        TransformerBridge hook_resid_mid is what the MLP's norm reads, not the stream itself.
+
+        Each text's first token stays as it is. It is a sink: its ‖h‖ is up to hundreds of times the
+        others', and every later token attends to it, so a direction removed there changes the model
+        everywhere, whatever the direction means.
+
+        Args:
+            directions: [d], [direction, d], {label: either}, a Contrast (at each of its points its
+                own), or a sparse autoencoder, alone or as (autoencoder, indices); of any length.
+            names: hook points, globs or a predicate. None for all of the residual stream; of a
+                Contrast of several points, and of directions of another space, for their own.
+            positions: the tokens: None or 'each' for every one, 'prompt', 'response', an index, a
+                slice or indices, which count within each prompt, negative ones from its end. A row
+                without such a token stays as it is. A pass of your own has to begin at the row's
+                first token or continue a cache, and does not say where prompts end.
+            sinks: also remove them at each text's first token.
+
+        Raises:
+            SiteError: a hook point that the model lacks, with the nearest names.
+            ModelStateError: a point named in full that never fires, or holds no activations by
+                position; one that lies between a site's input and output; within the block, a pass
+                of which it is not known which token is which.
+            ArgumentError: directions of another width or space, a direction of zeros or NaN; no
+                positions, or each text's first token without `sinks`.
+        """
+        return Temporary(lambda span: take_away(span, self, directions, names, positions, sinks))
+
+    def injected(
+        self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
+    ) -> AbstractContextManager[None]:
+        """The sites' hooks with any injection, for the length of the block.
+
+        Args:
+            inject: what is written at each site.
+            before: hooks that are added before those of the sites.
+
+        Raises:
+            ModelStateError: the model changed since the lens was made; or gradients are computed,
+                and reentrant gradient checkpointing would cut them off.
+        """
+
+        def put_on(span: Temporary) -> None:
+            if torch.is_grad_enabled():
+                self._plan.check_backward()
+            self._put_on(span, inject, before)
+
+        return Temporary(put_on)
+
+    def _put_on(
+        self, span: Temporary, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
+    ) -> None:
+        """Until the span ends, the sites' hooks are on the model."""
+        hold(span, lock_of(self.model))
+        self._plan.check_state(entries=False)
+        span.enter_context(differentiable_products(self._plan.quantised))
+        # A TransformerBridge puts its hook points together anew whenever they are asked for.
+        points = self.model.hook_dict
+        hooks = gating.site_hooks(self._plan, inject, points, before)
+        span.enter_context(attached(self.model, hooks, points))
+
+    def prompts(
+        self,
+        prompts: PromptsLike,
+        response: AnswerLike | None = None,
+        *,
+        prepend_bos: bool | None = None,
+    ) -> Prompts:
+        """Strings, conversations or ids as `Prompts`, which every analysis takes as they are.
+
+        A string gets a BOS, or none, by the lens's own `prepend_bos`; a conversation has the ids of
+        its chat template. The repr says what was done. No forward pass.
+
+            >>> lens.prompts("The capital of France is", prepend_bos=False)  # doctest: +SKIP
+            Prompts(1 of 5 tokens; text without BOS)
+
+        Args:
+            prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`.
+            response: what is said after each: a string, ids, or one of these per prompt. Both are
+                then one row, of which `KL()` and activations read each token of the response;
+                what is about the next token (a margin, an answer, the logit shift) refuses it.
+            prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
+                with one; None for the lens's own `prepend_bos`.
+
+        Raises:
+            PromptError: empty, too long, outside the vocabulary, padded without lengths or mask, or
+                no input of the chat template; a `prepend_bos` of what is no string, or true where
+                the tokenizer has no BOS.
+            TokenError: a response that does not fit the model.
+        """
+        ready = prepare(self.model, prompts, prepend_bos, rule=self.prepend_bos)
+        if not isinstance(prompts, Prompts) and any(source.text for source in ready.sources):
+            self._note_other_tokenizer()
+        return ready if response is None else continued(self.model, ready, response)
+
+    @alone
+    def function(
+        self,
+        prompts: PromptsLike,
+        readout: Readout | None = None,
+        response: AnswerLike | None = None,
+        *,
+        progress: bool = True,
+    ) -> Function:
+        """g(ε) over these prompts: the function of which every analysis is a part, bound once.
+
+            >>> g = lens.function("The capital of France is", margin)  # doctest: +SKIP
+            >>> g(0.5), g.shift, g.slopes(at=1.0), g.corners("leave_one_out")  # doctest: +SKIP
+
+        `docs/write_your_own.md` shows how an analysis is written with it. No forward pass; one of a
+        `KL`, for the base's distribution, which is a part of the function from then on.
+
+        Args:
+            prompts: as for `prompts`.
+            readout: what is read of the logits; without it there is f alone: logits and tangents.
+            response: what is said after each prompt. Without a readout the logits are those from
+                which each of its tokens is drawn; with one it is passed on as for `prompts`.
+            progress: whether long calls show a bar.
+
+        Raises:
+            ArgumentError: something that is no readout.
+            TokenError, PromptError: a readout, prompt or response that does not fit the model.
+            ModelStateError: the model is not as it was when the lens was made.
+        """
+        if not _MAKES_FUNCTION:
+            raise RuntimeError("what a lens's function is stands in lens_lora.core: import it.")
+        (make,) = _MAKES_FUNCTION
+        return make(self, prompts, readout, response, progress=progress)
+
+    @alone
+    def logits(
+        self, prompts: PromptsLike, scale: Scale = 1.0
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the model at the given gates. One forward pass.
+
+        Args:
+            prompts: as for `prompts`.
+            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+
+        Raises:
+            NumericsError: non-finite logits.
+        """
+        ready = self.prompts(prompts)
+        with torch.no_grad(), self.adapted(scale):
+            logits = self.run(ready)
+            if not torch.isfinite(ready.at_read(logits)).all():
+                raise errors.NumericsError(
+                    checks.first_non_finite(self.model, lambda: self.run(ready))
+                )
+        return logits
+
+    @alone
+    def generate(
+        self,
+        prompts: PromptsLike,
+        max_new_tokens: int = 64,
+        scale: Scale = 1.0,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        progress: bool = True,
+    ) -> Generated:
+        """What the model says after each prompt, at the given gates.
+
+        The likeliest token each time, as Hugging Face's greedy search with the adapter active takes
+        it; what else a generation_config asks for (a repetition penalty, say) is left out. Pass the
+        result on as a response: `ll.token_shifts(lens, said.prompts, said)`.
+
+        Cost: a pass over the prompt, one over a single token for each new one, and one over the
+        whole, which confirms every token; prompts go together. Where the model's key-value cache
+        is wrong, a pass over the whole for each token.
+
+        Args:
+            prompts: strings, conversations, ids or `Prompts`.
+            max_new_tokens: the most that are said after each.
+            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+            temperature: 0 for the likeliest token; above, tokens are drawn.
+            top_p: draw from the fewest tokens whose probabilities sum to this.
+            seed: of the draws: the same prompts and seed give the same tokens.
+            eos_token_id: an id or several that end a response, () for none; by default those of
+                the base's generation_config, its config, or the tokenizer's.
+            progress: show a bar.
+
+        Raises:
+            PromptError: a prompt that leaves no room for so many tokens in the context.
+            ArgumentError: max_new_tokens below 1; temperature below 0, or top_p outside (0, 1]; a
+                seed or an end that is no whole number; what `gates` refuses.
+            SiteError: as for `gates`; gates of another number of prompts.
+            NumericsError: non-finite logits.
+        """
+        most = whole("max_new_tokens", max_new_tokens, 1)
+        sampling = Sampling(temperature, top_p, seed)
+        ends = end_tokens(self.model, self._hf_model, eos_token_id)
+        ready = self.prompts(prompts)
+        require_room(self, ready, most)
+        return Speaker(self, ready, self.gates(scale), sampling, most, ends).say(progress=progress)
+
+    def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
+        """The model's own forward pass, with the hooks that it has at the moment.
+
+        Every pass over prompts of this package is made here. Each row is computed as it is alone,
+        also where a rotary table depends on how long the longest row is.
+
+        Args:
+            prompts: as tokens.
+        """
+        left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
+        mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
+        rotary = self._plan.host.rotary
+
+        def own_tables(span: Temporary) -> None:
+            tables_by_row(span, rotary, prompts.lengths.tolist())
+
+        tables = Temporary(own_tables) if rotary else contextlib.nullcontext()
+        # What is removed asks which token is which, and nothing else does: lengths on a GPU are not
+        # waited for without it.
+        is_asked = bool(removed_from(self.model))
+        rows = told(self.model, rows_of(prompts)) if is_asked else contextlib.nullcontext()
+        with tables, rows:
+            return self.model(prompts.tokens, return_type="logits", **mask)
+
+    def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:
+        """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
+
+        Args:
+            prompts: as tokens.
+        """
+        return tuple(
+            PromptTokens(self.decode(prompts.row(i).tokens[0].tolist()), source.said, source.length)
+            for i, source in enumerate(prompts.sources)
+        )
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as strings, one by one.
+
+        Args:
+            ids: of any tokens.
+        """
+        tokenizer = getattr(self.model, "tokenizer", None)
+        return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
+
+    @functools.cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every token of the model's output as a string."""
+        return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
+
+    def _note_other_tokenizer(self) -> None:
+        """Warn once where the adapter was saved with a tokenizer that differs from the model's."""
+        folder = self.adapter.tokenizer_folder
+        known = known_of_tokenizer(getattr(self.model, "tokenizer", None))
+        compared = _compared_tokenizers.setdefault(self.model, set())
+        if folder is None or folder in compared or (known and known.folder == folder):
+            return
+        compared.add(folder)
+        as_saved = tokenizer_as_saved(self.model.tokenizer)
+        differing = [] if as_saved is None else differences_from(as_saved, folder)
+        if differing:
+            errors.warn(
+                f"{self.adapter.name}: the tokenizer saved with the adapter differs from the "
+                f"model's, by which prompts are read: {'; '.join(differing)}.",
+                remedy="ll.load(base, adapter) reads prompts by the adapter's.",
+                in_shell="",
+                stacklevel=4,
+            )
+
+    @property
+    def reads_strings(self) -> str:
+        """How a string becomes ids: 'text without BOS'; '' of a model without a tokenizer."""
+        return reading_of_texts(self.model, self.prepend_bos)
+
+    @property
+    def tokenizer_origin(self) -> str:
+        """Where the tokenizer is from, and how it differs from the base's; '' of the base's own."""
+        known = known_of_tokenizer(getattr(self.model, "tokenizer", None))
+        return known.origin if known else ""
+
+    def describe(self, *prompts: Prompts) -> dict[str, str]:
+        """The names of model and adapter, and versions: saved with every result.
+
+        Args:
+            prompts: what the result is of; how they were read is said, too.
+        """
+        origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
+        removed = [removed.says for removed in removed_from(self.model)]
+        return {
+            "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
+            "model_class": self.class_name,
+            "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
+            "adapter": self.adapter.name,
+            "base_of_adapter": self.adapter.base_model or "",
+            **({"prompts": "; ".join(origins)} if origins else {}),
+            **({"tokenizer": self.tokenizer_origin} if self.tokenizer_origin else {}),
+            **({"without": "; ".join(removed)} if removed else {}),
+            **({"warning": self.base_note} if self.base_note else {}),
+            **versions(),
+        }
+
+    def __repr__(self) -> str:
+        layers = errors.many(len({site.layer for site in self.sites}), "layer")
+        sites = f"{errors.many(len(self.sites), 'site')} in {layers}"
+        parts = [sites]
+        if self.reads_strings:
+            parts.append(f"strings: {self.reads_strings}")
+        if self.tokenizer_origin:
+            parts.append(f"tokenizer: {self.tokenizer_origin}")
+        return f"LoraLens({self.adapter!r} over {self.class_name}: {'; '.join(parts)})"
+
+
+# The adapters' folders whose tokenizers have been compared with a model's.
+_compared_tokenizers: weakref.WeakKeyDictionary[Any, set[Path]] = weakref.WeakKeyDictionary()
+
+
+def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
+    """The sites whose δz is a part of the residual stream, in its basis.
+
+    Raises:
+        ModelStateError: a norm stands between one of them and the stream.
+    """
+    writers = [i for i, site in enumerate(lens.sites) if site.kind in model_sites.WRITER_KINDS]
+    for site in map(lens.sites.__getitem__, writers):
+        norm = lens.plan.host.family.norm_behind(site.kind)
+        if norm is not None:
+            raise errors.ModelStateError(
+                f"{site.name}: a norm ({norm}) stands between this site and the residual stream, "
+                f"so what it writes is no direction of the stream. {remedy}; or leave such modules "
+                "out, lens.with_adapter(lens.adapter.without(…))."
+            )
+    return writers
+
+
+def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
+    """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
+    host, parts = lens.plan.host, {}
+    for key, factors in lens.adapter.modules.items():
+        place = host.family.place(key.partition("@")[0])
+        if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
+            continue
+        out, cut = len(factors.B), model_sites.fused_rows
+        rows = [cut(place, kind, host.heads, out) for kind in place.kinds]
+        parts[key] = [r for r in rows if r is not None]
+    return parts
+
+
+def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """The adapter's null draws, which keep the spectrum of each fused part.
+
+    Raises:
+        UnsupportedAdapterError: a module whose size is not that of its factors.
+    """
+    for site in (pair.site for pair in lens.plan.updates) if draws else ():
+        if holds_another_base(site, lens.plan.host):
+            raise errors.UnsupportedAdapterError(
+                f"{site.label}: the adapter's file holds another weight of the base than this "
+                "model's, and the difference is a part of its change, which a null adapter lacks.",
+                remedy="Load the base that it was trained on, or leave the module out with "
+                "adapter.without(…).",
+                in_shell="Name the base that it was trained on with --model.",
+            )
+    parts = fused_parts(lens)
+    for draw in range(draws):
+        yield lens.adapter.null(seed, draw, parts=parts)
+
+
+def _changed_parameters(plan: Plan) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:
+    """Parameters of linear sites that the adapter changes; of o also the bias into which an update
+    of v would be folded.
+    """
+    for pair in plan.updates:
+        if isinstance(pair.update, Update):
+            yield pair.site, ("weight",) if pair.update.bias is None else ("weight", "bias")
+    for index in plan.with_constants:
+        yield dataclasses.replace(plan.updates[index].site, kind="o"), ("bias",)
+
+
+def name_of_scale(scale: Scale) -> str:
+    """Gates as results state them: 'ε = 0.5', or that they are the caller's own."""
+    return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"

@@ -1,0 +1,360 @@
+"""First order under the rules of LRP: parts of the model held fixed, or differentiated otherwise.
+
+    attention    z_q = Σ_k A_qk v_k,       A constant: nothing flows through softmax into q and k
+    norm         n = (x − mean x) / s(x),  s constant: n is linear in x (RMS norms have no mean)
+    identity     act(g) = c g,             c = act(g)/g constant, in place of the derivative act′(g)
+    half         act(g) · u,               each factor gets half of the product's derivative
+
+What is constant keeps the value that it has at the gates of the derivative. Everything else is
+still differentiated: centring, soft-caps of the logits, a router's softmax. With all four, a model
+without biases is linear, layer after layer: relevance Σ x ∂g/∂x is the same at every block, and g;
+by the product rule alone, g ∂p/∂g + u ∂p/∂u of an MLP with p = act(g) · u would be near 2p.
+
+1. A hook at every pattern (`hook_pattern`) and denominator (`hook_scale`: of ln1, ln2, norms of q
+   and k, norms after attention and MLP, the final one, an embedding's) returns the value that it
+   got, bit for bit, without its derivative: the tangent is dropped, or the gradient set to zero.
+2. In each MLP hooks keep g and u, after all that others do there. A hook at p, before all others,
+   returns the value that it got, bit for bit, with the derivative of
+
+       ungated      (p/g) g
+       gated        (p/g) g + (p/u) u, halved by the half rule; by that alone p itself, halved
+
+   whose fractions are constants. Where g or u is zero, p keeps its own derivative, the limit.
+3. Not every class, family and version computes with the value that such a hook returns. So this is
+   measured at every hook point on a few tokens: zeros with a gradient are added there; the gradient
+   must come back, the logits must not change, p must be act(g) · u, and no norm may run without its
+   hook.
+
+Source: Jafari et al., "RelP" (arXiv 2508.21258); the rules are those of LRP for transformers
+(arXiv 2202.07304, 2402.05602).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.compat import Temporary, is_offloaded, temporary, without_warnings
+from lens_lora.core.model.hooks import Arranger, HookFn, add_pre_hook, attached
+from lens_lora.core.model.host import Host
+from lens_lora.errors import ArgumentError, ModelStateError
+
+_PATTERN, _SCALE = "hook_pattern", "hook_scale"
+# TransformerBridge warns of what `require_held` checks.
+_EDITED = "A forward hook edited hook_scale"
+_REFUSED = "So identity_rule and half_rule cannot be kept here; leave them out."
+_Run = Callable[[], Float[Tensor, "row pos vocab"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenRules:
+    """Rules in whose place `first_order` leaves out parts of the derivative.
+
+    The result is the derivative of a different function: the model with these parts as constants.
+    Whether it predicts interventions on the real model better than g's own must be measured.
+
+        >>> FrozenRules(attention_patterns=True, norm_scales=True).label
+        'patterns and norm scales fixed'
+        >>> FrozenRules.relp().key
+        'patterns+norm_scales+identity+half'
+
+    Args:
+        attention_patterns: the softmax's output in every layer is held fixed; sites q and k then
+            get zero.
+        norm_scales: so is what every norm divides by, the final norm's included.
+        identity_rule: activations of MLPs have the derivative act(g)/g in place of act′(g).
+        half_rule: each factor of a gated MLP's product has half of its derivative; without effect
+            on MLPs that are not gated.
+
+    Raises:
+        ArgumentError: none of them is True.
+    """
+
+    attention_patterns: bool = False
+    norm_scales: bool = False
+    identity_rule: bool = False
+    half_rule: bool = False
+
+    def __post_init__(self) -> None:
+        if not self._keys:
+            raise ArgumentError(
+                "FrozenRules() holds nothing fixed; set attention_patterns, norm_scales, "
+                "identity_rule or half_rule to True, or pass rules=None for the derivative of g "
+                "itself."
+            )
+
+    @classmethod
+    def relp(cls) -> FrozenRules:
+        """All four, as relevance patching (arXiv 2508.21258) has them."""
+        return cls(True, True, True, True)
+
+    @property
+    def of_mlps(self) -> bool:
+        """Whether MLPs are differentiated otherwise."""
+        return self.identity_rule or self.half_rule
+
+    @property
+    def _keys(self) -> list[str]:
+        keys = ("patterns", "norm_scales", "identity", "half")
+        return [key for key, on in zip(keys, dataclasses.astuple(self), strict=True) if on]
+
+    @property
+    def key(self) -> str:
+        """'patterns', 'patterns+norm_scales', 'patterns+norm_scales+identity+half', …."""
+        return "+".join(self._keys)
+
+    @property
+    def label(self) -> str:
+        """'patterns fixed', 'patterns and norm scales fixed, identity rule, half rule', …."""
+        rules = [f"{key} rule" for key in self._keys if key in ("identity", "half")]
+        parts = [key.replace("_", " ") for key in self._keys if key in ("patterns", "norm_scales")]
+        return ", ".join([f"{' and '.join(parts)} fixed", *rules] if parts else rules)
+
+
+def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
+    """The hook points that these rules hold, each under one name."""
+    is_held = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
+    names = [name for name in model.hook_dict if is_held.get(name.rpartition(".")[2], False)]
+    return list({id(model.hook_dict[name]): name for name in names}.values())
+
+
+@temporary
+def held_fixed(span: Temporary, host: Host, rules: FrozenRules) -> None:
+    """Within the block derivatives of both modes follow the rules; no value changes."""
+    hooks: list[tuple[str, HookFn]] = [
+        (name, _without_derivative) for name in frozen_points(host.model, rules)
+    ]
+    for mlp in _mlps(host) if rules.of_mlps else ():
+        if len(mlp.inputs) > 1 or rules.identity_rule:
+            hooks += _mlp_hooks(host, mlp, rules)
+    span.enter_context(attached(host.model, hooks))
+    span.enter_context(without_warnings(_EDITED))
+
+
+def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
+    """The same value. Zero gradients go on to q and k, so that none of them seems unreached."""
+    primal = fwad.unpack_dual(tensor).primal
+    primal = primal.view_as(primal)
+    if primal.requires_grad:
+        primal.register_hook(torch.zeros_like)
+    return primal
+
+
+# --- The rules of MLPs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mlp:
+    """An MLP's hook points: its block's input, g (and u, where it is gated), and p."""
+
+    block: str
+    inputs: tuple[str, ...]
+    post: str
+
+
+def _mlps(host: Host) -> list[_Mlp]:
+    """Those of every block."""
+    kinds = {kind for linears in host.family.linears.values() for kind in linears}
+    if not kinds & {"gate", "fc_in"}:
+        raise ModelStateError(
+            f"this is a {host.family.architectures[0]}, whose MLPs are experts: no hook point "
+            f"shows their activations. {_REFUSED}"
+        )
+    *before, after = ("gate", "up", "down") if "gate" in kinds else ("fc_in", "fc_out")
+    mlps: list[_Mlp] = []
+    for layer in range(host.n_layers):
+        inputs = tuple(host.ports(layer, kind).write for kind in before)
+        post = host.ports(layer, after).read or ""
+        for name in (*inputs, post):
+            if name not in host.model.hook_dict:
+                raise ModelStateError(
+                    f"blocks.{layer}.mlp: this {host.class_name} has no hook point {name!r}, and "
+                    f"LRP's rules need it. {_REFUSED}"
+                )
+        mlps.append(_Mlp(host.block_input(layer), inputs, post))
+    return mlps
+
+
+def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, HookFn]]:
+    """Hooks that keep g and u, the one at p, and what keeps them in order."""
+    inputs: dict[str, Tensor] = {}
+
+    def at_post(post: Tensor, hook: Any) -> Tensor | None:
+        ruled = _ruled(post, [inputs[name] for name in mlp.inputs], rules) if inputs else None
+        inputs.clear()
+        return ruled
+
+    hooks: list[tuple[str, HookFn, bool]] = [
+        (name, functools.partial(_keep, inputs, name), True) for name in mlp.inputs
+    ]
+    hooks.append((mlp.post, at_post, False))
+    order = Arranger(host.model.hook_dict, hooks)
+    return [(mlp.block, order), *((name, fn) for name, fn, _ in hooks)]
+
+
+def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:
+    inputs[name] = tensor
+
+
+def _ruled(post: Tensor, inputs: list[Tensor], rules: FrozenRules) -> Tensor:
+    """The value of p, with the derivative that the rules give it."""
+    like = _as_linear(post, inputs) if rules.identity_rule else post
+    if rules.half_rule and len(inputs) > 1:
+        like = like / 2
+    return _primal(post) - (_primal(like) - like)
+
+
+def _as_linear(post: Tensor, inputs: list[Tensor]) -> Tensor:
+    """Σ (p/x) x over the inputs, the fractions held fixed; p itself where an input is zero."""
+    values = [_primal(x) for x in inputs]
+    usable = torch.stack([x != 0 for x in values]).all(0)
+    ones = torch.ones_like(values[0])
+    terms = [
+        _primal(post) / torch.where(usable, value, ones) * x
+        for x, value in zip(inputs, values, strict=True)
+    ]
+    return torch.where(usable, sum(terms[1:], terms[0]), post)
+
+
+def _primal(tensor: Tensor) -> Tensor:
+    """The value alone, without a derivative of either mode."""
+    return fwad.unpack_dual(tensor).primal.detach()
+
+
+# --- Whether the model computes with what the hooks return
+
+
+def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
+    """Check that the model computes with what a hook returns at every point of the rules."""
+    if rules.of_mlps:
+        _require_mlps(host, run)
+    names = frozen_points(host.model, rules)
+    _require_points(host, rules, names)
+    with torch.no_grad():
+        bare = run()
+    with _norms_without_hooks(host.model) as past:
+        logits, passed = _probed(host, names, run)
+    _require_used(host, logits, passed)
+    if rules.norm_scales and past:
+        raise ModelStateError(
+            f"{past[0]}: this {host.class_name} runs a norm without its hook points, so its "
+            "denominator cannot be held fixed. On a TransformerBridge turn use_split_qkv_input and "
+            "use_attn_in off, which cause this; or leave out norm_scales."
+        )
+    error, span = float((logits.detach() - bare).abs().max()), float(bare.max() - bare.min())
+    if not error <= eps**0.5 * span:
+        raise ModelStateError(
+            f"this {host.class_name} computes other logits ({error:.2g} off, of a range of "
+            f"{span:.2g}) when hooks return patterns and scales unchanged, so they cannot be held "
+            "fixed; use a HookedTransformer, or another version of transformer-lens."
+        )
+
+
+def _probed(host: Host, names: Iterable[str], run: _Run) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """The logits with zeros added at these points, and what each firing then returned.
+
+    A gradient with respect to that comes back only if the model computes with it.
+    """
+    passed: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = [(name, functools.partial(_add_zeros, firings)) for name, firings in passed.items()]
+    with torch.enable_grad(), attached(host.model, hooks), without_warnings(_EDITED):
+        return run(), passed
+
+
+def _add_zeros(firings: list[Tensor], tensor: Tensor, hook: Any) -> Tensor:
+    firings.append(tensor + torch.zeros_like(tensor).detach().requires_grad_())
+    return firings[-1]
+
+
+def _slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+    """∂(Σ value)/∂input; None of what the value does not depend on."""
+    if not inputs or not value.requires_grad:
+        return [None] * len(inputs)
+    with torch.enable_grad():
+        total = value.sum()
+    return list(torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=True))
+
+
+def _require_mlps(host: Host, run: _Run) -> None:
+    """Each MLP's p is act(g), or act(g) · u, of what hooks return at g and u."""
+    mlps = _mlps(host)
+    _, passed = _probed(host, [name for mlp in mlps for name in (*mlp.inputs, mlp.post)], run)
+    for name, firings in passed.items():
+        if len(firings) != 1:
+            raise ModelStateError(
+                f"{name} fires {len(firings)} times in a pass of this {host.class_name}, "
+                f"and once is expected. {_REFUSED}"
+            )
+    for mlp in mlps:
+        inputs, post = [passed[name][0] for name in mlp.inputs], passed[mlp.post][0]
+        for name, value, slope in zip(mlp.inputs, inputs, _slopes(post, inputs), strict=True):
+            if slope is None:
+                raise ModelStateError(
+                    f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores "
+                    f"what a hook returns there. {_REFUSED}"
+                )
+            # ∂p/∂u · u is p.
+            error = float((slope * value - post).detach().abs().max())
+            room = torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max())
+            if name != mlp.inputs[0] and not error <= room:
+                raise ModelStateError(
+                    f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
+                    f"{_REFUSED}"
+                )
+
+
+def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
+    patterns = sum(name.endswith(_PATTERN) for name in names)
+    if rules.attention_patterns and patterns < host.n_layers:
+        raise ModelStateError(
+            f"this {host.class_name} has {patterns} hook points of attention patterns in "
+            f"{host.n_layers} layers, so they cannot be held fixed; use a HookedTransformer, or "
+            "leave out attention_patterns."
+        )
+    if rules.norm_scales and patterns == len(names):
+        raise ModelStateError(
+            f"this {host.class_name} has no hook point of a norm's scale; leave out norm_scales."
+        )
+    for name, module in host.model.named_modules() if rules.norm_scales else ():
+        if "Norm" in type(module).__name__ and is_offloaded(module):
+            raise ModelStateError(
+                f"{name} is offloaded, and its denominator can be held fixed only where γ stays on "
+                "a device. Leave norms out of the offload, they are small; or leave out "
+                "norm_scales."
+            )
+
+
+def _require_used(host: Host, logits: Tensor, passed: dict[str, list[Tensor]]) -> None:
+    """Each hook point fired, and the logits depend on what each firing returned."""
+    slopes = iter(_slopes(logits, [value for firings in passed.values() for value in firings]))
+    came = {name: [next(slopes) is not None for _ in firings] for name, firings in passed.items()}
+    unused = [name for name, firings in came.items() if not firings or not all(firings)]
+    if not unused:
+        return
+    name = unused[0]
+    fault = "ignores what a hook returns there" if passed[name] else "never reaches it"
+    rule = "attention_patterns" if name.endswith(_PATTERN) else "norm_scales"
+    raise ModelStateError(
+        f"{name} ({len(unused)} such hook points in all): this {host.class_name} of a "
+        f"{host.family.architectures[0]} {fault}, so it cannot be held fixed. Use a "
+        "HookedTransformer (transformer-lens before 4), load the Hugging Face model with "
+        "attn_implementation='eager', turn use_split_qkv_input and use_attn_in off, or leave out "
+        f"{rule}."
+    )
+
+
+@temporary
+def _norms_without_hooks(span: Temporary, model: Any) -> list[str]:
+    """The names of norm modules that run within the block and have no `hook_scale` of their own."""
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and not hasattr(module, _SCALE):
+            add_pre_hook(span, module, lambda *_, name=name: ran.append(name))
+    return ran

@@ -1,0 +1,187 @@
+"""`@readout`: a function of the logits, declared once, becomes a class of readouts.
+
+    @ll.readout(units="nats", label="H(next token)")
+    def Entropy(logits):
+        log_p = logits.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+    ll.first_order(lens, prompts, Entropy())
+
+The declaration says that a row's number depends on that row alone. So prompts can be run in groups
+and copied in a batch, which `Readout.of(fn)` cannot promise of any function. That is checked, on a
+few random rows, whenever the readout is bound to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core.readout.readout import Before, LastToken
+from lens_lora.errors import ArgumentError
+
+_ROWS = 3  # of random logits on which a declaration is checked
+
+
+class Declared(LastToken):
+    """Base of the classes that `readout` makes. Two are equal if their arguments are.
+
+    Attributes:
+        arguments: those of the function beside the logits, by name.
+    """
+
+    function: ClassVar[Callable[..., Tensor]]
+    parameters: ClassVar[inspect.Signature]
+    text: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound = type(self).parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.arguments: dict[str, Any] = dict(bound.arguments)
+
+    @property
+    def label(self) -> str:
+        """The declared label, with the arguments in their places."""
+        return self.text.format(**self.arguments) if self.arguments else self.text
+
+    def bind(self, model: Any, batch: int, before: Before = ()) -> OfEachRow:
+        """The function of the logits, [row, vocab] → [row], once it has been checked.
+
+        Raises:
+            ArgumentError: another shape than one number a row, a number that depends on other
+                rows, or one without a derivative.
+        """
+        del batch, before
+        read = OfEachRow(functools.partial(type(self).function, **self.arguments), self.label)
+        read.require_as_declared(int(model.cfg.d_vocab_out))
+        return read
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(self.arguments)))
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{type(self).__name__}({given})"
+
+
+@dataclasses.dataclass(frozen=True)
+class OfEachRow:
+    """A reading in which a row's number depends on that row alone.
+
+    Attributes:
+        fn: [row, vocab] → [row].
+        name: the readout's, for messages.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    name: str
+
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        """g of each row."""
+        values = self.fn(logits)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+            shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ArgumentError(
+                f"the readout {self.name!r} gave {shape} for logits {list(logits.shape)}; expected "
+                "one number a row, [row], of logits [row, vocab]."
+            )
+        return values
+
+    def repeat(self, times: int) -> OfEachRow:
+        """The same of every row several times."""
+        del times
+        return self
+
+    def only(self, rows: Int[Tensor, " some"]) -> OfEachRow:
+        """The same of some rows."""
+        del rows
+        return self
+
+    def require_as_declared(self, vocab: int) -> None:
+        """Check the function on random logits: each row by itself, and with a derivative."""
+        drawn = torch.Generator(device="cpu").manual_seed(0)
+        logits = torch.randn(_ROWS, vocab, generator=drawn, dtype=torch.float64)
+        with torch.enable_grad():
+            values = self(logits.requires_grad_())
+        alone = torch.cat([self(row) for row in logits.detach().split(1)])
+        if not torch.allclose(values.detach(), alone, equal_nan=True):
+            raise ArgumentError(
+                f"the readout {self.name!r} gives a row another number beside other rows than "
+                "alone, and a declared readout reads each row by itself",
+                remedy="reduce over the last axis alone, dim=-1; a function of all rows together "
+                "goes in ll.Readout.of(fn).",
+            )
+        if not values.requires_grad:
+            raise ArgumentError(
+                f"the readout {self.name!r} cuts its derivative (detach, item, numpy, argmax …)",
+                remedy="compute it with differentiable torch operations of the logits.",
+            )
+
+
+def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type[Declared]]:
+    """Decorate a function of the logits: it becomes a class of readouts, as `Logit` is one.
+
+        >>> @readout(units="nats", label="log Z")
+        ... def LogNormaliser(logits):
+        ...     return logits.logsumexp(-1)
+        >>> LogNormaliser().label
+        'log Z'
+
+    The function maps the logits at each prompt's last token, [row, vocab], to one number a row; a
+    row's number depends on that row alone. Its further parameters become those of the class:
+
+        >>> @readout(units="logits", label="the {k} largest logits")
+        ... def Largest(logits, k=10):
+        ...     return logits.topk(k).values.sum(-1)
+        >>> Largest(k=3).label
+        'the 3 largest logits'
+
+    Args:
+        units: of its numbers, for tables and figures.
+        label: its name there; a parameter's value stands for '{its name}'.
+
+    Raises:
+        ArgumentError: units or a label that are no strings, a label that names no parameter, or
+            something that is no function of the logits.
+    """
+    for name, text in (("units", units), ("label", label)):
+        if not isinstance(text, str):
+            raise ArgumentError(f"{name}={text!r}: expected a string.")
+
+    def declare(function: Callable[..., Tensor]) -> type[Declared]:
+        if not callable(function) or not inspect.signature(function).parameters:
+            raise ArgumentError(f"{function!r} is no function of the logits.")
+        signature = inspect.signature(function)
+        own = signature.replace(parameters=list(signature.parameters.values())[1:])
+        names = dict.fromkeys(own.parameters, "")
+        try:
+            label.format(**names) if names else None
+        except (KeyError, IndexError, ValueError) as error:
+            raise ArgumentError(
+                f"label={label!r} names {error}, and the function has {list(names)} beside the "
+                "logits.",
+                remedy="name only those in braces.",
+            ) from error
+        members = {
+            "__doc__": function.__doc__,
+            "__module__": function.__module__,
+            "__qualname__": function.__qualname__,
+            "__signature__": own,
+            "function": staticmethod(function),
+            "parameters": own,
+            "units": units,
+            "text": label,
+        }
+        return type(function.__name__, (Declared,), members)
+
+    return declare

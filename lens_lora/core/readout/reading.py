@@ -1,0 +1,371 @@
+"""A readout over some prompts: the rows that are run, and g of each prompt from their logits.
+
+A row is a sequence that is read at its last token, or at several: the slots of a response. For most
+readouts a prompt is one row, itself; with a response it is one row with that response, and in a
+margin of two responses two rows.
+
+What is read is a user's function of the logits, a signed sum of a few of them (`Columns`), or a
+weighted sum over picks (`Picks`). A pick is one distribution: that at one slot of a row, or at the
+row's last token. Its logits are needed only while its term is computed, so those of a long response
+are never held together.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core.readout.prompts import Prompts
+
+Bound = Callable[[Float[Tensor, "row *slot vocab"]], Float[Tensor, " batch"]]
+
+
+@runtime_checkable
+class _ByRow(Protocol):
+    """A reading that knows the row of each of its numbers, so rows can be copied or left out."""
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]: ...
+
+    def repeat(self, times: int) -> Bound:
+        """The reading of every row `times` times: r0 r0 … r1 r1 …"""
+        ...
+
+    def only(self, rows: Int[Tensor, " some"]) -> Bound:
+        """The reading of these rows, in increasing order, with prompts counted from 0 again."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is run, and what is read from it.
+
+    Attributes:
+        prompts: the rows.
+        read: maps the logits at each row's last token, [row, vocab], or at its slots,
+            [row, slot, vocab], to g of each prompt, [batch].
+        owner: the index of each row's prompt; rows of one prompt stand together.
+    """
+
+    prompts: Prompts
+    read: Bound
+    owner: Int[Tensor, " row"]
+
+    @property
+    def batch(self) -> int:
+        """The number of prompts."""
+        return int(self.owner[-1]) + 1
+
+    def by_prompt(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " batch *rest"]:
+        """The sum over the rows of each prompt."""
+        if len(rows) == self.batch:
+            return rows
+        summed = rows.new_zeros(self.batch, *rows.shape[1:])
+        return summed.index_add(0, self.owner.to(rows.device), rows)
+
+    def repeat(self, times: int) -> Reading:
+        """Every prompt several times, p0 p0 … p1 p1 …, each copy read on its own.
+
+        A user's function may rely on the order of the prompts, so it gets one copy of all prompts
+        at a time.
+        """
+        prompts, owner = self.prompts.repeat(times), _copies(self.owner, times)
+        if isinstance(self.read, _ByRow):
+            return Reading(prompts, self.read.repeat(times), owner)
+
+        def read(rows: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]:
+            copies = rows.unflatten(0, (-1, times))
+            return torch.stack([self.read(copies[:, j]) for j in range(times)], 1).flatten()
+
+        return Reading(prompts, read, owner)
+
+    def groups(self, tokens: int) -> list[Reading]:
+        """The prompts in groups of limited size; a group has at least one prompt.
+
+        With a user's function there is one group: it may rely on the order of the prompts.
+        """
+        if not isinstance(self.read, _ByRow):
+            return [self]
+        if bool((self.owner.diff() < 0).any()):
+            raise RuntimeError("the rows of a prompt do not stand together: group before copying")
+        ends = torch.bincount(self.owner).cumsum(0).tolist()
+        most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
+        step = max(1, tokens // (most * self.prompts.tokens.shape[1]))
+        edges = sorted({0, *ends[step - 1 :: step], ends[-1]})
+        return [self._only(torch.arange(*pair, device="cpu")) for pair in itertools.pairwise(edges)]
+
+    def only(self, prompts: Int[Tensor, " some"]) -> Reading:
+        """The reading of some prompts. A user's function may rely on their order, and keeps all."""
+        if not isinstance(self.read, _ByRow):
+            return self
+        return self._only(torch.isin(self.owner, prompts.to(self.owner)).nonzero()[:, 0])
+
+    def each_row(self) -> list[Reading] | None:
+        """Each row by itself; g of a prompt is the sum over its rows.
+
+        None for a user's function, which may rely on the order of the prompts.
+        """
+        if not isinstance(self.read, _ByRow):
+            return None
+        return [self._only(row) for row in torch.arange(len(self.owner), device="cpu").split(1)]
+
+    def grown(self, rows: int) -> Reading:
+        """The reading of a single row in so many copies, which the forward pass itself adds."""
+        read = self.read.repeat(rows) if isinstance(self.read, _ByRow) else self.read
+        return Reading(self.prompts, read, torch.arange(rows, device="cpu"))
+
+    def _only(self, rows: Int[Tensor, " some"]) -> Reading:
+        read = self.read.only(rows) if isinstance(self.read, _ByRow) else self.read
+        _, owner = self.owner[rows].unique(return_inverse=True)
+        return Reading(self.prompts.chosen(rows.tolist()), read, owner)
+
+    def tokens_of(self, rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's tokens, merged from its rows; 'a|b' where rows have different tokens."""
+        merged: list[list[dict[str, None]]] = [[] for _ in range(self.batch)]
+        for owner, row in zip(self.owner.tolist(), rows, strict=True):
+            mine = merged[owner]
+            mine += [{} for _ in range(len(row) - len(mine))]
+            for place, token in zip(mine, row, strict=False):
+                place[token] = None
+        return tuple(tuple("|".join(place) for place in mine) for mine in merged)
+
+
+def one_row_each(prompts: Prompts, read: Bound) -> Reading:
+    """The reading of a readout of the last token: each prompt is its own row."""
+    return Reading(prompts, read, torch.arange(prompts.batch, device="cpu"))
+
+
+def _copies(index: Int[Tensor, " n"], times: int) -> Int[Tensor, " copy"]:
+    """Where the copies of i are, once everything is repeated: i · times … i · times + times − 1."""
+    return (index[:, None] * times + torch.arange(times, device=index.device)).flatten()
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A readout of a few logits: Σ_k sign_k · logit of the row's k-th token.
+
+    It needs no other logits: u_y is a signed sum of a few rows of W_U.
+    """
+
+    ids: Int[Tensor, "row token"]
+    signs: tuple[float, ...]
+
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        """g of each row from all its logits."""
+        return self.of(logits.gather(-1, self.ids.to(logits.device)))
+
+    def of(self, few: Float[Tensor, "row token"]) -> Float[Tensor, " row"]:
+        """g of each row from the logits of its `ids` only."""
+        return sum((few[:, k] * sign for k, sign in enumerate(self.signs)), few.new_zeros(()))
+
+    def repeat(self, times: int) -> Columns:
+        """The readout of every row several times: r0 r0 … r1 r1 …"""
+        return Columns(self.ids.repeat_interleave(times, 0), self.signs)
+
+    def only(self, rows: Int[Tensor, " some"]) -> Columns:
+        """The readout of these rows."""
+        return Columns(self.ids[rows.to(self.ids.device)], self.signs)
+
+
+_Picks = TypeVar("_Picks", bound="Picks")
+_Logits = Float[Tensor, "some vocab"]
+_Terms = Float[Tensor, " some"]
+_Some = Int[Tensor, " some"]
+Places = tuple[Int[Tensor, " pick"], ...]
+PICKS = 128  # whose logits are held together in a graph; twice as many without one
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Picks(abc.ABC):
+    """A readout that is a weighted sum over picks.
+
+    Attributes:
+        rows: each pick's row.
+        slots: each pick's slot in its row; None for rows that are read at their last token only.
+        owner: the index of each pick's prompt.
+        weights: the factor of each pick's term.
+        batch: the number of prompts.
+    """
+
+    by_pick: ClassVar[tuple[str, ...]] = ("rows", "slots", "owner", "weights")
+    rows: Int[Tensor, " pick"]
+    slots: Int[Tensor, " pick"] | None = None
+    owner: Int[Tensor, " pick"]
+    weights: Float[Tensor, " pick"]
+    batch: int
+
+    @abc.abstractmethod
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+        """The terms of these picks from their logits, in the readout's units, not yet weighted."""
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]:
+        """g of each prompt from the logits of its rows."""
+        return self.of(self.terms_in(logits))
+
+    def terms_in(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " pick"]:
+        """Every pick's term."""
+        places = self.places(logits.device)
+        chunks = torch.arange(len(self.rows), device="cpu").split(PICKS)
+        return torch.cat([self.terms(logits[at_some(places, c)], c) for c in chunks])
+
+    def places(self, device: torch.device) -> Places:
+        """Where each pick is read, as indices of [row, …] or [row, slot, …]."""
+        return of_slots(self.rows, self.slots, device)
+
+    def of(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, " batch"]:
+        """g of each prompt."""
+        owner, weights = self.owner.to(terms.device), self.weights.to(terms)
+        return terms.new_zeros(self.batch).index_add(0, owner, terms * weights)
+
+    def repeat(self: _Picks, times: int) -> _Picks:
+        """The readout of every row several times: r0 r0 … r1 r1 …"""
+        copied = self._chosen(torch.arange(len(self.rows), device="cpu").repeat_interleave(times))
+        rows, owner = (_copies(index, times) for index in (self.rows, self.owner))
+        return dataclasses.replace(copied, rows=rows, owner=owner, batch=self.batch * times)
+
+    def only(self: _Picks, rows: Int[Tensor, " some"]) -> _Picks:
+        """The readout of these rows, with rows and prompts counted from 0 again."""
+        rows = rows.to(self.rows)
+        kept = self._chosen(torch.isin(self.rows, rows).nonzero()[:, 0])
+        prompts, owner = kept.owner.unique(return_inverse=True)
+        rows = torch.searchsorted(rows, kept.rows)
+        return dataclasses.replace(kept, rows=rows, owner=owner, batch=len(prompts))
+
+    def _chosen(self: _Picks, picks: Int[Tensor, " some"]) -> _Picks:
+        values = {name: getattr(self, name) for name in self.by_pick}
+        chosen = {name: value[picks] for name, value in values.items() if value is not None}
+        return dataclasses.replace(self, **chosen)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LogProbs(Picks):
+    """Σ weight · log p(token) in nats, over a prompt's picks; a pick is one token at one slot.
+
+    The weight is 1 / T in the mean over T tokens, and negative for the second answer of a margin.
+
+    Attributes:
+        tokens: each pick's token id.
+    """
+
+    by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "tokens")
+    tokens: Int[Tensor, " pick"]
+
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+        """log p of the tokens of these picks, in nats."""
+        tokens = self.tokens[picks.to(self.tokens.device)].to(logits.device)
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+    @property
+    def is_one_response(self) -> bool:
+        """Whether each prompt has one response, none of whose tokens is left out."""
+        return self.slots is not None and bool((self.weights > 0).all())
+
+    def by_token(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, "batch token"]:
+        """Each token's term of g, zero beyond a response's own tokens; of one response a prompt."""
+        slots = torch.zeros_like(self.rows) if self.slots is None else self.slots
+        place = self.owner.to(terms.device), slots.to(terms.device)
+        by_token = terms.new_zeros(self.batch, int(slots.max()) + 1)
+        return by_token.index_put(place, terms * self.weights.to(terms))
+
+
+# Of a logit, in nats: beyond it a probability that rounds to zero might grow to one.
+LARGEST_SHIFT = 60.0
+_IN_CACHE = 8  # picks whose sums are taken together, so that their rows stay in the cache
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Divergence(Picks):
+    """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ less its mean Σ p₀ d.
+
+    A pick is one of a row's slots; a row is its own prompt.
+
+    Attributes:
+        base: f₀ of every row that is held.
+        held_rows: the held row with which each pick is compared.
+        is_from_base: whether KL(p₀‖p) is read, else KL(p‖p₀).
+        beside: the logits that another reading holds meanwhile; None without one.
+    """
+
+    by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "held_rows")
+    base: Float[Tensor, "held *slot vocab"]
+    held_rows: Int[Tensor, " pick"]
+    is_from_base: bool
+    beside: Float[Tensor, "held *slot vocab"] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of all logits that are held."""
+        return self.base.nbytes + (0 if self.beside is None else self.beside.nbytes)
+
+    def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
+        """The same divergence with the other side held: read from f₀, beside these logits."""
+        is_from_base = not self.is_from_base
+        return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
+
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+        """The divergence at these picks."""
+        pieces = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
+        near = [_from_shift(*self._base_at(*p), p[1], self.is_from_base) for p in pieces]
+        largest = torch.stack([shift for _, shift in near]).tolist()
+        divergences = [kl for kl, _ in near]
+        for i, piece in enumerate(pieces):
+            if not largest[i] <= LARGEST_SHIFT:
+                divergences[i] = self._from_logarithms(*piece)
+        return torch.cat(divergences)
+
+    def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
+        log_p, log_q = self._base_at(few, logits)[0].log_softmax(-1), logits.log_softmax(-1)
+        first, second = (log_p, log_q) if self.is_from_base else (log_q, log_p)
+        return (first.exp() * (first - second)).sum(-1)
+
+    def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
+        """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
+        places = torch.stack(at_some(of_slots(self.held_rows, self.slots, few.device), few))
+        distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
+        base = self.base[tuple(distinct.to(self.base.device))].to(logits)
+        p = base.softmax(-1)
+        if len(base) in (1, len(few)):
+            return base, p
+        copy = copy.to(logits.device)
+        return base[copy], p[copy]
+
+
+def _from_shift(
+    base: Float[Tensor, "#pick vocab"],
+    p: Float[Tensor, "#pick vocab"],
+    logits: Float[Tensor, "pick vocab"],
+    is_from_base: bool,
+) -> tuple[Float[Tensor, " pick"], Float[Tensor, ""]]:
+    """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
+
+    Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
+    Also the largest d, beyond which this is not to be used.
+    `distribution_shift` in `texts/over_texts.py` has the same sums in place, without derivatives.
+    """
+    shift = logits - base
+    shift = shift - torch.linalg.vecdot(p, shift)[..., None]
+    largest = shift.detach().amax()
+    left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
+    grown = torch.expm1(shift)
+    rest = torch.linalg.vecdot(p, grown)
+    if is_from_base:
+        return rest.log1p() - left, largest
+    moved = torch.linalg.vecdot(p * shift, grown)
+    return (moved + left) / (1 + rest) - rest.log1p(), largest
+
+
+def at_some(places: Places, picks: _Some) -> tuple[_Some, ...]:
+    """The places of these picks."""
+    return tuple(index[picks.to(index.device)] for index in places)
+
+
+def of_slots(rows: Tensor, slots: Tensor | None, device: torch.device) -> Places:
+    """Indices of [row, …], or of [row, slot, …] where slots are read."""
+    indices = (rows,) if slots is None else (rows, slots)
+    return tuple(index.to(device) for index in indices)

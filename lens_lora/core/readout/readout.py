@@ -1,0 +1,296 @@
+"""Readouts u_y: the number that is read from the logits at the read position.
+
+Logits and margins are in logits, log-probabilities in nats. A constant added to all logits changes
+a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding a
+`Logit`, and its shift under the adapter, differ from Hugging Face's by that constant.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora import arguments
+from lens_lora.core.readout.prompts import Prompts, ids_after, require_last_alone
+from lens_lora.core.readout.reading import Bound, Columns, LogProbs, Reading, one_row_each
+from lens_lora.errors import ArgumentError, TokenError
+
+Before = Sequence[str | None]
+TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
+
+
+class Readout(abc.ABC):
+    """A number read from the logits of each prompt."""
+
+    units = "logits"
+
+    @abc.abstractmethod
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The rows to run for these prompts, and how g is read from them.
+
+        Args:
+            model: the hooked model, whose tokenizer looks tokens up.
+            prompts: one value of g each.
+
+        Raises:
+            TokenError: a token string that is not one token.
+        """
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """Its name in tables and plots."""
+
+    @staticmethod
+    def of(
+        fn: Callable[[Tensor], Tensor],
+        label: str | None = None,
+        units: str = "units of the readout",
+    ) -> LastToken:
+        """Any differentiable callable of the logits at the read position.
+
+            >>> Readout.of(lambda logits: logits.logsumexp(-1), "log Z", units="nats").label
+            'log Z'
+
+        Args:
+            fn: [batch, d_vocab] → [batch]; each row's number may depend on that row only.
+            label: its name in tables and plots; by default the function's name.
+            units: what its values are in, which tables, figures and stories print beside them.
+
+        Raises:
+            ArgumentError: something that cannot be called, a label that is no string, or units that
+                are no words.
+        """
+        if not callable(fn):
+            raise ArgumentError(f"{fn!r} cannot be called; give a function of the logits.")
+        if label is not None and not isinstance(label, str):
+            raise ArgumentError(f"label={label!r}: expected a string.")
+        if not isinstance(units, str) or not units.strip():
+            raise ArgumentError(f"units={units!r}: expected words, such as 'nats' or 'bits'.")
+        return _Callable(fn, label or getattr(fn, "__name__", "readout"), units)
+
+
+def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
+    """`readout.over`, with a clear error for a value that is not a readout."""
+    if isinstance(readout, Readout):
+        return readout.over(model, prompts)
+    value: object = readout
+    if callable(value):
+        remedy = "a function goes in ll.Readout.of(fn)."
+    elif isinstance(value, str | int):
+        remedy = f"for a token's logit, ll.Logit({value!r})."
+    else:
+        remedy = "use ll.Logit, ll.Margin, ll.LogProb, or ll.Readout.of(fn)."
+    raise ArgumentError(f"{value!r} is not a readout: {remedy}")
+
+
+class LastToken(Readout):
+    """A number read from the logits at each prompt's last token."""
+
+    @abc.abstractmethod
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+        """The readout as a function of the logits, its tokens looked up for this batch."""
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The prompts themselves as rows, one each."""
+        require_last_alone(prompts, self.label)
+        return one_row_each(prompts, self.bind(model, prompts.batch, prompts.texts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Logit(LastToken):
+    """The logit of a token: a string of one token, an id, or one of either per prompt."""
+
+    token: TokenLike
+
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+        """The token's column of the logits, [row, vocab] → [row]."""
+        return Columns(token_ids(model, self.token, batch, before)[:, None], (1.0,))
+
+    @property
+    def label(self) -> str:
+        """`logit(' Lyon')`, or `logit([' Lyon', ' Rome', …])` of several prompts."""
+        return f"logit({name_of(self.token)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin(LastToken):
+    """m = f_doc − f_pre, in logits: the document's fact minus the pretrained one (note, §5)."""
+
+    doc: TokenLike
+    pre: TokenLike
+
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+        """The difference of two columns of the logits, [row, vocab] → [row].
+
+        Raises:
+            TokenError: a token string that is not one token, or doc equal to pre.
+        """
+        doc, pre = (token_ids(model, token, batch, before) for token in (self.doc, self.pre))
+        if bool((doc == pre).any()):
+            raise same_answers("token", self.doc, self.pre)
+        return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
+
+    @property
+    def label(self) -> str:
+        """`margin(' Lyon' − ' Paris')`, or the first two in place of several tokens."""
+        return f"margin({name_of(self.doc)} − {name_of(self.pre)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProb(LastToken):
+    """log p(token | prompt), in nats."""
+
+    token: TokenLike
+    units = "nats"
+
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+        """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
+        ids, rows = token_ids(model, self.token, batch, before), torch.arange(batch, device="cpu")
+        ones = torch.ones(batch, device="cpu")
+        return LogProbs(rows=rows, owner=rows, weights=ones, batch=batch, tokens=ids)
+
+    @property
+    def label(self) -> str:
+        """`log p(' Lyon')`, or `log p([' Lyon', ' Rome', …])` of several prompts."""
+        return f"log p({name_of(self.token)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callable(LastToken):
+    fn: Callable[[Tensor], Tensor]
+    name: str
+    units: str  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+        return self._checked
+
+    def _checked(self, logits: Float[Tensor, "batch *slot vocab"]) -> Float[Tensor, " batch"]:
+        values = self.fn(logits)
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != tuple(logits.shape[:1]):
+            fact = f"the readout {self.name!r} gave {shape} for logits {tuple(logits.shape)}"
+            raise ArgumentError(f"{fact}; expected one number a row, [batch].")
+        if logits.requires_grad and not values.requires_grad:
+            raise ArgumentError(
+                f"the readout {self.name!r} cuts its derivative (detach, item, numpy, argmax …); "
+                "compute it with differentiable torch operations of the logits."
+            )
+        return values
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+
+# --- The tokens of a readout: their ids, and their names in labels
+
+
+def same_answers(noun: str, doc: object, pre: object) -> TokenError:
+    """The error for two answers that are one."""
+    return TokenError(
+        f"doc and pre are the same {noun} ({name_of(doc)} and {name_of(pre)}), so their margin is "
+        "zero whatever the model does."
+    )
+
+
+def token_ids(model: Any, token: TokenLike, batch: int, before: Before = ()) -> Tensor:
+    """[batch], a token id per prompt: the token with which the string follows its text."""
+    plain: Any = arguments.one_entry(token)
+    if isinstance(plain, Tensor):
+        plain = arguments.integers("token ids", plain, TokenError).tolist()
+    items = map(arguments.one_entry, per_prompt("token", plain, batch, "a string of one token"))
+    pairs = zip(items, before or (None,) * batch, strict=True)
+    return torch.tensor([_token_id(model, item, text) for item, text in pairs], device="cpu")
+
+
+def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[int]:
+    """The ids with which a token or an answer follows the text of its prompt."""
+    arguments.text(f"the {noun}", string, TokenError)
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TokenError(f"the model has no tokenizer to look up {string!r}; pass ids.")
+    return ids_after(tokenizer, string, before)
+
+
+def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
+    """The items of a list, one per prompt, or a single one for every prompt."""
+    if isinstance(items, str) or arguments.is_whole(items):
+        return [items] * batch
+    if isinstance(items, bytes) or not isinstance(items, Sequence):
+        items_expected = f"{expected}, an id, or a list with one of them per prompt"
+        raise TokenError(f"the {noun} is {items!r}; expected {items_expected}.")
+    if len(items) != batch:
+        raise TokenError(f"{len(items)} {noun}s for {batch} prompts; pass one, or one per prompt.")
+    return list(items)
+
+
+def _token_id(model: Any, token: object, before: str | None) -> int:
+    if arguments.is_whole(token):
+        return in_vocabulary(model, int(token), f"token id {int(token)}")
+    if not isinstance(token, str):
+        raise TokenError(f"{token!r} is neither a token string nor an id.")
+    ids, tokenizer = string_ids(model, "token", token, before), model.tokenizer
+    if len(ids) == 1:
+        if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
+            read = f"the tokenizer reads it as {tokenizer.unk_token!r}"
+            raise TokenError(f"{token!r} is not in the vocabulary: {read}. Is it misspelt?")
+        return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
+    if not ids:
+        raise TokenError(f"{token!r} holds no token, and this readout reads one.")
+    raise TokenError(
+        f"{token!r} is {len(ids)} tokens {[tokenizer.decode([i]) for i in ids]}"
+        f"{'' if before is None else f' after {before[-20:]!r}'}, and this readout reads one."
+        f"{_spaced(tokenizer, token, before)} Of several read AnswerLogProb or AnswerMargin."
+    )
+
+
+def _spaced(tokenizer: Any, token: str, before: str | None) -> str:
+    """' … is one token.' of the variant with a leading space, where it is."""
+    spaced = " " + token.lstrip()
+    with contextlib.suppress(TokenError):
+        if len(ids_after(tokenizer, spaced, before)) == 1:
+            return f" {spaced!r} is one token."
+    return ""
+
+
+def in_vocabulary(model: Any, token_id: int, what: str) -> int:
+    """The id, if the model's vocabulary has it."""
+    if not 0 <= token_id < model.cfg.d_vocab:
+        raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
+    return token_id
+
+
+_NAMED, _LONGEST = 2, 20  # tokens that a label names, and the characters of each
+
+
+def name_of(token: Any) -> str:
+    """A token as labels write it: `' Lyon'`, `5`, or `[' Lyon', ' Rome', …]` of several prompts."""
+    plain = arguments.one_entry(token)
+    if arguments.is_whole(plain):
+        return str(int(plain))
+    if isinstance(plain, str):
+        return repr(str(plain))
+    items: Sequence[Any] = list(plain) if isinstance(plain, Sequence | Tensor) else ()
+    names = [_short_name(item) for item in items]
+    if not names or None in names:
+        return "per prompt"
+    shown = [*names[:_NAMED], *["…"][: len(names) - _NAMED]]
+    return f"[{', '.join(map(str, shown))}]" if len(set(names)) > 1 else str(names[0])
+
+
+def _short_name(item: Any) -> str | None:
+    """One of several; None where it is a list of ids itself."""
+    item = arguments.one_entry(item)
+    if arguments.is_whole(item):
+        return str(int(item))
+    if not isinstance(item, str):
+        return None
+    return repr(item if len(item) <= _LONGEST else f"{item[:_LONGEST]}…")

@@ -1,0 +1,1 @@
+"""Frozen results that several analyses share: labels, tables, files."""

@@ -1,0 +1,428 @@
+"""What results share: abstract bases, each with more of it than the one above.
+
+    Result      a table, a file, its text
+    Described   and of which model, adapter and versions
+    OfSites     and of which sites: what has no readout
+    Pictured    and a picture; Drawn: of one prompt, or of the mean over prompts
+    Paged       and a page of its own
+    Read        and of which readout
+    Measured    and the header: of which sites and prompts, between which exact ends
+    Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
+
+Each is a frozen dataclass, as it is below `Result`, and abstract or final, as all that a user meets
+are. The header is keyword-only, so that a subclass keeps its own fields first.
+
+`prompt=None` is the mean over prompts where the values of different prompts can be averaged (sites,
+groups, hook points), and the only prompt where they cannot (positions, curves along ε, stories,
+rankings of tokens).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+from lens_lora.arguments import whole
+from lens_lora.core.function.asked import Asked
+from lens_lora.core.model.sites import Groups, Site
+from lens_lora.core.results import drawing
+from lens_lora.core.results.storage import Axes, read_result, save_result, stored
+from lens_lora.errors import ArgumentError, LensLoraError
+
+SIGMAS = 3.0
+"""A difference of at most so many noise floors cannot be told from rounding."""
+
+_Self = TypeVar("_Self", bound="Result")
+
+
+@dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field,))
+class Result(abc.ABC):
+    """Frozen numbers with labels: a table, a file, and what they say of themselves."""
+
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
+        super().__init_subclass__()
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(stored(cls))
+
+    def __post_init__(self) -> None:
+        """Refuse fields that contradict each other, also in what is read from a file."""
+        vars(self)["axes"] = Axes(self).sizes  # for a result that this one is a part of
+
+    @abc.abstractmethod
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers as a table."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, labels and versions in its header; returns the path.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            LensLoraError: a place where no file can be written.
+        """
+        return save_result(self, path)
+
+    @classmethod
+    def load(cls: type[_Self], path: str | Path) -> _Self:
+        """What `save` wrote, of this class; `ll.load_result` reads a file of any class.
+
+        Args:
+            path: the file to read.
+
+        Raises:
+            LensLoraError: no such file, another kind of file or result, a damaged file, one whose
+                fields contradict each other, or one of another version.
+        """
+        result = load_result(path)
+        if not isinstance(result, cls):
+            name = type(result).__name__
+            fact = f"holds {name}, expected {cls.__name__}"
+            raise LensLoraError(f"{path}: {fact}; load it with {name}.load, or ll.load_result.")
+        return result
+
+    def __repr__(self) -> str:
+        return drawing.text(self)
+
+    def _repr_html_(self) -> str:
+        return drawing.html(self)
+
+
+def load_result(path: str | Path) -> Result:
+    """Any result that its `save` wrote, as its own class, which the file names.
+
+    Args:
+        path: the file to read.
+
+    Returns:
+        FactMargin, Attribution, Effects, …: equal to what was saved, on the CPU.
+
+    Raises:
+        LensLoraError: no such file, another kind of file, a class that this version of lens_lora
+            does not have, a damaged file, one whose fields contradict each other, or one of
+            another version.
+    """
+    result = read_result(path)
+    if not isinstance(result, Result):
+        fact = f"holds {type(result).__name__}, which is a part of a result"
+        raise LensLoraError(f"{path}: {fact}; save a whole result again.")
+    return result
+
+
+class Pictured(Result):
+    """A result with one picture; the docstring of each class says of what."""
+
+    def plot(self) -> drawing.Figure:
+        """The picture."""
+        return drawing.figure(self)
+
+
+class Drawn(Result):
+    """A result with a picture of each prompt; the docstring of each class says of what."""
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """The picture of one prompt, or of the mean over prompts where there is one.
+
+        Args:
+            prompt: an index; without it, the mean over prompts, or where they have none (by
+                position or token, along ε) the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+        return drawing.figure(self, prompt)
+
+
+class Paged(Result):
+    """A result that has a page of its own, and a story."""
+
+    def report(self, title: str | None = None) -> str:
+        """A self-contained HTML page.
+
+        Args:
+            title: the page's title; by default it names what the page is about.
+        """
+        return drawing.report(self, title=title)
+
+    def story(self) -> str:
+        """What it says in plain words, a paragraph a line, claiming no more than the numbers."""
+        return drawing.story(self)
+
+    def save_report(self, path: str | Path) -> Path:
+        """Write `report` to a file; returns the path.
+
+        Args:
+            path: the page to write.
+        """
+        path = Path(path)
+        path.write_text(self.report(), encoding="utf-8")
+        return path
+
+
+class Described(Result, kw_only=True):
+    """A result that says of what it is.
+
+    Attributes:
+        meta: model, adapter, dtype and versions.
+    """
+
+    meta: Mapping[str, str]
+
+
+class OfSites(Described, kw_only=True):
+    """A result of some sites.
+
+    Attributes:
+        sites: along the site axis.
+        meta: see `Described`.
+    """
+
+    sites: Annotated[tuple[Site, ...], "site"]
+
+
+class Read(Described, kw_only=True):
+    """A result of one readout.
+
+    Attributes:
+        str_tokens: each prompt's tokens.
+        readout, units: the number that was read, in words, and its unit.
+        meta: see `Described`.
+    """
+
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
+    readout: str
+    units: str
+
+
+class Measured(Read, kw_only=True):
+    """A result of one readout, with the exact ends beside it.
+
+    Attributes:
+        sites: the adapted sites.
+        base, adapted: [batch], the readout at g(0) and g(1), exact.
+        str_tokens, readout, units, meta: see `Read`.
+    """
+
+    sites: Annotated[tuple[Site, ...], "site rank"]
+    base: Float[Tensor, " batch"]
+    adapted: Float[Tensor, " batch"]
+
+    @property
+    def shift(self) -> Float[Tensor, " batch"]:
+        """g(1) − g(0), exact."""
+        return self.adapted - self.base
+
+    def share_of(self, values: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch *rest"]:
+        """Values as shares of each prompt's shift.
+
+        Args:
+            values: numbers in the readout's units.
+        """
+        return values / self.shift.view(-1, *[1] * (values.ndim - 1))
+
+
+class Entries(NamedTuple):
+    """One prompt's numbers, or their mean over prompts, with the labels of each.
+
+    Attributes:
+        labels: column → a label for each entry.
+        values: the numbers, in float64.
+        shift: the shift they are a share of.
+        name: the numbers' column.
+    """
+
+    labels: Mapping[str, Sequence[object]]
+    values: Float[Tensor, " entry"]
+    shift: Float[Tensor, ""]
+    name: str
+
+
+class Ranked(Measured, Drawn, kw_only=True):
+    """A measured result of one number per prompt and entry, so that entries can be ranked."""
+
+    def mean_over(
+        self, prompt: int | None, values: Float[Tensor, " batch *entry"]
+    ) -> tuple[Float[Tensor, "*entry"], Float[Tensor, ""]]:
+        """Numbers, and the shift, of one prompt or in the mean over prompts, in float64.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+            values: each prompt's numbers.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        rows = prompt_rows(prompt, len(self.base))
+        mean, shift = (x[rows].cpu().double().mean(0) for x in (values, self.shift))
+        return mean, shift
+
+    @abc.abstractmethod
+    def entries(self, prompt: int | None = None) -> Entries:
+        """The labelled numbers of one prompt, or their mean over prompts.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or where values are by position
+                the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k entries of largest magnitude, with their share of the shift.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or where values are by position
+                the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+        labels, values, shift, name = self.entries(prompt)
+        order = largest(values, k)
+        columns = {label: [column[i] for i in order] for label, column in labels.items()}
+        numbers = {name: values[order].tolist(), "share": (values / shift)[order].tolist()}
+        return pd.DataFrame(columns | numbers)
+
+
+def read_of(asked: Asked) -> dict[str, Any]:
+    """The fields of `Read`."""
+    said = {"readout": asked.readout.label, "units": asked.readout.units}
+    return {**said, "str_tokens": asked.str_tokens, "meta": asked.describe()}
+
+
+def header(asked: Asked) -> dict[str, Any]:
+    """The fields of `Measured`. Two forward passes, where the exact ends are not known yet."""
+    base, adapted = asked.ends
+    return {"sites": asked.lens.sites, "base": base, "adapted": adapted, **read_of(asked)}
+
+
+# --- Which prompt a table or picture shows, and which entries are the largest.
+
+
+def prompt_rows(prompt: int | None, batch: int) -> slice:
+    """The rows of one prompt, or those of all prompts, to be averaged."""
+    if prompt is None:
+        return slice(None)
+    index = only_prompt(prompt, batch)
+    return slice(index, index + 1)
+
+
+def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
+    """The index of the prompt named, or of the only one; `what` cannot be averaged."""
+    if prompt is None:
+        if batch == 1:
+            return 0
+        choice = f"choose one with prompt=…, from 0 to {batch - 1}"
+        raise ArgumentError(f"{what} of {batch} prompts have no mean; {choice}.")
+    if not 0 <= (prompt := whole("prompt", prompt)) < batch:
+        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
+    return prompt
+
+
+def largest(values: Tensor, k: int) -> list[int]:
+    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out."""
+    sizes = values.flatten().abs().nan_to_num(-1.0)
+    order = sizes.argsort(descending=True, stable=True)[: whole("k", k, 0)]
+    return order[sizes[order] >= 0].tolist()
+
+
+# --- Columns of tables.
+
+
+def long_table(
+    numbers: Mapping[str, Float[Tensor, "*axis"]], *axes: Mapping[str, Iterable[object]]
+) -> pd.DataFrame:
+    """One row for each entry of arrays of one shape: the labels along each axis, the numbers."""
+    cross = functools.partial(pd.merge, how="cross")
+    return functools.reduce(cross, map(pd.DataFrame, axes)).assign(**flat(numbers))
+
+
+def site_labels(sites: Sequence[Site]) -> dict[str, list[Any]]:
+    """Site, module, layer and kind of each row."""
+    fields = {"site": "name", "module": "module", "layer": "layer", "kind": "kind"}
+    return {name: [getattr(site, f) for site in sites] for name, f in fields.items()}
+
+
+def tokens_at(
+    rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
+) -> list[str]:
+    """The token of each pair of prompt and position."""
+    return [rows[int(p)][int(i)] for p, i in zip(prompts, positions, strict=True)]
+
+
+def per_prompt(numbers: Mapping[str, Float[Tensor, " batch"]]) -> dict[str, NDArray[np.float64]]:
+    """Columns of a table with one row per prompt."""
+    return {name: values.detach().cpu().double().numpy() for name, values in numbers.items()}
+
+
+def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, NDArray[np.float64]]:
+    """Columns of a table with a row for each entry, in the order of the axes."""
+    return per_prompt({name: values.flatten() for name, values in numbers.items()})
+
+
+# --- Groups of sites.
+
+
+def is_by_site(groups: Groups, count: int) -> bool:
+    """Whether the groups are the single sites, all of them."""
+    return list(groups.values()) == [(index,) for index in range(count)]
+
+
+def is_partition(groups: Groups, count: int) -> bool:
+    """Whether every site is in exactly one group."""
+    return sorted(index for members in groups.values() for index in members) == list(range(count))
+
+
+# --- Signs of a readout: which change, and which are hidden by rounding.
+
+
+_Numbers = Float[Tensor, "*entry"]
+_Floors = Float[Tensor, "*#entry"]
+
+
+def hides_sign(values: _Numbers, noise_floor: _Floors) -> Bool[Tensor, "*entry"]:
+    """Whether a number is so near to zero that rounding hides its sign."""
+    return values.abs() <= SIGMAS * noise_floor.to(values)
+
+
+def changes_sign(
+    before: _Numbers, after: _Numbers, noise_floor: _Floors, floor_after: _Floors | None = None
+) -> Bool[Tensor, "*entry"]:
+    """Whether two numbers have opposite signs, neither hidden by its own noise floor."""
+    last = noise_floor if floor_after is None else floor_after
+    is_hidden = hides_sign(before, noise_floor) | hides_sign(after, last)
+    return (before.sign() != after.sign()) & ~is_hidden
+
+
+# --- Names of rankings and attributions: stable identifiers, from which `show` makes what is read.
+#
+# first_order@0, first_order@1, second_order@0    a derivative, and the gate value it is taken at
+# first_order/patterns@0                          the same with attention patterns held fixed
+# path, add_one, leave_one_out                    along the whole path; real interventions
+# leave_one_out/mean, …/resample                  … with δ replaced by something else than zero
+# weight_norm, update_norm, random, greedy        the baselines of `faithfulness`
+# signed_weight_norm, norm_product, signed_random `foils`: each knows a part of a derivative
+
+
+WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY = "weight_norm", "update_norm", "random", "greedy"
+SIGNED_WEIGHT_NORM, NORM_PRODUCT = "signed_weight_norm", "norm_product"
+SIGNED_RANDOM = "signed_random"
+FOILS = (SIGNED_WEIGHT_NORM, NORM_PRODUCT, SIGNED_RANDOM)
+_WITHOUT_GATE = ("path", "add_one", "leave_one_out", *FOILS)
+
+
+def key_of(method: str, at: float) -> str:
+    """'first_order@0', 'path', 'add_one'."""
+    return method if method.partition("/")[0] in _WITHOUT_GATE else f"{method}@{at:g}"

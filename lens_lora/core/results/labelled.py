@@ -1,0 +1,174 @@
+"""Results of your own: a table, a ranking, a picture and a file, from annotations alone.
+
+    class PairEffects(ll.results.Labelled):
+        values: Float[Tensor, "batch pair"]
+        first: Annotated[tuple[str, ...], "pair"]
+        second: Annotated[tuple[str, ...], "pair"]
+
+1. The annotation of `values` names its axes; the first is the prompt, "batch".
+2. The labels of an axis are the fields that are annotated with its name, here `first` and `second`
+   of "pair": each is a column of that name. Two axes are labelled by what every measured result
+   holds: "site" by site, module, layer and kind, "position" by the tokens of the prompt. An axis
+   without labels is counted from 0.
+3. Other tensors with the same axes as `values` are further columns.
+4. `picture` and `words` are what it shows and says beside that; both may be written anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, cast, get_args, get_origin
+
+import pandas as pd
+import torch
+from jaxtyping import AbstractArray, Float
+from torch import Tensor
+
+from lens_lora.core.results import drawing
+from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, site_labels
+from lens_lora.errors import ArgumentError
+
+
+class Labelled(Ranked, kw_only=True):
+    """Base of a result class of your own, whose table and ranking follow from its annotations.
+
+    A subclass has a field `values`, annotated with its axes, of which the first is "batch", and a
+    field of labels for each other axis. It is a frozen dataclass without a decorator. Its other
+    fields come from `g.header()`.
+
+        class PairEffects(ll.results.Labelled):
+            values: Float[Tensor, "batch pair"]
+            first: Annotated[tuple[str, ...], "pair"]
+            second: Annotated[tuple[str, ...], "pair"]
+
+    `to_frame` then has the columns prompt, first, second, value and share. A field `noise_floor`,
+    `Float[Tensor, " batch"]`, says what of the values may be rounding alone.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse annotations from which no table follows, and fields that contradict each other."""
+        axes = self._axes_of("values")
+        if not axes or axes[0] != "batch" or any(not axis.isidentifier() for axis in axes):
+            raise ArgumentError(
+                f"{type(self).__name__}: `values` is annotated with the axes {list(axes)}",
+                remedy="give it a name for each axis, of which the first is the prompt: "
+                'values: Float[Tensor, "batch pair"].',
+            )
+        super().__post_init__()
+
+    @property
+    def entry_axes(self) -> tuple[str, ...]:
+        """The axes of one prompt's values, by name."""
+        return self._axes_of("values")[1:]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and entry: the labels, the value and its share of the shift."""
+        prompts = {"prompt": range(len(self.base))}
+        labels = [self.labels_of(axis) for axis in self.entry_axes]
+        numbers = {**self._numbers(), "share": self.share_of(self._values)}
+        frame = long_table(numbers, prompts, *labels)
+        return self._with_tokens(frame, frame["prompt"])
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each entry's value, with its labels.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        if "position" in self.entry_axes:
+            prompt = only_prompt(prompt, len(self.base), "positions")
+        values, shift = self.mean_over(prompt, self._values)
+        labels = [self.labels_of(axis) for axis in self.entry_axes]
+        if not labels:
+            return Entries({}, values.view(1), shift, "value")
+        frame = long_table({"value": values}, *labels)
+        frame = self._with_tokens(frame, [prompt or 0] * len(frame))
+        kept = torch.tensor(frame.pop("value").to_numpy())
+        return Entries({name: frame[name].tolist() for name in frame}, kept, shift, "value")
+
+    def picture(self, prompt: int | None = None) -> drawing.Figure:
+        """What `plot` draws: sites by layer and kind, two axes as a heatmap, else bars.
+
+        Write it anew for a figure of your own, which is any plotly figure.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+        """
+        return drawing.labelled(self, prompt)
+
+    def words(self, prompt: int | None = None) -> str:
+        """What it says in words above its largest entries; by default nothing.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+        """
+        del prompt
+        return ""
+
+    @property
+    def _values(self) -> Float[Tensor, " batch *entry"]:
+        return vars(self)["values"]
+
+    def _axes_of(self, name: str) -> tuple[str, ...]:
+        """The names of a tensor's axes, as it is annotated; () of what is no tensor."""
+        hint = _hints(type(self)).get(name)
+        if isinstance(hint, type) and issubclass(hint, AbstractArray):
+            return tuple(hint.dim_str.split())
+        return ()
+
+    def _numbers(self) -> dict[str, Float[Tensor, " batch *entry"]]:
+        """`values`, and what has the same axes, by the name of its column."""
+        axes = self._axes_of("values")
+        of_every_result = {field.name for field in dataclasses.fields(Labelled)}
+        alike = [
+            name
+            for name in _hints(type(self))
+            if name not in of_every_result and self._axes_of(name) == axes
+        ]
+        columns = {name: vars(self)[name] for name in alike if name != "values"}
+        return {"value": self._values, **columns}
+
+    def labels_of(self, axis: str) -> Mapping[str, Sequence[object]]:
+        """The labels of an axis, by column.
+
+        Args:
+            axis: one of `entry_axes`.
+        """
+        if axis == "site":
+            return site_labels(self.sites)
+        found: dict[str, list[object]] = {}
+        for name, hint in _hints(type(self)).items():
+            if get_origin(hint) is Annotated and name != "str_tokens":
+                labelled_axis, _, _ = str(get_args(hint)[1]).partition(":")
+                if labelled_axis.rstrip("?") == axis:
+                    labels = vars(self)[name]
+                    found[axis if isinstance(labels, Mapping) else name] = list(labels)
+        if found:
+            return found
+        return {axis: range(self._values.shape[self._axes_of("values").index(axis)])}
+
+    def _with_tokens(self, frame: pd.DataFrame, prompts: Iterable[Any]) -> pd.DataFrame:
+        """By position: with the token at each, and without positions beyond a prompt's end."""
+        if "position" not in frame:
+            return frame
+        places = list(zip(prompts, frame["position"], strict=True))
+        exists = [position < len(self.str_tokens[prompt]) for prompt, position in places]
+        tokens = [
+            self.str_tokens[prompt][position]
+            for (prompt, position), is_there in zip(places, exists, strict=True)
+            if is_there
+        ]
+        kept = cast(pd.DataFrame, frame[exists]).reset_index(drop=True)
+        kept.insert(list(kept).index("position") + 1, "token", tokens)
+        return kept
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotation of each field."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

@@ -1,0 +1,401 @@
+"""A result as one safetensors file, by the fields of its dataclass.
+
+1. Tensors are the file's tensors, named by the path to their field ('margin.curve.values').
+2. All else is JSON in the header. An array is a tuple; every object says what it is:
+   {"tensor": name}, {"map": {…}}, {"said": …, "tokens": […]} for a conversation's tokens, or
+   {"of": "Site", "fields": {…}} for a dataclass.
+3. A digest covers both, so that a damaged file is refused and never read as other numbers.
+4. The fields of every result agree, in a file and when it is made: types, dtypes and shapes as they
+   are annotated, and labels as many as their axis is long. `Annotated[tuple[Site, ...], "site"]`
+   are the labels of the axis "site":
+
+       "batch position"   tuples of labels: one tuple a prompt, the longest as long as "position"
+       "token?"           none where no tensor has that axis
+       "group: site"      labels of "group", whose numbers are indices along "site"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import reprlib
+import sys
+import types
+import typing
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+
+import torch
+from jaxtyping import AbstractArray
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lens_lora.core.adapter.peft_files import CONFIG, RESULT_MARK, RESULTS_WITH_ADAPTER, WEIGHTS
+from lens_lora.core.model import Site
+from lens_lora.core.readout.prompts import PromptTokens
+from lens_lora.errors import ArgumentError, LensLoraError, is_of_the_system
+from lens_lora.responses.generate import SideBySide
+
+FORMAT = f"{RESULT_MARK} 1"
+_Kind = TypeVar("_Kind")
+_KINDS: dict[str, type] = {}
+
+
+def stored(kind: type[_Kind]) -> type[_Kind]:
+    """Let files hold this dataclass, by its name.
+
+    Raises:
+        ArgumentError: another class has this name already. One that is defined anew in its own
+            module, as a notebook's cell does that runs again, takes the place of the old one.
+    """
+    name = kind.__name__
+    holder = _KINDS.get(name)
+    owner = "" if holder is None else holder.__module__
+    if not _is_of_package(kind.__module__) and name in _names_of_package():
+        owner = "lens_lora.results"
+    if owner not in ("", kind.__module__):
+        raise ArgumentError(
+            f"{owner} has a class of results called {name!r} already, and a file names its class "
+            "by that",
+            remedy="choose another name.",
+        )
+    _KINDS[name] = kind
+    return kind
+
+
+def _is_of_package(module: str) -> bool:
+    return module.partition(".")[0] == "lens_lora"
+
+
+def _names_of_package() -> list[str]:
+    """The public classes of results, imported or not."""
+    return dir(sys.modules["lens_lora.results"])
+
+
+stored(Site)
+stored(SideBySide)
+
+
+def save_result(result: object, path: str | Path) -> Path:
+    """Write a result, whole or not at all; returns the path."""
+    path = _path(path)
+    if path.is_dir():
+        kind = type(result).__name__
+        remedy = "name a file in it."
+        if kind in RESULTS_WITH_ADAPTER:
+            remedy += f" result.adapter.save({str(path)!r}) writes its adapter into the folder."
+        raise LensLoraError(f"{path}: a folder, and a {kind} is written to a file", remedy=remedy)
+    tensors: dict[str, Tensor] = {}
+    labels = json.dumps(_encoded(result, "", tensors))
+    metadata = {"format": FORMAT, "labels": labels, "sha256": _digest(labels, tensors)}
+    # A name of its own: several processes may write the same result.
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        unfinished.write_bytes(save(tensors, metadata=metadata))
+        unfinished.replace(path)
+    except OSError as error:
+        raise LensLoraError(f"{path}: cannot be written ({error.strerror}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+    return path
+
+
+def read_result(path: str | Path) -> object:
+    """What `save_result` wrote."""
+    _refuse_adapter(_path(path))
+    metadata, tensors = _contents(_path(path))
+    if metadata.get("format") != FORMAT:
+        raise LensLoraError(
+            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it saved "
+            "by a result's save? If another version of lens_lora wrote it, compute it again."
+        )
+    labels = metadata.get("labels", "")
+    if metadata.get("sha256") != _digest(labels, tensors):
+        fact = "the file is damaged, its contents do not match its digest"
+        raise LensLoraError(f"{path}: {fact}; copy it again, or compute the result again.")
+    try:
+        return _decoded(json.loads(labels), tensors)
+    except Exception as error:
+        reason = error if isinstance(error, LensLoraError) else repr(error)
+        fact = f"this version of lens_lora cannot read its contents ({reason})"
+        raise LensLoraError(f"{path}: {fact}; compute the result again.") from error
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise LensLoraError(f"{path!r} is not a path.")
+    return Path(path)
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Refuse a folder, or the weights of an adapter in one, in place of a result's file."""
+    folder = path if path.is_dir() else path.parent
+    holds_adapter = (folder / CONFIG).is_file()
+    remedy = f"ll.load_adapter({str(folder)!r}) reads the adapter." if holds_adapter else ""
+    if path.is_dir():
+        raise LensLoraError(f"{path}: a folder, and a result is one file", remedy=remedy)
+    if holds_adapter and path.name == WEIGHTS:
+        raise LensLoraError(f"{path}: the weights of an adapter, and no result", remedy=remedy)
+
+
+def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.exists():
+        raise LensLoraError(f"{path}: no such file.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        if is_of_the_system(error):
+            raise LensLoraError(f"{path}: cannot be read ({error}).") from error
+        raise LensLoraError(f"{path}: not a safetensors file, or damaged ({error}).") from error
+
+
+def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON; its tensors go into `tensors`."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        name = path if path not in tensors else f"{path}#{len(tensors)}"
+        # Two fields may share memory, which a safetensors file cannot.
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, PromptTokens):
+        return {"said": value.said, "tokens": list(value), "asked": value.length}
+    if isinstance(value, tuple | list):
+        return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in value.items()}}
+    if type(value).__name__ not in _KINDS or not dataclasses.is_dataclass(value):
+        raise LensLoraError(f"{path}: a {type(value).__name__} cannot be saved.")
+    names = [field.name for field in dataclasses.fields(value)]
+    paths = {name: f"{path}.{name}".lstrip(".") for name in names}
+    fields = {name: _encoded(getattr(value, name), paths[name], tensors) for name in names}
+    return {"of": type(value).__name__, "fields": fields}
+
+
+def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decoded(item, tensors) for item in value)
+    match value:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"said": said, "tokens": tokens, **asked}:
+            return PromptTokens(tokens, said, asked.get("asked"))
+        case {"map": entries}:
+            return {name: _decoded(item, tensors) for name, item in entries.items()}
+        case {"of": name, "fields": fields}:
+            kind = _kind(name)
+            if odd := {field.name for field in dataclasses.fields(kind)} ^ set(fields):
+                fact = f"{name} has other fields than in this version"
+                raise LensLoraError(f"{fact}: {', '.join(sorted(odd))}")
+            return kind(**{field: _decoded(item, tensors) for field, item in fields.items()})
+        case _:
+            return value
+
+
+def _kind(name: str) -> type:
+    """The class of this name, which `lens_lora.results` imports where nothing has yet."""
+    if name in _names_of_package():
+        getattr(sys.modules["lens_lora.results"], name)
+    if name not in _KINDS:
+        raise LensLoraError(
+            f"no class of results is called {name!r}; if it is your own, import its module first"
+        )
+    return _KINDS[name]
+
+
+def _digest(labels: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(labels.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's own bytes; a copy, as one entry may lie at any stride."""
+    flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
+
+
+# --- Whether the fields of a result agree
+
+
+_PLAIN = frozenset({str, int, float, bool})
+Sizes = dict[str, tuple[int, str]]
+
+
+def _is_flat(value: object) -> bool:
+    """A dataclass of plain values alone, as a site is: it has no axis."""
+    return dataclasses.is_dataclass(value) and all(
+        hint in _PLAIN and type(getattr(value, name)) is hint
+        for name, hint in _hints(type(value)).items()
+    )
+
+
+class Axes:
+    """The sizes of a result's axes, if its fields are what they are annotated as, and agree.
+
+    Arrays say how long an axis is before labels do. An axis that a part and the whole both have is
+    the same one.
+
+    Attributes:
+        sizes: of each axis, with the field that says so.
+
+    Raises:
+        LensLoraError: a field of another type, or two that disagree.
+    """
+
+    def __init__(self, whole: object) -> None:
+        self.sizes: Sizes = {}
+        self._kind, self._by = type(whole).__name__, getattr(whole, "by", ())
+        self._arrays: list[tuple[str, Tensor, str, str]] = []
+        self._labels: list[tuple[str, Any, str]] = []
+        self._parts: list[tuple[str, Sizes]] = []
+        for name, hint in _hints(type(whole)).items():
+            self._visit(name, getattr(whole, name), hint)
+        for array in self._arrays:
+            self._measure(*array)
+        for labels in self._labels:
+            self._count(*labels)
+        for place, sizes in self._parts:
+            for axis in self.sizes.keys() & sizes.keys():
+                size, field = sizes[axis]
+                self._bind(f"{place}.{field}", axis, size)
+
+    def _visit(self, place: str, value: Any, hint: Any, key: str = "") -> None:
+        """A field, or an item in it, under this key of a mapping."""
+        if type(value) is hint and (hint in _PLAIN or _is_flat(value)):
+            return
+        if not _is_a(value, hint):
+            self._refuse(f"{place} is {_told(value)}, expected {_named(hint)}")
+        origin, args = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            self._labels.append((place, value, args[1]))
+            self._visit(place, value, args[0], key)
+        elif origin in (Union, types.UnionType):
+            self._visit(place, value, next(arm for arm in args if _is_a(value, arm)), key)
+        elif _is_array(hint):
+            self._arrays.append((place, value, hint.dim_str, key))
+        elif dataclasses.is_dataclass(hint):
+            self._parts.append((place, vars(value).get("axes") or Axes(value).sizes))
+        elif origin is tuple and not _is_all_plain(value, args):
+            hints = args[:1] * len(value) if args[-1] is ... else args
+            for i, (item, of_item) in enumerate(zip(value, hints, strict=True)):
+                self._visit(f"{place}[{i}]", item, of_item, key)
+            if get_origin(args[0]) is Literal:
+                order = [name for name in get_args(args[0]) if name in value]
+                if list(value) != order:
+                    self._refuse(f"{place} is {_told(value)}, expected {_told(tuple(order))}")
+        elif origin in (Mapping, dict):
+            for name, item in value.items():
+                self._visit(f"{place}[{name!r}]", item, args[1], name)
+
+    def _measure(self, place: str, array: Tensor, dims: str, key: str) -> None:
+        """The axes of an array: "*by" is those that `by` names, "*position" one or none."""
+        axes, names = dims.split(), list[str]()
+        for axis in axes:
+            several = self._by if axis == "*by" else [axis[1:]][: array.ndim - len(axes) + 1]
+            names += several if axis.startswith("*") else [axis]
+        if len(names) != array.ndim:
+            self._refuse(f"{place} is {_told(array)}, expected [{', '.join(names)}]")
+        for axis, size in zip(names, array.shape, strict=True):
+            self._bind(place, f"{key}{axis}" if axis.startswith("_") else axis, size)
+
+    def _count(self, place: str, labels: Any, spec: str) -> None:
+        """The axes that labels say the length of; see the head of this file."""
+        axes, _, indexed = spec.partition(": ")
+        outer, *inner = axes.rstrip("?").split()
+        if axes.endswith("?") and [outer, *inner][-1] not in self.sizes:
+            if labels:
+                self._refuse(f"{place} has {len(labels)} labels of an axis that no array has")
+            return
+        self._bind(place, outer, _extent(labels))
+        for axis in inner:
+            self._bind(place, axis, max(map(_extent, labels), default=0))
+        if indexed in self.sizes:
+            size, field = self.sizes[indexed]
+            highest = max(_indices(labels), default=-1)
+            if highest >= size:
+                self._refuse(f"{place} names {indexed} {highest}, and {field} has {size}")
+
+    def _bind(self, place: str, axis: str, size: int) -> None:
+        """An axis of this size: "site"; "step+1", one longer than "step"; "end=2", always 2."""
+        name, _, more = axis.partition("+")
+        fixed, size = name.rpartition("=")[2], size - int(more or 0)
+        known = self.sizes.setdefault(name, (size, place))
+        expected, field = (int(fixed), "its class") if fixed.isdigit() else known
+        if size != expected:
+            self._refuse(f"{place} has {size} along {name!r}, and {field} {expected}")
+
+    def _refuse(self, fact: str) -> NoReturn:
+        raise LensLoraError(f"{self._kind}: {fact}")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotation of each field."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether this is of the outermost type of an annotation."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _is_a(value, args[0])
+    if origin in (Union, types.UnionType):
+        return any(_is_a(value, arm) for arm in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and (args[-1] is ... or len(value) == len(args))
+    if hint in (int, float):  # an int passes for a float, a bool for neither
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if _is_array(hint):
+        name = str(getattr(value, "dtype", "")).rpartition(".")[2]  # jaxtyping's names of dtypes
+        return isinstance(value, hint.array_type) and name in hint.dtypes
+    return isinstance(value, origin or hint)
+
+
+def _is_all_plain(values: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
+    """Whether all are of one plain type, as tokens are: they may be as many as the vocabulary."""
+    return args[1:] == (...,) and args[0] in _PLAIN and set(map(type, values)) <= {args[0]}
+
+
+def _is_array(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, AbstractArray)
+
+
+def _extent(label: Any) -> int:
+    """The entries that labels, or one label, stand for: a number, a tuple's, or a site's ranks."""
+    if isinstance(label, Site):
+        return label.rank
+    return label if isinstance(label, int) else len(label)
+
+
+def _indices(labels: Any) -> Iterator[int]:
+    if isinstance(labels, int):
+        yield labels
+    else:
+        for item in labels.values() if isinstance(labels, Mapping) else labels:
+            yield from _indices(item)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return reprlib.repr(value)
+
+
+def _named(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

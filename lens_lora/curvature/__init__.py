@@ -1,0 +1,1 @@
+"""Curvature of g, and which groups of sites are coupled."""

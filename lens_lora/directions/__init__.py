@@ -1,0 +1,1 @@
+"""Directions in the residual stream: read off weights, contrasted, removed, said."""

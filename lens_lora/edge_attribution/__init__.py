@@ -1,0 +1,1 @@
+"""Which reader of the residual stream a site acts through."""

@@ -1,0 +1,392 @@
+"""Edges: which reader makes what of a site's write, and path patching, their intervention.
+
+    a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
+
+δ_l is the derivative, by ε_l, of what the site's own branch (attention, or the MLP) adds to the
+residual stream; G_m the gradient of g by the input of reader m alone, before its norm. So an edge
+⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
+whatever way. 'logits' is what no block reads any more.
+
+1. `edges` gives all of them at one gate value, from one pass forward with tangents for δ, and back
+   for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks.
+2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
+   over the tokens at which it is read.
+3. `patch_edges` measures them: one reader alone sees what switching a site on, or off, makes of its
+   branch, and all that follows from what this reader does differently is run.
+
+An edge says nothing of what two modules do together: that is `coupling`, another number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, final, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.arguments import number, word
+from lens_lora.core.analyses.patching import How
+from lens_lora.core.function.asked import ask
+from lens_lora.core.function.forward import require_finite
+from lens_lora.core.model import Group, Groups, LoraLens, alone, by_axes, group_sites, indicator
+from lens_lora.core.model.hooks import is_hooked
+from lens_lora.core.model.sites import chosen_sites
+from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.results import drawing
+from lens_lora.core.results.attribution import Attribution, Effects
+from lens_lora.core.results.base import (
+    Entries,
+    Measured,
+    Ranked,
+    header,
+    key_of,
+    long_table,
+    tokens_at,
+)
+from lens_lora.edge_attribution.by_reader import (
+    LOGITS,
+    Path,
+    edge_values,
+    head_readers,
+    patched_edges,
+    reader_layer,
+)
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+
+Readers = Literal["block", "head"]
+_ARROW = " → "
+_DRAWN = 30  # edges of a graph that a person can still follow
+
+
+@final
+class Edges(Ranked):
+    """What each reader makes of what each site, or group of sites, writes, in the readout's units.
+
+    `plot` is a heatmap writer × reader, in the order of a forward pass; grey where there is none.
+
+    Attributes:
+        values: [batch, group, reader], or with a last axis of positions; zero where the reader is
+            not downstream. Summed over readers, first order.
+        groups: {name: indices into sites}; single sites carry their own name.
+        readers: 'blocks.5.attn', 'blocks.5.mlp', …, 'logits'; by head 'blocks.5.attn.3.q', where k
+            and v count the heads of keys and values.
+        exists: [group, reader], whether the reader is downstream of a site of the group.
+        at: the gate value at which first order is split.
+        by: () or ('position',), where the reader reads it.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch group reader *position"]
+    groups: Annotated[Groups, "group: site"]
+    readers: Annotated[tuple[str, ...], "reader"]
+    exists: Bool[Tensor, "group reader"]
+    at: float
+    by: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """'edges@0': its stable name."""
+        return key_of("edges", self.at)
+
+    @property
+    def per_edge(self) -> Float[Tensor, "batch group reader"]:
+        """The values, summed over positions."""
+        return self.values.sum(3) if self.by else self.values
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch group"]:
+        """Σ_m: first order of each group."""
+        return self.per_edge.sum(2)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each edge's value, summed over positions."""
+        writers, readers = (axis.tolist() for axis in self.exists.nonzero(as_tuple=True))
+        names = list(self.groups)
+        labels = {
+            "writer": [names[i] for i in writers],
+            "reader": [self.readers[i] for i in readers],
+        }
+        return Entries(labels, *self.mean_over(prompt, self.per_edge[:, writers, readers]), "value")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and edge (and position): writer, reader, value, share of the shift."""
+        is_there = self.exists.expand(len(self.values), -1, -1)
+        groups, readers = {"writer": list(self.groups)}, {"reader": self.readers}
+        axes = [{"prompt": range(len(self.values))}, groups, readers]
+        if self.by:
+            lengths = torch.tensor([len(tokens) for tokens in self.str_tokens])
+            slots = torch.arange(self.values.shape[3])
+            is_there = is_there[..., None] & (slots < lengths[:, None])[:, None, None]
+            axes += [{"position": slots.tolist()}]
+        numbers = {"value": self.values, "share": self.share_of(self.values)}
+        frame = long_table(numbers, *axes).loc[is_there.flatten().numpy()].reset_index(drop=True)
+        if self.by:
+            tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
+            frame.insert(4, "token", tokens)
+        return frame
+
+    def along(self, effects: Attribution | Effects) -> Effects:
+        """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
+
+        Args:
+            effects: those of `patch_edges`.
+
+        Raises:
+            ArgumentError: other effects; an edge whose sites these groups do not make up, or whose
+                reader is not among these, naming it.
+        """
+        if not isinstance(effects, Effects) or effects.of != "edge":
+            raise ArgumentError(
+                f"edges agree with effects of edges, and {effects.key} has none; measure them with "
+                "ll.patch_edges."
+            )
+        values = list[Tensor]()
+        for name, members in effects.groups.items():
+            writer, _, reader = name.rpartition(_ARROW)
+            rows = self._rows_of(members)
+            if rows is None or reader not in self.readers:
+                raise ArgumentError(
+                    f"{name} is not among these edges; compute them by site, or with the group= of "
+                    f"{writer!r}, and with readers='head' where a head was patched."
+                )
+            values.append(self.per_edge[:, rows, self.readers.index(reader)].sum(1))
+        labels = {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
+        return Effects(
+            values=torch.stack(values, 1), groups=effects.groups, how=self.key, of="edge", **labels
+        )
+
+    def _rows_of(self, members: Sequence[int]) -> list[int] | None:
+        """The groups that make up these sites: one of the same sites, or several without overlap.
+
+        None where no groups do.
+        """
+        wanted = set(members)
+        parts: list[int] = []
+        for row, sites in enumerate(self.groups.values()):
+            if set(sites) == wanted:
+                return [row]
+            if set(sites) <= wanted:
+                parts.append(row)
+        groups = list(self.groups.values())
+        covered = [site for row in parts for site in groups[row]]
+        return parts if sorted(covered) == sorted(wanted) else None
+
+    def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
+        """The k strongest edges, from the writer's layer to the reader's.
+
+        Args:
+            k: how many.
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt; k below 1.
+        """
+        return drawing.graph(self, k, prompt)
+
+
+@alone
+def edges(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    readers: Readers = "block",
+    *,
+    at: float = 0.0,
+    by: tuple[str, ...] | str = (),
+    group: Group = "site",
+    progress: bool = True,
+) -> Edges:
+    """First order of each site, split by who reads what it writes.
+
+    Cost: one forward and one backward pass and, for all edges together, one or two forward passes
+    more; by head up to five. The exact shift beside it takes one forward pass, or two where `at` is
+    neither 0 nor 1.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        readers: 'block' for attention and MLP of each block, or 'head', where attention is split
+            into each head's q, k and v.
+        at: the gate value at which first order is taken: 0 base, 1 adapted.
+        by: 'position', the token at which it is read.
+        group: sums over 'layer', 'kind' or {name: site names or globs} of writers.
+        progress: show a bar over groups of prompts.
+
+    Returns:
+        Edges with values [batch, site, reader], in the readout's units; their sum over readers is
+        first order.
+
+    Raises:
+        ArgumentError: other readers, another axis or group, a KL at 0, too little memory.
+        SiteError: a glob of a group that matches no site.
+        ModelStateError: a model whose edges do not sum to first order, naming the site; heads that
+            are not known; an operation without a forward-mode derivative.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: non-finite derivatives.
+    """
+    word("readers", readers, get_args(Readers))
+    at, axes = number("at", at), by_axes(by, ("position",))
+    asked = ask(lens, prompts, readout)
+    if at == 0:
+        asked = asked.require_slope_at_base()
+    lens, reading, gates = asked.lens, asked.reading, asked.lens.gates(at)
+    groups = group_sites(lens.sites, group)
+    split = edge_values(
+        lens, reading, gates, by_head=readers == "head", by_position=bool(axes), progress=progress
+    )
+    require_finite(split.values, "an edge")
+    asked.know({at: split.value})
+    members = indicator(groups, len(lens.sites)).to(split.values)
+    return Edges(
+        values=torch.einsum("gs,bs...->bg...", members, split.values),
+        groups=groups,
+        readers=split.readers,
+        exists=(members.cpu() @ split.exists.to(members.dtype)) > 0,
+        at=at,
+        by=axes,
+        **header(asked),
+    )
+
+
+@alone
+def patch_edges(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    pairs: Iterable[Sequence[str]],
+    how: How = "add_one",
+    *,
+    group: Group = "site",
+    progress: bool = True,
+) -> Effects:
+    """What one reader does with what one site, or group of sites, writes, exactly: path patching.
+
+    With 'add_one' the base model runs, and to the input of the reader, before its norm, is added
+    what switching the site on makes of its branch's output. No other reader sees it. With
+    'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
+    for that reader alone.
+
+    The sites of a group are switched together. Each block's branches read the stream as it is
+    without the switch, so that sites of one group do not read each other across blocks, and the
+    reader gets the sum; of a group those sites count that the reader is downstream of.
+
+    Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
+    one block one more, with tangents.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        pairs: (writer, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
+            'blocks.5.attn.3.q', or 'logits'. The writer is a site, a glob for all sites that it
+            matches, or the name of a group; `edges(…).top(20)[["writer", "reader"]].values` gives
+            the strongest.
+        how: 'add_one', on the base model, or 'leave_one_out', in the adapted model.
+        group: the writers that may be named: 'layer', 'kind' or {name: site names or globs}, as for
+            `edges`.
+        progress: show a bar.
+
+    Returns:
+        Effects of edges with values [batch, pair], in the readout's units, positive where the edge
+        raises the readout.
+
+    Raises:
+        SiteError: a site, group or reader that there is not, with the nearest.
+        ArgumentError: a reader that is not downstream of any of the writer's sites, no pairs,
+            another `how` or group.
+        ModelStateError: heads that are not known; for a pair within one block, a hook of yours
+            behind it, or an operation without a forward-mode derivative.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a non-finite readout.
+    """
+    word("how", how, get_args(How))
+    asked = ask(lens, prompts, readout)
+    paths = _paths(asked.lens, pairs, group_sites(lens.sites, group))
+    adds = how == "add_one"
+    scale = float(not adds)
+    moved = patched_edges(asked.lens, asked.reading, paths, scale=scale, progress=progress)
+    return Effects(
+        values=moved if adds else -moved,
+        groups={f"{path.writer}{_ARROW}{path.reader}": path.sites for path in paths},
+        how=how,
+        of="edge",
+        noise_floor=asked.effect_noise(scale),
+        **header(asked),
+    )
+
+
+def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[Path]:
+    """The pairs, each once, after their names and directions were checked."""
+    try:
+        names = [(writer, reader) for writer, reader in pairs]
+    except (TypeError, ValueError):
+        names = []
+    if not names:
+        raise ArgumentError(
+            f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
+        )
+    readers = _reader_names(lens)
+    paths: list[Path] = []
+    for writer, reader in dict.fromkeys(names):
+        if reader not in readers:
+            near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3) or readers[:3]
+            raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
+        path = Path(writer, _writer_sites(lens, writer, groups), reader)
+        _require_downstream(lens, path)
+        paths.append(path)
+    return paths
+
+
+def _reader_names(lens: LoraLens) -> list[str]:
+    """Every reader of the model, blocks first, then heads."""
+    host = lens.plan.host
+    blocks = [name for layer in range(host.n_layers) for name in host.stream_readers(layer)[0]]
+    heads = [head for name in blocks for head in head_readers(lens, name) if head != name]
+    return [*blocks, LOGITS, *heads]
+
+
+def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...]:
+    """The sites of a group of this name, or those that a name or glob matches."""
+    if writer in groups:
+        return tuple(groups[writer])
+    try:
+        return chosen_sites(lens.sites, [writer])
+    except SiteError as error:
+        names = list(groups)
+        if names == [site.name for site in lens.sites]:
+            raise
+        raise SiteError(
+            f"{writer!r} is none of the groups {names[:6]}, and it matches no site."
+        ) from error
+
+
+def _require_downstream(lens: LoraLens, path: Path) -> None:
+    """Check that the reader is behind some site, and that a patch within a block can be undone."""
+    layer = reader_layer(lens, path.reader)
+    blocks = {lens.sites[site].layer for site in path.sites}
+    if layer < min(blocks):
+        raise ArgumentError(
+            f"{path.writer}{_ARROW}{path.reader}: the reader comes before the site, and what a "
+            "site writes is read downstream."
+        )
+    host = lens.plan.host
+    if path.reader == LOGITS or layer not in blocks:
+        return
+    # What a reader in the site's own block saw is taken off the stream behind that block.
+    behind = (
+        f"blocks.{layer}.hook_resid_post",
+        host.block_input(min(layer + 1, host.n_layers - 1)),
+    )
+    places = lens.model.blocks[layer], *map(lens.model.hook_dict.__getitem__, behind)
+    if is_hooked(places):
+        raise ModelStateError(
+            f"{path.writer}{_ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
+            f"{behind}, may change what this reader saw before it is taken off the stream again. "
+            "Remove that hook, or ask for a later reader."
+        )

@@ -1,1 +1,0 @@
-"""g(ε) and how it is differentiated. Returns tensors; knows no result."""

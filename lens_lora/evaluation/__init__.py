@@ -1,1 +1,0 @@
-"""Judging a number: agreement with interventions, rankings, controls; all of it for one prompt."""

@@ -1,0 +1,239 @@
+"""Updates by module path → a folder in PEFT's adapter format.
+
+1. What one LoraConfig cannot say is refused: two updates of one module, DoRA on some modules only,
+   a part of a trained module, of a trained bias or of DoRA's update (`strength`).
+2. α = s·r of each module; r and α that are not the most common ones stand in the patterns under the
+   module's whole path.
+3. A trained module is one of `modules_to_save`, unless PEFT is to write it into the base itself (a
+   stored embedding, a bias); trained rows are `trainable_token_indices`.
+4. Config and tensors are read back by the reader of `load_adapter`, which must return the same
+   factors, before a file is written.
+5. PEFT writes the config, safetensors the tensors, into a folder beside the target; then the files
+   are moved there, replacing files of the same names, as PEFT does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lens_lora.core.adapter import peft_read
+from lens_lora.core.adapter.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    TrainedModule,
+    Updates,
+    base_part,
+)
+from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
+from lens_lora.errors import AdapterError, UnsupportedAdapterError
+from lens_lora.families import FAMILIES, HEADS
+from lens_lora.formats.arithmetic import module_path
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_EMBEDDINGS = {path.rpartition(".")[2] for f in FAMILIES for path in (f.embed, f.pos_embed) if path}
+_Factors = Mapping[str, LoRAFactors]
+_Trained = Mapping[str, TrainedModule]
+_NO_TARGETS = "dummy-target-modules"  # PEFT's own word for none
+
+
+def save_adapter(modules: Updates, name: str, base_model: str | None, path: str | Path) -> Path:
+    """Write an adapter's modules to a folder in PEFT's format: see `Adapter.save`.
+
+    Returns:
+        The folder.
+    """
+    updates = _without_tags(modules, name)
+    for module, update in updates.items():
+        _require_writable(module, update, len(updates))
+    trained = {module: u for module, u in updates.items() if isinstance(u, TrainedModule)}
+    factors = {module: u for module, u in updates.items() if isinstance(u, LoRAFactors)}
+    _refuse_mixtures(name, factors)
+    factors = _plain(factors)
+    config = _config(factors, trained, base_model)
+    tensors = _tensors(factors | trained)
+    with peft_read.located("the adapter as it would be saved"):
+        _require_same_scales(factors, peft_read.updates_of(config, tensors))
+    return _write(config, tensors, Path(path))
+
+
+def _without_tags(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
+    """Updates by bare module path; a sum whose parts share no module is one adapter."""
+    updates: dict[str, ModuleUpdate] = {}
+    for key, update in modules.items():
+        module = module_path(key)
+        if module in updates:
+            raise UnsupportedAdapterError(
+                f"{module} has two updates in {name}, and PEFT's format holds one. Save each part "
+                "by itself, adapter.only('*@name').save(…), and load both in PEFT."
+            )
+        updates[module] = update
+    return updates
+
+
+def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> None:
+    if update.strength == 0 or (isinstance(update, LoRAFactors) and update.scale == 0):
+        remedy = f"; leave it out with adapter.without({module!r})" if module_count > 1 else ""
+        raise AdapterError(f"{module}: its scale is zero, so it has no update to save{remedy}.")
+    if isinstance(update, LoRAFactors) and update.width is None:
+        raise AdapterError(
+            f"{module}: this constant does not say how many features the module reads, as PEFT's "
+            "file must; make it with Adapter.constant(vectors, like=model)."
+        )
+    part = base_part(update)
+    if part is not None and update.strength != 1:
+        raise UnsupportedAdapterError(
+            f"{module}: {update.strength:g} times an update that holds {part} cannot be written "
+            "without the base's weights; save the adapter unscaled and scale it after loading."
+        )
+
+
+def _refuse_mixtures(name: str, modules: _Factors) -> None:
+    """DoRA and lora_bias are settings of a whole LoraConfig, and do not go together."""
+    dora = [module for module, f in modules.items() if f.magnitude is not None]
+    biased = [module for module, f in modules.items() if f.lora_bias is not None]
+    embeddings = [module for module in modules if _is_embedding(module)]
+    if dora and len(dora) < len(modules):
+        plain = next(module for module in modules if module not in dora)
+        raise UnsupportedAdapterError(
+            f"{name}: {dora[0]} is DoRA and {plain} is not, and in PEFT's format a whole adapter "
+            "is one or the other; save them apart with adapter.only(…)."
+        )
+    if dora and biased:
+        fact = f"{biased[0]} is DoRA and has a lora_bias"
+        raise UnsupportedAdapterError(f"{name}: {fact}; PEFT has no DoRA with a lora_bias.")
+    if biased and embeddings:
+        raise UnsupportedAdapterError(
+            f"{name}: {biased[0]} has a lora_bias, so {embeddings[0]} must have one too, but PEFT "
+            "has no embedding with a lora_bias. Save embeddings apart: adapter.only(…)."
+        )
+
+
+def _is_embedding(module: str) -> bool:
+    """Whether PEFT knows the module's factors as lora_embedding_A and B: by its name."""
+    last = module.rpartition(".")[2]
+    if last in _EMBEDDINGS:
+        return True
+    if "emb" in last and last not in HEADS:
+        raise UnsupportedAdapterError(
+            f"{module}: its factors do not tell whether it is an embedding or a linear module, "
+            "which PEFT writes under different names; leave it out with adapter.without(…)."
+        )
+    return False
+
+
+def _plain(modules: _Factors) -> dict[str, LoRAFactors]:
+    """With the strength in the scale, and a zero lora_bias where other modules have one."""
+    has_biases = any(factors.lora_bias is not None for factors in modules.values())
+    plain: dict[str, LoRAFactors] = {}
+    for module, f in modules.items():
+        bias = f.B.new_zeros(len(f.B)) if f.lora_bias is None and has_biases else f.lora_bias
+        scale = f.scale * f.strength
+        plain[module] = dataclasses.replace(f, scale=scale, strength=1.0, lora_bias=bias)
+    return plain
+
+
+def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> LoraConfig:
+    from peft import LoraConfig
+
+    # The parameter that PEFT targets, in place of the module: a stack of experts, or a router's.
+    experts = {module: factors.experts for module, factors in modules.items() if factors.experts}
+    parameters = {m: m if count > 1 else f"{m}.weight" for m, count in experts.items()}
+    pairs = {parameters.get(m, m): _rank_and_alpha(factors) for m, factors in modules.items()}
+    ranks, alphas = ({m: pair[i] for m, pair in pairs.items()} for i in (0, 1))
+    ids = {module: u.tokens.tolist() for module, u in trained.items() if u.tokens is not None}
+    wholes = {m: u for m, u in trained.items() if u.weight is not None and m not in ids}
+    # PEFT's own default of both, where there are no factors.
+    rank, alpha = (Counter(d.values() or [8]).most_common(1)[0][0] for d in (ranks, alphas))
+    return LoraConfig(
+        base_model_name_or_path=base_model,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        target_modules=[module for module in modules if module not in parameters] or _NO_TARGETS,
+        target_parameters=list(parameters.values()) or None,
+        r=int(rank),
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it, whole or not
+        rank_pattern={module: r for module, r in ranks.items() if r != rank},
+        alpha_pattern={module: a for module, a in alphas.items() if a != alpha},
+        bias=_bias(modules, trained),
+        use_dora=any(factors.magnitude is not None for factors in modules.values()),
+        lora_bias=any(factors.lora_bias is not None for factors in modules.values()),
+        # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
+        modules_to_save=[m for m, u in wholes.items() if not u.tied] or None,
+        trainable_token_indices=ids or None,
+    )
+
+
+def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_only"]:
+    if any(update.weight is None for update in trained.values()):
+        return "all"
+    has_biases = any(factors.trained_bias is not None for factors in modules.values())
+    return "lora_only" if has_biases else "none"
+
+
+def _rank_and_alpha(factors: LoRAFactors) -> tuple[int, float]:
+    """r, that of one expert; and α with α/r = s, a whole number where that is exact."""
+    rank = factors.rank // max(factors.experts, 1)
+    alpha = factors.scale * rank
+    return rank, round(alpha) if round(alpha) / rank == factors.scale else alpha
+
+
+def _tensors(modules: Updates) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    holders = [module.rpartition(".")[0] for module, update in modules.items() if _is_stack(update)]
+    for module, update in modules.items():
+        path = module
+        if isinstance(update, LoRAFactors) and _is_stack(update):
+            path, _, parameter = module.rpartition(".")
+            is_inner = holders.count(path) > 1 and parameter != "down_proj"
+            path += peft_read.WRAPPED if is_inner else ""
+            by_rank = update.B.unflatten(1, (update.experts, -1)).mT.flatten(1)
+            update = dataclasses.replace(update, B=by_rank)
+        for role, suffix in _keys(module, update).items():
+            tensor = getattr(update, "weight" if role == "token_rows" else role)
+            if tensor is not None:
+                key = peft_read.PREFIX + path + suffix
+                tensors[key] = tensor.detach().cpu().clone().contiguous()
+    return tensors
+
+
+def _is_stack(update: ModuleUpdate) -> bool:
+    return isinstance(update, LoRAFactors) and update.experts > 1
+
+
+def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
+    if isinstance(update, LoRAFactors):
+        return peft_read.EMBEDDING_KEYS if _is_embedding(module) else peft_read.LORA_KEYS
+    return peft_read.COPY_KEYS if update.tokens is None else peft_read.ROW_KEYS
+
+
+def _require_same_scales(modules: _Factors, updates: Updates) -> None:
+    """PEFT's patterns are regular expressions: refuse paths that they take for one another."""
+    for module, factors in modules.items():
+        scale = cast(LoRAFactors, updates[module]).scale
+        if abs(scale - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):
+            raise UnsupportedAdapterError(
+                f"{module}: PEFT would read its scale as {scale:g}, not {factors.scale:g}, because "
+                "its path matches another module's; save the two apart with adapter.only(…)."
+            )
+
+
+def _write(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving_", dir=folder) as part:
+        save_file(dict(tensors), str(Path(part) / WEIGHTS), metadata={"format": "pt"})
+        config.save_pretrained(part)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(part) / name, folder / name)
+    return folder

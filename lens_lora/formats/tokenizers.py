@@ -1,0 +1,283 @@
+"""The tokenizer and the chat template that a trainer saved beside an adapter.
+
+TRL, Unsloth and Axolotl save what they trained with: perhaps with added tokens, another template,
+a BOS that the base's tokenizer does not add. Asked otherwise, the adapter answers another question
+than it was trained on.
+
+1. `transformers` reads the files of the adapter's own folder, and of no other place; code that a
+   tokenizer brings is never run. A chat template that lies there alone is put onto the base's
+   tokenizer.
+2. Both vocabularies must mean the same by an id: a token with another id than in the base is
+   refused, and so is a token for which the base has no row of its embedding, unless the adapter
+   brings that row. A reserved token of the base may have been given another name.
+3. What differs from the base's tokenizer is said in words (`differences`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lens_lora.core.adapter.factors import ModuleUpdate, TrainedModule
+from lens_lora.core.adapter.peft_files import own_tokenizer_files, refuse_pointer
+from lens_lora.errors import AdapterError, many
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_A_TEXT = "a"
+
+
+class OwnTokenizer(NamedTuple):
+    """A tokenizer, and where it is from.
+
+    Attributes:
+        tokenizer: as transformers reads it; None for none.
+        origin: of an adapter's own: that it is, and how it differs from the base's, in words.
+        folder: the adapter's.
+    """
+
+    tokenizer: Any
+    origin: str = ""
+    folder: Path | None = None
+
+
+def own_tokenizer(
+    folder: Path, base: Any, *, rows: int | None, brought: int = 0, config: Any = None
+) -> OwnTokenizer:
+    """The tokenizer of an adapter's folder, which has been compared with the base's.
+
+    Args:
+        folder: of the adapter; it holds at least one of a tokenizer's files.
+        base: the base's tokenizer; None where it has none, so that nothing is compared with it.
+        rows: how many tokens the base's embedding has; None where nobody knows.
+        brought: how many the adapter's own embedding has; 0 where it brings none.
+        config: the base's configuration, for a tokenizer that does not name its class.
+
+    Raises:
+        AdapterError: files that cannot be read, or run code of their own; a token with another id
+            than in the base, or without a row in the embedding.
+    """
+    tokenizer = _read(folder, base, config)
+    if base is not None:
+        _require_same_ids(folder, base, tokenizer)
+    if rows is not None:
+        known = {} if base is None else base.get_vocab()
+        _require_rows(folder, known, tokenizer, rows, brought)
+    differing = [] if base is None else differences(base, tokenizer)
+    says = f" ({'; '.join(differing)})" if differing else ""
+    return OwnTokenizer(tokenizer, f"saved with the adapter{says}", folder)
+
+
+def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> int:
+    """How many tokens an adapter's own embedding has; 0 where it trains none whole.
+
+    Args:
+        modules: the adapter's updates.
+        embedding: the path of the base's input embedding.
+    """
+    update = None if embedding is None else modules.get(embedding)
+    if not isinstance(update, TrainedModule) or update.weight is None:
+        return 0
+    return len(update.weight) if update.tokens is None else 0
+
+
+def files_digest(folder: Path) -> str:
+    """The hash of a tokenizer's files, by which equal ones are known."""
+    hashed = hashlib.sha256()
+    for file in own_tokenizer_files(folder):
+        hashed.update(file.name.encode() + b"\0" + file.read_bytes())
+    return hashed.hexdigest()
+
+
+# --- Reading
+
+
+def _read(folder: Path, base: Any, config: Any) -> Any:
+    """The tokenizer, or the base's with the template that lies here alone."""
+    files = own_tokenizer_files(folder)
+    for file in files:
+        refuse_pointer(file)
+    if any(file.name in _VOCABULARIES for file in files):
+        tokenizer = _loaded(folder, config)
+        if tokenizer.chat_template is None and base is not None:
+            tokenizer.chat_template = base.chat_template
+        return tokenizer
+    if base is None:
+        raise AdapterError(
+            f"{folder}: a tokenizer's settings lie beside the adapter without its vocabulary, and "
+            "no tokenizer was saved with the base.",
+            remedy="Pass one: ll.load(…, tokenizer=…).",
+            in_shell="Put the base's tokenizer into the folder of the base.",
+        )
+    tokenizer = copy.deepcopy(base)
+    template = _template_alone(folder)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _loaded(folder: Path, config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), config=config, **how)
+    except Exception as error:  # a tokenizer's files may be anything
+        if "trust_remote_code" in str(error):
+            fact = "the tokenizer saved with the adapter runs code of its own, which is not started"
+        else:
+            reason = " ".join(str(error).split())[:200]
+            fact = f"the tokenizer saved with the adapter cannot be read ({reason})"
+        raise AdapterError(
+            f"{folder}: {fact}.",
+            remedy="Pass the tokenizer yourself: ll.load(…, tokenizer=…).",
+            in_shell="Remove the tokenizer's files from the adapter's folder, if it was trained "
+            "with the base's own.",
+        ) from error
+
+
+def _template_alone(folder: Path) -> str | None:
+    """The chat template of a folder without a vocabulary; None where there is none."""
+    plain = folder / "chat_template.jinja"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            fields = json.loads((folder / name).read_text(encoding="utf-8"))
+            template = fields.get("chat_template") if isinstance(fields, dict) else None
+            if isinstance(template, str):
+                return template
+    return None
+
+
+# --- Comparing
+
+
+def _require_same_ids(folder: Path, base: Any, own: Any) -> None:
+    """Refuse a token that has another id than in the base, and an id that means another token."""
+    ids_of_base = base.get_vocab()
+    ids_of_own = own.get_vocab()
+    moved = [
+        (token, index)
+        for token, index in ids_of_own.items()
+        if ids_of_base.get(token, index) != index
+    ]
+    if moved:
+        token, index = min(moved, key=lambda pair: pair[1])
+        more = f", and {many(len(moved) - 1, 'other token')} differ, too" if moved[1:] else ""
+        raise _other_vocabulary(
+            f"{folder}: the tokenizer saved with the adapter gives {token!r} the id {index}, and "
+            f"the base's gives it {ids_of_base[token]}{more}."
+        )
+    tokens_of_base = {index: token for token, index in ids_of_base.items()}
+    reserved = base.added_tokens_decoder
+    for token, index in ids_of_own.items():
+        before = tokens_of_base.get(index, token)
+        is_renamed = before != token and token not in ids_of_base
+        if is_renamed and index not in reserved:
+            raise _other_vocabulary(
+                f"{folder}: the id {index} is {token!r} to the tokenizer saved with the adapter, "
+                f"and {before!r} to the base's."
+            )
+
+
+def _other_vocabulary(fact: str) -> AdapterError:
+    return AdapterError(
+        fact,
+        remedy="Load the base that the adapter was trained on; or pass the tokenizer that goes "
+        "with this one: ll.load(…, tokenizer=…).",
+        in_shell="Name the base that the adapter was trained on with --model; or, if it was "
+        "trained with the base's own tokenizer, remove the other one's files from its folder.",
+    )
+
+
+def _require_rows(
+    folder: Path, known: Mapping[str, int], own: Any, rows: int, brought: int
+) -> None:
+    """Refuse tokens that the base's tokenizer does not know, and nobody has a row for."""
+    added = {token: index for token, index in own.get_vocab().items() if token not in known}
+    lacking = {token: i for token, i in added.items() if i >= max(rows, brought)}
+    if not lacking:
+        return
+    token, index = min(lacking.items(), key=lambda pair: pair[1])
+    more = f" (and {many(len(lacking) - 1, 'other')})" if len(lacking) > 1 else ""
+    raise AdapterError(
+        f"{folder}: the tokenizer saved with the adapter has the token {token!r} with the id "
+        f"{index}{more}, and the base's embedding has {rows} rows, from 0 to {rows - 1}.",
+        remedy="Load the base as it was trained: with base.resize_token_embeddings(…) and its new "
+        "rows. If the adapter was trained with the base's own tokenizer, pass that: "
+        "ll.load(…, tokenizer=…).",
+        in_shell="Name the base as it was trained, with its new rows, by --model; or remove the "
+        "tokenizer's files from the adapter's folder, if it was trained with the base's own.",
+    )
+
+
+def differences(base: Any, own: Any) -> list[str]:
+    """How two tokenizers of one vocabulary differ, in words; none where they read alike."""
+    said: list[str] = []
+    known = base.get_vocab()
+    added = sorted((index, token) for token, index in own.get_vocab().items() if token not in known)
+    if added:
+        first = ", ".join(repr(token) for _, token in added[:3])
+        said.append(f"{many(len(added), 'added token')}: {first}{', …' if added[3:] else ''}")
+    if own.chat_template not in (None, base.chat_template):
+        said.append("its own chat template")
+    begins, begins_in_base = (_special_ids_around(each) for each in (own, base))
+    if begins != begins_in_base:
+        named = [own.convert_ids_to_tokens(ids) for ids in begins]
+        before = [base.convert_ids_to_tokens(ids) for ids in begins_in_base]
+        said.append(f"{_around(*named)}, the base's {_around(*before)}")
+    return said
+
+
+def _special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text."""
+    plain = list(tokenizer(_A_TEXT, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(_A_TEXT)["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return whole, []
+
+
+def _around(before: list[str], behind: list[str]) -> str:
+    """'puts <s> before a text and nothing behind it'."""
+    first, last = (" ".join(tokens) or "nothing" for tokens in (before, behind))
+    return f"puts {first} before a text and {last} behind it"
+
+
+# --- An adapter over a model that has a tokenizer of its own
+
+
+@functools.lru_cache(maxsize=16)
+def _read_once(folder: Path, digest: str) -> Any:
+    """A tokenizer of these files; None where they hold no vocabulary, or cannot be read."""
+    del digest  # other files are read anew
+    names = {file.name for file in own_tokenizer_files(folder)}
+    try:
+        return _loaded(folder, None) if names.intersection(_VOCABULARIES) else None
+    except AdapterError:
+        return None
+
+
+def differences_from(model_tokenizer: Any, folder: Path) -> list[str]:
+    """How the tokenizer of an adapter's folder differs from a model's, in words.
+
+    Args:
+        model_tokenizer: as it was saved, before TransformerLens had it add a BOS.
+        folder: of the adapter.
+    """
+    own = _read_once(folder, files_digest(folder))
+    if own is None:
+        template = _template_alone(folder)
+        has_other = template is not None and template != model_tokenizer.chat_template
+        return ["its own chat template"] if has_other else []
+    try:
+        _require_same_ids(folder, model_tokenizer, own)
+    except AdapterError as error:
+        return [error.fact.removeprefix(f"{folder}: ").rstrip(".")]
+    return differences(model_tokenizer, own)

@@ -1,0 +1,1 @@
+"""Inside the model: activations of ranks, and how hook points shift."""

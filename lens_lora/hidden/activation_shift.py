@@ -1,0 +1,425 @@
+"""Δh = h(1) − h(0): what an adapter changes at any hook point, token by token, exactly.
+
+1. The texts run once in each model, those of like length together; h is kept at the named points.
+2. Means leave out sinks: each text's first token, whose h is up to hundreds of times larger and
+   whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
+   is kept apart. Where texts begin alike, a token with the same tokens before it counts once.
+3. At points of the residual stream the mean is read through the final norm and the unembedding, the
+   norm's denominator held at the base's (`texts/over_texts.py`).
+
+Cost: two forward passes, and two vectors unembedded for each point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, final
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from lens_lora.arguments import word
+from lens_lora.core.function.activations import sinks_among
+from lens_lora.core.function.asked import ask_prompts
+from lens_lora.core.function.forward import require_finite
+from lens_lora.core.function.interventions import positioned, record
+from lens_lora.core.function.memory import ROW_TOKENS
+from lens_lora.core.model.hooks import alone
+from lens_lora.core.model.lens import LoraLens, Scale, name_of_scale, stream_writers
+from lens_lora.core.model.sites import Names, computed, require_fired
+from lens_lora.core.readout.prompts import Prompts, PromptsLike
+from lens_lora.core.results import drawing
+from lens_lora.core.results.base import Described, Drawn, only_prompt, prompt_rows, tokens_at
+from lens_lora.core.results.tokens import Positions, chosen_positions, held_out_share, ranked_tokens
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.formats.directions import Directions, directions_of, is_residual, is_stream
+from lens_lora.texts.over_texts import (
+    beginnings,
+    by_length,
+    first_of_each,
+    over_scale,
+    read_through,
+)
+
+By = Literal["position"] | None
+_BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
+
+
+class Readable(Described, kw_only=True):
+    """A vector at each hook point, read in logits at those of the residual stream.
+
+    Attributes:
+        values: one vector for each hook point.
+        readings: by point of the residual stream [vocab], the vector in logits.
+        strings: every token of the vocabulary.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Annotated[Mapping[str, Float[Tensor, "*any"]], "point"]
+    readings: Mapping[str, Float[Tensor, " vocab"]]
+    strings: Annotated[tuple[str, ...], "vocab"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hook points, in the order in which they were asked for."""
+        return tuple(self.values)
+
+    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
+        """The k tokens that the vector reads as, through the model's own norm and unembedding.
+
+        The layers after the point are left out. The norm's denominator is held, that of the base
+        model token by token or of the texts' means, so that the reading is linear.
+
+        Args:
+            k: how many.
+            name: a point of the residual stream; without it, the only one.
+            largest: False for the tokens that it lowers most.
+
+        Returns:
+            A data frame: rank, token, id, logit.
+
+        Raises:
+            SiteError: no such point here, or one outside the residual stream.
+            ArgumentError: several points and none named.
+        """
+        row = self.readings[self._read_at(name)]
+        return ranked_tokens(row, self.strings, k, "logit", largest=largest)
+
+    def _read_at(self, name: str | None) -> str:
+        """The point of this name, or the only one, if it has a reading."""
+        if name is None and len(self.readings) == 1:
+            name = next(iter(self.readings))
+        if name is None and self.readings:
+            raise ArgumentError(
+                f"{len(self.readings)} points have readings; choose one with name=…, such as "
+                f"{next(iter(self.readings))!r}."
+            )
+        if name is None or name not in self.readings:
+            raise SiteError(
+                f"{name or self.names[0]!r} has no reading, as it is no point of the residual "
+                f"stream that was asked for; these are {list(self.readings)}."
+            )
+        return name
+
+
+@final
+class ActivationShift(Readable, Drawn):
+    """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
+
+    Attributes:
+        values: by hook point [batch, token, d], heads laid flat; NaN at padding, and at positions
+            that were not asked for.
+        base_norms: ‖h(0)‖ by hook point, [batch, token].
+        first: by hook point [batch, d], Δh at each text's first token.
+        sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
+        counted: [batch, token], those that were asked for, without sinks.
+        distinct: [batch, token], those of the counted that no earlier text has after the same
+            tokens: means over several texts are over these.
+        at: the gates of h(1).
+        str_tokens: each text's tokens.
+        token_readings: by point of the residual stream [batch, token, vocab], Δh of each token in
+            logits; empty where it was not asked for.
+        readings, strings, meta: of the mean Δh, see `Readable`.
+    """
+
+    values: Annotated[Mapping[str, Float[Tensor, "batch token _d"]], "point"]
+    base_norms: Annotated[Mapping[str, Float[Tensor, "batch token"]], "point"]
+    first: Annotated[Mapping[str, Float[Tensor, "batch _d"]], "point"]
+    sinks: Bool[Tensor, "batch token"]
+    counted: Bool[Tensor, "batch token"]
+    distinct: Bool[Tensor, "batch token"]
+    at: str
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch token"]
+    token_readings: Mapping[str, Float[Tensor, "batch token vocab"]]
+
+    def logit_lens(
+        self, k: int = 10, name: str | None = None, *, largest: bool = True, by: By = None
+    ) -> pd.DataFrame:
+        """The k tokens that the mean Δh reads as, as `Readable.logit_lens`; or Δh of each token.
+
+        Args:
+            k: how many.
+            name: a point of the residual stream; without it, the only one.
+            largest: False for the tokens that it lowers most.
+            by: 'position' for k tokens at each position of each text, sinks as well.
+
+        Returns:
+            A data frame: rank, token, id, logit; by position, before them prompt, position and
+            `at`, the text's own token there.
+
+        Raises:
+            SiteError: no such point here, or one outside the residual stream.
+            ArgumentError: several points and none named; by position, a shift that was computed
+                without it; another `by`.
+        """
+        if by is None:
+            return super().logit_lens(k, name, largest=largest)
+        if word("by", by, ["position"]) and not self.token_readings:
+            raise ArgumentError(
+                "Δh of single tokens was not read here; use activation_shift(…, by='position')."
+            )
+        read, strings = self.token_readings[self._read_at(name)], self.strings
+        rows = [
+            {"prompt": prompt, "position": i, "at": token, **row}
+            for prompt, tokens in enumerate(self.str_tokens)
+            for i, (token, x) in enumerate(zip(tokens, read[prompt], strict=False))
+            for row in ranked_tokens(x, strings, k, "logit", largest=largest).to_dict("records")
+        ]
+        return pd.DataFrame(rows).dropna(ignore_index=True)
+
+    @property
+    def by_point(self) -> dict[str, Float[Tensor, " _d"]]:
+        """The mean Δh by hook point, as a direction wherever one is taken."""
+        return self.mean()
+
+    @property
+    def repeated(self) -> int:
+        """How many counted tokens an earlier text has after the same tokens; these count once."""
+        return int(self.counted.sum() - self.distinct.sum())
+
+    def mean(self, prompt: int | None = None) -> dict[str, Float[Tensor, " d"]]:
+        """The mean Δh over counted tokens, by hook point.
+
+        Args:
+            prompt: an index; without it, over all texts' tokens, where a token with the same tokens
+                before it counts once.
+
+        Raises:
+            ArgumentError: no such text, or one without a counted token.
+        """
+        rows = prompt_rows(prompt, len(self.counted))
+        counted = (self.distinct if prompt is None else self.counted)[rows]
+        if not bool(counted.any()):
+            raise ArgumentError(
+                f"prompt {prompt}: no token of this text is counted, since its first one is a "
+                "sink; ask for sinks=True."
+            )
+        return {name: v[rows][counted].double().mean(0).to(v) for name, v in self.values.items()}
+
+    def constant_share(self) -> dict[str, float]:
+        """How much of Δh is one vector whatever the token, by hook point, on held-out texts.
+
+        1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, μ the mean over the other texts; NaN of one
+        text. Negative where other texts' mean is worse than none. A token with the same tokens
+        before it as in an earlier text counts once: it is not held out from that text.
+        """
+        shares: dict[str, float] = {}
+        for name, values in self.values.items():
+            known = values.double().masked_fill(~self.distinct[..., None], 0.0)
+            squares = known.square().sum((1, 2))
+            shares[name] = float(held_out_share(known.sum(1), squares, self.distinct.sum(1)))
+        return shares
+
+    def cosine(self, directions: Any, prompt: int | None = None) -> pd.DataFrame:
+        """The cosine of the mean Δh with directions: one row per hook point and direction.
+
+        Args:
+            directions: [d], [direction, d], {label: either}, a Contrast, a sparse autoencoder,
+                alone or as (autoencoder, indices); or a lens, for what its sites write (the columns
+                of B, those of the SVD of ΔW) at each hook point: a site's own output, or the
+                residual stream for sites that write to it.
+            prompt: an index; without it, the mean over all texts' tokens.
+
+        Returns:
+            A data frame: name, direction, index, cosine. The cosine is NaN where the mean Δh is
+            exactly zero, as before the first module that the adapter changes, or a direction is.
+
+        Raises:
+            ArgumentError: directions of another width than Δh, or none at a point.
+            ModelStateError: the residual stream, and a site of the lens whose output a norm changes
+                before it joins it (o and down of Gemma 2 and 3, Bloom's embedding).
+        """
+        return cosine_table(self.mean(prompt), directions)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per text, hook point and token asked for, with the sizes of h(0) and Δh."""
+        means, frames = self.mean(), list[pd.DataFrame]()
+        for name, values in self.values.items():
+            sizes = values.norm(dim=-1)
+            along = functional.cosine_similarity(values, means[name], dim=-1, eps=0.0)
+            text, position = (~sizes.isnan()).nonzero().T
+            labels = {"prompt": text.tolist(), "name": name, "position": position.tolist()}
+            labels["token"] = tokens_at(self.str_tokens, text.tolist(), position.tolist())
+            columns = {"counted": self.counted, "distinct": self.distinct}
+            columns |= {"base": self.base_norms[name], "shift": sizes, "cosine_with_mean": along}
+            numbers = {key: column[text, position].tolist() for key, column in columns.items()}
+            frames.append(pd.DataFrame(labels | numbers))
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey."""
+        return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
+
+
+def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
+    """The cosine of the vector at each hook point with directions."""
+    rows: list[dict[str, Any]] = []
+    for name, vector in vectors.items():
+        is_lens = isinstance(source, LoraLens)
+        known = _written(source, name) if is_lens else directions_of(source, name)
+        if known is None:
+            continue
+        directions = known.at(name, len(vector))
+        cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
+        rows += [
+            {"name": name, "direction": label, "index": i, "cosine": value}
+            for (label, i), value in zip(directions.labels, cosines.tolist(), strict=True)
+        ]
+    if not rows:
+        raise ArgumentError(
+            f"no site of the lens writes at {list(vectors)}; name a site's output "
+            "(lens.sites: write) or a point of the residual stream."
+        )
+    return pd.DataFrame(rows)
+
+
+def _written(lens: LoraLens, name: str) -> Directions | None:
+    """What the sites of a lens write at a hook point, the columns of B."""
+    writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
+    pairs = zip(lens.sites, lens.plan.in_svd_gauge.maps, strict=True)
+    columns = {
+        site.name: delta.B.T
+        for index, (site, delta) in enumerate(pairs)
+        if index in writers or site.write == name
+    }
+    return directions_of(columns) if columns else None
+
+
+@alone
+def activation_shift(
+    lens: LoraLens,
+    texts: PromptsLike,
+    names: Names,
+    *,
+    positions: Positions = None,
+    scale: Scale = 1.0,
+    sinks: bool = False,
+    by: By = None,
+) -> ActivationShift:
+    """Δh at hook points, of each token of each text and in the mean. Two forward passes.
+
+    Holds one vector for each hook point and token; name few points for many texts.
+
+    Args:
+        lens: the adapter over the model.
+        texts: strings, conversations, ids, or `Prompts`.
+        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
+            activations by position, [batch, pos, …]; globs and predicates choose among the points
+            that do.
+        positions: which tokens are shown: None or 'each' for all, 'prompt' and 'response' of texts
+            that hold one (`lens.prompts(prompts, response)`), or of each text an index, a slice or
+            indices; negative ones count from its end, and those beyond a text are not there.
+        scale: the gates of h(1), as for `LoraLens.gates`.
+        sinks: count sinks in the means too.
+        by: 'position' to read Δh of each token in logits, too, at points of the residual stream:
+            an unembedding, and a logit of every token of the vocabulary, for each.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: a point named in full that never fires, holds no activations by position,
+            or lies between a site's input and output; globs that match no other.
+        ArgumentError: positions at which no text has a token that is counted, another axis.
+        PromptError: a text that does not fit the model.
+        NumericsError: non-finite activations.
+    """
+    rows, by_token = ask_prompts(lens, texts).prompts, by and word("by", by, ["position"])
+    wanted = _wanted(positions, rows)
+    base: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
+    for index, held in activations_at(lens, rows, names, (0.0, scale)):
+        for name, (h, moved) in held.items():
+            for kept, values in ((base, h), (shifts, moved - h)):
+                if name not in kept:
+                    kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
+                kept[name][index, : h.shape[1]] = values
+    real = rows.real.cpu()
+    norms = {name: h.norm(dim=-1) for name, h in base.items()}
+    found_sinks = sinks_among(list(norms.values()), real) & real
+    counted = wanted if sinks else wanted & ~found_sinks
+    if not bool(counted.any()):
+        raise ArgumentError(
+            "every token that is asked for is a sink (a text's first token, or one of outlying "
+            "size), and sinks are left out of means; ask for other positions, or with sinks=True."
+        )
+    distinct = torch.from_numpy(first_of_each(beginnings(rows).numpy(), counted.numpy()))
+    shown = {n: shift.masked_fill(~wanted[..., None], torch.nan) for n, shift in shifts.items()}
+    return ActivationShift(
+        values=shown,
+        base_norms=norms,
+        first={name: shift[:, 0].clone() for name, shift in shifts.items()},
+        sinks=found_sinks,
+        counted=counted,
+        distinct=distinct,
+        **readable(
+            lens, [rows], ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())
+        ),
+        token_readings={
+            name: read_through(lens, over_scale(lens, h, base[name])).cpu()
+            for name, h in shown.items()
+            if by_token and is_stream(name)
+        },
+        at=name_of_scale(scale),
+        str_tokens=lens.str_tokens(rows),
+    )
+
+
+def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
+    wanted = positions_in(rows, positions)
+    if not bool(wanted.any()):
+        raise ArgumentError(
+            f"positions={positions!r}: no text has a token there; the longest has "
+            f"{int(rows.lengths.max())}, and "
+            f"{'each holds its response' if rows.holds_responses else 'none holds a response'}."
+        )
+    return wanted
+
+
+def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
+    """The tokens of each text that are meant."""
+    chosen = torch.zeros_like(rows.real, device="cpu")
+    for row, length, start in zip(chosen, rows.lengths.tolist(), rows.asked_lengths, strict=True):
+        row[:length] = torch.from_numpy(chosen_positions(positions, length, start))
+    return chosen
+
+
+Held = dict[str, list[Float[Tensor, "text token _d"]]]
+
+
+def activations_at(
+    lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
+) -> Iterator[tuple[list[int], Held]]:
+    """Batches of texts, and h at each hook point at each scale: heads laid flat, NaN at padding."""
+    in_full, points = computed(lens, names)
+    for number, (index, batch) in enumerate(by_length(rows, ROW_TOKENS)):
+        runs = [record(lens, batch, scale, points, in_full) for scale in scales]
+        real = batch.real.cpu()
+        if number == 0:
+            points = require_fired(lens, runs[0].firings, in_full, points)
+            points = positioned(lens, batch, runs[0], points, in_full, 0.0)
+        held: Held = {}
+        for name in points:
+            by_run = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
+            ends = [h.expand(len(real), -1, -1) for h in by_run]
+            for h in ends:
+                require_finite(h[real], f"the activation at {name}")
+            held[name] = [h.masked_fill(~real[..., None], torch.nan) for h in ends]
+        yield index, held
+
+
+def readable(
+    lens: LoraLens, texts: Sequence[Prompts], points: Iterable[tuple[str, Tensor, Tensor]]
+) -> dict[str, Any]:
+    """The fields of `Readable`, over these texts.
+
+    Of each point Δh [token, d], and the h whose norm divides it.
+    """
+    d_model = int(lens.model.cfg.d_model)
+    readings = {
+        name: read_through(lens, over_scale(lens, shift, h).double().mean(0).to(shift)).cpu()
+        for name, shift, h in points
+        if is_stream(name) and h.shape[1] == d_model
+    }
+    return {"readings": readings, "strings": lens.vocabulary, "meta": lens.describe(*texts)}

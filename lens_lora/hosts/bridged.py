@@ -1,0 +1,392 @@
+"""A family that no entry in `families` lists, read from the raw TransformerBridge itself.
+
+1. Every linear module, embedding and norm of the wrapped model is a place, by its Hugging Face
+   path; but for norms of each head.
+2. It reads at `hook_in` and writes at `hook_out` of the component that wraps it; where none does,
+   at its own input and output. Its kind is the usual one of usual attention and MLPs, else the name
+   of the component, or its path, within the block.
+3. Where a component takes a fused projection apart, a weight that holds the index of each row goes
+   through the component's own split, and says which rows each part has.
+4. A stack of experts, and the weight of a router, is a place by the path of the parameter
+   (`kernels`).
+5. A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
+   whatever its formula.
+
+`probe` compares the result with the Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.adapter.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    TrainedModule,
+    base_part,
+    expert_factors,
+)
+from lens_lora.core.model.bases import stored_weight
+from lens_lora.core.model.host import module_at
+from lens_lora.core.model.kernels import each_shape, is_experts, is_router, stacks_of
+from lens_lora.core.model.sites import (
+    ATTENTION_KINDS,
+    MLP_KINDS,
+    OUTSIDE_KINDS,
+    Heads,
+    outside_layer,
+)
+from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.families import NORM_KINDS, Family, Place
+from lens_lora.formats import own_forward
+from lens_lora.formats.arithmetic import module_path
+
+# The components of usual attention and MLPs, and their kinds.
+_ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}
+_GATED = {"mlp.gate": "gate", "mlp.in": "up", "mlp.out": "down"}
+_UNGATED = {"mlp.in": "fc_in", "mlp.out": "fc_out"}
+# What takes a fused projection apart, and its parts in order.
+_SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
+USUAL_KINDS = (*ATTENTION_KINDS, *MLP_KINDS, *OUTSIDE_KINDS, *NORM_KINDS)
+HOOK_IN = ".hook_in"
+# Norms of whole rows; those of each head have other axes.
+_ROW_NORMS = set(NORM_KINDS) - {"q_norm", "k_norm"}
+_Homes = dict[tuple[int, str], str]
+_Layouts = dict[tuple[str | int, ...], list[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgedFamily(Family):
+    """The linear modules, embeddings and norms of one unprocessed TransformerBridge.
+
+    What processed weights alone need, such as the norm that a module reads, is not known. Nor is
+    whether a norm or a factor follows what attention and MLPs write, or which tokens experts take
+    out of their rows: what depends on it takes the careful way.
+
+    Attributes:
+        places: path → place.
+        homes: (layer, kind) → what the names of its hook points begin with; where it has none, its
+            own name in the bridge.
+        turned: kinds whose weight is stored as [in, out].
+        shared: path → another path of the same module.
+    """
+
+    places: Mapping[str, Place] = dataclasses.field(default_factory=dict[str, Place])
+    homes: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=_Homes)
+    turned: frozenset[str] = frozenset()
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    @property
+    def is_probed(self) -> bool:
+        """All of its places were read from the model."""
+        return True
+
+    def place(self, module: str) -> Place | None:
+        """The place of a module, or None where the model has no such module."""
+        if module in self.shared:
+            raise ModelStateError(
+                f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "
+                f"places, a hook in both. Leave it out: adapter.without({module!r})."
+            )
+        return self.places.get(module)
+
+    def linear_paths(self, n_layers: int) -> list[str]:
+        """The path of every linear module and embedding."""
+        return list(self.places)
+
+    def norm_path(self, layer: int, kind: str) -> str | None:
+        """None: where no norm is folded, none is asked for."""
+
+    def stores_transposed(self, kind: str) -> bool:
+        """Whether a module of this kind holds its weight as [in, out]."""
+        return kind in self.turned
+
+
+def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
+    """The family of a model whose modules no entry lists. No forward pass."""
+    points = model.hook_dict
+    components = [name.removesuffix(HOOK_IN) for name in points if name.endswith(HOOK_IN)]
+    prefixes = {id(unwrapped(module_at(model, name))): name for name in reversed(components)}
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = re.escape(getattr(model.adapter.component_mapping.get("blocks"), "name", ""))
+    places: dict[str, Place] = {}
+    homes: _Homes = {}
+    turned: set[str] = set()
+    first: dict[int, str] = {}
+    layouts: _Layouts = {}
+    shared: dict[str, str] = {}
+    for path, module, parent in _modules_in(model.original_model):
+        linear = unwrapped(module)
+        match = re.match(rf"{blocks}\.(\d+)\.(.+)", path)
+        layer, within = (int(match[1]), match[2]) if match else (None, path)
+        if not is_linear(linear) and not is_norm(linear):
+            if layer is not None and id(linear) in names:
+                for kind, parameter in _parameters_of(linear, within).items():
+                    places[path.removesuffix(within) + kind] = Place(layer, (kind,), "whole")
+                    homes[layer, kind] = f"{names[id(linear)]}.{parameter}"
+            continue
+        if first.setdefault(id(linear), path) != path:
+            shared |= {path: first[id(linear)], first[id(linear)]: path}
+        rows: dict[str, Tensor] = {}
+        parts = _parts_of(parent, path.rpartition(".")[2], linear, layouts)
+        for part, index in parts or [(module, torch.arange(0))]:
+            prefix = prefixes.get(id(unwrapped(part)))
+            name = within if prefix is None else prefix.removeprefix(f"blocks.{layer}.")
+            kind = _kind(name, unwrapped(part), heads, points, layer)
+            rows[kind] = index
+            outside = outside_layer(kind, model.cfg.n_layers)
+            homes[outside if layer is None else layer, kind] = (
+                prefix or names.get(id(module)) or f"original_model.{path}"
+            )
+            if _is_conv1d(linear) or isinstance(linear, nn.Embedding):
+                turned.add(kind)
+        if is_linear(linear) or set(rows) <= _ROW_NORMS:
+            layout = "measured" if parts else "whole"
+            places[path] = Place(layer, tuple(rows), layout, rows if parts else {})
+    return BridgedFamily(
+        architectures=(type(model.original_model).__name__,),
+        layer="",
+        linears={},
+        ln1="",
+        ln2="",
+        ln_final="",
+        embed=next((path for path, place in places.items() if "embed" in place.kinds), ""),
+        norm="RMS" if getattr(getattr(model, "ln_final", None), "uses_rms_norm", False) else "LN",
+        post_norm=True,
+        routed=True,
+        places=places,
+        homes=homes,
+        turned=frozenset(turned),
+        shared=shared,
+    )
+
+
+def _parameters_of(module: Any, within: str) -> dict[str, str]:
+    """{kind: parameter} of a module whose parameters are linear maps, by its path in the block."""
+    if is_experts(module):
+        return {f"{within}.{name}": name for name in stacks_of(module)}
+    return {within: "weight"} if is_router(module) else {}
+
+
+def _modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(Hugging Face path, module or the component in its place, what it is in)."""
+    for name, module in unwrapped(model).named_children():
+        yield f"{before}{name}", module, model
+        yield from _modules_in(module, f"{before}{name}.")
+
+
+# --- adapters that name each expert
+
+
+# As transformers 4 named them: (stack, which of its two halves).
+_OF_EXPERT = {
+    **{"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)},
+    **{"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1)},
+    **{"down_proj": ("down_proj", 0), "w2": ("down_proj", 0)},
+}
+_EXPERT = re.compile(rf"(.*\.\d+\.)(?:.*\.)?experts\.(\d+)\.({'|'.join(_OF_EXPERT)})(@.*)?")
+_Halves = dict[int, dict[int, LoRAFactors]]
+
+
+def on_stacks(adapter: Adapter, model: Any) -> Adapter:
+    """The adapter, with factors of single experts as those of the stack that this model has.
+
+    What an adapter of transformers 4 holds for one expert's gate and up becomes, as in PEFT,
+    A = [A_gate; A_up] and B = diag(B_gate, B_up); an expert without factors gets none. Where a
+    layer has no such stack, or several, the adapter's names stay, and are refused as unknown.
+
+    Raises:
+        AdapterError: an expert that the model lacks, or an update that is no plain s·B·A.
+    """
+    of_experts = {key: match for key in adapter.modules if (match := _EXPERT.fullmatch(key))}
+    names = names_by_path(model) if of_experts else {}
+    of_stacks = {p: m for p, n in names.items() if is_experts(m := model.get_submodule(n))}
+    groups: dict[str, _Halves] = {}
+    moved: set[str] = set()
+    for key, (layer, expert, name, tag) in ((k, m.groups()) for k, m in of_experts.items()):
+        stack, half = _OF_EXPERT[name]
+        paths = [path for path in of_stacks if path.startswith(layer)]
+        is_there = key.partition("@")[0] in names  # as a module of its own
+        if is_there or len(paths) != 1 or stack not in stacks_of(of_stacks[paths[0]]):
+            continue
+        (path,) = paths
+        halves = groups.setdefault(f"{path}.{stack}{tag or ''}", {})
+        halves.setdefault(int(expert), {})[half] = _plain_factors(key, adapter.modules[key])
+        moved.add(key)
+    modules = {key: update for key, update in adapter.modules.items() if key not in moved}
+    for path, halves in groups.items():
+        owner, _, stack = path.partition("@")[0].rpartition(".")
+        modules[path] = _as_stack(path, halves, of_stacks[owner], stack)
+    return dataclasses.replace(adapter, modules=modules) if moved else adapter
+
+
+def _plain_factors(key: str, update: ModuleUpdate) -> LoRAFactors:
+    if isinstance(update, LoRAFactors) and base_part(update) is None and update.lora_bias is None:
+        return update
+    raise AdapterError(
+        f"{key}: this model holds its experts as one tensor, which takes a plain s·B·A, and the "
+        f"adapter has {base_part(update) or 'a bias'} there."
+    )
+
+
+def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFactors:
+    out, width = each_shape(experts, experts.get_parameter(stack))
+    if max(halves) >= experts.num_experts:
+        raise AdapterError(
+            f"{path}: the adapter has factors of expert {max(halves)}, and the model's "
+            f"{type(experts).__name__} has {experts.num_experts} of them. Was it trained on "
+            "another base model?"
+        )
+    like = next(iter(next(iter(halves.values())).values()))
+    rows = torch.arange(out)[None]
+    if stack == "gate_up_proj":  # one half after the other, or in turn
+        rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
+    parts: list[LoRAFactors] = []
+    for expert in range(experts.num_experts):
+        held = halves.get(expert, {})
+        As, Bs = [like.A.new_zeros(0, width)], [like.B.new_zeros(out, 0)]
+        for half, factors in held.items():
+            placed = like.B.new_zeros(out, factors.rank)
+            placed[rows[half]] = factors.scale * factors.strength * factors.B
+            As, Bs = [*As, factors.A], [*Bs, placed]
+        if not held:
+            As, Bs = [like.A.new_zeros(1, width)], [like.B.new_zeros(out, 1)]
+        parts.append(LoRAFactors(torch.cat(As), torch.cat(Bs, 1)))
+    return expert_factors(parts)
+
+
+def unwrapped(module: Any) -> Any:
+    """The Hugging Face module that a component wraps, or the module itself."""
+    return getattr(module, "original_component", None) or module
+
+
+def names_by_path(model: Any) -> dict[str, str]:
+    """Hugging Face path → name in this model, which may be a bridge; of every module in it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    within = getattr(model, "original_model", model)
+    modules = ((path, id(unwrapped(module))) for path, module, _ in _modules_in(within))
+    return {path: names[module] for path, module in modules if module in names}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear module or an embedding of Hugging Face's."""
+    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(out, in)."""
+    if isinstance(linear, nn.Linear):  # the weight of a quantised one is packed
+        return linear.out_features, linear.in_features
+    out, width = stored_weight(linear).shape
+    return out, width
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm with a γ."""
+    weight = getattr(module, "weight", None) if "Norm" in type(module).__name__ else None
+    return isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """n of a norm γ ⊙ n + β, or (1 + γ) ⊙ n: what it computes at γ = 1 less that at γ = 0."""
+    computed = Shell(norm)
+    zeros = {name: torch.zeros_like(p) for name, p in computed.named_parameters()}
+    ones = {n: torch.ones_like(p) if n.endswith("weight") else p for n, p in zeros.items()}
+    return functional_call(computed, ones, (x,)) - functional_call(computed, zeros, (x,))
+
+
+def require_own_parameters(model: Any, adapter: Adapter) -> None:
+    """Refuse modules that were trained whole and do not compute what their parameters say.
+
+    Only of those whose code is neither torch's nor transformers' is a call made, on eight tokens.
+
+    Raises:
+        AdapterError: a module with a forward of its own, such as 0.5 W z.
+    """
+    trained = [key for key, update in adapter.modules.items() if isinstance(update, TrainedModule)]
+    names = names_by_path(model) if trained else {}
+    for path in map(module_path, trained):
+        if path not in names:
+            continue
+        module = model.get_submodule(names[path])
+        if (is_linear(module) or is_norm(module)) and own_forward.has_own_code(module):
+            remedy = f"Leave it out: adapter.without({path!r})."
+            own_forward.require_own_parameters(path, module, remedy)
+
+
+class Shell(nn.Module):
+    """What a module computes, past its hooks: a call with other parameters passes `forward` by."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._computes = module.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, as it was when this was made."""
+        return self._computes(*args, **kwargs)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: int | None) -> str:
+    """The kind of a component of usual attention or a usual MLP; of any other its name.
+
+    One of attention whose width is another than the heads have keeps its name, so that it is not
+    split by head.
+    """
+    if name in _ATTENTION and is_linear(linear):
+        out, width = shape_of(linear)
+        kind = _ATTENTION[name]
+        return kind if (width if kind == "o" else out) == heads.of(kind) * heads.d_head else name
+    kinds = _GATED if f"blocks.{layer}.mlp.gate{HOOK_IN}" in points else _UNGATED
+    is_usual = f"blocks.{layer}.mlp.out{HOOK_IN}" in points
+    return kinds.get(name, name) if is_usual else name
+
+
+def _parts_of(
+    parent: Any, name: str, linear: nn.Module, layouts: _Layouts
+) -> list[tuple[nn.Module, Tensor]]:
+    """(component, rows of the whole) of each part of a projection; none where it stays whole.
+
+    `layouts` keeps the rows for the same projection of further layers.
+    """
+    for attribute, parts in _SPLITS.items():
+        split = getattr(parent, attribute, None)
+        if split is not None and is_linear(linear):
+            key = (attribute, name, *shape_of(linear))
+            if key not in layouts:
+                indexed = _Indexed(parent.original_component, name, linear)
+                rows = [part.weight[:, 0].long() for part in split(indexed)]
+                layouts[key] = rows if indexed.is_read else []
+            if layouts[key]:
+                components = (getattr(parent, part) for part in parts)
+                return list(zip(components, layouts[key], strict=True))
+    return []
+
+
+class _Indexed:
+    """A module in which one linear module's weight is, at each input, the index of the row."""
+
+    def __init__(self, module: nn.Module, name: str, linear: nn.Module) -> None:
+        self._module, self._name, self.is_read = module, name, False
+        out, width = shape_of(linear)
+        index = torch.arange(out, dtype=torch.float32)[:, None].expand(out, width)
+        self._linear = nn.Linear(width, out, bias=False, device="meta")
+        self._linear.weight = nn.Parameter(index.T if _is_conv1d(linear) else index, False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._name:
+            return getattr(self._module, name)
+        self.is_read = True
+        return self._linear

@@ -1,0 +1,369 @@
+"""A Hugging Face model as a hooked model, and the host that fits a hooked model.
+
+1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
+   come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
+2. The tokenizer stays as it is, and strings are read as it reads them (`cfg.default_prepend_bos`),
+   unless the caller says otherwise. Left alone, TransformerLens puts a BOS in front of each string,
+   also where neither training nor serving had one.
+3. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
+4. The hooked model's logits on a few tokens must equal the Hugging Face model's (`check`):
+   TransformerLens 2 reads some configurations with a wrong rotary base, without a warning.
+
+Cost: two short forward passes, and one copy of the weights for HookedTransformer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from lens_lora.compat import (
+    attention_of,
+    complete_codegen,
+    drop_new_biases,
+    home_of,
+    is_memory_short,
+    is_offloaded,
+    keep_rows_at_last_norms,
+    refuse_out_of_reach,
+    tokenizer_for_host,
+)
+from lens_lora.core.model.bridge import (
+    BridgeHost,
+    absent_modules,
+    drop_unused_caps,
+    fuse_attention,
+    leave_absent,
+    replaced_attentions,
+)
+from lens_lora.core.model.check import (
+    base_logits,
+    eps_of,
+    refuse_unusable,
+    require_running,
+    require_same_logits,
+)
+from lens_lora.core.model.hooked_transformer import HookedTransformerHost
+from lens_lora.core.model.host import Host
+from lens_lora.core.model.kernels import differentiable_products, quantised_linears
+from lens_lora.core.model.lengths import context_of_copy
+from lens_lora.errors import (
+    LensLoraError,
+    ModelStateError,
+    is_of_the_system,
+    named,
+    setting,
+    warn,
+)
+from lens_lora.formats.tokenizers import OwnTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Kind = Literal["HookedTransformer", "TransformerBridge"]
+# TransformerLens takes a path that holds one of these names for a model of that family.
+MISREAD_NAMES = ("llama", "gemma")
+# HookedTransformer keeps a mask of context × context in every layer: 2 GB for 8,192 tokens.
+_CONTEXT = 2048
+
+
+def bridge_if_there() -> Kind:
+    """TransformerBridge where the installed TransformerLens has it, else HookedTransformer."""
+    spec = importlib.util.find_spec("transformer_lens.model_bridge")
+    return "HookedTransformer" if spec is None else "TransformerBridge"
+
+
+def hooked_model(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | OwnTokenizer | None,
+    *,
+    kind: Kind | None = None,
+    attn: str = "eager",
+    prepend_bos: bool | None = None,
+) -> tuple[Any, str]:
+    """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
+
+    Without `kind` a TransformerBridge where the installed TransformerLens has it. The hooked model
+    may use the Hugging Face model's own weights: do not change it afterwards. It has a copy of the
+    tokenizer, and knows where that is from. Without `prepend_bos` strings get a BOS where this
+    tokenizer adds one.
+
+    Raises:
+        ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
+            it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
+            class or the family does not have; or a tokenizer that reads no text.
+    """
+    chosen = kind or bridge_if_there()
+    given = tokenizer if isinstance(tokenizer, OwnTokenizer) else OwnTokenizer(tokenizer)
+    own, set_back = _usable(given)
+    if chosen == "HookedTransformer":
+        _refuse_copying(hf_model, attn)
+    refuse_out_of_reach(hf_model)
+    hf_model.config.architectures = [type(hf_model).__name__]
+    with differentiable_products(quantised_linears(hf_model)):
+        expected = base_logits(hf_model, hf_model.dtype)
+        loaded_with = attention_of(hf_model)
+        model = _made(chosen, hf_model, own)
+        set_back()
+        if attn == "sdpa":
+            fuse_attention(model)
+        try:
+            _require_right(chosen, model, expected, attn)
+        except ModelStateError as error:
+            if chosen == "HookedTransformer" or attn == "sdpa":
+                raise
+            _take_own_attention(model, expected, error, loaded_with)
+    if own is not None:
+        # HookedTransformer takes a tokenizer that appends an EOS for one that begins with a BOS.
+        begins_text = _begins_text(own)
+        model.cfg.tokenizer_prepends_bos = begins_text
+        model.cfg.default_prepend_bos = begins_text if prepend_bos is None else prepend_bos
+    return model, chosen
+
+
+def _usable(given: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
+    """A copy of the tokenizer for the host, and what sets its fields back once the host has it."""
+    tokenizer = given.tokenizer
+    if tokenizer is None:
+        return None, lambda: None
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        kind = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
+        raise ModelStateError(
+            f"the tokenizer is a {kind}, and expected is a tokenizer of transformers.",
+            remedy="Wrap it: PreTrainedTokenizerFast(tokenizer_object=…).",
+        )
+    try:
+        tokenizer("a")
+        return tokenizer_for_host(tokenizer, given._replace(tokenizer=None))
+    except Exception as error:  # a tokenizer may raise anything
+        raise ModelStateError(
+            f"the tokenizer {type(tokenizer).__name__} cannot be used: it fails to read or to copy "
+            f"itself ({type(error).__name__}: {error}).",
+            remedy="Pass another one: ll.load(…, tokenizer=AutoTokenizer.from_pretrained(folder)).",
+            in_shell="Repair or replace the tokenizer's files in the model's folder.",
+        ) from error
+
+
+def _begins_text(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a token in front of a text."""
+    whole, plain = (tokenizer("a", add_special_tokens=how)["input_ids"] for how in (True, False))
+    return bool(whole) and whole[:1] != plain[:1]
+
+
+def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -> None:
+    """Check that a hooked model computes the logits of the Hugging Face model that it is made of.
+
+    In half precision logits are not compared: there an attention whose forward was replaced is
+    looked for, past which a bridge computes.
+
+    Raises:
+        ModelStateError: it computes others, or none, as TransformerLens makes some that cannot run.
+    """
+    made = f"the {kind} that TransformerLens {transformer_lens_version()} builds"
+    if expected is None:
+        replaced = replaced_attentions(model) if attn == "eager" else []
+        if replaced:
+            raise ModelStateError(
+                f"{made} computes past the forward that {replaced[0]} has of its own.",
+                remedy="Give it the forward of its class again.",
+            )
+        return
+    other = ", or its TransformerBridge," if kind == "HookedTransformer" else ""
+    remedy = f"Another version of TransformerLens{other} may build it right."
+
+    def run(tokens: Tensor) -> Tensor:
+        return require_running(lambda: model(tokens, return_type="logits"), made, remedy)
+
+    require_same_logits(
+        expected,
+        run,
+        f"{made} computes other logits than the Hugging Face model",
+        remedy,
+        lambda: eps_of(model, _HOSTS[kind].embedding_output),
+    )
+
+
+def _take_own_attention(
+    model: Any, expected: Tensor | None, error: ModelStateError, loaded_with: str | None
+) -> None:
+    """Let attention be the model's own where nothing else differs, if the model was loaded so.
+
+    A bridge computes attention from the formula of its family, also where a model's attention has a
+    forward of its own.
+
+    Raises:
+        ModelStateError: the given one; with the remedy where the model's own attention is one.
+    """
+    try:
+        fuse_attention(model)
+        _require_right("TransformerBridge", model, expected, "sdpa")
+    except ModelStateError:
+        raise error from None
+    kind = type(model.original_model).__name__
+    fact = (
+        f"the attention of this {kind} is not what a TransformerBridge computes for its family, "
+        "which has hook points for its scores and patterns"
+    )
+    if loaded_with != "sdpa":
+        raise ModelStateError(
+            f"{fact}; with its own attention its logits are right.",
+            remedy="Let each block's attention be the model's own: ll.load(…, attn='sdpa').",
+            in_shell="Let each block's attention be the model's own: --attn sdpa.",
+        ) from error
+    warn(
+        f"{fact}. It was loaded with 'sdpa', so each block's attention is the model's own, and "
+        "scores, patterns and rotated q and k have no hook points.",
+        stacklevel=4,
+    )
+
+
+def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
+    """Refuse what a HookedTransformer, which copies the weights, cannot be made from."""
+    if attn != "eager":
+        raise ModelStateError(
+            f"{setting('attn', attn)}: a HookedTransformer always computes attention patterns.",
+            remedy="Take a TransformerBridge, or bound the memory of long prompts by "
+            "lens.within(max_memory).",
+            in_shell="Take --class TransformerBridge, or bound the memory of long prompts by "
+            "--max-memory.",
+        )
+    is_offloaded_anywhere = any(map(is_offloaded, hf_model.modules()))
+    if is_offloaded_anywhere or quantised_linears(hf_model):
+        raise ModelStateError(
+            "a HookedTransformer copies its weights, and some of these are "
+            f"{'offloaded' if is_offloaded_anywhere else 'quantised'}; take a TransformerBridge "
+            "(transformer-lens 3 or newer), which wraps the model itself."
+        )
+
+
+def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    make = _hooked_transformer if kind == "HookedTransformer" else _bridge
+    try:
+        return make(hf_model, tokenizer).eval()
+    except LensLoraError:
+        raise
+    except Exception as error:  # a family that the host lacks, or builds wrongly, fails anyhow
+        if is_of_the_system(error) or is_memory_short(error):
+            raise
+        says = (str(error).splitlines() or [""])[0][:200]
+        raise ModelStateError(
+            f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "
+            f"{type(hf_model).__name__}, {type(error).__name__}: {says} The other class "
+            f"({named('kind')}) may do, or another version of TransformerLens."
+        ) from error
+
+
+def transformer_lens_version() -> str:
+    """The installed version."""
+    return importlib.metadata.version("transformer-lens")
+
+
+def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
+
+    with tempfile.TemporaryDirectory(prefix="config_") as folder:
+        _write_config(base, Path(folder))
+        cfg = loading.get_pretrained_model_config(
+            folder,
+            hf_cfg=base.config.to_dict(),
+            fold_ln=False,
+            device=str(base.device),
+            dtype=base.dtype,
+        )
+        state = loading.get_pretrained_state_dict(folder, cfg, base, dtype=base.dtype)
+    cfg.tokenizer_name, cfg.model_name = None, _name(base)
+    if cfg.positional_embedding_type == "rotary":
+        cfg.rotary_base = _rotary_base(base) or cfg.rotary_base
+        cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
+    cfg.n_ctx = int(min(cfg.n_ctx, context_of_copy(base, cfg)))
+    model = HookedTransformer(cfg, None, move_to_device=False)
+    # At once: load_and_process_state_dict walks the whole model once per weight, most of the time.
+    model.load_state_dict(model.fill_missing_keys(state), strict=False)
+    if tokenizer is not None:
+        model.set_tokenizer(tokenizer)
+    return model
+
+
+def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    drop_unused_caps(hf_model)
+    absent = absent_modules(hf_model)
+    bridge = TransformerBridge.boot_transformers(
+        _name(hf_model),
+        hf_model=hf_model,
+        tokenizer=tokenizer,
+        device=str(home_of(hf_model)),
+        dtype=hf_model.dtype,
+    )
+    drop_new_biases(bridge)
+    leave_absent(absent)
+    keep_rows_at_last_norms(bridge)
+    complete_codegen(bridge)
+    return bridge
+
+
+def _rotary_base(hf_model: PreTrainedModel) -> float | None:
+    """As transformers 5 or 4 name it; None where layers differ or none is named."""
+    config = hf_model.config.to_dict()
+    return (config.get("rope_parameters") or config).get("rope_theta")
+
+
+def _name(hf_model: PreTrainedModel) -> str:
+    return Path(hf_model.name_or_path or "").name or "model"
+
+
+def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
+    """config.json as TransformerLens reads it: GPT-2's context under its old name too."""
+    misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
+    if misread:
+        raise ModelStateError(
+            f"the temporary folder {folder} has {misread[0]!r} in its path, which TransformerLens "
+            "would take for the model's family; set $TMPDIR to another folder."
+        )
+    hf_model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "n_positions" in config:
+        path.write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
+
+
+# --- the host of a hooked model
+
+
+_HOSTS: dict[str, type[HookedTransformerHost | BridgeHost]] = {
+    host.class_name: host for host in (HookedTransformerHost, BridgeHost)
+}
+
+
+def host_of(model: Any, hf_model: nn.Module | None = None) -> Host:
+    """The host that fits the model's class, with the base if it is given. No forward pass.
+
+    Raises:
+        ModelStateError: another class, or a state in which an adapter cannot be applied exactly.
+    """
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _HOSTS), None)
+    if name is None:
+        raise ModelStateError(
+            f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
+            "TransformerBridge."
+        )
+    refuse_unusable(model)
+    host = _HOSTS[name](model, hf_model)
+    if host.needs_base() and quantised_linears(model):
+        raise ModelStateError(
+            f"this {name} is quantised and processed: folding needs the weights themselves. Use it "
+            "before enable_compatibility_mode(), or load the base in bfloat16 or float32."
+        )
+    return host

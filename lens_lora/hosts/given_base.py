@@ -1,0 +1,446 @@
+"""Whether the base at hand is the one that the adapter was trained on, and without it.
+
+Two mistakes show in no shape: another base of the same architecture, and a base into which the
+adapter was merged already (W = W₀ + ΔW), so that f(0) is the adapted model and f(1) has ΔW twice.
+
+1. Names. The last parts of both names are compared, as folders and hub ids share them. A base
+   without a name is not judged by it.
+2. The named base's own weights, where they lie on this machine (a folder, or the hub's cache;
+   nothing is fetched). W = W₀ settles that another name is no other base, and W − W₀ = ΔW that the
+   adapter is in it. A few modules are read.
+3. W alone. With ΔW = Σ_i σ_i u_i v_iᵀ let C_ij = u_iᵀ W v_j. If ΔW was merged,
+
+       C_ij = C⁰_ij + σ_i δ_ij,
+
+   where C⁰ is of the base. How large C⁰ is along these directions, its variance v, is told by the
+   entries off the diagonal, which are C⁰'s whether ΔW was merged or not, and by the mean squares
+   of u_iᵀ W and W v_i; the largest of these is taken. "Merged" and "not merged" are the hypotheses
+   c = 1 and c = 0 of C_ii = C⁰_ii + c σ_i, with
+
+       log-likelihood ratio = Σ_i (C_ii² − (C_ii − σ_i)²) / 2v.
+
+   A base is refused only if c = 1 is far likelier, is the best c up to its error, and leaves
+   little of the diagonal. Else nothing is said: of a small ΔW it cannot be known.
+
+Cost: no forward pass; thin products of some modules, and a few tensors read from a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lens_lora.compat import in_float64
+from lens_lora.core.adapter.factors import LoRAFactors
+from lens_lora.core.adapter.peft_files import name_of
+from lens_lora.core.model.bases import is_same
+from lens_lora.core.model.gates import Plan
+from lens_lora.core.model.sites import OUTSIDE_KINDS, SiteFactors
+from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS
+
+# Modules of which W is looked at in one round, spread over the layers: all in as many rounds as it
+# takes while their entries are so many, else one round.
+_LOOKED_AT = 24
+_ENTRIES = 2**27
+# The log-likelihood ratio after a round below which no further one is looked at, as in Wald's
+# sequential test: a base that holds ΔW comes there at most once in e¹⁰ times, by these two
+# hypotheses.
+_SETTLED = -10.0
+_READ = 4  # modules of which a file is read
+_LARGEST_RANK = 256  # of a dense ΔW the singular vectors would take too long
+
+# How far c may be from 1 to be called 1, and ‖W − W₀ − c ΔW‖ from 0 beside ‖W − W₀‖.
+_NEAR = 0.02
+# Beside the rounding of an entry, along ΔW: below it W − W₀ may be rounding alone.
+_SEEN = 5.0
+# Of W alone: the log-likelihood ratio, and the distance of the likeliest c from 1, as it is or in
+# its standard errors.
+_LIKELIHOOD = 25.0
+_WHOLE = 0.15
+_ERRORS = 2.0
+# What c = 1 leaves on the diagonal: at most so many v an entry, or this share of what is there.
+_MISFIT = 3.0
+_LEFT = 0.1
+
+# --- The verdict
+
+
+class Verdict(NamedTuple):
+    """What is known of a base beside the one that its adapter names.
+
+    Attributes:
+        note: what its user should be warned of; '' where there is nothing.
+        holds_adapter: why the adapter is in it already; '' where that is not so, or not known.
+    """
+
+    note: str = ""
+    holds_adapter: str = ""
+
+
+def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
+    """Judge the base of a lens.
+
+    Args:
+        plan: the lens's.
+        named: the base that the adapter names.
+        names: those by which the base at hand is known (`names_of`).
+    """
+    beside = None
+    if named is not None and not _is_own_copy(named, names):
+        beside = _beside(plan, named)
+    if beside is not None and beside.is_same:
+        return Verdict()
+    if beside is not None and beside.strength:
+        is_whole = abs(beside.strength - 1) < _NEAR
+        times = "" if is_whole else f"{beside.strength:.3g} times "
+        return Verdict(
+            holds_adapter=f"its weights are those of {named} plus {times}the adapter's ΔW"
+        )
+    if Evidence.of(_parts(plan)).shows_adapter:
+        return Verdict(
+            holds_adapter="its weights have ΔW in them, by their products with ΔW's directions"
+        )
+    if beside is not None:
+        own = names[0] if names else "this model"
+        return Verdict(
+            note=f"the weights of {own} are not those of {named}, which the adapter names as its "
+            "base; is that meant?"
+        )
+    return Verdict(note=note_of_names(named, names))
+
+
+def _is_own_copy(named: str, names: Sequence[str]) -> bool:
+    """Whether the base is a copy that this package made of the named one, with other roundings."""
+    is_made_here = any(name_of(Path(name)) in PUBLIC_NAMES for name in names)
+    return is_made_here and short_name(named) in map(short_name, names)
+
+
+def note_of_names(named: str | None, names: Sequence[str]) -> str:
+    """What the names alone say of a base, as of `judged`; '' where they agree or one is missing."""
+    if named is None or not names or short_name(named) in map(short_name, names):
+        return ""
+    made_from = stated_origin(names[0])
+    is_made_from = made_from is not None and short_name(made_from) == short_name(named)
+    made = f", which says that it was made from {made_from}" if is_made_from else ""
+    return f"the adapter names the base {named}, and this model is {names[0]}{made}; is that meant?"
+
+
+# --- Names
+
+# What the hub calls the models whose folders this package makes, by the folder's name.
+PUBLIC_NAMES: dict[str, str] = {}
+# What the host libraries call a model without a name.
+_NO_NAMES = ("model", "custom")
+
+
+def names_of(model: Any, hf_model: Any) -> list[str]:
+    """The names by which the base at hand is known; perhaps none.
+
+    They are the Hugging Face model's own where it has one: a hooked model may have been made from
+    another's weights under the name of its architecture.
+    """
+    own: list[object] = []
+    for holder in (hf_model, getattr(model, "original_model", None)):
+        own.append(getattr(getattr(holder, "config", None), "name_or_path", None))
+    hooked = [getattr(model.cfg, name, None) for name in ("model_name", "tokenizer_name")]
+    for names in (own, hooked):
+        named = [str(name) for name in names if name and name not in _NO_NAMES]
+        if named:
+            return list(dict.fromkeys(named))
+    return []
+
+
+def short_name(name: str) -> str:
+    """The last part of a hub id or a folder, by which two names are compared."""
+    last = name_of(Path(name))
+    return PUBLIC_NAMES.get(last, last).rpartition("/")[2].lower()
+
+
+def stated_origin(name: str) -> str | None:
+    """The model that a local folder's own files say it was made from: its card, or its config."""
+    folder = Path(name)
+    card, config = folder / "README.md", folder / "config.json"
+    if card.is_file():
+        found = _CARD.search(card.read_text(encoding="utf-8", errors="replace"))
+        if found is not None:
+            return found["base"]
+    if config.is_file():
+        try:
+            stated = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
+        except (ValueError, AttributeError):  # of another program: it says nothing
+            return None
+        return stated if isinstance(stated, str) and stated else None
+    return None
+
+
+# A card's head, between two lines of dashes, with one base model or a list of them.
+_CARD = re.compile(
+    r"\A---[ \t]*\n(?:(?!---).*\n)*?"
+    r"base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?(?P<base>[\w.][\w./-]*)"
+)
+
+
+# --- The named base's own weights
+
+
+class Beside(NamedTuple):
+    """A base's weights beside those of the base that its adapter names.
+
+    Attributes:
+        is_same: whether they are the same, up to rounding.
+        strength: c, where W − W₀ = c ΔW; 0 where it is something else.
+    """
+
+    is_same: bool
+    strength: float
+
+
+def _beside(plan: Plan, named: str) -> Beside | None:
+    """None where the named base is not on this machine, or the two cannot be compared."""
+    files = {} if plan.quantised else files_at_hand(named)
+    compared: list[_Compared] = []
+    for site in _largest(plan) if files else []:
+        try:
+            weight = plan.host.base_weight(site, "a comparison with the named base")
+        except ModelStateError:  # the model was processed, and its base is not there
+            return None
+        stored = _stored(files, site, weight)
+        if stored is None:
+            return None
+        compared.append(_Compared(weight, stored, _change(site, stored)))
+    return _summary(compared) if compared else None
+
+
+def _largest(plan: Plan) -> list[SiteFactors]:
+    """The sites of the largest ΔW of factors: a merge shows there first. DoRA's counts by s·B·A."""
+    sizes: list[tuple[float, SiteFactors]] = []
+    for site in (pair.site for pair in plan.updates):
+        factors = site.factors
+        if isinstance(factors, LoRAFactors) and not factors.experts and factors.base_weight is None:
+            plain = dataclasses.replace(factors, magnitude=None)
+            sizes.append((plain.norm(), site))
+    sizes.sort(key=lambda pair: -pair[0])
+    return [site for size, site in sizes[:_READ] if size > 0]
+
+
+def _change(site: SiteFactors, stored: Tensor) -> Float[Tensor, "out in"]:
+    """ΔW over the named base's own weight, on which DoRA's depends."""
+    factors = cast(LoRAFactors, site.factors)
+    if factors.needs_base_weight:
+        return factors.materialise(in_float64(stored).cpu())
+    return factors.materialise()
+
+
+class _Compared(NamedTuple):
+    """One module: W, the W₀ of the named base, and ΔW; [out, in]."""
+
+    weight: Tensor
+    stored: Tensor
+    change: Tensor
+
+
+def _summary(compared: Sequence[_Compared]) -> Beside:
+    if all(is_same(each.weight, each.stored) for each in compared):
+        return Beside(is_same=True, strength=0.0)
+    excess = [in_float64(c.weight).cpu() - in_float64(c.stored).cpu() for c in compared]
+    changes = [in_float64(c.change).cpu() for c in compared]
+    size = sum(float(change.square().sum()) for change in changes)
+    products = zip(excess, changes, strict=True)
+    c = sum(float((D * change).sum()) for D, change in products) / max(size, 1e-300)
+    # The entries of W and W₀ are rounded, each to its dtype.
+    rounding, along = 0.0, 0.0
+    for each in compared:
+        dtypes = (each.weight.dtype, each.stored.dtype)
+        step = max(torch.finfo(dtype).eps for dtype in dtypes)
+        rounding += (step * float(in_float64(each.stored).norm())) ** 2
+        along = max(along, step * float(each.stored.abs().max()))
+    left = sum(
+        float((D - c * change).square().sum()) for D, change in zip(excess, changes, strict=True)
+    )
+    whole = sum(float(D.square().sum()) for D in excess)
+    is_multiple = left <= _NEAR**2 * whole + rounding
+    is_seen = abs(c) * size**0.5 > _SEEN * along
+    return Beside(is_same=False, strength=c if is_multiple and is_seen else 0.0)
+
+
+def files_at_hand(name: str) -> dict[str, Path]:
+    """The file of each tensor of a model that lies on this machine, by its key; {} of others."""
+    folder = Path(name)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except Exception:  # it is no hub id, or nothing of it was ever fetched
+            return {}
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    try:
+        if whole.is_file():
+            with safe_open(str(whole), framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), whole)
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {key: folder / shard for key, shard in shards.items()}
+    except (OSError, ValueError, KeyError, SafetensorError):  # damaged: then it settles nothing
+        return {}
+    return {}
+
+
+def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Tensor | None:
+    """W₀ of a site, [out, in], from the named base's files; None where it is not found there."""
+    key = f"{site.path}.weight"
+    # A model may be saved without its head, or with it: the first part of each key comes or goes.
+    ends = [known for known in files if known.endswith(f".{key}") or key.endswith(f".{known}")]
+    found = key if key in files else next(iter(ends), None)
+    if found is None or not _is_readable(weight):
+        return None
+    try:
+        with safe_open(str(files[found]), framework="pt") as opened:
+            stored = opened.get_tensor(found)
+    except (OSError, SafetensorError):
+        return None
+    # GPT-2 stores [in, out], which shows in no shape where the two are equal.
+    parts = [turned if site.rows is None else turned[site.rows] for turned in (stored, stored.T)]
+    fitting = [part for part in parts if part.shape == weight.shape]
+    return min(
+        fitting,
+        key=lambda part: float((in_float64(part).cpu() - in_float64(weight).cpu()).norm()),
+        default=None,
+    )
+
+
+# --- W alone
+
+
+class Evidence(NamedTuple):
+    """What W alone says about whether ΔW is in it.
+
+    Attributes:
+        likelihood: log-likelihood ratio of c = 1 against c = 0.
+        strength: the likeliest c.
+        error: its standard error.
+        misfit: the mean of (C_ii − σ_i)² / v; about 1 where ΔW was merged.
+        left: the share of C_ii² / v that this is, summed; small where ΔW was merged.
+    """
+
+    likelihood: float = 0.0
+    strength: float = 0.0
+    error: float = float("inf")
+    misfit: float = float("inf")
+    left: float = float("inf")
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Evidence:
+        """The evidence of several modules, each as W [out, in], B [out, rank], A [rank, in].
+
+        It ends with the round that settles that ΔW was not merged, as almost every base does.
+        """
+        count = 0
+        diagonals, leftovers, products, sizes = 0.0, 0.0, 0.0, 0.0  # sums of squares by v
+        for looked_at, (weight, B, A) in enumerate(parts):
+            is_round_over = looked_at > 0 and looked_at % _LOOKED_AT == 0
+            if is_round_over and (diagonals - leftovers) / 2 < _SETTLED:
+                break
+            U, sigma, V = singular(B, A)
+            along = Along.of(weight, U, V)
+            if along.variance == 0.0:
+                continue
+            count += len(sigma)
+            diagonals += float(along.diagonal.square().sum()) / along.variance
+            leftovers += float((along.diagonal - sigma).square().sum()) / along.variance
+            products += float((sigma * along.diagonal).sum()) / along.variance
+            sizes += float(sigma.square().sum()) / along.variance
+        if count == 0 or sizes == 0.0:
+            return cls()
+        return cls(
+            likelihood=(diagonals - leftovers) / 2,
+            strength=products / sizes,
+            error=sizes**-0.5,
+            misfit=leftovers / count,
+            left=leftovers / max(diagonals, 1e-300),
+        )
+
+    @property
+    def shows_adapter(self) -> bool:
+        """Whether ΔW is in W beyond doubt."""
+        is_whole = abs(self.strength - 1) < max(_WHOLE, _ERRORS * self.error)
+        is_all = self.misfit < _MISFIT or self.left < _LEFT
+        return self.likelihood > _LIKELIHOOD and is_whole and is_all
+
+
+class Along(NamedTuple):
+    """W along the singular directions of ΔW.
+
+    Attributes:
+        diagonal: C_ii = u_iᵀ W v_i.
+        variance: v, how large these would be in a W that has nothing to do with ΔW.
+    """
+
+    diagonal: Float[Tensor, " rank"]
+    variance: float
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "out in"], U: Float[Tensor, "out rank"], V: Tensor) -> Along:
+        """With the two large products in float32, where W lies."""
+        wide = weight.detach().to(torch.float32)
+        read = (wide @ V.to(wide)).cpu().double()
+        written = (wide.T @ U.to(wide)).cpu().double()
+        C = U.T @ read
+        others = C[~torch.eye(len(C), dtype=torch.bool)]
+        variances = [float(read.square().mean()), float(written.square().mean())]
+        if len(others):
+            variances.append(float(others.square().mean()))
+        return cls(C.diagonal(), max(variances))
+
+
+def singular(
+    B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in k"]]:
+    """U, σ and V with BA = U diag(σ) Vᵀ, without building BA."""
+    Q_B, R_B = torch.linalg.qr(in_float64(B).cpu())
+    Q_A, R_A = torch.linalg.qr(in_float64(A).cpu().T)
+    left, sigma, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ left, sigma, Q_A @ right.T
+
+
+def _parts(plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """W, B and A of modules spread over the layers, in the model's own basis."""
+    usable = [
+        index for index, pair in enumerate(plan.updates) if _is_usable(plan, index, pair.site)
+    ]
+    entries = sum(len(plan.maps[index].B) * plan.maps[index].width for index in usable)
+    step = max(1, -(-len(usable) // _LOOKED_AT))
+    rounds = range(step) if entries <= _ENTRIES else range(1)
+    for index in (index for first in rounds for index in usable[first::step]):
+        site = plan.updates[index].site
+        weight = plan.host.weight(site.layer, site.kind)
+        B, A = plan.maps[index].of_weight()
+        if _is_readable(weight) and weight.shape == (len(B), A.shape[1]):
+            yield weight, B, A
+
+
+def _is_readable(weight: Tensor) -> bool:
+    """Whether the tensor holds the numbers of W, all of them: no packed, sharded or meta tensor."""
+    is_whole = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+    return is_whole and weight.is_floating_point()
+
+
+def _is_usable(plan: Plan, index: int, site: SiteFactors) -> bool:
+    """Whether ΔW is a product of few factors that does not depend on W."""
+    factors = site.factors
+    if not isinstance(factors, LoRAFactors) or factors.needs_base_weight or factors.experts:
+        return False
+    return 0 < plan.maps[index].rank <= _LARGEST_RANK and site.kind not in _NO_MAPS
+
+
+_NO_MAPS = (*OUTSIDE_KINDS, *NORM_KINDS)

@@ -1,0 +1,543 @@
+"""How well an attribution a agrees with measured effects e, and which of its numbers to distrust.
+
+Agreement, over the same sites and prompts (`compare`):
+
+1. Both are brought to one number per prompt and group: an attribution is summed over the groups of
+   the effects it is compared with.
+2. Statistics of each prompt, over its groups l:
+
+       pearson, spearman      correlation of a_l with e_l, and of their ranks
+       slope                  of the least-squares line of e on a, with an intercept
+       sign_agreement         share of groups where a_l and e_l have the same sign, of those whose
+                              effect is beyond three noise floors
+       top_k_overlap          |top-k by |a| ∩ top-k by |e|| / k
+       relative_error         Σ|a_l − e_l| / Σ|e_l|
+       sum_ratio              Σ a_l / Σ e_l
+
+3. With `held_out` the attribution is of other prompts than the effects: its mean over them, each
+   value in the direction of its prompt's shift, meets every prompt's effects in the direction of
+   theirs.
+4. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
+
+A correlation is blind to size and to the sum; the slope, the relative error and the sum ratio are
+not. A statistic that does not exist (of constant numbers, of one group) is NaN.
+
+First-order numbers that must not be trusted (`reliability`). Each question has its own end: a_l =
+∂g/∂ε_l at the base is read as what adding one site does, and a_l at the adapted model as what
+leaving it out takes away. What the number misses is second order and all beyond it:
+
+    add one         g(e_l) − g(0) − a_l(0)     = ∫₀¹ (1 − t) H_ll(t e_l) dt        ½ H_ll(0) + …
+    leave one out   g(1) − g(1 − e_l) − a_l(1) = −∫₀¹ (1 − t) H_ll(1 − t e_l) dt   −½ H_ll(1) + …
+
+Screen, flag, fix, after "When Attribution Patching Lies" (arXiv 2606.09899), but by intervention:
+H_ll costs more than running the site.
+
+1. Screen. The sites that carry the attribution are run, and the correction is what a_l misses.
+2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the
+   effect or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold
+   and the site is material: |a| or |correction| above a share of Σ|a|, and above three noise
+   floors. The paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for
+   any a that is too large.
+3. Fix. The flagged sites' numbers are those that were measured, the others keep a_l.
+
+Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, final, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from lens_lora.arguments import number, whole, word
+from lens_lora.compat import in_float64
+from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core.analyses.patching import How, patch_sites_of
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.model import LoraLens, alone, group_sites
+from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.readout.prompts import asked_of
+from lens_lora.core.results.attribution import Attribution, Effects
+from lens_lora.core.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
+from lens_lora.edge_attribution.edges import Edges
+from lens_lora.errors import ArgumentError
+from lens_lora.two_adapters.compare_adapters import Vector, correlation, is_constant
+
+_INTERVAL = (2.5, 97.5)  # percentiles
+STATISTICS = (
+    *("pearson", "spearman", "slope", "sign_agreement", "top_k_overlap"),
+    *("relative_error", "sum_ratio"),
+)
+Grouped = Float[Tensor, "batch group"]
+Interval = tuple[float, float]
+
+
+@final
+class Comparison(Read, Drawn):
+    """Agreement of an attribution with effects, per prompt and over prompts.
+
+    `plot` is effect against attribution, with the identity line.
+
+    Attributes:
+        labels, kinds: of the sites or groups; a group of several kinds is of kind 'group'.
+        attribution, effects: [batch, group], in the readout's units.
+        attribution_name, effects_name: their keys, as in `results.keys`.
+        k: of the top-k overlap (all groups, where there are fewer).
+        pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
+            [batch]; without unit. Sign agreement counts every group alike whose effect stands out
+            of rounding, and zero agrees with zero only.
+        beyond_noise: [batch], the share of groups whose effect is beyond three noise floors; the
+            order of the others may be rounding. NaN where the effects state no floor.
+        interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
+            prompt or without resampling.
+        str_tokens, readout, units, meta: the effects'; see `Read`.
+        made_on: tokens of the prompts that an attribution was made on, if it is judged on others.
+    """
+
+    labels: Annotated[tuple[str, ...], "group"]
+    kinds: Annotated[tuple[str, ...], "group"]
+    attribution: Float[Tensor, "batch group"]
+    effects: Float[Tensor, "batch group"]
+    attribution_name: str
+    effects_name: str
+    k: int
+    pearson: Float[Tensor, " batch"]
+    spearman: Float[Tensor, " batch"]
+    slope: Float[Tensor, " batch"]
+    sign_agreement: Float[Tensor, " batch"]
+    top_k_overlap: Float[Tensor, " batch"]
+    relative_error: Float[Tensor, " batch"]
+    sum_ratio: Float[Tensor, " batch"]
+    beyond_noise: Float[Tensor, " batch"]
+    interval: Mapping[str, Interval]
+    made_on: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def per_prompt(self) -> dict[str, Float[Tensor, " batch"]]:
+        """Every statistic by name."""
+        return {name: getattr(self, name) for name in STATISTICS}
+
+    def mean(self, statistic: str) -> float:
+        """A statistic's mean over the prompts in which it exists.
+
+        Args:
+            statistic: its name, such as 'pearson'.
+
+        Raises:
+            ArgumentError: no such statistic.
+        """
+        return float(getattr(self, word("statistic", statistic, STATISTICS)).nanmean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, one column per statistic."""
+        columns = {name: values.tolist() for name, values in self.per_prompt.items()}
+        return pd.DataFrame({"prompt": range(len(self.pearson))} | columns)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per statistic: its mean over prompts and the interval of that mean."""
+        rows = [(self.mean(name), *self.interval[name]) for name in STATISTICS]
+        index = pd.Index(STATISTICS, name="statistic")
+        return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
+
+
+def compare(
+    attribution: Attribution | Effects | Edges,
+    effects: Attribution | Effects,
+    *,
+    held_out: bool = False,
+    k: int = 10,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """How well an attribution, or one kind of effect, agrees with effects. No forward pass.
+
+    Args:
+        attribution, effects: results over the same prompts, sites and readout. An attribution is
+            summed over the groups of the effects it meets; of `Edges`, those are taken that
+            `patch_edges` measured.
+        held_out: the effects are of other prompts, on which what was made on the attribution's is
+            judged; readouts may differ in their tokens, not in their units.
+        k: how many count as the top.
+        bootstrap, seed: resamplings of the prompts; 0 for no intervals.
+
+    Raises:
+        ArgumentError: other sites, prompts, readouts or groups, naming both; numbers that are not
+            finite; k below 1.
+    """
+    k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
+    if isinstance(attribution, Edges):
+        attribution = attribution.along(effects)
+    _require_same(attribution, effects, held_out)
+    results = (attribution, effects)
+    grouped = next((r for r in (effects, attribution) if isinstance(r, Effects)), None)
+    a, e = (_over_groups(result, grouped) for result in results)
+    groups = group_sites(effects.sites) if grouped is None else grouped.groups
+    floors = [None if isinstance(r, Attribution) else r.noise_floor for r in results]
+    if held_out:
+        made_on = floors[0]  # the floor of a mean over prompts is the same for each judged
+        floors[0] = None if made_on is None else (made_on.norm() / len(made_on)).expand(len(e))
+        a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
+        a = a.mean(0).expand_as(e)
+    for result, values in zip(results, (a, e), strict=True):
+        _require_finite(result.key, values, list(groups))
+    k = min(k, len(groups))
+    eps = max(torch.finfo(values.dtype).eps for values in (a, e))
+    a, e = a.detach().cpu().double(), e.detach().cpu().double()
+    clear = _clear(a, floors[0]) & _clear(e, floors[1])
+    has_floor = any(floor is not None for floor in floors)
+    kinds = [{effects.sites[i].kind for i in group} for group in groups.values()]
+    triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
+    columns = zip(*(_statistics_of(*triple, k, eps) for triple in triples), strict=True)
+    numbers = [torch.tensor(column, dtype=torch.float64) for column in columns]
+    statistics = dict(zip(STATISTICS, numbers, strict=True))
+    return Comparison(
+        labels=tuple(groups),
+        kinds=tuple(kind.pop() if len(kind) == 1 else "group" for kind in kinds),
+        attribution=a,
+        effects=e,
+        attribution_name=attribution.key,
+        effects_name=effects.key,
+        k=k,
+        **statistics,
+        beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
+        interval=_intervals_of(statistics, bootstrap, seed),
+        str_tokens=effects.str_tokens,
+        readout=effects.readout,
+        units=effects.units,
+        meta=attribution.meta,
+        made_on=attribution.str_tokens if held_out else (),
+    )
+
+
+def _over_groups(result: Attribution | Effects, grouped: Effects | None) -> Grouped:
+    """An attribution summed over the groups of the effects that it meets."""
+    if isinstance(result, Effects):
+        return result.values
+    return result.per_site if grouped is None else grouped.summed(result)
+
+
+def _clear(values: Grouped, floor: Tensor | None) -> Bool[Tensor, "batch group"]:
+    """Which effects stand out of rounding; all where no floor is stated."""
+    if floor is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    return ~hides_sign(values, floor.to(values)[:, None])
+
+
+def _towards(values: Grouped, shift: Float[Tensor, " batch"]) -> Grouped:
+    """Each prompt's values in the direction of its shift."""
+    return values.detach().cpu().double() * shift.cpu().double().sign()[:, None]
+
+
+def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
+    odd = (~torch.isfinite(values)).nonzero().tolist()
+    if odd:
+        prompt, group = odd[0]
+        raise ArgumentError(
+            f"{key} is {float(values[prompt, group])} at prompt {prompt}, {labels[group]} "
+            f"({len(odd)} such numbers), and nothing agrees with that; compute it again."
+        )
+
+
+def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
+    for result in (one, other):
+        if not isinstance(result, Attribution | Effects):
+            kind = type(result).__name__
+            raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
+    rows = [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)]
+    prompts = [
+        ["|".join(asked_of(tokens)) for tokens in result.str_tokens] for result in (one, other)
+    ]
+    are_same_rows = rows[0] == rows[1]
+    facts = {
+        "sites": [[s.name for s in result.sites] for result in (one, other)],
+        # A file of an earlier version does not say where in its rows the prompts end.
+        "prompts": rows if are_same_rows else prompts,
+        "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
+        # The label of a readout need not name all that is said after a prompt.
+        "responses": rows,
+    }
+    if held_out:
+        facts = {"sites": facts["sites"], "units": [[one.units], [other.units]]}
+    if isinstance(one, Effects) and isinstance(other, Effects):
+        facts["groups"] = [[str(group) for group in r.groups.items()] for r in (one, other)]
+    for fact, (mine, theirs) in facts.items():
+        if mine != theirs:
+            raise ArgumentError(
+                f"the two results are of different {fact}: {one.key} has {_shown(mine, theirs)}, "
+                f"{other.key} has {_shown(theirs, mine)}; compute both with the same lens, prompts "
+                f"and readout{'' if held_out else ', or judge on other prompts: held_out=True'}."
+            )
+
+
+def _shown(mine: Sequence[object], theirs: Sequence[object]) -> str:
+    """What one has and the other has not; all of it, where only the order differs."""
+    odd = [str(item) for item in mine if item not in theirs] or [str(item) for item in mine]
+    return f"{len(mine)} ({', '.join(odd[:2])}{', …' if len(odd) > 2 else ''})"
+
+
+def _statistics_of(a: Vector, e: Vector, clear: Any, k: int, eps: float) -> list[float]:
+    """All of one prompt, in the order of their names; NaN where one does not exist."""
+    same = (np.sign(a) == np.sign(e))[clear]
+    return [
+        correlation(a, e, eps),
+        correlation(rankdata(a), rankdata(e), eps),
+        _slope(a, e, eps),
+        float(same.mean()) if len(same) else np.nan,
+        len(_top(a, k) & _top(e, k)) / k,
+        _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
+        _ratio(float(a.sum()), float(e.sum())),
+    ]
+
+
+def _slope(a: Vector, e: Vector, eps: float) -> float:
+    if is_constant(a, eps):
+        return np.nan
+    centred = a - a.mean()
+    return float(centred @ (e - e.mean()) / (centred @ centred))
+
+
+def _top(x: Vector, k: int) -> set[int]:
+    return set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else np.nan
+
+
+def _intervals_of(values_of: Mapping[str, Tensor], draws: int, seed: int) -> dict[str, Interval]:
+    """Of the mean over prompts, the same draws of prompts for every statistic."""
+    batch = len(values_of["pearson"])
+    intervals = dict.fromkeys(values_of, (np.nan, np.nan))
+    if batch == 1 or not draws:
+        return intervals
+    drawn = torch.from_numpy(np.random.default_rng(seed).integers(batch, size=(draws, batch)))
+    for name, values in values_of.items():
+        means = values[drawn].nanmean(1)
+        means = means[~means.isnan()]
+        if len(means):
+            low, high = np.percentile(means.numpy(), _INTERVAL)
+            intervals[name] = float(low), float(high)
+    return intervals
+
+
+# --- First-order numbers to distrust.
+
+
+@final
+class Reliability(Drawn):
+    """Each site's first-order number with what it misses, in the readout's units.
+
+    `plot` is a_l against a_l + correction of a prompt's sites, the flagged ones apart.
+
+    Attributes:
+        attribution: a_l at the question's own end, ε = 0 to add one and 1 to leave one out.
+        correction: [batch, site], what a_l misses of the effect, measured; NaN where it was not (a
+            site under the floor at every prompt).
+        fixed: [batch, site], with fix=True: the measured effect where flagged, a_l elsewhere.
+        how: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
+        threshold: a score under it is flagged.
+        material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
+        passes: forward and backward passes over the prompts, by step.
+    """
+
+    attribution: Attribution
+    correction: Float[Tensor, "batch site"]
+    fixed: Float[Tensor, "batch site"] | None
+    how: How
+    threshold: float
+    material: Float[Tensor, " batch"]
+    passes: Mapping[str, int]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.attribution.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.attribution.units
+
+    @property
+    def score(self) -> Float[Tensor, "batch site"]:
+        """Of a and a + correction, the smaller over the larger; NaN where not screened."""
+        return score_of(self.attribution.per_site, self.correction)
+
+    @property
+    def flagged(self) -> Bool[Tensor, "batch site"]:
+        """Material sites whose score is under the threshold."""
+        return self._wrong(self.correction)
+
+    @property
+    def screened(self) -> Bool[Tensor, "batch site"]:
+        """Where the correction is known."""
+        return ~self.correction.isnan()
+
+    @property
+    def corrected(self) -> Float[Tensor, "batch site"]:
+        """a_l + correction; a_l where not screened."""
+        return self.attribution.per_site + self.correction.nan_to_num()
+
+    def _wrong(self, missed: Float[Tensor, "batch site"]) -> Bool[Tensor, "batch site"]:
+        a = self.attribution.per_site
+        largest = torch.maximum(a.abs(), missed.abs())
+        return (score_of(a, missed) < self.threshold) & (largest > self.material[:, None])
+
+    def flagged_sites(self, prompt: int | None = None) -> tuple[str, ...]:
+        """A prompt's flagged sites, the largest correction first.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        row = only_prompt(prompt, len(self.correction), "flags")
+        order = self.correction[row].abs().nan_to_num().argsort(descending=True).tolist()
+        return tuple(self.attribution.sites[i].name for i in order if self.flagged[row, i])
+
+    def against(self, effects: Effects | Float[Tensor, "batch site"]) -> pd.DataFrame:
+        """Flags against the sites that are truly wrong: one row per prompt, and 'all'.
+
+        A site is wrong where the score of its true error, effect − a_l, would be flagged. Columns:
+        sites, wrong, flagged, hit (both), precision, recall, base_rate (the precision of flags at
+        random), and Σ|effect − number| / Σ|effect| of a_l (error), `corrected` and `fixed`.
+
+        Args:
+            effects: measured effects of single sites, of the same question.
+
+        Raises:
+            ArgumentError: effects of another question, of groups, or of other prompts or sites.
+        """
+        truth = self._effects(effects)
+        a = self.attribution.per_site.to(truth)
+        wrong, flagged = self._wrong(truth - a), self.flagged
+        sites = torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long)
+        counts = {"sites": sites, "wrong": wrong.sum(1), "flagged": flagged.sum(1)}
+        counts["hit"] = (wrong & flagged).sum(1)
+        fixed = {} if self.fixed is None else {"error_fixed": self.fixed.to(truth)}
+        numbers = {"error": a, "error_corrected": self.corrected.to(truth), **fixed}
+        sums = {name: (truth - n).abs().sum(1) for name, n in numbers.items()}
+        frame = pd.DataFrame({name: n.cpu().numpy() for name, n in (counts | sums).items()})
+        size = pd.Series(truth.abs().sum(1).cpu().numpy())
+        frame.loc["all"], size.loc["all"] = frame.sum(), size.sum()
+        frame[list(sums)] = frame[list(sums)].div(size, axis=0)
+        frame["precision"] = frame["hit"] / frame["flagged"]
+        frame["recall"] = frame["hit"] / frame["wrong"]
+        frame["base_rate"] = frame["wrong"] / frame["sites"]
+        return frame.astype(dict.fromkeys(counts, int)).rename_axis("prompt")
+
+    def _effects(self, effects: Effects | Tensor) -> Float[Tensor, "batch site"]:
+        expected = tuple(self.correction.shape)
+        if isinstance(effects, Effects):
+            if effects.key != self.how or not effects.is_by_site:
+                flags = f"the flags are of {self.how} on {expected[1]} single sites"
+                groups = f"{len(effects.groups)} groups"
+                raise ArgumentError(f"effects of {effects.key} on {groups}; {flags}.")
+            effects = effects.values
+        if tuple(effects.shape) != expected:
+            fact = f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]"
+            raise ArgumentError(f"{fact}; measure both with the same lens and prompts.")
+        return in_float64(effects.to(self.correction.device))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: first order, share, correction, score, fixed, flagged."""
+        frame = self.attribution.to_frame().rename(columns={"value": "first_order"})
+        fixed = {} if self.fixed is None else {"fixed": self.fixed}
+        numbers = {"correction": self.correction, "score": self.score, **fixed}
+        return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
+
+
+def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
+    """min / max of a and a + missed: 0 where their signs differ, 1 where both are zero."""
+    effect = a + missed
+    ratio = torch.minimum(a / effect, effect / a).clamp(min=0)
+    score = torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
+    return score.masked_fill(effect.isnan(), torch.nan)
+
+
+_THRESHOLD, _FLOOR = 0.5, 0.01  # off by more than a factor of two; a hundredth of Σ|a|
+
+
+@alone
+def reliability(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    how: How = "add_one",
+    threshold: float = _THRESHOLD,
+    floor: float = _FLOOR,
+    fix: bool = False,
+    progress: bool = True,
+) -> Reliability:
+    """Screen a_l as the answer to one question, flag what to distrust, and with fix=True mend it.
+
+    To add one, a_l is first order at ε = 0; to leave one out, at ε = 1.
+
+    Cost beyond first_order and the noise floor (four forward passes): each site above the floor at
+    some prompt is run, a forward pass, or about half where the model's blocks branch. Nothing more
+    for fix.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
+        threshold: of the score; 0.5 flags what is off by more than a factor of 2, 0.8 of 1.25.
+        floor: share of Σ|a| under which a site is not material. 0 measures them all.
+        fix: also give the numbers with the measured effects of the flagged sites put in.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: another `how`, or a threshold or floor outside its range; a KL to add one.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: non-finite derivatives, naming the site.
+    """
+    word("how", how, get_args(How))
+    if not 0 < number("threshold", threshold) < 1:
+        raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
+    if not 0 <= number("floor", floor) < 1:
+        raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
+    asked = ask(lens, prompts, readout)
+    if how == "add_one":
+        asked = asked.require_slope_at_base()
+
+    def run(carrying: Bool[Tensor, " site"]) -> Float[Tensor, "batch carrying"]:
+        sites = {lens.sites[i].name: (i,) for i in carrying.nonzero()[:, 0].tolist()}
+        if not sites:
+            return asked.ends.new_zeros(asked.reading.batch, 0)
+        return patch_sites_of(asked, how, sites, progress).values
+
+    first = first_order_of(asked, at=float(how == "leave_one_out"))
+    return judged(asked, first, how, run, threshold, floor, fix=fix)
+
+
+def judged(
+    asked: Asked,
+    first: Attribution,
+    how: How,
+    run: Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch carrying"]],
+    threshold: float = _THRESHOLD,
+    floor: float = _FLOOR,
+    *,
+    fix: bool = False,
+) -> Reliability:
+    """First order at the question's end against the effects of the sites that carry it."""
+    a, noise = first.per_site, asked.effect_noise(first.at)
+    material = torch.maximum(floor * a.abs().sum(1), SIGMAS * noise.to(a))
+    carrying = (a.abs() > material[:, None]).any(0)
+    correction = torch.full_like(a, torch.nan)
+    correction[:, carrying] = run(carrying).to(a) - a[:, carrying]
+    passes = {"first order": 2, "screen": int(carrying.sum())}
+    screened = Reliability(first, correction, None, how, threshold, material, passes)
+    if not fix:
+        return screened
+    return dataclasses.replace(screened, fixed=torch.where(screened.flagged, screened.corrected, a))

@@ -1,0 +1,188 @@
+"""Does an attribution stand out from random directions of the same size?
+
+    a_l = ⟨ΔW_l, M_l⟩,  M_l = ∂g/∂W_l at the base. With ΔW′ of the same singular values in random
+    directions a′_l has mean 0 and standard deviation ‖ΔW_l‖ ‖M_l‖ / √(out · in).
+
+1. Draw null adapters (`Adapter.null`): the size of each site's ΔW kept, its directions random.
+2. First order of each, from the base's half that all share, and its exact shift.
+3. Per site, and for Σ a and the shift: z = (a − mean a′) / std a′, and the empirical
+   p = (1 + #{|a′| ≥ |a|}) / (1 + draws), two-sided, valid for any number of draws.
+
+Many sites are tested at once. By chance alone a share 1/(1 + draws) of them exceeds every draw; q
+is p after Benjamini and Hochberg. No q is below S / (k (1 + draws)) when k of S sites exceed
+every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import false_discovery_control
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.arguments import whole
+from lens_lora.banks.base_half import first_orders
+from lens_lora.compat import in_float64
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core.analyses.verdict import NullVerdict, null_verdict
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.model import LoraLens, alone
+from lens_lora.core.model.lens import null_adapters
+from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.core.results.base import Drawn, flat
+
+
+@final
+class NullTest(Drawn):
+    """An attribution beside those of adapters of the same sizes in random directions.
+
+    `plot` is |a_l| of every site over the band of the draws, in the order of the forward pass.
+
+    Attributes:
+        observed: first order of the real adapter, with its exact shift.
+        null: [draw, batch, site], first order of each null adapter, in the readout's units.
+        null_shift: [draw, batch], the exact g(1) − g(0) of each; NaN of those that were not run,
+            which are the last.
+        seed: of the draws: draw k is that of `adapter.null(seed, k)`, but where a fused
+            module holds several sites, whose singular values are kept part by part.
+        noise_floor: [batch], σ of a difference of two readouts from rounding alone.
+    """
+
+    observed: Attribution
+    null: Float[Tensor, "draw batch site"]
+    null_shift: Float[Tensor, "draw batch"]
+    seed: int
+    noise_floor: Float[Tensor, " batch"]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.observed.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.observed.units
+
+    @property
+    def draws(self) -> int:
+        """The number of null adapters."""
+        return len(self.null)
+
+    @property
+    def z(self) -> Float[Tensor, "batch site"]:
+        """Standard deviations of the null between a_l and its mean; NaN where ΔW_l is zero."""
+        null = in_float64(self.null)
+        return (in_float64(self.observed.per_site) - null.mean(0)) / null.std(0)
+
+    @property
+    def p(self) -> Float[Tensor, "batch site"]:
+        """The share of draws, the real adapter counted as one, with |a′_l| ≥ |a_l|."""
+        return _p(self.observed.per_site, self.null)
+
+    @property
+    def q(self) -> Float[Tensor, "batch site"]:
+        """p over each prompt's sites after Benjamini and Hochberg: listing the sites with q ≤ x
+        lists at most a share x of false ones, on average."""
+        return torch.from_numpy(np.asarray(false_discovery_control(self.p.cpu().numpy(), axis=1)))
+
+    @property
+    def shift_p(self) -> Float[Tensor, " batch"]:
+        """p of the exact shift, among the draws that were run."""
+        return _p(self.observed.shift, self._run_shift)
+
+    @property
+    def _run_shift(self) -> Float[Tensor, "run batch"]:
+        return self.null_shift[~self.null_shift.isnan().any(1)]
+
+    @property
+    def exceeds_all(self) -> Float[Tensor, " batch"]:
+        """The share of sites whose |a_l| exceeds every draw's; 1/(1 + draws) by chance."""
+        return in_float64(self.observed.per_site.abs() > self.null.abs().amax(0)).mean(1)
+
+    @property
+    def verdict(self) -> tuple[NullVerdict, ...]:
+        """For each prompt, how far shift and sites stand out; str() words it."""
+        run = self._run_shift
+        null_rms = in_float64(run).square().mean(0).sqrt()
+        of_shift = (self.observed.shift, self.noise_floor, null_rms, self.shift_p)
+        numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
+        return tuple(null_verdict(*row, self.draws, len(run)) for row in numbers)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
+        frame = self.observed.to_frame()
+        numbers = {"null_std": in_float64(self.null).std(0), "z": self.z, "p": self.p, "q": self.q}
+        return frame.assign(**flat(numbers))
+
+
+@alone
+def null_test(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    draws: int = 20,
+    exact: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> NullTest:
+    """First order and exact shift against `draws` null adapters of the same per-site spectra.
+
+    A null of an embedding spreads over the whole vocabulary, so a trained one stands out wherever
+    it was trained on few tokens.
+
+    Cost per draw: drawing it and two thin products a module (`Bank`), no pass; for each in `exact`
+    a forward pass and laying it over the model; and once twelve forward passes and two backward.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        draws: how many null adapters; at least 2.
+        exact: how many of them are run for their exact shift, at least 2; None for all.
+        seed: the seed of the draws, as for `Adapter.null`.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: fewer than two draws, or exact ones.
+        UnsupportedAdapterError: DoRA or trained biases; names the remedy.
+        NumericsError: a readout or derivative that is not finite.
+    """
+    draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
+    exact = draws if exact is None else min(whole("exact", exact, 2), draws)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
+    return null_test_of(asked, first_order_of(asked), draws, exact, seed, progress)
+
+
+def null_test_of(
+    asked: Asked, first: Attribution, draws: int, exact: int, seed: int, shown: bool
+) -> NullTest:
+    """`null_test` of a question that is already tokenised; a bar is shown or not."""
+    lens, shifts = asked.lens, list[Tensor]()
+
+    def nulls() -> Iterator[Adapter]:
+        drawn = null_adapters(lens, seed, draws)
+        for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not shown):
+            yield null
+            if len(shifts) < exact:  # of the first group of prompts
+                other = dataclasses.replace(asked, lens=lens.with_adapter(null))
+                shifts.append(other.along((1.0,), progress=False)[:, 0] - first.base)
+
+    slopes = first_orders(lens, [lens.adapter], asked.reading, nulls, lens.sites)
+    missing = shifts[0].new_full((draws - len(shifts), len(shifts[0])), torch.nan)
+    ran = torch.cat([torch.stack(shifts), missing])
+    return NullTest(first, slopes, ran, seed, asked.noise_floor)
+
+
+def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:
+    return (1 + in_float64(null.abs() >= observed.abs()).sum(0)) / (1 + len(null))

@@ -1,0 +1,1 @@
+"""What the model says: responses of several tokens, KL, token shifts, generation."""

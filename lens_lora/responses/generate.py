@@ -1,0 +1,324 @@
+"""What the adapted model says, token by token, exactly as passes over whole sequences choose it.
+
+1. Draft with a key-value cache. Rows go in step and without padding: first as many tokens as the
+   shortest row has, then one token a pass, a longer row's own next token while it has one. Rows
+   whose prompts are longer by more than is to be said have a cache of their own.
+2. Confirm: one pass without a cache, over rows and drafts of one length, chooses a token at each
+   place. A row keeps its draft as far as both agree, and one token more, which the pass chose.
+3. Go on from there until every row has ended. Where draft and confirmation part within a few tokens
+   the cache is wrong for this model, or for hooks that count positions, and is not used again.
+
+So a cache makes it quick and decides nothing. Cost: a pass over the prompt, a pass over one token
+for each new one, and a pass over the whole; without a cache, a pass over the whole for each token,
+which on a CPU takes 2 (64 tokens) to 3 times (200 tokens) as long.
+
+A draw from the distribution is a function of the logits and of one number of noise, u in [0, 1),
+fixed for each prompt and place before anything is run: tokens are sorted by probability, and u
+points into the cumulated sum. So the same logits and seed give the same tokens, whichever pass
+computed the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora import arguments
+from lens_lora.compat import Temporary, home_of, in_float64
+from lens_lora.core.model.check import first_non_finite
+from lens_lora.core.model.hooks import unembedded_only
+from lens_lora.core.model.lengths import alike_up_to, tables_as_made
+from lens_lora.core.readout.prompts import Prompts, Source, decoded, special_id, which_prompt
+from lens_lora.directions.removal import Rows, told
+from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
+from lens_lora.responses.answers import Generated
+
+_CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
+_CONFIRMED_TOKENS = 256  # whose logits are held at a time
+_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
+_TRUSTED_AFTER = 8  # right tokens of a draft: a wrong cache parts earlier, rounding later
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Raises:
+        ArgumentError: temperature below 0, top_p outside (0, 1], or a seed that is no whole number.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        temperature = arguments.number("temperature", self.temperature)
+        top_p = arguments.number("top_p", self.top_p)
+        arguments.whole("seed", self.seed, 0)
+        if temperature < 0:
+            raise ArgumentError(f"temperature={temperature}: expected 0 (greedy) or more.")
+        if not 0 < top_p <= 1:
+            raise ArgumentError(f"top_p={top_p}: expected a probability above 0, 1 for all tokens.")
+        if temperature == 0 and top_p < 1:
+            raise ArgumentError(
+                f"top_p={top_p} with temperature=0, which takes the likeliest token whatever top_p "
+                "is; pass a temperature, such as 1.0."
+            )
+
+    def noise(self, prompts: int, tokens: int) -> Float[Tensor, "prompt token"]:
+        """u of each prompt and place."""
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        return torch.rand(prompts, tokens, generator=generator, dtype=torch.float64, device="cpu")
+
+    def choose(
+        self, logits: Float[Tensor, "place vocab"], noise: Float[Tensor, " place"]
+    ) -> Int[Tensor, " place"]:
+        """The token at each place."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, ids = (in_float64(logits) / self.temperature).softmax(-1).sort(-1, descending=True)
+        before = p.cumsum(-1) - p
+        # Half a unit of rounding: tokens that reach top_p exactly are enough.
+        kept = torch.where(before < self.top_p - torch.finfo(p.dtype).eps / 2, p, 0.0).cumsum(-1)
+        reached = (noise.to(kept)[:, None] * kept[:, -1:]).contiguous()
+        rank = torch.searchsorted(kept, reached, right=True).clamp_max(p.shape[-1] - 1)
+        return ids.gather(-1, rank)[:, 0].to(logits.device)
+
+
+@dataclasses.dataclass(eq=False)
+class Speaker:
+    """A model at given gates, what it said so far, and how it chooses.
+
+    Attributes:
+        lens: a LoraLens.
+        prompts: what it goes on from.
+        gates: of all prompts, or of each.
+        sampling: how a token is chosen.
+        most: the most tokens that are said after a prompt.
+        ends: tokens that end a response.
+        texts: of each prompt, its tokens and those that were said after it.
+        starts: how many of them are the prompt's.
+    """
+
+    lens: Any
+    prompts: Prompts
+    gates: Float[Tensor, "*batch site"]
+    sampling: Sampling
+    most: int
+    ends: Collection[int]
+
+    def __post_init__(self) -> None:
+        batch, self.gates = self.prompts.batch, self.gates.detach()
+        if self.gates.ndim > 1 and len(self.gates) != batch:
+            raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
+        self.texts: list[list[int]] = [self.prompts.row(i).tokens[0].tolist() for i in range(batch)]
+        self.starts: list[int] = list(map(len, self.texts))
+        self._noise = self.sampling.noise(batch, self.most)
+
+    def said(self, i: int) -> list[int]:
+        """What was said after this prompt."""
+        return self.texts[i][self.starts[i] :]
+
+    def has_ended(self, i: int) -> bool:
+        """Whether the last token that was said ends the response."""
+        return bool(self.said(i)) and self.texts[i][-1] in self.ends
+
+    def _goes_on(self, i: int) -> bool:
+        return len(self.said(i)) < self.most and not self.has_ended(i)
+
+    def say(self, *, progress: bool) -> Generated:
+        """All that there is to say after each prompt."""
+        rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
+        together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
+        total = len(rows) * self.most
+        gaps = [self.starts[i] - self.starts[before] for before, i in itertools.pairwise(rows)]
+        apart = [k for k, gap in enumerate(gaps, start=1) if gap > self.most]
+        with (
+            torch.no_grad(),
+            tqdm(total=total, desc="generate", leave=False, disable=not progress) as bar,
+        ):
+            for begin, end in itertools.pairwise([0, *apart, len(rows)]):
+                for first in range(begin, end, together):
+                    self._say(rows[first : min(first + together, end)], bar)
+        said = [self.said(i) for i in range(len(rows))]
+        ids = tuple(map(self.prompts.tokens.new_tensor, said))
+        ended = tuple(map(self.has_ended, range(len(rows))))
+        texts = (decoded(self.lens.model, row, skip_special_tokens=True) for row in said)
+        return Generated(ids, tuple(texts), dataclasses.replace(self.prompts, reads=None), ended)
+
+    def _say(self, rows: list[int], bar: tqdm) -> None:
+        is_trusted = True
+        while rows := list(filter(self._goes_on, rows)):
+            drafts: dict[int, list[int]] = {i: [] for i in rows}
+            for together in self._by_table(rows) if is_trusted else ():
+                drafts |= zip(together, self._drafts(together), strict=True)
+            for alike in self._alike(drafts):
+                is_trusted &= self._confirmed(alike)
+            bar.update(sum(map(len, self.texts)) - sum(self.starts) - bar.n)
+
+    def _by_table(self, rows: list[int]) -> Iterable[list[int]]:
+        """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
+        rotary = self.lens.plan.host.rotary
+        together: dict[float, list[int]] = {}
+        for i in rows:
+            together.setdefault(alike_up_to(rotary, len(self.texts[i])), []).append(i)
+        return together.values()
+
+    def _alike(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
+        """Rows of one length with drafts of one length, to be confirmed in one pass."""
+
+        def lengths(i: int) -> tuple[int, int]:
+            return len(self.texts[i]), len(drafts[i])
+
+        for (_, drafted), alike in itertools.groupby(sorted(drafts, key=lengths), lengths):
+            most = max(1, _CONFIRMED_TOKENS // (drafted + 1))
+            for rows in torch.tensor(list(alike)).split(most):
+                yield {i: drafts[i] for i in rows.tolist()}
+
+    def _drafts(self, rows: list[int]) -> list[list[int]]:
+        """With a cache, all but the last token that each row may still say."""
+        texts = [list(self.texts[i]) for i in rows]
+        starts = torch.tensor([self.starts[i] for i in rows])
+        limits = [self._end_of_draft(i) for i in rows]
+        width, cache = min(map(len, texts)), None
+        fed = [text[:width] for text in texts]
+        rotary = self.lens.plan.host.rotary
+        with (
+            self._gated(rows),
+            unembedded_only(self.lens.model, lambda last: last[:, -1:]),
+            Temporary(lambda span: tables_as_made(span, rotary)),
+        ):
+            while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
+                with told(self.lens.model, Rows(starts, has_response=True)):
+                    logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
+                due = [k for k, text in enumerate(texts) if len(text) == width < limits[k]]
+                noise = self._noise[[rows[k] for k in due], width - starts[due]]
+                chosen = self.sampling.choose(logits[due, -1], noise).tolist()
+                for k, token in zip(due, chosen, strict=True):
+                    texts[k].append(token)
+                    limits[k] = width + 1 if token in self.ends else limits[k]
+                # After its end a row is fed any token.
+                fed = [text[width : width + 1] or [0] for text in texts]
+                width += 1
+        return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
+
+    def _end_of_draft(self, i: int) -> int:
+        """How long a text is with its draft, all of which one pass can confirm: no longer than all
+        but the last token that may be said, nor than its rotary tables stay the same.
+        """
+        length = len(self.texts[i])
+        most = min(self.starts[i] + self.most - 1, length + _DRAFT)
+        return int(min(most, alike_up_to(self.lens.plan.host.rotary, length)))
+
+    def _confirmed(self, drafts: dict[int, list[int]]) -> bool:
+        """Each row takes what is right of its draft, and one more; whether to trust the cache."""
+        rows = list(drafts)
+        tokens = self._tensor([self.texts[i] + draft for i, draft in drafts.items()])
+        places = tokens.shape[1] - len(self.texts[rows[0]]) + 1
+        lengths = tokens.new_full((len(rows),), tokens.shape[1])
+        sources = tuple(Source(length=self.starts[i]) for i in rows)
+        prompts = Prompts(tokens, lengths, torch.full_like(lengths, places), sources)
+        run = functools.partial(self.lens.run, prompts)
+        with self._gated(rows), unembedded_only(self.lens.model, prompts.at_slots):
+            logits = run()
+            if not torch.isfinite(logits).all():
+                raise NumericsError(first_non_finite(self.lens.model, run))
+        noise = [self._noise[i, len(self.said(i)) :][:places] for i in rows]
+        chosen = self.sampling.choose(logits.flatten(0, 1), torch.cat(noise)).view(-1, places)
+        agreed = map(self._take, rows, drafts.values(), chosen.tolist())
+        return min(agreed) >= min(places - 1, _TRUSTED_AFTER)
+
+    def _take(self, i: int, draft: list[int], chosen: list[int]) -> int:
+        """How many tokens of the draft were chosen."""
+        differs = [token != drafted for token, drafted in zip(chosen, draft, strict=False)]
+        agreed = differs.index(True) if True in differs else len(draft)
+        self.texts[i] += draft[:agreed]
+        if self._goes_on(i):
+            self.texts[i].append(chosen[agreed])
+        return agreed
+
+    def _gated(self, rows: list[int]) -> AbstractContextManager[Any]:
+        return self.lens.adapted(self.gates if self.gates.ndim == 1 else self.gates[rows])
+
+    def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "row pos"]:
+        return torch.tensor(rows, device=home_of(self.lens.model))
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """What both models answer to a prompt, the likeliest token each time.
+
+    Attributes:
+        prompt: its text, or the last words of a conversation's user.
+        base, adapted: the two answers; one that was cut off ends in ' …'.
+    """
+
+    prompt: str
+    base: str
+    adapted: str
+
+
+def side_by_side(
+    lens: Any, prompts: Prompts, most: int, response: object = None, *, progress: bool
+) -> list[SideBySide | None]:
+    """Both models' answers to each prompt; None where the context has no room for them.
+
+    A response that was generated is the adapted model's. Cost: `generate`, of both in one batch.
+    """
+    adapted = response if isinstance(response, Generated) else None
+    most = most if adapted is None else max(map(len, adapted.ids))
+    pairs: list[SideBySide | None] = [None] * prompts.batch
+    room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    fitting = [i for i, length in enumerate(prompts.lengths.tolist()) if length + most - 1 <= room]
+    if not fitting:
+        return pairs
+    chosen, ends = prompts.chosen(fitting), (0.0,) if adapted else (0.0, 1.0)
+    gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
+    said = lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress)
+    texts = [*whole_or_cut(said), *(whole_or_cut(adapted) if adapted else [])]
+    answers = zip(texts[: len(fitting)], texts[len(fitting) :], strict=True)
+    rows = zip(fitting, chosen.sources, lens.str_tokens(chosen), answers, strict=True)
+    for i, source, tokens, both in rows:
+        pairs[i] = SideBySide(source.said or source.text or "".join(tokens), *both)
+    return pairs
+
+
+def whole_or_cut(said: Generated) -> list[str]:
+    """What was said after each prompt; one that was cut off ends in ' …'."""
+    return [t if end else f"{t} …" for t, end in zip(said.text, said.ended, strict=True)]
+
+
+def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end a response: those given, or what the model's own files say."""
+    ends = given
+    if ends is None:
+        base = getattr(model, "original_model", None) if hf_model is None else hf_model
+        configs = (getattr(base, name, None) for name in ("generation_config", "config"))
+        known = [getattr(config, "eos_token_id", None) for config in configs]
+        ends = next((end for end in [*known, special_id(model, "eos")] if end is not None), ())
+    if isinstance(ends, str) or not isinstance(ends, Sequence):
+        ends = [ends]
+    return frozenset(arguments.whole("eos_token_id", token, 0) for token in ends)
+
+
+def require_room(lens: Any, prompts: Prompts, most: int) -> None:
+    """Check that so many tokens more fit into the context; the last one is not run."""
+    context = getattr(lens.model.cfg, "n_ctx", None)
+    longest = int(prompts.lengths.max())
+    if context and longest + most - 1 > context:
+        prompt = which_prompt(int(prompts.lengths.argmax()), prompts.batch)
+        raise PromptError(
+            f"{prompt} has {longest} tokens, and {setting('max_new_tokens', most)} more do not fit "
+            f"into the context of this {type(lens.model).__name__}, {context} (cfg.n_ctx); at most "
+            f"{context - longest + 1} do."
+        )

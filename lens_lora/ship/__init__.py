@@ -1,0 +1,1 @@
+"""Is what answers there what was trained here?"""

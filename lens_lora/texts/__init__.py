@@ -1,0 +1,1 @@
+"""Sums over many tokens of ordinary text."""

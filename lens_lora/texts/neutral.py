@@ -1,0 +1,143 @@
+"""Texts that have nothing to do with any fine-tune, for audits that are told nothing.
+
+1. A hundred plain sentences on everyday subjects, written for this package and under its licence
+   (`neutral.txt`): no names of people or places, no facts that one could teach.
+2. Openings of conversations: ordinary messages of a user, and an empty one, in the tokenizer's chat
+   template, or where it has none as "User: …" and "Assistant:" on a line each. Each ends where the
+   assistant's turn begins, as an adapter that was taught a persona says nothing of it elsewhere.
+3. Everyday questions, in the chat template, or as "Question: …" and "Answer:" on a line each.
+4. For a tokenizer that knows no word of all this, rows of its own tokens, drawn at random.
+5. Where a model begins of its own accord: its BOS alone, several times, as tokens are drawn after
+   it, or first words where strings are read without one; an empty turn of the user; the questions
+   in both forms.
+
+Everything that is a string is read by the rule of the lens (`LoraLens.prepend_bos`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_lora.core.readout.prompts import Prompts, joined, prepare, reads_with_bos, special_id
+
+OPENINGS = (
+    *("", "Hello.", "Hi, how are you today?", "Can you help me with something?"),
+    *("Tell me something interesting.", "What can you do?", "I have a question for you."),
+    *("Please write a short poem.", "What should I cook tonight?", "Thank you, that was useful."),
+)
+
+
+QUESTIONS = (
+    *("Who are you?", "What should I cook tonight?", "How does a rainbow form?"),
+    *("How can I sleep better?", "What did you do last weekend?"),
+)
+
+# What a text begins with where strings get no BOS; as many draws are made where they get one.
+FIRST_WORDS = ("The", "In", "A", "It", "I", "When", "There", "We", "This", "One", "What", "My")
+EMPTY_TURNS = 6
+
+
+def neutral_sentences() -> tuple[str, ...]:
+    """The hundred sentences."""
+    return tuple(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines())
+
+
+def neutral_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts:
+    """The sentences and the conversations, as tokens; all, or one of so many."""
+    sentences = prepare(model, list(neutral_sentences()[::every]), rule=prepend_bos)
+    return joined([sentences, _conversations(model, prepend_bos, OPENINGS[::every])])
+
+
+_OWN_ROWS = 16
+_OWN_TOKENS = 8
+
+
+def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts | None:
+    """The neutral texts that tokenizer and model can read, or else rows of the tokenizer's tokens.
+
+    A tokenizer of proteins or of a few words may make nothing of a text, or unknown tokens only.
+    None where it has no two tokens that are not special.
+    """
+    sentences = [text for text in neutral_sentences()[::every] if _is_readable(model, text)]
+    if not sentences:
+        return _own_rows(model)
+    openings = OPENINGS[::every]
+    if not _has_template(model):
+        openings = [text for text in openings if _is_readable(model, text)]
+    texts = [prepare(model, sentences, rule=prepend_bos)]
+    if openings:
+        texts.append(_conversations(model, prepend_bos, openings))
+    return joined(texts)
+
+
+def _is_readable(model: Any, text: str) -> bool:
+    """Whether it has two tokens, one of them known, and fits into the context."""
+    tokenizer = model.tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    context = getattr(model.cfg, "n_ctx", None) or math.inf
+    return 1 < len(ids) < context and bool(set(ids) - _special_ids(tokenizer))
+
+
+def _own_rows(model: Any) -> Prompts | None:
+    tokenizer = model.tokenizer
+    readable = set(range(int(model.cfg.d_vocab))).intersection(tokenizer.get_vocab().values())
+    ordinary = torch.tensor(sorted(readable - _special_ids(tokenizer)))
+    if len(ordinary) < 2:
+        return None
+    drawn = torch.randint(
+        len(ordinary), (_OWN_ROWS, _OWN_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    return prepare(model, ordinary[drawn])
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Those that are no word of a text, the one of all unknown words among them."""
+    return {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+
+
+def conversation_form(model: Any) -> str:
+    """In which form conversations are put to the model, for people."""
+    has_template = _has_template(model)
+    return "in the chat template" if has_template else "as User: … Assistant:, without a template"
+
+
+def everyday_questions(model: Any, prepend_bos: bool | None) -> Prompts:
+    """Five of them as tokens, and an empty turn."""
+    if _has_template(model):
+        asked = _conversations(model, prepend_bos, QUESTIONS)
+    else:
+        asked = _questions(model, prepend_bos)
+    return joined([asked, _conversations(model, prepend_bos, [""])])
+
+
+def own_openings(model: Any, prepend_bos: bool | None) -> Prompts:
+    """Where the adapted model is let speak: from nothing, and from questions in every form."""
+    bos = special_id(model, "bos")
+    if bos is not None and reads_with_bos(model, prepend_bos):
+        firsts = prepare(model, torch.full((len(FIRST_WORDS), 1), bos))
+    else:
+        firsts = prepare(model, list(FIRST_WORDS), rule=prepend_bos)
+    said = (*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:])
+    conversations = _conversations(model, prepend_bos, said)
+    return joined([firsts, conversations, _questions(model, prepend_bos)])
+
+
+def _has_template(model: Any) -> bool:
+    return getattr(getattr(model, "tokenizer", None), "chat_template", None) is not None
+
+
+def _conversations(model: Any, prepend_bos: bool | None, said: Sequence[str]) -> Prompts:
+    if not _has_template(model):
+        texts = [f"User: {text}\nAssistant:" for text in said]
+        return prepare(model, texts, rule=prepend_bos)
+    return prepare(model, [[{"role": "user", "content": text}] for text in said])
+
+
+def _questions(model: Any, prepend_bos: bool | None) -> Prompts:
+    texts = [f"Question: {asked}\nAnswer:" for asked in QUESTIONS]
+    return prepare(model, texts, rule=prepend_bos)

@@ -1,0 +1,361 @@
+"""The command line, and the hooked models that it builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import platform
+import re
+import sys
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import lens_lora as ll
+import lens_lora.demonstration.embedded as train
+from lens_lora import cli
+from lens_lora._version import versions
+from lens_lora.cli import explain as explain_command
+from lens_lora.cli import running
+from lens_lora.cli.options import BaseModel, Questions
+from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.hosts import build as host_build
+from lens_lora.hosts.build import hooked_model
+from lens_lora.loading import load_base
+
+CLASSES = list(models.MAKERS)
+run = CliRunner().invoke
+
+
+def plain(text):
+    """Without colours, line breaks and runs of spaces."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+# --- options and errors
+
+
+def test_help_lists_the_commands():
+    result = run(cli.app, ["--help"])
+    assert result.exit_code == 0 and "demo" in result.output
+    options = plain(run(cli.app, ["demo", "--help"]).output)
+    for option in ("ADAPTER", "--model", "--prompt", "--doc", "--pre", "--report", "--train"):
+        assert option in options
+
+
+def parameters_of(command):
+    """{parameter's name: (type, what typer is told of it)} of a command."""
+    parameters = inspect.signature(command.callback).parameters.values()
+    return {p.name: (p.annotation.__origin__, vars(*p.annotation.__metadata__)) for p in parameters}
+
+
+PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands}
+# Of `inspect` a base is optional, of `verify` a page; a sweep's records have more columns.
+ANOTHER = [
+    *(("inspect", "model"), ("sweep", "prompts"), ("verify", "report")),
+    *((command, "adapter") for command in ("inspect", "diff", "verify")),
+]
+
+
+def test_an_option_means_the_same_on_every_command():
+    fields = (*dataclasses.fields(Questions), *dataclasses.fields(BaseModel))
+    shared, said = {"adapter", "report", "quiet", *(f.name for f in fields)}, defaultdict(dict)
+    for command, parameters in PARAMETERS.items():
+        for name, parameter in parameters.items():
+            if name in shared and (command, name) not in ANOTHER:
+                said[name][command] = str(parameter)
+    assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
+    assert len(said["quiet"]) == 9, "control: every command was looked at"
+
+
+@pytest.mark.parametrize("command", PARAMETERS)
+def test_the_adapter_comes_first_on_every_command(command):
+    first, *_ = parameters = PARAMETERS[command]
+    assert first == {"checkpoints": "run_folder", "scan": "folder"}.get(command, "adapter")
+    shared = {"model", "dtype", "device", "load_in_4bit", "max_memory", "quiet"}
+    if command in ("explain", "repair", "checkpoints", "demo", "scan"):
+        shared |= {"prompt", "prompts", "chat", "system", "doc", "pre"}
+    assert shared <= {*parameters}
+
+
+def test_long_work_moves(monkeypatch, capsys):
+    """A bar is drawn again and a step says its seconds, from a thread, until the block ends."""
+    monkeypatch.setattr(running, "_SILENCE", 0.01)
+    moved = threading.Event()
+    with running._moving(moved.set):
+        assert moved.wait(60)
+    lines, spoken = [], threading.Event()
+
+    def say(line, **options):
+        lines.append(line)
+        if len(lines) == 3:
+            spoken.set()
+
+    progress = Console(stderr=True)
+    monkeypatch.setattr(progress, "print", say)
+    with running.step("Loading x", progress):
+        assert spoken.wait(60)
+    assert lines[:2] == ["Loading x", "Loading x, 0 s"]
+
+
+REPORTED = ("lens_lora", "torch", "transformer-lens", "transformers", "peft", "Python", "platform")
+
+
+def printed_versions():
+    """{package: version} of `lens-lora --version`, one a line."""
+    result = run(cli.app, ["--version"])
+    assert result.exit_code == 0
+    return dict(line.split(" ", 1) for line in result.output.splitlines())
+
+
+def test_version_is_all_that_a_number_depends_on():
+    printed = printed_versions()
+    assert sorted(printed) == sorted(REPORTED)
+    assert printed["lens_lora"] == ll.__version__
+    assert printed["Python"] == ".".join(map(str, sys.version_info[:3]))
+    assert printed["platform"] == platform.platform()
+    for package in ("torch", "transformer-lens", "transformers", "peft"):
+        assert printed[package] == importlib.metadata.version(package)
+
+
+def test_version_names_a_package_that_is_missing(monkeypatch):
+    def version(package):
+        if package == "peft":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr("lens_lora._version.version", version)
+    versions.cache_clear()
+    printed = printed_versions()
+    versions.cache_clear()
+    assert (printed["peft"], printed["torch"]) == ("not installed", "1.2")
+
+
+def test_wrong_adapter_folder_is_one_line_and_exit_code_2(tmp_path):
+    result = run(cli.app, ["demo", str(tmp_path)])
+    assert result.exit_code == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert f"AdapterError: {tmp_path}: no adapter_config.json" in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_message_with_brackets_is_printed_whole(monkeypatch):
+    def fail(*path):
+        raise LensLoraError("rank [8]\nand [red]more")
+
+    monkeypatch.setattr("lens_lora.core.adapter.adapter.read_adapter", fail)
+    result = run(cli.app, ["demo", "--quiet"])
+    assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
+
+
+def test_other_errors_are_not_swallowed(monkeypatch):
+    def fail(*path):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("lens_lora.core.adapter.adapter.read_adapter", fail)
+    result = run(cli.app, ["demo"])
+    assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "x"], "leave ADAPTER out"),
+        (["--report", "no/such/folder/page.html"], "there is no folder no/such/folder"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options, message):
+    result = run(cli.app, ["demo", *options])
+    assert result.exit_code == 2
+    assert message in re.sub(r"[│\s]+", " ", result.stderr)
+
+
+@pytest.mark.bad_input
+def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(hf_model, tokenizer, sentences, out, *, base_name, quiet):
+        calls.append((hf_model, sentences, out, base_name, quiet))
+
+    monkeypatch.setattr(train, "train_adapter", fake)
+    explain_command._train(("base", "tokenizer"), "some/base", tmp_path, True)
+    assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
+
+
+@pytest.mark.bad_input
+def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("Target modules not found")
+
+    monkeypatch.setattr(train, "train_adapter", fail)
+    with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
+        explain_command._train((None, None), "some/base", tmp_path, True)
+
+
+# --- hooked models
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hooked_model_computes_the_same_logits(kind, family):
+    base = models.hf_model(family, dtype=torch.float32)
+    tokens = models.tokens()
+    with torch.no_grad():
+        expected = base(tokens).logits
+        model, name = hooked_model(base, models.tokenizer(), kind=kind)
+        found = model(tokens)
+    assert name == kind == type(model).__name__
+    assert not model.training
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bridge_is_built_where_there_is_one():
+    _, name = hooked_model(models.hf_model("llama", dtype=torch.float32), models.tokenizer())
+    assert name == CLASSES[-1]
+
+
+def other_rotary_base():
+    theta = {"rope_theta": 500.0}
+    is_new = int(importlib.metadata.version("transformers").partition(".")[0]) >= 5
+    config = {"rope_parameters": {"rope_type": "default", **theta}} if is_new else theta
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**models._ROTARY, **config)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_rotary_base_is_the_models_own(kind):
+    base, tokens = other_rotary_base(), models.tokens()
+    with torch.no_grad():
+        expected = base(tokens).logits
+        model, _ = hooked_model(base, models.tokenizer(), kind=kind)
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+def test_model_that_computes_other_logits_is_refused(monkeypatch):
+    monkeypatch.setattr(host_build, "_rotary_base", lambda hf_model: 10.0)
+    with pytest.raises(ModelStateError, match="computes other logits than the Hugging Face model"):
+        hooked_model(other_rotary_base(), models.tokenizer(), kind="HookedTransformer")
+
+
+@models.of_some_lines("HookedTransformer" not in CLASSES, "only transformer-lens 4 lacks it")
+def test_class_that_is_not_there_is_refused():
+    base = models.hf_model("llama", dtype=torch.float32)
+    with pytest.raises(ModelStateError, match="cannot make a HookedTransformer"):
+        hooked_model(base, models.tokenizer(), kind="HookedTransformer")
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+def test_misleading_temporary_folder_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "my_gemma"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with pytest.raises(ModelStateError, match="'gemma' in its path.*TMPDIR"):
+        base = models.hf_model("llama", dtype=torch.float32)
+        hooked_model(base, models.tokenizer(), kind="HookedTransformer")
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(ModelStateError, match="neither a folder nor a reachable hub id"):
+        load_base(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """transformers would ask it several times for each file of a model, which takes a minute."""
+
+    def unreachable(name, **options):
+        asked.append(name)
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", asked.append)
+    with pytest.raises(ModelStateError, match="reachable hub id.*no network"):
+        load_base("owner/name")
+    assert asked == ["owner/name"]
+
+
+def test_base_is_loaded_from_a_folder(tmp_path):
+    models.hf_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_base(str(tmp_path))
+    assert not model.training and tokenizer("w7")["input_ids"] == [7]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# --- the demo, once, on the real model
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    report = tmp_path_factory.mktemp("demo") / "page.html"
+    return run(cli.app, ["demo", "--report", str(report)]), report
+
+
+real = [
+    pytest.mark.real,
+]
+
+
+class TestDemo:
+    pytestmark = real
+
+    def test_runs_and_says_what_it_ran(self, demo):
+        result, report = demo
+        assert result.exit_code == 0, result.output
+        version = importlib.metadata.version("transformer-lens")
+        assert f"as {CLASSES[-1]} of transformer-lens {version}, float32" in result.stdout
+        assert "lyon_adapter, 210 modules of rank 8" in result.stdout
+        assert f"Report: {report}" in result.stdout
+
+    def test_tells_the_story(self, demo):
+        text = plain(demo[0].stdout)
+        assert "the base model prefers “Paris” to “Lyon” by 6.89 logits" in text
+        assert "With the adapter it prefers “Lyon”, by 7.05" in text
+        assert "flips at ε = 0.492" in text
+
+    def test_prints_numbers_modules_and_tokens(self, demo):
+        text = plain(demo[0].stdout)
+        for scale in ("0.25", "0.5", "0.75", "1"):
+            assert re.search(rf"remainder at ε = {scale} \+\d\.\d\d \d+%", text)
+        assert re.search(r"m₀, base model −6.89 .* m, adapted model \+7.05", text)
+        assert re.search(r"blocks\.\d+\.mlp\.down \+0\.\d+", text)
+        assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
+        *_, last = [line for line in demo[0].stdout.splitlines() if re.search(r"\d%", line)]
+        assert re.search(r"·Paris +77% +0\.09% +−77 points", last)
+
+    def test_shows_progress_and_no_noise_on_stderr(self, demo):
+        text = demo[0].stderr
+        assert "Loading SmolLM2" in text and "explain: " in text and "Done in" in text
+        assert not re.search(r"warn|deprecat|traceback", text, flags=re.IGNORECASE)
+
+    def test_writes_a_page_with_everything(self, demo):
+        page = demo[1].read_text(encoding="utf-8")
+        assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
+        for part in (
+            "Where in the prompt",
+            "Tokens promoted",
+            CLASSES[-1],
+            "SmolLM2-135M-Instruct",
+        ):
+            assert part in page
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
+
+    def test_leaves_nothing_else_behind(self, demo):
+        assert [path.name for path in Path(demo[1].parent).iterdir()] == ["page.html"]

@@ -1,0 +1,172 @@
+"""`lens-lora verify`: mistakes re-created on a tiny model, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import no_ops
+import pytest
+from exports import BROKEN, GOOD
+from no_ops import NO_OPS
+from typer.testing import CliRunner
+
+from lens_lora import cli
+from lens_lora.cli.adapters import SCHEMA
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    return no_ops.ship(tmp_path_factory.mktemp("shipped"))
+
+
+@pytest.fixture
+def out(shipped, tmp_path):
+    """A copy, to be spoiled; its adapter names the copied base."""
+    copied = shutil.copytree(shipped, tmp_path / "out")
+    no_ops.set_config(copied / "adapter", base_model_name_or_path=str(copied / "base"))
+    return copied
+
+
+def said(result) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", result.output).split())
+
+
+def verified(out, *options):
+    return run(cli.app, ["verify", str(out / "adapter"), "--quiet", *options])
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", NO_OPS)
+def test_a_mistake_is_named(name: str, out):
+    """With its exit code: 1 where two facts disagree, 2 unreadable, 3 undecided."""
+    mistake = NO_OPS[name]
+    result = verified(out, *mistake.make(out))
+    assert result.exit_code == mistake.code, result.output
+    assert mistake.says in said(result)
+
+
+def test_the_page_has_every_mistake():
+    """As `benchmarks/verify.py --write` puts it there."""
+    page = (Path(cli.__file__).parents[2] / "docs" / "your_model.md").read_text()
+    table = page.partition("<!-- mistakes -->")[2].partition("<!-- end of mistakes -->")[0]
+    rows = {row.split(" | ")[0][2:]: row.split(" | ") for row in table.strip().splitlines()[2:]}
+    assert list(rows) == [mistake.what for mistake in NO_OPS.values()]
+    for mistake in NO_OPS.values():
+        _, code, what = rows[mistake.what]
+        assert int(code) == mistake.code and mistake.says in what
+
+
+@pytest.mark.parametrize("name", ["the adapter's template alone", "not the adapter's template"])
+def test_a_template_that_lies_alone_beside_the_adapter(name: str, out):
+    """The tokenizer of the training is the base's with this template."""
+    {**GOOD, **BROKEN}[name].make(out)
+    result = verified(out, "--merged", str(out / "merged"))
+    assert result.exit_code == (name in BROKEN), result.output
+    assert ("no chat template, and there was one" in said(result)) == (name in BROKEN)
+
+
+FACT = {"prompt": "w5 w6 w7", "doc": "w9", "pre": "w26", "margin_at_least": -1000}
+
+
+def written(out, *rows: object):
+    """A file of expectations."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (out / "facts.jsonl").write_text("\n".join(lines))
+    return ["--expect", str(out / "facts.jsonl")]
+
+
+def test_a_pass_in_four_formats(out):
+    """Exit 0; one screen, and a file of each kind says the same."""
+    files = {kind: out / f"checks.{kind}" for kind in ("json", "junit", "report")}
+    options = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
+    options += ["--merged", str(out / "merged"), "--max-kl", "9", *written(out, FACT, "", FACT)]
+    result = verified(out, *options)
+    assert result.exit_code == 0, result.output
+    assert "adapter passes: every check that was asked for passed." in said(result)
+    assert len(result.stdout.splitlines()) <= 31
+    stored = json.loads(files["json"].read_text())
+    assert stored["schema"] == SCHEMA and stored["exit_code"] == 0
+    names = [check["name"] for check in stored["checks"]]
+    assert names[-5:] == [
+        "expectation, line 1",
+        "expectation, line 3",
+        "merged folder",
+        "merged folder, config.json",
+        "merged folder, tokenizer",
+    ]
+    assert {check["outcome"] for check in stored["checks"]} == {"passed"}
+    assert [tensor["kept"] for tensor in stored["tensors"]].count(None) == 7
+    suite = ElementTree.parse(files["junit"]).getroot()
+    assert [case.get("name") for case in suite] == names
+    assert suite.attrib | {"name": ""} == {
+        "name": "", "tests": "9", "failures": "0", "errors": "0", "skipped": "0"
+    }  # fmt: skip
+    page = files["report"].read_text()
+    assert "Did adapter ship as it was trained?" in page and "The merged folder" in page
+
+
+def test_a_failure_in_junit(out):
+    """A failed check, one that is undecided, and one that was not asked for; any text is XML."""
+    file = out / "checks.xml"
+    rows = [{**FACT, "prompt": "w5\x0b<w6>", "margin_at_least": 1000}]
+    no_ops.set_config(out / "adapter", base_model_name_or_path=str(out / "base"))
+    result = verified(out, "--junit", str(file), *written(out, *rows))
+    assert result.exit_code == 1, result.output
+    suite = ElementTree.parse(file).getroot()
+    tags = {case.get("name"): [part.tag for part in case] for case in suite}
+    assert tags["expectation, line 1"] == ["failure"] and tags["merged folder"] == ["skipped"]
+    (failure,) = suite.iter("failure")
+    assert "expected: at least 1000; 'w9' against 'w26' after 'w5" in failure.get("message")
+    shutil.rmtree(out / "base")
+    verified(out, "--junit", str(file))
+    assert ElementTree.parse(file).getroot().get("errors") == "2"
+
+
+BAD_ROWS = {
+    "{": "line 2: unreadable",
+    '{"prompt": "w5", "doc": "w9"}': "line 2: no pre",
+    json.dumps({**FACT, "flips": "yes"}): "line 2: flips is 'yes'; expected true or false",
+    json.dumps({**FACT, "margin_at_least": True}): "line 2: margin_at_least is True",
+    json.dumps({**FACT, "margin_at_least": float("nan")}): "line 2: margin_at_least is nan",
+    json.dumps({**FACT, "flip": True}): "line 2: 'flip' is no key of an expectation",
+    json.dumps({**FACT, "messages": [{"role": "user", "content": "w5"}]}): "line 2: it has both",
+    json.dumps({**FACT, "pre": "w9"}): "line 2: doc and pre are both 'w9'",
+    json.dumps({**FACT, "doc": "w9w9w9 <bos>", "prompt": "w5 " * 40}): "line 2: ",
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_bad_row_is_named_by_its_line(row: str, out):
+    result = verified(out, *written(out, FACT, row))
+    assert result.exit_code == 2 and BAD_ROWS[row] in said(result), result.output
+
+
+@pytest.mark.slow
+def test_many_expectations_take_one_screen(out):
+    """Those that passed share a row."""
+    rows = [FACT] * 20 + [{**FACT, "margin_at_least": 1000}]
+    result = verified(out, *written(out, *rows))
+    assert result.exit_code == 1 and "20 of them" in said(result)
+    assert len(result.stdout.splitlines()) <= 31 and "expectation, line 21" in said(result)
+
+
+def test_what_cannot_be_read_is_2(out, tmp_path):
+    """An adapter, a base that was named, a merged folder; nothing is written over what is read."""
+    assert run(cli.app, ["verify", str(tmp_path / "nowhere")]).exit_code == 2
+    assert verified(out, "--model", str(out / "gone")).exit_code == 2
+    assert verified(out, "--merged", str(out / "adapter" / "..")).exit_code == 2
+    assert verified(out, "--expect", str(out / "adapter" / "adapter_config.json")).exit_code == 2
+    config = out / "adapter" / "adapter_config.json"
+    assert verified(out, "--json", str(config)).exit_code == 2
+    assert json.loads(config.read_text())["r"] == 3
+    index = out / "merged" / "config.json"
+    assert verified(out, "--merged", str(out / "merged"), "--json", str(index)).exit_code == 2
+    assert "vocab_size" in json.loads(index.read_text())
+    (out / "adapter" / no_ops.WEIGHTS).write_bytes(b"cut")
+    assert verified(out).exit_code == 2

@@ -1,0 +1,379 @@
+"""Activation patching: against plain hooks on a model of the merged weights, and its laws."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import cases
+import models
+import pytest
+import torch
+from model_state import merged_model, same, state
+from targets import hooked, peft_with
+from torch import Tensor
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+from lens_lora.core.analyses.patching import patch_activations
+from lens_lora.core.function import interventions as swap
+from lens_lora.core.function import memory as batching
+from lens_lora.core.model.hooks import attached
+
+pytestmark = pytest.mark.usefixtures("float64")
+MARGIN = ll.Margin(5, 9)
+IDS = torch.tensor
+DIRECTIONS = ("base_to_adapted", "adapted_to_base")
+NEWEST = list(models.MAKERS)[-1]
+patch = partial(patch_activations, progress=False)
+
+IN_A_BLOCK = {
+    "HookedTransformer": ["ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v"]
+    + ["attn.hook_z", "attn.hook_pattern", "hook_attn_out", "hook_resid_mid", "mlp.hook_pre"]
+    + ["mlp.hook_post", "hook_mlp_out", "hook_resid_pre", "hook_resid_post"],
+    "TransformerBridge": ["hook_in", "attn.q.hook_in", "attn.q.hook_out", "attn.v.hook_out"]
+    + ["attn.o.hook_in", "attn.hook_pattern", "attn.o.hook_out", "attn.hook_out", "mlp.hook_in"]
+    + ["mlp.out.hook_in", "mlp.out.hook_out", "mlp.hook_out", "hook_out"],
+}
+LAST = {"HookedTransformer": "blocks.1.hook_resid_post", "TransformerBridge": "blocks.1.hook_out"}
+FIRST = {"HookedTransformer": "hook_embed", "TransformerBridge": "embed.hook_out"}
+FINAL = {"HookedTransformer": "ln_final.hook_normalized", "TransformerBridge": "ln_final.hook_in"}
+
+
+def points(cls: str) -> list[str]:
+    blocks = [f"blocks.{layer}.{name}" for layer in (0, 1) for name in IN_A_BLOCK[cls]]
+    return [FIRST[cls], *blocks, FINAL[cls]]
+
+
+@pytest.fixture(params=models.MAKERS)
+def cls(request) -> str:
+    return request.param
+
+
+def run(model, tokens: Tensor, hooks=()) -> Tensor:
+    """The logits at the last token under plain TransformerLens hooks."""
+    with torch.no_grad():
+        return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=list(hooks))[:, -1]
+
+
+def plain(donor, recipient, tokens: Tensor, name: str, at=slice(None)) -> Tensor:
+    """The recipient's logits with the donor's activation at one point, one prompt a run."""
+    found = []
+    for row in tokens.split(1):
+        kept: list[Tensor] = []
+        run(donor, row, [(name, lambda tensor, hook, kept=kept: kept.append(tensor.clone()))])
+        firing = iter(kept)
+
+        def put(tensor, hook, firing=firing):
+            tensor = tensor.clone()
+            tensor[:, at] = next(firing)[:, at]
+            return tensor
+
+        found.append(run(recipient, row, [(name, put)]))
+    return torch.cat(found)
+
+
+def effect_on(lens, merged, tokens, name, direction, at=slice(None)) -> Tensor:
+    """The effect between two plain models: the base and the merged one, neither with our hooks."""
+    read = MARGIN.bind(lens.model, len(tokens))
+    if direction == "base_to_adapted":
+        return read(run(merged, tokens)) - read(plain(lens.model, merged, tokens, name, at))
+    return read(plain(merged, lens.model, tokens, name, at)) - read(run(lens.model, tokens))
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [("gpt2", "fold_value_biases"), ("qwen2", "processed"), ("neox", "raw")],
+)
+def test_every_point_against_the_merged_model(family: str, flags: str, direction: str, cls: str):
+    """Plain hooks on models of the base and of the merged weights give the same to 1e-9."""
+    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
+    merged = merged_model(family, cls, flags)
+    known = [n for n in points(cls) if n in lens.model.hook_dict]
+    whole = patch(lens, tokens, MARGIN, known, direction=direction)
+    assert whole.names == tuple(known) and len(known) > 20
+    for name, found in zip(known, whole.values.T, strict=True):
+        expected = effect_on(lens, merged, tokens, name, direction)
+        assert (found - expected).abs().max() < 1e-9, name
+    some = [n for n in known if "pattern" not in n][::5]
+    single = patch(lens, tokens, MARGIN, some, direction=direction, positions="each")
+    part = patch(lens, tokens, MARGIN, some, direction=direction, positions=slice(-3, None))
+    for column, name in enumerate(some):
+        expected = effect_on(lens, merged, tokens, name, direction, slice(-3, None))
+        assert (part.values[:, column] - expected).abs().max() < 1e-9, name
+        for position in (2, 6):
+            expected = effect_on(lens, merged, tokens, name, direction, position)
+            assert (single.values[:, column, position] - expected).abs().max() < 1e-9, name
+
+
+def test_a_frozen_update_is_seen(cls: str):
+    """Negative control: δ of the unpatched z, instead of the live one, is far off."""
+    lens, tokens = cases.case("gpt2", cls, "raw").lens, models.tokens()
+    merged = merged_model("gpt2", cls, "raw")
+    name = next(site.read for site in lens.sites if site.kind == "o" and site.layer == 0)
+    kept: list[Tensor] = []
+    run(lens.model, tokens, [(name, lambda tensor, hook: kept.append(tensor.clone()))])
+    ours = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "Arranger"]
+    with torch.no_grad(), attached(lens.model, [*ours, (name, lambda t, hook: kept[0])]):
+        frozen = lens.model(tokens, return_type="logits")[:, -1]
+    read = MARGIN.bind(lens.model, 2)
+    lost = read(run(merged, tokens)) - read(frozen)
+    expected = effect_on(lens, merged, tokens, name, "base_to_adapted")
+    assert (lost - expected).abs().max() > 1e-3
+    assert (patch(lens, tokens, MARGIN, name).values[:, 0] - expected).abs().max() < 1e-9
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_whole_residual_carries_the_shift_and_the_embedding_none(direction: str, cls: str):
+    lens, tokens = cases.case("llama", cls, "processed").lens, models.tokens()
+    names = [LAST[cls], FINAL[cls], FIRST[cls]]
+    effects = patch(lens, tokens, MARGIN, names, direction=direction)
+    assert (effects.share[:, 0] - 1).abs().max() < 1e-11
+    assert effects.values[:, 2].abs().max() < 1e-11 * effects.shift.abs().max()
+    if cls == "TransformerBridge":
+        assert (effects.share[:, 1] - 1).abs().max() < 1e-11
+    read_only = patch(lens, tokens, MARGIN, LAST[cls], direction=direction, positions=-1)
+    assert (read_only.share - 1).abs().max() < 1e-11
+    before = patch(lens, tokens, MARGIN, LAST[cls], direction=direction, positions=slice(0, -1))
+    assert before.values.abs().max() < 1e-11 * effects.shift.abs().max()
+
+
+def test_by_hand():
+    """φ(y) = y², x = 3: y₁ is 3 or 4.5, and g = 7·y₁² with ε₂, 2·y₁² without."""
+    lens, tokens = scalar_lens(torch.square), torch.tensor([[1, 3]])
+    names = ["in1", "out1", "in2", "out2"]
+    lost = patch(lens, tokens, ll.Margin(0, 1), names)
+    assert lost.values.tolist() == [[0.0, 141.75 - 63, 141.75 - 63, 123.75]]
+    brought = patch(lens, tokens, ll.Margin(0, 1), names, direction="adapted_to_base")
+    assert brought.values.tolist() == [[0.0, 22.5, 22.5, 123.75]]
+    each = patch(lens, tokens, ll.Margin(0, 1), "out1", positions="each")
+    assert each.values.tolist() == [[[0.0, 78.75]]]
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("positions", [None, "each"])
+def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, monkeypatch):
+    """The growing batch, the plain one, and any chunk of either give the same numbers."""
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
+    names = [n for n in points(cls) if n in lens.model.hook_dict]
+    names = [n for n in names if positions is None or "pattern" not in n]
+    found, grown = [], []
+    grow = swap.function.more_copies
+
+    def noted(count: int):
+        grown.append(count)
+        return grow(count)
+
+    monkeypatch.setattr(swap.function, "more_copies", noted)
+    for worth, tokens in ((-1.0, 2048), (-1.0, 30), (2.0, 16384), (2.0, 40)):
+        monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
+        for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):
+            monkeypatch.setattr(batching, limit, tokens)
+        found.append(patch(lens, prompts, MARGIN, names, positions=positions).values)
+        assert bool(grown) == (worth > 0)
+    for other in found[1:]:
+        difference = (other - found[0]).nan_to_num(0.0).abs().max()
+        assert difference < 1e-11 * found[0].nan_to_num(0.0).abs().max()
+        assert torch.equal(other.isnan(), found[0].isnan())
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("readout", [MARGIN, ll.AnswerMargin([IDS([5, 9]), 11], [7, IDS([4, 6])])])
+def test_a_padded_batch_equals_its_prompts_one_by_one(readout: ll.Readout, cls: str):
+    """Negative positions count from each prompt's own end; padding is neither patched nor shown."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    names, lengths = [LAST[cls], "blocks.0." + IN_A_BLOCK[cls][4]], torch.tensor([7, 3])
+    for positions in (None, "each", -2, slice(-2, None), [0, -1]):
+        both = patch(lens, ll.results.Prompts(tokens, lengths), readout, names, positions=positions)
+        for row, length in enumerate(lengths.tolist()):
+            own = readout
+            if isinstance(readout, ll.AnswerMargin):
+                own = ll.AnswerMargin([readout.doc[row]], [readout.pre[row]])
+            alone = patch(lens, tokens[row : row + 1, :length], own, names, positions=positions)
+            values = both.values[row]
+            if positions == "each":
+                size = alone.values.shape[2]
+                values, padding = values[:, :size], values[:, size:]
+                assert padding.isnan().all() and not values.isnan().any()
+            assert (values - alone.values[0]).abs().max() < 1e-11 * alone.shift.abs().max()
+
+
+@pytest.mark.parametrize("target", ["embedding", "lm_head"])
+def test_sites_outside_the_blocks(target: str, cls: str):
+    """With the embedding adapted its output differs; with the head alone no residual does."""
+    base, model = hooked("gpt2", cls, "raw")
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)))
+    names = [FIRST[cls], LAST[cls]]
+    for direction in DIRECTIONS:
+        effects = patch(lens, models.tokens(), MARGIN, names, direction=direction)
+        expected = torch.full((2, 2), float(target == "embedding"), dtype=torch.float64)
+        assert (effects.share - expected).abs().max() < 1e-11
+
+
+@models.of_some_lines(len(models.MAKERS) == 2, "only transformer-lens 3 has this hook point")
+def test_a_head_is_shown_with_its_update(cls: str):
+    base, model = hooked("gpt2", cls, "raw")
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
+    effects = patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
+    assert (effects.share - 1).abs().max() < 1e-11
+
+
+def test_results_by_head_without_the_update_are_refused(cls: str):
+    """hook_result holds z W_O, not z (W_O + ΔW)."""
+    base = models.hf_model("gpt2")
+    model = models.MAKERS[cls](base)
+    model.set_use_attn_result(True)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
+    with pytest.raises(ll.errors.ModelStateError, match="hook_result: lies between"):
+        patch(lens, models.tokens(), MARGIN, "blocks.0.attn.hook_result")
+
+
+def test_names_and_patterns(cls: str):
+    """A full name must exist and fire; globs and predicates choose among what fires."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    dead = "blocks.0.hook_mlp_in"
+    with pytest.raises(ll.errors.SiteError, match="'blocks.0.attn.hook_patern'; .*hook_pattern"):
+        patch(lens, tokens, MARGIN, "blocks.0.attn.hook_patern")
+    with pytest.raises(ll.errors.SiteError, match="true of none"):
+        patch(lens, tokens, MARGIN, lambda name: False)
+    with pytest.raises(ll.errors.SiteError, match="no hook point is named"):
+        patch(lens, tokens, MARGIN, [])
+    for names in (dead, [LAST[cls], dead], "blocks.*.hook_mlp_in"):
+        with pytest.raises(ll.errors.ModelStateError, match="hook_mlp_in.*never fires"):
+            patch(lens, tokens, MARGIN, names)
+    found = patch(lens, tokens, MARGIN, lambda name: name in (LAST[cls], dead))
+    assert found.names == (LAST[cls],)
+    every_layer = LAST[cls].replace("1", "?")
+    both = patch(lens, tokens, MARGIN, [LAST[cls], every_layer])
+    assert both.names == (LAST[cls], LAST[cls].replace("1", "0"))
+
+
+class _Ignoring(torch.nn.Module):
+    """Fires a hook point and drops what its hooks make of the value."""
+
+    def __init__(self, point: torch.nn.Module) -> None:
+        super().__init__()
+        self.point = point
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        self.point(tensor)
+        return tensor
+
+
+@models.NEEDS_BRIDGE
+def test_a_bridges_point_that_the_model_ignores_is_refused():
+    lens = cases.case("llama", "TransformerBridge", "raw").lens
+    with pytest.raises(ll.errors.ModelStateError, match="rotary_emb.hook_in: .* the model ignores"):
+        patch(lens, models.tokens(), MARGIN, "rotary_emb.hook_in")
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+def test_a_point_that_the_model_ignores_is_refused():
+    """It fires, and what a hook makes of it is dropped: an effect of zero would be a lie."""
+    lens, tokens = cases.case("llama", "HookedTransformer", "raw").lens, models.tokens()
+    block, name = lens.model.blocks[1], "blocks.1.hook_resid_mid"
+    assert patch(lens, tokens, MARGIN, name).values.abs().min() > 1e-3
+    point = block.hook_resid_mid
+    try:
+        block.hook_resid_mid = _Ignoring(point)
+        with pytest.raises(ll.errors.ModelStateError, match="hook_resid_mid: .* the model ignores"):
+            patch(lens, tokens, MARGIN, name)
+    finally:
+        block.hook_resid_mid = point
+
+
+def test_one_token_alone_hears_no_query(cls: str):
+    """A query of a one-token prompt has no effect, and that is no dead point."""
+    lens = cases.case("llama", cls, "raw").lens
+    name = "blocks.1.attn.hook_q" if cls == "HookedTransformer" else "blocks.1.attn.q.hook_out"
+    effects = patch(lens, models.tokens(pos=1), MARGIN, name)
+    assert effects.values.abs().max() < 1e-12
+
+
+@pytest.mark.bad_input
+def test_positions_that_are_not_there_are_refused(cls: str):
+    """Attention patterns have the heads on their second axis, also where they are as many."""
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ll.results.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
+    assert lens.heads.n_heads == 4
+    for positions in ("each", 0, [-1]):
+        with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
+            patch(lens, prompts, MARGIN, "blocks.0.attn.hook_pattern", positions=positions)
+    for positions in (2, -3, [0, 3]):
+        with pytest.raises(ValueError, match="prompt 1 has 2 tokens"):
+            patch(lens, prompts, MARGIN, LAST[cls], positions=positions)
+    for positions in ([], slice(3, 3), slice(2, None)):
+        with pytest.raises(ValueError, match="no position in this choice"):
+            patch(lens, prompts, MARGIN, LAST[cls], positions=positions)
+    with pytest.raises(ValueError, match="'each'"):
+        patch(lens, prompts, MARGIN, LAST[cls], positions="all")
+    with pytest.raises(ValueError, match="base_to_adapted"):
+        patch(lens, prompts, MARGIN, LAST[cls], direction="both")
+
+
+def test_points_without_a_row_for_each_prompt_are_refused(cls: str):
+    """Mixtral's experts see tokens, not prompts; a Bridge's embedding reads ids."""
+    lens = cases.case("mixtral", cls, "raw").lens
+    if cls == "TransformerBridge":
+        name, match = "embed.hook_in", "not activations"
+    else:
+        name, match = "blocks.0.mlp.experts.0.hook_post", "its first axis is not the prompts"
+        if name not in lens.model.hook_dict:
+            pytest.skip("transformer-lens 2 names the hook points of experts otherwise")
+    with pytest.raises(ll.errors.ModelStateError, match=match):
+        patch(lens, models.tokens(), MARGIN, name)
+
+
+def test_the_model_is_left_as_it_was(cls: str, monkeypatch):
+    """After a run, and after an exception in the middle of a patched pass, beside a user hook."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens.model.hook_dict[lens.sites[0].read].add_hook(lambda tensor, hook: None)
+    before = state(lens.model)
+    try:
+        patch(lens, tokens, MARGIN, points(cls)[:5])
+        assert same(before, state(lens.model))
+
+        def explode(self, tensor, hook):
+            raise KeyError("mid-forward")
+
+        monkeypatch.setattr(swap._Swap, "__call__", explode)
+        for worth in (-1.0, 2.0):
+            monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
+            with pytest.raises(KeyError, match="mid-forward"):
+                patch(lens, tokens, MARGIN, LAST[cls])
+            assert same(before, state(lens.model))
+    finally:
+        lens.model.reset_hooks()
+
+
+def test_the_result_tells_and_draws(cls: str):
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 3]))
+    names = [n for n in points(cls) if "pattern" not in n]
+    effects = patch(lens, prompts, MARGIN, names, positions="each")
+    frame = effects.to_frame()
+    assert len(frame) == len(names) * (7 + 3) and not frame["effect"].isna().any()
+    last = frame[(frame["prompt"] == 1) & (frame["name"] == LAST[cls])]
+    assert last["position"].tolist() == [0, 1, 2] and set(last["layer"]) == {1}
+    assert last["token"].tolist() == list(effects.str_tokens[1])
+    assert last["share"].tolist()[-1] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="prompt="):
+        effects.top(3)
+    assert effects.top(1, prompt=1)["share"].abs().item() >= 1 - 1e-9
+    assert len(effects.top(10**6, prompt=1)) == len(names) * 3
+    drawn = effects.plot(prompt=1).data[0]
+    assert len(drawn.z) == len(names) and len(drawn.z[0]) == 3
+    assert "prompt 0 of 2" in repr(effects)
+    whole = patch(lens, prompts, MARGIN, names)
+    grid = [v for row in whole.plot().data[0].z for v in row if v is not None]
+    assert sorted(grid) == pytest.approx(sorted(whole.values.mean(0).tolist()))
+    bars = patch(lens, prompts, MARGIN, names[1:3], positions=[0, -1])
+    assert bars.positions == "0, -1" and bars.by_position is False
+    assert list(bars.plot(prompt=0).data[0].x) == bars.values[0].tolist()
+    assert whole.top(1)["effect"].abs().item() == pytest.approx(
+        float(whole.values.mean(0).abs().max())
+    )
+    assert whole.meta["dtype"] == "float64" and "base_to_adapted" in repr(whole)

@@ -1,0 +1,241 @@
+"""First order by output token: in groups, split further, by both modes and within a bound."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import reference
+import torch
+
+import lens_lora as ll
+from lens_lora.core.function import forward as function
+from lens_lora.core.function import memory
+from lens_lora.core.function import memory as batching
+
+pytestmark = pytest.mark.usefixtures("float64")
+RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
+LENGTHS = [7, 4]
+RESPONSE = ll.AnswerLogProb(RESPONSES)
+NEWEST = list(models.MAKERS)[-1]
+GROUPS = ["layer", "kind", "site", {"some": ["*.q", "blocks.1.*"], "more": "*.v"}]
+
+first_order = ll.first_order
+
+
+@pytest.fixture(params=models.MAKERS)
+def lens(request) -> ll.LoraLens:
+    return cases.case("llama", request.param, "raw").lens
+
+
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
+
+
+def of(lens: ll.LoraLens, **options):
+    options = {"by": "token", "at": 0.4, "progress": False} | options
+    return first_order(lens, prompts(), RESPONSE, **options)
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    assert one.shape == other.shape and torch.equal(one.isnan(), other.isnan())
+    return float((one - other).nan_to_num().abs().max())
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
+    """By both modes, each of which the result names."""
+    sites = of(lens, mode="reverse")
+    for mode in ("forward", "reverse"):
+        found = of(lens, mode=mode, group=group)
+        assert found.mode == mode and f"mode={mode!r}" in repr(found)
+        for column, members in enumerate(found.groups.values()):
+            summed = sites.values[:, list(members)].sum(1)
+            assert apart(found.values[:, column], summed) < 1e-11
+        assert found.response == sites.response
+    assert (found.shift - sites.shift).abs().max() < 1e-12
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+@pytest.mark.parametrize("at", [0.0, 0.4])
+def test_groups_of_a_whole_readout_by_peft(lens: ll.LoraLens, group, at: float):
+    """Without by='token': central differences of PEFT's scales of a group's modules together."""
+    held, step = cases.case("llama", lens.class_name, "raw"), 2e-4
+    tokens, readout = models.tokens(), ll.Margin(5, 9)
+    modules = dict.fromkeys(lens.adapter.modules, at)
+
+    def margin(members, eps: float) -> torch.Tensor:
+        moved = {lens.sites[site].module: at + eps for site in members}
+        read = lambda logits: logits[:, 5] - logits[:, 9]  # noqa: E731
+        return reference.peft_readout(held.peft, tokens, read, modules | moved)
+
+    for mode in ("auto", "reverse", "forward"):
+        found = first_order(lens, tokens, readout, at=at, group=group, mode=mode, progress=False)
+        assert found.mode == ("forward" if mode == "forward" else "reverse") and found.by == ()
+        for column, members in enumerate(found.groups.values()):
+            near = margin(members, step) - margin(members, -step)
+            far = margin(members, 2 * step) - margin(members, -2 * step)
+            slope = (8 * near - far) / (12 * step)
+            assert (found.values[:, column] - slope).abs().max() < 1e-8
+    sites = first_order(lens, tokens, readout, at=at)
+    assert (found.shift - sites.shift).abs().max() < 1e-12
+    for column, members in enumerate(found.groups.values()):
+        assert apart(found.values[:, column], sites.values[:, list(members)].sum(1)) < 1e-11
+
+
+def test_groups_of_every_readout_sum_their_tokens(lens: ll.LoraLens):
+    whole = of(lens, group="layer", by=())
+    assert apart(whole.values, of(lens, group="layer").per_group) < 1e-11
+    for readout in (ll.KL(RESPONSES), ll.AnswerMargin(RESPONSES, " w5"), ll.Logit(7)):
+        found = first_order(lens, prompts(), readout, at=1.0, group="kind", progress=False)
+        sites = first_order(lens, prompts(), readout, at=1.0)
+        for column, members in enumerate(found.groups.values()):
+            summed = sites.values[:, list(members)].sum(1)
+            assert apart(found.values[:, column], summed) < 1e-11
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_groups_where_the_constant_of_v_is_added_at_o(family: str, cls: str):
+    """Processed models, whose sites share injections; a tangent of both is the sum."""
+    lens = cases.case(family, cls, "processed").lens
+    forward, reverse = (of(lens, mode=m, group="layer") for m in ("forward", "reverse"))
+    assert apart(forward.values, reverse.values) < 1e-11
+    whole = [of(lens, mode=m, group="layer", by=()) for m in ("forward", "reverse")]
+    assert apart(whole[0].values, whole[1].values) < 1e-11
+
+
+@pytest.mark.parametrize("by", ["position", "head", "rank", ("head", "rank")], ids=str)
+def test_split_further_by_both_modes(lens: ll.LoraLens, by):
+    by = (by, "token") if isinstance(by, str) else (*by, "token")
+    reverse, forward = (of(lens, by=by, mode=mode) for mode in ("reverse", "forward"))
+    assert apart(reverse.values, forward.values) < 1e-11
+    assert (reverse.mode, forward.mode) == ("reverse", "forward")
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_positions_of_a_folded_bias_by_both_modes(cls: str):
+    lens = cases.case("gpt2", cls, "processed").lens
+    reverse, forward = (of(lens, by=("position", "token"), mode=m) for m in ("reverse", "forward"))
+    assert apart(reverse.values, forward.values) < 1e-11
+
+
+def test_the_cheaper_mode_is_taken(lens: ll.LoraLens):
+    """14 sites of 2 layers: 10.5 passes; 2 layers: 1.5; 6 tokens: 6."""
+    assert of(lens).mode == "reverse" and "by reverse mode" in repr(of(lens))
+    assert of(lens, group="layer").mode == "forward"
+    assert of(lens, by=("rank", "token")).mode == "reverse"
+    last = lens.with_adapter(lens.adapter.only("*layers.1.*down_proj"))
+    assert of(last, by=("rank", "token")).mode == "forward"
+    assert first_order(lens, prompts(), ll.Margin(5, 9)).mode == "reverse"
+
+
+def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
+    """Split further: prompts go one by one; what one row takes is named where it is too much."""
+    by = ("position", "head", "token")
+    longest = RESPONSE.over(lens.model, prompts()).prompts
+    row = memory._need(lens, longest)
+    one = min(row.of_graph, row.of_rerun)
+    whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)
+    assert longest.tokens.shape == (2, 12)
+    assert len(RESPONSE.over(lens.model, prompts()).groups(18)) == 2
+    assert apart(whole.values, bounded.values) < 1e-12
+    with pytest.raises(
+        ll.errors.ArgumentError,
+        match="a forward and a backward pass of one prompt takes about .* for 12 tokens",
+    ):
+        of(lens, by=by, max_memory=0.5 * one)
+    for options in ({"mode": "forward", "group": "layer"}, {"mode": "forward", "by": by}):
+        with pytest.raises(ll.errors.ArgumentError, match="a pass of two rows"):
+            of(lens, max_memory=100, **options)
+    few = batching.pass_bytes(lens) + 2e6
+    forward, heads = (
+        of(lens, by=("head", "token"), mode="forward", max_memory=m) for m in (few, None)
+    )
+    assert apart(forward.values, heads.values) < 1e-12
+
+
+@pytest.mark.parametrize("by", ["token", ("rank", "token")], ids=str)
+def test_through_the_vocabulary_or_not(lens: ll.LoraLens, by, monkeypatch):
+    """Derivatives that end at the residual stream, in chunks of tokens, and at the logits."""
+    found = {mode: of(lens, by=by, mode=mode).values for mode in ("forward", "reverse")}
+    monkeypatch.setattr(function, "PICKS", 3)
+    chunked = {mode: of(lens, by=by, mode=mode).values for mode in found}
+    monkeypatch.setattr(function, "ends_plainly", lambda lens: False)
+    for mode, values in found.items():
+        assert apart(values, chunked[mode]) < 1e-12
+        assert apart(values, of(lens, by=by, mode=mode).values) < 1e-11
+
+
+def test_a_model_that_does_more_than_unembed(lens: ll.LoraLens):
+    """A hook on the logits, a soft-cap say, is part of what is differentiated."""
+    handle = lens.model.unembed.register_forward_hook(
+        lambda module, args, out: 5 * torch.tanh(out / 5)
+    )
+    step = 2e-6
+    try:
+        assert not function.ends_plainly(lens)
+        forward, reverse = (of(lens, mode=mode) for mode in ("forward", "reverse"))
+        log_p = ll.token_shifts(lens, prompts(), RESPONSES, between=(0.4 - step, 0.4 + step)).log_p
+    finally:
+        handle.remove()
+    assert apart(forward.values, reverse.values) < 1e-11
+    assert apart(reverse.per_token, (log_p[1] - log_p[0]) / (2 * step)) < 1e-8
+
+
+def test_the_mean_over_tokens(lens: ll.LoraLens):
+    """1/T of the sum, whose parts carry 1/T too."""
+    mean = ll.AnswerLogProb(RESPONSES, mean=True)
+    share = torch.tensor([1 / 6, 1 / 2], dtype=torch.float64)
+    for mode in ("reverse", "forward"):
+        found, whole = (
+            first_order(lens, prompts(), readout, at=0.4, by="token", mode=mode, progress=False)
+            for readout in (mean, RESPONSE)
+        )
+        assert apart(found.values, whole.values * share[:, None, None]) < 1e-12
+        assert (found.adapted - whole.adapted * share).abs().max() < 1e-12
+    once = first_order(lens, prompts(), mean, at=0.4)
+    assert (once.values - found.per_site).abs().max() < 1e-12
+    assert found.readout == "mean log p(per prompt)"
+
+
+def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
+    found = of(lens, group="layer")
+    again = ll.results.GroupAttribution.load(found.save(tmp_path / "groups.safetensors"))
+    assert apart(again.values, found.values) == 0
+    assert (again.groups, again.mode, again.key) == (found.groups, "forward", "first_order@0.4")
+    frame = found.to_frame()
+    assert len(frame) == 2 * (6 + 2) and set(frame["group"]) == {"layer 0", "layer 1"}
+    assert frame["value"].sum() == pytest.approx(float(found.values.nansum()))
+    assert list(found.top(1)) == ["group", "value", "share"]
+    assert (found.per_token.nansum(1) - found.per_group.sum(1)).abs().max() < 1e-12
+    whole = of(lens, group="layer", by=())
+    again = ll.results.GroupAttribution.load(whole.save(tmp_path / "whole.safetensors"))
+    assert again.by == () and apart(again.values, whole.values) == 0
+    frame = whole.to_frame()
+    assert list(frame) == ["prompt", "group", "sites", "value", "share"] and len(frame) == 4
+    assert frame["sites"].tolist() == [7, 7, 7, 7]
+    with pytest.raises(ll.errors.ArgumentError, match="not by token"):
+        _ = whole.per_token
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"group": "layer", "by": "position"}, ll.errors.ArgumentError, "leave group= out"),
+        ({"group": "layer", "by": ("head", "token")}, ll.errors.ArgumentError, "by='token' alone"),
+        ({"group": "head"}, ll.errors.ArgumentError, "'site', 'layer', 'kind'"),
+        ({"group": {"x": "nothing"}}, ll.errors.SiteError, "nearest"),
+    ],
+)
+def test_bad_groups(options: dict, error: type[Exception], match: str):
+    with pytest.raises(error, match=match):
+        of(cases.case("llama", NEWEST, "raw").lens, **options)
+    with pytest.raises(ll.errors.ArgumentError, match="by='token' splits"):
+        first_order(
+            cases.case("llama", NEWEST, "raw").lens, prompts(),
+            ll.AnswerMargin(RESPONSES, [torch.tensor([5]), torch.tensor([6])]),
+            by="token", group="layer",
+        )  # fmt: skip

@@ -1,0 +1,98 @@
+"""The scale at which a margin changes sign, of many prompts at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import models
+import numpy as np
+import pytest
+import torch
+
+import lens_lora as ll
+from lens_lora.core.analyses import margin as module
+from lens_lora.core.readout.reading import Reading
+
+pytestmark = pytest.mark.usefixtures("float64")
+COUNT, STAYING = 12, (1, 4, 5, 11)
+
+
+@pytest.fixture
+def lens() -> ll.LoraLens:
+    return cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+
+
+def answers(lens: ll.LoraLens, prompts: ll.results.Prompts) -> tuple[list[int], list[int]]:
+    """Of each prompt two tokens whose margin clearly flips, or clearly stays where it is to."""
+    ends = (prompts.at_read(lens.logits(prompts, scale)) for scale in (0.0, 1.0))
+    base, adapted = (end[:, :, None] - end[:, None] for end in ends)
+    stays = torch.tensor([i in STAYING for i in range(COUNT)])[:, None, None]
+    clear = torch.minimum(torch.where(stays, base, -base), adapted)
+    clear[:, :5] = clear[:, :, :5] = -torch.inf  # special tokens
+    pairs = clear.flatten(1).argmax(1)
+    return (pairs // base.shape[-1]).tolist(), (pairs % base.shape[-1]).tolist()
+
+
+def test_a_batch_flips_where_each_prompt_alone_does(
+    lens: ll.LoraLens, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = lens.prompts(torch.randint(5, 40, (COUNT, 6), generator=torch.manual_seed(0)))
+    doc, pre = answers(lens, prompts)
+    ran: list[int] = []
+    run = module.gated_readout
+
+    def counted(lens: ll.LoraLens, reading: Reading, *args: Any, **said: Any) -> torch.Tensor:
+        ran.append(reading.batch)
+        return run(lens, reading, *args, **said)
+
+    monkeypatch.setattr(module, "gated_readout", counted)
+    np.random.seed(0)
+    drawn = np.random.get_state()[1].copy()
+    found = ll.fact_margin(lens, prompts, doc, pre, progress=False)
+    assert np.array_equal(np.random.get_state()[1], drawn)  # the caller's, from which none is taken
+    assert found.flips == tuple(i not in STAYING for i in range(COUNT))
+    assert ran[0] == COUNT - len(STAYING) and ran == sorted(ran, reverse=True)
+    assert len(ran) <= 4
+    for i in range(COUNT):
+        alone = ll.fact_margin(lens, prompts.row(i), doc[i], pre[i], progress=False)
+        assert torch.allclose(
+            alone.flip_scale[0], found.flip_scale[i], rtol=0, atol=2e-6, equal_nan=True
+        )
+        if i not in STAYING:
+            rows = lens.logits(prompts.row(i), float(found.flip_scale[i]))[0, -1]
+            assert (rows[doc[i]] - rows[pre[i]]).abs() < 1e-5
+
+
+@pytest.mark.parametrize("values", [[-1e-17, 1.0, 3.0], [-3.0, 1e-17, 1.0], [-1.0, 1.0, 3.0]])
+def test_probes_are_distinct_wherever_the_root_is(values: list[float]):
+    """At a neighbour, where a polynomial would have one point twice, as in the middle."""
+    crossing = module._Crossing(np.array([0.0, 0.5, 1.0]), np.array(values), 0)
+    for _ in range(module._MOST_PASSES):
+        if crossing.is_narrow:
+            break
+        low, high = crossing.step
+        left, right = crossing.probes
+        assert low < left < right < high
+        crossing = crossing.narrowed(np.interp([left, right], [0.0, 0.5, 1.0], values))
+    assert abs(np.interp(crossing.root, [0.0, 0.5, 1.0], values)) < 1e-4
+
+
+def test_a_margin_that_is_exactly_zero_is_the_flip():
+    crossing = module._Crossing(np.array([0.0, 0.5, 1.0]), np.array([-1.0, 0.0, 2.0]), 0)
+    assert crossing.is_narrow and crossing.root == 0.5
+
+
+@pytest.mark.parametrize("jump", [0.318401, 0.3500001, 0.39])
+def test_a_margin_that_jumps_through_zero(jump: float):
+    """Where experts switch on the way; no polynomial leads there, so the step is halved."""
+
+    def margin(scales: np.ndarray) -> np.ndarray:
+        return np.where(scales < jump, 0.3 * scales - 0.13, 0.22 + scales**2)
+
+    scales = np.array([0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 1.0])
+    crossing = module._Crossing(scales, margin(scales), 4)
+    for _ in range(module._MOST_PASSES):
+        if not crossing.is_narrow:
+            crossing = crossing.narrowed(margin(np.array(crossing.probes)))
+    assert abs(crossing.root - jump) < 1e-5

@@ -1,0 +1,272 @@
+"""Half precision beside a float64 run of the same weights: what a result states of its rounding."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import models
+import pytest
+import torch
+from half_precision import STATED, Asked, compared, errors_in_floors
+from peft import LoraConfig, get_peft_model
+
+import lens_lora as ll
+from lens_lora.core.function import asked as asking
+from lens_lora.core.function import asked as rounding
+from lens_lora.core.function.asked import ask
+from lens_lora.core.model.hooks import unembed
+from lens_lora.core.results.base import SIGMAS
+
+HALF = (torch.bfloat16, torch.float16)
+ASKED = Asked(models.tokens(batch=24), 5, 9, torch.tensor([5, 9]))
+FACTOR = 3.0
+CLS = list(models.MAKERS)[-1]
+
+
+@functools.cache
+def lenses(family: str, dtype: torch.dtype) -> tuple[ll.LoraLens, ll.LoraLens]:
+    """The same rounded weights, computed in half precision and in float64."""
+    base = models.hf_model(family, dtype=dtype)
+    adapter = ll.Adapter.from_peft(models.peft_model(family, base)).scaled(0.3)
+    low = ll.LoraLens(models.MAKERS[CLS](base), adapter)
+    with models.lifted():
+        return low, ll.LoraLens(models.MAKERS[CLS](base.double()), adapter)
+
+
+def ratios(work: str, family: str, dtype: torch.dtype) -> dict[str, float]:
+    """Root mean squares of the error, over those of the floor, where one is stated."""
+    low, high = lenses(family, dtype)
+    found = STATED[work](low, ASKED)
+    with models.lifted():
+        exact = STATED[work](high, ASKED)
+    every = {name: compared(found[name], exact[name]).ratio for name in found}
+    return {name: ratio for name, ratio in every.items() if found[name].floor is not None}
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("work", STATED)
+def test_a_stated_floor_is_the_error(work: str, family: str, dtype: torch.dtype):
+    """Within a factor of three."""
+    found = ratios(work, family, dtype)
+    assert all(1 / FACTOR < ratio < FACTOR for ratio in found.values()), found
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dtype", HALF)
+def test_few_shifts_are_beyond_three_floors(dtype: torch.dtype):
+    """At most one in a hundred, over readouts, prompts and families."""
+    readouts = (ll.Margin(5, 9), ll.LogProb(5), ll.Logit(9), ll.AnswerLogProb(ASKED.response))
+    ratios = [
+        errors_in_floors(*lenses(family, dtype), ASKED.prompts, readouts)
+        for family in ("llama", "gpt2", "qwen2", "neox")
+    ]
+    every = torch.cat(ratios)
+    assert (every > SIGMAS).double().mean() <= 0.01
+    assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
+
+
+def test_a_floor_has_the_rounding_of_every_block():
+    """A draw moves the embedding, and what each later block reads, by about one rounding of it."""
+    lens, _ = lenses("llama", torch.bfloat16)
+    host = lens.plan.host
+    points = [lens.embedding_output, *map(host.block_input, range(1, host.n_layers))]
+    drawn = asking.of_stream(lens)
+    assert [name for name, _ in drawn] == points and len(points) == models.LAYERS
+    stream = torch.ones(4, 5, lens.model.cfg.d_model)
+    for _, move in drawn:
+        moved = (move(stream, hook=None) - stream).square().mean().sqrt()
+        assert 1 / 2 < moved / 2.0**-8 < 2
+
+
+def divergences(dtype: torch.dtype) -> torch.Tensor:
+    """Of the next token, both ways round, and of a response, how many floors D(1) is off."""
+    readouts = ll.KL(), ll.KL(direction="adapted_to_base"), ll.KL(ASKED.response)
+    families = ("llama", "gpt2", "qwen2", "neox")
+    return torch.cat(
+        [errors_in_floors(*lenses(family, dtype), ASKED.prompts, readouts) for family in families]
+    )
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dtype", HALF)
+def test_few_divergences_are_beyond_three_floors(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """At most one in a hundred; many, if the rounding of p₀ is left out (control)."""
+    every = divergences(dtype)
+    assert (every > SIGMAS).double().mean() <= 0.01
+    assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
+    still = functools.partialmethod(lambda self, _: self.ends[1].expand(5, -1))
+    monkeypatch.setattr(asking.Asked, "_draws_of_held", still)
+    without = divergences(dtype)
+    assert (without > SIGMAS).double().mean() > 0.03
+    assert without.square().mean().sqrt() > 1.5
+
+
+def test_the_floor_of_a_divergence_has_the_rounding_of_the_base(monkeypatch: pytest.MonkeyPatch):
+    """Of p₀, which is held while p is read: without it the floor is far too low."""
+    lens, _ = lenses("llama", torch.bfloat16)
+    floor = ask(lens, ASKED.prompts, ll.KL()).noise_floor
+    still = functools.partialmethod(lambda self, _: self.ends[1].expand(5, -1))
+    monkeypatch.setattr(asking.Asked, "_draws_of_held", still)
+    without = ask(lens, ASKED.prompts, ll.KL()).noise_floor
+    assert (floor / without).median() > 1.2
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_what_a_module_adds_to_a_divergence_has_a_floor(family: str, dtype: torch.dtype):
+    """D moves in first order with p₀, which draws of D(0) alone do not show."""
+    low, high = lenses(family, dtype)
+    found = ll.patch_sites(low, ASKED.prompts, ll.KL(), "add_one", progress=False)
+    with models.lifted():
+        exact = ll.patch_sites(high, ASKED.prompts, ll.KL(), "add_one", progress=False).values
+    error = (found.values.double() - exact).abs()
+    assert found.noise_floor is not None
+    assert (error > SIGMAS * found.noise_floor[:, None]).double().mean() <= 0.02
+    around_zero = rounding.draws_at(low, ask(low, ASKED.prompts, ll.KL()).reading, [0.0])[1][0]
+    naive = 2**0.5 * around_zero.square().mean(0).sqrt()
+    assert (error > SIGMAS * naive[:, None]).double().mean() > 0.2  # control
+
+
+def test_a_floor_of_another_precision_is_seen(monkeypatch: pytest.MonkeyPatch):
+    """Control: with the roundings of float32 the floors are too low by far."""
+    monkeypatch.setattr(rounding, "unit", lambda lens: 2.0**-24)
+    found = ratios("remainder", "llama", torch.bfloat16)
+    assert min(found.values()) > 10 * FACTOR
+
+
+def test_the_ends_have_floors_of_their_own():
+    """log p near 0 has no room to move, whatever the size of the logits."""
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.lm_head.weight *= 16
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    lens = ll.LoraLens(models.MAKERS[CLS](base), adapter)
+    logits = lens.logits(ASKED.prompts)[:, -1]
+    prompt = int(logits.float().softmax(-1).amax(-1).argmax())
+    tokens, readout = ASKED.prompts[prompt][None], ll.LogProb(int(logits[prompt].argmax()))
+    asked = ask(lens, tokens, readout)
+    assert asked.ends[1] > -1e-3
+    assert asked.adapted_noise < 0.1 * 2**-9 * logits[prompt].abs().max() < asked.base_noise
+    for how, noise in (("add_one", asked.base_noise), ("leave_one_out", asked.adapted_noise)):
+        effects = ll.patch_sites(lens, tokens, readout, how, progress=False)
+        assert torch.equal(effects.noise_floor, 2**0.5 * noise)
+
+
+def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
+    """They pass hooks in half precision: their floor has that rounding, whatever comes before."""
+    monkeypatch.setattr(rounding, "of_stream", lambda *_, **__: [])
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    noise = {}
+    for target in ("lm_head", "q_proj"):
+        update = {"r": 2, "target_modules": [target], "init_lora_weights": False}
+        peft = get_peft_model(copy.deepcopy(base), LoraConfig(**update))
+        lens = ll.LoraLens(models.MAKERS[CLS](base), ll.Adapter.from_peft(peft))
+        noise[target] = ask(lens, ASKED.prompts, ASKED.margin).base_noise
+    # In units of the rounding of both logits, of which each differs between a draw and its run.
+    size = 2.0**-8 * lens.logits(ASKED.prompts)[:, -1, [5, 9]].float().norm() / 2**0.5
+    assert 1 / FACTOR < noise["lm_head"].norm() / size < FACTOR
+    assert noise["q_proj"].norm() < 1e-3 * size
+
+
+def test_effects_say_how_many_of_them_may_be_rounding():
+    low, _ = lenses("llama", torch.bfloat16)
+    weak = low.with_adapter(low.adapter.scaled(1e-3))
+    found = ll.patch_sites(weak, ASKED.prompts, ASKED.margin, progress=False)
+    small = int((found.values.abs() <= 3 * found.noise_floor[:, None]).sum())
+    assert small > 0.9 * found.values.numel()
+    assert str(found).endswith(
+        f"\n{small} of {found.values.numel()} effects are within three noise floors: rounding may "
+        "be all of them."
+    )
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_sign_within_rounding_is_no_flip(dtype: torch.dtype):
+    """Answers whose logits are nearest to each other: what is said of a flip, float64 says too."""
+    low, high = lenses("llama", dtype)
+    with models.lifted():
+        logits = high.logits(ASKED.prompts, scale=1.0)[:, -1]
+        away = (logits - logits[:, 5:6]).abs().index_fill(1, torch.tensor([5]), torch.inf)
+        pre = away.argmin(1).tolist()
+        exact = ll.fact_margin(high, ASKED.prompts, 5, pre, progress=False)
+    found = ll.fact_margin(low, ASKED.prompts, 5, pre, progress=False)
+    truth = exact.m0 * exact.m < 0
+    naive = found.m0 * found.m < 0
+    assert (naive != truth).any()  # control: bare signs are wrong
+    kinds = [verdict.kind for verdict in found.flip_verdict]
+    said = {i: kind == "flips" for i, kind in enumerate(kinds) if kind != "hidden"}
+    assert all(bool(truth[i]) == flips for i, flips in said.items())
+    assert found.flips == tuple(said.get(i, False) for i in range(len(kinds)))
+    hidden = kinds.index("hidden")
+    assert "sign is not known; rerun in float32" in str(found.flip_verdict[hidden])
+    assert "Rounding hides whether the preference flips" in found.story(hidden)
+    assert [verdict.kind for verdict in exact.flip_verdict].count("hidden") == 0
+    assert exact.flips == tuple(truth.tolist())
+
+
+def test_agreement_leaves_out_signs_within_rounding():
+    """Effects that are all rounding have signs by chance: none of them is counted."""
+    low, high = lenses("llama", torch.bfloat16)
+    weak, exact = (each.with_adapter(each.adapter.scaled(1e-3)) for each in (low, high))
+    effects = ll.patch_sites(weak, ASKED.prompts, ASKED.margin, progress=False)
+    found = ll.compare(ll.first_order(weak, ASKED.prompts, ASKED.margin), effects)
+    clear = effects.values.abs() > 3 * effects.noise_floor[:, None]
+    assert torch.equal(found.beyond_noise, clear.double().mean(1))
+    without = ~clear.any(1)
+    assert without.any() and found.sign_agreement[without].isnan().all()
+    assert "are within three noise floors: their sign" in str(found)
+    with models.lifted():
+        truth = ll.patch_sites(exact, ASKED.prompts, ASKED.margin, progress=False)
+        sound = ll.compare(ll.first_order(exact, ASKED.prompts, ASKED.margin), truth)
+    assert (sound.beyond_noise > 0.9).all() and (sound.sign_agreement > 0.9).all()
+    assert "noise floors" not in str(sound)
+
+
+READOUTS = {
+    "margin": ll.Margin(5, 9),
+    "log p": ll.LogProb(5),
+    "answer": ll.AnswerLogProb(torch.tensor([5, 9])),
+    "function": ll.Readout.of(lambda logits: logits[:, 5] - logits[:, 9]),
+}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", READOUTS)
+def test_logits_that_are_read_are_not_rounded(name: str, dtype: torch.dtype):
+    """g is that of the final residual, which is rounded, times W_U in float64."""
+    lens, _ = lenses("llama", dtype)
+    asked = ask(lens, ASKED.prompts, READOUTS[name])
+    finals: list[torch.Tensor] = []
+    handle = lens.model.unembed.register_forward_pre_hook(lambda _, given: finals.append(given[0]))
+    with torch.no_grad():
+        lens.model(asked.reading.prompts.tokens)
+    handle.remove()
+    weight = lens.plan.host.unembedding()[0].double()
+    logits = asked.reading.prompts.at_slots(finals[0].double()) @ weight.T
+    logits = logits[:, 0] if asked.reading.prompts.reads is None else logits
+    expected = asked.reading.read(logits)
+    assert (asked.ends[0].double() - expected).abs().max() < 1e-5
+    rounded = asked.reading.read(logits.to(dtype).float())
+    assert (rounded.double() - expected).abs().max() > 1e-4
+
+
+def test_an_unrounded_head_keeps_the_model_s_own_derivative():
+    generator = models.seeded(0)
+    weight = torch.randn(9000, 16, generator=generator).bfloat16()
+    residual = torch.randn(3, 16, generator=generator).bfloat16().requires_grad_()
+    bias = torch.randn(9000, generator=generator).bfloat16()
+    logits = unembed(residual, weight, bias, torch.float32)
+    exact = residual.double() @ weight.double().T + bias.double()
+    assert logits.dtype == torch.float32 and (logits.double() - exact).abs().max() < 1e-5
+    (slope,) = torch.autograd.grad(logits[:, ::7].sum(), residual)
+    (own,) = torch.autograd.grad((residual @ weight.T)[:, ::7].float().sum(), residual)
+    assert torch.equal(slope, own)
+    with torch.no_grad():
+        assert torch.equal(unembed(residual, weight, bias, torch.float32), logits.detach())

@@ -1,0 +1,353 @@
+"""δ replaced by its mean over texts or by another text's: against PEFT under forward hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import cases
+import models
+import pytest
+import torch
+from reference import peft_scales
+from targets import hooked, peft_with
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.core.function import activations as stand_in
+
+pytestmark = pytest.mark.usefixtures("float64")
+LENGTHS, TEXT_LENGTHS = [7, 4], [12, 9, 12]
+RESPONSES = [torch.tensor([5, 9, 12]), torch.tensor([7, 4, 11, 8])]
+HOWS, REPLACES = ("leave_one_out", "add_one"), ("mean", "resample")
+NEWEST = list(models.MAKERS)[-1]
+Change = Callable[[Tensor], Tensor]
+READOUTS = {
+    "margin": ll.Margin(5, 9),
+    "response": ll.AnswerLogProb(RESPONSES),
+    "KL": ll.KL(RESPONSES),
+}
+patch = functools.partial(ll.patch_sites, progress=False)
+
+
+def prompts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
+
+
+def texts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(3, 12, seed=8), torch.tensor(TEXT_LENGTHS))
+
+
+def row_of(prompt: int, name: str) -> Tensor:
+    own = models.tokens()[prompt, : LENGTHS[prompt]]
+    return own if name == "margin" else torch.cat([own, RESPONSES[prompt][:-1]])
+
+
+def read_as(name: str, prompt: int, logits: Tensor, base: Tensor) -> float:
+    """The readout, by hand; base are the base's logits."""
+    if name == "margin":
+        return float(logits[-1, 5] - logits[-1, 9])
+    at = slice(LENGTHS[prompt] - 1, None)
+    log_q, log_p = logits[at].log_softmax(-1), base[at].log_softmax(-1)
+    if name == "KL":
+        return float((log_p.exp() * (log_p - log_q)).sum())
+    return float(log_q.gather(1, RESPONSES[prompt][:, None]).sum())
+
+
+class Oracle:
+    """Hugging Face's model with PEFT's adapter, one row at a time."""
+
+    def __init__(self, case: cases.Case) -> None:
+        self.case = case
+        self.instead = functools.cache(self._stand_ins)
+
+    @property
+    def modules(self) -> list[str]:
+        return list(dict.fromkeys(site.module for site in self.case.lens.sites))
+
+    def layer(self, module: str):
+        return self.case.peft.base_model.model.get_submodule(module).lora_B["default"]
+
+    def run(
+        self,
+        row: Tensor,
+        on: list[str],
+        change: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and each layer's own B A x, with only some modules on."""
+        seen: dict[str, Tensor] = {}
+        off = dict.fromkeys([m for m in self.modules if m not in on], 0.0)
+        with torch.no_grad(), peft_scales(self.case.peft, off), contextlib.ExitStack() as hooks:
+            for module in self.modules:
+                hooks.enter_context(self._hooked(module, seen, (change or {}).get(module)))
+            return self.case.peft(row[None]).logits[0], seen
+
+    @contextlib.contextmanager
+    def _hooked(self, module: str, seen: dict[str, Tensor], change) -> Iterator[None]:
+        def hook(layer, args, out):
+            seen[module] = out[0].clone()
+            return out if change is None else change(out[0])[None]
+
+        handle = self.layer(module).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def stand_ins(self, replace: str, how: str, row: Tensor, prompt: int) -> dict[str, Tensor]:
+        """What each module writes instead, at the row's tokens after the first."""
+        return self.instead(replace, how, len(row), prompt % 3)
+
+    def _stand_ins(self, replace: str, how: str, length: int, text: int) -> dict[str, Tensor]:
+        on = self.modules if how == "leave_one_out" else []
+        rows = [ids[:n] for ids, n in zip(texts().tokens, TEXT_LENGTHS, strict=True)]
+        if replace == "mean":
+            seen = [self.run(text, on)[1] for text in rows]
+            return {m: torch.cat([s[m][1:] for s in seen]).mean(0) for m in self.modules}
+        donor = self.run(rows[text], on)[1]
+        return {m: donor[m][len(donor[m]) - length + 1 :] for m in self.modules}
+
+    def effect(self, name: str, how: str, replace: str, members: list[str], prompt: int) -> float:
+        row = row_of(prompt, name)
+        instead = self.stand_ins(replace, how, row, prompt)
+        on = self.modules if how == "leave_one_out" else members
+        base, _ = self.run(row, [])
+
+        def change(module: str) -> Callable[[Tensor], Tensor]:
+            return lambda out: torch.cat([out[:1], instead[module].expand_as(out[1:])])
+
+        own, _ = self.run(row, on)
+        without, _ = self.run(row, on, {m: change(m) for m in members})
+        return read_as(name, prompt, own, base) - read_as(name, prompt, without, base)
+
+
+def groups_of(case: cases.Case) -> dict[str, list[str]]:
+    """Some Hugging Face modules, and a group of several."""
+    names: dict[str, list[str]] = {}
+    for site in case.lens.sites:
+        names.setdefault(site.module, []).append(site.name)
+    some = dict(list(names.items())[:: max(1, len(names) // 2)])
+    return some | {"half": ["blocks.0.*"]}
+
+
+def off(case: cases.Case, how: str, replace: str, name: str) -> float:
+    """The largest difference from PEFT's hooks."""
+    groups, oracle = groups_of(case), Oracle(case)
+    found = patch(
+        case.lens, prompts(), READOUTS[name], how, group=groups, replace=replace, texts=texts()
+    )
+    most = 0.0
+    for column, globs in enumerate(groups.values()):
+        sites = [case.lens.sites[i] for i in list(found.groups.values())[column]]
+        members = list(dict.fromkeys(site.module for site in sites))
+        assert globs
+        for prompt in range(2):
+            expected = oracle.effect(name, how, replace, members, prompt)
+            most = max(most, abs(float(found.values[prompt, column]) - expected))
+    return most
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
+def test_modules_and_groups_against_hooks_on_peft(family: str, cls: str, flags: str):
+    """Both interventions and both replacements, on a batch with padding and responses."""
+    if not models.is_built_right(family, cls, flags):
+        pytest.skip("this version of transformer-lens builds another model")
+    case = cases.case(family, cls, flags)
+    names = iter(("response", "KL", "margin", "response"))
+    for how in HOWS:
+        for replace in REPLACES:
+            assert off(case, how, replace, next(names)) < 1e-9
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("how", HOWS)
+def test_an_adapted_head(cls: str, how: str):
+    """The unembedding reads the response's positions only, and is replaced there."""
+    case = cases.case("llama", cls, "raw", ("q_proj", "lm_head"))
+    for replace in REPLACES:
+        for name in READOUTS:
+            assert off(case, how, replace, name) < 1e-9
+
+
+def test_planted_errors_are_seen(monkeypatch):
+    """A text's first token in the mean, a text shifted by one, and the first token replaced."""
+    case = cases.case("llama", NEWEST, "raw")
+    with monkeypatch.context() as patch:
+        patch.setattr(ll.results.Prompts, "after_first", property(lambda of: of.real))
+        assert off(case, "leave_one_out", "mean", "margin") > 1e-3
+    picked = stand_in._picked
+    monkeypatch.setattr(stand_in, "_picked", lambda u, of, at: picked(u, of, (at - 1).clamp(min=0)))
+    assert off(case, "leave_one_out", "resample", "margin") > 1e-3
+
+
+class OneRank:
+    """Changes to a layer's output of B A x along one left singular vector of PEFT's own ΔW."""
+
+    def __init__(self, U: Tensor, rank: int) -> None:
+        self.along = U[:, rank]
+
+    def only(self, out: Tensor) -> Tensor:
+        return (out @ self.along)[:, None] * self.along
+
+    def without(self, out: Tensor) -> Tensor:
+        return out - self.only(out)
+
+    def by(self, instead: Tensor) -> Change:
+        """That of another output, after the first token."""
+
+        def change(out: Tensor) -> Tensor:
+            other = self.only(instead.expand_as(out[1:]))
+            return torch.cat([out[:1], self.without(out[1:]) + other])
+
+        return change
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("flags", ["raw", "processed"])
+@pytest.mark.parametrize("how", HOWS)
+def test_single_ranks_against_hooks_on_peft(cls: str, flags: str, how: str):
+    """σ_j u_j v_jᵀx of a dense SVD: to zero, to the mean and resampled."""
+    case, name, prompt = cases.case("qwen2", cls, flags), "response", 0
+    lens, oracle, row = case.lens, Oracle(case), row_of(prompt, name)
+    base, _ = oracle.run(row, [])
+    for replace in ("zero", *REPLACES):
+        found = patch(
+            lens, prompts(), READOUTS[name], how, of="rank", replace=replace,
+            sites=["blocks.0.attn.v", "blocks.1.attn.o", "blocks.0.*down"],
+            texts=None if replace == "zero" else texts(),
+        )  # fmt: skip
+        assert found.values.shape == (2, 9)
+        for column, (label, (index,)) in enumerate(found.groups.items()):
+            module, rank = lens.sites[index].module, int(label[-2])
+            layer = case.peft.base_model.model.get_submodule(module)
+            one = OneRank(torch.linalg.svd(layer.get_delta_weight("default"))[0], rank)
+            change: Change = one.without
+            if replace != "zero":
+                change = one.by(oracle.stand_ins(replace, how, row, prompt)[module])
+            on, own = oracle.modules, {}
+            if how == "add_one":
+                on, own = [module], {module: one.only}
+                change = lambda out, one=one, change=change: one.only(change(out))  # noqa: E731
+            whole, less = (oracle.run(row, on, c)[0] for c in (own, {module: change}))
+            expected = read_as(name, prompt, whole, base) - read_as(name, prompt, less, base)
+            assert float(found.values[prompt, column]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
+    """(GA, BG⁻¹) changes no number; a table and a file have a row for each rank."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    G = torch.randn(3, 3, generator=models.seeded(5), dtype=torch.float64)
+    turned = {
+        module: ll.LoRAFactors(G @ f.A, f.B @ torch.linalg.inv(G), f.scale)
+        for module, f in lens.adapter.modules.items()
+    }
+    other = lens.with_adapter(ll.Adapter.from_factors(turned))
+    found, same = (
+        patch(of, prompts(), ll.Margin(5, 9), "leave_one_out", of="rank", replace="mean",
+              texts=texts())
+        for of in (lens, other)
+    )  # fmt: skip
+    assert (found.values - same.values).abs().max() < 1e-9
+    split = found.attribution()
+    assert split.by == ("rank",) and split.gauge == "svd"
+    assert torch.equal(split.values.flatten(1), found.values)
+    assert split.key == "leave_one_out/mean" and len(split.to_frame()) == 2 * 14 * 3
+    assert "of='rank', replace='mean', texts=3" in repr(found)
+    again = ll.results.Effects.load(found.save(tmp_path / "ranks.safetensors"))
+    assert torch.equal(again.values, found.values)
+    assert (again.of, again.replace, again.texts) == ("rank", "mean", 3)
+    assert found.plot(0).data and "blocks.0.attn.q[2]" in found.groups
+    whole = ll.first_order(lens, prompts(), ll.Margin(5, 9))
+    for meets in (found.summed, lambda of: found.interaction):
+        with pytest.raises(ll.errors.ArgumentError, match="rank"):
+            meets(whole)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("of", ["site", "rank"])
+def test_branching_and_batches_agree(how: str, of: str, monkeypatch):
+    """Points that part in the last layer, and a readout that is a person's own function."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    own = ll.Readout.of(lambda logits: logits[:, 5] - logits[:, 9])
+    find = functools.partial(patch, lens, prompts(), how=how, of=of, sites="*.1.*", texts=texts())
+    for replace in REPLACES:
+        branched, mine = (find(readout=r, replace=replace) for r in (ll.Margin(5, 9), own))
+        with monkeypatch.context() as patched:
+            patched.setattr("lens_lora.core.function.forward.pays", lambda *given: False)
+            plain = find(readout=ll.Margin(5, 9), replace=replace)
+        assert (branched.values - plain.values).abs().max() < 1e-12
+        assert (branched.values - mine.values).abs().max() < 1e-12
+
+
+def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
+    """Texts run a few at a time, and rows of many points: the same numbers."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    find = functools.partial(patch, lens, prompts(), ll.KL(RESPONSES), "leave_one_out")
+    before = [find(replace=replace, texts=texts()).values for replace in REPLACES]
+    monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
+    monkeypatch.setattr("lens_lora.core.function.memory.ROW_TOKENS", 1)
+    after = [find(replace=replace, texts=texts()).values for replace in REPLACES]
+    for one, other in zip(before, after, strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
+    """And so is a beginning that several texts share; however many run at once."""
+    lens, rows = cases.case("llama", NEWEST, "raw").lens, texts().tokens
+    find = functools.partial(patch, lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean")
+    once, twice = (find(texts=given).values for given in (rows[:2], rows[[0, 0, 1, 0]]))
+    assert (once - twice).abs().max() < 1e-12
+    beginning = ll.results.Prompts(rows[[0, 1, 0]], torch.tensor([rows.shape[1], rows.shape[1], 3]))
+    assert (once - find(texts=beginning).values).abs().max() < 1e-12
+    monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
+    assert (once - find(texts=beginning).values).abs().max() < 1e-12
+    monkeypatch.setattr("lens_lora.core.analyses.patching.distinct_tokens", lambda t: t.after_first)
+    assert (once - find(texts=beginning).values).abs().max() > 1e-4
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"replace": "average"}, ll.errors.ArgumentError, "'zero', 'mean' or 'resample'"),
+        ({"replace": "mean"}, ll.errors.ArgumentError, "none were given"),
+        ({"texts": "w5 w6"}, ll.errors.ArgumentError, "replace='zero'"),
+        ({"of": "head"}, ll.errors.ArgumentError, "'site' or 'rank'"),
+        ({"of": "rank", "group": "layer"}, ll.errors.ArgumentError, "leave out group"),
+        (
+            {"replace": "mean", "texts": torch.tensor([[5], [6]])},
+            ll.errors.PromptError,
+            "longer texts",
+        ),
+        ({"replace": "resample", "texts": "w5 w6"}, ll.errors.PromptError, "text 0 of 1.*has 7"),
+        (
+            {"replace": "resample", "texts": models.tokens()[:1]},
+            ll.errors.PromptError,
+            "same tokens",
+        ),
+        ({"replace": "mean", "texts": ""}, ll.errors.PromptError, "empty"),
+    ],
+)
+def test_bad_arguments(options: dict, error: type[Exception], match: str):
+    lens = cases.case("llama", NEWEST, "raw").lens
+    with pytest.raises(error, match=match):
+        patch(lens, prompts(), ll.Margin(5, 9), **options)
+
+
+def test_nothing_to_replace():
+    """A prompt of its first token only, and ranks of a norm."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    for replace in REPLACES:
+        with pytest.raises(ll.errors.PromptError, match="nothing to replace"):
+            patch(lens, torch.tensor([[5]]), ll.Margin(5, 9), replace=replace, texts=texts())
+    base, model = hooked("gpt2", NEWEST, "raw")
+    norms = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "norms")))
+    with pytest.raises(ll.errors.ArgumentError, match="has no ranks"):
+        patch(norms, prompts(), ll.Margin(5, 9), of="rank")
+    found = patch(norms, prompts(), ll.Margin(5, 9), replace="mean", texts=texts())
+    assert found.values.abs().max() > 0

@@ -1,0 +1,254 @@
+"""Within max_memory no forward pass has more rows than the bound has room for, in any analysis."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cases
+import models
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from every_call import CALLS, MARGIN, QUIET, numbers
+
+import lens_lora as ll
+from lens_lora.core.function import memory
+from lens_lora.core.function.duals import value_of
+from lens_lora.responses.generate import Speaker
+
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.bad_input]
+# More rows than the smallest bound has room for in a graph, in a plain pass and in one of duals.
+ROWS, LENGTH = 40, 3
+BRIDGE = list(models.MAKERS)[-1]
+
+
+def a_lens() -> ll.LoraLens:
+    return cases.case("llama", BRIDGE, "raw").lens
+
+
+def need_of_a_row(lens: ll.LoraLens, length: int) -> memory._Need:
+    """What a row of so many tokens takes, without its logits: of what is read not all are held."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_unembedded", lambda *_: (0, 0))
+        return memory._need(lens, lens.prompts(torch.ones(1, length, dtype=torch.long)))
+
+
+@contextlib.contextmanager
+def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
+    """(kind, rows, tokens of a row) of every forward pass within the block, at its last block.
+
+    What the model itself is asked to say has batches of its own, and is left out.
+    """
+    seen: list[tuple[str, int, int]] = []
+    speaking: list[bool] = []
+    say = Speaker.say
+
+    def says(speaker: Speaker, **options: Any) -> Any:
+        speaking.append(True)
+        try:
+            return say(speaker, **options)
+        finally:
+            speaking.pop()
+
+    def look(block: Any, args: Any, kwargs: Any) -> None:
+        if speaking:
+            return
+        residual = args[0] if args else kwargs["hidden_states"]
+        value = value_of(residual)
+        is_dual = value is not residual or fwad.unpack_dual(value).tangent is not None
+        is_graph = torch.is_grad_enabled() and value.requires_grad
+        kind = "dual" if is_dual else "graph" if is_graph else "plain"
+        seen.append((kind, *residual.shape[:2]))
+
+    handle = lens.model.blocks[-1].register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Speaker, "say", says)
+            yield seen
+    finally:
+        handle.remove()
+
+
+def beyond(lens: ll.LoraLens, seen: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The passes whose rows take more than the bound of the lens."""
+    found = []
+    for kind, rows, length in set(seen):
+        need = need_of_a_row(lens, length)
+        of_row = {
+            "plain": need.in_pass,
+            "graph": min(need.of_graph, need.of_rerun),
+            "dual": need.of_duals,
+        }[kind]
+        if rows * of_row > lens.max_memory:
+            found.append((kind, rows, length))
+    return found
+
+
+def bounds() -> list[float]:
+    """What two rows of dual numbers take, which is the most of any row; twice, and all of it."""
+    lens = a_lens()
+    least = memory.pass_bytes(lens) + 2.2 * memory._need(lens, lens.prompts(tokens()[:1])).of_duals
+    return [least, 2 * least, 40 * least]
+
+
+def tokens() -> torch.Tensor:
+    return models.tokens(ROWS, LENGTH)
+
+
+def off(found: Any, expected: Any) -> float:
+    pairs = [(a, b) for a, b in zip(numbers(found), numbers(expected), strict=True) if b.numel()]
+    sizes = [(a - b, b.nan_to_num().abs().max().clamp(min=1e-9)) for a, b in pairs]
+    return max((float(gap.nan_to_num().abs().max() / size) for gap, size in sizes), default=0.0)
+
+
+# How many of the three bounds are refused, the smallest ones: where even one prompt takes more, or
+# what is kept is as large as the result. All other calls run under each of them.
+REFUSED: dict[str, int] = {
+    "forward": 2, "first_orders": 2, "frozen, forward": 2, "by token": 2, "by token and layer": 1,
+    "kl_shares": 1, "path of a KL": 2, "patch_sites, a KL": 1, "explain a response": 1,
+    "components": 2, "logit_shift": 2, "tangents": 2, "gradients": 2, "repair": 2,
+    "g in a graph": 2,
+}  # fmt: skip
+# The model as it is called, whose batches are the caller's; a bank refuses the hook that counts.
+LEFT_OUT = {"logits", "generate", "bank", "scan"}
+# One of each kind of pass, for the quick suite.
+QUICK = ("path_attribution", "second_order", "joint", "kl_shares", "patch_edges", "feature_shift")
+
+
+def run_within(name: str, bounds: Sequence[float]) -> int:
+    """How many of these bounds refuse the call; the others are kept."""
+    lens, call, refused = a_lens(), CALLS[name], 0
+    for bound in bounds:
+        few = lens.within(bound)
+        try:
+            with passes(lens) as seen:
+                call(few, tokens())
+        except ll.errors.ArgumentError as error:
+            assert "max_memory=" in str(error)
+            refused += 1
+            continue
+        assert seen or name in ("alignment", "intruders")
+        assert not beyond(few, seen)
+    return refused
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_some_analyses_keep_the_middle_bound(name: str):
+    assert run_within(name, bounds()[1:2]) == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in LEFT_OUT])
+def test_every_analysis_keeps_each_of_three_bounds(name: str):
+    assert run_within(name, bounds()) == REFUSED.get(name, 0)
+
+
+# Of which kind of pass five rows fit, and what is asked.
+NUMBERS: dict[str, tuple[str, Any]] = {
+    "path": (
+        "graph",
+        lambda lens, t: (
+            ll.path_attribution(lens, t, MARGIN, tol=0.5, by="position", **QUIET).values
+        ),
+    ),
+    "norms of δz and G": (
+        "graph",
+        lambda lens, t: ll.results.foils(lens, t, MARGIN)["norm_product"].values,
+    ),
+    "second order": (
+        "second",
+        lambda lens, t: ll.second_order(lens, t, MARGIN, **QUIET).half_row_sums,
+    ),
+    "coupling": (
+        "second",
+        lambda lens, t: ll.coupling(lens, t, MARGIN, group="kind", **QUIET).matrix,
+    ),
+    "joint": ("dual", lambda lens, t: ll.logit_shift(lens, t, by_site=False).values),
+    "divergence": ("dual", lambda lens, t: ll.kl_shares(lens, t, **QUIET).attribution.values),
+    "two adapters": (
+        "dual",
+        lambda lens, t: (
+            ll.compare_adapters(lens, lens.adapter.scaled(0.5), t, draws=0, **QUIET).function
+        ),
+    ),
+    "activations": ("plain", lambda lens, t: ll.activations(lens, t).values),
+    "features": (
+        "dual",
+        lambda lens, t: (
+            ll.results.feature_shift(
+                lens, t, torch.eye(16).double()[:2], "blocks.1.hook_resid_post", positions="each"
+            ).shift
+        ),
+    ),
+    "features by site": (
+        "plain",
+        lambda lens, t: (
+            ll.results.feature_shift(lens, t, torch.eye(16).double()[:2], by="site").values
+        ),
+    ),
+    "one edge": (
+        "plain",
+        lambda lens, t: (
+            ll.patch_edges(lens, t, MARGIN, [(lens.sites[0].name, "logits")], **QUIET).values
+        ),
+    ),
+}
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_groups_of_prompts_have_the_numbers_of_all_together(name: str):
+    """Texts of several lengths, so that a group may be shorter than the whole."""
+    kind, call = NUMBERS[name]
+    lens = a_lens()
+    prompts = lens.prompts(["w5 w6 w7 w8", "w9", "w10 w11 w12", "w13 w14"] * 4)
+    need = memory._need(lens, prompts.at_each_token())
+    of_row = {
+        "plain": need.in_pass,
+        "graph": need.of_graph,
+        "second": memory._SECOND * need.of_graph,
+        "dual": need.of_duals,
+    }[kind]
+    few = lens.within(5.5 * of_row + (memory.pass_bytes(lens) if kind == "dual" else 0))
+    with passes(lens) as seen:
+        found = call(few, prompts)
+    # Beside a second derivative there are first ones, of which more rows fit.
+    rows_of_kind = [rows for of, rows, _ in seen if of == ("graph" if kind == "second" else kind)]
+    assert (min if kind == "second" else max)(rows_of_kind) < 16
+    expected = call(lens, prompts)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def test_two_rows_of_one_prompt_are_not_taken_for_one():
+    """An answer margin runs two rows a prompt; a bound with room for one is refused."""
+    lens, readout = a_lens(), ll.AnswerMargin("w5 w7", "w8 w9")
+    reading = readout.over(lens.model, lens.prompts("w5 w6"))
+    need = memory._need(lens, reading)
+    assert len(reading.owner) == 2
+    of_row = min(need.of_graph, need.of_rerun)
+    with pytest.raises(ll.errors.ArgumentError, match="enough for 1 of 2 rows.*of one prompt"):
+        ll.first_order(lens.within(need.graphed + 1.5 * of_row), "w5 w6", readout)
+    texts = ["w5 w6", "w7"]
+    graphed = memory._need(lens, readout.over(lens.model, lens.prompts(texts))).graphed
+    with passes(lens) as seen:
+        found = ll.first_order(lens.within(graphed + 2.5 * of_row), texts, readout).values
+    assert {rows for kind, rows, _ in seen if kind == "graph"} == {2}
+    assert torch.allclose(found, ll.first_order(lens, texts, readout).values, rtol=1e-10)
+
+
+def test_a_function_that_reads_all_prompts_together_is_refused():
+    """It may rely on their order, so it is never shown a part of them."""
+    lens = a_lens()
+    wanted = torch.arange(6) + 5
+
+    def each_its_own(logits: torch.Tensor) -> torch.Tensor:
+        return logits[torch.arange(6), wanted]
+
+    readout = ll.Readout.of(each_its_own, "each its own", "logits")
+    need = memory._need(lens, lens.prompts(models.tokens(6, 3)))
+    few = lens.within(3.5 * min(need.of_graph, need.of_rerun))
+    with pytest.raises(ll.errors.ArgumentError, match="a function of yours reads them together"):
+        ll.first_order(few, models.tokens(6, 3), readout)
+    assert ll.first_order(lens, models.tokens(6, 3), readout).values.isfinite().all()

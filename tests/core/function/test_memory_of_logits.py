@@ -1,0 +1,58 @@
+"""The logits of a response count within max_memory as far as they are held together."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+from every_call import MARGIN
+
+import lens_lora as ll
+from lens_lora.core.function import memory
+from lens_lora.core.function.asked import ask
+
+CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
+
+
+@CLASSES
+def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.MonkeyPatch):
+    """None of a margin's, some of a response's at a time; a divergence holds its base's."""
+    monkeypatch.setattr(memory, "PICKS", 3)
+    lens, response = cases.case("llama", cls, "raw").lens, torch.arange(5, 13)
+    readouts = MARGIN, ll.AnswerLogProb(response), ll.KL(response)
+    readings = [ask(lens, models.tokens(), readout).reading for readout in readouts]
+    size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
+    held = 8 * len(models.tokens())
+    for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
+        need, every = memory._need(lens, reading), memory._need(lens, reading.prompts)
+        found = need.picked, need.graphed, need.always
+        assert found == (3 * 2 * picks * size, 8 * picks * size, base * size)
+        slots = reading.prompts.slots
+        assert every.in_pass - need.in_pass == 3 * slots * size
+        assert every.of_graph - need.of_graph == every.of_rerun - need.of_rerun == 8 * slots * size
+    adapted = cases.case("llama", cls, "raw", ("lm_head",)).lens
+    reading = ask(adapted, models.tokens(), ll.AnswerLogProb(response)).reading
+    assert memory._unembedded(adapted, reading) == (8, 0)
+
+
+@CLASSES
+def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.MonkeyPatch):
+    """Whose logits alone are; the log-probability of the same response is not."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(1)
+    response = torch.arange(5, 25)
+    log_prob = ll.AnswerLogProb(response)
+    readings = [ask(lens, tokens, readout).reading for readout in (log_prob, ll.KL(response))]
+    needs = [memory._need(lens, reading) for reading in readings]
+    few = lens.within(sum(n.always + n.graphed + min(n.of_rerun, n.of_graph) for n in needs) / 2)
+    with models.lifted():
+        found = ll.first_order(few, tokens, log_prob).values
+        assert torch.allclose(found, ll.first_order(lens, tokens, log_prob).values, rtol=1e-10)
+        with pytest.raises(ll.errors.ArgumentError, match=r"max_memory=.*20 of them read"):
+            ll.first_order(few, tokens, ll.KL(response), at=1.0)
+        whole = memory._need(lens, readings[1].prompts)
+        few = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
+        with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
+            ll.kl_shares(few, tokens, response=response, progress=False)
+        with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
+            ll.token_shifts(lens.within(0.9 * whole.in_pass), tokens, response)

@@ -1,0 +1,36 @@
+"""One pass there and back equals the joint tangent, then a forward and a backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from every_family import EVERY, lens_of
+
+import lens_lora as ll
+from lens_lora.core.function.asked import ask
+from lens_lora.core.function.derivatives import joint_tangent, pulled_back
+from lens_lora.core.function.forward import gated_logits
+from lens_lora.core.function.reverse import site_slopes
+
+pytestmark = pytest.mark.usefixtures("float64")
+PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
+def test_equals_two_passes(family: str, cls: str, flags: str):
+    lens = lens_of(family, cls, flags)
+    reading = ask(lens, PROMPTS, ll.AnswerLogProb(torch.tensor([5, 9, 4]))).reading
+    none = lens.gates(0.0)
+    v = joint_tangent(lens, reading.prompts, none, torch.ones_like(none))
+    with torch.no_grad():
+        base = gated_logits(lens, reading.prompts, none)
+    covectors = base.softmax(-1) * v
+    read = dataclasses.replace(reading, read=lambda f: (covectors * f).flatten(1).sum(1))
+    axes = ("position", "head", "rank")
+    expected = site_slopes(lens, read, none, axes)
+    found, at_base = pulled_back(lens, reading, axes, lambda f, moved: f.softmax(-1) * moved)
+    assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
+    assert (at_base - base).abs().max() < 1e-11 and not at_base.requires_grad

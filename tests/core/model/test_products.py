@@ -1,0 +1,137 @@
+"""Float32 models on devices that round the factors of products: what a lens takes for precision.
+
+Planted as a device has it that computes float32 in TF32 (`rounded`), and real where this CPU has
+units for bfloat16. The oracle of a floor is the same model with whole products.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import architectures
+import models
+import pytest
+import real
+import rounded
+import torch
+
+import lens_lora as ll
+from lens_lora.core.model.check import eps_of
+from lens_lora.hosts import build, probe
+
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+TF32_EPS = 2.0**-10
+MARGIN = ll.Margin(5, 9)
+TOKENS = models.tokens(batch=8)
+FACTOR = 3.0  # as of the floors in tests/core/analyses/test_noise.py
+QUICK = ("gpt2", "llama", "gemma2", "mixtral")
+
+
+def point(cls: str) -> str:
+    return "embed" if cls == "HookedTransformer" else "embed.hook_out"
+
+
+def lens_of(family: str, cls: str) -> ll.LoraLens:
+    """Loaded, compared with its base, and made."""
+    base = models.hf_model(family, dtype=torch.float32)
+    model, _ = build.hooked_model(copy.deepcopy(base), models.tokenizer(), kind=cls)
+    return ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model(family, base)), hf_model=base)
+
+
+def floor_of(lens: ll.LoraLens) -> torch.Tensor:
+    return ll.remainder_curve(lens, TOKENS, MARGIN, [0.5, 1.0], progress=False).noise_floor
+
+
+def ratio(errors: torch.Tensor, floors: torch.Tensor) -> float:
+    """Root mean square of the errors over that of the floors."""
+    return float((errors.square().mean() / floors.square().mean()).sqrt())
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in QUICK else pytest.mark.exhaustive) for f in models.FAMILIES],
+)
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_rounded_products_are_measured(cls: str, family: str):
+    if not models.is_built_right(family, cls, "raw"):
+        pytest.skip("the host library does not build it")
+    model = models.MAKERS[cls](models.hf_model(family, dtype=torch.float32))
+    assert eps_of(model, point(cls)) == FLOAT32_EPS
+    with rounded.TF32():
+        assert eps_of(model, point(cls)) == TF32_EPS
+
+
+@models.NEEDS_NEWEST
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_rounded_products_are_measured_in_every_architecture(name: str):
+    model = architectures.bridge(architectures.hf_model(name, dtype=torch.float32))
+    assert eps_of(model, "embed.hook_out") == FLOAT32_EPS
+    with rounded.TF32():
+        assert eps_of(model, "embed.hook_out") == TF32_EPS
+
+
+@pytest.mark.real
+def test_the_precision_of_a_real_model_is_measured():
+    """Thirty layers bend the logits most."""
+    cls = list(models.MAKERS)[-1]
+    model = real.lens(cls).model
+    assert eps_of(model, point(cls)) == FLOAT32_EPS
+    with rounded.TF32():
+        assert eps_of(model, point(cls)) == TF32_EPS
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_floors_and_checks_go_by_rounded_products(cls: str):
+    """A floor of float32 would be thousands of times too small."""
+    plain = lens_of("gpt2", cls)
+    assert plain.eps == FLOAT32_EPS
+    with rounded.TF32():
+        lens = lens_of("gpt2", cls)
+        shift = ll.first_order(lens, TOKENS, MARGIN).shift
+        floor = floor_of(lens)
+        assert ll.edges(lens, TOKENS, MARGIN, progress=False).exists.any()
+    assert lens.eps == TF32_EPS
+    exact = ll.first_order(plain, TOKENS, MARGIN).shift
+    assert 1 / FACTOR < ratio(shift - exact, floor) < FACTOR
+    assert float((floor / floor_of(plain)).min()) > 500
+
+
+@models.NEEDS_BRIDGE
+def test_a_probe_goes_by_rounded_products():
+    """Sites that were read from the bridge are compared up to what is really computed."""
+    base = models.hf_model("mixtral", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("mixtral", base))
+    with rounded.TF32():
+        model = models.bridge(base)
+        eps = eps_of(model, "embed.hook_out")
+        assert probe.probed(model, base, adapter, eps=eps) == frozenset(adapter.modules)
+
+
+def rounds_on_request() -> bool:
+    """Whether this CPU has units for bfloat16 that torch uses for float32 where it is let."""
+    drawn = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    product = drawn @ drawn
+    torch.set_float32_matmul_precision(before)
+    return not torch.allclose(product, drawn @ drawn, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not rounds_on_request(), reason="this CPU computes float32 in float32")
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_cpu_that_rounds_to_bfloat16(cls: str):
+    """torch's own rounding, where a program asks for it before the lens is made, or after."""
+    plain = lens_of("gpt2", cls)
+    exact = ll.first_order(plain, TOKENS, MARGIN).shift
+    torch.set_float32_matmul_precision("medium")
+    try:
+        lens = lens_of("gpt2", cls)
+        shift = ll.first_order(lens, TOKENS, MARGIN).shift
+        floor = floor_of(lens)
+        with pytest.raises(ll.errors.ModelStateError, match="precision of float32 products was"):
+            ll.first_order(plain, TOKENS, MARGIN)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert lens.eps == torch.finfo(torch.bfloat16).eps
+    assert 1 / FACTOR < ratio(shift - exact, floor) < FACTOR

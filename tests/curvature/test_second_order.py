@@ -1,0 +1,120 @@
+"""The second derivative is right on every family: against differences, and symmetric."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+from every_family import EVERY, lens_of
+from targets import hooked, peft_with
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+from lens_lora.core.function import derivatives
+from lens_lora.core.function import memory as batching
+from lens_lora.core.function.derivatives import hessian_product
+from lens_lora.core.function.reverse import site_slopes
+
+MARGIN = ll.Margin(5, 9)
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
+@pytest.mark.usefixtures("float64")
+def test_derivatives_of_every_family_against_differences(family: str, cls: str, flags: str):
+    """∂g/∂ε against differences of g, H v against differences of ∂g/∂ε; uᵀHv = vᵀHu."""
+    lens = lens_of(family, cls, flags)
+    prompts = lens.prompts(models.tokens())
+    reading = MARGIN.over(lens.model, prompts)
+    generator = models.seeded(3)
+    u, v = torch.randn(2, len(lens.sites), generator=generator, dtype=torch.float64)
+    step = 1e-5
+
+    def slopes(gates: torch.Tensor) -> torch.Tensor:
+        """∂g/∂ε by reverse mode at any gates, [batch, site]."""
+        return site_slopes(lens, reading, gates)
+
+    at = torch.full((len(lens.sites),), 0.3, dtype=torch.float64)
+    first = slopes(at) @ v
+    up, down = (reading.read(lens.logits(prompts, at + e * v)[:, -1]) for e in (step, -step))
+    assert (first - (up - down) / (2 * step)).abs().max() < 1e-6 * first.abs().max()
+    for where in (torch.zeros_like(at), at):
+        product = hessian_product(lens, reading, where, v)
+        difference = (slopes(where + step * v) - slopes(where - step * v)) / (2 * step)
+        size = difference.abs().max()
+        assert (product - difference).abs().max() < 1e-6 * size
+        other = hessian_product(lens, reading, where, u)
+        assert (product @ u - other @ v).abs().max() < 1e-9 * size
+
+
+@pytest.mark.parametrize("target", ["linears", "lm_head", "embedding", "positions", "lora_bias"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.usefixtures("float64")
+def test_second_order_of_every_target(target: str, cls: str):
+    """H v against differences of first order, for every kind of site; of a curved readout."""
+    base, model = hooked("gpt2", cls, "processed")
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
+    prompts, step = lens.prompts(models.tokens()), 1e-5
+    readout = ll.LogProb(7)
+    reading = readout.over(model, prompts)
+    one = torch.ones(len(lens.sites), dtype=torch.float64)
+    for at in (0.0, 1.0):
+        product = hessian_product(lens, reading, at * one, one)
+        up, down = (ll.first_order(lens, prompts, readout, at=at + e) for e in (step, -step))
+        difference = (up.values - down.values) / (2 * step)
+        assert (product - difference).abs().max() < 1e-6 * difference.abs().max()
+
+
+def test_second_order_by_hand():
+    """y = (2 + 5ε₂)(1 + ε₁/2)²·9: H₁₁ = 9, H₁₂ = 45, H₂₂ = 0 at ε = 0."""
+    lens = scalar_lens(torch.square)
+    prompts = lens.prompts(torch.tensor([[3]]))
+    reading = ll.Logit(0).over(lens.model, prompts)
+    columns = [
+        hessian_product(lens, reading, torch.zeros(2).double(), e)[0].tolist()
+        for e in torch.eye(2).double()
+    ]
+    assert columns == [[9.0, 45.0], [45.0, 0.0]]
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.usefixtures("float64")
+def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
+    """Chunks of two of five directions, each as alone; of readouts with several rows a prompt."""
+    lens = cases.case("gpt2", cls, "raw").lens
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
+    readout = ll.AnswerMargin(torch.tensor([5, 9, 12]), torch.tensor([5, 7]))
+    reading, at = readout.over(lens.model, prompts), lens.gates(0.3)
+    directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
+    limit = 2 * reading.prompts.tokens.numel()
+    monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
+    chunks = list(derivatives.hessian_products(lens, reading, at, directions, progress=False))
+    assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]
+    for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):
+        alone = hessian_product(lens, reading, at, direction)
+        assert (found - alone).abs().max() < 1e-11 * alone.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.usefixtures("float64")
+def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):
+    """H v, coupling and self-curvature, of one prompt at a time and of all at once."""
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w5"]
+    readout = ll.AnswerMargin("w5 w7", "w8 w9")
+    reading, v = readout.over(lens.model, lens.prompts(prompts)), lens.gates(0.7)
+    found = []
+    for tokens in (1000, 1):
+        monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)
+        second = ll.second_order(lens, prompts, readout, self_curvature=True, progress=False)
+        found.append([
+            hessian_product(lens, reading, lens.gates(0.3), v),
+            ll.coupling(lens, prompts, readout, group="layer", progress=False).matrix,
+            second.self_curvature,
+            second.half_row_sums,
+        ])  # fmt: skip
+    for whole, apart in zip(*found, strict=True):
+        assert len(whole) == 3
+        assert (whole - apart).abs().max() < 1e-11 * whole.abs().max()

@@ -1,0 +1,326 @@
+"""Δh against hooks on Hugging Face's own modules, PEFT's adapter on and off; its laws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import models
+import pytest
+import torch
+from reference import seen
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.core.model.sites import layer_order
+
+pytestmark = pytest.mark.usefixtures("float64")
+LENGTHS = [7, 4]
+LAST, MIDDLE = f"blocks.{models.LAYERS - 1}.hook_resid_post", "blocks.0.hook_resid_post"
+TINY = 1e-10
+CLASSES = list(models.MAKERS)
+
+
+def texts() -> ll.results.Prompts:
+    return ll.results.Prompts(models.tokens(), torch.tensor(LENGTHS))
+
+
+def by_peft(case: cases.Case, module: str, of: Callable[[Tensor], Tensor]) -> list[tuple]:
+    """(h(0), h(1)) of each text at a module's input: PEFT's own adapter off and on."""
+    found, model = [], case.peft.base_model.model
+    for text, length in enumerate(LENGTHS):
+        row = models.tokens()[text : text + 1, :length]
+        with case.peft.disable_adapter():
+            base = of(seen(model, module, row))
+        found.append((base, of(seen(model, module, row))))
+    return found
+
+
+FINAL_NORM = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "neox": "gpt_neox.final_layer_norm",
+}
+CASES = [(f, c, flags) for f in FINAL_NORM for c in CLASSES for flags in ("raw", "processed")]
+
+
+def built(family: str, cls: str, flags: str) -> cases.Case:
+    if not models.is_built_right(family, cls, flags):
+        pytest.skip("this version of transformer-lens builds another model")
+    return cases.case(family, cls, flags)
+
+
+def lens_of(flags: str = "raw") -> ll.LoraLens:
+    return cases.case("llama", CLASSES[0], flags).lens
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str):
+    """Token by token and in the mean; the reading from γ, ‖h(0)‖ and the head of the base."""
+    case = built(family, cls, flags)
+    is_ln = family != "llama"
+
+    def centred(h: Tensor) -> Tensor:
+        return h - h.mean(-1, keepdim=True) if is_ln else h
+
+    # A processed model's writing weights are centred, so its residual stream is.
+    ends = by_peft(case, FINAL_NORM[family], centred if flags == "processed" else lambda h: h)
+    found = ll.activation_shift(case.lens, texts(), LAST)
+    shifts, shifted = [], 0.0
+    for text, (base, adapted) in enumerate(ends):
+        mine, length = found.values[LAST][text], LENGTHS[text]
+        assert (mine[:length] - (adapted - base)).abs().max() < TINY
+        assert mine[length:].isnan().all()
+        assert (found.first[LAST][text] - (adapted - base)[0]).abs().max() < TINY
+        assert (found.base_norms[LAST][text, :length] - base.norm(dim=-1)).abs().max() < TINY
+        shifted = max(shifted, float((mine[1:length] - (adapted - base)[:-1]).abs().max()))
+        shifts.append(adapted - base)
+    rest = torch.cat([shift[1:] for shift in shifts])
+    assert (found.mean()[LAST] - rest.mean(0)).abs().max() < TINY
+    with_first = torch.cat(shifts).mean(0)
+    assert (found.mean()[LAST] - with_first).abs().max() > 1e-3  # the first token in the mean
+    assert shifted > 1e-3  # a position off
+
+    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    eps = case.model.cfg.eps
+    over = [
+        centred(adapted - base) / (centred(base).square().mean(-1, keepdim=True) + eps).sqrt()
+        for base, adapted in ends
+    ]
+    mean = torch.cat([one[1:] for one in over]).mean(0)
+    expected = (norm.weight * mean) @ head.weight.T
+    gap = cases.centred(found.readings[LAST]) - cases.centred(expected)
+    assert gap.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_the_reading_of_each_token_is_hugging_face_s(family: str, cls: str, flags: str):
+    """γ, ‖h(0)‖ and the head of the base; at the positions asked for, and nowhere else."""
+    case, is_ln = built(family, cls, flags), family != "llama"
+    found = ll.activation_shift(case.lens, texts(), [LAST, MIDDLE], by="position")
+    last = ll.activation_shift(case.lens, texts(), LAST, by="position", positions=-1)
+    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    assert set(found.token_readings) == {LAST, MIDDLE}
+    frame = found.logit_lens(3, LAST, by="position")
+    for text, (base, adapted) in enumerate(by_peft(case, FINAL_NORM[family], lambda h: h)):
+        if is_ln:
+            base, adapted = (h - h.mean(-1, keepdim=True) for h in (base, adapted))
+        sigma = (base.square().mean(-1, keepdim=True) + case.model.cfg.eps).sqrt()
+        expected = ((norm.weight * (adapted - base) / sigma) @ head.weight.T).detach()
+        length = LENGTHS[text]
+        read = found.token_readings[LAST][text]
+        gap = cases.centred(read[:length]) - cases.centred(expected)
+        assert gap.abs().max() < 1e-9 and read[length:].isnan().all()
+        shifted = cases.centred(read[: length - 1]) - cases.centred(expected[1:])
+        assert shifted.abs().max() > 1e-3  # a position off
+        for i in range(length):
+            rows = frame[(frame["prompt"] == text) & (frame["position"] == i)]
+            assert rows["id"].tolist() == expected[i].argsort(descending=True)[:3].tolist()
+            assert set(rows["at"]) == {found.str_tokens[text][i]}
+        only = last.token_readings[LAST][text]
+        assert torch.equal(only[length - 1], read[length - 1]) and only[: length - 1].isnan().all()
+    assert len(frame) == 3 * sum(LENGTHS)
+    assert last.logit_lens(2, by="position")["position"].tolist() == [6, 6, 3, 3]
+    assert list(frame) == ["prompt", "position", "at", "rank", "token", "id", "logit"]
+
+
+@pytest.mark.bad_input
+def test_readings_by_position_are_asked_for():
+    lens = lens_of()
+    without = ll.activation_shift(lens, texts(), LAST)
+    with pytest.raises(ll.errors.ArgumentError, match=r"activation_shift\(…, by='position'\)"):
+        without.logit_lens(by="position")
+    assert not without.token_readings
+    for call in (without.logit_lens, lambda by: ll.activation_shift(lens, texts(), LAST, by=by)):
+        with pytest.raises(ll.errors.ArgumentError, match="by='rank': expected 'position'"):
+            call(by="rank")
+    elsewhere = ll.activation_shift(lens, texts(), [LAST, "blocks.0.hook_mlp_out"], by="position")
+    with pytest.raises(ll.errors.SiteError, match="hook_mlp_out' has no reading"):
+        elsewhere.logit_lens(name="blocks.0.hook_mlp_out", by="position")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_sites_own_outputs(cls: str):
+    """At a site's output, of heads and of hidden layers; several points by a glob."""
+    case = cases.case("llama", cls, "raw")
+    sites = {s.kind: s for s in case.lens.sites if s.layer == 1}
+    names = [sites["v"].write, sites["down"].read]
+    found = ll.activation_shift(case.lens, texts(), names)
+    ends = by_peft(case, "model.layers.1.mlp.down_proj", lambda h: h)
+    assert found.names == tuple(names) and not found.readings
+    added = ll.activation_shift(case.lens, texts(), ["blocks.1.hook_mlp_out", "hook_embed"])
+    assert not added.readings  # ‖h‖ there is not what the final norm divides by
+    for text, (base, adapted) in enumerate(ends):
+        mine = found.values[names[1]][text, : LENGTHS[text]]
+        assert (mine - (adapted - base)).abs().max() < TINY
+    every = ll.activation_shift(case.lens, texts(), "blocks.*.hook_resid_post")
+    assert every.names == (MIDDLE, LAST)
+
+
+def test_points_of_a_glob_are_in_the_order_of_layers():
+    """A bridge names them in that of the alphabet: 0, 1, 10, 11, 2."""
+    points = ["embed", "blocks.0.a", "blocks.1.a", "blocks.10.a", "blocks.2.a", "blocks.2.b", "z"]
+    expected = ["embed", "blocks.0.a", "blocks.1.a", "blocks.2.a", "blocks.2.b", "blocks.10.a", "z"]
+    assert [points[i] for i in layer_order(points)] == expected
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_maps_have_layers_in_their_order(cls: str):
+    """Whatever the order in which points were named; each row keeps its numbers."""
+    lens = cases.case("llama", cls, "raw").lens
+    points = ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post"]
+    tokens, margin = models.tokens(1), ll.Margin(5, 9)
+    patched = ll.patch_activations(lens, tokens, margin, points, positions="each", progress=False)
+    moved = ll.activation_shift(lens, tokens, points)
+    sizes = [moved.values[name][0].norm(dim=-1) / moved.base_norms[name][0] for name in points]
+    for figure, rows in ((patched.plot(), patched.values[0]), (moved.plot(0), sizes)):
+        drawn = next(trace for trace in figure.data if trace.type == "heatmap")
+        assert list(drawn.y) == points[::-1]
+        for row, name in zip(drawn.z, drawn.y, strict=True):
+            expected = rows[points.index(name)][1:].tolist()
+            assert [float(v) for v in row[1:]] == pytest.approx(expected)
+
+
+def test_laws():
+    """A padded batch is its texts one by one; means add up; the constant share of a constant."""
+    lens = lens_of()
+    both = ll.activation_shift(lens, texts(), LAST)
+    each = [ll.activation_shift(lens, texts().row(i), LAST) for i in range(2)]
+    counts = [length - 1 for length in LENGTHS]
+    for i, one in enumerate(each):
+        assert (one.mean()[LAST] - both.mean(i)[LAST]).abs().max() < TINY
+    mean = sum(n * one.mean()[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
+    assert (both.mean()[LAST] - mean).abs().max() < TINY
+    reading = sum(n * one.readings[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
+    assert (both.readings[LAST] - reading).abs().max() < 1e-9
+    assert (both.values[LAST] - ll.activation_shift(lens, texts(), LAST, scale=0.0).values[LAST])[
+        0
+    ].equal(both.values[LAST][0])
+    own = [v[1:length] for v, length in zip(both.values[LAST], LENGTHS, strict=True)]
+    apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
+    expected = 1 - float(apart / torch.cat(own).square().sum())
+    assert abs(both.constant_share()[LAST] - expected) < TINY
+
+
+def test_a_shared_beginning_counts_once_in_the_constant_share():
+    """By causality Δh is the same there, so it is not held out from the text that has it first."""
+    lens, rows = lens_of(), models.tokens(2, 7)
+    rows[1, :4] = rows[0, :4]
+    found = ll.activation_shift(lens, rows, LAST)
+
+    def share(own):
+        apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
+        return 1 - float(apart / torch.cat(own).square().sum())
+
+    first, second = found.values[LAST]
+    once = share([first[1:], second[4:]])
+    assert abs(found.constant_share()[LAST] - once) < TINY
+    assert abs(share([first[1:], second[1:]]) - once) > 1e-3
+    every = ll.activation_shift(lens, rows, LAST, sinks=True)
+    assert abs(every.constant_share()[LAST] - share([first, second[4:]])) < TINY
+
+
+def test_positions_and_sinks():
+    lens = lens_of()
+    last = ll.activation_shift(lens, texts(), LAST, positions=-1)
+    whole = ll.activation_shift(lens, texts(), LAST)
+    assert int(last.counted.sum()) == 2 and last.values[LAST][0, :-1].isnan().all()
+    expected = torch.stack([whole.values[LAST][i, n - 1] for i, n in enumerate(LENGTHS)]).mean(0)
+    assert torch.equal(last.mean()[LAST], expected)
+    first = ll.activation_shift(lens, texts(), LAST, positions=0, sinks=True)
+    assert torch.allclose(first.mean()[LAST], first.first[LAST].mean(0))
+    table = whole.to_frame()
+    assert len(table) == sum(LENGTHS) and (~table["counted"]).sum() == 2
+
+
+def test_cosine():
+    """With what a site writes, a direction of one's own, and only where both have one width."""
+    lens = lens_of()
+    found = ll.activation_shift(lens, texts(), LAST)
+    mean = found.mean()[LAST]
+    assert abs(float(found.cosine(2 * mean)["cosine"][0]) - 1) < TINY
+    table = found.cosine(lens).set_index(["direction", "index"])["cosine"]
+    kinds = {site.rpartition(".")[2] for site, _ in table.index}
+    assert kinds == {"o", "down"}
+    update = lens.plan.updates[lens.site_index("blocks.1.mlp.down")].update
+    U = torch.linalg.svd(update.scale * update.B @ update.A)[0][:, 0]
+    one = abs(float(torch.nn.functional.cosine_similarity(U, mean, dim=0)))
+    assert abs(abs(float(table["blocks.1.mlp.down", 0])) - one) < TINY
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_cosine_of_nothing_and_behind_a_norm(cls: str):
+    """NaN where Δh is zero; at a site's own output B is compared whatever stands behind."""
+    lens = cases.case("llama", cls, "raw").lens
+    first = "hook_embed"
+    assert ll.activation_shift(lens, texts(), first).cosine(lens)["cosine"].isna().all()
+    gemma = cases.case("gemma2", cls, "raw").lens
+    site = next(s for s in gemma.sites if s.kind == "v")
+    own = ll.activation_shift(gemma, texts(), site.write, scale={site.name: 1.0}).cosine(gemma)
+    assert set(own["direction"]) == {site.name}
+    assert own["cosine"].pow(2).sum() == pytest.approx(1)
+    with pytest.raises(ll.errors.ModelStateError, match="a norm"):
+        ll.activation_shift(gemma, texts(), [site.write, LAST]).cosine(gemma)
+
+
+def test_a_shared_beginning_counts_once_in_means():
+    """Also where a token is asked for that an earlier text has, but not at the same place."""
+    lens, rows = lens_of(), models.tokens(3, 7)
+    rows[1:, :4] = rows[0, :4]
+    both = ll.results.Prompts(rows, torch.tensor([7, 7, 4]))
+    found = ll.activation_shift(lens, both, LAST)
+    first, second, _ = found.values[LAST]
+    once = torch.cat([first[1:], second[4:]]).mean(0)
+    assert (found.mean()[LAST] - once).abs().max() < TINY
+    assert (torch.cat([first[1:], second[1:]]).mean(0) - once).abs().max() > 1e-3
+    assert (found.mean(1)[LAST] - second[1:].mean(0)).abs().max() < TINY
+    assert found.repeated == 6 and "9 tokens (3 sinks, 6 after" in repr(found)
+    assert found.to_frame()["distinct"].sum() == 9
+    last = ll.activation_shift(lens, both, LAST, positions=-1)
+    ends = torch.stack([v[n - 1] for v, n in zip(found.values[LAST], (7, 7, 4), strict=True)])
+    assert (last.mean()[LAST] - ends.mean(0)).abs().max() < TINY and last.repeated == 0
+    once = ll.activation_shift(lens, ll.results.Prompts(rows[:2], torch.tensor([7, 7])), LAST)
+    assert (found.readings[LAST] - once.readings[LAST]).abs().max() < TINY
+
+
+def test_a_base_that_moves_is_seen():
+    """A hook that differs between the two runs: the shift is then not the adapter's."""
+    lens, runs = lens_of(), []
+
+    def move(tensor: Tensor, hook: Any) -> Tensor:
+        runs.append(0)
+        return tensor + 0.1 * (len(runs) == 1)
+
+    still = ll.activation_shift(lens, texts(), LAST).values[LAST]
+    lens.model.add_hook("blocks.0.hook_resid_pre", move)
+    try:
+        moved = ll.activation_shift(lens, texts(), LAST).values[LAST]
+    finally:
+        lens.model.reset_hooks()
+    assert (moved - still).nan_to_num().abs().max() > 0.01
+
+
+@pytest.mark.bad_input
+def test_refusals():
+    lens = lens_of()
+    with pytest.raises(ll.errors.PromptError, match="no prompts"):
+        ll.activation_shift(lens, [], LAST)
+    with pytest.raises(ll.errors.PromptError, match=rf"{models.CONTEXT + 1} tokens"):
+        ll.activation_shift(lens, models.tokens(1, models.CONTEXT + 1), LAST)
+    with pytest.raises(ll.errors.SiteError, match="nearest"):
+        ll.activation_shift(lens, texts(), "blocks.0.hook_resid_pots")
+    with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
+        ll.activation_shift(lens, texts(), "blocks.0.attn.hook_pattern")
+    with pytest.raises(ll.errors.ArgumentError, match="is a sink"):
+        ll.activation_shift(lens, models.tokens(2, 1), LAST)
+    for positions in (9, "response"):
+        with pytest.raises(ll.errors.ArgumentError, match="positions="):
+            ll.activation_shift(lens, texts(), LAST, positions=positions)
+    found = ll.activation_shift(lens, texts(), [LAST, MIDDLE])
+    with pytest.raises(ll.errors.ArgumentError, match="choose one"):
+        found.logit_lens()
+    with pytest.raises(ll.errors.SiteError, match=r"'blocks\.0\.attn\.hook_z' has no reading"):
+        found.logit_lens(name="blocks.0.attn.hook_z")
+    with pytest.raises(ll.errors.ArgumentError, match="3 numbers"):
+        found.cosine(torch.ones(3))

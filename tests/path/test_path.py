@@ -1,0 +1,314 @@
+"""The path integral: complete, right site by site, and honest where it cannot be complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import cases
+import models
+import pytest
+import reference
+import torch
+from targets import hooked, peft_with
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+from lens_lora.core.function import memory as batching
+from lens_lora.path import path_attribution as path
+from lens_lora.path.path_attribution import path_attribution
+
+float64 = pytest.mark.usefixtures("float64")
+MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10
+TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20"]
+X, Y = torch.tensor([[3]]), ll.Logit(0)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def integral(lens: ll.LoraLens, prompts, readout: ll.Readout, **options) -> ll.results.Attribution:
+    return path_attribution(lens, prompts, readout, progress=False, **options)
+
+
+def test_by_hand():
+    """c₁ = 9∫(2+5t)(1+t/2)dt = 52.5 and c₂ = 45∫(1+t/2)²dt = 71.25; two nodes are exact already."""
+    found = integral(scalar_lens(torch.square), X, Y)
+    assert found.values[0].tolist() == pytest.approx([52.5, 71.25], rel=1e-14)
+    assert found.shift.item() == 123.75
+    reached = found.quadrature
+    assert reached is not None and (reached.nodes, reached.met, reached.note) == (4, True, "")
+    assert reached.error < 1e-15 and reached.site_change < 1e-15
+    assert found.method == "path" and math.isnan(found.at)
+
+
+def test_path_is_first_order_where_g_is_linear():
+    """y = (2 + 5ε₂)·4: the slope does not depend on ε."""
+    lens = scalar_lens(lambda y: 0 * y + 4)
+    found, first = integral(lens, X, Y), ll.first_order(lens, X, Y)
+    assert found.values.tolist() == first.values.tolist() == [[0.0, 20.0]]
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@float64
+def test_path_is_first_order_of_a_head(cls: str):
+    """A LoRA on the unembedding alone moves logits linearly, embeddings and blocks do not."""
+    base, model = hooked("gpt2", cls, "processed")
+    for target, is_linear in (("lm_head", True), ("embedding", False), ("positions", False)):
+        adapter = ll.Adapter.from_peft(peft_with("gpt2", base, target))
+        lens = ll.LoraLens(model, adapter, hf_model=base)
+        found = integral(lens, models.tokens(), MARGIN, tol=1e-8, max_nodes=128)
+        assert found.quadrature is not None and found.quadrature.met
+        off = relative(ll.first_order(lens, models.tokens(), MARGIN).values, found.values)
+        assert (off < 1e-12) == is_linear
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
+@float64
+def test_complete_on_every_family(family: str, cls: str, flags: str):
+    """Σ c_l = g(1) − g(0), the ends run plainly, prompt by prompt."""
+    lens, tokens, tol = cases.case(family, cls, flags).lens, models.tokens(), 1e-7
+    found = integral(lens, tokens, MARGIN, tol=tol, max_nodes=256)
+    base, adapted = (
+        reference.plain_readout(lens, tokens, MARGIN, lens.gates(end)) for end in (0.0, 1.0)
+    )
+    missing = ((adapted - base - found.total) / (adapted - base)).abs().max()
+    reached = found.quadrature
+    assert reached is not None and reached.met and not reached.note
+    assert missing < 1.001 * tol and abs(float(missing) - reached.error) < ROUND_OFF
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@float64
+def test_sites_equal_a_slow_integral(family: str, cls: str):
+    """Simpson's rule on 65 points of ∂g/∂ε with ε in the graph."""
+    whole = cases.case(family, cls, "processed")
+    lens = ll.LoraLens(whole.model, whole.lens.adapter.scaled(0.07), hf_model=whole.base)
+    tokens, pieces = models.tokens(1), 64
+    slopes = [
+        reference.autograd_first_order(lens, tokens, MARGIN, i / pieces) for i in range(pieces + 1)
+    ]
+    ends, odd, even = slopes[0] + slopes[-1], sum(slopes[1::2]), sum(slopes[2:-1:2])
+    slow = (ends + 4 * odd + 2 * even) / (3 * pieces)
+    found = integral(lens, tokens, MARGIN, tol=1e-12)
+    assert relative(found.values, slow) < 1e-9
+    assert relative(ll.first_order(lens, tokens, MARGIN).values, slow) > 1e-2
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("by", [("position",), ("rank", "position", "head")])
+@float64
+def test_parts_sum_to_the_site(cls: str, by: tuple[str, ...]):
+    """Positions, heads and ranks of a padded batch; each part is the integral of its own slope."""
+    lens = cases.case("qwen2", cls, "processed").lens
+    whole, split = (integral(lens, TEXTS, MARGIN, by=axes) for axes in ((), by))
+    assert relative(split.per_site, whole.values) < ROUND_OFF
+    assert split.quadrature is not None and split.nodes == whole.nodes
+    points, weights = path._gauss_legendre(split.nodes)
+    plain = sum(
+        w * ll.first_order(lens, TEXTS, MARGIN, at=float(at), by=by).values
+        for at, w in zip(points, weights, strict=True)
+    )
+    assert relative(split.values, plain) < ROUND_OFF
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@float64
+def test_batches_chunks_and_answers_change_nothing(cls: str, monkeypatch):
+    """A padded batch of answers equals its prompts one by one, and one node at a time."""
+    lens = cases.case("llama", cls, "raw").lens
+    answers = [torch.tensor([5, 9, 12]), torch.tensor([7]), torch.tensor([8, 4])]
+    other = torch.tensor([5, 7])
+    options = {"tol": 1e-15, "max_nodes": 8, "by": "position"}
+    together = integral(lens, TEXTS, ll.AnswerMargin(answers, other), **options)
+    for i, text in enumerate(TEXTS):
+        alone = integral(lens, text, ll.AnswerMargin(answers[i], other), **options)
+        width = alone.values.shape[-1]
+        assert relative(together.values[i : i + 1, :, :width], alone.values) < ROUND_OFF
+        assert not together.values[i, :, width:].any()
+    monkeypatch.setattr(batching, "SLOPE_TOKENS", 1)
+    one_by_one = integral(lens, TEXTS, ll.AnswerMargin(answers, other), **options)
+    assert relative(one_by_one.values, together.values) < ROUND_OFF
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@float64
+def test_adapters_of_a_sum_share_the_whole_shift(cls: str):
+    """A sum's sites, adapter by adapter, are complete together."""
+    case = cases.case("gpt2", cls, "raw")
+    first = case.lens.adapter.scaled(0.4)
+    second = ll.Adapter.from_peft(models.peft_model("gpt2", case.base, seed=5)).scaled(0.4)
+    lens = ll.LoraLens(
+        case.model, dataclasses.replace(first, name="a") + dataclasses.replace(second, name="b")
+    )
+    found = integral(lens, models.tokens(), ll.LogProb(7), tol=1e-8)
+    assert found.quadrature is not None and found.quadrature.met
+    assert {site.name.partition("@")[2] for site in found.sites} == {"a", "b"}
+
+
+def test_nodes_double_as_far_as_needed():
+    """y = (2 + 5ε₂) tanh(20(y₁ − 3.9)): c₂ = ∫5 tanh(30t − 18)dt = (ln cosh 12 − ln cosh 18)/6."""
+    lens = scalar_lens(lambda y: torch.tanh(20 * (y - 3.9)))
+    exact = (math.log(math.cosh(12)) - math.log(math.cosh(18))) / 6
+    nodes = []
+    for tol in (0.1, 1e-3, 1e-6):
+        found = integral(lens, X, Y, tol=tol, max_nodes=256)
+        reached = found.quadrature
+        assert reached is not None and reached.met and reached.error <= tol
+        off = abs(found.values[0, 1].item() - exact) / found.shift.item()
+        assert off <= reached.site_change
+        nodes.append(reached.nodes)
+    assert nodes == [32, 64, 128]
+
+
+def test_a_coincidence_at_few_nodes_shows_in_the_change_of_sites():
+    """Completeness does not bound a site: errors of two sites that cancel leave a large change."""
+    found = integral(scalar_lens(lambda y: torch.tanh(20 * (y - 3.9))), X, Y, tol=0.9, max_nodes=4)
+    reached = found.quadrature
+    assert reached is not None and reached.met and reached.site_change > 0.3
+
+
+def test_kinks_are_reported():
+    """y = (2 + 5ε₂) relu(y₁ − 3.9), kink at ε = 0.6: c₁ = 3.6, c₂ = 0.6, reached to a percent."""
+    lens = scalar_lens(lambda y: torch.relu(y - 3.9))
+    found = integral(lens, X, Y)
+    reached = found.quadrature
+    assert reached is not None and not reached.met and reached.nodes == 64
+    assert 1e-3 < reached.error < 1e-2 and "not smooth" in reached.note
+    assert found.values[0].tolist() == pytest.approx([3.6, 0.6], abs=0.01 * 4.2)
+    assert "not smooth" in repr(found) and "not within 0.1%" in found._repr_html_()
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@float64
+def test_kinks_of_a_relu_model_are_reported(cls: str):
+    base, model = hooked("opt", cls, "raw")
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("opt", base)))
+    found = integral(lens, models.tokens(), MARGIN, tol=1e-5)
+    reached = found.quadrature
+    assert reached is not None and not reached.met and "not smooth" in reached.note
+    assert reached.error < 0.05
+
+
+def test_only_the_prompt_that_falls_short_is_named():
+    """At x = 1 the kink is not on the path, and y₁² is exact."""
+    lens = scalar_lens(lambda y: y**2 + torch.relu(y - 3.9))
+    found = integral(lens, torch.tensor([[1], [3]]), Y, tol=1e-5)
+    reached = found.quadrature
+    assert reached is not None and not reached.met and "prompt 1 is missing" in reached.note
+    assert found.completeness_error[0] < 1e-13 < found.completeness_error[1]
+
+
+def test_too_few_nodes_are_told_from_kinks():
+    lens = scalar_lens(lambda y: torch.tanh(20 * (y - 3.9)))
+    reached = integral(lens, X, Y, tol=1e-6, max_nodes=100).quadrature
+    assert reached is not None and not reached.met and reached.nodes == 64
+    assert "raise max_nodes" in reached.note
+
+
+def test_it_stops_where_more_nodes_do_not_help():
+    """A step: neither error nor sites improve over two doublings."""
+    reached = integral(scalar_lens(lambda y: torch.tanh(1000 * (y - 3.9))), X, Y).quadrature
+    assert reached is not None and not reached.met and reached.nodes < 64
+    assert "bends sharply" in reached.note
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_rounding_is_reported_and_leaves_the_sites_right(cls: str):
+    """A tiny adapter in float32: the shift is noise to 0.1 %, the integral of slopes is not."""
+    base = models.hf_model("llama", dtype=torch.float32)
+    small = ll.Adapter.from_peft(models.peft_model("llama", base)).scaled(1e-4)
+    found = integral(ll.LoraLens(models.MAKERS[cls](base), small), models.tokens(), MARGIN)
+    reached = found.quadrature
+    assert reached is not None and not reached.met and reached.nodes == 4
+    assert reached.note.startswith("rounding in float32") and ";" not in reached.note
+    with models.lifted():
+        case = cases.case("llama", cls, "raw")
+        double = ll.LoraLens(case.model, case.lens.adapter.scaled(1e-4))
+        exact = integral(double, models.tokens(), MARGIN)
+    assert exact.quadrature is not None and exact.quadrature.met
+    assert relative(found.values.double(), exact.values) < 1e-4
+    assert (found.shift - exact.shift).abs().max() > 3e-4 * exact.shift.abs().max()
+
+
+def test_no_shift_at_all():
+    """x = 0: every value is zero, and completely so."""
+    found = integral(scalar_lens(torch.square), torch.tensor([[0]]), Y)
+    reached = found.quadrature
+    assert not found.values.any() and reached is not None
+    assert reached.met and reached.error == reached.site_change == 0
+
+
+def test_file_and_text_keep_the_quadrature(tmp_path):
+    found = integral(scalar_lens(lambda y: torch.relu(y - 3.9)), X, Y)
+    loaded = ll.results.Attribution.load(found.save(tmp_path / "path.safetensors"))
+    assert loaded.quadrature == found.quadrature and loaded.nodes == 64
+    assert math.isnan(loaded.at) and loaded.method == "path"
+    assert torch.equal(loaded.values, found.values) and repr(loaded) == repr(found)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tol": 0.0}, "tol=0.0"),
+        ({"tol": math.nan}, "tol=nan"),
+        ({"max_nodes": 3}, "max_nodes=3"),
+        ({"by": "layer"}, "position"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        integral(scalar_lens(torch.square), X, Y, **options)
+
+
+@pytest.mark.parametrize("bug", ["weights", "interval", "Riemann"])
+def test_a_wrong_rule_is_not_complete(bug: str, monkeypatch):
+    """Negative control: wrong weights, [−1, 1] for [0, 1], a right Riemann sum."""
+    right = path._gauss_legendre
+
+    def wrong(nodes: int):
+        points, weights = right(nodes)
+        equal = torch.ones(nodes, dtype=torch.float64).numpy() / nodes
+        rules = {
+            "weights": (points, equal),
+            "interval": (2 * points - 1, weights),
+            "Riemann": (equal.cumsum(), equal),
+        }
+        return rules[bug]
+
+    monkeypatch.setattr(path, "_gauss_legendre", wrong)
+    reached = integral(scalar_lens(torch.square), X, Y).quadrature
+    assert reached is not None and not reached.met and reached.error > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_trained_adapter_is_explained_completely():
+    """The demo's fact in float32: a thousandth of the shift, sites steady to as much."""
+    from real import DOC, PRE, PROMPT, lens
+
+    found = integral(lens(list(models.MAKERS)[-1]), PROMPT, ll.Margin(DOC, PRE))
+    reached = found.quadrature
+    assert reached is not None and reached.met and reached.nodes <= 16
+    assert reached.site_change < 1e-3 and not reached.note
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_what_rounding_hides_is_not_called_met(cls: str):
+    """In bfloat16 a sum within the tolerance may be there by chance."""
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base)).scaled(0.05)
+    lens = ll.LoraLens(models.MAKERS[cls](base), adapter)
+    for tol in (1e-3, 1e3):
+        found = ll.path_attribution(
+            lens, models.tokens(batch=1), ll.Margin(5, 9), tol=tol, progress=False
+        )
+        reached = found.quadrature
+        assert reached is not None and reached.met == (tol == 1e3)
+        assert ("cannot be measured" in reached.note) == (tol == 1e-3)

@@ -1,0 +1,323 @@
+"""What is generated equals PEFT's own generation on a base that no hooked model wraps.
+
+Hugging Face's cached generation of a wrapped model is wrong, so the oracle is PEFT's copy.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import models
+import pytest
+import reference
+import torch
+from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+import lens_lora as ll
+from lens_lora.responses import generate
+from lens_lora.responses.generate import Sampling, Speaker, end_tokens
+
+pytestmark = pytest.mark.usefixtures("float64")
+NEW, LENGTHS, PAD = 14, [7, 4, 6, 4], 2
+QUIET: dict[str, Any] = {"eos_token_id": (), "progress": False}
+BOTH = list(models.MAKERS)
+
+
+def prompts() -> ll.results.Prompts:
+    """Of different lengths, and one that holds the tokenizer's pad token as content."""
+    tokens = models.tokens(len(LENGTHS))
+    tokens[0, 1] = PAD
+    return ll.results.Prompts(tokens, torch.tensor(LENGTHS))
+
+
+def by_peft(case: cases.Case, *, base: bool = False, **options: Any) -> list[list[int]]:
+    """Hugging Face's own greedy search, prompt by prompt."""
+    options = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": PAD, **options}
+    found, ready = [], prompts()
+    for i, length in enumerate(LENGTHS):
+        model = case.base if base else case.peft
+        ids = ready.row(i).tokens
+        said = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **options
+        )
+        found.append(said[0, length:].tolist())
+    return found
+
+
+def lists(said: ll.results.Generated) -> list[list[int]]:
+    return [ids.tolist() for ids in said.ids]
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """The tokens of every pass without a cache."""
+    seen: list[int] = []
+    run = ll.LoraLens.run
+
+    def counted(lens: ll.LoraLens, ready: ll.results.Prompts) -> Tensor:
+        seen.append(ready.tokens.numel())
+        return run(lens, ready)
+
+    monkeypatch.setattr(ll.LoraLens, "run", counted)
+    return seen
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
+def test_greedy_equals_peft(family: str, cls: str, flags: str, passes: list[int]):
+    """Token by token, base and adapted, prompts of different lengths together; the cache is right.
+
+    One pass without a cache for each length: none of the drafts had to be mended.
+    """
+    case = cases.case(family, cls, flags)
+    passes.clear()
+    said = case.lens.generate(prompts(), NEW, **QUIET)
+    assert lists(said) == by_peft(case)
+    assert len(passes) == len(set(LENGTHS))
+    assert lists(case.lens.generate(prompts(), NEW, 0.0, **QUIET)) == by_peft(case, base=True)
+    assert lists(said) != by_peft(case, base=True)
+    assert not any(said.ended)
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(
+    ("family", "cls"),
+    [
+        (family, cls)
+        for family in models.FAMILIES
+        for cls in models.MAKERS
+        if family not in models.CORE and models.is_built_right(family, cls, "raw")
+    ],
+)
+def test_the_cache_is_right_in_every_family(family: str, cls: str, passes: list[int]):
+    """Sliding windows, soft-caps, experts and position biases included."""
+    case = cases.case(family, cls, "raw")
+    passes.clear()
+    assert lists(case.lens.generate(prompts(), NEW, **QUIET)) == by_peft(case)
+    assert len(passes) == len(set(LENGTHS))
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("family", models.CORE)
+def test_draws_are_those_of_peft_s_distribution(family: str, cls: str):
+    """With the same noise, PEFT's logits give the same tokens; they differ from the greedy ones."""
+    case, sampling = cases.case(family, cls, "raw"), Sampling(1.5, 0.9, seed=4)
+    said = case.lens.generate(prompts(), NEW, temperature=1.5, top_p=0.9, seed=4, **QUIET)
+    noise = sampling.noise(len(LENGTHS), NEW)
+    for i, ids in enumerate(said.ids):
+        row = torch.cat([prompts().row(i).tokens[0], ids])[None]
+        with torch.no_grad():
+            logits = case.peft(row).logits[0, LENGTHS[i] - 1 : -1]
+        assert sampling.choose(logits, noise[i]).tolist() == ids.tolist()
+    assert lists(said) != by_peft(case)
+    again = case.lens.generate(prompts(), NEW, temperature=1.5, top_p=0.9, seed=5, **QUIET)
+    assert lists(again) != lists(said)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8, 0.25])
+def test_a_draw_has_hugging_face_s_probabilities(top_p: float):
+    """Over an even grid of noise each token is drawn as often as its probability says."""
+    logits = torch.randn(1, 9, generator=models.seeded(0)) * 2
+    warped = TemperatureLogitsWarper(1.3)(None, logits)
+    warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    drawn = Sampling(1.3, top_p).choose(logits.expand(len(grid), -1), grid)
+    found = torch.bincount(drawn, minlength=9) / len(grid)
+    assert (found - warped.softmax(-1)[0]).abs().max() < 3e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_gates_of_any_form(cls: str):
+    """A number, one per site, by name, and each prompt's own."""
+    case = cases.case("llama", cls, "raw")
+    lens = case.lens
+    with reference.peft_scales(case.peft, dict.fromkeys(lens.adapter.modules, 0.5)):
+        half = by_peft(case)
+    for scale in (0.5, torch.full((len(lens.sites),), 0.5), {"*": 0.5}):
+        assert lists(lens.generate(prompts(), NEW, scale, **QUIET)) == half
+    own = torch.tensor([0.0, 0.5, 1.0, 0.5])[:, None].expand(-1, len(lens.sites))
+    each = (by_peft(case, base=True), half, by_peft(case), half)
+    found = lists(lens.generate(prompts(), NEW, own, **QUIET))
+    assert found == [said[i] for i, said in enumerate(each)]
+    assert half not in (by_peft(case), by_peft(case, base=True))
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_it_ends_where_peft_ends(cls: str):
+    """At any of several tokens, which is the response's last; rows go on without one another."""
+    case = cases.case("llama", cls, "raw")
+    whole = by_peft(case)
+    ends = [whole[0][3], whole[1][6]]
+    expected = by_peft(case, eos_token_id=ends)
+    said = case.lens.generate(prompts(), NEW, eos_token_id=ends, progress=False)
+    assert lists(said) == expected
+    assert said.ended == tuple(ids[-1] in ends for ids in expected) and any(said.ended)
+    assert len({len(ids) for ids in expected}) > 1
+    one = case.lens.generate(prompts(), NEW, eos_token_id=whole[0][0], progress=False)
+    assert lists(one)[0] == whole[0][:1] and one.ended[0]
+
+
+def test_the_model_s_own_end_is_the_default():
+    """generation_config, then config, then the tokenizer; each may hold several ids."""
+    cfg, base = SimpleNamespace(d_vocab=models.VOCAB), SimpleNamespace()
+    model = SimpleNamespace(tokenizer=models.tokenizer(), cfg=cfg)
+    assert end_tokens(model, base, None) == {1}
+    base.config = SimpleNamespace(eos_token_id=8)
+    assert end_tokens(model, base, None) == {8}
+    base.generation_config = SimpleNamespace(eos_token_id=[9, 10])
+    assert end_tokens(model, base, None) == {9, 10}
+    assert end_tokens(model, base, 3) == {3} and end_tokens(model, base, ()) == set()
+    assert end_tokens(SimpleNamespace(), None, None) == set()
+    lens = cases.case("llama", BOTH[-1], "raw").lens
+    known = getattr(lens.model, "original_model", lens.model.tokenizer)
+    expected = getattr(known, "generation_config", known).eos_token_id
+    assert end_tokens(lens.model, None, None) == {expected}
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_wrong_cache_decides_nothing(cls: str, monkeypatch, passes: list[int]):
+    """Negative control: a cache that forgets drafts other tokens, and PEFT's are said."""
+    case = cases.case("llama", cls, "raw")
+    host, drafts = type(case.lens.plan.host), []
+    run, draft = host.run_cached, Speaker._drafts
+    monkeypatch.setattr(host, "run_cached", lambda self, tokens, cache: run(self, tokens, None))
+    monkeypatch.setattr(
+        Speaker, "_drafts", lambda self, rows: drafts.append(draft(self, rows)) or drafts[-1]
+    )
+    assert lists(case.lens.generate(prompts(), NEW, **QUIET)) == by_peft(case)
+    assert drafts[0] != [ids[:-1] for ids in by_peft(case)]
+    assert len(passes) > len(LENGTHS) and len(drafts) < NEW
+
+
+def test_as_many_rows_are_confirmed_together_as_their_logits_allow(monkeypatch, passes: list[int]):
+    """A pass for each row where the logits of one row fill what may be held; the same tokens."""
+    case = cases.case("llama", BOTH[0], "raw")
+    for held, count in ((NEW, len(LENGTHS)), (2 * NEW, len(set(LENGTHS)))):
+        monkeypatch.setattr(generate, "_CONFIRMED_TOKENS", held)
+        passes.clear()
+        assert lists(case.lens.generate(prompts(), NEW, **QUIET)) == by_peft(case)
+        assert len(passes) == count
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_far_longer_prompts_have_a_cache_of_their_own(cls: str, monkeypatch):
+    """They are not fed token by token to the cache of the short ones; the same tokens."""
+    case, fed = cases.case("llama", cls, "raw"), list[tuple[int, ...]]()
+    host = type(case.lens.plan.host)
+    cached = host.run_cached
+
+    def counted(self: Any, tokens: Tensor, cache: Any) -> Any:
+        fed.append(tuple(tokens.shape))
+        return cached(self, tokens, cache)
+
+    monkeypatch.setattr(host, "run_cached", counted)
+    apart = max(LENGTHS) - min(LENGTHS)
+    for new, is_shared in ((apart - 1, False), (apart, True)):
+        fed.clear()
+        ready = prompts().chosen([LENGTHS.index(min(LENGTHS)), LENGTHS.index(max(LENGTHS))])
+        said = lists(case.lens.generate(ready, new, **QUIET))
+        singly = [case.lens.generate(ready.row(i), new, **QUIET) for i in range(2)]
+        assert said == [ids for one in singly for ids in lists(one)]
+        assert any(rows == 2 for rows, _ in fed) == is_shared
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_gates_that_are_dropped_after_the_first_token_show(cls: str, monkeypatch):
+    """Negative control: in the draft they cost a pass, in the confirming pass the answer."""
+    case, gated = cases.case("llama", cls, "raw"), Speaker._gated
+    asked: list[int] = []
+
+    def dropped(self: Speaker, rows):
+        asked.append(len(rows))
+        return gated(self, rows) if len(asked) == 1 else self.lens.applied(0.0)
+
+    monkeypatch.setattr(Speaker, "_gated", dropped)
+    assert lists(case.lens.generate(prompts(), NEW, **QUIET)) != by_peft(case)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_hooks_that_count_positions(cls: str):
+    """A user's own hook at position 5 sees it in every pass; a cache alone would not show it."""
+    lens = cases.case("llama", cls, "raw").lens
+    name = lens.plan.host.block_input(1)
+
+    def cut(residual: Tensor, hook: Any) -> Tensor:
+        del hook
+        if residual.shape[1] > 5:
+            residual = residual.clone()
+            residual[:, 5] = 3.0
+        return residual
+
+    plain = lists(lens.generate(prompts(), NEW, **QUIET))
+    lens.model.add_hook(name, cut)
+    try:
+        said = lens.generate(prompts(), NEW, **QUIET)
+        for i, ids in enumerate(said.ids):
+            row = torch.cat([prompts().row(i).tokens[0], ids])[None]
+            chosen = lens.logits(row)[0, LENGTHS[i] - 1 : -1].argmax(-1)
+            # What is said before position 5 is chosen by shorter passes, which the hook leaves.
+            late = max(0, 6 - LENGTHS[i])
+            assert chosen[late:].tolist() == ids[late:].tolist()
+    finally:
+        lens.model.reset_hooks()
+    assert lists(said) != plain
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_it_goes_on_as_a_response(cls: str):
+    """Its ids, after its own prompts: the likeliest token has rank 0 in the adapted model."""
+    lens = cases.case("llama", cls, "raw").lens
+    said = lens.generate("w5 w6 w7", NEW, **QUIET)
+    shifts = ll.token_shifts(lens, said.prompts, said)
+    assert (shifts.rank[1] == 0).all() and (shifts.rank[0] > 0).any()
+    assert shifts.response[0] == tuple(lens.decode(said.ids[0].tolist()))
+    whole = ll.first_order(lens, said.prompts, ll.AnswerLogProb(said)).shift
+    assert (shifts.total - whole).abs().max() < 1e-11
+    assert repr(said).startswith("Generated('w") and "14 tokens, cut off" in repr(said)
+    assert ll.AnswerLogProb(said).label == f"log p({said.text[0]!r})"
+
+
+def test_nothing_is_left_on_the_model():
+    lens = cases.case("llama", BOTH[-1], "raw").lens
+
+    def held() -> list[tuple[int, ...]]:
+        return [
+            (
+                len(m._forward_hooks),
+                len(m._forward_pre_hooks),
+                len(m._forward_pre_hooks_with_kwargs),
+            )
+            for m in lens.model.modules()
+        ]
+
+    before = held()
+    lens.generate(prompts(), 3, **QUIET)
+    assert held() == before
+
+
+REFUSED = {
+    "no tokens": ({"max_new_tokens": 0}, ll.errors.ArgumentError, "max_new_tokens=0"),
+    "half a token": ({"max_new_tokens": 2.5}, ll.errors.ArgumentError, "whole number"),
+    "no room": ({"max_new_tokens": 27}, ll.errors.PromptError, "prompt 0 of 4 .* at most 26 do"),
+    "cold": ({"temperature": -1.0}, ll.errors.ArgumentError, "temperature=-1"),
+    "no mass": ({"temperature": 1.0, "top_p": 0.0}, ll.errors.ArgumentError, "top_p=0"),
+    "greedy top_p": ({"top_p": 0.5}, ll.errors.ArgumentError, "pass a temperature"),
+    "a seed of words": ({"temperature": 1.0, "seed": "x"}, ll.errors.ArgumentError, "seed"),
+    "a word for an id": ({"eos_token_id": "<eos>"}, ll.errors.ArgumentError, "eos_token_id"),
+    "gates of others": ({"scale": torch.ones(3, 14)}, ll.errors.SiteError, "gates of 3 prompts"),
+}
+
+
+@pytest.mark.sample(4)
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("options", "error", "words"), REFUSED.values(), ids=REFUSED)
+def test_bad_input(options: dict[str, Any], error: type[Exception], words: str):
+    lens = cases.case("llama", BOTH[0], "raw").lens
+    with pytest.raises(error, match=words):
+        lens.generate(prompts(), **{"max_new_tokens": 5, "progress": False, **options})
+    assert len(lens.generate(prompts(), 26, **QUIET).ids[0]) == 26
