@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
-from lens_lora.core import LoraLens
-from lens_lora.core.adapter.adapter import Adapter, given_adapter, load_adapter
-from lens_lora.core.adapter.factors import TrainedModule
+from lens_lora.core import Adapter, LoraLens, TrainedModule, load_adapter
+from lens_lora.core.adapter.adapter import given_adapter
 from lens_lora.core.adapter.peft_files import CONFIG
 from lens_lora.core.model.check import refuse_unusable
 from lens_lora.demonstration import shipped_adapter

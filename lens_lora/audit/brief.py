@@ -43,12 +43,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.core import LoraLens, Prompts, group_sites, indicator, stored
 from lens_lora.core.function.asked import Asked
 from lens_lora.core.function.forward import gated_logits, gated_readout
 from lens_lora.core.function.memory import tokens_at_once
-from lens_lora.core.model import LoraLens, group_sites, indicator
-from lens_lora.core.readout.prompts import Prompts, decoded, joined
-from lens_lora.core.results.storage import stored
+from lens_lora.core.readout.prompts import decoded, joined
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb, continued
 from lens_lora.responses.generate import SideBySide

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_lora.compat import Temporary
-from lens_lora.core.model import LoraLens
+from lens_lora.core import LoraLens
 from lens_lora.core.model.hooks import is_hooked
 from lens_lora.core.readout.prompts import reads_with_bos
 from lens_lora.errors import LensLoraError, ModelStateError

@@ -38,14 +38,20 @@ from lens_lora.arguments import is_whole, whole, word
 from lens_lora.audit.brief import Brief, Claim, claims_of, repeated
 from lens_lora.audit.jacobian import jacobian_of
 from lens_lora.compat import without_warnings
-from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core import (
+    Adapter,
+    LoraLens,
+    OfSites,
+    Paged,
+    Prompts,
+    PromptsLike,
+    alone,
+    null_adapters,
+    site_labels,
+    stored,
+)
 from lens_lora.core.function.asked import ask_prompts
-from lens_lora.core.model import LoraLens, alone
-from lens_lora.core.model.lens import null_adapters
-from lens_lora.core.readout.prompts import Prompts, PromptsLike
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import OfSites, Paged, site_labels
-from lens_lora.core.results.storage import stored
 from lens_lora.core.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
 from lens_lora.errors import ArgumentError, TokenError, many
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut

@@ -30,7 +30,23 @@ from tqdm import tqdm
 from lens_lora.arguments import whole, word
 from lens_lora.banks.base_half import LARGE, Half, Halves, Once, Thin, bytes_of, record, stand_ins
 from lens_lora.compat import uncompiled
-from lens_lora.core.adapter.adapter import Adapter, load_adapter
+from lens_lora.core import (
+    Adapter,
+    Attribution,
+    Gauge,
+    LoraLens,
+    Prompts,
+    PromptsLike,
+    Readout,
+    Site,
+    alone,
+    by_axes,
+    group_sites,
+    indicator,
+    load_adapter,
+    null_adapters,
+    stored,
+)
 from lens_lora.core.adapter.formats import files_in
 from lens_lora.core.adapter.peft_files import (
     Place,
@@ -44,14 +60,10 @@ from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import joined, require_finite_sites
-from lens_lora.core.model import Gauge, alone
 from lens_lora.core.model.check import require_kinds
-from lens_lora.core.model.lens import LoraLens, null_adapters
-from lens_lora.core.model.sites import AXES, Site, by_axes, group_sites, indicator
-from lens_lora.core.readout.prompts import Prompts, PromptsLike, Source
-from lens_lora.core.readout.readout import Readout
-from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.storage import read_result, save_result, stored
+from lens_lora.core.model.sites import AXES
+from lens_lora.core.readout.prompts import Source
+from lens_lora.core.results.storage import read_result, save_result
 from lens_lora.errors import (
     AdapterError,
     ArgumentError,

@@ -25,16 +25,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.compat import in_float64
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.core import (
+    Adapter,
+    Injection,
+    LoRAFactors,
+    LoraLens,
+    ModuleUpdate,
+    Prompts,
+    Reading,
+    Site,
+    TrainedModule,
+)
 from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import Slopes, Visit, go_back, require_finite_sites
-from lens_lora.core.model import Injection, LoraLens
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.host import Host
-from lens_lora.core.model.sites import OUTSIDE_KINDS, Site, outside_layer
-from lens_lora.core.readout import Prompts, Reading
+from lens_lora.core.model.sites import OUTSIDE_KINDS, outside_layer
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
 from lens_lora.formats.dense import stored_bytes

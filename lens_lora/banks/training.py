@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 
 from lens_lora.arguments import whole
 from lens_lora.banks.bank import Bank
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.results.attribution import Attribution
+from lens_lora.core import Adapter, Attribution
 from lens_lora.errors import ArgumentError
 from lens_lora.show import go
 from lens_lora.show.figures import BELOW, EXACT, LINEAR, curve, finish

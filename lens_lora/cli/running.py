@@ -30,7 +30,7 @@ from lens_lora.sweeps.processes import rank
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lens_lora.core.readout.prompts import Prompts
+    from lens_lora.core import Prompts
     from lens_lora.formats.tokenizers import OwnTokenizer
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -27,17 +27,30 @@ from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.compat import in_float64
-from lens_lora.core import Evaluations
+from lens_lora.core import (
+    SIGMAS,
+    Attribution,
+    Drawn,
+    Entries,
+    Evaluations,
+    Group,
+    Groups,
+    LoraLens,
+    PromptsLike,
+    Ranked,
+    Readout,
+    alone,
+    group_sites,
+    indicator,
+    long_table,
+)
 from lens_lora.core.analyses.first_order import first_order_of
 from lens_lora.core.analyses.verdict import SecondVerdict, points_at_end, second_verdict
 from lens_lora.core.function.asked import Asked, ask, curvature_noise
 from lens_lora.core.function.derivatives import hessian_product
-from lens_lora.core.model import Group, Groups, LoraLens, alone, group_sites, indicator
-from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
-from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import SIGMAS, Drawn, Entries, Ranked, long_table, per_prompt
+from lens_lora.core.results.base import per_prompt
 from lens_lora.errors import ArgumentError
 from lens_lora.path.path_attribution import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
 

@@ -31,14 +31,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number
-from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core import Adapter, LoraLens, Names, Pictured, Prompts, Scale, alone, name_of_scale
 from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.function.asked import ask_prompts
-from lens_lora.core.model import LoraLens, Names, Scale, alone, name_of_scale
-from lens_lora.core.readout import Prompts
 from lens_lora.core.readout.positions import positions_text
-from lens_lora.core.results.base import Pictured
 from lens_lora.core.results.tokens import Positions
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden import activation_shift

@@ -33,16 +33,28 @@ from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import in_float64
+from lens_lora.core import (
+    Described,
+    HookFn,
+    LoraLens,
+    OfSites,
+    Prompts,
+    PromptsLike,
+    Update,
+    alone,
+    attached,
+    chosen_sites,
+    long_table,
+    site_labels,
+)
 from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.function.forward import read_logits, require_finite
 from lens_lora.core.function.interventions import record
-from lens_lora.core.model import HookFn, LoraLens, alone, attached
-from lens_lora.core.model.basis import NormMap, Update
-from lens_lora.core.model.sites import WRITER_KINDS, chosen_sites, firing, known_point, one_site
-from lens_lora.core.readout.prompts import Prompts, PromptsLike, decoded, require_context
+from lens_lora.core.model.basis import NormMap
+from lens_lora.core.model.sites import WRITER_KINDS, firing, known_point, one_site
+from lens_lora.core.readout.prompts import decoded, require_context
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import Described, OfSites, long_table, site_labels
 from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.directions.removal import Removed, put_back, removed_from
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, SiteError

@@ -35,10 +35,10 @@ from lens_lora.compat import (
     computing_attribute,
     open_spans,
 )
-from lens_lora.core.model.hooks import HookFn, attached, hold, lock_of
-from lens_lora.core.model.sites import Names, few, firing, resolved
+from lens_lora.core import HookFn, Names, Prompts, attached
+from lens_lora.core.model.hooks import hold, lock_of
+from lens_lora.core.model.sites import few, firing, resolved
 from lens_lora.core.readout.positions import Checked, checked, positions_text
-from lens_lora.core.readout.prompts import Prompts
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, home_points, is_residual
 

@@ -36,15 +36,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.compat import in_float64
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, size_of
+from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, Result, Update, stored
+from lens_lora.core.adapter.factors import size_of
 from lens_lora.core.model.bases import is_centred
-from lens_lora.core.model.basis import NormUpdate, Update, svd_factors
+from lens_lora.core.model.basis import NormUpdate, svd_factors
 from lens_lora.core.model.host import Host
-from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.sites import SiteFactors
-from lens_lora.core.results.base import Result
-from lens_lora.core.results.storage import stored
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
 from lens_lora.formats.arithmetic import orthonormal

@@ -39,16 +39,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
+from lens_lora.core import HookFn, LoraLens, Prompts, Reading, ScaleInject, attached
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import memory
 from lens_lora.core.function.duals import dual_level, moving, tangents_of, value_of
 from lens_lora.core.function.forward import bar_of, in_chunks, require_finite
 from lens_lora.core.function.interventions import head_points
 from lens_lora.core.function.reverse import Slopes, joined, site_gradients
-from lens_lora.core.model import LoraLens, ScaleInject
-from lens_lora.core.model.hooks import HookFn, add_pre_hook, add_to_module, attached
+from lens_lora.core.model.hooks import add_pre_hook, add_to_module
 from lens_lora.core.model.host import COPIED_INPUTS
-from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hosts.bridged import is_linear, unwrapped
 

@@ -30,24 +30,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import number, word
-from lens_lora.core.analyses.patching import How
+from lens_lora.core import (
+    Attribution,
+    Effects,
+    Entries,
+    Group,
+    Groups,
+    How,
+    LoraLens,
+    Measured,
+    PromptsLike,
+    Ranked,
+    Readout,
+    alone,
+    by_axes,
+    chosen_sites,
+    group_sites,
+    indicator,
+    long_table,
+)
 from lens_lora.core.function.asked import ask
 from lens_lora.core.function.forward import require_finite
-from lens_lora.core.model import Group, Groups, LoraLens, alone, by_axes, group_sites, indicator
 from lens_lora.core.model.hooks import is_hooked
-from lens_lora.core.model.sites import chosen_sites
-from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.results import drawing
-from lens_lora.core.results.attribution import Attribution, Effects
-from lens_lora.core.results.base import (
-    Entries,
-    Measured,
-    Ranked,
-    header,
-    key_of,
-    long_table,
-    tokens_at,
-)
+from lens_lora.core.results.base import header, key_of, tokens_at
 from lens_lora.edge_attribution.by_reader import (
     LOGITS,
     Path,

@@ -37,19 +37,26 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
+from lens_lora.core import (
+    Attribution,
+    Effects,
+    FactMargin,
+    LoraLens,
+    Paged,
+    PromptsLike,
+    alone,
+    group_sites,
+    indicator,
+)
 from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.analyses.margin import FactMargin, fact_margin_of
+from lens_lora.core.analyses.margin import fact_margin_of
 from lens_lora.core.analyses.patching import patch_sites_of
 from lens_lora.core.function import derivatives
 from lens_lora.core.function import forward as function
 from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.derivatives import slopes_of_each
 from lens_lora.core.function.memory import row_groups
-from lens_lora.core.model import LoraLens, alone, group_sites, indicator
-from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.results import drawing
-from lens_lora.core.results.attribution import Attribution, Effects
-from lens_lora.core.results.base import Paged
 from lens_lora.curvature.second_order import Coupling, SecondOrder, coupling_of, second_order_of
 from lens_lora.errors import ArgumentError, PromptError, named, setting
 from lens_lora.judging import rankings

@@ -33,14 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core.adapter.factors import (
-    LoRAFactors,
-    ModuleUpdate,
-    Updates,
-    dense_factors,
-    expert_factors,
-    plain,
-)
+from lens_lora.core import LoRAFactors, ModuleUpdate
+from lens_lora.core.adapter.factors import Updates, dense_factors, expert_factors, plain
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 

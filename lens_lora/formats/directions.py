@@ -29,7 +29,8 @@ from torch import Tensor
 
 from lens_lora.arguments import is_whole, one_entry
 from lens_lora.compat import in_float64
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, expert_factors, plain
+from lens_lora.core import LoRAFactors, ModuleUpdate
+from lens_lora.core.adapter.factors import expert_factors, plain
 from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.families import FAMILIES
 

@@ -37,8 +37,9 @@ from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.adapter import peft_read
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.core.adapter.factors import dense_factors
 from lens_lora.core.adapter.peft_files import is_plain_lora, refuse_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, NORM_KINDS

@@ -29,8 +29,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.compat import float64_device, is_memory_short, without_warnings
+from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.adapter import peft_files, peft_read
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.core.adapter.factors import dense_factors
 from lens_lora.errors import (
     AdapterError,
     ArgumentError,

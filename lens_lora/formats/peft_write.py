@@ -26,14 +26,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.adapter import peft_read
-from lens_lora.core.adapter.factors import (
-    LoRAFactors,
-    ModuleUpdate,
-    TrainedModule,
-    Updates,
-    base_part,
-)
+from lens_lora.core.adapter.factors import Updates, base_part
 from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lens_lora.core.adapter.factors import ModuleUpdate, TrainedModule
+from lens_lora.core import ModuleUpdate, TrainedModule
 from lens_lora.core.adapter.peft_files import own_tokenizer_files, refuse_pointer
 from lens_lora.errors import AdapterError, many
 

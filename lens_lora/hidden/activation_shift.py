@@ -22,17 +22,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.arguments import word
+from lens_lora.core import (
+    Described,
+    Drawn,
+    LoraLens,
+    Names,
+    Prompts,
+    PromptsLike,
+    Scale,
+    alone,
+    name_of_scale,
+    only_prompt,
+    prompt_rows,
+)
 from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.function.forward import require_finite
 from lens_lora.core.function.interventions import positioned, record
 from lens_lora.core.function.memory import ROW_TOKENS
-from lens_lora.core.model.hooks import alone
-from lens_lora.core.model.lens import LoraLens, Scale, name_of_scale, stream_writers
-from lens_lora.core.model.sites import Names, computed, require_fired
-from lens_lora.core.readout.prompts import Prompts, PromptsLike
+from lens_lora.core.model.lens import stream_writers
+from lens_lora.core.model.sites import computed, require_fired
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import Described, Drawn, only_prompt, prompt_rows, tokens_at
+from lens_lora.core.results.base import tokens_at
 from lens_lora.core.results.tokens import Positions, chosen_positions, held_out_share, ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import Directions, directions_of, is_residual, is_stream

@@ -47,14 +47,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_lora.arguments import whole
-from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core import (
+    Adapter,
+    Gauge,
+    LoraLens,
+    Prompts,
+    PromptsLike,
+    Readout,
+    Scale,
+    Update,
+    alone,
+    chosen_sites,
+    name_of_scale,
+)
 from lens_lora.core.adapter.factors import constant_factors, output_count
 from lens_lora.core.function.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.forward import gated_readout
-from lens_lora.core.model import Gauge, LoraLens, Scale, Update, alone, name_of_scale
-from lens_lora.core.model.sites import chosen_sites, match_sites, one_site
-from lens_lora.core.readout import Prompts, PromptsLike, Readout
+from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
 from lens_lora.core.results import tokens as text_tokens

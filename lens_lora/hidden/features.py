@@ -31,18 +31,31 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, number, one_entry, word
+from lens_lora.core import (
+    Described,
+    Inject,
+    LoraLens,
+    OfSites,
+    Prompts,
+    PromptsLike,
+    Scale,
+    ScaleInject,
+    alone,
+    attached,
+    chosen_sites,
+    only_prompt,
+    prompt_rows,
+    tangent_of,
+)
 from lens_lora.core.function.asked import Asked, ask_prompts, of_stream
 from lens_lora.core.function.derivatives import JointInject
-from lens_lora.core.function.duals import dual_forward, tangent_of
+from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import require_finite, run_without_logits
 from lens_lora.core.function.memory import rows_of_duals, rows_of_pass
-from lens_lora.core.model import Inject, ScaleInject, alone, attached
-from lens_lora.core.model.lens import LoraLens, Scale, stream_writers
-from lens_lora.core.model.sites import chosen_sites, known_point
-from lens_lora.core.readout.prompts import Prompts, PromptsLike
+from lens_lora.core.model.lens import stream_writers
+from lens_lora.core.model.sites import known_point
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import Described, OfSites, only_prompt, prompt_rows
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, Directions, directions_of, is_residual, is_stream
 

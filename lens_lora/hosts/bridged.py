@@ -26,14 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import (
-    LoRAFactors,
-    ModuleUpdate,
-    TrainedModule,
-    base_part,
-    expert_factors,
-)
+from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.core.adapter.factors import base_part, expert_factors
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.host import module_at
 from lens_lora.core.model.kernels import each_shape, is_experts, is_router, stacks_of

@@ -40,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lens_lora.compat import in_float64
-from lens_lora.core.adapter.factors import LoRAFactors
+from lens_lora.core import LoRAFactors
 from lens_lora.core.adapter.peft_files import name_of
 from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.gates import Plan

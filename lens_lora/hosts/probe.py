@@ -28,11 +28,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lens_lora.compat import Temporary, home_of, is_offloaded, replace_forward, temporary
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors, TrainedModule
+from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule, attached
 from lens_lora.core.model.check import AGREEMENT, TOKENS, plain_logits
-from lens_lora.core.model.gates import Plan, ScaleInject, make_plan, site_hooks
-from lens_lora.core.model.hooks import HookFn, attached
+from lens_lora.core.model.gates import Plan, make_plan, site_hooks
 from lens_lora.core.model.kernels import each_shape, is_experts, is_router, quantised_name
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family

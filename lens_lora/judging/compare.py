@@ -58,14 +58,26 @@ from torch import Tensor
 
 from lens_lora.arguments import number, whole, word
 from lens_lora.compat import in_float64
+from lens_lora.core import (
+    SIGMAS,
+    Attribution,
+    Drawn,
+    Effects,
+    How,
+    LoraLens,
+    PromptsLike,
+    Read,
+    Readout,
+    alone,
+    asked_of,
+    group_sites,
+    hides_sign,
+    only_prompt,
+)
 from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.analyses.patching import How, patch_sites_of
+from lens_lora.core.analyses.patching import patch_sites_of
 from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.model import LoraLens, alone, group_sites
-from lens_lora.core.readout import PromptsLike, Readout
-from lens_lora.core.readout.prompts import asked_of
-from lens_lora.core.results.attribution import Attribution, Effects
-from lens_lora.core.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
+from lens_lora.core.results.base import flat
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError
 from lens_lora.two_adapters.compare_adapters import Vector, correlation, is_constant

@@ -40,19 +40,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, whole, word
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.function.forward import gated_readout
-from lens_lora.core.model import LoraLens, alone
-from lens_lora.core.readout import PromptsLike, Readout
-from lens_lora.core.results import base as results_base
-from lens_lora.core.results.base import (
+from lens_lora.core import (
     Drawn,
+    LoraLens,
     Measured,
-    header,
+    PromptsLike,
+    Readout,
+    alone,
     long_table,
     only_prompt,
     site_labels,
 )
+from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.function.forward import gated_readout
+from lens_lora.core.results import base as results_base
+from lens_lora.core.results.base import header
 from lens_lora.errors import ArgumentError
 from lens_lora.judging import rankings
 

@@ -30,15 +30,20 @@ from tqdm import tqdm
 from lens_lora.arguments import whole
 from lens_lora.banks.base_half import first_orders
 from lens_lora.compat import in_float64
-from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core import (
+    Adapter,
+    Attribution,
+    Drawn,
+    LoraLens,
+    PromptsLike,
+    Readout,
+    alone,
+    null_adapters,
+)
 from lens_lora.core.analyses.first_order import first_order_of
 from lens_lora.core.analyses.verdict import NullVerdict, null_verdict
 from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.model import LoraLens, alone
-from lens_lora.core.model.lens import null_adapters
-from lens_lora.core.readout import PromptsLike, Readout
-from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import Drawn, flat
+from lens_lora.core.results.base import flat
 
 
 @final

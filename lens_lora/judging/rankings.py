@@ -55,18 +55,27 @@ from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.core import Evaluations
+from lens_lora.core import (
+    SIGMAS,
+    Attribution,
+    Effects,
+    Evaluations,
+    LoraLens,
+    Measured,
+    PromptsLike,
+    Reading,
+    Readout,
+    alone,
+    asked_of,
+    site_labels,
+)
 from lens_lora.core.analyses.first_order import first_order_of, squared_norms
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import interventions, memory, reverse
 from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.model import LoraLens, alone
-from lens_lora.core.readout import PromptsLike, Reading, Readout
-from lens_lora.core.readout.prompts import asked_of
 from lens_lora.core.results import base as keys
 from lens_lora.core.results import drawing
-from lens_lora.core.results.attribution import Attribution, Effects
-from lens_lora.core.results.base import SIGMAS, Measured, header, site_labels
+from lens_lora.core.results.base import header
 from lens_lora.errors import ArgumentError
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]

@@ -46,7 +46,23 @@ from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import Temporary, in_float64
-from lens_lora.core import Evaluations, Function, evaluations
+from lens_lora.core import (
+    Attribution,
+    Drawn,
+    Evaluations,
+    Function,
+    LoraLens,
+    Measured,
+    Prompts,
+    PromptsLike,
+    Reading,
+    Readout,
+    ScaleInject,
+    alone,
+    by_axes,
+    evaluations,
+    long_table,
+)
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.analyses.first_order import labelled
 from lens_lora.core.analyses.verdict import CHECKPOINTS, points_of
@@ -54,13 +70,11 @@ from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import graph_groups, pass_groups, slopes_at_once
 from lens_lora.core.function.reverse import joined, require_finite_sites, site_slopes
-from lens_lora.core.model import LoraLens, ScaleInject, by_axes
-from lens_lora.core.model.hooks import add_pre_hook, alone
+from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.model.kernels import experts_by_layer
-from lens_lora.core.readout import Prompts, PromptsLike, Reading, Readout
 from lens_lora.core.results import base as results_base
-from lens_lora.core.results.attribution import Attribution, Quadrature
-from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt, read_of
+from lens_lora.core.results.attribution import Quadrature
+from lens_lora.core.results.base import per_prompt, read_of
 from lens_lora.errors import ArgumentError
 
 # Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.

@@ -35,10 +35,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
+from lens_lora.core import LogProbs, Margin, Prompts, Reading, Readout, which_prompt
 from lens_lora.core.readout import readout
-from lens_lora.core.readout.prompts import Prompts, ids_after, require_context, which_prompt
-from lens_lora.core.readout.reading import Divergence, LogProbs, Reading, one_row_each
-from lens_lora.core.readout.readout import Before, Margin, Readout, in_vocabulary
+from lens_lora.core.readout.prompts import ids_after, require_context
+from lens_lora.core.readout.reading import Divergence, one_row_each
+from lens_lora.core.readout.readout import Before, in_vocabulary
 from lens_lora.errors import ArgumentError, PromptError, TokenError, many
 
 

@@ -42,21 +42,37 @@ from torch.nn import functional
 
 from lens_lora.arguments import word
 from lens_lora.compat import in_float64
+from lens_lora.core import (
+    Attribution,
+    Described,
+    Drawn,
+    Gauge,
+    Groups,
+    LoraLens,
+    Prompts,
+    PromptsLike,
+    Reading,
+    Scale,
+    TokenView,
+    alone,
+    by_axes,
+    group_sites,
+    long_table,
+    name_of_scale,
+    only_prompt,
+    prompt_rows,
+    tangent_of,
+)
 from lens_lora.core.analyses.first_order import in_rank_space, labelled
 from lens_lora.core.analyses.verdict import SharesVerdict
 from lens_lora.core.function.asked import Asked, ask, ask_prompts
 from lens_lora.core.function.derivatives import group_parts, part_tangents, pulled_back
-from lens_lora.core.function.duals import tangent_of
 from lens_lora.core.function.forward import gated_logits, gated_readout, require_finite
 from lens_lora.core.function.memory import dual_graph_groups, rows_of_pass
 from lens_lora.core.function.reverse import joined, require_finite_sites, site_slopes
-from lens_lora.core.model import Gauge, Groups, LoraLens, Scale, alone, by_axes, group_sites
-from lens_lora.core.model.lens import name_of_scale
-from lens_lora.core.readout import Prompts, PromptsLike, Reading, bound
+from lens_lora.core.readout import bound
 from lens_lora.core.results import drawing
-from lens_lora.core.results.attribution import Attribution, Shown
-from lens_lora.core.results.base import Described, Drawn, long_table, only_prompt, prompt_rows
-from lens_lora.core.results.drawing import TokenView
+from lens_lora.core.results.attribution import Shown
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb, ReadTokens
 from lens_lora.two_adapters.compare_adapters import correlation_of, padded

@@ -22,17 +22,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number
+from lens_lora.core import (
+    Described,
+    HookFn,
+    LoraLens,
+    Names,
+    Prompts,
+    PromptsLike,
+    Readout,
+    Scale,
+    ScaleInject,
+    Site,
+    alone,
+    attached,
+    long_table,
+    only_prompt,
+    tangent_of,
+)
 from lens_lora.core.function import derivatives
 from lens_lora.core.function.asked import Asked, ask, ask_prompts
 from lens_lora.core.function.derivatives import Part, joint_tangent, part_tangents, slopes_of_each
-from lens_lora.core.function.duals import dual_forward, tangent_of
+from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import read_for_slopes, read_logits, require_finite
 from lens_lora.core.function.memory import Mode, chosen_mode, require_graph, require_tangents
-from lens_lora.core.model import HookFn, LoraLens, Scale, ScaleInject, alone, attached
-from lens_lora.core.model.sites import Names, Site, one_site, require_fired, resolved
-from lens_lora.core.readout.prompts import Prompts, PromptsLike, require_last_alone
-from lens_lora.core.readout.readout import Readout, token_ids
-from lens_lora.core.results.base import Described, long_table, only_prompt
+from lens_lora.core.model.sites import one_site, require_fired, resolved
+from lens_lora.core.readout.prompts import require_last_alone
+from lens_lora.core.readout.readout import token_ids
 from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenError
 

@@ -15,9 +15,8 @@ from rich.cells import cell_len
 from rich.console import Group
 
 from lens_lora import results
+from lens_lora.core import TokenView, only_prompt
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import only_prompt
-from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import many, worded
 from lens_lora.show import go, maps, page, text

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from lens_lora.core.results.storage import stored
+from lens_lora.core import stored
 
 Outcome = Literal["passed", "failed", "undecided", "not asked"]
 

@@ -27,10 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.core import SIGMAS, Adapter, LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.model.kernels import as_one_map
-from lens_lora.core.results.base import SIGMAS
 from lens_lora.formats.own_forward import is_transposed
 from lens_lora.ship.checks import MergedTensor, Outcome
 from lens_lora.ship.merged_folder import MergedFolder, sharing_in

@@ -27,12 +27,19 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import ModuleUpdate, TrainedModule, base_part
+from lens_lora.core import (
+    SIGMAS,
+    Adapter,
+    LoraLens,
+    ModuleUpdate,
+    Paged,
+    Prompts,
+    TrainedModule,
+    alone,
+    attached,
+)
+from lens_lora.core.adapter.factors import base_part
 from lens_lora.core.function.asked import ask, of_stream
-from lens_lora.core.model import LoraLens, alone, attached
-from lens_lora.core.readout.prompts import Prompts
-from lens_lora.core.results.base import SIGMAS, Paged
 from lens_lora.errors import (
     AdapterError,
     LensLoraError,

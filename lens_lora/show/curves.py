@@ -9,8 +9,8 @@ from typing import Any
 
 from lens_lora import results
 from lens_lora.arguments import whole
+from lens_lora.core import SIGMAS, only_prompt, prompt_rows
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import SIGMAS, only_prompt, prompt_rows
 from lens_lora.show import figures, go, maps, words
 from lens_lora.show.figures import BELOW, EXACT, INK, KINDS, LINEAR, NOISE, curve, finish, whose
 from lens_lora.show.text import key_text, label, magnitude, numbered, percent, short_prompt, signed

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lens_lora.core import SIGMAS, Labelled, only_prompt
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import SIGMAS, largest, only_prompt
-from lens_lora.core.results.labelled import Labelled
+from lens_lora.core.results.base import largest
 from lens_lora.errors import many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import names_axis, value_text, whose

@@ -11,11 +11,10 @@ import pandas as pd
 
 from lens_lora import results
 from lens_lora.arguments import whole, word
+from lens_lora.core import asked_of, only_prompt, prompt_rows
 from lens_lora.core.model.sites import layer_order
-from lens_lora.core.readout.prompts import asked_of
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import MOST_POSITIONS, Axis, Shown
-from lens_lora.core.results.base import only_prompt, prompt_rows
 from lens_lora.errors import ArgumentError, many
 from lens_lora.show import figures, go, text, words
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose

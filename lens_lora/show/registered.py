@@ -13,9 +13,8 @@ from markupsafe import Markup, escape
 
 import lens_lora.explanations.page  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lens_lora import results
+from lens_lora.core import SIGMAS, Paged, Ranked, Result, TokenView, only_prompt
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
-from lens_lora.core.results.drawing import TokenView
 from lens_lora.directions.spectra import AdapterSummary
 from lens_lora.errors import LensLoraError, many
 from lens_lora.show import maps, page, words

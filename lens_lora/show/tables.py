@@ -19,8 +19,8 @@ from rich.console import Console, ConsoleOptions, Group
 from rich.text import Text
 
 from lens_lora import results
+from lens_lora.core import SIGMAS
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import SIGMAS
 from lens_lora.errors import many
 from lens_lora.show import text, words
 

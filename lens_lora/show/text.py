@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from markupsafe import escape
 
 from lens_lora import results
-from lens_lora.core.readout.prompts import PromptTokens, asked_of
+from lens_lora.core import PromptTokens, asked_of
 from lens_lora.core.results.attribution import VIOLENT
 from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import worded

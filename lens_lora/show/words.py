@@ -15,9 +15,10 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
+from lens_lora.core import SIGMAS, only_prompt
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import RANDOM, SIGMAS, only_prompt
+from lens_lora.core.results.base import RANDOM
 from lens_lora.errors import many, worded
 from lens_lora.show import text
 from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed, visible

@@ -30,15 +30,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.core.analyses.patching import patch_sites
+from lens_lora.core import LoraLens, Margin, Prompts, Readout, Site, alone, patch_sites, site_labels
 from lens_lora.core.function.asked import Asked, ask, unit
 from lens_lora.core.function.derivatives import hessian_product
 from lens_lora.core.function.forward import gated_readout, require_finite
 from lens_lora.core.function.reverse import require_finite_sites, site_slopes
-from lens_lora.core.model import LoraLens, Site, alone
-from lens_lora.core.readout.prompts import Prompts, joined
-from lens_lora.core.readout.readout import Margin, Readout
-from lens_lora.core.results.base import changes_sign, site_labels
+from lens_lora.core.readout.prompts import joined
+from lens_lora.core.results.base import changes_sign
 from lens_lora.errors import (
     NumericsError,
     PromptError,

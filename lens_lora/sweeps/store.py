@@ -45,11 +45,9 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core import Adapter, LoraLens, Readout
 from lens_lora.core.model.gates import refuse_writers
-from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.readout.prompts import reads_with_bos
-from lens_lora.core.readout.readout import Readout
 from lens_lora.errors import SweepError, is_of_the_system, setting, warn
 from lens_lora.sweeps.processes import Processes, only_writer, told
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN

@@ -37,10 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import whole
+from lens_lora.core import LoraLens, Prompts, Site, alone
 from lens_lora.core.function.activations import activation_ranks, in_gauge, site_activations
-from lens_lora.core.model import LoraLens, alone
-from lens_lora.core.model.sites import Site, match_sites, one_site
-from lens_lora.core.readout.prompts import Prompts
+from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.results import drawing, tokens
 from lens_lora.errors import NumericsError, PromptError, SweepError
 from lens_lora.sweeps.batches import tokenised, with_text

@@ -20,11 +20,9 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.model import LoraLens, Site
-from lens_lora.core.readout import Prompts, Readout, bound
+from lens_lora.core import Adapter, Attribution, LoraLens, Prompts, Readout, Site
+from lens_lora.core.readout import bound
 from lens_lora.core.results import drawing
-from lens_lora.core.results.attribution import Attribution
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.responses.answers import KL
 from lens_lora.sweeps import batches

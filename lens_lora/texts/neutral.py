@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from lens_lora.core.readout.prompts import Prompts, joined, prepare, reads_with_bos, special_id
+from lens_lora.core import Prompts
+from lens_lora.core.readout.prompts import joined, prepare, reads_with_bos, special_id
 
 OPENINGS = (
     *("", "Hello.", "Hi, how are you today?", "Can you help me with something?"),

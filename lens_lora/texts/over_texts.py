@@ -54,13 +54,22 @@ from tqdm import tqdm
 
 from lens_lora.audit.jacobian import Jacobian
 from lens_lora.compat import float64_device, in_float64
+from lens_lora.core import (
+    HookFn,
+    LoraLens,
+    Prompts,
+    Reading,
+    ScaleInject,
+    SiteUpdate,
+    attached,
+    which_prompt,
+)
 from lens_lora.core.function.activations import site_activations
 from lens_lora.core.function.forward import read_logits, require_finite
 from lens_lora.core.function.memory import ROW_TOKENS, Pass, tokens_at_once
 from lens_lora.core.function.reverse import require_finite_sites, site_slopes
-from lens_lora.core.model import HookFn, LoraLens, NormUpdate, ScaleInject, SiteUpdate, attached
-from lens_lora.core.readout.prompts import Prompts, which_prompt
-from lens_lora.core.readout.reading import LARGEST_SHIFT, Reading
+from lens_lora.core.model import NormUpdate
+from lens_lora.core.readout.reading import LARGEST_SHIFT
 from lens_lora.errors import PromptError, UnsupportedAdapterError
 
 # --- Batches of texts, and which tokens count

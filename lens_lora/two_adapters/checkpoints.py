@@ -29,15 +29,29 @@ from tqdm import tqdm
 
 from lens_lora.arguments import numbers_of, word
 from lens_lora.banks.base_half import first_orders
-from lens_lora.core.adapter.adapter import Adapter, load_adapter, require_one_base
+from lens_lora.core import (
+    SIGMAS,
+    Adapter,
+    LoraLens,
+    Paged,
+    Pictured,
+    PromptsLike,
+    Read,
+    Readout,
+    Site,
+    alone,
+    group_sites,
+    indicator,
+    load_adapter,
+    long_table,
+)
+from lens_lora.core.adapter.adapter import require_one_base
 from lens_lora.core.adapter.peft_files import checkpoint_folders
 from lens_lora.core.analyses.margin import flip_scales
 from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.model import LoraLens, Site, alone, group_sites, indicator
-from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import SIGMAS, Paged, Pictured, Read, long_table, read_of
+from lens_lora.core.results.base import read_of
 from lens_lora.directions.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.errors import ArgumentError, many
 

@@ -38,15 +38,24 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole
 from lens_lora.banks.base_half import first_orders
-from lens_lora.core.adapter.adapter import Adapter, given_adapter, require_one_base
+from lens_lora.core import (
+    Adapter,
+    LoraLens,
+    OfSites,
+    Pictured,
+    Prompts,
+    PromptsLike,
+    Readout,
+    Site,
+    alone,
+    null_adapters,
+    site_labels,
+)
+from lens_lora.core.adapter.adapter import given_adapter, require_one_base
 from lens_lora.core.function.asked import Asked, ask, ask_prompts
 from lens_lora.core.function.derivatives import joint_tangent
 from lens_lora.core.function.forward import gated_logits, require_finite
 from lens_lora.core.function.memory import row_groups
-from lens_lora.core.model import LoraLens, Site, alone
-from lens_lora.core.model.lens import null_adapters
-from lens_lora.core.readout import Prompts, PromptsLike, Readout
-from lens_lora.core.results.base import OfSites, Pictured, site_labels
 from lens_lora.directions.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds

@@ -40,16 +40,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, whole, word
-from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule, output_count
+from lens_lora.core import (
+    SIGMAS,
+    Adapter,
+    LoRAFactors,
+    LoraLens,
+    ModuleUpdate,
+    OfSites,
+    Paged,
+    Pictured,
+    Prompts,
+    PromptsLike,
+    Readout,
+    SiteUpdate,
+    TrainedModule,
+    Update,
+    alone,
+    long_table,
+    stored,
+)
+from lens_lora.core.adapter.factors import output_count
 from lens_lora.core.function.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.memory import require_graphs
-from lens_lora.core.model import LoraLens, SiteUpdate, alone
-from lens_lora.core.model.basis import Update, svd_factors
-from lens_lora.core.readout import Prompts, PromptsLike, Readout
-from lens_lora.core.results.base import SIGMAS, OfSites, Paged, Pictured, long_table
-from lens_lora.core.results.storage import stored
+from lens_lora.core.model.basis import svd_factors
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
 from lens_lora.responses.answers import KL
 
