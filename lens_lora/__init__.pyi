@@ -13,6 +13,7 @@ from .core.adapter.formats import adapter_format
 from .core.analyses.first_order import components, first_order
 from .core.analyses.margin import fact_margin
 from .core.analyses.patching import patch_activations, patch_sites
+from .core.analyses.remainder import remainder, remainder_curve
 from .core.readout.declared import readout
 from .core.readout.readout import Logit, LogProb, Margin, Readout
 from .core.results.base import load_result
@@ -28,7 +29,7 @@ from .judging.faithfulness import faithfulness
 from .judging.null_test import null_test
 from .judging.rankings import best_subset
 from .loading import demo, load
-from .path.path_attribution import path_attribution, remainder, remainder_curve
+from .path.path_attribution import path_attribution
 from .responses.answers import KL, AnswerLogProb, AnswerMargin
 from .responses.divergence import kl_shares, token_shifts
 from .responses.logit_shift import gradients, logit_shift, tangents

@@ -9,6 +9,8 @@ from .core.adapter.factors import TrainedModule as TrainedModule
 from .core.analyses.first_order import Components as Components
 from .core.analyses.margin import FactMargin as FactMargin
 from .core.analyses.patching import ActivationEffects as ActivationEffects
+from .core.analyses.remainder import Remainder as Remainder
+from .core.analyses.remainder import RemainderCurve as RemainderCurve
 from .core.model.rules import FrozenRules as FrozenRules
 from .core.model.sites import Site as Site
 from .core.readout.prompts import Prompts as Prompts
@@ -42,8 +44,6 @@ from .judging.faithfulness import Faithfulness as Faithfulness
 from .judging.null_test import NullTest as NullTest
 from .judging.rankings import BestSubset as BestSubset
 from .judging.rankings import foils as foils
-from .path.path_attribution import Remainder as Remainder
-from .path.path_attribution import RemainderCurve as RemainderCurve
 from .responses.answers import Generated as Generated
 from .responses.divergence import KLShares as KLShares
 from .responses.divergence import TokenShifts as TokenShifts

@@ -15,6 +15,10 @@ from .analyses.own_analyses import analysis as analysis
 from .analyses.patching import How as How
 from .analyses.patching import patch_activations as patch_activations
 from .analyses.patching import patch_sites as patch_sites
+from .analyses.remainder import Remainder as Remainder
+from .analyses.remainder import RemainderCurve as RemainderCurve
+from .analyses.remainder import remainder as remainder
+from .analyses.remainder import remainder_curve as remainder_curve
 from .function.cache import Evaluations as Evaluations
 from .function.cache import evaluations as evaluations
 from .function.duals import tangent_of as tangent_of

@@ -6,7 +6,7 @@
 Σ_{l∈G, m∈M} H_lm: the diagonal is what a group's own strength does to its effect; off the diagonal
 is coupling, what one group's presence does to another's effect (note, §6, item 4).
 
-1. First order, and the exact g along the path (`path/path_attribution.py`).
+1. First order, and the exact g along the path (`core/analyses/remainder.py`).
 2. H·1 from one Hessian product; ½H_ll on request, and H between groups, from a product for each
    site or group, batched (`core/function/derivatives.py`) and summed over groups at once.
 3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
@@ -45,6 +45,12 @@ from lens_lora.core import (
     long_table,
 )
 from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core.analyses.remainder import (
+    USUAL_SCALES,
+    RemainderCurve,
+    orders,
+    remainder_curve_of,
+)
 from lens_lora.core.analyses.verdict import SecondVerdict, points_at_end, second_verdict
 from lens_lora.core.function.asked import Asked, ask, curvature_noise
 from lens_lora.core.function.derivatives import hessian_product
@@ -52,7 +58,6 @@ from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import per_prompt
 from lens_lora.errors import ArgumentError
-from lens_lora.path.path_attribution import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
 
 
 @final

@@ -37,7 +37,6 @@ UPWARD: set[tuple[str, str]] = {
     ("core.adapter.adapter", "formats"),
     ("core.adapter.factors", "formats"),
     ("core.adapter.peft_read", "formats"),
-    ("core.analyses.margin", "path"),
     ("core.analyses.margin", "responses"),
     ("core.analyses.patching", "texts"),
     ("core.function.asked", "responses"),

@@ -13,7 +13,7 @@ from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.path.path_attribution import fitted_order
+from lens_lora.core.analyses.remainder import fitted_order
 
 CHECKED = models.of_some_lines(
     shapes.CHECKED, "shapes are checked on transformer-lens 4 (LENS_LORA_SHAPES=checked)"

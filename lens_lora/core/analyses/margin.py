@@ -2,7 +2,7 @@
 
 The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
 
-1. First order of the margin, and the margin itself along ε·Δ (`path/path_attribution.py`).
+1. First order of the margin, and the margin itself along ε·Δ (`remainder.py`).
 2. Where the curve changes sign, the scale is found for all prompts together: g is run on either
    side of the root of a polynomial through the nearest points, until the step is narrow.
 """
@@ -22,6 +22,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, remainder_curve_of
 from lens_lora.core.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
 from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.forward import gated_readout
@@ -30,7 +31,6 @@ from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import SIGMAS, Drawn, changes_sign, per_prompt
-from lens_lora.path.path_attribution import USUAL_SCALES, RemainderCurve, remainder_curve_of
 from lens_lora.responses.answers import AnswerLike, answer_ids, margin_between
 
 

@@ -10,8 +10,8 @@ import torch
 from two_scalars import scalar_lens
 
 import lens_lora as ll
+from lens_lora.core.analyses.remainder import orders
 from lens_lora.core.analyses.verdict import Noise
-from lens_lora.path.path_attribution import orders
 
 MARGIN = ll.Margin(5, 9)
 

@@ -1,0 +1,362 @@
+"""What first order leaves of the exact shift, at full strength and along ε·1.
+
+    single site   u_yᵀ r_l = g(e_l) − g(0) − a_l                          (note, §3)
+    all sites     R_y = g(1) − g(0) − Σ_l a_l                             (note, §4)
+    the path      R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l = O(ε²)              (note, Assumption 2)
+
+1. First order at ε = 0, the exact ends, and the exact g on the way; on request each site alone.
+2. Noise floors say what of the shift, and what of the remainder, is rounding.
+3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
+   at the same strengths for every result, so that no two can disagree on one remainder.
+4. Where a model routes tokens to experts, g jumps at strengths where a token changes them, which no
+   derivative shows. So the tokens whose experts differ between the two ends are counted, by layer.
+5. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
+   out of the noise: 2 for a smooth model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lens_lora.arguments import numbers_of
+from lens_lora.compat import Temporary, in_float64
+from lens_lora.core.analyses import verdict as verdicts
+from lens_lora.core.analyses.verdict import CHECKPOINTS, points_of
+from lens_lora.core.function.asked import Asked
+from lens_lora.core.function.cache import Evaluations, evaluations
+from lens_lora.core.function.forward import run_without_logits
+from lens_lora.core.function.function import Function
+from lens_lora.core.function.memory import pass_groups
+from lens_lora.core.model import LoraLens, ScaleInject, alone
+from lens_lora.core.model.hooks import add_pre_hook
+from lens_lora.core.model.kernels import experts_by_layer
+from lens_lora.core.readout import Prompts, PromptsLike, Readout
+from lens_lora.core.results import base as results_base
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt, read_of
+from lens_lora.errors import ArgumentError
+
+# Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
+USUAL_SCALES = (
+    *np.geomspace(1e-4, 8e-2, 10).tolist(),
+    *sorted({*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS}),
+)
+
+
+@final
+class Remainder(Measured):
+    """What first order leaves, against the exact shift, in the readout's units.
+
+    Attributes:
+        first_order: [batch], Σ_l a_l.
+        noise: σ of a shift and of the remainder from rounding alone.
+        path_scales: the ε on the way at which g was run.
+        path_shift: [batch, scale], g(ε) − g(0) at each of them.
+        site_first_order: [batch, site], a_l.
+        site_shift: [batch, site], g(e_l) − g(0); only with by_site.
+        rerouted: {'layer 3': [batch], the tokens that go to other experts at ε = 1 than at
+            0}; empty where the model has no stacks of experts.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    first_order: Float[Tensor, " batch"]
+    noise: verdicts.Noise
+    path_scales: Annotated[tuple[float, ...], "scale"]
+    path_shift: Float[Tensor, "batch scale"]
+    site_first_order: Float[Tensor, "batch site"]
+    site_shift: Float[Tensor, "batch site"] | None
+    rerouted: dict[str, Float[Tensor, " batch"]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def remainder(self) -> Float[Tensor, " batch"]:
+        """R_y."""
+        return self.shift - self.first_order
+
+    @property
+    def noise_floor(self) -> Float[Tensor, " batch"]:
+        """σ of the shift from rounding alone."""
+        return self.noise.shift
+
+    @property
+    def remainder_floor(self) -> Float[Tensor, " batch"]:
+        """σ of the remainder from rounding alone: of the shift's and of first order's."""
+        return self.noise.of_remainder(1.0)
+
+    @property
+    def verdict(self) -> tuple[verdicts.Verdict, ...]:
+        """For each prompt, how good first order is at ε = 1 and on the way; str() words it."""
+        scales = self.path_shift.new_tensor(self.path_scales)
+        path_remainder = self.path_shift - scales * self.first_order[:, None]
+        ends = verdicts.points_at_end(self.remainder, self.shift, self.noise)
+        ways = points_of(scales, path_remainder, self.path_shift, self.noise)
+        return tuple(map(verdicts.verdict_of, ends, ways))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt: shift, first order, remainder, both floors, the verdict's kind.
+
+        With experts also `rerouted`, in how many layers' choices of a token one or more differ.
+        """
+        names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
+        frame = pd.DataFrame(per_prompt({name: getattr(self, name) for name in names}))
+        if self.rerouted:
+            frame["rerouted"] = torch.stack(list(self.rerouted.values())).sum(0).int().tolist()
+        return frame.assign(verdict=[verdict.kind for verdict in self.verdict])
+
+
+@alone
+def remainder(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    by_site: bool = False,
+    progress: bool = True,
+) -> Remainder:
+    """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
+
+    Cost: five forward and backward passes and 12 forward passes, batched, most of them for the
+    noise floors; and one per site with by_site. Two more forward passes of a model with experts.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        by_site: also run each site alone.
+        progress: show a bar.
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
+    """
+    g = evaluations(lens, prompts, readout, progress=progress)
+    g.require_slope_at_base()
+    slopes = g.slopes_with_noise(along=CHECKPOINTS)
+    path = g.along(CHECKPOINTS)
+    base, _ = g.ends
+    return Remainder(
+        first_order=slopes.sum(1),
+        noise=g.remainder_noise(slopes),
+        path_scales=CHECKPOINTS,
+        path_shift=(path - base).T,
+        site_first_order=slopes,
+        site_shift=(g.corners("add_one") - base).T if by_site else None,
+        rerouted=rerouted_tokens(g),
+        **g.header(),
+    )
+
+
+def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
+    """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
+
+    Two forward passes; none where the model has no stacks of experts.
+    """
+    lens = g.lens
+    stacks = experts_by_layer(lens.model)
+    if not stacks:
+        return {}
+    counts: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in stacks}
+    for group in pass_groups(lens, g.reading):
+        rows = group.prompts
+        real = rows.real.to(lens.device)
+        base = _chosen(lens, rows, 0.0, stacks)
+        adapted = _chosen(lens, rows, 1.0, stacks)
+        for layer in stacks:
+            is_other = (base[layer] != adapted[layer]).any(-1).view(real.shape)
+            by_row = (is_other & real).sum(1).double()
+            counts[f"layer {layer}"].append(group.by_prompt(by_row))
+    return {layer: torch.cat(by_group) for layer, by_group in counts.items()}
+
+
+def _chosen(
+    lens: LoraLens, rows: Prompts, scale: float, stacks: Mapping[int, nn.Module]
+) -> dict[int, Int[Tensor, "token slot"]]:
+    """The experts of every token at this strength, in order."""
+    chosen: dict[int, Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, layer: int) -> None:
+        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        chosen[layer] = index.sort(-1).values
+
+    def record(span: Temporary) -> None:
+        for layer, module in stacks.items():
+            add_pre_hook(span, module, functools.partial(keep, layer=layer), with_kwargs=True)
+
+    inject = ScaleInject(lens.plan, lens.gates(scale))
+    with torch.no_grad(), Temporary(record), lens.injected(inject):
+        run_without_logits(lens, rows)
+    return chosen
+
+
+@final
+class RemainderCurve(results_base.Read, Drawn):
+    """g, first order and remainder along ε from 0 to 1, in the readout's units.
+
+    `plot` is the readout and its first-order line along ε, and the remainder's share of the shift.
+
+    Attributes:
+        scales: [scale], the ε at which g was run.
+        values: [batch, scale], g(ε·1), exact.
+        base: [batch], g(0).
+        slope: [batch], Σ_l a_l, the first-order shift per unit of ε.
+        noise: σ of a shift and of the remainder from rounding alone.
+        order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
+            model, NaN where fewer than three points stand out of the noise.
+        str_tokens, readout, units, meta: see `Read`.
+    """
+
+    scales: Float[Tensor, " scale"]
+    values: Float[Tensor, "batch scale"]
+    base: Float[Tensor, " batch"]
+    slope: Float[Tensor, " batch"]
+    noise: verdicts.Noise
+    order: Float[Tensor, " batch"]
+
+    @property
+    def noise_floor(self) -> Float[Tensor, " batch"]:
+        """σ of the shift at ε = 1 from rounding alone."""
+        return self.noise.shift
+
+    @property
+    def remainder_floor(self) -> Float[Tensor, "batch scale"]:
+        """σ of R_y(ε) from rounding alone: of the shift's and of first order's."""
+        return self.noise.of_remainder(self.scales)
+
+    @property
+    def shift(self) -> Float[Tensor, "batch scale"]:
+        """g(ε) − g(0)."""
+        return self.values - self.base[:, None]
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch scale"]:
+        """ε Σ_l a_l."""
+        return self.slope[:, None] * self.scales
+
+    @property
+    def remainder(self) -> Float[Tensor, "batch scale"]:
+        """R_y(ε)."""
+        return self.shift - self.first_order
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and ε: value, shift, first order, remainder and its share."""
+        parts = {name: getattr(self, name) for name in ("shift", "first_order", "remainder")}
+        numbers = {"value": self.values, **parts}
+        scales = self.scales.cpu().double().numpy()
+        frame = long_table(numbers, {"prompt": range(len(self.values))}, {"scale": scales})
+        return frame.assign(share=frame["remainder"].abs() / frame["shift"].abs())
+
+    @property
+    def points(self) -> list[list[verdicts.Point]]:
+        """Each prompt's R(ε) and shift at every ε, with their floors."""
+        return points_of(self.scales, self.remainder, self.shift, self.noise)
+
+    def way_of(self, prompt: int) -> list[verdicts.Point]:
+        """The points between the ends nearest to ε = ¼, ½ and ¾.
+
+        Args:
+            prompt: its index.
+        """
+        inner = [point for point in self.points[prompt] if 0 < point.scale < 1]
+        near = [min(inner, key=lambda point: abs(point.scale - c)) for c in CHECKPOINTS if inner]
+        return list(dict.fromkeys(near))
+
+
+@alone
+def remainder_curve(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    scales: Sequence[float] | Float[Tensor, " scale"] | None = None,
+    *,
+    progress: bool = True,
+) -> RemainderCurve:
+    """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
+
+    Cost: five forward and backward passes and nine forward passes, most of them for the noise
+    floors, beside a forward pass per scale below 1 (21 by default), batched.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        scales: the strengths ε at which g is run; None for the usual ones.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: no scales, or something that is no number.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
+    """
+    strengths = USUAL_SCALES if scales is None else numbers_of("scales", scales)
+    if not strengths:
+        raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
+    g = evaluations(lens, prompts, readout, progress=progress)
+    slopes = g.slopes_with_noise(along=strengths)
+    return _curve(g, slopes, strengths)
+
+
+def remainder_curve_of(
+    asked: Asked,
+    attribution: Attribution,
+    strengths: Sequence[float] = USUAL_SCALES,
+    progress: bool = True,
+) -> RemainderCurve:
+    """The curve at these ε, beside first order at the base."""
+    g = Evaluations.about_question(asked, progress=progress)
+    return _curve(g, attribution.per_site, strengths)
+
+
+def _curve(
+    g: Evaluations, slopes: Float[Tensor, "batch site"], strengths: Sequence[float]
+) -> RemainderCurve:
+    ordered = sorted(strengths)
+    noise = g.remainder_noise(slopes)
+    values = g.along(ordered).T
+    base, _ = g.ends
+    slope = slopes.sum(1)
+    scales = torch.tensor(ordered, dtype=g.lens.gate_dtype, device=values.device)
+    rest = values - base[:, None] - scales * slope[:, None]
+    return RemainderCurve(
+        scales=scales,
+        values=values,
+        base=base,
+        slope=slope,
+        noise=noise,
+        order=orders(scales, rest, noise.of_remainder(scales)),
+        **read_of(g.asked),
+    )
+
+
+def orders(
+    scales: Float[Tensor, " scale"],
+    rest: Float[Tensor, "batch scale"],
+    floor: Float[Tensor, "batch scale"],
+) -> Float[Tensor, " batch"]:
+    """`fitted_order` of each prompt."""
+    return torch.stack([fitted_order(scales, *row) for row in zip(rest, floor, strict=True)])
+
+
+def fitted_order(
+    scales: Float[Tensor, " scale"], rest: Float[Tensor, " scale"], floor: Float[Tensor, " scale"]
+) -> Float[Tensor, ""]:
+    """Slope of log|R| on log ε over the first decade of scales, 2 for a remainder of second order.
+
+    A remainder counts from ten noise floors on, which is where rounding moves its logarithm by a
+    tenth; NaN where fewer than three scales count.
+    """
+    clear = (scales > 0) & (rest.abs() > 10 * floor)
+    scales, rest = in_float64(scales[clear]), in_float64(rest[clear])
+    if len(scales) < 3:
+        return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
+    fitted = max(3, int((scales <= 10 * scales[0]).sum()))
+    log_scale, log_rest = scales[:fitted].log(), rest[:fitted].abs().log()
+    centred = log_scale - log_scale.mean()
+    return (centred @ log_rest) / (centred @ centred)
