@@ -40,7 +40,7 @@ from lens_lora._version import versions
 from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.reverse import site_slopes
-from lens_lora.judging.rankings import best_subset
+from lens_lora.judging.best_subset import best_subset
 from lens_lora.responses.answers import margin_between
 
 NUMBERS = Path(__file__).parents[1] / "docs" / "subsets.json"

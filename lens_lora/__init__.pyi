@@ -17,17 +17,19 @@ from .core.analyses.remainder import remainder, remainder_curve
 from .core.readout.declared import readout
 from .core.readout.readout import Logit, LogProb, Margin, Readout
 from .core.results.base import load_result
-from .curvature.second_order import coupling, second_order
+from .curvature.coupling import coupling
+from .curvature.second_order import second_order
 from .directions.contrast import contrast
 from .directions.directions import alignment, intruders, patchscope, removal_cost
 from .edge_attribution.edges import edges, patch_edges
 from .explanations.explanation import explain
 from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations, constant_part
-from .judging.compare import compare, reliability
+from .judging.best_subset import best_subset
+from .judging.compare import compare
 from .judging.faithfulness import faithfulness
 from .judging.null_test import null_test
-from .judging.rankings import best_subset
+from .judging.reliability import reliability
 from .loading import demo, load
 from .path.path_attribution import path_attribution
 from .responses.answers import KL, AnswerLogProb, AnswerMargin

@@ -20,7 +20,7 @@ from .core.results.attribution import GroupAttribution as GroupAttribution
 from .core.results.attribution import Quadrature as Quadrature
 from .core.results.drawing import TokenView as TokenView
 from .core.results.labelled import Labelled as Labelled
-from .curvature.second_order import Coupling as Coupling
+from .curvature.coupling import Coupling as Coupling
 from .curvature.second_order import SecondOrder as SecondOrder
 from .directions.contrast import Contrast as Contrast
 from .directions.directions import Alignment as Alignment
@@ -38,12 +38,12 @@ from .hidden.activations import ConstantPart as ConstantPart
 from .hidden.features import FeatureShift as FeatureShift
 from .hidden.features import FeatureWrites as FeatureWrites
 from .hidden.features import feature_shift as feature_shift
+from .judging.best_subset import BestSubset as BestSubset
 from .judging.compare import Comparison as Comparison
-from .judging.compare import Reliability as Reliability
 from .judging.faithfulness import Faithfulness as Faithfulness
+from .judging.foils import foils as foils
 from .judging.null_test import NullTest as NullTest
-from .judging.rankings import BestSubset as BestSubset
-from .judging.rankings import foils as foils
+from .judging.reliability import Reliability as Reliability
 from .responses.answers import Generated as Generated
 from .responses.divergence import KLShares as KLShares
 from .responses.divergence import TokenShifts as TokenShifts

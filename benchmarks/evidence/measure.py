@@ -64,7 +64,7 @@ import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.core.function.asked import Asked
 from lens_lora.errors import LensLoraError
-from lens_lora.judging.rankings import best_subset
+from lens_lora.judging.best_subset import best_subset
 
 OWN, FIFTH = ("trained", "paraphrase"), 0.2
 SLOPES = ("first_order@0", "first_order@1", *EFFECTS)

@@ -26,7 +26,7 @@ from lens_lora.core.analyses.patching import patch_sites_of
 from lens_lora.core.function.asked import Asked
 from lens_lora.core.function.derivatives import hessian_product
 from lens_lora.core.function.reverse import site_slopes
-from lens_lora.curvature.second_order import coupling_of
+from lens_lora.curvature.coupling import coupling_of
 from lens_lora.judging import rankings
 
 Part = Callable[[Asked], Tensor]

@@ -36,7 +36,7 @@ from lens_lora.core.analyses.first_order import first_order_of
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.forward import gated_readout
-from lens_lora.judging.compare import judged
+from lens_lora.judging.reliability import judged
 
 FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps")
 KINDS = ("trained", "paraphrase")

@@ -54,7 +54,7 @@ from lens_lora.core.results.attribution import VIOLENT
 from lens_lora.core.results.base import SIGMAS
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.hosts.build import hooked_model
-from lens_lora.judging.compare import Reliability, judged
+from lens_lora.judging.reliability import Reliability, judged
 from lens_lora.path.path_attribution import path_attribution_of
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))

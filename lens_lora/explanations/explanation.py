@@ -57,12 +57,14 @@ from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.derivatives import slopes_of_each
 from lens_lora.core.function.memory import row_groups
 from lens_lora.core.results import drawing
-from lens_lora.curvature.second_order import Coupling, SecondOrder, coupling_of, second_order_of
+from lens_lora.curvature.coupling import Coupling, coupling_of
+from lens_lora.curvature.second_order import SecondOrder, second_order_of
 from lens_lora.errors import ArgumentError, PromptError, named, setting
 from lens_lora.judging import rankings
-from lens_lora.judging.compare import Comparison, Reliability, compare, judged
+from lens_lora.judging.compare import Comparison, compare
 from lens_lora.judging.faithfulness import RANDOM_DRAWS, Faithfulness, counts_of, curves_of
 from lens_lora.judging.null_test import NullTest, null_test_of
+from lens_lora.judging.reliability import Reliability, judged
 from lens_lora.path.path_attribution import path_attribution_of
 from lens_lora.responses import answers as readouts
 from lens_lora.responses.answers import AnswerLike, items_of, margin_between

@@ -18,7 +18,8 @@ from lens_lora.core.function.reverse import site_slopes
 from lens_lora.core.model import gates
 from lens_lora.core.model.sites import group_sites, indicator
 from lens_lora.curvature import second_order as curvature
-from lens_lora.curvature.second_order import Coupling, SecondOrder, coupling
+from lens_lora.curvature.coupling import Coupling, coupling
+from lens_lora.curvature.second_order import SecondOrder
 
 pytestmark = pytest.mark.usefixtures("float64")
 LOG_PROB = ll.LogProb(7)

@@ -17,7 +17,7 @@ import lens_lora as ll
 from lens_lora.core.function import interventions, memory
 from lens_lora.core.function.asked import ask
 from lens_lora.core.function.interventions import HeadMasks
-from lens_lora.judging.rankings import BestSubset
+from lens_lora.judging.best_subset import BestSubset
 
 MARGIN, ROUND_OFF, IDS = ll.Margin(5, 9), 1e-9, torch.tensor
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
@@ -79,7 +79,7 @@ def test_without_the_search_fewer_are_found(cls: str, monkeypatch: pytest.Monkey
     held, tokens = cases.case("llama", cls, "raw"), models.tokens(2, 5)
     right = HeadMasks.slopes
     monkeypatch.setattr(HeadMasks, "slopes", lambda self, mask: -right(self, mask))
-    monkeypatch.setattr("lens_lora.judging.rankings._swapped", lambda search, start: start)
+    monkeypatch.setattr("lens_lora.judging.best_subset._swapped", lambda search, start: start)
     worse = best(held.lens, tokens, MARGIN, k=2, steps=1)
     assert float(worse.kept[0]) < every_set("llama", 2)[-1] - 1e-2
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core.function.forward import gated_logits
-from lens_lora.judging import rankings as subset_search
-from lens_lora.judging.rankings import BestSubset, best_subset
+from lens_lora.judging import best_subset as subset_search
+from lens_lora.judging.best_subset import BestSubset, best_subset
 
 best_module = sys.modules[best_subset.__module__]
 pytestmark = pytest.mark.usefixtures("float64")

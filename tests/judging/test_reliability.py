@@ -19,8 +19,8 @@ from lens_lora.core.analyses.patching import How
 from lens_lora.core.function.derivatives import hessian_product
 from lens_lora.core.model.sites import group_sites
 from lens_lora.core.results.attribution import Effects
-from lens_lora.judging import compare as module
-from lens_lora.judging.compare import Reliability, reliability, score_of
+from lens_lora.judging import reliability as module
+from lens_lora.judging.reliability import Reliability, reliability, score_of
 
 MARGIN = ll.Margin(5, 9)
 QUESTIONS: tuple[How, ...] = ("add_one", "leave_one_out")

@@ -1,0 +1,63 @@
+"""Scores that know a part of what first order knows, and are to be beaten before it is believed.
+
+    sign(a_l) · ‖ΔW_l‖_F       the sign of first order, and the size of the weight change
+    s ‖δz_l‖ · ‖Jᵀu_y‖         both norms of a_l, without the cosine between them
+    sign(a_l) · noise          the sign alone: sizes drawn at random
+
+with s the sign of the prompt's shift, so that the first pushes the way the adapter went.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from lens_lora.arguments import whole
+from lens_lora.core import Attribution, Evaluations, LoraLens, PromptsLike, Readout, alone
+from lens_lora.core.analyses.first_order import first_order_of, squared_norms
+from lens_lora.core.function.asked import ask
+from lens_lora.core.results import base as keys
+from lens_lora.judging.rankings import weight_norms
+
+
+@alone
+def foils(
+    lens: LoraLens, prompts: PromptsLike, readout: Readout, *, seed: int = 0
+) -> dict[str, Attribution]:
+    """Scores of equal information beside first order at the base model, by their keys.
+
+    For `compare` and `faithfulness`: a method that a foil ties with has not been shown to know
+    more. Their numbers are in no unit that can be summed.
+
+    Cost: two forward passes and two forward and backward passes.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        seed: the seed of the random sizes.
+
+    Returns:
+        'signed_weight_norm', 'norm_product' and 'signed_random', each with values [batch, site].
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: non-finite derivatives, naming the site.
+    """
+    asked = ask(lens, prompts, readout).require_slope_at_base()
+    first = first_order_of(asked)
+    signs = first.per_site.sign()
+    generator = torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0))
+    noise = torch.rand(signs.shape, generator=generator, dtype=torch.float64)
+    squares = squared_norms(Evaluations.about_question(asked))
+    by_prompt = asked.reading.by_prompt
+    delta, gradient = (by_prompt(squares[name]).sqrt() for name in ("delta", "gradient"))
+    scores = {
+        keys.SIGNED_WEIGHT_NORM: signs * weight_norms(asked.lens).to(signs),
+        keys.NORM_PRODUCT: first.shift.sign()[:, None].to(signs) * delta * gradient,
+        keys.SIGNED_RANDOM: signs * noise.to(signs),
+    }
+    foil = functools.partial(dataclasses.replace, first, mode="")
+    return {key: foil(values=values.to(signs), method=key) for key, values in scores.items()}
