@@ -19,11 +19,15 @@ import sys
 
 import lazy_loader
 
+from lens_lora import registered
 from lens_lora._version import __version__ as __version__
+from lens_lora.core import extensions
 
 # Which names there are, and where they live, is written in __init__.pyi. What these two hold is not
 # typed every day, and is found in them: lens_lora.results, lens_lora.errors.
 _MODULES = "errors", "results"
+extensions.DRAWERS.update(registered.DRAWERS)
+extensions.RESULTS.extend(registered.RESULTS)
 _imported, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__: list[str] = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for name in _names if name not in (*_MODULES, "__version__")

@@ -269,8 +269,8 @@ def verify(
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.core.adapter.adapter import read_adapter
-        from lens_lora.explanations.page import verification_table
         from lens_lora.loading import tokenizer_beside
+        from lens_lora.ship.page import verification_table
         from lens_lora.ship.verify import Expectation
         from lens_lora.ship.verify import verify as verification_of
 

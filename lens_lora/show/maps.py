@@ -18,6 +18,7 @@ from lens_lora.core.results.attribution import MOST_POSITIONS, Axis, Shown
 from lens_lora.errors import ArgumentError, many
 from lens_lora.show import figures, go, text, words
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
+from lens_lora.show.spread import GAUGES, directions_text, spread_figure
 from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
@@ -478,31 +479,6 @@ def _features_by_position(
     return heatmap(titles, z, says, x, y, units, "signed", reach=reach)
 
 
-def _shown(site: str | None, drawn: int, count: int) -> str:
-    shown = f"each rank of {site}" if site else "the first rank of each site"
-    return shown if drawn == count else f"{shown}, the {drawn} of {count} of largest |u|"
-
-
-@drawing.spread.register(pd.DataFrame)
-def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str) -> go.Figure:
-    """A box for each direction: the quarters of its values over tokens, and the ends of all."""
-    largest = frame[["least", "largest"]].abs().max(axis=1).nlargest(_MOST_ROWS).index
-    rows = frame.loc[sorted(largest)]
-    y = names_axis(f"{name} {rank}" for name, rank in zip(rows["site"], rows["rank"], strict=True))
-    quarters = {"q1": "lower", "median": "median", "q3": "upper", "mean": "mean"}
-    ends = {"lowerfence": "least", "upperfence": "largest"}
-    numbers = {key: rows[column] for key, column in (quarters | ends).items()}
-    box = go.Box(y=y.values, orientation="h", line={"color": figures.EXACT, "width": 1}, **numbers)
-    below = f"{_shown(site, len(rows), len(frame))}; sinks are left out"
-    titles = f"Activations over the tokens of {tokens}", below
-    height = 120 + 18 * max(len(rows), 8)
-    figure = figures.finish(go.Figure(box), titles, (_GAUGES[gauge], ""), height)
-    return figure.update_yaxes(autorange="reversed", **y.layout)
-
-
-_GAUGES = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
-
-
 @drawing.figure.register(results.Activations)
 def activations_figure(
     activations: results.Activations, site: str | None = None, prompt: int | None = None
@@ -513,7 +489,7 @@ def activations_figure(
     """
     count = len(activations.str_tokens)
     if prompt is None and count > 1:
-        return drawing.spread(activations.spread(site), f"{count} prompts", site, activations.gauge)
+        return spread_figure(activations.spread(site), f"{count} prompts", site, activations.gauge)
     index = only_prompt(prompt, count, "activations")
     tokens = activations.str_tokens[index]
     is_sink = activations.sinks[index, : len(tokens)].cpu()
@@ -531,12 +507,12 @@ def activations_figure(
         value += " (a sink)" if is_sink[t] else ""
         return f"{name} rank {rank}<br>{t} {label(visible(tokens[t]))}<br>{value}"
 
-    shown = _shown(site, len(rows), len(every))
+    shown = directions_text(site, len(rows), len(every))
     heading = f"Activations over “{short_prompt(tokens)}”"
     if len(asked_of(tokens)) < len(tokens):
         heading += " and what is said after it"
     below = f"{shown}; sinks are grey; z read at {activations.at}"
-    units = _GAUGES[activations.gauge]
+    units = GAUGES[activations.gauge]
     return heatmap((heading, below), z, says, figures.tokens_axis(tokens), y, units, "signed")
 
 

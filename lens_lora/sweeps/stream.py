@@ -247,7 +247,7 @@ class ActivationsFile:
             SiteError: no such site.
             ArgumentError: no token that is not a sink.
         """
-        return drawing.spread(self.spread(site), f"{self.texts} texts", site, self.gauge)
+        return drawing.figure(self, site)
 
     def bad(self) -> pd.DataFrame:
         """The records without numbers: record, id, error."""

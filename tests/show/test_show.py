@@ -709,20 +709,6 @@ def test_show_reads_results_only():
                 assert not any(a.name.startswith((*forbidden, "torch")) for a in node.names), path
 
 
-def test_results_do_not_import_show():
-    """Below `show` one module alone imports it, at the first drawing."""
-    package = Path(lens_lora.show.__file__).parents[1]
-    of_drawing = {"show", "cli", "explanations", "responses", "banks"}
-    below = {path.name for path in package.iterdir() if path.is_dir()} - of_drawing
-    importers = {
-        str(path.relative_to(package))
-        for folder in below
-        for path in (package / folder).rglob("*.py")
-        if re.search(r"(from|import) lens_lora\.show", path.read_text())
-    }
-    assert importers == {"core/results/drawing.py"}
-
-
 def test_groups_by_token_are_a_heatmap():
     """Rows are groups, columns the tokens of one response; several responses must be named."""
     grouped = by_group()

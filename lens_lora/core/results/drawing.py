@@ -1,8 +1,15 @@
-"""From a result to its pictures and words: the only place below `show` that imports it.
+"""How a result finds its pictures and its words: by its class, among what is registered.
 
-A method of a result is one line, `return drawing.figure(self, prompt)`. Each lower-case name here
-is a generic function, dispatched on the type of the result; modules of `show` register what they
-draw, and are imported at the first call.
+    @drawing.figure.register(PairEffects)
+    def pairs_figure(effects: PairEffects, prompt: int | None = None) -> Figure: ...
+
+1. Each lower-case name here is a generic function of a result, such as `figure`; a method of a
+   result is one line, `return drawing.figure(self, prompt)`.
+2. What draws a class registers for it. Python takes the function of the class itself, or of the
+   nearest of its base classes that has one.
+3. The package's own modules that register are imported when a result is first drawn: those of the
+   folder in which its class stands, and those of the folders of its base classes. Which these are
+   is written in `lens_lora/registered.py`. Plotly is imported by the first figure alone.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
+from lens_lora.core import extensions
 from lens_lora.errors import LensLoraError
 
 if TYPE_CHECKING:
@@ -24,27 +32,42 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Drawing(Generic[_Drawn]):
-    """One way to show results, by the type of the result."""
+    """One way to show results, such as a figure; each class of results registers its own."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._generic: Any = functools.singledispatch(self._missing)
 
     def register(self, kind: type) -> Callable[[_Function], _Function]:
-        """A decorator: the function draws results of this type."""
+        """A decorator: the function draws results of this class, and of its subclasses.
+
+        Args:
+            kind: the class of results.
+        """
         return self._generic.register(kind)
 
     def __call__(self, result: object, *args: Any, **kwargs: Any) -> _Drawn:
-        """What the registered function draws."""
-        import lens_lora.show.registered  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        """Draw the result with the function that is registered for its class.
 
+        Args:
+            result: what is drawn.
+            args, kwargs: given to that function as they are.
+
+        Raises:
+            LensLoraError: no function is registered for the class, nor for a base class.
+        """
+        for kind in type(result).__mro__:
+            for folder in extensions.folders_of(kind.__module__):
+                extensions.import_each(extensions.DRAWERS.get(folder, ()))
         return self._generic(result, *args, **kwargs)
 
     def _missing(self, result: object, *args: Any, **kwargs: Any) -> _Drawn:
         del args, kwargs
+        kind = type(result).__name__
+        decorator = f"lens_lora.core.results.drawing.{self.name}.register({kind})"
         raise LensLoraError(
-            f"{type(result).__name__} has no {self.name}; register one with "
-            f"lens_lora.core.results.drawing.{self.name}.register({type(result).__name__})."
+            f"{kind} has no {self.name}",
+            remedy=f"register one with {decorator}.",
         )
 
 
@@ -89,10 +112,11 @@ graph: Drawing[Figure] = Drawing("graph")
 labelled: Drawing[Figure] = Drawing("labelled")
 modules: Drawing[Figure] = Drawing("modules")
 path: Drawing[Figure] = Drawing("path")
-spread: Drawing[Figure] = Drawing("spread")
 still: Drawing[Figure] = Drawing("still")
 tokens: Drawing[TokenView] = Drawing("tokens")
 text: Drawing[str] = Drawing("text")
 html: Drawing[str] = Drawing("html")
+# What the text of a result says below its heading.
+body: Drawing[str] = Drawing("body")
 story: Drawing[str] = Drawing("story")
 report: Drawing[str] = Drawing("report")

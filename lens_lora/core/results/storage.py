@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import reprlib
-import sys
 import types
 import typing
 import uuid
@@ -37,6 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lens_lora.core import extensions
 from lens_lora.core.adapter.peft_files import CONFIG, RESULT_MARK, RESULTS_WITH_ADAPTER, WEIGHTS
 from lens_lora.core.model import Site
 from lens_lora.core.readout.prompts import PromptTokens
@@ -74,9 +74,10 @@ def _is_of_package(module: str) -> bool:
     return module.partition(".")[0] == "lens_lora"
 
 
-def _names_of_package() -> list[str]:
+def _names_of_package() -> set[str]:
     """The public classes of results, imported or not."""
-    return dir(sys.modules["lens_lora.results"])
+    modules = extensions.import_each(extensions.RESULTS)
+    return {name for module in modules for name in dir(module)}
 
 
 stored(Site)
@@ -203,8 +204,9 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _kind(name: str) -> type:
     """The class of this name, which `lens_lora.results` imports where nothing has yet."""
-    if name in _names_of_package():
-        getattr(sys.modules["lens_lora.results"], name)
+    for module in extensions.import_each(extensions.RESULTS):
+        if name in dir(module):
+            getattr(module, name)
     if name not in _KINDS:
         raise LensLoraError(
             f"no class of results is called {name!r}; if it is your own, import its module first"

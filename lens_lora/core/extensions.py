@@ -1,0 +1,33 @@
+"""What extends the core: lists of modules, by name, of which each registers something.
+
+    extensions.DRAWERS["lens_lora.audit"] = ("lens_lora.audit.figures", "lens_lora.audit.words")
+
+1. `lens_lora/registered.py` is the package's own list. `lens_lora/__init__.py`, which Python runs
+   before any module of the package, hands it over; nothing of it is imported then.
+2. Where something registered is first looked for, `import_each` imports the modules that may have
+   registered it. So the core names nothing above itself, and what is never asked is never loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+# Folder of results → the modules that draw them and say what they say.
+DRAWERS: dict[str, tuple[str, ...]] = {}
+
+# Modules of which classes of results are attributes, each imported at its first use; files name
+# these classes.
+RESULTS: list[str] = []
+
+
+def import_each(modules: Iterable[str]) -> list[ModuleType]:
+    """These modules, imported; one that is loaded already is not run again."""
+    return [importlib.import_module(module) for module in modules]
+
+
+def folders_of(module: str) -> list[str]:
+    """'a', 'a.b' and 'a.b.c' of the module 'a.b.c'."""
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]

@@ -1,0 +1,28 @@
+"""What of this package registers with the core, and where: the one list, read without imports.
+
+Each module is named as a string, and imported when what it registers is first looked for. A new
+module of figures or of words is added to the line of its folder.
+"""
+
+from __future__ import annotations
+
+# For the results of each folder: the modules that draw them, and say what they say. An instance is
+# drawn by those of its own class and of all base classes, so that those of the core are always in.
+DRAWERS: dict[str, tuple[str, ...]] = {
+    "lens_lora.core": (
+        "lens_lora.show.reprs",
+        "lens_lora.show.labelled",
+        "lens_lora.show.maps",
+        "lens_lora.show.curves",
+        "lens_lora.show.tables",
+        "lens_lora.show.words",
+        "lens_lora.show.adapters",
+    ),
+    "lens_lora.explanations": ("lens_lora.explanations.page",),
+    "lens_lora.responses": ("lens_lora.responses.page",),
+    "lens_lora.ship": ("lens_lora.ship.page",),
+    "lens_lora.sweeps": ("lens_lora.sweeps.figures",),
+}
+
+# Where a file finds the classes of results that it names.
+RESULTS = ["lens_lora.results"]

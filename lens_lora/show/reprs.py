@@ -1,0 +1,295 @@
+"""What a result says of itself: in a terminal, and in a notebook.
+
+In a terminal: its class, what was read and in which units, its sizes, its plain fields; below it
+what its class registers as `drawing.body`, which is its story, its summary, its largest entries, or
+else its table. In a notebook the same text; an attribution has tables. Nothing here loads plotly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from lens_lora import results
+from lens_lora.core import SIGMAS, Paged, Ranked, Result, TokenView, only_prompt
+from lens_lora.core.results import drawing
+from lens_lora.directions.spectra import AdapterSummary
+from lens_lora.errors import LensLoraError, many
+from lens_lora.show import maps, page, words
+from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
+from lens_lora.show.text import key_text, percent, signed
+
+# --- An attribution
+
+
+@drawing.html.register(results.Attribution)
+def attribution_html(attribution: results.Attribution) -> str:
+    """What `attribution_text` says, as tables."""
+    heading, *notes = attribution_heading(attribution)
+    tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
+    return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
+
+
+@drawing.tokens.register(results.Attribution)
+def token_view(attribution: results.Attribution, prompt: int | None = None) -> TokenView:
+    """What each token of a prompt contributes, through all sites: blue up, red down.
+
+    circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
+    written into the page, and nothing is fetched.
+    """
+    maps.require_positions(attribution)
+    index = only_prompt(prompt, len(attribution.base), "positions")
+    try:
+        from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise LensLoraError(
+            "token_view draws with circuitsvis, which is not installed; pip install circuitsvis, "
+            "or use attribution.plot_positions(), which needs nothing more."
+        ) from error
+    tokens = attribution.str_tokens[index]
+    others = [axis for axis, name in enumerate(attribution.by, start=1) if name != "position"]
+    values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
+    reach = max(map(abs, values), default=0.0) or 1.0
+    escaped = [str(escape(token)) for token in tokens]
+    ends: Any = {"min_value": -reach, "max_value": reach}
+    drawn: Any = circuitsvis_tokens.colored_tokens(escaped, values, **ends)
+    # The div is written as if it closed itself, which HTML does not know: it would swallow the
+    # rest of the page.
+    picture = drawn.local_src.replace("/>", "></div>", 1)
+    caption = (
+        f"{attribution.readout}, {key_text(attribution.key)}: each token through all sites, "
+        f"{signed(sum(values))} {attribution.units} in all. Blue pushes up, red down."
+    )
+    html = page.rendered("captioned", caption=caption, picture=Markup(picture))
+    return TokenView(tokens, tuple(values), html)
+
+
+# --- Every other result
+
+_SIZES = {"str_tokens": "prompt", "steps": "checkpoint", "sites": "site", "groups": "group"}
+
+
+@drawing.text.register(Result)
+def result_text(result: Result) -> str:
+    """The heading, and below it what the class says."""
+    stated = [
+        f"{name}={value!r}"
+        for name in getattr(result, "__dataclass_fields__", ())
+        if name not in ("readout", "units")
+        and isinstance(value := getattr(result, name), str | int | float)
+    ]
+    lengths = {noun: getattr(result, name, ()) for name, noun in _SIZES.items()}
+    lengths["scale"] = getattr(result, "scales", ())
+    lengths = {noun: values for noun, values in lengths.items() if values is not None}
+    sizes = [many(len(values), noun) for noun, values in lengths.items() if len(values)]
+    parts = (getattr(result, name, None) for name in ("attribution", "first_order"))
+    read: Any = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
+    about = f" of {read.readout}" if hasattr(read, "readout") else ""
+    about += f", in {read.units}" if hasattr(read, "units") else ""
+    origin = getattr(read, "meta", {}).get("prompts", "")
+    detail = "; ".join(filter(None, (" × ".join(sizes), ", ".join(stated), origin)))
+    return f"{type(result).__name__}{about}: {detail}".rstrip() + f"\n{drawing.body(result)}"
+
+
+@drawing.text.register(AdapterSummary)
+def _summary_text(summary: AdapterSummary) -> str:
+    over = f" over {summary.model}" if summary.model else ""
+    return f"AdapterSummary({summary.name!r}{over}: {many(summary.module_count, 'module')})"
+
+
+@drawing.html.register(Result)
+def result_html(result: Result) -> str:
+    """The same in a notebook."""
+    return page.rendered("plain", lines=drawing.text(result).split("\n"))
+
+
+@drawing.body.register(Result)
+def _table(result: Any) -> str:
+    return result.to_frame().to_string()
+
+
+@drawing.body.register(Paged)
+def _story(result: Paged) -> str:
+    return drawing.story(result)
+
+
+@drawing.body.register(Ranked)
+@drawing.body.register(results.FeatureWrites)
+@drawing.body.register(results.Alignment)
+@drawing.body.register(results.Patchscope)
+def _largest(result: Any) -> str:
+    return f"{result.top(k=5).to_string()}{_within_rounding(result)}"
+
+
+@drawing.body.register(results.ActivationEffects)
+@drawing.body.register(results.FeatureShift)
+def _largest_of_a_prompt(result: Any) -> str:
+    # Positions have no mean over prompts.
+    prompt = 0 if result.by_position and len(result.base) > 1 else None
+    shown = "" if prompt is None else f"prompt 0 of {len(result.base)}:\n"
+    return f"{shown}{result.top(5, prompt).to_string()}{_within_rounding(result)}"
+
+
+@drawing.body.register(results.Components)
+def _components(components: results.Components) -> str:
+    return many(len(components.z_norm), "prompt")
+
+
+@drawing.body.register(results.Remainder)
+def _remainder(remainder: results.Remainder) -> str:
+    return remainder.to_frame().assign(verdict=list(map(str, remainder.verdict))).to_string()
+
+
+@drawing.body.register(results.SecondOrder)
+def _second_order(second: results.SecondOrder) -> str:
+    frame = second.to_frame().assign(verdict=list(map(str, second.verdict)))
+    return f"{_DIAGNOSTIC}{frame.to_string()}"
+
+
+@drawing.body.register(results.RemainderCurve)
+def _order(curve: results.RemainderCurve) -> str:
+    orders = (f"{order:.2f}".replace("nan", "—") for order in curve.order.tolist())
+    return f"order {', '.join(orders)}"
+
+
+@drawing.body.register(results.Coupling)
+def _coupling(coupling: results.Coupling) -> str:
+    shares = coupling.shares().to_string()
+    if len(coupling.groups) == 1:
+        return shares
+    return f"{shares}\nstrongest pairs, mean over prompts:\n{coupling.top(5).to_string()}"
+
+
+@drawing.body.register(results.KLShares)
+def _kl_shares(shares: results.KLShares) -> str:
+    ends = [f"  prompt {i}: {verdict}" for i, verdict in enumerate(shares.verdict)]
+    return "\n".join([shares.top(5).to_string(), *ends])
+
+
+@drawing.body.register(results.NullTest)
+def _null_test(test: results.NullTest) -> str:
+    return "\n".join(f"  prompt {i}: {verdict}" for i, verdict in enumerate(test.verdict))
+
+
+@drawing.body.register(results.Faithfulness)
+def _faithfulness(curves: results.Faithfulness) -> str:
+    table = curves.summary().rename(index=key_text).to_string()
+    noisy = int((curves.shift.abs() <= SIGMAS * curves.noise_floor).sum())
+    if not noisy:
+        return table
+    have = f"{many(noisy, 'prompt')} {'has' if noisy == 1 else 'have'}"
+    return f"{table}\n{have} no shift above the noise: left out."
+
+
+@drawing.body.register(results.Reliability)
+def _reliability(flags: results.Reliability) -> str:
+    counts = ", ".join(map(str, flags.flagged.sum(1).tolist()))
+    return f"{counts} of {many(flags.flagged.shape[1], 'site')} flagged"
+
+
+@drawing.body.register(results.AdapterComparison)
+def _two_adapters(comparison: results.AdapterComparison) -> str:
+    pairs = zip(comparison.only, comparison.names, strict=True)
+    alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
+    shared = many(len(comparison.sites), "site")
+    lines = [f"{shared} in both, {', '.join(alone)}", comparison.summary().to_string()]
+    if comparison.note:
+        lines.append(comparison.note)
+    return "\n".join(lines)
+
+
+@drawing.body.register(results.Checkpoints)
+def _checkpoints(training: results.Checkpoints) -> str:
+    flips = ", ".join(f"{step:.3g}" for step in training.flip_step.tolist())
+    steps = flips.replace("nan", "never")
+    return f"flips at step {steps}\n{training.to_frame().to_string()}"
+
+
+@drawing.body.register(results.Repair)
+def _repair(repair: results.Repair) -> str:
+    table = repair.to_frame().drop(columns="base").round(4).to_string()
+    kept = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept"
+    return f"{kept}. {repair.story()}\n{table}"
+
+
+@drawing.body.register(results.Intruders)
+def _intruders(intruders: results.Intruders) -> str:
+    found = int(intruders.counts.sum())
+    every = int((intruders.nearest >= 0).sum())
+    of_sites = many(len(intruders.sites), "site")
+    return f"{found} intruders among {every} leading directions of {of_sites}"
+
+
+@drawing.body.register(results.RemovalCost)
+def _removal_cost(removal: results.RemovalCost) -> str:
+    tokens = int(removal.counts.sum())
+    texts = many(len(removal.counts), "text")
+    return (
+        f"costs the base {removal.cost:+.3g} nats a token on {texts} ({tokens} tokens), "
+        f"KL {removal.mean_kl:.3g}"
+    )
+
+
+@drawing.body.register(results.ConstantPart)
+def _constant_part(constant: results.ConstantPart) -> str:
+    return (
+        f"held out, {percent(constant.total_share)} of Σ‖δ‖² is constant, and the constants "
+        f"alone keep {words.kept_by_constants(constant)}\n"
+        f"{constant.top(5).to_string()}"
+    )
+
+
+@drawing.body.register(results.Activations)
+def _activations(activations: results.Activations) -> str:
+    tokens = many(sum(map(len, activations.str_tokens)), "token")
+    ranks = ", ".join(map(str, dict.fromkeys(activations.ranks)))
+    return f"{tokens} ({_left_out(activations)}), rank {ranks}"
+
+
+@drawing.body.register(results.ActivationShift)
+def _activation_shift(shift: results.ActivationShift) -> str:
+    points = many(len(shift.names), "hook point")
+    return f"{points}, means over {int(shift.distinct.sum())} tokens ({_left_out(shift)})"
+
+
+@drawing.body.register(results.LogitShift)
+def _logit_shift(shift: results.LogitShift) -> str:
+    part = "each site" if shift.sites else "all sites together"
+    return f"{many(len(shift.values), 'prompt')}, {many(len(shift.tokens), 'token')}, {part}"
+
+
+_DIAGNOSTIC = "a diagnostic of curvature at ε = 0, not a correction at ε = 1\n"
+
+
+def _within_rounding(result: Any) -> str:
+    """How many effects cannot be told from rounding; nothing where all can, or it is unknown."""
+    if getattr(result, "noise_floor", None) is None or not hasattr(result, "values"):
+        return ""
+    sizes = result.values.flatten(1).abs()
+    floor = SIGMAS * result.noise_floor[:, None].to(sizes)
+    small, every = int((sizes <= floor).sum()), int((~sizes.isnan()).sum())
+    note = "effects are within three noise floors: rounding may be all of them."
+    return f"\n{small} of {every} {note}" if small else ""
+
+
+def _left_out(result: results.Activations | results.ActivationShift) -> str:
+    """What means and examples leave out."""
+    sinks, repeated = many(int(result.sinks.sum()), "sink"), result.repeated
+    return f"{sinks}, {repeated} after the same tokens as earlier" if repeated else sinks
+
+
+@drawing.body.register(results.Comparison)
+def _comparison(comparison: results.Comparison) -> str:
+    head = " against ".join(map(key_text, (comparison.attribution_name, comparison.effects_name)))
+    if comparison.made_on:
+        head += f"; made on {many(len(comparison.made_on), 'other prompt')}"
+    summary = comparison.summary()
+    table = summary.to_string()
+    if len(comparison.attribution) == 1:
+        table = f"{summary['mean'].to_string()}\none prompt: no interval."
+    clear, every = comparison.beyond_noise, comparison.effects.numel()
+    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
+    note = f"\n{small} of {every} effects are within three noise floors: their sign, and their"
+    note += " order in a rank correlation, may be rounding."
+    return f"{head}\n{table}{note if small else ''}"
