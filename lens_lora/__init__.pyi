@@ -19,12 +19,16 @@ from .core.readout.readout import Logit, LogProb, Margin, Readout
 from .core.results.base import load_result
 from .curvature.coupling import coupling
 from .curvature.second_order import second_order
+from .directions.alignment import alignment
 from .directions.contrast import contrast
-from .directions.directions import alignment, intruders, patchscope, removal_cost
+from .directions.intruders import intruders
+from .directions.patchscope import patchscope
+from .directions.removal_cost import removal_cost
 from .edge_attribution.edges import edges, patch_edges
 from .explanations.explanation import explain
 from .hidden.activation_shift import activation_shift
-from .hidden.activations import activations, constant_part
+from .hidden.activations import activations
+from .hidden.constant_part import constant_part
 from .judging.best_subset import best_subset
 from .judging.compare import compare
 from .judging.faithfulness import faithfulness
@@ -33,8 +37,10 @@ from .judging.reliability import reliability
 from .loading import demo, load
 from .path.path_attribution import path_attribution
 from .responses.answers import KL, AnswerLogProb, AnswerMargin
-from .responses.divergence import kl_shares, token_shifts
-from .responses.logit_shift import gradients, logit_shift, tangents
+from .responses.hook_points import gradients, tangents
+from .responses.kl_shares import kl_shares
+from .responses.logit_shift import logit_shift
+from .responses.token_shifts import token_shifts
 from .sweeps.sweep import sweep
 from .two_adapters.checkpoints import checkpoints
 from .two_adapters.compare_adapters import compare_adapters

@@ -51,8 +51,8 @@ from lens_lora.core.readout.prompts import decoded, joined
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb, continued
 from lens_lora.responses.generate import SideBySide
+from lens_lora.texts.batches import by_length
 from lens_lora.texts.neutral import own_openings
-from lens_lora.texts.over_texts import by_length
 
 SCHEMA = "lens_lora.brief/1"
 _CLAIMS, _CANDIDATES = 5, 10  # candidates of each list

@@ -37,6 +37,7 @@ from torch import Tensor
 from lens_lora.arguments import is_whole, whole, word
 from lens_lora.audit.brief import Brief, Claim, claims_of, repeated
 from lens_lora.audit.jacobian import jacobian_of
+from lens_lora.audit.text_sums import EARLY, TextSums, text_sums
 from lens_lora.compat import without_warnings
 from lens_lora.core import (
     Adapter,
@@ -46,6 +47,7 @@ from lens_lora.core import (
     Prompts,
     PromptsLike,
     alone,
+    distinct_tokens,
     null_adapters,
     site_labels,
     stored,
@@ -54,10 +56,11 @@ from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.results import drawing
 from lens_lora.core.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
 from lens_lora.errors import ArgumentError, TokenError, many
+from lens_lora.hidden.stream_reading import read_through
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
 from lens_lora.texts import neutral
-from lens_lora.texts import over_texts as corpus
-from lens_lora.texts.over_texts import distinct_tokens, text_divergences
+from lens_lora.texts.batches import require_second_token
+from lens_lora.texts.divergences import text_divergences
 
 # Of a null adapter's scale ε: the secant's last step of log ε, after which KL is within 1 %; its
 # most steps; and the farthest log ε, a thousand times the adapter's size.
@@ -478,13 +481,13 @@ def what_changed(
         kind, origin = "neutral text", f"of lens_lora (conversations {form})"
     asked = ask_prompts(lens, texts)
     rows = asked.prompts
-    corpus.require_second_token(rows, "every number")
+    require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
     drawn = list(map(lens.with_adapter, null_adapters(lens, seed, nulls)))
     scaled = [(lens, 1.0), *_matched(lens, drawn, rows, progress)]
     scaled += [(lens.with_adapter(other), 1.0) for other in others]
     carried = None if jacobian is None else jacobian_of(lens, Path(jacobian), progress=progress)
-    sums, shares = corpus.text_sums(scaled, rows, carried, split=not fast, progress=progress)
+    sums, shares = text_sums(scaled, rows, carried, split=not fast, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
@@ -556,9 +559,9 @@ def _matched(
     return [(null, scale_of(null, kl)) for null, kl in zip(nulls, at_one, strict=True)]
 
 
-def _changes(sums: corpus.TextSums, rows: Prompts) -> Changes:
+def _changes(sums: TextSums, rows: Prompts) -> Changes:
     counted = distinct_tokens(rows)
-    counts, early = counted.sum(1), int(counted[:, 1 : 1 + corpus.EARLY].sum())
+    counts, early = counted.sum(1), int(counted[:, 1 : 1 + EARLY].sum())
     mean = {name: value / early for name, value in sums.early.items()}
     stream = sums.points.stream
     constant = held_out_share(sums.stream, sums.squares, counts).tolist()
@@ -573,7 +576,7 @@ def _changes(sums: corpus.TextSums, rows: Prompts) -> Changes:
         text_ids=sums.text_ids,
         text_shifts=sums.text_values,
         readings={
-            name: _centred(corpus.read_through(sums.lens, value / early).double())
+            name: _centred(read_through(sums.lens, value / early).double())
             for name, value in sums.read.items()
         },
         writers=_writers(mean, stream[-1], sums.points.writers),

@@ -46,6 +46,10 @@ from .model.sites import group_sites as group_sites
 from .model.sites import indicator as indicator
 from .model.updates import SiteUpdate as SiteUpdate
 from .model.with_function import LoraLens as LoraLens
+from .readout.beginnings import beginnings as beginnings
+from .readout.beginnings import distinct_tokens as distinct_tokens
+from .readout.beginnings import first_of_each as first_of_each
+from .readout.beginnings import marks_of as marks_of
 from .readout.prompts import Prompts as Prompts
 from .readout.prompts import PromptsLike as PromptsLike
 from .readout.prompts import PromptTokens as PromptTokens

@@ -13,7 +13,8 @@
    The share of such pairs is an AUC of texts that had no part in their direction, ½ by chance. It
    needs only the products m_i·m_j. Beside it stands its 95 % quantile with the labels shuffled.
 4. At points of the residual stream the direction is read through the final norm and the
-   unembedding, the norm's denominator that of the texts' means, averaged (`texts/over_texts.py`).
+   unembedding, the norm's denominator that of the texts' means, averaged
+   (`hidden/stream_reading.py`).
 
 Cost: one forward pass.
 """

@@ -68,10 +68,10 @@ from lens_lora.judging.reliability import Reliability, judged
 from lens_lora.path.path_attribution import path_attribution_of
 from lens_lora.responses import answers as readouts
 from lens_lora.responses.answers import AnswerLike, items_of, margin_between
-from lens_lora.responses.divergence import TokenShifts, token_shifts_of
 from lens_lora.responses.generate import SideBySide, side_by_side
 from lens_lora.responses.logit_shift import LogitShift, joint_logit_shift
-from lens_lora.texts import over_texts as texts
+from lens_lora.responses.token_shifts import TokenShifts, token_shifts_of
+from lens_lora.texts.batches import by_length
 
 _MODULES, _SAID, _MOVED = 8, 5, 8  # modules, next tokens and tokens of a response that are shown
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
@@ -401,7 +401,7 @@ def _about(asked: Asked, indices: list[int], doc: AnswerLike, pre: AnswerLike) -
 def _together(by_prompt: Sequence[Asked], asked: Asked) -> Iterator[list[int]]:
     """Prompts that may share their passes: of like length, with margins in the same units."""
     units = [question.readout.units for question in by_prompt]
-    for indices, _ in texts.by_length(asked.prompts, _TOKENS_AT_ONCE):
+    for indices, _ in by_length(asked.prompts, _TOKENS_AT_ONCE):
         for unit in dict.fromkeys(units):
             if chosen := [i for i in indices if units[i] == unit]:
                 yield chosen

@@ -5,7 +5,7 @@
    whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
    is kept apart. Where texts begin alike, a token with the same tokens before it counts once.
 3. At points of the residual stream the mean is read through the final norm and the unembedding, the
-   norm's denominator held at the base's (`texts/over_texts.py`).
+   norm's denominator held at the base's (`hidden/stream_reading.py`).
 
 Cost: two forward passes, and two vectors unembedded for each point.
 """
@@ -31,6 +31,8 @@ from lens_lora.core import (
     PromptsLike,
     Scale,
     alone,
+    beginnings,
+    first_of_each,
     name_of_scale,
     only_prompt,
     prompt_rows,
@@ -47,13 +49,8 @@ from lens_lora.core.results.base import tokens_at
 from lens_lora.core.results.tokens import Positions, chosen_positions, held_out_share, ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import Directions, directions_of, is_residual, is_stream
-from lens_lora.texts.over_texts import (
-    beginnings,
-    by_length,
-    first_of_each,
-    over_scale,
-    read_through,
-)
+from lens_lora.hidden.stream_reading import over_scale, read_through
+from lens_lora.texts.batches import by_length
 
 By = Literal["position"] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"

@@ -22,42 +22,37 @@ d·h.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, final
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.arguments import is_whole, number, one_entry, word
+from lens_lora.arguments import number, one_entry, word
 from lens_lora.core import (
     Described,
-    Inject,
     LoraLens,
-    OfSites,
     Prompts,
     PromptsLike,
     Scale,
     ScaleInject,
     alone,
     attached,
-    chosen_sites,
     only_prompt,
     prompt_rows,
     tangent_of,
 )
-from lens_lora.core.function.asked import Asked, ask_prompts, of_stream
+from lens_lora.core.function.asked import ask_prompts, of_stream
 from lens_lora.core.function.derivatives import JointInject
 from lens_lora.core.function.duals import dual_forward
-from lens_lora.core.function.forward import require_finite, run_without_logits
-from lens_lora.core.function.memory import rows_of_duals, rows_of_pass
-from lens_lora.core.model.lens import stream_writers
 from lens_lora.core.model.sites import known_point
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError
-from lens_lora.formats.directions import STREAM, Directions, directions_of, is_residual, is_stream
+from lens_lora.errors import ArgumentError
+from lens_lora.formats.directions import directions_of
+from lens_lora.hidden.feature_writes import FeatureWrites, by_site
+from lens_lora.hidden.projection import Projection, activation_at, labels_of
 
 # --- How far each feature moves at a hook point.
 
@@ -249,19 +244,19 @@ def feature_shift(
                 "by='site' is what each site writes at one position, at the gates `at`; leave out "
                 "scale=, and give positions an index, such as -1."
             )
-        return _by_site(asked, features, name or features.hook_name, at, positions)
+        return by_site(asked, features, name or features.hook_name, at, positions)
     gates = lens.gates(1.0 if scale is None else scale)
     name = name or features.hook_name
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
     lens.plan.require_update([known_point(lens, name)])
     project = Projection(asked.prompts, features.at(name), positions)
-    run = functools.partial(_activation, lens, asked.prompts, name)
+    run = functools.partial(activation_at, lens, asked.prompts, name)
     token = Prompts(asked.prompts.tokens[:1, :1], torch.ones_like(asked.prompts.lengths[:1]))
     encoded = None
     with torch.no_grad():
         # Along an axis of positions, one token has one entry.
-        probe = _activation(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
+        probe = activation_at(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
         features.at(name, probe[0, 0].numel())
         base = run(ScaleInject(lens.plan, 0 * gates))
         adapted = run(ScaleInject(lens.plan, gates))
@@ -281,295 +276,5 @@ def feature_shift(
         name=name,
         positions="each" if positions == "each" else int(positions),
         at=at,
-        **_labels(asked, features),
+        **labels_of(asked, features),
     )
-
-
-def _labels(asked: Asked, features: Directions) -> dict[str, Any]:
-    said = {"features": features.kind, "units": features.units}
-    return {**said, "str_tokens": asked.str_tokens, "meta": asked.describe()}
-
-
-def _activation(
-    lens: LoraLens,
-    prompts: Prompts,
-    name: str,
-    inject: Inject,
-    keep: Callable[[Tensor], Tensor] = torch.clone,
-) -> Float[Tensor, "batch pos *d"]:
-    """The activation at one hook point, or what `keep` makes of it: its tangent, in a dual pass.
-
-    In groups of prompts, where all of them are beyond the bound of the lens.
-    """
-    rows = prompts.batch
-    is_dual = keep is not torch.clone
-    fitting = (rows_of_duals if is_dual else rows_of_pass)(lens, prompts) or rows
-    groups = [prompts.cut(first, min(first + fitting, rows)) for first in range(0, rows, fitting)]
-    return torch.cat([_activation_of(lens, group, name, inject, keep) for group in groups])
-
-
-def _activation_of(
-    lens: LoraLens,
-    prompts: Prompts,
-    name: str,
-    inject: Inject,
-    keep: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "batch pos *d"]:
-    kept: list[Tensor] = []
-
-    def hook_fn(tensor: Any, hook: Any) -> None:
-        del hook
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            kept.append(keep(tensor))
-
-    with lens.injected(inject), attached(lens.model, [(name, hook_fn)]):
-        run_without_logits(lens, prompts)
-    if not kept:
-        raise ModelStateError(
-            f"{name}: the hook point exists but no activation passes it in a forward pass; a flag "
-            "of the model or its class bypasses it. Name another point."
-        )
-    if kept[-1].ndim < 3 or kept[-1].shape[:2] != prompts.tokens.shape:
-        raise ModelStateError(
-            f"{name} holds a tensor {tuple(kept[-1].shape)} for {tuple(prompts.tokens.shape)} "
-            "tokens: no activation by prompt and position."
-        )
-    require_finite(kept[-1][prompts.real], f"the activation at {name}, or its tangent,")
-    return kept[-1]
-
-
-# --- Which site writes to which feature.
-
-
-@final
-class FeatureWrites(OfSites):
-    """What each site writes to each feature: d·δz_l, before any later module has seen it.
-
-    Attributes:
-        values: [batch, site, feature], at one position.
-        positions: the index within each prompt.
-        at: the gates at which z was read.
-        name: the hook point where the features are read, to which all of `sites` write; '' for the
-            residual stream as a whole.
-        str_tokens, features, units, meta: see `FeatureShift`.
-    """
-
-    values: Float[Tensor, "batch site feature"]
-    positions: int
-    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
-    features: str
-    units: str
-    at: float
-    name: str = ""
-
-    def top(self, site: str | None = None, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The k pairs of site and feature of largest |d·δz|, of one site or of all.
-
-        Args:
-            site: its name; without it, all sites.
-            k: how many.
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            SiteError: no site that writes has this name.
-            ArgumentError: no such prompt.
-        """
-        chosen = list(chosen_sites(self.sites, site))
-        values = self.of_prompt(prompt)[chosen]
-        order, width = results_base.largest(values, k), values.shape[1]
-        columns: dict[str, Any] = {"site": [self.sites[chosen[i // width]].name for i in order]}
-        columns["feature"] = [i % width for i in order]
-        return pd.DataFrame(columns | {"write": values.flatten()[order].tolist()})
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per prompt, site and feature."""
-        batch, _, features = self.values.shape
-        sites = results_base.site_labels(self.sites)
-        axes = {"prompt": range(batch)}, sites, {"feature": range(features)}
-        return results_base.long_table({"write": self.values}, *axes).drop(columns="module")
-
-    def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
-        """Site × feature, of the k features that are written most.
-
-        Args:
-            k: how many features.
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return drawing.figure(self, k, prompt)
-
-    def of_prompt(self, prompt: int | None) -> Float[Tensor, "site feature"]:
-        """One prompt's values in float64, or the mean over prompts.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
-
-
-def _by_site(
-    asked: Asked, features: Directions, name: str | None, at: float, positions: _Positions
-) -> FeatureWrites:
-    """d·δz_l at the gates `at`. One forward pass."""
-    lens = asked.lens
-    if name is not None:
-        lens.plan.require_update([known_point(lens, name)])
-    writers = _writers_to(asked, name)
-    if not writers:
-        where = "the residual stream" if name is None else name
-        raise SiteError(
-            f"no site of this adapter writes to {where}: to the stream write o, down and "
-            "embeddings before a point, to another point the site whose output it holds. Leave "
-            "out by='site': the shift includes what the other sites do."
-        )
-    d_model = int(lens.model.cfg.d_model)
-    gates, rows = lens.gates(at), asked.prompts.batch
-    scaled = ScaleInject(lens.plan, gates)
-    if name is None or is_residual(name):
-        features = features.at(name or STREAM, d_model)
-
-    def writes(prompts: Prompts) -> Tensor:
-        project = Projection(prompts, features, positions)
-        written: dict[int, Tensor] = {}
-
-        def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
-            injection = lens.plan.injections[index]
-            if injection.site in writers:
-                weight = 1.0 if injection.partner is None else float(gates[injection.partner])
-                delta = injection.map(z)
-                features.at(name or STREAM, delta[0, 0].numel())
-                write = weight * project(delta)
-                written[injection.site] = written.get(injection.site, 0.0) + write
-            return scaled(index, out, z)
-
-        with torch.no_grad(), lens.injected(inject):
-            run_without_logits(lens, prompts)
-        return torch.stack([written[i].to(lens.device) for i in writers], 1)
-
-    fitting = rows_of_pass(lens, asked.prompts) or rows
-    groups = (asked.prompts.cut(i, min(i + fitting, rows)) for i in range(0, rows, fitting))
-    values = torch.cat([writes(group) for group in groups])
-    require_finite(values, "a site's δz")
-    return FeatureWrites(
-        values=values,
-        sites=tuple(lens.sites[i] for i in writers),
-        positions=int(positions),
-        at=at,
-        name=name or "",
-        **_labels(asked, features),
-    )
-
-
-_BY_SHIFT = "Use feature_shift(…, scale={site: 1.0}), which is exact"
-# The kinds of sites whose outputs, and nothing else, are added to the stream at such points.
-_ADDED_BY = {
-    "hook_attn_out": ("o",),
-    "hook_mlp_out": ("down", "fc_out"),
-    "hook_embed": ("embed",),
-}
-
-
-def _writers_to(asked: Asked, name: str | None) -> list[int]:
-    """The sites whose δz is a part of what this point holds; of the stream without a point."""
-    lens = asked.lens
-    if name is None:
-        return stream_writers(lens, _BY_SHIFT)
-    if is_stream(name):
-        return _writers_before(asked, name)
-    points = lens.model.hook_dict
-    own = [i for i, site in enumerate(lens.sites) if points.get(site.write) is points[name]]
-    if own or not is_residual(name):
-        return own
-    block, _, point = name.rpartition(".")
-    return [
-        site
-        for site in stream_writers(lens, _BY_SHIFT)
-        if lens.sites[site].kind in _ADDED_BY[point]
-        and (not block or block == f"blocks.{lens.sites[site].layer}")
-    ]
-
-
-def _writers_before(asked: Asked, name: str) -> list[int]:
-    """The sites that write to the residual stream before one of its points."""
-    writers = stream_writers(asked.lens, _BY_SHIFT)
-    block, point = name.rsplit(".", 1)
-    if block == "ln_final":
-        return writers
-    own = int(block.removeprefix("blocks."))
-    of_own_block = {site for site in writers if asked.lens.sites[site].layer == own}
-    if point == "hook_resid_mid":
-        of_own_block &= _moving(asked, name)
-    elif point not in ("hook_resid_post", "hook_out"):
-        of_own_block = set()
-    return [s for s in writers if asked.lens.sites[s].layer < own or s in of_own_block]
-
-
-def _moving(asked: Asked, name: str) -> set[int]:
-    """The sites on whose gates the activation at a point depends, on the first prompt.
-
-    One forward and one backward pass.
-    """
-    lens, row = asked.lens, asked.prompts.row(0)
-    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
-    gates = lens.gates(0.5).requires_grad_()
-    with torch.enable_grad():
-        h = _activation(lens, row, name, ScaleInject(lens.plan, gates))
-        if not h.requires_grad:
-            return set()
-        covector = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
-        (slopes,) = torch.autograd.grad((h * covector).sum(), gates)
-    return set(slopes.nonzero().flatten().tolist())
-
-
-# --- Activations projected onto directions.
-
-
-class Projection:
-    """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position]."""
-
-    def __init__(self, prompts: Prompts, features: Directions, positions: _Positions) -> None:
-        self._real, self._features = prompts.real, features
-        self._index = None if positions == "each" else _indices(prompts, positions)
-
-    def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
-        """d·h, at float32 or better; NaN at padding where every position is wanted."""
-        rows, h = self._features.rows, h.flatten(2)
-        dtype = torch.promote_types(torch.promote_types(h.dtype, rows.dtype), torch.float32)
-        return self._laid_out(self._read(h).to(dtype) @ rows.to(h.device, dtype).T)
-
-    def encoded(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
-        """The autoencoder's activations, in its own dtype and computed on its own device."""
-        rows, encode = self._features.rows, self._features.encode
-        assert encode is not None
-        read = self._read(h if self._features.by_head else h.flatten(2))
-        return self._laid_out(encode(read.to(rows)).to(h.device))
-
-    def _read(self, h: Tensor) -> Tensor:
-        if self._index is None:
-            return h
-        return h[torch.arange(len(h), device=h.device), self._index.to(h.device)]
-
-    def _laid_out(self, values: Tensor) -> Tensor:
-        if self._index is not None:
-            return values
-        padding = ~self._real.to(values.device)[:, None]
-        return values.transpose(1, 2).masked_fill(padding, float("nan"))
-
-
-def _indices(prompts: Prompts, index: object) -> Int[Tensor, " batch"]:
-    """The position in each prompt."""
-    index = one_entry(index)
-    if not is_whole(index):
-        raise ArgumentError(f"positions={index!r}: expected an index, such as -1, or 'each'.")
-    lengths = prompts.lengths
-    outside = ((index >= lengths) | (index < -lengths)).nonzero().flatten().tolist()
-    if outside:
-        raise ArgumentError(
-            f"positions={index}: prompt {outside[0]} has {int(lengths[outside[0]])} tokens."
-        )
-    return index % lengths

@@ -37,6 +37,7 @@ from lens_lora.core import (
     TrainedModule,
     alone,
     attached,
+    distinct_tokens,
 )
 from lens_lora.core.adapter.factors import base_part
 from lens_lora.core.function.asked import ask, of_stream
@@ -54,8 +55,8 @@ from lens_lora.ship.checks import Check, MergedTensor, Outcome, first_of, worst
 from lens_lora.ship.merged_folder import MergedFolder
 from lens_lora.ship.merged_settings import CONFIG, TOKENIZER, config_check, tokenizer_check
 from lens_lora.ship.merged_tensors import compared
+from lens_lora.texts.divergences import text_divergences
 from lens_lora.texts.neutral import readable_texts
-from lens_lora.texts.over_texts import distinct_tokens, text_divergences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,8 +11,8 @@
    window, or the records of one span, is all that is held, whatever the number of texts.
 4. A row holds `record` (from 0), `id`, `position`, `token`, `prefix`, `sink`, `error`, and `rank`
    numbers for each site. A bad record has one row, without a token. Tokens with the same tokens
-   before them have the same `prefix` (`texts/over_texts.py`), and the same numbers: examples and
-   means count one of them.
+   before them have the same `prefix` (`core/readout/beginnings.py`), and the same numbers:
+   examples and means count one of them.
 5. A result is read one site's column at a time; `record`, `prefix` and `sink` before that.
 """
 
@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import whole
-from lens_lora.core import LoraLens, Prompts, Site, alone
+from lens_lora.core import LoraLens, Prompts, Site, alone, first_of_each, marks_of
 from lens_lora.core.function.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.results import drawing, tokens
@@ -46,7 +46,6 @@ from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
 from lens_lora.sweeps.store import Fingerprint, Store, Unchanged, about_of, fingerprint, other_sweep
-from lens_lora.texts.over_texts import first_of_each, marks_of
 
 # --- The file, read
 

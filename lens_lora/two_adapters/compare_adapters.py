@@ -48,6 +48,8 @@ from lens_lora.core import (
     Readout,
     Site,
     alone,
+    beginnings,
+    first_of_each,
     null_adapters,
     site_labels,
 )
@@ -59,7 +61,6 @@ from lens_lora.core.function.memory import row_groups
 from lens_lora.directions.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
-from lens_lora.texts.over_texts import beginnings, first_of_each
 
 _QUANTILES = [0.025, 0.5, 0.975]
 # Of two adapters that begin alike what is read overlaps by at least so much.

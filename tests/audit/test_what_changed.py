@@ -19,7 +19,9 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.audit import jacobian, what_changed
+from lens_lora.audit.text_sums import EARLY, PROMOTED
 from lens_lora.core.model import attached
+from lens_lora.hidden.stream_reading import over_scale
 from lens_lora.texts import neutral
 from lens_lora.texts.neutral import (
     FIRST_WORDS,
@@ -30,7 +32,6 @@ from lens_lora.texts.neutral import (
     neutral_texts,
     own_openings,
 )
-from lens_lora.texts.over_texts import EARLY, PROMOTED, over_scale
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [9, 4, 7]
@@ -148,7 +149,7 @@ def test_split_is_the_path_integral_of_the_kl_over_counted_tokens():
 
 def test_a_node_at_the_base_is_seen_to_halve_the_split(monkeypatch):
     """Negative control: a divergence has no slope there."""
-    monkeypatch.setattr("lens_lora.texts.over_texts._NODES", (0.0, 0.5))
+    monkeypatch.setattr("lens_lora.audit.text_sums._NODES", (0.0, 0.5))
     lens = cases.case("llama", CLASSES[0], "raw").lens
     near = ll.what_changed(lens.with_adapter(lens.adapter.scaled(0.1)), texts(), nulls=0, **QUIET)
     assert float(near.shares.sum()) / near.found.mean_kl == pytest.approx(0.5, rel=0.2)
@@ -167,7 +168,7 @@ def test_controls_and_laws(monkeypatch):
     assert found.rank(int(table["id"][0]))[case.lens.adapter.name] == 1
     assert found.promoted(3, largest=False)["logit"].is_monotonic_increasing
     assert set(found.to_frame()["finding"]) >= {"where", "writer", "promoted by reading"}
-    monkeypatch.setattr("lens_lora.texts.over_texts._TOKENS", 9)
+    monkeypatch.setattr("lens_lora.audit.text_sums.TOKENS_AT_ONCE", 9)
     small = ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET)
     assert (small.found.logit - found.found.logit).abs().max() < 1e-6
     assert small.found.places.tolist() == found.found.places.tolist()

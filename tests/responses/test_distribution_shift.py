@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, softmax
 
 import lens_lora as ll
-from lens_lora.texts.over_texts import distribution_shift
+from lens_lora.texts.distribution_shift import distribution_shift
 
 
 def _case(size: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,8 +33,8 @@ from lens_lora.ship.verify import (
     Verification,
     verify,
 )
+from lens_lora.texts.divergences import text_divergences
 from lens_lora.texts.neutral import readable_texts
-from lens_lora.texts.over_texts import text_divergences
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 HALF = [torch.float32, torch.bfloat16]

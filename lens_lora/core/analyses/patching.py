@@ -45,10 +45,10 @@ from lens_lora.core.function.interventions import unheard
 from lens_lora.core.model import Group, Groups, LoraLens, Names, alone
 from lens_lora.core.model import sites as model_sites
 from lens_lora.core.readout import Prompts, PromptsLike, Reading, Readout
+from lens_lora.core.readout.beginnings import distinct_tokens
 from lens_lora.core.results.attribution import Effects, patching_result
 from lens_lora.core.results.base import Entries, Ranked, header, long_table, only_prompt, tokens_at
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
-from lens_lora.texts.over_texts import distinct_tokens
 
 How = Literal["add_one", "leave_one_out"]
 Of = Literal["site", "rank"]

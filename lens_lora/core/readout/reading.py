@@ -346,7 +346,7 @@ def _from_shift(
 
     Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
     Also the largest d, beyond which this is not to be used.
-    `distribution_shift` in `texts/over_texts.py` has the same sums in place, without derivatives.
+    `texts/distribution_shift.py` has the same sums in place, without derivatives.
     """
     shift = logits - base
     shift = shift - torch.linalg.vecdot(p, shift)[..., None]

@@ -1,0 +1,140 @@
+"""What `lens.without` costs the base itself, as the rise of its loss on ordinary texts.
+
+The texts have nothing to do with the direction. A removal that breaks the model breaks what one
+asks about, too, and shows nothing of the direction.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import final
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core import (
+    Described,
+    LoraLens,
+    Prompts,
+    PromptsLike,
+    alone,
+)
+from lens_lora.core.function.asked import ask_prompts
+from lens_lora.directions.losses import losses
+from lens_lora.directions.removal import Removed, put_back, removed_from
+from lens_lora.errors import ModelStateError, PromptError
+from lens_lora.texts.batches import (
+    require_second_token,
+)
+from lens_lora.texts.neutral import readable_texts
+
+_EVERY = 8  # one of so many neutral texts tells what a removal costs
+
+
+@final
+class RemovalCost(Described):
+    """What taking directions out of the base costs it on texts, in nats per token.
+
+    Of the tokens after each text's first.
+
+    Attributes:
+        base: [text], the mean of −log p(y_t) of the base as it is.
+        removed: [text], the same within the block.
+        kl: [text], the mean of KL(base ‖ base within the block).
+        counts: [text], how many tokens the means are over.
+        what: which directions are removed where.
+        meta: model, adapter, dtype and versions.
+    """
+
+    base: Float[Tensor, " text"]
+    removed: Float[Tensor, " text"]
+    kl: Float[Tensor, " text"]
+    counts: Int[Tensor, " text"]
+    what: str
+
+    @property
+    def cost(self) -> float:
+        """The rise of the base's loss, in nats per token over all texts."""
+        return self._mean(self.removed) - self._mean(self.base)
+
+    @property
+    def mean_kl(self) -> float:
+        """KL(base ‖ base within the block), in nats per token over all texts."""
+        return self._mean(self.kl)
+
+    def _mean(self, values: Float[Tensor, " text"]) -> float:
+        return float((values * self.counts).sum() / self.counts.sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per text: tokens, both losses, the cost and KL."""
+        columns = {"tokens": self.counts, "base": self.base, "removed": self.removed}
+        columns |= {"cost": self.removed - self.base, "kl": self.kl}
+        return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
+
+
+@alone
+def removal_cost(
+    lens: LoraLens, texts: PromptsLike | None = None, *, progress: bool = True
+) -> RemovalCost:
+    """What an open `lens.without` costs the base itself on texts, in nats per token.
+
+    Call it within the block. A direction whose removal costs little and undoes a behaviour carries
+    it; one whose removal breaks the base shows nothing. Cost: two forward passes over the texts.
+
+    Args:
+        lens: the adapter over the model; the adapter takes no part.
+        texts: strings, conversations, ids, or `Prompts` of two tokens at least; None for every
+            eighth of the package's neutral texts.
+        progress: show a bar.
+
+    Returns:
+        RemovalCost; `.cost` is the rise of the loss over all texts.
+
+    Raises:
+        ModelStateError: no block of `lens.without` is open on this model; its positions are none
+            of the tokens before the texts' last ones, as of 'response' or −1 on neutral texts.
+        PromptError: a text that does not fit the model, or of one token.
+        NumericsError: a non-finite logit.
+    """
+    removed = removed_from(lens.model)
+    if not removed:
+        raise ModelStateError(
+            "no direction is removed from this model at the moment; make the call within the "
+            "block: `with lens.without(direction): ll.removal_cost(lens)`."
+        )
+    if texts is None and getattr(lens.model, "tokenizer", None) is not None:
+        texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)
+    if texts is None:
+        raise PromptError(
+            "the model has no tokenizer that reads the neutral texts; pass texts= of your own."
+        )
+    rows = ask_prompts(lens, texts).prompts
+    require_second_token(rows, "the loss")
+    _require_counted(rows, removed)
+    found = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
+    return RemovalCost(
+        base=found.plain / found.counts,
+        removed=found.hooked / found.counts,
+        kl=found.kl / found.counts,
+        counts=found.counts,
+        what="; ".join(block.says for block in removed),
+        meta=lens.describe(rows),
+    )
+
+
+def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:
+    """Raise an error where no token that is predicted comes from one at which h is changed.
+
+    Nothing would be changed in any number, and a cost of 0 would say that the removal is harmless.
+    """
+    has_next = torch.arange(rows.tokens.shape[1])[None] < rows.lengths.cpu()[:, None] - 1
+    if not any(bool((block.where.among(rows) & has_next).any()) for block in removed):
+        raise ModelStateError(
+            f"{removed[-1].says}: none of these tokens has another one behind it in the texts, so "
+            "their loss says nothing of the removal",
+            remedy="Make the call in a block without positions=, or pass texts in which they are: "
+            "lens.prompts(prompts, responses).",
+        )

@@ -1,0 +1,60 @@
+"""A change Δh of the residual stream, read through the model's own final norm and unembedding.
+
+    N(h) = γ ⊙ c(h)/σ(h) + β,     reading of Δh = W_U γ ⊙ c(Δh)/σ(h)
+
+The denominator σ is the base's, token by token, and held: so the reading is linear in Δh, that of a
+mean is the mean of readings, and β and b_U drop out. c centres where the norm does. γ and W_U are
+the model's own, through its own modules: N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in between are
+left out, and so is a soft-cap after the unembedding; or the model's own Jacobian stands for them
+(`audit/jacobian.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core import (
+    LoraLens,
+)
+
+
+def over_scale(
+    lens: LoraLens, shift: Float[Tensor, "*token d"], base: Float[Tensor, "*token d"]
+) -> Float[Tensor, "*token d"]:
+    """c(Δh)/σ(h), token by token; Δh itself where the model has no final norm."""
+    if lens.plan.host.final_norm is None:
+        return shift
+    return _centred(lens, shift) / _scale(lens, base)
+
+
+def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tensor, "*token vocab"]:
+    """W_U γ ⊙ m of a mean m of `over_scale`, or of several, in logits.
+
+    W_U P m where a projection P, and no norm, stands between the stream and the head (OPT-350m).
+    """
+    rows = mean.reshape(-1, mean.shape[-1])
+    both = torch.stack([rows, torch.zeros_like(rows)]).to(lens.device, lens.dtype)
+    host = lens.plan.host
+    with torch.no_grad():
+        if host.final_norm is None:
+            final = both[0]
+        else:
+            normed, zero = host.final_norm(both)
+            final = (normed - zero) * _scale(lens, rows).to(normed)
+        for projection in host.after_the_stream:
+            final = projection(final)
+        read, bias = lens.model.unembed(torch.stack([final, torch.zeros_like(final)]))
+    return (read - bias).to(lens.gate_dtype).view(*mean.shape[:-1], -1)
+
+
+def _centred(lens: LoraLens, values: Tensor) -> Tensor:
+    centres = lens.plan.host.family.norm == "LN"
+    return values - values.mean(-1, keepdim=True) if centres else values
+
+
+def _scale(lens: LoraLens, values: Tensor) -> Float[Tensor, "*token 1"]:
+    """σ(h), as the model's final norm computes it."""
+    square = _centred(lens, values).square().mean(-1, keepdim=True)
+    return (square + float(lens.model.cfg.eps)).sqrt()

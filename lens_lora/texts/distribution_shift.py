@@ -1,0 +1,67 @@
+"""A shift d of the logits on a distribution p, without another softmax:
+
+    Z = 1 + Σ p (eᵈ − 1),    KL(p ‖ q) = log Z − Σ p d,    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
+
+d counts from its mean Σ p d, as a constant in all logits changes nothing: the rounding of a KL is
+then that of what d differs by, not of the logits or of the constant. Beyond `LARGEST_SHIFT` q is a
+softmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core.function.forward import require_finite
+from lens_lora.core.readout.reading import LARGEST_SHIFT
+
+_Rows = Float[Tensor, "*row vocab"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributionShift:
+    """KL(p ‖ q) in nats, and q − p, which is built for the rows that are asked for.
+
+    Attributes:
+        kl: one number for each distribution.
+        p: before the shift.
+        grown: p (eᵈ − 1), d from its mean.
+        rest: Z − 1.
+    """
+
+    kl: Float[Tensor, "*row"]
+    p: _Rows
+    grown: _Rows
+    rest: Float[Tensor, "*row"]
+
+    def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
+        """q − p of some rows."""
+        rest = self.rest[index][:, None]
+        return (self.grown[index] - rest * self.p[index]) / (1 + rest)
+
+    def weighted(self, weights: Float[Tensor, " flat"]) -> Float[Tensor, " vocab"]:
+        """Σ w (q − p) over all rows."""
+        rest = self.rest.flatten()
+        by_row = weights / (1 + rest)
+        return by_row @ self.grown.flatten(0, -2) - (by_row * rest) @ self.p.flatten(0, -2)
+
+
+def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
+    """KL and q − p of a shift of the logits."""
+    require_finite(shift.sum(-1), "the shift of a logit")
+    shift.sub_(_mean(p, shift)[..., None])
+    if float(shift.amax()) > LARGEST_SHIFT:
+        log_q, log_p = (base + shift).log_softmax(-1), base.log_softmax(-1)
+        kl = (p * (log_p - log_q)).sum(-1)
+        return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))
+    linear = _mean(p, shift)  # what rounding left of it
+    grown = shift.expm1_().mul_(p)
+    rest = grown.sum(-1)
+    return DistributionShift(rest.log1p() - linear, p, grown, rest)
+
+
+def _mean(p: _Rows, shift: _Rows) -> Float[Tensor, "*row"]:
+    return torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])

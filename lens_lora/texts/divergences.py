@@ -1,0 +1,44 @@
+"""Σ_t KL between models over the tokens of many texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.core import (
+    Prompts,
+)
+from lens_lora.texts.batches import (
+    TOKENS_AT_ONCE,
+    Gated,
+    logits_of,
+    over_texts,
+)
+from lens_lora.texts.distribution_shift import distribution_shift
+
+
+def text_divergences(
+    reference: Gated,
+    others: Sequence[Gated],
+    texts: Prompts,
+    counted: Bool[Tensor, "text pos"],
+    *,
+    progress: bool,
+) -> Float[Tensor, "other text"]:
+    """Σ_t KL(reference ‖ other) over the counted tokens, in nats. A forward pass of each model."""
+    sums = torch.zeros(len(others), texts.batch, dtype=torch.float64)
+
+    def visit(index: list[int], rows: Prompts) -> None:
+        base = logits_of(reference, rows)
+        p, room = base.softmax(-1), torch.empty_like(base)
+        mask = counted[index, : rows.tokens.shape[1]].to(base.device)
+        for slot, other in enumerate(others):
+            shift = torch.sub(logits_of(other, rows), base, out=room)
+            kl = distribution_shift(base, p, shift).kl
+            sums[slot, index] = kl.masked_fill(~mask, 0.0).cpu().double().sum(1)
+
+    over_texts(reference[0], texts, TOKENS_AT_ONCE, visit, "the models' logits", progress)
+    return sums
