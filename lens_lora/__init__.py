@@ -27,6 +27,7 @@ from lens_lora.core import extensions
 # typed every day, and is found in them: lens_lora.results, lens_lora.errors.
 _MODULES = "errors", "results"
 extensions.DRAWERS.update(registered.DRAWERS)
+extensions.PROVIDERS.update(registered.PROVIDERS)
 extensions.RESULTS.extend(registered.RESULTS)
 _imported, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__: list[str] = [  # pyright: ignore[reportUnsupportedDunderAll]

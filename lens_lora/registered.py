@@ -26,3 +26,17 @@ DRAWERS: dict[str, tuple[str, ...]] = {
 
 # Where a file finds the classes of results that it names.
 RESULTS = ["lens_lora.results"]
+
+# For each function that the core declares and does not have itself (`lens_lora/core/provided.py`):
+# the module that provides it.
+PROVIDERS: dict[str, str] = {
+    "lens_lora.core.adapter.extensions.live_updates": "lens_lora.formats.methods",
+    "lens_lora.core.adapter.extensions.updates_over_base": "lens_lora.formats.methods",
+    "lens_lora.core.adapter.extensions.change_between": "lens_lora.formats.from_models",
+    "lens_lora.core.adapter.extensions.side_by_side": "lens_lora.formats.arithmetic",
+    "lens_lora.core.adapter.extensions.stacked": "lens_lora.formats.arithmetic",
+    "lens_lora.core.adapter.extensions.null_updates": "lens_lora.formats.arithmetic",
+    "lens_lora.core.adapter.extensions.without_direction": "lens_lora.formats.directions",
+    "lens_lora.core.adapter.extensions.truncated": "lens_lora.formats.directions",
+    "lens_lora.core.adapter.extensions.save_adapter": "lens_lora.formats.peft_write",
+}

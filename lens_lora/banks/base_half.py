@@ -36,6 +36,7 @@ from lens_lora.core import (
     Site,
     TrainedModule,
 )
+from lens_lora.core.adapter.dense import stored_bytes
 from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import Slopes, Visit, go_back, require_finite_sites
@@ -44,7 +45,6 @@ from lens_lora.core.model.host import Host
 from lens_lora.core.model.sites import OUTSIDE_KINDS, outside_layer
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
-from lens_lora.formats.dense import stored_bytes
 
 # --- What an adapter may target
 

@@ -17,6 +17,9 @@ from types import ModuleType
 # Folder of results → the modules that draw them and say what they say.
 DRAWERS: dict[str, tuple[str, ...]] = {}
 
+# A function that the core declares (`core/provided.py`) → the module that provides it.
+PROVIDERS: dict[str, str] = {}
+
 # Modules of which classes of results are attributes, each imported at its first use; files name
 # these classes.
 RESULTS: list[str] = []

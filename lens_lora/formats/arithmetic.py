@@ -25,8 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -34,21 +33,43 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.core import LoRAFactors, ModuleUpdate
-from lens_lora.core.adapter.factors import Updates, dense_factors, expert_factors, plain
+from lens_lora.core.adapter import extensions
+from lens_lora.core.adapter.factors import (
+    Parts,
+    Updates,
+    dense_factors,
+    expert_factors,
+    module_path,
+    plain,
+)
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 
-def tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
+@extensions.side_by_side.provide
+def side_by_side(named: Sequence[tuple[str, Updates]]) -> dict[str, ModuleUpdate]:
+    """The modules of several adapters under 'path@name', where they stay apart.
+
+    Raises:
+        AdapterError: a name twice, or DoRA on a module that another adapter adapts too.
+    """
+    modules: dict[str, ModuleUpdate] = {}
+    names: set[str] = set()
+    for name, updates in named:
+        tagged = _tagged(updates, name)
+        if name in names or modules.keys() & tagged.keys():
+            raise AdapterError(f"both adapters are called {name!r}; rename one: named('…').")
+        names.add(name)
+        modules |= tagged
+    _refuse_dora_twice(modules)
+    return modules
+
+
+def _tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
     """The modules under 'path@name', those of a sum under the names they have."""
     return {key if "@" in key else f"{key}@{name}": update for key, update in modules.items()}
 
 
-def module_path(key: str) -> str:
-    """The module's path, without the name of its part in a sum."""
-    return key.partition("@")[0]
-
-
-def refuse_dora_twice(modules: Updates) -> None:
+def _refuse_dora_twice(modules: Updates) -> None:
     """Refuse DoRA on a module that has another update too."""
     counts = Counter(map(module_path, modules))
     for key, update in modules.items():
@@ -60,6 +81,7 @@ def refuse_dora_twice(modules: Updates) -> None:
             )
 
 
+@extensions.stacked.provide
 def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate]:
     """Σ weight · update of each module as one update; factors are stacked along the rank.
 
@@ -99,18 +121,13 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
     return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))
 
 
-def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
-    """Sort key: 'layers.2' before 'layers.10'."""
-    return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]
-
-
 # --- Null adapters: the same sizes and ranks, random directions
 
 
 _Rows = Sequence[Int[Tensor, " _row"]]
-Parts = Mapping[str, _Rows]
 
 
+@extensions.null_updates.provide
 def null_updates(modules: Updates, seed: int, draw: int, parts: Parts) -> dict[str, LoRAFactors]:
     """The draw-th update of each module in random directions, in float64; see `Adapter.null`."""
     generator = torch.Generator().manual_seed(draw_seeds(seed, draw + 1)[draw])

@@ -21,7 +21,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,11 +30,12 @@ from torch import Tensor
 from lens_lora.arguments import is_whole, one_entry
 from lens_lora.compat import in_float64
 from lens_lora.core import LoRAFactors, ModuleUpdate
-from lens_lora.core.adapter.factors import expert_factors, plain
-from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.core.adapter import extensions
+from lens_lora.core.adapter.extensions import Side
+from lens_lora.core.adapter.factors import Updates, expert_factors, module_path, plain
+from lens_lora.errors import AdapterError, ArgumentError, SiteError
 from lens_lora.families import FAMILIES
 
-Side = Literal["write", "read"]
 STREAM = "blocks.0.hook_resid_pre"  # any point of the residual stream
 _STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
 _ADDED = r"hook_embed|blocks\.\d+\.hook_(attn|mlp)_out"
@@ -219,6 +220,35 @@ def _setting(cfg: Any, name: str) -> Any:
 # --- Updates without a direction, and of a lower rank
 
 
+@extensions.without_direction.provide
+def without_direction(
+    modules: Updates, directions: Any, side: Side, *, only_of_stream: bool
+) -> dict[str, ModuleUpdate]:
+    """Updates that write, or read, nothing along a direction: see `Adapter.without_direction`."""
+    chosen = _of_stream(modules, side) if only_of_stream else modules
+    V = directions_of(directions).basis()
+    return {key: _projected(key, update, V, side) for key, update in chosen.items()}
+
+
+def _of_stream(modules: Updates, side: Side) -> dict[str, ModuleUpdate]:
+    """The modules that write to the residual stream, or those that read it.
+
+    Raises:
+        SiteError: there are none, or of some module it is not known.
+    """
+    writes = {key: is_writer(module_path(key)) for key in modules}
+    unknown = [key for key in writes if writes[key] is None]
+    chosen = {key: update for key, update in modules.items() if writes[key] is (side == "write")}
+    if unknown or not chosen:
+        first = [*unknown, *writes][0]
+        verb = "read" if side == "read" else "write to"
+        raise SiteError(
+            f"{first} is no module that is known to {verb} the residual stream; name the "
+            "modules that the direction belongs to with sites=…, such as '*.down_proj'."
+        )
+    return chosen
+
+
 def is_writer(module: str) -> bool | None:
     """Whether a module writes to the residual stream; None where no family has such a module."""
     places = (family.place(module) for family in FAMILIES)
@@ -226,7 +256,7 @@ def is_writer(module: str) -> bool | None:
     return None if kinds is None else kinds[0] in _WRITE_TO_STREAM
 
 
-def projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFactors:
+def _projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFactors:
     """The update without what it writes, or reads, along the columns of V, [d, few]."""
     factors = plain(path, update)
     width = len(factors.B) if side == "write" else factors.A.shape[1]
@@ -244,12 +274,22 @@ def projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFac
     return dataclasses.replace(factors, B=rest(factors.B.T).T.contiguous(), lora_bias=bias)
 
 
-def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, float]:
+@extensions.truncated.provide
+def truncated(modules: Updates, rank: int) -> tuple[dict[str, ModuleUpdate], dict[str, float]]:
+    """Each update's best approximation of this rank, and its relative error."""
+    updates: dict[str, ModuleUpdate] = {}
+    errors: dict[str, float] = {}
+    for path, update in modules.items():
+        updates[path], errors[path] = _truncated(path, update, rank)
+    return updates, errors
+
+
+def _truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, float]:
     """The best approximation of this rank in the Frobenius norm, and its relative error."""
     factors = plain(path, update)
     if factors.experts > 1:
         parts = factors.by_expert()
-        cuts, errors = zip(*(truncated(path, part, rank) for part in parts), strict=True)
+        cuts, errors = zip(*(_truncated(path, part, rank) for part in parts), strict=True)
         lost = math.hypot(*(p.norm() * error for p, error in zip(parts, errors, strict=True)))
         return expert_factors(cuts), lost / (factors.norm() or 1.0)
     if factors.rank <= rank:

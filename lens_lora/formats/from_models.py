@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import peft_read
+from lens_lora.core.adapter import extensions, peft_read
 from lens_lora.core.adapter.factors import dense_factors
 from lens_lora.core.adapter.peft_files import is_plain_lora, refuse_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
@@ -241,6 +241,7 @@ Globs = tuple[str, ...]
 _FEW = 4  # beyond a quarter of the smaller side, a whole SVD is as fast as Lanczos iteration
 
 
+@extensions.change_between.provide
 def change_between(
     base: nn.Module, tuned: nn.Module, rank: int | None, ignore: str | Iterable[str], progress: bool
 ) -> tuple[dict[str, ModuleUpdate], dict[str, float]]:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from lens_lora.compat import float64_device, is_memory_short, without_warnings
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import peft_files, peft_read
+from lens_lora.core.adapter import extensions, peft_files, peft_read
+from lens_lora.core.adapter.dense import converted
 from lens_lora.core.adapter.factors import dense_factors
 from lens_lora.errors import (
     AdapterError,
@@ -39,11 +40,10 @@ from lens_lora.errors import (
     is_of_the_system,
 )
 from lens_lora.formats import from_models
-from lens_lora.formats.dense import converted
 from lens_lora.formats.own_forward import apart, is_transposed
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
 
 _INPUTS = 2048  # rows of the identity at a time: 64 MB for a width of 4096
 _SIZES = (0.1, 1.0, 10.0)  # of random input: a function that bends shows at one of them
@@ -59,6 +59,15 @@ _Updates = dict[str, ModuleUpdate]  # by module path
 # --- An adapter: live, or a folder over its base
 
 
+@extensions.live_updates.provide
+def live_updates(
+    peft_model: PeftModel, adapter_name: str
+) -> tuple[dict[str, ModuleUpdate], str | None]:
+    """The updates of one adapter of a live model; what no tensor holds is measured."""
+    return from_models.live_updates(peft_model, adapter_name, measured_updates)
+
+
+@extensions.updates_over_base.provide
 def updates_over_base(
     folder: Path, config: PeftConfig, base_for: Callable[[str | None], nn.Module]
 ) -> tuple[_Updates, str | None]:

@@ -27,12 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import peft_read
-from lens_lora.core.adapter.factors import Updates, base_part
+from lens_lora.core.adapter import extensions, peft_read
+from lens_lora.core.adapter.factors import Updates, base_part, module_path
 from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
-from lens_lora.formats.arithmetic import module_path
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -43,6 +42,7 @@ _Trained = Mapping[str, TrainedModule]
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for none
 
 
+@extensions.save_adapter.provide
 def save_adapter(modules: Updates, name: str, base_model: str | None, path: str | Path) -> Path:
     """Write an adapter's modules to a folder in PEFT's format: see `Adapter.save`.
 

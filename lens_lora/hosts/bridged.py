@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter.factors import base_part, expert_factors
+from lens_lora.core.adapter.factors import base_part, expert_factors, module_path
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.host import module_at
 from lens_lora.core.model.kernels import each_shape, is_experts, is_router, stacks_of
@@ -41,7 +41,6 @@ from lens_lora.core.model.sites import (
 from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.families import NORM_KINDS, Family, Place
 from lens_lora.formats import own_forward
-from lens_lora.formats.arithmetic import module_path
 
 # The components of usual attention and MLPs, and their kinds.
 _ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}

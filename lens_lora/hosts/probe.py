@@ -29,12 +29,12 @@ from torch.func import functional_call
 
 from lens_lora.compat import Temporary, home_of, is_offloaded, replace_forward, temporary
 from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule, attached
+from lens_lora.core.adapter.factors import module_path
 from lens_lora.core.model.check import AGREEMENT, TOKENS, plain_logits
 from lens_lora.core.model.gates import Plan, make_plan, site_hooks
 from lens_lora.core.model.kernels import each_shape, is_experts, is_router, quantised_name
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
-from lens_lora.formats.arithmetic import module_path
 from lens_lora.formats.methods import lora_output
 from lens_lora.hosts.bridged import Shell, is_linear, is_norm, names_by_path, normalised, shape_of
 from lens_lora.hosts.build import host_of

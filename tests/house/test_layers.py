@@ -36,15 +36,11 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions"}
 # What still points upward, from a module to a folder. It gets shorter; nothing is added to it.
 UPWARD: set[tuple[str, str]] = {
-    ("core.adapter.adapter", "formats"),
-    ("core.adapter.factors", "formats"),
-    ("core.adapter.peft_read", "formats"),
     ("core.analyses.margin", "responses"),
     ("core.analyses.patching", "texts"),
     ("core.function.asked", "responses"),
     ("core.function.function", "responses"),
     ("core.function.memory", "directions"),
-    ("core.model.basis", "formats"),
     ("core.model.bridge", "hosts"),
     ("core.model.gates", "hosts"),
     ("core.model.lens", "directions"),

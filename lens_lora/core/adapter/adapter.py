@@ -16,17 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.arguments import number, whole, word
-from lens_lora.core.adapter import formats, peft_files, peft_read
+from lens_lora.core.adapter import extensions, formats, peft_files, peft_read
+from lens_lora.core.adapter.extensions import Side
 from lens_lora.core.adapter.factors import (
     LoRAFactors,
     ModuleUpdate,
+    Parts,
     TrainedModule,
     constant_factors,
+    module_path,
+    natural,
 )
 from lens_lora.errors import AdapterError, ArgumentError, SiteError, many, setting
-from lens_lora.formats import arithmetic, from_models, methods, peft_write
-from lens_lora.formats.arithmetic import Parts, module_path
-from lens_lora.formats.directions import Side, directions_of, is_writer, projected, truncated
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -74,7 +75,7 @@ class Adapter:
                     f"{self.name}: {path!r} → {type(update).__name__}; expected a module path → "
                     "ll.LoRAFactors(A, B, scale) or ll.results.TrainedModule(weight)."
                 )
-        in_order = sorted(self.modules.items(), key=arithmetic.natural)
+        in_order = sorted(self.modules.items(), key=natural)
         object.__setattr__(self, "modules", dict(in_order))
 
     @classmethod
@@ -140,7 +141,7 @@ class Adapter:
             UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without
                 ΔW, one that is merged into the weights, or a PeftMixedModel.
         """
-        modules, base = from_models.live_updates(peft_model, adapter_name, methods.measured_updates)
+        modules, base = extensions.live_updates(peft_model, adapter_name)
         return cls(modules, name=adapter_name, base_model=base)
 
     @classmethod
@@ -177,7 +178,7 @@ class Adapter:
                 difference, or changed parameters of no linear module, embedding or norm.
             ArgumentError: anything but models, or an `ignore` that is no glob.
         """
-        factors, errors = from_models.change_between(base, tuned, rank, ignore, progress)
+        factors, errors = extensions.change_between(base, tuned, rank, ignore, progress)
         if not factors:
             raise AdapterError("the two models have the same weights; there is nothing to explain.")
         return cls(factors, name=name, truncation_error=errors)
@@ -252,20 +253,13 @@ class Adapter:
             UnsupportedAdapterError: DoRA, trained modules or biases.
         """
         word("side", side, get_args(Side))
-        keys = set[str]().union(*map(self._matching, [sites] if isinstance(sites, str) else sites))
-        if sites == "*":
-            writes = {key: is_writer(module_path(key)) for key in keys}
-            unknown = [key for key in writes if writes[key] is None]
-            keys = {key for key in keys if writes[key] is (side == "write")}
-            if unknown or not keys:
-                first = [*unknown, *writes][0]
-                verb = "read" if side == "read" else "write to"
-                raise SiteError(
-                    f"{first} is no module that is known to {verb} the residual stream; name the "
-                    "modules that the direction belongs to with sites=…, such as '*.down_proj'."
-                )
-        V = directions_of(directions).basis()
-        changed = {key: projected(key, self.modules[key], V, side) for key in keys}
+        globs = [sites] if isinstance(sites, str) else sites
+        keys = set[str]().union(*map(self._matching, globs))
+        chosen = {key: update for key, update in self.modules.items() if key in keys}
+        is_of_stream = sites == "*"
+        changed = extensions.without_direction(
+            chosen, directions, side, only_of_stream=is_of_stream
+        )
         return self._with({**self.modules, **changed})
 
     def truncated(self, rank: int) -> Adapter:
@@ -281,10 +275,7 @@ class Adapter:
             ArgumentError: a rank that is no whole number, or below 1.
             UnsupportedAdapterError: DoRA, trained modules or biases.
         """
-        rank = whole("rank", rank, 1)
-        cuts = {path: truncated(path, update, rank) for path, update in self.modules.items()}
-        errors = {path: error for path, (_, error) in cuts.items()}
-        modules = {path: update for path, (update, _) in cuts.items()}
+        modules, errors = extensions.truncated(self.modules, whole("rank", rank, 1))
         return dataclasses.replace(self, modules=modules, truncation_error=errors)
 
     def scaled(self, factor: SupportsFloat) -> Adapter:
@@ -311,13 +302,10 @@ class Adapter:
                 ΔW is not additive).
         """
         base = self._common_base(other, "+")
-        left = arithmetic.tagged(self.modules, self.name)
-        right = arithmetic.tagged(other.modules, other.name)
-        if self.name == other.name or set(left) & set(right):
-            raise AdapterError(f"both adapters are called {self.name!r}; rename one: named('…').")
-        arithmetic.refuse_dora_twice({**left, **right})
+        parts = [(self.name, self.modules), (other.name, other.modules)]
+        modules = extensions.side_by_side(parts)
         errors = {**self.truncation_error, **other.truncation_error}
-        return Adapter({**left, **right}, f"{self.name} + {other.name}", base, errors)
+        return Adapter(modules, f"{self.name} + {other.name}", base, errors)
 
     def __sub__(self, other: Adapter) -> Adapter:
         """ΔW − ΔW′ as one adapter, which `save` can write.
@@ -331,7 +319,7 @@ class Adapter:
                 trained whole, a trained bias).
         """
         base = self._common_base(other, "-")
-        modules = arithmetic.stacked([(self.modules, 1.0), (other.modules, -1.0)])
+        modules = extensions.stacked([(self.modules, 1.0), (other.modules, -1.0)])
         return Adapter(modules, f"{self.name} - {other.name}", base)
 
     def mixed(self, other: Adapter, weight: SupportsFloat = 0.5) -> Adapter:
@@ -346,8 +334,9 @@ class Adapter:
             AdapterError: different bases, or a module of both whose updates do not add up (DoRA,
                 trained whole, a trained bias).
         """
-        base, share = self._common_base(other, "mixed with"), number("weight", weight)
-        modules = arithmetic.stacked([(self.modules, 1 - share), (other.modules, share)])
+        base = self._common_base(other, "mixed with")
+        share = number("weight", weight)
+        modules = extensions.stacked([(self.modules, 1 - share), (other.modules, share)])
         return Adapter(modules, f"{1 - share:g} {self.name} + {share:g} {other.name}", base)
 
     def null(self, seed: int = 0, draw: int = 0, *, parts: Parts | None = None) -> Adapter:
@@ -368,8 +357,9 @@ class Adapter:
             UnsupportedAdapterError: DoRA, trained biases or modules: their change depends on the
                 base.
         """
-        seed, draw = whole("seed", seed, 0), whole("draw", draw, 0)
-        modules = arithmetic.null_updates(self.modules, seed, draw, parts or {})
+        seed = whole("seed", seed, 0)
+        draw = whole("draw", draw, 0)
+        modules = extensions.null_updates(self.modules, seed, draw, parts or {})
         label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
         return Adapter(modules, name=f"null {label} of {self.name}", base_model=self.base_model)
 
@@ -391,7 +381,7 @@ class Adapter:
             UnsupportedAdapterError: something that PEFT's format cannot hold: two updates of one
                 module, DoRA on some modules only, a part of a trained bias or of DoRA's update.
         """
-        return peft_write.save_adapter(self.modules, self.name, self.base_model, path)
+        return extensions.save_adapter(self.modules, self.name, self.base_model, path)
 
     def _with(self, modules: Mapping[str, ModuleUpdate]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
@@ -508,7 +498,7 @@ def read_adapter(
     if base_for is None or peft_files.is_plain_lora(config):
         modules, base = peft_read.read_folder(folder, config)
     else:
-        modules, base = methods.updates_over_base(folder, config, base_for)
+        modules, base = extensions.updates_over_base(folder, config, base_for)
     return Adapter(
         modules,
         name=peft_files.name_of(folder),

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lens_lora.compat import in_float64
+from lens_lora.core.adapter.dense import is_reversal, reversal, written_out
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
-from lens_lora.formats.dense import is_reversal, reversal, written_out
 
 _VECTORS = ("lora_bias", "trained_bias", "magnitude")
 _TRAINED = ("weight", "bias", "base_weight")
@@ -311,6 +311,18 @@ class TrainedModule:
 
 ModuleUpdate: TypeAlias = LoRAFactors | TrainedModule
 Updates = Mapping[str, ModuleUpdate]  # by Hugging Face module path
+# The output rows of each part of a fused module, by the adapter's own key.
+Parts = Mapping[str, Sequence[Int[Tensor, " _row"]]]
+
+
+def module_path(key: str) -> str:
+    """The module's path, without the name of its part in a sum."""
+    return key.partition("@")[0]
+
+
+def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
+    """Sort key: 'layers.2' before 'layers.10'."""
+    return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]
 
 
 def base_part(update: ModuleUpdate) -> str | None:

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from lens_lora.compat import WRAPPED_NAMES
 from lens_lora.core.adapter import peft_files
+from lens_lora.core.adapter.dense import as_dense
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, HEADS, Family
-from lens_lora.formats.dense import as_dense
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -59,9 +59,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.compat import float64_device, in_float64
+from lens_lora.core.adapter.dense import applied, converted, is_reversal
 from lens_lora.core.model.kernels import ID_COLUMNS, expert_of
 from lens_lora.core.model.sites import Heads
-from lens_lora.formats.dense import applied, converted, is_reversal
 
 Gauge = Literal["svd", "trained"]
 _TIE = 1e-6  # entries of U that differ by less are of one magnitude

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora.cli import adapters as commands
-from lens_lora.cli import sweep as sweep_commands
+from lens_lora.cli import scan
 from lens_lora.cli.running import one_line_errors
 from lens_lora.core.adapter import formats
 from lens_lora.core.adapter.peft_files import checkpoint_folders, folders_in, last_checkpoint
@@ -128,7 +128,7 @@ def test_commands_read_it(adapter: ll.Adapter, tmp_path: Path):
     asked = ["--prompt", "w5 w6 w7", "--doc", "w5", "--pre", "w9"]
     out = tmp_path / "scan.parquet"
     how = ["--model", tmp_path / "base", *asked, "--out", out]
-    done = command(sweep_commands.scan, tmp_path / "all", *how)
+    done = command(scan, tmp_path / "all", *how)
     assert done.exit_code == 0 and "of 1 adapter" in done.stdout, done.output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import re
 import shutil
 from pathlib import Path
@@ -16,9 +17,6 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.cli import adapters as adapter_commands
-from lens_lora.cli import explain as explain_commands
-from lens_lora.cli import sweep as sweep_commands
 from lens_lora.cli.options import options_of
 from lens_lora.core.adapter.peft_files import CONFIG, name_of
 from lens_lora.errors import AdapterError, ArgumentError
@@ -179,11 +177,11 @@ def test_a_repository_gives_its_own_name():
 # --- Commands
 
 COMMANDS = {
-    name: getattr(module, name)
+    name: getattr(importlib.import_module(f"lens_lora.cli.{module}"), name)
     for module, names in {
-        adapter_commands: ("inspect", "diff", "repair", "verify", "checkpoints"),
-        explain_commands: ("explain", "demo"),
-        sweep_commands: ("sweep", "scan"),
+        "adapters": ("inspect", "diff", "repair", "verify", "checkpoints"),
+        "explain": ("explain", "demo"),
+        "sweep": ("sweep", "scan"),
     }.items()
     for name in names
 }

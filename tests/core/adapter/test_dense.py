@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
 from lens_lora.banks.base_half import shapes_of
-from lens_lora.core.adapter.factors import dense_factors
-from lens_lora.formats.dense import (
+from lens_lora.core.adapter.dense import (
     applied,
     converted,
     is_reversal,
@@ -22,6 +21,7 @@ from lens_lora.formats.dense import (
     stored_bytes,
     written_out,
 )
+from lens_lora.core.adapter.factors import dense_factors
 
 TOKENS = models.tokens(1, 6)
 

@@ -1,0 +1,101 @@
+"""What other folders do for an adapter: declared here, provided in `formats/`.
+
+Each function takes and returns updates by module path; `Adapter` has the public methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import nn
+
+from lens_lora.core.adapter.factors import ModuleUpdate, Parts, Updates
+from lens_lora.core.provided import declared
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+Side = Literal["write", "read"]
+# Updates by module path, and the name of the base that they belong to.
+UpdatesAndBase: TypeAlias = tuple[dict[str, ModuleUpdate], str | None]
+# Updates by module path, and the relative error of each where it was cut to a rank.
+UpdatesAndErrors: TypeAlias = tuple[dict[str, ModuleUpdate], dict[str, float]]
+
+# --- From where an adapter comes
+
+
+@declared
+def live_updates(peft_model: PeftModel, adapter_name: str) -> UpdatesAndBase:
+    """The updates of one adapter of a live model: see `Adapter.from_peft`."""
+    raise NotImplementedError
+
+
+@declared
+def change_between(
+    base: nn.Module,
+    tuned: nn.Module,
+    rank: int | None,
+    ignore: str | Iterable[str],
+    progress: bool,
+) -> UpdatesAndErrors:
+    """The difference of two models: see `Adapter.between`."""
+    raise NotImplementedError
+
+
+@declared
+def updates_over_base(
+    folder: Path, config: PeftConfig, base_for: Callable[[str | None], nn.Module]
+) -> UpdatesAndBase:
+    """The updates of a folder of a method other than LoRA, measured over its base."""
+    raise NotImplementedError
+
+
+# --- Adapters made of adapters
+
+
+@declared
+def side_by_side(named: Sequence[tuple[str, Updates]]) -> dict[str, ModuleUpdate]:
+    """The modules of several adapters under 'path@name', where they stay apart."""
+    raise NotImplementedError
+
+
+@declared
+def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate]:
+    """Σ weight · update of each module, as one update."""
+    raise NotImplementedError
+
+
+@declared
+def null_updates(
+    modules: Updates, seed: int, draw: int, parts: Parts
+) -> Mapping[str, ModuleUpdate]:
+    """Updates of the same sizes in random directions: see `Adapter.null`."""
+    raise NotImplementedError
+
+
+@declared
+def without_direction(
+    modules: Updates, directions: Any, side: Side, *, only_of_stream: bool
+) -> dict[str, ModuleUpdate]:
+    """Updates that write, or read, nothing along a direction: see `Adapter.without_direction`.
+
+    With `only_of_stream`, only modules that write to the residual stream, or read it, change.
+    """
+    raise NotImplementedError
+
+
+@declared
+def truncated(modules: Updates, rank: int) -> UpdatesAndErrors:
+    """The best approximation of each ΔW of this rank: see `Adapter.truncated`."""
+    raise NotImplementedError
+
+
+# --- Where an adapter goes
+
+
+@declared
+def save_adapter(modules: Updates, name: str, base_model: str | None, path: str | Path) -> Path:
+    """Write the updates to a folder in PEFT's format: see `Adapter.save`."""
+    raise NotImplementedError
