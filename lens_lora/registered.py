@@ -16,12 +16,25 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.show.curves",
         "lens_lora.show.tables",
         "lens_lora.show.words",
-        "lens_lora.show.adapters",
     ),
-    "lens_lora.explanations": ("lens_lora.explanations.page",),
+    "lens_lora.audit": (
+        "lens_lora.audit.figures",
+        "lens_lora.audit.words",
+        "lens_lora.audit.page",
+    ),
+    "lens_lora.explanations": (
+        "lens_lora.explanations.figures",
+        "lens_lora.explanations.words",
+        "lens_lora.explanations.page",
+    ),
     "lens_lora.responses": ("lens_lora.responses.page",),
     "lens_lora.ship": ("lens_lora.ship.page",),
     "lens_lora.sweeps": ("lens_lora.sweeps.figures",),
+    "lens_lora.two_adapters": (
+        "lens_lora.two_adapters.figures",
+        "lens_lora.two_adapters.words",
+        "lens_lora.two_adapters.page",
+    ),
 }
 
 # Where a file finds the classes of results that it names.

@@ -112,7 +112,7 @@ def diff(
     options.require_apart(outputs, base, [folder, *controls], texts)
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.show.adapters import what_changed_tables
+        from lens_lora.audit.page import what_changed_tables
 
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_for(base, folder, progress))
@@ -154,7 +154,7 @@ def checkpoints(
     questions = asked.listed()
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.show.adapters import checkpoints_table
+        from lens_lora.two_adapters.page import checkpoints_table
 
         running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, ll.load_adapter(last), progress))
@@ -206,7 +206,7 @@ def repair(
     options.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.show.adapters import repair_table
+        from lens_lora.two_adapters.page import repair_table
 
         running.warn_of_spaces([*questions, *tests])
         lens = running.announced(running.lens_for(base, folder, progress))

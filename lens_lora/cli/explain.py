@@ -159,7 +159,7 @@ def _explained(lens: ll.LoraLens, questions: Sequence[Question], settings: Any) 
 
 def _happened(explanation: Explained) -> str:
     """One line of its story: what the adapter did to the margin, or to the response."""
-    from lens_lora.show.words import headline
+    from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):
         return explanation.story().split("\n")[1]
@@ -168,8 +168,9 @@ def _happened(explanation: Explained) -> str:
 
 def _print(explanations: Sequence[Explained]) -> None:
     """The summary of one, or the overview of several as on the page."""
+    from lens_lora.explanations.tables import explanation_tables, margins_table
     from lens_lora.responses.page import response_tables, responses_table
-    from lens_lora.show.tables import explanation_tables, in_terminal, margins_table
+    from lens_lora.show.tables import in_terminal
 
     if len(explanations) > 1:
         numbered = list(enumerate(explanations, start=1))

@@ -61,6 +61,7 @@ from .readout.readout import Logit as Logit
 from .readout.readout import LogProb as LogProb
 from .readout.readout import Margin as Margin
 from .readout.readout import Readout as Readout
+from .results import drawing as drawing
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Effects as Effects
 from .results.attribution import GroupAttribution as GroupAttribution

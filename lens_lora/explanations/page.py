@@ -1,4 +1,4 @@
-"""The pages of explanations, of one prompt or several, and of a verification.
+"""The pages of explanations, of one prompt or several.
 
 Of several prompts an overview comes first; each prompt is folded, and drawn once it is unfolded. A
 section appears when what it shows was computed.
@@ -11,12 +11,21 @@ from typing import Any
 
 import pandas as pd
 
-from lens_lora import results
-from lens_lora.core.results import drawing
+from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError
+from lens_lora.explanations import tables, words
+from lens_lora.explanations.explanation import Explanation, Explanations, ResponseExplanation
+from lens_lora.explanations.figures import (
+    COMPARED,
+    explanation_figures,
+    layers_figure,
+    margins_figure,
+)
 from lens_lora.responses.page import response_part, responses_table
-from lens_lora.show import curves, go, maps, page, tables, text, words
+from lens_lora.show import go, page, text
+from lens_lora.show.tables import margin_table
 from lens_lora.show.text import magnitude, short_prompt
+from lens_lora.show.words import Account
 
 # --- The page of explanations
 
@@ -24,50 +33,14 @@ _MODULES = 20
 _TOKENS, _TOKENS_OF_A_SITE = 8, 4
 
 
-@drawing.figures.register(results.Explanation)
-def explanation_figures(e: results.Explanation) -> dict[str, go.Figure]:
-    """What there is to see; nothing that compares effects within rounding."""
-    a, first = words.explained_account(e), e.first_order
-    figures = {
-        "path": e.margin.plot(),
-        "remainder": e.margin.curve.plot(),
-        "second_order": e.second_order.plot_path(),
-        "sites": first.plot(by="site"),
-        "positions": first.plot_positions(),
-    }
-    compared = zip(_COMPARED, e.comparisons, strict=False)
-    parts: dict[str, Any] = {
-        "coupling": e.coupling,
-        **{name: part for name, part in compared if words.is_comparable(part, a)},
-        **{f"reliability/{name}": flags for name, flags in e.reliability.items()},
-        "faithfulness": e.faithfulness if a.has_shift else None,
-        "null": e.null,
-    }
-    return figures | {name: part.plot() for name, part in parts.items() if part is not None}
-
-
-_COMPARED = {
-    "add_one": "First order at ε = 0 as a guide to adding one module to the base model",
-    "leave_one_out": "First order at ε = 0 as a guide to leaving one module out of the adapted one",
-    "leave_one_out@1": "First order at ε = 1 as a guide to leaving one module out",
-}
-
-
-@drawing.figures.register(results.Explanations)
-def overview_figures(explanations: results.Explanations) -> dict[str, go.Figure]:
-    """Both pictures by name."""
-    margins = explanations.each
-    return {"margins": curves.margins_figure(margins), "layers": maps.layers_figure(margins)}
-
-
-@drawing.report.register(results.ResponseExplanation)
-@drawing.report.register(results.Explanation)
-@drawing.report.register(results.Explanations)
+@drawing.report.register(ResponseExplanation)
+@drawing.report.register(Explanation)
+@drawing.report.register(Explanations)
 def _report(explained: Any, *, title: str | None = None) -> str:
     return explanation_report(getattr(explained, "each", (explained,)), title=title)
 
 
-Explained = results.Explanation | results.ResponseExplanation
+Explained = Explanation | ResponseExplanation
 
 
 def explanation_report(explanations: Sequence[Explained], *, title: str | None = None) -> str:
@@ -82,7 +55,7 @@ def explanation_report(explanations: Sequence[Explained], *, title: str | None =
 
 def _part(e: Explained, number: int) -> tuple[page.Part, str]:
     """One explanation's share of the page, and the page's title were it alone."""
-    if isinstance(e, results.ResponseExplanation):
+    if isinstance(e, ResponseExplanation):
         return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
     a, figures, first = words.explained_account(e), explanation_figures(e), e.first_order
     sentences, numbers = words.headline(e)
@@ -101,15 +74,15 @@ def _part(e: Explained, number: int) -> tuple[page.Part, str]:
     return part, facts
 
 
-def _sections(e: results.Explanation, figures: dict[str, go.Figure]) -> list[page.Section]:
+def _sections(e: Explanation, figures: dict[str, go.Figure]) -> list[page.Section]:
     """What there is, in the order in which one reads it."""
     a = words.explained_account(e)
 
     def drawn(*names: str) -> list[page.Plot]:
         chosen = (name for name in figures if name.partition("/")[0] in names)
-        return [page.plot(figures[name], heading=_COMPARED.get(name, "")) for name in chosen]
+        return [page.plot(figures[name], heading=COMPARED.get(name, "")) for name in chosen]
 
-    numbers = (tables.margin_table(a), tables.said_table(e))
+    numbers = (margin_table(a), tables.said_table(e))
     moves = page.TokenTable(
         tables.site_moves(e, _TOKENS_OF_A_SITE),
         heads=("site", "raises", "lowers"),
@@ -137,14 +110,14 @@ def _sections(e: results.Explanation, figures: dict[str, go.Figure]) -> list[pag
         page.Section("Tokens promoted and suppressed", changed_most),
         page.Section("Where in the prompt", drawn("positions"), written),
         page.Section("Coupling between layers", [*drawn("coupling"), tables.pairs_table(e)]),
-        _measured(e, a, drawn(*_COMPARED)),
+        _measured(e, a, drawn(*COMPARED)),
         page.Section("Reliability flags", [tables.flags_table(e), *drawn("reliability")]),
         page.Section("Which few modules carry the shift", kept),
         page.Section("Against random directions", drawn("null"), random),
     ]
 
 
-def _modules_lead(e: results.Explanation) -> str:
+def _modules_lead(e: Explanation) -> str:
     lead = f"In {e.units}, by size of first order at ε = 0 (a)."
     if not e.is_fast:
         lead += " Each module was also added to the base model and left out of the adapted one."
@@ -153,7 +126,7 @@ def _modules_lead(e: results.Explanation) -> str:
     return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
 
 
-def _measured(e: results.Explanation, a: words.Account, plots: Sequence[page.Plot]) -> page.Section:
+def _measured(e: Explanation, a: Account, plots: Sequence[page.Plot]) -> page.Section:
     table = tables.agreement_table(e)
     if not table.rows and not e.is_fast:
         none = f"No single module moves the margin by more than rounding ({magnitude(a.floor)})."
@@ -171,15 +144,15 @@ def _measured(e: results.Explanation, a: words.Account, plots: Sequence[page.Plo
 
 def _overview(numbered: Sequence[tuple[int, Explained]]) -> list[page.Block]:
     """A table and pictures of the margins, and a table of the responses."""
-    margins = [(n, e) for n, e in numbered if isinstance(e, results.Explanation)]
-    responses = [(n, e) for n, e in numbered if isinstance(e, results.ResponseExplanation)]
+    margins = [(n, e) for n, e in numbered if isinstance(e, Explanation)]
+    responses = [(n, e) for n, e in numbered if isinstance(e, ResponseExplanation)]
     blocks = page.answers_of([e.answers for _, e in numbered])
     if margins:
         blocks += [
-            *_by_units(margins, curves.margins_figure),
+            *_by_units(margins, margins_figure),
             tables.margins_table(margins),
             page.Download("prompts.csv", _margins_frame(margins).to_csv(index=False)),
-            *_by_units(margins, maps.layers_figure),
+            *_by_units(margins, layers_figure),
         ]
     return [*blocks, responses_table(responses)]
 

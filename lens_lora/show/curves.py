@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from lens_lora import results
 from lens_lora.arguments import whole
 from lens_lora.core import SIGMAS, only_prompt, prompt_rows
 from lens_lora.core.results import drawing
-from lens_lora.show import figures, go, maps, words
+from lens_lora.show import figures, go, maps
 from lens_lora.show.figures import BELOW, EXACT, INK, KINDS, LINEAR, NOISE, curve, finish, whose
-from lens_lora.show.text import key_text, label, magnitude, numbered, percent, short_prompt, signed
+from lens_lora.show.text import key_text, label, magnitude, percent, short_prompt, signed
 
 # --- Along ε: a readout, a fact margin, first and second order
 
@@ -202,106 +201,6 @@ def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> 
     titles = heading, f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
     axes = f"size of the set, % of the {subset.over}", "kept, % of the shift"
     return finish(figure, titles, axes, showlegend=several, xaxis={"rangemode": "tozero"})
-
-
-@drawing.figure.register(results.Repair)
-def repair_figure(repair: results.Repair) -> go.Figure:
-    """What is left of what was to be dropped, against what is kept: scaled, repaired, random."""
-    keep, drop = repair.judging(keep=True), repair.judging(keep=False)
-
-    def kept_and_left(shares: Any) -> tuple[list[float], list[float]]:
-        means = (100 * shares[..., tasks].mean(-1).reshape(-1) for tasks in (keep, drop))
-        kept, left = (mean.tolist() for mean in means)
-        return kept, left
-
-    hover = "%{hovertext}<br>kept %{x:.3g}%, left %{y:.3g}%<extra></extra>"
-    name, marker = "whole adapter, scaled", {"size": 5}
-    scaled = curve(*kept_and_left(repair.along), name, LINEAR, hover, marker=marker)
-    texts = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
-    figure = go.Figure(scaled.update(hovertext=texts))
-    for name, shares, marker in (
-        ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
-        ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
-    ):
-        marks = figures.points(*kept_and_left(shares), hover, name, **marker)
-        figure.add_trace(marks.update(hovertext=name))
-    judged = "held-out prompts" if repair.is_held_out else "the prompts given (none held out)"
-    beside = "scaling leaves {} times as much at the same share kept"
-    if repair.exceeds:
-        beside = "the whole adapter leaves {} times as much and keeps less"
-    heading = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept, on {judged}"
-    titles = heading, beside.format(f"{repair.gain:.3g}")
-    axes = "kept of what was to be kept, %", "left of what was to be dropped, %"
-    return finish(figure, titles, axes, 440, legend=BELOW, yaxis={"rangemode": "tozero"})
-
-
-# --- Over a training, and from prompt to prompt
-
-_FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
-
-
-def too_few(training: results.Checkpoints) -> str:
-    """That there are too few checkpoints to tell a phase change of the readout; or nothing."""
-    if "prompt 0" in training.phases:
-        return ""
-    return f"{len(training.steps)} checkpoints are too few to tell a phase change of the readout."
-
-
-@drawing.figure.register(results.Checkpoints)
-def checkpoints_figure(training: results.Checkpoints) -> go.Figure:
-    """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
-    figure, steps, units = go.Figure(), [0.0, *training.steps], label(training.units)
-    for p, tokens in enumerate(training.str_tokens):
-        name, colour = label(short_prompt(tokens)), figures.PALETTE[p % len(figures.PALETTE)]
-        base = float(training.base[p])
-        exact = [base, *training.adapted[:, p].tolist()]
-        linear = [base, *(base + training.first_order[:, p]).tolist()]
-        hover, whole = f"step %{{x:g}}<br>%{{y:.4g}} {units}", f"<extra>{name}</extra>"
-        shown, said = {"showlegend": p == 0}, f"{hover}, first order{whole}"
-        line = curve(steps, exact, name, colour, hover + whole, width=2.5, marker={})
-        dashed = curve(steps, linear, "base + first order", colour, said, width=1.5, dash="dash")
-        for trace in (line, dashed.update(shown)):
-            figure.add_trace(trace.update(legendgroup=str(p)))
-        flip = float(training.flip_step[p])
-        if math.isfinite(flip):
-            hover = f"flips at step {flip:.3g}{whole}"
-            look = {"color": figures.FLIP, "size": 11, "symbol": "x"}
-            marks = figures.points([flip], [0], hover, "flips", **look)
-            figure.add_trace(marks.update(shown))
-        for first, last in training.phases.get(f"prompt {p}", ()):
-            figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
-    figure.add_hline(y=0, line={"color": INK, "width": 1.5})
-    shades = any(training.phases.get(f"prompt {p}") for p in range(len(training.base)))
-    none = too_few(training) or "no phase change of the readout"
-    below = "shaded: a phase change" if shades else none
-    titles, margin = (f"{training.readout} through the training", below), {"b": 120}
-    step = {"dtick": 1 if steps[-1] <= _FEW_STEPS else None}
-    return finish(figure, titles, ("step", units), legend=BELOW, margin=margin, xaxis=step)
-
-
-def margins_figure(explanations: Sequence[results.Explanation]) -> go.Figure:
-    """A line for each prompt, from the base model's margin to the adapted one's."""
-    accounts = list(map(words.explained_account, explanations))
-    names, units = numbered([e.prompt for e in explanations]), label(accounts[0].units)
-    ends = [end for a in accounts for end in (a.m0, a.m, None)]
-    rows = [name for name in names for _ in range(3)]
-    figure = go.Figure(curve(ends, rows, "", NOISE, showlegend=False))
-    for model, values, colour in (
-        ("base model", [a.m0 for a in accounts], NOISE),
-        ("with the adapter", [a.m for a in accounts], EXACT),
-    ):
-        hover = [
-            f"<b>{label(short_prompt(e.prompt))}</b><br>{label(a.doc)} against {label(a.pre)}"
-            f"<br>{model}: {signed(value)} {units}"
-            for e, a, value in zip(explanations, accounts, values, strict=True)
-        ]
-        figure.add_trace(figures.points(values, names, hover, model, color=colour, size=10))
-    figure.add_vline(x=0, line={"color": INK, "width": 1.5})
-    flips = sum(a.flips for a in accounts)
-    below = f"from the base model to the adapted one; {flips} of {len(accounts)} prompts flip"
-    titles, height = ("Margin of each prompt", below), 150 + 24 * len(accounts)
-    y = figures.names_axis(names, autorange="reversed", showgrid=False).layout
-    return finish(figure, titles, (f"margin, {units}", ""), height, yaxis=y)
 
 
 # --- Number by number: measured effects, corrections, random directions

@@ -267,24 +267,6 @@ def groups_by_token(
     return heatmap(titles, rows, cell_text, x, y, units, row_height=12)
 
 
-def layers_figure(explanations: Sequence[results.Explanation]) -> go.Figure:
-    """First order of each prompt, summed over the sites of each layer."""
-    sites, units = explanations[0].first_order.sites, explanations[0].units
-    layers = figures.layers_axis(sites).values
-    by_layer = (e.first_order.sum("layer")[0].reindex(layers, fill_value=0.0) for e in explanations)
-    sums = [values.tolist() for values in by_layer]
-
-    def says(i: int, j: int, value: float) -> str:
-        e = explanations[i]
-        said = value_text(value, float(e.first_order.shift[0]), units)
-        return f"<b>{label(short_prompt(e.prompt))}</b><br>layer {layers[j]}: {said}"
-
-    titles = "First order by prompt and layer", "summed over the modules of each layer, at ε = 0"
-    x = names_axis(layers, "layer", type=None)
-    y = names_axis(text.numbered([e.prompt for e in explanations]), autorange="reversed")
-    return heatmap(titles, sums, says, x, y, units, row_height=24)
-
-
 _MOST_NAMES, _MOST_LAYERS = 40, 16
 _CUT = 0.995
 _GREY = "grey: not downstream"

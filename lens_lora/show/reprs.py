@@ -188,31 +188,6 @@ def _reliability(flags: results.Reliability) -> str:
     return f"{counts} of {many(flags.flagged.shape[1], 'site')} flagged"
 
 
-@drawing.body.register(results.AdapterComparison)
-def _two_adapters(comparison: results.AdapterComparison) -> str:
-    pairs = zip(comparison.only, comparison.names, strict=True)
-    alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
-    shared = many(len(comparison.sites), "site")
-    lines = [f"{shared} in both, {', '.join(alone)}", comparison.summary().to_string()]
-    if comparison.note:
-        lines.append(comparison.note)
-    return "\n".join(lines)
-
-
-@drawing.body.register(results.Checkpoints)
-def _checkpoints(training: results.Checkpoints) -> str:
-    flips = ", ".join(f"{step:.3g}" for step in training.flip_step.tolist())
-    steps = flips.replace("nan", "never")
-    return f"flips at step {steps}\n{training.to_frame().to_string()}"
-
-
-@drawing.body.register(results.Repair)
-def _repair(repair: results.Repair) -> str:
-    table = repair.to_frame().drop(columns="base").round(4).to_string()
-    kept = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept"
-    return f"{kept}. {repair.story()}\n{table}"
-
-
 @drawing.body.register(results.Intruders)
 def _intruders(intruders: results.Intruders) -> str:
     found = int(intruders.counts.sum())

@@ -1,10 +1,9 @@
-"""A margin, an explanation and the verdicts in plain words: each fact is said by one function.
+"""A margin and the verdicts in plain words: each fact is said by one function.
 
-`margin_story`, `explanation_story` and the `headline` of a page are made of the same sentences.
-Every sentence is a number of the result. A difference of at most three noise floors is called
-noise, and nothing is compared with it. What was not measured is said not to be. How good first
-order is was decided with the result (`analyses/verdict.py`); a guide is called good only by the
-thresholds below, on this prompt.
+`margin_story` and the story of an explanation are made of the same sentences. Every sentence is a
+number of the result. A difference of at most three noise floors is called noise, and nothing is
+compared with it. How good first order is was decided with the result, in
+`core/analyses/verdict.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from lens_lora import results
 from lens_lora.core import SIGMAS, only_prompt
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.results import drawing
-from lens_lora.core.results.base import RANDOM
 from lens_lora.errors import many, worded
 from lens_lora.show import text
-from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed, visible
+from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed
 
 # --- One prompt of a fact margin as plain numbers
 
@@ -109,12 +107,6 @@ def account_of(fact_margin: results.FactMargin, prompt: int | None = None) -> Ac
     )
 
 
-def explained_account(explanation: results.Explanation) -> Account:
-    """The margin's account, with the prompt alone: without what is teacher-forced after it."""
-    account = account_of(explanation.margin)
-    return dataclasses.replace(account, prompt=text.prompt_text(explanation.prompt))
-
-
 def _fact_names(doc: str, pre: str) -> tuple[str, str]:
     """The two tokens in quotes; spelt out where they differ in white space alone."""
     if doc.strip() == pre.strip() or not (doc.strip() and pre.strip()):
@@ -124,7 +116,7 @@ def _fact_names(doc: str, pre: str) -> tuple[str, str]:
 
 # --- A fact margin: what happened, what first order says of it, where
 
-_MODULES_NAMED, _MODULES_IN_HEADLINE = 5, 3
+MODULES_NAMED = 5
 
 
 @drawing.story.register(results.FactMargin)
@@ -132,19 +124,21 @@ def margin_story(fact_margin: results.FactMargin, prompt: int | None = None) -> 
     """One prompt's story: what happened, what first order says, where, how it was read."""
     attribution, account = fact_margin.attribution, account_of(fact_margin, prompt)
     index = only_prompt(prompt, len(attribution.base), "accounts")
-    where = _largest(attribution, account, _MODULES_NAMED, index)
-    first = _joined(_first_order(account), caution_text(attribution))
-    paragraphs = [_happened(account), first, where, text.reading_text(attribution.meta)]
+    where = largest_text(attribution, account, MODULES_NAMED, index)
+    first = joined(first_order_text(account), caution_text(attribution))
+    paragraphs = [happened_text(account), first, where, text.reading_text(attribution.meta)]
     return "\n".join(filter(None, paragraphs))
 
 
-def _happened(a: Account) -> str:
+def happened_text(a: Account) -> str:
+    """What the base model prefers, what the adapter does to that, and where it flips."""
     nats = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
-    base = _base(a, f"On the prompt “{a.prompt}” the")
-    return _joined(base, nats if a.units == "nats" else "", _adapted(a), _flip(a))
+    base = base_text(a, f"On the prompt “{a.prompt}” the")
+    return joined(base, nats if a.units == "nats" else "", adapted_text(a), _flip(a))
 
 
-def _joined(*sentences: str) -> str:
+def joined(*sentences: str) -> str:
+    """A paragraph of the sentences that are not empty."""
     return " ".join(filter(None, sentences))
 
 
@@ -152,7 +146,8 @@ def _below_noise(floor: float) -> str:
     return f"below {SIGMAS:g} noise floors ({magnitude(floor)})"
 
 
-def _base(a: Account, begin: str = "The") -> str:
+def base_text(a: Account, begin: str = "The") -> str:
+    """Which of the two facts the base model prefers."""
     if a.is_noise(a.m0):
         margin = f"its margin of {signed(a.m0)} {a.units} is {_below_noise(a.floor)}"
         return f"{begin} base model prefers neither {a.doc} nor {a.pre}: {margin}."
@@ -160,7 +155,8 @@ def _base(a: Account, begin: str = "The") -> str:
     return f"{begin} base model prefers {answers} by {magnitude(a.m0)} {a.units}."
 
 
-def _adapted(a: Account) -> str:
+def adapted_text(a: Account) -> str:
+    """Which of the two facts the adapted model prefers, and how far that is from the base."""
     if not a.has_shift:
         return (
             f"The adapter moves this margin by {signed(a.shift)} {a.units}, "
@@ -196,13 +192,13 @@ def _flip(a: Account) -> str:
     return f"The preference flips at none of the {len(a.steps)} strengths that were run."
 
 
-def _first_order(a: Account) -> str:
+def first_order_text(a: Account) -> str:
     """What first order predicts, what it leaves at ε = 1 and on the way, and what that means."""
     v = a.verdict
     below, is_noise = _below_noise(a.remainder_floor), abs(a.remainder) <= a.remainder_floor
     if not a.has_shift:
         size = f"{below} as well" if is_noise else "more than rounding"
-        return f"{_conclusion(a)} What it leaves, {signed(a.remainder)}, is {size}."
+        return f"{conclusion_text(a)} What it leaves, {signed(a.remainder)}, is {size}."
     margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
     shift = f"a shift of {signed(a.first_order)} {a.units}"
     predicted = f"First order at ε = 0 predicts {shift}, to {margin}."
@@ -215,7 +211,7 @@ def _first_order(a: Account) -> str:
     else:
         worst = f"{share_text(v.worst)} so far (at ε = {v.worst_scale:.3g})"
         left += f", and {steps} at most {worst}"
-    return f"{predicted} {left}. {_conclusion(a)}"
+    return f"{predicted} {left}. {conclusion_text(a)}"
 
 
 def _flip_predicted(a: Account) -> str:
@@ -237,7 +233,7 @@ _CONCLUSIONS = {
 }
 
 
-def _conclusion(a: Account) -> str:
+def conclusion_text(a: Account) -> str:
     """How much of the shift first order gives, and how far that can be trusted."""
     if not a.has_shift:
         gives = f"{signed(a.first_order)} {a.units}{_unconfirmed(a, a.first_order)}"
@@ -251,7 +247,8 @@ def _unconfirmed(a: Account, value: float) -> str:
     return ", too small for a run at this precision to confirm" if a.is_noise(value) else ""
 
 
-def _largest(attribution: results.Attribution, a: Account, k: int, prompt: int = 0) -> str:
+def largest_text(attribution: results.Attribution, a: Account, k: int, prompt: int = 0) -> str:
+    """The k modules whose first-order parts are largest."""
     rows, modules = text.top_rows(attribution, k, prompt), many(len(attribution.sites), "module")
     named, unsure = "", ""
     if a.has_shift:
@@ -261,215 +258,12 @@ def _largest(attribution: results.Attribution, a: Account, k: int, prompt: int =
     return f"Largest first-order parts of {modules}{named}: {', '.join(parts)}{unsure}."
 
 
-# --- An explanation: the margin, what its remainder is made of, what to trust
-
-# A guide to measured effects: how closely it orders them, and between which slopes it sizes them.
-PEARSON, SPEARMAN, SLOPE = 0.95, 0.9, (0.8, 1.25)
-_TOP_SHARE = 0.2
-_FLAGGED_NAMED = 3
-_REDUNDANT = 0.5  # of the shift: less than this is lost by leaving out, summed over modules
-_DONE = {
-    "add_one": "adding one module (at ε = 0)",
-    "leave_one_out": "leaving one module out (at ε = 1)",
-}
-
-
-@drawing.story.register(results.Explanation)
-def explanation_story(explanation: results.Explanation) -> str:
-    """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
-    e, a = explanation, explained_account(explanation)
-    where = _largest(e.first_order, a, _MODULES_NAMED)
-    answers = "" if e.answers is None else f"After the prompt {text.answers_text(e.answers)}"
-    more = [where, _NO_SHARES]
-    if a.has_shift:
-        trust = _joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
-        more = [_parts(e, a), where, trust, _carried(e)]
-    paragraphs = [f"{_happened(a)} {_said(e)}", answers, _first_order(a), *more, _limits(e)]
-    paragraphs.append(text.reading_text(e.first_order.meta))
-    return "\n".join(filter(None, paragraphs))
-
-
-_NO_SHARES = (
-    "Since the shift is within rounding, no share of it is given, and what was measured of single "
-    "modules is not compared with anything."
-)
-
-
-def headline(e: results.Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
-    """What a reader in a hurry takes away: three sentences of the story, and four numbers."""
-    a = explained_account(e)
-    flip = "no flip" if a.flip_scale is None else f"ε = {a.flip_scale:.2g}"
-    sentences = (
-        f"{_base(a)} {_adapted(a)}",
-        _conclusion(a),
-        _joined(_largest(e.first_order, a, _MODULES_IN_HEADLINE), caution_text(e.first_order)),
-    )
-    numbers = (
-        (signed(a.m0), f"{a.units}, margin {a.doc} − {a.pre} in the base model"),
-        (signed(a.m), f"{a.units}, with the adapter"),
-        (flip, "strength at which the preference flips"),
-        (a.share(a.first_order), "of the shift is in the first-order parts"),
-    )
-    return sentences, numbers
-
-
-@drawing.story.register(results.Explanations)
-def explanations_story(explanations: results.Explanations) -> str:
-    """Each prompt by number, with its headline."""
-    return "\n".join(
-        f"{n}. “{text.short_prompt(e.prompt)}”: {' '.join(headline(e)[0])}"
-        for n, e in enumerate(explanations, start=1)
-    )
-
-
-def _said(e: results.Explanation) -> str:
-    answers = (e.margin.doc[0], e.margin.pre[0])
-    (base, base_share), (adapted, adapted_share) = (e.said[m][0] for m in ("base", "adapted"))
-    likeliest = (
-        f"The likeliest next token is “{visible(base)}” ({percent(base_share)}) for the base model "
-        f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
-    )
-    is_apart = [not t or not any(a.startswith(t) for a in answers) for t in (base, adapted)]
-    if not any(is_apart):
-        return likeliest
-    begins = "Neither begins one of the two answers"
-    if not all(is_apart):
-        begins = f"That of the {'base' if is_apart[0] else 'adapted'} model begins neither answer"
-    return f"{likeliest} {begins}, so the margin is not about what would be said first."
-
-
-def interactions(e: results.Explanation) -> tuple[float, float] | None:
-    """What first order misses of single modules, and what modules do together; if measured."""
-    if e.add_one is None:
-        return None
-    return float(e.add_one.values.sum() - e.first_order.total), float(e.add_one.interaction)
-
-
-def is_rounding(total: float, e: results.Explanation, a: Account) -> bool:
-    """Whether a sum of one measured difference per site could be rounding alone."""
-    return abs(total) <= a.floor * len(e.first_order.sites)
-
-
-def _parts(e: results.Explanation, a: Account) -> str:
-    """What the remainder is made of: exactly, by single modules, and to second order."""
-    second, measured, shares = e.second_order, "", ""
-    parts = interactions(e)
-    if parts is not None and abs(a.remainder) > a.remainder_floor:
-        note = ", which rounding alone could make" if is_rounding(parts[0], e, a) else ""
-        measured = (
-            f"Of the remainder of {signed(a.remainder)}, {signed(parts[0])} is what first order "
-            f"misses of the modules one by one{note}, and {signed(parts[1])} what they do "
-            "together; both from runs of the model."
-        )
-    curvature = signed(float(second.curvature))
-    if e.coupling is not None:
-        row = e.coupling.shares().loc[0]
-        within, between = (signed(float(row[part])) for part in ("self", "coupling"))
-        shares = f"Of those {curvature}, {within} are within layers and {between} between them."
-    bend = f"Second order adds {curvature} at ε = 1. Its verdict: {second.verdict[0]}."
-    return _joined(measured, bend, shares)
-
-
-def is_comparable(comparison: results.Comparison, account: Account) -> bool:
-    """Whether at least one effect stands out of the noise."""
-    return not account.is_noise(float(comparison.effects.abs().max()))
-
-
-def _agreement(e: results.Explanation, a: Account) -> str:
-    comparisons = [c for c in e.comparisons if is_comparable(c, a)]
-    if len(comparisons) < 3:
-        return ""
-    adding, leaving, at_end = map(_judged, comparisons)
-    return (
-        f"Measured, adding one module at a time agrees with first order at ε = 0 to {adding}. "
-        f"Leaving one out agrees with it to {leaving}; and with first order at ε = 1 to {at_end}."
-    )
-
-
-def _judged(c: results.Comparison) -> str:
-    """How closely measured effects follow an attribution, and whether that makes it a guide."""
-    r, rank, slope = (float(values[0]) for values in (c.pearson, c.spearman, c.slope))
-    agreement = f"a correlation of {r:.3f} (of ranks {rank:.3f}, slope {slope:.2f})"
-    if math.isnan(r):
-        agreement = "no correlation that exists"
-    if not (r >= PEARSON and rank >= SPEARMAN):
-        return f"{agreement}: not a good guide here"
-    is_sized = SLOPE[0] <= slope <= SLOPE[1]
-    return f"{agreement}: {'a good guide here' if is_sized else 'right in order, not in size'}"
-
-
-def _redundancy(e: results.Explanation, a: Account) -> str:
-    together = math.nan if e.leave_one_out is None else float(e.leave_one_out.values.sum())
-    share = together / a.shift
-    if not share < _REDUNDANT or is_rounding(together, e, a):
-        return ""
-    together = f"all modules together account for {percent(share)} of the shift"
-    why = "they stand in for one another, or the margin saturates"
-    return f"Left out one at a time, {together}: {why}."
-
-
-def _flags(e: results.Explanation) -> str:
-    """How many first-order numbers are flagged, as the answer to which question."""
-    if not e.reliability:
-        return ""
-    counts: list[str] = []
-    for question, flags in e.reliability.items():
-        names = flags.flagged_sites(0)
-        listed = f" ({text.first_of(names, _FLAGGED_NAMED)})" if names else ""
-        counts.append(f"{len(names)}{listed} as the answer to {_DONE[question]}")
-    return (
-        f"Of {len(e.first_order.sites)} first-order numbers, reliability flags "
-        f"{' and '.join(counts)}. An unflagged module is not necessarily right: modules too small "
-        "to matter are not checked."
-    )
-
-
 def kept_by_constants(constant: results.ConstantPart) -> str:
     """Of the readout, where one was given, and of the KL."""
     by_kl = f"{percent(constant.kept_kl)} of {constant.BY_KL}"
     if constant.readout == constant.BY_KL:
         return by_kl
     return f"{percent(constant.kept)} of {constant.readout}, and {by_kl}"
-
-
-def kept_by_top(e: results.Explanation) -> tuple[float, int, dict[str, float]] | None:
-    """What the top of each ranking keeps of the shift, at the run size nearest to a fifth.
-
-    Returns:
-        the size as a share of the modules and as a number of them, and what each ranking keeps;
-        None where curves were not computed, or the shift is noise.
-    """
-    curves = e.faithfulness
-    if curves is None or bool(curves.keep.isnan().all()):
-        return None
-    index = int((curves.fractions - _TOP_SHARE).abs().argmin())
-    fraction = float(curves.fractions[index])
-    kept = {name: float(curves.kept_share(name, fraction)[0]) for name in curves.names}
-    return fraction, curves.counts[index], kept
-
-
-def _carried(e: results.Explanation) -> str:
-    top = kept_by_top(e)
-    if top is None:
-        return ""
-    fraction, count, kept = top
-    ways = {name: f"by {text.key_text(name)}" for name in kept} | {RANDOM: "at random"}
-    shares = ", ".join(f"{percent(share)} {ways[name]}" for name, share in kept.items())
-    top = f"the top {percent(fraction)} of the modules ({count})"
-    return f"Measured, {top} alone keep, of the shift: {shares}."
-
-
-def _limits(e: results.Explanation) -> str:
-    tested = "" if e.null is None else f"Against random directions: {e.null.verdict[0]}."
-    missing = ["single modules added or left out", "keep and drop curves"] if e.is_fast else []
-    if e.null is None:
-        missing.append("whether random directions of the same size do as much")
-    return _joined(
-        tested,
-        f"Not measured: {', '.join(missing)}." if missing else "",
-        "All this is one prompt and one pair of answers; it says how much the modules move this "
-        "margin, not by what mechanism.",
-    )
 
 
 # --- Verdicts as phrases, each with its numbers

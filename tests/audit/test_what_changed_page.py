@@ -16,7 +16,8 @@ from results_by_hand import without_plotly
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.show.adapters import promoted_figure, shares_figure, what_changed_tables
+from lens_lora.audit.figures import promoted_figure, shares_figure
+from lens_lora.audit.page import what_changed_tables
 from lens_lora.show.figures import heatmap, names_axis, tokens_axis
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.errors import PromptError, TokenError
-from lens_lora.show.tables import explanation_tables, remainder_table
+from lens_lora.explanations.tables import explanation_tables, remainder_table
 
 CLASSES = list(models.MAKERS)
 PROMPT, DOC, PRE = "w13 w14 w15", "w9", "w26"

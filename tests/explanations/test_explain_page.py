@@ -21,10 +21,10 @@ from results_by_hand import EVIL, SCALES, SITES, attribution, without_plotly
 
 import lens_lora as ll
 from lens_lora.explanations.page import explanation_report
+from lens_lora.explanations.tables import moved_table, site_moves
+from lens_lora.explanations.words import headline
 from lens_lora.show import page as render
-from lens_lora.show.tables import moved_table, site_moves
 from lens_lora.show.text import label
-from lens_lora.show.words import headline
 
 # --- the page
 

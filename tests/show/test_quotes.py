@@ -15,7 +15,7 @@ from every_result import every_result
 
 import lens_lora as ll
 from lens_lora.core.readout.prompts import PromptTokens, asked_of
-from lens_lora.core.results.base import Result
+from lens_lora.core.results.base import Paged, Ranked, Result
 from lens_lora.show.text import prompt_text, short_prompt
 
 ANSWER = "«what is said»"
@@ -56,7 +56,7 @@ def quoted(text: str) -> list[str]:
 def test_no_text_quotes_an_answer_as_asked(result: Result):
     """Reprs, stories and tables of every class of result."""
     said = [repr(result)]
-    if isinstance(result, ll.results.base.Paged):
+    if isinstance(result, Paged):
         said.append(result.story())
     for text in said:
         assert not [words for words in quoted(text) if ANSWER in words]
@@ -73,7 +73,7 @@ def test_no_title_quotes_an_answer_as_asked(result: Any):
     takes_prompt = "prompt" in inspect.signature(result.plot).parameters
     count = len(getattr(result, "str_tokens", ()))
     asked = [{"prompt": 0}] if takes_prompt else [{}]
-    if isinstance(result, ll.results.base.Ranked) and count > 1 and not _by_position(result):
+    if isinstance(result, Ranked) and count > 1 and not _by_position(result):
         asked.append({})
     for options in asked:
         figure = result.plot(**options)
@@ -89,7 +89,7 @@ def _by_position(result: Any) -> bool:
 
 def test_a_page_quotes_no_answer_as_asked():
     for result in EVERY:
-        if isinstance(result, ll.results.base.Paged):
+        if isinstance(result, Paged):
             page = re.sub(r"<script.*?</script>", "", result.report(), flags=re.DOTALL)
             assert not [words for words in quoted(page) if ANSWER in words]
             assert ANSWER not in page.partition("</title>")[0]

@@ -12,14 +12,12 @@ from results_by_hand import flip_case, two_prompts
 from rich.cells import cell_len
 from rich.console import Console
 
+from lens_lora.explanations.tables import margins_table, moved_table, sites_table
 from lens_lora.show.tables import (
     Table,
     margin_table,
-    margins_table,
     modules_table,
-    moved_table,
     prompts_table,
-    sites_table,
     table_of,
 )
 from lens_lora.show.text import cut_in_the_middle

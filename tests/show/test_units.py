@@ -12,7 +12,7 @@ import torch
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora.core.results.base import Paged, Pictured, Result
+from lens_lora.core.results.base import Drawn, Paged, Pictured, Result
 
 UNITS = "furlongs"
 BRIDGE = list(models.MAKERS)[-1]
@@ -57,7 +57,7 @@ def test_texts_say_the_units(result: Result):
 
 @pytest.mark.parametrize(
     "result",
-    [r for r in EVERY if isinstance(r, Pictured | ll.results.base.Drawn)],
+    [r for r in EVERY if isinstance(r, Pictured | Drawn)],
     ids=lambda result: type(result).__name__,
 )
 def test_figures_say_the_units(result: Any):

@@ -1,0 +1,58 @@
+"""What an audit shows: the tokens that the adapter promotes, and which modules hold the KL."""
+
+from __future__ import annotations
+
+from lens_lora.audit.what_changed import By, WhatChanged
+from lens_lora.core import drawing
+from lens_lora.show import go, text
+from lens_lora.show.figures import (
+    LINEAR,
+    bars,
+    curve,
+    kinds_by_layer,
+)
+from lens_lora.show.text import (
+    percent,
+    signed,
+    visible,
+)
+
+
+def shares_figure(changed: WhatChanged) -> go.Figure:
+    """Each site's share of the KL, layer × kind of module."""
+    values = changed.shares.tolist()
+    total = sum(values) or 1.0
+    says = [f"{percent(value / total)} of all" for value in values]
+    below = "shares of the KL along the path from base to adapted model"
+    titles = "Which modules hold the divergence", below
+    return kinds_by_layer(titles, changed.sites, values, says, "nats a token", "signed")
+
+
+_PROMOTED_UNITS = {
+    "logit": "mean shift of the logit",
+    "probability": "mean shift of the probability",
+    "count": "share of tokens at which it is among the 20 promoted most",
+    "reading": "mean Δh on first tokens, read as logits",
+}
+
+
+CONTROLS = (("null", "a null adapter", "dash"), ("unrelated", "an unrelated adapter", "dot"))
+
+
+@drawing.figure.register(WhatChanged)
+def promoted_figure(changed: WhatChanged, k: int = 20, by: By = "logit") -> go.Figure:
+    """The tokens promoted most; lines where the largest shift under a control is."""
+    frame = changed.promoted(k, by)
+    values = frame[by].tolist()
+    names = [f"{rank} {visible(token)}" for rank, token in frame[["rank", "token"]].to_numpy()]
+    hover = [f"{text.label(name)}<br>{signed(v)}" for name, v in zip(names, values, strict=True)]
+    heading = f"Promoted by {changed.found.name}, nothing asked"
+    figure = bars((heading, changed.texts), names, values, hover, _PROMOTED_UNITS[by])
+    figure.update_traces(showlegend=False)
+    for control, described, dash in CONTROLS:
+        if control in frame:
+            most = float(frame[control].tolist()[0])
+            said = f"{signed(most)}, the most of any token under {described}"
+            ends, name = [text.label(names[0]), text.label(names[-1])], f"most under {described}"
+            figure.add_trace(curve([most] * 2, ends, name, LINEAR, [said] * 2, dash=dash))
+    return figure

@@ -1,0 +1,139 @@
+"""The tables of an audit, for the terminal and for its page."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.console import Group
+
+from lens_lora.audit.figures import CONTROLS, promoted_figure, shares_figure
+from lens_lora.audit.what_changed import BY, By, WhatChanged
+from lens_lora.audit.words import moved_text, promoted_text, what_changed_story
+from lens_lora.core import drawing
+from lens_lora.show import text
+from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html, warned
+from lens_lora.show.tables import Pairs, Table, in_terminal, table_of
+from lens_lora.show.text import (
+    magnitude,
+    percent,
+    signed,
+    visible,
+)
+
+_PROMOTED = {
+    "logit": ("promoted by mean logit", "by logit", "mean Δlogit"),
+    "probability": ("promoted by mean probability", "by probability", "mean Δp"),
+    "count": ("among the 20 promoted most", "by count", "of all tokens"),
+    "reading": ("Δh on the first tokens reads as", "read as tokens", "logits"),
+}
+
+
+_TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
+
+
+def _promoted_table(changed: WhatChanged, by: By, k: int) -> Table:
+    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
+    frame, (title, heading, units) = changed.promoted(k, by), _PROMOTED[by]
+    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in CONTROLS if name in frame]
+    ends = f"; largest of any token, {', '.join(most)}" if most else ""
+    ends = ends if by != "reading" else f", {list(changed.found.readings)[-1]}{ends}"
+    heads = {"rank": "", "token": "token", by: units}
+    return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
+
+
+def _places_table(changed: WhatChanged, k: int) -> Table:
+    """The tokens after which the next one changes most."""
+    places = changed.where(k)
+    is_still = places["promoted"] == ""
+    hidden, places = is_still.sum(), places[~is_still].copy()
+    title = f"where ({hidden} places left out: no probability rises there)" if hidden else "where"
+    where = zip(places["text"], places["position"], strict=True)
+    places["context"] = [text.context_text(changed.str_tokens[i], t) for i, t in where]
+    for control in places.columns.intersection(["null", "unrelated"]):
+        places[control] = list(map(magnitude, places[control]))
+    heads = {"context": "after ⟦token⟧", "kl": "KL, nats", "promoted": "promoted there"}
+    heads |= {"null": "null", "unrelated": "unrelated"}
+    return table_of(places, heads, texts=(0, 2), title=title)
+
+
+def _modules_table(changed: WhatChanged, k: int) -> Table:
+    """The sites of largest share of the KL; no row where it was not split."""
+    heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
+    return table_of(changed.modules(k), heads, texts=(0, 1), title="modules of the KL")
+
+
+def _groups(changed: WhatChanged) -> Table:
+    """Tokens that the same texts promote."""
+    groups = changed.promoted_groups()
+    groups["tokens"] = [" ".join(map(visible, tokens)) for tokens in groups["tokens"]]
+    heads = {"share": "of all promoted", "tokens": "tokens", "text": "most in"}
+    return table_of(groups, heads, texts=(1, 2), heading="tokens that the same texts promote")
+
+
+def _writers(changed: WhatChanged, k: int) -> Table:
+    """What adds the mean Δh of the first tokens."""
+    heads = {"name": "added by", "share": "of ‖Δh‖²"}
+    return table_of(changed.writers(k), heads, heading="which blocks add it")
+
+
+def _size_table(changed: WhatChanged) -> Table:
+    """The adapter and each control: how much it changes."""
+    summary = changed.summary()
+    last = {summary.columns[-1]: "share"}  # how constant Δh is behind the last block
+    heads = {"adapter": "adapter", "kind": "kind", "scale": "scale", "mean_kl": "KL, nats a token"}
+    heads |= {f"largest_{by}": f"largest {by}" for by in BY}
+    heads["share"] = "constant behind the last block"
+    return table_of(summary.rename(columns=last), heads, texts=(0, 1))
+
+
+def _claims_table(changed: WhatChanged) -> Table:
+    """What it says of its own accord, and the runs that show it."""
+    each = [{**vars(claim), "undone": claim.undone} for claim in changed.claims]
+    heads = {"by": "by", "context": "after", "says": "it says", "base_says": "the base says"}
+    heads |= {"base": "log p, base", "adapted": "adapted", "null": "null"}
+    heads |= {"layers": "without", "undone": "undone"}
+    heading = "What it says of its own accord"
+    return table_of(pd.DataFrame(each), heads, texts=(0, 1, 2, 3, 7), heading=heading)
+
+
+def what_changed_tables(changed: WhatChanged, k: int = 10) -> Group:
+    """Promoted tokens, places and modules, for the terminal."""
+    promoted = (_promoted_table(changed, by, k) for by in BY)
+    return in_terminal(*promoted, _places_table(changed, k), _modules_table(changed, k))
+
+
+@drawing.report.register(WhatChanged)
+def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> str:
+    """A self-contained HTML page."""
+    logit, probability, count, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
+    modules, answers = _modules_table(changed, _MODULES_SHOWN), answers_of(changed.answers)
+    split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
+    sections = [
+        Section("How much", [_size_table(changed)]),
+        Section("Which tokens are promoted", [(logit, probability), (count, _groups(changed))]),
+        Section("What the first tokens carry", [(reading, _writers(changed, _TOKENS_SHOWN))]),
+        Section("Where", [_places_table(changed, _PLACES_SHOWN)]),
+        Section("Which modules", split),
+    ]
+    part = Part(
+        subtitle=f"{made_by(changed.meta)} · {changed.texts}",
+        headline=(changed.brief().verdict, moved_text(changed), promoted_text(changed)),
+        numbers=_numbers(changed),
+        top=[_claims_table(changed), *answers, promoted_figure(changed)],
+        sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
+        warnings=warned(changed.meta),
+    )
+    return page_html(title or f"What did {changed.found.name} change?", [part])
+
+
+def _numbers(changed: WhatChanged) -> Pairs:
+    found, top = changed.found, changed.promoted(1).to_dict("records")[0]
+    random = f"; random directions {signed(top['null'])} at most" if "null" in top else ""
+    return (
+        (magnitude(found.mean_kl), "nats a token, KL from the base to the adapted model"),
+        (signed(top["logit"]), f"logits, “{visible(top['token'])}”, promoted most{random}"),
+        (magnitude(float(found.kl[:, 1:].nan_to_num().max())), "nats where it changes most"),
+        (
+            percent(list(found.constant.values())[-1]),
+            "of the shift behind the last block is one vector, whatever the token",
+        ),
+    )

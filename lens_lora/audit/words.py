@@ -1,0 +1,55 @@
+"""What an audit says, and no more than its controls allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lens_lora.audit.what_changed import WhatChanged
+from lens_lora.core import drawing
+from lens_lora.show.text import (
+    magnitude,
+    reading_text,
+    signed,
+    visible,
+)
+
+_TOKENS_NAMED = 6
+
+
+@drawing.story.register(WhatChanged)
+def what_changed_story(changed: WhatChanged) -> str:
+    """A paragraph a line: how much, which tokens, and the brief."""
+    first = magnitude(changed.found.first_kl)
+    size = f"{moved_text(changed)} At first tokens, which are left out: {first} nats."
+    paragraphs = [size, promoted_text(changed), changed.brief().told, reading_text(changed.meta)]
+    return "\n".join(filter(None, paragraphs))
+
+
+def moved_text(changed: WhatChanged) -> str:
+    """How far the next-token distribution moves, beside how far the controls move it."""
+    size = f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
+    moves = f"Over {changed.texts} the next-token distribution moves by {size}"
+    if changed.nulls:
+        times = _range(changes.scale for changes in changed.nulls)
+        moved = _range(changes.mean_kl for changes in changed.nulls)
+        moves += f"; null adapters, in random directions, by {moved} at {times} times its size"
+    if changed.unrelated:
+        others = _range(changes.mean_kl for changes in changed.unrelated)
+        moves += f"; unrelated adapters: {others}"
+    return f"{moves}."
+
+
+def _range(values: Iterable[float]) -> str:
+    """'0.1', or '0.1 to 0.3'."""
+    ends = sorted(values)
+    return " to ".join(dict.fromkeys(map(magnitude, (ends[0], ends[-1]))))
+
+
+def promoted_text(changed: WhatChanged) -> str:
+    """The tokens that are promoted most."""
+    frame = changed.promoted(_TOKENS_NAMED)
+    most = f"the first by {signed(frame['logit'].tolist()[0])} logits"
+    if "null" in frame:
+        most += f"; no token by more than {signed(frame['null'].tolist()[0])} under a null adapter"
+    tokens = ", ".join(f"‘{visible(token)}’" for token in frame["token"])
+    return f"Promoted most by mean logit: {tokens} ({most})."

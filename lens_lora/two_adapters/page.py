@@ -1,0 +1,124 @@
+"""The tables and the pages of a training and of a repair."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from lens_lora.core import drawing
+from lens_lora.show import text
+from lens_lora.show.page import Part, Section, folded, made_by, page_html, warned
+from lens_lora.show.tables import Pairs, Row, Table, table_of
+from lens_lora.show.text import (
+    magnitude,
+    percent,
+    signed,
+)
+from lens_lora.two_adapters.checkpoints import Checkpoints
+from lens_lora.two_adapters.repair import Repair
+from lens_lora.two_adapters.words import (
+    checkpoints_story,
+    fate,
+    judged_text,
+    phases_text,
+    repair_story,
+    too_few,
+)
+
+
+def checkpoints_table(training: Checkpoints) -> Table:
+    """The readout at every checkpoint, the base model first, as step 0."""
+    prompts = list(map(text.short_prompt, training.str_tokens))
+    starts = zip(prompts, map(signed, training.base.tolist()), strict=True)
+    rows: list[Row] = [("0", *start, "", "", "", "") for start in starts]
+    series = (training.adapted, training.first_order, training.remainder)
+    for (k, step), (p, prompt) in itertools.product(enumerate(training.steps), enumerate(prompts)):
+        numbers = (signed(float(values[k, p])) for values in series)
+        flip, angle = magnitude(float(training.flip_scale[k, p])), f"{training.angle[k]:.0f}°"
+        rows.append((f"{step:g}", prompt, *numbers, flip, angle.replace("nan°", "—")))
+    value = f"value, {training.units}"
+    heads = ("step", "prompt", value, "first order", "remainder", "flips at ε", "angle")
+    return Table(heads, rows, texts=(1,), title=f"{training.readout} through the training")
+
+
+@drawing.report.register(Checkpoints)
+def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> str:
+    """The page of a training, as a string."""
+    sections = [
+        Section("Which layers move when", [training.plot_modules("moved", "layer")]),
+        Section("Which kinds of module move when", [training.plot_modules("moved", "kind")]),
+        Section("First order by layer", [training.plot_modules("effect", "layer")]),
+        Section("The numbers", [checkpoints_table(training)]),
+    ]
+    prompts = "; ".join(f"“{text.short_prompt(tokens)}”" for tokens in training.str_tokens)
+    part = Part(
+        subtitle=f"{training.readout} · {prompts}",
+        headline=_training_headline(training),
+        numbers=_training_numbers(training),
+        top=[training.plot()],
+        sections=folded(checkpoints_story(training), sections, "training", training.meta),
+        warnings=warned(training.meta),
+    )
+    first, *_, last = training.steps
+    name = f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}"
+    return page_html(title or name, [part])
+
+
+def _training_headline(training: Checkpoints) -> Sequence[str]:
+    """When the readout flips, whether anything changes at once, and where ΔW is in the end."""
+    flips, count = training.flip_step.nan_to_num(math.inf), len(training.base)
+    first = int(flips.argmin())
+    several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. " if count > 1 else ""
+    at_once = phases_text(training, f"prompt {first}", "It") or too_few(training)
+    effect, norm = (training.by_group(what, "layer").iloc[:, -1] for what in ("effect", "norm"))
+    where = (
+        f"At the last checkpoint first order is largest in {effect.abs().idxmax()} "
+        f"({signed(effect[effect.abs().idxmax()])} {training.units}), and ΔW in {norm.idxmax()} "
+        f"(‖ΔW‖ = {magnitude(norm.max())})."
+    )
+    return several + fate(training, first), at_once or "It changes at no step at once.", where
+
+
+def _training_numbers(training: Checkpoints) -> Pairs:
+    count, first = len(training.base), int(training.flip_step.nan_to_num(math.inf).argmin())
+    mean = f", mean of {count} prompts" if count > 1 else ""
+    step, scale = float(training.flip_step[first]), float(training.flip_scale[-1, first])
+    return (
+        (signed(float(training.base.mean())), f"{training.units}, the base model{mean}"),
+        (signed(float(training.adapted[-1].mean())), f"{training.units}, the last checkpoint"),
+        (f"{step:.3g}" if math.isfinite(step) else "never", "step of the first change of sign"),
+        (f"ε = {scale:.2g}" if math.isfinite(scale) else "—", "where the last checkpoint flips"),
+    )
+
+
+def repair_table(repair: Repair) -> Table:
+    """What stays of each question, by adapter."""
+    frame = repair.to_frame()
+    frame.loc[frame["held out"], "kind"] += ", held out"
+    heads = {name: name for name in ("question", "kind", "adapter", "value")}
+    heads["share"] = "kept or left"
+    return table_of(frame, heads, texts=(0, 1, 2), title="What stays of each")
+
+
+@drawing.report.register(Repair)
+def repair_report(repair: Repair, *, title: str | None = None) -> str:
+    """The page of a repair, as a string."""
+    kept = f"{int(repair.kept.sum())} of {repair.gate_count}"
+    outcome, beside, _ = judged_text(repair)
+    scaled = "which keeps less" if repair.exceeds else "scaled to keep this"
+    sections = [Section("What stays of each", [repair_table(repair)])]
+    part = Part(
+        subtitle=made_by(repair.meta),
+        headline=(outcome, beside, f"{kept} {repair.of}s of the adapter are kept."),
+        numbers=(
+            (percent(repair.kept_share), "of what was to be kept stays"),
+            (percent(repair.left_share), "of what was to be dropped is left"),
+            (kept, f"{repair.of}s kept"),
+            (f"{repair.gain:.3g} ×", f"as much is left by the whole adapter, {scaled}"),
+        ),
+        top=[repair.plot()],
+        sections=folded(repair_story(repair), sections, "repair", repair.meta),
+        warnings=warned(repair.meta),
+    )
+    return page_html(title or f"What a repair left of {repair.meta.get('adapter', 'it')}", [part])

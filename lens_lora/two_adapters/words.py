@@ -1,0 +1,111 @@
+"""What a comparison of two adapters, a training and a repair say."""
+
+from __future__ import annotations
+
+import math
+
+from lens_lora.core import drawing
+from lens_lora.errors import many, named, worded
+from lens_lora.show import text
+from lens_lora.show.text import (
+    percent,
+    reading_text,
+)
+from lens_lora.two_adapters.checkpoints import Checkpoints
+from lens_lora.two_adapters.compare_adapters import AdapterComparison
+from lens_lora.two_adapters.repair import Repair
+
+
+def too_few(training: Checkpoints) -> str:
+    """That there are too few checkpoints to tell a phase change of the readout; or nothing."""
+    if "prompt 0" in training.phases:
+        return ""
+    return f"{len(training.steps)} checkpoints are too few to tell a phase change of the readout."
+
+
+@drawing.story.register(Checkpoints)
+def checkpoints_story(training: Checkpoints) -> str:
+    """Where each prompt flips, in steps and in strength, and where anything changes at once."""
+    prompts = range(len(training.str_tokens))
+    lines = [fate(training, p) + phases_text(training, f"prompt {p}", " It") for p in prompts]
+    lines.append(phases_text(training, "angle", "The direction of ΔW"))
+    lines += [too_few(training), reading_text(training.meta)]
+    return "\n".join(filter(None, lines))
+
+
+def fate(training: Checkpoints, p: int) -> str:
+    """When a prompt's readout changes sign."""
+    step, end = float(training.flip_step[p]), float(training.flip_scale[-1, p])
+    last = "does not flip" if math.isnan(end) else f"flips at ε = {end:.2g}"
+    happened = f"changes sign at about step {step:.3g}; the last checkpoint {last}."
+    if math.isnan(step) and bool(training.hidden[:, p].any()):
+        rounding = "beyond rounding, which hides its sign at the base or later"
+        happened = f"changes sign at no checkpoint {rounding}."
+    elif math.isnan(step):
+        happened = f"keeps its sign through all {len(training.steps)} checkpoints."
+    return f"“{text.short_prompt(training.str_tokens[p])}”: {training.readout} {happened}"
+
+
+def phases_text(training: Checkpoints, series: str, subject: str) -> str:
+    """Between which steps a series changes at once; nothing where it does not."""
+    spans = [f"{a:g} and {b:g}" for a, b in training.phases.get(series, ())]
+    return f"{subject} changes at once between steps {', and '.join(spans)}." if spans else ""
+
+
+@drawing.story.register(Repair)
+def repair_story(repair: Repair) -> str:
+    """Kept and left on the prompts that judge, and whether that is better than scaling."""
+    return " ".join(filter(None, (*judged_text(repair), reading_text(repair.meta))))
+
+
+def judged_text(repair: Repair) -> tuple[str, str, str]:
+    """What is kept and left; whether scaling does better; how to judge it more fairly."""
+    judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on"
+    outcome = (
+        f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
+        f"and leaves {percent(repair.left_share)} of what was to be dropped."
+    )
+    if repair.verdict == "nothing":
+        none = (
+            f"No smaller set of {repair.of}s that was tried kept {percent(repair.keep_share)} and "
+            f"left less, so the adapter is whole: ask for a smaller {named('keep_share')}, or more "
+            "steps."
+        )
+        return outcome, none, ""
+    gain = f"{repair.gain:.3g} times as much"
+    beside = {
+        "helps": f"The whole adapter, scaled down to keep the same, leaves {gain}.",
+        "tie": "That is a tie with scaling the whole adapter down to keep the same.",
+        "worse": "Scaling the whole adapter down to keep the same leaves less: the repair does not "
+        "help here.",
+    }[repair.verdict]
+    if repair.exceeds:
+        beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
+    held_out = worded("test_keep and test_drop", "--test-prompt and --test-drop")
+    fair = "" if repair.is_held_out else f"Give {held_out} to judge it fairly."
+    return outcome, beside, fair
+
+
+@drawing.body.register(AdapterComparison)
+def _two_adapters(comparison: AdapterComparison) -> str:
+    pairs = zip(comparison.only, comparison.names, strict=True)
+    alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
+    shared = many(len(comparison.sites), "site")
+    lines = [f"{shared} in both, {', '.join(alone)}", comparison.summary().to_string()]
+    if comparison.note:
+        lines.append(comparison.note)
+    return "\n".join(lines)
+
+
+@drawing.body.register(Checkpoints)
+def _checkpoints(training: Checkpoints) -> str:
+    flips = ", ".join(f"{step:.3g}" for step in training.flip_step.tolist())
+    steps = flips.replace("nan", "never")
+    return f"flips at step {steps}\n{training.to_frame().to_string()}"
+
+
+@drawing.body.register(Repair)
+def _repair(repair: Repair) -> str:
+    table = repair.to_frame().drop(columns="base").round(4).to_string()
+    kept = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept"
+    return f"{kept}. {repair.story()}\n{table}"
