@@ -25,9 +25,11 @@ DRAWERS: dict[str, tuple[str, ...]] = {
     "lens_lora.explanations": (
         "lens_lora.explanations.figures",
         "lens_lora.explanations.words",
+        "lens_lora.explanations.response_words",
+        "lens_lora.explanations.response_page",
         "lens_lora.explanations.page",
     ),
-    "lens_lora.responses": ("lens_lora.responses.page",),
+    "lens_lora.responses": ("lens_lora.responses.figures",),
     "lens_lora.ship": ("lens_lora.ship.page",),
     "lens_lora.sweeps": ("lens_lora.sweeps.figures",),
     "lens_lora.two_adapters": (

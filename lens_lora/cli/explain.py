@@ -168,8 +168,8 @@ def _happened(explanation: Explained) -> str:
 
 def _print(explanations: Sequence[Explained]) -> None:
     """The summary of one, or the overview of several as on the page."""
+    from lens_lora.explanations.response_page import response_tables, responses_table
     from lens_lora.explanations.tables import explanation_tables, margins_table
-    from lens_lora.responses.page import response_tables, responses_table
     from lens_lora.show.tables import in_terminal
 
     if len(explanations) > 1:

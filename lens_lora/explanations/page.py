@@ -21,7 +21,7 @@ from lens_lora.explanations.figures import (
     layers_figure,
     margins_figure,
 )
-from lens_lora.responses.page import response_part, responses_table
+from lens_lora.explanations.response_page import response_part, responses_table
 from lens_lora.show import go, page, text
 from lens_lora.show.tables import margin_table
 from lens_lora.show.text import magnitude, short_prompt

@@ -17,7 +17,7 @@ from results_by_hand import without_plotly
 import lens_lora as ll
 from lens_lora.core.function import forward as branching
 from lens_lora.core.model import lens as generation
-from lens_lora.responses.page import laid_out
+from lens_lora.responses.figures import laid_out
 
 CLASSES = list(models.MAKERS)
 PROMPT, RESPONSE = "w13 w14 w15", torch.tensor([9, 26, 5, 9])
