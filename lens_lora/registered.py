@@ -22,6 +22,7 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.audit.words",
         "lens_lora.audit.page",
     ),
+    "lens_lora.directions": ("lens_lora.directions.figures", "lens_lora.directions.words"),
     "lens_lora.explanations": (
         "lens_lora.explanations.figures",
         "lens_lora.explanations.words",
@@ -29,7 +30,8 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.explanations.response_page",
         "lens_lora.explanations.page",
     ),
-    "lens_lora.responses": ("lens_lora.responses.figures",),
+    "lens_lora.hidden": ("lens_lora.hidden.figures", "lens_lora.hidden.words"),
+    "lens_lora.responses": ("lens_lora.responses.figures", "lens_lora.responses.words"),
     "lens_lora.ship": ("lens_lora.ship.page",),
     "lens_lora.sweeps": ("lens_lora.sweeps.figures",),
     "lens_lora.two_adapters": (

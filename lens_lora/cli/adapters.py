@@ -61,7 +61,7 @@ def inspect(
     folder = options.folder_of(adapter, within, quiet=quiet)
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.directions.spectra import summarise
-        from lens_lora.show.adapters import adapter_table, spectra_table
+        from lens_lora.directions.summary_tables import adapter_table, spectra_table
 
         loaded, lens = ll.load_adapter(folder), None
         if base.model is not None:

@@ -48,7 +48,6 @@ from lens_lora.core import (
     tangent_of,
 )
 from lens_lora.core.analyses.first_order import in_rank_space, labelled
-from lens_lora.core.analyses.verdict import SharesVerdict
 from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.function.derivatives import group_parts, part_tangents, pulled_back
 from lens_lora.core.function.forward import gated_readout
@@ -63,6 +62,34 @@ from lens_lora.two_adapters.compare_adapters import correlation_of
 
 _Kernel = Literal["site", "layer", "kind"]
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
+
+
+# A rank correlation; chosen and confirmed in docs/faithfulness.md.
+_RANKED = 0.9
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SharesVerdict:
+    """Whether shares of a KL's quadratic part rank the sites as the whole KL does, on one prompt.
+
+    Attributes:
+        ratio: the divergence at ε = 1 over the quadratic.
+        agreement: rank correlation of the shares with the gradient of the divergence at ε = ½.
+    """
+
+    ratio: float
+    agreement: float
+
+    def __str__(self) -> str:
+        return drawing.text(self)
+
+    @property
+    def kind(self) -> Literal["holds", "fails", "unknown"]:
+        """'holds', the ranks agree; 'fails'; 'unknown', there is no rank correlation."""
+        if self.agreement != self.agreement:
+            return "unknown"
+        return "holds" if self.agreement >= _RANKED else "fails"
 
 
 @final

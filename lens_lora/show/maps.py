@@ -11,15 +11,14 @@ import pandas as pd
 
 from lens_lora import results
 from lens_lora.arguments import whole, word
-from lens_lora.core import asked_of, only_prompt, prompt_rows
+from lens_lora.core import only_prompt, prompt_rows
 from lens_lora.core.model.sites import layer_order
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import MOST_POSITIONS, Axis, Shown
-from lens_lora.errors import ArgumentError, many
-from lens_lora.show import figures, go, text, words
+from lens_lora.errors import ArgumentError
+from lens_lora.show import figures, go, text
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
-from lens_lora.show.spread import GAUGES, directions_text, spread_figure
-from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
+from lens_lora.show.text import label, magnitude, percent, signed, visible
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
@@ -212,18 +211,6 @@ def _of_head(name: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(name=name, module="z of one head", layer=int(layer), kind=rest)
 
 
-@drawing.figure.register(results.ConstantPart)
-def constant_part_figure(constant: results.ConstantPart) -> go.Figure:
-    """How constant each site's δ is, layer × kind of module."""
-    kept = f"the constants alone keep {words.kept_by_constants(constant)}"
-    below = f"held-out texts, first tokens left out; {kept}"
-    titles, units = ("How much of each module's δ is one vector", below), "constant share"
-    shares, sizes = constant.share.tolist(), map(magnitude, constant.size.tolist())
-    pairs = zip(map(percent, shares), sizes, strict=True)
-    says = [f"{share} constant<br>‖δ‖ {size}" for share, size in pairs]
-    return figures.kinds_by_layer(titles, constant.sites, shares, says, units, "signed", reach=1.0)
-
-
 # --- Groups × tokens of a response, prompts × layers, groups × groups
 
 
@@ -375,182 +362,4 @@ def activation_figure(effects: results.ActivationEffects, prompt: int | None = N
     return heatmap(titles, z, lambda i, j, value: says(cells[i][j][0], value), x, y, units)
 
 
-@drawing.figure.register(results.ActivationShift)
-def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> go.Figure:
-    """‖Δh‖/‖h(0)‖ of each hook point over the tokens of one text; sinks are blank.
-
-    So are tokens that were not asked for.
-    """
-    tokens = shift.str_tokens[prompt]
-    names = [shift.names[i] for i in layer_order(shift.names)]
-    sizes = [shift.values[n][prompt].norm(dim=-1) / shift.base_norms[n][prompt] for n in names]
-    clear = [s.masked_fill(shift.sinks[prompt].to(s.device), math.nan) for s in sizes]
-    z = [size[: len(tokens)].tolist() for size in clear]
-    x, y = figures.tokens_axis(tokens), names_axis(names)
-
-    def says(i: int, t: int, _: object) -> str:
-        token = label(visible(tokens[t]))
-        return f"{y.values[i]}<br>{t} {token}<br>{percent(float(sizes[i][t]))} of ‖h(0)‖"
-
-    heading = f"Shift of activations over “{short_prompt(tokens)}”"
-    below = f"‖Δh‖/‖h(0)‖ at {shift.at}; sinks are grey"
-    return heatmap((heading, below), z, says, x, y, "‖Δh‖/‖h‖", "amount")
-
-
-@drawing.figure.register(results.FeatureWrites)
-def writes_figure(
-    writes: results.FeatureWrites, k: int = 20, prompt: int | None = None
-) -> go.Figure:
-    """Site × feature, of the k features that some site writes most."""
-    values = writes.of_prompt(prompt)
-    chosen = values.abs().amax(0).topk(min(k, values.shape[1])).indices.tolist()
-    x, y = (names_axis(chosen, "feature"), names_axis(site.name for site in writes.sites))
-
-    def says(i: int, j: int, value: float) -> str:
-        return f"<b>{y.values[i]}</b>, feature {chosen[j]}<br>{signed(value)} {label(writes.units)}"
-
-    below = f"what it writes by itself, {text.position_text(writes.positions)}"
-    below += f", to {writes.name}" if writes.name else ""
-    titles = ("δz of each site onto features", f"{below} · {whose(prompt, writes.str_tokens)}")
-    return heatmap(titles, values[:, chosen].tolist(), says, x, y, writes.units, "signed")
-
-
-@drawing.figure.register(results.FeatureShift)
-def feature_figure(
-    shift: results.FeatureShift, k: int = 20, prompt: int | None = None
-) -> go.Figure:
-    """Bars of the exact shift with its first order; by position, feature × position.
-
-    Position 0 sees no other token, and its activations are often hundreds of times those after it:
-    where there are others, features and colours are chosen by them, and the title says so.
-    """
-    prompt_rows(prompt, len(shift.base))
-    place = "by position" if shift.positions == "each" else text.position_text(shift.positions)
-    if shift.by_position and shift.base.shape[2] > 1:
-        place += "; features and colours chosen without position 0"
-    below = f"pushed by the adapter, {place} · {whose(prompt, shift.str_tokens)}"
-    titles = f"features at {shift.name}", below
-    if shift.by_position:
-        return _features_by_position(titles, shift, k, prompt)
-    top, units = shift.top(k, prompt), label(shift.units)
-    names = [f"feature {feature}" for feature in top["feature"]]
-    hover = f"<b>%{{y}}</b><br>%{{x:.4g}} {units}"
-    figure = figures.bars(titles, names, top["shift"].tolist(), [], f"shift, {shift.units}")
-    figure.update_traces(name="exact", hovertemplate=f"{hover}, exact<extra></extra>")
-    line = f"{hover}, first order<extra></extra>"
-    look = {"color": figures.LINEAR, "symbol": "diamond", "size": 8}
-    name = f"first order at ε = {shift.at:g}"
-    return figure.add_trace(figures.points(top["first_order"].tolist(), names, line, name, **look))
-
-
-def _features_by_position(
-    titles: figures.Pair, shift: Any, k: int, prompt: int | None
-) -> go.Figure:
-    values, units = shift.of_prompt(prompt)["shift"], shift.units
-    tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
-    chosen_by = values[:, min(1, len(tokens) - 1) : len(tokens)].abs().nan_to_num(0.0).amax(1)
-    top = chosen_by.topk(min(k, len(chosen_by)))
-    chosen = top.indices.tolist()[::-1]
-    x, y = (figures.tokens_axis(tokens), names_axis(f"feature {feature}" for feature in chosen))
-    z, reach = values[chosen, : len(tokens)].tolist(), float(top.values[0])
-
-    def says(i: int, t: int, value: float) -> str:
-        where = f"<b>{y.values[i]}</b>, position {t} {label(visible(tokens[t]))}"
-        return f"{where}<br>{signed(value)} {label(units)}"
-
-    return heatmap(titles, z, says, x, y, units, "signed", reach=reach)
-
-
-@drawing.figure.register(results.Activations)
-def activations_figure(
-    activations: results.Activations, site: str | None = None, prompt: int | None = None
-) -> go.Figure:
-    """Every rank of the sites that are named, or the first rank of each; sinks are grey.
-
-    Of many directions the 40 of largest |u| are shown, and the title says so.
-    """
-    count = len(activations.str_tokens)
-    if prompt is None and count > 1:
-        return spread_figure(activations.spread(site), f"{count} prompts", site, activations.gauge)
-    index = only_prompt(prompt, count, "activations")
-    tokens = activations.str_tokens[index]
-    is_sink = activations.sinks[index, : len(tokens)].cpu()
-    values = activations.values[index, :, : len(tokens)].cpu().double()
-    clear, every = values.masked_fill(is_sink[:, None], math.nan), activations.directions(site)
-    sizes = clear.nan_to_num().abs().amax(1)
-    kept = set(sorted(every, key=lambda row: float(sizes[row]), reverse=True)[:_MOST_ROWS])
-    rows = [row for row in every if row in kept]
-    z = [clear[s, :, r].tolist() for s, r in rows]
-    names = [(activations.sites[s].name, r) for s, r in rows]
-    y = names_axis((f"{n} {r}" for n, r in names), autorange="reversed" if site else None)
-
-    def says(i: int, t: int, _: object) -> str:
-        (name, rank), value = names[i], signed(float(values[rows[i][0], t, rows[i][1]]))
-        value += " (a sink)" if is_sink[t] else ""
-        return f"{name} rank {rank}<br>{t} {label(visible(tokens[t]))}<br>{value}"
-
-    shown = directions_text(site, len(rows), len(every))
-    heading = f"Activations over “{short_prompt(tokens)}”"
-    if len(asked_of(tokens)) < len(tokens):
-        heading += " and what is said after it"
-    below = f"{shown}; sinks are grey; z read at {activations.at}"
-    units = GAUGES[activations.gauge]
-    return heatmap((heading, below), z, says, figures.tokens_axis(tokens), y, units, "signed")
-
-
 # --- Directions
-
-
-@drawing.figure.register(results.Contrast)
-def contrast_figure(contrast: results.Contrast) -> go.Figure:
-    """Held-out AUC and the direction's size by hook point, beside what chance gives."""
-    names = [contrast.names[i] for i in layer_order(contrast.names)]
-    share = dict(contrast.to_frame()[["name", "share"]].values.tolist())
-    lines = {
-        "held-out AUC": (contrast.auc, figures.EXACT, "solid"),
-        "95 % of shuffled labels": (contrast.chance, figures.INK, "dot"),
-        "‖μ₊ − μ₋‖ / ‖h‖": (share, figures.NEGATIVE, "solid"),
-    }
-    figure, places = go.Figure(), list(map(float, range(len(names))))
-    for name, (values, colour, dash) in lines.items():
-        numbers, marker = [values[point] for point in names], {"size": 6}
-        pairs = zip(names, numbers, strict=True)
-        hover = [f"<b>{point}</b><br>{label(name)}: {value:.3f}" for point, value in pairs]
-        drawn = places, numbers, name, colour, hover
-        figure.add_trace(figures.curve(*drawn, dash=dash, marker=marker))
-    positive, negative = contrast.counts
-    titles = "Contrast of two sets of texts", f"{positive} against {negative}; AUC ½ is chance"
-    x = figures.ticks(places, names)
-    return figures.finish(figure, titles, ("hook point", ""), 420, xaxis=x)
-
-
-@drawing.figure.register(results.Alignment)
-def alignment_figure(alignment: results.Alignment, index: int) -> go.Figure:
-    """Layer × kind of module, of one direction."""
-    values, limits = alignment.values[:, index].tolist(), alignment.quantile.tolist()
-    says = [
-        f"{side}s {percent(value)} of ‖ΔW‖ along it<br>99 % of random directions: below {limit:.3f}"
-        for side, value, limit in zip(alignment.sides, values, limits, strict=True)
-    ]
-    random = f"random directions: {alignment.expected:.3f}"
-    below = f"what each writes or reads along it, of ‖ΔW‖; {random}"
-    titles = f"ΔW along {alignment.directions[index]!r}", below
-    return figures.kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
-
-
-@drawing.figure.register(results.Intruders)
-def intruders_figure(intruders: results.Intruders, index: int | None = None) -> go.Figure:
-    """How many intruders each site has, layer × kind; or the overlaps of one site."""
-    k = intruders.sigma.shape[1]
-    if index is not None:
-        x, y = (names_axis(range(k), title) for title in ("direction of W", "of W + ΔW"))
-        says = "W + ΔW %{y}, W %{x}<br>|cosine| %{z:.3f}<extra></extra>"
-        cells = intruders.overlap[index].tolist()
-        titles = intruders.sites[index].name, f"the leading {k} directions of W and of W + ΔW"
-        return heatmap(titles, cells, says, x, y, "|cosine|", "amount", reach=1.0)
-    counts = intruders.counts.tolist()
-    below = f"largest |cosine| with W below {intruders.threshold:g}"
-    says = [f"{count} of {k} leading directions: {below}" for count in counts]
-    intruding = many(sum(counts), "intruder")
-    titles = f"{intruding} among the leading {k} directions of each site", below
-    return figures.kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")

@@ -14,11 +14,10 @@ from markupsafe import Markup, escape
 from lens_lora import results
 from lens_lora.core import SIGMAS, Paged, Ranked, Result, TokenView, only_prompt
 from lens_lora.core.results import drawing
-from lens_lora.directions.spectra import AdapterSummary
 from lens_lora.errors import LensLoraError, many
-from lens_lora.show import maps, page, words
+from lens_lora.show import maps, page
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
-from lens_lora.show.text import key_text, percent, signed
+from lens_lora.show.text import key_text, signed
 
 # --- An attribution
 
@@ -92,12 +91,6 @@ def result_text(result: Result) -> str:
     return f"{type(result).__name__}{about}: {detail}".rstrip() + f"\n{drawing.body(result)}"
 
 
-@drawing.text.register(AdapterSummary)
-def _summary_text(summary: AdapterSummary) -> str:
-    over = f" over {summary.model}" if summary.model else ""
-    return f"AdapterSummary({summary.name!r}{over}: {many(summary.module_count, 'module')})"
-
-
 @drawing.html.register(Result)
 def result_html(result: Result) -> str:
     """The same in a notebook."""
@@ -115,15 +108,11 @@ def _story(result: Paged) -> str:
 
 
 @drawing.body.register(Ranked)
-@drawing.body.register(results.FeatureWrites)
-@drawing.body.register(results.Alignment)
-@drawing.body.register(results.Patchscope)
 def _largest(result: Any) -> str:
     return f"{result.top(k=5).to_string()}{_within_rounding(result)}"
 
 
 @drawing.body.register(results.ActivationEffects)
-@drawing.body.register(results.FeatureShift)
 def _largest_of_a_prompt(result: Any) -> str:
     # Positions have no mean over prompts.
     prompt = 0 if result.by_position and len(result.base) > 1 else None
@@ -161,12 +150,6 @@ def _coupling(coupling: results.Coupling) -> str:
     return f"{shares}\nstrongest pairs, mean over prompts:\n{coupling.top(5).to_string()}"
 
 
-@drawing.body.register(results.KLShares)
-def _kl_shares(shares: results.KLShares) -> str:
-    ends = [f"  prompt {i}: {verdict}" for i, verdict in enumerate(shares.verdict)]
-    return "\n".join([shares.top(5).to_string(), *ends])
-
-
 @drawing.body.register(results.NullTest)
 def _null_test(test: results.NullTest) -> str:
     return "\n".join(f"  prompt {i}: {verdict}" for i, verdict in enumerate(test.verdict))
@@ -188,52 +171,6 @@ def _reliability(flags: results.Reliability) -> str:
     return f"{counts} of {many(flags.flagged.shape[1], 'site')} flagged"
 
 
-@drawing.body.register(results.Intruders)
-def _intruders(intruders: results.Intruders) -> str:
-    found = int(intruders.counts.sum())
-    every = int((intruders.nearest >= 0).sum())
-    of_sites = many(len(intruders.sites), "site")
-    return f"{found} intruders among {every} leading directions of {of_sites}"
-
-
-@drawing.body.register(results.RemovalCost)
-def _removal_cost(removal: results.RemovalCost) -> str:
-    tokens = int(removal.counts.sum())
-    texts = many(len(removal.counts), "text")
-    return (
-        f"costs the base {removal.cost:+.3g} nats a token on {texts} ({tokens} tokens), "
-        f"KL {removal.mean_kl:.3g}"
-    )
-
-
-@drawing.body.register(results.ConstantPart)
-def _constant_part(constant: results.ConstantPart) -> str:
-    return (
-        f"held out, {percent(constant.total_share)} of Σ‖δ‖² is constant, and the constants "
-        f"alone keep {words.kept_by_constants(constant)}\n"
-        f"{constant.top(5).to_string()}"
-    )
-
-
-@drawing.body.register(results.Activations)
-def _activations(activations: results.Activations) -> str:
-    tokens = many(sum(map(len, activations.str_tokens)), "token")
-    ranks = ", ".join(map(str, dict.fromkeys(activations.ranks)))
-    return f"{tokens} ({_left_out(activations)}), rank {ranks}"
-
-
-@drawing.body.register(results.ActivationShift)
-def _activation_shift(shift: results.ActivationShift) -> str:
-    points = many(len(shift.names), "hook point")
-    return f"{points}, means over {int(shift.distinct.sum())} tokens ({_left_out(shift)})"
-
-
-@drawing.body.register(results.LogitShift)
-def _logit_shift(shift: results.LogitShift) -> str:
-    part = "each site" if shift.sites else "all sites together"
-    return f"{many(len(shift.values), 'prompt')}, {many(len(shift.tokens), 'token')}, {part}"
-
-
 _DIAGNOSTIC = "a diagnostic of curvature at ε = 0, not a correction at ε = 1\n"
 
 
@@ -246,12 +183,6 @@ def _within_rounding(result: Any) -> str:
     small, every = int((sizes <= floor).sum()), int((~sizes.isnan()).sum())
     note = "effects are within three noise floors: rounding may be all of them."
     return f"\n{small} of {every} {note}" if small else ""
-
-
-def _left_out(result: results.Activations | results.ActivationShift) -> str:
-    """What means and examples leave out."""
-    sinks, repeated = many(int(result.sinks.sum()), "sink"), result.repeated
-    return f"{sinks}, {repeated} after the same tokens as earlier" if repeated else sinks
 
 
 @drawing.body.register(results.Comparison)

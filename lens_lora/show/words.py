@@ -17,7 +17,7 @@ from lens_lora import results
 from lens_lora.core import SIGMAS, only_prompt
 from lens_lora.core.analyses import verdict as verdicts
 from lens_lora.core.results import drawing
-from lens_lora.errors import many, worded
+from lens_lora.errors import many
 from lens_lora.show import text
 from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed
 
@@ -258,14 +258,6 @@ def largest_text(attribution: results.Attribution, a: Account, k: int, prompt: i
     return f"Largest first-order parts of {modules}{named}: {', '.join(parts)}{unsure}."
 
 
-def kept_by_constants(constant: results.ConstantPart) -> str:
-    """Of the readout, where one was given, and of the KL."""
-    by_kl = f"{percent(constant.kept_kl)} of {constant.BY_KL}"
-    if constant.readout == constant.BY_KL:
-        return by_kl
-    return f"{percent(constant.kept)} of {constant.readout}, and {by_kl}"
-
-
 # --- Verdicts as phrases, each with its numbers
 
 
@@ -327,22 +319,6 @@ def flip_text(v: verdicts.FlipVerdict) -> str:
     verb = "is" if len(near) == 1 else "are"
     hidden = f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g})"
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
-
-
-@drawing.text.register(verdicts.SharesVerdict)
-def shares_text(v: verdicts.SharesVerdict) -> str:
-    """Whether shares of the quadratic rank the modules, and if not what does."""
-    ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
-    facts = f"{ranks}; the KL is {v.ratio:.2g} times its quadratic part"
-    if v.kind == "unknown":
-        return "unknown: there are no ranks to compare"
-    if v.kind == "holds":
-        return f"holds: the shares rank the modules as the whole KL does ({facts})"
-    remedy = worded(
-        "use ll.path_attribution, which splits all of it, or ll.first_order(…, at=1.0)",
-        "`lens-lora sweep --readout kl --analysis path` splits all of it",
-    )
-    return f"fails: the shares do not rank the modules of the whole KL ({facts}); {remedy}"
 
 
 def _below(what: str, value: float, floor: float) -> str:

@@ -48,7 +48,6 @@ UPWARD: set[tuple[str, str]] = {
     ("core.model.lens", "hosts"),
     ("core.model.lens", "responses"),
     ("core.results.storage", "responses"),
-    ("show.adapters", "directions"),
     ("show.curves", "results"),
     ("show.maps", "results"),
     ("show.page", "results"),

@@ -8,7 +8,6 @@
 2. Second order beside first (`SecondVerdict`): which of the two leaves less, up to which strength.
 3. Random directions (`NullVerdict`): how far the shift stands out from theirs.
 4. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
-5. Shares of a KL's quadratic part (`SharesVerdict`): whether they rank the sites as all of it does.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ CHECKPOINTS = (0.25, 0.5, 0.75)  # The strengths at which every result looks at 
 _SMALL = 0.1  # A remainder of at most a tenth of the shift is small,
 _LARGE = 0.2  # and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
 _LEVEL = 0.05  # The usual level of significance.
-_RANKED = 0.9  # A rank correlation; chosen and confirmed in docs/faithfulness.md.
 
 
 class Point(NamedTuple):
@@ -256,24 +254,3 @@ class FlipVerdict(_Worded):
         if min(abs(self.m0), abs(self.m)) <= self.floor:
             return "hidden"
         return "flips" if self.m0 * self.m < 0 else "keeps"
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class SharesVerdict(_Worded):
-    """Whether shares of a KL's quadratic part rank the sites as the whole KL does, on one prompt.
-
-    Attributes:
-        ratio: the divergence at ε = 1 over the quadratic.
-        agreement: rank correlation of the shares with the gradient of the divergence at ε = ½.
-    """
-
-    ratio: float
-    agreement: float
-
-    @property
-    def kind(self) -> Literal["holds", "fails", "unknown"]:
-        """'holds', the ranks agree; 'fails'; 'unknown', there is no rank correlation."""
-        if self.agreement != self.agreement:
-            return "unknown"
-        return "holds" if self.agreement >= _RANKED else "fails"

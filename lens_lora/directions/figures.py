@@ -1,0 +1,76 @@
+"""Pictures of directions: what tells two sets apart, what ΔW lies along, what W does not have."""
+
+from __future__ import annotations
+
+from lens_lora.core.model.sites import layer_order
+from lens_lora.core.results import drawing
+from lens_lora.directions.alignment import Alignment
+from lens_lora.directions.contrast import Contrast
+from lens_lora.directions.intruders import Intruders
+from lens_lora.errors import many
+from lens_lora.show import figures, go
+from lens_lora.show.figures import heatmap, names_axis
+from lens_lora.show.text import label, percent
+
+
+@drawing.figure.register(Contrast)
+def contrast_figure(contrast: Contrast) -> go.Figure:
+    """Held-out AUC and the direction's size by hook point, beside what chance gives."""
+    names = [contrast.names[i] for i in layer_order(contrast.names)]
+    table = contrast.to_frame()
+    shares = dict(zip(table["name"], table["share"], strict=True))
+    places = [float(place) for place in range(len(names))]
+    figure = go.Figure()
+    for name, values, colour, dash in (
+        ("held-out AUC", contrast.auc, figures.EXACT, "solid"),
+        ("95 % of shuffled labels", contrast.chance, figures.INK, "dot"),
+        ("‖μ₊ − μ₋‖ / ‖h‖", shares, figures.NEGATIVE, "solid"),
+    ):
+        numbers = [values[point] for point in names]
+        hover = [f"<b>{point}</b><br>{label(name)}: {values[point]:.3f}" for point in names]
+        line = figures.curve(places, numbers, name, colour, hover, dash=dash, marker={"size": 6})
+        figure.add_trace(line)
+    positive, negative = contrast.counts
+    titles = "Contrast of two sets of texts", f"{positive} against {negative}; AUC ½ is chance"
+    x = figures.ticks(places, names)
+    return figures.finish(figure, titles, ("hook point", ""), 420, xaxis=x)
+
+
+@drawing.figure.register(Alignment)
+def alignment_figure(alignment: Alignment, index: int) -> go.Figure:
+    """Layer × kind of module, of one direction."""
+    values = alignment.values[:, index].tolist()
+    limits = alignment.quantile.tolist()
+    says = [
+        f"{side}s {percent(value)} of ‖ΔW‖ along it<br>99 % of random directions: below {limit:.3f}"
+        for side, value, limit in zip(alignment.sides, values, limits, strict=True)
+    ]
+    chance = f"random directions: {alignment.expected:.3f}"
+    below = f"what each writes or reads along it, of ‖ΔW‖; {chance}"
+    titles = f"ΔW along {alignment.directions[index]!r}", below
+    return figures.kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
+
+
+@drawing.figure.register(Intruders)
+def intruders_figure(intruders: Intruders, index: int | None = None) -> go.Figure:
+    """How many intruders each site has, layer × kind of module; or the overlaps of one site."""
+    if index is not None:
+        return _overlaps_figure(intruders, index)
+    k = intruders.sigma.shape[1]
+    counts = intruders.counts.tolist()
+    below = f"largest |cosine| with W below {intruders.threshold:g}"
+    says = [f"{count} of {k} leading directions: {below}" for count in counts]
+    found = many(sum(counts), "intruder")
+    titles = f"{found} among the leading {k} directions of each site", below
+    return figures.kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")
+
+
+def _overlaps_figure(intruders: Intruders, index: int) -> go.Figure:
+    """|cosine| of one site's leading directions of W + ΔW with those of W."""
+    k = intruders.sigma.shape[1]
+    x = names_axis(range(k), "direction of W")
+    y = names_axis(range(k), "of W + ΔW")
+    says = "W + ΔW %{y}, W %{x}<br>|cosine| %{z:.3f}<extra></extra>"
+    cells = intruders.overlap[index].tolist()
+    titles = intruders.sites[index].name, f"the leading {k} directions of W and of W + ΔW"
+    return heatmap(titles, cells, says, x, y, "|cosine|", "amount", reach=1.0)

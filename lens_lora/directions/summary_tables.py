@@ -1,0 +1,178 @@
+"""What an adapter's files hold, as tables for a terminal: what `lens-lora inspect` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import rich.table
+from rich.text import Text
+
+from lens_lora.directions.spectra import AdapterSummary, Spectrum
+from lens_lora.errors import worded
+from lens_lora.show.tables import Table
+from lens_lora.show.text import magnitude
+
+# The singular values of each update that have a column of their own.
+_SINGULAR_VALUES = ("σ₁ = ‖ΔW‖₂", "σ₂", "σ₃")
+# As many module names as a line of a terminal holds.
+_MODULES_NAMED = 5
+
+
+def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.table.Table:
+    """What the adapter is, and what its files say of it.
+
+    Args:
+        summary: of the adapter.
+        config: the fields of its adapter_config.json.
+    """
+    table = rich.table.Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _facts(summary, config).items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]:
+    """The lines of the table, by what they are about."""
+    scales = "no factors"
+    if summary.scales:
+        scales = f"{_counted(summary.scales)}; {_scaling_rule(config)}"
+    facts = {
+        "adapter": summary.name,
+        "base model": summary.base_model or "not named",
+        "PEFT version": str(config.get("peft_version") or "not stated"),
+        "modules": str(summary.module_count),
+        "targets": _counted(summary.targets),
+        "ranks": _counted(summary.ranks) or "no factors",
+        "scales": scales,
+        "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
+        "‖ΔW‖_F in all": _total_norm(summary),
+    }
+    facts |= _facts_of_training(summary)
+    facts |= _facts_of_model(summary)
+    return facts
+
+
+def _facts_of_training(summary: AdapterSummary) -> dict[str, str]:
+    """What was trained whole, what not at all, and biases, which no ‖ΔW‖ shows."""
+    facts: dict[str, str] = {}
+    if summary.trained_whole:
+        facts["trained whole"] = _named(summary.trained_whole)
+    untrained = {
+        row.module for row in summary.rows if row.has_factors and row.norm == row.bias_norm == 0
+    }
+    if untrained:
+        count = f"{len(untrained)} of {summary.module_count} modules"
+        facts["untrained"] = f"ΔW = 0, as before any training, in {count}"
+    if _has_biases(summary):
+        facts["‖Δb‖ in all"] = (
+            f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
+        )
+        if math.isnan(summary.bias_norm):
+            facts["‖Δb‖ in all"] = "trained biases: their change depends on the base's"
+    return facts
+
+
+def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
+    """What is known where the adapter is laid over a model."""
+    facts: dict[str, str] = {}
+    if summary.model:
+        sites = sum(row.site is not None for row in summary.rows)
+        facts["laid over"] = f"{summary.model}: {sites} sites"
+    if summary.unchanged:
+        facts["as in the model"] = ", ".join(summary.unchanged[:_MODULES_NAMED])
+    if summary.missing:
+        remedy = worded(
+            "to make a lens, leave them out: adapter.without(…)",
+            "for other commands leave them out in Python: adapter.without(…).save(folder)",
+        )
+        facts["model lacks"] = f"{_named(summary.missing)}; {remedy}"
+    return facts
+
+
+def _total_norm(summary: AdapterSummary) -> str:
+    """‖ΔW‖ over all modules; or what of it needs the base model."""
+    unknown = {part for row in summary.rows if math.isnan(row.norm) for part in row.parts}
+    unknown -= {"lora_bias", "trained bias"}
+    if unknown:
+        return f"needs the base model ({', '.join(sorted(unknown))}): --model"
+    total = magnitude(summary.norm)
+    if summary.model:
+        total += f", {_relative(summary.relative_norm)} of ‖W‖_F of these sites"
+    return total
+
+
+def _scaling_rule(config: Mapping[str, Any]) -> str:
+    """'s = α/r, α = 16', with the square root for rsLoRA."""
+    rule = "s = α/√r (rsLoRA)" if config.get("use_rslora") else "s = α/r"
+    alpha = config.get("lora_alpha", "not stated")
+    is_patterned = config.get("rank_pattern") or config.get("alpha_pattern")
+    by_pattern = " and by pattern" if is_patterned else ""
+    return f"{rule}, α = {alpha}{by_pattern}"
+
+
+def _named(modules: tuple[str, ...]) -> str:
+    """The first modules by name, and how many more there are."""
+    names = ", ".join(modules[:_MODULES_NAMED])
+    if len(modules) <= _MODULES_NAMED:
+        return names
+    return f"{names} and {len(modules) - _MODULES_NAMED} more"
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    """'q_proj × 30, v_proj × 30'."""
+    parts: list[str] = []
+    for key, count in counts.items():
+        name = f"{key:.4g}" if isinstance(key, float) else str(key)
+        parts.append(f"{name} × {count}")
+    return ", ".join(parts)
+
+
+def _has_biases(summary: AdapterSummary) -> bool:
+    return any(row.bias_norm != 0 for row in summary.rows)
+
+
+def _relative(share: float) -> str:
+    """A percentage of two digits, since these are often small and are compared."""
+    if not math.isfinite(share):
+        return "—"
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
+def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
+    """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module.
+
+    Args:
+        summary: of the adapter.
+        k: how many; None for all.
+    """
+    top = summary.top(k)
+    unit = "site" if summary.model else "module"
+    columns = [_spectrum(row, summary) for row in top]
+    heads = tuple(columns[0]) if columns else ()
+    rows = [
+        (row.site or row.module, *cells.values()) for row, cells in zip(top, columns, strict=True)
+    ]
+    title = f"{len(top)} of {len(summary.rows)} {unit}s, by ‖ΔW‖_F"
+    return Table((unit, *heads), rows, title=title)
+
+
+def _spectrum(row: Spectrum, summary: AdapterSummary) -> dict[str, str]:
+    """The cells of one update, by column."""
+    cells = {
+        "rank": str(row.rank),
+        "s": f"{row.scale:.3g}",
+        "‖ΔW‖_F": magnitude(row.norm),
+    }
+    if summary.model:
+        cells["‖ΔW‖/‖W‖"] = _relative(row.relative_norm)
+    if _has_biases(summary):
+        cells["‖Δb‖"] = magnitude(row.bias_norm)
+    cells["stable rank"] = magnitude(row.stable_rank)
+    leading = [magnitude(value) for value in row.singular_values.tolist()]
+    for index, column in enumerate(_SINGULAR_VALUES):
+        cells[column] = leading[index] if index < len(leading) else "—"
+    return cells

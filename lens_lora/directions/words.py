@@ -1,0 +1,44 @@
+"""What results about directions say of themselves, below their heading."""
+
+from __future__ import annotations
+
+from lens_lora.core.results import drawing
+from lens_lora.directions.alignment import Alignment
+from lens_lora.directions.intruders import Intruders
+from lens_lora.directions.patchscope import Patchscope
+from lens_lora.directions.removal_cost import RemovalCost
+from lens_lora.directions.spectra import AdapterSummary
+from lens_lora.errors import many
+
+
+@drawing.body.register(Alignment)
+@drawing.body.register(Patchscope)
+def top_body(result: Alignment | Patchscope) -> str:
+    """The largest entries."""
+    return result.top(k=5).to_string()
+
+
+@drawing.body.register(Intruders)
+def intruders_body(intruders: Intruders) -> str:
+    """How many intruders there are among how many directions."""
+    found = int(intruders.counts.sum())
+    # An index of −1 stands where a weight has fewer than k directions.
+    compared = int((intruders.nearest >= 0).sum())
+    of_sites = many(len(intruders.sites), "site")
+    return f"{found} intruders among {compared} leading directions of {of_sites}"
+
+
+@drawing.body.register(RemovalCost)
+def removal_cost_body(removal: RemovalCost) -> str:
+    """The rise of the loss and the KL, and over how many tokens."""
+    tokens = int(removal.counts.sum())
+    texts = many(len(removal.counts), "text")
+    cost = f"costs the base {removal.cost:+.3g} nats a token on {texts} ({tokens} tokens)"
+    return f"{cost}, KL {removal.mean_kl:.3g}"
+
+
+@drawing.text.register(AdapterSummary)
+def summary_text(summary: AdapterSummary) -> str:
+    """The adapter's name, the model it is laid over, and how many modules it changes."""
+    over = f" over {summary.model}" if summary.model else ""
+    return f"AdapterSummary({summary.name!r}{over}: {many(summary.module_count, 'module')})"
