@@ -86,13 +86,12 @@ def _public() -> dict[str, list[str]]:
 
 
 @functools.cache
-def homes(folder: str = "") -> dict[str, str]:
-    """{name: module} of the imports in a package's __init__.pyi."""
-    package = ".".join(filter(None, ("lens_lora", folder)))
-    stub = (PACKAGE / folder / "__init__.pyi").read_text(encoding="utf-8")
+def homes(stub: str = "__init__") -> dict[str, str]:
+    """{name: module} of the imports in __init__.pyi or results.pyi."""
+    text = (PACKAGE / f"{stub}.pyi").read_text(encoding="utf-8")
     return {
-        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-        for node in ast.parse(stub).body
+        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), "lens_lora")
+        for node in ast.parse(text).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

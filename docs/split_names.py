@@ -1,23 +1,50 @@
-"""Docstrings that name several things at once, 'doc, pre: …', as one entry for each."""
+"""What the reference shows otherwise than it stands in the source.
+
+1. Docstrings that name several things at once, 'doc, pre: …', as one entry for each.
+2. An analysis, `@analysis def verb(g, …)`, with the parameters of its call: lens, prompts, readout
+   in place of g, and progress.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+import griffe
 from griffe import Extension, Object
 
 _SEVERAL = re.compile(r"^ {4}(\w+(?:, \w+)+):(.*(?:\n {5,}.*)*)", re.MULTILINE)
+_COMMON = {"lens": "LoraLens", "prompts": "PromptsLike", "readout": "Readout"}
 
 
 class SplitNames(Extension):
     """Parsers of docstrings take 'base, adapted: …' for one thing of a strange name."""
 
     def on_instance(self, *, obj: Object, **kwargs: Any) -> None:
-        """Rewrite a docstring before it is parsed."""
+        """Rewrite a docstring before it is parsed, and the parameters of an analysis."""
         del kwargs
         if obj.docstring is not None:
             obj.docstring.value = split_names(obj.docstring.value)
+        if isinstance(obj, griffe.Function) and is_analysis(obj):
+            obj.parameters = call_parameters(obj.parameters)
+
+
+def is_analysis(function: griffe.Function) -> bool:
+    """Whether it is a function of g that `@analysis` decorates."""
+    return any(str(decorator.value) == "analysis" for decorator in function.decorators)
+
+
+def call_parameters(own: griffe.Parameters) -> griffe.Parameters:
+    """(lens, prompts, readout, …, progress=True), of (g, …)."""
+    kinds = griffe.ParameterKind
+    common = [
+        griffe.Parameter(name, annotation=annotation, kind=kinds.positional_or_keyword)
+        for name, annotation in _COMMON.items()
+    ]
+    progress = griffe.Parameter(
+        "progress", annotation="bool", kind=kinds.keyword_only, default="True"
+    )
+    return griffe.Parameters(*common, *list(own)[1:], progress)
 
 
 def split_names(docstring: str) -> str:

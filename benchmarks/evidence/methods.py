@@ -26,7 +26,7 @@ from lens_lora.core.analyses.patching import patch_sites_of
 from lens_lora.core.function.asked import Asked
 from lens_lora.core.function.derivatives import hessian_product
 from lens_lora.core.function.reverse import site_slopes
-from lens_lora.curvature.coupling import coupling_of
+from lens_lora.curvature.coupling import coupling
 from lens_lora.judging import rankings
 
 Part = Callable[[Asked], Tensor]
@@ -160,7 +160,8 @@ def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tenso
     taken out of the adapted a_l + (1 − t) (H1)_l − ½ H_ll.
     """
     first = first_order_of(asked, at=at).per_site
-    found = coupling_of(asked, at=at, progress=False)
+    g = Evaluations.about_question(asked, progress=False)
+    found = coupling.of(g, at=at)
     effects = {
         "add_one": first - at * found.row_sums + found.self_curvature,
         "leave_one_out": first + (1 - at) * found.row_sums - found.self_curvature,

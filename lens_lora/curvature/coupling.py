@@ -22,19 +22,15 @@ from lens_lora.arguments import number
 from lens_lora.compat import in_float64
 from lens_lora.core import (
     Entries,
-    Evaluations,
+    Function,
     Group,
     Groups,
-    LoraLens,
-    PromptsLike,
     Ranked,
-    Readout,
-    alone,
+    analysis,
     group_sites,
     indicator,
     long_table,
 )
-from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.base import per_prompt
 from lens_lora.errors import ArgumentError
@@ -138,16 +134,8 @@ class Coupling(Ranked):
         return long_table({"value": self.matrix}, *axes)
 
 
-@alone
-def coupling(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    group: Group = "site",
-    at: float = 0.0,
-    progress: bool = True,
-) -> Coupling:
+@analysis
+def coupling(g: Function, *, group: Group = "site", at: float = 0.0) -> Coupling:
     """H between groups of sites: how much the groups' effects depend on one another.
 
     At ε = 0 this is what first order leaves, to second order. At the full strength of a trained
@@ -170,16 +158,10 @@ def coupling(
         SiteError: a glob that matches no site.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    return coupling_of(ask(lens, prompts, readout), group, number("at", at), progress)
-
-
-def coupling_of(
-    asked: Asked, group: Group = "site", at: float = 0.0, progress: bool = True
-) -> Coupling:
-    """H at the gates `at`, between these groups of sites."""
-    g = Evaluations.about_question(asked, progress=progress)
-    groups = group_sites(g.lens.sites, group)
-    members = indicator(groups, len(g.lens.sites)).to(g.lens.gates(at))
+    at = number("at", at)
+    sites = g.lens.sites
+    groups = group_sites(sites, group)
+    members = g.lens.gates(indicator(groups, len(sites)))
     products = g.curvature(members, at)
-    matrix = torch.einsum("gbs,hs->bhg", products, members)
+    matrix = torch.einsum("mbs,gs->bgm", products, members)
     return Coupling(matrix=matrix, groups=groups, at=at, **g.header())

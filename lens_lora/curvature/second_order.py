@@ -26,12 +26,10 @@ from lens_lora.core import (
     SIGMAS,
     Attribution,
     Drawn,
-    LoraLens,
-    PromptsLike,
-    Readout,
-    alone,
+    Evaluations,
+    Function,
+    analysis,
 )
-from lens_lora.core.analyses.first_order import first_order_of
 from lens_lora.core.analyses.remainder import (
     USUAL_SCALES,
     RemainderCurve,
@@ -39,11 +37,9 @@ from lens_lora.core.analyses.remainder import (
     remainder_curve_of,
 )
 from lens_lora.core.analyses.verdict import SecondVerdict, points_at_end, second_verdict
-from lens_lora.core.function.asked import Asked, ask, curvature_noise
-from lens_lora.core.function.derivatives import hessian_product
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import per_prompt
-from lens_lora.curvature.coupling import coupling_of
+from lens_lora.curvature.coupling import coupling
 from lens_lora.errors import ArgumentError
 
 
@@ -199,15 +195,8 @@ class SecondOrder(Drawn):
         return dataclasses.replace(self.first_order, values=values, method=method)
 
 
-@alone
-def second_order(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    self_curvature: bool = False,
-    progress: bool = True,
-) -> SecondOrder:
+@analysis
+def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder:
     """½(H1)_l of every site at the base model, and what remains of the shift after it.
 
     Cost: one forward and two backward passes, and 40 forward and 13 backward for first order, the
@@ -224,26 +213,27 @@ def second_order(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    asked = ask(lens, prompts, readout)
-    first = first_order_of(asked, along=USUAL_SCALES, progress=progress)
-    curve = remainder_curve_of(asked, first, progress=progress)
-    diagonal = coupling_of(asked, progress=progress).self_curvature if self_curvature else None
-    return second_order_of(asked, first, curve, diagonal)
+    slopes = g.slopes_with_noise(along=USUAL_SCALES)
+    first = Attribution.of(g, slopes, method="first_order", at=0.0, mode="reverse")
+    curve = remainder_curve_of(g.asked, first, progress=g.progress)
+    found = beside_first_order(g, first, curve)
+    if not self_curvature:
+        return found
+    of_sites = coupling.of(g)
+    return dataclasses.replace(found, self_curvature=of_sites.self_curvature)
 
 
-def second_order_of(
-    asked: Asked,
-    first: Attribution,
-    curve: RemainderCurve,
-    self_curvature: Float[Tensor, "batch site"] | None = None,
-) -> SecondOrder:
-    """½(H1)_l beside first order and the curve, which are known already. Two backward passes."""
-    base = asked.lens.gates(0.0)
-    half = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base)) / 2
+def beside_first_order(g: Function, first: Attribution, curve: RemainderCurve) -> SecondOrder:
+    """½(H1)_l, where first order and the curve of g are known already.
+
+    Cost: five forward and ten backward passes, batched; eight of the backward ones and four of the
+    forward ones are for the noise floor.
+    """
+    half_row_sums = g.curvature(1.0) / 2
     return SecondOrder(
         first_order=first,
-        half_row_sums=half,
-        self_curvature=self_curvature,
+        half_row_sums=half_row_sums,
+        self_curvature=None,
         curve=curve,
-        curvature_noise=curvature_noise(asked.lens, asked.reading, half),
+        curvature_noise=g.curvature_noise(half_row_sums),
     )

@@ -40,6 +40,7 @@ from lens_lora.compat import in_float64
 from lens_lora.core import (
     Attribution,
     Effects,
+    Evaluations,
     FactMargin,
     LoraLens,
     Paged,
@@ -57,8 +58,8 @@ from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.derivatives import slopes_of_each
 from lens_lora.core.function.memory import row_groups
 from lens_lora.core.results import drawing
-from lens_lora.curvature.coupling import Coupling, coupling_of
-from lens_lora.curvature.second_order import SecondOrder, second_order_of
+from lens_lora.curvature.coupling import Coupling, coupling
+from lens_lora.curvature.second_order import SecondOrder, beside_first_order
 from lens_lora.errors import ArgumentError, PromptError, named, setting
 from lens_lora.judging import rankings
 from lens_lora.judging.compare import Comparison, compare
@@ -435,7 +436,8 @@ def _quick(
     with _step(bar, "first order at the adapted end"):
         adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
-        second = second_order_of(asked, first, margin.curve)
+        g = Evaluations.about_question(asked, progress=progress)
+        second = beside_first_order(g, first, margin.curve)
     test, prompts = None, asked.lens.str_tokens(asked.prompts)
     if null:
         with _step(bar, f"{null} null adapters"):
@@ -471,7 +473,8 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
         "leave_one_out": judged(asked, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
     }
     with _step(bar, "coupling of layers"):
-        layers = coupling_of(asked, group="layer", progress=progress)
+        g = Evaluations.about_question(asked, progress=progress)
+        layers = coupling.of(g, group="layer")
     with _step(bar, "path integral"):
         path = path_attribution_of(asked, progress=progress)
     with _step(bar, "keep and drop curves"):

@@ -31,11 +31,21 @@ def is_documented(source: str) -> bool:
 def source_of(public: Callable[..., object]) -> str:
     """Its source; of a class without the methods whose base class documents them."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(public))))
+    for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
+        if any(ast.unparse(decorator) == "analysis" for decorator in function.decorator_list):
+            _take_lens_prompts_and_readout(function.args)
     if isinstance(public, type):
         inherited = {name for base in public.__mro__[1:] for name in vars(base)}
         (body,) = tree.body
         body.body = [node for node in body.body if getattr(node, "name", None) not in inherited]
     return ast.unparse(tree)
+
+
+def _take_lens_prompts_and_readout(arguments: ast.arguments) -> None:
+    """The parameters of the call that `@analysis` makes of a function of g."""
+    arguments.args[:1] = [ast.arg(name) for name in ("lens", "prompts", "readout")]
+    arguments.kwonlyargs.append(ast.arg("progress"))
+    arguments.kw_defaults.append(ast.Constant(True))
 
 
 @pytest.mark.slow

@@ -63,12 +63,12 @@ def test_the_oldest_environment_names_nothing_else():
 PACKAGE = ROOT / "lens_lora"
 
 
-def homes(package: str) -> dict[str, str]:
-    """{name: module} of the imports in a package's __init__.pyi."""
-    stub = (ROOT / package.replace(".", "/") / "__init__.pyi").read_text(encoding="utf-8")
-    imports = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+def homes(stub: str) -> dict[str, str]:
+    """{name: module} of the imports in lens_lora/__init__.pyi or lens_lora/results.pyi."""
+    text = (PACKAGE / f"{stub}.pyi").read_text(encoding="utf-8")
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
     return {
-        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), "lens_lora")
         for node in imports
         for alias in node.names
     }
@@ -83,19 +83,19 @@ def listed() -> list[str]:
 
 def test_type_checkers_and_python_find_the_same_names():
     beside = {"errors", "results", "__version__"}  # found in lens_lora, and not typed every day
-    assert {*listed(), *beside} == set(homes("lens_lora")) and not beside & set(ll.__all__)
+    assert {*listed(), *beside} == set(homes("__init__")) and not beside & set(ll.__all__)
     assert sorted(listed()) == sorted(ll.__all__) == sorted(dir(ll))
-    assert sorted(homes("lens_lora.results")) == sorted(dir(ll.results))
+    assert sorted(homes("results")) == sorted(dir(ll.results))
 
 
 def test_public_names_are_what_their_modules_define():
-    for name, home in homes("lens_lora").items():
+    for name, home in homes("__init__").items():
         module = importlib.import_module(home)
         assert getattr(ll, name) is getattr(module, name), name
 
 
 def test_result_classes_are_what_their_modules_define():
-    for name, home in homes("lens_lora.results").items():
+    for name, home in homes("results").items():
         module = importlib.import_module(home)
         assert getattr(ll.results, name) is getattr(module, name), name
         assert not hasattr(ll, name), f"{name} is a result's class: in lens_lora.results alone"

@@ -25,8 +25,8 @@ class Evaluations(Function):
     """The same function, which runs each point once. It is a cache, and lives within one call.
 
     Hooks that you put on the model, or take off it, in the meantime are not seen in what it has
-    run already. `lens_lora.analysis` makes one for each call; a `Function` of your own becomes one
-    by `Evaluations.of(g)`.
+    run already, and neither are rules under which derivatives are taken. `lens_lora.analysis` makes
+    one for each call; a `Function` of your own becomes one by `Evaluations.of(g)`.
 
     Attributes:
         asked: the question to the engine, which holds what is known.
@@ -34,6 +34,10 @@ class Evaluations(Function):
     """
 
     asked: Asked = dataclasses.field(kw_only=True)
+    # ∂g/∂ε_l of whole sites, by strength.
+    _site_slopes: dict[float, Tensor] = dataclasses.field(
+        default_factory=dict[float, Tensor], init=False
+    )
 
     @classmethod
     def of(cls, g: Function) -> Evaluations:
@@ -86,16 +90,29 @@ class Evaluations(Function):
     def _slopes(
         self, points: Float[Tensor, "point site"], axes: tuple[str, ...], lens: LoraLens
     ) -> Float[Tensor, "point batch site *by"]:
-        """At one strength the ends that are not known yet may ride along, and g there is known."""
+        """At one strength the ends that are not known yet may ride along, and g there is known.
+
+        The slopes of whole sites are remembered; their parts, which may be large, are not.
+        """
         is_strength = len(points) == 1 and bool((points[0] == points[0, 0]).all())
-        if is_strength and "token" not in axes:
-            return self.asked.slopes(float(points[0, 0]), axes, lens)[None]
-        return super()._slopes(points, axes, lens)
+        if not is_strength or "token" in axes:
+            return super()._slopes(points, axes, lens)
+        strength = float(points[0, 0])
+        if not axes and strength in self._site_slopes:
+            return self._site_slopes[strength][None]
+        slopes = self.asked.slopes(strength, axes, lens)
+        self._remember_slopes(strength, slopes)
+        return slopes[None]
+
+    def _remember_slopes(self, strength: float, slopes: Float[Tensor, "batch site *by"]) -> None:
+        of_sites = slopes if slopes.ndim == 2 else slopes.flatten(2).sum(2)
+        self._site_slopes[strength] = of_sites
 
     def slopes_with_noise(self, along: Sequence[float] = ()) -> Float[Tensor, "batch site"]:
         """∂g/∂ε_l at the base; in the same passes what `noise` and `remainder_noise` rest on.
 
         Five forward and backward passes, and ten forward ones, batched; and one for each strength.
+        Where the slopes are known, they are not run again.
 
         Args:
             along: strengths at which g is to be known as well.
@@ -103,8 +120,11 @@ class Evaluations(Function):
         Raises:
             NumericsError: a derivative that is not finite, naming the site.
         """
+        if 0.0 in self._site_slopes:
+            return self._site_slopes[0.0]
         slopes = self.asked.slopes_with_floors((), along, self.progress)
         require_finite_sites(self.lens, slopes)
+        self._remember_slopes(0.0, slopes)
         return slopes
 
 

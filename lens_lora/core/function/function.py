@@ -39,7 +39,13 @@ from lens_lora.compat import Temporary
 from lens_lora.core.function import derivatives, memory, reverse
 from lens_lora.core.function import forward as function
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.function.asked import Asked, ask_prompts, draws_at, noise_of_draws
+from lens_lora.core.function.asked import (
+    Asked,
+    ask_prompts,
+    curvature_noise,
+    draws_at,
+    noise_of_draws,
+)
 from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
 from lens_lora.core.function.noise import Noise, noise_of
 from lens_lora.core.model import (
@@ -442,6 +448,19 @@ class Function:
             slopes: ∂g/∂ε_l at the base, `slopes()`.
         """
         return noise_of(self._asked(), slopes)
+
+    @_public
+    def curvature_noise(
+        self, half_row_sums: Float[Tensor, "batch site"]
+    ) -> Float[Tensor, " batch"]:
+        """σ of ½ 1ᵀH1 at the base, what second order adds to first order, from rounding alone.
+
+        Cost: four forward and eight backward passes, batched.
+
+        Args:
+            half_row_sums: ½ (H 1)_l at the base, `curvature(1.0) / 2`.
+        """
+        return curvature_noise(self.lens, self.reading, half_row_sums)
 
     # --- The same function otherwise, and what results say of it
 

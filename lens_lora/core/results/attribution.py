@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.arguments import word
+from lens_lora.core.function.function import Function
 from lens_lora.core.model.sites import Groups, indicator
 from lens_lora.core.results import base, drawing
 from lens_lora.core.results.base import Entries, Measured, Ranked
@@ -96,6 +97,40 @@ class Attribution(Ranked):
     gauge: str = ""
     mode: str = ""
     relative_norm: float = math.nan
+
+    @classmethod
+    def of(
+        cls,
+        g: Function,
+        values: Float[Tensor, "batch site *by"],
+        by: tuple[str, ...] = (),
+        *,
+        method: str,
+        at: float,
+        **said: Any,
+    ) -> Attribution:
+        """Numbers of each site with their labels, and the exact ends of g beside them.
+
+        Two forward passes, for the ends that g does not know yet.
+
+        Args:
+            g: the function that the numbers are of.
+            values: [batch, site, *by], in the order of `lens.sites`.
+            by: the axes after site.
+            method: how they were computed.
+            at: the gate value at which they were; NaN along a path.
+            said: any other field.
+        """
+        return cls(
+            values=values,
+            by=cast("tuple[Axis, ...]", by),
+            heads=tuple(g.lens.heads.of(site.kind) for site in g.lens.sites),
+            method=method,
+            at=at,
+            relative_norm=g.lens.plan.relative_norm,
+            **said,
+            **g.header(),
+        )
 
     @property
     def is_violent(self) -> bool:

@@ -6,6 +6,7 @@ model saturates, the derivatives do not, and their rounding is then nearly all o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,9 +20,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.function import asked as engine_noise
-from lens_lora.core.function.asked import ask
 from lens_lora.core.model.check import eps_of
-from lens_lora.curvature.second_order import second_order_of
 
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)
 SCALES = [0.01, 0.1, 0.25, 0.5, 0.75, 1.0]
@@ -54,10 +53,9 @@ def lenses(family: str, cls: str) -> tuple[ll.LoraLens, ll.LoraLens]:
 
 
 def numbers(lens: ll.LoraLens) -> tuple[Numbers, ll.results.SecondOrder]:
-    asked = ask(lens, TOKENS, MARGIN)
-    first = ll.first_order(lens, TOKENS, MARGIN)
     curve = ll.remainder_curve(lens, TOKENS, MARGIN, SCALES, progress=False)
-    found = second_order_of(asked, first, curve)
+    found = ll.second_order(lens, TOKENS, MARGIN, progress=False)
+    found = dataclasses.replace(found, curve=curve)
     return Numbers(curve.remainder, found.path_remainder, curve.slope), found
 
 
