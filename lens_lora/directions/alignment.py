@@ -1,14 +1,19 @@
 """How much of each weight change lies along a direction, from weights alone.
 
-A site that writes to the residual stream has ‖vᵀΔW‖ / ‖ΔW‖ of its change along a direction v of
-length 1, one that reads it ‖ΔW v‖ / ‖ΔW‖. The norm in between counts by its γ, its denominator
-held, so that raw and processed models agree:
+Of the change ΔW of a site and a direction v of length 1 in the residual stream, the share is
 
-    read    ΔW diag(γ)      write, where a norm stands behind the site    diag(γ) ΔW
+    ‖vᵀ diag(γ) ΔW‖ / ‖diag(γ) ΔW‖    of a site that writes to the stream,
+    ‖ΔW diag(γ) v‖ / ‖ΔW diag(γ)‖     of a site that reads it,
 
-LayerNorm takes the mean of v off, so v and ΔW are centred first. The squares over an orthonormal
-basis sum to 1: of a random v the root mean square is 1/√d, whatever ΔW is. The spread is not, so
-the 99 % quantile is of random directions for each site.
+where γ is the scale of the norm that stands between the site and the stream, and 1 if none does.
+The norm's denominator is held fixed, so a raw and a processed model give the same share. LayerNorm
+subtracts the mean of its input, so v and ΔW are centred first where the model has LayerNorm.
+
+With ΔW = B A, both norms come from small matrices: ‖vᵀ B A‖² = (vᵀB)(A Aᵀ)(vᵀB)ᵀ.
+
+The squared shares over an orthonormal basis sum to 1, so the root mean square over random
+directions is 1/√d, whatever ΔW is. How far single directions spread around it depends on ΔW, so
+each site has its own 99 % quantile, over 2,000 random directions.
 """
 
 from __future__ import annotations
@@ -23,19 +28,14 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import (
-    LoraLens,
-    OfSites,
-    alone,
-    long_table,
-    site_labels,
-)
+from lens_lora.core import LoraLens, OfSites, alone, long_table, site_labels
 from lens_lora.core.model.basis import NormMap
 from lens_lora.core.model.sites import WRITER_KINDS
 from lens_lora.core.results import drawing
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
+# The number of random directions; twenty of them lie beyond the quantile.
 _DRAWS = 2000
 QUANTILE = 0.99
 
@@ -61,8 +61,10 @@ class Alignment(OfSites):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site and direction: value, and random directions' 1/√d and quantile."""
-        labels = {**site_labels(self.sites), "side": self.sides, "quantile": self.quantile.tolist()}
-        table = long_table({"value": self.values}, labels, {"direction": self.directions})
+        by_site = site_labels(self.sites)
+        by_site["side"] = list(self.sides)
+        by_site["quantile"] = self.quantile.tolist()
+        table = long_table({"value": self.values}, by_site, {"direction": self.directions})
         return table.assign(expected=self.expected)
 
     def top(self, k: int = 10) -> pd.DataFrame:
@@ -74,8 +76,10 @@ class Alignment(OfSites):
         Raises:
             ArgumentError: a k that is no whole number, or below 0.
         """
-        table, k = self.to_frame().drop(columns="module"), whole("k", k, 0)
-        order = (table["value"] / table["quantile"]).sort_values(ascending=False).index[:k]
+        count = whole("k", k, 0)
+        table = self.to_frame().drop(columns="module")
+        beyond_chance = table["value"] / table["quantile"]
+        order = beyond_chance.sort_values(ascending=False).index[:count]
         return table.loc[order].reset_index(drop=True)
 
     def plot(self, direction: str | None = None) -> drawing.Figure:
@@ -91,10 +95,16 @@ class Alignment(OfSites):
 
 
 def direction_index(names: Sequence[str], name: str | None) -> int:
-    """The index of a direction; without a name of the first."""
-    if name is not None and name not in names:
+    """The index of the direction with this name; without a name, of the first.
+
+    Raises:
+        ArgumentError: no such direction.
+    """
+    if name is None:
+        return 0
+    if name not in names:
         raise ArgumentError(f"direction={name!r}; these are {list(names)[:6]}.")
-    return 0 if name is None else names.index(name)
+    return names.index(name)
 
 
 @alone
@@ -118,61 +128,103 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
             norm a module reads.
         SiteError: no site with a weight.
     """
-    host = lens.plan.host
-    if host.family.is_probed:
-        raise ModelStateError(
-            f"{host.family.architectures[0]} as a TransformerBridge is read from the model and has "
-            "no entry in lens_lora/families.py, so it is not known which norm stands between its "
-            "modules and the residual stream; use ll.results.feature_shift, which runs the model."
-        )
-    d, centred = int(lens.model.cfg.d_model), host.family.norm == "LN"
+    _require_known_norms(lens)
+    d_model = int(lens.model.cfg.d_model)
+    centred = lens.plan.host.family.norm == "LN"
     source = directions_of(directions)
-    rows = source.at(STREAM, d).unit(centred=centred)
-    chosen = [i for i, delta in enumerate(lens.maps) if not isinstance(delta, NormMap)]
+    asked = source.at(STREAM, d_model).unit(centred=centred)
+    chosen = [i for i, site_map in enumerate(lens.maps) if not isinstance(site_map, NormMap)]
     if not chosen:
         raise SiteError("the adapter changes norms alone, and no weight.")
-    drawn = torch.randn(_DRAWS, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = directions_of(drawn).unit(centred=centred)
-    every = torch.cat([rows, drawn])
-    shares = torch.stack([_shares(lens, index, every, centred=centred) for index in chosen])
-    values, by_chance = shares.split([len(rows), _DRAWS], 1)
-    sites = tuple(lens.sites[i] for i in chosen)
+    random = _random_directions(d_model, centred=centred)
+    both = torch.cat([asked, random])
+    shares = torch.stack([_shares(lens, index, both, centred=centred) for index in chosen])
+    sites = tuple(lens.sites[index] for index in chosen)
+    by_chance = shares[:, len(asked) :].quantile(QUANTILE, 1)
     return Alignment(
-        values=values.to(lens.gate_dtype),
+        values=shares[:, : len(asked)].to(lens.gate_dtype),
         sides=tuple("write" if site.kind in WRITER_KINDS else "read" for site in sites),
         directions=source.names,
-        expected=(d - centred) ** -0.5,
-        quantile=by_chance.quantile(QUANTILE, 1).to(lens.gate_dtype),
+        # Centred directions have one dimension less.
+        expected=(d_model - centred) ** -0.5,
+        quantile=by_chance.to(lens.gate_dtype),
         sites=sites,
         meta=lens.describe(),
     )
 
 
+def _require_known_norms(lens: LoraLens) -> None:
+    """Refuse a model that was found by probing: its norms are not known by name."""
+    family = lens.plan.host.family
+    if family.is_probed:
+        raise ModelStateError(
+            f"{family.architectures[0]} as a TransformerBridge is read from the model and has "
+            "no entry in lens_lora/families.py, so it is not known which norm stands between its "
+            "modules and the residual stream; use ll.feature_shift, which runs the model."
+        )
+
+
+def _random_directions(d_model: int, *, centred: bool) -> Float[Tensor, "draw d"]:
+    """Directions of length 1, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(_DRAWS, d_model, generator=generator, dtype=torch.float64)
+    return directions_of(drawn).unit(centred=centred)
+
+
 def _shares(
-    lens: LoraLens, index: int, rows: Float[Tensor, "direction d"], *, centred: bool
+    lens: LoraLens, index: int, directions: Float[Tensor, "direction d"], *, centred: bool
 ) -> Float[Tensor, " direction"]:
-    """‖vᵀ X Yᵀ‖ / ‖X Yᵀ‖ of a site's ΔW, X with γ on the side of the residual stream."""
-    host, site, delta = lens.plan.host, lens.sites[index], lens.maps[index]
+    """‖vᵀ N Fᵀ‖ / ‖N Fᵀ‖ of one site's ΔW, or of its transpose where the site reads the stream.
+
+    N [d, rank] is the factor on the side of the residual stream, with γ; F [d, rank] the far one.
+    """
+    site = lens.sites[index]
+    A = in_float64(lens.maps[index].A).cpu()
+    B = in_float64(lens.maps[index].B).cpu()
     writes = site.kind in WRITER_KINDS
-    near, far = (delta.B, delta.A.T) if writes else (delta.A.T, delta.B)
-    near, far = (in_float64(factor).cpu() for factor in (near, far))
-    kind = host.family.norm_behind(site.kind) if writes else _norm_read(lens, index)
-    if kind is not None:
-        affine = host.norm_parameters(site.layer, kind)
-        if affine is None:
-            raise ModelStateError(f"{site.name}: the model has no norm {kind} that this site uses.")
-        near = near - near.mean(0) if centred and writes else near
-        near = in_float64(affine[0]).cpu()[:, None] * near
-    near = near - near.mean(0) if centred else near
-    along, gram = rows @ near, far.T @ far
-    squares = ((along @ gram) * along).sum(1)
-    return (squares / ((near.T @ near) * gram).sum()).clamp(min=0).sqrt()
+    near = B if writes else A.T
+    far = A.T if writes else B
+    gamma = _gamma_between(lens, index)
+    if gamma is not None:
+        if centred and writes:
+            # A norm behind the site centres what the site writes, before γ.
+            near = near - near.mean(0)
+        near = gamma[:, None] * near
+    if centred:
+        near = near - near.mean(0)
+    along = directions @ near
+    far_gram = far.T @ far
+    squares_along = ((along @ far_gram) * along).sum(1)
+    square_in_all = ((near.T @ near) * far_gram).sum()
+    return (squares_along / square_in_all).clamp(min=0).sqrt()
+
+
+def _gamma_between(lens: LoraLens, index: int) -> Float[Tensor, " d"] | None:
+    """γ of the norm between a site and the residual stream; None where no norm stands there."""
+    host = lens.plan.host
+    site = lens.sites[index]
+    if site.kind in WRITER_KINDS:
+        norm = host.family.norm_behind(site.kind)
+    else:
+        norm = _norm_read(lens, index)
+    if norm is None:
+        return None
+    affine = host.norm_parameters(site.layer, norm)
+    if affine is None:
+        raise ModelStateError(f"{site.name}: the model has no norm {norm} that this site uses.")
+    gamma, _ = affine
+    return in_float64(gamma).cpu()
 
 
 def _norm_read(lens: LoraLens, index: int) -> str | None:
-    """The kind of norm whose γ a site's map does not hold yet."""
-    host, site = lens.plan.host, lens.sites[index]
-    if lens.maps[index].A_behind_gamma is not None or host.is_folded(site.layer, site.kind):
+    """The kind of norm that a site reads, unless the site's map holds its γ already."""
+    host = lens.plan.host
+    site = lens.sites[index]
+    has_gamma = lens.maps[index].A_behind_gamma is not None
+    if has_gamma or host.is_folded(site.layer, site.kind):
         return None
-    place = host.family.place(host.family.norm_path(site.layer, site.kind) or "")
+    path = host.family.norm_path(site.layer, site.kind)
+    if path is None:
+        return None
+    place = host.family.place(path)
     return None if place is None else place.kinds[0]

@@ -1,13 +1,16 @@
-"""Intruder dimensions (arXiv 2410.21228): directions that the base's weight does not have.
+"""Intruder dimensions (arXiv 2410.21228): directions along which the base's weight does not write.
 
-With W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, the leading directions u'_j whose largest |cosine| with any of
-W's own u_i is small. The base does not write there.
+With W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, each leading left singular direction u'_j of the tuned weight
+is compared with all of W's own. Where the largest |⟨u_i, u'_j⟩| is small, the base does not write
+along u'_j, and the direction is an intruder.
+
+Two dense singular value decompositions for each site, in float64 and in Hugging Face's basis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import pandas as pd
 import torch
@@ -21,6 +24,7 @@ from lens_lora.compat import in_float64
 from lens_lora.core import (
     LoraLens,
     OfSites,
+    SiteUpdate,
     Update,
     alone,
     chosen_sites,
@@ -59,10 +63,12 @@ class Intruders(OfSites):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site and direction."""
-        numbers, ranks = {"sigma": self.sigma, "cosine": self.cosine}, range(self.sigma.shape[1])
-        table = long_table(numbers, site_labels(self.sites), {"direction": ranks})
-        nearest = self.nearest.flatten().tolist()
-        table = table.assign(nearest=nearest, intruder=table["cosine"] < self.threshold)
+        numbers = {"sigma": self.sigma, "cosine": self.cosine}
+        directions = {"direction": range(self.sigma.shape[1])}
+        table = long_table(numbers, site_labels(self.sites), directions)
+        table = table.assign(
+            nearest=self.nearest.flatten().tolist(), intruder=table["cosine"] < self.threshold
+        )
         return table.drop(columns="module").dropna(subset=["sigma"]).reset_index(drop=True)
 
     def overlaps(self, site: str) -> pd.DataFrame:
@@ -70,9 +76,12 @@ class Intruders(OfSites):
 
         Args:
             site: its name.
+
+        Raises:
+            SiteError: no such site.
         """
-        index = one_site([s.name for s in self.sites], site)
-        return pd.DataFrame(self.overlap[index].cpu().double().numpy())
+        overlap = self.overlap[self._index(site)]
+        return pd.DataFrame(overlap.cpu().double().numpy())
 
     def plot(self, site: str | None = None) -> drawing.Figure:
         """How many intruders each site has, layer × kind; or the overlaps of one site.
@@ -83,8 +92,11 @@ class Intruders(OfSites):
         Raises:
             SiteError: no such site.
         """
-        index = None if site is None else one_site([s.name for s in self.sites], site)
+        index = None if site is None else self._index(site)
         return drawing.figure(self, index)
+
+    def _index(self, site: str) -> int:
+        return one_site([known.name for known in self.sites], site)
 
 
 @alone
@@ -113,41 +125,57 @@ def intruders(
         SiteError: a name that matches no site, or no site with a weight.
         ModelStateError: a processed or quantised model without `hf_model`.
     """
-    k, threshold = whole("k", k, 1), number("threshold", threshold)
-    if not 0 < threshold <= 1:
-        raise ArgumentError(f"threshold={threshold}: expected a cosine above 0, at most 1.")
-    chosen = [
-        (lens.sites[i], lens.plan.updates[i].site, update)
-        for i in chosen_sites(lens.sites, sites)
-        if isinstance(update := lens.plan.updates[i].update, Update) and not update.experts
-    ]
+    count = whole("k", k, 1)
+    below = number("threshold", threshold)
+    if not 0 < below <= 1:
+        raise ArgumentError(f"threshold={below}: expected a cosine above 0, at most 1.")
+    chosen = [i for i in chosen_sites(lens.sites, sites) if _is_weight(lens.plan.updates[i])]
     if not chosen:
         raise SiteError("norms and experts alone were chosen, and no weight of a module.")
-    host, bar = lens.plan.host, tqdm(chosen, desc="intruders", leave=False, disable=not progress)
-    weights = ((host.base_weight(site, "the SVD of W + ΔW"), update) for _, site, update in bar)
-    rows = [_compared(W, update, k) for W, update in weights]
-    sigma, cosine, nearest, overlap = map(torch.stack, zip(*rows, strict=True))
+    found: list[_Leading] = []
+    for index in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
+        site_update = lens.plan.updates[index]
+        assert isinstance(site_update.update, Update), "norms are left out above"
+        weight = lens.plan.host.base_weight(site_update.site, "the SVD of W + ΔW")
+        found.append(_leading_directions(weight, site_update.update, count))
     return Intruders(
-        sigma=sigma,
-        cosine=cosine,
-        nearest=nearest,
-        overlap=overlap,
-        threshold=threshold,
-        sites=tuple(site for site, *_ in chosen),
+        sigma=torch.stack([leading.sigma for leading in found]),
+        cosine=torch.stack([leading.cosine for leading in found]),
+        nearest=torch.stack([leading.nearest for leading in found]),
+        overlap=torch.stack([leading.overlap for leading in found]),
+        threshold=below,
+        sites=tuple(lens.sites[index] for index in chosen),
         meta=lens.describe(),
     )
 
 
-def _compared(
-    weight: Float[Tensor, "out in"], update: Update, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """σ, largest cosine, its index, and overlaps of the first k directions of W + ΔW."""
+def _is_weight(site_update: SiteUpdate) -> bool:
+    """Whether the update changes one weight matrix, and neither a norm nor a stack of experts."""
+    return isinstance(site_update.update, Update) and not site_update.update.experts
+
+
+class _Leading(NamedTuple):
+    """The first k left singular directions of one W + ΔW; NaN, and −1, beyond the weight's size."""
+
+    sigma: Float[Tensor, " direction"]
+    cosine: Float[Tensor, " direction"]
+    nearest: Int[Tensor, " direction"]
+    overlap: Float[Tensor, "direction direction"]
+
+
+def _leading_directions(weight: Float[Tensor, "out in"], update: Update, k: int) -> _Leading:
+    """Compare the first k directions of W + ΔW with all of W's own."""
     W = in_float64(weight)
-    A, B = (in_float64(factor).to(W) for factor in (update.A, update.B))
-    base, _, _ = torch.linalg.svd(W, full_matrices=False)
-    tuned, sizes, _ = torch.linalg.svd(W + update.scale * B @ A, full_matrices=False)
-    cosines = (base.T @ tuned[:, :k]).abs().clamp(max=1.0).cpu()
-    (largest, nearest), beyond = cosines.max(0), (0, k - cosines.shape[1])
-    sigma, cosine = (pad(x, beyond, value=torch.nan) for x in (sizes[:k].cpu(), largest))
-    overlap = pad(cosines[:k].T, 2 * beyond, value=torch.nan)
-    return sigma, cosine, pad(nearest, beyond, value=-1), overlap
+    A = in_float64(update.A).to(W)
+    B = in_float64(update.B).to(W)
+    U, _, _ = torch.linalg.svd(W, full_matrices=False)
+    U_tuned, sigma, _ = torch.linalg.svd(W + update.scale * B @ A, full_matrices=False)
+    cosines = (U.T @ U_tuned[:, :k]).abs().clamp(max=1.0).cpu()
+    largest, nearest = cosines.max(0)
+    missing = k - cosines.shape[1]
+    return _Leading(
+        sigma=pad(sigma[:k].cpu(), (0, missing), value=torch.nan),
+        cosine=pad(largest, (0, missing), value=torch.nan),
+        nearest=pad(nearest, (0, missing), value=-1),
+        overlap=pad(cosines[:k].T, (0, missing, 0, missing), value=torch.nan),
+    )

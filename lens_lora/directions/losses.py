@@ -1,4 +1,11 @@
-"""The loss of the base on texts, as it is and as hooks of the caller's leave it."""
+"""The base model's loss on texts, as it is and under hooks of the caller's.
+
+Of each text, summed over the tokens after its first, in nats:
+
+    Σ_t −log p(y_t)  without the hooks and with them,    and    Σ_t KL(p without ‖ p with).
+
+Two forward passes.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +17,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import (
-    LoraLens,
-    Prompts,
-)
-from lens_lora.texts.batches import (
-    TOKENS_AT_ONCE,
-    logits_of,
-    over_texts,
-)
+from lens_lora.core import LoraLens, Prompts
+from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
 from lens_lora.texts.distribution_shift import distribution_shift
 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """What the base makes of texts as it is, and as hooks of the caller's leave it.
-
-    Of the distributions from which each token but the first comes.
+    """The base's loss on texts without the caller's hooks and with them.
 
     Attributes:
         plain, hooked: [text], Σ_t −log p(y_t) in nats.
         kl: [text], Σ_t KL(plain ‖ hooked) in nats.
-        counts: [text], how many tokens.
+        counts: [text], how many tokens each sum is over.
     """
 
     plain: Float[Tensor, " text"]
@@ -59,24 +57,33 @@ def losses(
         NumericsError: a non-finite logit.
     """
     plain = torch.zeros(texts.batch, dtype=torch.float64)
-    hooked = torch.zeros_like(plain)
-    kl = torch.zeros_like(plain)
+    hooked = torch.zeros(texts.batch, dtype=torch.float64)
+    kl = torch.zeros(texts.batch, dtype=torch.float64)
+    base = lens, lens.gates(0.0)
 
     def visit(index: list[int], rows: Prompts) -> None:
-        base = lens, lens.gates(0.0)
+        # The logits at a token predict the next one; after the last token there is none.
         with unhooked():
             before = logits_of(base, rows)[:, :-1]
         after = logits_of(base, rows)[:, :-1]
-        said = rows.tokens[:, 1:, None].to(before.device)
-        counted = rows.after_first[:, 1:].to(before.device)
+        is_predicted = rows.after_first[:, 1:].to(before.device)
+        next_ids = rows.tokens[:, 1:].to(before.device)
 
         def summed(values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
-            return values.masked_fill(~counted, 0.0).cpu().double().sum(1)
+            return values.masked_fill(~is_predicted, 0.0).cpu().double().sum(1)
 
-        for sums, logits in ((plain, before), (hooked, after)):
-            sums[index] = summed(-logits.log_softmax(-1).gather(2, said)[..., 0])
-        shift = after - before
-        kl[index] = summed(distribution_shift(before, before.softmax(-1), shift).kl)
+        plain[index] = summed(_surprisal(before, next_ids))
+        hooked[index] = summed(_surprisal(after, next_ids))
+        shift = distribution_shift(before, before.softmax(-1), after - before)
+        kl[index] = summed(shift.kl)
 
     over_texts(lens, texts, TOKENS_AT_ONCE, visit, "the base's loss", progress)
     return Losses(plain, hooked, kl, (texts.lengths - 1).cpu())
+
+
+def _surprisal(
+    logits: Float[Tensor, "row pos vocab"], ids: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos"]:
+    """−log p of these tokens, in nats."""
+    log_p = logits.log_softmax(-1)
+    return -log_p.gather(2, ids[..., None])[..., 0]

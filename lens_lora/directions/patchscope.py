@@ -1,7 +1,11 @@
 """Patchscope (arXiv 2401.06102): what the model calls a vector.
 
-v takes the place of h at one token of a prompt that repeats what stands there,
-"cat -> cat; 135 -> 135; hello -> hello; ? ->", and the model goes on.
+1. A prompt makes the model repeat what stands at its placeholder, as
+   "cat -> cat; 135 -> 135; hello -> hello; ? ->" does.
+2. The vector takes the place of the residual stream h at the placeholder's token, at several sizes:
+   multiples of the mean ‖h‖ of the prompt's other tokens.
+3. What the model goes on with is its name for the vector. Beside it stand the likeliest tokens of
+   the prompt alone, and the vector read by the final norm and the unembedding alone.
 """
 
 from __future__ import annotations
@@ -15,15 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, whole
-from lens_lora.core import (
-    Described,
-    HookFn,
-    LoraLens,
-    Prompts,
-    alone,
-    attached,
-    long_table,
-)
+from lens_lora.core import Described, LoraLens, Prompts, alone, attached, long_table
 from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.function.forward import read_logits, require_finite
 from lens_lora.core.function.interventions import record
@@ -35,6 +31,7 @@ from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
 from lens_lora.hidden.stream_reading import over_scale, read_through
 
+# The paper's prompt of identities.
 IDENTITY = "cat -> cat; 135 -> 135; hello -> hello; ? ->"
 _DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
 
@@ -83,12 +80,12 @@ class Patchscope(Described):
         Raises:
             ArgumentError: a k that is no whole number, or below 0.
         """
-        k = whole("k", k, 0)
-        rows = [
-            (label, scale, [self.strings[i] for i in self.ids[d, s, :k].tolist()], text[s])
-            for d, (label, text) in enumerate(zip(self.directions, self.continuations, strict=True))
-            for s, scale in enumerate(self.scales)
-        ]
+        count = whole("k", k, 0)
+        rows: list[tuple[str, float, list[str], str]] = []
+        for d, direction in enumerate(self.directions):
+            for s, scale in enumerate(self.scales):
+                tokens = [self.strings[i] for i in self.ids[d, s, :count].tolist()]
+                rows.append((direction, scale, tokens, self.continuations[d][s]))
         return pd.DataFrame(rows, columns=["direction", "scale", "tokens", "continuation"])
 
     def logit_lens(
@@ -115,10 +112,12 @@ class Patchscope(Described):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per direction, scale and token."""
-        axes = {"direction": self.directions}, {"scale": self.scales}
-        ranks = {"rank": range(1, self.ids.shape[2] + 1)}
-        numbers = {"probability": self.probabilities, "unpatched": self.plain[self.ids]}
-        table = long_table(numbers, *axes, ranks)
+        table = long_table(
+            {"probability": self.probabilities, "unpatched": self.plain[self.ids]},
+            {"direction": self.directions},
+            {"scale": self.scales},
+            {"rank": range(1, self.ids.shape[2] + 1)},
+        )
         ids = self.ids.flatten().tolist()
         return table.assign(token=[self.strings[i] for i in ids], id=ids)
 
@@ -165,67 +164,74 @@ def patchscope(
         PromptError: a prompt that does not fit the model.
         NumericsError: non-finite logits.
     """
-    k, most = whole("k", k, 1), whole("max_new_tokens", max_new_tokens, 1)
-    if not is_stream(known_point(lens, name)):
-        raise SiteError(
-            f"{name} does not hold the residual stream, in which a token's whole h can be "
-            "replaced; name a point such as 'blocks.3.hook_resid_post'."
-        )
-    sizes, gate = numbers_of("scales", scales), lens.gates(number("at", at))
+    count = whole("k", k, 1)
+    length = whole("max_new_tokens", max_new_tokens, 1)
+    _require_stream(lens, name)
+    sizes = numbers_of("scales", scales)
+    strength = number("at", at)
+    gates = lens.gates(strength)
     if not sizes:
-        raise ArgumentError("scales=[]; give at least one size.")
+        raise ArgumentError("scales=[]", remedy="give at least one size.")
     source = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
     unit = source.unit(centred=lens.plan.host.centres_stream)
-    if not isinstance(prompt, str):
-        raise ArgumentError(f"prompt={prompt!r}: expected one text that holds the placeholder.")
-    row = lens.prompts(prompt)
-    said = lens.str_tokens(row)[0]
-    place = _place(said, placeholder)
-    seen = record(lens, row, gate, [name]).firings
-    firing(lens, seen, [name], [name])
-    norms = seen[name][-1].cpu().double().norm(dim=-1)
-    sinks = sinks_among([norms], row.real.cpu())[0].tolist()
-    others = [i for i in range(1, len(said)) if i != place and not sinks[i]] or [place]
-    size = float(norms[0, others].mean())
-    vectors = (unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None]).flatten(0, 1) * size
-    require_context(lens.model, len(said) + most - 1, "the prompt with its continuation")
+    row = _prompt_of(lens, prompt)
+    str_tokens = lens.str_tokens(row)[0]
+    place = _place(str_tokens, placeholder)
+    require_context(lens.model, len(str_tokens) + length - 1, "the prompt with its continuation")
+    size = _mean_size(lens, row, gates, name, place)
+    by_size = unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None] * size
+    vectors = by_size.flatten(0, 1)
 
-    hooks: list[tuple[str, HookFn]] = [
-        (name, lambda h, hook: h.select_scatter(vectors.to(h), 1, place))
-    ]
-    with torch.no_grad(), lens.adapted(gate):
+    def put_in_place(h: Tensor, hook: Any) -> Tensor:
+        del hook
+        return h.select_scatter(vectors.to(h), 1, place)
+
+    with torch.no_grad(), lens.adapted(gates):
         plain = read_logits(lens, row)[0].softmax(-1)
-        with attached(lens.model, hooks):
-            logits, tokens = _continued(lens, row, len(vectors), most)
+        with attached(lens.model, [(name, put_in_place)]):
+            logits, tokens = _continued(lens, row, len(vectors), length)
     require_finite(logits, "a logit")
     p = logits.softmax(-1)
-    best = p.topk(min(k, p.shape[-1]))
+    likeliest = p.topk(min(count, p.shape[-1]))
     shape = len(unit), len(sizes), -1
     return Patchscope(
-        ids=best.indices.view(shape),
-        probabilities=best.values.view(shape),
+        ids=likeliest.indices.view(shape),
+        probabilities=likeliest.values.view(shape),
         plain=plain,
         readings=read_through(lens, over_scale(lens, unit * size, unit * size)),
-        continuations=tuple(
-            tuple(decoded(lens.model, ids) for ids in by_scale)
-            for by_scale in tokens.view(shape).tolist()
-        ),
+        continuations=_texts_of(lens, tokens.view(shape)),
         strings=lens.vocabulary,
         directions=source.names,
         scales=tuple(sizes),
         size=size,
         name=name,
-        prompt=tuple(said),
+        prompt=tuple(str_tokens),
         position=place,
-        at=number("at", at),
+        at=strength,
         meta=lens.describe(row),
     )
+
+
+def _require_stream(lens: LoraLens, name: str) -> None:
+    """Refuse a hook point at which there is no residual stream."""
+    if not is_stream(known_point(lens, name)):
+        raise SiteError(
+            f"{name} does not hold the residual stream, in which a token's whole h can be replaced",
+            remedy="name a point such as 'blocks.3.hook_resid_post'.",
+        )
+
+
+def _prompt_of(lens: LoraLens, prompt: object) -> Prompts:
+    """The prompt as tokens."""
+    if not isinstance(prompt, str):
+        raise ArgumentError(f"prompt={prompt!r}: expected one text that holds the placeholder.")
+    return lens.prompts(prompt)
 
 
 def _place(tokens: Sequence[str], placeholder: str) -> int:
     """The position of the last token that contains the placeholder."""
     places = [i for i, token in enumerate(tokens) if placeholder in token]
-    if not places or not places[-1]:
+    if not places or places[-1] == 0:
         raise ArgumentError(
             f"placeholder={placeholder!r}: none of the tokens {list(tokens)} after the first "
             "contains it; the vector takes the place of that token."
@@ -233,12 +239,46 @@ def _place(tokens: Sequence[str], placeholder: str) -> int:
     return places[-1]
 
 
+def _mean_size(
+    lens: LoraLens, row: Prompts, gates: Float[Tensor, " site"], name: str, place: int
+) -> float:
+    """The mean ‖h‖ of the prompt's tokens, without sinks and the placeholder. One forward pass.
+
+    Where no other token is left, it is the placeholder's own.
+    """
+    firings = record(lens, row, gates, [name]).firings
+    firing(lens, firings, [name], [name])
+    norms = firings[name][-1].cpu().double().norm(dim=-1)
+    is_counted = ~sinks_among([norms], row.real.cpu())[0]
+    is_counted[0] = False
+    is_counted[place] = False
+    if not bool(is_counted.any()):
+        is_counted[place] = True
+    return float(norms[0, is_counted].mean())
+
+
 def _continued(
-    lens: LoraLens, row: Prompts, count: int, most: int
+    lens: LoraLens, row: Prompts, count: int, length: int
 ) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
-    """The first next token's logits of so many copies of a row, and the likeliest tokens."""
-    tokens, logits = row.tokens.repeat(count, 1), list[Tensor]()
-    for step in range(most):
-        logits.append(read_logits(lens, Prompts(tokens, row.lengths.repeat(count) + step)))
-        tokens = torch.cat([tokens, logits[-1].argmax(-1)[:, None].to(tokens)], 1)
-    return logits[0], tokens[:, -most:]
+    """Logits of the next token of so many copies of a row, and the likeliest tokens from there."""
+    tokens = row.tokens.repeat(count, 1)
+    lengths = row.lengths.repeat(count)
+    first_logits: Tensor | None = None
+    for step in range(length):
+        logits = read_logits(lens, Prompts(tokens, lengths + step))
+        if first_logits is None:
+            first_logits = logits
+        likeliest = logits.argmax(-1)[:, None].to(tokens)
+        tokens = torch.cat([tokens, likeliest], 1)
+    assert first_logits is not None, "max_new_tokens is at least 1"
+    return first_logits, tokens[:, -length:]
+
+
+def _texts_of(
+    lens: LoraLens, tokens: Int[Tensor, "direction scale new"]
+) -> tuple[tuple[str, ...], ...]:
+    """The continuations as text, by direction and scale."""
+    by_direction: list[tuple[str, ...]] = []
+    for by_scale in tokens.tolist():
+        by_direction.append(tuple(decoded(lens.model, ids) for ids in by_scale))
+    return tuple(by_direction)

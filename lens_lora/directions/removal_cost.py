@@ -1,7 +1,7 @@
-"""What `lens.without` costs the base itself, as the rise of its loss on ordinary texts.
+"""What `lens.without` costs the base model itself: the rise of its loss on ordinary texts.
 
-The texts have nothing to do with the direction. A removal that breaks the model breaks what one
-asks about, too, and shows nothing of the direction.
+The texts have nothing to do with the direction that is removed. A removal that breaks the model on
+them also breaks whatever else one asks of it, so it says nothing about the direction.
 """
 
 from __future__ import annotations
@@ -15,30 +15,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import (
-    Described,
-    LoraLens,
-    Prompts,
-    PromptsLike,
-    alone,
-)
-from lens_lora.core.function.asked import ask_prompts
+from lens_lora.core import Described, LoraLens, Prompts, PromptsLike, alone
 from lens_lora.directions.losses import losses
 from lens_lora.directions.removal import Removed, put_back, removed_from
 from lens_lora.errors import ModelStateError, PromptError
-from lens_lora.texts.batches import (
-    require_second_token,
-)
+from lens_lora.texts.batches import require_second_token
 from lens_lora.texts.neutral import readable_texts
 
-_EVERY = 8  # one of so many neutral texts tells what a removal costs
+# One neutral text of eight is enough to tell what a removal costs.
+_EVERY = 8
 
 
 @final
 class RemovalCost(Described):
     """What taking directions out of the base costs it on texts, in nats per token.
 
-    Of the tokens after each text's first.
+    All means are over the tokens after each text's first.
 
     Attributes:
         base: [text], the mean of −log p(y_t) of the base as it is.
@@ -70,9 +62,15 @@ class RemovalCost(Described):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per text: tokens, both losses, the cost and KL."""
-        columns = {"tokens": self.counts, "base": self.base, "removed": self.removed}
-        columns |= {"cost": self.removed - self.base, "kl": self.kl}
-        return pd.DataFrame({name: values.tolist() for name, values in columns.items()})
+        return pd.DataFrame(
+            {
+                "tokens": self.counts.tolist(),
+                "base": self.base.tolist(),
+                "removed": self.removed.tolist(),
+                "cost": (self.removed - self.base).tolist(),
+                "kl": self.kl.tolist(),
+            }
+        )
 
 
 @alone
@@ -102,16 +100,11 @@ def removal_cost(
     removed = removed_from(lens.model)
     if not removed:
         raise ModelStateError(
-            "no direction is removed from this model at the moment; make the call within the "
-            "block: `with lens.without(direction): ll.removal_cost(lens)`."
+            "no direction is removed from this model at the moment",
+            remedy="make the call within the block: "
+            "`with lens.without(direction): ll.removal_cost(lens)`.",
         )
-    if texts is None and getattr(lens.model, "tokenizer", None) is not None:
-        texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)
-    if texts is None:
-        raise PromptError(
-            "the model has no tokenizer that reads the neutral texts; pass texts= of your own."
-        )
-    rows = ask_prompts(lens, texts).prompts
+    rows = lens.function(_texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
     _require_counted(rows, removed)
     found = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
@@ -125,12 +118,25 @@ def removal_cost(
     )
 
 
-def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:
-    """Raise an error where no token that is predicted comes from one at which h is changed.
+def _texts_or_neutral(lens: LoraLens, texts: PromptsLike | None) -> PromptsLike:
+    """The caller's texts, or else some of the package's neutral ones."""
+    if texts is None and getattr(lens.model, "tokenizer", None) is not None:
+        texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)
+    if texts is None:
+        raise PromptError(
+            "the model has no tokenizer that reads the neutral texts",
+            remedy="pass texts= of your own.",
+        )
+    return texts
 
-    Nothing would be changed in any number, and a cost of 0 would say that the removal is harmless.
+
+def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:
+    """Refuse texts in which directions are removed at no token from which the next is predicted.
+
+    No number would change, and a cost of 0 would say that the removal is harmless.
     """
-    has_next = torch.arange(rows.tokens.shape[1])[None] < rows.lengths.cpu()[:, None] - 1
+    positions = torch.arange(rows.tokens.shape[1])[None]
+    has_next = positions < rows.lengths.cpu()[:, None] - 1
     if not any(bool((block.where.among(rows) & has_next).any()) for block in removed):
         raise ModelStateError(
             f"{removed[-1].says}: none of these tokens has another one behind it in the texts, so "

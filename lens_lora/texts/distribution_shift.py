@@ -1,10 +1,16 @@
-"""A shift d of the logits on a distribution p, without another softmax:
+"""KL and change of a distribution p when its logits shift by d, without another softmax.
 
-    Z = 1 + Σ p (eᵈ − 1),    KL(p ‖ q) = log Z − Σ p d,    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
+With q = softmax(log p + d),
 
-d counts from its mean Σ p d, as a constant in all logits changes nothing: the rounding of a KL is
-then that of what d differs by, not of the logits or of the constant. Beyond `LARGEST_SHIFT` q is a
-softmax.
+    Z = Σ p eᵈ = 1 + Σ p (eᵈ − 1)
+    KL(p ‖ q) = log Z − Σ p d
+    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
+
+A constant added to all logits changes nothing, so d is counted from its mean Σ p d. The rounding
+error of the KL is then that of the differences within d, not of the logits or of the constant.
+Where d exceeds `LARGEST_SHIFT`, eᵈ would lose its digits, and q is a softmax after all.
+
+`core/readout/reading.py` has the same sums with derivatives; here they are taken in place.
 """
 
 from __future__ import annotations
@@ -38,30 +44,50 @@ class DistributionShift:
     rest: Float[Tensor, "*row"]
 
     def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
-        """q − p of some rows."""
+        """q − p of some rows.
+
+        Args:
+            index: of the rows, a tensor for each of their axes.
+        """
         rest = self.rest[index][:, None]
         return (self.grown[index] - rest * self.p[index]) / (1 + rest)
 
     def weighted(self, weights: Float[Tensor, " flat"]) -> Float[Tensor, " vocab"]:
-        """Σ w (q − p) over all rows."""
+        """Σ w (q − p) over all rows.
+
+        Args:
+            weights: w, one for each row, all axes laid flat.
+        """
         rest = self.rest.flatten()
         by_row = weights / (1 + rest)
         return by_row @ self.grown.flatten(0, -2) - (by_row * rest) @ self.p.flatten(0, -2)
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
-    """KL and q − p of a shift of the logits."""
+    """KL and q − p of a shift of the logits.
+
+    Args:
+        base: the logits of p.
+        p: softmax(base).
+        shift: d; it is overwritten.
+
+    Raises:
+        NumericsError: a shift that is not finite.
+    """
     require_finite(shift.sum(-1), "the shift of a logit")
     shift.sub_(_mean(p, shift)[..., None])
     if float(shift.amax()) > LARGEST_SHIFT:
-        log_q, log_p = (base + shift).log_softmax(-1), base.log_softmax(-1)
+        log_q = (base + shift).log_softmax(-1)
+        log_p = base.log_softmax(-1)
         kl = (p * (log_p - log_q)).sum(-1)
         return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))
-    linear = _mean(p, shift)  # what rounding left of it
+    # What rounding left of the mean that was subtracted.
+    mean = _mean(p, shift)
     grown = shift.expm1_().mul_(p)
     rest = grown.sum(-1)
-    return DistributionShift(rest.log1p() - linear, p, grown, rest)
+    return DistributionShift(rest.log1p() - mean, p, grown, rest)
 
 
 def _mean(p: _Rows, shift: _Rows) -> Float[Tensor, "*row"]:
+    """Σ_v p(v) d(v) of each row."""
     return torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])

@@ -1,4 +1,4 @@
-"""Σ_t KL between models over the tokens of many texts."""
+"""Σ_t KL between one model and others, over the tokens of many texts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.core import (
-    Prompts,
-)
-from lens_lora.texts.batches import (
-    TOKENS_AT_ONCE,
-    Gated,
-    logits_of,
-    over_texts,
-)
+from lens_lora.core import Prompts
+from lens_lora.texts.batches import TOKENS_AT_ONCE, Gated, logits_of, over_texts
 from lens_lora.texts.distribution_shift import distribution_shift
 
 
@@ -28,17 +21,31 @@ def text_divergences(
     *,
     progress: bool,
 ) -> Float[Tensor, "other text"]:
-    """Σ_t KL(reference ‖ other) over the counted tokens, in nats. A forward pass of each model."""
+    """Σ_t KL(reference ‖ other) over the counted tokens, in nats. A forward pass of each model.
+
+    Args:
+        reference: a lens and its gates, whose distributions come first in the KL.
+        others: lenses and their gates.
+        texts: all of them.
+        counted: the tokens over which the sums are.
+        progress: show a bar.
+
+    Raises:
+        NumericsError: a logit that is not finite.
+    """
     sums = torch.zeros(len(others), texts.batch, dtype=torch.float64)
+    first_lens, _ = reference
 
     def visit(index: list[int], rows: Prompts) -> None:
         base = logits_of(reference, rows)
-        p, room = base.softmax(-1), torch.empty_like(base)
-        mask = counted[index, : rows.tokens.shape[1]].to(base.device)
+        p = base.softmax(-1)
+        # One tensor of the size of the logits holds every model's shift in turn.
+        room = torch.empty_like(base)
+        is_counted = counted[index, : rows.tokens.shape[1]].to(base.device)
         for slot, other in enumerate(others):
             shift = torch.sub(logits_of(other, rows), base, out=room)
             kl = distribution_shift(base, p, shift).kl
-            sums[slot, index] = kl.masked_fill(~mask, 0.0).cpu().double().sum(1)
+            sums[slot, index] = kl.masked_fill(~is_counted, 0.0).cpu().double().sum(1)
 
-    over_texts(reference[0], texts, TOKENS_AT_ONCE, visit, "the models' logits", progress)
+    over_texts(first_lens, texts, TOKENS_AT_ONCE, visit, "the models' logits", progress)
     return sums

@@ -1,4 +1,11 @@
-"""Tokens with all before them: where texts begin alike, nothing differs, and they count once."""
+"""Where texts begin alike, and which of their tokens count once.
+
+By causality, whatever a model computes at a token depends on that token and those before it alone.
+Conversations begin alike, and so do many sentences. Two texts that begin with the same tokens have
+the same numbers there, and a mean over texts counts such a token once.
+
+Each token gets a mark: a hash of itself and all tokens before it in its text.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +18,47 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.core import (
-    Prompts,
-)
+from lens_lora.core.readout.prompts import Prompts
 
 
 def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The tokens after each text's first, those with the same tokens before them only once.
+    """The tokens after each text's first, where those with the same tokens before them count once.
 
-    Conversations begin alike, and so do many sentences; by causality nothing differs there.
+    The first token of a text is an attention sink, and is left out.
+
+    Args:
+        texts: any prompts, with their responses where they hold them.
     """
-    marks, counted = beginnings(texts), texts.after_first.cpu()
-    return torch.from_numpy(first_of_each(marks.numpy(), counted.numpy()))
+    marks = beginnings(texts).numpy()
+    after_first = texts.after_first.cpu().numpy()
+    return torch.from_numpy(first_of_each(marks, after_first))
 
 
 def first_of_each(marks: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Those of the chosen tokens before which, in order, no chosen one has the same mark."""
-    places, once = np.flatnonzero(chosen), np.zeros(chosen.shape, bool)
-    once.flat[places[np.unique(marks.flat[places], return_index=True)[1]]] = True
+    """The first chosen token of each mark, text by text.
+
+    Args:
+        marks: [batch, pos], as from `beginnings`.
+        chosen: [batch, pos], the tokens that may count.
+    """
+    places = np.flatnonzero(chosen)
+    _, first = np.unique(marks.flat[places], return_index=True)
+    once = np.zeros(chosen.shape, bool)
+    once.flat[places[first]] = True
     return once
 
 
 def marks_of(ids: Iterable[int]) -> list[int]:
-    """A number for each token with all before it, the same wherever a text begins so.
+    """A mark for each token of one text: a number of it and all tokens before it.
 
-    64 bits of a hash: among a million beginnings two share one with a chance of 3e-8.
+    A mark is 64 bits of a hash. Among a million different beginnings two have the same mark with a
+    probability of 3e-8.
+
+    Args:
+        ids: the text's tokens.
     """
-    hashed, marks = hashlib.blake2b(digest_size=8), list[int]()
+    hashed = hashlib.blake2b(digest_size=8)
+    marks: list[int] = []
     for token in ids:
         hashed.update(token.to_bytes(8, "little"))
         marks.append(int.from_bytes(hashed.digest(), "little", signed=True))
@@ -45,8 +66,14 @@ def marks_of(ids: Iterable[int]) -> list[int]:
 
 
 def beginnings(texts: Prompts) -> Int[Tensor, "batch pos"]:
-    """The marks of each text's tokens, 0 at padding."""
+    """The marks of each text's tokens, 0 at padding.
+
+    Args:
+        texts: any prompts.
+    """
     marks = torch.zeros(texts.tokens.shape, dtype=torch.int64)
-    for text, (row, length) in enumerate(zip(texts.tokens.tolist(), texts.lengths, strict=True)):
+    lengths = texts.lengths.tolist()
+    for text, row in enumerate(texts.tokens.tolist()):
+        length = lengths[text]
         marks[text, :length] = torch.tensor(marks_of(row[:length]))
     return marks
