@@ -22,7 +22,9 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.audit.words",
         "lens_lora.audit.page",
     ),
+    "lens_lora.curvature": ("lens_lora.curvature.figures", "lens_lora.curvature.words"),
     "lens_lora.directions": ("lens_lora.directions.figures", "lens_lora.directions.words"),
+    "lens_lora.edge_attribution": ("lens_lora.edge_attribution.figures",),
     "lens_lora.explanations": (
         "lens_lora.explanations.figures",
         "lens_lora.explanations.words",
@@ -31,6 +33,7 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.explanations.page",
     ),
     "lens_lora.hidden": ("lens_lora.hidden.figures", "lens_lora.hidden.words"),
+    "lens_lora.judging": ("lens_lora.judging.figures", "lens_lora.judging.words"),
     "lens_lora.responses": ("lens_lora.responses.figures", "lens_lora.responses.words"),
     "lens_lora.ship": ("lens_lora.ship.page",),
     "lens_lora.sweeps": ("lens_lora.sweeps.figures",),

@@ -13,10 +13,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import pandas as pd
 
+from lens_lora.core import Groups, Site
 from lens_lora.core.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
 from lens_lora.show import go
 from lens_lora.show.go import DIVERGING, LOOK, SEQUENTIAL
@@ -316,3 +317,55 @@ def grouped_points(
         name = f"{label(group)}: {len(xs)} of {len(x)}" if counts else label(group)
         traces.append(points(xs, ys, texts, name, **look))
     return traces
+
+
+# --- Along ε, the strength of the adapter
+
+EPSILON = "ε, strength of the adapter"
+
+
+def along_hover(name: str, units: str) -> str:
+    """What hovers over a point of a curve along ε: its strength and its value."""
+    return f"ε = %{{x:.3g}}<br>%{{y:.4g}} {units}, {name}<extra></extra>"
+
+
+# --- Axes of groups of sites, of which there may be many
+
+_MOST_NAMES = 40  # Groups that are all named; of more, the first of every few layers.
+_MOST_LAYERS = 16
+_CUT = 0.995  # The share of a large matrix' sizes at which its colours end.
+
+
+class Grouped(Protocol):
+    """A result of groups of sites."""
+
+    @property
+    def groups(self) -> Groups:
+        """{name: indices into sites}."""
+        ...
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The adapted sites."""
+        ...
+
+
+def group_ticks(grouped: Grouped) -> dict[str, Any]:
+    """Every group by name; where they are many, the first of every few layers."""
+    if len(grouped.groups) <= _MOST_NAMES:
+        names = list(map(label, grouped.groups))
+        return ticks(names, names)
+    first: dict[int, str] = {}
+    for name, members in grouped.groups.items():
+        first.setdefault(grouped.sites[members[0]].layer, label(name))
+    shown = every_few(sorted(first.items()), _MOST_LAYERS)
+    texts = (f"layer {layer}" if layer >= 0 else "embed" for layer, _ in shown)
+    return ticks((name for _, name in shown), texts)
+
+
+def cut_colours(values: Any) -> dict[str, Any]:
+    """Where a heatmap's colours end, and the note that says so."""
+    sizes = values.abs().flatten()
+    is_cut = max(values.shape) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
+    reach = float(sizes.quantile(_CUT) if is_cut else sizes.max())
+    return {"reach": reach, "note": f"cut at {reach:.2g}" if is_cut else ""}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -11,14 +10,14 @@ import pandas as pd
 
 from lens_lora import results
 from lens_lora.arguments import whole, word
-from lens_lora.core import only_prompt, prompt_rows
+from lens_lora.core import only_prompt
 from lens_lora.core.model.sites import layer_order
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import MOST_POSITIONS, Axis, Shown
 from lens_lora.errors import ArgumentError
 from lens_lora.show import figures, go, text
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
-from lens_lora.show.text import label, magnitude, percent, signed, visible
+from lens_lora.show.text import label, magnitude, signed, visible
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
@@ -191,26 +190,6 @@ def _bars_of_groups(
     return figures.bars(titles, result.groups, values, hover, units)
 
 
-def members_figure(subset: results.BestSubset, row: int) -> go.Figure:
-    """Which sites, or heads, are in one of the best sets."""
-    members, kept = subset.members[row].tolist(), percent(float(subset.kept[row]))
-    heading = f"{subset.counts[row]} of {len(subset.names)} {subset.over} keep {kept} of the shift"
-    if subset.held_out:
-        heading += f", held out {percent(float(subset.kept_held_out[row]))}"
-    below = f"the best set found, {subset.readout} · {whose(None, subset.str_tokens)}"
-    says = ["in the set" if is_member else "not in the set" for is_member in members]
-    values = list(map(float, members))
-    places = subset.sites if subset.over == "sites" else list(map(_of_head, subset.names))
-    figure = figures.kinds_by_layer((heading, below), places, values, says, "", "amount", reach=1.0)
-    return figure.update_traces(showscale=False)
-
-
-def _of_head(name: str) -> types.SimpleNamespace:
-    """'blocks.3.attn.hook_z[5]' as if it were a site."""
-    _, layer, rest = name.split(".", 2)
-    return types.SimpleNamespace(name=name, module="z of one head", layer=int(layer), kind=rest)
-
-
 # --- Groups × tokens of a response, prompts × layers, groups × groups
 
 
@@ -252,67 +231,6 @@ def groups_by_token(
         return f"{says(names[i], value or 0.0)}<br>{t + 1} {label(visible(response[t]))}"
 
     return heatmap(titles, rows, cell_text, x, y, units, row_height=12)
-
-
-_MOST_NAMES, _MOST_LAYERS = 40, 16
-_CUT = 0.995
-_GREY = "grey: not downstream"
-
-
-@drawing.figure.register(results.Coupling)
-def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> go.Figure:
-    """½H: self-curvature on the diagonal, half of each pair's coupling off it.
-
-    In a large matrix colours are cut at the 99.5th percentile of the sizes, so that a few strong
-    pairs do not leave the rest blank; the hover gives every value.
-    """
-    half = coupling.matrix[prompt_rows(prompt, len(coupling.matrix))].cpu().double().mean(0) / 2
-    axis = names_axis(coupling.groups, **_group_ticks(coupling))
-    heading = f"{coupling.readout}, ½H at ε = {coupling.at:g}"
-    below = "diagonal: self-curvature; off it: half of each pair's coupling"
-    titles, units = (heading, f"{below} · {whose(prompt, coupling.str_tokens)}"), coupling.units
-    says = f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {label(units)}<extra></extra>"
-    figure = heatmap(titles, half.tolist(), says, axis, axis, units, "signed", **_cut(half))
-    figure.update_layout(height=680, yaxis={"scaleanchor": "x", "constrain": "domain"})
-    return figure.update_traces(xgap=0, ygap=0)
-
-
-def _cut(values: Any) -> dict[str, Any]:
-    """Where a heatmap's colours end, and the note that says so."""
-    sizes = values.abs().flatten()
-    is_cut = max(values.shape) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
-    reach = float(sizes.quantile(_CUT) if is_cut else sizes.max())
-    return {"reach": reach, "note": f"cut at {reach:.2g}" if is_cut else ""}
-
-
-@drawing.figure.register(results.Edges)
-def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> go.Figure:
-    """Writer × reader in the order of a forward pass, so that what exists is a triangle."""
-    values, _ = edges.mean_over(prompt, edges.per_edge)
-    firsts = dict[str, str]()  # the first reader of each block
-    for name in edges.readers:
-        firsts.setdefault(name if name.count(".") < 2 else name.split(".")[1], name)
-    layers = figures.every_few(list(firsts.items()), _MOST_LAYERS)
-    x = names_axis(edges.readers, "layer of the reader")
-    x = x._replace(layout={**x.layout, **figures.ticks((name for _, name in layers), dict(layers))})
-    y = names_axis(edges.groups, "writer", **_group_ticks(edges))
-    titles = _titles(edges, f"what each reader makes of each write · {_GREY}", prompt)
-    says = f"<b>%{{y}} → %{{x}}</b><br>%{{z:+.3g}} {label(edges.units)}<extra></extra>"
-    cells, height = values.masked_fill(~edges.exists, math.nan).tolist(), 600 // len(values)
-    return heatmap(titles, cells, says, x, y, edges.units, row_height=height, **_cut(values))
-
-
-def _group_ticks(coupling: results.Coupling | results.Edges) -> dict[str, Any]:
-    """Every group by name; where they are many, the first of every few layers."""
-    if len(coupling.groups) <= _MOST_NAMES:
-        names = list(map(label, coupling.groups))
-        return figures.ticks(names, names)
-    first: dict[int, str] = {}
-    for name, members in coupling.groups.items():
-        first.setdefault(coupling.sites[members[0]].layer, label(name))
-    shown = figures.every_few(sorted(first.items()), _MOST_LAYERS)
-    texts = (f"layer {layer}" if layer >= 0 else "embed" for layer, _ in shown)
-    return figures.ticks((name for _, name in shown), texts)
 
 
 # --- Hook points and features

@@ -130,48 +130,10 @@ def _remainder(remainder: results.Remainder) -> str:
     return remainder.to_frame().assign(verdict=list(map(str, remainder.verdict))).to_string()
 
 
-@drawing.body.register(results.SecondOrder)
-def _second_order(second: results.SecondOrder) -> str:
-    frame = second.to_frame().assign(verdict=list(map(str, second.verdict)))
-    return f"{_DIAGNOSTIC}{frame.to_string()}"
-
-
 @drawing.body.register(results.RemainderCurve)
 def _order(curve: results.RemainderCurve) -> str:
     orders = (f"{order:.2f}".replace("nan", "—") for order in curve.order.tolist())
     return f"order {', '.join(orders)}"
-
-
-@drawing.body.register(results.Coupling)
-def _coupling(coupling: results.Coupling) -> str:
-    shares = coupling.shares().to_string()
-    if len(coupling.groups) == 1:
-        return shares
-    return f"{shares}\nstrongest pairs, mean over prompts:\n{coupling.top(5).to_string()}"
-
-
-@drawing.body.register(results.NullTest)
-def _null_test(test: results.NullTest) -> str:
-    return "\n".join(f"  prompt {i}: {verdict}" for i, verdict in enumerate(test.verdict))
-
-
-@drawing.body.register(results.Faithfulness)
-def _faithfulness(curves: results.Faithfulness) -> str:
-    table = curves.summary().rename(index=key_text).to_string()
-    noisy = int((curves.shift.abs() <= SIGMAS * curves.noise_floor).sum())
-    if not noisy:
-        return table
-    have = f"{many(noisy, 'prompt')} {'has' if noisy == 1 else 'have'}"
-    return f"{table}\n{have} no shift above the noise: left out."
-
-
-@drawing.body.register(results.Reliability)
-def _reliability(flags: results.Reliability) -> str:
-    counts = ", ".join(map(str, flags.flagged.sum(1).tolist()))
-    return f"{counts} of {many(flags.flagged.shape[1], 'site')} flagged"
-
-
-_DIAGNOSTIC = "a diagnostic of curvature at ε = 0, not a correction at ε = 1\n"
 
 
 def _within_rounding(result: Any) -> str:
@@ -183,19 +145,3 @@ def _within_rounding(result: Any) -> str:
     small, every = int((sizes <= floor).sum()), int((~sizes.isnan()).sum())
     note = "effects are within three noise floors: rounding may be all of them."
     return f"\n{small} of {every} {note}" if small else ""
-
-
-@drawing.body.register(results.Comparison)
-def _comparison(comparison: results.Comparison) -> str:
-    head = " against ".join(map(key_text, (comparison.attribution_name, comparison.effects_name)))
-    if comparison.made_on:
-        head += f"; made on {many(len(comparison.made_on), 'other prompt')}"
-    summary = comparison.summary()
-    table = summary.to_string()
-    if len(comparison.attribution) == 1:
-        table = f"{summary['mean'].to_string()}\none prompt: no interval."
-    clear, every = comparison.beyond_noise, comparison.effects.numel()
-    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
-    note = f"\n{small} of {every} effects are within three noise floors: their sign, and their"
-    note += " order in a rank correlation, may be rounding."
-    return f"{head}\n{table}{note if small else ''}"

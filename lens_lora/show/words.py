@@ -265,9 +265,9 @@ def largest_text(attribution: results.Attribution, a: Account, k: int, prompt: i
 def verdict_text(v: verdicts.Verdict) -> str:
     """How good first order is."""
     if v.kind == "no_shift":
-        return _below("shift", v.shift, v.floor)
+        return below_text("shift", v.shift, v.floor)
     if v.kind == "noise":
-        return _below("remainder", v.remainder, v.remainder_floor)
+        return below_text("remainder", v.remainder, v.remainder_floor)
     on_the_way = "on the way within rounding"
     if v.worst is not None:
         on_the_way = f"{percent(v.worst)} of the shift at ε = {v.worst_scale:g}"
@@ -277,36 +277,6 @@ def verdict_text(v: verdicts.Verdict) -> str:
         return f"large: {percent(v.share)} of the shift at ε = 1, {on_the_way}"
     most = "" if v.worst is None else "at most "
     return f"{v.kind}: {percent(v.share)} of the shift at ε = 1, {most}{on_the_way}"
-
-
-@drawing.text.register(verdicts.SecondVerdict)
-def second_text(v: verdicts.SecondVerdict) -> str:
-    """Whether second order is nearer than first."""
-    if v.kind == "no_shift":
-        return _below("shift", v.shift, v.floor)
-    second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
-    left, reach = f"leaves {second} of the shift at ε = 1, first order {first}", v.helps_up_to
-    return {
-        "neither": f"neither nearer nor farther, within rounding: {left}",
-        "farther": f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}",
-        "coincidence": f"nearer at ε = 1 by coincidence: {left}; farther from ε > {reach:.2g}",
-        "nearer": f"nearer: {left}",
-    }[v.kind]
-
-
-@drawing.text.register(verdicts.NullVerdict)
-def null_text(v: verdicts.NullVerdict) -> str:
-    """How far the shift stands out from random directions."""
-    if v.kind == "no_shift":
-        return _below("shift", v.shift, v.floor)
-    many = f"{v.ratio:.0f}" if v.ratio >= 10 else f"{v.ratio:.2g}"
-    least = "at least " if v.is_least else ""
-    times = f"{least}{many} times what random directions of the same size give"
-    shift = f"the adapter's shift is {times}"
-    if v.kind == "as_random":
-        shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
-    chance = f"{v.chance:.1%} would by chance"
-    return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
 
 @drawing.text.register(verdicts.FlipVerdict)
@@ -321,5 +291,6 @@ def flip_text(v: verdicts.FlipVerdict) -> str:
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 
-def _below(what: str, value: float, floor: float) -> str:
+def below_text(what: str, value: float, floor: float) -> str:
+    """'below the noise: the shift 0.01 is within rounding (0.02)'."""
     return f"below the noise: the {what} {value:.2g} is within rounding ({floor:.2g})"

@@ -1,0 +1,41 @@
+"""What second order and coupling say."""
+
+from __future__ import annotations
+
+from lens_lora.core import drawing
+from lens_lora.core.analyses.verdict import SecondVerdict
+from lens_lora.curvature.coupling import Coupling
+from lens_lora.curvature.second_order import SecondOrder
+from lens_lora.show.words import below_text
+
+
+@drawing.text.register(SecondVerdict)
+def second_text(v: SecondVerdict) -> str:
+    """Whether second order is nearer than first."""
+    if v.kind == "no_shift":
+        return below_text("shift", v.shift, v.floor)
+    second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
+    left, reach = f"leaves {second} of the shift at ε = 1, first order {first}", v.helps_up_to
+    return {
+        "neither": f"neither nearer nor farther, within rounding: {left}",
+        "farther": f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}",
+        "coincidence": f"nearer at ε = 1 by coincidence: {left}; farther from ε > {reach:.2g}",
+        "nearer": f"nearer: {left}",
+    }[v.kind]
+
+
+_DIAGNOSTIC = "a diagnostic of curvature at ε = 0, not a correction at ε = 1\n"
+
+
+@drawing.body.register(SecondOrder)
+def _second_order(second: SecondOrder) -> str:
+    frame = second.to_frame().assign(verdict=list(map(str, second.verdict)))
+    return f"{_DIAGNOSTIC}{frame.to_string()}"
+
+
+@drawing.body.register(Coupling)
+def _coupling(coupling: Coupling) -> str:
+    shares = coupling.shares().to_string()
+    if len(coupling.groups) == 1:
+        return shares
+    return f"{shares}\nstrongest pairs, mean over prompts:\n{coupling.top(5).to_string()}"

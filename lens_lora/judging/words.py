@@ -1,0 +1,65 @@
+"""What a comparison, flags, a null test and a ranking say."""
+
+from __future__ import annotations
+
+from lens_lora.core import SIGMAS, drawing
+from lens_lora.core.analyses.verdict import NullVerdict
+from lens_lora.errors import many
+from lens_lora.judging.compare import Comparison
+from lens_lora.judging.faithfulness import Faithfulness
+from lens_lora.judging.null_test import NullTest
+from lens_lora.judging.reliability import Reliability
+from lens_lora.show.text import key_text
+from lens_lora.show.words import below_text
+
+
+@drawing.text.register(NullVerdict)
+def null_text(v: NullVerdict) -> str:
+    """How far the shift stands out from random directions."""
+    if v.kind == "no_shift":
+        return below_text("shift", v.shift, v.floor)
+    many = f"{v.ratio:.0f}" if v.ratio >= 10 else f"{v.ratio:.2g}"
+    least = "at least " if v.is_least else ""
+    times = f"{least}{many} times what random directions of the same size give"
+    shift = f"the adapter's shift is {times}"
+    if v.kind == "as_random":
+        shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
+    chance = f"{v.chance:.1%} would by chance"
+    return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
+
+
+@drawing.body.register(NullTest)
+def _null_test(test: NullTest) -> str:
+    return "\n".join(f"  prompt {i}: {verdict}" for i, verdict in enumerate(test.verdict))
+
+
+@drawing.body.register(Faithfulness)
+def _faithfulness(curves: Faithfulness) -> str:
+    table = curves.summary().rename(index=key_text).to_string()
+    noisy = int((curves.shift.abs() <= SIGMAS * curves.noise_floor).sum())
+    if not noisy:
+        return table
+    have = f"{many(noisy, 'prompt')} {'has' if noisy == 1 else 'have'}"
+    return f"{table}\n{have} no shift above the noise: left out."
+
+
+@drawing.body.register(Reliability)
+def _reliability(flags: Reliability) -> str:
+    counts = ", ".join(map(str, flags.flagged.sum(1).tolist()))
+    return f"{counts} of {many(flags.flagged.shape[1], 'site')} flagged"
+
+
+@drawing.body.register(Comparison)
+def _comparison(comparison: Comparison) -> str:
+    head = " against ".join(map(key_text, (comparison.attribution_name, comparison.effects_name)))
+    if comparison.made_on:
+        head += f"; made on {many(len(comparison.made_on), 'other prompt')}"
+    summary = comparison.summary()
+    table = summary.to_string()
+    if len(comparison.attribution) == 1:
+        table = f"{summary['mean'].to_string()}\none prompt: no interval."
+    clear, every = comparison.beyond_noise, comparison.effects.numel()
+    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
+    note = f"\n{small} of {every} effects are within three noise floors: their sign, and their"
+    note += " order in a rank correlation, may be rounding."
+    return f"{head}\n{table}{note if small else ''}"
