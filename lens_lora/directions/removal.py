@@ -18,327 +18,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
-import threading
 from collections.abc import Generator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lens_lora.compat import (
-    SharedForward,
     Temporary,
-    cached_mask,
-    cached_tokens,
     computing_attribute,
     open_spans,
 )
-from lens_lora.core import HookFn, Names, Prompts, attached
+from lens_lora.core import HookFn, Names, attached
 from lens_lora.core.model.hooks import hold, lock_of
+from lens_lora.core.model.passes import Watched, pass_under_way, watched_module
 from lens_lora.core.model.sites import few, firing, resolved
-from lens_lora.core.readout.positions import Checked, checked, positions_text
+from lens_lora.directions.where import Where
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, home_points, is_residual
 
 STREAM_POINTS = "blocks.*.hook_resid_*"
-_REMEDY = "use lens.logits or lens.generate, or begin the block with sinks=True"
-
-
-# --- The pass that runs
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Which tokens of the rows of a pass are the prompt's.
-
-    Attributes:
-        prompts: [row], how many tokens each prompt has.
-        has_response: whether what follows them is known to be a response.
-    """
-
-    prompts: Int[Tensor, " row"]
-    has_response: bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pass:
-    """A forward pass of a model.
-
-    Attributes:
-        module: what runs.
-        cached: how many tokens of each row stand in a cache, before those of the pass.
-        firsts: [row], where each row's first token stands; None where it is 0.
-        rows: what the lens knows of the rows; None in a pass of the caller's.
-    """
-
-    module: nn.Module
-    cached: int
-    firsts: Int[Tensor, " row"] | None
-    rows: Rows | None
-
-
-class _Passes(threading.local):
-    """The passes that are under way in this thread, and what was told of the next ones."""
-
-    def __init__(self) -> None:
-        self.under_way: list[Pass] = []
-        self.told: list[tuple[nn.Module, Rows]] = []
-
-
-_PASSES = _Passes()
-
-
-@contextlib.contextmanager
-def told(model: nn.Module, rows: Rows) -> Generator[None]:
-    """Within the block, passes of the model run these rows."""
-    _PASSES.told.append((watched_module(model), rows))
-    try:
-        yield
-    finally:
-        _PASSES.told.pop()
-
-
-def rows_of(prompts: Prompts) -> Rows:
-    """What is known of rows that a lens runs."""
-    asked = torch.tensor(prompts.asked_lengths)
-    return Rows(asked, has_response=prompts.holds_responses)
-
-
-def pass_under_way() -> Pass | None:
-    """The innermost pass of this thread; None outside of one, or where none is watched."""
-    return _PASSES.under_way[-1] if _PASSES.under_way else None
-
-
-@contextlib.contextmanager
-def going_on(earlier: Pass | None) -> Generator[None]:
-    """Within the block, what runs belongs to an earlier pass. Nothing changes without one."""
-    if earlier is None:
-        yield
-        return
-    _PASSES.under_way.append(earlier)
-    try:
-        yield
-    finally:
-        _PASSES.under_way.pop()
-
-
-def watched_module(model: Any) -> nn.Module:
-    """What a pass runs: the Hugging Face model of a bridge, which may be called by itself."""
-    return getattr(model, "original_model", model)
-
-
-class _Watched(SharedForward):
-    """A model's forward pass, listed in `_PASSES` while it runs."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__(module, name)
-        functools.update_wrapper(self, type(module).forward)
-        self.__wrapped__: Any = self.before  # which tells its signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with going_on(self._begun(args, kwargs)):
-            return self.before(*args, **kwargs)
-
-    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        given = inspect.signature(self.before).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {}), **given.get("model_kwargs", {})}
-        cache = given.get("past_key_values")
-        if cache is None:
-            cache = given.get("past_kv_cache")
-        count = cached_tokens(cache)
-        told_last = _PASSES.told[-1] if _PASSES.told else None
-        if told_last is not None and told_last[0] is self.module:
-            return Pass(self.module, count, firsts=None, rows=told_last[1])
-        return Pass(self.module, count, self._firsts(given, cached_mask(cache)), rows=None)
-
-    def _firsts(
-        self, given: dict[str, Any], earlier: Int[Tensor, "row cached"] | None
-    ) -> Int[Tensor, " row"] | None:
-        """Where each row's first token stands, counted from the first one in the cache.
-
-        Args:
-            given: the arguments of the pass.
-            earlier: the attention mask of what stands in the cache, where the cache keeps it; that
-                of the pass is of its own tokens then.
-        """
-        mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ModelStateError(
-                f"the attention mask of this pass is {shape} and not [row, token], so it does not "
-                "say where each row's first token stands, at which no direction is removed",
-                remedy=f"Pass a mask of ones and zeros, [row, token], or {_REMEDY}.",
-            )
-        if mask is None and (earlier is None or not earlier.numel()):
-            self._require_no_left_padding(given)
-            return None
-        known = [part for part in (earlier, mask) if part is not None]
-        return torch.cat([part.cpu().int() for part in known], 1).argmax(1)
-
-    def _require_no_left_padding(self, given: dict[str, Any]) -> None:
-        """A HookedTransformer makes its own mask of pad tokens on the left."""
-        side = given.get("padding_side")
-        tokenizer = getattr(self.module, "tokenizer", None)
-        side = side if isinstance(side, str) else getattr(tokenizer, "padding_side", "right")
-        if side == "left" and _may_be_padded(given.get("input"), tokenizer):
-            raise ModelStateError(
-                "rows of this pass are padded on the left, so it is not known where each one's "
-                "first token stands, at which no direction is removed",
-                remedy=f"Pad on the right, pass attention_mask=, or {_REMEDY}.",
-            )
-
-
-def _may_be_padded(given: Any, tokenizer: Any) -> bool:
-    """Whether rows that a HookedTransformer is given may begin with padding: several, or pad ids.
-
-    A tokenizer whose pad token is its first one, too, has it once before a row without padding.
-    """
-    if not isinstance(given, Tensor):
-        return isinstance(given, list | tuple) and len(given) > 1
-    if given.ndim > 1 and len(given) > 1:
-        return True
-    pad = getattr(tokenizer, "pad_token_id", None)
-    begins_alike = pad == getattr(tokenizer, "bos_token_id", None)
-    leading = given.flatten()[: 2 if begins_alike else 1]
-    return pad is not None and bool((leading == pad).all())
-
-
-# --- Where directions are removed
-
-_SAID = {
-    "all": "every token",
-    "prompt": "the prompt's tokens",
-    "response": "the response's tokens",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """The tokens at which directions are removed.
-
-    Attributes:
-        named: 'all', 'prompt' or 'response'; '' where there are indices or bounds.
-        indices: of tokens within each prompt.
-        bounds: start, stop and step of a slice of each prompt.
-        sinks: whether each row's first token counts, too.
-    """
-
-    named: str
-    indices: tuple[int, ...] = ()
-    bounds: tuple[int | None, int | None, int | None] | None = None
-    sinks: bool = False
-
-    @classmethod
-    def of(cls, positions: object, sinks: object) -> Where:
-        """From what a caller gives.
-
-        Raises:
-            ArgumentError: something that means no positions, or first tokens alone without sinks.
-        """
-        if not isinstance(sinks, bool):
-            raise ArgumentError(f"sinks={sinks!r}: expected True or False.")
-        plain: Checked = checked(positions)
-        if plain is None or plain == "each":
-            return cls("all", sinks=sinks)
-        if isinstance(plain, str):
-            return cls(plain, sinks=sinks)
-        if isinstance(plain, slice):
-            where = cls("", bounds=(plain.start, plain.stop, plain.step), sinks=sinks)
-            is_first = plain in (slice(0, 1), slice(None, 1))
-        else:
-            where = cls("", indices=plain, sinks=sinks)
-            is_first = set(plain) == {0}
-        if is_first and not sinks:
-            raise ArgumentError(
-                f"positions={positions!r} is each text's first token, a sink, which is left as it "
-                "is; pass sinks=True to remove directions there."
-            )
-        return where
-
-    @property
-    def is_everywhere(self) -> bool:
-        """Whether no token stays as it is."""
-        return self.named == "all" and self.sinks
-
-    def __str__(self) -> str:
-        if self.named:
-            tokens = _SAID[self.named]
-        elif self.bounds is not None:
-            tokens = f"positions {positions_text(slice(*self.bounds))}"
-        else:
-            tokens = f"positions {positions_text(self.indices)}"
-        return tokens if self.sinks else f"{tokens} but each text's first"
-
-    def among(self, prompts: Prompts) -> Bool[Tensor, "#row pos"]:
-        """Which tokens of rows that a lens runs."""
-        run = Pass(nn.Identity(), cached=0, firsts=None, rows=rows_of(prompts))
-        return self.mask(run, prompts.tokens.shape[1])
-
-    def mask(self, run: Pass, width: int) -> Bool[Tensor, "#row pos"]:
-        """Which of the pass's tokens, of each row."""
-        at = torch.arange(run.cached, run.cached + width)[None]  # counted as the pass counts
-        firsts = torch.zeros(1, 1, dtype=torch.long)
-        if run.firsts is not None:
-            firsts = run.firsts.cpu()[:, None]
-        at = at - firsts
-        chosen = self._chosen(at, run.rows)
-        return chosen if self.sinks else chosen & (at != 0)
-
-    def _chosen(self, at: Int[Tensor, "#row pos"], rows: Rows | None) -> Bool[Tensor, "#row pos"]:
-        if self.named == "all":
-            return torch.ones_like(at, dtype=torch.bool)
-        if rows is None and self._needs_ends():
-            raise ModelStateError(
-                f"directions are removed at {self}, and a pass of your own does not say where its "
-                "prompts end",
-                remedy="Use lens.logits or lens.generate, or begin the block with positions that "
-                "count from the start, such as slice(1, 5).",
-            )
-        end = None if rows is None else rows.prompts.cpu()[:, None]
-        if self.named == "prompt":
-            assert end is not None
-            return at < end
-        if self.named == "response":
-            assert rows is not None and end is not None
-            return (at >= end) & rows.has_response
-        return self._within(at, end)
-
-    def _needs_ends(self) -> bool:
-        """Whether it depends on the prompts' lengths."""
-        if self.bounds is not None:
-            start, stop, _ = self.bounds
-            return stop is None or stop < 0 or (start or 0) < 0
-        return bool(self.named) or min(self.indices) < 0
-
-    def _within(
-        self, at: Int[Tensor, "#row pos"], end: Int[Tensor, "row 1"] | None
-    ) -> Bool[Tensor, "#row pos"]:
-        """Indices, or a slice, of each prompt."""
-        # Without ends all bounds count from the start, and no prompt is cut off.
-        lengths = [None] if end is None else end[:, 0].tolist()
-        furthest = int(at.max()) + 1
-        rows = []
-        for length in lengths:
-            tokens = range(furthest if length is None else length)
-            if self.bounds is not None:
-                wanted = set(tokens[slice(*self.bounds)])
-            else:
-                wanted = {i % len(tokens) for i in self.indices if -len(tokens) <= i < len(tokens)}
-            rows.append(torch.tensor(sorted(wanted), dtype=torch.long))
-        shown = at.expand(max(len(at), len(rows)), -1)
-        chosen = [
-            torch.isin(row, wanted) for row, wanted in zip(shown, _each(rows, shown), strict=True)
-        ]
-        return torch.stack(chosen)
-
-
-def _each(rows: list[Tensor], shown: Tensor) -> list[Tensor]:
-    return rows * len(shown) if len(rows) == 1 else rows
-
-
-# --- The block
 
 
 class Switch:
@@ -402,7 +102,7 @@ def take_away(
     ]
     if not where.is_everywhere:
         module = watched_module(lens.model)
-        _Watched.until(span, module, object(), computing_attribute(module))
+        Watched.until(span, module, object(), computing_attribute(module))
     span.enter_context(attached(lens.model, taken))
     count, kind = len(by_point[points[0]].rows), type(source).__name__
     says = f"{count} of {kind} at {few(points)}, {where}"

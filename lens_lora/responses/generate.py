@@ -39,8 +39,8 @@ from lens_lora.core import Prompts, which_prompt
 from lens_lora.core.model.check import first_non_finite
 from lens_lora.core.model.hooks import unembedded_only
 from lens_lora.core.model.lengths import alike_up_to, tables_as_made
+from lens_lora.core.model.passes import Rows, told
 from lens_lora.core.readout.prompts import Source, decoded, special_id
-from lens_lora.directions.removal import Rows, told
 from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
 from lens_lora.responses.answers import Generated
 

@@ -40,7 +40,6 @@ UPWARD: set[tuple[str, str]] = {
     ("core.analyses.patching", "texts"),
     ("core.function.asked", "responses"),
     ("core.function.function", "responses"),
-    ("core.function.memory", "directions"),
     ("core.model.bridge", "hosts"),
     ("core.model.gates", "hosts"),
     ("core.model.lens", "directions"),

@@ -44,9 +44,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from lens_lora.arguments import word
 from lens_lora.compat import Temporary, replace_forward
 from lens_lora.core.model.lens import LoraLens
+from lens_lora.core.model.passes import going_on, pass_under_way
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import PICKS, Columns, Divergence, Picks, Reading
-from lens_lora.directions.removal import going_on, pass_under_way
 from lens_lora.errors import ArgumentError, ModelStateError, many, named, worded
 
 # What is run. Of a reading only the logits that it needs are made.

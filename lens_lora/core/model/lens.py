@@ -40,6 +40,7 @@ from lens_lora.core.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.core.model.hooks import HookFn, alone, attached, hold, lock_of
 from lens_lora.core.model.kernels import differentiable_products
 from lens_lora.core.model.lengths import tables_by_row
+from lens_lora.core.model.passes import rows_of, told
 from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.core.model.updates import holds_another_base
 from lens_lora.core.readout.positions import Positions
@@ -51,7 +52,7 @@ from lens_lora.core.readout.prompts import (
     reading_of_texts,
 )
 from lens_lora.core.readout.readout import Readout
-from lens_lora.directions.removal import removed_from, rows_of, take_away, told
+from lens_lora.directions.removal import removed_from, take_away
 from lens_lora.formats.tokenizers import differences_from
 from lens_lora.hosts.bridged import on_stacks, require_own_parameters
 from lens_lora.hosts.given_base import judged, names_of, note_of_names

@@ -1,0 +1,150 @@
+"""The tokens at which directions are removed.
+
+By default each row's first token stays as it is. It is a sink: its ‖h‖ is hundreds of times the
+others', every later token attends to it, and means that make a direction leave it out. A direction
+removed there changes the model everywhere, whatever the direction says of the tokens that one asks
+about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from lens_lora.core import Prompts
+from lens_lora.core.model.passes import Pass, Rows, rows_of
+from lens_lora.core.readout.positions import Checked, checked, positions_text
+from lens_lora.errors import ArgumentError, ModelStateError
+
+_SAID = {
+    "all": "every token",
+    "prompt": "the prompt's tokens",
+    "response": "the response's tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """The tokens at which directions are removed.
+
+    Attributes:
+        named: 'all', 'prompt' or 'response'; '' where there are indices or bounds.
+        indices: of tokens within each prompt.
+        bounds: start, stop and step of a slice of each prompt.
+        sinks: whether each row's first token counts, too.
+    """
+
+    named: str
+    indices: tuple[int, ...] = ()
+    bounds: tuple[int | None, int | None, int | None] | None = None
+    sinks: bool = False
+
+    @classmethod
+    def of(cls, positions: object, sinks: object) -> Where:
+        """From what a caller gives.
+
+        Raises:
+            ArgumentError: something that means no positions, or first tokens alone without sinks.
+        """
+        if not isinstance(sinks, bool):
+            raise ArgumentError(f"sinks={sinks!r}: expected True or False.")
+        plain: Checked = checked(positions)
+        if plain is None or plain == "each":
+            return cls("all", sinks=sinks)
+        if isinstance(plain, str):
+            return cls(plain, sinks=sinks)
+        if isinstance(plain, slice):
+            where = cls("", bounds=(plain.start, plain.stop, plain.step), sinks=sinks)
+            is_first = plain in (slice(0, 1), slice(None, 1))
+        else:
+            where = cls("", indices=plain, sinks=sinks)
+            is_first = set(plain) == {0}
+        if is_first and not sinks:
+            raise ArgumentError(
+                f"positions={positions!r} is each text's first token, a sink, which is left as it "
+                "is; pass sinks=True to remove directions there."
+            )
+        return where
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether no token stays as it is."""
+        return self.named == "all" and self.sinks
+
+    def __str__(self) -> str:
+        if self.named:
+            tokens = _SAID[self.named]
+        elif self.bounds is not None:
+            tokens = f"positions {positions_text(slice(*self.bounds))}"
+        else:
+            tokens = f"positions {positions_text(self.indices)}"
+        return tokens if self.sinks else f"{tokens} but each text's first"
+
+    def among(self, prompts: Prompts) -> Bool[Tensor, "#row pos"]:
+        """Which tokens of rows that a lens runs."""
+        run = Pass(nn.Identity(), cached=0, firsts=None, rows=rows_of(prompts))
+        return self.mask(run, prompts.tokens.shape[1])
+
+    def mask(self, run: Pass, width: int) -> Bool[Tensor, "#row pos"]:
+        """Which of the pass's tokens, of each row."""
+        at = torch.arange(run.cached, run.cached + width)[None]  # counted as the pass counts
+        firsts = torch.zeros(1, 1, dtype=torch.long)
+        if run.firsts is not None:
+            firsts = run.firsts.cpu()[:, None]
+        at = at - firsts
+        chosen = self._chosen(at, run.rows)
+        return chosen if self.sinks else chosen & (at != 0)
+
+    def _chosen(self, at: Int[Tensor, "#row pos"], rows: Rows | None) -> Bool[Tensor, "#row pos"]:
+        if self.named == "all":
+            return torch.ones_like(at, dtype=torch.bool)
+        if rows is None and self._needs_ends():
+            raise ModelStateError(
+                f"directions are removed at {self}, and a pass of your own does not say where its "
+                "prompts end",
+                remedy="Use lens.logits or lens.generate, or begin the block with positions that "
+                "count from the start, such as slice(1, 5).",
+            )
+        end = None if rows is None else rows.prompts.cpu()[:, None]
+        if self.named == "prompt":
+            assert end is not None
+            return at < end
+        if self.named == "response":
+            assert rows is not None and end is not None
+            return (at >= end) & rows.has_response
+        return self._within(at, end)
+
+    def _needs_ends(self) -> bool:
+        """Whether it depends on the prompts' lengths."""
+        if self.bounds is not None:
+            start, stop, _ = self.bounds
+            return stop is None or stop < 0 or (start or 0) < 0
+        return bool(self.named) or min(self.indices) < 0
+
+    def _within(
+        self, at: Int[Tensor, "#row pos"], end: Int[Tensor, "row 1"] | None
+    ) -> Bool[Tensor, "#row pos"]:
+        """Indices, or a slice, of each prompt."""
+        # Without ends all bounds count from the start, and no prompt is cut off.
+        lengths = [None] if end is None else end[:, 0].tolist()
+        furthest = int(at.max()) + 1
+        rows = []
+        for length in lengths:
+            tokens = range(furthest if length is None else length)
+            if self.bounds is not None:
+                wanted = set(tokens[slice(*self.bounds)])
+            else:
+                wanted = {i % len(tokens) for i in self.indices if -len(tokens) <= i < len(tokens)}
+            rows.append(torch.tensor(sorted(wanted), dtype=torch.long))
+        shown = at.expand(max(len(at), len(rows)), -1)
+        chosen = [
+            torch.isin(row, wanted) for row, wanted in zip(shown, _each(rows, shown), strict=True)
+        ]
+        return torch.stack(chosen)
+
+
+def _each(rows: list[Tensor], shown: Tensor) -> list[Tensor]:
+    return rows * len(shown) if len(rows) == 1 else rows
