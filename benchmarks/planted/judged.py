@@ -55,7 +55,7 @@ from lens_lora.core.results.base import SIGMAS
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.hosts.build import hooked_model
 from lens_lora.judging.reliability import Reliability, judged
-from lens_lora.path.path_attribution import path_attribution_of
+from lens_lora.path.path_attribution import path_attribution
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from bases import is_embedded, load_base  # noqa: E402
@@ -102,10 +102,15 @@ def _random(asked: Asked) -> Tensor:
     return torch.rand(asked.reading.batch, len(asked.lens.sites), generator=generator)
 
 
+def _path(asked: Asked) -> Tensor:
+    g = Evaluations.about_question(asked, progress=False)
+    return path_attribution.of(g, tol=1e-2, max_nodes=16).per_site
+
+
 RELP_KEY = f"first_order/{RELP_LIVE.key}@0"
 SCORES: dict[str, Callable[[Asked], Tensor]] = {
     **{key: PARTS[key] for key in ("first_order@0", "first_order@0.5", "first_order@1")},
-    "path": lambda asked: path_attribution_of(asked, progress=False).per_site,
+    "path": _path,
     "hessian@0": PARTS["hessian@0"],
     "add_one": PARTS["add_one"],
     "leave_one_out": PARTS["leave_one_out"],

@@ -65,6 +65,7 @@ from .results import drawing as drawing
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Effects as Effects
 from .results.attribution import GroupAttribution as GroupAttribution
+from .results.attribution import Quadrature as Quadrature
 from .results.base import SIGMAS as SIGMAS
 from .results.base import Described as Described
 from .results.base import Drawn as Drawn

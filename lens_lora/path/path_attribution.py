@@ -2,60 +2,41 @@
 
     c_l = ∫₀¹ ∂g/∂ε_l(ε·1) dε,      Σ_l c_l = g(1) − g(0), for dg(ε·1)/dε = Σ_l ∂g/∂ε_l
 
-1. A Gauss–Legendre rule of K nodes takes each integral; the nodes ride in rows of the batch, a few
-   hundred tokens at a time, and their weighted slopes are summed as they come.
+1. A Gauss–Legendre rule of K nodes takes each integral: c_l ≈ Σ_k w_k ∂g/∂ε_l(ε_k·1). The nodes
+   ride in rows of the batch, and their weighted slopes are summed as they come.
 2. What Σ c_l leaves of the exact shift is the completeness error. K = 2, 4, 8, … until it is at
    most `tol` of every prompt's shift, or within the rounding of that shift.
-3. Errors of single sites can cancel in that sum. So two rules at least are taken, and the largest
-   change of any site's value from one to the next stands beside the completeness error. When
-   neither has improved over two doublings, more nodes do not help.
+3. Errors of single sites can cancel in that sum. So at least two rules are taken, and the largest
+   change of any site's value from one rule to the next stands beside the completeness error. When
+   neither of the two has improved over two doublings, more nodes do not help.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, whole
-from lens_lora.core import (
-    Attribution,
-    LoraLens,
-    PromptsLike,
-    Reading,
-    Readout,
-    alone,
-    by_axes,
-)
-from lens_lora.core.analyses.first_order import labelled
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.function.memory import graph_groups, slopes_at_once
-from lens_lora.core.function.reverse import joined, require_finite_sites, site_slopes
-from lens_lora.core.results import base as results_base
-from lens_lora.core.results.attribution import Quadrature
+from lens_lora.core import SIGMAS, Attribution, Function, Quadrature, analysis, by_axes
 from lens_lora.errors import ArgumentError
 
-_SMOOTH = 4.0  # A doubling that divides the error by less is slower than a smooth g allows.
-# For a page, whose tables show two digits: 8 nodes left 1e-5 of a margin's shift, 3e-4 of a KL's.
-COARSE_TOL, COARSE_NODES = 1e-2, 16
+_FIRST_NODES = 2
+# For a smooth g a doubling of the nodes divides the error by more than this.
+_SMOOTH = 4.0
+
+_ByPrompt = Float[Tensor, " batch"]
 
 
-@alone
+@analysis
 def path_attribution(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    tol: float = 1e-3,
-    by: tuple[str, ...] | str = (),
-    max_nodes: int = 64,
-    progress: bool = True,
+    g: Function, *, tol: float = 1e-3, by: tuple[str, ...] | str = (), max_nodes: int = 64
 ) -> Attribution:
     """c_l of every site, split by position, head, expert and rank as asked: they sum to the shift.
 
@@ -83,137 +64,114 @@ def path_attribution(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    tol, max_nodes = number("tol", tol), whole("max_nodes", max_nodes, 4)
+    tol = number("tol", tol)
+    max_nodes = whole("max_nodes", max_nodes, 2 * _FIRST_NODES)
     if tol <= 0:
         raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
-    return path_attribution_of(ask(lens, prompts, readout), by_axes(by), tol, max_nodes, progress)
-
-
-def path_attribution_of(
-    asked: Asked,
-    axes: tuple[str, ...] = (),
-    tol: float = COARSE_TOL,
-    max_nodes: int = COARSE_NODES,
-    progress: bool = True,
-) -> Attribution:
-    """Rules of 2, 4, 8, … nodes, until one meets `tol` or the next would have too many."""
-    trail, nodes = _Trail(asked, tol), 2
-    with tqdm(desc="path integral", unit="node", leave=False, disable=not progress) as bar:
+    axes = by_axes(by)
+    rules = _Rules(g, tol)
+    nodes = _FIRST_NODES
+    silent = not g.progress
+    with tqdm(desc="path integral", unit="node", leave=False, disable=silent) as bar:
         while True:
-            values = _integral(asked.lens, asked.reading, axes, nodes, bar)
-            path = labelled(asked, values, axes, method="path", at=math.nan)
-            trail.add(path)
-            if trail.is_final or 2 * nodes > max_nodes:
+            bar.reset(total=nodes)
+            values = _integral(g, nodes, axes)
+            rules.add(values)
+            bar.update(nodes)
+            if rules.is_final or 2 * nodes > max_nodes:
                 break
             nodes *= 2
-    return dataclasses.replace(path, quadrature=trail.quadrature(nodes))
+    quadrature = rules.quadrature(nodes)
+    return Attribution.of(g, values, axes, method="path", at=math.nan, quadrature=quadrature)
 
 
-def _integral(
-    lens: LoraLens, reading: Reading, axes: tuple[str, ...], nodes: int, bar: tqdm
-) -> Float[Tensor, "batch site *by"]:
-    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by the rule with this many nodes on [0, 1].
-
-    Prompts whose graph is beyond the bound of the lens are run in groups, each through all nodes.
-    """
-    groups = graph_groups(lens, reading)
-    bar.reset(total=nodes * len(groups))
-    integrals = [_integral_of_group(lens, group, axes, nodes, bar) for group in groups]
-    total = joined(integrals)
-    require_finite_sites(lens, total)
-    return total
+def _integral(g: Function, nodes: int, axes: tuple[str, ...]) -> Float[Tensor, "batch site *by"]:
+    """Σ_k w_k ∂g/∂ε_l(ε_k·1), by the rule with this many nodes on [0, 1]."""
+    points, weights = _gauss_legendre(nodes)
+    adapted = g.lens.gates(1.0)
+    strengths = adapted.new_tensor(points)
+    return g.slopes(strengths[:, None] * adapted, axes, weights=adapted.new_tensor(weights))
 
 
-def _integral_of_group(
-    lens: LoraLens, reading: Reading, axes: tuple[str, ...], nodes: int, bar: tqdm
-) -> Float[Tensor, "some site *by"]:
-    """As many nodes at a time as fit beside one another in rows of one batch."""
-    adapted = lens.gates(1.0)
-    total = adapted.new_zeros(())
-    points, weights = map(adapted.new_tensor, _gauss_legendre(nodes))
-    step = slopes_at_once(lens, reading)
-    for scales, weight in zip(points.split(step), weights.split(step), strict=True):
-        many, rows = reading.repeat(len(scales)), scales.repeat(len(reading.owner))
-        slopes = site_slopes(lens, many, rows[:, None] * adapted, axes)
-        by_node = slopes.unflatten(0, (reading.batch, -1))
-        total = total + torch.einsum("bk...,k->b...", by_node, weight)
-        bar.update(len(scales))
-    return total
-
-
-def _gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+def _gauss_legendre(nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points and weights on [0, 1]: exact for polynomials up to degree 2·nodes − 1."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
     return (points + 1) / 2, weights / 2
 
 
-class _Trail:
+class _Rules:
     """The errors of one rule after the other, and whether a further rule is worth its cost."""
 
-    def __init__(self, asked: Asked, tol: float) -> None:
-        self._floor = (results_base.SIGMAS * asked.noise_floor).cpu().double()
-        self._shift = (asked.ends[1] - asked.ends[0]).abs().cpu().double()
-        self._tol, self._allowed = tol, tol * self._shift
-        self._dtype = asked.lens.describe()["dtype"]
-        self._errors: list[Tensor] = []
-        self._sites: list[Tensor] = []
+    def __init__(self, g: Function, tol: float) -> None:
+        self._floor: _ByPrompt = (SIGMAS * g.floor).cpu().double()
+        self._shift: _ByPrompt = g.shift
+        self._size: _ByPrompt = self._shift.abs().cpu().double()
+        self._tol = tol
+        self._allowed: _ByPrompt = tol * self._size
+        self._dtype: str = g.lens.describe()["dtype"]
+        self._errors: list[_ByPrompt] = []
+        self._sites: list[Float[Tensor, "batch site"]] = []
 
-    def add(self, rule: Attribution) -> None:
-        """The next rule, of twice the nodes."""
-        self._errors.append(rule.completeness_error.cpu().double())
-        self._sites.append(rule.per_site)
+    def add(self, values: Float[Tensor, "batch site *by"]) -> None:
+        """Take the values of the next rule, which has twice the nodes."""
+        of_sites = values if values.ndim == 2 else values.flatten(2).sum(2)
+        missing = self._shift - of_sites.sum(1)
+        self._errors.append(missing.abs().cpu().double())
+        self._sites.append(of_sites)
 
     @property
-    def _changes(self) -> list[Tensor]:
-        """[batch], the largest change of any site's value from each rule to the next."""
-        moved = (after - before for before, after in itertools.pairwise(self._sites))
-        return [change.abs().amax(1).cpu().double() for change in moved]
+    def _changes(self) -> list[_ByPrompt]:
+        """The largest change of any site's value from each rule to the next."""
+        changes = [after - before for before, after in itertools.pairwise(self._sites)]
+        return [change.abs().amax(1).cpu().double() for change in changes]
 
     @property
     def is_final(self) -> bool:
         """Whether a further rule would help no prompt; never before the second rule."""
         if len(self._errors) < 2:
             return False
-        stuck = _is_stuck(self._errors) & _is_stuck(self._changes)
-        return bool((stuck | ~self._open).all())
+        is_stuck = _is_stuck(self._errors) & _is_stuck(self._changes)
+        return bool((is_stuck | ~self._is_open).all())
 
     @property
-    def _open(self) -> Tensor:
-        """[batch] bool: neither within the tolerance nor within rounding."""
+    def _is_open(self) -> Bool[Tensor, " batch"]:
+        """Whether the error is neither within the tolerance nor within rounding."""
         return self._errors[-1] > torch.maximum(self._allowed, self._floor)
 
     def quadrature(self, nodes: int) -> Quadrature:
-        """What was reached with the last rule."""
+        """What was reached with the last rule, which has this many nodes."""
+        obstacles = [self._rounding_text(), self._shape_text(nodes)]
+        known_error = torch.maximum(self._errors[-1], self._floor)
         return Quadrature(
             nodes=nodes,
             tol=self._tol,
-            error=float(_share(self._errors[-1], self._shift).max()),
-            site_change=float(_share(self._changes[-1], self._shift).max()),
-            met=bool((torch.maximum(self._errors[-1], self._floor) <= self._allowed).all()),
-            note="; ".join(filter(None, [self._on_rounding(), self._on_shape(nodes)])),
+            error=float(_share(self._errors[-1], self._size).max()),
+            site_change=float(_share(self._changes[-1], self._size).max()),
+            met=bool((known_error <= self._allowed).all()),
+            note="; ".join(filter(None, obstacles)),
         )
 
-    def _on_rounding(self) -> str:
-        """Where the exact shift is itself not known to the tolerance."""
+    def _rounding_text(self) -> str:
+        """Where the exact shift is itself not known to the tolerance; else nothing."""
         if not (self._floor > self._allowed).any():
             return ""
-        i = int(_share(self._floor, self._shift).argmax())
+        i = int(_share(self._floor, self._size).argmax())
         return (
-            f"rounding in {self._dtype}: the shift of prompt {i}, {self._shift[i]:.2g} in size, is "
+            f"rounding in {self._dtype}: the shift of prompt {i}, {self._size[i]:.2g} in size, is "
             f"known to ±{self._floor[i]:.1g} (three noise floors), which is more than the "
             "tolerance, so completeness cannot be measured to it"
         )
 
-    def _on_shape(self, nodes: int) -> str:
-        """Where the error is above rounding and tolerance: what its fall says of g."""
-        if not self._open.any():
+    def _shape_text(self, nodes: int) -> str:
+        """What the error says of g, where it is above rounding and tolerance; else nothing."""
+        if not self._is_open.any():
             return ""
-        share = _share(self._errors[-1], self._shift)
-        i = int(torch.where(self._open, share, -torch.ones_like(share)).argmax())
-        # Of up to three rules, the first and the last.
-        before, *between, now = (float(errors[i]) for errors in self._errors[-3:])
+        share = _share(self._errors[-1], self._size)
+        i = int(torch.where(self._is_open, share, -1.0).argmax())
         missing = f"{share[i]:.2g} of the shift of prompt {i} is missing at {nodes} nodes"
-        if now * _SMOOTH ** (1 + len(between)) < before:
+        last_rules = [float(errors[i]) for errors in self._errors[-3:]]
+        doublings = len(last_rules) - 1
+        if last_rules[-1] * _SMOOTH**doublings < last_rules[0]:
             return f"{missing}, and falling fast: raise max_nodes"
         return (
             f"{missing}, and hardly falls as they double: g is probably not smooth along the path "
@@ -221,14 +179,14 @@ class _Trail:
         )
 
 
-def _share(size: Float[Tensor, " batch"], unit: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """size / unit; zero where the size is, infinite where only the unit is zero."""
-    return torch.where(size == 0, torch.zeros_like(size), size / unit)
+def _share(size: _ByPrompt, whole: _ByPrompt) -> _ByPrompt:
+    """size / whole; zero where the size is, infinite where only the whole is zero."""
+    return torch.where(size == 0, 0.0, size / whole)
 
 
-def _is_stuck(past: list[Tensor]) -> Tensor:
-    """[batch] bool: the last two entries are no better than the best before them."""
-    if len(past) < 3:
+def _is_stuck(by_rule: list[_ByPrompt]) -> Bool[Tensor, " *batch"]:
+    """Whether the last two of these numbers are no better than the best before them."""
+    if len(by_rule) < 3:
         return torch.tensor(False)
-    rules = torch.stack(past)
-    return rules[-2:].amin(0) >= rules[:-2].amin(0)
+    numbers = torch.stack(by_rule)
+    return numbers[-2:].amin(0) >= numbers[:-2].amin(0)

@@ -108,6 +108,11 @@ class Evaluations(Function):
         of_sites = slopes if slopes.ndim == 2 else slopes.flatten(2).sum(2)
         self._site_slopes[strength] = of_sites
 
+    @property
+    def floor(self) -> Float[Tensor, " batch"]:
+        """σ of `shift` from rounding alone; what is not known yet is drawn in one batch."""
+        return self.asked.noise_floor
+
     def slopes_with_noise(self, along: Sequence[float] = ()) -> Float[Tensor, "batch site"]:
         """∂g/∂ε_l at the base; in the same passes what `noise` and `remainder_noise` rest on.
 

@@ -252,7 +252,12 @@ class Function:
 
     @_public
     def slopes(
-        self, at: Gates = 0.0, by: tuple[str, ...] | str = (), *, gauge: Gauge = "trained"
+        self,
+        at: Gates = 0.0,
+        by: tuple[str, ...] | str = (),
+        *,
+        gauge: Gauge = "trained",
+        weights: Float[Tensor, " point"] | None = None,
     ) -> Float[Tensor, "*point batch site *by"]:
         """∂g/∂ε_l of every site (note, Prop. 1), by reverse mode, in the readout's units.
 
@@ -269,9 +274,12 @@ class Function:
                 `AnswerLogProb` reads, as the last axis.
             gauge: of parts by rank: 'trained', the factors' own ranks, or 'svd', those of the SVD
                 of ΔW, which are unique.
+            weights: one for each of several points: then the weighted sum over them, [batch, site,
+                *by], as for an integral along a path. The slopes of one batch alone are held.
 
         Raises:
-            ArgumentError: another axis or gauge; a KL at 0, where it has no slope.
+            ArgumentError: another axis or gauge; a KL at 0, where it has no slope; weights of other
+                points, or by token.
             ModelStateError: a gradient did not reach some site.
             NumericsError: a derivative that is not finite, naming the site.
         """
@@ -279,6 +287,10 @@ class Function:
         points, shape = self._points(at)
         if not shape and not bool(points.any()):
             self.require_slope_at_base()
+        if weights is not None:
+            total = self._weighted_slopes(points, weights, axes, in_gauge(self.lens, gauge))
+            reverse.require_finite_sites(self.lens, total)
+            return total
         values = self._slopes(points, axes, in_gauge(self.lens, gauge))
         reverse.require_finite_sites(self.lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
@@ -540,6 +552,29 @@ class Function:
                 chunks = [_slopes_at(lens, group, some, axes) for some in points.split(step)]
             groups.append(torch.cat(chunks, 1))
         return reverse.joined(groups).movedim(1, 0)
+
+    def _weighted_slopes(
+        self, points: _Points, weights: Tensor, axes: tuple[str, ...], lens: LoraLens
+    ) -> Float[Tensor, "batch site *by"]:
+        """Σ_k w_k ∂g/∂ε_l at the points, summed up one batch after another."""
+        if weights.shape != points.shape[:1] or "token" in axes:
+            raise ArgumentError(
+                f"{tuple(weights.shape)} weights of {len(points)} points, by={axes!r}",
+                remedy="give each point of at a weight, and no by='token'.",
+            )
+        weights = weights.to(points)
+        groups = memory.graph_groups(lens, self.reading)
+        sums: list[Tensor] = []
+        with function.bar_of(len(points) * len(groups), self.progress, "slopes") as bar:
+            for group in groups:
+                step = memory.slopes_at_once(lens, group)
+                total = weights.new_zeros(())
+                for some, their in zip(points.split(step), weights.split(step), strict=True):
+                    slopes = _slopes_at(lens, group, some, axes)
+                    total = total + torch.einsum("bk...,k->b...", slopes, their)
+                    bar.update(len(some))
+                sums.append(total)
+        return reverse.joined(sums)
 
     def _require_one_response(self) -> None:
         read = self.reading.read
