@@ -36,10 +36,11 @@ from lens_lora.core.analyses.remainder import (
     orders,
     remainder_curve_of,
 )
-from lens_lora.core.analyses.verdict import SecondVerdict, points_at_end, second_verdict
+from lens_lora.core.analyses.verdict import points_at_end
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import per_prompt
 from lens_lora.curvature.coupling import coupling
+from lens_lora.curvature.verdict import SecondVerdict, second_verdict
 from lens_lora.errors import ArgumentError
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lens_lora.core import drawing
-from lens_lora.core.analyses.verdict import SecondVerdict
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
+from lens_lora.curvature.verdict import SecondVerdict
 from lens_lora.show.words import below_text
 
 

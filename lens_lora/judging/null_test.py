@@ -41,9 +41,9 @@ from lens_lora.core import (
     null_adapters,
 )
 from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.analyses.verdict import NullVerdict, null_verdict
 from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.results.base import flat
+from lens_lora.judging.verdict import NullVerdict, null_verdict
 
 
 @final

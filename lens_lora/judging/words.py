@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lens_lora.core import SIGMAS, drawing
-from lens_lora.core.analyses.verdict import NullVerdict
 from lens_lora.errors import many
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.faithfulness import Faithfulness
 from lens_lora.judging.null_test import NullTest
 from lens_lora.judging.reliability import Reliability
+from lens_lora.judging.verdict import NullVerdict
 from lens_lora.show.text import key_text
 from lens_lora.show.words import below_text
 

@@ -12,7 +12,9 @@ from results_by_hand import META, SCALES, SITES, fact
 from shapes import share
 
 import lens_lora as ll
-from lens_lora.core.analyses.verdict import Point, Verdict, null_verdict, second_verdict, verdict_of
+from lens_lora.core.analyses.verdict import Point, Verdict, verdict_of
+from lens_lora.curvature.verdict import second_verdict
+from lens_lora.judging.verdict import null_verdict
 from lens_lora.show.words import account_of, margin_story
 
 CLAIMS = {

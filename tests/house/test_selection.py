@@ -60,7 +60,7 @@ def test_a_test_that_is_named_runs_whatever_its_marks():
 
 
 def test_a_second_line_has_the_quick_suite_and_all_that_a_line_changes():
-    of_models = Item("tests/model/test_b.py::test_slow", slow=())
+    of_models = Item("tests/core/model/test_b.py::test_slow", slow=())
     of_this_line = Item("tests/test_a.py::test_new", exhaustive=(), of_some_lines=(True,))
     items = [*ITEMS, of_models, of_this_line]
     found = set(items) - selection.deselected(config(line=True), items)

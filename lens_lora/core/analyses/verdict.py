@@ -5,9 +5,10 @@
 1. First order (`Verdict`): the remainder against the shift, at ε = 1 and at a quarter, half and
    three quarters of the strength. Each has its own noise floor: where an adapter moves much, the
    remainder's is far above the shift's, as first order has rounding of its own.
-2. Second order beside first (`SecondVerdict`): which of the two leaves less, up to which strength.
-3. Random directions (`NullVerdict`): how far the shift stands out from theirs.
-4. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
+2. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
+
+What other questions conclude stands with them: `curvature/verdict.py`, `judging/verdict.py`,
+`responses/kl_shares.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from lens_lora.core.results.base import SIGMAS
 CHECKPOINTS = (0.25, 0.5, 0.75)  # The strengths at which every result looks at the path.
 _SMALL = 0.1  # A remainder of at most a tenth of the shift is small,
 _LARGE = 0.2  # and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
-_LEVEL = 0.05  # The usual level of significance.
 
 
 class Point(NamedTuple):
@@ -136,100 +136,6 @@ def verdict_of(end: Point, way: Sequence[Point]) -> Verdict:
     worst = max(clear, default=(None, None), key=lambda pair: pair[0])
     floors = SIGMAS * end.noise_floor, SIGMAS * end.remainder_floor
     return Verdict(end.shift, end.remainder, *floors, *worst)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class SecondVerdict(_Worded):
-    """Whether second order is nearer to the exact shift than first order, on one prompt.
-
-    Attributes:
-        shift: g(1) − g(0).
-        first, second: the remainders that first order, and second order, leave.
-        floor: three noise floors of the shift.
-        remainder_floor: three of what second order leaves.
-        helps_up_to: the strength up to which second order is nowhere farther.
-    """
-
-    shift: float
-    first: float
-    second: float
-    floor: float
-    remainder_floor: float
-    helps_up_to: float
-
-    @property
-    def kind(self) -> Literal["no_shift", "neither", "farther", "nearer", "coincidence"]:
-        """'no_shift', the shift itself is within rounding; 'neither', the two leave the same at
-        ε = 1, within rounding; 'farther', second order leaves more; 'nearer', it leaves less, all
-        along the path; 'coincidence', less at ε = 1, but more on the way.
-        """
-        nearer_by = abs(self.first) - abs(self.second)
-        if abs(self.shift) <= self.floor:
-            return "no_shift"
-        if abs(nearer_by) <= self.remainder_floor:
-            return "neither"
-        if nearer_by < 0:
-            return "farther"
-        return "coincidence" if self.helps_up_to < 1 else "nearer"
-
-
-def second_verdict(first: Point, second: Point, helps_up_to: float) -> SecondVerdict:
-    """The verdict on one prompt's second order: what it, and first order, leave at ε = 1."""
-    floors = SIGMAS * second.noise_floor, SIGMAS * second.remainder_floor
-    return SecondVerdict(second.shift, first.remainder, second.remainder, *floors, helps_up_to)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class NullVerdict(_Worded):
-    """How far one prompt's shift stands out from those of adapters in random directions.
-
-    Attributes:
-        shift: g(1) − g(0).
-        floor: three noise floors.
-        null: root mean square of the draws' shifts, at least one noise floor.
-        is_least: whether theirs is below that floor, so that the ratio is a lower bound.
-        p: the share of draws, the real adapter counted as one, that reach the shift.
-        exceeds_all: the share of sites that exceed every draw.
-        draws, run: how many random adapters were drawn, and run for their shift.
-    """
-
-    shift: float
-    floor: float
-    null: float
-    is_least: bool
-    p: float
-    exceeds_all: float
-    draws: int
-    run: int
-
-    @property
-    def kind(self) -> Literal["no_shift", "as_random", "stands_out"]:
-        """'no_shift', the shift itself is within rounding; 'as_random', as many draws reach it as
-        chance allows; 'stands_out'.
-        """
-        if abs(self.shift) <= self.floor:
-            return "no_shift"
-        return "as_random" if self.p > max(_LEVEL, 1 / (1 + self.run)) else "stands_out"
-
-    @property
-    def ratio(self) -> float:
-        """|shift| over the draws'."""
-        return abs(self.shift) / self.null
-
-    @property
-    def chance(self) -> float:
-        """The share of sites that exceed every draw by chance."""
-        return 1 / (1 + self.draws)
-
-
-def null_verdict(
-    shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, *counts: int
-) -> NullVerdict:
-    """The verdict on one prompt's null test, of so many draws, of which so many were run."""
-    least, is_least = max(null, noise_floor), null < noise_floor
-    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, *counts)
 
 
 @final

@@ -1,0 +1,66 @@
+"""Random directions: how far a shift stands out from those of null adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, final
+
+from lens_lora.core import SIGMAS
+from lens_lora.core.results import drawing
+
+_LEVEL = 0.05  # The usual level of significance.
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class NullVerdict:
+    """How far one prompt's shift stands out from those of adapters in random directions.
+
+    Attributes:
+        shift: g(1) − g(0).
+        floor: three noise floors.
+        null: root mean square of the draws' shifts, at least one noise floor.
+        is_least: whether theirs is below that floor, so that the ratio is a lower bound.
+        p: the share of draws, the real adapter counted as one, that reach the shift.
+        exceeds_all: the share of sites that exceed every draw.
+        draws, run: how many random adapters were drawn, and run for their shift.
+    """
+
+    shift: float
+    floor: float
+    null: float
+    is_least: bool
+    p: float
+    exceeds_all: float
+    draws: int
+    run: int
+
+    def __str__(self) -> str:
+        return drawing.text(self)
+
+    @property
+    def kind(self) -> Literal["no_shift", "as_random", "stands_out"]:
+        """'no_shift', the shift itself is within rounding; 'as_random', as many draws reach it as
+        chance allows; 'stands_out'.
+        """
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        return "as_random" if self.p > max(_LEVEL, 1 / (1 + self.run)) else "stands_out"
+
+    @property
+    def ratio(self) -> float:
+        """|shift| over the draws'."""
+        return abs(self.shift) / self.null
+
+    @property
+    def chance(self) -> float:
+        """The share of sites that exceed every draw by chance."""
+        return 1 / (1 + self.draws)
+
+
+def null_verdict(
+    shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, *counts: int
+) -> NullVerdict:
+    """The verdict on one prompt's null test, of so many draws, of which so many were run."""
+    least, is_least = max(null, noise_floor), null < noise_floor
+    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, *counts)
