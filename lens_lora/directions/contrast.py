@@ -1,19 +1,21 @@
-"""The direction between two sets of answers, within one model, and whether it tells new ones apart.
+"""The direction between two sets of texts within one model, and whether it tells new ones apart.
 
 1. Each text is one vector at each hook point, m_i: the mean of h over the positions asked for. So a
-   long text counts as much as a short one, and texts are what is independent. Sinks (the first
-   token, and those whose ‖h‖ is an outlier) are left out: a mean with one of them is about it.
+   long text counts as much as a short one, and the texts are the independent samples. Sinks (the
+   first token, and tokens whose ‖h‖ is an outlier) are left out, or the mean would be about them.
 2. The direction is μ₊ − μ₋, the difference of the two sets' means. Its standard errors are those of
-   a difference of means over texts, √(s₊²/n₊ + s₋²/n₋); with no difference at all ‖μ₊ − μ₋‖² would
+   a difference of means over texts, √(s₊²/n₊ + s₋²/n₋). With no true difference, ‖μ₊ − μ₋‖² would
    be Σ se² on average.
-3. Held out: of every pair of a positive and a negative text, the direction of all others is
+3. Held-out accuracy: for every pair of a positive text i and a negative text j, the direction of
+   all other texts is
 
-       d_ij = μ₊ without i − μ₋ without j,       and the pair is told apart if d_ij·(m_i − m_j) > 0
+       d_ij = μ₊ without i − μ₋ without j,
 
-   The share of such pairs is an AUC of texts that had no part in their direction, ½ by chance. It
-   needs only the products m_i·m_j. Beside it stands its 95 % quantile with the labels shuffled.
+   and the pair is told apart if d_ij·(m_i − m_j) > 0. The share of such pairs is an AUC on texts
+   that had no part in their direction, ½ by chance. Only the products m_i·m_j are needed. Beside it
+   stands the 95 % quantile of the same share with the labels shuffled.
 4. At points of the residual stream the direction is read through the final norm and the
-   unembedding, the norm's denominator that of the texts' means, averaged
+   unembedding. The norm's denominator is that of the texts' means, averaged
    (`hidden/stream_reading.py`).
 
 Cost: one forward pass.
@@ -21,9 +23,10 @@ Cost: one forward pass.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
 
 import pandas as pd
@@ -35,18 +38,26 @@ from lens_lora.arguments import number
 from lens_lora.core import Adapter, LoraLens, Names, Pictured, Prompts, Scale, alone, name_of_scale
 from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.function.activations import sinks_among
-from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.readout.positions import positions_text
 from lens_lora.core.results.tokens import Positions
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden import activation_shift
 from lens_lora.responses.answers import continued
 
-_HELD_OUT = 128  # texts of each set, evenly spread; all pairs of more take long
-_SHUFFLES, _LEVEL = 200, 0.95
+# Texts of each set that are compared in pairs, evenly spread: all pairs of more take long.
+_HELD_OUT = 128
+# How often the labels are shuffled, and the quantile of what that gives.
+_SHUFFLES = 200
+_LEVEL = 0.95
+# The kinds of linear map whose output is the last that is added before a hook point of a block.
+_AFTER_ATTENTION = ("o",)
+_AFTER_MLP = ("down", "fc_out")
 _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("resid_mid", "attn_out"), ("o",)),
-    **dict.fromkeys(("resid_post", "out", "mlp_out"), ("down", "fc_out")),
+    "resid_mid": _AFTER_ATTENTION,
+    "attn_out": _AFTER_ATTENTION,
+    "resid_post": _AFTER_MLP,
+    "out": _AFTER_MLP,
+    "mlp_out": _AFTER_MLP,
 }
 
 
@@ -125,16 +136,20 @@ class Contrast(activation_shift.Readable, Pictured):
                 f"{name!r}: no linear module writes straight to such a point, or it is not among "
                 f"{list(self.values)[:4]}; a constant can be added at {list(self.modules)[:4]}."
             )
-        vectors = {path: number("coefficient", coefficient) * self.values[name]}
-        return Adapter(constant_factors(vectors, self.widths), name=f"{coefficient:g} at {name}")
+        factor = number("coefficient", coefficient)
+        constant = {path: factor * self.values[name]}
+        return Adapter(constant_factors(constant, self.widths), name=f"{coefficient:g} at {name}")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its share of ‖m‖, AUC and chance."""
-        lengths = {"size": self.values, "noise": self.errors}
-        numbers = {k: [float(v.double().norm()) for v in vs.values()] for k, vs in lengths.items()}
-        table = pd.DataFrame({"name": self.names, **numbers})
-        table = table.assign(share=table["size"] / list(self.sizes.values()))
-        return table.assign(auc=list(self.auc.values()), chance=list(self.chance.values()))
+        sizes = [float(value.double().norm()) for value in self.values.values()]
+        noise = [float(error.double().norm()) for error in self.errors.values()]
+        table = pd.DataFrame({"name": self.names, "size": sizes, "noise": noise})
+        return table.assign(
+            share=table["size"] / list(self.sizes.values()),
+            auc=list(self.auc.values()),
+            chance=list(self.chance.values()),
+        )
 
 
 @alone
@@ -176,65 +191,74 @@ def contrast(
         TokenError, PromptError: a text or response that does not fit the model; an empty set.
         NumericsError: non-finite activations.
     """
-    positions = -1 if isinstance(positions, str) and positions == "last" else positions
-    sets = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
-    _require_apart(sets)
-    plus, minus = (
-        _means(lens, _Side(side, rows, positions, sinks=sinks), scale, names)
-        for side, rows in sets.items()
-    )
-    values = {name: plus[name].mean(0) - minus[name].mean(0) for name in plus}
-    both = {name: torch.cat([plus[name], minus[name]]) for name in plus}
-    tests = {name: _held_out(plus[name], minus[name]) for name in plus}
-    modules = {name: place for name in plus if (place := _module_at(lens, name)) is not None}
+    if isinstance(positions, str) and positions == "last":
+        positions = -1
+    texts = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
+    _require_apart(texts)
+    sides = [_Side(name, rows, positions, sinks=sinks) for name, rows in texts.items()]
+    plus, minus = (_means(lens, side, scale, names) for side in sides)
+    statistics = {name: _PointStatistics.of(plus[name], minus[name]) for name in plus}
+    shifts = [(name, point.shifts, point.means) for name, point in statistics.items()]
+    modules = _modules_at(lens, plus)
+    dtype = lens.gate_dtype
     return Contrast(
-        values={name: value.to(lens.gate_dtype) for name, value in values.items()},
-        errors={name: _errors(plus[name], minus[name]).to(lens.gate_dtype) for name in plus},
-        sizes={name: float(h.norm(dim=1).mean()) for name, h in both.items()},
-        auc={name: auc for name, (auc, _) in tests.items()},
-        chance={name: chance for name, (_, chance) in tests.items()},
-        **activation_shift.readable(
-            lens,
-            list(sets.values()),
-            ((n, values[n].expand_as(h), h) for n, h in both.items()),
-        ),
+        values={name: point.direction.to(dtype) for name, point in statistics.items()},
+        errors={name: point.errors.to(dtype) for name, point in statistics.items()},
+        sizes={name: point.size for name, point in statistics.items()},
+        auc={name: point.auc for name, point in statistics.items()},
+        chance={name: point.chance for name, point in statistics.items()},
         modules={name: path for name, (path, _) in modules.items()},
         widths=dict(modules.values()),
-        counts=(len(plus[next(iter(plus))]), len(minus[next(iter(minus))])),
+        counts=(sides[0].rows.batch, sides[1].rows.batch),
         positions=_positions_text(positions, sinks=sinks),
         at=name_of_scale(scale),
+        **activation_shift.readable(lens, list(texts.values()), shifts),
     )
 
 
 def _positions_text(positions: Any, *, sinks: bool) -> str:
-    said = "last" if positions == -1 else positions_text(positions)
-    said = "every token" if said in ("all", "each") else said
-    return said if sinks else f"{said}, without sinks"
+    """Which tokens the means are over, for people."""
+    tokens = "last" if positions == -1 else positions_text(positions)
+    if tokens in ("all", "each"):
+        tokens = "every token"
+    return tokens if sinks else f"{tokens}, without sinks"
+
+
+# --- The two sets of texts
 
 
 def _distinct(lens: LoraLens, texts: Any) -> Prompts:
     """Each different text once, with its response where it has one."""
     if isinstance(texts, tuple) and len(texts) == 2:
-        rows = continued(lens.model, lens.prompts(texts[0]), texts[1])
+        prompts, responses = texts
+        rows = continued(lens.model, lens.prompts(prompts), responses)
     else:
-        rows = ask_prompts(lens, texts).prompts
-    first = {key: i for i, key in reversed(list(enumerate(_keys(rows))))}
+        rows = lens.function(texts).prompts
+    first: dict[tuple[int, ...], int] = {}
+    for index, key in enumerate(_keys(rows)):
+        first.setdefault(key, index)
     return rows.chosen(sorted(first.values()))
 
 
 def _keys(rows: Prompts) -> list[tuple[int, ...]]:
-    """Each text's tokens, and where its response begins; the same of equal texts."""
-    rest = rows.tokens.tolist(), rows.lengths.tolist(), rows.asked_lengths
-    return [(start, *ids[:length]) for ids, length, start in zip(*rest, strict=True)]
+    """Where each text's response begins, and its tokens; the same of equal texts."""
+    keys: list[tuple[int, ...]] = []
+    for ids, length, start in zip(
+        rows.tokens.tolist(), rows.lengths.tolist(), rows.asked_lengths, strict=True
+    ):
+        keys.append((start, *ids[:length]))
+    return keys
 
 
-def _require_apart(sets: Mapping[str, Prompts]) -> None:
-    positive, negative = ({k: i for i, k in enumerate(_keys(rows))} for rows in sets.values())
-    for key in filter(negative.__contains__, positive):
-        raise ArgumentError(
-            f"text {positive[key]} of the positive set is text {negative[key]} of the negative "
-            "one; what is in both sets belongs to neither side, leave it out."
-        )
+def _require_apart(texts: Mapping[str, Prompts]) -> None:
+    """Refuse a text that is in both sets."""
+    negative = {key: index for index, key in enumerate(_keys(texts["negative"]))}
+    for index, key in enumerate(_keys(texts["positive"])):
+        if key in negative:
+            raise ArgumentError(
+                f"text {index} of the positive set is text {negative[key]} of the negative "
+                "one; what is in both sets belongs to neither side, leave it out."
+            )
 
 
 class _Side:
@@ -256,39 +280,90 @@ class _Side:
     def weights(
         self, index: Sequence[int], norms: Float[Tensor, "text token"]
     ) -> Float[Tensor, "text token"]:
-        """Of each token in its text's mean; sinks, which the norms of h show, have none."""
-        chosen = self.chosen[list(index), : norms.shape[1]]
+        """The weight of each token in its text's mean.
+
+        Sinks, which the norms of h at the hook point show, have none.
+        """
+        width = norms.shape[1]
+        chosen = self.chosen[list(index), :width]
         if not self._sinks:
-            real = self.rows.real.cpu()[list(index), : norms.shape[1]]
+            real = self.rows.real.cpu()[list(index), :width]
             chosen = chosen & ~sinks_among([norms], real)
             self._require_tokens(chosen, index)
         return chosen.double() / chosen.sum(1, keepdim=True)
 
     def _require_tokens(self, chosen: Bool[Tensor, "text token"], index: Sequence[int]) -> None:
-        for row in (~chosen.any(1)).nonzero().flatten().tolist()[:1]:
+        """Refuse a text without a token that is counted."""
+        without = (~chosen.any(1)).nonzero().flatten().tolist()
+        if without:
+            text = index[without[0]]
             counted = "" if self._sinks else " that is no sink (ask with sinks=True to count them)"
             raise ArgumentError(
-                f"positions={self._positions!r}: text {index[row]} of the {self.name} set has "
-                f"{int(self.rows.lengths[index[row]])} tokens and none of these{counted}."
+                f"positions={self._positions!r}: text {text} of the {self.name} set has "
+                f"{int(self.rows.lengths[text])} tokens and none of these{counted}."
             )
 
 
 def _means(
     lens: LoraLens, side: _Side, scale: Scale, names: Names
 ) -> dict[str, Float[Tensor, "text _d"]]:
-    """The mean of h over each text's chosen tokens, in float64 on the CPU."""
+    """The mean of h over each text's chosen tokens, in float64 on the CPU. One forward pass."""
     means: dict[str, Tensor] = {}
     for index, held in activation_shift.activations_at(lens, side.rows, names, [scale]):
-        for name, ends in held.items():
-            h = ends[0].double()
+        for name, (activation,) in held.items():
+            h = activation.double()
             weights = side.weights(index, h.norm(dim=-1))
             mean = torch.einsum("bt,btd->bd", weights, h.nan_to_num())
-            means.setdefault(name, mean.new_zeros(side.rows.batch, mean.shape[1]))[index] = mean
+            if name not in means:
+                means[name] = mean.new_zeros(side.rows.batch, mean.shape[1])
+            means[name][index] = mean
     return means
 
 
-def _errors(plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> Float[Tensor, " d"]:
-    """√(s₊²/n₊ + s₋²/n₋), NaN of one text."""
+# --- What the two sets say at one hook point
+
+
+@dataclasses.dataclass(frozen=True)
+class _PointStatistics:
+    """The direction at one hook point, and how far it can be trusted.
+
+    Attributes:
+        direction: μ₊ − μ₋.
+        errors: its standard errors.
+        means: m_i of all texts, the positive ones first.
+        auc: the share of held-out pairs that are told apart.
+        chance: the 95 % quantile of that share with the labels shuffled.
+    """
+
+    direction: Float[Tensor, " d"]
+    errors: Float[Tensor, " d"]
+    means: Float[Tensor, "text d"]
+    auc: float
+    chance: float
+
+    @classmethod
+    def of(cls, plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> _PointStatistics:
+        """The statistics of the two sets' means."""
+        auc, chance = _held_out(plus, minus)
+        direction = plus.mean(0) - minus.mean(0)
+        both = torch.cat([plus, minus])
+        return cls(direction, _standard_errors(plus, minus), both, auc, chance)
+
+    @property
+    def size(self) -> float:
+        """The mean ‖m_i‖ over all texts."""
+        return float(self.means.norm(dim=1).mean())
+
+    @property
+    def shifts(self) -> Float[Tensor, "text d"]:
+        """The direction once for each text, to be read with that text's denominator."""
+        return self.direction.expand_as(self.means)
+
+
+def _standard_errors(
+    plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]
+) -> Float[Tensor, " d"]:
+    """√(s₊²/n₊ + s₋²/n₋); NaN where a set has one text."""
     if min(len(plus), len(minus)) < 2:
         return torch.full_like(plus[0], torch.nan)
     return (plus.var(0) / len(plus) + minus.var(0) / len(minus)).sqrt()
@@ -296,43 +371,82 @@ def _errors(plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> F
 
 def _held_out(plus: Float[Tensor, "text d"], minus: Float[Tensor, "more d"]) -> tuple[float, float]:
     """The AUC of held-out pairs, and its quantile with the labels shuffled."""
-    evenly = (torch.linspace(0, len(h) - 1, min(len(h), _HELD_OUT)).long() for h in (plus, minus))
-    plus, minus = (h[index] for h, index in zip((plus, minus), evenly, strict=True))
-    n, m = len(plus), len(minus)
+    plus = _evenly_spread(plus)
+    minus = _evenly_spread(minus)
+    n = len(plus)
+    m = len(minus)
     if min(n, m) < 2:
         return math.nan, math.nan
     both = torch.cat([plus, minus])
     both = both - both.mean(0)
-    products, generator = both @ both.T, torch.Generator().manual_seed(0)
-    orders = [torch.arange(n + m)]
-    orders += [torch.randperm(n + m, generator=generator) for _ in range(_SHUFFLES)]
-    auc, *shuffled = (_auc(products, *order.split([n, m])) for order in orders)
+    products = both @ both.T
+    auc = _auc(products, *torch.arange(n + m).split([n, m]))
+    generator = torch.Generator().manual_seed(0)
+    shuffled: list[float] = []
+    for _ in range(_SHUFFLES):
+        order = torch.randperm(n + m, generator=generator)
+        shuffled.append(_auc(products, *order.split([n, m])))
     return auc, float(torch.tensor(shuffled).quantile(_LEVEL))
+
+
+def _evenly_spread(means: Float[Tensor, "text d"]) -> Float[Tensor, "some d"]:
+    """As many of the texts as are compared in pairs, evenly spread over all."""
+    count = min(len(means), _HELD_OUT)
+    return means[torch.linspace(0, len(means) - 1, count).long()]
 
 
 def _auc(
     products: Float[Tensor, "text text"], plus: Int[Tensor, " some"], minus: Int[Tensor, " other"]
 ) -> float:
-    """The share of pairs with d_ij·(m_i − m_j) > 0, from the products of all texts."""
-    between, squares = products[plus][:, minus], products.diagonal()
-    n, m = len(plus) - 1, len(minus) - 1
-    to_plus, to_minus = products[:, plus].sum(1), products[:, minus].sum(1)
+    """The share of pairs with d_ij·(m_i − m_j) > 0, from the products of all texts.
+
+    A pair with d_ij·(m_i − m_j) = 0 counts half.
+    """
+    n = len(plus) - 1
+    m = len(minus) - 1
+    between = products[plus][:, minus]
+    squares = products.diagonal()
+    to_plus = products[:, plus].sum(1)
+    to_minus = products[:, minus].sum(1)
+    # d_ij·m_i and d_ij·m_j, but for what i has with j, which is added once for both.
     of_plus = (to_plus[plus] - squares[plus]) / n - to_minus[plus] / m
     of_minus = to_plus[minus] / n - (to_minus[minus] - squares[minus]) / m
     margins = of_plus[:, None] - of_minus + between * (1 / n + 1 / m)
     return float(((margins.sign() + 1) / 2).mean())
 
 
+# --- Where a constant can be added
+
+
+def _modules_at(lens: LoraLens, names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """(path, width) of the module behind each hook point that has one."""
+    modules: dict[str, tuple[str, int]] = {}
+    for name in names:
+        place = _module_at(lens, name)
+        if place is not None:
+            modules[name] = place
+    return modules
+
+
 def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
     """(path, width) of the linear module whose output is added last before a hook point."""
     host = lens.plan.host
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", name)
-    layer, point = (int(match[1]), match[2]) if match else (host.n_layers, name)
-    if point in ("resid_pre", "in", "ln_final.hook_in"):
-        layer, point = layer - 1, "resid_post"
     family = host.family
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", name)
+    if match is None:
+        layer = host.n_layers
+        point = name
+    else:
+        layer = int(match[1])
+        point = match[2]
+    if point in ("resid_pre", "in", "ln_final.hook_in"):
+        # What goes into a block came out of the one before.
+        layer -= 1
+        point = "resid_post"
     if not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:
         return None
-    held = [kind for kinds in family.linears.values() for kind in kinds]
-    kind = next((kind for kind in _KINDS_BEHIND.get(point, ()) if kind in held), None)
-    return None if kind is None else (family.path(layer, kind), host.shape(layer, kind)[1])
+    kinds_of_family = [kind for kinds in family.linears.values() for kind in kinds]
+    for kind in _KINDS_BEHIND.get(point, ()):
+        if kind in kinds_of_family:
+            return family.path(layer, kind), host.shape(layer, kind)[1]
+    return None

@@ -1,16 +1,12 @@
 """Directions taken out of activations for a span of time: h − m V Vᵀh at hook points.
 
-1. V is an orthonormal basis of the directions in the space of each point, m is 1 at the tokens
-   where they are removed and 0 elsewhere, whose h stays as it is to the last bit.
-2. By default m is 0 at each row's first token alone. It is a sink: its ‖h‖ is hundreds of times the
-   others', every later token attends to it, and means that make a direction leave it out. A
-   direction removed there changes the model everywhere, whatever the direction says of the tokens
-   that one asks about.
-3. A hook sees a tensor, and not which of its tokens are which. So the model's own forward pass is
-   watched (`_Watched`): what stands in a cache already, and the attention mask that tells padding
-   on the left. The lens tells which tokens of its rows are the prompt's (`told`); a pass of the
-   caller's does not, and where it matters is refused.
-4. A block that runs again on the way back is in no pass; what it was in is kept (`going_on`).
+1. V is an orthonormal basis of the directions in the space of each point. The mask m is 1 at the
+   tokens where they are removed and 0 elsewhere, where h stays as it is to the last bit
+   (`directions/where.py`).
+2. A hook sees a tensor, and not which of its tokens are which. So the pass that is under way is
+   asked (`core/model/passes.py`), except where directions are removed at every token.
+3. The hooks are laid like a user's own: they see the adapted model's h, and whatever reads h sees
+   what they leave of it.
 """
 
 from __future__ import annotations
@@ -25,11 +21,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lens_lora.compat import (
-    Temporary,
-    computing_attribute,
-    open_spans,
-)
+from lens_lora.compat import Temporary, computing_attribute, open_spans
 from lens_lora.core import HookFn, Names, attached
 from lens_lora.core.model.hooks import hold, lock_of
 from lens_lora.core.model.passes import Watched, pass_under_way, watched_module
@@ -38,6 +30,7 @@ from lens_lora.directions.where import Where
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, home_points, is_residual
 
+# Every point of the residual stream.
 STREAM_POINTS = "blocks.*.hook_resid_*"
 
 
@@ -65,14 +58,22 @@ class Removed:
 
 
 def removed_from(model: nn.Module) -> list[Removed]:
-    """What the open blocks of this thread take from a model, the innermost last."""
+    """What the open blocks of this thread take from a model, the innermost last.
+
+    Args:
+        model: the hooked model.
+    """
     spans = [span.about for span in open_spans()]
     return [about for about in spans if isinstance(about, Removed) and about.model is model]
 
 
 @contextlib.contextmanager
 def put_back(model: nn.Module) -> Generator[None]:
-    """Within the block, nothing is removed from the model."""
+    """Within the block, nothing is removed from the model.
+
+    Args:
+        model: the hooked model.
+    """
     switches = [removed.switch for removed in removed_from(model) if removed.switch.is_on]
     try:
         for switch in switches:
@@ -86,46 +87,61 @@ def put_back(model: nn.Module) -> Generator[None]:
 def take_away(
     span: Temporary, lens: Any, source: Any, names: Names | None, positions: object, sinks: object
 ) -> Any:
-    """h − m V Vᵀh at hook points, until the span ends. One forward pass of one token.
+    """Remove directions at hook points until the span ends. One forward pass of one token.
 
-    The hooks are a user's own for every call: they see the adapted model's h, and what reads h
-    sees what they leave of it.
+    Args:
+        span: until when.
+        lens: the adapter over the model.
+        source: the directions, in any form that `directions_of` takes.
+        names: the hook points; None for those at which the directions are at home.
+        positions, sinks: the tokens, as for `lens.without`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: positions that mean none, directions of another width or space.
+        SiteError: a hook point that the model lacks.
+        ModelStateError: a point that never fires, or holds no activations by position.
     """
     where = Where.of(positions, sinks)
     hold(span, lock_of(lens.model))
-    points, widths = _points(lens, _names(source) if names is None else names)
+    if names is None:
+        names = _home_points(source)
+    points, widths = _points(lens, names)
     switch = Switch()
     by_point = {name: directions_of(source, name).at(name, widths[name]) for name in points}
-    taken = [
-        (name, _take(lens, directions, name, where, switch))
+    hooks = [
+        (name, _removing(lens, directions, name, where, switch))
         for name, directions in by_point.items()
     ]
     if not where.is_everywhere:
         module = watched_module(lens.model)
         Watched.until(span, module, object(), computing_attribute(module))
-    span.enter_context(attached(lens.model, taken))
-    count, kind = len(by_point[points[0]].rows), type(source).__name__
-    says = f"{count} of {kind} at {few(points)}, {where}"
+    span.enter_context(attached(lens.model, hooks))
+    count = len(by_point[points[0]].rows)
+    says = f"{count} of {type(source).__name__} at {few(points)}, {where}"
     span.about = Removed(lens.model, says, where, switch)
     return lens.model
 
 
-def _names(source: Any) -> Names:
-    """Where directions are removed if no points are named.
+def _home_points(source: Any) -> Names:
+    """The hook points where directions are removed if none are named.
 
-    A single direction of the residual stream at all of it; several points of a Contrast, and
-    directions of another space, at their own.
+    A single direction of the residual stream is removed at all of it; several points of a Contrast,
+    and directions of another space, at their own.
     """
     own = home_points(source)
-    if len(own) > 1 or (own and not is_residual(own[0])):
+    is_of_other_space = len(own) == 1 and not is_residual(own[0])
+    if len(own) > 1 or is_of_other_space:
         return list(own)
     return STREAM_POINTS
 
 
 def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The named points that fire and hold activations by position, and how wide they are.
+    """The named points that fire and hold activations by position, and how wide each is.
 
-    Globs leave out what holds none.
+    Globs leave out what holds none. One forward pass of one token.
     """
     in_full, wanted = resolved(lens, names)
     widths: dict[str, int] = {}
@@ -136,24 +152,28 @@ def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
         is_activation = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if is_activation and tensor.ndim > 2 and tensor.shape[:2] == (1, 1):
             widths[name] = tensor.shape[2:].numel()
-            return
-        if name in in_full:
+        elif name in in_full:
             raise ModelStateError(f"{name} holds no activations by position; leave this point out.")
-        others.append(name)
+        else:
+            others.append(name)
 
     hooks = [(name, functools.partial(measure, name)) for name in wanted]
+    token = lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device))
     with torch.no_grad(), attached(lens.model, hooks):
-        lens.run(lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device)))
+        lens.run(token)
     if others and not widths:
         raise ModelStateError(
-            f"{few(others)}: no activations by position; name points such as {STREAM_POINTS!r}."
+            f"{few(others)}: no activations by position",
+            remedy=f"name points such as {STREAM_POINTS!r}.",
         )
-    return firing(lens, widths, in_full, [name for name in wanted if name not in others]), widths
+    positioned = [name for name in wanted if name not in others]
+    return firing(lens, widths, in_full, positioned), widths
 
 
-def _take(lens: Any, directions: Directions, name: str, where: Where, switch: Switch) -> HookFn:
-    is_own = directions.hook_name is None and directions.rows.shape[1] == lens.model.cfg.d_model
-    if is_own and not is_residual(name):
+def _removing(lens: Any, directions: Directions, name: str, where: Where, switch: Switch) -> HookFn:
+    """The hook that removes these directions at one point."""
+    is_as_wide = directions.hook_name is None and directions.rows.shape[1] == lens.model.cfg.d_model
+    if is_as_wide and not is_residual(name):
         raise ArgumentError(
             f"{name} is as wide as the residual stream and holds another space (heads, a norm's "
             "output, or what comes before one), so a direction of the stream means nothing there. "
@@ -161,13 +181,13 @@ def _take(lens: Any, directions: Directions, name: str, where: Where, switch: Sw
             "Contrast of this point."
         )
     V = directions.basis(centred=is_residual(name) and lens.plan.host.centres_stream)
-    module = watched_module(lens.model)
-    # A sweep's fingerprint hashes what a partial holds.
-    return functools.partial(_projected, V, where, name, _Place(module, switch))
+    place = _Place(watched_module(lens.model), switch)
+    # A partial, and no closure: a sweep's fingerprint hashes what a partial holds.
+    return functools.partial(_projected, V, where, name, place)
 
 
 class _Place:
-    """What belongs to the block of a hook, and decides none of its numbers."""
+    """What a hook needs of its block, and what decides none of its numbers."""
 
     def __init__(self, module: nn.Module, switch: Switch) -> None:
         self.module = module
@@ -177,14 +197,17 @@ class _Place:
 def _projected(
     V: Tensor, where: Where, name: str, place: _Place, tensor: Tensor, hook: Any
 ) -> Tensor | None:
+    """h − m V Vᵀh, computed in float32 or better."""
     del hook
     if not place.switch.is_on:
         return None
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    basis, h = V.to(tensor.device, wide), tensor.flatten(2).to(wide)
+    basis = V.to(tensor.device, wide)
+    h = tensor.flatten(2).to(wide)
     along = h @ basis
     if not where.is_everywhere:
-        along = along * _mask_of(where, name, place.module, h)[..., None].to(along)
+        mask = _mask_of(where, name, place.module, h)
+        along = along * mask[..., None].to(along)
     return (h - along @ basis.T).to(tensor.dtype).reshape(tensor.shape)
 
 
@@ -201,6 +224,7 @@ def _mask_of(where: Where, name: str, module: nn.Module, h: Tensor) -> Bool[Tens
     mask = where.mask(run, width)
     if len(mask) in (1, rows):
         return mask
+    # Some points hold one row for several prompts, as positional embeddings do.
     if bool((mask == mask[:1]).all()):
         return mask[:1]
     raise ModelStateError(

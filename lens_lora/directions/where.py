@@ -19,7 +19,8 @@ from lens_lora.core.model.passes import Pass, Rows, rows_of
 from lens_lora.core.readout.positions import Checked, checked, positions_text
 from lens_lora.errors import ArgumentError, ModelStateError
 
-_SAID = {
+# The named positions in words.
+_NAMED = {
     "all": "every token",
     "prompt": "the prompt's tokens",
     "response": "the response's tokens",
@@ -76,7 +77,7 @@ class Where:
 
     def __str__(self) -> str:
         if self.named:
-            tokens = _SAID[self.named]
+            tokens = _NAMED[self.named]
         elif self.bounds is not None:
             tokens = f"positions {positions_text(slice(*self.bounds))}"
         else:
@@ -90,13 +91,14 @@ class Where:
 
     def mask(self, run: Pass, width: int) -> Bool[Tensor, "#row pos"]:
         """Which of the pass's tokens, of each row."""
-        at = torch.arange(run.cached, run.cached + width)[None]  # counted as the pass counts
-        firsts = torch.zeros(1, 1, dtype=torch.long)
+        # Positions are counted from each row's own first token.
+        at = torch.arange(run.cached, run.cached + width)[None]
         if run.firsts is not None:
-            firsts = run.firsts.cpu()[:, None]
-        at = at - firsts
+            at = at - run.firsts.cpu()[:, None]
         chosen = self._chosen(at, run.rows)
-        return chosen if self.sinks else chosen & (at != 0)
+        if self.sinks:
+            return chosen
+        return chosen & (at != 0)
 
     def _chosen(self, at: Int[Tensor, "#row pos"], rows: Rows | None) -> Bool[Tensor, "#row pos"]:
         if self.named == "all":
@@ -127,24 +129,22 @@ class Where:
     def _within(
         self, at: Int[Tensor, "#row pos"], end: Int[Tensor, "row 1"] | None
     ) -> Bool[Tensor, "#row pos"]:
-        """Indices, or a slice, of each prompt."""
-        # Without ends all bounds count from the start, and no prompt is cut off.
-        lengths = [None] if end is None else end[:, 0].tolist()
-        furthest = int(at.max()) + 1
-        rows = []
-        for length in lengths:
-            tokens = range(furthest if length is None else length)
-            if self.bounds is not None:
-                wanted = set(tokens[slice(*self.bounds)])
-            else:
-                wanted = {i % len(tokens) for i in self.indices if -len(tokens) <= i < len(tokens)}
-            rows.append(torch.tensor(sorted(wanted), dtype=torch.long))
-        shown = at.expand(max(len(at), len(rows)), -1)
-        chosen = [
-            torch.isin(row, wanted) for row, wanted in zip(shown, _each(rows, shown), strict=True)
-        ]
+        """Which positions are among the indices, or the slice, of each prompt."""
+        # Without known ends all bounds count from the start, and no prompt is cut off.
+        lengths = [int(at.max()) + 1] if end is None else end[:, 0].tolist()
+        wanted = [self._positions_of(length) for length in lengths]
+        count = max(len(at), len(wanted))
+        positions = at.expand(count, -1)
+        if len(wanted) == 1:
+            wanted = wanted * count
+        chosen = [torch.isin(row, these) for row, these in zip(positions, wanted, strict=True)]
         return torch.stack(chosen)
 
-
-def _each(rows: list[Tensor], shown: Tensor) -> list[Tensor]:
-    return rows * len(shown) if len(rows) == 1 else rows
+    def _positions_of(self, length: int) -> Int[Tensor, " position"]:
+        """The positions that a prompt of so many tokens has."""
+        if self.bounds is not None:
+            start, stop, step = self.bounds
+            positions = set(range(length)[start:stop:step])
+        else:
+            positions = {i % length for i in self.indices if -length <= i < length}
+        return torch.tensor(sorted(positions), dtype=torch.long)

@@ -126,16 +126,21 @@ class Watched(SharedForward):
             return self.before(*args, **kwargs)
 
     def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        given = inspect.signature(self.before).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {}), **given.get("model_kwargs", {})}
+        """The pass that begins with these arguments."""
+        given = dict(inspect.signature(self.before).bind_partial(*args, **kwargs).arguments)
+        # Arguments that the signature gathers under ** stand beside the others.
+        given |= given.get("kwargs", {})
+        given |= given.get("model_kwargs", {})
         cache = given.get("past_key_values")
         if cache is None:
             cache = given.get("past_kv_cache")
-        count = cached_tokens(cache)
-        told_last = _PASSES.told[-1] if _PASSES.told else None
-        if told_last is not None and told_last[0] is self.module:
-            return Pass(self.module, count, firsts=None, rows=told_last[1])
-        return Pass(self.module, count, self._firsts(given, cached_mask(cache)), rows=None)
+        cached = cached_tokens(cache)
+        if _PASSES.told:
+            module, rows = _PASSES.told[-1]
+            if module is self.module:
+                return Pass(self.module, cached, firsts=None, rows=rows)
+        firsts = self._firsts(given, cached_mask(cache))
+        return Pass(self.module, cached, firsts, rows=None)
 
     def _firsts(
         self, given: dict[str, Any], earlier: Int[Tensor, "row cached"] | None
@@ -148,24 +153,21 @@ class Watched(SharedForward):
                 of the pass is of its own tokens then.
         """
         mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ModelStateError(
-                f"the attention mask of this pass is {shape} and not [row, token], so it does not "
-                "say where each row's first token stands, at which no direction is removed",
-                remedy=f"Pass a mask of ones and zeros, [row, token], or {_REMEDY}.",
-            )
-        if mask is None and (earlier is None or not earlier.numel()):
+        if mask is not None:
+            _require_mask_of_tokens(mask)
+        elif earlier is None or not earlier.numel():
             self._require_no_left_padding(given)
             return None
-        known = [part for part in (earlier, mask) if part is not None]
-        return torch.cat([part.cpu().int() for part in known], 1).argmax(1)
+        known = [part.cpu().int() for part in (earlier, mask) if part is not None]
+        # The first of the ones.
+        return torch.cat(known, 1).argmax(1)
 
     def _require_no_left_padding(self, given: dict[str, Any]) -> None:
         """A HookedTransformer makes its own mask of pad tokens on the left."""
-        side = given.get("padding_side")
         tokenizer = getattr(self.module, "tokenizer", None)
-        side = side if isinstance(side, str) else getattr(tokenizer, "padding_side", "right")
+        side = given.get("padding_side")
+        if not isinstance(side, str):
+            side = getattr(tokenizer, "padding_side", "right")
         if side == "left" and _may_be_padded(given.get("input"), tokenizer):
             raise ModelStateError(
                 "rows of this pass are padded on the left, so it is not known where each one's "
@@ -174,16 +176,31 @@ class Watched(SharedForward):
             )
 
 
-def _may_be_padded(given: Any, tokenizer: Any) -> bool:
-    """Whether rows that a HookedTransformer is given may begin with padding: several, or pad ids.
+def _require_mask_of_tokens(mask: object) -> None:
+    """Refuse an attention mask that does not say of each token whether it is padding."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return
+    given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise ModelStateError(
+        f"the attention mask of this pass is {given} and not [row, token], so it does not "
+        "say where each row's first token stands, at which no direction is removed",
+        remedy=f"Pass a mask of ones and zeros, [row, token], or {_REMEDY}.",
+    )
 
-    A tokenizer whose pad token is its first one, too, has it once before a row without padding.
+
+def _may_be_padded(given: Any, tokenizer: Any) -> bool:
+    """Whether rows that a HookedTransformer is given may begin with padding.
+
+    Several rows may; a single one does where it begins with the pad token. A tokenizer whose pad
+    token is also its BOS puts it once before a row without padding, so there it takes two of them.
     """
     if not isinstance(given, Tensor):
         return isinstance(given, list | tuple) and len(given) > 1
     if given.ndim > 1 and len(given) > 1:
         return True
     pad = getattr(tokenizer, "pad_token_id", None)
-    begins_alike = pad == getattr(tokenizer, "bos_token_id", None)
-    leading = given.flatten()[: 2 if begins_alike else 1]
-    return pad is not None and bool((leading == pad).all())
+    if pad is None:
+        return False
+    is_bos = pad == getattr(tokenizer, "bos_token_id", None)
+    leading = given.flatten()[: 2 if is_bos else 1]
+    return bool((leading == pad).all())
