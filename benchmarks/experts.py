@@ -25,7 +25,7 @@ import lens_lora as ll
 from lens_lora.core.adapter.factors import LoRAFactors
 from lens_lora.core.model.hooks import attached
 from lens_lora.core.model.kernels import each_shape, is_experts, stacks_of
-from lens_lora.hosts.bridged import names_by_path
+from lens_lora.core.model.modules import names_by_path
 
 TURNS, TOKENS, RANK, EXPERTS, LIMIT = 5, 64, 8, 128, 20e9
 MARGIN = ll.Margin(5, 9)

@@ -144,6 +144,55 @@ class Family:
         return kind in ("embed", "pos_embed") or (self.conv1d and kind != "unembed")
 
 
+@dataclasses.dataclass(frozen=True)
+class BridgedFamily(Family):
+    """The linear modules, embeddings and norms of one unprocessed TransformerBridge.
+
+    What processed weights alone need, such as the norm that a module reads, is not known. Nor is
+    whether a norm or a factor follows what attention and MLPs write, or which tokens experts take
+    out of their rows: what depends on it takes the careful way.
+
+    Attributes:
+        places: path → place.
+        homes: (layer, kind) → what the names of its hook points begin with; where it has none, its
+            own name in the bridge.
+        turned: kinds whose weight is stored as [in, out].
+        shared: path → another path of the same module.
+    """
+
+    places: Mapping[str, Place] = dataclasses.field(default_factory=dict[str, Place])
+    homes: Mapping[tuple[int, str], str] = dataclasses.field(
+        default_factory=dict[tuple[int, str], str]
+    )
+    turned: frozenset[str] = frozenset()
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    @property
+    def is_probed(self) -> bool:
+        """All of its places were read from the model."""
+        return True
+
+    def place(self, module: str) -> Place | None:
+        """The place of a module, or None where the model has no such module."""
+        if module in self.shared:
+            raise ModelStateError(
+                f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "
+                f"places, a hook in both. Leave it out: adapter.without({module!r})."
+            )
+        return self.places.get(module)
+
+    def linear_paths(self, n_layers: int) -> list[str]:
+        """The path of every linear module and embedding."""
+        return list(self.places)
+
+    def norm_path(self, layer: int, kind: str) -> str | None:
+        """None: where no norm is folded, none is asked for."""
+
+    def stores_transposed(self, kind: str) -> bool:
+        """Whether a module of this kind holds its weight as [in, out]."""
+        return kind in self.turned
+
+
 _Linears = dict[str, tuple[str, ...]]
 
 

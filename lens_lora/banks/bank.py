@@ -61,6 +61,7 @@ from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import joined, require_finite_sites
 from lens_lora.core.model.check import require_kinds
+from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout.prompts import Source
 from lens_lora.core.results.storage import read_result, save_result
@@ -72,7 +73,6 @@ from lens_lora.errors import (
     many,
     warn,
 )
-from lens_lora.hosts.build import host_of
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings

@@ -33,6 +33,7 @@ from .model.gates import ScaleInject as ScaleInject
 from .model.hooks import HookFn as HookFn
 from .model.hooks import alone as alone
 from .model.hooks import attached as attached
+from .model.lens import LoraLens as LoraLens
 from .model.lens import Scale as Scale
 from .model.lens import name_of_scale as name_of_scale
 from .model.lens import null_adapters as null_adapters
@@ -45,7 +46,6 @@ from .model.sites import chosen_sites as chosen_sites
 from .model.sites import group_sites as group_sites
 from .model.sites import indicator as indicator
 from .model.updates import SiteUpdate as SiteUpdate
-from .model.with_function import LoraLens as LoraLens
 from .readout.beginnings import beginnings as beginnings
 from .readout.beginnings import distinct_tokens as distinct_tokens
 from .readout.beginnings import first_of_each as first_of_each

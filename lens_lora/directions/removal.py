@@ -21,10 +21,17 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, computing_attribute, open_spans
-from lens_lora.core import HookFn, Names, attached
+from lens_lora.compat import Temporary, computing_attribute
+from lens_lora.core import HookFn, LoraLens, Names, attached
+from lens_lora.core.model import extensions
 from lens_lora.core.model.hooks import hold, lock_of
-from lens_lora.core.model.passes import Watched, pass_under_way, watched_module
+from lens_lora.core.model.passes import (
+    OpenBlock,
+    Watched,
+    open_blocks,
+    pass_under_way,
+    watched_module,
+)
 from lens_lora.core.model.sites import few, firing, resolved
 from lens_lora.directions.where import Where
 from lens_lora.errors import ArgumentError, ModelStateError
@@ -41,18 +48,14 @@ class Switch:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Removed:
+class Removed(OpenBlock):
     """What an open block of `lens.without` takes from a model.
 
     Attributes:
-        model: the hooked model.
-        says: what is removed where, for people.
         where: the tokens.
         switch: of the block's hooks.
     """
 
-    model: nn.Module
-    says: str
     where: Where
     switch: Switch
 
@@ -63,8 +66,7 @@ def removed_from(model: nn.Module) -> list[Removed]:
     Args:
         model: the hooked model.
     """
-    spans = [span.about for span in open_spans()]
-    return [about for about in spans if isinstance(about, Removed) and about.model is model]
+    return [block for block in open_blocks(model) if isinstance(block, Removed)]
 
 
 @contextlib.contextmanager
@@ -84,8 +86,14 @@ def put_back(model: nn.Module) -> Generator[None]:
             switch.is_on = True
 
 
+@extensions.take_away.provide
 def take_away(
-    span: Temporary, lens: Any, source: Any, names: Names | None, positions: object, sinks: object
+    span: Temporary,
+    lens: LoraLens,
+    source: Any,
+    names: Names | None,
+    positions: object,
+    sinks: object,
 ) -> Any:
     """Remove directions at hook points until the span ends. One forward pass of one token.
 

@@ -40,12 +40,12 @@ from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, Result,
 from lens_lora.core.adapter.factors import size_of
 from lens_lora.core.model.bases import is_centred
 from lens_lora.core.model.basis import NormUpdate, svd_factors
+from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.host import Host
 from lens_lora.core.model.sites import SiteFactors
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
 from lens_lora.formats.arithmetic import orthonormal
-from lens_lora.hosts.build import host_of
 
 TRAINED = ("trained weight", "trained rows", "trained norm")
 _WITHOUT_FACTORS = (*TRAINED, "bias alone")

@@ -48,8 +48,8 @@ from lens_lora.core.function.interventions import head_points
 from lens_lora.core.function.reverse import Slopes, joined, site_gradients
 from lens_lora.core.model.hooks import add_pre_hook, add_to_module
 from lens_lora.core.model.host import COPIED_INPUTS
+from lens_lora.core.model.modules import is_linear, unwrapped
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hosts.bridged import is_linear, unwrapped
 
 LOGITS = "logits"
 _Pair = tuple[int, str]  # a site's index, and a reader

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from lens_lora.core import ModuleUpdate, TrainedModule
 from lens_lora.core.adapter.peft_files import own_tokenizer_files, refuse_pointer
+from lens_lora.core.model import extensions
 from lens_lora.errors import AdapterError, many
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -264,20 +265,21 @@ def _read_once(folder: Path, digest: str) -> Any:
         return None
 
 
-def differences_from(model_tokenizer: Any, folder: Path) -> list[str]:
+@extensions.tokenizer_differences.provide
+def differences_from(tokenizer: Any, folder: Path) -> list[str]:
     """How the tokenizer of an adapter's folder differs from a model's, in words.
 
     Args:
-        model_tokenizer: as it was saved, before TransformerLens had it add a BOS.
+        tokenizer: the model's, as it was saved, before TransformerLens had it add a BOS.
         folder: of the adapter.
     """
     own = _read_once(folder, files_digest(folder))
     if own is None:
         template = _template_alone(folder)
-        has_other = template is not None and template != model_tokenizer.chat_template
+        has_other = template is not None and template != tokenizer.chat_template
         return ["its own chat template"] if has_other else []
     try:
-        _require_same_ids(folder, model_tokenizer, own)
+        _require_same_ids(folder, tokenizer, own)
     except AdapterError as error:
         return [error.fact.removeprefix(f"{folder}: ").rstrip(".")]
-    return differences(model_tokenizer, own)
+    return differences(tokenizer, own)

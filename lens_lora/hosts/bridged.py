@@ -9,8 +9,6 @@
    through the component's own split, and says which rows each part has.
 4. A stack of experts, and the weight of a router, is a place by the path of the parameter
    (`kernels`).
-5. A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
-   whatever its formula.
 
 `probe` compares the result with the Hugging Face model.
 """
@@ -19,27 +17,34 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.adapter.factors import base_part, expert_factors, module_path
-from lens_lora.core.model.bases import stored_weight
-from lens_lora.core.model.host import module_at
+from lens_lora.core.model import extensions
 from lens_lora.core.model.kernels import each_shape, is_experts, is_router, stacks_of
+from lens_lora.core.model.modules import (
+    HOOK_IN,
+    is_conv1d,
+    is_linear,
+    is_norm,
+    module_at,
+    modules_in,
+    names_by_path,
+    shape_of,
+    unwrapped,
+)
 from lens_lora.core.model.sites import (
     ATTENTION_KINDS,
-    MLP_KINDS,
-    OUTSIDE_KINDS,
     Heads,
     outside_layer,
 )
-from lens_lora.errors import AdapterError, ModelStateError
-from lens_lora.families import NORM_KINDS, Family, Place
+from lens_lora.errors import AdapterError
+from lens_lora.families import NORM_KINDS, BridgedFamily, Place
 from lens_lora.formats import own_forward
 
 # The components of usual attention and MLPs, and their kinds.
@@ -48,62 +53,14 @@ _GATED = {"mlp.gate": "gate", "mlp.in": "up", "mlp.out": "down"}
 _UNGATED = {"mlp.in": "fc_in", "mlp.out": "fc_out"}
 # What takes a fused projection apart, and its parts in order.
 _SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
-USUAL_KINDS = (*ATTENTION_KINDS, *MLP_KINDS, *OUTSIDE_KINDS, *NORM_KINDS)
-HOOK_IN = ".hook_in"
 # Norms of whole rows; those of each head have other axes.
 _ROW_NORMS = set(NORM_KINDS) - {"q_norm", "k_norm"}
 _Homes = dict[tuple[int, str], str]
 _Layouts = dict[tuple[str | int, ...], list[Tensor]]
 
 
-@dataclasses.dataclass(frozen=True)
-class BridgedFamily(Family):
-    """The linear modules, embeddings and norms of one unprocessed TransformerBridge.
-
-    What processed weights alone need, such as the norm that a module reads, is not known. Nor is
-    whether a norm or a factor follows what attention and MLPs write, or which tokens experts take
-    out of their rows: what depends on it takes the careful way.
-
-    Attributes:
-        places: path → place.
-        homes: (layer, kind) → what the names of its hook points begin with; where it has none, its
-            own name in the bridge.
-        turned: kinds whose weight is stored as [in, out].
-        shared: path → another path of the same module.
-    """
-
-    places: Mapping[str, Place] = dataclasses.field(default_factory=dict[str, Place])
-    homes: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=_Homes)
-    turned: frozenset[str] = frozenset()
-    shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
-
-    @property
-    def is_probed(self) -> bool:
-        """All of its places were read from the model."""
-        return True
-
-    def place(self, module: str) -> Place | None:
-        """The place of a module, or None where the model has no such module."""
-        if module in self.shared:
-            raise ModelStateError(
-                f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "
-                f"places, a hook in both. Leave it out: adapter.without({module!r})."
-            )
-        return self.places.get(module)
-
-    def linear_paths(self, n_layers: int) -> list[str]:
-        """The path of every linear module and embedding."""
-        return list(self.places)
-
-    def norm_path(self, layer: int, kind: str) -> str | None:
-        """None: where no norm is folded, none is asked for."""
-
-    def stores_transposed(self, kind: str) -> bool:
-        """Whether a module of this kind holds its weight as [in, out]."""
-        return kind in self.turned
-
-
-def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
+@extensions.family_of_bridge.provide
+def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
     """The family of a model whose modules no entry lists. No forward pass."""
     points = model.hook_dict
     components = [name.removesuffix(HOOK_IN) for name in points if name.endswith(HOOK_IN)]
@@ -116,7 +73,7 @@ def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
     first: dict[int, str] = {}
     layouts: _Layouts = {}
     shared: dict[str, str] = {}
-    for path, module, parent in _modules_in(model.original_model):
+    for path, module, parent in modules_in(model.original_model):
         linear = unwrapped(module)
         match = re.match(rf"{blocks}\.(\d+)\.(.+)", path)
         layer, within = (int(match[1]), match[2]) if match else (None, path)
@@ -139,7 +96,7 @@ def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
             homes[outside if layer is None else layer, kind] = (
                 prefix or names.get(id(module)) or f"original_model.{path}"
             )
-            if _is_conv1d(linear) or isinstance(linear, nn.Embedding):
+            if is_conv1d(linear) or isinstance(linear, nn.Embedding):
                 turned.add(kind)
         if is_linear(linear) or set(rows) <= _ROW_NORMS:
             layout = "measured" if parts else "whole"
@@ -169,13 +126,6 @@ def _parameters_of(module: Any, within: str) -> dict[str, str]:
     return {within: "weight"} if is_router(module) else {}
 
 
-def _modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(Hugging Face path, module or the component in its place, what it is in)."""
-    for name, module in unwrapped(model).named_children():
-        yield f"{before}{name}", module, model
-        yield from _modules_in(module, f"{before}{name}.")
-
-
 # --- adapters that name each expert
 
 
@@ -189,6 +139,7 @@ _EXPERT = re.compile(rf"(.*\.\d+\.)(?:.*\.)?experts\.(\d+)\.({'|'.join(_OF_EXPER
 _Halves = dict[int, dict[int, LoRAFactors]]
 
 
+@extensions.named_as_model.provide
 def on_stacks(adapter: Adapter, model: Any) -> Adapter:
     """The adapter, with factors of single experts as those of the stack that this model has.
 
@@ -256,46 +207,7 @@ def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFacto
     return expert_factors(parts)
 
 
-def unwrapped(module: Any) -> Any:
-    """The Hugging Face module that a component wraps, or the module itself."""
-    return getattr(module, "original_component", None) or module
-
-
-def names_by_path(model: Any) -> dict[str, str]:
-    """Hugging Face path → name in this model, which may be a bridge; of every module in it."""
-    names = {id(module): name for name, module in model.named_modules()}
-    within = getattr(model, "original_model", model)
-    modules = ((path, id(unwrapped(module))) for path, module, _ in _modules_in(within))
-    return {path: names[module] for path, module in modules if module in names}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear module or an embedding of Hugging Face's."""
-    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(out, in)."""
-    if isinstance(linear, nn.Linear):  # the weight of a quantised one is packed
-        return linear.out_features, linear.in_features
-    out, width = stored_weight(linear).shape
-    return out, width
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether it is a norm with a γ."""
-    weight = getattr(module, "weight", None) if "Norm" in type(module).__name__ else None
-    return isinstance(weight, Tensor) and weight.ndim == 1
-
-
-def normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """n of a norm γ ⊙ n + β, or (1 + γ) ⊙ n: what it computes at γ = 1 less that at γ = 0."""
-    computed = Shell(norm)
-    zeros = {name: torch.zeros_like(p) for name, p in computed.named_parameters()}
-    ones = {n: torch.ones_like(p) if n.endswith("weight") else p for n, p in zeros.items()}
-    return functional_call(computed, ones, (x,)) - functional_call(computed, zeros, (x,))
-
-
+@extensions.require_own_parameters.provide
 def require_own_parameters(model: Any, adapter: Adapter) -> None:
     """Refuse modules that were trained whole and do not compute what their parameters say.
 
@@ -313,23 +225,6 @@ def require_own_parameters(model: Any, adapter: Adapter) -> None:
         if (is_linear(module) or is_norm(module)) and own_forward.has_own_code(module):
             remedy = f"Leave it out: adapter.without({path!r})."
             own_forward.require_own_parameters(path, module, remedy)
-
-
-class Shell(nn.Module):
-    """What a module computes, past its hooks: a call with other parameters passes `forward` by."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self._computes = module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, as it was when this was made."""
-        return self._computes(*args, **kwargs)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
 
 
 def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: int | None) -> str:
@@ -376,7 +271,7 @@ class _Indexed:
         out, width = shape_of(linear)
         index = torch.arange(out, dtype=torch.float32)[:, None].expand(out, width)
         self._linear = nn.Linear(width, out, bias=False, device="meta")
-        self._linear.weight = nn.Parameter(index.T if _is_conv1d(linear) else index, False)
+        self._linear.weight = nn.Parameter(index.T if is_conv1d(linear) else index, False)
 
     def __getattr__(self, name: str) -> Any:
         if name != self._name:

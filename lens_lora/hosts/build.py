@@ -1,4 +1,4 @@
-"""A Hugging Face model as a hooked model, and the host that fits a hooked model.
+"""A Hugging Face model as a hooked model.
 
 1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
    come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lens_lora.compat import (
     attention_of,
@@ -46,12 +46,10 @@ from lens_lora.core.model.bridge import (
 from lens_lora.core.model.check import (
     base_logits,
     eps_of,
-    refuse_unusable,
     require_running,
     require_same_logits,
 )
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
-from lens_lora.core.model.host import Host
 from lens_lora.core.model.kernels import differentiable_products, quantised_linears
 from lens_lora.core.model.lengths import context_of_copy
 from lens_lora.errors import (
@@ -69,6 +67,10 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["HookedTransformer", "TransformerBridge"]
+_EMBEDDING_OUTPUT: dict[Kind, str] = {
+    "HookedTransformer": HookedTransformerHost.embedding_output,
+    "TransformerBridge": BridgeHost.embedding_output,
+}
 # TransformerLens takes a path that holds one of these names for a model of that family.
 MISREAD_NAMES = ("llama", "gemma")
 # HookedTransformer keeps a mask of context × context in every layer: 2 GB for 8,192 tokens.
@@ -189,7 +191,7 @@ def _require_right(kind: Kind, model: Any, expected: Tensor | None, attn: str) -
         run,
         f"{made} computes other logits than the Hugging Face model",
         remedy,
-        lambda: eps_of(model, _HOSTS[kind].embedding_output),
+        lambda: eps_of(model, _EMBEDDING_OUTPUT[kind]),
     )
 
 
@@ -337,33 +339,3 @@ def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
     config = json.loads(path.read_text())
     if "n_positions" in config:
         path.write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
-
-
-# --- the host of a hooked model
-
-
-_HOSTS: dict[str, type[HookedTransformerHost | BridgeHost]] = {
-    host.class_name: host for host in (HookedTransformerHost, BridgeHost)
-}
-
-
-def host_of(model: Any, hf_model: nn.Module | None = None) -> Host:
-    """The host that fits the model's class, with the base if it is given. No forward pass.
-
-    Raises:
-        ModelStateError: another class, or a state in which an adapter cannot be applied exactly.
-    """
-    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _HOSTS), None)
-    if name is None:
-        raise ModelStateError(
-            f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
-            "TransformerBridge."
-        )
-    refuse_unusable(model)
-    host = _HOSTS[name](model, hf_model)
-    if host.needs_base() and quantised_linears(model):
-        raise ModelStateError(
-            f"this {name} is quantised and processed: folding needs the weights themselves. Use it "
-            "before enable_compatibility_mode(), or load the base in bfloat16 or float32."
-        )
-    return host

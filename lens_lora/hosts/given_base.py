@@ -32,7 +32,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -40,9 +40,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lens_lora.compat import in_float64
-from lens_lora.core import LoRAFactors
+from lens_lora.core import LoRAFactors, LoraLens
 from lens_lora.core.adapter.peft_files import name_of
+from lens_lora.core.model import extensions
 from lens_lora.core.model.bases import is_same
+from lens_lora.core.model.check import SKIP
 from lens_lora.core.model.gates import Plan
 from lens_lora.core.model.sites import OUTSIDE_KINDS, SiteFactors
 from lens_lora.errors import ModelStateError
@@ -87,6 +89,36 @@ class Verdict(NamedTuple):
     holds_adapter: str = ""
 
 
+@extensions.note_on_base.provide
+def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
+    """What a user should be warned of in the base of a new lens; '' for nothing.
+
+    Args:
+        lens: the new lens.
+        is_refused: whether a base that holds the adapter already is refused, or else warned of.
+
+    Raises:
+        ModelStateError: the base holds the adapter already.
+    """
+    adapter = lens.adapter
+    named = adapter.base_model
+    verdict = judged(lens.plan, named, lens.base_names)
+    if not verdict.holds_adapter:
+        return verdict.note
+    fact = (
+        f"this base holds the adapter {adapter.name!r} already: {verdict.holds_adapter}. Its ΔW "
+        "would count twice."
+    )
+    if not is_refused:
+        return fact
+    trained_on = "the base that it was trained on" + (f", {named}" if named else "")
+    raise ModelStateError(
+        fact,
+        remedy=f"Pass {trained_on}. {SKIP}",
+        in_shell=f"Name {trained_on}, with --model.",
+    )
+
+
 def judged(plan: Plan, named: str | None, names: Sequence[str]) -> Verdict:
     """Judge the base of a lens.
 
@@ -125,6 +157,7 @@ def _is_own_copy(named: str, names: Sequence[str]) -> bool:
     return is_made_here and short_name(named) in map(short_name, names)
 
 
+@extensions.note_on_names.provide
 def note_of_names(named: str | None, names: Sequence[str]) -> str:
     """What the names alone say of a base, as of `judged`; '' where they agree or one is missing."""
     if named is None or not names or short_name(named) in map(short_name, names):
@@ -139,25 +172,6 @@ def note_of_names(named: str | None, names: Sequence[str]) -> str:
 
 # What the hub calls the models whose folders this package makes, by the folder's name.
 PUBLIC_NAMES: dict[str, str] = {}
-# What the host libraries call a model without a name.
-_NO_NAMES = ("model", "custom")
-
-
-def names_of(model: Any, hf_model: Any) -> list[str]:
-    """The names by which the base at hand is known; perhaps none.
-
-    They are the Hugging Face model's own where it has one: a hooked model may have been made from
-    another's weights under the name of its architecture.
-    """
-    own: list[object] = []
-    for holder in (hf_model, getattr(model, "original_model", None)):
-        own.append(getattr(getattr(holder, "config", None), "name_or_path", None))
-    hooked = [getattr(model.cfg, name, None) for name in ("model_name", "tokenizer_name")]
-    for names in (own, hooked):
-        named = [str(name) for name in names if name and name not in _NO_NAMES]
-        if named:
-            return list(dict.fromkeys(named))
-    return []
 
 
 def short_name(name: str) -> str:

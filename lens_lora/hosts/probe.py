@@ -20,7 +20,7 @@ Cost: two passes over eight tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -30,18 +30,25 @@ from torch.func import functional_call
 from lens_lora.compat import Temporary, home_of, is_offloaded, replace_forward, temporary
 from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule, attached
 from lens_lora.core.adapter.factors import module_path
-from lens_lora.core.model.check import AGREEMENT, TOKENS, plain_logits
+from lens_lora.core.model import extensions
+from lens_lora.core.model.check import AGREEMENT, SKIP, TOKENS, plain_logits
+from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.gates import Plan, make_plan, site_hooks
 from lens_lora.core.model.kernels import each_shape, is_experts, is_router, quantised_name
+from lens_lora.core.model.modules import (
+    Shell,
+    is_linear,
+    is_norm,
+    names_by_path,
+    normalised,
+    shape_of,
+)
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
 from lens_lora.formats.methods import lora_output
-from lens_lora.hosts.bridged import Shell, is_linear, is_norm, names_by_path, normalised, shape_of
-from lens_lora.hosts.build import host_of
 
 # ‖ΔW‖ / ‖W‖, and from how many of W's entries its size is estimated.
 _SIZE, _ENTRIES = 0.3, 2**16
-SKIP = "Pass check=False to go on without this check, at your own risk."
 
 
 class _Added:
@@ -170,14 +177,15 @@ def _parameter_at(
     return None
 
 
+@extensions.probed.provide
 def probed(
     model: Any,
     hf_model: nn.Module | None,
     adapter: Adapter,
-    done: frozenset[str] = frozenset(),
+    done: frozenset[str],
     *,
-    eps: float,
-    probe: Probe | None = None,
+    eps: Callable[[], float],
+    probe: extensions.Probe | None,
 ) -> frozenset[str]:
     """`done` and the adapter's modules, once they are seen to be exact on this bridge.
 
@@ -190,8 +198,8 @@ def probed(
         if hf_model is None:
             _refuse_parts(host_of(model).family, paths)
         probe = Probe(hf_model or model, adapter, done)
-    if probe is not None:
-        require_exact(model, hf_model, probe, eps)
+    if isinstance(probe, Probe):
+        require_exact(model, hf_model, probe, eps())
     return done | paths
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -36,45 +36,17 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.core import LogProbs, Margin, Prompts, Reading, Readout, which_prompt
+from lens_lora.core.model import extensions
 from lens_lora.core.readout import readout
 from lens_lora.core.readout.prompts import ids_after, require_context
 from lens_lora.core.readout.reading import Divergence, one_row_each
 from lens_lora.core.readout.readout import Before, in_vocabulary
-from lens_lora.errors import ArgumentError, PromptError, TokenError, many
-
-
-@final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Generated:
-    """Responses, one per prompt, to be passed on as they are wherever a response is taken.
-
-    Their ids go on, never the text: text tokenised again may be other tokens.
-
-    Attributes:
-        ids: each response's own tokens, with the token that ended it.
-        text: the same as text, without special tokens.
-        prompts: the prompts that `ids` follow, as tokens.
-        ended: whether a response ended by itself, rather than at `max_new_tokens`.
-    """
-
-    ids: tuple[Int[Tensor, " _token"], ...]
-    text: tuple[str, ...]
-    prompts: Prompts
-    ended: tuple[bool, ...]
-
-    def __repr__(self) -> str:
-        says = (
-            f"{text!r}, {many(len(ids), 'token')}{'' if ended else ', cut off'}"
-            for ids, text, ended in zip(self.ids, self.text, self.ended, strict=True)
-        )
-        return f"Generated({'; '.join(says)})"
-
+from lens_lora.core.readout.responses import AnswerLike, Generated
+from lens_lora.errors import ArgumentError, PromptError, TokenError
 
 # --- The tokens of an answer
 
 
-_One = str | int | Int[Tensor, " _token"]
-AnswerLike = _One | Sequence[_One] | Generated
 Ids = tuple[int, ...]
 Way = Literal["base_to_adapted", "adapted_to_base"]
 ReadTokens = Literal["next", "response", "prompt"]
@@ -357,6 +329,7 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
     return answers
 
 
+@extensions.continued.provide
 def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     """Prompt and response in one row, read at each of the response's tokens."""
     said = response_ids(model, response, prompts)

@@ -35,14 +35,15 @@ from tqdm import tqdm
 
 from lens_lora import arguments
 from lens_lora.compat import Temporary, home_of, in_float64
-from lens_lora.core import Prompts, which_prompt
+from lens_lora.core import LoraLens, Prompts, PromptsLike, Scale, which_prompt
+from lens_lora.core.model import extensions
 from lens_lora.core.model.check import first_non_finite
 from lens_lora.core.model.hooks import unembedded_only
 from lens_lora.core.model.lengths import alike_up_to, tables_as_made
 from lens_lora.core.model.passes import Rows, told
 from lens_lora.core.readout.prompts import Source, decoded, special_id
+from lens_lora.core.readout.responses import Generated
 from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
-from lens_lora.responses.answers import Generated
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
 _CONFIRMED_TOKENS = 256  # whose logits are held at a time
@@ -292,6 +293,29 @@ def side_by_side(
     for i, source, tokens, both in rows:
         pairs[i] = SideBySide(source.said or source.text or "".join(tokens), *both)
     return pairs
+
+
+@extensions.generated.provide
+def generated(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    max_new_tokens: int,
+    scale: Scale,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    eos_token_id: int | Sequence[int] | None,
+    progress: bool,
+) -> Generated:
+    """What the model says after each prompt: see `LoraLens.generate`."""
+    most = arguments.whole("max_new_tokens", max_new_tokens, 1)
+    sampling = Sampling(temperature, top_p, seed)
+    ends = end_tokens(lens.model, lens.hf_model, eos_token_id)
+    ready = lens.prompts(prompts)
+    require_room(lens, ready, most)
+    speaker = Speaker(lens, ready, lens.gates(scale), sampling, most, ends)
+    return speaker.say(progress=progress)
 
 
 def whole_or_cut(said: Generated) -> list[str]:

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
+from lens_lora.core.model.bases import names_of
 from lens_lora.errors import LensLoraWarning, ModelStateError
 from lens_lora.hosts import given_base
 from lens_lora.hosts.given_base import (
     PUBLIC_NAMES,
     Evidence,
     files_at_hand,
-    names_of,
     short_name,
     stated_origin,
 )

@@ -56,14 +56,16 @@ from lens_lora.core.model import (
     alone,
     by_axes,
     chosen_sites,
+    extensions,
     indicator,
 )
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, Reading, Readout
 from lens_lora.core.readout.reading import one_row_each
+from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results.base import header
 from lens_lora.errors import ArgumentError
-from lens_lora.responses.answers import AnswerLike, AnswerLogProb
+from lens_lora.responses.answers import AnswerLogProb
 
 Gates = Scale
 Corners = Literal["add_one", "leave_one_out"]
@@ -686,6 +688,7 @@ class Function:
         return self.lens.gates(indicator(groups, len(sites)).to(self.lens.gate_dtype))
 
 
+@extensions.function_of.provide
 def function_of(
     lens: LoraLens,
     prompts: PromptsLike,

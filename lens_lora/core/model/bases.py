@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -214,3 +214,26 @@ def _mean_row(chunks: Iterable[Float[Tensor, "some in"]]) -> Float[Tensor, " in"
 def _largest(weight: Tensor) -> float:
     low, high = weight.aminmax()
     return max(-float(low), float(high))
+
+
+# --- Names
+
+# What the host libraries call a model without a name.
+_NO_NAMES = ("model", "custom")
+
+
+def names_of(model: Any, hf_model: Any) -> list[str]:
+    """The names by which the base at hand is known; perhaps none.
+
+    They are the Hugging Face model's own where it has one: a hooked model may have been made from
+    another's weights under the name of its architecture.
+    """
+    own: list[object] = []
+    for holder in (hf_model, getattr(model, "original_model", None)):
+        own.append(getattr(getattr(holder, "config", None), "name_or_path", None))
+    hooked = [getattr(model.cfg, name, None) for name in ("model_name", "tokenizer_name")]
+    for names in (own, hooked):
+        named = [str(name) for name in names if name and name not in _NO_NAMES]
+        if named:
+            return list(dict.fromkeys(named))
+    return []

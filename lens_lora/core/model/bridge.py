@@ -2,8 +2,8 @@
 
 Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
 bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
-input x; once the norm is folded it is n. Names are those of `families`, or of `bridged` where a
-family has no entry.
+input x; once the norm is folded it is n. Names are those of `families`, or read from the model
+(`hosts/bridged.py`) where a family has no entry.
 
 Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
 d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
@@ -32,14 +32,21 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.core.model import kernels
+from lens_lora.core.model import extensions, kernels
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
-from lens_lora.core.model.host import COPIED_INPUTS, Host, Ports, module_at
-from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, Heads, SiteFactors, site_name
+from lens_lora.core.model.host import COPIED_INPUTS, Host, Ports
+from lens_lora.core.model.modules import HOOK_IN, module_at, normalised, unwrapped
+from lens_lora.core.model.sites import (
+    MLP_KINDS,
+    NORM_READ_BY,
+    USUAL_KINDS,
+    Heads,
+    SiteFactors,
+    site_name,
+)
 from lens_lora.errors import ModelStateError, setting, warn
-from lens_lora.families import Family, find_family, listed_family
-from lens_lora.hosts import bridged
+from lens_lora.families import BridgedFamily, Family, find_family, listed_family
 
 _R = TypeVar("_R")
 
@@ -220,14 +227,14 @@ class BridgeHost(Host):
         family, homes = _family_of(model, architecture, heads)
         super().__init__(model, family, heads, hf_model)
         self._homes: Mapping[tuple[int, str], str] = homes
-        self._is_listed: bool = not isinstance(family, bridged.BridgedFamily)
+        self._is_listed: bool = not isinstance(family, BridgedFamily)
         self.grows: bool = self._is_listed and architecture not in _FIXED_BATCH
         self.keeps_patterns: bool = not has_fused_attention(model)
 
     def ports(self, layer: int, kind: str) -> Ports:
         """The component's own hook points, or those that replace them under a flag."""
         name = self._component(layer, kind)
-        if self._homes and kind not in bridged.USUAL_KINDS:
+        if self._homes and kind not in USUAL_KINDS:
             return self._ports_by_path(layer, name)
         copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
         if copies is not None:
@@ -244,7 +251,7 @@ class BridgeHost(Host):
         weight = module_at(self.model, name)
         if isinstance(weight, nn.Parameter):
             return Ports(name, name, like=like, layout="slots" if weight.ndim == 3 else "rows")
-        ends = (f"{name}{bridged.HOOK_IN}", f"{name}.hook_out")
+        ends = (f"{name}{HOOK_IN}", f"{name}.hook_out")
         read, write = ends if ends[0] in self.model.hook_dict else (name, name)
         return Ports(read, write, like=like)
 
@@ -269,8 +276,8 @@ class BridgeHost(Host):
             )
         name = self._component(layer, kind)
         if not self._is_listed:
-            through = functools.partial(bridged.normalised, self._wrapped(layer, kind))
-            return (Ports(f"{name}{bridged.HOOK_IN}", f"{name}.hook_out", through=through),)
+            through = functools.partial(normalised, self._wrapped(layer, kind))
+            return (Ports(f"{name}{HOOK_IN}", f"{name}.hook_out", through=through),)
         layout = "heads_first" if is_of_heads else "rows"
         return (Ports(f"{name}.hook_normalized", f"{name}.hook_out", layout=layout),)
 
@@ -281,12 +288,12 @@ class BridgeHost(Host):
     def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
         """Every module of the block that has weights, by the component that it is or is within."""
         block = self.model.blocks[layer]
-        whole, children = bridged.unwrapped(block), block.named_children()
+        whole, children = unwrapped(block), block.named_children()
         parts = {name: set(part.modules()) for name, part in children if part is not whole}
         readers: dict[str, nn.Module] = {}
         norms: list[nn.Module] = []
         for path, module in whole.named_children():
-            if "Norm" in type(bridged.unwrapped(module)).__name__:
+            if "Norm" in type(unwrapped(module)).__name__:
                 norms.append(module)
             elif next(module.parameters(), None) is not None:
                 name = next((name for name, held in parts.items() if module in held), path)
@@ -363,7 +370,7 @@ class BridgeHost(Host):
         the passes of a processed gated MLP (transformer-lens 4).
         """
         component = module_at(self.model, self._component(site.layer, site.kind))
-        if not isinstance(component, nn.Module) or bridged.unwrapped(component) is component:
+        if not isinstance(component, nn.Module) or unwrapped(component) is component:
             return
         names = [name for parameter in parameters for name in _READ_AS[parameter]]
         why = functools.partial(of_the_base, site.name)
@@ -375,7 +382,7 @@ class BridgeHost(Host):
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""
-        return bridged.unwrapped(module_at(self.model, self._component(layer, kind)))
+        return unwrapped(module_at(self.model, self._component(layer, kind)))
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site; a dequantised weight is only near it."""
@@ -458,7 +465,7 @@ def _family_of(
     has_experts = any(map(kernels.is_experts, model.modules()))
     if listed is not None and not has_experts:
         return listed, {}
-    read = bridged.bridged_family(model, heads)
+    read = extensions.family_of_bridge(model, heads)
     if listed is None:
         return read, read.homes
     homes = {

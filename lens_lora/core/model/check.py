@@ -60,6 +60,7 @@ TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
 AGREEMENT = 1e-4
 # So many roundings may be that far off, where a device rounds products more coarsely than that.
 _ROUNDINGS = 16
+SKIP = "Pass check=False to go on without this check, at your own risk."
 OF_A_GIVEN_BASE = (
     "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
     "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."

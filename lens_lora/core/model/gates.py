@@ -38,6 +38,7 @@ from lens_lora.core.model.check import (
     refuse_compiled,
     refuse_dropout,
 )
+from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooks import HookFn
 from lens_lora.core.model.host import Host, Ports
 from lens_lora.core.model.kernels import quantised_linears, quantised_name
@@ -45,7 +46,6 @@ from lens_lora.core.model.sites import Site, match_sites, points_between, resolv
 from lens_lora.core.model.updates import SiteUpdate, site_updates
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS
-from lens_lora.hosts.build import host_of
 
 # --- The plan: an adapter on one hooked model
 

@@ -85,11 +85,6 @@ class Ports:
         return rows.reshape(tensor.shape)
 
 
-def module_at(model: Any, path: str) -> Any:
-    """A module by its path; None where the model has none."""
-    return functools.reduce(lambda owner, name: getattr(owner, name, None), path.split("."), model)
-
-
 class Host(abc.ABC):
     """A hooked model: where each site reads and writes, its weights, flags and norms.
 

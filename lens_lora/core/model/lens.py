@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lens_lora import errors
 from lens_lora._version import versions
-from lens_lora.arguments import number, whole
+from lens_lora.arguments import number
 from lens_lora.compat import (
     Temporary,
     home_of,
@@ -33,14 +33,15 @@ from lens_lora.compat import (
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors
 from lens_lora.core.model import check as checks
+from lens_lora.core.model import extensions, passes
 from lens_lora.core.model import gates as gating
 from lens_lora.core.model import sites as model_sites
+from lens_lora.core.model.bases import names_of
 from lens_lora.core.model.basis import SiteMap, Update
 from lens_lora.core.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.core.model.hooks import HookFn, alone, attached, hold, lock_of
 from lens_lora.core.model.kernels import differentiable_products
 from lens_lora.core.model.lengths import tables_by_row
-from lens_lora.core.model.passes import rows_of, told
 from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.core.model.updates import holds_another_base
 from lens_lora.core.readout.positions import Positions
@@ -52,26 +53,12 @@ from lens_lora.core.readout.prompts import (
     reading_of_texts,
 )
 from lens_lora.core.readout.readout import Readout
-from lens_lora.directions.removal import removed_from, take_away
-from lens_lora.formats.tokenizers import differences_from
-from lens_lora.hosts.bridged import on_stacks, require_own_parameters
-from lens_lora.hosts.given_base import judged, names_of, note_of_names
-from lens_lora.hosts.probe import SKIP, Probe, probed
-from lens_lora.responses.answers import AnswerLike, Generated, continued
-from lens_lora.responses.generate import Sampling, Speaker, end_tokens, require_room
+from lens_lora.core.readout.responses import AnswerLike, Generated
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
     from lens_lora.core import Function
-
-# What `LoraLens.function` calls: a `Function` stands above the engine, which stands above a lens.
-_MAKES_FUNCTION: list[Callable[..., Function]] = []
-
-
-def provide_function(make: Callable[..., Function]) -> None:
-    """Tell lenses how their `function` is made; `model/with_function.py` does."""
-    _MAKES_FUNCTION[:] = [make]
 
 
 class LoraLens:
@@ -124,20 +111,20 @@ class LoraLens:
         adapter: Adapter,
         hf_model: nn.Module | None = None,
         *,
-        check: bool | Probe | None = True,
+        check: bool | extensions.Probe | None = True,
         prepend_bos: bool | None = None,
     ) -> None:
         model = uncompiled(model)
         hf_model = uncompiled(hf_model)
         checks.require_kinds(adapter, hf_model)
-        adapter = on_stacks(adapter, model)
+        adapter = extensions.named_as_model(adapter, model)
         self.model = model
         self.prepend_bos: bool | None = prepend_bos
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = gating.make_plan(model, adapter, hf_model)
         if check is not False:
-            require_own_parameters(model, adapter)
+            extensions.require_own_parameters(model, adapter)
         self._eps: float | None = None
         checks.require_running(
             self._measure_if_it_runs,
@@ -156,31 +143,20 @@ class LoraLens:
         is_probed = check is not False and self._plan.host.family.is_probed
         self._probed: frozenset[str] | None = frozenset() if is_probed else None
         if is_probed and check is not None:
-            probe = check if isinstance(check, Probe) else None
-            self._probed = probed(model, hf_model, adapter, eps=self.eps, probe=probe)
+            probe = None if isinstance(check, bool) else check
+            self._probed = self._probed_with(adapter, frozenset(), probe)
         self.base_note: str = ""
         if check is not None:
-            self._judge_base(is_refused=check is not False)
+            self.base_note = extensions.note_on_base(self, is_refused=check is not False)
+            self._warn_of_base(stacklevel=4)
 
-    def _judge_base(self, *, is_refused: bool) -> None:
-        """Warn of what a user should know of the base, or refuse it where it holds the adapter."""
-        named, names = self.adapter.base_model, names_of(self.model, self._hf_model)
-        verdict = judged(self._plan, named, names)
-        self.base_note = verdict.note
-        if verdict.holds_adapter:
-            fact = (
-                f"this base holds the adapter {self.adapter.name!r} already: "
-                f"{verdict.holds_adapter}. Its ΔW would count twice."
-            )
-            if is_refused:
-                trained_on = "the base that it was trained on" + (f", {named}" if named else "")
-                raise errors.ModelStateError(
-                    fact,
-                    remedy=f"Pass {trained_on}. {SKIP}",
-                    in_shell=f"Name {trained_on}, with --model.",
-                )
-            self.base_note = fact
-        self._warn_of_base(stacklevel=5)
+    def _probed_with(
+        self, adapter: Adapter, done: frozenset[str], probe: extensions.Probe | None = None
+    ) -> frozenset[str]:
+        """`done` and the modules of this adapter, once they are seen to be exact on the model."""
+        return extensions.probed(
+            self.model, self._hf_model, adapter, done, eps=lambda: self.eps, probe=probe
+        )
 
     def _warn_of_base(self, stacklevel: int) -> None:
         if self.base_note:
@@ -225,18 +201,17 @@ class LoraLens:
         self._plan.check_state()
         if self._plan.base is not None:
             self._plan.base.require_same(entries=True)
-        adapter = on_stacks(adapter, self.model)
+        adapter = extensions.named_as_model(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
         if check:
-            require_own_parameters(self.model, adapter)
+            extensions.require_own_parameters(self.model, adapter)
         if adapter.base_model not in (None, self.adapter.base_model):
-            names = names_of(self.model, self._hf_model)
-            other.base_note = note_of_names(adapter.base_model, names)
+            other.base_note = extensions.note_on_names(adapter.base_model, self.base_names)
             other._warn_of_base(stacklevel=3)
         if check and self._probed is not None:
-            other._probed = probed(self.model, self._hf_model, adapter, self._probed, eps=self.eps)
+            other._probed = self._probed_with(adapter, self._probed)
             self._probed = other._probed
         return other
 
@@ -281,6 +256,11 @@ class LoraLens:
             "lens.adapter), or in another process ll.load(base, adapter); lens.adapter.save(…) and "
             "a result's save(…) write files."
         )
+
+    @property
+    def hf_model(self) -> nn.Module | None:
+        """The unprocessed Hugging Face base; None where the lens was made without it."""
+        return self._hf_model
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -490,7 +470,11 @@ class LoraLens:
             ArgumentError: directions of another width or space, a direction of zeros or NaN; no
                 positions, or each text's first token without `sinks`.
         """
-        return Temporary(lambda span: take_away(span, self, directions, names, positions, sinks))
+
+        def remove(span: Temporary) -> Any:
+            return extensions.take_away(span, self, directions, names, positions, sinks)
+
+        return Temporary(remove)
 
     def injected(
         self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
@@ -557,7 +541,7 @@ class LoraLens:
         ready = prepare(self.model, prompts, prepend_bos, rule=self.prepend_bos)
         if not isinstance(prompts, Prompts) and any(source.text for source in ready.sources):
             self._note_other_tokenizer()
-        return ready if response is None else continued(self.model, ready, response)
+        return ready if response is None else extensions.continued(self.model, ready, response)
 
     @alone
     def function(
@@ -588,10 +572,7 @@ class LoraLens:
             TokenError, PromptError: a readout, prompt or response that does not fit the model.
             ModelStateError: the model is not as it was when the lens was made.
         """
-        if not _MAKES_FUNCTION:
-            raise RuntimeError("what a lens's function is stands in lens_lora.core: import it.")
-        (make,) = _MAKES_FUNCTION
-        return make(self, prompts, readout, response, progress=progress)
+        return extensions.function_of(self, prompts, readout, response, progress=progress)
 
     @alone
     def logits(
@@ -656,12 +637,17 @@ class LoraLens:
             SiteError: as for `gates`; gates of another number of prompts.
             NumericsError: non-finite logits.
         """
-        most = whole("max_new_tokens", max_new_tokens, 1)
-        sampling = Sampling(temperature, top_p, seed)
-        ends = end_tokens(self.model, self._hf_model, eos_token_id)
-        ready = self.prompts(prompts)
-        require_room(self, ready, most)
-        return Speaker(self, ready, self.gates(scale), sampling, most, ends).say(progress=progress)
+        return extensions.generated(
+            self,
+            prompts,
+            max_new_tokens,
+            scale,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            eos_token_id=eos_token_id,
+            progress=progress,
+        )
 
     def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own forward pass, with the hooks that it has at the moment.
@@ -680,10 +666,11 @@ class LoraLens:
             tables_by_row(span, rotary, prompts.lengths.tolist())
 
         tables = Temporary(own_tables) if rotary else contextlib.nullcontext()
-        # What is removed asks which token is which, and nothing else does: lengths on a GPU are not
-        # waited for without it.
-        is_asked = bool(removed_from(self.model))
-        rows = told(self.model, rows_of(prompts)) if is_asked else contextlib.nullcontext()
+        # An open block that removes something asks which token is which, and nothing else does:
+        # without one, lengths on a GPU are not waited for.
+        rows = contextlib.nullcontext()
+        if passes.open_blocks(self.model):
+            rows = passes.told(self.model, passes.rows_of(prompts))
         with tables, rows:
             return self.model(prompts.tokens, return_type="logits", **mask)
 
@@ -721,7 +708,9 @@ class LoraLens:
             return
         compared.add(folder)
         as_saved = tokenizer_as_saved(self.model.tokenizer)
-        differing = [] if as_saved is None else differences_from(as_saved, folder)
+        differing = []
+        if as_saved is not None:
+            differing = extensions.tokenizer_differences(as_saved, folder)
         if differing:
             errors.warn(
                 f"{self.adapter.name}: the tokenizer saved with the adapter differs from the "
@@ -749,7 +738,7 @@ class LoraLens:
             prompts: what the result is of; how they were read is said, too.
         """
         origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
-        removed = [removed.says for removed in removed_from(self.model)]
+        removed = [block.says for block in passes.open_blocks(self.model)]
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,

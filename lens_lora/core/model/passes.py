@@ -21,12 +21,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lens_lora.compat import (
-    SharedForward,
-    cached_mask,
-    cached_tokens,
-)
-from lens_lora.core import Prompts
+from lens_lora.compat import SharedForward, cached_mask, cached_tokens, open_spans
+from lens_lora.core.readout.prompts import Prompts
 from lens_lora.errors import ModelStateError
 
 _REMEDY = "use lens.logits or lens.generate, or begin the block with sinks=True"
@@ -204,3 +200,25 @@ def _may_be_padded(given: Any, tokenizer: Any) -> bool:
     is_bos = pad == getattr(tokenizer, "bos_token_id", None)
     leading = given.flatten()[: 2 if is_bos else 1]
     return bool((leading == pad).all())
+
+
+# --- Open blocks that leave something out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenBlock:
+    """What an open block of the caller's leaves out of every pass of a model.
+
+    Attributes:
+        model: the hooked model.
+        says: what is left out where, for people.
+    """
+
+    model: nn.Module
+    says: str
+
+
+def open_blocks(model: nn.Module) -> list[OpenBlock]:
+    """The open blocks of this thread that leave something out of a model, the innermost last."""
+    spans = [span.about for span in open_spans()]
+    return [about for about in spans if isinstance(about, OpenBlock) and about.model is model]

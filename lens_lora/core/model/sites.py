@@ -32,6 +32,8 @@ EMBEDDING_KINDS = ("embed", "pos_embed")
 MLP_KINDS = ("gate", "up", "fc_in", "down", "fc_out")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
 OUTSIDE_KINDS = (*EMBEDDING_KINDS, "embed_ln", "ln_final", "unembed")
+# The kinds of usual attention and MLPs; any other is named by its path.
+USUAL_KINDS = (*ATTENTION_KINDS, *MLP_KINDS, *OUTSIDE_KINDS, *NORM_KINDS)
 # The norm of its block that a linear map reads; o, down and fc_out read none.
 NORM_READ_BY: dict[str, str] = {
     **dict.fromkeys(("q", "k", "v"), "ln1"),

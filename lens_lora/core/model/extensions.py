@@ -1,0 +1,157 @@
+"""What other folders do for a lens: declared here, provided as `lens_lora/registered.py` says.
+
+A lens is sites, maps, hooks and gates over a host. What it does beside that, such as generating
+text or comparing its base with the one that the adapter names, stands in a folder above the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.model.sites import Heads, Names
+from lens_lora.core.provided import declared
+from lens_lora.core.readout.prompts import Prompts, PromptsLike
+from lens_lora.core.readout.readout import Readout
+from lens_lora.core.readout.responses import AnswerLike, Generated
+from lens_lora.families import BridgedFamily
+
+if TYPE_CHECKING:
+    from lens_lora.compat import Temporary
+    from lens_lora.core import Function, LoraLens, Scale
+
+
+class Probe(Protocol):
+    """Random updates of an adapter's modules, and the logits that the base has with them."""
+
+    logits: Tensor
+
+
+# --- A hooked model and its base
+
+
+@declared
+def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
+    """The family of a TransformerBridge, read from the bridge itself. No forward pass."""
+    raise NotImplementedError
+
+
+@declared
+def named_as_model(adapter: Adapter, model: Any) -> Adapter:
+    """The adapter, its modules named as this model names them: experts by their stack.
+
+    Raises:
+        AdapterError: an expert that the model lacks, or an update that the stack cannot take.
+    """
+    raise NotImplementedError
+
+
+@declared
+def require_own_parameters(model: Any, adapter: Adapter) -> None:
+    """Check that modules which were trained whole compute what their parameters say.
+
+    Raises:
+        AdapterError: a module with a forward of its own, such as 0.5 W z.
+    """
+    raise NotImplementedError
+
+
+@declared
+def probed(
+    model: Any,
+    hf_model: nn.Module | None,
+    adapter: Adapter,
+    done: frozenset[str],
+    *,
+    eps: Callable[[], float],
+    probe: Probe | None,
+) -> frozenset[str]:
+    """`done` and the adapter's modules, once they are seen to be exact on this model.
+
+    Raises:
+        ModelStateError: a module is not; or there is nothing with which to compare.
+    """
+    raise NotImplementedError
+
+
+@declared
+def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
+    """What a user should be warned of in the base of a new lens; '' for nothing. No forward pass.
+
+    With `is_refused`, a base that holds the adapter already is refused, and else warned of.
+
+    Raises:
+        ModelStateError: the base holds the adapter already.
+    """
+    raise NotImplementedError
+
+
+@declared
+def note_on_names(named: str | None, names: Sequence[str]) -> str:
+    """What the names alone say of a base: that of the adapter's, and those of the model's."""
+    raise NotImplementedError
+
+
+# --- Prompts, and what follows them
+
+
+@declared
+def tokenizer_differences(tokenizer: Any, folder: Path) -> list[str]:
+    """How the tokenizer of an adapter's folder differs from the model's, in words."""
+    raise NotImplementedError
+
+
+@declared
+def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
+    """The prompts with a response after each, both in one row: see `LoraLens.prompts`."""
+    raise NotImplementedError
+
+
+@declared
+def generated(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    max_new_tokens: int,
+    scale: Scale,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    eos_token_id: int | Sequence[int] | None,
+    progress: bool,
+) -> Generated:
+    """What the model says after each prompt: see `LoraLens.generate`."""
+    raise NotImplementedError
+
+
+# --- What is asked of a lens
+
+
+@declared
+def take_away(
+    span: Temporary,
+    lens: LoraLens,
+    source: Any,
+    names: Names | None,
+    positions: object,
+    sinks: object,
+) -> Any:
+    """Remove directions at hook points, until the span ends: see `LoraLens.without`."""
+    raise NotImplementedError
+
+
+@declared
+def function_of(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout | None = None,
+    response: AnswerLike | None = None,
+    *,
+    progress: bool = True,
+) -> Function:
+    """g(ε) over these prompts: see `LoraLens.function`."""
+    raise NotImplementedError
