@@ -32,6 +32,7 @@ from tqdm import tqdm
 from trained_cases import Case, cases_in, chosen, lens_of, question
 
 import lens_lora as ll
+from lens_lora.core import Evaluations
 from lens_lora.core.analyses.first_order import first_order_of
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.function.asked import Asked, ask
@@ -101,7 +102,8 @@ def strongest(lens: ll.LoraLens) -> float:
 def flags(asked: Asked, how: How, effects: Tensor) -> dict[str, float]:
     """How `ll.reliability` fares, its screen taken from the effects."""
     first = first_order_of(asked, at=float(how == "leave_one_out"))
-    found = judged(asked, first, how, lambda sites: effects[:, sites], fix=True)
+    g = Evaluations.about_question(asked, progress=False)
+    found = judged(g, first, how, lambda sites: effects[:, sites], fix=True)
     row = found.against(effects).loc["all"]
     return {**row.to_dict(), "screened": found.passes["screen"]}
 

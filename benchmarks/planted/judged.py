@@ -279,7 +279,8 @@ def _screened(asked: Asked, how: How, at: float, scores: Mapping[str, Tensor]) -
     """`ll.reliability`, its screen taken from the effects that were measured anyway."""
     first = attribution_of(asked, scores[f"first_order@{at:g}"], "first_order")
     ended = dataclasses.replace(first, at=at)
-    return judged(asked, ended, how, lambda sites: scores[how][:, sites])
+    g = Evaluations.about_question(asked, progress=False)
+    return judged(g, ended, how, lambda sites: scores[how][:, sites])
 
 
 def _sums_off(asked: Asked, row: int, numbers: list[Tensor]) -> float:

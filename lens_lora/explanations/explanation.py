@@ -472,12 +472,12 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
     with _step(bar, "each site left out"):
         leave_one_out = patch_sites_of(asked, "leave_one_out", progress=progress)
     first, end = quick.second_order.first_order, quick.adapted_end
+    g = Evaluations.about_question(asked, progress=progress)
     reliability = {
-        "add_one": judged(asked, first, "add_one", lambda s: add_one.values[:, s]),
-        "leave_one_out": judged(asked, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
+        "add_one": judged(g, first, "add_one", lambda s: add_one.values[:, s]),
+        "leave_one_out": judged(g, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
     }
     with _step(bar, "coupling of layers"):
-        g = Evaluations.about_question(asked, progress=progress)
         layers = coupling.of(g, group="layer")
     with _step(bar, "path integral"):
         path = path_attribution.of(g, tol=_PATH_TOL, max_nodes=_PATH_NODES)

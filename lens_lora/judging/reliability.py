@@ -1,24 +1,25 @@
-"""First-order numbers that must not be trusted.
+"""First-order numbers that must not be trusted as the answer to one question.
 
-Each question has its own end: a_l =
-∂g/∂ε_l at the base is read as what adding one site does, and a_l at the adapted model as what
-leaving it out takes away. What the number misses is second order and all beyond it:
+Each question has its own end of the path. a_l = ∂g/∂ε_l at the base is read as what adding one site
+does, and a_l at the adapted model as what leaving it out takes away. What the number misses is
+second order and all beyond it:
 
     add one         g(e_l) − g(0) − a_l(0)     = ∫₀¹ (1 − t) H_ll(t e_l) dt        ½ H_ll(0) + …
     leave one out   g(1) − g(1 − e_l) − a_l(1) = −∫₀¹ (1 − t) H_ll(1 − t e_l) dt   −½ H_ll(1) + …
 
-Screen, flag, fix, after "When Attribution Patching Lies" (arXiv 2606.09899), but by intervention:
-H_ll costs more than running the site.
+The three steps are those of "When Attribution Patching Lies" (arXiv 2606.09899). But each
+correction is measured by an intervention, as H_ll costs more than running the site.
 
 1. Screen. The sites that carry the attribution are run, and the correction is what a_l misses.
-2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the
-   effect or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold
-   and the site is material: |a| or |correction| above a share of Σ|a|, and above three noise
-   floors. The paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for
-   any a that is too large.
-3. Fix. The flagged sites' numbers are those that were measured, the others keep a_l.
+2. Flag. The score is the smaller of a and a + correction over the larger: ½ where a is half of the
+   effect or twice it, 0 where it has the wrong sign. A site is flagged if its score is under the
+   threshold and it is material: |a| or |correction| is above a share of Σ|a|, and above three noise
+   floors. The paper's score |a| / (|a| + |correction|) is the same where a is too small, and above
+   ½ for any a that is too large.
+3. Fix. The flagged sites get the numbers that were measured, the others keep a_l.
 
-Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.
+Precision and recall of these flags, and what else the same passes could buy, are measured in
+docs/faithfulness.md.
 """
 
 from __future__ import annotations
@@ -39,18 +40,25 @@ from lens_lora.core import (
     Attribution,
     Drawn,
     Effects,
+    Function,
     How,
-    LoraLens,
-    PromptsLike,
-    Readout,
-    alone,
+    analysis,
+    indicator,
     only_prompt,
 )
-from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.analyses.patching import patch_sites_of
-from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.results.base import flat
 from lens_lora.errors import ArgumentError
+
+# A score under this is flagged: the number is off by more than a factor of two.
+_THRESHOLD = 0.5
+# A site is material from this share of Σ|a| on.
+_FLOOR = 0.01
+# Where first order is taken to answer each question.
+_END: dict[str, float] = {"add_one": 0.0, "leave_one_out": 1.0}
+
+_BySite = Float[Tensor, "batch site"]
+# From which sites are to be run to the effect of each of them.
+_EffectsOf = Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch some"]]
 
 
 @final
@@ -96,7 +104,7 @@ class Reliability(Drawn):
     @property
     def flagged(self) -> Bool[Tensor, "batch site"]:
         """Material sites whose score is under the threshold."""
-        return self._wrong(self.correction)
+        return self._is_wrong(self.correction)
 
     @property
     def screened(self) -> Bool[Tensor, "batch site"]:
@@ -108,10 +116,12 @@ class Reliability(Drawn):
         """a_l + correction; a_l where not screened."""
         return self.attribution.per_site + self.correction.nan_to_num()
 
-    def _wrong(self, missed: Float[Tensor, "batch site"]) -> Bool[Tensor, "batch site"]:
+    def _is_wrong(self, missed: _BySite) -> Bool[Tensor, "batch site"]:
+        """Whether a_l, which misses this much of the effect, would be flagged."""
         a = self.attribution.per_site
-        largest = torch.maximum(a.abs(), missed.abs())
-        return (score_of(a, missed) < self.threshold) & (largest > self.material[:, None])
+        is_off = score_of(a, missed) < self.threshold
+        is_material = torch.maximum(a.abs(), missed.abs()) > self.material[:, None]
+        return is_off & is_material
 
     def flagged_sites(self, prompt: int | None = None) -> tuple[str, ...]:
         """A prompt's flagged sites, the largest correction first.
@@ -123,8 +133,10 @@ class Reliability(Drawn):
             ArgumentError: no such prompt, or several and none named.
         """
         row = only_prompt(prompt, len(self.correction), "flags")
-        order = self.correction[row].abs().nan_to_num().argsort(descending=True).tolist()
-        return tuple(self.attribution.sites[i].name for i in order if self.flagged[row, i])
+        sizes = self.correction[row].abs().nan_to_num()
+        order = sizes.argsort(descending=True).tolist()
+        flagged = self.flagged[row]
+        return tuple(self.attribution.sites[i].name for i in order if flagged[i])
 
     def against(self, effects: Effects | Float[Tensor, "batch site"]) -> pd.DataFrame:
         """Flags against the sites that are truly wrong: one row per prompt, and 'all'.
@@ -141,40 +153,52 @@ class Reliability(Drawn):
         """
         truth = self._effects(effects)
         a = self.attribution.per_site.to(truth)
-        wrong, flagged = self._wrong(truth - a), self.flagged
-        sites = torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long)
-        counts = {"sites": sites, "wrong": wrong.sum(1), "flagged": flagged.sum(1)}
-        counts["hit"] = (wrong & flagged).sum(1)
-        fixed = {} if self.fixed is None else {"error_fixed": self.fixed.to(truth)}
-        numbers = {"error": a, "error_corrected": self.corrected.to(truth), **fixed}
-        sums = {name: (truth - n).abs().sum(1) for name, n in numbers.items()}
-        frame = pd.DataFrame({name: n.cpu().numpy() for name, n in (counts | sums).items()})
+        wrong = self._is_wrong(truth - a)
+        flagged = self.flagged
+        counts = {
+            "sites": torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long),
+            "wrong": wrong.sum(1),
+            "flagged": flagged.sum(1),
+            "hit": (wrong & flagged).sum(1),
+        }
+        numbers = {"error": a, "error_corrected": self.corrected.to(truth)}
+        if self.fixed is not None:
+            numbers["error_fixed"] = self.fixed.to(truth)
+        errors = {name: (truth - values).abs().sum(1) for name, values in numbers.items()}
+        columns = {name: column.cpu().numpy() for name, column in (counts | errors).items()}
+        frame = pd.DataFrame(columns)
         size = pd.Series(truth.abs().sum(1).cpu().numpy())
-        frame.loc["all"], size.loc["all"] = frame.sum(), size.sum()
-        frame[list(sums)] = frame[list(sums)].div(size, axis=0)
+        frame.loc["all"] = frame.sum()
+        size.loc["all"] = size.sum()
+        frame[list(errors)] = frame[list(errors)].div(size, axis=0)
         frame["precision"] = frame["hit"] / frame["flagged"]
         frame["recall"] = frame["hit"] / frame["wrong"]
         frame["base_rate"] = frame["wrong"] / frame["sites"]
         return frame.astype(dict.fromkeys(counts, int)).rename_axis("prompt")
 
-    def _effects(self, effects: Effects | Tensor) -> Float[Tensor, "batch site"]:
+    def _effects(self, effects: Effects | Tensor) -> _BySite:
+        """Their values, in float64, after a check that they answer the same question."""
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
             if effects.key != self.how or not effects.is_by_site:
-                flags = f"the flags are of {self.how} on {expected[1]} single sites"
-                groups = f"{len(effects.groups)} groups"
-                raise ArgumentError(f"effects of {effects.key} on {groups}; {flags}.")
+                raise ArgumentError(
+                    f"effects of {effects.key} on {len(effects.groups)} groups; the flags are of "
+                    f"{self.how} on {expected[1]} single sites."
+                )
             effects = effects.values
         if tuple(effects.shape) != expected:
-            fact = f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]"
-            raise ArgumentError(f"{fact}; measure both with the same lens and prompts.")
+            raise ArgumentError(
+                f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]",
+                remedy="measure both with the same lens and prompts.",
+            )
         return in_float64(effects.to(self.correction.device))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: first order, share, correction, score, fixed, flagged."""
         frame = self.attribution.to_frame().rename(columns={"value": "first_order"})
-        fixed = {} if self.fixed is None else {"fixed": self.fixed}
-        numbers = {"correction": self.correction, "score": self.score, **fixed}
+        numbers = {"correction": self.correction, "score": self.score}
+        if self.fixed is not None:
+            numbers["fixed"] = self.fixed
         return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
 
 
@@ -186,20 +210,14 @@ def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float
     return score.masked_fill(effect.isnan(), torch.nan)
 
 
-_THRESHOLD, _FLOOR = 0.5, 0.01  # off by more than a factor of two; a hundredth of Σ|a|
-
-
-@alone
+@analysis
 def reliability(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Function,
     *,
     how: How = "add_one",
     threshold: float = _THRESHOLD,
     floor: float = _FLOOR,
     fix: bool = False,
-    progress: bool = True,
 ) -> Reliability:
     """Screen a_l as the answer to one question, flag what to distrust, and with fix=True mend it.
 
@@ -229,38 +247,59 @@ def reliability(
         raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
     if not 0 <= number("floor", floor) < 1:
         raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
-    asked = ask(lens, prompts, readout)
+    first = _first_order(g, how)
+    return judged(g, first, how, lambda sites: _effects(g, how, sites), threshold, floor, fix=fix)
+
+
+def _first_order(g: Function, how: How) -> Attribution:
+    """First order at the end of the path at which it answers this question."""
+    at = _END[how]
+    return Attribution.of(g, g.slopes(at), method="first_order", at=at, mode="reverse")
+
+
+def _effects(g: Function, how: How, sites: Bool[Tensor, " site"]) -> Float[Tensor, "batch some"]:
+    """What each of these sites does by itself, exactly."""
+    indices = sites.nonzero()[:, 0].tolist()
+    base, adapted = g.ends
+    if not indices:
+        return base.new_zeros(len(base), 0)
+    each = {str(index): (index,) for index in indices}
+    members = indicator(each, len(g.lens.sites))
     if how == "add_one":
-        asked = asked.require_slope_at_base()
-
-    def run(carrying: Bool[Tensor, " site"]) -> Float[Tensor, "batch carrying"]:
-        sites = {lens.sites[i].name: (i,) for i in carrying.nonzero()[:, 0].tolist()}
-        if not sites:
-            return asked.ends.new_zeros(asked.reading.batch, 0)
-        return patch_sites_of(asked, how, sites, progress).values
-
-    first = first_order_of(asked, at=float(how == "leave_one_out"))
-    return judged(asked, first, how, run, threshold, floor, fix=fix)
+        return (g.corners(members) - base).T
+    return (adapted - g.corners(1 - members)).T
 
 
 def judged(
-    asked: Asked,
+    g: Function,
     first: Attribution,
     how: How,
-    run: Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch carrying"]],
+    effects_of: _EffectsOf,
     threshold: float = _THRESHOLD,
     floor: float = _FLOOR,
     *,
     fix: bool = False,
 ) -> Reliability:
-    """First order at the question's end against the effects of the sites that carry it."""
-    a, noise = first.per_site, asked.effect_noise(first.at)
-    material = torch.maximum(floor * a.abs().sum(1), SIGMAS * noise.to(a))
+    """First order at the question's end, against the effects of the sites that carry it.
+
+    Four forward passes for the noise floor, and those of `effects_of`.
+    """
+    a = first.per_site
+    noise_floor = g.noise((1.0, -1.0), at=first.at).to(a)
+    material = torch.maximum(floor * a.abs().sum(1), SIGMAS * noise_floor)
     carrying = (a.abs() > material[:, None]).any(0)
     correction = torch.full_like(a, torch.nan)
-    correction[:, carrying] = run(carrying).to(a) - a[:, carrying]
-    passes = {"first order": 2, "screen": int(carrying.sum())}
-    screened = Reliability(first, correction, None, how, threshold, material, passes)
+    correction[:, carrying] = effects_of(carrying).to(a) - a[:, carrying]
+    screened = Reliability(
+        attribution=first,
+        correction=correction,
+        fixed=None,
+        how=how,
+        threshold=threshold,
+        material=material,
+        passes={"first order": 2, "screen": int(carrying.sum())},
+    )
     if not fix:
         return screened
-    return dataclasses.replace(screened, fixed=torch.where(screened.flagged, screened.corrected, a))
+    fixed = torch.where(screened.flagged, screened.corrected, a)
+    return dataclasses.replace(screened, fixed=fixed)
