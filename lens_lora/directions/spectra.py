@@ -5,19 +5,12 @@
        s·B·A = Q_B (s·R_B R_Aᵀ) Q_Aᵀ,
 
    so its singular values are those of s·R_B R_Aᵀ, a matrix of at most rank × rank.
-2. With a lens a row is a site (a fused projection is several) and has ‖ΔW‖ / ‖W‖. Both are in the
-   Hugging Face basis, so the hooked model must be unprocessed.
+2. Without a lens there is a row for each module. With a lens there is one for each site (a fused
+   projection is several), which also has ‖ΔW‖ / ‖W‖. Both norms are in the Hugging Face basis, so
+   the hooked model must be unprocessed.
 3. What depends on the base model's parameters (DoRA, trained modules, trained biases) has no
-   spectrum, or no ‖Δb‖, unless a lens gives them. A norm's ΔW is diag(Δγ), its Δb is Δβ.
-4. How the weight changes of two adapters lie to each other, whatever their factors:
-
-       cos = ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖),   ⟨ΔW, ΔW′⟩ = tr((U′ᵀU) Σ (V′ᵀV)ᵀ Σ′)
-       cosines of the principal angles: singular values of VᵀV′ (what is read), of UᵀU′ (written)
-
-   A rotation (GA, BG⁻¹) of the factors changes none of it. On the null scale U′ and V′ are
-   uniformly random frames, and Σ′ is kept; angles are taken from the first coordinates, as a random
-   frame lies to every fixed one alike. Changes of bias are left out. A norm has a cosine, and no
-   frames.
+   spectrum, or no ‖Δb‖, unless a lens gives those parameters. A norm's ΔW is diag(Δγ), its Δb is
+   Δβ.
 
 No forward pass. Cost of a module: (in + out) · rank²; of a dense ΔW one decomposition.
 """
@@ -28,7 +21,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import pandas as pd
 import torch
@@ -39,16 +32,18 @@ from lens_lora.compat import in_float64
 from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, Result, Update, stored
 from lens_lora.core.adapter.factors import size_of
 from lens_lora.core.model.bases import is_centred
-from lens_lora.core.model.basis import NormUpdate, svd_factors
+from lens_lora.core.model.basis import NormUpdate
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.host import Host
 from lens_lora.core.model.sites import SiteFactors
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
-from lens_lora.formats.arithmetic import orthonormal
 
+# The parts of an update that was trained whole, and of all updates without factors.
 TRAINED = ("trained weight", "trained rows", "trained norm")
 _WITHOUT_FACTORS = (*TRAINED, "bias alone")
+# What modules outside the layers are called, by kind.
+_OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
 
 @final
@@ -89,12 +84,16 @@ class Spectrum:
     @property
     def norm(self) -> float:
         """‖ΔW‖_F; NaN where the spectrum is unknown."""
-        return float(self.singular_values.norm()) if len(self.singular_values) else math.nan
+        if not len(self.singular_values):
+            return math.nan
+        return float(self.singular_values.norm())
 
     @property
     def spectral_norm(self) -> float:
         """‖ΔW‖₂ = σ₁; NaN where the spectrum is unknown."""
-        return float(self.singular_values[0]) if len(self.singular_values) else math.nan
+        if not len(self.singular_values):
+            return math.nan
+        return float(self.singular_values[0])
 
     @property
     def stable_rank(self) -> float:
@@ -102,7 +101,9 @@ class Spectrum:
         if not len(self.singular_values):
             return math.nan
         first = self.spectral_norm
-        return float((self.singular_values / first).square().sum()) if first else 0.0
+        if first == 0:
+            return 0.0
+        return float((self.singular_values / first).square().sum())
 
     @property
     def relative_norm(self) -> float:
@@ -113,15 +114,18 @@ class Spectrum:
 def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     """Those of s·B·A that can be nonzero, min(rank, in, out) of them, descending, in float64.
 
-    Biases, and DoRA's magnitude, are no part of it. Of experts those of each, in one order.
+    Biases, and DoRA's magnitude, are no part of it. Those of all experts of a stack are sorted as
+    one.
+
+    Args:
+        factors: of one module.
     """
     if factors.experts > 1:
-        return torch.cat(list(map(singular_values, factors.by_expert()))).sort(descending=True)[0]
-    reads, writes = (torch.linalg.qr(in_float64(X), mode="r").R for X in (factors.A.T, factors.B))
-    return abs(factors.scale * factors.strength) * torch.linalg.svdvals(writes @ reads.T)
-
-
-_OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
+        of_each = [singular_values(expert) for expert in factors.by_expert()]
+        return torch.cat(of_each).sort(descending=True).values
+    R_A = torch.linalg.qr(in_float64(factors.A.T), mode="r").R
+    R_B = torch.linalg.qr(in_float64(factors.B), mode="r").R
+    return abs(factors.scale * factors.strength) * torch.linalg.svdvals(R_B @ R_A.T)
 
 
 @final
@@ -166,7 +170,10 @@ class AdapterSummary(Result):
         """'DoRA', 'lora_bias', 'embeddings', 'head', … → how many modules have or are it."""
         parts = Counter[str]()
         for row in self._modules():
-            parts.update((*row.parts, *filter(None, [_outside_blocks(row.module)])))
+            parts.update(row.parts)
+            outside = _outside_blocks(row.module)
+            if outside is not None:
+                parts.update([outside])
         return dict(parts)
 
     @property
@@ -180,15 +187,24 @@ class AdapterSummary(Result):
 
         A weight that several adapters of a sum change counts once.
         """
-        sites = [row for row in self.rows if row.site is not None]
-        weights = {str(row.site).partition("@")[0]: row.weight_norm for row in sites}
-        weight = math.hypot(*weights.values())
-        return math.hypot(*(row.norm for row in sites)) / weight if weight else math.nan
+        norms: list[float] = []
+        weight_norms: dict[str, float] = {}
+        for row in self.rows:
+            if row.site is not None:
+                # The name of a site ends in '@' and the adapter, where there are several.
+                weight, _, _ = row.site.partition("@")
+                weight_norms[weight] = row.weight_norm
+                norms.append(row.norm)
+        whole = math.hypot(*weight_norms.values())
+        if not whole:
+            return math.nan
+        return math.hypot(*norms) / whole
 
     @property
     def trained_whole(self) -> tuple[str, ...]:
         """Modules that were trained themselves: their weight, not factors beside it."""
-        return tuple(dict.fromkeys(r.module for r in self.rows if set(r.parts) & set(TRAINED)))
+        modules = [row.module for row in self.rows if set(row.parts) & set(TRAINED)]
+        return tuple(dict.fromkeys(modules))
 
     @property
     def bias_norm(self) -> float:
@@ -201,19 +217,33 @@ class AdapterSummary(Result):
         Args:
             k: the number of rows; None for all.
         """
-        known = sorted(self.rows, key=lambda r: math.inf if math.isnan(r.norm) else -r.norm)
-        return tuple(known[:k])
+
+        def unknown_last(row: Spectrum) -> float:
+            return math.inf if math.isnan(row.norm) else -row.norm
+
+        return tuple(sorted(self.rows, key=unknown_last)[:k])
 
     def to_frame(self) -> pd.DataFrame:
         """One row per module or site."""
-        fields = ("module", "site", "target", "rank", "scale")
-        numbers = ("norm", "relative_norm", "spectral_norm", "stable_rank", "bias_norm")
-        rows = [
-            {name: getattr(row, name) for name in fields + numbers}
-            | {"parts": ", ".join(row.parts), "singular_values": row.singular_values.tolist()}
-            for row in self.rows
-        ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(
+            [
+                {
+                    "module": row.module,
+                    "site": row.site,
+                    "target": row.target,
+                    "rank": row.rank,
+                    "scale": row.scale,
+                    "norm": row.norm,
+                    "relative_norm": row.relative_norm,
+                    "spectral_norm": row.spectral_norm,
+                    "stable_rank": row.stable_rank,
+                    "bias_norm": row.bias_norm,
+                    "parts": ", ".join(row.parts),
+                    "singular_values": row.singular_values.tolist(),
+                }
+                for row in self.rows
+            ]
+        )
 
     def _counted(self, name: str) -> dict[Any, int]:
         counts = Counter(getattr(row, name) for row in self._modules() if row.has_factors)
@@ -226,45 +256,84 @@ class AdapterSummary(Result):
 
 
 def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
-    """Spectrum and size of every update. No forward pass."""
-    covered = () if lens is None else _site_spectra(lens)
-    in_lens = {} if lens is None else lens.adapter.modules
-    of_sites = {row.module for row in covered}
-    rest = [key for key in adapter.modules if key not in of_sites]
-    unchanged = tuple(key for key in rest if key in in_lens)
-    nothing = {"singular_values": torch.zeros(1, dtype=torch.float64), "bias_norm": 0.0}
-    rows = [_module_spectrum(key, adapter.modules[key]) for key in rest]
-    others = [dataclasses.replace(r, **nothing) if r.module in unchanged else r for r in rows]
-    about = {} if lens is None else lens.describe()
+    """Spectrum and size of every update. No forward pass.
+
+    Args:
+        adapter: any adapter.
+        lens: the adapter, or what of it fits, over a model; None without a model.
+
+    Raises:
+        ModelStateError: a processed model.
+    """
+    if lens is None:
+        return AdapterSummary(
+            name=adapter.name,
+            base_model=adapter.base_model,
+            model=None,
+            module_count=len(adapter),
+            rows=tuple(_module_spectrum(key, update) for key, update in adapter.modules.items()),
+            missing=(),
+        )
+    rows = list(_site_spectra(lens))
+    missing: list[str] = []
+    unchanged: list[str] = []
+    of_sites = {row.module for row in rows}
+    for key, update in adapter.modules.items():
+        if key in of_sites:
+            continue
+        row = _module_spectrum(key, update)
+        if key in lens.adapter.modules:
+            # The lens made no site of it, as the adapter holds what the model has.
+            unchanged.append(key)
+            zero = torch.zeros(1, dtype=torch.float64)
+            row = dataclasses.replace(row, singular_values=zero, bias_norm=0.0)
+        else:
+            missing.append(key)
+        rows.append(row)
+    about = lens.describe()
     return AdapterSummary(
         name=adapter.name,
         base_model=adapter.base_model,
-        model=f"{about['model']} ({about['model_class']})" if about else None,
+        model=f"{about['model']} ({about['model_class']})",
         module_count=len(adapter),
-        rows=(*covered, *others),
-        missing=() if lens is None else tuple(key for key in rest if key not in in_lens),
-        unchanged=unchanged,
+        rows=tuple(rows),
+        missing=tuple(missing),
+        unchanged=tuple(unchanged),
     )
 
 
 def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
     """One for each site of an unprocessed model, in the order of a forward pass."""
-    host, rows = host_of(lens.model), list[Spectrum]()
+    host = host_of(lens.model)
+    rows: list[Spectrum] = []
     for site_update in lens.plan.updates:
-        site, update = site_update.site, site_update.update
+        site = site_update.site
+        update = site_update.update
         if isinstance(update, NormUpdate):
-            weight, sizes, bias = host.norm_affine(site)[0], update.gamma, update.beta
-            sigma = in_float64(sizes).abs().sort(descending=True).values
+            weight, _ = host.norm_affine(site)
+            sigma = in_float64(update.gamma).abs().sort(descending=True).values
+            bias = update.beta
         else:
-            weight, bias = _base_weight(host, site), update.bias
-            sigma = update.A.new_zeros(1, dtype=torch.float64)
-            if len(update.A):
-                plain = LoRAFactors(update.A, update.B, update.scale, experts=update.experts)
-                sigma = singular_values(plain)
-        row = _module_spectrum(site.key, lens.adapter.modules[site.key])
-        norms = {"weight_norm": size_of(weight), "bias_norm": size_of(bias)}
-        rows.append(dataclasses.replace(row, site=site.name, singular_values=sigma, **norms))
+            weight = _base_weight(host, site)
+            sigma = _singular_values_at(update)
+            bias = update.bias
+        row = dataclasses.replace(
+            _module_spectrum(site.key, lens.adapter.modules[site.key]),
+            site=site.name,
+            singular_values=sigma,
+            weight_norm=size_of(weight),
+            bias_norm=size_of(bias),
+        )
+        rows.append(row)
     return tuple(rows)
+
+
+def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:
+    """Those of one site's ΔW; a single zero where its bias alone changes."""
+    if not len(update.A):
+        return update.A.new_zeros(1, dtype=torch.float64)
+    plain = LoRAFactors(update.A, update.B, update.scale, experts=update.experts)
+    return singular_values(plain)
 
 
 def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
@@ -280,14 +349,16 @@ def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
 
 
 def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
-    """Of a module, without a base model."""
+    """The spectrum of a module's update, as far as it is known without a base model."""
     sigma = torch.empty(0, dtype=torch.float64)
+    scale = update.strength
     if isinstance(update, LoRAFactors):
-        scale = update.scale * update.strength
-        sigma = sigma if update.needs_base_weight else singular_values(update)
-    else:
-        scale = update.strength
-        sigma = sigma.new_zeros(1) if update.weight is None else sigma
+        scale *= update.scale
+        if not update.needs_base_weight:
+            sigma = singular_values(update)
+    elif update.weight is None:
+        # A bias that was trained alone: ΔW = 0.
+        sigma = torch.zeros(1, dtype=torch.float64)
     return Spectrum(
         module=module,
         site=None,
@@ -302,6 +373,7 @@ def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
 
 
 def _parts(update: ModuleUpdate) -> tuple[str, ...]:
+    """What stands beside s·B·A, or in its place."""
     if isinstance(update, LoRAFactors):
         beside = {
             "DoRA": update.magnitude,
@@ -313,7 +385,9 @@ def _parts(update: ModuleUpdate) -> tuple[str, ...]:
         return ("bias alone",)
     if update.tokens is not None:
         return ("trained rows",)
-    return ("trained norm",) if update.weight.ndim == 1 else ("trained weight",)
+    if update.weight.ndim == 1:
+        return ("trained norm",)
+    return ("trained weight",)
 
 
 def _target(key: str) -> str:
@@ -324,12 +398,20 @@ def _target(key: str) -> str:
 
 
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
-    """The adapter's modules that a hooked model lacks, by name alone."""
+    """The adapter's modules that a hooked model lacks, by name alone.
+
+    Args:
+        adapter: any adapter.
+        model: the hooked model.
+    """
     host = host_of(model)
-    places = {key: host.family.place(key.partition("@")[0]) for key in adapter.modules}
-    return tuple(
-        key for key, place in places.items() if place is None or (place.layer or 0) >= host.n_layers
-    )
+    missing: list[str] = []
+    for key in adapter.modules:
+        place = host.family.place(key.partition("@")[0])
+        # A module outside the layers has no layer.
+        if place is None or (place.layer or 0) >= host.n_layers:
+            missing.append(key)
+    return tuple(missing)
 
 
 def _outside_blocks(key: str) -> str | None:
@@ -339,85 +421,3 @@ def _outside_blocks(key: str) -> str | None:
         if place is not None and place.layer is None:
             return _OUTSIDE.get(place.kinds[0])
     return None
-
-
-# --- two updates of one site
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Thin:
-    """ΔW = UΣVᵀ in float64, the directions with σ > 0.
-
-    Attributes:
-        U: the directions that are written.
-        sigma: the largest first; of a stack of experts those of each, one after another.
-        V: those that are read; None of a norm, whose σ is Δγ itself.
-        parts: of a stack, each expert's own; U and V are None, as experts share no space.
-    """
-
-    U: Float[Tensor, "out few"] | None
-    sigma: Float[Tensor, " few"]
-    V: Float[Tensor, "in few"] | None
-    parts: tuple[Thin, ...] = ()
-
-
-class Pair(NamedTuple):
-    """Two updates of one site.
-
-    Attributes:
-        inner: ⟨ΔW, ΔW′⟩.
-        read, write: cosines of the principal angles, the largest first; empty of a norm.
-    """
-
-    inner: float
-    read: Float[Tensor, " angle"]
-    write: Float[Tensor, " angle"]
-
-
-def thin_updates(lens: LoraLens) -> dict[str, Thin]:
-    """The SVD of each site's ΔW, by site name."""
-    pairs = zip(lens.sites, lens.plan.updates, strict=True)
-    return {site.name: _thin(site_update.update) for site, site_update in pairs}
-
-
-def _thin(update: Update | NormUpdate) -> Thin:
-    if isinstance(update, NormUpdate):
-        return Thin(None, update.gamma.detach().cpu().double(), None)
-    if update.experts:
-        parts = tuple(map(_thin, update.by_expert()))
-        return Thin(None, torch.cat([part.sigma for part in parts]), None, parts)
-    reads, writes, sigma = svd_factors(update)
-    kept = sigma > 0
-    return Thin(writes[:, kept], sigma[kept], reads[kept].T / sigma[kept])
-
-
-def compared(mine: Thin, theirs: Thin, generator: torch.Generator | None = None) -> Pair:
-    """Inner product and principal angles; with a generator of `theirs` in random directions.
-
-    Of stacks, the sum over experts, and the angles of each expert with the same one.
-    """
-    if mine.parts:
-        pairs = [compared(*both, generator) for both in zip(mine.parts, theirs.parts, strict=True)]
-        inner, *angles = zip(*pairs, strict=True)
-        read, write = (torch.cat(cosines).sort(descending=True).values for cosines in angles)
-        return Pair(math.fsum(inner), read, write)
-    if mine.U is None or mine.V is None or theirs.U is None or theirs.V is None:
-        is_known = mine.U is None and theirs.U is None and generator is None
-        inner = float(mine.sigma @ theirs.sigma) if is_known else math.nan
-        return Pair(inner, mine.sigma.new_zeros(0), mine.sigma.new_zeros(0))
-    frames = (mine.V, theirs.V), (mine.U, theirs.U)
-    if generator is None:
-        read, write = (own.T @ other for own, other in frames)
-    else:
-        read, write = (
-            orthonormal(len(own), other.shape[1], generator)[: own.shape[1]]
-            for own, other in frames
-        )
-    inner = float(torch.einsum("i,j,ij,ij->", mine.sigma, theirs.sigma, read, write))
-    return Pair(inner, _cosines(read), _cosines(write))
-
-
-def _cosines(product: Float[Tensor, "few few2"]) -> Float[Tensor, " angle"]:
-    if not product.numel():
-        return product.new_zeros(0)
-    return torch.linalg.svdvals(product).clamp(max=1.0)

@@ -52,8 +52,8 @@ from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import read_of
-from lens_lora.directions.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.errors import ArgumentError, many
+from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates
 
 What = Literal["moved", "effect", "norm", "read", "write"]
 GroupName = Literal["site", "layer", "kind"]

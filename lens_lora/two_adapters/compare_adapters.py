@@ -1,7 +1,7 @@
 """Two adapters of one base: the geometry of their weight changes, and what both do on prompts.
 
 1. Geometry, site by site: cosine of ΔW, principal angles of what is read and of what is written
-   (`directions/spectra.py`). Over all sites ⟨ΔW, ΔW′⟩ and both norms are summed, with sites that
+   (`two_adapters/overlap.py`). Over all sites ⟨ΔW, ΔW′⟩ and both norms are summed, with sites that
    one adapter lacks in the other's norm.
 2. Function, on prompts: with v the joint first-order shift of all logits (a dual forward pass) at
    every token but the first, and the same of the exact shifts f(1) − f(0), which at full strength
@@ -58,9 +58,9 @@ from lens_lora.core.function.asked import Asked, ask, ask_prompts
 from lens_lora.core.function.derivatives import joint_tangent
 from lens_lora.core.function.forward import gated_logits, require_finite
 from lens_lora.core.function.memory import row_groups
-from lens_lora.directions.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
+from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates
 
 _QUANTILES = [0.025, 0.5, 0.975]
 # Of two adapters that begin alike what is read overlaps by at least so much.

@@ -23,7 +23,7 @@ import lens_lora as ll
 from lens_lora.compat import own_forward
 from lens_lora.core.adapter.factors import expert_factors
 from lens_lora.core.model import kernels as experts
-from lens_lora.directions.spectra import compared, summarise, thin_updates
+from lens_lora.directions.spectra import summarise
 from lens_lora.errors import (
     AdapterError,
     ArgumentError,
@@ -31,6 +31,7 @@ from lens_lora.errors import (
     SiteError,
     UnsupportedAdapterError,
 )
+from lens_lora.two_adapters.overlap import compared, thin_updates
 
 pytestmark = models.NEEDS_NEWEST
 MARGIN = architectures.MARGIN
