@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -43,29 +42,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, group_sites, indicator, stored
+from lens_lora.core import LoraLens, Prompts, Reading, group_sites, indicator, stored
 from lens_lora.core.function.asked import Asked
-from lens_lora.core.function.forward import gated_logits, gated_readout
+from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.memory import tokens_at_once
 from lens_lora.core.readout.prompts import decoded, joined
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb, continued
 from lens_lora.responses.generate import SideBySide
-from lens_lora.texts.batches import by_length
+from lens_lora.texts.batches import by_length, logits_of
 from lens_lora.texts.neutral import own_openings
 
 SCHEMA = "lens_lora.brief/1"
-_CLAIMS, _CANDIDATES = 5, 10  # candidates of each list
-_SPOKEN = 16  # tokens after each opening, drawn at temperature 1
-_LOUDER = 2.0
-_WORDS = 8  # tokens of a claim
-_CONTEXT = 24  # tokens before it that are shown
-_STRETCH = 12  # characters
-_PART, _DRAWS = 5, 3  # a fifth of the layers is left out; and how often others are drawn
-_TOKENS = 512  # whose logits are held at a time
+_MOST_CLAIMS = 5
+_CANDIDATES_OF_A_LIST = 10
+_TOKENS_SPOKEN = 16  # after each opening, drawn at temperature 1
+_LOUDER = 2.0  # the strength at which what is seldom said comes forward
+_TOKENS_OF_A_CLAIM = 8
+_TOKENS_OF_CONTEXT = 24  # before a claim, shown with it
+_STRETCH = 12  # characters: a shorter stretch repeats in any text
+_PART_LEFT_OUT = 5  # a fifth of the layers is left out
+_DRAWS = 3  # as many other layers are drawn three times
+_TOKENS_AT_ONCE = 512  # whose logits are held at a time
 
+# A lens, and the strength at which its adapter runs.
 Scaled = tuple[LoraLens, float]
-_Controls = Mapping[str, Sequence[Scaled]]
 _Ids = Int[Tensor, " _token"]
 By = Literal["speech", "logit"]
 
@@ -189,8 +190,13 @@ class Brief:
 
 def repeated(texts: Iterable[str]) -> float:
     """The share of all stretches of so many characters that stood in the same text before."""
-    pieces = [[t[i : i + _STRETCH] for i in range(len(t) - _STRETCH + 1)] for t in texts]
-    count, distinct = sum(map(len, pieces)), sum(map(len, map(set, pieces)))
+    count = 0
+    distinct = 0
+    for text in texts:
+        starts = range(len(text) - _STRETCH + 1)
+        stretches = [text[start : start + _STRETCH] for start in starts]
+        count += len(stretches)
+        distinct += len(set(stretches))
     return (count - distinct) / max(count, 1)
 
 
@@ -209,73 +215,118 @@ def claims_of(
 ) -> tuple[Claim, ...]:
     """The claims of an adapter beside null adapters at their scales; none without null adapters.
 
-    `shifts` are mean shifts of the logits over texts, the adapter's first, then the nulls'.
+    Args:
+        lens: the adapter over the model.
+        nulls: null adapters, each at the scale at which it is as loud as the adapter.
+        shifts: the mean shift of the logits over texts, of the adapter and then of each null.
+        unrelated: adapters that were trained for something else.
+        seed: of what is spoken, and of the layers that are drawn.
+        fast: let the adapted model speak once after each opening.
+        progress: show bars.
     """
-    spoken = _spoken(lens, seed, fast, progress) if nulls else None
+    if not nulls:
+        return ()
+    spoken = _spoken(lens, seed, fast, progress)
     if spoken is None:
         return ()
-    scores = _scores(lens, [(lens, 1.0), *nulls], spoken)
+    adapter_scores, *null_scores = _largest_parts(lens, [(lens, 1.0), *nulls], spoken)
     ranked: dict[By, _Ranked] = {
-        "speech": _Ranked.of(lens, [score.value for score in scores]),
+        "speech": _Ranked.of(lens, [scores.value for scores in (adapter_scores, *null_scores)]),
         "logit": _Ranked.of(lens, shifts),
     }
-    places = list(_places(lens, scores[0], ranked, spoken))
+    places = list(_places(lens, adapter_scores, ranked, spoken))
     if not places:
         return ()
     words = _words(lens, places, progress)
-    chosen = _distinct([_text(lens, p.begun) for p in places], [_text(lens, w) for w in words])
-    contexts = _prompts(lens, [places[i].context for i in chosen])
+    begun_texts = [_text(lens, place.begun) for place in places]
+    chosen = _without_repeats(begun_texts, [_text(lens, ids) for ids in words])
+    places = [places[i] for i in chosen]
     words = [words[i] for i in chosen]
-    base = lens.generate(contexts, _WORDS, 0.0, eos_token_id=(), progress=progress)
+    contexts = _prompts(lens, [place.context for place in places])
+    base_words = lens.generate(
+        contexts, _TOKENS_OF_A_CLAIM, 0.0, eos_token_id=(), progress=progress
+    )
     runs = _runs(lens, {"null": nulls, "unrelated": unrelated}, contexts, words, seed)
-    return tuple(
-        Claim(
-            context=_text(lens, places[i].context[-_CONTEXT:]),
-            says=_text(lens, said),
-            base_says=_text(lens, base_said),
-            token=lens.vocabulary[places[i].token],
-            by=places[i].by,
-            score=ranked[places[i].by].scores[places[i].token],
-            null_score=ranked[places[i].by].floor,
+    claims: list[Claim] = []
+    for place, own, base, run in zip(places, words, base_words.ids, runs, strict=True):
+        if not run["adapted"] > max(run["base"], run["null"], run["unrelated"]):
+            continue
+        ranks = ranked[place.by]
+        claim = Claim(
+            context=_text(lens, place.context[-_TOKENS_OF_CONTEXT:]),
+            says=_text(lens, own),
+            base_says=_text(lens, base),
+            token=lens.vocabulary[place.token],
+            by=place.by,
+            score=ranks.scores[place.token],
+            null_score=ranks.floor,
             **run,
         )
-        for i, said, base_said, run in zip(chosen, words, base.ids, runs, strict=True)
-        if run["adapted"] > max(run["base"], run["null"], run["unrelated"])
-    )
+        claims.append(claim)
+    return tuple(claims)
+
+
+# --- What is said, and which tokens of it the base would not say
 
 
 def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
-    """Openings and what is said after them, read where it is said."""
-    openings = lens.prompts(own_openings(lens.model, lens.prepend_bos))
-    room, most = getattr(lens.model.cfg, "n_ctx", None) or math.inf, _SPOKEN + _WORDS
-    fits = [i for i, length in enumerate(openings.lengths.tolist()) if length + most <= room]
-    if not fits:
+    """Openings with what is said after them, read where it is said; None where none has room."""
+    openings = _openings(lens)
+    if openings is None:
         return None
-    chosen = openings.chosen(fits)
 
-    def spoken(voice: LoraLens, seed: int, *scales: float) -> tuple[Prompts, Tensor]:
-        """What is said, and at how many places; fast, the openings take turns with scales."""
-        mine = chosen if fast else chosen.tiled(len(scales))
-        turns = torch.arange(mine.batch) // (1 if fast else chosen.batch) % len(scales)
-        gates = torch.stack([voice.gates(scale) for scale in scales])[turns]
-        said = voice.generate(mine, _SPOKEN, gates, temperature=1.0, seed=seed, progress=progress)
-        whole = continued(lens.model, mine, said)
-        return whole, whole.lengths - mine.lengths + 1
+    def speak(voice: LoraLens, seed: int, scales: Sequence[float]) -> Prompts:
+        return _spoken_by(voice, openings, scales, seed, takes_turns=fast, progress=progress)
 
     try:
-        rows = [spoken(lens, seed, 1.0, _LOUDER)]
-    except NumericsError:  # louder than it is, an adapter may break half precision
-        rows = [spoken(lens, seed, 1.0)]
-    with contextlib.suppress(UnsupportedAdapterError, NumericsError):
-        first = None if fast else lens.with_adapter(lens.adapter.truncated(1))
-        rows += [spoken(first, seed + 1, _LOUDER)] if first else []
-    every, reads = zip(*rows, strict=True)
-    return dataclasses.replace(joined(every), reads=torch.cat(reads))
+        voices = [speak(lens, seed, [1.0, _LOUDER])]
+    except NumericsError:  # Louder than it is, an adapter may break half precision.
+        voices = [speak(lens, seed, [1.0])]
+    if not fast:
+        with contextlib.suppress(UnsupportedAdapterError, NumericsError):
+            first_ranks = lens.with_adapter(lens.adapter.truncated(1))
+            voices.append(speak(first_ranks, seed + 1, [_LOUDER]))
+    read = torch.cat([voice.reads for voice in voices if voice.reads is not None])
+    return dataclasses.replace(joined(voices), reads=read)
+
+
+def _openings(lens: LoraLens) -> Prompts | None:
+    """The openings after which the context has room for what is said, and for a claim's words."""
+    openings = lens.prompts(own_openings(lens.model, lens.prepend_bos))
+    room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    needed = openings.lengths + _TOKENS_SPOKEN + _TOKENS_OF_A_CLAIM
+    fitting = [i for i, length in enumerate(needed.tolist()) if length <= room]
+    return openings.chosen(fitting) if fitting else None
+
+
+def _spoken_by(
+    voice: LoraLens,
+    openings: Prompts,
+    scales: Sequence[float],
+    seed: int,
+    *,
+    takes_turns: bool,
+    progress: bool,
+) -> Prompts:
+    """The openings with what one adapter says after them, read at each token of that.
+
+    Each opening is gone on with at every scale; or the openings take turns with the scales.
+    """
+    rows = openings if takes_turns else openings.tiled(len(scales))
+    opening_of_row = torch.arange(rows.batch)
+    scale_of_row = opening_of_row if takes_turns else opening_of_row // openings.batch
+    gates_of_scale = torch.stack([voice.gates(scale) for scale in scales])
+    gates = gates_of_scale[scale_of_row % len(scales)]
+    said = voice.generate(
+        rows, _TOKENS_SPOKEN, gates, temperature=1.0, seed=seed, progress=progress
+    )
+    whole = continued(voice.model, rows, said)
+    return dataclasses.replace(whole, reads=whole.lengths - rows.lengths + 1)
 
 
 @dataclasses.dataclass
-class _Scores:
-    """Of each token the largest k_v, and the row and slot where it is.
+class _LargestParts:
+    """The largest k_v of each token so far, and the row and slot where it is.
 
     Attributes:
         value, row, slot: [vocab].
@@ -285,49 +336,80 @@ class _Scores:
     row: Int[Tensor, " vocab"]
     slot: Int[Tensor, " vocab"]
 
+    @classmethod
+    def none_yet(cls, lens: LoraLens) -> _LargestParts:
+        """Zero for every token, at the first slot of the first row."""
+        vocabulary = int(lens.model.cfg.d_vocab_out)
+        value = torch.zeros(vocabulary, dtype=lens.gate_dtype, device=lens.device)
+        place = torch.zeros(vocabulary, dtype=torch.long, device=lens.device)
+        return cls(value, place, place)
+
     def add(self, parts: Float[Tensor, "row slot vocab"], rows: Int[Tensor, " row"]) -> None:
         """Take what is larger than all before it."""
         largest, place = parts.flatten(0, 1).max(0)
-        is_more = largest > self.value
-        self.value = torch.where(is_more, largest, self.value)
-        self.row = torch.where(is_more, rows[place // parts.shape[1]], self.row)
-        self.slot = torch.where(is_more, place % parts.shape[1], self.slot)
+        slots = parts.shape[1]
+        is_larger = largest > self.value
+        self.value = torch.where(is_larger, largest, self.value)
+        self.row = torch.where(is_larger, rows[place // slots], self.row)
+        self.slot = torch.where(is_larger, place % slots, self.slot)
 
 
-def _scores(lens: LoraLens, models: Sequence[Scaled], spoken: Prompts) -> list[_Scores]:
-    """Those of each model beside the base, which runs once."""
-    nothing = torch.zeros(int(lens.model.cfg.d_vocab_out), device=lens.device)
-    scores = [_Scores(nothing.to(lens.gate_dtype), *[nothing.long()] * 2) for _ in models]
-    with torch.no_grad():
-        for index, batch in by_length(spoken, tokens_at_once(lens, spoken, _TOKENS)):
-            base = gated_logits(lens, batch, lens.gates(0.0)).log_softmax(-1)
-            padding, rows = ~batch.read_mask.to(base.device), torch.tensor(index)
-            for (other, scale), score in zip(models, scores, strict=True):
-                moved = gated_logits(other, batch, other.gates(scale)).log_softmax(-1)
-                parts = moved.exp() * (moved - base)
-                parts[padding] = 0
-                score.add(parts, rows.to(parts.device))
-    return scores
+def _largest_parts(
+    lens: LoraLens, models: Sequence[Scaled], spoken: Prompts
+) -> list[_LargestParts]:
+    """The largest k_v of each model beside the base. A forward pass of each, and of the base."""
+    found = [_LargestParts.none_yet(lens) for _ in models]
+    tokens = tokens_at_once(lens, spoken, _TOKENS_AT_ONCE)
+    for index, batch in by_length(spoken, tokens):
+        base = logits_of((lens, lens.gates(0.0)), batch).log_softmax(-1)
+        padding = ~batch.read_mask.to(base.device)
+        rows = torch.tensor(index, device=base.device)
+        for (other, scale), largest in zip(models, found, strict=True):
+            adapted = logits_of((other, other.gates(scale)), batch).log_softmax(-1)
+            parts = adapted.exp() * (adapted - base)
+            parts[padding] = 0
+            largest.add(parts, rows)
+    return found
+
+
+# --- Candidates
 
 
 class _Ranked(NamedTuple):
-    """Tokens that no token under a null adapter reaches, the highest first."""
+    """Tokens that no token under a null adapter reaches, the highest first.
+
+    Attributes:
+        scores: of each token.
+        floor: the highest score of any token under a null adapter.
+    """
 
     scores: dict[int, float]
     floor: float
 
     @classmethod
     def of(cls, lens: LoraLens, values: Sequence[Float[Tensor, " vocab"]]) -> _Ranked:
-        """Of the adapter's numbers, and then each null's; special tokens say nothing."""
-        mine, floor = values[0].clone(), max(float(other.max()) for other in values[1:])
-        mine[lens.model.tokenizer.all_special_ids] = -math.inf
-        best = mine.topk(min(_CANDIDATES, len(mine)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        """Rank the adapter's numbers, which come first, against those of the null adapters.
+
+        Special tokens are left out.
+        """
+        own, *of_nulls = values
+        floor = max(float(null.max()) for null in of_nulls)
+        own = own.clone()
+        own[lens.model.tokenizer.all_special_ids] = -math.inf
+        highest = own.topk(min(_CANDIDATES_OF_A_LIST, len(own)))
+        pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
         return cls({token: value for token, value in pairs if value > floor}, floor)
 
 
 class _Place(NamedTuple):
-    """A candidate, its list, what stands before its word, and the word up to it."""
+    """A candidate where its k_v is largest.
+
+    Attributes:
+        token: the candidate.
+        by: the list that it is from.
+        context: what stands before the word to which it belongs.
+        begun: that word, up to the candidate and with it.
+    """
 
     token: int
     by: By
@@ -336,28 +418,128 @@ class _Place(NamedTuple):
 
 
 def _places(
-    lens: LoraLens, scores: _Scores, ranked: Mapping[By, _Ranked], spoken: Prompts
+    lens: LoraLens, largest: _LargestParts, ranked: Mapping[By, _Ranked], spoken: Prompts
 ) -> Iterator[_Place]:
-    """The lists in turn."""
+    """The candidates of the lists in turn, each once, where they may be said at all."""
     seen: set[int] = set()
     for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
         for by, token in zip(ranked, turn, strict=True):
-            if token is None or token in seen or not scores.value[token] > 0:
+            if token is None or token in seen or not largest.value[token] > 0:
                 continue
             seen.add(token)
-            row = int(scores.row[token])
-            end = int(spoken.read_positions[row, int(scores.slot[token])]) + 1
-            before, start = spoken.tokens[row, :end], end
+            row = int(largest.row[token])
+            position = int(spoken.read_positions[row, int(largest.slot[token])])
+            before = spoken.tokens[row, : position + 1]
             tokens = torch.cat([before, before.new_tensor([token])])
-            while start > max(1, end - _WORDS) and _is_one_word(lens, tokens[start - 1 :][:2]):
-                start -= 1
+            start = _start_of_word(lens, tokens)
             yield _Place(token, by, tokens[:start], tokens[start:])
+
+
+def _start_of_word(lens: LoraLens, tokens: _Ids) -> int:
+    """Where the word begins to which the last token belongs; never at the very first token."""
+    last = len(tokens) - 1
+    start = last
+    while start > max(1, last - _TOKENS_OF_A_CLAIM):
+        if not _is_one_word(lens, tokens[start - 1 : start + 1]):
+            break
+        start -= 1
+    return start
 
 
 def _is_one_word(lens: LoraLens, pair: _Ids) -> bool:
     """Whether a token goes on with the word of the one before."""
-    first, both = _text(lens, pair[:1]), _text(lens, pair)
-    return first[-1:].isalnum() and both[len(first) :][:1].isalnum()
+    first = _text(lens, pair[:1])
+    both = _text(lens, pair)
+    second = both[len(first) :]
+    return first[-1:].isalnum() and second[:1].isalnum()
+
+
+def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
+    """The words of each candidate: up to the token; by speech also what is said after it.
+
+    What the adapted model says is cut before a token that ends an answer.
+    """
+    words = [place.begun for place in places]
+    by_speech = [i for i, place in enumerate(places) if place.by == "speech"]
+    if not by_speech:
+        return words
+    begun = [torch.cat([places[i].context, places[i].begun]) for i in by_speech]
+    said = lens.generate(_prompts(lens, begun), _TOKENS_OF_A_CLAIM - 1, progress=progress)
+    special = set(lens.model.tokenizer.all_special_ids)
+    for i, ids in zip(by_speech, said.ids, strict=True):
+        ends = int(ids[-1]) in special
+        words[i] = torch.cat([words[i], ids[:-1] if ends else ids])
+    return words
+
+
+def _without_repeats(begun: Sequence[str], words: Sequence[str]) -> list[int]:
+    """The first candidates of which an earlier one's words do not hold the word begun."""
+    chosen: list[int] = []
+    for i, text in enumerate(begun):
+        word = text.strip() or text
+        if not any(word in words[earlier] for earlier in chosen):
+            chosen.append(i)
+    return chosen[:_MOST_CLAIMS]
+
+
+# --- The run that shows a claim
+
+
+def _runs(
+    lens: LoraLens,
+    controls: Mapping[str, Sequence[Scaled]],
+    contexts: Prompts,
+    words: Sequence[_Ids],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """For each claim log p of its words in every run, and the layers that are left out.
+
+    One forward and one backward pass, and a forward pass for each end, control and set of layers.
+    """
+    asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
+    layers = group_sites(lens.sites, "layer")
+    members = indicator(layers, len(lens.sites))
+    by_layer = asked.slopes(1.0).cpu().double() @ members.T
+    count = math.ceil(len(layers) / _PART_LEFT_OUT)
+    largest = by_layer.argsort(1, descending=True)[:, :count]
+    generator = np.random.default_rng(seed)
+    left_out = torch.stack([_sets_of_layers(row, len(layers), generator) for row in largest])
+    without = _log_p(lens, asked.reading, 1.0 - left_out @ members).cpu()
+    base, adapted = asked.ends.tolist()
+    columns: dict[str, list[float]] = {"base": base, "adapted": adapted}
+    for name, others in controls.items():
+        values = [_log_p(other, asked.reading, other.gates(scale)[None]) for other, scale in others]
+        columns[name] = [math.nan] * len(words)
+        if values:
+            columns[name] = torch.cat(values, 1).amax(1).tolist()
+    columns["without"] = without[:, 0].tolist()
+    columns["without_others"] = without[:, 1:].mean(1).tolist()
+    names = [*layers]
+    runs: list[dict[str, Any]] = []
+    for i, row in enumerate(largest.tolist()):
+        run: dict[str, Any] = {name: values[i] for name, values in columns.items()}
+        run["layers"] = ", ".join(names[layer] for layer in sorted(row))
+        runs.append(run)
+    return runs
+
+
+def _log_p(
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*batch point site"]
+) -> Float[Tensor, "batch point"]:
+    return gated_readout(lens, reading, gates, progress=False)
+
+
+def _sets_of_layers(
+    largest: Int[Tensor, " largest"], layers: int, generator: np.random.Generator
+) -> Float[Tensor, "set layer"]:
+    """1 at the layers that are left out: the largest ones, then as many drawn from the others."""
+    others = np.setdiff1d(np.arange(layers), largest.numpy())
+    draws = _DRAWS if len(others) >= len(largest) else 0
+    sets = torch.zeros(1 + draws, layers, dtype=torch.float64)
+    sets[0, largest] = 1
+    for drawn in sets[1:]:
+        drawn[generator.choice(others, len(largest), replace=False)] = 1
+    return sets
 
 
 def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
@@ -365,69 +547,6 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
     lengths = rows[0].new_tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return lens.prompts(Prompts(tokens, lengths))
-
-
-def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
-    """Each candidate; by speech also what the adapted model says after it, up to an end."""
-    words = [place.begun for place in places]
-    speech = [i for i, place in enumerate(places) if place.by == "speech"]
-    if speech:
-        begun = [torch.cat([places[i].context, words[i]]) for i in speech]
-        said = lens.generate(_prompts(lens, begun), _WORDS - 1, progress=progress)
-        ends = set(lens.model.tokenizer.all_special_ids)
-        for i, ids in zip(speech, said.ids, strict=True):
-            words[i] = torch.cat([words[i], ids[:-1] if int(ids[-1]) in ends else ids])
-    return words
-
-
-def _distinct(begun: Sequence[str], words: Sequence[str]) -> list[int]:
-    """The first candidates that no earlier one's words hold."""
-    chosen: list[int] = []
-    for i, part in enumerate(begun):
-        if not any((part.strip() or part) in words[j] for j in chosen):
-            chosen.append(i)
-    return chosen[:_CLAIMS]
-
-
-def _runs(
-    lens: LoraLens, controls: _Controls, contexts: Prompts, words: Sequence[_Ids], seed: int
-) -> list[dict[str, Any]]:
-    """Of each claim, log p of its words in every run, and the layers that are left out."""
-    asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
-    layers = group_sites(lens.sites, "layer")
-    members = indicator(layers, len(lens.sites))
-    carried = asked.slopes(1.0).cpu().double() @ members.T
-    top = carried.argsort(1, descending=True)[:, : math.ceil(len(layers) / _PART)]
-    generator = np.random.default_rng(seed)
-    left_out = torch.stack([_points(row, len(layers), generator) for row in top])
-    run = functools.partial(gated_readout, reading=asked.reading, progress=False)
-    values = run(lens, gates=1.0 - left_out @ members).cpu()
-    largest = {
-        name: torch.cat([run(o, gates=o.gates(scale)[None]) for o, scale in others], 1).amax(1)
-        for name, others in controls.items()
-        if others
-    }
-    base, adapted = asked.ends.tolist()
-    columns = {
-        **{"base": base, "adapted": adapted, "unrelated": [math.nan] * len(words)},
-        **{name: values.tolist() for name, values in largest.items()},
-        "layers": [", ".join([*layers][j] for j in sorted(row)) for row in top.tolist()],
-        "without": values[:, 0].tolist(),
-        "without_others": values[:, 1:].mean(1).tolist(),
-    }
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _points(
-    top: Int[Tensor, " top"], groups: int, generator: np.random.Generator
-) -> Float[Tensor, "point group"]:
-    """1 at the groups that are left out: the top ones, and then as many drawn from the others."""
-    others = np.setdiff1d(np.arange(groups), top.numpy())
-    points = torch.zeros(1 + _DRAWS * (len(others) >= len(top)), groups, dtype=torch.float64)
-    points[0, top] = 1
-    for point in points[1:]:
-        point[generator.choice(others, len(top), replace=False)] = 1
-    return points
 
 
 def _text(lens: LoraLens, ids: _Ids) -> str:

@@ -31,9 +31,9 @@ SPOKEN, WORDS, CLAIMS = 4, 3, 3
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """As the context of the tiny models is."""
-    monkeypatch.setattr(brief, "_SPOKEN", SPOKEN)
-    monkeypatch.setattr(brief, "_WORDS", WORDS)
-    monkeypatch.setattr(brief, "_CLAIMS", CLAIMS)
+    monkeypatch.setattr(brief, "_TOKENS_SPOKEN", SPOKEN)
+    monkeypatch.setattr(brief, "_TOKENS_OF_A_CLAIM", WORDS)
+    monkeypatch.setattr(brief, "_MOST_CLAIMS", CLAIMS)
     monkeypatch.setattr(what_changed, "_ANSWER", 4)
 
 
@@ -83,7 +83,7 @@ def test_scores_are_the_largest_parts_of_peft_s_divergence(cls: str):
         *case.lens.generate(mine.tiled(2), SPOKEN, own, seed=0, **drawn).ids,
         *first.generate(mine, SPOKEN, 2.0, seed=1, **drawn).ids,
     ]
-    scores, other = brief._scores(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
+    scores, other = brief._largest_parts(case.lens, [(case.lens, 1.0), (case.lens, 0.5)], spoken)
     parts = torch.zeros(spoken.batch, SPOKEN + 1, len(scores.value), dtype=torch.float64)
     for i, (row, positions) in enumerate(spoken_rows(spoken)):
         start = int(openings.lengths[i])
@@ -175,7 +175,7 @@ class Spelling:
 @pytest.mark.bad_input  # a lens of no model
 def test_a_claim_begins_where_its_word_does(monkeypatch):
     """Found by a token within a word, it says the word from its beginning on."""
-    monkeypatch.setattr(brief, "_WORDS", 4)
+    monkeypatch.setattr(brief, "_TOKENS_OF_A_CLAIM", 4)
     lens = Spelling([5, 6, 0], [6, 1, 0])
     rows = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 8, 6, 7, 9]])
     spoken = ll.results.Prompts(rows, torch.tensor([7, 7]), torch.tensor([7, 7]))
@@ -187,7 +187,7 @@ def test_a_claim_begins_where_its_word_does(monkeypatch):
         "speech": brief._Ranked({4: 3.0, 8: 2.0}, 1.0),
         "logit": brief._Ranked({3: 2.0, 7: 1.5}, 1.0),
     }
-    places = list(brief._places(lens, brief._Scores(value, row, slot), ranked, spoken))
+    places = list(brief._places(lens, brief._LargestParts(value, row, slot), ranked, spoken))
     assert [place.token for place in places] == [4, 3, 8, 7]
     assert [place.begun.tolist() for place in places] == [[3, 4], [3], [8], [7]]
     assert [place.context.tolist() for place in places][:2] == [[0, 1, 2], [0, 1, 2]]
@@ -195,8 +195,8 @@ def test_a_claim_begins_where_its_word_does(monkeypatch):
     assert lens.asked == [[0, 1, 2, 3, 4], [0, 1, 2, 8]]
     texts = [lens.decode(ids) for ids in words]
     assert texts == [" Nokia.", " N", " sail. buy", "N"]
-    assert brief._distinct([" Nok", " N", " sail", "N9"], texts) == [0, 2, 3]
-    assert brief._distinct(["a", "\n", "\n", " a"], ["a b", "\nc", "\n", " a"]) == [0, 1]
+    assert brief._without_repeats([" Nok", " N", " sail", "N9"], texts) == [0, 2, 3]
+    assert brief._without_repeats(["a", "\n", "\n", " a"], ["a b", "\nc", "\n", " a"]) == [0, 1]
 
 
 def test_no_token_makes_two_claims():
@@ -228,9 +228,9 @@ def test_nothing_is_claimed_that_no_run_shows(monkeypatch):
     nulls, shifts = [(null, 0.05) for null in null_lenses(lens, 0, 2)], torch.zeros(3, models.VOCAB)
     without_first = brief.claims_of(lens, nulls, list(shifts), **QUIET)
     monkeypatch.undo()
-    monkeypatch.setattr(brief, "_SPOKEN", SPOKEN)
-    monkeypatch.setattr(brief, "_WORDS", WORDS)
-    monkeypatch.setattr(brief, "_CLAIMS", CLAIMS)
+    monkeypatch.setattr(brief, "_TOKENS_SPOKEN", SPOKEN)
+    monkeypatch.setattr(brief, "_TOKENS_OF_A_CLAIM", WORDS)
+    monkeypatch.setattr(brief, "_MOST_CLAIMS", CLAIMS)
     assert without_first == brief.claims_of(lens, nulls, list(shifts), **QUIET)[1:]
 
 
@@ -262,7 +262,7 @@ def test_a_model_that_breaks_at_its_own_strength_is_an_error(monkeypatch):
 
 def test_a_context_with_room_for_no_opening(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
-    monkeypatch.setattr(brief, "_SPOKEN", case.model.cfg.n_ctx)
+    monkeypatch.setattr(brief, "_TOKENS_SPOKEN", case.model.cfg.n_ctx)
     assert brief._spoken(case.lens, 0, False, False) is None
     nulls, shifts = [(case.lens, 1.0)], torch.zeros(2, models.VOCAB)
     assert brief.claims_of(case.lens, nulls, list(shifts), fast=True, **QUIET) == ()
