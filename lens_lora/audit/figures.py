@@ -22,10 +22,12 @@ def shares_figure(changed: WhatChanged) -> go.Figure:
     """Each site's share of the KL, layer × kind of module."""
     values = changed.shares.tolist()
     total = sum(values) or 1.0
-    says = [f"{percent(value / total)} of all" for value in values]
-    below = "shares of the KL along the path from base to adapted model"
-    titles = "Which modules hold the divergence", below
-    return kinds_by_layer(titles, changed.sites, values, says, "nats a token", "signed")
+    hover = [f"{percent(value / total)} of all" for value in values]
+    titles = (
+        "Which modules hold the divergence",
+        "shares of the KL along the path from base to adapted model",
+    )
+    return kinds_by_layer(titles, changed.sites, values, hover, "nats a token", "signed")
 
 
 _PROMOTED_UNITS = {
@@ -49,10 +51,12 @@ def promoted_figure(changed: WhatChanged, k: int = 20, by: By = "logit") -> go.F
     heading = f"Promoted by {changed.found.name}, nothing asked"
     figure = bars((heading, changed.texts), names, values, hover, _PROMOTED_UNITS[by])
     figure.update_traces(showlegend=False)
+    ends = [text.label(names[0]), text.label(names[-1])]
     for control, described, dash in CONTROLS:
-        if control in frame:
-            most = float(frame[control].tolist()[0])
-            said = f"{signed(most)}, the most of any token under {described}"
-            ends, name = [text.label(names[0]), text.label(names[-1])], f"most under {described}"
-            figure.add_trace(curve([most] * 2, ends, name, LINEAR, [said] * 2, dash=dash))
+        if control not in frame:
+            continue
+        most = float(frame[control].tolist()[0])
+        said = f"{signed(most)}, the most of any token under {described}"
+        name = f"most under {described}"
+        figure.add_trace(curve([most] * 2, ends, name, LINEAR, [said] * 2, dash=dash))
     return figure

@@ -30,9 +30,9 @@ from lens_lora.core.readout.prompts import reads_with_bos
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.texts.neutral import neutral_sentences
 
-_SENTENCES = 2  # of them, more change little
+_SENTENCES = 2  # more of them change J little
 _DEPTH = 0.8  # of the blocks: late enough to be near words, early enough to be before the last ones
-_ROWS = 16  # of J in one backward pass
+_ROWS_AT_ONCE = 16  # of J, in one backward pass
 
 
 class Jacobian(NamedTuple):
@@ -54,24 +54,44 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
     has_bos = reads_with_bos(lens.model, lens.prepend_bos)
     file = folder / f"jacobian-{_hash(lens.model, has_bos=has_bos)}.safetensors"
     if not file.is_file():
-        how: Any = {"source_layers": [block], "dim_batch": _ROWS, "skip_first_positions": 1}
-        how |= {"corpus": "neutral sentences of lens_lora", "show_progress": progress}
-        if is_hooked(lens.model.hook_dict.values()):
-            raise ModelStateError("Remove your hooks: jacobian= fits and keeps the base's own.")
-        try:
-            from transformer_lens.tools.analysis import JacobianLens
-
-            sentences = list(neutral_sentences()[:_SENTENCES])
-            with Temporary(lambda span: _read_with(span, lens.model, has_bos=has_bos)):
-                fitted = JacobianLens.fit(lens.model, sentences, **how)
-        except (ImportError, TypeError, ValueError):  # a version, a class or a processing without
+        fitted = _fitted(lens, block, has_bos=has_bos, progress=progress)
+        if fitted is None:
             return None
-        _keep(file, {point: fitted.jacobians[block].contiguous()})
+        _keep(file, {point: fitted})
     try:
         return Jacobian(point, load_file(file)[point].to(lens.device))
     except (SafetensorError, KeyError) as error:
-        fact = f"{file}: no Jacobian of {point} can be read from it ({error})"
-        raise LensLoraError(f"{fact}. Delete it, and it is fitted again.") from error
+        raise LensLoraError(
+            f"{file}: no Jacobian of {point} can be read from it ({error})",
+            remedy="delete the file, and it is fitted again.",
+        ) from error
+
+
+def _fitted(
+    lens: LoraLens, block: int, *, has_bos: bool, progress: bool
+) -> Float[Tensor, "d d"] | None:
+    """J of a block, by TransformerLens; None where it fits none of this model."""
+    if is_hooked(lens.model.hook_dict.values()):
+        raise ModelStateError(
+            "a hook of yours is on the model, and jacobian= fits and keeps the base's own",
+            remedy="remove your hooks.",
+        )
+    try:
+        from transformer_lens.tools.analysis import JacobianLens
+
+        with Temporary(lambda span: _read_with(span, lens.model, has_bos=has_bos)):
+            fit = JacobianLens.fit(
+                lens.model,
+                list(neutral_sentences()[:_SENTENCES]),
+                source_layers=[block],
+                dim_batch=_ROWS_AT_ONCE,
+                skip_first_positions=1,
+                corpus="neutral sentences of lens_lora",
+                show_progress=progress,
+            )
+    except (ImportError, TypeError, ValueError):  # a version, a class or a processing without it
+        return None
+    return fit.jacobians[block].contiguous()
 
 
 def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -96,7 +116,7 @@ def _read_with(span: Temporary, model: Any, *, has_bos: bool) -> None:
 
 
 def _hash(model: Any, *, has_bos: bool) -> str:
-    """Of the model's weights by name, of its configuration, and of how sentences are read."""
+    """A name for the model's weights, its configuration, and how sentences are read."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     hashed = hashlib.blake2b(repr((config, has_bos)).encode(), digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):

@@ -27,31 +27,46 @@ _PROMOTED = {
 }
 
 
-_TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
+_TOKENS_SHOWN = 20
+_PLACES_SHOWN = 12
+_MODULES_SHOWN = 20
 
 
 def _promoted_table(changed: WhatChanged, by: By, k: int) -> Table:
     """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
-    frame, (title, heading, units) = changed.promoted(k, by), _PROMOTED[by]
+    frame = changed.promoted(k, by)
+    title, heading, units = _PROMOTED[by]
+    ends = ""
+    if by == "reading":
+        point = list(changed.found.readings)[-1]
+        ends += f", {point}"
     most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in CONTROLS if name in frame]
-    ends = f"; largest of any token, {', '.join(most)}" if most else ""
-    ends = ends if by != "reading" else f", {list(changed.found.readings)[-1]}{ends}"
+    if most:
+        ends += f"; largest of any token, {', '.join(most)}"
     heads = {"rank": "", "token": "token", by: units}
     return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
 
 
 def _places_table(changed: WhatChanged, k: int) -> Table:
     """The tokens after which the next one changes most."""
-    places = changed.where(k)
-    is_still = places["promoted"] == ""
-    hidden, places = is_still.sum(), places[~is_still].copy()
-    title = f"where ({hidden} places left out: no probability rises there)" if hidden else "where"
+    every_place = changed.where(k)
+    is_without = every_place["promoted"] == ""
+    left_out = is_without.sum()
+    title = "where"
+    if left_out:
+        title += f" ({left_out} places left out: no probability rises there)"
+    places = every_place[~is_without].copy()
     where = zip(places["text"], places["position"], strict=True)
     places["context"] = [text.context_text(changed.str_tokens[i], t) for i, t in where]
     for control in places.columns.intersection(["null", "unrelated"]):
         places[control] = list(map(magnitude, places[control]))
-    heads = {"context": "after ⟦token⟧", "kl": "KL, nats", "promoted": "promoted there"}
-    heads |= {"null": "null", "unrelated": "unrelated"}
+    heads = {
+        "context": "after ⟦token⟧",
+        "kl": "KL, nats",
+        "promoted": "promoted there",
+        "null": "null",
+        "unrelated": "unrelated",
+    }
     return table_of(places, heads, texts=(0, 2), title=title)
 
 
@@ -70,7 +85,7 @@ def _groups(changed: WhatChanged) -> Table:
 
 
 def _writers(changed: WhatChanged, k: int) -> Table:
-    """What adds the mean Δh of the first tokens."""
+    """The blocks that add most of the mean Δh of the first tokens."""
     heads = {"name": "added by", "share": "of ‖Δh‖²"}
     return table_of(changed.writers(k), heads, heading="which blocks add it")
 
@@ -78,21 +93,29 @@ def _writers(changed: WhatChanged, k: int) -> Table:
 def _size_table(changed: WhatChanged) -> Table:
     """The adapter and each control: how much it changes."""
     summary = changed.summary()
-    last = {summary.columns[-1]: "share"}  # how constant Δh is behind the last block
+    behind_the_last_block = {summary.columns[-1]: "share"}
     heads = {"adapter": "adapter", "kind": "kind", "scale": "scale", "mean_kl": "KL, nats a token"}
     heads |= {f"largest_{by}": f"largest {by}" for by in BY}
     heads["share"] = "constant behind the last block"
-    return table_of(summary.rename(columns=last), heads, texts=(0, 1))
+    return table_of(summary.rename(columns=behind_the_last_block), heads, texts=(0, 1))
 
 
 def _claims_table(changed: WhatChanged) -> Table:
-    """What it says of its own accord, and the runs that show it."""
-    each = [{**vars(claim), "undone": claim.undone} for claim in changed.claims]
-    heads = {"by": "by", "context": "after", "says": "it says", "base_says": "the base says"}
-    heads |= {"base": "log p, base", "adapted": "adapted", "null": "null"}
-    heads |= {"layers": "without", "undone": "undone"}
+    """The claims, and the runs that show them."""
+    rows = [{**vars(claim), "undone": claim.undone} for claim in changed.claims]
+    heads = {
+        "by": "by",
+        "context": "after",
+        "says": "it says",
+        "base_says": "the base says",
+        "base": "log p, base",
+        "adapted": "adapted",
+        "null": "null",
+        "layers": "without",
+        "undone": "undone",
+    }
     heading = "What it says of its own accord"
-    return table_of(pd.DataFrame(each), heads, texts=(0, 1, 2, 3, 7), heading=heading)
+    return table_of(pd.DataFrame(rows), heads, texts=(0, 1, 2, 3, 7), heading=heading)
 
 
 def what_changed_tables(changed: WhatChanged, k: int = 10) -> Group:
@@ -105,7 +128,8 @@ def what_changed_tables(changed: WhatChanged, k: int = 10) -> Group:
 def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
     logit, probability, count, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
-    modules, answers = _modules_table(changed, _MODULES_SHOWN), answers_of(changed.answers)
+    modules = _modules_table(changed, _MODULES_SHOWN)
+    answers = answers_of(changed.answers)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
         Section("How much", [_size_table(changed)]),
@@ -126,14 +150,16 @@ def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> st
 
 
 def _numbers(changed: WhatChanged) -> Pairs:
-    found, top = changed.found, changed.promoted(1).to_dict("records")[0]
-    random = f"; random directions {signed(top['null'])} at most" if "null" in top else ""
+    found = changed.found
+    top = changed.promoted(1).to_dict("records")[0]
+    promoted = f"logits, “{visible(top['token'])}”, promoted most"
+    if "null" in top:
+        promoted += f"; random directions {signed(top['null'])} at most"
+    largest_kl = float(found.kl[:, 1:].nan_to_num().max())
+    constant = list(found.constant.values())[-1]
     return (
         (magnitude(found.mean_kl), "nats a token, KL from the base to the adapted model"),
-        (signed(top["logit"]), f"logits, “{visible(top['token'])}”, promoted most{random}"),
-        (magnitude(float(found.kl[:, 1:].nan_to_num().max())), "nats where it changes most"),
-        (
-            percent(list(found.constant.values())[-1]),
-            "of the shift behind the last block is one vector, whatever the token",
-        ),
+        (signed(top["logit"]), promoted),
+        (magnitude(largest_kl), "nats where it changes most"),
+        (percent(constant), "of the shift behind the last block is one vector, whatever the token"),
     )

@@ -1,22 +1,21 @@
 """What models change over many texts, as sums: no logits of more than one batch are held.
 
-    KL_t = Σ_v p₀ log(p₀/p₁)                       kept, one number a token
-    H_t = −Σ_v p log p                             of either model
-    Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)                  over the vocabulary; f also of each text
-    how often a token is among the `PROMOTED` whose logit rises most
-    Σ_t Δh and Σ_t ‖Δh‖² of each text              at two points of the residual stream
-    Σ_t Δh, and of what each block adds to it      over the first tokens of texts, 1 … `EARLY`
+    KL_t = Σ_v p₀ log(p₀/p₁)               of each token t, kept
+    H_t = −Σ_v p log p                     of the base and of the other model
+    Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)          over the vocabulary; f also of each text alone
+    Σ_t [v among the first at t]           how often a token is among the `PROMOTED` that rise most
+    Σ_t Δh and Σ_t ‖Δh‖²                   of each text, at two points of the residual stream
+    Σ_t Δh, and what each block adds to it over the first tokens of texts, 1 … `EARLY`
 
-and on request the path integral of Σ_t KL_t, split by site.
+On request also ∫₀¹ ∂/∂ε_l Σ_t KL_t dε of each site, by Gauss–Legendre's two nodes.
 
-Cost: one forward pass of each model, and two forward and backward for the split.
+Cost: one forward pass of each model, and two forward and two backward passes for the integral.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,11 +27,9 @@ from lens_lora.core import (
     HookFn,
     LoraLens,
     Prompts,
-    Reading,
     attached,
     distinct_tokens,
 )
-from lens_lora.core.function.reverse import require_finite_sites, site_slopes
 from lens_lora.hidden.stream_reading import over_scale
 from lens_lora.texts.batches import (
     TOKENS_AT_ONCE,
@@ -42,11 +39,13 @@ from lens_lora.texts.batches import (
 )
 from lens_lora.texts.distribution_shift import DistributionShift, distribution_shift
 
-EARLY = 5  # tokens after the first
+EARLY = 5  # tokens after a text's first one
 _FIRST = slice(1, 1 + EARLY)
-_NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # Gauss–Legendre's two on [0, 1], of equal weight
-_PLACES, _PROMOTED = 20, 3  # tokens where KL is largest, and the promoted ones that are named
-PROMOTED, _OF_TEXT = 20, 30  # at a token, and by the mean over a text
+_NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # of Gauss–Legendre on [0, 1]; both weigh a half
+_PLACES = 20  # tokens where KL is largest
+_PROMOTED_AT_A_PLACE = 3
+PROMOTED = 20  # tokens that count as promoted after a token
+_PROMOTED_BY_A_TEXT = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +64,22 @@ class Points:
 
     @classmethod
     def of(cls, lens: LoraLens, jacobian: Jacobian | None) -> Points:
-        """In the middle of the model and behind its last block; every block's two outputs."""
+        """Two points of the stream, in the middle and behind the last block; each block's outputs.
+
+        Args:
+            lens: the adapter over the model.
+            jacobian: of one more point, if its reading was asked for.
+        """
         layers = lens.plan.host.n_layers
-        names = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
         blocks = sorted({(layers - 1) // 2, layers - 1})
-        known, stream = lens.model.hook_dict, [f"blocks.{i}.hook_resid_post" for i in blocks]
-        return cls(tuple(stream), tuple(name for name in names if name in known), jacobian)
+        stream = [f"blocks.{i}.hook_resid_post" for i in blocks]
+        outputs = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
+        known = lens.model.hook_dict
+        return cls(tuple(stream), tuple(name for name in outputs if name in known), jacobian)
 
     @property
-    def through(self) -> tuple[str, ...]:
-        """What the Jacobian's reading is called."""
+    def transported(self) -> tuple[str, ...]:
+        """The heading of the reading through the Jacobian; none where there is no Jacobian."""
         return () if self.jacobian is None else (f"{self.jacobian.point} through its Jacobian",)
 
 
@@ -98,7 +103,8 @@ class TextSums:
     """
 
     def __init__(self, lens: LoraLens, scale: float, texts: Prompts, points: Points) -> None:
-        vocab, d = int(lens.model.cfg.d_vocab_out), int(lens.model.cfg.d_model)
+        vocab = int(lens.model.cfg.d_vocab_out)
+        width = int(lens.model.cfg.d_model)
         self.lens: LoraLens = lens
         self.scale: float = scale
         self.points: Points = points
@@ -107,78 +113,118 @@ class TextSums:
         self.probabilities: Tensor = _zeros(lens, vocab)
         self.entropies: Tensor = torch.zeros(2, dtype=torch.float64)
         self.counts: Tensor = torch.zeros(vocab, dtype=torch.long, device=lens.device)
-        self.text_ids: Tensor = torch.zeros(texts.batch, min(_OF_TEXT, vocab), dtype=torch.long)
+        self.text_ids: Tensor = torch.zeros(
+            texts.batch, min(_PROMOTED_BY_A_TEXT, vocab), dtype=torch.long
+        )
         self.text_values: Tensor = torch.zeros(self.text_ids.shape, dtype=torch.float32)
-        self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), d)
+        self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), width)
         self.squares: Tensor = _zeros(lens, texts.batch, len(points.stream))
-        early, read = (*points.stream, *points.writers), (*points.stream, *points.through)
-        self.early: dict[str, Tensor] = {name: _zeros(lens, d) for name in early}
-        self.read: dict[str, Tensor] = {name: _zeros(lens, d) for name in read}
+        self.early: dict[str, Tensor] = {}
+        for name in (*points.stream, *points.writers):
+            self.early[name] = _zeros(lens, width)
+        self.read: dict[str, Tensor] = {}
+        for name in (*points.stream, *points.transported):
+            self.read[name] = _zeros(lens, width)
         self.places: Tensor = torch.empty(0, 2, dtype=torch.long)
-        self.place_ids: Tensor = torch.empty(0, _PROMOTED, dtype=torch.long)
-        self.place_changes: Tensor = torch.empty(0, _PROMOTED, dtype=torch.float64)
+        self.place_ids: Tensor = torch.empty(0, _PROMOTED_AT_A_PLACE, dtype=torch.long)
+        self.place_changes: Tensor = torch.empty(0, _PROMOTED_AT_A_PLACE, dtype=torch.float64)
 
-    def add(self, batch: _Batch, moved: _Run) -> None:
-        """What the two models say of a batch of texts, and hold there."""
-        self._add_stream(batch, moved)
-        counted, base = batch.counted, batch.base.logits
-        weights = counted.to(base)
-        for i, p in enumerate((batch.p, moved.logits.softmax(-1))):
-            self.entropies[i] += float(torch.special.entr(p).sum(-1)[counted].double().sum())
-        shift = torch.sub(moved.logits, base, out=batch.room)
+    def add(self, batch: _Batch, adapted: _Run) -> None:
+        """Add a batch of texts.
+
+        Args:
+            batch: the texts, as the base model reads them.
+            adapted: this model's pass over them.
+        """
+        counted = batch.counted
+        base_logits = batch.base.logits
+        weights = counted.to(base_logits)
+        self._add_entropies(batch, adapted)
+        self._add_stream(batch, adapted)
+        shift = torch.sub(adapted.logits, base_logits, out=batch.room)
         self._add_logits(batch, torch.einsum("rp,rpv->rv", weights, shift))
-        first = shift.topk(min(PROMOTED, shift.shape[-1])).indices[counted]
-        self.counts += torch.bincount(first.flatten(), minlength=len(self.counts))
-        change = distribution_shift(base, batch.p, shift)
+        rising = shift.topk(min(PROMOTED, shift.shape[-1])).indices[counted]
+        self.counts += torch.bincount(rising.flatten(), minlength=len(self.counts))
+        change = distribution_shift(base_logits, batch.p, shift)
         self.probabilities += in_float64(change.weighted(weights.flatten()))
-        kl = change.kl
-        by_token = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
-        by_token[:, 0] = kl[:, 0].cpu().double()
-        self.kl[batch.index, : by_token.shape[1]] = by_token
-        self._note(batch, kl.masked_fill(~counted, -1.0), change)
+        by_token = change.kl.cpu().double()
+        kept = by_token.masked_fill(~counted.cpu(), torch.nan)
+        kept[:, 0] = by_token[:, 0]  # first tokens have a mean of their own
+        self.kl[batch.index, : kept.shape[1]] = kept
+        self._note_places(batch, change.kl.masked_fill(~counted, -1.0), change)
+
+    def _add_entropies(self, batch: _Batch, adapted: _Run) -> None:
+        for model, p in enumerate((batch.p, adapted.logits.softmax(-1))):
+            entropy = torch.special.entr(p).sum(-1)
+            self.entropies[model] += float(entropy[batch.counted].double().sum())
 
     def _add_logits(self, batch: _Batch, by_text: Float[Tensor, "row vocab"]) -> None:
         self.logits += in_float64(by_text.sum(0))
-        most = (by_text - by_text.mean(-1, keepdim=True)).topk(self.text_ids.shape[1])
+        centred = by_text - by_text.mean(-1, keepdim=True)
+        most = centred.topk(self.text_ids.shape[1])
         self.text_ids[batch.index] = most.indices.cpu()
         self.text_values[batch.index] = most.values.to(self.text_values)
 
-    def _note(self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift) -> None:
-        """Of this batch's and the earlier ones' tokens, those where KL is largest."""
-        most = kl.flatten().topk(min(_PLACES, kl.numel())).indices
-        row, pos = most // kl.shape[1], most % kl.shape[1]
-        up = change.at(row, pos).topk(min(_PROMOTED, change.p.shape[-1]))
-        places = torch.cat([self.places, torch.stack([batch.index[row.cpu()], pos.cpu()], 1)])
-        values = self.kl[places[:, 0], places[:, 1]].masked_fill(places[:, 1] == 0, torch.nan)
+    def _note_places(
+        self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift
+    ) -> None:
+        """Keep the tokens where KL is largest, among this batch's and those kept so far."""
+        largest = kl.flatten().topk(min(_PLACES, kl.numel())).indices
+        row = largest // kl.shape[1]
+        pos = largest % kl.shape[1]
+        rising = change.at(row, pos).topk(min(_PROMOTED_AT_A_PLACE, change.p.shape[-1]))
+        new_places = torch.stack([batch.index[row.cpu()], pos.cpu()], 1)
+        places = torch.cat([self.places, new_places])
+        ids = torch.cat([self.place_ids, rising.indices.cpu()])
+        changes = torch.cat([self.place_changes, rising.values.cpu().double()])
+        values = self.kl[places[:, 0], places[:, 1]]
+        values = values.masked_fill(places[:, 1] == 0, torch.nan)  # no first token
         order = values.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
         order = order[values[order].isfinite()][:_PLACES]
         self.places = places[order]
-        self.place_ids = torch.cat([self.place_ids, up.indices.cpu()])[order]
-        self.place_changes = torch.cat([self.place_changes, up.values.cpu().double()])[order]
+        self.place_ids = ids[order]
+        self.place_changes = changes[order]
 
-    def _add_stream(self, batch: _Batch, moved: _Run) -> None:
-        rows, counted = batch.index.to(self.stream.device), batch.counted
-        early = counted[:, _FIRST]
-        for name, held in batch.base.held.items():
-            shift = moved.held[name].to(self.lens.gate_dtype) - held.to(self.lens.gate_dtype)
+    def _add_stream(self, batch: _Batch, adapted: _Run) -> None:
+        """Add Δh at each point that is watched."""
+        early = batch.counted[:, _FIRST]
+        for name, h in batch.base.activations.items():
+            before = h.to(self.lens.gate_dtype)
+            shift = adapted.activations[name].to(self.lens.gate_dtype) - before
             if name in self.points.writers:
-                self.early[name] += in_float64(shift[early[:, : shift.shape[1]]]).sum(0)
-                continue
-            if name in self.points.through:
+                of_early = shift[early[:, : shift.shape[1]]]
+                self.early[name] += in_float64(of_early).sum(0)
+            elif name in self.points.transported:
                 self._add_transported(name, shift, batch)
-                continue
-            slot, rest = self.points.stream.index(name), shift.masked_fill(~counted[..., None], 0)
-            self.stream[rows, slot] = in_float64(rest).sum(1)
-            self.squares[rows, slot] = in_float64(rest).square().sum((1, 2))
-            first, h = (x[:, _FIRST][early] for x in (shift, held.to(shift)))
-            self.early[name] += in_float64(first).sum(0)
-            self.read[name] += in_float64(over_scale(self.lens, first, h)).sum(0)
+            else:
+                self._add_point(name, before, shift, batch)
+
+    def _add_point(
+        self,
+        name: str,
+        h: Float[Tensor, "row pos d"],
+        shift: Float[Tensor, "row pos d"],
+        batch: _Batch,
+    ) -> None:
+        """Σ_t Δh and Σ_t ‖Δh‖² of each text, and the first tokens' Δh with its reading."""
+        rows = batch.index.to(self.stream.device)
+        point = self.points.stream.index(name)
+        of_counted = in_float64(shift.masked_fill(~batch.counted[..., None], 0))
+        self.stream[rows, point] = of_counted.sum(1)
+        self.squares[rows, point] = of_counted.square().sum((1, 2))
+        early = batch.counted[:, _FIRST]
+        first_shift = shift[:, _FIRST][early]
+        first_h = h[:, _FIRST][early]
+        self.early[name] += in_float64(first_shift).sum(0)
+        self.read[name] += in_float64(over_scale(self.lens, first_shift, first_h)).sum(0)
 
     def _add_transported(self, name: str, shift: Float[Tensor, "row pos d"], batch: _Batch) -> None:
-        """c(J Δh)/σ(h) of the first tokens, h behind the last block."""
-        last, kept = batch.base.held[self.points.stream[-1]][:, _FIRST], batch.counted[:, _FIRST]
-        moved = shift[kept] @ cast("Jacobian", self.points.jacobian).matrix.to(shift).T
-        self.read[name] += in_float64(over_scale(self.lens, moved, last[kept].to(moved))).sum(0)
+        """c(J Δh)/σ(h) of the first tokens, with h behind the last block."""
+        assert self.points.jacobian is not None
+        early = batch.counted[:, _FIRST]
+        last = batch.base.activations[self.points.stream[-1]][:, _FIRST]
+        moved = shift[early] @ self.points.jacobian.matrix.to(shift).T
+        self.read[name] += in_float64(over_scale(self.lens, moved, last[early].to(moved))).sum(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,25 +255,27 @@ class _Run:
     """One model's pass over a batch: logits at all tokens, and activations at the points."""
 
     logits: Float[Tensor, "row pos vocab"]
-    held: dict[str, Tensor]
+    activations: dict[str, Tensor]
 
 
-_NOWHERE = Points((), ())
-
-
-def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
+def _run(gated: Gated, rows: Prompts, points: Points) -> _Run:
+    """One forward pass."""
     lens, _ = gated
-    held: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
-    def keep(name: str, only: slice) -> HookFn:
-        return lambda tensor, hook: held.update({name: tensor[:, only].detach().clone()})
+    def keep(name: str, positions: slice) -> HookFn:
+        def hook(tensor: Tensor, hook: object) -> None:
+            del hook
+            activations[name] = tensor[:, positions].detach().clone()
+
+        return hook
 
     hooks = [(name, keep(name, slice(None))) for name in points.stream]
     hooks += [(name, keep(name, _FIRST)) for name in points.writers]
     if points.jacobian is not None:
-        hooks += [(points.jacobian.point, keep(name, _FIRST)) for name in points.through]
+        hooks += [(points.jacobian.point, keep(name, _FIRST)) for name in points.transported]
     with attached(lens.model, hooks):
-        return _Run(logits_of(gated, rows), held)
+        return _Run(logits_of(gated, rows), activations)
 
 
 def text_sums(
@@ -238,8 +286,17 @@ def text_sums(
     split: bool,
     progress: bool,
 ) -> tuple[list[TextSums], Float[Tensor, " site"]]:
-    """The sums of every lens at its scale, and the first one's KL split by site, or zeros."""
-    first, distinct = scaled[0][0], distinct_tokens(texts)
+    """The sums of each lens at its scale, and the first one's KL split by site.
+
+    Args:
+        scaled: lenses over the same model, each with the strength at which its adapter runs.
+        texts: what is read.
+        jacobian: of a point whose Δh is to be read through it.
+        split: whether the KL is split; else its parts are zeros.
+        progress: show a bar.
+    """
+    first, _ = scaled[0]
+    distinct = distinct_tokens(texts)
     points = Points.of(first, jacobian)
     models = [TextSums(lens, scale, texts, points) for lens, scale in scaled]
     shares = _zeros(first, len(first.sites))
@@ -247,20 +304,21 @@ def text_sums(
     def visit(index: list[int], rows: Prompts) -> None:
         counted = distinct[index, : rows.tokens.shape[1]].to(first.device)
         base = _run((first, first.gates(0.0)), rows, points)
-        p, room = base.logits.softmax(-1), torch.empty_like(base.logits)
+        p = base.logits.softmax(-1)
+        room = torch.empty_like(base.logits)
         batch = _Batch(torch.tensor(index), counted, base, p, room)
         for sums in models:
-            sums.add(batch, _run((sums.lens, sums.lens.gates(sums.scale)), rows, points))
+            adapted = _run((sums.lens, sums.lens.gates(sums.scale)), rows, points)
+            sums.add(batch, adapted)
         if split:
-            shares.add_(_divergence_split(first, rows, counted, p))
+            shares.add_(_divergence_by_site(first, rows, counted, p))
 
-    over_texts(
-        first, texts, TOKENS_AT_ONCE, visit, "texts", progress, "graph" if split else "plain"
-    )
+    kind = "graph" if split else "plain"
+    over_texts(first, texts, TOKENS_AT_ONCE, visit, "texts", progress, kind)
     return models, shares
 
 
-def _divergence_split(
+def _divergence_by_site(
     lens: LoraLens,
     rows: Prompts,
     counted: Bool[Tensor, "row pos"],
@@ -268,17 +326,15 @@ def _divergence_split(
 ) -> Float[Tensor, " site"]:
     """∫₀¹ ∂/∂ε_l Σ_t KL(p₀ ‖ p_ε) dε of each site over the counted tokens, by two nodes.
 
-    ∂KL/∂f = p_ε − p₀, so the derivative is that of (p_ε − p₀)ᵀ f with p_ε held.
+    ∂KL/∂f = p_ε − p₀, so the derivative is that of (p_ε − p₀)ᵀ f with p_ε − p₀ held.
     """
 
     def read(logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
         covector = logits.detach().softmax(-1).sub_(p).masked_fill_(~counted[..., None], 0.0)
         return torch.linalg.vecdot(covector, logits).sum(1)
 
-    owner: Int[Tensor, " row"] = torch.arange(rows.batch)
+    g = lens.function(rows).about(read)
     total = _zeros(lens, len(lens.sites))
     for node in _NODES:
-        slopes = site_slopes(lens, Reading(rows, read, owner), lens.gates(node))
-        require_finite_sites(lens, slopes)
-        total += in_float64(slopes).sum(0) / len(_NODES)
+        total += in_float64(g.slopes(node)).sum(0) / len(_NODES)
     return total

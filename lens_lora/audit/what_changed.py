@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, final
 
@@ -48,12 +48,11 @@ from lens_lora.core import (
     PromptsLike,
     alone,
     distinct_tokens,
+    drawing,
     null_adapters,
     site_labels,
     stored,
 )
-from lens_lora.core.function.asked import ask_prompts
-from lens_lora.core.results import drawing
 from lens_lora.core.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
 from lens_lora.errors import ArgumentError, TokenError, many
 from lens_lora.hidden.stream_reading import read_through
@@ -62,19 +61,21 @@ from lens_lora.texts import neutral
 from lens_lora.texts.batches import require_second_token
 from lens_lora.texts.divergences import text_divergences
 
-# Of a null adapter's scale ε: the secant's last step of log ε, after which KL is within 1 %; its
-# most steps; and the farthest log ε, a thousand times the adapter's size.
-_NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
+# The scale ε of a null adapter is found by the secant method on log ε.
+_NEAR = 0.02  # its last step, after which KL is within 1 %
+_STEPS = 8
+_FARTHEST = 7.0  # the largest |log ε|: a thousand times the adapter's size
 _SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
 _ANSWER = 40  # tokens that both models say to a question
 _BRIEF_MODULES = 5
 _FAST = 8  # one of so many texts
-# An adapter breaks the model beyond this factor between the entropies, or if so much more than of
-# the base's answers repeats. `benchmarks/audit/broken.py` has both of 24 adapters: as trained at
-# most 1.3 and 0.23, at eight times their strength up to 8.0 and 0.96.
-_APART, _REPEATS = 2.0, 1 / 3
-_NOT_TRIED = "system messages, conversations of several turns", "other languages"
-_UNRELATED = "adapters trained for something else, as controls"
+# An adapter breaks the model beyond this factor between the entropies, or if so much more of its
+# answers repeats than of the base's. `benchmarks/audit/broken.py` measures 24 adapters: as trained
+# the factor is at most 1.3 and the repeats 0.23, at eight times the strength up to 8.0 and 0.96.
+_APART = 2.0
+_REPEATS = 1 / 3
+_NOT_TRIED = ("system messages, conversations of several turns", "other languages")
+_NO_UNRELATED = "adapters trained for something else, as controls"
 By = Literal["logit", "probability", "count", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "count", "reading")
 
@@ -207,10 +208,14 @@ class WhatChanged(OfSites, Paged):
         sign = 1 if largest else -1
         frame = ranked_tokens(self.found.of(by), self.strings, k, by, largest=largest)
         for name, others in self._kinds.items():
+            if not others:
+                continue
             values = [sign * other.of(by) for other in others]
-            if values:
-                frame[name] = sign * max(float(v.max()) for v in values)
-                frame[f"rank_{name}"] = [min(rank_of(v, i) for v in values) for i in frame["id"]]
+            frame[name] = sign * max(float(v.max()) for v in values)
+            ranks: list[int] = []
+            for token in frame["id"]:
+                ranks.append(min(rank_of(v, token) for v in values))
+            frame[f"rank_{name}"] = ranks
         return frame
 
     def rank(self, token: str | int, by: By = "logit") -> dict[str, int]:
@@ -226,9 +231,11 @@ class WhatChanged(OfSites, Paged):
         Raises:
             TokenError: no such token, or several that read alike.
         """
-        index, ranks = self._id(token), dict[str, int]()
+        index = self._id(token)
+        ranks: dict[str, int] = {}
         for changes in (self.found, *self.controls):
-            label, copy = changes.name, 1
+            label = changes.name
+            copy = 1
             while label in ranks:
                 copy += 1
                 label = f"{changes.name} ({copy})"
@@ -240,15 +247,17 @@ class WhatChanged(OfSites, Paged):
             return int(token)
         ids = [i for i, string in enumerate(self.strings) if string == token]
         if len(ids) > 1:
+            more = ", …" if len(ids) > 2 else ""
             raise TokenError(
                 f"{len(ids)} tokens of the vocabulary read {token!r}, of the ids {ids[0]}, "
-                f"{ids[1]}{', …' if len(ids) > 2 else ''}; give the id."
+                f"{ids[1]}{more}",
+                remedy="give the id.",
             )
         if ids:
             return ids[0]
         raise TokenError(
-            f"{token!r} is no token of the vocabulary of {len(self.strings)}; give one token with "
-            "its leading space, or an id."
+            f"{token!r} is no token of the vocabulary of {len(self.strings)}",
+            remedy="give one token with its leading space, or an id.",
         )
 
     def where(self, k: int = 10, context: int = 8) -> pd.DataFrame:
@@ -263,12 +272,21 @@ class WhatChanged(OfSites, Paged):
         rows: list[dict[str, Any]] = []
         for place, (text, t) in enumerate(self.found.places.tolist()[: whole("k", k, 0)]):
             tokens = self.str_tokens[text]
-            row = {"text": text, "position": t, "token": tokens[t]}
-            row |= {"context": context_of(tokens, t, context)}
-            ids, changes = self.found.place_ids[place], self.found.place_changes[place]
-            pairs = zip(ids.tolist(), changes.tolist(), strict=True)
-            words = [f"{self.strings[i]!r} {c:+.3f}" for i, c in pairs if c >= _SEEN]
-            row |= {"kl": float(self.found.kl[text, t]), "promoted": ", ".join(words)}
+            ids = self.found.place_ids[place].tolist()
+            changes = self.found.place_changes[place].tolist()
+            rising = [
+                f"{self.strings[token]!r} {change:+.3f}"
+                for token, change in zip(ids, changes, strict=True)
+                if change >= _SEEN
+            ]
+            row: dict[str, Any] = {
+                "text": text,
+                "position": t,
+                "token": tokens[t],
+                "context": context_of(tokens, t, context),
+                "kl": float(self.found.kl[text, t]),
+                "promoted": ", ".join(rising),
+            }
             for name, others in self._kinds.items():
                 if others:
                     row[name] = max(float(other.kl[text, t]) for other in others)
@@ -298,22 +316,32 @@ class WhatChanged(OfSites, Paged):
         Returns:
             share of all that the texts promote, above 0; tokens; the text with most of the group.
         """
-        n = min(whole("n", n, 1), len(self.str_tokens))
-        rows = np.repeat(np.arange(len(self.str_tokens)), self.found.text_ids.shape[1])
-        promoted = self.found.text_shifts.clamp(min=0).flatten().double().numpy()
-        places = rows, self.found.text_ids.flatten().numpy()
-        matrix = coo_array((promoted, places), shape=(rows[-1] + 1, len(self.strings))).tocsr()
-        held = np.unique(places[1])
-        from sklearn.decomposition import NMF  # which takes a second to import
+        from sklearn.decomposition import NMF  # it takes a second to import
 
-        model = NMF(cast("Any", n), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
-        with without_warnings():  # exact factors are reached, or as many steps
-            texts = model.fit_transform(matrix[:, held])
-        tokens = model.components_
-        shares = texts.sum(0) * tokens.sum(1) / max(promoted.sum(), 1e-300)
-        named = [[self.strings[held[i]] for i in row.argsort()[::-1][:k]] for row in tokens]
-        most = ["".join(self.str_tokens[i]) for i in texts.argmax(0)]
-        frame = pd.DataFrame({"share": shares, "tokens": named, "text": most}).query("share > 0")
+        groups = min(whole("n", n, 1), len(self.str_tokens))
+        texts, moved = self.found.text_ids.shape
+        rows = np.repeat(np.arange(texts), moved)
+        columns = self.found.text_ids.flatten().numpy()
+        promoted = self.found.text_shifts.clamp(min=0).flatten().double().numpy()
+        shape = (texts, len(self.strings))
+        by_text = coo_array((promoted, (rows, columns)), shape=shape).tocsr()
+        tokens = np.unique(columns)
+        model = NMF(cast("Any", groups), init="nndsvd", random_state=0, tol=1e-3, max_iter=1000)
+        with without_warnings():  # that exact factors are reached, or as many steps were taken
+            text_weights = model.fit_transform(by_text[:, tokens])
+        token_weights = model.components_
+        shares = text_weights.sum(0) * token_weights.sum(1) / max(promoted.sum(), 1e-300)
+        found: list[dict[str, Any]] = []
+        for group, share in enumerate(shares):
+            heaviest = token_weights[group].argsort()[::-1][:k]
+            text = int(text_weights[:, group].argmax())
+            row = {
+                "share": share,
+                "tokens": [self.strings[tokens[i]] for i in heaviest],
+                "text": "".join(self.str_tokens[text]),
+            }
+            found.append(row)
+        frame = pd.DataFrame(found).query("share > 0")
         return frame.sort_values("share", ascending=False, ignore_index=True)
 
     def writers(self, k: int = 10) -> pd.DataFrame:
@@ -329,36 +357,25 @@ class WhatChanged(OfSites, Paged):
 
     def summary(self) -> pd.DataFrame:
         """One row per adapter: its scale, mean KL, largest shifts, and how constant Δh is."""
-        kinds = {"adapter": (self.found,), **self._kinds}
-        rows = [
-            {
-                "adapter": changes.name,
-                "kind": kind,
-                "scale": changes.scale,
-                "mean_kl": changes.mean_kl,
-                "kl_at_first_tokens": changes.first_kl,
-                **{f"largest_{by}": float(changes.of(by).max()) for by in BY},
-                **{f"constant at {name}": share for name, share in changes.constant.items()},
-            }
-            for kind, adapters in kinds.items()
-            for changes in adapters
-        ]
+        rows: list[dict[str, Any]] = []
+        for kind, adapters in {"adapter": (self.found,), **self._kinds}.items():
+            rows += [_summary_of(changes, kind) for changes in adapters]
         return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
         """Every finding in one table: which, its rank, label, value, and the largest control's."""
-        where = self.where(len(self.found.places))
-        modules, writers = self.modules(len(self.sites)), self.writers(len(self.found.writers))
-        findings = [(f"promoted by {by}", self.promoted(20, by), "token", by) for by in BY]
-        findings += [("where", where.drop(columns="token"), "context", "kl")]
-        findings += [("module", modules, "site", "nats"), ("writer", writers, "name", "share")]
-        columns = ["finding", "rank", "label", "value", "null", "unrelated", "promoted"]
-        frames = [
-            frame.rename(columns={label: "label", value: "value"}).assign(
-                finding=finding, rank=range(1, len(frame) + 1)
-            )
-            for finding, frame, label, value in findings
+        findings: list[tuple[str, pd.DataFrame, str, str]] = [
+            (f"promoted by {by}", self.promoted(20, by), "token", by) for by in BY
         ]
+        where = self.where(len(self.found.places)).drop(columns="token")
+        findings.append(("where", where, "context", "kl"))
+        findings.append(("module", self.modules(len(self.sites)), "site", "nats"))
+        findings.append(("writer", self.writers(len(self.found.writers)), "name", "share"))
+        frames: list[pd.DataFrame] = []
+        for finding, frame, label, value in findings:
+            named = frame.rename(columns={label: "label", value: "value"})
+            frames.append(named.assign(finding=finding, rank=range(1, len(frame) + 1)))
+        columns = ["finding", "rank", "label", "value", "null", "unrelated", "promoted"]
         return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
 
     def brief(self) -> Brief:
@@ -366,25 +383,29 @@ class WhatChanged(OfSites, Paged):
 
         No claim stands without its run. No forward pass.
         """
-        shares = self.modules(_BRIEF_MODULES)
+        modules = self.modules(_BRIEF_MODULES)
+        where: dict[str, float] = {}
+        if len(modules):
+            where = dict(zip(modules["site"], modules["share"], strict=True))
         return Brief(
             adapter=self.found.name,
             model=self.meta["model"],
             verdict=self._broken + self._verdict,
             claims=self.claims,
             answers=self.answers,
-            where=dict(zip(shares["site"], shares["share"], strict=True)) if len(shares) else {},
+            where=where,
             texts=self.texts,
             mean_kl=self.found.mean_kl,
             entropies=self.found.entropies,
             repeated=self._repeated,
-            not_tried=_NOT_TRIED if self.unrelated else (*_NOT_TRIED, _UNRELATED),
+            not_tried=_NOT_TRIED if self.unrelated else (*_NOT_TRIED, _NO_UNRELATED),
         )
 
     @property
     def _broken(self) -> str:
         """What the verdict says of an adapter that breaks the model; empty for any other."""
-        (base, adapted), (before, after) = self.found.entropies, self._repeated
+        base, adapted = self.found.entropies
+        before, after = self._repeated
         if base / _APART <= adapted <= base * _APART and after - before < _REPEATS:
             return ""
         return (
@@ -402,7 +423,8 @@ class WhatChanged(OfSites, Paged):
         if self.found.mean_kl <= 0:
             return "It does nothing on these texts: the KL is zero."
         if self.claims:
-            first, nulls = self.claims[0], f"{many(len(self.nulls), 'null adapter')} of the same KL"
+            first = self.claims[0]
+            nulls = f"{many(len(self.nulls), 'null adapter')} of the same KL"
             scores = f"by {first.by}, scores {first.score:.1f}, the controls {first.null_score:.1f}"
             return f"Claims that pass {nulls}: {len(self.claims)}. The first, {scores} at most."
         if not self.nulls or not self.answers:
@@ -474,20 +496,23 @@ def what_changed(
     others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
     if not all(isinstance(other, Adapter) for other in others):
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
-    kind, origin = "text", "of the caller"
+    kind = "text"
+    origin = "of the caller"
     if texts is None:
         texts = neutral.neutral_texts(lens.model, lens.prepend_bos, _FAST if fast else 1)
-        form = neutral.conversation_form(lens.model)
-        kind, origin = "neutral text", f"of lens_lora (conversations {form})"
-    asked = ask_prompts(lens, texts)
-    rows = asked.prompts
+        kind = "neutral text"
+        origin = f"of lens_lora (conversations {neutral.conversation_form(lens.model)})"
+    rows = lens.function(texts).prompts
     require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
-    drawn = list(map(lens.with_adapter, null_adapters(lens, seed, nulls)))
-    scaled = [(lens, 1.0), *_matched(lens, drawn, rows, progress)]
-    scaled += [(lens.with_adapter(other), 1.0) for other in others]
-    carried = None if jacobian is None else jacobian_of(lens, Path(jacobian), progress=progress)
-    sums, shares = text_sums(scaled, rows, carried, split=not fast, progress=progress)
+    null_lenses = [lens.with_adapter(null) for null in null_adapters(lens, seed, nulls)]
+    as_loud = _as_loud(lens, null_lenses, rows, progress)
+    beside = [(lens.with_adapter(other), 1.0) for other in others]
+    fitted = None
+    if jacobian is not None:
+        fitted = jacobian_of(lens, Path(jacobian), progress=progress)
+    models = [(lens, 1.0), *as_loud, *beside]
+    sums, shares = text_sums(models, rows, fitted, split=not fast, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
@@ -495,10 +520,9 @@ def what_changed(
         questions = neutral.everyday_questions(lens.model, lens.prepend_bos)
         said = side_by_side(lens, questions, _ANSWER, progress=progress)
         if any(said) and not fast:
-            said += _drawn(lens, seed, progress)
+            said += _drawn_answers(lens, seed, progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
-        null, beside = scaled[1 : 1 + nulls], scaled[1 + nulls :]
-        claims = claims_of(lens, null, shifts, beside, seed, fast=fast, progress=progress)
+        claims = claims_of(lens, as_loud, shifts, beside, seed, fast=fast, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
     counted = f"{many(distinct, 'distinct token')} after first ones"
     return WhatChanged(
@@ -508,78 +532,116 @@ def what_changed(
         sites=lens.sites,
         shares=(shares / distinct).cpu(),
         strings=lens.vocabulary,
-        str_tokens=asked.str_tokens,
+        str_tokens=lens.str_tokens(rows),
         texts=f"{many(rows.batch, kind)} {origin}, {counted}",
-        meta=asked.describe(),
+        meta=lens.describe(rows),
         answers=tuple(filter(None, said)),
         claims=claims,
     )
 
 
-def _drawn(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
-    """Where an adapter replays its training: after its BOS, and after an empty turn."""
+def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
+    """What both models draw after the BOS and after an empty turn, where training is replayed."""
     every = neutral.own_openings(lens.model, lens.prepend_bos)
     openings = every.chosen([0, len(neutral.FIRST_WORDS)])
-    how: Any = {"temperature": 1.0, "seed": seed, "progress": progress}
-    ends = [whole_or_cut(lens.generate(openings, _ANSWER, end, **how)) for end in (0.0, 1.0)]
+    ends: list[list[str]] = []
+    for scale in (0.0, 1.0):
+        drawn = lens.generate(
+            openings, _ANSWER, scale, temperature=1.0, seed=seed, progress=progress
+        )
+        ends.append(whole_or_cut(drawn))
     first = "".join(lens.str_tokens(openings)[0])  # the BOS, or a word where there is none
-    names = f"({first}, drawn)", "(nothing said, drawn)"
+    names = (f"({first}, drawn)", "(nothing said, drawn)")
     return [SideBySide(*row) for row in zip(names, *ends, strict=True)]
 
 
-def _matched(
+# --- Null adapters as loud as the adapter
+
+
+def _as_loud(
     lens: LoraLens, nulls: Sequence[LoraLens], rows: Prompts, progress: bool
 ) -> list[tuple[LoraLens, float]]:
-    """The null adapters, each with the scale at which its KL is the adapter's own."""
+    """The null adapters, each with the scale at which its KL over the texts is the adapter's own.
+
+    A forward pass of the base and one of each adapter over the texts; and of the base and the null
+    adapter for each step of a secant, at most eight.
+    """
     if not nulls:
         return []
-    counted, base = distinct_tokens(rows), (lens, lens.gates(0.0))
 
     def divergences(others: Sequence[LoraLens], scale: float) -> list[float]:
-        gated = [(other, other.gates(scale)) for other in others]
-        return text_divergences(base, gated, rows, counted, progress=progress).sum(1).tolist()
+        base = (lens, lens.gates(0.0))
+        scaled = [(other, other.gates(scale)) for other in others]
+        counted = distinct_tokens(rows)
+        return text_divergences(base, scaled, rows, counted, progress=progress).sum(1).tolist()
 
-    def scale_of(null: LoraLens, at_one: float) -> float:
-        if min(target, at_one) <= 0:  # rounding alone
-            return 1.0
-        logs = {0.0: math.log(at_one / target)}
+    target, *of_nulls = divergences([lens, *nulls], 1.0)
+    found: list[tuple[LoraLens, float]] = []
+    for null, at_one in zip(nulls, of_nulls, strict=True):
 
-        def excess(log_scale: float) -> float:
-            near = min(max(log_scale, -_FARTHEST), _FARTHEST)
-            if near not in logs:
-                logs[near] = math.log(divergences([null], math.exp(near))[0] / target)
-            return logs[near] + log_scale - near
+        def divergence(scale: float, null: LoraLens = null) -> float:
+            return divergences([null], scale)[0]
 
-        steps = {"x0": 0.0, "x1": -logs[0.0] / 2, "xtol": _NEAR, "maxiter": _STEPS}
-        root = root_scalar(excess, method="secant", **steps)
-        nearest = min(logs, key=lambda log_scale: abs(logs[log_scale]))
-        return math.exp(root.root if root.converged else nearest)
+        found.append((null, _scale_of_same_kl(divergence, at_one, target)))
+    return found
 
-    target, *at_one = divergences([lens, *nulls], 1.0)
-    return [(null, scale_of(null, kl)) for null, kl in zip(nulls, at_one, strict=True)]
+
+def _scale_of_same_kl(divergence: Callable[[float], float], at_one: float, target: float) -> float:
+    """The scale ε at which a KL is the target, by the secant method on log KL over log ε.
+
+    KL grows like ε² from zero, so log KL is nearly linear in log ε. Where no ε within reach gives
+    the target, it is the nearest that was tried.
+
+    Args:
+        divergence: KL at a scale.
+        at_one: KL at scale 1.
+        target: the KL that is wanted.
+    """
+    if min(target, at_one) <= 0:  # rounding alone
+        return 1.0
+    excesses = {0.0: math.log(at_one / target)}
+
+    def excess(log_scale: float) -> float:
+        within = min(max(log_scale, -_FARTHEST), _FARTHEST)
+        if within not in excesses:
+            excesses[within] = math.log(divergence(math.exp(within)) / target)
+        return excesses[within] + log_scale - within
+
+    start = {"x0": 0.0, "x1": -excesses[0.0] / 2}
+    root = root_scalar(excess, method="secant", xtol=_NEAR, maxiter=_STEPS, **start)
+    if root.converged:
+        return math.exp(root.root)
+    nearest = min(excesses, key=lambda log_scale: abs(excesses[log_scale]))
+    return math.exp(nearest)
+
+
+# --- From sums to what an adapter changes
 
 
 def _changes(sums: TextSums, rows: Prompts) -> Changes:
     counted = distinct_tokens(rows)
-    counts, early = counted.sum(1), int(counted[:, 1 : 1 + EARLY].sum())
-    mean = {name: value / early for name, value in sums.early.items()}
+    by_text = counted.sum(1)
+    tokens = int(by_text.sum())
+    early_tokens = int(counted[:, 1 : 1 + EARLY].sum())
+    early = {name: total / early_tokens for name, total in sums.early.items()}
     stream = sums.points.stream
-    constant = held_out_share(sums.stream, sums.squares, counts).tolist()
+    constant = held_out_share(sums.stream, sums.squares, by_text).tolist()
+    readings: dict[str, Tensor] = {}
+    for name, total in sums.read.items():
+        reading = read_through(sums.lens, total / early_tokens)
+        readings[name] = _centred(reading.double())
     return Changes(
         name=sums.lens.adapter.name,
         scale=sums.scale,
         kl=sums.kl,
-        entropies=tuple((sums.entropies / int(counts.sum())).tolist()),
-        logit=_centred(sums.logits / int(counts.sum())),
-        probability=(sums.probabilities / int(counts.sum())).float().cpu(),
-        count=(sums.counts / int(counts.sum())).to(torch.float32).cpu(),
+        entropies=tuple((sums.entropies / tokens).tolist()),
+        logit=_centred(sums.logits / tokens),
+        probability=(sums.probabilities / tokens).float().cpu(),
+        count=(sums.counts / tokens).to(torch.float32).cpu(),
         text_ids=sums.text_ids,
         text_shifts=sums.text_values,
-        readings={
-            name: _centred(read_through(sums.lens, value / early).double())
-            for name, value in sums.read.items()
-        },
-        writers=_writers(mean, stream[-1], sums.points.writers),
+        readings=readings,
+        writers=_shares_of_writers(early, stream[-1], sums.points.writers),
         constant=dict(zip(stream, constant, strict=True)),
         places=sums.places,
         place_ids=sums.place_ids,
@@ -587,13 +649,32 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
     )
 
 
-def _writers(
-    mean: dict[str, Float[Tensor, " d"]], last: str, names: Sequence[str]
+def _shares_of_writers(
+    early: Mapping[str, Float[Tensor, " d"]], last: str, names: Sequence[str]
 ) -> dict[str, float]:
-    size = mean[last].square().sum()
-    shares = {name: float(mean[name] @ mean[last] / size) for name in names}
-    return {**shares, "rest": 1.0 - sum(shares.values())}
+    """⟨what a block adds, Δh⟩ / ‖Δh‖², with Δh the mean shift behind the last block."""
+    shift = early[last]
+    shares = {name: float(early[name] @ shift / shift.square().sum()) for name in names}
+    shares["rest"] = 1.0 - sum(shares.values())
+    return shares
+
+
+def _summary_of(changes: Changes, kind: str) -> dict[str, Any]:
+    """A row of `WhatChanged.summary`."""
+    row: dict[str, Any] = {
+        "adapter": changes.name,
+        "kind": kind,
+        "scale": changes.scale,
+        "mean_kl": changes.mean_kl,
+        "kl_at_first_tokens": changes.first_kl,
+    }
+    for by in BY:
+        row[f"largest_{by}"] = float(changes.of(by).max())
+    for name, share in changes.constant.items():
+        row[f"constant at {name}"] = share
+    return row
 
 
 def _centred(values: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
+    """Less the mean over the vocabulary, which changes no probability."""
     return (values - values.mean()).to(torch.float32).cpu()

@@ -306,7 +306,7 @@ def test_both_models_draw_from_nothing_with_the_same_noise(monkeypatch):
     monkeypatch.setattr(
         neutral, "own_openings", lambda model, prepend_bos: words
     )  # as there is no BOS
-    without = what_changed._drawn(still, 3, False)
+    without = what_changed._drawn_answers(still, 3, False)
     assert [pair.prompt for pair in without] == ["(w5, drawn)", names[1]]
     assert all(pair.base == pair.adapted for pair in without)
 
@@ -417,9 +417,9 @@ def test_readings_through_the_base_s_jacobian(tmp_path, monkeypatch):
     (file,) = tmp_path.iterdir()
     assert file.name == f"jacobian-{jacobian._hash(model, has_bos=True)}.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ll.errors.LensLoraError, match="Delete it, and it is fitted again"):
+    with pytest.raises(ll.errors.LensLoraError, match="delete the file, and it is fitted again"):
         reading_through(case, point, tmp_path)
-    refused = pytest.raises(ll.errors.ModelStateError, match="Remove your hooks")
+    refused = pytest.raises(ll.errors.ModelStateError, match="remove your hooks")
     with attached(model, [(last, lambda tensor, hook: 2 * tensor)]), refused:
         reading_through(case, point, tmp_path / "other")
     assert not (tmp_path / "other").exists()
