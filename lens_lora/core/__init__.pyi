@@ -6,12 +6,14 @@ from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import adapter_format as adapter_format
+from .analyses.first_order import Components as Components
 from .analyses.first_order import components as components
 from .analyses.first_order import first_order as first_order
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin
 from .analyses.own_analyses import Analysis as Analysis
 from .analyses.own_analyses import analysis as analysis
+from .analyses.patching import ActivationEffects as ActivationEffects
 from .analyses.patching import How as How
 from .analyses.patching import patch_activations as patch_activations
 from .analyses.patching import patch_sites as patch_sites

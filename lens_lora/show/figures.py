@@ -28,9 +28,12 @@ from lens_lora.show.text import cut_in_the_middle, label, percent, short_prompt,
 # --- The look
 
 
-EXACT, LINEAR, FLIP, NEGATIVE, NOISE = "#2f83c5", "#e0802b", "#b04fc4", "#c9445a", "#999999"
+EXACT = "#2f83c5"
+LINEAR = "#e0802b"
+FLIP = "#b04fc4"
+NEGATIVE = "#c9445a"
+NOISE = "#999999"
 _BLANK = "rgba(128,128,128,0.32)"
-
 
 _TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
 BELOW: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.26, **_TOP_LEFT}
@@ -48,10 +51,20 @@ _Looks = Mapping[str, Mapping[str, Any]]
 def finish(
     figure: go.Figure, titles: Pair, axes: Pair, height: int = 420, **layout: Any
 ) -> go.Figure:
-    """The titles, the look that reads on light and dark pages, and what else is said of axes."""
-    (across, upwards), title = axes, _title(*titles)
-    if len(titles[0]) > _HEADING:
-        figure.update_layout(meta={"heading": label(titles[0])})  # whole, for the caption of a page
+    """Put the titles on a figure, the look that reads on light and dark pages, and the axes.
+
+    Args:
+        figure: with its traces; it is changed, and returned.
+        titles: the heading, and the smaller line below it.
+        axes: what the axis across says, and the one upwards.
+        height: in pixels.
+        layout: what else plotly's layout is to have.
+    """
+    heading, below = titles
+    across, upwards = axes
+    title = _title(heading, below)
+    if len(heading) > _HEADING:
+        figure.update_layout(meta={"heading": label(heading)})  # whole, for the caption of a page
     margin = {"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60}
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
     figure.update_layout(height=height, template=LOOK, title=title, margin=margin, legend=legend)
@@ -79,8 +92,10 @@ def _title(heading: str, below: str) -> dict[str, Any]:
 
 # --- Words on figures, and axes
 
-_PROMPT_WIDTH, _PROMPTS_NAMED = 48, 2
-_MOST_TICKS, _FEW_TICKS = 40, 20
+_PROMPT_WIDTH = 48  # characters of a prompt that is quoted in a title
+_PROMPTS_NAMED = 2
+_MOST_TICKS = 40  # on an axis each of whose places has a tick
+_FEW_TICKS = 20  # on one of whose places every few have a tick
 _Item = TypeVar("_Item")
 
 
@@ -113,7 +128,8 @@ def value_text(value: float | None, shift: float, units: str) -> str:
 
 def every_few(items: Sequence[_Item], most: int = _FEW_TICKS) -> Sequence[_Item]:
     """As many items as an axis can name, evenly spaced."""
-    return items[:: math.ceil(len(items) / most) or 1]
+    step = math.ceil(len(items) / most) or 1
+    return items[::step]
 
 
 class Axis(NamedTuple):
@@ -150,10 +166,13 @@ def layers_axis(sites: Sequence[Any]) -> Axis:
 
     Every few layers are named by number, and what lies outside the layers by its own name.
     """
-    layers = range(min(0, *(s.layer for s in sites)), 1 + max(s.layer for s in sites))
+    adapted = [site.layer for site in sites]
+    layers = range(min(0, *adapted), 1 + max(adapted))
     step = math.ceil(len(layers) / _FEW_TICKS)
     names = {layer: str(layer) for layer in layers if layer % step == 0}
-    names |= {site.layer: site.kind for site in sites if site.kind in OUTSIDE_KINDS}
+    for site in sites:
+        if site.kind in OUTSIDE_KINDS:
+            names[site.layer] = site.kind
     return Axis(layers, "layer", ticks(names, names.values()))
 
 
@@ -180,40 +199,73 @@ def heatmap(
     note: str = "",
     row_height: int = 18,
 ) -> go.Figure:
-    """Cells coloured from −reach to reach, amounts from zero; None and NaN are grey.
+    """A cell for every row and column, coloured by its value; None and NaN are grey.
 
-    By default the reach is the largest size.
+    Args:
+        titles: the heading, and the smaller line below it.
+        z: the values, row by row.
+        says: the hover of a cell.
+        x, y: the columns, and the rows.
+        units: of the values.
+        scale: 'pushes' and 'signed' are coloured from −reach to reach, an 'amount' from zero.
+        reach: where the colours end; without it at the largest size.
+        note: stands above the bar of colours.
+        row_height: in pixels.
     """
-    hover = _cell_hover(z, says)
-    z = [[None if v is None or not math.isfinite(v) else v for v in row] for row in z]
+    values = [[_finite_or_none(value) for value in row] for row in z]
+    present = [value for row in values for value in row if value is not None]
     if reach is None:
-        reach = max((abs(v) for row in z for v in row if v is not None), default=0.0)
-    is_amount, reach = scale == "amount", reach or 1.0
-    cells: dict[str, Any] = {"x": list(x.values), "y": list(y.values)}
-    cells |= {f"{side}gap": int(len(cells[side]) <= _MOST_WITH_GAPS) for side in "xy"}
-    lines = [*filter(None, (label(units), _COLOUR_MEANS[scale], note)), "&nbsp;"]
-    bar_title = {"text": "<br>".join(lines), "side": "top", "font": {"size": 13}}
-    colours = {"colorscale": DIVERGING, "zmin": -reach, "zmid": 0, "zmax": reach}
-    if is_amount:
-        colours = {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": reach}
-    bar = {"title": bar_title, "thickness": 14, "outlinewidth": 0}
+        reach = max(map(abs, present), default=0.0)
+    places: dict[str, Any] = {
+        "x": list(x.values),
+        "y": list(y.values),
+        "xgap": int(len(x.values) <= _MOST_WITH_GAPS),
+        "ygap": int(len(y.values) <= _MOST_WITH_GAPS),
+    }
     figure = go.Figure().add_heatmap(
-        z=z, hoverongaps=False, colorbar=bar, **cells, **hover, **colours
+        z=values,
+        hoverongaps=False,
+        colorbar=_colour_bar(units, scale, note),
+        **places,
+        **_cell_hover(z, says),
+        **_colours(scale, reach or 1.0),
     )
-    blank = [[1.0 if value is None else None for value in row] for row in z]
-    if any(value for row in blank for value in row):
+    absent = [[1.0 if value is None else None for value in row] for row in values]
+    if any(value for row in absent for value in row):
         grey = [[0, _BLANK], [1, _BLANK]]
-        figure.add_heatmap(**cells, z=blank, colorscale=grey, showscale=False, hoverinfo="skip")
-    height = max(300, 150 + row_height * len(z))
-    columns, rows = {"constrain": "domain", **x.layout}, dict(y.layout)
-    finish(figure, titles, (x.title, y.title), height, xaxis=columns, yaxis=rows)
+        figure.add_heatmap(**places, z=absent, colorscale=grey, showscale=False, hoverinfo="skip")
+    height = max(300, 150 + row_height * len(values))
+    columns = {"constrain": "domain", **x.layout}
+    finish(figure, titles, (x.title, y.title), height, xaxis=columns, yaxis=dict(y.layout))
     return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
 
 
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _colours(scale: Scale, reach: float) -> dict[str, Any]:
+    """Where the colours of a heatmap begin and end."""
+    if scale == "amount":
+        return {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": reach}
+    return {"colorscale": DIVERGING, "zmin": -reach, "zmid": 0, "zmax": reach}
+
+
+def _colour_bar(units: str, scale: Scale, note: str) -> dict[str, Any]:
+    """The bar beside a heatmap, with what its colours mean above it."""
+    lines = [*filter(None, (label(units), _COLOUR_MEANS[scale], note)), "&nbsp;"]
+    title = {"text": "<br>".join(lines), "side": "top", "font": {"size": 13}}
+    return {"title": title, "thickness": 14, "outlinewidth": 0}
+
+
 def _cell_hover(z: Cells, says: Says) -> dict[str, Any]:
+    """The hover of every cell, row by row, or plotly's template of all."""
     if isinstance(says, str):
         return _hover(says)
-    return _hover([[says(i, j, cell) for j, cell in enumerate(row)] for i, row in enumerate(z)])
+    texts: list[list[str]] = []
+    for i, row in enumerate(z):
+        texts.append([says(i, j, value) for j, value in enumerate(row)])
+    return _hover(texts)
 
 
 KINDS = (
@@ -237,23 +289,27 @@ def kinds_by_layer(
     In a sum of adapters several sites may share a cell. It holds their sum; or, on a scale with an
     end of its own, their mean.
     """
-    held_kinds = dict.fromkeys(site.kind for site in sites)
-    kinds = sorted(held_kinds, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
+    kinds = sorted(dict.fromkeys(site.kind for site in sites), key=_place_of_kind)
     y = layers_axis(sites)
-    heads = [f"<b>{label(site.name)}</b><br>{label(site.module)}" for site in sites]
-    hover = [f"{head}<br>{said}" for head, said in zip(heads, says, strict=True)]
-    held: Any = pd.DataFrame({"value": values, "hover": hover}).groupby(
-        [[site.layer for site in sites], [site.kind for site in sites]]
-    )
-    numbers = held["value"].sum(min_count=1) if reach is None else held["value"].mean()
+    hover: list[str] = []
+    for site, said in zip(sites, says, strict=True):
+        hover.append(f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{said}")
+    cell_of_site = [[site.layer for site in sites], [site.kind for site in sites]]
+    by_cell: Any = pd.DataFrame({"value": values, "hover": hover}).groupby(cell_of_site)
+    numbers = by_cell["value"].sum(min_count=1) if reach is None else by_cell["value"].mean()
     z = numbers.unstack().reindex(index=y.values, columns=kinds).to_numpy().tolist()
-    texts = held["hover"].agg("<br>".join)
+    texts = by_cell["hover"].agg("<br>".join)
 
-    def cell_text(row: int, column: int, _: object) -> str:
+    def cell_hover(row: int, column: int, _: object) -> str:
         return texts.get((y.values[row], kinds[column]), "")
 
     x = names_axis(kinds, "kind of module")
-    return heatmap(titles, z, cell_text, x, y, units, scale, reach=reach)
+    return heatmap(titles, z, cell_hover, x, y, units, scale, reach=reach)
+
+
+def _place_of_kind(kind: str) -> int:
+    """The place of a kind of module in the order of the forward pass; others come last."""
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 # --- Bars, curves and points
@@ -312,7 +368,8 @@ def grouped_points(
     traces: list[go.Scatter] = []
     for group, look in looks.items():
         chosen = [name == group for name in groups]
-        xs, ys = (list(itertools.compress(values, chosen)) for values in (x, y))
+        xs = list(itertools.compress(x, chosen))
+        ys = list(itertools.compress(y, chosen))
         texts = list(itertools.compress(hover, chosen))
         name = f"{label(group)}: {len(xs)} of {len(x)}" if counts else label(group)
         traces.append(points(xs, ys, texts, name, **look))
@@ -367,5 +424,7 @@ def cut_colours(values: Any) -> dict[str, Any]:
     """Where a heatmap's colours end, and the note that says so."""
     sizes = values.abs().flatten()
     is_cut = max(values.shape) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
-    reach = float(sizes.quantile(_CUT) if is_cut else sizes.max())
-    return {"reach": reach, "note": f"cut at {reach:.2g}" if is_cut else ""}
+    if not is_cut:
+        return {"reach": float(sizes.max()), "note": ""}
+    reach = float(sizes.quantile(_CUT))
+    return {"reach": reach, "note": f"cut at {reach:.2g}"}

@@ -1,4 +1,4 @@
-"""Results as heatmaps and bars: over sites, groups, tokens, hook points, features and layers."""
+"""The core's results as heatmaps and bars: over sites, groups, tokens and hook points."""
 
 from __future__ import annotations
 
@@ -7,133 +7,160 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import pandas as pd
+from torch import Tensor
 
-from lens_lora import results
 from lens_lora.arguments import whole, word
-from lens_lora.core import only_prompt
+from lens_lora.core import (
+    ActivationEffects,
+    Attribution,
+    Effects,
+    GroupAttribution,
+    drawing,
+    only_prompt,
+)
 from lens_lora.core.model.sites import layer_order
-from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import MOST_POSITIONS, Axis, Shown
 from lens_lora.errors import ArgumentError
-from lens_lora.show import figures, go, text
+from lens_lora.show import figures, go
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
-from lens_lora.show.text import label, magnitude, signed, visible
+from lens_lora.show.text import key_text, label, magnitude, signed, visible
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
-_MOST_ROWS = 40
+_MOST_SITES = 40
 
 
-@drawing.figure.register(results.Attribution)
+@drawing.figure.register(Attribution)
 def attribution_figure(
-    attribution: results.Attribution, prompt: int | None = None, by: Shown | None = None
+    attribution: Attribution, prompt: int | None = None, by: Shown | None = None
 ) -> go.Figure:
     """The picture of one axis: by default the first along which some site has a part.
 
-    Of an attribution that was not split, or with by='site', layer × kind of module.
+    An attribution that was not split is drawn as with by='site': layer × kind of module.
     """
-    shown: Shown
-    if by is None:
-        axes: list[Axis] = [axis for axis in attribution.by if _has_parts(attribution, axis)]
-        shown = axes[0] if axes else "site"
-    else:
+    if by is not None:
         word("by", by, get_args(Shown))
-        shown = by
+    shown = _first_axis(attribution) if by is None else by
     if shown == "site":
         return site_heatmap(attribution, prompt)
     if shown == "position":
         return position_heatmap(attribution, prompt)
     if shown == "token":
-        return _layers_by_token(attribution, prompt, "token")
+        return token_heatmap(attribution, prompt)
     return _parts_heatmap(attribution, prompt, shown)
 
 
-def site_heatmap(attribution: results.Attribution, prompt: int | None = None) -> go.Figure:
+def _first_axis(attribution: Attribution) -> Shown:
+    """The first axis along which some site has a part; 'site' where there is none."""
+    for axis in attribution.by:
+        if _has_parts(attribution, axis):
+            return axis
+    return "site"
+
+
+def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
     """Layer × kind of module, each site summed over whatever it was split by."""
     _, site_values, shift, _ = attribution.entries(prompt)
-    values, units = site_values.tolist(), attribution.units
-    says = [value_text(value, float(shift), units) for value in values]
+    values = site_values.tolist()
+    units = attribution.units
+    hover = [value_text(value, float(shift), units) for value in values]
     if prompt is None and len(attribution.base) > 1:
-        spread = attribution.per_site.cpu().double().std(0).tolist()
-        pairs = zip(says, spread, strict=True)
-        says = [f"{said}<br>± {magnitude(deviation)} over prompts" for said, deviation in pairs]
-    below = f"by layer and kind of module{_summed(attribution)}"
+        deviations = attribution.per_site.cpu().double().std(0).tolist()
+        hover = [
+            f"{said}<br>± {magnitude(deviation)} over prompts"
+            for said, deviation in zip(hover, deviations, strict=True)
+        ]
+    below = f"by layer and kind of module{_summed_text(attribution)}"
     titles = _titles(attribution, below, prompt)
-    return figures.kinds_by_layer(titles, attribution.sites, values, says, units)
+    return figures.kinds_by_layer(titles, attribution.sites, values, hover, units)
 
 
-def _summed(attribution: results.Attribution, *shown: Axis) -> str:
+def _summed_text(attribution: Attribution, *shown: Axis) -> str:
     """', summed over heads and ranks', to follow what a picture shows; '' where nothing is."""
     others = [f"{axis}s" for axis in attribution.by if axis not in shown]
     return f", summed over {' and '.join(others)}" if others else ""
 
 
-@drawing.positions.register(results.Attribution)
+@drawing.positions.register(Attribution)
 def position_heatmap(
-    attribution: results.Attribution, prompt: int | None = None, most: int | None = MOST_POSITIONS
+    attribution: Attribution, prompt: int | None = None, most: int | None = MOST_POSITIONS
 ) -> go.Figure:
     """Layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
-    return _layers_by_token(attribution, prompt, "position", most)
+    index = only_prompt(prompt, len(attribution.base), "positions")
+    tokens = attribution.str_tokens[index]
+    count = len(tokens) if most is None else whole("most", most, 1)
+    return _layers_by_token(attribution, index, "position", tokens, count)
+
+
+def token_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
+    """Layer × token of the response of one prompt, summed over the layer's sites."""
+    index = only_prompt(prompt, len(attribution.base), "tokens of responses")
+    tokens = attribution.response[index]
+    return _layers_by_token(attribution, index, "token", tokens, len(tokens))
 
 
 def _layers_by_token(
-    attribution: results.Attribution, prompt: int | None, axis: Axis, most: int | None = None
+    attribution: Attribution, prompt: int, axis: Axis, tokens: Sequence[str], most: int
 ) -> go.Figure:
-    """By position, or by token of the response."""
-    what = "positions" if axis == "position" else "tokens of responses"
-    index = only_prompt(prompt, len(attribution.base), what)
-    y, units, first = figures.layers_axis(attribution.sites), attribution.units, 0
-    tokens, below = attribution.str_tokens[index], "by layer and position"
-    if axis == "token":
-        tokens, below, first = attribution.response[index], "by layer and token of the response", 1
-    below += _summed(attribution, axis)
-    shift = float(attribution.shift[index])
-    values, layers = attribution.along(axis, index)[0], [site.layer for site in attribution.sites]
+    """At most so many tokens: those with the largest |value| in some layer."""
+    is_response = axis == "token"
+    first = 1 if is_response else 0  # positions are counted from 0, tokens of a response from 1
+    units = attribution.units
+    shift = float(attribution.shift[prompt])
+    values, _ = attribution.along(axis, prompt)
+    y = figures.layers_axis(attribution.sites)
+    layers = [site.layer for site in attribution.sites]
     by_site: Any = pd.DataFrame(values[:, : len(tokens)].numpy(), index=layers)
-    sums = by_site.groupby(level=0).sum().reindex(y.values)
-    count = len(tokens) if most is None else whole("most", most, 1)
-    shown: list[int] = sorted(sums.abs().max().nlargest(count).index.tolist())
+    by_layer = by_site.groupby(level=0).sum().reindex(y.values)
+    largest = by_layer.abs().max().nlargest(most)
+    shown: list[int] = sorted(largest.index.tolist())
+    below = f"by layer and {'token of the response' if is_response else 'position'}"
+    below += _summed_text(attribution, axis)
     if len(shown) < len(tokens):
         below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
 
-    def says(i: int, j: int, value: float | None) -> str:
-        where = f"<b>layer {y.values[i]}, {axis} {shown[j] + first}</b>"
-        return f"{where}: {label(visible(tokens[shown[j]]))}<br>{value_text(value, shift, units)}"
+    def hover(i: int, j: int, value: float | None) -> str:
+        place = shown[j]
+        where = f"<b>layer {y.values[i]}, {axis} {place + first}</b>"
+        return f"{where}: {label(visible(tokens[place]))}<br>{value_text(value, shift, units)}"
 
-    titles, x = _titles(attribution, below, index), figures.tokens_axis(tokens, shown, first=first)
-    return heatmap(titles, sums[shown].to_numpy().tolist(), says, x, y, units)
+    x = figures.tokens_axis(tokens, shown, first=first)
+    cells = by_layer[shown].to_numpy().tolist()
+    return heatmap(_titles(attribution, below, prompt), cells, hover, x, y, units)
 
 
-def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> go.Figure:
+def _parts_heatmap(attribution: Attribution, prompt: int | None, axis: Axis) -> go.Figure:
     """Site × head, expert or rank, of the sites with the largest part."""
     parts, exists = _parts(attribution, prompt, axis)
     _, shift = attribution.mean_over(prompt, attribution.base)
-    having = int(exists.any(1).sum())
-    if not having:
+    units = attribution.units
+    sites_with_parts = int(exists.any(1).sum())
+    if not sites_with_parts:
         raise ArgumentError(
-            f"by={axis!r}: no site of this attribution has {axis}s. "
-            "plot(by='site') draws the sites."
+            f"by={axis!r}: no site of this attribution has {axis}s",
+            remedy="plot(by='site') draws the sites.",
         )
-    sizes = parts.abs().masked_fill(~exists, -1.0).amax(1)
-    chosen = sorted(sizes.argsort(descending=True)[: min(_MOST_ROWS, having)].tolist())
+    largest = parts.abs().masked_fill(~exists, -1.0).amax(1)
+    count = min(_MOST_SITES, sites_with_parts)
+    chosen = sorted(largest.argsort(descending=True)[:count].tolist())
     below = f"by site and {axis}"
     if axis == "rank":
         below += " of the SVD of ΔW" if attribution.gauge == "svd" else " as trained"
-    below += _summed(attribution, axis)
-    if len(chosen) < having:
-        below += f", the {len(chosen)} of {having} sites with the largest part"
-    z = parts.masked_fill(~exists, math.nan)[chosen].tolist()
-    x, units = names_axis(range(parts.shape[1]), axis), attribution.units
+    below += _summed_text(attribution, axis)
+    if count < sites_with_parts:
+        below += f", the {count} of {sites_with_parts} sites with the largest part"
+    x = names_axis(range(parts.shape[1]), axis)
     y = names_axis(attribution.sites[i].name for i in chosen)
 
-    def says(i: int, part: int, value: float | None) -> str:
+    def hover(i: int, part: int, value: float | None) -> str:
         return f"<b>{y.values[i]}</b>, {axis} {part}<br>{value_text(value, float(shift), units)}"
 
-    return heatmap(_titles(attribution, below, prompt), z, says, x, y, units)
+    cells = parts.masked_fill(~exists, math.nan)[chosen].tolist()
+    return heatmap(_titles(attribution, below, prompt), cells, hover, x, y, units)
 
 
-def _parts(attribution: results.Attribution, prompt: int | None, axis: Axis) -> tuple[Any, Any]:
+def _parts(attribution: Attribution, prompt: int | None, axis: Axis) -> tuple[Tensor, Tensor]:
     """The values along an axis, and which exist: two [site, part].
 
     The last slot by head and by expert, which is of sites that have none, is left out.
@@ -144,96 +171,111 @@ def _parts(attribution: results.Attribution, prompt: int | None, axis: Axis) -> 
     return parts, exists
 
 
-def _has_parts(attribution: results.Attribution, axis: Axis) -> bool:
+def _has_parts(attribution: Attribution, axis: Axis) -> bool:
     """Whether some site has a part along the axis: an adapter of MLPs alone has no heads."""
     _, exists = _parts(attribution, None, axis)
     return bool(exists.any())
 
 
-def require_positions(attribution: results.Attribution) -> None:
-    """Refuse an attribution without positions."""
+def require_positions(attribution: Attribution) -> None:
+    """Refuse an attribution without positions.
+
+    Raises:
+        ArgumentError: it is not split by position.
+    """
     if "position" not in attribution.by:
-        split = f"the attribution is split by {attribution.by or 'nothing'}, not by position"
-        raise ArgumentError(f'{split}; compute it with first_order(..., by="position").')
+        raise ArgumentError(
+            f"the attribution is split by {attribution.by or 'nothing'}, not by position",
+            remedy='compute it with first_order(..., by="position").',
+        )
 
 
 def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
-    heading = f"{result.readout}, {text.key_text(result.key)}"
+    """What was attributed and how; below it what is shown, and of which prompts."""
+    heading = f"{result.readout}, {key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
 
 
-# --- Sites one by one: effects, sets of sites, constant parts
+# --- Effects, and groups of sites
 
 
-@drawing.figure.register(results.Effects)
-def effects_figure(effects: results.Effects, prompt: int | None = None) -> go.Figure:
+@drawing.figure.register(Effects)
+def effects_figure(effects: Effects, prompt: int | None = None) -> go.Figure:
     """Layer × kind of module for single sites, a bar for each group of several."""
-    if effects.of == "site" and all(len(members) == 1 for members in effects.groups.values()):
+    is_single = all(len(members) == 1 for members in effects.groups.values())
+    if effects.of == "site" and is_single:
         return site_heatmap(effects.attribution(), prompt)
-    _, group_values, shift, _ = effects.entries(prompt)
-    return _bars_of_groups(effects, group_values.tolist(), float(shift), prompt)
+    return _bars_of_groups(effects, prompt)
 
 
-def _bars_of_groups(
-    result: results.Effects | results.GroupAttribution,
-    values: Sequence[float],
-    shift: float,
-    prompt: int | None,
-) -> go.Figure:
+@drawing.figure.register(GroupAttribution)
+def grouped_figure(grouped: GroupAttribution, prompt: int | None = None) -> go.Figure:
+    """A bar for each group; by token what each group contributes to each token of one response."""
+    if not grouped.by:
+        return _bars_of_groups(grouped, prompt)
+    index = only_prompt(prompt, len(grouped.base), "tokens")
+    tokens = grouped.response[index]
+    shift = float(grouped.shift[index])
+    units = grouped.units
+    total = float(grouped.per_group[index].sum())
+    heading = f"{grouped.readout} by token, first order at ε = {grouped.at:g}"
+    below = f"{signed(total)} over all groups, the shift is {signed(shift)} {units}"
+    titles = (heading, f"{below} · {whose(index, grouped.str_tokens)}")
+    rows = grouped.values[index, :, : len(tokens)].double().tolist()
+
+    def hover(name: str, value: float) -> str:
+        return f"<b>{label(name)}</b>: {value_text(value, shift, units)}"
+
+    return groups_by_token(titles, list(grouped.groups), tokens, rows, units, hover)
+
+
+def _bars_of_groups(result: Effects | GroupAttribution, prompt: int | None) -> go.Figure:
     """A bar for each group of sites."""
+    _, group_values, shift, _ = result.entries(prompt)
+    values = group_values.tolist()
     units = result.units
-    hover = [
-        f"<b>{label(name)}</b><br>{value_text(value, shift, units)}<br>sites: {len(members)}"
-        for (name, members), value in zip(result.groups.items(), values, strict=True)
-    ]
-    titles = _titles(result, f"of a shift of {signed(shift)} {units}", prompt)
+    hover: list[str] = []
+    for (name, members), value in zip(result.groups.items(), values, strict=True):
+        said = value_text(value, float(shift), units)
+        hover.append(f"<b>{label(name)}</b><br>{said}<br>sites: {len(members)}")
+    titles = _titles(result, f"of a shift of {signed(float(shift))} {units}", prompt)
     return figures.bars(titles, result.groups, values, hover, units)
 
 
-# --- Groups × tokens of a response, prompts × layers, groups × groups
-
-
-@drawing.figure.register(results.GroupAttribution)
-def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None) -> go.Figure:
-    """A bar for each group; by token what each group contributes to each token of one response."""
-    if not grouped.by:
-        _, group_values, shift, _ = grouped.entries(prompt)
-        return _bars_of_groups(grouped, group_values.tolist(), float(shift), prompt)
-    index = only_prompt(prompt, len(grouped.base), "tokens")
-    tokens, shift, units = grouped.response[index], float(grouped.shift[index]), grouped.units
-    total = signed(float(grouped.per_group[index].sum()))
-    heading = f"{grouped.readout} by token, first order at ε = {grouped.at:g}"
-    below = f"{total} over all groups, the shift is {signed(shift)} {units}"
-    titles = heading, f"{below} · {whose(index, grouped.str_tokens)}"
-    rows = grouped.values[index, :, : len(tokens)].double().tolist()
-
-    def says(name: str, value: float) -> str:
-        return f"<b>{label(name)}</b>: {value_text(value, shift, units)}"
-
-    return groups_by_token(titles, list(grouped.groups), tokens, rows, units, says)
-
-
-_Says = Callable[[str, float], str]
-_Rows = figures.Cells
-
-
 def groups_by_token(
-    titles: figures.Pair, names: Sequence[str], response: Any, rows: _Rows, units: str, says: _Says
+    titles: figures.Pair,
+    names: Sequence[str],
+    response: Sequence[str],
+    rows: figures.Cells,
+    units: str,
+    hover: Callable[[str, float], str],
 ) -> go.Figure:
-    """A row for each group, a column for each token."""
+    """A row for each group, a column for each token of a response.
+
+    Args:
+        titles: the heading, and the line below it.
+        names: the groups; 'layer 3' is written as 3.
+        response: the tokens.
+        rows: [group, token].
+        units: of the values.
+        hover: what is said of a group's value at a token, above the token.
+    """
     is_layers = all(name.startswith("layer ") for name in names)
-    y = names_axis((n.removeprefix("layer ") for n in names), "layer" if is_layers else "")
-    shown = figures.every_few(range(len(names)), 15) if is_layers else range(len(names))
-    y = y._replace(layout={**y.layout, **figures.ticks(shown, (y.values[i] for i in shown))})
+    shown_names = [name.removeprefix("layer ") for name in names]
+    y = names_axis(shown_names, "layer" if is_layers else "")
+    places = range(len(names))
+    ticked = figures.every_few(places, 15) if is_layers else places
+    ticks = figures.ticks(ticked, [y.values[i] for i in ticked])
+    y = y._replace(layout={**y.layout, **ticks})
     x = figures.tokens_axis(response, title="token of the response", first=1)
 
-    def cell_text(i: int, t: int, value: float | None) -> str:
-        return f"{says(names[i], value or 0.0)}<br>{t + 1} {label(visible(response[t]))}"
+    def cell_hover(i: int, t: int, value: float | None) -> str:
+        return f"{hover(names[i], value or 0.0)}<br>{t + 1} {label(visible(response[t]))}"
 
-    return heatmap(titles, rows, cell_text, x, y, units, row_height=12)
+    return heatmap(titles, rows, cell_hover, x, y, units, row_height=12)
 
 
-# --- Hook points and features
+# --- Hook points
 
 _DIRECTIONS = {
     "base_to_adapted": "base activations into the adapted model",
@@ -241,43 +283,75 @@ _DIRECTIONS = {
 }
 
 
-@drawing.figure.register(results.ActivationEffects)
-def activation_figure(effects: results.ActivationEffects, prompt: int | None = None) -> go.Figure:
+@drawing.figure.register(ActivationEffects)
+def activation_figure(effects: ActivationEffects, prompt: int | None = None) -> go.Figure:
     """Hook point × position where each was patched alone; else layer × hook point, or bars."""
     values, total = effects.of_prompt(prompt)
-    rows, shift, units = values.tolist(), float(total), effects.units
+    shift = float(total)
     place = "" if effects.positions in ("all", "each") else f", positions {effects.positions}"
-    below = f"activation patching{place} · {whose(prompt, effects.str_tokens)}"
-    titles = f"{effects.readout}: {_DIRECTIONS[effects.direction]}", below
+    titles = (
+        f"{effects.readout}: {_DIRECTIONS[effects.direction]}",
+        f"activation patching{place} · {whose(prompt, effects.str_tokens)}",
+    )
 
-    def says(name: str, value: float | None) -> str:
+    def hover(name: str, value: float | None) -> str:
         is_there = value is not None and not math.isnan(value)
-        said = value_text(value, shift, units) if is_there else "no such position"
+        said = value_text(value, shift, effects.units) if is_there else "no such position"
         return f"<b>{label(name)}</b><br>{said}"
 
     if effects.by_position:
-        tokens = effects.str_tokens[only_prompt(prompt, len(effects.base))]
-        order = layer_order(effects.names)
-        x, y = figures.tokens_axis(tokens), names_axis(effects.names[i] for i in order)
-        z = [rows[i][: len(tokens)] for i in order]
+        index = only_prompt(prompt, len(effects.base))
+        return _points_by_position(effects, titles, values.tolist(), index, hover)
+    layers = {layer for layer, _ in effects.places}
+    if len(layers) == 1:
+        texts = [hover(n, v) for n, v in zip(effects.names, values.tolist(), strict=True)]
+        return figures.bars(titles, effects.names, values.tolist(), texts, effects.units)
+    return _points_by_layer(effects, titles, values.tolist(), hover)
 
-        def said(i: int, t: int, value: float | None) -> str:
-            return says(f"{y.values[i]}, position {t} {visible(tokens[t])}", value)
 
-        return heatmap(titles, z, said, x, y, units)
-    if len({layer for layer, _ in effects.places}) == 1:
-        hover = [says(name, value) for name, value in zip(effects.names, rows, strict=True)]
-        return figures.bars(titles, effects.names, rows, hover, units)
-    # Points outside the blocks have a row of their own, below.
-    places = [(-1 if layer is None else layer, kind) for layer, kind in effects.places]
+_PointHover = Callable[[str, float | None], str]
+
+
+def _points_by_position(
+    effects: ActivationEffects,
+    titles: figures.Pair,
+    values: Sequence[Sequence[float]],
+    prompt: int,
+    hover: _PointHover,
+) -> go.Figure:
+    """Hook point × position of one prompt."""
+    tokens = effects.str_tokens[prompt]
+    order = layer_order(effects.names)
+    x = figures.tokens_axis(tokens)
+    y = names_axis(effects.names[i] for i in order)
+    cells = [values[i][: len(tokens)] for i in order]
+
+    def cell_hover(i: int, t: int, value: float | None) -> str:
+        return hover(f"{y.values[i]}, position {t} {visible(tokens[t])}", value)
+
+    return heatmap(titles, cells, cell_hover, x, y, effects.units)
+
+
+def _points_by_layer(
+    effects: ActivationEffects,
+    titles: figures.Pair,
+    values: Sequence[float],
+    hover: _PointHover,
+) -> go.Figure:
+    """Layer × hook point; points outside the blocks have a row of their own, below."""
+    outside = -1
+    places: list[tuple[int, str]] = []
+    for layer, kind in effects.places:
+        places.append((outside if layer is None else layer, kind))
     layers = sorted({layer for layer, _ in places})
     kinds = list(dict.fromkeys(kind for _, kind in places))
-    held = dict(zip(places, zip(effects.names, rows, strict=True), strict=True))
-    cells = [[held.get((layer, kind), ("", None)) for kind in kinds] for layer in layers]
-    z = [[value for _, value in row] for row in cells]
+    value_at = dict(zip(places, values, strict=True))
+    name_at = dict(zip(places, effects.names, strict=True))
+    cells = [[value_at.get((layer, kind)) for kind in kinds] for layer in layers]
     x = names_axis(kinds)
-    y = names_axis(("outside" if layer < 0 else layer for layer in layers), "layer")
-    return heatmap(titles, z, lambda i, j, value: says(cells[i][j][0], value), x, y, units)
+    y = names_axis(("outside" if layer == outside else layer for layer in layers), "layer")
 
+    def cell_hover(i: int, j: int, value: float | None) -> str:
+        return hover(name_at.get((layers[i], kinds[j]), ""), value)
 
-# --- Directions
+    return heatmap(titles, cells, cell_hover, x, y, effects.units)

@@ -7,13 +7,25 @@ else its table. In a notebook the same text; an attribution has tables. Nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from lens_lora import results
-from lens_lora.core import SIGMAS, Paged, Ranked, Result, TokenView, only_prompt
-from lens_lora.core.results import drawing
+from lens_lora.core import (
+    SIGMAS,
+    ActivationEffects,
+    Attribution,
+    Components,
+    Paged,
+    Ranked,
+    Remainder,
+    RemainderCurve,
+    Result,
+    TokenView,
+    drawing,
+    only_prompt,
+)
 from lens_lora.errors import LensLoraError, many
 from lens_lora.show import maps, page
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
@@ -22,16 +34,16 @@ from lens_lora.show.text import key_text, signed
 # --- An attribution
 
 
-@drawing.html.register(results.Attribution)
-def attribution_html(attribution: results.Attribution) -> str:
+@drawing.html.register(Attribution)
+def attribution_html(attribution: Attribution) -> str:
     """What `attribution_text` says, as tables."""
     heading, *notes = attribution_heading(attribution)
     tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
     return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
 
 
-@drawing.tokens.register(results.Attribution)
-def token_view(attribution: results.Attribution, prompt: int | None = None) -> TokenView:
+@drawing.tokens.register(Attribution)
+def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView:
     """What each token of a prompt contributes, through all sites: blue up, red down.
 
     circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
@@ -39,56 +51,88 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     """
     maps.require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
-    try:
-        from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise LensLoraError(
-            "token_view draws with circuitsvis, which is not installed; pip install circuitsvis, "
-            "or use attribution.plot_positions(), which needs nothing more."
-        ) from error
     tokens = attribution.str_tokens[index]
-    others = [axis for axis, name in enumerate(attribution.by, start=1) if name != "position"]
-    values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
-    reach = max(map(abs, values), default=0.0) or 1.0
-    escaped = [str(escape(token)) for token in tokens]
-    ends: Any = {"min_value": -reach, "max_value": reach}
-    drawn: Any = circuitsvis_tokens.colored_tokens(escaped, values, **ends)
-    # The div is written as if it closed itself, which HTML does not know: it would swallow the
-    # rest of the page.
-    picture = drawn.local_src.replace("/>", "></div>", 1)
+    other_axes = [axis for axis, name in enumerate(attribution.by, start=1) if name != "position"]
+    by_position = attribution.values[index].cpu().double().nansum([0, *other_axes])
+    values = by_position[: len(tokens)].tolist()
     caption = (
         f"{attribution.readout}, {key_text(attribution.key)}: each token through all sites, "
         f"{signed(sum(values))} {attribution.units} in all. Blue pushes up, red down."
     )
-    html = page.rendered("captioned", caption=caption, picture=Markup(picture))
+    picture = Markup(_coloured_tokens(tokens, values))
+    html = page.rendered("captioned", caption=caption, picture=picture)
     return TokenView(tokens, tuple(values), html)
+
+
+def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:
+    """The HTML of circuitsvis, which has the same colours for a value and for its opposite."""
+    try:
+        from circuitsvis.tokens import colored_tokens  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise LensLoraError(
+            "token_view draws with circuitsvis, which is not installed",
+            remedy="pip install circuitsvis, or use attribution.plot_positions(), which needs "
+            "nothing more.",
+        ) from error
+    reach = max(map(abs, values), default=0.0) or 1.0
+    escaped = [str(escape(token)) for token in tokens]
+    drawn: Any = colored_tokens(escaped, values, min_value=-reach, max_value=reach)
+    # The div is written as if it closed itself, which HTML does not know: it would swallow the
+    # rest of the page.
+    return drawn.local_src.replace("/>", "></div>", 1)
 
 
 # --- Every other result
 
-_SIZES = {"str_tokens": "prompt", "steps": "checkpoint", "sites": "site", "groups": "group"}
+# Fields whose entries are counted in a heading, and what an entry is called.
+_COUNTED = {
+    "str_tokens": "prompt",
+    "steps": "checkpoint",
+    "sites": "site",
+    "groups": "group",
+    "scales": "scale",
+}
 
 
 @drawing.text.register(Result)
 def result_text(result: Result) -> str:
     """The heading, and below it what the class says."""
-    stated = [
-        f"{name}={value!r}"
-        for name in getattr(result, "__dataclass_fields__", ())
-        if name not in ("readout", "units")
-        and isinstance(value := getattr(result, name), str | int | float)
-    ]
-    lengths = {noun: getattr(result, name, ()) for name, noun in _SIZES.items()}
-    lengths["scale"] = getattr(result, "scales", ())
-    lengths = {noun: values for noun, values in lengths.items() if values is not None}
-    sizes = [many(len(values), noun) for noun, values in lengths.items() if len(values)]
-    parts = (getattr(result, name, None) for name in ("attribution", "first_order"))
-    read: Any = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
-    about = f" of {read.readout}" if hasattr(read, "readout") else ""
-    about += f", in {read.units}" if hasattr(read, "units") else ""
+    read = _part_with_readout(result)
+    about = ""
+    if hasattr(read, "readout"):
+        about += f" of {read.readout}"
+    if hasattr(read, "units"):
+        about += f", in {read.units}"
     origin = getattr(read, "meta", {}).get("prompts", "")
-    detail = "; ".join(filter(None, (" × ".join(sizes), ", ".join(stated), origin)))
-    return f"{type(result).__name__}{about}: {detail}".rstrip() + f"\n{drawing.body(result)}"
+    details = filter(None, (_sizes_text(result), _fields_text(result), origin))
+    heading = f"{type(result).__name__}{about}: {'; '.join(details)}".rstrip()
+    return f"{heading}\n{drawing.body(result)}"
+
+
+def _part_with_readout(result: Any) -> Any:
+    """The result, or a part of it that says what was read."""
+    parts = (result, getattr(result, "attribution", None), getattr(result, "first_order", None))
+    return next((part for part in parts if hasattr(part, "readout")), result)
+
+
+def _sizes_text(result: Any) -> str:
+    """'3 prompts × 12 sites'."""
+    sizes: list[str] = []
+    for name, thing in _COUNTED.items():
+        entries = getattr(result, name, None)
+        if entries is not None and len(entries):
+            sizes.append(many(len(entries), thing))
+    return " × ".join(sizes)
+
+
+def _fields_text(result: Any) -> str:
+    """'at=1.0, method='path'': the fields that are words or numbers."""
+    stated: list[str] = []
+    for name in getattr(result, "__dataclass_fields__", ()):
+        value = getattr(result, name)
+        if name not in ("readout", "units") and isinstance(value, str | int | float):
+            stated.append(f"{name}={value!r}")
+    return ", ".join(stated)
 
 
 @drawing.html.register(Result)
@@ -112,7 +156,7 @@ def _largest(result: Any) -> str:
     return f"{result.top(k=5).to_string()}{_within_rounding(result)}"
 
 
-@drawing.body.register(results.ActivationEffects)
+@drawing.body.register(ActivationEffects)
 def _largest_of_a_prompt(result: Any) -> str:
     # Positions have no mean over prompts.
     prompt = 0 if result.by_position and len(result.base) > 1 else None
@@ -120,18 +164,18 @@ def _largest_of_a_prompt(result: Any) -> str:
     return f"{shown}{result.top(5, prompt).to_string()}{_within_rounding(result)}"
 
 
-@drawing.body.register(results.Components)
-def _components(components: results.Components) -> str:
+@drawing.body.register(Components)
+def _components(components: Components) -> str:
     return many(len(components.z_norm), "prompt")
 
 
-@drawing.body.register(results.Remainder)
-def _remainder(remainder: results.Remainder) -> str:
+@drawing.body.register(Remainder)
+def _remainder(remainder: Remainder) -> str:
     return remainder.to_frame().assign(verdict=list(map(str, remainder.verdict))).to_string()
 
 
-@drawing.body.register(results.RemainderCurve)
-def _order(curve: results.RemainderCurve) -> str:
+@drawing.body.register(RemainderCurve)
+def _order(curve: RemainderCurve) -> str:
     orders = (f"{order:.2f}".replace("nan", "—") for order in curve.order.tolist())
     return f"order {', '.join(orders)}"
 
@@ -142,6 +186,9 @@ def _within_rounding(result: Any) -> str:
         return ""
     sizes = result.values.flatten(1).abs()
     floor = SIGMAS * result.noise_floor[:, None].to(sizes)
-    small, every = int((sizes <= floor).sum()), int((~sizes.isnan()).sum())
+    small = int((sizes <= floor).sum())
+    if not small:
+        return ""
+    every = int((~sizes.isnan()).sum())
     note = "effects are within three noise floors: rounding may be all of them."
-    return f"\n{small} of {every} {note}" if small else ""
+    return f"\n{small} of {every} {note}"
