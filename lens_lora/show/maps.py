@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import pandas as pd
-from torch import Tensor
 
 from lens_lora.arguments import whole, word
 from lens_lora.core import (
@@ -160,7 +159,7 @@ def _parts_heatmap(attribution: Attribution, prompt: int | None, axis: Axis) -> 
     return heatmap(_titles(attribution, below, prompt), cells, hover, x, y, units)
 
 
-def _parts(attribution: Attribution, prompt: int | None, axis: Axis) -> tuple[Tensor, Tensor]:
+def _parts(attribution: Attribution, prompt: int | None, axis: Axis) -> tuple[Any, Any]:
     """The values along an axis, and which exist: two [site, part].
 
     The last slot by head and by expert, which is of sites that have none, is left out.

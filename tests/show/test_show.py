@@ -210,7 +210,7 @@ def test_sites_are_drawn_where_none_has_a_head_or_an_expert(axis: str, slots: in
     att = dataclasses.replace(whole, values=values, by=(axis,))
     assert att.plot() == att.plot(by="site")
     assert att.plot().data[0].z == whole.plot().data[0].z
-    with pytest.raises(ArgumentError, match=rf"no site .* has {axis}s\. plot\(by='site'\)"):
+    with pytest.raises(ArgumentError, match=rf"no site .* has {axis}s; plot\(by='site'\)"):
         att.plot(by=axis)
     both = dataclasses.replace(
         att, values=values[..., None].expand(1, 4, slots, 2) / 2, by=(axis, "rank")
