@@ -29,6 +29,7 @@ from .explanations.explanation import explain
 from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations
 from .hidden.constant_part import constant_part
+from .hidden.features import feature_shift
 from .judging.best_subset import best_subset
 from .judging.compare import compare
 from .judging.faithfulness import faithfulness
@@ -73,6 +74,7 @@ __all__ = [
     "tangents",
     # activations
     "activations",
+    "feature_shift",
     # responses
     "kl_shares",
     "token_shifts",

@@ -1,9 +1,13 @@
 """Which of the adapter's sites write a feature: d·δz_l, before any later module has seen it.
 
-One forward pass at the gates `at`. To a point of the residual stream write o, down and embeddings
-before it; what stands behind it cannot move it, and is left out. Between the two branches of a
-block (resid_mid) a site counts if the activation depends on its gate, which a backward pass of one
-prompt shows. To any other point writes a site whose own output is held there.
+δz_l is read in one forward pass at the gates `at`. Which sites count depends on the hook point
+where the feature is read:
+
+- At a point of the residual stream they are o, down and embeddings before it. What stands behind
+  the point cannot move it.
+- Between the two branches of a block (resid_mid) a site of the same block counts if the activation
+  depends on its gate, which a backward pass of one prompt shows.
+- At any other point it is a site whose own output is held there.
 """
 
 from __future__ import annotations
@@ -15,23 +19,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import (
-    OfSites,
-    Prompts,
-    ScaleInject,
-    chosen_sites,
-    prompt_rows,
-)
-from lens_lora.core.function.asked import Asked
+from lens_lora.core import LoraLens, OfSites, Prompts, ScaleInject, chosen_sites, prompt_rows
 from lens_lora.core.function.forward import require_finite, run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.core.model.lens import stream_writers
 from lens_lora.core.model.sites import known_point
-from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
+from lens_lora.core.results.base import largest, long_table, site_labels
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
-from lens_lora.hidden.projection import Projection, activation_at, labels_of
+from lens_lora.hidden.projection import Projection, activation_at
+
+# What to do about a norm between a site and the stream.
+_BY_SHIFT = "Use feature_shift(…, scale={site: 1.0}), which is exact"
+# The kinds of sites whose outputs, and nothing else, are added to the stream at such points.
+_ADDED_BY = {
+    "hook_attn_out": ("o",),
+    "hook_mlp_out": ("down", "fc_out"),
+    "hook_embed": ("embed",),
+}
 
 
 @final
@@ -69,17 +75,25 @@ class FeatureWrites(OfSites):
         """
         chosen = list(chosen_sites(self.sites, site))
         values = self.of_prompt(prompt)[chosen]
-        order, width = results_base.largest(values, k), values.shape[1]
-        columns: dict[str, Any] = {"site": [self.sites[chosen[i // width]].name for i in order]}
-        columns["feature"] = [i % width for i in order]
-        return pd.DataFrame(columns | {"write": values.flatten()[order].tolist()})
+        order = largest(values, k)
+        width = values.shape[1]
+        columns: dict[str, Any] = {
+            "site": [self.sites[chosen[index // width]].name for index in order],
+            "feature": [index % width for index in order],
+            "write": values.flatten()[order].tolist(),
+        }
+        return pd.DataFrame(columns)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and feature."""
         batch, _, features = self.values.shape
-        sites = results_base.site_labels(self.sites)
-        axes = {"prompt": range(batch)}, sites, {"feature": range(features)}
-        return results_base.long_table({"write": self.values}, *axes).drop(columns="module")
+        table = long_table(
+            {"write": self.values},
+            {"prompt": range(batch)},
+            site_labels(self.sites),
+            {"feature": range(features)},
+        )
+        return table.drop(columns="module")
 
     def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """Site × feature, of the k features that are written most.
@@ -105,18 +119,59 @@ class FeatureWrites(OfSites):
         return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
 
 
-def by_site(
-    asked: Asked,
+def feature_writes(
+    lens: LoraLens,
+    prompts: Prompts,
     features: Directions,
     name: str | None,
     at: float,
-    positions: int | Literal["each"],
+    position: int | Literal["each"],
 ) -> FeatureWrites:
-    """d·δz_l at the gates `at`. One forward pass."""
-    lens = asked.lens
+    """d·δz_l at the gates `at`. One forward pass, and between a block's branches a backward one.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: the rows.
+        features: the directions.
+        name: the hook point where they are read; None for the residual stream as a whole.
+        at: the gates at which z is read.
+        position: the index within each prompt.
+
+    Raises:
+        SiteError: no site of the adapter writes there.
+        ModelStateError: a norm that changes what a site writes before it joins the stream.
+        ArgumentError: directions of another width, a position outside a prompt.
+        NumericsError: a non-finite write.
+    """
     if name is not None:
         lens.plan.require_update([known_point(lens, name)])
-    writers = _writers_to(asked, name)
+    writers = _writers_to(lens, prompts, name)
+    _require_writers(writers, name)
+    if name is None or is_residual(name):
+        features = features.at(name or STREAM, int(lens.model.cfg.d_model))
+    step = rows_of_pass(lens, prompts) or prompts.batch
+    groups: list[Tensor] = []
+    for first in range(0, prompts.batch, step):
+        group = prompts.cut(first, min(first + step, prompts.batch))
+        project = Projection(group, features, position)
+        groups.append(_writes(lens, group, writers, features, name or STREAM, project, at))
+    values = torch.cat(groups)
+    require_finite(values, "a site's δz")
+    return FeatureWrites(
+        values=values,
+        sites=tuple(lens.sites[index] for index in writers),
+        positions=int(position),
+        at=at,
+        name=name or "",
+        features=features.kind,
+        units=features.units,
+        str_tokens=lens.str_tokens(prompts),
+        meta=lens.describe(prompts),
+    )
+
+
+def _require_writers(writers: list[int], name: str | None) -> None:
+    """Refuse a point to which no site writes."""
     if not writers:
         where = "the residual stream" if name is None else name
         raise SiteError(
@@ -124,100 +179,99 @@ def by_site(
             "embeddings before a point, to another point the site whose output it holds. Leave "
             "out by='site': the shift includes what the other sites do."
         )
-    d_model = int(lens.model.cfg.d_model)
-    gates, rows = lens.gates(at), asked.prompts.batch
+
+
+def _writes(
+    lens: LoraLens,
+    prompts: Prompts,
+    writers: list[int],
+    features: Directions,
+    name: str,
+    project: Projection,
+    at: float,
+) -> Float[Tensor, "batch site feature"]:
+    """d·δz_l of the writers. One forward pass, without the unembedding."""
+    gates = lens.gates(at)
     scaled = ScaleInject(lens.plan, gates)
-    if name is None or is_residual(name):
-        features = features.at(name or STREAM, d_model)
+    written: dict[int, Tensor] = {}
 
-    def writes(prompts: Prompts) -> Tensor:
-        project = Projection(prompts, features, positions)
-        written: dict[int, Tensor] = {}
+    def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        injection = lens.plan.injections[index]
+        if injection.site in writers:
+            delta = injection.map(z)
+            features.at(name, delta[0, 0].numel())
+            write = project(delta)
+            if injection.partner is not None:
+                # Two updates that multiply: what this one writes grows with its partner's gate.
+                write = float(gates[injection.partner]) * write
+            written[injection.site] = written.get(injection.site, 0.0) + write
+        return scaled(index, out, z)
 
-        def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
-            injection = lens.plan.injections[index]
-            if injection.site in writers:
-                weight = 1.0 if injection.partner is None else float(gates[injection.partner])
-                delta = injection.map(z)
-                features.at(name or STREAM, delta[0, 0].numel())
-                write = weight * project(delta)
-                written[injection.site] = written.get(injection.site, 0.0) + write
-            return scaled(index, out, z)
-
-        with torch.no_grad(), lens.injected(inject):
-            run_without_logits(lens, prompts)
-        return torch.stack([written[i].to(lens.device) for i in writers], 1)
-
-    fitting = rows_of_pass(lens, asked.prompts) or rows
-    groups = (asked.prompts.cut(i, min(i + fitting, rows)) for i in range(0, rows, fitting))
-    values = torch.cat([writes(group) for group in groups])
-    require_finite(values, "a site's δz")
-    return FeatureWrites(
-        values=values,
-        sites=tuple(lens.sites[i] for i in writers),
-        positions=int(positions),
-        at=at,
-        name=name or "",
-        **labels_of(asked, features),
-    )
+    with torch.no_grad(), lens.injected(inject):
+        run_without_logits(lens, prompts)
+    return torch.stack([written[index].to(lens.device) for index in writers], 1)
 
 
-_BY_SHIFT = "Use feature_shift(…, scale={site: 1.0}), which is exact"
-# The kinds of sites whose outputs, and nothing else, are added to the stream at such points.
-_ADDED_BY = {
-    "hook_attn_out": ("o",),
-    "hook_mlp_out": ("down", "fc_out"),
-    "hook_embed": ("embed",),
-}
+# --- Which sites write to a point
 
 
-def _writers_to(asked: Asked, name: str | None) -> list[int]:
+def _writers_to(lens: LoraLens, prompts: Prompts, name: str | None) -> list[int]:
     """The sites whose δz is a part of what this point holds; of the stream without a point."""
-    lens = asked.lens
     if name is None:
         return stream_writers(lens, _BY_SHIFT)
     if is_stream(name):
-        return _writers_before(asked, name)
+        return _writers_before(lens, prompts, name)
     points = lens.model.hook_dict
     own = [i for i, site in enumerate(lens.sites) if points.get(site.write) is points[name]]
     if own or not is_residual(name):
         return own
+    return _writers_of_branch(lens, name)
+
+
+def _writers_of_branch(lens: LoraLens, name: str) -> list[int]:
+    """The sites whose output is added to the stream at the end of a branch of a block."""
     block, _, point = name.rpartition(".")
-    return [
-        site
-        for site in stream_writers(lens, _BY_SHIFT)
-        if lens.sites[site].kind in _ADDED_BY[point]
-        and (not block or block == f"blocks.{lens.sites[site].layer}")
-    ]
+    writers: list[int] = []
+    for index in stream_writers(lens, _BY_SHIFT):
+        site = lens.sites[index]
+        is_of_block = not block or block == f"blocks.{site.layer}"
+        if is_of_block and site.kind in _ADDED_BY[point]:
+            writers.append(index)
+    return writers
 
 
-def _writers_before(asked: Asked, name: str) -> list[int]:
+def _writers_before(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
     """The sites that write to the residual stream before one of its points."""
-    writers = stream_writers(asked.lens, _BY_SHIFT)
+    writers = stream_writers(lens, _BY_SHIFT)
     block, point = name.rsplit(".", 1)
     if block == "ln_final":
         return writers
-    own = int(block.removeprefix("blocks."))
-    of_own_block = {site for site in writers if asked.lens.sites[site].layer == own}
+    layer = int(block.removeprefix("blocks."))
+    before = [index for index in writers if lens.sites[index].layer < layer]
+    of_block = [index for index in writers if lens.sites[index].layer == layer]
     if point == "hook_resid_mid":
-        of_own_block &= _moving(asked, name)
+        moving = _sites_that_move(lens, prompts, name)
+        of_block = [index for index in of_block if index in moving]
     elif point not in ("hook_resid_post", "hook_out"):
-        of_own_block = set()
-    return [s for s in writers if asked.lens.sites[s].layer < own or s in of_own_block]
+        of_block = []
+    return sorted([*before, *of_block])
 
 
-def _moving(asked: Asked, name: str) -> set[int]:
+def _sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> set[int]:
     """The sites on whose gates the activation at a point depends, on the first prompt.
 
     One forward and one backward pass.
     """
-    lens, row = asked.lens, asked.prompts.row(0)
-    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
+    # The hooks are off by the time of the backward pass, and a block that runs again then would
+    # run without them.
+    lens.plan.check_backward(once=False)
     gates = lens.gates(0.5).requires_grad_()
     with torch.enable_grad():
-        h = activation_at(lens, row, name, ScaleInject(lens.plan, gates))
+        h = activation_at(lens, prompts.row(0), name, ScaleInject(lens.plan, gates))
         if not h.requires_grad:
             return set()
-        covector = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
+        # A random covector is orthogonal to no derivative.
+        generator = torch.Generator().manual_seed(0)
+        covector = torch.randn(h.shape, generator=generator).to(h)
         (slopes,) = torch.autograd.grad((h * covector).sum(), gates)
     return set(slopes.nonzero().flatten().tolist())

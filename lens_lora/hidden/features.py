@@ -1,27 +1,24 @@
-"""Which features does this adapter push, and which of its sites write them?
+"""How far an adapter moves each feature at a hook point: exactly, and to first order.
 
 A feature is a direction d in the space of an activation h (`formats/directions.py`); its value is
 d·h.
 
-    shift           d·(h(1) − h(0))              `feature_shift`, at one hook point
+    shift           d·(h(1) − h(0))
     first order     d·∂h/∂t along the adapter
-    write           d·δz_l                       by='site', before any later module has
-                                                 seen it, of sites that write to the point
+    write           d·δz_l of each site             by='site', `hidden/feature_writes.py`
 
 1. h of the base and of the adapted model: a forward pass each, kept at the hook point.
-2. ∂h by forward mode: one dual pass, every gate moving along `scale`.
-3. Differences are projected, not projections subtracted: in float32 that keeps their digits.
-4. The exact shift less its first order is the remainder; a noise floor says what of it is rounding.
-5. δz_l of the sites that write to the point: one forward pass at the gates `at`. To a point of the
-   residual stream write o, down and embeddings before it; what stands behind it cannot move it, and
-   is left out. Between the two branches of a block (resid_mid) a site counts if the activation
-   depends on its gate, which a backward pass of one prompt shows. To any other point writes a site
-   whose own output is held there.
+2. ∂h/∂t by forward mode: one dual pass in which every gate moves along `scale`.
+3. Differences of activations are projected; projections are not subtracted. In float32 that keeps
+   the digits of a small shift.
+4. The exact shift less its first order is the remainder. A noise floor says how much of it is
+   rounding.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, final
 
 import pandas as pd
@@ -43,22 +40,18 @@ from lens_lora.core import (
     prompt_rows,
     tangent_of,
 )
-from lens_lora.core.function.asked import ask_prompts, of_stream
+from lens_lora.core.function.asked import of_stream
 from lens_lora.core.function.derivatives import JointInject
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.model.sites import known_point
-from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
+from lens_lora.core.results.base import largest, tokens_at
 from lens_lora.errors import ArgumentError
-from lens_lora.formats.directions import directions_of
-from lens_lora.hidden.feature_writes import FeatureWrites, by_site
-from lens_lora.hidden.projection import Projection, activation_at, labels_of
-
-# --- How far each feature moves at a hook point.
-
+from lens_lora.formats.directions import Directions, directions_of
+from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes
+from lens_lora.hidden.projection import Projection, activation_at, tangent_at
 
 _Values = Float[Tensor, "batch feature *position"]
-_Positions = int | Literal["each"]
 
 
 @final
@@ -107,11 +100,15 @@ class FeatureShift(Described):
 
     def columns(self) -> dict[str, Tensor]:
         """The values by the names that tables give them, in float64 on the CPU."""
-        names = ("base", "shift", "first_order", "remainder")
-        numbers = {name: getattr(self, name) for name in names}
+        columns = {
+            "base": self.base,
+            "shift": self.shift,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+        }
         if self.activations is not None:
-            numbers["activation_base"], numbers["activation_adapted"] = self.activations
-        return {name: values.cpu().double() for name, values in numbers.items()}
+            columns["activation_base"], columns["activation_adapted"] = self.activations
+        return {name: values.cpu().double() for name, values in columns.items()}
 
     def of_prompt(self, prompt: int | None) -> dict[str, Float[Tensor, " feature *position"]]:
         """One prompt's values, or the mean over prompts.
@@ -147,25 +144,34 @@ class FeatureShift(Described):
         if self.by_position and ranked.shape[1] > 1 and not sinks:
             ranked = ranked.clone()
             ranked[:, 0] = torch.nan
-        order = results_base.largest(ranked, k)
-        width = values["shift"].shape[1] if self.by_position else 1
-        columns: dict[str, Any] = {"feature": [i // width for i in order]}
+        order = largest(ranked, k)
         if self.by_position:
-            tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
-            columns["position"] = [i % width for i in order]
-            columns["token"] = [tokens[i % width] for i in order]
-        columns |= {name: v.flatten()[order].tolist() for name, v in values.items()}
-        return pd.DataFrame(columns)
+            labels = self._places(order, only_prompt(prompt, len(self.base)))
+        else:
+            labels = {"feature": order}
+        numbers = {name: column.flatten()[order].tolist() for name, column in values.items()}
+        return pd.DataFrame(labels | numbers)
+
+    def _places(self, order: Sequence[int], prompt: int) -> dict[str, list[Any]]:
+        """Feature, position and token of flat indices into one prompt's [feature, position]."""
+        width = self.base.shape[2]
+        positions = [index % width for index in order]
+        tokens = self.str_tokens[prompt]
+        return {
+            "feature": [index // width for index in order],
+            "position": positions,
+            "token": [tokens[position] for position in positions],
+        }
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, feature and existing position."""
         where = (~self.shift.isnan()).cpu().nonzero(as_tuple=True)
-        names = ("prompt", "feature", "position")
-        columns: dict[str, Any] = dict(zip(names, (axis.tolist() for axis in where), strict=False))
+        labels: dict[str, Any] = {"prompt": where[0].tolist(), "feature": where[1].tolist()}
         if self.by_position:
-            places = columns["prompt"], columns["position"]
-            columns["token"] = results_base.tokens_at(self.str_tokens, *places)
-        return pd.DataFrame(columns | {n: v[where].tolist() for n, v in self.columns().items()})
+            labels["position"] = where[2].tolist()
+            labels["token"] = tokens_at(self.str_tokens, labels["prompt"], labels["position"])
+        numbers = {name: values[where].tolist() for name, values in self.columns().items()}
+        return pd.DataFrame(labels | numbers)
 
     def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """The k features of largest |shift|: bars with their first order, or feature × position.
@@ -235,46 +241,73 @@ def feature_shift(
             pre-activations, a position outside a prompt; by site, a scale, or every position.
         NumericsError: non-finite activations.
     """
-    asked, features = ask_prompts(lens, prompts), directions_of(directions, name)
-    at = number("at", at)
-    if by is not None:
-        word("by", by, ["site"])
-        if scale is not None or one_entry(positions) == "each":
-            raise ArgumentError(
-                "by='site' is what each site writes at one position, at the gates `at`; leave out "
-                "scale=, and give positions an index, such as -1."
-            )
-        return by_site(asked, features, name or features.hook_name, at, positions)
+    strength = number("at", at)
+    rows = lens.function(prompts).prompts
+    features = directions_of(directions, name)
+    if name is None:
+        name = features.hook_name
+    if by is None:
+        return _shift(lens, rows, features, name, scale, strength, positions)
+    word("by", by, ["site"])
+    if scale is not None or one_entry(positions) == "each":
+        raise ArgumentError(
+            "by='site' is what each site writes at one position, at the gates `at`; leave out "
+            "scale=, and give positions an index, such as -1."
+        )
+    return feature_writes(lens, rows, features, name, strength, positions)
+
+
+def _shift(
+    lens: LoraLens,
+    prompts: Prompts,
+    features: Directions,
+    name: str | None,
+    scale: Scale | None,
+    at: float,
+    positions: int | Literal["each"],
+) -> FeatureShift:
+    """d·(h(scale) − h(0)) at one hook point, and its first order."""
     gates = lens.gates(1.0 if scale is None else scale)
-    name = name or features.hook_name
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
     lens.plan.require_update([known_point(lens, name)])
-    project = Projection(asked.prompts, features.at(name), positions)
-    run = functools.partial(activation_at, lens, asked.prompts, name)
-    token = Prompts(asked.prompts.tokens[:1, :1], torch.ones_like(asked.prompts.lengths[:1]))
-    encoded = None
+    project = Projection(prompts, features.at(name), positions)
+    at_base = ScaleInject(lens.plan, 0 * gates)
+    at_scale = ScaleInject(lens.plan, gates)
+    run = functools.partial(activation_at, lens, prompts, name)
+    activations: tuple[_Values, _Values] | None = None
     with torch.no_grad():
-        # Along an axis of positions, one token has one entry.
-        probe = activation_at(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
-        features.at(name, probe[0, 0].numel())
-        base = run(ScaleInject(lens.plan, 0 * gates))
-        adapted = run(ScaleInject(lens.plan, gates))
+        _require_width(lens, prompts, features, name)
+        base = run(at_base)
+        adapted = run(at_scale)
         with attached(lens.model, of_stream(lens)):
-            noisy = run(ScaleInject(lens.plan, gates))
+            noisy = run(at_scale)
         if features.encode is not None:
-            encoded = project.encoded(base), project.encoded(adapted)
+            activations = project.encoded(base), project.encoded(adapted)
     with dual_forward():
-        tangent = run(JointInject(lens, at * gates, gates), tangent_of)
-    noise = project(noisy.to(lens.gate_dtype) - adapted.to(lens.gate_dtype))
+        dual = JointInject(lens, at * gates, gates)
+        tangent = tangent_at(lens, prompts, name, dual, tangent_of)
+    dtype = lens.gate_dtype
+    noise = project(noisy.to(dtype) - adapted.to(dtype))
     return FeatureShift(
         base=project(base),
-        shift=project(adapted.to(lens.gate_dtype) - base.to(lens.gate_dtype)),
+        shift=project(adapted.to(dtype) - base.to(dtype)),
         first_order=project(tangent),
-        noise_floor=noise.square().mean(1).sqrt(),  # of a difference of two rounded runs
-        activations=encoded,
+        # The shift, too, is a difference of two rounded runs.
+        noise_floor=noise.square().mean(1).sqrt(),
+        activations=activations,
         name=name,
         positions="each" if positions == "each" else int(positions),
         at=at,
-        **labels_of(asked, features),
+        features=features.kind,
+        units=features.units,
+        str_tokens=lens.str_tokens(prompts),
+        meta=lens.describe(prompts),
     )
+
+
+def _require_width(lens: LoraLens, prompts: Prompts, features: Directions, name: str) -> None:
+    """Refuse directions of another width than the activation at a point. A pass of one token."""
+    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
+    h = activation_at(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
+    features.at(name, h[0, 0].numel())

@@ -1,4 +1,4 @@
-"""Activations projected onto directions."""
+"""Activations at one hook point, and what they are projected onto directions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, one_entry
-from lens_lora.core import (
-    Inject,
-    LoraLens,
-    Prompts,
-    attached,
-)
-from lens_lora.core.function.asked import Asked
+from lens_lora.core import Inject, LoraLens, Prompts, attached
 from lens_lora.core.function.forward import require_finite, run_without_logits
 from lens_lora.core.function.memory import rows_of_duals, rows_of_pass
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions
+
+_Activation = Float[Tensor, "batch pos *d"]
+_Projected = Float[Tensor, "batch feature *pos"]
 
 
 class Projection:
@@ -29,28 +26,36 @@ class Projection:
     def __init__(
         self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
     ) -> None:
-        self._real, self._features = prompts.real, features
+        self._real = prompts.real
+        self._features = features
         self._index = None if positions == "each" else _indices(prompts, positions)
 
-    def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
-        """d·h, at float32 or better; NaN at padding where every position is wanted."""
-        rows, h = self._features.rows, h.flatten(2)
-        dtype = torch.promote_types(torch.promote_types(h.dtype, rows.dtype), torch.float32)
-        return self._laid_out(self._read(h).to(dtype) @ rows.to(h.device, dtype).T)
+    def __call__(self, h: _Activation) -> _Projected:
+        """d·h, in float32 or better; NaN at padding where every position is wanted."""
+        directions = self._features.rows
+        read = self._at_positions(h.flatten(2))
+        wide = torch.promote_types(h.dtype, directions.dtype)
+        wide = torch.promote_types(wide, torch.float32)
+        return self._laid_out(read.to(wide) @ directions.to(h.device, wide).T)
 
-    def encoded(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
+    def encoded(self, h: _Activation) -> _Projected:
         """The autoencoder's activations, in its own dtype and computed on its own device."""
-        rows, encode = self._features.rows, self._features.encode
-        assert encode is not None
-        read = self._read(h if self._features.by_head else h.flatten(2))
-        return self._laid_out(encode(read.to(rows)).to(h.device))
+        encode = self._features.encode
+        assert encode is not None, "directions have no autoencoder"
+        if not self._features.by_head:
+            h = h.flatten(2)
+        read = self._at_positions(h)
+        return self._laid_out(encode(read.to(self._features.rows)).to(h.device))
 
-    def _read(self, h: Tensor) -> Tensor:
+    def _at_positions(self, h: Tensor) -> Tensor:
+        """h at one position of each prompt, or as it is where every position is wanted."""
         if self._index is None:
             return h
-        return h[torch.arange(len(h), device=h.device), self._index.to(h.device)]
+        prompts = torch.arange(len(h), device=h.device)
+        return h[prompts, self._index.to(h.device)]
 
     def _laid_out(self, values: Tensor) -> Tensor:
+        """Positions as the last axis, NaN at padding."""
         if self._index is not None:
             return values
         padding = ~self._real.to(values.device)[:, None]
@@ -58,50 +63,86 @@ class Projection:
 
 
 def _indices(prompts: Prompts, index: object) -> Int[Tensor, " batch"]:
-    """The position in each prompt."""
+    """The position in each prompt, counted from its start."""
     index = one_entry(index)
     if not is_whole(index):
         raise ArgumentError(f"positions={index!r}: expected an index, such as -1, or 'each'.")
     lengths = prompts.lengths
     outside = ((index >= lengths) | (index < -lengths)).nonzero().flatten().tolist()
     if outside:
+        prompt = outside[0]
         raise ArgumentError(
-            f"positions={index}: prompt {outside[0]} has {int(lengths[outside[0]])} tokens."
+            f"positions={index}: prompt {prompt} has {int(lengths[prompt])} tokens."
         )
     return index % lengths
 
 
-def labels_of(asked: Asked, features: Directions) -> dict[str, Any]:
-    """The fields that features of prompts have: their kind, units, tokens and settings."""
-    said = {"features": features.kind, "units": features.units}
-    return {**said, "str_tokens": asked.str_tokens, "meta": asked.describe()}
-
-
 def activation_at(
+    lens: LoraLens, prompts: Prompts, name: str, inject: Inject
+) -> Float[Tensor, "batch pos *d"]:
+    """The activation at one hook point. One forward pass, without the unembedding.
+
+    Prompts are run in groups where all of them are beyond the bound of the lens.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: the rows.
+        name: the hook point.
+        inject: what each site writes in this pass.
+
+    Raises:
+        ModelStateError: a point that does not fire, or holds no activation by position.
+        NumericsError: an activation that is not finite.
+    """
+    rows = rows_of_pass(lens, prompts)
+    return _in_groups(prompts, rows, lambda group: _run(lens, group, name, inject, _copied))
+
+
+def tangent_at(
     lens: LoraLens,
     prompts: Prompts,
     name: str,
     inject: Inject,
-    keep: Callable[[Tensor], Tensor] = torch.clone,
+    tangent: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "batch pos *d"]:
-    """The activation at one hook point, or what `keep` makes of it: its tangent, in a dual pass.
+    """The tangent of the activation at one hook point. One dual forward pass.
 
-    In groups of prompts, where all of them are beyond the bound of the lens.
+    Args:
+        lens, prompts, name: as for `activation_at`.
+        inject: what each site writes, in dual numbers.
+        tangent: a dual activation's tangent.
+
+    Raises:
+        ModelStateError, NumericsError: as for `activation_at`.
     """
-    rows = prompts.batch
-    is_dual = keep is not torch.clone
-    fitting = (rows_of_duals if is_dual else rows_of_pass)(lens, prompts) or rows
-    groups = [prompts.cut(first, min(first + fitting, rows)) for first in range(0, rows, fitting)]
-    return torch.cat([_activation_of(lens, group, name, inject, keep) for group in groups])
+    rows = rows_of_duals(lens, prompts)
+    return _in_groups(prompts, rows, lambda group: _run(lens, group, name, inject, tangent))
 
 
-def _activation_of(
+def _in_groups(
+    prompts: Prompts, rows: int | None, run: Callable[[Prompts], _Activation]
+) -> _Activation:
+    """The activations of so many prompts at a time, or of all at once."""
+    step = rows or prompts.batch
+    groups: list[Tensor] = []
+    for first in range(0, prompts.batch, step):
+        end = min(first + step, prompts.batch)
+        groups.append(run(prompts.cut(first, end)))
+    return torch.cat(groups)
+
+
+def _copied(activation: Tensor) -> Tensor:
+    return activation.clone()
+
+
+def _run(
     lens: LoraLens,
     prompts: Prompts,
     name: str,
     inject: Inject,
     keep: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "batch pos *d"]:
+) -> _Activation:
+    """What `keep` makes of the activation at the last firing of a point. One pass."""
     kept: list[Tensor] = []
 
     def hook_fn(tensor: Any, hook: Any) -> None:
@@ -116,10 +157,11 @@ def _activation_of(
             f"{name}: the hook point exists but no activation passes it in a forward pass; a flag "
             "of the model or its class bypasses it. Name another point."
         )
-    if kept[-1].ndim < 3 or kept[-1].shape[:2] != prompts.tokens.shape:
+    activation = kept[-1]
+    if activation.ndim < 3 or activation.shape[:2] != prompts.tokens.shape:
         raise ModelStateError(
-            f"{name} holds a tensor {tuple(kept[-1].shape)} for {tuple(prompts.tokens.shape)} "
+            f"{name} holds a tensor {tuple(activation.shape)} for {tuple(prompts.tokens.shape)} "
             "tokens: no activation by prompt and position."
         )
-    require_finite(kept[-1][prompts.real], f"the activation at {name}, or its tangent,")
-    return kept[-1]
+    require_finite(activation[prompts.real], f"the activation at {name}, or its tangent,")
+    return activation

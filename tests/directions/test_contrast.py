@@ -207,8 +207,8 @@ def test_reading_cosine_and_every_taker():
             assert found.logit_lens(3, name)["id"].tolist() == read.topk(3).indices.tolist()
     shift = ll.activation_shift(lens, texts(0), LAST)
     assert len(shift.cosine(found)) == 1 and len(found.cosine(shift)) == 2
-    by_tensor = ll.results.feature_shift(lens, SETS[0], found.values[LAST], LAST)
-    assert torch.equal(ll.results.feature_shift(lens, SETS[0], found, LAST).shift, by_tensor.shift)
+    by_tensor = ll.feature_shift(lens, SETS[0], found.values[LAST], LAST)
+    assert torch.equal(ll.feature_shift(lens, SETS[0], found, LAST).shift, by_tensor.shift)
     single = ll.contrast(lens, texts(0), texts(1), LAST)
     assert ll.alignment(lens, single).directions == (LAST,)
     said = ll.patchscope(lens, found, LAST, prompt="w3 w4 w5", placeholder="w4")

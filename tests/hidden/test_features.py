@@ -63,7 +63,7 @@ def test_points_of_every_kind_against_the_merged_model(family: str, flags: str, 
     assert len(names) > 10
     for name in names:
         rows = directions(base[name].shape[-1])
-        found = ll.results.feature_shift(lens, tokens, rows, name, positions=-2)
+        found = ll.feature_shift(lens, tokens, rows, name, positions=-2)
         expected = (merged[name] - base[name])[:, -2] @ rows.T
         assert (found.base - base[name][:, -2] @ rows.T).abs().max() < EXACT, name
         assert (found.shift - expected).abs().max() < EXACT, name
@@ -73,12 +73,12 @@ def test_permuted_directions_are_seen(cls: str):
     """Negative control: the features follow their rows, and other rows are far off."""
     lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
     order = torch.tensor([1, 2, 3, 4, 0])
-    found = ll.results.feature_shift(lens, tokens, rows, out(cls))
-    permuted = ll.results.feature_shift(lens, tokens, rows[order], out(cls))
+    found = ll.feature_shift(lens, tokens, rows, out(cls))
+    permuted = ll.feature_shift(lens, tokens, rows[order], out(cls))
     assert (permuted.shift - found.shift[:, order]).abs().max() < 1e-12
     assert (permuted.first_order - found.first_order[:, order]).abs().max() < 1e-12
     assert (permuted.shift - found.shift).abs().min() > 1e-3
-    elsewhere = ll.results.feature_shift(lens, tokens, rows, out(cls), positions=-2)
+    elsewhere = ll.feature_shift(lens, tokens, rows, out(cls), positions=-2)
     assert (elsewhere.shift - found.shift).abs().min() > 1e-3
 
 
@@ -103,9 +103,7 @@ def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: 
     step = 1e-3
     near, far = h(at + step) - h(at - step), h(at + 2 * step) - h(at - 2 * step)
     slope = (8 * near - far) / (12 * step)
-    found = ll.results.feature_shift(
-        case.lens, tokens, rows, out(cls, 0), scale={chosen: 1.0}, at=at
-    )
+    found = ll.feature_shift(case.lens, tokens, rows, out(cls, 0), scale={chosen: 1.0}, at=at)
     assert (found.shift - (h(1.0) - h(0.0))).abs().max() < EXACT
     assert (found.first_order - slope).abs().max() < 1e-8
     assert (found.remainder - (h(1.0) - h(0.0) - slope)).abs().max() < 1e-8
@@ -115,7 +113,7 @@ def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: 
 def test_by_hand():
     """φ(y) = y², x = 3: y₂ goes from 18 to 141.75, with slopes 18 and 45."""
     lens, tokens = scalar_lens(torch.square), torch.tensor([[1, 3]])
-    found = ll.results.feature_shift(lens, tokens, torch.tensor([[1.0], [-2.0]]).double(), "out2")
+    found = ll.feature_shift(lens, tokens, torch.tensor([[1.0], [-2.0]]).double(), "out2")
     assert found.base.tolist() == [[18.0, -36.0]]
     assert found.shift.tolist() == [[123.75, -247.5]]
     assert found.first_order.tolist() == [[63.0, -126.0]]
@@ -127,27 +125,27 @@ def test_a_linear_point_has_no_remainder_and_an_earlier_one_no_shift(cls: str):
     """What one site writes is linear in its gate; upstream of it nothing moves at all."""
     lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
     last = next(s for s in lens.sites if s.kind == "down" and s.layer == 1)
-    own = ll.results.feature_shift(lens, tokens, rows, last.write, scale={last.name: 1.0})
+    own = ll.feature_shift(lens, tokens, rows, last.write, scale={last.name: 1.0})
     assert own.remainder.abs().max() < 1e-12 < own.shift.abs().min()
-    before = ll.results.feature_shift(lens, tokens, rows, out(cls, 0), scale={last.name: 1.0})
+    before = ll.feature_shift(lens, tokens, rows, out(cls, 0), scale={last.name: 1.0})
     assert before.shift.abs().max() == 0 and before.first_order.abs().max() == 0
-    assert ll.results.feature_shift(lens, tokens, rows, out(cls), scale=0.0).shift.abs().max() == 0
+    assert ll.feature_shift(lens, tokens, rows, out(cls), scale=0.0).shift.abs().max() == 0
 
 
 def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
     """Positions count within each prompt; padding is NaN by position, and in no table."""
     lens, rows, lengths = cases.case("llama", cls, "raw").lens, directions(16), [7, 4]
     prompts = ll.results.Prompts(models.tokens(), torch.tensor(lengths))
-    by_position = ll.results.feature_shift(lens, prompts, rows, out(cls), positions="each")
+    by_position = ll.feature_shift(lens, prompts, rows, out(cls), positions="each")
     for row, length in enumerate(lengths):
         tokens = prompts.tokens[row : row + 1, :length]
-        whole = ll.results.feature_shift(lens, tokens, rows, out(cls), positions="each")
+        whole = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
         for name in ("base", "shift", "first_order"):
             values = getattr(by_position, name)[row]
             assert (values[:, :length] - getattr(whole, name)[0]).abs().max() < 1e-12
             assert values[:, length:].isnan().all()
         for position in (-1, -3, 0):
-            both = ll.results.feature_shift(lens, prompts, rows, out(cls), positions=position)
+            both = ll.feature_shift(lens, prompts, rows, out(cls), positions=position)
             assert (both.shift[row] - whole.shift[0, :, position]).abs().max() < 1e-12
     frame = by_position.to_frame()
     assert len(frame) == FEATURES * sum(lengths) and not frame.isna().any().any()
@@ -165,7 +163,7 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
 def test_position_0_sets_neither_the_colours_nor_the_features(cls: str):
     """Its shifts made a thousand times larger: they are drawn at the end of the scale."""
     lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
-    found = ll.results.feature_shift(lens, models.tokens(1), rows, out(cls), positions="each")
+    found = ll.feature_shift(lens, models.tokens(1), rows, out(cls), positions="each")
     larger = torch.ones_like(found.shift)
     larger[..., 0] = 1000.0
     figures = [f.plot(k=3) for f in (found, dataclasses.replace(found, shift=found.shift * larger))]
@@ -208,7 +206,7 @@ def test_an_autoencoder_s_features(cls: str):
     case, tokens = cases.case("llama", cls, "raw"), models.tokens()
     base, merged = cached(case.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
     sae = autoencoder(16, out(cls))
-    found = ll.results.feature_shift(case.lens, tokens, sae)
+    found = ll.feature_shift(case.lens, tokens, sae)
     ends = [h[out(cls)][:, -1] for h in (base, merged)]
     assert (found.shift - (sae.pre(ends[1]) - sae.pre(ends[0]))).abs().max() < EXACT
     assert found.activations is not None and found.name == out(cls)
@@ -218,9 +216,9 @@ def test_an_autoencoder_s_features(cls: str):
     assert 0 < off.sum() < off.numel() and found.shift[off].abs().min() > 1e-3
     assert {"activation_base", "activation_adapted"} < set(found.to_frame())
     assert "pre-activation" in repr(found) and found.features == "encoder"
-    same_rows = ll.results.feature_shift(case.lens, tokens, sae.W_enc.T, out(cls))
+    same_rows = ll.feature_shift(case.lens, tokens, sae.W_enc.T, out(cls))
     assert torch.equal(same_rows.shift, found.shift) and same_rows.activations is None
-    by_position = ll.results.feature_shift(case.lens, tokens, sae, positions="each")
+    by_position = ll.feature_shift(case.lens, tokens, sae, positions="each")
     assert by_position.activations is not None
     assert (by_position.activations[1][..., -1] - found.activations[1]).abs().max() < 1e-12
 
@@ -233,7 +231,7 @@ def test_an_autoencoder_of_heads(cls: str):
         h = merged_model("llama", cls, "raw").run_with_cache(tokens)[1][name][:, -1]
     is_split = h.ndim == 3
     sae = autoencoder(16, name, by_head=is_split)
-    found = ll.results.feature_shift(case.lens, tokens, sae)
+    found = ll.feature_shift(case.lens, tokens, sae)
     assert found.activations is not None
     assert (found.activations[1] - sae.encode(h)).abs().max() < EXACT
 
@@ -243,17 +241,17 @@ def test_autoencoders_that_are_not_linear_are_refused(cls: str):
     sae = autoencoder(16, out(cls))
     sae.cfg.normalize_activations = "layer_norm"
     with pytest.raises(ValueError, match="normalises its input .*'layer_norm'.*fold"):
-        ll.results.feature_shift(lens, tokens, sae)
+        ll.feature_shift(lens, tokens, sae)
     sae.cfg.normalize_activations, sae.cfg.metadata.hook_head_index = "none", 2
     with pytest.raises(ValueError, match="reads head 2 alone"):
-        ll.results.feature_shift(lens, tokens, sae)
+        ll.feature_shift(lens, tokens, sae)
 
 
 def test_writes_against_peft_s_own_layers(cls: str):
     """d · s·B·A·z from PEFT's layers of the base (at=0) and of the adapted model (at=1)."""
     case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
     for at in (0.0, 1.0):
-        found = ll.results.feature_shift(case.lens, tokens, rows, at=at, positions=-2, by="site")
+        found = ll.feature_shift(case.lens, tokens, rows, at=at, positions=-2, by="site")
         assert [s.kind for s in found.sites] == ["o", "down"] * models.LAYERS
         for column, site in enumerate(found.sites):
             layer = case.peft.base_model.model.get_submodule(site.module)
@@ -269,7 +267,7 @@ def test_writes_against_peft_s_own_layers(cls: str):
             delta = layer.scaling["default"] * z[0][:, -2] @ A.T @ B.T
             assert (found.values[:, column] - delta @ rows.T).abs().max() < EXACT, site.name
     assert (
-        found.values - ll.results.feature_shift(case.lens, tokens, rows, by="site").values
+        found.values - ll.feature_shift(case.lens, tokens, rows, by="site").values
     ).abs().min() > 1e-6
 
 
@@ -277,9 +275,9 @@ def test_writes_against_peft_s_own_layers(cls: str):
 def test_writes_are_the_shift_at_the_site_s_output(family: str, flags: str, cls: str):
     """With one site on, nothing but its own write moves at its output, folded biases included."""
     lens, tokens, rows = cases.case(family, cls, flags).lens, models.tokens(), directions(16)
-    found = ll.results.feature_shift(lens, tokens, rows, by="site")
+    found = ll.feature_shift(lens, tokens, rows, by="site")
     for column, site in enumerate(found.sites):
-        own = ll.results.feature_shift(lens, tokens, rows, site.write, scale={site.name: 1.0})
+        own = ll.feature_shift(lens, tokens, rows, site.write, scale={site.name: 1.0})
         assert (found.values[:, column] - own.shift).abs().max() < EXACT, site.name
 
 
@@ -287,7 +285,7 @@ def test_writes_of_an_embedding(cls: str):
     base, model = hooked("gpt2", cls, "raw")
     peft = peft_with("gpt2", base, "embedding")
     lens, tokens = ll.LoraLens(model, ll.Adapter.from_peft(peft)), models.tokens()
-    found, rows = ll.results.feature_shift(lens, tokens, directions(16), by="site"), directions(16)
+    found, rows = ll.feature_shift(lens, tokens, directions(16), by="site"), directions(16)
     layer = peft.base_model.model.get_submodule(lens.sites[0].module)
     delta = layer.get_delta_weight("default")[tokens[:, -1]]
     assert (found.values[:, 0] - delta @ rows.T).abs().max() < EXACT
@@ -299,10 +297,10 @@ def test_writes_that_have_no_meaning_are_refused(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     queries = lens.with_adapter(lens.adapter.only("*.q_proj"))
     with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to the residual"):
-        ll.results.feature_shift(queries, tokens, directions(16), by="site")
+        ll.feature_shift(queries, tokens, directions(16), by="site")
     gemma = cases.case("gemma2", cls, "raw").lens
     with pytest.raises(ll.errors.ModelStateError, match=r"attn\.o: a norm \(ln1_post\)"):
-        ll.results.feature_shift(gemma, tokens, directions(16), by="site")
+        ll.feature_shift(gemma, tokens, directions(16), by="site")
 
 
 STREAM_POINTS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_in", "hook_out")
@@ -317,7 +315,7 @@ def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
     """
     case, tokens, rows = cases.case(family, cls, "raw"), models.tokens(), directions(16)
     lens = case.lens
-    everywhere = ll.results.feature_shift(lens, tokens, rows, by="site")
+    everywhere = ll.feature_shift(lens, tokens, rows, by="site")
     assert everywhere.name == ""
     points = [f"blocks.{layer}.{p}" for layer in range(models.LAYERS) for p in STREAM_POINTS]
     fired = cached(lens.model, tokens)
@@ -327,18 +325,16 @@ def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
         movers = [
             column
             for column, site in enumerate(everywhere.sites)
-            if ll.results.feature_shift(lens, tokens, rows, name, scale={site.name: 1.0})
-            .shift.abs()
-            .max()
+            if ll.feature_shift(lens, tokens, rows, name, scale={site.name: 1.0}).shift.abs().max()
             > 1e-9
         ]
         if not movers:
             with pytest.raises(
                 ll.errors.SiteError, match=f"no site of this adapter writes to {name}"
             ):
-                ll.results.feature_shift(lens, tokens, rows, name, by="site")
+                ll.feature_shift(lens, tokens, rows, name, by="site")
             continue
-        found = ll.results.feature_shift(lens, tokens, rows, name, by="site")
+        found = ll.feature_shift(lens, tokens, rows, name, by="site")
         assert found.sites == tuple(everywhere.sites[column] for column in movers), name
         assert torch.equal(found.values, everywhere.values[:, movers]) and found.name == name
 
@@ -346,7 +342,7 @@ def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
 def test_sites_that_move_the_stream_by_peft(cls: str):
     """The hidden state after block 0 moves with a module's scale, or the module is not listed."""
     case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
-    found = ll.results.feature_shift(case.lens, tokens, rows, out(cls, 0), by="site")
+    found = ll.feature_shift(case.lens, tokens, rows, out(cls, 0), by="site")
     modules = list(case.lens.adapter.modules)
     plain = peft_projected(case, tokens, rows, dict.fromkeys(modules, 0.0))
     for site in case.lens.sites:
@@ -359,12 +355,12 @@ def test_sites_that_move_the_stream_by_peft(cls: str):
 def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     sae = autoencoder(16, out(cls, 0))
-    found = ll.results.feature_shift(lens, tokens, (sae, [0, 3]), by="site")
+    found = ll.feature_shift(lens, tokens, (sae, [0, 3]), by="site")
     assert {site.layer for site in found.sites} == {0} and found.name == out(cls, 0)
-    by_name = ll.results.feature_shift(lens, tokens, sae.W_enc.T[[0, 3]], out(cls, 0), by="site")
+    by_name = ll.feature_shift(lens, tokens, sae.W_enc.T[[0, 3]], out(cls, 0), by="site")
     assert torch.equal(found.values, by_name.values)
     contrast = ll.contrast(lens, models.tokens(3, seed=5), tokens, out(cls, 0))
-    assert ll.results.feature_shift(lens, tokens, contrast, by="site").sites == found.sites
+    assert ll.feature_shift(lens, tokens, contrast, by="site").sites == found.sites
 
 
 def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
@@ -372,18 +368,16 @@ def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     up = next(site for site in lens.sites if site.kind == "up" and site.layer == 1)
     rows = directions(lens.plan.host.shape(1, "up")[0])
-    found = ll.results.feature_shift(lens, tokens, rows, up.write, by="site")
-    own = ll.results.feature_shift(lens, tokens, rows, up.write, scale={up.name: 1.0})
+    found = ll.feature_shift(lens, tokens, rows, up.write, by="site")
+    own = ll.feature_shift(lens, tokens, rows, up.write, scale={up.name: 1.0})
     assert found.sites == (up,)
     assert (found.values[:, 0] - own.shift).abs().max() < EXACT
-    added = ll.results.feature_shift(
-        lens, tokens, directions(16), "blocks.1.hook_attn_out", by="site"
-    )
+    added = ll.feature_shift(lens, tokens, directions(16), "blocks.1.hook_attn_out", by="site")
     assert [site.name for site in added.sites] == ["blocks.1.attn.o"]
     with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to"):
-        ll.results.feature_shift(lens, tokens, directions(16), "blocks.0.ln1.hook_scale", by="site")
+        ll.feature_shift(lens, tokens, directions(16), "blocks.0.ln1.hook_scale", by="site")
     with pytest.raises(ll.errors.ArgumentError, match="numbers, and"):
-        ll.results.feature_shift(lens, tokens, directions(16), up.write, by="site")
+        ll.feature_shift(lens, tokens, directions(16), up.write, by="site")
 
 
 @pytest.mark.bad_input
@@ -391,9 +385,9 @@ def test_by_site_takes_one_position_and_no_scale(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     for odd in ({"scale": 0.5}, {"positions": "each"}):
         with pytest.raises(ll.errors.ArgumentError, match=r"leave out scale="):
-            ll.results.feature_shift(lens, tokens, directions(16), by="site", **odd)
+            ll.feature_shift(lens, tokens, directions(16), by="site", **odd)
     with pytest.raises(ll.errors.ArgumentError, match="by='layer': expected 'site'"):
-        ll.results.feature_shift(lens, tokens, directions(16), by="layer")
+        ll.feature_shift(lens, tokens, directions(16), by="layer")
 
 
 def alone(family: str, cls: str, kind: str) -> tuple[ll.LoraLens, str]:
@@ -426,16 +420,16 @@ NORMED = {("gemma2", "mlp"), ("gemma3", "mlp"), ("bloom", "embed")}
 def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: str, monkeypatch):
     """The stream right behind the module moves by d · δz, or a norm stands between the two."""
     (lens, point), tokens, rows = alone(family, cls, kind), models.tokens(), directions(16)
-    moved = ll.results.feature_shift(lens, tokens, rows, point).first_order
+    moved = ll.feature_shift(lens, tokens, rows, point).first_order
     shift = ll.activation_shift(lens, tokens, point)
     if (family, kind) in NORMED:
         with pytest.raises(ll.errors.ModelStateError, match=r"Use feature_shift\(…, scale="):
-            ll.results.feature_shift(lens, tokens, rows, by="site")
+            ll.feature_shift(lens, tokens, rows, by="site")
         with pytest.raises(ll.errors.ModelStateError, match=r"Compare with activation_shift\(…"):
             shift.cosine(lens)
         monkeypatch.setattr(Family, "norm_behind", lambda *_: None)
     apart = float(
-        (ll.results.feature_shift(lens, tokens, rows, by="site").values.sum(1) - moved).abs().max()
+        (ll.feature_shift(lens, tokens, rows, by="site").values.sum(1) - moved).abs().max()
     )
     table, mean = shift.cosine(lens), shift.mean()[point]
     # Columns of B of an SVD are orthogonal, and Δh is a sum of them.
@@ -454,7 +448,7 @@ def test_points_between_a_site_s_input_and_output_are_refused(cls: str):
     model.set_use_attn_result(True)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
     with pytest.raises(ll.errors.ModelStateError, match="hook_result: lies between"):
-        ll.results.feature_shift(lens, models.tokens(), directions(64), "blocks.0.attn.hook_result")
+        ll.feature_shift(lens, models.tokens(), directions(64), "blocks.0.attn.hook_result")
 
 
 def test_an_adapted_head_s_own_output(cls: str):
@@ -464,7 +458,7 @@ def test_an_adapted_head_s_own_output(cls: str):
         pytest.skip("this class has no such point")
     peft, tokens = peft_with("llama", base, "lm_head"), models.tokens()
     lens, rows = ll.LoraLens(model, ll.Adapter.from_peft(peft)), directions(models.VOCAB)
-    found = ll.results.feature_shift(lens, tokens, rows, "unembed.hook_out")
+    found = ll.feature_shift(lens, tokens, rows, "unembed.hook_out")
     with torch.no_grad():
         expected = (peft(tokens).logits - base(tokens).logits)[:, -1] @ rows.T
     assert torch.allclose(found.shift, expected, rtol=0, atol=1e-9)
@@ -474,7 +468,7 @@ def test_an_adapted_head_s_own_output(cls: str):
 def test_bad_input_is_named(cls: str):
     lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
     prompts = ll.results.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
-    shift = ll.results.feature_shift
+    shift = ll.feature_shift
     with pytest.raises(ll.errors.SiteError, match="'blocks.1.hook_residpost'; the nearest are"):
         shift(lens, prompts, rows, "blocks.1.hook_residpost")
     with pytest.raises(ll.errors.ModelStateError, match="hook_mlp_in: .*no activation passes it"):
@@ -498,7 +492,7 @@ def test_bad_input_is_named(cls: str):
         shift(lens, prompts, [1.0], out(cls))
     found, writes = (
         shift(lens, prompts, rows, out(cls)),
-        ll.results.feature_shift(lens, prompts, rows, by="site"),
+        ll.feature_shift(lens, prompts, rows, by="site"),
     )
     for wrong in (lambda: found.top(prompt=2), lambda: writes.top(prompt=-1)):
         with pytest.raises(ValueError, match="the result has prompts 0 to 1"):
@@ -513,14 +507,14 @@ def test_the_model_is_left_as_it_was(cls: str):
     lens.model.hook_dict[lens.sites[0].read].add_hook(lambda tensor, hook: None)
     before = state(lens.model)
     try:
-        ll.results.feature_shift(lens, tokens, directions(16), out(cls))
-        ll.results.feature_shift(lens, tokens, directions(16), by="site")
+        ll.feature_shift(lens, tokens, directions(16), out(cls))
+        ll.feature_shift(lens, tokens, directions(16), by="site")
         assert same(before, state(lens.model))
         sae = autoencoder(16, out(cls))
         sae.encode = lambda h: 1 / 0
         for broken in (sae, directions(15)):
             with pytest.raises((ZeroDivisionError, ValueError)):
-                ll.results.feature_shift(lens, tokens, broken, out(cls))
+                ll.feature_shift(lens, tokens, broken, out(cls))
             assert same(before, state(lens.model))
     finally:
         lens.model.reset_hooks()
@@ -532,7 +526,7 @@ def largest(grid: Any) -> float:
 
 def test_the_results_tell_and_draw(cls: str):
     lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
-    found = ll.results.feature_shift(lens, tokens, rows, out(cls))
+    found = ll.feature_shift(lens, tokens, rows, out(cls))
     frame = found.to_frame()
     assert list(frame) == ["prompt", "feature", "base", "shift", "first_order", "remainder"]
     assert frame["shift"].tolist() == found.shift.flatten().tolist()
@@ -543,11 +537,11 @@ def test_the_results_tell_and_draw(cls: str):
     order = found.shift[1].abs().argsort(descending=True)[:3]  # the first on top
     assert list(bars.x) == found.shift[1][order].tolist()
     assert list(marks.x) == found.first_order[1][order].tolist()
-    each = ll.results.feature_shift(lens, tokens, rows, out(cls), positions="each")
+    each = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
     drawn = each.plot(prompt=1).data[0]
     assert sorted(drawn.y) == [f"feature {i}" for i in range(FEATURES)]
     assert largest(drawn.z) == each.shift[1].abs().max()
-    writes = ll.results.feature_shift(lens, tokens, rows, by="site")
+    writes = ll.feature_shift(lens, tokens, rows, by="site")
     assert len(writes.to_frame()) == writes.values.numel()
     assert writes.to_frame()["write"].tolist() == writes.values.flatten().tolist()
     assert set(writes.top(writes.sites[0].name, 4)["site"]) == {writes.sites[0].name}
@@ -561,7 +555,7 @@ def test_the_noise_floor_is_of_the_size_of_the_error(cls: str):
     """σ of a shift from rounding, against its distance from the merged model's."""
     lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16, 200)
     base, merged = cached(lens.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
-    found = ll.results.feature_shift(lens, tokens, rows, out(cls), positions="each")
+    found = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
     expected = ((merged[out(cls)] - base[out(cls)]) @ rows.T).transpose(1, 2)
     error = (found.shift - expected).square().mean().sqrt()
     assert found.noise_floor.shape == (2, 7)

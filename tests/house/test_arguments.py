@@ -183,10 +183,10 @@ AT: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "gradients": lambda lens, at: ll.gradients(
         lens, TOKENS, MARGIN, "blocks.0.hook_resid_post", at=at
     ),
-    "feature_shift": lambda lens, at: ll.results.feature_shift(
+    "feature_shift": lambda lens, at: ll.feature_shift(
         lens, TOKENS, torch.eye(16)[:2], "blocks.0.hook_resid_post", at=at
     ),
-    "feature_shift by site": lambda lens, at: ll.results.feature_shift(
+    "feature_shift by site": lambda lens, at: ll.feature_shift(
         lens, TOKENS, torch.eye(16)[:2], at=at, by="site"
     ),
 }
@@ -385,7 +385,7 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
     "names": (lambda lens: ll.tangents(lens, TOKENS, 3), "names=3"),
     "names of a number": (lambda lens: ll.tangents(lens, TOKENS, [3]), "3 names no hook point"),
     "a name": (
-        lambda lens: ll.results.feature_shift(lens, TOKENS, torch.eye(16), 3),
+        lambda lens: ll.feature_shift(lens, TOKENS, torch.eye(16), 3),
         "3 names no hook point"),
     "a string of tokens": (
         lambda lens: ll.logit_shift(lens, TOKENS, tokens="w5"), "tokens='w5': expected a list"),
@@ -405,7 +405,7 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
         lambda lens: ll.first_order(lens, TOKENS, [MARGIN, MARGIN], by="token", group="layer"),
         "group= takes one readout"),
     "directions of NaN": (
-        lambda lens: ll.results.feature_shift(lens, TOKENS, torch.full((1, 16), NAN), by="site"),
+        lambda lens: ll.feature_shift(lens, TOKENS, torch.full((1, 16), NAN), by="site"),
         "NaN or infinite"),
     "a function": (lambda lens: ll.Readout.of("entropy"), "cannot be called"),
     "a label": (lambda lens: ll.Readout.of(len, 3), "label=3"),
@@ -432,7 +432,7 @@ def test_positions_of_numpy_and_torch(lens: ll.LoraLens):
 
 
 def test_an_odd_index_is_saved(lens: ll.LoraLens, tmp_path):
-    shift = ll.results.feature_shift(
+    shift = ll.feature_shift(
         lens, TOKENS, torch.eye(16)[:1], "blocks.0.hook_resid_post", positions=np.int64(-1)
     )
     assert ll.results.FeatureShift.load(shift.save(tmp_path / "s")).positions == -1

@@ -113,8 +113,8 @@ SHORT = {
         t.lens, ["w5 w6", "w6 w7"], ["w8 w9", "w9 w5"], "blocks.0.hook_resid_post"
     ),
     "feature_shift": lambda t: (
-        ll.results.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
-        ll.results.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
+        ll.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
+        ll.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
     ),
     "gradients": lambda t: ll.gradients(t.lens, PROMPT, R),
     "patchscope": lambda t: ll.patchscope(
@@ -154,7 +154,6 @@ def takes_progress(function) -> bool:
 def test_every_public_function_is_here():
     """Functions and methods; a new one needs a bar, or a place among the short ones."""
     public = {name: getattr(ll, name) for name in ll.__all__}
-    public["feature_shift"] = ll.results.feature_shift
     functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
     methods = {
         f"{name}.{method}"

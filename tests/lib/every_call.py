@@ -149,10 +149,10 @@ CALLS: dict[str, Call] = {
             lens, _directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"
         ).probabilities
     ),
-    "feature_shift": lambda lens, t: ll.results.feature_shift(
+    "feature_shift": lambda lens, t: ll.feature_shift(
         lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
-    "feature_shift by site": lambda lens, t: ll.results.feature_shift(
+    "feature_shift by site": lambda lens, t: ll.feature_shift(
         lens, t, _directions(lens), by="site"
     ),
     "compare_adapters": lambda lens, t: ll.compare_adapters(

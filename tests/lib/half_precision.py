@@ -124,7 +124,7 @@ def _features(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
     width = lens.model.cfg.d_model
     directions = torch.randn(32, width, generator=torch.Generator().manual_seed(0)) / width**0.5
     name = lens.plan.host.block_input(lens.plan.host.n_layers - 1)
-    found = ll.results.feature_shift(lens, asked.prompts, directions.to(lens.gate_dtype), name)
+    found = ll.feature_shift(lens, asked.prompts, directions.to(lens.gate_dtype), name)
     return {
         "feature_shift": Found(found.shift, found.noise_floor),
         "feature_shift, first order": Found(found.first_order),

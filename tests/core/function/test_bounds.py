@@ -177,16 +177,14 @@ NUMBERS: dict[str, tuple[str, Any]] = {
     "features": (
         "dual",
         lambda lens, t: (
-            ll.results.feature_shift(
+            ll.feature_shift(
                 lens, t, torch.eye(16).double()[:2], "blocks.1.hook_resid_post", positions="each"
             ).shift
         ),
     ),
     "features by site": (
         "plain",
-        lambda lens, t: (
-            ll.results.feature_shift(lens, t, torch.eye(16).double()[:2], by="site").values
-        ),
+        lambda lens, t: ll.feature_shift(lens, t, torch.eye(16).double()[:2], by="site").values,
     ),
     "one edge": (
         "plain",

@@ -56,7 +56,7 @@ def graph(lens: ll.LoraLens) -> Tensor:
 
 
 def feature(lens: ll.LoraLens, point: str) -> Any:
-    return ll.results.feature_shift(lens, TEXT, torch.eye(16)[:2], point, by="site")
+    return ll.feature_shift(lens, TEXT, torch.eye(16)[:2], point, by="site")
 
 
 POINT = "blocks.1.hook_out"
