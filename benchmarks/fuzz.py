@@ -5,7 +5,7 @@
 Adapter folders, result files, records, the files of half-finished sweeps, prompts, tokens, gates
 and hooks of users, from a seed: the same number gives the same case. Each runs within 10 seconds
 and 1 GB, with sockets, processes and unpickling trapped; what is read is compared with PEFT and
-Hugging Face in float64. The cases themselves are in tests/lib/fuzz*.py, and a few hundred of them
+Hugging Face in float64. The cases themselves are in tests/house/fuzz, and a few hundred of them
 run in the test suite. `--write` puts the table into docs/precision.md; the exit code is 1 if there
 is a fault.
 """
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 def main() -> int:
     asked = arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path.insert(0, str(ROOT / "tests" / "lib"))
+    sys.path[:0] = [str(ROOT / "tests" / "house"), str(ROOT / "tests" / "lib")]
     import fuzz
 
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:

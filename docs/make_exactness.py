@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "lib"))
+sys.path[:0] = [str(HERE.parent / "tests" / folder) for folder in ("lib", "formats")]
 
 import architectures  # noqa: E402
 import cases  # noqa: E402

@@ -56,7 +56,7 @@ def require_exact(adapter: ll.Adapter, base: Any, model: Any, bound: float = 1e-
 
 
 def test_every_tuner_of_the_installed_peft_is_in_the_table():
-    """A method that PEFT gains is measured, or refused with its reason: a line in lib/tuners.py."""
+    """A method that PEFT gains is measured, or refused with its reason: a line in tuners.py."""
     assert tuners.folders() == {*tuners.EXACT, *tuners.REFUSED}
     assert not {*tuners.EXACT} & {*tuners.REFUSED}
     table = json.loads((DOCS / "exactness" / "4.3.json").read_text())["methods"]

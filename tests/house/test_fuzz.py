@@ -1,7 +1,7 @@
 """A few hundred cases of the fuzz; benchmarks/fuzz.py runs any number of the same.
 
 Each case is right by an oracle that is not the package, or refused by an error of ours, within 10
-seconds and 1 GB; nothing is connected to, started, unpickled or run (tests/lib/fuzz_guard.py).
+seconds and 1 GB; nothing is connected to, started, unpickled or run (tests/house/fuzz/guard.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import fuzz
-import fuzz_guard
 import pytest
 import torch
-from fuzz_guard import PLANTED, Case, UsersOwn, Wrong
+from fuzz import guard
+from fuzz.guard import PLANTED, Case, UsersOwn, Wrong
 
 import lens_lora as ll
 
@@ -153,24 +153,24 @@ SEEN = {
 
 @pytest.mark.parametrize("act", SEEN, ids=lambda act: act.__name__)
 def test_what_is_seen(act, monkeypatch):
-    monkeypatch.setattr(fuzz_guard, "SECONDS", 0.3)
-    monkeypatch.setattr(fuzz_guard, "BYTES", 100_000_000)
-    assert fuzz_guard.run(Case("t", "m", act, lambda found: None)).kind == SEEN[act]
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BYTES", 100_000_000)
+    assert guard.run(Case("t", "m", act, lambda found: None)).kind == SEEN[act]
 
 
 FILLS = """
 import torch
-import fuzz_guard
-fuzz_guard.BYTES = 100_000_000
+from fuzz import guard
+guard.BYTES = 100_000_000
 fills = lambda: torch.ones(30_000_000, dtype=torch.float64)
-print(fuzz_guard.run(fuzz_guard.Case("t", "m", fills, lambda found: None)).kind)
+print(guard.run(guard.Case("t", "m", fills, lambda found: None)).kind)
 """
 
 
 @pytest.mark.slow
 def test_memory_is_seen():
     """In a process of its own: one that has run long has memory to give out already."""
-    places = os.pathsep.join([str(TESTS / "lib"), str(TESTS.parent)])
+    places = os.pathsep.join([str(TESTS / "house"), str(TESTS / "lib"), str(TESTS.parent)])
     run = subprocess.run(
         [sys.executable, "-c", FILLS],
         env={**os.environ, "PYTHONPATH": places},
@@ -183,13 +183,13 @@ def test_memory_is_seen():
 
 def test_a_wrong_answer_is_seen():
     def judge(found):
-        fuzz_guard.require_close(torch.tensor([found]), torch.tensor([1.0]), "it")
+        guard.require_close(torch.tensor([found]), torch.tensor([1.0]), "it")
 
-    assert fuzz_guard.run(Case("t", "m", lambda: 1.0, judge)).kind == "right"
-    assert fuzz_guard.run(Case("t", "m", lambda: 1.1, judge)).kind == "wrong"
+    assert guard.run(Case("t", "m", lambda: 1.0, judge)).kind == "right"
+    assert guard.run(Case("t", "m", lambda: 1.1, judge)).kind == "wrong"
     for other in (torch.tensor([1.0, 1.0]), torch.tensor([float("nan")])):
         with pytest.raises(Wrong):
-            fuzz_guard.require_close(other, torch.tensor([1.0]), "it")
+            guard.require_close(other, torch.tensor([1.0]), "it")
 
 
 def test_a_lens_that_forgets_a_gate_is_seen(run, monkeypatch):

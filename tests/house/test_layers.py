@@ -196,7 +196,7 @@ TEST_MODULES = {path.stem for path in TESTS.rglob("test_*.py")}
 
 @pytest.mark.slow
 def test_no_test_module_is_imported():
-    """What tests share stands in tests/lib."""
+    """What tests share stands in tests/lib, or beside them where one folder alone uses it."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py")}
     names = {name: imported_names(text) & TEST_MODULES for name, text in texts.items()}
     assert {name: imported for name, imported in names.items() if imported} == {}

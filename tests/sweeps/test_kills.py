@@ -1,6 +1,6 @@
 """Kills at random moments, on one process and on two: nothing lost, repeated or mixed.
 
-The laws and the killing are in tests/lib/kills.py, which takes any number: CONTRIBUTING.md.
+The laws and the killing are in tests/sweeps/kills.py, which takes any number: CONTRIBUTING.md.
 """
 
 from __future__ import annotations

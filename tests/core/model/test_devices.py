@@ -1,6 +1,6 @@
 """Models on an accelerator, and split over two: nothing mixes, and the numbers are the CPU's.
 
-The accelerators are not there (tests/lib/devices.py); what is tested is where each tensor lies.
+The accelerators are not there (`devices.py`); what is tested is where each tensor lies.
 """
 
 from __future__ import annotations

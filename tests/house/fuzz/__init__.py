@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fuzz_adapters
-import fuzz_files
-import fuzz_guard
-import fuzz_hooks
-import fuzz_inputs
 import models
-from fuzz_guard import RIGHT, Case, Chance, Outcome
+
+from fuzz import adapters, files, guard, hooks, inputs
+from fuzz.guard import RIGHT, Case, Chance, Outcome
 
 Counts = dict[tuple[str, str], collections.Counter[str]]
 
@@ -44,14 +41,14 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    "adapter folders": Target(fuzz_adapters.world, fuzz_adapters.case, 8),
-    "result files": Target(fuzz_files.saved_results, fuzz_files.results, 2, is_lifted=False),
-    "records": Target(fuzz_files.world, fuzz_files.records, 1),
-    "files of sweeps": Target(fuzz_files.world, fuzz_files.sweep_files, 1),
-    "prompts": Target(lambda _: fuzz_inputs.world(), fuzz_inputs.prompts, 2),
-    "tokens of readouts": Target(lambda _: fuzz_inputs.world(), fuzz_inputs.readouts, 2),
-    "gates": Target(lambda _: fuzz_inputs.world(), fuzz_inputs.gates, 2),
-    "hooks of users": Target(lambda _: fuzz_hooks.world(), fuzz_hooks.case, 2),
+    "adapter folders": Target(adapters.world, adapters.case, 8),
+    "result files": Target(files.saved_results, files.results, 2, is_lifted=False),
+    "records": Target(files.world, files.records, 1),
+    "files of sweeps": Target(files.world, files.sweep_files, 1),
+    "prompts": Target(lambda _: inputs.world(), inputs.prompts, 2),
+    "tokens of readouts": Target(lambda _: inputs.world(), inputs.readouts, 2),
+    "gates": Target(lambda _: inputs.world(), inputs.gates, 2),
+    "hooks of users": Target(lambda _: hooks.world(), hooks.case, 2),
 }
 
 
@@ -94,7 +91,7 @@ class Fuzz:
                 if name not in self._worlds:
                     self._worlds[name] = target.prepare(self._folder / name)
                 case = target.make(self._worlds[name], Chance(f"{name} {number}"), scratch)
-            outcome = fuzz_guard.run(case)
+            outcome = guard.run(case)
         self.counts[name, case.mutation][outcome.kind] += 1
         if outcome.is_fault:
             self.faults.append(Fault(name, number, case, outcome))

@@ -1,7 +1,7 @@
 """Errors to be planted in the factors of Prop. 1, each alone, and the quick tests that see them.
 
-    python tests/lib/mutations.py            # all of them, in some minutes
-    python tests/lib/mutations.py strength   # those whose name holds the word
+    python tests/core/function/mutations.py            # all of them, in some minutes
+    python tests/core/function/mutations.py strength   # those whose name holds the word
 
 A mutation replaces one text of one file of the package. It is made in a copy of the package, and
 the tests named beside it are run on the copy: one of them must fail. The tests are quick ones, so
@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 _FACTORS = "tests/core/function/test_factors.py::"
 BOTH_ENDS = f"{_FACTORS}test_both_ends"
 EVERY_PART = f"{_FACTORS}test_every_part_of_every_site"

@@ -17,9 +17,9 @@ import cases
 import models
 import numpy as np
 import torch
-from fuzz_guard import Case, Chance, Wrong, require_close
 
 import lens_lora as ll
+from fuzz.guard import Case, Chance, Wrong, require_close
 
 IDS = models.tokens(2, 5)
 LARGE = 1e4

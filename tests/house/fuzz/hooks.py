@@ -15,7 +15,8 @@ import cases
 import model_state
 import models
 import torch
-from fuzz_guard import Case, Chance, UsersOwn, Wrong, require_close
+
+from fuzz.guard import Case, Chance, UsersOwn, Wrong, require_close
 
 IDS = models.tokens(2, 5)
 Change = Callable[[torch.Tensor], "torch.Tensor | None"]

@@ -22,10 +22,10 @@ import cases
 import models
 import peft
 import torch
-from fuzz_guard import PLANTED, Case, Chance, Wrong, require_close
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
+from fuzz.guard import PLANTED, Case, Chance, Wrong, require_close
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = models.tokens(2, 5)

@@ -1,6 +1,6 @@
 """Sweeps that are killed at random moments, on one process and on two, until each is finished.
 
-    python tests/lib/kills.py --kills 100 --processes 1 2 --seed 0
+    python tests/sweeps/kills.py --kills 100 --processes 1 2 --seed 0
 
 1. A fresh process imports everything once and forks each run from there.
 2. A run is killed (SIGKILL) at a random moment of its length; of two processes a random one first,
@@ -29,14 +29,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accelerate.state  # noqa: F401  (before the fork)
-import models
 import pandas as pd
-import sweep_runs
 import torch
 
-import lens_lora as ll
-from lens_lora.sweeps import sweep as sweeps  # noqa: F401
-from lens_lora.sweeps.batches import RowStore
+sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
+
+import models  # noqa: E402
+import sweep_runs  # noqa: E402
+
+import lens_lora as ll  # noqa: E402
+from lens_lora.sweeps import sweep as sweeps  # noqa: E402, F401
+from lens_lora.sweeps.batches import RowStore  # noqa: E402
 
 RECORDS = [
     *sweep_runs.WITH_A_BAD_ONE,

@@ -21,11 +21,11 @@ import pandas as pd
 import sweep_runs
 import torch
 from every_result import every_result
-from fuzz_guard import Case, Chance, Wrong, require_close
 from safetensors import safe_open
 from safetensors.torch import save
 
 import lens_lora as ll
+from fuzz.guard import Case, Chance, Wrong, require_close
 from lens_lora.core.results import storage
 from lens_lora.sweeps.batches import RowStore
 
