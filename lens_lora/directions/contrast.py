@@ -37,11 +37,11 @@ from torch import Tensor
 from lens_lora.arguments import number
 from lens_lora.core import Adapter, LoraLens, Names, Pictured, Prompts, Scale, alone, name_of_scale
 from lens_lora.core.adapter.factors import constant_factors
-from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.readout.positions import positions_text
 from lens_lora.core.results.tokens import Positions
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden import activation_shift
+from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.responses.answers import continued
 
 # Texts of each set that are compared in pairs, evenly spread: all pairs of more take long.

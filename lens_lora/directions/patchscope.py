@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.core import Described, LoraLens, Prompts, alone, attached, long_table
-from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.function.forward import read_logits, require_finite
 from lens_lora.core.function.interventions import record
 from lens_lora.core.model.sites import firing, known_point
@@ -29,6 +28,7 @@ from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
+from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.hidden.stream_reading import over_scale, read_through
 
 # The paper's prompt of identities.

@@ -37,7 +37,6 @@ from lens_lora.core import (
     only_prompt,
     prompt_rows,
 )
-from lens_lora.core.function.activations import sinks_among
 from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.function.forward import require_finite
 from lens_lora.core.function.interventions import positioned, record
@@ -49,6 +48,7 @@ from lens_lora.core.results.base import tokens_at
 from lens_lora.core.results.tokens import Positions, chosen_positions, held_out_share, ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import Directions, directions_of, is_residual, is_stream
+from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.hidden.stream_reading import over_scale, read_through
 from lens_lora.texts.batches import by_length
 

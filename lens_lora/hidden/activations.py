@@ -38,13 +38,14 @@ from lens_lora.core import (
     first_of_each,
     name_of_scale,
 )
-from lens_lora.core.function.activations import activation_ranks, in_gauge, site_activations
+from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results import drawing
 from lens_lora.core.results import tokens as text_tokens
 from lens_lora.core.results.tokens import Positions, Sign, context_of, require_sign
+from lens_lora.hidden.site_activations import activation_ranks, site_activations
 from lens_lora.responses.answers import AnswerLike, continued
 
 _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]

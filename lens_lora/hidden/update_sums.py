@@ -17,10 +17,10 @@ from lens_lora.core import (
     SiteUpdate,
     distinct_tokens,
 )
-from lens_lora.core.function.activations import site_activations
 from lens_lora.core.function.memory import ROW_TOKENS
 from lens_lora.core.model import NormUpdate
 from lens_lora.errors import UnsupportedAdapterError
+from lens_lora.hidden.site_activations import site_activations
 from lens_lora.texts.batches import (
     over_texts,
 )

@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 from lens_lora.arguments import whole
 from lens_lora.core import LoraLens, Prompts, Site, alone, first_of_each, marks_of
-from lens_lora.core.function.activations import activation_ranks, in_gauge, site_activations
+from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.results import drawing, tokens
 from lens_lora.errors import NumericsError, PromptError, SweepError
+from lens_lora.hidden.site_activations import activation_ranks, site_activations
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
