@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core import SIGMAS, Labelled, only_prompt
-from lens_lora.core.results import drawing
+from lens_lora.core import SIGMAS, Labelled, drawing, only_prompt
 from lens_lora.core.results.base import largest
 from lens_lora.errors import many
 from lens_lora.show import figures, go

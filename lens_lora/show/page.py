@@ -20,11 +20,10 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lens_lora import results
 from lens_lora.show import go
 from lens_lora.show.figures import EXACT, further_lines
 from lens_lora.show.tables import Pairs, Row, Table
-from lens_lora.show.text import readable, short_prompt
+from lens_lora.show.text import Answered, readable, short_prompt
 
 # --- The blocks of a section
 
@@ -74,24 +73,47 @@ class Answers:
     pairs: Sequence[tuple[str, Sequence[Piece], Sequence[Piece]]]
 
 
-def answers_of(asked: Sequence[results.SideBySide | None]) -> list[Block]:
+def answers_of(asked: Sequence[Answered | None]) -> list[Block]:
     """Both models' answers, differing words marked; no block where there are none."""
     pairs = [(short_prompt([a.prompt]), *_compared(a.base, a.adapted)) for a in asked if a]
     return [Answers(pairs)] if pairs else []
 
 
+# A word, and the white space before it.
+_Word = tuple[str, str]
+
+
 def _compared(base: str, adapted: str) -> tuple[list[Piece], list[Piece]]:
-    texts = (re.sub(r"\s*\n\s*", "\n", text.strip()) for text in (base, adapted))
-    words = [re.findall(r"(\s*)(\S+)", text) for text in texts]
-    before, after = ([word for _, word in side] for side in words)
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    pieces: tuple[list[Piece], list[Piece]] = [], []
-    for how, *spans in matcher.get_opcodes():
-        for side, text, (first, end) in zip(pieces, words, (spans[:2], spans[2:]), strict=True):
-            if run := text[first:end]:
-                inside = "".join(map("".join, run))[len(run[0][0]) :]
-                side.append((run[0][0], inside, how != "equal"))
-    return pieces
+    """Two texts in pieces that are the same or differ, word by word."""
+    base_words = _words_of(base)
+    adapted_words = _words_of(adapted)
+    matcher = difflib.SequenceMatcher(
+        None,
+        [word for _, word in base_words],
+        [word for _, word in adapted_words],
+        autojunk=False,
+    )
+    base_pieces: list[Piece] = []
+    adapted_pieces: list[Piece] = []
+    for how, base_first, base_end, first, end in matcher.get_opcodes():
+        differs = how != "equal"
+        base_pieces += _piece_of(base_words[base_first:base_end], differs)
+        adapted_pieces += _piece_of(adapted_words[first:end], differs)
+    return base_pieces, adapted_pieces
+
+
+def _words_of(text: str) -> list[_Word]:
+    """The words of a text; white space around a line break is the line break alone."""
+    return re.findall(r"(\s*)(\S+)", re.sub(r"\s*\n\s*", "\n", text.strip()))
+
+
+def _piece_of(words: Sequence[_Word], differs: bool) -> list[Piece]:
+    """Some words as one piece; none where there are no words."""
+    if not words:
+        return []
+    space, _ = words[0]
+    whole = "".join(space_before + word for space_before, word in words)
+    return [(space, whole.removeprefix(space), differs)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +157,12 @@ def plot(figure: go.Figure, *, heading: str = "") -> Plot:
     layout: Any = figure.to_dict()["layout"]
     shown = type(figure)(figure)
     top = layout["margin"]["t"] - _TITLE_HEIGHT - further_lines(layout["title"]["text"])
-    meta, bar = {"title": layout["title"]}, {"activecolor": EXACT}
-    shown.update_layout(title=None, margin={"t": top}, meta=meta, modebar=bar)
+    shown.update_layout(
+        title=None,
+        margin={"t": top},
+        meta={"title": layout["title"]},
+        modebar={"activecolor": EXACT},
+    )
     if layout["legend"].get("orientation") == "h":
         shown.update_layout(legend={"x": 0, "xanchor": "left"})
     # What is below the heading breaks where the page does, and not where the picture would.

@@ -17,8 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group
 from rich.text import Text
 
-from lens_lora import results
-from lens_lora.core.results import drawing
+from lens_lora.core import Attribution, drawing
 from lens_lora.errors import many
 from lens_lora.show import text, words
 
@@ -72,22 +71,30 @@ class Table:
         in one line, each time to the narrowest column first.
         """
         columns = [[row[i] for row in self.rows] for i in range(len(self.heads))]
-        cells, words = [_longest(column) for column in columns], list(map(_longest_word, columns))
-        widths = [
-            max(_longest_word([head]), min(cells[i], _NARROWEST) if i in self.texts else cells[i])
-            for i, head in enumerate(self.heads)
-        ]
-        heads = list(map(cell_len, self.heads))
-        for wished in ([head // 3 for head in heads], words, cells, heads):
-            while sum(widths) < room:
-                short = [i for i, width in enumerate(widths) if width < wished[i]]
-                if not short:
-                    break
-                widths[min(short, key=lambda i: widths[i])] += 1
+        cells = [_longest(column) for column in columns]
+        words = [_longest_word(column) for column in columns]
+        heads = [cell_len(head) for head in self.heads]
+        heads_in_three_lines = [head // 3 for head in heads]
+        widths: list[int] = []
+        for i, head in enumerate(self.heads):
+            narrowest = min(cells[i], _NARROWEST) if i in self.texts else cells[i]
+            widths.append(max(_longest_word([head]), narrowest))
+        for wanted in (heads_in_three_lines, words, cells, heads):
+            _widen(widths, wanted, room)
         return widths
 
 
 _NARROWEST = 8  # characters of a column of text: less cannot be read
+
+
+def _widen(widths: list[int], wanted: Sequence[int], room: int) -> None:
+    """Widen columns towards what is wanted, the narrowest first, while there is room."""
+    while sum(widths) < room:
+        short = [i for i, width in enumerate(widths) if width < wanted[i]]
+        if not short:
+            return
+        narrowest = min(short, key=lambda i: widths[i])
+        widths[narrowest] += 1
 
 
 def _longest(texts: Iterable[str]) -> int:
@@ -113,16 +120,24 @@ _WRITTEN: dict[str, Callable[[Any], str]] = {
 
 
 def table_of(frame: pd.DataFrame, heads: Mapping[str, str], **options: Any) -> Table:
-    """Those of a frame's columns that have a heading here, and that it has.
+    """The columns of a frame that have a heading, as a table of text.
 
-    How a cell is written is a matter of its column's name; else numbers have their sign. Rows whose
-    every number is zero are counted in the title.
+    How a cell is written is a matter of its column's name; other numbers have their sign. Rows
+    whose every number is zero are counted in the title.
+
+    Args:
+        frame: the numbers and their labels.
+        heads: headings by the name of a column; a name that the frame lacks is passed over.
+        options: the other fields of the table.
     """
     names = [name for name in heads if name in frame]
     floats = frame[names].select_dtypes("float")
     is_zero = (floats == 0).all(axis=1) & bool(floats.columns.size)
-    cells = (map(_WRITTEN.get(name, _written), frame[name][~is_zero].tolist()) for name in names)
-    rows = list(zip(*cells, strict=True))
+    columns: list[list[str]] = []
+    for name in names:
+        write = _WRITTEN.get(name, _written)
+        columns.append([write(value) for value in frame[name][~is_zero].tolist()])
+    rows = list(zip(*columns, strict=True))
     if is_zero.any():
         options["title"] = f"{options.get('title', '')} ({is_zero.sum()} that are zero left out)"
     return Table(tuple(heads[name] for name in names), rows, **options)
@@ -140,11 +155,12 @@ def in_terminal(*tables: Table) -> Group:
 # --- An attribution
 
 SITES_SHOWN = 5
-_PROMPTS_SHOWN, _PROMPT_WIDTH = 5, 48
+_PROMPTS_SHOWN = 5
+_PROMPT_WIDTH = 48  # characters
 
 
-@drawing.text.register(results.Attribution)
-def attribution_text(attribution: results.Attribution) -> str:
+@drawing.text.register(Attribution)
+def attribution_text(attribution: Attribution) -> str:
     """What was attributed and how, then its prompts and its sites, five of each at most."""
     lines = attribution_heading(attribution)
     for row in prompts_table(attribution).rows:
@@ -158,29 +174,31 @@ def attribution_text(attribution: results.Attribution) -> str:
     return "\n".join(lines)
 
 
-def attribution_heading(attribution: results.Attribution) -> list[str]:
+def attribution_heading(attribution: Attribution) -> list[str]:
     """What was attributed, how and of how much; below it, how, and whether to distrust it."""
-    batch, sites = len(attribution.base), many(len(attribution.sites), "site")
+    prompts = many(len(attribution.base), "prompt")
+    sites = many(len(attribution.sites), "site")
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
     mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
     heading = (
         f"{attribution.readout}, {text.key_text(attribution.key)}, in {attribution.units}: "
-        f"{many(batch, 'prompt')} × {sites}{by}{mode}"
+        f"{prompts} × {sites}{by}{mode}"
     )
     if read := attribution.meta.get("prompts"):
         heading += f" ({read})"
-    quadrature, caution = attribution.quadrature, text.caution_text(attribution)
-    notes = ("" if quadrature is None else text.quadrature_text(quadrature), caution)
+    notes = [text.caution_text(attribution)]
+    if attribution.quadrature is not None:
+        notes.insert(0, text.quadrature_text(attribution.quadrature))
     return [heading, *filter(None, notes)]
 
 
-def averaged_over(attribution: results.Attribution) -> str:
+def averaged_over(attribution: Attribution) -> str:
     """', mean of 3 prompts', to follow what is shown as a mean; '' for a single prompt."""
     batch = len(attribution.base)
     return f", mean of {batch} prompts" if batch > 1 else ""
 
 
-def prompts_table(attribution: results.Attribution) -> Table:
+def prompts_table(attribution: Attribution) -> Table:
     """The account of each prompt, of the first five at most."""
     columns = ("base", "adapted", "shift", "total", "remainder")
     numbers = (getattr(attribution, c)[:_PROMPTS_SHOWN].cpu().double() for c in columns)
@@ -195,7 +213,7 @@ def prompts_table(attribution: results.Attribution) -> Table:
     return Table(heads, rows, texts=(0, 1))
 
 
-def modules_table(result: results.Attribution, k: int = 10, prompt: int | None = None) -> Table:
+def modules_table(result: Attribution, k: int = 10, prompt: int | None = None) -> Table:
     """The sites of largest |value|."""
     site = "site" if prompt is not None else f"site{averaged_over(result)}"
     title = f"largest modules, {text.key_text(result.key)}, in {result.units}"

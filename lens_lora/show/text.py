@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from markupsafe import escape
 
-from lens_lora import results
-from lens_lora.core import PromptTokens, asked_of
+from lens_lora.core import Attribution, PromptTokens, Quadrature, asked_of
 from lens_lora.core.results.attribution import VIOLENT
 from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import worded
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-# Characters: beside a picture, in a heading, of an answer in a sentence, in a paragraph.
-_BESIDE, _SHORT, _ANSWER, _LONG = 18, 80, 120, 240
+# The most characters: beside a picture, in a heading, of an answer in a sentence, in a paragraph.
+_BESIDE = 18
+_SHORT = 80
+_ANSWER = 120
+_LONG = 240
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
@@ -44,7 +47,8 @@ def log_p_text(value: float) -> str:
 
 def first_of(names: Sequence[str], k: int) -> str:
     """'a, b, …': the first k of them."""
-    return ", ".join([*names[:k], *("…" for _ in names[k : k + 1])])
+    more = ["…"] if len(names) > k else []
+    return ", ".join([*names[:k], *more])
 
 
 def percent(share: float) -> str:
@@ -52,15 +56,23 @@ def percent(share: float) -> str:
     if not math.isfinite(share):
         return "—"
     size = 100 * abs(share)
-    digits = f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 0.1 else f"{size:.1g}"
-    return f"{'−' if share < 0 else ''}{digits}%"
+    if size >= 10:
+        digits = f"{size:.0f}"
+    elif size >= 0.1:
+        digits = f"{size:.1f}"
+    else:
+        digits = f"{size:.1g}"
+    sign = "−" if share < 0 else ""
+    return f"{sign}{digits}%"
 
 
 def points(change: float) -> str:
     """A change of a probability: '+12 points', in percentage points."""
     if not math.isfinite(change):
         return "—"
-    return f"{'−' if change < 0 else '+'}{percent(abs(change))[:-1]} points"
+    sign = "−" if change < 0 else "+"
+    number = percent(abs(change)).removesuffix("%")
+    return f"{sign}{number} points"
 
 
 def position_text(position: int | str) -> str:
@@ -77,8 +89,14 @@ def share_text(share: float) -> str:
 
 def visible(token: str) -> str:
     """A token with its white space and control characters made visible."""
-    shown = "".join(_WHITESPACE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in token)
+    shown = "".join(map(_visible_character, token))
     return shown or "∅"
+
+
+def _visible_character(character: str) -> str:
+    if character in _WHITESPACE:
+        return _WHITESPACE[character]
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def readable(text: str) -> str:
@@ -136,7 +154,8 @@ def _end_of(text: str, width: int, cut: str = "…") -> str:
     if len(text) <= width:
         return text
     end = text[-width:]
-    return f"{cut}{end.partition(' ')[2] or end}"
+    _, _, whole_words = end.partition(" ")
+    return f"{cut}{whole_words or end}"
 
 
 def cut_in_the_middle(text: str, width: int) -> str:
@@ -149,13 +168,36 @@ def cut_in_the_middle(text: str, width: int) -> str:
 
 def beginning_of(text: str, width: int) -> str:
     """A text, or its first words where it is longer."""
-    return text if len(text) <= width else f"{text[:width].rpartition(' ')[0] or text[:width]} …"
+    if len(text) <= width:
+        return text
+    beginning = text[:width]
+    whole_words, _, _ = beginning.rpartition(" ")
+    return f"{whole_words or beginning} …"
 
 
-def answers_text(pair: results.SideBySide) -> str:
+class Answered(Protocol):
+    """A prompt, and what both models answer to it."""
+
+    @property
+    def prompt(self) -> str:
+        """What was asked."""
+        ...
+
+    @property
+    def base(self) -> str:
+        """The base model's answer."""
+        ...
+
+    @property
+    def adapted(self) -> str:
+        """The adapted model's answer."""
+        ...
+
+
+def answers_text(pair: Answered) -> str:
     """What both models answer, to follow 'Asked …, '; a long answer begins only."""
-    lines = (" ".join(text.split()) for text in (pair.base, pair.adapted))
-    base, adapted = (f"“{beginning_of(line, _ANSWER)}”" for line in lines)
+    base = f"“{beginning_of(' '.join(pair.base.split()), _ANSWER)}”"
+    adapted = f"“{beginning_of(' '.join(pair.adapted.split()), _ANSWER)}”"
     if pair.base == pair.adapted:
         return f"both models answer {base}."
     return f"the base model answers {base}, and with the adapter {adapted}."
@@ -171,8 +213,11 @@ def shortened(text: str) -> str:
     """A long text as its beginning and its end, cut between words."""
     if len(text) <= _LONG:
         return text
-    begin, end = text[: _LONG // 2], text[-_LONG // 2 :]
-    return f"{begin.rpartition(' ')[0] or begin} … {end.partition(' ')[2] or end}"
+    begin = text[: _LONG // 2]
+    end = text[-_LONG // 2 :]
+    first_words, _, _ = begin.rpartition(" ")
+    _, _, last_words = end.partition(" ")
+    return f"{first_words or begin} … {last_words or end}"
 
 
 _KEYS = {  # names at the end of core/results/base.py; others are written as they are
@@ -212,7 +257,7 @@ def _qualified(rules: str) -> str:
     return ", ".join(filter(None, said))
 
 
-def caution_text(attribution: results.Attribution) -> str:
+def caution_text(attribution: Attribution) -> str:
     """Why first order is to be distrusted here, and what to do instead; '' where it is not."""
     if not attribution.is_violent:
         return ""
@@ -223,7 +268,7 @@ def caution_text(attribution: results.Attribution) -> str:
     )
 
 
-def quadrature_text(quadrature: results.Quadrature) -> str:
+def quadrature_text(quadrature: Quadrature) -> str:
     """Nodes, the error reached, and why it is not what was asked, where it is not."""
     verdict = "within" if quadrature.met else "not within"
     if quadrature.error <= quadrature.tol and not quadrature.met:
@@ -237,9 +282,10 @@ def quadrature_text(quadrature: results.Quadrature) -> str:
 
 
 def top_rows(
-    attribution: results.Attribution, k: int, prompt: int | None = None
+    attribution: Attribution, k: int, prompt: int | None = None
 ) -> list[tuple[str, str, str, str]]:
     """(site, module, value, share of the shift) of the k sites of largest |value|."""
     top = attribution.top(k, prompt)
-    values, shares = map(signed, top["value"]), map(percent, top["share"])
+    values = map(signed, top["value"])
+    shares = map(percent, top["share"])
     return list(zip(top["site"], top["module"], values, shares, strict=True))

@@ -13,10 +13,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora import results
-from lens_lora.core import SIGMAS, only_prompt
+from lens_lora.core import SIGMAS, Attribution, FactMargin, drawing, only_prompt
 from lens_lora.core.analyses import verdict as verdicts
-from lens_lora.core.results import drawing
 from lens_lora.errors import many
 from lens_lora.show import text
 from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed
@@ -88,11 +86,13 @@ class Account:
 _FROM_THE_TABLE = ("m0", "first_order", "remainder", "m", "flips", "flip_predicted")
 
 
-def account_of(fact_margin: results.FactMargin, prompt: int | None = None) -> Account:
+def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
     """One prompt's account."""
-    attribution, curve = fact_margin.attribution, fact_margin.curve
+    attribution = fact_margin.attribution
+    curve = fact_margin.curve
     i = only_prompt(prompt, len(attribution.base), "accounts")
-    verdict, row = fact_margin.verdict[i], fact_margin.to_frame().to_dict("records")[i]
+    verdict = fact_margin.verdict[i]
+    row = fact_margin.to_frame().to_dict("records")[i]
     margins = [float(curve.base[i]), *curve.values[i].tolist()]
     signs = [m > 0 for m in margins if abs(m) > verdict.floor]
     return Account(
@@ -119,8 +119,8 @@ def _fact_names(doc: str, pre: str) -> tuple[str, str]:
 MODULES_NAMED = 5
 
 
-@drawing.story.register(results.FactMargin)
-def margin_story(fact_margin: results.FactMargin, prompt: int | None = None) -> str:
+@drawing.story.register(FactMargin)
+def margin_story(fact_margin: FactMargin, prompt: int | None = None) -> str:
     """One prompt's story: what happened, what first order says, where, how it was read."""
     attribution, account = fact_margin.attribution, account_of(fact_margin, prompt)
     index = only_prompt(prompt, len(attribution.base), "accounts")
@@ -195,7 +195,8 @@ def _flip(a: Account) -> str:
 def first_order_text(a: Account) -> str:
     """What first order predicts, what it leaves at ε = 1 and on the way, and what that means."""
     v = a.verdict
-    below, is_noise = _below_noise(a.remainder_floor), abs(a.remainder) <= a.remainder_floor
+    below = _below_noise(a.remainder_floor)
+    is_noise = abs(a.remainder) <= a.remainder_floor
     if not a.has_shift:
         size = f"{below} as well" if is_noise else "more than rounding"
         return f"{conclusion_text(a)} What it leaves, {signed(a.remainder)}, is {size}."
@@ -247,15 +248,18 @@ def _unconfirmed(a: Account, value: float) -> str:
     return ", too small for a run at this precision to confirm" if a.is_noise(value) else ""
 
 
-def largest_text(attribution: results.Attribution, a: Account, k: int, prompt: int = 0) -> str:
+def largest_text(attribution: Attribution, a: Account, k: int, prompt: int = 0) -> str:
     """The k modules whose first-order parts are largest."""
-    rows, modules = text.top_rows(attribution, k, prompt), many(len(attribution.sites), "module")
-    named, unsure = "", ""
-    if a.has_shift:
-        named = ", with their share of the shift"
-        unsure = _unconfirmed(a, float(attribution.per_site[prompt].abs().max()))
-    parts = (f"{site} {value}{f' ({share})' if named else ''}" for site, _, value, share in rows)
-    return f"Largest first-order parts of {modules}{named}: {', '.join(parts)}{unsure}."
+    modules = many(len(attribution.sites), "module")
+    rows = text.top_rows(attribution, k, prompt)
+    if not a.has_shift:
+        parts = ", ".join(f"{site} {value}" for site, _, value, _ in rows)
+        return f"Largest first-order parts of {modules}: {parts}."
+    parts = ", ".join(f"{site} {value} ({share})" for site, _, value, share in rows)
+    unsure = _unconfirmed(a, float(attribution.per_site[prompt].abs().max()))
+    return (
+        f"Largest first-order parts of {modules}, with their share of the shift: {parts}{unsure}."
+    )
 
 
 # --- Verdicts as phrases, each with its numbers

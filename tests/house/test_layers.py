@@ -41,11 +41,6 @@ UPWARD: set[tuple[str, str]] = {
     ("core.function.asked", "responses"),
     ("core.function.function", "responses"),
     ("core.results.storage", "responses"),
-    ("show.page", "results"),
-    ("show.reprs", "directions"),
-    ("show.tables", "results"),
-    ("show.text", "results"),
-    ("show.words", "results"),
 }
 
 
