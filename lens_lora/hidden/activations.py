@@ -1,14 +1,14 @@
-"""What a site adds at each token: rank activations u_l = A_l z_l, and the constant part of B_l u_l.
+"""Rank activations u_l = A_l z_l: what each direction of each site reads at every token.
 
-Rank activations (`activations`). For an adapter of rank 1 it is one number per site and token, the
-"LoRA neuron" of arXiv 2506.11618 and 2511.06739.
+Of an adapter of rank 1 this is one number for each site and token, the "LoRA neuron" of
+arXiv 2506.11618 and 2511.06739.
 
-1. Gauge 'svd': u = ΣVᵀx of sBA = UΣVᵀ, of each site in the Hugging Face basis; unique up to equal
-   singular values, and ‖u‖ = ‖ΔWx‖. Gauge 'trained': the unscaled Ax of the file, which another
-   training run would give in other coordinates.
+1. Gauge 'svd': u = ΣVᵀx, where sBA = UΣVᵀ is the SVD of each site's ΔW in the Hugging Face basis.
+   It is unique up to equal singular values, and ‖u‖ = ‖ΔWx‖. Gauge 'trained': u = Ax with the
+   file's own A, unscaled; another training run would give other coordinates.
 2. One row holds a prompt and its response.
 3. Sinks (the first token, and outliers of ‖z‖) are marked, and left out of examples and means.
-4. Conversations begin alike, and a token with the same tokens before it has the same u: examples
+4. Conversations begin alike, and a token with the same tokens before it has the same u. Examples
    and means over several rows count it once.
 
 Cost: one forward pass of the adapted model, without the unembedding.
@@ -30,29 +30,42 @@ from lens_lora.arguments import whole
 from lens_lora.core import (
     Gauge,
     LoraLens,
+    OfSites,
     PromptsLike,
     Scale,
     alone,
     beginnings,
     chosen_sites,
     first_of_each,
+    long_table,
     name_of_scale,
+    only_prompt,
+    site_labels,
 )
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.model.sites import match_sites, one_site
-from lens_lora.core.results import base as results_base
+from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
-from lens_lora.core.results import tokens as text_tokens
-from lens_lora.core.results.tokens import Positions, Sign, context_of, require_sign
+from lens_lora.core.results.base import tokens_at
+from lens_lora.core.results.tokens import (
+    Positions,
+    Sign,
+    chosen_positions,
+    context_of,
+    require_ranks,
+    require_sign,
+    require_some,
+    spread_of,
+    strongest,
+)
 from lens_lora.hidden.site_activations import activation_ranks, site_activations
-from lens_lora.responses.answers import AnswerLike, continued
 
+# The columns of a table of examples.
 _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
 
 
 @final
-class Activations(results_base.OfSites):
+class Activations(OfSites):
     """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
 
     Attributes:
@@ -81,7 +94,8 @@ class Activations(results_base.OfSites):
     def repeated(self) -> int:
         """How many tokens beside sinks an earlier row has after the same ones; they count once."""
         counted = self._chosen(None, sinks=False)
-        return int(counted.sum() - first_of_each(self.beginnings.numpy(), counted).sum())
+        once = first_of_each(self.beginnings.numpy(), counted)
+        return int(counted.sum() - once.sum())
 
     def of(self, site: str) -> Float[Tensor, "batch token rank"]:
         """The values of one site, of its own rank.
@@ -106,17 +120,27 @@ class Activations(results_base.OfSites):
         """
         if site is None:
             return [(index, 0) for index in range(len(self.sites))]
-        chosen = sorted(match_sites([s.name for s in self.sites], {site: True}))
-        return [(index, r) for index in chosen for r in range(self.ranks[index])]
+        names = [known.name for known in self.sites]
+        directions: list[tuple[int, int]] = []
+        for index in sorted(match_sites(names, {site: True})):
+            directions += [(index, rank) for rank in range(self.ranks[index])]
+        return directions
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
-        prompts, _, positions, ranks = map(range, self.values.shape)
-        axes = {"prompt": prompts}, results_base.site_labels(self.sites), {"position": positions}
-        frame = results_base.long_table({"value": self.values}, *axes, {"rank": ranks})
+        prompts, _, positions, ranks = self.values.shape
+        frame = long_table(
+            {"value": self.values},
+            {"prompt": range(prompts)},
+            site_labels(self.sites),
+            {"position": range(positions)},
+            {"rank": range(ranks)},
+        )
         frame = frame.dropna(subset="value", ignore_index=True)
-        prompt, position = frame["prompt"].to_numpy(), frame["position"].to_numpy()
-        frame.insert(6, "token", results_base.tokens_at(self.str_tokens, prompt, position))
+        prompt = frame["prompt"].to_numpy()
+        position = frame["position"].to_numpy()
+        # Beside the position: what stands there.
+        frame.insert(6, "token", tokens_at(self.str_tokens, prompt, position))
         frame.insert(7, "sink", self.sinks.cpu().numpy()[prompt, position])
         frame.insert(8, "response", position >= self.starts.cpu().numpy()[prompt])
         return frame
@@ -150,19 +174,23 @@ class Activations(results_base.OfSites):
             ArgumentError: no such prompt or rank, another sign, or a k or context below 0.
         """
         values = self.of(site).cpu().double().numpy()
-        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        count = whole("k", k, 0)
+        width = whole("context", context, 0)
+        require_sign(sign)
         counted = self._chosen(None, sinks)
         if prompt is not None:
-            counted[np.arange(len(values)) != results_base.only_prompt(prompt, len(values))] = False
+            is_other = np.arange(len(values)) != only_prompt(prompt, len(values))
+            counted[is_other] = False
         counted = first_of_each(self.beginnings.numpy(), counted)
         values = np.where(counted[..., None], values, np.nan)
         rows: list[tuple[Any, ...]] = []
-        for r in text_tokens.require_ranks(rank, values.shape[-1]):
+        for r in require_ranks(rank, values.shape[-1]):
             direction = values[..., r]
-            for flat_index in text_tokens.strongest(direction.ravel(), way, k):
-                p, t = (int(i) for i in np.unravel_index(flat_index, direction.shape))
-                tokens, value = self.str_tokens[p], float(direction[p, t])
-                rows.append((r, p, t, tokens[t], value, context_of(tokens, t, context)))
+            for place in strongest(direction.ravel(), int(sign), count):
+                p, t = (int(index) for index in np.unravel_index(place, direction.shape))
+                tokens = self.str_tokens[p]
+                value = float(direction[p, t])
+                rows.append((r, p, t, tokens[t], value, context_of(tokens, t, width)))
         return pd.DataFrame(rows, columns=_EXAMPLE)
 
     def mean(
@@ -180,7 +208,7 @@ class Activations(results_base.OfSites):
         Raises:
             ArgumentError: positions at which there is no token.
         """
-        return self.values.movedim(1, 2)[self._once(positions, sinks)].mean(0)
+        return self._by_token(positions, sinks=sinks).mean(0)
 
     def matrix(
         self, positions: Positions = None, *, sinks: bool = False
@@ -195,9 +223,9 @@ class Activations(results_base.OfSites):
         Raises:
             ArgumentError: positions at which there is no token.
         """
-        rows = self.values.movedim(1, 2)[self._once(positions, sinks)]
-        site, rank = torch.tensor(self.directions("*"), device=rows.device).T
-        return rows[:, site, rank]
+        by_token = self._by_token(positions, sinks=sinks)
+        site, rank = torch.tensor(self.directions("*"), device=by_token.device).T
+        return by_token[:, site, rank]
 
     def contexts(
         self, positions: Positions = None, *, sinks: bool = False, context: int = 4
@@ -212,10 +240,11 @@ class Activations(results_base.OfSites):
             ArgumentError: positions at which there is no token, or a context below 0.
         """
         width = whole("context", context, 0)
-        rows = [
-            (p, t, self.str_tokens[p][t], context_of(self.str_tokens[p], t, width))
-            for p, t in self._once(positions, sinks).nonzero().tolist()
-        ]
+        rows: list[tuple[int, int, str, str]] = []
+        for prompt, position in self._once(positions, sinks).nonzero().tolist():
+            tokens = self.str_tokens[prompt]
+            context_there = context_of(tokens, position, width)
+            rows.append((prompt, position, tokens[position], context_there))
         return pd.DataFrame(rows, columns=["prompt", "position", "token", "context"])
 
     def spread(self, site: str | None = None) -> pd.DataFrame:
@@ -231,25 +260,33 @@ class Activations(results_base.OfSites):
             SiteError: no such site.
             ArgumentError: no token that is not a sink.
         """
-        rows = self.values.movedim(1, 2)[self._once(None, sinks=False)].cpu().double().numpy()
-        names = [(self.sites[index].name, r) for index, r in self.directions(site)]
-        values = [text_tokens.spread_of(rows[:, index, r]) for index, r in self.directions(site)]
-        labels = ({"site": name, "rank": r} for name, r in names)
-        return pd.DataFrame([both | row for both, row in zip(labels, values, strict=True)])
+        by_token = self._by_token(None, sinks=False).cpu().double().numpy()
+        rows: list[dict[str, Any]] = []
+        for index, rank in self.directions(site):
+            row: dict[str, Any] = {"site": self.sites[index].name, "rank": rank}
+            rows.append(row | spread_of(by_token[:, index, rank]))
+        return pd.DataFrame(rows)
+
+    def _by_token(self, positions: Positions, *, sinks: bool) -> Float[Tensor, "row site rank"]:
+        """u at the tokens at these positions, each with all before it once."""
+        return self.values.movedim(1, 2)[self._once(positions, sinks)]
 
     def _once(self, positions: Positions, sinks: bool) -> Bool[Tensor, "batch token"]:
         """The tokens at these positions, each with all before it once."""
-        chosen = text_tokens.require_some(positions, self._chosen(positions, sinks))
+        chosen = require_some(positions, self._chosen(positions, sinks))
         once = first_of_each(self.beginnings.numpy(), chosen)
         return torch.from_numpy(once).to(self.values.device)
 
     def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
         """[batch, token]: the tokens at these positions of every row."""
         chosen = np.zeros(self.sinks.shape, bool)
-        rows = zip(self.str_tokens, self.starts.tolist(), strict=True)
-        for p, (tokens, start) in enumerate(rows):
-            chosen[p, : len(tokens)] = text_tokens.chosen_positions(positions, len(tokens), start)
-        return chosen & (sinks | ~self.sinks.cpu().numpy())
+        starts = self.starts.tolist()
+        for prompt, tokens in enumerate(self.str_tokens):
+            length = len(tokens)
+            chosen[prompt, :length] = chosen_positions(positions, length, starts[prompt])
+        if sinks:
+            return chosen
+        return chosen & ~self.sinks.cpu().numpy()
 
     def plot(self, site: str | None = None, prompt: int | None = None) -> drawing.Figure:
         """Heat map of directions over the tokens of one prompt; sinks are grey.
@@ -300,11 +337,11 @@ def activations(
         ModelStateError: a site that did not run.
         NumericsError: non-finite activations.
     """
-    prompts = ask_prompts(lens, prompts).prompts
+    ready = lens.function(prompts).prompts
     chosen = chosen_sites(lens.sites, sites)
     turned = in_gauge(lens, gauge)
     ranks = activation_ranks(lens, chosen, gauge)
-    rows = prompts if response is None else continued(lens.model, prompts, response)
+    rows = lens.prompts(ready, response)
     seen = site_activations(turned, rows, lens.gates(scale), chosen, ranks)
     return Activations(
         values=seen.values,

@@ -1,28 +1,32 @@
 """The constant part of what a site writes: a steering vector for each module, whatever the input.
 
+Over the tokens t of texts, each site's δ splits into its mean μ and the rest:
+
     δ_lt = μ_l + (δ_lt − μ_l),     share_l = 1 − Σ‖δ_lt − μ̂_l‖² / Σ‖δ_lt‖²
 
-1. u of every site and token in one forward pass of the adapted model, so that δ is that of the
-   Hugging Face modules (`core/function/activations.py`).
-2. Of each text, μ̂_l is the mean over the *other* texts: in sample the share would be inflated. The
-   first token is left out, a sink whose δ is another one, and its size is shown apart. A token with
-   the same tokens before it as in an earlier text counts once: it is not held out from that text.
-3. What the constants alone do: the texts are cut in two halves, and the constants of each are
-   applied to the other half, as an adapter and so at every token, the first one too. A beginning
-   that texts of both halves share is in neither half's constants. By KL, over the same tokens,
+1. u of every site and token comes from one forward pass of the adapted model, in Hugging Face's
+   basis, so δ is that of the Hugging Face modules (`hidden/update_sums.py`).
+2. The share of each text is taken with μ̂_l, the mean over the *other* texts: over the same text the
+   share would be inflated. The first token of a text is left out, as it is a sink with another δ;
+   its size is shown apart. A token with the same tokens before it as in an earlier text counts
+   once, as it is not held out from that text.
+3. What the constants do by themselves: the texts are cut in two halves, and the constants of each
+   half are applied to the other one, as an adapter, and so at every token, the first included. A
+   beginning that texts of both halves share is in neither half's constants. By KL, over the same
+   tokens,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
-   and of a readout Σ (g_constant − g₀) / Σ (g₁ − g₀).
+   and of a readout, Σ (g_constant − g₀) / Σ (g₁ − g₀).
 
-A large share of δ need not carry what the adapter does, so both are measured. Nor need constants
-that keep most of the KL keep a fact's margin, so with a readout there are both numbers.
+A large share of δ need not carry what the adapter does, so both are measured. Constants that keep
+most of the KL need not keep a fact's margin either, so with a readout there are both numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, cast, final
+from typing import Annotated, NamedTuple, final
 
 import pandas as pd
 import torch
@@ -32,7 +36,10 @@ from torch import Tensor
 from lens_lora.arguments import whole
 from lens_lora.core import (
     Adapter,
+    Function,
     LoraLens,
+    OfSites,
+    Pictured,
     Prompts,
     PromptsLike,
     Readout,
@@ -40,25 +47,21 @@ from lens_lora.core import (
     alone,
     beginnings,
     distinct_tokens,
+    site_labels,
 )
 from lens_lora.core.adapter.factors import constant_factors, output_count
-from lens_lora.core.function.asked import Asked, ask_prompts
-from lens_lora.core.function.forward import gated_readout
-from lens_lora.core.results import base as results_base
 from lens_lora.core.results.tokens import held_out_share
 from lens_lora.errors import PromptError
 from lens_lora.hidden.update_sums import UpdateSums, update_sums
-from lens_lora.texts.batches import (
-    require_own_tokens,
-    require_second_token,
-)
+from lens_lora.texts.batches import require_own_tokens, require_second_token
 from lens_lora.texts.divergences import text_divergences
 
+# Every other text, so that both halves hold early and late ones.
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @final
-class ConstantPart(results_base.OfSites, results_base.Pictured):
+class ConstantPart(OfSites, Pictured):
     """How much of an adapter is the same whatever the input.
 
     `plot` is the share of each site, layer × kind of module.
@@ -101,7 +104,7 @@ class ConstantPart(results_base.OfSites, results_base.Pictured):
     @property
     def adapter(self) -> Adapter:
         """The constants alone, over all texts, as an adapter: applied, saved, compared as any."""
-        return _constants(self.vectors, self.widths)
+        return _adapter_of(self.vectors, self.widths)
 
     @property
     def kept(self) -> float:
@@ -125,9 +128,11 @@ class ConstantPart(results_base.OfSites, results_base.Pictured):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site: the share, and the sizes of δ, of its mean, and at first tokens."""
-        columns = results_base.site_labels(self.sites)
-        for name in ("share", "size", "mean_size", "first_size"):
-            columns[name] = getattr(self, name).double().tolist()
+        columns = site_labels(self.sites)
+        columns["share"] = self.share.double().tolist()
+        columns["size"] = self.size.double().tolist()
+        columns["mean_size"] = self.mean_size.double().tolist()
+        columns["first_size"] = self.first_size.double().tolist()
         return pd.DataFrame(columns)
 
     def top(self, k: int = 10) -> pd.DataFrame:
@@ -136,7 +141,8 @@ class ConstantPart(results_base.OfSites, results_base.Pictured):
         Args:
             k: how many.
         """
-        order = self.mean_size.argsort(descending=True)[: whole("k", k, 0)].tolist()
+        count = whole("k", k, 0)
+        order = self.mean_size.argsort(descending=True)[:count].tolist()
         return self.to_frame().iloc[order].reset_index(drop=True)
 
 
@@ -161,99 +167,97 @@ def constant_part(
         ArgumentError, TokenError: a readout that does not fit the model.
         NumericsError: non-finite activations or logits.
     """
-    asked = ask_prompts(lens, texts)
-    rows = asked.prompts
+    rows = lens.function(texts).prompts
     require_second_token(rows, "constants")
     if rows.batch < 2:
         raise PromptError("constants are judged on other texts than their own; give two or more.")
     require_own_tokens(rows)
-    if readout is not None:
-        asked = asked.about(readout)
+    g = None if readout is None else lens.function(rows, readout, progress=progress)
     sums = update_sums(lens, rows, _apart(rows))
-    vectors, widths = _by_module(lens, sums)
+    constants = _Constants.of(lens, sums)
     # The constants of each half are judged on the other.
-    judged = [
-        lens.with_adapter(_constants(*_by_module(lens, sums, half))) for half in _HALVES[::-1]
-    ]
-    by_kl = _by_kl(asked, judged, progress)
-    base, constant, adapted = by_kl if readout is None else _by_readout(asked, judged, progress)
+    judges = [_Constants.of(lens, sums, half).over(lens) for half in reversed(_HALVES)]
+    by_kl = _by_kl(lens, rows, judges, progress)
+    ends = by_kl if g is None else _by_readout(g, judges)
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
         size=(sums.squares.sum(0) / count).sqrt(),
         mean_size=torch.stack([mean.norm() for mean in sums.means()]),
         first_size=sums.first.mean(0),
-        base=base,
-        constant=constant,
-        adapted=adapted,
-        base_kl=by_kl[0],
-        constant_kl=by_kl[1],
+        base=ends.base,
+        constant=ends.constant,
+        adapted=ends.adapted,
+        base_kl=by_kl.base,
+        constant_kl=by_kl.constant,
         sites=lens.sites,
-        vectors=vectors,
-        widths=widths,
-        steering=_steering(lens.with_adapter(_constants(vectors, widths))),
+        vectors=constants.vectors,
+        widths=constants.widths,
+        steering=_steering(constants.over(lens)),
         readout=ConstantPart.BY_KL if readout is None else readout.label,
         units="nats" if readout is None else readout.units,
-        meta=asked.describe(),
+        meta=lens.describe(rows),
     )
 
 
-def _constants(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[str, int]) -> Adapter:
-    """The adapter that adds these vectors."""
-    return Adapter.from_factors(constant_factors(vectors, widths), name="constant part")
-
-
 def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
-    """The tokens of each half that no text of the other has after the same ones."""
-    halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
+    """The tokens of each half that no text of the other half has after the same ones."""
+    first, second = (rows.chosen(range(rows.batch)[half]) for half in _HALVES)
     apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
-    for half, texts, others in zip(_HALVES, halves, halves[::-1], strict=True):
-        # None that any of the other texts has after the same tokens.
-        kept = distinct_tokens(texts) & ~torch.isin(beginnings(texts), beginnings(others))
+    for half, texts, others in ((_HALVES[0], first, second), (_HALVES[1], second, first)):
+        is_shared = torch.isin(beginnings(texts), beginnings(others))
+        kept = distinct_tokens(texts) & ~is_shared
         apart[half, : kept.shape[1]] = kept
     return apart
 
 
-Ends = tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]
+# --- The constants as an adapter
 
 
-def _by_kl(asked: Asked, judged: Sequence[LoraLens], progress: bool) -> Ends:
-    """Σ_t KL of the adapted model from the base, from the constants, and from itself."""
-    lens, rows = asked.lens, asked.prompts
-    sums, counted = torch.zeros(3, rows.batch, dtype=torch.float64), distinct_tokens(rows)
-    adapted = (lens, lens.gates(1.0))
-    for half, constant in zip(_HALVES, judged, strict=True):
-        both = [(lens, lens.gates(0.0)), (constant, constant.gates(1.0))]
-        index = list(range(rows.batch)[half])
-        texts = rows.chosen(index)
-        sums[:2, index] = text_divergences(adapted, both, texts, counted[index], progress=progress)
-    return sums[0], sums[1], sums[2]
+class _Constants(NamedTuple):
+    """A vector for each module, as its Hugging Face module writes it.
+
+    Attributes:
+        vectors: μ by module path.
+        widths: how many features each module reads.
+    """
+
+    vectors: dict[str, Float[Tensor, " _out"]]
+    widths: dict[str, int]
+
+    @classmethod
+    def of(cls, lens: LoraLens, sums: UpdateSums, half: slice | None = None) -> _Constants:
+        """The means over all texts, or over one half of them.
+
+        Sites that share a fused module fill their own rows of its vector.
+        """
+        vectors: dict[str, Tensor] = {}
+        widths: dict[str, int] = {}
+        for site_update, mean in zip(lens.plan.updates, sums.means(half), strict=True):
+            site = site_update.site
+            assert isinstance(site_update.update, Update), "norms are refused by update_sums"
+            key = site.path + site.key.removeprefix(site.module)
+            widths[key] = site_update.update.A.shape[1]
+            if site.rows is None:
+                vectors[key] = mean
+                continue
+            if key not in vectors:
+                out = output_count(lens.adapter.modules[site.key], widths[key])
+                vectors[key] = mean.new_zeros(out)
+            vectors[key][site.rows] = mean
+        return cls(
+            {key: vector.to(lens.gate_dtype) for key, vector in vectors.items()},
+            widths,
+        )
+
+    def over(self, lens: LoraLens) -> LoraLens:
+        """The constants in place of the lens's adapter."""
+        return lens.with_adapter(_adapter_of(self.vectors, self.widths))
 
 
-def _by_readout(asked: Asked, judged: Sequence[LoraLens], progress: bool) -> Ends:
-    """g of base, constant and adapted model; each text by the constants of the other half."""
-    base, adapted = asked.ends.cpu().double()
-    constant = torch.empty_like(base)
-    for half, lens in zip(_HALVES, judged, strict=True):
-        values = gated_readout(lens, asked.reading, lens.gates(1.0)[None], progress=progress)
-        constant[half] = values[half, 0].cpu().double()
-    return base, constant, adapted
-
-
-def _by_module(
-    lens: LoraLens, sums: UpdateSums, half: slice | None = None
-) -> tuple[dict[str, Float[Tensor, " out"]], dict[str, int]]:
-    """μ of each module as its Hugging Face module writes it, and the width that it reads."""
-    vectors, widths = dict[str, Tensor](), dict[str, int]()
-    for site_update, mean in zip(lens.plan.updates, sums.means(half), strict=True):
-        site = site_update.site
-        key = site.path + site.key.removeprefix(site.module)
-        widths[key] = cast(Update, site_update.update).A.shape[1]
-        rows, out = slice(None), len(mean)
-        if site.rows is not None:
-            rows, out = site.rows, output_count(lens.adapter.modules[site.key], widths[key])
-        vectors.setdefault(key, mean.new_zeros(out))[rows] = mean
-    return {key: vector.to(lens.gate_dtype) for key, vector in vectors.items()}, widths
+def _adapter_of(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[str, int]) -> Adapter:
+    """The adapter that adds these vectors."""
+    return Adapter.from_factors(constant_factors(vectors, widths), name="constant part")
 
 
 def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
@@ -261,6 +265,46 @@ def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
     added: dict[str, Tensor] = {}
     for injection in lens.plan.injections:
         zero = injection.map.A.new_zeros(1, 1, injection.map.width)
-        vector, name = injection.map(zero).flatten().cpu(), injection.ports.write
+        vector = injection.map(zero).flatten().cpu()
+        name = injection.ports.write
         added[name] = added[name] + vector if name in added else vector
     return added
+
+
+# --- What the constants do by themselves
+
+
+class _Ends(NamedTuple):
+    """A number of each text: of the base, with the constants alone, and of the adapted model."""
+
+    base: Float[Tensor, " batch"]
+    constant: Float[Tensor, " batch"]
+    adapted: Float[Tensor, " batch"]
+
+
+def _by_kl(lens: LoraLens, rows: Prompts, judges: Sequence[LoraLens], progress: bool) -> _Ends:
+    """Σ_t KL of the adapted model from the base, from the constants, and from itself."""
+    base_kl = torch.zeros(rows.batch, dtype=torch.float64)
+    constant_kl = torch.zeros(rows.batch, dtype=torch.float64)
+    counted = distinct_tokens(rows)
+    adapted = lens, lens.gates(1.0)
+    base = lens, lens.gates(0.0)
+    for half, constants in zip(_HALVES, judges, strict=True):
+        index = list(range(rows.batch)[half])
+        others = [base, (constants, constants.gates(1.0))]
+        divergences = text_divergences(
+            adapted, others, rows.chosen(index), counted[index], progress=progress
+        )
+        base_kl[index] = divergences[0]
+        constant_kl[index] = divergences[1]
+    return _Ends(base_kl, constant_kl, torch.zeros_like(base_kl))
+
+
+def _by_readout(g: Function, judges: Sequence[LoraLens]) -> _Ends:
+    """g of base, constant and adapted model; each text by the constants of the other half."""
+    base, adapted = g.ends.cpu().double()
+    constant = torch.empty_like(base)
+    for half, constants in zip(_HALVES, judges, strict=True):
+        values = g.over(constants)(1.0)
+        constant[half] = values[half].cpu().double()
+    return _Ends(base, constant, adapted)

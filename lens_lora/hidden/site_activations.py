@@ -27,14 +27,15 @@ from lens_lora.core.function.forward import (
 from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.core.model import LoraLens, SiteUpdate
 from lens_lora.core.model.basis import Gauge, NormUpdate
-from lens_lora.core.model.gates import ScaleInject, weight_of, write
+from lens_lora.core.model.gates import Injection, ScaleInject, weight_of, write
 from lens_lora.core.readout import Prompts
 from lens_lora.errors import (
     ModelStateError,
     UnsupportedAdapterError,
 )
 
-SINK_RATIO = 50.0  # sinks of trained models have up to hundreds of times the others' ‖z‖
+# A trained model's sinks have up to hundreds of times the other tokens' ‖z‖.
+SINK_RATIO = 50.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,26 +52,37 @@ class Seen:
 
 
 def activation_ranks(lens: LoraLens, sites: Sequence[int], gauge: Gauge) -> tuple[int, ...]:
-    """The number of coordinates of each of these sites; a change of bias has none."""
+    """The number of coordinates of each of these sites; a change of bias has none.
+
+    Args:
+        lens: the adapter over the model.
+        sites: their indices.
+        gauge: 'svd' or 'trained'.
+
+    Raises:
+        UnsupportedAdapterError: a norm; in gauge 'trained' an update that is no product s·B·A.
+    """
     return tuple(_rank(lens.plan.updates[site], gauge) for site in sites)
 
 
 def _rank(site_update: SiteUpdate, gauge: Gauge) -> int:
-    site, update = site_update.site, site_update.update
-    factors, name = site.factors, f"{site.name} ({site.module})"
-    if isinstance(update, NormUpdate):
+    """The number of coordinates of one site."""
+    site = site_update.site
+    factors = site.factors
+    if isinstance(site_update.update, NormUpdate):
         raise UnsupportedAdapterError(
-            f"{name}: a norm's update Δγ ⊙ n + Δβ has no rank space; name the other sites with "
-            "sites=[…], globs allowed."
+            f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no rank space",
+            remedy="name the other sites with sites=[…], globs allowed.",
         )
     if gauge == "svd":
-        return len(update.A)
+        return len(site_update.update.A)
     if isinstance(factors, LoRAFactors) and not factors.needs_base_weight:
         return factors.rank
     kind = "DoRA's ΔW" if isinstance(factors, LoRAFactors) else "a weight that was trained whole"
     raise UnsupportedAdapterError(
-        f"{name}: {kind} is no product s·B·A, so it has no activations as trained; use "
-        "gauge='svd', or name the other sites with sites=[…], globs allowed."
+        f"{site.name} ({site.module}): {kind} is no product s·B·A, so it has no activations as "
+        "trained",
+        remedy="use gauge='svd', or name the other sites with sites=[…], globs allowed.",
     )
 
 
@@ -83,107 +95,134 @@ def site_activations(
 ) -> Seen:
     """u of these sites at these gates. One forward pass, in groups that fit within the bound.
 
+    Args:
+        lens: the adapter over the model, in the gauge whose coordinates are asked for.
+        prompts: the rows.
+        gates: of all rows, or of each.
+        sites: their indices.
+        ranks: how many coordinates each has, from `activation_ranks`.
+
     Raises:
         ModelStateError: a site's hook did not fire, or the heads of one have inputs of their own.
         NumericsError: non-finite activations.
     """
-    rows = prompts.batch
-    fitting = rows_of_pass(lens, dataclasses.replace(prompts, reads=None)) or rows
+    # Nothing is unembedded, so a row takes as much memory as without a response.
+    step = rows_of_pass(lens, dataclasses.replace(prompts, reads=None)) or prompts.batch
     seen: list[Seen] = []
-    for first in range(0, rows, fitting):
-        last = min(first + fitting, rows)
-        of_group = gates if gates.ndim == 1 else gates[first:last]
-        seen.append(_activations(lens, prompts.cut(first, last), of_group, sites, ranks))
-    return Seen(torch.cat([s.values for s in seen]), torch.cat([s.sinks for s in seen]))
+    for first in range(0, prompts.batch, step):
+        last = min(first + step, prompts.batch)
+        gates_of_group = gates if gates.ndim == 1 else gates[first:last]
+        group = prompts.cut(first, last)
+        seen.append(_seen_in_pass(lens, group, gates_of_group, sites, ranks))
+    values = torch.cat([group.values for group in seen])
+    sinks = torch.cat([group.sinks for group in seen])
+    return Seen(values, sinks)
 
 
-def _activations(
+def _seen_in_pass(
     lens: LoraLens,
     prompts: Prompts,
     gates: Float[Tensor, "*batch site"],
     sites: Sequence[int],
     ranks: Sequence[int],
 ) -> Seen:
+    """u of these sites, in one pass."""
     keep = _Keep(lens, prompts, gates, sites, ranks)
     with torch.no_grad(), lens.injected(keep):
         run_without_logits(lens, prompts)
     keep.require_all_seen()
-    keep.finish()
+    keep.add_what_was_apart()
     keep.require_finite()
     real = prompts.real.to(keep.values.device)
     keep.values.masked_fill_(~real[:, None, :, None], torch.nan)
     return Seen(keep.values, sinks_among(keep.sizes, real) & real)
 
 
-@dataclasses.dataclass(eq=False)
 class _Keep:
-    """Adds ε ΔW z at every site, and keeps u of the chosen ones."""
+    """What sites write in a pass: ε ΔW z as ever; u of the chosen ones is kept.
 
-    lens: LoraLens
-    prompts: Prompts
-    gates: Tensor
-    sites: Sequence[int]
-    ranks: Sequence[int]
+    Attributes:
+        values: u, [batch, site, pos, rank]; NaN beyond a site's own rank.
+        sizes: ‖z‖ of each different tensor that sites read, [batch, pos].
+    """
 
-    def __post_init__(self) -> None:
-        lens = self.lens
-        self._scaled = ScaleInject(lens.plan, self.gates)
-        self._slot = {site: slot for slot, site in enumerate(self.sites)}
-        self._real = self.prompts.real.to(lens.device)
+    def __init__(
+        self,
+        lens: LoraLens,
+        prompts: Prompts,
+        gates: Float[Tensor, "*batch site"],
+        sites: Sequence[int],
+        ranks: Sequence[int],
+    ) -> None:
+        self._lens = lens
+        self._gates = gates
+        self._sites = sites
+        self._ranks = ranks
+        self._real = prompts.real.to(lens.device)
+        self._scaled = ScaleInject(lens.plan, gates)
+        self._slots = {site: slot for slot, site in enumerate(sites)}
         self._seen: set[int] = set()
-        self.sizes: list[Float[Tensor, "batch pos"]] = []
-        self._added: dict[int, Tensor] = {}
-        self._last: Tensor | None = None
-        batch, pos = self.prompts.tokens.shape
-        shape = batch, len(self.sites), pos, max(self.ranks)
+        # By slot, what an update of v adds to u of o.
+        self._apart: dict[int, Tensor] = {}
+        self._last_z: Tensor | None = None
+        batch, pos = prompts.tokens.shape
+        shape = batch, len(sites), pos, max(ranks)
         self.values = torch.full(shape, torch.nan, dtype=lens.gate_dtype, device=lens.device)
+        self.sizes: list[Float[Tensor, "batch pos"]] = []
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = self.lens.plan.injections[index]
-        u, slot = injection.map.coordinates(z), self._slot.get(injection.site)
-        if index < len(self.lens.sites):
-            self._size(z)
-            if slot is not None:
-                whole = u if injection.whole is None else injection.whole.coordinates(z)
-                by_token, rank = injection.map.by_token(whole), self.ranks[slot]
-                kept = _of_one_input(self.lens.sites[injection.site].name, z, by_token)[..., :rank]
-                self.values[:, slot, :, :rank] = kept
-                self._seen.add(slot)
+        injection = self._lens.plan.injections[index]
+        u = injection.map.coordinates(z)
+        slot = self._slots.get(injection.site)
+        is_main = index < len(self._lens.sites)
+        if is_main:
+            self._keep_size(z)
+        if is_main and slot is not None:
+            self._keep_u(slot, injection, u, z)
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
             # What an update of v adds to the input of o, where it is not in z.
-            gate = self.gates[..., injection.partner].to(u.device, u.dtype)
-            self._added[slot] = u * (gate.view(-1, 1, 1) if gate.ndim else gate)
+            gate = self._gates[..., injection.partner].to(u.device, u.dtype)
+            self._apart[slot] = u * (gate.view(-1, 1, 1) if gate.ndim else gate)
         if not self._scaled.is_active(index):
             return None
-        return write(out, injection.map, u, weight_of(injection, self.gates))
+        return write(out, injection.map, u, weight_of(injection, self._gates))
 
-    def _size(self, z: Tensor) -> None:
-        """‖z‖, once for each tensor that several sites read."""
-        if z is self._last or not z.is_floating_point():
+    def _keep_u(self, slot: int, injection: Injection, u: Tensor, z: Tensor) -> None:
+        """Keep u at each token; whole, where the map of this place lacks v's constant."""
+        if injection.whole is not None:
+            u = injection.whole.coordinates(z)
+        name = self._lens.sites[injection.site].name
+        by_token = _of_one_input(name, z, injection.map.by_token(u))
+        rank = self._ranks[slot]
+        self.values[:, slot, :, :rank] = by_token[..., :rank]
+        self._seen.add(slot)
+
+    def _keep_size(self, z: Tensor) -> None:
+        """Keep ‖z‖, once for each tensor that several sites read."""
+        if z is self._last_z or not z.is_floating_point():
             return
-        self._last = z
-        size = torch.linalg.vector_norm(
-            z.flatten(2), dim=-1, dtype=torch.promote_types(z.dtype, torch.float32)
-        )
+        self._last_z = z
+        wide = torch.promote_types(z.dtype, torch.float32)
+        size = torch.linalg.vector_norm(z.flatten(2), dim=-1, dtype=wide)
         self.sizes.append(size.to(self._real.device))
 
-    def finish(self) -> None:
+    def add_what_was_apart(self) -> None:
         """Add what is kept apart, as hooks of one point may fire in any order."""
-        for slot, added in self._added.items():
-            rank = self.ranks[slot]
+        for slot, added in self._apart.items():
+            rank = self._ranks[slot]
             self.values[:, slot, :, :rank] += added[..., :rank].to(self.values.device)
 
     def require_finite(self) -> None:
         """Raise NumericsError where a token has an activation that is not finite."""
-        for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
-            u = self.values[:, slot, :, :rank][self._real]
-            require_finite(u, f"u of {self.lens.sites[site].name}")
+        for slot, site in enumerate(self._sites):
+            u = self.values[:, slot, :, : self._ranks[slot]]
+            require_finite(u[self._real], f"u of {self._lens.sites[site].name}")
 
     def require_all_seen(self) -> None:
         """Raise ModelStateError where a chosen site did not run."""
-        missed = [site for site, slot in self._slot.items() if slot not in self._seen]
+        missed = [site for site, slot in self._slots.items() if slot not in self._seen]
         if missed:
-            name = self.lens.sites[missed[0]].name
+            name = self._lens.sites[missed[0]].name
             raise ModelStateError(
                 f"{name} did not run ({len(missed)} sites in all): a hook or a flag of the model "
                 "leaves its module out."
@@ -193,12 +232,17 @@ class _Keep:
 def sinks_among(
     sizes: Sequence[Float[Tensor, "batch pos"]], real: Bool[Tensor, "batch pos"]
 ) -> Bool[Tensor, "batch pos"]:
-    """The first token of each row, and those with an outlier among the sizes."""
+    """The first token of each row, and those with an outlier among the sizes.
+
+    Args:
+        sizes: ‖z‖ or ‖h‖ at several places of the model.
+        real: the tokens that are no padding.
+    """
     sinks = torch.zeros_like(real)
     if sizes and sinks.shape[1] > 2:
-        of_sites = torch.stack(list(sizes), 1).masked_fill(~real[:, None], torch.nan)
-        usual = of_sites[..., 1:].nanmedian(-1, keepdim=True).values
-        sinks = (of_sites > SINK_RATIO * usual).any(1)
+        by_place = torch.stack(list(sizes), 1).masked_fill(~real[:, None], torch.nan)
+        usual = by_place[..., 1:].nanmedian(-1, keepdim=True).values
+        sinks = (by_place > SINK_RATIO * usual).any(1)
     sinks[:, 0] = True
     return sinks
 
@@ -207,10 +251,12 @@ def _of_one_input(site: str, z: Tensor, u: Tensor) -> Float[Tensor, "batch pos r
     """u where each head has an input of its own: the heads' one u, if they read the same."""
     if u.ndim < 4:
         return u
-    if not torch.equal(z, z[:, :, :1].expand_as(z)):  # products of equal rows differ by rounding
+    # The inputs are compared, as products of equal rows may differ by rounding.
+    if not torch.equal(z, z[:, :, :1].expand_as(z)):
         raise ModelStateError(
             f"{site}: each head has an input of its own here, and they differ, so there is no one "
-            "u. Take the hooks off that change them, or turn use_split_qkv_input and use_attn_in "
-            "off."
+            "u",
+            remedy="Take the hooks off that change them, or turn use_split_qkv_input and "
+            "use_attn_in off.",
         )
     return u[:, :, 0]

@@ -1,6 +1,8 @@
-"""Sums of each site's δ over the tokens of each text, in its own rank space: δ itself is not built.
+"""Sums of each site's δ over the tokens of each text, in the site's own rank space.
 
-δ = W u,  W = [s·B | Δb] in the Hugging Face basis,  W = QR  →  ‖δ‖ = ‖R u‖
+    δ = W u,    W = [s·B | Δb] in the Hugging Face basis,    W = Q R,    ‖δ‖ = ‖R u‖
+
+δ itself, as wide as the module's output, is never built.
 """
 
 from __future__ import annotations
@@ -11,24 +13,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import (
-    LoraLens,
-    Prompts,
-    SiteUpdate,
-    distinct_tokens,
-)
+from lens_lora.core import LoraLens, Prompts, SiteUpdate, distinct_tokens
 from lens_lora.core.function.memory import ROW_TOKENS
 from lens_lora.core.model import NormUpdate
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.hidden.site_activations import site_activations
-from lens_lora.texts.batches import (
-    over_texts,
-)
+from lens_lora.texts.batches import over_texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateSums:
-    """Of every site and text, over its `distinct_tokens`.
+    """Sums over each text's `distinct_tokens`, of every site.
 
     Attributes:
         writes: W of each site, [out, rank].
@@ -50,7 +45,11 @@ class UpdateSums:
     apart_counts: Int[Tensor, " text"]
 
     def means(self, half: slice | None = None) -> list[Float[Tensor, " _out"]]:
-        """μ of each site over all texts, or over one half of them, in the Hugging Face basis."""
+        """μ of each site in the Hugging Face basis.
+
+        Args:
+            half: the texts over which the mean is, their tokens apart; None for all texts.
+        """
         if half is None:
             mean = self.sums.sum(0) / self.counts.sum()
         else:
@@ -66,43 +65,73 @@ class UpdateSums:
 
 
 def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"]) -> UpdateSums:
-    """One forward pass of the adapted model."""
-    writes = tuple(map(_writes, lens.plan.updates))
+    """Sum each site's δ over the tokens of each text. One forward pass of the adapted model.
+
+    Args:
+        lens: the adapter over the model.
+        texts: all of them.
+        apart: the tokens that no text of the other half has after the same ones.
+
+    Raises:
+        UnsupportedAdapterError: the adapter changes norms, or stacks of experts.
+        NumericsError: non-finite activations.
+    """
+    writes = tuple(_writes(site_update) for site_update in lens.plan.updates)
     roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
     ranks = [W.shape[1] for W in writes]
-    sites, distinct = range(len(writes)), distinct_tokens(texts)
-    shape = (texts.batch, len(writes))
-    sums, apart_sums = (torch.zeros(*shape, max(ranks), dtype=torch.float64) for _ in range(2))
-    squares, first = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+    sites = range(len(writes))
+    distinct = distinct_tokens(texts)
+    by_rank = texts.batch, len(writes), max(ranks)
+    sums = torch.zeros(by_rank, dtype=torch.float64)
+    apart_sums = torch.zeros(by_rank, dtype=torch.float64)
+    squares = torch.zeros(texts.batch, len(writes), dtype=torch.float64)
+    first = torch.zeros(texts.batch, len(writes), dtype=torch.float64)
 
     def visit(index: list[int], rows: Prompts) -> None:
-        values = site_activations(lens, rows, lens.gates(1.0), sites, ranks).values.cpu().double()
-        counted, is_apart = (mask[index, : rows.tokens.shape[1]] for mask in (distinct, apart))
-        for site, (R, rank) in enumerate(zip(roots, ranks, strict=True)):
-            u = values[:, site, :, :rank]
-            size = (u @ R.T).square().sum(-1)
-            sums[index, site, :rank] = u.masked_fill(~counted[..., None], 0.0).sum(1)
+        seen = site_activations(lens, rows, lens.gates(1.0), sites, ranks)
+        activations = seen.values.cpu().double()
+        width = rows.tokens.shape[1]
+        is_counted = distinct[index, :width]
+        is_apart = apart[index, :width]
+        for site in sites:
+            rank = ranks[site]
+            u = activations[:, site, :, :rank]
+            square = (u @ roots[site].T).square().sum(-1)
+            sums[index, site, :rank] = u.masked_fill(~is_counted[..., None], 0.0).sum(1)
             apart_sums[index, site, :rank] = u.masked_fill(~is_apart[..., None], 0.0).sum(1)
-            squares[index, site] = size.masked_fill(~counted, 0.0).sum(1)
-            first[index, site] = size[:, 0].sqrt()
+            squares[index, site] = square.masked_fill(~is_counted, 0.0).sum(1)
+            first[index, site] = square[:, 0].sqrt()
 
     over_texts(lens, texts, ROW_TOKENS, visit, "activations", progress=False)
-    counts = distinct.sum(1), apart.sum(1)
-    return UpdateSums(writes, roots, sums, apart_sums, squares, first, *counts)
+    return UpdateSums(
+        writes=writes,
+        roots=roots,
+        sums=sums,
+        apart=apart_sums,
+        squares=squares,
+        first=first,
+        counts=distinct.sum(1),
+        apart_counts=apart.sum(1),
+    )
 
 
 def _writes(site_update: SiteUpdate) -> Float[Tensor, "out rank"]:
-    site, update = site_update.site, site_update.update
+    """W = [s·B | Δb] of one site."""
+    site = site_update.site
+    update = site_update.update
     if isinstance(update, NormUpdate):
         raise UnsupportedAdapterError(
-            f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of its own; "
-            "leave the norms out with adapter.without(…)."
+            f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of its own",
+            remedy="leave the norms out with adapter.without(…).",
         )
     if update.experts:
         raise UnsupportedAdapterError(
             f"{site.name} ({site.module}): each expert writes into a space of its own, so a stack "
-            "of them has no constant; leave it out with adapter.without(…)."
+            "of them has no constant",
+            remedy="leave it out with adapter.without(…).",
         )
     B = update.B.detach().cpu().double() * update.scale
-    bias = update.bias
-    return B if bias is None else torch.cat([B, bias.detach().cpu().double()[:, None]], 1)
+    if update.bias is None:
+        return B
+    bias = update.bias.detach().cpu().double()
+    return torch.cat([B, bias[:, None]], 1)

@@ -272,6 +272,18 @@ def test_tangents_of_any_directions_are_sums_of_those_of_the_sites(cls: str):
     assert worst(f.tangent(1.0, at=0.4), each.sum(0)) < EXACT
 
 
+def test_over_another_adapter_a_function_holds_what_it_held():
+    """g(1) is that of the other adapter, and the base of a KL is not run again."""
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    half = lens.with_adapter(lens.adapter.scaled(0.5))
+    g = lens.function(TOKENS, ll.KL())
+    other = g.over(half)
+    assert other.lens is half and other.reading is g.reading
+    assert worst(other(1.0), half.function(TOKENS, ll.KL())(1.0)) == 0
+    assert worst(other(1.0), g(0.5)) < EXACT
+
+
 @CLASSES
 def test_what_is_read_of_tangents_is_kept_alone(cls: str):
     """Of one direction, of ones and zeros, and of any others: the same as of the tangents whole."""
