@@ -33,6 +33,7 @@ from .hidden.features import feature_shift
 from .judging.best_subset import best_subset
 from .judging.compare import compare
 from .judging.faithfulness import faithfulness
+from .judging.foils import foils
 from .judging.null_test import null_test
 from .judging.reliability import reliability
 from .loading import demo, load
@@ -91,6 +92,7 @@ __all__ = [
     "best_subset",
     "compare",
     "faithfulness",
+    "foils",
     "null_test",
     "patch_activations",
     "patch_edges",

@@ -65,7 +65,8 @@ def _weight_norm(asked: Asked) -> Tensor:
 
 def _update_norm(asked: Asked) -> Tensor:
     towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
-    return towards * rankings.update_norms(asked).to(towards)
+    g = Evaluations.about_question(asked, progress=False)
+    return towards * rankings.update_norms(g).to(towards)
 
 
 def _norm_product(asked: Asked) -> Tensor:

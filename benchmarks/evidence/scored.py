@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.core import Evaluations
 from lens_lora.core.function.asked import Asked
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import header
-from lens_lora.judging import faithfulness as circuit_metrics
+from lens_lora.judging import circuit_scores as circuit_metrics
 from lens_lora.judging import rankings
 
 Row = dict[str, Any]
@@ -158,7 +159,8 @@ class Judge:
         orders, by_size = (
             torch.cat([some, random])[:, None].expand(-1, batch, -1) for some in (signed, sized)
         )
-        found = circuit_metrics.scored(judged, orders, by_size, progress=False)
+        g = Evaluations.about_question(judged, progress=False)
+        found = circuit_metrics.scored(g, orders, by_size)
         fifth = found.kept[:, circuit_metrics.MIB_SIZES.index(FIFTH)]
         metrics = {"cpr": found.cpr, "cmd": found.cmd, "kept": fifth}
         rows: list[Row] = []

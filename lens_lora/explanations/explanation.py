@@ -61,10 +61,10 @@ from lens_lora.core.results import drawing
 from lens_lora.curvature.coupling import Coupling, coupling
 from lens_lora.curvature.second_order import SecondOrder, beside_first_order
 from lens_lora.errors import ArgumentError, PromptError, named, setting
-from lens_lora.judging import rankings
 from lens_lora.judging.compare import Comparison, compare
-from lens_lora.judging.faithfulness import RANDOM_DRAWS, Faithfulness, counts_of, curves_of
-from lens_lora.judging.null_test import NullTest, null_test_of
+from lens_lora.judging.faithfulness import Faithfulness, faithfulness
+from lens_lora.judging.null_test import NullTest
+from lens_lora.judging.null_test import beside_first_order as null_beside_first_order
 from lens_lora.judging.reliability import Reliability, judged
 from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses import answers as readouts
@@ -445,7 +445,7 @@ def _quick(
     test, prompts = None, asked.lens.str_tokens(asked.prompts)
     if null:
         with _step(bar, f"{null} null adapters"):
-            test = null_test_of(asked, first, null, null, 0, progress)
+            test = null_beside_first_order(g, first, draws=null, run=null, seed=0)
     return [
         Explanation(
             prompt=tokens,
@@ -483,10 +483,7 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
         path = path_attribution.of(g, tol=_PATH_TOL, max_nodes=_PATH_NODES)
     with _step(bar, "keep and drop curves"):
         given = {score.key: score for score in (quick.first_order, path, leave_one_out)}
-        scores = rankings.scores_towards(asked, given, True)
-        orders = {name: rankings.by_score(score) for name, score in scores.items()}
-        counts = counts_of(_FRACTIONS, len(asked.lens.sites))
-        curves = curves_of(asked, orders, counts, RANDOM_DRAWS, 0, progress)
+        curves = faithfulness.of(g, given, fractions=_FRACTIONS)
     effects = {"add_one": add_one, "leave_one_out": leave_one_out}
     return dataclasses.replace(
         quick, reliability=reliability, coupling=layers, path=path, faithfulness=curves, **effects

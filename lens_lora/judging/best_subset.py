@@ -1,33 +1,34 @@
-"""What is attainable (`best_subset`): the sites that keep most of a shift, of all sets of so many.
-Or the heads, where gate m_h moves a head's z from the base's to the adapted model's, in the base
-(desiderata-based component masking, arXiv 2402.14811); what a set keeps is then less than the shift
-even for all heads, as MLPs write as well.
+"""The best set of so many sites, or heads: what is attainable, beside what a ranking keeps.
 
     maximise   kept(ε) = Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   ε ∈ {0, 1}^S, Σ ε = k
 
-with s_p the sign of prompt p's shift: one set for all prompts, judged by the ratio of means of CPR.
+Here s_p is the sign of prompt p's shift. There is one set for all prompts, judged by the ratio of
+means of CPR. With heads in place of sites, the base model runs, and gate m_h moves a head's z from
+the base's to the adapted model's (desiderata-based component masking, arXiv 2402.14811). What a set
+of heads keeps is less than the shift even for all heads, as MLPs write as well.
 
 1. Gates in [0, 1] with Σ ε = k start at k/S. Each step goes along the gradient (Adam), and back to
    the nearest gates that are allowed. The k largest gates after each step are a candidate, and so
    are the tops of the slopes at 0, ½ and 1, and those of rankings that the caller gives.
-2. All candidates are run; swaps start from the best few. At a set's own corner the slopes say what
-   adding each other site and taking out each of its own would do. The most promising exchanges, of
-   one pair and of several at once, are run, and the best is taken if it keeps more, until none
-   does.
+2. All candidates are run, and swaps start from the best few. At a set's own corner the slopes say
+   what adding each other site and taking out each of its own would do. The most promising
+   exchanges, of one pair and of several pairs at once, are run. The best of them is taken if it
+   keeps more, until none does.
 3. Where there are few exchanges of one pair, all of them are run before a set is called the best.
 
 With prompts held out, the search sees the others alone, and each set is run on both. Every value is
 one of an exact run at the corner itself, so none is above what is attainable. It is the best set
-found, not provably the best there is; on ten sites or fewer a search of all sets rarely finds
-another. A ranking's own share, as a share of this, is how much of what is attainable it keeps.
+that was found, and need not be the best there is; on ten sites or fewer a search of all sets rarely
+finds another. A ranking's own share, as a share of this one, says how much of what is attainable it
+keeps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, final, get_args
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, final, get_args
 
 import pandas as pd
 import torch
@@ -37,26 +38,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
-from lens_lora.core import (
-    SIGMAS,
-    LoraLens,
-    Measured,
-    PromptsLike,
-    Reading,
-    Readout,
-    alone,
-    site_labels,
-)
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import interventions, reverse
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import header
+from lens_lora.core import SIGMAS, Evaluations, Function, Measured, analysis, drawing, site_labels
+from lens_lora.core.function.interventions import HeadMasks
 from lens_lora.errors import ArgumentError
 from lens_lora.judging.rankings import Scores, by_score, named, scores_towards
 
 Over = Literal["sites", "heads"]
+Sets = Bool[Tensor, "set site"]
+
+# The strengths at which the tops of the slopes are candidates.
 _AT = (0.0, 0.5, 1.0)
+# How far a gate moves in a step of Adam.
+_RATE = 0.1
+# Swaps start from so many candidates.
+_STARTS = 3
+# So many sites within the set, and outside it, are exchanged in pairs.
+_OUTS = 4
+_INS = 4
+# Up to so many exchanges of one pair are all run.
+_FEW_PAIRS = 64
+# The most rounds of swaps.
+_ROUNDS = 40
 
 
 @final
@@ -98,8 +100,10 @@ class BestSubset(Measured):
     def kept_held_out(self) -> Float[Tensor, " size"]:
         """[size], of the held-out prompts together, without those that have no shift; else NaN."""
         prompts = list(self.held_out)
-        shares, sizes = self.kept_by_prompt[:, prompts], self.shift[prompts].abs().double().cpu()
-        return (shares * sizes).nansum(1) / (sizes * ~shares[0].isnan()).sum()
+        shares = self.kept_by_prompt[:, prompts]
+        sizes = self.shift[prompts].abs().double().cpu()
+        has_shift = ~shares[0].isnan()
+        return (shares * sizes).nansum(1) / (sizes * has_shift).sum()
 
     def chosen(self, count: int | None = None) -> pd.DataFrame:
         """The sites of one set, as `adapter.only` takes them: site and module; or its heads: name.
@@ -144,16 +148,19 @@ class BestSubset(Measured):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per size: how many, what they keep, held out as well, and what found them."""
-        columns = {"count": self.counts, "kept": self.kept.tolist()}
-        columns |= {"kept_held_out": self.kept_held_out.tolist(), "found_by": self.found_by}
-        return pd.DataFrame({"fraction": self.fractions.tolist(), **columns})
+        columns = {
+            "fraction": self.fractions.tolist(),
+            "count": self.counts,
+            "kept": self.kept.tolist(),
+            "kept_held_out": self.kept_held_out.tolist(),
+            "found_by": self.found_by,
+        }
+        return pd.DataFrame(columns)
 
 
-@alone
+@analysis
 def best_subset(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Evaluations,
     *,
     size: float | Sequence[float] = 0.2,
     k: int | Sequence[int] | None = None,
@@ -161,7 +168,6 @@ def best_subset(
     held_out: Sequence[int] = (),
     starts: Scores | Mapping[str, Scores] | None = None,
     steps: int = 30,
-    progress: bool = True,
 ) -> BestSubset:
     """The best sets of so many sites, or heads, that are found, and what they keep of the shift.
 
@@ -192,49 +198,57 @@ def best_subset(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout or slope.
     """
-    asked, steps = ask(lens, prompts, readout), whole("steps", steps, 1)
-    search_on, judge_on = _split(asked.reading.batch, held_out)
+    steps = whole("steps", steps, 1)
+    search_on, judge_on = _split(g.reading.batch, held_out)
     word("over", over, get_args(Over))
-    names, values, _ = _gates_of(asked.lens, asked.reading, over)
-    counts = _counts(over, len(names), size, k)
-    _require_shift(asked, search_on)
+    switches = _switches(g, over)
+    counts = _counts(over, len(switches.names), size, k)
+    _require_shift(g, search_on)
     given = {} if starts is None else named(starts)
     if given and over == "heads":
         raise ArgumentError("starts are scores of sites; leave them out with over='heads'.")
-    scores = scores_towards(asked, given, False)
+    scores = scores_towards(g, given, False)
     total = steps * len(counts)
-    with tqdm(total=total, desc="best subset", leave=False, disable=not progress) as bar:
-        search = _Search(asked, over, search_on, steps, bar)
-        ones = torch.ones(len(names), dtype=torch.float64)
-        tops = {f"first_order@{at:g}": search.gradient(at * ones) for at in _AT}
-        tops |= {name: score[search_on].mean(0).cpu() for name, score in scores.items()}
+    with tqdm(total=total, desc="best subset", leave=False, disable=not g.progress) as bar:
+        search = _Search(g, over, search_on, steps, bar)
+        tops: dict[str, Float[Tensor, " site"]] = {}
+        for at in _AT:
+            everywhere = torch.full((search.sites,), at, dtype=torch.float64)
+            tops[f"first_order@{at:g}"] = search.gradient(everywhere)
+        for name, score in scores.items():
+            tops[name] = score[search_on].mean(0).cpu()
         sets = [_best_set(search, count, tops) for count in counts]
     members = torch.stack([best.members for best in sets])
     return BestSubset(
         counts=counts,
         members=members,
-        names=names,
+        names=switches.names,
         over=over,
         kept=torch.tensor([best.kept for best in sets], dtype=torch.float64),
-        kept_by_prompt=_by_prompt(asked, values(members.double())),
+        kept_by_prompt=_kept_by_prompt(g, switches.values(members.double())),
         held_out=tuple(judge_on),
         found_by=tuple(best.start for best in sets),
         gradients=search.gradients,
         forwards=search.forwards,
-        **header(asked),
+        **g.header(),
     )
 
 
-def _by_prompt(asked: Asked, values: Float[Tensor, "batch size"]) -> Float[Tensor, "size batch"]:
-    base, adapted = asked.ends.cpu()
+def _kept_by_prompt(
+    g: Function, values: Float[Tensor, "batch size"]
+) -> Float[Tensor, "size batch"]:
+    """Shares of each prompt's own shift; NaN where it is within three noise floors."""
+    base, adapted = g.ends.cpu()
     shift = (adapted - base).double()
-    clear = torch.where(shift.abs() > SIGMAS * asked.noise_floor.cpu(), shift, torch.nan)
-    return ((values.double().cpu() - base.double()[:, None]) / clear[:, None]).T.contiguous()
+    clear = torch.where(shift.abs() > SIGMAS * g.floor.cpu(), shift, torch.nan)
+    moved = values.double().cpu() - base.double()[:, None]
+    return (moved / clear[:, None]).T.contiguous()
 
 
-def _require_shift(asked: Asked, prompts: list[int]) -> None:
-    size = float((asked.ends[1] - asked.ends[0])[prompts].abs().mean())
-    noise = float(asked.noise_floor[prompts].mean())
+def _require_shift(g: Function, prompts: list[int]) -> None:
+    """Refuse a readout that the adapter moves by no more than rounding may."""
+    size = float(g.shift[prompts].abs().mean())
+    noise = float(g.floor[prompts].mean())
     if not size > SIGMAS * noise:
         raise ArgumentError(
             f"the adapter moves this readout by {size:.2g} ± {noise:.2g}, which rounding alone may "
@@ -270,16 +284,49 @@ def _is_several(value: object) -> bool:
     return not isinstance(one_entry(value), int | float)
 
 
-# --- the search
+# --- What has a gate: sites, or heads
 
 
-_RATE = 0.1  # how far a gate moves in a step of Adam
-_STARTS = 3  # candidates that swaps start from
-_OUTS, _INS = 4, 4  # sites of each side that are exchanged in pairs
-_FEW_PAIRS = 64  # exchanges of one pair that are all run
-_ROUNDS = 40
+class _Switches(Protocol):
+    """g as a function of the gates of sites, or of heads."""
 
-Sets = Bool[Tensor, "set site"]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each gate switches."""
+        ...
+
+    def values(self, gates: Float[Tensor, "point site"], /) -> Float[Tensor, "batch point"]:
+        """g at several gate vectors. At most a forward pass each, batched."""
+        ...
+
+    def slopes(self, gates: Float[Tensor, " site"], /) -> Float[Tensor, "batch site"]:
+        """The derivatives of g by each gate. One forward and one backward pass."""
+        ...
+
+
+class _Sites:
+    """The gates of sites."""
+
+    def __init__(self, g: Function) -> None:
+        self._g = g
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(site.name for site in self._g.lens.sites)
+
+    def values(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point"]:
+        return self._g(gates).T
+
+    def slopes(self, gates: Float[Tensor, " site"]) -> Float[Tensor, "batch site"]:
+        # As one of several points, at the base too: there a KL's slope is zero, and rightly so.
+        return self._g.slopes(gates[None])[0]
+
+
+def _switches(g: Function, over: Over) -> _Switches:
+    return HeadMasks(g.lens, g.reading) if over == "heads" else _Sites(g)
+
+
+# --- The search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,47 +342,35 @@ class _Best:
     start: str
 
 
-_Runs = Callable[[Tensor], Tensor]  # gates → g, or its slopes, of each prompt
-
-
-def _gates_of(lens: LoraLens, reading: Reading, over: Over) -> tuple[tuple[str, ...], _Runs, _Runs]:
-    """What has a gate; of each prompt, g at many gate vectors, and the slopes at one."""
-    if over == "heads":
-        masks = interventions.HeadMasks(lens, reading)
-        return masks.names, masks.values, masks.slopes
-    return (
-        tuple(site.name for site in lens.sites),
-        lambda gates: function.gated_readout(lens, reading, gates, progress=False, what="sets"),
-        lambda gates: reverse.site_slopes(lens, reading, gates.to(lens.gates(0.0))),
-    )
-
-
 class _Search:
     """kept(ε) and its gradient on some of the prompts, and how often each was run."""
 
-    def __init__(self, asked: Asked, over: Over, prompts: list[int], steps: int, bar: tqdm) -> None:
-        # A user's function may read all prompts together, and is run on all of them.
-        reading = asked.reading.only(torch.tensor(prompts))
-        self._rows = prompts if reading.batch > len(prompts) else slice(None)
-        names, self._values, self._slopes = _gates_of(asked.lens, reading, over)
-        base, adapted = asked.ends[:, prompts]
-        self.steps, self.bar = steps, bar
+    def __init__(self, g: Function, over: Over, prompts: list[int], steps: int, bar: tqdm) -> None:
+        some = g.only(prompts).with_progress(False)
+        # A readout of one's own may read all prompts together, and is run on all of them.
+        self._rows = prompts if some.reading.batch > len(prompts) else slice(None)
+        self._switches = _switches(some, over)
+        base, adapted = g.ends[:, prompts]
+        shift = adapted - base
         self._base = base.double().cpu()
-        self._signs = (adapted - base).sign().double().cpu()
-        self._size = (adapted - base).abs().sum().double().cpu()
-        self.sites = len(names)
-        self.forwards, self.gradients = 0, 0
+        self._signs = shift.sign().double().cpu()
+        self._size = shift.abs().sum().double().cpu()
+        self.steps = steps
+        self.bar = bar
+        self.sites = len(self._switches.names)
+        self.forwards = 0
+        self.gradients = 0
 
     def kept(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, " point"]:
         """kept(ε) at several gate vectors. A forward pass each, batched."""
-        values = self._values(gates)[self._rows]
+        values = self._switches.values(gates)[self._rows]
         self.forwards += len(gates)
         moved = (values.double().cpu() - self._base[:, None]) * self._signs[:, None]
         return moved.sum(0) / self._size
 
     def gradient(self, gates: Float[Tensor, " site"]) -> Float[Tensor, " site"]:
         """∂kept/∂ε. One forward and one backward pass."""
-        slopes = self._slopes(gates)[self._rows]
+        slopes = self._switches.slopes(gates)[self._rows]
         self.gradients += 1
         return (slopes.double().cpu() * self._signs[:, None]).sum(0) / self._size
 
@@ -347,13 +382,17 @@ def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " 
         every = torch.ones(1, count, dtype=torch.bool)
         return _Best(every[0], float(search.kept(every.double())[0]), "all")
     climbed = _climbed(search, count)
-    names = [*scores, *["gates"] * len(climbed)]
-    candidates = torch.stack([*(_top(score, count) for score in scores.values()), *climbed])
-    sets, index = torch.unique(candidates, dim=0, return_inverse=True)
-    kept, first = search.kept(sets.double()), index.tolist().index
-    best = kept.argsort(descending=True)[:_STARTS].tolist()
-    starts = [_Best(sets[i], float(kept[i]), names[first(i)]) for i in best]
-    return max((_swapped(search, start) for start in starts), key=lambda best: best.kept)
+    ranked = [_top(score, count) for score in scores.values()]
+    starts = [*scores, *["gates"] * len(climbed)]
+    sets, index = torch.unique(torch.stack([*ranked, *climbed]), dim=0, return_inverse=True)
+    kept = search.kept(sets.double())
+    first_candidate = index.tolist().index
+    candidates = [
+        _Best(sets[i], float(kept[i]), starts[first_candidate(i)])
+        for i in kept.argsort(descending=True)[:_STARTS].tolist()
+    ]
+    swapped = [_swapped(search, candidate) for candidate in candidates]
+    return max(swapped, key=lambda best: best.kept)
 
 
 def _top(score: Float[Tensor, " site"], count: int) -> Bool[Tensor, " site"]:
@@ -376,9 +415,14 @@ def _climbed(search: _Search, count: int) -> list[Bool[Tensor, " site"]]:
 
 def _allowed(gates: Float[Tensor, " site"], count: int) -> Float[Tensor, " site"]:
     """The nearest ε with 0 ≤ ε ≤ 1 and Σ ε = k: clamp(ε + c)."""
-    ends = -float(gates.max()), 1 - float(gates.min())
-    c: Any = brentq(lambda c: float((gates + c).clamp(0, 1).sum()) - count, *ends)
-    return (gates + c).clamp(0, 1)
+    lowest = -float(gates.max())
+    highest = 1 - float(gates.min())
+
+    def excess(c: float) -> float:
+        return float((gates + c).clamp(0, 1).sum()) - count
+
+    shift: Any = brentq(excess, lowest, highest)
+    return (gates + shift).clamp(0, 1)
 
 
 def _swapped(search: _Search, start: _Best) -> _Best:
@@ -398,6 +442,7 @@ def _swapped(search: _Search, start: _Best) -> _Best:
 
 
 def _best_of(search: _Search, best: _Best, tried: Sets) -> _Best | None:
+    """The one of these sets that keeps most, if it keeps more than the best so far."""
     kept = search.kept(tried.double())
     index = int(kept.argmax())
     if not float(kept[index]) > best.kept:
@@ -408,18 +453,25 @@ def _best_of(search: _Search, best: _Best, tried: Sets) -> _Best | None:
 
 def _exchanges(members: Bool[Tensor, " site"], slopes: Float[Tensor, " site"]) -> Sets:
     """The least of the set for the most promising outside: one pair, or the first 2, 4, 8, …."""
-    rising, falling = slopes.argsort(), slopes.argsort(descending=True)
-    outs, ins = rising[members[rising]], falling[~members[falling]]
-    several = [2**i for i in range(1, min(len(outs), len(ins)).bit_length())]
+    rising = slopes.argsort()
+    falling = slopes.argsort(descending=True)
+    outs = rising[members[rising]]
+    ins = falling[~members[falling]]
+    most = min(len(outs), len(ins))
+    several = [2**i for i in range(1, most.bit_length())]
+    pairs = _pairs(members, outs[:_OUTS, None], ins[:_INS, None])
     blocks = [_exchanged(members, outs[:n], ins[:n]) for n in several]
-    return torch.cat([_pairs(members, outs[:_OUTS, None], ins[:_INS, None]), *blocks])
+    return torch.cat([pairs, *blocks])
 
 
 def _pairs(members: Tensor, outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]) -> Sets:
+    """The set with each of these sites exchanged for each of those."""
     return torch.cat([_exchanged(members, *pair) for pair in itertools.product(outs, ins)])
 
 
 def _exchanged(members: Tensor, outs: Int[Tensor, " out"], ins: Int[Tensor, " out"]) -> Sets:
+    """The set without the first of these sites, and with the second."""
     changed = members.clone()
-    changed[outs], changed[ins] = False, True
+    changed[outs] = False
+    changed[ins] = True
     return changed[None]

@@ -1,37 +1,28 @@
 """Which few modules carry the shift? Keep or drop the top k of a ranking, by real interventions.
 
 1. Rank each prompt's sites by value · sign(shift), the largest first: what pushes the readout the
-   way in which the adapter moved it. Norms (‖ΔW‖, ‖δz‖) are ranked as they are.
+   way the adapter moved it comes first. Norms (‖ΔW‖, ‖δz‖) are ranked as they are.
 2. With T_k the first k sites and e_T the gates that are 1 on T and 0 elsewhere,
 
        keep(k) = (g(e_T) − g(0)) / (g(1) − g(0)),   drop(k) = (g(1 − e_T) − g(0)) / (g(1) − g(0)).
 
-   keep runs from 0 to 1 and drop from 1 to 0, not always between: keeping half can overshoot.
-3. The area under each curve by the trapezoid rule over the fraction of sites: a good ranking has a
-   high one of keep and a low one of drop.
+   keep runs from 0 to 1 and drop from 1 to 0. Between the two they may leave this range, as keeping
+   half of the sites can overshoot.
+3. The area under each curve is taken by the trapezoid rule over the fraction of sites. A good
+   ranking has a large area under keep and a small one under drop.
 4. With `test` the sites are ranked once, by the mean over the prompts of value · sign(shift), and
-   that order is judged on the test prompts. A ranking that is judged on the prompts that it was
-   made on knows more of them than an explanation can.
-5. On test prompts also CPR = ∫ f dk, ranked by signed score (higher is better), and
-   CMD = ∫ |1 − f| dk, ranked by magnitude (lower is better), by the trapezoid rule over MIB's ten
-   sizes, in linear k. f is a ratio of means over the prompts judged,
-
-       f(k) = mean s(g(e_T) − g(0)) / mean s(g(1) − g(0)),   T the first int(k·S) sites,
-
-   0 for no site, and s the sign of the prompt's shift. MIB has no s: its readouts all move one way.
-   Without it, shifts of two signs would cancel.
-
-6. The greedy oracle: from g(0), add at each step the site that moves the readout furthest towards
-   g(1), by running every one of those left.
-
-Source of 5: Mueller et al., "MIB: A Mechanistic Interpretability Benchmark" (arXiv 2504.13151).
+   that order is judged on the test prompts. On the prompts that it was made on, a ranking knows
+   more than an explanation can.
+5. On test prompts there are also CPR and CMD (`circuit_scores.py`).
+6. The greedy oracle begins at g(0). At each step it adds the site that moves the readout furthest
+   towards g(1), and runs every site that is left to find it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, final
+from typing import Annotated, Any, final
 
 import pandas as pd
 import torch
@@ -41,27 +32,35 @@ from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, whole, word
 from lens_lora.core import (
+    SIGMAS,
     Drawn,
-    LoraLens,
+    Evaluations,
+    Function,
     Measured,
     PromptsLike,
     Readout,
-    alone,
+    analysis,
+    evaluations,
     long_table,
     only_prompt,
     site_labels,
 )
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.results import base as results_base
-from lens_lora.core.results.base import header
 from lens_lora.errors import ArgumentError
 from lens_lora.judging import rankings
+from lens_lora.judging.circuit_scores import Orders, mean_of_draws, random_orders, scored, top_gates
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-MOST_GREEDY = 40  # sites: 820 forward passes a prompt
-RANDOM_DRAWS = 5  # random orders: their mean is a curve as smooth as the others
-_SHOWN, _CARRIED = 0.2, 0.9  # what a summary says: the share a fifth keeps, and what carries 90 %
+# The greedy oracle on so many sites takes 820 forward passes a prompt.
+MOST_GREEDY = 40
+# The mean of so many random orders is a curve as smooth as the others.
+RANDOM_DRAWS = 5
+# What a summary says: the share that a fifth of the sites keeps, and how many carry 90 % of it.
+_SHOWN = 0.2
+_CARRIED = 0.9
+
+Counts = tuple[int, ...]  # How many sites, increasing.
+_Named = Mapping[str, Int[Tensor, "batch site"]]
 
 
 @final
@@ -166,17 +165,18 @@ class Faithfulness(Measured, Drawn):
         and CMD.
         """
         shown = float(self.fractions[self._nearest(_SHOWN)])
-        held_out = {"cpr": self.cpr, "cmd": self.cmd}
-        return pd.DataFrame(
-            {
-                "area_keep": self.area_keep.nanmean(1).tolist(),
-                "area_drop": self.area_drop.nanmean(1).tolist(),
-                f"keep_top_{shown:.0%}": [float(self.kept_share(n).nanmean()) for n in self.names],
-                f"carries_{_CARRIED:.0%}": [float(self.carrying(n).nanmean()) for n in self.names],
-                **{name: x.tolist() for name, x in held_out.items() if x is not None},
-            },
-            index=pd.Index(self.names, name="method"),
-        )
+        kept = [float(self.kept_share(name).nanmean()) for name in self.names]
+        carrying = [float(self.carrying(name).nanmean()) for name in self.names]
+        columns = {
+            "area_keep": self.area_keep.nanmean(1).tolist(),
+            "area_drop": self.area_drop.nanmean(1).tolist(),
+            f"keep_top_{shown:.0%}": kept,
+            f"carries_{_CARRIED:.0%}": carrying,
+        }
+        if self.cpr is not None and self.cmd is not None:
+            columns["cpr"] = self.cpr.tolist()
+            columns["cmd"] = self.cmd.tolist()
+        return pd.DataFrame(columns, index=pd.Index(self.names, name="method"))
 
     def _index(self, name: str) -> int:
         return self.names.index(word("ranking", name, self.names))
@@ -187,11 +187,9 @@ class Faithfulness(Measured, Drawn):
         return int((self.fractions - fraction).abs().argmin())
 
 
-@alone
+@analysis
 def faithfulness(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Evaluations,
     attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     test: tuple[PromptsLike, Readout] | None = None,
@@ -200,7 +198,6 @@ def faithfulness(
     greedy: bool = False,
     draws: int = RANDOM_DRAWS,
     seed: int = 0,
-    progress: bool = True,
 ) -> Faithfulness:
     """Keep-top-k and drop-top-k curves of rankings of the sites, each point a real intervention.
 
@@ -229,55 +226,62 @@ def faithfulness(
             with `test`; a `test` that is no pair.
         NumericsError: a non-finite readout.
     """
-    asked, judged = ask(lens, prompts, readout), None
-    if test is not None:
-        if not isinstance(test, tuple) or len(test) != 2:
-            raise ArgumentError("test: expected (prompts, readout), the pair that is held out.")
-        judged = ask(lens, *test)
-    sites, judge = len(asked.lens.sites), judged or asked
-    counts = counts_of(_FRACTIONS if fractions is None else fractions, sites)
-    draws, seed = whole("draws", draws, 1) if baselines else 0, whole("seed", seed, 0)
+    sites = len(g.lens.sites)
+    held_out = None if test is None else _held_out(g, test)
+    counts = _counts_of(_FRACTIONS if fractions is None else fractions, sites)
+    random_draws = whole("draws", draws, 1) if baselines else 0
+    seed = whole("seed", seed, 0)
     given = rankings.named(attribution)
     if greedy:
-        _require_few(sites, judged)
-    scores = rankings.scores_towards(asked, given, baselines)
-    if judged is not None:
-        batch = judged.reading.batch
+        _require_few(sites, held_out)
+    scores = rankings.scores_towards(g, given, baselines)
+    if held_out is not None:
+        batch = held_out.reading.batch
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
-        orders[results_base.GREEDY] = _greedy_order(asked, progress=progress)
-    curves = curves_of(judge, orders, counts, draws, seed, progress)
-    if judged is None:
-        return curves
-    by_size = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
-    both = (_with_random(ranked, draws, seed) for ranked in (orders, by_size))
-    marks = scored(judged, *both, progress=progress)
-    cpr, cmd = (_mean_of_draws(mark, len(orders)) for mark in (marks.cpr, marks.cmd))
-    return dataclasses.replace(curves, cpr=cpr, cmd=cmd, ranked_on=asked.str_tokens)
+        orders[results_base.GREEDY] = _greedy_order(g)
+    if held_out is None:
+        return _curves(g, orders, counts, random_draws, seed)
+    curves = _curves(held_out, orders, counts, random_draws, seed)
+    by_magnitude = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
+    signed = _with_random(orders, random_draws, seed)
+    sized = _with_random(by_magnitude, random_draws, seed)
+    marks = scored(held_out, signed, sized)
+    return dataclasses.replace(
+        curves,
+        cpr=mean_of_draws(marks.cpr, len(orders)),
+        cmd=mean_of_draws(marks.cmd, len(orders)),
+        ranked_on=g.header()["str_tokens"],
+    )
 
 
-Orders = Int[Tensor, "order batch site"]
-Counts = tuple[int, ...]  # of sites, increasing
-_Named = Mapping[str, Int[Tensor, "batch site"]]
+def _held_out(g: Function, test: object) -> Evaluations:
+    """The function of the prompts that the ranking is judged on."""
+    if not isinstance(test, tuple) or len(test) != 2:
+        raise ArgumentError("test: expected (prompts, readout), the pair that is held out.")
+    prompts, readout = test
+    return evaluations(g.lens, prompts, readout, progress=g.progress)
 
 
-def curves_of(
-    asked: Asked, orders: _Named, counts: Counts, draws: int, seed: int, progress: bool
-) -> Faithfulness:
+def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: int) -> Faithfulness:
     """The curves of these orders, and the mean of those of random ones."""
-    base, adapted = asked.ends.cpu().double()
-    floor, shift = asked.noise_floor.cpu().double(), adapted - base
-    clear = torch.where(shift.abs() > results_base.SIGMAS * floor, shift, torch.nan)
-    moved = _moved_by(asked, _with_random(orders, draws, seed), counts, progress)
-    keep, drop = (_mean_of_draws(curves, len(orders)) for curves in moved / clear[:, None])
-    labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
+    base, adapted = g.ends.cpu().double()
+    floor = g.floor.cpu().double()
+    shift = adapted - base
+    # A share of a shift that is within rounding means nothing.
+    clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.nan)
+    moved = _moved(g, _with_random(orders, draws, seed), counts)
+    keep, drop = moved / clear[:, None]
+    labels: dict[str, Any] = g.header()
+    labels["base"] = base
+    labels["adapted"] = adapted
     return Faithfulness(
         names=(*orders, results_base.RANDOM) if draws else tuple(orders),
-        fractions=torch.tensor(counts, dtype=torch.float64) / len(asked.lens.sites),
+        fractions=torch.tensor(counts, dtype=torch.float64) / len(g.lens.sites),
         counts=counts,
-        keep=keep,
-        drop=drop,
+        keep=mean_of_draws(keep, len(orders)),
+        drop=mean_of_draws(drop, len(orders)),
         orders={name: order.cpu() for name, order in orders.items()},
         noise_floor=floor,
         draws=draws,
@@ -288,121 +292,48 @@ def curves_of(
 def _with_random(orders: _Named, draws: int, seed: int) -> Orders:
     """The named orders, and the random ones after them."""
     named = torch.stack(list(orders.values()))
-    batch, sites = named.shape[1:]
-    return torch.cat([named, random_orders(sites, batch, draws, seed).to(named.device)])
+    _, batch, sites = named.shape
+    drawn = random_orders(sites, batch, draws, seed)
+    return torch.cat([named, drawn.to(named.device)])
 
 
-def counts_of(fractions: Sequence[float], sites: int) -> Counts:
+def _counts_of(fractions: Sequence[float], sites: int) -> Counts:
     """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
-    fractions = numbers_of("fractions", fractions)
-    for fraction in fractions:
-        if not 0 <= fraction <= 1:
-            raise ArgumentError(f"fraction {fraction:g}: expected numbers from 0 to 1.")
-    return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
+    shares = numbers_of("fractions", fractions)
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ArgumentError(f"fraction {share:g}: expected numbers from 0 to 1.")
+    counts = {max(1, round(share * sites)) for share in shares if share}
+    return tuple(sorted({0, 1, sites, *counts}))
 
 
-def _moved_by(asked: Asked, orders: Orders, counts: Counts, progress: bool) -> Tensor:
-    """g − g(0) where the top is kept, and where it is dropped, [side, method, batch, count]."""
-    base, adapted = asked.ends.cpu().double()
+def _moved(
+    g: Function, orders: Orders, counts: Counts
+) -> Float[Tensor, "side=2 order batch count"]:
+    """g − g(0) where the top is kept, and where it is dropped."""
+    base, adapted = g.ends.cpu().double()
+    kept = base.new_zeros(len(orders), len(base), len(counts))
+    dropped = torch.zeros_like(kept)
+    kept[..., -1] = adapted - base
+    dropped[..., 0] = adapted - base
     inner = counts[1:-1]
-    moved = base.new_zeros(2, len(base), len(orders), len(counts))
-    moved[0, ..., -1] = moved[1, ..., 0] = (adapted - base)[:, None]
     if inner:
-        on = torch.stack([_switched_on(order, inner) for order in orders])
-        gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, side, method, count, site
-        flat_gates, what = gates.flatten(1, 3), "keep and drop"
-        values = gated_readout(asked.lens, asked.reading, flat_gates, progress=progress, what=what)
-        change = values.cpu().double().view(gates.shape[:-1]) - base[:, None, None, None]
-        moved[..., 1:-1] = change.movedim(1, 0)
-    return moved.movedim(1, 2)
-
-
-def _mean_of_draws(curves: Tensor, named: int) -> Float[Tensor, " method *rest"]:
-    """The named orders' curves, and the mean of the random ones after them."""
-    if len(curves) == named:
-        return curves
-    return torch.cat([curves[:named], curves[named:].mean(0, keepdim=True)])
-
-
-# --- CPR and CMD of prompts held out
-
-
-MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-
-
-class Scored(NamedTuple):
-    """Of each order: CPR of the signed one, CMD of that by magnitude, and f of the signed one."""
-
-    cpr: Float[Tensor, " order"]
-    cmd: Float[Tensor, " order"]
-    kept: Float[Tensor, "order size"]
-
-
-def scored(asked: Asked, signed: Orders, by_magnitude: Orders, *, progress: bool) -> Scored:
-    """CPR and CMD of orders of the sites, on the prompts asked about.
-
-    Cost: 2 forward passes per order and size between no site and all, batched; orders that agree on
-    their first sites share the pass.
-
-    NaN where the mean of |shift| is within three mean noise floors.
-    """
-    sites = signed.shape[-1]
-    counts = [int(size * sites) for size in MIB_SIZES]
-    inner = tuple(sorted({count for count in counts if 0 < count < sites}))
-    base, adapted = asked.ends.cpu().double()
-    size, noise = (adapted - base).abs().mean(), asked.noise_floor.cpu().double().mean()
-    moved = _mean_moved(asked, torch.cat([signed, by_magnitude]), inner, progress)
-    nothing = moved.new_zeros(len(moved), 1)
-    known = torch.cat([nothing, moved / size, nothing + 1], 1)
-    every = (0, *inner, sites)
-    shares = known[:, [every.index(count) for count in counts]]
-    if size <= results_base.SIGMAS * noise:
-        shares = torch.full_like(shares, float("nan"))
-    sizes = torch.tensor(MIB_SIZES, dtype=torch.float64)
-    kept, matched = shares.split([len(signed), len(by_magnitude)])
-    cmd = torch.trapezoid((1 - matched).abs(), sizes)
-    return Scored(torch.trapezoid(kept, sizes), cmd, kept)
-
-
-def _mean_moved(asked: Asked, orders: Orders, counts: Counts, progress: bool) -> Tensor:
-    """[order, count], the mean over prompts of g(e_T) − g(0) in the direction of their shifts."""
-    if not counts:
-        return torch.zeros(len(orders), 0, dtype=torch.float64)
-    on = torch.stack([_switched_on(order, counts) for order in orders], 1).flatten(1, 2)
-    values = _of_distinct(asked, on, progress).cpu().double()
-    base, adapted = asked.ends.cpu().double()[..., None]
-    moved = (values - base) * (adapted - base).sign()
-    return moved.mean(0).view(len(orders), len(counts))
-
-
-def _of_distinct(asked: Asked, gates: Tensor, progress: bool) -> Float[Tensor, "batch point"]:
-    """g at gates [batch, point, site]; where all prompts have the same ones, each is run once."""
-    lens, reading, what = asked.lens, asked.reading, "CPR and CMD"
-    if not bool((gates == gates[:1]).all()):
-        return gated_readout(lens, reading, gates, progress=progress, what=what)
-    distinct, index = torch.unique(gates[0], dim=0, return_inverse=True)
-    return gated_readout(lens, reading, distinct, progress=progress, what=what)[:, index]
-
-
-def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
-    """A random order for each draw and prompt, the same on every device."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    noise = torch.rand(draws, batch, sites, generator=generator, dtype=torch.float64)
-    return noise.argsort(-1)
-
-
-def _switched_on(order: Int[Tensor, "batch site"], counts: Counts) -> Tensor:
-    """[batch, count, site], gates with the first `count` sites of the order at 1, others at 0."""
-    rank = order.argsort(-1)[:, None]
-    return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
+        on = torch.stack([top_gates(order, inner) for order in orders])
+        gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, side, order, count, site
+        points = gates.flatten(1, 3).movedim(1, 0)
+        values = g.each_prompt(points).T.cpu().double()
+        change = values.view(gates.shape[:-1]) - base[:, None, None, None]
+        kept[..., 1:-1] = change[:, 0].movedim(0, 1)
+        dropped[..., 1:-1] = change[:, 1].movedim(0, 1)
+    return torch.stack([kept, dropped])
 
 
 # --- The greedy oracle
 
 
-def _require_few(sites: int, judged: Asked | None) -> None:
+def _require_few(sites: int, held_out: Function | None) -> None:
     """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable."""
-    if judged is not None:
+    if held_out is not None:
         raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
     if sites > MOST_GREEDY:
         raise ArgumentError(
@@ -411,20 +342,22 @@ def _require_few(sites: int, judged: Asked | None) -> None:
         )
 
 
-def _greedy_order(asked: Asked, *, progress: bool) -> Int[Tensor, "batch site"]:
+def _greedy_order(g: Function) -> Int[Tensor, "batch site"]:
     """Each prompt's greedy order. S(S+1)/2 forward passes, batched."""
-    lens, reading = asked.lens, asked.reading
-    base, adapted = asked.ends
-    towards = (adapted - base).sign()
-    batch, sites = reading.batch, len(lens.sites)
+    lens = g.lens
+    silent = g.with_progress(False)
+    towards = g.shift.sign()
+    batch = len(towards)
+    sites = len(lens.sites)
     rows = torch.arange(batch, device=lens.device)
     on = torch.zeros(batch, sites, dtype=lens.gate_dtype, device=lens.device)
     order: list[Tensor] = []
-    with tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not progress) as bar:
+    steps = tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not g.progress)
+    with steps as bar:
         for left in bar:
             free = (on == 0).nonzero()[:, 1].view(batch, left)
             tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
-            values = gated_readout(lens, reading, tried, progress=False, what="greedy")
+            values = silent.each_prompt(tried.movedim(1, 0)).T
             best = free[rows, (values * towards[:, None]).argmax(1)]
             on[rows, best] = 1.0
             order.append(best)

@@ -1,23 +1,21 @@
 """Scores that know a part of what first order knows, and are to be beaten before it is believed.
 
-    sign(a_l) · ‖ΔW_l‖_F       the sign of first order, and the size of the weight change
-    s ‖δz_l‖ · ‖Jᵀu_y‖         both norms of a_l, without the cosine between them
-    sign(a_l) · noise          the sign alone: sizes drawn at random
+       sign(a_l) · ‖ΔW_l‖_F       the sign of first order, and the size of the weight change
+       s ‖δz_l‖ · ‖Jᵀu_y‖         both norms of a_l, without the cosine between them
+       sign(a_l) · noise          the sign alone: sizes drawn at random
 
-with s the sign of the prompt's shift, so that the first pushes the way the adapter went.
+Here s is the sign of the prompt's shift, so that the norms push the way the adapter went.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
 from lens_lora.arguments import whole
-from lens_lora.core import Attribution, Evaluations, LoraLens, PromptsLike, Readout, alone
-from lens_lora.core.analyses.first_order import first_order_of, squared_norms
-from lens_lora.core.function.asked import ask
+from lens_lora.core import Attribution, LoraLens, PromptsLike, Readout, alone, evaluations
+from lens_lora.core.analyses.first_order import squared_norms
 from lens_lora.core.results import base as keys
 from lens_lora.judging.rankings import weight_norms
 
@@ -46,18 +44,22 @@ def foils(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout).require_slope_at_base()
-    first = first_order_of(asked)
-    signs = first.per_site.sign()
+    g = evaluations(lens, prompts, readout)
+    slopes = g.slopes(0.0)
+    first = Attribution.of(g, slopes, method="first_order", at=0.0)
+    squares = squared_norms(g)
+    delta = g.reading.by_prompt(squares["delta"]).sqrt()
+    gradient = g.reading.by_prompt(squares["gradient"]).sqrt()
+    signs = slopes.sign()
+    towards = first.shift.sign()[:, None].to(signs)
     generator = torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0))
     noise = torch.rand(signs.shape, generator=generator, dtype=torch.float64)
-    squares = squared_norms(Evaluations.about_question(asked))
-    by_prompt = asked.reading.by_prompt
-    delta, gradient = (by_prompt(squares[name]).sqrt() for name in ("delta", "gradient"))
     scores = {
-        keys.SIGNED_WEIGHT_NORM: signs * weight_norms(asked.lens).to(signs),
-        keys.NORM_PRODUCT: first.shift.sign()[:, None].to(signs) * delta * gradient,
+        keys.SIGNED_WEIGHT_NORM: signs * weight_norms(lens).to(signs),
+        keys.NORM_PRODUCT: towards * delta * gradient,
         keys.SIGNED_RANDOM: signs * noise.to(signs),
     }
-    foil = functools.partial(dataclasses.replace, first, mode="")
-    return {key: foil(values=values.to(signs), method=key) for key, values in scores.items()}
+    return {
+        key: dataclasses.replace(first, values=values.to(signs), method=key)
+        for key, values in scores.items()
+    }

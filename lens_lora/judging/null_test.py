@@ -3,19 +3,19 @@
     a_l = ⟨ΔW_l, M_l⟩,  M_l = ∂g/∂W_l at the base. With ΔW′ of the same singular values in random
     directions a′_l has mean 0 and standard deviation ‖ΔW_l‖ ‖M_l‖ / √(out · in).
 
-1. Draw null adapters (`Adapter.null`): the size of each site's ΔW kept, its directions random.
-2. First order of each, from the base's half that all share, and its exact shift.
-3. Per site, and for Σ a and the shift: z = (a − mean a′) / std a′, and the empirical
-   p = (1 + #{|a′| ≥ |a|}) / (1 + draws), two-sided, valid for any number of draws.
+1. Draw null adapters (`Adapter.null`), which keep the size of each site's ΔW and have random
+   directions.
+2. Compute first order of each, from the base's half that all of them share, and its exact shift.
+3. Per site, and for the shift, z = (a − mean a′) / std a′ and the empirical
+   p = (1 + #{|a′| ≥ |a|}) / (1 + draws), which is two-sided and valid for any number of draws.
 
-Many sites are tested at once. By chance alone a share 1/(1 + draws) of them exceeds every draw; q
-is p after Benjamini and Hochberg. No q is below S / (k (1 + draws)) when k of S sites exceed
+Many sites are tested at once, and by chance alone a share 1/(1 + draws) of them exceeds every draw.
+So q is p after Benjamini and Hochberg. No q is below S / (k (1 + draws)) when k of S sites exceed
 every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import final
 
@@ -30,18 +30,7 @@ from tqdm import tqdm
 from lens_lora.arguments import whole
 from lens_lora.banks.base_half import first_orders
 from lens_lora.compat import in_float64
-from lens_lora.core import (
-    Adapter,
-    Attribution,
-    Drawn,
-    LoraLens,
-    PromptsLike,
-    Readout,
-    alone,
-    null_adapters,
-)
-from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core import Adapter, Attribution, Drawn, Function, analysis, null_adapters
 from lens_lora.core.results.base import flat
 from lens_lora.judging.verdict import NullVerdict, null_verdict
 
@@ -87,7 +76,8 @@ class NullTest(Drawn):
     def z(self) -> Float[Tensor, "batch site"]:
         """Standard deviations of the null between a_l and its mean; NaN where ΔW_l is zero."""
         null = in_float64(self.null)
-        return (in_float64(self.observed.per_site) - null.mean(0)) / null.std(0)
+        observed = in_float64(self.observed.per_site)
+        return (observed - null.mean(0)) / null.std(0)
 
     @property
     def p(self) -> Float[Tensor, "batch site"]:
@@ -96,9 +86,12 @@ class NullTest(Drawn):
 
     @property
     def q(self) -> Float[Tensor, "batch site"]:
-        """p over each prompt's sites after Benjamini and Hochberg: listing the sites with q ≤ x
-        lists at most a share x of false ones, on average."""
-        return torch.from_numpy(np.asarray(false_discovery_control(self.p.cpu().numpy(), axis=1)))
+        """p over each prompt's sites after Benjamini and Hochberg.
+
+        A list of the sites with q ≤ x holds at most a share x of false ones, on average.
+        """
+        controlled = false_discovery_control(self.p.cpu().numpy(), axis=1)
+        return torch.from_numpy(np.asarray(controlled))
 
     @property
     def shift_p(self) -> Float[Tensor, " batch"]:
@@ -119,28 +112,25 @@ class NullTest(Drawn):
         """For each prompt, how far shift and sites stand out; str() words it."""
         run = self._run_shift
         null_rms = in_float64(run).square().mean(0).sqrt()
-        of_shift = (self.observed.shift, self.noise_floor, null_rms, self.shift_p)
-        numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
-        return tuple(null_verdict(*row, self.draws, len(run)) for row in numbers)
+        numbers = [
+            self.observed.shift,
+            self.noise_floor,
+            null_rms,
+            self.shift_p,
+            self.exceeds_all,
+        ]
+        by_prompt = torch.stack([in_float64(number) for number in numbers], 1).tolist()
+        return tuple(null_verdict(*row, self.draws, len(run)) for row in by_prompt)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
-        frame = self.observed.to_frame()
-        numbers = {"null_std": in_float64(self.null).std(0), "z": self.z, "p": self.p, "q": self.q}
-        return frame.assign(**flat(numbers))
+        deviation = in_float64(self.null).std(0)
+        numbers = {"null_std": deviation, "z": self.z, "p": self.p, "q": self.q}
+        return self.observed.to_frame().assign(**flat(numbers))
 
 
-@alone
-def null_test(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    draws: int = 20,
-    exact: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> NullTest:
+@analysis
+def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: int = 0) -> NullTest:
     """First order and exact shift against `draws` null adapters of the same per-site spectra.
 
     A null of an embedding spreads over the whole vocabulary, so a trained one stands out wherever
@@ -163,31 +153,41 @@ def null_test(
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: a readout or derivative that is not finite.
     """
-    draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
-    exact = draws if exact is None else min(whole("exact", exact, 2), draws)
-    asked = ask(lens, prompts, readout).require_slope_at_base()
-    return null_test_of(asked, first_order_of(asked), draws, exact, seed, progress)
+    draws = whole("draws", draws, 2)  # At least two, for a spread.
+    seed = whole("seed", seed, 0)
+    run = draws if exact is None else min(whole("exact", exact, 2), draws)
+    first = Attribution.of(g, g.slopes(0.0), method="first_order", at=0.0, mode="reverse")
+    return beside_first_order(g, first, draws, run, seed)
 
 
-def null_test_of(
-    asked: Asked, first: Attribution, draws: int, exact: int, seed: int, shown: bool
+def beside_first_order(
+    g: Function, first: Attribution, draws: int, run: int, seed: int
 ) -> NullTest:
-    """`null_test` of a question that is already tokenised; a bar is shown or not."""
-    lens, shifts = asked.lens, list[Tensor]()
+    """The null adapters, where first order is known already; so many of them are run."""
+    lens = g.lens
+    shifts: list[Float[Tensor, " batch"]] = []
 
     def nulls() -> Iterator[Adapter]:
         drawn = null_adapters(lens, seed, draws)
-        for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not shown):
+        for null in tqdm(drawn, "null adapters", draws, leave=False, disable=not g.progress):
             yield null
-            if len(shifts) < exact:  # of the first group of prompts
-                other = dataclasses.replace(asked, lens=lens.with_adapter(null))
-                shifts.append(other.along((1.0,), progress=False)[:, 0] - first.base)
+            # Where prompts go in groups this is called for each; all are run in the first.
+            if len(shifts) < run:
+                adapted = g.over(lens.with_adapter(null)).with_progress(False)(1.0)
+                shifts.append(adapted - first.base)
 
-    slopes = first_orders(lens, [lens.adapter], asked.reading, nulls, lens.sites)
+    slopes = first_orders(lens, [lens.adapter], g.reading, nulls, lens.sites)
     missing = shifts[0].new_full((draws - len(shifts), len(shifts[0])), torch.nan)
-    ran = torch.cat([torch.stack(shifts), missing])
-    return NullTest(first, slopes, ran, seed, asked.noise_floor)
+    return NullTest(
+        observed=first,
+        null=slopes,
+        null_shift=torch.cat([torch.stack(shifts), missing]),
+        seed=seed,
+        noise_floor=g.floor,
+    )
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:
-    return (1 + in_float64(null.abs() >= observed.abs()).sum(0)) / (1 + len(null))
+    """The share of draws, the observed one counted as one, that are at least as large."""
+    reach = in_float64(null.abs() >= observed.abs()).sum(0)
+    return (1 + reach) / (1 + len(null))

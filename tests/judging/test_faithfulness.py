@@ -14,11 +14,11 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.function.asked import ask
 from lens_lora.core.model.sites import group_sites
 from lens_lora.core.results.attribution import Effects
 from lens_lora.judging import rankings
-from lens_lora.judging.faithfulness import Faithfulness, faithfulness, random_orders
+from lens_lora.judging.circuit_scores import random_orders
+from lens_lora.judging.faithfulness import Faithfulness, faithfulness
 from lens_lora.show.text import key_text
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -210,7 +210,7 @@ def test_norms_against_dense_updates_and_components(family: str, flags: str):
     assert (rankings.weight_norms(lens) - dense).abs().max() < 1e-12 * dense.max()
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
     expected = ll.components(lens, texts, MARGIN, progress=False).delta_norm
-    found = rankings.update_norms(ask(lens, texts, MARGIN))
+    found = rankings.update_norms(lens.function(texts, MARGIN))
     assert (found - expected).abs().max() < 1e-12 * expected.max()
     assert (found[0] - found[1]).abs().max() > 0.01
 
@@ -220,8 +220,8 @@ def test_outside_the_blocks(target: str):
     """An unembedding is read at one position, an embedding reads ids: norms and curves hold."""
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw", (target, "q_proj")).lens
     expected = ll.components(lens, models.tokens(), MARGIN, progress=False).delta_norm
-    asked = ask(lens, models.tokens(), MARGIN)
-    assert (rankings.update_norms(asked) - expected).abs().max() < 1e-12
+    g = lens.function(models.tokens(), MARGIN)
+    assert (rankings.update_norms(g) - expected).abs().max() < 1e-12
     result = run(lens)
     for i, row in enumerate(models.tokens()):
         slow = slow_curves(lens, result.orders["update_norm"][i], result.counts, row)

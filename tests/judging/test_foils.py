@@ -19,7 +19,7 @@ KEYS = ("signed_weight_norm", "norm_product", "signed_random")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_each_is_its_formula(family: str, cls: str):
     lens = cases.case(family, cls, "raw").lens
-    found = ll.results.foils(lens, TEXTS, MARGIN)
+    found = ll.foils(lens, TEXTS, MARGIN)
     assert tuple(found) == KEYS == tuple(one.key for one in found.values())
     first = ll.first_order(lens, TEXTS, MARGIN)
     known = ll.components(lens, TEXTS, MARGIN, progress=False)
@@ -35,17 +35,17 @@ def test_each_is_its_formula(family: str, cls: str):
 def test_random_sizes_are_of_the_seed_and_of_nothing_else():
     (cls, *_) = models.MAKERS
     lens = cases.case("llama", cls, "raw").lens
-    each = [ll.results.foils(lens, TEXTS, MARGIN, seed=seed) for seed in (0, 0, 1)]
+    each = [ll.foils(lens, TEXTS, MARGIN, seed=seed) for seed in (0, 0, 1)]
     some = [foils["signed_random"].values for foils in each]
     assert torch.equal(some[0], some[1]) and not torch.equal(some[0].abs(), some[2].abs())
-    other = ll.results.foils(lens, TEXTS, ll.Logit(7))["signed_random"].values
+    other = ll.foils(lens, TEXTS, ll.Logit(7))["signed_random"].values
     assert torch.equal(other.abs(), some[0].abs()) and not torch.equal(other, some[0])
 
 
 def test_they_rank_and_compare_as_attributions_do(tmp_path):
     (cls, *_) = models.MAKERS
     lens = cases.case("llama", cls, "raw").lens
-    found = ll.results.foils(lens, TEXTS, MARGIN)
+    found = ll.foils(lens, TEXTS, MARGIN)
     ranked = ll.faithfulness(lens, TEXTS, MARGIN, found, draws=1, progress=False)
     assert set(KEYS) < set(ranked.names)
     effects = ll.patch_sites(lens, TEXTS, MARGIN, progress=False)
@@ -58,4 +58,4 @@ def test_they_rank_and_compare_as_attributions_do(tmp_path):
 def test_a_seed_is_a_whole_number():
     (cls, *_) = models.MAKERS
     with pytest.raises(ll.errors.ArgumentError, match="seed"):
-        ll.results.foils(cases.case("llama", cls, "raw").lens, TEXTS, MARGIN, seed=0.5)
+        ll.foils(cases.case("llama", cls, "raw").lens, TEXTS, MARGIN, seed=0.5)

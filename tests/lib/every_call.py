@@ -130,7 +130,7 @@ CALLS: dict[str, Call] = {
         lens, t, MARGIN, k=2, steps=2, over="heads", **QUIET
     ),
     "foils": lambda lens, t: torch.stack(
-        [one.values for one in ll.results.foils(lens, t, MARGIN).values()]
+        [one.values for one in ll.foils(lens, t, MARGIN).values()]
     ),
     "edges": lambda lens, t: ll.edges(lens, t, MARGIN, "head", **QUIET),
     "patch_edges": lambda lens, t: ll.patch_edges(

@@ -50,6 +50,7 @@ from lens_lora.core.function.duals import attention_from_formula, dual_forward, 
 from lens_lora.core.function.noise import Noise, noise_of
 from lens_lora.core.model import (
     Gauge,
+    Inject,
     LoraLens,
     Scale,
     ScaleInject,
@@ -230,6 +231,20 @@ class Function:
         return self._values(self._corner_gates(which, on, off), what)
 
     @_public
+    def each_prompt(self, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
+        """g where each prompt has gates of its own. At most a forward pass a point, batched.
+
+        Args:
+            gates: those of each prompt, at every point.
+
+        Raises:
+            NumericsError: a readout that is not finite.
+        """
+        by_prompt = gates.movedim(1, 0)
+        values = function.gated_readout(self.lens, self.reading, by_prompt, progress=self.progress)
+        return values.T
+
+    @_public
     def logits(self, gates: Gates) -> Float[Tensor, "*point row *slot vocab"]:
         """f at these gates, where it is read: the logits of the next token, or of a response's.
 
@@ -401,6 +416,72 @@ class Function:
         """
         memory.require_rows_of_graph(self.lens, self.reading)
         return reverse.site_gradients(self.lens, self.reading, self._one_point(at), visitor)
+
+    @_public
+    def observe(self, watch: Inject) -> None:
+        """One forward pass, without a graph, for what `watch` sees of it.
+
+        Args:
+            watch: called at every place where a site writes, with the index of the injection
+                (`lens.plan.injections`), the output there and what the site reads. What it returns
+                takes the place of the output; None leaves it as in the base model.
+        """
+        with torch.no_grad(), self.lens.injected(watch):
+            function.read_logits(self.lens, self.rows)
+
+    # --- Some of its prompts, or another adapter
+
+    def groups(self, *, graph: bool = False, copies: int = 1) -> list[Function]:
+        """The prompts in groups, each of which one pass may take within the bound of the lens.
+
+        Args:
+            graph: whether the pass is walked back.
+            copies: how many copies of the rows go side by side.
+
+        Raises:
+            ArgumentError: rows that cannot be run apart are more than the bound has room for.
+        """
+        if graph:
+            readings = memory.graph_groups(self.lens, self.reading)
+        else:
+            readings = memory.pass_groups(self.lens, self.reading, copies)
+        groups: list[Function] = []
+        first = 0
+        for reading in readings:
+            groups.append(self._of(range(first, first + reading.batch), reading))
+            first += reading.batch
+        return groups
+
+    def only(self, prompts: Sequence[int]) -> Function:
+        """The same function of some of the prompts, in increasing order.
+
+        A readout of your own may read all prompts together; such a function keeps them all.
+
+        Args:
+            prompts: their indices.
+        """
+        reading = self.reading.only(torch.tensor(list(prompts)))
+        return self if reading is self.reading else self._of(prompts, reading)
+
+    def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
+        chosen = self.prompts.chosen(prompts)
+        return Function(self.lens, chosen, reading.prompts, self.readout, reading, self.progress)
+
+    def with_progress(self, progress: bool) -> Function:
+        """The same function, with or without bars.
+
+        Args:
+            progress: whether long calls show a bar.
+        """
+        return Function(self.lens, self.prompts, self.rows, self.readout, self._reading, progress)
+
+    def over(self, lens: LoraLens) -> Function:
+        """The same rows, and what a `KL` holds of the base, under another adapter. No pass.
+
+        Args:
+            lens: another adapter, or another gauge, over the same model.
+        """
+        return Function(lens, self.prompts, self.rows, self.readout, self._reading, self.progress)
 
     # --- What rounding alone does
 

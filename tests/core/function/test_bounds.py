@@ -155,7 +155,7 @@ NUMBERS: dict[str, tuple[str, Any]] = {
     ),
     "norms of δz and G": (
         "graph",
-        lambda lens, t: ll.results.foils(lens, t, MARGIN)["norm_product"].values,
+        lambda lens, t: ll.foils(lens, t, MARGIN)["norm_product"].values,
     ),
     "second order": (
         "second",

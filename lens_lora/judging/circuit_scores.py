@@ -1,0 +1,119 @@
+"""CPR and CMD of an order of the sites, on prompts that it was not made on.
+
+    CPR = ∫ f dk, ranked by signed score: higher is better
+    CMD = ∫ |1 − f| dk, ranked by magnitude: lower is better
+
+    f(k) = mean s(g(e_T) − g(0)) / mean s(g(1) − g(0)),   T the first int(k·S) sites
+
+f is a ratio of means over the prompts judged, and 0 for no site. The sign s is that of the prompt's
+shift: without it, shifts of two signs would cancel. (MIB has no s, as all its readouts move one
+way.) The integrals are taken by the trapezoid rule over MIB's ten sizes, in linear k.
+
+Source: Mueller et al., "MIB: A Mechanistic Interpretability Benchmark" (arXiv 2504.13151).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core import SIGMAS, Function
+
+MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+Orders = Int[Tensor, "order batch site"]
+
+
+class Scored(NamedTuple):
+    """What orders of the sites are worth.
+
+    Attributes:
+        cpr: CPR of each order by signed score.
+        cmd: CMD of each order by magnitude.
+        kept: f of each order by signed score, at MIB's sizes.
+    """
+
+    cpr: Float[Tensor, " order"]
+    cmd: Float[Tensor, " order"]
+    kept: Float[Tensor, "order size"]
+
+
+def scored(g: Function, signed: Orders, by_magnitude: Orders) -> Scored:
+    """CPR and CMD of orders of the sites, on the prompts of g.
+
+    Cost: two forward passes per order and size between no site and all, batched; orders that agree
+    on their first sites share the pass.
+
+    NaN where the mean of |shift| is within three mean noise floors.
+
+    Args:
+        g: the function of the prompts that are judged on.
+        signed: orders by signed score.
+        by_magnitude: the same rankings, by magnitude.
+    """
+    sites = signed.shape[-1]
+    base, adapted = g.ends.cpu().double()
+    size = (adapted - base).abs().mean()
+    noise = g.floor.cpu().double().mean()
+    counts = [int(share * sites) for share in MIB_SIZES]
+    inner = sorted({count for count in counts if 0 < count < sites})
+    moved = _mean_moved(g, torch.cat([signed, by_magnitude]), inner)
+    nothing = moved.new_zeros(len(moved), 1)
+    known = torch.cat([nothing, moved / size, nothing + 1], 1)
+    known_counts = [0, *inner, sites]
+    shares = known[:, [known_counts.index(count) for count in counts]]
+    if size <= SIGMAS * noise:
+        shares = torch.full_like(shares, torch.nan)
+    kept, matched = shares.split([len(signed), len(by_magnitude)])
+    sizes = torch.tensor(MIB_SIZES, dtype=torch.float64)
+    return Scored(
+        cpr=torch.trapezoid(kept, sizes),
+        cmd=torch.trapezoid((1 - matched).abs(), sizes),
+        kept=kept,
+    )
+
+
+def _mean_moved(g: Function, orders: Orders, counts: list[int]) -> Float[Tensor, "order count"]:
+    """The mean over prompts of g(e_T) − g(0), in the direction of their shifts."""
+    if not counts:
+        return torch.zeros(len(orders), 0, dtype=torch.float64)
+    gates = torch.stack([top_gates(order, counts) for order in orders]).movedim(1, 2).flatten(0, 1)
+    values = _values(g, gates).cpu().double()
+    base, adapted = g.ends.cpu().double()
+    moved = (values - base) * (adapted - base).sign()
+    return moved.mean(1).view(len(orders), len(counts))
+
+
+def _values(g: Function, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
+    """g; where all prompts have the same gates, each point is run once."""
+    if not bool((gates == gates[:, :1]).all()):
+        return g.each_prompt(gates)
+    distinct, index = torch.unique(gates[:, 0], dim=0, return_inverse=True)
+    return g(distinct)[index]
+
+
+def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
+    """A random order for each draw and prompt, the same on every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    noise = torch.rand(draws, batch, sites, generator=generator, dtype=torch.float64)
+    return noise.argsort(-1)
+
+
+def top_gates(
+    order: Int[Tensor, "batch site"], counts: list[int] | tuple[int, ...]
+) -> Float[Tensor, "batch count site"]:
+    """1 at the first `count` sites of each prompt's order, 0 at the others."""
+    rank = order.argsort(-1)[:, None]
+    return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
+
+
+def mean_of_draws(
+    values: Float[Tensor, " order *rest"], named: int
+) -> Float[Tensor, " method *rest"]:
+    """Those of the named orders, and the mean of those of the random ones after them."""
+    if len(values) == named:
+        return values
+    return torch.cat([values[:named], values[named:].mean(0, keepdim=True)])
