@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import re
 import sys
 import threading
@@ -201,6 +202,11 @@ def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module itself has, by name."""
+    return {name: held for name, held in parameters_in(module).items() if held is not None}
+
+
 def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
     """A module's own dictionary of modules; a look into it costs less than `getattr`."""
     return module._modules
@@ -307,12 +313,23 @@ def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     vars(module)["forward"] = forward
 
 
+# Whose code is known to compute W z + b in the dtype of W, by the beginning of its module's name.
+_KNOWN_CODE = ("torch.", "transformers.", "peft.", "bitsandbytes.", "transformer_lens.")
+
+
 def is_forward_replaced(module: Any) -> bool:
     """Whether somebody has given a module another forward than its class's; accelerate has not."""
     if not isinstance(module, nn.Module):
         return False
     forward = vars(module).get(computing_attribute(module))
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def has_own_code(module: nn.Module) -> bool:
+    """Whether the forward of a module is neither torch's nor one of the known libraries'."""
+    is_replaced = "forward" in vars(module)
+    code = type(module).forward.__module__
+    return is_replaced or bool(hooks_of(module).forward) or not code.startswith(_KNOWN_CODE)
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
@@ -490,6 +507,21 @@ def float32_products() -> tuple[str, ...]:
     return (torch.get_float32_matmul_precision(),)
 
 
+# Environment variables by which oneDNN is told to round factors of float32 products on the CPU.
+_ROUND_ON_CPU = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+
+
+def may_round_on_cpu() -> bool:
+    """Whether the factors of float32 products may be rounded to fewer bits on the CPU.
+
+    They are not, unless torch, or oneDNN beneath it, is told to.
+    """
+    is_told_by_torch = any(setting not in ("ieee", "highest") for setting in float32_products())
+    modes = [os.environ.get(name, "") for name in _ROUND_ON_CPU]
+    is_told_by_name = any(mode.upper() not in ("", "STRICT") for mode in modes)
+    return is_told_by_torch or is_told_by_name
+
+
 def activation_checkpointing(modules: Iterable[nn.Module]) -> str | None:
     """How transformers runs blocks again on the way back: 'reentrant', 'not reentrant', or None.
 
@@ -590,7 +622,7 @@ def home_of(model: nn.Module) -> torch.device:
 def refuse_out_of_reach(model: nn.Module) -> None:
     """Check that each weight lies on a device, or is brought to one by accelerate's hooks."""
     for path, module in model.named_modules():
-        for name, weight in module.named_parameters(recurse=False):
+        for name, weight in own_parameters(module).items():
             if not is_offloaded(module) and weight.is_meta:
                 raise ModelStateError(
                     f"{path}.{name} is on the device 'meta', and no hook of accelerate's brings it "

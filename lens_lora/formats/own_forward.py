@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lens_lora.compat import hooks_of
 from lens_lora.errors import AdapterError
 
 TOKENS = 8
@@ -34,8 +33,6 @@ _ROUNDINGS = 8
 # Large beside the ε in a norm's root, so that n has a root mean square of 1; its square is finite
 # in float16.
 _SIZE_OF_INPUT = 10.0
-# Whose code is known to compute W z + b, by the beginning of its module's name.
-_KNOWN_CODE = ("torch.", "transformers.", "peft.", "bitsandbytes.", "transformer_lens.")
 
 
 # --- Calls
@@ -199,10 +196,3 @@ def _require_norm(path: str, norm: nn.Module, remedy: str) -> None:
             "So (γ' − γ) ⊙ n is not what its training adds to its output.",
             remedy=remedy,
         )
-
-
-def has_own_code(module: nn.Module) -> bool:
-    """Whether the forward of a module is neither torch's nor one of the known libraries'."""
-    is_replaced = "forward" in vars(module)
-    code = type(module).forward.__module__
-    return is_replaced or bool(hooks_of(module).forward) or not code.startswith(_KNOWN_CODE)

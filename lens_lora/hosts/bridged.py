@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens_lora.compat import has_own_code
 from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.core.adapter.factors import base_part, expert_factors, module_path
 from lens_lora.core.model import extensions
@@ -222,7 +223,7 @@ def require_own_parameters(model: Any, adapter: Adapter) -> None:
         if path not in names:
             continue
         module = model.get_submodule(names[path])
-        if (is_linear(module) or is_norm(module)) and own_forward.has_own_code(module):
+        if (is_linear(module) or is_norm(module)) and has_own_code(module):
             remedy = f"Leave it out: adapter.without({path!r})."
             own_forward.require_own_parameters(path, module, remedy)
 

@@ -46,6 +46,7 @@ from lens_lora.core.model.bridge import (
 from lens_lora.core.model.check import (
     base_logits,
     eps_of,
+    note_that_it_ran,
     require_running,
     require_same_logits,
 )
@@ -128,6 +129,8 @@ def hooked_model(
         begins_text = _begins_text(own)
         model.cfg.tokenizer_prepends_bos = begins_text
         model.cfg.default_prepend_bos = begins_text if prepend_bos is None else prepend_bos
+    if expected is not None:  # then its logits were compared, so it has run
+        note_that_it_ran(model)
     return model, chosen
 
 

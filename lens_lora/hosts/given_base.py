@@ -50,8 +50,10 @@ from lens_lora.core.model.sites import OUTSIDE_KINDS, SiteFactors
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 
-# Modules of which W is looked at in one round, spread over the layers: all in as many rounds as it
-# takes while their entries are so many, else one round.
+# Modules of which W is looked at before a first verdict is taken, and after each round.
+_ROUND = 6
+# Modules in one walk through the layers: all in as many walks as it takes while their entries are
+# so many, else one walk.
 _LOOKED_AT = 24
 _ENTRIES = 2**27
 # The log-likelihood ratio after a round below which no further one is looked at, as in Wald's
@@ -362,7 +364,7 @@ class Evidence(NamedTuple):
         count = 0
         diagonals, leftovers, products, sizes = 0.0, 0.0, 0.0, 0.0  # sums of squares by v
         for looked_at, (weight, B, A) in enumerate(parts):
-            is_round_over = looked_at > 0 and looked_at % _LOOKED_AT == 0
+            is_round_over = looked_at > 0 and looked_at % _ROUND == 0
             if is_round_over and (diagonals - leftovers) / 2 < _SETTLED:
                 break
             U, sigma, V = singular(B, A)
@@ -434,13 +436,19 @@ def _parts(plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     ]
     entries = sum(len(plan.maps[index].B) * plan.maps[index].width for index in usable)
     step = max(1, -(-len(usable) // _LOOKED_AT))
-    rounds = range(step) if entries <= _ENTRIES else range(1)
-    for index in (index for first in rounds for index in usable[first::step]):
+    walks = range(step) if entries <= _ENTRIES else range(1)
+    for index in (index for first in walks for index in _spread(usable[first::step])):
         site = plan.updates[index].site
         weight = plan.host.weight(site.layer, site.kind)
         B, A = plan.maps[index].of_weight()
         if _is_readable(weight) and weight.shape == (len(B), A.shape[1]):
             yield weight, B, A
+
+
+def _spread(indices: Sequence[int]) -> list[int]:
+    """The same indices, so that each round has some of all layers."""
+    step = max(1, len(indices) // _ROUND)
+    return [index for first in range(step) for index in indices[first::step]]
 
 
 def _is_readable(weight: Tensor) -> bool:

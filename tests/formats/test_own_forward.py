@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lens_lora as ll
+from lens_lora.compat import has_own_code
 from lens_lora.core.adapter.factors import TrainedModule
 from lens_lora.errors import AdapterError
-from lens_lora.formats.own_forward import has_own_code
 
 
 class Half(nn.Linear):

@@ -326,7 +326,7 @@ def test_a_clean_base_is_settled_by_the_first_modules():
     """And one that holds the adapter by all of them, with the verdict of all of them."""
     clean, held = modules(0.0), modules(1.0)
     assert not Evidence.of(clean).shows_adapter
-    assert len(list(clean)) == 60 - given_base._LOOKED_AT - 1
+    assert len(list(clean)) == 60 - given_base._ROUND - 1
     assert Evidence.of(held).shows_adapter
     assert not list(held)
 

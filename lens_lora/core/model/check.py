@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -81,9 +82,10 @@ def refuse_unusable(model: nn.Module) -> None:
             remedy="Pass a decoder: AutoModelForCausalLM.from_pretrained(base).",
             in_shell="Name a decoder with --model.",
         )
-    refuse_dropout(model, modules_of(model))
+    modules = modules_of(model)
+    refuse_dropout(model, modules)
     compat.refuse_out_of_reach(model)
-    for name, module in model.named_modules():
+    for module, name in modules.items():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
                 f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
@@ -91,9 +93,9 @@ def refuse_unusable(model: nn.Module) -> None:
                 remedy="let ll.load(peft_model) build it, and the PeftModel stays as it is.",
                 in_shell="name the base alone with --model, not a folder that holds an adapter.",
             )
-    refuse_compiled(modules_of(model))
-    _refuse_sharded(model)
-    _refuse_unknown_quantisation(model)
+    refuse_compiled(modules)
+    _refuse_sharded(model, modules)
+    _refuse_unknown_quantisation(model, modules)
 
 
 def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
@@ -111,23 +113,22 @@ def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
             )
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
     """Check that each module computes with whole weights, as under FSDP2, and not with its part."""
     ranks = getattr(getattr(model, "original_model", model), "tp_size", None)
     if ranks is not None and ranks > 1:
         raise _tensor_parallel(f"the model was loaded for {ranks} processes by tp_plan=")
-    modules = modules_of(model)
     gathered: set[nn.Module] = set()
     for module in modules:
         if compat.gathers_weights(module):
             gathered.update(module.modules())
     for module, path in modules.items():
-        for name, parameter in module.named_parameters(path, recurse=False):
+        for name, parameter in compat.own_parameters(module).items():
             if not compat.is_sharded(parameter):
                 continue
             mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
             if module not in gathered or mesh.ndim > 1:
-                raise _tensor_parallel(f"{name} is a DTensor")
+                raise _tensor_parallel(f"{_within(path, name)} is a DTensor")
 
 
 def _tensor_parallel(fact: str) -> ModelStateError:
@@ -140,23 +141,28 @@ def _tensor_parallel(fact: str) -> ModelStateError:
     )
 
 
-def _refuse_unknown_quantisation(model: nn.Module) -> None:
+def _refuse_unknown_quantisation(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
     config = getattr(getattr(model, "original_model", model), "config", None)
     method = _method(getattr(config, "quantization_config", None))
     if method not in (None, "bitsandbytes"):
         raise _unknown_quantisation("the base", method)
-    for path, module in model.named_modules():
+    for module, path in modules.items():
         if quantised_name(module) is not None:
             continue
-        for name, parameter in module.named_parameters(path, recurse=False):
+        for name, parameter in compat.own_parameters(module).items():
             if type(parameter.data).__module__.startswith("torchao."):
-                raise _unknown_quantisation(name, "torchao")
+                raise _unknown_quantisation(_within(path, name), "torchao")
             if not parameter.is_floating_point():
                 raise ModelStateError(
-                    f"{name} is {parameter.dtype}, and {type(module).__name__} is no linear module "
-                    "of bitsandbytes; load the model in a floating-point dtype, or by bitsandbytes "
-                    "as a TransformerBridge."
+                    f"{_within(path, name)} is {parameter.dtype}, and {type(module).__name__} is "
+                    "no linear module of bitsandbytes; load the model in a floating-point dtype, "
+                    "or by bitsandbytes as a TransformerBridge."
                 )
+
+
+def _within(path: str, name: str) -> str:
+    """The name of a parameter of the module at this path."""
+    return f"{path}.{name}" if path else name
 
 
 def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError:
@@ -235,6 +241,37 @@ def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
     return plain_logits(hf_model)
 
 
+# --- Whether a model runs
+
+# Models that have run, and what they were then. A model is not kept alive by it.
+_HAVE_RUN: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+
+
+def run_once(model: Any) -> None:
+    """One pass over eight tokens, or as many as the context holds."""
+    tokens = TOKENS[:, : model.cfg.n_ctx] % model.cfg.d_vocab
+    with torch.no_grad():
+        model(tokens.to(home_of(model)), return_type="logits")
+
+
+def note_that_it_ran(model: nn.Module) -> None:
+    """Remember that the model, as it is now, can run."""
+    _HAVE_RUN[model] = _makeup(model)
+
+
+def has_run(model: nn.Module) -> bool:
+    """Whether the model was seen to run as it is now: with these flags, weights and modules."""
+    return model in _HAVE_RUN and _HAVE_RUN[model] == _makeup(model)
+
+
+def _makeup(model: Any) -> object:
+    """What decides whether a model runs, apart from the numbers in its weights."""
+    flags = {name: str(value) for name, value in vars(model.cfg).items()}
+    modules = [(id(module), type(module)) for module in model.modules()]
+    weights = [(id(p), p.shape, p.dtype, p.device) for p in model.parameters()]
+    return flags, modules, weights
+
+
 # --- What a model rounds to
 
 # Of a float64 model: a relative step of the embedding, an eighth of a rounding of float32, so that
@@ -253,6 +290,29 @@ _PRODUCT_DRAWS = 2
 _TF32_EPS = 2.0**-10
 _Row = Float[Tensor, "1 pos d_vocab"]
 _Rows = Float[Tensor, "draw pos d_vocab"]
+
+
+def known_eps(model: nn.Module) -> float | None:
+    """The precision in which a model computes, relative; None where a pass has to tell. No pass.
+
+    A float64 model may round to float32 on its way. In float32 a pass tells, unless the model lies
+    on a CPU that is not told to round products, and all code in it is known to compute in float32.
+    """
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    dtype = weights[0].dtype
+    if dtype == torch.float64:
+        return None
+    if dtype == torch.float32:
+        is_single = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in weights)
+        if not is_single or compat.may_round_on_cpu() or _has_other_code(model):
+            return None
+    return torch.finfo(dtype).eps
+
+
+def _has_other_code(model: nn.Module) -> bool:
+    """Whether some module may compute in another dtype than that of its weights."""
+    modules = list(model.modules())
+    return any(map(compat.has_own_code, modules)) or any(map(quantised_name, modules))
 
 
 def eps_of(model: Any, embedding: str) -> float:

@@ -84,9 +84,10 @@ class LoraLens:
 
     Attributes:
         prepend_bos: see above.
-        eps: the precision in which the model computes, measured by one short pass: that of its
-            dtype; of float32 if a float64 model rounds to it; of TF32 or bfloat16 if a device
-            rounds the factors of a float32 model's products to it.
+        eps: the precision in which the model computes: that of its dtype; of float32 if a float64
+            model rounds to it; of TF32 or bfloat16 if a device rounds the factors of a float32
+            model's products to it. It is measured by one short pass, unless the model is in half
+            precision, or in float32 on a CPU that was not told to round.
         max_memory: bytes that an analysis may take beside the model and its result; None for no
             bound.
         base_note: what was warned of the base, on every page of the lens's results; '' for
@@ -125,13 +126,14 @@ class LoraLens:
         self._plan = gating.make_plan(model, adapter, hf_model)
         if check is not False:
             extensions.require_own_parameters(model, adapter)
-        self._eps: float | None = None
-        checks.require_running(
-            self._measure_if_it_runs,
-            f"this {self.class_name} of {checks.kind_of(model)}",
-            "Let ll.load make the hooked model, which mends what it knows of; or use another "
-            "version of TransformerLens.",
-        )
+        self._eps: float | None = checks.known_eps(model)
+        if self._eps is None or not checks.has_run(model):
+            checks.require_running(
+                self._run_once,
+                f"this {self.class_name} of {checks.kind_of(model)}",
+                "Let ll.load make the hooked model, which mends what it knows of; or use another "
+                "version of TransformerLens.",
+            )
         if hf_model is not None:
             checks.require_same_logits(
                 checks.base_logits(hf_model, self.dtype),
@@ -162,10 +164,18 @@ class LoraLens:
         if self.base_note:
             errors.warn(self.base_note, stacklevel=stacklevel)
 
-    def _measure_if_it_runs(self) -> None:
-        """Within another lens's block the model cannot be run; its precision is measured later."""
+    def _run_once(self) -> None:
+        """Run the model on eight tokens, and measure its precision unless that is known.
+
+        Within another lens's block the model cannot be run; its precision is measured later.
+        """
         with contextlib.suppress(errors.ModelStateError):
-            self._eps = self._measured_eps()
+            if self._eps is None:
+                self._eps = self._measured_eps()
+            else:
+                with differentiable_products(self._plan.quantised):
+                    checks.run_once(self.model)
+            checks.note_that_it_ran(self.model)
 
     def _measured_eps(self) -> float:
         with differentiable_products(self._plan.quantised):
@@ -173,7 +183,7 @@ class LoraLens:
 
     @property
     def eps(self) -> float:
-        """The relative precision in which the model computes, from one short pass."""
+        """The relative precision in which the model computes; by one short pass where measured."""
         if self._eps is None:
             self._eps = self._measured_eps()
         return self._eps

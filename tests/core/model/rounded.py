@@ -23,7 +23,19 @@ def to_tf32(value: Tensor) -> Tensor:
 
 
 class TF32(TorchFunctionMode):
-    """Factors of float32 products are rounded to 10 bits, forward; derivatives pass through it."""
+    """Factors of float32 products are rounded to 10 bits, forward; derivatives pass through it.
+
+    As where a program has set `torch.set_float32_matmul_precision("high")` on a GPU.
+    """
+
+    def __enter__(self) -> TF32:
+        torch.set_float32_matmul_precision("high")
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_float32_matmul_precision("highest")
 
     def __torch_function__(
         self,

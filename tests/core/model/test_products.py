@@ -137,3 +137,39 @@ def test_a_cpu_that_rounds_to_bfloat16(cls: str):
         torch.set_float32_matmul_precision("highest")
     assert lens.eps == torch.finfo(torch.bfloat16).eps
     assert 1 / FACTOR < ratio(shift - exact, floor) < FACTOR
+
+
+def passes_of(model, make) -> int:
+    """How many passes of a model are run by a call."""
+    begun: list[object] = []
+    handle = model.register_forward_pre_hook(lambda *_: begun.append(None))
+    try:
+        make()
+    finally:
+        handle.remove()
+    return len(begun)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_lens_runs_no_pass_of_a_float32_model_that_has_run(cls: str):
+    base = models.hf_model("llama", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    model = models.MAKERS[cls](base)
+    assert passes_of(model, lambda: ll.LoraLens(model, adapter)) == 1, "whether it runs"
+    assert passes_of(model, lambda: ll.LoraLens(model, adapter)) == 0
+    with rounded.TF32():
+        assert passes_of(model, lambda: ll.LoraLens(model, adapter)) == 1, "what it rounds to"
+    model.cfg.use_attn_result = True
+    assert passes_of(model, lambda: ll.LoraLens(model, adapter)) == 1, "other code is run then"
+
+
+def test_a_model_that_cannot_run_is_refused_when_another_has_run():
+    """Also where a lens over it was made before it was broken."""
+    base = models.hf_model("llama", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    model = models.MAKERS["HookedTransformer"](base)
+    ll.LoraLens(model, adapter)
+    model.blocks[0].mlp.forward = lambda *_: 1 / 0
+    model.blocks[0].mlp = copy.copy(model.blocks[0].mlp)
+    with pytest.raises(ll.errors.ModelStateError, match="cannot run on eight tokens"):
+        ll.LoraLens(model, adapter)
