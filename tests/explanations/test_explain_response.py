@@ -16,7 +16,7 @@ from results_by_hand import without_plotly
 
 import lens_lora as ll
 from lens_lora.core.function import forward as branching
-from lens_lora.core.model import lens as generation
+from lens_lora.responses import generate as generation
 from lens_lora.responses.figures import laid_out
 
 CLASSES = list(models.MAKERS)
