@@ -40,7 +40,9 @@ from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.readout.positions import positions_text
 from lens_lora.core.results.tokens import Positions
 from lens_lora.errors import ArgumentError, SiteError
-from lens_lora.hidden import activation_shift
+from lens_lora.hidden.cosines import cosine_table
+from lens_lora.hidden.held import activations_at, positions_in
+from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.responses.answers import continued
 
@@ -62,7 +64,7 @@ _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
 
 
 @final
-class Contrast(activation_shift.Readable, Pictured):
+class Contrast(Readable, Pictured):
     """μ₊ − μ₋ at hook points: a direction wherever one is taken.
 
     `plot` is held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
@@ -113,7 +115,7 @@ class Contrast(activation_shift.Readable, Pictured):
             ArgumentError: directions of another width or space, or none at a point.
             ModelStateError: a lens, of which a norm changes what a site writes to the stream.
         """
-        return activation_shift.cosine_table(self.values, other)
+        return cosine_table(self.values, other)
 
     def adapter(self, name: str, coefficient: float = 1.0) -> Adapter:
         """Steering as an adapter: `coefficient` times the direction is added at the hook point.
@@ -212,7 +214,7 @@ def contrast(
         counts=(sides[0].rows.batch, sides[1].rows.batch),
         positions=_positions_text(positions, sinks=sinks),
         at=name_of_scale(scale),
-        **activation_shift.readable(lens, list(texts.values()), shifts),
+        **readable(lens, list(texts.values()), shifts),
     )
 
 
@@ -272,7 +274,7 @@ class _Side:
         asks_for_response = isinstance(positions, str) and positions == "response"
         # Texts that hold no response are asked whole.
         asked = None if asks_for_response and not rows.holds_responses else positions
-        self.chosen = activation_shift.positions_in(rows, asked)
+        self.chosen = positions_in(rows, asked)
         if not sinks:
             self.chosen &= rows.after_first.cpu()
         self._require_tokens(self.chosen, range(rows.batch))
@@ -309,7 +311,7 @@ def _means(
 ) -> dict[str, Float[Tensor, "text _d"]]:
     """The mean of h over each text's chosen tokens, in float64 on the CPU. One forward pass."""
     means: dict[str, Tensor] = {}
-    for index, held in activation_shift.activations_at(lens, side.rows, names, [scale]):
+    for index, held in activations_at(lens, side.rows, names, [scale]):
         for name, (activation,) in held.items():
             h = activation.double()
             weights = side.weights(index, h.norm(dim=-1))

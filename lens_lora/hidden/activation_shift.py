@@ -12,7 +12,7 @@ Cost: two forward passes, and two vectors unembedded for each point.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, final
 
 import pandas as pd
@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from lens_lora.arguments import word
 from lens_lora.core import (
-    Described,
     Drawn,
     LoraLens,
     Names,
@@ -38,79 +37,18 @@ from lens_lora.core import (
     prompt_rows,
 )
 from lens_lora.core.function.asked import ask_prompts
-from lens_lora.core.function.forward import require_finite
-from lens_lora.core.function.interventions import positioned, record
-from lens_lora.core.function.memory import ROW_TOKENS
-from lens_lora.core.model.lens import stream_writers
-from lens_lora.core.model.sites import computed, require_fired
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import tokens_at
-from lens_lora.core.results.tokens import Positions, chosen_positions, held_out_share, ranked_tokens
-from lens_lora.errors import ArgumentError, SiteError
-from lens_lora.formats.directions import Directions, directions_of, is_residual, is_stream
+from lens_lora.core.results.tokens import Positions, held_out_share, ranked_tokens
+from lens_lora.errors import ArgumentError
+from lens_lora.formats.directions import is_stream
+from lens_lora.hidden.cosines import cosine_table
+from lens_lora.hidden.held import activations_at, positions_in
+from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.hidden.stream_reading import over_scale, read_through
-from lens_lora.texts.batches import by_length
 
 By = Literal["position"] | None
-_BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
-
-
-class Readable(Described, kw_only=True):
-    """A vector at each hook point, read in logits at those of the residual stream.
-
-    Attributes:
-        values: one vector for each hook point.
-        readings: by point of the residual stream [vocab], the vector in logits.
-        strings: every token of the vocabulary.
-        meta: model, adapter, dtype and versions.
-    """
-
-    values: Annotated[Mapping[str, Float[Tensor, "*any"]], "point"]
-    readings: Mapping[str, Float[Tensor, " vocab"]]
-    strings: Annotated[tuple[str, ...], "vocab"]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The hook points, in the order in which they were asked for."""
-        return tuple(self.values)
-
-    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
-        """The k tokens that the vector reads as, through the model's own norm and unembedding.
-
-        The layers after the point are left out. The norm's denominator is held, that of the base
-        model token by token or of the texts' means, so that the reading is linear.
-
-        Args:
-            k: how many.
-            name: a point of the residual stream; without it, the only one.
-            largest: False for the tokens that it lowers most.
-
-        Returns:
-            A data frame: rank, token, id, logit.
-
-        Raises:
-            SiteError: no such point here, or one outside the residual stream.
-            ArgumentError: several points and none named.
-        """
-        row = self.readings[self._read_at(name)]
-        return ranked_tokens(row, self.strings, k, "logit", largest=largest)
-
-    def _read_at(self, name: str | None) -> str:
-        """The point of this name, or the only one, if it has a reading."""
-        if name is None and len(self.readings) == 1:
-            name = next(iter(self.readings))
-        if name is None and self.readings:
-            raise ArgumentError(
-                f"{len(self.readings)} points have readings; choose one with name=…, such as "
-                f"{next(iter(self.readings))!r}."
-            )
-        if name is None or name not in self.readings:
-            raise SiteError(
-                f"{name or self.names[0]!r} has no reading, as it is no point of the residual "
-                f"stream that was asked for; these are {list(self.readings)}."
-            )
-        return name
 
 
 @final
@@ -262,40 +200,6 @@ class ActivationShift(Readable, Drawn):
         return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
 
 
-def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
-    """The cosine of the vector at each hook point with directions."""
-    rows: list[dict[str, Any]] = []
-    for name, vector in vectors.items():
-        is_lens = isinstance(source, LoraLens)
-        known = _written(source, name) if is_lens else directions_of(source, name)
-        if known is None:
-            continue
-        directions = known.at(name, len(vector))
-        cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
-        rows += [
-            {"name": name, "direction": label, "index": i, "cosine": value}
-            for (label, i), value in zip(directions.labels, cosines.tolist(), strict=True)
-        ]
-    if not rows:
-        raise ArgumentError(
-            f"no site of the lens writes at {list(vectors)}; name a site's output "
-            "(lens.sites: write) or a point of the residual stream."
-        )
-    return pd.DataFrame(rows)
-
-
-def _written(lens: LoraLens, name: str) -> Directions | None:
-    """What the sites of a lens write at a hook point, the columns of B."""
-    writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
-    pairs = zip(lens.sites, lens.plan.in_svd_gauge.maps, strict=True)
-    columns = {
-        site.name: delta.B.T
-        for index, (site, delta) in enumerate(pairs)
-        if index in writers or site.write == name
-    }
-    return directions_of(columns) if columns else None
-
-
 @alone
 def activation_shift(
     lens: LoraLens,
@@ -383,51 +287,3 @@ def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
             f"{'each holds its response' if rows.holds_responses else 'none holds a response'}."
         )
     return wanted
-
-
-def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
-    """The tokens of each text that are meant."""
-    chosen = torch.zeros_like(rows.real, device="cpu")
-    for row, length, start in zip(chosen, rows.lengths.tolist(), rows.asked_lengths, strict=True):
-        row[:length] = torch.from_numpy(chosen_positions(positions, length, start))
-    return chosen
-
-
-Held = dict[str, list[Float[Tensor, "text token _d"]]]
-
-
-def activations_at(
-    lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
-) -> Iterator[tuple[list[int], Held]]:
-    """Batches of texts, and h at each hook point at each scale: heads laid flat, NaN at padding."""
-    in_full, points = computed(lens, names)
-    for number, (index, batch) in enumerate(by_length(rows, ROW_TOKENS)):
-        runs = [record(lens, batch, scale, points, in_full) for scale in scales]
-        real = batch.real.cpu()
-        if number == 0:
-            points = require_fired(lens, runs[0].firings, in_full, points)
-            points = positioned(lens, batch, runs[0], points, in_full, 0.0)
-        held: Held = {}
-        for name in points:
-            by_run = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
-            ends = [h.expand(len(real), -1, -1) for h in by_run]
-            for h in ends:
-                require_finite(h[real], f"the activation at {name}")
-            held[name] = [h.masked_fill(~real[..., None], torch.nan) for h in ends]
-        yield index, held
-
-
-def readable(
-    lens: LoraLens, texts: Sequence[Prompts], points: Iterable[tuple[str, Tensor, Tensor]]
-) -> dict[str, Any]:
-    """The fields of `Readable`, over these texts.
-
-    Of each point Δh [token, d], and the h whose norm divides it.
-    """
-    d_model = int(lens.model.cfg.d_model)
-    readings = {
-        name: read_through(lens, over_scale(lens, shift, h).double().mean(0).to(shift)).cpu()
-        for name, shift, h in points
-        if is_stream(name) and h.shape[1] == d_model
-    }
-    return {"readings": readings, "strings": lens.vocabulary, "meta": lens.describe(*texts)}

@@ -27,7 +27,7 @@ from lens_lora.core.results import base, storage
 from lens_lora.core.results.base import Drawn, Measured, Paged, Ranked, Read, Result
 from lens_lora.core.results.labelled import Labelled
 from lens_lora.explanations import explanation as explain
-from lens_lora.hidden.activation_shift import Readable
+from lens_lora.hidden.readable import Readable
 
 RESULTS = every_result()
 SMALL = two_prompts()

@@ -1,0 +1,54 @@
+"""The cosine of vectors at hook points with directions, or with what sites write there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from lens_lora.core import (
+    LoraLens,
+)
+from lens_lora.core.model.lens import stream_writers
+from lens_lora.errors import ArgumentError
+from lens_lora.formats.directions import Directions, directions_of, is_residual
+
+_BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
+
+
+def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
+    """The cosine of the vector at each hook point with directions."""
+    rows: list[dict[str, Any]] = []
+    for name, vector in vectors.items():
+        is_lens = isinstance(source, LoraLens)
+        known = _written(source, name) if is_lens else directions_of(source, name)
+        if known is None:
+            continue
+        directions = known.at(name, len(vector))
+        cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
+        rows += [
+            {"name": name, "direction": label, "index": i, "cosine": value}
+            for (label, i), value in zip(directions.labels, cosines.tolist(), strict=True)
+        ]
+    if not rows:
+        raise ArgumentError(
+            f"no site of the lens writes at {list(vectors)}; name a site's output "
+            "(lens.sites: write) or a point of the residual stream."
+        )
+    return pd.DataFrame(rows)
+
+
+def _written(lens: LoraLens, name: str) -> Directions | None:
+    """What the sites of a lens write at a hook point, the columns of B."""
+    writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
+    pairs = zip(lens.sites, lens.plan.in_svd_gauge.maps, strict=True)
+    columns = {
+        site.name: delta.B.T
+        for index, (site, delta) in enumerate(pairs)
+        if index in writers or site.write == name
+    }
+    return directions_of(columns) if columns else None
