@@ -36,7 +36,6 @@ from lens_lora.core import (
     only_prompt,
     prompt_rows,
 )
-from lens_lora.core.function.asked import ask_prompts
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import tokens_at
 from lens_lora.core.results.tokens import Positions, held_out_share, ranked_tokens
@@ -103,18 +102,23 @@ class ActivationShift(Readable, Drawn):
         """
         if by is None:
             return super().logit_lens(k, name, largest=largest)
-        if word("by", by, ["position"]) and not self.token_readings:
+        word("by", by, ["position"])
+        if not self.token_readings:
             raise ArgumentError(
-                "Δh of single tokens was not read here; use activation_shift(…, by='position')."
+                "Δh of single tokens was not read here",
+                remedy="use activation_shift(…, by='position').",
             )
-        read, strings = self.token_readings[self._read_at(name)], self.strings
-        rows = [
-            {"prompt": prompt, "position": i, "at": token, **row}
-            for prompt, tokens in enumerate(self.str_tokens)
-            for i, (token, x) in enumerate(zip(tokens, read[prompt], strict=False))
-            for row in ranked_tokens(x, strings, k, "logit", largest=largest).to_dict("records")
-        ]
-        return pd.DataFrame(rows).dropna(ignore_index=True)
+        readings = self.token_readings[self._read_at(name)]
+        frames: list[pd.DataFrame] = []
+        for prompt, tokens in enumerate(self.str_tokens):
+            for position, token in enumerate(tokens):
+                reading = readings[prompt, position]
+                ranked = ranked_tokens(reading, self.strings, k, "logit", largest=largest)
+                ranked.insert(0, "prompt", prompt)
+                ranked.insert(1, "position", position)
+                ranked.insert(2, "at", token)
+                frames.append(ranked)
+        return pd.concat(frames).dropna(ignore_index=True)
 
     @property
     def by_point(self) -> dict[str, Float[Tensor, " _d"]]:
@@ -137,13 +141,17 @@ class ActivationShift(Readable, Drawn):
             ArgumentError: no such text, or one without a counted token.
         """
         rows = prompt_rows(prompt, len(self.counted))
-        counted = (self.distinct if prompt is None else self.counted)[rows]
+        is_counted = self.distinct if prompt is None else self.counted
+        counted = is_counted[rows]
         if not bool(counted.any()):
             raise ArgumentError(
-                f"prompt {prompt}: no token of this text is counted, since its first one is a "
-                "sink; ask for sinks=True."
+                f"prompt {prompt}: no token of this text is counted, since its first one is a sink",
+                remedy="ask for sinks=True.",
             )
-        return {name: v[rows][counted].double().mean(0).to(v) for name, v in self.values.items()}
+        means: dict[str, Tensor] = {}
+        for name, shift in self.values.items():
+            means[name] = shift[rows][counted].double().mean(0).to(shift)
+        return means
 
     def constant_share(self) -> dict[str, float]:
         """How much of Δh is one vector whatever the token, by hook point, on held-out texts.
@@ -154,9 +162,10 @@ class ActivationShift(Readable, Drawn):
         """
         shares: dict[str, float] = {}
         for name, values in self.values.items():
-            known = values.double().masked_fill(~self.distinct[..., None], 0.0)
-            squares = known.square().sum((1, 2))
-            shares[name] = float(held_out_share(known.sum(1), squares, self.distinct.sum(1)))
+            counted = values.double().masked_fill(~self.distinct[..., None], 0.0)
+            sums = counted.sum(1)
+            squares = counted.square().sum((1, 2))
+            shares[name] = float(held_out_share(sums, squares, self.distinct.sum(1)))
         return shares
 
     def cosine(self, directions: Any, prompt: int | None = None) -> pd.DataFrame:
@@ -182,18 +191,28 @@ class ActivationShift(Readable, Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per text, hook point and token asked for, with the sizes of h(0) and Δh."""
-        means, frames = self.mean(), list[pd.DataFrame]()
-        for name, values in self.values.items():
-            sizes = values.norm(dim=-1)
-            along = functional.cosine_similarity(values, means[name], dim=-1, eps=0.0)
-            text, position = (~sizes.isnan()).nonzero().T
-            labels = {"prompt": text.tolist(), "name": name, "position": position.tolist()}
-            labels["token"] = tokens_at(self.str_tokens, text.tolist(), position.tolist())
-            columns = {"counted": self.counted, "distinct": self.distinct}
-            columns |= {"base": self.base_norms[name], "shift": sizes, "cosine_with_mean": along}
-            numbers = {key: column[text, position].tolist() for key, column in columns.items()}
-            frames.append(pd.DataFrame(labels | numbers))
+        means = self.mean()
+        frames = [self._frame_of(name, means[name]) for name in self.values]
         return pd.concat(frames, ignore_index=True)
+
+    def _frame_of(self, name: str, mean: Float[Tensor, " d"]) -> pd.DataFrame:
+        """One row per text and token asked for, at one hook point."""
+        shift = self.values[name]
+        sizes = shift.norm(dim=-1)
+        along = functional.cosine_similarity(shift, mean, dim=-1, eps=0.0)
+        text, position = (~sizes.isnan()).nonzero().T
+        columns = {
+            "prompt": text.tolist(),
+            "name": name,
+            "position": position.tolist(),
+            "token": tokens_at(self.str_tokens, text.tolist(), position.tolist()),
+            "counted": self.counted[text, position].tolist(),
+            "distinct": self.distinct[text, position].tolist(),
+            "base": self.base_norms[name][text, position].tolist(),
+            "shift": sizes[text, position].tolist(),
+            "cosine_with_mean": along[text, position].tolist(),
+        }
+        return pd.DataFrame(columns)
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey."""
@@ -237,53 +256,69 @@ def activation_shift(
         PromptError: a text that does not fit the model.
         NumericsError: non-finite activations.
     """
-    rows, by_token = ask_prompts(lens, texts).prompts, by and word("by", by, ["position"])
-    wanted = _wanted(positions, rows)
+    rows = lens.function(texts).prompts
+    if by is not None:
+        word("by", by, ["position"])
+    asked = _asked(positions, rows)
+    base, shifts = _base_and_shifts(lens, rows, names, scale)
+    real = rows.real.cpu()
+    norms = {name: h.norm(dim=-1) for name, h in base.items()}
+    found_sinks = sinks_among(list(norms.values()), real) & real
+    counted = asked if sinks else asked & ~found_sinks
+    if not bool(counted.any()):
+        raise ArgumentError(
+            "every token that is asked for is a sink (a text's first token, or one of outlying "
+            "size), and sinks are left out of means",
+            remedy="ask for other positions, or with sinks=True.",
+        )
+    distinct = torch.from_numpy(first_of_each(beginnings(rows).numpy(), counted.numpy()))
+    shown = {name: h.masked_fill(~asked[..., None], torch.nan) for name, h in shifts.items()}
+    token_readings: dict[str, Tensor] = {}
+    if by is not None:
+        for name, h in shown.items():
+            if is_stream(name):
+                token_readings[name] = read_through(lens, over_scale(lens, h, base[name])).cpu()
+    return ActivationShift(
+        values=shown,
+        base_norms=norms,
+        first={name: h[:, 0].clone() for name, h in shifts.items()},
+        sinks=found_sinks,
+        counted=counted,
+        distinct=distinct,
+        token_readings=token_readings,
+        at=name_of_scale(scale),
+        str_tokens=lens.str_tokens(rows),
+        **readable(
+            lens, [rows], ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())
+        ),
+    )
+
+
+def _asked(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
+    """The tokens that are asked for, of which there must be one."""
+    asked = positions_in(rows, positions)
+    if not bool(asked.any()):
+        holds = "each holds its response" if rows.holds_responses else "none holds a response"
+        raise ArgumentError(
+            f"positions={positions!r}: no text has a token there; the longest has "
+            f"{int(rows.lengths.max())}, and {holds}."
+        )
+    return asked
+
+
+def _base_and_shifts(
+    lens: LoraLens, rows: Prompts, names: Names, scale: Scale
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """h(0) and Δh by hook point, [batch, token, d], NaN at padding. Two forward passes."""
     base: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
     for index, held in activations_at(lens, rows, names, (0.0, scale)):
         for name, (h, moved) in held.items():
-            for kept, values in ((base, h), (shifts, moved - h)):
-                if name not in kept:
-                    kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
-                kept[name][index, : h.shape[1]] = values
-    real = rows.real.cpu()
-    norms = {name: h.norm(dim=-1) for name, h in base.items()}
-    found_sinks = sinks_among(list(norms.values()), real) & real
-    counted = wanted if sinks else wanted & ~found_sinks
-    if not bool(counted.any()):
-        raise ArgumentError(
-            "every token that is asked for is a sink (a text's first token, or one of outlying "
-            "size), and sinks are left out of means; ask for other positions, or with sinks=True."
-        )
-    distinct = torch.from_numpy(first_of_each(beginnings(rows).numpy(), counted.numpy()))
-    shown = {n: shift.masked_fill(~wanted[..., None], torch.nan) for n, shift in shifts.items()}
-    return ActivationShift(
-        values=shown,
-        base_norms=norms,
-        first={name: shift[:, 0].clone() for name, shift in shifts.items()},
-        sinks=found_sinks,
-        counted=counted,
-        distinct=distinct,
-        **readable(
-            lens, [rows], ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())
-        ),
-        token_readings={
-            name: read_through(lens, over_scale(lens, h, base[name])).cpu()
-            for name, h in shown.items()
-            if by_token and is_stream(name)
-        },
-        at=name_of_scale(scale),
-        str_tokens=lens.str_tokens(rows),
-    )
-
-
-def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
-    wanted = positions_in(rows, positions)
-    if not bool(wanted.any()):
-        raise ArgumentError(
-            f"positions={positions!r}: no text has a token there; the longest has "
-            f"{int(rows.lengths.max())}, and "
-            f"{'each holds its response' if rows.holds_responses else 'none holds a response'}."
-        )
-    return wanted
+            if name not in base:
+                shape = *rows.tokens.shape, h.shape[-1]
+                base[name] = h.new_full(shape, torch.nan)
+                shifts[name] = h.new_full(shape, torch.nan)
+            width = h.shape[1]
+            base[name][index, :width] = h
+            shifts[name][index, :width] = moved - h
+    return base, shifts

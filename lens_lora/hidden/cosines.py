@@ -17,38 +17,47 @@ from lens_lora.core.model.lens import stream_writers
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of, is_residual
 
+# What to do about a norm between a site and the stream.
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
 def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
-    """The cosine of the vector at each hook point with directions."""
+    """The cosine of the vector at each hook point with directions: name, direction, index, cosine.
+
+    Args:
+        vectors: by hook point.
+        source: directions in any form that `directions_of` takes; or a lens, for what its sites
+            write at each hook point.
+
+    Raises:
+        ArgumentError: directions of another width or space, or none at any point.
+        ModelStateError: a lens, of which a norm changes what a site writes to the stream.
+    """
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
-        is_lens = isinstance(source, LoraLens)
-        known = _written(source, name) if is_lens else directions_of(source, name)
+        if isinstance(source, LoraLens):
+            known = _written(source, name)
+        else:
+            known = directions_of(source, name)
         if known is None:
             continue
         directions = known.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
-        rows += [
-            {"name": name, "direction": label, "index": i, "cosine": value}
-            for (label, i), value in zip(directions.labels, cosines.tolist(), strict=True)
-        ]
+        for (label, index), cosine in zip(directions.labels, cosines.tolist(), strict=True):
+            rows.append({"name": name, "direction": label, "index": index, "cosine": cosine})
     if not rows:
         raise ArgumentError(
-            f"no site of the lens writes at {list(vectors)}; name a site's output "
-            "(lens.sites: write) or a point of the residual stream."
+            f"no site of the lens writes at {list(vectors)}",
+            remedy="name a site's output (lens.sites: write) or a point of the residual stream.",
         )
     return pd.DataFrame(rows)
 
 
 def _written(lens: LoraLens, name: str) -> Directions | None:
-    """What the sites of a lens write at a hook point, the columns of B."""
+    """What the sites of a lens write at a hook point, the columns of B; None where none does."""
     writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
-    pairs = zip(lens.sites, lens.plan.in_svd_gauge.maps, strict=True)
-    columns = {
-        site.name: delta.B.T
-        for index, (site, delta) in enumerate(pairs)
-        if index in writers or site.write == name
-    }
+    columns: dict[str, Tensor] = {}
+    for index, site in enumerate(lens.sites):
+        if index in writers or site.write == name:
+            columns[site.name] = lens.plan.in_svd_gauge.maps[index].B.T
     return directions_of(columns) if columns else None

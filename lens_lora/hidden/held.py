@@ -1,4 +1,4 @@
-"""Activations of many texts at hook points: batches of texts of like length, h at each point."""
+"""Activations of many texts at hook points, in batches of texts of like length."""
 
 from __future__ import annotations
 
@@ -16,39 +16,74 @@ from lens_lora.core import (
     Scale,
 )
 from lens_lora.core.function.forward import require_finite
-from lens_lora.core.function.interventions import positioned, record
+from lens_lora.core.function.interventions import Recording, positioned, record
 from lens_lora.core.function.memory import ROW_TOKENS
 from lens_lora.core.model.sites import computed, require_fired
 from lens_lora.core.results.tokens import chosen_positions
 from lens_lora.texts.batches import by_length
 
+# By hook point, h of a batch of texts at each scale that was asked for.
 Held = dict[str, list[Float[Tensor, "text token _d"]]]
 
 
 def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
-    """The tokens of each text that are meant."""
+    """The tokens of each text that are meant.
+
+    Args:
+        rows: the texts.
+        positions: as `core/readout/positions.py` says.
+
+    Raises:
+        ArgumentError: something that means no positions.
+    """
     chosen = torch.zeros_like(rows.real, device="cpu")
-    for row, length, start in zip(chosen, rows.lengths.tolist(), rows.asked_lengths, strict=True):
-        row[:length] = torch.from_numpy(chosen_positions(positions, length, start))
+    starts = rows.asked_lengths
+    for text, length in enumerate(rows.lengths.tolist()):
+        chosen[text, :length] = torch.from_numpy(chosen_positions(positions, length, starts[text]))
     return chosen
 
 
 def activations_at(
     lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
 ) -> Iterator[tuple[list[int], Held]]:
-    """Batches of texts, and h at each hook point at each scale: heads laid flat, NaN at padding."""
+    """Batches of texts, and h at each hook point at each scale: heads laid flat, NaN at padding.
+
+    One forward pass of every text for each scale.
+
+    Args:
+        lens: the adapter over the model.
+        rows: the texts.
+        names: hook points by name, glob or predicate.
+        scales: the gates of each run.
+
+    Raises:
+        SiteError: a hook point that the model lacks.
+        ModelStateError: a point named in full that never fires, or holds no activations by
+            position; globs that match no other.
+        NumericsError: an activation that is not finite.
+    """
     in_full, points = computed(lens, names)
-    for number, (index, batch) in enumerate(by_length(rows, ROW_TOKENS)):
+    is_first = True
+    for index, batch in by_length(rows, ROW_TOKENS):
         runs = [record(lens, batch, scale, points, in_full) for scale in scales]
-        real = batch.real.cpu()
-        if number == 0:
+        if is_first:
+            # The first batch shows which of the points that globs match hold activations.
             points = require_fired(lens, runs[0].firings, in_full, points)
             points = positioned(lens, batch, runs[0], points, in_full, 0.0)
-        held: Held = {}
-        for name in points:
-            by_run = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
-            ends = [h.expand(len(real), -1, -1) for h in by_run]
-            for h in ends:
-                require_finite(h[real], f"the activation at {name}")
-            held[name] = [h.masked_fill(~real[..., None], torch.nan) for h in ends]
-        yield index, held
+            is_first = False
+        yield index, {name: _at_point(lens, batch, name, runs) for name in points}
+
+
+def _at_point(
+    lens: LoraLens, batch: Prompts, name: str, runs: Sequence[Recording]
+) -> list[Float[Tensor, "text token _d"]]:
+    """h at the last firing of one hook point, in each run."""
+    real = batch.real.cpu()
+    activations: list[Tensor] = []
+    for run in runs:
+        h = run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2)
+        # Some points hold one row for all texts.
+        h = h.expand(batch.batch, -1, -1)
+        require_finite(h[real], f"the activation at {name}")
+        activations.append(h.masked_fill(~real[..., None], torch.nan))
+    return activations

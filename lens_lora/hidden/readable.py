@@ -61,13 +61,14 @@ class Readable(Described, kw_only=True):
 
     def _read_at(self, name: str | None) -> str:
         """The point of this name, or the only one, if it has a reading."""
-        if name is None and len(self.readings) == 1:
-            name = next(iter(self.readings))
         if name is None and self.readings:
-            raise ArgumentError(
-                f"{len(self.readings)} points have readings; choose one with name=…, such as "
-                f"{next(iter(self.readings))!r}."
-            )
+            first, *others = self.readings
+            if others:
+                raise ArgumentError(
+                    f"{len(self.readings)} points have readings",
+                    remedy=f"choose one with name=…, such as {first!r}.",
+                )
+            name = first
         if name is None or name not in self.readings:
             raise SiteError(
                 f"{name or self.names[0]!r} has no reading, as it is no point of the residual "
@@ -79,14 +80,17 @@ class Readable(Described, kw_only=True):
 def readable(
     lens: LoraLens, texts: Sequence[Prompts], points: Iterable[tuple[str, Tensor, Tensor]]
 ) -> dict[str, Any]:
-    """The fields of `Readable`, over these texts.
+    """The fields of `Readable`, but its values.
 
-    Of each point Δh [token, d], and the h whose norm divides it.
+    Args:
+        lens: the adapter over the model.
+        texts: those that were run.
+        points: of each point its name, Δh [token, d], and the h [token, d] whose norm divides it.
     """
     d_model = int(lens.model.cfg.d_model)
-    readings = {
-        name: read_through(lens, over_scale(lens, shift, h).double().mean(0).to(shift)).cpu()
-        for name, shift, h in points
-        if is_stream(name) and h.shape[1] == d_model
-    }
+    readings: dict[str, Tensor] = {}
+    for name, shift, h in points:
+        if is_stream(name) and h.shape[1] == d_model:
+            mean = over_scale(lens, shift, h).double().mean(0)
+            readings[name] = read_through(lens, mean.to(shift)).cpu()
     return {"readings": readings, "strings": lens.vocabulary, "meta": lens.describe(*texts)}

@@ -23,7 +23,13 @@ from lens_lora.core import (
 def over_scale(
     lens: LoraLens, shift: Float[Tensor, "*token d"], base: Float[Tensor, "*token d"]
 ) -> Float[Tensor, "*token d"]:
-    """c(Δh)/σ(h), token by token; Δh itself where the model has no final norm."""
+    """c(Δh)/σ(h), token by token; Δh itself where the model has no final norm.
+
+    Args:
+        lens: the adapter over the model.
+        shift: Δh.
+        base: h, whose σ divides.
+    """
     if lens.plan.host.final_norm is None:
         return shift
     return _centred(lens, shift) / _scale(lens, base)
@@ -32,17 +38,23 @@ def over_scale(
 def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tensor, "*token vocab"]:
     """W_U γ ⊙ m of a mean m of `over_scale`, or of several, in logits.
 
-    W_U P m where a projection P, and no norm, stands between the stream and the head (OPT-350m).
+    It is W_U P m where a projection P, and no norm, stands between the stream and the head
+    (OPT-350m).
+
+    Args:
+        lens: the adapter over the model.
+        mean: m.
     """
-    rows = mean.reshape(-1, mean.shape[-1])
-    both = torch.stack([rows, torch.zeros_like(rows)]).to(lens.device, lens.dtype)
     host = lens.plan.host
+    rows = mean.reshape(-1, mean.shape[-1])
+    m = rows.to(lens.device, lens.dtype)
     with torch.no_grad():
         if host.final_norm is None:
-            final = both[0]
+            final = m
         else:
-            normed, zero = host.final_norm(both)
-            final = (normed - zero) * _scale(lens, rows).to(normed)
+            # N(m) − N(0) is γ ⊙ c(m)/σ(m): β drops out, and σ(m) is multiplied back.
+            normed, beta = host.final_norm(torch.stack([m, torch.zeros_like(m)]))
+            final = (normed - beta) * _scale(lens, rows).to(normed)
         for projection in host.after_the_stream:
             final = projection(final)
         read, bias = lens.model.unembed(torch.stack([final, torch.zeros_like(final)]))
@@ -50,8 +62,10 @@ def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tenso
 
 
 def _centred(lens: LoraLens, values: Tensor) -> Tensor:
-    centres = lens.plan.host.family.norm == "LN"
-    return values - values.mean(-1, keepdim=True) if centres else values
+    """c(h): less its mean, where the model has LayerNorm."""
+    if lens.plan.host.family.norm != "LN":
+        return values
+    return values - values.mean(-1, keepdim=True)
 
 
 def _scale(lens: LoraLens, values: Tensor) -> Float[Tensor, "*token 1"]:
