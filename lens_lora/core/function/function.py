@@ -578,17 +578,6 @@ class Function:
             named, reading = asked.readout, asked.reading
         return Function(self.lens, self.prompts, reading.prompts, named, reading, self.progress)
 
-    def over(self, lens: LoraLens) -> Function:
-        """The same prompts, readout and held numbers over another lens of the same model. No pass.
-
-        A `KL` goes on comparing with the base's distribution that this function holds.
-
-        Args:
-            lens: with another adapter, or in another gauge.
-        """
-        fields = (self.prompts, self.rows, self.readout, self._reading, self.progress)
-        return Function(lens, *fields)
-
     @_public
     def header(self) -> dict[str, Any]:
         """The fields that every measured result has: sites, both ends, tokens, readout and units.
