@@ -54,14 +54,9 @@ from lens_lora.core.function.forward import require_finite
 from lens_lora.core.model.hooks import is_hooked
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import header, key_of, tokens_at
-from lens_lora.edge_attribution.by_reader import (
-    LOGITS,
-    Path,
-    edge_values,
-    head_readers,
-    patched_edges,
-    reader_layer,
-)
+from lens_lora.edge_attribution.by_reader import edge_values
+from lens_lora.edge_attribution.path_patching import Path, patched_edges
+from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 
 Readers = Literal["block", "head"]

@@ -16,9 +16,10 @@ import torch
 from reference import Stream
 
 import lens_lora as ll
-from lens_lora.core.function.duals import moving, tangents_of
 from lens_lora.core.model.hooks import attached
 from lens_lora.edge_attribution import by_reader as engine
+from lens_lora.edge_attribution import path_patching, readers
+from lens_lora.edge_attribution.site_tangents import moving, tangents_of
 
 ROUND_OFF, DIFFERENCES = 1e-10, 1e-7
 MARGIN = ll.Margin(5, 9)
@@ -172,7 +173,7 @@ def test_readers_sum_to_first_order(cls: str, at: float, name: str):
         assert relative(edges.values.sum(2), whole.values) < ROUND_OFF
         assert torch.equal(edges.base, whole.base) or relative(edges.base, whole.base) < ROUND_OFF
         heads = ll.edges(lens, TEXTS, readout, "head", at=at, progress=False)
-        places = [edges.readers.index(engine.block_reader(name)) for name in heads.readers]
+        places = [edges.readers.index(readers.block_reader(name)) for name in heads.readers]
         summed = torch.zeros_like(edges.values).index_add(2, torch.tensor(places), heads.values)
         assert relative(summed, edges.values) < ROUND_OFF
         assert torch.equal(heads.exists, edges.exists[:, places])
@@ -409,7 +410,7 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
     edges = ll.edges(lens, TEXTS, MARGIN, "head", progress=False)
     pairs = edges.top(12)[["writer", "reader"]].values.tolist()
     together = ll.patch_edges(lens, TEXTS, MARGIN, pairs, progress=False)
-    monkeypatch.setattr(engine.memory, "rows_at_once", lambda *_: 2)
+    monkeypatch.setattr(path_patching.memory, "rows_at_once", lambda *_: 2)
     each = ll.patch_edges(lens, TEXTS, MARGIN, pairs, progress=False)
     assert relative(each.values, together.values) < ROUND_OFF
 
@@ -423,7 +424,7 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
 def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):
     """A reader in the site's own block comes after it or is refused, whatever rows' last bits."""
     lens = cases.case(family, cls, "raw").lens
-    edges, by_row = ll.edges(lens, "w5 w6", MARGIN, progress=False), engine._Paths._by_row
+    edges, by_row = ll.edges(lens, "w5 w6", MARGIN, progress=False), path_patching._Paths._by_row
     named = itertools.product(enumerate(edges.sites), enumerate(edges.readers))
     within = {
         (site.name, reader): bool(edges.exists[i, j])
@@ -438,7 +439,7 @@ def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):
         rows = by_row(self, tensor)
         return rows + 1e-14 * torch.arange(rows.shape[1]).view(-1, *[1] * (rows.ndim - 2))
 
-    monkeypatch.setattr(engine._Paths, "_by_row", rounded)
+    monkeypatch.setattr(path_patching._Paths, "_by_row", rounded)
     again = ll.patch_edges(lens, "w5 w6", MARGIN, reached, progress=False)
     assert relative(again.values, exact.values) < ROUND_OFF
     for pair, exists in within.items():
@@ -453,12 +454,12 @@ def test_tangents_that_a_reader_passes_on_are_refused(cls: str, monkeypatch):
     """Then δ of attention goes through the MLP as well, and is counted twice."""
     lens = cases.case("llama", cls, "raw").lens
 
-    read = engine._Pass._read
+    read = engine.Pass._read
 
     def passed_on(held, name, x):
         return moving(read(held, name, x), {} if name == "logits" else tangents_of(x))
 
-    monkeypatch.setattr(engine._Pass, "_read", passed_on)
+    monkeypatch.setattr(engine.Pass, "_read", passed_on)
     with pytest.raises(ll.errors.ModelStateError, match=r"its edges sum to .* first order is"):
         ll.edges(lens, TEXTS, MARGIN, progress=False)
 

@@ -475,14 +475,6 @@ class Function:
         """
         return Function(self.lens, self.prompts, self.rows, self.readout, self._reading, progress)
 
-    def over(self, lens: LoraLens) -> Function:
-        """The same rows, and what a `KL` holds of the base, under another adapter. No pass.
-
-        Args:
-            lens: another adapter, or another gauge, over the same model.
-        """
-        return Function(lens, self.prompts, self.rows, self.readout, self._reading, self.progress)
-
     # --- What rounding alone does
 
     @property

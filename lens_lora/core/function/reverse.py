@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.core.function import memory
-from lens_lora.core.function.duals import value_of
 from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes, require_finite
 from lens_lora.core.function.memory import Run, prompts_of
 from lens_lora.core.model import Inject, Injection, LoraLens, ScaleInject
@@ -366,6 +365,12 @@ def input_by_head(
 
 
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
+# From a tensor in which an inject lets something ride along to the value alone.
+Primal = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def site_gradients(
@@ -374,6 +379,7 @@ def site_gradients(
     gates: Float[Tensor, "*row site"],
     visit: Visit,
     inject: Inject | None = None,
+    primal: Primal | None = None,
 ) -> Float[Tensor, " batch"]:
     """Visit every injection at these gates; returns g there. One forward and one backward.
 
@@ -388,7 +394,7 @@ def site_gradients(
     def read() -> Float[Tensor, "row value"]:
         return read_for_slopes(lens, reading)[:, None]
 
-    values, tap = go_back(lens, reading, gates, read, lambda column: visit, inject)
+    values, tap = go_back(lens, reading, gates, read, lambda column: visit, inject, primal)
     tap.require_all_seen()
     return values[:, 0]
 
@@ -400,10 +406,12 @@ def go_back(
     read: Callable[[], Float[Tensor, "row value"]],
     visit_of: Callable[[int], Visit],
     inject: Inject | None = None,
+    primal: Primal | None = None,
 ) -> tuple[Float[Tensor, "row value"], Taps]:
     """What is read of each row. One forward pass, and a backward pass a value, past its visitor."""
-    with tapped(lens, run, gates, inject) as (tap, leaves):
-        values = value_of(read())  # tangents that ride along end here
+    primal = primal or _as_it_is
+    with tapped(lens, run, gates, inject, primal) as (tap, leaves):
+        values = primal(read())
         for column in range(values.shape[1]):
             tap.visit = visit_of(column)
             only = torch.zeros_like(values)
@@ -415,7 +423,11 @@ def go_back(
 
 @contextlib.contextmanager
 def tapped(
-    lens: LoraLens, run: Run, gates: Float[Tensor, "*row site"], inject: Inject | None = None
+    lens: LoraLens,
+    run: Run,
+    gates: Float[Tensor, "*row site"],
+    inject: Inject | None = None,
+    primal: Primal | None = None,
 ) -> Generator[tuple[Taps, list[Tensor]]]:
     """The taps, and the leaves of the graph of what is read within the block."""
     leaves: list[Tensor] = []
@@ -429,7 +441,8 @@ def tapped(
             leaves.append(leaf)
         return leaf
 
-    tap = Taps(lens, gates, inject or ScaleInject(lens.plan, gates), leaves)
+    scaled = ScaleInject(lens.plan, gates)
+    tap = Taps(lens, gates, inject or scaled, leaves, primal or _as_it_is)
     runs_again = memory.must_rerun(lens, run)
     rerun = memory.blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     first = min(site.layer for site in lens.sites)
@@ -448,8 +461,13 @@ class Taps:
         gates: Float[Tensor, "*row site"],
         inject: Inject,
         leaves: list[Tensor],
+        primal: Primal,
     ) -> None:
-        self._lens, self._gates, self._inject, self._leaves = lens, gates, inject, leaves
+        self._lens = lens
+        self._gates = gates
+        self._inject = inject
+        self._leaves = leaves
+        self._primal = primal
         self._seen: set[int] = set()
         self.visit: Visit = lambda *_: None
 
@@ -461,7 +479,7 @@ class Taps:
         if self._lens.sites[site].kind == "pos_embed":
             self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
             moved = moved + self._leaves[-1]
-        held = fwad.unpack_dual(value_of(z)).primal.detach()
+        held = fwad.unpack_dual(self._primal(z)).primal.detach()
         kept: Any = _Kept.apply(held.new_zeros((), dtype=out.dtype).requires_grad_(), held)
 
         def on_gradient(gradient: Tensor) -> None:

@@ -15,7 +15,7 @@ from every_call import CALLS, MARGIN, QUIET, numbers
 
 import lens_lora as ll
 from lens_lora.core.function import memory
-from lens_lora.core.function.duals import value_of
+from lens_lora.edge_attribution.site_tangents import value_of
 from lens_lora.responses.generate import Speaker
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.bad_input]

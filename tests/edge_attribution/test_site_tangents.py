@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lens_lora as ll
 from lens_lora.core.function import duals
-from lens_lora.core.function.duals import dual_level, moving, tangents_of, value_of
+from lens_lora.core.function.duals import dual_level
+from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_of
 
 
 def draw(*shape: int, seed: int) -> Tensor:
