@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lens_lora as ll
-from lens_lora.core.function import duals
 from lens_lora.core.function.duals import dual_level
+from lens_lora.edge_attribution import site_tangents
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_of
 
 
@@ -127,13 +127,13 @@ def test_every_rule_equals_torch(name: str):
 
 def test_a_factor_left_in_place_is_seen(monkeypatch):
     """The control: a product that forgets one of its two terms."""
-    product = duals._BY_SITE["mul"]
+    product = site_tangents._BY_SITE["mul"]
 
     def forgetful(func, args, named):
         kept = [arg if i == 0 else value_of(arg) for i, arg in enumerate(args)]
         return product(func, tuple(kept), named)
 
-    monkeypatch.setitem(duals._BY_SITE, "mul", forgetful)
+    monkeypatch.setitem(site_tangents._BY_SITE, "mul", forgetful)
     ours, expected = both("products")
     assert torch.allclose(ours[0], expected[0])
     assert not torch.allclose(ours[2], expected[2])
@@ -188,7 +188,7 @@ def test_values_stand_there_once(monkeypatch):
     calls = []
     stack = torch.stack
     monkeypatch.setattr(
-        duals.torch, "stack", lambda parts: calls.append(len(parts)) or stack(parts)
+        site_tangents.torch, "stack", lambda parts: calls.append(len(parts)) or stack(parts)
     )
     x = moving(draw(2, 3, 4, seed=3), {site: draw(2, 3, 4, seed=site) for site in range(5)})
     with dual_level():
