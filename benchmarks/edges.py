@@ -11,6 +11,7 @@ trained wording: its strongest edges at the question's own end, and as many othe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -20,8 +21,7 @@ from typing import Any, Literal
 import marks
 import torch
 from adapters import ADAPTERS, Trained
-from cost import interleaved, random_prompts
-from cost_works import Work, edges
+from measuring import MARGIN, median_seconds, plain_backward, plain_forward, random_prompts
 from tqdm import tqdm
 
 import lens_lora as ll
@@ -31,15 +31,20 @@ from lens_lora.hosts.build import hooked_model
 from lens_lora.responses.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
-NUMBERS, PAGE = DOCS / "edges.json", DOCS / "edges.md"
+NUMBERS = DOCS / "edges.json"
+PAGE = DOCS / "edges.md"
+# Edges of each choice that are run.
 PAIRS = 100
+# Lengths of the prompts whose cost is measured.
 TOKENS = (8, 64, 256)
 TURNS = 5
 ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave_one_out": 1.0}
+# The numbers of an agreement that are kept, and how they are written.
 SHOWN = {"spearman": ".3f", "slope": ".2f", "relative_error": ".1%"}
+NAMES = {"spearman": "Spearman", "slope": "slope", "relative_error": "error"}
 
 
-def asked(lens: ll.LoraLens, spec: Trained) -> tuple[ll.results.Prompts, ll.Readout]:
+def question(lens: ll.LoraLens, spec: Trained) -> tuple[ll.results.Prompts, ll.Readout]:
     """The trained wording, and the margin of its answers."""
     prompt, doc, pre = spec.questions[0]
     prompts = lens.prompts(prompt)
@@ -48,43 +53,53 @@ def asked(lens: ll.LoraLens, spec: Trained) -> tuple[ll.results.Prompts, ll.Read
 
 def measure(lens: ll.LoraLens, spec: Trained) -> list[dict[str, Any]]:
     """A row for each end and choice of edges."""
-    (prompt, readout), rows = asked(lens, spec), list[dict[str, Any]]()
+    prompt, readout = question(lens, spec)
+    rows: list[dict[str, Any]] = []
     for how, at in ENDS.items():
         split = ll.edges(lens, prompt, readout, at=at, progress=False)
         ranked = split.top(10**6)[["writer", "reader"]].values.tolist()
-        chosen = {"strongest": ranked[:PAIRS]}
-        chosen["random"] = random.Random(0).sample(ranked[PAIRS:], PAIRS)
-        for which, pairs in chosen.items():
+        choices = {
+            "strongest": ranked[:PAIRS],
+            "random": random.Random(0).sample(ranked[PAIRS:], PAIRS),
+        }
+        for choice, pairs in choices.items():
             effects = ll.patch_edges(lens, prompt, readout, pairs, how, progress=False)
             agreement = ll.compare(split, effects, bootstrap=0)
             numbers = {name: round(float(agreement.mean(name)), 4) for name in SHOWN}
-            rows.append({"adapter": spec.name, "how": how, "edges": which, **numbers})
+            rows.append({"adapter": spec.name, "how": how, "edges": choice, **numbers})
     return rows
 
 
 def beside_coupling(lens: ll.LoraLens, spec: Trained) -> float:
     """The correlation of edges between layers with the coupling of the same layers."""
-    prompt, readout = asked(lens, spec)
+    prompt, readout = question(lens, spec)
     split = ll.edges(lens, prompt, readout, group="layer", progress=False)
-    together = ll.coupling(lens, prompt, readout, group="layer", progress=False).coupling[0]
-    layers, read = list(split.groups), [0.0] * len(split.groups) ** 2
-    for reader, column in zip(split.readers, split.per_edge[0].T.tolist(), strict=True):
+    coupling = ll.coupling(lens, prompt, readout, group="layer", progress=False).coupling[0]
+    layers = len(split.groups)
+    read = torch.zeros(layers, layers, dtype=torch.float64)
+    for reader, column in zip(split.readers, split.per_edge[0].T, strict=True):
         if reader != "logits":
-            j = int(reader.split(".")[1])
-            for i, value in enumerate(column):
-                read[i * len(layers) + j] += value
-    later = [i * len(layers) + j for i in range(len(layers)) for j in range(i + 1, len(layers))]
-    both = ([read[place] for place in later], together.flatten()[later].tolist())
-    return statistics.correlation(*both)
+            layer = int(reader.split(".")[1])
+            read[:, layer] += column.double()
+    earlier, later = torch.triu_indices(layers, layers, offset=1)
+    return statistics.correlation(read[earlier, later].tolist(), coupling[earlier, later].tolist())
 
 
 def cost(lens: ll.LoraLens) -> dict[str, dict[str, float]]:
     """Passes by number of tokens: FB, and all edges with the exact shift, in F; on one thread."""
     torch.set_num_threads(1)
-    costs = {}
+    costs: dict[str, dict[str, float]] = {}
     for tokens in TOKENS:
-        taken = interleaved(lens, random_prompts(lens, 1, tokens), [Work("edges", edges)], TURNS)
-        costs[str(tokens)] = {name: round(taken[name] / taken["F"], 2) for name in ("FB", "edges")}
+        prompts = random_prompts(lens, 1, tokens)
+        works = {
+            "F": functools.partial(plain_forward, lens, prompts),
+            "FB": functools.partial(plain_backward, lens, prompts),
+            "edges": functools.partial(ll.edges, lens, prompts, MARGIN, progress=False),
+        }
+        seconds = median_seconds(works, TURNS)
+        costs[str(tokens)] = {
+            name: round(seconds[name] / seconds["F"], 2) for name in ("FB", "edges")
+        }
     return costs
 
 
@@ -93,40 +108,49 @@ def measured(adapters: Path) -> dict[str, Any]:
     hf_model, tokenizer = load_embedded()
     folders = [spec.folder(adapters, hf_model, tokenizer) for spec in ADAPTERS]
     model, _ = hooked_model(hf_model, tokenizer, kind="TransformerBridge")
-    rows, apart = [], []
+    rows: list[dict[str, Any]] = []
+    correlations: list[float] = []
     for spec, folder in zip(tqdm(ADAPTERS, unit="adapter"), folders, strict=True):
         # With a BOS before each prompt, as the stored numbers were measured.
         lens = ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
         rows += measure(lens, spec)
-        apart.append(round(beside_coupling(lens, spec), 3))
+        correlations.append(round(beside_coupling(lens, spec), 3))
     return {
         "versions": versions(),
         "rows": rows,
-        "coupling": apart,
+        "coupling": correlations,
         "cost": cost(ll.demo(prepend_bos=True)),
     }
 
 
 def tables(numbers: dict[str, Any]) -> dict[str, str]:
-    """The page's tables by name: median over adapters, and the worst of them."""
-    names = {"spearman": "Spearman", "slope": "slope", "relative_error": "error"}
-    lines = [f"| how | edges | {' | '.join(names.values())} |", "| --- | --- | --- | --- | --- |"]
-    for how in ENDS:
-        for which in ("strongest", "random"):
-            rows = [r for r in numbers["rows"] if (r["how"], r["edges"]) == (how, which)]
-            cells = [_median_and_worst(name, [row[name] for row in rows]) for name in names]
-            lines.append(f"| {how.replace('_', ' ')} | {which} | {' | '.join(cells)} |")
-    costs = ", ".join(
-        f"{c['edges'] - c['FB']:.1f} F at {tokens} tokens" for tokens, c in numbers["cost"].items()
-    )
-    apart = [f"{least:.2f}" for least in (min(numbers["coupling"]), max(numbers["coupling"]))]
+    """The page's tables by name."""
+    least = min(numbers["coupling"])
+    most = max(numbers["coupling"])
     return {
-        "agreement": "\n".join(lines),
+        "agreement": agreement_table(numbers["rows"]),
         "cost": "Beyond one forward and one backward pass, all edges by block, and the exact shift "
-        f"beside them, take {costs}.",
+        f"beside them, take {costs_in_words(numbers['cost'])}.",
         "coupling": "Over the eight adapters above, layer by layer, the correlation of the two is "
-        f"between {' and '.join(apart)}.",
+        f"between {least:.2f} and {most:.2f}.",
     }
+
+
+def agreement_table(rows: list[dict[str, Any]]) -> str:
+    """A row for each end and choice: the median over adapters, and the worst of them."""
+    lines = [f"| how | edges | {' | '.join(NAMES.values())} |", "| --- | --- | --- | --- | --- |"]
+    for how in ENDS:
+        for choice in ("strongest", "random"):
+            chosen = [row for row in rows if row["how"] == how and row["edges"] == choice]
+            cells = [_median_and_worst(name, [row[name] for row in chosen]) for name in NAMES]
+            lines.append(f"| {how.replace('_', ' ')} | {choice} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def costs_in_words(costs: dict[str, dict[str, float]]) -> str:
+    return ", ".join(
+        f"{cost['edges'] - cost['FB']:.1f} F at {tokens} tokens" for tokens, cost in costs.items()
+    )
 
 
 def _median_and_worst(name: str, values: list[float]) -> str:

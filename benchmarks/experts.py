@@ -17,68 +17,76 @@ import time
 
 import torch
 import transformers
-from cost_growth import tokenizer
-from cost_works import plain_forward
-from memory import WORKS, Run, in_child, prompts
+from measuring import (
+    backward_to_embeddings,
+    cpu_seconds,
+    plain_forward,
+    random_prompts,
+    tokenizer_of_words,
+)
+from memory import WORKS, Run, in_child
 
 import lens_lora as ll
-from lens_lora.core.adapter.factors import LoRAFactors
-from lens_lora.core.model.hooks import attached
 from lens_lora.core.model.kernels import each_shape, is_experts, stacks_of
-from lens_lora.core.model.modules import names_by_path
+from lens_lora.hosts.bridged import names_by_path
 
-TURNS, TOKENS, RANK, EXPERTS, LIMIT = 5, 64, 8, 128, 20e9
-MARGIN = ll.Margin(5, 9)
+TURNS = 5
+TOKENS = 64
+RANK = 8
+EXPERTS = 128
+# Bytes of address space of a call.
+LIMIT = 20e9
+DOC = 5
+PRE = 9
+MARGIN = ll.Margin(DOC, PRE)
 
 
 def backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """FB, of the margin."""
-    leaves: list[torch.Tensor] = []
+    """Run FB, of the margin."""
 
-    def start(tensor: torch.Tensor, hook: object) -> torch.Tensor:
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
+    def margin() -> torch.Tensor:
         logits = lens.run(prompts)[0, -1]
-        torch.autograd.grad(logits[5] - logits[9], leaves)
+        return logits[DOC] - logits[PRE]
+
+    backward_to_embeddings(lens, margin)
 
 
 ROWS: dict[str, Run] = {
     "F": plain_forward,
     "FB": backward,
-    "first_order": lambda lens, p: ll.first_order(lens, p, MARGIN),
-    "first_order by expert": lambda lens, p: ll.first_order(lens, p, MARGIN, by="expert"),
-    "path_attribution": lambda lens, p: ll.path_attribution(
-        lens, p, MARGIN, tol=1e9, max_nodes=4, progress=False
+    "first_order": lambda lens, prompts: ll.first_order(lens, prompts, MARGIN),
+    "first_order by expert": lambda lens, prompts: ll.first_order(
+        lens, prompts, MARGIN, by="expert"
     ),
-    "remainder": lambda lens, p: ll.remainder(lens, p, MARGIN, progress=False),
+    "path_attribution": lambda lens, prompts: ll.path_attribution(
+        lens, prompts, MARGIN, tol=1e9, max_nodes=4, progress=False
+    ),
+    "remainder": lambda lens, prompts: ll.remainder(lens, prompts, MARGIN, progress=False),
 }
+# `in_child` runs a work by its name.
 WORKS.update(ROWS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--hidden", type=int, default=2048)
+    asked = parser.parse_args()
     torch.manual_seed(0)
-    base = model_of(parser.parse_args().hidden)
+    base = model_of(asked.hidden)
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
     adapter = ll.Adapter.from_factors(factors_of(base))
     start = time.perf_counter()
-    lens = ll.load(base, adapter, tokenizer=tokenizer())
+    lens = ll.load(base, adapter, tokenizer=tokenizer_of_words())
     seconds = time.perf_counter() - start
     print(f"{weights / 2**20:,.0f} MiB of weights, {adapter}, lens in {seconds:.0f} s")
-    rows = prompts(lens, TOKENS)
-    for work in ROWS:
-        ratios = [_seconds(lens, rows, work) / _seconds(lens, rows, "F") for _ in range(TURNS)]
-        memory = in_child(lens, work, TOKENS, LIMIT)
-        print(f"{work}: {statistics.median(ratios):.2f} F, {memory}", flush=True)
-
-
-def _seconds(lens: ll.LoraLens, rows: ll.results.Prompts, work: str) -> float:
-    start = time.perf_counter()
-    WORKS[work](lens, rows)
-    return time.perf_counter() - start
+    prompts = random_prompts(lens, 1, TOKENS)
+    for name, run in ROWS.items():
+        ratios: list[float] = []
+        for _ in range(TURNS):
+            taken = cpu_seconds(lambda run=run: run(lens, prompts))
+            ratios.append(taken / cpu_seconds(lambda: plain_forward(lens, prompts)))
+        memory = in_child(lens, name, TOKENS, LIMIT)
+        print(f"{name}: {statistics.median(ratios):.2f} F, {memory}", flush=True)
 
 
 def model_of(hidden: int) -> transformers.PreTrainedModel:
@@ -105,9 +113,9 @@ def model_of(hidden: int) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-def factors_of(base: torch.nn.Module) -> dict[str, LoRAFactors]:
-    """Random ones of every stack of experts and every linear map of attention."""
-    factors: dict[str, LoRAFactors] = {}
+def factors_of(base: torch.nn.Module) -> dict[str, ll.LoRAFactors]:
+    """Random factors of every stack of experts and every linear map of attention."""
+    factors: dict[str, ll.LoRAFactors] = {}
     for path in names_by_path(base):
         module = base.get_submodule(path)
         if is_experts(module):
@@ -119,11 +127,12 @@ def factors_of(base: torch.nn.Module) -> dict[str, LoRAFactors]:
     return factors
 
 
-def _random(out: int, width: int, experts: int) -> LoRAFactors:
+def _random(outputs: int, inputs: int, experts: int) -> ll.LoRAFactors:
+    """Random factors, with a block of ranks for each expert."""
     rank = RANK * max(experts, 1)
-    return LoRAFactors(
-        torch.randn(rank, width) / width**0.5, 0.05 * torch.randn(out, rank), experts=experts
-    )
+    A = torch.randn(rank, inputs) / inputs**0.5
+    B = 0.05 * torch.randn(outputs, rank)
+    return ll.LoRAFactors(A, B, experts=experts)
 
 
 if __name__ == "__main__":

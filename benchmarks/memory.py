@@ -14,52 +14,76 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
 import multiprocessing
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import memory_page
-import torch
-from cost_works import MARGIN, plain_backward, plain_forward
+from measuring import (
+    MARGIN,
+    forget_peak,
+    plain_backward,
+    plain_forward,
+    random_prompts,
+    resident_mib,
+)
 
 import lens_lora as ll
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import embedded_model_folder
 
+DOCS = Path(__file__).parents[1] / "docs"
+CELLS = DOCS / "memory.json"
+PAGE = DOCS / "performance.md"
+MARK = "<!-- memory -->"
+END = "<!-- end of memory -->"
+# Passes without an analysis, which know no bound.
+PLAIN = ("F", "FB")
+# What makes two cells the same.
+KEY = ("tokens", "attn", "bound", "work")
 QUIET = {"progress": False}
-LAST, OPENING = "blocks.2[89].*", "The capital of France is"
+LAST = "blocks.2[89].*"
+OPENING = "The capital of France is"
+Cell = dict[str, Any]
 Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 WORKS: dict[str, Run] = {
     "F": plain_forward,
     "FB": plain_backward,
-    "first_order": lambda lens, p: ll.first_order(lens, p, MARGIN),
-    "first_order by position and rank": lambda lens, p: ll.first_order(
-        lens, p, MARGIN, by=("position", "rank")
+    "first_order": lambda lens, prompts: ll.first_order(lens, prompts, MARGIN),
+    "first_order by position and rank": lambda lens, prompts: ll.first_order(
+        lens, prompts, MARGIN, by=("position", "rank")
     ),
-    "edges": lambda lens, p: ll.edges(lens, p, MARGIN, **QUIET),
-    "bank": lambda lens, p: ll.bank(lens.model, p, MARGIN, max_memory=lens.max_memory, **QUIET),
-    "path_attribution": lambda lens, p: ll.path_attribution(
-        lens, p, MARGIN, tol=1e9, max_nodes=4, **QUIET
+    "edges": lambda lens, prompts: ll.edges(lens, prompts, MARGIN, **QUIET),
+    "bank": lambda lens, prompts: ll.bank(
+        lens.model, prompts, MARGIN, max_memory=lens.max_memory, **QUIET
     ),
-    "kl_shares": lambda lens, p: ll.kl_shares(lens, p, **QUIET),
-    "fact_margin": lambda lens, p: ll.fact_margin(lens, p, " Lyon", " Paris", **QUIET),
-    "patch_sites, 14 sites": lambda lens, p: ll.patch_sites(lens, p, MARGIN, sites=LAST, **QUIET),
-    "logit_shift, together": lambda lens, p: ll.logit_shift(lens, p, by_site=False),
-    "logit_shift, 4 tokens": lambda lens, p: ll.logit_shift(
-        lens, p, tokens=[5, 6, 7, 8], mode="reverse", **QUIET
+    "path_attribution": lambda lens, prompts: ll.path_attribution(
+        lens, prompts, MARGIN, tol=1e9, max_nodes=4, **QUIET
     ),
-    "tangents of 30 hook points": lambda lens, p: ll.tangents(lens, p, "blocks.*.hook_out"),
-    "second_order": lambda lens, p: ll.second_order(lens, p, MARGIN, **QUIET),
-    "kl_shares of a response": lambda lens, p: ll.kl_shares(
-        lens, OPENING, response=p.tokens, **QUIET
+    "kl_shares": lambda lens, prompts: ll.kl_shares(lens, prompts, **QUIET),
+    "fact_margin": lambda lens, prompts: ll.fact_margin(lens, prompts, " Lyon", " Paris", **QUIET),
+    "patch_sites, 14 sites": lambda lens, prompts: ll.patch_sites(
+        lens, prompts, MARGIN, sites=LAST, **QUIET
     ),
-    "first_order of a response's KL": lambda lens, p: ll.first_order(
-        lens, OPENING, ll.KL(p.tokens), at=1.0
+    "logit_shift, together": lambda lens, prompts: ll.logit_shift(lens, prompts, by_site=False),
+    "logit_shift, 4 tokens": lambda lens, prompts: ll.logit_shift(
+        lens, prompts, tokens=[5, 6, 7, 8], mode="reverse", **QUIET
     ),
-    "token_shifts of a response": lambda lens, p: ll.token_shifts(lens, OPENING, p.tokens),
+    "tangents of 30 hook points": lambda lens, prompts: ll.tangents(
+        lens, prompts, "blocks.*.hook_out"
+    ),
+    "second_order": lambda lens, prompts: ll.second_order(lens, prompts, MARGIN, **QUIET),
+    "kl_shares of a response": lambda lens, prompts: ll.kl_shares(
+        lens, OPENING, response=prompts.tokens, **QUIET
+    ),
+    "first_order of a response's KL": lambda lens, prompts: ll.first_order(
+        lens, OPENING, ll.KL(prompts.tokens), at=1.0
+    ),
+    "token_shifts of a response": lambda lens, prompts: ll.token_shifts(
+        lens, OPENING, prompts.tokens
+    ),
 }
 
 
@@ -79,34 +103,38 @@ def main() -> None:
             for cell in cells(lenses, work, tokens, asked):
                 print(cell, flush=True)
                 if asked.write:
-                    memory_page.add(cell)
+                    add(cell)
 
 
 def lens_with(attn: str) -> ll.LoraLens:
-    """After a first run of a few tokens, which loads what is loaded once."""
+    """A lens that has run every work on a few tokens, so that what is loaded once is there."""
     lens = ll.load(str(embedded_model_folder(quiet=True)), shipped_adapter(), attn=attn)
+    last_layers = lens.with_adapter(lens.adapter.only("*.layers.2[89].*"))
     for run in WORKS.values():
-        run(lens.with_adapter(lens.adapter.only("*.layers.2[89].*")), prompts(lens, 8))
+        run(last_layers, random_prompts(lens, 1, 8))
     return lens
 
 
 def cells(
     lenses: dict[str, ll.LoraLens], work: str, tokens: int, asked: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Of one analysis, with each attention, with and without a bound."""
+) -> Iterator[Cell]:
+    """Measure one analysis with each attention, with and without a bound."""
     for attn, lens in lenses.items():
-        bounds = [None] if work in memory_page.PLAIN else [None, asked.bound][asked.only_bounded :]
+        bounds = [None, asked.bound]
+        if work in PLAIN:
+            bounds = [None]
+        elif asked.only_bounded:
+            bounds = [asked.bound]
         for bound in bounds:
             found = in_child(lens.within(bound), work, tokens, asked.limit)
-            key = {"tokens": tokens, "attn": attn, "bound": bound, "work": work}
-            yield {**key, "found": found}
+            yield {"tokens": tokens, "attn": attn, "bound": bound, "work": work, "found": found}
 
 
 def in_child(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
     """The cell, in a forked process, so that one does not find what another left."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=lambda: theirs.send(cell(lens, work, tokens, limit)))
+    child = context.Process(target=lambda: theirs.send(measured(lens, work, tokens, limit)))
     child.start()
     theirs.close()
     try:
@@ -117,33 +145,95 @@ def in_child(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
         child.join()
 
 
-def cell(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
+def measured(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
     """MiB that a run adds at its peak; or why it did not run."""
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
     for weight in lens.model.parameters():
-        weight.detach().sum()  # a forked process maps a file's pages when it reads them
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+        # A forked process maps a file's pages when it reads them.
+        weight.detach().sum()
+    before = forget_peak()
     try:
-        WORKS[work](lens, prompts(lens, tokens))
+        WORKS[work](lens, random_prompts(lens, 1, tokens))
     except ll.errors.ArgumentError:
         return "refused"
     except (ll.errors.ModelStateError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
         return f"over {limit / 1e9:.0f} GB"
-    return f"{(_status('VmHWM') - before) / 1024:,.0f} MiB"
+    return f"{resident_mib('VmHWM') - before:,.0f} MiB"
 
 
-def prompts(lens: ll.LoraLens, tokens: int) -> ll.results.Prompts:
-    ids = torch.randint(1000, 40000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    return lens.prompts(ids)
+# --- The tables
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+def add(cell: Cell) -> None:
+    """Put a cell in the place of the one of the same key; render the tables.
+
+    Args:
+        cell: tokens, attn, bound in bytes (None: no bound), work, and what was found.
+    """
+    every = read()
+    keys = [[old[name] for name in KEY] for old in every]
+    key = [cell[name] for name in KEY]
+    if key in keys:
+        every[keys.index(key)] = cell
+    else:
+        every.append(cell)
+    CELLS.write_text(json.dumps(every, indent=0) + "\n")
+    write()
+
+
+def write() -> None:
+    """Put the tables between their marks."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
+    _, _, after = rest.partition(END)
+    page = f"{before}{MARK}\n\n{render(read())}\n{END}{after}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def read() -> list[Cell]:
+    """Every cell so far."""
+    return json.loads(CELLS.read_text()) if CELLS.exists() else []
+
+
+def render(every: list[Cell]) -> str:
+    """A table for each length.
+
+    Args:
+        every: cells of docs/memory.json.
+    """
+    lengths = sorted({cell["tokens"] for cell in every})
+    tables = [table([cell for cell in every if cell["tokens"] == length]) for length in lengths]
+    return "\n".join(tables)
+
+
+def table(of_length: list[Cell]) -> str:
+    """A row for each work, a column for each attention and bound."""
+    columns = sorted({column_of(cell) for cell in of_length})
+    found = {(cell["work"], column_of(cell)): cell["found"] for cell in of_length}
+    works = list(dict.fromkeys(cell["work"] for cell in of_length))
+    head = [f"{of_length[0]['tokens']:,} tokens", *(heading(*column) for column in columns)]
+    lines = [head, ["---"] * len(head)]
+    for work in works:
+        row = [found.get((work, column), missing(work, column)) for column in columns]
+        lines.append([work, *row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def missing(work: str, column: tuple[str, float]) -> str:
+    """What stands where no cell is; plain passes know no bound."""
+    _, bound = column
+    return "" if work in PLAIN and bound else "not run"
+
+
+def column_of(cell: Cell) -> tuple[str, float]:
+    """Its attention, and its bound in bytes; 0 for none."""
+    return cell["attn"], cell["bound"] or 0.0
+
+
+def heading(attn: str, bound: float) -> str:
+    limit = f"within {bound / 1e9:.1f} GB" if bound else "no bound"
+    return f"{attn}, {limit}"
 
 
 if __name__ == "__main__":

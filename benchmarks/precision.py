@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
+import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,26 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lib"))
 
 import models  # noqa: E402
-import precision_page  # noqa: E402
 import torch  # noqa: E402
 from half_precision import ALONE, STATED, Asked, compared, errors_in_floors  # noqa: E402
+from marks import put_in  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
-from lens_lora.core.results.base import SIGMAS
+from lens_lora.core import SIGMAS  # noqa: E402
 from lens_lora.demonstration import shipped_adapter  # noqa: E402
 from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
-from lens_lora.hosts.build import bridge_if_there, hooked_model
+from lens_lora.hosts.build import bridge_if_there, hooked_model  # noqa: E402
 
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "precision.json"
+FLOORS = DOCS / "floors.json"
+PAGE = DOCS / "precision.md"
+# What makes two rows the same.
+KEY = ("model", "dtype", "analysis")
+REAL = "SmolLM2-135M"
+# A share or a rank correlation from which on a number is to be trusted.
+TRUSTED = 0.95
+Row = dict[str, Any]
 WORKS = STATED | ALONE
 PROMPTS = (
     "The capital of France is",
@@ -68,7 +79,8 @@ Pair = tuple[ll.LoraLens, ll.LoraLens]
 def real(dtype: torch.dtype) -> Pair:
     """The demo's lens in half precision, and in float64."""
     base, tokenizer = load_embedded(dtype, quiet=True)
-    adapter, kind = ll.load_adapter(shipped_adapter()), bridge_if_there()
+    adapter = ll.load_adapter(shipped_adapter())
+    kind = bridge_if_there()
 
     def lens_of(model: Any) -> ll.LoraLens:
         # With a BOS before each prompt, as the stored numbers were measured.
@@ -82,14 +94,15 @@ def real(dtype: torch.dtype) -> Pair:
 
 def tiny(family: str, dtype: torch.dtype) -> Pair:
     """A lens of random weights in half precision, and in float64."""
-    make, base = list(models.MAKERS.values())[-1], models.hf_model(family, dtype=dtype)
+    make = list(models.MAKERS.values())[-1]
+    base = models.hf_model(family, dtype=dtype)
     adapter = ll.Adapter.from_peft(models.peft_model(family, base)).scaled(0.3)
     low = ll.LoraLens(make(base), adapter)
     with models.lifted():
         return low, ll.LoraLens(make(base.double()), adapter)
 
 
-def rows(lenses: Pair, asked: Asked, work: str) -> Iterator[dict[str, Any]]:
+def rows(lenses: Pair, asked: Asked, work: str) -> Iterator[Row]:
     """Each analysis of a work, compared."""
     found = WORKS[work](lenses[0], asked)
     with models.lifted():
@@ -98,7 +111,7 @@ def rows(lenses: Pair, asked: Asked, work: str) -> Iterator[dict[str, Any]]:
         yield {"analysis": name, **compared(found[name], exact[name])._asdict()}
 
 
-def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[dict[str, Any]]:
+def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[Row]:
     """The rows of the demo's model, or of the tiny ones."""
     rounded = getattr(torch, dtype)
     if on_tiny:
@@ -114,14 +127,14 @@ def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[dict[str, A
         some = PROMPTS[:1] if work.startswith(SWEPT) else PROMPTS
         asked = Asked(list(some), " Lyon", " Paris", " Lyon, which lies on two rivers")
         for row in rows(lenses, asked, work):
-            yield {"model": precision_page.REAL, "dtype": dtype, **row}
+            yield {"model": REAL, "dtype": dtype, **row}
 
 
-def floors(dtype: str) -> Iterator[dict[str, Any]]:
+def floors(dtype: str) -> Iterator[Row]:
     """How far shifts are off, in noise floors: of the demo's model, and of each tiny one."""
     rounded = getattr(torch, dtype)
     ids = (ll.Margin(5, 9), ll.LogProb(5), ll.Logit(9), ll.AnswerLogProb(torch.tensor([5, 9])))
-    cases = {precision_page.REAL: (functools.partial(real, rounded), TEXTS, READOUTS)}
+    cases = {REAL: (functools.partial(real, rounded), TEXTS, READOUTS)}
     for family in FAMILIES:
         cases[family] = (functools.partial(tiny, family, rounded), models.tokens(24), ids)
     for model, (made, prompts, readouts) in cases.items():
@@ -139,28 +152,206 @@ def floors(dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     options.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
     options.add_argument("--only", choices=["real", "tiny"])
     options.add_argument("--floors", action="store_true", help="how many floors a shift is off")
     options.add_argument("--write", action="store_true", help="into docs/*.json and precision.md")
     asked = options.parse_args()
-    for dtype in asked.dtypes if asked.floors else ():
-        for row in floors(dtype):
-            print(row, flush=True)
-            if asked.write:
-                precision_page.add(row, precision_page.FLOORS)
-    if asked.floors:
-        return
-    sets = [asked.only == "tiny"] if asked.only else [True, False]
+    path = FLOORS if asked.floors else RESULTS
+    for row in measured(asked):
+        print(row, flush=True)
+        if asked.write:
+            add(row, path)
+
+
+def measured(asked: argparse.Namespace) -> Iterator[Row]:
+    """The rows that were asked for, each as soon as it is there."""
+    models_of = {"real": [False], "tiny": [True], None: [False, True]}
     for dtype in asked.dtypes:
-        for on_tiny in sets:
-            start = time.perf_counter()
-            for row in measure(dtype, asked.works, on_tiny):
-                print(row, f"{time.perf_counter() - start:.0f} s", flush=True)
-                if asked.write:
-                    precision_page.add(row)
+        if asked.floors:
+            yield from floors(dtype)
+            continue
+        for on_tiny in models_of[asked.only]:
+            yield from measure(dtype, asked.works, on_tiny)
+
+
+# --- The tables
+
+
+def add(row: Row, path: Path = RESULTS) -> None:
+    """Put a row in the place of the same model, dtype and analysis; render the page.
+
+    Args:
+        row: of `measure` or `floors`.
+        path: the file of such rows.
+    """
+    key = [row.get(name) for name in KEY]
+    others = [old for old in read(path) if [old.get(name) for name in KEY] != key]
+    path.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
+
+
+def read(path: Path = RESULTS) -> list[Row]:
+    """Every row so far.
+
+    Args:
+        path: the file of rows.
+    """
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _rounded(row: Row) -> Row:
+    return {key: _short(value) for key, value in row.items()}
+
+
+def _short(value: Any) -> Any:
+    """A number of three digits; None for what is not one."""
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else float(f"{value:.3g}")
+
+
+def render(text: str, rows: list[Row]) -> str:
+    """The page with its tables put in.
+
+    Args:
+        text: the page.
+        rows: of docs/precision.json.
+    """
+    real = [row for row in rows if row["model"] == REAL]
+    tiny = [row for row in rows if row["model"] != REAL]
+    order = list(dict.fromkeys(row["analysis"] for row in tiny))
+    real.sort(key=lambda row: order.index(row["analysis"]) if row["analysis"] in order else -1)
+    tables = {
+        "which to trust": _advice(real),
+        "floors": _floors(read(FLOORS)),
+        "errors": "\n".join([*_of_real(real, order), *_of_tiny(tiny, order)]),
+    }
+    return put_in(text, tables)
+
+
+def _of_real(rows: list[Row], order: list[str]) -> list[str]:
+    """A table for each dtype of the real model, and what was not run on it."""
+    parts: list[str] = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        lines = [_line_of_real(row) for row in rows if row["dtype"] == dtype]
+        parts += [f"### {REAL} in {dtype}\n", _table(HEAD_OF_REAL, lines)]
+    was_run = {row["analysis"] for row in rows}
+    missing = [name for name in order if name not in was_run]
+    if missing:
+        parts.append(f"Not run on {REAL}: {'; '.join(missing)}.\n")
+    return parts
+
+
+def _of_tiny(rows: list[Row], order: list[str]) -> list[str]:
+    """The table of all tiny models together."""
+    families = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    lines: list[list[str]] = []
+    for name in order:
+        lines.append(_line_of_tiny(name, [row for row in rows if row["analysis"] == name]))
+    return [f"### Tiny models: {families}\n", _table(HEAD_OF_TINY, lines)]
+
+
+def _floors(rows: list[Row]) -> str:
+    """A row for each model and dtype, and one for all of a dtype."""
+    lines = [_floor_line(row["model"], [row]) for row in rows]
+    for kind in dict.fromkeys((row["dtype"], row["analysis"]) for row in rows):
+        same = [row for row in rows if (row["dtype"], row["analysis"]) == kind]
+        lines.append(_floor_line("**all**", same))
+    return _table(HEAD_OF_FLOORS, lines)
+
+
+HEAD_OF_FLOORS = ["model", "dtype", "readouts", "shifts", "rms of error / floor", "beyond 3 floors"]
+HEAD_OF_TINY = [
+    "analysis",
+    "error, bfloat16",
+    "error, float16",
+    "error / floor, lowest to highest",
+]
+HEAD_OF_REAL = [
+    "analysis",
+    "error",
+    "Spearman",
+    "error / floor",
+    "beyond 3 floors",
+    "… Spearman",
+    "it says",
+]
+
+
+def _floor_line(model: str, rows: list[Row]) -> list[str]:
+    shifts = sum(row["shifts"] for row in rows)
+    beyond = sum(row["beyond"] for row in rows)
+    rms = math.sqrt(sum(row["shifts"] * row["rms"] ** 2 for row in rows) / shifts)
+    return [
+        model,
+        rows[0]["dtype"],
+        rows[0]["analysis"],
+        str(shifts),
+        f"{rms:.2f}",
+        f"{beyond} ({100 * beyond / shifts:.1f} %)",
+    ]
+
+
+def _advice(real: list[Row]) -> str:
+    """A row for each analysis, a column for each dtype."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in real))
+    advice = {(row["analysis"], row["dtype"]): _trust(row) for row in real}
+    lines: list[list[str]] = []
+    for name in dict.fromkeys(row["analysis"] for row in real):
+        lines.append([name, *(advice.get((name, dtype), "not run") for dtype in dtypes)])
+    return _table(["analysis", *dtypes], lines)
+
+
+def _trust(row: Row) -> str:
+    """Judge an analysis by its floor, or by its ranking where it has none."""
+    if row["clear"] is None:
+        ranks_hold = (row["spearman"] or 0.0) >= TRUSTED
+        return "trust" if ranks_hold else "rerun in float32"
+    if row["clear"] >= TRUSTED:
+        return "trust"
+    return f"the {row['clear']:.0%} beyond 3 floors" if row["clear"] else "rerun in float32"
+
+
+def _line_of_real(row: Row) -> list[str]:
+    spearman = _number(row["spearman"])
+    has_share = row["clear"] is not None and spearman
+    return [
+        row["analysis"],
+        _percent(row["error"]),
+        spearman,
+        _number(row["ratio"]),
+        f"{row['clear']:.0%}" if has_share else "",
+        _number(row["spearman_clear"]),
+        row["says"],
+    ]
+
+
+def _line_of_tiny(name: str, rows: list[Row]) -> list[str]:
+    worst: list[str] = []
+    for dtype in ("bfloat16", "float16"):
+        errors = [row["error"] for row in rows if row["dtype"] == dtype]
+        worst.append(_percent(max(errors, default=None)))
+    ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
+    spread = f"{min(ratios):.2g} to {max(ratios):.2g}" if ratios else ""
+    return [name, *worst, spread]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2g} %" if value < 1 else f"{100 * value:.0f} %"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    every = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import gc
+import json
 import platform
 import statistics
 import time
@@ -26,22 +26,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import shapes_page
 import torch
 import transformers as hf
-from cost_growth import tokenizer
+from marks import put_in
+from measuring import (
+    backward_to_embeddings,
+    cpu_seconds,
+    forget_peak,
+    plain_forward,
+    resident_mib,
+    tokenizer_of_words,
+)
 
 import lens_lora as ll
 from lens_lora.core.function.forward import read_value
-from lens_lora.core.model.hooks import attached
 from lens_lora.hosts.build import hooked_model
 
-PROMPT, RESPONSE, CONTEXT = 64, 512, 2048
-DOC, PRE = 5, 9
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "shapes.json"
+PAGE = DOCS / "performance.md"
+# What makes two rows the same.
+KEY = ("machine", "dtype", "shape", "rank")
+Row = dict[str, Any]
+# Tokens.
+PROMPT = 64
+RESPONSE = 512
+CONTEXT = 2048
+DOC = 5
+PRE = 9
 MARGIN = ll.Margin(DOC, PRE)
-NF4_BITS = (
-    4 + 8 / 64 + 32 / (64 * 256)
-)  # a scale of 8 bit for 64 weights, and one of 32 for 256 of those
+# Bits of a weight: 4 of its own, a scale of 8 bit for 64 weights, one of 32 for 256 of those.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 QUIET: dict[str, Any] = {"progress": False}
 QWEN = {
     "max_position_embeddings": CONTEXT,
@@ -84,22 +99,15 @@ class Work:
     long: bool = False
 
 
-def _backward(lens: ll.LoraLens, ids: torch.Tensor, response: torch.Tensor) -> None:
-    """FB: a forward and a backward pass of the base, down to the embeddings."""
+def backward(lens: ll.LoraLens, ids: torch.Tensor, response: torch.Tensor) -> None:
+    """Run FB: a forward and a backward pass of the base, down to the embeddings."""
     del response
-    leaves: list[torch.Tensor] = []
-
-    def start(tensor: torch.Tensor, hook: object) -> torch.Tensor:
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
     reading = MARGIN.over(lens.model, lens.prompts(ids))
-    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
-        torch.autograd.grad(read_value(lens, reading).sum(), leaves)
+    backward_to_embeddings(lens, lambda: read_value(lens, reading).sum())
 
 
 WORKS = [
-    Work("FB", _backward),
+    Work("FB", backward),
     Work("first_order", lambda lens, ids, _: ll.first_order(lens, ids, MARGIN)),
     Work("logit_shift, jointly", lambda lens, ids, _: ll.logit_shift(lens, ids, by_site=False)),
     Work(
@@ -170,28 +178,23 @@ def measure(lens: ll.LoraLens, works: list[Work]) -> Iterator[tuple[str, dict[st
     """Each work's time in F, and its peak in MiB."""
     generator = torch.Generator().manual_seed(2)
     every = torch.randint(4, 1024, (1, PROMPT + RESPONSE), generator=generator)
-    ids, said = every[:, :PROMPT], every[0, PROMPT:]
-    _backward(lens, ids[:, :8], said)
+    ids = every[:, :PROMPT]
+    response = every[0, PROMPT:]
+    backward(lens, ids[:, :8], response)
     for work in works:
-        tokens = every if work.long else ids
-        before = _seconds(lens, lambda tokens=tokens: _forward(lens, tokens))
+        prompts = lens.prompts(every if work.long else ids)
+        before = seconds(lens, lambda prompts=prompts: plain_forward(lens, prompts))
         with Peak(lens.device) as peak:
-            taken = _seconds(lens, lambda work=work: work.run(lens, ids, said))
-        after = _seconds(lens, lambda tokens=tokens: _forward(lens, tokens))
+            taken = seconds(lens, lambda work=work: work.run(lens, ids, response))
+        after = seconds(lens, lambda prompts=prompts: plain_forward(lens, prompts))
         forward = statistics.mean([before, after])
         yield work.name, {"F": taken / forward, "MiB": peak.mib, "ms": 1e3 * forward}
 
 
-def _forward(lens: ll.LoraLens, tokens: torch.Tensor) -> None:
-    with torch.no_grad():
-        lens.run(lens.prompts(tokens))
-
-
-def _seconds(lens: ll.LoraLens, run: Callable[[], object]) -> float:
-    if lens.device.type != "cuda":  # processor time: other work on the machine does not count
-        start = time.process_time()
-        run()
-        return time.process_time() - start
+def seconds(lens: ll.LoraLens, run: Callable[[], object]) -> float:
+    """Processor time on the CPU, by the clock on a GPU."""
+    if lens.device.type != "cuda":
+        return cpu_seconds(run)
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
@@ -211,21 +214,18 @@ class Peak:
         if self._on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / 2**20
         else:
             gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        self._before = torch.cuda.memory_allocated() if self._on_gpu else _resident("VmRSS")
+            self._before = forget_peak()
         return self
 
     def __exit__(self, *error: object) -> None:
-        now = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
-        self.mib = (now - self._before) / 2**20
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = resident_mib("VmHWM")
+        self.mib = peak - self._before
 
 
 def machine(device: str) -> str:
@@ -236,7 +236,7 @@ def machine(device: str) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}")
     options.add_argument("--sizes", action="store_true", help="only count, of every shape")
     options.add_argument("--ranks", type=int, nargs="+", default=[16])
@@ -246,26 +246,162 @@ def main() -> None:
     options.add_argument("--write", action="store_true", help="into docs/shapes.json and .md")
     asked = options.parse_args()
     if asked.sizes:
-        shapes_page.add_sizes([size_of(shape) for shape in SHAPES])
+        add_sizes([size_of(shape) for shape in SHAPES])
         return
+    for row in measured(asked):
+        print(in_words(row), flush=True)
+        if asked.write:
+            add(row)
+
+
+def measured(asked: argparse.Namespace) -> Iterator[Row]:
+    """A row for each shape, rank and work, each as soon as it is there."""
     works = [work for work in WORKS if not asked.works or work.name in asked.works]
     for shape in asked.shapes:
         model = model_of(shape, asked.device, getattr(torch, asked.dtype))
         modules = linears(model)
-        hooked, weights = hooked_model(model, tokenizer(), kind="TransformerBridge")[0], _mib(model)
+        hooked, _ = hooked_model(model, tokenizer_of_words(), kind="TransformerBridge")
+        weights = mib_of(model)
         for rank in asked.ranks:
             lens = ll.LoraLens(hooked, adapter_of(modules, rank))
-            row = {"shape": shape, "rank": rank, "sites": len(lens.sites), "weights": weights}
-            row |= {"machine": machine(asked.device), "dtype": asked.dtype}
             for name, cell in measure(lens, works):
-                print(shapes_page.line({**row, "cells": {name: cell}}), flush=True)
-                if asked.write:
-                    shapes_page.add({**row, "cells": {name: cell}})
+                yield {
+                    "shape": shape,
+                    "rank": rank,
+                    "sites": len(lens.sites),
+                    "weights": weights,
+                    "machine": machine(asked.device),
+                    "dtype": asked.dtype,
+                    "cells": {name: cell},
+                }
 
 
-def _mib(model: torch.nn.Module) -> float:
-    held = {p.data_ptr(): p.nbytes for p in model.parameters()}
-    return sum(held.values()) / 2**20
+def mib_of(model: torch.nn.Module) -> float:
+    """MiB of its weights, those that are tied once."""
+    sizes = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
+    return sum(sizes.values()) / 2**20
+
+
+# --- The tables
+
+
+def add(row: Row) -> None:
+    """Join cells to those of the same machine, dtype, shape and rank; render the page.
+
+    Args:
+        row: of `measured`.
+    """
+    stored = read()
+    others: list[Row] = []
+    cells = row["cells"]
+    for old in stored["rows"]:
+        if all(old[name] == row[name] for name in KEY):
+            cells = {**old["cells"], **cells}
+        else:
+            others.append(old)
+    _write({**stored, "rows": [*others, _rounded({**row, "cells": cells})]})
+
+
+def add_sizes(sizes: list[Row]) -> None:
+    """Store what the weights take; render the page.
+
+    Args:
+        sizes: of every shape.
+    """
+    _write({**read(), "sizes": [_rounded(size) for size in sizes]})
+
+
+def _write(stored: dict[str, list[Row]]) -> None:
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), stored), encoding="utf-8")
+
+
+def read() -> dict[str, list[Row]]:
+    """Every row so far, and the sizes."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sizes": [], "rows": []}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(below) for key, below in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def render(text: str, stored: dict[str, list[Row]]) -> str:
+    """The page with its tables put in: sizes, one for each machine and dtype, and what was not run.
+
+    Args:
+        text: the page.
+        stored: docs/shapes.json.
+    """
+    rows = stored["rows"]
+    parts: list[str] = []
+    for machine_name, dtype in dict.fromkeys((row["machine"], row["dtype"]) for row in rows):
+        here = [row for row in rows if (row["machine"], row["dtype"]) == (machine_name, dtype)]
+        parts += [f"**{dtype} on {machine_name}**\n", _table(here)]
+    parts.append(not_run(rows, [size["shape"] for size in stored["sizes"]]))
+    return put_in(text, {"sizes": sizes_table(stored["sizes"]), "shapes": "\n".join(parts)})
+
+
+def sizes_table(sizes: list[Row]) -> str:
+    """Weights and factors, counted.
+
+    Args:
+        sizes: of docs/shapes.json.
+    """
+    head = ["model", "sites", "float32, GiB", "bfloat16, GiB", "4 bit, GiB", "LoRA of rank 16, MiB"]
+    columns = ("float32", "bfloat16", "4 bit", "rank 16")
+    lines: list[list[str]] = []
+    for size in sizes:
+        numbers = [f"{size[column]:.3g}" for column in columns]
+        lines.append([size["shape"], str(size["sites"]), *numbers])
+    return _lines(head, lines)
+
+
+def _table(rows: list[Row]) -> str:
+    works = list(dict.fromkeys(work for row in rows for work in row["cells"]))
+    head = ["model", "weights, MiB", "rank", *works]
+    lines: list[list[str]] = []
+    for row in sorted(rows, key=lambda row: (row["weights"], row["rank"])):
+        cells = [_cell(row["cells"].get(work)) for work in works]
+        lines.append([row["shape"], f"{row['weights']:.0f}", str(row["rank"]), *cells])
+    return _lines(head, lines)
+
+
+def _lines(head: list[str], lines: list[list[str]]) -> str:
+    every = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every) + "\n"
+
+
+def _cell(cell: dict[str, float] | None) -> str:
+    return "not run" if cell is None else f"{cell['F']:.1f} F, {cell['MiB']:.0f}"
+
+
+def in_words(row: Row) -> str:
+    """A row for the terminal.
+
+    Args:
+        row: of `measured`.
+    """
+    cells = "; ".join(f"{work} {_cell(cell)} MiB" for work, cell in row["cells"].items())
+    return f"{row['shape']}, rank {row['rank']}, {row['dtype']}: {cells}"
+
+
+def not_run(rows: list[Row], shapes: list[str]) -> str:
+    """Which shapes and devices no row is of.
+
+    Args:
+        rows: of docs/shapes.json.
+        shapes: every shape.
+    """
+    was_run = {row["shape"] for row in rows}
+    missing = ", ".join(shape for shape in shapes if shape not in was_run)
+    sentences: list[str] = []
+    if missing:
+        sentences.append(f"Not run: {missing}.")
+    if all(row["machine"].startswith("CPU") for row in rows):
+        sentences.append("Nothing was run on a GPU; the second command does it.")
+    return " ".join(sentences) + "\n"
 
 
 if __name__ == "__main__":

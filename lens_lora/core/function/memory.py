@@ -12,7 +12,7 @@
 2. How many at once. Each kind of pass has a bound in tokens, and some in logits: beyond it the data
    no longer fit into the caches, and nothing is gained. Bounds are read at every call.
 3. Within `max_memory`, from the numbers that a row of T tokens holds, fitted to peaks of a model of
-   135M parameters in float32 (`benchmarks/memory.py` and `benchmarks/cost.py` print such peaks);
+   135M parameters in float32 (`benchmarks/memory.py` and `benchmarks/cost` print such peaks);
    h heads, and m = d_model + d_mlp:
 
        a pass without a graph         T (3 m + 4 h T)     one block at a time

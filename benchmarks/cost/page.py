@@ -1,4 +1,4 @@
-"""What `benchmarks/cost.py` printed, as it stands in benchmarks/RESULTS.md and docs/performance.md.
+"""Costs in benchmarks/RESULTS.md and docs/performance.md: what `python benchmarks/cost` printed.
 
 docs/costs.json holds the output of each command and transformer-lens line. It is put between the
 marks of RESULTS.md that name them; the short table of performance.md is taken from one of them.
@@ -11,12 +11,11 @@ import re
 from pathlib import Path
 from typing import TypedDict
 
-ROOT = Path(__file__).parents[1]
-HELD, PAGE, PERFORMANCE = (
-    ROOT / "docs" / "costs.json",
-    Path(__file__).parent / "RESULTS.md",
-    ROOT / "docs" / "performance.md",
-)
+ROOT = Path(__file__).parents[2]
+PRINTED = ROOT / "docs" / "costs.json"
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
+# The command whose table is the short one, the rows that it keeps, and their names there.
 SHORT = "3.9 · --class TransformerBridge --batch 1"
 SHOWN = {
     "one readout, all sites": "one readout, every module",
@@ -40,48 +39,62 @@ class Printed(TypedDict):
 
 
 def key_of(line: str, arguments: str) -> str:
-    """Of a transformer-lens version and the command's arguments."""
+    """The name of a command: its transformer-lens version, and its arguments."""
     return f"{'.'.join(line.split('.')[:2])} · {arguments}"
 
 
 def read() -> dict[str, Printed]:
     """Every command's output so far."""
-    return json.loads(HELD.read_text(encoding="utf-8")) if HELD.exists() else {}
+    if not PRINTED.exists():
+        return {}
+    return json.loads(PRINTED.read_text(encoding="utf-8"))
 
 
 def add(key: str, printed: Printed) -> None:
     """Put what a command printed in the place of what it printed before; render both documents."""
-    held = {**read(), key: printed}
-    HELD.write_text(json.dumps(held, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for path, made in ((PAGE, page), (PERFORMANCE, performance)):
-        path.write_text(made(path.read_text(encoding="utf-8"), held), encoding="utf-8")
+    every = {**read(), key: printed}
+    PRINTED.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write(every)
 
 
-def page(text: str, held: dict[str, Printed]) -> str:
+def write(every: dict[str, Printed]) -> None:
+    """Render both documents.
+
+    Args:
+        every: what each command printed.
+    """
+    for path, render in ((PAGE, page), (PERFORMANCE, performance)):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(render(text, every), encoding="utf-8")
+
+
+def page(text: str, every: dict[str, Printed]) -> str:
     """RESULTS.md, with each block as its command printed it."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{_block(found[2], held)}\n{found[3]}", text)
+    return _BLOCK.sub(lambda found: f"{found[1]}{_block(found[2], every)}\n{found[3]}", text)
 
 
-def _block(key: str, held: dict[str, Printed]) -> str:
-    if key not in held:
+def _block(key: str, every: dict[str, Printed]) -> str:
+    if key not in every:
         return "Not run."
     line, arguments = key.split(" · ")
-    one = held[key]
-    head = (
-        f"    python benchmarks/cost.py {arguments}\n\nOn {one['day']}, transformer-lens {line}, "
-    )
-    return f"{head}{one['body'].strip()}"
+    printed = every[key]
+    command = f"    python benchmarks/cost {arguments}"
+    head = f"On {printed['day']}, transformer-lens {line}, "
+    return f"{command}\n\n{head}{printed['body'].strip()}"
 
 
-def performance(text: str, held: dict[str, Printed]) -> str:
+def performance(text: str, every: dict[str, Printed]) -> str:
     """docs/performance.md, with its short table."""
-    return _SHORT.sub(lambda found: f"{found[1]}{_short(held[SHORT]['body'])}\n{found[2]}", text)
+    table = _short_table(every[SHORT]["body"])
+    return _SHORT.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 
 
-def _short(body: str) -> str:
+def _short_table(body: str) -> str:
+    """The rows of `SHOWN` under their names there, at the sizes `SIZES`."""
     rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in body.splitlines()]
     head = next(row for row in rows if row[0] == "work")
-    cells = {row[0]: [row[head.index(size)] for size in SIZES] for row in rows if row[0] in SHOWN}
+    columns = [head.index(size) for size in SIZES]
+    cells = {row[0]: [row[column] for column in columns] for row in rows if row[0] in SHOWN}
     lines = [["", *(f"{size.split()[-1]} tokens" for size in SIZES)], ["---"] * 3]
     lines += [[name, *cells[work]] for work, name in SHOWN.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |")

@@ -1,4 +1,4 @@
-"""The pieces of work that `benchmarks/cost.py` times, and the targets they were built for."""
+"""The pieces of work that `prompts.py` times, and the targets they were built for."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from measuring import MARGIN
 
 import lens_lora as ll
-from lens_lora.core.function.derivatives import hessian_product, hessian_products, joint_tangent
 from lens_lora.core.function.forward import gated_logits, run_without_logits
-from lens_lora.core.function.memory import slopes_at_once
-from lens_lora.core.function.reverse import site_gradients, site_slopes
-from lens_lora.core.model.hooks import attached
 
-__all__ = [
-    "QUICK",
-    "SLOW",
-    "Work",
-    "adapted_forward",
-    "loop_of_jvps",
-    "plain_backward",
-    "plain_forward",
-]
+__all__ = ["QUICK", "SLOW", "Work", "adapted_forward", "edges", "loop_of_jvps"]
 
-MARGIN = ll.Margin(" Lyon", " Paris")
 Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
+# How many times a scan reads the adapter of the demo.
+ADAPTERS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Something to time, in units of F (plain forward), FB (plain forward and backward) or FA.
+    """Something to time.
 
-    FA is a forward pass of the adapted model without the unembedding.
+    Attributes:
+        name: its row in the table.
+        run: the work itself.
+        unit: what its time is divided by: F (plain forward), FB (plain forward and backward), or FA
+            (forward of the adapted model without the unembedding).
+        target: what it should cost, for the table.
+        share: of its time, for what it does several times.
     """
 
     name: str
@@ -44,48 +40,30 @@ class Work:
     share: float = 1.0
 
 
-def plain_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """F: no hook of ours, all positions unembedded, as the model does it."""
-    with torch.no_grad():
-        lens.run(prompts)
-
-
 def adapted_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """FA: the sites' hooks alone, nothing unembedded."""
+    """Run FA: the sites' hooks alone, nothing unembedded."""
     with torch.no_grad(), lens.applied():
         run_without_logits(lens, prompts)
 
 
-def plain_backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """FB: no hook but the one that makes the embedding's output a leaf."""
-    leaves: list[torch.Tensor] = []
-
-    def start(tensor, hook):
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
-        logits = prompts.at_read(lens.run(prompts))
-        torch.autograd.grad(MARGIN.bind(lens.model, prompts.batch)(logits).sum(), leaves)
+def function_of(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.Function:
+    return lens.function(prompts, MARGIN, progress=False)
 
 
 def one_gradient(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    reading = MARGIN.over(lens.model, prompts)
-    site_gradients(lens, reading, lens.gates(0.0), lambda *visit: None)
+    function_of(lens, prompts).visit(lambda *visit: None)
 
 
 def slopes(*axes: str) -> Run:
-    return lambda lens, prompts: site_slopes(
-        lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), axes
-    )
+    return lambda lens, prompts: function_of(lens, prompts).slopes(by=axes)
 
 
 def banked(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.results.Bank:
     return ll.bank(lens.model, prompts, MARGIN, progress=False)
 
 
-kept_bank = functools.lru_cache(maxsize=1)(banked)  # made in the turn that is not counted
-ADAPTERS = 20
+# It is made in the turn that is not counted.
+kept_bank = functools.lru_cache(maxsize=1)(banked)
 
 
 def scan(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
@@ -97,72 +75,72 @@ def from_bank(*axes: str) -> Run:
 
 
 def edges(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """All edges at 0, with the exact shift."""
     ll.edges(lens, prompts, MARGIN, progress=False)
 
 
 def contrast(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """These prompts against as many others of the same length."""
+    """Contrast these prompts with as many others of the same length."""
     others = ll.results.Prompts(prompts.tokens.roll(1, 1), prompts.lengths)
     ll.contrast(lens, prompts, others, "blocks.15.hook_resid_post")
 
 
 def path_patches(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Twenty pairs, with writers in all layers."""
+    """Patch twenty pairs, with writers in all layers."""
     sites = lens.sites[:: max(1, len(lens.sites) // 20)][:20]
     pairs = [(site.name, "logits") for site in sites]
     ll.patch_edges(lens, prompts, MARGIN, pairs, progress=False)
 
 
 def patchscope(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """A vector for each prompt, at four sizes and five new tokens, in a text of as many tokens."""
+    """Read a vector for each prompt, at four sizes, in five new tokens after a text as long."""
     vectors = torch.eye(int(lens.model.cfg.d_model))[: prompts.batch]
     text = f"cat{' cat' * (prompts.tokens.shape[1] - 3)} ? ->"
     ll.patchscope(lens, vectors, "blocks.15.hook_resid_post", prompt=text)
 
 
 def heads(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Each head of z of one block in three: 90 patches."""
+    """Patch each head of z of one block in three: 90 patches."""
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(0, 30, 3)]
     ll.patch_activations(lens, prompts, MARGIN, names, heads="each", progress=False)
 
 
 def tokens(count: int) -> Run:
-    """The logits of so many tokens, every site, by reverse."""
+    """Return the work that shifts so many tokens' logits by every site, in reverse mode."""
     return lambda lens, prompts: ll.logit_shift(
         lens, prompts, tokens=list(range(1000, 1000 + count)), mode="reverse", progress=False
     )
 
 
 def four_nodes(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """The slopes at four nodes of a path integral, so many at once as it takes them."""
-    reading, adapted = MARGIN.over(lens.model, prompts), lens.gates(1.0)
-    points = adapted.new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
-    for some in points.split(slopes_at_once(lens, prompts)):
-        rows = some.repeat(prompts.batch)
-        site_slopes(lens, reading.repeat(len(some)), rows[:, None] * adapted)
+    """Take the slopes at four nodes of a path integral, as many at once as it would."""
+    nodes, _ = np.polynomial.legendre.leggauss(4)
+    adapted = lens.gates(1.0)
+    strengths = adapted.new_tensor((nodes + 1) / 2)
+    function_of(lens, prompts).slopes(at=strengths[:, None] * adapted)
+
+
+def joint_tangent(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    lens.function(prompts, progress=False).tangent(1.0)
 
 
 def curvature(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    gates = lens.gates(0.0)
-    hessian_product(lens, MARGIN.over(lens.model, prompts), gates, torch.ones_like(gates))
+    function_of(lens, prompts).curvature(1.0)
 
 
 def hessian(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    every = torch.eye(len(lens.sites))
-    reading = MARGIN.over(lens.model, prompts)
-    for _ in hessian_products(lens, reading, lens.gates(0.0), every, progress=False):
-        pass
+    function_of(lens, prompts).curvature(torch.eye(len(lens.sites)))
 
 
 def loop_of_jvps(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Two of the sites' tangents one by one, by torch.func.jvp over the same hooks."""
+    """Take two of the sites' tangents one by one, by torch.func.jvp over the same hooks."""
+
+    def logits(gates: torch.Tensor) -> torch.Tensor:
+        return gated_logits(lens, prompts, gates + 0)
+
     for site in (0, len(lens.sites) - 1):
         direction = torch.zeros_like(lens.gates(0.0))
         direction[site] = 1
-
-        def logits(gates):
-            return gated_logits(lens, prompts, gates + 0)
-
         with torch.no_grad():
             torch.func.jvp(logits, (lens.gates(1e-30),), (direction,))
 
@@ -173,7 +151,7 @@ QUICK = [
     Work("… by position, head and rank", slopes("position", "head", "rank"), "FB", "≤ 1.0 FB"),
     Work(
         "first_order, the call, with its exact shift",
-        lambda lens, p: ll.first_order(lens, p, MARGIN),
+        lambda lens, prompts: ll.first_order(lens, prompts, MARGIN),
         "FB",
         "≤ 1.45 FB",
     ),
@@ -183,7 +161,11 @@ QUICK = [
     Work("… by position and rank", from_bank("position", "rank")),
     Work("all edges of 61 readers", edges, target="≤ 1 FB + 3 F"),
     Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
-    Work("gradients, every hook point", lambda lens, p: ll.gradients(lens, p, MARGIN), "FB"),
+    Work(
+        "gradients, every hook point",
+        lambda lens, prompts: ll.gradients(lens, prompts, MARGIN),
+        "FB",
+    ),
     Work("contrast, as many prompts on each side", contrast),
     Work("patchscope, a size and new token of 20", patchscope, share=0.05),
     Work("2 tokens, all sites", tokens(2), target="≤ 3.1 F"),
@@ -191,27 +173,33 @@ QUICK = [
     Work("16 tokens, all sites", tokens(16), target="≤ 15.7 F"),
     Work(
         "joint whole-vocabulary shift",
-        lambda lens, p: joint_tangent(lens, p, lens.gates(0.0), lens.gates(1.0)),
+        joint_tangent,
         target="≤ 2.6 F",
     ),
     Work("path integral, a node", four_nodes, target="≤ 2.7 F", share=0.25),
-    Work("activations, all sites", lambda lens, p: ll.activations(lens, p), "FA", "≤ 1.15 FA"),
+    Work(
+        "activations, all sites",
+        lambda lens, prompts: ll.activations(lens, prompts),
+        "FA",
+        "≤ 1.15 FA",
+    ),
     Work("H·1", curvature, "FB", "≤ 2.2 FB"),
 ]
+
 SLOW = [
     Work(
         "every site's whole-vocabulary shift",
-        lambda lens, p: ll.logit_shift(lens, p, progress=False),
+        lambda lens, prompts: ll.logit_shift(lens, prompts, progress=False),
         target="≤ 38 F at 8, ≤ 100 F at 64",
     ),
     Work(
         "exact add-one effects of all sites",
-        lambda lens, p: ll.patch_sites(lens, p, MARGIN, "add_one", progress=False),
+        lambda lens, prompts: ll.patch_sites(lens, prompts, MARGIN, "add_one", progress=False),
         target="≤ 35 F at 8, ≤ 70 F at 64",
     ),
     Work(
         "fact_margin",
-        lambda lens, p: ll.fact_margin(lens, p, " Lyon", " Paris", progress=False),
+        lambda lens, prompts: ll.fact_margin(lens, prompts, " Lyon", " Paris", progress=False),
         target="≤ 13 F at 8",
     ),
     Work("a head of z, of 90 patched alone", heads, target="≤ 1 F", share=1 / 90),

@@ -1,0 +1,133 @@
+"""What each analysis costs, in plain forward passes of the same hooked model on the same tokens.
+
+    python benchmarks/cost [--class TransformerBridge] [--tokens 8 64 256] [--batch 1 8]
+    python benchmarks/cost --responses [one tokens kl ablations batch generation]
+    python benchmarks/cost --texts 100           # audits over so many texts
+    python benchmarks/cost --stream 200000       # a stream of so many tokens through activations
+    python benchmarks/cost --bank 1000           # a scan of so many adapters
+    python benchmarks/cost --growth              # models, adapters and ranks of several sizes
+    python benchmarks/cost --allocator           # with freed memory given back, and kept
+
+Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8), by turns
+in one process; the numbers are medians of processor time. Run it on one thread. With `--write`,
+what is printed goes into benchmarks/RESULTS.md and docs/performance.md (`page.py`). The first line
+says whether glibc kept freed memory (`allocator.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import page  # noqa: E402
+from allocator import allocator_table, keeps_memory  # noqa: E402
+from bank import bank_lines  # noqa: E402
+from growth import growth_tables  # noqa: E402
+from prompts import matmul_peak, prompt_tables  # noqa: E402
+from responses import GROUPS, response_table  # noqa: E402
+from stream import stream_lines  # noqa: E402
+from texts import text_table  # noqa: E402
+
+import lens_lora as ll  # noqa: E402
+from lens_lora.demonstration import shipped_adapter  # noqa: E402
+from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
+from lens_lora.hosts.build import hooked_model, transformer_lens_version  # noqa: E402
+
+CLASSES = ("HookedTransformer", "TransformerBridge")
+# Audits over more texts than this are timed once.
+FEW_TEXTS = 16
+
+
+class Copied(io.StringIO):
+    """Standard output, of which a copy is kept."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+        return super().write(text)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--class", dest="classes", nargs="+", default=CLASSES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
+    parser.add_argument("--texts", type=int, help="audits over so many texts, alone")
+    parser.add_argument("--bank", type=int, metavar="ADAPTERS", help="a scan of so many, alone")
+    parser.add_argument("--growth", action="store_true", help="with layers, tokens, sites, rank")
+    parser.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
+    parser.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
+    parser.add_argument("--write", action="store_true", help="into RESULTS.md and performance.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = options()
+    with contextlib.redirect_stdout(Copied()) as copy:
+        measure(chosen)
+    if chosen.write:
+        arguments = " ".join(argument for argument in sys.argv[1:] if argument != "--write")
+        printed = page.Printed(day=str(datetime.date.today()), body=copy.getvalue())
+        page.add(page.key_of(transformer_lens_version(), arguments), printed)
+
+
+def measure(chosen: argparse.Namespace) -> None:
+    """Print where this runs, and then the tables that were asked for."""
+    print(f"{machine(says_memory=not chosen.allocator)}\n")
+    if chosen.allocator:
+        allocator_table()
+    elif chosen.growth:
+        growth_tables()
+    else:
+        for name in chosen.classes:
+            measure_class(name, chosen)
+
+
+def machine(says_memory: bool) -> str:
+    """A line on the machine: versions, threads, glibc, and the best of a big product."""
+    parts = [
+        f"torch {torch.__version__}",
+        f"threads: {torch.get_num_threads()}",
+        platform.machine(),
+    ]
+    if says_memory:
+        parts.append("freed memory kept" if keeps_memory() else "freed memory given back")
+    parts.append(f"matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.")
+    return ", ".join(parts)
+
+
+def measure_class(name: str, chosen: argparse.Namespace) -> None:
+    """Print the tables of one class of hooked model, or why this transformer-lens lacks it."""
+    adapter = ll.load_adapter(shipped_adapter())
+    try:
+        model, _ = hooked_model(*load_embedded(quiet=True), kind=name)
+    except ll.errors.ModelStateError as error:
+        print(f"{name}: {error}\n")
+        return
+    lens = ll.LoraLens(model, adapter, prepend_bos=True)
+    print(f"{name}\n")
+    if chosen.stream:
+        stream_lines(lens, chosen.stream)
+    elif chosen.bank:
+        bank_lines(lens, chosen.bank)
+    elif chosen.texts:
+        text_table(lens, chosen.texts, turns=3 if chosen.texts <= FEW_TEXTS else 1)
+    elif chosen.responses is not None:
+        response_table(lens, chosen.responses)
+    else:
+        sizes = [(batch, tokens) for batch in chosen.batch for tokens in chosen.tokens]
+        prompt_tables(lens, sizes, has_peer=name == "TransformerBridge")
+
+
+if __name__ == "__main__":
+    main()

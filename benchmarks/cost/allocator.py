@@ -1,0 +1,79 @@
+"""What glibc's way with freed memory costs: the same calls with it given back, and kept.
+
+By default the memory of a tensor of more than 32 MiB is given back to the system when it is freed,
+and the next one is taken anew, page by page. `KEEP` are the variables that keep it. Each column is
+a process of its own over the embedded model as a TransformerBridge, on one thread; times are
+medians of three turns after one that is not counted; by token and layer is run once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["KEEP", "allocator_table", "keeps_memory"]
+
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+TURNS = 3
+RUN_ONCE = "by token and layer"
+# Tokens of the responses.
+LENGTHS = (60, 512)
+
+
+def keeps_memory() -> bool:
+    """Whether this process was started with `KEEP`."""
+    return all(os.environ.get(name) == value for name, value in KEEP.items())
+
+
+def allocator_table() -> None:
+    """Run both processes; print their times, and what keeping leaves of them."""
+    given_back = times_in_process({})
+    kept = times_in_process(KEEP)
+    print("| work | freed memory given back | kept | share |\n| --- | --- | --- | --- |")
+    for name, seconds in given_back.items():
+        share = kept[name] / seconds
+        print(f"| {name} | {seconds:.2f} s | {kept[name]:.2f} s | {share:.2f} |")
+
+
+def times_in_process(variables: dict[str, str]) -> dict[str, float]:
+    """The times of a process that is started with these variables of glibc."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**environment, "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def times() -> dict[str, float]:
+    """Median seconds of each work in this process."""
+    from measuring import median_seconds
+    from responses import PROMPT, Row
+
+    import lens_lora as ll
+
+    lens = ll.demo()
+    found: dict[str, float] = {}
+    for tokens in LENGTHS:
+        row = Row(lens, tokens)
+        works = {
+            "F": row.forward,
+            "one readout, all sites": row.slopes,
+            "activations, all sites": lambda row=row: ll.activations(lens, row.row),
+            RUN_ONCE: lambda row=row: row.by_token(group="layer"),
+        }
+        for name, work in works.items():
+            seconds = median_seconds({name: work}, turns=1 if name == RUN_ONCE else TURNS)
+            found[f"{name}, {PROMPT} + {tokens} tokens"] = seconds[name]
+    return found
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
+    print(json.dumps(times()))

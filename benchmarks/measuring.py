@@ -1,0 +1,146 @@
+"""What several benchmarks measure alike: processor time, peak memory, and plain passes.
+
+Times are processor seconds of this process, which other work on the machine disturbs least; on
+several threads they are the sum over threads. Memory is what the process holds, in MiB (Linux).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+import lens_lora as ll
+from lens_lora.core import attached
+
+# What the demo's adapter changes.
+MARGIN = ll.Margin(" Lyon", " Paris")
+
+# The ids that random prompts are drawn from: no special token, and in every vocabulary used here.
+LOWEST_ID = 1000
+HIGHEST_ID = 40000
+# How many words the tokenizer of models of random weights has.
+WORDS = 1024
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Processor seconds of one run."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def median_seconds(
+    works: Mapping[str, Callable[[], object]], turns: int, repeats: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Median processor seconds of works that take turns, by name.
+
+    Args:
+        works: each by its name.
+        turns: how many are counted; of several, one more comes before them.
+        repeats: how often a work runs in each turn, where that is not once.
+    """
+    repeats = repeats or {}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    uncounted = 1 if turns > 1 else 0
+    for turn in range(turns + uncounted):
+        for name, work in works.items():
+            seconds = [cpu_seconds(work) for _ in range(repeats.get(name, 1))]
+            if turn >= uncounted:
+                times[name] += seconds
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def random_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """Random ids, [batch, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(LOWEST_ID, HIGHEST_ID, (batch, tokens), generator=generator)
+
+
+def random_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.results.Prompts:
+    """Prompts of random ids, all of one length."""
+    return lens.prompts(random_ids(batch, tokens))
+
+
+def plain_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Run F: one forward pass without a hook of ours, all positions unembedded."""
+    with torch.no_grad():
+        lens.run(prompts)
+
+
+def backward_to_embeddings(lens: ll.LoraLens, value: Callable[[], torch.Tensor]) -> None:
+    """Run one forward and one backward pass of the base model, down to the embeddings.
+
+    The only hook is the one that makes the embedding's output a leaf of the graph.
+
+    Args:
+        lens: over the model.
+        value: runs the model and returns the scalar that is differentiated.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def start_graph(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start_graph)]):
+        torch.autograd.grad(value(), leaves)
+
+
+def plain_backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Run FB: one forward and one backward pass of `MARGIN`, all positions unembedded."""
+
+    def summed_margin() -> torch.Tensor:
+        logits = prompts.at_read(lens.run(prompts))
+        return MARGIN.bind(lens.model, prompts.batch)(logits).sum()
+
+    backward_to_embeddings(lens, summed_margin)
+
+
+def resident_mib(field: str) -> float:
+    """MiB of resident memory: "VmRSS" is what is held now, "VmHWM" the peak so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return kilobytes / 1024
+
+
+def forget_peak() -> float:
+    """Give freed memory back, let the peak start anew, and return the MiB that are still held."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mib("VmRSS")
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """MiB that a run adds at its peak, after a first run, which loads what is loaded once."""
+    run()
+    before = forget_peak()
+    run()
+    return resident_mib("VmHWM") - before
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that lasts as long as the process."""
+    return tempfile.TemporaryDirectory()
+
+
+def tokenizer_of_words() -> PreTrainedTokenizerFast:
+    """One word for each id, for models of random weights, of which nothing is tokenised.
+
+    It lies in a folder, as TransformerLens loads it once more from there.
+    """
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    special = {"unk_token": "w0", "pad_token": "w1", "bos_token": "w2", "eos_token": "w3"}
+    made = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    made.save_pretrained(_folder().name)
+    return PreTrainedTokenizerFast.from_pretrained(_folder().name)
