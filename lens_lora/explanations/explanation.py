@@ -432,7 +432,7 @@ def _quick(
         margin = fact_margin_of(asked, *answers, by="position", progress=False)
     first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
     with _step(bar, "tokens promoted and suppressed"):
-        shift = joint_logit_shift(asked)
+        shift = joint_logit_shift(asked.lens, asked.prompts)
         module_shifts = _shifts_of_the_largest(asked, shift, first)
         probabilities = _probabilities_at_both_ends(asked)
     with _step(bar, "what both models answer"):
@@ -524,7 +524,7 @@ def _explain_response(
         with _step(bar, "what both models answer"):
             (answers,) = side_by_side(lens, prompts.prompts, most, response, progress=progress)
         with _step(bar, "each token's distribution"):
-            shifts = token_shifts_of(asked)
+            shifts = token_shifts_of(Evaluations.about_question(asked))
         with _step(bar, "modules of the divergence"):
             modules = first_order_of(kl, at=1.0)
         with _step(bar, "modules of the tokens that changed most"):

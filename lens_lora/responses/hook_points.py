@@ -1,34 +1,34 @@
-"""First-order changes at every hook point, Δh; and the other way about, ∂g/∂h.
+"""First-order changes at every hook point, ∂h/∂ε; and the other way about, ∂g/∂h.
 
-1. `tangents`: one dual forward pass, every gate moving along `scale`; at each hook point asked for,
-   the derivative that the dual activation carries is kept.
-2. `gradients`: one forward and one backward pass. ⟨∂g/∂h, ∂h⟩ over a point that all of some sites'
-   updates pass is what these sites have of first order.
+1. `tangents`: one dual forward pass, in which every gate moves along `scale`. At each hook point
+   asked for, the derivative that the dual activation carries is kept.
+2. `gradients`: one forward and one backward pass. Over a point that all updates of some sites pass
+   through, ⟨∂g/∂h, ∂h/∂ε⟩ is what these sites have of first order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.core import (
+    Function,
     HookFn,
     LoraLens,
     Names,
     PromptsLike,
-    Readout,
     Scale,
     ScaleInject,
     alone,
+    analysis,
     attached,
     tangent_of,
 )
-from lens_lora.core.function import derivatives
-from lens_lora.core.function.asked import ask, ask_prompts
+from lens_lora.core.function.derivatives import JointInject
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import read_for_slopes, require_finite
 from lens_lora.core.function.memory import require_graph, require_tangents
@@ -68,28 +68,30 @@ def tangents(
             named in full never holds the adapted model's value (other names leave it out).
         ArgumentError: a scale or `at` that is no number, or tangents beyond the bound.
     """
-    asked, at = ask_prompts(lens, prompts, max_memory), number("at", at)
+    bounded = lens if max_memory is None else lens.within(max_memory)
+    prompts = lens.function(prompts).prompts
+    strength = number("at", at)
     in_full, wanted = _points(lens, names)
     lens.plan.require_update(in_full)
     wanted = [name for name in wanted if name not in lens.plan.points_without_update]
-    require_tangents(asked.lens, asked.prompts, [names[0] for names in _aliases(lens, wanted)])
+    aliases = _aliases(lens, wanted)
+    require_tangents(bounded, prompts, [known_as[0] for known_as in aliases])
     kept: dict[str, Tensor] = {}
 
-    def keep(names: list[str], tensor: Tensor) -> None:
-        kept.update(dict.fromkeys(names, tangent_of(tensor)))
+    def keep(known_as: list[str], tensor: Tensor) -> None:
+        kept.update(dict.fromkeys(known_as, tangent_of(tensor)))
 
+    hooks = _hooks_that_show(keep, aliases)
     with dual_forward():
-        inject = derivatives.JointInject(lens, lens.gates(at), lens.gates(scale))
-        with lens.injected(inject), attached(lens.model, _seen_by(keep, _aliases(lens, wanted))):
-            lens.run(asked.prompts)
+        inject = JointInject(lens, lens.gates(strength), lens.gates(scale))
+        with lens.injected(inject), attached(lens.model, hooks):
+            lens.run(prompts)
     return _cache(lens, wanted, kept)
 
 
-@alone
+@analysis
 def gradients(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Function,
     names: Names | None = None,
     *,
     at: float = 0.0,
@@ -121,81 +123,129 @@ def gradients(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a gradient that is not finite.
     """
-    asked, at = ask(lens, prompts, readout, max_memory), number("at", at)
-    reading, rows = (asked if at else asked.require_slope_at_base()).reading, asked.prompts.batch
-    if len(reading.owner) != rows:
-        raise ArgumentError(
-            f"{readout.label} reads {len(reading.owner)} rows of {rows} prompts, and a gradient is "
-            "that of one row a prompt; take the gradients of ll.AnswerLogProb of either answer."
-        )
+    strength = number("at", at)
+    lens = g.lens
+    bounded = lens if max_memory is None else lens.within(max_memory)
+    if strength == 0:
+        g.require_slope_at_base()
+    _require_one_row_each(g)
     in_full, wanted = _points(lens, names)
     aliases = _aliases(lens, wanted)
-    require_tangents(asked.lens, reading.prompts, [known_as[0] for known_as in aliases])
-    require_graph(asked.lens, reading)
-    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
-    seen: list[tuple[list[str], Tensor]] = []
+    require_tangents(bounded, g.rows, [known_as[0] for known_as in aliases])
+    require_graph(bounded, g.reading)
+    # The hooks are off by the time of the backward pass, and a block that runs again then would
+    # run without them.
+    lens.plan.check_backward(once=False)
+    seen, values = _seen_in_graph(g, strength, aliases)
+    fired = [name for known_as, _ in seen for name in known_as]
+    require_fired(lens, fired, in_full, wanted)
+    kept = _gradients_at(seen, values)
+    for name in in_full:
+        if name not in kept:
+            assert g.readout is not None, "gradients are of a readout"
+            raise ModelStateError(
+                f"{name}: {g.readout.label} does not depend on the tensor that this point shows (a "
+                "copy, or not on the way to what is read)",
+                remedy="name another point.",
+            )
+    for name, gradient in kept.items():
+        require_finite(gradient, f"the gradient at {name}")
+    return _cache(lens, wanted, kept)
+
+
+def _require_one_row_each(g: Function) -> None:
+    """Refuse a readout of several rows of each prompt."""
+    if g.rows.batch != g.prompts.batch:
+        assert g.readout is not None, "gradients are of a readout"
+        raise ArgumentError(
+            f"{g.readout.label} reads {g.rows.batch} rows of {g.prompts.batch} prompts, and a "
+            "gradient is that of one row a prompt",
+            remedy="take the gradients of ll.AnswerLogProb of either answer.",
+        )
+
+
+# The names of a hook point, and the tensor that it showed.
+_Seen = tuple[list[str], Tensor]
+
+
+def _seen_in_graph(
+    g: Function, at: float, aliases: Sequence[list[str]]
+) -> tuple[list[_Seen], Tensor]:
+    """The activations at these points as nodes of one graph, and g at its end. A forward pass."""
+    lens = g.lens
+    seen: list[_Seen] = []
 
     def keep(known_as: list[str], tensor: Tensor) -> Tensor:
         # A node of its own: what reads the tensor past this point counts elsewhere. Where nothing
         # before it has a gradient, the graph begins here.
-        is_graphed = tensor.requires_grad
-        moved = tensor.view_as(tensor) if is_graphed else tensor.detach().requires_grad_()
-        seen.append((known_as, moved))
-        return moved
+        is_in_graph = tensor.requires_grad
+        node = tensor.view_as(tensor) if is_in_graph else tensor.detach().requires_grad_()
+        seen.append((known_as, node))
+        return node
 
-    inject, hooks = ScaleInject(lens.plan, lens.gates(at)), _seen_by(keep, aliases)
+    inject = ScaleInject(lens.plan, lens.gates(at))
+    hooks = _hooks_that_show(keep, aliases)
     with torch.enable_grad(), lens.injected(inject), attached(lens.model, hooks):
-        values = read_for_slopes(lens, reading)
-    require_fired(lens, [name for known_as, _ in seen for name in known_as], in_full, wanted)
-    points, slopes = [tensor for _, tensor in seen], tuple[Tensor | None, ...]()
-    if values.requires_grad:  # else g depends on none of them
-        slopes += torch.autograd.grad(values.sum(), points, allow_unused=True)
+        values = read_for_slopes(lens, g.reading)
+    return seen, values
+
+
+def _gradients_at(seen: Sequence[_Seen], values: Tensor) -> dict[str, Tensor]:
+    """∂g/∂h by name, of the points of which g is a function. One backward pass.
+
+    A point that fires more than once, as ln1 does for q, k and v, has the sum.
+    """
+    if not values.requires_grad:
+        return {}
+    nodes = [node for _, node in seen]
+    # Points on which g does not depend have None.
+    of_nodes = torch.autograd.grad(values.sum(), nodes, allow_unused=True)
+    gradients = cast("tuple[Tensor | None, ...]", of_nodes)
     kept: dict[str, Tensor] = {}
-    for (known_as, _), slope in zip(seen, slopes, strict=False):
-        if slope is not None:  # the sum, where a point fires more than once: ln1, for q, k and v
-            kept.update({name: kept[name] + slope if name in kept else slope for name in known_as})
-    for name in in_full:
-        if name not in kept:
-            raise ModelStateError(
-                f"{name}: {readout.label} does not depend on the tensor that this point shows (a "
-                "copy, or not on the way to what is read); name another point."
-            )
-    for name, slope in kept.items():
-        require_finite(slope, f"the gradient at {name}")
-    return _cache(lens, wanted, kept)
+    for (known_as, _), gradient in zip(seen, gradients, strict=True):
+        if gradient is None:
+            continue
+        for name in known_as:
+            kept[name] = kept[name] + gradient if name in kept else gradient
+    return kept
 
 
 def _points(lens: LoraLens, names: Names | None) -> tuple[tuple[str, ...], Sequence[str]]:
     """The names given in full, and all that are wanted."""
-    return ((), tuple(lens.model.hook_dict)) if names is None else resolved(lens, names)
+    if names is None:
+        return (), tuple(lens.model.hook_dict)
+    return resolved(lens, names)
 
 
 def _aliases(lens: LoraLens, names: Sequence[str]) -> list[list[str]]:
-    """The names of each hook point."""
+    """The names of each hook point, which may have several."""
     # A TransformerBridge puts its hook points together anew whenever they are asked for.
-    points, aliases = lens.model.hook_dict, dict[int, list[str]]()
+    points = lens.model.hook_dict
+    aliases: dict[int, list[str]] = {}
     for name in names:
         aliases.setdefault(id(points[name]), []).append(name)
     return list(aliases.values())
 
 
-def _seen_by(
-    see: Callable[[list[str], Tensor], Tensor | None], aliases: Sequence[list[str]]
+def _hooks_that_show(
+    show: Callable[[list[str], Tensor], Tensor | None], aliases: Sequence[list[str]]
 ) -> list[tuple[str, HookFn]]:
-    """Hooks that show what is a number at each point, with all names of that point."""
+    """Hooks that show the floating-point tensor at each point, with all names of that point."""
 
-    def hook_of(names: list[str]) -> HookFn:
+    def hook_of(known_as: list[str]) -> HookFn:
         def hook_fn(tensor: Any, hook: Any) -> Tensor | None:
             del hook
-            is_number = isinstance(tensor, Tensor) and tensor.is_floating_point()
-            return see(names, tensor) if is_number else None
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                return None
+            return show(known_as, tensor)
 
         return hook_fn
 
-    return [(names[0], hook_of(names)) for names in aliases]
+    return [(known_as[0], hook_of(known_as)) for known_as in aliases]
 
 
 def _cache(lens: LoraLens, names: Sequence[str], kept: Mapping[str, Tensor]) -> ActivationCache:
+    """TransformerLens's own class, in the order of the names."""
     from transformer_lens.ActivationCache import ActivationCache
 
     return ActivationCache({name: kept[name] for name in names if name in kept}, lens.model)

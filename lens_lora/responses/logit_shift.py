@@ -1,29 +1,25 @@
-"""First-order changes of what the model computes: J δz_l at the logits (note, Prop. 1), Δh inside;
-and the other way about, ∂g/∂h.
+"""First-order changes of the next token's logits: J δz_l (note, Prop. 1).
 
-1. `logit_shift`, every token and site. In forward mode a tangent for each site gives the whole
-   vocabulary; in reverse mode a covector for each token gives every site.
-   `core/function/memory.py` says which is cheaper, and how many go at once. All sites together
-   are one tangent.
-2. `tangents`, every hook point. One dual forward pass, every gate moving along `scale`; at each
-   hook point asked for, the derivative that the dual activation carries is kept.
-3. `gradients`, every hook point. One forward and one backward pass: ⟨∂g/∂h, ∂h⟩ over a point that
-   all of some sites' updates pass is what these sites have of first order.
+1. For every token and site, in forward mode: a tangent for each site gives the whole vocabulary.
+2. In reverse mode: a covector for each token gives every site. `core/function/memory.py` says which
+   of the two is cheaper, and how many go at once.
+3. All sites together are one tangent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, final
+from typing import Annotated, final
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.core import (
     Described,
+    Function,
     LoraLens,
     Prompts,
     PromptsLike,
@@ -31,10 +27,8 @@ from lens_lora.core import (
     alone,
     long_table,
     only_prompt,
-    tangent_of,
 )
-from lens_lora.core.function.asked import Asked, ask_prompts
-from lens_lora.core.function.derivatives import Part, joint_tangent, part_tangents, slopes_of_each
+from lens_lora.core.function import derivatives
 from lens_lora.core.function.forward import read_logits, require_finite
 from lens_lora.core.function.memory import Mode, chosen_mode
 from lens_lora.core.model.sites import one_site
@@ -42,9 +36,6 @@ from lens_lora.core.readout.prompts import require_last_alone
 from lens_lora.core.readout.readout import token_ids
 from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError, TokenError
-
-if TYPE_CHECKING:
-    pass
 
 
 @final
@@ -106,24 +97,34 @@ class LogitShift(Described):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token, and per site if split by site: the shift in logits."""
-        sites = [{"site": [site.name for site in self.sites]}] if self.sites else []
-        tokens = {"token": self.strings, "id": self.tokens}
         prompts = {"prompt": range(len(self.values))}
-        return long_table({"shift": self.values}, prompts, *sites, tokens)
+        tokens = {"token": self.strings, "id": self.tokens}
+        if not self.sites:
+            return long_table({"shift": self.values}, prompts, tokens)
+        sites = {"site": [site.name for site in self.sites]}
+        return long_table({"shift": self.values}, prompts, sites, tokens)
 
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool
     ) -> pd.DataFrame:
-        row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
-        frame = ranked_tokens(row - row.mean(), self.strings, k, "shift", largest=largest)
-        return frame.assign(id=[self.tokens[i] for i in frame["id"]]).drop(columns="rank")
+        index = only_prompt(prompt, len(self.values), "rankings of tokens")
+        shift = self._shift_of(site, index)
+        relative = shift - shift.mean()
+        frame = ranked_tokens(relative, self.strings, k, "shift", largest=largest)
+        # A place along the axis becomes the token's id.
+        frame["id"] = [self.tokens[place] for place in frame["id"]]
+        return frame.drop(columns="rank")
 
-    def _row(self, site: str | None, prompt: int) -> Float[Tensor, " vocab"]:
+    def _shift_of(self, site: str | None, prompt: int) -> Float[Tensor, " vocab"]:
+        """One site's shift, or that of all sites together."""
         if site is None:
             return self.joint[prompt]
         if not self.sites:
-            raise SiteError("this shift was computed for all sites together; use by_site=True.")
-        return self.values[prompt, one_site([s.name for s in self.sites], site)]
+            raise SiteError(
+                "this shift was computed for all sites together", remedy="use by_site=True."
+            )
+        index = one_site([known.name for known in self.sites], site)
+        return self.values[prompt, index]
 
 
 @alone
@@ -164,53 +165,87 @@ def logit_shift(
         PromptError: prompts that hold a response.
         NumericsError: non-finite tangents.
     """
-    asked = ask_prompts(lens, prompts, max_memory)
-    lens, prompts, at = asked.lens, asked.prompts, number("at", at)
-    require_last_alone(prompts, "the logit shift")
-    ids, gates = _ids(lens, tokens, prompts), lens.gates(at)
+    if max_memory is not None:
+        lens = lens.within(max_memory)
+    strength = number("at", at)
+    f = lens.function(prompts, progress=progress)
+    require_last_alone(f.prompts, "the logit shift")
+    ids = _ids(lens, tokens, f.prompts)
     index = torch.tensor(ids, device=lens.device)
     cheaper = chosen_mode(mode, lens, len(ids))
-    if not by_site:
-        values = joint_tangent(lens, prompts, gates, torch.ones_like(gates))[:, index]
-    elif cheaper == "reverse":
-        values = slopes_of_each(
-            lens, prompts, gates, lambda: read_logits(lens, prompts)[:, index].T, progress=progress
-        ).permute(1, 2, 0)
-    else:
-        parts = [Part(site) for site in range(len(lens.sites))]
-        values = part_tangents(
-            lens, prompts, gates, parts, lambda x: tangent_of(x)[..., index], progress=progress
-        )
     strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
-    return _labelled(asked, values, lens.sites if by_site else (), ids, strings)
+    if not by_site:
+        values = f.tangent(1.0, strength)[:, index]
+        return _labelled(f, values, (), ids, strings)
+    if cheaper == "forward":
+        values = _by_tangents(f, strength, index)
+    else:
+        values = _by_covectors(f, strength, index)
+    return _labelled(f, values, lens.sites, ids, strings)
 
 
-def joint_logit_shift(asked: Asked) -> LogitShift:
-    """All sites together at the base, over the whole vocabulary. One dual forward pass."""
-    lens, base = asked.lens, asked.lens.gates(0.0)
-    values = joint_tangent(lens, asked.prompts, base, torch.ones_like(base))
-    return _labelled(asked, values, (), range(values.shape[1]), lens.vocabulary)
+def _by_tangents(
+    f: Function, at: float, index: Int[Tensor, " token"]
+) -> Float[Tensor, "batch site token"]:
+    """A tangent for each site, of which the tokens that are asked for are kept."""
+    each_site = f.lens.gates(torch.eye(len(f.lens.sites), dtype=f.lens.gate_dtype))
+    tangents = f.tangent(each_site, at, read=lambda tangent: tangent[..., index])
+    return tangents.movedim(0, 1)
+
+
+def _by_covectors(
+    f: Function, at: float, index: Int[Tensor, " token"]
+) -> Float[Tensor, "batch site token"]:
+    """A covector for each token, back through one graph."""
+    lens = f.lens
+
+    def chosen_logits() -> Float[Tensor, "token batch"]:
+        return read_logits(lens, f.prompts)[:, index].T
+
+    slopes = derivatives.slopes_of_each(
+        lens, f.prompts, lens.gates(at), chosen_logits, progress=f.progress
+    )
+    return slopes.permute(1, 2, 0)
+
+
+def joint_logit_shift(lens: LoraLens, prompts: Prompts) -> LogitShift:
+    """All sites together at the base, over the whole vocabulary. One dual forward pass.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: without a response.
+    """
+    f = lens.function(prompts)
+    values = f.tangent(1.0)
+    return _labelled(f, values, (), range(values.shape[1]), lens.vocabulary)
 
 
 def _labelled(
-    asked: Asked,
+    f: Function,
     values: Float[Tensor, "batch *site vocab"],
     sites: tuple[Site, ...],
     ids: Iterable[int],
     strings: tuple[str, ...],
 ) -> LogitShift:
+    """The result, whose values must be finite."""
     require_finite(values, "the logit shift")
-    return LogitShift(values, sites, tuple(ids), strings, meta=asked.describe())
+    return LogitShift(values, sites, tuple(ids), strings, meta=f.lens.describe(f.prompts))
+
+
+# --- The tokens that are asked for
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:
+    """Their ids; without tokens those of the whole vocabulary."""
     if tokens is None:
         return list(range(int(lens.model.cfg.d_vocab_out)))
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
         raise ArgumentError(f"tokens={tokens!r}: expected a list of tokens, or None for all.")
     ids = [_id_after_all(lens, token, prompts) for token in tokens]
     if not ids:
-        raise ArgumentError("tokens=[] asks for nothing; give at least one, or None for all.")
+        raise ArgumentError(
+            "tokens=[] asks for nothing", remedy="give at least one, or None for all."
+        )
     return ids
 
 
@@ -220,7 +255,7 @@ def _id_after_all(lens: LoraLens, token: str | int, prompts: Prompts) -> int:
     for prompt, other in enumerate(others, start=1):
         if other != first:
             raise TokenError(
-                f"{token!r} is token id {first} after prompt 0 and {other} after prompt {prompt}; "
-                "pass the id that you mean."
+                f"{token!r} is token id {first} after prompt 0 and {other} after prompt {prompt}",
+                remedy="pass the id that you mean.",
             )
     return int(first)

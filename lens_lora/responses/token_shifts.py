@@ -1,27 +1,32 @@
 """How the distribution of each token of a response moved, exactly.
 
-    ℓ_t = log p(y_t | x, y_<t),   KL_t = Σ_v p₀,t(v) log(p₀,t(v) / p₁,t(v)) and the other way round
+    ℓ_t = log p(y_t | x, y_<t)
+    KL_t = Σ_v p₀,t(v) log(p₀,t(v) / p₁,t(v)),    and the other way round
 
-One row holds prompt and response, as no token attends to a later one. It is run at two settings of
-the gates, by default the base model and the adapted one; every number is of these two distributions
-over the whole vocabulary, without an approximation. Cost: two forward passes, unembedded at the
-response's tokens only, in chunks.
+No token attends to a later one, so one row holds a prompt and its response. It is run at two
+settings of the gates, by default the base model and the adapted one. Every number is of these two
+distributions over the whole vocabulary, without an approximation.
+
+Cost: two forward passes, unembedded at the response's tokens only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, cast, final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, NamedTuple, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.compat import in_float64
 from lens_lora.core import (
     Described,
     Drawn,
+    Function,
+    LogProbs,
     LoraLens,
     PromptsLike,
     Scale,
@@ -30,13 +35,13 @@ from lens_lora.core import (
     name_of_scale,
     only_prompt,
 )
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.function.forward import gated_logits, require_finite
-from lens_lora.core.function.memory import rows_of_pass
+from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
 from lens_lora.errors import ArgumentError
-from lens_lora.responses.answers import AnswerLike, AnswerLogProb
-from lens_lora.two_adapters.compare_adapters import padded
+from lens_lora.responses.answers import AnswerLogProb
+
+# Tokens whose distributions are compared at a time, in float64.
+_AT_ONCE = 32
 
 
 @final
@@ -84,24 +89,36 @@ class TokenShifts(Described, Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token of the response; the first setting is called base."""
-        places = [(p, t) for p, row in enumerate(self.response) for t in range(len(row))]
-        numbers: dict[str, Tensor] = {"log_p_base": self.log_p[0], "log_p_adapted": self.log_p[1]}
-        numbers["shift"] = self.shift
-        numbers |= zip(("kl_base_to_adapted", "kl_adapted_to_base"), self.kl, strict=True)
-        numbers |= zip(("entropy_base", "entropy_adapted"), self.entropy, strict=True)
-        numbers |= zip(("rank_base", "rank_adapted"), self.rank, strict=True)
+        places = [(p, t) for p, tokens in enumerate(self.response) for t in range(len(tokens))]
         frame = pd.DataFrame(places, columns=["prompt", "t"])
         frame["y_t"] = [self.response[p][t] for p, t in places]
         where = tuple(torch.tensor(places).T)
-        frame = frame.assign(**{name: values[where].tolist() for name, values in numbers.items()})
-        for name in ("promoted", "suppressed"):
-            ids, changes = getattr(self, f"{name}_ids"), getattr(self, name)
-            frame[name] = [self._named(ids[place], changes[place]) for place in places]
+        numbers = {
+            "log_p_base": self.log_p[0],
+            "log_p_adapted": self.log_p[1],
+            "shift": self.shift,
+            "kl_base_to_adapted": self.kl[0],
+            "kl_adapted_to_base": self.kl[1],
+            "entropy_base": self.entropy[0],
+            "entropy_adapted": self.entropy[1],
+            "rank_base": self.rank[0],
+            "rank_adapted": self.rank[1],
+        }
+        for name, values in numbers.items():
+            frame[name] = values[where].tolist()
+        frame["promoted"] = self._named(self.promoted_ids, self.promoted, places)
+        frame["suppressed"] = self._named(self.suppressed_ids, self.suppressed, places)
         return frame
 
-    def _named(self, ids: Tensor, changes: Tensor) -> str:
-        pairs = zip(ids.tolist(), changes.tolist(), strict=True)
-        return ", ".join(f"{self.strings[str(i)]!r} {change:+.3f}" for i, change in pairs)
+    def _named(self, ids: Tensor, changes: Tensor, places: Sequence[tuple[int, int]]) -> list[str]:
+        """The changed tokens at each place, with the change of their probability."""
+        names: list[str] = []
+        for place in places:
+            pairs = zip(ids[place].tolist(), changes[place].tolist(), strict=True)
+            names.append(
+                ", ".join(f"{self.strings[str(i)]!r} {change:+.3f}" for i, change in pairs)
+            )
+        return names
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k tokens whose distribution moved most, by KL from base to adapted.
@@ -116,7 +133,8 @@ class TokenShifts(Described, Drawn):
         frame = self.to_frame()
         if prompt is not None:
             frame = frame[frame["prompt"] == only_prompt(prompt, len(self.response))]
-        order = frame["kl_base_to_adapted"].argsort()[::-1][:k]
+        largest_first = frame["kl_base_to_adapted"].argsort()[::-1]
+        order = largest_first[:k]
         return frame.iloc[order].reset_index(drop=True)
 
     def plot_text(self, prompt: int | None = None) -> drawing.Figure:
@@ -167,77 +185,130 @@ def token_shifts(
         TokenError, PromptError: a response or prompt that does not fit the model.
         NumericsError: non-finite logits.
     """
-    if not isinstance(k, int) or k < 1 or not isinstance(between, tuple) or len(between) != 2:
+    is_pair = isinstance(between, tuple) and len(between) == 2
+    if not isinstance(k, int) or k < 1 or not is_pair:
         raise ArgumentError(f"k={k!r}, between={between!r}: expected at least 1, and two settings.")
-    return token_shifts_of(ask(lens, prompts, AnswerLogProb(response)), between=between, k=k)
+    g = lens.function(prompts, AnswerLogProb(response))
+    return token_shifts_of(g, between=between, k=k)
 
 
 def token_shifts_of(
-    asked: Asked, *, between: tuple[Scale, Scale] = (0.0, 1.0), k: int = 5
+    g: Function, *, between: tuple[Scale, Scale] = (0.0, 1.0), k: int = 5
 ) -> TokenShifts:
-    """`token_shifts` of a question that is already tokenised, about one response a prompt."""
-    lens, read = asked.lens, cast(Any, asked.reading.read)
-    gates = torch.stack([lens.gates(scale) for scale in between])
+    """`token_shifts` of a function at hand, which reads one response of each prompt.
+
+    Args:
+        g: with the readout `AnswerLogProb`.
+        between, k: as for `token_shifts`.
+
+    Raises:
+        NumericsError: non-finite logits.
+    """
+    lens = g.lens
+    first, second = (lens.gates(scale) for scale in between)
+    read = g.reading.read
+    assert isinstance(read, LogProbs), "the readout is AnswerLogProb"
     responses = [read.tokens[read.owner == prompt] for prompt in range(read.batch)]
-    rows = [_of_one(asked, prompt, ids, gates, k) for prompt, ids in enumerate(responses)]
-    fields = {name: padded([row[name] for row in rows]) for name in rows[0]}
-    kept = torch.cat([fields["promoted_ids"], fields["suppressed_ids"]]).unique()
-    kept = kept[kept >= 0].tolist()
+    rows: list[_Moved] = []
+    for prompt, ids in enumerate(responses):
+        # One prompt at a time: the logits of both settings are held.
+        one = g.only([prompt])
+        base = one.logits(first)[0]
+        adapted = one.logits(second)[0]
+        rows.append(_moved(base, adapted, ids.to(base.device), k))
+    promoted_ids = _padded([row.promoted_ids for row in rows])
+    suppressed_ids = _padded([row.suppressed_ids for row in rows])
     return TokenShifts(
         response=tuple(tuple(lens.decode(ids.tolist())) for ids in responses),
-        **{n: value.movedim(-1, 0) if n in _PAIRS else value for n, value in fields.items()},
-        strings={str(i): s for i, s in zip(kept, lens.decode(kept), strict=True)},
+        # The two ends, or directions, come first.
+        log_p=_padded([row.log_p for row in rows]).movedim(-1, 0),
+        entropy=_padded([row.entropy for row in rows]).movedim(-1, 0),
+        rank=_padded([row.rank for row in rows]).movedim(-1, 0),
+        kl=_padded([row.kl for row in rows]).movedim(-1, 0),
+        promoted=_padded([row.promoted for row in rows]),
+        suppressed=_padded([row.suppressed for row in rows]),
+        promoted_ids=promoted_ids,
+        suppressed_ids=suppressed_ids,
+        strings=_strings_of(lens, torch.cat([promoted_ids, suppressed_ids])),
         between=(name_of_scale(between[0]), name_of_scale(between[1])),
-        str_tokens=lens.str_tokens(asked.prompts),
-        meta=asked.describe(),
+        str_tokens=lens.str_tokens(g.prompts),
+        meta=lens.describe(g.prompts),
     )
 
 
-_PAIRS = ("log_p", "entropy", "rank", "kl")
-_AT_ONCE = 32  # tokens whose distributions are compared at a time, in float64
+class _Moved(NamedTuple):
+    """What is known of each token of one response; a pair of ends on the last axis."""
+
+    log_p: Float[Tensor, "token end=2"]
+    entropy: Float[Tensor, "token end=2"]
+    rank: Int[Tensor, "token end=2"]
+    kl: Float[Tensor, "token direction=2"]
+    promoted: Float[Tensor, "token k"]
+    promoted_ids: Int[Tensor, "token k"]
+    suppressed: Float[Tensor, "token k"]
+    suppressed_ids: Int[Tensor, "token k"]
 
 
-def _of_one(
-    asked: Asked, prompt: int, ids: Int[Tensor, " token"], gates: Float[Tensor, "end site"], k: int
-) -> dict[str, Tensor]:
-    """What is known of one prompt's response, [token, …]; a pair of ends on the last axis."""
-    lens, row = asked.lens, asked.reading.prompts.row(prompt)
-    rows_of_pass(lens, row)  # refuses what is beyond the bound
-    with torch.no_grad():
-        logits = [gated_logits(lens, row, end)[0] for end in gates]
-        require_finite(torch.stack([end.amax() for end in logits]), "a logit")
-        parts = [tensor.split(_AT_ONCE) for tensor in (*logits, ids.to(logits[0].device))]
-        chunks = [
-            _of_tokens(base, adapted, tokens, min(k, base.shape[-1]))
-            for base, adapted, tokens in zip(*parts, strict=True)
-        ]
-    return {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
-
-
-def _of_tokens(
+def _moved(
     base: Float[Tensor, "token vocab"],
     adapted: Float[Tensor, "token vocab"],
     ids: Int[Tensor, " token"],
     k: int,
-) -> dict[str, Tensor]:
-    logs = [in_float64(end).log_softmax(-1) for end in (base, adapted)]
-    p = [log.exp() for log in logs]
-    log_p = [log.gather(1, ids[:, None].to(log.device)) for log in logs]
-    change = p[1] - p[0]
-    up, down = change.topk(k), change.topk(k, largest=False)
-    apart = logs[0] - logs[1]
-    return {
-        "log_p": torch.cat(log_p, 1),
-        "entropy": torch.stack([_expected(q, -log) for q, log in zip(p, logs, strict=True)], 1),
-        "rank": torch.stack([(log > y).sum(1) for log, y in zip(logs, log_p, strict=True)], 1),
-        "kl": torch.stack([_expected(p[0], apart), _expected(p[1], -apart)], 1),
-        "promoted": up.values,
-        "promoted_ids": up.indices,
-        "suppressed": down.values,
-        "suppressed_ids": down.indices,
-    }
+) -> _Moved:
+    """How each token's distribution moved, some tokens at a time."""
+    count = min(k, base.shape[-1])
+    chunks: list[_Moved] = []
+    for first in range(0, len(ids), _AT_ONCE):
+        tokens = slice(first, first + _AT_ONCE)
+        chunks.append(_moved_tokens(base[tokens], adapted[tokens], ids[tokens], count))
+    return _Moved(*(torch.cat(field).cpu() for field in zip(*chunks, strict=True)))
+
+
+def _moved_tokens(
+    base: Float[Tensor, "token vocab"],
+    adapted: Float[Tensor, "token vocab"],
+    ids: Int[Tensor, " token"],
+    k: int,
+) -> _Moved:
+    """How the distributions of a few tokens moved, in float64."""
+    log_p0 = in_float64(base).log_softmax(-1)
+    log_p1 = in_float64(adapted).log_softmax(-1)
+    p0 = log_p0.exp()
+    p1 = log_p1.exp()
+    own = ids[:, None].to(log_p0.device)
+    own_log_p0 = log_p0.gather(1, own)
+    own_log_p1 = log_p1.gather(1, own)
+    ranks = (log_p0 > own_log_p0).sum(1), (log_p1 > own_log_p1).sum(1)
+    entropies = _expected(p0, -log_p0), _expected(p1, -log_p1)
+    divergences = _expected(p0, log_p0 - log_p1), _expected(p1, log_p1 - log_p0)
+    change = p1 - p0
+    promoted = change.topk(k)
+    suppressed = change.topk(k, largest=False)
+    return _Moved(
+        log_p=torch.cat([own_log_p0, own_log_p1], 1),
+        entropy=torch.stack(entropies, 1),
+        rank=torch.stack(ranks, 1),
+        kl=torch.stack(divergences, 1),
+        promoted=promoted.values,
+        promoted_ids=promoted.indices,
+        suppressed=suppressed.values,
+        suppressed_ids=suppressed.indices,
+    )
 
 
 def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
     """Σ_v p(v) values(v); what has no probability counts for nothing."""
     return torch.where(p > 0, p * values, 0.0).sum(-1)
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """The rows as one tensor: beyond a row's own tokens NaN, of integers −1."""
+    filler = torch.nan if rows[0].is_floating_point() else -1
+    return pad_sequence([*rows], batch_first=True, padding_value=filler)
+
+
+def _strings_of(lens: LoraLens, ids: Int[Tensor, "*any"]) -> dict[str, str]:
+    """The tokens by id, of those that are no padding."""
+    kept = ids.unique()
+    kept = kept[kept >= 0].tolist()
+    return {str(i): token for i, token in zip(kept, lens.decode(kept), strict=True)}
