@@ -6,7 +6,7 @@ from .audit.what_changed import Changes as Changes
 from .audit.what_changed import WhatChanged as WhatChanged
 from .banks.bank import Bank as Bank
 from .core.adapter.factors import TrainedModule as TrainedModule
-from .core.analyses.first_order import Components as Components
+from .core.analyses.components import Components as Components
 from .core.analyses.margin import FactMargin as FactMargin
 from .core.analyses.patching import ActivationEffects as ActivationEffects
 from .core.analyses.remainder import Remainder as Remainder

@@ -6,8 +6,8 @@ from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import adapter_format as adapter_format
-from .analyses.first_order import Components as Components
-from .analyses.first_order import components as components
+from .analyses.components import Components as Components
+from .analyses.components import components as components
 from .analyses.first_order import first_order as first_order
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin
@@ -19,6 +19,7 @@ from .analyses.patching import patch_activations as patch_activations
 from .analyses.patching import patch_sites as patch_sites
 from .analyses.remainder import Remainder as Remainder
 from .analyses.remainder import RemainderCurve as RemainderCurve
+from .analyses.remainder import curve_beside as curve_beside
 from .analyses.remainder import remainder as remainder
 from .analyses.remainder import remainder_curve as remainder_curve
 from .function.cache import Evaluations as Evaluations

@@ -33,8 +33,8 @@ from lens_lora.core import (
 from lens_lora.core.analyses.remainder import (
     USUAL_SCALES,
     RemainderCurve,
+    curve_beside,
     orders,
-    remainder_curve_of,
 )
 from lens_lora.core.analyses.verdict import points_at_end
 from lens_lora.core.results import drawing
@@ -216,7 +216,7 @@ def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder
     """
     slopes = g.slopes_with_noise(along=USUAL_SCALES)
     first = Attribution.of(g, slopes, method="first_order", at=0.0, mode="reverse")
-    curve = remainder_curve_of(g.asked, first, progress=g.progress)
+    curve = curve_beside(g, slopes)
     found = beside_first_order(g, first, curve)
     if not self_curvature:
         return found

@@ -16,7 +16,7 @@ Beside them the KL of a response, between the base's distribution and that at th
 The tokens t are those that its label names: the next one after each prompt, the response's, or all
 of a text but the first.
 
-f₀ is run once, at gates of zero, and held (`core/function/asked.py`). D(0) = 0 and ∇D(0) = 0, as a
+f₀ is run once, at gates of zero, and held. D(0) = 0 and ∇D(0) = 0, as a
 divergence is least where the two agree; so first order at ε = 0 says nothing, and is refused.
 `kl_shares`, `path_attribution` and first order at ε = 1 do.
 
@@ -39,10 +39,11 @@ from lens_lora.core import LogProbs, Margin, Prompts, Reading, Readout, which_pr
 from lens_lora.core.model import extensions
 from lens_lora.core.readout import readout
 from lens_lora.core.readout.prompts import ids_after, require_context
-from lens_lora.core.readout.reading import Divergence, one_row_each
-from lens_lora.core.readout.readout import Before, in_vocabulary
+from lens_lora.core.readout.reading import one_row_each
+from lens_lora.core.readout.readout import BaseFunction, Before, in_vocabulary
 from lens_lora.core.readout.responses import AnswerLike, Generated
 from lens_lora.errors import ArgumentError, PromptError, TokenError
+from lens_lora.responses.held_base import Divergence
 
 # --- The tokens of an answer
 
@@ -213,6 +214,11 @@ class KL(Readout):
     direction: Way = "base_to_adapted"
     tokens: ReadTokens | None = None
     units = "nats"
+    base_value = 0.0
+    no_slope_at_base = (
+        "use ll.kl_shares for its quadratic part, ll.path_attribution for all of it, or "
+        "ll.first_order(…, at=1.0) for what leaving a module out does."
+    )
 
     def __post_init__(self) -> None:
         arguments.word("direction", self.direction, get_args(Way))
@@ -234,6 +240,17 @@ class KL(Readout):
             return self
         holds_response = prompts.reads is not None
         return dataclasses.replace(self, tokens="response" if holds_response else "next")
+
+    def begin(self, f: BaseFunction) -> Reading:
+        """How the divergence is read beside the base's logits, which are run and held.
+
+        One forward pass.
+
+        Args:
+            f: the logits of the prompts.
+        """
+        reading = self.over(f.lens.model, f.prompts)
+        return held(self, reading, f.of_rows(reading.prompts).logits(0.0))
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts with their responses, one row each; p₀ is held later (`held`).

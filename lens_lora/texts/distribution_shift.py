@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core.function.forward import require_finite
-from lens_lora.core.readout.reading import LARGEST_SHIFT
+from lens_lora.responses.held_base import LARGEST_SHIFT
 
 _Rows = Float[Tensor, "*row vocab"]
 

@@ -349,7 +349,7 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
     along = asked.along(scales.tolist(), progress=False)
     return {
         "adapted": along[:, -1].cpu().double(),
-        "flip_scale": flip_scales(asked, asked.ends[0], scales.to(along.device), along),
+        "flip_scale": flip_scales(asked.g, asked.ends[0], scales.to(along.device), along),
         "noise": asked.adapted_noise.cpu().double(),
     }
 

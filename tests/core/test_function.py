@@ -15,8 +15,8 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.core import Evaluations
-from lens_lora.core.function import asked as engine_noise
 from lens_lora.core.function import memory
+from lens_lora.core.function import rounding as engine_noise
 from lens_lora.core.model import attached
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -32,8 +32,11 @@ def source_of(public: Callable[..., object]) -> str:
     """Its source; of a class without the methods whose base class documents them."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(public))))
     for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
-        if any(ast.unparse(decorator) == "analysis" for decorator in function.decorator_list):
-            _take_lens_prompts_and_readout(function.args)
+        for decorator in map(ast.unparse, function.decorator_list):
+            if decorator.startswith("analysis"):
+                _take_lens_prompts_and_readout(function.args)
+            if "takes_max_memory=True" in decorator:
+                _take(function.args, "max_memory")
     if isinstance(public, type):
         inherited = {name for base in public.__mro__[1:] for name in vars(base)}
         (body,) = tree.body
@@ -44,8 +47,12 @@ def source_of(public: Callable[..., object]) -> str:
 def _take_lens_prompts_and_readout(arguments: ast.arguments) -> None:
     """The parameters of the call that `@analysis` makes of a function of g."""
     arguments.args[:1] = [ast.arg(name) for name in ("lens", "prompts", "readout")]
-    arguments.kwonlyargs.append(ast.arg("progress"))
-    arguments.kw_defaults.append(ast.Constant(True))
+    _take(arguments, "progress")
+
+
+def _take(arguments: ast.arguments, keyword: str) -> None:
+    arguments.kwonlyargs.append(ast.arg(keyword))
+    arguments.kw_defaults.append(ast.Constant(None))
 
 
 @pytest.mark.slow

@@ -37,9 +37,7 @@ IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions"}
 # What still points upward, from a module to a folder. It gets shorter; nothing is added to it.
 UPWARD: set[tuple[str, str]] = {
     ("core.analyses.margin", "responses"),
-    ("core.analyses.patching", "texts"),
     ("core.function.asked", "responses"),
-    ("core.function.function", "responses"),
     ("core.results.storage", "responses"),
 }
 

@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 import lens_lora as ll
 from lens_lora.core.function import forward as reads
 from lens_lora.core.readout import reading as readings
-from lens_lora.core.readout.reading import Divergence
 from lens_lora.core.readout.readout import bound
+from lens_lora.responses.held_base import Divergence
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -160,9 +160,9 @@ def test_shares_that_rank_otherwise_are_seen_to_fail(case: cases.Case):
 
 def test_a_base_that_moves_would_be_seen(case: cases.Case, monkeypatch):
     """p₀ is held: run at the gates of the reading instead, every divergence would be zero."""
-    from lens_lora.core.function import asked
+    from lens_lora.responses import answers
 
-    monkeypatch.setattr(asked, "held", lambda readout, reading, base: _moving(reading))
+    monkeypatch.setattr(answers, "held", lambda readout, reading, base: _moving(reading))
     found = ll.patch_sites(case.lens, prompts(), ll.KL(), how="add_one", progress=False)
     assert found.adapted.abs().max() < 1e-12
 

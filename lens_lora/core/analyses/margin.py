@@ -10,7 +10,7 @@ The document's fact overtakes the pretrained one iff the first-order sum exceeds
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import pandas as pd
@@ -21,12 +21,12 @@ from scipy.interpolate import BarycentricInterpolator
 from scipy.optimize import root_scalar
 from torch import Tensor
 
-from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, remainder_curve_of
+from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, curve_beside
 from lens_lora.core.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
-from lens_lora.core.function.asked import Asked, ask_prompts
+from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.forward import gated_readout
-from lens_lora.core.model import LoraLens, alone
+from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.model import LoraLens, alone, by_axes
 from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
@@ -161,31 +161,57 @@ def fact_margin(
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre.
     """
-    asked = ask_prompts(lens, prompts)
-    margin = margin_between(lens.model, doc, pre, asked.prompts)
-    return fact_margin_of(asked.about(margin), doc, pre, by, progress)
+    f = function_of(lens, prompts, progress=progress)
+    margin = margin_between(lens.model, doc, pre, f.prompts)
+    return margin_of(Evaluations(f.about(margin)), doc, pre, by)
 
 
 def fact_margin_of(
-    asked: Asked, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str, progress: bool
+    asked: Any, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str, progress: bool
 ) -> FactMargin:
-    """The margin that `asked` reads, between these answers."""
-    lens = asked.lens
-    attribution = first_order_of(asked, by=by, along=USUAL_SCALES, progress=progress)
-    curve = remainder_curve_of(asked, attribution, progress=progress)
-    batch, texts = asked.prompts.batch, asked.prompts.texts
-    docs, pres = (answer_ids(lens.model, answer, batch, texts) for answer in (doc, pre))
+    """`margin_of` a question in its former words."""
+    return margin_of(asked.g.with_progress(progress), doc, pre, by)
+
+
+def margin_of(
+    g: Evaluations, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str = ()
+) -> FactMargin:
+    """`fact_margin` of the margin at hand between these answers.
+
+    Args:
+        g: the margin, as a function of the gates.
+        doc, pre: the answers that it is between.
+        by: also split the attribution by 'position', 'head', 'expert', 'rank'.
+    """
+    axes = by_axes(by)
+    slopes = g.slopes_with_noise(along=USUAL_SCALES, by=axes)
+    attribution = Attribution.of(
+        g,
+        slopes,
+        axes,
+        method="first_order",
+        at=0.0,
+        mode="reverse",
+        gauge="trained" if "rank" in axes else "",
+    )
+    curve = curve_beside(g, attribution.per_site)
     return FactMargin(
         attribution=attribution,
         curve=curve,
-        flip_scale=flip_scales(asked, curve.base, curve.scales, curve.values),
-        doc=tuple("".join(lens.decode(ids)) for ids in docs),
-        pre=tuple("".join(lens.decode(ids)) for ids in pres),
+        flip_scale=flip_scales(g, curve.base, curve.scales, curve.values),
+        doc=_texts(g, doc),
+        pre=_texts(g, pre),
     )
 
 
+def _texts(g: Function, answer: AnswerLike) -> tuple[str, ...]:
+    """Each prompt's answer as the model's tokens spell it."""
+    ids_of_each = answer_ids(g.lens.model, answer, g.prompts.batch, g.prompts.texts)
+    return tuple("".join(g.lens.decode(ids)) for ids in ids_of_each)
+
+
 def flip_scales(
-    asked: Asked,
+    g: Function,
     base: Float[Tensor, " batch"],
     scales: Float[Tensor, " scale"],
     values: Float[Tensor, "batch scale"],
@@ -207,7 +233,7 @@ def flip_scales(
         if not wide:
             break
         probes = torch.tensor([crossings[i].probes for i in wide])
-        for i, between in zip(wide, _values_at(asked, flipping[wide], probes).numpy(), strict=True):
+        for i, between in zip(wide, _values_at(g, flipping[wide], probes).numpy(), strict=True):
             crossings[i] = crossings[i].narrowed(between)
     flips[flipping] = torch.tensor([c.root for c in crossings], dtype=torch.float64)
     return flips
@@ -269,10 +295,11 @@ class _Crossing:
 
 
 def _values_at(
-    asked: Asked, chosen: Int[Tensor, " chosen"], scales: Float[Tensor, "chosen point"]
+    g: Function, chosen: Int[Tensor, " chosen"], scales: Float[Tensor, "chosen point"]
 ) -> Float[Tensor, "chosen point"]:
     """g(ε·1) of some prompts, each at its own ε."""
-    lens, reading = asked.lens, asked.reading
+    lens = g.lens
+    reading = g.reading
     rows = reading.only(chosen)
     if rows is reading:  # a user's function reads all prompts
         scales = scales.new_zeros(reading.batch, scales.shape[1]).index_copy(0, chosen, scales)

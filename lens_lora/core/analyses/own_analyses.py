@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
-from lens_lora.core.function.cache import Evaluations, evaluations
-from lens_lora.core.function.function import Function
+from lens_lora.core.function.cache import Evaluations
+from lens_lora.core.function.function import Function, function_of
 from lens_lora.core.model import LoraLens, alone
 from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.readout.readout import require_readout
 from lens_lora.errors import ArgumentError
 
 _P = ParamSpec("_P")
@@ -69,7 +70,21 @@ class Analysis(Protocol[_P, _R]):
         ...
 
 
-def analysis(verb: Callable[Concatenate[Evaluations, _P], _R]) -> Analysis[_P, _R]:
+_Verb = Callable[Concatenate[Evaluations, _P], _R]
+
+
+@overload
+def analysis(verb: _Verb[_P, _R]) -> Analysis[_P, _R]: ...
+@overload
+def analysis(
+    *, takes_max_memory: bool = False, of_several: Callable[..., Any] | None = None
+) -> Callable[[_Verb[_P, _R]], Analysis[_P, _R]]: ...
+def analysis(
+    verb: Callable[..., Any] | None = None,
+    *,
+    takes_max_memory: bool = False,
+    of_several: Callable[..., Any] | None = None,
+) -> Any:
     """Decorate a function of g, so that it takes a lens, prompts and a readout in place of g.
 
         @ll.analysis
@@ -82,10 +97,16 @@ def analysis(verb: Callable[Concatenate[Evaluations, _P], _R]) -> Analysis[_P, _
     Args:
         verb: its first parameter is g, a `Function` that remembers what it has evaluated; all
             others follow the readout in the call.
+        takes_max_memory: whether the call has a keyword `max_memory`, a bound in bytes that
+            replaces that of the lens.
+        of_several: what is called, with a list of functions in place of g, where the readout is a
+            list of them; without it, a list is refused.
 
     Raises:
         ArgumentError: something that is no function of g.
     """
+    if verb is None:
+        return functools.partial(analysis, takes_max_memory=takes_max_memory, of_several=of_several)
     if not callable(verb) or not inspect.signature(verb).parameters:
         raise ArgumentError(
             f"{verb!r} has no first parameter g", remedy="decorate a function of g: def f(g, …)."
@@ -100,12 +121,17 @@ def analysis(verb: Callable[Concatenate[Evaluations, _P], _R]) -> Analysis[_P, _
         progress: bool = True,
         **kwargs: Any,
     ) -> Any:
-        @alone
-        def once(lens: LoraLens) -> Any:
-            g = evaluations(lens, prompts, readout, progress=progress)
+        bounded = lens
+        if takes_max_memory:
+            max_memory = kwargs.pop("max_memory", None)
+            if isinstance(lens, LoraLens) and max_memory is not None:
+                bounded = lens.within(max_memory)
+        f = function_of(bounded, prompts, progress=progress)
+        if of_several is None or isinstance(readout, Readout):
+            g = Evaluations(f.about(require_readout(readout)))
             return verb(g, *args, **kwargs)
-
-        return once(lens)
+        questions = [Evaluations(f.about(require_readout(each))) for each in listed(readout)]
+        return of_several(questions, *args, **kwargs)
 
     def of(g: Function, *args: Any, **kwargs: Any) -> Any:
         @alone
@@ -115,12 +141,28 @@ def analysis(verb: Callable[Concatenate[Evaluations, _P], _R]) -> Analysis[_P, _
 
         return once(g.lens)
 
-    vars(call).update(of=of, __signature__=_signature(verb))
-    return cast("Analysis[_P, _R]", call)
+    vars(call)["__signature__"] = _signature(verb, takes_max_memory)
+    public = cast(Any, alone(call))
+    public.of = of
+    return public
 
 
-def _signature(verb: Callable[..., Any]) -> inspect.Signature:
-    """(lens, prompts, readout, …, progress=True), for help and editors."""
+def listed(readouts: object) -> Sequence[Readout]:
+    """Several readouts, at least one.
+
+    Raises:
+        ArgumentError: something that is no list of readouts.
+    """
+    if isinstance(readouts, str) or not isinstance(readouts, Sequence) or not readouts:
+        raise ArgumentError(
+            f"readout={readouts!r}: expected a readout, such as ll.Logit(' Paris'), or a list of "
+            "at least one."
+        )
+    return readouts
+
+
+def _signature(verb: Callable[..., Any], takes_max_memory: bool) -> inspect.Signature:
+    """(lens, prompts, readout, …, max_memory=None, progress=True), for help and editors."""
     inner = inspect.signature(verb)
     _, *own = inner.parameters.values()
     common = [
@@ -130,7 +172,9 @@ def _signature(verb: Callable[..., Any]) -> inspect.Signature:
     last: list[inspect.Parameter] = []
     while own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
         last.append(own.pop())
-    shows = inspect.Parameter(
-        "progress", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool
-    )
-    return inner.replace(parameters=[*common, *own, shows, *last])
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter("progress", keyword, default=True, annotation=bool)]
+    if takes_max_memory:
+        bound = inspect.Parameter("max_memory", keyword, default=None, annotation=float | None)
+        added.insert(0, bound)
+    return inner.replace(parameters=[*common, *own, *added, *last])

@@ -37,17 +37,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import one_entry, whole, word
-from lens_lora.core import Evaluations
+from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function import activations, interventions
 from lens_lora.core.function.activations import mean_over, replaced_readout
-from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core.function.function import Function
 from lens_lora.core.function.interventions import unheard
-from lens_lora.core.model import Group, Groups, LoraLens, Names, alone
+from lens_lora.core.model import Group, Groups, LoraLens, Names
 from lens_lora.core.model import sites as model_sites
-from lens_lora.core.readout import Prompts, PromptsLike, Reading, Readout
+from lens_lora.core.readout import Prompts, PromptsLike, Reading
 from lens_lora.core.readout.beginnings import distinct_tokens
 from lens_lora.core.results.attribution import Effects, patching_result
-from lens_lora.core.results.base import Entries, Ranked, header, long_table, only_prompt, tokens_at
+from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, tokens_at
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 
 How = Literal["add_one", "leave_one_out"]
@@ -55,11 +55,9 @@ Of = Literal["site", "rank"]
 Replace = Literal["zero", "mean", "resample"]
 
 
-@alone
+@analysis
 def patch_sites(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Function,
     how: How = "add_one",
     *,
     sites: str | Sequence[str] | None = None,
@@ -67,7 +65,6 @@ def patch_sites(
     of: Of = "site",
     replace: Replace = "zero",
     texts: PromptsLike | None = None,
-    progress: bool = True,
 ) -> Effects:
     """What each site, group of sites or single rank does to the readout, exactly.
 
@@ -105,49 +102,47 @@ def patch_sites(
         ArgumentError: another `how`, `group`, `of` or `replace`, texts where none are needed or
             none where they are, or ranks of groups or of norms.
     """
-    replacing = None if texts is None else lens.prompts(texts)
     word("how", how, get_args(How))
     word("of", of, get_args(Of))
+    lens = g.lens
+    replacing = None if texts is None else lens.prompts(texts)
     _require_texts(replace, replacing)
-    asked = ask(lens, prompts, readout)
-    groups, ranks = _chosen(asked.lens, sites, group), None
+    groups = _chosen(lens, sites, group)
     if of == "site" and replacing is None:
-        return patch_sites_of(asked, how, groups, progress)
-    turned = asked
+        return Effects.from_function(g, _switched(g, groups, how), groups, how)
+    ranks = None
     if of == "rank":
-        groups, ranks = _single_ranks(asked.lens, groups, group)
-        activations.require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
-        turned = dataclasses.replace(asked, lens=activations.in_gauge(asked.lens, "svd"))
-        turned.know({0.0: asked.ends[0], 1.0: asked.ends[1]})
-    stand_in = None if replacing is None else _stand_in(turned, how, replace, replacing)
-    values = _replaced(turned, groups, ranks, how, stand_in, progress)
+        groups, ranks = _single_ranks(lens, groups, group)
+        with_ranks = sorted({index for (index,) in groups.values()})
+        activations.require_ranks(lens, with_ranks)
+        lens = activations.in_gauge(lens, "svd")
+    stand_in = None
+    if replacing is not None:
+        stand_in = _stand_in(lens, g.reading, how, replace, replacing)
+    values = _replaced(g, lens, groups, ranks, how, stand_in)
     count = 0 if replacing is None else replacing.batch
-    return _labelled(asked, values, groups, how, of=of, replace=replace, texts=count)
+    return Effects.from_function(g, values, groups, how, of=of, replace=replace, texts=count)
 
 
-def patch_sites_of(
-    asked: Asked, how: How, groups: Groups | None = None, progress: bool = True
-) -> Effects:
-    """Effects of gates of zero, on groups of sites or each site: corners of the cube."""
-    g = Evaluations.about_question(asked, progress=progress)
-    groups = model_sites.group_sites(g.lens.sites) if groups is None else groups
+def _switched(g: Function, groups: Groups, how: How) -> Float[Tensor, "batch group"]:
+    """Effects of gates of zero or one on groups of sites: corners of the cube against an end."""
     members = model_sites.indicator(groups, len(g.lens.sites))
     if how == "add_one":
         added = g.corners(members)
         base, _ = g.ends
-        effects = added - base
-    else:
-        without = g.corners(1 - members)
-        _, adapted = g.ends
-        effects = adapted - without
-    return _labelled(asked, effects.T, groups, how)
+        return (added - base).T
+    without = g.corners(1 - members)
+    _, adapted = g.ends
+    return (adapted - without).T
 
 
-def _labelled(
-    asked: Asked, values: Float[Tensor, "batch group"], groups: Groups, how: How, **options: Any
+def patch_sites_of(
+    asked: Any, how: How, groups: Groups | None = None, progress: bool = True
 ) -> Effects:
-    noise_floor = asked.effect_noise(float(how == "leave_one_out"))
-    return Effects(values, groups, how, noise_floor=noise_floor, **header(asked), **options)
+    """`patch_sites.of` a question in its former words."""
+    g = asked.g.with_progress(progress)
+    groups = model_sites.group_sites(g.lens.sites) if groups is None else groups
+    return Effects.from_function(g, _switched(g, groups, how), groups, how)
 
 
 def _require_texts(replace: str, texts: Prompts | None) -> None:
@@ -194,38 +189,49 @@ def _single_ranks(lens: LoraLens, groups: Groups, group: Group) -> tuple[Groups,
     return {name: (index,) for (index, _), name in names.items()}, [rank for _, rank in names]
 
 
-def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> activations.StandIn:
-    gates = asked.lens.gates(float(how == "leave_one_out"))
+def _stand_in(
+    lens: LoraLens, reading: Reading, how: How, replace: Replace, texts: Prompts
+) -> activations.StandIn:
+    """What stands in for δ: from the texts, run on the model that the intervention is made on."""
+    gates = lens.gates(float(how == "leave_one_out"))
     if replace == "mean":
-        return mean_over(asked.lens, texts, distinct_tokens(texts), gates, asked.reading)
-    return activations.resampled(asked.lens, texts, gates, asked.reading)
+        return mean_over(lens, texts, distinct_tokens(texts), gates, reading)
+    return activations.resampled(lens, texts, gates, reading)
 
 
 def _replaced(
-    asked: Asked,
+    g: Function,
+    lens: LoraLens,
     groups: Groups,
     ranks: list[int] | None,
     how: How,
     stand_in: activations.StandIn | None,
-    progress: bool,
 ) -> Float[Tensor, "batch group"]:
-    """g with each group's own δ, less g with what stands in for it."""
-    lens, adds, is_by_rank = asked.lens, how == "add_one", ranks is not None
+    """g with each group's own δ, less g with what stands in for it.
+
+    The lens is that of g, with its rank spaces turned where single ranks are replaced.
+    """
+    adds = how == "add_one"
+    is_by_rank = ranks is not None
 
     def run(points: activations.Points, what: str) -> Float[Tensor, "batch group"]:
-        return replaced_readout(lens, asked.reading, points, stand_in, progress=progress, what=what)
+        return replaced_readout(lens, g.reading, points, stand_in, progress=g.progress, what=what)
 
     members = model_sites.indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
     about = 2.0 + torch.tensor(ranks or [0] * len(groups))[:, None]
     states = torch.where(members > 0, about.to(members), 0.0 if adds else 1.0)
     points = activations.Points(states, is_by_rank, alone=adds and is_by_rank, replaced=True)
     if not adds:
-        return asked.ends[1][:, None] - run(points, "replaced")
+        _, adapted = g.ends
+        return adapted[:, None] - run(points, "replaced")
     if is_by_rank:
         added = run(dataclasses.replace(points, replaced=False), "add one")
     else:
-        added = asked.at_gates(members, progress=progress, what="add one")
-    return added - (asked.ends[0][:, None] if stand_in is None else run(points, "replaced"))
+        added = g.corners(members).T
+    if stand_in is None:
+        base, _ = g.ends
+        return added - base[:, None]
+    return added - run(points, "replaced")
 
 
 # --- Activations, at any hook point.
@@ -346,17 +352,14 @@ class ActivationEffects(Ranked):
         return patching_result(self, self.direction == "adapted_to_base", index, axes)
 
 
-@alone
+@analysis
 def patch_activations(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Function,
     names: Names,
     *,
     direction: Direction = "base_to_adapted",
     positions: Positions = None,
     heads: Literal["each"] | None = None,
-    progress: bool = True,
 ) -> ActivationEffects:
     """What one activation carries of the shift: replaced by the other model's, at each hook point.
 
@@ -396,9 +399,10 @@ def patch_activations(
         NumericsError: a non-finite readout.
     """
     donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
-    chosen, asked = _checked(positions), ask(lens, prompts, readout)
-    reading = asked.reading
-    masks = _masks(chosen, asked.prompts, reading)
+    chosen = _checked(positions)
+    lens = g.lens
+    reading = g.reading
+    masks = _masks(chosen, g.prompts, reading)
     in_full, wanted = model_sites.computed(lens, names)
     donor = interventions.record(lens, reading.prompts, donor_scale, wanted, in_full)
     points = model_sites.require_fired(lens, donor.firings, in_full, wanted)
@@ -415,12 +419,12 @@ def patch_activations(
         for _, name, part in rows
         for mask in masks
     ]
-    base, adapted = asked.ends[..., None, None]
+    base, adapted = g.ends[..., None, None]
     patched = interventions.patched_readout(
-        lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=progress
+        lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=g.progress
     ).unflatten(1, (len(rows), -1))
     values = adapted - patched if direction == "base_to_adapted" else patched - base
-    _require_heard(asked, scale, [name for _, name, _ in rows], values)
+    _require_heard(g, scale, [name for _, name, _ in rows], values)
     if chosen == "each":
         # Positions that some row of a prompt has.
         exists = reading.by_prompt(reading.prompts.real.float()).to(values.device) > 0
@@ -430,22 +434,23 @@ def patch_activations(
         names=tuple(label for label, _, _ in rows),
         direction=direction,
         positions=_label(chosen),
-        noise_floor=asked.effect_noise(scale),
-        **header(asked),
+        noise_floor=g.noise((1.0, -1.0), at=scale),
+        **g.header(),
     )
 
 
 def _require_heard(
-    asked: Asked, scale: float, points: Sequence[str], values: Float[Tensor, "batch name position"]
+    g: Function, scale: float, points: Sequence[str], values: Float[Tensor, "batch name position"]
 ) -> None:
     """Refuse points without an effect at which nothing at all would have one."""
-    lens, ends = asked.lens, asked.ends
+    lens = g.lens
+    ends = g.ends
     rounding = _ROUNDINGS * lens.eps * float(ends.abs().max())
     least = max(_SMALL * float((ends[1] - ends[0]).abs().max()), rounding)
     is_heard = (values.abs().amax((0, 2)) > least).tolist()
     heard = {name for name, is_it in zip(points, is_heard, strict=True) if is_it}
     doubtful = [name for name in dict.fromkeys(points) if name not in heard]
-    silent = unheard(lens, asked.reading.prompts.row(0), scale, doubtful) if doubtful else []
+    silent = unheard(lens, g.rows.row(0), scale, doubtful) if doubtful else []
     if silent:
         raise ModelStateError(
             f"{model_sites.few(silent)}: the hook point fires, but the model ignores what a hook "

@@ -30,19 +30,19 @@ from torch import Tensor, nn
 from lens_lora.arguments import numbers_of
 from lens_lora.compat import Temporary, in_float64
 from lens_lora.core.analyses import verdict as verdicts
+from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.analyses.verdict import CHECKPOINTS, points_of
-from lens_lora.core.function.asked import Asked
-from lens_lora.core.function.cache import Evaluations, evaluations
+from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.memory import pass_groups
-from lens_lora.core.model import LoraLens, ScaleInject, alone
+from lens_lora.core.model import LoraLens, ScaleInject
 from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.model.kernels import experts_by_layer
-from lens_lora.core.readout import Prompts, PromptsLike, Readout
+from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt, read_of
+from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt
 from lens_lora.errors import ArgumentError
 
 # Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
@@ -112,15 +112,8 @@ class Remainder(Measured):
         return frame.assign(verdict=[verdict.kind for verdict in self.verdict])
 
 
-@alone
-def remainder(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    by_site: bool = False,
-    progress: bool = True,
-) -> Remainder:
+@analysis
+def remainder(g: Evaluations, *, by_site: bool = False) -> Remainder:
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
     Cost: five forward and backward passes and 12 forward passes, batched, most of them for the
@@ -137,7 +130,6 @@ def remainder(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    g = evaluations(lens, prompts, readout, progress=progress)
     g.require_slope_at_base()
     slopes = g.slopes_with_noise(along=CHECKPOINTS)
     path = g.along(CHECKPOINTS)
@@ -269,14 +261,9 @@ class RemainderCurve(results_base.Read, Drawn):
         return list(dict.fromkeys(near))
 
 
-@alone
+@analysis
 def remainder_curve(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    scales: Sequence[float] | Float[Tensor, " scale"] | None = None,
-    *,
-    progress: bool = True,
+    g: Evaluations, scales: Sequence[float] | Float[Tensor, " scale"] | None = None
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
@@ -298,25 +285,35 @@ def remainder_curve(
     strengths = USUAL_SCALES if scales is None else numbers_of("scales", scales)
     if not strengths:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
-    g = evaluations(lens, prompts, readout, progress=progress)
     slopes = g.slopes_with_noise(along=strengths)
-    return _curve(g, slopes, strengths)
+    return curve_beside(g, slopes, strengths)
 
 
 def remainder_curve_of(
-    asked: Asked,
+    asked: Any,
     attribution: Attribution,
     strengths: Sequence[float] = USUAL_SCALES,
     progress: bool = True,
 ) -> RemainderCurve:
-    """The curve at these ε, beside first order at the base."""
-    g = Evaluations.about_question(asked, progress=progress)
-    return _curve(g, attribution.per_site, strengths)
+    """`curve_beside` of a question in its former words."""
+    return curve_beside(asked.g.with_progress(progress), attribution.per_site, strengths)
 
 
-def _curve(
-    g: Evaluations, slopes: Float[Tensor, "batch site"], strengths: Sequence[float]
+def curve_beside(
+    g: Function,
+    slopes: Float[Tensor, "batch site"],
+    strengths: Sequence[float] = USUAL_SCALES,
 ) -> RemainderCurve:
+    """The curve at these ε, beside first order that is known already.
+
+    A forward pass for each strength that g does not know, and fourteen forward and four backward
+    passes for the noise floors, unless g knows them (`Evaluations.slopes_with_noise`).
+
+    Args:
+        g: the function.
+        slopes: ∂g/∂ε_l at the base.
+        strengths: the ε at which g is run.
+    """
     ordered = sorted(strengths)
     noise = g.remainder_noise(slopes)
     values = g.along(ordered).T
@@ -331,7 +328,7 @@ def _curve(
         slope=slope,
         noise=noise,
         order=orders(scales, rest, noise.of_remainder(scales)),
-        **read_of(g.asked),
+        **g.labels(),
     )
 
 

@@ -1,43 +1,73 @@
 """A function that remembers: the cache of one public call.
 
 Several analyses ask the same of one g: both ends, g along the path, what rounding does. Within one
-public call the model and its hooks stay as they are, so each is run once. What was not run yet
-goes in one batch: the ends ride along with the first corners, or with the first slopes.
+public call the model and its hooks stay as they are, so each is run once. What was not run yet goes
+in one batch: the ends ride along with the first corners, or with the first slopes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.function.function import Function
-from lens_lora.core.function.reverse import require_finite_sites
-from lens_lora.core.model import LoraLens
+from lens_lora.core.function import forward as function
+from lens_lora.core.function import memory, reverse, rounding
+from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.model import LoraLens, by_axes
+from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import PromptsLike, Readout
+from lens_lora.core.readout.readout import require_readout
+
+_ENDS = (0.0, 1.0)  # the base model and the adapted one
+_ByPrompt = Float[Tensor, " batch"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass
+class _Memory:
+    """What was evaluated of one g.
+
+    Attributes:
+        values: g at strengths ε.
+        slopes: ∂g/∂ε_l of whole sites at strengths; their parts, which may be large, are not kept.
+        draws: at strengths, g and then draws of it with noise at the embedding.
+        slope_draws: draws of first order at the base, once there are any.
+        str_tokens: each prompt's tokens, once they were looked up.
+    """
+
+    values: dict[float, _ByPrompt] = dataclasses.field(default_factory=dict)
+    slopes: dict[float, Float[Tensor, "batch site"]] = dataclasses.field(default_factory=dict)
+    draws: dict[float, Float[Tensor, "draw batch"]] = dataclasses.field(default_factory=dict)
+    slope_draws: rounding.Draws | None = None
+    str_tokens: tuple[tuple[str, ...], ...] | None = None
+
+
 class Evaluations(Function):
     """The same function, which runs each point once. It is a cache, and lives within one call.
 
     Hooks that you put on the model, or take off it, in the meantime are not seen in what it has
-    run already, and neither are rules under which derivatives are taken. `lens_lora.analysis` makes
-    one for each call; a `Function` of your own becomes one by `Evaluations.of(g)`.
+    run already. `lens_lora.analysis` makes one for each call; a `Function` of your own becomes one
+    by `Evaluations.of(g)`. Slopes under a context of yours are not remembered.
 
     Attributes:
-        asked: the question to the engine, which holds what is known.
         lens, prompts, rows, readout, progress: see `Function`.
     """
 
-    asked: Asked = dataclasses.field(kw_only=True)
-    # ∂g/∂ε_l of whole sites, by strength.
-    _site_slopes: dict[float, Tensor] = dataclasses.field(
-        default_factory=dict[float, Tensor], init=False
-    )
+    def __init__(self, g: Function) -> None:
+        """Remember what is evaluated of g from now on.
+
+        Args:
+            g: a function with a readout, of a model that is as it was when the lens was made.
+        """
+        super().__init__(g.lens, g.prompts, g.rows, g.readout, g.reading, g.progress)
+        self._memory = _Memory()
+        base = self._named_readout().base_value
+        if base is not None:
+            self.know(0.0, g.lens.gates(0.0).new_full((g.reading.batch,), base))
 
     @classmethod
     def of(cls, g: Function) -> Evaluations:
@@ -49,98 +79,196 @@ class Evaluations(Function):
         if isinstance(g, Evaluations):
             return g
         g._require_same_model()
-        return cls.about_question(g._asked(), progress=g.progress)
+        return cls(g)
 
-    @classmethod
-    def about_question(cls, asked: Asked, *, progress: bool = True) -> Evaluations:
-        """The function of a question to the engine, with what is known of it already.
+    def know(self, at: float, value: _ByPrompt) -> None:
+        """Take g(ε·1) at a strength ε from a pass that was run anyway.
 
         Args:
-            asked: with a readout.
-            progress: whether long calls show a bar.
+            at: the strength.
+            value: g there.
+
+        Raises:
+            NumericsError: a value that is not finite.
         """
-        return cls(
-            asked.lens,
-            asked.prompts,
-            asked.reading.prompts,
-            asked.readout,
-            asked.reading,
-            progress,
-            asked=asked,
-        )
+        function.require_finite(value, "the readout")
+        self._memory.values[at] = value
 
-    def _asked(self) -> Asked:
-        return self.asked
-
-    def _require_same_model(self) -> None:
-        """The model was checked when this was made, and stays as it is within the call."""
-
-    def _values(
-        self, points: Float[Tensor, "point site"], what: str
-    ) -> Float[Tensor, "point batch"]:
-        """Points with the same gate at every site are strengths, which are remembered."""
-        is_uniform = (points == points[:, :1]).all(1)
-        if bool(is_uniform.all()):
-            return self._along(points[:, 0].tolist())
-        return self.asked.at_gates(points, progress=self.progress, what=what).T
-
-    def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
-        return self.asked.along(strengths, self.progress).T
-
-    def _slopes(
-        self, points: Float[Tensor, "point site"], axes: tuple[str, ...], lens: LoraLens
-    ) -> Float[Tensor, "point batch site *by"]:
-        """At one strength the ends that are not known yet may ride along, and g there is known.
-
-        The slopes of whole sites are remembered; their parts, which may be large, are not.
-        """
-        is_strength = len(points) == 1 and bool((points[0] == points[0, 0]).all())
-        if not is_strength or "token" in axes:
-            return super()._slopes(points, axes, lens)
-        strength = float(points[0, 0])
-        if not axes and strength in self._site_slopes:
-            return self._site_slopes[strength][None]
-        slopes = self.asked.slopes(strength, axes, lens)
-        self._remember_slopes(strength, slopes)
-        return slopes[None]
-
-    def _remember_slopes(self, strength: float, slopes: Float[Tensor, "batch site *by"]) -> None:
-        of_sites = slopes if slopes.ndim == 2 else slopes.flatten(2).sum(2)
-        self._site_slopes[strength] = of_sites
-
-    @property
-    def floor(self) -> Float[Tensor, " batch"]:
-        """σ of `shift` from rounding alone; what is not known yet is drawn in one batch."""
-        return self.asked.noise_floor
-
-    def slopes_with_noise(self, along: Sequence[float] = ()) -> Float[Tensor, "batch site"]:
+    def slopes_with_noise(
+        self, along: Sequence[float] = (), by: tuple[str, ...] | str = ()
+    ) -> Float[Tensor, "batch site *by"]:
         """∂g/∂ε_l at the base; in the same passes what `noise` and `remainder_noise` rest on.
 
         Five forward and backward passes, and ten forward ones, batched; and one for each strength.
-        Where the slopes are known, they are not run again.
+        Where the slopes of whole sites are known and asked for, they are not run again.
 
         Args:
             along: strengths at which g is to be known as well.
+            by: any of 'position', 'head', 'expert' and 'rank', as in `slopes`.
 
         Raises:
             NumericsError: a derivative that is not finite, naming the site.
         """
-        if 0.0 in self._site_slopes:
-            return self._site_slopes[0.0]
-        slopes = self.asked.slopes_with_floors((), along, self.progress)
-        require_finite_sites(self.lens, slopes)
+        axes = by_axes(by, AXES)
+        if not axes and 0.0 in self._memory.slopes:
+            return self._memory.slopes[0.0]
+        slopes, base, draws = rounding.slopes_and_draws(self.lens, self.reading, axes)
+        self._memory.slope_draws = draws
+        self.know(0.0, base)
+        self._draw(_ENDS, beside=along, progress=self.progress)
+        reverse.require_finite_sites(self.lens, slopes)
         self._remember_slopes(0.0, slopes)
         return slopes
 
+    @property
+    def str_tokens(self) -> tuple[tuple[str, ...], ...]:
+        """See `Function.str_tokens`."""
+        if self._memory.str_tokens is None:
+            self._memory.str_tokens = super().str_tokens
+        return self._memory.str_tokens
+
+    def with_progress(self, shown: bool) -> Evaluations:
+        """The same function and memory, with or without bars.
+
+        Args:
+            shown: whether long calls show a bar.
+        """
+        other = Evaluations(super().with_progress(shown))
+        other._memory = self._memory
+        return other
+
+    @classmethod
+    def about_question(cls, asked: Any, *, progress: bool = True) -> Evaluations:
+        """From the former words, until all folders have gone over to g."""
+        return asked.g.with_progress(progress)
+
+    # --- What `Function` evaluates anew, from memory
+
+    def _require_same_model(self) -> None:
+        """The model was checked when this was made, and stays as it is within the call."""
+
+    def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
+        missing = self._unknown(dict.fromkeys(strengths))
+        if missing:
+            values = self._run(self._strengths(missing), "along the path", self.progress)
+            self._know_all(missing, values)
+        values = [self._memory.values[strength] for strength in strengths]
+        return torch.stack([value.to(values[-1]) for value in values])
+
+    def _values(
+        self, points: Float[Tensor, "point site"], what: str
+    ) -> Float[Tensor, "point batch"]:
+        """Points with the same gate at every site are strengths, which are remembered.
+
+        Both ends ride along with others, where they are not known yet.
+        """
+        is_uniform = (points == points[:, :1]).all(1)
+        if bool(is_uniform.all()):
+            return self._along(points[:, 0].tolist())
+        is_end = torch.stack([(points == strength).all(1) for strength in _ENDS])
+        others = points[~is_end.any(0)]  # at least one, or all were strengths
+        missing = self._unknown(_ENDS)
+        if missing:
+            others = torch.cat([self._strengths(missing).to(others), others])
+        values = self._run(others, what, self.progress)
+        self._know_all(missing, values[: len(missing)])
+        at_points = values.new_empty(len(points), values.shape[1])
+        at_points[~is_end.any(0)] = values[len(missing) :]
+        for strength, points_there in zip(_ENDS, is_end, strict=True):
+            at_points[points_there] = self._memory.values[strength].to(at_points)
+        return at_points
+
+    def _slopes(
+        self,
+        points: Float[Tensor, "point site"],
+        axes: tuple[str, ...],
+        lens: LoraLens,
+        *,
+        remember: bool = True,
+    ) -> Float[Tensor, "point batch site *by"]:
+        """At one strength g is seen on the way, and both ends ride along where that is cheaper."""
+        is_strength = len(points) == 1 and bool((points[0] == points[0, 0]).all())
+        if not is_strength or "token" in axes:
+            return super()._slopes(points, axes, lens)
+        at = float(points[0, 0])
+        if remember and not axes and at in self._memory.slopes:
+            return self._memory.slopes[at][None]
+        riding = [strength for strength in self._unknown(_ENDS) if strength != at]
+        if not memory.rides_along(self.lens, self.reading, 1 + len(riding)):
+            riding = []
+        strengths = [at, *riding]
+        slopes, values = reverse.slopes_of_first(
+            lens, self.reading, self._strengths(strengths), axes
+        )
+        self._know_all(strengths, values.T)
+        if remember:
+            self._remember_slopes(at, slopes)
+        return slopes[None]
+
+    def _remember_slopes(self, at: float, slopes: Float[Tensor, "batch site *by"]) -> None:
+        of_sites = slopes if slopes.ndim == 2 else slopes.flatten(2).sum(2)
+        self._memory.slopes[at] = of_sites
+
+    def _draws(self, strengths: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
+        return self._draw(strengths)
+
+    def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
+        base, adapted = self._draw(_ENDS)
+        return base, adapted
+
+    def _draw(
+        self, strengths: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
+    ) -> list[Float[Tensor, "draw batch"]]:
+        """g and its draws; what was not run yet is one batch, with g at strengths beside them."""
+        known = self._memory.draws
+        if self.reading.holds_base and 0.0 in strengths and 0.0 not in known:
+            known[0.0] = self._draws_of_held_base()
+        new = [strength for strength in strengths if strength not in known]
+        if new:
+            exact = self._unknown(dict.fromkeys([*new, *beside]))
+            values, draws = self._exact_and_draws(exact, new, progress)
+            self._know_all(exact, values)
+            for strength, drawn in zip(new, draws, strict=True):
+                value = self._memory.values[strength].to(drawn)
+                known[strength] = torch.cat([value[None], drawn])
+        return [known[strength] for strength in strengths]
+
+    def _slope_draws(self) -> rounding.Draws:
+        if self._memory.slope_draws is None:
+            self._memory.slope_draws = super()._slope_draws()
+        return self._memory.slope_draws
+
+    def _unknown(self, strengths: Iterable[float]) -> list[float]:
+        """Those at which g is not known yet."""
+        return [strength for strength in strengths if strength not in self._memory.values]
+
+    def _know_all(self, strengths: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
+        for strength, value in zip(strengths, values, strict=True):
+            self.know(strength, value)
+
 
 def evaluations(
-    lens: LoraLens, prompts: PromptsLike, readout: Readout, *, progress: bool = True
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    max_memory: float | None = None,
+    progress: bool = True,
 ) -> Evaluations:
     """g over these prompts with a memory, for one public call.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: what is read of the logits.
+        max_memory: bytes beside the model, in place of the bound of the lens.
+        progress: whether long calls show a bar.
 
     Raises:
         ArgumentError: something that is no lens, or no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         ModelStateError: the model is not as it was when the lens was made.
     """
-    return Evaluations.about_question(ask(lens, prompts, readout), progress=progress)
+    bounded = lens if max_memory is None else lens.within(max_memory)
+    f = function_of(bounded, prompts, progress=progress)
+    return Evaluations(f.about(require_readout(readout)))

@@ -467,6 +467,31 @@ def slopes_of_each(
     return torch.cat(slopes)
 
 
+def token_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    at: Float[Tensor, " site"],
+    axes: tuple[str, ...] = (),
+    *,
+    progress: bool = True,
+) -> Float[Tensor, "batch site *by_and_token"]:
+    """∂ℓ_t/∂ε_l of each token t of a response, with ℓ_t = log p(y_t | x, y_<t), by reverse mode.
+
+    A covector for each token goes back through one graph, in batches; where sites are split as
+    well, or the graph does not fit beside covectors, each token has a backward pass of its own.
+    """
+    has_own_passes = bool(axes) or memory.must_rerun(lens, reading)
+    if has_own_passes or not memory.fits_with_covectors(lens, reading.prompts):
+        groups = memory.graph_groups(lens, reading)
+        return reverse.joined([reverse.token_slopes(lens, group, at, axes) for group in groups])
+
+    def tokens() -> Float[Tensor, "token row"]:
+        return function.differentiable_tokens(lens, reading).T
+
+    slopes = slopes_of_each(lens, reading, at, tokens, progress=progress)
+    return slopes.permute(1, 2, 0)
+
+
 def hessian_product(
     lens: LoraLens, reading: Reading, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
 ) -> Float[Tensor, "batch site"]:

@@ -24,9 +24,11 @@ Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
@@ -36,18 +38,11 @@ from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, word
 from lens_lora.compat import Temporary
-from lens_lora.core.function import derivatives, memory, reverse
+from lens_lora.core.function import derivatives, memory, reverse, rounding
 from lens_lora.core.function import forward as function
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.function.asked import (
-    Asked,
-    ask_prompts,
-    curvature_noise,
-    draws_at,
-    noise_of_draws,
-)
 from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
-from lens_lora.core.function.noise import Noise, noise_of
+from lens_lora.core.function.noise import Noise
 from lens_lora.core.model import (
     Gauge,
     Inject,
@@ -61,12 +56,11 @@ from lens_lora.core.model import (
     indicator,
 )
 from lens_lora.core.model.sites import AXES
-from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, Reading, Readout
+from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
 from lens_lora.core.readout.reading import one_row_each
+from lens_lora.core.readout.readout import require_readout
 from lens_lora.core.readout.responses import AnswerLike
-from lens_lora.core.results.base import header
 from lens_lora.errors import ArgumentError
-from lens_lora.responses.answers import AnswerLogProb
 
 Gates = Scale
 Corners = Literal["add_one", "leave_one_out"]
@@ -260,8 +254,7 @@ class Function:
             NumericsError: logits that are not finite.
         """
         points, shape = self._points(gates)
-        with torch.no_grad():
-            values = torch.stack([self._logits_at(point) for point in points])
+        values = self._logits(points)
         function.require_finite(values, "the model's output")
         return values.view(*shape, *values.shape[1:])
 
@@ -275,6 +268,7 @@ class Function:
         *,
         gauge: Gauge = "trained",
         weights: Float[Tensor, " point"] | None = None,
+        under: AbstractContextManager[object] | None = None,
     ) -> Float[Tensor, "*point batch site *by"]:
         """∂g/∂ε_l of every site (note, Prop. 1), by reverse mode, in the readout's units.
 
@@ -282,7 +276,7 @@ class Function:
         adapted model does.
 
         Cost: one forward and one backward pass a point, whatever the sites and parts; by token a
-        backward pass for each token of the response.
+        backward pass for each token of the response, batched where nothing else is split.
 
         Args:
             at: the gates at which the derivative is taken, as for the function itself.
@@ -293,10 +287,12 @@ class Function:
                 of ΔW, which are unique.
             weights: one for each of several points: then the weighted sum over them, [batch, site,
                 *by], as for an integral along a path. The slopes of one batch alone are held.
+            under: a context that holds while these slopes are computed and no longer, such as rules
+                that take attention patterns for constants. It may change derivatives, not values.
 
         Raises:
-            ArgumentError: another axis or gauge; a KL at 0, where it has no slope; weights of other
-                points, or by token.
+            ArgumentError: another axis or gauge; at 0 a readout without a slope there, as a `KL`;
+                weights of other points, or by token.
             ModelStateError: a gradient did not reach some site.
             NumericsError: a derivative that is not finite, naming the site.
         """
@@ -304,11 +300,17 @@ class Function:
         points, shape = self._points(at)
         if not shape and not bool(points.any()):
             self.require_slope_at_base()
+        gauged = in_gauge(self.lens, gauge)
         if weights is not None:
-            total = self._weighted_slopes(points, weights, axes, in_gauge(self.lens, gauge))
+            with under or contextlib.nullcontext():
+                total = self._weighted_slopes(points, weights, axes, gauged)
             reverse.require_finite_sites(self.lens, total)
             return total
-        values = self._slopes(points, axes, in_gauge(self.lens, gauge))
+        if under is None:
+            values = self._slopes(points, axes, gauged)
+        else:
+            with under:
+                values = self._slopes(points, axes, gauged, remember=False)
         reverse.require_finite_sites(self.lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
 
@@ -318,7 +320,7 @@ class Function:
         Raises:
             ArgumentError: naming what says something there.
         """
-        self._asked().require_slope_at_base()
+        self._named_readout().require_slope_at_base()
 
     @_public
     def tangent(
@@ -467,20 +469,12 @@ class Function:
         chosen = self.prompts.chosen(prompts)
         return Function(self.lens, chosen, reading.prompts, self.readout, reading, self.progress)
 
-    def with_progress(self, progress: bool) -> Function:
-        """The same function, with or without bars.
-
-        Args:
-            progress: whether long calls show a bar.
-        """
-        return Function(self.lens, self.prompts, self.rows, self.readout, self._reading, progress)
-
     # --- What rounding alone does
 
     @property
     def floor(self) -> Float[Tensor, " batch"]:
         """σ of `shift` from rounding alone, in the readout's units. Ten forward passes, batched."""
-        return self.noise((1.0, -1.0), at=(1.0, 0.0))
+        return rounding.noise_of_ends(*self._draws_of_ends())
 
     @_public
     def noise(
@@ -516,7 +510,10 @@ class Function:
                 remedy="give each value of g its coefficient, and one strength for all or one for "
                 "each.",
             )
-        sigma = {strength: self._sigma(strength) for strength in dict.fromkeys(strengths)}
+        sigma: dict[float, Tensor] = {}
+        for strength in dict.fromkeys(strengths):
+            (draws,) = self._draws([strength])
+            sigma[strength] = rounding.noise_of_draws(draws)
         squares = [(c * sigma[s]).square() for c, s in zip(factors, strengths, strict=True)]
         return torch.stack(squares).sum(0).sqrt()
 
@@ -534,7 +531,15 @@ class Function:
         Args:
             slopes: ∂g/∂ε_l at the base, `slopes()`.
         """
-        return noise_of(self._asked(), slopes)
+        base, adapted = self._draws_of_ends()
+        of_shift = rounding.noise_of_ends(base, adapted)
+        if self.reading.holds_base:
+            # Where ε is small what counts is how far D(0) itself moves, which slopes' draws show.
+            base = self._along([0.0])
+        near_base, of_slopes = rounding.first_order_noise(
+            self.lens, self._slope_draws(), base, slopes
+        )
+        return Noise(of_shift, near_base, of_slopes)
 
     @_public
     def curvature_noise(
@@ -547,13 +552,15 @@ class Function:
         Args:
             half_row_sums: ½ (H 1)_l at the base, `curvature(1.0) / 2`.
         """
-        return curvature_noise(self.lens, self.reading, half_row_sums)
+        return rounding.curvature_noise(self.lens, self.reading, half_row_sums)
 
     # --- The same function otherwise, and what results say of it
 
     @_public
     def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
         """The same prompts with another readout. One forward pass of a `KL`, for its base.
+
+        Nothing that is known of this one is taken over.
 
         Args:
             readout: a readout; or a function of what `logits` returns, [row, *slot, vocab], that
@@ -565,29 +572,101 @@ class Function:
         if callable(readout) and not isinstance(readout, Readout):
             named = Readout.of(readout)
             reading = one_row_each(self.rows, named.bind(self.lens.model, self.rows.batch))
-        else:
-            asked = Asked(self.lens, self.prompts).about(readout)
-            named, reading = asked.readout, asked.reading
-        return Function(self.lens, self.prompts, reading.prompts, named, reading, self.progress)
+            return self.read_by(named, reading)
+        of_prompts = require_readout(readout).on(self.prompts)
+        return self.read_by(of_prompts, of_prompts.begin(self.of_rows(self.prompts)))
 
-    @_public
+    def read_by(self, readout: Readout, reading: Reading) -> Function:
+        """The same prompts with a readout that is bound to them already. No pass.
+
+        Args:
+            readout: its label and units.
+            reading: the rows that are run, and how g is read from their logits.
+        """
+        return Function(self.lens, self.prompts, reading.prompts, readout, reading, self.progress)
+
+    def with_progress(self, shown: bool) -> Function:
+        """The same function, with or without bars.
+
+        Args:
+            shown: whether long calls show a bar.
+        """
+        return Function(self.lens, self.prompts, self.rows, self.readout, self._reading, shown)
+
+    def over(self, lens: LoraLens) -> Function:
+        """The same rows, and what a `KL` holds of the base, under another adapter. No pass.
+
+        Args:
+            lens: another adapter, or another gauge, over the same model.
+        """
+        return Function(lens, self.prompts, self.rows, self.readout, self._reading, self.progress)
+
+    def of_rows(self, rows: Prompts) -> Function:
+        """f of other rows, such as the prompts with their answers, without a readout. No pass.
+
+        Args:
+            rows: what is run in place of the prompts.
+        """
+        return Function(self.lens, self.prompts, rows, None, None, self.progress)
+
     def header(self) -> dict[str, Any]:
-        """The fields that every measured result has: sites, both ends, tokens, readout and units.
+        """The fields that every measured result has: sites, both ends, and `labels`.
 
         Two forward passes, for the ends.
         """
-        return header(self._asked())
+        base, adapted = self.ends
+        return {"sites": self.lens.sites, "base": base, "adapted": adapted, **self.labels()}
+
+    def labels(self) -> dict[str, Any]:
+        """The fields of every result of a readout: its name and units, the tokens, the model."""
+        readout = self._named_readout()
+        return {
+            "readout": readout.label,
+            "units": readout.units,
+            "str_tokens": self.str_tokens,
+            "meta": self.lens.describe(self.prompts),
+        }
+
+    @property
+    def str_tokens(self) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's tokens and those of its answer; 'a|b' where two answers differ.
+
+        They know how many of them are the prompt's, which titles and stories quote.
+        """
+        if self._reading is None or self.rows is self.prompts:
+            return self.lens.str_tokens(self.prompts)
+        merged = self._reading.tokens_of(self.lens.str_tokens(self.rows))
+        texts = [source.said for source in self.prompts.sources]
+        return tuple(map(PromptTokens, merged, texts, self.prompts.asked_lengths))
+
+    @property
+    def response_tokens(self) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's response y_1 … y_T as strings, of a readout of one response.
+
+        Raises:
+            ArgumentError: another readout.
+        """
+        response = self._one_response()
+        ids = [response.tokens[response.owner == i].tolist() for i in range(response.batch)]
+        return tuple(tuple(self.lens.decode(row)) for row in ids)
 
     # --- How it is evaluated; `Evaluations` answers some of these from what it remembers
 
-    def _asked(self) -> Asked:
-        """The question to the engine, which remembers nothing of an earlier one."""
-        reading = self.reading
-        return Asked(self.lens, self.prompts, (self._named_readout(), reading))
-
     def _named_readout(self) -> Readout:
+        _ = self.reading  # which refuses a function without a readout
         assert self.readout is not None, "a reading has a readout"
         return self.readout
+
+    def _one_response(self) -> LogProbs:
+        """The reading of one response a prompt, token by token."""
+        read = self.reading.read
+        if isinstance(read, LogProbs) and read.is_one_response:
+            return read
+        raise ArgumentError(
+            "by='token' splits the log-probability of one response, and the readout is "
+            f"{self._named_readout().label}",
+            remedy="use AnswerLogProb(response), for a margin once for each answer.",
+        )
 
     def _require_same_model(self) -> None:
         """Check that the model is as it was when the lens was made."""
@@ -595,36 +674,78 @@ class Function:
 
     def _values(self, points: _Points, what: str) -> Float[Tensor, "point batch"]:
         """g at these gates; `what` is how a bar calls them."""
+        return self._run(points, what, self.progress)
+
+    def _run(self, points: _Points, what: str, progress: bool) -> Float[Tensor, "point batch"]:
         return function.gated_readout(
-            self.lens, self.reading, points, progress=self.progress, what=what
+            self.lens, self.reading, points, progress=progress, what=what
         ).T
 
     def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
-        points = torch.stack([self.lens.gates(strength) for strength in strengths])
-        return self._values(points, "along the path")
+        return self._run(self._strengths(strengths), "along the path", self.progress)
 
-    def _sigma(self, strength: float) -> Float[Tensor, " batch"]:
-        """σ of g at this strength."""
-        asked = self._asked()
-        if strength == 0:
-            return asked.base_noise
-        if strength == 1:
-            return asked.adapted_noise
-        exact, draws = draws_at(self.lens, self.reading, [strength], exact=[strength])
-        return noise_of_draws(torch.cat([exact.T, draws[0]]))
+    def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
+        (base,) = self._draws([0.0])
+        (adapted,) = self._draws([1.0])
+        return base, adapted
+
+    def _draws(self, strengths: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
+        """g at each of these strengths, and then draws of it with noise at the embedding.
+
+        At the base of a readout that holds the base's logits: g(1), and draws in which these move.
+        """
+        drawn: dict[float, Tensor] = {}
+        if self.reading.holds_base and 0.0 in strengths:
+            drawn[0.0] = self._draws_of_held_base()
+        others = [strength for strength in strengths if strength not in drawn]
+        if others:
+            exact, draws = self._exact_and_draws(others, others, progress=False)
+            for strength, value, of_strength in zip(others, exact, draws, strict=True):
+                drawn[strength] = torch.cat([value.to(of_strength)[None], of_strength])
+        return [drawn[strength] for strength in strengths]
+
+    def _exact_and_draws(
+        self, exact: Sequence[float], drawn: Sequence[float], progress: bool
+    ) -> tuple[Float[Tensor, "exact batch"], Float[Tensor, "drawn draw batch"]]:
+        """g as it is at some strengths, and draws of it at some; one batch if that is cheaper."""
+        lens, reading = self.lens, self.reading
+        copies = len(exact) + 2 * rounding.DRAWS
+        share_one_pass = memory.shares_pass(lens, reading, copies)
+        if exact and (function.pays(lens, self._strengths(exact)) or not share_one_pass):
+            values = self._run(self._strengths(exact), "along the path", progress)
+            _, draws = rounding.draws_at(lens, reading, drawn, progress=progress)
+            return values, draws
+        values, draws = rounding.draws_at(lens, reading, drawn, exact=exact, progress=progress)
+        return values.T, draws
+
+    def _draws_of_held_base(self) -> Float[Tensor, "draw batch"]:
+        """g(1), and then draws of it in which the held logits of the base are what moves."""
+        (adapted_logits,) = self._logits(self._strengths([1.0]))
+        turned = self.reading.redrawn(adapted_logits)
+        _, (draws,) = rounding.draws_at(self.lens, turned, [0.0])
+        return torch.cat([self._along([1.0]).to(draws), draws])
+
+    def _slope_draws(self) -> rounding.Draws:
+        """Draws of g(0) and Σ a. Four forward and backward passes."""
+        return rounding.base_draws(self.lens, self.reading)
 
     def _slopes(
-        self, points: _Points, axes: tuple[str, ...], lens: LoraLens
+        self, points: _Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
     ) -> Float[Tensor, "point batch site *by"]:
         """Some prompts at a time, and as many points of them as go into one batch."""
+        del remember  # a function has no memory
+        reading = self.reading
+        if "token" in axes:
+            self._one_response()
+            each = [
+                derivatives.token_slopes(lens, reading, point, axes[:-1], progress=self.progress)
+                for point in points
+            ]
+            return torch.stack(each)
         groups: list[Tensor] = []
-        for group in memory.graph_groups(lens, self.reading):
-            if "token" in axes:
-                self._require_one_response()
-                chunks = [reverse.token_slopes(lens, group, p, axes[:-1])[:, None] for p in points]
-            else:
-                step = memory.slopes_at_once(lens, group)
-                chunks = [_slopes_at(lens, group, some, axes) for some in points.split(step)]
+        for group in memory.graph_groups(lens, reading):
+            step = memory.slopes_at_once(lens, group)
+            chunks = [_slopes_at(lens, group, some, axes) for some in points.split(step)]
             groups.append(torch.cat(chunks, 1))
         return reverse.joined(groups).movedim(1, 0)
 
@@ -651,24 +772,25 @@ class Function:
                 sums.append(total)
         return reverse.joined(sums)
 
-    def _require_one_response(self) -> None:
-        read = self.reading.read
-        if not (isinstance(read, LogProbs) and read.is_one_response):
-            raise ArgumentError(
-                "by='token' splits the log-probability of one response, and the readout is "
-                f"{self._named_readout().label}",
-                remedy="use ll.AnswerLogProb(response).",
-            )
-
-    def _logits_at(self, gates: Float[Tensor, " site"]) -> Float[Tensor, "row *slot vocab"]:
-        """As many rows at a time as there is memory for."""
-        rows = self.rows
-        step = memory.rows_of_pass(self.lens, rows) or rows.batch
-        logits: list[Tensor] = []
-        for first in range(0, rows.batch, step):
-            group = rows.cut(first, first + step)
-            logits.append(_with_slots(function.gated_logits(self.lens, group, gates), rows))
-        return torch.cat(logits)
+    def _logits(self, points: _Points) -> Float[Tensor, "point row *slot vocab"]:
+        """As many rows at a time as there is memory for beside the logits, which are all kept."""
+        lens, rows = self.lens, self.rows
+        slots = [] if rows.reads is None else [rows.slots]
+        vocabulary = int(lens.model.cfg.d_vocab_out)
+        logits = torch.empty(
+            (len(points), rows.batch, *slots, vocabulary), dtype=lens.gate_dtype, device=lens.device
+        )
+        held = logits.nbytes
+        if self._reading is not None:
+            held += self._reading.held_bytes
+        step = memory.rows_of_logits(lens, rows, held) or rows.batch
+        for gates, out in zip(points, logits, strict=True):
+            inject = ScaleInject(lens.plan, gates)
+            for first in range(0, rows.batch, step):
+                group = rows.cut(first, first + step)
+                with torch.no_grad(), lens.injected(inject):
+                    _read_into(lens, group, out[first : first + step])
+        return logits
 
     def _tangents(
         self,
@@ -705,6 +827,10 @@ class Function:
         return values.unflatten(0, (reading.batch, len(points))).T
 
     # --- Gates as points
+
+    def _strengths(self, strengths: Sequence[float]) -> _Points:
+        """ε·1 for each strength ε."""
+        return torch.stack([self.lens.gates(strength) for strength in strengths])
 
     def _points(self, gates: Gates) -> tuple[_Points, torch.Size]:
         """The gates as [point, site], and the axes that the points had."""
@@ -771,14 +897,20 @@ def function_of(
     progress: bool = True,
 ) -> Function:
     """g over these prompts, bound once; see `LoraLens.function`."""
+    if not isinstance(lens, LoraLens):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+        )
+    lens.plan.check_state()
+    ready = lens.prompts(prompts)
+    if response is None:
+        f = Function(lens, ready, ready, None, None, progress)
+        return f if readout is None else f.about(readout)
+    with_response = lens.prompts(ready, response)
     if readout is None:
-        ready = ask_prompts(lens, prompts).prompts
-        rows = ready
-        if response is not None:
-            rows = AnswerLogProb(response).over(lens.model, ready).prompts
-        return Function(lens, ready, rows, None, None, progress)
-    ready = ask_prompts(lens, lens.prompts(prompts, response)).prompts
-    return Function(lens, ready, ready, None, None, progress).about(readout)
+        # Each token of the response is drawn from the logits of the token before it.
+        return Function(lens, ready, with_response.one_token_earlier(), None, None, progress)
+    return Function(lens, with_response, with_response, None, None, progress).about(readout)
 
 
 def _is_differentiated(gates: Tensor) -> bool:
@@ -805,14 +937,19 @@ def _slopes_at(
     return slopes.by_prompt(many).unflatten(0, (reading.batch, len(points)))
 
 
-def _with_slots(
-    logits: Float[Tensor, "some *own vocab"], rows: Prompts
-) -> Float[Tensor, "some *slot vocab"]:
-    """With as many slots as the longest response of all rows; the last one is repeated."""
-    if rows.reads is None:
-        return logits
-    slots = torch.arange(rows.slots, device=logits.device)
-    return logits[:, slots.clamp(max=logits.shape[1] - 1)]
+def _read_into(lens: LoraLens, rows: Prompts, out: Float[Tensor, "some *slot vocab"]) -> None:
+    """The logits of one forward pass under the hooks now on the model, straight to where they stay.
+
+    Where only the unembedding comes after the final residual stream, some tokens at a time. Rows
+    with fewer slots than there are repeat their last one.
+    """
+    own = out if rows.reads is None else out[:, : rows.slots]
+    if function.ends_plainly(lens):
+        function.logits_of_final(lens, function.read_final(lens, rows), own)
+    else:
+        own.copy_(function.read_logits(lens, rows))
+    if rows.reads is not None:
+        out[:, rows.slots :] = out[:, rows.slots - 1 : rows.slots]
 
 
 def _tangents_of(

@@ -46,7 +46,7 @@ from lens_lora.compat import Temporary, replace_forward
 from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.passes import going_on, pass_under_way
 from lens_lora.core.readout.prompts import Prompts
-from lens_lora.core.readout.reading import PICKS, Columns, Divergence, Picks, Reading
+from lens_lora.core.readout.reading import PICKS, Columns, Picks, Reading
 from lens_lora.errors import ArgumentError, ModelStateError, many, named, worded
 
 # What is run. Of a reading only the logits that it needs are made.
@@ -370,6 +370,15 @@ def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     return _rows(lens, run, lambda need: (need.in_pass, need.always + need.picked), what)
 
 
+def rows_of_logits(lens: LoraLens, prompts: Prompts, held: float) -> int | None:
+    """How many rows go forward at once where the logits of all of them stay: so many bytes."""
+    what = "a forward pass of one prompt, beside the logits that are held,"
+    if lens.max_memory is None:
+        return None
+    need = _need(lens, prompts, in_turn=True)
+    return _rows(lens, prompts, lambda _: (need.in_pass, held + need.picked), what)
+
+
 def rows_of_graph(
     lens: LoraLens, run: Run, beside: float = 0.0, what: str = "a forward and a backward pass"
 ) -> int | None:
@@ -478,7 +487,8 @@ def _rows(
     return int((bound - always) // of_one)
 
 
-def _need(lens: LoraLens, run: Run) -> _Need:
+def _need(lens: LoraLens, run: Run, *, in_turn: bool = False) -> _Need:
+    """What the rows of a run take; with `in_turn` all logits are made some tokens at a time."""
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(run).tokens.shape[1]
     width = int(cfg.d_model)
     wide = width + int(getattr(cfg, "d_mlp", None) or 4 * width)
@@ -486,8 +496,7 @@ def _need(lens: LoraLens, run: Run) -> _Need:
     pattern = any_pattern * host.keeps_patterns
     kept = 1 if lens.dtype.itemsize >= 4 else 3
     of_logits = lens.gate_dtype.itemsize * int(cfg.d_vocab_out)
-    by_row, picks = _unembedded(lens, run)
-    read = run.read if isinstance(run, Reading) else None
+    by_row, picks = _unembedded(lens, run, in_turn)
     graphed = _LOGITS_OF_GRAPH * by_row * of_logits
     of_token = lens.dtype.itemsize * longest
     return _Need(
@@ -495,7 +504,7 @@ def _need(lens: LoraLens, run: Run) -> _Need:
         of_graph=of_token * host.n_layers * (8 * wide + kept * pattern) + graphed,
         of_rerun=of_token * (host.n_layers * width + 8 * wide + 7 * pattern) + graphed,
         of_duals=lens.gate_dtype.itemsize * longest * _DUAL_ROW * (wide + any_pattern),
-        always=read.held_bytes if isinstance(read, Divergence) else 0,
+        always=run.held_bytes if isinstance(run, Reading) else 0,
         picks=picks,
         picked=_LOGITS * of_logits * min(picks, 2 * PICKS),
         graphed=_LOGITS_OF_GRAPH * of_logits * min(picks, PICKS),
@@ -515,12 +524,14 @@ def pass_bytes(lens: LoraLens) -> int:
     return int(share * int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize)
 
 
-def _unembedded(lens: LoraLens, run: Run) -> tuple[int, int]:
+def _unembedded(lens: LoraLens, run: Run, in_turn: bool = False) -> tuple[int, int]:
     """The tokens of each row whose logits are held together, and those that are made in turn."""
     slots = prompts_of(run).slots
     adapted = any(site.kind == "unembed" for site in lens.sites)
-    if isinstance(run, Prompts) or adapted or lens.plan.host.unembedding() is None:
+    if adapted or lens.plan.host.unembedding() is None:
         return slots, 0
+    if isinstance(run, Prompts):
+        return (0, len(run.tokens) * slots) if in_turn else (slots, 0)
     if isinstance(run.read, Picks):
         return 0, len(run.read.rows)
     return (0 if isinstance(run.read, Columns) else slots), 0

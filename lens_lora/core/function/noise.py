@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function.asked import Asked, first_order_noise
 from lens_lora.core.results.storage import stored
 
 _Scale = float | Float[Tensor, " scale"]
@@ -52,15 +51,3 @@ class Noise:
         """ε, and numbers of each prompt in shapes that go with it."""
         eps = torch.as_tensor(scale, dtype=self.shift.dtype, device=self.shift.device)
         return eps, *(row[:, None] if eps.ndim else row for row in numbers)
-
-
-def noise_of(asked: Asked, slopes: Float[Tensor, "batch site"]) -> Noise:
-    """Fourteen forward passes and four backward, batched; none after `slopes_with_floors`.
-
-    Args:
-        asked: the question, with a readout.
-        slopes: ∂g/∂ε_l at the base.
-    """
-    floor = asked.noise_floor
-    both = first_order_noise(asked.lens, asked.slope_draws, asked.base_draws, slopes)
-    return Noise(floor, *both)

@@ -224,6 +224,18 @@ class Prompts:
         positions = self.read_positions.to(values.device).expand(len(values), -1)
         return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
 
+    def one_token_earlier(self) -> Prompts:
+        """Rows without their last token, read at as many: where each token that was read is drawn.
+
+        Of prompts with their responses: the logits at the slots are then those from which the
+        responses' tokens come.
+        """
+        lengths = self.lengths - 1
+        width = int(lengths.max())
+        is_left = torch.arange(width, device=self.tokens.device) < lengths[:, None]
+        tokens = self.tokens[:, :width].masked_fill(~is_left, 0)
+        return dataclasses.replace(self, tokens=tokens, lengths=lengths)
+
     def at_each_token(self) -> Prompts:
         """Read at every token but the first, a sink; as they are where they say what is read."""
         if self.reads is not None:

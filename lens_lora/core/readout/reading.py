@@ -42,6 +42,22 @@ class _ByRow(Protocol):
         ...
 
 
+@runtime_checkable
+class _Holding(Protocol):
+    """A reading that compares with logits that it holds, as a KL does with those of the base."""
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]: ...
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of all logits that are held."""
+        ...
+
+    def turned(self, logits: Float[Tensor, "row *slot vocab"]) -> Bound:
+        """The same comparison with the other side held: these logits, of the adapted model."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """What is run, and what is read from it.
@@ -61,6 +77,26 @@ class Reading:
     def batch(self) -> int:
         """The number of prompts."""
         return int(self.owner[-1]) + 1
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of the logits that the reading holds; 0 where it holds none."""
+        return self.read.held_bytes if isinstance(self.read, _Holding) else 0
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether it compares with the base's logits, whose rounding then moves g everywhere."""
+        return isinstance(self.read, _Holding)
+
+    def redrawn(self, logits: Float[Tensor, "row *slot vocab"]) -> Reading:
+        """g(1) as a function of the base's logits, for the noise that is in these.
+
+        Args:
+            logits: those of the adapted model, where the reading reads them.
+        """
+        if not isinstance(self.read, _Holding):
+            raise TypeError("only a reading that holds the base's logits has noise from them")
+        return dataclasses.replace(self, read=self.read.turned(logits))
 
     def by_prompt(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " batch *rest"]:
         """The sum over the rows of each prompt."""
@@ -272,92 +308,6 @@ class LogProbs(Picks):
         place = self.owner.to(terms.device), slots.to(terms.device)
         by_token = terms.new_zeros(self.batch, int(slots.max()) + 1)
         return by_token.index_put(place, terms * self.weights.to(terms))
-
-
-# Of a logit, in nats: beyond it a probability that rounds to zero might grow to one.
-LARGEST_SHIFT = 60.0
-_IN_CACHE = 8  # picks whose sums are taken together, so that their rows stay in the cache
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Divergence(Picks):
-    """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ less its mean Σ p₀ d.
-
-    A pick is one of a row's slots; a row is its own prompt.
-
-    Attributes:
-        base: f₀ of every row that is held.
-        held_rows: the held row with which each pick is compared.
-        is_from_base: whether KL(p₀‖p) is read, else KL(p‖p₀).
-        beside: the logits that another reading holds meanwhile; None without one.
-    """
-
-    by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "held_rows")
-    base: Float[Tensor, "held *slot vocab"]
-    held_rows: Int[Tensor, " pick"]
-    is_from_base: bool
-    beside: Float[Tensor, "held *slot vocab"] | None = None
-
-    @property
-    def held_bytes(self) -> int:
-        """The memory of all logits that are held."""
-        return self.base.nbytes + (0 if self.beside is None else self.beside.nbytes)
-
-    def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
-        """The same divergence with the other side held: read from f₀, beside these logits."""
-        is_from_base = not self.is_from_base
-        return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
-
-    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
-        """The divergence at these picks."""
-        pieces = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
-        near = [_from_shift(*self._base_at(*p), p[1], self.is_from_base) for p in pieces]
-        largest = torch.stack([shift for _, shift in near]).tolist()
-        divergences = [kl for kl, _ in near]
-        for i, piece in enumerate(pieces):
-            if not largest[i] <= LARGEST_SHIFT:
-                divergences[i] = self._from_logarithms(*piece)
-        return torch.cat(divergences)
-
-    def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
-        log_p, log_q = self._base_at(few, logits)[0].log_softmax(-1), logits.log_softmax(-1)
-        first, second = (log_p, log_q) if self.is_from_base else (log_q, log_p)
-        return (first.exp() * (first - second)).sum(-1)
-
-    def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
-        """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
-        places = torch.stack(at_some(of_slots(self.held_rows, self.slots, few.device), few))
-        distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
-        base = self.base[tuple(distinct.to(self.base.device))].to(logits)
-        p = base.softmax(-1)
-        if len(base) in (1, len(few)):
-            return base, p
-        copy = copy.to(logits.device)
-        return base[copy], p[copy]
-
-
-def _from_shift(
-    base: Float[Tensor, "#pick vocab"],
-    p: Float[Tensor, "#pick vocab"],
-    logits: Float[Tensor, "pick vocab"],
-    is_from_base: bool,
-) -> tuple[Float[Tensor, " pick"], Float[Tensor, ""]]:
-    """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
-
-    Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
-    Also the largest d, beyond which this is not to be used.
-    `texts/distribution_shift.py` has the same sums in place, without derivatives.
-    """
-    shift = logits - base
-    shift = shift - torch.linalg.vecdot(p, shift)[..., None]
-    largest = shift.detach().amax()
-    left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
-    grown = torch.expm1(shift)
-    rest = torch.linalg.vecdot(p, grown)
-    if is_from_base:
-        return rest.log1p() - left, largest
-    moved = torch.linalg.vecdot(p * shift, grown)
-    return (moved + left) / (1 + rest) - rest.log1p(), largest
 
 
 def at_some(places: Places, picks: _Some) -> tuple[_Some, ...]:

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -26,10 +26,70 @@ Before = Sequence[str | None]
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
 
 
+class BaseFunction(Protocol):
+    """f as a readout may ask it, when it is made part of g: the logits, at gates of 0 say."""
+
+    @property
+    def lens(self) -> Any:
+        """The lens, whose model has the tokenizer."""
+        ...
+
+    @property
+    def prompts(self) -> Prompts:
+        """Those that are asked about."""
+        ...
+
+    def of_rows(self, rows: Prompts) -> BaseFunction:
+        """The logits of other rows: the prompts with their answers."""
+        ...
+
+    def logits(self, gates: float) -> Tensor:
+        """f at these gates where the rows are read, [row, *slot, vocab]. One forward pass."""
+        ...
+
+
 class Readout(abc.ABC):
-    """A number read from the logits of each prompt."""
+    """A number read from the logits of each prompt.
+
+    Attributes:
+        units: of its numbers.
+        base_value: g(0), where it is the same whatever the model: a divergence from the base is 0.
+        no_slope_at_base: the remedy where g has no slope at ε = 0 that says anything; empty for
+            readouts that have one.
+    """
 
     units = "logits"
+    base_value: float | None = None
+    no_slope_at_base: str = ""
+
+    def on(self, prompts: Prompts) -> Readout:
+        """The same readout, stating which tokens of these prompts it reads.
+
+        Args:
+            prompts: those that it is asked about.
+        """
+        del prompts
+        return self
+
+    def begin(self, f: BaseFunction) -> Reading:
+        """How g of each prompt is read, as `over` says. A readout may run f for it, and hold that.
+
+        Args:
+            f: the logits of the prompts, without a readout.
+        """
+        return self.over(f.lens.model, f.prompts)
+
+    def require_slope_at_base(self) -> None:
+        """Refuse first order at ε = 0 where it says nothing.
+
+        Raises:
+            ArgumentError: naming what says something there.
+        """
+        if self.no_slope_at_base:
+            raise ArgumentError(
+                f"{self.label} is least at ε = 0, so its derivative there is zero and says nothing",
+                remedy=self.no_slope_at_base,
+            )
 
     @abc.abstractmethod
     def over(self, model: Any, prompts: Prompts) -> Reading:
@@ -79,9 +139,17 @@ class Readout(abc.ABC):
 
 def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
     """`readout.over`, with a clear error for a value that is not a readout."""
-    if isinstance(readout, Readout):
-        return readout.over(model, prompts)
-    value: object = readout
+    return require_readout(readout).over(model, prompts)
+
+
+def require_readout(value: object) -> Readout:
+    """The value, if it is a readout.
+
+    Raises:
+        ArgumentError: something else, with the readout that may be meant.
+    """
+    if isinstance(value, Readout):
+        return value
     if callable(value):
         remedy = "a function goes in ll.Readout.of(fn)."
     elif isinstance(value, str | int):

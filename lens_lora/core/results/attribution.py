@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.arguments import word
-from lens_lora.core.function.function import Function
 from lens_lora.core.model.sites import Groups, indicator
 from lens_lora.core.results import base, drawing
-from lens_lora.core.results.base import Entries, Measured, Ranked
+from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
 from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
 from lens_lora.errors import ArgumentError, LensLoraError
@@ -101,34 +100,37 @@ class Attribution(Ranked):
     @classmethod
     def of(
         cls,
-        g: Function,
+        g: Evaluated,
         values: Float[Tensor, "batch site *by"],
         by: tuple[str, ...] = (),
         *,
         method: str,
         at: float,
-        **said: Any,
+        **details: Any,
     ) -> Attribution:
-        """Numbers of each site with their labels, and the exact ends of g beside them.
+        """Values of every site with their labels, and the exact shift beside them.
 
-        Two forward passes, for the ends that g does not know yet.
+        Cost: two forward passes for the exact ends, unless g knows them.
 
         Args:
-            g: the function that the numbers are of.
-            values: [batch, site, *by], in the order of `lens.sites`.
+            g: the function of which they are values.
+            values: in the readout's units.
             by: the axes after site.
             method: how they were computed.
             at: the gate value at which they were; NaN along a path.
-            said: any other field.
+            details: `quadrature`, `gauge`, `mode`.
         """
+        lens = g.lens
+        response = g.response_tokens if "token" in by else ()
         return cls(
-            values=values,
+            values=within_response(values, response) if response else values,
             by=cast("tuple[Axis, ...]", by),
-            heads=tuple(g.lens.heads.of(site.kind) for site in g.lens.sites),
+            heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
             method=method,
             at=at,
-            relative_norm=g.lens.plan.relative_norm,
-            **said,
+            response=response,
+            relative_norm=lens.plan.relative_norm,
+            **details,
             **g.header(),
         )
 
@@ -380,6 +382,15 @@ class GroupAttribution(Ranked):
         return Entries(groups, *self.mean_over(prompt, self.per_group), "value")
 
 
+def within_response(
+    values: Float[Tensor, "batch *rest token"], response: Sequence[Sequence[str]]
+) -> Float[Tensor, "batch *rest token"]:
+    """NaN beyond a response's own tokens."""
+    lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
+    exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+    return torch.where(exists.view(len(lengths), *[1] * (values.ndim - 2), -1), values, torch.nan)
+
+
 # --- Effects of real interventions
 
 
@@ -409,6 +420,31 @@ class Effects(Ranked):
     replace: str = "zero"
     texts: int = 0
     noise_floor: Float[Tensor, " batch"] | None = None
+
+    @classmethod
+    def from_function(
+        cls,
+        g: Evaluated,
+        values: Float[Tensor, "batch group"],
+        groups: Groups,
+        how: str,
+        **details: Any,
+    ) -> Effects:
+        """Effects with their labels, the exact shift beside them, and their noise floor.
+
+        An effect is a difference of two values of g near one end, both of which are rounded.
+
+        Cost: two forward passes for the exact ends and four for the noise, unless g knows them.
+
+        Args:
+            g: the function of which they are differences.
+            values: in the readout's units.
+            groups: indices of sites, by name.
+            how: 'add_one', near the base, or 'leave_one_out', near the adapted model.
+            details: `of`, `replace`, `texts`.
+        """
+        noise_floor = g.noise((1.0, -1.0), at=float(how == "leave_one_out"))
+        return cls(values, groups, how, noise_floor=noise_floor, **details, **g.header())
 
     @property
     def key(self) -> str:

@@ -24,7 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from lens_lora.arguments import whole
-from lens_lora.core.function.asked import Asked
+from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.sites import Groups, Site
 from lens_lora.core.results import drawing
 from lens_lora.core.results.storage import Axes, read_result, save_result, stored
@@ -296,16 +296,40 @@ class Ranked(Measured, Drawn, kw_only=True):
         return pd.DataFrame(columns | numbers)
 
 
-def read_of(asked: Asked) -> dict[str, Any]:
+class Evaluated(Protocol):
+    """g as a result sees it: what stands beside its values (`core.function.Function`)."""
+
+    @property
+    def lens(self) -> LoraLens:
+        """The adapter over the model."""
+        ...
+
+    def header(self) -> dict[str, Any]:
+        """The fields of `Measured`. Two forward passes, where the exact ends are not known yet."""
+        ...
+
+    def labels(self) -> dict[str, Any]:
+        """The fields of `Read`. No pass."""
+        ...
+
+    def noise(self, coefficients: Sequence[float], at: float) -> Float[Tensor, " batch"]:
+        """σ of a sum of values of g, from rounding alone."""
+        ...
+
+    @property
+    def response_tokens(self) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's response as strings, of a readout of one response."""
+        ...
+
+
+def read_of(asked: Evaluated) -> dict[str, Any]:
     """The fields of `Read`."""
-    said = {"readout": asked.readout.label, "units": asked.readout.units}
-    return {**said, "str_tokens": asked.str_tokens, "meta": asked.describe()}
+    return asked.labels()
 
 
-def header(asked: Asked) -> dict[str, Any]:
+def header(asked: Evaluated) -> dict[str, Any]:
     """The fields of `Measured`. Two forward passes, where the exact ends are not known yet."""
-    base, adapted = asked.ends
-    return {"sites": asked.lens.sites, "base": base, "adapted": adapted, **read_of(asked)}
+    return asked.header()
 
 
 # --- Which prompt a table or picture shows, and which entries are the largest.

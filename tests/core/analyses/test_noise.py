@@ -19,7 +19,7 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.core.analyses.verdict import Noise
-from lens_lora.core.function import asked as engine_noise
+from lens_lora.core.function import rounding as engine_noise
 from lens_lora.core.model.check import eps_of
 
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)

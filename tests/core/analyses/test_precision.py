@@ -12,8 +12,8 @@ from half_precision import STATED, Asked, compared, errors_in_floors
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
-from lens_lora.core.function import asked as asking
-from lens_lora.core.function import asked as rounding
+from lens_lora.core.function import function as functions
+from lens_lora.core.function import rounding
 from lens_lora.core.function.asked import ask
 from lens_lora.core.model.hooks import unembed
 from lens_lora.core.results.base import SIGMAS
@@ -73,7 +73,7 @@ def test_a_floor_has_the_rounding_of_every_block():
     lens, _ = lenses("llama", torch.bfloat16)
     host = lens.plan.host
     points = [lens.embedding_output, *map(host.block_input, range(1, host.n_layers))]
-    drawn = asking.of_stream(lens)
+    drawn = rounding.of_stream(lens)
     assert [name for name, _ in drawn] == points and len(points) == models.LAYERS
     stream = torch.ones(4, 5, lens.model.cfg.d_model)
     for _, move in drawn:
@@ -99,8 +99,8 @@ def test_few_divergences_are_beyond_three_floors(
     every = divergences(dtype)
     assert (every > SIGMAS).double().mean() <= 0.01
     assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
-    still = functools.partialmethod(lambda self, _: self.ends[1].expand(5, -1))
-    monkeypatch.setattr(asking.Asked, "_draws_of_held", still)
+    still = functools.partialmethod(lambda self: self.ends[1].expand(5, -1))
+    monkeypatch.setattr(functions.Function, "_draws_of_held_base", still)
     without = divergences(dtype)
     assert (without > SIGMAS).double().mean() > 0.03
     assert without.square().mean().sqrt() > 1.5
@@ -110,8 +110,8 @@ def test_the_floor_of_a_divergence_has_the_rounding_of_the_base(monkeypatch: pyt
     """Of p₀, which is held while p is read: without it the floor is far too low."""
     lens, _ = lenses("llama", torch.bfloat16)
     floor = ask(lens, ASKED.prompts, ll.KL()).noise_floor
-    still = functools.partialmethod(lambda self, _: self.ends[1].expand(5, -1))
-    monkeypatch.setattr(asking.Asked, "_draws_of_held", still)
+    still = functools.partialmethod(lambda self: self.ends[1].expand(5, -1))
+    monkeypatch.setattr(functions.Function, "_draws_of_held_base", still)
     without = ask(lens, ASKED.prompts, ll.KL()).noise_floor
     assert (floor / without).median() > 1.2
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import cases
 import models
 import pytest
@@ -37,11 +35,7 @@ def runs_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(name)
         own(name, first, second)
 
-    by_token = importlib.import_module("lens_lora.core.analyses.first_order")
-    for module in (memory, by_token):
-        monkeypatch.setattr(
-            module, "must_rerun", lambda lens, *_, **__: lens.max_memory is not None
-        )
+    monkeypatch.setattr(memory, "must_rerun", lambda lens, *_, **__: lens.max_memory is not None)
     monkeypatch.setattr(memory, "_require_same", note)
     return ran
 

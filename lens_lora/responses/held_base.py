@@ -1,0 +1,105 @@
+"""The terms of a KL, read from logits beside those of the base model, which are held.
+
+    KL(p₀‖p) = log Z − Σ p₀ d,      KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z,      Z = Σ p₀ eᵈ,
+
+where d = f − f₀ is the shift of the logits, less its mean Σ p₀ d.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core.readout.reading import Picks, at_some, of_slots
+
+_Logits = Float[Tensor, "some vocab"]
+_Terms = Float[Tensor, " some"]
+_Some = Int[Tensor, " some"]
+# Of a logit, in nats: beyond it a probability that rounds to zero might grow to one.
+LARGEST_SHIFT = 60.0
+_IN_CACHE = 8  # picks whose sums are taken together, so that their rows stay in the cache
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Divergence(Picks):
+    """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ less its mean Σ p₀ d.
+
+    A pick is one of a row's slots; a row is its own prompt.
+
+    Attributes:
+        base: f₀ of every row that is held.
+        held_rows: the held row with which each pick is compared.
+        is_from_base: whether KL(p₀‖p) is read, else KL(p‖p₀).
+        beside: the logits that another reading holds meanwhile; None without one.
+    """
+
+    by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "held_rows")
+    base: Float[Tensor, "held *slot vocab"]
+    held_rows: Int[Tensor, " pick"]
+    is_from_base: bool
+    beside: Float[Tensor, "held *slot vocab"] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of all logits that are held."""
+        return self.base.nbytes + (0 if self.beside is None else self.beside.nbytes)
+
+    def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
+        """The same divergence with the other side held: read from f₀, beside these logits."""
+        is_from_base = not self.is_from_base
+        return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
+
+    def terms(self, logits: _Logits, picks: _Some) -> _Terms:
+        """The divergence at these picks."""
+        pieces = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
+        near = [_from_shift(*self._base_at(*p), p[1], self.is_from_base) for p in pieces]
+        largest = torch.stack([shift for _, shift in near]).tolist()
+        divergences = [kl for kl, _ in near]
+        for i, piece in enumerate(pieces):
+            if not largest[i] <= LARGEST_SHIFT:
+                divergences[i] = self._from_logarithms(*piece)
+        return torch.cat(divergences)
+
+    def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
+        log_p, log_q = self._base_at(few, logits)[0].log_softmax(-1), logits.log_softmax(-1)
+        first, second = (log_p, log_q) if self.is_from_base else (log_q, log_p)
+        return (first.exp() * (first - second)).sum(-1)
+
+    def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
+        """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
+        places = torch.stack(at_some(of_slots(self.held_rows, self.slots, few.device), few))
+        distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
+        base = self.base[tuple(distinct.to(self.base.device))].to(logits)
+        p = base.softmax(-1)
+        if len(base) in (1, len(few)):
+            return base, p
+        copy = copy.to(logits.device)
+        return base[copy], p[copy]
+
+
+def _from_shift(
+    base: Float[Tensor, "#pick vocab"],
+    p: Float[Tensor, "#pick vocab"],
+    logits: Float[Tensor, "pick vocab"],
+    is_from_base: bool,
+) -> tuple[Float[Tensor, " pick"], Float[Tensor, ""]]:
+    """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
+
+    Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
+    Also the largest d, beyond which this is not to be used.
+    `texts/distribution_shift.py` has the same sums in place, without derivatives.
+    """
+    shift = logits - base
+    shift = shift - torch.linalg.vecdot(p, shift)[..., None]
+    largest = shift.detach().amax()
+    left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
+    grown = torch.expm1(shift)
+    rest = torch.linalg.vecdot(p, grown)
+    if is_from_base:
+        return rest.log1p() - left, largest
+    moved = torch.linalg.vecdot(p * shift, grown)
+    return (moved + left) / (1 + rest) - rest.log1p(), largest
