@@ -41,7 +41,7 @@ from lens_lora.core.function.forward import differentiable_tokens, read_for_slop
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import Slopes, Visit, go_back, require_finite_sites
 from lens_lora.core.model.basis import SiteMap
-from lens_lora.core.model.host import Host
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.sites import OUTSIDE_KINDS, outside_layer
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
@@ -49,7 +49,7 @@ from lens_lora.families import HEADS, NORM_KINDS
 # --- What an adapter may target
 
 
-def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
+def stand_ins(host: HookedHost, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     """Adapters that add nothing at gates 0: of every module that can be a site; without norms."""
     updates: dict[str, ModuleUpdate] = {}
     paths = _paths(host)
@@ -65,7 +65,7 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     return [Adapter(maps, name="bank") for maps in (updates, linear) if maps]
 
 
-def _paths(host: Host) -> list[str]:
+def _paths(host: HookedHost) -> list[str]:
     family, layers = host.family, range(host.n_layers)
     head = HEADS[0] if host.base is None else host.base.head
     usual = [path for path in family.every_path() if path not in HEADS or path == head]
@@ -73,7 +73,7 @@ def _paths(host: Host) -> list[str]:
     return list(dict.fromkeys([*paths, *family.linear_paths(host.n_layers)]))
 
 
-def _stand_in(host: Host, path: str) -> dict[str, ModuleUpdate]:
+def _stand_in(host: HookedHost, path: str) -> dict[str, ModuleUpdate]:
     """Nothing where the model has no such module, or has it folded."""
     place = host.family.place(path)
     if place is None:

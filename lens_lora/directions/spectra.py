@@ -34,7 +34,7 @@ from lens_lora.core.adapter.factors import size_of
 from lens_lora.core.model.bases import is_centred
 from lens_lora.core.model.basis import NormUpdate
 from lens_lora.core.model.find_host import host_of
-from lens_lora.core.model.host import Host
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.sites import SiteFactors
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
@@ -336,7 +336,7 @@ def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:
     return singular_values(plain)
 
 
-def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
+def _base_weight(host: HookedHost, site: SiteFactors) -> Float[Tensor, "out in"]:
     """W of the Hugging Face base, in float64."""
     weight = host.weight(site.layer, site.kind)
     if host.needs_base() or is_centred(weight):

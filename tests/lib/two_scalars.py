@@ -21,7 +21,8 @@ from transformer_lens.hook_points import HookPoint
 import lens_lora as ll
 from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.gates import Injection, Plan
-from lens_lora.core.model.host import Host, Ports
+from lens_lora.core.model.hooked_host import HookedHost
+from lens_lora.core.model.host import Ports
 from lens_lora.core.model.sites import Heads
 from lens_lora.families import find_family
 
@@ -55,7 +56,7 @@ class _ToLogits(nn.Module):
         return torch.cat([y, torch.zeros_like(y)], -1)
 
 
-class _TwoScalarsHost(Host):
+class _TwoScalarsHost(HookedHost):
     """What the engine asks of it; of its weights, one size for both."""
 
     class_name, pass_overhead, embedding_output = "TwoScalars", 0.0, "embed"

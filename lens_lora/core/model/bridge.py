@@ -34,8 +34,9 @@ from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.core.model import extensions, kernels
 from lens_lora.core.model.bases import stored_weight
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
-from lens_lora.core.model.host import COPIED_INPUTS, Host, Ports
+from lens_lora.core.model.host import COPIED_INPUTS, Ports
 from lens_lora.core.model.modules import HOOK_IN, module_at, normalised, unwrapped
 from lens_lora.core.model.sites import (
     MLP_KINDS,
@@ -203,7 +204,7 @@ _COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
 
 
 @final
-class BridgeHost(Host):
+class BridgeHost(HookedHost):
     """A TransformerBridge.
 
     Raises:

@@ -1,7 +1,7 @@
 """The host that fits a hooked model, by the name of its class.
 
     @register_host("MyHookedModel")
-    class MyHost(Host): ...
+    class MyHost(HookedHost): ...
 
 TransformerLens's two classes have theirs. Another class of hooked models is registered under its
 name, with what makes a host of a model and its unprocessed Hugging Face base.
@@ -16,13 +16,13 @@ from torch import nn
 
 from lens_lora.core.model.bridge import BridgeHost
 from lens_lora.core.model.check import refuse_unusable
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
-from lens_lora.core.model.host import Host
 from lens_lora.core.model.kernels import quantised_linears
 from lens_lora.errors import ModelStateError
 
 # What makes a host of a hooked model and its base, by the name of the hooked model's class.
-MakesHost = Callable[[Any, nn.Module | None], Host]
+MakesHost = Callable[[Any, nn.Module | None], HookedHost]
 _HOSTS: dict[str, MakesHost] = {
     HookedTransformerHost.class_name: HookedTransformerHost,
     BridgeHost.class_name: BridgeHost,
@@ -44,7 +44,7 @@ def register_host(class_name: str) -> Callable[[_Makes], _Makes]:
     return register
 
 
-def host_of(model: Any, hf_model: nn.Module | None = None) -> Host:
+def host_of(model: Any, hf_model: nn.Module | None = None) -> HookedHost:
     """The host that fits the model's class, with the base if it is given. No forward pass.
 
     Raises:

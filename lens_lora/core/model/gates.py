@@ -39,8 +39,9 @@ from lens_lora.core.model.check import (
     refuse_dropout,
 )
 from lens_lora.core.model.find_host import host_of
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooks import HookFn
-from lens_lora.core.model.host import Host, Ports
+from lens_lora.core.model.host import Ports
 from lens_lora.core.model.kernels import quantised_linears, quantised_name
 from lens_lora.core.model.sites import Site, match_sites, points_between, resolve_sites
 from lens_lora.core.model.updates import SiteUpdate, site_updates
@@ -97,7 +98,7 @@ class Plan:
         adapter: its name.
     """
 
-    host: Host
+    host: HookedHost
     sites: tuple[Site, ...]
     maps: tuple[SiteMap, ...]
     injections: tuple[Injection, ...]
@@ -280,7 +281,7 @@ def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
 
 
 def _with_constants_at_o(
-    host: Host, updates: Sequence[SiteUpdate], deltas: Sequence[SiteMap]
+    host: HookedHost, updates: Sequence[SiteUpdate], deltas: Sequence[SiteMap]
 ) -> tuple[tuple[SiteMap, ...], list[Injection]]:
     """Where value biases are folded, v loses its constant part, which is added at o instead."""
     maps, at_o, heads = list(deltas), list[Injection](), host.heads_at_hooks

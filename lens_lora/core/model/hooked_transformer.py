@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, in_float64, parameters_in, refuse_reading
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooks import computes, of_the_base
-from lens_lora.core.model.host import COPIED_INPUTS, Host, Ports
+from lens_lora.core.model.host import COPIED_INPUTS, Ports
 from lens_lora.core.model.lengths import context_of_copy
 from lens_lora.core.model.modules import module_at
 from lens_lora.core.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, SiteFactors, site_name
@@ -42,7 +43,7 @@ _WEIGHTS = {
 
 
 @final
-class HookedTransformerHost(Host):
+class HookedTransformerHost(HookedHost):
     """A HookedTransformer.
 
     Raises:

@@ -40,6 +40,7 @@ from lens_lora.core.model.bases import names_of
 from lens_lora.core.model.basis import SiteMap, Update
 from lens_lora.core.model.gates import Inject, Plan, Scale, ScaleInject
 from lens_lora.core.model.hooks import HookFn, alone, attached, hold, lock_of
+from lens_lora.core.model.host import Host
 from lens_lora.core.model.kernels import differentiable_products
 from lens_lora.core.model.lengths import tables_by_row
 from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
@@ -286,6 +287,11 @@ class LoraLens:
     def plan(self) -> Plan:
         """What the hooks add and where: for injections of your own (`injected`)."""
         return self._plan
+
+    @property
+    def host(self) -> Host:
+        """The hooked model: its hook points, weights and norms."""
+        return self._plan.host
 
     @property
     def heads(self) -> Heads:

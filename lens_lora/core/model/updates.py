@@ -9,7 +9,7 @@
        trained rows t    ΔW = Σ_t (W'_t − W_t) at row t: one factor selects the rows
        norm              Δγ = γ' − γ,  Δβ = β' − β
 
-   W, b, γ and β are the base's (`Host.base_weight` and others). W₀ = W, unless PEFT wrote an
+   W, b, γ and β are the base's (`HookedHost.base_weight` and others). W₀ = W, unless PEFT wrote an
    embedding of the file into the base: then ΔW has W₀ − W beside s·B·A. What equals the base to one
    rounding of the coarser dtype is no update, and a site without one is left out.
 3. What the base ties to an embedding or a head follows it, as PEFT treats it. All that one site
@@ -35,7 +35,7 @@ from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
 from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.basis import NormUpdate, Update
-from lens_lora.core.model.host import Host
+from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.sites import SiteFactors, in_order, outside_layer, site_name
 from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
 from lens_lora.families import NORM_KINDS
@@ -53,7 +53,7 @@ class SiteUpdate:
     update: Update | NormUpdate
 
 
-def site_updates(host: Host, sites: Sequence[SiteFactors]) -> tuple[SiteUpdate, ...]:
+def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUpdate, ...]:
     """Every site that differs from the base. No forward pass.
 
     Raises:
@@ -80,7 +80,7 @@ def site_updates(host: Host, sites: Sequence[SiteFactors]) -> tuple[SiteUpdate, 
     return tuple(sorted(updates.values(), key=lambda update: in_order(update.site)))
 
 
-def _update_of(site: SiteFactors, host: Host) -> Update | NormUpdate | None:
+def _update_of(site: SiteFactors, host: HookedHost) -> Update | NormUpdate | None:
     """None where the adapter holds what the base has."""
     if site.kind not in NORM_KINDS:
         return _linear_update(site, host)
@@ -117,7 +117,7 @@ def _summed(*updates: Update) -> Update:
 # --- shapes
 
 
-def _require_fit(host: Host, sites: Sequence[SiteFactors]) -> None:
+def _require_fit(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
     """Check shapes against the model's own weights, [out, in]."""
     for site in sites:
         if site.kind in NORM_KINDS:
@@ -184,7 +184,7 @@ def _token_axis(kind: str) -> int:
 # --- memory
 
 
-def _require_memory(host: Host, sites: Sequence[SiteFactors]) -> None:
+def _require_memory(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
     """Check that the dense updates fit into what is free on each device, before any is made.
 
     DoRA's ΔW and that of a module trained whole have full rank: ΔW [out, in] is held, in float32 at
@@ -232,7 +232,7 @@ def _has_bias(factors: ModuleUpdate) -> bool:
 # --- updates of linear modules, embeddings and heads
 
 
-def _linear_update(site: SiteFactors, host: Host) -> Update | None:
+def _linear_update(site: SiteFactors, host: HookedHost) -> Update | None:
     """ΔW and Δb; None where nothing differs."""
     factors = site.factors
     if isinstance(factors, LoRAFactors):
@@ -246,7 +246,7 @@ def _linear_update(site: SiteFactors, host: Host) -> Update | None:
     return None if update is None else dataclasses.replace(update, bias=bias)
 
 
-def _of_factors(site: SiteFactors, factors: LoRAFactors, host: Host) -> Update:
+def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Update:
     """s·BA, or DoRA's dense ΔW; and W₀ − W where the file holds another W₀."""
     stored = _unlike_base(site, factors.base_weight, host)
     width = factors.width or host.weight(site.layer, site.kind).shape[1]
@@ -266,13 +266,13 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: Host) -> Update:
     return _summed(update, _dense(factors.strength * _difference(stored, W)))
 
 
-def holds_another_base(site: SiteFactors, host: Host) -> bool:
+def holds_another_base(site: SiteFactors, host: HookedHost) -> bool:
     """Whether W₀ − W is a part of the update, beside that of the factors."""
     stored = site.factors.base_weight if isinstance(site.factors, LoRAFactors) else None
     return _unlike_base(site, stored, host) is not None
 
 
-def _of_trained(site: SiteFactors, trained: TrainedModule, host: Host) -> Update | None:
+def _of_trained(site: SiteFactors, trained: TrainedModule, host: HookedHost) -> Update | None:
     """ΔW of a weight, or of rows of it; None where it is the base's."""
     weight, tokens = trained.weight, trained.tokens
     if weight is not None and tokens is not None:
@@ -287,7 +287,7 @@ def _of_trained(site: SiteFactors, trained: TrainedModule, host: Host) -> Update
 
 
 def _of_rows(
-    site: SiteFactors, rows: Tensor, tokens: Int[Tensor, " row"], strength: float, host: Host
+    site: SiteFactors, rows: Tensor, tokens: Int[Tensor, " row"], strength: float, host: HookedHost
 ) -> Update | None:
     """One factor selects the rows, the other is their change; dense where they are many."""
     W, axis = host.base_weight(site, "ΔW of trained rows"), _token_axis(site.kind)
@@ -303,7 +303,7 @@ def _of_rows(
     return Update(select, change, 1.0) if axis else Update(change, select.T, 1.0)
 
 
-def _bias_change(site: SiteFactors, host: Host) -> Float[Tensor, " out"] | None:
+def _bias_change(site: SiteFactors, host: HookedHost) -> Float[Tensor, " out"] | None:
     """Δb = strength · (s·b_B + b' − b); None where the bias stays."""
     factors, change = site.factors, None
     trained = factors.trained_bias if isinstance(factors, LoRAFactors) else factors.bias
@@ -324,7 +324,7 @@ def _bias_change(site: SiteFactors, host: Host) -> Float[Tensor, " out"] | None:
     return None if change is None else change * factors.strength
 
 
-def _unlike_base(site: SiteFactors, held: Tensor | None, host: Host) -> Tensor | None:
+def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Tensor | None:
     """The weight that the adapter's file holds, [out, in], if it is not the base's.
 
     A centred weight of the model is enough to tell, if no base was given.
@@ -368,7 +368,7 @@ def _dense(delta: Float[Tensor, "out in"]) -> Update:
 # --- updates of norms
 
 
-def _norm_update(site: SiteFactors, host: Host) -> NormUpdate | None:
+def _norm_update(site: SiteFactors, host: HookedHost) -> NormUpdate | None:
     """Δγ and Δβ of a norm; None where nothing differs."""
     trained, (gamma, beta) = cast(TrainedModule, site.factors), host.base_affine(site)
     weight = None if trained.weight is None else trained.weight + host.family.gamma_offset
@@ -395,7 +395,7 @@ def _vector_change(site: SiteFactors, held: Tensor | None, base: Tensor | None) 
 
 
 def follower(
-    site: SiteFactors, sites: Mapping[tuple[str, str], SiteFactors], host: Host
+    site: SiteFactors, sites: Mapping[tuple[str, str], SiteFactors], host: HookedHost
 ) -> SiteFactors | None:
     """The head, or the embedding, that changes with this site; None where none does.
 
@@ -428,7 +428,7 @@ def follower(
     )
 
 
-def _shared_parameters(site: SiteFactors, host: Host) -> TrainedModule | None:
+def _shared_parameters(site: SiteFactors, host: HookedHost) -> TrainedModule | None:
     """What a tied module would have of this one, turned to its own [out, in]."""
     factors = site.factors
     if site.kind not in _TIED:

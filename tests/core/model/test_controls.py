@@ -17,7 +17,7 @@ import lens_lora as ll
 from lens_lora import families
 from lens_lora.core.function import reverse as contract
 from lens_lora.core.function import reverse as slopes
-from lens_lora.core.model import gates, host
+from lens_lora.core.model import gates, hooked_host
 from lens_lora.core.model import hooks as attaching
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.core.model.host import Ports
@@ -42,7 +42,7 @@ def error(family: str, cls: str, flags: str) -> float:
 
 def site_map_without(**dropped):
     """The builder of δ with some of its basis forced."""
-    true = host.site_map
+    true = hooked_host.site_map
     return lambda update, basis: true(update, dataclasses.replace(basis, **dropped))
 
 
@@ -59,7 +59,7 @@ def site_map_without(**dropped):
 def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monkeypatch):
     """γ, β, and the centring of writers, on a model with all processing."""
     assert error(family, cls, "processed") < 1e-9
-    monkeypatch.setattr(host, "site_map", site_map_without(**dropped))
+    monkeypatch.setattr(hooked_host, "site_map", site_map_without(**dropped))
     # An uncentred writer moves the residual along 1, which LayerNorm removes: the logits
     # cannot show it, the residual stream does.
     if "centre_write" in dropped:
@@ -77,7 +77,7 @@ def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monk
 def test_forgotten_value_bias_shows(family: str, cls: str, monkeypatch):
     """b̂_V, where value biases were folded into b_O."""
     assert error(family, cls, "processed") < 1e-9
-    monkeypatch.setattr(host.Host, "folded_value_bias", lambda *args: None)
+    monkeypatch.setattr(hooked_host.HookedHost, "folded_value_bias", lambda *args: None)
     assert error(family, cls, "processed") > 1e-3
 
 

@@ -1,0 +1,442 @@
+"""What the hosts of TransformerLens's two classes have in common: the bases of sites, and the base.
+
+What differs (names, weights, norms, flags) is in `bridge` and `hooked_transformer`. All that the
+rest of the package asks of a host is `Host`, in `host`.
+
+1. Infer from the weights what processing was applied: norms folded, weights centred.
+2. Put together the basis of a site (`basis`) for its update (`updates`).
+3. Where processing removed something that is needed, take it from the base, `hf_model`; without
+   one, raise an error that names it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lens_lora.compat import Temporary, float32_products, in_float64, wraps_nothing
+from lens_lora.core.model.bases import BaseWeights, Processing, infer_processing, is_centred
+from lens_lora.core.model.basis import (
+    Basis,
+    NormMap,
+    NormUpdate,
+    SiteMap,
+    Update,
+    expert_map,
+    site_map,
+)
+from lens_lora.core.model.host import Ports
+from lens_lora.core.model.lengths import Rotary, rotary_of
+from lens_lora.core.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
+from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.families import Family, Place
+
+_Fact = TypeVar("_Fact")
+
+
+class HookedHost(abc.ABC):
+    """A hooked model: where each site reads and writes, its weights, flags and norms.
+
+    Attributes:
+        class_name: the class's name in errors and saved results.
+        pass_overhead: memory of a forward pass beside that of its rows, measured, in sizes of W_U.
+        embedding_output: hook point, or module, of the token embedding's output.
+        flags: fields of the configuration that change what hook points show.
+        says_folded_biases: whether the model says that its biases were processed.
+        heads: those of the weights; `kv_copies` says how often a flag repeats those of k and v
+            before their hook points.
+        base: the unprocessed base, where `hf_model` was given.
+        grows: whether rows may be added to the batch of a single prompt at a block's input. They
+            may if the other inputs of a block (masks, positions) are the same for each row.
+        keeps_patterns: whether attention makes its pattern, [head, query, key] in each row.
+        keeps_rows: whether a batch keeps its rows throughout; experts take tokens out of it.
+        read_through: what reads the residual stream, by name → its norm, None where it has none; of
+            the readers that a pass has shown so far.
+    """
+
+    class_name: ClassVar[str]
+    pass_overhead: ClassVar[float]
+    embedding_output: ClassVar[str]
+    flags: ClassVar[tuple[str, ...]] = ()
+    says_folded_biases: ClassVar[bool] = True
+    grows: bool = True
+    keeps_patterns: bool = True
+    kv_copies: int = 1
+
+    def __init__(
+        self, model: Any, family: Family, heads: Heads, hf_model: nn.Module | None = None
+    ) -> None:
+        self.model: Any = model
+        self.family: Family = family
+        self.heads: Heads = heads
+        self.base: BaseWeights | None = None if hf_model is None else BaseWeights(hf_model, family)
+        self.n_layers: int = model.cfg.n_layers
+        self.keeps_rows: bool = not family.routed
+        self.read_through: dict[str, nn.Module | None] = {}
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def known(self, fact: str, *of_what: Any, make: Callable[[], _Fact]) -> _Fact:
+        """A fact of the model, looked up once: a host is kept while the model stays as it is."""
+        key = fact, *of_what
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """What norms the residual stream before the head; None where the model has no such norm."""
+        norm = getattr(self.model, "ln_final", None)
+        return None if norm is None or wraps_nothing(norm) else norm
+
+    @property
+    def after_the_stream(self) -> tuple[nn.Module, ...]:
+        """What projects the residual stream to the width that the head reads, as in OPT-350m."""
+        projection = getattr(self.model, "project_out", None)
+        return () if projection is None else (projection,)
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embeddings whose table depends on how many positions a pass has."""
+        return self.known("rotary", make=lambda: rotary_of(self.model))
+
+    # --- hook points
+
+    @abc.abstractmethod
+    def ports(self, layer: int, kind: str) -> Ports:
+        """Where z is read and δ is added."""
+
+    @abc.abstractmethod
+    def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
+        """Where a norm shows n and δ is added; several where the model runs it twice."""
+
+    def ports_behind_norm(self, layer: int, kind: str) -> Ports:
+        """As `ports`, with z read behind the norm's γ and β."""
+        return self.ports(layer, kind)
+
+    @abc.abstractmethod
+    def block_input(self, layer: int) -> str:
+        """The first hook point of a block, or of what comes after the last."""
+
+    @abc.abstractmethod
+    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """What reads the residual stream of a block, by name, in modules whose input that is; and
+        the block's norms, where a module may read the output of one of these instead.
+        """
+
+    # --- the model's own weights and state
+
+    @abc.abstractmethod
+    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
+        """The model's own weight of this kind, heads flattened."""
+
+    def shape(self, layer: int, kind: str) -> tuple[int, int]:
+        """(out, in) of the weight; of a stack of experts that of each."""
+        out, width = self.weight(layer, kind).shape
+        return out, width
+
+    def stack(self, layer: int, kind: str) -> Tensor | None:
+        """The weights of all experts of a layer, one after another; None of any other kind."""
+        del layer, kind
+
+    def experts(self, layer: int, kind: str) -> int:
+        """How many experts the weights are of; 0 of any other kind."""
+        stack = functools.partial(self.stack, layer, kind)
+        return self.known(
+            "experts", layer, kind, make=lambda: len(() if (s := stack()) is None else s)
+        )
+
+    @abc.abstractmethod
+    def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
+        """Until the span ends, passes alone read these parameters of a site."""
+
+    @abc.abstractmethod
+    def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
+        """The model's own bias of v, o or the unembedding, heads flattened."""
+
+    @abc.abstractmethod
+    def embedding_scale(self, kind: str) -> float:
+        """κ, the factor that the model's own embedding has and Hugging Face's weight lacks."""
+
+    @abc.abstractmethod
+    def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """(γ, β) of the model's own norm of this kind; None where it has none."""
+
+    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """(γ, β) between the recorded z and the linear, where the model applies them there."""
+        del layer, kind
+        return None
+
+    @abc.abstractmethod
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """Whether the affine of the norm that this kind reads was folded into the weights."""
+
+    @abc.abstractmethod
+    def is_tied(self) -> bool | None:
+        """Whether the base ties its head to its embedding; None where this class cannot tell."""
+
+    @abc.abstractmethod
+    def needs_base(self) -> bool:
+        """Whether the weights were processed, so that the base is needed for what was removed."""
+
+    def state(self) -> tuple[tuple[str, Any], ...]:
+        """What must not change after the lens is made: (name, value) pairs."""
+        flags = [(f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in self.flags]
+        products = "torch's precision of float32 products", float32_products()
+        return (*flags, ("processed weights", self.needs_base()), products)
+
+    @abc.abstractmethod
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """(logits, cache) of the tokens that follow those in the cache; None to begin one.
+
+        The hooks on the model see the new tokens only.
+        """
+
+    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
+        """(W_U, bias), or None where a soft-cap follows them before the logits."""
+        if (getattr(self.model.cfg, "output_logits_soft_cap", None) or 0) > 0:
+            return None
+        return self.weight(self.n_layers, "unembed"), self.bias(self.n_layers, "unembed")
+
+    @property
+    def heads_at_hooks(self) -> Heads:
+        """The heads as the hook points show them: a flag may repeat those of k and v."""
+        return dataclasses.replace(self.heads, n_kv=self.heads.n_kv * self.kv_copies)
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """The dtype of δ: the model's, never below float32."""
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return torch.promote_types(dtype, torch.float32)
+
+    def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
+        """(γ, β) of the model's own norm.
+
+        Raises:
+            SiteError: the model has no such norm.
+        """
+        affine = self.norm_parameters(site.layer, site.kind)
+        if affine is None:
+            raise SiteError(
+                f"{site.label}: the adapter changes this norm, and the model has none there."
+            )
+        return affine
+
+    # --- the base's parameters: those of `hf_model`, else the model's own where it has them
+
+    def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
+        """W at a site, on which an update depends that is no plain product of factors.
+
+        Raises:
+            ModelStateError: the model's own is quantised, or was processed and no base was given.
+        """
+        if self.base is not None:
+            return self.base.weight(site.path, site.rows)
+        weight = self.weight(site.layer, site.kind)
+        if self.needs_base() or self.is_centred(site.kind, weight):
+            change = "processed" if self.needs_base() else "centred"
+            raise self.needs(
+                site,
+                f"{update} depends on the base model's own weight, and this model's was {change}",
+            )
+        return weight / self.embedding_scale(site.kind)
+
+    def base_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
+        """b at a site; None where the base has none.
+
+        Raises:
+            ModelStateError: no base was given, and the model may not have kept it.
+        """
+        if self.base is not None:
+            return self.base.bias(site.path, site.rows)
+        if self._may_have_folded_biases():
+            raise self.needs(
+                site,
+                "the adapter holds a trained bias, and this "
+                f"{self.class_name} does not keep the base model's own, which it replaces",
+            )
+        return self.bias(site.layer, site.kind)
+
+    def _may_have_folded_biases(self) -> bool:
+        return self.needs_base() or not self.says_folded_biases
+
+    def base_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
+        """(γ, β) of a norm that is a site.
+
+        Raises:
+            SiteError: the model has no such norm.
+        """
+        return self.norm_affine(site) if self.base is None else self.base.affine(site.path)
+
+    def ties_head(self, site: SiteFactors) -> bool:
+        """Whether the base's head is tied to its embedding.
+
+        Raises:
+            ModelStateError: it cannot be told from the hooked model alone.
+        """
+        tied = self.is_tied() if self.base is None else self.base.is_tied
+        if tied is None:
+            raise self.needs(
+                site,
+                "if the base's head is tied to its embedding, PEFT changes both, and a "
+                f"{self.class_name} does not say whether it is",
+            )
+        return tied
+
+    def needs(self, site: SiteFactors, why: str, otherwise: str = "") -> ModelStateError:
+        """The error where something of the base is needed and no base was given."""
+        return ModelStateError(
+            f"{site.label}: {why}. Pass the base: LoraLens(model, adapter, "
+            f"hf_model=AutoModelForCausalLM.from_pretrained(base)){otherwise}."
+        )
+
+    # --- what processing did to the model
+
+    @property
+    def centres_stream(self) -> bool:
+        """Whether what is written to the residual stream was centred, so that it has no mean."""
+        if self.family.norm != "LN" or self.family.is_probed:
+            return False
+        return self.known("centres_stream", make=lambda: is_centred(self.weight(0, "o")))
+
+    def is_centred(self, kind: str, weight: Float[Tensor, "out in"]) -> bool:
+        """Whether processing centred what this weight writes to the residual stream."""
+        return self._may_be_centred(kind) and is_centred(weight)
+
+    def _may_be_centred(self, kind: str) -> bool:
+        return kind == "unembed" or (self.family.norm == "LN" and kind in WRITER_KINDS)
+
+    def is_norm_folded(self, layer: int, kind: str) -> bool:
+        """Whether a norm's affine was folded into the weights that read it."""
+        reader = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}.get(kind)
+        return reader is not None and self.is_folded(layer, reader)
+
+    def folded_value_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
+        """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head]; None where it was not.
+
+        Raises:
+            ModelStateError: b̂_V was folded, or may have been, and the base was not given.
+        """
+        if not self._may_have_folded_biases():
+            return None
+        bias = self.bias(site.layer, "v")
+        if bias is not None and bool((bias != 0).any()):
+            return None
+        if self.base is None:
+            b_O = self.bias(site.layer, "o")
+            if b_O is None or bool((b_O == 0).all()):
+                return None
+            if not self.family.value_bias and not self.is_folded(site.layer, "v"):
+                return None
+        total = self._value_bias(site.layer, self._required_base(site, "value biases"))
+        if not bool(total.any()):
+            return None
+        heads = total.view(self.heads.n_kv, self.heads.d_head)
+        return heads.repeat_interleave(self.heads.n_heads // self.heads.n_kv, dim=0).flatten()
+
+    def _value_bias(self, layer: int, base: BaseWeights) -> Float[Tensor, " kv_out"]:
+        """b̂_V = b_V + W_V β, with β where the norm was folded; in float64."""
+        path, norm_path = self.family.path(layer, "v"), self.family.norm_path(layer, "v")
+        place = cast(Place, self.family.place(path))
+        rows = fused_rows(place, "v", self.heads, len(base.weight(path)))
+        bias = base.bias(path, rows)
+        beta = base.affine(norm_path)[1] if norm_path and self.is_folded(layer, "v") else None
+        total = torch.zeros(self.heads.n_kv * self.heads.d_head, dtype=torch.float64)
+        if bias is not None:
+            total += bias.cpu().double()
+        if beta is not None:
+            total += (in_float64(base.weight(path, rows)) @ in_float64(beta)).cpu()
+        return total
+
+    def _processing(self, site: SiteFactors, weight: Float[Tensor, "out in"]) -> Processing:
+        """What was done to the model's weight; the model itself must agree on folded norms."""
+        norm_path = self.family.norm_path(site.layer, site.kind)
+        if self.base is None and not self.needs_base():
+            return Processing(folded=False, centred=self.is_centred(site.kind, weight))
+        base = self._required_base(site, norm_path or "value biases")
+        gamma = None if norm_path is None else base.affine(norm_path)[0]
+        unprocessed = base.weight(site.path, site.rows) * self.embedding_scale(site.kind)
+        layer_norm, writes = self.family.norm == "LN", self._may_be_centred(site.kind)
+        inferred = infer_processing(site.name, weight, unprocessed, gamma, layer_norm, writes)
+        folded = norm_path is not None and self.is_folded(site.layer, site.kind)
+        if gamma is not None and folded != inferred.folded and bool((gamma != 1).any()):
+            says, shows = ("were" if folded else "were not"), ("were not" if folded else "were")
+            raise ModelStateError(
+                f"{site.name}: the model says its norms {says} folded, its weights show that they "
+                f"{shows}. Load the model again from the base."
+            )
+        return Processing(folded, inferred.centred)
+
+    def _required_base(self, site: SiteFactors, parameter: str) -> BaseWeights:
+        if self.base is not None:
+            return self.base
+        raise self.needs(
+            site,
+            f"this {self.class_name} was processed (its norms are folded into its weights), so the "
+            f"base model's own {parameter} must be at hand",
+            ", or load the hooked model unprocessed (from_pretrained_no_processing)",
+        )
+
+    # --- δ in this model's basis
+
+    def map_of(self, site: SiteFactors, update: Update, *, behind_norm: bool = False) -> SiteMap:
+        """δ of a site in this model's basis. No forward pass.
+
+        With `behind_norm`, z is read behind γ and β, at `ports_behind_norm`.
+
+        Raises:
+            ModelStateError: the base is needed and was not given, or is another model's.
+        """
+        place = site.layer, site.kind
+        if self.experts(*place):
+            return expert_map(update, self.working_dtype, cast(Tensor, self.stack(*place)).device)
+        basis = self.basis_of(site, behind_norm)
+        factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
+        return site_map(dataclasses.replace(update, scale=update.scale * factor), basis)
+
+    def basis_of(self, site: SiteFactors, behind_norm: bool = False) -> Basis:
+        """How z and the output of a site's map differ from the Hugging Face linear's."""
+        place = site.layer, site.kind, behind_norm
+        return self.known("basis", *place, make=lambda: self._basis(site, behind_norm))
+
+    def _basis(self, site: SiteFactors, behind_norm: bool) -> Basis:
+        weight = self.weight(site.layer, site.kind)
+        done = self._processing(site, weight)
+        gamma, beta = (None, None) if behind_norm else self._affine(site, done.folded)
+        return Basis(
+            dtype=self.working_dtype,
+            device=weight.device,
+            gamma=gamma,
+            gamma_is_own=not done.folded,
+            beta=beta,
+            centre_read=done.folded and self.family.norm == "LN",
+            centre_write=done.centred,
+            n_heads=self.heads.n_heads if site.kind == "o" else 0,
+            kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
+            d_head=self.heads.d_head,
+        )
+
+    def _affine(self, site: SiteFactors, folded: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(γ, β) with x = γ ⊙ z + β; at o, β is Rep(b̂_V)."""
+        norm_path = self.family.norm_path(site.layer, site.kind)
+        if folded and self.base is not None and norm_path is not None:
+            return self.base.affine(norm_path)
+        gamma, beta = self.own_affine(site.layer, site.kind) or (None, None)
+        return gamma, self.folded_value_bias(site) if site.kind == "o" else beta
+
+    def norm_map(self, site: SiteFactors, update: NormUpdate) -> NormMap:
+        """δ of a norm that is not folded; that of q and k repeats for every head."""
+        device, copies = self.norm_affine(site)[0].device, self.heads_at_hooks.of(site.kind) or 1
+
+        def spread(vector: Tensor) -> Tensor:
+            return vector.to(device, self.working_dtype).repeat(copies)
+
+        return NormMap(spread(update.gamma), None if update.beta is None else spread(update.beta))
