@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -89,10 +89,13 @@ def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
 def _ids_in(answer: Tensor) -> list[int]:
     """The ids of one answer: of [token], or of [1, token] as a tokenizer gives them."""
     ids = arguments.integers("the answer's token ids", answer, TokenError)
-    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
     if ids.ndim > 1:
-        fact = f"the answer's token ids have the shape {tuple(ids.shape)}"
-        raise TokenError(f"{fact}; expected [token], or a list of such tensors, one per prompt.")
+        raise TokenError(
+            f"the answer's token ids have the shape {tuple(ids.shape)}",
+            remedy="expected [token], or a list of such tensors, one per prompt.",
+        )
     return ids.flatten().tolist()
 
 
@@ -132,14 +135,17 @@ class AnswerLogProb(Readout):
                 that cannot follow its prompt, or a wrong number of them.
             PromptError: a prompt that is too long for the context with its answer.
         """
-        answers = response_ids(model, self.answer, prompts)
-        weighted = [[(ids, 1 / len(ids) if self.mean else 1.0)] for ids in answers]
+        weighted: list[list[tuple[Ids, float]]] = []
+        for ids in response_ids(model, self.answer, prompts):
+            weight = 1 / len(ids) if self.mean else 1.0
+            weighted.append([(ids, weight)])
         return _reading(model, prompts, weighted)
 
     @property
     def label(self) -> str:
         """`log p(' Lyon')`, `log p([' Lyon', ' Rome', …])` or `mean log p(…)`."""
-        return f"{'mean ' if self.mean else ''}log p({_name(self.answer)})"
+        what = "mean log p" if self.mean else "log p"
+        return f"{what}({_name(self.answer)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,7 +175,8 @@ class AnswerMargin(Readout):
                 that cannot follow its prompt, a wrong number of them, or doc equal to pre.
             PromptError: a prompt that is too long for the context with its answer.
         """
-        docs, pres = (response_ids(model, a, prompts) for a in (self.doc, self.pre))
+        docs = response_ids(model, self.doc, prompts)
+        pres = response_ids(model, self.pre, prompts)
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
             raise readout.same_answers("tokens", self.doc, self.pre)
         pairs = [[(doc, 1.0), (pre, -1.0)] for doc, pre in zip(docs, pres, strict=True)]
@@ -299,8 +306,9 @@ class KL(Readout):
     def label(self) -> str:
         """`KL(base ‖ adapted) of the next token`, or of what else, and which way round."""
         sides = "base ‖ adapted" if self.direction == "base_to_adapted" else "adapted ‖ base"
-        of = "of the response" if self.response is not None else _OF_TOKENS[self.tokens or "next"]
-        return f"KL({sides}) {of}"
+        if self.response is not None:
+            return f"KL({sides}) of the response"
+        return f"KL({sides}) {_OF_TOKENS[self.tokens or 'next']}"
 
 
 class _Unheld:
@@ -319,12 +327,18 @@ class _Unheld:
 def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
     """The reading of a KL, with the base distribution that it compares with."""
     prompts = reading.prompts
-    rows, slots = (index.cpu() for index in prompts.read_mask.nonzero(as_tuple=True))
-    picks: dict[str, Any] = {"rows": rows, "owner": rows, "held_rows": rows}
-    picks["slots"] = None if prompts.reads is None else slots
-    picks["weights"] = torch.ones(len(rows), device="cpu")
-    is_from_base = kl.direction == "base_to_adapted"
-    divergence = Divergence(**picks, batch=len(base), base=base, is_from_base=is_from_base)
+    rows, slots = prompts.read_mask.nonzero(as_tuple=True)
+    rows = rows.cpu()
+    divergence = Divergence(
+        rows=rows,
+        slots=None if prompts.reads is None else slots.cpu(),
+        owner=rows,
+        weights=torch.ones(len(rows), device="cpu"),
+        batch=len(base),
+        held_rows=rows,
+        base=base,
+        is_from_base=kl.direction == "base_to_adapted",
+    )
     return dataclasses.replace(reading, read=divergence)
 
 
@@ -341,7 +355,8 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
         if special.issuperset(ids):
             raise TokenError(
                 f"the answer to {which_prompt(i, prompts.batch)} is {pieces(model, ids)}, special "
-                "tokens only, so it says nothing; of the token itself use Logit, LogProb or Margin."
+                "tokens only, so it says nothing",
+                remedy="of the token itself use Logit, LogProb or Margin.",
             )
     return answers
 
@@ -349,38 +364,57 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 @extensions.continued.provide
 def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     """Prompt and response in one row, read at each of the response's tokens."""
-    said = response_ids(model, response, prompts)
-    begun = (prompts.row(i).tokens[0] for i in range(prompts.batch))
-    rows = [torch.cat([row, row.new_tensor(ids)]) for row, ids in zip(begun, said, strict=True)]
-    return _padded(model, prompts, rows, range(prompts.batch), list(map(len, said)))
+    responses = response_ids(model, response, prompts)
+    rows: list[Tensor] = []
+    for prompt, ids in enumerate(responses):
+        tokens = prompts.row(prompt).tokens[0]
+        rows.append(torch.cat([tokens, tokens.new_tensor(ids)]))
+    reads = [len(ids) for ids in responses]
+    return _padded(model, prompts, rows, range(prompts.batch), reads)
 
 
-_Ints = Sequence[int]
+def _padded(
+    model: Any,
+    prompts: Prompts,
+    rows: list[Tensor],
+    owner: Sequence[int],
+    reads: Sequence[int],
+) -> Prompts:
+    """Rows of prompts with answers, which the context must hold.
 
-
-def _padded(model: Any, prompts: Prompts, rows: list[Tensor], owner: _Ints, reads: Any) -> Prompts:
-    """Rows of prompts with answers, which the context must hold; sources say where prompts end."""
+    Args:
+        model: the hooked model.
+        prompts: without the answers; the rows' sources say where each ends.
+        rows: the tokens of each row.
+        owner: the prompt of each row.
+        reads: how many last tokens of each row are read.
+    """
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())
     name = which_prompt(owner[longest], prompts.batch)
     require_context(model, int(lengths[longest]), f"{name} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     asked = prompts.lengths.tolist()
-    sources = tuple(dataclasses.replace(prompts.sources[i], length=asked[i]) for i in owner)
-    return Prompts(tokens, lengths, lengths.new_tensor(reads), sources)
+    sources = [dataclasses.replace(prompts.sources[i], length=asked[i]) for i in owner]
+    return Prompts(tokens, lengths, lengths.new_tensor(reads), tuple(sources))
 
 
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
     """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt."""
-    several = False
+    has_several = False
     for answer in (doc, pre):
         items = items_of(answer, prompts.batch)
         answers = answer_ids(model, answer, prompts.batch, prompts.texts)
-        for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
-            several |= len(ids) > 1
-            if len(ids) > 1 and isinstance(item, str):
-                _require_no_lost_space(model, item, ids, prompts.row(i))
-    return AnswerMargin(doc, pre) if several else Margin(_token(doc), _token(pre))
+        for prompt, ids in enumerate(answers):
+            if len(ids) == 1:
+                continue
+            has_several = True
+            item = items[prompt]
+            if isinstance(item, str):
+                _require_no_lost_space(model, item, ids, prompts.row(prompt))
+    if has_several:
+        return AnswerMargin(doc, pre)
+    return Margin(_token(doc), _token(pre))
 
 
 def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -> None:
@@ -388,51 +422,87 @@ def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -
 
     After white space or a special token, where a chat template ends, 'Lyon' is as it should be.
     """
-    tokenizer, last = model.tokenizer, int(prompt.tokens[0, -1])
-    stands_free = last in tokenizer.all_special_ids or tokenizer.decode([last])[-1:].isspace()
-    if stands_free or answer.startswith(" "):
+    tokenizer = model.tokenizer
+    last = int(prompt.tokens[0, -1])
+    is_after_space = tokenizer.decode([last])[-1:].isspace()
+    if answer.startswith(" ") or is_after_space or last in tokenizer.all_special_ids:
         return
-    if len(ids_after(tokenizer, " " + answer, prompt.texts[0])) == 1:
+    spaced = f" {answer}"
+    if len(ids_after(tokenizer, spaced, prompt.texts[0])) == 1:
         raise TokenError(
-            f"{answer!r} is {len(ids)} tokens {pieces(model, ids)}, and {' ' + answer!r} is one "
-            "token. After a word an answer begins with a space; for one without it pass its ids."
+            f"{answer!r} is {len(ids)} tokens {pieces(model, ids)}, and {spaced!r} is one token.",
+            remedy="After a word an answer begins with a space; for one without it pass its ids.",
         )
 
 
 def _token(answer: AnswerLike) -> readout.TokenLike:
+    """An answer of one token after each prompt, as `Margin` takes it."""
     if isinstance(answer, str | int):
         return answer
     if isinstance(answer, Tensor | numbers.Integral):
         return int(answer)
     items = answer.ids if isinstance(answer, Generated) else answer
-    return [a if isinstance(a, str) else int(a) for a in items]
+    return [item if isinstance(item, str) else int(item) for item in items]
+
+
+# --- The rows of answers
 
 
 def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:
+    """Σ weight · log p(answer) of each prompt's answers, with as few rows as they take.
+
+    log p(answer) is a sum over its tokens, each read after the prompt and the tokens before it, its
+    prefix. A row holds a prompt and a longest prefix; shorter ones are read at slots of that row.
+    """
     rows: list[Tensor] = []
-    reads: list[int] = []
     owner: list[int] = []
-    picks: list[tuple[int, int, int, float]] = []
+    reads: list[int] = []
+    picks: list[_Pick] = []
     for prompt, weighted in enumerate(answers):
-        mine, steps = prompts.row(prompt).tokens[0], _steps(weighted)
+        asked = prompts.row(prompt).tokens[0]
+        steps = _steps(weighted)
         longest = _longest([prefix for prefix, _ in steps])
         for (prefix, token), weight in steps.items():
-            row = next(i for i, whole in enumerate(longest) if whole[: len(prefix)] == prefix)
-            picks.append((len(rows) + row, len(prefix), token, weight))
-        rows += [torch.cat([mine, mine.new_tensor(whole)]) for whole in longest]
-        reads += [len(whole) + 1 for whole in longest]
-        owner += [prompt] * len(longest)
+            row = len(rows) + _row_of(prefix, longest)
+            picks.append(_Pick(row, len(prefix), token, weight))
+        for prefix in longest:
+            rows.append(torch.cat([asked, asked.new_tensor(prefix)]))
+            owner.append(prompt)
+            # The prompt's last token is read, too: the first token of the answer follows it.
+            reads.append(len(prefix) + 1)
     owners = torch.tensor(owner, device="cpu")
-    *indices, weights = zip(*picks, strict=True)
-    picked, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
-    factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
-    places = {"rows": picked, "slots": slots, "owner": owners[picked]}
-    read = LogProbs(**places, weights=factors, batch=prompts.batch, tokens=ids)
+    picked_rows = torch.tensor([pick.row for pick in picks], device="cpu")
+    weights = [pick.weight for pick in picks]
+    read = LogProbs(
+        rows=picked_rows,
+        slots=torch.tensor([pick.slot for pick in picks], device="cpu"),
+        owner=owners[picked_rows],
+        weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
+        batch=prompts.batch,
+        tokens=torch.tensor([pick.token for pick in picks], device="cpu"),
+    )
     return Reading(_padded(model, prompts, rows, owner, reads), read, owners)
 
 
+class _Pick(NamedTuple):
+    """One log-probability: of a token, at a slot of a row, with its weight in g."""
+
+    row: int
+    slot: int
+    token: int
+    weight: float
+
+
+def _row_of(prefix: Ids, longest: list[Ids]) -> int:
+    """The first of the longest prefixes that begins with this one."""
+    for row, whole in enumerate(longest):
+        if whole[: len(prefix)] == prefix:
+            return row
+    raise AssertionError("every prefix begins one of the longest")
+
+
 def _longest(prefixes: list[Ids]) -> list[Ids]:
-    """Those with which no other begins, each once; a shorter one is read at a slot of its row."""
+    """Drop prefixes of longer ones: their logits are read from the longer row."""
     longest: list[Ids] = []
     for prefix in sorted(set(prefixes), key=len, reverse=True):
         if not any(whole[: len(prefix)] == prefix for whole in longest):
@@ -444,13 +514,17 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
     """{(prefix, next token): weight}; terms whose weights cancel are left out."""
     steps: dict[tuple[Ids, int], float] = {}
     for ids, weight in weighted:
-        for j, token in enumerate(ids):
-            steps[ids[:j], token] = steps.get((ids[:j], token), 0.0) + weight
+        for place, token in enumerate(ids):
+            step = ids[:place], token
+            steps[step] = steps.get(step, 0.0) + weight
     return {step: weight for step, weight in steps.items() if weight}
 
 
 def _name(answer: AnswerLike) -> str:
     """As a token's, but a tensor holds the ids of one answer, and what was generated its text."""
     if isinstance(answer, Generated):
-        answer = answer.text if len(answer.text) > 1 else next(iter(answer.text))
+        if len(answer.text) == 1:
+            (answer,) = answer.text
+        else:
+            answer = answer.text
     return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else readout.name_of(answer)

@@ -1,26 +1,32 @@
 """The quadratic part of a KL, split exactly over the sites: q_l = ½ v_lᵀ F v.
 
+At every token t of the response, with p₀ the base model's distribution,
 
-    v_l = J δz_l at every token of the response,   v = Σ_l v_l,   F_t = diag p₀,t − p₀,t p₀,tᵀ
-    D(ε·1) = ½ ε² Σ_t vᵀ F_t v + O(ε³),   Σ_l q_l = ½ vᵀ F v
+    v_l = J δz_l,    v = Σ_l v_l,    F_t = diag p₀,t − p₀,t p₀,tᵀ
+    D(ε·1) = ½ ε² Σ_t vᵀ F_t v + O(ε³),    Σ_l q_l = ½ vᵀ F v
 
-1. One dual forward pass gives p₀ and v, the joint tangent of all sites; it keeps the graph of p₀.
-2. The covector F v goes back through it: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by position,
-   head and rank come as those of any readout (`core/function/derivatives.py`).
-3. On request the kernel between sites or groups, K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m with
-   w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
-   and sums to vᵀ F v.
+1. One dual forward pass gives p₀ and v, the tangent of all sites together, and keeps the graph of
+   f(0).
+2. The covector F v goes back through the graph: ∂/∂ε_l of (F v)ᵀf is v_lᵀ F v. Its parts by
+   position, head and rank come as those of any readout (`core/function/derivatives.py`).
+3. On request, the kernel between sites or groups,
+
+       K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m,    w_l = √p₀ ∘ (v_l − p₀ᵀv_l),
+
+   from a tangent for each. K is symmetric and positive semidefinite, and sums to vᵀ F v.
 4. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
-5. Whether the shares rank the sites as the whole divergence does: ∂D/∂ε_l at ε = ½, the path
-   integral of D by one node, which of a quadratic is q_l. One forward and one backward pass.
+5. Whether the shares rank the sites as the whole divergence does: ∂D/∂ε_l at ε = ½ is the path
+   integral of D by one node, and equals q_l if D is quadratic. One forward and one backward pass.
 
 A share is negative where a site moves the distribution against the others.
+
 Cost: two forward passes, a dual and two backward ones; one more forward pass for each ε below 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, final, get_args
 
@@ -48,7 +54,7 @@ from lens_lora.core import (
     tangent_of,
 )
 from lens_lora.core.analyses.first_order import in_rank_space, labelled
-from lens_lora.core.function.asked import ask_prompts
+from lens_lora.core.function.asked import Asked, ask_prompts
 from lens_lora.core.function.derivatives import group_parts, part_tangents, pulled_back
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.memory import dual_graph_groups
@@ -61,10 +67,10 @@ from lens_lora.responses.answers import KL, AnswerLike, ReadTokens
 from lens_lora.two_adapters.compare_adapters import correlation_of
 
 _Kernel = Literal["site", "layer", "kind"]
+# The strengths at which the divergence is held against its quadratic part.
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
-
-
-# A rank correlation; chosen and confirmed in docs/faithfulness.md.
+# The rank correlation from which on the shares rank the sites; chosen and confirmed in
+# docs/faithfulness.md.
 _RANKED = 0.9
 
 
@@ -87,7 +93,7 @@ class SharesVerdict:
     @property
     def kind(self) -> Literal["holds", "fails", "unknown"]:
         """'holds', the ranks agree; 'fails'; 'unknown', there is no rank correlation."""
-        if self.agreement != self.agreement:
+        if math.isnan(self.agreement):
             return "unknown"
         return "holds" if self.agreement >= _RANKED else "fails"
 
@@ -126,21 +132,29 @@ class KLShares(Drawn):
     @property
     def agreement(self) -> Float[Tensor, " batch"]:
         """Rank correlation of the shares with `midpoint`; NaN of one site, or of equal ones."""
-        both = self.attribution.per_site, self.midpoint
-        pairs = (values.cpu().double().numpy() for values in both)
-        ranked = [correlation_of(*pair, ranked=True) for pair in zip(*pairs, strict=True)]
-        return torch.tensor(ranked, dtype=torch.float64)
+        shares = self.attribution.per_site.cpu().double().numpy()
+        slopes = self.midpoint.cpu().double().numpy()
+        correlations = [
+            correlation_of(of_prompt, slope, ranked=True)
+            for of_prompt, slope in zip(shares, slopes, strict=True)
+        ]
+        return torch.tensor(correlations, dtype=torch.float64)
 
     @property
     def verdict(self) -> tuple[SharesVerdict, ...]:
         """For each prompt, whether the shares rank the sites as the whole KL does."""
-        columns = self.ratio[:, -1].cpu().double().tolist(), self.agreement.tolist()
-        return tuple(map(SharesVerdict, *columns))
+        ratios = self.ratio[:, -1].cpu().double().tolist()
+        agreements = self.agreement.tolist()
+        return tuple(
+            SharesVerdict(ratio, agreement)
+            for ratio, agreement in zip(ratios, agreements, strict=True)
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part, with its share of the quadratic."""
         frame = self.attribution.to_frame().drop(columns="share")
-        whole = self.quadratic.cpu().double().numpy()[frame["prompt"].to_numpy()]
+        by_prompt = self.quadratic.cpu().double().numpy()
+        whole = by_prompt[frame["prompt"].to_numpy()]
         return frame.assign(share=frame["value"] / whole)
 
     def along(self) -> pd.DataFrame:
@@ -151,8 +165,9 @@ class KLShares(Drawn):
         return long_table(numbers, prompts, {"scale": self.scales.tolist()})
 
     def kernel(self, group: _Kernel = "layer", prompt: int | None = None) -> pd.DataFrame:
-        """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled; half its sum is the
-        quadratic, and half the sum of a site's row its share.
+        """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled.
+
+        Half its sum is the quadratic, and half the sum of a site's row is the site's share.
 
         Args:
             group: 'site', 'layer' or 'kind'; of a kernel of sites every one, of layers or kinds
@@ -165,22 +180,30 @@ class KLShares(Drawn):
         """
         if self.gram is None:
             raise ArgumentError(
-                "this result holds no kernel, which takes a tangent for each site or group; ask "
-                f"for it: ll.kl_shares(…, kernel={group!r})."
+                "this result holds no kernel, which takes a tangent for each site or group",
+                remedy=f"ask for it: ll.kl_shares(…, kernel={group!r}).",
             )
         wanted = group_sites(self.attribution.sites, group)
-        parts = [set(indices) for indices in self.groups.values()]
-        members = torch.tensor(
-            [[float(part <= set(indices)) for part in parts] for indices in wanted.values()]
-        ).to(self.gram)
+        members = self._members(wanted).to(self.gram)
         if not bool((members.sum(0) == 1).all()):
             raise ArgumentError(
-                f"the kernel is between {len(parts)} groups, such as {next(iter(self.groups))!r}, "
-                f"which do not make up each {group}; ask for it: ll.kl_shares(…, kernel={group!r})."
+                f"the kernel is between {len(self.groups)} groups, such as "
+                f"{next(iter(self.groups))!r}, which do not make up each {group}",
+                remedy=f"ask for it: ll.kl_shares(…, kernel={group!r}).",
             )
+        between = members @ self.gram @ members.T
         rows = prompt_rows(prompt, len(self.gram))
-        kernel = (members @ self.gram @ members.T)[rows].cpu().double().mean(0)
-        return pd.DataFrame(kernel.numpy(), index=list(wanted), columns=list(wanted))
+        kernel = between[rows].cpu().double().mean(0)
+        names = list(wanted)
+        return pd.DataFrame(kernel.numpy(), index=names, columns=names)
+
+    def _members(self, wanted: Groups) -> Float[Tensor, "wanted group"]:
+        """1 where a group of the kernel lies within a wanted one."""
+        parts = [set(sites) for sites in self.groups.values()]
+        rows: list[list[float]] = []
+        for sites in wanted.values():
+            rows.append([float(part <= set(sites)) for part in parts])
+        return torch.tensor(rows)
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k sites of largest share.
@@ -264,31 +287,40 @@ def kl_shares(
         word("kernel", kernel, get_args(_Kernel))
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
     question = ask_prompts(lens, prompts, max_memory)
-    readout = KL(response, direction, tokens).on(question.prompts)
     lens = question.lens
-    reading, base_gates = bound(readout, lens.model, question.prompts), lens.gates(0.0)
-    rows = reading.prompts
+    readout = KL(response, direction, tokens).on(question.prompts)
+    reading = bound(readout, lens.model, question.prompts)
     values, base = _quadratic(in_rank_space(lens, axes, gauge), reading, axes)
     require_finite_sites(lens, values)
+    # The pass of the quadratic has shown f(0), so the divergence is held against that.
     asked = question.compared_with(readout, reading, base)
-    strengths = base_gates.new_tensor([*sorted(scales), 1.0])
-    points = strengths[:, None].expand(-1, len(base_gates))
-    along = gated_readout(lens, asked.reading, points, progress=progress, what="along the path")
+    strengths = lens.gates(0.0).new_tensor([*sorted(scales), 1.0])
+    divergence = _along(asked, strengths, progress)
     midpoint = site_slopes(lens, asked.reading, lens.gates(0.5))
     require_finite_sites(lens, midpoint)
-    # D(0) = 0 by definition, so only the other end is run.
-    asked.know({0.0: torch.zeros_like(along[:, -1]), 1.0: along[:, -1]})
+    # D(0) = 0 by definition, and D(1) was measured along the path: neither end is run again.
+    asked.know({0.0: torch.zeros_like(divergence[:, -1]), 1.0: divergence[:, -1]})
+    attribution = labelled(asked, values, axes, method="kl_quadratic", at=0.0)
+    gram = None
+    if groups:
+        gram = _gram(lens, reading.prompts, base.softmax(-1), groups, progress)
     return KLShares(
-        attribution=dataclasses.replace(
-            labelled(asked, values, axes, method="kl_quadratic", at=0.0),
-            gauge=gauge if "rank" in axes else "",
-        ),
+        attribution=dataclasses.replace(attribution, gauge=gauge if "rank" in axes else ""),
         scales=strengths,
-        divergence=along,
+        divergence=divergence,
         midpoint=midpoint,
-        gram=_gram(lens, rows, base.softmax(-1), groups, progress) if groups else None,
+        gram=gram,
         groups=groups,
     )
+
+
+def _along(
+    asked: Asked, strengths: Float[Tensor, " scale"], progress: bool
+) -> Float[Tensor, "batch scale"]:
+    """D(ε·1) at these strengths. A forward pass each."""
+    sites = len(asked.lens.sites)
+    gates = strengths[:, None].expand(-1, sites)
+    return gated_readout(asked.lens, asked.reading, gates, progress=progress, what="along the path")
 
 
 def _quadratic(
@@ -300,19 +332,23 @@ def _quadratic(
     for group in dual_graph_groups(lens, reading):
         rows = group.prompts
 
-        def pulled(f: Tensor, v: Tensor, rows: Prompts = rows) -> Tensor:
+        def covector(f: Tensor, v: Tensor, rows: Prompts = rows) -> Tensor:
             """F v = p₀ ∘ (v − p₀ᵀv) at each slot that holds a token, zero elsewhere."""
             p = f.softmax(-1)
             return p * _centred(p, v) * _mask(rows, v)
 
-        doubled, f = pulled_back(lens, group, axes, pulled)
+        doubled, f = pulled_back(lens, group, axes, covector)
         values.append(doubled / 2)
-        more = reading.prompts.slots - rows.slots
-        base.append(f if f.ndim == 2 else functional.pad(f, (0, 0, 0, more)))
+        if f.ndim == 3:
+            # Slots that no row of the group has.
+            missing = reading.prompts.slots - rows.slots
+            f = functional.pad(f, (0, 0, 0, missing))
+        base.append(f)
     return joined(values), torch.cat(base)
 
 
 def _centred(p: Tensor, v: Tensor) -> Tensor:
+    """v − p₀ᵀv."""
     return v - (p * v).sum(-1, keepdim=True)
 
 
@@ -330,7 +366,8 @@ def _gram(
         return root * _centred(p[:, None], tangent_of(logits))
 
     parts = group_parts(lens, groups)
-    w = part_tangents(lens, rows, lens.gates(0.0), parts, read, progress=progress).flatten(2)
+    tangents = part_tangents(lens, rows, lens.gates(0.0), parts, read, progress=progress)
+    w = tangents.flatten(2)
     return w @ w.transpose(1, 2)
 
 
