@@ -31,6 +31,7 @@ from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations
 from .hidden.constant_part import constant_part
 from .hidden.features import feature_shift
+from .interaction.together import together
 from .judging.best_subset import best_subset
 from .judging.compare import compare
 from .judging.faithfulness import faithfulness
@@ -102,6 +103,7 @@ __all__ = [
     "checkpoints",
     "compare_adapters",
     "repair",
+    "together",
     # one prompt
     "explain",
     # directions

@@ -33,6 +33,7 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.explanations.page",
     ),
     "lens_lora.hidden": ("lens_lora.hidden.figures", "lens_lora.hidden.words"),
+    "lens_lora.interaction": ("lens_lora.interaction.figures", "lens_lora.interaction.words"),
     "lens_lora.judging": ("lens_lora.judging.figures", "lens_lora.judging.words"),
     "lens_lora.responses": ("lens_lora.responses.figures", "lens_lora.responses.words"),
     "lens_lora.ship": ("lens_lora.ship.page",),

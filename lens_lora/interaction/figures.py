@@ -1,0 +1,72 @@
+"""What an interaction of adapters shows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from lens_lora.core import drawing
+from lens_lora.errors import ArgumentError
+from lens_lora.interaction.together import Together
+from lens_lora.show import go
+from lens_lora.show.figures import heatmap, names_axis, whose
+from lens_lora.show.text import label, signed
+
+
+@drawing.figure.register(Together)
+def together_heatmap(result: Together, prompt: int | None = None) -> go.Figure:
+    """The interaction by groups of modules of two adapters; or by adapter, of several.
+
+    Raises:
+        ArgumentError: several pairs of adapters that were split by modules.
+    """
+    if result.parts is None:
+        return _of_adapters(result, prompt)
+    if len(result.first) != 1:
+        raise ArgumentError(
+            f"{len(result.first)} pairs of adapters were split by modules, and one picture shows "
+            "one pair",
+            remedy="ask for two adapters at a time, or use .top() and .to_frame().",
+        )
+    values, _ = result.mean_over(prompt, result.parts[:, 0])
+    rows = values.any(1)
+    columns = values.any(0)
+    kept = values[rows][:, columns].tolist()
+    down = tuple(itertools.compress(result.groups, rows.tolist()))
+    across = tuple(itertools.compress(result.groups, columns.tolist()))
+    below = f"modules of {result.first[0]} down, of {result.second[0]} across"
+    return _heatmap(result, prompt, kept, (down, across), below)
+
+
+def _of_adapters(result: Together, prompt: int | None) -> go.Figure:
+    """The interaction of each pair; what each adapter does alone stands with its name."""
+    interaction, _ = result.mean_over(prompt, result.interaction)
+    alone, _ = result.mean_over(prompt, result.alone)
+    places = {name: index for index, name in enumerate(result.adapters)}
+    cells: list[list[float | None]] = [[None] * len(places) for _ in places]
+    for first, second, value in zip(result.first, result.second, interaction.tolist(), strict=True):
+        a, b = places[first], places[second]
+        cells[a][b] = value
+        cells[b][a] = value
+    down = tuple(
+        f"{name}, alone {signed(value)}"
+        for name, value in zip(result.adapters, alone.tolist(), strict=True)
+    )
+    below = "what two adapters do together beyond what each does alone"
+    return _heatmap(result, prompt, cells, (down, result.adapters), below)
+
+
+def _heatmap(
+    result: Together,
+    prompt: int | None,
+    cells: Sequence[Sequence[float | None]],
+    names: tuple[Sequence[str], Sequence[str]],
+    below: str,
+) -> go.Figure:
+    titles = (
+        f"{result.readout}: interaction of adapters",
+        f"{below} · {whose(prompt, result.str_tokens)}",
+    )
+    down, across = map(names_axis, names)
+    says = f"<b>%{{y}} × %{{x}}</b><br>%{{z:.3g}} {label(result.units)}<extra></extra>"
+    return heatmap(titles, cells, says, across, down, result.units, "signed")

@@ -1,0 +1,350 @@
+"""Adapters together: what they do beyond what each of them does alone.
+
+Let s be the gate of all modules of adapter a, t that of all modules of adapter b, and all other
+adapters off. The interaction of the two is
+
+    I_ab = g(1, 1) − g(1, 0) − g(0, 1) + g(0, 0)
+         = ∫₀¹ ∫₀¹ ∂²g/∂s∂t ds dt = Σ_{l∈a, m∈b} ∫₀¹ ∫₀¹ H_lm(s, t) ds dt.
+
+The first line is exact, four values of g. The second splits it by pairs of modules: H is the second
+derivative of g (note, §6, item 4), and the integral over the plane of both gates is that of
+Integrated Hessians (arXiv 2002.04138).
+
+1. The corners: a forward pass for the base, for each adapter, for each pair, for all but each, and
+   for all.
+2. The split: H between groups of modules of a and of b, at the nodes of a Gauss–Legendre rule in
+   each of the two gates. The rules grow until the parts miss I_ab by at most a share `tol` of the
+   largest of the three shifts g(1, 1), g(1, 0), g(0, 1) less g(0, 0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.arguments import number, whole
+from lens_lora.core import (
+    SIGMAS,
+    Adapter,
+    Entries,
+    Evaluations,
+    Group,
+    Groups,
+    LoraLens,
+    PromptsLike,
+    Ranked,
+    Readout,
+    Site,
+    analysis,
+    group_sites,
+    indicator,
+    load_adapter,
+    long_table,
+)
+from lens_lora.errors import ArgumentError
+
+# Nodes in each gate, so that a rule costs the square of it. Each is half as long again as the last.
+_RULES = (2, 3, 4, 6, 9, 13)
+
+_Pair = tuple[int, int]
+
+
+@final
+class Together(Ranked):
+    """What several adapters do to a readout together, in the readout's units.
+
+    `base` is g with all adapters off, `adapted` with all of them on. `top` and `plot` show pairs of
+    modules where the interaction was split by them, and pairs of adapters where it was not.
+
+    Attributes:
+        adapters: their names.
+        alone: [batch, adapter], g(a) − g(0): what each does to the base model.
+        added: [batch, adapter], g(all) − g(all but a): what each does beside all the others.
+        first, second: the two adapters of each pair.
+        interaction: [batch, pair], I_ab, exact; the other adapters are off.
+        noise_floor: [batch], σ of an interaction from rounding alone.
+        parts: [batch, pair, group, group], the interaction by groups of modules of the first and of
+            the second adapter; None where it was not split.
+        groups: the names of the groups, which both adapters share; an adapter without a module in a
+            group has zeros there.
+        nodes: how many values each gate took; 0 where nothing was split.
+        allowed: [batch, pair], how much the parts were allowed to miss; None where nothing was
+            split.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; the name of a site
+            ends in '@' and its adapter.
+    """
+
+    adapters: Annotated[tuple[str, ...], "adapter"]
+    alone: Float[Tensor, "batch adapter"]
+    added: Float[Tensor, "batch adapter"]
+    first: Annotated[tuple[str, ...], "pair"]
+    second: Annotated[tuple[str, ...], "pair"]
+    interaction: Float[Tensor, "batch pair"]
+    noise_floor: Float[Tensor, " batch"]
+    parts: Float[Tensor, "batch pair group group"] | None = None
+    groups: Annotated[tuple[str, ...], "group"] = ()
+    nodes: int = 0
+    allowed: Float[Tensor, "batch pair"] | None = None
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """What all adapters do beyond the sum of what each does alone, exact.
+
+        Of two adapters it is their interaction; of more it is that of all pairs, triples, ….
+        """
+        return self.shift - self.alone.sum(1)
+
+    @property
+    def completeness_error(self) -> Float[Tensor, "batch pair"]:
+        """|I_ab − Σ parts|: what the quadrature misses.
+
+        Raises:
+            ArgumentError: the interaction was not split.
+        """
+        return (self.interaction - self._split.flatten(2).sum(2)).abs()
+
+    @property
+    def is_complete(self) -> Bool[Tensor, "batch pair"]:
+        """Whether the parts miss no more than `tol` allows.
+
+        Raises:
+            ArgumentError: the interaction was not split.
+        """
+        missed = self.completeness_error
+        assert self.allowed is not None, "what was split has a bound"
+        return missed <= self.allowed
+
+    @property
+    def _split(self) -> Float[Tensor, "batch pair group group"]:
+        if self.parts is None:
+            raise ArgumentError(
+                "the interaction was not split by modules",
+                remedy="ask for it: ll.together(…, group='kind').",
+            )
+        return self.parts
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and pair of adapters, or per pair of their groups of modules."""
+        prompts = {"prompt": range(len(self.base))}
+        pairs = {"first": self.first, "second": self.second}
+        if self.parts is None:
+            return long_table({"interaction": self.interaction}, prompts, pairs)
+        of_first = {"group_of_first": self.groups}
+        of_second = {"group_of_second": self.groups}
+        return long_table({"interaction": self.parts}, prompts, pairs, of_first, of_second)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """The interaction of each pair of adapters, or of groups of their modules."""
+        if self.parts is None:
+            labels = {"first": self.first, "second": self.second}
+            return Entries(labels, *self.mean_over(prompt, self.interaction), "interaction")
+        table = self.to_frame()
+        labels_of_one_prompt = table[table["prompt"] == 0]
+        columns = ("first", "second", "group_of_first", "group_of_second")
+        labels = {name: labels_of_one_prompt[name].tolist() for name in columns}
+        values, shift = self.mean_over(prompt, self.parts.flatten(1))
+        return Entries(labels, values, shift, "interaction")
+
+
+def together(
+    lens: LoraLens,
+    adapters: Mapping[str, Adapter | str | Path],
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    group: Group | None = None,
+    tol: float = 1e-3,
+    max_nodes: int = 13,
+    progress: bool = True,
+) -> Together:
+    """What two or more adapters do to a readout together, beyond what each of them does alone.
+
+    Cost: 2 + 2k + k(k − 1)/2 forward passes for k adapters, batched (4 for two), and five for the
+    noise floor at each end. Split by groups of modules, for each pair of adapters and each of n²
+    nodes a forward and a backward pass, and two backward passes for each group of modules.
+
+    Args:
+        lens: over the model; its own adapter is not used, unless it is among `adapters`.
+        adapters: by name, as they are to be called; adapters, or their folders.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: what is read of the logits.
+        group: split the interactions by 'kind', 'layer' or 'site' of module, or by {name: site
+            names or globs}; None for the corners alone.
+        tol: how much the parts may miss of an interaction, as a share of the largest shift of the
+            pair.
+        max_nodes: the largest number of values of each gate.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: fewer than two adapters, an empty name or one with '@', groups that hold a
+            module twice or not at all, `tol` or `max_nodes` out of range.
+        AdapterError: adapters of different bases; DoRA on a module that another adapts too.
+        SiteError: a glob of a group that matches no site of either adapter.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a value or derivative that is not finite.
+    """
+    tol = number("tol", tol)
+    max_nodes = whole("max_nodes", max_nodes, _RULES[0])
+    if tol <= 0:
+        raise ArgumentError(f"tol={tol:g}", remedy="expected a share above 0, such as 1e-3.")
+    of_sum = lens.with_adapter(_sum_of(adapters))
+    split = None if group is None else _Split(group, tol, max_nodes)
+    return _together(of_sum, prompts, readout, tuple(adapters), split, progress=progress)
+
+
+def _sum_of(adapters: Mapping[str, Adapter | str | Path]) -> Adapter:
+    """All adapters at once, each under the name that it is given."""
+    if not isinstance(adapters, Mapping) or len(adapters) < 2:
+        raise ArgumentError(
+            f"adapters={adapters!r}: expected two or more adapters by name",
+            remedy="write {'a': adapter, 'b': 'path/to/another'}.",
+        )
+    named: list[Adapter] = []
+    for name, adapter in adapters.items():
+        if not isinstance(name, str) or not name or "@" in name:
+            raise ArgumentError(
+                f"an adapter is called {name!r}", remedy="name it by a word without '@'."
+            )
+        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        named.append(dataclasses.replace(loaded, name=name))
+    total = named[0]
+    for adapter in named[1:]:
+        total = total + adapter
+    return total
+
+
+class _Split(NamedTuple):
+    """How an interaction is to be split."""
+
+    group: Group
+    tol: float
+    max_nodes: int
+
+
+@analysis
+def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> Together:
+    """The corners, and what follows from them."""
+    members = _members(g.lens.sites, names).to(g.lens.gate_dtype).to(g.lens.device)
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    base, adapted = g.ends
+    alone = g(members) - base
+    added = adapted - g(1 - members)
+    of_pairs = torch.stack([members[a] + members[b] for a, b in pairs])
+    both = g(of_pairs) - base
+    interaction = torch.stack([both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)])
+    found = Together(
+        adapters=names,
+        alone=alone.T,
+        added=added.T,
+        first=tuple(names[a] for a, _ in pairs),
+        second=tuple(names[b] for _, b in pairs),
+        interaction=interaction.T,
+        noise_floor=g.noise((1, -1, -1, 1), at=(1.0, 1.0, 1.0, 0.0)),
+        **g.header(),
+    )
+    if split is None:
+        return found
+    groups = _groups_of_each(g.lens.sites, names, split.group)
+    largest = torch.stack([alone[[a, b]].abs().amax(0) for a, b in pairs])
+    allowed = split.tol * torch.maximum(largest, both.abs())
+    allowed = torch.maximum(allowed, SIGMAS * found.noise_floor.to(allowed))
+    return _split_by_modules(g, found, pairs, groups, allowed, split.max_nodes)
+
+
+def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adapter site"]:
+    """1 where a site is of an adapter."""
+    of_adapter: Groups = {}
+    for name in names:
+        of_adapter[name] = tuple(i for i, site in enumerate(sites) if site.adapter == name)
+    return indicator(of_adapter, len(sites))
+
+
+# --- By pairs of modules
+
+
+def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -> list[Groups]:
+    """For each adapter its groups of modules; all adapters have the same names of groups.
+
+    A group is of modules by their own names, without '@' and the adapter's.
+    """
+    bare = [dataclasses.replace(site, name=site.name.rpartition("@")[0]) for site in sites]
+    of_all = group_sites(bare, group)
+    held = [index for indices in of_all.values() for index in indices]
+    if sorted(held) != list(range(len(sites))):
+        raise ArgumentError(
+            f"group={group!r} holds {len(held)} modules of {len(sites)}, some twice or not at all, "
+            "so that the parts of an interaction would not add up to it",
+            remedy="use 'kind', 'layer' or 'site', or name every module once.",
+        )
+    groups: list[Groups] = []
+    for name in names:
+        of_adapter: Groups = {}
+        for label, indices in of_all.items():
+            of_adapter[label] = tuple(i for i in indices if sites[i].adapter == name)
+        groups.append(of_adapter)
+    return groups
+
+
+def _split_by_modules(
+    g: Evaluations,
+    found: Together,
+    pairs: Sequence[_Pair],
+    groups: Sequence[Groups],
+    allowed: Float[Tensor, "pair batch"],
+    max_nodes: int,
+) -> Together:
+    """The result with its parts, by the first rule whose parts miss no more than is allowed."""
+    rules = [nodes for nodes in _RULES if nodes <= max_nodes]
+    split = found
+    for nodes in rules:
+        parts = [_parts(g, groups[a], groups[b], nodes) for a, b in pairs]
+        split = dataclasses.replace(
+            found,
+            parts=torch.stack(parts, 1),
+            groups=tuple(groups[0]),
+            nodes=nodes,
+            allowed=allowed.T,
+        )
+        if bool(split.is_complete.all()):
+            break
+    return split
+
+
+def _parts(
+    g: Evaluations, of_first: Groups, of_second: Groups, nodes: int
+) -> Float[Tensor, "batch group group"]:
+    """∫₀¹ ∫₀¹ Σ_{l∈G, m∈M} H_lm(s, t) ds dt, with G of the first adapter and M of the second."""
+    lens = g.lens
+    first = lens.gates(indicator(of_first, len(lens.sites)))
+    second = lens.gates(indicator(of_second, len(lens.sites)))
+    is_there = second.any(1)  # A group in which the second adapter has no module takes no product.
+    points, weights = _gauss_legendre(nodes)
+    parts = first.new_zeros(g.prompts.batch, len(first), len(second))
+    for s, weight_s in zip(points, weights, strict=True):
+        for t, weight_t in zip(points, weights, strict=True):
+            gates = s * _of_any(first) + t * _of_any(second)
+            products = g.curvature(second[is_there], gates)
+            parts[:, :, is_there] += (
+                weight_s * weight_t * torch.einsum("mbs,gs->bgm", products, first)
+            )
+    return parts
+
+
+def _of_any(members: Float[Tensor, "group site"]) -> Float[Tensor, " site"]:
+    """1 where a site is in one of the groups."""
+    return members.amax(0)
+
+
+def _gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
+    """Points and weights on [0, 1]: exact for polynomials up to degree 2·nodes − 1."""
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    return ((points + 1) / 2).tolist(), (weights / 2).tolist()

@@ -1,0 +1,54 @@
+"""What an interaction of adapters says."""
+
+from __future__ import annotations
+
+from lens_lora.core import SIGMAS, drawing, only_prompt
+from lens_lora.interaction.together import Together
+from lens_lora.show.text import signed
+
+
+@drawing.story.register(Together)
+def together_story(result: Together, prompt: int | None = None) -> str:
+    """What each adapter does alone, what they do together, and where the two meet."""
+    index = only_prompt(prompt, len(result.base), "stories")
+    alone = [
+        f"{name} {signed(value)}"
+        for name, value in zip(result.adapters, result.alone[index].tolist(), strict=True)
+    ]
+    shift, total = float(result.shift[index]), float(result.total[index])
+    sentences = [
+        f"Alone: {', '.join(alone)} {result.units}. Together: {signed(shift)}, "
+        f"{signed(total)} beyond the sum of what each does alone."
+    ]
+    floor = SIGMAS * float(result.noise_floor[index])
+    if abs(total) <= floor:
+        sentences.append("That is within rounding: they do not interact on this prompt.")
+    if result.parts is not None:
+        sentences.append(_where(result, index))
+    return " ".join(sentences)
+
+
+@drawing.body.register(Together)
+def together_body(result: Together) -> str:
+    """The story of a single prompt, and the largest entries."""
+    table = result.top(5).to_string()
+    if len(result.base) > 1:
+        return table
+    return f"{together_story(result)}\n{table}"
+
+
+def _where(result: Together, index: int) -> str:
+    """The largest pair of groups of modules, and what the parts miss."""
+    largest = result.top(1, index).iloc[0]
+    where = (
+        f"The largest part, {signed(largest['interaction'])}, is between "
+        f"{largest['group_of_first']} of {largest['first']} and "
+        f"{largest['group_of_second']} of {largest['second']}."
+    )
+    if bool(result.is_complete[index].all()):
+        return where
+    missed = float(result.completeness_error[index].max())
+    return (
+        f"{where} The parts miss up to {missed:.2g} {result.units} of an interaction: ask for more "
+        "nodes by max_nodes=, or for fewer groups."
+    )

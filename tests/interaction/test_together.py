@@ -1,0 +1,232 @@
+"""Adapters together: corners and parts against PEFT with both adapters active."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.errors import ArgumentError, SiteError
+
+pytestmark = pytest.mark.usefixtures("float64")
+TOKENS = models.tokens()
+MARGIN = ll.Margin(5, 9)
+QUIET: dict[str, Any] = {"progress": False}
+EXACT = 1e-9
+FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+def with_two_adapters(family: str) -> PeftModel:
+    """PEFT's model with the adapters 'default' and 'second', with random factors."""
+    base = models.hf_model(family)
+    peft = models.peft_model(family, base)
+    config = peft.peft_config["default"]
+    second = LoraConfig(r=2, lora_alpha=3, target_modules=config.target_modules)
+    second.fan_in_fan_out = config.fan_in_fan_out
+    peft.add_adapter("second", second)
+    generator = models.seeded(11)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if ".second." in name:
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.2 * drawn)
+    return peft.double().eval()
+
+
+def read_of_peft(peft: PeftModel, active: list[str]) -> Tensor:
+    """The margin of each prompt with these adapters active."""
+    with torch.no_grad():
+        if not active:
+            with peft.disable_adapter():
+                logits = peft(TOKENS).logits[:, -1]
+        else:
+            peft.base_model.set_adapter(active)
+            logits = peft(TOKENS).logits[:, -1]
+    return logits[:, 5] - logits[:, 9]
+
+
+def gentle(adapters: Mapping[str, ll.Adapter]) -> dict[str, ll.Adapter]:
+    """At a fifth of their strength, where few nodes suffice."""
+    return {name: adapter.scaled(0.2) for name, adapter in adapters.items()}
+
+
+@functools.cache
+def asked(family: str, cls: str) -> tuple[PeftModel, ll.LoraLens, Mapping[str, ll.Adapter]]:
+    with models.lifted():
+        peft = with_two_adapters(family)
+        adapters = {
+            "one": ll.Adapter.from_peft(peft, "default"),
+            "two": ll.Adapter.from_peft(peft, "second"),
+        }
+        base = models.hf_model(family)
+        lens = ll.LoraLens(models.MAKERS[cls](base), adapters["one"])
+    return peft, lens, adapters
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_corners_are_peft_s(family: str, cls: str):
+    peft, lens, adapters = asked(family, cls)
+    found = ll.together(lens, adapters, TOKENS, MARGIN, **QUIET)
+    base, one, two = (read_of_peft(peft, names) for names in ([], ["default"], ["second"]))
+    both = read_of_peft(peft, ["default", "second"])
+    assert (found.base - base).abs().max() < EXACT
+    assert (found.adapted - both).abs().max() < EXACT
+    assert (found.alone - torch.stack([one - base, two - base], 1)).abs().max() < EXACT
+    assert (found.added - torch.stack([both - two, both - one], 1)).abs().max() < EXACT
+    assert (found.interaction[:, 0] - (both - one - two + base)).abs().max() < EXACT
+    assert (found.total - found.interaction[:, 0]).abs().max() < EXACT
+    assert found.interaction.abs().min() > 1e-4, "there is something to see"
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_the_parts_are_integrals_of_mixed_differences(cls: str):
+    """Each part against differences of g itself, over the plane of one module of each adapter."""
+    _, lens, adapters = asked("llama", cls)
+    adapters = gentle(adapters)
+    found = ll.together(lens, adapters, TOKENS, MARGIN, group="kind", tol=1e-6, **QUIET)
+    assert found.parts is not None
+    error = (found.parts.flatten(2).sum(2) - found.interaction).abs()
+    assert torch.equal(error, found.completeness_error)
+    assert error.max() < 1e-6 * found.shift.abs().max()
+    assert bool(found.is_complete.all())
+    g = lens.with_adapter(_sum(adapters)).function(TOKENS, MARGIN)
+    points, weights = np.polynomial.legendre.leggauss(found.nodes)
+    kinds = found.groups.index("gate"), found.groups.index("q")
+    expected = torch.zeros_like(found.base)
+    for (s, weight_s), (t, weight_t) in itertools.product(
+        zip((points + 1) / 2, weights / 2, strict=True), repeat=2
+    ):
+        expected += weight_s * weight_t * _mixed_difference(g, ("*gate@one", "*q@two"), s, t)
+    assert (found.parts[:, 0, kinds[0], kinds[1]] - expected).abs().max() < 1e-7
+
+
+def _sum(adapters: Mapping[str, ll.Adapter]) -> ll.Adapter:
+    return adapters["one"].named("one") + adapters["two"].named("two")
+
+
+def _mixed_difference(g: ll.Function, globs: tuple[str, str], s: float, t: float) -> Tensor:
+    """∂²g/∂s_G∂t_M by central differences, with all gates of the adapters at s and t."""
+    step = 1e-3
+    at = g.lens.gates({"*@one": s, "*@two": t})
+    first, second = (g.lens.gates({glob: step}) for glob in globs)
+    moved = torch.stack(
+        [at + first + second, at + first - second, at - first + second, at - first - second]
+    )
+    plus, minus_second, minus_first, minus_both = g(moved)
+    return (plus - minus_second - minus_first + minus_both) / (4 * step**2)
+
+
+def test_three_adapters_have_three_pairs_and_more_beyond_them():
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    adapters = gentle(adapters)
+    three = {
+        "one": adapters["one"].only("*.self_attn.*"),
+        "two": adapters["two"],
+        "three": adapters["one"].only("*.mlp.*"),
+    }
+    found = ll.together(lens, three, TOKENS, MARGIN, group="layer", **QUIET)
+    assert list(zip(found.first, found.second, strict=True)) == [
+        ("one", "two"),
+        ("one", "three"),
+        ("two", "three"),
+    ]
+    whole = ll.together(lens, {"a": adapters["one"], "b": adapters["two"]}, TOKENS, MARGIN, **QUIET)
+    assert (found.adapted - whole.adapted).abs().max() < EXACT
+    assert (found.total - found.interaction.sum(1)).abs().max() > 1e-5, "the three of them at once"
+    assert found.completeness_error.max() < 1e-3 * found.shift.abs().max()
+
+
+def test_a_planted_collision_is_found():
+    """Where one adapter has a large update at q of a layer, and the other at k of the same."""
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    one = _louder(adapters["one"], "model.layers.1.self_attn.q_proj")
+    two = _louder(adapters["two"], "model.layers.1.self_attn.k_proj")
+    found = ll.together(lens, {"one": one, "two": two}, TOKENS, MARGIN, group="site", **QUIET)
+    top = found.top(1, prompt=0).iloc[0]
+    assert top["group_of_first"] == "blocks.1.attn.q"
+    assert top["group_of_second"] == "blocks.1.attn.k"
+
+
+def _louder(adapter: ll.Adapter, loud: str) -> ll.Adapter:
+    """The adapter with one module as it is, and all others at a fiftieth of its strength."""
+    weak = {path: 0.02 for path in adapter.modules if path != loud}
+    modules = {
+        path: ll.LoRAFactors(update.A, update.B, update.scale * weak.get(path, 1.0))
+        for path, update in adapter.modules.items()
+        if isinstance(update, ll.LoRAFactors)
+    }
+    return ll.Adapter.from_factors(modules)
+
+
+def test_adapters_of_which_one_does_nothing_do_not_interact():
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    nothing = {"one": adapters["one"], "two": adapters["two"].scaled(0.0)}
+    found = ll.together(lens, nothing, TOKENS, MARGIN, group="kind", **QUIET)
+    assert found.interaction.abs().max() <= 3 * found.noise_floor.max()
+    assert found.parts is not None
+    assert found.parts.abs().max() < 1e-12
+
+
+def test_tables_and_files(tmp_path: Path):
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    plain = ll.together(lens, adapters, TOKENS, MARGIN, **QUIET)
+    assert plain.to_frame().columns.tolist() == ["prompt", "first", "second", "interaction"]
+    split = ll.together(lens, gentle(adapters), TOKENS, MARGIN, group="layer", **QUIET)
+    frame = split.to_frame()
+    assert len(frame) == 2 * 2 * 2
+    assert frame["interaction"].sum() == pytest.approx(float(split.interaction.sum()), abs=1e-3)
+    for result in (plain, split):
+        again = ll.load_result(result.save(tmp_path / "together.safetensors"))
+        assert again.to_frame().equals(result.to_frame())
+        assert "one" in repr(again)
+    with pytest.raises(ArgumentError, match="was not split by modules"):
+        _ = plain.completeness_error
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "two or more adapters by name"),
+        ({"one": "one"}, "two or more adapters by name"),
+        ({"one": "one", "b@c": "two"}, "without '@'"),
+        ({"": "one", "two": "two"}, "without '@'"),
+    ],
+    ids=["none", "one", "a name with @", "no name"],
+)
+def test_what_is_no_pair_of_adapters_is_refused(given: dict[str, str], words: str):
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    named = {name: adapters[which] for name, which in given.items()}
+    with pytest.raises(ArgumentError, match=words):
+        ll.together(lens, named, TOKENS, MARGIN, **QUIET)
+
+
+def test_what_the_nodes_cannot_reach_is_said():
+    """Strong adapters and two nodes: the parts miss the interaction, and the words say so."""
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    first = TOKENS[:1]
+    found = ll.together(lens, adapters, first, MARGIN, group="layer", max_nodes=2, **QUIET)
+    assert found.nodes == 2
+    assert not found.is_complete.any()
+    assert "miss" in repr(found)
+
+
+def test_groups_that_do_not_add_up_are_refused():
+    _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
+    ask = functools.partial(ll.together, lens, adapters, TOKENS, MARGIN, **QUIET)
+    with pytest.raises(ArgumentError, match="some twice or not at all"):
+        ask(group={"attention": "*.attn.*"})
+    with pytest.raises(SiteError):
+        ask(group={"nothing": "*.none", "rest": "*"})
+    with pytest.raises(ArgumentError, match="tol"):
+        ask(group="kind", tol=0.0)
