@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 QUESTIONS = {
     *("path", "curvature", "responses", "hidden", "edge_attribution", "directions", "texts"),
-    *("audit", "two_adapters", "judging", "explanations", "banks", "sweeps", "ship"),
+    *("audit", "two_adapters", "judging", "interaction", "explanations", "banks", "sweeps", "ship"),
 }
 LAYERS = [
     {"errors", "_version", "families", "registered"},

@@ -233,6 +233,24 @@ def checkpoints() -> ll.results.Checkpoints:
     )  # fmt: skip
 
 
+def together() -> ll.results.Together:
+    """Two adapters, whose interaction was split by two groups of modules."""
+    return ll.results.Together(
+        adapters=("lyon", "<b>osaka</b>"),
+        alone=torch.tensor([[1.0, 2.0], [0.5, -1.0]]),
+        added=torch.tensor([[0.5, 1.5], [1.0, -0.5]]),
+        first=("lyon",),
+        second=("<b>osaka</b>",),
+        interaction=torch.tensor([[-0.5], [0.5]]),
+        noise_floor=torch.full((2,), 1e-6),
+        parts=torch.tensor([[[[-0.5, 0.0], [0.25, -0.25]]], [[[0.5, 0.0], [0.0, 0.0]]]]),
+        groups=("q", "down"),
+        nodes=3,
+        allowed=torch.full((2, 1), 1e-3),
+        **HEADER,
+    )
+
+
 def repair() -> ll.results.Repair:
     """Two sites of two ranks, one of which is dropped; judged on what it was made on."""
     factors = ll.LoRAFactors(torch.ones(1, 4), torch.ones(3, 1))
@@ -336,7 +354,7 @@ def every_result() -> list[Result]:
         contrast(), *of_directions(),
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
         ll.results.Explanations((e, by_hand(fast=True))), by_group(), of_groups(),
-        adapter_comparison(), checkpoints(), repair(), best_subset(),
+        adapter_comparison(), checkpoints(), repair(), together(), best_subset(),
         verification(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
