@@ -31,6 +31,7 @@ from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations
 from .hidden.constant_part import constant_part
 from .hidden.features import feature_shift
+from .interaction.reconcile import reconcile
 from .interaction.together import together
 from .judging.best_subset import best_subset
 from .judging.compare import compare
@@ -104,6 +105,7 @@ __all__ = [
     "compare_adapters",
     "repair",
     "together",
+    "reconcile",
     # one prompt
     "explain",
     # directions

@@ -38,6 +38,7 @@ from .hidden.constant_part import ConstantPart as ConstantPart
 from .hidden.feature_writes import FeatureWrites as FeatureWrites
 from .hidden.features import FeatureShift as FeatureShift
 from .hidden.features import feature_shift as feature_shift
+from .interaction.reconcile import Reconciled as Reconciled
 from .interaction.together import Together as Together
 from .judging.best_subset import BestSubset as BestSubset
 from .judging.compare import Comparison as Comparison

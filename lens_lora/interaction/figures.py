@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from lens_lora.core import drawing
 from lens_lora.errors import ArgumentError
+from lens_lora.interaction.reconcile import Reconciled
 from lens_lora.interaction.together import Together
 from lens_lora.show import go
-from lens_lora.show.figures import heatmap, names_axis, whose
+from lens_lora.show.figures import curve, finish, heatmap, names_axis, whose
 from lens_lora.show.text import label, signed
 
 
@@ -70,3 +71,19 @@ def _heatmap(
     down, across = map(names_axis, names)
     says = f"<b>%{{y}} × %{{x}}</b><br>%{{z:.3g}} {label(result.units)}<extra></extra>"
     return heatmap(titles, cells, says, across, down, result.units, "signed")
+
+
+@drawing.figure.register(Reconciled)
+def reconciled_curves(result: Reconciled) -> go.Figure:
+    """The share held of each behaviour, by how many modules are left out."""
+    figure = go.Figure()
+    colours = itertools.cycle(go.PALETTE)
+    for index, (behaviour, colour) in enumerate(zip(result.behaviours, colours, strict=False)):
+        says = f"{label(behaviour)}: %{{y:.2f}} with %{{x}} left out<extra></extra>"
+        held = result.along[:, index].tolist()
+        figure.add_trace(curve(result.sizes, held, label(behaviour), colour, says))
+    titles = (
+        "Which behaviours hold",
+        f"{len(result.left_out)} modules left out: the share held of what each adapter does alone",
+    )
+    return finish(figure, titles, ("modules left out", "share held"))

@@ -196,28 +196,39 @@ def together(
     max_nodes = whole("max_nodes", max_nodes, _RULES[0])
     if tol <= 0:
         raise ArgumentError(f"tol={tol:g}", remedy="expected a share above 0, such as 1e-3.")
-    of_sum = lens.with_adapter(_sum_of(adapters))
+    named = adapters_by_name(adapters)
+    of_sum = lens.with_adapter(side_by_side(named))
     split = None if group is None else _Split(group, tol, max_nodes)
-    return _together(of_sum, prompts, readout, tuple(adapters), split, progress=progress)
+    return _together(of_sum, prompts, readout, tuple(named), split, progress=progress)
 
 
-def _sum_of(adapters: Mapping[str, Adapter | str | Path]) -> Adapter:
-    """All adapters at once, each under the name that it is given."""
+def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, Adapter]:
+    """The adapters, read where they are folders, each under the name that it is given.
+
+    Raises:
+        ArgumentError: fewer than two, an empty name or one with '@'.
+    """
     if not isinstance(adapters, Mapping) or len(adapters) < 2:
         raise ArgumentError(
             f"adapters={adapters!r}: expected two or more adapters by name",
             remedy="write {'a': adapter, 'b': 'path/to/another'}.",
         )
-    named: list[Adapter] = []
+    named: dict[str, Adapter] = {}
     for name, adapter in adapters.items():
         if not isinstance(name, str) or not name or "@" in name:
             raise ArgumentError(
                 f"an adapter is called {name!r}", remedy="name it by a word without '@'."
             )
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        named.append(dataclasses.replace(loaded, name=name))
-    total = named[0]
-    for adapter in named[1:]:
+        named[name] = loaded.named(name)
+    return named
+
+
+def side_by_side(named: Mapping[str, Adapter]) -> Adapter:
+    """All of these adapters at once; their sites stay apart."""
+    first, *others = named.values()
+    total = first
+    for adapter in others:
         total = total + adapter
     return total
 

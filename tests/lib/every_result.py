@@ -251,6 +251,23 @@ def together() -> ll.results.Together:
     )
 
 
+def reconciled() -> ll.results.Reconciled:
+    """Two behaviours, of which the first holds once a module is left out."""
+    held = torch.tensor([[0.2, 0.9], [0.9, 0.8], [0.5, 0.5], [0.3, 0.7]])
+    return ll.results.Reconciled(
+        left_out=("model.layers.0.mlp.down_proj",),
+        behaviours=("lyon", "<b>osaka</b>"),
+        readouts=("margin(' Lyon' − ' Paris')", "margin(' Osaka' − ' Tokyo')"),
+        held=held,
+        held_out=held / 2,
+        sizes=(0, 1, 2),
+        along=torch.tensor([[0.2, 0.9], [0.9, 0.8], [1.0, 0.3]]),
+        strength=0.5,
+        sites=SITES,
+        meta=META,
+    )
+
+
 def repair() -> ll.results.Repair:
     """Two sites of two ranks, one of which is dropped; judged on what it was made on."""
     factors = ll.LoRAFactors(torch.ones(1, 4), torch.ones(3, 1))
@@ -354,7 +371,7 @@ def every_result() -> list[Result]:
         contrast(), *of_directions(),
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
         ll.results.Explanations((e, by_hand(fast=True))), by_group(), of_groups(),
-        adapter_comparison(), checkpoints(), repair(), together(), best_subset(),
+        adapter_comparison(), checkpoints(), repair(), together(), reconciled(), best_subset(),
         verification(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,

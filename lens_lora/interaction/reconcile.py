@@ -1,0 +1,325 @@
+"""Adapters in each other's way: which modules to leave out so that all behaviours hold.
+
+With the adapters' gates all at one except those of left-out modules,
+
+    held_q(ε) = Σ_p s_p (g_qp(ε) − g_qp(0)) / Σ_p |g_qp(a_q) − g_qp(0)|
+
+is the share that is held of behaviour q, where a_q switches on the adapter alone that was trained
+for it, and s_p is the sign of what it does alone to prompt p. It is 1 where the behaviour is as
+with its own adapter, 0 where nothing is left of it.
+
+1. Each module of one adapter is left out alone. Modules are ranked by what that does to
+   Σ_q min(1, held_q): a behaviour that is held whole gains nothing by being stronger.
+2. The first n of the ranking are left out, for some n, and both shares are measured. The set whose
+   smaller share is largest is taken, and of equals the smallest.
+3. It stands beside three others: nothing left out; the whole adapter scaled down, at the strength
+   whose smaller share is largest; and random sets of as many modules.
+4. Questions that are held out are asked of the same four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, final
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.arguments import whole, word
+from lens_lora.core import (
+    SIGMAS,
+    Adapter,
+    Evaluations,
+    LoraLens,
+    OfSites,
+    Pictured,
+    PromptsLike,
+    Readout,
+    alone,
+    evaluations,
+    indicator,
+    long_table,
+)
+from lens_lora.errors import ArgumentError
+from lens_lora.interaction.together import adapters_by_name, side_by_side
+
+Question = tuple[PromptsLike, Readout]
+
+STATES = ("nothing left out", "modules left out", "scaled down", "random modules left out")
+# Strengths of the scaled adapter that are tried.
+_STRENGTHS = tuple(step / 10 for step in range(11))
+
+
+@final
+class Reconciled(OfSites, Pictured):
+    """What of two or more behaviours holds when modules of one adapter are left out.
+
+    `plot` shows the share that is held of each behaviour, by how many modules are left out.
+
+    Attributes:
+        left_out: the modules, by their Hugging Face paths, for `adapter.without(*left_out)`; none
+            where leaving out helps nothing.
+        behaviours: the name of the adapter that was trained for each.
+        readouts: what is read of each.
+        held: [state, behaviour], shares on the prompts given; the states are `STATES`.
+        held_out: [state, behaviour], the same on prompts that nothing was chosen on; None where
+            there were none.
+        sizes: how many modules were left out along the ranking.
+        along: [size, behaviour], the shares held at these sizes, on the prompts given.
+        strength: of the adapter that was scaled down.
+        sites, meta: see `OfSites`.
+    """
+
+    left_out: Annotated[tuple[str, ...], "module"]
+    behaviours: Annotated[tuple[str, ...], "behaviour"]
+    readouts: Annotated[tuple[str, ...], "behaviour"]
+    held: Float[Tensor, "state=4 behaviour"]
+    held_out: Float[Tensor, "state=4 behaviour"] | None
+    sizes: Annotated[tuple[int, ...], "size"]
+    along: Float[Tensor, "size behaviour"]
+    strength: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per behaviour and state: the share held, on the prompts given and held out."""
+        numbers = {"held": self.held.T}
+        if self.held_out is not None:
+            numbers["held out"] = self.held_out.T
+        named = {"behaviour": self.behaviours, "readout": self.readouts}
+        return long_table(numbers, named, {"adapters": STATES})
+
+
+@alone
+def reconcile(
+    lens: LoraLens,
+    adapters: Mapping[str, Adapter | str | Path],
+    hold: Mapping[str, Question],
+    leave_out_of: str,
+    *,
+    test: Mapping[str, Question] | None = None,
+    draws: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reconciled:
+    """Which modules of one adapter to leave out, so that several adapters' behaviours all hold.
+
+    Cost: for each behaviour a forward pass for each module of `leave_out_of`, and some 40 more,
+    batched; about twenty of them for what is held out.
+
+    Args:
+        lens: over the model; its own adapter is not used, unless it is among `adapters`.
+        adapters: by name; adapters, or their folders.
+        hold: for the name of each adapter the behaviour that it was trained for: prompts and a
+            readout that the adapter moves by itself.
+        leave_out_of: the name of the adapter whose modules are left out.
+        test: the same behaviours on other prompts, on which nothing is chosen.
+        draws: random sets of modules to compare with.
+        seed: of those sets.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: fewer than two behaviours, a behaviour or `leave_out_of` without an adapter
+            of that name, something that is no pair of prompts and a readout, a behaviour that its
+            own adapter does not move.
+        AdapterError: adapters of different bases; DoRA on a module that another adapts too.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a value or derivative that is not finite.
+    """
+    draws = whole("draws", draws, 1)
+    seed = whole("seed", seed, 0)
+    named = adapters_by_name(adapters)
+    word("leave_out_of", leave_out_of, tuple(named))
+    of_sum = lens.with_adapter(side_by_side(named))
+    given = _bound(of_sum, hold, "hold", progress)
+    modules = _modules_of(of_sum, leave_out_of)
+    ranking = _ranking(of_sum, given, modules)
+    sizes = _sizes(len(ranking))
+    points = torch.stack([_without(of_sum, modules, ranking[:size]) for size in sizes])
+    along = _held(given, points)
+    chosen = int(along.amin(1).argmax())
+    strengths = torch.stack([_scaled(of_sum, modules, strength) for strength in _STRENGTHS])
+    strongest = int(_held(given, strengths).amin(1).argmax())
+    drawn = _random_sets(of_sum, modules, sizes[chosen], draws, seed)
+    states = (points[0], points[chosen], strengths[strongest])
+    return Reconciled(
+        left_out=tuple(ranking[: sizes[chosen]]),
+        behaviours=tuple(given),
+        readouts=tuple(behaviour.label for behaviour in given.values()),
+        held=_of_states(given, states, drawn),
+        held_out=_judged(of_sum, given, test, states, drawn, progress),
+        sizes=tuple(sizes),
+        along=along,
+        strength=_STRENGTHS[strongest],
+        sites=of_sum.sites,
+        meta=of_sum.describe(),
+    )
+
+
+# --- Behaviours
+
+
+class _Behaviour(NamedTuple):
+    """What an adapter was trained for: g, and what the adapter alone does to it.
+
+    Attributes:
+        own: [batch], g with this adapter alone less g of the base.
+    """
+
+    g: Evaluations
+    own: Float[Tensor, " batch"]
+
+    @property
+    def label(self) -> str:
+        """Its readout's."""
+        assert self.g.readout is not None, "a behaviour has a readout"
+        return self.g.readout.label
+
+    def held(self, values: Float[Tensor, "point batch"]) -> Float[Tensor, " point"]:
+        """The share of what the adapter does alone that is left at some values of g."""
+        base, _ = self.g.ends
+        moved = (values - base) * self.own.sign()
+        return moved.sum(1) / self.own.abs().sum()
+
+
+def _bound(
+    lens: LoraLens, questions: Mapping[str, Question], argument: str, progress: bool
+) -> dict[str, _Behaviour]:
+    """Each behaviour, bound to the lens of all adapters; two forward passes each."""
+    names = {site.adapter for site in lens.sites}
+    if not isinstance(questions, Mapping) or len(questions) < 2:
+        raise ArgumentError(
+            f"{argument}={questions!r}: expected two or more behaviours, each under the name of "
+            "the adapter that was trained for it",
+            remedy=f"write {argument}={{'a': (prompts, readout), 'b': (prompts, readout)}}.",
+        )
+    found: dict[str, _Behaviour] = {}
+    for name, question in questions.items():
+        word(f"a name in {argument}", name, tuple(sorted(names)))
+        found[name] = _behaviour(lens, name, question, f"{argument}[{name!r}]", progress)
+    return found
+
+
+def _behaviour(
+    lens: LoraLens, name: str, question: Any, argument: str, progress: bool
+) -> _Behaviour:
+    is_pair = isinstance(question, tuple | list) and len(question) == 2
+    if not is_pair or not isinstance(question[1], Readout):
+        raise ArgumentError(
+            f"{argument} is {question!r}, expected prompts and a readout",
+            remedy="write (prompts, ll.Margin(' Lyon', ' Paris')), say.",
+        )
+    prompts, readout = question
+    g = evaluations(lens, prompts, readout, progress=progress)
+    base, _ = g.ends
+    own = g({f"*@{name}": 1.0}) - base
+    if bool((own.abs() <= SIGMAS * g.floor).all()):
+        raise ArgumentError(
+            f"{argument}: {name} alone moves {readout.label} by rounding, so there is no behaviour "
+            "to hold",
+            remedy="give prompts and a readout that this adapter was trained for.",
+        )
+    return _Behaviour(g, own)
+
+
+def _held(
+    behaviours: Mapping[str, _Behaviour], points: Float[Tensor, "point site"]
+) -> Float[Tensor, "point behaviour"]:
+    """The share that is held of each behaviour at some gates. A forward pass a point and prompt."""
+    held = [behaviour.held(behaviour.g(points)) for behaviour in behaviours.values()]
+    return torch.stack(held, 1)
+
+
+# --- Modules, and gates without some of them
+
+
+_Modules = Mapping[str, tuple[int, ...]]
+
+
+def _modules_of(lens: LoraLens, name: str) -> dict[str, tuple[int, ...]]:
+    """The sites of each module of one adapter: several where q, k and v are one module."""
+    modules: dict[str, tuple[int, ...]] = {}
+    for index, site in enumerate(lens.sites):
+        if site.adapter == name:
+            path = site.module.rpartition("@")[0] or site.module
+            modules[path] = (*modules.get(path, ()), index)
+    return modules
+
+
+def _ranking(lens: LoraLens, behaviours: Mapping[str, _Behaviour], modules: _Modules) -> list[str]:
+    """The modules, first the one whose absence alone leaves most of all behaviours."""
+    paths = list(modules)
+    left_out_alone = torch.stack([_without(lens, modules, [path]) for path in paths])
+    held = _held(behaviours, left_out_alone).clamp(max=1).sum(1)
+    order = held.argsort(descending=True, stable=True)
+    return [paths[index] for index in order.tolist()]
+
+
+def _sizes(count: int) -> list[int]:
+    """How many modules are left out: 0, 1, 2, 3, 5, 8, …; one at least stays."""
+    sizes = [0]
+    step = 1
+    while sizes[-1] < count - 1:
+        sizes.append(min(count - 1, sizes[-1] + step))
+        step = max(1, sizes[-2])
+    return sizes
+
+
+def _without(lens: LoraLens, modules: _Modules, paths: Sequence[str]) -> Float[Tensor, " site"]:
+    """Every gate at one, but for those of some modules."""
+    sites = tuple(index for path in paths for index in modules[path])
+    off = lens.gates(indicator({"left out": sites}, len(lens.sites))[0])
+    return 1 - off
+
+
+def _scaled(lens: LoraLens, modules: _Modules, strength: float) -> Float[Tensor, " site"]:
+    """Every gate at one, but for the modules' at this strength."""
+    gates = _without(lens, modules, list(modules))
+    return gates + (1 - gates) * strength
+
+
+def _random_sets(
+    lens: LoraLens, modules: _Modules, size: int, draws: int, seed: int
+) -> Float[Tensor, "draw site"]:
+    """Gates without random modules, as many as were left out."""
+    generator = torch.Generator().manual_seed(seed)
+    paths = list(modules)
+    drawn = [torch.randperm(len(paths), generator=generator)[:size] for _ in range(draws)]
+    return torch.stack(
+        [_without(lens, modules, [paths[i] for i in order.tolist()]) for order in drawn]
+    )
+
+
+# --- Judged
+
+
+def _of_states(
+    behaviours: Mapping[str, _Behaviour],
+    states: Sequence[Float[Tensor, " site"]],
+    drawn: Float[Tensor, "draw site"],
+) -> Float[Tensor, "state=4 behaviour"]:
+    """The shares held in each state; of random sets their mean."""
+    held = _held(behaviours, torch.stack(list(states)))
+    of_random = _held(behaviours, drawn).mean(0, keepdim=True)
+    return torch.cat([held, of_random])
+
+
+def _judged(
+    lens: LoraLens,
+    given: Mapping[str, _Behaviour],
+    test: Mapping[str, Question] | None,
+    states: Sequence[Float[Tensor, " site"]],
+    drawn: Float[Tensor, "draw site"],
+    progress: bool,
+) -> Float[Tensor, "state=4 behaviour"] | None:
+    """The shares held of behaviours that nothing was chosen on, in the order of those given."""
+    if test is None:
+        return None
+    held_out = _bound(lens, test, "test", progress)
+    if set(held_out) != set(given):
+        raise ArgumentError(
+            f"test has the behaviours {sorted(held_out)}, hold has {sorted(given)}",
+            remedy="give other prompts for the same behaviours.",
+        )
+    return _of_states({name: held_out[name] for name in given}, states, drawn)
