@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from lens_lora.core import drawing
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, many
 from lens_lora.interaction.reconcile import Reconciled
 from lens_lora.interaction.together import Together
 from lens_lora.show import go
@@ -82,8 +82,9 @@ def reconciled_curves(result: Reconciled) -> go.Figure:
         says = f"{label(behaviour)}: %{{y:.2f}} with %{{x}} left out<extra></extra>"
         held = result.along[:, index].tolist()
         figure.add_trace(curve(result.sizes, held, label(behaviour), colour, says))
+    left_out = many(len(result.left_out), "module")
     titles = (
         "Which behaviours hold",
-        f"{len(result.left_out)} modules left out: the share held of what each adapter does alone",
+        f"{left_out} left out: the share held of what each adapter does alone",
     )
     return finish(figure, titles, ("modules left out", "share held"))
