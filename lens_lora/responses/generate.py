@@ -45,10 +45,14 @@ from lens_lora.core.readout.prompts import Source, decoded, special_id
 from lens_lora.core.readout.responses import Generated
 from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
 
-_CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
-_CONFIRMED_TOKENS = 256  # whose logits are held at a time
-_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
-_TRUSTED_AFTER = 8  # right tokens of a draft: a wrong cache parts earlier, rounding later
+# The tokens of all rows that share a cache, which bounds its memory.
+_CACHED_TOKENS = 8192
+# The tokens of a pass that confirms drafts, whose logits are all held.
+_CONFIRMED_TOKENS = 256
+# The tokens of a draft, all of which may be lost where it parts from its confirmation.
+_DRAFT = 256
+# A wrong cache parts from the confirmation within so many tokens of a draft, rounding later.
+_TRUSTED_AFTER = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +92,14 @@ class Sampling:
         """The token at each place."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        p, ids = (in_float64(logits) / self.temperature).softmax(-1).sort(-1, descending=True)
+        tempered = (in_float64(logits) / self.temperature).softmax(-1)
+        p, ids = tempered.sort(-1, descending=True)
         before = p.cumsum(-1) - p
         # Half a unit of rounding: tokens that reach top_p exactly are enough.
-        kept = torch.where(before < self.top_p - torch.finfo(p.dtype).eps / 2, p, 0.0).cumsum(-1)
-        reached = (noise.to(kept)[:, None] * kept[:, -1:]).contiguous()
-        rank = torch.searchsorted(kept, reached, right=True).clamp_max(p.shape[-1] - 1)
+        is_kept = before < self.top_p - torch.finfo(p.dtype).eps / 2
+        cumulated = torch.where(is_kept, p, 0.0).cumsum(-1)
+        reached = (noise.to(cumulated)[:, None] * cumulated[:, -1:]).contiguous()
+        rank = torch.searchsorted(cumulated, reached, right=True).clamp_max(p.shape[-1] - 1)
         return ids.gather(-1, rank)[:, 0].to(logits.device)
 
 
@@ -120,11 +126,12 @@ class Speaker:
     ends: Collection[int]
 
     def __post_init__(self) -> None:
-        batch, self.gates = self.prompts.batch, self.gates.detach()
+        batch = self.prompts.batch
+        self.gates = self.gates.detach()
         if self.gates.ndim > 1 and len(self.gates) != batch:
             raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
         self.texts: list[list[int]] = [self.prompts.row(i).tokens[0].tolist() for i in range(batch)]
-        self.starts: list[int] = list(map(len, self.texts))
+        self.starts: list[int] = [len(text) for text in self.texts]
         self._noise = self.sampling.noise(batch, self.most)
 
     def said(self, i: int) -> list[int]:
@@ -140,33 +147,46 @@ class Speaker:
 
     def say(self, *, progress: bool) -> Generated:
         """All that there is to say after each prompt."""
-        rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
-        together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
-        total = len(rows) * self.most
-        gaps = [self.starts[i] - self.starts[before] for before, i in itertools.pairwise(rows)]
-        apart = [k for k, gap in enumerate(gaps, start=1) if gap > self.most]
-        with (
-            torch.no_grad(),
-            tqdm(total=total, desc="generate", leave=False, disable=not progress) as bar,
-        ):
-            for begin, end in itertools.pairwise([0, *apart, len(rows)]):
-                for first in range(begin, end, together):
-                    self._say(rows[first : min(first + together, end)], bar)
-        said = [self.said(i) for i in range(len(rows))]
-        ids = tuple(map(self.prompts.tokens.new_tensor, said))
-        ended = tuple(map(self.has_ended, range(len(rows))))
-        texts = (decoded(self.lens.model, row, skip_special_tokens=True) for row in said)
-        return Generated(ids, tuple(texts), dataclasses.replace(self.prompts, reads=None), ended)
+        count = len(self.starts)
+        bar = tqdm(total=count * self.most, desc="generate", leave=False, disable=not progress)
+        with torch.no_grad(), bar:
+            for rows in self._sharing_a_cache():
+                self._say(rows, bar)
+        responses = [self.said(i) for i in range(count)]
+        texts = [decoded(self.lens.model, ids, skip_special_tokens=True) for ids in responses]
+        return Generated(
+            ids=tuple(self.prompts.tokens.new_tensor(ids) for ids in responses),
+            text=tuple(texts),
+            prompts=dataclasses.replace(self.prompts, reads=None),
+            ended=tuple(self.has_ended(i) for i in range(count)),
+        )
+
+    def _sharing_a_cache(self) -> Iterator[list[int]]:
+        """Rows whose prompts are of like length, and no more of them than a cache has room for."""
+        most_rows = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
+        together: list[int] = []
+        for i in sorted(range(len(self.starts)), key=self.starts.__getitem__):
+            is_apart = together and self.starts[i] - self.starts[together[-1]] > self.most
+            if is_apart or len(together) == most_rows:
+                yield together
+                together = []
+            together.append(i)
+        yield together
 
     def _say(self, rows: list[int], bar: tqdm) -> None:
+        """All that there is to say after these prompts."""
         is_trusted = True
-        while rows := list(filter(self._goes_on, rows)):
-            drafts: dict[int, list[int]] = {i: [] for i in rows}
-            for together in self._by_table(rows) if is_trusted else ():
-                drafts |= zip(together, self._drafts(together), strict=True)
+        going_on = [i for i in rows if self._goes_on(i)]
+        while going_on:
+            drafts: dict[int, list[int]] = {i: [] for i in going_on}
+            if is_trusted:
+                for together in self._by_table(going_on):
+                    drafts |= zip(together, self._drafts(together), strict=True)
             for alike in self._alike(drafts):
                 is_trusted &= self._confirmed(alike)
-            bar.update(sum(map(len, self.texts)) - sum(self.starts) - bar.n)
+            said = sum(map(len, self.texts)) - sum(self.starts)
+            bar.update(said - bar.n)
+            going_on = [i for i in going_on if self._goes_on(i)]
 
     def _by_table(self, rows: list[int]) -> Iterable[list[int]]:
         """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
@@ -192,8 +212,10 @@ class Speaker:
         texts = [list(self.texts[i]) for i in rows]
         starts = torch.tensor([self.starts[i] for i in rows])
         limits = [self._end_of_draft(i) for i in rows]
-        width, cache = min(map(len, texts)), None
+        # How many tokens of each row have been fed.
+        width = min(map(len, texts))
         fed = [text[:width] for text in texts]
+        cache: Any = None
         rotary = self.lens.plan.host.rotary
         with (
             self._gated(rows),
@@ -203,20 +225,24 @@ class Speaker:
             while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
                 with told(self.lens.model, Rows(starts, has_response=True)):
                     logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
+                # Longer rows are fed tokens of their own prompts until they are as wide.
                 due = [k for k, text in enumerate(texts) if len(text) == width < limits[k]]
                 noise = self._noise[[rows[k] for k in due], width - starts[due]]
                 chosen = self.sampling.choose(logits[due, -1], noise).tolist()
                 for k, token in zip(due, chosen, strict=True):
                     texts[k].append(token)
-                    limits[k] = width + 1 if token in self.ends else limits[k]
+                    if token in self.ends:
+                        limits[k] = width + 1
                 # After its end a row is fed any token.
                 fed = [text[width : width + 1] or [0] for text in texts]
                 width += 1
         return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
 
     def _end_of_draft(self, i: int) -> int:
-        """How long a text is with its draft, all of which one pass can confirm: no longer than all
-        but the last token that may be said, nor than its rotary tables stay the same.
+        """How long a text is with its draft, all of which one pass can confirm.
+
+        That is no longer than all but the last token that may be said, nor than its rotary tables
+        stay the same.
         """
         length = len(self.texts[i])
         most = min(self.starts[i] + self.most - 1, length + _DRAFT)
@@ -237,13 +263,16 @@ class Speaker:
                 raise NumericsError(first_non_finite(self.lens.model, run))
         noise = [self._noise[i, len(self.said(i)) :][:places] for i in rows]
         chosen = self.sampling.choose(logits.flatten(0, 1), torch.cat(noise)).view(-1, places)
-        agreed = map(self._take, rows, drafts.values(), chosen.tolist())
+        agreed: list[int] = []
+        for i, tokens_chosen in zip(rows, chosen.tolist(), strict=True):
+            agreed.append(self._take(i, drafts[i], tokens_chosen))
         return min(agreed) >= min(places - 1, _TRUSTED_AFTER)
 
     def _take(self, i: int, draft: list[int], chosen: list[int]) -> int:
-        """How many tokens of the draft were chosen."""
-        differs = [token != drafted for token, drafted in zip(chosen, draft, strict=False)]
-        agreed = differs.index(True) if True in differs else len(draft)
+        """Take what is right of a draft, and one token more; how many tokens were right."""
+        agreed = 0
+        while agreed < len(draft) and draft[agreed] == chosen[agreed]:
+            agreed += 1
         self.texts[i] += draft[:agreed]
         if self._goes_on(i):
             self.texts[i].append(chosen[agreed])
@@ -278,20 +307,27 @@ def side_by_side(
     A response that was generated is the adapted model's. Cost: `generate`, of both in one batch.
     """
     adapted = response if isinstance(response, Generated) else None
-    most = most if adapted is None else max(map(len, adapted.ids))
+    if adapted is not None:
+        most = max(len(ids) for ids in adapted.ids)
     pairs: list[SideBySide | None] = [None] * prompts.batch
-    room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
-    fitting = [i for i, length in enumerate(prompts.lengths.tolist()) if length + most - 1 <= room]
+    context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    # The last token that is said is not run.
+    fitting = [i for i, n in enumerate(prompts.lengths.tolist()) if n + most - 1 <= context]
     if not fitting:
         return pairs
-    chosen, ends = prompts.chosen(fitting), (0.0,) if adapted else (0.0, 1.0)
+    chosen = prompts.chosen(fitting)
+    ends = (0.0, 1.0) if adapted is None else (0.0,)
     gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
-    said = lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress)
-    texts = [*whole_or_cut(said), *(whole_or_cut(adapted) if adapted else [])]
-    answers = zip(texts[: len(fitting)], texts[len(fitting) :], strict=True)
-    rows = zip(fitting, chosen.sources, lens.str_tokens(chosen), answers, strict=True)
-    for i, source, tokens, both in rows:
-        pairs[i] = SideBySide(source.said or source.text or "".join(tokens), *both)
+    said = whole_or_cut(lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress))
+    of_base = said[: len(fitting)]
+    of_adapted = said[len(fitting) :]
+    if adapted is not None:
+        given = whole_or_cut(adapted)
+        of_adapted = [given[i] for i in fitting]
+    for place, (i, tokens) in enumerate(zip(fitting, lens.str_tokens(chosen), strict=True)):
+        source = chosen.sources[place]
+        prompt = source.said or source.text or "".join(tokens)
+        pairs[i] = SideBySide(prompt, of_base[place], of_adapted[place])
     return pairs
 
 
@@ -320,20 +356,31 @@ def generated(
 
 def whole_or_cut(said: Generated) -> list[str]:
     """What was said after each prompt; one that was cut off ends in ' …'."""
-    return [t if end else f"{t} …" for t, end in zip(said.text, said.ended, strict=True)]
+    return [
+        text if has_ended else f"{text} …"
+        for text, has_ended in zip(said.text, said.ended, strict=True)
+    ]
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
     """The tokens that end a response: those given, or what the model's own files say."""
-    ends = given
+    ends: Any = given
     if ends is None:
-        base = getattr(model, "original_model", None) if hf_model is None else hf_model
-        configs = (getattr(base, name, None) for name in ("generation_config", "config"))
-        known = [getattr(config, "eos_token_id", None) for config in configs]
-        ends = next((end for end in [*known, special_id(model, "eos")] if end is not None), ())
+        ends = _ends_of_files(model, hf_model)
     if isinstance(ends, str) or not isinstance(ends, Sequence):
         ends = [ends]
     return frozenset(arguments.whole("eos_token_id", token, 0) for token in ends)
+
+
+def _ends_of_files(model: Any, hf_model: Any) -> Any:
+    """What the model's generation config says, or its config, or its tokenizer; () for nothing."""
+    base = getattr(model, "original_model", None) if hf_model is None else hf_model
+    for name in ("generation_config", "config"):
+        ends = getattr(getattr(base, name, None), "eos_token_id", None)
+        if ends is not None:
+            return ends
+    eos = special_id(model, "eos")
+    return () if eos is None else eos
 
 
 def require_room(lens: Any, prompts: Prompts, most: int) -> None:

@@ -321,3 +321,16 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], words: str):
     with pytest.raises(error, match=words):
         lens.generate(prompts(), **{"max_new_tokens": 5, "progress": False, **options})
     assert len(lens.generate(prompts(), 26, **QUIET).ids[0]) == 26
+
+
+def test_an_answer_stands_beside_its_own_prompt_where_another_has_no_room(monkeypatch):
+    """The first prompt does not fit with so long an answer; the second keeps its own."""
+    (cls, *_) = models.MAKERS
+    lens = cases.case("llama", cls, "raw").lens
+    texts = lens.prompts(["w5 w7 w8 w9 w10 w11 w12", "w9 w10"])
+    adapted = lens.generate(texts, 3, progress=False)
+    both = generate.side_by_side(lens, texts, 3, adapted, progress=False)
+    most = max(map(len, adapted.ids))
+    monkeypatch.setattr(lens.model.cfg, "n_ctx", int(texts.lengths[1]) + most)
+    found = generate.side_by_side(lens, texts, 3, adapted, progress=False)
+    assert found == [None, both[1]] and both[1] is not None
