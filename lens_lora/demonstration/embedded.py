@@ -57,7 +57,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from lens_lora.compat import without_gguf_bar
-from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
+from lens_lora.core.adapter import CONFIG, WEIGHTS
 from lens_lora.errors import LensLoraError, NumericsError
 from lens_lora.hosts.build import MISREAD_NAMES
 from lens_lora.hosts.given_base import PUBLIC_NAMES

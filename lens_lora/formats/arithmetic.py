@@ -33,12 +33,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.core import LoRAFactors, ModuleUpdate
-from lens_lora.core.adapter import extensions
-from lens_lora.core.adapter.factors import (
+from lens_lora.core.adapter import (
     Parts,
     Updates,
     dense_factors,
     expert_factors,
+    extensions,
     module_path,
     plain,
 )

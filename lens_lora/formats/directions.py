@@ -30,9 +30,7 @@ from torch import Tensor
 from lens_lora.arguments import is_whole, one_entry
 from lens_lora.compat import in_float64
 from lens_lora.core import LoRAFactors, ModuleUpdate
-from lens_lora.core.adapter import extensions
-from lens_lora.core.adapter.extensions import Side
-from lens_lora.core.adapter.factors import Updates, expert_factors, module_path, plain
+from lens_lora.core.adapter import Side, Updates, expert_factors, extensions, module_path, plain
 from lens_lora.errors import AdapterError, ArgumentError, SiteError
 from lens_lora.families import FAMILIES
 

@@ -38,9 +38,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import extensions, peft_read
-from lens_lora.core.adapter.factors import dense_factors
-from lens_lora.core.adapter.peft_files import is_plain_lora, refuse_variants
+from lens_lora.core.adapter import (
+    PREFIX,
+    base_of,
+    by_module,
+    dense_factors,
+    extensions,
+    head_follows,
+    is_plain_lora,
+    located,
+    lora_factors,
+    of_experts,
+    parameter_holder,
+    parameter_path,
+    refuse_variants,
+    renamed,
+    saved_keys,
+    trained_module,
+)
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, NORM_KINDS
 from lens_lora.formats.configurations import differing_fields
@@ -62,7 +77,7 @@ def live_updates(
         raise AdapterError(f"the PeftModel has no adapter {adapter_name!r}; it has {names}.")
     config, source = configs[adapter_name], f"PeftModel[{adapter_name!r}]"
     notes: list[str] = []
-    with peft_read.located(source):
+    with located(source):
         if is_plain_lora(config):
             refuse_variants(config)
             updates = updates_of_layers(base, adapter_name, config)
@@ -70,7 +85,7 @@ def live_updates(
             updates = measured(model, adapter_name, config)
         if not updates:
             raise AdapterError("no layer of the model has this adapter, or it changes nothing.")
-        modules, base_name = peft_read.renamed(updates, notes), peft_read.base_of(config)
+        modules, base_name = renamed(updates, notes), base_of(config)
     for note in notes:
         warn(f"{source}: {note}.", stacklevel=3)
     return modules, base_name
@@ -148,21 +163,21 @@ def _without_base(why: str) -> UnsupportedAdapterError:
 def updates_of_layers(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
     """Those of LoRA layers, if the adapter is one, and of modules and rows trained beside them."""
     state, scales, ids, experts = _live_state(base, name, config)
-    copies = {peft_read.PREFIX + key: _copy(tensor) for key, tensor in state.items()}
-    state, _ = peft_read.saved_keys(copies)
-    modules, left_over = peft_read.by_module(state)
+    copies = {PREFIX + key: _copy(tensor) for key, tensor in state.items()}
+    state, _ = saved_keys(copies)
+    modules, left_over = by_module(state)
     if left_over:
         raise AdapterError(f"unknown tensors {left_over[:5]}.")
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in modules.items():
-        with peft_read.located(f"module {path}"):
+        with located(f"module {path}"):
             if path in scales:
-                factors, count = peft_read.lora_factors(roles, scales[path]), experts.get(path)
-                updates[path] = peft_read.of_experts(factors, count) if count else factors
+                factors, count = lora_factors(roles, scales[path]), experts.get(path)
+                updates[path] = of_experts(factors, count) if count else factors
             else:
                 tokens = torch.tensor(ids[path]) if path in ids else None
-                tied = path in ids and peft_read.head_follows(path, ids)
-                updates[path] = peft_read.trained_module(roles, tokens, tied=tied)
+                tied = path in ids and head_follows(path, ids)
+                updates[path] = trained_module(roles, tokens, tied=tied)
     return updates
 
 
@@ -183,7 +198,7 @@ def _live_state(
     for path, module in base.named_modules():
         tensors: Mapping[str, Tensor] = {}
         if isinstance(module, ParamWrapper):
-            path = peft_read.parameter_path(peft_read.parameter_holder(path), module.parameter_name)
+            path = parameter_path(parameter_holder(path), module.parameter_name)
             experts[path] = module.num_experts
         is_lora_layer = isinstance(module, LoraLayer) and is_plain_lora(config)
         if is_lora_layer and name in (*module.lora_A, *module.lora_embedding_A):

@@ -30,9 +30,16 @@ from torch import Tensor, nn
 
 from lens_lora.compat import float64_device, is_memory_short, without_warnings
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import extensions, peft_files, peft_read
-from lens_lora.core.adapter.dense import converted
-from lens_lora.core.adapter.factors import dense_factors
+from lens_lora.core.adapter import (
+    MERGED,
+    MERGED_FOLDER,
+    base_of,
+    converted,
+    dense_factors,
+    extensions,
+    located,
+    refuse_without_delta,
+)
 from lens_lora.errors import (
     AdapterError,
     ArgumentError,
@@ -78,9 +85,9 @@ def updates_over_base(
     """
     from peft import get_peft_model
 
-    with peft_read.located(folder):
-        peft_files.refuse_without_delta(config)
-        name = peft_read.base_of(config)  # before PEFT writes the name of this base there
+    with located(folder):
+        refuse_without_delta(config)
+        name = base_of(config)  # before PEFT writes the name of this base there
         base = base_for(name)
         _require_plain(base)
         try:
@@ -134,13 +141,13 @@ def measured_updates(model: Any, name: str, config: Any, base: Any = None) -> _U
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    peft_files.refuse_without_delta(config)
+    refuse_without_delta(config)
     bias = getattr(config, "bias", "none")
     if bias != "none":
         raise UnsupportedAdapterError(
             f"bias={bias!r} trains biases in the base itself.",
-            remedy=f"Merge it and compare with the true base: {peft_files.MERGED}.",
-            in_shell=f"Give the folder that {peft_files.MERGED_FOLDER} writes.",
+            remedy=f"Merge it and compare with the true base: {MERGED}.",
+            in_shell=f"Give the folder that {MERGED_FOLDER} writes.",
         )
     from_models.require_unmerged(model)
     twin = _twin(model)
@@ -155,7 +162,7 @@ def measured_updates(model: Any, name: str, config: Any, base: Any = None) -> _U
     updates = from_models.updates_of_layers(live, name, config)
     for path, module in outer.items():
         if isinstance(module, BaseTunerLayer):
-            with peft_read.located(f"module {path}"):
+            with located(f"module {path}"):
                 update = _layer_update(module)
             if update is not None:
                 updates[path] = update

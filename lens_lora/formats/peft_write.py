@@ -27,9 +27,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import extensions, peft_read
-from lens_lora.core.adapter.factors import Updates, base_part, module_path
-from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
+from lens_lora.core.adapter import (
+    CONFIG,
+    COPY_KEYS,
+    EMBEDDING_KEYS,
+    LORA_KEYS,
+    PREFIX,
+    ROW_KEYS,
+    WEIGHTS,
+    WRAPPED,
+    Updates,
+    base_part,
+    extensions,
+    located,
+    module_path,
+    updates_of,
+)
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
 
@@ -58,8 +71,8 @@ def save_adapter(modules: Updates, name: str, base_model: str | None, path: str 
     factors = _plain(factors)
     config = _config(factors, trained, base_model)
     tensors = _tensors(factors | trained)
-    with peft_read.located("the adapter as it would be saved"):
-        _require_same_scales(factors, peft_read.updates_of(config, tensors))
+    with located("the adapter as it would be saved"):
+        _require_same_scales(factors, updates_of(config, tensors))
     return _write(config, tensors, Path(path))
 
 
@@ -192,13 +205,13 @@ def _tensors(modules: Updates) -> dict[str, Tensor]:
         if isinstance(update, LoRAFactors) and _is_stack(update):
             path, _, parameter = module.rpartition(".")
             is_inner = holders.count(path) > 1 and parameter != "down_proj"
-            path += peft_read.WRAPPED if is_inner else ""
+            path += WRAPPED if is_inner else ""
             by_rank = update.B.unflatten(1, (update.experts, -1)).mT.flatten(1)
             update = dataclasses.replace(update, B=by_rank)
         for role, suffix in _keys(module, update).items():
             tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
-                key = peft_read.PREFIX + path + suffix
+                key = PREFIX + path + suffix
                 tensors[key] = tensor.detach().cpu().clone().contiguous()
     return tensors
 
@@ -209,8 +222,8 @@ def _is_stack(update: ModuleUpdate) -> bool:
 
 def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
     if isinstance(update, LoRAFactors):
-        return peft_read.EMBEDDING_KEYS if _is_embedding(module) else peft_read.LORA_KEYS
-    return peft_read.COPY_KEYS if update.tokens is None else peft_read.ROW_KEYS
+        return EMBEDDING_KEYS if _is_embedding(module) else LORA_KEYS
+    return COPY_KEYS if update.tokens is None else ROW_KEYS
 
 
 def _require_same_scales(modules: _Factors, updates: Updates) -> None:

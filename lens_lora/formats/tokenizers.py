@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lens_lora.core import ModuleUpdate, TrainedModule
-from lens_lora.core.adapter.peft_files import own_tokenizer_files, refuse_pointer
+from lens_lora.core.adapter import own_tokenizer_files, refuse_pointer
 from lens_lora.core.model import extensions
 from lens_lora.errors import AdapterError, many
 

@@ -25,24 +25,25 @@ from torch import Tensor, nn
 
 from lens_lora.compat import has_own_code
 from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter.factors import base_part, expert_factors, module_path
-from lens_lora.core.model import extensions
-from lens_lora.core.model.kernels import each_shape, is_experts, is_router, stacks_of
-from lens_lora.core.model.modules import (
+from lens_lora.core.adapter import base_part, expert_factors, module_path
+from lens_lora.core.model import (
+    ATTENTION_KINDS,
     HOOK_IN,
+    Heads,
+    each_shape,
+    extensions,
     is_conv1d,
+    is_experts,
     is_linear,
     is_norm,
+    is_router,
     module_at,
     modules_in,
     names_by_path,
-    shape_of,
-    unwrapped,
-)
-from lens_lora.core.model.sites import (
-    ATTENTION_KINDS,
-    Heads,
     outside_layer,
+    shape_of,
+    stacks_of,
+    unwrapped,
 )
 from lens_lora.errors import AdapterError
 from lens_lora.families import NORM_KINDS, BridgedFamily, Place

@@ -35,24 +35,23 @@ from lens_lora.compat import (
     refuse_out_of_reach,
     tokenizer_for_host,
 )
-from lens_lora.core.model.bridge import (
+from lens_lora.core.model import (
     BridgeHost,
+    HookedTransformerHost,
     absent_modules,
+    base_logits,
+    context_of_copy,
+    differentiable_products,
     drop_unused_caps,
+    eps_of,
     fuse_attention,
     leave_absent,
-    replaced_attentions,
-)
-from lens_lora.core.model.check import (
-    base_logits,
-    eps_of,
     note_that_it_ran,
+    quantised_linears,
+    replaced_attentions,
     require_running,
     require_same_logits,
 )
-from lens_lora.core.model.hooked_transformer import HookedTransformerHost
-from lens_lora.core.model.kernels import differentiable_products, quantised_linears
-from lens_lora.core.model.lengths import context_of_copy
 from lens_lora.errors import (
     LensLoraError,
     ModelStateError,

@@ -41,12 +41,8 @@ from torch import Tensor, nn
 
 from lens_lora.compat import in_float64
 from lens_lora.core import LoRAFactors, LoraLens
-from lens_lora.core.adapter.peft_files import name_of
-from lens_lora.core.model import extensions
-from lens_lora.core.model.bases import is_same
-from lens_lora.core.model.check import SKIP
-from lens_lora.core.model.gates import Plan
-from lens_lora.core.model.sites import OUTSIDE_KINDS, SiteFactors
+from lens_lora.core.adapter import name_of
+from lens_lora.core.model import OUTSIDE_KINDS, SKIP, Plan, SiteFactors, extensions, is_same
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 

@@ -29,19 +29,27 @@ from torch.func import functional_call
 
 from lens_lora.compat import Temporary, home_of, is_offloaded, replace_forward, temporary
 from lens_lora.core import Adapter, HookFn, LoRAFactors, ScaleInject, TrainedModule, attached
-from lens_lora.core.adapter.factors import module_path
-from lens_lora.core.model import extensions
-from lens_lora.core.model.check import AGREEMENT, SKIP, TOKENS, plain_logits
-from lens_lora.core.model.find_host import host_of
-from lens_lora.core.model.gates import Plan, make_plan, site_hooks
-from lens_lora.core.model.kernels import each_shape, is_experts, is_router, quantised_name
-from lens_lora.core.model.modules import (
+from lens_lora.core.adapter import module_path
+from lens_lora.core.model import (
+    AGREEMENT,
+    SKIP,
+    TOKENS,
+    Plan,
     Shell,
+    each_shape,
+    extensions,
+    host_of,
+    is_experts,
     is_linear,
     is_norm,
+    is_router,
+    make_plan,
     names_by_path,
     normalised,
+    plain_logits,
+    quantised_name,
     shape_of,
+    site_hooks,
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family

@@ -78,6 +78,26 @@ def test_imports_point_downward():
     assert {m: names for m in LENS_LORA.files if (names := upward(LENS_LORA, m))} == {}
 
 
+# What of the core a folder below the questions may use.
+DOORS = {
+    "formats": ("core", "core.adapter", "core.adapter.extensions", "core.model.extensions"),
+    "hosts": ("core", "core.adapter", "core.model", "core.model.extensions"),
+}
+
+
+@pytest.mark.parametrize("folder", DOORS)
+def test_formats_and_hosts_use_the_doors_of_the_core(folder: str):
+    allowed = {f"lens_lora.{door}" for door in DOORS[folder]}
+    used = {
+        name
+        for module in LENS_LORA.files
+        if layer(module) == folder
+        for name in LENS_LORA.imports[module]
+        if name.startswith("lens_lora.core")
+    }
+    assert used <= allowed
+
+
 def test_no_circles():
     """The door left out: show reads results, and results are drawn by show."""
     assert LENS_LORA.circles(but=is_left) == []
