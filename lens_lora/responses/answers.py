@@ -37,6 +37,7 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.core import LogProbs, Margin, Prompts, Reading, Readout, which_prompt
 from lens_lora.core.model import extensions
+from lens_lora.core.readout import extensions as readouts
 from lens_lora.core.readout import readout
 from lens_lora.core.readout.prompts import ids_after, require_context
 from lens_lora.core.readout.reading import one_row_each
@@ -58,6 +59,7 @@ _OF_TOKENS: dict[ReadTokens, str] = {
 }
 
 
+@readouts.answer_ids.provide
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
     """The token ids of each prompt's answer."""
     pairs = zip(items_of(answer, batch), before or (None,) * batch, strict=True)
@@ -399,6 +401,7 @@ def _padded(
     return Prompts(tokens, lengths, lengths.new_tensor(reads), tuple(sources))
 
 
+@readouts.margin_between.provide
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
     """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt."""
     has_several = False

@@ -36,7 +36,6 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions"}
 # What still points upward, from a module to a folder. It gets shorter; nothing is added to it.
 UPWARD: set[tuple[str, str]] = {
-    ("core.analyses.margin", "responses"),
     ("core.function.asked", "responses"),
     ("core.results.storage", "responses"),
 }

@@ -27,11 +27,12 @@ from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.function import Function, function_of
 from lens_lora.core.model import LoraLens, alone, by_axes
+from lens_lora.core.readout import extensions
 from lens_lora.core.readout.prompts import PromptsLike
+from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import SIGMAS, Drawn, changes_sign, per_prompt
-from lens_lora.responses.answers import AnswerLike, answer_ids, margin_between
 
 
 @final
@@ -162,7 +163,7 @@ def fact_margin(
             or doc equal to pre.
     """
     f = function_of(lens, prompts, progress=progress)
-    margin = margin_between(lens.model, doc, pre, f.prompts)
+    margin = extensions.margin_between(lens.model, doc, pre, f.prompts)
     return margin_of(Evaluations(f.about(margin)), doc, pre, by)
 
 
@@ -206,7 +207,7 @@ def margin_of(
 
 def _texts(g: Function, answer: AnswerLike) -> tuple[str, ...]:
     """Each prompt's answer as the model's tokens spell it."""
-    ids_of_each = answer_ids(g.lens.model, answer, g.prompts.batch, g.prompts.texts)
+    ids_of_each = extensions.answer_ids(g.lens.model, answer, g.prompts.batch, g.prompts.texts)
     return tuple("".join(g.lens.decode(ids)) for ids in ids_of_each)
 
 
