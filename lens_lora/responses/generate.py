@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from lens_lora import arguments
 from lens_lora.compat import Temporary, home_of, in_float64
-from lens_lora.core import LoraLens, Prompts, PromptsLike, Scale, which_prompt
+from lens_lora.core import LoraLens, Prompts, PromptsLike, Scale, stored, which_prompt
 from lens_lora.core.model import extensions
 from lens_lora.core.model.check import first_non_finite
 from lens_lora.core.model.hooks import unembedded_only
@@ -285,6 +285,7 @@ class Speaker:
         return torch.tensor(rows, device=home_of(self.lens.model))
 
 
+@stored
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
     """What both models answer to a prompt, the likeliest token each time.

@@ -37,7 +37,6 @@ IMPORTERS = {"lens_lora.results", "lens_lora.core.extensions"}
 # What still points upward, from a module to a folder. It gets shorter; nothing is added to it.
 UPWARD: set[tuple[str, str]] = {
     ("core.function.asked", "responses"),
-    ("core.results.storage", "responses"),
 }
 
 

@@ -41,7 +41,6 @@ from lens_lora.core.adapter.peft_files import CONFIG, RESULT_MARK, RESULTS_WITH_
 from lens_lora.core.model import Site
 from lens_lora.core.readout.prompts import PromptTokens
 from lens_lora.errors import ArgumentError, LensLoraError, is_of_the_system
-from lens_lora.responses.generate import SideBySide
 
 FORMAT = f"{RESULT_MARK} 1"
 _Kind = TypeVar("_Kind")
@@ -81,7 +80,6 @@ def _names_of_package() -> set[str]:
 
 
 stored(Site)
-stored(SideBySide)
 
 
 def save_result(result: object, path: str | Path) -> Path:
