@@ -35,14 +35,16 @@ def comparison_heatmap(comparison: AdapterComparison) -> go.Figure:
     """cos⟨ΔW, ΔW′⟩ of every shared site; the colours end at ±1."""
     if not comparison.sites:
         raise ArgumentError("the two adapters share no site, so there is no cosine to draw.")
-    cosines, unshared = comparison.cosines.tolist(), sum(map(len, comparison.only))
-    rest = f", {unshared} sites in one of them alone" if unshared else ""
-    below = f"cosine over all sites {comparison.cosine:+.3f}{rest}"
+    cosines = comparison.cosines.tolist()
+    below = f"cosine over all sites {comparison.cosine:+.3f}"
+    unshared = sum(map(len, comparison.only))
+    if unshared:
+        below += f", {unshared} sites in one of them alone"
     if comparison.begin_alike:
         below += "; what is read overlaps as of adapters that begin alike"
-    titles, sites = (f"ΔW of {' and '.join(comparison.names)}", below), comparison.sites
-    says = [f"cosine {cosine:+.3f}" for cosine in cosines]
-    return kinds_by_layer(titles, sites, cosines, says, "cosine", "signed", reach=1.0)
+    titles = (f"ΔW of {' and '.join(comparison.names)}", below)
+    hover = [f"cosine {cosine:+.3f}" for cosine in cosines]
+    return kinds_by_layer(titles, comparison.sites, cosines, hover, "cosine", "signed", reach=1.0)
 
 
 _MOVES = {
@@ -62,44 +64,46 @@ def modules_heatmap(training: Checkpoints, what: Any, group: Any) -> go.Figure:
     """Groups of modules by step."""
     frame = training.by_group(what, group)
     heading, below = _MOVES[what]
-    says = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
+    titles = (f"{heading}, by {group}", below)
+    hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
     x = names_axis((f"{step:g}" for step in frame.columns), "step")
     y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
-    is_amount = what in _AMOUNTS
-    units, scale = _AMOUNTS.get(what, training.units), "amount" if is_amount else "pushes"
     values = frame.to_numpy().tolist()
-    return heatmap((f"{heading}, by {group}", below), values, says, x, y, units, scale)
+    if what in _AMOUNTS:
+        return heatmap(titles, values, hover, x, y, _AMOUNTS[what], "amount")
+    return heatmap(titles, values, hover, x, y, training.units)
 
 
 @drawing.figure.register(Repair)
 def repair_figure(repair: Repair) -> go.Figure:
     """What is left of what was to be dropped, against what is kept: scaled, repaired, random."""
-    keep, drop = repair.judging(keep=True), repair.judging(keep=False)
-
-    def kept_and_left(shares: Any) -> tuple[list[float], list[float]]:
-        means = (100 * shares[..., tasks].mean(-1).reshape(-1) for tasks in (keep, drop))
-        kept, left = (mean.tolist() for mean in means)
-        return kept, left
-
     hover = "%{hovertext}<br>kept %{x:.3g}%, left %{y:.3g}%<extra></extra>"
-    name, marker = "whole adapter, scaled", {"size": 5}
-    scaled = curve(*kept_and_left(repair.along), name, LINEAR, hover, marker=marker)
-    texts = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
-    figure = go.Figure(scaled.update(hovertext=texts))
+    kept, left = _percentages_kept_and_left(repair, repair.along)
+    scaled = curve(kept, left, "whole adapter, scaled", LINEAR, hover, marker={"size": 5})
+    strengths = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
+    figure = go.Figure(scaled.update(hovertext=strengths))
     for name, shares, marker in (
         ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
         ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
     ):
-        marks = figures.points(*kept_and_left(shares), hover, name, **marker)
+        kept, left = _percentages_kept_and_left(repair, shares)
+        marks = figures.points(kept, left, hover, name, **marker)
         figure.add_trace(marks.update(hovertext=name))
     judged = "held-out prompts" if repair.is_held_out else "the prompts given (none held out)"
-    beside = "scaling leaves {} times as much at the same share kept"
-    if repair.exceeds:
-        beside = "the whole adapter leaves {} times as much and keeps less"
     heading = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept, on {judged}"
-    titles = heading, beside.format(f"{repair.gain:.3g}")
-    axes = "kept of what was to be kept, %", "left of what was to be dropped, %"
-    return finish(figure, titles, axes, 440, legend=BELOW, yaxis={"rangemode": "tozero"})
+    below = f"scaling leaves {repair.gain:.3g} times as much at the same share kept"
+    if repair.exceeds:
+        below = f"the whole adapter leaves {repair.gain:.3g} times as much and keeps less"
+    axes = ("kept of what was to be kept, %", "left of what was to be dropped, %")
+    return finish(figure, (heading, below), axes, 440, legend=BELOW, yaxis={"rangemode": "tozero"})
+
+
+def _percentages_kept_and_left(repair: Repair, shares: Any) -> tuple[list[float], list[float]]:
+    """The mean over the questions that judge, of both kinds, from shares [*state, question]."""
+    percentages = 100 * shares
+    kept = percentages[..., repair.judging(keep=True)].mean(-1)
+    left = percentages[..., repair.judging(keep=False)].mean(-1)
+    return kept.reshape(-1).tolist(), left.reshape(-1).tolist()
 
 
 _FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
@@ -108,30 +112,55 @@ _FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
 @drawing.figure.register(Checkpoints)
 def checkpoints_figure(training: Checkpoints) -> go.Figure:
     """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
-    figure, steps, units = go.Figure(), [0.0, *training.steps], label(training.units)
-    for p, tokens in enumerate(training.str_tokens):
-        name, colour = label(short_prompt(tokens)), figures.PALETTE[p % len(figures.PALETTE)]
-        base = float(training.base[p])
-        exact = [base, *training.adapted[:, p].tolist()]
-        linear = [base, *(base + training.first_order[:, p]).tolist()]
-        hover, whole = f"step %{{x:g}}<br>%{{y:.4g}} {units}", f"<extra>{name}</extra>"
-        shown, said = {"showlegend": p == 0}, f"{hover}, first order{whole}"
-        line = curve(steps, exact, name, colour, hover + whole, width=2.5, marker={})
-        dashed = curve(steps, linear, "base + first order", colour, said, width=1.5, dash="dash")
-        for trace in (line, dashed.update(shown)):
-            figure.add_trace(trace.update(legendgroup=str(p)))
-        flip = float(training.flip_step[p])
-        if math.isfinite(flip):
-            hover = f"flips at step {flip:.3g}{whole}"
-            look = {"color": figures.FLIP, "size": 11, "symbol": "x"}
-            marks = figures.points([flip], [0], hover, "flips", **look)
-            figure.add_trace(marks.update(shown))
+    figure = go.Figure()
+    for p in range(len(training.base)):
+        for trace in _traces_of(training, p):
+            figure.add_trace(trace)
         for first, last in training.phases.get(f"prompt {p}", ()):
+            colour = _colour_of(p)
             figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
-    shades = any(training.phases.get(f"prompt {p}") for p in range(len(training.base)))
-    none = too_few(training) or "no phase change of the readout"
-    below = "shaded: a phase change" if shades else none
-    titles, margin = (f"{training.readout} through the training", below), {"b": 120}
-    step = {"dtick": 1 if steps[-1] <= _FEW_STEPS else None}
-    return finish(figure, titles, ("step", units), legend=BELOW, margin=margin, xaxis=step)
+    below = too_few(training) or "no phase change of the readout"
+    if any(training.phases.get(f"prompt {p}") for p in range(len(training.base))):
+        below = "shaded: a phase change"
+    titles = (f"{training.readout} through the training", below)
+    axes = ("step", label(training.units))
+    ticks = {"dtick": 1 if training.steps[-1] <= _FEW_STEPS else None}
+    return finish(figure, titles, axes, legend=BELOW, margin={"b": 120}, xaxis=ticks)
+
+
+def _colour_of(prompt: int) -> str:
+    return figures.PALETTE[prompt % len(figures.PALETTE)]
+
+
+def _traces_of(training: Checkpoints, p: int) -> list[go.Scatter]:
+    """One prompt's readout, what first order predicts of it, and where it flips."""
+    steps = [0.0, *training.steps]
+    units = label(training.units)
+    name = label(short_prompt(training.str_tokens[p]))
+    whole_name = f"<extra>{name}</extra>"
+    hover = f"step %{{x:g}}<br>%{{y:.4g}} {units}"
+    is_named_in_legend = p == 0  # what is the same of every prompt is named once
+    base = float(training.base[p])
+    exact = [base, *training.adapted[:, p].tolist()]
+    linear = [base, *(base + training.first_order[:, p]).tolist()]
+    colour = _colour_of(p)
+    line = curve(steps, exact, name, colour, hover + whole_name, width=2.5, marker={})
+    first_order = curve(
+        steps,
+        linear,
+        "base + first order",
+        colour,
+        f"{hover}, first order{whole_name}",
+        width=1.5,
+        dash="dash",
+    )
+    first_order.update(showlegend=is_named_in_legend)
+    traces = [line.update(legendgroup=str(p)), first_order.update(legendgroup=str(p))]
+    flip = float(training.flip_step[p])
+    if math.isfinite(flip):
+        look = {"color": figures.FLIP, "size": 11, "symbol": "x"}
+        said = f"flips at step {flip:.3g}{whole_name}"
+        marks = figures.points([flip], [0], said, "flips", **look)
+        traces.append(marks.update(showlegend=is_named_in_legend))
+    return traces

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lens_lora.core import drawing
 from lens_lora.show import text
@@ -29,14 +29,17 @@ from lens_lora.two_adapters.words import (
 
 def checkpoints_table(training: Checkpoints) -> Table:
     """The readout at every checkpoint, the base model first, as step 0."""
-    prompts = list(map(text.short_prompt, training.str_tokens))
-    starts = zip(prompts, map(signed, training.base.tolist()), strict=True)
-    rows: list[Row] = [("0", *start, "", "", "", "") for start in starts]
+    prompts = [text.short_prompt(tokens) for tokens in training.str_tokens]
+    rows: list[Row] = []
+    for prompt, base in zip(prompts, training.base.tolist(), strict=True):
+        rows.append(("0", prompt, signed(base), "", "", "", ""))
     series = (training.adapted, training.first_order, training.remainder)
-    for (k, step), (p, prompt) in itertools.product(enumerate(training.steps), enumerate(prompts)):
-        numbers = (signed(float(values[k, p])) for values in series)
-        flip, angle = magnitude(float(training.flip_scale[k, p])), f"{training.angle[k]:.0f}°"
-        rows.append((f"{step:g}", prompt, *numbers, flip, angle.replace("nan°", "—")))
+    for k, step in enumerate(training.steps):
+        angle = f"{training.angle[k]:.0f}°".replace("nan°", "—")
+        for p, prompt in enumerate(prompts):
+            numbers = [signed(float(values[k, p])) for values in series]
+            flip = magnitude(float(training.flip_scale[k, p]))
+            rows.append((f"{step:g}", prompt, *numbers, flip, angle))
     value = f"value, {training.units}"
     heads = ("step", "prompt", value, "first order", "remainder", "flips at ε", "angle")
     return Table(heads, rows, texts=(1,), title=f"{training.readout} through the training")
@@ -67,23 +70,30 @@ def checkpoints_report(training: Checkpoints, *, title: str | None = None) -> st
 
 def _training_headline(training: Checkpoints) -> Sequence[str]:
     """When the readout flips, whether anything changes at once, and where ΔW is in the end."""
-    flips, count = training.flip_step.nan_to_num(math.inf), len(training.base)
+    flips = training.flip_step.nan_to_num(math.inf)
+    count = len(training.base)
     first = int(flips.argmin())
-    several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. " if count > 1 else ""
+    several = ""
+    if count > 1:
+        several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. "
     at_once = phases_text(training, f"prompt {first}", "It") or too_few(training)
-    effect, norm = (training.by_group(what, "layer").iloc[:, -1] for what in ("effect", "norm"))
+    effect: Any = training.by_group("effect", "layer").iloc[:, -1]
+    norm: Any = training.by_group("norm", "layer").iloc[:, -1]
+    largest = effect.abs().idxmax()
     where = (
-        f"At the last checkpoint first order is largest in {effect.abs().idxmax()} "
-        f"({signed(effect[effect.abs().idxmax()])} {training.units}), and ΔW in {norm.idxmax()} "
+        f"At the last checkpoint first order is largest in {largest} "
+        f"({signed(effect[largest])} {training.units}), and ΔW in {norm.idxmax()} "
         f"(‖ΔW‖ = {magnitude(norm.max())})."
     )
     return several + fate(training, first), at_once or "It changes at no step at once.", where
 
 
 def _training_numbers(training: Checkpoints) -> Pairs:
-    count, first = len(training.base), int(training.flip_step.nan_to_num(math.inf).argmin())
+    count = len(training.base)
+    first = int(training.flip_step.nan_to_num(math.inf).argmin())
     mean = f", mean of {count} prompts" if count > 1 else ""
-    step, scale = float(training.flip_step[first]), float(training.flip_scale[-1, first])
+    step = float(training.flip_step[first])
+    scale = float(training.flip_scale[-1, first])
     return (
         (signed(float(training.base.mean())), f"{training.units}, the base model{mean}"),
         (signed(float(training.adapted[-1].mean())), f"{training.units}, the last checkpoint"),

@@ -35,7 +35,8 @@ def checkpoints_story(training: Checkpoints) -> str:
 
 def fate(training: Checkpoints, p: int) -> str:
     """When a prompt's readout changes sign."""
-    step, end = float(training.flip_step[p]), float(training.flip_scale[-1, p])
+    step = float(training.flip_step[p])
+    end = float(training.flip_scale[-1, p])
     last = "does not flip" if math.isnan(end) else f"flips at ε = {end:.2g}"
     happened = f"changes sign at about step {step:.3g}; the last checkpoint {last}."
     if math.isnan(step) and bool(training.hidden[:, p].any()):
