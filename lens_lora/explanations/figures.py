@@ -3,95 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lens_lora.core import drawing
 from lens_lora.explanations import words
 from lens_lora.explanations.explanation import Explanation, Explanations
-from lens_lora.show import figures, go, text
-from lens_lora.show.figures import (
-    EXACT,
-    INK,
-    NOISE,
-    curve,
-    finish,
-    heatmap,
-    names_axis,
-    value_text,
-)
-from lens_lora.show.text import (
-    label,
-    numbered,
-    short_prompt,
-    signed,
-)
+from lens_lora.show import figures, go
+from lens_lora.show.figures import EXACT, INK, NOISE, curve, finish, heatmap, names_axis, value_text
+from lens_lora.show.text import label, numbered, short_prompt, signed
+from lens_lora.show.words import Account
 
-
-def margins_figure(explanations: Sequence[Explanation]) -> go.Figure:
-    """A line for each prompt, from the base model's margin to the adapted one's."""
-    accounts = list(map(words.explained_account, explanations))
-    names, units = numbered([e.prompt for e in explanations]), label(accounts[0].units)
-    ends = [end for a in accounts for end in (a.m0, a.m, None)]
-    rows = [name for name in names for _ in range(3)]
-    figure = go.Figure(curve(ends, rows, "", NOISE, showlegend=False))
-    for model, values, colour in (
-        ("base model", [a.m0 for a in accounts], NOISE),
-        ("with the adapter", [a.m for a in accounts], EXACT),
-    ):
-        hover = [
-            f"<b>{label(short_prompt(e.prompt))}</b><br>{label(a.doc)} against {label(a.pre)}"
-            f"<br>{model}: {signed(value)} {units}"
-            for e, a, value in zip(explanations, accounts, values, strict=True)
-        ]
-        figure.add_trace(figures.points(values, names, hover, model, color=colour, size=10))
-    figure.add_vline(x=0, line={"color": INK, "width": 1.5})
-    flips = sum(a.flips for a in accounts)
-    below = f"from the base model to the adapted one; {flips} of {len(accounts)} prompts flip"
-    titles, height = ("Margin of each prompt", below), 150 + 24 * len(accounts)
-    y = figures.names_axis(names, autorange="reversed", showgrid=False).layout
-    return finish(figure, titles, (f"margin, {units}", ""), height, yaxis=y)
-
-
-def layers_figure(explanations: Sequence[Explanation]) -> go.Figure:
-    """First order of each prompt, summed over the sites of each layer."""
-    sites, units = explanations[0].first_order.sites, explanations[0].units
-    layers = figures.layers_axis(sites).values
-    by_layer = (e.first_order.sum("layer")[0].reindex(layers, fill_value=0.0) for e in explanations)
-    sums = [values.tolist() for values in by_layer]
-
-    def says(i: int, j: int, value: float) -> str:
-        e = explanations[i]
-        said = value_text(value, float(e.first_order.shift[0]), units)
-        return f"<b>{label(short_prompt(e.prompt))}</b><br>layer {layers[j]}: {said}"
-
-    titles = "First order by prompt and layer", "summed over the modules of each layer, at ε = 0"
-    x = names_axis(layers, "layer", type=None)
-    y = names_axis(text.numbered([e.prompt for e in explanations]), autorange="reversed")
-    return heatmap(titles, sums, says, x, y, units, row_height=24)
-
-
-@drawing.figures.register(Explanation)
-def explanation_figures(e: Explanation) -> dict[str, go.Figure]:
-    """What there is to see; nothing that compares effects within rounding."""
-    a, first = words.explained_account(e), e.first_order
-    figures = {
-        "path": e.margin.plot(),
-        "remainder": e.margin.curve.plot(),
-        "second_order": e.second_order.plot_path(),
-        "sites": first.plot(by="site"),
-        "positions": first.plot_positions(),
-    }
-    compared = zip(COMPARED, e.comparisons, strict=False)
-    parts: dict[str, Any] = {
-        "coupling": e.coupling,
-        **{name: part for name, part in compared if words.is_comparable(part, a)},
-        **{f"reliability/{name}": flags for name, flags in e.reliability.items()},
-        "faithfulness": e.faithfulness if a.has_shift else None,
-        "null": e.null,
-    }
-    return figures | {name: part.plot() for name, part in parts.items() if part is not None}
-
-
+# The headings of comparisons on a page, by name, in the order of `Explanation.comparisons`.
 COMPARED = {
     "add_one": "First order at ε = 0 as a guide to adding one module to the base model",
     "leave_one_out": "First order at ε = 0 as a guide to leaving one module out of the adapted one",
@@ -99,8 +20,88 @@ COMPARED = {
 }
 
 
+@drawing.figures.register(Explanation)
+def explanation_figures(e: Explanation) -> dict[str, go.Figure]:
+    """What there is to see; nothing that compares effects within rounding."""
+    account = words.explained_account(e)
+    first = e.first_order
+    drawn = {
+        "path": e.margin.plot(),
+        "remainder": e.margin.curve.plot(),
+        "second_order": e.second_order.plot_path(),
+        "sites": first.plot(by="site"),
+        "positions": first.plot_positions(),
+    }
+    if e.coupling is not None:
+        drawn["coupling"] = e.coupling.plot()
+    for name, comparison in zip(COMPARED, e.comparisons, strict=False):
+        if words.is_comparable(comparison, account):
+            drawn[name] = comparison.plot()
+    for name, flags in e.reliability.items():
+        drawn[f"reliability/{name}"] = flags.plot()
+    if e.faithfulness is not None and account.has_shift:
+        drawn["faithfulness"] = e.faithfulness.plot()
+    if e.null is not None:
+        drawn["null"] = e.null.plot()
+    return drawn
+
+
 @drawing.figures.register(Explanations)
 def overview_figures(explanations: Explanations) -> dict[str, go.Figure]:
     """Both pictures by name."""
     margins = explanations.each
     return {"margins": margins_figure(margins), "layers": layers_figure(margins)}
+
+
+def margins_figure(explanations: Sequence[Explanation]) -> go.Figure:
+    """A line for each prompt, from the base model's margin to the adapted one's."""
+    accounts = [words.explained_account(e) for e in explanations]
+    names = numbered([e.prompt for e in explanations])
+    units = label(accounts[0].units)
+    ends: list[float | None] = []
+    rows: list[str] = []
+    for name, account in zip(names, accounts, strict=True):
+        ends += [account.m0, account.m, None]  # None ends the line
+        rows += [name] * 3
+    figure = go.Figure(curve(ends, rows, "", NOISE, showlegend=False))
+    for model, margins, colour in (
+        ("base model", [account.m0 for account in accounts], NOISE),
+        ("with the adapter", [account.m for account in accounts], EXACT),
+    ):
+        hover: list[str] = []
+        for e, account, margin in zip(explanations, accounts, margins, strict=True):
+            hover.append(f"{_asked_text(e, account)}<br>{model}: {signed(margin)} {units}")
+        figure.add_trace(figures.points(margins, names, hover, model, color=colour, size=10))
+    figure.add_vline(x=0, line={"color": INK, "width": 1.5})
+    flips = sum(account.flips for account in accounts)
+    below = f"from the base model to the adapted one; {flips} of {len(accounts)} prompts flip"
+    height = 150 + 24 * len(accounts)
+    y = names_axis(names, autorange="reversed", showgrid=False).layout
+    titles = ("Margin of each prompt", below)
+    return finish(figure, titles, (f"margin, {units}", ""), height, yaxis=y)
+
+
+def _asked_text(e: Explanation, account: Account) -> str:
+    """The prompt, and the two answers, for a hover."""
+    answers = f"{label(account.doc)} against {label(account.pre)}"
+    return f"<b>{label(short_prompt(e.prompt))}</b><br>{answers}"
+
+
+def layers_figure(explanations: Sequence[Explanation]) -> go.Figure:
+    """First order of each prompt, summed over the sites of each layer."""
+    units = explanations[0].units
+    layers = figures.layers_axis(explanations[0].first_order.sites).values
+    sums: list[list[float]] = []
+    for e in explanations:
+        by_layer = e.first_order.sum("layer")[0]
+        sums.append(by_layer.reindex(layers, fill_value=0.0).tolist())
+
+    def hover(i: int, j: int, value: float) -> str:
+        e = explanations[i]
+        said = value_text(value, float(e.first_order.shift[0]), units)
+        return f"<b>{label(short_prompt(e.prompt))}</b><br>layer {layers[j]}: {said}"
+
+    titles = ("First order by prompt and layer", "summed over the modules of each layer, at ε = 0")
+    x = names_axis(layers, "layer", type=None)
+    y = names_axis(numbered([e.prompt for e in explanations]), autorange="reversed")
+    return heatmap(titles, sums, hover, x, y, units, row_height=24)

@@ -43,14 +43,16 @@ _RARE = 1e-4  # a probability: what neither model might say is left out
 
 def said_table(e: Explanation) -> Table:
     """The likeliest next tokens of both models."""
-    pairs = enumerate(zip(e.said["base"], e.said["adapted"], strict=False), start=1)
-    rows = [
-        (str(place), text.visible(base), text.percent(p), text.visible(adapted), text.percent(q))
-        for place, ((base, p), (adapted, q)) in pairs
-    ]
+    rows: list[Row] = []
+    pairs = zip(e.said["base"], e.said["adapted"], strict=False)
+    for place, (of_base, of_adapted) in enumerate(pairs, start=1):
+        base, base_p = of_base
+        adapted, adapted_p = of_adapted
+        base_cells = (text.visible(base), text.percent(base_p))
+        rows.append((str(place), *base_cells, text.visible(adapted), text.percent(adapted_p)))
     heads = ("", "base model", "probability", "adapted model", "probability")
-    named = "likeliest next tokens"
-    return Table(heads, rows, texts=(1, 3), title=named, heading=named.capitalize())
+    title = "likeliest next tokens"
+    return Table(heads, rows, texts=(1, 3), title=title, heading=title.capitalize())
 
 
 def moved_table(e: Explanation, k: int) -> Table:
@@ -59,13 +61,19 @@ def moved_table(e: Explanation, k: int) -> Table:
     Probabilities are of real runs.
     """
     base, adapted = e.probabilities
-    change, logits = adapted - base, e.shift.joint[0] - e.shift.joint[0].mean()
-    up, down = _ends(e, change.tolist(), k)
+    change = adapted - base
+    logits = e.shift.joint[0] - e.shift.joint[0].mean()
+    up, down = _most_moved(e, change.tolist(), k)
     rows: list[Row] = []
     for i in (*up, *reversed(down)):
-        said = map(text.percent, (float(base[i]), float(adapted[i])))
-        moved = (text.points(float(change[i])), text.signed(float(logits[i])))
-        rows.append((text.visible(e.shift.strings[i]), *said, *moved))
+        row = (
+            text.visible(e.shift.strings[i]),
+            text.percent(float(base[i])),
+            text.percent(float(adapted[i])),
+            text.points(float(change[i])),
+            text.signed(float(logits[i])),
+        )
+        rows.append(row)
     heads = ("token", "base model", "with the adapter", "change", "its own logit, first order")
     return Table(heads, rows, title="next tokens whose probability changes most")
 
@@ -76,45 +84,56 @@ def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
     Returns:
         (site, (token, change of probability and logit shift) of each raised, of each lowered).
     """
-    base, moves = e.probabilities[0], []
-    for site, shifts in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
-        logits = shifts.to(base)
-        change, relative = base * (logits - (base * logits).sum()), logits - logits.mean()
-
-        def said(i: int, change: Any = change, relative: Any = relative) -> tuple[str, str]:
-            moved = f"{text.points(float(change[i]))}, {text.signed(float(relative[i]))}"
-            return text.visible(e.shift.strings[i]), moved
-
-        up, down = _ends(e, change.tolist(), k)
-        moves.append((site.name, list(map(said, up)), list(map(said, down))))
+    p, _ = e.probabilities
+    moves: list[tuple[str, Pairs, Pairs]] = []
+    for site, shift in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
+        logits = shift.to(p)
+        change = p * (logits - (p * logits).sum())  # of the softmax, to first order
+        relative = logits - logits.mean()
+        up, down = _most_moved(e, change.tolist(), k)
+        raised = [_moved_token(e, i, change, relative) for i in up]
+        lowered = [_moved_token(e, i, change, relative) for i in down]
+        moves.append((site.name, raised, lowered))
     return moves
 
 
-def _ends(e: Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:
+def _moved_token(e: Explanation, i: int, change: Any, logits: Any) -> tuple[str, str]:
+    """A token, with the changes of its probability and of its logit."""
+    moved = f"{text.points(float(change[i]))}, {text.signed(float(logits[i]))}"
+    return text.visible(e.shift.strings[i]), moved
+
+
+def _most_moved(e: Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:
     """The k that rise most and the k that fall most, of the tokens that a model might say."""
     likely = (e.probabilities.amax(0) >= _RARE).nonzero().flatten().tolist()
-    order = sorted(likely, key=lambda i: -change[i])
-    return [i for i in order[:k] if change[i] > 0], [i for i in order[::-1][:k] if change[i] < 0]
+    rising = sorted(likely, key=lambda i: -change[i])
+    falling = rising[::-1]
+    up = [i for i in rising[:k] if change[i] > 0]
+    down = [i for i in falling[:k] if change[i] < 0]
+    return up, down
 
 
 def remainder_table(e: Explanation) -> Table:
     """What the remainder at ε = 1 is made of."""
-    a, second = words.explained_account(e), e.second_order
-    after = SIGMAS * float(second.remainder_floor[0])
-    bend = SIGMAS * float(second.curvature_noise[0])
+    a = words.explained_account(e)
+    second = e.second_order
+    floor_after = SIGMAS * float(second.remainder_floor[0])
+    floor_of_curvature = SIGMAS * float(second.curvature_noise[0])
 
     def part(name: str, value: float, floor: float = a.floor) -> Row:
         return (name, text.signed(value), a.share(value, floor))
 
     rows = [part("remainder after first order, R", a.remainder, a.remainder_floor)]
-    if (parts := words.interactions(e)) is not None:
+    parts = words.interactions(e)
+    if parts is not None:
         single, together = parts
-        alone = "  of single modules, Σ (g(e_l) − g(0) − a_l)"
+        floor = abs(single) if words.is_rounding(single, e, a) else a.floor
         rows += [
-            part(alone, single, abs(single) if words.is_rounding(single, e, a) else a.floor),
+            part("  of single modules, Σ (g(e_l) − g(0) − a_l)", single, floor),
             part("  of modules together, g(1) − g(0) − Σ (g(e_l) − g(0))", together),
         ]
-    rows.append(part("second order at ε = 0, ½ 1ᵀH1", float(second.curvature), bend))
+    curvature = float(second.curvature)
+    rows.append(part("second order at ε = 0, ½ 1ᵀH1", curvature, floor_of_curvature))
     if e.coupling is not None:
         shares = e.coupling.shares().loc[0]
         rows += [
@@ -122,9 +141,9 @@ def remainder_table(e: Explanation) -> Table:
             part("  between layers, coupling", float(shares["coupling"])),
         ]
     rows += [
-        part("remainder after second order: higher orders", float(second.remainder), after),
+        part("remainder after second order: higher orders", float(second.remainder), floor_after),
         *roundings(a),
-        ("  of a remainder after second order", text.magnitude(after), ""),
+        ("  of a remainder after second order", text.magnitude(floor_after), ""),
     ]
     return Table(("part", f"value, {e.units}", "share of the shift"), rows, title="the remainder")
 
@@ -133,28 +152,33 @@ def sites_table(e: Explanation, k: int) -> Table:
     """The sites of largest |first order at ε = 0|, with every number computed of them."""
     frame = e.to_frame()
     order = frame["first_order"].abs().sort_values(ascending=False, kind="stable").index[:k]
-    flags = {name: _ABBREVIATED[name] for name in e.reliability}
-    frame["flags"] = [
-        ", ".join(short for name, short in flags.items() if row[f"flagged_{name}"])
-        for row in frame.to_dict("records")
-    ]
+    flags: list[str] = []
+    for row in frame.to_dict("records"):
+        flagged = [_ABBREVIATED[name] for name in e.reliability if row[f"flagged_{name}"]]
+        flags.append(", ".join(flagged))
+    frame["flags"] = flags
     heads = {"site": "site", **_NUMBERS, "flags": "flagged for"}
-    last, title = len(frame.columns.intersection(list(heads))) - 1, f"largest modules, in {e.units}"
-    return table_of(frame.loc[order], heads, texts=(0, last), title=title)
+    last_column = len(frame.columns.intersection(list(heads))) - 1
+    title = f"largest modules, in {e.units}"
+    return table_of(frame.loc[order], heads, texts=(0, last_column), title=title)
 
 
 def agreement_table(e: Explanation) -> Table:
     """Each attribution against each kind of effect; no row where the effects are all noise."""
     a = words.explained_account(e)
-    rows = [
-        (
-            *map(text.key_text, (c.attribution_name, c.effects_name)),
-            *(_number(float(values[0])) for values in (c.pearson, c.spearman, c.slope)),
-            text.percent(float(c.sign_agreement[0])),
+    rows: list[Row] = []
+    for comparison in e.comparisons:
+        if not words.is_comparable(comparison, a):
+            continue
+        row = (
+            text.key_text(comparison.attribution_name),
+            text.key_text(comparison.effects_name),
+            _number(float(comparison.pearson[0])),
+            _number(float(comparison.spearman[0])),
+            _number(float(comparison.slope[0])),
+            text.percent(float(comparison.sign_agreement[0])),
         )
-        for c in e.comparisons
-        if words.is_comparable(c, a)
-    ]
+        rows.append(row)
     heads = ("attribution", "measured by", "Pearson", "Spearman", "slope", "same sign")
     return Table(heads, rows, texts=(0, 1), title="agreement with measurements")
 
@@ -174,32 +198,45 @@ def pairs_table(e: Explanation, k: int = 5) -> Table:
     """The pairs of layers of strongest coupling; no row where coupling was not computed."""
     if e.coupling is None:
         return Table((), ())
-    a, pairs = words.explained_account(e), e.coupling.top(k, 0)
+    a = words.explained_account(e)
+    pairs = e.coupling.top(k, 0)
     pairs["clear share"] = [a.share(value, a.floor) for value in pairs["value"]]
-    heads = {"group_a": "layers", "group_b": "", "value": "coupling"}
-    return table_of(pairs, {**heads, "clear share": "share of the shift"}, texts=(0, 1))
+    heads = {
+        "group_a": "layers",
+        "group_b": "",
+        "value": "coupling",
+        "clear share": "share of the shift",
+    }
+    return table_of(pairs, heads, texts=(0, 1))
 
 
 def curves_table(e: Explanation) -> Table:
     """What each ranking of the modules keeps and drops; no row where the shift is noise."""
-    top, curves = words.kept_by_top(e), e.faithfulness
+    top = words.kept_by_top(e)
+    curves = e.faithfulness
     if top is None or curves is None:
         return Table((), ())
     fraction, _, kept = top
-    areas = curves.area_keep[:, 0].tolist(), curves.area_drop[:, 0].tolist()
-    rows = [
-        (text.key_text(name), text.percent(kept[name]), *map(_number, area))
-        for name, *area in zip(curves.names, *areas, strict=True)
-    ]
+    rows: list[Row] = []
+    for i, name in enumerate(curves.names):
+        areas = (_number(float(curves.area_keep[i, 0])), _number(float(curves.area_drop[i, 0])))
+        rows.append((text.key_text(name), text.percent(kept[name]), *areas))
     heads = ("ranking", f"top {text.percent(fraction)} keeps", "area, kept", "area, dropped")
     return Table(heads, rows, title="kept and dropped, share of the shift")
 
 
 def explanation_tables(e: Explanation, k: int = 10) -> Group:
     """The summary's tables for the terminal."""
-    margin = margin_table(words.explained_account(e)), remainder_table(e), sites_table(e, k)
-    checks = agreement_table(e), flags_table(e, 3), curves_table(e)
-    return in_terminal(said_table(e), *margin, moved_table(e, k=5), *checks)
+    return in_terminal(
+        said_table(e),
+        margin_table(words.explained_account(e)),
+        remainder_table(e),
+        sites_table(e, k),
+        moved_table(e, k=5),
+        agreement_table(e),
+        flags_table(e, 3),
+        curves_table(e),
+    )
 
 
 def _number(value: float) -> str:
@@ -213,12 +250,28 @@ def margins_table(numbered: Numbered) -> Table:
     """What happened to each margin."""
     rows: list[Row] = []
     for number, e in numbered:
-        a, ((site, _, value, _),) = words.explained_account(e), text.top_rows(e.first_order, 1)
-        asked = (f"{number}. {text.short_prompt(e.prompt)}", f"{a.doc} − {a.pre}")
-        flip = "—" if a.flip_scale is None else f"{a.flip_scale:.2g}"
-        numbers = (*map(text.signed, (a.m0, a.m, a.shift)), a.share(a.first_order), flip)
-        rows.append((*asked, *numbers, f"{site} {value}"))
-    about = ("base", "adapted", "shift", "of it first order", "flips at ε")
-    heads = ("prompt", "answers", *about, "largest first-order part")
+        a = words.explained_account(e)
+        ((site, _, value, _),) = text.top_rows(e.first_order, 1)
+        row = (
+            f"{number}. {text.short_prompt(e.prompt)}",
+            f"{a.doc} − {a.pre}",
+            text.signed(a.m0),
+            text.signed(a.m),
+            text.signed(a.shift),
+            a.share(a.first_order),
+            "—" if a.flip_scale is None else f"{a.flip_scale:.2g}",
+            f"{site} {value}",
+        )
+        rows.append(row)
+    heads = (
+        "prompt",
+        "answers",
+        "base",
+        "adapted",
+        "shift",
+        "of it first order",
+        "flips at ε",
+        "largest first-order part",
+    )
     links = [f"#prompt-{number}" for number, _ in numbered]
     return Table(heads, rows, texts=(0, 1, 7), links=links)

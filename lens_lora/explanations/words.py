@@ -35,6 +35,20 @@ from lens_lora.show.words import (
     largest_text,
 )
 
+_MODULES_IN_HEADLINE = 3
+# An attribution is called a good guide to measured effects if it orders them at least so closely,
+# and the slope between the two is within these bounds.
+PEARSON = 0.95
+SPEARMAN = 0.9
+SLOPE = (0.8, 1.25)
+_TOP_SHARE = 0.2  # of the modules: what they keep is told
+_FLAGGED_NAMED = 3
+_REDUNDANT = 0.5  # of the shift: less than this is lost by leaving out, summed over modules
+_DONE = {
+    "add_one": "adding one module (at ε = 0)",
+    "leave_one_out": "leaving one module out (at ε = 1)",
+}
+
 
 def explained_account(explanation: Explanation) -> Account:
     """The margin's account, with the prompt alone: without what is teacher-forced after it."""
@@ -42,38 +56,22 @@ def explained_account(explanation: Explanation) -> Account:
     return dataclasses.replace(account, prompt=text.prompt_text(explanation.prompt))
 
 
-_MODULES_IN_HEADLINE = 3
-# A guide to measured effects: how closely it orders them, and between which slopes it sizes them.
-PEARSON, SPEARMAN, SLOPE = 0.95, 0.9, (0.8, 1.25)
-
-
-_TOP_SHARE = 0.2
-
-
-_FLAGGED_NAMED = 3
-
-
-_REDUNDANT = 0.5  # of the shift: less than this is lost by leaving out, summed over modules
-
-
-_DONE = {
-    "add_one": "adding one module (at ε = 0)",
-    "leave_one_out": "leaving one module out (at ε = 1)",
-}
-
-
 @drawing.story.register(Explanation)
 def explanation_story(explanation: Explanation) -> str:
     """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
-    e, a = explanation, explained_account(explanation)
+    e = explanation
+    a = explained_account(e)
+    paragraphs = [f"{happened_text(a)} {_said(e)}"]
+    if e.answers is not None:
+        paragraphs.append(f"After the prompt {text.answers_text(e.answers)}")
+    paragraphs.append(first_order_text(a))
     where = largest_text(e.first_order, a, MODULES_NAMED)
-    answers = "" if e.answers is None else f"After the prompt {text.answers_text(e.answers)}"
-    more = [where, _NO_SHARES]
     if a.has_shift:
         trust = joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
-        more = [_parts(e, a), where, trust, _carried(e)]
-    paragraphs = [f"{happened_text(a)} {_said(e)}", answers, first_order_text(a), *more, _limits(e)]
-    paragraphs.append(text.reading_text(e.first_order.meta))
+        paragraphs += [_parts(e, a), where, trust, _carried(e)]
+    else:
+        paragraphs += [where, _NO_SHARES]
+    paragraphs += [_limits(e), text.reading_text(e.first_order.meta)]
     return "\n".join(filter(None, paragraphs))
 
 
@@ -112,7 +110,8 @@ def explanations_story(explanations: Explanations) -> str:
 
 def _said(e: Explanation) -> str:
     answers = (e.margin.doc[0], e.margin.pre[0])
-    (base, base_share), (adapted, adapted_share) = (e.said[m][0] for m in ("base", "adapted"))
+    base, base_share = e.said["base"][0]
+    adapted, adapted_share = e.said["adapted"][0]
     likeliest = (
         f"The likeliest next token is “{visible(base)}” ({percent(base_share)}) for the base model "
         f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
@@ -140,7 +139,9 @@ def is_rounding(total: float, e: Explanation, a: Account) -> bool:
 
 def _parts(e: Explanation, a: Account) -> str:
     """What the remainder is made of: exactly, by single modules, and to second order."""
-    second, measured, shares = e.second_order, "", ""
+    second = e.second_order
+    measured = ""
+    shares = ""
     parts = interactions(e)
     if parts is not None and abs(a.remainder) > a.remainder_floor:
         note = ", which rounding alone could make" if is_rounding(parts[0], e, a) else ""
@@ -152,7 +153,8 @@ def _parts(e: Explanation, a: Account) -> str:
     curvature = signed(float(second.curvature))
     if e.coupling is not None:
         row = e.coupling.shares().loc[0]
-        within, between = (signed(float(row[part])) for part in ("self", "coupling"))
+        within = signed(float(row["self"]))
+        between = signed(float(row["coupling"]))
         shares = f"Of those {curvature}, {within} are within layers and {between} between them."
     bend = f"Second order adds {curvature} at ε = 1. Its verdict: {second.verdict[0]}."
     return joined(measured, bend, shares)
@@ -176,7 +178,9 @@ def _agreement(e: Explanation, a: Account) -> str:
 
 def _judged(c: Comparison) -> str:
     """How closely measured effects follow an attribution, and whether that makes it a guide."""
-    r, rank, slope = (float(values[0]) for values in (c.pearson, c.spearman, c.slope))
+    r = float(c.pearson[0])
+    rank = float(c.spearman[0])
+    slope = float(c.slope[0])
     agreement = f"a correlation of {r:.3f} (of ranks {rank:.3f}, slope {slope:.2f})"
     if math.isnan(r):
         agreement = "no correlation that exists"
