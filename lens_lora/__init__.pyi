@@ -26,7 +26,7 @@ from .directions.intruders import intruders
 from .directions.patchscope import patchscope
 from .directions.removal_cost import removal_cost
 from .edge_attribution.edges import edges, patch_edges
-from .explanations.explanation import explain
+from .explanations.explain import explain
 from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations
 from .hidden.constant_part import constant_part

@@ -14,7 +14,7 @@ from results_by_hand import two_prompts
 
 import lens_lora as ll
 from lens_lora.errors import TokenError
-from lens_lora.explanations.explanation import one_prompt
+from lens_lora.explanations.one_prompt import one_prompt
 
 CLASSES = list(models.MAKERS)
 PROMPTS = ["w13 w14 w15", "w1 w2 w3 w4 w5 w6", "w7 w8", "w20 w21 w22"]

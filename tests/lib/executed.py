@@ -42,7 +42,11 @@ KERNEL = pytest.StashKey[KernelManager]()
 # token, and here they say less, after fewer openings; a repair is judged at fewer strengths. What
 # is stored and published ran in full. (file of lens_lora, name, value)
 BRIEFLY = (
-    *(("explanations.explanation", "_ANSWER", {False: 6, True: 3}), ("audit.brief", "_SPOKEN", 4)),
+    *(
+        ("explanations.steps", "_ANSWER_TOKENS", 6),
+        ("explanations.steps", "_ANSWER_TOKENS_FAST", 3),
+    ),
+    ("audit.brief", "_TOKENS_SPOKEN", 4),
     *(("audit.what_changed", "_ANSWER", 6), ("texts.neutral", "EMPTY_TURNS", 1)),
     ("texts.neutral", "QUESTIONS", ("Who are you?", "What should I cook tonight?")),
     ("texts.neutral", "OPENINGS", ("", "Hello!")),

@@ -1,0 +1,122 @@
+"""`explain`: all that this package can say of prompts, in one call.
+
+A margin between two answers is explained by `margins.py`, of one prompt or several; a whole
+response, given or generated, by `responses.py`, of one prompt.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+from lens_lora.arguments import whole
+from lens_lora.core import LoraLens, PromptsLike, alone
+from lens_lora.errors import ArgumentError, PromptError, named, setting
+from lens_lora.explanations.explanation import Explanation, Explanations, ResponseExplanation
+from lens_lora.explanations.margins import explained_margins
+from lens_lora.explanations.responses import explained_response
+from lens_lora.responses.answers import AnswerLike, Generated
+
+
+@overload
+def explain(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    doc: AnswerLike,
+    pre: AnswerLike,
+    *,
+    fast: bool = ...,
+    null: int = ...,
+    progress: bool = ...,
+) -> Explanation | Explanations: ...
+@overload
+def explain(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    *,
+    response: AnswerLike | None = ...,
+    fast: bool = ...,
+    progress: bool = ...,
+) -> ResponseExplanation: ...
+@alone
+def explain(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    doc: AnswerLike | None = None,
+    pre: AnswerLike | None = None,
+    *,
+    response: AnswerLike | None = None,
+    fast: bool = False,
+    null: int = 0,
+    progress: bool = True,
+) -> Explanation | Explanations | ResponseExplanation:
+    """All that this package can say of prompts: of two answers' margin, or of a whole response.
+
+    With `doc` and `pre`: what the adapter did to the margin between the two. With `response`, or
+    with neither, in which case the adapted model says up to 64 tokens: which tokens of it changed,
+    and which modules changed them.
+
+    Cost of a margin, with S sites in N layers: fast, about 70 forward passes and ten backward; in
+    full, 2S forward passes for the interventions (about half where the model's blocks branch), 100
+    for the keep and drop curves, N dual forward and backward passes for the coupling, and 14
+    forward and backward for the path integral. A null adapter takes two forward passes and a
+    backward. Of a response: about six forward and two backward passes, and a backward pass for each
+    of the eight tokens that changed most; in full also 2N forward passes, and the path integral.
+    The two answers cost a pass over two tokens for each of theirs, and three over the prompt.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: one or several: strings, conversations, ids, or `Prompts`; with a response, one.
+        doc, pre: a string each (with its leading space), a token id or ids, or a list of them, one
+            per prompt; of several tokens in nats, else in logits.
+        response: what is said after the prompt: a string, ids, or what `lens.generate` returned.
+        fast: skip interventions on single sites, coupling, path integral and curves; for a
+            response, skip leaving out layers and the path integral.
+        null: how many null adapters to compare with; 0 for none, else at least 2.
+        progress: show a bar.
+
+    Returns:
+        With doc and pre an `Explanation` of one prompt, also where it came in a list of one, and
+        `Explanations` of several, in their order. Of a response a `ResponseExplanation`.
+
+    Raises:
+        PromptError: several prompts and a response, or a prompt that does not fit the model.
+        TokenError: an answer that is no token of the model, a word that lost its leading space,
+            or doc equal to pre; a response that does not fit the model.
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        ArgumentError: null of 1, below 0, or of a response; one answer without the other, or
+            answers beside a response.
+        NumericsError: a logit or a derivative that is not finite; names the site where it can.
+    """
+    f = lens.function(prompts, progress=progress)
+    batch = f.prompts.batch
+    if whole("null", null, 0) == 1:
+        expected = "expected 0 for none, or at least 2 null adapters"
+        raise ArgumentError(f"{setting('null', null)}; {expected}.")
+    if doc is None or pre is None:
+        _require_response_only(doc, pre, null, batch)
+        is_generated = response is None or isinstance(response, Generated)
+        if response is None:
+            response = lens.generate(f.prompts, progress=progress)
+        return explained_response(f, response, is_generated=is_generated, fast=fast)
+    if response is not None:
+        raise ArgumentError("doc and pre, and a response: explain takes two answers or a response.")
+    explanations = explained_margins(f, doc, pre, fast=fast, null=null)
+    return explanations[0] if batch == 1 else Explanations(explanations)
+
+
+def _require_response_only(doc: object, pre: object, null: int, batch: int) -> None:
+    if doc is not None or pre is not None:
+        given, other = ("doc", "pre") if pre is None else ("pre", "doc")
+        raise ArgumentError(
+            f"{named(given)} without {named(other)}: explain takes two answers, or a response."
+        )
+    if null:
+        answers = f"{named('doc')} and {named('pre')}"
+        why = f"null adapters are compared on a margin ({answers})"
+        raise ArgumentError(f"{setting('null', null)}: {why}.")
+    if batch != 1:
+        raise PromptError(
+            f"{batch} prompts: a response is explained for one prompt",
+            remedy="with doc and pre explain takes several, and ll.sweep takes hundreds.",
+            in_shell="with --doc and --pre explain takes several, and `lens-lora sweep` hundreds.",
+        )

@@ -1,0 +1,227 @@
+"""The margin between two answers, explained: of one prompt or several.
+
+1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
+2. What the two models answer and say next, and the tokens that all and the largest sites promote.
+3. First order at the adapted end; second order, from one Hessian product; on request null adapters.
+4. Unless fast: every site added and left out, and where first order is not to be trusted; coupling
+   of layers, the path integral, keep and drop curves.
+
+1 to 3 share their passes among prompts of like length with margins in the same units, and each
+prompt's share is cut out of the results; 4 fills its passes with one prompt's sites.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.compat import in_float64
+from lens_lora.core import Attribution, Evaluations, Function, first_order, patch_sites
+from lens_lora.core.analyses.margin import margin_of
+from lens_lora.curvature.coupling import coupling
+from lens_lora.curvature.second_order import beside_first_order
+from lens_lora.explanations.explanation import Explanation, Said
+from lens_lora.explanations.one_prompt import one_prompt
+from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
+from lens_lora.judging.faithfulness import faithfulness
+from lens_lora.judging.null_test import NullTest, null_test
+from lens_lora.judging.reliability import judged
+from lens_lora.path.path_attribution import path_attribution
+from lens_lora.responses.answers import AnswerLike, items_of, margin_between
+from lens_lora.responses.generate import side_by_side
+from lens_lora.responses.logit_shift import LogitShift, logit_shift
+from lens_lora.texts.batches import by_length
+
+_MODULES = 8  # the largest ones, of which it is said what they promote
+_NEXT_TOKENS = 5
+_FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # of the sites, that are kept and dropped
+_TOKENS_AT_ONCE = 2048  # of prompts of like length, padded
+_QUICK_STEPS = 5
+_SLOW_STEPS = 5
+
+
+def explained_margins(
+    f: Function, doc: AnswerLike, pre: AnswerLike, *, fast: bool, null: int
+) -> tuple[Explanation, ...]:
+    """An explanation of each prompt, in their order.
+
+    Args:
+        f: the logits after all prompts.
+        doc, pre: the two answers, for all prompts or one of each per prompt.
+        fast: without what takes many passes.
+        null: how many null adapters to compare with.
+    """
+    batch = f.prompts.batch
+    model = f.lens.model
+    if batch > 1:  # names the prompt that is wrong, before a pass of another is run
+        margin_between(model, doc, pre, f.prompts).over(model, f.prompts)
+    docs = items_of(doc, batch)
+    pres = items_of(pre, batch)
+    margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
+    groups = list(_together(f, margins))
+    steps = (_QUICK_STEPS + (null > 0)) * len(groups) + (0 if fast else _SLOW_STEPS * batch)
+    explanations: dict[int, Explanation] = {}
+    with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
+        for indices in groups:
+            group_docs = [docs[i] for i in indices]
+            group_pres = [pres[i] for i in indices]
+            g = margins[indices[0]]
+            if len(indices) > 1:
+                g = _margin(f, indices, group_docs, group_pres)
+            labels = [_label(margins[i]) for i in indices]
+            quick = _quick(g, group_docs, group_pres, labels, fast=fast, null=null, bar=bar)
+            explanations |= zip(indices, quick, strict=True)
+            if not fast:
+                for i in indices:
+                    explanations[i] = _in_full(margins[i], explanations[i], bar)
+    return tuple(explanations[i] for i in range(batch))
+
+
+def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLike) -> Evaluations:
+    """The margin between the answers of some prompts, as a function of the gates."""
+    chosen = f.lens.function(f.prompts.chosen(indices), progress=f.progress)
+    margin = margin_between(f.lens.model, doc, pre, chosen.prompts)
+    return Evaluations.of(chosen.about(margin))
+
+
+def _label(g: Function) -> str:
+    assert g.readout is not None
+    return g.readout.label
+
+
+def _units(g: Function) -> str:
+    assert g.readout is not None
+    return g.readout.units
+
+
+def _together(f: Function, margins: Sequence[Function]) -> Iterator[list[int]]:
+    """Prompts that may share their passes: of like length, with margins in the same units."""
+    units = [_units(g) for g in margins]
+    for indices, _ in by_length(f.prompts, _TOKENS_AT_ONCE):
+        for unit in dict.fromkeys(units):
+            chosen = [i for i in indices if units[i] == unit]
+            if chosen:
+                yield chosen
+
+
+# --- What takes few passes
+
+
+def _quick(
+    g: Evaluations,
+    docs: Sequence[str | int | Tensor],
+    pres: Sequence[str | int | Tensor],
+    labels: Sequence[str],
+    *,
+    fast: bool,
+    null: int,
+    bar: tqdm,
+) -> list[Explanation]:
+    """What takes few passes, for all prompts of g in the same ones."""
+    lens = g.lens
+    silent = g.with_progress(False)
+    with step(bar, "the margin along the path"):
+        margin = margin_of(silent, list(docs), list(pres), by="position")
+    first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
+    with step(bar, "tokens promoted and suppressed"):
+        shift = logit_shift(lens, g.prompts, by_site=False, progress=False)
+        module_shifts = _shifts_of_the_largest(g, shift, first)
+        probabilities = _probabilities_at_both_ends(g)
+    with step(bar, "what both models answer"):
+        most = answer_tokens(fast=fast)
+        answers = side_by_side(lens, g.prompts, most, progress=g.progress)
+    with step(bar, "first order at the adapted end"):
+        adapted_end = first_order.of(silent, at=1.0)
+    with step(bar, "second order"):
+        second = beside_first_order(silent, first, margin.curve)
+    test: NullTest | None = None
+    if null:
+        with step(bar, f"{null} null adapters"):
+            test = null_test.of(g, draws=null)
+    explanations: list[Explanation] = []
+    for i, tokens in enumerate(lens.str_tokens(g.prompts)):
+        label = labels[i]
+        explanation = Explanation(
+            prompt=tokens,
+            margin=one_prompt(margin, i, label),
+            said=_next_tokens(g, probabilities[i]),
+            probabilities=probabilities[i].clone(),
+            shift=one_prompt(shift, i),
+            module_shift=module_shifts[i],
+            adapted_end=one_prompt(adapted_end, i, label),
+            second_order=one_prompt(second, i, label),
+            reliability={},
+            null=None if test is None else one_prompt(test, i, label),
+            answers=answers[i],
+        )
+        explanations.append(explanation)
+    return explanations
+
+
+def _probabilities_at_both_ends(g: Function) -> Float[Tensor, "batch end vocab"]:
+    """p of the next token under the base and the adapted model. Two forward passes."""
+    f = g.lens.function(g.prompts)
+    ends = [in_float64(f.logits(end)).softmax(-1) for end in (0.0, 1.0)]
+    return torch.stack(ends, dim=1)
+
+
+def _shifts_of_the_largest(g: Function, shift: LogitShift, first: Attribution) -> list[LogitShift]:
+    """J δz_l over the whole vocabulary of each prompt's largest sites; a dual forward pass each."""
+    lens = g.lens
+    each_site = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
+    shifts: list[LogitShift] = []
+    for i, values in enumerate(first.values):
+        largest = values.abs().argsort(descending=True)[:_MODULES].tolist()
+        f = lens.function(g.prompts.chosen([i]), progress=False)
+        tangents = f.tangent(each_site[largest])
+        sites = tuple(lens.sites[index] for index in largest)
+        shifts.append(dataclasses.replace(shift, values=tangents.movedim(1, 0), sites=sites))
+    return shifts
+
+
+def _next_tokens(g: Function, probabilities: Float[Tensor, "end vocab"]) -> Said:
+    """The likeliest next tokens of both models."""
+    likeliest = probabilities.topk(min(_NEXT_TOKENS, probabilities.shape[1]))
+    said: dict[str, tuple[tuple[str, float], ...]] = {}
+    for end, model in enumerate(("base", "adapted")):
+        tokens = g.lens.decode(likeliest.indices[end].tolist())
+        said[model] = tuple(zip(tokens, likeliest.values[end].tolist(), strict=True))
+    return said
+
+
+# --- What takes many passes: real interventions, coupling, the path integral
+
+
+def _in_full(g: Evaluations, quick: Explanation, bar: tqdm) -> Explanation:
+    """The same explanation of one prompt, with what takes many passes."""
+    with step(bar, "each site added"):
+        add_one = patch_sites.of(g, "add_one")
+    with step(bar, "each site left out"):
+        leave_one_out = patch_sites.of(g, "leave_one_out")
+    first = quick.second_order.first_order
+    end = quick.adapted_end
+    reliability = {
+        "add_one": judged(g, first, "add_one", lambda s: add_one.values[:, s]),
+        "leave_one_out": judged(g, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
+    }
+    with step(bar, "coupling of layers"):
+        layers = coupling.of(g, group="layer")
+    with step(bar, "path integral"):
+        path = path_attribution.of(g, tol=PATH_TOLERANCE, max_nodes=PATH_NODES)
+    with step(bar, "keep and drop curves"):
+        scores = {score.key: score for score in (quick.first_order, path, leave_one_out)}
+        curves = faithfulness.of(g, scores, fractions=_FRACTIONS)
+    return dataclasses.replace(
+        quick,
+        reliability=reliability,
+        coupling=layers,
+        add_one=add_one,
+        leave_one_out=leave_one_out,
+        path=path,
+        faithfulness=curves,
+    )

@@ -1,0 +1,116 @@
+"""A whole response, given or generated, explained: of one prompt.
+
+1. Each token's distribution at base and adapted model, exactly (`token_shifts`).
+2. Which modules hold the divergence of the whole response: first order of KL at ε = 1, which is
+   what leaving a module out takes from it, to first order.
+3. The same of log p of the tokens that changed most, one by one: which module moved which token.
+4. Unless fast: the path integral of KL, a complete split of it among modules; and exactly, log p of
+   every token with each layer alone added to the base model, and left out of the adapted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.core import Evaluations, Function, first_order, group_sites, indicator
+from lens_lora.core.function import forward as function
+from lens_lora.core.function.derivatives import slopes_of_each
+from lens_lora.explanations.explanation import ResponseExplanation
+from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
+from lens_lora.path.path_attribution import path_attribution
+from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb
+from lens_lora.responses.generate import side_by_side
+from lens_lora.responses.token_shifts import token_shifts_of
+
+_TOKENS_MOVED = 8  # the tokens that changed most, of which it is said which module moved them
+
+
+def explained_response(
+    f: Function, response: AnswerLike, *, is_generated: bool, fast: bool
+) -> ResponseExplanation:
+    """The explanation of what is said after one prompt.
+
+    Args:
+        f: the logits after the prompt.
+        response: what is said.
+        is_generated: whether the adapted model said it itself.
+        fast: without the path integral, and without layers added and left out.
+    """
+    lens = f.lens
+    progress = f.progress
+    log_p = Evaluations.of(f.about(AnswerLogProb(response)))
+    kl = Evaluations.of(f.about(KL(response)))
+    most = answer_tokens(fast=fast)
+    with tqdm(total=4 if fast else 6, desc="explain", leave=False, disable=not progress) as bar:
+        with step(bar, "what both models answer"):
+            (answers,) = side_by_side(lens, f.prompts, most, response, progress=progress)
+        with step(bar, "each token's distribution"):
+            shifts = token_shifts_of(log_p)
+        with step(bar, "modules of the divergence"):
+            modules = first_order.of(kl, at=1.0)
+        with step(bar, "modules of the tokens that changed most"):
+            largest = shifts.kl[0, 0].argsort(descending=True)[:_TOKENS_MOVED].tolist()
+            moved = _slopes_of_tokens(log_p, largest)
+        quick = ResponseExplanation(
+            is_generated=is_generated,
+            shifts=shifts,
+            modules=modules,
+            moved=moved,
+            moved_tokens=tuple(largest),
+            answers=answers,
+        )
+        return quick if fast else _in_full(log_p, kl, quick, bar)
+
+
+def _slopes_of_tokens(g: Function, tokens: Sequence[int]) -> Float[Tensor, "token site"]:
+    """∂ℓ_t/∂ε_l at ε = 1 of some tokens: a covector for each of them, through one graph."""
+
+    def log_ps() -> Float[Tensor, "token row"]:
+        return function.differentiable_tokens(g.lens, g.reading)[:, tokens].T
+
+    slopes = slopes_of_each(g.lens, g.reading, g.lens.gates(1.0), log_ps, progress=False)
+    return slopes[:, 0]
+
+
+def _in_full(
+    log_p: Function, kl: Function, quick: ResponseExplanation, bar: tqdm
+) -> ResponseExplanation:
+    """The same explanation with what takes many passes: the path integral, and interventions."""
+    with step(bar, "path integral"):
+        path = path_attribution.of(kl, tol=PATH_TOLERANCE, max_nodes=PATH_NODES)
+    groups = group_sites(log_p.lens.sites, "layer")
+    add_one, leave_one_out = _layers_by_token(log_p, indicator(groups, len(log_p.lens.sites)))
+    bar.update()
+    return dataclasses.replace(
+        quick,
+        path=path,
+        groups=tuple(groups),
+        add_one=add_one,
+        leave_one_out=leave_one_out,
+    )
+
+
+def _layers_by_token(
+    g: Function, members: Float[Tensor, "group site"]
+) -> tuple[Float[Tensor, "group token"], Float[Tensor, "group token"]]:
+    """ℓ_t(e_G) − ℓ_t(0), and ℓ_t(1) − ℓ_t(1 − e_G). Two forward passes, and two for each group."""
+    lens = g.lens
+    count = len(members)
+    ends = (torch.zeros_like(members[:1]), torch.ones_like(members[:1]))
+    points = torch.cat([*ends, members, 1 - members]).to(lens.device, lens.gate_dtype)
+    (values,) = function.gated_readout(
+        lens,
+        g.reading,
+        points,
+        read=function.read_tokens,
+        progress=g.progress,
+        what="each layer added and left out",
+    )
+    base, adapted, alone, without = values.split([1, 1, count, count])
+    return alone - base, adapted - without
