@@ -1,9 +1,9 @@
-"""Tiny models of architectures that have no entry in `families`, a line of data each.
+"""Tiny models of architectures that have no entry in `families`, a row of data each.
 
-A line is transformers' own class and the sizes that its configuration needs beside `_SIZES`: what
-makes it tiny, and what lets two layers show each kind of layer. A configuration that is not the
-class's default, but for its sizes, stands in `CHOICES` by the name of its row; then the default has
-a row of its own. The LoRA is on every linear module but the head.
+A row is transformers' own class and the sizes that its configuration needs beside `_SIZES`: those
+that make it tiny, and those that let two layers show each kind of layer. Whatever else is not the
+class's default stands in `CHOICES` under the name of the row, and the default has a row of its own.
+The LoRA is on every linear module but the head.
 """
 
 from __future__ import annotations
@@ -52,17 +52,33 @@ _MOE = {
     "shared_expert_intermediate_size": 12,
 }
 _DEEPSEEK = {
-    **{"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},
-    **{"topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 12, "head_dim": 4},
-    **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-    **{"v_head_dim": 4, "n_shared_experts": 1},
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 12,
+    "head_dim": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_shared_experts": 1,
 }
 _LINEAR_ATTENTION = {
-    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2},
-    **{"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
 }
 _MAMBA = {
-    **{"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "mamba_n_heads": 4,
+    "mamba_d_state": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
 }
 _FALCON = {"head_dim": None, "num_key_value_heads": None}
@@ -169,8 +185,13 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Jamba",
         "",
         {
-            **{**_MOE, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
-            **{"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_dt_rank": 4},
+            **_MOE,
+            "expert_layer_period": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_d_conv": 2,
+            "mamba_dt_rank": 4,
             "use_mamba_kernels": False,
         },
     ),
@@ -180,15 +201,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "NemotronH",
         "",
         {
-            **{"mamba_num_heads": 4, "ssm_state_size": 4, "mamba_head_dim": 8, "n_groups": 1},
-            **{"layers_block_type": ["mamba", "attention"], "chunk_size": 8},
+            "mamba_num_heads": 4,
+            "ssm_state_size": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "layers_block_type": ["mamba", "attention"],
+            "chunk_size": 8,
         },
     ),
     "RecurrentGemma": (
         "RecurrentGemma",
         "",
         {
-            **{"lru_width": 16, "attention_window_size": 8, "num_key_value_heads": 1},
+            "lru_width": 16,
+            "attention_window_size": 8,
+            "num_key_value_heads": 1,
             "block_types": ["recurrent", "attention"],
         },
     ),
@@ -202,7 +229,10 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Zamba2",
         "",
         {
-            **{"mamba_d_state": 4, "n_mamba_heads": 2, "mamba_ngroups": 1, "chunk_size": 8},
+            "mamba_d_state": 4,
+            "n_mamba_heads": 2,
+            "mamba_ngroups": 1,
+            "chunk_size": 8,
             "layers_block_type": ["mamba", "hybrid"],
         },
     ),
@@ -212,7 +242,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "JetMoE": ("JetMoe", "", {**_MOE, "kv_channels": 4, "num_key_value_heads": 2}),
     "BitNet": ("BitNet", "", {}),
     "CodeGen": ("CodeGen", "", {**_GPT, "n_ctx": models.CONTEXT, "rotary_dim": 2}),
-    # Of listed classes, and built otherwise than their entries say.
+    # Classes that have an entry in `families`, built otherwise than it says.
     "OPT, norms after": ("OPT", "", {"ffn_dim": 24, "word_embed_proj_dim": 16}),
     "OPT-350m": ("OPT", "", {"ffn_dim": 24, "word_embed_proj_dim": 8}),
 }
@@ -229,32 +259,41 @@ CHOICES: dict[str, dict[str, Any]] = {
     "Llama 4": {"no_rope_layers": [1, 0]},
     "LFM2": {"block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
     "Falcon, interleaved": {
-        **{"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+        "bias": True,
         "tie_word_embeddings": False,
     },
     "OPT, norms after": {"do_layer_norm_before": False},
     "OPT-350m": {"do_layer_norm_before": False},
 }
-# Whose default has a row under another name, or an entry in `families`.
+# Rows whose default has a row under another name, or an entry in `families`.
 _HAVE_DEFAULTS = ("Falcon, interleaved", "OPT, norms after", "OPT-350m")
 ARCHITECTURES |= {
     f"{name}, defaults": ARCHITECTURES[name] for name in CHOICES if name not in _HAVE_DEFAULTS
 }
 # A quarter of four dimensions of a head is no rotation: heads of eight.
 ARCHITECTURES["StableLM, defaults"] = ("StableLm", "", {"hidden_size": 32})
-_UNDER_NO_GRAD = ("indexer.wk", "indexer.wq_b", "indexer.weights_proj")
-# Beside the head, which is another test's: routers whose output is no tensor; and what Mamba's scan
-# reads past its module, or PEFT refuses to adapt.
+
+# Linear modules without a LoRA, beside the head, which has a test of its own.
 _LEFT_OUT = (
+    # Routers whose output is no tensor.
     "feed_forward.router",
     "mlp.router",
     "router.gate",
+    # Mamba's scan reads it past its module.
     "dt_proj",
-    *_UNDER_NO_GRAD,
+    # They run under `torch.no_grad`.
+    "indexer.wk",
+    "indexer.wq_b",
+    "indexer.weights_proj",
 )
-# Stacks of experts that are not in the form of `transformers.integrations.moe`.
+# Classes whose stacks of experts are not in the form of `transformers.integrations.moe`.
 _OTHER_STACKS = ("Llama4", "JetMoe")
-REVERSE_ONLY = ("RecurrentGemma",)  # its recurrence is a Function without forward mode
+# Its recurrence is a Function without forward mode.
+REVERSE_ONLY = ("RecurrentGemma",)
+# Classes whose out_proj PEFT refuses to adapt.
 _REFUSED_BY_PEFT = ("FalconH1", "NemotronH", "Mamba", "Mamba2")
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -262,55 +301,68 @@ _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The tiny model, every parameter random, as `models.hf_model` makes it."""
     stem, config_name, sizes = ARCHITECTURES[name]
-    every = {**_SIZES, **sizes, **CHOICES.get(name, {})}
-    given = {k: v for k, v in every.items() if v is not None}
-    config = getattr(hf, config_name or f"{stem}Config")(**given)
+    fields = {**_SIZES, **sizes, **CHOICES.get(name, {})}
+    fields = {field: value for field, value in fields.items() if value is not None}
+    config_class = getattr(hf, config_name or f"{stem}Config")
+    model_class = getattr(hf, f"{stem}ForCausalLM")
+    config = config_class(**fields)
     config._experts_implementation = "eager"
     torch.manual_seed(seed)
-    made = getattr(hf, f"{stem}ForCausalLM")(config)
-    return models.randomised(made, seed, dtype)
+    return models.randomised(model_class(config), seed, dtype)
 
 
 def configuration(name: str) -> str:
-    """What a row's configuration has beside its sizes that is not its class's default."""
-    choices = CHOICES.get(name, {})
-    return ", ".join(f"{field}={value}" for field, value in choices.items()) or "default"
+    """What a row has beside its sizes that is not its class's default, for a table."""
+    choices = CHOICES.get(name)
+    if choices is None:
+        return "default"
+    return ", ".join(f"{field}={value}" for field, value in choices.items())
 
 
 def bridge(base: PreTrainedModel) -> Any:
-    """The base (copied) as `ll.load` makes its bridge."""
+    """A copy of the base as `ll.load` makes its bridge."""
     model, _ = hooked_model(copy.deepcopy(base), models.tokenizer(), kind="TransformerBridge")
     return model
 
 
 def expert_parameters(base: nn.Module) -> list[str]:
     """Every stack of experts, and the weight of every router that is no linear module."""
-    return [
-        f"{path}.{name}"
-        for path, module in base.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if (parameter.ndim == 3 and name.endswith("_proj"))
-        or (parameter.ndim == 2 and "Router" in type(module).__name__)
-    ]
+    paths: list[str] = []
+    for path, module in base.named_modules():
+        is_router = "Router" in type(module).__name__
+        for name, parameter in module.named_parameters(recurse=False):
+            is_stack = parameter.ndim == 3 and name.endswith("_proj")
+            if is_stack or (is_router and parameter.ndim == 2):
+                paths.append(f"{path}.{name}")
+    return paths
 
 
-def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
-    """The base (copied) with a random LoRA of every linear module active."""
+def linear_modules(name: str, base: PreTrainedModel) -> list[str]:
+    """The linear modules that a row's LoRA is on."""
     head = base.get_output_embeddings()
-    linears = [
+    left_out = list(_LEFT_OUT)
+    if ARCHITECTURES[name][0] in _REFUSED_BY_PEFT:
+        left_out.append("out_proj")
+    if any(parameter.ndim == 3 for parameter in base.parameters()):
+        # PEFT would take these names for experts.
+        left_out += _OF_EXPERTS
+    return [
         path
         for path, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not head
-        and not path.endswith(_LEFT_OUT)
+        and not path.endswith(tuple(left_out))
     ]
-    if ARCHITECTURES[name][0] in _REFUSED_BY_PEFT:
-        linears = [path for path in linears if not path.endswith("out_proj")]
-    if any(p.ndim == 3 for p in base.parameters()):  # PEFT would take these names for experts
-        linears = [path for path in linears if not path.endswith(_OF_EXPERTS)]
+
+
+def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
+    """A copy of the base with a random LoRA of every linear module active."""
     parameters = [] if ARCHITECTURES[name][0] in _OTHER_STACKS else expert_parameters(base)
     config = LoraConfig(
-        r=2, lora_alpha=3, target_modules=linears, target_parameters=parameters or None
+        r=2,
+        lora_alpha=3,
+        target_modules=linear_modules(name, base),
+        target_parameters=parameters or None,
     )
     peft = get_peft_model(copy.deepcopy(base), config).eval()
     return models.with_random_factors(peft, base, size=0.15)
@@ -318,6 +370,8 @@ def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
 
 @dataclass(frozen=True)
 class Case:
+    """A base, the oracle over it, its bridge, and a lens of the same adapter."""
+
     base: PreTrainedModel
     peft: PeftModel
     model: Any
@@ -330,7 +384,7 @@ class Case:
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """`models.lifted`, and new tensors are in float64: XGLM fills its mask in torch's default."""
+    """Lift the libraries' casts, and make new tensors in float64: XGLM's mask is one of these."""
     before = torch.get_default_dtype()
     with models.lifted():
         torch.set_default_dtype(torch.float64)
@@ -342,7 +396,7 @@ def in_float64() -> Iterator[None]:
 
 @functools.cache
 def case(name: str) -> Case:
-    """Built once, in float64."""
+    """The case of a row, built once, in float64."""
     with in_float64():
         base = hf_model(name)
         peft = peft_model(name, base)
@@ -351,9 +405,13 @@ def case(name: str) -> Case:
     return Case(base, peft, model, lens)
 
 
-# --- how far a lens is from PEFT
+# --- How far a lens is from PEFT
 
-MARGIN = ll.Margin(5, 9)
+DOC = 5
+PRE = 9
+MARGIN = ll.Margin(DOC, PRE)
+# The gate at which slopes are taken, beside 0 and 1.
+BETWEEN = 0.37
 ERRORS = ("host", "adapted", "each", "activations", "slopes", "modes", "effects", "path", "said")
 
 
@@ -371,21 +429,25 @@ def measure(name: str) -> dict[str, float | int | str]:
         its strength: at full strength it sends tokens to other experts on the way, where g jumps.
     said: tokens of six that differ from PEFT's greedy ones.
     """
-    held, tokens = case(name), models.tokens()
+    tiny = case(name)
+    tokens = models.tokens()
+    short = tokens[:, :5]
     with torch.no_grad():
-        base, adapted = held.base(tokens).logits, held.peft(tokens).logits
-        bare = held.model(tokens, return_type="logits")
+        base = tiny.base(tokens).logits
+        adapted = tiny.peft(tokens).logits
+        bare = tiny.model(tokens, return_type="logits")
     return {
-        "sites": len(held.lens.sites),
+        "sites": len(tiny.lens.sites),
         "shift": _worst(adapted, base),
         "host": _worst(bare, base),
-        "adapted": _worst(held.lens.logits(tokens), adapted),
-        "each": max(_module_alone(held, tokens[:, :5], module) for module in held.modules),
-        "activations": _activations(held, tokens),
-        "slopes": max(_slopes(held, tokens[:, :5], at) for at in (0.0, 0.37, 1.0)),
-        "modes": _modes(held, tokens[:, :5]),
-        **_effects(held, tokens[:1, :5]),
-        "said": _said(held, tokens[:, :5]),
+        "adapted": _worst(tiny.lens.logits(tokens), adapted),
+        "each": max(_module_alone(tiny, short, module) for module in tiny.modules),
+        "activations": _activations(tiny, tokens),
+        "slopes": max(_slopes(tiny, short, at) for at in (0.0, BETWEEN, 1.0)),
+        "modes": _modes(tiny, short),
+        "effects": _effects(tiny, short[:1]),
+        "path": _path(tiny, short[:1]),
+        "said": _said(tiny, short),
     }
 
 
@@ -394,84 +456,91 @@ def _worst(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _read(logits: torch.Tensor) -> torch.Tensor:
-    return logits[:, 5] - logits[:, 9]
+    return logits[:, DOC] - logits[:, PRE]
 
 
-def _module_alone(held: Case, tokens: torch.Tensor, module: str) -> float:
-    """By gates for each prompt, which take another way where experts flatten the tokens."""
-    gates = torch.tensor([0.7 * (site.module == module) for site in held.lens.sites]).double()
-    factors = {other: 0.7 * (other == module) for other in held.modules}
-    with torch.no_grad(), reference.peft_scales(held.peft, factors):
-        oracle = held.peft(tokens).logits
-    return _worst(held.lens.logits(tokens, gates.expand(len(tokens), -1)), oracle)
+def _module_alone(tiny: Case, tokens: torch.Tensor, module: str) -> float:
+    """How far a module alone at 0.7 is from PEFT.
+
+    Each prompt has gates of its own, which take another way where experts flatten the tokens.
+    """
+    gates = torch.tensor([0.7 * (site.module == module) for site in tiny.lens.sites]).double()
+    factors = {other: 0.7 * (other == module) for other in tiny.modules}
+    with torch.no_grad(), reference.peft_scales(tiny.peft, factors):
+        oracle = tiny.peft(tokens).logits
+    return _worst(tiny.lens.logits(tokens, gates.expand(len(tokens), -1)), oracle)
 
 
-def _activations(held: Case, tokens: torch.Tensor) -> float:
-    merged = bridge(copy.deepcopy(held.peft).merge_and_unload())
-    with torch.no_grad(), held.lens.applied() as model:
+def _activations(tiny: Case, tokens: torch.Tensor) -> float:
+    merged = bridge(copy.deepcopy(tiny.peft).merge_and_unload())
+    with torch.no_grad(), tiny.lens.applied() as model:
         _, ours = model.run_with_cache(tokens)
         _, expected = merged.run_with_cache(tokens)
     assert set(ours) == set(expected)
     worst = 0.0
     for point, value in expected.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            finite = torch.isfinite(value)
-            assert torch.equal(finite, torch.isfinite(ours[point])), point
-            off = (ours[point] - value)[finite].abs()
-            worst = max(worst, float(off.max()) if off.numel() else 0.0)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        finite = torch.isfinite(value)
+        assert torch.equal(finite, torch.isfinite(ours[point])), point
+        errors = (ours[point] - value)[finite].abs()
+        if errors.numel():
+            worst = max(worst, float(errors.max()))
     return worst
 
 
-def _slopes(held: Case, tokens: torch.Tensor, at: float) -> float:
-    ours = ll.first_order(held.lens, tokens, MARGIN, at=at, mode="reverse").values
-    expected = reference.peft_first_order(held.peft, tokens, _read, held.modules, at)
-    by_module = torch.stack(
-        [
-            ours[:, [site.module == module for site in held.lens.sites]].sum(1)
-            for module in held.modules
-        ],
-        1,
-    )
-    theirs = torch.stack([expected[module] for module in held.modules], 1)
-    return float((by_module - theirs).abs().max() / theirs.abs().max())
+def _slopes(tiny: Case, tokens: torch.Tensor, at: float) -> float:
+    ours = ll.first_order(tiny.lens, tokens, MARGIN, at=at, mode="reverse").values
+    oracle = reference.peft_first_order(tiny.peft, tokens, _read, tiny.modules, at)
+    off: list[float] = []
+    for module, expected in oracle.items():
+        sites = [site.module == module for site in tiny.lens.sites]
+        off.append(float((ours[:, sites].sum(1) - expected).abs().max()))
+    largest = max(float(expected.abs().max()) for expected in oracle.values())
+    return max(off) / largest
 
 
-def _modes(held: Case, tokens: torch.Tensor) -> float | str:
-    reverse = ll.first_order(held.lens, tokens, MARGIN, at=0.37, mode="reverse").values
+def _modes(tiny: Case, tokens: torch.Tensor) -> float | str:
+    reverse = ll.first_order(tiny.lens, tokens, MARGIN, at=BETWEEN, mode="reverse").values
     try:
-        forward = ll.first_order(held.lens, tokens, MARGIN, at=0.37, mode="forward", progress=False)
+        forward = ll.first_order(
+            tiny.lens, tokens, MARGIN, at=BETWEEN, mode="forward", progress=False
+        ).values
     except ll.errors.ModelStateError as error:
         return str(error)
-    return float((forward.values - reverse).abs().max() / reverse.abs().max())
+    return float((forward - reverse).abs().max() / reverse.abs().max())
 
 
-def _effects(held: Case, tokens: torch.Tensor) -> dict[str, float]:
-    modules, sites = held.modules, held.lens.sites
-    ones = dict.fromkeys(modules, 1.0)
+def _effects(tiny: Case, tokens: torch.Tensor) -> float:
+    """Leaving out each module that is one site."""
+    left_out = ll.patch_sites(tiny.lens, tokens, MARGIN, how="leave_one_out", progress=False).values
+    ones = dict.fromkeys(tiny.modules, 1.0)
+    whole = reference.peft_readout(tiny.peft, tokens, _read, ones)
+    modules = [site.module for site in tiny.lens.sites]
+    worst = 0.0
+    for index, module in enumerate(modules):
+        if modules.count(module) > 1:
+            continue
+        without = reference.peft_readout(tiny.peft, tokens, _read, ones | {module: 0.0})
+        worst = max(worst, float((left_out[:, index] - (whole - without)).abs().max()))
+    return worst
 
-    def peft(**factors: float) -> torch.Tensor:
-        return reference.peft_readout(held.peft, tokens, _read, ones | factors)
 
-    weak = held.lens.with_adapter(held.lens.adapter.scaled(0.01))
+def _path(tiny: Case, tokens: torch.Tensor) -> float:
+    """The sum of the path at a hundredth of the adapter's strength."""
+    weak = tiny.lens.with_adapter(tiny.lens.adapter.scaled(0.01))
     path = ll.path_attribution(weak, tokens, MARGIN, tol=1e-6, progress=False).values
-    shift = peft(**dict.fromkeys(modules, 0.01)) - peft(**dict.fromkeys(modules, 0.0))
-    left_out = ll.patch_sites(held.lens, tokens, MARGIN, how="leave_one_out", progress=False).values
-    whole = [
-        (i, site.module)
-        for i, site in enumerate(sites)
-        if sum(other.module == site.module for other in sites) == 1
-    ]
-    expected = {i: peft() - peft(**{module: 0.0}) for i, module in whole}
-    return {
-        "effects": max(float((left_out[:, i] - e).abs().max()) for i, e in expected.items()),
-        "path": float((path.sum(1) - shift).abs().max() / path.abs().sum()),
-    }
+    base = reference.peft_readout(tiny.peft, tokens, _read, dict.fromkeys(tiny.modules, 0.0))
+    adapted = reference.peft_readout(tiny.peft, tokens, _read, dict.fromkeys(tiny.modules, 0.01))
+    return float((path.sum(1) - (adapted - base)).abs().max() / path.abs().sum())
 
 
-def _said(held: Case, tokens: torch.Tensor) -> int:
-    ours = held.lens.generate(tokens, 6, eos_token_id=(), progress=False).ids
+def _said(tiny: Case, tokens: torch.Tensor) -> int:
+    ours = tiny.lens.generate(tokens, 6, eos_token_id=(), progress=False).ids
     texts = tokens
     for _ in range(6):
         with torch.no_grad():
-            texts = torch.cat([texts, held.peft(texts).logits[:, -1:].argmax(-1)], 1)
-    return int((texts[:, tokens.shape[1] :] != torch.stack(ours)).sum())
+            likeliest = tiny.peft(texts).logits[:, -1:].argmax(-1)
+        texts = torch.cat([texts, likeliest], 1)
+    expected = texts[:, tokens.shape[1] :]
+    return int((expected != torch.stack(ours)).sum())

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 import lens_lora as ll
 
+# Ways to process a model: not at all, by one flag, by all.
 FLAGS = {
     "raw": {},
     **{flag: {flag: True} for flag in models.RAW},
     "processed": models.PROCESSED,
 }
+# What most tests run on.
 CASES = [
     (family, cls, flags)
     for family in models.CORE
@@ -28,6 +30,8 @@ CASES = [
 
 @dataclass(frozen=True)
 class Case:
+    """A base, the oracle over it, its hooked model, and a lens of the same adapter."""
+
     base: PreTrainedModel
     peft: PeftModel
     model: Any
@@ -36,7 +40,10 @@ class Case:
 
 @functools.cache
 def case(family: str, cls: str, flags: str, targets: tuple[str, ...] | None = None) -> Case:
-    """Built once, in float64; with the base model at hand wherever the model was processed."""
+    """The case of a family, class and processing, built once, in float64.
+
+    Of a processed model the lens has the base at hand.
+    """
     with models.lifted():
         base = models.hf_model(family)
         peft = models.peft_model(family, base, targets=list(targets) if targets else None)
@@ -52,7 +59,7 @@ def centred(logits: torch.Tensor) -> torch.Tensor:
 
 
 def set_peft_scale(peft: PeftModel, module: str, factor: float) -> float:
-    """Multiply one module's s in the PEFT model; returns the old one."""
+    """Multiply one module's s in the PEFT model; return the old one."""
     layer = peft.base_model.model.get_submodule(module)
     old = layer.scaling["default"]
     layer.scaling["default"] = old * factor

@@ -1,6 +1,8 @@
-"""Tiny models of every supported family, in float64, as Hugging Face, PEFT, hooked: the oracles.
+"""Tiny models of every supported family: in Hugging Face, under PEFT, and hooked.
 
-Random norms, biases and factors, so that nothing that is forgotten happens to be zero or one.
+They are float64, and every parameter is random, norms and biases too: nothing that a test forgets
+happens to be zero or one. The Hugging Face model and PEFT's model of it are the oracles; nothing
+here but `lifted` touches the package.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +27,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-VOCAB, LAYERS, CONTEXT = 61, 2, 32
+VOCAB = 61
+LAYERS = 2
+# The most positions of a model.
+CONTEXT = 32
 
 _ROTARY = {
     "num_hidden_layers": LAYERS,
@@ -38,7 +44,7 @@ _ROTARY = {
     "attn_implementation": "eager",
 }
 
-_ALL_HEADS = {k: v for k, v in _ROTARY.items() if k != "num_key_value_heads"}
+_ALL_HEADS = {key: value for key, value in _ROTARY.items() if key != "num_key_value_heads"}
 _GEMMA = {**_ROTARY, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 8}
 
 
@@ -89,6 +95,11 @@ def _opt() -> PreTrainedModel:
     return hf.OPTForCausalLM(config)
 
 
+def _bloom() -> PreTrainedModel:
+    config = hf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=LAYERS, n_head=4)
+    return hf.BloomForCausalLM(config)
+
+
 def _mixtral() -> PreTrainedModel:
     config = hf.MixtralConfig(**_ROTARY, num_local_experts=4, num_experts_per_tok=2)
     config._experts_implementation = "eager"
@@ -103,9 +114,7 @@ FAMILIES = {
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_ROTARY)),
     "gpt_neo": _gpt_neo,
     "gptj": _gptj,
-    "bloom": lambda: hf.BloomForCausalLM(
-        hf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=LAYERS, n_head=4)
-    ),
+    "bloom": _bloom,
     "opt": _opt,
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_ALL_HEADS, partial_rotary_factor=0.5)),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_ROTARY, pad_token_id=0)),
@@ -115,55 +124,70 @@ FAMILIES = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GEMMA)),
     "mixtral": _mixtral,
 }
+# The families that most tests run on.
 CORE = ("gpt2", "neox", "llama", "mistral", "qwen2")
 
 _SPLIT = ["q_proj", "k_proj", "v_proj"]
+_FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 _LLAMA = [*_SPLIT, "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Every linear module of a family's blocks, as PEFT's `target_modules`.
 LINEARS = {
     "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-    **dict.fromkeys(
-        ("neox", "bloom"), ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-    ),
+    "neox": _FUSED,
+    "bloom": _FUSED,
     "gpt_neo": [*_SPLIT, "out_proj", "c_fc", "c_proj"],
     "gptj": [*_SPLIT, "out_proj", "fc_in", "fc_out"],
     "opt": [*_SPLIT, "out_proj", "fc1", "fc2"],
     "phi": [*_SPLIT, "dense", "fc1", "fc2"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "mixtral": [*_SPLIT, "o_proj"],
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), _LLAMA),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3": _LLAMA,
 }
+# The modules that PEFT adapts where it is told none.
 PEFT_DEFAULTS = {
     "gpt2": ["c_attn"],
     "neox": ["query_key_value"],
-    **dict.fromkeys(("llama", "mistral", "qwen2"), ["q_proj", "v_proj"]),
+    "llama": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "qwen2": ["q_proj", "v_proj"],
 }
 
-
-# What is not the default of a family's class, beside sizes. A quarter of NeoX's four dimensions of
-# a head would be none, so that at its default it has heads of eight.
+# What is not the default of a family's class, beside sizes.
 CHOICES = {
     "neox": {"rotary_pct": 0.5},
     "mistral": {"sliding_window": None},
     **dict.fromkeys(("gemma", "gemma2", "gemma3"), {"tie_word_embeddings": False}),
 }
+# Sizes at the defaults of a class. By default NeoX rotates a quarter of a head's dimensions, which
+# of four would be none: it gets heads of eight.
 _DEFAULT_SIZES = {"neox": {"hidden_size": 32}, "mistral": {"sliding_window": 4}}
 
 
 def at_defaults(family: str, seed: int = 0) -> PreTrainedModel:
     """A family's tiny model with its class's defaults in place of its `CHOICES`, in float64."""
     torch.manual_seed(seed)
-    made = FAMILIES[family]()
-    config, default = made.config, type(made.config)()
-    fields = config.to_dict()
+    chosen = FAMILIES[family]()
+    config_class = type(chosen.config)
+    default = config_class()
+    fields = chosen.config.to_dict()
     for name in CHOICES[family]:
-        fields[name] = getattr(default, name, None)
-        if fields[name] is None:  # transformers 5 has it among the parameters of the rotation
-            del fields[name]
+        value = getattr(default, name, None)
+        if value is None:
+            # transformers 5 has it among the parameters of the rotation.
+            fields.pop(name, None)
             fields["rope_parameters"] = default.rope_parameters
+        else:
+            fields[name] = value
     fields |= _DEFAULT_SIZES.get(family, {})
-    remade = type(config)(**fields)
-    remade._attn_implementation = "eager"
-    return randomised(type(made)(remade), seed, torch.float64)
+    config = config_class(**fields)
+    config._attn_implementation = "eager"
+    return randomised(type(chosen)(config), seed, torch.float64)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -182,10 +206,16 @@ def randomised(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrai
     model.set_attn_implementation("eager")
     generator = seeded(seed + 1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
-            is_norm = p.ndim == 1 and name.endswith("weight")
-            p.copy_(1 + 0.3 * noise if is_norm else noise * (0.3 if p.ndim > 1 else 0.5))
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            noise = noise.to(dtype)
+            if parameter.ndim > 1:
+                parameter.copy_(0.3 * noise)
+            elif name.endswith("weight"):
+                # The weight of a norm.
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                parameter.copy_(0.5 * noise)
     model.config.architectures = [type(model).__name__]
     return model
 
@@ -193,11 +223,9 @@ def randomised(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrai
 def peft_model(
     family: str, base: PreTrainedModel, seed: int = 0, targets: list[str] | None = None, **config
 ) -> PeftModel:
-    """The base (copied) with a random LoRA active: the oracle of f(1)."""
-    config = {"r": 3, "lora_alpha": 5, **config}
-    peft = get_peft_model(
-        copy.deepcopy(base), LoraConfig(target_modules=targets or LINEARS[family], **config)
-    ).eval()
+    """A copy of the base with a random LoRA active: the oracle of f(1)."""
+    options = {"r": 3, "lora_alpha": 5, "target_modules": targets or LINEARS[family], **config}
+    peft = get_peft_model(copy.deepcopy(base), LoraConfig(**options)).eval()
     return with_random_factors(peft, base, seed)
 
 
@@ -207,15 +235,16 @@ def with_random_factors(
     """The PeftModel itself, its factors random and in the base's dtype."""
     generator = seeded(seed + 2)
     with torch.no_grad():
-        for name, p in peft.named_parameters():
+        for name, parameter in peft.named_parameters():
             if "lora_" in name:
-                p.data = p.data.to(base.dtype)
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                p.copy_(size * noise.to(p.dtype))
+                parameter.data = parameter.data.to(base.dtype)
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(size * noise.to(parameter.dtype))
     return peft
 
 
 def tokens(batch: int = 2, pos: int = 7, seed: int = 3) -> torch.Tensor:
+    """Random ids, none of a special token, [batch, pos]."""
     return torch.randint(4, VOCAB, (batch, pos), generator=seeded(seed))
 
 
@@ -246,20 +275,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @contextlib.contextmanager
 def lifted() -> Iterator[None]:
     """Run the libraries' hard-coded float32 casts in float64, so that 1e-9 can be asked for."""
-    importlib.import_module("lens_lora.core.model.lens")  # now: its tables of dtypes keep float32
+    # Imported here, before float32 is lifted: its tables of dtypes keep it.
+    importlib.import_module("lens_lora.core.model.lens")
     rules = importlib.import_module("lens_lora.core.function.duals")._RULES
-    to, float_ = torch.Tensor.to, torch.Tensor.float
+    to = torch.Tensor.to
+    to_float = torch.Tensor.float
+    softmax = nn.functional.softmax
 
     def lift(value):
         return torch.float64 if value is torch.float32 else value
 
     def to64(self, *args, **kwargs):
-        return to(self, *map(lift, args), **{k: lift(v) for k, v in kwargs.items()})
-
-    softmax = nn.functional.softmax
+        return to(self, *map(lift, args), **{name: lift(arg) for name, arg in kwargs.items()})
 
     def softmax64(*args, **kwargs):
-        return softmax(*args, **{k: lift(v) for k, v in kwargs.items()})
+        return softmax(*args, **{name: lift(arg) for name, arg in kwargs.items()})
 
     # Torch's softmax names itself by looking itself up, so a dual number meets it by this name.
     rule = rules[softmax] if softmax in rules else rules[torch.softmax]
@@ -272,7 +302,8 @@ def lifted() -> Iterator[None]:
         mock.patch.object(torch, "float", torch.float64),
     ):
         yield
-    assert torch.Tensor.to is to and torch.Tensor.float is float_
+    assert torch.Tensor.to is to
+    assert torch.Tensor.float is to_float
 
 
 def has_hooked_transformer() -> bool:
@@ -313,6 +344,7 @@ def is_newest() -> bool:
 NEEDS_NEWEST = of_some_lines(
     is_newest(), "architectures, experts and later tools are tested on transformer-lens 4"
 )
+# The flags of processing, and those of transformer-lens' own defaults.
 RAW = {
     "fold_ln": False,
     "center_writing_weights": False,
@@ -333,11 +365,13 @@ def hooked_transformer(base: PreTrainedModel, **flags: bool):
             name, cfg, copy.deepcopy(base), dtype=base.dtype
         )
     cfg.tokenizer_name = None
-    if getattr(cfg, "output_logits_soft_cap", 0) and cfg.output_logits_soft_cap > 0:
-        flags["center_unembed"] = False  # as from_pretrained does: a soft-cap sees the constant
+    if (getattr(cfg, "output_logits_soft_cap", None) or 0) > 0:
+        # As from_pretrained does: a soft-cap sees the constant that centring removes.
+        flags["center_unembed"] = False
     model = HookedTransformer(cfg, None, move_to_device=False)
-    if any(p.dtype != base.dtype for p in model.parameters()):
-        model.to(base.dtype)  # Mixtral's router is made in float32
+    if any(parameter.dtype != base.dtype for parameter in model.parameters()):
+        # Mixtral's router is made in float32.
+        model.to(base.dtype)
     model.load_and_process_state_dict(state, **flags)
     model.set_tokenizer(tokenizer())
     return model.eval()
@@ -358,7 +392,8 @@ def _hooked_config(base: PreTrainedModel, folder: str, fold_ln: bool):
     base.config.save_pretrained(folder)
     (architecture,) = base.config.architectures
     if architecture in _GEMMA_NAMES:
-        return _gemma_config(base, _GEMMA_NAMES[architecture], fold_ln), _GEMMA_NAMES[architecture]
+        name = _GEMMA_NAMES[architecture]
+        return _gemma_config(base, name, fold_ln), name
     if "n_positions" in config:
         _add_to_config(Path(folder), n_ctx=config["n_positions"])
     cfg = loading_from_pretrained.get_pretrained_model_config(
@@ -368,13 +403,14 @@ def _hooked_config(base: PreTrainedModel, folder: str, fold_ln: bool):
 
 
 def _gemma_config(base: PreTrainedModel, name: str, fold_ln: bool):
-    """Gemma's sizes are written into transformer-lens by name; here with the tiny model's own."""
+    """transformer-lens' config of a Gemma, which it knows by name, with the tiny model's sizes."""
     from transformer_lens import HookedTransformerConfig, loading_from_pretrained
 
     config = base.config
     known = loading_from_pretrained.convert_hf_model_config(name)
     rope = getattr(config, "rope_parameters", None) or {}
-    local = rope.get("sliding_attention", rope).get("rope_theta")
+    local_theta = rope.get("sliding_attention", rope).get("rope_theta")
+    scaled_by = float(getattr(config, "query_pre_attn_scalar", config.head_dim))
     known |= {
         "d_model": config.hidden_size,
         "d_head": config.head_dim,
@@ -391,19 +427,19 @@ def _gemma_config(base: PreTrainedModel, name: str, fold_ln: bool):
         "device": "cpu",
         "original_architecture": config.architectures[0],
         "normalization_type": "RMSPre" if fold_ln else "RMS",
-        "attn_scale": float(getattr(config, "query_pre_attn_scalar", config.head_dim)) ** 0.5,
+        "attn_scale": scaled_by**0.5,
     }
     if getattr(config, "layer_types", None):
         short = {"sliding_attention": "local", "full_attention": "global"}
         known["attn_types"] = [short[kind] for kind in config.layer_types]
         known["window_size"] = config.sliding_window
-    if "rotary_base_local" in known and local:
-        known["rotary_base_local"] = local
+    if "rotary_base_local" in known and local_theta:
+        known["rotary_base_local"] = local_theta
     return HookedTransformerConfig.from_dict(known)
 
 
 def bridge(base: PreTrainedModel, **flags: bool):
-    """The base (copied) as a TransformerBridge; with flags, in compatibility mode."""
+    """A copy of the base as a TransformerBridge; with flags, in compatibility mode."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with _quiet():
@@ -419,11 +455,10 @@ def bridge(base: PreTrainedModel, **flags: bool):
     return model.eval()
 
 
-def _add_to_config(folder: Path, **extra) -> None:
-    import json
-
+def _add_to_config(folder: Path, **fields) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **extra}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **fields}))
 
 
 @contextlib.contextmanager
@@ -437,15 +472,18 @@ def _quiet() -> Iterator[None]:
 
 def is_built_right(family: str, cls: str, flags: str) -> bool:
     """Whether the host library builds this model, and rightly; `test_targets` checks each no."""
-    if (
-        cls == "HookedTransformer" and family == "phi"
-    ):  # it reads an attribute gone in transformers 5
+    if cls != "HookedTransformer":
+        return True
+    if family == "phi":
+        # transformer-lens reads an attribute that is gone in transformers 5.
         return hasattr(hf.PhiConfig(), "partial_rotary_factor")
-    if cls == "HookedTransformer" and family == "mixtral":  # misfolded by transformer-lens 2
+    if family == "mixtral":
+        # transformer-lens 2 folds its norms wrongly.
         return flags == "raw" or has_bridge()
     return True
 
 
+# Each class of hooked model that this transformer-lens has.
 MAKERS = {}
 if has_hooked_transformer():
     MAKERS["HookedTransformer"] = hooked_transformer

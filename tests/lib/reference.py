@@ -1,7 +1,8 @@
 """Slow, obvious references: one forward pass a number, no batching, no streaming.
 
-`peft_*` use nothing of this package: Hugging Face's forward pass with PEFT's adapter active and
-its scale s turned up and down. `autograd_*` differentiate g(ε) with ε in the graph.
+The functions `peft_*` use nothing of this package: they run Hugging Face's forward pass with PEFT's
+adapter active and its scale s turned up and down. `autograd_first_order` differentiates g(ε) with ε
+in the graph, and `plain_readout` runs the hooked model, one prompt at a time.
 """
 
 from __future__ import annotations
@@ -18,30 +19,38 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.core.model.gates import ScaleInject
 
+# Reads a number of each prompt from logits [batch, vocab].
 Read = Callable[[Tensor], Tensor]
+# The step of central differences.
+STEP = 1e-4
 
 
 @contextlib.contextmanager
 def peft_scales(peft: PeftModel, factors: dict[str, float]) -> Iterator[None]:
-    """PEFT's s of each module times a factor."""
-    layers = {m: lora_layer(peft, m) for m in factors}
-    old = {m: layer.scaling["default"] for m, layer in layers.items()}
+    """Multiply PEFT's s of each module by a factor, within the block."""
+    layers = {module: lora_layer(peft, module) for module in factors}
+    before = {module: layer.scaling["default"] for module, layer in layers.items()}
     try:
-        for m, factor in factors.items():
-            layers[m].scaling["default"] = old[m] * factor
+        for module, factor in factors.items():
+            layers[module].scaling["default"] = before[module] * factor
         yield
     finally:
-        for m, layer in layers.items():
-            layer.scaling["default"] = old[m]
+        for module, layer in layers.items():
+            layer.scaling["default"] = before[module]
 
 
 def lora_layer(peft: PeftModel, path: str) -> Any:
-    """PEFT's layer of a module; of a parameter, the wrapper that has its name."""
-    held: Any = peft.base_model.model
-    owner, _, parameter = path.rpartition(".")
-    with contextlib.suppress(AttributeError):
-        held, parameter = held.get_submodule(path), "weight"
-    layer = held if parameter == "weight" else held.get_submodule(owner)
+    """PEFT's layer of a module; of a parameter, the wrapper that has its name.
+
+    Several parameters of one module have a wrapper each, one within the other.
+    """
+    model: Any = peft.base_model.model
+    try:
+        layer = model.get_submodule(path)
+        parameter = "weight"
+    except AttributeError:
+        owner, _, parameter = path.rpartition(".")
+        layer = model.get_submodule(owner)
     while getattr(layer, "parameter_name", parameter) != parameter:
         layer = layer.base_layer
     return layer
@@ -53,60 +62,68 @@ def peft_readout(peft: PeftModel, tokens: Tensor, read: Read, factors: dict[str,
         return read(peft(tokens).logits[:, -1])
 
 
+def central_difference(f: Callable[[float], Tensor], step: float) -> Tensor:
+    """The derivative of f at 0, to order four in the step."""
+    near = f(step) - f(-step)
+    far = f(2 * step) - f(-2 * step)
+    return (8 * near - far) / (12 * step)
+
+
 def peft_first_order(
-    peft: PeftModel, tokens: Tensor, read: Read, modules: list[str], at: float, step: float = 1e-4
+    peft: PeftModel, tokens: Tensor, read: Read, modules: list[str], at: float, step: float = STEP
 ) -> dict[str, Tensor]:
-    """∂g/∂ε of each module by central differences of order four."""
-    found = {}
+    """∂g/∂ε of each module, by central differences."""
+    slopes: dict[str, Tensor] = {}
     for module in modules:
 
         def g(eps: float, module: str = module) -> Tensor:
             factors = dict.fromkeys(modules, at) | {module: at + eps}
             return peft_readout(peft, tokens, read, factors)
 
-        near, far = g(step) - g(-step), g(2 * step) - g(-2 * step)
-        found[module] = (8 * near - far) / (12 * step)
-    return found
+        slopes[module] = central_difference(g, step)
+    return slopes
 
 
 def autograd_first_order(
     lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, at: float
 ) -> Tensor:
-    """∂g/∂ε with ε in the graph, one prompt at a time: [batch, site]."""
-    rows = []
+    """∂g/∂ε with ε in the graph, one prompt at a time, [batch, site]."""
+    slopes: list[Tensor] = []
     for row in range(len(tokens)):
         gates = lens.gates(at).requires_grad_()
         with torch.enable_grad(), lens.injected(ScaleInject(lens.plan, gates)):
             logits = lens.model(tokens[row : row + 1], return_type="logits")[:, -1]
             (value,) = readout.bind(lens.model, 1)(logits)
-            rows.append(torch.autograd.grad(value, gates)[0])
-    return torch.stack(rows)
+            (slope,) = torch.autograd.grad(value, gates)
+        slopes.append(slope)
+    return torch.stack(slopes)
 
 
 def plain_readout(lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, gates: Tensor) -> Tensor:
-    """g at one gate vector through `run_with_hooks`, prompt by prompt: [batch]."""
-    found = []
+    """g at one gate vector through `run_with_hooks`, one prompt at a time, [batch]."""
+    values: list[Tensor] = []
     for row in range(len(tokens)):
         with torch.no_grad():
             logits = lens.model.run_with_hooks(
                 tokens[row : row + 1], return_type="logits", fwd_hooks=lens.fwd_hooks(gates)
             )
-        found.append(readout.bind(lens.model, 1)(logits[:, -1])[0])
-    return torch.stack(found)
+        (value,) = readout.bind(lens.model, 1)(logits[:, -1])
+        values.append(value)
+    return torch.stack(values)
 
 
 def seen(model: torch.nn.Module, module: str, row: Tensor) -> Tensor:
     """What a Hugging Face module reads, [token, d]."""
-    kept: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(args[0] if args else kwargs["hidden_states"])
+        inputs.append(args[0] if args else kwargs["hidden_states"])
 
     handle = model.get_submodule(module).register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         model(row)
     handle.remove()
-    return kept[0][0]
+    return inputs[0][0]
 
 
 # --- Edges, from Hugging Face and PEFT alone
@@ -131,49 +148,60 @@ class Stream:
 
     def readers(self, layers: int) -> list[tuple[str, str, str]]:
         """(name, the module that reads, its norm), in the order of a forward pass."""
-        named = []
+        readers: list[tuple[str, str, str]] = []
         for layer in range(layers):
-            before = f"{self.layer.format(l=layer)}."
-            for name, (branch, norm, _) in (("attn", self.attn), ("mlp", self.mlp)):
-                path = f"{before}{norm}" if norm else ""
-                named.append((f"blocks.{layer}.{name}", f"{before}{branch}", path))
-        return [*named, ("logits", self.final, "")]
+            prefix = f"{self.layer.format(l=layer)}."
+            for name, (branch, norm, _) in self._branches():
+                path_of_norm = f"{prefix}{norm}" if norm else ""
+                readers.append((f"blocks.{layer}.{name}", f"{prefix}{branch}", path_of_norm))
+        return [*readers, ("logits", self.final, "")]
 
     def writer(self, module: str, layers: int) -> tuple[int, str, str]:
         """The layer of a module, the branch that it is in, and what makes that branch's output."""
         for layer in range(layers):
-            before = f"{self.layer.format(l=layer)}."
-            for name, (branch, _, out) in (("attn", self.attn), ("mlp", self.mlp)):
-                if module.startswith(f"{before}{branch}"):
-                    return layer, name, f"{before}{out}"
+            prefix = f"{self.layer.format(l=layer)}."
+            for name, (branch, _, out) in self._branches():
+                if module.startswith(f"{prefix}{branch}"):
+                    return layer, name, f"{prefix}{out}"
         raise LookupError(module)
+
+    def _branches(self) -> list[tuple[str, tuple[str, str, str]]]:
+        return [("attn", self.attn), ("mlp", self.mlp)]
 
     def is_downstream(self, layer: int, branch: str, reader: str) -> bool:
         """Whether a reader sees what a branch of a layer writes."""
         if reader == "logits" or int(reader.split(".")[1]) > layer:
             return True
-        same = reader == f"blocks.{layer}.mlp" and branch == "attn"
-        return same and not self.is_parallel
+        is_next_branch = branch == "attn" and reader == f"blocks.{layer}.mlp"
+        return is_next_branch and not self.is_parallel
 
 
 @contextlib.contextmanager
 def adding(
     peft: PeftModel, stream: Stream, added: dict[str, Tensor], layers: int
 ) -> Iterator[None]:
-    """Each named reader reads x + what is added to it, before its norm, and no other one does."""
+    """Let each named reader read x + what is added to it, before its norm, and no other reader."""
     model: Any = peft.base_model.model
-    read: dict[str, Tensor] = {}
-    handles = []
+    inputs_of_norms: dict[str, Tensor] = {}
+    handles: list[Any] = []
 
     def keep(path: str) -> Callable[..., None]:
-        return lambda module, args: read.__setitem__(path, args[0])
+        def hook(module: Any, args: Any) -> None:
+            inputs_of_norms[path] = args[0]
+
+        return hook
 
     def replaced(name: str, norm: str) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
-            x = read[norm] if norm else (args[0] if args else kwargs["hidden_states"])
-            x = x + added[name]
-            x = model.get_submodule(norm).forward(x) if norm else x
-            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+            if norm:
+                x = model.get_submodule(norm).forward(inputs_of_norms[norm] + added[name])
+            elif args:
+                x = args[0] + added[name]
+            else:
+                x = kwargs["hidden_states"] + added[name]
+            if args:
+                return (x, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": x}
 
         return hook
 
@@ -192,16 +220,17 @@ def adding(
 
 
 def branch_output(peft: PeftModel, tokens: Tensor, path: str, factors: dict[str, float]) -> Tensor:
-    """What a branch adds to the stream at these gates."""
-    outs: list[Any] = []
+    """What a branch adds to the stream at these gates, [batch, pos, d]."""
+    outputs: list[Any] = []
     module = peft.base_model.model.get_submodule(path)
-    handle = module.register_forward_hook(lambda module, args, out: outs.append(out))
+    handle = module.register_forward_hook(lambda module, args, out: outputs.append(out))
     try:
         with torch.no_grad(), peft_scales(peft, factors):
             peft(tokens)
     finally:
         handle.remove()
-    return outs[0][0] if isinstance(outs[0], tuple) else outs[0]
+    (output,) = outputs
+    return output[0] if isinstance(output, tuple) else output
 
 
 def peft_edges(
@@ -211,10 +240,12 @@ def peft_edges(
     stream: Stream,
     modules: list[str],
     at: float,
-    step: float = 1e-4,
+    step: float = STEP,
 ) -> tuple[list[str], Tensor]:
-    """Readers, and ⟨δ_l, G_m⟩ [batch, module, reader]: zeros before each reader's norm, and central
-    differences of order four of each branch's output.
+    """Readers by name, and the edges ⟨δ_l, G_m⟩, [batch, module, reader].
+
+    G_m is the gradient of zeros that are added before a reader's norm; δ_l is the derivative of the
+    branch's output by the gate of a module, by central differences.
     """
     layers = peft.config.num_hidden_layers
     names = [name for name, _, _ in stream.readers(layers)]
@@ -231,11 +262,10 @@ def peft_edges(
         def write(eps: float, module: str = module, out: str = out) -> Tensor:
             return branch_output(peft, tokens, out, gates | {module: at + eps})
 
-        near, far = write(step) - write(-step), write(2 * step) - write(-2 * step)
-        delta = (8 * near - far) / (12 * step)
-        for m, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
+        delta = central_difference(write, step)
+        for reader, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
             if stream.is_downstream(layer, branch, name):
-                edges[:, column, m] = (delta * gradient).sum((1, 2))
+                edges[:, column, reader] = (delta * gradient).sum((1, 2))
     return names, edges
 
 
@@ -250,23 +280,25 @@ def peft_path_patch(
 ) -> Tensor:
     """The effect of one edge: the reader alone sees the branches' change, and all else follows.
 
-    Of several modules each branch reads the stream of the plain run, and the reader the sum of what
-    the branches before it write.
+    With several modules as the writer, each branch reads the stream of the plain run, and the
+    reader the sum of what the branches before it write.
     """
-    scale, (writer, reader) = float(how == "leave_one_out"), pair
+    writer, reader = pair
+    writers = [writer] if isinstance(writer, str) else writer
     layers = peft.config.num_hidden_layers
-    gates = dict.fromkeys(modules, scale)
+    plain_gate = 1.0 if how == "leave_one_out" else 0.0
+    gates = dict.fromkeys(modules, plain_gate)
     branches: dict[str, list[str]] = {}
-    for module in [writer] if isinstance(writer, str) else writer:
+    for module in writers:
         layer, branch, out = stream.writer(module, layers)
         if stream.is_downstream(layer, branch, reader):
             branches.setdefault(out, []).append(module)
-    delta: Any = 0.0
+    change: Any = 0.0
     for out, members in branches.items():
-        switched = gates | dict.fromkeys(members, 1 - scale)
+        switched = gates | dict.fromkeys(members, 1 - plain_gate)
         moved = branch_output(peft, tokens, out, switched)
-        delta = delta + moved - branch_output(peft, tokens, out, gates)
+        change = change + moved - branch_output(peft, tokens, out, gates)
     plain = peft_readout(peft, tokens, read, gates)
-    with adding(peft, stream, {reader: delta}, layers):
+    with adding(peft, stream, {reader: change}, layers):
         patched = peft_readout(peft, tokens, read, gates)
-    return plain - patched if scale else patched - plain
+    return plain - patched if how == "leave_one_out" else patched - plain
