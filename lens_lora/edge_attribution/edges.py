@@ -34,26 +34,25 @@ from lens_lora.core import (
     Attribution,
     Effects,
     Entries,
+    Evaluations,
+    Function,
     Group,
     Groups,
     How,
     LoraLens,
     Measured,
-    PromptsLike,
     Ranked,
-    Readout,
-    alone,
+    analysis,
     by_axes,
     chosen_sites,
+    drawing,
     group_sites,
     indicator,
     long_table,
 )
-from lens_lora.core.function.asked import ask
 from lens_lora.core.function.forward import require_finite
 from lens_lora.core.model.hooks import is_hooked
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import header, key_of, tokens_at
+from lens_lora.core.results.base import key_of, tokens_at
 from lens_lora.edge_attribution.by_reader import edge_values
 from lens_lora.edge_attribution.path_patching import Path, patched_edges
 from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer
@@ -190,17 +189,14 @@ class Edges(Ranked):
         return drawing.graph(self, k, prompt)
 
 
-@alone
+@analysis
 def edges(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Evaluations,
     readers: Readers = "block",
     *,
     at: float = 0.0,
     by: tuple[str, ...] | str = (),
     group: Group = "site",
-    progress: bool = True,
 ) -> Edges:
     """First order of each site, split by who reads what it writes.
 
@@ -232,39 +228,34 @@ def edges(
         NumericsError: non-finite derivatives.
     """
     word("readers", readers, get_args(Readers))
-    at, axes = number("at", at), by_axes(by, ("position",))
-    asked = ask(lens, prompts, readout)
+    at = number("at", at)
+    axes = by_axes(by, ("position",))
     if at == 0:
-        asked = asked.require_slope_at_base()
-    lens, reading, gates = asked.lens, asked.reading, asked.lens.gates(at)
-    groups = group_sites(lens.sites, group)
-    split = edge_values(
-        lens, reading, gates, by_head=readers == "head", by_position=bool(axes), progress=progress
-    )
+        g.require_slope_at_base()
+    groups = group_sites(g.lens.sites, group)
+    split = edge_values(g, at, by_head=readers == "head", by_position=bool(axes))
     require_finite(split.values, "an edge")
-    asked.know({at: split.value})
-    members = indicator(groups, len(lens.sites)).to(split.values)
+    g.know(at, split.value)
+    members = indicator(groups, len(g.lens.sites)).to(split.values)
+    exists = members.cpu() @ split.exists.to(members.dtype)
     return Edges(
         values=torch.einsum("gs,bs...->bg...", members, split.values),
         groups=groups,
         readers=split.readers,
-        exists=(members.cpu() @ split.exists.to(members.dtype)) > 0,
+        exists=exists > 0,
         at=at,
         by=axes,
-        **header(asked),
+        **g.header(),
     )
 
 
-@alone
+@analysis
 def patch_edges(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+    g: Function,
     pairs: Iterable[Sequence[str]],
     how: How = "add_one",
     *,
     group: Group = "site",
-    progress: bool = True,
 ) -> Effects:
     """What one reader does with what one site, or group of sites, writes, exactly: path patching.
 
@@ -307,18 +298,16 @@ def patch_edges(
         NumericsError: a non-finite readout.
     """
     word("how", how, get_args(How))
-    asked = ask(lens, prompts, readout)
-    paths = _paths(asked.lens, pairs, group_sites(lens.sites, group))
-    adds = how == "add_one"
-    scale = float(not adds)
-    moved = patched_edges(asked.lens, asked.reading, paths, scale=scale, progress=progress)
+    paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group))
+    at = 0.0 if how == "add_one" else 1.0
+    moved = patched_edges(g, paths, at)
     return Effects(
-        values=moved if adds else -moved,
+        values=moved if how == "add_one" else -moved,
         groups={f"{path.writer}{_ARROW}{path.reader}": path.sites for path in paths},
         how=how,
         of="edge",
-        noise_floor=asked.effect_noise(scale),
-        **header(asked),
+        noise_floor=g.noise((1.0, -1.0), at=at),
+        **g.header(),
     )
 
 

@@ -424,7 +424,7 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
 def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):
     """A reader in the site's own block comes after it or is refused, whatever rows' last bits."""
     lens = cases.case(family, cls, "raw").lens
-    edges, by_row = ll.edges(lens, "w5 w6", MARGIN, progress=False), path_patching._Paths._by_row
+    edges, by_row = ll.edges(lens, "w5 w6", MARGIN, progress=False), path_patching._Run._by_row
     named = itertools.product(enumerate(edges.sites), enumerate(edges.readers))
     within = {
         (site.name, reader): bool(edges.exists[i, j])
@@ -439,7 +439,7 @@ def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):
         rows = by_row(self, tensor)
         return rows + 1e-14 * torch.arange(rows.shape[1]).view(-1, *[1] * (rows.ndim - 2))
 
-    monkeypatch.setattr(path_patching._Paths, "_by_row", rounded)
+    monkeypatch.setattr(path_patching._Run, "_by_row", rounded)
     again = ll.patch_edges(lens, "w5 w6", MARGIN, reached, progress=False)
     assert relative(again.values, exact.values) < ROUND_OFF
     for pair, exists in within.items():

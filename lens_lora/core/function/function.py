@@ -403,7 +403,15 @@ class Function:
         return self._with_graph(points).view(*shape, -1)
 
     @_public
-    def visit(self, visitor: reverse.Visit, at: Gates = 0.0) -> Float[Tensor, " batch"]:
+    def visit(
+        self,
+        visitor: reverse.Visit,
+        at: Gates = 0.0,
+        *,
+        write: Inject | None = None,
+        primal: Callable[[Tensor], Tensor] | None = None,
+        under: AbstractContextManager[object] | None = None,
+    ) -> Float[Tensor, " batch"]:
         """Show each site on the way back; returns g. One forward and one backward pass.
 
         The slope of a site is the sum of weight · ⟨G, δ(z)⟩ over the places where it writes.
@@ -412,38 +420,52 @@ class Function:
             visitor: called with (the place, an `Injection`; its weight, or None for 1; G = ∂g/∂(its
                 output) [row, pos, out]; z, what the site reads [row, pos, in]).
             at: the gates, one point.
+            write: what each site writes in place of ε_l ΔW_l z_l; it should have the same value.
+            primal: the value of a tensor in which `write` lets something ride along.
+            under: what holds during the passes and no longer, such as hooks.
 
         Raises:
             ModelStateError: a gradient did not reach some site.
         """
         memory.require_rows_of_graph(self.lens, self.reading)
-        return reverse.site_gradients(self.lens, self.reading, self._one_point(at), visitor)
+        gates = self._one_point(at)
+        with under or contextlib.nullcontext():
+            return reverse.site_gradients(self.lens, self.reading, gates, visitor, write, primal)
 
     @_public
-    def observe(self, watch: Inject) -> None:
+    def observe(
+        self, watch: Inject, *, under: AbstractContextManager[object] | None = None
+    ) -> None:
         """One forward pass, without a graph, for what `watch` sees of it.
 
         Args:
             watch: called at every place where a site writes, with the index of the injection
                 (`lens.plan.injections`), the output there and what the site reads. What it returns
                 takes the place of the output; None leaves it as in the base model.
+            under: what holds during the pass and no longer, such as hooks.
         """
-        with torch.no_grad(), self.lens.injected(watch):
+        with torch.no_grad(), under or contextlib.nullcontext(), self.lens.injected(watch):
             function.read_logits(self.lens, self.rows)
 
     # --- Some of its prompts, or another adapter
 
-    def groups(self, *, graph: bool = False, copies: int = 1) -> list[Function]:
+    def groups(
+        self, *, graph: bool = False, copies: int = 1, beside: int | None = None
+    ) -> list[Function]:
         """The prompts in groups, each of which one pass may take within the bound of the lens.
 
         Args:
             graph: whether the pass is walked back.
             copies: how many copies of the rows go side by side.
+            beside: of a pass that is walked back, with tangents beside its values: how many bytes
+                of each row are held beside its graph.
 
         Raises:
             ArgumentError: rows that cannot be run apart are more than the bound has room for.
         """
-        if graph:
+        if beside is not None:
+            readings = memory.groups_beside(self.lens, self.reading, beside)
+        elif graph:
             readings = memory.graph_groups(self.lens, self.reading)
         else:
             readings = memory.pass_groups(self.lens, self.reading, copies)

@@ -189,16 +189,13 @@ def pass_groups(lens: LoraLens, reading: Reading, copies: int = 1) -> list[Readi
     return _groups(lens, reading, None if fitting is None else fitting // copies)
 
 
-def edge_groups(lens: LoraLens, reading: Reading, heads: int) -> list[Reading]:
-    """The prompts in groups whose edges are within the bound; as `graph_groups`.
+def groups_beside(lens: LoraLens, reading: Reading, beside: int) -> list[Reading]:
+    """The prompts in groups whose graph, with tangents beside the values, is within the bound.
 
-    Beside the graph of each row there are each site's δ, the gradients of the readers (attention as
-    so many), and a branch's tangents.
+    As `graph_groups`, with so many bytes more that are held of each row.
     """
-    cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
-    held = len(lens.sites) + host.n_layers * (1 + heads)
-    of_streams = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * held
-    fitting = rows_of_graph(lens, reading, of_streams + _need(lens, reading).of_duals, "the edges")
+    of_tangents = _need(lens, reading).of_duals
+    fitting = rows_of_graph(lens, reading, beside + of_tangents, "the edges")
     return _groups(lens, reading, fitting, EDGE_TOKENS)
 
 
