@@ -62,6 +62,8 @@ class Family:
         post_norm: whether the outputs of attention and MLP pass one more norm before they are added
             to the residual stream.
         routed: whether experts take tokens out of their rows.
+        grows: whether rows may be added to a batch at a block's input, in a TransformerBridge: no
+            mask or position in the block was made for the rows that the pass began with.
         stacks: path of a parameter that holds experts, or a router's weight, in one model → place.
     """
 
@@ -82,6 +84,7 @@ class Family:
     value_bias: bool = True
     post_norm: bool = False
     routed: bool = False
+    grows: bool = True
     stacks: Mapping[str, Place] = dataclasses.field(default_factory=dict[str, Place])
 
     @property
@@ -284,6 +287,7 @@ FAMILIES: tuple[Family, ...] = (
         ln_final="transformer.ln_f",
         embed="transformer.word_embeddings",
         embed_norm="transformer.word_embeddings_layernorm",
+        grows=False,  # its position biases are made for each row
     ),
     Family(
         architectures=("OPTForCausalLM",),
@@ -295,6 +299,7 @@ FAMILIES: tuple[Family, ...] = (
         embed="model.decoder.embed_tokens",
         pos_embed=None,
         norm="LN",
+        grows=False,  # it flattens positions and counts them back
     ),
     dataclasses.replace(
         _LLAMA_LIKE,

@@ -114,6 +114,7 @@ def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
         norm="RMS" if getattr(getattr(model, "ln_final", None), "uses_rms_norm", False) else "LN",
         post_norm=True,
         routed=True,
+        grows=False,
         places=places,
         homes=homes,
         turned=frozenset(turned),

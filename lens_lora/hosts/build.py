@@ -26,26 +26,20 @@ from torch import Tensor
 
 from lens_lora.compat import (
     attention_of,
-    complete_codegen,
-    drop_new_biases,
     home_of,
     is_memory_short,
     is_offloaded,
-    keep_rows_at_last_norms,
     refuse_out_of_reach,
     tokenizer_for_host,
 )
 from lens_lora.core.model import (
     BridgeHost,
     HookedTransformerHost,
-    absent_modules,
     base_logits,
     context_of_copy,
     differentiable_products,
-    drop_unused_caps,
     eps_of,
     fuse_attention,
-    leave_absent,
     note_that_it_ran,
     quantised_linears,
     replaced_attentions,
@@ -61,6 +55,7 @@ from lens_lora.errors import (
     warn,
 )
 from lens_lora.formats.tokenizers import OwnTokenizer
+from lens_lora.hosts.quirks import mends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -302,8 +297,7 @@ def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    drop_unused_caps(hf_model)
-    absent = absent_modules(hf_model)
+    mends = mends_of(hf_model)
     bridge = TransformerBridge.boot_transformers(
         _name(hf_model),
         hf_model=hf_model,
@@ -311,10 +305,8 @@ def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         device=str(home_of(hf_model)),
         dtype=hf_model.dtype,
     )
-    drop_new_biases(bridge)
-    leave_absent(absent)
-    keep_rows_at_last_norms(bridge)
-    complete_codegen(bridge)
+    for mend in mends:
+        mend(bridge)
     return bridge
 
 

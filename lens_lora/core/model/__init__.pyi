@@ -6,10 +6,8 @@ from .basis import Gauge as Gauge
 from .basis import NormUpdate as NormUpdate
 from .basis import Update as Update
 from .bridge import BridgeHost as BridgeHost
-from .bridge import absent_modules as absent_modules
 from .bridge import drop_unused_caps as drop_unused_caps
 from .bridge import fuse_attention as fuse_attention
-from .bridge import leave_absent as leave_absent
 from .bridge import replaced_attentions as replaced_attentions
 from .check import AGREEMENT as AGREEMENT
 from .check import SKIP as SKIP

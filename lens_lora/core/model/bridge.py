@@ -156,19 +156,6 @@ def _uses_cap(attention: type[nn.Module]) -> bool:
 # --- modules that a model does without
 
 
-def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The places where a model has None for a module, as (module, name).
-
-    An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
-    place of its rotary embedding.
-    """
-    absent: list[tuple[nn.Module, str]] = []
-    for module in hf_model.modules():
-        members = {**vars(module), **compat.modules_in(module)}
-        absent += [(module, name) for name, held in members.items() if held is None]
-    return absent
-
-
 def refuse_empty_components(model: Any) -> None:
     """Check that each component of a bridge wraps a module, without which it cannot run."""
     for name, component in model.original_model.named_modules():
@@ -182,20 +169,8 @@ def refuse_empty_components(model: Any) -> None:
             )
 
 
-def leave_absent(absent: Sequence[tuple[nn.Module, str]]) -> None:
-    """None stands there again, where a bridge has put a component that wraps nothing.
-
-    The model asks whether there is a module, and would call that component, which raises an error.
-    """
-    for module, name in absent:
-        if compat.wraps_nothing(getattr(module, name, None)):
-            setattr(module, name, None)
-
-
 # --- the host
 
-# Bloom's position biases are made for each row; OPT flattens positions and counts them back.
-_FIXED_BATCH = ("BloomForCausalLM", "OPTForCausalLM")
 _PROCESSED_GATED = ("gate", "up")
 # Under which names tools read a component's parameters.
 _READ_AS = {"weight": ("weight", "W_E", "W_U", "W_pos"), "bias": ("bias", "b_U")}
@@ -229,7 +204,7 @@ class BridgeHost(HookedHost):
         super().__init__(model, family, heads, hf_model)
         self._homes: Mapping[tuple[int, str], str] = homes
         self._is_listed: bool = not isinstance(family, BridgedFamily)
-        self.grows: bool = self._is_listed and architecture not in _FIXED_BATCH
+        self.grows: bool = family.grows
         self.keeps_patterns: bool = not has_fused_attention(model)
 
     def ports(self, layer: int, kind: str) -> Ports:

@@ -1,0 +1,133 @@
+"""What single architectures need before a TransformerBridge of them computes what they compute.
+
+Each quirk is a function below, under `@quirk`. It is called with the Hugging Face model before the
+bridge is made of it, and may return a function, which is called with the bridge. `ll.load` asks all
+of them; one that has nothing to do with a model leaves it alone. To teach another one:
+
+1. Write the function here, with a docstring that says what the architecture does, what the bridge
+   does instead, and how far off it is. It decides by what the model is made of (a class, a field
+   of the configuration) whether it has something to do.
+
+       @quirk
+       def attention_is_scaled_twice(hf_model: PreTrainedModel) -> Mend | None:
+           if type(hf_model).__name__ != "TwiceForCausalLM":
+               return None
+           return lambda bridge: …
+
+2. Names that a library keeps to itself are read in `compat.py`, by a function with a test in
+   `tests/house/test_compat.py`.
+3. Add the architecture to `tests/lib/architectures.py`: then `tests/hosts/` compares lenses over it
+   with PEFT, in float64, and the logits of the bridge with those of the model.
+
+Other things that an architecture may need have their place elsewhere:
+
+    the paths of its modules, which norm reads what, what is folded     an entry in `families.py`
+    a fused projection that the bridge takes apart                      nothing: it is measured
+    experts, by the flags of their class                                `core/model/kernels.py`
+    rotary tables that depend on the length of a row                    `compat.rotary_rules`
+    another class of hooked models altogether                           `register_host`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lens_lora.compat import (
+    complete_codegen,
+    drop_new_biases,
+    keep_rows_at_last_norms,
+    modules_in,
+    wraps_nothing,
+)
+from lens_lora.core.model import drop_unused_caps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What is done to a bridge once it is made.
+Mend = Callable[[Any], None]
+_Quirk = Callable[["PreTrainedModel"], Mend | None]
+_QUIRKS: list[_Quirk] = []
+
+
+def quirk(function: _Quirk) -> _Quirk:
+    """Decorate a function of a Hugging Face model: every bridge is made with it from now on.
+
+    Args:
+        function: it changes the model where it must, and returns what mends the bridge, or None.
+    """
+    _QUIRKS.append(function)
+    return function
+
+
+def mends_of(hf_model: PreTrainedModel) -> list[Mend]:
+    """What mends the bridge of this model, in order, after the model itself was made ready."""
+    mends = [function(hf_model) for function in _QUIRKS]
+    return [mend for mend in mends if mend is not None]
+
+
+@quirk
+def caps_that_are_not_computed(hf_model: PreTrainedModel) -> None:
+    """Gemma 3 holds a soft-cap of attention scores that it never computes, and a bridge does."""
+    drop_unused_caps(hf_model)
+
+
+@quirk
+def biases_that_are_not_offloaded(hf_model: PreTrainedModel) -> Mend:
+    """A bridge gives a head without a bias one of zeros, which accelerate cannot bring in."""
+    del hf_model
+    return drop_new_biases
+
+
+@quirk
+def modules_that_are_absent(hf_model: PreTrainedModel) -> Mend:
+    """A bridge puts a component that wraps nothing where the model has None for a module.
+
+    An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
+    place of its rotary embedding. Each asks whether there is a module, and would call it.
+    """
+    absent = absent_modules(hf_model)
+    return lambda bridge: leave_absent(absent)
+
+
+@quirk
+def norms_behind_branches(hf_model: PreTrainedModel) -> Mend:
+    """An OPT that normalises after each branch has its positions flattened by a bridge's hooks."""
+    del hf_model
+    return keep_rows_at_last_norms
+
+
+@quirk
+def tables_of_codegen(hf_model: PreTrainedModel) -> Mend:
+    """A bridge looks for tables in each attention of a CodeGen that transformers 5 has once."""
+    del hf_model
+    return complete_codegen
+
+
+# --- Modules that a model does without
+
+
+def absent_modules(hf_model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The places where a model has None for a module, as (module, name).
+
+    An OPT that normalises after each branch has None in place of a last norm, and Granite hybrid in
+    place of its rotary embedding.
+    """
+    absent: list[tuple[nn.Module, str]] = []
+    for module in hf_model.modules():
+        members = {**vars(module), **modules_in(module)}
+        absent += [(module, name) for name, held in members.items() if held is None]
+    return absent
+
+
+def leave_absent(absent: Sequence[tuple[nn.Module, str]]) -> None:
+    """None stands there again, where a bridge has put a component that wraps nothing.
+
+    The model asks whether there is a module, and would call that component, which raises an error.
+    """
+    for module, name in absent:
+        if wraps_nothing(getattr(module, name, None)):
+            setattr(module, name, None)
