@@ -25,6 +25,7 @@ from .analyses.remainder import remainder_curve as remainder_curve
 from .function.cache import Evaluations as Evaluations
 from .function.cache import evaluations as evaluations
 from .function.duals import tangent_of as tangent_of
+from .function.forward import require_finite as require_finite
 from .function.function import Function as Function
 from .function.function import Gates as Gates
 from .function.noise import Noise as Noise
@@ -48,11 +49,14 @@ from .model.sites import by_axes as by_axes
 from .model.sites import chosen_sites as chosen_sites
 from .model.sites import group_sites as group_sites
 from .model.sites import indicator as indicator
+from .model.sites import layer_order as layer_order
+from .model.sites import one_site as one_site
 from .model.updates import SiteUpdate as SiteUpdate
 from .readout.beginnings import beginnings as beginnings
 from .readout.beginnings import distinct_tokens as distinct_tokens
 from .readout.beginnings import first_of_each as first_of_each
 from .readout.beginnings import marks_of as marks_of
+from .readout.positions import Positions as Positions
 from .readout.prompts import Prompts as Prompts
 from .readout.prompts import PromptsLike as PromptsLike
 from .readout.prompts import PromptTokens as PromptTokens
@@ -64,6 +68,8 @@ from .readout.readout import Logit as Logit
 from .readout.readout import LogProb as LogProb
 from .readout.readout import Margin as Margin
 from .readout.readout import Readout as Readout
+from .readout.responses import AnswerLike as AnswerLike
+from .readout.responses import Generated as Generated
 from .results import drawing as drawing
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Effects as Effects
@@ -85,6 +91,8 @@ from .results.base import long_table as long_table
 from .results.base import only_prompt as only_prompt
 from .results.base import prompt_rows as prompt_rows
 from .results.base import site_labels as site_labels
+from .results.base import tokens_at as tokens_at
 from .results.drawing import TokenView as TokenView
 from .results.labelled import Labelled as Labelled
 from .results.storage import stored as stored
+from .results.tokens import ranked_tokens as ranked_tokens

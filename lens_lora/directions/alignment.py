@@ -28,10 +28,9 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import LoraLens, OfSites, alone, long_table, site_labels
+from lens_lora.core import LoraLens, OfSites, alone, drawing, long_table, site_labels
 from lens_lora.core.model.basis import NormMap
 from lens_lora.core.model.sites import WRITER_KINDS
-from lens_lora.core.results import drawing
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 

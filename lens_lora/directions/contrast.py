@@ -35,10 +35,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number
-from lens_lora.core import Adapter, LoraLens, Names, Pictured, Prompts, Scale, alone, name_of_scale
+from lens_lora.core import (
+    Adapter,
+    LoraLens,
+    Names,
+    Pictured,
+    Positions,
+    Prompts,
+    Scale,
+    alone,
+    name_of_scale,
+)
 from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.readout.positions import positions_text
-from lens_lora.core.results.tokens import Positions
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden.cosines import cosine_table
 from lens_lora.hidden.held import activations_at, positions_in

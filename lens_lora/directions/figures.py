@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core.model.sites import layer_order
-from lens_lora.core.results import drawing
+from lens_lora.core import drawing, layer_order
 from lens_lora.directions.alignment import Alignment
 from lens_lora.directions.contrast import Contrast
 from lens_lora.directions.intruders import Intruders

@@ -28,11 +28,11 @@ from lens_lora.core import (
     Update,
     alone,
     chosen_sites,
+    drawing,
     long_table,
+    one_site,
     site_labels,
 )
-from lens_lora.core.model.sites import one_site
-from lens_lora.core.results import drawing
 from lens_lora.errors import ArgumentError, SiteError
 
 

@@ -19,12 +19,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, whole
-from lens_lora.core import Described, LoraLens, Prompts, alone, attached, long_table
-from lens_lora.core.function.forward import read_logits, require_finite
+from lens_lora.core import (
+    Described,
+    LoraLens,
+    Prompts,
+    alone,
+    attached,
+    long_table,
+    ranked_tokens,
+    require_finite,
+)
+from lens_lora.core.function.forward import read_logits
 from lens_lora.core.function.interventions import record
 from lens_lora.core.model.sites import firing, known_point
 from lens_lora.core.readout.prompts import decoded, require_context
-from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core.results import drawing
+from lens_lora.core import drawing
 from lens_lora.directions.alignment import Alignment
 from lens_lora.directions.intruders import Intruders
 from lens_lora.directions.patchscope import Patchscope

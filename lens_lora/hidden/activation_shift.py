@@ -26,19 +26,21 @@ from lens_lora.core import (
     Drawn,
     LoraLens,
     Names,
+    Positions,
     Prompts,
     PromptsLike,
     Scale,
     alone,
     beginnings,
+    drawing,
     first_of_each,
     name_of_scale,
     only_prompt,
     prompt_rows,
+    ranked_tokens,
+    tokens_at,
 )
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import tokens_at
-from lens_lora.core.results.tokens import Positions, held_out_share, ranked_tokens
+from lens_lora.core.results.tokens import held_out_share
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import is_stream
 from lens_lora.hidden.cosines import cosine_table

@@ -28,27 +28,28 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.core import (
+    AnswerLike,
     Gauge,
     LoraLens,
     OfSites,
+    Positions,
     PromptsLike,
     Scale,
     alone,
     beginnings,
     chosen_sites,
+    drawing,
     first_of_each,
     long_table,
     name_of_scale,
+    one_site,
     only_prompt,
     site_labels,
+    tokens_at,
 )
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.model.sites import match_sites, one_site
-from lens_lora.core.readout.responses import AnswerLike
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import tokens_at
+from lens_lora.core.model.sites import match_sites
 from lens_lora.core.results.tokens import (
-    Positions,
     Sign,
     chosen_positions,
     context_of,

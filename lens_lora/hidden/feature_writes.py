@@ -19,13 +19,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoraLens, OfSites, Prompts, ScaleInject, chosen_sites, prompt_rows
-from lens_lora.core.function.forward import require_finite, run_without_logits
+from lens_lora.core import (
+    LoraLens,
+    OfSites,
+    Prompts,
+    ScaleInject,
+    chosen_sites,
+    drawing,
+    long_table,
+    prompt_rows,
+    require_finite,
+    site_labels,
+)
+from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.core.model.lens import stream_writers
 from lens_lora.core.model.sites import known_point
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import largest, long_table, site_labels
+from lens_lora.core.results.base import largest
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
 from lens_lora.hidden.projection import Projection, activation_at

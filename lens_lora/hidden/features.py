@@ -36,16 +36,17 @@ from lens_lora.core import (
     ScaleInject,
     alone,
     attached,
+    drawing,
     only_prompt,
     prompt_rows,
     tangent_of,
+    tokens_at,
 )
 from lens_lora.core.function.asked import of_stream
 from lens_lora.core.function.derivatives import JointInject
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.model.sites import known_point
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import largest, tokens_at
+from lens_lora.core.results.base import largest
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
 from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes

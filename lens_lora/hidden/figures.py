@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lens_lora.core import asked_of, only_prompt, prompt_rows
-from lens_lora.core.model.sites import layer_order
-from lens_lora.core.results import drawing
+from lens_lora.core import asked_of, drawing, layer_order, only_prompt, prompt_rows
 from lens_lora.hidden.activation_shift import ActivationShift
 from lens_lora.hidden.activations import Activations
 from lens_lora.hidden.constant_part import ConstantPart

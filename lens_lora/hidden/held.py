@@ -14,8 +14,8 @@ from lens_lora.core import (
     Names,
     Prompts,
     Scale,
+    require_finite,
 )
-from lens_lora.core.function.forward import require_finite
 from lens_lora.core.function.interventions import Recording, positioned, record
 from lens_lora.core.function.memory import ROW_TOKENS
 from lens_lora.core.model.sites import computed, require_fired

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, one_entry
-from lens_lora.core import Inject, LoraLens, Prompts, attached
-from lens_lora.core.function.forward import require_finite, run_without_logits
+from lens_lora.core import Inject, LoraLens, Prompts, attached, require_finite
+from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_duals, rows_of_pass
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions

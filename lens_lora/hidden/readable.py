@@ -12,8 +12,8 @@ from lens_lora.core import (
     Described,
     LoraLens,
     Prompts,
+    ranked_tokens,
 )
-from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import is_stream
 from lens_lora.hidden.stream_reading import over_scale, read_through

@@ -19,16 +19,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.core.adapter.factors import LoRAFactors
-from lens_lora.core.function.forward import (
+from lens_lora.core import (
+    Gauge,
+    Injection,
+    LoRAFactors,
+    LoraLens,
+    Prompts,
+    ScaleInject,
+    SiteUpdate,
     require_finite,
-    run_without_logits,
 )
+from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
-from lens_lora.core.model import LoraLens, SiteUpdate
-from lens_lora.core.model.basis import Gauge, NormUpdate
-from lens_lora.core.model.gates import Injection, ScaleInject, weight_of, write
-from lens_lora.core.readout import Prompts
+from lens_lora.core.model.basis import NormUpdate
+from lens_lora.core.model.gates import weight_of, write
 from lens_lora.errors import (
     ModelStateError,
     UnsupportedAdapterError,

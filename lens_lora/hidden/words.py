@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lens_lora.core.results import drawing
+from lens_lora.core import drawing
 from lens_lora.errors import many
 from lens_lora.hidden.activation_shift import ActivationShift
 from lens_lora.hidden.activations import Activations

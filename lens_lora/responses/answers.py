@@ -35,14 +35,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.core import LogProbs, Margin, Prompts, Reading, Readout, which_prompt
+from lens_lora.core import (
+    AnswerLike,
+    Generated,
+    LogProbs,
+    Margin,
+    Prompts,
+    Reading,
+    Readout,
+    which_prompt,
+)
 from lens_lora.core.model import extensions
 from lens_lora.core.readout import extensions as readouts
 from lens_lora.core.readout import readout
 from lens_lora.core.readout.prompts import ids_after, require_context
 from lens_lora.core.readout.reading import one_row_each
 from lens_lora.core.readout.readout import BaseFunction, Before, in_vocabulary
-from lens_lora.core.readout.responses import AnswerLike, Generated
 from lens_lora.errors import ArgumentError, PromptError, TokenError
 from lens_lora.responses.held_base import Divergence
 

@@ -35,14 +35,13 @@ from tqdm import tqdm
 
 from lens_lora import arguments
 from lens_lora.compat import Temporary, home_of, in_float64
-from lens_lora.core import LoraLens, Prompts, PromptsLike, Scale, stored, which_prompt
+from lens_lora.core import Generated, LoraLens, Prompts, PromptsLike, Scale, stored, which_prompt
 from lens_lora.core.model import extensions
 from lens_lora.core.model.check import first_non_finite
 from lens_lora.core.model.hooks import unembedded_only
 from lens_lora.core.model.lengths import alike_up_to, tables_as_made
 from lens_lora.core.model.passes import Rows, told
 from lens_lora.core.readout.prompts import Source, decoded, special_id
-from lens_lora.core.readout.responses import Generated
 from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
 
 # The tokens of all rows that share a cache, which bounds its memory.

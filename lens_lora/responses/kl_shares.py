@@ -40,6 +40,7 @@ from lens_lora.arguments import word
 from lens_lora.core import (
     Attribution,
     Drawn,
+    Evaluations,
     Gauge,
     Groups,
     LoraLens,
@@ -48,22 +49,20 @@ from lens_lora.core import (
     Reading,
     alone,
     by_axes,
+    drawing,
     group_sites,
     long_table,
     prompt_rows,
     tangent_of,
 )
-from lens_lora.core.analyses.first_order import in_rank_space, labelled
-from lens_lora.core.function.asked import Asked, ask_prompts
+from lens_lora.core.analyses.first_order import require_ranks
+from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.derivatives import group_parts, part_tangents, pulled_back
-from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.memory import dual_graph_groups
-from lens_lora.core.function.reverse import joined, require_finite_sites, site_slopes
-from lens_lora.core.readout import bound
-from lens_lora.core.results import drawing
+from lens_lora.core.function.reverse import joined, require_finite_sites
 from lens_lora.core.results.attribution import Shown
 from lens_lora.errors import ArgumentError
-from lens_lora.responses.answers import KL, AnswerLike, ReadTokens
+from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
 from lens_lora.two_adapters.compare_adapters import correlation_of
 
 _Kernel = Literal["site", "layer", "kind"]
@@ -286,41 +285,40 @@ def kl_shares(
     if kernel is not None:
         word("kernel", kernel, get_args(_Kernel))
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
-    question = ask_prompts(lens, prompts, max_memory)
-    lens = question.lens
-    readout = KL(response, direction, tokens).on(question.prompts)
-    reading = bound(readout, lens.model, question.prompts)
-    values, base = _quadratic(in_rank_space(lens, axes, gauge), reading, axes)
+    if max_memory is not None:
+        lens = lens.within(max_memory)
+    f = lens.function(prompts, progress=progress)
+    readout = KL(response, direction, tokens).on(f.prompts)
+    reading = readout.over(lens.model, f.prompts)
+    turned = in_gauge(lens, gauge)
+    require_ranks(gauge, axes)
+    values, base = _quadratic(turned, reading, axes)
     require_finite_sites(lens, values)
     # The pass of the quadratic has shown f(0), so the divergence is held against that.
-    asked = question.compared_with(readout, reading, base)
-    strengths = lens.gates(0.0).new_tensor([*sorted(scales), 1.0])
-    divergence = _along(asked, strengths, progress)
-    midpoint = site_slopes(lens, asked.reading, lens.gates(0.5))
-    require_finite_sites(lens, midpoint)
-    # D(0) = 0 by definition, and D(1) was measured along the path: neither end is run again.
-    asked.know({0.0: torch.zeros_like(divergence[:, -1]), 1.0: divergence[:, -1]})
-    attribution = labelled(asked, values, axes, method="kl_quadratic", at=0.0)
+    g = Evaluations(f.read_by(readout, held(readout, reading, base)))
+    # D(0) = 0 by definition.
+    g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
+    strengths = [*sorted(scales), 1.0]
+    divergence = g.along(strengths).T
+    midpoint = g.slopes(0.5)
     gram = None
     if groups:
         gram = _gram(lens, reading.prompts, base.softmax(-1), groups, progress)
     return KLShares(
-        attribution=dataclasses.replace(attribution, gauge=gauge if "rank" in axes else ""),
-        scales=strengths,
+        attribution=Attribution.of(
+            g,
+            values,
+            axes,
+            method="kl_quadratic",
+            at=0.0,
+            gauge=gauge if "rank" in axes else "",
+        ),
+        scales=lens.gates(0.0).new_tensor(strengths),
         divergence=divergence,
         midpoint=midpoint,
         gram=gram,
         groups=groups,
     )
-
-
-def _along(
-    asked: Asked, strengths: Float[Tensor, " scale"], progress: bool
-) -> Float[Tensor, "batch scale"]:
-    """D(ε·1) at these strengths. A forward pass each."""
-    sites = len(asked.lens.sites)
-    gates = strengths[:, None].expand(-1, sites)
-    return gated_readout(asked.lens, asked.reading, gates, progress=progress, what="along the path")
 
 
 def _quadratic(

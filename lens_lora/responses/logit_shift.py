@@ -26,15 +26,16 @@ from lens_lora.core import (
     Site,
     alone,
     long_table,
+    one_site,
     only_prompt,
+    ranked_tokens,
+    require_finite,
 )
 from lens_lora.core.function import derivatives
-from lens_lora.core.function.forward import read_logits, require_finite
+from lens_lora.core.function.forward import read_logits
 from lens_lora.core.function.memory import Mode, chosen_mode
-from lens_lora.core.model.sites import one_site
 from lens_lora.core.readout.prompts import require_last_alone
 from lens_lora.core.readout.readout import token_ids
-from lens_lora.core.results.tokens import ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError, TokenError
 
 

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.compat import in_float64
 from lens_lora.core import (
+    AnswerLike,
     Described,
     Drawn,
     Function,
@@ -32,11 +33,10 @@ from lens_lora.core import (
     Scale,
     TokenView,
     alone,
+    drawing,
     name_of_scale,
     only_prompt,
 )
-from lens_lora.core.readout.responses import AnswerLike
-from lens_lora.core.results import drawing
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import AnswerLogProb
 

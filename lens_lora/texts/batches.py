@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import LoraLens, Prompts, ScaleInject, beginnings, which_prompt
-from lens_lora.core.function.forward import read_logits, require_finite
+from lens_lora.core import LoraLens, Prompts, ScaleInject, beginnings, require_finite, which_prompt
+from lens_lora.core.function.forward import read_logits
 from lens_lora.core.function.memory import Pass, tokens_at_once
 from lens_lora.errors import PromptError
 
