@@ -31,7 +31,7 @@ class SplitNames(Extension):
 
 def is_analysis(function: griffe.Function) -> bool:
     """Whether it is a function of g that `@analysis` decorates."""
-    return any(str(decorator.value) == "analysis" for decorator in function.decorators)
+    return any(str(d.value).startswith("analysis") for d in function.decorators)
 
 
 def call_parameters(own: griffe.Parameters) -> griffe.Parameters:

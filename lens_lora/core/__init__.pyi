@@ -20,6 +20,7 @@ from .analyses.patching import patch_sites as patch_sites
 from .analyses.remainder import Remainder as Remainder
 from .analyses.remainder import RemainderCurve as RemainderCurve
 from .analyses.remainder import curve_beside as curve_beside
+from .analyses.remainder import orders as orders
 from .analyses.remainder import remainder as remainder
 from .analyses.remainder import remainder_curve as remainder_curve
 from .function.cache import Evaluations as Evaluations
@@ -86,9 +87,11 @@ from .results.base import Pictured as Pictured
 from .results.base import Ranked as Ranked
 from .results.base import Read as Read
 from .results.base import Result as Result
+from .results.base import flat as flat
 from .results.base import hides_sign as hides_sign
 from .results.base import long_table as long_table
 from .results.base import only_prompt as only_prompt
+from .results.base import per_prompt as per_prompt
 from .results.base import prompt_rows as prompt_rows
 from .results.base import site_labels as site_labels
 from .results.base import tokens_at as tokens_at

@@ -1,12 +1,13 @@
-"""H_lm = ∂²g/∂ε_l∂ε_m between sites, layers, kinds of module or named groups.
+"""The matrix H_lm = ∂²g/∂ε_l∂ε_m between sites, layers, kinds of module or named groups.
 
-H_GM =
-Σ_{l∈G, m∈M} H_lm: the diagonal is what a group's own strength does to its effect; off the diagonal
-is coupling, what one group's presence does to another's effect (note, §6, item 4).
+    H_GM = Σ_{l∈G, m∈M} H_lm                                              (note, §6, item 4)
 
-1. H between groups, from a product for each
-   site or group, batched (`core/function/derivatives.py`) and summed over groups at once.
-2. The two triangles of H come from different passes; their difference is the result's own check.
+The diagonal is what a group's own strength does to its effect. Off the diagonal is coupling: what
+one group's presence does to another's effect.
+
+1. One Hessian product H v for each group, with v the indicator of its sites, summed over the sites
+   of every group.
+2. The two triangles of H come from different passes, so their difference is the result's own check.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ from lens_lora.core import (
     group_sites,
     indicator,
     long_table,
+    per_prompt,
 )
-from lens_lora.core.results import base as results_base
-from lens_lora.core.results.base import per_prompt
 from lens_lora.errors import ArgumentError
 
 
@@ -66,7 +66,8 @@ class Coupling(Ranked):
     @property
     def is_partition(self) -> bool:
         """Whether every site is in exactly one group."""
-        return results_base.is_partition(self.groups, len(self.sites))
+        members = [site for group in self.groups.values() for site in group]
+        return sorted(members) == list(range(len(self.sites)))
 
     @property
     def row_sums(self) -> Float[Tensor, "batch group"]:
@@ -76,11 +77,12 @@ class Coupling(Ranked):
             ArgumentError: the groups overlap or leave sites out.
         """
         if not self.is_partition:
-            count = sum(map(len, self.groups.values()))
+            count = sum(len(members) for members in self.groups.values())
             raise ArgumentError(
                 f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
-                "twice or not at all, so their rows do not add up to H·1; use group='site', "
-                "'layer' or 'kind', or name every site once. `matrix` itself is right."
+                "twice or not at all, so their rows do not add up to H·1",
+                remedy="use group='site', 'layer' or 'kind', or name every site once. `matrix` "
+                "itself is right.",
             )
         return self.matrix.sum(2)
 
@@ -97,8 +99,8 @@ class Coupling(Ranked):
     def asymmetry(self) -> Float[Tensor, " batch"]:
         """max |H − Hᵀ| / max |H|: the rounding in this matrix; zero where H is."""
         largest = self.matrix.abs().amax((1, 2))
-        off = (self.matrix - self.matrix.transpose(1, 2)).abs().amax((1, 2))
-        return torch.where(largest > 0, off / largest, torch.zeros_like(off))
+        difference = (self.matrix - self.matrix.mT).abs().amax((1, 2))
+        return torch.where(largest > 0, difference / largest, 0.0)
 
     def shares(self) -> pd.DataFrame:
         """Self-curvature against coupling, one row a prompt: signed sums, and sums of sizes.
@@ -106,8 +108,10 @@ class Coupling(Ranked):
         `self` and `coupling` add up to ½ΣH; `self_share` is Σ|½H_GG| / Σ|½H_GM|, which does not
         let terms of opposite sign cancel.
         """
-        within, between = in_float64(self.self_curvature), in_float64(self.coupling).flatten(1)
-        size_within, size_between = within.abs().sum(1), between.abs().sum(1)
+        within = in_float64(self.self_curvature)
+        between = in_float64(self.coupling).flatten(1)
+        size_within = within.abs().sum(1)
+        size_between = between.abs().sum(1)
         numbers = {
             "self": within.sum(1),
             "coupling": between.sum(1),
@@ -121,17 +125,22 @@ class Coupling(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift."""
-        half, names = in_float64(self.coupling), list(self.groups)
+        names = list(self.groups)
+        half = in_float64(self.coupling)
         a, b = torch.triu_indices(*half.shape[1:], offset=1)
-        pairs = {"group_a": a.tolist(), "group_b": b.tolist()}
-        labels = {side: [names[i] for i in members] for side, members in pairs.items()}
-        return Entries(labels, *self.mean_over(prompt, (half + half.mT)[:, a, b]), "value")
+        labels = {
+            "group_a": [names[i] for i in a.tolist()],
+            "group_b": [names[i] for i in b.tolist()],
+        }
+        of_pairs = (half + half.mT)[:, a, b]
+        values, shift = self.mean_over(prompt, of_pairs)
+        return Entries(labels, values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and ordered pair of groups: H_GM."""
-        names, prompts = list(self.groups), range(len(self.matrix))
-        axes = {"prompt": prompts}, {"group_a": names}, {"group_b": names}
-        return long_table({"value": self.matrix}, *axes)
+        names = list(self.groups)
+        prompts = {"prompt": range(len(self.matrix))}
+        return long_table({"value": self.matrix}, prompts, {"group_a": names}, {"group_b": names})
 
 
 @analysis

@@ -28,19 +28,15 @@ from lens_lora.core import (
     Drawn,
     Evaluations,
     Function,
-    analysis,
-)
-from lens_lora.core.analyses.remainder import (
-    USUAL_SCALES,
     RemainderCurve,
-    curve_beside,
+    analysis,
+    drawing,
     orders,
+    per_prompt,
+    remainder_curve,
 )
-from lens_lora.core.analyses.verdict import points_at_end
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import per_prompt
 from lens_lora.curvature.coupling import coupling
-from lens_lora.curvature.verdict import SecondVerdict, second_verdict
+from lens_lora.curvature.verdict import SecondVerdict
 from lens_lora.errors import ArgumentError
 
 
@@ -111,7 +107,7 @@ class SecondOrder(Drawn):
         """
         if self.self_curvature is None:
             raise ArgumentError(
-                "single sites were not run; call second_order(self_curvature=True)."
+                "single sites were not run", remedy="call second_order(self_curvature=True)."
             )
         return self.half_row_sums - self.self_curvature
 
@@ -123,9 +119,12 @@ class SecondOrder(Drawn):
         Args:
             scale: ε, or several.
         """
-        eps = torch.as_tensor(scale, dtype=self.curvature.dtype, device=self.curvature.device)
-        rows = self.first_order.total, self.curvature
-        slope, bend = (row.view(-1, *[1] * eps.ndim) for row in rows)
+        slope = self.first_order.total
+        bend = self.curvature
+        eps = torch.as_tensor(scale, dtype=bend.dtype, device=bend.device)
+        if eps.ndim:
+            slope = slope[:, None]
+            bend = bend[:, None]
         return eps * slope + eps.square() * bend
 
     @property
@@ -148,10 +147,12 @@ class SecondOrder(Drawn):
         Points at which both remainders are within rounding are passed over; 0 where it is farther
         from the start.
         """
-        second, first = self.path_remainder.abs(), self.curve.remainder.abs()
-        noise = torch.maximum(first, second) <= SIGMAS * self._path_floor
-        unbroken = ((second <= first) | noise).long().cumprod(1)
-        return (unbroken * self.curve.scales).amax(1)
+        first = self.curve.remainder.abs()
+        second = self.path_remainder.abs()
+        is_noise = torch.maximum(first, second) <= SIGMAS * self._path_floor
+        is_no_farther = (second <= first) | is_noise
+        so_far = is_no_farther.long().cumprod(1)
+        return (so_far * self.curve.scales).amax(1)
 
     @property
     def _path_floor(self) -> Float[Tensor, "batch scale"]:
@@ -160,10 +161,16 @@ class SecondOrder(Drawn):
     @property
     def verdict(self) -> tuple[SecondVerdict, ...]:
         """For each prompt, nearer or farther than first order at full strength; str() words it."""
-        shift, noise = self.shift, self.curve.noise
-        first = points_at_end(self.first_order_remainder, shift, noise)
-        second = points_at_end(self.remainder, shift, noise, self.curvature_noise)
-        return tuple(map(second_verdict, first, second, self.helps_up_to.tolist()))
+        numbers = [
+            self.shift,
+            self.first_order_remainder,
+            self.remainder,
+            SIGMAS * self.noise_floor.double(),
+            SIGMAS * self.remainder_floor.double(),
+            self.helps_up_to,
+        ]
+        by_prompt = torch.stack([values.cpu().double() for values in numbers], 1).tolist()
+        return tuple(SecondVerdict(*of_prompt) for of_prompt in by_prompt)
 
     def attribution(self) -> Attribution:
         """`corrected` as an attribution: to compare with effects, to save; with its warning."""
@@ -171,9 +178,16 @@ class SecondOrder(Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift, first and second order, what remains of each, its kind."""
-        parts = {"first_order": self.first_order.total, "curvature": self.curvature}
-        rest = ("predicted", "first_order_remainder", "remainder", "noise_floor", "remainder_floor")
-        columns = {"shift": self.shift} | parts | {name: getattr(self, name) for name in rest}
+        columns = {
+            "shift": self.shift,
+            "first_order": self.first_order.total,
+            "curvature": self.curvature,
+            "predicted": self.predicted,
+            "first_order_remainder": self.first_order_remainder,
+            "remainder": self.remainder,
+            "noise_floor": self.noise_floor,
+            "remainder_floor": self.remainder_floor,
+        }
         kinds = [verdict.kind for verdict in self.verdict]
         return pd.DataFrame(per_prompt(columns)).assign(verdict=kinds)
 
@@ -214,9 +228,9 @@ def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    slopes = g.slopes_with_noise(along=USUAL_SCALES)
+    curve = remainder_curve.of(g)
+    slopes = g.slopes_with_noise()  # Known from the curve.
     first = Attribution.of(g, slopes, method="first_order", at=0.0, mode="reverse")
-    curve = curve_beside(g, slopes)
     found = beside_first_order(g, first, curve)
     if not self_curvature:
         return found

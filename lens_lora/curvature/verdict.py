@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, final
 
-from lens_lora.core import SIGMAS
-from lens_lora.core.analyses.verdict import Point
-from lens_lora.core.results import drawing
+from lens_lora.core import drawing
 
 
 @final
@@ -47,9 +45,3 @@ class SecondVerdict:
         if nearer_by < 0:
             return "farther"
         return "coincidence" if self.helps_up_to < 1 else "nearer"
-
-
-def second_verdict(first: Point, second: Point, helps_up_to: float) -> SecondVerdict:
-    """The verdict on one prompt's second order: what it, and first order, leave at ε = 1."""
-    floors = SIGMAS * second.noise_floor, SIGMAS * second.remainder_floor
-    return SecondVerdict(second.shift, first.remainder, second.remainder, *floors, helps_up_to)

@@ -12,9 +12,9 @@ import math
 from collections.abc import Sequence
 
 from lens_lora.core import drawing
-from lens_lora.core.results.base import RANDOM
 from lens_lora.explanations.explanation import Explanation, Explanations
 from lens_lora.judging.compare import Comparison
+from lens_lora.judging.rankings import RANDOM
 from lens_lora.show import text
 from lens_lora.show.text import (
     caution_text,

@@ -45,7 +45,6 @@ from lens_lora.core import (
     only_prompt,
     site_labels,
 )
-from lens_lora.core.results import base as results_base
 from lens_lora.errors import ArgumentError
 from lens_lora.judging import rankings
 from lens_lora.judging.circuit_scores import Orders, mean_of_draws, random_orders, scored, top_gates
@@ -240,7 +239,7 @@ def faithfulness(
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
-        orders[results_base.GREEDY] = _greedy_order(g)
+        orders[rankings.GREEDY] = _greedy_order(g)
     if held_out is None:
         return _curves(g, orders, counts, random_draws, seed)
     curves = _curves(held_out, orders, counts, random_draws, seed)
@@ -277,7 +276,7 @@ def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: in
     labels["base"] = base
     labels["adapted"] = adapted
     return Faithfulness(
-        names=(*orders, results_base.RANDOM) if draws else tuple(orders),
+        names=(*orders, rankings.RANDOM) if draws else tuple(orders),
         fractions=torch.tensor(counts, dtype=torch.float64) / len(g.lens.sites),
         counts=counts,
         keep=mean_of_draws(keep, len(orders)),

@@ -16,15 +16,19 @@ import torch
 from lens_lora.arguments import whole
 from lens_lora.core import Attribution, LoraLens, PromptsLike, Readout, alone, evaluations
 from lens_lora.core.analyses.first_order import squared_norms
-from lens_lora.core.results import base as keys
 from lens_lora.judging.rankings import weight_norms
+
+# The keys of the foils, which `Attribution.key` gives without a gate.
+SIGNED_WEIGHT_NORM = "signed_weight_norm"
+NORM_PRODUCT = "norm_product"
+SIGNED_RANDOM = "signed_random"
 
 
 @alone
 def foils(
     lens: LoraLens, prompts: PromptsLike, readout: Readout, *, seed: int = 0
 ) -> dict[str, Attribution]:
-    """Scores of equal information beside first order at the base model, by their keys.
+    """Scores of equal information beside first order at the base model, by their
 
     For `compare` and `faithfulness`: a method that a foil ties with has not been shown to know
     more. Their numbers are in no unit that can be summed.
@@ -55,9 +59,9 @@ def foils(
     generator = torch.Generator(device="cpu").manual_seed(whole("seed", seed, 0))
     noise = torch.rand(signs.shape, generator=generator, dtype=torch.float64)
     scores = {
-        keys.SIGNED_WEIGHT_NORM: signs * weight_norms(lens).to(signs),
-        keys.NORM_PRODUCT: towards * delta * gradient,
-        keys.SIGNED_RANDOM: signs * noise.to(signs),
+        SIGNED_WEIGHT_NORM: signs * weight_norms(lens).to(signs),
+        NORM_PRODUCT: towards * delta * gradient,
+        SIGNED_RANDOM: signs * noise.to(signs),
     }
     return {
         key: dataclasses.replace(first, values=values.to(signs), method=key)

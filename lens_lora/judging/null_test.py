@@ -30,8 +30,7 @@ from tqdm import tqdm
 from lens_lora.arguments import whole
 from lens_lora.banks.base_half import first_orders
 from lens_lora.compat import in_float64
-from lens_lora.core import Adapter, Attribution, Drawn, Function, analysis, null_adapters
-from lens_lora.core.results.base import flat
+from lens_lora.core import Adapter, Attribution, Drawn, Function, analysis, flat, null_adapters
 from lens_lora.judging.verdict import NullVerdict, null_verdict
 
 

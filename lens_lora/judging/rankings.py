@@ -16,8 +16,13 @@ from torch import Tensor
 
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.core import Attribution, Effects, Function, LoraLens, asked_of
-from lens_lora.core.results import base as keys
 from lens_lora.errors import ArgumentError
+
+# The keys of the baselines.
+WEIGHT_NORM = "weight_norm"
+UPDATE_NORM = "update_norm"
+RANDOM = "random"
+GREEDY = "greedy"
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
 BySite = Float[Tensor, "batch site"]
@@ -34,7 +39,7 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
             f"{attribution!r} ranks nothing",
             remedy="pass an Attribution, Effects, a tensor [site], or {name: one of these}.",
         )
-    baselines = {keys.WEIGHT_NORM, keys.UPDATE_NORM, keys.RANDOM, keys.GREEDY}
+    baselines = {WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY}
     taken = baselines & set(attribution)
     if taken:
         raise ArgumentError(f"{sorted(taken)} are names of baselines; give the scores others.")
@@ -48,8 +53,8 @@ def scores_towards(g: Function, given: Mapping[str, Scores], baselines: bool) ->
     towards = g.shift.sign()[:, None].to(float64_device(g.lens.device))
     scores = {name: _values_of(name, score, g) * towards for name, score in given.items()}
     if baselines:
-        scores[keys.WEIGHT_NORM] = weight_norms(g.lens).expand(len(towards), -1)
-        scores[keys.UPDATE_NORM] = update_norms(g)
+        scores[WEIGHT_NORM] = weight_norms(g.lens).expand(len(towards), -1)
+        scores[UPDATE_NORM] = update_norms(g)
     return scores
 
 

@@ -43,10 +43,10 @@ from lens_lora.core import (
     Function,
     How,
     analysis,
+    flat,
     indicator,
     only_prompt,
 )
-from lens_lora.core.results.base import flat
 from lens_lora.errors import ArgumentError
 
 # A score under this is flagged: the number is off by more than a factor of two.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, final
 
-from lens_lora.core import SIGMAS
-from lens_lora.core.results import drawing
+from lens_lora.core import SIGMAS, drawing
 
 _LEVEL = 0.05  # The usual level of significance.
 
@@ -59,8 +58,22 @@ class NullVerdict:
 
 
 def null_verdict(
-    shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, *counts: int
+    shift: float,
+    noise_floor: float,
+    null: float,
+    p: float,
+    exceeds_all: float,
+    draws: int,
+    run: int,
 ) -> NullVerdict:
     """The verdict on one prompt's null test, of so many draws, of which so many were run."""
-    least, is_least = max(null, noise_floor), null < noise_floor
-    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, *counts)
+    return NullVerdict(
+        shift=shift,
+        floor=SIGMAS * noise_floor,
+        null=max(null, noise_floor),
+        is_least=null < noise_floor,
+        p=p,
+        exceeds_all=exceeds_all,
+        draws=draws,
+        run=run,
+    )

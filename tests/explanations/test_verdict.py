@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +11,6 @@ from shapes import share
 
 import lens_lora as ll
 from lens_lora.core.analyses.verdict import Point, Verdict, verdict_of
-from lens_lora.curvature.verdict import second_verdict
-from lens_lora.judging.verdict import null_verdict
 from lens_lora.show.words import account_of, margin_story
 
 CLAIMS = {
@@ -107,43 +103,3 @@ def test_the_remainder_has_a_floor_of_its_own():
     assert str(found) == "below the noise: the remainder 0.5 is within rounding (1.8)"
     assert verdict(10.0, 5.0, way, own=0.6).kind == "large"
     assert verdict(0.002, 0.5, way, own=0.6).kind == "no_shift"
-
-
-def point(remainder: float, shift: float = 10.0, own: float = 0.1) -> Point:
-    return Point(1.0, remainder, shift, own, 0.01)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "reach", "shift", "kind", "says"),
-    [
-        (4.0, 1.0, 1.0, 10.0, "nearer", "nearer: leaves 10.0% of the shift at ε = 1, first order"),
-        (4.0, 1.0, 0.5, 10.0, "coincidence", "nearer at ε = 1 by coincidence.*from ε > 0.5"),
-        (1.0, -4.0, 0.3, 10.0, "farther", "farther, no correction: .*only up to ε = 0.3"),
-        (1.2, -1.0, 0.3, 10.0, "neither", "neither nearer nor farther, within rounding"),
-        (4.0, 1.0, 1.0, 0.02, "no_shift", r"below the noise: the shift 0.02 .*\(0.03\)"),
-    ],
-)
-def test_second_order_beside_first(
-    first: float, second: float, reach: float, shift: float, kind: str, says: str
-):
-    """What they differ by must stand out of second order's own rounding."""
-    found = second_verdict(point(first, shift), point(second, shift), reach)
-    assert found.kind == kind and re.match(says, str(found))
-    assert second_verdict(point(4.0), point(3.0, own=0.4), 1.0).kind == "neither"
-
-
-@pytest.mark.parametrize(
-    ("shift", "null", "p", "kind", "says"),
-    [
-        (8.0, 2.0, 0.1, "stands_out", "the adapter's shift is 4 times what random directions"),
-        (8.0, 1e-9, 0.1, "stands_out", "the adapter's shift is at least 800 times what random"),
-        (1.0, 2.0, 0.9, "as_random", r"no more than random directions: .*0.5 times.*\(p = 0.9\)"),
-        (0.02, 2.0, 0.1, "no_shift", r"below the noise: the shift 0.02 .*\(0.03\)"),
-    ],
-)
-def test_random_directions(shift: float, null: float, p: float, kind: str, says: str):
-    found = null_verdict(shift, 0.01, null, p, 0.5, 9, 9)
-    assert found.kind == kind and re.match(says, str(found))
-    assert kind == "no_shift" or "50% of sites exceed every one of 9 draws (10.0% would" in str(
-        found
-    )

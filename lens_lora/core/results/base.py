@@ -440,11 +440,14 @@ def changes_sign(
 # signed_weight_norm, norm_product, signed_random `foils`: each knows a part of a derivative
 
 
-WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY = "weight_norm", "update_norm", "random", "greedy"
-SIGNED_WEIGHT_NORM, NORM_PRODUCT = "signed_weight_norm", "norm_product"
-SIGNED_RANDOM = "signed_random"
-FOILS = (SIGNED_WEIGHT_NORM, NORM_PRODUCT, SIGNED_RANDOM)
-_WITHOUT_GATE = ("path", "add_one", "leave_one_out", *FOILS)
+_WITHOUT_GATE = (
+    "path",
+    "add_one",
+    "leave_one_out",
+    "signed_weight_norm",
+    "norm_product",
+    "signed_random",
+)
 
 
 def key_of(method: str, at: float) -> str:
