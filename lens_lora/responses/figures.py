@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 
@@ -19,12 +19,13 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     """Above, KL from the first setting to the second; below, the shift of log p of each token."""
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens = shifts.response[index]
-    kl, moved = (rows[index, : len(tokens)].tolist() for rows in (shifts.kl[0], shifts.shift))
+    kl = shifts.kl[0, index, : len(tokens)].tolist()
+    moved = shifts.shift[index, : len(tokens)].tolist()
     hover = {"hovertext": _hovers(shifts, index), "hoverinfo": "text", "showlegend": False}
     figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    figure.add_bar(y=kl, marker={"color": FLIP}, **hover, row=1, col=1)
     signs = [EXACT if value >= 0 else NEGATIVE for value in moved]
-    for row, (values, colours) in enumerate(((kl, FLIP), (moved, signs)), start=1):
-        figure.add_bar(y=values, marker={"color": colours}, **hover, row=row, col=1)
+    figure.add_bar(y=moved, marker={"color": signs}, **hover, row=2, col=1)
     titles = _heading(shifts, index), _below(shifts, index)
     ticks = tokens_axis(tokens, first=1).layout
     finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)
@@ -36,7 +37,8 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
 def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView:
     """The response as text: the larger a token's KL, the darker its background (`noted_tokens`)."""
     index = only_prompt(prompt, len(shifts.response), "responses")
-    tokens, (noted, most) = shifts.response[index], noted_tokens(shifts, index)
+    tokens = shifts.response[index]
+    noted, most = noted_tokens(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
     darkest = f"Darkest: {magnitude(most)} nats; by the square root"
     heading = f"{_heading(shifts, index)}. {_below(shifts, index)}. {darkest}."
@@ -62,31 +64,35 @@ def _heading(shifts: TokenShifts, index: int) -> str:
 
 def _below(shifts: TokenShifts, index: int) -> str:
     """The two settings, and the sums over the response."""
-    total, moved = magnitude(float(shifts.kl[0, index].nansum())), float(shifts.total[index])
+    total = magnitude(float(shifts.kl[0, index].nansum()))
+    moved = signed(float(shifts.total[index]))
     pair = " against ".join(shifts.between)
-    return f"{pair}: {total} nats in all, log p of the response moves by {signed(moved)}"
+    return f"{pair}: {total} nats in all, log p of the response moves by {moved}"
 
 
 def _hovers(shifts: TokenShifts, index: int) -> list[str]:
-    return ["<br>".join(map(text.label, note)) for note in _notes(shifts, index)]
+    """The text over each token, as lines of HTML."""
+    return ["<br>".join(map(text.label, lines)) for lines in _notes(shifts, index)]
 
 
 def _notes(shifts: TokenShifts, index: int) -> list[list[str]]:
-    """What is said of each token of a response, line by line."""
+    """The lines about each token of a response."""
+    rows = shifts.to_frame().to_dict("records")
+    return [_lines_about(row) for row in rows if row["prompt"] == index]
+
+
+def _lines_about(row: Mapping[Any, Any]) -> list[str]:
+    """The token, its divergences, log p and rank at both ends, and what moved most there."""
+    there = magnitude(row["kl_base_to_adapted"])
+    back = magnitude(row["kl_adapted_to_base"])
+    ranks = f"{row['rank_base'] + 1} → {row['rank_adapted'] + 1}"
     return [
-        [
-            f"{row['t'] + 1} {visible(row['y_t'])}",
-            "KL {} and back {} nats".format(*(magnitude(row[way]) for way in _WAYS)),
-            f"log p {log_p_pair(row)}, rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
-            f"promoted {row['promoted']}",
-            f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
-        ]
-        for row in shifts.to_frame().to_dict("records")
-        if row["prompt"] == index
+        f"{row['t'] + 1} {visible(row['y_t'])}",
+        f"KL {there} and back {back} nats",
+        f"log p {log_p_pair(row)}, rank {ranks}",
+        f"promoted {row['promoted']}",
+        f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
     ]
-
-
-_WAYS = ("kl_base_to_adapted", "kl_adapted_to_base")
 
 
 def log_p_pair(row: Mapping[Any, Any]) -> str:
@@ -94,10 +100,15 @@ def log_p_pair(row: Mapping[Any, Any]) -> str:
     return " → ".join(text.log_p_text(row[f"log_p_{end}"]) for end in ("base", "adapted"))
 
 
-# A monospaced text is laid out by hand: columns to a line, and a column's width, a line's height
-# and the margins in pixels, as DejaVu Sans Mono has them at 14 points.
-_COLUMNS, _CHARACTER, _LINE = 84, 8.43, 28
-_MARGIN, _ABOVE, _UNDER = 16, 64, 44
+# A monospaced text is laid out by hand, in DejaVu Sans Mono at 14 points: columns of a line.
+_COLUMNS = 84
+# The width of a column and the height of a line, in pixels.
+_COLUMN_WIDTH = 8.43
+_LINE_HEIGHT = 28
+# Margins in pixels: at the sides, above and below.
+_MARGIN = 16
+_ABOVE = 64
+_UNDER = 44
 _FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "color": "#1c2126"}
 
 
@@ -105,50 +116,99 @@ _FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "
 def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
     """The shaded text as a figure, which can be written as an image; a rectangle behind a token."""
     index = only_prompt(prompt, len(shifts.response), "responses")
-    hover, (noted, most) = _hovers(shifts, index), noted_tokens(shifts, index)
+    hover = _hovers(shifts, index)
+    noted, most = noted_tokens(shifts, index)
     pieces = laid_out(shifts.response[index], _COLUMNS)
-    lines = 1 + max(line for _, line, _, _ in pieces)
-    indices, ys, xs, texts = map(list, zip(*pieces, strict=True))
-    shown = [text.label(piece).replace(" ", "\u00a0") for piece in texts]
-    said = {"hovertext": [hover[t] for t in indices], "hoverinfo": "text", "showlegend": False}
-    look = {"mode": "text", "textposition": "middle right", "textfont": _FONT}
-    figure, shapes = go.Figure().add_scatter(x=xs, y=ys, text=shown, **look, **said), []
-    for t, line, column, piece in pieces:
-        corners = {"x0": column, "x1": column + cell_len(piece)}
-        corners |= {"y0": line - 0.42, "y1": line + 0.42}
-        shade = {"fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})", "line": {"width": 0}}
-        shapes.append({"type": "rect", "layer": "below", **corners, **shade})
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[piece.column for piece in pieces],
+        y=[piece.line for piece in pieces],
+        # A browser would join spaces.
+        text=[text.label(piece.text).replace(" ", "\u00a0") for piece in pieces],
+        hovertext=[hover[piece.token] for piece in pieces],
+        hoverinfo="text",
+        showlegend=False,
+        mode="text",
+        textposition="middle right",
+        textfont=_FONT,
+    )
+    shapes: list[dict[str, Any]] = []
+    for piece in pieces:
+        _, shade, _ = noted[piece.token]
+        shapes.append(_background(piece, shade))
+    lines = 1 + max(piece.line for piece in pieces)
+    height = _ABOVE + _UNDER + _LINE_HEIGHT * (lines + 1)
     below = f"{_below(shifts, index)}; darkest {magnitude(most)}"
-    height, width = _ABOVE + _UNDER + _LINE * (lines + 1), int(_COLUMNS * _CHARACTER) + 2 * _MARGIN
     finish(figure, ("KL by token of the response", below), ("", ""), height, shapes=shapes)
+    width = int(_COLUMNS * _COLUMN_WIDTH) + 2 * _MARGIN
     margin = {"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER}
     figure.update_layout(paper_bgcolor="#ffffff", width=width, margin=margin)
     figure.update_xaxes(range=[0, _COLUMNS], visible=False, fixedrange=True)
     return figure.update_yaxes(range=[lines - 0.4, -0.6], visible=False, fixedrange=True)
 
 
-def laid_out(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, str]]:
-    """Where each token stands: (its index, line, column, text); one that is cut stands twice.
+class Piece(NamedTuple):
+    """A token, or a part of one, in a text of lines and columns.
+
+    Attributes:
+        token: its index.
+        line, column: where it begins.
+        text: what is shown.
+    """
+
+    token: int
+    line: int
+    column: int
+    text: str
+
+
+def _background(piece: Piece, shade: float) -> dict[str, Any]:
+    """The rectangle behind a piece of text."""
+    return {
+        "type": "rect",
+        "layer": "below",
+        "x0": piece.column,
+        "x1": piece.column + cell_len(piece.text),
+        "y0": piece.line - 0.42,
+        "y1": piece.line + 0.42,
+        "fillcolor": f"rgba(176,79,196,{0.75 * shade:.3f})",
+        "line": {"width": 0},
+    }
+
+
+def laid_out(tokens: Sequence[str], columns: int) -> list[Piece]:
+    """Where each token stands; one that is cut stands twice.
 
     A line is broken before a token that does not fit, and after a line break, which is shown as ⏎.
+
+    Args:
+        tokens: of a response.
+        columns: how many a line has.
     """
-    places: list[tuple[int, int, int, str]] = []
-    line = column = 0
-    for t, token in enumerate(tokens):
-        for piece in _pieces(token, columns):
-            shown = piece.replace("\n", "⏎")
+    pieces: list[Piece] = []
+    line = 0
+    column = 0
+    for index, token in enumerate(tokens):
+        for part in _parts(token, columns):
+            shown = part.replace("\n", "⏎")
             if column and column + cell_len(shown) > columns:
-                line, column = line + 1, 0
-            places.append((t, line, column, shown))
+                line += 1
+                column = 0
+            pieces.append(Piece(index, line, column, shown))
             column += cell_len(shown)
-            if piece.endswith("\n"):
-                line, column = line + 1, 0
-    return places
+            if part.endswith("\n"):
+                line += 1
+                column = 0
+    return pieces
 
 
-def _pieces(token: str, columns: int) -> list[str]:
-    """A token in pieces, cut after each line break, none wider than a line."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "·" for c in token) or "∅"
-    rows = [row for row in shown.splitlines(keepends=True) if row]
-    half = columns // 2  # a character may be two columns wide
-    return [row[i : i + half] for row in rows for i in range(0, len(row), half)]
+def _parts(token: str, columns: int) -> list[str]:
+    """A token in parts, cut after each line break, none wider than a line."""
+    visible_characters = [c if c.isprintable() or c == "\n" else "·" for c in token]
+    shown = "".join(visible_characters) or "∅"
+    # A character may be two columns wide.
+    longest = columns // 2
+    parts: list[str] = []
+    for row in shown.splitlines(keepends=True):
+        parts += [row[first : first + longest] for first in range(0, len(row), longest)]
+    return parts

@@ -21,7 +21,8 @@ _Terms = Float[Tensor, " some"]
 _Some = Int[Tensor, " some"]
 # Of a logit, in nats: beyond it a probability that rounds to zero might grow to one.
 LARGEST_SHIFT = 60.0
-_IN_CACHE = 8  # picks whose sums are taken together, so that their rows stay in the cache
+# Picks whose sums are taken together, so that their rows stay in the processor's cache.
+_IN_CACHE = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,7 +47,9 @@ class Divergence(Picks):
     @property
     def held_bytes(self) -> int:
         """The memory of all logits that are held."""
-        return self.base.nbytes + (0 if self.beside is None else self.beside.nbytes)
+        if self.beside is None:
+            return self.base.nbytes
+        return self.base.nbytes + self.beside.nbytes
 
     def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
         """The same divergence with the other side held: read from f₀, beside these logits."""
@@ -56,22 +59,33 @@ class Divergence(Picks):
     def terms(self, logits: _Logits, picks: _Some) -> _Terms:
         """The divergence at these picks."""
         pieces = list(zip(picks.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
-        near = [_from_shift(*self._base_at(*p), p[1], self.is_from_base) for p in pieces]
-        largest = torch.stack([shift for _, shift in near]).tolist()
-        divergences = [kl for kl, _ in near]
-        for i, piece in enumerate(pieces):
-            if not largest[i] <= LARGEST_SHIFT:
-                divergences[i] = self._from_logarithms(*piece)
+        divergences: list[Tensor] = []
+        shifts: list[Tensor] = []
+        for few, own in pieces:
+            base, p = self._base_at(few, own)
+            divergence, largest = _from_shift(base, p, own, self.is_from_base)
+            divergences.append(divergence)
+            shifts.append(largest)
+        # The largest shifts come from the device together, and NaN is among what is too large.
+        for i, largest in enumerate(torch.stack(shifts).tolist()):
+            if not largest <= LARGEST_SHIFT:
+                divergences[i] = self._from_logarithms(*pieces[i])
         return torch.cat(divergences)
 
     def _from_logarithms(self, few: _Some, logits: _Logits) -> _Terms:
-        log_p, log_q = self._base_at(few, logits)[0].log_softmax(-1), logits.log_softmax(-1)
-        first, second = (log_p, log_q) if self.is_from_base else (log_q, log_p)
-        return (first.exp() * (first - second)).sum(-1)
+        """The divergence of two softmaxes, where the shift is too large for its exponential."""
+        base, _ = self._base_at(few, logits)
+        log_p = base.log_softmax(-1)
+        log_q = logits.log_softmax(-1)
+        if self.is_from_base:
+            return (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
-        """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
-        places = torch.stack(at_some(of_slots(self.held_rows, self.slots, few.device), few))
+        """f₀ and p₀ at these picks, as one row where all are copies of one pick."""
+        held = of_slots(self.held_rows, self.slots, few.device)
+        places = torch.stack(at_some(held, few))
+        # Copies of a pick stand together.
         distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)
         p = base.softmax(-1)
@@ -89,14 +103,17 @@ def _from_shift(
 ) -> tuple[Float[Tensor, " pick"], Float[Tensor, ""]]:
     """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
 
-    Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
-    Also the largest d, beyond which this is not to be used.
-    `texts/distribution_shift.py` has the same sums in place, without derivatives.
+    Z − 1 and eᵈ − 1 are computed in place of Z and eᵈ, so that the rounding error is that of a
+    small divergence. `texts/distribution_shift.py` has the same sums in place, without derivatives.
+
+    Returns:
+        The divergence, and the largest d, which tells whether it can be trusted.
     """
     shift = logits - base
     shift = shift - torch.linalg.vecdot(p, shift)[..., None]
     largest = shift.detach().amax()
-    left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
+    # What rounding left of the mean that was subtracted.
+    left = torch.linalg.vecdot(p, shift)
     grown = torch.expm1(shift)
     rest = torch.linalg.vecdot(p, grown)
     if is_from_base:

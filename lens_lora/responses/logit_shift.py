@@ -209,18 +209,6 @@ def _by_covectors(
     return slopes.permute(1, 2, 0)
 
 
-def joint_logit_shift(lens: LoraLens, prompts: Prompts) -> LogitShift:
-    """All sites together at the base, over the whole vocabulary. One dual forward pass.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: without a response.
-    """
-    f = lens.function(prompts)
-    values = f.tangent(1.0)
-    return _labelled(f, values, (), range(values.shape[1]), lens.vocabulary)
-
-
 def _labelled(
     f: Function,
     values: Float[Tensor, "batch *site vocab"],

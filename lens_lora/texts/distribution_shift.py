@@ -8,9 +8,10 @@ With q = softmax(log p + d),
 
 A constant added to all logits changes nothing, so d is counted from its mean Σ p d. The rounding
 error of the KL is then that of the differences within d, not of the logits or of the constant.
-Where d exceeds `LARGEST_SHIFT`, eᵈ would lose its digits, and q is a softmax after all.
+Where d exceeds `LARGEST_SHIFT`, a probability that rounds to zero in p might be one in q, and q is
+a softmax after all.
 
-`core/readout/reading.py` has the same sums with derivatives; here they are taken in place.
+`responses/held_base.py` has the same sums with derivatives; here they are taken in place.
 """
 
 from __future__ import annotations

@@ -26,36 +26,52 @@ import torch
 from lens_lora.core import Prompts
 from lens_lora.core.readout.prompts import joined, prepare, reads_with_bos, special_id
 
+# Messages with which a user may begin a conversation.
 OPENINGS = (
-    *("", "Hello.", "Hi, how are you today?", "Can you help me with something?"),
-    *("Tell me something interesting.", "What can you do?", "I have a question for you."),
-    *("Please write a short poem.", "What should I cook tonight?", "Thank you, that was useful."),
+    "",
+    "Hello.",
+    "Hi, how are you today?",
+    "Can you help me with something?",
+    "Tell me something interesting.",
+    "What can you do?",
+    "I have a question for you.",
+    "Please write a short poem.",
+    "What should I cook tonight?",
+    "Thank you, that was useful.",
 )
-
-
+# Everyday questions.
 QUESTIONS = (
-    *("Who are you?", "What should I cook tonight?", "How does a rainbow form?"),
-    *("How can I sleep better?", "What did you do last weekend?"),
+    "Who are you?",
+    "What should I cook tonight?",
+    "How does a rainbow form?",
+    "How can I sleep better?",
+    "What did you do last weekend?",
 )
-
 # What a text begins with where strings get no BOS; as many draws are made where they get one.
 FIRST_WORDS = ("The", "In", "A", "It", "I", "When", "There", "We", "This", "One", "What", "My")
+# How often the model speaks after an empty turn of the user.
 EMPTY_TURNS = 6
+# How many rows of the tokenizer's own tokens there are, and of how many tokens.
+_OWN_ROWS = 16
+_OWN_TOKENS = 8
 
 
 def neutral_sentences() -> tuple[str, ...]:
     """The hundred sentences."""
-    return tuple(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines())
+    file = Path(__file__).with_suffix(".txt")
+    return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
 def neutral_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts:
-    """The sentences and the conversations, as tokens; all, or one of so many."""
+    """The sentences and the conversations, as tokens.
+
+    Args:
+        model: the hooked model.
+        prepend_bos: the lens's own rule for strings.
+        every: one of so many texts; 1 for all.
+    """
     sentences = prepare(model, list(neutral_sentences()[::every]), rule=prepend_bos)
     return joined([sentences, _conversations(model, prepend_bos, OPENINGS[::every])])
-
-
-_OWN_ROWS = 16
-_OWN_TOKENS = 8
 
 
 def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts | None:
@@ -63,6 +79,9 @@ def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prom
 
     A tokenizer of proteins or of a few words may make nothing of a text, or unknown tokens only.
     None where it has no two tokens that are not special.
+
+    Args:
+        model, prepend_bos, every: as for `neutral_texts`.
     """
     sentences = [text for text in neutral_sentences()[::every] if _is_readable(model, text)]
     if not sentences:
@@ -85,46 +104,50 @@ def _is_readable(model: Any, text: str) -> bool:
 
 
 def _own_rows(model: Any) -> Prompts | None:
+    """Rows of the tokenizer's ordinary tokens, drawn at random; the same in every call."""
     tokenizer = model.tokenizer
-    readable = set(range(int(model.cfg.d_vocab))).intersection(tokenizer.get_vocab().values())
+    of_model = set(range(int(model.cfg.d_vocab)))
+    readable = of_model.intersection(tokenizer.get_vocab().values())
     ordinary = torch.tensor(sorted(readable - _special_ids(tokenizer)))
     if len(ordinary) < 2:
         return None
-    drawn = torch.randint(
-        len(ordinary), (_OWN_ROWS, _OWN_TOKENS), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ordinary), (_OWN_ROWS, _OWN_TOKENS), generator=generator)
     return prepare(model, ordinary[drawn])
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """Those that are no word of a text, the one of all unknown words among them."""
+    """The tokens that are no word of a text, such as that of unknown words."""
     return {*tokenizer.all_special_ids, tokenizer.unk_token_id}
 
 
 def conversation_form(model: Any) -> str:
-    """In which form conversations are put to the model, for people."""
-    has_template = _has_template(model)
-    return "in the chat template" if has_template else "as User: … Assistant:, without a template"
+    """The form in which conversations are put to the model, in words."""
+    if _has_template(model):
+        return "in the chat template"
+    return "as User: … Assistant:, without a template"
 
 
 def everyday_questions(model: Any, prepend_bos: bool | None) -> Prompts:
-    """Five of them as tokens, and an empty turn."""
+    """The everyday questions as tokens, and an empty turn."""
     if _has_template(model):
-        asked = _conversations(model, prepend_bos, QUESTIONS)
+        questions = _conversations(model, prepend_bos, QUESTIONS)
     else:
-        asked = _questions(model, prepend_bos)
-    return joined([asked, _conversations(model, prepend_bos, [""])])
+        questions = _questions(model, prepend_bos)
+    empty_turn = _conversations(model, prepend_bos, [""])
+    return joined([questions, empty_turn])
 
 
 def own_openings(model: Any, prepend_bos: bool | None) -> Prompts:
-    """Where the adapted model is let speak: from nothing, and from questions in every form."""
+    """Prompts after which the model shows what it says by itself: nothing, and questions."""
     bos = special_id(model, "bos")
     if bos is not None and reads_with_bos(model, prepend_bos):
         firsts = prepare(model, torch.full((len(FIRST_WORDS), 1), bos))
     else:
         firsts = prepare(model, list(FIRST_WORDS), rule=prepend_bos)
-    said = (*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:])
-    conversations = _conversations(model, prepend_bos, said)
+    # The empty opening is among the empty turns.
+    messages = [*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:]]
+    conversations = _conversations(model, prepend_bos, messages)
     return joined([firsts, conversations, _questions(model, prepend_bos)])
 
 
@@ -132,13 +155,16 @@ def _has_template(model: Any) -> bool:
     return getattr(getattr(model, "tokenizer", None), "chat_template", None) is not None
 
 
-def _conversations(model: Any, prepend_bos: bool | None, said: Sequence[str]) -> Prompts:
+def _conversations(model: Any, prepend_bos: bool | None, messages: Sequence[str]) -> Prompts:
+    """Each message of a user, up to where the assistant's turn begins."""
     if not _has_template(model):
-        texts = [f"User: {text}\nAssistant:" for text in said]
+        texts = [f"User: {message}\nAssistant:" for message in messages]
         return prepare(model, texts, rule=prepend_bos)
-    return prepare(model, [[{"role": "user", "content": text}] for text in said])
+    conversations = [[{"role": "user", "content": message}] for message in messages]
+    return prepare(model, conversations)
 
 
 def _questions(model: Any, prepend_bos: bool | None) -> Prompts:
-    texts = [f"Question: {asked}\nAnswer:" for asked in QUESTIONS]
+    """The everyday questions, without a template."""
+    texts = [f"Question: {question}\nAnswer:" for question in QUESTIONS]
     return prepare(model, texts, rule=prepend_bos)
