@@ -30,7 +30,6 @@ from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
 from lens_lora.core import LoraLens, OfSites, alone, drawing, long_table, site_labels
 from lens_lora.core.model.basis import NormMap
-from lens_lora.core.model.sites import WRITER_KINDS
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
@@ -142,7 +141,7 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
     by_chance = shares[:, len(asked) :].quantile(QUANTILE, 1)
     return Alignment(
         values=shares[:, : len(asked)].to(lens.gate_dtype),
-        sides=tuple("write" if site.kind in WRITER_KINDS else "read" for site in sites),
+        sides=tuple("write" if site.writes_to_stream else "read" for site in sites),
         directions=source.names,
         # Centred directions have one dimension less.
         expected=(d_model - centred) ** -0.5,
@@ -180,7 +179,7 @@ def _shares(
     site = lens.sites[index]
     A = in_float64(lens.maps[index].A).cpu()
     B = in_float64(lens.maps[index].B).cpu()
-    writes = site.kind in WRITER_KINDS
+    writes = site.writes_to_stream
     near = B if writes else A.T
     far = A.T if writes else B
     gamma = _gamma_between(lens, index)
@@ -202,10 +201,7 @@ def _gamma_between(lens: LoraLens, index: int) -> Float[Tensor, " d"] | None:
     """γ of the norm between a site and the residual stream; None where no norm stands there."""
     host = lens.plan.host
     site = lens.sites[index]
-    if site.kind in WRITER_KINDS:
-        norm = host.family.norm_behind(site.kind)
-    else:
-        norm = _norm_read(lens, index)
+    norm = _norm_between(lens, index)
     if norm is None:
         return None
     affine = host.norm_parameters(site.layer, norm)
@@ -215,10 +211,15 @@ def _gamma_between(lens: LoraLens, index: int) -> Float[Tensor, " d"] | None:
     return in_float64(gamma).cpu()
 
 
-def _norm_read(lens: LoraLens, index: int) -> str | None:
-    """The kind of norm that a site reads, unless the site's map holds its γ already."""
+def _norm_between(lens: LoraLens, index: int) -> str | None:
+    """The kind of the norm behind a site that writes to the stream, or before one that reads it.
+
+    None where no norm stands there, or where the site's map holds its γ already.
+    """
     host = lens.plan.host
     site = lens.sites[index]
+    if site.writes_to_stream:
+        return host.family.norm_behind(site.kind)
     has_gamma = lens.maps[index].A_behind_gamma is not None
     if has_gamma or host.is_folded(site.layer, site.kind):
         return None

@@ -33,12 +33,12 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
-from lens_lora.core.model.lens import stream_writers
 from lens_lora.core.model.sites import known_point
 from lens_lora.core.results.base import largest
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
 from lens_lora.hidden.projection import Projection, activation_at
+from lens_lora.hidden.stream_writers import stream_writers
 
 # What to do about a norm between a site and the stream.
 _BY_SHIFT = "Use feature_shift(…, scale={site: 1.0}), which is exact"

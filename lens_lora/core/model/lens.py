@@ -783,24 +783,6 @@ class LoraLens:
 _compared_tokenizers: weakref.WeakKeyDictionary[Any, set[Path]] = weakref.WeakKeyDictionary()
 
 
-def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
-    """The sites whose δz is a part of the residual stream, in its basis.
-
-    Raises:
-        ModelStateError: a norm stands between one of them and the stream.
-    """
-    writers = [i for i, site in enumerate(lens.sites) if site.kind in model_sites.WRITER_KINDS]
-    for site in map(lens.sites.__getitem__, writers):
-        norm = lens.plan.host.family.norm_behind(site.kind)
-        if norm is not None:
-            raise errors.ModelStateError(
-                f"{site.name}: a norm ({norm}) stands between this site and the residual stream, "
-                f"so what it writes is no direction of the stream. {remedy}; or leave such modules "
-                "out, lens.with_adapter(lens.adapter.without(…))."
-            )
-    return writers
-
-
 def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
     """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
     host, parts = lens.plan.host, {}

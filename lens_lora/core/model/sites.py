@@ -70,6 +70,11 @@ class Site:
     adapter: str = ""
     experts: int = 0
 
+    @property
+    def writes_to_stream(self) -> bool:
+        """Whether its output is added to the residual stream, as that of o, down and embeddings."""
+        return self.kind in WRITER_KINDS
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
