@@ -32,7 +32,7 @@ from lens_lora.core import (
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.core.model.basis import NormUpdate
-from lens_lora.core.model.gates import weight_of, write
+from lens_lora.core.model.injections import weight_of, write
 from lens_lora.errors import (
     ModelStateError,
     UnsupportedAdapterError,

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.core import Adapter, LoraLens, Readout
-from lens_lora.core.model.gates import refuse_writers
+from lens_lora.core.model.injections import refuse_writers
 from lens_lora.core.readout.prompts import reads_with_bos
 from lens_lora.errors import SweepError, is_of_the_system, setting, warn
 from lens_lora.sweeps.processes import Processes, only_writer, told

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core import LoraLens, Update
-from lens_lora.core.model.basis import NormUpdate, svd_factors
+from lens_lora.core.model.basis import NormUpdate
+from lens_lora.core.model.gauge import svd_factors
 from lens_lora.formats.arithmetic import orthonormal
 
 

@@ -63,7 +63,7 @@ from lens_lora.core.adapter.factors import output_count
 from lens_lora.core.function.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.memory import require_graphs
-from lens_lora.core.model.basis import svd_factors
+from lens_lora.core.model.gauge import svd_factors
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
 from lens_lora.responses.answers import KL
 

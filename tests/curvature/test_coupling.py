@@ -15,7 +15,7 @@ import lens_lora as ll
 from lens_lora.core.function import memory as batching
 from lens_lora.core.function.derivatives import GateGraph
 from lens_lora.core.function.reverse import site_slopes
-from lens_lora.core.model import gates
+from lens_lora.core.model import injections
 from lens_lora.core.model.sites import group_sites, indicator
 from lens_lora.curvature import second_order as curvature
 from lens_lora.curvature.coupling import Coupling, coupling
@@ -238,13 +238,13 @@ def test_half_of_the_curvature_would_show(lens: ll.LoraLens):
 def test_a_frozen_input_would_show(lens: ll.LoraLens, monkeypatch):
     """Negative control: δ from the base model's z has the same first order and another H."""
     right, first = matrix_of(lens), ll.first_order(lens, padded(), LOG_PROB)
-    true = gates._Writer._z
+    true = injections._Writer._z
 
     def frozen(self, *tensors):
         z = true(self, *tensors)
         return torch.autograd.forward_ad.unpack_dual(z).primal.detach()
 
-    monkeypatch.setattr(gates._Writer, "_z", frozen)
+    monkeypatch.setattr(injections._Writer, "_z", frozen)
     assert error(ll.first_order(lens, padded(), LOG_PROB).values, first.values) < 1e-12
     wrong = matrix_of(lens)
     assert error(wrong.matrix, right.matrix) > 1e-2

@@ -14,7 +14,7 @@
        g(δ_G its own) − g(δ_G replaced),   on the base with G on, or on the adapted model
 
    with the texts run on the base, or on the adapted model (`function/activations.py`). The same for
-   one rank of a site, σ_j u_j v_jᵀx of the SVD of its ΔW (`model/basis.py`).
+   one rank of a site, σ_j u_j v_jᵀx of the SVD of its ΔW (`model/gauge.py`).
 3. An activation h comes from the other model, the donor, which runs once. The recipient runs once
    for each patch, as rows of a batch: at one hook point, or one head of q, k, v or z there, and one
    position, several of them, or all (`function/interventions.py`). In an adapted recipient the

@@ -45,8 +45,10 @@ from lens_lora.core.function.forward import (
 )
 from lens_lora.core.function.memory import ROW_TOKENS, pass_groups, row_groups
 from lens_lora.core.model import LoraLens
-from lens_lora.core.model.basis import ExpertMap, Gauge, NormUpdate
-from lens_lora.core.model.gates import Inject, Injection, ScaleInject, weight_of, write
+from lens_lora.core.model.basis import ExpertMap, NormUpdate
+from lens_lora.core.model.gauge import Gauge
+from lens_lora.core.model.injections import Inject, ScaleInject, weight_of, write
+from lens_lora.core.model.plan import Injection
 from lens_lora.core.readout import Prompts, Reading, which_prompt
 from lens_lora.errors import (
     ArgumentError,

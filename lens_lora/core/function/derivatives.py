@@ -67,7 +67,8 @@ from lens_lora.core.function.duals import (
 )
 from lens_lora.core.function.memory import Run, prompts_of, tangents_at_once
 from lens_lora.core.model import Groups, HookFn, LoraLens
-from lens_lora.core.model.gates import Inject, Plan, ScaleInject
+from lens_lora.core.model.injections import Inject, ScaleInject
+from lens_lora.core.model.plan import Plan
 from lens_lora.core.readout import LogProbs, Prompts, Reading
 from lens_lora.errors import ArgumentError
 

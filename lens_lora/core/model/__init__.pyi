@@ -2,7 +2,6 @@
 
 from . import extensions as extensions
 from .bases import is_same as is_same
-from .basis import Gauge as Gauge
 from .basis import NormUpdate as NormUpdate
 from .basis import Update as Update
 from .bridge import BridgeHost as BridgeHost
@@ -21,18 +20,16 @@ from .check import require_running as require_running
 from .check import require_same_logits as require_same_logits
 from .find_host import host_of as host_of
 from .find_host import register_host as register_host
-from .gates import Inject as Inject
-from .gates import Injection as Injection
-from .gates import Plan as Plan
-from .gates import ScaleInject as ScaleInject
-from .gates import make_plan as make_plan
-from .gates import site_hooks as site_hooks
+from .gauge import Gauge as Gauge
 from .hooked_transformer import HookedTransformerHost as HookedTransformerHost
 from .hooks import HookFn as HookFn
 from .hooks import alone as alone
 from .hooks import attached as attached
 from .host import Host as Host
 from .host import Ports as Ports
+from .injections import Inject as Inject
+from .injections import ScaleInject as ScaleInject
+from .injections import site_hooks as site_hooks
 from .kernels import differentiable_products as differentiable_products
 from .kernels import each_shape as each_shape
 from .kernels import is_experts as is_experts
@@ -56,6 +53,9 @@ from .modules import names_by_path as names_by_path
 from .modules import normalised as normalised
 from .modules import shape_of as shape_of
 from .modules import unwrapped as unwrapped
+from .plan import Injection as Injection
+from .plan import Plan as Plan
+from .plan import make_plan as make_plan
 from .sites import ATTENTION_KINDS as ATTENTION_KINDS
 from .sites import OUTSIDE_KINDS as OUTSIDE_KINDS
 from .sites import Group as Group

@@ -14,44 +14,13 @@ A norm y = γ ⊙ n + β whose parameters were trained adds δ(n) = Δγ ⊙ n +
 u = (n, 1), one coordinate a feature and one for Δβ, where there is one; its matrices A = I and
 B = diag(Δγ) are built only where they are asked for.
 
-**Value biases that TransformerLens folded into b_O.** A folded model's v and z have no bias: b̂_V is
-in b_O. An update of v has a constant part as well, c_v = B_v u with u = s A_v β (+ Δb), and folding
-merged weights would move it to b_O too. So v's own output gets B_v A_v' n only, and attention's
-output gets, at every position,
-
-    ε_v W_O Rep(c_v)  +  ε_o ε_v s_o B_o A_o Rep(c_v)
-
-(o's own update reads z + Rep(c_v)). Then every named activation, z and v included, equals that of
-a model made from the merged weights. Rep repeats each KV head for its group of query heads.
-
-Over positions the constant is split at v, not at o. Attention's rows sum to one, so what it adds at
-position q comes from all positions k of v, and the part of k is, with G = Jᵀu_y at each output,
-
-    Σ_q A_qk ⟨G_q at o, W_O Rep(c_v)⟩  =  ⟨G_k at v, c_v⟩
-
-as in the unprocessed model. Under a hook that edits the pattern or z there is no such split.
-
-**The gauge.** (GA, BG⁻¹) is the same ΔW for every invertible G.
-
-    trained    u = Ax of the file: as training left it, so single ranks mean nothing by themselves
-    svd        u = ΣVᵀx with sBA = UΣVᵀ: unique up to equal singular values
-
-1. sBA is that of one site in the Hugging Face basis, a fused module cut to the site's own rows.
-2. Its SVD comes from the thin factors: B = Q_B R_B and Aᵀ = Q_A R_A, so that only
-   s R_B R_Aᵀ = U'ΣV'ᵀ, of the size of the rank, is decomposed; U = Q_B U', V = Q_A V'.
-3. The entry of U's column of largest magnitude is positive, the first one on ties.
-4. u' = Tu and B' = BM with T = s U'ᵀR_B and M = R_Aᵀ V'Σ⁻¹. They act in rank space, so they hold
-   in the basis of the hooked model too. Directions with σ = 0 are zero in both.
-   σ within the rounding of the factors' product is 0: factors that cancel have no direction.
-
-A change of bias keeps its own last coordinate, and a norm's update is diagonal already.
 No forward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from einops import einsum
@@ -61,10 +30,7 @@ from torch import Tensor
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.adapter.dense import applied, converted, is_reversal
 from lens_lora.core.model.kernels import ID_COLUMNS, expert_of
-from lens_lora.core.model.sites import Heads
 
-Gauge = Literal["svd", "trained"]
-_TIE = 1e-6  # entries of U that differ by less are of one magnitude
 # What a site reads: activations, or an embedding's token ids.
 Input = Float[Tensor, "... in"] | Int[Tensor, "..."]
 
@@ -455,151 +421,3 @@ class NormMap(SiteMap):
             return products[:, :, None]
         is_of_head = torch.eye(heads, dtype=self.dtype, device=self.device)
         return products[:, :, None] * is_of_head.repeat_interleave(self.width // heads, 1)
-
-
-# --- the constant part of an update of v, where value biases are folded
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """c_v in v's rank space: c_v = B u, and Rep B per KV head: [kv, n_heads · d_head, rank]."""
-
-    u: Float[Tensor, " rank"]
-    spread: Float[Tensor, "kv out rank"]
-
-
-def constant_of_v(
-    site: SiteMap, heads: Heads, *, norm_folded: bool, has_bias: bool
-) -> Constant | None:
-    """The part of an update of v that folds as a bias; None where there is none.
-
-    If the norm was folded, it is all of a₀ = A_v β (and Δb). If not, β reaches v through the norm,
-    and only a change of bias (the last entry of a₀) folds.
-    """
-    if site.a0 is None:
-        return None
-    u = site.a0.clone()
-    if not norm_folded:
-        u[: len(u) - 1 if has_bias else len(u)] = 0
-    if not bool(u.any()):
-        return None
-    by_kv = site.B.unflatten(0, (heads.n_kv, -1))
-    reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)
-    spread = reads_kv.to(by_kv)[:, :, None, None] * by_kv[:, None]
-    return Constant(u, spread.flatten(1, 2))
-
-
-def without_constant(site: SiteMap, constant: Constant) -> SiteMap:
-    """δ of v without its constant part."""
-    return dataclasses.replace(site, a0=None if site.a0 is None else site.a0 - constant.u)
-
-
-def through_o(constant: Constant, W_O: Float[Tensor, "d_model out"], heads: Heads) -> SiteMap:
-    """W_O Rep(c_v), in v's rank space."""
-    return _constant_map(W_O.to(constant.spread) @ constant.spread, constant.u, heads)
-
-
-def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[SiteMap, SiteMap]:
-    """s_o B_o A_o Rep(c_v) twice: in v's rank space, and in o's."""
-    of_v = _constant_map(o.B @ (o.A @ constant.spread), constant.u, heads)
-    shift = constant.spread.sum(0) @ constant.u
-    by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T
-    if o.a0_by_head is not None:
-        by_head = torch.nn.functional.pad(by_head, (0, 0, 0, len(o.a0_by_head) - len(by_head)))
-    nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
-    return of_v, SiteMap(nothing, o.B, o.A @ shift, by_head.contiguous())
-
-
-def _constant_map(
-    by_head: Float[Tensor, "kv d_model rank"], u: Float[Tensor, " rank"], heads: Heads
-) -> SiteMap:
-    nothing = u.new_zeros(len(u), heads.n_heads)
-    return SiteMap(nothing, by_head.sum(0), u, B_by_head=by_head)
-
-
-# --- the gauge
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Turn:
-    """From the trained coordinates of a rank space to those of the SVD, in float64.
-
-    Attributes:
-        u: T with u' = Tu.
-        B: M with B' = BM.
-        sigma: the singular values of sBA, the largest first.
-    """
-
-    u: Float[Tensor, "rank rank"]
-    B: Float[Tensor, "rank rank"]
-    sigma: Float[Tensor, " rank"]
-
-
-def svd_turn(update: Update) -> Turn:
-    """The SVD of sBA as a change of coordinates; of experts, that of each."""
-    if update.experts:
-        turns = [svd_turn(each) for each in update.by_expert()]
-        us, Bs, sigmas = zip(*((turn.u, turn.B, turn.sigma) for turn in turns), strict=True)
-        return Turn(torch.block_diag(*us), torch.block_diag(*Bs), torch.cat(sigmas))
-    A = in_float64(update.A)
-    B = in_float64(update.B).to(A.device) * update.scale
-    rank, few = len(A), min(len(A), len(B), A.shape[1])
-    u, back, sigma = A.new_zeros(rank, rank), A.new_zeros(rank, rank), A.new_zeros(rank)
-    if few:
-        (writes, R_B), (_, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-        left, values, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        factors = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
-        rounding = max(len(B), A.shape[1]) * torch.finfo(values.dtype).eps * factors
-        values = torch.where(values > rounding, values, 0.0)
-        signs = _signs(writes @ left)
-        left, right = left * signs, right * signs[:, None]
-        present = (values > 0).to(values)
-        inverse = present / torch.where(values > 0, values, 1.0)
-        u[:few] = present[:, None] * (left.T @ R_B)
-        back[:, :few] = (right @ R_A).T * inverse
-        sigma[:few] = values
-    return Turn(u, back, sigma)
-
-
-def svd_factors(
-    update: Update,
-) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
-    """(ΣVᵀ, U, σ) of sBA = UΣVᵀ, in float64 on the CPU; zero where σ is."""
-    turn = svd_turn(update)
-    reads = turn.u @ update.A.double()
-    writes = update.scale * update.B.double() @ turn.B.to(update.B.device)
-    return reads.cpu(), writes.cpu(), turn.sigma.cpu()
-
-
-def turned(site: SiteMap, turn: Turn) -> SiteMap:
-    """The same δ in the coordinates of the SVD."""
-    u, back = _padded(turn.u, site), _padded(turn.B, site)
-
-    def product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-        if left is None or right is None:
-            return None
-        exact = in_float64(left).to(u.device) @ in_float64(right).to(u.device)
-        return exact.to(site.dtype).to(site.device)
-
-    return dataclasses.replace(
-        site,
-        A=cast(Tensor, product(u, site.A)),
-        B=cast(Tensor, product(site.B, back)),
-        a0=product(site.a0, u.T),
-        a0_by_head=product(site.a0_by_head, u.T),
-        B_by_head=product(site.B_by_head, back),
-        A_behind_gamma=product(turn.u, site.A_behind_gamma),
-    )
-
-
-def _padded(matrix: Float[Tensor, "rank rank"], site: SiteMap) -> Tensor:
-    """The matrix with a one for the coordinate of a change of bias, where the map has it."""
-    extra = torch.eye(site.rank - len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.block_diag(matrix, extra).to(float64_device(site.device))
-
-
-def _signs(U: Float[Tensor, "out few"]) -> Float[Tensor, " few"]:
-    """±1 of each column, so that its entry of largest magnitude is positive; the first on ties."""
-    sizes = U.abs()
-    first = (sizes >= (1 - _TIE) * sizes.amax(0)).to(torch.int8).argmax(0)
-    return torch.where(U.gather(0, first[None])[0] < 0, -1.0, 1.0).to(U)

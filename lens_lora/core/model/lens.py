@@ -34,15 +34,16 @@ from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors
 from lens_lora.core.model import check as checks
 from lens_lora.core.model import extensions, passes
-from lens_lora.core.model import gates as gating
 from lens_lora.core.model import sites as model_sites
 from lens_lora.core.model.bases import names_of
 from lens_lora.core.model.basis import SiteMap, Update
-from lens_lora.core.model.gates import Inject, Plan, Scale, ScaleInject
+from lens_lora.core.model.gates import Scale, gates_of
 from lens_lora.core.model.hooks import HookFn, alone, attached, hold, lock_of
 from lens_lora.core.model.host import Host
+from lens_lora.core.model.injections import Inject, ScaleInject, site_hooks
 from lens_lora.core.model.kernels import differentiable_products
 from lens_lora.core.model.lengths import tables_by_row
+from lens_lora.core.model.plan import Plan, make_plan, require_sum
 from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.core.model.updates import holds_another_base
 from lens_lora.core.readout.positions import Positions
@@ -124,7 +125,7 @@ class LoraLens:
         self.prepend_bos: bool | None = prepend_bos
         self.adapter = adapter
         self._hf_model = hf_model
-        self._plan = gating.make_plan(model, adapter, hf_model)
+        self._plan = make_plan(model, adapter, hf_model)
         if check is not False:
             extensions.require_own_parameters(model, adapter)
         self._eps: float | None = checks.known_eps(model)
@@ -215,7 +216,7 @@ class LoraLens:
         adapter = extensions.named_as_model(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter
-        other._plan = gating.make_plan(self.model, adapter, self._hf_model, self._plan)
+        other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
         if check:
             extensions.require_own_parameters(self.model, adapter)
         if adapter.base_model not in (None, self.adapter.base_model):
@@ -364,7 +365,7 @@ class LoraLens:
             SiteError: a name that matches no site, or a tensor without one gate per site.
             ArgumentError: what is no number, tensor or mapping.
         """
-        return gating.gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
+        return gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
@@ -388,7 +389,7 @@ class LoraLens:
                 "hooks cannot hold its δ; use `with lens.applied():`."
             )
         inject = ScaleInject(self._plan, self.gates(scale), scale)
-        hooks = gating.site_hooks(self._plan, inject, points)
+        hooks = site_hooks(self._plan, inject, points)
         # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
         fires = getattr(self.model.cfg, "use_attn_result", False)
         silent = () if fires else self._plan.points_without_update
@@ -398,7 +399,7 @@ class LoraLens:
         """Also that the blocks of `applied` that are open on this model add up with another."""
         self._plan.check_state()
         plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
-        gating.require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
+        require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
 
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
@@ -522,7 +523,7 @@ class LoraLens:
         span.enter_context(differentiable_products(self._plan.quantised))
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
-        hooks = gating.site_hooks(self._plan, inject, points, before)
+        hooks = site_hooks(self._plan, inject, points, before)
         span.enter_context(attached(self.model, hooks, points))
 
     def prompts(

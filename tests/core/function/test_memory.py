@@ -14,7 +14,7 @@ import lens_lora as ll
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import memory, reverse
 from lens_lora.core.model import bases as processing
-from lens_lora.core.model import gates
+from lens_lora.core.model import injections
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 # Whatever runs backward passes of its own: each way in which blocks are run again.
@@ -256,14 +256,14 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
 @CLASSES
 def test_what_a_block_read_is_let_go_when_the_next_begins(cls: str, monkeypatch):
     """Held, each input would hold the graph of a block that runs again."""
-    readers: list[gates._Reader] = []
-    made = gates._Reader.__init__
+    readers: list[injections._Reader] = []
+    made = injections._Reader.__init__
 
-    def note(self: gates._Reader, *given: object) -> None:
+    def note(self: injections._Reader, *given: object) -> None:
         readers.append(self)
         made(self, *given)
 
-    monkeypatch.setattr(gates._Reader, "__init__", note)
+    monkeypatch.setattr(injections._Reader, "__init__", note)
     lens = cases.case("llama", cls, "raw").lens
     ll.first_order(lens, models.tokens(), MARGIN)
     assert readers and any(reader.kept for reader in readers)

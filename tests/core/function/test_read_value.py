@@ -12,8 +12,8 @@ from every_family import EVERY, lens_of
 
 import lens_lora as ll
 from lens_lora.core.function.forward import read_logits, read_value
-from lens_lora.core.model.gates import ScaleInject
 from lens_lora.core.model.hooks import attached
+from lens_lora.core.model.injections import ScaleInject
 
 pytestmark = pytest.mark.usefixtures("float64")
 READOUTS = [ll.Margin(5, 9), ll.Logit([3, 4]), ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8")]

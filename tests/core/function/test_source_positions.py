@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core.function import reverse
-from lens_lora.core.model.gates import Injection
+from lens_lora.core.model.plan import Injection
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF, DIFFERENCES, SEEN = 1e-9, 1e-7, 1e-2

@@ -12,7 +12,7 @@ import lens_lora as ll
 from lens_lora.core.function import forward as tree
 from lens_lora.core.function import memory as batching
 from lens_lora.core.function.forward import read_value
-from lens_lora.core.model.gates import ScaleInject
+from lens_lora.core.model.injections import ScaleInject
 
 MARGIN = ll.Margin(5, 9)
 # A Bridge of these computes something for each row beside the residual stream.

@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 
 import lens_lora as ll
-from lens_lora.core.model import gates as gates_module
+from lens_lora.core.model import injections
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEP = 1e-5
@@ -168,5 +168,5 @@ def test_a_skipped_gate_shows(mode, cls: str, monkeypatch):
     """The control: skipped by its value alone, a gate of zero has no derivative."""
     lens = cases.case("llama", cls, "raw").lens
     f, zero = model_of(lens), torch.zeros(len(lens.sites), dtype=torch.float64)
-    monkeypatch.setattr(gates_module, "_is_differentiated", lambda gates: gates.requires_grad)
+    monkeypatch.setattr(injections, "_is_differentiated", lambda gates: gates.requires_grad)
     assert not mode(f, zero, torch.ones_like(zero)).any()

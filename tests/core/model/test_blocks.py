@@ -22,9 +22,8 @@ from every_call import CALLS, same
 from interrupts import held
 
 import lens_lora as ll
-from lens_lora.core.model import gates as gates_module
-from lens_lora.core.model import hooks
-from lens_lora.core.model.gates import ScaleInject
+from lens_lora.core.model import hooks, injections
+from lens_lora.core.model.injections import ScaleInject
 
 WITHIN = "within another one, by a hook or a readout of yours.*Make it beforehand"
 
@@ -352,7 +351,7 @@ def test_blocks_of_v_and_o_where_value_biases_are_folded(how: str, cls: str, mon
     mlp = lens.adapter.only("*.mlp.*")
     assert nested_off(lens, v, v.scaled(0.5), how) < 1e-10
     assert nested_off(lens, lens.adapter, mlp, how) < 1e-10
-    monkeypatch.setattr(gates_module._Writer, "_require_own_update_of_o", lambda *_: None)
+    monkeypatch.setattr(injections._Writer, "_require_own_update_of_o", lambda *_: None)
     assert nested_off(lens, v, o, how) > 1e-2
 
 
@@ -376,7 +375,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
             blocks.enter_context(lens.applied(half))
         adapted = lens.model(tokens())
     assert torch.allclose(adapted, lens.logits(tokens()), atol=1e-4)
-    monkeypatch.setattr(gates_module, "require_sum", lambda *_: None)
+    monkeypatch.setattr("lens_lora.core.model.lens.require_sum", lambda *_: None)
     if (cls, family) == ("HookedTransformer", "llama"):  # whose q is read before γ
         assert nested_off(lens, norms, others, "blocks") > 1e-2
 
@@ -388,7 +387,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
 def test_without_the_check_the_adapter_is_applied_twice(cls: str, monkeypatch):
     of = lenses(cls)
     assert expected(cls)  # made without the fault
-    monkeypatch.setattr(gates_module.hooks, "require_own_hooks", lambda laid_by, adapter: None)
+    monkeypatch.setattr(injections.hooks, "require_own_hooks", lambda laid_by, adapter: None)
     with of.own.applied():
         assert {outcome(of, name, "") for name in ("logits", "first_order")} == {"wrong"}
         twice = of.own.logits(tokens())

@@ -17,7 +17,7 @@ import lens_lora as ll
 from lens_lora import families
 from lens_lora.core.function import reverse as contract
 from lens_lora.core.function import reverse as slopes
-from lens_lora.core.model import gates, hooked_host
+from lens_lora.core.model import hooked_host, injections
 from lens_lora.core.model import hooks as attaching
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.core.model.host import Ports
@@ -152,7 +152,7 @@ def test_unarranged_hooks_show(cls: str, monkeypatch):
 def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypatch):
     """δ computed from the base model's z: ∂g/∂ε at 0 is right, g(1) is wrong."""
     case, tokens = cases.case("llama", cls, "raw"), models.tokens()
-    lens, true = case.lens, gates.ScaleInject.__call__
+    lens, true = case.lens, injections.ScaleInject.__call__
     live = ll.first_order(lens, tokens, MARGIN)
     frozen: dict[tuple, torch.Tensor] = {}
     lens.logits(tokens, 0.0)
@@ -165,10 +165,10 @@ def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypa
         return true(self, index, out, frozen[(index, z.shape)])
 
     with monkeypatch.context() as patch:
-        patch.setattr(gates.ScaleInject, "__call__", remember)
+        patch.setattr(injections.ScaleInject, "__call__", remember)
         lens.logits(tokens, 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(gates.ScaleInject, "__call__", use)
+        patch.setattr(injections.ScaleInject, "__call__", use)
         step = 1e-5
         up, down = (lens.logits(tokens, s)[:, -1] for s in (step, -step))
         wrong = lens.logits(tokens)[:, -1]

@@ -9,7 +9,8 @@ import torch
 
 import lens_lora as ll
 from lens_lora.core.adapter.factors import LoRAFactors
-from lens_lora.core.model.basis import Update, svd_turn
+from lens_lora.core.model.basis import Update
+from lens_lora.core.model.gauge import svd_turn
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,7 +16,7 @@ from targets import NORMS
 from trained import base_of, logits, off, trained
 
 import lens_lora as ll
-from lens_lora.core.model import gates, updates
+from lens_lora.core.model import injections, updates, value_constants
 from lens_lora.core.model.basis import NormMap
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.families import Family
@@ -61,7 +61,9 @@ def test_the_norm_is_changed_before_it_is_read(monkeypatch):
     """Also the second place of a norm that attention and MLP share."""
 
     def plant():
-        monkeypatch.setattr(gates, "_norms_first", lambda plan: list(range(len(plan.injections))))
+        monkeypatch.setattr(
+            injections, "_norms_first", lambda plan: list(range(len(plan.injections)))
+        )
 
     seen("gptj", "HookedTransformer", plant, modules_to_save=["ln_1"])
 
@@ -111,7 +113,7 @@ def test_a_bias_of_a_folded_value(cls: str, monkeypatch):
     """bias="all" on v without a LoRA: its constant part is added at o."""
 
     def plant():
-        monkeypatch.setattr(gates.basis, "constant_of_v", lambda *args, **kwargs: None)
+        monkeypatch.setattr(value_constants, "constant_of_v", lambda *args, **kwargs: None)
 
     base = models.hf_model("qwen2")
     model = trained("qwen2", base, targets=["q_proj"], bias="all")
