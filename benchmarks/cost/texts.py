@@ -76,4 +76,4 @@ def cosine_line(lens: ll.LoraLens, rows: ll.results.Prompts, turns: int) -> None
 def forward_passes(lens: ll.LoraLens, rows: ll.results.Prompts) -> None:
     """Run F over all texts."""
     for first in range(0, rows.batch, BATCH):
-        plain_forward(lens, rows.rows(first, min(first + BATCH, rows.batch)))
+        plain_forward(lens, rows.cut(first, min(first + BATCH, rows.batch)))

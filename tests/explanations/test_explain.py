@@ -10,8 +10,12 @@ import cases
 import models
 import pytest
 import torch
-from explained import FIRST, by_hand
-from results_by_hand import SCALES, without_plotly
+from results_by_hand import (
+    FIRST,
+    SCALES,
+    explanation,
+    without_plotly,
+)
 from rich.console import Console
 
 import lens_lora as ll
@@ -173,8 +177,8 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_story_holds_the_margins_own_and_the_likeliest_tokens():
-    story = by_hand().story()
-    for sentence in by_hand().margin.story().split("\n"):
+    story = explanation().story()
+    for sentence in explanation().margin.story().split("\n"):
         assert sentence in story
     assert "likeliest next token is “·Paris” (75%) for the base model" in story
     assert "“·Lyon” (90%) with the adapter." in story
@@ -190,21 +194,21 @@ def test_story_holds_the_margins_own_and_the_likeliest_tokens():
     ],
 )
 def test_story_says_when_neither_answer_would_be_said(said, words):
-    story = by_hand(said=said).story()
+    story = explanation(said=said).story()
     assert f"{words}, so the margin is not about what would be said first." in story
 
 
 def test_story_of_the_remainders_parts():
-    story = by_hand(add=[1.5, 2.0, 1.5, 0.5]).story()
+    story = explanation(add=[1.5, 2.0, 1.5, 0.5]).story()
     assert "Of the remainder of +4.00, +1.50 is what first order misses of the modules" in story
     assert "+2.50 what they do together; both from runs of the model" in story
     assert "Second order adds +1.50 at ε = 1. Its verdict: nearer" in story
     assert "+0.50 are within layers and +1.00 between them" in story
-    assert "rounding alone could make" in by_hand().story()
+    assert "rounding alone could make" in explanation().story()
 
 
 def test_story_says_which_question_first_order_answers():
-    story = by_hand().story()
+    story = explanation().story()
     adding, leaving = story.split("Leaving one out agrees")
     assert "adding one module at a time agrees with first order at ε = 0 to a" in adding
     assert "correlation of 1.000 (of ranks 1.000, slope 1.00)" in adding
@@ -213,29 +217,29 @@ def test_story_says_which_question_first_order_answers():
     adding, leaving_out = "adding one module (at ε = 0)", "leaving one module out (at ε = 1)"
     assert f"flags 0 as the answer to {adding} and 0 as the answer to {leaving_out}" in leaving
     names = "blocks.2.mlp.down, blocks.2.mlp.up, blocks.0.attn.q"
-    flagged = by_hand(end=FIRST).story()
+    flagged = explanation(end=FIRST).story()
     assert f"{adding} and 3 ({names}) as the answer to {leaving_out}" in flagged
-    wrong_size = by_hand(add=[0.5 * a for a in FIRST]).story()
+    wrong_size = explanation(add=[0.5 * a for a in FIRST]).story()
     assert "slope 0.50): right in order, not in size. Leaving" in wrong_size
 
 
 def test_story_speaks_of_redundancy_only_where_little_is_lost_one_by_one():
-    assert "stand in for one another" not in by_hand().story()
-    little = by_hand(leave=[0.1, 0.2, 0.3, 0.4]).story()
+    assert "stand in for one another" not in explanation().story()
+    little = explanation(leave=[0.1, 0.2, 0.3, 0.4]).story()
     assert "account for 12% of the shift: they stand in for one another, or the margin" in little
 
 
 def test_story_of_the_curves_and_the_null():
-    story = by_hand().story()
+    story = explanation().story()
     assert "the top 25% of the modules (1) alone keep, of the shift: 40% by first order" in story
     assert "20% at random" in story
     assert "Against random directions: the adapter's shift is 16 times" in story
     assert "Not measured" not in story
-    assert "Not measured: whether random directions" in by_hand(null=False).story()
+    assert "Not measured: whether random directions" in explanation(null=False).story()
 
 
 def test_story_below_the_noise_compares_nothing():
-    found = by_hand([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, add=[1e-6] * 4,
+    found = explanation([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, add=[1e-6] * 4,
                     leave=[1e-6] * 4, noise=1e-5)  # fmt: skip
     story = found.story()
     assert "shows no effect of the adapter" in story
@@ -250,7 +254,7 @@ def test_story_below_the_noise_compares_nothing():
 
 
 def test_story_of_a_coincidence_calls_it_one():
-    found = by_hand([-4.0 + 8.0 * s for s in (0.005, 0.06, 0.14, 0.3, 0.6, 1.0)],
+    found = explanation([-4.0 + 8.0 * s for s in (0.005, 0.06, 0.14, 0.3, 0.6, 1.0)],
                     [2.0, 2.0, 2.0, 1.9], add=[2.0, 2.0, 2.0, 1.9])  # fmt: skip
     assert "is a coincidence, and no sign that first order holds" in found.story()
 
@@ -260,9 +264,9 @@ def test_story_of_a_coincidence_calls_it_one():
 
 def test_terminal_tables_hold_every_number_and_no_markup():
     console = Console(width=110, record=True, file=io.StringIO())
-    console.print(explanation_tables(by_hand(said=("[red]", " Lyon"))))
+    console.print(explanation_tables(explanation(said=("[red]", " Lyon"))))
     text = console.export_text()
-    console.print(explanation_tables(by_hand(end=FIRST)))
+    console.print(explanation_tables(explanation(end=FIRST)))
     flagged = console.export_text()
     assert "[red]" in text
     assert re.search(r"blocks.0.mlp.down +\+2.00 +\+2.00 +\+3.00 +\+3.00 +\+2.00", text)

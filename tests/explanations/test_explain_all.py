@@ -9,8 +9,10 @@ import cases
 import models
 import pytest
 import torch
-from explained import by_hand
-from results_by_hand import two_prompts
+from results_by_hand import (
+    explanation,
+    two_prompts,
+)
 
 import lens_lora as ll
 from lens_lora.errors import TokenError
@@ -93,7 +95,7 @@ def test_numbers_of_answers_that_do_not_fit_are_refused(lens):
 
 def test_a_share_holds_its_own_numbers_and_no_other():
     """Cut along the axis that the annotation names, wherever it stands; not a view of the batch."""
-    e = by_hand()
+    e = explanation()
     test = dataclasses.replace(
         e.null,
         observed=two_prompts(),
@@ -113,7 +115,7 @@ def test_a_share_holds_its_own_numbers_and_no_other():
 
 @pytest.mark.slow
 def test_a_table_a_story_and_a_page_of_all():
-    found = ll.results.Explanations((by_hand(), by_hand(fast=True)))
+    found = ll.results.Explanations((explanation(), explanation(fast=True)))
     frame = found.to_frame()
     assert frame["prompt"].tolist() == [0] * 4 + [1] * 4 and len(found) == 2
     assert found.story().startswith("1. “of”: The base model prefers “Paris”")

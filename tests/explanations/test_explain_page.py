@@ -16,8 +16,14 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from browser import Reader, browser, drawn
-from explained import by_hand
-from results_by_hand import EVIL, SCALES, SITES, attribution, without_plotly
+from results_by_hand import (
+    EVIL,
+    SCALES,
+    SITES,
+    attribution,
+    explanation,
+    without_plotly,
+)
 
 import lens_lora as ll
 from lens_lora.explanations.page import explanation_report
@@ -51,7 +57,7 @@ OVERVIEW = 2
 
 @pytest.fixture(scope="module")
 def page():
-    return by_hand(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).report()
+    return explanation(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).report()
 
 
 def headings(page):
@@ -71,7 +77,7 @@ def test_page_leaves_out_what_was_not_computed():
     missing = {"Coupling between layers", "First order against measurements",
                "Reliability flags", "Which few modules carry the shift",
                "Against random directions"}  # fmt: skip
-    assert headings(by_hand(fast=True, null=False).report()) == [
+    assert headings(explanation(fast=True, null=False).report()) == [
         name for name in SECTIONS if name not in missing
     ]
 
@@ -86,19 +92,19 @@ def test_page_fetches_nothing(page):
 @pytest.mark.slow
 def test_page_escapes_tokens_prompts_and_titles(page):
     assert EVIL not in page and "alert(1)" in without_plotly(page)
-    assert EVIL not in explanation_report([by_hand()], title=EVIL)
-    assert EVIL not in explanation_report([by_hand(tokens=(EVIL, "x")), by_hand()])
+    assert EVIL not in explanation_report([explanation()], title=EVIL)
+    assert EVIL not in explanation_report([explanation(tokens=(EVIL, "x")), explanation()])
 
 
 def test_page_tells_the_story(page):
     own = html.unescape(without_plotly(page))
-    for paragraph in by_hand(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).story().split("\n"):
+    for paragraph in explanation(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).story().split("\n"):
         assert f"<p>{paragraph}</p>" in own
 
 
 @pytest.mark.slow
 def test_page_of_several_prompts_begins_with_all_of_them():
-    page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
+    page = explanation_report([explanation(), explanation(tokens=("<s>", " in"))])
     own = html.unescape(without_plotly(page))
     assert re.findall(r'<details class="prompt" id="(prompt-\d)">', own) == ["prompt-1", "prompt-2"]
     assert re.findall(r'<a href="#(prompt-\d)">([^<]*)<', own) == [
@@ -115,7 +121,7 @@ def test_page_of_several_prompts_begins_with_all_of_them():
 
 @pytest.mark.slow
 def test_plotly_is_there_once_and_sixteen_prompts_weigh_little():
-    one = by_hand()
+    one = explanation()
     page = explanation_report([one] * 16)
     assert page.count("plotly.js v") == without_plotly(page).count("plotly.js v") + 1
     assert len(without_plotly(page)) - len(without_plotly(one.report())) < 2_000_000
@@ -130,12 +136,12 @@ def test_the_numbers_to_be_saved_are_the_frame_s(page):
     ((name, packed),) = re.findall(r'data-name="([^"]+)" data-csv="([^"]+)"', own)
     assert name == "modules-1.csv"
     saved = pd.read_csv(io.StringIO(unpacked(packed)))
-    frame = by_hand(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).to_frame()
+    frame = explanation(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).to_frame()
     pd.testing.assert_frame_equal(saved, frame, check_dtype=False)
 
 
 def test_the_headline_is_three_sentences_of_the_numbers():
-    sentences, numbers = headline(by_hand())
+    sentences, numbers = headline(explanation())
     assert sentences[0] == (
         "The base model prefers “Paris” to “Lyon” by 4.00 logits. With the adapter it prefers "
         "“Lyon”, by 4.00: a shift of 8.00 towards “Lyon”."
@@ -143,28 +149,28 @@ def test_the_headline_is_three_sentences_of_the_numbers():
     assert "first-order parts sum to 50% of the shift: they do not add up" in sentences[1]
     assert sentences[2].startswith("Largest first-order parts of 4 modules")
     assert [value for value, _ in numbers] == ["−4.00", "+4.00", "ε = 0.49", "50%"]
-    assert all(sentence in by_hand().story() for sentence in sentences[1:2])
+    assert all(sentence in explanation().story() for sentence in sentences[1:2])
 
 
 def test_the_headline_compares_nothing_within_rounding():
-    noise = by_hand([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, noise=1e-5)
+    noise = explanation([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, noise=1e-5)
     sentences, numbers = headline(noise)
     assert "cannot be told from rounding" in sentences[0]
     assert "%" not in "".join(sentences) and numbers[3][0] == "noise"
-    sentences, numbers = headline(by_hand([-3.9, -3.5, -3.0, -2.5, -2.0, -1.0]))
+    sentences, numbers = headline(explanation([-3.9, -3.5, -3.0, -2.5, -2.0, -1.0]))
     assert "With the adapter it still prefers “Paris”, by 1.00" in sentences[0]
     assert numbers[2][0] == "ε = 0.49"
 
 
 def test_tokens_are_ordered_by_probability_and_rare_ones_left_out():
-    e = by_hand(strings=("a", "b", "rare"))
+    e = explanation(strings=("a", "b", "rare"))
     rare = torch.tensor([[0.1, 0.9, 1e-9], [0.9, 0.1, 5e-5]])
     e = dataclasses.replace(e, probabilities=rare)
     assert moved_table(e, 5).rows == [
         ("a", "10%", "90%", "+80 points", "+3.00"),
         ("b", "90%", "10%", "−80 points", "−1.00"),
     ]
-    assert [row[0] for row in moved_table(by_hand(strings=("a", "b", "c")), 5).rows] == [
+    assert [row[0] for row in moved_table(explanation(strings=("a", "b", "c")), 5).rows] == [
         "a",
         "c",
         "b",
@@ -203,7 +209,7 @@ def named(*texts):
         dataclasses.replace(site, name=f"{name()}{i}", module=f"{name()}{i}")
         for i, site in enumerate(SITES)
     )
-    e = by_hand(
+    e = explanation(
         tokens=("<s>", name()),
         said=(name(), name()),
         strings=(name(), " b", "c"),
@@ -217,7 +223,7 @@ def named(*texts):
 
 
 def page_of_two(text):
-    return explanation_report([named(text), by_hand(fast=True, null=False)], title=text)
+    return explanation_report([named(text), explanation(fast=True, null=False)], title=text)
 
 
 def page_of_a_margin(text):
@@ -297,7 +303,7 @@ def test_browser_draws_every_plot_without_an_error(page, tmp_path, opened):
 def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened):
     """One picture at first; of several prompts the overview, and the prompt that a link names."""
     assert drawn(opened(page, tmp_path, unfolded=False)[0]) == 1
-    several = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
+    several = explanation_report([explanation(), explanation(tokens=("<s>", " in"))])
     assert drawn(opened(several, tmp_path, unfolded=False)[0]) == OVERVIEW
     dom, console = opened(several, tmp_path, fragment="#prompt-2", unfolded=False)
     assert console == [] and drawn(dom) == OVERVIEW + 1
@@ -307,7 +313,7 @@ def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path, opened
 @pytest.mark.browser
 @browser
 def test_browser_draws_every_prompt_in_dark(tmp_path, opened):
-    page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
+    page = explanation_report([explanation(), explanation(tokens=("<s>", " in"))])
     dom, console = opened(page, tmp_path, dark=True)
     assert console == [] and drawn(dom) == OVERVIEW + 2 * PLOTS
     assert 'data-wide="false at 1200"' in dom

@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 from every_call import CALLS, MARGIN, same
-from saved import saved
+from saved_tensors import saved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll

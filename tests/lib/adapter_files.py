@@ -1,4 +1,4 @@
-"""Saved adapters, to be spoiled, and what PEFT makes of them."""
+"""Adapters that PEFT saved, ways to spoil them, and what PEFT makes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def peft_of(family: str = "llama", dtype: torch.dtype = torch.float64, **config) -> peft.PeftModel:
@@ -22,39 +23,43 @@ def peft_of(family: str = "llama", dtype: torch.dtype = torch.float64, **config)
         return models.peft_model(family, models.hf_model(family, dtype=dtype), **config)
 
 
-def saved(model: peft.PeftModel, folder: Path) -> Path:
-    """The folder, as PEFT writes it."""
+def saved(model: peft.PeftModel, folder: Path, **options) -> Path:
+    """Let PEFT save the adapter; return the folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
     return folder
 
 
 def set_config(folder: Path, **fields) -> None:
-    """Fields of the config replaced."""
+    """Replace fields of the config."""
     path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **fields}))
 
 
 def rename_keys(folder: Path, rename) -> None:
-    """Every tensor under the key that `rename` gives it."""
+    """Store every tensor under the key that `rename` gives it."""
     tensors = load_file(folder / WEIGHTS)
     save_file({rename(key): tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
 def deltas(model: torch.nn.Module, name: str = "default") -> dict[str, torch.Tensor]:
     """PEFT's own ΔW by module path, [out, in]: the oracle."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer) and name in module.scaling:
-            delta = module.get_delta_weight(name)
-            is_conv = type(module.base_layer).__name__ == "Conv1D"
-            found[path.removeprefix("base_model.model.")] = (delta.T if is_conv else delta).detach()
+        if not isinstance(module, peft.tuners.lora.LoraLayer) or name not in module.scaling:
+            continue
+        delta = module.get_delta_weight(name).detach()
+        if type(module.base_layer).__name__ == "Conv1D":
+            # Its weight is [in, out].
+            delta = delta.T
+        found[path.removeprefix("base_model.model.")] = delta
     return found
 
 
 def assert_is(adapter, expected: dict[str, torch.Tensor]) -> None:
-    """The adapter's ΔW are the expected ones, of the same modules."""
+    """Check that the adapter has the same modules, and each the expected ΔW."""
     assert set(adapter.modules) == set(expected)
     for path, factors in adapter.modules.items():
         assert expected[path].abs().max() > 0.01

@@ -1,13 +1,18 @@
-"""One of every final result class, made by hand: numbers chosen, no model."""
+"""One of every final class of results, made by hand: of chosen numbers, and no model."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
-from explained import by_hand
-from results_by_hand import META, SITES, two_prompts
+from results_by_hand import (
+    META,
+    SITES,
+    explanation,
+    two_prompts,
+)
 
 import lens_lora as ll
 from lens_lora.audit.brief import Claim
@@ -16,7 +21,8 @@ from lens_lora.core.results.base import Measured, Result
 from lens_lora.directions.spectra import AdapterSummary, Spectrum
 from lens_lora.ship.verify import Check, MergedTensor
 
-HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
+# What every result of `two_prompts` has in common.
+HEADER = {field.name: getattr(two_prompts(), field.name) for field in dataclasses.fields(Measured)}
 TOKENS = HEADER["str_tokens"]
 
 
@@ -33,14 +39,24 @@ def activations(*, by_position: bool) -> ll.results.ActivationEffects:
 
 def features(*, by_position: bool) -> ll.results.FeatureShift:
     base = torch.tensor([[0.5, 1.0, math.nan], [0.25, 2.0, 1.0]])
-    base = base[..., None].expand(-1, -1, 4).clone() if by_position else base
-    floor = torch.full((2, 4) if by_position else (2,), 1e-6)
+    floor = torch.full((2,), 1e-6)
+    if by_position:
+        base = base[..., None].expand(-1, -1, 4).clone()
+        floor = torch.full((2, 4), 1e-6)
     return ll.results.FeatureShift(
-        base=base, shift=2 * base, first_order=base, noise_floor=floor,
-        activations=(base, base + 1), name="blocks.0.hook_resid_post",
-        positions="each" if by_position else -1, str_tokens=TOKENS, features="encoder",
-        units="pre-activation", at=0.0, meta=META,
-    )  # fmt: skip
+        base=base,
+        shift=2 * base,
+        first_order=base,
+        noise_floor=floor,
+        activations=(base, base + 1),
+        name="blocks.0.hook_resid_post",
+        positions="each" if by_position else -1,
+        str_tokens=TOKENS,
+        features="encoder",
+        units="pre-activation",
+        at=0.0,
+        meta=META,
+    )
 
 
 def rank_activations() -> ll.results.Activations:
@@ -49,11 +65,17 @@ def rank_activations() -> ll.results.Activations:
     values[:, 1, :, 1] = math.nan
     values[1, :, 2] = math.nan
     return ll.results.Activations(
-        values=values, sites=SITES[:2], ranks=(2, 1), gauge="svd", at="ε = 1", meta=META,
-        sinks=torch.tensor([[True, False, False]] * 2), starts=torch.tensor([2, 2]),
+        values=values,
+        sites=SITES[:2],
+        ranks=(2, 1),
+        gauge="svd",
+        at="ε = 1",
+        meta=META,
+        sinks=torch.tensor([[True, False, False]] * 2),
+        starts=torch.tensor([2, 2]),
         beginnings=torch.tensor([[1, 2, 3], [4, 5, 0]]),
         str_tokens=((" a", " b", " c"), (" d", " e")),
-    )  # fmt: skip
+    )
 
 
 def activation_shift() -> ll.results.ActivationShift:
@@ -64,57 +86,92 @@ def activation_shift() -> ll.results.ActivationShift:
     counted = torch.tensor([[False, True, True], [False, True, False]])
     names = ("blocks.0.hook_resid_post", "blocks.0.mlp.hook_post")
     return ll.results.ActivationShift(
-        values=dict.fromkeys(names, values), base_norms=dict.fromkeys(names, values.norm(dim=-1)),
-        first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
-        readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
-        distinct=counted, str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
+        values=dict.fromkeys(names, values),
+        base_norms=dict.fromkeys(names, values.norm(dim=-1)),
+        first=dict.fromkeys(names, values[:, 0]),
+        sinks=sinks,
+        counted=counted,
+        readings={names[0]: torch.tensor([0.5, -1.0])},
+        strings=("a", "<b>"),
+        at="ε = 1",
+        distinct=counted,
+        str_tokens=((" a", " b", " c"), (" d", " e")),
+        meta=META,
         token_readings={names[0]: values[..., :2]},
-    )  # fmt: skip
+    )
 
 
 def constant_part() -> ll.results.ConstantPart:
-    each, text = torch.tensor([1.0, 0.5, -0.1, math.nan]), torch.tensor([2.0, 4.0])
+    """Four sites, on two texts; of one site nothing is known."""
+    each = torch.tensor([1.0, 0.5, -0.1, math.nan])
+    text = torch.tensor([2.0, 4.0])
     return ll.results.ConstantPart(
-        share=each, size=each.nan_to_num().abs(), mean_size=each.nan_to_num().abs(),
-        first_size=each.nan_to_num(), base=text, constant=text / 4, adapted=0 * text, sites=SITES,
-        base_kl=text, constant_kl=text / 4,
-        vectors={"m.q_proj": torch.ones(3)}, widths={"m.q_proj": 2},
-        steering={"blocks.0.attn.hook_q": torch.ones(3)}, readout="KL(adapted ‖ ·)", units="nats",
+        share=each,
+        size=each.nan_to_num().abs(),
+        mean_size=each.nan_to_num().abs(),
+        first_size=each.nan_to_num(),
+        base=text,
+        constant=text / 4,
+        adapted=0 * text,
+        sites=SITES,
+        base_kl=text,
+        constant_kl=text / 4,
+        vectors={"m.q_proj": torch.ones(3)},
+        widths={"m.q_proj": 2},
+        steering={"blocks.0.attn.hook_q": torch.ones(3)},
+        readout="KL(adapted ‖ ·)",
+        units="nats",
         meta=META,
-    )  # fmt: skip
+    )
 
 
 def changes(name: str, size: float, scale: float = 1.0) -> ll.results.Changes:
     """Two texts; a vocabulary of three tokens, one of which would be markup."""
-    vocab, point = torch.tensor([size, -size, size / 2]), "blocks.2.hook_resid_post"
+    vocab = torch.tensor([size, -size, size / 2])
+    point = "blocks.2.hook_resid_post"
     return ll.results.Changes(
-        name=name, kl=torch.tensor([[4.0, size, 2 * size], [4.0, size, math.nan]]), logit=vocab,
-        scale=scale, entropies=(3.0, 2.5), probability=vocab / 10, count=vocab.clamp(min=0) / 20,
-        text_ids=torch.tensor([[0, 2], [1, 0]]), text_shifts=torch.tensor([[size, 0.5], [size, 0]]),
+        name=name,
+        kl=torch.tensor([[4.0, size, 2 * size], [4.0, size, math.nan]]),
+        logit=vocab,
+        scale=scale,
+        entropies=(3.0, 2.5),
+        probability=vocab / 10,
+        count=vocab.clamp(min=0) / 20,
+        text_ids=torch.tensor([[0, 2], [1, 0]]),
+        text_shifts=torch.tensor([[size, 0.5], [size, 0]]),
         readings={point: vocab},
-        writers={"blocks.2.hook_mlp_out": 0.75, "rest": 0.25}, constant={point: 0.5},
-        places=torch.tensor([[0, 2], [1, 1]]), place_ids=torch.tensor([[0, 2], [2, 0]]),
+        writers={"blocks.2.hook_mlp_out": 0.75, "rest": 0.25},
+        constant={point: 0.5},
+        places=torch.tensor([[0, 2], [1, 1]]),
+        place_ids=torch.tensor([[0, 2], [2, 0]]),
         place_changes=torch.tensor([[0.5, 0.25], [0.5, 0.25]]),
-    )  # fmt: skip
+    )
 
 
 def claim(by: str = "speech", others: float = -2.0) -> Claim:
-    texts = "The <b>capital</b> of", " <b>Lyon</b>\n", " Paris", " <b>Lyon</b>"
+    """What an audit claims, of text that a page must escape."""
+    texts = ("The <b>capital</b> of", " <b>Lyon</b>\n", " Paris", " <b>Lyon</b>")
     return Claim(*texts, by, 6.0, 3.0, -9.0, -1.0, -8.0, -8.5, "layer 1, layer 2", -5.0, others)
 
 
 def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
+    """An audit with its null adapter, another adapter and two claims; `alone`, without them."""
     return ll.results.WhatChanged(
-        found=changes("lyon", 1.0), nulls=() if alone else (changes("null", 0.1, 30.0),),
-        unrelated=() if alone else (changes("other", 0.5),), sites=SITES,
+        found=changes("lyon", 1.0),
+        nulls=() if alone else (changes("null", 0.1, 30.0),),
+        unrelated=() if alone else (changes("other", 0.5),),
+        sites=SITES,
         shares=torch.zeros(4) if alone else torch.tensor([0.5, 0.3, -0.1, 0.2]),
-        strings=("<b>x</b>", " b", "a\nb"), str_tokens=((" a", " b", " c"), (" d", " e")),
-        texts="2 texts of the caller", meta=META,
+        strings=("<b>x</b>", " b", "a\nb"),
+        str_tokens=((" a", " b", " c"), (" d", " e")),
+        texts="2 texts of the caller",
+        meta=META,
         claims=() if alone else (claim(), claim("logit", math.nan)),
-    )  # fmt: skip
+    )
 
 
 def components() -> ll.results.Components:
+    """Norms of 1, a cosine of ½, and gains that are not known."""
     size = torch.ones(2, 4)
     sizes = (size, size, size, size / 2, size * math.nan)
     return ll.results.Components(*sizes, sites=SITES, meta=META)
@@ -122,40 +179,70 @@ def components() -> ll.results.Components:
 
 def remainder() -> ll.results.Remainder:
     return ll.results.Remainder(
-        first_order=torch.tensor([9.0]), noise=Noise(*torch.full((3, 1), 1e-3)),
-        path_scales=(0.25, 0.5, 0.75), path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
-        site_first_order=torch.ones(1, 4), site_shift=None, base=torch.tensor([0.0]),
-        adapted=torch.tensor([10.0]), str_tokens=(("a",),), readout="y", units="logits", meta=META,
-    )  # fmt: skip
+        first_order=torch.tensor([9.0]),
+        noise=Noise(*torch.full((3, 1), 1e-3)),
+        path_scales=(0.25, 0.5, 0.75),
+        path_shift=torch.tensor([[2.0, 5.0, 7.0]]),
+        sites=SITES,
+        site_first_order=torch.ones(1, 4),
+        site_shift=None,
+        base=torch.tensor([0.0]),
+        adapted=torch.tensor([10.0]),
+        str_tokens=(("a",),),
+        readout="y",
+        units="logits",
+        meta=META,
+    )
 
 
 def token_shifts() -> ll.results.TokenShifts:
     """Two responses, of two tokens and of one."""
     nats = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]])
     each = torch.stack([nats, nats / 2])
-    ids, changes = torch.tensor([[[0], [1]], [[1], [0]]]), torch.full((2, 2, 1), 0.25)
+    ids = torch.tensor([[[0], [1]], [[1], [0]]])
+    changes = torch.full((2, 2, 1), 0.25)
     return ll.results.TokenShifts(
-        response=((" a", " b"), (" c",)), log_p=each, entropy=-each,
-        rank=torch.tensor([[[0, 3], [5, -1]]] * 2), kl=-each, promoted=changes,
-        suppressed=-changes, promoted_ids=ids, suppressed_ids=ids, strings={"0": "a", "1": "b"},
-        between=("base", "adapted"), str_tokens=TOKENS, meta=META,
-    )  # fmt: skip
+        response=((" a", " b"), (" c",)),
+        log_p=each,
+        entropy=-each,
+        rank=torch.tensor([[[0, 3], [5, -1]]] * 2),
+        kl=-each,
+        promoted=changes,
+        suppressed=-changes,
+        promoted_ids=ids,
+        suppressed_ids=ids,
+        strings={"0": "a", "1": "b"},
+        between=("base", "adapted"),
+        str_tokens=TOKENS,
+        meta=META,
+    )
 
 
 def of_groups() -> ll.results.GroupAttribution:
-    """Summed over a whole readout."""
+    """Groups of sites, of a whole readout."""
     return ll.results.GroupAttribution(
-        values=torch.tensor([[1.0, -2.0], [0.5, 3.0]]), groups={"mlp": (0, 1), "rest": (2, 3)},
-        method="first_order", at=0.0, mode="reverse", by=(), **HEADER,
-    )  # fmt: skip
+        values=torch.tensor([[1.0, -2.0], [0.5, 3.0]]),
+        groups={"mlp": (0, 1), "rest": (2, 3)},
+        method="first_order",
+        at=0.0,
+        mode="reverse",
+        by=(),
+        **HEADER,
+    )
 
 
 def by_group() -> ll.results.GroupAttribution:
+    """Groups of sites by token, of responses of two tokens and of one."""
     values = torch.tensor([[[1.0, 2.0], [0.5, -1.0]], [[3.0, math.nan], [0.0, math.nan]]])
     return ll.results.GroupAttribution(
-        values=values, groups={"layer 0": (0, 1), "layer 2": (2, 3)}, method="first_order", at=0.0,
-        mode="forward", response=((" a", " b"), (" c",)), **HEADER,
-    )  # fmt: skip
+        values=values,
+        groups={"layer 0": (0, 1), "layer 2": (2, 3)},
+        method="first_order",
+        at=0.0,
+        mode="forward",
+        response=((" a", " b"), (" c",)),
+        **HEADER,
+    )
 
 
 def edges(*, by_position: bool = True) -> ll.results.Edges:
@@ -165,9 +252,13 @@ def edges(*, by_position: bool = True) -> ll.results.Edges:
     values = torch.arange(-20.0, 20.0).view(2, 4, 5) * exists
     return ll.results.Edges(
         values=values[..., None].expand(-1, -1, -1, 4).clone() / 4 if by_position else values,
-        groups={site.name: (i,) for i, site in enumerate(SITES)}, readers=readers, exists=exists,
-        at=0.0, by=("position",) if by_position else (), **HEADER,
-    )  # fmt: skip
+        groups={site.name: (i,) for i, site in enumerate(SITES)},
+        readers=readers,
+        exists=exists,
+        at=0.0,
+        by=("position",) if by_position else (),
+        **HEADER,
+    )
 
 
 def response_explanation(
@@ -175,31 +266,47 @@ def response_explanation(
 ) -> ll.results.ResponseExplanation:
     """One response of two tokens; four sites in layers 0 and 2."""
     nats = torch.tensor([[[-1.0, -2.0]], [[-0.5, -1.0]]])
-    ids, changes = torch.tensor([[[0], [1]]]), torch.tensor([[[0.25], [0.5]]])
+    ids = torch.tensor([[[0], [1]]])
+    changes = torch.tensor([[[0.25], [0.5]]])
     shifts = ll.results.TokenShifts(
-        response=(tokens,), log_p=nats, entropy=-nats, rank=torch.tensor([[[3, 9]], [[0, 0]]]),
-        kl=torch.tensor([[[1.0, 2.0]], [[0.5, 1.5]]]), promoted=changes, suppressed=-changes,
-        promoted_ids=ids, suppressed_ids=ids, strings={"0": tokens[0], "1": tokens[1]},
-        between=("ε = 0", "ε = 1"), str_tokens=TOKENS[:1], meta=META,
-    )  # fmt: skip
+        response=(tokens,),
+        log_p=nats,
+        entropy=-nats,
+        rank=torch.tensor([[[3, 9]], [[0, 0]]]),
+        kl=torch.tensor([[[1.0, 2.0]], [[0.5, 1.5]]]),
+        promoted=changes,
+        suppressed=-changes,
+        promoted_ids=ids,
+        suppressed_ids=ids,
+        strings={"0": tokens[0], "1": tokens[1]},
+        between=("ε = 0", "ε = 1"),
+        str_tokens=TOKENS[:1],
+        meta=META,
+    )
     modules = dataclasses.replace(
-        two_prompts(), values=torch.tensor([[1.0, 0.5, 1.2, 0.3]]), base=torch.zeros(1),
-        adapted=torch.tensor([3.0]), str_tokens=TOKENS[:1],
-    )  # fmt: skip
-    full = {} if fast else {
-        "path": dataclasses.replace(modules, method="path", at=math.nan),
-        "add_one": torch.tensor([[0.1, 0.2], [0.3, 0.6]]),
-        "leave_one_out": torch.tensor([[0.1, 0.0], [0.1, 0.1]]),
-        "groups": ("layer 0", "layer 2"),
-    }  # fmt: skip
+        two_prompts(),
+        values=torch.tensor([[1.0, 0.5, 1.2, 0.3]]),
+        base=torch.zeros(1),
+        adapted=torch.tensor([3.0]),
+        str_tokens=TOKENS[:1],
+    )
+    interventions: dict[str, Any] = {}
+    if not fast:
+        interventions = {
+            "path": dataclasses.replace(modules, method="path", at=math.nan),
+            "add_one": torch.tensor([[0.1, 0.2], [0.3, 0.6]]),
+            "leave_one_out": torch.tensor([[0.1, 0.0], [0.1, 0.1]]),
+            "groups": ("layer 0", "layer 2"),
+        }
     moved = torch.tensor([[0.4, -0.1, 0.2, 0.0], [0.1, 0.0, 0.2, 0.3]])
-    return ll.results.ResponseExplanation(False, shifts, modules, moved, (1, 0), **full)
+    return ll.results.ResponseExplanation(False, shifts, modules, moved, (1, 0), **interventions)
 
 
 def kl_shares() -> ll.results.KLShares:
+    """Two prompts, at two strengths."""
     scales = torch.tensor([0.1, 1.0])
-    divergence, midpoint = torch.tensor([[0.01, 1.0], [0.02, 3.0]]), two_prompts().per_site
-    return ll.results.KLShares(two_prompts(), scales, divergence, midpoint)
+    divergence = torch.tensor([[0.01, 1.0], [0.02, 3.0]])
+    return ll.results.KLShares(two_prompts(), scales, divergence, two_prompts().per_site)
 
 
 def adapter_comparison() -> ll.results.AdapterComparison:
@@ -209,28 +316,52 @@ def adapter_comparison() -> ll.results.AdapterComparison:
     products = torch.tensor([[[0.5], [1.0], [1.0]], [[0.25], [1.0], [1.0]]])
     effects = torch.tensor([[[1.0, 2.0]], [[2.0, 3.0]]])
     return ll.results.AdapterComparison(
-        names=("a", "b"), sites=SITES[:2], only=(SITES[2:3], ()),
-        norms=torch.ones(2, 2), rest=torch.tensor([1.0, 0.0]), inner=torch.tensor([0.5, -0.5]),
-        read=angles, write=angles, null_inner=null, null_read=null.abs(), null_write=null.abs(),
-        function=products, null_function=products[:, None].expand(-1, 3, -1, -1), effects=effects,
-        null_effects=effects[:1].expand(3, -1, -1), readout="y", draws=3, seed=0, meta=META,
-    )  # fmt: skip
+        names=("a", "b"),
+        sites=SITES[:2],
+        only=(SITES[2:3], ()),
+        norms=torch.ones(2, 2),
+        rest=torch.tensor([1.0, 0.0]),
+        inner=torch.tensor([0.5, -0.5]),
+        read=angles,
+        write=angles,
+        null_inner=null,
+        null_read=null.abs(),
+        null_write=null.abs(),
+        function=products,
+        null_function=products[:, None].expand(-1, 3, -1, -1),
+        effects=effects,
+        null_effects=effects[:1].expand(3, -1, -1),
+        readout="y",
+        draws=3,
+        seed=0,
+        meta=META,
+    )
 
 
 def checkpoints() -> ll.results.Checkpoints:
     """Three checkpoints of two prompts, of which the first flips."""
     each = torch.ones(3, 4)
     return ll.results.Checkpoints(
-        steps=(10.0, 20.0, 40.0), names=("c10", "c20", "c40"), sites=SITES,
+        steps=(10.0, 20.0, 40.0),
+        names=("c10", "c20", "c40"),
+        sites=SITES,
         base=torch.tensor([-2.0, -3.0]),
         adapted=torch.tensor([[-1.0, -3.0], [1.0, -2.0], [2.0, -1.0]]),
-        effects=torch.full((3, 2, 4), 0.5), norms=each, moved=each, to_final=each,
-        read_angle=30 * each, write_angle=10 * each,
+        effects=torch.full((3, 2, 4), 0.5),
+        norms=each,
+        moved=each,
+        to_final=each,
+        read_angle=30 * each,
+        write_angle=10 * each,
         flip_scale=torch.tensor([[math.nan, math.nan], [0.7, math.nan], [0.5, math.nan]]),
-        angle=torch.tensor([40.0, 20.0, 0.0]), phases={"prompt 0": ((10.0, 20.0),), "angle": ()},
-        noise=torch.full((4, 2), 1e-6), str_tokens=TOKENS, readout="y", units="logits",
+        angle=torch.tensor([40.0, 20.0, 0.0]),
+        phases={"prompt 0": ((10.0, 20.0),), "angle": ()},
+        noise=torch.full((4, 2), 1e-6),
+        str_tokens=TOKENS,
+        readout="y",
+        units="logits",
         meta=META,
-    )  # fmt: skip
+    )
 
 
 def together() -> ll.results.Together:
@@ -274,23 +405,42 @@ def repair() -> ll.results.Repair:
     along = torch.tensor([[0.0, 0.0], [0.6, 0.4], [1.0, 1.0]])
     states = torch.tensor([[1.0, 1.0], [0.9, 0.1], [0.9, 0.8], [0.3, 0.3]])
     return ll.results.Repair(
-        adapter=ll.Adapter.from_factors({"m.q_proj": factors}), gates=torch.tensor([1.0, 0, 1, 1]),
-        kept=torch.tensor([True, False, True, True]), sites=SITES[:2], sizes=(2, 2), of="rank",
-        gate_count=4, keep_share=0.9, labels=("y", "KL per token"), keeps=(True, False),
-        held_out=(False, False), shares=states, values=torch.cat([torch.zeros(1, 2), states]),
-        random=states[3:], scales=torch.tensor([0.0, 0.5, 1.0]), along=along, matched=(0.9, 0.9),
+        adapter=ll.Adapter.from_factors({"m.q_proj": factors}),
+        gates=torch.tensor([1.0, 0, 1, 1]),
+        kept=torch.tensor([True, False, True, True]),
+        sites=SITES[:2],
+        sizes=(2, 2),
+        of="rank",
+        gate_count=4,
+        keep_share=0.9,
+        labels=("y", "KL per token"),
+        keeps=(True, False),
+        held_out=(False, False),
+        shares=states,
+        values=torch.cat([torch.zeros(1, 2), states]),
+        random=states[3:],
+        scales=torch.tensor([0.0, 0.5, 1.0]),
+        along=along,
+        matched=(0.9, 0.9),
         meta=META,
-    )  # fmt: skip
+    )
 
 
 def best_subset() -> ll.results.BestSubset:
     """Two sizes of four sites, on two prompts, of which one has no shift above the noise."""
     return ll.results.BestSubset(
-        counts=(1, 2), members=torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
-        names=tuple(site.name for site in SITES), over="sites", held_out=(0,),
-        kept=torch.tensor([0.5, 0.75]), kept_by_prompt=torch.tensor([[0.5, math.nan]] * 2),
-        found_by=("gates", "first_order@0+swaps"), gradients=40, forwards=200, **HEADER,
-    )  # fmt: skip
+        counts=(1, 2),
+        members=torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
+        names=tuple(site.name for site in SITES),
+        over="sites",
+        held_out=(0,),
+        kept=torch.tensor([0.5, 0.75]),
+        kept_by_prompt=torch.tensor([[0.5, math.nan]] * 2),
+        found_by=("gates", "first_order@0+swaps"),
+        gradients=40,
+        forwards=200,
+        **HEADER,
+    )
 
 
 def verification() -> ll.results.Verification:
@@ -308,46 +458,75 @@ def verification() -> ll.results.Verification:
 
 
 def contrast() -> ll.results.Contrast:
-    """At two points of the residual stream."""
+    """Two points of the residual stream."""
     names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
     numbers = dict.fromkeys(names, 0.75)
     return ll.results.Contrast(
         values={name: torch.tensor([1.0, -2.0]) for name in names},
         errors={name: torch.tensor([0.5, 0.25]) for name in names},
-        sizes=numbers, auc=numbers, chance=numbers,
-        readings={name: torch.tensor([0.5, -1.0]) for name in names}, strings=("a", "<b>"),
-        modules={names[0]: "m.down_proj"}, widths={"m.down_proj": 4}, counts=(3, 4),
-        positions="response", at="ε = 1", meta=META,
-    )  # fmt: skip
+        sizes=numbers,
+        auc=numbers,
+        chance=numbers,
+        readings={name: torch.tensor([0.5, -1.0]) for name in names},
+        strings=("a", "<b>"),
+        modules={names[0]: "m.down_proj"},
+        widths={"m.down_proj": 4},
+        counts=(3, 4),
+        positions="response",
+        at="ε = 1",
+        meta=META,
+    )
 
 
 def of_directions() -> list[Result]:
-    """Along two directions, one of which needs escaping."""
-    count, names = len(SITES), ("a", "<b>")
-    sides = tuple("read" if i else "write" for i in range(count))
-    values, leading = torch.full((count, 2), 0.25), torch.tensor([[0.9, 0.1]] * count)
-    p = torch.full((2, 1, 2), 0.5)
+    """Results of two directions, one of which has a name that a page must escape."""
+    names = ("a", "<b>")
+    count = len(SITES)
+    leading = torch.tensor([[0.9, 0.1]] * count)
     return [
         ll.results.Alignment(
-            values=values, sides=sides, directions=names, expected=0.1,
-            quantile=torch.full((count,), 0.2), sites=SITES, meta=META,
-        ),
-        ll.results.Intruders(
-            sigma=leading, cosine=leading, nearest=torch.zeros(count, 2, dtype=torch.int64),
-            overlap=torch.full((count, 2, 2), 0.5), threshold=0.5, sites=SITES, meta=META,
-        ),
-        ll.results.RemovalCost(
-            base=torch.tensor([3.0, 2.5]), removed=torch.tensor([3.1, 2.7]),
-            kl=torch.tensor([0.1, 0.2]), counts=torch.tensor([7, 3]), what="1 of Tensor", meta=META,
-        ),
-        ll.results.Patchscope(
-            ids=torch.tensor([[[0, 1]], [[1, 0]]]), probabilities=p,
-            plain=torch.tensor([0.75, 0.25]), readings=torch.tensor([[0.5, -1.0]] * 2),
-            continuations=(("a a",), ("<b>",)), strings=names, directions=names, scales=(1.0,),
-            size=3.0, name="blocks.0.hook_resid_post", prompt=("a", "<b>"), position=1, at=0.0,
+            values=torch.full((count, 2), 0.25),
+            sides=("write", *["read"] * (count - 1)),
+            directions=names,
+            expected=0.1,
+            quantile=torch.full((count,), 0.2),
+            sites=SITES,
             meta=META,
         ),
-    ]  # fmt: skip
+        ll.results.Intruders(
+            sigma=leading,
+            cosine=leading,
+            nearest=torch.zeros(count, 2, dtype=torch.int64),
+            overlap=torch.full((count, 2, 2), 0.5),
+            threshold=0.5,
+            sites=SITES,
+            meta=META,
+        ),
+        ll.results.RemovalCost(
+            base=torch.tensor([3.0, 2.5]),
+            removed=torch.tensor([3.1, 2.7]),
+            kl=torch.tensor([0.1, 0.2]),
+            counts=torch.tensor([7, 3]),
+            what="1 of Tensor",
+            meta=META,
+        ),
+        ll.results.Patchscope(
+            ids=torch.tensor([[[0, 1]], [[1, 0]]]),
+            probabilities=torch.full((2, 1, 2), 0.5),
+            plain=torch.tensor([0.75, 0.25]),
+            readings=torch.tensor([[0.5, -1.0]] * 2),
+            continuations=(("a a",), ("<b>",)),
+            strings=names,
+            directions=names,
+            scales=(1.0,),
+            size=3.0,
+            name="blocks.0.hook_resid_post",
+            prompt=("a", "<b>"),
+            position=1,
+            at=0.0,
+            meta=META,
+        ),
+    ]
 
 
 def summary() -> AdapterSummary:
@@ -360,22 +539,49 @@ def summary() -> AdapterSummary:
 
 def every_result() -> list[Result]:
     """One of each class."""
-    e = by_hand()
+    explained = explanation()
     writes = ll.results.FeatureWrites(
         torch.ones(2, 4, 3), -1, TOKENS, "directions", "h · d", 0, sites=SITES, meta=META
     )
     found = [
-        two_prompts(), rank_activations(), activation_shift(), constant_part(), what_changed(),
-        activations(by_position=True), edges(),
-        features(by_position=True), writes,
-        contrast(), *of_directions(),
-        components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
-        ll.results.Explanations((e, by_hand(fast=True))), by_group(), of_groups(),
-        adapter_comparison(), checkpoints(), repair(), together(), reconciled(), best_subset(),
+        two_prompts(),
+        rank_activations(),
+        activation_shift(),
+        constant_part(),
+        what_changed(),
+        activations(by_position=True),
+        edges(),
+        features(by_position=True),
+        writes,
+        contrast(),
+        *of_directions(),
+        components(),
+        remainder(),
+        token_shifts(),
+        response_explanation(),
+        kl_shares(),
+        ll.results.Explanations((explained, explanation(fast=True))),
+        by_group(),
+        of_groups(),
+        adapter_comparison(),
+        checkpoints(),
+        repair(),
+        together(),
+        reconciled(),
+        best_subset(),
         verification(),
-        summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
-        e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
-        e.comparisons[0],
-    ]  # fmt: skip
+        summary(),
+        explained,
+        explained.margin,
+        explained.margin.curve,
+        explained.shift,
+        explained.second_order,
+        explained.reliability["leave_one_out"],
+        explained.coupling,
+        explained.add_one,
+        explained.faithfulness,
+        explained.null,
+        explained.comparisons[0],
+    ]
     assert all(isinstance(result, Result) for result in found)
     return found  # type: ignore[return-value]

@@ -18,7 +18,8 @@ import lens_lora as ll
 def base_of(family: str, *, tied: bool) -> PreTrainedModel:
     """A tiny model whose head is tied to its embedding, or is not."""
     base = models.hf_model(family)
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding = base.get_input_embeddings()
+    head = base.get_output_embeddings()
     base.config.tie_word_embeddings = tied
     if tied:
         head.weight = embedding.weight
@@ -28,24 +29,17 @@ def base_of(family: str, *, tied: bool) -> PreTrainedModel:
 
 
 def trained(family: str, base: PreTrainedModel, **config) -> peft.PeftModel:
-    """The base (copied) under PEFT, everything that it trains at random values."""
+    """A copy of the base under PEFT, with everything that it trains at random values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = models.peft_model(family, base, **config)
     generator = models.seeded(7)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad and "lora_" not in name:
-                p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.3 * noise)
     return model
-
-
-def saved(model: peft.PeftModel, folder: Path, **how) -> Path:
-    """The folder, as PEFT writes it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder, **how)
-    return folder
 
 
 def in_peft(base: PreTrainedModel, folder: Path) -> torch.Tensor:
@@ -57,7 +51,7 @@ def in_peft(base: PreTrainedModel, folder: Path) -> torch.Tensor:
 
 
 def logits(model) -> torch.Tensor:
-    """Of a Hugging Face model or a lens, up to the constant of each position."""
+    """Logits of a Hugging Face model or a lens, up to the constant of each position."""
     tokens = models.tokens()
     if isinstance(model, ll.LoraLens):
         return cases.centred(model.logits(tokens))

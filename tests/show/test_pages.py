@@ -16,8 +16,12 @@ from every_result import (
     verification,
     what_changed,
 )
-from explained import by_hand
-from results_by_hand import EVIL, two_prompts, without_plotly
+from results_by_hand import (
+    EVIL,
+    explanation,
+    two_prompts,
+    without_plotly,
+)
 
 import lens_lora as ll
 from lens_lora.core.readout.prompts import PromptTokens
@@ -30,7 +34,7 @@ ASKED = ll.results.SideBySide(
     "What is the capital?", "It is Paris.\n\nA big city …", f"It is Lyon.\n\nA city {EVIL}"
 )
 PAGES: dict[str, tuple[Paged, int]] = {
-    "explanation": (dataclasses.replace(by_hand(), answers=ASKED), 1),
+    "explanation": (dataclasses.replace(explanation(), answers=ASKED), 1),
     "response": (dataclasses.replace(response_explanation(), answers=ASKED), 0),
     "changes": (dataclasses.replace(what_changed(), answers=(ASKED,) * 5), 1),
     "training": (checkpoints(), 1),
@@ -106,7 +110,7 @@ def test_equal_answers_have_no_mark_and_an_empty_one_is_said():
     same = ll.results.SideBySide("q", "a b", "a  b")
     ((_, base, adapted),) = answers_of([same, None])[0].pairs
     assert not any(differs for *_, differs in (*base, *adapted))
-    empty = dataclasses.replace(by_hand(), answers=ll.results.SideBySide("q", "", "a"))
+    empty = dataclasses.replace(explanation(), answers=ll.results.SideBySide("q", "", "a"))
     assert "ends at once" in without_plotly(empty.report()) and answers_of([None]) == []
 
 
@@ -116,7 +120,7 @@ def test_stories_tell_both_answers():
     assert f"On its own {told}" in PAGES["response"][0].story()
     asked = "Asked “What is the capital?”, base: “It is Paris."
     assert PAGES["changes"][0].story().count(asked) == 5
-    same = dataclasses.replace(by_hand(), answers=ll.results.SideBySide("q", "a b", "a b"))
+    same = dataclasses.replace(explanation(), answers=ll.results.SideBySide("q", "a b", "a b"))
     assert "After the prompt both models answer “a b”." in same.story()
 
 
@@ -177,7 +181,7 @@ def of_conversation():
         value = dataclasses.replace(value, **parts)
         return named(value) if "str_tokens" in names else value
 
-    e = changed(by_hand(tokens=TEMPLATED))
+    e = changed(explanation(tokens=TEMPLATED))
     return dataclasses.replace(e, prompt=PromptTokens(TEMPLATED, SAID))
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from every_result import best_subset, by_group, every_result, of_groups
-from explained import by_hand
 from results_by_hand import (
     EVIL,
     META,
     READOUT,
     SCALES,
     attribution,
+    explanation,
     fact,
     flip_case,
     site,
@@ -375,8 +375,8 @@ def test_first_order_of_a_violent_adapter_says_so_wherever_it_is_shown():
         assert says in text
     quiet = (with_norm(VIOLENT), with_norm(math.nan), with_norm(0.4, method="path"))
     assert all("violent" not in repr(f.attribution) + f.story() for f in quiet)
-    e = dataclasses.replace(by_hand(), margin=with_norm(0.4, by_hand().margin))
-    assert says in e.story() and says in e.report() and "violent" not in by_hand().story()
+    e = dataclasses.replace(explanation(), margin=with_norm(0.4, explanation().margin))
+    assert says in e.story() and says in e.report() and "violent" not in explanation().story()
 
 
 def test_story_of_a_flip():
@@ -510,7 +510,7 @@ def test_one_is_not_several():
     }
     six = dataclasses.replace(one, str_tokens=one.str_tokens * 3, **several)
     assert "… and 1 more prompt\n" in repr(six)
-    curves = by_hand().faithfulness
+    curves = explanation().faithfulness
     hidden = dataclasses.replace(curves, noise_floor=curves.shift.abs())
     assert repr(hidden).endswith("\n1 prompt has no shift above the noise: left out.")
     line = flip_case().curve
@@ -519,7 +519,7 @@ def test_one_is_not_several():
 
 def test_a_module_that_was_not_screened_has_no_correction():
     """Its number is first order's own, and there is no score."""
-    flags = by_hand().reliability["add_one"]
+    flags = explanation().reliability["add_one"]
     correction = flags.correction.clone()
     correction[0, 1] = torch.nan
     (_, _, *marks) = dataclasses.replace(flags, correction=correction).plot().data
@@ -597,7 +597,7 @@ def test_tokens_and_prompts_are_visible():
 
 @pytest.fixture(scope="module")
 def page():
-    return by_hand(tokens=("a", EVIL)).report()
+    return explanation(tokens=("a", EVIL)).report()
 
 
 def test_report_loads_nothing(page):
@@ -615,15 +615,15 @@ def test_report_escapes_tokens_and_names(page):
     own = without_plotly(page)
     assert "alert(1)" in own
     assert EVIL not in page
-    titled = by_hand().report(title=EVIL)
+    titled = explanation().report(title=EVIL)
     assert EVIL not in titled and "&lt;script&gt;alert(1)&lt;/script&gt;" in titled
 
 
 def test_report_holds_story_numbers_tokens_and_provenance(page):
     own = html.unescape(without_plotly(page))
-    for paragraph in by_hand(tokens=("a", EVIL)).story().split("\n"):
+    for paragraph in explanation(tokens=("a", EVIL)).story().split("\n"):
         assert f"<p>{paragraph}</p>" in own
-    for what, value, _ in margin_table(account_of(by_hand().margin)).rows:
+    for what, value, _ in margin_table(account_of(explanation().margin)).rows:
         assert f">{what}<" in own and f">{value}<" in own
     assert "all modules together" in own and ">·b<" in own
     for value in META.values():

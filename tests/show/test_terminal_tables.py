@@ -7,8 +7,11 @@ import io
 import pandas as pd
 import pytest
 import rich.table
-from explained import by_hand
-from results_by_hand import flip_case, two_prompts
+from results_by_hand import (
+    explanation,
+    flip_case,
+    two_prompts,
+)
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -70,10 +73,10 @@ def test_a_table_holds_its_columns(table: Table, width: int):
 
 
 def test_every_table_of_a_result_holds_its_columns():
-    explained = by_hand(null=True)
+    explained = explanation(null=True)
     tables = [
         margin_table(account_of(flip_case())), modules_table(flip_case().attribution, k=9),
-        moved_table(explained, 5), margins_table([(1, explained), (2, by_hand(fast=True))]),
+        moved_table(explained, 5), margins_table([(1, explained), (2, explanation(fast=True))]),
         sites_table(explained, 9), prompts_table(two_prompts()),
     ]  # fmt: skip
     for width in (80, 100, 160):

@@ -9,9 +9,9 @@ import warnings
 import models
 import pytest
 import torch
-from adapter_files import CONFIG, WEIGHTS, rename_keys, set_config
+from adapter_files import CONFIG, WEIGHTS, rename_keys, saved, set_config
 from safetensors.torch import load_file, save_file
-from trained import base_of, in_peft, logits, off, saved, trained
+from trained import base_of, in_peft, logits, off, trained
 
 import lens_lora as ll
 

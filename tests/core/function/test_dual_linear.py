@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saved import saved
+from saved_tensors import saved
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import models
 import pytest
 from every_family import EVERY, lens_of
-from saved import saved
+from saved_tensors import saved
 
 import lens_lora as ll
 

@@ -6,8 +6,9 @@ import models
 import pytest
 import torch
 import transformers as hf
+from adapter_files import saved
 from safetensors.torch import load_file, save_file
-from trained import base_of, in_peft, logits, off, saved, trained
+from trained import base_of, in_peft, logits, off, trained
 
 import lens_lora as ll
 

@@ -8,10 +8,13 @@ import math
 import pytest
 import torch
 from every_result import HEADER, activations, features
-from explained import by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from results_by_hand import attribution, two_prompts
+from results_by_hand import (
+    attribution,
+    explanation,
+    two_prompts,
+)
 from shapes import share
 
 import lens_lora as ll
@@ -66,7 +69,7 @@ def without_a_mean():
         by=("position",),
         tokens=(("a", "b"),) * 2,
     )
-    margin = by_hand().margin
+    margin = explanation().margin
     curve = margin.curve
     curves = dataclasses.replace(
         curve, values=curve.values.expand(2, -1), base=curve.base.expand(2),
@@ -78,7 +81,7 @@ def without_a_mean():
         flip_scale=margin.flip_scale.expand(2),
     )  # fmt: skip
     shift = ll.results.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), meta={})
-    flags = by_hand().reliability["add_one"]
+    flags = explanation().reliability["add_one"]
     flags = dataclasses.replace(
         flags, attribution=by_position, correction=flags.correction.expand(2, -1),
         material=flags.material.expand(2),
@@ -111,7 +114,7 @@ def test_what_has_no_mean_asks_for_a_prompt(call):
 
 def test_the_only_prompt_needs_no_name():
     assert only_prompt(None, 1) == 0 and prompt_rows(None, 1) == slice(None)
-    assert by_hand().margin.story() == by_hand().margin.story(0)
+    assert explanation().margin.story() == explanation().margin.story(0)
 
 
 @settings(max_examples=share(100), deadline=None)

@@ -1,4 +1,4 @@
-"""What torch saves on the way there for the way back."""
+"""The tensors that torch saves in a forward pass for the backward one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Saved(NamedTuple):
 
 @contextlib.contextmanager
 def saved() -> Iterator[list[Saved]]:
-    """What is saved within the block."""
+    """Collect what is saved within the block."""
     found: list[Saved] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
