@@ -33,6 +33,8 @@ from lens_lora.compat import uncompiled
 from lens_lora.core import (
     Adapter,
     Attribution,
+    Evaluations,
+    Function,
     Gauge,
     LoraLens,
     Prompts,
@@ -55,15 +57,14 @@ from lens_lora.core.adapter.peft_files import (
     require_path,
     stated_base,
 )
-from lens_lora.core.analyses import first_order as splits
-from lens_lora.core.function.asked import Asked, ask_prompts
-from lens_lora.core.function.forward import gated_readout
+from lens_lora.core.analyses.first_order import in_rank_space, readouts_of
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import joined, require_finite_sites
 from lens_lora.core.model.check import require_kinds
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout.prompts import Source
+from lens_lora.core.results.attribution import within_response
 from lens_lora.core.results.storage import read_result, save_result
 from lens_lora.errors import (
     AdapterError,
@@ -117,14 +118,19 @@ class Bank:
         self,
         lens: LoraLens,
         held: HeldBank,
-        asked: tuple[Asked, ...] = (),
+        functions: tuple[Function, ...] = (),
         bases: Sequence[str] = (),
     ) -> None:
         self.model: Any = lens.model
         self.several: bool = held.several
         self._bases = tuple(bases)
-        self._lens, self._held, self._asked = lens, held, asked
-        self._base = Halves(lens, [h for r in held.readouts for h in r.halves], held.stacks)
+        self._lens = lens
+        self._held = held
+        self._functions = functions  # g of each readout; none of a bank from a file
+        halves: list[Half] = []
+        for readout in held.readouts:
+            halves += readout.halves
+        self._base = Halves(lens, halves, held.stacks)
         self._settings = settings(lens.model)
 
     def __repr__(self) -> str:
@@ -164,61 +170,90 @@ class Bank:
         """
         self._require_same_model()
         axes = by_axes(by, (*AXES, "token"))
-        if exact and not self._asked:
+        if exact and not self._functions:
             raise ArgumentError(
                 "exact=True: this bank was read from a file, which does not hold the readout "
-                "itself; take the shift from ll.fact_margin or ll.remainder."
+                "itself",
+                remedy="take the shift from ll.fact_margin or ll.remainder.",
             )
         if "token" in axes and not all(held.response for held in self._held.readouts):
             raise ArgumentError(
-                "by='token': the bank holds one gradient for a whole readout; make it with "
-                "ll.bank(…, by_token=True)."
+                "by='token': the bank holds one gradient for a whole readout",
+                remedy="make it with ll.bank(…, by_token=True).",
             )
         require_kinds(adapter, None)
         plan = self._base.plan_of(adapter)
         if isinstance(plan, Thin) and not (axes or exact) and gauge == "trained":
-            if note := note_of_names(adapter.base_model, self._bases):
+            note = note_of_names(adapter.base_model, self._bases)
+            if note:
                 warn(note)  # as a lens of the adapter would, and none is made here
-            lens, factors = plan.lens, plan.factors_of(adapter)
-            (by_half,), relative_norm = plan.slopes(factors), plan.relative_norm(factors)
+            lens = plan.lens
+            factors = plan.factors_of(adapter)
+            (by_half,) = plan.slopes(factors)
+            relative_norm = plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
-            lens = splits.in_rank_space(lens, axes, gauge)
-            by_half, relative_norm = self._base.split(lens, axes), lens.plan.relative_norm
-        by_readout, heads = self._joined(lens, by_half), lens.heads
+            lens = in_rank_space(lens, axes, gauge)
+            by_half = self._base.split(lens, axes)
+            relative_norm = lens.plan.relative_norm
         attributions: list[Attribution] = []
-        named = {"adapter": adapter.name, "base_of_adapter": adapter.base_model or ""}
-        named |= {"prompts": self._held.prompts}
-        for number, (held, values) in enumerate(zip(self._held.readouts, by_readout, strict=True)):
-            adapted = torch.full_like(held.labels["base"], torch.nan)
+        for number, values in enumerate(self._by_readout(lens, by_half)):
+            adapted = None
             if exact:
-                reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
-                adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
-            is_by_token = "token" in axes
-            attribution = Attribution(
-                values=splits.within_response(values, held.response) if is_by_token else values,
-                by=axes,  # pyright: ignore[reportArgumentType]
-                heads=tuple(heads.of(site.kind) for site in lens.sites),
-                method="first_order",
-                at=0.0,
-                response=held.response if is_by_token else (),
-                gauge=gauge if "rank" in axes else "",
-                mode="reverse",
-                relative_norm=relative_norm,
-                sites=lens.sites,
-                adapted=adapted,
-                meta=lens.describe() | named,
-                **held.labels | {"base": held.labels["base"].clone()},
+                adapted = self._functions[number].over(lens)(1.0)
+            attributions.append(
+                self._attribution(
+                    number, lens, adapter, values, axes, gauge, relative_norm, adapted
+                )
             )
-            attributions.append(attribution)
         return tuple(attributions) if self.several else attributions[0]
 
-    def _joined(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
-        """Of each readout, [batch, site, *by]."""
-        halves, readouts = iter(by_half), self._held.readouts
-        values = [joined([*itertools.islice(halves, len(held.halves))]) for held in readouts]
-        for slopes in values:
+    def _attribution(
+        self,
+        number: int,
+        lens: LoraLens,
+        adapter: Adapter,
+        values: Float[Tensor, "batch site *by"],
+        axes: tuple[str, ...],
+        gauge: Gauge,
+        relative_norm: float,
+        adapted: Float[Tensor, " batch"] | None,
+    ) -> Attribution:
+        """The result of one readout; the exact end is NaN where it was not run."""
+        held = self._held.readouts[number]
+        base = held.labels["base"].clone()
+        is_by_token = "token" in axes
+        meta = {
+            **lens.describe(),
+            "adapter": adapter.name,
+            "base_of_adapter": adapter.base_model or "",
+            "prompts": self._held.prompts,
+        }
+        return Attribution(
+            values=within_response(values, held.response) if is_by_token else values,
+            by=axes,  # pyright: ignore[reportArgumentType]
+            heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
+            method="first_order",
+            at=0.0,
+            response=held.response if is_by_token else (),
+            gauge=gauge if "rank" in axes else "",
+            mode="reverse",
+            relative_norm=relative_norm,
+            sites=lens.sites,
+            adapted=torch.full_like(base, torch.nan) if adapted is None else adapted,
+            meta=meta,
+            **held.labels | {"base": base},
+        )
+
+    def _by_readout(self, lens: LoraLens, by_half: Sequence[Tensor]) -> list[Tensor]:
+        """The slopes of each readout, [batch, site, *by], from those of its groups of prompts."""
+        halves = iter(by_half)
+        values: list[Tensor] = []
+        for held in self._held.readouts:
+            of_readout = list(itertools.islice(halves, len(held.halves)))
+            slopes = joined(of_readout)
             require_finite_sites(lens, slopes)
+            values.append(slopes)
         return values
 
     @alone
@@ -237,11 +272,12 @@ class Bank:
             SiteError, ModelStateError: as for `first_order`.
             ArgumentError: draws below 1, or a seed below 0.
         """
-        draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
+        draws = whole("draws", draws, 1)
+        seed = whole("seed", seed, 0)
         self._require_same_model(entries=True)
         drawn = null_adapters(self._lens.with_adapter(adapter), seed, draws)
         with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
-            values = [self._joined(*self._base.slopes(null)) for null in bar]
+            values = [self._by_readout(*self._base.slopes(null)) for null in bar]
         nulls = tuple(map(torch.stack, zip(*values, strict=True)))
         return nulls if self.several else nulls[0]
 
@@ -294,7 +330,8 @@ class Bank:
             with bar(named, disable=not progress) as shown:
                 tables = [*itertools.chain.from_iterable(self._tables(iter(shown), group, bases))]
             return _ranked(tables).drop_columns("weights").to_pandas()
-        processes, done = launched(), list[str]()
+        processes = launched()
+        done: list[str] = []
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
         store = Store(out, about)
         with store.writing(processes):
@@ -303,12 +340,12 @@ class Bank:
             share = itertools.islice(named, processes.index, None, processes.count)
             with bar(share, disable=not (progress and processes.is_main)) as shown:
                 for rows in self._tables(iter(shown), group, bases, known):
-                    keys = [_keys(table)[0] for table in rows]
-                    pairs = zip(keys, rows, strict=True)
-                    if new := [table for key, table in pairs if table is not known.get(key)]:
+                    by_key = {_keys(table)[0]: table for table in rows}
+                    new = [table for key, table in by_key.items() if table is not known.get(key)]
+                    if new:
                         store.write(new, {})
-                    done += keys
-            every = [key for part in processes.gather(done) for key in part]
+                    done += by_key
+            every = list(itertools.chain.from_iterable(processes.gather(done)))
             processes.by_main(lambda: _merge(store, every))
         return pd.read_parquet(store.path).drop(columns="weights")
 
@@ -373,20 +410,22 @@ class Bank:
             weights, adapter = held
             lens, by_half = slopes.get(id(adapter)) or self._base.slopes(adapter)
             groups, members = _grouping(lens.sites, group)
-            pairs = zip(self._held.readouts, self._joined(lens, by_half), strict=True)
-            for readout, values in pairs:
+            by_readout = self._by_readout(lens, by_half)
+            for readout, values in zip(self._held.readouts, by_readout, strict=True):
+                label = readout.labels["readout"]
                 sums = (values.cpu().double() @ members).tolist()
-                rows += [
-                    (name, readout.labels["readout"], prompt, place, value, total, None, weights)
-                    for prompt, parts in enumerate(sums)
-                    for total in (sum(parts),)
-                    for place, value in zip(groups, parts, strict=True)
-                ]
+                for prompt, parts in enumerate(sums):
+                    total = sum(parts)
+                    for place, value in zip(groups, parts, strict=True):
+                        rows.append((name, label, prompt, place, value, total, None, weights))
         except (LensLoraError, OSError) as error:
             rows = [(name, None, None, None, None, None, f"{type(error).__name__}: {error}", None)]
-        columns = zip(zip(*rows, strict=True), _KINDS, strict=True)
         names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
-        return pa.table([pa.array(column, kind) for column, kind in columns], names)
+        columns = [
+            pa.array(column, kind)
+            for column, kind in zip(zip(*rows, strict=True), _KINDS, strict=True)
+        ]
+        return pa.table(columns, names)
 
 
 @functools.lru_cache(maxsize=4)
@@ -524,26 +563,30 @@ def bank(
 
     @alone
     def recorded(lens: LoraLens) -> Bank:
-        rows, once = ask_prompts(lens, prompts), Once()
-        asked = tuple(rows.about(r).require_slope_at_base() for r in splits.readouts_of(readout))
+        f = lens.function(prompts, progress=False)
+        functions = [Evaluations.of(f.about(each)) for each in readouts_of(readout)]
+        for g in functions:
+            g.require_slope_at_base()
+        once = Once()
         readouts: list[HeldReadout] = []
-        with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
-            for each in bar:
-                response = splits.response_tokens(each) if by_token else ()
-                groups = graph_groups(lens, each.reading)
+        with tqdm(functions, "bank", leave=False, disable=not progress) as bar:
+            for g in bar:
+                response = g.response_tokens if by_token else ()
+                groups = graph_groups(lens, g.reading)
                 halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
-                said = {"readout": each.readout.label, "units": each.readout.units}
-                said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
-                readouts.append(HeldReadout(halves, response, said))
+                (base,) = g.along((0.0,))
+                named = g.labels()
+                labels = {name: named[name] for name in ("readout", "units", "str_tokens")}
+                readouts.append(HeldReadout(halves, response, {**labels, "base": base}))
         held = HeldBank(
             stacks=once.stacks(),
             readouts=tuple(readouts),
             several=not isinstance(readout, Readout),
             modules=globs,
             prepend_bos=lens.prepend_bos,
-            prompts=rows.describe()["prompts"],
+            prompts=lens.describe(f.prompts)["prompts"],
         )
-        return Bank(lens, held, asked, bases)
+        return Bank(lens, held, tuple(functions), bases)
 
     bases = _bases_of(model, lenses[0])
     return recorded(lenses[0])
@@ -649,7 +692,8 @@ def _named_one(
 
 
 def _keys(table: pa.Table) -> list[str]:
-    names, weights = (table[column].to_pylist() for column in ("adapter", "weights"))
+    names = table["adapter"].to_pylist()
+    weights = table["weights"].to_pylist()
     return [f"{name}#{mark}" for name, mark in zip(names, weights, strict=True)]
 
 
@@ -679,6 +723,6 @@ def _ranked(tables: Sequence[pa.Table]) -> pa.Table:
         raise ArgumentError("no adapter was given.")
     whole_table = pa.concat_tables(tables)
     frame = cast(pd.DataFrame, whole_table.select(["readout", "prompt", "total"]).to_pandas())
-    asked = frame["total"].abs().groupby([frame["readout"], frame["prompt"]])
-    places = asked.rank(method="dense", ascending=False)
+    by_question = frame["total"].abs().groupby([frame["readout"], frame["prompt"]])
+    places = by_question.rank(method="dense", ascending=False)
     return whole_table.add_column(6, "rank", pa.array(places, pa.int64(), from_pandas=True))

@@ -49,7 +49,9 @@ class ShiftCallback(TrainerCallback):
             raise ArgumentError(
                 f"{bank!r}: expected ll.bank(model, prompts, readout) of one readout."
             )
-        self._bank, self._name, self._log = bank, adapter_name, log
+        self._bank = bank
+        self._name = adapter_name
+        self._log = log
         self._every = whole("every", every, 1)
         self._exact_every = None if exact_every is None else whole("exact_every", exact_every, 1)
         if self._exact_every is not None and self._exact_every % self._every:
@@ -58,7 +60,8 @@ class ShiftCallback(TrainerCallback):
                 "are measured."
             )
         self._rows: list[dict[str, float]] = []
-        self._said = "", ""
+        self._readout = ""
+        self._units = ""
 
     def measure(self, step: int, peft_model: Any) -> dict[str, float]:
         """This step's means over prompts: first_order; layer_0, …; the exact shift and readout.
@@ -73,12 +76,15 @@ class ShiftCallback(TrainerCallback):
         adapter = Adapter.from_peft(peft_model, self._name)
         is_exact = self._exact_every is not None and step % self._exact_every == 0
         attribution = cast(Attribution, self._bank.first_order(adapter, exact=is_exact))
-        self._said = attribution.readout, attribution.units
-        means = {"first_order": attribution.total, "shift": attribution.shift}
-        means |= {"readout": attribution.adapted}
-        numbers = {name: float(values.mean()) for name, values in means.items()}
-        layers = attribution.sum("layer").mean(axis=1)
-        numbers |= {f"layer_{layer}": float(value) for layer, value in layers.items()}
+        self._readout = attribution.readout
+        self._units = attribution.units
+        numbers = {
+            "first_order": float(attribution.total.mean()),
+            "shift": float(attribution.shift.mean()),
+            "readout": float(attribution.adapted.mean()),
+        }
+        for layer, value in attribution.sum("layer").mean(axis=1).items():
+            numbers[f"layer_{layer}"] = float(value)
         self._rows.append({"step": step, **numbers})
         return {name: value for name, value in numbers.items() if value == value}  # no NaN
 
@@ -104,11 +110,13 @@ class ShiftCallback(TrainerCallback):
         """Σ a over the steps, and the exact shift where it was run; an error before any step."""
         if not self._rows:
             raise ArgumentError(f"no step was measured yet; the first is step {self._every}.")
-        frame, (readout, units) = self.to_frame(), self._said
-        steps, first, shift = (frame[c].tolist() for c in ("step", "first_order", "shift"))
+        frame = self.to_frame()
+        steps = frame["step"].tolist()
+        first = frame["first_order"].tolist()
+        shift = frame["shift"].tolist()
         lines = [
             curve(steps, first, "first order", LINEAR, "%{y:.4g}"),
             curve(steps, shift, "exact shift", EXACT, "%{y:.4g}", marker={}, connectgaps=True),
         ]
-        titles = f"{readout} while training", "mean over prompts, at ε = 0"
-        return finish(go.Figure(lines), titles, ("step", units), legend=BELOW)
+        titles = (f"{self._readout} while training", "mean over prompts, at ε = 0")
+        return finish(go.Figure(lines), titles, ("step", self._units), legend=BELOW)
