@@ -42,8 +42,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, Reading, group_sites, indicator, stored
-from lens_lora.core.function.asked import Asked
+from lens_lora.core import (
+    LoraLens,
+    Prompts,
+    Reading,
+    evaluations,
+    group_sites,
+    indicator,
+    stored,
+)
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.memory import tokens_at_once
 from lens_lora.core.readout.prompts import decoded, joined
@@ -496,19 +503,19 @@ def _runs(
 
     One forward and one backward pass, and a forward pass for each end, control and set of layers.
     """
-    asked = Asked(lens, contexts).about(AnswerLogProb(list(words)))
+    g = evaluations(lens, contexts, AnswerLogProb(list(words)), progress=False)
     layers = group_sites(lens.sites, "layer")
     members = indicator(layers, len(lens.sites))
-    by_layer = asked.slopes(1.0).cpu().double() @ members.T
+    by_layer = g.slopes(1.0).cpu().double() @ members.T
     count = math.ceil(len(layers) / _PART_LEFT_OUT)
     largest = by_layer.argsort(1, descending=True)[:, :count]
     generator = np.random.default_rng(seed)
     left_out = torch.stack([_sets_of_layers(row, len(layers), generator) for row in largest])
-    without = _log_p(lens, asked.reading, 1.0 - left_out @ members).cpu()
-    base, adapted = asked.ends.tolist()
+    without = _log_p(lens, g.reading, 1.0 - left_out @ members).cpu()
+    base, adapted = g.ends.tolist()
     columns: dict[str, list[float]] = {"base": base, "adapted": adapted}
     for name, others in controls.items():
-        values = [_log_p(other, asked.reading, other.gates(scale)[None]) for other, scale in others]
+        values = [_log_p(other, g.reading, other.gates(scale)[None]) for other, scale in others]
         columns[name] = [math.nan] * len(words)
         if values:
             columns[name] = torch.cat(values, 1).amax(1).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lens_lora.core.results import drawing
+from lens_lora.core import drawing
 from lens_lora.ship.verify import Verification
 from lens_lora.show import page, tables, text
 from lens_lora.show.text import beginning_of

@@ -38,9 +38,10 @@ from lens_lora.core import (
     alone,
     attached,
     distinct_tokens,
+    evaluations,
 )
 from lens_lora.core.adapter.factors import base_part
-from lens_lora.core.function.asked import ask, of_stream
+from lens_lora.core.function.rounding import of_stream
 from lens_lora.errors import (
     AdapterError,
     LensLoraError,
@@ -302,11 +303,13 @@ def _expected(lens: LoraLens, row: Expectation) -> Check:
     """Whether a margin is as expected; undecided where rounding alone could make it so."""
     try:
         prompts = lens.prompts(row.prompt)
-        asked = ask(lens, prompts, margin_between(lens.model, row.doc, row.pre, prompts))
+        margin = margin_between(lens.model, row.doc, row.pre, prompts)
+        g = evaluations(lens, prompts, margin, progress=False)
     except LensLoraError as error:
         raise PromptError(f"{row.where}: {error}") from error
-    before, after = asked.ends[:, 0].tolist()
-    room, room_after = SIGMAS * float(asked.base_noise), SIGMAS * float(asked.adapted_noise)
+    before, after = g.ends[:, 0].tolist()
+    room = SIGMAS * float(g.noise((1.0,), at=0.0))
+    room_after = SIGMAS * float(g.noise((1.0,), at=1.0))
     tests: list[tuple[str, bool, bool]] = []  # the bound, whether it holds, and is hidden
     if row.flips is not None:
         text = "goes from pre to doc" if row.flips else "keeps its sign"

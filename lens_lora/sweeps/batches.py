@@ -30,11 +30,19 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Margin, Prompts, Readout, Site, alone, patch_sites, site_labels
-from lens_lora.core.function.asked import Asked, ask, unit
-from lens_lora.core.function.derivatives import hessian_product
-from lens_lora.core.function.forward import gated_readout, require_finite
-from lens_lora.core.function.reverse import require_finite_sites, site_slopes
+from lens_lora.core import (
+    Evaluations,
+    LoraLens,
+    Margin,
+    Prompts,
+    Readout,
+    Site,
+    alone,
+    evaluations,
+    patch_sites,
+    site_labels,
+)
+from lens_lora.core.function.rounding import unit
 from lens_lora.core.readout.prompts import joined
 from lens_lora.core.results.base import changes_sign
 from lens_lora.errors import (
@@ -55,22 +63,17 @@ from lens_lora.sweeps.store import Fingerprint, Store, other_sweep
 SiteValues = Float[Tensor, "batch site"]  # in the readout's units
 
 
-# Those with options are public calls; of the others the engine has the numbers.
-_CALLS = {"path": path_attribution, "add_one": patch_sites, "leave_one_out": patch_sites}
-
-
-def _values_of(name: str, lens: LoraLens, prompts: Prompts, readout: Readout) -> SiteValues:
+def _values_of(name: str, g: Evaluations) -> SiteValues:
     """What an analysis gives each site."""
     analysis = ANALYSES[name]
-    if name in _CALLS:
-        call: Callable[..., Any] = _CALLS[name]
-        return call(lens, prompts, readout, **analysis.options, progress=False).values
-    reading, gates = readout.over(lens.model, prompts), lens.gates(analysis.at)
+    options: Mapping[str, Any] = analysis.options
+    if name == "path":
+        return path_attribution.of(g, **options).values
+    if name in ("add_one", "leave_one_out"):
+        return patch_sites.of(g, **options).values
     if name == "second_order":  # ½(H·1)_l
-        return 0.5 * hessian_product(lens, reading, gates, lens.gates(1.0))
-    slopes = site_slopes(lens, reading, gates)
-    require_finite_sites(lens, slopes)
-    return slopes
+        return g.curvature(1.0, at=analysis.at) / 2
+    return g.slopes(analysis.at)
 
 
 VALUES = {name: functools.partial(_values_of, name) for name in ANALYSES}
@@ -190,13 +193,13 @@ def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> lis
 
 
 def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
-    asked = ask(lens, *_question(lens, jobs))
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = _numbers(gated_readout(lens, asked.reading, ends, progress=False)).T
-    values = {name: _values(lens, jobs, name) for name in analyses}
-    flips = _flips(asked, base, adapted)
-    return [
-        row_of(
+    g = _function(lens, jobs)
+    base, adapted = _numbers(g.ends)
+    values = {name: _values(g, jobs, name) for name in analyses}
+    flips = _flips(g, base, adapted)
+    rows: list[Row] = []
+    for i, job in enumerate(jobs):
+        row = row_of(
             job.record,
             tokens=job.tokens,
             readout=job.readout.label,
@@ -207,15 +210,25 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
             flips=flips[i],
             **{name: by_prompt[i] for name, by_prompt in values.items()},
         )
-        for i, job in enumerate(jobs)
-    ]
+        rows.append(row)
+    return rows
 
 
-def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> Vector:
-    batches = [[job] for job in jobs] if ANALYSES[name].alone else [jobs]
-    values = torch.cat([VALUES[name](lens, *_question(lens, batch)) for batch in batches])
-    require_finite(values, name)
+def _values(g: Evaluations, jobs: Sequence[Job], name: str) -> Vector:
+    """An analysis of the jobs of g, together or one by one."""
+    batches = [g]
+    if ANALYSES[name].alone and len(jobs) > 1:
+        batches = [_function(g.lens, [job]) for job in jobs]
+    values = torch.cat([VALUES[name](batch) for batch in batches])
+    if not bool(values.isfinite().all()):
+        raise NumericsError(f"{name} is not finite.")
     return _numbers(values)
+
+
+def _function(lens: LoraLens, jobs: Sequence[Job]) -> Evaluations:
+    """The readout of these jobs, as a function of the gates that remembers."""
+    prompts, readout = _question(lens, jobs)
+    return evaluations(lens, prompts, readout, progress=False)
 
 
 def _question(lens: LoraLens, jobs: Sequence[Job]) -> tuple[Prompts, Readout]:
@@ -226,18 +239,19 @@ def _question(lens: LoraLens, jobs: Sequence[Job]) -> tuple[Prompts, Readout]:
         return prompts, make([job.record.response or "" for job in jobs])
     if jobs[0].record.doc is None:
         return prompts, jobs[0].readout
-    docs, pres = [j.record.doc or "" for j in jobs], [j.record.pre or "" for j in jobs]
+    docs = [job.record.doc or "" for job in jobs]
+    pres = [job.record.pre or "" for job in jobs]
     return prompts, margin_between(lens.model, docs, pres, prompts)
 
 
-def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]:
+def _flips(g: Evaluations, base: Vector, adapted: Vector) -> Sequence[bool | None]:
     """Whether each margin changes sign beyond rounding; None for other readouts."""
-    if not isinstance(asked.readout, Margin | AnswerMargin):
+    if not isinstance(g.readout, Margin | AnswerMargin):
         return [None] * len(base)
     ends = torch.from_numpy(np.stack([base, adapted]))
     floor = ends.new_zeros(len(base))
-    if float(ends.abs().min()) <= 2 * _ROUNDINGS * unit(asked.lens):
-        floor = asked.noise_floor.cpu().double()
+    if float(ends.abs().min()) <= 2 * _ROUNDINGS * unit(g.lens):
+        floor = g.floor.cpu().double()
     return changes_sign(ends[0], ends[1], floor).tolist()
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, final, get_args
+from typing import Annotated, Literal, final, get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from lens_lora.banks.base_half import first_orders
 from lens_lora.core import (
     SIGMAS,
     Adapter,
+    Evaluations,
     LoraLens,
     Paged,
     Pictured,
@@ -40,7 +41,10 @@ from lens_lora.core import (
     Readout,
     Site,
     alone,
+    drawing,
+    evaluations,
     group_sites,
+    hides_sign,
     indicator,
     load_adapter,
     long_table,
@@ -48,10 +52,7 @@ from lens_lora.core import (
 from lens_lora.core.adapter.adapter import require_one_base
 from lens_lora.core.adapter.peft_files import checkpoint_folders
 from lens_lora.core.analyses.margin import flip_scales
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.results import base as results_base
-from lens_lora.core.results import drawing
-from lens_lora.core.results.base import read_of
+from lens_lora.core.results.base import changes_sign
 from lens_lora.errors import ArgumentError, many
 from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates
 
@@ -133,14 +134,15 @@ class Checkpoints(Read, Paged, Pictured):
 
         0 where either is within three noise floors of zero, so that rounding hides its sign.
         """
-        base, floors = self.base.expand_as(self.adapted), (self.noise[:1], self.noise[1:])
-        return results_base.changes_sign(base, self.adapted, *floors).double()
+        base = self.base.expand_as(self.adapted)
+        base_noise = self.noise[:1]
+        return changes_sign(base, self.adapted, base_noise, self.noise[1:]).double()
 
     @property
     def hidden(self) -> Bool[Tensor, "step batch"]:
         """Where rounding hides a sign, of the base or of the checkpoint."""
-        is_hidden = results_base.hides_sign
-        return is_hidden(self.base, self.noise[0]) | is_hidden(self.adapted, self.noise[1:])
+        at_base = hides_sign(self.base, self.noise[0])
+        return at_base | hides_sign(self.adapted, self.noise[1:])
 
     @property
     def flip_step(self) -> Float[Tensor, " batch"]:
@@ -151,7 +153,8 @@ class Checkpoints(Read, Paged, Pictured):
         crossed = self.flips.cpu().int()
         first = crossed.argmax(0)
         columns = torch.arange(values.shape[1])
-        low, high = values[first, columns], values[first + 1, columns]
+        low = values[first, columns]
+        high = values[first + 1, columns]
         share = (low / (low - high)).clamp(0, 1)  # `low` may have crossed within rounding
         crossing = steps[first] + (steps[first + 1] - steps[first]) * share
         return torch.where(crossed.any(0), crossing, torch.nan)
@@ -252,8 +255,10 @@ def checkpoints(
     """
     run, run_steps = _in_order(adapters, steps, revision, subfolder)
     _require_one_training(run)
-    asked = ask(lens.with_adapter(run[0]), prompts, readout).require_slope_at_base()
-    noise, base = asked.base_noise, asked.along((0.0,), progress=False)[:, 0]
+    g = evaluations(lens.with_adapter(run[0]), prompts, readout, progress=False)
+    g.require_slope_at_base()
+    base_noise = g.noise((1.0,), at=0.0)
+    (base,) = g.along((0.0,))
     rows: list[dict[str, Tensor]] = []
     updates: list[dict[str, Thin]] = []
     sites: tuple[Site, ...] = ()
@@ -261,16 +266,17 @@ def checkpoints(
         for adapter in bar:
             checkpoint = lens.with_adapter(adapter)
             sites = _same_sites(sites, checkpoint, adapter)
-            of_step = ask(checkpoint, asked.prompts, readout)
-            of_step.know({0.0: base})
+            of_step = Evaluations.of(g.over(checkpoint))
+            of_step.know(0.0, base)
             rows.append(_measured(of_step))
             updates.append(thin_updates(checkpoint))
     series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    effects = first_orders(asked.lens, run, asked.reading, lambda: run, sites)
-    weights, base = _weights(updates), base.cpu().double()
-    noise = torch.cat([noise[None].cpu().double(), series.pop("noise")])
-    labels: dict[str, Any] = read_of(asked)
-    labels["meta"] = {**asked.describe(), "adapter": run[-1].name}
+    effects = first_orders(g.lens, run, g.reading, lambda: run, sites)
+    weights = _weights(updates)
+    base = base.cpu().double()
+    noise = torch.cat([base_noise[None].cpu().double(), series.pop("noise")])
+    labels = g.labels()
+    labels["meta"] = {**labels["meta"], "adapter": run[-1].name}
     return Checkpoints(
         steps=run_steps,
         names=tuple(adapter.name for adapter in run),
@@ -333,7 +339,8 @@ def _require_one_training(adapters: Sequence[Adapter]) -> None:
 
 
 def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tuple[Site, ...]:
-    names, expected = ([site.name for site in known] for known in (lens.sites, sites))
+    names = [site.name for site in lens.sites]
+    expected = [site.name for site in sites]
     if sites and names != expected:
         odd = sorted(set(names) ^ set(expected))
         raise ArgumentError(
@@ -343,21 +350,25 @@ def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tu
     return lens.sites
 
 
-def _measured(asked: Asked) -> dict[str, Tensor]:
-    """What is run of one checkpoint."""
-    scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=asked.lens.gate_dtype)
-    along = asked.along(scales.tolist(), progress=False)
+def _measured(g: Evaluations) -> dict[str, Tensor]:
+    """What is run of one checkpoint, of which g at the base is known.
+
+    Ten forward passes along the path and four for the noise floor, and those that refine a flip.
+    """
+    scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=g.lens.gate_dtype)
+    values = g.along(scales.tolist())
+    base, adapted = g.ends
     return {
-        "adapted": along[:, -1].cpu().double(),
-        "flip_scale": flip_scales(asked.g, asked.ends[0], scales.to(along.device), along),
-        "noise": asked.adapted_noise.cpu().double(),
+        "adapted": adapted.cpu().double(),
+        "flip_scale": flip_scales(g, base, scales.to(values.device), values.T),
+        "noise": g.noise((1.0,), at=1.0).cpu().double(),
     }
 
 
 def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
     """Norms, moves and cosines of every site at every checkpoint."""
-    norms = torch.stack([torch.stack([u.sigma.norm() for u in held.values()]) for held in updates])
-    with_last = _inner([_pairs(held, updates[-1]) for held in updates])
+    norms = torch.stack([_norms(of_step) for of_step in updates])
+    with_last = _inner([_pairs(of_step, updates[-1]) for of_step in updates])
     since = [_pairs(later, prior) for prior, later in itertools.pairwise(updates)]
     before = _inner(since)
     squares = norms.square()
@@ -375,6 +386,10 @@ def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
     }
 
 
+def _norms(updates: Mapping[str, Thin]) -> Float[Tensor, " site"]:
+    return torch.stack([update.sigma.norm() for update in updates.values()])
+
+
 def _pairs(mine: Mapping[str, Thin], theirs: Mapping[str, Thin]) -> list[Pair]:
     return [compared(update, theirs[name]) for name, update in mine.items()]
 
@@ -385,7 +400,8 @@ def _inner(pairs: Sequence[Sequence[Pair]]) -> Float[Tensor, "step site"]:
 
 def _turned(cosines: Sequence[Sequence[Tensor]]) -> Float[Tensor, "step site"]:
     """acos √(mean cos²), in degrees, beneath a row of NaN for the first checkpoint."""
-    shared = torch.stack([torch.stack([site.square().mean() for site in row]) for row in cosines])
+    rows = [torch.stack([site.square().mean() for site in row]) for row in cosines]
+    shared = torch.stack(rows)
     angles = torch.rad2deg(shared.clamp(max=1).sqrt().acos())
     return torch.cat([torch.full_like(angles[:1], torch.nan), angles])
 
@@ -393,21 +409,24 @@ def _turned(cosines: Sequence[Sequence[Tensor]]) -> Float[Tensor, "step site"]:
 # --- phase changes
 
 
-TIMES, PART, SHARE = 3.0, 0.1, 0.25  # step 4 above
-_FEWEST = 4
+TIMES = 3.0  # the pace of a change, over the usual one
+PART = 0.1  # of the range of the series, that each interval changes at least
+SHARE = 0.25  # of the range, that the whole span changes at least
+_FEWEST = 4  # intervals of a series that can be judged
 _TURNED = 0.1  # degrees by which saving in half precision turns ΔW
 
 
 def _phases(
     steps: tuple[float, ...], base: Tensor, adapted: Tensor, angle: Tensor, noise: Tensor
 ) -> dict[str, tuple[tuple[float, float], ...]]:
+    """The phase changes of each prompt's readout, and of the direction of ΔW."""
     values = torch.cat([base[None], adapted])
-    series: dict[str, tuple[Sequence[float], list[float], list[float]]] = {
-        f"prompt {p}": ((0.0, *steps), values[:, p].tolist(), noise[:, p].tolist())
-        for p in range(len(base))
-    }
-    series["angle"] = steps, angle.tolist(), [_TURNED] * len(steps)
-    judged = {name: phase_changes(*numbers) for name, numbers in series.items()}
+    judged: dict[str, tuple[tuple[float, float], ...] | None] = {}
+    for p in range(len(base)):
+        judged[f"prompt {p}"] = phase_changes(
+            (0.0, *steps), values[:, p].tolist(), noise[:, p].tolist()
+        )
+    judged["angle"] = phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))
     return {name: spans for name, spans in judged.items() if spans is not None}
 
 
@@ -415,14 +434,17 @@ def phase_changes(
     steps: Sequence[float], values: Sequence[float], floors: Sequence[float] | None = None
 ) -> tuple[tuple[float, float], ...] | None:
     """(first step, last step) of each phase change; None of a series that is too short to judge."""
-    changes, noise = np.diff(values), np.zeros(len(values)) if floors is None else np.array(floors)
+    changes = np.diff(values)
     if len(changes) < _FEWEST:
         return None
-    paces, span = np.abs(changes) / np.diff(steps), np.ptp(values)
+    noise = np.zeros(len(values)) if floors is None else np.array(floors)
+    span = np.ptp(values)
+    paces = np.abs(changes) / np.diff(steps)
     usual = np.sort(paces)[(len(paces) - 1) // 2]
     least = np.maximum(PART * span, SIGMAS * np.hypot(noise[:-1], noise[1:]))
     stands_out = (paces > TIMES * usual) & (np.abs(changes) > least)
-    spans, start = [], 0
+    spans: list[tuple[float, float]] = []
+    start = 0
     for sign, run in itertools.groupby(np.where(stands_out, np.sign(changes), 0.0)):
         end = start + len(list(run))
         if sign and abs(values[end] - values[start]) >= SHARE * span:

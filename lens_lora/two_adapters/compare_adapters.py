@@ -40,6 +40,7 @@ from lens_lora.arguments import whole
 from lens_lora.banks.base_half import first_orders
 from lens_lora.core import (
     Adapter,
+    Function,
     LoraLens,
     OfSites,
     Pictured,
@@ -54,7 +55,6 @@ from lens_lora.core import (
     site_labels,
 )
 from lens_lora.core.adapter.adapter import given_adapter, require_one_base
-from lens_lora.core.function.asked import Asked, ask, ask_prompts
 from lens_lora.core.function.derivatives import joint_tangent
 from lens_lora.core.function.forward import gated_logits, require_finite
 from lens_lora.core.function.memory import row_groups
@@ -138,7 +138,8 @@ class AdapterComparison(OfSites, Pictured):
         Adapters of one seed share A, which training moves little: their reading overlaps whatever
         they were taught, and says nothing of what they do.
         """
-        read, write = float(self.read_overlap.nanmean()), float(self.write_overlap.nanmean())
+        read = float(self.read_overlap.nanmean())
+        write = float(self.write_overlap.nanmean())
         by_chance = float(self.null_read.nanmean()) if self.draws else 0.0
         return read >= _READ_ALIKE and max(write, by_chance) <= _OTHERS_APART * read
 
@@ -147,7 +148,8 @@ class AdapterComparison(OfSites, Pictured):
         """What to make of an overlap of reading alone; '' where there is nothing to say."""
         if not self.begin_alike:
             return ""
-        read, write = float(self.read_overlap.nanmean()), float(self.write_overlap.nanmean())
+        read = float(self.read_overlap.nanmean())
+        write = float(self.write_overlap.nanmean())
         return (
             f"What is read overlaps ({read:.2f}) as of adapters that begin alike: from one seed "
             "both have the same A, which training moves little. That, and the cosine of ΔW that "
@@ -281,34 +283,40 @@ def compare_adapters(
             draws=0, or make the change plain first.
         ModelStateError: an operation without a forward-mode derivative.
     """
-    draws, seed = whole("draws", draws, 0), whole("seed", seed, 0)
+    draws = whole("draws", draws, 0)
+    seed = whole("seed", seed, 0)
     other = _adapter_of(other, revision, subfolder)
     require_one_base([lens.adapter, other], "changes of different models cannot be compared")
     if readout is not None and prompts is None:
-        raise ArgumentError("a readout is read on prompts, and there are none; pass prompts=…")
+        raise ArgumentError(
+            "a readout is read on prompts, and there are none", remedy="pass prompts=…"
+        )
     second = lens.with_adapter(other)
     names = {site.name for site in lens.sites} & {site.name for site in second.sites}
     if not names and prompts is None:
         raise ArgumentError(
             f"{lens.adapter.name} and {other.name} adapt no site in common ("
             f"{lens.sites[0].name}, … and {second.sites[0].name}, …), so their ΔW cannot be "
-            "compared; give prompts, on which what both do is compared."
+            "compared",
+            remedy="give prompts, on which what both do is compared.",
         )
     shared = [site for site in lens.sites if site.name in names]
     fields = _geometry(thin_updates(lens), thin_updates(second), draw_seeds(seed, draws))
-    zeros = functools.partial(torch.zeros, dtype=torch.float64)
-    fields |= {"function": zeros(2, 3, 0), "null_function": zeros(2, 0, 3, 0)}
-    fields |= {"effects": zeros(2, 0, len(shared)), "null_effects": zeros(0, 0, len(shared))}
+    nothing = functools.partial(torch.zeros, dtype=torch.float64)
+    fields |= {
+        "function": nothing(2, 3, 0),
+        "null_function": nothing(2, 0, 3, 0),
+        "effects": nothing(2, 0, len(shared)),
+        "null_effects": nothing(0, 0, len(shared)),
+    }
     about = lens.describe()
     if prompts is not None:
-        asked = ask_prompts(lens, prompts)
-        about = asked.describe()
-        read = None if readout is None else ask(lens, asked.prompts, readout)
-        fields |= _on_prompts(asked, read, second, shared, draws, seed, progress)
-    first_only, second_only = (
-        tuple(site for site in sites if site.name not in names)
-        for sites in (lens.sites, second.sites)
-    )
+        f = lens.function(prompts, progress=progress)
+        about = lens.describe(f.prompts)
+        g = None if readout is None else f.about(readout)
+        fields |= _on_prompts(f, g, second, shared, draws, seed)
+    first_only = tuple(site for site in lens.sites if site.name not in names)
+    second_only = tuple(site for site in second.sites if site.name not in names)
     return AdapterComparison(
         names=(lens.adapter.name, other.name),
         sites=tuple(shared),
@@ -339,25 +347,30 @@ def _geometry(
     """The fields of `AdapterComparison` that need no prompts."""
     names = [name for name in mine if name in theirs]
     pairs = [compared(mine[name], theirs[name]) for name in names]
-    null: list[list[Pair]] = []
+    nulls: list[list[Pair]] = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        null.append([compared(mine[name], theirs[name], generator) for name in names])
-    rest = [
-        sum(float(held[name].sigma.square().sum()) for name in held if name not in names) ** 0.5
-        for held in (mine, theirs)
-    ]
-    table = functools.partial(_table, width=len(names))
+        nulls.append([compared(mine[name], theirs[name], generator) for name in names])
+    both = (mine, theirs)
+    norms = [[float(updates[name].sigma.norm()) for name in names] for updates in both]
+    rest = [_norm_of_others(updates, names) for updates in both]
+    sites = len(names)
     return {
-        "norms": table([[float(held[n].sigma.norm()) for n in names] for held in (mine, theirs)]),
+        "norms": _table(norms, sites),
         "rest": torch.tensor(rest, dtype=torch.float64),
         "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),
         "read": padded([pair.read for pair in pairs]),
         "write": padded([pair.write for pair in pairs]),
-        "null_inner": table([[pair.inner for pair in row] for row in null]),
-        "null_read": table([[_overlap(pair.read) for pair in row] for row in null]),
-        "null_write": table([[_overlap(pair.write) for pair in row] for row in null]),
+        "null_inner": _table([[pair.inner for pair in row] for row in nulls], sites),
+        "null_read": _table([[_overlap(pair.read) for pair in row] for row in nulls], sites),
+        "null_write": _table([[_overlap(pair.write) for pair in row] for row in nulls], sites),
     }
+
+
+def _norm_of_others(updates: Mapping[str, Thin], names: Sequence[str]) -> float:
+    """√Σ‖ΔW‖² over the sites that are not shared."""
+    squares = [float(u.sigma.square().sum()) for name, u in updates.items() if name not in names]
+    return sum(squares) ** 0.5
 
 
 def _table(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row site"]:
@@ -385,13 +398,19 @@ _TOKENS = 512  # read at once: each holds its logits and four shifts
 def products(
     lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
 ) -> Float[Tensor, "kind other pair batch"]:
-    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: first order, then exact."""
+    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: first order, then exact.
+
+    Args:
+        lens: the first adapter over the model.
+        others: the other adapters, over the same model; called once for each group of prompts.
+        prompts: read at each token that counts.
+    """
     marks = beginnings(prompts).gather(1, prompts.read_positions.cpu())
-    once = torch.from_numpy(first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy()))
-    groups = [
-        _products_of(lens, others(), prompts.chosen(rows), once[rows])
-        for rows in row_groups(lens, prompts, _TOKENS, "dual")
-    ]
+    is_first = first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy())
+    counted = torch.from_numpy(is_first)
+    groups: list[Tensor] = []
+    for rows in row_groups(lens, prompts, _TOKENS, "dual"):
+        groups.append(_products_of(lens, others(), prompts.chosen(rows), counted[rows]))
     values = torch.cat(groups, -1)
     require_finite(values, "the shift of the logits")
     return values
@@ -403,32 +422,36 @@ def _products_of(
     prompts: Prompts,
     counted: Bool[Tensor, "batch some_slot"],
 ) -> Float[Tensor, "kind other pair batch"]:
+    """One forward pass of the base; of each adapter a forward and a dual forward pass."""
     with torch.no_grad():
         base = gated_logits(lens, prompts, lens.gates(0.0))
-        root = base.softmax(-1).sqrt()
+        p = base.softmax(-1)
         mask = counted[:, : prompts.slots].to(base)[..., None]
 
-        def weighted(shift: Tensor) -> Tensor:
+        def weighted(shift: Tensor) -> Float[Tensor, "batch slot_and_vocab"]:
             """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
-            centred = shift - (root * root * shift).sum(-1, keepdim=True)
-            return (root * centred * mask).flatten(1)
+            centred = shift - (p * shift).sum(-1, keepdim=True)
+            return (p.sqrt() * centred * mask).flatten(1)
 
-        def both(other: LoraLens) -> tuple[Tensor, Tensor]:
+        def shifts_of(other: LoraLens) -> tuple[Tensor, Tensor]:
+            """To first order, and exactly."""
             gates = other.gates(0.0)
             first = joint_tangent(other, prompts, gates, torch.ones_like(gates))
             exact = gated_logits(other, prompts, other.gates(1.0)) - base
             return weighted(first), weighted(exact)
 
-        mine = both(lens)
-        rows = [
-            torch.stack([_three(v, w) for v, w in zip(mine, both(other), strict=True)])
-            for other in others
-        ]
-    return torch.stack(rows, 1).cpu()
+        first, exact = shifts_of(lens)
+        of_others: list[Tensor] = []
+        for other in others:
+            other_first, other_exact = shifts_of(other)
+            kinds = [_inner_products(first, other_first), _inner_products(exact, other_exact)]
+            of_others.append(torch.stack(kinds))
+    return torch.stack(of_others, 1).cpu()
 
 
-def _three(v: Tensor, w: Tensor) -> Float[Tensor, "pair batch"]:
-    return torch.stack([(a * b).sum(1) for a, b in ((v, w), (v, v), (w, w))])
+def _inner_products(v: Tensor, w: Tensor) -> Float[Tensor, "pair batch"]:
+    """⟨v, w⟩, ⟨v, v⟩ and ⟨w, w⟩ of each prompt."""
+    return torch.stack([(v * w).sum(1), (v * v).sum(1), (w * w).sum(1)])
 
 
 def cosine_of(
@@ -441,19 +464,19 @@ def cosine_of(
 
 
 def _on_prompts(
-    asked: Asked,
-    about: Asked | None,
+    f: Function,
+    g: Function | None,
     second: LoraLens,
     shared: Sequence[Site],
     draws: int,
     seed: int,
-    progress: bool,
 ) -> dict[str, Tensor]:
-    """The fields of `AdapterComparison` that need prompts."""
-    if about is not None:
-        about.require_slope_at_base()
-    silent, prompts = not progress or not draws, asked.prompts.at_each_token()
-    total = draws * len(row_groups(asked.lens, prompts, _TOKENS, "dual"))
+    """The fields of `AdapterComparison` that need prompts; g reads what effects are of."""
+    if g is not None:
+        g.require_slope_at_base()
+    prompts = f.prompts.at_each_token()
+    silent = not f.progress or not draws
+    total = draws * len(row_groups(f.lens, prompts, _TOKENS, "dual"))
     with tqdm(total=total, desc="null adapters", leave=False, disable=silent) as bar:
 
         def others() -> Iterator[LoraLens]:
@@ -462,17 +485,18 @@ def _on_prompts(
                 yield null
                 bar.update()
 
-        values = products(asked.lens, others, prompts)
+        values = products(f.lens, others, prompts)
     fields = {"function": values[:, 0], "null_function": values[:, 1:]}
-    if about is not None:
-        both = about.lens.adapter, second.adapter
+    if g is not None:
+        both = (g.lens.adapter, second.adapter)
 
         def every() -> Iterator[Adapter]:
             yield from both
             yield from null_adapters(second, seed, draws)
 
-        effects = first_orders(about.lens, both, about.reading, every, shared).cpu().double()
-        fields |= {"effects": effects[:2], "null_effects": effects[2:]}
+        effects = first_orders(g.lens, both, g.reading, every, shared).cpu().double()
+        fields["effects"] = effects[:2]
+        fields["null_effects"] = effects[2:]
     return fields
 
 

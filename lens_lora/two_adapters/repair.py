@@ -43,6 +43,7 @@ from lens_lora.arguments import number, whole, word
 from lens_lora.core import (
     SIGMAS,
     Adapter,
+    Evaluations,
     LoRAFactors,
     LoraLens,
     ModuleUpdate,
@@ -56,12 +57,12 @@ from lens_lora.core import (
     TrainedModule,
     Update,
     alone,
+    evaluations,
     long_table,
     stored,
 )
 from lens_lora.core.adapter.factors import output_count
 from lens_lora.core.function.activations import GateLayout, Of, layout_of, value_at
-from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.memory import require_graphs
 from lens_lora.core.model.gauge import svd_factors
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
@@ -241,7 +242,8 @@ def repair(
         NumericsError: a non-finite readout.
     """
     word("of", of, get_args(Of))
-    keep_share, rate = number("keep_share", keep_share), number("rate", rate)
+    keep_share = number("keep_share", keep_share)
+    rate = number("rate", rate)
     price = number("price", price)
     if not 0 < keep_share <= 1:
         raise ArgumentError(
@@ -249,11 +251,15 @@ def repair(
         )
     if rate <= 0 or price < 0:
         raise ArgumentError(f"{rate=:g}, {price=:g}: expected a rate above 0, a price ≥ 0.")
-    steps, draws, seed = whole("steps", steps, 1), whole("draws", draws, 1), whole("seed", seed, 0)
+    steps = whole("steps", steps, 1)
+    draws = whole("draws", draws, 1)
+    seed = whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
-    asked = {"keep": keep, "drop": drop, "test_keep": test_keep, "test_drop": test_drop}
-    goals = [goal for name, questions in asked.items() for goal in _goals(layout, questions, name)]
+    questions = {"keep": keep, "drop": drop, "test_keep": test_keep, "test_drop": test_drop}
+    goals: list[_Goal] = []
+    for name, of_name in questions.items():
+        goals += _goals(layout, of_name, name)
     given = [goal for goal in goals if not goal.held_out]
     gates = _optimised(given, keep_share, steps, rate, price, progress=progress)
     kept = _rounded(given, gates, keep_share)
@@ -288,7 +294,7 @@ class _Goal:
     """
 
     layout: GateLayout
-    asked: Asked
+    g: Evaluations
     tokens: int
     keep: bool
     held_out: bool
@@ -296,15 +302,17 @@ class _Goal:
     @property
     def label(self) -> str:
         """The readout's, and that it is per token where it is."""
-        return self.asked.readout.label + (", per token" if self.tokens > 1 else "")
+        assert self.g.readout is not None
+        each = ", per token" if self.tokens > 1 else ""
+        return f"{self.g.readout.label}{each}"
 
     def values(self, gates: _Gates) -> Float[Tensor, " batch"]:
         """g at these gates. One forward pass."""
-        return value_at(self.layout, self.asked.reading, gates)
+        return value_at(self.layout, self.g.reading, gates)
 
     def share(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
         """What is kept, or left, of what the adapter does."""
-        base, adapted = self.asked.ends
+        base, adapted = self.g.ends
         shift = adapted - base
         moved = values - base.to(values)
         moved = moved * shift.sign() if self.keep else moved.abs()
@@ -331,29 +339,31 @@ def _goals(layout: GateLayout, questions: Sequence[Question], name: str) -> list
 
 def _described(goals: Sequence[_Goal]) -> dict[str, str]:
     """The names of model and adapter, versions, and how the prompts of all questions were read."""
-    return goals[0].layout.lens.describe(*(goal.asked.prompts for goal in goals))
+    return goals[0].layout.lens.describe(*(goal.g.prompts for goal in goals))
 
 
-def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Asked, int]:
+def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Evaluations, int]:
     is_pair = isinstance(question, list | tuple) and len(question) == 2
     if not is_pair or not isinstance(question[1], Readout):
         raise ArgumentError(
             f"{name} is a {type(question).__name__}; expected a pair: prompts, and a readout, such "
             "as ll.Margin(' Lyon', ' Paris') or ll.KL()."
         )
-    prompts, readout = lens.prompts(question[0]), question[1]
+    prompts = lens.prompts(question[0])
+    readout = question[1]
     if isinstance(readout, KL) and readout.response is None:
         readout = _of_whole_texts(readout, prompts)
-    asked = ask(lens, prompts, readout)
-    is_of_texts = isinstance(asked.readout, KL) and asked.readout.tokens in ("prompt", "response")
-    tokens = int(asked.reading.prompts.read_mask.sum()) if is_of_texts else 1
-    size = float((asked.ends[1] - asked.ends[0]).abs().sum())
-    if size <= SIGMAS * _rounding(asked, keep):
+    g = evaluations(lens, prompts, readout, progress=False)
+    tokens = 1
+    if isinstance(g.readout, KL) and g.readout.tokens in ("prompt", "response"):
+        tokens = int(g.rows.read_mask.sum())
+    size = float(g.shift.abs().sum())
+    if size <= SIGMAS * _rounding(g, keep):
         raise ArgumentError(
             f"{name}, {readout.label}: the adapter moves it by {size:.2g} in all, which rounding "
             f"alone may do; there is nothing to {'keep' if keep else 'drop'}."
         )
-    return asked, tokens
+    return g, tokens
 
 
 def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:
@@ -363,11 +373,11 @@ def _of_whole_texts(kl: KL, prompts: Prompts) -> KL:
     return dataclasses.replace(kl, tokens="prompt")
 
 
-def _rounding(asked: Asked, keep: bool) -> float:
+def _rounding(g: Evaluations, keep: bool) -> float:
     """Of Σ|shift|, whose terms do not cancel: Σσ for what is kept, else a step of the dtype."""
     if keep:
-        return float(asked.noise_floor.double().sum())
-    return torch.finfo(asked.ends.dtype).eps * float((1 + asked.ends.double().abs()).sum())
+        return float(g.floor.double().sum())
+    return torch.finfo(g.ends.dtype).eps * float((1 + g.ends.double().abs()).sum())
 
 
 # --- the kept part as an adapter
@@ -482,7 +492,7 @@ def _optimised(
 ) -> _Gates:
     """The gates after the last step."""
     lens = goals[0].layout.lens
-    require_graphs(lens, [goal.asked.reading for goal in goals])
+    require_graphs(lens, [goal.g.reading for goal in goals])
     lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
     alive = goals[0].layout.alive.to(lens.device)
     gates = alive.to(lens.gate_dtype).requires_grad_()
@@ -498,14 +508,16 @@ def _optimised(
             adam.step()
             with torch.no_grad():
                 gates.clamp_(0.0, 1.0).mul_(alive)
-            least, mean = float(kept.detach().min()), float(left.detach().mean())
+            least = float(kept.detach().min())
+            mean = float(left.detach().mean())
             bar.set_postfix(kept=f"{least:.2f}", left=f"{mean:.2f}")
     return gates.detach()
 
 
 def _rounded(goals: Sequence[_Goal], gates: _Gates, keep_share: float) -> _Kept:
     """The set of gates that leaves least, of those that keep the share of every question."""
-    best, least = goals[0].layout.alive.to(gates.device), 1.0
+    best = goals[0].layout.alive.to(gates.device)
+    least_left = 1.0
     tried = {0}
     for threshold in _THRESHOLDS:
         chosen = gates > threshold
@@ -514,8 +526,9 @@ def _rounded(goals: Sequence[_Goal], gates: _Gates, keep_share: float) -> _Kept:
         tried.add(int(chosen.sum()))
         with torch.no_grad():
             kept, left = _kept_and_left(goals, chosen.to(gates))
-        if float(kept.min()) >= keep_share and float(left.mean()) < least:
-            best, least = chosen, float(left.mean())
+        if float(kept.min()) >= keep_share and float(left.mean()) < least_left:
+            best = chosen
+            least_left = float(left.mean())
     return best
 
 
@@ -550,7 +563,7 @@ def _judged(goals: Sequence[_Goal], kept: _Kept, draws: int, seed: int) -> dict[
         scaled = [goal.values(every * matched[goal.held_out]) for goal in goals]
         sets = _random_sets(layout, kept, draws, seed)
         drawn = [_values(goals, gates.to(every)) for gates in sets]
-    base, adapted = zip(*(goal.asked.ends for goal in goals), strict=True)
+    base, adapted = zip(*(goal.g.ends for goal in goals), strict=True)
     mean_of_drawn = [torch.stack(values).mean(0) for values in zip(*drawn, strict=True)]
     states = [base, adapted, repaired, scaled, mean_of_drawn]
     random = torch.stack([_shares(goals, values) for values in drawn])
@@ -594,7 +607,8 @@ def _matched(
         kept = [i for i, goal in enumerate(goals) if goal.keep and goal.held_out == held_out]
         if kept:
             target = float(repaired[kept].mean())
-            kept_goals, kept_along = [goals[i] for i in kept], along[:, kept].mean(1)
+            kept_goals = [goals[i] for i in kept]
+            kept_along = along[:, kept].mean(1)
             matched[held_out] = _strength(kept_goals, every, kept_along, target)
     return {True: matched[False], **matched}
 
@@ -609,18 +623,26 @@ def _strength(
     first = reached.index(True)
     if not first:
         return 0.0
-    low, high = _SCALES[first - 1], _SCALES[first]
+    low = _SCALES[first - 1]
+    high = _SCALES[first]
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        is_enough = float(_shares(goals, _values(goals, every * middle)).mean()) >= target
-        low, high = (low, middle) if is_enough else (middle, high)
+        kept = float(_shares(goals, _values(goals, every * middle)).mean())
+        if kept >= target:
+            high = middle
+        else:
+            low = middle
     return high
 
 
 def _random_sets(layout: GateLayout, kept: _Kept, draws: int, seed: int) -> list[_Kept]:
     """As many gates as are kept, of those that move anything."""
     generator = torch.Generator().manual_seed(seed)
-    alive, count = layout.alive.nonzero()[:, 0], int(kept.sum())
-    chosen = [alive[torch.randperm(len(alive), generator=generator)[:count]] for _ in range(draws)]
+    alive = layout.alive.nonzero()[:, 0]
+    count = int(kept.sum())
     none = torch.zeros(layout.count, dtype=torch.bool)
-    return [none.index_fill(0, gates, value=True) for gates in chosen]
+    sets: list[_Kept] = []
+    for _ in range(draws):
+        order = torch.randperm(len(alive), generator=generator)
+        sets.append(none.index_fill(0, alive[order[:count]], value=True))
+    return sets

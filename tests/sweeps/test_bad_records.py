@@ -139,9 +139,9 @@ def calls(monkeypatch) -> list[int]:
     seen: list[int] = []
     plain = VALUES["first_order"]
 
-    def counted(lens, prompts, readout):
-        seen.append(prompts.batch)
-        return plain(lens, prompts, readout)
+    def counted(g):
+        seen.append(g.prompts.batch)
+        return plain(g)
 
     monkeypatch.setitem(VALUES, "first_order", counted)
     return seen

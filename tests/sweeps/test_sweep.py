@@ -16,8 +16,8 @@ import torch
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
+from lens_lora.core import Evaluations, evaluations
 from lens_lora.core.analyses.patching import patch_sites
-from lens_lora.core.function.asked import Asked, ask
 from lens_lora.curvature.second_order import second_order
 from lens_lora.errors import SweepError
 from lens_lora.path.path_attribution import path_attribution
@@ -113,17 +113,19 @@ def test_a_margin_within_rounding_does_not_flip(dtype: torch.dtype, monkeypatch)
     base = models.hf_model("llama", dtype=dtype)
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
     lens = ll.LoraLens(list(models.MAKERS.values())[-1](base), adapter)
-    asked = ask(lens, models.tokens(batch=3), ll.Margin(5, 9))
-    floor = asked.noise_floor.double().numpy()
+    g = evaluations(lens, models.tokens(batch=3), ll.Margin(5, 9), progress=False)
+    floor = g.floor.double().numpy()
     near, far = 2 * floor, 5 * floor
-    assert batches._flips(asked, -far, far) == [True] * 3
-    assert batches._flips(asked, -far, near) == batches._flips(asked, -near, far) == [False] * 3
-    assert batches._flips(ask(lens, models.tokens(), ll.LogProb(5)), -far, far) == [None] * 3
+    assert batches._flips(g, -far, far) == [True] * 3
+    assert batches._flips(g, -far, near) == batches._flips(g, -near, far) == [False] * 3
+    assert (
+        batches._flips(evaluations(lens, models.tokens(), ll.LogProb(5)), -far, far) == [None] * 3
+    )
     measured = []
-    monkeypatch.setattr(Asked, "noise_floor", property(lambda self: measured.append(1)))
+    monkeypatch.setattr(Evaluations, "floor", property(lambda self: measured.append(1)))
     clear = np.ones(3)
     if dtype == torch.float32:
-        assert batches._flips(asked, -clear, clear) == [True] * 3 and not measured
+        assert batches._flips(g, -clear, clear) == [True] * 3 and not measured
 
 
 def test_one_readout_for_all(a_lens, tmp_path):
@@ -373,7 +375,7 @@ def test_one_record_that_is_not_finite_fails_alone(a_lens, tmp_path):
 
 
 def test_errors_of_the_lens_stop(a_lens, tmp_path, monkeypatch):
-    def broken(lens, prompts, readout):
+    def broken(g):
         raise ll.errors.ModelStateError("in train mode")
 
     monkeypatch.setitem(VALUES, "add_one", broken)

@@ -28,10 +28,10 @@ def calls(monkeypatch) -> list[str]:
     seen: list[str] = []
     plain = VALUES["first_order"]
 
-    def counted(lens, prompts, readout):
-        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
+    def counted(g):
+        rows = [g.prompts.row(i).tokens[0].tolist() for i in range(g.prompts.batch)]
         seen.extend(" ".join(f"w{i}" for i in row if i > 3) for row in rows)
-        return plain(lens, prompts, readout)
+        return plain(g)
 
     monkeypatch.setitem(VALUES, "first_order", counted)
     return seen

@@ -10,7 +10,7 @@ import torch
 from reference import peft_scales
 
 import lens_lora as ll
-from lens_lora.core.function.asked import ask
+from lens_lora.core import evaluations
 from lens_lora.errors import AdapterError, ArgumentError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -65,9 +65,10 @@ def test_every_checkpoint_is_peft_s_at_that_strength(found):
 def test_each_checkpoint_has_its_own_noise_floor(found):
     case, readout, result = found
     for k, adapter in enumerate(training(case)):
-        own = ask(case.lens.with_adapter(adapter), models.tokens(), readout)
-        assert torch.allclose(result.noise[1 + k], own.adapted_noise, rtol=1e-6)
-        whole = own.base_noise.square() + own.adapted_noise.square()
+        own = evaluations(case.lens.with_adapter(adapter), models.tokens(), readout)
+        adapted_noise = own.noise((1.0,), at=1.0)
+        assert torch.allclose(result.noise[1 + k], adapted_noise, rtol=1e-6)
+        whole = own.noise((1.0,), at=0.0).square() + adapted_noise.square()
         assert torch.allclose(result.noise_floor[k].square(), whole, rtol=1e-6)
     assert result.noise.shape == (6, 2) and len(set(result.noise[:, 0].tolist())) > 2
 
