@@ -51,7 +51,7 @@ def _places_table(changed: WhatChanged, k: int) -> Table:
     """The tokens after which the next one changes most."""
     every_place = changed.where(k)
     is_without = every_place["promoted"] == ""
-    left_out = is_without.sum()
+    left_out = int(is_without.sum())
     title = "where"
     if left_out:
         title += f" ({left_out} places left out: no probability rises there)"
