@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from lens_lora.core import drawing, only_prompt, prompt_rows
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core import Site, drawing, only_prompt, prompt_rows
 from lens_lora.judging.best_subset import BestSubset
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.faithfulness import Faithfulness
 from lens_lora.judging.null_test import NullTest
+from lens_lora.judging.rankings import RANDOM, UPDATE_NORM, WEIGHT_NORM
 from lens_lora.judging.reliability import Reliability
 from lens_lora.show import figures, go
 from lens_lora.show.figures import BELOW, EXACT, INK, KINDS, LINEAR, NOISE, curve, finish, whose
@@ -19,9 +24,11 @@ from lens_lora.show.text import key_text, label, magnitude, percent, short_promp
 
 # --- Over sizes of a set: kept and dropped, the best sets
 
-_LOOKS = {
-    **{"weight_norm": ("dash", "square"), "update_norm": ("dot", "diamond")},
-    "random": ("dashdot", "x"),
+# The dash and the symbol of each baseline, which are grey, and of all other rankings.
+_BASELINES = {
+    WEIGHT_NORM: ("dash", "square"),
+    UPDATE_NORM: ("dot", "diamond"),
+    RANDOM: ("dashdot", "x"),
 }
 _SOLID = ("solid", "circle")
 _KEPT = "%{y:.3g}% of the shift<extra></extra>"
@@ -30,38 +37,61 @@ _KEPT = "%{y:.3g}% of the shift<extra></extra>"
 @drawing.figure.register(Faithfulness)
 def faithfulness_figure(curves: Faithfulness, prompt: int | None = None) -> go.Figure:
     """Keep-top-k on the left (high is good), drop-top-k on the right (low is good)."""
-    rows, sites = prompt_rows(prompt, len(curves.base)), len(curves.sites)
-    above = ("top kept, the others off", "top dropped, the others on")
     figure = go.make_subplots(
-        1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above
+        1,
+        2,
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=("top kept, the others off", "top dropped, the others on"),
     )
-    numbers = [f"{count} of {sites} sites" for count in curves.counts]
-    rankings = iter(figures.PALETTE * len(curves.names))
-    colours = {name: NOISE if name in _LOOKS else next(rankings) for name in curves.names}
-    fractions = [100 * f for f in curves.fractions.tolist()]
-    for column, side in enumerate(("keep", "drop"), start=1):
-        kept = getattr(curves, side)[:, rows].nanmean(1)
-        areas = getattr(curves, f"area_{side}")[:, rows].nanmean(1).tolist()
-        for name, shares, area in zip(curves.names, kept.tolist(), areas, strict=True):
-            shown, (dash, symbol) = label(key_text(name)), _LOOKS.get(name, _SOLID)
-            said = f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}"
-            marker, width = {"size": 6, "symbol": symbol}, 1.6 if name in _LOOKS else 2.4
-            drawn = fractions, _percentages(shares), shown, colours[name], said
-            line = curve(*drawn, width=width, dash=dash, marker=marker, hovertext=numbers)
-            line.update(legendgroup=name, showlegend=column == 1)
-            figure.add_trace(line, row=1, col=column)
+    for line in _kept_or_dropped(curves, curves.keep, curves.area_keep, prompt):
+        figure.add_trace(line, row=1, col=1)
+    for line in _kept_or_dropped(curves, curves.drop, curves.area_drop, prompt):
+        figure.add_trace(line.update(showlegend=False), row=1, col=2)
     for level in (0, 100):
         figure.add_hline(y=level, line={"color": INK, "width": 1})
     figure.update_annotations(font={"size": 13})
     figure.update_xaxes(range=[-2, 102])
+    heading = "What the top of each ranking carries, by real interventions"
     below = f"share of the shift of {curves.readout} · {whose(prompt, curves.str_tokens)}"
-    titles = "What the top of each ranking carries, by real interventions", below
-    axes, margin = ("sites, %", "share of the shift, %"), {"t": 100}
-    finish(figure, titles, axes, 460, margin=margin, legend=figures.BESIDE)
+    axes = ("sites, %", "share of the shift, %")
+    finish(figure, (heading, below), axes, 460, margin={"t": 100}, legend=figures.BESIDE)
     return figure.update_yaxes(title_text=None, col=2)
 
 
+def _kept_or_dropped(
+    curves: Faithfulness,
+    shares: Float[Tensor, "method batch fraction"],
+    areas: Float[Tensor, "method batch"],
+    prompt: int | None,
+) -> Iterator[go.Scatter]:
+    """A curve for each ranking, of one prompt or the mean over prompts."""
+    rows = prompt_rows(prompt, len(curves.base))
+    percents = [100 * fraction for fraction in curves.fractions.tolist()]
+    counts = [f"{count} of {len(curves.sites)} sites" for count in curves.counts]
+    colours = iter(figures.PALETTE * len(curves.names))
+    by_ranking = shares[:, rows].nanmean(1).tolist()
+    area_of = areas[:, rows].nanmean(1).tolist()
+    for name, of_shift, area in zip(curves.names, by_ranking, area_of, strict=True):
+        is_baseline = name in _BASELINES
+        dash, symbol = _BASELINES.get(name, _SOLID)
+        shown = label(key_text(name))
+        line = curve(
+            percents,
+            _percentages(of_shift),
+            shown,
+            NOISE if is_baseline else next(colours),
+            f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}",
+            width=1.6 if is_baseline else 2.4,
+            dash=dash,
+            marker={"size": 6, "symbol": symbol},
+            hovertext=counts,
+        )
+        yield line.update(legendgroup=name, showlegend=True)
+
+
 def _percentages(shares: Sequence[float]) -> list[float | None]:
+    """In percent; a gap where there is none."""
     return [None if math.isnan(share) else 100 * share for share in shares]
 
 
@@ -70,38 +100,58 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
     """One set as a map of the sites; several sizes as a curve of what they keep."""
     if count is not None or len(subset.counts) == 1:
         return members_figure(subset, subset.row(count))
-    sizes, figure = (100 * subset.fractions).tolist(), go.Figure()
-    several = len(subset.str_tokens) > 1
-    by_prompt = zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True)
-    for number, (tokens, shares) in enumerate(by_prompt if several else ()):
-        said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the {subset.over}: {_KEPT}"
-        line = curve(sizes, _percentages(shares), "each prompt", NOISE, said, width=1)
-        figure.add_trace(line.update(legendgroup="each", showlegend=number == 0))
+    figure = go.Figure()
+    sizes = (100 * subset.fractions).tolist()
+    has_several = len(subset.str_tokens) > 1
+    if has_several:
+        figure.add_traces(_each_prompt(subset, sizes))
     sets = zip(subset.counts, subset.found_by, strict=True)
-    texts = [f"{size} {subset.over}, found by {method}" for size, method in sets]
-    kept, name = _percentages(subset.kept.tolist()), "together" if several else "kept"
-    together = curve(sizes, kept, name, EXACT, f"%{{hovertext}}: {_KEPT}", width=2.5, marker={})
-    figure.add_trace(together.update(hovertext=texts))
+    texts = [f"{size} {subset.over}, found by {start}" for size, start in sets]
+    kept = curve(
+        sizes,
+        _percentages(subset.kept.tolist()),
+        "together" if has_several else "kept",
+        EXACT,
+        f"%{{hovertext}}: {_KEPT}",
+        width=2.5,
+        marker={},
+    )
+    figure.add_trace(kept.update(hovertext=texts))
     if subset.held_out:
-        shares, said = _percentages(subset.kept_held_out.tolist()), f"held out: {_KEPT}"
+        shares = _percentages(subset.kept_held_out.tolist())
+        said = f"held out: {_KEPT}"
         figure.add_trace(curve(sizes, shares, "held-out prompts", LINEAR, said, marker={}))
     figure.add_hline(y=100, line={"color": NOISE, "width": 1})
     heading = f"What the best sets of {len(subset.names)} {subset.over} keep of the shift"
-    titles = heading, f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
+    below = f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
     axes = f"size of the set, % of the {subset.over}", "kept, % of the shift"
-    return finish(figure, titles, axes, showlegend=several, xaxis={"rangemode": "tozero"})
+    xaxis = {"rangemode": "tozero"}
+    return finish(figure, (heading, below), axes, showlegend=has_several, xaxis=xaxis)
+
+
+def _each_prompt(subset: BestSubset, sizes: Sequence[float]) -> list[go.Scatter]:
+    """What the sets keep of each prompt's shift; one line of the legend stands for all."""
+    lines: list[go.Scatter] = []
+    for tokens, shares in zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True):
+        said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the {subset.over}: {_KEPT}"
+        line = curve(sizes, _percentages(shares), "each prompt", NOISE, said, width=1)
+        lines.append(line.update(legendgroup="each", showlegend=not lines))
+    return lines
 
 
 def members_figure(subset: BestSubset, row: int) -> go.Figure:
     """Which sites, or heads, are in one of the best sets."""
-    members, kept = subset.members[row].tolist(), percent(float(subset.kept[row]))
+    members = subset.members[row].tolist()
+    kept = percent(float(subset.kept[row]))
     heading = f"{subset.counts[row]} of {len(subset.names)} {subset.over} keep {kept} of the shift"
     if subset.held_out:
         heading += f", held out {percent(float(subset.kept_held_out[row]))}"
     below = f"the best set found, {subset.readout} · {whose(None, subset.str_tokens)}"
     says = ["in the set" if is_member else "not in the set" for is_member in members]
-    values = list(map(float, members))
-    places = subset.sites if subset.over == "sites" else list(map(_of_head, subset.names))
+    values = [float(is_member) for is_member in members]
+    places = subset.sites
+    if subset.over == "heads":
+        places = [_of_head(name) for name in subset.names]
     figure = figures.kinds_by_layer((heading, below), places, values, says, "", "amount", reach=1.0)
     return figure.update_traces(showscale=False)
 
@@ -115,27 +165,28 @@ def _of_head(name: str) -> types.SimpleNamespace:
 # --- Number by number: measured effects, corrections, random directions
 
 _SYMBOLS = ("circle", "diamond", "square")
-_MARGIN = 0.05
+# How far the identity line goes beyond the points, and the axis of flags.
+_BEYOND_POINTS = 0.05
+_BEYOND_FLAGS = 0.08
 
 
 @drawing.figure.register(Comparison)
 def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.Figure:
     """Effect (y) against attribution (x); hover names each site or group."""
-    rows, units = prompt_rows(prompt, len(comparison.pearson)), label(comparison.units)
+    rows = prompt_rows(prompt, len(comparison.pearson))
+    units = label(comparison.units)
     x = comparison.attribution[rows].mean(0).tolist()
     y = comparison.effects[rows].mean(0).tolist()
-    attribution, effects = map(key_text, (comparison.attribution_name, comparison.effects_name))
-    across, upwards = label(attribution), label(effects)
+    attribution = key_text(comparison.attribution_name)
+    across = label(attribution)
+    upwards = label(key_text(comparison.effects_name))
     hover = [
         f"<b>{label(name)}</b><br>{signed(a)} {units}, {across}<br>{signed(e)} {units}, {upwards}"
         for name, a, e in zip(comparison.labels, x, y, strict=True)
     ]
-    kinds = sorted(set(comparison.kinds), key=lambda k: KINDS.index(k) if k in KINDS else -1)
-    colours = itertools.product(_SYMBOLS, figures.PALETTE)
-    look, pairs = {"size": 7, "opacity": 0.75}, zip(kinds, colours, strict=False)
-    looks = {kind: {"color": colour, "symbol": mark, **look} for kind, (mark, colour) in pairs}
-    ends = _with_room([*x, *y], _MARGIN)
+    ends = _with_room([*x, *y], _BEYOND_POINTS)
     identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
+    looks = _looks_of_kinds(comparison.kinds)
     marks = figures.grouped_points(x, y, hover, comparison.kinds, looks, counts=False)
     figure = go.Figure([identity, *marks])
     prompts = whose(prompt, comparison.str_tokens)
@@ -145,24 +196,40 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
     return finish(figure, titles, axes, 520, legend=figures.BESIDE)
 
 
+def _looks_of_kinds(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a symbol for each kind of module, groups of several kinds first."""
+    ordered = sorted(set(kinds), key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
+    marks = itertools.product(_SYMBOLS, figures.PALETTE)
+    return {
+        kind: {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75}
+        for kind, (symbol, colour) in zip(ordered, marks, strict=False)
+    }
+
+
 def _with_room(values: Sequence[float], share: float) -> list[float]:
     """From below the least value to above the largest."""
-    low, high = min(values, default=-1.0), max(values, default=1.0)
+    low = min(values, default=-1.0)
+    high = max(values, default=1.0)
     room = share * (high - low or 1.0)
     return [low - room, high + room]
 
 
 def _agreement(comparison: Comparison, prompt: int | None) -> str:
     """The statistics of the prompt, or their mean over prompts; '—' where there is none."""
-    shown = []
+    shown: list[str] = []
     for name in ("pearson", "spearman", "slope"):
-        values = comparison.per_prompt[name]
-        value = comparison.mean(name) if prompt is None else float(values[prompt])
-        shown.append(f"{name.title()} {f'{value:.3f}' if math.isfinite(value) else '—'}")
+        if prompt is None:
+            value = comparison.mean(name)
+        else:
+            value = float(comparison.per_prompt[name][prompt])
+        text = f"{value:.3f}" if math.isfinite(value) else "—"
+        shown.append(f"{name.title()} {text}")
     is_mean = prompt is None and len(comparison.pearson) > 1
     return ", ".join(shown) + (", each the mean over prompts" if is_mean else "")
 
 
+_FLAGGED = "flagged"
+_KEPT_AS_IT_IS = "kept, or not material"
 _QUESTIONS = {"add_one": "adding one site", "leave_one_out": "leaving one site out"}
 
 
@@ -173,46 +240,66 @@ def reliability_figure(flags: Reliability, prompt: int | None = None) -> go.Figu
     The band is where a + correction is from threshold · a to a / threshold.
     """
     index = only_prompt(prompt, len(flags.flagged), "flags")
+    units = label(flags.units)
     x = flags.attribution.per_site[index].cpu().double().tolist()
     y = flags.corrected[index].cpu().double().tolist()
-    is_flagged, units = flags.flagged[index].tolist(), label(flags.units)
-    reach, threshold = max(map(abs, x), default=0.0) or 1.0, flags.threshold
-    ends, inner, outer = [-reach, 0.0, reach], reach * threshold, reach / threshold
-    wedge = [-inner, 0.0, outer, inner, 0.0, -outer]
-    band = {"fill": "toself", "fillcolor": "rgba(128,128,128,0.15)"}
-    groups = ["flagged" if flag else "kept, or not material" for flag in is_flagged]
     hover = [_flag_text(flags, index, i, x[i], y[i]) for i in range(len(x))]
-    look = {"size": 7, "opacity": 0.85}
+    is_flagged = flags.flagged[index].tolist()
+    groups = [_FLAGGED if flag else _KEPT_AS_IT_IS for flag in is_flagged]
     looks = {
-        "kept, or not material": {"color": EXACT, "symbol": "circle", **look},
-        "flagged": {"color": LINEAR, "symbol": "diamond", **look},
+        _KEPT_AS_IT_IS: {"color": EXACT, "symbol": "circle", "size": 7, "opacity": 0.85},
+        _FLAGGED: {"color": LINEAR, "symbol": "diamond", "size": 7, "opacity": 0.85},
     }
-    wide = curve(ends + ends[::-1], wedge, f"score ≥ {threshold:g}", INK, width=0, **band)
-    middle = curve(ends, ends, "no correction", INK, width=1, dash="dot")
-    figure = go.Figure([wide, middle, *figures.grouped_points(x, y, hover, groups, looks)])
+    reach = max(map(abs, x), default=0.0) or 1.0
+    band, middle = _band(reach, flags.threshold)
+    figure = go.Figure([band, middle, *figures.grouped_points(x, y, hover, groups, looks)])
     heading = f"{flags.readout}: first order against {_QUESTIONS[flags.how]}"
     titles = heading, f"which to trust · {whose(index, flags.attribution.str_tokens)}"
     axes = f"a at ε = {flags.attribution.at:g}, {units}", f"a + correction, {units}"
-    finish(figure, titles, axes, 460, legend=BELOW, yaxis={"range": _with_room(x + y, 0.08)})
+    yaxis = {"range": _with_room(x + y, _BEYOND_FLAGS)}
+    finish(figure, titles, axes, 460, legend=BELOW, yaxis=yaxis)
     return figure.update_xaxes(zeroline=True).update_yaxes(zeroline=True)
 
 
-def _flag_text(flags: Reliability, prompt: int, site: int, a: float, mended: float) -> str:
-    units, name = label(flags.units), label(flags.attribution.sites[site].name)
-    text, score = f"<b>{name}</b><br>first order {signed(a)} {units}", flags.score[prompt, site]
-    if bool(score.isnan()):
-        return f"{text}<br>not measured: too small to matter"
-    text += f"<br>corrected {signed(mended)} {units}<br>score {float(score):.2f}"
-    if flags.fixed is None or not bool(flags.flagged[prompt, site]):
-        return text
-    return f"{text}<br>measured {signed(float(flags.fixed[prompt, site]))} {units}"
+def _band(reach: float, threshold: float) -> tuple[go.Scatter, go.Scatter]:
+    """Two wedges of scores above the threshold, and the line without a correction."""
+    inner = reach * threshold
+    outer = reach / threshold
+    ends = [-reach, 0.0, reach]
+    wedges = curve(
+        ends + ends[::-1],
+        [-inner, 0.0, outer, inner, 0.0, -outer],
+        f"score ≥ {threshold:g}",
+        INK,
+        width=0,
+        fill="toself",
+        fillcolor="rgba(128,128,128,0.15)",
+    )
+    return wedges, curve(ends, ends, "no correction", INK, width=1, dash="dot")
+
+
+def _flag_text(flags: Reliability, prompt: int, site: int, a: float, corrected: float) -> str:
+    """What hovers over a site: its first order, and what was measured of it."""
+    units = label(flags.units)
+    lines = [
+        f"<b>{label(flags.attribution.sites[site].name)}</b>",
+        f"first order {signed(a)} {units}",
+    ]
+    score = float(flags.score[prompt, site])
+    if math.isnan(score):
+        return "<br>".join([*lines, "not measured: too small to matter"])
+    lines += [f"corrected {signed(corrected)} {units}", f"score {score:.2f}"]
+    if flags.fixed is not None and bool(flags.flagged[prompt, site]):
+        lines.append(f"measured {signed(float(flags.fixed[prompt, site]))} {units}")
+    return "<br>".join(lines)
 
 
 @drawing.figure.register(NullTest)
 def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
     """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale."""
     index = only_prompt(prompt, len(test.noise_floor), "null tests")
-    sites, units = test.observed.sites, label(test.units)
+    sites = test.observed.sites
+    units = label(test.units)
     values = test.observed.per_site[index].cpu().double().tolist()
     largest = test.null[:, index].abs().amax(0).cpu().double().tolist()
     hover = [
@@ -220,20 +307,33 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
         f"{magnitude(most)}<br>z = {signed(float(z))}"
         for site, value, most, z in zip(sites, values, largest, test.z[index], strict=True)
     ]
-    order, sizes = list(range(len(sites))), list(map(abs, values))
-    look = {"color": "rgba(128,128,128,0.35)", "line": {"width": 0}}
-    name = f"largest of {test.draws} random adapters"
-    draws = go.Bar(x=order, y=largest, width=1, name=name, marker=look, hoverinfo="skip")
-    is_out = (size > most for size, most in zip(sizes, largest, strict=True))
+    order = list(range(len(sites)))
+    draws = go.Bar(
+        x=order,
+        y=largest,
+        width=1,
+        name=f"largest of {test.draws} random adapters",
+        marker={"color": "rgba(128,128,128,0.35)", "line": {"width": 0}},
+        hoverinfo="skip",
+    )
+    sizes = [abs(value) for value in values]
+    is_out = [size > most for size, most in zip(sizes, largest, strict=True)]
     groups = ["stands out" if out else "within" for out in is_out]
     looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}
     figure = go.Figure([draws, *figures.grouped_points(order, sizes, hover, groups, looks)])
-    starts = {site.layer: i for i, site in reversed(list(enumerate(sites))) if site.layer >= 0}
-    shown = figures.every_few(sorted(starts))
     heading = "First order of each site against random directions"
     by_chance = f"{test.readout}: {percent(1 / (1 + test.draws))} stand out by chance"
     titles = heading, f"{by_chance} · {whose(index, test.observed.str_tokens)}"
     axes = "layer, and within it the order of the forward pass", f"|a|, {units}"
-    layers = figures.ticks((starts[layer] for layer in shown), map(str, shown))
-    finish(figure, titles, axes, bargap=0, legend=BELOW, xaxis=layers)
+    finish(figure, titles, axes, bargap=0, legend=BELOW, xaxis=_layer_ticks(sites))
     return figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+
+
+def _layer_ticks(sites: Sequence[Site]) -> dict[str, Any]:
+    """The number of a layer at its first site, of every few layers."""
+    firsts: dict[int, int] = {}
+    for index, site in enumerate(sites):
+        if site.layer >= 0:
+            firsts.setdefault(site.layer, index)
+    shown = figures.every_few(sorted(firsts))
+    return figures.ticks((firsts[layer] for layer in shown), map(str, shown))

@@ -28,7 +28,7 @@ SIGNED_RANDOM = "signed_random"
 def foils(
     lens: LoraLens, prompts: PromptsLike, readout: Readout, *, seed: int = 0
 ) -> dict[str, Attribution]:
-    """Scores of equal information beside first order at the base model, by their
+    """Scores of equal information beside first order at the base model, by their keys.
 
     For `compare` and `faithfulness`: a method that a foil ties with has not been shown to know
     more. Their numbers are in no unit that can be summed.

@@ -110,16 +110,18 @@ class NullTest(Drawn):
     def verdict(self) -> tuple[NullVerdict, ...]:
         """For each prompt, how far shift and sites stand out; str() words it."""
         run = self._run_shift
-        null_rms = in_float64(run).square().mean(0).sqrt()
-        numbers = [
+        columns = [
             self.observed.shift,
             self.noise_floor,
-            null_rms,
+            in_float64(run).square().mean(0).sqrt(),
             self.shift_p,
             self.exceeds_all,
         ]
-        by_prompt = torch.stack([in_float64(number) for number in numbers], 1).tolist()
-        return tuple(null_verdict(*row, self.draws, len(run)) for row in by_prompt)
+        by_prompt = torch.stack([in_float64(column) for column in columns], 1).tolist()
+        return tuple(
+            null_verdict(shift, floor, null, p, exceeds_all, self.draws, len(run))
+            for shift, floor, null, p, exceeds_all in by_prompt
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
