@@ -28,14 +28,16 @@ def second_order_figure(second: SecondOrder, prompt: int | None = None) -> go.Fi
     """The exact shift along ε, first order's line and second order's parabola."""
     index = only_prompt(prompt, len(second.shift), "curves along ε")
     path = second.curve
-    scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
+    scales = [0.0, *path.scales.cpu().double().tolist()]
+    units = label(path.units)
     figure = go.Figure()
     for name, values, colour, width, dash in (
         ("exact", path.shift, EXACT, 2.5, "solid"),
         ("first order", path.first_order, LINEAR, 2, "dash"),
         ("second order", second.predicted_at(path.scales), figures.FLIP, 2, "dot"),
     ):
-        shifts, hover = [0.0, *values[index].tolist()], along_hover(name, units)
+        shifts = [0.0, *values[index].tolist()]
+        hover = along_hover(name, units)
         figure.add_trace(curve(scales, shifts, name, colour, hover, width=width, dash=dash))
     figure.add_hline(y=0, line={"color": INK, "width": 1})
     below = f"{second.verdict[index]} · {whose(index, path.str_tokens)}"
@@ -50,11 +52,13 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
     In a large matrix colours are cut at the 99.5th percentile of the sizes, so that a few strong
     pairs do not leave the rest blank; the hover gives every value.
     """
-    half = coupling.matrix[prompt_rows(prompt, len(coupling.matrix))].cpu().double().mean(0) / 2
+    rows = prompt_rows(prompt, len(coupling.matrix))
+    half = coupling.matrix[rows].cpu().double().mean(0) / 2
     axis = names_axis(coupling.groups, **group_ticks(coupling))
     heading = f"{coupling.readout}, ½H at ε = {coupling.at:g}"
     below = "diagonal: self-curvature; off it: half of each pair's coupling"
-    titles, units = (heading, f"{below} · {whose(prompt, coupling.str_tokens)}"), coupling.units
+    titles = heading, f"{below} · {whose(prompt, coupling.str_tokens)}"
+    units = coupling.units
     says = f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {label(units)}<extra></extra>"
     figure = heatmap(titles, half.tolist(), says, axis, axis, units, "signed", **cut_colours(half))
     figure.update_layout(height=680, yaxis={"scaleanchor": "x", "constrain": "domain"})

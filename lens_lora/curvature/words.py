@@ -14,12 +14,14 @@ def second_text(v: SecondVerdict) -> str:
     """Whether second order is nearer than first."""
     if v.kind == "no_shift":
         return below_text("shift", v.shift, v.floor)
-    second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
-    left, reach = f"leaves {second} of the shift at ε = 1, first order {first}", v.helps_up_to
+    second = f"{abs(v.second / v.shift):.1%}"
+    first = f"{abs(v.first / v.shift):.1%}"
+    left = f"leaves {second} of the shift at ε = 1, first order {first}"
+    reach = f"{v.helps_up_to:.2g}"
     return {
         "neither": f"neither nearer nor farther, within rounding: {left}",
-        "farther": f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}",
-        "coincidence": f"nearer at ε = 1 by coincidence: {left}; farther from ε > {reach:.2g}",
+        "farther": f"farther, no correction: {left}; nearer only up to ε = {reach}",
+        "coincidence": f"nearer at ε = 1 by coincidence: {left}; farther from ε > {reach}",
         "nearer": f"nearer: {left}",
     }[v.kind]
 

@@ -24,25 +24,40 @@ not. A statistic that does not exist (of constant numbers, of one group) is NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
 from lens_lora.arguments import whole, word
-from lens_lora.core import Attribution, Drawn, Effects, Read, asked_of, group_sites, hides_sign
+from lens_lora.core import (
+    Attribution,
+    Drawn,
+    Effects,
+    Read,
+    Site,
+    asked_of,
+    group_sites,
+    hides_sign,
+)
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError
 from lens_lora.two_adapters.compare_adapters import Vector, correlation, is_constant
 
-_INTERVAL = (2.5, 97.5)  # percentiles
+_PERCENTILES = (2.5, 97.5)  # of a 95 % interval
 STATISTICS = (
-    *("pearson", "spearman", "slope", "sign_agreement", "top_k_overlap"),
-    *("relative_error", "sum_ratio"),
+    "pearson",
+    "spearman",
+    "slope",
+    "sign_agreement",
+    "top_k_overlap",
+    "relative_error",
+    "sum_ratio",
 )
 Grouped = Float[Tensor, "batch group"]
 Interval = tuple[float, float]
@@ -140,42 +155,47 @@ def compare(
         ArgumentError: other sites, prompts, readouts or groups, naming both; numbers that are not
             finite; k below 1.
     """
-    k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
+    k = whole("k", k, 1)
+    bootstrap = whole("bootstrap", bootstrap, 0)
+    seed = whole("seed", seed, 0)
     if isinstance(attribution, Edges):
         attribution = attribution.along(effects)
     _require_same(attribution, effects, held_out)
-    results = (attribution, effects)
     grouped = next((r for r in (effects, attribution) if isinstance(r, Effects)), None)
-    a, e = (_over_groups(result, grouped) for result in results)
     groups = group_sites(effects.sites) if grouped is None else grouped.groups
-    floors = [None if isinstance(r, Attribution) else r.noise_floor for r in results]
+    a = _over_groups(attribution, grouped)
+    e = _over_groups(effects, grouped)
+    floor_of_a = None if isinstance(attribution, Attribution) else attribution.noise_floor
+    floor_of_e = None if isinstance(effects, Attribution) else effects.noise_floor
     if held_out:
-        made_on = floors[0]  # the floor of a mean over prompts is the same for each judged
-        floors[0] = None if made_on is None else (made_on.norm() / len(made_on)).expand(len(e))
-        a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
+        if floor_of_a is not None:
+            # The floor of a mean over prompts is the same for each prompt that is judged.
+            floor_of_a = (floor_of_a.norm() / len(floor_of_a)).expand(len(e))
+        a = _towards(a, attribution.shift)
+        e = _towards(e, effects.shift)
         a = a.mean(0).expand_as(e)
-    for result, values in zip(results, (a, e), strict=True):
-        _require_finite(result.key, values, list(groups))
+    _require_finite(attribution.key, a, list(groups))
+    _require_finite(effects.key, e, list(groups))
+    eps = max(torch.finfo(a.dtype).eps, torch.finfo(e.dtype).eps)
+    a = a.detach().cpu().double()
+    e = e.detach().cpu().double()
+    clear = _clear(a, floor_of_a) & _clear(e, floor_of_e)
+    if floor_of_a is None and floor_of_e is None:
+        beyond_noise = torch.full_like(a[:, 0], torch.nan)
+    else:
+        beyond_noise = clear.double().mean(1)
     k = min(k, len(groups))
-    eps = max(torch.finfo(values.dtype).eps for values in (a, e))
-    a, e = a.detach().cpu().double(), e.detach().cpu().double()
-    clear = _clear(a, floors[0]) & _clear(e, floors[1])
-    has_floor = any(floor is not None for floor in floors)
-    kinds = [{effects.sites[i].kind for i in group} for group in groups.values()]
-    triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
-    columns = zip(*(_statistics_of(*triple, k, eps) for triple in triples), strict=True)
-    numbers = [torch.tensor(column, dtype=torch.float64) for column in columns]
-    statistics = dict(zip(STATISTICS, numbers, strict=True))
+    statistics = _statistics(a, e, clear, k, eps)
     return Comparison(
         labels=tuple(groups),
-        kinds=tuple(kind.pop() if len(kind) == 1 else "group" for kind in kinds),
+        kinds=tuple(_kind_of([effects.sites[i] for i in members]) for members in groups.values()),
         attribution=a,
         effects=e,
         attribution_name=attribution.key,
         effects_name=effects.key,
         k=k,
         **statistics,
-        beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
+        beyond_noise=beyond_noise,
         interval=_intervals_of(statistics, bootstrap, seed),
         str_tokens=effects.str_tokens,
         readout=effects.readout,
@@ -183,6 +203,12 @@ def compare(
         meta=attribution.meta,
         made_on=attribution.str_tokens if held_out else (),
     )
+
+
+def _kind_of(sites: Sequence[Site]) -> str:
+    """The kind that all of these sites have; 'group' where there are several."""
+    kinds = {site.kind for site in sites}
+    return kinds.pop() if len(kinds) == 1 else "group"
 
 
 def _over_groups(result: Attribution | Effects, grouped: Effects | None) -> Grouped:
@@ -205,67 +231,98 @@ def _towards(values: Grouped, shift: Float[Tensor, " batch"]) -> Grouped:
 
 
 def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
+    """Refuse numbers with which nothing can agree."""
     odd = (~torch.isfinite(values)).nonzero().tolist()
     if odd:
         prompt, group = odd[0]
         raise ArgumentError(
             f"{key} is {float(values[prompt, group])} at prompt {prompt}, {labels[group]} "
-            f"({len(odd)} such numbers), and nothing agrees with that; compute it again."
+            f"({len(odd)} such numbers), and nothing agrees with that",
+            remedy="compute it again.",
         )
 
 
 def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
+    """Check that two results can be held against each other."""
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
             kind = type(result).__name__
             raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
-    rows = [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)]
-    prompts = [
-        ["|".join(asked_of(tokens)) for tokens in result.str_tokens] for result in (one, other)
-    ]
-    are_same_rows = rows[0] == rows[1]
-    facts = {
-        "sites": [[s.name for s in result.sites] for result in (one, other)],
-        # A file of an earlier version does not say where in its rows the prompts end.
-        "prompts": rows if are_same_rows else prompts,
-        "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
-        # The label of a readout need not name all that is said after a prompt.
-        "responses": rows,
-    }
+    mine = _facts(one)
+    theirs = _facts(other)
     if held_out:
-        facts = {"sites": facts["sites"], "units": [[one.units], [other.units]]}
+        compared = ["sites", "units"]
+    else:
+        # A file of an earlier version does not say where in its rows the prompts end. The label of
+        # a readout need not name all that is said after a prompt.
+        prompts = [] if mine["responses"] == theirs["responses"] else ["prompts"]
+        compared = ["sites", *prompts, "readouts", "responses"]
     if isinstance(one, Effects) and isinstance(other, Effects):
-        facts["groups"] = [[str(group) for group in r.groups.items()] for r in (one, other)]
-    for fact, (mine, theirs) in facts.items():
-        if mine != theirs:
+        compared.append("groups")
+    for fact in compared:
+        if mine[fact] != theirs[fact]:
+            otherwise = "" if held_out else ", or judge on other prompts: held_out=True"
             raise ArgumentError(
-                f"the two results are of different {fact}: {one.key} has {_shown(mine, theirs)}, "
-                f"{other.key} has {_shown(theirs, mine)}; compute both with the same lens, prompts "
-                f"and readout{'' if held_out else ', or judge on other prompts: held_out=True'}."
+                f"the two results are of different {fact}: {one.key} has "
+                f"{_shown(mine[fact], theirs[fact])}, {other.key} has "
+                f"{_shown(theirs[fact], mine[fact])}",
+                remedy=f"compute both with the same lens, prompts and readout{otherwise}.",
             )
 
 
-def _shown(mine: Sequence[object], theirs: Sequence[object]) -> str:
+def _facts(result: Attribution | Effects) -> dict[str, list[str]]:
+    """What two results must have in common, in words."""
+    facts = {
+        "sites": [site.name for site in result.sites],
+        "prompts": ["|".join(asked_of(tokens)) for tokens in result.str_tokens],
+        "readouts": [f"{result.readout} in {result.units}"],
+        "units": [result.units],
+        "responses": ["|".join(tokens) for tokens in result.str_tokens],
+    }
+    if isinstance(result, Effects):
+        facts["groups"] = [str(group) for group in result.groups.items()]
+    return facts
+
+
+def _shown(mine: Sequence[str], theirs: Sequence[str]) -> str:
     """What one has and the other has not; all of it, where only the order differs."""
-    odd = [str(item) for item in mine if item not in theirs] or [str(item) for item in mine]
-    return f"{len(mine)} ({', '.join(odd[:2])}{', …' if len(odd) > 2 else ''})"
+    odd = [item for item in mine if item not in theirs] or list(mine)
+    more = ", …" if len(odd) > 2 else ""
+    return f"{len(mine)} ({', '.join(odd[:2])}{more})"
 
 
-def _statistics_of(a: Vector, e: Vector, clear: Any, k: int, eps: float) -> list[float]:
-    """All of one prompt, in the order of their names; NaN where one does not exist."""
-    same = (np.sign(a) == np.sign(e))[clear]
-    return [
-        correlation(a, e, eps),
-        correlation(rankdata(a), rankdata(e), eps),
-        _slope(a, e, eps),
-        float(same.mean()) if len(same) else np.nan,
-        len(_top(a, k) & _top(e, k)) / k,
-        _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
-        _ratio(float(a.sum()), float(e.sum())),
+def _statistics(
+    a: Grouped, e: Grouped, clear: Bool[Tensor, "batch group"], k: int, eps: float
+) -> dict[str, Float[Tensor, " batch"]]:
+    """Every statistic of each prompt, by name."""
+    by_prompt = [
+        _statistics_of(*numbers, k, eps)
+        for numbers in zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
     ]
+    return {
+        name: torch.tensor([of_prompt[name] for of_prompt in by_prompt], dtype=torch.float64)
+        for name in STATISTICS
+    }
+
+
+def _statistics_of(
+    a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
+) -> dict[str, float]:
+    """All of one prompt; NaN where one does not exist."""
+    has_same_sign = (np.sign(a) == np.sign(e))[clear]
+    return {
+        "pearson": correlation(a, e, eps),
+        "spearman": correlation(rankdata(a), rankdata(e), eps),
+        "slope": _slope(a, e, eps),
+        "sign_agreement": float(has_same_sign.mean()) if len(has_same_sign) else np.nan,
+        "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
+        "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
+        "sum_ratio": _ratio(float(a.sum()), float(e.sum())),
+    }
 
 
 def _slope(a: Vector, e: Vector, eps: float) -> float:
+    """Of the least-squares line of e on a, with an intercept."""
     if is_constant(a, eps):
         return np.nan
     centred = a - a.mean()
@@ -273,7 +330,9 @@ def _slope(a: Vector, e: Vector, eps: float) -> float:
 
 
 def _top(x: Vector, k: int) -> set[int]:
-    return set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
+    """The indices of the k largest sizes."""
+    order = np.argsort(-np.abs(x), kind="stable")
+    return set(order[:k].tolist())
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -281,7 +340,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _intervals_of(values_of: Mapping[str, Tensor], draws: int, seed: int) -> dict[str, Interval]:
-    """Of the mean over prompts, the same draws of prompts for every statistic."""
+    """Bootstrap intervals of the mean over prompts; every statistic has the same draws."""
     batch = len(values_of["pearson"])
     intervals = dict.fromkeys(values_of, (np.nan, np.nan))
     if batch == 1 or not draws:
@@ -291,6 +350,6 @@ def _intervals_of(values_of: Mapping[str, Tensor], draws: int, seed: int) -> dic
         means = values[drawn].nanmean(1)
         means = means[~means.isnan()]
         if len(means):
-            low, high = np.percentile(means.numpy(), _INTERVAL)
+            low, high = np.percentile(means.numpy(), _PERCENTILES)
             intervals[name] = float(low), float(high)
     return intervals

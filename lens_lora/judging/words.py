@@ -18,12 +18,13 @@ def null_text(v: NullVerdict) -> str:
     """How far the shift stands out from random directions."""
     if v.kind == "no_shift":
         return below_text("shift", v.shift, v.floor)
-    many = f"{v.ratio:.0f}" if v.ratio >= 10 else f"{v.ratio:.2g}"
+    ratio = f"{v.ratio:.0f}" if v.ratio >= 10 else f"{v.ratio:.2g}"
     least = "at least " if v.is_least else ""
-    times = f"{least}{many} times what random directions of the same size give"
-    shift = f"the adapter's shift is {times}"
+    times = f"{least}{ratio} times what random directions of the same size give"
     if v.kind == "as_random":
         shift = f"no more than random directions: the shift is {times} (p = {v.p:.2g})"
+    else:
+        shift = f"the adapter's shift is {times}"
     chance = f"{v.chance:.1%} would by chance"
     return f"{shift}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws ({chance})"
 
@@ -51,15 +52,23 @@ def _reliability(flags: Reliability) -> str:
 
 @drawing.body.register(Comparison)
 def _comparison(comparison: Comparison) -> str:
-    head = " against ".join(map(key_text, (comparison.attribution_name, comparison.effects_name)))
+    attribution = key_text(comparison.attribution_name)
+    effects = key_text(comparison.effects_name)
+    head = f"{attribution} against {effects}"
     if comparison.made_on:
         head += f"; made on {many(len(comparison.made_on), 'other prompt')}"
     summary = comparison.summary()
-    table = summary.to_string()
     if len(comparison.attribution) == 1:
         table = f"{summary['mean'].to_string()}\none prompt: no interval."
-    clear, every = comparison.beyond_noise, comparison.effects.numel()
-    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
-    note = f"\n{small} of {every} effects are within three noise floors: their sign, and their"
-    note += " order in a rank correlation, may be rounding."
-    return f"{head}\n{table}{note if small else ''}"
+    else:
+        table = summary.to_string()
+    every = comparison.effects.numel()
+    clear_share = float(comparison.beyond_noise.nan_to_num(1.0).mean())
+    small = every - round(clear_share * every)
+    if not small:
+        return f"{head}\n{table}"
+    note = (
+        f"{small} of {every} effects are within three noise floors: their sign, and their order in "
+        "a rank correlation, may be rounding."
+    )
+    return f"{head}\n{table}\n{note}"
