@@ -31,6 +31,7 @@ from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations
 from .hidden.constant_part import constant_part
 from .hidden.features import feature_shift
+from .hidden.readout import Projection
 from .interaction.reconcile import reconcile
 from .interaction.together import together
 from .judging.best_subset import best_subset
@@ -68,6 +69,7 @@ __all__ = [
     "LogProb",
     "Logit",
     "Margin",
+    "Projection",
     "Readout",
     # first order
     "components",

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, final, get_args
+from typing import Annotated, Any, Literal, Protocol, final, get_args, runtime_checkable
 
 import pandas as pd
 import torch
@@ -287,6 +287,7 @@ def _is_several(value: object) -> bool:
 # --- What has a gate: sites, or heads
 
 
+@runtime_checkable
 class _Switches(Protocol):
     """g as a function of the gates of sites, or of heads."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import pandas as pd
 
@@ -393,6 +393,7 @@ _MOST_LAYERS = 16
 _CUT = 0.995  # The share of a large matrix' sizes at which its colours end.
 
 
+@runtime_checkable
 class Grouped(Protocol):
     """A result of groups of sites."""
 

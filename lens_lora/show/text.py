@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from markupsafe import escape
 
@@ -175,6 +175,7 @@ def beginning_of(text: str, width: int) -> str:
     return f"{whole_words or beginning} …"
 
 
+@runtime_checkable
 class Answered(Protocol):
     """A prompt, and what both models answer to it."""
 

@@ -101,6 +101,7 @@ def test_it_comes_back_from_a_file(tmp_path: Any):
     assert torch.equal(again.held, found.held)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

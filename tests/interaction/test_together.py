@@ -194,6 +194,7 @@ def test_tables_and_files(tmp_path: Path):
         _ = plain.completeness_error
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("given", "words"),
     [

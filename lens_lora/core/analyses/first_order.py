@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any, Protocol, TypedDict, cast, overload
+from typing import Any, Protocol, TypedDict, cast, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -69,7 +69,9 @@ def _of_several(
     share_a_graph = not any(options.get(name) for name in ("by", "rules"))
     share_a_graph &= options.get("mode", "auto") == "auto"
     share_a_graph &= options.get("gauge", "trained") == "trained"
-    shared = [g for g in questions if share_a_graph and g.rows is g.prompts]
+    shared = [
+        g for g in questions if share_a_graph and g.rows is g.prompts and g.reading.reads_logits
+    ]
     slopes_of: dict[Evaluations, Tensor] = {}
     if shared:
         slopes_of.update(zip(shared, _slopes_of_several(shared, at), strict=True))
@@ -180,6 +182,7 @@ class _CallOptions(_Options, total=False):
     progress: bool
 
 
+@runtime_checkable
 class _FirstOrder(Protocol):
     """What a call of `first_order` returns, for type checkers."""
 
@@ -263,7 +266,7 @@ def _chosen_mode(
     """The given mode, or the cheaper one: by token a covector for each, against the tangents."""
     if "token" not in axes:
         return chosen_mode(mode, g.lens, 1)
-    covectors = len(max(g.response_tokens, key=len))
+    covectors = len(max(g.response_tokens(), key=len))
     starts = forward_mode.first_blocks(g, axes, groups)
     return chosen_mode(mode, g.lens, covectors, starts)
 
@@ -286,7 +289,7 @@ def _of_groups(
         members = indicator(groups, len(g.lens.sites)).to(slopes)
         values = torch.einsum("gs,bs...->bg...", members, slopes)
     require_finite(values, "the first-order shift")
-    response = g.response_tokens if axes else ()
+    response = g.response_tokens() if axes else ()
     return GroupAttribution(
         values=within_response(values, response) if axes else values,
         groups=groups,
@@ -367,7 +370,7 @@ def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLe
 
 def response_tokens(asked: Any) -> tuple[tuple[str, ...], ...]:
     """`Function.response_tokens` of a question in its former words."""
-    return asked.response_tokens
+    return asked.response_tokens()
 
 
 def readouts_of(readout: object) -> Sequence[Readout]:

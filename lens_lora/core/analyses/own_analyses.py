@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
 from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.function import Function, function_of
@@ -27,6 +27,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R", covariant=True)
 
 
+@runtime_checkable
 class Analysis(Protocol[_P, _R]):
     """What `analysis` makes of a function of g: a call of (lens, prompts, readout, …)."""
 

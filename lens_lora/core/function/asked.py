@@ -110,7 +110,7 @@ class Asked:
 
     @property
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:
-        return self.g.response_tokens
+        return self.g.response_tokens()
 
     def describe(self) -> dict[str, str]:
         return self.lens.describe(self.prompts)

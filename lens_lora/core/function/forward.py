@@ -38,11 +38,19 @@ from tqdm import tqdm
 
 from lens_lora.compat import Temporary, hooks_of, own_forward, replace_forward
 from lens_lora.core.function import memory
-from lens_lora.core.model import Inject, LoraLens, ScaleInject
+from lens_lora.core.model import Inject, LoraLens, ScaleInject, attached
 from lens_lora.core.model.hooks import HookFn, unembed, unembedded_only, unrounded
 from lens_lora.core.readout.prompts import Prompts
-from lens_lora.core.readout.reading import PICKS, Columns, LogProbs, Picks, Reading, at_some
-from lens_lora.errors import NumericsError
+from lens_lora.core.readout.reading import (
+    PICKS,
+    AtPoint,
+    Columns,
+    LogProbs,
+    Picks,
+    Reading,
+    at_some,
+)
+from lens_lora.errors import ModelStateError, NumericsError
 
 # What logits are multiplied by, at these places or, without places, all of them.
 Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
@@ -73,11 +81,15 @@ def logits_dtype(lens: LoraLens) -> torch.dtype:
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
     """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
 
+    A reading inside the model ends the pass at its hook point.
+
     For a readout of a few logits only their rows of W_U are used, and a sum over a response is
     computed a few tokens at a time, unless a hook is on the unembedding or the whole model, or
     something (a soft-cap) changes the logits after it.
     """
     read = reading.read
+    if isinstance(read, AtPoint):
+        return read(read_activation(lens, reading.prompts, read.name))
     if _plain_unembedding(lens) is None or not isinstance(read, Picks | Columns):
         return read(read_logits(lens, reading.prompts))
     return value_of_final(lens, read, read_final(lens, reading.prompts))
@@ -243,6 +255,40 @@ def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
     """
     with contextlib.nullcontext() if _changes_logits(lens) else _no_unembedding(lens):
         lens.run(prompts)
+
+
+class _Reached(Exception):
+    """The pass has come to the hook point that is read, and need not go on."""
+
+
+def read_activation(lens: LoraLens, prompts: Prompts, name: str) -> Float[Tensor, "row pos *d"]:
+    """The activation at a hook point that fires once, in float32 or better.
+
+    The forward pass, under the hooks now on the model, ends there. It goes on to its end where
+    accelerate moves weights, as these are put back only after a module has run.
+
+    Raises:
+        ModelStateError: nothing passes this point.
+    """
+    may_end = not any(own_forward(module) is not None for module in lens.model.modules())
+    seen: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        del hook
+        # A block that runs again on the way back comes here once more, and is to go on.
+        is_first = not seen
+        seen.append(activation)
+        if may_end and is_first:
+            raise _Reached
+
+    with contextlib.suppress(_Reached), attached(lens.model, [(name, keep)]):
+        run_without_logits(lens, prompts)
+    if not seen:
+        raise ModelStateError(
+            f"{name}: no activation passes this hook point in a forward pass",
+            remedy="name another point; lens.model.hook_dict has all names.",
+        )
+    return seen[0].to(lens.gate_dtype)
 
 
 Chunk = TypeVar("Chunk")

@@ -26,6 +26,7 @@ from lens_lora.core.function.derivatives import TokenTangents
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.reverse import require_finite_sites
 from lens_lora.core.model import Gauge, Groups
+from lens_lora.errors import ArgumentError
 
 _Under = AbstractContextManager[object] | None
 
@@ -51,6 +52,7 @@ def slopes(
         ModelStateError: an operation without a forward-mode derivative.
         NumericsError: a derivative that is not finite, naming the site.
     """
+    _require_logits(g)
     lens = in_gauge(g.lens, gauge)
     gates = lens.gates(at)
     by_token = "token" in axes
@@ -85,6 +87,7 @@ def group_slopes(
     Raises:
         ModelStateError: an operation without a forward-mode derivative.
     """
+    _require_logits(g)
     lens = g.lens
     parts = derivatives.group_parts(lens, groups)
     tokens = TokenTangents(lens, g.reading) if by_token else None
@@ -111,6 +114,19 @@ def first_blocks(g: Function, axes: tuple[str, ...], groups: Groups | None = Non
     else:
         parts = derivatives.group_parts(g.lens, groups)
     return [g.lens.sites[part.site].layer for part in parts]
+
+
+def _require_logits(g: Function) -> None:
+    """Refuse a readout inside the model, whose passes end before the logits.
+
+    Raises:
+        ArgumentError: naming the mode that takes it.
+    """
+    if not g.reading.reads_logits:
+        raise ArgumentError(
+            "mode='forward' reads tangents of the logits, and this readout is inside the model",
+            remedy="leave mode= out, or use mode='reverse'.",
+        )
 
 
 def _know_base(g: Evaluations, at: float, tokens: TokenTangents) -> None:

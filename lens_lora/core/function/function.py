@@ -29,11 +29,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, word
@@ -63,6 +63,9 @@ from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.errors import ArgumentError
 
 Gates = Scale
+# As gates, or several: the axes of directions are none of the point's.
+_Number = float | Real[Tensor, ""]
+Direction = _Number | Real[Tensor, "*direction site"] | Mapping[str, _Number]
 Corners = Literal["add_one", "leave_one_out"]
 # The sites of each corner: a name or a glob, or several of them.
 SitesOfCorners = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
@@ -325,7 +328,7 @@ class Function:
     @_public
     def tangent(
         self,
-        direction: Gates,
+        direction: Direction,
         at: Gates = 0.0,
         *,
         read: Callable[[Tensor], Tensor] | None = None,
@@ -356,7 +359,7 @@ class Function:
 
     @_public
     def curvature(
-        self, direction: Gates, at: Gates = 0.0
+        self, direction: Direction, at: Gates = 0.0
     ) -> Float[Tensor, "*direction batch site"]:
         """(H v)_l = Σ_m ∂²g/∂ε_l∂ε_m v_m (note, §6, item 4), in the readout's units.
 
@@ -596,7 +599,8 @@ class Function:
             reading = one_row_each(self.rows, named.bind(self.lens.model, self.rows.batch))
             return self.read_by(named, reading)
         of_prompts = require_readout(readout).on(self.prompts)
-        return self.read_by(of_prompts, of_prompts.begin(self.of_rows(self.prompts)))
+        f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
+        return f.read_by(of_prompts, of_prompts.begin(f))
 
     def read_by(self, readout: Readout, reading: Reading) -> Function:
         """The same prompts with a readout that is bound to them already. No pass.
@@ -661,7 +665,6 @@ class Function:
         texts = [source.said for source in self.prompts.sources]
         return tuple(map(PromptTokens, merged, texts, self.prompts.asked_lengths))
 
-    @property
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's response y_1 … y_T as strings, of a readout of one response.
 

@@ -37,7 +37,7 @@ from lens_lora.core.function import memory
 from lens_lora.core.function.derivatives import hessian_products, in_groups
 from lens_lora.core.function.reverse import Slopes, Visit, site_gradients, slopes_of_first
 from lens_lora.core.model import HookFn, Injection, LoraLens, ScaleInject, attached
-from lens_lora.core.readout.reading import Columns, Picks, Reading
+from lens_lora.core.readout.reading import AtPoint, Columns, Picks, Reading
 
 # --- The rounding of a model, as noise
 
@@ -168,6 +168,9 @@ def _values_of(
     """g of each copy of the rows in one pass; of those that are drawn the logits move, too."""
     prompts, reads = reading.prompts, reading.read
     rows, many = prompts.batch, prompts.tiled(len(is_drawn))
+    if isinstance(reads, AtPoint):
+        activations = function.read_activation(lens, many, reads.name).unflatten(0, (-1, rows))
+        return [reads(activation) for activation in activations]
     shape = (rows,) if prompts.reads is None else (rows, prompts.slots)
     factors = [of_logits(lens, shape, generator) if drawn else None for drawn in is_drawn]
     if isinstance(reads, Picks | Columns) and function.ends_plainly(lens):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lens_lora.core import Function, LoraLens, Scale
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Random updates of an adapter's modules, and the logits that the base has with them."""
 

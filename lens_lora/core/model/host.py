@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class Ports:
         return rows.reshape(tensor.shape)
 
 
+@runtime_checkable
 class Host(Protocol):
     """A hooked model: where each site reads and writes, its weights and its norms.
 

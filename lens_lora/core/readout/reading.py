@@ -7,7 +7,7 @@ margin of two responses two rows.
 What is read is a user's function of the logits, a signed sum of a few of them (`Columns`), or a
 weighted sum over picks (`Picks`). A pick is one distribution: that at one slot of a row, or at the
 row's last token. Its logits are needed only while its term is computed, so those of a long response
-are never held together.
+are never held together. A readout inside the model reads an activation in their place (`AtPoint`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.core.readout.prompts import Prompts
@@ -77,6 +77,11 @@ class Reading:
     def batch(self) -> int:
         """The number of prompts."""
         return int(self.owner[-1]) + 1
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether g is read from the logits, and not inside the model."""
+        return not isinstance(self.read, AtPoint)
 
     @property
     def held_bytes(self) -> int:
@@ -180,6 +185,37 @@ def one_row_each(prompts: Prompts, read: Bound) -> Reading:
 def _copies(index: Int[Tensor, " n"], times: int) -> Int[Tensor, " copy"]:
     """Where the copies of i are, once everything is repeated: i · times … i · times + times − 1."""
     return (index[:, None] * times + torch.arange(times, device=index.device)).flatten()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtPoint:
+    """A reading inside the model: of each row the mean of a number over some of its tokens.
+
+    The pass ends where the activation is known. Sites that write later do not move it.
+
+    Attributes:
+        name: the hook point whose activation h is read.
+        value: the number of each token, [row, pos, d] → [row, pos]; differentiable.
+        counted: which tokens of each row the mean is over.
+    """
+
+    name: str
+    value: Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]
+    counted: Bool[Tensor, "row pos"]
+
+    def __call__(self, activation: Float[Tensor, "row pos *d"]) -> Float[Tensor, " row"]:
+        """g of each row from the activation at the point."""
+        by_token = self.value(activation.flatten(2))
+        counted = self.counted[:, : by_token.shape[1]].to(by_token.device)
+        return by_token.where(counted, 0.0).sum(1) / counted.sum(1)
+
+    def repeat(self, times: int) -> AtPoint:
+        """The reading of every row several times: r0 r0 … r1 r1 …"""
+        return dataclasses.replace(self, counted=self.counted.repeat_interleave(times, 0))
+
+    def only(self, rows: Int[Tensor, " some"]) -> AtPoint:
+        """The reading of these rows."""
+        return dataclasses.replace(self, counted=self.counted[rows.to(self.counted.device)])
 
 
 @dataclasses.dataclass(frozen=True)

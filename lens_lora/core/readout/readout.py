@@ -11,7 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ Before = Sequence[str | None]
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
 
 
+@runtime_checkable
 class BaseFunction(Protocol):
     """f as a readout may ask it, when it is made part of g: the logits, at gates of 0 say."""
 
@@ -45,6 +46,10 @@ class BaseFunction(Protocol):
 
     def logits(self, gates: float) -> Tensor:
         """f at these gates where the rows are read, [row, *slot, vocab]. One forward pass."""
+        ...
+
+    def over(self, lens: Any) -> BaseFunction:
+        """The same rows under another adapter."""
         ...
 
 
@@ -70,6 +75,14 @@ class Readout(abc.ABC):
         """
         del prompts
         return self
+
+    def reaching(self, f: BaseFunction) -> BaseFunction:
+        """f, or f of those sites alone that can move what is read.
+
+        Args:
+            f: the logits of the prompts, without a readout.
+        """
+        return f
 
     def begin(self, f: BaseFunction) -> Reading:
         """How g of each prompt is read, as `over` says. A readout may run f for it, and hold that.

@@ -121,7 +121,7 @@ class Attribution(Ranked):
             details: `quadrature`, `gauge`, `mode`.
         """
         lens = g.lens
-        response = g.response_tokens if "token" in by else ()
+        response = g.response_tokens() if "token" in by else ()
         return cls(
             values=within_response(values, response) if response else values,
             by=cast("tuple[Axis, ...]", by),

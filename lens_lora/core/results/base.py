@@ -24,7 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -296,6 +296,7 @@ class Ranked(Measured, Drawn, kw_only=True):
         return pd.DataFrame(columns | numbers)
 
 
+@runtime_checkable
 class Evaluated(Protocol):
     """g as a result sees it: what stands beside its values (`core.function.Function`)."""
 
@@ -316,7 +317,6 @@ class Evaluated(Protocol):
         """σ of a sum of values of g, from rounding alone."""
         ...
 
-    @property
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's response as strings, of a readout of one response."""
         ...

@@ -1,0 +1,224 @@
+"""A readout inside the model: the projection of a hook point on a direction.
+
+    g(ε) = mean over tokens of  h_name(ε) · d  (+ b)
+
+with h the activation at the hook point, d a direction in its space, and b the bias of an
+autoencoder's encoder. It is a readout like any other, so every analysis that takes a readout
+answers "which module moved this?" of a persona, a refusal, a probe or a feature.
+
+1. Sites that write after the point cannot move it. They are found by one pass of a few tokens, and
+   are left out of the function: its sites are those that come before.
+2. A pass ends at the point: nothing behind it is run (`core/function/forward.py`).
+3. A feature of an autoencoder is its pre-activation, which is linear in h. With `activated=True` it
+   is what the autoencoder's own `encode` says, its threshold included: where a feature is off,
+   nothing moves it to first order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.core import LoraLens, Prompts, Reading, Readout, attached
+from lens_lora.core.model.sites import known_point
+from lens_lora.core.readout.positions import Positions, chosen_positions, positions_text
+from lens_lora.core.readout.reading import AtPoint, one_row_each
+from lens_lora.core.readout.readout import BaseFunction
+from lens_lora.errors import ArgumentError, ModelStateError, PromptError
+from lens_lora.formats.directions import Directions, directions_of
+
+_TRIED_TOKENS = 4  # A pass of these few tokens shows which sites write before the point.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection(Readout):
+    """The projection of the activation at a hook point on a direction, in the mean over tokens.
+
+        >>> refusal = ll.contrast(lens, refused, answered, point)       # doctest: +SKIP
+        >>> ll.first_order(lens, prompts, ll.Projection(refusal, point))  # doctest: +SKIP
+
+    Sites that write after the point cannot move it, and are not listed in results. A pass ends at
+    the point. First order is by reverse mode.
+
+    Attributes:
+        direction: one direction: a tensor [d], `{label: [d]}`, a Contrast, or an autoencoder with
+            the index of a feature, (sae, 123).
+        name: the hook point, such as 'blocks.12.hook_resid_post'.
+        positions: the tokens that the mean is over: None for every token but the first, which is a
+            sink; 'prompt', 'response', an index, a slice, or indices.
+        activated: of an autoencoder, its own activation in place of the pre-activation.
+    """
+
+    direction: Any
+    name: str
+    positions: Positions = None
+    activated: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is not one direction, and positions that are no single number's."""
+        if not isinstance(self.activated, bool):
+            raise ArgumentError(f"activated={self.activated!r}: expected True or False.")
+        if positions_text(self.positions) == "each":
+            raise ArgumentError(
+                "positions='each' is a number for every token, and a readout is one number",
+                remedy="name tokens, or split the result: first_order(…, by='position').",
+            )
+        found = self._directions
+        if len(found.rows) != 1:
+            raise ArgumentError(
+                f"Projection takes one direction, and these are {len(found.rows)}",
+                remedy="make a Projection of each, or pick one: (autoencoder, index).",
+            )
+        if self.activated and found.encode is None:
+            raise ArgumentError(
+                "activated=True is the activation of an autoencoder with a method encode",
+                remedy="pass (autoencoder, index), or leave activated out.",
+            )
+
+    @property
+    def units(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the projection."""
+        return "activation" if self.activated else self._directions.units
+
+    @property
+    def label(self) -> str:
+        """'given at blocks.12.hook_resid_post', and which tokens where some are named."""
+        (name,) = self._directions.names
+        tokens = "" if self.positions is None else f", positions {positions_text(self.positions)}"
+        return f"{name} at {self.name}{tokens}"
+
+    @property
+    def _directions(self) -> Directions:
+        return directions_of(self.direction, self.name)
+
+    def reaching(self, f: BaseFunction) -> BaseFunction:
+        """f of the sites that write before the point.
+
+        Raises:
+            SiteError: no such hook point.
+            ModelStateError: nothing passes the point, or more than once; no site comes before it.
+        """
+        lens: LoraLens = f.lens
+        known_point(lens, self.name)
+        before = _modules_before(lens, f.prompts, self.name)
+        if not before:
+            raise ModelStateError(
+                f"{self.name}: every adapted module writes after this hook point, so the adapter "
+                "does not move it",
+                remedy="name a later point.",
+            )
+        if len(before) == len(lens.adapter.modules):
+            return f
+        return f.over(lens.with_adapter(lens.adapter.only(*before)))
+
+    def begin(self, f: BaseFunction) -> Reading:
+        """The rows of the prompts, each read at the point."""
+        prompts: Prompts = f.prompts
+        return one_row_each(prompts, AtPoint(self.name, self._value(), self._counted(prompts)))
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """As `begin`, which has the lens."""
+        del model
+        return one_row_each(prompts, AtPoint(self.name, self._value(), self._counted(prompts)))
+
+    def _counted(self, prompts: Prompts) -> Bool[Tensor, "row pos"]:
+        """Which tokens the mean is over.
+
+        Raises:
+            PromptError: a prompt without one of these tokens.
+        """
+        counted = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
+        starts = prompts.asked_lengths
+        for row, length in enumerate(prompts.lengths.tolist()):
+            chosen = chosen_positions(self.positions, length, starts[row])
+            if self.positions is None:
+                chosen[0] = False
+            if not chosen.any():
+                raise PromptError(
+                    f"prompt {row} has {length} tokens and none at positions "
+                    f"{positions_text(self.positions)}",
+                    remedy="name tokens that every prompt has; without positions= the first token "
+                    "is left out, as it is a sink.",
+                )
+            counted[row, :length] = torch.from_numpy(chosen)
+        return counted
+
+    def _value(self) -> Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]:
+        """The number of each token."""
+        found = self._directions
+        if self.activated:
+            encode = found.encode
+            assert encode is not None, "checked when the readout was made"
+
+            def activation(h: Tensor) -> Tensor:
+                return encode(h.to(found.rows))[..., 0].to(h)
+
+            return activation
+        direction = found.rows[0]
+        offset = _offset(self.direction, direction)
+        width = len(direction)
+
+        def projection(h: Tensor) -> Tensor:
+            if h.shape[-1] != width:
+                raise ArgumentError(
+                    f"{self.name} holds {h.shape[-1]} numbers a token, and the direction has "
+                    f"{width}",
+                    remedy="pass a direction of this hook point's space.",
+                )
+            return h @ direction.to(h) + offset
+
+        return projection
+
+
+def _offset(source: Any, row: Tensor) -> float:
+    """What an autoencoder's pre-activation adds to h · d: its bias, less b_dec · d where it is."""
+    autoencoder, index = source if isinstance(source, tuple) else (source, None)
+    bias = getattr(autoencoder, "b_enc", None)
+    if index is None or not isinstance(bias, Tensor):
+        return 0.0
+    offset = float(bias.detach().flatten()[int(index)])
+    subtracted = getattr(autoencoder, "b_dec", None)
+    cfg = getattr(autoencoder, "cfg", None)
+    if isinstance(subtracted, Tensor) and getattr(cfg, "apply_b_dec_to_input", False):
+        offset -= float(subtracted.detach().to(row) @ row)
+    return offset
+
+
+def _modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
+    """The adapter's modules of which some site writes before the point. One pass of few tokens.
+
+    Raises:
+        ModelStateError: nothing passes the point, or several tensors do in one pass.
+    """
+    injections = lens.plan.injections
+    written: list[int] = []
+    before: list[int] = []
+    fired: list[int] = []
+
+    def watch(index: int, out: Tensor, z: Tensor) -> None:
+        del out, z
+        written.append(injections[index].site)
+
+    def reach(activation: Any, hook: Any) -> None:
+        del hook
+        fired.append(activation.ndim if isinstance(activation, Tensor) else 0)
+        before.extend(written)
+
+    first = prompts.row(0)
+    length = min(_TRIED_TOKENS, first.tokens.shape[1])
+    few = Prompts(first.tokens[:, :length], first.lengths.clamp(max=length))
+    with torch.no_grad(), lens.injected(watch), attached(lens.model, [(name, reach)]):
+        lens.run(few)
+    if len(fired) != 1 or fired[0] < 3:
+        found = "no activation passes it" if not fired else f"it fires {len(fired)} times a pass"
+        raise ModelStateError(
+            f"{name}: {found}, and a projection reads one activation of every token",
+            remedy="name another hook point, such as 'blocks.0.hook_resid_post'.",
+        )
+    keys = {lens.plan.updates[site].site.key for site in before}
+    return [key for key in lens.adapter.modules if key in keys]

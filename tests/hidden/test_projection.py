@@ -1,0 +1,244 @@
+"""A readout inside the model, against Hugging Face with PEFT active, a plain hook, and autograd."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cases
+import models
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.errors import ArgumentError, ModelStateError, PromptError, SiteError
+
+pytestmark = pytest.mark.usefixtures("float64")
+TOKENS = models.tokens()
+QUIET: dict[str, Any] = {"progress": False}
+EXACT = 1e-9
+POINT = "blocks.0.hook_resid_post"
+# The same activation in Hugging Face's model: what this block puts out.
+BLOCKS = {
+    "llama": "model.layers.0",
+    "qwen2": "model.layers.0",
+    "gpt2": "transformer.h.0",
+    "gpt_neox": "gpt_neox.layers.0",
+}
+FAMILIES = [family for family in BLOCKS if family in models.CORE]
+CASES = [
+    (family, cls, flags)
+    for family in FAMILIES
+    for cls in models.MAKERS
+    for flags in ("raw", "processed")
+]
+EVERY = pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+
+
+def direction(width: int = 16) -> Tensor:
+    return torch.randn(width, generator=models.seeded(17), dtype=torch.float64)
+
+
+def width_of(case: cases.Case) -> int:
+    return int(case.model.cfg.d_model)
+
+
+@contextmanager
+def kept(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """What the module puts out, with its graph."""
+    seen: list[Tensor] = []
+
+    def keep(_: Any, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def of_peft(case: cases.Case, family: str, factors: dict[str, float], d: Tensor) -> Tensor:
+    """The mean over all tokens but the first of h · d, in PEFT's model at these strengths."""
+    block = case.peft.base_model.model.get_submodule(BLOCKS[family])
+    with reference.peft_scales(case.peft, factors), kept(block) as seen:
+        case.peft(TOKENS)
+    return (seen[-1] @ d)[:, 1:].mean(1)
+
+
+def centred_if(flags: str, case: cases.Case, d: Tensor) -> Tensor:
+    """A processed model's residual stream may have no mean: such a direction has none either."""
+    return d - d.mean() if flags == "processed" else d
+
+
+@EVERY
+def test_values_and_slopes_are_those_of_peft(family: str, cls: str, flags: str):
+    case = cases.case(family, cls, flags)
+    d = centred_if(flags, case, direction(width_of(case)))
+    readout = ll.Projection(d, POINT)
+    g = case.lens.function(TOKENS, readout)
+    assert {site.layer for site in g.lens.sites} <= {-1, 0}, "what writes later is not listed"
+    modules = sorted({site.module for site in g.lens.sites})
+    for strength in (0.0, 0.5, 1.0):
+        expected = of_peft(case, family, dict.fromkeys(modules, strength), d)
+        assert (g(strength) - expected).abs().max() < EXACT
+    step = 1e-5
+    for at in (0.0, 1.0):
+        slopes = ll.first_order(case.lens, TOKENS, readout, at=at).values
+        for module in modules:
+            factors = dict.fromkeys(modules, at)
+            above = of_peft(case, family, factors | {module: at + step}, d)
+            below = of_peft(case, family, factors | {module: at - step}, d)
+            expected = (above - below) / (2 * step)
+            sites = [i for i, site in enumerate(g.lens.sites) if site.module == module]
+            assert (slopes[:, sites].sum(1) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_sites_behind_the_point_do_not_move_it(cls: str):
+    """Every site of a later block, switched on in PEFT's model, leaves the number as it is."""
+    case = cases.case("llama", cls, "raw")
+    d = direction(width_of(case))
+    modules = {site.module for site in case.lens.sites if site.layer > 0}
+    base = of_peft(case, "llama", dict.fromkeys({s.module for s in case.lens.sites}, 0.0), d)
+    behind = dict.fromkeys({s.module for s in case.lens.sites}, 0.0) | dict.fromkeys(modules, 1.0)
+    assert torch.equal(of_peft(case, "llama", behind, d), base)
+    g = case.lens.function(TOKENS, ll.Projection(d, POINT))
+    assert not modules & {site.module for site in g.lens.sites}
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_parts_sum_to_the_whole(cls: str):
+    case = cases.case("llama", cls, "raw")
+    readout = ll.Projection(direction(width_of(case)), POINT)
+    ask = functools.partial(ll.first_order, case.lens, TOKENS, readout, **QUIET)
+    whole = ask().values
+    for by in ("position", "head", "rank", ("position", "head", "rank")):
+        parts = ask(by=by).values
+        assert (parts.flatten(2).sum(2) - whole).abs().max() < EXACT
+
+
+ANALYSES = {
+    "patch_sites": lambda *q: ll.patch_sites(*q, "leave_one_out", **QUIET).values,
+    "path_attribution": lambda *q: ll.path_attribution(*q, **QUIET).total,
+    "remainder": lambda *q: ll.remainder(*q).shift,
+    "second_order": lambda *q: ll.second_order(*q, **QUIET).shift,
+    "coupling": lambda *q: ll.coupling(*q, group="kind", **QUIET).shift,
+    "fact": lambda *q: ll.remainder_curve(*q).shift[:, -1],
+    "reliability": lambda *q: ll.reliability(*q, **QUIET).attribution.values,
+    "null_test": lambda *q: ll.null_test(*q, draws=2, **QUIET).observed.shift,
+    "faithfulness": lambda *q: ll.faithfulness(*q, ll.first_order(*q).values[0], **QUIET).keep,
+    "components": lambda *q: ll.components(*q).z_norm,
+    "best_subset": lambda *q: ll.best_subset(*q, size=0.5, **QUIET).base,
+}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_every_analysis_takes_it(name: str):
+    cls = next(iter(models.MAKERS))
+    case = cases.case("llama", cls, "raw")
+    readout = ll.Projection(direction(width_of(case)), POINT)
+    values = ANALYSES[name](case.lens, TOKENS, readout)
+    assert torch.isfinite(values).all()
+    if name in ("remainder", "second_order", "coupling", "null_test", "path_attribution"):
+        g = case.lens.function(TOKENS, readout)
+        tolerance = 1e-3 if name == "path_attribution" else EXACT
+        assert ((values - g.shift).abs() / g.shift.abs()).max() < tolerance
+
+
+def test_within_a_bound_nothing_changes():
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    readout = ll.Projection(direction(width_of(case)), POINT)
+    free = ll.first_order(case.lens, TOKENS, readout)
+    bound = ll.first_order(case.lens, TOKENS, readout, max_memory=300_000)
+    assert (free.values - bound.values).abs().max() < EXACT
+
+
+def test_a_pass_ends_at_the_point(monkeypatch: pytest.MonkeyPatch):
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    g = case.lens.function(TOKENS, ll.Projection(direction(width_of(case)), POINT))
+    reached: list[str] = []
+    hooks = [
+        (f"blocks.{layer}.hook_resid_post", lambda t, hook: reached.append(hook.name))
+        for layer in range(2)
+    ]
+    with case.model.hooks(fwd_hooks=hooks):
+        _ = g.ends
+    assert len(set(reached)) == 1
+    assert reached[0].startswith("blocks.0."), "the point of the second block is not reached"
+
+
+def test_positions_and_responses():
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    d = direction(width_of(case))
+    _, cache = case.model.run_with_cache(TOKENS)
+    by_token = cache[POINT] @ d
+    asked: list[tuple[Any, Tensor]] = [
+        (-1, by_token[:, -1]),
+        (slice(1, 3), by_token[:, 1:3].mean(1)),
+        (None, by_token[:, 1:].mean(1)),
+        ([0, 2], by_token[:, [0, 2]].mean(1)),
+    ]
+    for positions, expected in asked:
+        g = case.lens.function(TOKENS, ll.Projection(d, POINT, positions))
+        assert (g(0.0) - expected).abs().max() < EXACT
+    said = case.lens.prompts(TOKENS, [torch.tensor([7, 8]), torch.tensor([9])])
+    g = case.lens.function(said, ll.Projection(d, POINT, "response"))
+    rows = torch.tensor([[*TOKENS[0].tolist(), 7, 8], [*TOKENS[1].tolist(), 9, 0]])
+    _, cache = case.model.run_with_cache(rows)
+    by_token = cache[POINT] @ d
+    expected = torch.stack([by_token[0, -2:].mean(), by_token[1, -2]])
+    assert (g(0.0) - expected).abs().max() < EXACT
+
+
+class Autoencoder:
+    """Three features with biases, and a threshold below which a feature is off."""
+
+    def __init__(self, width: int) -> None:
+        drawn = torch.randn(width, 3, generator=models.seeded(3), dtype=torch.float64)
+        self.W_enc = drawn
+        self.b_enc = torch.tensor([0.5, -0.25, 1.0], dtype=torch.float64)
+
+    def encode(self, h: Tensor) -> Tensor:
+        before = h @ self.W_enc + self.b_enc
+        return before * (before > 1.0)
+
+
+def test_a_feature_of_an_autoencoder():
+    """Its pre-activation with the encoder's bias; and its activation, which may be off."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    autoencoder = Autoencoder(width_of(case))
+    _, cache = case.model.run_with_cache(TOKENS)
+    h = cache[POINT][:, 1:]
+    for index in range(3):
+        feature = (autoencoder, index)
+        before = case.lens.function(TOKENS, ll.Projection(feature, POINT))(0.0)
+        expected = (h @ autoencoder.W_enc + autoencoder.b_enc)[..., index].mean(1)
+        assert (before - expected).abs().max() < EXACT
+        active = case.lens.function(TOKENS, ll.Projection(feature, POINT, activated=True))(0.0)
+        assert (active - autoencoder.encode(h)[..., index].mean(1)).abs().max() < EXACT
+
+
+@pytest.mark.bad_input
+def test_what_is_no_projection_is_refused():
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    d = direction(width_of(case))
+    ask = functools.partial(ll.first_order, case.lens, TOKENS)
+    with pytest.raises(ArgumentError, match="one direction, and these are 2"):
+        ll.Projection(torch.stack([d, d]), POINT)
+    with pytest.raises(ArgumentError, match="each"):
+        ll.Projection(d, POINT, "each")
+    with pytest.raises(SiteError, match="no hook point"):
+        ask(ll.Projection(d, "blocks.0.hook_resid_pst"))
+    with pytest.raises(ArgumentError, match="the direction has 3"):
+        ask(ll.Projection(torch.ones(3), POINT))
+    with pytest.raises(ModelStateError, match="writes after this hook point"):
+        ask(ll.Projection(d, "hook_embed"))
+    with pytest.raises(PromptError, match="prompt 0"):
+        ask(ll.Projection(d, POINT, 99))
+    with pytest.raises(ArgumentError, match="reverse"):
+        ask(ll.Projection(d, POINT), mode="forward")
