@@ -53,8 +53,9 @@ from lens_lora.core import (
     site_labels,
     stored,
 )
-from lens_lora.core.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
+from lens_lora.core.results.tokens import context_of, rank_of, ranked_tokens
 from lens_lora.errors import ArgumentError, TokenError, many
+from lens_lora.hidden.held_out import held_out_share
 from lens_lora.hidden.stream_reading import read_through
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
 from lens_lora.texts import neutral

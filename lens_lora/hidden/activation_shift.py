@@ -40,11 +40,11 @@ from lens_lora.core import (
     ranked_tokens,
     tokens_at,
 )
-from lens_lora.core.results.tokens import held_out_share
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import is_stream
 from lens_lora.hidden.cosines import cosine_table
 from lens_lora.hidden.held import activations_at, positions_in
+from lens_lora.hidden.held_out import held_out_share
 from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.hidden.stream_reading import over_scale, read_through

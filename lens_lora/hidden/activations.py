@@ -49,10 +49,10 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.model.sites import match_sites
-from lens_lora.core.results.tokens import (
+from lens_lora.core.readout.positions import chosen_positions
+from lens_lora.core.results.tokens import context_of
+from lens_lora.hidden.examples import (
     Sign,
-    chosen_positions,
-    context_of,
     require_ranks,
     require_sign,
     require_some,

@@ -19,7 +19,7 @@ from lens_lora.core import (
 from lens_lora.core.function.interventions import Recording, positioned, record
 from lens_lora.core.function.memory import ROW_TOKENS
 from lens_lora.core.model.sites import computed, require_fired
-from lens_lora.core.results.tokens import chosen_positions
+from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.texts.batches import by_length
 
 # By hook point, h of a batch of texts at each scale that was asked for.

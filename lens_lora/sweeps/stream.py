@@ -37,11 +37,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import whole
-from lens_lora.core import LoraLens, Prompts, Site, alone, first_of_each, marks_of
+from lens_lora.core import (
+    LoraLens,
+    Positions,
+    Prompts,
+    Site,
+    alone,
+    drawing,
+    first_of_each,
+    marks_of,
+)
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.model.sites import match_sites, one_site
-from lens_lora.core.results import drawing, tokens
+from lens_lora.core.readout.positions import chosen_positions
+from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import NumericsError, PromptError, SweepError
+from lens_lora.hidden.examples import (
+    Sign,
+    require_ranks,
+    require_sign,
+    require_some,
+    spread_of,
+    strongest,
+)
 from lens_lora.hidden.site_activations import activation_ranks, site_activations
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
@@ -161,7 +179,7 @@ class ActivationsFile:
         k: int = 10,
         *,
         rank: int | None = None,
-        sign: tokens.Sign = 1,
+        sign: Sign = 1,
         context: int = 4,
         sinks: bool = False,
     ) -> pd.DataFrame:
@@ -181,20 +199,20 @@ class ActivationsFile:
             SiteError: no such site, or several.
             ArgumentError: no such rank, another sign, or a k or context below 0.
         """
-        k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
+        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
         index = one_site([s.name for s in self.sites], site)
-        name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
+        name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
         texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
         values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)
         rows = [
             _example(texts, r, int(row), float(values[row, r]), context)
             for r in ranks
-            for row in tokens.strongest(values[:, r], way, k)
+            for row in strongest(values[:, r], way, k)
         ]
         return pd.DataFrame(rows, columns=_COLUMNS)
 
     def mean(
-        self, positions: tokens.Positions = None, *, sinks: bool = False
+        self, positions: Positions = None, *, sinks: bool = False
     ) -> Float[Tensor, "site rank"]:
         """The mean of u over tokens of all texts, without sinks; NaN beyond a site's own rank.
 
@@ -209,7 +227,7 @@ class ActivationsFile:
             ArgumentError: positions at which there is no token.
         """
         mean = np.full((len(self.sites), max(self.ranks)), np.nan)
-        once = tokens.require_some(positions, self._counted(positions, sinks)[0])
+        once = require_some(positions, self._counted(positions, sinks)[0])
         for slot, site in enumerate(self.sites):
             mean[slot, : site.rank] = self._numbers(site.name)[once].mean(0, dtype=float)
         return torch.from_numpy(mean)
@@ -226,13 +244,13 @@ class ActivationsFile:
             SiteError: no such site.
             ArgumentError: no token that is not a sink.
         """
-        once = tokens.require_some(None, self._counted(None, sinks=False)[0])
+        once = require_some(None, self._counted(None, sinks=False)[0])
         names = [s.name for s in self.sites]
         rows = []
         for index in sorted(match_sites(names, {site or "*": True})):
             values = self._numbers(names[index])[once]
             for r in range(1 if site is None else self.ranks[index]):
-                rows.append({"site": names[index], "rank": r} | tokens.spread_of(values[:, r]))
+                rows.append({"site": names[index], "rank": r} | spread_of(values[:, r]))
         return pd.DataFrame(rows)
 
     def plot(self, site: str | None = None) -> drawing.Figure:
@@ -254,11 +272,11 @@ class ActivationsFile:
         columns, bad = ["record", "id", "error"], [("error", "!=", "")]
         return pd.read_parquet(self._file.path, columns=columns, filters=bad)
 
-    def _counted(self, positions: tokens.Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
+    def _counted(self, positions: Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
         """[row]: the tokens at these positions, repeats left out; and how many those are."""
         table = pq.read_table(self._file.path, columns=["record", "prefix", "sink"])
         lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
-        chosen = np.concatenate([tokens.chosen_positions(positions, n, n) for n in lengths])
+        chosen = np.concatenate([chosen_positions(positions, n, n) for n in lengths])
         chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
         once = first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
         return once, int(chosen.sum() - once.sum())
@@ -283,7 +301,7 @@ def _example(texts: pa.Table, rank: int, row: int, value: float, width: int) -> 
     low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
     text = [token or "" for token in texts["token"].slice(low, high - low).to_pylist()]
     place = int(records[row]), texts["id"][row].as_py(), row - low, text[row - low]
-    return (rank, *place, value, tokens.context_of(text, row - low, width))
+    return (rank, *place, value, context_of(text, row - low, width))
 
 
 # --- The sweep
