@@ -416,6 +416,31 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
 }  # fmt: skip
 
 
+NO_LENS: dict[str, Callable[[Any], object]] = {
+    "activations": lambda x: ll.activations(x, TOKENS),
+    "activation_shift": lambda x: ll.activation_shift(x, TOKENS, "blocks.0.hook_resid_post"),
+    "alignment": lambda x: ll.alignment(x, torch.ones(16)),
+    "constant_part": lambda x: ll.constant_part(x, TOKENS),
+    "explain": lambda x: ll.explain(x, TOKENS, 5, 9),
+    "feature_shift": lambda x: ll.feature_shift(x, TOKENS, torch.ones(16), "hook_embed"),
+    "gradients": lambda x: ll.gradients(x, TOKENS, MARGIN),
+    "kl_shares": lambda x: ll.kl_shares(x, TOKENS),
+    "logit_shift": lambda x: ll.logit_shift(x, TOKENS),
+    "removal_cost": lambda x: ll.removal_cost(x),
+    "tangents": lambda x: ll.tangents(x, TOKENS),
+    "token_shifts": lambda x: ll.token_shifts(x, TOKENS, [5]),
+    "what_changed": lambda x: ll.what_changed(x),
+}
+
+
+@pytest.mark.parametrize("call", NO_LENS.values(), ids=NO_LENS)
+def test_what_is_no_lens_is_refused(lens: ll.LoraLens, call: Callable[[Any], object]):
+    """The adapter or the model in place of the lens, and nothing at all."""
+    for other in (lens.adapter, lens.model, None):
+        with pytest.raises(ll.errors.ArgumentError, match=r"the lens is a .*ll\.LoraLens\(model"):
+            call(other)
+
+
 @pytest.mark.parametrize("call, words", WRONG.values(), ids=WRONG)
 def test_wrong_words_and_things(lens: ll.LoraLens, call: Callable[..., Any], words: str):
     with pytest.raises(ll.errors.LensLoraError, match=words):

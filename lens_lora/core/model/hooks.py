@@ -33,6 +33,7 @@ Slopes have no such difference: theirs are the model's own.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +48,7 @@ from lens_lora import compat
 from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
 from lens_lora.core.model.kernels import differentiable_products, is_weight, write_at
 from lens_lora.errors import (
+    ArgumentError,
     LensLoraError,
     ModelStateError,
     OutOfMemoryError,
@@ -350,10 +352,13 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a function whose first argument is a lens, or a method of a lens."""
+    first_parameter = next(iter(inspect.signature(call).parameters))
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         lens: Any = kwargs.get("lens", args[0] if args else None)
+        if first_parameter == "lens" and (args or "lens" in kwargs):
+            _require_lens(lens)
         others, span = open_spans(), Temporary(functools.partial(_prepare, lens))
         try:
             try:
@@ -377,6 +382,14 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
             close_but(others)
 
     return run
+
+
+def _require_lens(lens: object) -> None:
+    """Refuse what is no lens, such as an adapter or the model, before anything is asked of it."""
+    if not hasattr(lens, "plan"):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+        )
 
 
 def call_under_way() -> object | None:
