@@ -49,10 +49,10 @@ from lens_lora.core import (
     group_sites,
     indicator,
     long_table,
+    tokens_at,
 )
 from lens_lora.core.function.forward import require_finite
 from lens_lora.core.model.hooks import is_hooked
-from lens_lora.core.results.base import key_of, tokens_at
 from lens_lora.edge_attribution.by_reader import edge_values
 from lens_lora.edge_attribution.path_patching import Path, patched_edges
 from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer
@@ -91,7 +91,7 @@ class Edges(Ranked):
     @property
     def key(self) -> str:
         """'edges@0': its stable name."""
-        return key_of("edges", self.at)
+        return f"edges@{self.at:g}"
 
     @property
     def per_edge(self) -> Float[Tensor, "batch group reader"]:
@@ -105,30 +105,39 @@ class Edges(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each edge's value, summed over positions."""
-        writers, readers = (axis.tolist() for axis in self.exists.nonzero(as_tuple=True))
         names = list(self.groups)
+        writers, readers = self.exists.nonzero(as_tuple=True)
         labels = {
-            "writer": [names[i] for i in writers],
-            "reader": [self.readers[i] for i in readers],
+            "writer": [names[i] for i in writers.tolist()],
+            "reader": [self.readers[i] for i in readers.tolist()],
         }
-        return Entries(labels, *self.mean_over(prompt, self.per_edge[:, writers, readers]), "value")
+        values, shift = self.mean_over(prompt, self.per_edge[:, writers, readers])
+        return Entries(labels, values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and edge (and position): writer, reader, value, share of the shift."""
+        axes: list[dict[str, Iterable[object]]] = [
+            {"prompt": range(len(self.values))},
+            {"writer": list(self.groups)},
+            {"reader": self.readers},
+        ]
         is_there = self.exists.expand(len(self.values), -1, -1)
-        groups, readers = {"writer": list(self.groups)}, {"reader": self.readers}
-        axes = [{"prompt": range(len(self.values))}, groups, readers]
         if self.by:
-            lengths = torch.tensor([len(tokens) for tokens in self.str_tokens])
-            slots = torch.arange(self.values.shape[3])
-            is_there = is_there[..., None] & (slots < lengths[:, None])[:, None, None]
-            axes += [{"position": slots.tolist()}]
+            axes.append({"position": range(self.values.shape[3])})
+            is_there = is_there[..., None] & self._has_position[:, None, None]
         numbers = {"value": self.values, "share": self.share_of(self.values)}
-        frame = long_table(numbers, *axes).loc[is_there.flatten().numpy()].reset_index(drop=True)
+        every = long_table(numbers, *axes)
+        frame = every.loc[is_there.flatten().numpy()].reset_index(drop=True)
         if self.by:
             tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
             frame.insert(4, "token", tokens)
         return frame
+
+    @property
+    def _has_position(self) -> Bool[Tensor, "batch position"]:
+        """Which positions a prompt has."""
+        lengths = torch.tensor([len(tokens) for tokens in self.str_tokens])
+        return torch.arange(self.values.shape[3]) < lengths[:, None]
 
     def along(self, effects: Attribution | Effects) -> Effects:
         """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
@@ -142,19 +151,21 @@ class Edges(Ranked):
         """
         if not isinstance(effects, Effects) or effects.of != "edge":
             raise ArgumentError(
-                f"edges agree with effects of edges, and {effects.key} has none; measure them with "
-                "ll.patch_edges."
+                f"edges agree with effects of edges, and {effects.key} has none",
+                remedy="measure them with ll.patch_edges.",
             )
-        values = list[Tensor]()
+        values: list[Tensor] = []
         for name, members in effects.groups.items():
             writer, _, reader = name.rpartition(_ARROW)
             rows = self._rows_of(members)
             if rows is None or reader not in self.readers:
                 raise ArgumentError(
-                    f"{name} is not among these edges; compute them by site, or with the group= of "
-                    f"{writer!r}, and with readers='head' where a head was patched."
+                    f"{name} is not among these edges",
+                    remedy=f"compute them by site, or with the group= of {writer!r}, and with "
+                    "readers='head' where a head was patched.",
                 )
-            values.append(self.per_edge[:, rows, self.readers.index(reader)].sum(1))
+            of_reader = self.per_edge[:, rows, self.readers.index(reader)]
+            values.append(of_reader.sum(1))
         labels = {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
         return Effects(
             values=torch.stack(values, 1), groups=effects.groups, how=self.key, of="edge", **labels
@@ -316,7 +327,7 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
     try:
         names = [(writer, reader) for writer, reader in pairs]
     except (TypeError, ValueError):
-        names = []
+        names = []  # Something else than pairs, which is refused below.
     if not names:
         raise ArgumentError(
             f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
@@ -325,7 +336,8 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
     paths: list[Path] = []
     for writer, reader in dict.fromkeys(names):
         if reader not in readers:
-            near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3) or readers[:3]
+            near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3)
+            near = near or readers[:3]
             raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
         path = Path(writer, _writer_sites(lens, writer, groups), reader)
         _require_downstream(lens, path)
@@ -336,8 +348,13 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
 def _reader_names(lens: LoraLens) -> list[str]:
     """Every reader of the model, blocks first, then heads."""
     host = lens.plan.host
-    blocks = [name for layer in range(host.n_layers) for name in host.stream_readers(layer)[0]]
-    heads = [head for name in blocks for head in head_readers(lens, name) if head != name]
+    blocks: list[str] = []
+    for layer in range(host.n_layers):
+        readers, _ = host.stream_readers(layer)
+        blocks += readers
+    heads: list[str] = []
+    for name in blocks:
+        heads += [head for head in head_readers(lens, name) if head != name]
     return [*blocks, LOGITS, *heads]
 
 

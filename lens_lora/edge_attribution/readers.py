@@ -1,15 +1,14 @@
 """What reads the residual stream x: attention and MLP of every block, and the final norm.
 
-Readers are shown by one function, (name, x) → what it reads instead. Where a norm feeds several
-modules, each gets a run of the norm of its own.
+Each reader is shown x by one function, (name, x) → what it reads instead. Where a norm feeds
+several modules, each of them gets a run of the norm of its own.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -24,75 +23,122 @@ from lens_lora.errors import ModelStateError
 from lens_lora.hosts.bridged import is_linear, unwrapped
 
 LOGITS = "logits"
-QKV = "q", "k", "v"
-# What ran last among the norms of a block: (output, norm, x). Two run before the first branch where
-# each branch has its own, and one of them once more for a reader.
+QKV = ("q", "k", "v")
+
+# What ran last among the norms of a block: (output, norm, x).
 _Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
+# Two norms run before the first branch where each branch has its own, and one of them runs once
+# more for a reader.
 _LAST_RUNS = 3
+
+_Read = Callable[[str, Tensor], Tensor]
 
 
 @temporary
-def readers_shown(span: Temporary, lens: LoraLens, read: Callable[[str, Tensor], Tensor]) -> None:
+def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
     """Until the span ends, every reader of the residual stream x reads `read(name, x)`.
 
     In the first pass a norm that feeds a reader runs once more, on what `read` returns, as it may
-    feed others too. The host keeps which norm that was, and from then on what a norm reads for a
-    single reader is changed instead.
+    feed others too. The host keeps which norm that was. From then on, where a norm feeds a single
+    reader, what the norm reads is changed instead.
+
+    Raises:
+        ModelStateError: heads read copies of the stream, or no norm stands before the head.
     """
-    model, host, begun = lens.model, lens.plan.host, set[str]()
-    for flag in COPIED_INPUTS:
-        if getattr(model.cfg, flag, False):
-            raise ModelStateError(
-                f"cfg.{flag} is on, and each head reads a copy of the residual stream. Turn it off "
-                "before you make the lens; readers='head' needs no such flag."
-            )
-
-    def show(name: str, place: nn.Module, runs: _Runs) -> None:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            tensor = args[0] if args else kwargs.get("hidden_states")
-            norm, x = next(((norm, x) for out, norm, x in runs if out is tensor), (None, tensor))
-            # A linear map that reads no norm is a part of something else, and some models norm the
-            # embedding by the same module as the end.
-            is_part = norm is None and is_linear(unwrapped(module))
-            if not isinstance(x, Tensor) or is_part or (name == LOGITS and not begun):
-                return None
-            begun.add(name)
-            host.read_through.setdefault(name, norm)
-            seen = read(name, x)
-            seen = seen if norm is None else norm(seen)
-            if args:
-                return (seen, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": seen}
-
-        add_pre_hook(span, place, hook, with_kwargs=True)
-
-    feeds = collections.Counter(host.read_through.values())
+    _require_one_stream(lens)
+    host = lens.plan.host
+    show = _Show(read, host.read_through)
+    fed = collections.Counter(host.read_through.values())
     for layer in range(host.n_layers):
         readers, norms = host.stream_readers(layer)
-        alone, runs = {norm for norm in norms if feeds[norm] == 1}, _Runs(maxlen=_LAST_RUNS)
-        for norm in set(norms) - alone:
-            add_to_module(span, norm, _Keep(norm, runs), is_first=False)
+        of_one_reader = {norm for norm in norms if fed[norm] == 1}
+        runs = _Runs(maxlen=_LAST_RUNS)
+        for norm in set(norms) - of_one_reader:
+            add_to_module(span, norm, _KeepRun(norm, runs), is_first=False)
         for name, module in readers.items():
             norm = host.read_through.get(name)
-            show(name, norm if norm is not None and norm in alone else module, runs)
+            if norm is not None and norm in of_one_reader:
+                show.at(span, name, norm, runs)
+            else:
+                show.at(span, name, module, runs)
     if host.final_norm is None:
         raise ModelStateError(
             "this model has no norm between its blocks and its head, before which edges to the "
             "logits end.",
             remedy="Use ll.first_order, by site and position.",
         )
-    show(LOGITS, host.final_norm, _Runs())
+    show.at(span, LOGITS, host.final_norm, _Runs())
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class _Keep:
-    """A forward hook of a norm."""
+def _require_one_stream(lens: LoraLens) -> None:
+    """Refuse a model whose heads read copies of the residual stream."""
+    for flag in COPIED_INPUTS:
+        if getattr(lens.model.cfg, flag, False):
+            raise ModelStateError(
+                f"cfg.{flag} is on, and each head reads a copy of the residual stream. Turn it off "
+                "before you make the lens; readers='head' needs no such flag."
+            )
 
-    norm: nn.Module
-    runs: _Runs
+
+class _Show:
+    """Shows x to readers in the passes of one span.
+
+    Attributes:
+        norms: the norm that each reader reads x through, of those that a pass has shown; None for
+            a reader without a norm.
+    """
+
+    def __init__(self, read: _Read, norms: dict[str, nn.Module | None]) -> None:
+        self._read = read
+        self.norms = norms
+        self._has_begun = False
+
+    def at(self, span: Temporary, name: str, place: nn.Module, runs: _Runs) -> None:
+        """A reader reads here: a module, or the norm in front of it alone."""
+        hook = functools.partial(self._before, name, runs)
+        add_pre_hook(span, place, hook, with_kwargs=True)
+
+    def _before(
+        self, name: str, runs: _Runs, module: nn.Module, args: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Replace the input of a reader's module; leave that of any other one."""
+        tensor = args[0] if args else kwargs.get("hidden_states")
+        norm, x = _before_norm(tensor, runs)
+        if not isinstance(x, Tensor) or not self._is_reader(name, module, norm):
+            return None
+        self._has_begun = True
+        self.norms.setdefault(name, norm)
+        shown = self._read(name, x)
+        if norm is not None:
+            shown = norm(shown)
+        if args:
+            return (shown, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": shown}
+
+    def _is_reader(self, name: str, module: nn.Module, norm: nn.Module | None) -> bool:
+        if name == LOGITS and not self._has_begun:
+            return False  # Some models norm the embedding by the same module as the end.
+        # A linear map that reads no norm is a part of something else.
+        return norm is not None or not is_linear(unwrapped(module))
+
+
+def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
+    """The norm whose output this is, and what it read; None and the tensor where it is of none."""
+    for output, norm, x in runs:
+        if output is tensor:
+            return norm, x
+    return None, tensor
+
+
+class _KeepRun:
+    """A forward hook of a norm, which keeps what the norm read and made."""
+
+    def __init__(self, norm: nn.Module, runs: _Runs) -> None:
+        self._norm = norm
+        self._runs = runs
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> None:
-        self.runs.append((output, self.norm, args[0]))
+        self._runs.append((output, self._norm, args[0]))
 
 
 def block_reader(name: str) -> str:
@@ -117,19 +163,25 @@ def head_hooks(
 ) -> list[tuple[str, HookFn]]:
     """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor."""
 
-    def hook_fn(name: str, kind: str, tensor: Tensor, hook: Any) -> Tensor:
-        rows, heads = tensor.flatten(2), lens.heads.of(kind)
+    def at_heads(name: str, kind: str, tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        heads = lens.heads.of(kind)
+        rows = tensor.flatten(2)
         if rows.shape[-1] != heads * lens.heads.d_head:
             raise unknown_heads(name)
-        return change(name, kind, rows.unflatten(2, (heads, -1))).reshape(tensor.shape)
+        changed = change(name, kind, rows.unflatten(2, (heads, -1)))
+        return changed.reshape(tensor.shape)
 
-    points = head_points(lens, QKV)
-    return [(at, functools.partial(hook_fn, block_reader(at), kind)) for at, kind in points.items()]
+    return [
+        (point, functools.partial(at_heads, block_reader(point), kind))
+        for point, kind in head_points(lens, QKV).items()
+    ]
 
 
 def unknown_heads(name: str) -> ModelStateError:
     """The error of an attention that cannot be split by head."""
     return ModelStateError(
         f"{name}: this attention has no q, k and v with the model's n_heads and d_head at their "
-        "hook points, so it cannot be split by head. Use readers='block'."
+        "hook points, so it cannot be split by head",
+        remedy="Use readers='block'.",
     )
