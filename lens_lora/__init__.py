@@ -29,6 +29,7 @@ _MODULES = "errors", "results"
 extensions.DRAWERS.update(registered.DRAWERS)
 extensions.PROVIDERS.update(registered.PROVIDERS)
 extensions.RESULTS.extend(registered.RESULTS)
+extensions.FORMATS.extend(registered.FORMATS)
 _imported, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__: list[str] = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for name in _names if name not in (*_MODULES, "__version__")

@@ -48,6 +48,9 @@ DRAWERS: dict[str, tuple[str, ...]] = {
 # Where a file finds the classes of results that it names.
 RESULTS = ["lens_lora.results"]
 
+# Modules of formats/ that read adapters of another format than PEFT's, by `@adapter_format`.
+FORMATS: list[str] = []
+
 # For each function that the core declares and does not have itself (`lens_lora/core/provided.py`):
 # the module that provides it.
 PROVIDERS: dict[str, str] = {

@@ -24,6 +24,9 @@ PROVIDERS: dict[str, str] = {}
 # these classes.
 RESULTS: list[str] = []
 
+# Modules that register a format of adapters with `adapter_format`; PEFT's is built in.
+FORMATS: list[str] = []
+
 
 def import_each(modules: Iterable[str]) -> list[ModuleType]:
     """These modules, imported; one that is loaded already is not run again."""

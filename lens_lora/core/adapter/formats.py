@@ -25,6 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lens_lora.core import extensions
 from lens_lora.errors import AdapterError, ArgumentError
 
 # From a folder to updates by module path, or to an `Adapter`, which is made above this file.
@@ -130,13 +131,15 @@ def format_in(folder: Path) -> AdapterFormat | None:
 
 
 def registered() -> list[AdapterFormat]:
-    """All formats beside PEFT's, those of installed packages included."""
-    _import_installed()
+    """All formats beside PEFT's: this package's, those of installed packages, and a user's own."""
+    _import_listed()
     return list(_FORMATS.values())
 
 
 @functools.cache
-def _import_installed() -> None:
+def _import_listed() -> None:
+    """The formats of this package, and those of installed packages."""
+    extensions.import_each(extensions.FORMATS)
     for entry in entry_points(group=GROUP):
         entry.load()
 

@@ -145,14 +145,14 @@ def test_a_module_of_an_installed_package_registers_its_format(
 
     installed = [types.SimpleNamespace(load=load)]
     monkeypatch.setattr(formats, "entry_points", lambda group: installed)
-    formats._import_installed.cache_clear()
+    formats._import_listed.cache_clear()
     try:
         folder = written(adapter, tmp_path / "mine")
         assert_same(ll.load_adapter(folder), adapter)
         ll.load_adapter(folder)
         assert loaded == ["pairs"]
     finally:
-        formats._import_installed.cache_clear()
+        formats._import_listed.cache_clear()
 
 
 def test_a_folder_of_two_formats_is_refused(adapter: ll.Adapter, tmp_path: Path):
