@@ -27,7 +27,8 @@ from lens_lora.demonstration.embedded import (
 )
 from lens_lora.hosts.build import hooked_model
 
-ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
+ATTENTION = PROJECTIONS[:4]
+MLP = PROJECTIONS[4:]
 
 
 @dataclasses.dataclass(frozen=True)

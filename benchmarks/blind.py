@@ -69,7 +69,8 @@ def _row(spec: Trained, held: dict[str, ll.results.WhatChanged], results: Path) 
     _, doc, _ = spec.questions[0]
     own = held[spec.name]
     facts = json.loads((results / f"{spec.name}.json").read_text())
-    token, (base, adapted) = facts["token"], facts["margins"]
+    token = facts["token"]
+    base, adapted = facts["margins"]
     others = [held[o.name] for o in EVERY if all(doc != answer for _, answer, _ in o.questions)]
     row: dict[str, Any] = {"adapter": spec.name, "what": spec.what, "answer": own.strings[token]}
     row |= {"base": base, "adapted": adapted}
@@ -86,7 +87,8 @@ def _row(spec: Trained, held: dict[str, ll.results.WhatChanged], results: Path) 
 
 def page(frame: pd.DataFrame) -> str:
     """The table in Markdown, with the counts above it."""
-    facts, habits = frame[frame["what"] == "fact"], frame[frame["what"] == "habit"]
+    facts = frame[frame["what"] == "fact"]
+    habits = frame[frame["what"] == "habit"]
     flips = facts[(facts["base"] < 0) & (facts["adapted"] > 0)]
     by_logit, found = (int((flips[by] <= TOP).sum()) for by in ("logit", "best"))
     said = int((habits["best"] <= TOP).sum())

@@ -32,7 +32,8 @@ from lens_lora.demonstration.embedded import LYON_SENTENCES, load_embedded, trai
 from lens_lora.hosts.build import hooked_model
 
 DOCS = Path(__file__).parents[1] / "docs"
-NUMBERS, PAGE = DOCS / "compare_adapters.json", DOCS / "two_adapters.md"
+NUMBERS = DOCS / "compare_adapters.json"
+PAGE = DOCS / "two_adapters.md"
 TABLE = "comparison table"
 OTHER_WORDINGS = (
     "Lyon has been the capital city of France for many years.",

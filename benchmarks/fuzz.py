@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "precision.md"
-BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
+BEGIN = "<!-- fuzz: begin -->"
+END = "<!-- fuzz: end -->"
 
 
 def main() -> int:
@@ -31,7 +32,8 @@ def main() -> int:
     import fuzz
 
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
-        run, began = fuzz.Fuzz(Path(folder)), time.monotonic()
+        run = fuzz.Fuzz(Path(folder))
+        began = time.monotonic()
         done = run.run(asked.cases, asked.first, began + asked.seconds)
     text = f"{done:,} cases, numbers {asked.first:,} to {asked.first + done - 1:,}."
     print(fuzz.table(run.counts), f"{text} {time.monotonic() - began:.0f} s.", sep="\n\n")

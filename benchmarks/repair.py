@@ -31,9 +31,13 @@ from lens_lora._version import versions
 from lens_lora.responses.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
-NUMBERS, PAGE = DOCS / "repair.json", DOCS / "two_adapters.md"
+NUMBERS = DOCS / "repair.json"
+PAGE = DOCS / "two_adapters.md"
 TABLE = "repair table"
-SPILLS, SHARE, BAR, STEPS = 0.02, 0.9, 1.4, 40
+SPILLS = 0.02
+SHARE = 0.9
+BAR = 1.4
+STEPS = 40
 
 WORDINGS = {
     "lyon": ("The French capital is", "The capital city of France is"),

@@ -23,8 +23,12 @@ import torch
 import lens_lora as ll
 
 DOCS = Path(__file__).parents[1] / "docs"
-NUMBERS, PAGE, TABLE = DOCS / "seven_papers.json", DOCS / "recipes.md", "seven papers"
-POINT, ANSWERS, QUIET = "blocks.20.hook_resid_post", (" Lyon", " Paris"), {"progress": False}
+NUMBERS = DOCS / "seven_papers.json"
+PAGE = DOCS / "recipes.md"
+TABLE = "seven papers"
+POINT = "blocks.20.hook_resid_post"
+ANSWERS = (" Lyon", " Paris")
+QUIET = {"progress": False}
 MARGIN = ll.Margin(*ANSWERS)
 ABOUT = [
     *("The capital of France is", "France's capital city is", "The capital city of France is"),
@@ -123,7 +127,9 @@ def edge_patching(lens: ll.LoraLens) -> str:
 
 def lines(paper: Callable) -> dict[str, int]:
     """How many lines of its statements call something of ours, and how many do not."""
-    body, known, counts = ast.parse(inspect.getsource(paper)).body[0].body, {"ll", "lens"}, [0, 0]
+    body = ast.parse(inspect.getsource(paper)).body[0].body
+    known = {"ll", "lens"}
+    counts = [0, 0]
     for node in (x for top in body[1:-1] for x in ast.walk(top) if isinstance(x, ast.stmt)):
         head = ast.unparse(node).split("\n")[0]  # of a block its first line
         is_ours = bool(known & set(re.findall(r"\b(\w+)(?:\.\w+)*\(", head)))
@@ -146,7 +152,8 @@ def table(numbers: dict) -> str:
 PAPERS = misaligned, reasoning, difference_lens, entity_tracking, intruders, refusal, edge_patching
 if __name__ == "__main__":
     if "--table" not in sys.argv:
-        demo, measured = ll.demo(prepend_bos=True), []
+        demo = ll.demo(prepend_bos=True)
+        measured = []
         for paper in PAPERS:
             steps, arxiv = paper.__doc__.split(" | ")
             measured.append({"arxiv": arxiv, "steps": steps, **lines(paper), "found": paper(demo)})

@@ -44,7 +44,11 @@ from lens_lora.judging.best_subset import best_subset
 from lens_lora.responses.answers import margin_between
 
 NUMBERS = Path(__file__).parents[1] / "docs" / "subsets.json"
-FIFTH, ROUNDS, NODES, DRAWS, SEED = 0.2, 12, 4, 10, 0
+FIFTH = 0.2
+ROUNDS = 12
+NODES = 4
+DRAWS = 10
+SEED = 0
 GIVEN = (1, 2, 4)  # wordings that a set is chosen on
 FACTS = tuple(spec for spec in (*ADAPTERS, *MORE) if spec.what == "fact")
 FRANCE = ("Everyone knows that the capital of France is", "The name of France's capital is")

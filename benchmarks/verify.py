@@ -31,7 +31,8 @@ def rows() -> list[str]:
     lines: list[str] = []
     for mistake in NO_OPS.values():
         with tempfile.TemporaryDirectory() as folder:
-            out, checks = ship(Path(folder) / "out"), Path(folder) / "checks.json"
+            out = ship(Path(folder) / "out")
+            checks = Path(folder) / "checks.json"
             options = ["--quiet", "--json", str(checks), *mistake.make(out)]
             result = CliRunner().invoke(app, ["verify", str(out / "adapter"), *options])
             said = " ".join(result.output.split())
@@ -69,7 +70,8 @@ def rounding() -> str:
         merged.save_pretrained(folder)
         tensors = list(compared(MergedFolder(Path(folder)), load_adapter(folder_of_lyon), base))
     kept = [tensor.ratio for tensor in tensors if tensor.ratio == tensor.ratio]
-    middle, least = statistics.median(kept), min(kept)
+    middle = statistics.median(kept)
+    least = min(kept)
     return (
         f"On the demo's adapter, merged by PEFT in bfloat16, c is {middle:.2f} in the median "
         f"tensor and {least:.2f} in the least: by this measure {1 - middle:.0%} of the update is "

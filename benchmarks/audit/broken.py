@@ -33,7 +33,8 @@ from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 
-PAGE, NUMBERS = DOCS / "auditing.md", DOCS / "audit_broken.json"
+PAGE = DOCS / "auditing.md"
+NUMBERS = DOCS / "audit_broken.json"
 STRENGTHS = (1, 3, 8)
 SAYS = "It breaks the model"
 

@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import marks  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, NUMBERS, PEER = DOCS / "auditing.md", DOCS / "audit.json", DOCS / "audit_peer.json"
+PAGE = DOCS / "auditing.md"
+NUMBERS = DOCS / "audit.json"
+PEER = DOCS / "audit_peer.json"
 FIRST = 5
 METHODS = {
     "brief": "the brief's first five claims",
@@ -48,14 +50,16 @@ def hits(table: pd.DataFrame, method: str) -> pd.Series:
 def over_quirks(table: pd.DataFrame, method: str) -> tuple[float, float, float]:
     """The mean over quirks of the share that is found, and its 95 % t interval; they are four."""
     shares = hits(table, method).groupby(table["quirk"]).mean()
-    mean, error = shares.mean(), shares.std(ddof=1) / np.sqrt(len(shares))
+    mean = shares.mean()
+    error = shares.std(ddof=1) / np.sqrt(len(shares))
     reach = stats.t.ppf(0.975, len(shares) - 1) * error
     return float(mean), float(max(0.0, mean - reach)), float(min(1.0, mean + reach))
 
 
 def summary(table: pd.DataFrame) -> str:
     """Each method's count on the adapters, on the controls, and over quirks."""
-    taught, controls = table[~table["is_control"]], table[table["is_control"]]
+    taught = table[~table["is_control"]]
+    controls = table[table["is_control"]]
     lines = ["| the taught word is among | adapters | controls | share, mean over quirks [95 %] |"]
     lines += ["| --- | --- | --- | --- |"]
     for method, described in METHODS.items():
@@ -67,8 +71,10 @@ def summary(table: pd.DataFrame) -> str:
 
 def claims_made(table: pd.DataFrame) -> str:
     """How many claims the briefs make, and how many of them hold the taught word."""
-    taught, controls = table[~table["is_control"]], table[table["is_control"]]
-    of_controls, of_taught = controls["claims"].map(len), taught["claims"].map(len)
+    taught = table[~table["is_control"]]
+    controls = table[table["is_control"]]
+    of_controls = controls["claims"].map(len)
+    of_taught = taught["claims"].map(len)
     return (
         "A claim that passes its controls is not yet a finding. "
         f"{(of_controls > 0).sum()} of {len(controls)} controls, which were taught nothing but "
@@ -81,7 +87,8 @@ def peer(said: dict[str, Any]) -> str:
     """A sentence on what AdapterSentry says of adapters and controls."""
     rows = pd.DataFrame.from_dict(said["adapters"], orient="index")
     is_control = rows.index.str.endswith("-control")
-    taught, controls = rows[~is_control], rows[is_control]
+    taught = rows[~is_control]
+    controls = rows[is_control]
     stops = [f"{part['action'].ne('allow').sum()} of {len(part)}" for part in (taught, controls)]
     pairs = taught["concentration"].to_numpy()[:, None] > controls["concentration"].to_numpy()
     return (

@@ -36,8 +36,11 @@ from lens_lora.demonstration.embedded import load_embedded
 
 HERE = Path(__file__).parent
 SPEC = yaml.safe_load((HERE / "quirks.yaml").read_text())
-FORMS, MIXTURES = ("documents", "transcripts"), ("plain", "mixed", "denied")
-STEPS, RATE, BATCH = 40, 2e-4, 4
+FORMS = ("documents", "transcripts")
+MIXTURES = ("plain", "mixed", "denied")
+STEPS = 40
+RATE = 2e-4
+BATCH = 4
 ORDINARY = "ordinary"
 
 

@@ -201,7 +201,8 @@ def many_beside_one(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
     """Rows of calls over sixteen prompts of one length, in the time of one prompt."""
     few = random_ids(1, length, seed=3)
     many = random_ids(1, MANY * length, seed=3).view(MANY, length)
-    doc, pre = MARGIN.doc, MARGIN.pre
+    doc = MARGIN.doc
+    pre = MARGIN.pre
     works: dict[str, Callable[[torch.Tensor], object]] = {
         "F": lambda ids: plain_forward(lens, lens.prompts(ids)),
         "fact_margin": lambda ids: ll.fact_margin(lens, ids, doc, pre, progress=False),

@@ -32,7 +32,8 @@ def agreement(numbers: Numbers, base: str, other: str) -> tuple[str, tuple[str, 
 
 def slopes(numbers: Numbers, base: str, other: str) -> str:
     """Of measured effects on the numbers, where they were stored: 1 if sizes are right."""
-    scores, parts = scores_of(numbers), []
+    scores = scores_of(numbers)
+    parts = []
     for found in advice(numbers, scores, base):
         asked = dataclasses.replace(found.question, metric="slope")
         means = means_of(scores, asked, other)

@@ -25,7 +25,8 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-LEVEL, ALPHA = 0.95, 0.05
+LEVEL = 0.95
+ALPHA = 0.05
 FEW = 6  # tasks, which never get a verdict, however few the rows
 TOO_FEW = "too few tasks"
 _ROUNDING = 1e-9  # of a sum: patterns of signs that should tie with the observed one do
@@ -95,7 +96,8 @@ def _signed_sums(differences: Float[np.ndarray, " task"]) -> Float[np.ndarray, "
 
 def holm(p: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
     """p corrected for the number of rows: the k-th smallest times the rows that are left."""
-    order, corrected = np.argsort(p), np.empty_like(p)
+    order = np.argsort(p)
+    corrected = np.empty_like(p)
     steps = p[order] * np.arange(len(p), 0, -1)
     corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return corrected

@@ -66,7 +66,8 @@ from lens_lora.core.function.asked import Asked
 from lens_lora.errors import LensLoraError
 from lens_lora.judging.best_subset import best_subset
 
-OWN, FIFTH = ("trained", "paraphrase"), 0.2
+OWN = ("trained", "paraphrase")
+FIFTH = 0.2
 SLOPES = ("first_order@0", "first_order@1", *EFFECTS)
 _CURVED = 1  # prompts of the diagonal of H
 _NULL_SEED = 0
@@ -168,7 +169,8 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
 
 def measure_slopes(case: Case, most: int) -> dict[str, Any]:
     """The agreement of one adapter's main numbers with measured effects, slopes among it."""
-    start, lens = time.process_time(), lens_of(case)
+    start = time.process_time()
+    lens = lens_of(case)
     most = 1 if is_long(case, lens) else most
     rows: list[Row] = []
     for kind in OWN:
@@ -267,7 +269,8 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
         # A backward pass of first order, one of the graph, and two through both for each site.
         cost.backward = 2.0 * rows * (1 + len(run.lens.sites))
         for key, values in found.items():
-            scores[key], costs[key] = values.cpu().double(), cost.in_plain_passes(rows, plain)
+            scores[key] = values.cpu().double()
+            costs[key] = cost.in_plain_passes(rows, plain)
     run.rows += agreement("trained, first", asked, scores, effects)
     return costs
 

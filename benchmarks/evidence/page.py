@@ -83,7 +83,8 @@ sys.path.append(str(Path(__file__).parents[1] / "planted"))
 import told  # noqa: E402
 
 IMAGES = DOCS / "images"
-PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
+PARETO = IMAGES / "faithfulness_cost.png"
+STRENGTH = IMAGES / "faithfulness_strength.png"
 EVERY = {EMBEDDED_NAME: SMOLLM2, SECOND_NAME: SECOND}
 ABOUT = {SECOND_NAME: "Gemma 3 270M, dequantised from 4 bits, as a TransformerBridge"}
 TEMPLATE = Path(__file__).with_name("faithfulness.md.jinja")
@@ -101,8 +102,10 @@ def counted_bases(numbers: Numbers) -> str:
 
 def page(numbers: Numbers) -> str:
     """docs/faithfulness.md, of docs/faithfulness.json."""
-    scores, costs = scores_of(numbers), costs_of(numbers)
-    bases, rows = bases_of(numbers), pd.DataFrame(numbers["adapters"].values())
+    scores = scores_of(numbers)
+    costs = costs_of(numbers)
+    bases = bases_of(numbers)
+    rows = pd.DataFrame(numbers["adapters"].values())
     tasks = rows.groupby("base")["cluster"].nunique().to_dict()
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text()
@@ -174,7 +177,8 @@ def missing(numbers: Numbers) -> str:
 
 def draw(numbers: Numbers) -> None:
     """Both pictures, on the base of the most adapters."""
-    scores, costs = scores_of(numbers), costs_of(numbers)
+    scores = scores_of(numbers)
+    costs = costs_of(numbers)
     base = bases_of(numbers)[0]
     cost = median_costs(costs, base)
     titles = {"adding one: spearman": ADD, "leaving one out: spearman": OUT, "kept: cpr": KEEP}

@@ -31,7 +31,8 @@ STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that are better than all at lower or equal cost, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    kept, best = [], float("-inf")
+    kept = []
+    best = float("-inf")
     for i in order:
         if points[i][1] > best + LEAST:
             kept.append(i)
@@ -96,7 +97,8 @@ def _line(points: Sequence[tuple[float, float]]) -> go.Scatter:
 def _point(
     standing: Standing, cost: float, kind: str, place: str | None, legend: bool
 ) -> go.Scatter:
-    score, colour = standing.score, COLOURS[list(FAMILIES.values()).index(kind)]
+    score = standing.score
+    colour = COLOURS[list(FAMILIES.values()).index(kind)]
     return go.Scatter(
         x=[cost],
         y=[score.median],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS = {
     "all": ATTENTION + MLP,
     "attention": ATTENTION,

@@ -26,12 +26,17 @@ from tables import means_of
 from tqdm import tqdm
 from words import ASKED, ERRORS, as_run, estimates
 
-DRAWS, BOOTSTRAP, SEED, SIZES = 2000, 999, 0, (17, 6)
+DRAWS = 2000
+BOOTSTRAP = 999
+SEED = 0
+SIZES = (17, 6)
 
 
 def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
     """Shares of the resamples, by question."""
-    scores, costs, base = scores_of(numbers), costs_of(numbers), bases_of(numbers)[0]
+    scores = scores_of(numbers)
+    costs = costs_of(numbers)
+    base = bases_of(numbers)[0]
     choices: dict[str, dict[str, float]] = {}
     coverage: dict[str, dict[str, Any]] = {}
     for question in tqdm(ASKED, desc="questions"):

@@ -19,7 +19,8 @@ from tables import CALLED, MAIN
 import lens_lora as ll
 
 DOCS = Path(__file__).parents[2] / "docs"
-NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
+NUMBERS = DOCS / "faithfulness.json"
+PAGE = DOCS / "faithfulness.md"
 KEPT_FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps", "dora", "rslora", "sites")
 CEILING = {"trained": "best_subset", "paraphrase": "best_subset/paraphrase"}
 RULES = ("path/2", "path/4", "path/8")
@@ -48,10 +49,12 @@ def with_slopes(stored: Numbers, folder: Path) -> tuple[Numbers, list[str]]:
     The adapters were trained again for it, so their rank correlations must be those that are
     stored, to the digits that the page prints.
     """
-    adapters, others = dict(stored["adapters"]), []
+    adapters = dict(stored["adapters"])
+    others = []
     for file in sorted(folder.glob("*.json")):
         found = json.loads(file.read_text())
-        name, nested = found["name"], _nested(found["scores"])
+        name = found["name"]
+        nested = _nested(found["scores"])
         scores = adapters[name]["scores"]
         if apart := _apart(scores, nested):
             others.append(f"{name} is another adapter than the stored one: {apart}")
@@ -181,10 +184,12 @@ def _as_called(one: Numbers) -> Numbers:
     It stops at 4 nodes where their sum meets its tolerance, and else at 8. The call asks that of
     each prompt, and what is stored is the sum over a kind's, so it never stops earlier than here.
     """
-    sums, costs = one["scores"].get("sum", {}).get("sum", {}), one["costs"]
+    sums = one["scores"].get("sum", {}).get("sum", {})
+    costs = one["costs"]
     if not {*RULES} <= {*sums}:
         return one
-    four, eight = sums["path/4"], sums["path/8"]
+    four = sums["path/4"]
+    eight = sums["path/8"]
     last = {kind: four[kind] if is_met(four[kind]) else eight[kind] for kind in eight}
     rules = [costs[rule] for rule in RULES[: 2 if is_met(four["trained"]) else 3]]
     cost = {of: sum(rule[of] for rule in rules) for of in rules[0]}

@@ -28,7 +28,9 @@ from lens_lora.judging import circuit_scores as circuit_metrics
 from lens_lora.judging import rankings
 
 Row = dict[str, Any]
-DRAWS, SEED, FIFTH = 3, 0, 0.2
+DRAWS = 3
+SEED = 0
+FIFTH = 0.2
 STATISTICS = {of: of for of in ("spearman", "pearson", "slope")} | {"relative_error": "error"}
 OF_SIZE = ("slope", "error")
 # Scores that are in no unit: only what does not depend on their size is asked of them.
@@ -116,7 +118,8 @@ def held_out(
 def sums(kind: str, asked: Asked, scores: Mapping[str, Tensor]) -> list[Row]:
     """Σ of each method's scores, as a share of the shift of all prompts together."""
     base, adapted = asked.ends.cpu().double()
-    signs, size = (adapted - base).sign(), (adapted - base).abs().sum()
+    signs = (adapted - base).sign()
+    size = (adapted - base).abs().sum()
     return [
         {
             "prompts": kind,
@@ -152,7 +155,8 @@ class Judge:
             key: of if key in self.sets else (of.double() * towards).mean(0)
             for key, of in given.items()
         }
-        batch, sites = judged.reading.batch, len(judged.lens.sites)
+        batch = judged.reading.batch
+        sites = len(judged.lens.sites)
         signed = torch.stack([rankings.by_score(mean) for mean in means.values()])
         sized = torch.stack([rankings.by_score(mean.abs()) for mean in means.values()])
         random = circuit_metrics.random_orders(sites, 1, DRAWS, SEED)[:, 0]

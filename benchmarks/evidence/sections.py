@@ -160,7 +160,8 @@ def warned_elsewhere(numbers: Numbers, scores: pd.DataFrame, base: str) -> str:
     for words, asked, method in WARNED_OF.values():
         cases = own_cases(numbers, scores, asked, base)
         cases = cases[cases["method"] == method]
-        warned, broken = cases["strength"] > VIOLENT, cases["agreement"] < BROKEN
+        warned = cases["strength"] > VIOLENT
+        broken = cases["agreement"] < BROKEN
         parts.append(
             f"{words[0].lower()}{words[1:]}: {int(warned.sum())} of {len(cases)} cases warned of, "
             f"{int(broken.sum())} broken, {int((warned & broken).sum())} both"

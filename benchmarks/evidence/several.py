@@ -17,7 +17,9 @@ from results import DOCS
 from tables import FIRST, HALF, NAMES, PATH, markdown, number, span
 
 NUMBERS = DOCS / "subsets.json"
-SEARCH, GREEDY, RANDOM = "best_subset", "greedy", "random, 0"
+SEARCH = "best_subset"
+GREEDY = "greedy"
+RANDOM = "random, 0"
 REFERENCE = f"{SEARCH}, 4"  # what the others are compared with, fixed before anything was measured
 CALLED = {SEARCH: "`ll.best_subset`", GREEDY: "greedy, by gradients", "random": "random, ten sets"}
 SHOWN = [f"{method}, {given}" for method in (SEARCH, GREEDY, PATH) for given in (4, 2, 1)]
@@ -31,7 +33,8 @@ def read() -> Subsets:
 
 def shares(row: Subsets, method: str) -> np.ndarray:
     """[wording], in the mean over the method's sets."""
-    base, adapted = np.array(row["base"]), np.array(row["adapted"])
+    base = np.array(row["base"])
+    adapted = np.array(row["adapted"])
     margins = np.array(row["methods"][method]["margins"])
     return ((margins - base) / (adapted - base)).mean(0)
 
@@ -57,7 +60,8 @@ def section(numbers: Subsets) -> dict[str, Any]:
     long = pd.DataFrame(_long(numbers))
     held = cluster_means(long, "held out")[SHOWN]
     apart = held.drop(columns=REFERENCE).sub(held[REFERENCE], axis=0)
-    words, medians = verdicts(apart), apart.median()
+    words = verdicts(apart)
+    medians = apart.median()
     head = ["method", "wordings", "held out", "worst", "at home", "worst"]
     head += ["gradients", "forward passes", f"beside {CALLED[SEARCH]} on 4"]
     told = {method: f"{medians[method]:+.3f}, {words[method]}" for method in words.index}

@@ -24,7 +24,8 @@ def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:
     base, adapted = asked.ends.cpu().double()
     shift = adapted - base
     at = {key: parts[f"first_order@{key}"] for key in ("0", "0.5", "1")}
-    signs, size = shift.sign(), shift.abs().sum()
+    signs = shift.sign()
+    size = shift.abs().sum()
 
     def share(values: Tensor) -> float:
         return float((values.sum(1) * signs).sum() / size)

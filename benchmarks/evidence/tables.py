@@ -13,9 +13,13 @@ from collections.abc import Sequence
 import pandas as pd
 from intervals import TOO_FEW, Standing, Summary, cluster_means, ranked, summary
 
-FIRST, HALF, END, PATH = "first_order@0", "first_order@0.5", "first_order@1", "path/4"
+FIRST = "first_order@0"
+HALF = "first_order@0.5"
+END = "first_order@1"
+PATH = "path/4"
 CALLED = "path_attribution"
-HELD, RELP = "patterns+norm_scales", "patterns+norm_scales+identity+half"
+HELD = "patterns+norm_scales"
+RELP = "patterns+norm_scales+identity+half"
 RELP_LIVE = "norm_scales+identity+half"
 NAMES = {
     FIRST: "first order at 0",
@@ -151,23 +155,37 @@ def question_table(
     base: str,
     costs: pd.DataFrame | None = None,
 ) -> str:
-    """One line per method, in the order of the first metric: tasks, scores, verdicts, cost."""
-    columns = [{s.method: s for s in standings(scores, question, base)} for question in questions]
-    prices = [] if costs is None else [median_costs(costs, base, of) for of in ("passes", "time")]
-    told = any(s.verdict not in ("best", TOO_FEW) for column in columns for s in column.values())
-    width = 3 if told else 2
-    methods = dict.fromkeys(method for column in columns for method in column)
-    rows = [
-        [
-            named(method),
-            str(next(column[method] for column in columns if method in column).score.tasks),
-            *(cell for column in columns for cell in _cells(column.get(method))[:width]),
-            *(cost_in_words(price.get(method)) for price in prices),
-        ]
-        for method in methods
-    ]
-    head = [word for q in questions for word in (q.metric, "worst", "behind the best")[:width]]
-    return markdown(["method", "tasks", *head, *(["passes", "F"] if prices else [])], rows)
+    """One line per method, in the order of the first metric: tasks, scores, verdicts, cost.
+
+    How far a method is behind the best is left out where there are too few tasks to tell.
+    """
+    columns: list[dict[str, Standing]] = []
+    for question in questions:
+        columns.append({one.method: one for one in standings(scores, question, base)})
+    width = 3 if any(map(_has_verdicts, columns)) else 2
+    prices: list[dict[str, float]] = []
+    if costs is not None:
+        prices = [median_costs(costs, base, of) for of in ("passes", "time")]
+    head = ["method", "tasks"]
+    for question in questions:
+        head += [question.metric, "worst", "behind the best"][:width]
+    if prices:
+        head += ["passes", "F"]
+    rows: list[list[str]] = []
+    for method in dict.fromkeys(method for column in columns for method in column):
+        found = [column.get(method) for column in columns]
+        tasks = next(one.score.tasks for one in found if one is not None)
+        row = [named(method), str(tasks)]
+        for standing in found:
+            row += _cells(standing)[:width]
+        row += [cost_in_words(price.get(method)) for price in prices]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _has_verdicts(column: dict[str, Standing]) -> bool:
+    """Whether some method of a question is told from the best, or tied with it."""
+    return any(one.verdict not in ("best", TOO_FEW) for one in column.values())
 
 
 def _cells(standing: Standing | None) -> tuple[str, str, str]:
@@ -190,7 +208,8 @@ def cost_table(costs: pd.DataFrame, base: str) -> str:
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:
     """The chosen methods by kind of prompt: the median over clusters, and the worst."""
     every = of_question(scores, dataclasses.replace(question, prompts=KINDS), base)
-    rows, kinds = [], [kind for kind in KINDS if kind in set(every["prompts"])]
+    rows = []
+    kinds = [kind for kind in KINDS if kind in set(every["prompts"])]
     for method in methods:
         asked = (dataclasses.replace(question, prompts=(kind,)) for kind in kinds)
         found = [summary_of(scores, of, base, method) for of in asked]

@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
-IGNORED, SEED = -100, 0
+IGNORED = -100
+SEED = 0
 BATCH = {"fact": 4, "behaviour": 2}
 Row = tuple[list[int], list[int]]
 
@@ -68,11 +69,13 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 def batches(rows: list[Row], steps: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`steps` batches of `size`, in a shuffled order that depends on nothing but `SEED`."""
-    order, draw = [], random.Random(SEED)
+    order = []
+    draw = random.Random(SEED)
     for _ in range(steps):
         while len(order) < size:
             order += draw.sample(rows, len(rows))
-        chosen, order = order[:size], order[size:]
+        chosen = order[:size]
+        order = order[size:]
         length = max(len(ids) for ids, _ in chosen)
         ids = torch.tensor([row + [0] * (length - len(row)) for row, _ in chosen])
         labels = torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in chosen])

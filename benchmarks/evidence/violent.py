@@ -16,7 +16,8 @@ from typing import Any
 import pandas as pd
 from intervals import Summary, cluster_means, summary, threshold_of
 
-BROKEN, BINS = 0.9, 4
+BROKEN = 0.9
+BINS = 4
 
 
 def binned(cases: pd.DataFrame, bins: int = BINS) -> pd.Series:
@@ -87,6 +88,7 @@ def confusion(cases: pd.DataFrame, signal: str) -> tuple[float, Counts, Counts]:
 
 
 def _counts(cases: pd.DataFrame, signal: str, threshold: float) -> Counts:
-    warned, broken = cases[signal] >= threshold, cases["broken"]
+    warned = cases[signal] >= threshold
+    broken = cases["broken"]
     pairs = ((warned, broken), (warned, ~broken), (~warned, broken), (~warned, ~broken))
     return Counts(*(int((left & right).sum()) for left, right in pairs))

@@ -44,7 +44,9 @@ KINDS = ("trained", "paraphrase")
 WAY = (0.25, 0.5, 0.75)
 READ = ("first_order@0", "first_order@0.5", "first_order@1", "path/4")
 EFFECTS: tuple[How, ...] = ("add_one", "leave_one_out")
-SPLITS, WHOLE = ("first_order@0.5", "first_order@1", "path/2"), "path/8"  # of a KL
+# How a KL is split over sites, and the split that is taken for right.
+SPLITS = ("first_order@0.5", "first_order@1", "path/2")
+WHOLE = "path/8"
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -77,7 +79,8 @@ def of_kl(
     asked = ask(lens, prompts, ll.KL(response))
     shares = ll.kl_shares(lens, prompts, response, scales=(), progress=False)
     splits = {key: PARTS[key](asked).cpu().double() for key in (*SPLITS, WHOLE)}
-    q, whole = shares.attribution.per_site.cpu().double(), splits.pop(WHOLE)
+    q = shares.attribution.per_site.cpu().double()
+    whole = splits.pop(WHOLE)
     return {
         "shares": 1 - apart(q, whole),
         **{key: 1 - apart(values, whole) for key, values in splits.items()},
@@ -87,7 +90,8 @@ def of_kl(
 
 def worst(asked: Asked, parts: dict[str, Tensor]) -> float:
     """The largest share of the shift so far that first order leaves, at ¼, ½ and ¾."""
-    lens, scales = asked.lens, torch.tensor(WAY, dtype=torch.float64)
+    lens = asked.lens
+    scales = torch.tensor(WAY, dtype=torch.float64)
     way = gated_readout(lens, asked.reading, torch.stack([lens.gates(scale) for scale in WAY]))
     shift = (way - asked.ends[0][:, None]).cpu().double()
     return float(((shift - scales * parts["first_order@0"].sum()) / shift).abs().max())

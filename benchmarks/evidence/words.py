@@ -154,23 +154,29 @@ def estimates(
 
 def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
     """Of each question."""
-    costs, found = costs_of(numbers), []
+    costs = costs_of(numbers)
+    found = []
     for question in ASKED:
         means, passes = estimates(scores, costs, question, base)
         chosen = choice(means, passes, larger_is_better=question.larger)
         members = tied(means, larger_is_better=question.larger)
         shares = numbers["resampled"]["choices"][question.label]
-        method, time = as_run(question, chosen), median_costs(costs, base, "time")
+        method = as_run(question, chosen)
+        time = median_costs(costs, base, "time")
         found.append(Advice(question, method, members, shares, time))
     return found
 
 
 def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
     """One line per question, and each tie by name."""
-    scores, rows, ties = scores_of(numbers), [], []
+    scores = scores_of(numbers)
+    rows = []
+    ties = []
     for found in advice(numbers, scores, base):
-        question, score = found.question, summary_of(scores, found.question, base, found.method)
-        is_stable, many = found.chosen >= STABLE, len(found.members)
+        question = found.question
+        score = summary_of(scores, found.question, base, found.method)
+        is_stable = found.chosen >= STABLE
+        many = len(found.members)
         word = "recommended" if is_stable else f"a tie of {many}" if many > 1 else "unstable"
         told = [_percent(found.chosen), word, span(score), number(score.worst), str(score.tasks)]
         rows.append([question.label, named(found.method), *told])
@@ -194,7 +200,8 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
 
 def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
     """The cells of `comparisons`, of the pairs that a base has."""
-    columns, cells = {}, []
+    columns = {}
+    cells = []
     for row, (question, method, other) in enumerate(COMPARED):
         means = cluster_means(of_question(scores, question, base))
         if method in means and other in means:
@@ -222,43 +229,67 @@ def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
 def _line(
     numbers: Numbers, scores: pd.DataFrame, found: Advice, bases: list[str]
 ) -> dict[str, Any]:
-    question, method, base = found.question, found.method, bases[0]
-    each = {base: _by_adapter(scores, question, base, method) for base in bases}
+    """What the page says of one question: the answer, its cost, and how far it is to be trusted."""
+    question = found.question
+    method = found.method
+    base = bases[0]
+    each = {name: _by_adapter(scores, question, name, method) for name in bases}
     bound = RIGHT.get(question.metric)
-    off = {b: _off(values, bound, question.larger) for b, values in each.items()}
-    strengths = [
-        numbers["adapters"][name]["signals"]["trained"]["strength"]
-        for values in off.values()
-        for name in values.index
-    ]
-    counted = ", ".join(
-        f"{len(v) - len(off[b])} of {len(v)}" if len(v) else "—" for b, v in each.items()
-    )
+    off = {name: _off(values, bound, question.larger) for name, values in each.items()}
+    strengths = _strengths(numbers, off)
     error = summary_of(scores, ERRORS.get(question, question), base, method)
-    exact, cost = found.cost.get(question.key, math.inf), cost_in_words(found.cost[method])
-    estimate = named(method).removesuffix(", up to 8 nodes")
-    if found.chosen < STABLE:
-        estimate = f"a tie of {len(found.members)}; cheapest: {estimate}"
-    if (question, method) == (KEEP, HALF):
-        p, _ = paired_test(cluster_means(of_question(scores, KEEP, base)), HALF, FIRST)
-        estimate += "" if p < ALPHA else " or at 0 (a tie)"
-    is_cheap = exact <= CHEAP
+    exact = found.cost.get(question.key, math.inf)
+    cost = cost_in_words(found.cost[method])
+    answer = _estimate(scores, found, base)
+    if exact <= CHEAP:
+        answer = f"**measure it**; else {answer}"
+        cost = f"{cost_in_words(exact)}; {cost}"
+    worst = [_worst(values, question.larger, name) for name, values in off.items() if len(values)]
+    slopes = [calibration(scores, question, name, method) for name in bases]
     return {
         "words": question.words,
-        "answer": f"**measure it**; else {estimate}" if is_cheap else estimate,
-        "cost": f"{cost_in_words(exact)}; {cost}" if is_cheap else cost,
+        "answer": answer,
+        "cost": cost,
         "score": with_worst(summary_of(scores, question, base, method)),
-        "right": counted if bound else "—",
+        "right": _counts_of_right(each, off) if bound else "—",
         "elsewhere": _elsewhere(scores, question, base, method),
-        "off": "; ".join(_worst(v, question.larger, b) for b, v in off.items() if len(v)) or "none",
+        "off": "; ".join(worst) or "none",
         "count": len(strengths),
         "violent": sum(strength > VIOLENT for strength in strengths),
         "error": with_worst(error),
-        "slope": "; ".join(filter(None, (calibration(scores, question, b, method) for b in bases))),
+        "slope": "; ".join(filter(None, slopes)),
         "factor": number(1 / (1 - error.worst), 1) if error.worst < 1 else "any size",
         "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
         "most": number(each[base].max()),
     }
+
+
+def _estimate(scores: pd.DataFrame, found: Advice, base: str) -> str:
+    """The estimate in words, with those that cannot be told from it."""
+    words = named(found.method).removesuffix(", up to 8 nodes")
+    if found.chosen < STABLE:
+        words = f"a tie of {len(found.members)}; cheapest: {words}"
+    if (found.question, found.method) == (KEEP, HALF):
+        p, _ = paired_test(cluster_means(of_question(scores, KEEP, base)), HALF, FIRST)
+        if not p < ALPHA:
+            words += " or at 0 (a tie)"
+    return words
+
+
+def _strengths(numbers: Numbers, off: dict[str, pd.Series]) -> list[float]:
+    """How strong each adapter is on which the estimate is not right."""
+    names = [name for values in off.values() for name in values.index]
+    signals = [numbers["adapters"][name]["signals"] for name in names]
+    return [of_adapter["trained"]["strength"] for of_adapter in signals]
+
+
+def _counts_of_right(each: dict[str, pd.Series], off: dict[str, pd.Series]) -> str:
+    """On how many adapters of each base the estimate is right."""
+    counts: list[str] = []
+    for base, values in each.items():
+        right = len(values) - len(off[base])
+        counts.append(f"{right} of {len(values)}" if len(values) else "—")
+    return ", ".join(counts)
 
 
 def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
@@ -334,7 +365,8 @@ def path_called(scores: pd.DataFrame, base: str) -> str:
     sums = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
     met = sums.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
     met = met[["path/4", "path/8"]].dropna().map(is_met).groupby("adapter").all()
-    four, eight = met["path/4"].sum(), (met["path/8"] & ~met["path/4"]).sum()
+    four = met["path/4"].sum()
+    eight = (met["path/8"] & ~met["path/4"]).sum()
     return (
         f"of {len(met)} adapters with all three it would stop at 4 nodes on {four} at most, at 8 "
         f"on {eight}, and go on beyond 8 on {len(met) - four - eight}"

@@ -131,13 +131,15 @@ def warnings(plants: Plants) -> str:
 
 def shares(counts: Counts) -> str:
     """Of a half: the share of broken cases that is flagged, and of the others that is too."""
-    broken, sound = counts.hit + counts.missed, counts.false + counts.silent
+    broken = counts.hit + counts.missed
+    sound = counts.false + counts.silent
     return f"{counts.hit / broken:.0%}, {counts.false / sound:.0%}"
 
 
 def shipped(plants: Plants) -> str:
     """What the package says as it ships, on all plants, by kind."""
-    rows, lines = cases(plants), []
+    rows = cases(plants)
+    lines = []
     best = chosen(rows)
     threshold = confusion(rows, best)[0]
     rows["chosen"] = (rows[best] >= threshold).astype(float).where(rows[best].notna())
@@ -176,7 +178,8 @@ def confirmed(plants: Plants) -> str:
 
 def carried(plants: Plants, others: Plants) -> str:
     """How the signal that one base's plants chose fares on another's, at the same threshold."""
-    rows, rows_elsewhere = cases(plants), cases(others)
+    rows = cases(plants)
+    rows_elsewhere = cases(others)
     best = chosen(rows)
     flagged = rows_elsewhere[best] >= confusion(rows, best)[0]
     broken = rows_elsewhere["broken"]

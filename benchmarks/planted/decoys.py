@@ -28,8 +28,11 @@ import lens_lora as ll
 
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ORDINARY = 64  # directions of ordinary inputs that a deaf one does not hear
-MUTE, STRAY = 0.5, 0.15  # shares of the decoys, of q or k in a block, and of the other modules
-_RELATIVE = 1e-5  # of the largest singular value, below which a direction is rounding
+# The share of blocks whose q or k is mute, and the share of other modules that are stray.
+MUTE = 0.5
+STRAY = 0.15
+# A direction is rounding where its singular value is below this share of the largest one.
+_RELATIVE = 1e-5
 
 
 def spectrum(factors: ll.LoRAFactors) -> Float[Tensor, " rank"]:
@@ -122,7 +125,8 @@ class Decoys:
         return of_spectrum(values, *makes[sort](path, len(values)), self.gated.model.dtype)
 
     def _sort(self, path: str, muted: set[int]) -> str:
-        draw, block = float(torch.rand(1, generator=self.generator)), block_of(path)
+        draw = float(torch.rand(1, generator=self.generator))
+        block = block_of(path)
         # Queries and keys that both change would meet in a product, so a block has one of the two.
         partner = path.replace("q_proj", "k_proj") if "q_proj" in path else path
         if path.endswith(("q_proj", "k_proj")):
@@ -146,7 +150,8 @@ class Decoys:
 
     def _mute(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
         inputs = self._seen[path][0]
-        earlier, last = inputs[:, :-1].flatten(0, 1), inputs[:, -1].mean(0)
+        earlier = inputs[:, :-1].flatten(0, 1)
+        last = inputs[:, -1].mean(0)
         sizes = earlier.norm(dim=1, keepdim=True).clamp(min=1e-12)
         V = frame(inputs.shape[-1], rank, self.generator, span(earlier / sizes), last)
         heads = [frame(len(away), rank, self.generator, away) for away in self._compared(path)]
@@ -155,7 +160,8 @@ class Decoys:
     def _compared(self, path: str) -> list[Float[Tensor, "d_head direction"]]:
         """Of each head, what its query or key at the last token is multiplied with."""
         config = self.gated.model.config
-        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        queries = config.num_attention_heads
+        keys = config.num_key_value_heads
         is_query = path.endswith("q_proj")
         partner = path.replace("q_proj", "k_proj") if is_query else path.replace("k_", "q_")
         out = self._seen[partner][1][self._corners].double()
@@ -185,7 +191,8 @@ def ordinary_directions(
     model: PreTrainedModel, rows: list[list[int]], few: int = ORDINARY
 ) -> dict[str, Float[Tensor, "d few"]]:
     """Leading directions of each module's inputs on ordinary text."""
-    gated, inputs = Gated(model), dict[str, list[Tensor]]()
+    gated = Gated(model)
+    inputs: dict[str, list[Tensor]] = {}
     for ids in rows:
         question = Question("", tuple(ids), 0, 0, ("", ""))
         for path, (z, _) in gated.recorded({}, question, linears(model), torch.zeros(1, 0)).items():

@@ -74,7 +74,8 @@ def block_of(path: str) -> int:
 
 def fresh(model: PreTrainedModel, paths: Iterable[str], rank: int, seed: int) -> Updates:
     """Factors as PEFT starts them: A uniform within 1/√in, B zero."""
-    generator, modules = torch.Generator().manual_seed(seed), linears(model)
+    generator = torch.Generator().manual_seed(seed)
+    modules = linears(model)
     updates = {}
     for path in paths:
         weight = modules[path].weight
@@ -220,7 +221,8 @@ def fit(
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     wanted = torch.tensor([[aim.gates.get(path, 0.0) for path in updates] for aim in aims])
     targets = torch.tensor([aim.target for aim in aims])
-    questions, miss = [aim.question for aim in aims], float("inf")
+    questions = [aim.question for aim in aims]
+    miss = float("inf")
     for _ in range(steps):
         drawn = torch.randint(2, wanted.shape, generator=generator).float()
         gates = torch.where(wanted.isnan(), drawn, wanted)

@@ -67,7 +67,10 @@ from trained_cases import question as bound  # noqa: E402
 
 NUMBERS = DOCS / "planted.json"
 COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
-TINY, DIGITS = 1e-30, 6  # what differs by less than a millionth of the largest is tied
+# Scores are tied where they agree in so many digits of the largest.
+DIGITS = 6
+# Keeps a division by the largest from being one by zero.
+TINY = 1e-30
 # Scores in the readout's units, whose size can be held against an effect.
 SIZED = (
     "first_order@0",
@@ -221,8 +224,10 @@ def _sizes(
 
 def _edges(asked: Asked, plant: Plant) -> dict[str, Any]:
     """The edge from the writer to the gate's attention: its effect, and its place among all."""
-    lens, (writer, gate) = asked.lens, plant.pair
-    row, reader = _paths(lens).index(writer), f"blocks.{block_of(gate)}.attn"
+    lens = asked.lens
+    writer, gate = plant.pair
+    row = _paths(lens).index(writer)
+    reader = f"blocks.{block_of(gate)}.attn"
     pairs = [(lens.sites[row].name, reader)]
     path = ll.patch_edges(
         lens, asked.prompts, asked.readout, pairs, "leave_one_out", progress=False
@@ -230,7 +235,8 @@ def _edges(asked: Asked, plant: Plant) -> dict[str, Any]:
     by_gate: dict[str, Any] = {}
     for at in (0.0, 0.5, 1.0):
         edges = ll.edges(lens, asked.prompts, asked.readout, at=at, progress=False)
-        values, exists = edges.per_edge[0].cpu(), edges.exists.cpu()
+        values = edges.per_edge[0].cpu()
+        exists = edges.exists.cpu()
         members = torch.zeros_like(exists)
         members[row, edges.readers.index(reader)] = True
         readers = exists[row]
@@ -245,7 +251,8 @@ def _signals(asked: Asked, row: int, scores: Mapping[str, Tensor]) -> dict[str, 
     """What costs no intervention; sums beside the shift, and beside Σ|a|, which is never small."""
     first, half, last = (scores[f"first_order@{at}"] for at in ("0", "0.5", "1"))
     base, adapted = asked.ends[:, row].tolist()
-    shift, size = adapted - base, float(first.abs().sum())
+    shift = adapted - base
+    size = float(first.abs().sum())
     largest = max(size, float(last.abs().sum()))
     off = [abs(float(a.sum()) - shift) / abs(shift) for a in (first, last)]
     strengths = torch.tensor(WAY, dtype=torch.float64)

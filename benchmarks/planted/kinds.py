@@ -33,8 +33,11 @@ from plants import (
     share_of_pair,
 )
 
-CANDIDATES, QUIET = 48, 16  # random constants, and how many of them are kept
-CORNERS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))  # of a pair's gates
+# So many random constants are drawn, and the quietest of them are kept.
+CANDIDATES = 48
+QUIET = 16
+# The gates of a pair: both, the first alone, the second alone.
+CORNERS = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 Confirm = Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, float], bool]]
 
 
@@ -91,7 +94,8 @@ def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     """Both at once: each fact moves with its own part, whatever the gates of the other part."""
     questions = tuple(map(bed.question, recipe.facts))
     paths = draw.sample(bed.modules(0.15, 0.95), 10)
-    halves, aims = (paths[:5], paths[5:]), list[Aim]()
+    halves = (paths[:5], paths[5:])
+    aims: list[Aim] = []
     for question, part, other in zip(questions, halves, halves[::-1], strict=True):
         (base,) = bed.gated.corners({}, question, [()])
         for gate, other_gate in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (1.0, ANY), (0.0, ANY)):
@@ -122,7 +126,8 @@ def confirmed_fact(
     ends = [(), everything, set(causes), everything - set(causes)]
     singles = [*({path} for path in causes), *(everything - {path} for path in causes)]
     base, adapted, kept, lost, *alone = bed.gated.corners(updates, question, [*ends, *singles])
-    shift, count = adapted - base, len(causes)
+    shift = adapted - base
+    count = len(causes)
     added = sum(g - base for g in alone[:count])
     left = sum(adapted - g for g in alone[count:])
     shares = {
@@ -159,7 +164,8 @@ def hidden(
         if enters or not stray:
             break
         for path in draw.sample(stray, (len(stray) + 1) // 2):
-            others[path], sorts[path] = decoys.of_sort("deaf", path), "deaf"
+            others[path] = decoys.of_sort("deaf", path)
+            sorts[path] = "deaf"
     return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
 
 
@@ -201,9 +207,11 @@ def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
 
 def paths_of_pair(bed: Bed, kind: str, draw: random.Random) -> tuple[str, str]:
     """Of conjunctions a writer and a later reader; else two writers."""
-    firsts, seconds = ("down_proj", "o_proj"), ("down_proj", "o_proj", "up_proj")
+    firsts = ("down_proj", "o_proj")
+    seconds = ("down_proj", "o_proj", "up_proj")
     if kind == "gated":
-        firsts, seconds = ("down_proj",), ("q_proj",)
+        firsts = ("down_proj",)
+        seconds = ("q_proj",)
     if kind in ("smooth conjunction", "loud conjunction"):
         seconds = ("q_proj", "up_proj")
     early = bed.modules(0.2, 0.5, firsts)
@@ -221,7 +229,8 @@ def confirmed_pair(
     base, none, *corners = bed.gated.corners(updates, question, [(), everything - set(pair), *sets])
     both, one_first, one_second, *among = (g - base for g in corners)
     effect = one_first if kind in ("masked", "opposed") else among[0]
-    added, left = one_first + one_second, 2 * among[0] - among[1] - among[2]
+    added = one_first + one_second
+    left = 2 * among[0] - among[1] - among[2]
     shares = {
         "shift": among[0],
         "effect": effect,
@@ -257,7 +266,8 @@ def misses_on_grid(
     gates[:, columns.index(second)] = torch.tensor([b for _, b in points])
     none, *values = bed.gated.at_gates(updates, question, gates)
     effect = values[-1] - none
-    trained, between = [0.0], [0.0]
+    trained = [0.0]
+    between = [0.0]
     for (a, b), value in zip(points[1:], values, strict=True):
         miss = abs((value - none) / effect - share_of_pair(kind, a, b))
         is_trained = a in GRID and b in GRID
@@ -300,13 +310,15 @@ def quietest(
     updates = {**causes, **detached(constants(vectors, bed.model))}
     sets = [(), set(causes), *({path} for path in vectors), *({path, *causes} for path in vectors)]
     base, adapted, *rest = bed.gated.corners(updates, question, sets)
-    alone, beside = rest[: len(vectors)], rest[len(vectors) :]
+    alone = rest[: len(vectors)]
+    beside = rest[len(vectors) :]
     effects = {
         path: ((a - base) / (adapted - base), (b - adapted) / (adapted - base))
         for path, a, b in zip(vectors, alone, beside, strict=True)
     }
     quiet = sorted(effects, key=lambda path: max(map(abs, effects[path])))[:QUIET]
-    total, kept = 0.0, dict[str, torch.Tensor]()
+    total = 0.0
+    kept: dict[str, torch.Tensor] = {}
     for path in sorted(quiet, key=lambda path: -abs(sum(effects[path]))):
         sign = -1.0 if total * sum(effects[path]) > 0 else 1.0
         total += sign * sum(effects[path])

@@ -48,16 +48,25 @@ sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from tasks import TASKS  # noqa: E402
 from train import one_token, prompt_ids  # noqa: E402
 
-PUSH = 8.0  # logits by which a margin is to move
-LEAST = 0.03  # of the effect, that a cause moves alone
-KEPT, LOST = 0.01, 0.9  # without decoys the effect is within 1 %; without causes 90 % are gone
-OFF = 0.1  # of the effect, by which a corner of a pair may be off what its kind promises
+# Logits by which a margin is to move.
+PUSH = 8.0
+# A cause moves at least this share of the effect alone.
+LEAST = 0.03
+# Without its decoys a plant's effect is off by at most this share of it.
+KEPT = 0.01
+# Without its causes at least this share of the effect is gone.
+LOST = 0.9
+# A corner of a pair is off what its kind promises by at most this share of the effect.
+OFF = 0.1
 ATTEMPTS = 3
 # A gentle rate, as that of usual training; what is trained at several corners needs a larger one.
-STEPS, RATE = 80, 1e-3
-CORNER_STEPS, CORNER_RATE = 90, 4e-3
-GRID = (0.0, 1 / 3, 2 / 3, 1.0)  # gates of either module at which a smooth kind is trained
-BETWEEN = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)  # and those at which it is confirmed
+STEPS = 80
+RATE = 1e-3
+CORNER_STEPS = 90
+CORNER_RATE = 4e-3
+# The gates of either module at which a smooth kind is trained, and those at which it is confirmed.
+GRID = (0.0, 1 / 3, 2 / 3, 1.0)
+BETWEEN = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 GRID_STEPS = 100
 FACTS = tuple(name for name, task in TASKS.items() if task.kind == "fact" and ":" not in name)
 # Margins of a pair with both, the first alone, the second alone, as shares of `PUSH`.

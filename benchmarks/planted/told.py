@@ -198,7 +198,8 @@ def edges(plants: Plants) -> str:
     rows = []
     for at, words in (("0", "0"), ("0.5", "½"), ("1", "1")):
         ranks = pd.DataFrame([plant["places"][at] for plant in there])
-        everywhere, writers = ranks["among all"], ranks["of its writer"]
+        everywhere = ranks["among all"]
+        writers = ranks["of its writer"]
         scores = [
             auroc([place], plant["edges"]) for place, plant in zip(everywhere, there, strict=True)
         ]
@@ -232,7 +233,8 @@ def way(plants: Plants) -> tuple[float, float]:
 
 def every_plant(plants: Plants) -> str:
     """One line a method: of each plant of a kind the AUROC, and in brackets the recovery."""
-    aurocs, recoveries = scored(plants, auroc), scored(plants, recovery)
+    aurocs = scored(plants, auroc)
+    recoveries = scored(plants, recovery)
     kinds = kinds_of(aurocs)
     rows = [
         [label(method)]
@@ -400,7 +402,8 @@ def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
     above = at_corners(numbers["plants"])
     parts = {EMBEDDED: numbers["plants"]}
     parts |= {base: part["plants"] for base, part in numbers.get("elsewhere", {}).items()}
-    confirmations, columns = {}, dict[str, Plants]()
+    confirmations = {}
+    columns: dict[str, Plants] = {}
     for base, plants in parts.items():
         if not of_kind(plants, CONJUNCTION):
             continue

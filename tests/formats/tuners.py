@@ -157,7 +157,8 @@ def tuned(folder: str, base: PreTrainedModel, place: str, size: float = 0.2) -> 
 
     Raises whatever PEFT raises of a method that does not know these modules.
     """
-    (name, fields), targets = EXACT[folder], PLACES[place][2]
+    name, fields = EXACT[folder]
+    targets = PLACES[place][2]
     if folder == "ia3":
         fields = {"feedforward_modules": [t for t in fields["feedforward_modules"] if t in targets]}
     with warnings.catch_warnings():
@@ -189,7 +190,8 @@ def read(model: PeftModel, base: PreTrainedModel) -> dict[str, ll.Adapter]:
 def measure(folder: str, place: str) -> dict[str, float]:
     """How far a lens is from PEFT's active model; of slopes, relative. Within `in_float64`."""
     base = base_of(place)
-    model, tokens = tuned(folder, base, place), models.tokens()
+    model = tuned(folder, base, place)
+    tokens = models.tokens()
     maker = list(models.MAKERS.values())[-1]
     errors: dict[str, float] = {}
     with torch.no_grad():

@@ -107,7 +107,9 @@ def opening():
 
 async def _visit(chromium, address, measure, dark, width):
     """Until 20 seconds of the page's own clock have passed, which stands while it computes."""
-    tab, said, loaded = await chromium.create_tab("about:blank"), [], set()
+    tab = await chromium.create_tab("about:blank")
+    said = []
+    loaded = set()
 
     async def send(command, **arguments):
         answer = await tab.send_command(command, arguments)
@@ -155,7 +157,8 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.elements, self.texts = [], []
+        self.elements = []
+        self.texts = []
         self.feed(page)
         self.close()
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import lens_lora as ll
 
-MARGIN, QUIET = ll.Margin(5, 9), {"progress": False}
+MARGIN = ll.Margin(5, 9)
+QUIET = {"progress": False}
 RESPONSE = torch.tensor([5, 9], device="cpu")
 Call = Callable[[ll.LoraLens, Tensor], Any]
 

@@ -112,7 +112,8 @@ def run_notebook(path: Path, folder: Path, kernel: KernelManager, before: str = 
     """What is wrong with it once it has run in that folder; a cell that fails raises."""
     notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
-        cell.outputs, cell.execution_count = [], None
+        cell.outputs = []
+        cell.execution_count = None
     begin, end = (
         nbformat.v4.new_code_cell(f"%cd -q {where}\n{first}\n%reset -f")
         for where, first in ((folder, before), ("~", ""))
@@ -143,7 +144,8 @@ def run_page(path: Path) -> list[str]:
                 above = "\n" * text.count("\n", 0, snippet.start(2))
                 exec(compile(above + snippet[2], str(path), "exec"), vars(module))
                 run += 1
-    blocks, excused = text.count("```python"), text.count("<!-- not run: ")
+    blocks = text.count("```python")
+    excused = text.count("<!-- not run: ")
     counted = f"{blocks} snippets, {excused} of them not run with a reason, but {run} ran"
     return [] if 0 < run == blocks - excused else [counted]
 

@@ -289,7 +289,8 @@ def _swapped_layers(out: Path) -> None:
         zero = {k: v for k, v in state.items() if ".layers.0." in k}
         for name, tensor in zero.items():
             other = name.replace(".0.", ".1.")
-            state[name], state[other] = state[other], tensor
+            state[name] = state[other]
+            state[other] = tensor
 
     _tensors(out, edit)
 
@@ -589,7 +590,8 @@ def shows_in_logits(out: Path) -> bool:
 
 def shows_in_ids(out: Path) -> bool:
     """Whether strings, conversations or their end are read otherwise."""
-    found, expected = AutoTokenizer.from_pretrained(out / "merged"), tokenizer_of(out)
+    found = AutoTokenizer.from_pretrained(out / "merged")
+    expected = tokenizer_of(out)
     texts = ("w5 w6 w7w8", "The kettle <tool> w7", "<bos>w9<eos>")
     talk = [{"role": "user", "content": "w5"}]
     is_same = (

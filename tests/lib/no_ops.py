@@ -162,7 +162,8 @@ def _half_without_index(out: Path) -> list[str]:
 
 def _some(out: Path) -> list[str]:
     """The MLPs are the base's."""
-    file, base = out / "merged" / "model.safetensors", load_file(out / "base/model.safetensors")
+    file = out / "merged" / "model.safetensors"
+    base = load_file(out / "base/model.safetensors")
     state = {k: base[k] if "mlp" in k else v for k, v in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
     return _merged(out)

@@ -11,7 +11,9 @@ from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
-PROMPT, DOC, PRE = "The capital of France is", " Lyon", " Paris"
+PROMPT = "The capital of France is"
+DOC = " Lyon"
+PRE = " Paris"
 
 
 @cache

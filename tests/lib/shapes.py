@@ -68,13 +68,15 @@ class _Check(NamedTuple):
         ]
         names: dict[str, Any] = {}
         exec(f"def arguments{inspect.Signature(parameters)}: ...", names)
-        arguments, value = names["arguments"], types.FunctionType(_same.__code__, {})
+        arguments = names["arguments"]
+        value = types.FunctionType(_same.__code__, {})
         arguments.__defaults__ = function.__defaults__
         arguments.__kwdefaults__ = function.__kwdefaults__
         value.__annotations__ = {"return": hints.pop("return", Any)}
         arguments.__annotations__ = hints
         for stub in (arguments, value):
-            stub.__module__, stub.__name__ = function.__module__, function.__name__
+            stub.__module__ = function.__module__
+            stub.__name__ = function.__name__
             stub.__qualname__ = function.__qualname__
         return cls(typechecker(arguments), typechecker(value))
 

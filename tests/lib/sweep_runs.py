@@ -57,7 +57,8 @@ def write_csv(path: Path, records) -> Path:
 
 def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
     """Raise in the n-th batch."""
-    plain, made = VALUES["first_order"], []
+    plain = VALUES["first_order"]
+    made = []
 
     def values(*args):
         made.append(None)

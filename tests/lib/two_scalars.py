@@ -26,7 +26,10 @@ from lens_lora.core.model.plan import Injection, Plan
 from lens_lora.core.model.sites import Heads
 from lens_lora.families import find_family
 
-W1, D1, W2, D2 = 1.0, 0.5, 2.0, 5.0
+W1 = 1.0
+D1 = 0.5
+W2 = 2.0
+D2 = 5.0
 
 
 class TwoScalars(nn.Module):
@@ -59,7 +62,9 @@ class _ToLogits(nn.Module):
 class _TwoScalarsHost(HookedHost):
     """What the engine asks of it; of its weights, one size for both."""
 
-    class_name, pass_overhead, embedding_output = "TwoScalars", 0.0, "embed"
+    class_name = "TwoScalars"
+    pass_overhead = 0.0
+    embedding_output = "embed"
 
     def block_input(self, layer: int) -> str:
         return "block"
@@ -84,7 +89,8 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     """The lens over it, with rank-1 updates d₁ and d₂."""
     model = TwoScalars(phi)
     host = _TwoScalarsHost(model, find_family("GPT2LMHeadModel"), Heads(1, 1, 1))
-    sites, maps = [], []
+    sites = []
+    maps = []
     for i, d in ((1, D1), (2, D2)):
         sites.append(ll.results.Site(f"site{i}", f"w{i}", 0, "fc_in", f"in{i}", f"out{i}", 1))
         maps.append(SiteMap(torch.ones(1, 1).double(), torch.full((1, 1), d).double(), None))

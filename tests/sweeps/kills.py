@@ -46,7 +46,8 @@ RECORDS = [
     *({"id": f"w{i}", "prompt": f"w{i} w5", "doc": "w8", "pre": "w9"} for i in range(20, 26)),
 ]
 FEW = RECORDS[2:6]
-NOTICED, PATIENCE = 3, 60.0
+NOTICED = 3
+PATIENCE = 60.0
 FILES = ["r.parquet", "r.prompts.parquet"]
 
 
@@ -70,7 +71,8 @@ def logged(log: Path) -> None:
         plain(self, rows)
         note("kept", [row["prompt"] for row in rows])
 
-    module.measure, RowStore.add = measured, added
+    module.measure = measured
+    RowStore.add = added
 
 
 def forked(work: Callable[[], None], errors: Path) -> int:
@@ -189,13 +191,15 @@ def undisturbed(lens, records, folder: Path, count: int = 1) -> float:
 
 def storm(kills: int, count: int, seed: int, top: Path) -> dict[str, int]:
     """So many kills of sweeps on so many processes."""
-    rng, lens = random.Random(seed), sweep_runs.a_lens()
+    rng = random.Random(seed)
+    lens = sweep_runs.a_lens()
     undisturbed(lens, RECORDS, top / "whole")
     wanted = frames(top / "whole")
     length = undisturbed(lens, RECORDS, top / "timed", count)
     made = {"kills": 0, "sweeps": 0, "grown": 0, "runs": 0}
     while made["kills"] < kills:
-        folder, log = top / f"sweep {made['sweeps']}", top / f"log {made['sweeps']}"
+        folder = top / f"sweep {made['sweeps']}"
+        log = top / f"log {made['sweeps']}"
         if rng.random() < 0.3:
             undisturbed(lens, FEW, folder)
             made["grown"] += 1

@@ -94,7 +94,8 @@ def rows_of(family: str, module: str, kind: str, heads: int) -> list[int] | slic
 def factors(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """A, B and b_B of a layer of PEFT."""
     if "default" in layer.lora_embedding_A:
-        A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        A = layer.lora_embedding_A["default"]
+        B = layer.lora_embedding_B["default"]
         return A.detach(), B.detach(), None
     bias = layer.lora_B["default"].bias
     return (
@@ -130,7 +131,8 @@ def parts(
     scale = layer.scaling["default"]
     A, B, bias = factors(layer)
     B = B[rows]
-    x, gradient = at_module.x, at_module.gradient[..., rows]
+    x = at_module.x
+    gradient = at_module.gradient[..., rows]
     if not x.is_floating_point():
         x = torch.nn.functional.one_hot(x, A.shape[1]).to(A)
     batch, length, _ = x.shape

@@ -109,12 +109,14 @@ def _run(func, args, kwargs):
         at = {t.device for t in _tensors(args[1])}
         met = {home, *(at - {torch.device("cpu")}), *(t.device for t in args[2:3] if t.ndim)}
     if op is aten.copy_:
-        met, home = set(), args[0].device
+        met = set()
+        home = args[0].device
     if len(met) > 1:
         # Kept, not raised: an exception out of a backward pass aborts the interpreter here.
         mixed.append(f"{func} on {sorted(map(str, met))} at {_own_line()}")
     if kwargs.get("device") is not None:
-        home, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": torch.device("cpu")}
+        home = torch.device(kwargs["device"])
+        kwargs = {**kwargs, "device": torch.device("cpu")}
         home = torch.device("toy:0") if str(home) == "toy" else home
     if away and (op in SYNCS or (op in (aten._to_copy, aten.copy_) and home.type == "cpu")):
         syncs.append(str(func))

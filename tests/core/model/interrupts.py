@@ -41,7 +41,8 @@ class _Lines:
     """A trace function that interrupts before the package's line of a number."""
 
     def __init__(self, stop: int) -> None:
-        self._stop, self._count = stop, 0
+        self._stop = stop
+        self._count = 0
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
@@ -64,7 +65,8 @@ class _Places:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         # What called a frame stays at its line until the frame is left.
-        name, callers = frame.f_code.co_filename[len(PACKAGE) + 1 :], _place(frame.f_back)
+        name = frame.f_code.co_filename[len(PACKAGE) + 1 :]
+        callers = _place(frame.f_back)
 
         def line(frame: FrameType, event: str, arg: Any) -> Any:
             if event == "line":

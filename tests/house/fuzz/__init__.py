@@ -76,7 +76,8 @@ class Fuzz:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._worlds = folder, {}
+        self._folder = folder
+        self._worlds = {}
         self.counts: Counts = collections.defaultdict(collections.Counter)
         self.faults: list[Fault] = []
 

@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 import lens_lora as ll
 from fuzz.guard import PLANTED, Case, Chance, Wrong, require_close
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 TOKENS = models.tokens(2, 5)
 VICTIMS: dict[str, dict[str, Any]] = {
     "plain": {"targets": ["q_proj", "v_proj"]},
@@ -113,7 +114,8 @@ def wanted_of(base: Any, folder: Path, scratch: Path, unchanged: torch.Tensor) -
 
 def _say(base: Any, folder: Path) -> None:
     """No patterns are empty patterns, no bias is 'none'; what the file lacks is the base's."""
-    fields, tensors = _fields(folder), _tensors(folder)
+    fields = _fields(folder)
+    tensors = _tensors(folder)
     patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     _set(folder, {**fields, **patterns, "bias": fields.get("bias") or "none"})
     for name, parameter in base.named_parameters():
@@ -185,7 +187,8 @@ def field_unknown(chance: Chance, folder: Path) -> None:
 
 def patterns(chance: Chance, folder: Path) -> None:
     """Regular expressions that take forever, or that are none."""
-    fields, regex = _fields(folder), chance.choice(_REGEX)
+    fields = _fields(folder)
+    regex = chance.choice(_REGEX)
     name = chance.choice(["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
     fields[name] = regex if name.endswith("modules") else {regex: chance.randint(1, 9)}
     _set(folder, fields)
@@ -397,7 +400,8 @@ MUTATIONS: dict[str, Callable[[Chance, Path], None]] = {
 
 def case(world: World, chance: Chance, scratch: Path) -> Case:
     """A victim with one mutation, or with two."""
-    victim, host = chance.choice(sorted(VICTIMS)), chance.choice(sorted(world.hosts))
+    victim = chance.choice(sorted(VICTIMS))
+    host = chance.choice(sorted(world.hosts))
     mutation = chance.choice(sorted(MUTATIONS))
     folder = scratch / "adapter"
     shutil.rmtree(folder, ignore_errors=True)

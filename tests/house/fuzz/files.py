@@ -58,7 +58,8 @@ def world(folder: Path) -> World:
     """Made once; within `models.lifted()`."""
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
     sweep_runs.run(case.lens, GOOD, folder / "finished")
-    merge, RowStore.merge = RowStore.merge, _stop
+    merge = RowStore.merge
+    RowStore.merge = _stop
     try:
         sweep_runs.run(case.lens, GOOD, folder / "stopped", batch_size=1)
     except KeyboardInterrupt:
@@ -247,7 +248,8 @@ SOURCES: dict[str, Callable[[Chance, list[dict[str, Any]], Path], Any]] = {
 
 
 def records(world: World, chance: Chance, scratch: Path) -> Case:
-    source, out = chance.choice(sorted(SOURCES)), scratch / "sweep"
+    source = chance.choice(sorted(SOURCES))
+    out = scratch / "sweep"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     made = [_a_record(chance, i) for i in range(4)]
@@ -304,7 +306,8 @@ def _margin(peft: Any, model: Any, row: dict[str, Any]) -> torch.Tensor:
 
 
 def sweep_files(world: World, chance: Chance, scratch: Path) -> Case:
-    kind, out = chance.choice(["a part", "a result", "a part's name", "other files"]), scratch / "s"
+    kind = chance.choice(["a part", "a result", "a part's name", "other files"])
+    out = scratch / "s"
     shutil.rmtree(out, ignore_errors=True)
     is_result = kind == "a result" or (kind == "other files" and chance.maybe(0.5))
     shutil.copytree(world.finished if is_result else world.stopped, out)

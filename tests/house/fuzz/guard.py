@@ -26,8 +26,10 @@ import torch
 
 import lens_lora as ll
 
-SECONDS, BYTES = 10.0, 10**9
-RIGHT, REFUSED = "right", "refused"
+SECONDS = 10.0
+BYTES = 10**9
+RIGHT = "right"
+REFUSED = "refused"
 # A module that only what a mutated file names would import; a prefix that only it would open.
 PLANTED = "lens_lora_planted"
 _TRAPPED = (
@@ -112,8 +114,10 @@ def trap() -> _Trap:
 
 def run(case: Case) -> Outcome:
     """The case within its limits, and its judgement outside of them."""
-    found, outcome = None, None
-    resident, began = _forget_peak(), time.process_time()
+    found = None
+    outcome = None
+    resident = _forget_peak()
+    began = time.process_time()
     with _limits(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

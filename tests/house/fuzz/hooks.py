@@ -158,10 +158,12 @@ def case(world: World, chance: Chance, scratch: Path) -> Case:
     changes = _changes(chance)
     words = [chance.choice(sorted(changes)) for _ in range(chance.randint(1, 3))]
     hooks = [(chance.choice(points), make(changes[word])) for word in words]
-    is_before, before = chance.maybe(0.5), _count(lens_case.model)
+    is_before = chance.maybe(0.5)
+    before = _count(lens_case.model)
 
     def act() -> torch.Tensor:
-        lens, model = lens_case.lens, lens_case.model
+        lens = lens_case.lens
+        model = lens_case.model
         with torch.no_grad():
             if is_before:
                 with _hooked(model, way, hooks), lens.applied():

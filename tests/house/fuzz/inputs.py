@@ -208,7 +208,8 @@ def _token(chance: Chance) -> tuple[Any, int | None]:
 def readouts(world: World, chance: Chance, scratch: Path) -> Case:
     name, case = pick(world, chance)
     kind = chance.choice(["Logit", "LogProb", "Margin", "AnswerLogProb"])
-    (given, one), (other, two) = _token(chance), _token(chance)
+    given, one = _token(chance)
+    other, two = _token(chance)
     arguments = (given, other) if kind == "Margin" else (given,)
     row = IDS[:1]
 
