@@ -2,7 +2,7 @@
 
 1. Docstrings that name several things at once, 'doc, pre: …', as one entry for each.
 2. An analysis, `@analysis def verb(g, …)`, with the parameters of its call: lens, prompts, readout
-   in place of g, and progress.
+   in place of g, and progress; and max_memory where the decorator says that the call takes it.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ class SplitNames(Extension):
         del kwargs
         if obj.docstring is not None:
             obj.docstring.value = split_names(obj.docstring.value)
-        if isinstance(obj, griffe.Function) and is_analysis(obj):
-            obj.parameters = call_parameters(obj.parameters)
+        if isinstance(obj, griffe.Function):
+            decorators = [str(decorator.value) for decorator in obj.decorators]
+            for decorator in decorators:
+                if decorator == "analysis" or decorator.startswith("analysis("):
+                    takes_max_memory = "takes_max_memory=True" in decorator
+                    obj.parameters = call_parameters(obj.parameters, takes_max_memory)
 
 
-def is_analysis(function: griffe.Function) -> bool:
-    """Whether it is a function of g that `@analysis` decorates."""
-    return any(str(d.value).startswith("analysis") for d in function.decorators)
-
-
-def call_parameters(own: griffe.Parameters) -> griffe.Parameters:
-    """(lens, prompts, readout, …, progress=True), of (g, …)."""
+def call_parameters(own: griffe.Parameters, takes_max_memory: bool) -> griffe.Parameters:
+    """(lens, prompts, readout, …, max_memory=None, progress=True), of (g, …)."""
     kinds = griffe.ParameterKind
     common = [
         griffe.Parameter(name, annotation=annotation, kind=kinds.positional_or_keyword)
         for name, annotation in _COMMON.items()
     ]
+    max_memory = griffe.Parameter(
+        "max_memory", annotation="float | None", kind=kinds.keyword_only, default="None"
+    )
     progress = griffe.Parameter(
         "progress", annotation="bool", kind=kinds.keyword_only, default="True"
     )
-    return griffe.Parameters(*common, *list(own)[1:], progress)
+    added = [max_memory, progress] if takes_max_memory else [progress]
+    return griffe.Parameters(*common, *list(own)[1:], *added)
 
 
 def split_names(docstring: str) -> str:

@@ -14,7 +14,6 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.core.function import memory as batching
 from lens_lora.core.function.derivatives import GateGraph
-from lens_lora.core.function.reverse import site_slopes
 from lens_lora.core.model import injections
 from lens_lora.core.model.sites import group_sites, indicator
 from lens_lora.curvature import second_order as curvature
@@ -38,12 +37,10 @@ def padded() -> ll.results.Prompts:
 
 def by_differences(lens, prompts, readout, at: float = 0.0, step: float = 1e-5) -> Tensor:
     """∂²g/∂ε_l ∂ε_m one site at a time, from first order at shifted gates: [batch, site, site]."""
-    reading = readout.over(lens.model, lens.prompts(prompts))
-    rows = []
-    for direction in torch.eye(len(lens.sites), dtype=torch.float64):
-        ends = [site_slopes(lens, reading, at + s * step * direction) for s in (1, -1)]
-        rows.append((ends[0] - ends[1]) / (2 * step))
-    return torch.stack(rows, 1)
+    g = lens.function(prompts, readout)
+    moved = step * torch.eye(len(lens.sites), dtype=torch.float64)
+    difference = g.slopes(at + moved) - g.slopes(at - moved)
+    return difference.movedim(0, 1) / (2 * step)
 
 
 def matrix_of(lens, readout=LOG_PROB, prompts=None, **options) -> Coupling:
