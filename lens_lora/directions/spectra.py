@@ -112,7 +112,9 @@ class Spectrum:
 
 
 def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
-    """Those of s·B·A that can be nonzero, min(rank, in, out) of them, descending, in float64.
+    """The singular values of s·B·A that can be nonzero, descending, in float64.
+
+    There are min(rank, in, out) of them.
 
     Biases, and DoRA's magnitude, are no part of it. Those of all experts of a stack are sorted as
     one.
@@ -329,7 +331,7 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
 
 
 def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:
-    """Those of one site's ΔW; a single zero where its bias alone changes."""
+    """The singular values of one site's ΔW; a single zero where its bias alone changes."""
     if not len(update.A):
         return update.A.new_zeros(1, dtype=torch.float64)
     plain = LoRAFactors(update.A, update.B, update.scale, experts=update.experts)
@@ -373,7 +375,7 @@ def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
 
 
 def _parts(update: ModuleUpdate) -> tuple[str, ...]:
-    """What stands beside s·B·A, or in its place."""
+    """The names of what stands beside s·B·A, or in its place."""
     if isinstance(update, LoRAFactors):
         beside = {
             "DoRA": update.magnitude,

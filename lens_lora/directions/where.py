@@ -45,7 +45,11 @@ class Where:
 
     @classmethod
     def of(cls, positions: object, sinks: object) -> Where:
-        """From what a caller gives.
+        """The tokens that a caller's arguments mean.
+
+        Args:
+            positions: as `core/readout/positions.py` says.
+            sinks: whether each row's first token counts, too.
 
         Raises:
             ArgumentError: something that means no positions, or first tokens alone without sinks.
@@ -85,12 +89,21 @@ class Where:
         return tokens if self.sinks else f"{tokens} but each text's first"
 
     def among(self, prompts: Prompts) -> Bool[Tensor, "#row pos"]:
-        """Which tokens of rows that a lens runs."""
+        """The tokens at which directions are removed, in rows that a lens runs.
+
+        Args:
+            prompts: the rows.
+        """
         run = Pass(nn.Identity(), cached=0, firsts=None, rows=rows_of(prompts))
         return self.mask(run, prompts.tokens.shape[1])
 
     def mask(self, run: Pass, width: int) -> Bool[Tensor, "#row pos"]:
-        """Which of the pass's tokens, of each row."""
+        """The tokens at which directions are removed, in each row of a pass.
+
+        Args:
+            run: the pass.
+            width: how many tokens of each row it runs.
+        """
         # Positions are counted from each row's own first token.
         at = torch.arange(run.cached, run.cached + width)[None]
         if run.firsts is not None:

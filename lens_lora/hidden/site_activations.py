@@ -44,7 +44,7 @@ SINK_RATIO = 50.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Seen:
-    """What one forward pass showed.
+    """The rank activations of some sites, as one forward pass showed them.
 
     Attributes:
         values: u, NaN at padding and beyond a site's own rank.
@@ -130,7 +130,7 @@ def _seen_in_pass(
     sites: Sequence[int],
     ranks: Sequence[int],
 ) -> Seen:
-    """u of these sites, in one pass."""
+    """Run one pass, and return u of these sites."""
     keep = _Keep(lens, prompts, gates, sites, ranks)
     with torch.no_grad(), lens.injected(keep):
         run_without_logits(lens, prompts)
@@ -143,7 +143,7 @@ def _seen_in_pass(
 
 
 class _Keep:
-    """What sites write in a pass: ε ΔW z as ever; u of the chosen ones is kept.
+    """The writes of a pass in which u of the chosen sites is kept; sites write ε ΔW z as ever.
 
     Attributes:
         values: u, [batch, site, pos, rank]; NaN beyond a site's own rank.

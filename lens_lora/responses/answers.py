@@ -532,7 +532,7 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 
 
 def _name(answer: AnswerLike) -> str:
-    """As a token's, but a tensor holds the ids of one answer, and what was generated its text."""
+    """The answer as labels show it: its string or ids, or the text of what was generated."""
     if isinstance(answer, Generated):
         if len(answer.text) == 1:
             (answer,) = answer.text

@@ -207,13 +207,10 @@ class Speaker:
                 yield {i: drafts[i] for i in rows.tolist()}
 
     def _drafts(self, rows: list[int]) -> list[list[int]]:
-        """With a cache, all but the last token that each row may still say."""
-        texts = [list(self.texts[i]) for i in rows]
+        """Draft with a cache all but the last token that each row may still say."""
         starts = torch.tensor([self.starts[i] for i in rows])
-        limits = [self._end_of_draft(i) for i in rows]
-        # How many tokens of each row have been fed.
-        width = min(map(len, texts))
-        fed = [text[:width] for text in texts]
+        texts = [list(self.texts[i]) for i in rows]
+        steps = _Steps(texts, [self._end_of_draft(i) for i in rows])
         cache: Any = None
         rotary = self.lens.plan.host.rotary
         with (
@@ -221,20 +218,13 @@ class Speaker:
             unembedded_only(self.lens.model, lambda last: last[:, -1:]),
             Temporary(lambda span: tables_as_made(span, rotary)),
         ):
-            while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
+            while steps.go_on():
                 with told(self.lens.model, Rows(starts, has_response=True)):
-                    logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
-                # Longer rows are fed tokens of their own prompts until they are as wide.
-                due = [k for k, text in enumerate(texts) if len(text) == width < limits[k]]
-                noise = self._noise[[rows[k] for k in due], width - starts[due]]
+                    logits, cache = self.lens.plan.host.run_cached(self._tensor(steps.fed), cache)
+                due = steps.due()
+                noise = self._noise[[rows[k] for k in due], steps.width - starts[due]]
                 chosen = self.sampling.choose(logits[due, -1], noise).tolist()
-                for k, token in zip(due, chosen, strict=True):
-                    texts[k].append(token)
-                    if token in self.ends:
-                        limits[k] = width + 1
-                # After its end a row is fed any token.
-                fed = [text[width : width + 1] or [0] for text in texts]
-                width += 1
+                steps.take(due, chosen, self.ends)
         return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
 
     def _end_of_draft(self, i: int) -> int:
@@ -285,6 +275,41 @@ class Speaker:
 
 
 @stored
+class _Steps:
+    """Rows that share a cache, which go in step: so many tokens first, then one token a pass.
+
+    Attributes:
+        texts: the tokens of each row, its draft among them.
+        fed: the tokens of each row that the next pass runs.
+        width: how many tokens of each row stand in the cache after it.
+    """
+
+    def __init__(self, texts: list[list[int]], limits: list[int]) -> None:
+        self.texts = texts
+        # How long each row is at the end of its draft.
+        self._limits = limits
+        self.width = min(map(len, texts))
+        self.fed = [text[: self.width] for text in texts]
+
+    def go_on(self) -> bool:
+        """Whether a row is still shorter than it is to be."""
+        return any(len(text) < limit for text, limit in zip(self.texts, self._limits, strict=True))
+
+    def due(self) -> list[int]:
+        """The rows that take a token after this pass; longer ones have tokens of their own yet."""
+        return [k for k, text in enumerate(self.texts) if len(text) == self.width < self._limits[k]]
+
+    def take(self, due: list[int], chosen: list[int], ends: Collection[int]) -> None:
+        """Add the chosen tokens, of which some end their row, and prepare the next pass."""
+        for k, token in zip(due, chosen, strict=True):
+            self.texts[k].append(token)
+            if token in ends:
+                self._limits[k] = self.width + 1
+        # After its end a row is fed any token.
+        self.fed = [text[self.width : self.width + 1] or [0] for text in self.texts]
+        self.width += 1
+
+
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
     """What both models answer to a prompt, the likeliest token each time.

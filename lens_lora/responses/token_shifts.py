@@ -46,7 +46,7 @@ _AT_ONCE = 32
 
 @final
 class TokenShifts(Described, Drawn):
-    """Of each token of a response: how its distribution moved. NaN beyond a response's own tokens.
+    """How the distribution of each token of a response moved; NaN beyond a response's own tokens.
 
     `plot` is KL and the shift of log p, token by token.
 
@@ -237,7 +237,7 @@ def token_shifts_of(
 
 
 class _Moved(NamedTuple):
-    """What is known of each token of one response; a pair of ends on the last axis."""
+    """The numbers of each token of one response; a pair of ends on the last axis."""
 
     log_p: Float[Tensor, "token end=2"]
     entropy: Float[Tensor, "token end=2"]

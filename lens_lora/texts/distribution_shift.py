@@ -45,7 +45,7 @@ class DistributionShift:
     rest: Float[Tensor, "*row"]
 
     def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
-        """q − p of some rows.
+        """Build q − p for some rows.
 
         Args:
             index: of the rows, a tensor for each of their axes.
