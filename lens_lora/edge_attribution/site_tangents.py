@@ -31,11 +31,18 @@ from lens_lora.errors import ModelStateError
 
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
+# From torch's function and its arguments to the tangents of its result.
+_Rule = Callable[[Any, _Args, _Named], "_Tangents"]
 _Tangents = dict[int, Any]  # by site; of a function with several results, one of each
 
 
 class Moving(Tensor):
-    """A value, and its tangents by site."""
+    """A value, and its tangents by site.
+
+    Attributes:
+        value: the value, with its graph.
+        tangents: ẏ_l of each site that it has one of, without a graph.
+    """
 
     value: Tensor
     tangents: _Tangents
@@ -44,35 +51,48 @@ class Moving(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: _Args = (), kwargs: _Named | None = None
     ) -> Any:
-        named, name = kwargs or {}, func.__name__
+        named = kwargs or {}
+        name = func.__name__
         if name == "__set__" or named.get("out") is not None:
             raise _refusal(name)
-        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        if is_in_place or named.get("inplace"):
+        is_by_name = name.endswith("_") and not name.endswith("__")
+        if name == "__setitem__" or is_by_name or named.get("inplace"):
             return _in_place(func, args, named)
         result = func(*_mapped(args, value_of), **_mapped(named, value_of))
-        if not any(map(_is_differentiable, _parts(result))):
+        if not any(_is_differentiable(part) for part in _parts(result)):
             return result
+        rule = _RULES.get(name.strip("_"), _by_torch)
         with torch.no_grad():
-            tangents = _BY_SITE.get(name.strip("_"), _by_torch)(func, args, named)
+            tangents = rule(func, args, named)
         if isinstance(result, Tensor):
             return moving(result, tangents)
-        columns = [{site: t[i] for site, t in tangents.items()} for i in range(len(result))]
-        return type(result)([moving(*pair) for pair in zip(result, columns, strict=True)])
+        parts: list[Any] = []
+        for index, value in enumerate(result):
+            of_part = {site: of_site[index] for site, of_site in tangents.items()}
+            parts.append(moving(value, of_part))
+        return type(result)(parts)
 
 
+# Every value that has tangents and is in use.
 _LIVE = weakref.WeakValueDictionary[int, Moving]()
 
 
-def moving(value: Any, tangents: Mapping[int, Tensor | None], held_by: Any = None) -> Any:
-    """The value with those tangents that are there; itself, if none is."""
-    held = {site: tangent for site, tangent in tangents.items() if tangent is not None}
-    if not held and held_by is None:
-        return value
-    out = value.as_subclass(Moving) if held_by is None else held_by
-    out.value, out.tangents = value, held
-    _LIVE[id(out)] = out
-    return out
+def moving(value: Any, tangents: Mapping[int, Tensor | None]) -> Any:
+    """The value with those tangents that are there; itself, if none is.
+
+    Args:
+        value: a tensor; anything else has no tangents.
+        tangents: by site; None where the value does not depend on the site.
+    """
+    known = {site: tangent for site, tangent in tangents.items() if tangent is not None}
+    return _hold(value.as_subclass(Moving), value, known) if known else value
+
+
+def _hold(holder: Moving, value: Tensor, tangents: _Tangents) -> Moving:
+    holder.value = value
+    holder.tangents = tangents
+    _LIVE[id(holder)] = holder
+    return holder
 
 
 def value_of(x: Any) -> Any:
@@ -103,8 +123,14 @@ def _is_differentiable(part: Any) -> bool:
 
 
 def _carriers(*operands: Any) -> list[Moving]:
+    """The operands, and those within lists and dicts, that have tangents."""
     carriers: list[Moving] = []
-    _mapped(operands, lambda x: carriers.append(x) if isinstance(x, Moving) else None)
+
+    def collect(operand: Any) -> None:
+        if isinstance(operand, Moving):
+            carriers.append(operand)
+
+    _mapped(operands, collect)
     return carriers
 
 
@@ -115,12 +141,14 @@ def _by_site(
     func: Any, args: _Args, named: _Named, change: Callable[[int, Any], Any]
 ) -> Iterator[tuple[int, Any]]:
     """The function of what each site makes of its arguments."""
-    for site in dict.fromkeys(site for x in _carriers(args, named) for site in x.tangents):
+    sites = [site for carrier in _carriers(args, named) for site in carrier.tangents]
+    for site in dict.fromkeys(sites):
         of_site = functools.partial(change, site)
         yield site, func(*_mapped(args, of_site), **_mapped(named, of_site))
 
 
 def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
+    """Torch's own rule, of a dual number for each site."""
 
     def dual(site: int, x: Any) -> Any:
         tangent = tangents_of(x).get(site)
@@ -129,22 +157,24 @@ def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
     def moved(part: Any) -> Tensor | None:
         return fwad.unpack_dual(part).tangent if _is_differentiable(part) else None
 
+    # A fused attention kernel has no forward-mode derivative.
     is_attention = func is functional.scaled_dot_product_attention
-    with sdpa_kernel(SDPBackend.MATH) if is_attention else contextlib.nullcontext():
+    kernels = sdpa_kernel(SDPBackend.MATH) if is_attention else contextlib.nullcontext()
+    with kernels:
         results = dict(_by_site(func, args, named, dual))
-    return {
-        site: moved(result) if isinstance(result, Tensor) else [*map(moved, result)]
-        for site, result in results.items()
-    }
+    tangents: _Tangents = {}
+    for site, result in results.items():
+        if isinstance(result, Tensor):
+            tangents[site] = moved(result)
+        else:
+            tangents[site] = [moved(part) for part in result]
+    return tangents
 
 
 def _in_place(func: Any, args: _Args, named: _Named) -> Any:
-    """As `_by_torch`, of copies; what is changed has other tangents from then on."""
-    target, memory = args[0], value_of(args[0]).untyped_storage().data_ptr()
-    others = (x.value for x in list(_LIVE.values()) if x is not target)
-    is_made = not isinstance(target, Moving) and (compat.is_view(target) or target.requires_grad)
-    if is_made or any(other.untyped_storage().data_ptr() == memory for other in others):
-        raise _refusal(func.__name__)
+    """Torch's own rule, of copies: what is changed has other tangents from then on."""
+    target = args[0]
+    _require_alone(func.__name__, target)
 
     def changed(first: Tensor, *args: Any, **named: Any) -> Tensor:
         first = first.clone()
@@ -157,15 +187,28 @@ def _in_place(func: Any, args: _Args, named: _Named) -> Any:
     result = func(value, *_mapped(args[1:], value_of), **_mapped(named, value_of))
     if _is_differentiable(value):
         target.__class__ = Moving
-        moving(value, tangents, target)
+        known = {site: tangent for site, tangent in tangents.items() if tangent is not None}
+        _hold(target, value, known)
     return target if isinstance(result, Tensor) else result
+
+
+def _require_alone(name: str, target: Tensor) -> None:
+    """Refuse to write into memory that another tensor in use shares."""
+    memory = value_of(target).untyped_storage().data_ptr()
+    others = [x.value for x in list(_LIVE.values()) if x is not target]
+    is_shared = any(other.untyped_storage().data_ptr() == memory for other in others)
+    is_made_of_others = not isinstance(target, Moving) and (
+        compat.is_view(target) or target.requires_grad
+    )
+    if is_shared or is_made_of_others:
+        raise _refusal(name)
 
 
 def _refusal(name: str) -> ModelStateError:
     return ModelStateError(
         f"{name}: this model, or a hook of yours, writes into a tensor whose memory another tensor "
-        "shares, and derivatives are not followed there. Take such hooks off, or use "
-        "ll.first_order."
+        "shares, and derivatives are not followed there",
+        remedy="Take such hooks off, or use ll.first_order.",
     )
 
 
@@ -191,9 +234,11 @@ def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
 
 def _by_factor(func: Any, args: _Args, named: _Named) -> _Tangents:
     """ȦB + AḂ."""
-    carriers, tangents = _carriers(args), _Tangents()
-    if named or len(set(map(id, carriers))) < len(carriers):
+    carriers = _carriers(args)
+    is_repeated = len({id(carrier) for carrier in carriers}) < len(carriers)
+    if named or is_repeated:
         return _by_torch(func, args, named)
+    tangents: _Tangents = {}
     for factor in carriers:
         for site, tangent in factor.tangents.items():
             term = func(*_mapped(args, functools.partial(_replaced, factor, tangent)))
@@ -207,21 +252,35 @@ def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
 
 def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
     """ẊW of all sites at once, where it is X that moves."""
-    x, *weights = rows_and_weight(func, args, named) or (None,)
-    if not isinstance(x, Moving) or _carriers(weights):
-        rule = _by_factor if func in MATMULS else _by_torch
-        return rule(func, args, named)
-    moved = torch.stack([*x.tangents.values()]) @ weights[0]
+    product = rows_and_weight(func, args, named)
+    if product is None:
+        return _of_other_product(func, args, named)
+    x, *constants = product
+    if not isinstance(x, Moving) or _carriers(constants):
+        return _of_other_product(func, args, named)
+    weight = constants[0]
+    moved = torch.stack([*x.tangents.values()]) @ weight
     return dict(zip(x.tangents, moved.unbind(), strict=True))
 
 
-_INDEXED, _CHOOSING = {"getitem", "repeat_interleave"}, {"where", "masked_fill"}
+def _of_other_product(func: Any, args: _Args, named: _Named) -> _Tangents:
+    """Of a product in which something else than the rows of X moves."""
+    rule = _by_factor if func in MATMULS else _by_torch
+    return rule(func, args, named)
+
+
+# Functions that take indices, which stay as they are; that choose by a mask; and that take numbers.
+_INDEXED = {"getitem", "repeat_interleave"}
+_CHOOSING = {"where", "masked_fill"}
 _OF_NUMBERS = _CHOOSING | {"add", "radd", "sub", "rsub"}
-_BY_SITE: dict[str, Callable[[Any, _Args, _Named], _Tangents]] = {
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _linear),
-    **dict.fromkeys(("transpose", "permute", "expand", "contiguous", "clone", "to"), _linear),
-    **dict.fromkeys(("chunk", "split", "unbind", "cat", "stack", "neg", "repeat"), _linear),
-    **dict.fromkeys((*_INDEXED, *_OF_NUMBERS), _linear),
+_OF_SHAPE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+_OF_LAYOUT = ("transpose", "permute", "expand", "contiguous", "clone", "to")
+_OF_PARTS = ("chunk", "split", "unbind", "cat", "stack", "neg", "repeat")
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(_OF_SHAPE, _linear),
+    **dict.fromkeys(_OF_LAYOUT, _linear),
+    **dict.fromkeys(_OF_PARTS, _linear),
+    **dict.fromkeys(_INDEXED | _OF_NUMBERS, _linear),
     **dict.fromkeys(("mul", "rmul", "bmm", "einsum"), _by_factor),
     **dict.fromkeys(("linear", "addmm", "matmul"), _weighed),
 }

@@ -127,13 +127,13 @@ def test_every_rule_equals_torch(name: str):
 
 def test_a_factor_left_in_place_is_seen(monkeypatch):
     """The control: a product that forgets one of its two terms."""
-    product = site_tangents._BY_SITE["mul"]
+    product = site_tangents._RULES["mul"]
 
     def forgetful(func, args, named):
         kept = [arg if i == 0 else value_of(arg) for i, arg in enumerate(args)]
         return product(func, tuple(kept), named)
 
-    monkeypatch.setitem(site_tangents._BY_SITE, "mul", forgetful)
+    monkeypatch.setitem(site_tangents._RULES, "mul", forgetful)
     ours, expected = both("products")
     assert torch.allclose(ours[0], expected[0])
     assert not torch.allclose(ours[2], expected[2])
