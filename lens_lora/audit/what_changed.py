@@ -47,13 +47,15 @@ from lens_lora.core import (
     Prompts,
     PromptsLike,
     alone,
+    context_of,
     distinct_tokens,
     drawing,
     null_adapters,
+    ranked_tokens,
     site_labels,
     stored,
 )
-from lens_lora.core.results.tokens import context_of, rank_of, ranked_tokens
+from lens_lora.core.results.tokens import rank_of
 from lens_lora.errors import ArgumentError, TokenError, many
 from lens_lora.hidden.held_out import held_out_share
 from lens_lora.hidden.stream_reading import read_through

@@ -4,7 +4,7 @@
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
 
-Each command, in `commands/`, checks its options without torch, and imports what does the work once
+Each command, in `cli/`, checks its options without torch, and imports what does the work once
 they are good.
 """
 
@@ -17,10 +17,11 @@ from typing import Annotated
 import typer
 
 from lens_lora._version import versions
-from lens_lora.cli.adapters import checkpoints, diff, inspect, repair, verify
+from lens_lora.cli.adapters import checkpoints, diff, inspect, repair
 from lens_lora.cli.explain import demo, explain
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweep import scan, sweep
+from lens_lora.cli.verify import verify
 
 app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False

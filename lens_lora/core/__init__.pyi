@@ -11,6 +11,7 @@ from .analyses.components import components as components
 from .analyses.first_order import first_order as first_order
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin
+from .analyses.margin import margin_of as margin_of
 from .analyses.own_analyses import Analysis as Analysis
 from .analyses.own_analyses import analysis as analysis
 from .analyses.patching import ActivationEffects as ActivationEffects
@@ -87,6 +88,7 @@ from .results.base import Pictured as Pictured
 from .results.base import Ranked as Ranked
 from .results.base import Read as Read
 from .results.base import Result as Result
+from .results.base import changes_sign as changes_sign
 from .results.base import flat as flat
 from .results.base import hides_sign as hides_sign
 from .results.base import long_table as long_table
@@ -98,4 +100,5 @@ from .results.base import tokens_at as tokens_at
 from .results.drawing import TokenView as TokenView
 from .results.labelled import Labelled as Labelled
 from .results.storage import stored as stored
+from .results.tokens import context_of as context_of
 from .results.tokens import ranked_tokens as ranked_tokens

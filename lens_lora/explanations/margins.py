@@ -21,8 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import in_float64
-from lens_lora.core import Attribution, Evaluations, Function, first_order, patch_sites
-from lens_lora.core.analyses.margin import margin_of
+from lens_lora.core import (
+    Attribution,
+    Evaluations,
+    Function,
+    first_order,
+    margin_of,
+    patch_sites,
+)
 from lens_lora.curvature.coupling import coupling
 from lens_lora.curvature.second_order import beside_first_order
 from lens_lora.explanations.explanation import Explanation, Said

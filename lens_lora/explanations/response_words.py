@@ -10,8 +10,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from lens_lora.core import Attribution, drawing
-from lens_lora.core.results.tokens import context_of
+from lens_lora.core import (
+    Attribution,
+    context_of,
+    drawing,
+)
 from lens_lora.errors import many
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.show import text

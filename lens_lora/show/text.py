@@ -9,9 +9,14 @@ from typing import Protocol, runtime_checkable
 
 from markupsafe import escape
 
-from lens_lora.core import Attribution, PromptTokens, Quadrature, asked_of
+from lens_lora.core import (
+    Attribution,
+    PromptTokens,
+    Quadrature,
+    asked_of,
+    context_of,
+)
 from lens_lora.core.results.attribution import VIOLENT
-from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import worded
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}

@@ -38,13 +38,13 @@ from lens_lora.core import (
     Readout,
     Site,
     alone,
+    changes_sign,
     evaluations,
     patch_sites,
     site_labels,
 )
 from lens_lora.core.function.rounding import unit
 from lens_lora.core.readout.prompts import joined
-from lens_lora.core.results.base import changes_sign
 from lens_lora.errors import (
     NumericsError,
     PromptError,
@@ -153,7 +153,9 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     kinds: dict[type[Readout], list[Job]] = {}
     for job in sorted(jobs, key=lambda job: -job.tokens):
         kinds.setdefault(type(job.readout), []).append(job)
-    batches = [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
+    batches: list[list[Job]] = []
+    for alike in kinds.values():
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
     return sorted(batches, key=lambda batch: -batch[0].tokens)
 
 
@@ -262,7 +264,8 @@ def _numbers(values: Tensor) -> Vector:
 # --- Rows ↔ tables
 
 
-_TEXT, _NUMBER = pa.string(), pa.float64()
+_TEXT = pa.string()
+_NUMBER = pa.float64()
 FIELDS = {
     "id": _TEXT,
     "prompt": _TEXT,
@@ -320,8 +323,11 @@ def _rows_of_results(prompts: pa.Table, sites: pa.Table, analyses: Sequence[str]
     """The prompts without an error, from the two tables that were written together."""
     plain = prompts.select(list(FIELDS)).to_pylist()
     rows = [{**row, "id": str(row["id"])} for row in plain if row["error"] is None]
-    for name in analyses if rows else ():
-        for row, values in zip(rows, sites[name].to_numpy().reshape(len(rows), -1), strict=True):
+    if not rows:
+        return []
+    for name in analyses:
+        by_prompt = sites[name].to_numpy().reshape(len(rows), -1)
+        for row, values in zip(rows, by_prompt, strict=True):
             row[name] = values
     return rows
 
@@ -367,7 +373,8 @@ class RowStore(Store):
         super().__init__(out, fingerprint)
         self.prompts_path: Path = self.path.with_suffix(".prompts.parquet")
         self.results: tuple[Path, ...] = (self.path, self.prompts_path)
-        self._sites, self._analyses = sites, analyses
+        self._sites = sites
+        self._analyses = analyses
         self._schema = pa.schema(FIELDS | dict.fromkeys(analyses, pa.list_(_NUMBER)))
 
     def done(self, records: Sequence[Record]) -> Mapping[Content, Row]:
@@ -399,8 +406,12 @@ class RowStore(Store):
         self.remove()
 
     def _in_parts(self) -> list[Row]:
-        rows = (row for _, table in self.parts() for row in table.to_pylist())
-        return [row | {name: np.array(row[name]) for name in self._analyses} for row in rows]
+        rows: list[Row] = []
+        for _, table in self.parts():
+            for row in table.to_pylist():
+                values = {name: np.array(row[name]) for name in self._analyses}
+                rows.append(row | values)
+        return rows
 
     def _in_results(self) -> list[Row]:
         """Rows of the two results; none if one was deleted, or not yet written."""
@@ -408,8 +419,8 @@ class RowStore(Store):
         if not all(present):
             return []
         sites, prompts = map(read, self.results)
-        mark, other = (table.schema.metadata.get(_MARK) for table in (prompts, sites))
-        if mark != other:
+        mark = prompts.schema.metadata.get(_MARK)
+        if mark != sites.schema.metadata.get(_MARK):
             return []
         try:
             rows = _rows_of_results(prompts, sites, self._analyses)

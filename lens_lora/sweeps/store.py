@@ -126,7 +126,8 @@ class Store:
 
     def require_version(self) -> None:
         """Check that this sweep may go on with what is there, which is known to be its own."""
-        own_code, version = self.fingerprint["own_code"], self.fingerprint["version"]
+        own_code = self.fingerprint["own_code"]
+        version = self.fingerprint["version"]
         is_there = self._part_paths() or any(path.exists() for path in self.results)
         if is_there and own_code and version is None:
             raise SweepError(
@@ -163,7 +164,8 @@ class Store:
         Each is a group of rows, and one is in memory at a time. They are written under a temporary
         name, which is changed once the file is complete and on the disk.
         """
-        unfinished, rest = self.folder / f".{uuid.uuid4().hex}", iter(tables)
+        unfinished = self.folder / f".{uuid.uuid4().hex}"
+        rest = iter(tables)
         first = next(rest)
         schema = first.schema.with_metadata({_ABOUT: _as_json(self.fingerprint), **notes})
         try:
@@ -225,7 +227,8 @@ class Unchanged:
     """A result's file, to be read while its notes are those that the result's labels are of."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._notes = path, pq.read_schema(path).metadata
+        self._path = path
+        self._notes = pq.read_schema(path).metadata
 
     @property
     def path(self) -> Path:
@@ -324,7 +327,8 @@ def fingerprint(
     lens: LoraLens, analyses: Sequence[str], readout: Any, version: str | None = None
 ) -> Fingerprint:
     """All that decides a number besides its record: one field for each name."""
-    model, base = lens.model, getattr(lens, "_hf_model", None)
+    model = lens.model
+    base = getattr(lens, "_hf_model", None)
     about = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),
@@ -449,7 +453,8 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
     own_code: list[object] = []
     hashed = digest(readout, own_code)
     if isinstance(readout, Readout):
-        name, text = f"the readout {readout.label!r}", f"{readout.label}, {readout.units}, {hashed}"
+        name = f"the readout {readout.label!r}"
+        text = f"{readout.label}, {readout.units}, {hashed}"
     else:
         name = getattr(readout, "__qualname__", type(readout).__name__)
         text = f"{name} of each response, {hashed}"
@@ -536,13 +541,14 @@ def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
 
     What a library hangs on by itself is left out.
     """
-    hooks = [
-        (place, compat.hook_function(hook))
-        for place, module in model.named_modules()
-        for registered in compat.hooks_of(module)[:4]  # the fifth says which of them take keywords
-        for hook in registered.values()
-    ]
-    return [(place, hook) for place, hook in hooks if hook is not None]
+    hooks: list[tuple[str, Any]] = []
+    for place, module in model.named_modules():
+        for registered in compat.hooks_of(module)[:4]:  # the fifth says which of them take keywords
+            for hook in registered.values():
+                function = compat.hook_function(hook)
+                if function is not None:
+                    hooks.append((place, function))
+    return hooks
 
 
 def _tokenizer(tokenizer: Any) -> str | None:
@@ -563,9 +569,8 @@ def _weights(model: nn.Module) -> str:
     named: dict[str, Tensor] = dict(model.named_parameters())
     named |= dict(model.named_buffers())
     for place, module in model.named_modules():
-        named |= {
-            f"{place}.{name}": tensor for name, tensor in compat.processed_tensors(module).items()
-        }
+        for name, tensor in compat.processed_tensors(module).items():
+            named[f"{place}.{name}"] = tensor
     away = _offloaded(model)
     present = {name: tensor for name, tensor in named.items() if id(tensor) not in away}
     with ThreadPoolExecutor() as pool:

@@ -24,7 +24,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,7 @@ from lens_lora.core import (
     Prompts,
     Site,
     alone,
+    context_of,
     drawing,
     first_of_each,
     marks_of,
@@ -50,7 +51,6 @@ from lens_lora.core import (
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.readout.positions import chosen_positions
-from lens_lora.core.results.tokens import context_of
 from lens_lora.errors import NumericsError, PromptError, SweepError
 from lens_lora.hidden.examples import (
     Sign,
@@ -471,13 +471,18 @@ def window_table(
 ) -> tuple[pa.Table, Span]:
     """The rows of a window, and its span. One forward pass per batch."""
     lens.plan.check_state()
-    by_text: dict[int, Outcome] = {i: t.record.error for i, t in enumerate(texts) if t.record.error}
-    order = sorted((i for i, t in enumerate(texts) if t.ids), key=lambda i: -len(texts[i].ids))
+    by_text: dict[int, Outcome] = {}
+    for i, text in enumerate(texts):
+        if text.record.error:
+            by_text[i] = text.record.error
+    readable = [i for i, text in enumerate(texts) if text.ids]
+    order = sorted(readable, key=lambda i: -len(texts[i].ids))
     for begin in range(0, len(order), batch_size):
         by_text |= _run(lens, texts, order[begin : begin + batch_size], ranks)
-    digest, total = digest_of(t.record for t in texts), sum(len(t.ids) for t in texts)
+    digest = digest_of(text.record for text in texts)
+    tokens = sum(len(text.ids) for text in texts)
     errors = sum(isinstance(outcome, str) for outcome in by_text.values())
-    span = Span(texts[0].number, texts[-1].number, digest, total, errors)
+    span = Span(texts[0].number, texts[-1].number, digest, tokens, errors)
     return _table(lens, texts, ranks, by_text), span
 
 
@@ -494,9 +499,23 @@ def _run(
         if len(batch) == 1:
             return {batch[0]: texts[batch[0]].record.bad(error).error or str(error)}
         return {i: _run(lens, texts, [i], ranks)[i] for i in batch}
-    values, sinks = seen.values.cpu().numpy(), seen.sinks.cpu().numpy()
-    rows = enumerate((i, len(texts[i].ids)) for i in batch)
-    return {i: (values[row, :, :count], sinks[row, :count]) for row, (i, count) in rows}
+    values = seen.values.cpu().numpy()
+    sinks = seen.sinks.cpu().numpy()
+    outcomes: dict[int, Outcome] = {}
+    for row, i in enumerate(batch):
+        count = len(texts[i].ids)
+        outcomes[i] = (values[row, :, :count], sinks[row, :count])
+    return outcomes
+
+
+class _TokenRow(NamedTuple):
+    """A row of the table of tokens; a bad text has one, without a token."""
+
+    text: Text
+    position: int | None
+    token: int | None
+    prefix: int | None
+    error: str | None
 
 
 def _table(
@@ -504,29 +523,36 @@ def _table(
 ) -> pa.Table:
     """One row per token; of a bad text one without a token, whose numbers are NaN."""
     dtype = torch.empty(0, dtype=lens.gate_dtype).numpy().dtype
-    nothing = np.full((len(ranks), 1, max(ranks)), np.nan, dtype), np.zeros(1, bool)
-    rows, prefixes = list[tuple[Text, str | None, int | None]](), list[int | None]()
-    blocks: list[tuple[NDArray[np.floating], NDArray[np.bool_]]] = []
+    no_numbers = np.full((len(ranks), 1, max(ranks)), np.nan, dtype)
+    no_sink = np.zeros(1, bool)
+    numbers: list[NDArray[np.floating]] = []
+    sinks: list[NDArray[np.bool_]] = []
+    rows: list[_TokenRow] = []
     for i, text in enumerate(texts):
         outcome = outcomes[i]
-        error = outcome if isinstance(outcome, str) else None
-        positions = range(len(text.ids)) if error is None else [None]
-        rows += [(text, error, position) for position in positions]
-        prefixes += marks_of(text.ids) if error is None else [None]
-        blocks.append(nothing if isinstance(outcome, str) else outcome)
-    ids = [None if p is None else text.ids[p] for text, _, p in rows]
-    distinct = sorted({token for token in ids if token is not None})
-    words = dict(zip(distinct, lens.decode(distinct), strict=True))
+        if isinstance(outcome, str):
+            rows.append(_TokenRow(text, None, None, None, outcome))
+            numbers.append(no_numbers)
+            sinks.append(no_sink)
+            continue
+        for position, (token, prefix) in enumerate(zip(text.ids, marks_of(text.ids), strict=True)):
+            rows.append(_TokenRow(text, position, token, prefix, None))
+        values_of_text, sinks_of_text = outcome
+        numbers.append(values_of_text)
+        sinks.append(sinks_of_text)
+    distinct = sorted({row.token for row in rows if row.token is not None})
+    words: dict[int | None, str | None] = dict(zip(distinct, lens.decode(distinct), strict=True))
+    words[None] = None
     columns: dict[str, pa.Array] = {
-        "record": pa.array([text.number for text, _, _ in rows], pa.int64()),
-        "id": pa.array([str(text.record.id) for text, _, _ in rows], pa.string()),
-        "position": pa.array([position for _, _, position in rows], pa.int32()),
-        "token": pa.array([None if token is None else words[token] for token in ids], pa.string()),
-        "prefix": pa.array(prefixes, pa.int64()),
-        "sink": pa.array(np.concatenate([sinks for _, sinks in blocks])),
-        "error": pa.array([error for _, error, _ in rows], pa.string()),
+        "record": pa.array([row.text.number for row in rows], pa.int64()),
+        "id": pa.array([str(row.text.record.id) for row in rows], pa.string()),
+        "position": pa.array([row.position for row in rows], pa.int32()),
+        "token": pa.array([words[row.token] for row in rows], pa.string()),
+        "prefix": pa.array([row.prefix for row in rows], pa.int64()),
+        "sink": pa.array(np.concatenate(sinks)),
+        "error": pa.array([row.error for row in rows], pa.string()),
     }
-    values = np.concatenate([block for block, _ in blocks], axis=1)
+    values = np.concatenate(numbers, axis=1)
     for slot, (site, rank) in enumerate(zip(lens.sites, ranks, strict=True)):
         flat = np.ascontiguousarray(values[slot, :, :rank]).ravel()
         columns[site.name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), rank)

@@ -20,9 +20,16 @@ import torch
 from tqdm import tqdm
 from typing_extensions import Unpack
 
-from lens_lora.core import Adapter, Attribution, LoraLens, Prompts, Readout, Site
+from lens_lora.core import (
+    Adapter,
+    Attribution,
+    LoraLens,
+    Prompts,
+    Readout,
+    Site,
+    drawing,
+)
 from lens_lora.core.readout import bound
-from lens_lora.core.results import drawing
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.responses.answers import KL
 from lens_lora.sweeps import batches
@@ -252,7 +259,8 @@ def sweep(
     require_slopes(names, readout)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
-    store, shown = batches.RowStore(out, about, lens.sites, names), progress and processes.is_main
+    store = batches.RowStore(out, about, lens.sites, names)
+    shown = progress and processes.is_main
     with store.writing(processes):
         before = store.done(rows) if resume else {}
         reading = tqdm(rows, "reading records", leave=False, disable=not shown, unit="record")
@@ -265,7 +273,8 @@ def sweep(
         size = 1 if any(ANALYSES[name].many for name in names) else batch_size
         own_share = batches.make_batches(jobs, size)[processes.index :: processes.count]
         begun = 0 if processes.count > 1 else resumed
-        total, title = begun + sum(map(len, own_share)), f"sweep{processes.share}"
+        total = begun + sum(map(len, own_share))
+        title = f"sweep{processes.share}"
         with tqdm(total=total, initial=begun, desc=title, unit="prompt", disable=not shown) as bar:
             for batch in own_share:
                 store.add(batches.measure(lens, batch, names))
@@ -305,7 +314,8 @@ def is_begun(out: str | Path) -> bool:
 def _require_for_all(lens: LoraLens, records: Sequence[batches.Record], readout: Readout) -> None:
     """Check that the readout fits some prompt, and no list of them: batches regroup the prompts."""
     token = torch.ones(1, 1, dtype=torch.long, device=lens.device)
-    prompt, first = Prompts(token, token[:, 0]), None
+    prompt = Prompts(token, token[:, 0])
+    first: TokenError | None = None
     for record in records:
         try:
             prompt = batches.tokenised(lens, record) if record.error is None else prompt

@@ -41,6 +41,7 @@ from lens_lora.core import (
     Readout,
     Site,
     alone,
+    changes_sign,
     drawing,
     evaluations,
     group_sites,
@@ -52,7 +53,6 @@ from lens_lora.core import (
 from lens_lora.core.adapter.adapter import require_one_base
 from lens_lora.core.adapter.peft_files import checkpoint_folders
 from lens_lora.core.analyses.margin import flip_scales
-from lens_lora.core.results.base import changes_sign
 from lens_lora.errors import ArgumentError, many
 from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates
 

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli, errors
-from lens_lora.cli.adapters import repair, verify
+from lens_lora.cli.adapters import repair
 from lens_lora.cli.explain import explain
 from lens_lora.cli.options import options_of
 from lens_lora.cli.sweep import sweep
+from lens_lora.cli.verify import verify
 
 run = CliRunner().invoke
 PACKAGE = Path(errors.__file__).parent
