@@ -180,7 +180,7 @@ def attach_line(lens: ll.LoraLens) -> None:
     forward = median(lambda: plain_forward(lens, random_prompts(lens, 1, 8)))
     attach = median(lambda: ll.LoraLens(lens.model, lens.adapter))
     read = median(lambda: ll.load_adapter(shipped_adapter()))
-    factors = sum(site_map.A.nbytes + site_map.B.nbytes for site_map in lens.maps) / 2**20
+    factors = sum(site_map.A.nbytes + site_map.sB.nbytes for site_map in lens.maps) / 2**20
     print(
         f"\nAttaching a lens: {attach / forward:.2f} F of 8 tokens (target ≤ 0.5), and "
         f"{1e3 * read:.0f} ms to read the file; it holds {factors:.1f} MiB, the factors."

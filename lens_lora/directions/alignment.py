@@ -178,7 +178,7 @@ def _shares(
     """
     site = lens.sites[index]
     A = in_float64(lens.maps[index].A).cpu()
-    B = in_float64(lens.maps[index].B).cpu()
+    B = in_float64(lens.maps[index].sB).cpu()
     writes = site.writes_to_stream
     near = B if writes else A.T
     far = A.T if writes else B

@@ -59,5 +59,5 @@ def _written(lens: LoraLens, name: str) -> Directions | None:
     columns: dict[str, Tensor] = {}
     for index, site in enumerate(lens.sites):
         if index in writers or site.write == name:
-            columns[site.name] = lens.plan.in_svd_gauge.maps[index].B.T
+            columns[site.name] = lens.plan.in_svd_gauge.maps[index].sB.T
     return directions_of(columns) if columns else None

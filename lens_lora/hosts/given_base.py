@@ -430,7 +430,7 @@ def _parts(plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     usable = [
         index for index, pair in enumerate(plan.updates) if _is_usable(plan, index, pair.site)
     ]
-    entries = sum(len(plan.maps[index].B) * plan.maps[index].width for index in usable)
+    entries = sum(len(plan.maps[index].sB) * plan.maps[index].width for index in usable)
     step = max(1, -(-len(usable) // _LOOKED_AT))
     walks = range(step) if entries <= _ENTRIES else range(1)
     for index in (index for first in walks for index in _spread(usable[first::step])):

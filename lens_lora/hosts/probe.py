@@ -266,7 +266,7 @@ class _Seen:
 
     def __init__(self, plan: Plan) -> None:
         self._inject = ScaleInject(plan, torch.ones(len(plan.sites), device=plan.maps[0].device))
-        self._widths = [len(delta.B) for delta in plan.maps]
+        self._widths = [len(delta.sB) for delta in plan.maps]
         self.last: list[list[Tensor]] = [[] for _ in plan.sites]
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:

@@ -206,7 +206,7 @@ def test_greedy_takes_the_best_single_site(lens: ll.LoraLens):
 def test_norms_against_dense_updates_and_components(family: str, flags: str):
     """‖ΔW‖ of the dense map; ‖δz‖ as `components` has it, with padding and folded biases."""
     lens = cases.case(family, list(models.MAKERS)[-1], flags).lens
-    dense = torch.stack([(m.B @ m.A).norm() for m in lens.maps])
+    dense = torch.stack([(m.sB @ m.A).norm() for m in lens.maps])
     assert (rankings.weight_norms(lens) - dense).abs().max() < 1e-12 * dense.max()
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
     expected = ll.components(lens, texts, MARGIN, progress=False).delta_norm

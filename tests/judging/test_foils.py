@@ -23,7 +23,7 @@ def test_each_is_its_formula(family: str, cls: str):
     assert tuple(found) == KEYS == tuple(one.key for one in found.values())
     first = ll.first_order(lens, TEXTS, MARGIN)
     known = ll.components(lens, TEXTS, MARGIN, progress=False)
-    norms = torch.stack([(own.B @ own.A).norm() for own in lens.maps])
+    norms = torch.stack([(own.sB @ own.A).norm() for own in lens.maps])
     assert torch.allclose(found["signed_weight_norm"].values, first.values.sign() * norms)
     product = known.delta_norm * known.sensitivity * first.shift.sign()[:, None]
     assert torch.allclose(found["norm_product"].values, product)

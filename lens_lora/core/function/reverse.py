@@ -283,13 +283,13 @@ def _by_head(
     if isinstance(site, NormMap | ExpertMap):
         return site.by_head(gradient, z, heads)
     if kind == "o":
-        return (gradient @ site.B)[:, :, None] * input_by_head(site, heads, z)
-    if site.B_by_head is not None:
-        back = einsum(gradient, site.B_by_head, "b p d, h d r -> b p h r")
+        return (gradient @ site.sB)[:, :, None] * input_by_head(site, heads, z)
+    if site.sB_by_head is not None:
+        back = einsum(gradient, site.sB_by_head, "b p d, h d r -> b p h r")
     else:
         back = einsum(
             gradient.unflatten(-1, (heads, -1)),
-            site.B.unflatten(0, (heads, -1)),
+            site.sB.unflatten(0, (heads, -1)),
             "b p h d, h d r -> b p h r",
         )
     u = site.coordinates(z)
@@ -327,9 +327,10 @@ def part_deltas(
         masks.append(each.repeat_interleave(site.rank // site.experts, 1))
     for mask in masks:
         u = u * mask.view(len(mask), *[1] * (u.ndim - 2), -1)
-    if slots.head is not None and site.B_by_head is not None:
-        B = einsum(kept(slots.head, len(site.B_by_head), u), site.B_by_head, "b h, h d r -> b d r")
-        delta = u @ B.transpose(1, 2)
+    if slots.head is not None and site.sB_by_head is not None:
+        heads_kept = kept(slots.head, len(site.sB_by_head), u)
+        sB = einsum(heads_kept, site.sB_by_head, "b h, h d r -> b d r")
+        delta = u @ sB.transpose(1, 2)
     else:
         delta = site.write(u)
         if slots.head is not None and kind != "o":

@@ -41,19 +41,19 @@ class SiteMap:
 
     Attributes:
         A: reads z; γ is in it.
-        B: writes δ; s is in it.
+        sB: writes δ: s·B, and centred where the model's writing weights are.
         a0: the coordinates that β, folded value biases and a change of bias give for z = 0.
         a0_by_head: a₀ split over the heads of an input that has them (o).
-        B_by_head: B split over heads that write to one output (the constant part of v, seen at o).
+        sB_by_head: sB split over heads that write to one output: the constant part of v, at o.
         A_behind_gamma: A without γ, where the model itself applies γ after the hook point of z.
         experts: how many maps share the rank space; 0 where this is one map.
     """
 
     A: Float[Tensor, "rank in"]
-    B: Float[Tensor, "out rank"]
+    sB: Float[Tensor, "out rank"]
     a0: Float[Tensor, " rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
-    B_by_head: Float[Tensor, "head out rank"] | None = None
+    sB_by_head: Float[Tensor, "head out rank"] | None = None
     A_behind_gamma: Float[Tensor, "of_weight in"] | None = None
     experts: int = 0
 
@@ -79,7 +79,7 @@ class SiteMap:
 
     def norm(self) -> float:
         """‖BA‖_F; what is constant is left out."""
-        return float(norm_of_product(self.B, self.A))
+        return float(norm_of_product(self.sB, self.A))
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(B, A) with BA the change of the model's own weight by merging, without a change of bias.
@@ -87,7 +87,7 @@ class SiteMap:
         Where the model itself applies γ, A does not contain it.
         """
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
-        return self.B[:, : len(A)], A
+        return self.sB[:, : len(A)], A
 
     def weight_norm(self) -> Float[Tensor, ""]:
         """‖ΔW‖_F of the change of the model's own weight; see `of_weight`."""
@@ -112,13 +112,13 @@ class SiteMap:
 
     def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
         """GᵀB, the derivative by u."""
-        return applied(gradient, self.B.T)
+        return applied(gradient, self.sB.T)
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
         """δ = Bu; [batch, pos, head, rank] gives each head its own rows of B."""
         if u.ndim < 4:
-            return applied(u, self.B)
-        B = self.B.unflatten(0, (u.shape[-2], -1))
+            return applied(u, self.sB)
+        B = self.sB.unflatten(0, (u.shape[-2], -1))
         return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
 
 
@@ -284,12 +284,12 @@ class ExpertMap(SiteMap):
 
     def weight_norm(self) -> Float[Tensor, ""]:
         """√Σ_e ‖B_e A_e‖_F²."""
-        pairs = zip(self.B.chunk(self.experts, 1), self.A.chunk(self.experts), strict=True)
+        pairs = zip(self.sB.chunk(self.experts, 1), self.A.chunk(self.experts), strict=True)
         return torch.stack([norm_of_product(*pair) for pair in pairs]).norm()
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(B, A) of [W_1 … W_E], [out, expert · in]."""
-        return self.B, torch.block_diag(*self.A.chunk(self.experts))
+        return self.sB, torch.block_diag(*self.A.chunk(self.experts))
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
         """A x at the ranks of expert e, and 0 at all others."""
@@ -298,7 +298,7 @@ class ExpertMap(SiteMap):
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
         """δ = Bu of each slot, one slot's features after another's."""
-        delta = u @ self.B.T
+        delta = u @ self.sB.T
         return delta.flatten(2) if u.ndim == 4 else delta
 
     def by_head(
@@ -354,7 +354,7 @@ class NormMap(SiteMap):
         return torch.eye(self.rank, self.width, dtype=self.dtype, device=self.device)
 
     @property
-    def B(self) -> Float[Tensor, "out rank"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def sB(self) -> Float[Tensor, "out rank"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """diag(Δγ), and Δβ as a last column."""
         diagonal = torch.diag(self.gamma)
         return diagonal if self.beta is None else torch.cat([diagonal, self.beta[:, None]], 1)

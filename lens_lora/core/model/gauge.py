@@ -37,13 +37,13 @@ class Turn:
     """From the trained coordinates of a rank space to those of the SVD, in float64.
 
     Attributes:
-        u: T with u' = Tu.
-        B: M with B' = BM.
+        to_svd: T, with u' = Tu.
+        from_svd: M, with B' = BM.
         sigma: the singular values of sBA, the largest first.
     """
 
-    u: Float[Tensor, "rank rank"]
-    B: Float[Tensor, "rank rank"]
+    to_svd: Float[Tensor, "rank rank"]
+    from_svd: Float[Tensor, "rank rank"]
     sigma: Float[Tensor, " rank"]
 
 
@@ -51,8 +51,9 @@ def svd_turn(update: Update) -> Turn:
     """The SVD of sBA as a change of coordinates; of experts, that of each."""
     if update.experts:
         turns = [svd_turn(each) for each in update.by_expert()]
-        us, Bs, sigmas = zip(*((turn.u, turn.B, turn.sigma) for turn in turns), strict=True)
-        return Turn(torch.block_diag(*us), torch.block_diag(*Bs), torch.cat(sigmas))
+        to_svd = torch.block_diag(*[turn.to_svd for turn in turns])
+        from_svd = torch.block_diag(*[turn.from_svd for turn in turns])
+        return Turn(to_svd, from_svd, torch.cat([turn.sigma for turn in turns]))
     A = in_float64(update.A)
     B = in_float64(update.B).to(A.device) * update.scale
     rank, few = len(A), min(len(A), len(B), A.shape[1])
@@ -78,14 +79,14 @@ def svd_factors(
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
     """(ΣVᵀ, U, σ) of sBA = UΣVᵀ, in float64 on the CPU; zero where σ is."""
     turn = svd_turn(update)
-    reads = turn.u @ update.A.double()
-    writes = update.scale * update.B.double() @ turn.B.to(update.B.device)
+    reads = turn.to_svd @ update.A.double()
+    writes = update.scale * update.B.double() @ turn.from_svd.to(update.B.device)
     return reads.cpu(), writes.cpu(), turn.sigma.cpu()
 
 
 def turned(site: SiteMap, turn: Turn) -> SiteMap:
     """The same δ in the coordinates of the SVD."""
-    u, back = _padded(turn.u, site), _padded(turn.B, site)
+    u, back = _padded(turn.to_svd, site), _padded(turn.from_svd, site)
 
     def product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
         if left is None or right is None:
@@ -96,11 +97,11 @@ def turned(site: SiteMap, turn: Turn) -> SiteMap:
     return dataclasses.replace(
         site,
         A=cast(Tensor, product(u, site.A)),
-        B=cast(Tensor, product(site.B, back)),
+        sB=cast(Tensor, product(site.sB, back)),
         a0=product(site.a0, u.T),
         a0_by_head=product(site.a0_by_head, u.T),
-        B_by_head=product(site.B_by_head, back),
-        A_behind_gamma=product(turn.u, site.A_behind_gamma),
+        sB_by_head=product(site.sB_by_head, back),
+        A_behind_gamma=product(turn.to_svd, site.A_behind_gamma),
     )
 
 

@@ -53,7 +53,7 @@ def constant_of_v(
         u[: len(u) - 1 if has_bias else len(u)] = 0
     if not bool(u.any()):
         return None
-    by_kv = site.B.unflatten(0, (heads.n_kv, -1))
+    by_kv = site.sB.unflatten(0, (heads.n_kv, -1))
     reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)
     spread = reads_kv.to(by_kv)[:, :, None, None] * by_kv[:, None]
     return Constant(u, spread.flatten(1, 2))
@@ -71,17 +71,17 @@ def through_o(constant: Constant, W_O: Float[Tensor, "d_model out"], heads: Head
 
 def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[SiteMap, SiteMap]:
     """s_o B_o A_o Rep(c_v) twice: in v's rank space, and in o's."""
-    of_v = _constant_map(o.B @ (o.A @ constant.spread), constant.u, heads)
+    of_v = _constant_map(o.sB @ (o.A @ constant.spread), constant.u, heads)
     shift = constant.spread.sum(0) @ constant.u
     by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T
     if o.a0_by_head is not None:
         by_head = torch.nn.functional.pad(by_head, (0, 0, 0, len(o.a0_by_head) - len(by_head)))
     nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
-    return of_v, SiteMap(nothing, o.B, o.A @ shift, by_head.contiguous())
+    return of_v, SiteMap(nothing, o.sB, o.A @ shift, by_head.contiguous())
 
 
 def _constant_map(
     by_head: Float[Tensor, "kv d_model rank"], u: Float[Tensor, " rank"], heads: Heads
 ) -> SiteMap:
     nothing = u.new_zeros(len(u), heads.n_heads)
-    return SiteMap(nothing, by_head.sum(0), u, B_by_head=by_head)
+    return SiteMap(nothing, by_head.sum(0), u, sB_by_head=by_head)

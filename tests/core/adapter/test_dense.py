@@ -98,7 +98,7 @@ def test_a_lens_holds_the_change_alone_and_is_exact(family, make):
     lens = ll.LoraLens(make(base), adapter)
     expected = tuned(TOKENS).logits.detach()
     torch.testing.assert_close(lens.logits(TOKENS), expected, rtol=0, atol=1e-9)
-    maps = sum(stored_bytes(part) for m in lens.maps for part in (m.A, m.B))
+    maps = sum(stored_bytes(part) for m in lens.maps for part in (m.A, m.sB))
     changes = sum(base.get_submodule(path).weight.nbytes for path in adapter.modules)
     if type(lens.model).__name__ == "TransformerBridge":
         assert maps <= changes + sum(16 * m.rank for m in lens.maps)
@@ -112,7 +112,7 @@ def test_a_lens_holds_the_change_alone_and_is_exact(family, make):
     half = lens.with_adapter(adapter.scaled(0.5))
     expected = lens.logits(TOKENS, scale=0.5)
     torch.testing.assert_close(half.logits(TOKENS), expected, rtol=0, atol=1e-9)
-    assert sum(stored_bytes(part) for m in half.maps for part in (m.A, m.B)) == maps
+    assert sum(stored_bytes(part) for m in half.maps for part in (m.A, m.sB)) == maps
 
 
 @pytest.mark.usefixtures("float64")

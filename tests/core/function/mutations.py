@@ -292,21 +292,21 @@ DERIVATIVES = [
 GATES = [
     Mutation(
         "half of a product of two gates is dropped",
-        "core/model/gates.py",
+        "core/model/injections.py",
         "gate if injection.partner is None else gate * gates[..., injection.partner] / 2",
         "gate if injection.partner is None else gate * gates[..., injection.partner]",
         CURVATURE,
     ),
     Mutation(
         "gates of rows are those of positions",
-        "core/model/gates.py",
+        "core/model/injections.py",
         "gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate",
         "gate[:1] if gate.ndim else gate",
         INTERVENTIONS,
     ),
     Mutation(
         "v's constant part does not pass through the update of o",
-        "core/model/gates.py",
+        "core/model/plan.py",
         "                at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))\n"
         "                at_o.append(Injection(o, port, by_o, v))\n",
         "",
@@ -314,14 +314,14 @@ GATES = [
     ),
     Mutation(
         "v's constant part is added at v and at o",
-        "core/model/gates.py",
-        "maps[v] = basis.without_constant(maps[v], constant)",
+        "core/model/plan.py",
+        "maps[v] = value_constants.without_constant(maps[v], constant)",
         "pass",
         INTERVENTIONS,
     ),
     Mutation(
         "q, k and v read what the last of them read",
-        "core/model/gates.py",
+        "core/model/injections.py",
         "z = ports.in_rows(ports.through(self.reader.kept[ports.firing]), like)",
         "z = ports.in_rows(ports.through(self.reader.kept[-1].detach()), like)",
         EVERY_PART,
@@ -388,7 +388,7 @@ BASIS = [
     ),
     Mutation(
         "query heads get the constant of another group",
-        "core/model/basis.py",
+        "core/model/value_constants.py",
         "reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)",
         "reads_kv = torch.eye(heads.n_kv).repeat(1, heads.n_heads // heads.n_kv)",
         EVERY_PART,
@@ -423,14 +423,14 @@ BASIS = [
     ),
     Mutation(
         "s is dropped from singular values",
-        "core/model/basis.py",
+        "core/model/gauge.py",
         "    B = in_float64(update.B).to(A.device) * update.scale\n    rank, few",
         "    B = in_float64(update.B).to(A.device)\n    rank, few",
         SINGULAR,
     ),
     Mutation(
         "u and B are turned by different signs",
-        "core/model/basis.py",
+        "core/model/gauge.py",
         "left, right = left * signs, right * signs[:, None]",
         "left = left * signs",
         SINGULAR,

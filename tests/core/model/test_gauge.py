@@ -34,8 +34,8 @@ def test_is_the_svd_of_the_dense_update():
     U, sigma, Vt = torch.linalg.svd(0.7 * B @ A, full_matrices=False)
     U, sigma, Vt = U[:, :3], sigma[:3], Vt[:3]
     signs = U.gather(0, U.abs().argmax(0)[None]).sign()
-    assert (0.7 * B @ turn.B - U * signs).abs().max() < 1e-12
-    assert (turn.u @ A - (Vt * signs.T) * sigma[:, None]).abs().max() < 1e-12
+    assert (0.7 * B @ turn.from_svd - U * signs).abs().max() < 1e-12
+    assert (turn.to_svd @ A - (Vt * signs.T) * sigma[:, None]).abs().max() < 1e-12
     assert (turn.sigma - sigma).abs().max() < 1e-12
 
 
@@ -51,17 +51,17 @@ def test_missing_directions_are_zero(of: str):
         B[:, 3] = 2 * B[:, 1]
     turn = svd_turn(Update(A, B, 1.0))
     full = torch.linalg.matrix_rank(B @ A)
-    assert (B @ turn.B @ turn.u @ A - B @ A).abs().max() < 1e-12
-    assert bool((turn.u[full:] == 0).all()) and bool((turn.B[:, full:] == 0).all())
-    U = (B @ turn.B)[:, :full]
+    assert (B @ turn.from_svd @ turn.to_svd @ A - B @ A).abs().max() < 1e-12
+    assert bool((turn.to_svd[full:] == 0).all()) and bool((turn.from_svd[:, full:] == 0).all())
+    U = (B @ turn.from_svd)[:, :full]
     assert (U.T @ U - torch.eye(int(full))).abs().max() < 1e-11
 
 
 def test_first_of_entries_of_one_magnitude_is_positive():
     turn = svd_turn(Update(torch.ones(1, 4), torch.tensor([[-1.0], [1.0], [0.5]]), 1.0))
-    assert turn.u[0, 0] < 0 and turn.B[0, 0] < 0
+    assert turn.to_svd[0, 0] < 0 and turn.from_svd[0, 0] < 0
     nothing = svd_turn(Update(torch.zeros(0, 4), torch.zeros(3, 0), 1.0))
-    assert nothing.u.shape == (0, 0)
+    assert nothing.to_svd.shape == (0, 0)
 
 
 @pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
@@ -90,7 +90,7 @@ def test_factors_mixed_by_any_matrix_give_the_same(family: str, cls: str):
     for one, two in zip(
         case.lens.plan.in_svd_gauge.maps, other.plan.in_svd_gauge.maps, strict=True
     ):
-        assert (one.A - two.A).abs().max() < 1e-10 and (one.B - two.B).abs().max() < 1e-10
+        assert (one.A - two.A).abs().max() < 1e-10 and (one.sB - two.sB).abs().max() < 1e-10
     for one, two in zip(case.lens.maps, other.maps, strict=True):
         moved = max(moved, float((one.A - two.A).abs().max()))
     assert moved > 0.1
