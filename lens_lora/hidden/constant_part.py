@@ -47,6 +47,7 @@ from lens_lora.core import (
     alone,
     beginnings,
     distinct_tokens,
+    evaluations,
     site_labels,
 )
 from lens_lora.core.adapter.factors import constant_factors, output_count
@@ -172,7 +173,7 @@ def constant_part(
     if rows.batch < 2:
         raise PromptError("constants are judged on other texts than their own; give two or more.")
     require_own_tokens(rows)
-    g = None if readout is None else lens.function(rows, readout, progress=progress)
+    g = None if readout is None else evaluations(lens, rows, readout, progress=progress)
     sums = update_sums(lens, rows, _apart(rows))
     constants = _Constants.of(lens, sums)
     # The constants of each half are judged on the other.

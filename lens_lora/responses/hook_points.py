@@ -21,11 +21,12 @@ from lens_lora.core import (
     LoraLens,
     Names,
     PromptsLike,
+    Readout,
     Scale,
     ScaleInject,
     alone,
-    analysis,
     attached,
+    evaluations,
     require_finite,
     tangent_of,
 )
@@ -90,9 +91,11 @@ def tangents(
     return _cache(lens, wanted, kept)
 
 
-@analysis
+@alone
 def gradients(
-    g: Function,
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
     names: Names | None = None,
     *,
     at: float = 0.0,
@@ -125,15 +128,14 @@ def gradients(
         NumericsError: a gradient that is not finite.
     """
     strength = number("at", at)
-    lens = g.lens
-    bounded = lens if max_memory is None else lens.within(max_memory)
+    g = evaluations(lens, prompts, readout, max_memory=max_memory)
     if strength == 0:
         g.require_slope_at_base()
     _require_one_row_each(g)
     in_full, wanted = _points(lens, names)
     aliases = _aliases(lens, wanted)
-    require_tangents(bounded, g.rows, [known_as[0] for known_as in aliases])
-    require_graph(bounded, g.reading)
+    require_tangents(g.lens, g.rows, [known_as[0] for known_as in aliases])
+    require_graph(g.lens, g.reading)
     # The hooks are off by the time of the backward pass, and a block that runs again then would
     # run without them.
     lens.plan.check_backward(once=False)
@@ -143,9 +145,8 @@ def gradients(
     kept = _gradients_at(seen, values)
     for name in in_full:
         if name not in kept:
-            assert g.readout is not None, "gradients are of a readout"
             raise ModelStateError(
-                f"{name}: {g.readout.label} does not depend on the tensor that this point shows (a "
+                f"{name}: {readout.label} does not depend on the tensor that this point shows (a "
                 "copy, or not on the way to what is read)",
                 remedy="name another point.",
             )
