@@ -219,7 +219,8 @@ def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
         return _by_torch(func, args, named)
 
     def moved(site: int, x: Any) -> Any:
-        value, tangent = value_of(x), tangents_of(x).get(site)
+        value = value_of(x)
+        tangent = tangents_of(x).get(site)
         if tangent is not None:
             return tangent
         if isinstance(value, Tensor):

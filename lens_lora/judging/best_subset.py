@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.core import SIGMAS, Evaluations, Function, Measured, analysis, drawing, site_labels
-from lens_lora.core.function.interventions import HeadMasks
 from lens_lora.errors import ArgumentError
+from lens_lora.judging.head_masks import HeadMasks
 from lens_lora.judging.rankings import Scores, by_score, named, scores_towards
 
 Over = Literal["sites", "heads"]
@@ -324,7 +324,7 @@ class _Sites:
 
 
 def _switches(g: Function, over: Over) -> _Switches:
-    return HeadMasks(g.lens, g.reading) if over == "heads" else _Sites(g)
+    return HeadMasks(g) if over == "heads" else _Sites(g)
 
 
 # --- The search

@@ -251,7 +251,7 @@ def faithfulness(
         curves,
         cpr=mean_of_draws(marks.cpr, len(orders)),
         cmd=mean_of_draws(marks.cmd, len(orders)),
-        ranked_on=g.header()["str_tokens"],
+        ranked_on=g.str_tokens,
     )
 
 

@@ -83,17 +83,16 @@ def _values_of(name: str, score: Scores, g: Function) -> BySite:
 
 def _require_of(name: str, score: Attribution, g: Function) -> None:
     """Check that an attribution is of the sites, prompts and readout that are run."""
-    asked = g.header()
-    theirs, ours = score.str_tokens, asked["str_tokens"]
-    their_rows, our_rows = _joined(theirs), _joined(ours)
-    their_prompts = _joined([asked_of(tokens) for tokens in theirs])
-    our_prompts = _joined([asked_of(tokens) for tokens in ours])
+    their_rows = _joined(score.str_tokens)
+    our_rows = _joined(g.str_tokens)
+    their_prompts = _joined([asked_of(tokens) for tokens in score.str_tokens])
+    our_prompts = _joined([asked_of(tokens) for tokens in g.str_tokens])
     # A file of an earlier version does not say where in its rows the prompts end.
     are_same_rows = their_rows == our_rows
     facts = {
         "sites": ([site.name for site in score.sites], [site.name for site in g.lens.sites]),
         "prompts": (their_rows, our_rows) if are_same_rows else (their_prompts, our_prompts),
-        "readout": (score.readout, asked["readout"]),
+        "readout": (score.readout, g.labels()["readout"]),
         # The label of a readout need not name all that is said after a prompt.
         "responses": (their_rows, our_rows),
     }

@@ -15,9 +15,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core.function import interventions, memory
-from lens_lora.core.function.asked import ask
-from lens_lora.core.function.interventions import HeadMasks
 from lens_lora.judging.best_subset import BestSubset
+from lens_lora.judging.head_masks import HeadMasks
 
 MARGIN, ROUND_OFF, IDS = ll.Margin(5, 9), 1e-9, torch.tensor
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
@@ -98,8 +97,7 @@ def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
     """Of a padded batch; within a bound of memory the same, to rounding."""
     lens = cases.case("gemma2", cls, "raw").lens
     prompts = ll.results.Prompts(models.tokens(3, 6), torch.tensor([6, 4, 5]))
-    reading = ask(lens, prompts, readout).reading
-    masks = HeadMasks(lens, reading)
+    masks = HeadMasks(lens.function(prompts, readout))
     mask = torch.rand(8, generator=models.seeded(4), dtype=torch.float64)
     slopes, step = masks.slopes(mask), 1e-5 * torch.eye(8, dtype=torch.float64)
     values = masks.values(torch.cat([mask + step, mask - step]))
@@ -108,14 +106,14 @@ def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
     assert (slopes - differences).abs().max() < 1e-7 * slopes.abs().max()
     groups, reruns = set[int](), set[bool]()
     for bound in (2e5, 1e5, 6e4, 4e4):
-        few = HeadMasks(lens.within(bound), reading)
+        few = HeadMasks(lens.within(bound).function(prompts, readout))
         assert (few.slopes(mask) - slopes).abs().max() < 1e-10 * slopes.abs().max()
         assert (few.values(mask[None]) - masks.values(mask[None])).abs().max() < 1e-10
         groups.add(len(few._runs))
-        reruns |= {memory.must_rerun(few.lens, group) for group, _ in few._runs}
+        reruns |= {memory.must_rerun(group.lens, group.reading) for group, _ in few._runs}
     assert max(groups) > 1 and reruns == {True, False}
     with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
-        HeadMasks(lens.within(1e3), reading).values(mask[None])
+        HeadMasks(lens.within(1e3).function(prompts, readout)).values(mask[None])
 
 
 def as_function(logits: Tensor) -> Tensor:

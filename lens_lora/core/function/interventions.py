@@ -14,7 +14,6 @@ forward passes of a few tokens a point for `unheard`, batched.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from lens_lora.compat import in_float64
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import memory
-from lens_lora.core.model import HookFn, LoraLens, Scale, ScaleInject, attached
+from lens_lora.core.model import HookFn, LoraLens, Scale, attached
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError
 
@@ -431,68 +430,3 @@ def head_points(lens: LoraLens, kinds: Iterable[str] = "qkvo") -> dict[str, str]
         if point in known:
             points[usual if known.get(usual) is known[point] else point] = kind
     return points
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeadMasks:
-    """g of the base where each head's z is moved to the adapted model's: z + m_h (z(1) − z)."""
-
-    lens: LoraLens
-    reading: Reading
-
-    @functools.cached_property
-    def _runs(self) -> list[tuple[Reading, Recording]]:
-        """The prompts in groups, with the adapted model's z of each."""
-        groups, points = memory.graph_groups(self.lens, self.reading), head_points(self.lens, "o")
-        return [(group, record(self.lens, group.prompts, 1.0, points)) for group in groups]
-
-    @functools.cached_property
-    def _heads(self) -> dict[str, int]:
-        """Of each hook point of z how many it holds; a mask has them one after another."""
-        donor = self._runs[0][1]
-        return {n: len(p) for n, p in head_parts(self.lens, donor, donor.firings).items()}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """'blocks.3.attn.hook_z[5]', in the order of a mask."""
-        return tuple(f"{name}[{i}]" for name, count in self._heads.items() for i in range(count))
-
-    def values(self, masks: Float[Tensor, "point head"]) -> Float[Tensor, "batch point"]:
-        """g under each mask. At most a forward pass a mask, batched."""
-        lens, values = self.lens, list[Tensor]()
-        for group, donor in self._runs:
-            chunks: list[Tensor] = []
-            for few in masks.split(memory.rows_at_once(lens, group)):
-                with torch.no_grad(), self._moved(donor, few.repeat(len(group.owner), 1)):
-                    by_row = function.read_value(lens, group.repeat(len(few)))
-                chunks.append(by_row.unflatten(0, (group.batch, -1)))
-            values.append(torch.cat(chunks, 1))
-        function.require_finite(torch.cat(values), "the patched readout")
-        return torch.cat(values)
-
-    def slopes(self, mask: Float[Tensor, " head"]) -> Float[Tensor, "batch head"]:
-        """∂g/∂m. One forward and one backward pass."""
-        lens, slopes = self.lens, list[Tensor]()
-        for group, donor in self._runs:
-            by_row = mask.repeat(len(group.owner), 1).requires_grad_()
-            is_long = memory.must_rerun(lens, group)
-            rerun = memory.blocks_rerun(lens) if is_long else contextlib.nullcontext()
-            with torch.enable_grad(), rerun, self._moved(donor, by_row):
-                value = function.read_for_slopes(lens, group)
-                slopes.append(group.by_prompt(torch.autograd.grad(value.sum(), by_row)[0]))
-        function.require_finite(torch.cat(slopes), "the slope of a head")
-        return torch.cat(slopes)
-
-    def _moved(self, donor: Recording, masks: Tensor) -> contextlib.AbstractContextManager[None]:
-        """Rows r0 r0 … r1 r1 …, each under a mask of its own."""
-        width, plan = self.lens.heads.d_head, self.lens.plan
-
-        def move(held: Tensor, mask: Tensor, tensor: Tensor, hook: Any) -> Tensor:
-            weights = mask.to(tensor).repeat_interleave(width, 1).view(-1, 1, *tensor.shape[2:])
-            others = held.repeat_interleave(len(tensor) // len(held), 0)
-            return tensor.lerp(others, weights.expand_as(tensor))
-
-        parts = zip(self._heads, masks.split(list(self._heads.values()), 1), strict=True)
-        held = {name: firings[-1] for name, firings in donor.firings.items()}
-        hooks = [(name, functools.partial(move, held[name], mask)) for name, mask in parts]
-        return self.lens.injected(ScaleInject(plan, self.lens.gates(0.0)), before=hooks)
