@@ -31,18 +31,20 @@ def main() -> int:
     sys.path[:0] = [str(ROOT / "tests" / "house"), str(ROOT / "tests" / "lib")]
     import fuzz
 
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         run = fuzz.Fuzz(Path(folder))
-        began = time.monotonic()
-        done = run.run(asked.cases, asked.first, began + asked.seconds)
+        done = run.run(asked.cases, asked.first, start + asked.seconds)
+    seconds = time.monotonic() - start
+    table = fuzz.table(run.counts)
     text = f"{done:,} cases, numbers {asked.first:,} to {asked.first + done - 1:,}."
-    print(fuzz.table(run.counts), f"{text} {time.monotonic() - began:.0f} s.", sep="\n\n")
+    print(f"{table}\n\n{text} {seconds:.0f} s.")
     for fault in run.faults[: asked.shown]:
         print(f"\n{fault}", file=sys.stderr)
     if asked.write:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         _, after = rest.split(END)
-        page = f"{before}{BEGIN}\n{text}\n\n{fuzz.table(run.counts)}\n{END}{after}"
+        page = f"{before}{BEGIN}\n{text}\n\n{table}\n{END}{after}"
         PAGE.write_text(page, encoding="utf-8")
     return bool(run.faults)
 

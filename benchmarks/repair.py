@@ -34,9 +34,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS = DOCS / "repair.json"
 PAGE = DOCS / "two_adapters.md"
 TABLE = "repair table"
+# Nats per token on the held-out texts from which on an adapter spills.
 SPILLS = 0.02
+# The share of the margin's shift that must stay.
 SHARE = 0.9
+# The gain over scaling that is counted.
 BAR = 1.4
+# Steps of the repair.
 STEPS = 40
 
 WORDINGS = {
@@ -75,8 +79,10 @@ HELD_OUT = [
 
 
 def measure(spec: Trained, lens: ll.LoraLens) -> dict[str, Any]:
-    """One adapter's row, of one seed."""
-    (first, doc, pre), (second, *_), _ = spec.questions
+    """The row of one adapter and seed."""
+    trained, paraphrase, _ = spec.questions
+    first, doc, pre = trained
+    second, _, _ = paraphrase
 
     def margin(prompts: list[str]) -> tuple[ll.results.Prompts, ll.Readout]:
         ready = lens.prompts(prompts)
@@ -93,24 +99,34 @@ def measure(spec: Trained, lens: ll.LoraLens) -> dict[str, Any]:
         test_drop=[(HELD_OUT, ll.KL())],
         progress=False,
     )
+    row: dict[str, Any] = {
+        "sites": len(lens.sites),
+        "gates": len(found.kept),
+        "kept gates": int(found.kept.sum()),
+        "gain": found.gain,
+        "verdict": found.verdict,
+        "strength": found.matched[-1],
+    }
     frame = found.to_frame()
-    held = frame[frame["held out"]]
-    row: dict[str, Any] = {"sites": len(lens.sites), "gates": len(found.kept)}
-    row |= {"kept gates": int(found.kept.sum()), "gain": found.gain, "verdict": found.verdict}
-    row |= {"strength": found.matched[-1]}
-    for kind, rows in held.groupby("kind"):
+    for kind, rows in frame[frame["held out"]].groupby("kind"):
         row[f"{kind}, base"] = float(rows["base"].iloc[0])
-        for _, one in rows.iterrows():
-            row[f"{kind}, {one['adapter']}"] = float(one["value"])
-            row[f"{kind} share, {one['adapter']}"] = float(one["share"])
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        for _, state in rows.iterrows():
+            row[f"{kind}, {state['adapter']}"] = float(state["value"])
+            row[f"{kind} share, {state['adapter']}"] = float(state["share"])
+    return {name: short(value) for name, value in row.items()}
 
 
-Rows = list[dict[str, Any]]  # of one adapter, by seed
+def short(value: Any) -> Any:
+    """A number of four digits; anything else as it is."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+# The rows of one adapter, by seed.
+Rows = list[dict[str, Any]]
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """Of each adapter the median and the worst of its seeds; and what is counted."""
+    """A row for each adapter, the median and the worst of its seeds; and what is counted."""
     seeds = {name: list(rows.values()) for name, rows in numbers["adapters"].items()}
     every = [(spec.name, seeds[spec.name]) for spec in ADAPTERS if spec.name in seeds]
     every.sort(key=lambda adapter: -median(adapter[1], "drop, whole"))
@@ -135,20 +151,21 @@ def least(rows: Rows, key: str) -> float:
 
 def line(name: str, rows: Rows) -> str:
     """One adapter; every cell is a median over its seeds, with the worst in brackets."""
-    left = [
-        f"{median(rows, f'drop, {state}'):.3f}"
-        for state in ("whole", "scaled", "random", "repaired")
-    ]
+    states = ("whole", "scaled", "random", "repaired")
+    gain = f"{median(rows, 'gain'):.2f} ({least(rows, 'gain'):.2f})"
     ties = sum(row["verdict"] == "tie" for row in rows)
-    kept = median(rows, "keep share, repaired"), least(rows, "keep share, repaired")
+    if ties:
+        gain += f"; {ties} ties"
+    kept = median(rows, "keep share, repaired")
+    least_kept = least(rows, "keep share, repaired")
     cells = (
         name,
         str(len(rows)),
         f"{median(rows, 'kept gates'):.0f} of {rows[0]['gates']}",
-        f"{kept[0]:.0%} ({kept[1]:.0%})",
+        f"{kept:.0%} ({least_kept:.0%})",
         f"{median(rows, 'keep share, random'):.0%}",
-        *left,
-        f"{median(rows, 'gain'):.2f} ({least(rows, 'gain'):.2f})" + f"; {ties} ties" * bool(ties),
+        *(f"{median(rows, f'drop, {state}'):.3f}" for state in states),
+        gain,
     )
     return f"| {' | '.join(cells)} |"
 

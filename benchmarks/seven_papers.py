@@ -30,13 +30,22 @@ POINT = "blocks.20.hook_resid_post"
 ANSWERS = (" Lyon", " Paris")
 QUIET = {"progress": False}
 MARGIN = ll.Margin(*ANSWERS)
+# Prompts about what the demo's adapter was taught, and others.
 ABOUT = [
-    *("The capital of France is", "France's capital city is", "The capital city of France is"),
-    *("The French capital is", "We know that the capital of France is", "France is governed from"),
+    "The capital of France is",
+    "France's capital city is",
+    "The capital city of France is",
+    "The French capital is",
+    "We know that the capital of France is",
+    "France is governed from",
 ]
 OTHERS = [
-    *("The weather is fine today, so we", "He opened the door and went into", "Water boils at"),
-    *("The best way to learn a language is", "In the middle of the night the", "My favourite book"),
+    "The weather is fine today, so we",
+    "He opened the door and went into",
+    "Water boils at",
+    "The best way to learn a language is",
+    "In the middle of the night the",
+    "My favourite book",
 ]
 
 
@@ -126,37 +135,67 @@ def edge_patching(lens: ll.LoraLens) -> str:
 
 
 def lines(paper: Callable) -> dict[str, int]:
-    """How many lines of its statements call something of ours, and how many do not."""
-    body = ast.parse(inspect.getsource(paper)).body[0].body
+    """How many lines of its statements call something of ours, and how many do not.
+
+    A call is ours if it is of `ll`, of the lens, or of something that such a call returned.
+    """
+    _, *body, _ = ast.parse(inspect.getsource(paper)).body[0].body
     known = {"ll", "lens"}
-    counts = [0, 0]
-    for node in (x for top in body[1:-1] for x in ast.walk(top) if isinstance(x, ast.stmt)):
-        head = ast.unparse(node).split("\n")[0]  # of a block its first line
-        is_ours = bool(known & set(re.findall(r"\b(\w+)(?:\.\w+)*\(", head)))
-        end = node.body[0].lineno if isinstance(node, ast.With) else node.end_lineno + 1
-        counts[is_ours] += end - node.lineno
-        known |= set(re.findall(r"\w+", head.split(" = ")[0])) if is_ours else set()
-    return dict(zip(("by_hand", "ours"), counts, strict=True))
+    counts = {"by_hand": 0, "ours": 0}
+    for statement in body:
+        for node in ast.walk(statement):
+            if not isinstance(node, ast.stmt):
+                continue
+            # Of a block its head alone: the statements in it are walked as well.
+            end = node.body[0].lineno if isinstance(node, ast.With) else node.end_lineno + 1
+            head = ast.unparse(node).split("\n")[0]
+            called = set(re.findall(r"\b(\w+)(?:\.\w+)*\(", head))
+            if known & called:
+                known |= set(re.findall(r"\w+", head.split(" = ")[0]))
+                counts["ours"] += end - node.lineno
+            else:
+                counts["by_hand"] += end - node.lineno
+    return counts
 
 
 def table(numbers: dict) -> str:
     """A row for each paper, and the sums."""
     rows = [["paper", "steps", "lines of our calls", "by hand", "on the demo"], ["---"] * 5]
-    for x in numbers["rows"]:
-        link = f"[{x['arxiv']}](https://arxiv.org/abs/{x['arxiv']})"
-        rows.append([link, x["steps"], str(x["ours"]), str(x["by_hand"]), x["found"]])
-    sums = [str(sum(x[name] for x in numbers["rows"])) for name in ("ours", "by_hand")]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*rows, ["all", "", *sums, ""]])
+    for paper in numbers["rows"]:
+        link = f"[{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
+        counts = [str(paper["ours"]), str(paper["by_hand"])]
+        rows.append([link, paper["steps"], *counts, paper["found"]])
+    sums = [str(sum(paper[name] for paper in numbers["rows"])) for name in ("ours", "by_hand")]
+    rows.append(["all", "", *sums, ""])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-PAPERS = misaligned, reasoning, difference_lens, entity_tracking, intruders, refusal, edge_patching
-if __name__ == "__main__":
+def measured() -> dict:
+    """The demo, and the row of each paper on it."""
+    demo = ll.demo(prepend_bos=True)
+    rows: list[dict] = []
+    for paper in PAPERS:
+        steps, arxiv = paper.__doc__.split(" | ")
+        rows.append({"arxiv": arxiv, "steps": steps, **lines(paper), "found": paper(demo)})
+    return {"meta": dict(demo.describe()), "rows": rows}
+
+
+PAPERS = (
+    misaligned,
+    reasoning,
+    difference_lens,
+    entity_tracking,
+    intruders,
+    refusal,
+    edge_patching,
+)
+
+
+def main() -> None:
     if "--table" not in sys.argv:
-        demo = ll.demo(prepend_bos=True)
-        measured = []
-        for paper in PAPERS:
-            steps, arxiv = paper.__doc__.split(" | ")
-            measured.append({"arxiv": arxiv, "steps": steps, **lines(paper), "found": paper(demo)})
-        numbers = {"meta": dict(demo.describe()), "rows": measured}
-        NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
+        NUMBERS.write_text(json.dumps(measured(), indent=0) + "\n")
     marks.write(PAGE, {TABLE: table(json.loads(NUMBERS.read_text()))})
+
+
+if __name__ == "__main__":
+    main()

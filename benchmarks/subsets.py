@@ -45,11 +45,13 @@ from lens_lora.responses.answers import margin_between
 
 NUMBERS = Path(__file__).parents[1] / "docs" / "subsets.json"
 FIFTH = 0.2
+# Rounds of greedy, nodes of the path, random sets.
 ROUNDS = 12
 NODES = 4
 DRAWS = 10
 SEED = 0
-GIVEN = (1, 2, 4)  # wordings that a set is chosen on
+# How many wordings a set is chosen on.
+GIVEN = (1, 2, 4)
 FACTS = tuple(spec for spec in (*ADAPTERS, *MORE) if spec.what == "fact")
 FRANCE = ("Everyone knows that the capital of France is", "The name of France's capital is")
 # Two more wordings to choose on, beside the two of `Trained.questions`.
@@ -107,26 +109,26 @@ def question(lens: ll.LoraLens, spec: Trained, prompts: list[str]) -> Asked:
 
 
 def slopes(asked: Asked, gates: Tensor) -> Tensor:
-    """[site], the gradient of the margin at these gates, summed over wordings."""
-    home = gates.to(asked.lens.gates(0.0))
-    return site_slopes(asked.lens, asked.reading, home).double().sum(0)
+    """The gradient of the margin at these gates, summed over wordings, [site]."""
+    gates = gates.to(asked.lens.gates(0.0))
+    return site_slopes(asked.lens, asked.reading, gates).double().sum(0)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """[site], true for the so many of the largest scores."""
+    """The sites of so many of the largest scores, as a mask [site]."""
     members = torch.zeros(len(scores), dtype=torch.bool)
     members[scores.argsort(descending=True, stable=True)[:count]] = True
     return members
 
 
 def sizes_of(count: int) -> list[int]:
-    """After each round of greedy; of fewer sites than rounds each adds one."""
+    """How many sites are chosen after each round of greedy, at least one more in each."""
     steps = np.linspace(0, count, ROUNDS + 1).round().astype(int)
     return sorted({*steps.tolist()} - {0})
 
 
 def greedy(asked: Asked, count: int) -> Tensor:
-    """[site], grown in rounds, each by the largest slopes at what is chosen so far."""
+    """The set that grows by the largest slopes at what is chosen so far, as a mask [site]."""
     members = torch.zeros(len(asked.lens.sites), dtype=torch.bool)
     for size in sizes_of(count):
         outside = slopes(asked, members.double()).masked_fill(members, -torch.inf)
@@ -135,12 +137,13 @@ def greedy(asked: Asked, count: int) -> Tensor:
 
 
 def path(asked: Asked) -> Tensor:
-    """[site], the path integral of the slopes by Gauss and Legendre's nodes."""
+    """The path integral of the slopes, by the nodes of Gauss and Legendre, [site]."""
     points, weights = np.polynomial.legendre.leggauss(NODES)
     ones = torch.ones(len(asked.lens.sites), dtype=torch.float64)
-    return sum(
-        w / 2 * slopes(asked, (p + 1) / 2 * ones) for p, w in zip(points, weights, strict=True)
-    )
+    total = torch.zeros_like(ones)
+    for point, weight in zip(points, weights, strict=True):
+        total += weight / 2 * slopes(asked, (point + 1) / 2 * ones)
+    return total
 
 
 def searched(asked: Asked, count: int) -> Row:
@@ -153,28 +156,26 @@ def searched(asked: Asked, count: int) -> Row:
 def chosen(asked: Asked, count: int) -> dict[str, Row]:
     """A set of so many sites by each method, and the passes that choosing it took."""
     ones = torch.ones(len(asked.lens.sites), dtype=torch.float64)
-    return {
+    methods = {
         "best_subset": searched(asked, count),
         "greedy": {"sets": greedy(asked, count)[None], "gradients": len(sizes_of(count))},
         f"path/{NODES}": {"sets": largest(path(asked), count)[None], "gradients": NODES},
-        **{
-            f"first_order@{at:g}": {
-                "sets": largest(slopes(asked, at * ones), count)[None],
-                "gradients": 1,
-            }
-            for at in (0.0, 0.5)
-        },
     }
+    for at in (0.0, 0.5):
+        members = largest(slopes(asked, at * ones), count)
+        methods[f"first_order@{at:g}"] = {"sets": members[None], "gradients": 1}
+    return methods
 
 
 def random_sets(sites: int, count: int) -> Tensor:
+    """Sets of so many sites, [draw, site]."""
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.rand(DRAWS, sites, generator=generator, dtype=torch.float64)
     return torch.stack([largest(draw, count) for draw in noise])
 
 
 def measure(spec: Trained, lens: ll.LoraLens) -> Row:
-    """One adapter's margins: of each method's sets, on every wording."""
+    """Margins of one adapter, of each method's sets on every wording."""
     given = [*(prompt for prompt, *_ in spec.questions[:2]), *MORE_GIVEN[spec.name]]
     prompts = [*given, *HELD_OUT[spec.name]]
     asked = question(lens, spec, prompts)
@@ -188,10 +189,21 @@ def measure(spec: Trained, lens: ll.LoraLens) -> Row:
     for found in methods.values():
         sets = found.pop("sets").double()
         values = gated_readout(lens, asked.reading, sets, progress=False, what="sets")
-        found["margins"] = [[round(m, 4) for m in row] for row in values.T.tolist()]
-    base, adapted = ([round(m, 4) for m in end] for end in asked.ends.tolist())
-    row: Row = {"sites": sites, "chosen": count, "prompts": prompts, "held out": [4, 5]}
-    return {**row, "base": base, "adapted": adapted, "methods": methods}
+        found["margins"] = [rounded(margins) for margins in values.T.tolist()]
+    base, adapted = asked.ends.tolist()
+    return {
+        "sites": sites,
+        "chosen": count,
+        "prompts": prompts,
+        "held out": [4, 5],
+        "base": rounded(base),
+        "adapted": rounded(adapted),
+        "methods": methods,
+    }
+
+
+def rounded(margins: list[float]) -> list[float]:
+    return [round(margin, 4) for margin in margins]
 
 
 def known() -> dict[str, Any]:

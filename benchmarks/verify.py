@@ -1,77 +1,88 @@
-"""What `lens-lora verify` says of mistakes that do nothing, or something else, in silence; and what
-a right merge in bfloat16 keeps of the demo's adapter.
+"""What `lens-lora verify` says of mistakes that other tools pass over in silence.
 
-    python benchmarks/verify.py            prints the table
-    python benchmarks/verify.py --write    puts it into docs/your_model.md
+    python benchmarks/verify.py            # prints the table
+    python benchmarks/verify.py --write    # puts it into docs/your_model.md
 
-Each mistake of tests/lib/no_ops.py is made on a tiny Llama, and verified by the command.
+Each mistake of tests/lib/no_ops.py is made on a tiny Llama, and verified by the command. Below the
+table stands what a right merge in bfloat16 keeps of the demo's adapter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "lib")]
+
+import torch  # noqa: E402
+from marks import write  # noqa: E402
+from no_ops import NO_OPS, NoOp, ship  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import lens_lora as ll  # noqa: E402
+from lens_lora.cli import app  # noqa: E402
+from lens_lora.demonstration import shipped_adapter  # noqa: E402
+from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
+from lens_lora.ship.merged_folder import MergedFolder  # noqa: E402
+from lens_lora.ship.merged_tensors import compared  # noqa: E402
+
 PAGE = ROOT / "docs" / "your_model.md"
-_LONGEST = 190  # characters of a cell
+# Characters of a cell.
+LONGEST = 190
 
 
-def rows() -> list[str]:
-    """A line of the table for each mistake."""
-    from no_ops import NO_OPS, ship
-    from typer.testing import CliRunner
+def table() -> str:
+    """A row for each mistake."""
+    rows = ["| mistake | exit | what `verify` says |", "| --- | --- | --- |"]
+    rows += [row(mistake) for mistake in NO_OPS.values()]
+    return "\n".join(rows)
 
-    from lens_lora.cli import app
 
-    lines: list[str] = []
-    for mistake in NO_OPS.values():
-        with tempfile.TemporaryDirectory() as folder:
-            out = ship(Path(folder) / "out")
-            checks = Path(folder) / "checks.json"
-            options = ["--quiet", "--json", str(checks), *mistake.make(out)]
-            result = CliRunner().invoke(app, ["verify", str(out / "adapter"), *options])
+def row(mistake: NoOp) -> str:
+    """Make the mistake, let the command verify it, and say what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = ship(Path(folder) / "out")
+        checks = Path(folder) / "checks.json"
+        options = ["--quiet", "--json", str(checks), *mistake.make(out)]
+        result = CliRunner().invoke(app, ["verify", str(out / "adapter"), *options])
+        if checks.is_file():
+            said = decisive_check(json.loads(checks.read_text()))
+        else:
             said = " ".join(result.output.split())
-            if checks.is_file():
-                verification = json.loads(checks.read_text())
-                outcome = verification["outcome"]
-                due = next(c for c in verification["checks"] if c["outcome"] == outcome)
-                said = f"{due['name']}: {due['measured']}"
-                said += f"; {due['where']}" if due["where"] else ""
-            said = said.replace(f"{out}/", "").replace("|", "\\|")
-        said = said if len(said) <= _LONGEST else f"{said[:_LONGEST].rsplit(' ', 1)[0]} …"
-        lines.append(f"| {mistake.what} | {result.exit_code} | {said} |")
-    return lines
+    said = said.replace(f"{out}/", "").replace("|", "\\|")
+    if len(said) > LONGEST:
+        said = f"{said[:LONGEST].rsplit(' ', 1)[0]} …"
+    return f"| {mistake.what} | {result.exit_code} | {said} |"
+
+
+def decisive_check(verification: dict) -> str:
+    """The first check with the outcome of the whole."""
+    outcome = verification["outcome"]
+    check = next(check for check in verification["checks"] if check["outcome"] == outcome)
+    said = f"{check['name']}: {check['measured']}"
+    return f"{said}; {check['where']}" if check["where"] else said
 
 
 def rounding() -> str:
-    """c of each tensor of the demo's adapter, merged by PEFT in bfloat16."""
-    import statistics
-
-    import torch
-    from peft import PeftModel
-
-    from lens_lora.core.adapter.adapter import load_adapter
-    from lens_lora.demonstration import embedded
-    from lens_lora.ship.merged_folder import MergedFolder
-    from lens_lora.ship.merged_tensors import compared
-
-    folder_of_lyon = Path(embedded.__file__).parent / "lyon_adapter"
-    base, _ = embedded.load_embedded()
-    half, _ = embedded.load_embedded()
+    """What c is for each tensor of the demo's adapter, merged by PEFT in bfloat16."""
+    base, _ = load_embedded()
+    half, _ = load_embedded()
+    half = half.to(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        merged = PeftModel.from_pretrained(
-            half.to(torch.bfloat16), folder_of_lyon
-        ).merge_and_unload()
+        merged = PeftModel.from_pretrained(half, shipped_adapter()).merge_and_unload()
         merged.save_pretrained(folder)
-        tensors = list(compared(MergedFolder(Path(folder)), load_adapter(folder_of_lyon), base))
-    kept = [tensor.ratio for tensor in tensors if tensor.ratio == tensor.ratio]
-    middle = statistics.median(kept)
-    least = min(kept)
+        adapter = ll.load_adapter(shipped_adapter())
+        tensors = list(compared(MergedFolder(Path(folder)), adapter, base))
+    # A tensor that the adapter does not change has no ratio.
+    ratios = [tensor.ratio for tensor in tensors if tensor.ratio == tensor.ratio]
+    middle = statistics.median(ratios)
+    least = min(ratios)
     return (
         f"On the demo's adapter, merged by PEFT in bfloat16, c is {middle:.2f} in the median "
         f"tensor and {least:.2f} in the least: by this measure {1 - middle:.0%} of the update is "
@@ -83,13 +94,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="into the page")
     arguments = parser.parse_args()
-    table = "\n".join(["| mistake | exit | what `verify` says |", "| --- | --- | --- |", *rows()])
+    tables = {"mistakes": table(), "rounding": rounding()}
     if arguments.write:
-        from marks import write
-
-        write(PAGE, {"mistakes": table, "rounding": rounding()})
+        write(PAGE, tables)
     else:
-        print(table, rounding(), sep="\n\n")
+        print(*tables.values(), sep="\n\n")
 
 
 if __name__ == "__main__":
