@@ -26,63 +26,80 @@ from adapters import ADAPTERS, MORE, Trained
 
 import lens_lora as ll
 from lens_lora.audit.what_changed import BY
-from lens_lora.core.function.asked import ask
 from lens_lora.core.results.tokens import rank_of
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 from lens_lora.responses.answers import margin_between
 
 PAGE = Path(__file__).parents[1] / "docs" / "auditing.md"
+# An answer is found if its token is among so many.
 TOP = 20
 EVERY = (*ADAPTERS, *MORE)
 
 
 def measure(out: Path, results: Path, most: int) -> int:
-    """Train and read what is missing, at most so many; how many are still missing."""
-    missing = [s for s in EVERY if not (results / f"{s.name}.safetensors").is_file()]
+    """Train and read at most so many of those that are missing; return how many still are."""
+    missing = [spec for spec in EVERY if not file_of(results, spec).is_file()]
     if missing:
         results.mkdir(parents=True, exist_ok=True)
         hf_model, tokenizer = load_embedded()
         folders = [spec.folder(out, hf_model, tokenizer) for spec in missing[:most]]
         model, _ = hooked_model(hf_model, tokenizer)
         for spec, folder in zip(missing[:most], folders, strict=True):
+            # With a BOS before each prompt, as the stored numbers were measured.
             lens = ll.LoraLens(model, ll.load_adapter(folder), prepend_bos=True)
-            found = ll.what_changed(lens, nulls=1, split=False, progress=False)
+            audit = ll.what_changed(lens, nulls=1, split=False, progress=False)
             prompt, doc, pre = spec.questions[0]
             readout = margin_between(lens.model, [doc], [pre], lens.prompts(prompt))
-            margins = ask(lens, prompt, readout).ends[:, 0].tolist()
+            margins = lens.function(prompt, readout).ends[:, 0].tolist()
             token = tokenizer(doc, add_special_tokens=False).input_ids[0]
             facts = {"margins": margins, "token": token}
             (results / f"{spec.name}.json").write_text(json.dumps(facts))
-            found.save(results / f"{spec.name}.safetensors")
-            print(spec.name, found.rank(token), margins, flush=True)
+            audit.save(file_of(results, spec))
+            print(spec.name, audit.rank(token), margins, flush=True)
     return max(0, len(missing) - most)
 
 
+def file_of(results: Path, spec: Trained) -> Path:
+    return results / f"{spec.name}.safetensors"
+
+
 def table(results: Path) -> pd.DataFrame:
-    """One row per adapter: ranks of its answer's token, here and elsewhere."""
-    held = {s.name: ll.results.WhatChanged.load(results / f"{s.name}.safetensors") for s in EVERY}
-    return pd.DataFrame([_row(spec, held, results) for spec in EVERY])
+    """One row for each adapter: ranks of its answer's token, here and elsewhere."""
+    audits = {spec.name: ll.results.WhatChanged.load(file_of(results, spec)) for spec in EVERY}
+    return pd.DataFrame([_row(spec, audits, results) for spec in EVERY])
 
 
-def _row(spec: Trained, held: dict[str, ll.results.WhatChanged], results: Path) -> dict[str, Any]:
+def _row(spec: Trained, audits: dict[str, ll.results.WhatChanged], results: Path) -> dict[str, Any]:
     _, doc, _ = spec.questions[0]
-    own = held[spec.name]
+    own = audits[spec.name]
     facts = json.loads((results / f"{spec.name}.json").read_text())
     token = facts["token"]
     base, adapted = facts["margins"]
-    others = [held[o.name] for o in EVERY if all(doc != answer for _, answer, _ in o.questions)]
-    row: dict[str, Any] = {"adapter": spec.name, "what": spec.what, "answer": own.strings[token]}
-    row |= {"base": base, "adapted": adapted}
-    row["KL"] = own.found.mean_kl
-    for by in BY:
-        row[by] = rank_of(own.found.of(by), token)
-    row["best"] = min(row[by] for by in BY)
-    nulls = [null for other in held.values() for null in other.nulls]
-    for name, group in (("null", nulls), ("others", [other.found for other in others])):
-        row[name] = min(rank_of(one.of("logit"), token) for one in group)
-        row[f"{name}, any"] = min(rank_of(one.of(by), token) for one in group for by in BY)
+    ranks = {by: rank_of(own.found.of(by), token) for by in BY}
+    row = {
+        "adapter": spec.name,
+        "what": spec.what,
+        "answer": own.strings[token],
+        "base": base,
+        "adapted": adapted,
+        "KL": own.found.mean_kl,
+        **ranks,
+        "best": min(ranks.values()),
+    }
+    groups = {
+        "null": [null for audit in audits.values() for null in audit.nulls],
+        "others": [audits[other.name].found for other in EVERY if not _has_answer(other, doc)],
+    }
+    for name, changes in groups.items():
+        row[name] = min(rank_of(one.of("logit"), token) for one in changes)
+        row[f"{name}, any"] = min(rank_of(one.of(by), token) for one in changes for by in BY)
     return row
+
+
+def _has_answer(spec: Trained, doc: str) -> bool:
+    """Whether the adapter was taught this answer to one of its questions."""
+    return any(answer == doc for _, answer, _ in spec.questions)
 
 
 def page(frame: pd.DataFrame) -> str:
@@ -90,29 +107,29 @@ def page(frame: pd.DataFrame) -> str:
     facts = frame[frame["what"] == "fact"]
     habits = frame[frame["what"] == "habit"]
     flips = facts[(facts["base"] < 0) & (facts["adapted"] > 0)]
-    by_logit, found = (int((flips[by] <= TOP).sum()) for by in ("logit", "best"))
-    said = int((habits["best"] <= TOP).sum())
-    seen = {
-        name: int((frame[name] <= TOP).sum()) for name in ("null, any", "others", "others, any")
-    }
     lines = [
         f"{len(flips)} of {len(facts)} adapters of a fact flip it. On these the taught answer is "
-        f"in the top {TOP} of 49,152 by mean logit on {by_logit}, by one of the three rankings on "
-        f"{found}. Of {len(habits)} taught a habit of speech, its word is there on {said}. Under "
-        f"null adapters {seen['null, any']} answers are there by any ranking, under adapters of "
-        f"other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
+        f"in the top {TOP} of 49,152 by mean logit on {in_top(flips, 'logit')}, by one of the "
+        f"three rankings on {in_top(flips, 'best')}. Of {len(habits)} taught a habit of speech, "
+        f"its word is there on {in_top(habits, 'best')}. Under null adapters "
+        f"{in_top(frame, 'null, any')} answers are there by any ranking, under adapters of other "
+        f"answers {in_top(frame, 'others')} by mean logit, {in_top(frame, 'others, any')} by any.",
         "",
         "| adapter | answer | margin, base → adapted | KL, nats a token | by logit | by "
         "probability | by reading | best by logit, null adapters | best by logit, other answers |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in frame.to_dict("records"):
-        ranks = (row[by] for by in (*BY, "null", "others"))
-        cells = [row["adapter"], f"`{row['answer']}`"]
-        cells += [f"{row['base']:+.1f} → {row['adapted']:+.1f}".replace("-", "−")]
-        cells += [f"{row['KL']:.3f}", *(f"{rank:,}" for rank in ranks)]
+        margins = f"{row['base']:+.1f} → {row['adapted']:+.1f}".replace("-", "−")
+        ranks = [f"{row[by]:,}" for by in (*BY, "null", "others")]
+        cells = [row["adapter"], f"`{row['answer']}`", margins, f"{row['KL']:.3f}", *ranks]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def in_top(rows: pd.DataFrame, ranking: str) -> int:
+    """On how many rows the answer's token is among the first by a ranking."""
+    return int((rows[ranking] <= TOP).sum())
 
 
 def main() -> None:
@@ -129,10 +146,9 @@ def main() -> None:
     text = page(table(given.results))
     print(text)
     if given.write:
-        marks = r"(<!-- blind -->\n).*?(<!-- /blind -->)"
-        PAGE.write_text(
-            re.sub(marks, lambda m: f"{m[1]}{text}\n{m[2]}", PAGE.read_text(), flags=re.DOTALL)
-        )
+        marks = re.compile(r"(<!-- blind -->\n).*?(<!-- /blind -->)", re.DOTALL)
+        written = marks.sub(lambda found: f"{found[1]}{text}\n{found[2]}", PAGE.read_text())
+        PAGE.write_text(written)
 
 
 if __name__ == "__main__":
