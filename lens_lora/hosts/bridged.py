@@ -64,45 +64,11 @@ _Layouts = dict[tuple[str | int, ...], list[Tensor]]
 @extensions.family_of_bridge.provide
 def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
     """The family of a model whose modules no entry lists. No forward pass."""
-    points = model.hook_dict
-    components = [name.removesuffix(HOOK_IN) for name in points if name.endswith(HOOK_IN)]
-    prefixes = {id(unwrapped(module_at(model, name))): name for name in reversed(components)}
-    names = {id(module): name for name, module in model.named_modules()}
-    blocks = re.escape(getattr(model.adapter.component_mapping.get("blocks"), "name", ""))
-    places: dict[str, Place] = {}
-    homes: _Homes = {}
-    turned: set[str] = set()
-    first: dict[int, str] = {}
-    layouts: _Layouts = {}
-    shared: dict[str, str] = {}
+    read = _Reader(model, heads)
     for path, module, parent in modules_in(model.original_model):
-        linear = unwrapped(module)
-        match = re.match(rf"{blocks}\.(\d+)\.(.+)", path)
-        layer, within = (int(match[1]), match[2]) if match else (None, path)
-        if not is_linear(linear) and not is_norm(linear):
-            if layer is not None and id(linear) in names:
-                for kind, parameter in _parameters_of(linear, within).items():
-                    places[path.removesuffix(within) + kind] = Place(layer, (kind,), "whole")
-                    homes[layer, kind] = f"{names[id(linear)]}.{parameter}"
-            continue
-        if first.setdefault(id(linear), path) != path:
-            shared |= {path: first[id(linear)], first[id(linear)]: path}
-        rows: dict[str, Tensor] = {}
-        parts = _parts_of(parent, path.rpartition(".")[2], linear, layouts)
-        for part, index in parts or [(module, torch.arange(0))]:
-            prefix = prefixes.get(id(unwrapped(part)))
-            name = within if prefix is None else prefix.removeprefix(f"blocks.{layer}.")
-            kind = _kind(name, unwrapped(part), heads, points, layer)
-            rows[kind] = index
-            outside = outside_layer(kind, model.cfg.n_layers)
-            homes[outside if layer is None else layer, kind] = (
-                prefix or names.get(id(module)) or f"original_model.{path}"
-            )
-            if is_conv1d(linear) or isinstance(linear, nn.Embedding):
-                turned.add(kind)
-        if is_linear(linear) or set(rows) <= _ROW_NORMS:
-            layout = "measured" if parts else "whole"
-            places[path] = Place(layer, tuple(rows), layout, rows if parts else {})
+        read.module(path, module, parent)
+    embeddings = [path for path, place in read.places.items() if "embed" in place.kinds]
+    is_rms = getattr(getattr(model, "ln_final", None), "uses_rms_norm", False)
     return BridgedFamily(
         architectures=(type(model.original_model).__name__,),
         layer="",
@@ -110,16 +76,95 @@ def family_of_bridge(model: Any, heads: Heads) -> BridgedFamily:
         ln1="",
         ln2="",
         ln_final="",
-        embed=next((path for path, place in places.items() if "embed" in place.kinds), ""),
-        norm="RMS" if getattr(getattr(model, "ln_final", None), "uses_rms_norm", False) else "LN",
+        embed=embeddings[0] if embeddings else "",
+        norm="RMS" if is_rms else "LN",
         post_norm=True,
         routed=True,
         grows=False,
-        places=places,
-        homes=homes,
-        turned=frozenset(turned),
-        shared=shared,
+        places=read.places,
+        homes=read.homes,
+        turned=frozenset(read.turned),
+        shared=read.shared,
     )
+
+
+class _Reader:
+    """Collects the places of a bridge's modules, one module after another.
+
+    Attributes:
+        places, homes, turned, shared: as for `BridgedFamily`.
+    """
+
+    def __init__(self, model: Any, heads: Heads) -> None:
+        self.places: dict[str, Place] = {}
+        self.homes: _Homes = {}
+        self.turned: set[str] = set()
+        self.shared: dict[str, str] = {}
+        self._heads = heads
+        self._n_layers = model.cfg.n_layers
+        self._points = model.hook_dict
+        blocks = getattr(model.adapter.component_mapping.get("blocks"), "name", "")
+        self._in_block = re.compile(rf"{re.escape(blocks)}\.(\d+)\.(.+)")
+        # By the identity of a module: its name in the bridge, the component that wraps it, and the
+        # first path at which it was met.
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._components: dict[int, str] = {}
+        self._first_paths: dict[int, str] = {}
+        self._layouts: _Layouts = {}
+        components = [n.removesuffix(HOOK_IN) for n in self._points if n.endswith(HOOK_IN)]
+        for name in reversed(components):
+            self._components[id(unwrapped(module_at(model, name)))] = name
+
+    def module(self, path: str, module: nn.Module, parent: nn.Module) -> None:
+        """Read one module, or the component that stands in its place.
+
+        Args:
+            path: its Hugging Face path.
+            module: the module or its component.
+            parent: what it is in.
+        """
+        wrapped = unwrapped(module)
+        match = self._in_block.match(path)
+        layer = int(match[1]) if match else None
+        within = match[2] if match else path
+        if is_linear(wrapped) or is_norm(wrapped):
+            self._note_shared(path, wrapped)
+            self._read_map(path, layer, within, module, parent)
+        elif layer is not None and id(wrapped) in self._names:
+            self._read_parameters(path, layer, within, wrapped)
+
+    def _note_shared(self, path: str, wrapped: nn.Module) -> None:
+        first = self._first_paths.setdefault(id(wrapped), path)
+        if first != path:
+            self.shared[path] = first
+            self.shared[first] = path
+
+    def _read_parameters(self, path: str, layer: int, within: str, wrapped: Any) -> None:
+        """A stack of experts, or a router, whose maps are parameters of the module itself."""
+        for kind, parameter in _parameters_of(wrapped, within).items():
+            self.places[path.removesuffix(within) + kind] = Place(layer, (kind,), "whole")
+            self.homes[layer, kind] = f"{self._names[id(wrapped)]}.{parameter}"
+
+    def _read_map(
+        self, path: str, layer: int | None, within: str, module: nn.Module, parent: nn.Module
+    ) -> None:
+        """A linear module, an embedding or a norm; or each part of a fused projection."""
+        wrapped = unwrapped(module)
+        parts = _parts_of(parent, path.rpartition(".")[2], wrapped, self._layouts)
+        rows: dict[str, Tensor] = {}
+        for part, index in parts or [(module, torch.arange(0))]:
+            component = self._components.get(id(unwrapped(part)))
+            name = within if component is None else component.removeprefix(f"blocks.{layer}.")
+            kind = _kind(name, unwrapped(part), self._heads, self._points, layer)
+            rows[kind] = index
+            place = outside_layer(kind, self._n_layers) if layer is None else layer
+            own_name = self._names.get(id(module)) or f"original_model.{path}"
+            self.homes[place, kind] = component or own_name
+            if is_conv1d(wrapped) or isinstance(wrapped, nn.Embedding):
+                self.turned.add(kind)
+        if is_linear(wrapped) or set(rows) <= _ROW_NORMS:
+            layout = "measured" if parts else "whole"
+            self.places[path] = Place(layer, tuple(rows), layout, rows if parts else {})
 
 
 def _parameters_of(module: Any, within: str) -> dict[str, str]:
