@@ -16,7 +16,7 @@ import torch
 from reference import Stream
 
 import lens_lora as ll
-from lens_lora.core.model.hooks import attached
+from lens_lora.core import attached
 from lens_lora.edge_attribution import by_reader as engine
 from lens_lora.edge_attribution import path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of

@@ -13,8 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.model.sites import group_sites
-from lens_lora.core.results.attribution import Effects
+from lens_lora.core import Effects, group_sites
 from lens_lora.judging.compare import Comparison, compare
 
 KINDS = ("q", "k", "v", "o", "gate", "down")

@@ -14,8 +14,7 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.model.sites import group_sites
-from lens_lora.core.results.attribution import Effects
+from lens_lora.core import Effects, group_sites
 from lens_lora.judging import rankings
 from lens_lora.judging.circuit_scores import random_orders
 from lens_lora.judging.faithfulness import Faithfulness, faithfulness

@@ -15,10 +15,7 @@ from reference import plain_readout
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.analyses.patching import How
-from lens_lora.core.function.derivatives import hessian_product
-from lens_lora.core.model.sites import group_sites
-from lens_lora.core.results.attribution import Effects
+from lens_lora.core import Effects, How, group_sites
 from lens_lora.judging import reliability as module
 from lens_lora.judging.reliability import Reliability, reliability, score_of
 
@@ -76,10 +73,8 @@ def test_correction_starts_with_the_taylor_terms(how: How):
     """As the adapter shrinks by t: ½H_ll t² to add one, −½H_ll t² to leave one out."""
     lens = lens_at(1.0, list(models.MAKERS)[-1])
     tokens, count = models.tokens(), len(lens.sites)
-    reading = MARGIN.over(lens.model, lens.prompts(tokens))
-    zero = torch.zeros(count, dtype=torch.float64)
-    eye = torch.eye(count, dtype=torch.float64)
-    H = torch.stack([hessian_product(lens, reading, zero, e) for e in eye], 2)
+    products = lens.function(tokens, MARGIN).curvature(torch.eye(count, dtype=torch.float64))
+    H = products.movedim(0, 2)
     law = H.diagonal(dim1=1, dim2=2) / 2 * (1 - 2 * END[how])
     t = 1e-3
     found = ask(lens.with_adapter(lens.adapter.scaled(t)), how, tokens, floor=0.0)
