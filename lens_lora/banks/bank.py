@@ -566,12 +566,13 @@ def bank(
         f = lens.function(prompts, progress=False)
         functions = [Evaluations.of(f.about(each)) for each in readouts_of(readout)]
         for g in functions:
+            g.require_logits("a bank")
             g.require_slope_at_base()
         once = Once()
         readouts: list[HeldReadout] = []
         with tqdm(functions, "bank", leave=False, disable=not progress) as bar:
             for g in bar:
-                response = g.response_tokens if by_token else ()
+                response = g.response_tokens() if by_token else ()
                 groups = graph_groups(lens, g.reading)
                 halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
                 (base,) = g.along((0.0,))

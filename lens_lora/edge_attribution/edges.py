@@ -238,6 +238,7 @@ def edges(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives.
     """
+    g.require_logits("edges")
     word("readers", readers, get_args(Readers))
     at = number("at", at)
     axes = by_axes(by, ("position",))

@@ -256,6 +256,7 @@ def sweep(
     rows = [batches.with_text(lens, record) for record in plain]
     if readout is not None and not has_response:
         _require_for_all(lens, rows, cast(Readout, readout))
+        lens = _reached(lens, rows, cast(Readout, readout))
     require_slopes(names, readout)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
@@ -328,6 +329,15 @@ def _require_for_all(lens: LoraLens, records: Sequence[batches.Record], readout:
             first = first or error
     if first is not None:
         raise first
+
+
+def _reached(lens: LoraLens, records: Sequence[batches.Record], readout: Readout) -> LoraLens:
+    """The lens of those sites alone that can move what is read, which is all of them of logits."""
+    for record in records:
+        if record.error is None:
+            f = lens.function(batches.tokenised(lens, record), progress=False)
+            return readout.reaching(f).lens
+    return lens
 
 
 def _result(

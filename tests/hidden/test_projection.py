@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -221,6 +222,29 @@ def test_a_feature_of_an_autoencoder():
         assert (before - expected).abs().max() < EXACT
         active = case.lens.function(TOKENS, ll.Projection(feature, POINT, activated=True))(0.0)
         assert (active - autoencoder.encode(h)[..., index].mean(1)).abs().max() < EXACT
+
+
+def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
+    """Its rows are those of direct calls."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    readout = ll.Projection(direction(width_of(case)), POINT)
+    texts = ["w5 w6 w7", "w9 w10 w11 w12"]
+    out = tmp_path / "rows.parquet"
+    swept = ll.sweep(case.lens, texts, ["first_order"], readout=readout, out=out, **QUIET)
+    direct = ll.first_order(case.lens, texts, readout)
+    found = swept.attribution("first_order")
+    assert [site.name for site in found.sites] == [site.name for site in direct.sites]
+    assert (found.values - direct.values).abs().max() < EXACT
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda *q: ll.edges(*q), lambda lens, *q: ll.bank(lens, *q)], ids=["edges", "bank"]
+)
+def test_what_is_of_the_logits_is_refused(ask: Callable[..., Any]):
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    readout = ll.Projection(direction(width_of(case)), POINT)
+    with pytest.raises(ArgumentError, match="read inside the model"):
+        ask(case.lens, TOKENS, readout)
 
 
 @pytest.mark.bad_input
