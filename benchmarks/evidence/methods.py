@@ -24,7 +24,7 @@ from lens_lora.core import Evaluations
 from lens_lora.core.analyses.first_order import first_order_of, squared_norms
 from lens_lora.core.analyses.patching import patch_sites_of
 from lens_lora.core.function.asked import Asked
-from lens_lora.core.function.derivatives import hessian_product
+from lens_lora.core.function.gate_graph import hessian_product
 from lens_lora.core.function.reverse import site_slopes
 from lens_lora.curvature.coupling import coupling
 from lens_lora.judging import rankings

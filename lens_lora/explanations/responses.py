@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lens_lora.core import Evaluations, Function, first_order, group_sites, indicator
 from lens_lora.core.function import forward as function
-from lens_lora.core.function.derivatives import slopes_of_each
+from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
 from lens_lora.path.path_attribution import path_attribution

@@ -42,9 +42,9 @@ from lens_lora.core import (
     tangent_of,
     tokens_at,
 )
-from lens_lora.core.function.derivatives import JointInject
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.rounding import of_stream
+from lens_lora.core.function.tangents import JointInject
 from lens_lora.core.model.sites import known_point
 from lens_lora.core.results.base import largest
 from lens_lora.errors import ArgumentError

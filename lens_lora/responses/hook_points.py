@@ -30,10 +30,10 @@ from lens_lora.core import (
     require_finite,
     tangent_of,
 )
-from lens_lora.core.function.derivatives import JointInject
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import read_for_slopes
 from lens_lora.core.function.memory import require_graph, require_tangents
+from lens_lora.core.function.tangents import JointInject
 from lens_lora.core.model.sites import require_fired, resolved
 from lens_lora.errors import ArgumentError, ModelStateError
 

@@ -8,7 +8,7 @@ At every token t of the response, with p₀ the base model's distribution,
 1. One dual forward pass gives p₀ and v, the tangent of all sites together, and keeps the graph of
    f(0).
 2. The covector F v goes back through the graph: ∂/∂ε_l of (F v)ᵀf is v_lᵀ F v. Its parts by
-   position, head and rank come as those of any readout (`core/function/derivatives.py`).
+   position, head and rank come as those of any readout (`core/function/pulled_back.py`).
 3. On request, the kernel between sites or groups,
 
        K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m,    w_l = √p₀ ∘ (v_l − p₀ᵀv_l),
@@ -57,9 +57,10 @@ from lens_lora.core import (
 )
 from lens_lora.core.analyses.first_order import require_ranks
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.function.derivatives import group_parts, part_tangents, pulled_back
 from lens_lora.core.function.memory import dual_graph_groups
+from lens_lora.core.function.pulled_back import pulled_back
 from lens_lora.core.function.reverse import joined, require_finite_sites
+from lens_lora.core.function.tangents import group_parts, part_tangents
 from lens_lora.core.results.attribution import Shown
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held

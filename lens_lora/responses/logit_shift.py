@@ -31,8 +31,8 @@ from lens_lora.core import (
     ranked_tokens,
     require_finite,
 )
-from lens_lora.core.function import derivatives
 from lens_lora.core.function.forward import read_logits
+from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.memory import Mode, chosen_mode
 from lens_lora.core.readout.prompts import require_last_alone
 from lens_lora.core.readout.readout import token_ids
@@ -203,9 +203,7 @@ def _by_covectors(
     def chosen_logits() -> Float[Tensor, "token batch"]:
         return read_logits(lens, f.prompts)[:, index].T
 
-    slopes = derivatives.slopes_of_each(
-        lens, f.prompts, lens.gates(at), chosen_logits, progress=f.progress
-    )
+    slopes = slopes_of_each(lens, f.prompts, lens.gates(at), chosen_logits, progress=f.progress)
     return slopes.permute(1, 2, 0)
 
 

@@ -55,9 +55,9 @@ from lens_lora.core import (
     site_labels,
 )
 from lens_lora.core.adapter.adapter import given_adapter, require_one_base
-from lens_lora.core.function.derivatives import joint_tangent
 from lens_lora.core.function.forward import gated_logits, require_finite
 from lens_lora.core.function.memory import row_groups
+from lens_lora.core.function.tangents import joint_tangent
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
 from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates

@@ -14,7 +14,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.core import group_sites, indicator
 from lens_lora.core.function import memory as batching
-from lens_lora.core.function.derivatives import GateGraph
+from lens_lora.core.function.gate_graph import GateGraph
 from lens_lora.core.model import injections
 from lens_lora.curvature import second_order as curvature
 from lens_lora.curvature.coupling import Coupling, coupling

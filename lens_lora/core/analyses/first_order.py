@@ -34,9 +34,9 @@ from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function import forward_mode
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.derivatives import slopes_of_each
 from lens_lora.core.function.forward import gated_logits, read_logits, require_finite
 from lens_lora.core.function.function import Function
+from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.memory import Mode, chosen_mode
 from lens_lora.core.function.reverse import require_finite_sites
 from lens_lora.core.model import Gauge, LoraLens

@@ -2,9 +2,12 @@
 
     ∂g/∂ε_p = d/dt readout(f + t J δ_p)  at t = 0,    for each site, group of sites or part p
 
-The tangent J δ_p of the logits comes from a pass of dual numbers (`derivatives.part_tangents`), and
-goes through the readout. By output token it is c_t · ẋ_t of the final residual stream x, with the
-covectors c_t = ∂ℓ_t/∂x_t: no tangent is unembedded, where the model ends plainly.
+1. The tangent J δ_p of the logits comes from a pass of dual numbers (`function/tangents.py`), and
+   goes through the readout. It is the check of reverse mode.
+2. By output token it is c_t · ẋ_t of the final residual stream x, with c_t = ∂ℓ_t/∂x_t of
+   ℓ_t = log p(y_t | x, y_<t): where the model only unembeds x, no tangent is unembedded.
+3. Where the constant part of v is added at o, its parts by position are compared with the whole
+   site, which takes one more tangent for each such site.
 
 Cost: at most a dual forward pass for each site, group or part, batched; about half of that where
 the batch can grow, as each begins at its own block.
@@ -13,22 +16,28 @@ the batch can grow, as each begins at its own block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
+import torch
+import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import derivatives
+from lens_lora.core.function import forward as function
+from lens_lora.core.function import reverse
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.derivatives import TokenTangents
+from lens_lora.core.function.duals import tangent_of
 from lens_lora.core.function.function import Function
-from lens_lora.core.function.reverse import require_finite_sites
-from lens_lora.core.model import Gauge, Groups
+from lens_lora.core.function.tangents import Part, all_parts, group_parts, part_tangents
+from lens_lora.core.model import Gauge, Groups, LoraLens
+from lens_lora.core.readout import LogProbs, Reading
 from lens_lora.errors import ArgumentError
 
 _Under = AbstractContextManager[object] | None
+_Logits = Float[Tensor, "row part *slot vocab"]
 
 
 def slopes(
@@ -49,26 +58,36 @@ def slopes(
         under: a context that holds for these passes.
 
     Raises:
-        ModelStateError: an operation without a forward-mode derivative.
+        ModelStateError: an operation without a forward-mode derivative, or parts by position that
+            do not add up to their site.
         NumericsError: a derivative that is not finite, naming the site.
     """
     _require_logits(g)
     lens = in_gauge(g.lens, gauge)
-    gates = lens.gates(at)
-    by_token = "token" in axes
-    tokens = TokenTangents(lens, g.reading) if by_token else None
+    axes_of_sites = tuple(axis for axis in axes if axis != "token")
+    tokens = TokenTangents(lens, g.reading) if "token" in axes else None
+
+    def tangents(parts: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
+        return _tangents(g, lens, at, parts, tokens)
+
+    parts = all_parts(lens, g.rows, axes_of_sites)
+    sizes = [*reverse.part_slots(lens, g.rows, axes_of_sites)]
+    if tokens is not None:
+        sizes.append(g.rows.slots)
+    shape = (g.reading.batch, len(lens.sites), *sizes)
+    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+    places = [[part.site for part in parts]]
+    for axis in axes_of_sites:
+        slots = [getattr(part, axis) for part in parts]
+        places.append([-1 if slot is None else slot for slot in slots])
     with under or contextlib.nullcontext():
-        values = derivatives.tangent_slopes(
-            lens,
-            g.reading,
-            gates,
-            axes[:-1] if by_token else axes,
-            tokens=tokens,
-            progress=g.progress,
-        )
+        values[(slice(None), *places)] = tangents(parts)
+        whole = [Part(index) for index in lens.plan.with_constants]
+        if "position" in axes and whole:
+            _require_split(lens, values, tangents(whole), by_token=tokens is not None)
     if tokens is not None:
         _know_base(g, at, tokens)
-    require_finite_sites(lens, values)
+    reverse.require_finite_sites(lens, values)
     return values
 
 
@@ -88,19 +107,9 @@ def group_slopes(
         ModelStateError: an operation without a forward-mode derivative.
     """
     _require_logits(g)
-    lens = g.lens
-    parts = derivatives.group_parts(lens, groups)
-    tokens = TokenTangents(lens, g.reading) if by_token else None
+    tokens = TokenTangents(g.lens, g.reading) if by_token else None
     with under or contextlib.nullcontext():
-        values = derivatives.part_tangents(
-            lens,
-            g.rows,
-            lens.gates(at),
-            parts,
-            derivatives.of_value(g.reading) if tokens is None else tokens,
-            final=tokens is not None and tokens.final,
-            progress=g.progress,
-        )
+        values = _tangents(g, g.lens, at, group_parts(g.lens, groups), tokens)
     if tokens is not None:
         _know_base(g, at, tokens)
     return values
@@ -109,10 +118,10 @@ def group_slopes(
 def first_blocks(g: Function, axes: tuple[str, ...], groups: Groups | None = None) -> Sequence[int]:
     """The block in which each tangent begins: of the parts along these axes, or of the groups."""
     if groups is None:
-        of_sites = tuple(axis for axis in axes if axis != "token")
-        parts = derivatives.all_parts(g.lens, g.rows, of_sites)
+        axes_of_sites = tuple(axis for axis in axes if axis != "token")
+        parts = all_parts(g.lens, g.rows, axes_of_sites)
     else:
-        parts = derivatives.group_parts(g.lens, groups)
+        parts = group_parts(g.lens, groups)
     return [g.lens.sites[part.site].layer for part in parts]
 
 
@@ -129,7 +138,73 @@ def _require_logits(g: Function) -> None:
         )
 
 
+def _tangents(
+    g: Function, lens: LoraLens, at: float, parts: Sequence[Part], tokens: TokenTangents | None
+) -> Float[Tensor, "batch part *token"]:
+    """The derivative of g, or of each token's term, along each part."""
+    gates = lens.gates(at)
+    if tokens is None:
+        read = _of_value(g.reading)
+        return part_tangents(lens, g.rows, gates, parts, read, progress=g.progress)
+    return part_tangents(
+        lens, g.rows, gates, parts, tokens, final=tokens.final, progress=g.progress
+    )
+
+
+def _require_split(lens: LoraLens, values: Tensor, whole: Tensor, by_token: bool) -> None:
+    """Check that v's parts by position, its constant included, add up to what v adds at o."""
+    if not by_token:
+        reverse.require_split(lens, values, whole)
+        return
+    for token in range(values.shape[-1]):
+        reverse.require_split(lens, values[..., token], whole[..., token])
+
+
 def _know_base(g: Evaluations, at: float, tokens: TokenTangents) -> None:
     """At the base g itself was found on the way."""
     if at == 0 and tokens.value is not None:
         g.know(at, tokens.value)
+
+
+def _of_value(reading: Reading) -> Callable[[_Logits], Float[Tensor, "batch part"]]:
+    """The tangent of g of each part, from the dual logits."""
+
+    def read(rows: _Logits) -> Float[Tensor, "batch part"]:
+        many = reading.repeat(rows.shape[1])
+        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
+
+    return read
+
+
+class TokenTangents:
+    """The tangent of each token's term of g, of each part, from what a dual pass ends with.
+
+    Attributes:
+        final: whether that is the final residual stream x, else the logits.
+        value: g at the gates of the pass, where it was found on the way; [batch], or None.
+    """
+
+    def __init__(self, lens: LoraLens, reading: Reading) -> None:
+        self._lens = lens
+        self._reading = reading
+        self._read = cast(LogProbs, reading.read)
+        self._covectors: Tensor | None = None
+        self.final: bool = function.ends_plainly(lens)
+        self.value: Tensor | None = None
+
+    def __call__(self, rows: Float[Tensor, "row part slot d"]) -> Float[Tensor, "row part token"]:
+        """The tangents, from what a dual pass ends with."""
+        return self._of_final(rows) if self.final else self._of_logits(rows)
+
+    def _of_final(self, rows: Tensor) -> Tensor:
+        """c_t · ẋ_t; every part has the same x, and so has every pass."""
+        if self._covectors is None:
+            x = fwad.unpack_dual(rows).primal[:, 0]
+            self._covectors, log_probs = function.token_covectors(self._lens, self._reading, x)
+            self.value = self._read.of(log_probs)
+        return (self._covectors[:, None] * tangent_of(rows)).sum(-1)
+
+    def _of_logits(self, rows: Tensor) -> Tensor:
+        many = self._read.repeat(rows.shape[1])
+        by_token = many.by_token(many.terms_in(rows.flatten(0, 1)))
+        return tangent_of(by_token).unflatten(0, rows.shape[:2])

@@ -38,11 +38,17 @@ from torch import Tensor
 
 from lens_lora.arguments import number, numbers_of, word
 from lens_lora.compat import Temporary
-from lens_lora.core.function import derivatives, memory, reverse, rounding
 from lens_lora.core.function import forward as function
+from lens_lora.core.function import gate_graph, memory, reverse, rounding
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
 from lens_lora.core.function.noise import Noise
+from lens_lora.core.function.tangents import (
+    JointInject,
+    group_parts,
+    joint_tangent,
+    part_tangents,
+)
 from lens_lora.core.model import (
     Gauge,
     Inject,
@@ -397,12 +403,12 @@ class Function:
         gates = self._one_point(at)
 
         def products(group: Reading) -> Float[Tensor, "some direction site"]:
-            chunks = derivatives.hessian_products(
+            chunks = gate_graph.hessian_products(
                 self.lens, group, gates, directions, progress=self.progress
             )
             return torch.cat(list(chunks), 1)
 
-        values = derivatives.in_groups(self.lens, self.reading, products)
+        values = gate_graph.in_groups(self.lens, self.reading, products)
         return values.movedim(0, 1).reshape(*shape, *values[:, 0].shape)
 
     @_public
@@ -779,7 +785,7 @@ class Function:
         if "token" in axes:
             self._one_response()
             each = [
-                derivatives.token_slopes(lens, reading, point, axes[:-1], progress=self.progress)
+                gate_graph.token_slopes(lens, reading, point, axes[:-1], progress=self.progress)
                 for point in points
             ]
             return torch.stack(each)
@@ -841,13 +847,13 @@ class Function:
     ) -> Float[Tensor, "direction row *out"]:
         lens, rows = self.lens, self.rows
         if len(directions) == 1:
-            tangent = derivatives.joint_tangent(lens, rows, at, directions[0])
+            tangent = joint_tangent(lens, rows, at, directions[0])
             return read(tangent[:, None])[:, 0][None]
         is_switch = (directions == 0) | (directions == 1)
         if bool(is_switch.all() & directions.any(1).all()):
             groups = {str(i): tuple(d.nonzero()[:, 0].tolist()) for i, d in enumerate(directions)}
-            parts = derivatives.group_parts(lens, groups)
-            tangents = derivatives.part_tangents(
+            parts = group_parts(lens, groups)
+            tangents = part_tangents(
                 lens, rows, at, parts, lambda dual: read(tangent_of(dual)), progress=self.progress
             )
             return tangents.movedim(1, 0)
@@ -999,6 +1005,6 @@ def _tangents_of(
     """Every row once for each direction, in one dual forward pass."""
     many = rows.repeat(len(directions))
     by_row = directions.repeat(rows.batch, 1)
-    with dual_forward(), lens.injected(derivatives.JointInject(lens, at, by_row)):
+    with dual_forward(), lens.injected(JointInject(lens, at, by_row)):
         tangents = tangent_of(function.read_logits(lens, many))
     return tangents.unflatten(0, (rows.batch, len(directions)))

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import memory
-from lens_lora.core.function.derivatives import hessian_products, in_groups
+from lens_lora.core.function.gate_graph import hessian_products, in_groups
 from lens_lora.core.function.reverse import Slopes, Visit, site_gradients, slopes_of_first
 from lens_lora.core.model import HookFn, Injection, LoraLens, ScaleInject, attached
 from lens_lora.core.readout.reading import AtPoint, Columns, Picks, Reading

@@ -10,9 +10,9 @@ from every_family import EVERY, lens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
-from lens_lora.core.function import derivatives
+from lens_lora.core.function import function as functions
 from lens_lora.core.function import memory as batching
-from lens_lora.core.function.derivatives import hessian_product
+from lens_lora.core.function.gate_graph import hessian_product
 from lens_lora.core.function.memory import (
     chosen_mode,
     pass_bytes,
@@ -21,6 +21,7 @@ from lens_lora.core.function.memory import (
     tangents_at_once,
 )
 from lens_lora.core.function.reverse import site_slopes
+from lens_lora.responses import logit_shift as logit_shifts
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
@@ -61,14 +62,14 @@ def test_the_mode_is_chosen_by_the_work_of_each(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     assert len(lens.sites) == 14 and tangent_passes(lens) == 10.5
     taken: list[str] = []
-    for name in ("slopes_of_each", "part_tangents"):
-        real = getattr(derivatives, name)
+    for module, name in ((logit_shifts, "slopes_of_each"), (functions, "part_tangents")):
+        real = getattr(module, name)
 
         def spy(*args, name=name, real=real, **options):
             taken.append(name)
             return real(*args, **options)
 
-        monkeypatch.setattr(derivatives, name, spy)
+        monkeypatch.setattr(module, name, spy)
     for readouts in (1, 10, 11):
         ll.logit_shift(lens, PROMPTS, tokens=list(range(readouts)), progress=False)
     ll.logit_shift(lens, PROMPTS, progress=False)

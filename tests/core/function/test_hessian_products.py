@@ -11,9 +11,9 @@ from targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.function import derivatives
+from lens_lora.core.function import gate_graph
 from lens_lora.core.function import memory as batching
-from lens_lora.core.function.derivatives import hessian_product
+from lens_lora.core.function.gate_graph import hessian_product
 from lens_lora.core.function.reverse import site_slopes
 
 MARGIN = ll.Margin(5, 9)
@@ -89,7 +89,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
     limit = 2 * reading.prompts.tokens.numel()
     monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
-    chunks = list(derivatives.hessian_products(lens, reading, at, directions, progress=False))
+    chunks = list(gate_graph.hessian_products(lens, reading, at, directions, progress=False))
     assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]
     for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):
         alone = hessian_product(lens, reading, at, direction)

@@ -62,7 +62,7 @@ def test_what_is_no_readout_is_refused():
 @CLASSES
 def test_readouts_that_are_mixed_up_would_show(cls: str, monkeypatch):
     """The control: covectors in another order give each readout another's values."""
-    from lens_lora.core.function.derivatives import GateGraph
+    from lens_lora.core.function.gate_graph import GateGraph
 
     lens = cases.case("llama", cls, "raw").lens
     right = ll.first_order(lens, PROMPTS, READOUTS[:2], progress=False)

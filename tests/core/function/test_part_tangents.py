@@ -9,11 +9,11 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.core.function import derivatives as module
 from lens_lora.core.function import duals as dual_pass
 from lens_lora.core.function import memory as batching
-from lens_lora.core.function.derivatives import Part, part_tangents
+from lens_lora.core.function import tangents as module
 from lens_lora.core.function.duals import OneProduct
+from lens_lora.core.function.tangents import Part, part_tangents
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]

@@ -10,9 +10,10 @@ from every_family import EVERY, lens_of
 
 import lens_lora as ll
 from lens_lora.core.function.asked import ask
-from lens_lora.core.function.derivatives import joint_tangent, pulled_back
 from lens_lora.core.function.forward import gated_logits
+from lens_lora.core.function.pulled_back import pulled_back
 from lens_lora.core.function.reverse import site_slopes
+from lens_lora.core.function.tangents import joint_tangent
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]

@@ -1,0 +1,200 @@
+"""g with ε in the graph: the derivatives of many readouts at once, and second order.
+
+    ∂f_y/∂ε_l    of k tokens y
+    (H v)_l    = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
+
+1. One forward pass with ε as a leaf; each row of the batch has its own gates, so each prompt has
+   its own derivatives. Unlike in `function/reverse.py`, the whole graph is kept until it is
+   released.
+2. Many readouts: a covector for each goes back through the graph, as one batch.
+3. Second order: one backward pass that is itself in the graph gives the slopes ∂g/∂ε_l. For each
+   direction v a backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v,
+   for H is symmetric. Many directions go back as one batch.
+4. Prompts are independent, so they are run in groups, each with a bounded number of tokens.
+
+Cost: one forward and k backward passes for k readouts; one forward, one backward and two backward
+passes a direction for H v.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.compat import Temporary, without_warnings
+from lens_lora.core.function import forward as function
+from lens_lora.core.function import memory, reverse
+from lens_lora.core.function.duals import attention_from_formula
+from lens_lora.core.function.memory import Run, prompts_of
+from lens_lora.core.model import LoraLens
+from lens_lora.core.model.injections import ScaleInject
+from lens_lora.core.readout import Prompts, Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class GateGraph:
+    """Gates and what was read of a forward pass, with the graph between them.
+
+    Attributes:
+        gates: [row, site], the leaf.
+        out: g of each prompt, or many such numbers.
+    """
+
+    gates: Float[Tensor, "row site"]
+    out: Float[Tensor, "*out"]
+
+    def slopes(self) -> Float[Tensor, "row site"]:
+        """The derivative of Σ out, itself in the graph."""
+        with torch.enable_grad():
+            (slopes,) = torch.autograd.grad(
+                self.out.sum(), self.gates, create_graph=True, materialize_grads=True
+            )
+        return slopes
+
+    def pulled_back(
+        self, values: Float[Tensor, "*n"], covectors: Float[Tensor, " covector *n"]
+    ) -> Float[Tensor, "covector row site"]:
+        """The derivative of Σ covector · values for each covector. A batch of backward passes."""
+        zeros = self.gates.new_zeros(len(covectors), *self.gates.shape)
+        if not values.requires_grad:
+            return zeros
+        with without_warnings(".*batching rule"):
+            (slopes,) = torch.autograd.grad(
+                values,
+                self.gates,
+                covectors.to(values),
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return zeros if cast("Tensor | None", slopes) is None else slopes
+
+
+def gate_graph(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "*row site"],
+    read: Callable[[], Float[Tensor, "*out"]],
+) -> GateGraph:
+    """The graph of one forward pass at these gates, up to what `read` returns.
+
+    Attention is computed from its formula, as fused kernels have no second derivative.
+    """
+    lens.plan.check_backward(once=False)
+    gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
+    inject = ScaleInject(lens.plan, gates)
+    with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):
+        return GateGraph(gates, read())
+
+
+def slopes_of_each(
+    lens: LoraLens,
+    run: Run,
+    at: Float[Tensor, " site"],
+    read: Callable[[], Float[Tensor, "value row"]],
+    *,
+    progress: bool = True,
+) -> Float[Tensor, "value row site"]:
+    """∂/∂ε_l of each of many values that one pass reads, as many at once as there is memory for.
+
+    Cost: one forward pass, and a backward pass for each value; where blocks run twice, with one
+    more forward pass for each.
+    """
+    prompts = prompts_of(run)
+    if memory.must_rerun(lens, run):
+        memory.require_rows_of_graph(lens, run)
+        values = reverse.slopes_by_value(lens, prompts, at, lambda: read().T)
+        return torch.stack([slopes.by_row for slopes in values])
+    step = memory.derivatives_at_once(memory.COVECTOR_TOKENS, lens, prompts, prompts.batch)
+    graph = gate_graph(lens, prompts, at, read)
+    values, slopes = graph.out, []
+    with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
+        for chunk in torch.arange(len(values), device=values.device).split(step):
+            covectors = torch.zeros(len(chunk), *values.shape, device=values.device)
+            covectors[torch.arange(len(chunk), device=values.device), chunk] = 1
+            slopes.append(graph.pulled_back(values, covectors))
+            bar.update(len(chunk))
+    return torch.cat(slopes)
+
+
+def token_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    at: Float[Tensor, " site"],
+    axes: tuple[str, ...] = (),
+    *,
+    progress: bool = True,
+) -> Float[Tensor, "batch site *by_and_token"]:
+    """∂ℓ_t/∂ε_l of each token t of a response, with ℓ_t = log p(y_t | x, y_<t), by reverse mode.
+
+    A covector for each token goes back through one graph, in batches; where sites are split as
+    well, or the graph does not fit beside covectors, each token has a backward pass of its own.
+    """
+    has_own_passes = bool(axes) or memory.must_rerun(lens, reading)
+    if has_own_passes or not memory.fits_with_covectors(lens, reading.prompts):
+        groups = memory.graph_groups(lens, reading)
+        return reverse.joined([reverse.token_slopes(lens, group, at, axes) for group in groups])
+
+    def tokens() -> Float[Tensor, "token row"]:
+        return function.differentiable_tokens(lens, reading).T
+
+    slopes = slopes_of_each(lens, reading, at, tokens, progress=progress)
+    return slopes.permute(1, 2, 0)
+
+
+def hessian_product(
+    lens: LoraLens, reading: Reading, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
+) -> Float[Tensor, "batch site"]:
+    """H v per prompt and site, in the readout's units.
+
+    Cost: one forward and two backward passes, about 2 FB. Memory: the graph of a group of prompts.
+
+    Raises:
+        ArgumentError: a bound of the lens that has no room for one prompt.
+    """
+
+    def product(group: Reading) -> Float[Tensor, "batch site"]:
+        return next(hessian_products(lens, group, at, direction[None], progress=False))[:, 0]
+
+    return in_groups(lens, reading, product)
+
+
+def in_groups(
+    lens: LoraLens, reading: Reading, work: Callable[[Reading], Float[Tensor, " some *out"]]
+) -> Float[Tensor, " batch *out"]:
+    """Run `work`, a second derivative, on one group of prompts after another; join the results."""
+    return torch.cat([work(group) for group in memory.second_order_groups(lens, reading)])
+
+
+def hessian_products(
+    lens: LoraLens,
+    reading: Reading,
+    at: Float[Tensor, " site"],
+    directions: Float[Tensor, "direction site"],
+    *,
+    progress: bool = True,
+    what: str = "Hessian products",
+) -> Iterator[Float[Tensor, "batch chunk site"]]:
+    """H v of many directions, a chunk of them at a time, in their order.
+
+    Cost: one forward and one backward, and a backward through both for each direction, batched.
+    """
+    directions = directions.to(at)
+    step = memory.directions_at_once(reading.prompts)
+    silent = not progress or len(directions) <= step
+    graph = gate_graph(lens, reading.prompts, at, lambda: function.read_value(lens, reading))
+    slopes = graph.slopes()
+    with tqdm(total=len(directions), desc=what, leave=False, disable=silent) as bar:
+        for chunk in directions.split(step):
+            covectors = chunk[:, None].expand(-1, *graph.gates.shape)
+            products = graph.pulled_back(slopes, covectors).transpose(0, 1)
+            products = reading.by_prompt(products)
+            reverse.require_finite_sites(lens, products.transpose(1, 2))
+            yield products
+            bar.update(len(chunk))
