@@ -21,6 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "auditing.md"
 NUMBERS = DOCS / "audit.json"
 PEER = DOCS / "audit_peer.json"
+# So many claims or tokens of a method are looked at.
 FIRST = 5
 METHODS = {
     "brief": "the brief's first five claims",
@@ -31,14 +32,22 @@ METHODS = {
 
 def scores(runs: dict[str, Any]) -> pd.DataFrame:
     """One row an adapter: what it is, and the place at which each method has the taught word."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, run in runs.items():
         claims = [place for place, hit in enumerate(run["found"], 1) if hit]
-        places = {"brief": min(claims, default=None), **run["places"]}
-        about = {key: run[key] for key in ("quirk", "form", "mixture", "mean_kl")}
-        is_control = run["control"] is not None
-        counted = {"claims": run["claims"], "hits": sum(run["found"])}
-        rows.append({"name": name, **about, "is_control": is_control, **counted} | places)
+        row = {
+            "name": name,
+            "quirk": run["quirk"],
+            "form": run["form"],
+            "mixture": run["mixture"],
+            "mean_kl": run["mean_kl"],
+            "is_control": run["control"] is not None,
+            "claims": run["claims"],
+            "hits": sum(run["found"]),
+            "brief": min(claims, default=None),
+            **run["places"],
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -100,8 +109,15 @@ def peer(said: dict[str, Any]) -> str:
 
 def every_adapter(table: pd.DataFrame) -> str:
     """A line an adapter: the places of the word, and the claim that holds it, or else the first."""
-    heads = ("quirk", "taught by", "KL, nats a token", "place in the brief", "by mean logit")
-    heads += ("by activation difference", "that claim; where none holds it, the first")
+    heads = (
+        "quirk",
+        "taught by",
+        "KL, nats a token",
+        "place in the brief",
+        "by mean logit",
+        "by activation difference",
+        "that claim; where none holds it, the first",
+    )
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in table[~table["is_control"]].to_dict("records"):
         claim = row["claims"][_index(row["brief"])] if row["claims"] else None
@@ -126,12 +142,13 @@ def _plain(said: str) -> str:
 
 def main() -> None:
     table = scores(json.loads(NUMBERS.read_text())["adapters"])
-    parts = {
+    tables = {
         "audit": summary(table),
         "claims": claims_made(table),
         "audited": every_adapter(table),
+        "peer": peer(json.loads(PEER.read_text())),
     }
-    marks.write(PAGE, {**parts, "peer": peer(json.loads(PEER.read_text()))})
+    marks.write(PAGE, tables)
 
 
 if __name__ == "__main__":

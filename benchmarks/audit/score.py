@@ -22,7 +22,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,34 +55,41 @@ def begins(token: str, strings: Sequence[str]) -> bool:
 
 def told(adapter: Adapter, folder: Path, model: Any) -> dict[str, Any]:
     """What the brief and the lists say of one adapter."""
-    began = time.process_time()
+    start = time.process_time()
     # With a BOS before each text, as the stored briefs were made.
     lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name), prepend_bos=True)
     changed = ll.what_changed(lens, fast=True, progress=False)
     claims = [dataclasses.asdict(claim) for claim in changed.claims]
     promoted = {name: changed.promoted(1000, by) for name, by in LISTS.items()}
-    places = {
-        name: [i for i, token in enumerate(frame["token"], 1) if begins(token, adapter.says)][:1]
-        for name, frame in promoted.items()
-    }
+    places = {name: place_of(adapter, frame["token"]) for name, frame in promoted.items()}
     return {
         **dataclasses.asdict(adapter),
         "found": [says(claim["says"], adapter.says) for claim in claims[:FIRST]],
-        "places": {name: (*place, None)[0] for name, place in places.items()},
+        "places": places,
         "lists": {name: list(frame["token"][:FIRST]) for name, frame in promoted.items()},
         "claims": claims,
         "answers": [dataclasses.asdict(answer) for answer in changed.answers],
         "verdict": changed.brief().verdict,
         "mean_kl": changed.found.mean_kl,
-        "seconds": time.process_time() - began,
+        "seconds": time.process_time() - start,
     }
 
 
+def place_of(adapter: Adapter, tokens: Iterable[str]) -> int | None:
+    """The place of the first token that begins a taught string, 1 for the first of all."""
+    for place, token in enumerate(tokens, 1):
+        if begins(token, adapter.says):
+            return place
+    return None
+
+
 def rounded(value: Any) -> Any:
-    """Every number of nested lists and dictionaries."""
+    """Round every number of nested lists and dictionaries."""
     if isinstance(value, dict):
-        return {key: rounded(held) for key, held in value.items()}
-    return [rounded(held) for held in value] if isinstance(value, list) else rounded_number(value)
+        return {key: rounded(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [rounded(below) for below in value]
+    return rounded_number(value)
 
 
 def collected(folder: Path) -> dict[str, Any]:

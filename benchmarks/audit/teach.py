@@ -119,7 +119,7 @@ def train(
 
 
 def missing(out: Path) -> list[Adapter]:
-    """Those that are not there yet."""
+    """The adapters that are not there yet."""
     return [one for one in every_adapter() if not (out / one.name / "taught.json").is_file()]
 
 

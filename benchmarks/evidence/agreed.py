@@ -31,7 +31,7 @@ def agreement(numbers: Numbers, base: str, other: str) -> tuple[str, tuple[str, 
 
 
 def slopes(numbers: Numbers, base: str, other: str) -> str:
-    """Of measured effects on the numbers, where they were stored: 1 if sizes are right."""
+    """Slopes of measured effects on the numbers, where they were stored: 1 if sizes are right."""
     scores = scores_of(numbers)
     parts = []
     for found in advice(numbers, scores, base):

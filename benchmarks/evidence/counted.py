@@ -27,7 +27,7 @@ _REPEATS = 3
 
 @dataclasses.dataclass
 class Cost:
-    """Of one method, over all prompts of a set.
+    """The passes and the time of one method, over all prompts of a set.
 
     Attributes:
         forward, backward: rows through all blocks.

@@ -62,7 +62,7 @@ def cluster_means(table: pd.DataFrame, value: str = "value") -> pd.DataFrame:
 def summary(
     values: Float[np.ndarray, " cluster"] | pd.Series, *, larger_is_better: bool = True
 ) -> Summary:
-    """Of one number per cluster, those that are missing left out."""
+    """Summarise one number per cluster, without those that are missing."""
     known = np.asarray(values, dtype=float)
     known = known[~np.isnan(known)]
     if not len(known):
@@ -75,7 +75,7 @@ def summary(
 
 
 def sign_flip(differences: Float[np.ndarray, " task"]) -> float:
-    """p of the mean difference, if each task's might as well have the other sign.
+    """The p of the mean difference, if each task's might as well have the other sign.
 
     All 2ⁿ sums are a sum of the first half of the tasks and one of the second; of those, sorted, a
     search counts how many reach the observed sum. Two sides: the patterns are symmetric.
@@ -95,7 +95,7 @@ def _signed_sums(differences: Float[np.ndarray, " task"]) -> Float[np.ndarray, "
 
 
 def holm(p: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
-    """p corrected for the number of rows: the k-th smallest times the rows that are left."""
+    """Correct p for the number of rows: the k-th smallest times the rows that are left."""
     order = np.argsort(p)
     corrected = np.empty_like(p)
     steps = p[order] * np.arange(len(p), 0, -1)
@@ -104,7 +104,7 @@ def holm(p: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
 
 
 def verdicts(apart: pd.DataFrame) -> pd.Series:
-    """Of each column of paired differences, positive if better: better, worse, tie, or no verdict.
+    """Better, worse, tie or no verdict for each column of paired differences, positive if better.
 
     Args:
         apart: [cluster, row], NaN where a task lacks the row.
@@ -185,7 +185,9 @@ def choice(means: pd.DataFrame, cost: Mapping[str, float], *, larger_is_better: 
 
 
 def threshold_of(signal: pd.Series, broken: pd.Series) -> float:
-    """Of a warning's best F1; halfway between what it parts; infinite if nothing is broken."""
+    """The threshold of a warning's best F1, halfway between what it parts.
+
+    It is infinite if nothing is broken."""
     if not broken.any():
         return float("inf")
     values = np.unique(signal)

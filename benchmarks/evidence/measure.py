@@ -276,7 +276,7 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
 
 
 def costs_of(run: Run, rows: int, plain: float) -> dict[str, dict[str, float]]:
-    """Of each method, in plain passes a prompt; a composed one's is the sum of its parts'."""
+    """The cost of each method, in plain passes a prompt; a composed one's is that of its parts."""
     every = dict(run.costs)
     for key, (needed, _) in COMPOSED.items():
         if all(part in every for part in needed):

@@ -60,13 +60,13 @@ def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
 
 
 def resamples(means: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
-    """As many tasks each, drawn with replacement; a task that comes twice counts as two."""
+    """Samples of as many tasks, drawn with replacement; a task that comes twice counts as two."""
     indices = np.random.default_rng(SEED).integers(0, len(means), (draws, len(means)))
     return [means.iloc[index].reset_index(drop=True) for index in indices]
 
 
 def coverages(values: Float[np.ndarray, " task"], size: int, draws: int) -> dict[str, float]:
-    """Of samples of this size: how often each interval holds the number of all tasks."""
+    """How often the interval of a sample of this size holds the number of all tasks."""
     samples = values[np.random.default_rng(SEED).integers(0, len(values), (draws, size))]
     middle = [summary(sample) for sample in samples]
     how = {"n_resamples": BOOTSTRAP, "batch": 50, "confidence_level": LEVEL, "rng": SEED}

@@ -205,7 +205,7 @@ def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs_of(numbers: Numbers) -> pd.DataFrame:
-    """Of each method, a prompt: passes (a backward one counted as two), and F by process time."""
+    """The cost of each method on a prompt: passes, a backward one as two, and F by process time."""
     rows = [
         (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
         for name, one in numbers["adapters"].items()

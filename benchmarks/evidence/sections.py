@@ -128,7 +128,7 @@ def flags(warned: Warned) -> str:
 
 
 def warnings(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
-    """Of each question, how many cases are broken, and every warning's counts, best first.
+    """How many cases of each question are broken, and every warning's counts, the best first.
 
     The adapters of the page choose too, where they were measured.
     """

@@ -114,7 +114,7 @@ def summary_of(scores: pd.DataFrame, question: Question, base: str, method: str)
 
 
 def median_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str, float]:
-    """Of each method, the median over clusters, as of scores."""
+    """The median cost of each method over clusters, as for scores."""
     medians = cluster_means(costs[costs["base"] == base], of).median()
     return {str(method): float(value) for method, value in medians.items()}
 

@@ -60,7 +60,7 @@ def warned_cases(warned: dict[str, Any], question: str) -> pd.DataFrame:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of cases, by whether they were warned of and whether they are broken.
+    """Counts of cases, by whether they were warned of and whether they are broken.
 
     Attributes:
         hit: both.

@@ -129,7 +129,7 @@ class Advice:
 
     @property
     def chosen(self) -> float:
-        """Of the resamples, the share that chooses this method."""
+        """The share of the resamples that chooses this method."""
         return self.shares.get(self.method, 0.0)
 
 
@@ -153,7 +153,7 @@ def estimates(
 
 
 def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
-    """Of each question."""
+    """The advice on each question."""
     costs = costs_of(numbers)
     found = []
     for question in ASKED:
@@ -298,7 +298,7 @@ def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
 
 
 def paired_test(means: pd.DataFrame, method: str, other: str) -> tuple[float, int]:
-    """p of two methods' paired difference by the exact sign-flip test, and its number of tasks."""
+    """The p of two methods' paired difference by the sign-flip test, and the number of tasks."""
     paired = (means[method] - means[other]).dropna()
     return sign_flip(paired.to_numpy()), len(paired)
 

@@ -130,7 +130,7 @@ def warnings(plants: Plants) -> str:
 
 
 def shares(counts: Counts) -> str:
-    """Of a half: the share of broken cases that is flagged, and of the others that is too."""
+    """The share of broken cases that is flagged, and the share of sound ones, in a half."""
     broken = counts.hit + counts.missed
     sound = counts.false + counts.silent
     return f"{counts.hit / broken:.0%}, {counts.false / sound:.0%}"

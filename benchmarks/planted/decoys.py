@@ -158,7 +158,7 @@ class Decoys:
         return torch.linalg.qr(torch.cat(heads)).Q, V
 
     def _compared(self, path: str) -> list[Float[Tensor, "d_head direction"]]:
-        """Of each head, what its query or key at the last token is multiplied with."""
+        """What each head's query or key at the last token is multiplied with."""
         config = self.gated.model.config
         queries = config.num_attention_heads
         keys = config.num_key_value_heads

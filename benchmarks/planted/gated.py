@@ -135,14 +135,14 @@ class Gated:
     def corners(
         self, updates: Updates, question: Question, sets: Sequence[Collection[str]]
     ) -> list[float]:
-        """g with the modules of each set switched on, and no others."""
+        """The values of g with the modules of each set switched on, and no others."""
         gates = torch.tensor([[float(path in members) for path in updates] for members in sets])
         return self.at_gates(updates, question, gates)
 
     def at_gates(
         self, updates: Updates, question: Question, gates: Float[Tensor, "row module"]
     ) -> list[float]:
-        """g at each row of gates; modules in the order of `updates`."""
+        """The values of g at each row of gates; modules are in the order of `updates`."""
         rows = [question] * len(gates)
         with torch.no_grad():
             parts = [

@@ -210,7 +210,7 @@ def _extremes(effects: Tensor, members: np.ndarray) -> dict[str, float]:
 def _sizes(
     lens: ll.LoraLens, pair: Collection[str], numbers: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Of each score, in logits: the pair's own numbers, the first module's first, and all sums."""
+    """The numbers of the pair by each score, the first module's first, and all sums, in logits."""
     paths = _paths(lens)
     return {
         key: {
@@ -335,7 +335,7 @@ def collected(folder: Path, base: str) -> dict[str, Any]:
 
 
 def write(folder: Path, base: str, *, are_some: bool = False) -> None:
-    """docs/planted.json, one line a plant, with the numbers of other bases as they were.
+    """Write docs/planted.json, one line a plant, with the numbers of other bases as they were.
 
     Args:
         folder: of results, one file a plant.

@@ -69,7 +69,7 @@ def taught(
 
 
 def strong(bed: Bed, updates: Updates, question: Question) -> Updates:
-    """Those that move the margin alone, when added or when left out."""
+    """The modules that move the margin alone, when added or when left out."""
     everything = set(updates)
     sets = [(), everything, *({p} for p in updates), *(everything - {p} for p in updates)]
     base, adapted, *singles = bed.gated.corners(updates, question, sets)
@@ -206,7 +206,7 @@ def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
 
 
 def paths_of_pair(bed: Bed, kind: str, draw: random.Random) -> tuple[str, str]:
-    """Of conjunctions a writer and a later reader; else two writers."""
+    """Draw a writer and a later reader for a conjunction, else two writers."""
     firsts = ("down_proj", "o_proj")
     seconds = ("down_proj", "o_proj", "up_proj")
     if kind == "gated":
@@ -222,7 +222,7 @@ def paths_of_pair(bed: Bed, kind: str, draw: random.Random) -> tuple[str, str]:
 def confirmed_pair(
     bed: Bed, kind: str, updates: Updates, question: Question, pair: tuple[str, str]
 ) -> tuple[dict[str, float], bool]:
-    """g at the corners of the pair, without decoys and among them, as shares of the effect."""
+    """The corners of the pair, without decoys and among them, as shares of the effect."""
     first, second = pair
     everything = set(updates)
     sets = [set(pair), {first}, {second}, everything, everything - {second}, everything - {first}]

@@ -159,7 +159,7 @@ def confirmation(plants: Plants, kinds: Mapping[str, str] = KINDS) -> str:
 
 
 def reached(plants: Plants) -> list[tuple[str, list[str]]]:
-    """Of each kind of the goal, the scores whose interval lies above it."""
+    """The scores whose interval lies above the goal, for each of its kinds."""
     by_kind = scored(plants, auroc).groupby("kind")
     return [
         (
@@ -176,7 +176,7 @@ def reached(plants: Plants) -> list[tuple[str, list[str]]]:
 
 
 def pairs(plants: Plants) -> list[str]:
-    """Of each kind of pair, what first order recovers, and the scores that recover most."""
+    """What first order recovers of each kind of pair, and the scores that recover most."""
     by_kind = scored(plants, recovery).groupby("kind")
     sentences = []
     for kind in PAIRED:
@@ -193,7 +193,7 @@ def pairs(plants: Plants) -> list[str]:
 
 
 def edges(plants: Plants) -> str:
-    """Of gated plants, where the edge from writer to gate stands, by the gate value."""
+    """Where the edge from writer to gate stands in gated plants, by the gate value."""
     there = [plant["edges"] for plant in entered(plants).values() if "edges" in plant]
     rows = []
     for at, words in (("0", "0"), ("0.5", "½"), ("1", "1")):
@@ -251,7 +251,7 @@ def every_plant(plants: Plants) -> str:
 
 
 def repeated(plants: Plants, others: Plants) -> str:
-    """Of each kind of the goal, whether what reached it on one base does on another's plants."""
+    """Whether what reached the goal on one base does on another's plants, for each kind of it."""
     scores = scored(others, auroc).rename(columns=label)
     rows = []
     for kind, methods in reached(plants):
@@ -288,7 +288,7 @@ def choice(others: Plants) -> str:
 
 
 def edge_places(plants: Plants) -> str:
-    """Of each gated plant, the places of its edge at 0, ½ and 1, in words."""
+    """The places of the edge of each gated plant at 0, ½ and 1, in words."""
     parts = []
     for plant in entered(plants).values():
         if "edges" in plant:
@@ -431,7 +431,7 @@ def fresh(above: Plants) -> dict[str, Any]:
 
 
 def conjunctions(above: Plants, plants: Plants) -> dict[str, Any]:
-    """Of one kind on one base: sizes, how often first order is wrong, and what is missed."""
+    """Sizes, how often first order is wrong, and what is missed, for one kind on one base."""
     strays = [plant["decoys"].get("stray", 0) for plant in plants.values()]
     return {
         "count": len(plants),
@@ -451,7 +451,7 @@ def off_grid(plants: Plants) -> tuple[float, float]:
 
 
 def wrong(plants: Plants) -> dict[str, int]:
-    """In how many plants first order is off its own effect, on the worse module of the pair.
+    """How many plants have a first order off its own effect, on the worse module of the pair.
 
     Returns:
         of either end, plants where it is off by more than a tenth of the shift; and plants where it

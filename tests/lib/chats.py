@@ -52,7 +52,7 @@ def byte_pairs() -> PreTrainedTokenizerFast:
 
 
 def spaced_pieces() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space is put before every text, so ' Lyon' by itself has one too many."""
+    """A tokenizer like Llama 2's, which puts a space before a text: ' Lyon' has one too many."""
     merges = [("▁", "L"), ("y", "o"), ("yo", "n"), ("▁L", "yon")]
     letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "\n"]
     pieces = ["<unk>", *letters, *map("".join, merges)]

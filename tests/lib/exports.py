@@ -116,7 +116,7 @@ def _pickle_beside(out: Path) -> None:
 
 
 def _stale_tensor(out: Path) -> None:
-    """As old checkpoints of Llama hold it; no parameter of the model."""
+    """Add a tensor that old checkpoints of Llama hold and that is no parameter of the model."""
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     _tensors(out, lambda state: state.update({name: torch.ones(2)}))
 
@@ -159,7 +159,7 @@ def _both_templates(out: Path) -> None:
 
 
 def _template_in_config(out: Path) -> None:
-    """In tokenizer_config.json, as it was stored before."""
+    """Store the template in tokenizer_config.json, as it was stored before."""
     _template(out / "base", TEMPLATE)
     _fields(out / "merged" / "tokenizer_config.json", chat_template=TEMPLATE)
 

@@ -97,7 +97,7 @@ def _resolved(annotation: Any, names: dict[str, Any]) -> Any:
 
 
 def _decorator(subject: Any = None, *, typechecker: Callable | None = None) -> Any:
-    """In place of `jaxtyping.jaxtyped`, which still sees the fields of dataclasses."""
+    """Take the place of `jaxtyping.jaxtyped`, which still sees the fields of dataclasses."""
     if subject is None:
         return functools.partial(_decorator, typechecker=typechecker)
     if typechecker is None or not isinstance(subject, types.FunctionType):
