@@ -217,43 +217,82 @@ class _ModuleWriter(_AtSite):
 def site_hooks(
     plan: Plan, inject: Inject, points: Mapping[str, Any], before: Sequence[tuple[str, HookFn]] = ()
 ) -> list[tuple[str, HookFn]]:
-    """[(hook name, function)] for one or more forward passes with this injection."""
-    by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
+    """[(hook name, function)] for one or more forward passes with this injection.
+
+    At the input of each block an `Arranger` puts the hooks of the block in order; the hooks of
+    `before` come first, and then what guards hook points that are not read.
+    """
     readers: dict[str, _Reader] = {}
+    by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
+    for index in _norms_first(plan):
+        injection = plan.injections[index]
+        site = plan.sites[injection.site]
+        start = plan.host.block_input(site.layer) if site.layer >= 0 else injection.ports.read
+        placed = by_start.setdefault(start, [])
+        placed += _new_readers(injection.ports, readers, points)
+        placed.append((injection.ports.write, _writer(plan, index, inject, readers, points)))
 
     def begin() -> None:
         plan.check_flags()
         for reader in readers.values():
             reader.kept.clear()
 
-    for index in _norms_first(plan):
-        injection = plan.injections[index]
-        site, port = plan.sites[injection.site], injection.ports
-        start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
-        placed = by_start.setdefault(start, [])
-        for name in (port.like, port.read):
-            if name is not None and name != port.write and name not in readers:
-                readers[name] = _Reader(port.firings, name, points.get(name))
-                placed.append((name, readers[name]))
-        if port.read in readers:
-            readers[port.read].site = site.name
-        reader, like = readers.get(port.read or ""), readers.get(port.like or "")
-        at_site = index, inject, like, plan.adapter
-        if port.read == port.write and port.write not in points:
-            placed.append((port.write, _ModuleWriter(*at_site, site.kind, port)))
-            continue
-        placed.append((port.write, _Writer(*at_site, injection, site.name, reader)))
     unread = [name for name in plan.points_without_update if name in points]
     guards = [(name, hooks.Unread(points[name], name, plan.adapter)) for name in unread]
     arranged = [*before, *guards]
     for start, placed in by_start.items():
-        written = {name for name, fn in placed if not isinstance(fn, _Reader)}
-        first = [(name, fn) for name, fn in reversed(before) if name in written]
-        ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*placed, *first] if n in points]
         if start is not None and start in points:
+            ours = _in_order(placed, before, points)
             arranged.append((start, hooks.Arranger(points, ours, begin)))
         arranged.extend(placed)
     return arranged
+
+
+def _new_readers(
+    ports: Ports, readers: dict[str, _Reader], points: Mapping[str, Any]
+) -> list[tuple[str, HookFn]]:
+    """The readers that these ports need and no earlier ones had; they are added to `readers`."""
+    added: list[tuple[str, HookFn]] = []
+    for name in (ports.like, ports.read):
+        if name is not None and name != ports.write and name not in readers:
+            readers[name] = _Reader(ports.firings, name, points.get(name))
+            added.append((name, readers[name]))
+    return added
+
+
+def _writer(
+    plan: Plan,
+    index: int,
+    inject: Inject,
+    readers: Mapping[str, _Reader],
+    points: Mapping[str, Any],
+) -> HookFn:
+    """What writes at an injection: at its hook point, or at a module that has none."""
+    injection = plan.injections[index]
+    site = plan.sites[injection.site]
+    ports = injection.ports
+    reader = readers.get(ports.read or "")
+    like = readers.get(ports.like or "")
+    if reader is not None:
+        reader.site = site.name
+    if ports.read == ports.write and ports.write not in points:
+        return _ModuleWriter(index, inject, like, plan.adapter, site.kind, ports)
+    return _Writer(index, inject, like, plan.adapter, injection, site.name, reader)
+
+
+def _in_order(
+    placed: Sequence[tuple[str, HookFn]],
+    before: Sequence[tuple[str, HookFn]],
+    points: Mapping[str, Any],
+) -> list[tuple[str, HookFn, bool]]:
+    """A block's hooks for its `Arranger`, each with whether it reads.
+
+    Hooks of `before` at points that are written are arranged too, so that they stay first.
+    """
+    written = {name for name, fn in placed if not isinstance(fn, _Reader)}
+    first = [(name, fn) for name, fn in reversed(before) if name in written]
+    known = [(name, fn) for name, fn in [*placed, *first] if name in points]
+    return [(name, fn, isinstance(fn, _Reader)) for name, fn in known]
 
 
 def _norms_first(plan: Plan) -> list[int]:

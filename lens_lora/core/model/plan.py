@@ -229,46 +229,77 @@ def make_plan(
         ModelStateError: the model was processed and needs `hf_model`, or no exact lens is possible.
     """
     if earlier is None:
-        host, quantised = host_of(model, hf_model), quantised_linears(model)
+        host = host_of(model, hf_model)
+        quantised = quantised_linears(model)
         of_model = Watch.of_module(model, "the model's ")
         base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
     else:
-        host, quantised, base = earlier.host, earlier.quantised, earlier.base
-        of_model, *_ = earlier.watched
-    watched = (of_model, Watch.of_adapter(adapter))
-    updates = site_updates(host, resolve_sites(adapter, host.family, host.heads, host.n_layers))
-    changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
-    ports: list[Ports] = []
-    deltas: list[SiteMap] = []
-    elsewhere: list[Injection] = []
-    for index, (site, update) in enumerate((pair.site, pair.update) for pair in updates):
-        if isinstance(update, NormUpdate):
-            port, *others = host.norm_ports(site.layer, site.kind)
-            delta: SiteMap = host.norm_map(site, update)
-            elsewhere += [Injection(index, other, delta) for other in others]
-        else:
-            is_behind = host.family.norm_path(site.layer, site.kind) in changed_norms
-            ports_of = host.ports_behind_norm if is_behind else host.ports
-            place = site.layer, site.kind
-            port = host.known("ports", *place, is_behind, make=functools.partial(ports_of, *place))
-            delta = host.map_of(site, update, behind_norm=is_behind)
-        ports.append(port)
-        deltas.append(delta)
+        host = earlier.host
+        quantised = earlier.quantised
+        of_model = earlier.watched[0]
+        base = earlier.base
+    of_adapter = Watch.of_adapter(adapter)
+    factors = resolve_sites(adapter, host.family, host.heads, host.n_layers)
+    updates = site_updates(host, factors)
+    placed = _placed(host, updates)
+    ports = [places[0] for places, _ in placed]
+    deltas = [delta for _, delta in placed]
     maps, at_o = _with_constants_at_o(host, updates, deltas)
-    injections = [
-        Injection(i, port, part, whole=None if part is delta else delta)
-        for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
-    ]
-    sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
+    injections: list[Injection] = []
+    for index, port in enumerate(ports):
+        whole = None if maps[index] is deltas[index] else deltas[index]
+        injections.append(Injection(index, port, maps[index], whole=whole))
+    for index, (places, delta) in enumerate(placed):
+        injections += [Injection(index, other, delta) for other in places[1:]]
     return Plan(
-        host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
+        host=host,
+        sites=tuple(map(_site, updates, ports, deltas)),
+        maps=maps,
+        injections=(*injections, *at_o),
+        state=host.state(),
+        updates=updates,
+        watched=(of_model, of_adapter),
+        base=base,
+        quantised=quantised,
+        adapter=adapter.name,
     )
 
 
+def _placed(
+    host: HookedHost, updates: Sequence[SiteUpdate]
+) -> list[tuple[tuple[Ports, ...], SiteMap]]:
+    """Of each site where it reads and writes, and its δ in the model's basis.
+
+    A norm that the model runs twice has two places. What reads a norm that changes is read behind
+    it, where the change of the norm is in z already.
+    """
+    changed_norms = {pair.site.path for pair in updates if pair.site.kind in NORM_KINDS}
+    placed: list[tuple[tuple[Ports, ...], SiteMap]] = []
+    for site, update in ((pair.site, pair.update) for pair in updates):
+        place = site.layer, site.kind
+        if isinstance(update, NormUpdate):
+            placed.append((host.norm_ports(*place), host.norm_map(site, update)))
+            continue
+        is_behind = host.family.norm_path(*place) in changed_norms
+        ports_of = host.ports_behind_norm if is_behind else host.ports
+        port = host.known("ports", *place, is_behind, make=functools.partial(ports_of, *place))
+        placed.append(((port,), host.map_of(site, update, behind_norm=is_behind)))
+    return placed
+
+
 def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
-    site, read = pair.site, port.read or port.write
-    names = (site.name, site.module, site.layer, site.kind)
-    return Site(*names, read, port.write, delta.rank, site.adapter, delta.experts)
+    site = pair.site
+    return Site(
+        name=site.name,
+        module=site.module,
+        layer=site.layer,
+        kind=site.kind,
+        read=port.read or port.write,
+        write=port.write,
+        rank=delta.rank,
+        adapter=site.adapter,
+        experts=delta.experts,
+    )
 
 
 def _with_constants_at_o(
