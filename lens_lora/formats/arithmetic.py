@@ -98,27 +98,39 @@ def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate
 
 
 def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
+    """The sum of several updates of one module as one update."""
     experts = {part.experts for part in parts}
     if len(experts) > 1:
         raise AdapterError(f"{path}: the adapters have {experts} experts; the base has one number.")
     if max(experts) > 1:
-        each = zip(*(part.by_expert() for part in parts), strict=True)
-        return expert_factors([_stack(path, expert) for expert in each])
-    dtypes = (tensor.dtype for part in parts for tensor in (part.A, part.B))
+        of_each = zip(*(part.by_expert() for part in parts), strict=True)
+        return expert_factors([_stack(path, expert) for expert in of_each])
+    _require_same_shapes(path, parts)
+    dtypes = [tensor.dtype for part in parts for tensor in (part.A, part.B)]
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    shapes = sorted({(len(part.B), part.A.shape[1]) for part in parts})
-    if len(shapes) > 1:
-        maps = " and ".join(f"{inputs}→{out}" for out, inputs in shapes[:2])
-        raise AdapterError(f"{path}: the adapters map {maps}; were they trained on one base?")
-    scaled = [(part.scale * part.strength, part) for part in parts]
-    biases = [s * p.lora_bias.to(dtype) for s, p in scaled if p.lora_bias is not None]
-    bias = torch.stack(biases).sum(0) if biases else None
+    bias = _summed_bias(parts, dtype)
     if all(part.is_dense for part in parts):
         change = torch.stack([part.materialise().to(dtype) for part in parts]).sum(0)
         return dataclasses.replace(dense_factors(change), lora_bias=bias)
     A = torch.cat([part.A.to(dtype) for part in parts])
-    B = torch.cat([scale * part.B.to(dtype) for scale, part in scaled], 1)
+    B = torch.cat([part.scale * part.strength * part.B.to(dtype) for part in parts], 1)
     return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))
+
+
+def _require_same_shapes(path: str, parts: Sequence[LoRAFactors]) -> None:
+    shapes = sorted({(len(part.B), part.A.shape[1]) for part in parts})
+    if len(shapes) > 1:
+        maps = " and ".join(f"{inputs}→{out}" for out, inputs in shapes[:2])
+        raise AdapterError(f"{path}: the adapters map {maps}; were they trained on one base?")
+
+
+def _summed_bias(parts: Sequence[LoRAFactors], dtype: torch.dtype) -> Float[Tensor, " out"] | None:
+    """Σ Δb; None where no part changes the bias."""
+    changes: list[Tensor] = []
+    for part in parts:
+        if part.lora_bias is not None:
+            changes.append(part.scale * part.strength * part.lora_bias.to(dtype))
+    return torch.stack(changes).sum(0) if changes else None
 
 
 # --- Null adapters: the same sizes and ranks, random directions

@@ -18,7 +18,7 @@ import dataclasses
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -152,18 +152,25 @@ def _plain(modules: _Factors) -> dict[str, LoRAFactors]:
     return plain
 
 
+# PEFT's own default of both r and α, for an adapter without factors.
+_DEFAULT_SIZE = 8
+
+
 def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> LoraConfig:
     from peft import LoraConfig
 
-    # The parameter that PEFT targets, in place of the module: a stack of experts, or a router's.
-    experts = {module: factors.experts for module, factors in modules.items() if factors.experts}
-    parameters = {m: m if count > 1 else f"{m}.weight" for m, count in experts.items()}
-    pairs = {parameters.get(m, m): _rank_and_alpha(factors) for m, factors in modules.items()}
-    ranks, alphas = ({m: pair[i] for m, pair in pairs.items()} for i in (0, 1))
+    parameters = _parameters(modules)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for module, factors in modules.items():
+        target = parameters.get(module, module)
+        ranks[target], alphas[target] = _rank_and_alpha(factors)
+    rank = _most_common(ranks.values())
+    alpha = _most_common(alphas.values())
     ids = {module: u.tokens.tolist() for module, u in trained.items() if u.tokens is not None}
     wholes = {m: u for m, u in trained.items() if u.weight is not None and m not in ids}
-    # PEFT's own default of both, where there are no factors.
-    rank, alpha = (Counter(d.values() or [8]).most_common(1)[0][0] for d in (ranks, alphas))
+    # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
+    copies = [module for module, update in wholes.items() if not update.tied]
     return LoraConfig(
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
@@ -172,15 +179,30 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
         target_parameters=list(parameters.values()) or None,
         r=int(rank),
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it, whole or not
-        rank_pattern={module: r for module, r in ranks.items() if r != rank},
-        alpha_pattern={module: a for module, a in alphas.items() if a != alpha},
+        rank_pattern={target: r for target, r in ranks.items() if r != rank},
+        alpha_pattern={target: a for target, a in alphas.items() if a != alpha},
         bias=_bias(modules, trained),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         lora_bias=any(factors.lora_bias is not None for factors in modules.values()),
-        # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
-        modules_to_save=[m for m, u in wholes.items() if not u.tied] or None,
+        modules_to_save=copies or None,
         trainable_token_indices=ids or None,
     )
+
+
+def _parameters(modules: _Factors) -> dict[str, str]:
+    """{module: the parameter that PEFT targets in its place}: a stack of experts, or a router's."""
+    parameters: dict[str, str] = {}
+    for module, factors in modules.items():
+        if factors.experts == 1:
+            parameters[module] = f"{module}.weight"
+        elif factors.experts > 1:
+            parameters[module] = module
+    return parameters
+
+
+def _most_common(sizes: Iterable[float]) -> float:
+    counts = Counter(sizes)
+    return counts.most_common(1)[0][0] if counts else _DEFAULT_SIZE
 
 
 def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_only"]:
