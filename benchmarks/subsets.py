@@ -37,10 +37,6 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.core.function.asked import Asked, ask
-from lens_lora.core.function.forward import gated_readout
-from lens_lora.core.function.reverse import site_slopes
-from lens_lora.judging.best_subset import best_subset
 from lens_lora.responses.answers import margin_between
 
 NUMBERS = Path(__file__).parents[1] / "docs" / "subsets.json"
@@ -101,17 +97,17 @@ HELD_OUT = {
 Row = dict[str, Any]
 
 
-def question(lens: ll.LoraLens, spec: Trained, prompts: list[str]) -> Asked:
+def question(lens: ll.LoraLens, spec: Trained, prompts: list[str]) -> ll.Function:
     """Wordings of the fact, with the margin of its two answers."""
     _, doc, pre = spec.questions[0]
     ready = lens.prompts(prompts)
-    return ask(lens, ready, margin_between(lens.model, doc, pre, ready))
+    readout = margin_between(lens.model, doc, pre, ready)
+    return lens.function(ready, readout, progress=False)
 
 
-def slopes(asked: Asked, gates: Tensor) -> Tensor:
+def slopes(g: ll.Function, gates: Tensor) -> Tensor:
     """The gradient of the margin at these gates, summed over wordings, [site]."""
-    gates = gates.to(asked.lens.gates(0.0))
-    return site_slopes(asked.lens, asked.reading, gates).double().sum(0)
+    return g.slopes(at=gates.to(g.lens.gates(0.0))).double().sum(0)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -127,42 +123,42 @@ def sizes_of(count: int) -> list[int]:
     return sorted({*steps.tolist()} - {0})
 
 
-def greedy(asked: Asked, count: int) -> Tensor:
+def greedy(g: ll.Function, count: int) -> Tensor:
     """The set that grows by the largest slopes at what is chosen so far, as a mask [site]."""
-    members = torch.zeros(len(asked.lens.sites), dtype=torch.bool)
+    members = torch.zeros(len(g.lens.sites), dtype=torch.bool)
     for size in sizes_of(count):
-        outside = slopes(asked, members.double()).masked_fill(members, -torch.inf)
+        outside = slopes(g, members.double()).masked_fill(members, -torch.inf)
         members |= largest(outside, size - int(members.sum()))
     return members
 
 
-def path(asked: Asked) -> Tensor:
+def path(g: ll.Function) -> Tensor:
     """The path integral of the slopes, by the nodes of Gauss and Legendre, [site]."""
     points, weights = np.polynomial.legendre.leggauss(NODES)
-    ones = torch.ones(len(asked.lens.sites), dtype=torch.float64)
+    ones = torch.ones(len(g.lens.sites), dtype=torch.float64)
     total = torch.zeros_like(ones)
     for point, weight in zip(points, weights, strict=True):
-        total += weight / 2 * slopes(asked, (point + 1) / 2 * ones)
+        total += weight / 2 * slopes(g, (point + 1) / 2 * ones)
     return total
 
 
-def searched(asked: Asked, count: int) -> Row:
+def searched(g: ll.Function, count: int) -> Row:
     """The best set that is found, and what finding it took."""
-    found = best_subset(asked.lens, asked.prompts, asked.readout, k=count, progress=False)
+    found = ll.best_subset(g.lens, g.prompts, g.readout, k=count, progress=False)
     took = {"gradients": found.gradients, "forwards": found.forwards}
     return {"sets": found.members, "found by": found.found_by[0], **took}
 
 
-def chosen(asked: Asked, count: int) -> dict[str, Row]:
+def chosen(g: ll.Function, count: int) -> dict[str, Row]:
     """A set of so many sites by each method, and the passes that choosing it took."""
-    ones = torch.ones(len(asked.lens.sites), dtype=torch.float64)
+    ones = torch.ones(len(g.lens.sites), dtype=torch.float64)
     methods = {
-        "best_subset": searched(asked, count),
-        "greedy": {"sets": greedy(asked, count)[None], "gradients": len(sizes_of(count))},
-        f"path/{NODES}": {"sets": largest(path(asked), count)[None], "gradients": NODES},
+        "best_subset": searched(g, count),
+        "greedy": {"sets": greedy(g, count)[None], "gradients": len(sizes_of(count))},
+        f"path/{NODES}": {"sets": largest(path(g), count)[None], "gradients": NODES},
     }
     for at in (0.0, 0.5):
-        members = largest(slopes(asked, at * ones), count)
+        members = largest(slopes(g, at * ones), count)
         methods[f"first_order@{at:g}"] = {"sets": members[None], "gradients": 1}
     return methods
 
@@ -178,7 +174,7 @@ def measure(spec: Trained, lens: ll.LoraLens) -> Row:
     """Margins of one adapter, of each method's sets on every wording."""
     given = [*(prompt for prompt, *_ in spec.questions[:2]), *MORE_GIVEN[spec.name]]
     prompts = [*given, *HELD_OUT[spec.name]]
-    asked = question(lens, spec, prompts)
+    g = question(lens, spec, prompts)
     sites = len(lens.sites)
     count = max(1, round(FIFTH * sites))
     methods: dict[str, Row] = {}
@@ -188,9 +184,9 @@ def measure(spec: Trained, lens: ll.LoraLens) -> Row:
     methods["random, 0"] = {"wordings": 0, "sets": random_sets(sites, count), "gradients": 0}
     for found in methods.values():
         sets = found.pop("sets").double()
-        values = gated_readout(lens, asked.reading, sets, progress=False, what="sets")
-        found["margins"] = [rounded(margins) for margins in values.T.tolist()]
-    base, adapted = asked.ends.tolist()
+        margins = g(sets.to(lens.gates(0.0)))
+        found["margins"] = [rounded(of_set) for of_set in margins.tolist()]
+    base, adapted = g.ends.tolist()
     return {
         "sites": sites,
         "chosen": count,

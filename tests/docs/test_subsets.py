@@ -17,8 +17,6 @@ from evidence import load
 from scipy import stats
 
 import lens_lora as ll
-from lens_lora.core.function.asked import ask
-from lens_lora.core.function.forward import gated_logits
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -164,23 +162,22 @@ def test_no_set_beats_the_best_that_is_found_by_much():
 
 @pytest.mark.usefixtures("float64")
 def test_greedy_adds_the_site_of_the_largest_slope():
-    """One site a round, by autograd through plain gated passes."""
+    """One site a round, by autograd through g with the gates in its graph."""
     (cls, *_) = models.MAKERS
     base = models.hf_model("llama")
     lens = ll.LoraLens(
         models.MAKERS[cls](base), ll.Adapter.from_peft(models.peft_model("llama", base))
     )
-    asked = ask(lens, models.tokens(2), ll.Margin(5, 9))
-    prompts, members = asked.reading.prompts, []
+    g = lens.function(models.tokens(2), ll.Margin(5, 9), progress=False)
+    members: list[int] = []
     for _ in range(5):
         gates = torch.zeros(len(lens.sites), dtype=torch.float64)
         gates[members] = 1.0
         gates.requires_grad_()
-        logits = gated_logits(lens, prompts, gates.expand(2, -1))
-        (logits[:, 5] - logits[:, 9]).sum().backward()
+        g(gates).sum().backward()
         outside = [site for site in range(len(gates)) if site not in members]
         members.append(max(outside, key=lambda site: float(gates.grad[site])))
-    assert subsets.greedy(asked, 5).nonzero()[:, 0].tolist() == sorted(members)
+    assert subsets.greedy(g, 5).nonzero()[:, 0].tolist() == sorted(members)
     assert subsets.sizes_of(5) == [1, 2, 3, 4, 5]
     assert len(subsets.sizes_of(42)) == 12 and subsets.sizes_of(42)[-1] == 42
 
