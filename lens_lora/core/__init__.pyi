@@ -8,6 +8,7 @@ from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import adapter_format as adapter_format
 from .analyses.components import Components as Components
 from .analyses.components import components as components
+from .analyses.components import squared_norms as squared_norms
 from .analyses.first_order import first_order as first_order
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin

@@ -14,8 +14,15 @@ import dataclasses
 import torch
 
 from lens_lora.arguments import whole
-from lens_lora.core import Attribution, LoraLens, PromptsLike, Readout, alone, evaluations
-from lens_lora.core.analyses.first_order import squared_norms
+from lens_lora.core import (
+    Attribution,
+    LoraLens,
+    PromptsLike,
+    Readout,
+    alone,
+    evaluations,
+    squared_norms,
+)
 from lens_lora.judging.rankings import weight_norms
 
 # The keys of the foils, which `Attribution.key` gives without a gate.
