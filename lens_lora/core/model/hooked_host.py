@@ -364,8 +364,14 @@ class HookedHost(abc.ABC):
         base = self._required_base(site, norm_path or "value biases")
         gamma = None if norm_path is None else base.affine(norm_path)[0]
         unprocessed = base.weight(site.path, site.rows) * self.embedding_scale(site.kind)
-        layer_norm, writes = self.family.norm == "LN", self._may_be_centred(site.kind)
-        inferred = infer_processing(site.name, weight, unprocessed, gamma, layer_norm, writes)
+        inferred = infer_processing(
+            site.name,
+            weight,
+            unprocessed,
+            gamma,
+            centres_reads=self.family.norm == "LN",
+            centres_writes=self._may_be_centred(site.kind),
+        )
         folded = norm_path is not None and self.is_folded(site.layer, site.kind)
         if gamma is not None and folded != inferred.folded and bool((gamma != 1).any()):
             says, shows = ("were" if folded else "were not"), ("were not" if folded else "were")

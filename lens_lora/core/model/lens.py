@@ -31,7 +31,7 @@ from lens_lora.compat import (
     uncompiled,
 )
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors
+from lens_lora.core.adapter.factors import LoRAFactors, module_path
 from lens_lora.core.model import check as checks
 from lens_lora.core.model import extensions, passes
 from lens_lora.core.model import sites as model_sites
@@ -786,14 +786,16 @@ _compared_tokenizers: weakref.WeakKeyDictionary[Any, set[Path]] = weakref.WeakKe
 
 def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
     """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
-    host, parts = lens.plan.host, {}
+    host = lens.plan.host
+    parts: dict[str, list[Tensor]] = {}
     for key, factors in lens.adapter.modules.items():
-        place = host.family.place(key.partition("@")[0])
+        place = host.family.place(module_path(key))
         if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
             continue
-        out, cut = len(factors.B), model_sites.fused_rows
-        rows = [cut(place, kind, host.heads, out) for kind in place.kinds]
-        parts[key] = [r for r in rows if r is not None]
+        rows = [
+            model_sites.fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds
+        ]
+        parts[key] = [of_kind for of_kind in rows if of_kind is not None]
     return parts
 
 
