@@ -319,10 +319,14 @@ class Thin:
         columns = [column for half in halves for column in half.columns]
         alike: dict[tuple[Any, ...], list[tuple[list[_Place], int]]] = {}
         for index, injection in enumerate(lens.plan.injections):
-            place, delta = _place(lens, injection), injection.map
-            places = [tensor for column in columns for tensor in column[place][0]]
-            kind = lens.sites[index].kind, delta.rank, delta.a0 is None
-            alike.setdefault((*kind, *(name for name, _ in places)), []).append((places, index))
+            place = _place(lens, injection)
+            delta = injection.map
+            places: list[_Place] = []
+            for column in columns:
+                places += column[place][0]
+            stacks_of_places = [name for name, _ in places]
+            kind = (lens.sites[index].kind, delta.rank, delta.a0 is None, *stacks_of_places)
+            alike.setdefault(kind, []).append((places, index))
         view = functools.cache(functools.partial(_in_one, stacks))
         self._maps = [_Maps(lens, sorted(group), view) for group in alike.values()]
 
@@ -340,13 +344,14 @@ class Thin:
     @torch.no_grad()
     def slopes(self, *adapters: Sequence[Parts]) -> list[tuple[Float[Tensor, "prompt site"], ...]]:
         """Of each adapter's factors ∂g/∂ε_l at 0 of each half; what is kept is read once."""
-        lens, by_half = self.lens, list[Sequence[Tensor]]()
-        by_kind = [
-            (maps.sites, maps.slopes(*(torch.cat(part, 1) for part in zip(*parts, strict=True))))
-            for maps, *parts in zip(self._maps, *adapters, strict=True)
-        ]
+        lens = self.lens
+        by_kind: list[tuple[list[int], Iterator[Tensor]]] = []
+        for maps, *parts in zip(self._maps, *adapters, strict=True):
+            A, B, scales = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+            by_kind.append((maps.sites, maps.slopes(A, B, scales)))
+        by_half: list[Sequence[Tensor]] = []
         for half in self._halves:
-            shape = len(adapters), len(half.owner), len(lens.sites)
+            shape = (len(adapters), len(half.owner), len(lens.sites))
             rows = torch.zeros(shape, dtype=lens.gate_dtype).to(lens.device)
             for sites, columns in by_kind:
                 for values in itertools.islice(columns, len(half.columns)):
@@ -385,7 +390,9 @@ class Halves:
     """The base's half over some rows, contracted with any adapter."""
 
     def __init__(self, lens: LoraLens, halves: Sequence[Half], stacks: _Stacks) -> None:
-        self._lens, self._halves, self._stacks = lens, halves, stacks
+        self._lens = lens
+        self._halves = halves
+        self._stacks = stacks
         self.thin: dict[tuple[Any, ...], Thin] = {}  # by the shapes of plain factors
 
     def plan_of(self, adapter: Adapter) -> Thin | LoraLens:
@@ -443,7 +450,8 @@ def first_orders(
     """
     by_group: list[Tensor] = []
     for group in graph_groups(lens, reading):
-        once, rows = Once(), list[Tensor]()
+        once = Once()
+        rows: list[Tensor] = []
         half = record(map(lens.with_adapter, like), group, once, by_token=False)
         base = Halves(lens, [half], once.stacks())
         for adapter in adapters():
