@@ -44,6 +44,7 @@ from lens_lora.core import (
     Ranked,
     Readout,
     Site,
+    alone,
     analysis,
     group_sites,
     indicator,
@@ -155,6 +156,7 @@ class Together(Ranked):
         return Entries(labels, values, shift, "interaction")
 
 
+@alone
 def together(
     lens: LoraLens,
     adapters: Mapping[str, Adapter | str | Path],

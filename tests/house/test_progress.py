@@ -52,6 +52,11 @@ def _points(t, folder, **options):
     return ll.patch_activations(t.lens, PROMPT, R, names, **options)
 
 
+def _halves(t) -> dict[str, ll.Adapter]:
+    adapter = t.lens.adapter
+    return {"attention": adapter.only("*attn*"), "MLPs": adapter.only("*mlp*")}
+
+
 def _cost(t, folder, **options):
     with t.lens.without(torch.eye(16)[0]):
         return ll.removal_cost(t.lens, PROMPT, **options)
@@ -100,6 +105,17 @@ CALLS = {
     "removal_cost": _cost,
     "repair": lambda t, folder, **o: ll.repair(
         t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
+    ),
+    "together": lambda t, folder, **o: ll.together(
+        t.lens, _halves(t), [LONG] * 10, R, group="site", max_nodes=2, **o
+    ),
+    "reconcile": lambda t, folder, **o: ll.reconcile(
+        t.lens,
+        _halves(t),
+        {"attention": (PROMPT, R), "MLPs": (PROMPT, ll.Logit(3))},
+        "MLPs",
+        draws=20,
+        **o,
     ),
     "second_order": lambda t, folder, **o: ll.second_order(
         t.lens, [LONG] * 10, R, self_curvature=True, **o

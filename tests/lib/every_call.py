@@ -18,6 +18,16 @@ RESPONSE = torch.tensor([5, 9], device="cpu")
 Call = Callable[[ll.LoraLens, Tensor], Any]
 
 
+def _halves(lens: ll.LoraLens) -> dict[str, ll.Adapter]:
+    """The adapter's first modules as one adapter, and the others as another."""
+    paths = list(lens.adapter.modules)
+    half = len(paths) // 2
+    return {
+        "first": lens.adapter.only(*paths[:half]),
+        "second": lens.adapter.only(*paths[half:]),
+    }
+
+
 def _applied(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
     with torch.no_grad(), lens.applied() as model:
         return model(tokens)
@@ -165,6 +175,18 @@ CALLS: dict[str, Call] = {
     "repair": lambda lens, t: ll.repair(
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
+    "together": lambda lens, t: (
+        ll.together(lens, _halves(lens), t, MARGIN, group="kind", max_nodes=2, **QUIET).parts
+    ),
+    "reconcile": lambda lens, t: (
+        ll.reconcile(
+            lens,
+            _halves(lens),
+            {"first": (t, MARGIN), "second": (t, ll.Logit(3))},
+            "second",
+            **QUIET,
+        ).along
+    ),
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
     "explain_all": lambda lens, t: (
         ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin
