@@ -21,7 +21,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core import Evaluations
-from lens_lora.core.analyses.first_order import first_order_of, squared_norms
+from lens_lora.core.analyses.components import squared_norms
+from lens_lora.core.analyses.first_order import first_order_of
 from lens_lora.core.analyses.patching import patch_sites_of
 from lens_lora.core.function.asked import Asked
 from lens_lora.core.function.gate_graph import hessian_product

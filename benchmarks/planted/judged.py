@@ -45,7 +45,7 @@ from tqdm import tqdm
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.core import Evaluations
-from lens_lora.core.analyses.first_order import squared_norms
+from lens_lora.core.analyses.components import squared_norms
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
 from lens_lora.core.analyses.verdict import Verdict

@@ -354,13 +354,6 @@ def first_order_of(
     )
 
 
-def labelled(
-    asked: Any, values: Tensor, axes: tuple[str, ...] = (), *, method: str, at: float
-) -> Attribution:
-    """`Attribution.of` a question in its former words."""
-    return Attribution.of(asked, values, axes, method=method, at=at)
-
-
 def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLens:
     """The same function f(ε), with the rank spaces in the coordinates of the gauge."""
     turned = in_gauge(lens, gauge)
@@ -368,20 +361,8 @@ def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLe
     return turned
 
 
-def response_tokens(asked: Any) -> tuple[tuple[str, ...], ...]:
-    """`Function.response_tokens` of a question in its former words."""
-    return asked.response_tokens()
-
-
 def readouts_of(readout: object) -> Sequence[Readout]:
     """One readout as a list of it."""
     from lens_lora.core.analyses.own_analyses import listed
 
     return [readout] if isinstance(readout, Readout) else listed(readout)
-
-
-def __getattr__(name: str) -> Any:
-    """What moved to `components.py`."""
-    from lens_lora.core.analyses import components
-
-    return getattr(components, name)

@@ -10,7 +10,7 @@ The document's fact overtakes the pretrained one iff the first-order sum exceeds
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import numpy as np
 import pandas as pd
@@ -165,13 +165,6 @@ def fact_margin(
     f = function_of(lens, prompts, progress=progress)
     margin = extensions.margin_between(lens.model, doc, pre, f.prompts)
     return margin_of(Evaluations(f.about(margin)), doc, pre, by)
-
-
-def fact_margin_of(
-    asked: Any, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str, progress: bool
-) -> FactMargin:
-    """`margin_of` a question in its former words."""
-    return margin_of(asked.g.with_progress(progress), doc, pre, by)
 
 
 def margin_of(

@@ -41,7 +41,6 @@ from lens_lora.core.model.hooks import add_pre_hook
 from lens_lora.core.model.kernels import experts_by_layer
 from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
-from lens_lora.core.results.attribution import Attribution
 from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt
 from lens_lora.errors import ArgumentError
 
@@ -287,16 +286,6 @@ def remainder_curve(
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
     slopes = g.slopes_with_noise(along=strengths)
     return curve_beside(g, slopes, strengths)
-
-
-def remainder_curve_of(
-    asked: Any,
-    attribution: Attribution,
-    strengths: Sequence[float] = USUAL_SCALES,
-    progress: bool = True,
-) -> RemainderCurve:
-    """`curve_beside` of a question in its former words."""
-    return curve_beside(asked.g.with_progress(progress), attribution.per_site, strengths)
 
 
 def curve_beside(

@@ -39,13 +39,6 @@ class Asked:
         f = Function(self.lens, self.prompts, self.prompts, None, None)
         return Asked(self.lens, self.prompts, Evaluations(f.about(require_readout(readout))))
 
-    def compared_with(self, readout: Any, reading: Reading, base: Tensor) -> Asked:
-        from lens_lora.responses.answers import held
-
-        f = Function(self.lens, self.prompts, self.prompts, None, None)
-        g = f.read_by(readout, held(readout, reading, base))
-        return Asked(self.lens, self.prompts, Evaluations(g))
-
     def over(self, lens: LoraLens) -> Asked:
         return Asked(lens, self.prompts, Evaluations(self.g.over(lens)))
 
