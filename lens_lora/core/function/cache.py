@@ -187,10 +187,12 @@ class Evaluations(Function):
         remember: bool = True,
     ) -> Float[Tensor, "point batch site *by"]:
         """At one strength g is seen on the way, and both ends ride along where that is cheaper."""
-        is_strength = len(points) == 1 and bool((points[0] == points[0, 0]).all())
-        if not is_strength or "token" in axes:
+        if len(points) > 1 or "token" in axes:
             return super()._slopes(points, axes, lens)
-        at = float(points[0, 0])
+        # One read of what may lie on a device: the smallest and the largest gate.
+        at, largest = torch.stack(points[0].aminmax()).tolist()
+        if at != largest:
+            return super()._slopes(points, axes, lens)
         if remember and not axes and at in self._memory.slopes:
             return self._memory.slopes[at][None]
         riding = [strength for strength in self._unknown(_ENDS) if strength != at]
@@ -243,8 +245,8 @@ class Evaluations(Function):
         return [strength for strength in strengths if strength not in self._memory.values]
 
     def _know_all(self, strengths: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
-        for strength, value in zip(strengths, values, strict=True):
-            self.know(strength, value)
+        function.require_finite(values, "the readout")  # all of them in one read of a device
+        self._memory.values.update(zip(strengths, values, strict=True))
 
 
 def evaluations(

@@ -307,7 +307,9 @@ class Function:
         """
         axes = by_axes(by, (*AXES, "token"))
         points, shape = self._points(at)
-        if not shape and not bool(points.any()):
+        # Only a readout without a slope at 0 waits for a device to say whether the point is 0.
+        has_slope_at_base = not self._named_readout().no_slope_at_base
+        if not has_slope_at_base and not shape and not bool(points.any()):
             self.require_slope_at_base()
         gauged = in_gauge(self.lens, gauge)
         if weights is not None:
