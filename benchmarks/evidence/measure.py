@@ -62,7 +62,7 @@ from trained_cases import (
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.core.function.asked import Asked
+from lens_lora.core import Evaluations
 from lens_lora.errors import LensLoraError
 from lens_lora.judging.best_subset import best_subset
 
@@ -107,14 +107,14 @@ class Run:
             return None
         return found
 
-    def parts(self, kind: str, asked: Asked) -> dict[str, Tensor]:
+    def parts(self, kind: str, g: Evaluations) -> dict[str, Tensor]:
         """Every part on these prompts; what each costs is that on the trained wording."""
         found: dict[str, Tensor] = {}
         works = parts_for(kind, is_long=self.is_long, is_lean=self.is_lean)
         for key in tqdm(works, desc=f"{self.case.name}, {kind}", leave=False):
             if key in self.left_out:
                 continue
-            work = functools.partial(works[key], asked)
+            work = functools.partial(works[key], g)
             values = self.timed(key, work) if kind == "trained" else work()
             if values is not None:
                 found[key] = values.cpu().double()
@@ -130,22 +130,20 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
     run = Run(case, lens, 1 if few else most, is_long(case, lens), is_lean)
     asked = questions_of(case, lens, run.most)
     for one in asked.values():
-        one.ends, one.noise_floor  # noqa: B018  # known once, so that no method is charged for them
+        one.ends, one.floor  # noqa: B018  # known once, so that no method is charged for them
     parts = {kind: run.parts(kind, one) for kind, one in asked.items()}
     plain = plain_seconds(run.lens, asked["trained"].reading.prompts)
     every_score = {kind: methods_of(of) for kind, of in parts.items()}
     nulls = null_scores(run, every)
     sets, ceilings = ({}, {}) if is_lean else ceilings_of(run, every_score)
     judge = Judge(asked["trained"], {**every_score["trained"], **nulls}, sets)
-    for kind, question_of in asked.items():
+    for kind, g in asked.items():
         effects = {how: parts[kind][how] for how in EFFECTS}
-        run.rows += agreement(kind, question_of, every_score[kind], effects)
-        run.rows += sums(kind, question_of, every_score[kind])
+        run.rows += agreement(kind, g, every_score[kind], effects)
+        run.rows += sums(kind, g, every_score[kind])
         if kind != "trained":
-            run.rows += held_out(
-                kind, asked["trained"], every_score["trained"], question_of, effects
-            )
-        run.rows += judge.rows(kind, question_of)
+            run.rows += held_out(kind, asked["trained"], every_score["trained"], g, effects)
+        run.rows += judge.rows(kind, g)
     curved = {} if few else curvature_rows(run)
     rows = asked["trained"].reading.prompts.tokens.shape[0]
     return {
@@ -174,23 +172,24 @@ def measure_slopes(case: Case, most: int) -> dict[str, Any]:
     most = 1 if is_long(case, lens) else most
     rows: list[Row] = []
     for kind in OWN:
-        asked = question(lens, chosen(case, kind, most))
-        parts = {key: PARTS[key](asked).cpu().double() for key in SLOPES}
-        rows += agreement(kind, asked, parts, {how: parts[how] for how in EFFECTS})
+        g = question(lens, chosen(case, kind, most))
+        parts = {key: PARTS[key](g).cpu().double() for key in SLOPES}
+        rows += agreement(kind, g, parts, {how: parts[how] for how in EFFECTS})
     seconds = time.process_time() - start
     scores = [clean(row) for row in rows if row["method"] in SLOPES]
     return {"name": case.name, "scores": scores, "seconds": seconds, "versions": versions()}
 
 
-def described(asked: Asked) -> dict[str, Any]:
+def described(g: Evaluations) -> dict[str, Any]:
     """What was asked, and both exact ends."""
-    base, adapted = asked.ends.cpu().double()
+    base, adapted = g.ends.cpu().double()
+    readout = g.labels()["readout"]
     return {
-        "prompts": ["".join(tokens) for tokens in asked.str_tokens],
-        "readout": asked.readout.label,
+        "prompts": ["".join(tokens) for tokens in g.str_tokens],
+        "readout": readout,
         "base": base.tolist(),
         "adapted": adapted.tolist(),
-        "noise_floor": asked.noise_floor.cpu().double().tolist(),
+        "noise_floor": g.floor.cpu().double().tolist(),
     }
 
 
@@ -224,13 +223,13 @@ def ceilings_of(
     for kind in OWN:
         if kind not in scores:
             continue
-        asked = question(run.lens, chosen(run.case, kind, run.most))
+        g = question(run.lens, chosen(run.case, kind, run.most))
 
-        def search(kind: str = kind, asked: Asked = asked) -> ll.results.BestSubset:
+        def search(kind: str = kind, g: Evaluations = g) -> ll.results.BestSubset:
             return best_subset(
                 run.lens,
-                asked.prompts,
-                asked.readout,
+                g.prompts,
+                g.readout,
                 size=FIFTH,
                 starts={k: v for k, v in scores[kind].items() if k not in BASELINES},
                 progress=False,
@@ -253,16 +252,16 @@ def ceilings_of(
 
 def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
     """Second order of each effect on the first trained prompt; its costs, for that prompt."""
-    asked = question(run.lens, run.case.task["prompts"]["trained"][:_CURVED])
-    asked.ends  # noqa: B018
-    effects = {how: PARTS[how](asked).cpu().double() for how in EFFECTS}
-    own = {at: PARTS[f"first_order@{at}"](asked).cpu().double() for at in ("0", "1")}
-    plain = plain_seconds(run.lens, asked.reading.prompts)
-    rows = asked.reading.prompts.tokens.shape[0]
+    g = question(run.lens, run.case.task["prompts"]["trained"][:_CURVED])
+    g.ends  # noqa: B018
+    effects = {how: PARTS[how](g).cpu().double() for how in EFFECTS}
+    own = {at: PARTS[f"first_order@{at}"](g).cpu().double() for at in ("0", "1")}
+    plain = plain_seconds(run.lens, g.reading.prompts)
+    rows = g.reading.prompts.tokens.shape[0]
     scores: dict[str, Tensor] = {f"first_order@{at}": of for at, of in own.items()}
     costs: dict[str, dict[str, float]] = {}
     for at, hows in CURVATURE:
-        found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, asked))
+        found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, g))
         if found is None:
             continue
         cost = run.costs.pop(f"curvature@{at:g}")
@@ -271,7 +270,7 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
         for key, values in found.items():
             scores[key] = values.cpu().double()
             costs[key] = cost.in_plain_passes(rows, plain)
-    run.rows += agreement("trained, first", asked, scores, effects)
+    run.rows += agreement("trained, first", g, scores, effects)
     return costs
 
 

@@ -22,58 +22,56 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.core import Evaluations
 from lens_lora.core.analyses.components import squared_norms
-from lens_lora.core.analyses.first_order import first_order_of
-from lens_lora.core.analyses.patching import patch_sites_of
-from lens_lora.core.function.asked import Asked
+from lens_lora.core.analyses.first_order import first_order
+from lens_lora.core.analyses.patching import patch_sites
 from lens_lora.core.function.gate_graph import hessian_product
 from lens_lora.core.function.reverse import site_slopes
 from lens_lora.curvature.coupling import coupling
 from lens_lora.judging import rankings
 
-Part = Callable[[Asked], Tensor]
+Part = Callable[[Evaluations], Tensor]
 Parts = Mapping[str, Tensor]
 EFFECTS = ("add_one", "leave_one_out")
 _SEED = 0
 
 
-def _first(at: float, asked: Asked) -> Tensor:
-    return site_slopes(asked.lens, asked.reading, asked.lens.gates(at))
+def _first(at: float, g: Evaluations) -> Tensor:
+    return site_slopes(g.lens, g.reading, g.lens.gates(at))
 
 
-def _ruled(rules: ll.results.FrozenRules, at: float, asked: Asked) -> Tensor:
-    return first_order_of(asked, at=at, rules=rules).per_site
+def _ruled(rules: ll.results.FrozenRules, at: float, g: Evaluations) -> Tensor:
+    return first_order.of(g, at=at, rules=rules).per_site
 
 
-def _path(nodes: int, asked: Asked) -> Tensor:
+def _path(nodes: int, g: Evaluations) -> Tensor:
     points, weights = np.polynomial.legendre.leggauss(nodes)
-    each = [w / 2 * _first((p + 1) / 2, asked) for p, w in zip(points, weights, strict=True)]
+    each = [w / 2 * _first((p + 1) / 2, g) for p, w in zip(points, weights, strict=True)]
     return torch.stack(each).sum(0)
 
 
-def _hessian(at: float, asked: Asked) -> Tensor:
-    gates = asked.lens.gates(at)
-    return hessian_product(asked.lens, asked.reading, gates, torch.ones_like(gates))
+def _hessian(at: float, g: Evaluations) -> Tensor:
+    gates = g.lens.gates(at)
+    return hessian_product(g.lens, g.reading, gates, torch.ones_like(gates))
 
 
-def _effects(how: str, asked: Asked) -> Tensor:
-    return patch_sites_of(asked, how, progress=False).values  # type: ignore[arg-type]
+def _effects(how: str, g: Evaluations) -> Tensor:
+    return patch_sites.of(g, how).values  # type: ignore[arg-type]
 
 
-def _weight_norm(asked: Asked) -> Tensor:
-    towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
-    return towards * rankings.weight_norms(asked.lens).to(towards)
+def _weight_norm(g: Evaluations) -> Tensor:
+    towards = (g.ends[1] - g.ends[0]).sign()[:, None]
+    return towards * rankings.weight_norms(g.lens).to(towards)
 
 
-def _update_norm(asked: Asked) -> Tensor:
-    towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
-    g = Evaluations.about_question(asked, progress=False)
+def _update_norm(g: Evaluations) -> Tensor:
+    towards = (g.ends[1] - g.ends[0]).sign()[:, None]
     return towards * rankings.update_norms(g).to(towards)
 
 
-def _norm_product(asked: Asked) -> Tensor:
-    squares = squared_norms(Evaluations.about_question(asked))
-    by_prompt = asked.reading.by_prompt
-    towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
+def _norm_product(g: Evaluations) -> Tensor:
+    squares = squared_norms(g)
+    by_prompt = g.reading.by_prompt
+    towards = (g.ends[1] - g.ends[0]).sign()[:, None]
     return towards * (by_prompt(squares["delta"]) * by_prompt(squares["gradient"])).sqrt()
 
 
@@ -155,14 +153,13 @@ def methods_of(parts: Parts) -> dict[str, Tensor]:
     return found
 
 
-def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tensor]:
+def curvature(at: float, hows: tuple[str, ...], g: Evaluations) -> dict[str, Tensor]:
     """Second order of effects, expanded at one gate value; one matrix H for all of them.
 
     Added to the base a_l − t (H1)_l + ½ H_ll,
     taken out of the adapted a_l + (1 − t) (H1)_l − ½ H_ll.
     """
-    first = first_order_of(asked, at=at).per_site
-    g = Evaluations.about_question(asked, progress=False)
+    first = first_order.of(g, at=at).per_site
     found = coupling.of(g, at=at)
     effects = {
         "add_one": first - at * found.row_sums + found.self_curvature,

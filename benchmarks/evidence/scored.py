@@ -21,9 +21,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core import Evaluations
-from lens_lora.core.function.asked import Asked
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import header
 from lens_lora.judging import circuit_scores as circuit_metrics
 from lens_lora.judging import rankings
 
@@ -44,20 +42,20 @@ WITHOUT_UNIT = (
 )
 
 
-def attribution_of(asked: Asked, values: Tensor, key: str) -> Attribution:
+def attribution_of(g: Evaluations, values: Tensor, key: str) -> Attribution:
     """Values of these prompts and sites, with their labels."""
     return Attribution(
         values=values,
         by=(),
-        heads=(0,) * len(asked.lens.sites),
+        heads=(0,) * len(g.lens.sites),
         method=key,
         at=math.nan,
-        **header(asked),
+        **g.header(),
     )
 
 
 def agreement(
-    kind: str, asked: Asked, scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]
+    kind: str, g: Evaluations, scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]
 ) -> list[Row]:
     """Each method's own scores against measured effects on the same prompts."""
     generator = torch.Generator().manual_seed(SEED)
@@ -65,10 +63,10 @@ def agreement(
     draws = torch.rand(shape, generator=generator, dtype=torch.float64)
     rows: list[Row] = []
     for how, effect in effects.items():
-        measured = attribution_of(asked, effect.double(), how)
+        measured = attribution_of(g, effect.double(), how)
         every = {key: [values] for key, values in scores.items() if key != how}
         for key, some in {**every, "random": list(draws)}.items():
-            found = [_statistics(asked, values, key, measured) for values in some]
+            found = [_statistics(g, values, key, measured) for values in some]
             rows += [
                 {
                     "prompts": kind,
@@ -82,23 +80,25 @@ def agreement(
     return rows
 
 
-def _statistics(asked: Asked, values: Tensor, key: str, measured: Attribution) -> dict[str, float]:
-    found = ll.compare(attribution_of(asked, values.double(), key), measured, bootstrap=0)
+def _statistics(
+    g: Evaluations, values: Tensor, key: str, measured: Attribution
+) -> dict[str, float]:
+    found = ll.compare(attribution_of(g, values.double(), key), measured, bootstrap=0)
     chosen = {k: v for k, v in STATISTICS.items() if key not in WITHOUT_UNIT or v not in OF_SIZE}
     return {name: found.mean(statistic) for statistic, name in chosen.items()}
 
 
 def held_out(
     kind: str,
-    trained: Asked,
+    trained: Evaluations,
     scores: Mapping[str, Tensor],
-    asked: Asked,
+    g: Evaluations,
     effects: Mapping[str, Tensor],
 ) -> list[Row]:
     """Scores made on the trained wording against measured effects on other prompts."""
     rows: list[Row] = []
     for how, effect in effects.items():
-        measured = attribution_of(asked, effect.double(), how)
+        measured = attribution_of(g, effect.double(), how)
         for key, values in scores.items():
             made = attribution_of(trained, values.double(), key)
             found = ll.compare(made, measured, held_out=True, bootstrap=0)
@@ -115,9 +115,9 @@ def held_out(
     return rows
 
 
-def sums(kind: str, asked: Asked, scores: Mapping[str, Tensor]) -> list[Row]:
+def sums(kind: str, g: Evaluations, scores: Mapping[str, Tensor]) -> list[Row]:
     """Σ of each method's scores, as a share of the shift of all prompts together."""
-    base, adapted = asked.ends.cpu().double()
+    base, adapted = g.ends.cpu().double()
     signs = (adapted - base).sign()
     size = (adapted - base).abs().sum()
     return [
@@ -143,11 +143,11 @@ class Judge:
         sets: sets of sites that are no ranking, by key: [site], true for those in the set.
     """
 
-    trained: Asked
+    trained: Evaluations
     scores: Mapping[str, Tensor]
     sets: Mapping[str, Tensor]
 
-    def rows(self, kind: str, judged: Asked) -> list[Row]:
+    def rows(self, kind: str, g: Evaluations) -> list[Row]:
         """How they do on other prompts."""
         given = {**self.scores, **{key: of.double() for key, of in self.sets.items()}}
         towards = (self.trained.ends[1] - self.trained.ends[0]).sign().double()[:, None]
@@ -155,15 +155,14 @@ class Judge:
             key: of if key in self.sets else (of.double() * towards).mean(0)
             for key, of in given.items()
         }
-        batch = judged.reading.batch
-        sites = len(judged.lens.sites)
+        batch = g.reading.batch
+        sites = len(g.lens.sites)
         signed = torch.stack([rankings.by_score(mean) for mean in means.values()])
         sized = torch.stack([rankings.by_score(mean.abs()) for mean in means.values()])
         random = circuit_metrics.random_orders(sites, 1, DRAWS, SEED)[:, 0]
         orders, by_size = (
             torch.cat([some, random])[:, None].expand(-1, batch, -1) for some in (signed, sized)
         )
-        g = Evaluations.about_question(judged, progress=False)
         found = circuit_metrics.scored(g, orders, by_size)
         fifth = found.kept[:, circuit_metrics.MIB_SIZES.index(FIFTH)]
         metrics = {"cpr": found.cpr, "cmd": found.cmd, "kept": fifth}

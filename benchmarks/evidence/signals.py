@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lens_lora.core.function.asked import Asked
+from lens_lora.core import Evaluations
 
 
-def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:
+def signals_of(g: Evaluations, parts: Mapping[str, Tensor]) -> dict[str, float]:
     """Every signal, the mean over prompts."""
-    base, adapted = asked.ends.cpu().double()
+    base, adapted = g.ends.cpu().double()
     shift = adapted - base
     at = {key: parts[f"first_order@{key}"] for key in ("0", "0.5", "1")}
     signs = shift.sign()
@@ -32,7 +32,7 @@ def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:
 
     gap = (at["1"] - at["0"]).abs().sum() / at["0"].abs().sum()
     return {
-        "strength": asked.lens.plan.relative_norm,
+        "strength": g.lens.plan.relative_norm,
         "shift": float(shift.abs().mean()),
         "sum_at_0": share(at["0"]),
         "sum_at_1": share(at["1"]),

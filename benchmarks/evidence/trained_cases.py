@@ -13,7 +13,7 @@ from bases import is_embedded, load_base
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.function.asked import Asked, ask
+from lens_lora.core import Evaluations, evaluations
 from lens_lora.core.results.attribution import Attribution
 from lens_lora.hosts.build import bridge_if_there, hooked_model
 from lens_lora.responses.answers import margin_between
@@ -70,14 +70,16 @@ def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
     return lens.within(MEMORY)
 
 
-def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Asked:
-    """Prompts and their readout: the margin of two answers, or log p of a response."""
+def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
+    """g over these prompts: the margin of two answers, or log p of a response."""
     prompts = lens.prompts([one["prompt"] for one in asked])
     if all("doc" in one for one in asked):
         docs, pres = ([one[key] for one in asked] for key in ("doc", "pre"))
-        return ask(lens, prompts, margin_between(lens.model, docs, pres, prompts))
+        margin = margin_between(lens.model, docs, pres, prompts)
+        return evaluations(lens, prompts, margin, progress=False)
     if all("response" in one for one in asked):
-        return ask(lens, prompts, ll.AnswerLogProb([one["response"] for one in asked]))
+        response = ll.AnswerLogProb([one["response"] for one in asked])
+        return evaluations(lens, prompts, response, progress=False)
     raise ValueError(f"prompts of two kinds in one set: {[sorted(one) for one in asked]}")
 
 
@@ -109,8 +111,8 @@ def chosen(case: Case, kind: str, most: int) -> list[dict[str, Any]]:
     return case.task["prompts"].get(kind, [])[:most]
 
 
-def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Asked]:
-    """The case's prompts by kind, at most so many of each."""
+def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Evaluations]:
+    """g over the case's prompts of each kind, at most so many of each."""
     given = {kind: chosen(case, kind, most) for kind in PROMPTS}
     return {kind: question(lens, asked) for kind, asked in given.items() if asked}
 

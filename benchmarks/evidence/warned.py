@@ -32,10 +32,9 @@ from tqdm import tqdm
 from trained_cases import Case, cases_in, chosen, lens_of, question
 
 import lens_lora as ll
-from lens_lora.core import Evaluations
-from lens_lora.core.analyses.first_order import first_order_of
+from lens_lora.core import Evaluations, evaluations
+from lens_lora.core.analyses.first_order import first_order
 from lens_lora.core.analyses.patching import How
-from lens_lora.core.function.asked import Asked, ask
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.judging.reliability import judged
 
@@ -53,13 +52,13 @@ def measure(case: Case) -> dict[str, Any]:
     """Signals, flags and rank correlations on the first prompt of each kind."""
     lens = lens_of(case)
     kinds = {kind: chosen(case, kind, 1) for kind in KINDS}
-    return {**case.described, "kinds": {k: of_kind(lens, asked) for k, asked in kinds.items()}}
+    return {**case.described, "kinds": {k: of_kind(lens, given) for k, given in kinds.items()}}
 
 
 def of_kind(lens: ll.LoraLens, given: list[dict[str, Any]]) -> dict[str, Any]:
-    asked = question(lens, given)
-    parts = {key: PARTS[key](asked).cpu().double() for key in (*READ, *EFFECTS)}
-    signals = {**signals_of(asked, parts), "strongest": strongest(lens), "way": worst(asked, parts)}
+    g = question(lens, given)
+    parts = {key: PARTS[key](g).cpu().double() for key in (*READ, *EFFECTS)}
+    signals = {**signals_of(g, parts), "strongest": strongest(lens), "way": worst(g, parts)}
     off = {f"sum_off_{at}": abs(signals.pop(f"sum_at_{at}") - 1) for at in ("0", "1")}
     response = [one["response"] for one in given] if "response" in given[0] else None
     return {
@@ -67,8 +66,8 @@ def of_kind(lens: ll.LoraLens, given: list[dict[str, Any]]) -> dict[str, Any]:
         "agreement": {
             how: 1 - apart(parts[f"first_order@{at}"], parts[how]) for at, how in enumerate(EFFECTS)
         },
-        "flags": {how: flags(asked, how, parts[how]) for how in EFFECTS},
-        "kl": of_kl(lens, asked.prompts, response),
+        "flags": {how: flags(g, how, parts[how]) for how in EFFECTS},
+        "kl": of_kl(lens, g.prompts, response),
     }
 
 
@@ -76,9 +75,9 @@ def of_kl(
     lens: ll.LoraLens, prompts: ll.results.Prompts, response: list[str] | None
 ) -> dict[str, float]:
     """Rank correlations of the shares, and of what may split a KL or warn, with the whole split."""
-    asked = ask(lens, prompts, ll.KL(response))
+    g = evaluations(lens, prompts, ll.KL(response), progress=False)
     shares = ll.kl_shares(lens, prompts, response, scales=(), progress=False)
-    splits = {key: PARTS[key](asked).cpu().double() for key in (*SPLITS, WHOLE)}
+    splits = {key: PARTS[key](g).cpu().double() for key in (*SPLITS, WHOLE)}
     q = shares.attribution.per_site.cpu().double()
     whole = splits.pop(WHOLE)
     return {
@@ -88,12 +87,12 @@ def of_kl(
     }
 
 
-def worst(asked: Asked, parts: dict[str, Tensor]) -> float:
+def worst(g: Evaluations, parts: dict[str, Tensor]) -> float:
     """The largest share of the shift so far that first order leaves, at ¼, ½ and ¾."""
-    lens = asked.lens
+    lens = g.lens
     scales = torch.tensor(WAY, dtype=torch.float64)
-    way = gated_readout(lens, asked.reading, torch.stack([lens.gates(scale) for scale in WAY]))
-    shift = (way - asked.ends[0][:, None]).cpu().double()
+    way = gated_readout(lens, g.reading, torch.stack([lens.gates(scale) for scale in WAY]))
+    shift = (way - g.ends[0][:, None]).cpu().double()
     return float(((shift - scales * parts["first_order@0"].sum()) / shift).abs().max())
 
 
@@ -103,10 +102,9 @@ def strongest(lens: ll.LoraLens) -> float:
     return max(float(m.norm() / W) for m, W in zip(lens.maps, weights, strict=True))
 
 
-def flags(asked: Asked, how: How, effects: Tensor) -> dict[str, float]:
+def flags(g: Evaluations, how: How, effects: Tensor) -> dict[str, float]:
     """How `ll.reliability` fares, its screen taken from the effects."""
-    first = first_order_of(asked, at=float(how == "leave_one_out"))
-    g = Evaluations.about_question(asked, progress=False)
+    first = first_order.of(g, at=float(how == "leave_one_out"))
     found = judged(g, first, how, lambda sites: effects[:, sites], fix=True)
     row = found.against(effects).loc["all"]
     return {**row.to_dict(), "screened": found.passes["screen"]}

@@ -50,17 +50,17 @@ def warned(bed: Bed, recipe: Recipe) -> dict[str, Any]:
     plant = planted(bed, recipe)
     if not plant.enters:
         return {"kind": recipe.kind, "enters": False, "cases": []}
-    asked = question_of(bed, plant)
-    scores = {key: SCORES[key](asked) for key in NEEDED}
-    corrected = [_screened(asked, how, at, scores).corrected for how, at in ENDS.items()]
+    g = question_of(bed, plant)
+    scores = {key: SCORES[key](g) for key in NEEDED}
+    corrected = [_screened(g, how, at, scores).corrected for how, at in ENDS.items()]
     cases = []
     for row, check in enumerate(plant.confirmed):
-        shift = float(asked.ends[1, row] - asked.ends[0, row])
+        shift = float(g.ends[1, row] - g.ends[0, row])
         off = max(abs(float(values[row].sum()) - shift) for values in corrected)
         largest = max(float(values[row].abs().max()) for values in corrected)
         numbers = {
             "interaction": check["interaction"],
-            "by sizes": _sums_off(asked, row, corrected),
+            "by sizes": _sums_off(g, row, corrected),
             "by largest": off / max(abs(shift), largest),
         }
         cases.append({key: round(value, DIGITS) for key, value in numbers.items()})

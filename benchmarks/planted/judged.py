@@ -49,7 +49,6 @@ from lens_lora.core.analyses.components import squared_norms
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
 from lens_lora.core.analyses.verdict import Verdict
-from lens_lora.core.function.asked import Asked
 from lens_lora.core.results.attribution import VIOLENT
 from lens_lora.core.results.base import SIGMAS
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
@@ -84,34 +83,31 @@ SIZED = (
 ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 
-def _norms(asked: Asked) -> dict[str, Tensor]:
+def _norms(g: Evaluations) -> dict[str, Tensor]:
     """‖Jᵀu‖, ‖δz‖ and their product, from one pass."""
-    squares = squared_norms(Evaluations.about_question(asked))
-    gradient, delta = (
-        asked.reading.by_prompt(squares[key]).sqrt() for key in ("gradient", "delta")
-    )
+    squares = squared_norms(g)
+    gradient, delta = (g.reading.by_prompt(squares[key]).sqrt() for key in ("gradient", "delta"))
     return {"gradient": gradient, "update_norm": delta, "norm_product": gradient * delta}
 
 
-def _size_of_change(asked: Asked) -> Tensor:
+def _size_of_change(g: Evaluations) -> Tensor:
     """‖ΔW‖, or ‖Δb‖ of a constant."""
-    modules = asked.lens.adapter.modules
-    sizes = [float(np.hypot(f.norm(), f.bias_norm())) for f in map(modules.get, _paths(asked.lens))]
-    return torch.tensor(sizes).expand(asked.reading.batch, -1)
+    modules = g.lens.adapter.modules
+    sizes = [float(np.hypot(f.norm(), f.bias_norm())) for f in map(modules.get, _paths(g.lens))]
+    return torch.tensor(sizes).expand(g.reading.batch, -1)
 
 
-def _random(asked: Asked) -> Tensor:
-    generator = torch.Generator().manual_seed(len(asked.reading.prompts.tokens[0]))
-    return torch.rand(asked.reading.batch, len(asked.lens.sites), generator=generator)
+def _random(g: Evaluations) -> Tensor:
+    generator = torch.Generator().manual_seed(len(g.reading.prompts.tokens[0]))
+    return torch.rand(g.reading.batch, len(g.lens.sites), generator=generator)
 
 
-def _path(asked: Asked) -> Tensor:
-    g = Evaluations.about_question(asked, progress=False)
+def _path(g: Evaluations) -> Tensor:
     return path_attribution.of(g, tol=1e-2, max_nodes=16).per_site
 
 
 RELP_KEY = f"first_order/{RELP_LIVE.key}@0"
-SCORES: dict[str, Callable[[Asked], Tensor]] = {
+SCORES: dict[str, Callable[[Evaluations], Tensor]] = {
     **{key: PARTS[key] for key in ("first_order@0", "first_order@0.5", "first_order@1")},
     "path": _path,
     "hessian@0": PARTS["hessian@0"],
@@ -133,8 +129,8 @@ def _hooked(model: Any, tokenizer: Any) -> Any:
     return hooked_model(copy.deepcopy(model), tokenizer)[0]
 
 
-def question_of(bed: Bed, plant: Plant) -> Asked:
-    """The plant's questions, asked of its model."""
+def question_of(bed: Bed, plant: Plant) -> Evaluations:
+    """g over the plant's questions, of its model."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
     # With a BOS before each prompt, as `prompt_ids` puts one where the plants are made.
     lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, prepend_bos=True)
@@ -147,46 +143,46 @@ def question_of(bed: Bed, plant: Plant) -> Asked:
 
 def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
     """Everything that is stored of a plant, besides how it was made."""
-    asked = question_of(bed, plant)
-    lens = asked.lens
-    shares = ll.kl_shares(lens, asked.prompts, scales=(), progress=False)
-    scores = {key: score(asked) for key, score in SCORES.items()} | _norms(asked)
+    g = question_of(bed, plant)
+    lens = g.lens
+    shares = ll.kl_shares(lens, g.prompts, scales=(), progress=False)
+    scores = {key: score(g) for key, score in SCORES.items()} | _norms(g)
     scores["kl_shares"] = shares.attribution.per_site
     scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
     scores = {key: values.cpu().double() for key, values in scores.items()}
     cases = [
         {
-            **_case(asked, row, {key: values[row] for key, values in scores.items()}, causes),
+            **_case(g, row, {key: values[row] for key, values in scores.items()}, causes),
             "kl": shares.verdict[row].kind,
         }
         for row, causes in enumerate(plant.causes)
     ]
-    screens = {how: _screened(asked, how, at, scores) for how, at in ENDS.items()}
+    screens = {how: _screened(g, how, at, scores) for how, at in ENDS.items()}
     for row, case in enumerate(cases):
         case["says"] |= {f"flags, {how}": s.flagged_sites(row) for how, s in screens.items()}
-        case["signals"]["screened"] = _sums_off(asked, row, [s.corrected for s in screens.values()])
+        case["signals"]["screened"] = _sums_off(g, row, [s.corrected for s in screens.values()])
         if kind in SMOOTH:
             numbers = {key: scores[key][row] for key in SIZED}
             numbers |= {f"corrected, {how}": s.corrected[row] for how, s in screens.items()}
-            case["sizes"] = _sizes(asked.lens, plant.pair, numbers)
-    edges = {"edges": _edges(asked, plant)} if kind == "gated" else {}
+            case["sizes"] = _sizes(g.lens, plant.pair, numbers)
+    edges = {"edges": _edges(g, plant)} if kind == "gated" else {}
     return {"sites": len(lens.sites), "cases": cases, **edges}
 
 
 def _case(
-    asked: Asked, row: int, scores: Mapping[str, Tensor], causes: Collection[str]
+    g: Evaluations, row: int, scores: Mapping[str, Tensor], causes: Collection[str]
 ) -> dict[str, Any]:
     """One question: places of its causes by score, effects, signals."""
-    members = np.array([path in causes for path in _paths(asked.lens)])
-    signals = _signals(asked, row, scores)
+    members = np.array([path in causes for path in _paths(g.lens)])
+    signals = _signals(g, row, scores)
     return {
-        "ends": asked.ends[:, row].tolist(),
+        "ends": g.ends[:, row].tolist(),
         "places": {key: places(values, members) for key, values in scores.items()},
         "effects": {how: _extremes(scores[how], members) for how in ENDS},
         "signals": signals,
         "says": {
-            "remainder": _verdict(asked, row, float(scores["first_order@0"].sum()), signals["way"]),
-            "violent": asked.lens.plan.relative_norm > VIOLENT,
+            "remainder": _verdict(g, row, float(scores["first_order@0"].sum()), signals["way"]),
+            "violent": g.lens.plan.relative_norm > VIOLENT,
         },
     }
 
@@ -222,19 +218,17 @@ def _sizes(
     }
 
 
-def _edges(asked: Asked, plant: Plant) -> dict[str, Any]:
+def _edges(g: Evaluations, plant: Plant) -> dict[str, Any]:
     """The edge from the writer to the gate's attention: its effect, and its place among all."""
-    lens = asked.lens
+    lens = g.lens
     writer, gate = plant.pair
     row = _paths(lens).index(writer)
     reader = f"blocks.{block_of(gate)}.attn"
     pairs = [(lens.sites[row].name, reader)]
-    path = ll.patch_edges(
-        lens, asked.prompts, asked.readout, pairs, "leave_one_out", progress=False
-    )
+    path = ll.patch_edges(lens, g.prompts, g.readout, pairs, "leave_one_out", progress=False)
     by_gate: dict[str, Any] = {}
     for at in (0.0, 0.5, 1.0):
-        edges = ll.edges(lens, asked.prompts, asked.readout, at=at, progress=False)
+        edges = ll.edges(lens, g.prompts, g.readout, at=at, progress=False)
         values = edges.per_edge[0].cpu()
         exists = edges.exists.cpu()
         members = torch.zeros_like(exists)
@@ -247,19 +241,19 @@ def _edges(asked: Asked, plant: Plant) -> dict[str, Any]:
     return {"left out": float(path.values[0, 0]), "edges": int(exists.sum()), "places": by_gate}
 
 
-def _signals(asked: Asked, row: int, scores: Mapping[str, Tensor]) -> dict[str, float]:
+def _signals(g: Evaluations, row: int, scores: Mapping[str, Tensor]) -> dict[str, float]:
     """What costs no intervention; sums beside the shift, and beside Σ|a|, which is never small."""
     first, half, last = (scores[f"first_order@{at}"] for at in ("0", "0.5", "1"))
-    base, adapted = asked.ends[:, row].tolist()
+    base, adapted = g.ends[:, row].tolist()
     shift = adapted - base
     size = float(first.abs().sum())
     largest = max(size, float(last.abs().sum()))
     off = [abs(float(a.sum()) - shift) / abs(shift) for a in (first, last)]
     strengths = torch.tensor(WAY, dtype=torch.float64)
-    way = asked.along(WAY, progress=False)[row].cpu().double() - base
+    way = g.along(WAY)[:, row].cpu().double() - base
     left = ((way - strengths * first.sum()) / way).abs()
     return {
-        "strength": asked.lens.plan.relative_norm,
+        "strength": g.lens.plan.relative_norm,
         "shift": abs(shift),
         "sum_off_0": off[0],
         "sum_off_1": off[1],
@@ -274,25 +268,24 @@ def _signals(asked: Asked, row: int, scores: Mapping[str, Tensor]) -> dict[str, 
     }
 
 
-def _verdict(asked: Asked, row: int, total: float, worst: float) -> str:
+def _verdict(g: Evaluations, row: int, total: float, worst: float) -> str:
     """The kind of `ll.remainder`'s verdict; a shift of logits stands far above all rounding."""
-    base, adapted = asked.ends[:, row].tolist()
-    floor = SIGMAS * float(asked.noise_floor[row])
+    base, adapted = g.ends[:, row].tolist()
+    floor = SIGMAS * float(g.floor[row])
     shift = adapted - base
     return Verdict(shift, shift - total, floor, floor, worst, None).kind
 
 
-def _screened(asked: Asked, how: How, at: float, scores: Mapping[str, Tensor]) -> Reliability:
+def _screened(g: Evaluations, how: How, at: float, scores: Mapping[str, Tensor]) -> Reliability:
     """`ll.reliability`, its screen taken from the effects that were measured anyway."""
-    first = attribution_of(asked, scores[f"first_order@{at:g}"], "first_order")
+    first = attribution_of(g, scores[f"first_order@{at:g}"], "first_order")
     ended = dataclasses.replace(first, at=at)
-    g = Evaluations.about_question(asked, progress=False)
     return judged(g, ended, how, lambda sites: scores[how][:, sites])
 
 
-def _sums_off(asked: Asked, row: int, numbers: list[Tensor]) -> float:
+def _sums_off(g: Evaluations, row: int, numbers: list[Tensor]) -> float:
     """How far the worse of two sums is from the shift, by the largest sum of sizes."""
-    shift = float(asked.ends[1, row] - asked.ends[0, row])
+    shift = float(g.ends[1, row] - g.ends[0, row])
     off = max(abs(float(values[row].sum()) - shift) for values in numbers)
     sizes = [float(values[row].abs().sum()) for values in numbers]
     return off / max(*sizes, abs(shift))
