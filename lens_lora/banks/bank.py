@@ -57,7 +57,9 @@ from lens_lora.core.adapter.peft_files import (
     require_path,
     stated_base,
 )
-from lens_lora.core.analyses.first_order import in_rank_space, readouts_of
+from lens_lora.core.analyses.first_order import require_ranks
+from lens_lora.core.analyses.own_analyses import listed
+from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import joined, require_finite_sites
 from lens_lora.core.model.check import require_kinds
@@ -193,7 +195,8 @@ class Bank:
             relative_norm = plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
-            lens = in_rank_space(lens, axes, gauge)
+            lens = in_gauge(lens, gauge)
+            require_ranks(gauge, axes)
             by_half = self._base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
         attributions: list[Attribution] = []
@@ -564,7 +567,8 @@ def bank(
     @alone
     def recorded(lens: LoraLens) -> Bank:
         f = lens.function(prompts, progress=False)
-        functions = [Evaluations.of(f.about(each)) for each in readouts_of(readout)]
+        readouts_asked = [readout] if isinstance(readout, Readout) else listed(readout)
+        functions = [Evaluations.of(f.about(each)) for each in readouts_asked]
         for g in functions:
             g.require_logits("a bank")
             g.require_slope_at_base()

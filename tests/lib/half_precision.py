@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.function.asked import ask
+from lens_lora.core import evaluations
 
 __all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared", "errors_in_floors"]
 
@@ -228,11 +228,12 @@ def errors_in_floors(
     """[readout × prompt], how far a shift in half precision is off float64's, in noise floors."""
     ratios: list[Tensor] = []
     for readout in readouts:
-        asked = ask(low, prompts, readout)
-        floor = asked.noise_floor.double()
+        g = evaluations(low, prompts, readout)
+        floor = g.floor.double()
         with models.lifted():
-            base, adapted = ask(high, prompts, readout).ends
-        error = asked.ends[1].double() - asked.ends[0].double() - (adapted - base)
+            exact = evaluations(high, prompts, readout).shift
+        rounded = g.ends[1].double() - g.ends[0].double()
+        error = rounded - exact
         ratios.append(error.abs() / floor)
     return torch.cat(ratios)
 

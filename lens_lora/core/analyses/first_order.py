@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any, Protocol, TypedDict, cast, overload, runtime_checkable
+from typing import Any, Protocol, TypedDict, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,6 @@ from typing_extensions import Unpack
 from lens_lora.arguments import number
 from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function import forward_mode
-from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.forward import gated_logits, read_logits, require_finite
 from lens_lora.core.function.function import Function
@@ -85,8 +84,57 @@ def _of_several(
     return tuple(found)
 
 
-@analysis(takes_max_memory=True, of_several=_of_several)
-def _first_order(
+class _Options(TypedDict, total=False):
+    at: float
+    mode: Mode
+    by: tuple[str, ...] | str
+    gauge: Gauge
+    rules: FrozenRules | None
+
+
+class _CallOptions(_Options, total=False):
+    max_memory: float | None
+    progress: bool
+
+
+@runtime_checkable
+class _FirstOrder(Protocol):
+    """What a call of `first_order` returns, for type checkers."""
+
+    @overload
+    def __call__(
+        self,
+        lens: LoraLens,
+        prompts: PromptsLike,
+        readout: Readout,
+        **options: Unpack[_CallOptions],
+    ) -> Attribution: ...
+    @overload
+    def __call__(
+        self,
+        lens: LoraLens,
+        prompts: PromptsLike,
+        readout: Readout,
+        *,
+        group: Group,
+        **options: Unpack[_CallOptions],
+    ) -> GroupAttribution: ...
+    @overload
+    def __call__(
+        self,
+        lens: LoraLens,
+        prompts: PromptsLike,
+        readout: Sequence[Readout],
+        **options: Unpack[_CallOptions],
+    ) -> tuple[Attribution, ...]: ...
+    @overload
+    def of(self, g: Function, **options: Unpack[_Options]) -> Attribution: ...
+    @overload
+    def of(self, g: Function, *, group: Group, **options: Unpack[_Options]) -> GroupAttribution: ...
+
+
+@analysis(takes_max_memory=True, of_several=_of_several, typed_as=_FirstOrder)
+def first_order(
     g: Evaluations,
     *,
     at: float = 0.0,
@@ -167,59 +215,6 @@ def _first_order(
         mode=used_mode,
         gauge=gauge if "rank" in axes else "",
     )
-
-
-class _Options(TypedDict, total=False):
-    at: float
-    mode: Mode
-    by: tuple[str, ...] | str
-    gauge: Gauge
-    rules: FrozenRules | None
-
-
-class _CallOptions(_Options, total=False):
-    max_memory: float | None
-    progress: bool
-
-
-@runtime_checkable
-class _FirstOrder(Protocol):
-    """What a call of `first_order` returns, for type checkers."""
-
-    @overload
-    def __call__(
-        self,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Readout,
-        **options: Unpack[_CallOptions],
-    ) -> Attribution: ...
-    @overload
-    def __call__(
-        self,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Readout,
-        *,
-        group: Group,
-        **options: Unpack[_CallOptions],
-    ) -> GroupAttribution: ...
-    @overload
-    def __call__(
-        self,
-        lens: LoraLens,
-        prompts: PromptsLike,
-        readout: Sequence[Readout],
-        **options: Unpack[_CallOptions],
-    ) -> tuple[Attribution, ...]: ...
-    @overload
-    def of(self, g: Function, **options: Unpack[_Options]) -> Attribution: ...
-    @overload
-    def of(self, g: Function, *, group: Group, **options: Unpack[_Options]) -> GroupAttribution: ...
-
-
-cast(Any, _first_order).__name__ = "first_order"
-first_order = cast(_FirstOrder, _first_order)
 
 
 def _method(rules: FrozenRules | None) -> str:
@@ -329,40 +324,3 @@ def _slopes_of_several(
             g.know(strength, of_readouts[i])
         require_finite_sites(lens, slopes[i])
     return slopes
-
-
-# --- The former words, until all folders have gone over to g
-
-
-def first_order_of(
-    asked: Any, *, along: Sequence[float] | None = None, progress: bool = True, **options: Any
-) -> Attribution:
-    """`first_order.of` a question in its former words."""
-    g = asked.g.with_progress(progress)
-    if along is None:
-        return first_order.of(g, **options)
-    axes = by_axes(options.get("by", ()), AXES)
-    slopes = g.slopes_with_noise(along, axes)
-    return Attribution.of(
-        g,
-        slopes,
-        axes,
-        method="first_order",
-        at=0.0,
-        mode="reverse",
-        gauge="trained" if "rank" in axes else "",
-    )
-
-
-def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLens:
-    """The same function f(ε), with the rank spaces in the coordinates of the gauge."""
-    turned = in_gauge(lens, gauge)
-    require_ranks(gauge, axes)
-    return turned
-
-
-def readouts_of(readout: object) -> Sequence[Readout]:
-    """One readout as a list of it."""
-    from lens_lora.core.analyses.own_analyses import listed
-
-    return [readout] if isinstance(readout, Readout) else listed(readout)

@@ -25,6 +25,7 @@ from lens_lora.errors import ArgumentError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R", covariant=True)
+_Call = TypeVar("_Call")
 
 
 @runtime_checkable
@@ -80,11 +81,19 @@ def analysis(verb: _Verb[_P, _R]) -> Analysis[_P, _R]: ...
 def analysis(
     *, takes_max_memory: bool = False, of_several: Callable[..., Any] | None = None
 ) -> Callable[[_Verb[_P, _R]], Analysis[_P, _R]]: ...
+@overload
+def analysis(
+    *,
+    takes_max_memory: bool = False,
+    of_several: Callable[..., Any] | None = None,
+    typed_as: type[_Call],
+) -> Callable[[Callable[..., Any]], _Call]: ...
 def analysis(
     verb: Callable[..., Any] | None = None,
     *,
     takes_max_memory: bool = False,
     of_several: Callable[..., Any] | None = None,
+    typed_as: type[Any] | None = None,
 ) -> Any:
     """Decorate a function of g, so that it takes a lens, prompts and a readout in place of g.
 
@@ -102,10 +111,13 @@ def analysis(
             replaces that of the lens.
         of_several: what is called, with a list of functions in place of g, where the readout is a
             list of them; without it, a list is refused.
+        typed_as: a Protocol of the call, for type checkers, where what it returns depends on its
+            arguments. It changes nothing at run time.
 
     Raises:
         ArgumentError: something that is no function of g.
     """
+    del typed_as
     if verb is None:
         return functools.partial(analysis, takes_max_memory=takes_max_memory, of_several=of_several)
     if not callable(verb) or not inspect.signature(verb).parameters:

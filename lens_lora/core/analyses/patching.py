@@ -136,15 +136,6 @@ def _switched(g: Function, groups: Groups, how: How) -> Float[Tensor, "batch gro
     return (adapted - without).T
 
 
-def patch_sites_of(
-    asked: Any, how: How, groups: Groups | None = None, progress: bool = True
-) -> Effects:
-    """`patch_sites.of` a question in its former words."""
-    g = asked.g.with_progress(progress)
-    groups = model_sites.group_sites(g.lens.sites) if groups is None else groups
-    return Effects.from_function(g, _switched(g, groups, how), groups, how)
-
-
 def _require_texts(replace: str, texts: Prompts | None) -> None:
     word("replace", replace, get_args(Replace))
     if replace == "zero" and texts is not None:

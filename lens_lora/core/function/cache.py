@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -136,11 +135,6 @@ class Evaluations(Function):
         other = Evaluations(super().with_progress(shown))
         other._memory = self._memory
         return other
-
-    @classmethod
-    def about_question(cls, asked: Any, *, progress: bool = True) -> Evaluations:
-        """From the former words, until all folders have gone over to g."""
-        return asked.g.with_progress(progress)
 
     # --- What `Function` evaluates anew, from memory
 

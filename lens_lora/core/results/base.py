@@ -322,16 +322,6 @@ class Evaluated(Protocol):
         ...
 
 
-def read_of(asked: Evaluated) -> dict[str, Any]:
-    """The fields of `Read`."""
-    return asked.labels()
-
-
-def header(asked: Evaluated) -> dict[str, Any]:
-    """The fields of `Measured`. Two forward passes, where the exact ends are not known yet."""
-    return asked.header()
-
-
 # --- Which prompt a table or picture shows, and which entries are the largest.
 
 

@@ -12,9 +12,9 @@ from half_precision import STATED, Asked, compared, errors_in_floors
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
+from lens_lora.core import evaluations
 from lens_lora.core.function import function as functions
 from lens_lora.core.function import rounding
-from lens_lora.core.function.asked import ask
 from lens_lora.core.model.hooks import unembed
 from lens_lora.core.results.base import SIGMAS
 
@@ -109,10 +109,10 @@ def test_few_divergences_are_beyond_three_floors(
 def test_the_floor_of_a_divergence_has_the_rounding_of_the_base(monkeypatch: pytest.MonkeyPatch):
     """Of p₀, which is held while p is read: without it the floor is far too low."""
     lens, _ = lenses("llama", torch.bfloat16)
-    floor = ask(lens, ASKED.prompts, ll.KL()).noise_floor
+    floor = evaluations(lens, ASKED.prompts, ll.KL()).floor
     still = functools.partialmethod(lambda self: self.ends[1].expand(5, -1))
     monkeypatch.setattr(functions.Function, "_draws_of_held_base", still)
-    without = ask(lens, ASKED.prompts, ll.KL()).noise_floor
+    without = evaluations(lens, ASKED.prompts, ll.KL()).floor
     assert (floor / without).median() > 1.2
 
 
@@ -128,7 +128,8 @@ def test_what_a_module_adds_to_a_divergence_has_a_floor(family: str, dtype: torc
     error = (found.values.double() - exact).abs()
     assert found.noise_floor is not None
     assert (error > SIGMAS * found.noise_floor[:, None]).double().mean() <= 0.02
-    around_zero = rounding.draws_at(low, ask(low, ASKED.prompts, ll.KL()).reading, [0.0])[1][0]
+    reading = low.function(ASKED.prompts, ll.KL()).reading
+    around_zero = rounding.draws_at(low, reading, [0.0])[1][0]
     naive = 2**0.5 * around_zero.square().mean(0).sqrt()
     assert (error > SIGMAS * naive[:, None]).double().mean() > 0.2  # control
 
@@ -150,10 +151,12 @@ def test_the_ends_have_floors_of_their_own():
     logits = lens.logits(ASKED.prompts)[:, -1]
     prompt = int(logits.float().softmax(-1).amax(-1).argmax())
     tokens, readout = ASKED.prompts[prompt][None], ll.LogProb(int(logits[prompt].argmax()))
-    asked = ask(lens, tokens, readout)
-    assert asked.ends[1] > -1e-3
-    assert asked.adapted_noise < 0.1 * 2**-9 * logits[prompt].abs().max() < asked.base_noise
-    for how, noise in (("add_one", asked.base_noise), ("leave_one_out", asked.adapted_noise)):
+    g = evaluations(lens, tokens, readout)
+    assert g.ends[1] > -1e-3
+    base_noise = g.noise([1.0], at=0.0)
+    adapted_noise = g.noise([1.0], at=1.0)
+    assert adapted_noise < 0.1 * 2**-9 * logits[prompt].abs().max() < base_noise
+    for how, noise in (("add_one", base_noise), ("leave_one_out", adapted_noise)):
         effects = ll.patch_sites(lens, tokens, readout, how, progress=False)
         assert torch.equal(effects.noise_floor, 2**0.5 * noise)
 
@@ -167,7 +170,7 @@ def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
         update = {"r": 2, "target_modules": [target], "init_lora_weights": False}
         peft = get_peft_model(copy.deepcopy(base), LoraConfig(**update))
         lens = ll.LoraLens(models.MAKERS[CLS](base), ll.Adapter.from_peft(peft))
-        noise[target] = ask(lens, ASKED.prompts, ASKED.margin).base_noise
+        noise[target] = evaluations(lens, ASKED.prompts, ASKED.margin).noise([1.0], at=0.0)
     # In units of the rounding of both logits, of which each differs between a draw and its run.
     size = 2.0**-8 * lens.logits(ASKED.prompts)[:, -1, [5, 9]].float().norm() / 2**0.5
     assert 1 / FACTOR < noise["lm_head"].norm() / size < FACTOR
@@ -242,18 +245,18 @@ READOUTS = {
 def test_logits_that_are_read_are_not_rounded(name: str, dtype: torch.dtype):
     """g is that of the final residual, which is rounded, times W_U in float64."""
     lens, _ = lenses("llama", dtype)
-    asked = ask(lens, ASKED.prompts, READOUTS[name])
+    g = evaluations(lens, ASKED.prompts, READOUTS[name])
     finals: list[torch.Tensor] = []
     handle = lens.model.unembed.register_forward_pre_hook(lambda _, given: finals.append(given[0]))
     with torch.no_grad():
-        lens.model(asked.reading.prompts.tokens)
+        lens.model(g.reading.prompts.tokens)
     handle.remove()
     weight = lens.plan.host.unembedding()[0].double()
-    logits = asked.reading.prompts.at_slots(finals[0].double()) @ weight.T
-    logits = logits[:, 0] if asked.reading.prompts.reads is None else logits
-    expected = asked.reading.read(logits)
-    assert (asked.ends[0].double() - expected).abs().max() < 1e-5
-    rounded = asked.reading.read(logits.to(dtype).float())
+    logits = g.reading.prompts.at_slots(finals[0].double()) @ weight.T
+    logits = logits[:, 0] if g.reading.prompts.reads is None else logits
+    expected = g.reading.read(logits)
+    assert (g.ends[0].double() - expected).abs().max() < 1e-5
+    rounded = g.reading.read(logits.to(dtype).float())
     assert (rounded.double() - expected).abs().max() > 1e-4
 
 

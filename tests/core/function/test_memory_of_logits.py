@@ -10,7 +10,6 @@ from every_call import MARGIN
 
 import lens_lora as ll
 from lens_lora.core.function import memory
-from lens_lora.core.function.asked import ask
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 
@@ -21,7 +20,7 @@ def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(memory, "PICKS", 3)
     lens, response = cases.case("llama", cls, "raw").lens, torch.arange(5, 13)
     readouts = MARGIN, ll.AnswerLogProb(response), ll.KL(response)
-    readings = [ask(lens, models.tokens(), readout).reading for readout in readouts]
+    readings = [lens.function(models.tokens(), readout).reading for readout in readouts]
     size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
     held = 8 * len(models.tokens())
     for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
@@ -32,7 +31,7 @@ def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.Monke
         assert every.in_pass - need.in_pass == 3 * slots * size
         assert every.of_graph - need.of_graph == every.of_rerun - need.of_rerun == 8 * slots * size
     adapted = cases.case("llama", cls, "raw", ("lm_head",)).lens
-    reading = ask(adapted, models.tokens(), ll.AnswerLogProb(response)).reading
+    reading = adapted.function(models.tokens(), ll.AnswerLogProb(response)).reading
     assert memory._unembedded(adapted, reading) == (8, 0)
 
 
@@ -42,7 +41,7 @@ def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(1)
     response = torch.arange(5, 25)
     log_prob = ll.AnswerLogProb(response)
-    readings = [ask(lens, tokens, readout).reading for readout in (log_prob, ll.KL(response))]
+    readings = [lens.function(tokens, readout).reading for readout in (log_prob, ll.KL(response))]
     needs = [memory._need(lens, reading) for reading in readings]
     few = lens.within(sum(n.always + n.graphed + min(n.of_rerun, n.of_graph) for n in needs) / 2)
     with models.lifted():

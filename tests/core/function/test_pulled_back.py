@@ -9,7 +9,6 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.core.function.asked import ask
 from lens_lora.core.function.forward import gated_logits
 from lens_lora.core.function.pulled_back import pulled_back
 from lens_lora.core.function.reverse import site_slopes
@@ -23,7 +22,7 @@ PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_equals_two_passes(family: str, cls: str, flags: str):
     lens = lens_of(family, cls, flags)
-    reading = ask(lens, PROMPTS, ll.AnswerLogProb(torch.tensor([5, 9, 4]))).reading
+    reading = lens.function(PROMPTS, ll.AnswerLogProb(torch.tensor([5, 9, 4]))).reading
     none = lens.gates(0.0)
     v = joint_tangent(lens, reading.prompts, none, torch.ones_like(none))
     with torch.no_grad():

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.core import evaluations
 from lens_lora.core.function import memory
-from lens_lora.core.function.asked import Asked, ask, ask_prompts
 from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.readout.reading import Reading
 
@@ -161,11 +161,11 @@ def test_ends_ride_in_passes_that_are_run_anyway(cls: str):
     """g(0) and g(1) beside other gates are those run alone; later gates do not repeat them."""
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        alone, riding = (ask(lens, PROMPTS, ll.Margin(5, 9)) for _ in range(2))
+        alone, riding = (evaluations(lens, PROMPTS, ll.Margin(5, 9)) for _ in range(2))
         half = lens.gates(0.5)[None]
-        values = riding.at_gates(half, what="half")
+        values = riding(half)
         assert torch.allclose(riding.ends, alone.ends, rtol=1e-12)
-        assert torch.allclose(alone.at_gates(half, what="half"), values, rtol=1e-12)
+        assert torch.allclose(alone(half), values, rtol=1e-12)
 
 
 def spread(logits: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def test_the_pass_of_slopes_shows_the_ends(cls: str, name: str, at: float, monke
     """Riding in it, or a pass each but for the one that it is, they are g(0) and g(1) run alone."""
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        ends = ask(lens, PROMPTS, READOUTS[name]).ends
+        ends = evaluations(lens, PROMPTS, READOUTS[name]).ends
         found = []
         for bound in (10**6, 0):
             monkeypatch.setattr(memory, "_RIDING_TOKENS", bound)
@@ -214,7 +214,7 @@ def test_several_readouts_share_the_passes_of_their_ends(cls: str, monkeypatch):
                 several = ll.first_order(lens, PROMPTS, readouts, at=at, progress=False)
             assert counts.rows == passes * len(PROMPTS)
             for attribution, readout in zip(several, readouts, strict=True):
-                base, adapted = ask(lens, PROMPTS, readout).ends
+                base, adapted = evaluations(lens, PROMPTS, readout).ends
                 assert torch.allclose(attribution.base, base, rtol=1e-12)
                 assert torch.allclose(attribution.adapted, adapted, rtol=1e-12)
 
@@ -233,18 +233,20 @@ def test_an_end_among_the_points_is_not_run_again(
     monkeypatch.setattr("lens_lora.core.function.forward.gated_readout", counted)
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
-        asked = ask(lens, PROMPTS, ll.Margin(5, 9))
-        base, adapted = asked.ends if known else ask(lens, PROMPTS, ll.Margin(5, 9)).ends
+        g = evaluations(lens, PROMPTS, ll.Margin(5, 9))
+        other = evaluations(lens, PROMPTS, ll.Margin(5, 9))
+        base, adapted = (g if known else other).ends
         run.clear()
         points = torch.stack([lens.gates(e) for e in (1.0, 0.5, 0.0, 1.0)])
-        values = asked.at_gates(points, what="points")
+        values = g(points)
         assert run == [1 if known else 3]
-        for column, end in zip((0, 2, 3), (adapted, base, adapted), strict=True):
-            assert torch.allclose(values[:, column], end, rtol=1e-12)
-        ends_alone = asked.at_gates(points[[2, 0]], what="ends")
-        assert torch.equal(ends_alone.T, asked.ends) and len(run) == 1
-        half = ask(lens, PROMPTS, ll.Margin(5, 9)).at_gates(points[1:2], what="half")
-        assert torch.allclose(values[:, 1:2], half, rtol=1e-12)
+        for point, end in zip((0, 2, 3), (adapted, base, adapted), strict=True):
+            assert torch.allclose(values[point], end, rtol=1e-12)
+        ends_alone = g(points[[2, 0]])
+        assert torch.equal(ends_alone, g.ends)
+        assert len(run) == 1
+        half = evaluations(lens, PROMPTS, ll.Margin(5, 9))(points[1])
+        assert torch.allclose(values[1], half, rtol=1e-12)
 
 
 @CLASSES
@@ -262,10 +264,10 @@ def test_the_path_and_the_draws_share_a_pass(cls: str, case: str, monkeypatch):
         lens = cases.case("llama", cls, "raw").lens
         if case == "last block":
             lens = lens.with_adapter(lens.adapter.only("*layers.1.*"))
-        asked = ask(lens, PROMPTS, ll.Margin(5, 9))
+        reading = lens.function(PROMPTS, ll.Margin(5, 9)).reading
         scales = [0.1, 0.25, 0.5]
         gates = torch.stack([lens.gates(scale) for scale in scales])
-        expected = gated_readout(lens, asked.reading, gates)
+        expected = gated_readout(lens, reading, gates)
         if case == "8 bit":
             monkeypatch.setattr(type(lens.plan), "activation_rounding", 2.0**-52)
         monkeypatch.setattr(ll.LoraLens, "run", counted)
@@ -284,7 +286,7 @@ def test_the_path_and_the_draws_share_a_pass(cls: str, case: str, monkeypatch):
 
 def test_what_needs_a_readout_says_so():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    asked = ask_prompts(lens, PROMPTS)
-    assert isinstance(asked, Asked) and asked.str_tokens[0][-1] == "w8"
-    with pytest.raises(RuntimeError, match="without a readout"):
-        _ = asked.ends
+    f = lens.function(PROMPTS)
+    assert f.str_tokens[0][-1] == "w8"
+    with pytest.raises(ll.errors.ArgumentError, match="no readout"):
+        _ = f.ends
