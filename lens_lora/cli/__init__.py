@@ -18,10 +18,10 @@ import typer
 
 from lens_lora._version import versions
 from lens_lora.cli.adapters import checkpoints, diff, inspect, repair
-from lens_lora.cli.explain import demo, explain
+from lens_lora.cli.explaining import demo, explain
 from lens_lora.cli.running import one_line_errors
-from lens_lora.cli.sweep import scan, sweep
-from lens_lora.cli.verify import verify
+from lens_lora.cli.sweeping import scan, sweep
+from lens_lora.cli.verifying import verify
 
 app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False

@@ -310,6 +310,7 @@ class _Steps:
         self.width += 1
 
 
+@stored
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
     """What both models answer to a prompt, the likeliest token each time.

@@ -67,7 +67,7 @@ def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView
 def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:
     """The HTML of circuitsvis, which has the same colours for a value and for its opposite."""
     try:
-        from circuitsvis.tokens import colored_tokens  # pyright: ignore[reportMissingImports]
+        from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise LensLoraError(
             "token_view draws with circuitsvis, which is not installed",
@@ -76,7 +76,9 @@ def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:
         ) from error
     reach = max(map(abs, values), default=0.0) or 1.0
     escaped = [str(escape(token)) for token in tokens]
-    drawn: Any = colored_tokens(escaped, values, min_value=-reach, max_value=reach)
+    drawn: Any = circuitsvis_tokens.colored_tokens(
+        escaped, values, min_value=-reach, max_value=reach
+    )
     # The div is written as if it closed itself, which HTML does not know: it would swallow the
     # rest of the page.
     return drawn.local_src.replace("/>", "></div>", 1)

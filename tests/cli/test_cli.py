@@ -25,7 +25,7 @@ import lens_lora as ll
 import lens_lora.demonstration.embedded as train
 from lens_lora import cli
 from lens_lora._version import versions
-from lens_lora.cli import explain as explain_command
+from lens_lora.cli import explaining as explain_command
 from lens_lora.cli import running
 from lens_lora.cli.options import BaseModel, Questions
 from lens_lora.errors import LensLoraError, ModelStateError

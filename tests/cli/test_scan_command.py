@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora.cli.running import one_line_errors
-from lens_lora.cli.sweep import scan
+from lens_lora.cli.sweeping import scan
 
 app = typer.Typer()
 app.command()(one_line_errors()(scan))

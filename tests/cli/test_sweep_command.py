@@ -13,9 +13,9 @@ from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_
 from typer.testing import CliRunner
 
 import lens_lora as ll
-from lens_lora.cli import sweep as sweep_command
+from lens_lora.cli import sweeping as sweep_command
 from lens_lora.cli.running import one_line_errors
-from lens_lora.cli.sweep import sweep
+from lens_lora.cli.sweeping import sweep
 from lens_lora.sweeps.processes import Processes
 
 app = typer.Typer()

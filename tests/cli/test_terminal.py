@@ -181,7 +181,7 @@ FORKING = f"""
 import json, os, sys
 import lens_lora as ll
 from lens_lora import cli, loading
-from lens_lora.cli import adapters, sweep
+from lens_lora.cli import adapters, sweeping as sweep
 from lens_lora.show import page
 from lens_lora.sweeps import batches, sweep as sweeps
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast

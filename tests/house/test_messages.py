@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli, errors
 from lens_lora.cli.adapters import repair
-from lens_lora.cli.explain import explain
+from lens_lora.cli.explaining import explain
 from lens_lora.cli.options import options_of
-from lens_lora.cli.sweep import sweep
-from lens_lora.cli.verify import verify
+from lens_lora.cli.sweeping import sweep
+from lens_lora.cli.verifying import verify
 
 run = CliRunner().invoke
 PACKAGE = Path(errors.__file__).parent

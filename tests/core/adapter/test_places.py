@@ -179,9 +179,10 @@ def test_a_repository_gives_its_own_name():
 COMMANDS = {
     name: getattr(importlib.import_module(f"lens_lora.cli.{module}"), name)
     for module, names in {
-        "adapters": ("inspect", "diff", "repair", "verify", "checkpoints"),
-        "explain": ("explain", "demo"),
-        "sweep": ("sweep", "scan"),
+        "adapters": ("inspect", "diff", "repair", "checkpoints"),
+        "verifying": ("verify",),
+        "explaining": ("explain", "demo"),
+        "sweeping": ("sweep", "scan"),
     }.items()
     for name in names
 }
