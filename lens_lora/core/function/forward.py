@@ -371,7 +371,8 @@ class _Passes:
     def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
         """One row of the reading at a time, as its own tree: aligned, without padding."""
         # Points that share their first blocks are neighbours.
-        _, ranks = torch.unique(gates[:, sum(_columns(self.lens), [])], dim=0, return_inverse=True)
+        by_block = gates[:, sum(sites_by_block(self.lens), [])]
+        _, ranks = torch.unique(by_block, dim=0, return_inverse=True)
         order = ranks.argsort(stable=True)
         chunks = gates[order].split(memory.branches_at_once(self.lens, self.reading))
         with bar_of(gates.shape[-2], self.progress, self.what) as bar:
@@ -459,7 +460,7 @@ class Tree:
         """The smallest tree of these points, which must agree on the embeddings."""
         history = torch.zeros(len(gates), dtype=torch.long, device=gates.device)
         parents, rows = [], []
-        for columns in _columns(lens):
+        for columns in sites_by_block(lens):
             so_far = torch.cat([history[:, None].to(gates), gates[:, columns]], 1)
             _, now = torch.unique(so_far, dim=0, return_inverse=True)
             first = torch.full((int(now.max()) + 1,), len(gates), device=gates.device)
@@ -514,7 +515,7 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
     return Tree.of(lens, gates).cost < memory.BRANCHING_PAYS
 
 
-def _columns(lens: LoraLens) -> list[list[int]]:
+def sites_by_block(lens: LoraLens) -> list[list[int]]:
     """The sites of each block; those before the blocks go with the first, after them the last."""
     last = lens.plan.host.n_layers - 1
     blocks: list[list[int]] = [[] for _ in range(last + 1)]
