@@ -39,7 +39,7 @@ from torch import Tensor
 from lens_lora.arguments import number, numbers_of, word
 from lens_lora.compat import Temporary
 from lens_lora.core.function import forward as function
-from lens_lora.core.function import gate_graph, memory, reverse, rounding
+from lens_lora.core.function import gate_graph, memory, reverse, rounding, tree
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
 from lens_lora.core.function.noise import Noise
@@ -760,7 +760,7 @@ class Function:
         lens, reading = self.lens, self.reading
         copies = len(exact) + 2 * rounding.DRAWS
         share_one_pass = memory.shares_pass(lens, reading, copies)
-        if exact and (function.pays(lens, self._strengths(exact)) or not share_one_pass):
+        if exact and (tree.pays(lens, self._strengths(exact)) or not share_one_pass):
             values = self._run(self._strengths(exact), "along the path", progress)
             _, draws = rounding.draws_at(lens, reading, drawn, progress=progress)
             return values, draws

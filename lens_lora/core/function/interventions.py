@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lens_lora.compat import in_float64
 from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory
+from lens_lora.core.function import memory, tree
 from lens_lora.core.model import HookFn, LoraLens, Scale, attached
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError
@@ -285,7 +285,7 @@ def _growing_swaps(
     """Hooks that append a row for each patch at its block; patches must be in that order."""
     layers = [donor.layers[patch.name] for patch in patches]
     hooks: list[tuple[str, HookFn]] = [
-        (lens.plan.host.block_input(layer), function.more_copies(layers.count(layer)))
+        (lens.plan.host.block_input(layer), tree.more_copies(layers.count(layer)))
         for layer in sorted(set(layers))
     ]
     for name, swap in swaps(donor, patches, 1):

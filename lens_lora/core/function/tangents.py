@@ -30,7 +30,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, reverse
+from lens_lora.core.function import memory, reverse, tree
 from lens_lora.core.function.duals import OneProduct, dual_forward, tangent_of
 from lens_lora.core.function.memory import tangents_at_once
 from lens_lora.core.model import Groups, HookFn, LoraLens
@@ -182,7 +182,7 @@ class _Passes:
             products.rows = len(tensor)  # all of which have the same primal
 
         for layer in sorted(set(blocks)):
-            hooks.append((host.block_input(layer), function.more_copies(blocks.count(layer))))
+            hooks.append((host.block_input(layer), tree.more_copies(blocks.count(layer))))
             if host.keeps_rows:
                 hooks.append((host.block_input(layer), tell))
         return hooks

@@ -161,13 +161,13 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
     names = [n for n in points(cls) if n in lens.model.hook_dict]
     names = [n for n in names if positions is None or "pattern" not in n]
     found, grown = [], []
-    grow = swap.function.more_copies
+    grow = swap.tree.more_copies
 
     def noted(count: int):
         grown.append(count)
         return grow(count)
 
-    monkeypatch.setattr(swap.function, "more_copies", noted)
+    monkeypatch.setattr(swap.tree, "more_copies", noted)
     for worth, tokens in ((-1.0, 2048), (-1.0, 30), (2.0, 16384), (2.0, 40)):
         monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
         for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):

@@ -483,7 +483,7 @@ FUNCTION = [
     ),
     Mutation(
         "rows of a tree continue the wrong parents",
-        "core/function/forward.py",
+        "core/function/tree.py",
         "parents.append(history[first])",
         "parents.append(history[first.flip(0)])",
         INTERVENTIONS,

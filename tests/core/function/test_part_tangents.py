@@ -86,8 +86,8 @@ def test_a_row_that_begins_too_late_is_seen(cls, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     parts = [Part(i) for i in range(len(lens.sites))]
     whole = tangents(lens, parts)
-    grown = module.function.more_copies
+    grown = module.tree.more_copies
     monkeypatch.setattr(
-        module.function, "more_copies", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
+        module.tree, "more_copies", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
     )
     assert (tangents(lens, parts) - whole).abs().max() > 1e-6

@@ -1,0 +1,111 @@
+"""Points that share their first blocks run them once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core.function import memory
+from lens_lora.core.model import Inject, LoraLens
+from lens_lora.core.model.hooks import HookFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Rows of each block.
+
+    Attributes:
+        parents: per block, the row of the block before that each row continues.
+        gates: per block, [row, site].
+        leaf: [point], the last block's row that is the point's.
+    """
+
+    parents: tuple[Int[Tensor, " _row"], ...]
+    gates: tuple[Float[Tensor, "_row site"], ...]
+    leaf: Int[Tensor, " point"]
+
+    @classmethod
+    def of(cls, lens: LoraLens, gates: Float[Tensor, "point site"]) -> Tree:
+        """The smallest tree of these points, which must agree on the embeddings."""
+        history = torch.zeros(len(gates), dtype=torch.long, device=gates.device)
+        parents, rows = [], []
+        for columns in sites_by_block(lens):
+            so_far = torch.cat([history[:, None].to(gates), gates[:, columns]], 1)
+            _, now = torch.unique(so_far, dim=0, return_inverse=True)
+            first = torch.full((int(now.max()) + 1,), len(gates), device=gates.device)
+            points = torch.arange(len(gates), device=gates.device)
+            first = first.scatter_reduce(0, now, points, "amin")
+            parents.append(history[first])
+            rows.append(gates[first])
+            history = now
+        return cls(tuple(parents), tuple(rows), history)
+
+    @property
+    def width(self) -> int:
+        """The number of rows at the end of the pass."""
+        return len(self.gates[-1])
+
+    @property
+    def cost(self) -> float:
+        """The number of block passes, as a share of what running each point alone takes."""
+        return sum(len(p) for p in self.parents) / (len(self.leaf) * len(self.parents))
+
+    def run(
+        self,
+        lens: LoraLens,
+        forward: Callable[[], Float[Tensor, " row *out"]],
+        inject: Callable[[Float[Tensor, "row site"]], Inject],
+    ) -> Float[Tensor, " point *out"]:
+        """The forward pass of one row, for every point."""
+        grow = [
+            (lens.plan.host.block_input(layer), _continued(parent))
+            for layer, parent in enumerate(self.parents)
+            if len(parent) > 1
+        ]
+        last = len(self.gates) - 1
+        before, by_block = inject(self.gates[0][:1]), [inject(rows) for rows in self.gates]
+        layers = [lens.sites[i.site].layer for i in lens.plan.injections]
+        writers = [before if layer < 0 else by_block[min(layer, last)] for layer in layers]
+
+        def write(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+            return writers[index](index, out, z)
+
+        with lens.injected(write, before=grow):
+            return forward()[self.leaf]
+
+
+def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
+    """Whether branching is cheaper: points share blocks, and the batch may grow on the way."""
+    if len(gates) < 2 or not lens.plan.host.grows:
+        return False
+    embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
+    if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
+        return False
+    return Tree.of(lens, gates).cost < memory.BRANCHING_PAYS
+
+
+def sites_by_block(lens: LoraLens) -> list[list[int]]:
+    """The sites of each block; those before the blocks go with the first, after them the last."""
+    last = lens.plan.host.n_layers - 1
+    blocks: list[list[int]] = [[] for _ in range(last + 1)]
+    for index, site in enumerate(lens.sites):
+        blocks[min(max(site.layer, 0), last)].append(index)
+    return blocks
+
+
+def more_copies(count: int) -> HookFn:
+    """A hook that appends `count` copies of the batch's first row.
+
+    If the batch is dual, the first row must have no tangent.
+    """
+
+    return lambda tensor, hook: torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
+
+
+def _continued(parent: Int[Tensor, " row"]) -> HookFn:
+    """A hook after which each row continues its parent."""
+    return lambda tensor, hook: tensor[parent.to(tensor.device)]
