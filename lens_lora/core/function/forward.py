@@ -10,11 +10,8 @@
 3. Many gate vectors, the same for all prompts or each prompt's own, ride in rows of the batch, a
    bounded number at a time (`function/memory.py`), and where all prompts together are too many, a
    group of these at a time (`gated_readout`).
-4. Gate vectors that agree on every site up to block L have the same residual stream there. Where it
-   pays they branch (`Tree`): the pass starts with one row of one prompt, and at each block's input
-   rows are added, one for each distinct history of gates up to and including that block. A hook
-   adds them, so no part of the model's own pass is rewritten; the other inputs of a block
-   (positions, masks) have one row, which broadcasts.
+4. Gate vectors that agree in the first blocks share the work there, where it pays
+   (`function/tree.py`).
 5. Each row writes ε_l ΔW_l z_l, or what another `inject` makes of the row's gates.
 
 Cost: one forward pass to read, and at most one for each gate vector; for adding each site in turn,

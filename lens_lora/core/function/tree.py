@@ -1,4 +1,15 @@
-"""Points that share their first blocks run them once."""
+"""Gate vectors that agree in the first blocks run those blocks once.
+
+Gate vectors that agree on every site up to block L have the same residual stream there.
+
+1. `pays` says whether branching is cheaper than a row for each gate vector in every block.
+2. The pass starts with one row of one prompt. At each block's input rows are added, one for each
+   distinct history of gates up to and including that block (`Tree.of`).
+3. A hook adds them, so no part of the model's own pass is rewritten. The other inputs of a block
+   (positions, masks) have one row, which broadcasts.
+
+Cost: of the gate vectors that switch each site in turn, about half of the block passes.
+"""
 
 from __future__ import annotations
 
