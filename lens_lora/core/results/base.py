@@ -37,7 +37,8 @@ from lens_lora.arguments import whole
 from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.sites import Groups, Site
 from lens_lora.core.results import drawing
-from lens_lora.core.results.storage import Axes, read_result, save_result, stored
+from lens_lora.core.results.axes import Axes
+from lens_lora.core.results.storage import read_result, save_result, stored
 from lens_lora.errors import ArgumentError, LensLoraError
 
 SIGMAS = 3.0

@@ -23,7 +23,7 @@ from safetensors.torch import save, save_file
 from shapes import share
 
 import lens_lora as ll
-from lens_lora.core.results import base, storage
+from lens_lora.core.results import axes, base, storage
 from lens_lora.core.results.base import Drawn, Measured, Paged, Ranked, Read, Result
 from lens_lora.core.results.labelled import Labelled
 from lens_lora.explanations import explanation as explain
@@ -369,7 +369,7 @@ def test_agreement_is_what_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ll.load_result(path)
     assert f"{path}: " in str(caught.value)
     assert "(Attribution: adapted has 2 along 'batch', and base 1)" in str(caught.value)
-    monkeypatch.setattr(storage.Axes, "_refuse", lambda *_: None)
+    monkeypatch.setattr(axes.Axes, "_refuse", lambda *_: None)
     assert not torch.equal(ll.results.Attribution.load(path).shift, two_prompts().shift)
 
 
