@@ -1,4 +1,14 @@
-"""Whether the fields of a result agree."""
+"""Whether the fields of a result agree: when it is made, and when it is read from a file.
+
+1. Types, dtypes and shapes are as they are annotated. `Float[Tensor, "batch site"]` says how long
+   the axes "batch" and "site" are.
+2. Labels are as many as their axis is long. `Annotated[tuple[Site, ...], "site"]` are the labels of
+   the axis "site". Other annotations of labels are:
+
+       "batch position"   tuples of labels: one tuple a prompt, the longest as long as "position"
+       "token?"           none where no tensor has that axis
+       "group: site"      labels of "group", whose numbers are indices along "site"
+"""
 
 from __future__ import annotations
 

@@ -5,13 +5,8 @@
    {"tensor": name}, {"map": {…}}, {"said": …, "tokens": […]} for a conversation's tokens, or
    {"of": "Site", "fields": {…}} for a dataclass.
 3. A digest covers both, so that a damaged file is refused and never read as other numbers.
-4. The fields of every result agree, in a file and when it is made: types, dtypes and shapes as they
-   are annotated, and labels as many as their axis is long. `Annotated[tuple[Site, ...], "site"]`
-   are the labels of the axis "site":
-
-       "batch position"   tuples of labels: one tuple a prompt, the longest as long as "position"
-       "token?"           none where no tensor has that axis
-       "group: site"      labels of "group", whose numbers are indices along "site"
+4. A result that is read is made anew, so that fields that contradict each other are refused
+   (`results/axes.py`).
 """
 
 from __future__ import annotations
