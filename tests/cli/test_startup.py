@@ -193,7 +193,14 @@ def test_import_loads_nothing():
     assert answer(code=IMPORT)[1] == []
 
 
-MODULES = ("readouts.readout", "readouts.prompts", "model.generate", "results.storage")
+MODULES = (
+    "core.readout.readout",
+    "core.readout.prompts",
+    "core.function.tree",
+    "core.results.axes",
+    "core.results.storage",
+    "responses.generate",
+)
 
 
 # What the host libraries import, once: each module of ours is the first in a fork.
