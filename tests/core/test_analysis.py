@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import itertools
 import subprocess
 import sys
@@ -79,6 +80,16 @@ def test_its_signature_and_its_words_are_the_function_s():
     ]
     assert leave_two_out.__name__ == "leave_two_out"
     assert leave_two_out.__doc__ == "The interaction of each pair of modules."
+
+
+def test_help_shows_a_call_that_type_checkers_know_by_a_protocol():
+    """`typed_as` is for type checkers alone: at run time first_order is the function itself."""
+    shown = pydoc.plain(pydoc.render_doc(ll.first_order))
+    assert "function first_order in module lens_lora.core.analyses.first_order" in shown
+    assert "a_l = u_yᵀ J δz_l of every site" in shown
+    parameters = list(inspect.signature(ll.first_order).parameters)
+    assert parameters[:3] == ["lens", "prompts", "readout"]
+    assert parameters[-2:] == ["max_memory", "progress"]
 
 
 def test_analyses_of_one_function_share_its_numbers(monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,7 @@ from lens_lora.core.model.hooks import HookFn
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Rows of each block.
+    """Which rows run in each block, and which point each row of the last block is.
 
     Attributes:
         parents: per block, the row of the block before that each row continues.
