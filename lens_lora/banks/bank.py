@@ -567,8 +567,8 @@ def bank(
     @alone
     def recorded(lens: LoraLens) -> Bank:
         f = lens.function(prompts, progress=False)
-        readouts_asked = [readout] if isinstance(readout, Readout) else listed(readout)
-        functions = [Evaluations.of(f.about(each)) for each in readouts_asked]
+        all_readouts = [readout] if isinstance(readout, Readout) else listed(readout)
+        functions = [Evaluations.of(f.about(each)) for each in all_readouts]
         for g in functions:
             g.require_logits("a bank")
             g.require_slope_at_base()

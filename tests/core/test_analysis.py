@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import pydoc
 import itertools
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
