@@ -1,8 +1,8 @@
 """Formats of adapters: what a folder is, asked in one place by all that read adapters.
 
-    @ll.adapter_format(files=("delta.safetensors",))
-    def delta(folder):
-        tensors = safetensors.torch.load_file(folder / "delta.safetensors")
+    @ll.adapter_format(files=("pairs.safetensors",))
+    def pairs(folder):
+        tensors = safetensors.torch.load_file(folder / "pairs.safetensors")
         return {module: ll.LoRAFactors(A, B, scale) for module, A, B, scale in … }
 
 1. PEFT's format is built in (`peft_files`). Another one is a function of a folder, registered by
@@ -67,10 +67,10 @@ def adapter_format(
 ) -> Callable[[_Read], _Read]:
     """Register a format: whatever reads an adapter's folder reads folders of this format too.
 
-        >>> @adapter_format(files=("delta.safetensors",))  # doctest: +SKIP
-        ... def delta(folder):
+        >>> @adapter_format(files=("pairs.safetensors",))  # doctest: +SKIP
+        ... def pairs(folder):
         ...     return {"model.layers.0.self_attn.q_proj": ll.LoRAFactors(A, B, scale)}
-        >>> ll.load_adapter("a/folder/with/delta.safetensors")  # doctest: +SKIP
+        >>> ll.load_adapter("a/folder/with/pairs.safetensors")  # doctest: +SKIP
 
     The function is given the folder, and returns the updates by Hugging Face module path, or an
     `Adapter`. A format that is registered again under its name takes the place of the earlier one.

@@ -7,7 +7,7 @@
    a visitor, and keeps nothing.
 3. The visitor of `site_slopes` contracts u_yᵀ J δz into its parts, without ever building δz:
 
-       a = Σ_pos Σ_rank (GB)_rank · u_rank,    G = Jᵀu_y at the site's output,  u = A z + a₀.
+       a = Σ_pos Σ_rank (G·sB)_rank · u_rank,   G = Jᵀu_y at the site's output,  u = A z + a₀.
 
    Heads are those of the output for q, k, v (rows of B), of the input for o (columns of A). Over
    positions v's constant part is split at v, though it is added at o.

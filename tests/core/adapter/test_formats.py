@@ -35,6 +35,7 @@ def pairs(folder: Path) -> Mapping[str, ll.LoRAFactors]:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats.registered()  # The package's own are imported once, and not into this test's table.
     monkeypatch.setattr(formats, "_FORMATS", {})
     register = ll.adapter_format(files=(FILE,), base_model=lambda folder: "org/base")
     assert register(pairs) is pairs
