@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from types import ModuleType
+from typing import Any
 
 # Folder of results → the modules that draw them and say what they say.
 DRAWERS: dict[str, tuple[str, ...]] = {}
@@ -28,7 +28,7 @@ RESULTS: list[str] = []
 FORMATS: list[str] = []
 
 
-def import_each(modules: Iterable[str]) -> list[ModuleType]:
+def import_each(modules: Iterable[str]) -> list[Any]:
     """These modules, imported; one that is loaded already is not run again."""
     return [importlib.import_module(module) for module in modules]
 

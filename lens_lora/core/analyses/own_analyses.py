@@ -129,7 +129,7 @@ def analysis(
     def call(
         lens: LoraLens,
         prompts: PromptsLike,
-        readout: Readout,
+        readout: Readout | Sequence[Readout],
         *args: Any,
         progress: bool = True,
         **kwargs: Any,

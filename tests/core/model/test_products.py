@@ -163,6 +163,7 @@ def test_a_lens_runs_no_pass_of_a_float32_model_that_has_run(cls: str):
     assert passes_of(model, lambda: ll.LoraLens(model, adapter)) == 1, "other code is run then"
 
 
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_a_model_that_cannot_run_is_refused_when_another_has_run():
     """Also where a lens over it was made before it was broken."""
     base = models.hf_model("llama", dtype=torch.float32)
