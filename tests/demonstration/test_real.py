@@ -12,7 +12,7 @@ from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.core.function import asked as noise
+from lens_lora.core.function import rounding as noise
 from lens_lora.hosts.build import hooked_model
 from lens_lora.texts.neutral import neutral_sentences
 
@@ -131,9 +131,10 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:8]]
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
     assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
-    floor, whole = noise.ask(low, texts, ll.Logit(PRE)).noise_floor, noise.of_stream
+    floor = low.function(texts, ll.Logit(PRE)).floor
+    whole = noise.of_stream
     monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])
-    at_the_embedding = noise.ask(low, texts, ll.Logit(PRE)).noise_floor
+    at_the_embedding = low.function(texts, ll.Logit(PRE)).floor
     assert (floor / at_the_embedding).median() > 1.25
 
 
