@@ -24,7 +24,7 @@ from lens_lora.cli import running
 from lens_lora.cli.options import BaseModel, Questions
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
-from lens_lora.explanations import explanation as explaining
+from lens_lora.explanations import steps
 from lens_lora.loading import moved
 
 run = CliRunner().invoke
@@ -308,7 +308,7 @@ def real(tmp_path_factory):
     asked = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
     options = [str(late), *asked]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explaining, "_ANSWER", {False: 6})  # in place of 48, the third of the time
+        patch.setattr(steps, "_ANSWER_TOKENS", 6)  # in place of 48, the third of the time
         return run(cli.app, ["explain", *options, "--report", str(report)]), report
 
 

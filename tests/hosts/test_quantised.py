@@ -105,8 +105,8 @@ def test_analyses_in_4_bit_are_those_of_the_dequantised_model(family: str, name:
 def short_brief(monkeypatch):
     """As the context of the tiny models is."""
     for module, name, value in (
-        (brief, "_SPOKEN", 4),
-        (brief, "_WORDS", 3),
+        (brief, "_TOKENS_SPOKEN", 4),
+        (brief, "_TOKENS_OF_A_CLAIM", 3),
         (changes, "_ANSWER", 4),
     ):
         monkeypatch.setattr(module, name, value)

@@ -224,7 +224,7 @@ ALONE = re.compile(
     r"|ConstantPart\.(vectors|steering).* axis 0|Spectrum\.singular_values axis 0"
     r"|LoRAFactors\.(A axis 1|B axis 0)|Repair\.random axis 0"
     r"|AdapterComparison\.(null_effects axis 0|null_function axis 1)"
-    r"|(ActivationEffects|BestSubset)\.sites"
+    r"|(ActivationEffects|BestSubset|Together)\.sites|Reconciled\.(sites|left_out)"
     r"|(Coupling|Edges|Effects|GroupAttribution)\.sites longer"
 )
 
