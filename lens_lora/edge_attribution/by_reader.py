@@ -180,7 +180,7 @@ class Pass:
         self._shape = g.rows.tokens.shape
         self.readers: dict[str, _Stream] = {}
         self.heads: dict[str, _Stream] = {}
-        self.slopes = Slopes(g.lens, g.rows, axes)
+        self.slopes: Slopes = Slopes(g.lens, g.rows, axes)
         self._written: list[_Written] = []
         # What each reader saw, once for each time that it ran.
         self._seen: dict[str, list[Tensor]] = {}

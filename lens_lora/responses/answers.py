@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -231,7 +231,7 @@ class KL(Readout):
     direction: Way = "base_to_adapted"
     tokens: ReadTokens | None = None
     units = "nats"
-    base_value = 0.0
+    base_value: ClassVar[float | None] = 0.0
     no_slope_at_base = (
         "use ll.kl_shares for its quadratic part, ll.path_attribution for all of it, or "
         "ll.first_order(…, at=1.0) for what leaving a module out does."

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -64,7 +64,7 @@ class Readout(abc.ABC):
     """
 
     units = "logits"
-    base_value: float | None = None
+    base_value: ClassVar[float | None] = None
     no_slope_at_base: str = ""
 
     def on(self, prompts: Prompts) -> Readout:
