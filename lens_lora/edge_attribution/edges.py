@@ -309,6 +309,7 @@ def patch_edges(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
     """
+    g.require_logits("patch_edges")
     word("how", how, get_args(How))
     paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group))
     at = 0.0 if how == "add_one" else 1.0

@@ -125,7 +125,7 @@ def home_points(source: Any) -> tuple[str, ...]:
         return tuple(by_point)
     is_pair = isinstance(source, tuple) and len(source) == 2
     autoencoder = source[0] if is_pair else source
-    name = _setting(getattr(autoencoder, "cfg", None), "hook_name")
+    name = setting_of(getattr(autoencoder, "cfg", None), "hook_name")
     return () if name is None or not hasattr(autoencoder, "W_enc") else (str(name),)
 
 
@@ -174,14 +174,14 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
     if not isinstance(W_enc, Tensor) or W_enc.ndim != 2:
         raise ArgumentError(f"directions are a {type(source).__name__}; {_EXPECTED}.")
     cfg, count = getattr(source, "cfg", None), W_enc.shape[1]
-    normalised = _setting(cfg, "normalize_activations")
+    normalised = setting_of(cfg, "normalize_activations")
     if normalised not in (None, "none"):
         raise ArgumentError(
             f"this autoencoder normalises its input (normalize_activations={normalised!r}), so its "
             "pre-activations are not linear in h. If the factor is a constant, fold it first "
             "(sae.fold_activation_norm_scaling_factor); else pass directions: sae.W_enc.T."
         )
-    head = _setting(cfg, "hook_head_index")
+    head = setting_of(cfg, "hook_head_index")
     if head is not None:
         raise ArgumentError(
             f"this autoencoder reads head {head} alone; pass a tensor with zeros at other heads."
@@ -196,7 +196,7 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
         inner = encode
         encode = None if inner is None else lambda h: inner(h)[..., features]
     rows, labels = _finite(W_enc).T[features], tuple(("feature", i) for i in features)
-    name, by_head = _setting(cfg, "hook_name"), getattr(source, "hook_z_reshaping_mode", False)
+    name, by_head = setting_of(cfg, "hook_name"), getattr(source, "hook_z_reshaping_mode", False)
     return Directions(rows, labels, "encoder", "pre-activation", name, encode, bool(by_head))
 
 
@@ -206,7 +206,7 @@ def _finite(rows: Tensor) -> Tensor:
     return rows.detach()
 
 
-def _setting(cfg: Any, name: str) -> Any:
+def setting_of(cfg: Any, name: str) -> Any:
     """cfg.name, or cfg.metadata's (SAELens 6), or None."""
     for place in (cfg, getattr(cfg, "metadata", None)):
         value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)

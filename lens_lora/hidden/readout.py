@@ -30,7 +30,7 @@ from lens_lora.core.readout.positions import Positions, chosen_positions, positi
 from lens_lora.core.readout.reading import AtPoint, one_row_each
 from lens_lora.core.readout.readout import BaseFunction
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError
-from lens_lora.formats.directions import Directions, directions_of
+from lens_lora.formats.directions import Directions, directions_of, setting_of
 
 _TRIED_TOKENS = 4  # A pass of these few tokens shows which sites write before the point.
 
@@ -116,13 +116,8 @@ class Projection(Readout):
             return f
         return f.over(lens.with_adapter(lens.adapter.only(*before)))
 
-    def begin(self, f: BaseFunction) -> Reading:
-        """The rows of the prompts, each read at the point."""
-        prompts: Prompts = f.prompts
-        return one_row_each(prompts, AtPoint(self.name, self._value(), self._counted(prompts)))
-
     def over(self, model: Any, prompts: Prompts) -> Reading:
-        """As `begin`, which has the lens."""
+        """The rows of the prompts, each read at the point."""
         del model
         return one_row_each(prompts, AtPoint(self.name, self._value(), self._counted(prompts)))
 
@@ -160,7 +155,7 @@ class Projection(Readout):
 
             return activation
         direction = found.rows[0]
-        offset = _offset(self.direction, direction)
+        offset = _offset(self.direction, found)
         width = len(direction)
 
         def projection(h: Tensor) -> Tensor:
@@ -175,18 +170,49 @@ class Projection(Readout):
         return projection
 
 
-def _offset(source: Any, row: Tensor) -> float:
-    """What an autoencoder's pre-activation adds to h · d: its bias, less b_dec · d where it is."""
-    autoencoder, index = source if isinstance(source, tuple) else (source, None)
-    bias = getattr(autoencoder, "b_enc", None)
-    if index is None or not isinstance(bias, Tensor):
+def _offset(source: Any, found: Directions) -> float:
+    """What an autoencoder's pre-activation adds to h · d: its bias, less b_dec · d where it is.
+
+    Raises:
+        ArgumentError: the autoencoder's own `encode` says another number of an active feature.
+    """
+    if found.kind != "encoder":
         return 0.0
-    offset = float(bias.detach().flatten()[int(index)])
+    autoencoder = source[0] if isinstance(source, tuple) else source
+    _, index = found.labels[0]
+    direction = found.rows[0]
+    offset = 0.0
+    bias = getattr(autoencoder, "b_enc", None)
+    if isinstance(bias, Tensor):
+        offset = float(bias.detach().flatten()[index])
     subtracted = getattr(autoencoder, "b_dec", None)
-    cfg = getattr(autoencoder, "cfg", None)
-    if isinstance(subtracted, Tensor) and getattr(cfg, "apply_b_dec_to_input", False):
-        offset -= float(subtracted.detach().to(row) @ row)
+    subtracts = setting_of(getattr(autoencoder, "cfg", None), "apply_b_dec_to_input")
+    if isinstance(subtracted, Tensor) and subtracts:
+        offset -= float(subtracted.detach().to(direction) @ direction)
+    _require_own_activation(found, offset)
     return offset
+
+
+# Sizes of an activation at which a feature is asked whether it is h · d + offset.
+_ACTIVE = (10.0, 100.0)
+_SAME = 1e-3  # of the activation: an autoencoder may compute in half precision
+
+
+def _require_own_activation(found: Directions, offset: float) -> None:
+    """Compare with `encode` where it says that the feature is on: few forms are not h · d + b."""
+    if found.encode is None or found.by_head:
+        return
+    direction = found.rows[0]
+    for size in _ACTIVE:
+        h = direction * (size - offset) / (direction @ direction)
+        with torch.no_grad():
+            own = float(found.encode(h[None, None])[0, 0, 0])
+        if own != 0 and abs(own - size) > _SAME * size:
+            raise ArgumentError(
+                f"feature {found.labels[0][1]} of this autoencoder is {own:.4g} where h · d and "
+                f"its bias make {size:.4g}, so its pre-activation is computed otherwise",
+                remedy="use activated=True, which asks the autoencoder itself.",
+            )
 
 
 def _modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:

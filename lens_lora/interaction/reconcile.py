@@ -212,8 +212,10 @@ def _behaviour(
         )
     prompts, readout = question
     g = evaluations(lens, prompts, readout, progress=progress)
+    g.require_logits("reconcile")
     base, _ = g.ends
-    own = g({f"*@{name}": 1.0}) - base
+    of_adapter = tuple(i for i, site in enumerate(lens.sites) if site.adapter == name)
+    own = g(lens.gates(indicator({name: of_adapter}, len(lens.sites))[0])) - base
     if bool((own.abs() <= SIGMAS * g.floor).all()):
         raise ArgumentError(
             f"{argument}: {name} alone moves {readout.label} by rounding, so there is no behaviour "

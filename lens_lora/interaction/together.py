@@ -11,10 +11,11 @@ derivative of g (note, §6, item 4), and the integral over the plane of both gat
 Integrated Hessians (arXiv 2002.04138).
 
 1. The corners: a forward pass for the base, for each adapter, for each pair, for all but each, and
-   for all.
+   for all. Corners that are the same one run once: of two adapters there are four.
 2. The split: H between groups of modules of a and of b, at the nodes of a Gauss–Legendre rule in
-   each of the two gates. The rules grow until the parts miss I_ab by at most a share `tol` of the
-   largest of the three shifts g(1, 1), g(1, 0), g(0, 1) less g(0, 0).
+   each of the two gates. The rules grow until two things hold, both up to a share `tol` of the
+   largest of the three shifts g(1, 1), g(1, 0), g(0, 1) less g(0, 0): the parts sum to I_ab, and no
+   part has changed from the rule before. The sum alone would not bound the error of a part.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class Together(Ranked):
         nodes: how many values each gate took; 0 where nothing was split.
         allowed: [batch, pair], how much the parts were allowed to miss; None where nothing was
             split.
+        part_change: [batch, pair], by how much the part that changed most differs from the rule
+            before; None where nothing was split.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; the name of a site
             ends in '@' and its adapter.
     """
@@ -95,6 +98,7 @@ class Together(Ranked):
     groups: Annotated[tuple[str, ...], "group"] = ()
     nodes: int = 0
     allowed: Float[Tensor, "batch pair"] | None = None
+    part_change: Float[Tensor, "batch pair"] | None = None
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
@@ -115,14 +119,15 @@ class Together(Ranked):
 
     @property
     def is_complete(self) -> Bool[Tensor, "batch pair"]:
-        """Whether the parts miss no more than `tol` allows.
+        """Whether the parts sum to the interaction and have settled, as far as `tol` asks.
 
         Raises:
             ArgumentError: the interaction was not split.
         """
         missed = self.completeness_error
         assert self.allowed is not None, "what was split has a bound"
-        return missed <= self.allowed
+        assert self.part_change is not None, "and was compared with the rule before"
+        return (missed <= self.allowed) & (self.part_change <= self.allowed)
 
     @property
     def _split(self) -> Float[Tensor, "batch pair group group"]:
@@ -170,9 +175,10 @@ def together(
 ) -> Together:
     """What two or more adapters do to a readout together, beyond what each of them does alone.
 
-    Cost: 2 + 2k + k(k − 1)/2 forward passes for k adapters, batched (4 for two), and five for the
-    noise floor at each end. Split by groups of modules, for each pair of adapters and each of n²
-    nodes a forward and a backward pass, and two backward passes for each group of modules.
+    Cost: 4 forward passes for two adapters, 2 + 2k + k(k − 1)/2 at most for k, batched, and five
+    for the noise floor at each end. Split by groups of modules, for each pair of adapters two rules
+    at least, of 4 and of 9 nodes; at each node a forward and a backward pass, and two backward
+    passes for each group of modules.
 
     Args:
         lens: over the model; its own adapter is not used, unless it is among `adapters`.
@@ -183,19 +189,20 @@ def together(
             names or globs}; None for the corners alone.
         tol: how much the parts may miss of an interaction, as a share of the largest shift of the
             pair.
-        max_nodes: the largest number of values of each gate.
+        max_nodes: the largest number of values of each gate, at least 3.
         progress: show a bar.
 
     Raises:
-        ArgumentError: fewer than two adapters, an empty name or one with '@', groups that hold a
-            module twice or not at all, `tol` or `max_nodes` out of range.
+        ArgumentError: fewer than two adapters, an empty name or one with '@', an adapter that is a
+            sum of others, groups that hold a module twice or not at all, `tol` or `max_nodes` out
+            of range.
         AdapterError: adapters of different bases; DoRA on a module that another adapts too.
         SiteError: a glob of a group that matches no site of either adapter.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a value or derivative that is not finite.
     """
     tol = number("tol", tol)
-    max_nodes = whole("max_nodes", max_nodes, _RULES[0])
+    max_nodes = whole("max_nodes", max_nodes, _RULES[1])
     if tol <= 0:
         raise ArgumentError(f"tol={tol:g}", remedy="expected a share above 0, such as 1e-3.")
     named = adapters_by_name(adapters)
@@ -208,7 +215,8 @@ def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, 
     """The adapters, read where they are folders, each under the name that it is given.
 
     Raises:
-        ArgumentError: fewer than two, an empty name or one with '@'.
+        ArgumentError: fewer than two, an empty name or one with '@', or an adapter that is a sum of
+            others.
     """
     if not isinstance(adapters, Mapping) or len(adapters) < 2:
         raise ArgumentError(
@@ -222,6 +230,12 @@ def adapters_by_name(adapters: Mapping[str, Adapter | str | Path]) -> dict[str, 
                 f"an adapter is called {name!r}", remedy="name it by a word without '@'."
             )
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        # The sites of a sum keep the names of its summands, and would be found under none of these.
+        if any("@" in key for key in loaded.modules):
+            raise ArgumentError(
+                f"{name!r} is {loaded.name!r}, a sum of adapters",
+                remedy="name each of its summands.",
+            )
         named[name] = loaded.named(name)
     return named
 
@@ -249,10 +263,15 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> T
     members = _members(g.lens.sites, names).to(g.lens.gate_dtype).to(g.lens.device)
     pairs = list(itertools.combinations(range(len(names)), 2))
     base, adapted = g.ends
-    alone = g(members) - base
-    added = adapted - g(1 - members)
     of_pairs = torch.stack([members[a] + members[b] for a, b in pairs])
-    both = g(of_pairs) - base
+    corners = torch.cat([members, 1 - members, of_pairs])
+    distinct, place = corners.unique(dim=0, return_inverse=True)
+    of_each, of_all_but_each, of_pair = g(distinct)[place].split(
+        [len(names), len(names), len(pairs)]
+    )
+    alone = of_each - base
+    added = adapted - of_all_but_each
+    both = of_pair - base
     interaction = torch.stack([both[row] - alone[a] - alone[b] for row, (a, b) in enumerate(pairs)])
     found = Together(
         adapters=names,
@@ -316,20 +335,30 @@ def _split_by_modules(
     max_nodes: int,
 ) -> Together:
     """The result with its parts, by the first rule whose parts miss no more than is allowed."""
-    rules = [nodes for nodes in _RULES if nodes <= max_nodes]
+    first, *rules = [nodes for nodes in _RULES if nodes <= max_nodes]
+    before = _parts_of_pairs(g, pairs, groups, first)
     split = found
     for nodes in rules:
-        parts = [_parts(g, groups[a], groups[b], nodes) for a, b in pairs]
+        parts = _parts_of_pairs(g, pairs, groups, nodes)
         split = dataclasses.replace(
             found,
-            parts=torch.stack(parts, 1),
+            parts=parts,
             groups=tuple(groups[0]),
             nodes=nodes,
             allowed=allowed.T,
+            part_change=(parts - before).abs().flatten(2).amax(2),
         )
         if bool(split.is_complete.all()):
             break
+        before = parts
     return split
+
+
+def _parts_of_pairs(
+    g: Evaluations, pairs: Sequence[_Pair], groups: Sequence[Groups], nodes: int
+) -> Float[Tensor, "batch pair group group"]:
+    """The parts of every pair of adapters, by a rule of so many nodes in each gate."""
+    return torch.stack([_parts(g, groups[a], groups[b], nodes) for a, b in pairs], 1)
 
 
 def _parts(

@@ -48,7 +48,9 @@ def _where(result: Together, index: int) -> str:
     if bool(result.is_complete[index].all()):
         return where
     missed = float(result.completeness_error[index].max())
+    assert result.part_change is not None, "parts were compared with the rule before"
+    unsettled = float(result.part_change[index].max())
     return (
-        f"{where} The parts miss up to {missed:.2g} {result.units} of an interaction: ask for more "
-        "nodes by max_nodes=, or for fewer groups."
+        f"{where} The parts miss up to {missed:.2g} {result.units} of an interaction, and a part "
+        f"still changed by {unsettled:.2g} with the last nodes: ask for more by max_nodes=."
     )

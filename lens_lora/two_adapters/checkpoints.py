@@ -256,6 +256,7 @@ def checkpoints(
     run, run_steps = _in_order(adapters, steps, revision, subfolder)
     _require_one_training(run)
     g = evaluations(lens.with_adapter(run[0]), prompts, readout, progress=False)
+    g.require_logits("checkpoints")
     g.require_slope_at_base()
     base_noise = g.noise((1.0,), at=0.0)
     (base,) = g.along((0.0,))

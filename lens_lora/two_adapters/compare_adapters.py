@@ -473,6 +473,7 @@ def _on_prompts(
 ) -> dict[str, Tensor]:
     """The fields of `AdapterComparison` that need prompts; g reads what effects are of."""
     if g is not None:
+        g.require_logits("compare_adapters")
         g.require_slope_at_base()
     prompts = f.prompts.at_each_token()
     silent = not f.progress or not draws

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.errors import ArgumentError, ModelStateError, PromptError, SiteError
+from lens_lora.errors import (
+    ArgumentError,
+    ModelStateError,
+    PromptError,
+    SiteError,
+    SweepError,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOKENS = models.tokens()
@@ -237,14 +243,57 @@ def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
     assert (found.values - direct.values).abs().max() < EXACT
 
 
-@pytest.mark.parametrize(
-    "ask", [lambda *q: ll.edges(*q), lambda lens, *q: ll.bank(lens, *q)], ids=["edges", "bank"]
-)
+OF_THE_LOGITS: dict[str, Callable[..., Any]] = {
+    "edges": lambda *q: ll.edges(*q),
+    "patch_edges": lambda *q: ll.patch_edges(*q, [("blocks.0.attn.q", "blocks.0.mlp")]),
+    "bank": lambda *q: ll.bank(*q),
+    "checkpoints": lambda lens, *q: ll.checkpoints(lens, [lens.adapter, lens.adapter], *q),
+    "compare_adapters": lambda lens, *q: ll.compare_adapters(lens, lens.adapter, *q),
+    "reconcile": lambda lens, *q: ll.reconcile(
+        lens, {"a": lens.adapter, "b": lens.adapter}, {"a": q, "b": q}, "b"
+    ),
+}
+
+
+@pytest.mark.parametrize("ask", OF_THE_LOGITS.values(), ids=OF_THE_LOGITS)
 def test_what_is_of_the_logits_is_refused(ask: Callable[..., Any]):
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
     readout = ll.Projection(direction(width_of(case)), POINT)
     with pytest.raises(ArgumentError, match="read inside the model"):
         ask(case.lens, TOKENS, readout)
+
+
+def test_the_bias_of_an_autoencoder_with_one_feature():
+    """Given without an index."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    single = Autoencoder(width_of(case))
+    single.W_enc = single.W_enc[:, :1]
+    single.b_enc = single.b_enc[:1]
+    by_itself = case.lens.function(TOKENS, ll.Projection(single, POINT))(0.0)
+    by_index = case.lens.function(TOKENS, ll.Projection((single, 0), POINT))(0.0)
+    assert torch.equal(by_itself, by_index)
+
+
+def test_an_autoencoder_that_computes_otherwise_is_refused():
+    """One that subtracts b_dec from its input and does not say so in its configuration."""
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    other = Autoencoder(width_of(case))
+    plain = other.encode
+    shift = torch.ones(width_of(case), dtype=torch.float64)
+    other.encode = lambda h: plain(h - shift)
+    with pytest.raises(ArgumentError, match="its pre-activation is computed otherwise"):
+        case.lens.function(TOKENS, ll.Projection((other, 1), POINT))
+
+
+def test_a_sweep_is_not_resumed_with_another_direction(tmp_path: Path):
+    case = cases.case("llama", next(iter(models.MAKERS)), "raw")
+    out = tmp_path / "rows.parquet"
+    d = direction(width_of(case))
+    ask = functools.partial(ll.sweep, case.lens, ["w5 w6 w7"], ["first_order"], out=out, **QUIET)
+    ask(readout=ll.Projection(d, POINT))
+    for other in (ll.Projection(2 * d, POINT), ll.Projection(d, POINT, -1)):
+        with pytest.raises(SweepError):
+            ask(readout=other)
 
 
 @pytest.mark.bad_input

@@ -378,6 +378,7 @@ def together() -> ll.results.Together:
         groups=("q", "down"),
         nodes=3,
         allowed=torch.full((2, 1), 1e-3),
+        part_change=torch.full((2, 1), 1e-4),
         **HEADER,
     )
 
