@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 
-from lens_lora.sweeps.processes import rank
+from lens_lora.runs.processes import rank
 
 _ASCII = dict(zip("\N{MINUS SIGN}–—“”’…·×→‖█", '---""\'..x>|#', strict=True))
 _CLEAR = b"\r\x1b[K\x1b[?25h"  # the line of a spinner, and the cursor that it hides

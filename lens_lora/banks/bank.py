@@ -77,8 +77,9 @@ from lens_lora.errors import (
     warn,
 )
 from lens_lora.hosts.given_base import note_of_names
-from lens_lora.sweeps.processes import launched
-from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings
+from lens_lora.runs.fingerprint import differences, digest, fingerprint, settings
+from lens_lora.runs.processes import launched
+from lens_lora.runs.store import Store
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
 GroupName = Literal["site", "layer", "kind"]
@@ -363,7 +364,7 @@ class Bank:
             LensLoraError: a place where no file can be written.
         """
         self._require_same_model(entries=True)
-        about = fingerprint(self._lens, (), None)
+        about = fingerprint(self._lens, {}, None)
         if about["own_code"]:
             raise ModelStateError(
                 f"the model runs code of your own, {', '.join(about['own_code'])}, and a file "
@@ -614,7 +615,7 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     if not isinstance(held, HeldBank):
         raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
     lens, *_ = _lenses(model, hf_model, held.modules, held.prepend_bos)
-    about = json.dumps(fingerprint(lens, (), None))
+    about = json.dumps(fingerprint(lens, {}, None))
     differ = differences(json.loads(held.about), json.loads(about))
     if differ:
         raise ModelStateError(

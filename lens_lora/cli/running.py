@@ -25,7 +25,7 @@ from rich.text import Text
 import lens_lora as ll
 from lens_lora.cli.options import ModelOptions, Question, options_of
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
-from lens_lora.sweeps.processes import rank
+from lens_lora.runs.processes import rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

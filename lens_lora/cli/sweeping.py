@@ -19,7 +19,7 @@ import lens_lora as ll
 from lens_lora.cli import options, running
 from lens_lora.core.adapter.peft_files import folders_in, one_base, stated_base
 from lens_lora.errors import ArgumentError, many, warn
-from lens_lora.sweeps.processes import launched, rank
+from lens_lora.runs.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
 if TYPE_CHECKING:

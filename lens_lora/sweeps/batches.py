@@ -54,8 +54,9 @@ from lens_lora.errors import (
 )
 from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import AnswerMargin, margin_between
+from lens_lora.runs.fingerprint import Fingerprint
+from lens_lora.runs.store import Store, other_sweep
 from lens_lora.sweeps.records import ANALYSES, Record
-from lens_lora.sweeps.store import Fingerprint, Store, other_sweep
 
 # --- How each column is computed
 

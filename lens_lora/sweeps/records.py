@@ -93,6 +93,11 @@ def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def options_of(analyses: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """The options of each of these analyses, which decide its numbers."""
+    return {name: (ANALYSES | BY_TOKEN)[name].options for name in analyses}
+
+
 # --- Records
 
 

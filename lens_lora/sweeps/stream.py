@@ -61,10 +61,11 @@ from lens_lora.hidden.examples import (
     strongest,
 )
 from lens_lora.hidden.site_activations import activation_ranks, site_activations
+from lens_lora.runs.fingerprint import Fingerprint, fingerprint
+from lens_lora.runs.processes import Processes, launched, told
+from lens_lora.runs.store import Store, Unchanged, about_of, other_sweep
 from lens_lora.sweeps.batches import tokenised, with_text
-from lens_lora.sweeps.processes import Processes, launched, told
-from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
-from lens_lora.sweeps.store import Fingerprint, Store, Unchanged, about_of, fingerprint, other_sweep
+from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record, options_of
 
 # --- The file, read
 
@@ -325,7 +326,7 @@ def token_sweep(
     gauge = BY_TOKEN[name].options["gauge"]
     ranks = activation_ranks(lens, range(len(lens.sites)), gauge)
     processes = launched()
-    store = TokenStore(out, fingerprint(lens, (name,), None, version), lens.sites, ranks)
+    store = TokenStore(out, fingerprint(lens, options_of([name]), None, version), lens.sites, ranks)
     shown = progress and processes.is_main
     with store.writing(processes):
         done = store.sources() if resume else []

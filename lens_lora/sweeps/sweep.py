@@ -32,16 +32,19 @@ from lens_lora.core import (
 from lens_lora.core.readout import bound
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.responses.answers import KL
+from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, strings_of
+from lens_lora.runs.processes import launched
+from lens_lora.runs.store import Store, Unchanged
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.batches import Job, Make, content, prepare
-from lens_lora.sweeps.processes import launched
-from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, ByToken, RecordsLike, chosen, read_records
-from lens_lora.sweeps.store import (
-    Store,
-    Unchanged,
-    fingerprint,
-    fingerprint_without_model,
-    strings_of,
+from lens_lora.sweeps.records import (
+    ANALYSES,
+    BY_TOKEN,
+    ByToken,
+    RecordsLike,
+    chosen,
+    options_of,
+    read_records,
 )
 from lens_lora.sweeps.stream import ActivationsFile, token_sweep
 
@@ -259,7 +262,7 @@ def sweep(
         lens = _reached(lens, rows, cast(Readout, readout))
     require_slopes(names, readout)
     processes = launched()
-    about = fingerprint(lens, names, readout, version)
+    about = fingerprint(lens, options_of(names), readout, version)
     store = batches.RowStore(out, about, lens.sites, names)
     shown = progress and processes.is_main
     with store.writing(processes):
@@ -302,7 +305,7 @@ def require_resumable(
     out: str | Path, adapter: Adapter, analyses: Sequence[str], readout: Readout | Make | None
 ) -> None:
     """Check, before a model is loaded, that results at `out` belong to the same sweep."""
-    about = fingerprint_without_model(adapter, analyses, readout)
+    about = fingerprint_without_model(adapter, options_of(analyses), readout)
     batches.RowStore(out, about, (), analyses).require_same_sweep()
 
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 import lens_lora as ll
 from lens_lora.banks import bank as bank_module
 from lens_lora.banks import base_half as engine_bank
-from lens_lora.sweeps.processes import Processes
+from lens_lora.runs.processes import Processes
 
 MARGIN, BRIDGE = ll.Margin(5, 9), list(models.MAKERS)[-1]
 

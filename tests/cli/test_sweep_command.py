@@ -16,7 +16,7 @@ import lens_lora as ll
 from lens_lora.cli import sweeping as sweep_command
 from lens_lora.cli.running import one_line_errors
 from lens_lora.cli.sweeping import sweep
-from lens_lora.sweeps.processes import Processes
+from lens_lora.runs.processes import Processes
 
 app = typer.Typer()
 app.command()(one_line_errors(sweep)(sweep))

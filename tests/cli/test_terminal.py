@@ -23,7 +23,7 @@ from lens_lora import cli
 from lens_lora.__main__ import print_in_any_encoding
 from lens_lora.cli.options import lines_of
 from lens_lora.errors import LensLoraError
-from lens_lora.sweeps.processes import launched
+from lens_lora.runs.processes import launched
 
 
 @pytest.fixture(scope="module")

@@ -389,7 +389,7 @@ def test_what_a_bridge_wires_itself_is_nobody_s_hook():
     """XGLM's MLP has no module of its own, so its points hang on those of the block."""
     import architectures
 
-    from lens_lora.sweeps.store import settings
+    from lens_lora.runs.fingerprint import settings
 
     bridge = models.bridge(architectures.hf_model("XGLM", dtype=torch.float32))
     wired = [m for m in bridge.modules() if any(map(len, compat.hooks_of(m)[:2]))]

@@ -24,7 +24,7 @@ LAYERS = [
     {"formats", "hosts"},
     {"demonstration"},
     {"loading"},
-    {"show"},
+    {"show", "runs"},
     QUESTIONS,
     {"results"},
     {"__init__"},

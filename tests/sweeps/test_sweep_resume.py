@@ -13,7 +13,7 @@ from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.sweeps import store as files
+from lens_lora.runs import store as files
 from lens_lora.sweeps.batches import VALUES
 
 

@@ -17,8 +17,8 @@ import torch
 from sweep_runs import write_jsonl
 
 import lens_lora as ll
+from lens_lora.runs.processes import Processes
 from lens_lora.sweeps import stream
-from lens_lora.sweeps.processes import Processes
 from lens_lora.sweeps.records import each_record
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -17,8 +17,8 @@ from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.sweeps import processes as lock
-from lens_lora.sweeps import store as files
+from lens_lora.runs import processes as lock
+from lens_lora.runs import store as files
 
 WRITES = 5  # of GOOD in batches of two: three parts and two results
 
@@ -218,7 +218,7 @@ HOLDER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from lens_lora.sweeps.processes import only_writer
+from lens_lora.runs.processes import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.sweeps.store import _weights, digest, fingerprint_without_model
+from lens_lora.runs.fingerprint import _weights, digest, fingerprint_without_model
 
 PROMPTS = [{"prompt": "w5 w6 w7"}, {"prompt": "w9 w8"}]
 RECORDS = [{**record, "doc": "w8", "pre": "w9"} for record in PROMPTS]
@@ -305,13 +305,13 @@ def test_an_object_with_weights_takes_a_version(method):
     module = torch.nn.Linear(4, 1)
     read = module if method is None else getattr(module, method)
     for stateful in (read, functools.partial(read)):
-        assert fingerprint_without_model(big_adapter(), [], ll.Readout.of(stateful))["own_code"]
+        assert fingerprint_without_model(big_adapter(), {}, ll.Readout.of(stateful))["own_code"]
     for plain in (
         torch.logsumexp,
         torch.nn.functional.softmax,
         functools.partial(torch.sum, dim=1),
     ):
-        assert not fingerprint_without_model(big_adapter(), [], ll.Readout.of(plain))["own_code"]
+        assert not fingerprint_without_model(big_adapter(), {}, ll.Readout.of(plain))["own_code"]
 
 
 @pytest.mark.parametrize("name", ["first_order", "activations"])
