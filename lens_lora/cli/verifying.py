@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json as json_text
-import math
-import re
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from lens_lora.cli import options, running
-from lens_lora.core.adapter.peft_files import stated_base
-from lens_lora.errors import (
-    AdapterError,
-    LensLoraError,
-    LensLoraWarning,
-    ModelStateError,
-    heard_by,
-)
-from lens_lora.sweeps.records import read_records
+from lens_lora.cli.expecting import read_expectations
+from lens_lora.core import stated_base
+from lens_lora.errors import AdapterError, LensLoraWarning, ModelStateError, heard_by
 
 if TYPE_CHECKING:
-    from lens_lora.ship.verify import Verification
+    from rich.console import Console
 
+    from lens_lora.cli.running import Loaded
+    from lens_lora.core import Adapter
+    from lens_lora.ship.verify import Verification
 
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
-
-SCHEMA = "lens_lora verification 1"
-_KEYS = frozenset({"id", "prompt", "messages", "doc", "pre", "flips", "margin_at_least"})
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
+_LABELS = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
 
 
 @options.with_options
@@ -63,135 +51,95 @@ def verify(
     lens-lora verify path/to/adapter --merged path/to/merged --expect facts.jsonl
     """
     outputs = options.writable({"--json": json_file, "--junit": junit, "--report": report})
-    expectations = [] if expect is None else _read(expect)
+    expectations = [] if expect is None else read_expectations(expect)
     folder = options.folder_of(adapter, within, quiet=quiet)
-    options.require_apart(outputs, base, [folder], expect, *(merged.iterdir() if merged else ()))
+    merged_files = [] if merged is None else list(merged.iterdir())
+    options.require_apart(outputs, base, [folder], expect, *merged_files)
 
     with running.at_work(base, quiet=quiet) as progress:
-        from lens_lora.core.adapter.adapter import read_adapter
-        from lens_lora.loading import tokenizer_beside
+        from lens_lora.ship.expectations import Expectation
         from lens_lora.ship.page import verification_table
-        from lens_lora.ship.verify import Expectation
         from lens_lora.ship.verify import verify as verification_of
 
-        placed = base.placed("cpu")
-        named = stated_base(folder)
-        loaded = None
-        why = "the adapter names none; name it with --model"
-        try:
-            if named or base.model:
-                loaded = running.load_model_of(named, progress, placed)
-        except ModelStateError as error:
-            if base.model is not None:
-                raise
-            why = str(error)
-        notes: list[LensLoraWarning] = []
-        with heard_by(notes.append):
-            read = read_adapter(folder, None if loaded is None else lambda _: loaded[0])
-
-        tokenizer = None
-        if loaded is not None:
-            # Where it does not fit the base, the check that makes the lens says so.
-            with contextlib.suppress(AdapterError, ModelStateError):
-                tokenizer = tokenizer_beside(read, *loaded).tokenizer
+        base = base.placed("cpu")
+        given = _read(folder, base, progress)
         with running.quiet_libraries():
             verification = verification_of(
-                read,
-                why if loaded is None else loaded[0],
-                lambda: running.announced(running.lens_for(placed, read, progress, loaded=loaded)),
+                given.adapter,
+                given.why_no_base if given.loaded is None else given.loaded[0],
+                lambda: running.announced(
+                    running.lens_for(base, given.adapter, progress, loaded=given.loaded)
+                ),
                 merged=merged,
-                tokenizer=tokenizer,
+                tokenizer=_training_tokenizer(given),
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
-                notes=[str(note) for note in notes],
+                notes=given.notes,
                 progress=not quiet,
             )
-        if json_file is not None:
-            json_file.write_text(_json(verification), encoding="utf-8")
-        if junit is not None:
-            _junit(verification).write(junit, encoding="utf-8", xml_declaration=True)
-        if report is not None:
-            verification.save_report(report)
+        _write(verification, outputs)
         running.tell(verification.story()).print(verification_table(verification))
-        labels = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
         for option, path in outputs.items():
-            running.say(f"{labels[option]}: {path.absolute()}")
+            running.say(f"{_LABELS[option]}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
 
 
-def _read(file: Path) -> list[tuple[Any, ...]]:
-    """The fields of an `Expectation` for each line."""
-    if file.suffix.lower() != ".jsonl":
-        raise LensLoraError(f"{file}: expected a file that ends in .jsonl.")
-    records = read_records(file)
-    lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
-    rows: list[tuple[Any, ...]] = []
-    for record, line in zip(records, lines, strict=True):
-        error = record.error
-        if error is None:
-            fields = json_text.loads(line)
-            flips = fields.get("flips")
-            least = fields.get("margin_at_least")
-            prompt = record.prompt if record.messages is None else record.messages
-            rows.append((record.where, prompt, record.doc, record.pre, flips, least))
-            fault = _fault(fields, flips, least)
-            error = None if fault is None else record.bad(fault).error
-        if error is not None:
-            raise LensLoraError(f"{file}, {error}")
-    return rows
+class _Given(NamedTuple):
+    """The adapter that is verified, and the base that it names.
+
+    Attributes:
+        adapter: as it was read.
+        notes: what reading it warned of.
+        loaded: the base and its tokenizer; None if there is none.
+        why_no_base: the reason if there is none.
+    """
+
+    adapter: Adapter
+    notes: list[str]
+    loaded: Loaded | None
+    why_no_base: str
 
 
-def _fault(fields: Mapping[str, Any], flips: Any, least: Any) -> str | None:
-    """What is wrong with what is expected; None if nothing is."""
-    unknown = sorted(fields.keys() - _KEYS)
-    if unknown:
-        return f"{unknown[0]!r} is no key of an expectation, which are {', '.join(sorted(_KEYS))}."
-    if not isinstance(flips, bool | None):
-        return f"flips is {flips!r}; expected true or false."
-    is_number = isinstance(least, int | float) and not isinstance(least, bool)
-    if least is not None and not (is_number and math.isfinite(least)):
-        return f"margin_at_least is {least!r}; expected a number."
+def _read(folder: Path, base: options.ModelOptions, progress: Console) -> _Given:
+    """Read the adapter, over its base if there is one; only a base that was asked for must load."""
+    from lens_lora.core import load_adapter
+
+    named = stated_base(folder)
+    loaded = None
+    why_no_base = "the adapter names none; name it with --model"
+    try:
+        if named or base.model:
+            loaded = running.load_model_of(named, progress, base)
+    except ModelStateError as error:
+        if base.model is not None:
+            raise
+        why_no_base = str(error)
+
+    notes: list[LensLoraWarning] = []
+    with heard_by(notes.append):
+        adapter = load_adapter(folder, base=None if loaded is None else loaded[0])
+    return _Given(adapter, [str(note) for note in notes], loaded, why_no_base)
+
+
+def _training_tokenizer(given: _Given) -> Any:
+    """The tokenizer that the adapter was trained with; None if it is not at hand."""
+    from lens_lora.loading import tokenizer_beside
+
+    if given.loaded is None:
+        return None
+    # Where it does not fit the base, the check that makes the lens says so.
+    with contextlib.suppress(AdapterError, ModelStateError):
+        return tokenizer_beside(given.adapter, *given.loaded).tokenizer
     return None
 
 
-def _json(verification: Verification) -> str:
-    """The checks and tensors, with `SCHEMA`; a number that there is not is null."""
-    about: dict[str, Any] = {
-        "schema": SCHEMA,
-        "outcome": verification.outcome,
-        "exit_code": verification.exit_code,
-        "adapter": verification.name,
-        "meta": dict(verification.meta),
-        "checks": [_without_nan(dataclasses.asdict(check)) for check in verification.checks],
-        "tensors": [_without_nan(dataclasses.asdict(tensor)) for tensor in verification.tensors],
-    }
-    return json_text.dumps(about, ensure_ascii=False, indent=1) + "\n"
+def _write(verification: Verification, outputs: dict[str, Path]) -> None:
+    from lens_lora.ship.files import as_json, as_junit
 
-
-def _without_nan(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same fields, with None for NaN, which JSON does not have."""
-    return {name: None if value != value else value for name, value in fields.items()}
-
-
-_TAGS = {"failed": "failure", "undecided": "error", "not asked": "skipped"}
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def _junit(verification: Verification) -> ElementTree.ElementTree:
-    """One test case a check."""
-    outcomes = Counter(check.outcome for check in verification.checks)
-    counts = {
-        "tests": outcomes.total(),
-        "failures": outcomes["failed"],
-        "errors": outcomes["undecided"],
-        "skipped": outcomes["not asked"],
-    }
-    suite = ElementTree.Element("testsuite", {name: str(n) for name, n in counts.items()})
-    suite.set("name", "lens-lora verify")
-    for check in verification.checks:
-        about = {"classname": verification.name, "name": check.name}
-        case = ElementTree.SubElement(suite, "testcase", about)
-        tag = _TAGS.get(check.outcome)
-        if tag is not None:
-            ElementTree.SubElement(case, tag, message=_NOT_XML.sub("\ufffd", check.facts))
-    return ElementTree.ElementTree(suite)
+    if "--json" in outputs:
+        outputs["--json"].write_text(as_json(verification), encoding="utf-8")
+    if "--junit" in outputs:
+        tree = as_junit(verification)
+        tree.write(outputs["--junit"], encoding="utf-8", xml_declaration=True)
+    if "--report" in outputs:
+        verification.save_report(outputs["--report"])

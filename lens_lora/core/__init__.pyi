@@ -6,6 +6,7 @@ from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import adapter_format as adapter_format
+from .adapter.peft_files import stated_base as stated_base
 from .analyses.components import Components as Components
 from .analyses.components import components as components
 from .analyses.components import squared_norms as squared_norms
@@ -32,6 +33,7 @@ from .function.forward import require_finite as require_finite
 from .function.function import Function as Function
 from .function.function import Gates as Gates
 from .function.noise import Noise as Noise
+from .function.rounding import rounding_noise as rounding_noise
 from .model.basis import Update as Update
 from .model.gauge import Gauge as Gauge
 from .model.hooks import HookFn as HookFn
@@ -39,6 +41,7 @@ from .model.hooks import alone as alone
 from .model.hooks import attached as attached
 from .model.injections import Inject as Inject
 from .model.injections import ScaleInject as ScaleInject
+from .model.kernels import as_one_map as as_one_map
 from .model.lens import LoraLens as LoraLens
 from .model.lens import Scale as Scale
 from .model.lens import name_of_scale as name_of_scale

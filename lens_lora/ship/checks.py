@@ -1,4 +1,4 @@
-"""What a check of an adapter, and of one tensor of a merged folder, comes to."""
+"""The outcome of one check of an adapter, and of one tensor of a merged folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ Outcome = Literal["passed", "failed", "undecided", "not asked"]
 @stored
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One check: the two facts that agree or not, and the module or prompt where they do not.
+    """One check: what was measured, what was expected, and where the two disagree.
 
-    `value` is the number measured: nats per token, a margin, the part of ΔW that a merge keeps.
+    Attributes:
+        name: what was checked.
+        outcome: what the check came to.
+        measured: what was found.
+        bound: what was expected.
+        where: the module or prompt at fault.
+        value: the number behind `measured`: nats per token, a margin, the part of ΔW that a merge
+            keeps. NaN if there is no number.
     """
 
     name: str
@@ -29,17 +36,25 @@ class Check:
 
     @property
     def facts(self) -> str:
-        """What was measured, what was expected, and where, in a line."""
-        bound = f"expected: {self.bound}" if self.bound else ""
-        return "; ".join(filter(None, (self.measured.rstrip("."), bound, self.where)))
+        """One line: what was measured, what was expected, and where."""
+        facts = [self.measured.rstrip(".")]
+        if self.bound:
+            facts.append(f"expected: {self.bound}")
+        facts.append(self.where)
+        return "; ".join(filter(None, facts))
 
 
 @stored
 @dataclasses.dataclass(frozen=True)
 class MergedTensor:
-    """What a tensor of a merged folder looks like; c of it, and of base + ΔW in its dtype.
+    """How one tensor of a merged folder compares with base + ΔW.
 
-    Both are NaN where the adapter adds nothing.
+    Attributes:
+        name: the parameter's name in the base model.
+        outcome: 'passed', 'failed' or 'undecided'.
+        looks: what the tensor is, in words.
+        ratio: c, the part of ΔW that was added to the base; NaN if the adapter adds nothing here.
+        kept: c of a correct merge in the tensor's dtype, which rounds; NaN as for `ratio`.
     """
 
     name: str
@@ -48,17 +63,26 @@ class MergedTensor:
     ratio: float = math.nan
     kept: float = math.nan
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the adapter adds something to this tensor."""
+        return not math.isnan(self.ratio)
+
 
 def worst(parts: Sequence[Check | MergedTensor]) -> Outcome:
     """'failed' if any part failed, else 'undecided' if any is, else 'passed'."""
     outcomes = {part.outcome for part in parts}
     if "failed" in outcomes:
         return "failed"
-    return "undecided" if "undecided" in outcomes else "passed"
+    if "undecided" in outcomes:
+        return "undecided"
+    return "passed"
 
 
 def first_of(names: Sequence[str]) -> str:
     """The first name, and how many more there are."""
-    if len(names) < 2:
-        return "".join(names)
+    if not names:
+        return ""
+    if len(names) == 1:
+        return names[0]
     return f"{names[0]} and {len(names) - 1} more"

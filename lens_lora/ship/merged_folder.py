@@ -1,4 +1,4 @@
-"""A merged folder, read as transformers would load it: what lies beside that changes nothing.
+"""Read a merged folder as transformers would load it, and nothing else that lies in the folder.
 
 1. config.json through transformers' own class, so that a field that the file leaves out has the
    default of that class.
@@ -45,6 +45,7 @@ class MergedFolder:
         path: the folder.
         config: the configuration, as transformers reads it.
         stated: the fields that config.json itself holds.
+        files: the files of weights that transformers opens, in its order.
 
     Raises:
         ModelStateError: transformers would load nothing, a shard is missing, or a file is damaged.
@@ -56,7 +57,7 @@ class MergedFolder:
             self.stated: dict[str, Any] = _object(path / "config.json")
             self.config: Any = _configuration(path)
             self.files: list[Path] = _weight_files(path, self.stated)
-            self._file_of = {name: file for file in self.files for name in _names_in(file)}
+            self._file_of = _file_of_each_tensor(self.files)
         except _UNREADABLE as error:
             raise ModelStateError(f"{path}: damaged ({error}).") from error
         self._whole: dict[str, Tensor] = {}
@@ -106,49 +107,69 @@ class MergedFolder:
         return "quantization_config" in self.stated or bool(getattr(base, "is_quantized", False))
 
     def place_of(self, name: str) -> str | None:
-        """The tensor that a parameter is loaded from: its own, or one that it shares; else None."""
-        names = self.names
-        return next((n for n in (name, *self.sharing.get(name, ())) if n in names), None)
+        """The name of the tensor that a parameter is loaded from; None if the folder has none.
+
+        Args:
+            name: of the parameter, which may be loaded from one that it shares.
+        """
+        for candidate in (name, *self.sharing.get(name, ())):
+            if candidate in self.names:
+                return candidate
+        return None
 
     def tensor(self, name: str) -> Tensor:
-        """One of the tensors, as it is loaded: in the dtype of config.json if that is coarser."""
-        if name in self._whole:
-            stored = self._whole[name]
-        else:
-            with safe_open(str(self._file_of[name]), framework="pt") as file:
-                stored = file.get_tensor(name)
+        """One of the tensors, as it is loaded: in the dtype of config.json if that is coarser.
+
+        Args:
+            name: one of `names`.
+        """
+        stored = self._stored(name)
         wanted = self._dtype
         if wanted is None or not stored.dtype.is_floating_point:
             return stored
         is_coarser = torch.finfo(wanted).eps > torch.finfo(stored.dtype).eps
         return stored.to(wanted) if is_coarser else stored
 
+    def _stored(self, name: str) -> Tensor:
+        if name in self._whole:
+            return self._whole[name]
+        with safe_open(str(self._file_of[name]), framework="pt") as file:
+            return file.get_tensor(name)
+
     @property
     def _dtype(self) -> torch.dtype | None:
+        """The floating-point dtype that config.json states; None if it states none."""
         stated = str(self.stated.get("dtype") or self.stated.get("torch_dtype"))
         dtype = getattr(torch, stated, None)
-        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        return cast("torch.dtype", dtype) if is_float else None
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+            return dtype
+        return None
 
     def _is_stored_by_other_names(self) -> bool:
         """Whether the model lacks tensors while the folder holds some that it does not know."""
         if self.unmerged or self.holds_adapter or "quantization_config" in self.stated:
             return False
         held = self._file_of.keys()
+        unknown = held - self.sharing.keys()
         is_lacking = any(not held & {name, *partners} for name, partners in self.sharing.items())
-        return is_lacking and bool(held - self.sharing.keys())
+        return is_lacking and bool(unknown)
 
 
 def sharing_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every parameter and stored buffer of a model, with the others that are the same tensor."""
-    by_tensor: dict[int, list[str]] = defaultdict(list)
+    """Every parameter and stored buffer of a model, with the others that are the same tensor.
+
+    Args:
+        model: may lie on the meta device.
+    """
+    names_of_tensor: dict[int, list[str]] = defaultdict(list)
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
-        by_tensor[id(tensor)].append(name)
-    return {
-        name: tuple(other for other in by_tensor[id(tensor)] if other != name)
-        for name, tensor in state.items()
-    }
+        names_of_tensor[id(tensor)].append(name)
+    sharing: dict[str, tuple[str, ...]] = {}
+    for name, tensor in state.items():
+        names = names_of_tensor[id(tensor)]
+        sharing[name] = tuple(other for other in names if other != name)
+    return sharing
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -178,9 +199,15 @@ def _weight_files(folder: Path, stated: dict[str, Any]) -> list[Path]:
         name = _WHOLE if (folder / _WHOLE).is_file() else _INDEX
     if not (folder / name).is_file():
         raise _nothing_loads(folder)
-    if not name.endswith(".index.json"):
-        return [folder / name]
-    index = _object(folder / name)
+    if name.endswith(".index.json"):
+        return _shards(folder / name)
+    return [folder / name]
+
+
+def _shards(index_file: Path) -> list[Path]:
+    """The files that an index names; a later one's tensors replace an earlier one's."""
+    folder = index_file.parent
+    index = _object(index_file)
     shards = sorted(set(index["weight_map"].values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing or not shards:
@@ -188,12 +215,13 @@ def _weight_files(folder: Path, stated: dict[str, Any]) -> list[Path]:
         names = f"; missing: {', '.join(missing)}" if missing else ""
         raise ModelStateError(f"{folder}: {count}{names}.")
     if "metadata" not in index:
-        raise ValueError(f"{name} has no metadata, without which transformers does not read it")
+        fact = f"{index_file.name} has no metadata, without which transformers does not read it"
+        raise ValueError(fact)
     return [folder / shard for shard in shards]
 
 
 def _nothing_loads(folder: Path) -> ModelStateError:
-    """What transformers finds in a folder in which it finds no weights, and what to do."""
+    """The error for a folder in which transformers finds no weights, with what lies there."""
     remedy = "Save the merged model with model.save_pretrained(folder)."
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     if pickles:
@@ -204,9 +232,13 @@ def _nothing_loads(folder: Path) -> ModelStateError:
     return ModelStateError(f"{folder}: neither {_WHOLE} nor {_INDEX}{count}.", remedy=remedy)
 
 
-def _names_in(file: Path) -> list[str]:
-    with safe_open(str(file), framework="pt") as opened:
-        return list(opened.keys())
+def _file_of_each_tensor(files: list[Path]) -> dict[str, Path]:
+    """The file that each tensor is read from: the last one that holds it."""
+    file_of: dict[str, Path] = {}
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            file_of.update(dict.fromkeys(opened.keys(), file))
+    return file_of
 
 
 def _read_by_transformers(folder: Path) -> dict[str, Tensor]:
@@ -223,4 +255,5 @@ def _read_by_transformers(folder: Path) -> dict[str, Tensor]:
         raise ModelStateError(f"{folder}: transformers cannot read it: {error}") from error
     model, found = loaded
     missing = set(found["missing_keys"])
-    return {name: t for name, t in model.state_dict().items() if name not in missing}
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in missing}

@@ -15,7 +15,7 @@ from no_ops import NO_OPS
 from typer.testing import CliRunner
 
 from lens_lora import cli
-from lens_lora.cli.verifying import SCHEMA
+from lens_lora.ship.files import SCHEMA
 
 run = CliRunner().invoke
 

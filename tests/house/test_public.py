@@ -136,7 +136,7 @@ FETCHED = {
     "core/adapter/peft_files.py": {"list_repo_files", "snapshot_download"},
     "loading.py": {"snapshot_download"},
     "hosts/given_base.py": {"snapshot_download"},  # of what is on this machine already
-    "ship/merged_settings.py": {"trust_remote_code"},  # as False
+    "ship/merged_tokenizer.py": {"trust_remote_code"},  # as False
 }
 
 

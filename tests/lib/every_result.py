@@ -19,7 +19,7 @@ from lens_lora.audit.brief import Claim
 from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.results.base import Measured, Result
 from lens_lora.directions.spectra import AdapterSummary, Spectrum
-from lens_lora.ship.verify import Check, MergedTensor
+from lens_lora.ship.checks import Check, MergedTensor
 
 # What every result of `two_prompts` has in common.
 HEADER = {field.name: getattr(two_prompts(), field.name) for field in dataclasses.fields(Measured)}

@@ -13,8 +13,8 @@ from exports import BROKEN, GOOD, UNDECIDED, Export
 
 import lens_lora as ll
 from lens_lora.loading import tokenizer_beside
-from lens_lora.ship.merged_settings import read_tokenizer
-from lens_lora.ship.verify import merged_checks
+from lens_lora.ship.merged_checks import merged_checks
+from lens_lora.ship.merged_tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,19 +20,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import lens_lora as ll
 from lens_lora.errors import ModelStateError, PromptError, SiteError, UnsupportedAdapterError
 from lens_lora.ship import merged_tensors
+from lens_lora.ship.expectations import EXPECTATION, Expectation
+from lens_lora.ship.merged_checks import MERGED
 from lens_lora.ship.merged_folder import MergedFolder
-from lens_lora.ship.merged_settings import CONFIG, TOKENIZER
-from lens_lora.ship.verify import (
-    EFFECT,
-    EXPECTATION,
-    KL,
-    LOADS,
-    MERGED,
-    MODULES,
-    Expectation,
-    Verification,
-    verify,
-)
+from lens_lora.ship.merged_settings import CONFIG
+from lens_lora.ship.merged_tokenizer import TOKENIZER
+from lens_lora.ship.neutral_kl import EFFECT, KL
+from lens_lora.ship.verify import LOADS, MODULES, Verification, verify
 from lens_lora.texts.divergences import text_divergences
 from lens_lora.texts.neutral import readable_texts
 
@@ -198,7 +192,7 @@ def passes(monkeypatch):
         run.append((texts.batch, other is reference))
         return text_divergences(reference, others, texts, *args, **options)
 
-    monkeypatch.setattr("lens_lora.ship.verify.text_divergences", counted)
+    monkeypatch.setattr("lens_lora.ship.neutral_kl.text_divergences", counted)
     return run
 
 

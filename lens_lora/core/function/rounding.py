@@ -24,8 +24,9 @@ passes for σ_a, four forward and eight backward for σ_H, all batched.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,17 @@ def of_stream(
     blocks = {layer: host.block_input(layer) for layer in range(1, host.n_layers)}
     hooks = [(name, functools.partial(perturb, layer=layer)) for layer, name in blocks.items()]
     return [(lens.embedding_output, perturb), *hooks]
+
+
+@contextlib.contextmanager
+def rounding_noise(lens: LoraLens) -> Generator[None]:
+    """Within the block, every forward pass has noise of about one rounding in its residual stream.
+
+    Args:
+        lens: the lens whose model is run.
+    """
+    with attached(lens.model, of_stream(lens)):
+        yield
 
 
 def of_logits(lens: LoraLens, shape: tuple[int, ...], rng: torch.Generator) -> function.Factor:
