@@ -1,1 +1,1 @@
-"""Which reader of the residual stream a site acts through."""
+"""Edges split first order by the reader of the residual stream through which a site acts."""

@@ -1,4 +1,4 @@
-"""First order of each site, split by what reads its write: one pass forward and one back.
+"""Edges split first order of each site by what reads its write, in one pass forward and one back.
 
     a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
 
@@ -47,7 +47,7 @@ from lens_lora.edge_attribution.readers import (
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_of
 from lens_lora.errors import ModelStateError
 
-# Of a site whose numbers are less than this share of the largest, rounding may be all.
+# Below this share of a prompt's largest site, a site's numbers may be rounding alone.
 _SMALL = 1e-3
 
 _Stream = Float[Tensor, "row pos d"]
@@ -88,7 +88,7 @@ def edge_values(
     with bar_of(len(groups), g.progress, "edges") as bar:
         parts: list[EdgeValues] = []
         for group in groups:
-            parts.append(_of_group(group, at, by_head, by_position))
+            parts.append(_edges_of_group(group, at, by_head, by_position))
             bar.update(1)
     return EdgeValues(
         readers=parts[0].readers,
@@ -99,16 +99,19 @@ def edge_values(
 
 
 def held_bytes(g: Function, by_head: bool = False) -> int:
-    """What is held of a row beside its graph: each site's δ, and the gradient of each reader."""
+    """The bytes that a row needs beside its graph, for each site's δ and each reader's gradient."""
     lens = g.lens
-    of_attention = sum(lens.heads.of(kind) for kind in QKV) if by_head else 1
-    streams = len(lens.sites) + lens.plan.host.n_layers * (1 + of_attention)
+    readers_of_attention = 1
+    if by_head:
+        readers_of_attention = sum(lens.heads.of(kind) for kind in QKV)
+    readers_of_block = 1 + readers_of_attention
+    streams = len(lens.sites) + lens.plan.host.n_layers * readers_of_block
     longest = g.rows.tokens.shape[1]
     return streams * longest * int(lens.model.cfg.d_model) * lens.gate_dtype.itemsize
 
 
-def _of_group(g: Function, at: float, by_head: bool, by_position: bool) -> EdgeValues:
-    """Those of prompts that go through the model together."""
+def _edges_of_group(g: Function, at: float, by_head: bool, by_position: bool) -> EdgeValues:
+    """Compute the edges of prompts that go through the model together."""
     lens = g.lens
     both_ways = Pass(g, ("position",) if by_position else ())
     value = both_ways.run(at, by_head)
@@ -116,10 +119,13 @@ def _of_group(g: Function, at: float, by_head: bool, by_position: bool) -> EdgeV
     by_row, exists = both_ways.edges(gradients, by_position)
     values = g.reading.by_prompt(by_row)
     first_order = both_ways.slopes.by_prompt(g.reading)
+
     # Sites behind the blocks (final norm and unembedding) write to the logits alone.
-    behind = [i for i, site in enumerate(lens.sites) if site.layer >= lens.plan.host.n_layers]
+    n_layers = lens.plan.host.n_layers
+    behind = [index for index, site in enumerate(lens.sites) if site.layer >= n_layers]
     values[:, behind, -1] = first_order[:, behind]
     exists[behind, -1] = True
+
     if by_position:
         _require_sum(lens, values.sum(3), first_order.sum(2))
     else:
@@ -135,12 +141,13 @@ def _require_sum(
     """Check that Σ_m ⟨δ_l, G_m⟩ = a_l."""
     sums = values.sum(2)
     size = values.abs().sum(2) + first_order.abs()
-    size = torch.maximum(size, _SMALL * size.amax(1, keepdim=True))
-    is_equal = (sums - first_order).abs() <= lens.eps**0.5 * size
-    apart = (~is_equal).nonzero().tolist()
-    if not apart:
+    least_size = _SMALL * size.amax(1, keepdim=True)
+    tolerance = lens.eps**0.5 * torch.maximum(size, least_size)
+    is_equal = (sums - first_order).abs() <= tolerance
+    unequal = (~is_equal).nonzero().tolist()
+    if not unequal:
         return
-    row, site = apart[0]
+    row, site = unequal[0]
     raise ModelStateError(
         f"{lens.sites[site].name}: its edges sum to {float(sums[row, site]):.6g}, and its "
         f"first order is {float(first_order[row, site]):.6g}: something reads or changes the "
@@ -151,13 +158,13 @@ def _require_sum(
 
 
 class _Written(NamedTuple):
-    """What sites had written to the stream at one place of the pass.
+    """The tangents that sites had written to the stream at one place of the pass.
 
     Attributes:
         deltas: δ_l by site.
-        reader: the index of the first reader that sees it.
-        is_within_block: whether that reader is in the sites' own block, in the middle of which the
-            place is; later blocks get what stands at this block's end.
+        reader: the index of the first reader that sees them.
+        is_within_block: whether the place is in the middle of the sites' own block. Then that
+            reader alone sees these tangents, as later readers see those at the block's end.
     """
 
     deltas: dict[int, _Stream]
@@ -166,7 +173,7 @@ class _Written(NamedTuple):
 
 
 class Pass:
-    """A pass forward, in which each site has a tangent up to the end of its block, and back.
+    """A pass forward, in which each site has a tangent up to the end of its block, and a pass back.
 
     Attributes:
         readers: G_m of every reader, in the order of a forward pass.
@@ -182,15 +189,16 @@ class Pass:
         self.heads: dict[str, _Stream] = {}
         self.slopes: Slopes = Slopes(g.lens, g.rows, axes)
         self._written: list[_Written] = []
-        # What each reader saw, once for each time that it ran.
+        # By reader, the stream that it saw each time that it ran.
         self._seen: dict[str, list[Tensor]] = {}
-        # Whether the way back has begun, and whether it is that of one head.
+        # Whether the way back has begun.
         self._is_back = False
+        # Whether the gradient on its way back is that of a single head.
         self._is_of_head = False
 
     @contextlib.contextmanager
     def _hooks(self, by_head: bool = False) -> Generator[None]:
-        """Within the block readers are shown what they read, and tangents end with their block."""
+        """Within the span, each reader reads through `_read`, and tangents end with their block."""
         lens = self._lens
         host = lens.plan.host
         hooks: list[tuple[str, HookFn]] = [
@@ -206,13 +214,17 @@ class Pass:
         lens = self._lens
         gates = lens.gates(at)
         write = _WriteWithTangent(lens, gates)
-        lens.plan.check_backward(once=False)  # The tangents end where a block is run again.
+        # Where a block is run again for its gradient, the tangents would be lost.
+        lens.plan.check_backward(once=False)
         return self._g.visit(
             self._visit, gates, write=write, primal=value_of, under=self._hooks(by_head)
         )
 
     def within_blocks(self, at: float) -> set[tuple[int, str]]:
-        """The (site, reader) in one block whose reader sees the site's write. One forward pass."""
+        """Find the (site, reader) of one block whose reader sees the site's write.
+
+        Cost: one forward pass.
+        """
         write = _WriteWithTangent(self._lens, self._lens.gates(at))
         self._g.observe(write, under=self._hooks())
         names = list(self.readers)
@@ -225,13 +237,13 @@ class Pass:
     # --- On the way forward
 
     def _end_block(self, stream: Tensor, hook: Any) -> Tensor:
-        """At the next block's input the tangents of a block are complete, and end."""
+        """Keep the complete tangents of a block, and end them, at the next block's input."""
         del hook
         self._keep_written(stream, is_within_block=False)
         return value_of(stream)
 
     def _read(self, name: str, x: Tensor) -> Tensor:
-        """What a reader sees: x without its tangents, whose gradient is kept on the way back."""
+        """Show a reader x without its tangents, and keep the gradient of x on the way back."""
         if self._is_back:
             return value_of(x)
         if name not in self.readers:
@@ -240,7 +252,8 @@ class Pass:
         value = value_of(x)
         seen = value.view_as(value)
         self._seen.setdefault(name, []).append(seen)
-        if seen.requires_grad:  # Else nothing that is adapted lies before it.
+        # Without a graph, no adapted module lies before this reader.
+        if seen.requires_grad:
             seen.register_hook(functools.partial(self._add_gradient, name))
         return seen
 
@@ -250,12 +263,14 @@ class Pass:
             self._written.append(_Written(deltas, len(self.readers), is_within_block))
 
     def _read_heads(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
-        """At a complete q, k or v: on the way back its gradient goes on head by head."""
+        """Have the gradient of a complete q, k or v go on head by head on the way back."""
         split = out.view_as(out)
         if self._is_back:
             return split
         heads = [f"{name}.{head}.{kind}" for head in range(out.shape[2])]
-        self.heads |= dict.fromkeys(heads, self.readers[name])  # So far zero.
+        # On the way forward, a reader's gradient is still zero.
+        zero = self.readers[name]
+        self.heads |= dict.fromkeys(heads, zero)
         if split.requires_grad:
             split.register_hook(functools.partial(self._split, name, heads, value_of(out)))
         return split
@@ -280,7 +295,7 @@ class Pass:
         out: Float[Tensor, "row pos head d"],
         gradient: Float[Tensor, "row pos head d"],
     ) -> None:
-        """What each head's share of the gradient goes back to, through the map and the norm."""
+        """Take each head's share of the gradient back to x, through the map and the norm."""
         self._is_of_head = True
         for index, head in enumerate(heads):
             of_head = torch.zeros_like(out)
@@ -295,7 +310,7 @@ class Pass:
     # --- After it
 
     def gradients(self, by_head: bool) -> dict[str, _Stream]:
-        """G_m of the readers that are asked for, in the order of a forward pass.
+        """G_m of blocks, or of heads where attention is split, in the order of a forward pass.
 
         Raises:
             ModelStateError: an attention whose heads are not known.
@@ -314,36 +329,54 @@ class Pass:
     def edges(
         self, gradients: Mapping[str, _Stream], by_position: bool
     ) -> tuple[Float[Tensor, "row site reader *position"], Bool[Tensor, "site reader"]]:
-        """⟨δ_l, G_m⟩, and whether the reader is downstream of the site. No pass."""
+        """⟨δ_l, G_m⟩, and whether the reader is downstream of the site. Nothing is run.
+
+        Args:
+            gradients: G_m, from `gradients`.
+            by_position: whether each product is split over tokens.
+        """
         lens = self._lens
         rows, longest = self._shape
-        names = list(self.readers)
-        # Of each reader asked for, the one that it is or is a head of.
-        owners = [block_reader(name) for name in gradients]
-        held = [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()]
-        stacked = torch.stack(held, 1)
-        shape = (rows, len(lens.sites), len(owners))
-        values = stacked.new_zeros((*shape, longest) if by_position else shape)
+        G = torch.stack(
+            [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()], 1
+        )
+        shape = (rows, len(lens.sites), len(gradients))
+        values = G.new_zeros((*shape, longest) if by_position else shape)
         exists = torch.zeros(shape[1:], dtype=torch.bool)
-        for deltas, reader, is_within_block in self._written:
-            owner = names[reader]
-            first = owners.index(owner)
-            end = first + owners.count(owner) if is_within_block else len(owners)
-            sites = list(deltas)
-            written = torch.stack([d.reshape(rows, longest, -1) for d in deltas.values()], 1)
-            written = written.to(stacked)
-            seen = stacked[:, first:end]
-            if by_position:
-                products = torch.einsum("bspd,bmpd->bsmp", written, seen)
-            else:
-                products = written.flatten(2) @ seen.flatten(2).mT
-            values[:, sites, first:end] = products
-            exists[sites, first:end] = True
+        for written in self._written:
+            sites = list(written.deltas)
+            by_site = [delta.reshape(rows, longest, -1) for delta in written.deltas.values()]
+            delta = torch.stack(by_site, 1).to(G)
+            seen_by = self._seen_by(written, list(gradients))
+            values[:, sites, seen_by] = _products(delta, G[:, seen_by], by_position)
+            exists[sites, seen_by] = True
         return values, exists
+
+    def _seen_by(self, written: _Written, readers: Sequence[str]) -> slice:
+        """The readers that see these tangents, which follow one another in a pass."""
+        # The reader of a head is its attention, which stands once for each head.
+        blocks = [block_reader(name) for name in readers]
+        first_block = list(self.readers)[written.reader]
+        first = blocks.index(first_block)
+        if written.is_within_block:
+            return slice(first, first + blocks.count(first_block))
+        return slice(first, len(blocks))
+
+
+def _products(
+    delta: Float[Tensor, "row site pos d"], G: Float[Tensor, "row reader pos d"], by_position: bool
+) -> Float[Tensor, "row site reader *pos"]:
+    """⟨δ_l, G_m⟩ of each site and reader, in all or at each position."""
+    if by_position:
+        return torch.einsum("bspd,bmpd->bsmp", delta, G)
+    return delta.flatten(2) @ G.flatten(2).mT
 
 
 class _WriteWithTangent:
-    """out + ε_l ΔW_l z_l, where the sites of the blocks have the tangent ΔW_l z_l from here on."""
+    """The write out + ε_l ΔW_l z_l, with ΔW_l z_l as the site's tangent from here on.
+
+    Sites behind the blocks have no tangent.
+    """
 
     def __init__(self, lens: LoraLens, gates: Float[Tensor, " site"]) -> None:
         self._lens = lens
@@ -351,18 +384,21 @@ class _WriteWithTangent:
         self._gates: list[float] = gates.tolist()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """The same as in a scaled run, with δ in the site's tangent."""
+        """Write as a scaled run does, with δ as the site's tangent."""
         scaled = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
-        weight = 1.0 if injection.partner is None else self._gates[injection.partner]
-        layer = self._lens.sites[injection.site].layer
-        if layer >= self._lens.plan.host.n_layers or not weight:
+        site = injection.site
+        # Where two updates multiply, what this one writes grows with its partner's gate.
+        partner = injection.partner
+        weight = 1.0 if partner is None else self._gates[partner]
+        is_behind_blocks = self._lens.sites[site].layer >= self._lens.plan.host.n_layers
+        if is_behind_blocks or not weight:
             return scaled
-        moved = out if scaled is None else scaled
-        tangents = tangents_of(moved)
+        written = out if scaled is None else scaled
+        tangents = tangents_of(written)
         with torch.no_grad():
             delta = injection.map.write(injection.map.coordinates(value_of(z)))
             delta = (weight * delta).to(out.dtype).view(out.shape)
-            if injection.site in tangents:
-                delta = tangents[injection.site] + delta
-        return moving(value_of(moved), {**tangents, injection.site: delta})
+            if site in tangents:
+                delta = tangents[site] + delta
+        return moving(value_of(written), {**tangents, site: delta})

@@ -1,20 +1,20 @@
-"""Edges: which reader makes what of a site's write, and path patching, their intervention.
+"""Edges say how much of first order each reader of the residual stream carries.
 
     a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
 
 δ_l is the derivative, by ε_l, of what the site's own branch (attention, or the MLP) adds to the
-residual stream; G_m the gradient of g by the input of reader m alone, before its norm. So an edge
-⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
-whatever way. 'logits' is what no block reads any more.
+residual stream. G_m is the gradient of g by the input of reader m alone, before its norm. So an
+edge ⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
+any way. The reader 'logits' is the final norm, behind all blocks.
 
 1. `edges` gives all of them at one gate value, from one pass forward with tangents for δ, and back
    for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks.
 2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
    over the tokens at which it is read.
-3. `patch_edges` measures them: one reader alone sees what switching a site on, or off, makes of its
-   branch, and all that follows from what this reader does differently is run.
+3. `patch_edges` is the exact intervention, path patching. One reader alone sees what switching a
+   site on, or off, makes of the site's branch, and the model runs on from there.
 
-An edge says nothing of what two modules do together: that is `coupling`, another number.
+An edge says nothing about what two modules do together. That is measured by `coupling`.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 
 Readers = Literal["block", "head"]
 _ARROW = " → "
-_DRAWN = 30  # edges of a graph that a person can still follow
+# As many edges as a person can still follow in a graph.
+_DRAWN = 30
 
 
 @final
 class Edges(Ranked):
-    """What each reader makes of what each site, or group of sites, writes, in the readout's units.
+    """First order of each site, or group of sites, split by the reader that sees its write.
 
-    `plot` is a heatmap writer × reader, in the order of a forward pass; grey where there is none.
+    Values are in the readout's units. `plot` is a heatmap of writer × reader in the order of a
+    forward pass, in which pairs without an edge are grey.
 
     Attributes:
         values: [batch, group, reader], or with a last axis of positions; zero where the reader is
@@ -90,7 +92,7 @@ class Edges(Ranked):
 
     @property
     def key(self) -> str:
-        """'edges@0': its stable name."""
+        """The result's stable name, such as 'edges@0'."""
         return f"edges@{self.at:g}"
 
     @property
@@ -100,7 +102,7 @@ class Edges(Ranked):
 
     @property
     def first_order(self) -> Float[Tensor, "batch group"]:
-        """Σ_m: first order of each group."""
+        """First order of each group, Σ_m ⟨δ_l, G_m⟩."""
         return self.per_edge.sum(2)
 
     def entries(self, prompt: int | None = None) -> Entries:
@@ -135,15 +137,15 @@ class Edges(Ranked):
 
     @property
     def _has_position(self) -> Bool[Tensor, "batch position"]:
-        """Which positions a prompt has."""
+        """Whether each prompt has each position."""
         lengths = torch.tensor([len(tokens) for tokens in self.str_tokens])
         return torch.arange(self.values.shape[3]) < lengths[:, None]
 
     def along(self, effects: Attribution | Effects) -> Effects:
-        """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
+        """These edges in the order of what `patch_edges` measured, for `compare`.
 
         Args:
-            effects: those of `patch_edges`.
+            effects: the result of `patch_edges`.
 
         Raises:
             ArgumentError: other effects; an edge whose sites these groups do not make up, or whose
@@ -172,19 +174,19 @@ class Edges(Ranked):
         )
 
     def _rows_of(self, members: Sequence[int]) -> list[int] | None:
-        """The groups that make up these sites: one of the same sites, or several without overlap.
+        """The groups that make up these sites, or None where no groups do.
 
-        None where no groups do.
+        It is one group of the same sites, or several groups without overlap.
         """
         wanted = set(members)
         parts: list[int] = []
+        covered: list[int] = []
         for row, sites in enumerate(self.groups.values()):
             if set(sites) == wanted:
                 return [row]
             if set(sites) <= wanted:
                 parts.append(row)
-        groups = list(self.groups.values())
-        covered = [site for row in parts for site in groups[row]]
+                covered += sites
         return parts if sorted(covered) == sorted(wanted) else None
 
     def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
@@ -269,16 +271,16 @@ def patch_edges(
     *,
     group: Group = "site",
 ) -> Effects:
-    """What one reader does with what one site, or group of sites, writes, exactly: path patching.
+    """The exact effect of one site, or group of sites, through one reader alone (path patching).
 
-    With 'add_one' the base model runs, and to the input of the reader, before its norm, is added
-    what switching the site on makes of its branch's output. No other reader sees it. With
+    With 'add_one' the base model runs. What switching the site on makes of its branch's output is
+    added to the input of the reader, before its norm, and no other reader sees it. With
     'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
     for that reader alone.
 
     The sites of a group are switched together. Each block's branches read the stream as it is
     without the switch, so that sites of one group do not read each other across blocks, and the
-    reader gets the sum; of a group those sites count that the reader is downstream of.
+    reader gets the sum. Sites of a group that are behind the reader do not count.
 
     Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
     one block one more, with tangents.
@@ -325,11 +327,12 @@ def patch_edges(
 
 
 def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[Path]:
-    """The pairs, each once, after their names and directions were checked."""
+    """The different pairs as paths, after their names and directions were checked."""
     try:
         names = [(writer, reader) for writer, reader in pairs]
     except (TypeError, ValueError):
-        names = []  # Something else than pairs, which is refused below.
+        # These are no pairs, which is refused below.
+        names = []
     if not names:
         raise ArgumentError(
             f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
@@ -343,6 +346,7 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
             raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
         path = Path(writer, _writer_sites(lens, writer, groups), reader)
         _require_downstream(lens, path)
+        _require_no_hook_behind(lens, path)
         paths.append(path)
     return paths
 
@@ -376,7 +380,7 @@ def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...
 
 
 def _require_downstream(lens: LoraLens, path: Path) -> None:
-    """Check that the reader is behind some site, and that a patch within a block can be undone."""
+    """Refuse a reader that comes before all of the writer's sites."""
     layer = reader_layer(lens, path.reader)
     blocks = {lens.sites[site].layer for site in path.sites}
     if layer < min(blocks):
@@ -384,16 +388,25 @@ def _require_downstream(lens: LoraLens, path: Path) -> None:
             f"{path.writer}{_ARROW}{path.reader}: the reader comes before the site, and what a "
             "site writes is read downstream."
         )
+
+
+def _require_no_hook_behind(lens: LoraLens, path: Path) -> None:
+    """Refuse a path within a block behind which a hook of the caller's own is.
+
+    What a reader in the site's own block saw is taken off the stream behind that block, which has
+    to be unchanged by then.
+    """
     host = lens.plan.host
+    layer = reader_layer(lens, path.reader)
+    blocks = {lens.sites[site].layer for site in path.sites}
     if path.reader == LOGITS or layer not in blocks:
         return
-    # What a reader in the site's own block saw is taken off the stream behind that block.
     behind = (
         f"blocks.{layer}.hook_resid_post",
         host.block_input(min(layer + 1, host.n_layers - 1)),
     )
-    places = lens.model.blocks[layer], *map(lens.model.hook_dict.__getitem__, behind)
-    if is_hooked(places):
+    points = [lens.model.hook_dict[name] for name in behind]
+    if is_hooked([lens.model.blocks[layer], *points]):
         raise ModelStateError(
             f"{path.writer}{_ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
             f"{behind}, may change what this reader saw before it is taken off the stream again. "

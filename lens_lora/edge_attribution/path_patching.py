@@ -1,15 +1,16 @@
 """Path patching: one reader alone sees what switching a writer's sites makes of their branches.
 
-Of the rows of a prompt the first is plain. In each other row the gates of one writer's sites are
-switched, of those sites whose writes reach the reader.
+Each prompt is run in several rows. The first row is plain. Each other row belongs to one path: in
+it the gates of the writer's sites are switched, as far as their writes reach the reader.
 
-1. What the switch makes of the branches of a block is the difference of this row and the plain one
-   at the block's end. It is taken off the stream there, so that each block reads the plain stream.
-2. These differences, summed over the writer's blocks, are added to what the one reader reads.
-3. A reader in the block of a site may come before or after it. Rows of a batch differ by rounding
-   anyway, so a difference of rows does not tell. A pass with tangents does, beforehand.
+1. Call delta the difference of such a row and the plain one at a block's end: it is what the switch
+   makes of the block's branches. It is taken off the stream there, so that the next block reads the
+   plain stream.
+2. These deltas, summed over the writer's blocks, are added to what the one reader reads.
+3. A reader in the block of a site may come before or after the site. A difference of rows does not
+   tell which, as rows of a batch differ by rounding anyway. So a pass with tangents is run first.
 
-Cost: a forward pass a path, batched, and one with tangents if a path is within a block.
+Cost: a forward pass for each path, batched, and one with tangents if a path is within a block.
 """
 
 from __future__ import annotations
@@ -55,61 +56,67 @@ class Path:
 
 
 def patched_edges(g: Function, paths: Sequence[Path], at: float) -> Float[Tensor, "batch path"]:
-    """How g at this strength changes along each path. At most a forward pass a path, batched.
+    """How g at this strength changes along each path.
+
+    Cost: at most a forward pass for each path, batched.
 
     Args:
         g: the function, with a readout.
-        paths: of each the writer's gates are switched, to 1 − at.
+        paths: from writers, whose gates are switched to 1 − at, to readers.
         at: the gate value of every other site, 0 or 1.
 
     Raises:
         ArgumentError: a reader that nothing of its writer reaches.
     """
-    heard = _heard(g, paths, at)
-    groups = g.groups(copies=2)  # A plain row beside a patched one.
+    reaching = _with_sites_that_reach(g, paths, at)
+    # A plain row stands beside a patched one.
+    groups = g.groups(copies=2)
     values: list[Tensor] = []
-    with bar_of(len(heard) * len(groups), g.progress, "path patches") as bar:
+    with bar_of(len(reaching) * len(groups), g.progress, "path patches") as bar:
         for group in groups:
             step = max(1, memory.rows_at_once(group.lens, group.reading) - 1)
-            starts = range(0, len(heard), step)
-            runs = (_Run(group, heard[start : start + step], at) for start in starts)
+            starts = range(0, len(reaching), step)
+            runs = (_Run(group, reaching[start : start + step], at) for start in starts)
             values.append(in_chunks(runs, _Run.effects, bar))
     return torch.cat(values)
 
 
-def _heard(g: Function, paths: Sequence[Path], at: float) -> list[Path]:
+def _with_sites_that_reach(g: Function, paths: Sequence[Path], at: float) -> list[Path]:
     """The paths, each with those of its writer's sites whose writes reach the reader."""
     lens = g.lens
     within = _within_blocks(g, paths, at)
 
-    def is_heard(site: int, reader: str) -> bool:
+    def reaches(site: int, reader: str) -> bool:
         if _is_in_own_block(lens, site, reader):
             return (site, block_reader(reader)) in within
         return lens.sites[site].layer <= reader_layer(lens, reader)
 
-    heard: list[Path] = []
+    reaching: list[Path] = []
     for path in paths:
-        sites = tuple(site for site in path.sites if is_heard(site, path.reader))
+        sites = tuple(site for site in path.sites if reaches(site, path.reader))
         if not sites:
             raise ArgumentError(
                 f"{path.writer} → {path.reader}: nothing that the site writes reaches this reader",
                 remedy="ll.edges(…).to_frame() has the readers of each site.",
             )
-        heard.append(dataclasses.replace(path, sites=sites))
-    return heard
+        reaching.append(dataclasses.replace(path, sites=sites))
+    return reaching
 
 
 def _within_blocks(g: Function, paths: Sequence[Path], at: float) -> set[tuple[int, str]]:
     """The (site, reader) of one block whose reader sees the site's write.
 
-    A pass with tangents shows it, where a path is within a block; else nothing is run.
+    A pass with tangents shows them. Where no path is within a block, nothing is run.
     """
-    pairs = [(site, path.reader) for path in paths for site in path.sites]
     found: set[tuple[int, str]] = set()
-    if any(_is_in_own_block(g.lens, site, reader) for site, reader in pairs):
+    if any(_has_site_in_block_of_reader(g.lens, path) for path in paths):
         for group in g.groups(graph=True, beside=held_bytes(g)):
             found |= Pass(group).within_blocks(at)
     return found
+
+
+def _has_site_in_block_of_reader(lens: LoraLens, path: Path) -> bool:
+    return any(_is_in_own_block(lens, site, path.reader) for site in path.sites)
 
 
 def _is_in_own_block(lens: LoraLens, site: int, reader: str) -> bool:
@@ -117,14 +124,15 @@ def _is_in_own_block(lens: LoraLens, site: int, reader: str) -> bool:
 
 
 class _Run:
-    """One run: of n rows of each prompt the first is plain, and each other one has a path."""
+    """One run of a plain row of each prompt, and of a row for each path."""
 
     def __init__(self, g: Function, paths: Sequence[Path], at: float) -> None:
         self._lens = g.lens
         self._reading = g.reading
         self._gates = g.lens.gates(at).repeat(1 + len(paths), 1)
-        # Of each row but the plain one: its reader, and the blocks in which its sites are.
+        # The reader of each row but the plain one.
         self._readers: dict[int, str] = {}
+        # The blocks in which the sites of such a row are.
         self._blocks: dict[int, set[int]] = {}
         for row, path in enumerate(paths, start=1):
             self._gates[row, list(path.sites)] = 1 - at
@@ -136,7 +144,7 @@ class _Run:
         self._split: set[int] = set()
 
     def effects(self) -> Float[Tensor, "batch path"]:
-        """g of each path's row less that of the plain one. One forward pass of each row."""
+        """The g of each path's row less that of the plain row. One forward pass of each row."""
         lens = self._lens
         host = lens.plan.host
         block_inputs = [
@@ -160,20 +168,20 @@ class _Run:
         return by_row[:, 1:] - by_row[:, :1]
 
     def _by_row(self, tensor: Tensor) -> Float[Tensor, "prompt_row row *rest"]:
-        """A copy, with the rows of each prompt's row on an axis of their own."""
+        """A copy, in which the plain row and those of the paths have an axis of their own."""
         return tensor.unflatten(0, (-1, len(self._gates))).clone()
 
     def _begin_block(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
-        """What the switch made of the block before is taken off the stream."""
+        """Take off the stream what the switch made of the block before."""
         del hook
         x = self._by_row(stream)
         self._take_off(layer - 1, x)
         return x.flatten(0, 1)
 
     def _take_off(self, block: int, x: Tensor) -> None:
-        """Set each row whose sites are in this block back to the plain stream, and keep the rest.
+        """Set each row whose sites are in this block back to the plain stream, and keep its delta.
 
-        Where a reader of the same block has seen it, it is known already.
+        Where a reader of the same block has seen the delta, it is known already.
         """
         for row, blocks in self._blocks.items():
             if block in blocks:
@@ -181,7 +189,7 @@ class _Run:
                 x[:, row] -= delta
 
     def _read(self, name: str, stream: Tensor) -> Tensor:
-        """What a reader sees: in the rows whose reader it is, what the switch made as well."""
+        """Show a reader the plain stream, and in its own rows what the switch made as well."""
         layer = reader_layer(self._lens, name)
         x = self._by_row(stream)
         if name == LOGITS:
@@ -194,18 +202,19 @@ class _Run:
             elif is_within_block:
                 x[:, row] = x[:, 0]
             if is_its_own:
-                for block in self._blocks[row]:
-                    if block < layer:
-                        x[:, row] += self._deltas[row, block]
+                earlier = [block for block in self._blocks[row] if block < layer]
+                for block in earlier:
+                    x[:, row] += self._deltas[row, block]
         return x.flatten(0, 1)
 
     def _only_head(self, name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
-        """Where a row's reader is one head: q, k and v of the plain row but for that head."""
+        """Give a row whose reader is one head the plain row's q, k and v, but for that head."""
         by_row = self._by_row(out)
         for row, reader in self._readers.items():
-            if reader == name or block_reader(reader) != name:
+            is_head_of_this = reader != name and block_reader(reader) == name
+            if not is_head_of_this:
                 continue
-            _, _, _, head, kind_of_reader = reader.split(".")
+            *_, head, kind_of_reader = reader.split(".")
             own = by_row[:, row].clone()
             by_row[:, row] = by_row[:, 0]
             if kind == kind_of_reader:

@@ -1,7 +1,7 @@
-"""What reads the residual stream x: attention and MLP of every block, and the final norm.
+"""The readers of the residual stream x are attention and MLP of every block, and the final norm.
 
-Each reader is shown x by one function, (name, x) → what it reads instead. Where a norm feeds
-several modules, each of them gets a run of the norm of its own.
+A function (name, x) → x' says what each reader reads in place of x. Where a norm feeds several
+modules, the norm is run again for each of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lens_lora.hosts.bridged import is_linear, unwrapped
 LOGITS = "logits"
 QKV = ("q", "k", "v")
 
-# What ran last among the norms of a block: (output, norm, x).
+# The last runs of a block's norms, each as (output, norm, x).
 _Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
 # Two norms run before the first branch where each branch has its own, and one of them runs once
 # more for a reader.
@@ -39,7 +39,7 @@ def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
     """Until the span ends, every reader of the residual stream x reads `read(name, x)`.
 
     In the first pass a norm that feeds a reader runs once more, on what `read` returns, as it may
-    feed others too. The host keeps which norm that was. From then on, where a norm feeds a single
+    feed others too. The host keeps which norm that was. From then on, if a norm feeds a single
     reader, what the norm reads is changed instead.
 
     Raises:
@@ -81,10 +81,10 @@ def _require_one_stream(lens: LoraLens) -> None:
 
 
 class _Show:
-    """Shows x to readers in the passes of one span.
+    """The hooks that show x to readers in the passes of one span.
 
     Attributes:
-        norms: the norm that each reader reads x through, of those that a pass has shown; None for
+        norms: the norm through which each reader reads x, as far as passes have shown it; None for
             a reader without a norm.
     """
 
@@ -94,7 +94,7 @@ class _Show:
         self._has_begun = False
 
     def at(self, span: Temporary, name: str, place: nn.Module, runs: _Runs) -> None:
-        """A reader reads here: a module, or the norm in front of it alone."""
+        """Hook the place where a reader reads: its module, or the norm that feeds it alone."""
         hook = functools.partial(self._before, name, runs)
         add_pre_hook(span, place, hook, with_kwargs=True)
 
@@ -117,13 +117,14 @@ class _Show:
 
     def _is_reader(self, name: str, module: nn.Module, norm: nn.Module | None) -> bool:
         if name == LOGITS and not self._has_begun:
-            return False  # Some models norm the embedding by the same module as the end.
+            # Some models norm the embedding by the module that is also the final norm.
+            return False
         # A linear map that reads no norm is a part of something else.
         return norm is not None or not is_linear(unwrapped(module))
 
 
 def _before_norm(tensor: Any, runs: _Runs) -> tuple[nn.Module | None, Any]:
-    """The norm whose output this is, and what it read; None and the tensor where it is of none."""
+    """The norm whose output this is, and what the norm read; else None, and the tensor itself."""
     for output, norm, x in runs:
         if output is tensor:
             return norm, x
@@ -142,7 +143,7 @@ class _KeepRun:
 
 
 def block_reader(name: str) -> str:
-    """'blocks.5.attn' of 'blocks.5.attn.3.q'; the name itself of any other reader."""
+    """'blocks.5.attn' for the reader 'blocks.5.attn.3.q'; any other reader's own name."""
     return ".".join(name.split(".")[:3])
 
 
@@ -152,16 +153,24 @@ def reader_layer(lens: LoraLens, name: str) -> int:
 
 
 def head_readers(lens: LoraLens, name: str) -> list[str]:
-    """The readers that one is split into by head: itself, if it is no attention."""
+    """The heads' readers into which an attention is split; any other reader is not split."""
     if name.rpartition(".")[2] != "attn":
         return [name]
-    return [f"{name}.{head}.{kind}" for kind in QKV for head in range(lens.heads.of(kind))]
+    readers: list[str] = []
+    for kind in QKV:
+        readers += [f"{name}.{head}.{kind}" for head in range(lens.heads.of(kind))]
+    return readers
 
 
 def head_hooks(
     lens: LoraLens, change: Callable[[str, str, Float[Tensor, "row pos head d"]], Tensor]
 ) -> list[tuple[str, HookFn]]:
-    """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor."""
+    """Hooks that change q, k and v of every block where they are complete.
+
+    Args:
+        lens: the adapter over the model.
+        change: (attention, kind, q or k or v) → what stands in its place.
+    """
 
     def at_heads(name: str, kind: str, tensor: Tensor, hook: Any) -> Tensor:
         del hook

@@ -2,13 +2,14 @@
 
     y = f(x₁, x₂, …),    ẏ_l = Σ_i ∂f/∂x_i ẋ_{i,l}     for each site l that one of the x_i carries
 
-1. A product with a weight takes all tangents together. What is linear is done to each tangent; in
-   any other product each factor is replaced by its tangent in turn. Whatever has no rule is left to
-   torch, as a dual number of each tangent. Values keep their graph, and tangents have none.
-2. So is what changes a value in place, but it is refused where another tensor in use shares its
-   memory, as that one's tangents would not follow.
-3. A kernel that reads a tensor past torch's functions would lose its tangents without a word, so
-   what is made of them has to be checked, as edges are against first order.
+1. A product with a weight takes all tangents together. A linear function is applied to each
+   tangent. In any other product each factor is replaced by its tangent in turn. A function without
+   a rule is left to torch, which gets a dual number for each tangent. Values keep their graph, and
+   tangents have none.
+2. A function that changes a value in place is left to torch as well. It is refused where another
+   tensor in use shares the value's memory, as the tangents of that tensor would not follow.
+3. A kernel that reads a tensor past torch's functions would lose its tangents without a word. So
+   the results have to be checked, as edges are against first order.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from lens_lora.errors import ModelStateError
 
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
+# The tangents by site: a tensor, or one of each result where a function has several.
+_Tangents = dict[int, Any]
 # From torch's function and its arguments to the tangents of its result.
-_Rule = Callable[[Any, _Args, _Named], "_Tangents"]
-_Tangents = dict[int, Any]  # by site; of a function with several results, one of each
+_Rule = Callable[[Any, _Args, _Named], _Tangents]
 
 
 class Moving(Tensor):
@@ -55,15 +57,16 @@ class Moving(Tensor):
         name = func.__name__
         if name == "__set__" or named.get("out") is not None:
             raise _refusal(name)
-        is_by_name = name.endswith("_") and not name.endswith("__")
-        if name == "__setitem__" or is_by_name or named.get("inplace"):
+        if _is_in_place(name, named):
             return _in_place(func, args, named)
+
         result = func(*_mapped(args, value_of), **_mapped(named, value_of))
         if not any(_is_differentiable(part) for part in _parts(result)):
             return result
         rule = _RULES.get(name.strip("_"), _by_torch)
         with torch.no_grad():
             tangents = rule(func, args, named)
+
         if isinstance(result, Tensor):
             return moving(result, tangents)
         parts: list[Any] = []
@@ -73,19 +76,31 @@ class Moving(Tensor):
         return type(result)(parts)
 
 
-# Every value that has tangents and is in use.
+# Every value that has tangents and is in use, by its id.
 _LIVE = weakref.WeakValueDictionary[int, Moving]()
 
 
+def _is_in_place(name: str, named: _Named) -> bool:
+    """Whether a call of torch's function of this name changes its first argument."""
+    has_trailing_underscore = name.endswith("_") and not name.endswith("__")
+    return name == "__setitem__" or has_trailing_underscore or bool(named.get("inplace"))
+
+
 def moving(value: Any, tangents: Mapping[int, Tensor | None]) -> Any:
-    """The value with those tangents that are there; itself, if none is.
+    """The value with its tangents; the value itself, if it depends on no site.
 
     Args:
         value: a tensor; anything else has no tangents.
         tangents: by site; None where the value does not depend on the site.
     """
-    known = {site: tangent for site, tangent in tangents.items() if tangent is not None}
-    return _hold(value.as_subclass(Moving), value, known) if known else value
+    known = _without_none(tangents)
+    if not known:
+        return value
+    return _hold(value.as_subclass(Moving), value, known)
+
+
+def _without_none(tangents: Mapping[int, Tensor | None]) -> dict[int, Tensor]:
+    return {site: tangent for site, tangent in tangents.items() if tangent is not None}
 
 
 def _hold(holder: Moving, value: Tensor, tangents: _Tangents) -> Moving:
@@ -96,17 +111,17 @@ def _hold(holder: Moving, value: Tensor, tangents: _Tangents) -> Moving:
 
 
 def value_of(x: Any) -> Any:
-    """The value without its tangents; whatever has none, itself."""
+    """The value without its tangents; the argument itself, if it has none."""
     return x.value if isinstance(x, Moving) else x
 
 
 def tangents_of(x: Any) -> dict[int, Tensor]:
-    """The tangents by site; none of a constant."""
+    """The tangents by site, of which a constant has none."""
     return x.tangents if isinstance(x, Moving) else {}
 
 
 def _mapped(operand: Any, change: Callable[[Any], Any]) -> Any:
-    """The operand, or what is within a list, tuple or dict of operands, changed."""
+    """Apply `change` to the operand, or to each operand within a list, tuple or dict."""
     if type(operand) in (list, tuple):
         return type(operand)([_mapped(part, change) for part in operand])
     if type(operand) is dict:
@@ -140,41 +155,49 @@ def _carriers(*operands: Any) -> list[Moving]:
 def _by_site(
     func: Any, args: _Args, named: _Named, change: Callable[[int, Any], Any]
 ) -> Iterator[tuple[int, Any]]:
-    """The function of what each site makes of its arguments."""
-    sites = [site for carrier in _carriers(args, named) for site in carrier.tangents]
-    for site in dict.fromkeys(sites):
+    """Call the function once for each site, on arguments that `change` has made for the site."""
+    sites: dict[int, None] = {}
+    for carrier in _carriers(args, named):
+        sites |= dict.fromkeys(carrier.tangents)
+    for site in sites:
         of_site = functools.partial(change, site)
         yield site, func(*_mapped(args, of_site), **_mapped(named, of_site))
 
 
 def _by_torch(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """Torch's own rule, of a dual number for each site."""
+    """Apply torch's own rule, to a dual number for each site."""
 
     def dual(site: int, x: Any) -> Any:
         tangent = tangents_of(x).get(site)
-        return value_of(x) if tangent is None else fwad.make_dual(x.value.detach(), tangent)
+        if tangent is None:
+            return value_of(x)
+        return fwad.make_dual(x.value.detach(), tangent)
 
-    def moved(part: Any) -> Tensor | None:
+    def tangent_of(part: Any) -> Tensor | None:
         return fwad.unpack_dual(part).tangent if _is_differentiable(part) else None
 
-    # A fused attention kernel has no forward-mode derivative.
-    is_attention = func is functional.scaled_dot_product_attention
-    kernels = sdpa_kernel(SDPBackend.MATH) if is_attention else contextlib.nullcontext()
+    kernels = contextlib.nullcontext()
+    if func is functional.scaled_dot_product_attention:
+        # A fused attention kernel has no forward-mode derivative.
+        kernels = sdpa_kernel(SDPBackend.MATH)
     with kernels:
         results = dict(_by_site(func, args, named, dual))
     tangents: _Tangents = {}
     for site, result in results.items():
         if isinstance(result, Tensor):
-            tangents[site] = moved(result)
+            tangents[site] = tangent_of(result)
         else:
-            tangents[site] = [moved(part) for part in result]
+            tangents[site] = [tangent_of(part) for part in result]
     return tangents
 
 
 def _in_place(func: Any, args: _Args, named: _Named) -> Any:
-    """Torch's own rule, of copies: what is changed has other tangents from then on."""
+    """Change a value in place, and give it the tangents that it has from then on.
+
+    Torch's own rule computes these tangents, on copies.
+    """
     target = args[0]
-    _require_alone(func.__name__, target)
+    _require_own_memory(func.__name__, target)
 
     def changed(first: Tensor, *args: Any, **named: Any) -> Tensor:
         first = first.clone()
@@ -187,12 +210,11 @@ def _in_place(func: Any, args: _Args, named: _Named) -> Any:
     result = func(value, *_mapped(args[1:], value_of), **_mapped(named, value_of))
     if _is_differentiable(value):
         target.__class__ = Moving
-        known = {site: tangent for site, tangent in tangents.items() if tangent is not None}
-        _hold(target, value, known)
+        _hold(target, value, _without_none(tangents))
     return target if isinstance(result, Tensor) else result
 
 
-def _require_alone(name: str, target: Tensor) -> None:
+def _require_own_memory(name: str, target: Tensor) -> None:
     """Refuse to write into memory that another tensor in use shares."""
     memory = value_of(target).untyped_storage().data_ptr()
     others = [x.value for x in list(_LIVE.values()) if x is not target]
@@ -213,28 +235,35 @@ def _refusal(name: str) -> ModelStateError:
 
 
 def _linear(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """The function of each tangent; zero in place of constants, but not of indices and sizes."""
+    """Apply a linear function to each tangent.
+
+    Constants become zero; masks, indices and sizes stay as they are.
+    """
     name = func.__name__.strip("_")
     if named and name in _OF_NUMBERS:
         return _by_torch(func, args, named)
 
-    def moved(site: int, x: Any) -> Any:
+    def linear_part(site: int, x: Any) -> Any:
         value = value_of(x)
         tangent = tangents_of(x).get(site)
         if tangent is not None:
             return tangent
         if isinstance(value, Tensor):
             is_mask = name in _CHOOSING and value.dtype == torch.bool
-            is_kept = is_mask or name in _INDEXED
-            return value if is_kept else value.new_zeros(()).expand(value.shape)
-        return 0 if name in _OF_NUMBERS and isinstance(x, int | float) else x
+            if is_mask or name in _INDEXED:
+                return value
+            return value.new_zeros(()).expand(value.shape)
+        is_constant = name in _OF_NUMBERS and isinstance(x, int | float)
+        return 0 if is_constant else x
 
-    # A tangent need not lie in memory as its value does.
-    return dict(_by_site(Tensor.reshape if name == "view" else func, args, named, moved))
+    if name == "view":
+        # A tangent need not lie in memory as its value does.
+        func = Tensor.reshape
+    return dict(_by_site(func, args, named, linear_part))
 
 
 def _by_factor(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """ȦB + AḂ."""
+    """The product rule: the tangents of AB are ȦB + AḂ."""
     carriers = _carriers(args)
     is_repeated = len({id(carrier) for carrier in carriers}) < len(carriers)
     if named or is_repeated:
@@ -252,7 +281,7 @@ def _replaced(factor: Moving, tangent: Tensor, x: Any) -> Any:
 
 
 def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """ẊW of all sites at once, where it is X that moves."""
+    """The tangents ẊW of all sites at once, of a product XW whose rows X alone have tangents."""
     product = rows_and_weight(func, args, named)
     if product is None:
         return _of_other_product(func, args, named)
@@ -260,19 +289,21 @@ def _weighed(func: Any, args: _Args, named: _Named) -> _Tangents:
     if not isinstance(x, Moving) or _carriers(constants):
         return _of_other_product(func, args, named)
     weight = constants[0]
-    moved = torch.stack([*x.tangents.values()]) @ weight
-    return dict(zip(x.tangents, moved.unbind(), strict=True))
+    products = torch.stack(list(x.tangents.values())) @ weight
+    return dict(zip(x.tangents, products.unbind(), strict=True))
 
 
 def _of_other_product(func: Any, args: _Args, named: _Named) -> _Tangents:
-    """Of a product in which something else than the rows of X moves."""
+    """The tangents of a product in which something else than the rows of X has tangents."""
     rule = _by_factor if func in MATMULS else _by_torch
     return rule(func, args, named)
 
 
-# Functions that take indices, which stay as they are; that choose by a mask; and that take numbers.
+# Functions that take indices, which stay as they are.
 _INDEXED = {"getitem", "repeat_interleave"}
+# Functions that choose by a mask, which stays as it is.
 _CHOOSING = {"where", "masked_fill"}
+# Functions that take a number in place of a tensor. It is a constant, whose tangent is zero.
 _OF_NUMBERS = _CHOOSING | {"add", "radd", "sub", "rsub"}
 _OF_SHAPE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 _OF_LAYOUT = ("transpose", "permute", "expand", "contiguous", "clone", "to")
