@@ -50,7 +50,7 @@ from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.readout.positions import positions_text
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden.cosines import cosine_table
-from lens_lora.hidden.held import activations_at, positions_in
+from lens_lora.hidden.point_activations import activations_at, positions_in
 from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.responses.answers import continued

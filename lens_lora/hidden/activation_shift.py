@@ -1,11 +1,11 @@
-"""Δh = h(1) − h(0): what an adapter changes at any hook point, token by token, exactly.
+"""The shift Δh = h(1) − h(0) that an adapter makes at any hook point, token by token, exactly.
 
 1. The texts run once in each model, those of like length together; h is kept at the named points.
 2. Means leave out sinks: each text's first token, whose h is up to hundreds of times larger and
    whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
    is kept apart. Where texts begin alike, a token with the same tokens before it counts once.
-3. At points of the residual stream the mean is read through the final norm and the unembedding, the
-   norm's denominator held at the base's (`hidden/stream_reading.py`).
+3. At points of the residual stream the mean is read through the final norm and the unembedding,
+   with the norm's denominator held at the base's (`hidden/stream_reading.py`).
 
 Cost: two forward passes, and two vectors unembedded for each point.
 """
@@ -43,8 +43,8 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import is_stream
 from lens_lora.hidden.cosines import cosine_table
-from lens_lora.hidden.held import activations_at, positions_in
 from lens_lora.hidden.held_out import held_out_share
+from lens_lora.hidden.point_activations import activations_at, positions_in
 from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.hidden.stream_reading import over_scale, read_through
@@ -54,7 +54,7 @@ By = Literal["position"] | None
 
 @final
 class ActivationShift(Readable, Drawn):
-    """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
+    """The shift Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 
     Attributes:
         values: by hook point [batch, token, d], heads laid flat; NaN at padding, and at positions
@@ -62,9 +62,9 @@ class ActivationShift(Readable, Drawn):
         base_norms: ‖h(0)‖ by hook point, [batch, token].
         first: by hook point [batch, d], Δh at each text's first token.
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
-        counted: [batch, token], those that were asked for, without sinks.
-        distinct: [batch, token], those of the counted that no earlier text has after the same
-            tokens: means over several texts are over these.
+        counted: [batch, token], the tokens that were asked for, without sinks.
+        distinct: [batch, token], counted tokens that no earlier text has after the same tokens.
+            Means over several texts are over these.
         at: the gates of h(1).
         str_tokens: each text's tokens.
         token_readings: by point of the residual stream [batch, token, vocab], Δh of each token in
@@ -85,7 +85,7 @@ class ActivationShift(Readable, Drawn):
     def logit_lens(
         self, k: int = 10, name: str | None = None, *, largest: bool = True, by: By = None
     ) -> pd.DataFrame:
-        """The k tokens that the mean Δh reads as, as `Readable.logit_lens`; or Δh of each token.
+        """The k tokens that the mean Δh reads as in logits, or those of each single token's Δh.
 
         Args:
             k: how many.
@@ -158,9 +158,10 @@ class ActivationShift(Readable, Drawn):
     def constant_share(self) -> dict[str, float]:
         """How much of Δh is one vector whatever the token, by hook point, on held-out texts.
 
-        1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, μ the mean over the other texts; NaN of one
-        text. Negative where other texts' mean is worse than none. A token with the same tokens
-        before it as in an earlier text counts once: it is not held out from that text.
+        The share is 1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, with μ the mean over the other
+        texts. It is NaN for a single text, and negative where the other texts' mean is worse than
+        none. A token with the same tokens before it as in an earlier text counts once, as it is not
+        held out from that text.
         """
         shares: dict[str, float] = {}
         for name, values in self.values.items():
@@ -232,9 +233,10 @@ def activation_shift(
     sinks: bool = False,
     by: By = None,
 ) -> ActivationShift:
-    """Δh at hook points, of each token of each text and in the mean. Two forward passes.
+    """The shift of activations at hook points, of each token of each text and in the mean.
 
-    Holds one vector for each hook point and token; name few points for many texts.
+    Cost: two forward passes. The result holds one vector for each hook point and token, so name few
+    points for many texts.
 
     Args:
         lens: the adapter over the model.
@@ -277,9 +279,8 @@ def activation_shift(
     shown = {name: h.masked_fill(~asked[..., None], torch.nan) for name, h in shifts.items()}
     token_readings: dict[str, Tensor] = {}
     if by is not None:
-        for name, h in shown.items():
-            if is_stream(name):
-                token_readings[name] = read_through(lens, over_scale(lens, h, base[name])).cpu()
+        token_readings = _readings_of_tokens(lens, shown, base)
+    counted_shifts = [(name, h[distinct], base[name][distinct]) for name, h in shifts.items()]
     return ActivationShift(
         values=shown,
         base_norms=norms,
@@ -290,14 +291,23 @@ def activation_shift(
         token_readings=token_readings,
         at=name_of_scale(scale),
         str_tokens=lens.str_tokens(rows),
-        **readable(
-            lens, [rows], ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())
-        ),
+        **readable(lens, [rows], counted_shifts),
     )
 
 
+def _readings_of_tokens(
+    lens: LoraLens, shifts: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Float[Tensor, "batch token vocab"]]:
+    """Δh of each token in logits, at points of the residual stream."""
+    readings: dict[str, Tensor] = {}
+    for name, shift in shifts.items():
+        if is_stream(name):
+            readings[name] = read_through(lens, over_scale(lens, shift, base[name])).cpu()
+    return readings
+
+
 def _asked(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
-    """The tokens that are asked for, of which there must be one."""
+    """The tokens that are asked for; there must be one at least."""
     asked = positions_in(rows, positions)
     if not bool(asked.any()):
         holds = "each holds its response" if rows.holds_responses else "none holds a response"
@@ -311,16 +321,16 @@ def _asked(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
 def _base_and_shifts(
     lens: LoraLens, rows: Prompts, names: Names, scale: Scale
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """h(0) and Δh by hook point, [batch, token, d], NaN at padding. Two forward passes."""
+    """The base's h and Δh by hook point, [batch, token, d], NaN at padding. Two forward passes."""
     base: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
-    for index, held in activations_at(lens, rows, names, (0.0, scale)):
-        for name, (h, moved) in held.items():
+    for index, activations in activations_at(lens, rows, names, (0.0, scale)):
+        for name, (h, h_adapted) in activations.items():
             if name not in base:
                 shape = *rows.tokens.shape, h.shape[-1]
                 base[name] = h.new_full(shape, torch.nan)
                 shifts[name] = h.new_full(shape, torch.nan)
             width = h.shape[1]
             base[name][index, :width] = h
-            shifts[name][index, :width] = moved - h
+            shifts[name][index, :width] = h_adapted - h
     return base, shifts

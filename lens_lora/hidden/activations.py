@@ -1,11 +1,11 @@
-"""Rank activations u_l = A_l z_l: what each direction of each site reads at every token.
+"""Rank activations u_l = A_l z_l are what each direction of each site reads at every token.
 
-Of an adapter of rank 1 this is one number for each site and token, the "LoRA neuron" of
-arXiv 2506.11618 and 2511.06739.
+An adapter of rank 1 has one number for each site and token, the "LoRA neuron" of arXiv 2506.11618
+and 2511.06739.
 
-1. Gauge 'svd': u = ΣVᵀx, where sBA = UΣVᵀ is the SVD of each site's ΔW in the Hugging Face basis.
-   It is unique up to equal singular values, and ‖u‖ = ‖ΔWx‖. Gauge 'trained': u = Ax with the
-   file's own A, unscaled; another training run would give other coordinates.
+1. In gauge 'svd', u = ΣVᵀx, where sBA = UΣVᵀ is the SVD of each site's ΔW in the Hugging Face
+   basis. It is unique up to equal singular values, and ‖u‖ = ‖ΔWx‖. In gauge 'trained', u = Ax with
+   the file's own A, unscaled. Another training run would give other coordinates.
 2. One row holds a prompt and its response.
 3. Sinks (the first token, and outliers of ‖z‖) are marked, and left out of examples and means.
 4. Conversations begin alike, and a token with the same tokens before it has the same u. Examples
@@ -67,11 +67,11 @@ _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
 
 @final
 class Activations(OfSites):
-    """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
+    """Rank activations u of each site, token and rank.
 
     Attributes:
-        values: [batch, site, token, rank].
-        ranks: how many coordinates each of them has.
+        values: [batch, site, token, rank]; NaN at padding, and beyond a site's own rank.
+        ranks: how many coordinates each site has.
         sinks: [batch, token], the first token of each row, and tokens whose ‖z‖ is an outlier.
         beginnings: [batch, token], a number for each token with all before it, the same where two
             rows begin alike; 0 at padding.
@@ -93,7 +93,10 @@ class Activations(OfSites):
 
     @property
     def repeated(self) -> int:
-        """How many tokens beside sinks an earlier row has after the same ones; they count once."""
+        """How many tokens, sinks left out, an earlier row has after the same tokens.
+
+        Such a token counts once.
+        """
         counted = self._chosen(None, sinks=False)
         once = first_of_each(self.beginnings.numpy(), counted)
         return int(counted.sum() - once.sum())
@@ -111,7 +114,7 @@ class Activations(OfSites):
         return self.values[:, index, :, : self.ranks[index]]
 
     def directions(self, site: str | None = None) -> list[tuple[int, int]]:
-        """(site, rank) of every direction of some sites, or of the first one of each site.
+        """Every direction of some sites as (site, rank), or the first direction of each site.
 
         Args:
             site: a name or glob; None for the first direction of each site.
@@ -140,7 +143,7 @@ class Activations(OfSites):
         frame = frame.dropna(subset="value", ignore_index=True)
         prompt = frame["prompt"].to_numpy()
         position = frame["position"].to_numpy()
-        # Beside the position: what stands there.
+        # The token stands beside its position.
         frame.insert(6, "token", tokens_at(self.str_tokens, prompt, position))
         frame.insert(7, "sink", self.sinks.cpu().numpy()[prompt, position])
         frame.insert(8, "response", position >= self.starts.cpu().numpy()[prompt])
@@ -184,14 +187,16 @@ class Activations(OfSites):
             counted[is_other] = False
         counted = first_of_each(self.beginnings.numpy(), counted)
         values = np.where(counted[..., None], values, np.nan)
+
         rows: list[tuple[Any, ...]] = []
         for r in require_ranks(rank, values.shape[-1]):
-            direction = values[..., r]
-            for place in strongest(direction.ravel(), int(sign), count):
-                p, t = (int(index) for index in np.unravel_index(place, direction.shape))
-                tokens = self.str_tokens[p]
-                value = float(direction[p, t])
-                rows.append((r, p, t, tokens[t], value, context_of(tokens, t, width)))
+            by_token = values[..., r]
+            for place in strongest(by_token.ravel(), int(sign), count).tolist():
+                text, position = divmod(place, by_token.shape[1])
+                tokens = self.str_tokens[text]
+                value = float(by_token[text, position])
+                around = context_of(tokens, position, width)
+                rows.append((r, text, position, tokens[position], value, around))
         return pd.DataFrame(rows, columns=_EXAMPLE)
 
     def mean(
@@ -269,17 +274,17 @@ class Activations(OfSites):
         return pd.DataFrame(rows)
 
     def _by_token(self, positions: Positions, *, sinks: bool) -> Float[Tensor, "row site rank"]:
-        """u at the tokens at these positions, each with all before it once."""
+        """The activations u of the tokens that `_once` chooses."""
         return self.values.movedim(1, 2)[self._once(positions, sinks)]
 
     def _once(self, positions: Positions, sinks: bool) -> Bool[Tensor, "batch token"]:
-        """The tokens at these positions, each with all before it once."""
+        """Whether each token is at these positions, and in no earlier row after the same tokens."""
         chosen = require_some(positions, self._chosen(positions, sinks))
         once = first_of_each(self.beginnings.numpy(), chosen)
         return torch.from_numpy(once).to(self.values.device)
 
     def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
-        """[batch, token]: the tokens at these positions of every row."""
+        """Whether each token is at these positions of its row, as [batch, token]."""
         chosen = np.zeros(self.sinks.shape, bool)
         starts = self.starts.tolist()
         for prompt, tokens in enumerate(self.str_tokens):
@@ -316,10 +321,11 @@ def activations(
     scale: Scale = 1.0,
     sites: str | Sequence[str] | None = None,
 ) -> Activations:
-    """u_l = A_l z_l of every site, token and rank. One forward pass.
+    """Rank activations u_l = A_l z_l of every site, token and rank. Cost: one forward pass.
 
-    The adapter's rank space is the same in every gauge, its coordinates are not: as trained they
-    depend on the run, 'svd' has one direction for each singular value of ΔW, the largest first.
+    The rank space of a site is the same in every gauge, but its coordinates are not. As trained
+    they depend on the run. 'svd' has one direction for each singular value of ΔW, the largest
+    first.
 
     Args:
         lens: the adapter over the model.

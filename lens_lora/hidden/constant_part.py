@@ -1,26 +1,26 @@
-"""The constant part of what a site writes: a steering vector for each module, whatever the input.
+"""The constant part of what each site writes is a steering vector, the same whatever the input.
 
 Over the tokens t of texts, each site's δ splits into its mean μ and the rest:
 
     δ_lt = μ_l + (δ_lt − μ_l),     share_l = 1 − Σ‖δ_lt − μ̂_l‖² / Σ‖δ_lt‖²
 
-1. u of every site and token comes from one forward pass of the adapted model, in Hugging Face's
-   basis, so δ is that of the Hugging Face modules (`hidden/update_sums.py`).
-2. The share of each text is taken with μ̂_l, the mean over the *other* texts: over the same text the
-   share would be inflated. The first token of a text is left out, as it is a sink with another δ;
-   its size is shown apart. A token with the same tokens before it as in an earlier text counts
-   once, as it is not held out from that text.
-3. What the constants do by themselves: the texts are cut in two halves, and the constants of each
-   half are applied to the other one, as an adapter, and so at every token, the first included. A
-   beginning that texts of both halves share is in neither half's constants. By KL, over the same
-   tokens,
+1. One forward pass of the adapted model gives u of every site and token in Hugging Face's basis, so
+   δ is that of the Hugging Face modules (`hidden/update_sums.py`).
+2. μ̂_l is the mean over the *other* texts, as a mean over the same text would inflate the share. The
+   first token of a text is left out, as it is a sink with another δ, and its size is shown apart. A
+   token with the same tokens before it as in an earlier text counts once, as it is not held out
+   from that text.
+3. To measure what the constants do by themselves, the texts are cut into two halves, and the
+   constants of each half are applied to the other half. They are applied as an adapter, so at every
+   token, the first included. A beginning that texts of both halves share is in neither half's
+   constants. By KL, over the same tokens,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
-   and of a readout, Σ (g_constant − g₀) / Σ (g₁ − g₀).
+   and by a readout, Σ (g_constant − g₀) / Σ (g₁ − g₀).
 
 A large share of δ need not carry what the adapter does, so both are measured. Constants that keep
-most of the KL need not keep a fact's margin either, so with a readout there are both numbers.
+most of the KL need not keep a fact's margin either, so a readout has a number of its own.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 @final
 class ConstantPart(OfSites, Pictured):
-    """How much of an adapter is the same whatever the input.
+    """How much of what an adapter writes is the same vector whatever the input.
 
-    `plot` is the share of each site, layer × kind of module.
+    `plot` shows the share of each site, by layer and kind of module.
 
     Attributes:
         share: [site], 1 − Σ‖δ − μ̂‖² / Σ‖δ‖², μ̂ the mean over the other texts: 1 where δ is one
@@ -74,9 +74,10 @@ class ConstantPart(OfSites, Pictured):
         size: [site], the root mean square of ‖δ‖ over tokens after first ones.
         mean_size: [site], ‖μ‖.
         first_size: [site], the mean ‖δ‖ at the texts' first tokens, no part of the others.
-        base, constant, adapted: [text], the readout of the base model, with the constants of the
-            other half of the texts alone, and of the adapted model. By KL: Σ_t KL(adapted ‖ it).
-        base_kl, constant_kl: [text], Σ_t KL(adapted ‖ it) in nats, whatever the readout.
+        base, constant, adapted: [text], the readout of the base model, of the base with the
+            constants of the other half of the texts, and of the adapted model. Without a readout
+            each is Σ_t KL(adapted ‖ that model).
+        base_kl, constant_kl: [text], Σ_t KL(adapted ‖ that model) in nats, whatever the readout.
         vectors: μ by module path, as the Hugging Face module writes it.
         widths: how many features each module reads.
         steering: what the constants add by hook point, in the hooked model's basis, heads laid
@@ -118,7 +119,7 @@ class ConstantPart(OfSites, Pictured):
 
     @property
     def kept_kl(self) -> float:
-        """The same by KL, whatever the readout: it may be large where a fact's margin is lost."""
+        """How much of the KL the constants keep. It may be large where a fact's margin is lost."""
         return 1 - float(self.constant_kl.sum() / self.base_kl.sum())
 
     @property
@@ -176,10 +177,10 @@ def constant_part(
     g = None if readout is None else evaluations(lens, rows, readout, progress=progress)
     sums = update_sums(lens, rows, _apart(rows))
     constants = _Constants.of(lens, sums)
-    # The constants of each half are judged on the other.
-    judges = [_Constants.of(lens, sums, half).over(lens) for half in reversed(_HALVES)]
-    by_kl = _by_kl(lens, rows, judges, progress)
-    ends = by_kl if g is None else _by_readout(g, judges)
+    # For each half, the constants of the other half.
+    held_out = [_Constants.of(lens, sums, half).over(lens) for half in reversed(_HALVES)]
+    by_kl = _by_kl(lens, rows, held_out, progress)
+    ends = by_kl if g is None else _by_readout(g, held_out)
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
@@ -202,7 +203,7 @@ def constant_part(
 
 
 def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
-    """The tokens of each half that no text of the other half has after the same ones."""
+    """Whether no text of the other half has each token after the same tokens."""
     first, second = (rows.chosen(range(rows.batch)[half]) for half in _HALVES)
     apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
     for half, texts, others in ((_HALVES[0], first, second), (_HALVES[1], second, first)):
@@ -262,7 +263,10 @@ def _adapter_of(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[st
 
 
 def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
-    """What a lens of constants adds at each hook point, in the model's basis, heads laid flat."""
+    """The vectors that a lens of constants adds at each hook point.
+
+    They are in the model's basis, with heads laid flat.
+    """
     added: dict[str, Tensor] = {}
     for injection in lens.plan.injections:
         zero = injection.map.A.new_zeros(1, 1, injection.map.width)
@@ -276,21 +280,21 @@ def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
 
 
 class _Ends(NamedTuple):
-    """A number of each text: of the base, with the constants alone, and of the adapted model."""
+    """A number for each text, in the base, with the constants alone, and in the adapted model."""
 
     base: Float[Tensor, " batch"]
     constant: Float[Tensor, " batch"]
     adapted: Float[Tensor, " batch"]
 
 
-def _by_kl(lens: LoraLens, rows: Prompts, judges: Sequence[LoraLens], progress: bool) -> _Ends:
-    """Σ_t KL of the adapted model from the base, from the constants, and from itself."""
+def _by_kl(lens: LoraLens, rows: Prompts, held_out: Sequence[LoraLens], progress: bool) -> _Ends:
+    """Sum KL(adapted ‖ ·) over each text's tokens, for the base, the constants, and itself (0)."""
     base_kl = torch.zeros(rows.batch, dtype=torch.float64)
     constant_kl = torch.zeros(rows.batch, dtype=torch.float64)
     counted = distinct_tokens(rows)
     adapted = lens, lens.gates(1.0)
     base = lens, lens.gates(0.0)
-    for half, constants in zip(_HALVES, judges, strict=True):
+    for half, constants in zip(_HALVES, held_out, strict=True):
         index = list(range(rows.batch)[half])
         others = [base, (constants, constants.gates(1.0))]
         divergences = text_divergences(
@@ -301,11 +305,11 @@ def _by_kl(lens: LoraLens, rows: Prompts, judges: Sequence[LoraLens], progress: 
     return _Ends(base_kl, constant_kl, torch.zeros_like(base_kl))
 
 
-def _by_readout(g: Function, judges: Sequence[LoraLens]) -> _Ends:
-    """g of base, constant and adapted model; each text by the constants of the other half."""
+def _by_readout(g: Function, held_out: Sequence[LoraLens]) -> _Ends:
+    """The readout of each text, with the constants of the half that the text is not in."""
     base, adapted = g.ends.cpu().double()
     constant = torch.empty_like(base)
-    for half, constants in zip(_HALVES, judges, strict=True):
+    for half, constants in zip(_HALVES, held_out, strict=True):
         values = g.over(constants)(1.0)
         constant[half] = values[half].cpu().double()
     return _Ends(base, constant, adapted)

@@ -10,9 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from lens_lora.core import (
-    LoraLens,
-)
+from lens_lora.core import LoraLens
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of, is_residual
 from lens_lora.hidden.stream_writers import stream_writers
@@ -22,7 +20,7 @@ _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the s
 
 
 def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
-    """The cosine of the vector at each hook point with directions: name, direction, index, cosine.
+    """The cosine of the vector at each hook point with each direction, as a table.
 
     Args:
         vectors: by hook point.
@@ -36,12 +34,12 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
         if isinstance(source, LoraLens):
-            known = _written(source, name)
+            found = _written(source, name)
         else:
-            known = directions_of(source, name)
-        if known is None:
+            found = directions_of(source, name)
+        if found is None:
             continue
-        directions = known.at(name, len(vector))
+        directions = found.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         for (label, index), cosine in zip(directions.labels, cosines.tolist(), strict=True):
             rows.append({"name": name, "direction": label, "index": index, "cosine": cosine})
@@ -54,7 +52,7 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
 
 
 def _written(lens: LoraLens, name: str) -> Directions | None:
-    """What the sites of a lens write at a hook point, the columns of B; None where none does."""
+    """The columns of B of the sites that write at a hook point; None where no site does."""
     writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
     columns: dict[str, Tensor] = {}
     for index, site in enumerate(lens.sites):

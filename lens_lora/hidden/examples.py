@@ -13,12 +13,12 @@ from lens_lora.errors import ArgumentError
 
 Sign = Literal[1, -1]
 
-# The quantiles that tell a spread.
+# The quantiles in a table of spreads.
 _QUARTERS = {"least": 0.0, "lower": 0.25, "median": 0.5, "upper": 0.75, "largest": 1.0}
 
 
 def spread_of(values: NDArray[np.floating]) -> dict[str, float]:
-    """How one direction's values are spread over tokens: mean, rms and quarters.
+    """The mean, root mean square and quarters of one direction's values over tokens.
 
     Args:
         values: one for each token, of which there is at least one.
@@ -45,10 +45,10 @@ def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.int
 
 
 def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The tokens that are meant, if there are any.
+    """Refuse positions at which no token is chosen.
 
     Raises:
-        ArgumentError: none of them.
+        ArgumentError: no token is chosen.
     """
     if not chosen.any():
         raise ArgumentError(
@@ -59,7 +59,7 @@ def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.
 
 
 def require_sign(sign: int) -> int:
-    """The sign, if it is one.
+    """The sign, checked.
 
     Raises:
         ArgumentError: anything but 1 and −1.
@@ -70,7 +70,7 @@ def require_sign(sign: int) -> int:
 
 
 def require_ranks(rank: int | None, count: int) -> list[int]:
-    """The rank that is asked for, or all.
+    """The ranks that are asked for, checked: one of them, or all.
 
     Args:
         rank: an index; None for all.

@@ -1,7 +1,7 @@
-"""Which of the adapter's sites write a feature: d·δz_l, before any later module has seen it.
+"""How much each site writes to a feature itself: d·δz_l, before any later module has seen it.
 
-δz_l is read in one forward pass at the gates `at`. Which sites count depends on the hook point
-where the feature is read:
+One forward pass at the gates `at` gives δz_l. Which sites count depends on the hook point where the
+feature is read:
 
 - At a point of the residual stream they are o, down and embeddings before it. What stands behind
   the point cannot move it.
@@ -37,7 +37,7 @@ from lens_lora.core.model.sites import known_point
 from lens_lora.core.results.base import largest
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
-from lens_lora.hidden.projection import Projection, activation_at
+from lens_lora.hidden.projection import FeatureProjection, activation_at
 from lens_lora.hidden.stream_writers import stream_writers
 
 # What to do about a norm between a site and the stream.
@@ -52,7 +52,7 @@ _ADDED_BY = {
 
 @final
 class FeatureWrites(OfSites):
-    """What each site writes to each feature: d·δz_l, before any later module has seen it.
+    """How much each site writes to each feature, d·δz_l, before any later module has seen it.
 
     Attributes:
         values: [batch, site, feature], at one position.
@@ -137,7 +137,9 @@ def feature_writes(
     at: float,
     position: int | Literal["each"],
 ) -> FeatureWrites:
-    """d·δz_l at the gates `at`. One forward pass, and between a block's branches a backward one.
+    """How much each site writes to each feature, d·δz_l, at the gates `at`.
+
+    Cost: one forward pass, and for a point between the two branches of a block a backward pass.
 
     Args:
         lens: the adapter over the model.
@@ -163,7 +165,7 @@ def feature_writes(
     groups: list[Tensor] = []
     for first in range(0, prompts.batch, step):
         group = prompts.cut(first, min(first + step, prompts.batch))
-        project = Projection(group, features, position)
+        project = FeatureProjection(group, features, position)
         groups.append(_writes(lens, group, writers, features, name or STREAM, project, at))
     values = torch.cat(groups)
     require_finite(values, "a site's δz")
@@ -197,10 +199,10 @@ def _writes(
     writers: list[int],
     features: Directions,
     name: str,
-    project: Projection,
+    project: FeatureProjection,
     at: float,
 ) -> Float[Tensor, "batch site feature"]:
-    """d·δz_l of the writers. One forward pass, without the unembedding."""
+    """The writers' d·δz_l. Cost: one forward pass, without the unembedding."""
     gates = lens.gates(at)
     scaled = ScaleInject(lens.plan, gates)
     written: dict[int, Tensor] = {}
@@ -212,7 +214,7 @@ def _writes(
             features.at(name, delta[0, 0].numel())
             write = project(delta)
             if injection.partner is not None:
-                # Two updates that multiply: what this one writes grows with its partner's gate.
+                # Where two updates multiply, what this one writes grows with its partner's gate.
                 write = float(gates[injection.partner]) * write
             written[injection.site] = written.get(injection.site, 0.0) + write
         return scaled(index, out, z)
@@ -226,7 +228,7 @@ def _writes(
 
 
 def _writers_to(lens: LoraLens, prompts: Prompts, name: str | None) -> list[int]:
-    """The sites whose δz is a part of what this point holds; of the stream without a point."""
+    """The sites whose δz is a part of the activation at this point, or of the residual stream."""
     if name is None:
         return stream_writers(lens, _BY_SHIFT)
     if is_stream(name):

@@ -1,17 +1,17 @@
-"""How far an adapter moves each feature at a hook point: exactly, and to first order.
+"""How far an adapter moves each feature at a hook point, exactly and to first order.
 
-A feature is a direction d in the space of an activation h (`formats/directions.py`); its value is
-d·h.
+A feature is a direction d in the space of an activation h (`formats/directions.py`), and its value
+is d·h.
 
     shift           d·(h(1) − h(0))
     first order     d·∂h/∂t along the adapter
     write           d·δz_l of each site             by='site', `hidden/feature_writes.py`
 
-1. h of the base and of the adapted model: a forward pass each, kept at the hook point.
-2. ∂h/∂t by forward mode: one dual pass in which every gate moves along `scale`.
-3. Differences of activations are projected; projections are not subtracted. In float32 that keeps
-   the digits of a small shift.
-4. The exact shift less its first order is the remainder. A noise floor says how much of it is
+1. A forward pass of the base and one of the adapted model give h at the hook point.
+2. One dual forward pass, in which every gate moves along `scale`, gives ∂h/∂t.
+3. The difference of both activations is projected, rather than each of them, which keeps the digits
+   of a small shift in float32.
+4. The exact shift less its first order is the remainder. A noise floor says how much of it may be
    rounding.
 """
 
@@ -50,7 +50,7 @@ from lens_lora.core.results.base import largest
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
 from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes
-from lens_lora.hidden.projection import Projection, activation_at, tangent_at
+from lens_lora.hidden.projection import FeatureProjection, activation_at, tangent_at
 
 _Values = Float[Tensor, "batch feature *position"]
 
@@ -60,8 +60,8 @@ class FeatureShift(Described):
     """How far the adapter moves each feature at one hook point, exactly and to first order.
 
     Attributes:
-        base: [batch, feature], d·h at ε = 0; [batch, feature, position] for every position (NaN
-            where a prompt has no such position), and so all values below.
+        base: [batch, feature], d·h at ε = 0. By position it is [batch, feature, position], NaN
+            where a prompt has no such position. All values below have the same shape.
         shift: d·(h(scale) − h(0)), exact. For an autoencoder, its pre-activations' change.
         first_order: d·∂h along the adapter, at ε = at·scale.
         noise_floor: σ of a shift from rounding alone, the mean square over features: [batch], or
@@ -91,7 +91,7 @@ class FeatureShift(Described):
 
     @property
     def remainder(self) -> Float[Tensor, "batch feature *position"]:
-        """shift − first order: what the model's nonlinearity adds."""
+        """What the model's nonlinearity adds: the shift less its first order."""
         return self.shift - self.first_order
 
     @property
@@ -267,12 +267,12 @@ def _shift(
     at: float,
     positions: int | Literal["each"],
 ) -> FeatureShift:
-    """d·(h(scale) − h(0)) at one hook point, and its first order."""
+    """The shift d·(h(scale) − h(0)) at one hook point, and its first order."""
     gates = lens.gates(1.0 if scale is None else scale)
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
     lens.plan.require_update([known_point(lens, name)])
-    project = Projection(prompts, features.at(name), positions)
+    project = FeatureProjection(prompts, features.at(name), positions)
     at_base = ScaleInject(lens.plan, 0 * gates)
     at_scale = ScaleInject(lens.plan, gates)
     run = functools.partial(activation_at, lens, prompts, name)
@@ -308,7 +308,7 @@ def _shift(
 
 
 def _require_width(lens: LoraLens, prompts: Prompts, features: Directions, name: str) -> None:
-    """Refuse directions of another width than the activation at a point. A pass of one token."""
+    """Refuse directions of another width than the activation. Cost: a pass of one token."""
     token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
     h = activation_at(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
     features.at(name, h[0, 0].numel())

@@ -1,10 +1,10 @@
-"""How much of a vector that changes from token to token is one constant vector, held out.
+"""How much of a vector that changes from token to token is constant, judged on held-out texts.
 
     share = 1 − Σ_i Σ_t∈i ‖x_t − μ_{−i}‖² / Σ_t ‖x_t‖²,    μ_{−i} the mean over the other texts
 
-Sums of each text are enough: Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². With a mean over the same
-tokens the share would be inflated by about one over their number. It is negative where the mean of
-the other texts is worse than none.
+Sums of each text are enough, as Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². With a mean over the
+same tokens the share would be inflated by about one over their number. It is negative where the
+mean of the other texts is worse than none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def held_out_share(
     squares: Float[Tensor, " text *more"],
     counts: Int[Tensor, " text"],
 ) -> Float[Tensor, "*more"]:
-    """The share, NaN where all vectors are zero or there is one text.
+    """The constant share; NaN where all vectors are zero, or there is one text.
 
     Args:
         sums: s_i, the sum of each text's vectors.
@@ -32,5 +32,5 @@ def held_out_share(
     n = counts.to(sums).view(-1, *[1] * (squares.ndim - 1))
     others = sums.sum(0) - sums
     mean = others / (n.sum(0) - n)[..., None]
-    apart = squares - 2 * (sums * mean).sum(-1) + n * mean.square().sum(-1)
-    return 1 - apart.sum(0) / squares.sum(0)
+    residual = squares - 2 * (sums * mean).sum(-1) + n * mean.square().sum(-1)
+    return 1 - residual.sum(0) / squares.sum(0)

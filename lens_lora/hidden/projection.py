@@ -1,4 +1,4 @@
-"""Activations at one hook point, and what they are projected onto directions."""
+"""Activations at one hook point, and their projections onto directions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _Activation = Float[Tensor, "batch pos *d"]
 _Projected = Float[Tensor, "batch feature *pos"]
 
 
-class Projection:
-    """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position]."""
+class FeatureProjection:
+    """A function from activations h to d·h, [batch, feature] or [batch, feature, position]."""
 
     def __init__(
         self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
@@ -31,7 +31,7 @@ class Projection:
         self._index = None if positions == "each" else _indices(prompts, positions)
 
     def __call__(self, h: _Activation) -> _Projected:
-        """d·h, in float32 or better; NaN at padding where every position is wanted."""
+        """Project h in float32 or better; by position, padding is NaN."""
         directions = self._features.rows
         read = self._at_positions(h.flatten(2))
         wide = torch.promote_types(h.dtype, directions.dtype)
@@ -48,14 +48,14 @@ class Projection:
         return self._laid_out(encode(read.to(self._features.rows)).to(h.device))
 
     def _at_positions(self, h: Tensor) -> Tensor:
-        """h at one position of each prompt, or as it is where every position is wanted."""
+        """Take h at one position of each prompt; by position, all of it."""
         if self._index is None:
             return h
         prompts = torch.arange(len(h), device=h.device)
         return h[prompts, self._index.to(h.device)]
 
     def _laid_out(self, values: Tensor) -> Tensor:
-        """Positions as the last axis, NaN at padding."""
+        """Make positions the last axis, with NaN at padding."""
         if self._index is not None:
             return values
         padding = ~self._real.to(values.device)[:, None]
@@ -122,7 +122,7 @@ def tangent_at(
 def _in_groups(
     prompts: Prompts, rows: int | None, run: Callable[[Prompts], _Activation]
 ) -> _Activation:
-    """The activations of so many prompts at a time, or of all at once."""
+    """Run so many prompts at a time, or all at once where `rows` is None."""
     step = rows or prompts.batch
     groups: list[Tensor] = []
     for first in range(0, prompts.batch, step):
@@ -142,7 +142,7 @@ def _run(
     inject: Inject,
     keep: Callable[[Tensor], Tensor],
 ) -> _Activation:
-    """What `keep` makes of the activation at the last firing of a point. One pass."""
+    """Run one pass, and return what `keep` makes of the activation at a point's last firing."""
     kept: list[Tensor] = []
 
     def hook_fn(tensor: Any, hook: Any) -> None:

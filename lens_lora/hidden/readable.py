@@ -1,4 +1,4 @@
-"""Vectors at hook points, read in logits at those of the residual stream."""
+"""Vectors at hook points; at points of the residual stream they are also read in logits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from typing import Annotated, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import (
-    Described,
-    LoraLens,
-    Prompts,
-    ranked_tokens,
-)
+from lens_lora.core import Described, LoraLens, Prompts, ranked_tokens
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import is_stream
 from lens_lora.hidden.stream_reading import over_scale, read_through
 
 
 class Readable(Described, kw_only=True):
-    """A vector at each hook point, read in logits at those of the residual stream.
+    """A vector at each hook point, which at points of the residual stream is also read in logits.
 
     Attributes:
         values: one vector for each hook point.
@@ -41,8 +36,8 @@ class Readable(Described, kw_only=True):
     def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
         """The k tokens that the vector reads as, through the model's own norm and unembedding.
 
-        The layers after the point are left out. The norm's denominator is held, that of the base
-        model token by token or of the texts' means, so that the reading is linear.
+        The layers after the point are left out. The norm's denominator is held at that of the base
+        model, token by token, or of the texts' means, so that the reading is linear.
 
         Args:
             k: how many.
@@ -80,7 +75,7 @@ class Readable(Described, kw_only=True):
 def readable(
     lens: LoraLens, texts: Sequence[Prompts], points: Iterable[tuple[str, Tensor, Tensor]]
 ) -> dict[str, Any]:
-    """The fields of `Readable`, but its values.
+    """All fields of `Readable` except its values.
 
     Args:
         lens: the adapter over the model.

@@ -6,12 +6,12 @@ with h the activation at the hook point, d a direction in its space, and b the b
 autoencoder's encoder. It is a readout like any other, so every analysis that takes a readout
 answers "which module moved this?" of a persona, a refusal, a probe or a feature.
 
-1. Sites that write after the point cannot move it. They are found by one pass of a few tokens, and
-   are left out of the function: its sites are those that come before.
+1. Sites that write after the point cannot move it. One pass of a few tokens finds the sites that
+   write before it, and the function is over these alone.
 2. A pass ends at the point: nothing behind it is run (`core/function/forward.py`).
-3. A feature of an autoencoder is its pre-activation, which is linear in h. With `activated=True` it
-   is what the autoencoder's own `encode` says, its threshold included: where a feature is off,
-   nothing moves it to first order.
+3. A feature of an autoencoder is read as its pre-activation, which is linear in h. With
+   `activated=True` it is read by the autoencoder's own `encode`, its threshold included. Where a
+   feature is off, nothing moves its activation to first order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from lens_lora.core.readout.readout import BaseFunction
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError
 from lens_lora.formats.directions import Directions, directions_of, setting_of
 
-_TRIED_TOKENS = 4  # A pass of these few tokens shows which sites write before the point.
+# The length of the pass that shows which sites write before the point.
+_TRIED_TOKENS = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Projection(Readout):
     activated: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what is not one direction, and positions that are no single number's."""
+        """Refuse several directions, and positions that give more than one number."""
         if not isinstance(self.activated, bool):
             raise ArgumentError(f"activated={self.activated!r}: expected True or False.")
         if positions_text(self.positions) == "each":
@@ -82,12 +83,12 @@ class Projection(Readout):
 
     @property
     def units(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the projection."""
+        """The unit of the projection."""
         return "activation" if self.activated else self._directions.units
 
     @property
     def label(self) -> str:
-        """'given at blocks.12.hook_resid_post', and which tokens where some are named."""
+        """What is read, such as 'given at blocks.12.hook_resid_post', and at which tokens."""
         (name,) = self._directions.names
         tokens = "" if self.positions is None else f", positions {positions_text(self.positions)}"
         return f"{name} at {self.name}{tokens}"
@@ -97,7 +98,7 @@ class Projection(Readout):
         return directions_of(self.direction, self.name)
 
     def reaching(self, f: BaseFunction) -> BaseFunction:
-        """f of the sites that write before the point.
+        """The function f over those sites alone that write before the point.
 
         Raises:
             SiteError: no such hook point.
@@ -122,7 +123,7 @@ class Projection(Readout):
         return one_row_each(prompts, AtPoint(self.name, self._value(), self._counted(prompts)))
 
     def _counted(self, prompts: Prompts) -> Bool[Tensor, "row pos"]:
-        """Which tokens the mean is over.
+        """Whether the mean is over each token.
 
         Raises:
             PromptError: a prompt without one of these tokens.
@@ -171,7 +172,9 @@ class Projection(Readout):
 
 
 def _offset(source: Any, found: Directions) -> float:
-    """What an autoencoder's pre-activation adds to h · d: its bias, less b_dec · d where it is.
+    """The constant that an autoencoder's pre-activation adds to h · d.
+
+    It is the encoder's bias, less b_dec · d where the autoencoder subtracts b_dec from its input.
 
     Raises:
         ArgumentError: the autoencoder's own `encode` says another number of an active feature.
@@ -193,13 +196,14 @@ def _offset(source: Any, found: Directions) -> float:
     return offset
 
 
-# Sizes of an activation at which a feature is asked whether it is h · d + offset.
+# Pre-activations at which a feature is compared with the autoencoder's own `encode`.
 _ACTIVE = (10.0, 100.0)
-_SAME = 1e-3  # of the activation: an autoencoder may compute in half precision
+# How far both may be apart, relative to the activation, as autoencoders may compute in bfloat16.
+_TOLERANCE = 1e-3
 
 
 def _require_own_activation(found: Directions, offset: float) -> None:
-    """Compare with `encode` where it says that the feature is on: few forms are not h · d + b."""
+    """Refuse an autoencoder in which the activation of an active feature is not h · d + b."""
     if found.encode is None or found.by_head:
         return
     direction = found.rows[0]
@@ -207,7 +211,7 @@ def _require_own_activation(found: Directions, offset: float) -> None:
         h = direction * (size - offset) / (direction @ direction)
         with torch.no_grad():
             own = float(found.encode(h[None, None])[0, 0, 0])
-        if own != 0 and abs(own - size) > _SAME * size:
+        if own != 0 and abs(own - size) > _TOLERANCE * size:
             raise ArgumentError(
                 f"feature {found.labels[0][1]} of this autoencoder is {own:.4g} where h · d and "
                 f"its bias make {size:.4g}, so its pre-activation is computed otherwise",
@@ -216,7 +220,9 @@ def _require_own_activation(found: Directions, offset: float) -> None:
 
 
 def _modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
-    """The adapter's modules of which some site writes before the point. One pass of few tokens.
+    """The adapter's modules that have a site which writes before the point.
+
+    Cost: one pass of a few tokens.
 
     Raises:
         ModelStateError: nothing passes the point, or several tensors do in one pass.

@@ -1,8 +1,8 @@
-"""u_l = A_l z_l of every site at every token, kept in one forward pass.
+"""Rank activations u_l = A_l z_l of every site at every token, kept in one forward pass.
 
-The adapted pass computes u = Az + a₀ anyway; it is kept before B writes it. So x, the input of the
-Hugging Face linear, is what A reads, whatever was folded into the hooked model: where value biases
-were folded, what an update of v adds to x at o is added to u there.
+The adapted pass computes u = Az + a₀ anyway, and u is kept before B writes it. So u is what A reads
+of the Hugging Face module's own input x, whatever was folded into the hooked model. Where value
+biases were folded, an update of v changes x at o, and what it adds to u there is added here.
 
 A token is a sink if it is the first of its row, or if at some site its ‖z‖ is more than
 `SINK_RATIO` times the median over the row's later tokens.
@@ -33,10 +33,7 @@ from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.core.model.basis import NormUpdate
 from lens_lora.core.model.injections import weight_of, write
-from lens_lora.errors import (
-    ModelStateError,
-    UnsupportedAdapterError,
-)
+from lens_lora.errors import ModelStateError, UnsupportedAdapterError
 
 # A trained model's sinks have up to hundreds of times the other tokens' ‖z‖.
 SINK_RATIO = 50.0
@@ -97,7 +94,9 @@ def site_activations(
     sites: Sequence[int],
     ranks: Sequence[int],
 ) -> Seen:
-    """u of these sites at these gates. One forward pass, in groups that fit within the bound.
+    """The activations u of these sites at these gates, and the sinks.
+
+    Cost: one forward pass, in groups of prompts that fit within the lens's memory bound.
 
     Args:
         lens: the adapter over the model, in the gauge whose coordinates are asked for.
@@ -130,12 +129,12 @@ def _seen_in_pass(
     sites: Sequence[int],
     ranks: Sequence[int],
 ) -> Seen:
-    """Run one pass, and return u of these sites."""
+    """Run one pass, and return the activations u of these sites."""
     keep = _Keep(lens, prompts, gates, sites, ranks)
     with torch.no_grad(), lens.injected(keep):
         run_without_logits(lens, prompts)
     keep.require_all_seen()
-    keep.add_what_was_apart()
+    keep.add_what_v_adds()
     keep.require_finite()
     real = prompts.real.to(keep.values.device)
     keep.values.masked_fill_(~real[:, None, :, None], torch.nan)
@@ -166,8 +165,8 @@ class _Keep:
         self._scaled = ScaleInject(lens.plan, gates)
         self._slots = {site: slot for slot, site in enumerate(sites)}
         self._seen: set[int] = set()
-        # By slot, what an update of v adds to u of o.
-        self._apart: dict[int, Tensor] = {}
+        # By slot of a site o, what an update of v adds to its u.
+        self._from_v: dict[int, Tensor] = {}
         self._last_z: Tensor | None = None
         batch, pos = prompts.tokens.shape
         shape = batch, len(sites), pos, max(ranks)
@@ -186,13 +185,15 @@ class _Keep:
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
             # What an update of v adds to the input of o, where it is not in z.
             gate = self._gates[..., injection.partner].to(u.device, u.dtype)
-            self._apart[slot] = u * (gate.view(-1, 1, 1) if gate.ndim else gate)
+            if gate.ndim:
+                gate = gate.view(-1, 1, 1)
+            self._from_v[slot] = u * gate
         if not self._scaled.is_active(index):
             return None
         return write(out, injection.map, u, weight_of(injection, self._gates))
 
     def _keep_u(self, slot: int, injection: Injection, u: Tensor, z: Tensor) -> None:
-        """Keep u at each token; whole, where the map of this place lacks v's constant."""
+        """Keep u at each token, with v's constant in it where the map of this place lacks that."""
         if injection.whole is not None:
             u = injection.whole.coordinates(z)
         name = self._lens.sites[injection.site].name
@@ -210,9 +211,9 @@ class _Keep:
         size = torch.linalg.vector_norm(z.flatten(2), dim=-1, dtype=wide)
         self.sizes.append(size.to(self._real.device))
 
-    def add_what_was_apart(self) -> None:
-        """Add what is kept apart, as hooks of one point may fire in any order."""
-        for slot, added in self._apart.items():
+    def add_what_v_adds(self) -> None:
+        """Add what updates of v add to u of o. Hooks of one point may fire in any order."""
+        for slot, added in self._from_v.items():
             rank = self._ranks[slot]
             self.values[:, slot, :, :rank] += added[..., :rank].to(self.values.device)
 
@@ -252,7 +253,7 @@ def sinks_among(
 
 
 def _of_one_input(site: str, z: Tensor, u: Tensor) -> Float[Tensor, "batch pos rank"]:
-    """u where each head has an input of its own: the heads' one u, if they read the same."""
+    """The one u of all heads; refused where each head reads an input of its own."""
     if u.ndim < 4:
         return u
     # The inputs are compared, as products of equal rows may differ by rounding.

@@ -2,11 +2,11 @@
 
     N(h) = γ ⊙ c(h)/σ(h) + β,     reading of Δh = W_U γ ⊙ c(Δh)/σ(h)
 
-The denominator σ is the base's, token by token, and held: so the reading is linear in Δh, that of a
-mean is the mean of readings, and β and b_U drop out. c centres where the norm does. γ and W_U are
-the model's own, through its own modules: N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in between are
-left out, and so is a soft-cap after the unembedding; or the model's own Jacobian stands for them
-(`audit/jacobian.py`).
+The denominator σ is held at the base's, token by token. So the reading is linear in Δh, the reading
+of a mean is the mean of readings, and β and b_U drop out. c centres where the norm does. γ and W_U
+are applied by the model's own modules, as N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in between are
+left out, and so is a soft-cap after the unembedding. The model's own Jacobian can stand for these
+layers (`audit/jacobian.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import (
-    LoraLens,
-)
+from lens_lora.core import LoraLens
 
 
 def over_scale(
     lens: LoraLens, shift: Float[Tensor, "*token d"], base: Float[Tensor, "*token d"]
 ) -> Float[Tensor, "*token d"]:
-    """c(Δh)/σ(h), token by token; Δh itself where the model has no final norm.
+    """The normed shift c(Δh)/σ(h), token by token; Δh itself where the model has no final norm.
 
     Args:
         lens: the adapter over the model.
@@ -36,14 +34,14 @@ def over_scale(
 
 
 def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tensor, "*token vocab"]:
-    """W_U γ ⊙ m of a mean m of `over_scale`, or of several, in logits.
+    """The logits W_U γ ⊙ m of normed shifts m, or of their mean.
 
-    It is W_U P m where a projection P, and no norm, stands between the stream and the head
-    (OPT-350m).
+    Where a projection P, and no norm, stands between the stream and the head (OPT-350m), it is
+    W_U P m.
 
     Args:
         lens: the adapter over the model.
-        mean: m.
+        mean: m, from `over_scale`.
     """
     host = lens.plan.host
     rows = mean.reshape(-1, mean.shape[-1])
@@ -62,13 +60,13 @@ def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tenso
 
 
 def _centred(lens: LoraLens, values: Tensor) -> Tensor:
-    """c(h): less its mean, where the model has LayerNorm."""
+    """Subtract the mean over d, where the model has LayerNorm."""
     if lens.plan.host.family.norm != "LN":
         return values
     return values - values.mean(-1, keepdim=True)
 
 
 def _scale(lens: LoraLens, values: Tensor) -> Float[Tensor, "*token 1"]:
-    """σ(h), as the model's final norm computes it."""
+    """The denominator σ(h), as the model's final norm computes it."""
     square = _centred(lens, values).square().mean(-1, keepdim=True)
     return (square + float(lens.model.cfg.eps)).sqrt()

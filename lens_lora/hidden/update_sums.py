@@ -2,7 +2,7 @@
 
     δ = W u,    W = [s·B | Δb] in the Hugging Face basis,    W = Q R,    ‖δ‖ = ‖R u‖
 
-δ itself, as wide as the module's output, is never built.
+So δ itself, which is as wide as the module's output, is never built.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lens_lora.texts.batches import over_texts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateSums:
-    """Sums over each text's `distinct_tokens`, of every site.
+    """Sums of every site's update over each text's `distinct_tokens`.
 
     Attributes:
         writes: W of each site, [out, rank].
         roots: R of each site, [rank, rank].
         sums: Σ_t u, padded with zeros beyond a site's rank.
-        apart: the same over the tokens that no text of the other half has after the same ones.
+        apart: Σ_t u over the tokens that no text of the other half has after the same ones.
         squares: Σ_t ‖δ‖².
         first: ‖δ‖ at the text's first token.
-        counts, apart_counts: how many tokens.
+        counts, apart_counts: how many tokens `sums` and `apart` are over.
     """
 
     writes: tuple[Float[Tensor, "_out _rank"], ...]
@@ -45,10 +45,11 @@ class UpdateSums:
     apart_counts: Int[Tensor, " text"]
 
     def means(self, half: slice | None = None) -> list[Float[Tensor, " _out"]]:
-        """μ of each site in the Hugging Face basis.
+        """The mean μ of each site in the Hugging Face basis.
 
         Args:
-            half: the texts over which the mean is, their tokens apart; None for all texts.
+            half: the texts that the mean is over, of which the tokens in `apart` count; None for
+                all texts.
         """
         if half is None:
             mean = self.sums.sum(0) / self.counts.sum()
@@ -57,7 +58,7 @@ class UpdateSums:
         return [W @ mean[site, : W.shape[1]] for site, W in enumerate(self.writes)]
 
     def euclidean(self) -> Float[Tensor, "text site rank"]:
-        """Σ_t R u, whose inner product is that of δ."""
+        """The sums Σ_t R u, whose inner products are those of Σ_t δ."""
         turned = torch.zeros_like(self.sums)
         for site, R in enumerate(self.roots):
             turned[:, site, : len(R)] = self.sums[:, site, : R.shape[1]] @ R.T
@@ -116,7 +117,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
 
 
 def _writes(site_update: SiteUpdate) -> Float[Tensor, "out rank"]:
-    """W = [s·B | Δb] of one site."""
+    """The matrix W = [s·B | Δb] of one site."""
     site = site_update.site
     update = site_update.update
     if isinstance(update, NormUpdate):

@@ -23,11 +23,11 @@ from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.texts.batches import by_length
 
 # By hook point, h of a batch of texts at each scale that was asked for.
-Held = dict[str, list[Float[Tensor, "text token _d"]]]
+ActivationsAtScales = dict[str, list[Float[Tensor, "text token _d"]]]
 
 
 def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
-    """The tokens of each text that are meant.
+    """The tokens of each text that `positions` means.
 
     Args:
         rows: the texts.
@@ -45,10 +45,12 @@ def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
 
 def activations_at(
     lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
-) -> Iterator[tuple[list[int], Held]]:
-    """Batches of texts, and h at each hook point at each scale: heads laid flat, NaN at padding.
+) -> Iterator[tuple[list[int], ActivationsAtScales]]:
+    """Yield the indices of each batch of texts, with h at each hook point and scale.
 
-    One forward pass of every text for each scale.
+    Heads are laid flat, and padding is NaN.
+
+    Cost: one forward pass of every text for each scale.
 
     Args:
         lens: the adapter over the model.
@@ -77,7 +79,7 @@ def activations_at(
 def _at_point(
     lens: LoraLens, batch: Prompts, name: str, runs: Sequence[Recording]
 ) -> list[Float[Tensor, "text token _d"]]:
-    """h at the last firing of one hook point, in each run."""
+    """The activation at the last firing of one hook point, in each run."""
     real = batch.real.cpu()
     activations: list[Tensor] = []
     for run in runs:
