@@ -1,1 +1,1 @@
-"""Directions in the residual stream: read off weights, contrasted, removed, said."""
+"""Directions in activations: found by contrast, read off weights, removed, put into words."""

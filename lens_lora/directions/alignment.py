@@ -1,19 +1,19 @@
 """How much of each weight change lies along a direction, from weights alone.
 
-Of the change ΔW of a site and a direction v of length 1 in the residual stream, the share is
+Let v be a direction of length 1 in the residual stream. The share of a site's ΔW along v is
 
-    ‖vᵀ diag(γ) ΔW‖ / ‖diag(γ) ΔW‖    of a site that writes to the stream,
-    ‖ΔW diag(γ) v‖ / ‖ΔW diag(γ)‖     of a site that reads it,
+    ‖vᵀ diag(γ) ΔW‖ / ‖diag(γ) ΔW‖    if the site writes to the stream,
+    ‖ΔW diag(γ) v‖ / ‖ΔW diag(γ)‖     if it reads the stream,
 
 where γ is the scale of the norm that stands between the site and the stream, and 1 if none does.
 The norm's denominator is held fixed, so a raw and a processed model give the same share. LayerNorm
 subtracts the mean of its input, so v and ΔW are centred first where the model has LayerNorm.
 
-With ΔW = B A, both norms come from small matrices: ‖vᵀ B A‖² = (vᵀB)(A Aᵀ)(vᵀB)ᵀ.
+With ΔW = B A, both norms come from small matrices, as ‖vᵀ B A‖² = (vᵀB)(A Aᵀ)(vᵀB)ᵀ.
 
 The squared shares over an orthonormal basis sum to 1, so the root mean square over random
 directions is 1/√d, whatever ΔW is. How far single directions spread around it depends on ΔW, so
-each site has its own 99 % quantile, over 2,000 random directions.
+each site has a 99 % quantile of its own, over 2,000 random directions.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ QUANTILE = 0.99
 
 @final
 class Alignment(OfSites):
-    """‖vᵀΔW‖/‖ΔW‖ of sites that write to the residual stream, ‖ΔW v‖/‖ΔW‖ of those that read it.
+    """How much of each site's ΔW lies along each direction.
+
+    It is ‖vᵀΔW‖/‖ΔW‖ where the site writes to the residual stream, and ‖ΔW v‖/‖ΔW‖ where it reads
+    the stream.
 
     Attributes:
         values: [site, direction], between 0 and 1; NaN where ΔW is zero.
-        sides: each site's, 'write' or 'read'.
+        sides: 'write' or 'read' for each site.
         directions: their names.
         expected: the root mean square over random directions, 1/√d.
         quantile: [site], the 99 % quantile over random directions.
@@ -109,7 +112,7 @@ def direction_index(names: Sequence[str], name: str | None) -> int:
 def alignment(lens: LoraLens, directions: Any) -> Alignment:
     """How much of each weight change writes, or reads, along directions of the residual stream.
 
-    From weights alone: no forward pass. Norms, and changes of bias, are left out.
+    It needs the weights alone, and no forward pass. Norms, and changes of bias, are left out.
 
     Args:
         lens: the adapter over the model.
@@ -172,9 +175,9 @@ def _random_directions(d_model: int, *, centred: bool) -> Float[Tensor, "draw d"
 def _shares(
     lens: LoraLens, index: int, directions: Float[Tensor, "direction d"], *, centred: bool
 ) -> Float[Tensor, " direction"]:
-    """‖vᵀ N Fᵀ‖ / ‖N Fᵀ‖ of one site's ΔW, or of its transpose where the site reads the stream.
+    """The share ‖vᵀ N Fᵀ‖ / ‖N Fᵀ‖ of one site along each direction v.
 
-    N [d, rank] is the factor on the side of the residual stream, with γ; F [d, rank] the far one.
+    N [d, rank] is the factor of ΔW on the side of the residual stream, with γ, and F the other one.
     """
     site = lens.sites[index]
     A = in_float64(lens.maps[index].A).cpu()
@@ -198,7 +201,7 @@ def _shares(
 
 
 def _gamma_between(lens: LoraLens, index: int) -> Float[Tensor, " d"] | None:
-    """γ of the norm between a site and the residual stream; None where no norm stands there."""
+    """The scale γ of the norm between a site and the residual stream; None without such a norm."""
     host = lens.plan.host
     site = lens.sites[index]
     norm = _norm_between(lens, index)

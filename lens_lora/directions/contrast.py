@@ -1,19 +1,19 @@
 """The direction between two sets of texts within one model, and whether it tells new ones apart.
 
-1. Each text is one vector at each hook point, m_i: the mean of h over the positions asked for. So a
-   long text counts as much as a short one, and the texts are the independent samples. Sinks (the
-   first token, and tokens whose ‖h‖ is an outlier) are left out, or the mean would be about them.
+1. Each text i has one vector m_i at each hook point, the mean of h over the positions asked for. So
+   a long text counts as much as a short one, and the texts are the independent samples. Sinks (the
+   first token, and tokens whose ‖h‖ is an outlier) are left out, as they would dominate the mean.
 2. The direction is μ₊ − μ₋, the difference of the two sets' means. Its standard errors are those of
    a difference of means over texts, √(s₊²/n₊ + s₋²/n₋). With no true difference, ‖μ₊ − μ₋‖² would
    be Σ se² on average.
-3. Held-out accuracy: for every pair of a positive text i and a negative text j, the direction of
-   all other texts is
+3. Accuracy is judged on held-out texts. For every pair of a positive text i and a negative text j,
+   the direction of all other texts is
 
        d_ij = μ₊ without i − μ₋ without j,
 
    and the pair is told apart if d_ij·(m_i − m_j) > 0. The share of such pairs is an AUC on texts
-   that had no part in their direction, ½ by chance. Only the products m_i·m_j are needed. Beside it
-   stands the 95 % quantile of the same share with the labels shuffled.
+   that had no part in their direction, ½ by chance. Only the products m_i·m_j are needed. It is
+   compared with the 95 % quantile of the same share with the labels shuffled.
 4. At points of the residual stream the direction is read through the final norm and the
    unembedding. The norm's denominator is that of the texts' means, averaged
    (`hidden/stream_reading.py`).
@@ -74,9 +74,9 @@ _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
 
 @final
 class Contrast(Readable, Pictured):
-    """μ₊ − μ₋ at hook points: a direction wherever one is taken.
+    """The difference μ₊ − μ₋ between two sets of texts, a direction wherever one is taken.
 
-    `plot` is held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
+    `plot` shows the held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
 
     Attributes:
         values: [d] by hook point, μ₊ − μ₋, heads laid flat.
@@ -127,11 +127,11 @@ class Contrast(Readable, Pictured):
         return cosine_table(self.values, other)
 
     def adapter(self, name: str, coefficient: float = 1.0) -> Adapter:
-        """Steering as an adapter: `coefficient` times the direction is added at the hook point.
+        """An adapter that adds `coefficient` times the direction at the hook point, to steer.
 
-        At every token, as a change of bias of the module that writes there, and so at a text's
-        first token too, which no mean here is over unless `sinks` were counted. At coefficient 1
-        the negative set's mean moves to the positive one's.
+        It is a change of bias of the module that writes there. So the direction is added at every
+        token, a text's first one among them, which the means here leave out unless `sinks` were
+        counted. At coefficient 1 the negative set's mean moves to the positive one's.
 
         Args:
             name: a point of the residual stream among these, or what attention or an MLP adds.
@@ -176,7 +176,7 @@ def contrast(
 ) -> Contrast:
     """The mean difference of activations between two sets of texts, within one model.
 
-    Cost: one forward pass of every text. Holds one vector for each text and hook point.
+    Cost: one forward pass of every text. One vector is held for each text and hook point.
 
     Args:
         lens: the adapter over the model.
@@ -228,7 +228,7 @@ def contrast(
 
 
 def _positions_text(positions: Any, *, sinks: bool) -> str:
-    """Which tokens the means are over, for people."""
+    """The tokens that the means are over, in words."""
     tokens = "last" if positions == -1 else positions_text(positions)
     if tokens in ("all", "each"):
         tokens = "every token"
@@ -239,7 +239,7 @@ def _positions_text(positions: Any, *, sinks: bool) -> str:
 
 
 def _distinct(lens: LoraLens, texts: Any) -> Prompts:
-    """Each different text once, with its response where it has one."""
+    """The different texts, each with its response where it has one."""
     if isinstance(texts, tuple) and len(texts) == 2:
         prompts, responses = texts
         rows = continued(lens.model, lens.prompts(prompts), responses)
@@ -252,7 +252,7 @@ def _distinct(lens: LoraLens, texts: Any) -> Prompts:
 
 
 def _keys(rows: Prompts) -> list[tuple[int, ...]]:
-    """Where each text's response begins, and its tokens; the same of equal texts."""
+    """A key for each text, of where its response begins and its tokens; equal texts have one."""
     keys: list[tuple[int, ...]] = []
     for ids, length, start in zip(
         rows.tokens.tolist(), rows.lengths.tolist(), rows.asked_lengths, strict=True
@@ -281,9 +281,11 @@ class _Side:
         self._positions = positions
         self._sinks = sinks
         asks_for_response = isinstance(positions, str) and positions == "response"
-        # Texts that hold no response are asked whole.
-        asked = None if asks_for_response and not rows.holds_responses else positions
-        self.chosen = positions_in(rows, asked)
+        if asks_for_response and not rows.holds_responses:
+            # Texts that hold no response are read whole.
+            self.chosen = positions_in(rows, None)
+        else:
+            self.chosen = positions_in(rows, positions)
         if not sinks:
             self.chosen &= rows.after_first.cpu()
         self._require_tokens(self.chosen, range(rows.batch))
@@ -291,9 +293,11 @@ class _Side:
     def weights(
         self, index: Sequence[int], norms: Float[Tensor, "text token"]
     ) -> Float[Tensor, "text token"]:
-        """The weight of each token in its text's mean.
+        """The weight of each token in its text's mean, 0 for sinks.
 
-        Sinks, which the norms of h at the hook point show, have none.
+        Args:
+            index: which texts.
+            norms: ‖h‖ at the hook point, which show the sinks.
         """
         width = norms.shape[1]
         chosen = self.chosen[list(index), :width]
@@ -401,7 +405,7 @@ def _held_out(plus: Float[Tensor, "text d"], minus: Float[Tensor, "more d"]) -> 
 
 
 def _evenly_spread(means: Float[Tensor, "text d"]) -> Float[Tensor, "some d"]:
-    """As many of the texts as are compared in pairs, evenly spread over all."""
+    """The texts that are compared in pairs: all of them, or many that are evenly spread."""
     count = min(len(means), _HELD_OUT)
     return means[torch.linspace(0, len(means) - 1, count).long()]
 

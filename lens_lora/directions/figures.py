@@ -1,4 +1,4 @@
-"""Pictures of directions: what tells two sets apart, what ΔW lies along, what W does not have."""
+"""The figures of contrasts, of alignments and of intruder dimensions."""
 
 from __future__ import annotations
 

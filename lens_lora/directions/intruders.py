@@ -1,10 +1,10 @@
-"""Intruder dimensions (arXiv 2410.21228): directions along which the base's weight does not write.
+"""Intruder dimensions (arXiv 2410.21228) are directions along which the base does not write.
 
-With W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, each leading left singular direction u'_j of the tuned weight
-is compared with all of W's own. Where the largest |⟨u_i, u'_j⟩| is small, the base does not write
+With W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, each leading left singular direction u'_j of the tuned weight is
+compared with all of W's own. Where the largest |⟨u_i, u'_j⟩| is small, the base does not write
 along u'_j, and the direction is an intruder.
 
-Two dense singular value decompositions for each site, in float64 and in Hugging Face's basis.
+Cost: two dense singular value decompositions for each site, in float64 and in Hugging Face's basis.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class Intruders(OfSites):
 
     Attributes:
         sigma: [site, direction], singular values of W + ΔW, the largest first; NaN beyond the
-            weight's size, and so below.
-        cosine: the largest |cosine| of each with a left singular direction of W.
-        nearest: the index of that one; −1 beyond the weight's size.
+            weight's size.
+        cosine: the largest |cosine| of each direction with a left singular direction of W; NaN
+            beyond the weight's size.
+        nearest: the index of that direction of W; −1 beyond the weight's size.
         overlap: [site, direction, direction of W], |cosine| of the leading directions of both.
         threshold: below it a direction is an intruder.
         sites, meta: see `OfSites`; those with a weight of its own.
@@ -110,8 +111,10 @@ def intruders(
 ) -> Intruders:
     """The leading singular directions of W + ΔW that are none of W's own (arXiv 2410.21228).
 
-    In the Hugging Face basis, of the left singular directions, which a module writes along. No
-    forward pass; two dense SVDs a site in float64. Norms and experts are left out.
+    They are left singular directions, along which a module writes, in the Hugging Face basis. Norms
+    and experts are left out.
+
+    Cost: no forward pass; two dense SVDs for each site, in float64.
 
     Args:
         lens: the adapter over the model.
@@ -155,7 +158,10 @@ def _is_weight(site_update: SiteUpdate) -> bool:
 
 
 class _Leading(NamedTuple):
-    """The first k left singular directions of one W + ΔW; NaN, and −1, beyond the weight's size."""
+    """The first k left singular directions of one W + ΔW.
+
+    Beyond the weight's size, values are NaN and indices −1.
+    """
 
     sigma: Float[Tensor, " direction"]
     cosine: Float[Tensor, " direction"]

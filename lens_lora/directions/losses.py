@@ -1,10 +1,10 @@
 """The base model's loss on texts, as it is and under hooks of the caller's.
 
-Of each text, summed over the tokens after its first, in nats:
+For each text these are sums over the tokens after its first, in nats:
 
     Σ_t −log p(y_t)  without the hooks and with them,    and    Σ_t KL(p without ‖ p with).
 
-Two forward passes.
+Cost: two forward passes.
 """
 
 from __future__ import annotations
@@ -84,6 +84,6 @@ def losses(
 def _surprisal(
     logits: Float[Tensor, "row pos vocab"], ids: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row pos"]:
-    """−log p of these tokens, in nats."""
+    """The surprisal −log p of these tokens, in nats."""
     log_p = logits.log_softmax(-1)
     return -log_p.gather(2, ids[..., None])[..., 0]

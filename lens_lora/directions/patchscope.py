@@ -1,11 +1,11 @@
-"""Patchscope (arXiv 2401.06102): what the model calls a vector.
+"""Patchscopes (arXiv 2401.06102) have the model itself say what a vector means.
 
 1. A prompt makes the model repeat what stands at its placeholder, as
    "cat -> cat; 135 -> 135; hello -> hello; ? ->" does.
 2. The vector takes the place of the residual stream h at the placeholder's token, at several sizes:
    multiples of the mean ‖h‖ of the prompt's other tokens.
-3. What the model goes on with is its name for the vector. Beside it stand the likeliest tokens of
-   the prompt alone, and the vector read by the final norm and the unembedding alone.
+3. What the model goes on with is its name for the vector. It is compared with the likeliest tokens
+   after the prompt alone, and with the vector read through the final norm and the unembedding.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
 
 @final
 class Patchscope(Described):
-    """What the model goes on with when a vector stands in the place of a token.
+    """The model's continuations of a prompt in which a vector stands in the place of a token.
 
     Attributes:
         ids: [direction, scale, rank], the likeliest next tokens.
-        probabilities: theirs.
+        probabilities: [direction, scale, rank], the probabilities of these tokens.
         plain: [vocab], the probabilities of the next token with nothing put in place.
         continuations: by direction and scale, the likeliest tokens one after another.
         readings: [direction, vocab], what each vector says by itself, in logits (`logit_lens`).
@@ -101,7 +101,8 @@ class Patchscope(Described):
     ) -> pd.DataFrame:
         """The k tokens that a vector reads as, with the layers after the point left out.
 
-        It alone goes through the final norm, by its own size, and the unembedding; no bias counts.
+        The vector goes through the final norm, divided by its own size, and the unembedding. Biases
+        do not count.
 
         Args:
             k: how many.
@@ -143,7 +144,7 @@ def patchscope(
     k: int = 10,
     max_new_tokens: int = 5,
 ) -> Patchscope:
-    """What the model calls a vector: put in the place of one token's h, at several sizes.
+    """What the model calls a vector that is put in the place of one token's h, at several sizes.
 
     Cost: one forward pass of the prompt for each vector, scale and new token, batched.
 
@@ -252,7 +253,7 @@ def _mean_size(
 ) -> float:
     """The mean ‖h‖ of the prompt's tokens, without sinks and the placeholder. One forward pass.
 
-    Where no other token is left, it is the placeholder's own.
+    Where no other token is left, it is ‖h‖ of the placeholder.
     """
     firings = record(lens, row, gates, [name]).firings
     firing(lens, firings, [name], [name])
@@ -268,7 +269,7 @@ def _mean_size(
 def _continued(
     lens: LoraLens, row: Prompts, count: int, length: int
 ) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
-    """Logits of the next token of so many copies of a row, and the likeliest tokens from there."""
+    """The logits of the next token in so many copies of a row, and the likeliest continuations."""
     tokens = row.tokens.repeat(count, 1)
     lengths = row.lengths.repeat(count)
     first_logits: Tensor | None = None

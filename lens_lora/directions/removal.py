@@ -1,12 +1,12 @@
-"""Directions taken out of activations for a span of time: h − m V Vᵀh at hook points.
+"""`lens.without` takes directions out of activations: h becomes h − m V Vᵀh at hook points.
 
 1. V is an orthonormal basis of the directions in the space of each point. The mask m is 1 at the
-   tokens where they are removed and 0 elsewhere, where h stays as it is to the last bit
+   tokens where they are removed, and 0 elsewhere, where h stays as it is to the last bit
    (`directions/where.py`).
-2. A hook sees a tensor, and not which of its tokens are which. So the pass that is under way is
-   asked (`core/model/passes.py`), except where directions are removed at every token.
-3. The hooks are laid like a user's own: they see the adapted model's h, and whatever reads h sees
-   what they leave of it.
+2. A hook sees a tensor, and does not know which of its tokens are which. So it asks the pass that
+   is under way (`core/model/passes.py`), except where directions are removed at every token.
+3. The hooks run where a user's own hooks would: they see the adapted model's h, and whatever reads
+   h sees what they leave of it.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Switch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Removed(OpenBlock):
-    """What an open block of `lens.without` takes from a model.
+    """An open block of `lens.without`.
 
     Attributes:
-        where: the tokens.
-        switch: of the block's hooks.
+        where: the tokens at which directions are removed.
+        switch: whether the block's hooks remove anything at the moment.
     """
 
     where: Where
@@ -61,7 +61,7 @@ class Removed(OpenBlock):
 
 
 def removed_from(model: nn.Module) -> list[Removed]:
-    """What the open blocks of this thread take from a model, the innermost last.
+    """The blocks of this thread that are open on a model, the innermost last.
 
     Args:
         model: the hooked model.
@@ -136,8 +136,8 @@ def take_away(
 def _home_points(source: Any) -> Names:
     """The hook points where directions are removed if none are named.
 
-    A single direction of the residual stream is removed at all of it; several points of a Contrast,
-    and directions of another space, at their own.
+    A direction of the residual stream is removed at all of its points. The directions of a Contrast
+    of several points, and those of another space, are removed at their own points.
     """
     own = home_points(source)
     is_of_other_space = len(own) == 1 and not is_residual(own[0])
@@ -149,7 +149,9 @@ def _home_points(source: Any) -> Names:
 def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
     """The named points that fire and hold activations by position, and how wide each is.
 
-    Globs leave out what holds none. One forward pass of one token.
+    Points that a glob matches and that hold no such activations are left out.
+
+    Cost: one forward pass of one token.
     """
     in_full, wanted = resolved(lens, names)
     widths: dict[str, int] = {}
@@ -195,7 +197,10 @@ def _removing(lens: Any, directions: Directions, name: str, where: Where, switch
 
 
 class _Place:
-    """What a hook needs of its block, and what decides none of its numbers."""
+    """The parts of a block that its hooks need, and that decide none of their numbers.
+
+    A class of its own keeps them out of a sweep's fingerprint.
+    """
 
     def __init__(self, module: nn.Module, switch: Switch) -> None:
         self.module = module
@@ -205,7 +210,7 @@ class _Place:
 def _projected(
     V: Tensor, where: Where, name: str, place: _Place, tensor: Tensor, hook: Any
 ) -> Tensor | None:
-    """h − m V Vᵀh, computed in float32 or better."""
+    """Return h − m V Vᵀh, computed in float32 or better."""
     del hook
     if not place.switch.is_on:
         return None
@@ -220,7 +225,7 @@ def _projected(
 
 
 def _mask_of(where: Where, name: str, module: nn.Module, h: Tensor) -> Bool[Tensor, "#row pos"]:
-    """The tokens at which directions are removed, of each row of an activation."""
+    """Whether directions are removed at each token of each row of an activation."""
     run = pass_under_way()
     if run is None or run.module is not module:
         raise ModelStateError(

@@ -1,4 +1,4 @@
-"""What `lens.without` costs the base model itself: the rise of its loss on ordinary texts.
+"""The cost of `lens.without` is the rise of the base model's own loss on ordinary texts.
 
 The texts have nothing to do with the direction that is removed. A removal that breaks the model on
 them also breaks whatever else one asks of it, so it says nothing about the direction.
@@ -22,22 +22,22 @@ from lens_lora.errors import ModelStateError, PromptError
 from lens_lora.texts.batches import require_second_token
 from lens_lora.texts.neutral import readable_texts
 
-# One neutral text of eight is enough to tell what a removal costs.
+# Of the neutral texts, every eighth is read. These are enough to tell what a removal costs.
 _EVERY = 8
 
 
 @final
 class RemovalCost(Described):
-    """What taking directions out of the base costs it on texts, in nats per token.
+    """The cost of taking directions out of the base model, on texts, in nats per token.
 
     All means are over the tokens after each text's first.
 
     Attributes:
         base: [text], the mean of −log p(y_t) of the base as it is.
-        removed: [text], the same within the block.
+        removed: [text], the mean of −log p(y_t) of the base within the block.
         kl: [text], the mean of KL(base ‖ base within the block).
         counts: [text], how many tokens the means are over.
-        what: which directions are removed where.
+        what: in words, which directions are removed where.
         meta: model, adapter, dtype and versions.
     """
 
@@ -77,10 +77,12 @@ class RemovalCost(Described):
 def removal_cost(
     lens: LoraLens, texts: PromptsLike | None = None, *, progress: bool = True
 ) -> RemovalCost:
-    """What an open `lens.without` costs the base itself on texts, in nats per token.
+    """The cost of an open `lens.without` to the base model itself, on texts, in nats per token.
 
     Call it within the block. A direction whose removal costs little and undoes a behaviour carries
-    it; one whose removal breaks the base shows nothing. Cost: two forward passes over the texts.
+    it; one whose removal breaks the base shows nothing.
+
+    Cost: two forward passes over the texts.
 
     Args:
         lens: the adapter over the model; the adapter takes no part.

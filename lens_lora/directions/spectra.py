@@ -1,18 +1,18 @@
-"""How large an adapter's updates are, and in how many directions: the spectrum of each ΔW.
+"""The spectrum of each ΔW says how large an update is, and in how many directions.
 
 1. ΔW = s·B·A is never built. With the QR factors B = Q_B R_B and Aᵀ = Q_A R_A,
 
        s·B·A = Q_B (s·R_B R_Aᵀ) Q_Aᵀ,
 
    so its singular values are those of s·R_B R_Aᵀ, a matrix of at most rank × rank.
-2. Without a lens there is a row for each module. With a lens there is one for each site (a fused
-   projection is several), which also has ‖ΔW‖ / ‖W‖. Both norms are in the Hugging Face basis, so
-   the hooked model must be unprocessed.
+2. Without a lens there is a row for each module. With a lens there is one for each site, of which a
+   fused projection has several, and it also has ‖ΔW‖ / ‖W‖. Both norms are in the Hugging Face
+   basis, so the hooked model must be unprocessed.
 3. What depends on the base model's parameters (DoRA, trained modules, trained biases) has no
    spectrum, or no ‖Δb‖, unless a lens gives those parameters. A norm's ΔW is diag(Δγ), its Δb is
    Δβ.
 
-No forward pass. Cost of a module: (in + out) · rank²; of a dense ΔW one decomposition.
+No forward pass is run. A module costs (in + out) · rank², and a dense ΔW one decomposition.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lens_lora.families import FAMILIES
 # The parts of an update that was trained whole, and of all updates without factors.
 TRAINED = ("trained weight", "trained rows", "trained norm")
 _WITHOUT_FACTORS = (*TRAINED, "bias alone")
-# What modules outside the layers are called, by kind.
+# The names of modules outside the layers, by kind.
 _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
 
@@ -50,7 +50,7 @@ _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
-    """One ΔW: of a module, or with a lens of a site.
+    """The spectrum of one ΔW, that of a module, or with a lens that of a site.
 
     Attributes:
         module: Hugging Face path.
@@ -83,21 +83,24 @@ class Spectrum:
 
     @property
     def norm(self) -> float:
-        """‖ΔW‖_F; NaN where the spectrum is unknown."""
+        """The Frobenius norm ‖ΔW‖_F; NaN where the spectrum is unknown."""
         if not len(self.singular_values):
             return math.nan
         return float(self.singular_values.norm())
 
     @property
     def spectral_norm(self) -> float:
-        """‖ΔW‖₂ = σ₁; NaN where the spectrum is unknown."""
+        """The spectral norm ‖ΔW‖₂ = σ₁; NaN where the spectrum is unknown."""
         if not len(self.singular_values):
             return math.nan
         return float(self.singular_values[0])
 
     @property
     def stable_rank(self) -> float:
-        """‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁²: between 1 and the rank, 0 for ΔW = 0, NaN if unknown."""
+        """The stable rank ‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁², between 1 and the rank.
+
+        It is 0 where ΔW = 0, and NaN where the spectrum is unknown.
+        """
         if not len(self.singular_values):
             return math.nan
         first = self.spectral_norm
@@ -107,17 +110,15 @@ class Spectrum:
 
     @property
     def relative_norm(self) -> float:
-        """‖ΔW‖_F / ‖W‖_F; NaN without a lens."""
+        """The size of the update relative to the weight, ‖ΔW‖_F / ‖W‖_F; NaN without a lens."""
         return self.norm / self.weight_norm if self.weight_norm else math.nan
 
 
 def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     """The singular values of s·B·A that can be nonzero, descending, in float64.
 
-    There are min(rank, in, out) of them.
-
-    Biases, and DoRA's magnitude, are no part of it. Those of all experts of a stack are sorted as
-    one.
+    There are min(rank, in, out) of them. Biases, and DoRA's magnitude, are no part of it. The
+    singular values of all experts of a stack are sorted together.
 
     Args:
         factors: of one module.
@@ -132,10 +133,10 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
 
 @final
 class AdapterSummary(Result):
-    """What an adapter is: one row per module, or with a lens per site.
+    """The size of an adapter's updates, with a row for each module, or with a lens for each site.
 
     Attributes:
-        name: the adapter's.
+        name: the adapter's name.
         base_model: the base that it names.
         model: name and class of the lens' model; None without a lens.
         module_count: modules that the adapter adapts.
@@ -154,22 +155,22 @@ class AdapterSummary(Result):
 
     @property
     def targets(self) -> dict[str, int]:
-        """'self_attn.q_proj' → in how many layers it is adapted."""
+        """In how many layers each target, such as 'self_attn.q_proj', is adapted."""
         return dict(Counter(row.target for row in self._modules()))
 
     @property
     def ranks(self) -> dict[int, int]:
-        """Rank → how many modules have factors of it."""
+        """How many modules have factors of each rank."""
         return self._counted("rank")
 
     @property
     def scales(self) -> dict[float, int]:
-        """s → how many modules have factors of it."""
+        """How many modules have factors of each scale s."""
         return self._counted("scale")
 
     @property
     def parts(self) -> dict[str, int]:
-        """'DoRA', 'lora_bias', 'embeddings', 'head', … → how many modules have or are it."""
+        """How many modules have or are each of 'DoRA', 'lora_bias', 'embeddings', 'head', …."""
         parts = Counter[str]()
         for row in self._modules():
             parts.update(row.parts)
@@ -180,12 +181,12 @@ class AdapterSummary(Result):
 
     @property
     def norm(self) -> float:
-        """√Σ‖ΔW‖_F² over everything; NaN where a spectrum is unknown."""
+        """The norm √Σ‖ΔW‖_F² over all rows; NaN where a spectrum is unknown."""
         return math.sqrt(sum(row.norm**2 for row in self.rows))
 
     @property
     def relative_norm(self) -> float:
-        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the sites; NaN without a lens.
+        """The relative norm √Σ‖ΔW‖_F² / √Σ‖W‖_F² over the sites; NaN without a lens.
 
         A weight that several adapters of a sum change counts once.
         """
@@ -210,7 +211,7 @@ class AdapterSummary(Result):
 
     @property
     def bias_norm(self) -> float:
-        """√Σ‖Δb‖² over everything, beside `norm`; NaN where a bias was trained."""
+        """The norm √Σ‖Δb‖² of biases, which is no part of `norm`; NaN where a bias was trained."""
         return math.sqrt(sum(row.bias_norm**2 for row in self.rows))
 
     def top(self, k: int | None = None) -> tuple[Spectrum, ...]:
@@ -258,7 +259,7 @@ class AdapterSummary(Result):
 
 
 def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
-    """Spectrum and size of every update. No forward pass.
+    """The spectrum and size of every update of an adapter. Nothing is run.
 
     Args:
         adapter: any adapter.
@@ -305,7 +306,7 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
 
 
 def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
-    """One for each site of an unprocessed model, in the order of a forward pass."""
+    """The spectrum of each site of an unprocessed model, in the order of a forward pass."""
     host = host_of(lens.model)
     rows: list[Spectrum] = []
     for site_update in lens.plan.updates:
@@ -339,7 +340,7 @@ def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:
 
 
 def _base_weight(host: HookedHost, site: SiteFactors) -> Float[Tensor, "out in"]:
-    """W of the Hugging Face base, in float64."""
+    """The weight W of the Hugging Face base, in float64."""
     weight = host.weight(site.layer, site.kind)
     if host.needs_base() or is_centred(weight):
         raise ModelStateError(
@@ -393,7 +394,7 @@ def _parts(update: ModuleUpdate) -> tuple[str, ...]:
 
 
 def _target(key: str) -> str:
-    """'model.layers.3.self_attn.q_proj' → 'self_attn.q_proj'; outside the layers, the last name."""
+    """The module's path within its layer, 'self_attn.q_proj'; outside layers, its last name."""
     path = key.partition("@")[0]
     within = re.split(r"\.\d+\.", path)[-1]
     return within if within != path else path.rpartition(".")[2]

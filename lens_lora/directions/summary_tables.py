@@ -1,4 +1,4 @@
-"""What an adapter's files hold, as tables for a terminal: what `lens-lora inspect` prints."""
+"""The tables of `lens-lora inspect`, for a terminal: what an adapter's files hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODULES_NAMED = 5
 
 
 def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.table.Table:
-    """What the adapter is, and what its files say of it.
+    """A table of what the adapter is, and what its files say of it.
 
     Args:
         summary: of the adapter.
@@ -57,7 +57,7 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
 
 
 def _facts_of_training(summary: AdapterSummary) -> dict[str, str]:
-    """What was trained whole, what not at all, and biases, which no ‖ΔW‖ shows."""
+    """The lines about modules trained whole or not at all, and biases, which no ‖ΔW‖ shows."""
     facts: dict[str, str] = {}
     if summary.trained_whole:
         facts["trained whole"] = _named(summary.trained_whole)
@@ -77,7 +77,7 @@ def _facts_of_training(summary: AdapterSummary) -> dict[str, str]:
 
 
 def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
-    """What is known where the adapter is laid over a model."""
+    """The lines about the model that the adapter is laid over."""
     facts: dict[str, str] = {}
     if summary.model:
         sites = sum(row.site is not None for row in summary.rows)
@@ -94,7 +94,7 @@ def _facts_of_model(summary: AdapterSummary) -> dict[str, str]:
 
 
 def _total_norm(summary: AdapterSummary) -> str:
-    """‖ΔW‖ over all modules; or what of it needs the base model."""
+    """The norm ‖ΔW‖ over all modules, or which parts of it need the base model."""
     unknown = {part for row in summary.rows if math.isnan(row.norm) for part in row.parts}
     unknown -= {"lora_bias", "trained bias"}
     if unknown:
@@ -106,7 +106,7 @@ def _total_norm(summary: AdapterSummary) -> str:
 
 
 def _scaling_rule(config: Mapping[str, Any]) -> str:
-    """'s = α/r, α = 16', with the square root for rsLoRA."""
+    """The rule for s in words, such as 's = α/r, α = 16'."""
     rule = "s = α/√r (rsLoRA)" if config.get("use_rslora") else "s = α/r"
     alpha = config.get("lora_alpha", "not stated")
     is_patterned = config.get("rank_pattern") or config.get("alpha_pattern")
@@ -123,7 +123,7 @@ def _named(modules: tuple[str, ...]) -> str:
 
 
 def _counted(counts: Mapping[Any, int]) -> str:
-    """'q_proj × 30, v_proj × 30'."""
+    """Each name with its count, such as 'q_proj × 30, v_proj × 30'."""
     parts: list[str] = []
     for key, count in counts.items():
         name = f"{key:.4g}" if isinstance(key, float) else str(key)

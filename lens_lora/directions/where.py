@@ -1,9 +1,9 @@
 """The tokens at which directions are removed.
 
-By default each row's first token stays as it is. It is a sink: its ‖h‖ is hundreds of times the
-others', every later token attends to it, and means that make a direction leave it out. A direction
-removed there changes the model everywhere, whatever the direction says of the tokens that one asks
-about.
+By default each row's first token stays as it is. It is a sink: its ‖h‖ is hundreds of times that of
+other tokens, every later token attends to it, and the means that make a direction leave it out. To
+remove a direction there changes the model everywhere, whatever the direction says about the tokens
+that one asks about.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Where:
     def _within(
         self, at: Int[Tensor, "#row pos"], end: Int[Tensor, "row 1"] | None
     ) -> Bool[Tensor, "#row pos"]:
-        """Which positions are among the indices, or the slice, of each prompt."""
+        """Whether each position is among the indices, or in the slice, of its prompt."""
         # Without known ends all bounds count from the start, and no prompt is cut off.
         lengths = [int(at.max()) + 1] if end is None else end[:, 0].tolist()
         wanted = [self._positions_of(length) for length in lengths]

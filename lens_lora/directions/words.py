@@ -1,4 +1,4 @@
-"""What results about directions say of themselves, below their heading."""
+"""The words of results about directions, which `print` shows below their heading."""
 
 from __future__ import annotations
 

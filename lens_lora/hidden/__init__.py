@@ -1,1 +1,1 @@
-"""Inside the model: activations of ranks, and how hook points shift."""
+"""Inside the model: rank activations, shifts of hook points, features, and readouts of them."""

@@ -1,4 +1,4 @@
-"""What results about activations say of themselves, below their heading."""
+"""The words of results about activations, which `print` shows below their heading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lens_lora.show.text import percent
 
 @drawing.body.register(Activations)
 def activations_body(activations: Activations) -> str:
-    """How many tokens there are, and how many directions each site has."""
+    """Say how many tokens there are, and how many directions each site has."""
     tokens = many(sum(map(len, activations.str_tokens)), "token")
     ranks = ", ".join(map(str, dict.fromkeys(activations.ranks)))
     return f"{tokens} ({_left_out(activations)}), rank {ranks}"
@@ -22,14 +22,14 @@ def activations_body(activations: Activations) -> str:
 
 @drawing.body.register(ActivationShift)
 def activation_shift_body(shift: ActivationShift) -> str:
-    """How many hook points there are, and how many tokens the means are over."""
+    """Say how many hook points there are, and how many tokens the means are over."""
     points = many(len(shift.names), "hook point")
     counted = int(shift.distinct.sum())
     return f"{points}, means over {counted} tokens ({_left_out(shift)})"
 
 
 def _left_out(result: Activations | ActivationShift) -> str:
-    """What means and examples leave out."""
+    """Say what means and examples leave out."""
     sinks = many(int(result.sinks.sum()), "sink")
     if not result.repeated:
         return sinks
@@ -38,14 +38,14 @@ def _left_out(result: Activations | ActivationShift) -> str:
 
 @drawing.body.register(ConstantPart)
 def constant_part_body(constant: ConstantPart) -> str:
-    """How much is constant, what the constants do alone, and the sites of largest share."""
+    """Say how much is constant, what the constants do alone, and where the share is largest."""
     share = f"held out, {percent(constant.total_share)} of Σ‖δ‖² is constant"
     kept = f"the constants alone keep {kept_by_constants(constant)}"
     return f"{share}, and {kept}\n{constant.top(5).to_string()}"
 
 
 def kept_by_constants(constant: ConstantPart) -> str:
-    """How much of the KL the constants keep; and of the readout, where one was given."""
+    """Say how much of the KL the constants keep, and of the readout, where one was given."""
     by_kl = f"{percent(constant.kept_kl)} of {constant.BY_KL}"
     if constant.readout == constant.BY_KL:
         return by_kl
@@ -54,7 +54,7 @@ def kept_by_constants(constant: ConstantPart) -> str:
 
 @drawing.body.register(FeatureShift)
 def feature_shift_body(shift: FeatureShift) -> str:
-    """The features of largest shift; by position those of the first prompt."""
+    """List the features of largest shift; by position those of the first prompt."""
     if shift.by_position and len(shift.base) > 1:
         # Positions of several prompts have no mean.
         return f"prompt 0 of {len(shift.base)}:\n{shift.top(5, 0).to_string()}"
@@ -63,5 +63,5 @@ def feature_shift_body(shift: FeatureShift) -> str:
 
 @drawing.body.register(FeatureWrites)
 def feature_writes_body(writes: FeatureWrites) -> str:
-    """The largest writes."""
+    """List the largest writes."""
     return writes.top(k=5).to_string()

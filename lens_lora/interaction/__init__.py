@@ -1,1 +1,1 @@
-"""Several adapters at once: what they do together beyond what each does alone."""
+"""What several adapters do together beyond what each of them does alone."""

@@ -1,4 +1,4 @@
-"""What an interaction of adapters shows."""
+"""The figures of an interaction of adapters, and of modules that are left out for it."""
 
 from __future__ import annotations
 
@@ -30,29 +30,33 @@ def together_heatmap(result: Together, prompt: int | None = None) -> go.Figure:
             remedy="ask for two adapters at a time, or use .top() and .to_frame().",
         )
     values, _ = result.mean_over(prompt, result.parts[:, 0])
-    rows = values.any(1)
-    columns = values.any(0)
-    kept = values[rows][:, columns].tolist()
-    down = tuple(itertools.compress(result.groups, rows.tolist()))
-    across = tuple(itertools.compress(result.groups, columns.tolist()))
+    # Groups in which an adapter has no module are left out.
+    rows = values.any(1).nonzero().flatten().tolist()
+    columns = values.any(0).nonzero().flatten().tolist()
+    cells = values[rows][:, columns].tolist()
+    down = [result.groups[row] for row in rows]
+    across = [result.groups[column] for column in columns]
     below = f"modules of {result.first[0]} down, of {result.second[0]} across"
-    return _heatmap(result, prompt, kept, (down, across), below)
+    return _heatmap(result, prompt, cells, (down, across), below)
 
 
 def _of_adapters(result: Together, prompt: int | None) -> go.Figure:
-    """The interaction of each pair; what each adapter does alone stands with its name."""
+    """Adapter × adapter, the interaction of each pair.
+
+    What each adapter does alone stands beside its name.
+    """
     interaction, _ = result.mean_over(prompt, result.interaction)
     alone, _ = result.mean_over(prompt, result.alone)
     places = {name: index for index, name in enumerate(result.adapters)}
     cells: list[list[float | None]] = [[None] * len(places) for _ in places]
     for first, second, value in zip(result.first, result.second, interaction.tolist(), strict=True):
-        a, b = places[first], places[second]
-        cells[a][b] = value
-        cells[b][a] = value
-    down = tuple(
-        f"{name}, alone {signed(value)}"
-        for name, value in zip(result.adapters, alone.tolist(), strict=True)
-    )
+        row = places[first]
+        column = places[second]
+        cells[row][column] = value
+        cells[column][row] = value
+    down: list[str] = []
+    for name, value in zip(result.adapters, alone.tolist(), strict=True):
+        down.append(f"{name}, alone {signed(value)}")
     below = "what two adapters do together beyond what each does alone"
     return _heatmap(result, prompt, cells, (down, result.adapters), below)
 
@@ -68,9 +72,11 @@ def _heatmap(
         f"{result.readout}: interaction of adapters",
         f"{below} · {whose(prompt, result.str_tokens)}",
     )
-    down, across = map(names_axis, names)
+    down, across = names
     says = f"<b>%{{y}} × %{{x}}</b><br>%{{z:.3g}} {label(result.units)}<extra></extra>"
-    return heatmap(titles, cells, says, across, down, result.units, "signed")
+    return heatmap(
+        titles, cells, says, names_axis(across), names_axis(down), result.units, "signed"
+    )
 
 
 @drawing.figure.register(Reconciled)

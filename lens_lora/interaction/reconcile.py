@@ -1,20 +1,20 @@
-"""Adapters in each other's way: which modules to leave out so that all behaviours hold.
+"""Which modules of one adapter to leave out, so that the behaviours of several adapters all hold.
 
 With the adapters' gates all at one except those of left-out modules,
 
     held_q(ε) = Σ_p s_p (g_qp(ε) − g_qp(0)) / Σ_p |g_qp(a_q) − g_qp(0)|
 
-is the share that is held of behaviour q, where a_q switches on the adapter alone that was trained
-for it, and s_p is the sign of what it does alone to prompt p. It is 1 where the behaviour is as
-with its own adapter, 0 where nothing is left of it.
+is the share that is held of behaviour q. The gates a_q switch on the adapter that was trained for
+q, and no other, and s_p is the sign of what that does to prompt p. The share is 1 where the
+behaviour is as strong as with its own adapter alone, and 0 where nothing is left of it.
 
 1. Each module of one adapter is left out alone. Modules are ranked by what that does to
-   Σ_q min(1, held_q): a behaviour that is held whole gains nothing by being stronger.
+   Σ_q min(1, held_q), so that a behaviour that is held whole gains nothing by being stronger.
 2. The first n of the ranking are left out, for some n, and both shares are measured. The set whose
    smaller share is largest is taken, and of equals the smallest.
-3. It stands beside three others: nothing left out; the whole adapter scaled down, at the strength
-   whose smaller share is largest; and random sets of as many modules.
-4. Questions that are held out are asked of the same four.
+3. The set is compared with nothing left out, with the whole adapter scaled down to the strength
+   whose smaller share is largest, and with random sets of as many modules.
+4. All four are also judged on the prompts that are held out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _STRENGTHS = tuple(step / 10 for step in range(11))
 
 @final
 class Reconciled(OfSites, Pictured):
-    """What of two or more behaviours holds when modules of one adapter are left out.
+    """How much of two or more behaviours holds when modules of one adapter are left out.
 
     `plot` shows the share that is held of each behaviour, by how many modules are left out.
 
@@ -161,9 +161,10 @@ def reconcile(
 
 
 class _Behaviour(NamedTuple):
-    """What an adapter was trained for: g, and what the adapter alone does to it.
+    """A behaviour that an adapter was trained for, as a function g.
 
     Attributes:
+        g: the readout on the behaviour's prompts, as a function of all adapters' gates.
         own: [batch], g with this adapter alone less g of the base.
     """
 
@@ -172,12 +173,12 @@ class _Behaviour(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its readout's."""
+        """The readout's label."""
         assert self.g.readout is not None, "a behaviour has a readout"
         return self.g.readout.label
 
     def held(self, values: Float[Tensor, "point batch"]) -> Float[Tensor, " point"]:
-        """The share of what the adapter does alone that is left at some values of g."""
+        """How much of what the adapter does alone is left, as a share, where g has these values."""
         base, _ = self.g.ends
         moved = (values - base) * self.own.sign()
         return moved.sum(1) / self.own.abs().sum()
@@ -186,7 +187,7 @@ class _Behaviour(NamedTuple):
 def _bound(
     lens: LoraLens, questions: Mapping[str, Question], argument: str, progress: bool
 ) -> dict[str, _Behaviour]:
-    """Each behaviour, bound to the lens of all adapters; two forward passes each."""
+    """The behaviours as functions of the gates of all adapters. Two forward passes each."""
     names = {site.adapter for site in lens.sites}
     if not isinstance(questions, Mapping) or len(questions) < 2:
         raise ArgumentError(
@@ -228,7 +229,10 @@ def _behaviour(
 def _held(
     behaviours: Mapping[str, _Behaviour], points: Float[Tensor, "point site"]
 ) -> Float[Tensor, "point behaviour"]:
-    """The share that is held of each behaviour at some gates. A forward pass a point and prompt."""
+    """The share that is held of each behaviour at each point.
+
+    Cost: a forward pass for each point and prompt.
+    """
     held = [behaviour.held(behaviour.g(points)) for behaviour in behaviours.values()]
     return torch.stack(held, 1)
 
@@ -240,7 +244,7 @@ _Modules = Mapping[str, tuple[int, ...]]
 
 
 def _modules_of(lens: LoraLens, name: str) -> dict[str, tuple[int, ...]]:
-    """The sites of each module of one adapter: several where q, k and v are one module."""
+    """The sites of each module of one adapter, several where q, k and v are one module."""
     modules: dict[str, tuple[int, ...]] = {}
     for index, site in enumerate(lens.sites):
         if site.adapter == name:
@@ -250,7 +254,7 @@ def _modules_of(lens: LoraLens, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _ranking(lens: LoraLens, behaviours: Mapping[str, _Behaviour], modules: _Modules) -> list[str]:
-    """The modules, first the one whose absence alone leaves most of all behaviours."""
+    """The modules in order, first the one whose absence alone holds the behaviours best."""
     paths = list(modules)
     left_out_alone = torch.stack([_without(lens, modules, [path]) for path in paths])
     held = _held(behaviours, left_out_alone).clamp(max=1).sum(1)
@@ -259,7 +263,7 @@ def _ranking(lens: LoraLens, behaviours: Mapping[str, _Behaviour], modules: _Mod
 
 
 def _sizes(count: int) -> list[int]:
-    """How many modules are left out: 0, 1, 2, 3, 5, 8, …; one at least stays."""
+    """The numbers of modules that are left out: 0, 1, 2, 3, 5, 8, …, so that one at least stays."""
     sizes = [0]
     step = 1
     while sizes[-1] < count - 1:
@@ -269,14 +273,14 @@ def _sizes(count: int) -> list[int]:
 
 
 def _without(lens: LoraLens, modules: _Modules, paths: Sequence[str]) -> Float[Tensor, " site"]:
-    """Every gate at one, but for those of some modules."""
+    """Gates that are 0 at the sites of these modules, and 1 elsewhere."""
     sites = tuple(index for path in paths for index in modules[path])
     off = lens.gates(indicator({"left out": sites}, len(lens.sites))[0])
     return 1 - off
 
 
 def _scaled(lens: LoraLens, modules: _Modules, strength: float) -> Float[Tensor, " site"]:
-    """Every gate at one, but for the modules' at this strength."""
+    """Gates that are at this strength at the sites of the modules, and 1 elsewhere."""
     gates = _without(lens, modules, list(modules))
     return gates + (1 - gates) * strength
 
@@ -287,10 +291,12 @@ def _random_sets(
     """Gates without random modules, as many as were left out."""
     generator = torch.Generator().manual_seed(seed)
     paths = list(modules)
-    drawn = [torch.randperm(len(paths), generator=generator)[:size] for _ in range(draws)]
-    return torch.stack(
-        [_without(lens, modules, [paths[i] for i in order.tolist()]) for order in drawn]
-    )
+    gates: list[Tensor] = []
+    for _ in range(draws):
+        order = torch.randperm(len(paths), generator=generator).tolist()
+        drawn = [paths[index] for index in order[:size]]
+        gates.append(_without(lens, modules, drawn))
+    return torch.stack(gates)
 
 
 # --- Judged
@@ -301,7 +307,7 @@ def _of_states(
     states: Sequence[Float[Tensor, " site"]],
     drawn: Float[Tensor, "draw site"],
 ) -> Float[Tensor, "state=4 behaviour"]:
-    """The shares held in each state; of random sets their mean."""
+    """The shares held in each state, for random sets their mean."""
     held = _held(behaviours, torch.stack(list(states)))
     of_random = _held(behaviours, drawn).mean(0, keepdim=True)
     return torch.cat([held, of_random])
@@ -315,7 +321,7 @@ def _judged(
     drawn: Float[Tensor, "draw site"],
     progress: bool,
 ) -> Float[Tensor, "state=4 behaviour"] | None:
-    """The shares held of behaviours that nothing was chosen on, in the order of those given."""
+    """The shares held on prompts that nothing was chosen on, in the order of the given ones."""
     if test is None:
         return None
     held_out = _bound(lens, test, "test", progress)

@@ -1,4 +1,4 @@
-"""Adapters together: what they do beyond what each of them does alone.
+"""What several adapters do together, beyond what each of them does alone.
 
 Let s be the gate of all modules of adapter a, t that of all modules of adapter b, and all other
 adapters off. The interaction of the two is
@@ -6,16 +6,17 @@ adapters off. The interaction of the two is
     I_ab = g(1, 1) − g(1, 0) − g(0, 1) + g(0, 0)
          = ∫₀¹ ∫₀¹ ∂²g/∂s∂t ds dt = Σ_{l∈a, m∈b} ∫₀¹ ∫₀¹ H_lm(s, t) ds dt.
 
-The first line is exact, four values of g. The second splits it by pairs of modules: H is the second
-derivative of g (note, §6, item 4), and the integral over the plane of both gates is that of
+The first line is exact, from four values of g. The second splits it by pairs of modules. H is the
+second derivative of g (note, §6, item 4), and the integral over the plane of both gates is that of
 Integrated Hessians (arXiv 2002.04138).
 
-1. The corners: a forward pass for the base, for each adapter, for each pair, for all but each, and
-   for all. Corners that are the same one run once: of two adapters there are four.
-2. The split: H between groups of modules of a and of b, at the nodes of a Gauss–Legendre rule in
-   each of the two gates. The rules grow until two things hold, both up to a share `tol` of the
-   largest of the three shifts g(1, 1), g(1, 0), g(0, 1) less g(0, 0): the parts sum to I_ab, and no
-   part has changed from the rule before. The sum alone would not bound the error of a part.
+1. The corners take a forward pass for the base, for each adapter, for each pair, for all adapters
+   but each, and for all. Equal corners run once, so that two adapters have four.
+2. To split the interaction, H is taken between groups of modules of a and of b, at the nodes of a
+   Gauss–Legendre rule in each of the two gates. Rules with more nodes are tried until the parts sum
+   to I_ab, and no part has changed since the rule before; the sum alone would not bound the error
+   of a part. Both hold up to a share `tol` of the largest of the three shifts g(1, 1), g(1, 0) and
+   g(0, 1) less g(0, 0).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError
 
-# Nodes in each gate, so that a rule costs the square of it. Each is half as long again as the last.
+# How many nodes a rule has in each gate. Its cost grows with the square of that.
 _RULES = (2, 3, 4, 6, 9, 13)
 
 _Pair = tuple[int, int]
@@ -62,10 +63,10 @@ _Pair = tuple[int, int]
 
 @final
 class Together(Ranked):
-    """What several adapters do to a readout together, in the readout's units.
+    """The effects of several adapters on a readout, alone and together, in the readout's units.
 
-    `base` is g with all adapters off, `adapted` with all of them on. `top` and `plot` show pairs of
-    modules where the interaction was split by them, and pairs of adapters where it was not.
+    `base` is g with all adapters off, and `adapted` is g with all of them on. `top` and `plot` show
+    pairs of modules where the interaction was split by them, and else pairs of adapters.
 
     Attributes:
         adapters: their names.
@@ -102,15 +103,15 @@ class Together(Ranked):
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
-        """What all adapters do beyond the sum of what each does alone, exact.
+        """The exact effect of all adapters beyond the sum of what each does alone.
 
-        Of two adapters it is their interaction; of more it is that of all pairs, triples, ….
+        For two adapters it is their interaction; for more it has those of all pairs, triples, ….
         """
         return self.shift - self.alone.sum(1)
 
     @property
     def completeness_error(self) -> Float[Tensor, "batch pair"]:
-        """|I_ab − Σ parts|: what the quadrature misses.
+        """How much of each interaction the quadrature misses, |I_ab − Σ parts|.
 
         Raises:
             ArgumentError: the interaction was not split.
@@ -173,7 +174,7 @@ def together(
     max_nodes: int = 13,
     progress: bool = True,
 ) -> Together:
-    """What two or more adapters do to a readout together, beyond what each of them does alone.
+    """Measure what two or more adapters do to a readout beyond what each of them does alone.
 
     Cost: 4 forward passes for two adapters, 2 + 2k + k(k − 1)/2 at most for k, batched, and five
     for the noise floor at each end. Split by groups of modules, for each pair of adapters two rules
@@ -259,16 +260,17 @@ class _Split(NamedTuple):
 
 @analysis
 def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> Together:
-    """The corners, and what follows from them."""
+    """Evaluate g at the corners, and compute what follows from them."""
     members = _members(g.lens.sites, names).to(g.lens.gate_dtype).to(g.lens.device)
     pairs = list(itertools.combinations(range(len(names)), 2))
     base, adapted = g.ends
+
     of_pairs = torch.stack([members[a] + members[b] for a, b in pairs])
     corners = torch.cat([members, 1 - members, of_pairs])
     distinct, place = corners.unique(dim=0, return_inverse=True)
-    of_each, of_all_but_each, of_pair = g(distinct)[place].split(
-        [len(names), len(names), len(pairs)]
-    )
+    values = g(distinct)[place]
+    of_each, of_all_but_each, of_pair = values.split([len(names), len(names), len(pairs)])
+
     alone = of_each - base
     added = adapted - of_all_but_each
     both = of_pair - base
@@ -293,7 +295,7 @@ def _together(g: Evaluations, names: tuple[str, ...], split: _Split | None) -> T
 
 
 def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adapter site"]:
-    """1 where a site is of an adapter."""
+    """A row for each adapter, 1 at its own sites and 0 elsewhere."""
     of_adapter: Groups = {}
     for name in names:
         of_adapter[name] = tuple(i for i, site in enumerate(sites) if site.adapter == name)
@@ -304,9 +306,9 @@ def _members(sites: Sequence[Site], names: Sequence[str]) -> Float[Tensor, "adap
 
 
 def _groups_of_each(sites: Sequence[Site], names: Sequence[str], group: Group) -> list[Groups]:
-    """For each adapter its groups of modules; all adapters have the same names of groups.
+    """The groups of modules of each adapter, under the same names for all of them.
 
-    A group is of modules by their own names, without '@' and the adapter's.
+    The names and globs of a group are compared with names of sites without '@' and the adapter.
     """
     bare = [dataclasses.replace(site, name=site.name.rpartition("@")[0]) for site in sites]
     of_all = group_sites(bare, group)
@@ -368,25 +370,25 @@ def _parts(
     lens = g.lens
     first = lens.gates(indicator(of_first, len(lens.sites)))
     second = lens.gates(indicator(of_second, len(lens.sites)))
-    is_there = second.any(1)  # A group in which the second adapter has no module takes no product.
+    # A group in which the second adapter has no module takes no product.
+    is_there = second.any(1)
     points, weights = _gauss_legendre(nodes)
     parts = first.new_zeros(g.prompts.batch, len(first), len(second))
     for s, weight_s in zip(points, weights, strict=True):
         for t, weight_t in zip(points, weights, strict=True):
             gates = s * _of_any(first) + t * _of_any(second)
             products = g.curvature(second[is_there], gates)
-            parts[:, :, is_there] += (
-                weight_s * weight_t * torch.einsum("mbs,gs->bgm", products, first)
-            )
+            at_node = torch.einsum("mbs,gs->bgm", products, first)
+            parts[:, :, is_there] += weight_s * weight_t * at_node
     return parts
 
 
 def _of_any(members: Float[Tensor, "group site"]) -> Float[Tensor, " site"]:
-    """1 where a site is in one of the groups."""
+    """Gates that are 1 at the sites of any of the groups, and 0 elsewhere."""
     return members.amax(0)
 
 
 def _gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
-    """Points and weights on [0, 1]: exact for polynomials up to degree 2·nodes − 1."""
+    """Points and weights on [0, 1], exact for polynomials up to degree 2·nodes − 1."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
     return ((points + 1) / 2).tolist(), (weights / 2).tolist()

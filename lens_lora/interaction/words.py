@@ -1,4 +1,4 @@
-"""What an interaction of adapters says."""
+"""The words of an interaction of adapters."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lens_lora.show.text import signed
 
 @drawing.story.register(Together)
 def together_story(result: Together, prompt: int | None = None) -> str:
-    """What each adapter does alone, what they do together, and where the two meet."""
+    """Tell what each adapter does alone, what they do together, and where the two meet."""
     index = only_prompt(prompt, len(result.base), "stories")
-    alone = [
-        f"{name} {signed(value)}"
-        for name, value in zip(result.adapters, result.alone[index].tolist(), strict=True)
-    ]
-    shift, total = float(result.shift[index]), float(result.total[index])
+    alone: list[str] = []
+    for name, value in zip(result.adapters, result.alone[index].tolist(), strict=True):
+        alone.append(f"{name} {signed(value)}")
+    shift = float(result.shift[index])
+    total = float(result.total[index])
     sentences = [
         f"Alone: {', '.join(alone)} {result.units}. Together: {signed(shift)}, "
         f"{signed(total)} beyond the sum of what each does alone."
