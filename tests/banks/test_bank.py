@@ -221,6 +221,38 @@ def test_by_token(cls: str):
         bank_of(lens, texts, MARGIN, by_token=True)
 
 
+VALUES = (torch.Tensor, str, int, float, bool, type(None))
+
+
+def held_values(held: object) -> list[object]:
+    """Everything within dataclasses, containers and named tuples that is none of these."""
+    if dataclasses.is_dataclass(held):
+        parts = [getattr(held, field.name) for field in dataclasses.fields(held)]
+    elif isinstance(held, dict):
+        parts = [*held.keys(), *held.values()]
+    elif isinstance(held, tuple | list):
+        parts = list(held)
+    else:
+        return [held]
+    leaves: list[object] = []
+    for part in parts:
+        leaves += held_values(part)
+    return leaves
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_what_a_bank_s_file_holds_are_values(by_token: bool):
+    """No method, readout or model, from which a file could not be written, or read elsewhere."""
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    bank = bank_of(lens, ["w5 w7", "w8"], ll.AnswerLogProb(["w9", "w5 w7"]), by_token=by_token)
+    leaves = held_values(bank._held)
+    assert len(leaves) > 50
+    odd = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, VALUES)}
+    assert odd == set()
+    (readout,) = bank._held.readouts
+    assert [len(tokens) for tokens in readout.response] == ([1, 2] if by_token else [])
+
+
 def test_within_a_bound_of_memory_and_of_sums():
     """Fewer prompts at a time; sums of adapters have sites of both."""
     lens = cases.case("llama", BRIDGE, "raw").lens
@@ -418,10 +450,10 @@ def test_plain_factors_are_contracted_by_kind():
     lens = cases.case("llama", BRIDGE, "raw").lens
     bank = bank_of(lens)
     bank.scan([lens.adapter], progress=False)
-    (thin,) = bank._base.thin.values()
-    assert len(thin._maps) == 7 and sum(len(maps.sites) for maps in thin._maps) == 14
+    (plan,) = bank._base.plans.values()
+    assert len(plan._groups) == 7 and sum(len(group.sites) for group in plan._groups) == 14
     kept = {stack.untyped_storage().data_ptr() for stack in bank._held.stacks.values()}
-    views = [tensor for maps in thin._maps for pair in maps.pairs for tensor in pair]
+    views = [tensor for group in plan._groups for pair in group._columns for tensor in pair]
     assert {view.untyped_storage().data_ptr() for view in views} <= kept
 
 

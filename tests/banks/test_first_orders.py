@@ -16,7 +16,8 @@ from targets import EVERY as EVERY_TARGET
 from targets import base_for, hooked, peft_with
 
 import lens_lora as ll
-from lens_lora.banks import base_half as engine
+from lens_lora.banks import base_half
+from lens_lora.banks.record import TensorPool
 from lens_lora.core.model.lens import fused_parts
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -95,7 +96,7 @@ def test_a_sum_and_groups_of_prompts():
     lens = lens.with_adapter(both)
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20", "w21 w22"]
     few = lens.within(1e5)
-    assert len(engine.graph_groups(few, MARGIN.over(lens.model, lens.prompts(texts)))) > 1
+    assert len(base_half.graph_groups(few, MARGIN.over(lens.model, lens.prompts(texts)))) > 1
     expected = ll.null_test(lens, texts, MARGIN, draws=2, exact=2, **QUIET)
     found = ll.null_test(few, texts, MARGIN, draws=2, exact=2, **QUIET)
     assert off(expected.null, each(lens, nulls(lens, 0, 2), texts)) < ROUND_OFF
@@ -129,14 +130,14 @@ def test_draws_cost_no_pass():
 def test_a_planted_error_is_seen(monkeypatch):
     """Negative control: one recorded gradient of fourteen, a thousandth too large."""
     lens, tokens = cases.case("llama", BRIDGE, "raw").lens, models.tokens()
-    expected, plain = each(lens, nulls(lens, 0, 2), tokens), engine.Once.stacks
+    expected, plain = each(lens, nulls(lens, 0, 2), tokens), TensorPool.stacks
 
-    def planted(once: engine.Once) -> dict[str, torch.Tensor]:
-        stacks = plain(once)
+    def planted(pool: TensorPool) -> dict[str, torch.Tensor]:
+        stacks = plain(pool)
         next(iter(stacks.values()))[0].mul_(1.001)
         return stacks
 
-    monkeypatch.setattr(engine.Once, "stacks", planted)
+    monkeypatch.setattr(TensorPool, "stacks", planted)
     found = ll.null_test(lens, tokens, MARGIN, draws=2, **QUIET).null
     assert 1e-6 < off(found, expected) < 1e-2
 

@@ -18,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 
 import lens_lora as ll
 from lens_lora.banks import bank as bank_module
-from lens_lora.banks import base_half as engine_bank
+from lens_lora.banks import base_half
+from lens_lora.banks import scan as scan_module
 from lens_lora.runs.processes import Processes
 
 MARGIN, BRIDGE = ll.Margin(5, 9), list(models.MAKERS)[-1]
@@ -184,7 +185,7 @@ def _label(label: object, group: str) -> str:
 
 @pytest.mark.parametrize(
     ("large", "globs", "most"),
-    [(bank_module.LARGE, ["*"], 8), (0, ["*"], 1), (0, ["*q_proj", "*mlp*"], 1)],
+    [(base_half.LARGE, ["*"], 8), (0, ["*"], 1), (0, ["*q_proj", "*mlp*"], 1)],
 )
 def test_a_scan_streams(scene, monkeypatch, large: int, globs: list[str], most: int):
     """Of a generator's adapters eight are alive at a time, or one where they are large.
@@ -194,7 +195,7 @@ def test_a_scan_streams(scene, monkeypatch, large: int, globs: list[str], most: 
     """
     bank, _, adapter = scene
     bank.first_order(adapter)
-    for module in (bank_module, engine_bank):
+    for module in (base_half, scan_module):
         monkeypatch.setattr(module, "LARGE", large)
     alive: list[weakref.ref] = []
     counts: list[int] = []
@@ -220,7 +221,7 @@ def test_modules_trained_whole_count_as_memory(tmp_path: Path, trained: list[str
     get_peft_model(models.hf_model("llama"), config).save_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     adapter = ll.load_adapter(tmp_path)
-    assert engine_bank.bytes_of(adapter) == sum(tensor.nbytes for tensor in tensors.values())
+    assert base_half.bytes_of(adapter) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_adapters_that_are_contracted_together_do_not_touch_each_other(scene):
@@ -266,7 +267,7 @@ def test_files_beside_one_another(tmp_path: Path, dtype):
         saved(tmp_path, adapter, "f_huge", 5, lambda t: (t * 1e25).to(dtype))
         bad.append("f_huge")
     frame = bank.scan(tmp_path, group="site", progress=False)
-    assert len(bank._base.thin) == 1
+    assert len(bank._base.plans) == 1
     for name in "abc":
         lens = ll.LoraLens(model, ll.load_adapter(tmp_path / name))
         expected = ll.first_order(lens, ["w5 w7 w8", "w9 w10"], MARGIN).values
@@ -284,8 +285,8 @@ def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch
     """What was finished is not computed again; what has changed is; the result is the same."""
     bank, folder, adapter = scene
     whole = bank.scan(folder, progress=False)
-    monkeypatch.setattr(bank_module, "_AT_ONCE", 1)
-    table, done = bank_module.Bank._table, []
+    monkeypatch.setattr(scan_module, "AT_ONCE", 1)
+    table, done = scan_module.Scan._table, []
 
     def interrupted(self, name, *args):
         if name == "runs/a3":
@@ -298,11 +299,11 @@ def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch
         return table(self, name, held, *args)
 
     out = tmp_path / "new" / "scan.parquet"
-    monkeypatch.setattr(bank_module.Bank, "_table", interrupted)
+    monkeypatch.setattr(scan_module.Scan, "_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bank.scan(folder, out=out, progress=False)
     assert done == NAMES[:-1] and not out.exists()
-    monkeypatch.setattr(bank_module.Bank, "_table", counted)
+    monkeypatch.setattr(scan_module.Scan, "_table", counted)
     done.clear()
     found = bank.scan(folder, out=out, progress=False)
     pd.testing.assert_frame_equal(found, whole)
@@ -341,7 +342,7 @@ def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
     bank, folder, _ = scene
     alone = bank.scan(folder, progress=False)
     out, names = tmp_path / "scan.parquet", []
-    monkeypatch.setattr(bank_module, "_merge", lambda store, keys: None)
+    monkeypatch.setattr(scan_module, "merge", lambda store, keys: None)
     monkeypatch.setattr(bank_module.pd, "read_parquet", lambda path: pd.DataFrame({"weights": []}))
     plain_begin = bank_module.Store.begin
     begun = itertools.count()

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
-from lens_lora.banks.base_half import shapes_of
+from lens_lora.banks.plain_factors import shapes_of
 from lens_lora.core.adapter.dense import (
     applied,
     converted,

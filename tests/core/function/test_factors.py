@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.banks.base_half import Thin
+from lens_lora.banks.plain_factors import SharedPlan
 from lens_lora.core.function import memory, reverse
 from lens_lora.core.model.basis import Update, expert_map
 from lens_lora.core.model.kernels import with_expert
@@ -211,7 +211,7 @@ def with_strength(adapter: ll.Adapter, strength: float) -> ll.Adapter:
 def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
     """Other factors, another s, and a strength: a(−0.6 ΔW) = −0.6 a(ΔW); alone and together."""
     case, bank = built(config), bank_of(config)
-    assert isinstance(bank._base.plan_of(case.lens.adapter), Thin) == (
+    assert isinstance(bank._base.plan_of(case.lens.adapter), SharedPlan) == (
         config in (LLAMA, RAW, FOLDED)
     )
     other = models.peft_model(config.family, case.base, seed=5, **config.options)

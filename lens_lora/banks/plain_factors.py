@@ -1,0 +1,284 @@
+"""First order of many adapters of plain factors, by products with the recorded base alone.
+
+    a_l = s_l Σ_t ⟨A_l' z_t + A_l β, B_l'ᵀ G_t⟩,    A' = A diag(γ),  B' = PB
+
+in the basis of the hooked model (`core/model/basis.py`).
+
+1. Adapters of the same modules and shapes differ in A, B and s alone, so they share what a lens has
+   worked out about the model (`SharedPlan`).
+2. Maps of one kind and shape, layer by layer, are one batch (`_MapGroup`).
+3. Adapters that are contracted together stand beside one another in the axis of ranks, so that what
+   is recorded is read once for all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.banks.record import Address, Addresses, Half, Stacks, place_of
+from lens_lora.compat import in_float64
+from lens_lora.core import Adapter, Injection, LoRAFactors, LoraLens
+from lens_lora.core.model.basis import SiteMap
+from lens_lora.core.model.sites import OUTSIDE_KINDS
+
+# The paths of an adapter's modules, and the shapes and dtypes of their factors.
+Shapes = tuple[object, ...]
+
+
+def shapes_of(adapter: Adapter) -> Shapes:
+    """What adapters of plain factors agree in if they share a plan; empty for any other adapter.
+
+    A dense ΔW shares none either: stacked with others, its second factor would be written out.
+    """
+    shapes: list[object] = [*adapter.modules]
+    for update in adapter.modules.values():
+        if not isinstance(update, LoRAFactors) or not update.is_plain or update.is_dense:
+            return ()
+        shapes.append((update.A.shape, update.B.shape, update.A.dtype, update.B.dtype))
+    return tuple(shapes)
+
+
+def can_share_plan(lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> bool:
+    """Whether each δ is a product of two plain factors, and was recorded once."""
+    for injection in lens.plan.injections:
+        if type(injection.map) is not SiteMap or injection.whole is not None:
+            return False
+        if injection.ports.read is None or injection.partner is not None:
+            return False
+        if lens.sites[injection.site].kind in OUTSIDE_KINDS:
+            return False
+        place = place_of(lens, injection)
+        for column in _columns(halves):
+            if not _is_recorded_once(column.get(place, ()), stacks):
+                return False
+    return True
+
+
+def _is_recorded_once(pairs: Sequence[tuple[Address, Address]], stacks: Stacks) -> bool:
+    """Whether there is one z, [row, pos, in], whose inputs have no heads or slots."""
+    if len(pairs) != 1:
+        return False
+    _, (stack, _) = pairs[0]
+    return stacks[stack].ndim == 4
+
+
+def _columns(halves: Sequence[Half]) -> list[Addresses]:
+    return list(itertools.chain.from_iterable(half.columns for half in halves))
+
+
+class StackedFactors(NamedTuple):
+    """The factors of one adapter for a group of maps, or of several adapters side by side.
+
+    Attributes:
+        A: as the adapter has it, without γ.
+        B: B'ᵀ, centred where the model's writing weights are.
+        scales: s of each map and adapter.
+    """
+
+    A: Float[Tensor, "map adapter_and_rank in"]
+    B: Float[Tensor, "map adapter_and_rank out"]
+    scales: Float[Tensor, "map adapter"]
+
+
+class SharedPlan:
+    """First order, by products alone, of adapters of the same modules and shapes as a lens's.
+
+    Attributes:
+        lens: one of these adapters over the model; its sites are those of all of them.
+    """
+
+    def __init__(self, lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> None:
+        self.lens: LoraLens = lens
+        self._halves = halves
+        columns = _columns(halves)
+        groups: dict[tuple[object, ...], list[_RecordedMap]] = {}
+        for site, injection in enumerate(lens.plan.injections):
+            place = place_of(lens, injection)
+            addresses: list[Address] = []
+            for column in columns:
+                (pair,) = column[place]
+                addresses += pair
+            recorded = _RecordedMap(addresses, site)
+            groups.setdefault(_kind(lens, injection, recorded), []).append(recorded)
+
+        views = _Views(stacks)
+        self._groups = [_MapGroup(lens, sorted(group), views) for group in groups.values()]
+
+    @torch.no_grad()
+    def factors_of(self, adapter: Adapter) -> list[StackedFactors]:
+        """The factors of an adapter of these modules and shapes, for each group of maps."""
+        return [group.factors_of(adapter) for group in self._groups]
+
+    def relative_norm(self, factors: Sequence[StackedFactors]) -> float:
+        """‖ΔW‖ / ‖W‖ over all adapted modules, as a lens's plan has it."""
+        squares = 0.0
+        for group, of_group in zip(self._groups, factors, strict=True):
+            squares += group.square_norm(of_group)
+        return squares**0.5 / self.lens.plan.base_norm
+
+    @torch.no_grad()
+    def slopes(
+        self, adapters: Sequence[Sequence[StackedFactors]]
+    ) -> list[tuple[Float[Tensor, "prompt site"], ...]]:
+        """∂g/∂ε_l at 0 of each adapter, over the rows of each half.
+
+        Args:
+            adapters: the factors of each, from `factors_of`.
+        """
+        lens = self.lens
+        columns_of_groups: list[Iterator[Tensor]] = []
+        for group, *factors in zip(self._groups, *adapters, strict=True):
+            columns_of_groups.append(group.slopes(_side_by_side(factors)))
+
+        by_half: list[list[Tensor]] = []
+        for half in self._halves:
+            row_count = len(half.owner)
+            shape = (len(adapters), row_count, len(lens.sites))
+            by_row = torch.zeros(shape, dtype=lens.gate_dtype).to(lens.device)
+            for group, columns in zip(self._groups, columns_of_groups, strict=True):
+                for by_token in itertools.islice(columns, len(half.columns)):
+                    summed = by_token.unflatten(2, (row_count, -1)).sum(3)
+                    by_row[:, :, group.sites] += summed.movedim(0, -1).to(by_row)
+            by_half.append([half.reading.by_prompt(of_adapter) for of_adapter in by_row])
+        return [*zip(*by_half, strict=True)]
+
+
+class _RecordedMap(NamedTuple):
+    """A map, and where G and z of each column are kept: G, z, G, z, ….
+
+    Sorted by address, maps of one kind are in the order in which they were recorded.
+    """
+
+    addresses: list[Address]
+    site: int
+
+
+def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple[object, ...]:
+    """What maps agree in that are contracted as one batch."""
+    has_offset = injection.map.a0 is not None
+    stacks = [stack for stack, _ in recorded.addresses]
+    return (lens.sites[injection.site].kind, injection.map.rank, has_offset, *stacks)
+
+
+def _side_by_side(factors: Sequence[StackedFactors]) -> StackedFactors:
+    """The factors of several adapters, in the axis of ranks."""
+    A = torch.cat([each.A for each in factors], 1)
+    B = torch.cat([each.B for each in factors], 1)
+    scales = torch.cat([each.scales for each in factors], 1)
+    return StackedFactors(A, B, scales)
+
+
+class _MapGroup:
+    """Maps of one kind and shape, layer by layer.
+
+    Attributes:
+        sites: the index of each map's site.
+    """
+
+    def __init__(self, lens: LoraLens, maps: Sequence[_RecordedMap], views: _Views) -> None:
+        self.sites: list[int] = [each.site for each in maps]
+        self._factors = [lens.plan.updates[site].site for site in self.sites]
+        bases = [lens.plan.host.basis_of(site) for site in self._factors]
+        self._basis = bases[0]
+        self._gamma = _stacked([basis.gamma for basis in bases])
+        self._beta = _stacked([basis.beta for basis in bases])
+
+        tensors: list[Tensor] = []
+        for addresses in zip(*(each.addresses for each in maps), strict=True):
+            tensors.append(views.of(addresses))
+        gradients = tensors[::2]
+        inputs = tensors[1::2]
+        self._columns = list(zip(gradients, inputs, strict=True))
+
+    def factors_of(self, adapter: Adapter) -> StackedFactors:
+        """An adapter's factors in the model's basis, but for γ."""
+        basis = self._basis
+        reads: list[Tensor] = []
+        writes: list[Tensor] = []
+        scales: list[float] = []
+        for site in self._factors:
+            update = cast(LoRAFactors, adapter.modules[site.key])
+            reads.append(update.A)
+            writes.append(update.B if site.rows is None else update.B[site.rows])
+            scales.append(update.scale * update.strength)
+
+        A = torch.stack(reads).to(basis.device, basis.dtype)
+        back = torch.stack(writes).mT.to(A, memory_format=torch.contiguous_format)
+        if basis.centre_write:
+            back = back - back.mean(-1, keepdim=True)
+        if basis.kv_copies > 1:
+            by_head = back.unflatten(-1, (-1, basis.d_head))
+            back = by_head.repeat_interleave(basis.kv_copies, -2).flatten(-2)
+        return StackedFactors(A, back, A.new_tensor(scales)[:, None])
+
+    def square_norm(self, factors: StackedFactors) -> float:
+        """Σ ‖ΔW‖² = Σ s² tr((BᵀB)(AAᵀ)) of the model's own weights."""
+        reads = factors.A
+        if not self._basis.gamma_is_own:
+            reads = self._reads(reads)
+        reads = in_float64(reads)
+        writes = in_float64(factors.B * factors.scales[..., None])
+        return float(((writes @ writes.mT) * (reads @ reads.mT)).sum())
+
+    def slopes(self, factors: StackedFactors) -> Iterator[Float[Tensor, "map adapter token"]]:
+        """⟨G, δz⟩ of each map, adapter and token, one column after another."""
+        A, B, scales = factors
+        offset = 0
+        if self._beta is not None:
+            offset = A @ self._beta[..., None].to(A)
+        reads = self._reads(A)
+        # Readouts of the same rows share z, and so u.
+        u_of: dict[int, Tensor] = {}
+        for gradient, z in self._columns:
+            if id(z) not in u_of:
+                u_of[id(z)] = reads @ z.to(A).mT + offset
+            by_rank = u_of[id(z)] * (B @ gradient.to(B).mT)
+            adapter_count = scales.shape[1]
+            by_adapter = by_rank.unflatten(1, (adapter_count, -1)).sum(2)
+            yield by_adapter * scales[..., None]
+
+    def _reads(self, A: Tensor) -> Tensor:
+        """A' = A diag(γ), centred where z is."""
+        reads = A
+        if self._gamma is not None:
+            reads = reads * self._gamma[:, None].to(A)
+        if self._basis.centre_read:
+            reads = reads - reads.mean(-1, keepdim=True)
+        return reads
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """[map, …], or None where a map has none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(given) if len(given) == len(tensors) else None
+
+
+class _Views:
+    """Recorded tensors of several addresses as one, each made once."""
+
+    def __init__(self, stacks: Stacks) -> None:
+        self._stacks = stacks
+        self._made: dict[tuple[Address, ...], Tensor] = {}
+
+    def of(self, addresses: tuple[Address, ...]) -> Float[Tensor, "map token _"]:
+        """The tensors at these addresses of one stack; no copy where they are equally far apart."""
+        if addresses not in self._made:
+            self._made[addresses] = self._gathered(addresses)
+        return self._made[addresses]
+
+    def _gathered(self, addresses: Sequence[Address]) -> Tensor:
+        name = addresses[0][0]
+        stack = self._stacks[name]
+        indices = [index for _, index in addresses]
+        first = indices[0]
+        last = indices[-1]
+        step = max(1, (last - first) // max(1, len(indices) - 1))
+        if list(range(first, last + 1, step)) == indices:
+            return stack[first : last + 1 : step].flatten(1, 2)
+        return stack[indices].flatten(1, 2)

@@ -1,0 +1,223 @@
+"""What is kept of the base: G and z of every module that an adapter may target, at ε = 0.
+
+    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what a map reads, G_l = ∂g/∂(its output)
+
+1. A forward and a backward pass show G and z wherever sites of a lens read and write (`record`).
+2. Each different tensor is kept once, in a stack of tensors of its shape (`TensorPool`): q, k and v
+   read the same z.
+3. A lens of another adapter is shown the recorded tensors in place of a backward pass
+   (`Half.slopes`). What its adapter reads and the record lacks is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.core import Injection, LoraLens, Prompts, Reading
+from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes
+from lens_lora.core.function.reverse import Slopes, Visit, go_back
+from lens_lora.errors import SiteError
+
+# Tensors of one shape, by the name that `TensorPool` gives the shape.
+Stacks = Mapping[str, Tensor]
+# Where a tensor is kept: the name of its stack, and its index there.
+Address = tuple[str, int]
+# Where G and z are kept, by the place of the model where they were seen. A module that runs several
+# times in a pass has a pair for each time.
+Addresses = dict[str, tuple[tuple[Address, Address], ...]]
+
+
+class TensorPool:
+    """Keeps tensors in stacks of one shape, and equal tensors once."""
+
+    def __init__(self) -> None:
+        self._by_shape: dict[str, list[Tensor]] = {}
+        self._with_sum: dict[tuple[str, float], list[int]] = {}
+
+    def address_of(self, tensor: Tensor) -> Address:
+        """Where the tensor is kept; it is copied if no equal one is there yet."""
+        name = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}"
+        kept = self._by_shape.setdefault(name, [])
+        # Equal tensors have equal sums, so only these few are compared.
+        candidates = self._with_sum.setdefault((name, float(tensor.sum())), [])
+        for index in candidates:
+            if torch.equal(kept[index], tensor):
+                return name, index
+        index = len(kept)
+        candidates.append(index)
+        kept.append(tensor.detach().clone(memory_format=torch.contiguous_format))
+        return name, index
+
+    def stacks(self) -> dict[str, Tensor]:
+        """[tensor, row, pos, …] of each shape."""
+        return {name: torch.stack(kept) for name, kept in self._by_shape.items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Half:
+    """The base's half of first order over some rows.
+
+    Attributes:
+        prompts: the rows.
+        owner: the index of each row's prompt.
+        columns: where G and z are kept, of g; of a response by token, of each token's log p.
+    """
+
+    prompts: Prompts
+    owner: Int[Tensor, " row"]
+    columns: tuple[Addresses, ...]
+
+    @property
+    def reading(self) -> Reading:
+        """A reading of these rows, to sum over the rows of a prompt; it reads no logits."""
+        return Reading(self.prompts, _refuse_to_read, self.owner)
+
+    @torch.no_grad()
+    def slopes(
+        self, lens: LoraLens, stacks: Stacks, axes: tuple[str, ...] = ()
+    ) -> Float[Tensor, "batch site *by"]:
+        """∂g/∂ε_l at 0 of the lens's adapter, split along these axes. No forward pass.
+
+        Raises:
+            SiteError: the adapter has a module of which nothing was recorded.
+        """
+        axes_within_column = tuple(axis for axis in axes if axis != "token")
+        by_column: list[Tensor] = []
+        for column in self.columns:
+            slopes = Slopes(lens, self.prompts, axes_within_column)
+            for injection in lens.plan.injections:
+                if injection.partner is None:  # what waits for a partner's gate is 0
+                    for gradient, z in _recorded(lens, injection, column, stacks):
+                        slopes.visit(injection, None, gradient, z)
+            by_column.append(slopes.by_prompt(self.reading))
+
+        if "token" in axes:
+            return torch.stack(by_column, -1)
+        return torch.stack(by_column).sum(0)
+
+
+def record(
+    lenses: Iterable[LoraLens], reading: Reading, pool: TensorPool, *, by_token: bool
+) -> Half:
+    """The base's half at every place where a site of these lenses reads and writes.
+
+    A lens is run only if one of its places was not seen under an earlier one.
+
+    Args:
+        lenses: adapters over the same model.
+        reading: the rows that are run, and g of them.
+        pool: takes the tensors.
+        by_token: whether each token's log p of a response is kept apart.
+    """
+    columns: list[Addresses] = []
+    for lens in lenses:
+        places = {
+            place_of(lens, injection)
+            for injection in lens.plan.injections
+            if injection.partner is None
+        }
+        if columns and places <= columns[0].keys():
+            continue
+        seen = _run(lens, reading, pool, by_token)
+        if columns:
+            for of_this_lens, of_earlier_ones in zip(seen, columns, strict=True):
+                of_this_lens.update(of_earlier_ones)
+        columns = seen
+    return Half(reading.prompts, reading.owner, tuple(columns))
+
+
+def place_of(lens: LoraLens, injection: Injection) -> str:
+    """Where an injection reads and writes, and which firing of its read point is its own."""
+    kind = lens.sites[injection.site].kind
+    ports = injection.ports
+    return f"{kind} {ports.read} {ports.write} {ports.firing}"
+
+
+def _run(lens: LoraLens, reading: Reading, pool: TensorPool, by_token: bool) -> list[Addresses]:
+    """What one forward pass and its backward passes show: one for g, or one for each token."""
+    columns: list[Addresses] = []
+    # Several updates of one module share a place, and show the same tensors there.
+    shown_by: dict[str, Injection] = {}
+
+    def read() -> Float[Tensor, "row value"]:
+        if by_token:
+            return differentiable_tokens(lens, reading)
+        return read_for_slopes(lens, reading)[:, None]
+
+    def visit_of(column: int) -> Visit:
+        columns.append({})
+
+        def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+            del weight
+            if injection.partner is not None:  # what waits for a partner's gate is 0
+                return
+            place = place_of(lens, injection)
+            if shown_by.setdefault(place, injection) is not injection:
+                return
+            address_of_gradient = pool.address_of(gradient)
+            address_of_z = address_of_gradient
+            if injection.ports.read is not None:
+                address_of_z = pool.address_of(z)
+            earlier = columns[column].get(place, ())
+            columns[column][place] = (*earlier, (address_of_gradient, address_of_z))
+
+        return visit
+
+    go_back(lens, reading, lens.gates(0.0), read, visit_of)
+    return columns
+
+
+def _recorded(
+    lens: LoraLens, injection: Injection, column: Addresses, stacks: Stacks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """G and z of one injection, for each time that its module runs in a pass."""
+    place = place_of(lens, injection)
+    is_constant = injection.ports.read is None
+    if is_constant and place not in column:
+        # The constant part of v is added where o writes, and G there is the same.
+        place = _place_of_o(injection, column) or place
+    if place not in column:
+        raise _not_recorded(lens, injection)
+
+    for address_of_gradient, address_of_z in column[place]:
+        gradient = _at(stacks, address_of_gradient).to(injection.map.device)
+        if is_constant:
+            z = gradient.new_zeros(*gradient.shape[:2], injection.map.width)
+        else:
+            z = _at(stacks, address_of_z).to(injection.map.device)
+        yield gradient, z
+
+
+def _place_of_o(injection: Injection, column: Addresses) -> str | None:
+    """The place of the o that writes where this injection writes, if it was recorded."""
+    writes = f" {injection.ports.write} "
+    for place in column:
+        if place.startswith("o ") and writes in place:
+            return place
+    return None
+
+
+def _not_recorded(lens: LoraLens, injection: Injection) -> SiteError:
+    site = lens.sites[injection.site]
+    lacking = "this module"
+    if injection.ports.read is None:
+        lacking = "the o of this layer, into whose bias v's is folded"
+    return SiteError(
+        f"{site.name} ({site.module}): the bank lacks {lacking}, and what it lacks is not "
+        "counted as zero. Make a bank of more modules (modules=), or leave this one out: "
+        f"adapter.without({site.module!r})."
+    )
+
+
+def _at(stacks: Stacks, address: Address) -> Tensor:
+    name, index = address
+    return stacks[name][index]
+
+
+def _refuse_to_read(logits: Tensor) -> Tensor:
+    raise RuntimeError("what is read of the logits is in the recorded gradients already")

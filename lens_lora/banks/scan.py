@@ -1,0 +1,355 @@
+"""First order of many adapters from a bank, one table for all of them.
+
+1. The next few adapters are read, at most `AT_ONCE`, fewer where they are large. One that names
+   another base than the bank's, or that cannot be read, becomes a row that says so.
+2. Those of plain factors are contracted together (`RecordedBase.slopes_of_plain`).
+3. With a file at `out`, each few are written as they are done. A scan that is started again knows
+   an adapter by its name and by a hash of its factors, and computes only what is not there yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.banks.base_half import LARGE, RecordedBase, SlopesOfAdapter, bytes_of
+from lens_lora.banks.held import HeldReadout, slopes_by_readout
+from lens_lora.core import Adapter, Site, group_sites, indicator, load_adapter
+from lens_lora.core.adapter.formats import files_in
+from lens_lora.core.adapter.peft_files import (
+    Place,
+    adapter_folder,
+    folders_in,
+    require_path,
+    stated_base,
+)
+from lens_lora.errors import AdapterError, ArgumentError, LensLoraError, warn
+from lens_lora.hosts.given_base import note_of_names
+from lens_lora.runs.fingerprint import digest
+from lens_lora.runs.store import Store
+
+Adapters = str | Path | Iterable[str | Path | Adapter]
+GroupName = Literal["site", "layer", "kind"]
+# An adapter, or where it lies, beside its name in the table.
+NamedSource = tuple[str, Place | Adapter]
+
+# How many adapters are contracted together, and written: what a kill loses at most.
+AT_ONCE = 8
+
+# The columns of the table but the group's own, which is named by it. `error` says what is wrong
+# with an adapter; `weights` is the hash of its factors, by which a resumed scan knows it.
+_TEXT = pa.string()
+_NUMBER = pa.float64()
+_INTEGER = pa.int64()
+_TYPES = [_TEXT, _TEXT, _INTEGER, _TEXT, _NUMBER, _NUMBER, _TEXT, _TEXT]
+# The column before which `rank` is put.
+_RANK_AT = 6
+
+
+class Loaded(NamedTuple):
+    """An adapter that was read.
+
+    Attributes:
+        weights: the hash of its factors; None where nothing is written.
+        adapter: the adapter.
+    """
+
+    weights: str | None
+    adapter: Adapter
+
+
+# What became of one adapter: its rows, if they are known already; the adapter; or what is wrong.
+Outcome = pa.Table | Loaded | Exception
+
+
+class BasesOfScan:
+    """The base of a scan: the bank's names of it, or else the first that an adapter names."""
+
+    def __init__(self, names: Sequence[str], *, takes_any: bool) -> None:
+        self._names = list(names)
+        self._takes_any = takes_any
+        self._warned_of: set[str] = set()
+
+    def require(self, adapter: str, named: str | None) -> None:
+        """Refuse an adapter that names another base, or warn once for each where all are taken.
+
+        Args:
+            adapter: its name in the table.
+            named: the base that it names.
+
+        Raises:
+            AdapterError: it names another base.
+        """
+        if named is None:
+            return
+        if not self._names:
+            self._names.append(named)
+        note = note_of_names(named, self._names)
+        if not note:
+            return
+        if not self._takes_any:
+            raise AdapterError(
+                note,
+                remedy="Make a bank of that model; or, if it is this one under another name, pass "
+                "any_base=True.",
+                in_shell="Scan the adapters of each base apart, or name the base of all with "
+                "--model.",
+            )
+        if named not in self._warned_of:
+            self._warned_of.add(named)
+            warn(f"{adapter}: {note}")
+
+
+class Scan:
+    """The rows of many adapters, a few adapters at a time.
+
+    Args:
+        base: contracts an adapter with what was recorded.
+        readouts: those of the bank.
+        group: over what values are summed.
+        bases: which base an adapter may name.
+    """
+
+    def __init__(
+        self,
+        base: RecordedBase,
+        readouts: Sequence[HeldReadout],
+        group: GroupName,
+        bases: BasesOfScan,
+    ) -> None:
+        self._base = base
+        self._readouts = readouts
+        self._group: GroupName = group
+        self._bases = bases
+
+    def tables(
+        self, adapters: Iterator[NamedSource], known: Mapping[str, pa.Table] | None = None
+    ) -> Iterator[list[pa.Table]]:
+        """The rows of each adapter, for the next few adapters at a time.
+
+        Args:
+            adapters: those that are read next.
+            known: rows that need not be computed, by `key_of`; None where nothing is written.
+        """
+        while outcomes := list(self._next_few(adapters, known)):
+            loaded = [outcome for _, outcome in outcomes if isinstance(outcome, Loaded)]
+            slopes = self._base.slopes_of_plain([each.adapter for each in loaded])
+            yield [self._table(name, outcome, slopes) for name, outcome in outcomes]
+            # Let go of these adapters before the next ones are read.
+            outcomes.clear()
+            loaded.clear()
+
+    def _next_few(
+        self, adapters: Iterator[NamedSource], known: Mapping[str, pa.Table] | None
+    ) -> Iterator[tuple[str, Outcome]]:
+        """The next adapters, until there are `AT_ONCE` or they are large together."""
+        size = 0
+        for name, source in itertools.islice(adapters, AT_ONCE):
+            try:
+                outcome = self._read(name, source, known)
+            except (LensLoraError, OSError) as error:
+                yield name, error
+                continue
+            yield name, outcome
+            if isinstance(outcome, Loaded):
+                size += bytes_of(outcome.adapter)
+            if size > LARGE:
+                return
+
+    def _read(
+        self, name: str, source: Place | Adapter, known: Mapping[str, pa.Table] | None
+    ) -> pa.Table | Loaded:
+        """An adapter, or its rows if they are known."""
+        if isinstance(source, Adapter):
+            place = source
+            base_model = source.base_model
+        else:
+            place = adapter_folder(*source)
+            base_model = stated_base(place)
+        self._bases.require(name, base_model)
+
+        weights = None
+        if known is not None:
+            weights = _hash_of(place)
+            key = _key(name, weights)
+            if key in known:
+                return known[key]
+        adapter = place if isinstance(place, Adapter) else load_adapter(place)
+        return Loaded(weights, adapter)
+
+    def _table(
+        self, name: str, outcome: Outcome, slopes: Mapping[int, SlopesOfAdapter]
+    ) -> pa.Table:
+        """The rows of one adapter, or the only row of one that cannot be used."""
+        if isinstance(outcome, pa.Table):
+            return outcome
+        if isinstance(outcome, Exception):
+            return self._table_of([_error_row(name, outcome)])
+        try:
+            rows = self._rows(name, outcome, slopes)
+        except (LensLoraError, OSError) as error:
+            rows = [_error_row(name, error)]
+        return self._table_of(rows)
+
+    def _rows(
+        self, name: str, loaded: Loaded, slopes: Mapping[int, SlopesOfAdapter]
+    ) -> list[tuple[Any, ...]]:
+        """One row per readout, prompt and group."""
+        of_adapter = slopes.get(id(loaded.adapter))
+        if of_adapter is None:
+            of_adapter = self._base.slopes(loaded.adapter)
+        lens, by_half = of_adapter
+        groups, members = _grouping(lens.sites, self._group)
+        by_readout = slopes_by_readout(self._readouts, lens, by_half)
+
+        rows: list[tuple[Any, ...]] = []
+        for readout, values in zip(self._readouts, by_readout, strict=True):
+            label = readout.labels["readout"]
+            sums = (values.cpu().double() @ members).tolist()
+            for prompt, by_group in enumerate(sums):
+                total = sum(by_group)
+                for group, value in zip(groups, by_group, strict=True):
+                    row = (name, label, prompt, group, value, total, None, loaded.weights)
+                    rows.append(row)
+        return rows
+
+    def _table_of(self, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+        names = ["adapter", "readout", "prompt", self._group, "value", "total", "error", "weights"]
+        columns: list[pa.Array] = []
+        for column, kind in zip(zip(*rows, strict=True), _TYPES, strict=True):
+            columns.append(pa.array(column, kind))
+        return pa.table(columns, names)
+
+
+def _error_row(name: str, error: Exception) -> tuple[Any, ...]:
+    return (name, None, None, None, None, None, f"{type(error).__name__}: {error}", None)
+
+
+@functools.lru_cache(maxsize=4)
+def _grouping(
+    sites: tuple[Site, ...], group: GroupName
+) -> tuple[list[str], Float[Tensor, "site group"]]:
+    """The groups' names, and 1 where a site is in a group."""
+    groups = group_sites(sites, group)
+    return list(groups), indicator(groups, len(sites)).T
+
+
+# --- Which adapters
+
+
+def named_sources(
+    adapters: Adapters, revision: str | None, subfolder: str | None
+) -> Iterable[NamedSource]:
+    """Each adapter, or where it lies, beside its name in the table.
+
+    Args:
+        adapters: a folder or hub id with adapters at any depth; or several of these and `Adapter`s.
+        revision: branch, tag or commit of every hub repository.
+        subfolder: the folder within each folder or repository.
+    """
+    if isinstance(adapters, str | Path):
+        folders = folders_in(adapters, revision, subfolder)
+        return [(name, Place(folder)) for name, folder in folders.items()]
+    return (_named_source(adapter, revision, subfolder) for adapter in adapters)
+
+
+def _named_source(
+    adapter: str | Path | Adapter, revision: str | None, subfolder: str | None
+) -> NamedSource:
+    if isinstance(adapter, Adapter):
+        return adapter.name, adapter
+    require_path(adapter)
+    is_local = Path(adapter).exists()
+    name = str(adapter) if not subfolder else f"{adapter}/{subfolder}"
+    return name, Place(adapter, None if is_local else revision, subfolder)
+
+
+def first_base(sources: Iterable[NamedSource]) -> list[str]:
+    """The first base that an adapter of a folder names, the same in every process; perhaps none.
+
+    Args:
+        sources: from `named_sources`. Those that come one by one are not looked at, as they could
+            not be read a second time.
+    """
+    if not isinstance(sources, list):
+        return []
+    for _, source in sources:
+        if isinstance(source, Place):
+            base = stated_base(Path(source.path))
+            if base:
+                return [base]
+    return []
+
+
+def _hash_of(adapter: Adapter | Path) -> str:
+    if isinstance(adapter, Adapter):
+        return digest(adapter.modules)
+    content = b"".join(file.read_bytes() for file in files_in(adapter))
+    return hashlib.sha256(content).hexdigest()
+
+
+# --- The table
+
+
+def key_of(table: pa.Table) -> str:
+    """By what a resumed scan knows the adapter of these rows: its name, and the hash of factors."""
+    return _keys(table)[0]
+
+
+def _keys(table: pa.Table) -> list[str]:
+    names = table["adapter"].to_pylist()
+    weights = table["weights"].to_pylist()
+    return [_key(name, mark) for name, mark in zip(names, weights, strict=True)]
+
+
+def _key(name: str, weights: str | None) -> str:
+    return f"{name}#{weights}"
+
+
+def tables_in(store: Store) -> dict[str, pa.Table]:
+    """The rows of each adapter that was written, by `key_of`; of several the last."""
+    tables = [table for _, table in store.parts()]
+    if store.require_result(store.path):
+        tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
+
+    by_key: dict[str, pa.Table] = {}
+    for table in tables:
+        keys = _keys(table)
+        starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+        ends = [*starts[1:], len(keys)]
+        for start, end in zip(starts, ends, strict=True):
+            by_key[keys[start]] = table.slice(start, end - start)
+    return by_key
+
+
+def merge(store: Store, keys: Sequence[str]) -> None:
+    """Write the rows of these adapters, in this order, as the result."""
+    tables = tables_in(store)
+    in_order = [tables[key] for key in dict.fromkeys(keys)]
+    store.write([ranked(in_order)], {}, store.path)
+    store.remove()
+
+
+def ranked(tables: Sequence[pa.Table]) -> pa.Table:
+    """All rows, with each adapter's place by |total| for its readout and prompt.
+
+    Raises:
+        ArgumentError: no rows at all.
+    """
+    if not tables:
+        raise ArgumentError("no adapter was given.")
+    rows = pa.concat_tables(tables)
+    frame = cast(pd.DataFrame, rows.select(["readout", "prompt", "total"]).to_pandas())
+    sizes = frame["total"].abs().groupby([frame["readout"], frame["prompt"]])
+    ranks = sizes.rank(method="dense", ascending=False)
+    return rows.add_column(_RANK_AT, "rank", pa.array(ranks, _INTEGER, from_pandas=True))

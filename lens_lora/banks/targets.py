@@ -1,0 +1,91 @@
+"""What an adapter may target in a model: stand-ins, which add nothing, at every such module.
+
+The base's half of first order is recorded under stand-ins, whose sites are those of every adapter
+that a bank may be asked about later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+
+from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.core.model.hooked_host import HookedHost
+from lens_lora.core.model.sites import outside_layer
+from lens_lora.errors import LensLoraError, SiteError
+from lens_lora.families import HEADS, NORM_KINDS
+
+
+def stand_ins(host: HookedHost, globs: Sequence[str] = ("*",)) -> list[Adapter]:
+    """Adapters that add nothing at gates 0: one of every module, and one of all but the norms.
+
+    A module behind a norm is read elsewhere where that norm may change too, so both are recorded.
+
+    Args:
+        host: the model.
+        globs: the Hugging Face paths of the modules that an adapter may target.
+
+    Raises:
+        SiteError: no module of the model matches.
+    """
+    paths = _paths(host)
+    updates: dict[str, ModuleUpdate] = {}
+    for path in paths:
+        if not any(fnmatch.fnmatch(path, glob) for glob in globs):
+            continue
+        # A module that can be no exact site is left out: a lens refuses adapters of it.
+        with contextlib.suppress(LensLoraError):
+            updates.update(_stand_in(host, path))
+    if not updates:
+        raise SiteError(
+            f"modules={globs}: no module of this model matches; it has {', '.join(paths[:3])}, …"
+        )
+
+    adapters = [Adapter(updates, name="bank")]
+    linear = {path: update for path, update in updates.items() if isinstance(update, LoRAFactors)}
+    if linear:
+        adapters.append(Adapter(linear, name="bank"))
+    return adapters
+
+
+def _paths(host: HookedHost) -> list[str]:
+    """The Hugging Face paths of every module that the model's family knows, each once."""
+    family = host.family
+    head = HEADS[0] if host.base is None else host.base.head
+    paths: list[str] = []
+    for path in family.every_path():
+        if path in HEADS and path != head:
+            continue
+        paths += [path.format(l=layer) for layer in range(host.n_layers)]
+    paths += family.linear_paths(host.n_layers)
+    return list(dict.fromkeys(paths))
+
+
+def _stand_in(host: HookedHost, path: str) -> dict[str, ModuleUpdate]:
+    """An update that adds nothing; none where the model has no such module, or has it folded."""
+    place = host.family.place(path)
+    if place is None:
+        return {}
+    kind = place.kinds[0]
+    layer = place.layer
+    if layer is None:
+        layer = outside_layer(kind, host.n_layers)
+
+    if kind in NORM_KINDS:
+        affine = host.norm_parameters(layer, kind)
+        if affine is None or host.is_norm_folded(layer, kind) or not host.norm_ports(layer, kind):
+            return {}
+        gamma = affine[0]
+        return {path: TrainedModule(gamma + 1)}  # its Δγ is multiplied by a gate of 0
+
+    shapes = [host.shape(layer, each) for each in place.kinds if host.ports(layer, each)]
+    experts = host.experts(layer, kind)
+    rank = max(experts, 1)
+    width = shapes[0][1]
+    height = sum(out for out, _ in shapes)
+    A = torch.zeros(rank, width, device="cpu")
+    B = torch.zeros(height, rank, device="cpu")
+    return {path: LoRAFactors(A, B, experts=experts)}
