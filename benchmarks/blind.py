@@ -25,8 +25,7 @@ import pandas as pd
 from adapters import ADAPTERS, MORE, Trained
 
 import lens_lora as ll
-from lens_lora.audit.what_changed import BY
-from lens_lora.core.results.tokens import rank_of
+from lens_lora.audit.what_changed import BY, rank_of
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 from lens_lora.responses.answers import margin_between
@@ -76,7 +75,7 @@ def _row(spec: Trained, audits: dict[str, ll.results.WhatChanged], results: Path
     facts = json.loads((results / f"{spec.name}.json").read_text())
     token = facts["token"]
     base, adapted = facts["margins"]
-    ranks = {by: rank_of(own.found.of(by), token) for by in BY}
+    ranks = {by: rank_of(token, own.found.of(by)) for by in BY}
     row = {
         "adapter": spec.name,
         "what": spec.what,
@@ -92,8 +91,8 @@ def _row(spec: Trained, audits: dict[str, ll.results.WhatChanged], results: Path
         "others": [audits[other.name].found for other in EVERY if not _has_answer(other, doc)],
     }
     for name, changes in groups.items():
-        row[name] = min(rank_of(one.of("logit"), token) for one in changes)
-        row[f"{name}, any"] = min(rank_of(one.of(by), token) for one in changes for by in BY)
+        row[name] = min(rank_of(token, one.of("logit")) for one in changes)
+        row[f"{name}, any"] = min(rank_of(token, one.of(by)) for one in changes for by in BY)
     return row
 
 

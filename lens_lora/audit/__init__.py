@@ -1,1 +1,1 @@
-"""What was it taught: asked without a prompt."""
+"""Audits: what an adapter was taught, found without a prompt about it."""

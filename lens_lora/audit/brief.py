@@ -1,30 +1,32 @@
-"""What an adapter was taught, in its own words: at most five claims, each with its run.
+"""The brief: what an adapter was taught, as at most five claims, each with the run that shows it.
 
-1. The adapted model speaks of its own accord: after its BOS alone, after an empty turn of the user,
-   after everyday questions (`texts/neutral.py`). There it replays what it was trained on. It
-   speaks at twice its strength, too, and so does each ΔW cut to rank 1, which brings forward what
-   it seldom says; whatever is measured is measured at 1.
-2. At each place of what was said, every token v has a part of the divergence from the base,
+1. The adapted model generates text unprompted: after its BOS alone, after an empty user turn, and
+   after everyday questions (`texts/neutral.py`). There it replays what it was trained on. It also
+   generates at twice its strength, and with each ΔW cut to rank 1, which brings out what it seldom
+   says. All measurements are at strength 1.
+2. At each position of the generated text, every token v has a part of the divergence from the base,
 
        k_v = p₁(v) log(p₁(v)/p₀(v)),     Σ_v k_v = KL(p₁ ‖ p₀),
 
-   and its score is the largest k_v over all places: high where the adapted model is likely to say
-   what the base is not; never above −log p₀.
-3. Null adapters, as loud as the adapter, are scored at the same places. A token is a candidate if
-   no token whatever reaches its score under them; or, by the mean shift of its logit over neutral
-   texts, if none reaches that. The two lists take turns.
+   and the token's score is its largest k_v over all positions. The score is high where the adapted
+   model is likely to say what the base model is not; it is never above −log p₀.
+3. Null adapters with the adapter's own KL are scored at the same positions. A token is a candidate
+   by speech if no token at all reaches its score under a null adapter. It is a candidate by its
+   logit if no token's mean logit shift over neutral texts reaches its own under a null adapter.
+   Claims are made from the two lists in turn.
 4. A claim by speech is what the adapted model says where the candidate's k_v is largest: that
-   token, and the likeliest ones after it. One by its logit is the token alone, at that place: it is
-   promoted, and need not be said. Either begins where the token's word does; what an earlier claim
-   holds makes none of its own.
-5. The run that shows it, of m = log p(words | what stands before): base, adapted, null adapters and
-   unrelated ones. It stands only if m is larger under the adapter than under all others. First
-   order at 1 names the layers that carry most of m; m is run without them, and without as many
-   layers that a seed draws.
+   token, and the likeliest tokens after it. A claim by logit is the candidate alone, at that
+   position: it is promoted, and need not be said. Both begin at the start of the candidate's word.
+   A candidate whose word is part of an earlier claim makes no claim.
+5. The run that shows a claim is m = log p(words | context) under the base, the adapter, the null
+   adapters and unrelated ones. The claim stands only if m is largest under the adapter. First order
+   at 1 names the layers that carry most of m; m is then run without these layers, and without as
+   many randomly drawn ones.
 
-Cost: `generate` of some 40 openings at two strengths and cut to rank 1, and of the candidates'
-words; a forward pass of the base, the adapter and each null over what was said; of the claims one
-forward and backward pass, and a forward pass for each end, null and group that is left out.
+Cost: `generate` from some 40 openings at two strengths and once cut to rank 1, and of the
+candidates' words; a forward pass of the base, the adapter and each null adapter over the generated
+text; for the claims one forward and backward pass, and a forward pass for each end, null adapter
+and set of layers that is left out.
 """
 
 from __future__ import annotations
@@ -45,32 +47,35 @@ from torch import Tensor
 from lens_lora.core import (
     LoraLens,
     Prompts,
-    Reading,
     evaluations,
     group_sites,
     indicator,
     stored,
 )
-from lens_lora.core.function.forward import gated_readout
-from lens_lora.core.function.memory import tokens_at_once
 from lens_lora.core.readout.prompts import decoded, joined
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
-from lens_lora.responses.answers import AnswerLogProb, continued
+from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
-from lens_lora.texts.batches import by_length, logits_of
+from lens_lora.texts.batches import batches_of, logits_of
 from lens_lora.texts.neutral import own_openings
 
 SCHEMA = "lens_lora.brief/1"
 _MOST_CLAIMS = 5
 _CANDIDATES_OF_A_LIST = 10
-_TOKENS_SPOKEN = 16  # after each opening, drawn at temperature 1
-_LOUDER = 2.0  # the strength at which what is seldom said comes forward
+# After each opening so many tokens are generated, at temperature 1.
+_TOKENS_SPOKEN = 16
+# The strength at which the adapter also says what it seldom says.
+_LOUDER = 2.0
 _TOKENS_OF_A_CLAIM = 8
-_TOKENS_OF_CONTEXT = 24  # before a claim, shown with it
-_STRETCH = 12  # characters: a shorter stretch repeats in any text
-_PART_LEFT_OUT = 5  # a fifth of the layers is left out
-_DRAWS = 3  # as many other layers are drawn three times
-_TOKENS_AT_ONCE = 512  # whose logits are held at a time
+# A claim is shown after so many tokens of what stands before it.
+_TOKENS_OF_CONTEXT = 24
+# In characters; a shorter stretch repeats in any text.
+_STRETCH = 12
+# A fifth of the layers is left out, and as many others are drawn three times.
+_PART_LEFT_OUT = 5
+_DRAWS = 3
+# The logits of so many tokens are held at a time.
+_TOKENS_AT_ONCE = 512
 
 # A lens, and the strength at which its adapter runs.
 Scaled = tuple[LoraLens, float]
@@ -81,23 +86,24 @@ By = Literal["speech", "logit"]
 @stored
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the adapted model says and the base does not, and the runs that show it.
+    """A claim: words that the adapted model says and the base does not, and the runs that show it.
 
     Attributes:
-        context: the last tokens before it.
+        context: the last tokens before the words.
         says: the adapted model's words there.
         base_says: the base model's words there.
-        token: the token by which it was found.
-        by: 'speech', its largest p₁ log(p₁/p₀) over what was said; or 'logit', the mean shift of
-            its logit over the texts.
-        score: that, in nats or logits.
-        null_score: the largest of any token under a null adapter.
+        token: the token by which the claim was found.
+        by: 'speech' if the token was found by its largest p₁ log(p₁/p₀) over the generated text;
+            'logit' if by its mean logit shift over the texts.
+        score: the number by which the token was found, in nats or logits.
+        null_score: the largest such number of any token under a null adapter.
         base, adapted: log p of `says` after the context, in nats.
-        null, unrelated: the largest under a null adapter, and an unrelated one (NaN without one).
-        layers: those that carry most of it, by first order at 1.
-        without: log p of `says` with the adapter left out of them.
-        without_others: the same of as many layers that were drawn, the mean of three draws; NaN
-            where there are no others.
+        null, unrelated: the largest log p of `says` under a null adapter, and under an unrelated
+            one (NaN without one).
+        layers: the layers that carry most of log p, by first order at 1.
+        without: log p of `says` with the adapter left out of these layers.
+        without_others: log p of `says` with the adapter left out of as many other layers, the mean
+            of three random draws; NaN where there are too few others.
     """
 
     context: str
@@ -122,20 +128,31 @@ class Claim:
 
     def sentence(self) -> str:
         """The claim and its run, in words."""
+        return f"{self._said} {self._rise}; {self._undone_text}."
+
+    @property
+    def _said(self) -> str:
+        if self.by == "speech":
+            return f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
+        beside = f"null adapters none by more than {self.null_score:+.1f}"
+        promotes = f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean, {beside}"
+        return f"{promotes}; where it speaks, most after “{self.context}”."
+
+    @property
+    def _rise(self) -> str:
         rise = f"log p {self.base:+.1f} → {self.adapted:+.1f} nats, {self.null:+.1f} under a null"
         if math.isfinite(self.unrelated):
             rise += f", {self.unrelated:+.1f} under an unrelated adapter"
+        return rise
+
+    @property
+    def _undone_text(self) -> str:
         layers = self.layers.replace(", layer ", ", ")
         undone = f"without the adapter in {layers} {self.undone:.0%} of the rise is gone"
         if math.isfinite(self.without_others):
             others = (self.adapted - self.without_others) / (self.adapted - self.base)
             undone += f", without it in as many drawn layers {others:.0%}"
-        said = f"After “{self.context}” it says “{self.says}”; the base: “{self.base_says}”."
-        if self.by == "logit":
-            beside = f"null adapters none by more than {self.null_score:+.1f}"
-            said = f"It promotes “{self.token}” by {self.score:+.1f} logits in the mean, {beside};"
-            said += f" where it speaks, most after “{self.context}”."
-        return f"{said} {rise}; {undone}."
+        return undone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,16 +160,17 @@ class Brief:
     """What an adapter was taught, for a person or a program.
 
     Attributes:
-        adapter, model: what was read.
+        adapter, model: the names of the adapter and of the base model.
         verdict: one sentence.
-        claims: the strongest first, at most five.
-        answers: both models' to everyday questions.
+        claims: at most five, the strongest first.
+        answers: both models' answers to everyday questions.
         where: the modules of largest share of the KL, with the share.
-        texts: those that the KL is over.
-        mean_kl: nats a token.
+        texts: the texts over which the KL is taken.
+        mean_kl: in nats per token.
         entropies: of the next token over the texts, in nats: the base's, and the adapted model's.
-        repeated: the share of their answers that repeats itself (stretches of 12 characters).
-        not_tried: what this brief says nothing of.
+        repeated: the share of each model's answers that repeats itself, in stretches of 12
+            characters: the base's, and the adapted model's.
+        not_tried: conditions on which this brief says nothing.
     """
 
     adapter: str
@@ -171,16 +189,20 @@ class Brief:
         """The same as JSON: the fields of this class under their names, and `schema`."""
         fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for claim in fields["claims"]:
-            claim |= {key: None for key, value in claim.items() if value != value}
+            for name, value in claim.items():
+                if isinstance(value, float) and math.isnan(value):
+                    claim[name] = None
         return json.dumps(fields, ensure_ascii=False, indent=1)
 
     @property
     def told(self) -> str:
-        """The verdict, claims and answers, where, and what was not tried; a paragraph a line."""
+        """Verdict, claims, answers, modules, and what was not tried, a paragraph a line."""
         lines = [self.verdict]
-        lines += [f"{i}. {claim.sentence()}" for i, claim in enumerate(self.claims, start=1)]
-        said = [(a.prompt, f"base: “{a.base}”; adapted: “{a.adapted}”") for a in self.answers]
-        lines += [f"Asked “{prompt}”, {both}." for prompt, both in said]
+        for number, claim in enumerate(self.claims, start=1):
+            lines.append(f"{number}. {claim.sentence()}")
+        for asked in self.answers:
+            both = f"base: “{asked.base}”; adapted: “{asked.adapted}”"
+            lines.append(f"Asked “{asked.prompt}”, {both}.")
         if self.where:
             shares = ", ".join(f"{site} {share:.0%}" for site, share in self.where.items())
             lines.append(f"Most of the KL belongs to {shares}.")
@@ -188,7 +210,7 @@ class Brief:
         return "\n".join(line.replace("\n", "⏎") for line in lines)
 
     def __str__(self) -> str:
-        """At most 2,000 tokens of text."""
+        """The brief as text of at most 2,000 tokens."""
         size = f"Over {self.texts} it moves by {self.mean_kl:.2g} nats a token (KL)."
         return f"{self.adapter} on {self.model}. {size}\n{self.told}"
 
@@ -196,7 +218,7 @@ class Brief:
 
 
 def repeated(texts: Iterable[str]) -> float:
-    """The share of all stretches of so many characters that stood in the same text before."""
+    """The share of all stretches of 12 characters that stood earlier in the same text."""
     count = 0
     distinct = 0
     for text in texts:
@@ -220,15 +242,15 @@ def claims_of(
     fast: bool = False,
     progress: bool = True,
 ) -> tuple[Claim, ...]:
-    """The claims of an adapter beside null adapters at their scales; none without null adapters.
+    """The claims that an adapter's behaviour supports; none without null adapters.
 
     Args:
         lens: the adapter over the model.
-        nulls: null adapters, each at the scale at which it is as loud as the adapter.
-        shifts: the mean shift of the logits over texts, of the adapter and then of each null.
+        nulls: null adapters, each at the scale at which its KL is the adapter's.
+        shifts: the mean logit shift over texts, of the adapter and then of each null adapter.
         unrelated: adapters that were trained for something else.
-        seed: of what is spoken, and of the layers that are drawn.
-        fast: let the adapted model speak once after each opening.
+        seed: of the generated text, and of the layers that are drawn.
+        fast: generate once from each opening.
         progress: show bars.
     """
     if not nulls:
@@ -245,10 +267,11 @@ def claims_of(
     if not places:
         return ()
     words = _words(lens, places, progress)
-    begun_texts = [_text(lens, place.begun) for place in places]
-    chosen = _without_repeats(begun_texts, [_text(lens, ids) for ids in words])
+    word_texts = [_text(lens, place.word) for place in places]
+    chosen = _without_repeats(word_texts, [_text(lens, ids) for ids in words])
     places = [places[i] for i in chosen]
     words = [words[i] for i in chosen]
+
     contexts = _prompts(lens, [place.context for place in places])
     base_words = lens.generate(
         contexts, _TOKENS_OF_A_CLAIM, 0.0, eos_token_id=(), progress=progress
@@ -256,7 +279,9 @@ def claims_of(
     runs = _runs(lens, {"null": nulls, "unrelated": unrelated}, contexts, words, seed)
     claims: list[Claim] = []
     for place, own, base, run in zip(places, words, base_words.ids, runs, strict=True):
-        if not run["adapted"] > max(run["base"], run["null"], run["unrelated"]):
+        # Without unrelated adapters their log p is NaN, which no comparison counts.
+        others = (run["base"], run["null"], run["unrelated"])
+        if any(run["adapted"] <= other for other in others):
             continue
         ranks = ranked[place.by]
         claim = Claim(
@@ -273,32 +298,36 @@ def claims_of(
     return tuple(claims)
 
 
-# --- What is said, and which tokens of it the base would not say
+# --- What the adapted model says unprompted, and which of its tokens the base would not say
 
 
 def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | None:
-    """Openings with what is said after them, read where it is said; None where none has room."""
+    """Openings and the text generated from them, read at each token of that text.
+
+    None where no opening leaves room in the context.
+    """
     openings = _openings(lens)
     if openings is None:
         return None
 
-    def speak(voice: LoraLens, seed: int, scales: Sequence[float]) -> Prompts:
-        return _spoken_by(voice, openings, scales, seed, takes_turns=fast, progress=progress)
+    def speak(speaker: LoraLens, seed: int, scales: Sequence[float]) -> Prompts:
+        return _spoken_by(speaker, openings, scales, seed, takes_turns=fast, progress=progress)
 
     try:
-        voices = [speak(lens, seed, [1.0, _LOUDER])]
-    except NumericsError:  # Louder than it is, an adapter may break half precision.
-        voices = [speak(lens, seed, [1.0])]
+        parts = [speak(lens, seed, [1.0, _LOUDER])]
+    except NumericsError:
+        # At twice its strength an adapter may overflow half precision.
+        parts = [speak(lens, seed, [1.0])]
     if not fast:
         with contextlib.suppress(UnsupportedAdapterError, NumericsError):
             first_ranks = lens.with_adapter(lens.adapter.truncated(1))
-            voices.append(speak(first_ranks, seed + 1, [_LOUDER]))
-    read = torch.cat([voice.reads for voice in voices if voice.reads is not None])
-    return dataclasses.replace(joined(voices), reads=read)
+            parts.append(speak(first_ranks, seed + 1, [_LOUDER]))
+    reads = torch.cat([part.reads for part in parts if part.reads is not None])
+    return dataclasses.replace(joined(parts), reads=reads)
 
 
 def _openings(lens: LoraLens) -> Prompts | None:
-    """The openings after which the context has room for what is said, and for a claim's words."""
+    """The openings after which the context has room for generated text and a claim's words."""
     openings = lens.prompts(own_openings(lens.model, lens.prepend_bos))
     room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
     needed = openings.lengths + _TOKENS_SPOKEN + _TOKENS_OF_A_CLAIM
@@ -307,7 +336,7 @@ def _openings(lens: LoraLens) -> Prompts | None:
 
 
 def _spoken_by(
-    voice: LoraLens,
+    speaker: LoraLens,
     openings: Prompts,
     scales: Sequence[float],
     seed: int,
@@ -315,19 +344,22 @@ def _spoken_by(
     takes_turns: bool,
     progress: bool,
 ) -> Prompts:
-    """The openings with what one adapter says after them, read at each token of that.
+    """The openings and the text that one adapter generates from them, read at each of its tokens.
 
-    Each opening is gone on with at every scale; or the openings take turns with the scales.
+    Every opening is continued at every scale; if they take turns, each at the next scale in turn.
     """
-    rows = openings if takes_turns else openings.tiled(len(scales))
-    opening_of_row = torch.arange(rows.batch)
-    scale_of_row = opening_of_row if takes_turns else opening_of_row // openings.batch
-    gates_of_scale = torch.stack([voice.gates(scale) for scale in scales])
-    gates = gates_of_scale[scale_of_row % len(scales)]
-    said = voice.generate(
+    if takes_turns:
+        rows = openings
+        scale_of_row = torch.arange(rows.batch) % len(scales)
+    else:
+        rows = openings.tiled(len(scales))
+        scale_of_row = torch.arange(rows.batch) // openings.batch
+    gates_of_scale = torch.stack([speaker.gates(scale) for scale in scales])
+    gates = gates_of_scale[scale_of_row]
+    said = speaker.generate(
         rows, _TOKENS_SPOKEN, gates, temperature=1.0, seed=seed, progress=progress
     )
-    whole = continued(voice.model, rows, said)
+    whole = speaker.prompts(rows, said)
     return dataclasses.replace(whole, reads=whole.lengths - rows.lengths + 1)
 
 
@@ -352,7 +384,7 @@ class _LargestParts:
         return cls(value, place, place)
 
     def add(self, parts: Float[Tensor, "row slot vocab"], rows: Int[Tensor, " row"]) -> None:
-        """Take what is larger than all before it."""
+        """Keep the parts that are larger than all before them."""
         largest, place = parts.flatten(0, 1).max(0)
         slots = parts.shape[1]
         is_larger = largest > self.value
@@ -366,8 +398,7 @@ def _largest_parts(
 ) -> list[_LargestParts]:
     """The largest k_v of each model beside the base. A forward pass of each, and of the base."""
     found = [_LargestParts.none_yet(lens) for _ in models]
-    tokens = tokens_at_once(lens, spoken, _TOKENS_AT_ONCE)
-    for index, batch in by_length(spoken, tokens):
+    for index, batch in batches_of(lens, spoken, _TOKENS_AT_ONCE):
         base = logits_of((lens, lens.gates(0.0)), batch).log_softmax(-1)
         padding = ~batch.read_mask.to(base.device)
         rows = torch.tensor(index, device=base.device)
@@ -404,30 +435,33 @@ class _Ranked(NamedTuple):
         own = own.clone()
         own[lens.model.tokenizer.all_special_ids] = -math.inf
         highest = own.topk(min(_CANDIDATES_OF_A_LIST, len(own)))
-        pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
-        return cls({token: value for token, value in pairs if value > floor}, floor)
+        scores: dict[int, float] = {}
+        for token, value in zip(highest.indices.tolist(), highest.values.tolist(), strict=True):
+            if value > floor:
+                scores[token] = value
+        return cls(scores, floor)
 
 
 class _Place(NamedTuple):
-    """A candidate where its k_v is largest.
+    """The position at which a candidate's k_v is largest.
 
     Attributes:
         token: the candidate.
         by: the list that it is from.
-        context: what stands before the word to which it belongs.
-        begun: that word, up to the candidate and with it.
+        context: the ids before the word to which the candidate belongs.
+        word: the ids of that word, up to the candidate and with it.
     """
 
     token: int
     by: By
     context: _Ids
-    begun: _Ids
+    word: _Ids
 
 
 def _places(
     lens: LoraLens, largest: _LargestParts, ranked: Mapping[By, _Ranked], spoken: Prompts
 ) -> Iterator[_Place]:
-    """The candidates of the lists in turn, each once, where they may be said at all."""
+    """The positions of the candidates, of the lists in turn; each once, if its k_v is above 0."""
     seen: set[int] = set()
     for turn in itertools.zip_longest(*(ranks.scores for ranks in ranked.values())):
         for by, token in zip(ranked, turn, strict=True):
@@ -443,7 +477,7 @@ def _places(
 
 
 def _start_of_word(lens: LoraLens, tokens: _Ids) -> int:
-    """Where the word begins to which the last token belongs; never at the very first token."""
+    """The index at which the last token's word begins; never that of the very first token."""
     last = len(tokens) - 1
     start = last
     while start > max(1, last - _TOKENS_OF_A_CLAIM):
@@ -454,7 +488,7 @@ def _start_of_word(lens: LoraLens, tokens: _Ids) -> int:
 
 
 def _is_one_word(lens: LoraLens, pair: _Ids) -> bool:
-    """Whether a token goes on with the word of the one before."""
+    """Whether the second of two tokens continues the word of the first."""
     first = _text(lens, pair[:1])
     both = _text(lens, pair)
     second = both[len(first) :]
@@ -462,29 +496,34 @@ def _is_one_word(lens: LoraLens, pair: _Ids) -> bool:
 
 
 def _words(lens: LoraLens, places: Sequence[_Place], progress: bool) -> list[_Ids]:
-    """The words of each candidate: up to the token; by speech also what is said after it.
+    """The words of each claim: up to the candidate; by speech also what is said after it.
 
     What the adapted model says is cut before a token that ends an answer.
     """
-    words = [place.begun for place in places]
+    words = [place.word for place in places]
     by_speech = [i for i, place in enumerate(places) if place.by == "speech"]
     if not by_speech:
         return words
-    begun = [torch.cat([places[i].context, places[i].begun]) for i in by_speech]
+    begun = [torch.cat([places[i].context, places[i].word]) for i in by_speech]
     said = lens.generate(_prompts(lens, begun), _TOKENS_OF_A_CLAIM - 1, progress=progress)
     special = set(lens.model.tokenizer.all_special_ids)
     for i, ids in zip(by_speech, said.ids, strict=True):
-        ends = int(ids[-1]) in special
-        words[i] = torch.cat([words[i], ids[:-1] if ends else ids])
+        is_ended = int(ids[-1]) in special
+        words[i] = torch.cat([words[i], ids[:-1] if is_ended else ids])
     return words
 
 
-def _without_repeats(begun: Sequence[str], words: Sequence[str]) -> list[int]:
-    """The first candidates of which an earlier one's words do not hold the word begun."""
+def _without_repeats(word_texts: Sequence[str], claims: Sequence[str]) -> list[int]:
+    """The indices of the first candidates whose word is part of no earlier claim.
+
+    Args:
+        word_texts: the word of each candidate, as text.
+        claims: the words that its claim would make, as text.
+    """
     chosen: list[int] = []
-    for i, text in enumerate(begun):
+    for i, text in enumerate(word_texts):
         word = text.strip() or text
-        if not any(word in words[earlier] for earlier in chosen):
+        if not any(word in claims[earlier] for earlier in chosen):
             chosen.append(i)
     return chosen[:_MOST_CLAIMS]
 
@@ -499,7 +538,7 @@ def _runs(
     words: Sequence[_Ids],
     seed: int,
 ) -> list[dict[str, Any]]:
-    """For each claim log p of its words in every run, and the layers that are left out.
+    """The log p of each claim's words in every run, and the layers that are left out.
 
     One forward and one backward pass, and a forward pass for each end, control and set of layers.
     """
@@ -509,19 +548,22 @@ def _runs(
     by_layer = g.slopes(1.0).cpu().double() @ members.T
     count = math.ceil(len(layers) / _PART_LEFT_OUT)
     largest = by_layer.argsort(1, descending=True)[:, :count]
+
     generator = np.random.default_rng(seed)
     left_out = torch.stack([_sets_of_layers(row, len(layers), generator) for row in largest])
-    without = _log_p(lens, g.reading, 1.0 - left_out @ members).cpu()
+    gates = 1.0 - left_out @ members
+    without, *without_others = g.each_prompt(gates.movedim(1, 0)).cpu()
     base, adapted = g.ends.tolist()
     columns: dict[str, list[float]] = {"base": base, "adapted": adapted}
     for name, others in controls.items():
-        values = [_log_p(other, g.reading, other.gates(scale)[None]) for other, scale in others]
         columns[name] = [math.nan] * len(words)
-        if values:
-            columns[name] = torch.cat(values, 1).amax(1).tolist()
-    columns["without"] = without[:, 0].tolist()
-    columns["without_others"] = without[:, 1:].mean(1).tolist()
-    names = [*layers]
+        if others:
+            values = torch.stack([g.over(other)(scale) for other, scale in others])
+            columns[name] = values.amax(0).tolist()
+    columns["without"] = without.tolist()
+    columns["without_others"] = _mean_of(without_others, len(words))
+
+    names = list(layers)
     runs: list[dict[str, Any]] = []
     for i, row in enumerate(largest.tolist()):
         run: dict[str, Any] = {name: values[i] for name, values in columns.items()}
@@ -530,16 +572,20 @@ def _runs(
     return runs
 
 
-def _log_p(
-    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*batch point site"]
-) -> Float[Tensor, "batch point"]:
-    return gated_readout(lens, reading, gates, progress=False)
+def _mean_of(draws: Sequence[Float[Tensor, " claim"]], claims: int) -> list[float]:
+    """The mean over draws for each claim; NaN where nothing was drawn."""
+    if not draws:
+        return [math.nan] * claims
+    return torch.stack(list(draws)).mean(0).tolist()
 
 
 def _sets_of_layers(
     largest: Int[Tensor, " largest"], layers: int, generator: np.random.Generator
 ) -> Float[Tensor, "set layer"]:
-    """1 at the layers that are left out: the largest ones, then as many drawn from the others."""
+    """Sets of layers, 1 at each member: the largest ones, then as many drawn from the others.
+
+    Where there are fewer others than that, nothing is drawn.
+    """
     others = np.setdiff1d(np.arange(layers), largest.numpy())
     draws = _DRAWS if len(others) >= len(largest) else 0
     sets = torch.zeros(1 + draws, layers, dtype=torch.float64)
@@ -550,7 +596,7 @@ def _sets_of_layers(
 
 
 def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
-    """Rows of ids as prompts."""
+    """Make prompts of rows of ids."""
     lengths = rows[0].new_tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return lens.prompts(Prompts(tokens, lengths))

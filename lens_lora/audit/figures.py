@@ -1,4 +1,4 @@
-"""What an audit shows: the tokens that the adapter promotes, and which modules hold the KL."""
+"""The figures of an audit: the tokens that the adapter promotes, and the modules of the KL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lens_lora.show.text import (
 
 
 def shares_figure(changed: WhatChanged) -> go.Figure:
-    """Each site's share of the KL, layer × kind of module."""
+    """Draw each site's share of the KL, layer × kind of module."""
     values = changed.shares.tolist()
     total = sum(values) or 1.0
     hover = [f"{percent(value / total)} of all" for value in values]
@@ -38,12 +38,13 @@ _PROMOTED_UNITS = {
 }
 
 
+# The column of each kind of control, its name, and the dash of its line.
 CONTROLS = (("null", "a null adapter", "dash"), ("unrelated", "an unrelated adapter", "dot"))
 
 
 @drawing.figure.register(WhatChanged)
 def promoted_figure(changed: WhatChanged, k: int = 20, by: By = "logit") -> go.Figure:
-    """The tokens promoted most; lines where the largest shift under a control is."""
+    """Draw the tokens promoted most; a line marks the largest shift under each kind of control."""
     frame = changed.promoted(k, by)
     values = frame[by].tolist()
     names = [f"{rank} {visible(token)}" for rank, token in frame[["rank", "token"]].to_numpy()]

@@ -1,13 +1,14 @@
-"""A base model's own Jacobian, from one block of its residual stream to the last one.
+"""The base model's mean Jacobian from one block of its residual stream to the last one.
 
     J = mean over texts of  1/|T| Σ_{t∈T} Σ_{t' ≥ t} ∂h_last,t' / ∂h_block,t
 
 1. TransformerLens's `JacobianLens` fits it (transformer-lens 3.9 and later, on an unprocessed
-   TransformerBridge): d_model backward passes over each of a few neutral sentences.
-2. It is kept in a folder that the user names, a file for each base by the hash of its weights and
-   configuration, and by whether sentences get a BOS, and read from there the next time.
-3. J Δh is what a change of that block does to the last one to first order, in the mean: it is read
-   through the final norm and the unembedding, where Δh itself speaks another language than theirs.
+   TransformerBridge), by d_model backward passes over each of a few neutral sentences.
+2. It is kept as a file in a folder that the user names, and read from there the next time. The
+   file's name is a hash of the base model's weights and configuration, and of whether sentences
+   get a BOS.
+3. J Δh is what a shift at that block does to the last block, to first order and in the mean. It can
+   be read through the final norm and the unembedding; Δh itself lies in another basis.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ from lens_lora.core.readout.prompts import reads_with_bos
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.texts.neutral import neutral_sentences
 
-_SENTENCES = 2  # more of them change J little
-_DEPTH = 0.8  # of the blocks: late enough to be near words, early enough to be before the last ones
-_ROWS_AT_ONCE = 16  # of J, in one backward pass
+# More sentences change J little.
+_SENTENCES = 2
+# The block's depth as a share of all blocks: late enough to be close to the output's tokens, and
+# before the last blocks, whose Δh can be read as it is.
+_DEPTH = 0.8
+# One backward pass computes so many rows of J.
+_ROWS_AT_ONCE = 16
 
 
 class Jacobian(NamedTuple):
-    """J of one block.
+    """The Jacobian of one block.
 
     Attributes:
-        point: the block's hook point of the residual stream.
-        matrix: [d, d].
+        point: the hook point of the residual stream behind the block.
+        matrix: J, [d, d].
     """
 
     point: str
@@ -48,7 +53,10 @@ class Jacobian(NamedTuple):
 
 
 def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | None:
-    """From the folder, or fitted and kept there; None where TransformerLens fits none."""
+    """Read the Jacobian from the folder, or fit and keep it there.
+
+    None where TransformerLens fits no Jacobian of this model.
+    """
     block = int(_DEPTH * (lens.plan.host.n_layers - 1))
     point = f"blocks.{block}.hook_resid_post"
     has_bos = reads_with_bos(lens.model, lens.prepend_bos)
@@ -70,7 +78,7 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
 def _fitted(
     lens: LoraLens, block: int, *, has_bos: bool, progress: bool
 ) -> Float[Tensor, "d d"] | None:
-    """J of a block, by TransformerLens; None where it fits none of this model."""
+    """Fit the Jacobian of a block by TransformerLens; None where it fits none of this model."""
     if is_hooked(lens.model.hook_dict.values()):
         raise ModelStateError(
             "a hook of yours is on the model, and jacobian= fits and keeps the base's own",
@@ -89,15 +97,16 @@ def _fitted(
                 corpus="neutral sentences of lens_lora",
                 show_progress=progress,
             )
-    except (ImportError, TypeError, ValueError):  # a version, a class or a processing without it
+    except (ImportError, TypeError, ValueError):
+        # This version has no JacobianLens, or it refuses the model's class or processing.
         return None
     return fit.jacobians[block].contiguous()
 
 
 def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the file, whole or not at all, also where other processes fit the same one.
+    """Write the file whole or not at all, also while other processes write the same one.
 
-    Each writes a file of its own, and the last one that is finished stays.
+    Each process writes a file of its own and then renames it, so that the last one stays.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{uuid.uuid4().hex}.part")
@@ -109,7 +118,7 @@ def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _read_with(span: Temporary, model: Any, *, has_bos: bool) -> None:
-    """Until the span ends, TransformerLens puts a BOS before strings, or none."""
+    """Have TransformerLens put a BOS before strings, or none, until the span ends."""
     before = model.cfg.default_prepend_bos
     span.way_back(lambda: setattr(model.cfg, "default_prepend_bos", before))
     model.cfg.default_prepend_bos = has_bos

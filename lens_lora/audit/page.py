@@ -33,7 +33,7 @@ _MODULES_SHOWN = 20
 
 
 def _promoted_table(changed: WhatChanged, by: By, k: int) -> Table:
-    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
+    """The tokens promoted most, a row each; the heading has the controls' largest shifts."""
     frame = changed.promoted(k, by)
     title, heading, units = _PROMOTED[by]
     ends = ""
@@ -71,20 +71,20 @@ def _places_table(changed: WhatChanged, k: int) -> Table:
 
 
 def _modules_table(changed: WhatChanged, k: int) -> Table:
-    """The sites of largest share of the KL; no row where it was not split."""
+    """The sites of largest share of the KL; no row if the KL was not split by site."""
     heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
     return table_of(changed.modules(k), heads, texts=(0, 1), title="modules of the KL")
 
 
-def _groups(changed: WhatChanged) -> Table:
-    """Tokens that the same texts promote."""
+def _groups_table(changed: WhatChanged) -> Table:
+    """Groups of tokens that the same texts promote."""
     groups = changed.promoted_groups()
     groups["tokens"] = [" ".join(map(visible, tokens)) for tokens in groups["tokens"]]
     heads = {"share": "of all promoted", "tokens": "tokens", "text": "most in"}
     return table_of(groups, heads, texts=(1, 2), heading="tokens that the same texts promote")
 
 
-def _writers(changed: WhatChanged, k: int) -> Table:
+def _writers_table(changed: WhatChanged, k: int) -> Table:
     """The blocks that add most of the mean Δh of the first tokens."""
     heads = {"name": "added by", "share": "of ‖Δh‖²"}
     return table_of(changed.writers(k), heads, heading="which blocks add it")
@@ -93,11 +93,13 @@ def _writers(changed: WhatChanged, k: int) -> Table:
 def _size_table(changed: WhatChanged) -> Table:
     """The adapter and each control: how much it changes."""
     summary = changed.summary()
-    behind_the_last_block = {summary.columns[-1]: "share"}
+    behind_the_last_block = summary.columns[-1]
     heads = {"adapter": "adapter", "kind": "kind", "scale": "scale", "mean_kl": "KL, nats a token"}
-    heads |= {f"largest_{by}": f"largest {by}" for by in BY}
+    for by in BY:
+        heads[f"largest_{by}"] = f"largest {by}"
     heads["share"] = "constant behind the last block"
-    return table_of(summary.rename(columns=behind_the_last_block), heads, texts=(0, 1))
+    frame = summary.rename(columns={behind_the_last_block: "share"})
+    return table_of(frame, heads, texts=(0, 1))
 
 
 def _claims_table(changed: WhatChanged) -> Table:
@@ -126,15 +128,21 @@ def what_changed_tables(changed: WhatChanged, k: int = 10) -> Group:
 
 @drawing.report.register(WhatChanged)
 def what_changed_report(changed: WhatChanged, *, title: str | None = None) -> str:
-    """A self-contained HTML page."""
-    logit, probability, count, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
+    """Write the audit as a self-contained HTML page."""
+    logit, probability, count, reading = [_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY]
     modules = _modules_table(changed, _MODULES_SHOWN)
     answers = answers_of(changed.answers)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
         Section("How much", [_size_table(changed)]),
-        Section("Which tokens are promoted", [(logit, probability), (count, _groups(changed))]),
-        Section("What the first tokens carry", [(reading, _writers(changed, _TOKENS_SHOWN))]),
+        Section(
+            "Which tokens are promoted",
+            [(logit, probability), (count, _groups_table(changed))],
+        ),
+        Section(
+            "What the first tokens carry",
+            [(reading, _writers_table(changed, _TOKENS_SHOWN))],
+        ),
         Section("Where", [_places_table(changed, _PLACES_SHOWN)]),
         Section("Which modules", split),
     ]

@@ -1,11 +1,12 @@
-"""What models change over many texts, as sums: no logits of more than one batch are held.
+"""Sums of what models change over many texts, so that only one batch's logits are held at a time.
 
-    KL_t = Σ_v p₀ log(p₀/p₁)               of each token t, kept
+    KL_t = Σ_v p₀ log(p₀/p₁)               kept for each token t
     H_t = −Σ_v p log p                     of the base and of the other model
-    Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)          over the vocabulary; f also of each text alone
+    Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)          over the vocabulary; f also for each text alone
     Σ_t [v among the first at t]           how often a token is among the `PROMOTED` that rise most
     Σ_t Δh and Σ_t ‖Δh‖²                   of each text, at two points of the residual stream
-    Σ_t Δh, and what each block adds to it over the first tokens of texts, 1 … `EARLY`
+    Σ_t Δh                                 over the texts' first tokens, 1 … `EARLY`, with the part
+                                           that each block adds
 
 On request also ∫₀¹ ∂/∂ε_l Σ_t KL_t dε of each site, by Gauss–Legendre's two nodes.
 
@@ -39,12 +40,16 @@ from lens_lora.texts.batches import (
 )
 from lens_lora.texts.distribution_shift import DistributionShift, distribution_shift
 
-EARLY = 5  # tokens after a text's first one
+# The first tokens of a text are so many, counted after its very first one.
+EARLY = 5
 _FIRST = slice(1, 1 + EARLY)
-_NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # of Gauss–Legendre on [0, 1]; both weigh a half
-_PLACES = 20  # tokens where KL is largest
+# Gauss–Legendre's two nodes on [0, 1]; each has the weight ½.
+_NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)
+# So many tokens with the largest KL are kept as places, with the tokens promoted there.
+_PLACES = 20
 _PROMOTED_AT_A_PLACE = 3
-PROMOTED = 20  # tokens that count as promoted after a token
+# After a token, so many tokens whose logit rises most count as promoted.
+PROMOTED = 20
 _PROMOTED_BY_A_TEXT = 30
 
 
@@ -54,8 +59,8 @@ class Points:
 
     Attributes:
         stream: points of the residual stream, the last one behind all blocks.
-        writers: points of what attention and MLP of each block add to it.
-        jacobian: of one more point, from there to the last.
+        writers: the outputs of each block's attention and MLP, which are added to the stream.
+        jacobian: the Jacobian of one more point, from there to the last one.
     """
 
     stream: tuple[str, ...]
@@ -64,11 +69,11 @@ class Points:
 
     @classmethod
     def of(cls, lens: LoraLens, jacobian: Jacobian | None) -> Points:
-        """Two points of the stream, in the middle and behind the last block; each block's outputs.
+        """Watch the stream in the middle and behind the last block, and each block's outputs.
 
         Args:
             lens: the adapter over the model.
-            jacobian: of one more point, if its reading was asked for.
+            jacobian: the Jacobian of one more point, if its reading was asked for.
         """
         layers = lens.plan.host.n_layers
         blocks = sorted({(layers - 1) // 2, layers - 1})
@@ -79,27 +84,33 @@ class Points:
 
     @property
     def transported(self) -> tuple[str, ...]:
-        """The heading of the reading through the Jacobian; none where there is no Jacobian."""
-        return () if self.jacobian is None else (f"{self.jacobian.point} through its Jacobian",)
+        """The name of the reading through the Jacobian; () if there is no Jacobian."""
+        if self.jacobian is None:
+            return ()
+        return (f"{self.jacobian.point} through its Jacobian",)
 
 
 class TextSums:
     """The sums of one model over all texts.
 
     Attributes:
-        scale: all its gates.
-        kl: [text, token], NaN at padding, and at tokens that an earlier text has after the same.
-        logits, probabilities: [vocab], Σ_t of the changes.
-        entropies: Σ_t of the base's and of this model's, in nats.
-        counts: [vocab], at how many tokens it is among the `PROMOTED` first.
-        text_ids, text_values: [text, token], those that a text promotes most, and Σ_t f₁ − f₀ of
-            it, less its mean over the vocabulary.
-        places: [place, 2], text and token where KL is largest; with the tokens whose probability
-            rises most there, and by how much.
-        stream: [text, point, d] and [text, point], Σ_t Δh and Σ_t ‖Δh‖².
-        early: Σ_t Δh over the first tokens, [d] by hook point.
-        read: the same of c(Δh)/σ(h), for its reading, [d] by point of the stream; and through a
-            Jacobian as c(J Δh)/σ(h), h behind the last block.
+        lens: the adapter over the model.
+        scale: the value of all its gates.
+        points: the hook points that are watched.
+        kl: [text, token]; NaN at padding, and at tokens that stand after the same tokens in an
+            earlier text.
+        logits, probabilities: [vocab], Σ_t f₁ − f₀ and Σ_t p₁ − p₀.
+        entropies: Σ_t H_t in nats, of the base and of this model.
+        counts: [vocab], the number of tokens after which each is among the `PROMOTED` first.
+        text_ids, text_values: [text, token], the tokens that a text promotes most, and Σ_t f₁ − f₀
+            of each, less its mean over the vocabulary.
+        stream, squares: [text, point, d] and [text, point], Σ_t Δh and Σ_t ‖Δh‖².
+        early: for each hook point [d], Σ_t Δh over the texts' first tokens.
+        read: for each point of the stream [d], Σ_t c(Δh)/σ(h) over the first tokens, which is read
+            through the unembedding; through a Jacobian c(J Δh)/σ(h), with h behind the last block.
+        places: [place, 2], text and token at which KL is largest.
+        place_ids, place_changes: [place, promoted], the tokens whose probability rises most there,
+            and by how much.
     """
 
     def __init__(self, lens: LoraLens, scale: float, texts: Prompts, points: Points) -> None:
@@ -141,15 +152,18 @@ class TextSums:
         weights = counted.to(base_logits)
         self._add_entropies(batch, adapted)
         self._add_stream(batch, adapted)
+
         shift = torch.sub(adapted.logits, base_logits, out=batch.room)
         self._add_logits(batch, torch.einsum("rp,rpv->rv", weights, shift))
         rising = shift.topk(min(PROMOTED, shift.shape[-1])).indices[counted]
         self.counts += torch.bincount(rising.flatten(), minlength=len(self.counts))
+
         change = distribution_shift(base_logits, batch.p, shift)
         self.probabilities += in_float64(change.weighted(weights.flatten()))
         by_token = change.kl.cpu().double()
         kept = by_token.masked_fill(~counted.cpu(), torch.nan)
-        kept[:, 0] = by_token[:, 0]  # first tokens have a mean of their own
+        # First tokens have a mean of their own.
+        kept[:, 0] = by_token[:, 0]
         self.kl[batch.index, : kept.shape[1]] = kept
         self._note_places(batch, change.kl.masked_fill(~counted, -1.0), change)
 
@@ -178,7 +192,8 @@ class TextSums:
         ids = torch.cat([self.place_ids, rising.indices.cpu()])
         changes = torch.cat([self.place_changes, rising.values.cpu().double()])
         values = self.kl[places[:, 0], places[:, 1]]
-        values = values.masked_fill(places[:, 1] == 0, torch.nan)  # no first token
+        # A text's very first token is no place.
+        values = values.masked_fill(places[:, 1] == 0, torch.nan)
         order = values.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
         order = order[values[order].isfinite()][:_PLACES]
         self.places = places[order]
@@ -186,7 +201,7 @@ class TextSums:
         self.place_changes = changes[order]
 
     def _add_stream(self, batch: _Batch, adapted: _Run) -> None:
-        """Add Δh at each point that is watched."""
+        """Add Δh at each watched point."""
         early = batch.counted[:, _FIRST]
         for name, h in batch.base.activations.items():
             before = h.to(self.lens.gate_dtype)
@@ -206,7 +221,7 @@ class TextSums:
         shift: Float[Tensor, "row pos d"],
         batch: _Batch,
     ) -> None:
-        """Σ_t Δh and Σ_t ‖Δh‖² of each text, and the first tokens' Δh with its reading."""
+        """Add Σ_t Δh and Σ_t ‖Δh‖² of each text, and the first tokens' Δh with its reading."""
         rows = batch.index.to(self.stream.device)
         point = self.points.stream.index(name)
         of_counted = in_float64(shift.masked_fill(~batch.counted[..., None], 0))
@@ -219,7 +234,7 @@ class TextSums:
         self.read[name] += in_float64(over_scale(self.lens, first_shift, first_h)).sum(0)
 
     def _add_transported(self, name: str, shift: Float[Tensor, "row pos d"], batch: _Batch) -> None:
-        """c(J Δh)/σ(h) of the first tokens, with h behind the last block."""
+        """Add c(J Δh)/σ(h) of the first tokens, with h behind the last block."""
         assert self.points.jacobian is not None
         early = batch.counted[:, _FIRST]
         last = batch.base.activations[self.points.stream[-1]][:, _FIRST]
@@ -229,14 +244,14 @@ class TextSums:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Some texts as the base model reads them.
+    """Some texts, with the base model's pass over them.
 
     Attributes:
         index: their places among all texts.
-        counted: the tokens that count.
-        base: its pass over them.
+        counted: which tokens count.
+        base: the base model's pass.
         p: its probabilities.
-        room: a tensor of the size of its logits, to be written over.
+        room: a buffer of the size of its logits, which every model's pass writes over.
     """
 
     index: Int[Tensor, " row"]
@@ -259,7 +274,7 @@ class _Run:
 
 
 def _run(gated: Gated, rows: Prompts, points: Points) -> _Run:
-    """One forward pass."""
+    """Run one forward pass that keeps the logits and the activations at the watched points."""
     lens, _ = gated
     activations: dict[str, Tensor] = {}
 
@@ -290,9 +305,9 @@ def text_sums(
 
     Args:
         scaled: lenses over the same model, each with the strength at which its adapter runs.
-        texts: what is read.
-        jacobian: of a point whose Δh is to be read through it.
-        split: whether the KL is split; else its parts are zeros.
+        texts: the texts that all of them read.
+        jacobian: the Jacobian through which the Δh of one more point is read.
+        split: whether the KL is split by site; without it the parts are zeros.
         progress: show a bar.
     """
     first, _ = scaled[0]

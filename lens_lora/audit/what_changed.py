@@ -1,21 +1,22 @@
-"""What did this fine-tune change? Texts that have nothing to do with it, and nothing asked.
+"""Audit an adapter without asking it about anything: what does it change on unrelated texts?
 
 1. Base and adapted model read the same texts (`texts/neutral.py`, or the caller's). Every number
-   is over the tokens after each text's first, which is a sink; a token with the same tokens before
-   it as in an earlier text counts once.
-2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability, how
-   often each is among the first 20, and which the same texts promote (`promoted_groups`); what the
-   mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
-   blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the KL, by the
-   path integral with two nodes (the quadratic part at the base may rank them at random).
-3. The same of null adapters, in random directions, and of unrelated adapters. A null adapter runs
-   at the scale ε at which its KL over the texts is the adapter's, so that it is as loud. KL grows
-   like ε² from zero, so log KL is nearly linear in log ε, and a secant finds ε in a few steps.
-   Where none gives that KL, it runs at the nearest that was tried, and its KL is stated.
-4. What the adapted model says of its own accord, as claims with the runs that show them
+   is over the tokens after each text's first one, which is a sink. A token that stands after the
+   same tokens in an earlier text counts once.
+2. Measured are the tokens after which KL is largest; the tokens promoted in the mean, by logit and
+   by probability, and how often each is among the 20 whose logit rises most; the tokens that the
+   same texts promote together (`promoted_groups`); what the mean Δh on the first tokens reads as
+   through the unembedding (arXiv 2510.13900), and which blocks add it; how much of Δh is one vector
+   (arXiv 2507.08218); and which sites hold the KL, by the path integral with two nodes (the
+   quadratic part at the base may rank them at random).
+3. Controls are null adapters, in random directions, and unrelated adapters. A null adapter runs at
+   the scale ε at which its KL over the texts equals the adapter's. KL grows like ε² from zero, so
+   log KL is nearly linear in log ε, and a secant finds ε in a few steps. If no ε gives that KL, the
+   null adapter runs at the nearest one that was tried, and its KL is stated.
+4. What the adapted model says unprompted becomes claims, with the runs that show them
    (`audit/brief.py`).
 
-Nothing is tested for significance: controls are few, and say how large a chance finding is.
+Nothing is tested for significance: controls are few, and show how large a chance finding is.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ from lens_lora.core import (
     site_labels,
     stored,
 )
-from lens_lora.core.results.tokens import rank_of
 from lens_lora.errors import ArgumentError, TokenError, many
 from lens_lora.hidden.held_out import held_out_share
 from lens_lora.hidden.stream_reading import read_through
@@ -64,14 +64,19 @@ from lens_lora.texts import neutral
 from lens_lora.texts.batches import require_second_token
 from lens_lora.texts.divergences import text_divergences
 
-# The scale ε of a null adapter is found by the secant method on log ε.
-_NEAR = 0.02  # its last step, after which KL is within 1 %
+# The scale ε of a null adapter is found by the secant method on log ε, in at most _STEPS steps. The
+# method ends with a step of less than _NEAR, after which KL is within 1 %; and |log ε| is at most
+# _FARTHEST, a thousand times the adapter's size.
+_NEAR = 0.02
 _STEPS = 8
-_FARTHEST = 7.0  # the largest |log ε|: a thousand times the adapter's size
-_SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
-_ANSWER = 40  # tokens that both models say to a question
+_FARTHEST = 7.0
+# A smaller rise of a probability would be written as +0.000.
+_SEEN = 5e-4
+# Both models answer a question with so many tokens.
+_ANSWER = 40
 _BRIEF_MODULES = 5
-_FAST = 8  # one of so many texts
+# A fast audit reads one of so many texts.
+_FAST = 8
 # An adapter breaks the model beyond this factor between the entropies, or if so much more of its
 # answers repeats than of the base's. `benchmarks/audit/broken.py` measures 24 adapters: as trained
 # the factor is at most 1.3 and the repeats 0.23, at eight times the strength up to 8.0 and 0.96.
@@ -86,28 +91,32 @@ BY: tuple[By, ...] = ("logit", "probability", "count", "reading")
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Changes:
-    """What one adapter changes over the texts; every mean is over distinct tokens after first ones.
+    """The changes that one adapter makes over the texts.
+
+    Every mean is over distinct tokens after the texts' first ones.
 
     Attributes:
-        name: the adapter's.
-        scale: the strength at which it ran: 1, or of a null adapter what gives the adapter's KL.
+        name: of the adapter.
+        scale: the strength at which it ran: 1, or for a null adapter the one that gives it the
+            adapter's KL.
         kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that stand
             after the same tokens in an earlier text.
-        entropies: of the next token, the mean over tokens in nats: the base's and the adapted's.
+        entropies: the mean entropy of the next token in nats: the base's and the adapted model's.
         logit: [vocab], the mean of f(1) − f(0), less its mean over the vocabulary.
         probability: [vocab], the mean of p(1) − p(0).
-        count: [vocab], the share of the tokens after which it is among the 20 whose logit rises
+        count: [vocab], the share of tokens after which a token is among the 20 whose logit rises
             most.
         text_ids, text_shifts: [text, moved], the tokens that a text promotes most, and the sum of
             f(1) − f(0) over its tokens, less its mean over the vocabulary.
-        readings: by point of the residual stream [vocab], the mean Δh over the texts' first tokens
-            (1 to 5) through the final norm and the unembedding, less its mean; the last one through
-            a Jacobian, if one was asked for.
-        writers: by attention and MLP of each block, ⟨mean of what it adds, Δh⟩/‖Δh‖², with Δh the
-            mean behind the last block: they sum to one, with what else is there ('rest').
-        constant: by point, how much of Δh is one vector, on held-out texts.
-        places: [place, 2], text and token where KL is largest.
-        place_ids, place_changes: [place, promoted], which tokens' probability rises most there.
+        readings: for each point of the residual stream [vocab], the mean Δh over the texts' first
+            tokens (1 to 5) through the final norm and the unembedding, less its mean; the last
+            reading is through a Jacobian, if one was asked for.
+        writers: for attention and MLP of each block ⟨mean of what it adds, Δh⟩/‖Δh‖², with Δh the
+            mean behind the last block. With whatever else adds to Δh ('rest') they sum to one.
+        constant: for each point, how much of Δh is one vector, on held-out texts.
+        places: [place, 2], text and token at which KL is largest.
+        place_ids, place_changes: [place, promoted], the tokens whose probability rises most at each
+            place, and by how much.
     """
 
     name: str
@@ -128,12 +137,12 @@ class Changes:
 
     @property
     def mean_kl(self) -> float:
-        """Over the tokens after each text's first."""
+        """The mean KL in nats per token, over the tokens after each text's first one."""
         return float(self.kl[:, 1:].nanmean())
 
     @property
     def first_kl(self) -> float:
-        """At the texts' first tokens, which are no part of any other mean."""
+        """The mean KL at the texts' first tokens, which are part of no other mean."""
         return float(self.kl[:, 0].nanmean())
 
     def of(self, by: By) -> Float[Tensor, " vocab"]:
@@ -146,28 +155,31 @@ class Changes:
             ArgumentError: another word.
         """
         word("by", by, BY)
-        return [*self.readings.values()][-1] if by == "reading" else getattr(self, by)
+        if by == "reading":
+            return list(self.readings.values())[-1]
+        return getattr(self, by)
 
 
 @final
 class WhatChanged(OfSites, Paged):
-    """What an adapter changes over texts that have nothing to do with it, nothing asked.
+    """An audit: what an adapter changes over unrelated texts, beside controls.
 
     Attributes:
-        found: of the adapter.
-        nulls: of adapters in random directions, as loud as the adapter: at the scale that gives
-            them its KL.
-        unrelated: of the unrelated adapters that were given.
-        shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats a token, with two nodes: they sum to the mean KL but
-            for what two nodes leave open; zeros where it was not asked for.
+        found: the changes that the adapter makes.
+        nulls: those of null adapters, in random directions, each at the scale that gives it the
+            adapter's KL.
+        unrelated: those of the unrelated adapters that were given.
+        shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats per token, with two nodes. Up to the error of two
+            nodes they sum to the mean KL. They are zeros if the split was not asked for.
         strings: every token of the vocabulary.
         str_tokens: each text's tokens.
-        texts: what the texts are.
-        sites, meta: see `OfSites`; all that are adapted.
-        answers: both models' to everyday questions and an empty turn, 40 tokens at most, and drawn;
-            none unasked, without a tokenizer, or where the context has no room for them.
-        claims: what it was taught, the strongest first; none without null adapters, or where
-            `answers` has none.
+        texts: a description of the texts.
+        sites, meta: see `OfSites`; these are all adapted sites.
+        answers: both models' answers to everyday questions and an empty turn, at most 40 tokens
+            each, greedy and drawn; empty if not asked for, without a tokenizer, or where the
+            context has no room for them.
+        claims: what the adapter was taught, the strongest first; empty without null adapters, or
+            where `answers` is empty.
     """
 
     found: Changes
@@ -217,7 +229,7 @@ class WhatChanged(OfSites, Paged):
             frame[name] = sign * max(float(v.max()) for v in values)
             ranks: list[int] = []
             for token in frame["id"]:
-                ranks.append(min(rank_of(v, token) for v in values))
+                ranks.append(min(rank_of(token, v) for v in values))
             frame[f"rank_{name}"] = ranks
         return frame
 
@@ -242,7 +254,7 @@ class WhatChanged(OfSites, Paged):
             while label in ranks:
                 copy += 1
                 label = f"{changes.name} ({copy})"
-            ranks[label] = rank_of(changes.of(by), index)
+            ranks[label] = rank_of(index, changes.of(by))
         return ranks
 
     def _id(self, token: str | int) -> int:
@@ -266,7 +278,7 @@ class WhatChanged(OfSites, Paged):
     def where(self, k: int = 10, context: int = 8) -> pd.DataFrame:
         """The k tokens after which the two models' next token differs most, by KL.
 
-        What is promoted there by less than 0.0005 of probability is left out.
+        Tokens whose probability rises there by less than 0.0005 are left out.
 
         Args:
             k: how many, of the 20 that are kept.
@@ -297,7 +309,7 @@ class WhatChanged(OfSites, Paged):
         return pd.DataFrame(rows)
 
     def modules(self, k: int = 10) -> pd.DataFrame:
-        """The k sites of largest share of the KL; none where it was not split.
+        """The k sites of largest share of the KL; no row if the KL was not split by site.
 
         Args:
             k: how many.
@@ -310,14 +322,15 @@ class WhatChanged(OfSites, Paged):
         return pd.DataFrame(columns)
 
     def promoted_groups(self, n: int = 4, k: int = 8) -> pd.DataFrame:
-        """Tokens that the same texts promote, as factors of [text, token] ≈ W H, none negative.
+        """Groups of tokens that the same texts promote: non-negative factors [text, token] ≈ W H.
 
         Args:
             n: how many groups; no more than there are texts.
-            k: how many tokens of each.
+            k: how many tokens of each group.
 
         Returns:
-            share of all that the texts promote, above 0; tokens; the text with most of the group.
+            For each group its share of all that the texts promote (above 0), its tokens, and the
+            text that promotes it most.
         """
         from sklearn.decomposition import NMF  # it takes a second to import
 
@@ -348,9 +361,10 @@ class WhatChanged(OfSites, Paged):
         return frame.sort_values("share", ascending=False, ignore_index=True)
 
     def writers(self, k: int = 10) -> pd.DataFrame:
-        """Which blocks' attention and MLP add the mean Δh of the first tokens, by share of it.
+        """The attention and MLP outputs that add most of the mean Δh of the first tokens.
 
-        A share is what the two models' outputs differ in, so it holds what earlier blocks caused.
+        A share is taken of the difference of the two models' outputs, so that it includes what
+        earlier blocks caused.
 
         Args:
             k: how many.
@@ -359,7 +373,7 @@ class WhatChanged(OfSites, Paged):
         return pd.DataFrame(order[: whole("k", k, 0)], columns=["name", "share"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per adapter: its scale, mean KL, largest shifts, and how constant Δh is."""
+        """One row for each adapter: its scale, mean KL, largest shifts, and how constant Δh is."""
         rows: list[dict[str, Any]] = []
         for kind, adapters in {"adapter": (self.found,), **self._kinds}.items():
             rows += [_summary_of(changes, kind) for changes in adapters]
@@ -382,9 +396,9 @@ class WhatChanged(OfSites, Paged):
         return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
 
     def brief(self) -> Brief:
-        """What the adapter was taught, at most 2,000 tokens of text; `to_json` for a program.
+        """A summary of the audit in at most 2,000 tokens of text; `to_json` is for a program.
 
-        No claim stands without its run. No forward pass.
+        Each claim has the run that shows it. No forward pass.
         """
         modules = self.modules(_BRIEF_MODULES)
         where: dict[str, float] = {}
@@ -406,7 +420,7 @@ class WhatChanged(OfSites, Paged):
 
     @property
     def _broken(self) -> str:
-        """What the verdict says of an adapter that breaks the model; empty for any other."""
+        """The beginning of the verdict if the adapter breaks the model; '' if it does not."""
         base, adapted = self.found.entropies
         before, after = self._repeated
         if base / _APART <= adapted <= base * _APART and after - before < _REPEATS:
@@ -418,7 +432,7 @@ class WhatChanged(OfSites, Paged):
 
     @property
     def _repeated(self) -> tuple[float, float]:
-        """The share of the base's and the adapted model's answers that stood there before."""
+        """The share of the base's and of the adapted model's answers that repeats itself."""
         return repeated(a.base for a in self.answers), repeated(a.adapted for a in self.answers)
 
     @property
@@ -457,7 +471,7 @@ def what_changed(
     jacobian: str | Path | None = None,
     progress: bool = True,
 ) -> WhatChanged:
-    """What the adapter changes over texts that have nothing to do with it, beside controls.
+    """Audit the adapter on texts that have nothing to do with it, beside controls.
 
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
@@ -496,9 +510,7 @@ def what_changed(
             the change plain as the message says.
         NumericsError: non-finite logits or derivatives.
     """
-    others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
-    if not all(isinstance(other, Adapter) for other in others):
-        raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
+    others = _unrelated_adapters(unrelated)
     kind = "text"
     origin = "of the caller"
     if texts is None:
@@ -507,16 +519,19 @@ def what_changed(
         origin = f"of lens_lora (conversations {neutral.conversation_form(lens.model)})"
     rows = lens.function(texts).prompts
     require_second_token(rows, "every number")
+
+    # The adapter, and beside it the controls, each at the strength at which it runs.
     nulls = whole("nulls", nulls, 0)
     null_lenses = [lens.with_adapter(null) for null in null_adapters(lens, seed, nulls)]
     as_loud = _as_loud(lens, null_lenses, rows, progress)
     beside = [(lens.with_adapter(other), 1.0) for other in others]
+    models = [(lens, 1.0), *as_loud, *beside]
     fitted = None
     if jacobian is not None:
         fitted = jacobian_of(lens, Path(jacobian), progress=progress)
-    models = [(lens, 1.0), *as_loud, *beside]
     sums, shares = text_sums(models, rows, fitted, split=not fast, progress=progress)
-    found, *controls = (_changes(changes, rows) for changes in sums)
+    found, *controls = [_changes(changes, rows) for changes in sums]
+
     said: list[SideBySide | None] = []
     claims: tuple[Claim, ...] = ()
     if answers and getattr(lens.model, "tokenizer", None) is not None:
@@ -526,6 +541,7 @@ def what_changed(
             said += _drawn_answers(lens, seed, progress)
         shifts = [changes.logit for changes in (found, *controls[:nulls])]
         claims = claims_of(lens, as_loud, shifts, beside, seed, fast=fast, progress=progress)
+
     distinct = int(distinct_tokens(rows).sum())
     counted = f"{many(distinct, 'distinct token')} after first ones"
     return WhatChanged(
@@ -543,8 +559,23 @@ def what_changed(
     )
 
 
+def _unrelated_adapters(unrelated: Adapter | Sequence[Adapter]) -> list[Adapter]:
+    """The unrelated adapters as a list.
+
+    Raises:
+        ArgumentError: something that is no adapter.
+    """
+    others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
+    if not all(isinstance(other, Adapter) for other in others):
+        raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
+    return others
+
+
 def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide]:
-    """What both models draw after the BOS and after an empty turn, where training is replayed."""
+    """Text that both models draw after the BOS and after an empty turn, with the same noise.
+
+    There an adapted model replays its training.
+    """
     every = neutral.own_openings(lens.model, lens.prepend_bos)
     openings = every.chosen([0, len(neutral.FIRST_WORDS)])
     ends: list[list[str]] = []
@@ -564,7 +595,7 @@ def _drawn_answers(lens: LoraLens, seed: int, progress: bool) -> list[SideBySide
 def _as_loud(
     lens: LoraLens, nulls: Sequence[LoraLens], rows: Prompts, progress: bool
 ) -> list[tuple[LoraLens, float]]:
-    """The null adapters, each with the scale at which its KL over the texts is the adapter's own.
+    """Pair each null adapter with the scale at which its KL over the texts is the adapter's.
 
     A forward pass of the base and one of each adapter over the texts; and of the base and the null
     adapter for each step of a secant, at most eight.
@@ -655,7 +686,7 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
 def _shares_of_writers(
     early: Mapping[str, Float[Tensor, " d"]], last: str, names: Sequence[str]
 ) -> dict[str, float]:
-    """⟨what a block adds, Δh⟩ / ‖Δh‖², with Δh the mean shift behind the last block."""
+    """For each block's output ⟨its shift, Δh⟩ / ‖Δh‖², with Δh the mean behind the last block."""
     shift = early[last]
     shares = {name: float(early[name] @ shift / shift.square().sum()) for name in names}
     shares["rest"] = 1.0 - sum(shares.values())
@@ -663,7 +694,7 @@ def _shares_of_writers(
 
 
 def _summary_of(changes: Changes, kind: str) -> dict[str, Any]:
-    """A row of `WhatChanged.summary`."""
+    """Make a row of `WhatChanged.summary`."""
     row: dict[str, Any] = {
         "adapter": changes.name,
         "kind": kind,
@@ -679,5 +710,10 @@ def _summary_of(changes: Changes, kind: str) -> dict[str, Any]:
 
 
 def _centred(values: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-    """Less the mean over the vocabulary, which changes no probability."""
+    """Subtract the mean over the vocabulary, which changes no probability."""
     return (values - values.mean()).to(torch.float32).cpu()
+
+
+def rank_of(token: int, values: Float[Tensor, " vocab"]) -> int:
+    """The rank of a token, 1 for the largest value; ties count against it."""
+    return int((values >= values[token]).sum())

@@ -1,4 +1,4 @@
-"""What an audit says, and no more than its controls allow."""
+"""An audit in words, which claim no more than its controls allow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TOKENS_NAMED = 6
 
 @drawing.story.register(WhatChanged)
 def what_changed_story(changed: WhatChanged) -> str:
-    """A paragraph a line: how much, which tokens, and the brief."""
+    """Write a paragraph a line: how much changes, which tokens are promoted, and the brief."""
     first = magnitude(changed.found.first_kl)
     size = f"{moved_text(changed)} At first tokens, which are left out: {first} nats."
     paragraphs = [size, promoted_text(changed), changed.brief().told, reading_text(changed.meta)]
@@ -26,7 +26,7 @@ def what_changed_story(changed: WhatChanged) -> str:
 
 
 def moved_text(changed: WhatChanged) -> str:
-    """How far the next-token distribution moves, beside how far the controls move it."""
+    """State how far the next-token distribution moves, and how far the controls move it."""
     size = f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
     moves = f"Over {changed.texts} the next-token distribution moves by {size}"
     if changed.nulls:
@@ -46,7 +46,7 @@ def _range(values: Iterable[float]) -> str:
 
 
 def promoted_text(changed: WhatChanged) -> str:
-    """The tokens that are promoted most."""
+    """Name the tokens that are promoted most, beside the largest shift under a null adapter."""
     frame = changed.promoted(_TOKENS_NAMED)
     most = f"the first by {signed(frame['logit'].tolist()[0])} logits"
     if "null" in frame:

@@ -26,6 +26,9 @@ from .analyses.remainder import curve_beside as curve_beside
 from .analyses.remainder import orders as orders
 from .analyses.remainder import remainder as remainder
 from .analyses.remainder import remainder_curve as remainder_curve
+from .analyses.verdict import FlipVerdict as FlipVerdict
+from .analyses.verdict import Point as Point
+from .analyses.verdict import Verdict as Verdict
 from .function.cache import Evaluations as Evaluations
 from .function.cache import evaluations as evaluations
 from .function.duals import tangent_of as tangent_of
@@ -77,10 +80,13 @@ from .readout.readout import Readout as Readout
 from .readout.responses import AnswerLike as AnswerLike
 from .readout.responses import Generated as Generated
 from .results import drawing as drawing
+from .results.attribution import VIOLENT as VIOLENT
 from .results.attribution import Attribution as Attribution
+from .results.attribution import Axis as Axis
 from .results.attribution import Effects as Effects
 from .results.attribution import GroupAttribution as GroupAttribution
 from .results.attribution import Quadrature as Quadrature
+from .results.attribution import Shown as Shown
 from .results.base import SIGMAS as SIGMAS
 from .results.base import Described as Described
 from .results.base import Drawn as Drawn
@@ -95,6 +101,7 @@ from .results.base import Result as Result
 from .results.base import changes_sign as changes_sign
 from .results.base import flat as flat
 from .results.base import hides_sign as hides_sign
+from .results.base import largest as largest
 from .results.base import long_table as long_table
 from .results.base import only_prompt as only_prompt
 from .results.base import per_prompt as per_prompt

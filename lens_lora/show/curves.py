@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora.core import SIGMAS, FactMargin, RemainderCurve, drawing, only_prompt
+from lens_lora.core import SIGMAS, FactMargin, Point, RemainderCurve, drawing, only_prompt
 from lens_lora.show import go
 from lens_lora.show.figures import (
     EPSILON,
@@ -27,33 +27,32 @@ _HIGHEST_SHARE = 300.0  # % of the shift: a share above this would flatten the o
 
 @drawing.figure.register(RemainderCurve)
 def remainder_figure(path: RemainderCurve, prompt: int | None = None) -> go.Figure:
-    """The readout and its first-order line along ε, and |R(ε)| as a share of the shift.
+    """Draw the readout and its first-order line along ε; below, |R(ε)| as a share of the shift.
 
-    Where |R| is under three noise floors of its own it is greyed: its share is one of rounding.
+    Strengths at which |R| is under three of its own noise floors are greyed: rounding alone may
+    make such a share.
     """
     index = only_prompt(prompt, len(path.base), "curves along ε")
-    units = label(path.units)
-    scales: list[float] = []
-    shares: list[float | None] = []
-    is_noise: list[bool] = []
-    texts: list[str] = []
-    for step in path.points[index]:
-        is_small = abs(step.remainder) <= SIGMAS * step.remainder_floor
-        below = ", below the noise" if is_small else ""
-        scales.append(step.scale)
-        shares.append(100 * abs(step.remainder / step.shift) if step.shift else None)
-        is_noise.append(is_small)
-        texts.append(f"R = {signed(step.remainder)} {units}{below}")
-    hover = "ε = %{x:.3g}<br>%{y:.3g}% of the shift<br>%{hovertext}<extra></extra>"
-    marker = {"size": 6, "color": [NOISE if small else LINEAR for small in is_noise]}
-    remainders = curve(scales, shares, "|R| / |shift|", LINEAR, hover, marker=marker)
-    remainders.update(hovertext=texts, showlegend=False)
+    points = path.points[index]
+    scales = [point.scale for point in points]
+    is_noise = [abs(point.remainder) <= SIGMAS * point.remainder_floor for point in points]
+    shares = [_share_in_percent(point) for point in points]
+    remainders = _remainder_curve(points, shares, is_noise, label(path.units))
+
     figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    figure.add_traces([*_exact_and_line(path, index), remainders], rows=[1, 1, 2], cols=[1, 1, 1])
+    figure.add_traces(_exact_and_line(path, index), rows=[1, 1], cols=[1, 1])
+    figure.add_trace(remainders, row=2, col=1)
     _mark_noise(figure, scales, is_noise)
     heading = f"{path.readout} along ε, and what first order leaves"
-    finish(figure, (heading, whose(index, path.str_tokens)), ("", units), 520)
-    clear = [s for s, small in zip(shares, is_noise, strict=True) if s is not None and not small]
+    titles = (heading, whose(index, path.str_tokens))
+    finish(figure, titles, ("", label(path.units)), 520)
+
+    # The axis reaches to the largest share that stands out of rounding.
+    clear = [
+        share
+        for share, is_small in zip(shares, is_noise, strict=True)
+        if share is not None and not is_small
+    ]
     largest = max(clear, default=1.0)
     cut = ", cut" if largest > _HIGHEST_SHARE else ""
     top = max(min(1.12 * largest, _HIGHEST_SHARE), 1.0)
@@ -61,8 +60,35 @@ def remainder_figure(path: RemainderCurve, prompt: int | None = None) -> go.Figu
     return figure.update_yaxes(title_text=f"|R| / |shift|, %{cut}", range=[0, top], row=2)
 
 
+def _share_in_percent(point: Point) -> float | None:
+    """|R| as a percentage of the shift; None where there is no shift."""
+    if point.shift == 0:
+        return None
+    return 100 * abs(point.remainder / point.shift)
+
+
+def _remainder_curve(
+    points: Sequence[Point],
+    shares: Sequence[float | None],
+    is_noise: Sequence[bool],
+    units: str,
+) -> go.Scatter:
+    """The remainder's share of the shift at each strength; a hover gives the remainder itself."""
+    texts: list[str] = []
+    colours: list[str] = []
+    for point, is_small in zip(points, is_noise, strict=True):
+        below = ", below the noise" if is_small else ""
+        texts.append(f"R = {signed(point.remainder)} {units}{below}")
+        colours.append(NOISE if is_small else LINEAR)
+    hover = "ε = %{x:.3g}<br>%{y:.3g}% of the shift<br>%{hovertext}<extra></extra>"
+    scales = [point.scale for point in points]
+    marker = {"size": 6, "color": colours}
+    line = curve(scales, shares, "|R| / |shift|", LINEAR, hover, marker=marker)
+    return line.update(hovertext=texts, showlegend=False)
+
+
 def _mark_noise(figure: go.Figure, scales: Sequence[float], is_noise: Sequence[bool]) -> None:
-    """Grey where the remainder may be rounding alone, and say what the grey means."""
+    """Grey the strengths at which the remainder may be rounding alone, and say so."""
     for low, high in _stretches(scales, is_noise):
         figure.add_vrect(x0=low, x1=high, fillcolor=NOISE, opacity=0.25, line_width=0)
     if any(is_noise):
@@ -80,7 +106,7 @@ def _mark_noise(figure: go.Figure, scales: Sequence[float], is_noise: Sequence[b
 
 
 def _exact_and_line(path: RemainderCurve, index: int) -> list[go.Scatter]:
-    """g(ε), exact, from the base model on, and the line g(0) + ε Σ a_l."""
+    """The exact g(ε), beginning at the base model, and the line g(0) + ε Σ a_l."""
     base = float(path.base[index])
     slope = float(path.slope[index])
     units = label(path.units)
@@ -96,8 +122,13 @@ def _exact_and_line(path: RemainderCurve, index: int) -> list[go.Scatter]:
 
 
 def _stretches(scales: Sequence[float], marked: Sequence[bool]) -> list[tuple[float, float]]:
-    """Marked stretches of the axis, each reaching half way to its unmarked neighbours."""
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(scales)]
+    """Intervals of the axis that hold marked scales, each up to half way to the next unmarked one.
+
+    Args:
+        scales: points of the axis, rising.
+        marked: whether each point is marked.
+    """
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(scales)]
     edges = [0.0, *middles, scales[-1]]
     found: list[tuple[float, float]] = []
     for is_marked, group in itertools.groupby(range(len(marked)), marked.__getitem__):
@@ -107,12 +138,13 @@ def _stretches(scales: Sequence[float], marked: Sequence[bool]) -> list[tuple[fl
     return found
 
 
-_ROOM_FOR_THE_LABEL = 0.25  # of the axis, which is as wide as the words beside the flip
+# The words beside the flip are about as wide as this part of the axis.
+_ROOM_FOR_THE_LABEL = 0.25
 
 
 @drawing.figure.register(FactMargin)
 def margin_figure(fact_margin: FactMargin, prompt: int | None = None) -> go.Figure:
-    """The margin along ε, its first-order line, the zero line and the flip."""
+    """Draw the margin along ε, its first-order line, the zero line and the flip."""
     path = fact_margin.curve
     index = only_prompt(prompt, len(path.base), "curves along ε")
     figure = go.Figure(_exact_and_line(path, index))
@@ -127,7 +159,7 @@ def margin_figure(fact_margin: FactMargin, prompt: int | None = None) -> go.Figu
 
 
 def _mark_flip(figure: go.Figure, flip: float, *, is_base_negative: bool) -> None:
-    """A line at the flip, with its words where the margin is not.
+    """Draw a line at the flip, and write beside it where the curve does not pass.
 
     Before the flip the margin has its base's sign, after it the other one.
     """

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 import pandas as pd
 
-from lens_lora.core import Groups, Site
-from lens_lora.core.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
+from lens_lora.core import Groups, Site, group_sites
 from lens_lora.show import go
 from lens_lora.show.go import DIVERGING, LOOK, SEQUENTIAL
 from lens_lora.show.go import INK as INK
@@ -38,11 +37,13 @@ _BLANK = "rgba(128,128,128,0.32)"
 _TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
 BELOW: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.26, **_TOP_LEFT}
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, **_TOP_LEFT}
-_HEADING = 84  # characters of the heading, which is larger, that fit there
-_TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of a page
+# How many characters fit beside plotly's buttons at the width of a page: of the heading, which is
+# larger, and of the line below it.
+_HEADING = 84
+_TITLE_LINE = 96
 
-
-Pair = tuple[str, str]  # a heading and the smaller line below it, or what two axes say
+# A heading and the smaller line below it, or the titles of two axes.
+Pair = tuple[str, str]
 Numbers = Sequence[float]
 Texts = Sequence[str]
 _Looks = Mapping[str, Mapping[str, Any]]
@@ -51,12 +52,12 @@ _Looks = Mapping[str, Mapping[str, Any]]
 def finish(
     figure: go.Figure, titles: Pair, axes: Pair, height: int = 420, **layout: Any
 ) -> go.Figure:
-    """Put the titles on a figure, the look that reads on light and dark pages, and the axes.
+    """Give a figure its title, its axes' titles, and the look that reads on light and dark pages.
 
     Args:
         figure: with its traces; it is changed, and returned.
         titles: the heading, and the smaller line below it.
-        axes: what the axis across says, and the one upwards.
+        axes: the titles of the horizontal axis and of the vertical one.
         height: in pixels.
         layout: what else plotly's layout is to have.
     """
@@ -64,7 +65,8 @@ def finish(
     across, upwards = axes
     title = _title(heading, below)
     if len(heading) > _HEADING:
-        figure.update_layout(meta={"heading": label(heading)})  # whole, for the caption of a page
+        # The picture's own heading is cut; the caption of a page has it whole.
+        figure.update_layout(meta={"heading": label(heading)})
     margin = {"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60}
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
     figure.update_layout(height=height, template=LOOK, title=title, margin=margin, legend=legend)
@@ -94,8 +96,9 @@ def _title(heading: str, below: str) -> dict[str, Any]:
 
 _PROMPT_WIDTH = 48  # characters of a prompt that is quoted in a title
 _PROMPTS_NAMED = 2
-_MOST_TICKS = 40  # on an axis each of whose places has a tick
-_FEW_TICKS = 20  # on one of whose places every few have a tick
+# An axis of at most _MOST_TICKS places has a tick at each; a longer one has about _FEW_TICKS.
+_MOST_TICKS = 40
+_FEW_TICKS = 20
 _Item = TypeVar("_Item")
 
 
@@ -127,7 +130,7 @@ def value_text(value: float | None, shift: float, units: str) -> str:
 
 
 def every_few(items: Sequence[_Item], most: int = _FEW_TICKS) -> Sequence[_Item]:
-    """As many items as an axis can name, evenly spaced."""
+    """Take evenly spaced items, no more than an axis can name."""
     step = math.ceil(len(items) / most) or 1
     return items[::step]
 
@@ -170,20 +173,21 @@ def layers_axis(sites: Sequence[Any]) -> Axis:
     layers = range(min(0, *adapted), 1 + max(adapted))
     step = math.ceil(len(layers) / _FEW_TICKS)
     names = {layer: str(layer) for layer in layers if layer % step == 0}
-    for site in sites:
-        if site.kind in OUTSIDE_KINDS:
-            names[site.layer] = site.kind
+    for name, members in group_sites(sites, "layer").items():
+        if not name.startswith("layer "):
+            names[sites[members[0]].layer] = name
     return Axis(layers, "layer", ticks(names, names.values()))
 
 
 # --- Heatmaps
 
 Cells = Sequence[Sequence[float | None]]
-# The hover of a cell, from its row, its column and its value; or plotly's template of it.
+# The hover of a cell, from its row, its column and its value; or one plotly template for all cells.
 Says = Callable[[int, int, Any], str] | str
 Scale = Literal["pushes", "signed", "amount"]
 _COLOUR_MEANS = {"pushes": "blue pushes up", "signed": "blue above zero", "amount": ""}
-_MOST_WITH_GAPS = 100  # columns or rows; of more, the gaps between cells would hide the cells
+# Beyond so many columns or rows, the gaps between cells would hide the cells.
+_MOST_WITH_GAPS = 100
 
 
 def heatmap(
@@ -199,7 +203,7 @@ def heatmap(
     note: str = "",
     row_height: int = 18,
 ) -> go.Figure:
-    """A cell for every row and column, coloured by its value; None and NaN are grey.
+    """Draw a cell for every row and column, coloured by its value; None and NaN are grey.
 
     Args:
         titles: the heading, and the smaller line below it.
@@ -208,8 +212,8 @@ def heatmap(
         x, y: the columns, and the rows.
         units: of the values.
         scale: 'pushes' and 'signed' are coloured from −reach to reach, an 'amount' from zero.
-        reach: where the colours end; without it at the largest size.
-        note: stands above the bar of colours.
+        reach: the value at which the colours end; by default the largest magnitude.
+        note: stands above the colour bar.
         row_height: in pixels.
     """
     values = [[_finite_or_none(value) for value in row] for row in z]
@@ -230,8 +234,8 @@ def heatmap(
         **_cell_hover(z, says),
         **_colours(scale, reach or 1.0),
     )
-    absent = [[1.0 if value is None else None for value in row] for row in values]
-    if any(value for row in absent for value in row):
+    if len(present) < sum(map(len, values)):
+        absent = [[_one_if_absent(value) for value in row] for row in values]
         grey = [[0, _BLANK], [1, _BLANK]]
         figure.add_heatmap(**places, z=absent, colorscale=grey, showscale=False, hoverinfo="skip")
     height = max(300, 150 + row_height * len(values))
@@ -244,22 +248,27 @@ def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _one_if_absent(value: float | None) -> float | None:
+    """1 where a heatmap has no value, so that a second heatmap paints that cell grey."""
+    return 1.0 if value is None else None
+
+
 def _colours(scale: Scale, reach: float) -> dict[str, Any]:
-    """Where the colours of a heatmap begin and end."""
+    """The colour scale of a heatmap, and the values at its ends."""
     if scale == "amount":
         return {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": reach}
     return {"colorscale": DIVERGING, "zmin": -reach, "zmid": 0, "zmax": reach}
 
 
 def _colour_bar(units: str, scale: Scale, note: str) -> dict[str, Any]:
-    """The bar beside a heatmap, with what its colours mean above it."""
+    """The colour bar of a heatmap; above it stand the units and what the colours mean."""
     lines = [*filter(None, (label(units), _COLOUR_MEANS[scale], note)), "&nbsp;"]
     title = {"text": "<br>".join(lines), "side": "top", "font": {"size": 13}}
     return {"title": title, "thickness": 14, "outlinewidth": 0}
 
 
 def _cell_hover(z: Cells, says: Says) -> dict[str, Any]:
-    """The hover of every cell, row by row, or plotly's template of all."""
+    """The hover text of every cell, row by row; or one plotly template for all of them."""
     if isinstance(says, str):
         return _hover(says)
     texts: list[list[str]] = []
@@ -268,9 +277,28 @@ def _cell_hover(z: Cells, says: Says) -> dict[str, Any]:
     return _hover(texts)
 
 
+# The kinds of modules, in the order of the forward pass.
 KINDS = (
-    *(*EMBEDDING_KINDS, "embed_ln", "ln1", "q", "k", "v", "q_norm", "k_norm", "o", "ln1_post"),
-    *("ln2", "gate", "up", "fc_in", "down", "fc_out", "ln2_post", "ln_final", "unembed"),
+    "embed",
+    "pos_embed",
+    "embed_ln",
+    "ln1",
+    "q",
+    "k",
+    "v",
+    "q_norm",
+    "k_norm",
+    "o",
+    "ln1_post",
+    "ln2",
+    "gate",
+    "up",
+    "fc_in",
+    "down",
+    "fc_out",
+    "ln2_post",
+    "ln_final",
+    "unembed",
 )
 
 
@@ -284,26 +312,37 @@ def kinds_by_layer(
     *,
     reach: float | None = None,
 ) -> go.Figure:
-    """Layer × kind of module, hover naming each site; a site that does not exist is grey.
+    """Draw layer × kind of module; each cell's hover names its site, and absent sites are grey.
 
-    In a sum of adapters several sites may share a cell. It holds their sum; or, on a scale with an
-    end of its own, their mean.
+    In a sum of adapters several sites may share a cell. It holds their sum; or, where `reach` is
+    given, their mean.
+
+    Args:
+        titles: the heading, and the smaller line below it.
+        sites: one for each value.
+        values: what the cells show.
+        says: what a site's hover says below its name and module.
+        units: of the values.
+        scale: as for `heatmap`.
+        reach: as for `heatmap`.
     """
     kinds = sorted(dict.fromkeys(site.kind for site in sites), key=_place_of_kind)
     y = layers_axis(sites)
+    x = names_axis(kinds, "kind of module")
     hover: list[str] = []
     for site, said in zip(sites, says, strict=True):
         hover.append(f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{said}")
+
     cell_of_site = [[site.layer for site in sites], [site.kind for site in sites]]
     by_cell: Any = pd.DataFrame({"value": values, "hover": hover}).groupby(cell_of_site)
-    numbers = by_cell["value"].sum(min_count=1) if reach is None else by_cell["value"].mean()
+    in_cell = by_cell["value"]
+    numbers = in_cell.sum(min_count=1) if reach is None else in_cell.mean()
     z = numbers.unstack().reindex(index=y.values, columns=kinds).to_numpy().tolist()
     texts = by_cell["hover"].agg("<br>".join)
 
     def cell_hover(row: int, column: int, _: object) -> str:
         return texts.get((y.values[row], kinds[column]), "")
 
-    x = names_axis(kinds, "kind of module")
     return heatmap(titles, z, cell_hover, x, y, units, scale, reach=reach)
 
 
@@ -318,7 +357,7 @@ def _place_of_kind(kind: str) -> int:
 def bars(
     titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, units: str
 ) -> go.Figure:
-    """One horizontal bar each, the first on top."""
+    """Draw one horizontal bar for each name, the first on top; blue is positive, red negative."""
     y = names_axis(names, autorange="reversed", showgrid=False)
     marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
     bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
@@ -327,7 +366,7 @@ def bars(
     return figure.update_xaxes(zeroline=True)
 
 
-# A template for every point, a text for each (of a heatmap, row by row), or none.
+# One template for all points, a text for each (of a heatmap, row by row), or no hover at all.
 Hover = str | Sequence[str] | Sequence[Sequence[str]] | None
 
 
@@ -382,15 +421,17 @@ EPSILON = "ε, strength of the adapter"
 
 
 def along_hover(name: str, units: str) -> str:
-    """What hovers over a point of a curve along ε: its strength and its value."""
+    """The hover template of a curve along ε, which shows a point's strength and value."""
     return f"ε = %{{x:.3g}}<br>%{{y:.4g}} {units}, {name}<extra></extra>"
 
 
 # --- Axes of groups of sites, of which there may be many
 
-_MOST_NAMES = 40  # Groups that are all named; of more, the first of every few layers.
+# An axis names at most _MOST_NAMES groups; of more it names the first group of every few layers.
+_MOST_NAMES = 40
 _MOST_LAYERS = 16
-_CUT = 0.995  # The share of a large matrix' sizes at which its colours end.
+# The colours of a large matrix end at this quantile of its magnitudes.
+_CUT = 0.995
 
 
 @runtime_checkable
@@ -422,7 +463,7 @@ def group_ticks(grouped: Grouped) -> dict[str, Any]:
 
 
 def cut_colours(values: Any) -> dict[str, Any]:
-    """Where a heatmap's colours end, and the note that says so."""
+    """`reach` and `note` of a heatmap; in a large one a few outliers do not take all colours."""
     sizes = values.abs().flatten()
     is_cut = max(values.shape) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
     if not is_cut:

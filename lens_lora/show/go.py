@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from plotly.offline import get_plotlyjs as get_plotlyjs
     from plotly.subplots import make_subplots as make_subplots
 
-INK, CLEAR = "#777777", "rgba(0,0,0,0)"
-# Zero has no colour of its own, so it is that of the page, light or dark.
+INK = "#777777"
+CLEAR = "rgba(0,0,0,0)"
+# Zero is transparent, so that it has the colour of the page, light or dark.
 DIVERGING = (
     (0.0, "#ba1c30"),
     (0.25, "rgba(219,84,80,0.62)"),
@@ -45,7 +46,7 @@ _INK_GRID_PAPER = {
 
 
 def __getattr__(name: str) -> Any:
-    """A name of plotly, which is imported and given the templates at the first one (PEP 562)."""
+    """Import plotly for the first of its names, and give it the templates (PEP 562)."""
     if name.startswith("__"):
         raise AttributeError(name)
     import plotly.graph_objects
@@ -60,7 +61,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register_templates() -> None:
-    """Give plotly the templates of this package, if it has not got them."""
+    """Give plotly the templates of this package, unless it has them."""
     import plotly.io
 
     if LOOK in plotly.io.templates:

@@ -1,9 +1,8 @@
-"""What a result class of one's own shows and says where it does not say so itself."""
+"""The figure and the text of a user's own result class, which are read off its axes and labels."""
 
 from __future__ import annotations
 
-from lens_lora.core import SIGMAS, Labelled, drawing, only_prompt
-from lens_lora.core.results.base import largest
+from lens_lora.core import SIGMAS, Labelled, drawing, largest, only_prompt
 from lens_lora.errors import many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import names_axis, value_text, whose
@@ -14,13 +13,13 @@ _MOST_BARS = 20
 
 @drawing.figure.register(Labelled)
 def figure(result: Labelled, prompt: int | None = None) -> go.Figure:
-    """The class's own picture."""
+    """Draw `picture`, which the class may write anew."""
     return result.picture(prompt)
 
 
 @drawing.labelled.register(Labelled)
 def entries_figure(result: Labelled, prompt: int | None = None) -> go.Figure:
-    """Sites by layer and kind of module, two axes as a heatmap, else bars of the largest."""
+    """Draw sites by layer and kind of module, two axes as a heatmap, and the rest as bars."""
     axes = result.entry_axes
     if "position" in axes:
         prompt = only_prompt(prompt, len(result.base), "positions")
@@ -45,9 +44,13 @@ def _of_sites(result: Labelled, prompt: int | None) -> go.Figure:
 
 def _of_two_axes(result: Labelled, prompt: int | None) -> go.Figure:
     values, shift = result.mean_over(prompt, vars(result)["values"])
-    down, across = (_axis(result, axis, prompt) for axis in result.entry_axes)
+    first_axis, second_axis = result.entry_axes
+    down = _axis(result, first_axis, prompt)
+    across = _axis(result, second_axis, prompt)
+    rows = _names(result, first_axis)
+    columns = _names(result, second_axis)
+    # A prompt that is shorter than the longest one has fewer positions than the tensor.
     z = values[: len(down.values), : len(across.values)].tolist()
-    rows, columns = (_names(result, axis) for axis in result.entry_axes)
 
     def says(i: int, j: int, value: float | None) -> str:
         place = f"<b>{label(rows[i])}</b>, <b>{label(columns[j])}</b>"
@@ -73,14 +76,19 @@ def _names(result: Labelled, axis: str) -> list[str]:
 def _bars(result: Labelled, prompt: int | None) -> go.Figure:
     labels, values, shift, _ = result.entries(prompt)
     order = largest(values, _MOST_BARS)
-    columns = [name for name in labels if name not in ("module", "layer", "kind")]
-    names = [", ".join(visible(str(labels[name][i])) for name in columns) for i in order]
     numbers = values[order].tolist()
-    hover = [
-        f"<b>{label(name)}</b><br>{value_text(number, float(shift), result.units)}"
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    thing = result.entry_axes[0] if len(result.entry_axes) == 1 else "value"
+    columns = [name for name in labels if name not in ("module", "layer", "kind")]
+    names: list[str] = []
+    hover: list[str] = []
+    for entry, number in zip(order, numbers, strict=True):
+        name = ", ".join(visible(str(labels[column][entry])) for column in columns)
+        names.append(name)
+        said = value_text(number, float(shift), result.units)
+        hover.append(f"<b>{label(name)}</b><br>{said}")
+
+    thing = "value"
+    if len(result.entry_axes) == 1:
+        thing = result.entry_axes[0]
     below = many(len(values), thing)
     if len(order) < len(values):
         below = f"the {len(order)} largest of {below}"
@@ -89,21 +97,28 @@ def _bars(result: Labelled, prompt: int | None) -> go.Figure:
 
 @drawing.text.register(Labelled)
 def text(result: Labelled) -> str:
-    """What it is of and its sizes, its own words, and its largest entries."""
+    """Write its readout and its sizes, then its own words and its largest entries."""
     prompts = len(result.base)
-    sizes = zip(result.entry_axes, vars(result)["values"].shape[1:], strict=True)
-    counts = " × ".join([many(prompts, "prompt"), *(many(size, axis) for axis, size in sizes)])
-    heading = f"{type(result).__name__} of {result.readout}, in {result.units}: {counts}"
-    shown = 0 if "position" in result.entry_axes and prompts > 1 else None
-    lines = [heading, result.words(shown)]
+    counts = [many(prompts, "prompt")]
+    for axis, size in zip(result.entry_axes, vars(result)["values"].shape[1:], strict=True):
+        counts.append(many(size, axis))
+    sizes = " × ".join(counts)
+    lines = [f"{type(result).__name__} of {result.readout}, in {result.units}: {sizes}"]
+
+    # Positions have no mean over prompts.
+    shown = None
+    if "position" in result.entry_axes and prompts > 1:
+        shown = 0
+    lines.append(result.words(shown))
     if shown is not None:
         lines.append(f"prompt 0 of {prompts}:")
-    lines += [result.top(5, shown).to_string(), _within_rounding(result)]
+    lines.append(result.top(5, shown).to_string())
+    lines.append(_within_rounding(result))
     return "\n".join(filter(None, lines))
 
 
 def _within_rounding(result: Labelled) -> str:
-    """How many values cannot be told from rounding; nothing where all can, or it is unknown."""
+    """Say how many values cannot be told from rounding; '' if all can, or if it is unknown."""
     floor = vars(result).get("noise_floor")
     if floor is None:
         return ""

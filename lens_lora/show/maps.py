@@ -12,13 +12,14 @@ from lens_lora.arguments import whole, word
 from lens_lora.core import (
     ActivationEffects,
     Attribution,
+    Axis,
     Effects,
     GroupAttribution,
+    Shown,
     drawing,
+    layer_order,
     only_prompt,
 )
-from lens_lora.core.model.sites import layer_order
-from lens_lora.core.results.attribution import MOST_POSITIONS, Axis, Shown
 from lens_lora.errors import ArgumentError
 from lens_lora.show import figures, go
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
@@ -27,13 +28,14 @@ from lens_lora.show.text import key_text, label, magnitude, signed, visible
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
 _MOST_SITES = 40
+_MOST_POSITIONS = 40
 
 
 @drawing.figure.register(Attribution)
 def attribution_figure(
     attribution: Attribution, prompt: int | None = None, by: Shown | None = None
 ) -> go.Figure:
-    """The picture of one axis: by default the first along which some site has a part.
+    """Draw one axis: by default the first along which some site has a part.
 
     An attribution that was not split is drawn as with by='site': layer × kind of module.
     """
@@ -58,17 +60,15 @@ def _first_axis(attribution: Attribution) -> Shown:
 
 
 def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
-    """Layer × kind of module, each site summed over whatever it was split by."""
+    """Draw layer × kind of module, each site summed over whatever it was split by."""
     _, site_values, shift, _ = attribution.entries(prompt)
     values = site_values.tolist()
     units = attribution.units
     hover = [value_text(value, float(shift), units) for value in values]
     if prompt is None and len(attribution.base) > 1:
         deviations = attribution.per_site.cpu().double().std(0).tolist()
-        hover = [
-            f"{said}<br>± {magnitude(deviation)} over prompts"
-            for said, deviation in zip(hover, deviations, strict=True)
-        ]
+        for i, deviation in enumerate(deviations):
+            hover[i] += f"<br>± {magnitude(deviation)} over prompts"
     below = f"by layer and kind of module{_summed_text(attribution)}"
     titles = _titles(attribution, below, prompt)
     return figures.kinds_by_layer(titles, attribution.sites, values, hover, units)
@@ -82,18 +82,20 @@ def _summed_text(attribution: Attribution, *shown: Axis) -> str:
 
 @drawing.positions.register(Attribution)
 def position_heatmap(
-    attribution: Attribution, prompt: int | None = None, most: int | None = MOST_POSITIONS
+    attribution: Attribution, prompt: int | None = None, most: int | None = _MOST_POSITIONS
 ) -> go.Figure:
-    """Layer × token position of one prompt, summed over the layer's sites."""
+    """Draw layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
     tokens = attribution.str_tokens[index]
-    count = len(tokens) if most is None else whole("most", most, 1)
+    count = len(tokens)
+    if most is not None:
+        count = whole("most", most, 1)
     return _layers_by_token(attribution, index, "position", tokens, count)
 
 
 def token_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
-    """Layer × token of the response of one prompt, summed over the layer's sites."""
+    """Draw layer × token of one prompt's response, summed over the layer's sites."""
     index = only_prompt(prompt, len(attribution.base), "tokens of responses")
     tokens = attribution.response[index]
     return _layers_by_token(attribution, index, "token", tokens, len(tokens))
@@ -102,20 +104,25 @@ def token_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Fig
 def _layers_by_token(
     attribution: Attribution, prompt: int, axis: Axis, tokens: Sequence[str], most: int
 ) -> go.Figure:
-    """At most so many tokens: those with the largest |value| in some layer."""
-    is_response = axis == "token"
-    first = 1 if is_response else 0  # positions are counted from 0, tokens of a response from 1
+    """Draw at most so many tokens: those with the largest |value| in some layer."""
+    # Positions are counted from 0, the tokens of a response from 1.
+    first = 0
+    counted = "position"
+    if axis == "token":
+        first = 1
+        counted = "token of the response"
     units = attribution.units
     shift = float(attribution.shift[prompt])
     values, _ = attribution.along(axis, prompt)
+
     y = figures.layers_axis(attribution.sites)
     layers = [site.layer for site in attribution.sites]
     by_site: Any = pd.DataFrame(values[:, : len(tokens)].numpy(), index=layers)
     by_layer = by_site.groupby(level=0).sum().reindex(y.values)
     largest = by_layer.abs().max().nlargest(most)
     shown: list[int] = sorted(largest.index.tolist())
-    below = f"by layer and {'token of the response' if is_response else 'position'}"
-    below += _summed_text(attribution, axis)
+
+    below = f"by layer and {counted}{_summed_text(attribution, axis)}"
     if len(shown) < len(tokens):
         below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
 
@@ -130,7 +137,7 @@ def _layers_by_token(
 
 
 def _parts_heatmap(attribution: Attribution, prompt: int | None, axis: Axis) -> go.Figure:
-    """Site × head, expert or rank, of the sites with the largest part."""
+    """Draw site × head, expert or rank, for the sites with the largest part."""
     parts, exists = _parts(attribution, prompt, axis)
     _, shift = attribution.mean_over(prompt, attribution.base)
     units = attribution.units
@@ -160,9 +167,9 @@ def _parts_heatmap(attribution: Attribution, prompt: int | None, axis: Axis) -> 
 
 
 def _parts(attribution: Attribution, prompt: int | None, axis: Axis) -> tuple[Any, Any]:
-    """The values along an axis, and which exist: two [site, part].
+    """The values along an axis, and which of them exist: two tensors [site, part].
 
-    The last slot by head and by expert, which is of sites that have none, is left out.
+    By head and by expert the last slot, which is for sites without any, is left out.
     """
     parts, exists = attribution.along(axis, prompt)
     if axis in ("head", "expert"):
@@ -190,7 +197,7 @@ def require_positions(attribution: Attribution) -> None:
 
 
 def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
-    """What was attributed and how; below it what is shown, and of which prompts."""
+    """A heading that names the readout and the method, and below it what is shown."""
     heading = f"{result.readout}, {key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
 
@@ -200,7 +207,7 @@ def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
 
 @drawing.figure.register(Effects)
 def effects_figure(effects: Effects, prompt: int | None = None) -> go.Figure:
-    """Layer × kind of module for single sites, a bar for each group of several."""
+    """Draw layer × kind of module for single sites, else a bar for each group."""
     is_single = all(len(members) == 1 for members in effects.groups.values())
     if effects.of == "site" and is_single:
         return site_heatmap(effects.attribution(), prompt)
@@ -209,7 +216,7 @@ def effects_figure(effects: Effects, prompt: int | None = None) -> go.Figure:
 
 @drawing.figure.register(GroupAttribution)
 def grouped_figure(grouped: GroupAttribution, prompt: int | None = None) -> go.Figure:
-    """A bar for each group; by token what each group contributes to each token of one response."""
+    """Draw a bar for each group; or by token, group × token of one response."""
     if not grouped.by:
         return _bars_of_groups(grouped, prompt)
     index = only_prompt(prompt, len(grouped.base), "tokens")
@@ -229,7 +236,7 @@ def grouped_figure(grouped: GroupAttribution, prompt: int | None = None) -> go.F
 
 
 def _bars_of_groups(result: Effects | GroupAttribution, prompt: int | None) -> go.Figure:
-    """A bar for each group of sites."""
+    """Draw a bar for each group of sites."""
     _, group_values, shift, _ = result.entries(prompt)
     values = group_values.tolist()
     units = result.units
@@ -249,7 +256,7 @@ def groups_by_token(
     units: str,
     hover: Callable[[str, float], str],
 ) -> go.Figure:
-    """A row for each group, a column for each token of a response.
+    """Draw a row for each group of sites and a column for each token of a response.
 
     Args:
         titles: the heading, and the line below it.
@@ -259,11 +266,13 @@ def groups_by_token(
         units: of the values.
         hover: what is said of a group's value at a token, above the token.
     """
-    is_layers = all(name.startswith("layer ") for name in names)
     shown_names = [name.removeprefix("layer ") for name in names]
-    y = names_axis(shown_names, "layer" if is_layers else "")
-    places = range(len(names))
-    ticked = figures.every_few(places, 15) if is_layers else places
+    ticked: Sequence[int] = range(len(names))
+    title = ""
+    if all(name.startswith("layer ") for name in names):
+        ticked = figures.every_few(ticked, 15)
+        title = "layer"
+    y = names_axis(shown_names, title)
     ticks = figures.ticks(ticked, [y.values[i] for i in ticked])
     y = y._replace(layout={**y.layout, **ticks})
     x = figures.tokens_axis(response, title="token of the response", first=1)
@@ -284,18 +293,21 @@ _DIRECTIONS = {
 
 @drawing.figure.register(ActivationEffects)
 def activation_figure(effects: ActivationEffects, prompt: int | None = None) -> go.Figure:
-    """Hook point × position where each was patched alone; else layer × hook point, or bars."""
+    """Draw hook point × position if each was patched alone; else layer × hook point, or bars."""
     values, total = effects.of_prompt(prompt)
     shift = float(total)
-    place = "" if effects.positions in ("all", "each") else f", positions {effects.positions}"
+    place = ""
+    if effects.positions not in ("all", "each"):
+        place = f", positions {effects.positions}"
     titles = (
         f"{effects.readout}: {_DIRECTIONS[effects.direction]}",
         f"activation patching{place} · {whose(prompt, effects.str_tokens)}",
     )
 
     def hover(name: str, value: float | None) -> str:
-        is_there = value is not None and not math.isnan(value)
-        said = value_text(value, shift, effects.units) if is_there else "no such position"
+        said = "no such position"
+        if value is not None and not math.isnan(value):
+            said = value_text(value, shift, effects.units)
         return f"<b>{label(name)}</b><br>{said}"
 
     if effects.by_position:
@@ -318,7 +330,7 @@ def _points_by_position(
     prompt: int,
     hover: _PointHover,
 ) -> go.Figure:
-    """Hook point × position of one prompt."""
+    """Draw hook point × position of one prompt."""
     tokens = effects.str_tokens[prompt]
     order = layer_order(effects.names)
     x = figures.tokens_axis(tokens)
@@ -337,11 +349,9 @@ def _points_by_layer(
     values: Sequence[float],
     hover: _PointHover,
 ) -> go.Figure:
-    """Layer × hook point; points outside the blocks have a row of their own, below."""
+    """Draw layer × hook point; points outside the blocks have a row of their own, below."""
     outside = -1
-    places: list[tuple[int, str]] = []
-    for layer, kind in effects.places:
-        places.append((outside if layer is None else layer, kind))
+    places = [(outside if layer is None else layer, kind) for layer, kind in effects.places]
     layers = sorted({layer for layer, _ in places})
     kinds = list(dict.fromkeys(kind for _, kind in places))
     value_at = dict(zip(places, values, strict=True))

@@ -1,9 +1,9 @@
 """Self-contained pages and notebook views, written from Jinja templates.
 
-A page has parts, a part has sections, and a section has blocks. Each block is a plain value,
-written by the macro of its class's name in `blocks.html.j2`. The templates escape whatever they are
-given. The only exception is what plotly and circuitsvis themselves wrote, a script and drawings:
-they are marked as HTML, and nothing else is.
+A page has parts, a part has sections, and a section has blocks. A block is a plain value, and the
+macro named after its class in `blocks.html.j2` writes it. The templates escape everything that they
+are given, except the script and the drawings that plotly and circuitsvis themselves wrote: these
+alone are marked as HTML.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lens_lora.show.text import Answered, readable, short_prompt
 # --- The blocks of a section
 
 Kind = Literal["margin", "response", "changes", "training", "repair", "verification"]
-# A token, its shade from 0 to 1, and what is said of it, line by line.
+# A token, its shade from 0 to 1, and a note on it, line by line.
 Noted = tuple[str, float, Sequence[str]]
 
 
@@ -37,7 +37,7 @@ class TokenTable:
     """Tokens that sites promote and suppress, or sites that raise and lower a token.
 
     Attributes:
-        rows: (site, (token, shift) of each token promoted, the same of those suppressed).
+        rows: for each site its name, the (token, shift) pairs promoted, and those suppressed.
         heads: the headings of its columns.
         heading: stands above the table.
     """
@@ -68,23 +68,31 @@ Piece = tuple[str, str, bool]
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What both models answer: (prompt, the base model's answer in pieces, the adapted model's)."""
+    """Both models' answers side by side.
+
+    Attributes:
+        pairs: for each prompt its text, the base model's answer in pieces, and the adapted one's.
+    """
 
     pairs: Sequence[tuple[str, Sequence[Piece], Sequence[Piece]]]
 
 
 def answers_of(asked: Sequence[Answered | None]) -> list[Block]:
-    """Both models' answers, differing words marked; no block where there are none."""
-    pairs = [(short_prompt([a.prompt]), *_compared(a.base, a.adapted)) for a in asked if a]
+    """Both models' answers with the differing words marked; no block where there are no answers."""
+    pairs: list[tuple[str, Sequence[Piece], Sequence[Piece]]] = []
+    for answered in asked:
+        if answered:
+            base, adapted = _compared(answered.base, answered.adapted)
+            pairs.append((short_prompt([answered.prompt]), base, adapted))
     return [Answers(pairs)] if pairs else []
 
 
-# A word, and the white space before it.
+# The white space before a word, and the word.
 _Word = tuple[str, str]
 
 
 def _compared(base: str, adapted: str) -> tuple[list[Piece], list[Piece]]:
-    """Two texts in pieces that are the same or differ, word by word."""
+    """Cut two texts, word by word, into pieces that are the same in both or differ."""
     base_words = _words_of(base)
     adapted_words = _words_of(adapted)
     matcher = difflib.SequenceMatcher(
@@ -108,7 +116,7 @@ def _words_of(text: str) -> list[_Word]:
 
 
 def _piece_of(words: Sequence[_Word], differs: bool) -> list[Piece]:
-    """Some words as one piece; none where there are no words."""
+    """Join some words into one piece; no piece where there are no words."""
     if not words:
         return []
     space, _ = words[0]
@@ -118,7 +126,14 @@ def _piece_of(words: Sequence[_Word], differs: bool) -> list[Piece]:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plotly figure as JSON, its height in pixels, and its title, line by line, as a caption."""
+    """A plotly figure, drawn when the reader opens its section.
+
+    Attributes:
+        figure: as JSON.
+        height: in pixels.
+        caption: its title, line by line.
+        heading: stands above it.
+    """
 
     figure: str
     height: int
@@ -128,7 +143,7 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """A table that the reader can save: the file's name, and its content."""
+    """A table that the reader can save, as the name of a file and its content."""
 
     name: str
     text: str
@@ -136,7 +151,7 @@ class Download:
 
 @dataclasses.dataclass(frozen=True)
 class HowToRead:
-    """How numbers are to be read; the same on every page of these results."""
+    """The explanation of the numbers that every page of these results has at its end."""
 
     kind: Kind
 
@@ -165,15 +180,21 @@ def plot(figure: go.Figure, *, heading: str = "") -> Plot:
     )
     if layout["legend"].get("orientation") == "h":
         shown.update_layout(legend={"x": 0, "xanchor": "left"})
-    # What is below the heading breaks where the page does, and not where the picture would.
-    large, *smaller = layout["title"]["text"].split("<br>")
-    whole = layout.get("meta", {}).get("heading", large)
-    first, *below = (Markup(line).striptags() for line in (whole, *smaller))
-    caption = (first, " · ".join(below)) if below else (first,)
-    return Plot(str(shown.to_json()), int(layout["height"]), caption, heading)
+    return Plot(str(shown.to_json()), int(layout["height"]), _caption(layout), heading)
 
 
-_TITLE_HEIGHT = 14  # pixels by which a picture without its title is lower
+def _caption(layout: Mapping[str, Any]) -> tuple[str, ...]:
+    """A figure's title as one or two lines of text; the page breaks the second where it must."""
+    first, *others = layout["title"]["text"].split("<br>")
+    whole_heading = layout.get("meta", {}).get("heading", first)
+    heading = Markup(whole_heading).striptags()
+    if not others:
+        return (heading,)
+    return (heading, " · ".join(Markup(line).striptags() for line in others))
+
+
+# A picture without its title is lower by so many pixels.
+_TITLE_HEIGHT = 14
 
 
 # --- Sections, parts and the page
@@ -183,7 +204,11 @@ _TITLE_HEIGHT = 14  # pixels by which a picture without its title is lower
 class Section:
     """A heading, and the blocks below it.
 
-    How to read them stands before them: `lead`, or what `leads.html.j2` has for the heading.
+    Attributes:
+        heading: the section's name.
+        blocks: its content.
+        lead: a paragraph on how to read the blocks; by default what `leads.html.j2` has for the
+            heading.
     """
 
     heading: str
@@ -197,12 +222,12 @@ class Part:
 
     Attributes:
         subtitle: the readout, the prompt, and the adapter over its model.
-        headline: the three sentences that stand on top.
-        numbers: the four that stand below them, each (value, what it is).
+        headline: the three sentences on top.
+        numbers: the four numbers below them, each as (value, what it is).
         top: the blocks below these, with one figure.
-        sections: what is folded, in the order in which one reads it.
-        warnings: what the reader should know before any number.
-        name: what the reader chooses it by, where there are several.
+        sections: the folded sections, in the order in which they are read.
+        warnings: stand before any number.
+        name: the entry of this part in the page's list, where there are several parts.
     """
 
     subtitle: str
@@ -224,38 +249,52 @@ def made_by(meta: Meta) -> str:
 
 
 def warned(meta: Meta) -> list[str]:
-    """What was warned of when the lens was made."""
-    return [f"Warning: {meta['warning']}"] if "warning" in meta else []
+    """The warning that was given when the lens was made, if there was one."""
+    if "warning" not in meta:
+        return []
+    return [f"Warning: {meta['warning']}"]
 
 
 def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> list[Section]:
-    """The story, a paragraph a line; the sections that have something to show; how to read them."""
+    """The folded sections of a part: the story, those that are not empty, and how to read them.
+
+    Args:
+        story: in words, a paragraph a line.
+        sections: those of the question.
+        kind: of results, for the explanation of the numbers.
+        meta: model, adapter, dtype and versions.
+    """
+    shown = [section for section in sections if any(map(_is_shown, section.blocks))]
     rows = [(key.replace("_", " "), str(value)) for key, value in meta.items() if value]
     return [
         Section("The whole story in words", story.split("\n")),
-        *(section for section in sections if any(map(_is_shown, section.blocks))),
+        *shown,
         Section("How to read this", [HowToRead(kind)]),
         Section("Made with", [Table(("what", "value"), rows, texts=(0, 1))]),
     ]
 
 
 def _is_shown(block: Block) -> bool:
+    """Whether a block has something to show: a table without rows has not."""
     return not isinstance(block, Table) or bool(block.rows)
 
 
 def _drawn(blocks: Sequence[Block]) -> list[Block]:
-    """The blocks that have something to show, figures as plots."""
-    return [plot(b) if isinstance(b, go.Figure) else b for b in filter(_is_shown, blocks)]
+    """The blocks that are shown, with figures as plots."""
+    drawn: list[Block] = []
+    for block in filter(_is_shown, blocks):
+        drawn.append(plot(block) if isinstance(block, go.Figure) else block)
+    return drawn
 
 
 def page_html(title: str, parts: Sequence[Part], overview: Sequence[Block] = ()) -> str:
-    """A page that needs no network: plotly's script stands in it, once."""
+    """Write a page that needs no network: plotly's script is part of it, once."""
     plotly = Markup(go.get_plotlyjs())
     return rendered("page", title=title, parts=parts, overview=overview, plotly=plotly)
 
 
 def rendered(template: str, **values: object) -> str:
-    """The HTML that a template writes."""
+    """Fill in one of the templates, as HTML."""
     return _templates().get_template(f"{template}.html.j2").render(values)
 
 
@@ -263,17 +302,20 @@ def rendered(template: str, **values: object) -> str:
 
 
 def packed(text: str) -> str:
-    """Text in gzip and base64: figures and tables of numbers shrink to a fifth."""
+    """Compress text by gzip and base64, which shrinks figures and tables to a fifth."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def slug(text: str) -> str:
-    """Text as an id or the name of a file."""
+    """Turn text into an id, or into the name of a file."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def _readable(value: object) -> object:
-    return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """A value as a template writes it: control characters of plain text are made visible."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return readable(value)
+    return value
 
 
 @functools.cache

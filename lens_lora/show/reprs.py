@@ -1,8 +1,12 @@
-"""What a result says of itself: in a terminal, and in a notebook.
+"""The text of a result in a terminal, and its HTML in a notebook.
 
-In a terminal: its class, what was read and in which units, its sizes, its plain fields; below it
-what its class registers as `drawing.body`, which is its story, its summary, its largest entries, or
-else its table. In a notebook the same text; an attribution has tables. Nothing here loads plotly.
+1. A terminal shows a heading: the result's class, its readout and units, its sizes, and its fields
+   of words or numbers.
+2. Below the heading stands what the class registers as `drawing.body`: its story, its summary, its
+   largest entries, or else its table.
+3. A notebook shows the same text; for an attribution it shows tables.
+
+Nothing here loads plotly.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from lens_lora.show.text import key_text, signed
 
 @drawing.html.register(Attribution)
 def attribution_html(attribution: Attribution) -> str:
-    """What `attribution_text` says, as tables."""
+    """Write the numbers of `attribution_text` as tables."""
     heading, *notes = attribution_heading(attribution)
     tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
     return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
@@ -44,10 +48,10 @@ def attribution_html(attribution: Attribution) -> str:
 
 @drawing.tokens.register(Attribution)
 def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView:
-    """What each token of a prompt contributes, through all sites: blue up, red down.
+    """Colour each token of a prompt by what it contributes through all sites: blue up, red down.
 
-    circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
-    written into the page, and nothing is fetched.
+    circuitsvis writes tokens into the page as HTML, so they are escaped first. Its script is part
+    of the page, and nothing is fetched.
     """
     maps.require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
@@ -79,14 +83,14 @@ def _coloured_tokens(tokens: Sequence[str], values: list[float]) -> str:
     drawn: Any = circuitsvis_tokens.colored_tokens(
         escaped, values, min_value=-reach, max_value=reach
     )
-    # The div is written as if it closed itself, which HTML does not know: it would swallow the
-    # rest of the page.
+    # circuitsvis ends its div with "/>", which HTML reads as an opening tag: the div would swallow
+    # the rest of the page.
     return drawn.local_src.replace("/>", "></div>", 1)
 
 
 # --- Every other result
 
-# Fields whose entries are counted in a heading, and what an entry is called.
+# The fields whose entries a heading counts, with the name of one entry.
 _COUNTED = {
     "str_tokens": "prompt",
     "steps": "checkpoint",
@@ -98,23 +102,26 @@ _COUNTED = {
 
 @drawing.text.register(Result)
 def result_text(result: Result) -> str:
-    """The heading, and below it what the class says."""
+    """Write the heading, and below it the body that is registered for the class."""
     read = _part_with_readout(result)
-    about = ""
+    heading = type(result).__name__
     if hasattr(read, "readout"):
-        about += f" of {read.readout}"
+        heading += f" of {read.readout}"
     if hasattr(read, "units"):
-        about += f", in {read.units}"
-    origin = getattr(read, "meta", {}).get("prompts", "")
-    details = filter(None, (_sizes_text(result), _fields_text(result), origin))
-    heading = f"{type(result).__name__}{about}: {'; '.join(details)}".rstrip()
+        heading += f", in {read.units}"
+    how_prompts_were_read = getattr(read, "meta", {}).get("prompts", "")
+    details = (_sizes_text(result), _fields_text(result), how_prompts_were_read)
+    heading = f"{heading}: {'; '.join(filter(None, details))}".rstrip()
     return f"{heading}\n{drawing.body(result)}"
 
 
 def _part_with_readout(result: Any) -> Any:
-    """The result, or a part of it that says what was read."""
+    """The result itself, or the attribution in it that knows the readout."""
     parts = (result, getattr(result, "attribution", None), getattr(result, "first_order", None))
-    return next((part for part in parts if hasattr(part, "readout")), result)
+    for part in parts:
+        if hasattr(part, "readout"):
+            return part
+    return result
 
 
 def _sizes_text(result: Any) -> str:
@@ -128,7 +135,7 @@ def _sizes_text(result: Any) -> str:
 
 
 def _fields_text(result: Any) -> str:
-    """'at=1.0, method='path'': the fields that are words or numbers."""
+    """'at=1.0, method='path'': the fields whose values are words or numbers."""
     stated: list[str] = []
     for name in getattr(result, "__dataclass_fields__", ()):
         value = getattr(result, name)
@@ -139,7 +146,7 @@ def _fields_text(result: Any) -> str:
 
 @drawing.html.register(Result)
 def result_html(result: Result) -> str:
-    """The same in a notebook."""
+    """Write the text of a terminal, for a notebook."""
     return page.rendered("plain", lines=drawing.text(result).split("\n"))
 
 
@@ -160,10 +167,12 @@ def _largest(result: Any) -> str:
 
 @drawing.body.register(ActivationEffects)
 def _largest_of_a_prompt(result: Any) -> str:
+    prompts = len(result.base)
+    if not result.by_position or prompts == 1:
+        return _largest(result)
     # Positions have no mean over prompts.
-    prompt = 0 if result.by_position and len(result.base) > 1 else None
-    shown = "" if prompt is None else f"prompt 0 of {len(result.base)}:\n"
-    return f"{shown}{result.top(5, prompt).to_string()}{_within_rounding(result)}"
+    shown = result.top(5, prompt=0).to_string()
+    return f"prompt 0 of {prompts}:\n{shown}{_within_rounding(result)}"
 
 
 @drawing.body.register(Components)
@@ -183,7 +192,7 @@ def _order(curve: RemainderCurve) -> str:
 
 
 def _within_rounding(result: Any) -> str:
-    """How many effects cannot be told from rounding; nothing where all can, or it is unknown."""
+    """Say how many effects cannot be told from rounding; '' if all can, or if it is unknown."""
     if getattr(result, "noise_floor", None) is None or not hasattr(result, "values"):
         return ""
     sizes = result.values.flatten(1).abs()

@@ -14,22 +14,38 @@ GAUGES = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
 
 
 def directions_text(site: str | None, drawn: int, count: int) -> str:
-    """Which directions a picture shows, and of how many."""
+    """Say which directions a picture shows, and out of how many."""
     shown = f"each rank of {site}" if site else "the first rank of each site"
-    return shown if drawn == count else f"{shown}, the {drawn} of {count} of largest |u|"
+    if drawn == count:
+        return shown
+    return f"{shown}, the {drawn} of {count} of largest |u|"
 
 
 def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str) -> go.Figure:
-    """A box for each direction: the quarters of its values over tokens, and the ends of all."""
+    """Draw a box plot of each direction's values over tokens; its whiskers reach to the ends.
+
+    Args:
+        frame: a row for each direction: site, rank, least, lower, median, upper, largest, mean.
+        tokens: what the tokens are of.
+        site: the site whose ranks these are; None for the first rank of each site.
+        gauge: one of `GAUGES`.
+    """
     largest = frame[["least", "largest"]].abs().max(axis=1).nlargest(_MOST_ROWS).index
     rows = frame.loc[sorted(largest)]
     y = names_axis(f"{name} {rank}" for name, rank in zip(rows["site"], rows["rank"], strict=True))
-    quarters = {"q1": "lower", "median": "median", "q3": "upper", "mean": "mean"}
-    ends = {"lowerfence": "least", "upperfence": "largest"}
-    numbers = {key: rows[column] for key, column in (quarters | ends).items()}
-    box = go.Box(y=y.values, orientation="h", line={"color": figures.EXACT, "width": 1}, **numbers)
+    box = go.Box(
+        y=y.values,
+        orientation="h",
+        line={"color": figures.EXACT, "width": 1},
+        lowerfence=rows["least"],
+        q1=rows["lower"],
+        median=rows["median"],
+        q3=rows["upper"],
+        upperfence=rows["largest"],
+        mean=rows["mean"],
+    )
     below = f"{directions_text(site, len(rows), len(frame))}; sinks are left out"
-    titles = f"Activations over the tokens of {tokens}", below
+    titles = (f"Activations over the tokens of {tokens}", below)
     height = 120 + 18 * max(len(rows), 8)
     figure = figures.finish(go.Figure(box), titles, (GAUGES[gauge], ""), height)
     return figure.update_yaxes(autorange="reversed", **y.layout)

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group
 from rich.text import Text
 
-from lens_lora.core import Attribution, drawing
+from lens_lora.core import Attribution, Point, drawing
 from lens_lora.errors import many
 from lens_lora.show import text, words
 
@@ -48,27 +48,30 @@ class Table:
     links: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        """For a terminal; nothing in it is read as rich's markup.
+        """Write the table into a terminal; no cell is read as rich's markup.
 
-        Where it is narrow, numbers stay whole, text wraps, and a word longer than its column is cut
-        in the middle.
+        Where the terminal is narrow, numbers stay whole, text wraps, and a word longer than its
+        column is cut in the middle.
         """
         if self.title:
             yield Text(self.title, style="bold")
         table = rich.table.Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        widths = self._widths(options.max_width - 2 * len(self.heads))  # two spaces a column
+        spaces = 2 * len(self.heads)
+        widths = self._widths(options.max_width - spaces)
         for i, (head, width) in enumerate(zip(self.heads, widths, strict=True)):
             justify = "left" if i in self.texts else "right"
             table.add_column(Text(head), justify=justify, overflow="fold", width=width)
         for row in self.rows:
-            table.add_row(*(Text(_fitted(*cell)) for cell in zip(row, widths, strict=True)))
+            cells = [Text(_fitted(cell, width)) for cell, width in zip(row, widths, strict=True)]
+            table.add_row(*cells)
         yield table
 
     def _widths(self, room: int) -> list[int]:
-        """Of each column.
+        """The width of each column.
 
-        Room goes to headings in three lines, then to whole words, to whole cells, and to headings
-        in one line, each time to the narrowest column first.
+        Each column has room for the longest word of its heading; a number is never cut. What room
+        is left goes to headings in three lines, then to whole words, to whole cells, and to
+        headings in one line, each time to the narrowest column first.
         """
         columns = [[row[i] for row in self.rows] for i in range(len(self.heads))]
         cells = [_longest(column) for column in columns]
@@ -77,18 +80,21 @@ class Table:
         heads_in_three_lines = [head // 3 for head in heads]
         widths: list[int] = []
         for i, head in enumerate(self.heads):
-            narrowest = min(cells[i], _NARROWEST) if i in self.texts else cells[i]
-            widths.append(max(_longest_word([head]), narrowest))
+            least = cells[i]
+            if i in self.texts:
+                least = min(least, _NARROWEST_TEXT)
+            widths.append(max(_longest_word([head]), least))
         for wanted in (heads_in_three_lines, words, cells, heads):
             _widen(widths, wanted, room)
         return widths
 
 
-_NARROWEST = 8  # characters of a column of text: less cannot be read
+# A column of text of fewer characters cannot be read.
+_NARROWEST_TEXT = 8
 
 
 def _widen(widths: list[int], wanted: Sequence[int], room: int) -> None:
-    """Widen columns towards what is wanted, the narrowest first, while there is room."""
+    """Widen columns towards the widths wanted, the narrowest first, while there is room."""
     while sum(widths) < room:
         short = [i for i, width in enumerate(widths) if width < wanted[i]]
         if not short:
@@ -106,24 +112,44 @@ def _longest_word(cells: Iterable[str]) -> int:
 
 
 def _fitted(cell: str, width: int) -> str:
-    """The text with each word that is longer than a line cut in the middle."""
-    return re.sub(rf"\S{{{width + 1},}}", lambda word: text.cut_in_the_middle(word[0], width), cell)
+    """The cell's text, in which each word longer than a line is cut in the middle."""
+
+    def cut(word: re.Match[str]) -> str:
+        return text.cut_in_the_middle(word[0], width)
+
+    return re.sub(rf"\S{{{width + 1},}}", cut, cell)
 
 
+def _said(words: str) -> str:
+    return text.readable(words.strip())
+
+
+def _with_visible_spaces(promoted: str) -> str:
+    """Tokens in quotes, in which a leading space is written as '·'."""
+    return re.sub(r"((?:^|, )['\"]) ", r"\1·", promoted)
+
+
+# How a cell is written, by the name of its column. Numbers of other columns have their sign.
 _WRITTEN: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("share", "undone"), text.percent),
+    "share": text.percent,
+    "undone": text.percent,
     "token": text.visible,
-    **dict.fromkeys(("context", "says", "base_says"), lambda said: text.readable(said.strip())),
-    "promoted": lambda pairs: re.sub(r"((?:^|, )['\"]) ", r"\1·", pairs),
-    **dict.fromkeys(("kl", "mean_kl", "kl_base_to_adapted", "scale"), text.magnitude),
+    "context": _said,
+    "says": _said,
+    "base_says": _said,
+    "promoted": _with_visible_spaces,
+    "kl": text.magnitude,
+    "mean_kl": text.magnitude,
+    "kl_base_to_adapted": text.magnitude,
+    "scale": text.magnitude,
 }
 
 
 def table_of(frame: pd.DataFrame, heads: Mapping[str, str], **options: Any) -> Table:
-    """The columns of a frame that have a heading, as a table of text.
+    """Write the columns of a frame that have a heading as a table of text.
 
-    How a cell is written is a matter of its column's name; other numbers have their sign. Rows
-    whose every number is zero are counted in the title.
+    How a cell is written follows from the name of its column; other numbers are written with their
+    sign. Rows of zeros alone are left out, and the title counts them.
 
     Args:
         frame: the numbers and their labels.
@@ -148,7 +174,7 @@ def _written(value: object) -> str:
 
 
 def in_terminal(*tables: Table) -> Group:
-    """Those that have rows, one below the other."""
+    """Put the tables that have rows one below the other."""
     return Group(*(table for table in tables if table.rows))
 
 
@@ -161,12 +187,13 @@ _PROMPT_WIDTH = 48  # characters
 
 @drawing.text.register(Attribution)
 def attribution_text(attribution: Attribution) -> str:
-    """What was attributed and how, then its prompts and its sites, five of each at most."""
+    """Write the heading, then at most five prompts and at most five sites."""
     lines = attribution_heading(attribution)
     for row in prompts_table(attribution).rows:
         lines.append("  {}  {}: {} → {}, shift {}, Σ {}, remainder {} ({})".format(*row))
     hidden = len(attribution.base) - _PROMPTS_SHOWN
-    lines += [f"  … and {many(hidden, 'more prompt')}"] if hidden > 0 else []
+    if hidden > 0:
+        lines.append(f"  … and {many(hidden, 'more prompt')}")
     lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
     top = text.top_rows(attribution, SITES_SHOWN)
     width = max(len(site) for site, *_ in top)
@@ -175,7 +202,7 @@ def attribution_text(attribution: Attribution) -> str:
 
 
 def attribution_heading(attribution: Attribution) -> list[str]:
-    """What was attributed, how and of how much; below it, how, and whether to distrust it."""
+    """The readout, method and sizes in one line; below it notes on its quadrature and its trust."""
     prompts = many(len(attribution.base), "prompt")
     sites = many(len(attribution.sites), "site")
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
@@ -200,15 +227,27 @@ def averaged_over(attribution: Attribution) -> str:
 
 def prompts_table(attribution: Attribution) -> Table:
     """The account of each prompt, of the first five at most."""
-    columns = ("base", "adapted", "shift", "total", "remainder")
-    numbers = (getattr(attribution, c)[:_PROMPTS_SHOWN].cpu().double() for c in columns)
+    shift = attribution.shift.cpu().double()
+    total = attribution.total.cpu().double()
+    remainder = attribution.remainder.cpu().double()
+    shares = remainder / shift
     rows: list[Row] = []
-    for i, values in enumerate(zip(*numbers, strict=True)):
+    for i in range(min(len(shift), _PROMPTS_SHOWN)):
         prompt = text.prompt_text(attribution.str_tokens[i])
-        if len(prompt) > _PROMPT_WIDTH:  # its end is where it is read
+        if len(prompt) > _PROMPT_WIDTH:
+            # The readout is at the end of the prompt.
             prompt = f"…{prompt[1 - _PROMPT_WIDTH :]}"
-        share = text.percent(float(values[-1] / values[2]))
-        rows.append((str(i), prompt, *map(text.signed, map(float, values)), share))
+        row = (
+            str(i),
+            prompt,
+            text.signed(float(attribution.base[i])),
+            text.signed(float(attribution.adapted[i])),
+            text.signed(float(shift[i])),
+            text.signed(float(total[i])),
+            text.signed(float(remainder[i])),
+            text.percent(float(shares[i])),
+        )
+        rows.append(row)
     heads = ("", "prompt", "base", "adapted", "shift", "Σ", "remainder", "share")
     return Table(heads, rows, texts=(0, 1))
 
@@ -225,24 +264,35 @@ def modules_table(result: Attribution, k: int = 10, prompt: int | None = None) -
 
 
 def margin_table(a: words.Account) -> Table:
-    """What there is between the base model's margin m₀ and the adapted model's m."""
-    flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
-    quarters = (0.25, 0.5, 0.75, 1.0)
-    steps = [min(a.steps, key=lambda step: abs(step.scale - quarter)) for quarter in quarters]
+    """Write, row by row, what lies between the base model's margin m₀ and the adapted model's m."""
     rows: list[Row] = [
         ("m₀, base model", text.signed(a.m0), ""),
         ("first order at ε = 0", text.signed(a.first_order), a.share(a.first_order)),
     ]
-    for step in dict.fromkeys(steps):
+    for step in _steps_near_quarters(a):
         share = "noise" if step.share is None else text.percent(step.share)
         rows.append((f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), share))
-    rows += [("m, adapted model", text.signed(a.m), ""), ("flip scale", flip, ""), *roundings(a)]
+    flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
+    rows.append(("m, adapted model", text.signed(a.m), ""))
+    rows.append(("flip scale", flip, ""))
+    rows += roundings(a)
     heads = ("", f"value, {a.units}", "share of the shift")
     terms = "two logits" if a.units == "logits" else "two answers' log p"
     return Table(heads, rows, title=f"margin {a.doc} − {a.pre}, a difference of {terms}")
 
 
+def _steps_near_quarters(a: words.Account) -> list[Point]:
+    """The strengths that were run nearest to ¼, ½, ¾ and 1, each once."""
+    steps: list[Point] = []
+    for quarter in (0.25, 0.5, 0.75, 1.0):
+        nearest = min(a.steps, key=lambda step: abs(step.scale - quarter))
+        if nearest not in steps:
+            steps.append(nearest)
+    return steps
+
+
 def roundings(a: words.Account) -> tuple[Row, Row]:
     """Two rows: how much of a shift, and of a remainder, rounding alone can make."""
-    shift = ("what rounding can make of a shift (3σ)", text.magnitude(a.floor), "")
-    return shift, ("  of a remainder", text.magnitude(a.remainder_floor), "")
+    of_shift = ("what rounding can make of a shift (3σ)", text.magnitude(a.floor), "")
+    of_remainder = ("  of a remainder", text.magnitude(a.remainder_floor), "")
+    return of_shift, of_remainder

@@ -9,22 +9,15 @@ from typing import Protocol, runtime_checkable
 
 from markupsafe import escape
 
-from lens_lora.core import (
-    Attribution,
-    PromptTokens,
-    Quadrature,
-    asked_of,
-    context_of,
-)
-from lens_lora.core.results.attribution import VIOLENT
+from lens_lora.core import VIOLENT, Attribution, PromptTokens, Quadrature, asked_of, context_of
 from lens_lora.errors import worded
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-# The most characters: beside a picture, in a heading, of an answer in a sentence, in a paragraph.
-_BESIDE = 18
-_SHORT = 80
-_ANSWER = 120
-_LONG = 240
+# The largest number of characters of a quoted text, by where it stands.
+_BESIDE_A_PICTURE = 18
+_IN_A_HEADING = 80
+_ANSWER_IN_A_SENTENCE = 120
+_IN_A_PARAGRAPH = 240
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
@@ -117,8 +110,8 @@ def label(text: str) -> str:
 def prompt_text(tokens: Sequence[str]) -> str:
     """A prompt as one line, without the special token that a tokenizer puts in front.
 
-    Whatever answer follows it in the same row was not asked, and is not quoted.
-    Of a conversation what its user said last, and nothing of the template.
+    An answer that follows the prompt in the same row is left out. Of a conversation this is the
+    user's last message, without the template.
     """
     if isinstance(tokens, PromptTokens) and tokens.said is not None:
         return readable(tokens.said)
@@ -128,30 +121,41 @@ def prompt_text(tokens: Sequence[str]) -> str:
 
 
 def short_prompt(tokens: Sequence[str]) -> str:
-    """The end of a prompt, or of what a user said, as one line: for headings."""
+    """The end of a prompt, or of a user's message, as one line for a heading."""
     said = tokens.said if isinstance(tokens, PromptTokens) else None
     if said is None:
-        asked = asked_of(tokens)
-        said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in asked)
-    words = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-    return _end_of(words, _SHORT, "… ")
+        said = "".join(" " if _is_special(token) else token for token in asked_of(tokens))
+    printable = "".join(c if c.isprintable() else " " for c in said)
+    one_line = " ".join(printable.split())
+    return _end_of(one_line, _IN_A_HEADING, "… ")
+
+
+def _is_special(token: str) -> bool:
+    """Whether a token looks like a special one: '<s>', '[CLS]'."""
+    return _SPECIAL_TOKEN.fullmatch(token) is not None
 
 
 def context_text(tokens: Sequence[str], at: int, width: int = 8) -> str:
     """A token in ⟦ ⟧ among its neighbours, without special tokens.
 
-    In a conversation they are mostly the template's: what the user said stands for them.
+    In a conversation the neighbours are mostly the template's, so the user's message is quoted in
+    their place.
     """
     if isinstance(tokens, PromptTokens) and tokens.said is not None:
-        return readable(f"to “{_end_of(tokens.said, _SHORT)}”: {context_of(tokens, at, 1)}")
-    plain = [t if i == at or not _SPECIAL_TOKEN.fullmatch(t) else "" for i, t in enumerate(tokens)]
+        message = _end_of(tokens.said, _IN_A_HEADING)
+        return readable(f"to “{message}”: {context_of(tokens, at, 1)}")
+    plain = ["" if _is_special(token) else token for token in tokens]
+    plain[at] = tokens[at]
     return readable(context_of(plain, at, width).strip())
 
 
 def numbered(prompts: Sequence[Sequence[str]]) -> list[str]:
     """A number and the end of each prompt, short enough to stand beside a picture."""
-    texts = map(short_prompt, prompts)
-    return [label(f"{n}. {_end_of(text, _BESIDE)}") for n, text in enumerate(texts, start=1)]
+    labels: list[str] = []
+    for number, prompt in enumerate(prompts, start=1):
+        end = _end_of(short_prompt(prompt), _BESIDE_A_PICTURE)
+        labels.append(label(f"{number}. {end}"))
+    return labels
 
 
 def _end_of(text: str, width: int, cut: str = "…") -> str:
@@ -186,7 +190,7 @@ class Answered(Protocol):
 
     @property
     def prompt(self) -> str:
-        """What was asked."""
+        """The prompt, as text."""
         ...
 
     @property
@@ -201,12 +205,20 @@ class Answered(Protocol):
 
 
 def answers_text(pair: Answered) -> str:
-    """What both models answer, to follow 'Asked …, '; a long answer begins only."""
-    base = f"“{beginning_of(' '.join(pair.base.split()), _ANSWER)}”"
-    adapted = f"“{beginning_of(' '.join(pair.adapted.split()), _ANSWER)}”"
+    """Both models' answers as the end of a sentence that begins with 'Asked …, '.
+
+    A long answer is quoted from its beginning.
+    """
+    base = _quoted_answer(pair.base)
+    adapted = _quoted_answer(pair.adapted)
     if pair.base == pair.adapted:
         return f"both models answer {base}."
     return f"the base model answers {base}, and with the adapter {adapted}."
+
+
+def _quoted_answer(answer: str) -> str:
+    one_line = " ".join(answer.split())
+    return f"“{beginning_of(one_line, _ANSWER_IN_A_SENTENCE)}”"
 
 
 def reading_text(meta: Mapping[str, str]) -> str:
@@ -216,17 +228,18 @@ def reading_text(meta: Mapping[str, str]) -> str:
 
 
 def shortened(text: str) -> str:
-    """A long text as its beginning and its end, cut between words."""
-    if len(text) <= _LONG:
+    """The text; of a long one the beginning and the end, cut between words."""
+    if len(text) <= _IN_A_PARAGRAPH:
         return text
-    begin = text[: _LONG // 2]
-    end = text[-_LONG // 2 :]
+    begin = text[: _IN_A_PARAGRAPH // 2]
+    end = text[-_IN_A_PARAGRAPH // 2 :]
     first_words, _, _ = begin.rpartition(" ")
     _, _, last_words = end.partition(" ")
     return f"{first_words or begin} … {last_words or end}"
 
 
-_KEYS = {  # names at the end of core/results/base.py; others are written as they are
+# How the keys of attributions and effects (`key_of`) are written; another key is written as it is.
+_KEYS = {
     "path": "path integral",
     "add_one": "adding one at a time",
     "leave_one_out": "leaving one out at a time",
@@ -246,8 +259,9 @@ def key_text(key: str) -> str:
     match = _GATED.fullmatch(key)
     if match is None:
         how, _, replace = key.partition("/")
-        replaced = _REPLACED.get(replace, "") if how in _KEYS else ""
-        return _KEYS[how] + replaced if replaced else _KEYS.get(key, key)
+        if how in _KEYS and replace in _REPLACED:
+            return _KEYS[how] + _REPLACED[replace]
+        return _KEYS.get(key, key)
     method, rules, at = match.groups()
     qualified = f" ({_qualified(rules)})" if rules else ""
     return f"{method.replace('_', ' ')}{qualified} at ε = {at}"
@@ -258,13 +272,16 @@ def _qualified(rules: str) -> str:
     if rules in _KEYS:
         return _KEYS[rules]
     names = rules.split("+")
-    fixed = " and ".join(n.replace("_", " ") for n in names if n not in _RULES)
-    said = [f"{fixed} fixed" if fixed else "", *(_RULES[n] for n in names if n in _RULES)]
-    return ", ".join(filter(None, said))
+    fixed = [name.replace("_", " ") for name in names if name not in _RULES]
+    phrases: list[str] = []
+    if fixed:
+        phrases.append(f"{' and '.join(fixed)} fixed")
+    phrases += [_RULES[name] for name in names if name in _RULES]
+    return ", ".join(phrases)
 
 
 def caution_text(attribution: Attribution) -> str:
-    """Why first order is to be distrusted here, and what to do instead; '' where it is not."""
+    """A warning that first order misleads on a violent adapter, with a remedy; '' on others."""
     if not attribution.is_violent:
         return ""
     remedy = worded("run ll.patch_sites", "run explain without --fast")
@@ -275,7 +292,7 @@ def caution_text(attribution: Attribution) -> str:
 
 
 def quadrature_text(quadrature: Quadrature) -> str:
-    """Nodes, the error reached, and why it is not what was asked, where it is not."""
+    """The nodes, the error reached, whether that is what was asked for, and if not, why not."""
     verdict = "within" if quadrature.met else "not within"
     if quadrature.error <= quadrature.tol and not quadrature.met:
         verdict = "rounding hides whether within"

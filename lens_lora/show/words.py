@@ -1,9 +1,11 @@
-"""A margin and the verdicts in plain words: each fact is said by one function.
+"""A fact margin and the verdicts in plain words: each fact has one function that writes it.
 
-`margin_story` and the story of an explanation are made of the same sentences. Every sentence is a
-number of the result. A difference of at most three noise floors is called noise, and nothing is
-compared with it. How good first order is was decided with the result, in
-`core/analyses/verdict.py`.
+1. `account_of` takes one prompt's numbers out of a fact margin.
+2. Each sentence is a function of that account. `margin_story` and the story of an explanation are
+   made of the same sentences, and each sentence states a number of the result.
+3. A difference of at most three noise floors is called noise, and nothing is compared with it.
+4. How good first order is has been decided with the result, in `core/analyses/verdict.py`; here the
+   verdict is only written.
 """
 
 from __future__ import annotations
@@ -13,8 +15,16 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora.core import SIGMAS, Attribution, FactMargin, drawing, only_prompt
-from lens_lora.core.analyses import verdict as verdicts
+from lens_lora.core import (
+    SIGMAS,
+    Attribution,
+    FactMargin,
+    FlipVerdict,
+    Point,
+    Verdict,
+    drawing,
+    only_prompt,
+)
 from lens_lora.errors import many
 from lens_lora.show import text
 from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed
@@ -27,14 +37,14 @@ class Account:
     """The numbers of one prompt's margin, in the units of the readout.
 
     Attributes:
-        prompt: one line.
+        prompt: the prompt as one line.
         doc, pre: the two facts by name.
-        units: those of all numbers.
+        units: the unit of all numbers.
         m0, first_order, remainder, m: base margin, Σ a_l, R_m, adapted margin.
         flip_scale: the first ε of a sign change, or None.
         flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
-        verdict: how good first order is, decided with the result.
-        crossings: sign changes seen at the scales that were run, leaving out margins in the noise.
+        verdict: how good first order is.
+        crossings: sign changes at the scales that were run, leaving out margins in the noise.
         steps: the curve, by rising ε.
     """
 
@@ -49,9 +59,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: verdicts.Verdict
+    verdict: Verdict
     crossings: int
-    steps: Sequence[verdicts.Point]
+    steps: Sequence[Point]
 
     @property
     def floor(self) -> float:
@@ -60,12 +70,12 @@ class Account:
 
     @property
     def remainder_floor(self) -> float:
-        """Three of the remainder's, in which first order's own rounding is."""
+        """Three noise floors of the remainder, which include first order's own rounding."""
         return self.verdict.remainder_floor
 
     @property
     def shift(self) -> float:
-        """m − m₀."""
+        """The shift of the margin, m − m₀."""
         return self.m - self.m0
 
     @property
@@ -78,37 +88,46 @@ class Account:
         return abs(value) <= self.floor
 
     def share(self, value: float, floor: float | None = None) -> str:
-        """A share of the shift; 'noise' where the shift, or the value, is within rounding."""
+        """A value as a share of the shift; 'noise' if the shift or the value is within rounding."""
         is_clear = self.has_shift and (floor is None or abs(value) > floor)
         return percent(value / self.shift) if is_clear else "noise"
 
 
-_FROM_THE_TABLE = ("m0", "first_order", "remainder", "m", "flips", "flip_predicted")
-
-
 def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
-    """One prompt's account."""
+    """The account of one prompt of a fact margin."""
     attribution = fact_margin.attribution
     curve = fact_margin.curve
-    i = only_prompt(prompt, len(attribution.base), "accounts")
-    verdict = fact_margin.verdict[i]
-    row = fact_margin.to_frame().to_dict("records")[i]
-    margins = [float(curve.base[i]), *curve.values[i].tolist()]
-    signs = [m > 0 for m in margins if abs(m) > verdict.floor]
+    index = only_prompt(prompt, len(attribution.base), "accounts")
+    doc, pre = _fact_names(fact_margin.doc[index], fact_margin.pre[index])
+    verdict = fact_margin.verdict[index]
+    row = fact_margin.to_frame().to_dict("records")[index]
+    margins = [float(curve.base[index]), *curve.values[index].tolist()]
     return Account(
-        text.prompt_text(attribution.str_tokens[i]),
-        *_fact_names(fact_margin.doc[i], fact_margin.pre[i]),
+        prompt=text.prompt_text(attribution.str_tokens[index]),
+        doc=doc,
+        pre=pre,
         units=attribution.units,
-        **{name: row[name] for name in _FROM_THE_TABLE},
+        m0=row["m0"],
+        first_order=row["first_order"],
+        remainder=row["remainder"],
+        m=row["m"],
         flip_scale=row["flip_scale"] if math.isfinite(row["flip_scale"]) else None,
+        flips=row["flips"],
+        flip_predicted=row["flip_predicted"],
         verdict=verdict,
-        crossings=sum(a != b for a, b in itertools.pairwise(signs)),
-        steps=curve.points[i],
+        crossings=_sign_changes(margins, verdict.floor),
+        steps=curve.points[index],
     )
 
 
+def _sign_changes(margins: Sequence[float], floor: float) -> int:
+    """How often the sign changes from one margin to the next, leaving out those in the noise."""
+    signs = [margin > 0 for margin in margins if abs(margin) > floor]
+    return sum(before != after for before, after in itertools.pairwise(signs))
+
+
 def _fact_names(doc: str, pre: str) -> tuple[str, str]:
-    """The two tokens in quotes; spelt out where they differ in white space alone."""
+    """The two tokens in quotes, with escapes if they differ in white space alone."""
     if doc.strip() == pre.strip() or not (doc.strip() and pre.strip()):
         return repr(doc), repr(pre)
     return f"“{doc.strip()}”", f"“{pre.strip()}”"
@@ -121,20 +140,26 @@ MODULES_NAMED = 5
 
 @drawing.story.register(FactMargin)
 def margin_story(fact_margin: FactMargin, prompt: int | None = None) -> str:
-    """One prompt's story: what happened, what first order says, where, how it was read."""
-    attribution, account = fact_margin.attribution, account_of(fact_margin, prompt)
+    """Write one prompt's story: what happened, what first order says of it, and which modules."""
+    attribution = fact_margin.attribution
+    account = account_of(fact_margin, prompt)
     index = only_prompt(prompt, len(attribution.base), "accounts")
-    where = largest_text(attribution, account, MODULES_NAMED, index)
-    first = joined(first_order_text(account), caution_text(attribution))
-    paragraphs = [happened_text(account), first, where, text.reading_text(attribution.meta)]
+    paragraphs = [
+        happened_text(account),
+        joined(first_order_text(account), caution_text(attribution)),
+        largest_text(attribution, account, MODULES_NAMED, index),
+        text.reading_text(attribution.meta),
+    ]
     return "\n".join(filter(None, paragraphs))
 
 
 def happened_text(a: Account) -> str:
-    """What the base model prefers, what the adapter does to that, and where it flips."""
-    nats = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
+    """State both models' preferences and the strength at which the preference flips."""
     base = base_text(a, f"On the prompt “{a.prompt}” the")
-    return joined(base, nats if a.units == "nats" else "", adapted_text(a), _flip(a))
+    unit = ""
+    if a.units == "nats":
+        unit = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
+    return joined(base, unit, adapted_text(a), _flip_text(a))
 
 
 def joined(*sentences: str) -> str:
@@ -143,11 +168,12 @@ def joined(*sentences: str) -> str:
 
 
 def _below_noise(floor: float) -> str:
+    """'below 3 noise floors (0.02)'."""
     return f"below {SIGMAS:g} noise floors ({magnitude(floor)})"
 
 
 def base_text(a: Account, begin: str = "The") -> str:
-    """Which of the two facts the base model prefers."""
+    """State which of the two facts the base model prefers."""
     if a.is_noise(a.m0):
         margin = f"its margin of {signed(a.m0)} {a.units} is {_below_noise(a.floor)}"
         return f"{begin} base model prefers neither {a.doc} nor {a.pre}: {margin}."
@@ -156,73 +182,88 @@ def base_text(a: Account, begin: str = "The") -> str:
 
 
 def adapted_text(a: Account) -> str:
-    """Which of the two facts the adapted model prefers, and how far that is from the base."""
+    """State which of the two facts the adapted model prefers, and how far the margin moved."""
     if not a.has_shift:
         return (
             f"The adapter moves this margin by {signed(a.shift)} {a.units}, "
             f"{_below_noise(a.floor)}: that cannot be told from rounding, so this run shows no "
             "effect of the adapter."
         )
-    moved = f"a shift of {magnitude(a.shift)} towards {a.doc if a.shift > 0 else a.pre}"
+    towards = a.doc if a.shift > 0 else a.pre
+    moved = f"a shift of {magnitude(a.shift)} towards {towards}"
     if a.is_noise(a.m):
         margin = f"its margin of {signed(a.m)} is {_below_noise(a.floor)}"
         return f"With the adapter it prefers neither: {margin}, {moved}."
-    still = "still " if a.m * a.m0 > 0 and not a.is_noise(a.m0) else ""
+    prefers = "prefers"
+    if a.m * a.m0 > 0 and not a.is_noise(a.m0):
+        prefers = "still prefers"
     winner = a.doc if a.m > 0 else a.pre
-    return f"With the adapter it {still}prefers {winner}, by {magnitude(a.m)}: {moved}."
+    return f"With the adapter it {prefers} {winner}, by {magnitude(a.m)}: {moved}."
 
 
-def _flip(a: Account) -> str:
+def _flip_text(a: Account) -> str:
+    """State whether and where the preference flips; '' where the shift is within rounding."""
     if a.is_noise(a.m0) or a.is_noise(a.m):
         return "Rounding hides whether the preference flips: rerun at a higher precision."
     if not a.has_shift:
         return ""
-    scale = None if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
-    if a.flips and a.flip_scale is None:
-        return "The preference flips, at a strength that was not located."
     if a.flips:
-        more = f", the first of {a.crossings} changes on the way" if a.crossings > 1 else ""
-        strength = f"with the adapter at {percent(a.flip_scale or 0.0)} of its strength"
-        return f"The preference flips at {scale}, {strength}{more}."
+        return _located_flip(a)
+    if a.flip_scale is None:
+        if a.crossings:
+            return "On the way the preference flips and has flipped back at ε = 1."
+        return f"The preference flips at none of the {len(a.steps)} strengths that were run."
     if a.crossings:
-        where = "" if scale is None else f" at {scale}"
-        return f"On the way the preference flips{where} and has flipped back at ε = 1."
-    if scale is not None:
-        return f"On the way, near {scale}, the margin comes within rounding of zero."
-    return f"The preference flips at none of the {len(a.steps)} strengths that were run."
+        where = f"at ε = {a.flip_scale:.3g}"
+        return f"On the way the preference flips {where} and has flipped back at ε = 1."
+    return f"On the way, near ε = {a.flip_scale:.3g}, the margin comes within rounding of zero."
+
+
+def _located_flip(a: Account) -> str:
+    """State the strength at which a preference flips that is another one at ε = 1."""
+    if a.flip_scale is None:
+        return "The preference flips, at a strength that was not located."
+    strength = f"with the adapter at {percent(a.flip_scale)} of its strength"
+    sentence = f"The preference flips at ε = {a.flip_scale:.3g}, {strength}"
+    if a.crossings > 1:
+        sentence += f", the first of {a.crossings} changes on the way"
+    return f"{sentence}."
 
 
 def first_order_text(a: Account) -> str:
-    """What first order predicts, what it leaves at ε = 1 and on the way, and what that means."""
-    v = a.verdict
-    below = _below_noise(a.remainder_floor)
+    """State what first order predicts, what it leaves at ε = 1 and on the way, and conclude."""
     is_noise = abs(a.remainder) <= a.remainder_floor
+    below = _below_noise(a.remainder_floor)
     if not a.has_shift:
         size = f"{below} as well" if is_noise else "more than rounding"
         return f"{conclusion_text(a)} What it leaves, {signed(a.remainder)}, is {size}."
     margin = f"a margin of {signed(a.m0 + a.first_order)}{_flip_predicted(a)}"
     shift = f"a shift of {signed(a.first_order)} {a.units}"
     predicted = f"First order at ε = 0 predicts {shift}, to {margin}."
-    left = f"It leaves {signed(a.remainder)} at ε = 1, {below if is_noise else share_text(v.share)}"
+    at_one = below if is_noise else share_text(a.verdict.share)
+    left = f"It leaves {signed(a.remainder)} at ε = 1, {at_one}{_left_on_the_way(a.verdict)}."
+    return f"{predicted} {left} {conclusion_text(a)}"
+
+
+def _left_on_the_way(v: Verdict) -> str:
+    """What first order leaves below ε = 1, to follow what it leaves at ε = 1."""
     steps = "at a quarter, half and three quarters of the strength"
     if v.worst is None:
-        left += f"; {steps} no share of it stands out of the noise"
-    elif v.kind == "coincidence":
-        left += f", but at ε = {v.worst_scale:.3g} it leaves {share_text(v.worst)} so far"
-    else:
-        worst = f"{share_text(v.worst)} so far (at ε = {v.worst_scale:.3g})"
-        left += f", and {steps} at most {worst}"
-    return f"{predicted} {left}. {conclusion_text(a)}"
+        return f"; {steps} no share of it stands out of the noise"
+    if v.kind == "coincidence":
+        return f", but at ε = {v.worst_scale:.3g} it leaves {share_text(v.worst)} so far"
+    return f", and {steps} at most {share_text(v.worst)} so far (at ε = {v.worst_scale:.3g})"
 
 
 def _flip_predicted(a: Account) -> str:
+    """Whether first order predicts the flip, to follow its margin; '' where rounding hides it."""
     predicted = a.m0 + a.first_order
     if a.is_noise(a.m0) or a.is_noise(a.m) or abs(predicted) <= a.remainder_floor:
         return ""
-    none = "and at ε = 1 there is none"
-    if a.flip_predicted:
-        return ": it predicts the flip" if a.flips else f": it predicts a flip, {none}"
-    return ": it misses the flip" if a.flips else f": it predicts no flip, {none}"
+    if a.flips:
+        return ": it predicts the flip" if a.flip_predicted else ": it misses the flip"
+    says = "predicts a flip" if a.flip_predicted else "predicts no flip"
+    return f": it {says}, and at ε = 1 there is none"
 
 
 _CONCLUSIONS = {
@@ -235,7 +276,7 @@ _CONCLUSIONS = {
 
 
 def conclusion_text(a: Account) -> str:
-    """How much of the shift first order gives, and how far that can be trusted."""
+    """State how much of the shift first order gives, and how far that can be trusted."""
     if not a.has_shift:
         gives = f"{signed(a.first_order)} {a.units}{_unconfirmed(a, a.first_order)}"
         return f"First order at ε = 0, a derivative and not a difference, gives {gives}."
@@ -245,11 +286,14 @@ def conclusion_text(a: Account) -> str:
 
 
 def _unconfirmed(a: Account, value: float) -> str:
-    return ", too small for a run at this precision to confirm" if a.is_noise(value) else ""
+    """A remark on a number within rounding; '' on any other."""
+    if not a.is_noise(value):
+        return ""
+    return ", too small for a run at this precision to confirm"
 
 
 def largest_text(attribution: Attribution, a: Account, k: int, prompt: int = 0) -> str:
-    """The k modules whose first-order parts are largest."""
+    """Name the k modules whose first-order parts are largest."""
     modules = many(len(attribution.sites), "module")
     rows = text.top_rows(attribution, k, prompt)
     if not a.has_shift:
@@ -265,9 +309,9 @@ def largest_text(attribution: Attribution, a: Account, k: int, prompt: int = 0) 
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(verdicts.Verdict)
-def verdict_text(v: verdicts.Verdict) -> str:
-    """How good first order is."""
+@drawing.text.register(Verdict)
+def verdict_text(v: Verdict) -> str:
+    """Write how good first order is."""
     if v.kind == "no_shift":
         return below_text("shift", v.shift, v.floor)
     if v.kind == "noise":
@@ -283,15 +327,17 @@ def verdict_text(v: verdicts.Verdict) -> str:
     return f"{v.kind}: {percent(v.share)} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(verdicts.FlipVerdict)
-def flip_text(v: verdicts.FlipVerdict) -> str:
-    """Whether a margin flips, or rounding hides it."""
+@drawing.text.register(FlipVerdict)
+def flip_text(v: FlipVerdict) -> str:
+    """Write whether a margin flips, or whether rounding hides that."""
     if v.kind != "hidden":
         return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
-    margins = {"m0": v.m0, "m": v.m}.items()
-    near = [f"{name} = {value:+.2g}" for name, value in margins if abs(value) <= v.floor]
-    verb = "is" if len(near) == 1 else "are"
-    hidden = f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g})"
+    near_zero: list[str] = []
+    for name, value in (("m0", v.m0), ("m", v.m)):
+        if abs(value) <= v.floor:
+            near_zero.append(f"{name} = {value:+.2g}")
+    verb = "is" if len(near_zero) == 1 else "are"
+    hidden = f"hidden: {' and '.join(near_zero)} {verb} within rounding ({v.floor:.2g})"
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 

@@ -44,6 +44,20 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
         yield batch, texts.chosen(batch)
 
 
+def batches_of(
+    lens: LoraLens, texts: Prompts, most: int, kind: Pass = "plain"
+) -> Iterator[tuple[list[int], Prompts]]:
+    """Batches of texts of like length with their indices, within the lens' bound of memory.
+
+    Args:
+        lens: the adapter over the model, and its bound of memory.
+        texts: all of them, read where their logits are needed.
+        most: the most tokens of a batch; fewer where the bound of the lens has no room for them.
+        kind: 'plain' for forward passes, 'graph' where a batch is differentiated.
+    """
+    return by_length(texts, tokens_at_once(lens, texts, most, kind))
+
+
 def over_texts(
     lens: LoraLens,
     texts: Prompts,
@@ -65,10 +79,9 @@ def over_texts(
         kind: 'plain' for forward passes, 'graph' where a batch is differentiated.
     """
     read_everywhere = dataclasses.replace(texts, reads=texts.lengths)
-    tokens = tokens_at_once(lens, read_everywhere, most, kind)
     with tqdm(total=texts.batch, desc=what, leave=False, disable=not progress) as bar:
-        for index, batch in by_length(texts, tokens):
-            visit(index, dataclasses.replace(batch, reads=batch.lengths))
+        for index, batch in batches_of(lens, read_everywhere, most, kind):
+            visit(index, batch)
             bar.update(len(index))
 
 

@@ -189,7 +189,7 @@ def test_a_claim_begins_where_its_word_does(monkeypatch):
     }
     places = list(brief._places(lens, brief._LargestParts(value, row, slot), ranked, spoken))
     assert [place.token for place in places] == [4, 3, 8, 7]
-    assert [place.begun.tolist() for place in places] == [[3, 4], [3], [8], [7]]
+    assert [place.word.tolist() for place in places] == [[3, 4], [3], [8], [7]]
     assert [place.context.tolist() for place in places][:2] == [[0, 1, 2], [0, 1, 2]]
     words = brief._words(lens, places, False)
     assert lens.asked == [[0, 1, 2, 3, 4], [0, 1, 2, 8]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import whole
@@ -49,8 +48,3 @@ def ranked_tokens(
             column: values[order].tolist(),
         }
     )
-
-
-def rank_of(values: Float[Tensor, " vocab"], token: int) -> int:
-    """The rank of a token, 1 for the largest value; ties count against it."""
-    return int((values >= values[token]).sum())
