@@ -31,7 +31,7 @@ import itertools
 import shlex
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
@@ -50,6 +50,16 @@ def is_of_the_system(error: BaseException) -> bool:
 def many(count: int, thing: str) -> str:
     """'1 prompt', '3 prompts'."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+# How many names a message lists before it counts the others.
+_NAMED = 5
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are: 'a, b, c, d, e and 7 more'."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 # --- Who reads a message

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
-from lens_lora.core import Adapter, LoraLens, TrainedModule, load_adapter
+from lens_lora.core import Adapter, LoraLens, TrainedModule, load_adapter, refuse_unusable
 from lens_lora.core.adapter import CONFIG, given_adapter
-from lens_lora.core.model import refuse_unusable
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
 from lens_lora.families import listed_family

@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_lora.compat import Temporary
-from lens_lora.core import LoraLens
-from lens_lora.core.model.hooks import is_hooked
+from lens_lora.core import LoraLens, is_hooked
 from lens_lora.core.readout.prompts import reads_with_bos
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.texts.neutral import neutral_sentences
@@ -57,7 +56,7 @@ def jacobian_of(lens: LoraLens, folder: Path, *, progress: bool) -> Jacobian | N
 
     None where TransformerLens fits no Jacobian of this model.
     """
-    block = int(_DEPTH * (lens.plan.host.n_layers - 1))
+    block = int(_DEPTH * (lens.host.n_layers - 1))
     point = f"blocks.{block}.hook_resid_post"
     has_bos = reads_with_bos(lens.model, lens.prepend_bos)
     file = folder / f"jacobian-{_hash(lens.model, has_bos=has_bos)}.safetensors"

@@ -75,7 +75,7 @@ class Points:
             lens: the adapter over the model.
             jacobian: the Jacobian of one more point, if its reading was asked for.
         """
-        layers = lens.plan.host.n_layers
+        layers = lens.host.n_layers
         blocks = sorted({(layers - 1) // 2, layers - 1})
         stream = [f"blocks.{i}.hook_resid_post" for i in blocks]
         outputs = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]

@@ -38,6 +38,7 @@ from lens_lora.banks.record import Half, TensorPool, record
 from lens_lora.banks.targets import stand_ins
 from lens_lora.compat import uncompiled
 from lens_lora.core import (
+    AXES,
     Adapter,
     Attribution,
     Evaluations,
@@ -54,7 +55,6 @@ from lens_lora.core.analyses.first_order import require_ranks
 from lens_lora.core.analyses.own_analyses import listed
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.memory import graph_groups
-from lens_lora.core.model.check import require_kinds
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.results.attribution import within_response
@@ -137,7 +137,7 @@ class Bank:
                 "by='token': the bank holds one gradient for a whole readout",
                 remedy="make it with ll.bank(…, by_token=True).",
             )
-        require_kinds(adapter, None)
+        require_adapter(adapter)
         plan = self._base.plan_of(adapter)
         if isinstance(plan, SharedPlan) and not (axes or exact) and gauge == "trained":
             self._warn_of_other_base(adapter)

@@ -46,7 +46,7 @@ def shapes_of(adapter: Adapter) -> Shapes:
 
 def can_share_plan(lens: LoraLens, halves: Sequence[Half], stacks: Stacks) -> bool:
     """Whether each δ is a product of two plain factors, and was recorded once."""
-    for injection in lens.plan.injections:
+    for injection in lens.injections:
         if type(injection.map) is not SiteMap or injection.whole is not None:
             return False
         if injection.ports.read is None or injection.partner is not None:
@@ -98,7 +98,7 @@ class SharedPlan:
         self._halves = halves
         columns = _columns(halves)
         groups: dict[tuple[object, ...], list[_RecordedMap]] = {}
-        for site, injection in enumerate(lens.plan.injections):
+        for site, injection in enumerate(lens.injections):
             place = place_of(lens, injection)
             addresses: list[Address] = []
             for column in columns:
@@ -183,8 +183,8 @@ class _MapGroup:
 
     def __init__(self, lens: LoraLens, maps: Sequence[_RecordedMap], views: _Views) -> None:
         self.sites: list[int] = [each.site for each in maps]
-        self._factors = [lens.plan.updates[site].site for site in self.sites]
-        bases = [lens.plan.host.basis_of(site) for site in self._factors]
+        self._factors = [lens.updates[site].site for site in self.sites]
+        bases = [lens.host.basis_of(site) for site in self._factors]
         self._basis = bases[0]
         self._gamma = _stacked([basis.gamma for basis in bases])
         self._beta = _stacked([basis.beta for basis in bases])

@@ -90,7 +90,7 @@ class Half:
         by_column: list[Tensor] = []
         for column in self.columns:
             slopes = Slopes(lens, self.prompts, axes_within_column)
-            for injection in lens.plan.injections:
+            for injection in lens.injections:
                 if injection.partner is None:  # what waits for a partner's gate is 0
                     for gradient, z in _recorded(lens, injection, column, stacks):
                         slopes.visit(injection, None, gradient, z)
@@ -117,9 +117,7 @@ def record(
     columns: list[Addresses] = []
     for lens in lenses:
         places = {
-            place_of(lens, injection)
-            for injection in lens.plan.injections
-            if injection.partner is None
+            place_of(lens, injection) for injection in lens.injections if injection.partner is None
         }
         if columns and places <= columns[0].keys():
             continue

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
-from lens_lora.core import LoraLens, OfSites, alone, drawing, long_table, site_labels
-from lens_lora.core.model.basis import NormMap
+from lens_lora.core import LoraLens, OfSites, Update, alone, drawing, long_table, site_labels
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.formats.directions import STREAM, directions_of
 
@@ -131,10 +130,10 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
     """
     _require_known_norms(lens)
     d_model = int(lens.model.cfg.d_model)
-    centred = lens.plan.host.family.norm == "LN"
+    centred = lens.host.family.norm == "LN"
     source = directions_of(directions)
     asked = source.at(STREAM, d_model).unit(centred=centred)
-    chosen = [i for i, site_map in enumerate(lens.maps) if not isinstance(site_map, NormMap)]
+    chosen = [i for i, pair in enumerate(lens.updates) if isinstance(pair.update, Update)]
     if not chosen:
         raise SiteError("the adapter changes norms alone, and no weight.")
     random = _random_directions(d_model, centred=centred)
@@ -156,7 +155,7 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
 
 def _require_known_norms(lens: LoraLens) -> None:
     """Refuse a model that was found by probing: its norms are not known by name."""
-    family = lens.plan.host.family
+    family = lens.host.family
     if family.is_probed:
         raise ModelStateError(
             f"{family.architectures[0]} as a TransformerBridge is read from the model and has "
@@ -202,7 +201,7 @@ def _shares(
 
 def _gamma_between(lens: LoraLens, index: int) -> Float[Tensor, " d"] | None:
     """The scale γ of the norm between a site and the residual stream; None without such a norm."""
-    host = lens.plan.host
+    host = lens.host
     site = lens.sites[index]
     norm = _norm_between(lens, index)
     if norm is None:
@@ -219,7 +218,7 @@ def _norm_between(lens: LoraLens, index: int) -> str | None:
 
     None where no norm stands there, or where the site's map holds its γ already.
     """
-    host = lens.plan.host
+    host = lens.host
     site = lens.sites[index]
     if site.writes_to_stream:
         return host.family.norm_behind(site.kind)

@@ -445,7 +445,7 @@ def _modules_at(lens: LoraLens, names: Iterable[str]) -> dict[str, tuple[str, in
 
 def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
     """(path, width) of the linear module whose output is added last before a hook point."""
-    host = lens.plan.host
+    host = lens.host
     family = host.family
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", name)
     if match is None:

@@ -132,14 +132,14 @@ def intruders(
     below = number("threshold", threshold)
     if not 0 < below <= 1:
         raise ArgumentError(f"threshold={below}: expected a cosine above 0, at most 1.")
-    chosen = [i for i in chosen_sites(lens.sites, sites) if _is_weight(lens.plan.updates[i])]
+    chosen = [i for i in chosen_sites(lens.sites, sites) if _is_weight(lens.updates[i])]
     if not chosen:
         raise SiteError("norms and experts alone were chosen, and no weight of a module.")
     found: list[_Leading] = []
     for index in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
-        site_update = lens.plan.updates[index]
+        site_update = lens.updates[index]
         assert isinstance(site_update.update, Update), "norms are left out above"
-        weight = lens.plan.host.base_weight(site_update.site, "the SVD of W + ΔW")
+        weight = lens.host.base_weight(site_update.site, "the SVD of W + ΔW")
         found.append(_leading_directions(weight, site_update.update, count))
     return Intruders(
         sigma=torch.stack([leading.sigma for leading in found]),

@@ -31,7 +31,6 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.forward import read_logits
 from lens_lora.core.function.interventions import record
-from lens_lora.core.model.sites import firing, known_point
 from lens_lora.core.readout.prompts import decoded, require_context
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
@@ -182,7 +181,7 @@ def patchscope(
     if not sizes:
         raise ArgumentError("scales=[]", remedy="give at least one size.")
     source = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
-    unit = source.unit(centred=lens.plan.host.centres_stream)
+    unit = source.unit(centred=lens.host.centres_stream)
     row = _prompt_of(lens, prompt)
     str_tokens = lens.str_tokens(row)[0]
     place = _place(str_tokens, placeholder)
@@ -223,7 +222,7 @@ def patchscope(
 
 def _require_stream(lens: LoraLens, name: str) -> None:
     """Refuse a hook point at which there is no residual stream."""
-    if not is_stream(known_point(lens, name)):
+    if not is_stream(lens.known_point(name)):
         raise SiteError(
             f"{name} does not hold the residual stream, in which a token's whole h can be replaced",
             remedy="name a point such as 'blocks.3.hook_resid_post'.",
@@ -256,7 +255,7 @@ def _mean_size(
     Where no other token is left, it is ‖h‖ of the placeholder.
     """
     firings = record(lens, row, gates, [name]).firings
-    firing(lens, firings, [name], [name])
+    lens.points(name).fired(firings, updated=True)
     norms = firings[name][-1].cpu().double().norm(dim=-1)
     is_counted = ~sinks_among([norms], row.real.cpu())[0]
     is_counted[0] = False

@@ -4,7 +4,7 @@
    tokens where they are removed, and 0 elsewhere, where h stays as it is to the last bit
    (`directions/where.py`).
 2. A hook sees a tensor, and does not know which of its tokens are which. So it asks the pass that
-   is under way (`core/model/passes.py`), except where directions are removed at every token.
+   is under way (`directions/passes.py`), except where directions are removed at every token.
 3. The hooks run where a user's own hooks would: they see the adapted model's h, and whatever reads
    h sees what they leave of it.
 """
@@ -22,19 +22,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, computing_attribute
-from lens_lora.core import HookFn, LoraLens, Names, attached
+from lens_lora.core import ForwardPass, HookFn, LoraLens, Names, OpenBlock, attached
 from lens_lora.core.model import extensions
-from lens_lora.core.model.hooks import hold, lock_of
-from lens_lora.core.model.passes import (
-    OpenBlock,
-    Watched,
-    open_blocks,
-    pass_under_way,
-    watched_module,
-)
-from lens_lora.core.model.sites import few, firing, resolved
+from lens_lora.directions.passes import Watched
 from lens_lora.directions.where import Where
-from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError, first_few
 from lens_lora.formats.directions import Directions, directions_of, home_points, is_residual
 
 # Every point of the residual stream.
@@ -66,7 +58,7 @@ def removed_from(model: nn.Module) -> list[Removed]:
     Args:
         model: the hooked model.
     """
-    return [block for block in open_blocks(model) if isinstance(block, Removed)]
+    return [block for block in OpenBlock.open_on(model) if isinstance(block, Removed)]
 
 
 @contextlib.contextmanager
@@ -113,7 +105,7 @@ def take_away(
         ModelStateError: a point that never fires, or holds no activations by position.
     """
     where = Where.of(positions, sinks)
-    hold(span, lock_of(lens.model))
+    lens.hold(span)
     if names is None:
         names = _home_points(source)
     points, widths = _points(lens, names)
@@ -124,11 +116,11 @@ def take_away(
         for name, directions in by_point.items()
     ]
     if not where.is_everywhere:
-        module = watched_module(lens.model)
+        module = ForwardPass.module_of(lens.model)
         Watched.until(span, module, object(), computing_attribute(module))
     span.enter_context(attached(lens.model, hooks))
     count = len(by_point[points[0]].rows)
-    says = f"{count} of {type(source).__name__} at {few(points)}, {where}"
+    says = f"{count} of {type(source).__name__} at {first_few(points)}, {where}"
     span.about = Removed(lens.model, says, where, switch)
     return lens.model
 
@@ -153,7 +145,7 @@ def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
 
     Cost: one forward pass of one token.
     """
-    in_full, wanted = resolved(lens, names)
+    points = lens.points(names)
     widths: dict[str, int] = {}
     others: list[str] = []
 
@@ -162,22 +154,22 @@ def _points(lens: Any, names: Names) -> tuple[tuple[str, ...], dict[str, int]]:
         is_activation = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if is_activation and tensor.ndim > 2 and tensor.shape[:2] == (1, 1):
             widths[name] = tensor.shape[2:].numel()
-        elif name in in_full:
+        elif name in points.in_full:
             raise ModelStateError(f"{name} holds no activations by position; leave this point out.")
         else:
             others.append(name)
 
-    hooks = [(name, functools.partial(measure, name)) for name in wanted]
+    hooks = [(name, functools.partial(measure, name)) for name in points.wanted]
     token = lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device))
     with torch.no_grad(), attached(lens.model, hooks):
         lens.run(token)
     if others and not widths:
         raise ModelStateError(
-            f"{few(others)}: no activations by position",
+            f"{first_few(others)}: no activations by position",
             remedy=f"name points such as {STREAM_POINTS!r}.",
         )
-    positioned = [name for name in wanted if name not in others]
-    return firing(lens, widths, in_full, positioned), widths
+    positioned = [name for name in widths if name not in others]
+    return points.fired(positioned, updated=True), widths
 
 
 def _removing(lens: Any, directions: Directions, name: str, where: Where, switch: Switch) -> HookFn:
@@ -190,8 +182,8 @@ def _removing(lens: Any, directions: Directions, name: str, where: Where, switch
             "Name points such as 'blocks.*.hook_resid_pre' or 'blocks.*.hook_attn_out', or pass a "
             "Contrast of this point."
         )
-    V = directions.basis(centred=is_residual(name) and lens.plan.host.centres_stream)
-    place = _Place(watched_module(lens.model), switch)
+    V = directions.basis(centred=is_residual(name) and lens.host.centres_stream)
+    place = _Place(ForwardPass.module_of(lens.model), switch)
     # A partial, and no closure: a sweep's fingerprint hashes what a partial holds.
     return functools.partial(_projected, V, where, name, place)
 
@@ -226,7 +218,7 @@ def _projected(
 
 def _mask_of(where: Where, name: str, module: nn.Module, h: Tensor) -> Bool[Tensor, "#row pos"]:
     """Whether directions are removed at each token of each row of an activation."""
-    run = pass_under_way()
+    run = ForwardPass.under_way()
     if run is None or run.module is not module:
         raise ModelStateError(
             f"{name}: this part of the model runs outside of a pass of the whole model, so it is "

@@ -29,14 +29,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.compat import in_float64
-from lens_lora.core import Adapter, LoRAFactors, LoraLens, ModuleUpdate, Result, Update, stored
+from lens_lora.core import (
+    Adapter,
+    LoRAFactors,
+    LoraLens,
+    ModuleUpdate,
+    NormUpdate,
+    Result,
+    Update,
+    host_of,
+    stored,
+)
 from lens_lora.core.adapter.factors import size_of
-from lens_lora.core.model.bases import is_centred
-from lens_lora.core.model.basis import NormUpdate
-from lens_lora.core.model.find_host import host_of
-from lens_lora.core.model.hooked_host import HookedHost
-from lens_lora.core.model.sites import SiteFactors
-from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
 
 # The parts of an update that was trained whole, and of all updates without factors.
@@ -309,7 +313,7 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
     """The spectrum of each site of an unprocessed model, in the order of a forward pass."""
     host = host_of(lens.model)
     rows: list[Spectrum] = []
-    for site_update in lens.plan.updates:
+    for site_update in lens.updates:
         site = site_update.site
         update = site_update.update
         if isinstance(update, NormUpdate):
@@ -317,7 +321,7 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
             sigma = in_float64(update.gamma).abs().sort(descending=True).values
             bias = update.beta
         else:
-            weight = _base_weight(host, site)
+            weight = host.unprocessed_weight(site)
             sigma = _singular_values_at(update)
             bias = update.bias
         row = dataclasses.replace(
@@ -337,18 +341,6 @@ def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:
         return update.A.new_zeros(1, dtype=torch.float64)
     plain = LoRAFactors(update.A, update.B, update.scale, experts=update.experts)
     return singular_values(plain)
-
-
-def _base_weight(host: HookedHost, site: SiteFactors) -> Float[Tensor, "out in"]:
-    """The weight W of the Hugging Face base, in float64."""
-    weight = host.weight(site.layer, site.kind)
-    if host.needs_base() or is_centred(weight):
-        raise ModelStateError(
-            f"{site.name}: this {host.class_name} was processed, so its weights are not those that "
-            "the adapter was added to. Load it unprocessed (from_pretrained_no_processing, or a "
-            "TransformerBridge before enable_compatibility_mode)."
-        )
-    return in_float64(weight) / host.embedding_scale(site.kind)
 
 
 def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from lens_lora.core import Prompts
-from lens_lora.core.model.passes import Pass, Rows, rows_of
+from lens_lora.core import ForwardPass, Prompts, Rows
 from lens_lora.core.readout.positions import Checked, checked, positions_text
 from lens_lora.errors import ArgumentError, ModelStateError
 
@@ -94,10 +93,10 @@ class Where:
         Args:
             prompts: the rows.
         """
-        run = Pass(nn.Identity(), cached=0, firsts=None, rows=rows_of(prompts))
+        run = ForwardPass(nn.Identity(), cached=0, firsts=None, rows=Rows.of(prompts))
         return self.mask(run, prompts.tokens.shape[1])
 
-    def mask(self, run: Pass, width: int) -> Bool[Tensor, "#row pos"]:
+    def mask(self, run: ForwardPass, width: int) -> Bool[Tensor, "#row pos"]:
         """The tokens at which directions are removed, in each row of a pass.
 
         Args:

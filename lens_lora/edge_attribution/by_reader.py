@@ -105,7 +105,7 @@ def held_bytes(g: Function, by_head: bool = False) -> int:
     if by_head:
         readers_of_attention = sum(lens.heads.of(kind) for kind in QKV)
     readers_of_block = 1 + readers_of_attention
-    streams = len(lens.sites) + lens.plan.host.n_layers * readers_of_block
+    streams = len(lens.sites) + lens.host.n_layers * readers_of_block
     longest = g.rows.tokens.shape[1]
     return streams * longest * int(lens.model.cfg.d_model) * lens.gate_dtype.itemsize
 
@@ -121,7 +121,7 @@ def _edges_of_group(g: Function, at: float, by_head: bool, by_position: bool) ->
     first_order = both_ways.slopes.by_prompt(g.reading)
 
     # Sites behind the blocks (final norm and unembedding) write to the logits alone.
-    n_layers = lens.plan.host.n_layers
+    n_layers = lens.host.n_layers
     behind = [index for index, site in enumerate(lens.sites) if site.layer >= n_layers]
     values[:, behind, -1] = first_order[:, behind]
     exists[behind, -1] = True
@@ -200,7 +200,7 @@ class Pass:
     def _hooks(self, by_head: bool = False) -> Generator[None]:
         """Within the span, each reader reads through `_read`, and tangents end with their block."""
         lens = self._lens
-        host = lens.plan.host
+        host = lens.host
         hooks: list[tuple[str, HookFn]] = [
             (host.block_input(layer), self._end_block) for layer in range(host.n_layers)
         ]
@@ -215,7 +215,7 @@ class Pass:
         gates = lens.gates(at)
         write = _WriteWithTangent(lens, gates)
         # Where a block is run again for its gradient, the tangents would be lost.
-        lens.plan.check_backward(once=False)
+        lens.check_backward(once=False)
         return self._g.visit(
             self._visit, gates, write=write, primal=value_of, under=self._hooks(by_head)
         )

@@ -48,14 +48,14 @@ from lens_lora.core import (
     drawing,
     group_sites,
     indicator,
+    is_hooked,
     long_table,
     tokens_at,
 )
 from lens_lora.core.function.forward import require_finite
-from lens_lora.core.model.hooks import is_hooked
 from lens_lora.edge_attribution.by_reader import edge_values
 from lens_lora.edge_attribution.path_patching import Path, patched_edges
-from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer
+from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 
 Readers = Literal["block", "head"]
@@ -353,10 +353,10 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
 
 def _reader_names(lens: LoraLens) -> list[str]:
     """Every reader of the model, blocks first, then heads."""
-    host = lens.plan.host
+    host = lens.host
     blocks: list[str] = []
     for layer in range(host.n_layers):
-        readers, _ = host.stream_readers(layer)
+        readers, _ = stream_readers(host, layer)
         blocks += readers
     heads: list[str] = []
     for name in blocks:
@@ -396,7 +396,7 @@ def _require_no_hook_behind(lens: LoraLens, path: Path) -> None:
     What a reader in the site's own block saw is taken off the stream behind that block, which has
     to be unchanged by then.
     """
-    host = lens.plan.host
+    host = lens.host
     layer = reader_layer(lens, path.reader)
     blocks = {lens.sites[site].layer for site in path.sites}
     if path.reader == LOGITS or layer not in blocks:

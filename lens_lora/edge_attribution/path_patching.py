@@ -146,7 +146,7 @@ class _Run:
     def effects(self) -> Float[Tensor, "batch path"]:
         """The g of each path's row less that of the plain row. One forward pass of each row."""
         lens = self._lens
-        host = lens.plan.host
+        host = lens.host
         block_inputs = [
             (host.block_input(layer), functools.partial(self._begin_block, layer))
             for layer in range(host.n_layers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
-from lens_lora.core import HookFn, LoraLens
+from lens_lora.core import HookFn, Host, LoraLens, add_pre_hook, add_to_module
 from lens_lora.core.function.interventions import head_points
-from lens_lora.core.model.hooks import add_pre_hook, add_to_module
-from lens_lora.core.model.host import COPIED_INPUTS
 from lens_lora.errors import ModelStateError
 from lens_lora.hosts.bridged import is_linear, unwrapped
 
@@ -31,7 +30,59 @@ _Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
 # more for a reader.
 _LAST_RUNS = 3
 
+# Flags under which q, k and v read copies of the residual stream.
+_COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
+
 _Read = Callable[[str, Tensor], Tensor]
+# The readers of a block, by name, and the block's norms.
+_Readers = tuple[dict[str, nn.Module], list[nn.Module]]
+# For each host, the norm that each reader reads x through, of the readers that a pass has shown so
+# far; None for a reader without a norm.
+_ReadThrough = dict[str, nn.Module | None]
+_READ_THROUGH: weakref.WeakKeyDictionary[Host, _ReadThrough] = weakref.WeakKeyDictionary()
+
+
+def stream_readers(host: Host, layer: int) -> _Readers:
+    """What reads the residual stream of a block, by name, in modules whose input that is.
+
+    Beside them stand the block's norms, where a module may read the output of one of these instead.
+    """
+    return _READERS_OF[host.class_name](host.model.blocks[layer], layer)
+
+
+def _readers_of_bridge(block: Any, layer: int) -> _Readers:
+    """Every module of the block that has weights, by the component that it is or is within."""
+    whole = unwrapped(block)
+    parts: dict[str, set[nn.Module]] = {}
+    for name, part in block.named_children():
+        if part is not whole:
+            parts[name] = set(part.modules())
+    readers: dict[str, nn.Module] = {}
+    norms: list[nn.Module] = []
+    for path, module in whole.named_children():
+        if "Norm" in type(unwrapped(module)).__name__:
+            norms.append(module)
+        elif next(module.parameters(), None) is not None:
+            name = next((name for name, held in parts.items() if module in held), path)
+            # What an MLP that is no module of its own reads, its first weight does.
+            readers.setdefault(f"blocks.{layer}.{name}", module)
+    return readers, norms
+
+
+def _readers_of_hooked_transformer(block: Any, layer: int) -> _Readers:
+    """The norm of each branch, which no other one reads."""
+    readers: dict[str, nn.Module] = {}
+    for branch, norm in (("attn", "ln1"), ("mlp", "ln2")):
+        if hasattr(block, norm):
+            readers[f"blocks.{layer}.{branch}"] = getattr(block, norm)
+    return readers, []
+
+
+# By the class of the hooked model.
+_READERS_OF: dict[str, Callable[[Any, int], _Readers]] = {
+    "HookedTransformer": _readers_of_hooked_transformer,
+    "TransformerBridge": _readers_of_bridge,
+}
 
 
 @temporary
@@ -46,17 +97,18 @@ def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
         ModelStateError: heads read copies of the stream, or no norm stands before the head.
     """
     _require_one_stream(lens)
-    host = lens.plan.host
-    show = _Show(read, host.read_through)
-    fed = collections.Counter(host.read_through.values())
+    host = lens.host
+    read_through = _READ_THROUGH.setdefault(host, {})
+    show = _Show(read, read_through)
+    fed = collections.Counter(read_through.values())
     for layer in range(host.n_layers):
-        readers, norms = host.stream_readers(layer)
+        readers, norms = stream_readers(host, layer)
         of_one_reader = {norm for norm in norms if fed[norm] == 1}
         runs = _Runs(maxlen=_LAST_RUNS)
         for norm in set(norms) - of_one_reader:
             add_to_module(span, norm, _KeepRun(norm, runs), is_first=False)
         for name, module in readers.items():
-            norm = host.read_through.get(name)
+            norm = read_through.get(name)
             if norm is not None and norm in of_one_reader:
                 show.at(span, name, norm, runs)
             else:
@@ -72,7 +124,7 @@ def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
 
 def _require_one_stream(lens: LoraLens) -> None:
     """Refuse a model whose heads read copies of the residual stream."""
-    for flag in COPIED_INPUTS:
+    for flag in _COPIED_INPUTS:
         if getattr(lens.model.cfg, flag, False):
             raise ModelStateError(
                 f"cfg.{flag} is on, and each head reads a copy of the residual stream. Turn it off "
@@ -149,7 +201,7 @@ def block_reader(name: str) -> str:
 
 def reader_layer(lens: LoraLens, name: str) -> int:
     """The block that a reader is in; the number of blocks for the logits."""
-    return lens.plan.host.n_layers if name == LOGITS else int(name.split(".")[1])
+    return lens.host.n_layers if name == LOGITS else int(name.split(".")[1])
 
 
 def head_readers(lens: LoraLens, name: str) -> list[str]:

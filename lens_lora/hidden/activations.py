@@ -48,7 +48,6 @@ from lens_lora.core import (
     tokens_at,
 )
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.model.sites import match_sites
 from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.core.results.tokens import context_of
 from lens_lora.hidden.examples import (
@@ -124,9 +123,8 @@ class Activations(OfSites):
         """
         if site is None:
             return [(index, 0) for index in range(len(self.sites))]
-        names = [known.name for known in self.sites]
         directions: list[tuple[int, int]] = []
-        for index in sorted(match_sites(names, {site: True})):
+        for index in chosen_sites(self.sites, site):
             directions += [(index, rank) for rank in range(self.ranks[index])]
         return directions
 

@@ -235,7 +235,7 @@ class _Constants(NamedTuple):
         """
         vectors: dict[str, Tensor] = {}
         widths: dict[str, int] = {}
-        for site_update, mean in zip(lens.plan.updates, sums.means(half), strict=True):
+        for site_update, mean in zip(lens.updates, sums.means(half), strict=True):
             site = site_update.site
             assert isinstance(site_update.update, Update), "norms are refused by update_sums"
             key = site.path + site.key.removeprefix(site.module)
@@ -268,7 +268,7 @@ def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
     They are in the model's basis, with heads laid flat.
     """
     added: dict[str, Tensor] = {}
-    for injection in lens.plan.injections:
+    for injection in lens.injections:
         zero = injection.map.A.new_zeros(1, 1, injection.map.width)
         vector = injection.map(zero).flatten().cpu()
         name = injection.ports.write

@@ -33,7 +33,6 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
-from lens_lora.core.model.sites import known_point
 from lens_lora.core.results.base import largest
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
@@ -156,7 +155,7 @@ def feature_writes(
         NumericsError: a non-finite write.
     """
     if name is not None:
-        lens.plan.require_update([known_point(lens, name)])
+        lens.require_update([lens.known_point(name)])
     writers = _writers_to(lens, prompts, name)
     _require_writers(writers, name)
     if name is None or is_residual(name):
@@ -208,7 +207,7 @@ def _writes(
     written: dict[int, Tensor] = {}
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = lens.plan.injections[index]
+        injection = lens.injections[index]
         if injection.site in writers:
             delta = injection.map(z)
             features.at(name, delta[0, 0].numel())
@@ -276,7 +275,7 @@ def _sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> set[int]:
     """
     # The hooks are off by the time of the backward pass, and a block that runs again then would
     # run without them.
-    lens.plan.check_backward(once=False)
+    lens.check_backward(once=False)
     gates = lens.gates(0.5).requires_grad_()
     with torch.enable_grad():
         h = activation_at(lens, prompts.row(0), name, ScaleInject(lens.plan, gates))

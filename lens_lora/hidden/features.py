@@ -45,7 +45,6 @@ from lens_lora.core import (
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.rounding import of_stream
 from lens_lora.core.function.tangents import JointInject
-from lens_lora.core.model.sites import known_point
 from lens_lora.core.results.base import largest
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
@@ -271,7 +270,7 @@ def _shift(
     gates = lens.gates(1.0 if scale is None else scale)
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
-    lens.plan.require_update([known_point(lens, name)])
+    lens.require_update([lens.known_point(name)])
     project = FeatureProjection(prompts, features.at(name), positions)
     at_base = ScaleInject(lens.plan, 0 * gates)
     at_scale = ScaleInject(lens.plan, gates)

@@ -18,7 +18,6 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.interventions import Recording, positioned, record
 from lens_lora.core.function.memory import ROW_TOKENS
-from lens_lora.core.model.sites import computed, require_fired
 from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.texts.batches import by_length
 
@@ -64,13 +63,15 @@ def activations_at(
             position; globs that match no other.
         NumericsError: an activation that is not finite.
     """
-    in_full, points = computed(lens, names)
+    named = lens.points(names).computed()
+    in_full = named.in_full
+    points = named.wanted
     is_first = True
     for index, batch in by_length(rows, ROW_TOKENS):
         runs = [record(lens, batch, scale, points, in_full) for scale in scales]
         if is_first:
             # The first batch shows which of the points that globs match hold activations.
-            points = require_fired(lens, runs[0].firings, in_full, points)
+            points = named.fired(runs[0].firings)
             points = positioned(lens, batch, runs[0], points, in_full, 0.0)
             is_first = False
         yield index, {name: _at_point(lens, batch, name, runs) for name in points}

@@ -25,7 +25,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.core import LoraLens, Prompts, Reading, Readout, attached
-from lens_lora.core.model.sites import known_point
 from lens_lora.core.readout.positions import Positions, chosen_positions, positions_text
 from lens_lora.core.readout.reading import AtPoint, one_row_each
 from lens_lora.core.readout.readout import BaseFunction
@@ -105,7 +104,7 @@ class Projection(Readout):
             ModelStateError: nothing passes the point, or more than once; no site comes before it.
         """
         lens: LoraLens = f.lens
-        known_point(lens, self.name)
+        lens.known_point(self.name)
         before = _modules_before(lens, f.prompts, self.name)
         if not before:
             raise ModelStateError(
@@ -227,7 +226,7 @@ def _modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
     Raises:
         ModelStateError: nothing passes the point, or several tensors do in one pass.
     """
-    injections = lens.plan.injections
+    injections = lens.injections
     written: list[int] = []
     before: list[int] = []
     fired: list[int] = []
@@ -252,5 +251,5 @@ def _modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
             f"{name}: {found}, and a projection reads one activation of every token",
             remedy="name another hook point, such as 'blocks.0.hook_resid_post'.",
         )
-    keys = {lens.plan.updates[site].site.key for site in before}
+    keys = {lens.updates[site].site.key for site in before}
     return [key for key in lens.adapter.modules if key in keys]

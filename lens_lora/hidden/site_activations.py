@@ -24,6 +24,7 @@ from lens_lora.core import (
     Injection,
     LoRAFactors,
     LoraLens,
+    NormUpdate,
     Prompts,
     ScaleInject,
     SiteUpdate,
@@ -31,8 +32,6 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
-from lens_lora.core.model.basis import NormUpdate
-from lens_lora.core.model.injections import weight_of, write
 from lens_lora.errors import ModelStateError, UnsupportedAdapterError
 
 # A trained model's sinks have up to hundreds of times the other tokens' ‖z‖.
@@ -63,7 +62,7 @@ def activation_ranks(lens: LoraLens, sites: Sequence[int], gauge: Gauge) -> tupl
     Raises:
         UnsupportedAdapterError: a norm; in gauge 'trained' an update that is no product s·B·A.
     """
-    return tuple(_rank(lens.plan.updates[site], gauge) for site in sites)
+    return tuple(_rank(lens.updates[site], gauge) for site in sites)
 
 
 def _rank(site_update: SiteUpdate, gauge: Gauge) -> int:
@@ -190,7 +189,7 @@ class _Keep:
             self._from_v[slot] = u * gate
         if not self._scaled.is_active(index):
             return None
-        return write(out, injection.map, u, weight_of(injection, self._gates))
+        return injection.map.added(out, u, injection.gate(self._gates))
 
     def _keep_u(self, slot: int, injection: Injection, u: Tensor, z: Tensor) -> None:
         """Keep u at each token, with v's constant in it where the map of this place lacks that."""

@@ -28,7 +28,7 @@ def over_scale(
         shift: Δh.
         base: h, whose σ divides.
     """
-    if lens.plan.host.final_norm is None:
+    if lens.host.final_norm is None:
         return shift
     return _centred(lens, shift) / _scale(lens, base)
 
@@ -43,7 +43,7 @@ def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tenso
         lens: the adapter over the model.
         mean: m, from `over_scale`.
     """
-    host = lens.plan.host
+    host = lens.host
     rows = mean.reshape(-1, mean.shape[-1])
     m = rows.to(lens.device, lens.dtype)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tenso
 
 def _centred(lens: LoraLens, values: Tensor) -> Tensor:
     """Subtract the mean over d, where the model has LayerNorm."""
-    if lens.plan.host.family.norm != "LN":
+    if lens.host.family.norm != "LN":
         return values
     return values - values.mean(-1, keepdim=True)
 

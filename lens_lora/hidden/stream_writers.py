@@ -20,7 +20,7 @@ def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
     for index, site in enumerate(lens.sites):
         if not site.writes_to_stream:
             continue
-        norm = lens.plan.host.family.norm_behind(site.kind)
+        norm = lens.host.family.norm_behind(site.kind)
         if norm is not None:
             raise ModelStateError(
                 f"{site.name}: a norm ({norm}) stands between this site and the residual stream, "

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, SiteUpdate, distinct_tokens
+from lens_lora.core import LoraLens, NormUpdate, Prompts, SiteUpdate, distinct_tokens
 from lens_lora.core.function.memory import ROW_TOKENS
-from lens_lora.core.model import NormUpdate
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.hidden.site_activations import site_activations
 from lens_lora.texts.batches import over_texts
@@ -77,7 +76,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
         UnsupportedAdapterError: the adapter changes norms, or stacks of experts.
         NumericsError: non-finite activations.
     """
-    writes = tuple(_writes(site_update) for site_update in lens.plan.updates)
+    writes = tuple(_writes(site_update) for site_update in lens.updates)
     roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
     ranks = [W.shape[1] for W in writes]
     sites = range(len(writes))

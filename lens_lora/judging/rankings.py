@@ -138,7 +138,7 @@ def _update_norms(g: Function) -> BySite:
     def add_square(index: int, out: Tensor, z: Tensor) -> None:
         """Sum δ² of each row and site; the output stays as it is."""
         del out
-        injection = lens.plan.injections[index]
+        injection = lens.injections[index]
         if injection.partner is not None:  # Its gate is zero at the base model.
             return
         delta = in_float64(injection.map(z))

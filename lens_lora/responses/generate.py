@@ -34,15 +34,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora import arguments
-from lens_lora.compat import Temporary, home_of, in_float64
-from lens_lora.core import Generated, LoraLens, Prompts, PromptsLike, Scale, stored, which_prompt
+from lens_lora.compat import home_of, in_float64
+from lens_lora.core import (
+    Generated,
+    LoraLens,
+    Prompts,
+    PromptsLike,
+    Rows,
+    Scale,
+    stored,
+    which_prompt,
+)
 from lens_lora.core.model import extensions
-from lens_lora.core.model.check import first_non_finite
-from lens_lora.core.model.hooks import unembedded_only
-from lens_lora.core.model.lengths import alike_up_to, tables_as_made
-from lens_lora.core.model.passes import Rows, told
 from lens_lora.core.readout.prompts import Source, decoded, special_id
-from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError, setting
+from lens_lora.errors import ArgumentError, PromptError, SiteError, setting
 
 # The tokens of all rows that share a cache, which bounds its memory.
 _CACHED_TOKENS = 8192
@@ -189,10 +194,9 @@ class Speaker:
 
     def _by_table(self, rows: list[int]) -> Iterable[list[int]]:
         """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
-        rotary = self.lens.plan.host.rotary
         together: dict[float, list[int]] = {}
         for i in rows:
-            together.setdefault(alike_up_to(rotary, len(self.texts[i])), []).append(i)
+            together.setdefault(self.lens.rotary.alike_up_to(len(self.texts[i])), []).append(i)
         return together.values()
 
     def _alike(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
@@ -212,15 +216,14 @@ class Speaker:
         texts = [list(self.texts[i]) for i in rows]
         steps = _Steps(texts, [self._end_of_draft(i) for i in rows])
         cache: Any = None
-        rotary = self.lens.plan.host.rotary
         with (
             self._gated(rows),
-            unembedded_only(self.lens.model, lambda last: last[:, -1:]),
-            Temporary(lambda span: tables_as_made(span, rotary)),
+            self.lens.unembedding_only(lambda last: last[:, -1:]),
+            self.lens.rotary.as_made(),
         ):
             while steps.go_on():
-                with told(self.lens.model, Rows(starts, has_response=True)):
-                    logits, cache = self.lens.plan.host.run_cached(self._tensor(steps.fed), cache)
+                with Rows(starts, has_response=True).told(self.lens.model):
+                    logits, cache = self.lens.host.run_cached(self._tensor(steps.fed), cache)
                 due = steps.due()
                 noise = self._noise[[rows[k] for k in due], steps.width - starts[due]]
                 chosen = self.sampling.choose(logits[due, -1], noise).tolist()
@@ -235,7 +238,7 @@ class Speaker:
         """
         length = len(self.texts[i])
         most = min(self.starts[i] + self.most - 1, length + _DRAFT)
-        return int(min(most, alike_up_to(self.lens.plan.host.rotary, length)))
+        return int(min(most, self.lens.rotary.alike_up_to(length)))
 
     def _confirmed(self, drafts: dict[int, list[int]]) -> bool:
         """Each row takes what is right of its draft, and one more; whether to trust the cache."""
@@ -246,10 +249,10 @@ class Speaker:
         sources = tuple(Source(length=self.starts[i]) for i in rows)
         prompts = Prompts(tokens, lengths, torch.full_like(lengths, places), sources)
         run = functools.partial(self.lens.run, prompts)
-        with self._gated(rows), unembedded_only(self.lens.model, prompts.at_slots):
+        with self._gated(rows), self.lens.unembedding_only(prompts.at_slots):
             logits = run()
             if not torch.isfinite(logits).all():
-                raise NumericsError(first_non_finite(self.lens.model, run))
+                raise self.lens.not_finite(run)
         noise = [self._noise[i, len(self.said(i)) :][:places] for i in rows]
         chosen = self.sampling.choose(logits.flatten(0, 1), torch.cat(noise)).view(-1, places)
         agreed: list[int] = []

@@ -34,7 +34,6 @@ from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.forward import read_for_slopes
 from lens_lora.core.function.memory import require_graph, require_tangents
 from lens_lora.core.function.tangents import JointInject
-from lens_lora.core.model.sites import require_fired, resolved
 from lens_lora.errors import ArgumentError, ModelStateError
 
 if TYPE_CHECKING:
@@ -73,9 +72,9 @@ def tangents(
     bounded = lens if max_memory is None else lens.within(max_memory)
     prompts = lens.function(prompts).prompts
     strength = number("at", at)
-    in_full, wanted = _points(lens, names)
-    lens.plan.require_update(in_full)
-    wanted = [name for name in wanted if name not in lens.plan.points_without_update]
+    named = lens.points(names)
+    lens.require_update(named.in_full)
+    wanted = [name for name in named.wanted if name not in lens.plan.points_without_update]
     aliases = _aliases(lens, wanted)
     require_tangents(bounded, prompts, [known_as[0] for known_as in aliases])
     kept: dict[str, Tensor] = {}
@@ -88,7 +87,7 @@ def tangents(
         inject = JointInject(lens, lens.gates(strength), lens.gates(scale))
         with lens.injected(inject), attached(lens.model, hooks):
             lens.run(prompts)
-    return _cache(lens, wanted, kept)
+    return _cache(lens, named.wanted, kept)
 
 
 @alone
@@ -132,18 +131,18 @@ def gradients(
     if strength == 0:
         g.require_slope_at_base()
     _require_one_row_each(g)
-    in_full, wanted = _points(lens, names)
-    aliases = _aliases(lens, wanted)
+    named = lens.points(names)
+    aliases = _aliases(lens, named.wanted)
     require_tangents(g.lens, g.rows, [known_as[0] for known_as in aliases])
     require_graph(g.lens, g.reading)
     # The hooks are off by the time of the backward pass, and a block that runs again then would
     # run without them.
-    lens.plan.check_backward(once=False)
+    lens.check_backward(once=False)
     seen, values = _seen_in_graph(g, strength, aliases)
     fired = [name for known_as, _ in seen for name in known_as]
-    require_fired(lens, fired, in_full, wanted)
+    named.fired(fired)
     kept = _gradients_at(seen, values)
-    for name in in_full:
+    for name in named.in_full:
         if name not in kept:
             raise ModelStateError(
                 f"{name}: {readout.label} does not depend on the tensor that this point shows (a "
@@ -152,7 +151,7 @@ def gradients(
             )
     for name, gradient in kept.items():
         require_finite(gradient, f"the gradient at {name}")
-    return _cache(lens, wanted, kept)
+    return _cache(lens, named.wanted, kept)
 
 
 def _require_one_row_each(g: Function) -> None:
@@ -210,13 +209,6 @@ def _gradients_at(seen: Sequence[_Seen], values: Tensor) -> dict[str, Tensor]:
         for name in known_as:
             kept[name] = kept[name] + gradient if name in kept else gradient
     return kept
-
-
-def _points(lens: LoraLens, names: Names | None) -> tuple[tuple[str, ...], Sequence[str]]:
-    """The names given in full, and all that are wanted."""
-    if names is None:
-        return (), tuple(lens.model.hook_dict)
-    return resolved(lens, names)
 
 
 def _aliases(lens: LoraLens, names: Sequence[str]) -> list[list[str]]:

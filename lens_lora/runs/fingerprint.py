@@ -32,8 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.core import Adapter, LoraLens, Readout
-from lens_lora.core.model.injections import refuse_writers
+from lens_lora.core import Adapter, LoraLens, Readout, refuse_lens_hooks
 from lens_lora.core.readout.prompts import reads_with_bos
 
 Fingerprint = Mapping[str, Any]
@@ -209,7 +208,7 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
 def settings(model: Any) -> dict[str, Any]:
     """All that decides a model's numbers besides its weights: configuration, attributes, hooks."""
     hooks = _hooks(model)
-    refuse_writers(hook for _, hook in hooks)
+    refuse_lens_hooks(hook for _, hook in hooks)
     said = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in hooks]
     return {**_configuration(model), **_attributes(model), "hooks": said}
 

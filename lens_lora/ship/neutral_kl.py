@@ -58,7 +58,7 @@ def neutral_checks(lens: LoraLens, max_kl: float | None, progress: bool) -> list
         max_kl: the largest mean KL, in nats per token; None if there is no bound.
         progress: show bars.
     """
-    lens.plan.check_state()
+    lens.check_state()
     some_texts = readable_texts(lens.model, lens.prepend_bos, _EIGHTH)
     all_texts = readable_texts(lens.model, lens.prepend_bos)
     if some_texts is None or all_texts is None:

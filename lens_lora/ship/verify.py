@@ -167,7 +167,7 @@ def _modules_check(adapter: Adapter, lens: LoraLens | None) -> Check:
     changing = len(adapter) - len(silent)
     if lens is not None:
         # A lens leaves out a trained module that equals the base's.
-        live = {update.site.key for update in lens.plan.updates}
+        live = {update.site.key for update in lens.updates}
         changing = len(live.difference(silent))
     measured = f"{changing} of {len(adapter)} do"
     if not silent:

@@ -43,13 +43,14 @@ from lens_lora.core import (
     Prompts,
     Site,
     alone,
+    chosen_sites,
     context_of,
     drawing,
     first_of_each,
     marks_of,
+    one_site,
 )
 from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.model.sites import match_sites, one_site
 from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.errors import NumericsError, PromptError, SweepError
 from lens_lora.hidden.examples import (
@@ -248,7 +249,7 @@ class ActivationsFile:
         once = require_some(None, self._counted(None, sinks=False)[0])
         names = [s.name for s in self.sites]
         rows = []
-        for index in sorted(match_sites(names, {site or "*": True})):
+        for index in chosen_sites(self.sites, site or "*"):
             values = self._numbers(names[index])[once]
             for r in range(1 if site is None else self.ranks[index]):
                 rows.append({"site": names[index], "rank": r} | spread_of(values[:, r]))
@@ -471,7 +472,7 @@ def window_table(
     lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], batch_size: int
 ) -> tuple[pa.Table, Span]:
     """The rows of a window, and its span. One forward pass per batch."""
-    lens.plan.check_state()
+    lens.check_state()
     by_text: dict[int, Outcome] = {}
     for i, text in enumerate(texts):
         if text.record.error:

@@ -23,9 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Update
-from lens_lora.core.model.basis import NormUpdate
-from lens_lora.core.model.gauge import svd_factors
+from lens_lora.core import LoraLens, NormUpdate, Update, svd_factors
 from lens_lora.formats.arithmetic import orthonormal
 
 
@@ -66,7 +64,7 @@ def thin_updates(lens: LoraLens) -> dict[str, Thin]:
         lens: the adapter over the model.
     """
     thin: dict[str, Thin] = {}
-    for site, site_update in zip(lens.sites, lens.plan.updates, strict=True):
+    for site, site_update in zip(lens.sites, lens.updates, strict=True):
         thin[site.name] = _thin(site_update.update)
     return thin
 

@@ -60,11 +60,11 @@ from lens_lora.core import (
     evaluations,
     long_table,
     stored,
+    svd_factors,
 )
 from lens_lora.core.adapter.factors import output_count
 from lens_lora.core.function.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.core.function.memory import require_graphs
-from lens_lora.core.model.gauge import svd_factors
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
 from lens_lora.responses.answers import KL
 
@@ -393,7 +393,7 @@ def require_expressible(layout: GateLayout) -> None:
         UnsupportedAdapterError: tied modules, or ranks of modules that were trained whole.
     """
     adapter = layout.lens.adapter
-    for update in layout.lens.plan.updates:
+    for update in layout.lens.updates:
         site = update.site
         if site.path != site.module:
             raise UnsupportedAdapterError(
@@ -419,7 +419,7 @@ def sub_adapter(layout: GateLayout, kept: _Kept, name: str) -> Adapter:
     parts: dict[str, list[SitePart]] = {}
     cut: set[str] = set()
     by_site = zip(layout.by_site(kept), layout.by_site(layout.alive), strict=True)
-    for update, (mask, alive) in zip(layout.lens.plan.updates, by_site, strict=True):
+    for update, (mask, alive) in zip(layout.lens.updates, by_site, strict=True):
         parts.setdefault(update.site.key, []).append((update, mask))
         if not bool(mask[alive].all()):
             cut.add(update.site.key)
@@ -493,7 +493,7 @@ def _optimised(
     """The gates after the last step."""
     lens = goals[0].layout.lens
     require_graphs(lens, [goal.g.reading for goal in goals])
-    lens.plan.check_backward(once=False)  # hooks are off by then, and a block would run without
+    lens.check_backward(once=False)  # hooks are off by then, and a block would run without
     alive = goals[0].layout.alive.to(lens.device)
     gates = alive.to(lens.gate_dtype).requires_grad_()
     adam = torch.optim.Adam([gates], lr=rate)

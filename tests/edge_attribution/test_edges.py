@@ -18,6 +18,7 @@ from reference import Stream
 import lens_lora as ll
 from lens_lora.core import attached
 from lens_lora.edge_attribution import by_reader as engine
+from lens_lora.edge_attribution import edges as edge_names
 from lens_lora.edge_attribution import path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of
 
@@ -467,14 +468,14 @@ def test_tangents_that_a_reader_passes_on_are_refused(cls: str, monkeypatch):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_lost_reader_is_refused(cls: str, monkeypatch):
     lens = cases.case("neox", cls, "raw").lens
-    host = type(lens.plan.host)
-    found = host.stream_readers
+    found = readers.stream_readers
 
-    def without_mlp(self, layer):
-        readers, norms = found(self, layer)
-        return {name: module for name, module in readers.items() if "mlp" not in name}, norms
+    def without_mlp(host, layer):
+        shown, norms = found(host, layer)
+        return {name: module for name, module in shown.items() if "mlp" not in name}, norms
 
-    monkeypatch.setattr(host, "stream_readers", without_mlp)
+    for module in (readers, edge_names):
+        monkeypatch.setattr(module, "stream_readers", without_mlp)
     with pytest.raises(ll.errors.ModelStateError, match="its edges sum to"):
         ll.edges(lens, TEXTS, MARGIN, progress=False)
 

@@ -82,7 +82,7 @@ class _TwoScalarsHost(HookedHost):
         raise NotImplementedError
 
     ports = norm_ports = embedding_scale = bias = norm_parameters = _not_asked
-    is_folded = is_tied = needs_base = run_cached = refuse_reading = stream_readers = _not_asked
+    reads_folded_norm = is_tied = needs_base = run_cached = refuse_reading = _not_asked
 
 
 def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:

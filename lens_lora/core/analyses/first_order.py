@@ -250,8 +250,8 @@ def held(rules: FrozenRules | None, g: Function) -> Generator[None]:
     lens = g.lens
     first = g.rows.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
-    require_held(lens.plan.host, rules, lambda: lens.run(few), lens.eps)
-    with held_fixed(lens.plan.host, rules):
+    require_held(lens.host, rules, lambda: lens.run(few), lens.eps)
+    with held_fixed(lens.host, rules):
         yield
 
 

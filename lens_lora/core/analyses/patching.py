@@ -42,13 +42,20 @@ from lens_lora.core.function import activations, interventions
 from lens_lora.core.function.activations import mean_over, replaced_readout
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.interventions import unheard
-from lens_lora.core.model import Group, Groups, LoraLens, Names
-from lens_lora.core.model import sites as model_sites
+from lens_lora.core.model import (
+    Group,
+    Groups,
+    LoraLens,
+    Names,
+    chosen_sites,
+    group_sites,
+    indicator,
+)
 from lens_lora.core.readout import Prompts, PromptsLike, Reading
 from lens_lora.core.readout.beginnings import distinct_tokens
 from lens_lora.core.results.attribution import Effects, patching_result
 from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, tokens_at
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError, first_few
 
 How = Literal["add_one", "leave_one_out"]
 Of = Literal["site", "rank"]
@@ -126,7 +133,7 @@ def patch_sites(
 
 def _switched(g: Function, groups: Groups, how: How) -> Float[Tensor, "batch group"]:
     """Effects of gates of zero or one on groups of sites: corners of the cube against an end."""
-    members = model_sites.indicator(groups, len(g.lens.sites))
+    members = indicator(groups, len(g.lens.sites))
     if how == "add_one":
         added = g.corners(members)
         base, _ = g.ends
@@ -151,10 +158,10 @@ def _require_texts(replace: str, texts: Prompts | None) -> None:
 
 def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:
     """The groups, of the chosen sites alone."""
-    groups = model_sites.group_sites(lens.sites, group)
+    groups = group_sites(lens.sites, group)
     if sites is None:
         return groups
-    chosen = model_sites.chosen_sites(lens.sites, sites)
+    chosen = chosen_sites(lens.sites, sites)
     kept = {name: tuple(i for i in members if i in chosen) for name, members in groups.items()}
     empty = [name for name, members in kept.items() if not members]
     if empty and isinstance(group, Mapping):
@@ -208,7 +215,7 @@ def _replaced(
     def run(points: activations.Points, what: str) -> Float[Tensor, "batch group"]:
         return replaced_readout(lens, g.reading, points, stand_in, progress=g.progress, what=what)
 
-    members = model_sites.indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
+    members = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
     about = 2.0 + torch.tensor(ranks or [0] * len(groups))[:, None]
     states = torch.where(members > 0, about.to(members), 0.0 if adds else 1.0)
     points = activations.Points(states, is_by_rank, alone=adds and is_by_rank, replaced=True)
@@ -394,12 +401,12 @@ def patch_activations(
     lens = g.lens
     reading = g.reading
     masks = _masks(chosen, g.prompts, reading)
-    in_full, wanted = model_sites.computed(lens, names)
-    donor = interventions.record(lens, reading.prompts, donor_scale, wanted, in_full)
-    points = model_sites.require_fired(lens, donor.firings, in_full, wanted)
+    named = lens.points(names).computed()
+    donor = interventions.record(lens, reading.prompts, donor_scale, named.wanted, named.in_full)
+    points = named.fired(donor.firings)
     if chosen is not None:
         points = interventions.positioned(
-            lens, reading.prompts, donor, points, in_full, donor_scale
+            lens, reading.prompts, donor, points, named.in_full, donor_scale
         )
     rows: list[tuple[str, str, Tensor | None]] = [(name, name, None) for name in points]
     if heads is not None and word("heads", heads, ["each"]):
@@ -444,7 +451,7 @@ def _require_heard(
     silent = unheard(lens, g.rows.row(0), scale, doubtful) if doubtful else []
     if silent:
         raise ModelStateError(
-            f"{model_sites.few(silent)}: the hook point fires, but the model ignores what a hook "
+            f"{first_few(silent)}: the hook point fires, but the model ignores what a hook "
             "makes of its value, so a patch there says nothing; leave it out."
         )
 

@@ -47,7 +47,7 @@ from lens_lora.core.function.memory import ROW_TOKENS, pass_groups, row_groups
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.basis import ExpertMap, NormUpdate
 from lens_lora.core.model.gauge import Gauge
-from lens_lora.core.model.injections import Inject, ScaleInject, weight_of, write
+from lens_lora.core.model.injections import Inject, ScaleInject
 from lens_lora.core.model.plan import Injection
 from lens_lora.core.readout import Prompts, Reading, which_prompt
 from lens_lora.errors import (
@@ -111,7 +111,7 @@ def mean_over(
 
         _run(lens, batch, gates, add)
     count = int(counted.sum())
-    u = tuple(sums[index][None, None] / count for index in range(len(lens.plan.injections)))
+    u = tuple(sums[index][None, None] / count for index in range(len(lens.injections)))
     return _over_rows(u, reading.prompts)
 
 
@@ -143,7 +143,7 @@ def resampled(
     places = torch.arange(rows.tokens.shape[1], device=text_of.device)
     everywhere = (places + later).clamp(max=width - 1)
     at_slots = rows.read_positions.to(text_of.device) + later
-    kinds = [lens.sites[injection.site].kind for injection in lens.plan.injections]
+    kinds = [lens.sites[injection.site].kind for injection in lens.injections]
     u = tuple(
         _picked(torch.cat(batches[i]), used_of, at_slots if kind == "unembed" else everywhere)
         for i, kind in enumerate(kinds)
@@ -199,7 +199,7 @@ def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _K
     scaled = ScaleInject(lens.plan, gates)
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = lens.plan.injections[index]
+        injection = lens.injections[index]
         u = injection.map.coordinates(z)
         keep(index, u if injection.partner is None else u * gates[injection.partner].to(u))
         return scaled(index, out, z)
@@ -232,7 +232,7 @@ class Points:
 def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
     """Refuse norms, which have no ranks."""
     for index in sites:
-        if isinstance(lens.plan.updates[index].update, NormUpdate):
+        if isinstance(lens.updates[index].update, NormUpdate):
             raise ArgumentError(
                 f"{lens.sites[index].name} is a norm that was trained, whose update has no ranks; "
                 "choose other sites (sites=…), or {setting('of', 'site')}."
@@ -268,11 +268,11 @@ class _ReplaceInject:
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = self._lens.plan.injections[index]
-        gate = weight_of(injection, self._gates)
+        gate = injection.gate(self._gates)
         if not bool((gate != 0).any()):
             return None
         u = self._moved(index, injection, injection.map.coordinates(z))
-        return write(out, injection.map, u, gate)
+        return injection.map.added(out, u, gate)
 
     def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
         is_about = (self._points.states[:, injection.site] >= 2).to(u.device)
@@ -356,7 +356,7 @@ def layout_of(lens: LoraLens, of: Of) -> GateLayout:
     if of == "site":
         return GateLayout(lens, of, (1,) * len(lens.sites))
     require_ranks(lens, range(len(lens.sites)))
-    partnered = [i.site for i in lens.plan.injections if i.partner is not None]
+    partnered = [i.site for i in lens.injections if i.partner is not None]
     if partnered:
         raise ModelStateError(
             f"{lens.sites[partnered[0]].name}: value biases of this model were folded into b_O, so "
@@ -378,12 +378,12 @@ def value_at(
     by_site, unit = layout.by_site(gates), gates.new_ones(())
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor:
-        injection = layout.lens.plan.injections[index]
+        injection = layout.lens.injections[index]
         u = injection.map.coordinates(z)
         gate = by_site[injection.site].to(u.device, u.dtype)
         if injection.partner is not None:
             gate = gate * by_site[injection.partner].to(gate) / 2
-        return write(out, injection.map, u * gate, unit)
+        return injection.map.added(out, u * gate, unit)
 
     groups = [reading] if torch.is_grad_enabled() else pass_groups(layout.lens, reading)
     with layout.lens.injected(inject):

@@ -224,7 +224,7 @@ def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "ba
 
 def _plain_unembedding(lens: LoraLens) -> _Unembedding | None:
     """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
-    return None if _changes_logits(lens) else lens.plan.host.unembedding()
+    return None if _changes_logits(lens) else lens.host.unembedding()
 
 
 def _changes_logits(lens: LoraLens) -> bool:

@@ -467,7 +467,7 @@ class Function:
 
         Args:
             watch: called at every place where a site writes, with the index of the injection
-                (`lens.plan.injections`), the output there and what the site reads. What it returns
+                (`lens.injections`), the output there and what the site reads. What it returns
                 takes the place of the output; None leaves it as in the base model.
             under: what holds during the pass and no longer, such as hooks.
         """
@@ -719,7 +719,7 @@ class Function:
 
     def _require_same_model(self) -> None:
         """Check that the model is as it was when the lens was made."""
-        self.lens.plan.check_state()
+        self.lens.check_state()
 
     def _values(self, points: _Points, what: str) -> Float[Tensor, "point batch"]:
         """g at these gates; `what` is how a bar calls them."""
@@ -868,7 +868,7 @@ class Function:
         reading = self.reading
         many = reading.repeat(len(points))
         memory.require_graph(self.lens, many)
-        self.lens.plan.check_backward(once=False)
+        self.lens.check_backward(once=False)
         inject = ScaleInject(self.lens.plan, points.repeat(len(reading.owner), 1))
         formula = Temporary(attention_from_formula)
         with torch.enable_grad(), self.lens.injected(inject), formula:
@@ -950,7 +950,7 @@ def function_of(
         raise ArgumentError(
             f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
         )
-    lens.plan.check_state()
+    lens.check_state()
     ready = lens.prompts(prompts)
     if response is None:
         f = Function(lens, ready, ready, None, None, progress)

@@ -86,7 +86,7 @@ def gate_graph(
 
     Attention is computed from its formula, as fused kernels have no second derivative.
     """
-    lens.plan.check_backward(once=False)
+    lens.check_backward(once=False)
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
     with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):

@@ -101,7 +101,7 @@ def _recorded(
         recording.firings.setdefault(name, []).append(tensor.detach().clone())
         recording.layers.setdefault(name, entered[-1])
 
-    view = lens.plan.host
+    view = lens.host
     hooks: list[tuple[str, HookFn]] = [
         (view.block_input(layer), lambda tensor, hook, layer=layer: entered.append(layer))
         for layer in range(view.n_layers)
@@ -191,9 +191,9 @@ def patched_readout(
     layers = torch.tensor([donor.layers[patch.name] for patch in patches])
     order = layers.argsort(stable=True)
     within = order[layers[order] >= 0]
-    count = lens.plan.host.n_layers
+    count = lens.host.n_layers
     blocks = int((count - layers[within]).sum()) + count  # that run if rows begin at their patch
-    if not lens.plan.host.grows or blocks > memory.BRANCHING_PAYS * len(within) * count:
+    if not lens.host.grows or blocks > memory.BRANCHING_PAYS * len(within) * count:
         within = order[:0]
     outside = order[~torch.isin(order, within)]
     values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
@@ -285,7 +285,7 @@ def _growing_swaps(
     """Hooks that append a row for each patch at its block; patches must be in that order."""
     layers = [donor.layers[patch.name] for patch in patches]
     hooks: list[tuple[str, HookFn]] = [
-        (lens.plan.host.block_input(layer), tree.more_copies(layers.count(layer)))
+        (lens.host.block_input(layer), tree.more_copies(layers.count(layer)))
         for layer in sorted(set(layers))
     ]
     for name, swap in swaps(donor, patches, 1):
@@ -407,7 +407,7 @@ def head_parts(
     kinds = {id(hooked[point]): kind for point, kind in known.items()}
     parts: dict[str, list[Tensor]] = {}
     for name in points:
-        count = lens.plan.host.heads_at_hooks.of(kinds.get(id(hooked[name]), ""))
+        count = lens.host.heads_at_hooks.of(kinds.get(id(hooked[name]), ""))
         shape = donor.firings[name][0].shape
         if not count or shape[2:].numel() != count * width:
             raise ModelStateError(
@@ -422,7 +422,7 @@ def head_parts(
 
 def head_points(lens: LoraLens, kinds: Iterable[str] = "qkvo") -> dict[str, str]:
     """The hook points of q, k, v and z ('o', which reads it) → the kind of module."""
-    points, host, known = dict[str, str](), lens.plan.host, lens.model.hook_dict
+    points, host, known = dict[str, str](), lens.host, lens.model.hook_dict
     for layer, kind in itertools.product(range(host.n_layers), kinds):
         ports = host.ports(layer, kind)
         point = (ports.read if kind == "o" else ports.write) or ""

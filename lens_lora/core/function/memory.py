@@ -32,6 +32,7 @@ No forward pass; one more for each way back through blocks that run again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -44,7 +45,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from lens_lora.arguments import word
 from lens_lora.compat import Temporary, replace_forward
 from lens_lora.core.model.lens import LoraLens
-from lens_lora.core.model.passes import going_on, pass_under_way
+from lens_lora.core.model.passes import ForwardPass
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import PICKS, Columns, Picks, Reading
 from lens_lora.errors import ArgumentError, ModelStateError, many, named, worded
@@ -75,9 +76,9 @@ def chosen_mode(
 
 def tangent_passes(lens: LoraLens, starts: Sequence[int] | None = None) -> float:
     """Passes through all blocks that tangents take: one from each of these, or of every site's."""
-    layers = lens.plan.host.n_layers
+    layers = lens.host.n_layers
     starts = [site.layer for site in lens.sites] if starts is None else starts
-    if not lens.plan.host.grows:
+    if not lens.host.grows:
         return float(len(starts))
     return sum(layers - min(max(start, 0), layers - 1) for start in starts) / layers
 
@@ -486,7 +487,7 @@ def _rows(
 
 def _need(lens: LoraLens, run: Run, *, in_turn: bool = False) -> _Need:
     """What the rows of a run take; with `in_turn` all logits are made some tokens at a time."""
-    cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(run).tokens.shape[1]
+    cfg, host, longest = lens.model.cfg, lens.host, prompts_of(run).tokens.shape[1]
     width = int(cfg.d_model)
     wide = width + int(getattr(cfg, "d_mlp", None) or 4 * width)
     any_pattern = int(cfg.n_heads) * longest
@@ -517,7 +518,7 @@ def row_bytes(lens: LoraLens, run: Prompts, read: int) -> float:
 
 def pass_bytes(lens: LoraLens) -> int:
     """About what a pass of dual numbers takes whatever its rows."""
-    cfg, share = lens.model.cfg, lens.plan.host.pass_overhead
+    cfg, share = lens.model.cfg, lens.host.pass_overhead
     return int(share * int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize)
 
 
@@ -525,7 +526,7 @@ def _unembedded(lens: LoraLens, run: Run, in_turn: bool = False) -> tuple[int, i
     """The tokens of each row whose logits are held together, and those that are made in turn."""
     slots = prompts_of(run).slots
     adapted = any(site.kind == "unembed" for site in lens.sites)
-    if adapted or lens.plan.host.unembedding() is None:
+    if adapted or lens.host.unembedding() is None:
         return slots, 0
     if isinstance(run, Prompts):
         return (0, len(run.tokens) * slots) if in_turn else (slots, 0)
@@ -566,10 +567,10 @@ def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
         return forward(*args, **kwargs)
     kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
     once: list[Tensor] = []
-    earlier = pass_under_way()  # over when the block runs again
+    earlier = ForwardPass.under_way()  # over when the block runs again
 
     def run(*args: Any) -> Any:
-        with going_on(earlier):
+        with contextlib.nullcontext() if earlier is None else earlier.goes_on():
             out = forward(*args, **kwargs)
         residual = (out[0] if isinstance(out, tuple) else out).detach()
         if once:

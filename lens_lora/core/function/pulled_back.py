@@ -47,7 +47,7 @@ def pulled_back(
             taps.visit = slopes.visit
             torch.autograd.grad(function.read_logits(lens, prompts), leaves, covector(base, v))
     else:
-        lens.plan.check_backward(once=False)  # the tangents end where a block is run again
+        lens.check_backward(once=False)  # the tangents end where a block is run again
         push = _push(lens.plan)
         with dual_forward(), reverse.tapped(lens, reading, base_gates, push) as (taps, leaves):
             base, v = _read(lens, prompts)

@@ -447,7 +447,7 @@ def tapped(
     runs_again = memory.must_rerun(lens, run)
     rerun = memory.blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     first = min(site.layer for site in lens.sites)
-    leaf = lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
+    leaf = lens.embedding_output if first < 0 else lens.host.block_input(first)
     hooks = lens.injected(tap, before=[(leaf, start)])
     with torch.enable_grad(), rerun, hooks:
         yield tap, leaves

@@ -76,7 +76,7 @@ def of_stream(
         shift = values * of_layer[..., : values.shape[-1]]
         return tensor.index_add(0, moved, shift.to(tensor))
 
-    host = lens.plan.host
+    host = lens.host
     blocks = {layer: host.block_input(layer) for layer in range(1, host.n_layers)}
     hooks = [(name, functools.partial(perturb, layer=layer)) for layer, name in blocks.items()]
     return [(lens.embedding_output, perturb), *hooks]

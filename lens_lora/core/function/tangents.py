@@ -112,7 +112,7 @@ def part_tangents(
     """
     layers = [lens.sites[part.site].layer for part in parts]
     order = sorted(range(len(parts)), key=layers.__getitem__)
-    branching = [j for j in order if lens.plan.host.grows and layers[j] >= 0]
+    branching = [j for j in order if lens.host.grows and layers[j] >= 0]
     whole = [j for j in order if j not in set(branching)]
     tangents: Tensor | None = None
     longest = prompts.row(int(prompts.lengths.argmax()))
@@ -175,7 +175,7 @@ class _Passes:
 
     def _growing(self, parts: Sequence[Part], products: OneProduct) -> list[tuple[str, HookFn]]:
         """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
-        host, hooks = self.lens.plan.host, []
+        host, hooks = self.lens.host, []
         blocks = [min(self.lens.sites[part.site].layer, host.n_layers - 1) for part in parts]
 
         def tell(tensor: Tensor, hook: Any) -> None:

@@ -73,13 +73,13 @@ class Tree:
     ) -> Float[Tensor, " point *out"]:
         """The forward pass of one row, for every point."""
         grow = [
-            (lens.plan.host.block_input(layer), _continued(parent))
+            (lens.host.block_input(layer), _continued(parent))
             for layer, parent in enumerate(self.parents)
             if len(parent) > 1
         ]
         last = len(self.gates) - 1
         before, by_block = inject(self.gates[0][:1]), [inject(rows) for rows in self.gates]
-        layers = [lens.sites[i.site].layer for i in lens.plan.injections]
+        layers = [lens.sites[i.site].layer for i in lens.injections]
         writers = [before if layer < 0 else by_block[min(layer, last)] for layer in layers]
 
         def write(index: int, out: Tensor, z: Tensor) -> Tensor | None:
@@ -91,7 +91,7 @@ class Tree:
 
 def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
     """Whether branching is cheaper: points share blocks, and the batch may grow on the way."""
-    if len(gates) < 2 or not lens.plan.host.grows:
+    if len(gates) < 2 or not lens.host.grows:
         return False
     embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
     if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
@@ -101,7 +101,7 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
 
 def sites_by_block(lens: LoraLens) -> list[list[int]]:
     """The sites of each block; those before the blocks go with the first, after them the last."""
-    last = lens.plan.host.n_layers - 1
+    last = lens.host.n_layers - 1
     blocks: list[list[int]] = [[] for _ in range(last + 1)]
     for index, site in enumerate(lens.sites):
         blocks[min(max(site.layer, 0), last)].append(index)

@@ -121,6 +121,19 @@ class SiteMap:
         B = self.sB.unflatten(0, (u.shape[-2], -1))
         return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
 
+    def added(
+        self, out: Float[Tensor, "..."], u: Float[Tensor, "... rank"], gate: Float[Tensor, "*batch"]
+    ) -> Float[Tensor, "..."]:
+        """out + B(gate · u), computed at its own precision and cast to the model's.
+
+        The gate multiplies u and not δ = Bu: u has only `rank` numbers, and so has its derivative.
+        """
+        gate = gate.to(u.device, u.dtype)
+        if gate.ndim:
+            gate = gate.view(-1, *[1] * (u.ndim - 1))
+        delta = self.write(u * gate)
+        return out + delta.to(out.dtype).view(out.shape)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update:

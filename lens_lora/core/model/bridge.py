@@ -34,9 +34,9 @@ from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.core.model import extensions, kernels
 from lens_lora.core.model.bases import stored_weight
-from lens_lora.core.model.hooked_host import HookedHost
+from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
-from lens_lora.core.model.host import COPIED_INPUTS, Ports
+from lens_lora.core.model.host import Ports
 from lens_lora.core.model.modules import HOOK_IN, module_at, normalised, unwrapped
 from lens_lora.core.model.sites import (
     MLP_KINDS,
@@ -261,22 +261,6 @@ class BridgeHost(HookedHost):
         """`hook_in` of the block, or of the final norm."""
         return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
 
-    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
-        """Every module of the block that has weights, by the component that it is or is within."""
-        block = self.model.blocks[layer]
-        whole, children = unwrapped(block), block.named_children()
-        parts = {name: set(part.modules()) for name, part in children if part is not whole}
-        readers: dict[str, nn.Module] = {}
-        norms: list[nn.Module] = []
-        for path, module in whole.named_children():
-            if "Norm" in type(unwrapped(module)).__name__:
-                norms.append(module)
-            elif next(module.parameters(), None) is not None:
-                name = next((name for name, held in parts.items() if module in held), path)
-                # What an MLP that is no module of its own reads, its first weight does.
-                readers.setdefault(f"blocks.{layer}.{name}", module)
-        return readers, norms
-
     def _copies(self, layer: int, kind: str) -> str | None:
         """The hook point of the copies of the residual that the heads of q, k or v read."""
         if getattr(self.model.cfg, "use_split_qkv_input", False):
@@ -395,7 +379,7 @@ class BridgeHost(HookedHost):
             gamma = wide + self.family.gamma_offset
         return gamma, None if bias is None else bias.detach()
 
-    def is_folded(self, layer: int, kind: str) -> bool:
+    def reads_folded_norm(self, layer: int, kind: str) -> bool:
         """True where weights were processed and the norm has weight 1 and bias 0."""
         if not self.needs_base():
             return False

@@ -573,6 +573,20 @@ def _steps(tensor: Tensor) -> tuple[tuple[int], tuple[int]]:
 
 def require_kinds(adapter: object, hf_model: object) -> None:
     """Check the types of a lens's arguments."""
+    require_adapter(adapter)
+    if hf_model is not None and not isinstance(hf_model, nn.Module):
+        raise ModelStateError(
+            f"hf_model is a {type(hf_model).__name__}; pass the loaded base model: "
+            "AutoModelForCausalLM.from_pretrained(base)."
+        )
+
+
+def require_adapter(adapter: object) -> None:
+    """Check that a lens can be made of it.
+
+    Raises:
+        AdapterError: it is no `Adapter`, naming what makes one of it.
+    """
     if not isinstance(adapter, Adapter):
         is_path = isinstance(adapter, str | os.PathLike)
         remedy = f"ll.load_adapter({str(adapter)!r})" if is_path else "ll.Adapter.from_peft(…)"
@@ -580,11 +594,6 @@ def require_kinds(adapter: object, hf_model: object) -> None:
             remedy = "pass its own, result.adapter"
         raise AdapterError(
             f"the adapter is a {type(adapter).__name__}; LoraLens takes an ll.Adapter: {remedy}."
-        )
-    if hf_model is not None and not isinstance(hf_model, nn.Module):
-        raise ModelStateError(
-            f"hf_model is a {type(hf_model).__name__}; pass the loaded base model: "
-            "AutoModelForCausalLM.from_pretrained(base)."
         )
 
 

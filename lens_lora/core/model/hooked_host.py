@@ -33,12 +33,18 @@ from lens_lora.core.model.basis import (
     site_map,
 )
 from lens_lora.core.model.host import Ports
-from lens_lora.core.model.lengths import Rotary, rotary_of
+from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
 from lens_lora.errors import ModelStateError, SiteError
-from lens_lora.families import Family, Place
+from lens_lora.families import HEADS, NORM_KINDS, Family, Place
 
 _Fact = TypeVar("_Fact")
+# A map that reads each norm which processing may fold.
+_READER_OF_NORM = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}
+
+
+# Flags under which q, k and v read copies of the residual stream.
+COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 
 
 class HookedHost(abc.ABC):
@@ -57,8 +63,6 @@ class HookedHost(abc.ABC):
             may if the other inputs of a block (masks, positions) are the same for each row.
         keeps_patterns: whether attention makes its pattern, [head, query, key] in each row.
         keeps_rows: whether a batch keeps its rows throughout; experts take tokens out of it.
-        read_through: what reads the residual stream, by name → its norm, None where it has none; of
-            the readers that a pass has shown so far.
     """
 
     class_name: ClassVar[str]
@@ -79,7 +83,6 @@ class HookedHost(abc.ABC):
         self.base: BaseWeights | None = None if hf_model is None else BaseWeights(hf_model, family)
         self.n_layers: int = model.cfg.n_layers
         self.keeps_rows: bool = not family.routed
-        self.read_through: dict[str, nn.Module | None] = {}
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def known(self, fact: str, *of_what: Any, make: Callable[[], _Fact]) -> _Fact:
@@ -102,9 +105,14 @@ class HookedHost(abc.ABC):
         return () if projection is None else (projection,)
 
     @property
+    def head(self) -> str:
+        """The path of the base's language-model head."""
+        return HEADS[0] if self.base is None else self.base.head
+
+    @property
     def rotary(self) -> Rotary:
         """The rotary embeddings whose table depends on how many positions a pass has."""
-        return self.known("rotary", make=lambda: rotary_of(self.model))
+        return self.known("rotary", make=lambda: Rotary.of(self.model))
 
     # --- hook points
 
@@ -123,12 +131,6 @@ class HookedHost(abc.ABC):
     @abc.abstractmethod
     def block_input(self, layer: int) -> str:
         """The first hook point of a block, or of what comes after the last."""
-
-    @abc.abstractmethod
-    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
-        """What reads the residual stream of a block, by name, in modules whose input that is; and
-        the block's norms, where a module may read the output of one of these instead.
-        """
 
     # --- the model's own weights and state
 
@@ -173,9 +175,21 @@ class HookedHost(abc.ABC):
         del layer, kind
         return None
 
-    @abc.abstractmethod
     def is_folded(self, layer: int, kind: str) -> bool:
-        """Whether the affine of the norm that this kind reads was folded into the weights."""
+        """Whether a norm's affine was folded into the weights that read it.
+
+        Args:
+            layer: its number.
+            kind: that of the norm, or of a linear map that reads it.
+        """
+        if kind not in NORM_KINDS:
+            return self.reads_folded_norm(layer, kind)
+        reader = _READER_OF_NORM.get(kind)
+        return reader is not None and self.reads_folded_norm(layer, reader)
+
+    @abc.abstractmethod
+    def reads_folded_norm(self, layer: int, kind: str) -> bool:
+        """Whether the affine of the norm that a linear map reads was folded into the weights."""
 
     @abc.abstractmethod
     def is_tied(self) -> bool | None:
@@ -249,6 +263,22 @@ class HookedHost(abc.ABC):
             )
         return weight / self.embedding_scale(site.kind)
 
+    def unprocessed_weight(self, site: SiteFactors) -> Float[Tensor, "out in"]:
+        """W of the Hugging Face base by the model alone, in float64; `hf_model` is not asked.
+
+        Raises:
+            ModelStateError: the model was processed.
+        """
+        weight = self.weight(site.layer, site.kind)
+        if self.needs_base() or is_centred(weight):
+            raise ModelStateError(
+                f"{site.name}: this {self.class_name} was processed, so its weights are not those "
+                "that the adapter was added to. Load it unprocessed "
+                "(from_pretrained_no_processing, or a TransformerBridge before "
+                "enable_compatibility_mode)."
+            )
+        return in_float64(weight) / self.embedding_scale(site.kind)
+
     def base_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
         """b at a site; None where the base has none.
 
@@ -313,11 +343,6 @@ class HookedHost(abc.ABC):
 
     def _may_be_centred(self, kind: str) -> bool:
         return kind == "unembed" or (self.family.norm == "LN" and kind in WRITER_KINDS)
-
-    def is_norm_folded(self, layer: int, kind: str) -> bool:
-        """Whether a norm's affine was folded into the weights that read it."""
-        reader = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}.get(kind)
-        return reader is not None and self.is_folded(layer, reader)
 
     def folded_value_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
         """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head]; None where it was not.

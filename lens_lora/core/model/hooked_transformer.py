@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, in_float64, parameters_in, refuse_reading
-from lens_lora.core.model.hooked_host import HookedHost
+from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import computes, of_the_base
-from lens_lora.core.model.host import COPIED_INPUTS, Ports
+from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import context_of_copy
 from lens_lora.core.model.modules import module_at
 from lens_lora.core.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, SiteFactors, site_name
@@ -177,12 +177,6 @@ class HookedTransformerHost(HookedHost):
         """`hook_resid_pre` of the block, or the scale of the final norm."""
         return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
 
-    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
-        """The norm of each branch, which no other one reads."""
-        block, norms = self.model.blocks[layer], {"attn": "ln1", "mlp": "ln2"}
-        held = [branch for branch, norm in norms.items() if hasattr(block, norm)]
-        return {f"blocks.{layer}.{branch}": getattr(block, norms[branch]) for branch in held}, []
-
     def embedding_scale(self, kind: str) -> float:
         """√d for Gemma's token embedding, as W_E contains that factor."""
         is_scaled = kind == "embed" and self.family.gamma_offset
@@ -244,7 +238,7 @@ class HookedTransformerHost(HookedHost):
             return None
         return affine
 
-    def is_folded(self, layer: int, kind: str) -> bool:
+    def reads_folded_norm(self, layer: int, kind: str) -> bool:
         """All norms are folded, or none."""
         return self.needs_base()
 

@@ -12,12 +12,11 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.core.model.basis import SiteMap, Update
+from lens_lora.core.model.basis import Basis
+from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.sites import Heads, SiteFactors
 from lens_lora.families import Family
 
-# Flags under which q, k and v read copies of the residual stream.
-COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 # How the axes lie at a norm of each head: [row, head, pos, d], or [row · pos · head, d]; and at
 # experts: [row · pos, slot, d].
 Layout = Literal["rows", "heads_first", "flat", "slots"]
@@ -88,6 +87,11 @@ class Host(Protocol):
         ...
 
     @property
+    def head(self) -> str:
+        """The path of the base's language-model head."""
+        ...
+
+    @property
     def family(self) -> Family:
         """How Hugging Face names its modules, and which norm each of them reads."""
         ...
@@ -141,10 +145,6 @@ class Host(Protocol):
         """The first hook point of a block, or of what comes after the last."""
         ...
 
-    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
-        """What reads the residual stream of a block, by name, and the block's norms."""
-        ...
-
     # --- Weights and norms
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
@@ -155,6 +155,10 @@ class Host(Protocol):
         """(out, in) of the weight; of a stack of experts that of each."""
         ...
 
+    def experts(self, layer: int, kind: str) -> int:
+        """How many experts the weights are of; 0 of any other kind."""
+        ...
+
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site as Hugging Face has it; `update` says in an error what depends on it.
 
@@ -163,11 +167,8 @@ class Host(Protocol):
         """
         ...
 
-    def map_of(self, site: SiteFactors, update: Update, *, behind_norm: bool = False) -> SiteMap:
-        """δ of a site in this model's basis. No forward pass.
-
-        With `behind_norm`, z is read behind γ and β.
-        """
+    def basis_of(self, site: SiteFactors) -> Basis:
+        """How z and the output of a site's map differ from the Hugging Face linear's."""
         ...
 
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
@@ -175,7 +176,10 @@ class Host(Protocol):
         ...
 
     def is_folded(self, layer: int, kind: str) -> bool:
-        """Whether the affine of the norm that this kind reads was folded into the weights."""
+        """Whether a norm's affine was folded into the weights that read it.
+
+        The kind is that of the norm, or of a linear map that reads it.
+        """
         ...
 
     @property
@@ -183,11 +187,21 @@ class Host(Protocol):
         """What norms the residual stream before the head; None where the model has no such norm."""
         ...
 
+    @property
+    def after_the_stream(self) -> tuple[nn.Module, ...]:
+        """What projects the residual stream to the width that the head reads, as in OPT-350m."""
+        ...
+
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
         """(W_U, bias), or None where a soft-cap follows them before the logits."""
         ...
 
     # --- Passes
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embeddings whose table depends on how many positions a pass has."""
+        ...
 
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lens_lora.compat import edits_of, is_wrapped
 from lens_lora.core.model import hooks
-from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.gates import Scale
 from lens_lora.core.model.hooks import HookFn
 from lens_lora.core.model.host import Ports
@@ -40,12 +39,6 @@ class Inject(Protocol):
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """The new output, or None to leave it as it is."""
         ...
-
-
-def weight_of(injection: Injection, gates: Tensor) -> Tensor:
-    """The gate of an injection: ε_site, or half of ε_site ε_partner."""
-    gate = gates[..., injection.site]
-    return gate if injection.partner is None else gate * gates[..., injection.partner] / 2
 
 
 class ScaleInject:
@@ -74,8 +67,9 @@ class ScaleInject:
         if not self.is_active(index):
             return None
         injection = self._injections[index]
-        u, gates = injection.map.coordinates(z), self._on(injection.map.device)
-        return write(out, injection.map, u, weight_of(injection, gates))
+        u = injection.map.coordinates(z)
+        gates = self._on(injection.map.device)
+        return injection.map.added(out, u, injection.gate(gates))
 
     def _on(self, device: torch.device) -> Tensor:
         """The gates, copied once to each other device, where an edit would not be seen."""
@@ -96,16 +90,6 @@ def _is_differentiated(gates: Tensor) -> bool:
     """Whether a derivative may pass the gates, or a transform hides their values."""
     is_dual = fwad.unpack_dual(gates).tangent is not None
     return gates.requires_grad or is_wrapped(gates) or is_dual
-
-
-def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
-    """out + B(gate · u), computed at its own precision and cast to the model's.
-
-    The gate multiplies u and not δ = Bu: u has only `rank` numbers, and so has its derivative.
-    """
-    gate = gate.to(u.device, u.dtype)
-    scaled = site_map.write(u * (gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate))
-    return out + scaled.to(out.dtype).view(out.shape)
 
 
 class _Reader:
@@ -182,7 +166,7 @@ class _Writer(_AtSite):
         return z.to(out.device).expand(len(out), *z.shape[1:])
 
 
-def refuse_writers(functions: Iterable[object]) -> None:
+def refuse_lens_hooks(functions: Iterable[object]) -> None:
     """Check that no hook of a lens is among these functions.
 
     Raises:

@@ -11,18 +11,20 @@ neighbours and on what was run before. A lens runs prompts of any lengths togeth
 
 1. computes such an embedding once for each table that its rows need, as for a batch of these rows
    alone, and from the state in which transformers made it;
-2. gives each row its own table, beside which the pass is the usual one (`tables_by_row`);
+2. gives each row its own table, beside which the pass is the usual one (`Rotary.by_row`);
 3. puts the state back at the end of the pass, so that the model is as its user left it.
 
-Where tokens follow a text one by one, n grows with each. `alike_up_to` says how far a text may grow
-before its table is another one, and with it the logits at every earlier place.
+Where tokens follow a text one by one, n grows with each. `Rotary.alike_up_to` says how far a text
+may grow before its table is another one, and with it the logits at every earlier place.
 
 Cost: a table of [positions, d_head] for each length that needs its own. Nothing for other models.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,19 +32,65 @@ from torch import Tensor, nn
 
 from lens_lora.compat import RotaryRule, Temporary, replace_forward, rotary_rules, rotary_state
 
-# Modules whose output depends on the number of positions, and how.
-Rotary = Sequence[tuple[nn.Module, RotaryRule]]
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rotary:
+    """The rotary embeddings of a model that depend on the number of positions; perhaps none.
 
-def rotary_of(model: nn.Module) -> Rotary:
-    """The rotary embeddings of a model that depend on the number of positions. No forward pass."""
-    found = ((module, rotary_rules(module)) for module in model.modules())
-    return [(module, rule) for module, rules in found for rule in rules]
+    Attributes:
+        rules: each such module, and how its output depends on that number.
+    """
 
+    rules: Sequence[tuple[nn.Module, RotaryRule]]
 
-def alike_up_to(rotary: Rotary, length: int) -> float:
-    """The most positions that a text of this length may grow to under the same tables."""
-    return min((rule.alike_up_to(length) for _, rule in rotary), default=float("inf"))
+    @classmethod
+    def of(cls, model: nn.Module) -> Rotary:
+        """Those of a model. No forward pass."""
+        rules: list[tuple[nn.Module, RotaryRule]] = []
+        for module in model.modules():
+            rules += [(module, rule) for rule in rotary_rules(module)]
+        return cls(rules)
+
+    def __bool__(self) -> bool:
+        return bool(self.rules)
+
+    def alike_up_to(self, length: int) -> float:
+        """The most positions that a text of this length may grow to under the same tables."""
+        return min((rule.alike_up_to(length) for _, rule in self.rules), default=float("inf"))
+
+    def as_made(self) -> AbstractContextManager[None]:
+        """Within the block no earlier pass has made a table grow; then what was there is back."""
+        return Temporary(self._begin)
+
+    def by_row(self, lengths: Sequence[int]) -> AbstractContextManager[None]:
+        """Within the block, row i of a pass is computed as a row of lengths[i] positions alone.
+
+        Args:
+            lengths: the number of tokens of each row of the pass, without padding. The pass has
+                these rows, or copies of a single one.
+        """
+
+        def replace(span: Temporary) -> None:
+            self._begin(span)
+            for module in self._modules():
+                own = Rotary([(held, rule) for held, rule in self.rules if held is module])
+                replace_forward(span, module, _TablesByRow(module.forward, own, lengths))
+
+        return Temporary(replace)
+
+    def make_anew(self) -> None:
+        """Put every table into the state in which transformers made it."""
+        for module, rule in self.rules:
+            rule.make_anew(module)
+
+    def _begin(self, span: Temporary) -> None:
+        for module in self._modules():
+            span.way_back(rotary_state(module))
+        self.make_anew()
+
+    def _modules(self) -> list[nn.Module]:
+        """Each embedding once."""
+        return list(dict.fromkeys(module for module, _ in self.rules))
 
 
 def context_of_copy(hf_model: Any, cfg: Any) -> float:
@@ -51,7 +99,7 @@ def context_of_copy(hf_model: Any, cfg: Any) -> float:
     It has one rotary table, that of short prompts, and the attention window that its own
     configuration names. Eight tokens, on which both are compared, show neither.
     """
-    limits = [rule.limit for _, rule in rotary_of(hf_model)]
+    limits = [rule.limit for _, rule in Rotary.of(hf_model).rules]
     window = _window(hf_model.config)
     has_window = getattr(cfg, "use_local_attn", False) and getattr(cfg, "window_size", 0) == window
     if window is not None and not has_window:
@@ -68,37 +116,6 @@ def _window(config: Any) -> int | None:
     return window if "sliding_attention" in layers else None
 
 
-def tables_by_row(span: Temporary, rotary: Rotary, lengths: Sequence[int]) -> None:
-    """Until the span ends, row i of a pass is computed as a row of lengths[i] positions alone.
-
-    Args:
-        span: the time of one pass, whose rows are those of `lengths`, or copies of a single one.
-        rotary: the model's.
-        lengths: the number of tokens of each row, without padding.
-    """
-    tables_as_made(span, rotary)
-    for module in _modules(rotary):
-        own = [(held, rule) for held, rule in rotary if held is module]
-        replace_forward(span, module, _TablesByRow(module.forward, own, lengths))
-
-
-def tables_as_made(span: Temporary, rotary: Rotary) -> None:
-    """No earlier pass has made a table grow; what was there is put back when the span ends."""
-    for module in _modules(rotary):
-        span.way_back(rotary_state(module))
-    _make_anew(rotary)
-
-
-def _modules(rotary: Rotary) -> list[nn.Module]:
-    """Each embedding once."""
-    return list(dict.fromkeys(module for module, _ in rotary))
-
-
-def _make_anew(rotary: Rotary) -> None:
-    for module, rule in rotary:
-        rule.make_anew(module)
-
-
 class _TablesByRow:
     """The forward of a rotary embedding, for rows that need different tables."""
 
@@ -106,7 +123,7 @@ class _TablesByRow:
         self._forward = forward
         self._rotary = rotary
         # What the tables of a row depend on: rows that agree in it have the same ones.
-        by_row = [tuple(rule.table(length) for _, rule in rotary) for length in lengths]
+        by_row = [tuple(rule.table(length) for _, rule in rotary.rules) for length in lengths]
         longest: dict[tuple[int, ...], int] = {}
         for table, length in zip(by_row, lengths, strict=True):
             longest[table] = max(length, longest.get(table, 0))
@@ -118,7 +135,7 @@ class _TablesByRow:
         positions = position_ids.shape[-1]
         computed: list[Any] = []
         for longest in self._longest:
-            _make_anew(self._rotary)
+            self._rotary.make_anew()
             computed.append(self._forward(x, position_ids[..., :longest], *args, **kwargs))
         if isinstance(computed[0], Tensor):
             return self._by_row(computed, positions)

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,19 +33,28 @@ from lens_lora.compat import (
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors, module_path
 from lens_lora.core.model import check as checks
-from lens_lora.core.model import extensions, passes
+from lens_lora.core.model import extensions
 from lens_lora.core.model import sites as model_sites
 from lens_lora.core.model.bases import names_of
 from lens_lora.core.model.basis import SiteMap, Update
 from lens_lora.core.model.gates import Scale, gates_of
-from lens_lora.core.model.hooks import HookFn, alone, attached, hold, lock_of
+from lens_lora.core.model.hooks import (
+    HookFn,
+    alone,
+    attached,
+    hold,
+    lock_of,
+    unembedded_only,
+)
 from lens_lora.core.model.host import Host
 from lens_lora.core.model.injections import Inject, ScaleInject, site_hooks
 from lens_lora.core.model.kernels import differentiable_products
-from lens_lora.core.model.lengths import tables_by_row
-from lens_lora.core.model.plan import Plan, make_plan, require_sum
+from lens_lora.core.model.lengths import Rotary
+from lens_lora.core.model.passes import OpenBlock, Rows
+from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
+from lens_lora.core.model.points import HookPoints, known_point
 from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
-from lens_lora.core.model.updates import holds_another_base
+from lens_lora.core.model.updates import SiteUpdate, holds_another_base
 from lens_lora.core.readout.positions import Positions
 from lens_lora.core.readout.prompts import (
     Prompts,
@@ -285,14 +294,29 @@ class LoraLens:
         return self._plan.maps
 
     @property
+    def updates(self) -> tuple[SiteUpdate, ...]:
+        """Each site's own update in the Hugging Face basis, in the order of `sites`."""
+        return self._plan.updates
+
+    @property
+    def injections(self) -> tuple[Injection, ...]:
+        """What the hooks add, and where: first one for each site, in the order of `sites`."""
+        return self._plan.injections
+
+    @property
     def plan(self) -> Plan:
-        """What the hooks add and where: for injections of your own (`injected`)."""
+        """Everything that the hooks need: for injections of your own (`injected`)."""
         return self._plan
 
     @property
     def host(self) -> Host:
         """The hooked model: its hook points, weights and norms."""
         return self._plan.host
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary tables that depend on how many positions a pass has."""
+        return self._plan.host.rotary
 
     @property
     def heads(self) -> Heads:
@@ -381,7 +405,7 @@ class LoraLens:
             ModelStateError: a site without a hook point at its output (on HookedTransformer
                 embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
-        self._check_state()
+        self._check_blocks()
         points = self.model.hook_dict
         if hidden := [site.name for site in self.sites if site.write not in points]:
             raise errors.ModelStateError(
@@ -395,8 +419,64 @@ class LoraLens:
         silent = () if fires else self._plan.points_without_update
         return [(name, fn) for name, fn in hooks if name not in silent]
 
-    def _check_state(self) -> None:
-        """Also that the blocks of `applied` that are open on this model add up with another."""
+    def known_point(self, name: str) -> str:
+        """The name, if the model has such a hook point.
+
+        Args:
+            name: the name in full.
+
+        Raises:
+            SiteError: it has none, with the nearest names.
+        """
+        return known_point(self.model, name)
+
+    def points(self, names: Names | None) -> HookPoints:
+        """The hook points that these names mean, in the order of layers. No forward pass.
+
+        Args:
+            names: a hook point, several, globs, or a predicate; None for every one.
+
+        Raises:
+            SiteError: a hook point that the model lacks, a glob or a predicate without a match.
+        """
+        return HookPoints.of(self._plan, names)
+
+    def require_update(self, points: Iterable[str]) -> None:
+        """Refuse hook points that never hold the adapted model's value.
+
+        Args:
+            points: the names of hook points.
+
+        Raises:
+            ModelStateError: one lies between a site's input and the point at which δ is added.
+        """
+        self._plan.require_update(points)
+
+    def check_state(self, *, entries: bool = True) -> None:
+        """Check that the model and the adapter are as they were when the lens was made. No pass.
+
+        Args:
+            entries: whether entries of the weights are compared, too; they show edits through
+                `.data`, which nothing else does.
+
+        Raises:
+            ModelStateError: naming what changed.
+        """
+        self._plan.check_state(entries=entries)
+
+    def check_backward(self, *, once: bool = True) -> None:
+        """Check that the graph of a pass is that of one run of each block. No pass.
+
+        Args:
+            once: whether it is walked back once, for a first derivative, with hooks still on.
+
+        Raises:
+            ModelStateError: gradient checkpointing would run blocks again.
+        """
+        self._plan.check_backward(once=once)
+
+    def _check_blocks(self) -> None:
+        """Check the state, and that the open blocks of `applied` add up with another one."""
         self._plan.check_state()
         plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
         require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
@@ -439,7 +519,7 @@ class LoraLens:
         """
 
         def apply(span: Temporary) -> Any:
-            self._check_state()
+            self._check_blocks()
             span.about = self._plan
             inject = ScaleInject(self._plan, self.gates(scale), scale)
             self._put_on(span, inject)
@@ -518,13 +598,29 @@ class LoraLens:
         self, span: Temporary, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
     ) -> None:
         """Until the span ends, the sites' hooks are on the model."""
-        hold(span, lock_of(self.model))
+        self.hold(span)
         self._plan.check_state(entries=False)
         span.enter_context(differentiable_products(self._plan.quantised))
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
         hooks = site_hooks(self._plan, inject, points, before)
         span.enter_context(attached(self.model, hooks, points))
+
+    def hold(self, span: Temporary) -> None:
+        """Until the span ends, other threads that use a lens on this model wait.
+
+        Args:
+            span: how long.
+        """
+        hold(span, lock_of(self.model))
+
+    def unembedding_only(self, select: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Within the block, only a part of the final residual stream is unembedded.
+
+        Args:
+            select: takes the part of it, [row, pos, d_model], that the head is to read.
+        """
+        return unembedded_only(self.model, select)
 
     def prompts(
         self,
@@ -608,10 +704,16 @@ class LoraLens:
         with torch.no_grad(), self.adapted(scale):
             logits = self.run(ready)
             if not torch.isfinite(ready.at_read(logits)).all():
-                raise errors.NumericsError(
-                    checks.first_non_finite(self.model, lambda: self.run(ready))
-                )
+                raise self.not_finite(lambda: self.run(ready))
         return logits
+
+    def not_finite(self, run: Callable[[], object]) -> errors.NumericsError:
+        """The error of a pass whose logits are not finite. One forward pass.
+
+        Args:
+            run: the same pass once more; the error names the first hook point with NaN or infinity.
+        """
+        return errors.NumericsError(checks.first_non_finite(self.model, run))
 
     @alone
     def generate(
@@ -677,17 +779,14 @@ class LoraLens:
         """
         left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
         mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
-        rotary = self._plan.host.rotary
-
-        def own_tables(span: Temporary) -> None:
-            tables_by_row(span, rotary, prompts.lengths.tolist())
-
-        tables = Temporary(own_tables) if rotary else contextlib.nullcontext()
+        tables = contextlib.nullcontext()
+        if self.rotary:
+            tables = self.rotary.by_row(prompts.lengths.tolist())
         # An open block that removes something asks which token is which, and nothing else does:
         # without one, lengths on a GPU are not waited for.
         rows = contextlib.nullcontext()
-        if passes.open_blocks(self.model):
-            rows = passes.told(self.model, passes.rows_of(prompts))
+        if OpenBlock.open_on(self.model):
+            rows = Rows.of(prompts).told(self.model)
         with tables, rows:
             return self.model(prompts.tokens, return_type="logits", **mask)
 
@@ -755,7 +854,7 @@ class LoraLens:
             prompts: what the result is of; how they were read is said, too.
         """
         origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
-        removed = [block.says for block in passes.open_blocks(self.model)]
+        removed = [block.says for block in OpenBlock.open_on(self.model)]
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,

@@ -63,6 +63,13 @@ class Injection:
     whole: SiteMap | None = None
     is_constant_of_v: bool = False
 
+    def gate(self, gates: Float[Tensor, "*batch site"]) -> Float[Tensor, "*batch"]:
+        """What multiplies δ: ε_site, or half of ε_site ε_partner."""
+        gate = gates[..., self.site]
+        if self.partner is None:
+            return gate
+        return gate * gates[..., self.partner] / 2
+
     @property
     def map_by_position(self) -> SiteMap | None:
         """δ as it is split over positions; None where that is done at another injection.

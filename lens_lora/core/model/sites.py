@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError, setting
+from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS, Family, Place
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -42,6 +42,8 @@ NORM_READ_BY: dict[str, str] = {
 AXES = ("position", "head", "expert", "rank")
 Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
 Groups = dict[str, tuple[int, ...]]
+# Hook points: a name, several names or globs, or a predicate of a name.
+Names = str | Sequence[str] | Callable[[str], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,101 +400,3 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         f"{fact}; none of its {len(adapter)} modules exists here, so it is of another architecture "
         "(a UNet, an encoder, another family of language models)."
     )
-
-
-# --- Hook points by name
-
-Names = str | Sequence[str] | Callable[[str], bool]
-_NAMED = 5  # hook points that a message names
-
-
-def resolved(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names given in full, and all that are wanted, in order."""
-    points = list(lens.model.hook_dict)
-    known = [points[i] for i in layer_order(points)]
-    if not isinstance(names, Iterable) and not callable(names):
-        raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
-    if not isinstance(names, str) and callable(names):
-        wanted = [name for name in known if names(name)]
-        if not wanted:
-            raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
-        return (), tuple(wanted)
-    patterns = [names] if isinstance(names, str) else list(names)
-    if not patterns:
-        raise SiteError("no hook point is named; give a name, a glob, or a predicate.")
-    wanted_names: dict[str, None] = {}
-    for pattern in patterns:
-        is_glob = isinstance(pattern, str) and pattern not in known
-        hits = fnmatch.filter(known, pattern) if is_glob else []
-        wanted_names.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
-    return tuple(name for name in patterns if name in known), tuple(wanted_names)
-
-
-def computed(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """As `resolved`, without points whose value the adapted model never computes.
-
-    Globs and predicates leave such a point out.
-
-    Raises:
-        SiteError: a hook point that the model lacks.
-        ModelStateError: a name in full, or all names, of such points.
-    """
-    in_full, wanted = resolved(lens, names)
-    never = lens.plan.points_without_update
-    kept = tuple(name for name in wanted if name not in never)
-    lens.plan.require_update(in_full if kept else wanted)
-    return in_full, kept
-
-
-def known_point(lens: Any, name: str) -> str:
-    """The name, if the model has such a hook point."""
-    known = list(lens.model.hook_dict)
-    if not isinstance(name, str):
-        raise SiteError(f"{name!r} names no hook point; give a string.")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-        raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
-    return name
-
-
-def firing(
-    lens: Any, fired: Container[str], in_full: Sequence[str], wanted: Sequence[str]
-) -> tuple[str, ...]:
-    """The wanted points that fire and hold what the adapted model computes there.
-
-    Those whose names were given in full must fire.
-
-    Raises:
-        ModelStateError: a point that never fires, or whose value the adapted model never computes.
-    """
-    points = require_fired(lens, fired, in_full, wanted)
-    lens.plan.require_update(points)
-    return points
-
-
-def require_fired(
-    lens: Any, fired: Container[str], in_full: Sequence[str], wanted: Sequence[str]
-) -> tuple[str, ...]:
-    """The wanted points that fire, among them all whose names were given in full."""
-    dead = [name for name in in_full if name not in fired]
-    points = tuple(name for name in wanted if name in fired)
-    if dead or not points:
-        why = (
-            "a flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
-            "Name another point, or set the flag before the lens is made."
-        )
-        if not lens.plan.host.keeps_patterns:
-            why = (
-                f"with {setting('attn', 'sdpa')} no attention scores, patterns or rotated q and k "
-                f"are made. Name another point, or load the model with {setting('attn', 'eager')}."
-            )
-        raise ModelStateError(
-            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
-        )
-    return points
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -84,7 +84,7 @@ def _update_of(site: SiteFactors, host: HookedHost) -> Update | NormUpdate | Non
     """None where the adapter holds what the base has."""
     if site.kind not in NORM_KINDS:
         return _linear_update(site, host)
-    is_folded = host.is_norm_folded(site.layer, site.kind)
+    is_folded = host.is_folded(site.layer, site.kind)
     update = None if is_folded and host.base is None else _norm_update(site, host)
     if is_folded and (host.base is None or update is not None):
         raise ModelStateError(
@@ -417,11 +417,10 @@ def follower(
     other = sites.get((kind, site.adapter))
     if other is not None and _holds(other, site, shared):
         return None
-    head = "lm_head" if host.base is None else host.base.head
     return dataclasses.replace(
         site,
         name=site_name(0, kind, site.adapter),
-        path=head if kind == "unembed" else host.family.embed,
+        path=host.head if kind == "unembed" else host.family.embed,
         layer=outside_layer(kind, host.n_layers),
         kind=kind,
         factors=shared,

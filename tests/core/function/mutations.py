@@ -292,16 +292,16 @@ DERIVATIVES = [
 GATES = [
     Mutation(
         "half of a product of two gates is dropped",
-        "core/model/injections.py",
-        "gate if injection.partner is None else gate * gates[..., injection.partner] / 2",
-        "gate if injection.partner is None else gate * gates[..., injection.partner]",
+        "core/model/plan.py",
+        "return gate * gates[..., self.partner] / 2",
+        "return gate * gates[..., self.partner]",
         CURVATURE,
     ),
     Mutation(
         "gates of rows are those of positions",
-        "core/model/injections.py",
-        "gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate",
-        "gate[:1] if gate.ndim else gate",
+        "core/model/basis.py",
+        "gate = gate.view(-1, *[1] * (u.ndim - 1))",
+        "gate = gate[:1]",
         INTERVENTIONS,
     ),
     Mutation(

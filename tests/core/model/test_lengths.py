@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import lens_lora as ll
-from lens_lora.core.model.lengths import rotary_of
+from lens_lora.core.model.lengths import Rotary
 from lens_lora.hosts import build
 
 pytestmark = models.NEEDS_BRIDGE
@@ -240,7 +240,7 @@ def test_the_model_is_left_as_it_was(case: Case):
 
     def state() -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for module, _ in rotary_of(model):
+        for module, _ in Rotary.of(model).rules:
             plain = {k: v for k, v in vars(module).items() if not k.startswith("_")}
             found |= {**plain, **dict(module.named_buffers())}
         return {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}
@@ -260,7 +260,7 @@ def test_the_model_is_left_as_it_was(case: Case):
 def test_a_size_that_changes_at_the_limit(float64: None):
     """PhiMoE has a mixture of experts and a rotary embedding of its own kind."""
     base = models.randomised(_phimoe(), 0, torch.float64)
-    [(module, rule)] = rotary_of(base)
+    [(module, rule)] = Rotary.of(base).rules
     assert rule.limit == LIMIT and type(module).__name__ == "PhimoeRotaryEmbedding"
 
 
