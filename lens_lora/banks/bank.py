@@ -49,14 +49,14 @@ from lens_lora.core import (
     Readout,
     alone,
     by_axes,
+    host_of,
     null_adapters,
+    require_adapter,
 )
 from lens_lora.core.analyses.first_order import require_ranks
 from lens_lora.core.analyses.own_analyses import listed
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.memory import graph_groups
-from lens_lora.core.model.find_host import host_of
-from lens_lora.core.model.sites import AXES
 from lens_lora.core.results.attribution import within_response
 from lens_lora.core.results.storage import read_result, save_result
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
@@ -482,7 +482,7 @@ def _lenses(
         host = host_of(model, hf_model)
     else:
         hooked_model = given_lens.model
-        host = given_lens.plan.host
+        host = given_lens.host
     hooks = settings(hooked_model)["hooks"]
     if hooks:
         raise ModelStateError(

@@ -23,9 +23,7 @@ from torch import Tensor
 
 from lens_lora.banks.record import Address, Addresses, Half, Stacks, place_of
 from lens_lora.compat import in_float64
-from lens_lora.core import Adapter, Injection, LoRAFactors, LoraLens
-from lens_lora.core.model.basis import SiteMap
-from lens_lora.core.model.sites import OUTSIDE_KINDS
+from lens_lora.core import OUTSIDE_KINDS, Adapter, Injection, LoRAFactors, LoraLens, SiteMap
 
 # The paths of an adapter's modules, and the shapes and dtypes of their factors.
 Shapes = tuple[object, ...]

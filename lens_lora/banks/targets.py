@@ -12,14 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.model.hooked_host import HookedHost
-from lens_lora.core.model.sites import outside_layer
+from lens_lora.core import Adapter, Host, LoRAFactors, ModuleUpdate, TrainedModule, outside_layer
 from lens_lora.errors import LensLoraError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS
 
 
-def stand_ins(host: HookedHost, globs: Sequence[str] = ("*",)) -> list[Adapter]:
+def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     """Adapters that add nothing at gates 0: one of every module, and one of all but the norms.
 
     A module behind a norm is read elsewhere where that norm may change too, so both are recorded.
@@ -51,20 +49,19 @@ def stand_ins(host: HookedHost, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     return adapters
 
 
-def _paths(host: HookedHost) -> list[str]:
+def _paths(host: Host) -> list[str]:
     """The Hugging Face paths of every module that the model's family knows, each once."""
     family = host.family
-    head = HEADS[0] if host.base is None else host.base.head
     paths: list[str] = []
     for path in family.every_path():
-        if path in HEADS and path != head:
+        if path in HEADS and path != host.head:
             continue
         paths += [path.format(l=layer) for layer in range(host.n_layers)]
     paths += family.linear_paths(host.n_layers)
     return list(dict.fromkeys(paths))
 
 
-def _stand_in(host: HookedHost, path: str) -> dict[str, ModuleUpdate]:
+def _stand_in(host: Host, path: str) -> dict[str, ModuleUpdate]:
     """An update that adds nothing; none where the model has no such module, or has it folded."""
     place = host.family.place(path)
     if place is None:
@@ -76,7 +73,7 @@ def _stand_in(host: HookedHost, path: str) -> dict[str, ModuleUpdate]:
 
     if kind in NORM_KINDS:
         affine = host.norm_parameters(layer, kind)
-        if affine is None or host.is_norm_folded(layer, kind) or not host.norm_ports(layer, kind):
+        if affine is None or host.is_folded(layer, kind) or not host.norm_ports(layer, kind):
             return {}
         gamma = affine[0]
         return {path: TrainedModule(gamma + 1)}  # its Δγ is multiplied by a gate of 0

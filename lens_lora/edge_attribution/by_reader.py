@@ -391,7 +391,7 @@ class _WriteWithTangent:
         # Where two updates multiply, what this one writes grows with its partner's gate.
         partner = injection.partner
         weight = 1.0 if partner is None else self._gates[partner]
-        is_behind_blocks = self._lens.sites[site].layer >= self._lens.plan.host.n_layers
+        is_behind_blocks = self._lens.sites[site].layer >= self._lens.host.n_layers
         if is_behind_blocks or not weight:
             return scaled
         written = out if scaled is None else scaled
