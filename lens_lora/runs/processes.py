@@ -1,8 +1,9 @@
-"""Who works on a sweep: the processes that were launched together, and one writer for each output.
+"""Who works on a run: the processes that were launched together, and one writer for each output.
 
-The processes are those of `accelerate launch`, `torchrun` or `mpirun`, or a single one. The main
-process holds a lock of `filelock` on '.results.parquet.lock' while the sweep runs; the others need
-none. The system releases it when its process ends; the file may stay, and is then nobody's.
+The processes are those of `accelerate launch`, `torchrun` or `mpirun`, or there is a single one.
+The main process holds a lock of `filelock` on '.results.parquet.lock' while the run lasts; the
+others need none. The system releases the lock when its process ends. The lock's file may stay, and
+holds nothing then.
 
 Only `launched` imports torch, and only if there are several processes.
 """
@@ -22,10 +23,13 @@ from lens_lora.errors import LensLoraError, SweepError, warn
 # --- The processes that were launched together
 
 
-# One process may finish its share long before another.
+# How long a process waits for the others: one may finish its share long before another.
 _PATIENCE = timedelta(days=7)
+# Where the launchers write how many processes there are, and the number of this one.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# What accelerate's launcher of a single process sets where it was asked for several.
+_SINGLE_OF_ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Processes:
     """This process among those that were launched together.
 
     Attributes:
-        index: this process, from 0.
-        count: how many there are.
+        index: the number of this process, from 0.
+        count: how many processes there are.
         device: where this process runs, as torch names it.
-        wait: returns when every process has called it.
-        gather: the values of all processes, in their order.
+        wait: returns once every process has called it.
+        gather: returns the values that all processes have called it with, in their order.
     """
 
     index: int = 0
@@ -57,7 +61,7 @@ class Processes:
         return f" (process {self.index + 1} of {self.count})" if self.count > 1 else ""
 
     def by_main(self, work: Callable[[], object]) -> None:
-        """The main process works while the others wait."""
+        """Do the work in the main process, while the others wait."""
         self.wait()
         if self.is_main:
             work()
@@ -76,22 +80,26 @@ def launched() -> Processes:
         UserWarning: `accelerate launch` was asked for several processes and started this one alone.
     """
     size = max(int(os.environ.get(name) or 1) for name in _SIZES)
-    if size < 2:
-        # What accelerate's launcher of single processes sets when it is asked for several.
-        if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= {*os.environ} - {*_SIZES}:
-            warn(
-                "accelerate launch was asked for several processes and started one, which does all "
-                "the work. Launch with --multi_gpu, on CPUs too: accelerate launch --multi_gpu "
-                "--num_processes 2 -m lens_lora sweep …"
-            )
-        return Processes()
+    if size > 1:
+        return _by_accelerate(size)
+    if os.environ.keys() >= _SINGLE_OF_ACCELERATE:
+        warn(
+            "accelerate launch was asked for several processes and started one, which does all "
+            "the work. Launch with --multi_gpu, on CPUs too: accelerate launch --multi_gpu "
+            "--num_processes 2 -m lens_lora sweep …"
+        )
+    return Processes()
+
+
+def _by_accelerate(size: int) -> Processes:
+    """The processes as accelerate knows them, which were so many when they were launched."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     is_on_cpu = wants_cpu or not torch.cuda.is_available()
-    with _together():
+    with _all_alive():
         state = PartialState(cpu=is_on_cpu, timeout=_PATIENCE)
     if state.num_processes != size:
         raise LensLoraError(
@@ -99,17 +107,20 @@ def launched() -> Processes:
             "each would do all the work; on CPUs call accelerate.PartialState(cpu=True) first."
         )
 
-    @_together()
+    @_all_alive()
+    def wait() -> None:
+        state.wait_for_everyone()
+
+    @_all_alive()
     def gather(value: Any) -> list[Any]:
         return list(gather_object([value]))
 
-    wait = _together()(state.wait_for_everyone)
     return Processes(state.process_index, state.num_processes, str(state.device), wait, gather)
 
 
 @contextlib.contextmanager
-def _together() -> Generator[None]:
-    """Within the block, every process must be alive."""
+def _all_alive() -> Generator[None]:
+    """Within the block, the end of another process becomes an error of ours."""
     try:
         yield
     except RuntimeError as error:
@@ -124,13 +135,18 @@ def _together() -> Generator[None]:
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Generator[None]:
-    """Within the block, no other sweep can write to this output."""
+    """Within the block, no other run can write to this output.
+
+    Raises:
+        SweepError: another run holds its lock, or there can be none.
+    """
     from filelock import FileLock, Timeout
 
     path = out.with_name(f".{out.name}.lock")
-    # Its stand-in for a lock, a file alone, is taken from under another sweep by some versions.
+    # Where there are no locks, filelock would take a file alone for one; some versions take it from
+    # under another run.
     lock = FileLock(path, fallback_to_soft=False)
-    with told(path.parent):
+    with write_errors_of(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -142,12 +158,13 @@ def only_writer(out: Path) -> Generator[None]:
     try:
         yield
     finally:
-        lock.release()  # its file is left: two sweeps could each lock one, if it were removed
+        # The file is left: if it was removed, two runs could each lock one.
+        lock.release()
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Generator[None]:
-    """Within the block, an error of the system becomes one of the sweep."""
+def write_errors_of(path: Path) -> Generator[None]:
+    """Within the block, an error of the system becomes one of ours, which names the path."""
     try:
         yield
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The files of a sweep, in parts so that a kill loses at most one, and whether they may be resumed.
+"""The files of a run, so that a kill loses at most one part, and whether they may be resumed.
 
-1. Each finished batch is a Parquet file of its own in `results.parts/`, complete or not there. Its
-   name holds the hash of its bytes, so a part that was cut or changed is known before it is read:
-   it is named and set aside, and its prompts run again.
-2. At the end the parts are merged into the results, in the order of the records, and removed.
-   What the rows are is up to the two kinds of sweep, `batches.RowStore` and `stream.TokenStore`.
-3. In each file stands what its numbers depend on besides the records (`fingerprint.py`), which is
-   compared on a resume.
+1. Each finished batch is a Parquet file of its own in `results.parts/`, which is there whole or not
+   at all. Its name holds the hash of its bytes, so a part that was cut or changed is noticed before
+   it is read. Such a part is named and set aside, and its records run again.
+2. At the end the parts are merged into the results, in the order of the records, and removed. What
+   the rows are is up to subclasses, such as `sweeps.batches.RowStore`.
+3. The metadata of each file hold the fingerprint of its run (`fingerprint.py`), which is compared
+   with the present one on a resume.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,24 @@ import pyarrow.parquet as pq
 
 from lens_lora.errors import SweepError, is_of_the_system, setting, warn
 from lens_lora.runs.fingerprint import Fingerprint, differences, short_hash
-from lens_lora.runs.processes import Processes, only_writer, told
+from lens_lora.runs.processes import Processes, only_writer, write_errors_of
 
-# --- Files
-
-
-_ABOUT = b"lens_lora.sweep"
-_SHOWN = 10  # bad records or damaged parts in a warning
-_PART_NAME = re.compile(r"\d+-([0-9a-f]{32})\.parquet")  # when it was written, and its hash
+# Where the fingerprint stands in a file's metadata.
+_FINGERPRINT_KEY = b"lens_lora.sweep"
+# How many bad records, or damaged parts, a warning lists.
+_LISTED = 10
+# When a part was written, in nanoseconds, and the hash of its bytes.
+_PART_NAME = re.compile(r"\d+-([0-9a-f]{32})\.parquet")
 
 
 class Store:
-    """The files of one sweep.
+    """The files of one run.
 
     Attributes:
         path: the result.
-        folder: the parts lie in it until they are merged.
+        folder: where the parts lie until they are merged.
         results: every file that is written at the end.
-        fingerprint: what its numbers depend on besides the records, as JSON holds it.
+        fingerprint: everything but the records that decides a number, as JSON holds it.
         damaged: the parts that could not be read, and why.
     """
 
@@ -63,50 +63,49 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, processes: Processes) -> Generator[None]:
-        """Within the block no other sweep writes here, and every process runs this one."""
-        with only_writer(self.path) if processes.is_main else contextlib.nullcontext():
-            differ = differences(processes.gather(self.fingerprint)[0], self.fingerprint)
-            if differ:
+        """Within the block no other run writes here, and every process runs this one."""
+        lock = only_writer(self.path) if processes.is_main else contextlib.nullcontext()
+        with lock:
+            of_first = processes.gather(self.fingerprint)[0]
+            differing = differences(of_first, self.fingerprint)
+            if differing:
                 raise SweepError(
                     f"process {processes.index + 1} of {processes.count} runs another sweep than "
-                    f"process 1: {'; '.join(differ)}. Give each of them the same model, adapter "
+                    f"process 1: {'; '.join(differing)}. Give each of them the same model, adapter "
                     "and readout."
                 )
             yield
-            processes.wait()  # the main process lets no other sweep write before all have read
+            # The main process holds its lock until all processes have read the results.
+            processes.wait()
+
+    # --- What is there already
 
     def require_same_sweep(self) -> None:
-        """Check that what is there agrees with the fields of `fingerprint`. Changes nothing."""
-        abouts = {path: about_of(path) for path in self.results if path.exists()}
-        whole = ((path, _read_part(path)) for path in self._part_paths())
-        first = ((path, _about_in(t.schema)) for path, t in whole if not isinstance(t, str))
-        abouts |= itertools.islice(first, 1)
-        for path, about in abouts.items():
-            known = {key: about.get(key) for key in self.fingerprint}
-            self._require_same(known, path)
+        """Refuse files of another run, as far as the fields of `fingerprint` say. Changes nothing.
 
-    def parts(self) -> Iterator[tuple[Path, pa.Table]]:
-        """(file, rows) of every part in the order of writing; `damaged` lists the others."""
+        Raises:
+            SweepError: naming the file, and each field that differs.
+        """
+        found = {path: fingerprint_of(path) for path in self.results if path.exists()}
         for path in self._part_paths():
             table = _read_part(path)
-            if isinstance(table, str):
-                self.damaged[path] = table
-            else:
-                self._require_same(_about_in(table.schema), self.folder)
-                yield path, table
-
-    def require_result(self, path: Path) -> bool:
-        """Whether a result is there; if it is, it belongs to this sweep."""
-        if path.exists():
-            self._require_same(about_of(path), path)
-        return path.exists()
+            if not isinstance(table, str):
+                found[path] = _fingerprint_in(table.schema)
+                break  # all parts in a folder are of one run
+        for path, fingerprint in found.items():
+            known = {field: fingerprint.get(field) for field in self.fingerprint}
+            self._require_same(known, path)
 
     def require_version(self) -> None:
-        """Check that this sweep may go on with what is there, which is known to be its own."""
+        """Refuse to go on with numbers that code of the caller's own took part in, unversioned.
+
+        Raises:
+            SweepError: there are such files, which are known to be of this run.
+        """
         own_code = self.fingerprint["own_code"]
-        version = self.fingerprint["version"]
-        is_there = self._part_paths() or any(path.exists() for path in self.results)
-        if is_there and own_code and version is None:
+        if not own_code or self.fingerprint["version"] is not None:
+            return
+        if self._part_paths() or any(path.exists() for path in self.results):
             raise SweepError(
                 f"{self.path} was computed with code of your own, {', '.join(own_code)}, and "
                 "without a version, so nothing tells whether that code has changed.",
@@ -115,15 +114,54 @@ class Store:
                 in_shell="Start over with --no-resume.",
             )
 
+    def parts(self) -> Iterator[tuple[Path, pa.Table]]:
+        """Each part's file and rows, in the order of writing; `damaged` lists the others.
+
+        Raises:
+            SweepError: a part of another run.
+        """
+        for path in self._part_paths():
+            table = _read_part(path)
+            if isinstance(table, str):
+                self.damaged[path] = table
+                continue
+            self._require_same(_fingerprint_in(table.schema), self.folder)
+            yield path, table
+
+    def require_result(self, path: Path) -> bool:
+        """Whether this result is there.
+
+        Raises:
+            SweepError: it is there, and of another run.
+        """
+        if not path.exists():
+            return False
+        self._require_same(fingerprint_of(path), path)
+        return True
+
+    def _part_paths(self) -> list[Path]:
+        return sorted(self.folder.glob("*.parquet"))
+
+    def _require_same(self, there: Fingerprint, path: Path) -> None:
+        differing = differences(there, self.fingerprint)
+        if differing:
+            raise other_sweep(f"{path} holds another sweep: {'; '.join(differing)}")
+
+    # --- What is written
+
     def begin(self, *, anew: bool) -> None:
-        """Make the folder of parts, without the damaged ones."""
-        with told(self.path):
+        """Make the folder of parts, and set damaged ones aside.
+
+        Args:
+            anew: remove what is there first.
+        """
+        with write_errors_of(self.path):
             if anew:
                 for path in self.results:
                     path.unlink(missing_ok=True)
                 if self.folder.exists():
                     shutil.rmtree(self.folder)
-        with told(self.folder):
+        with write_errors_of(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.damaged:
                 if path.exists():
@@ -134,47 +172,84 @@ class Store:
         tables: Iterable[pa.Table],
         notes: Mapping[bytes, bytes],
         path: Path | None = None,
-        **how: Any,
+        **options: Any,
     ) -> None:
-        """Write tables as a result, or as one part, whole or not at all.
+        """Write tables as a part, or as a result, whole or not at all.
 
-        Each is a group of rows, and one is in memory at a time. They are written under a temporary
-        name, which is changed once the file is complete and on the disk.
+        The file has a temporary name until it is complete and on the disk.
+
+        Args:
+            tables: one group of rows each, of which one is in memory at a time; at least one.
+            notes: what else the file's metadata hold.
+            path: the result; None for a part.
+            options: what `pyarrow.parquet.ParquetWriter` takes.
         """
         unfinished = self.folder / f".{uuid.uuid4().hex}"
-        rest = iter(tables)
-        first = next(rest)
-        schema = first.schema.with_metadata({_ABOUT: _as_json(self.fingerprint), **notes})
         try:
-            with told(path or self.folder):
-                with pq.ParquetWriter(unfinished, schema, **how) as writer:
-                    for table in itertools.chain([first], rest):
-                        writer.write_table(table, row_group_size=max(len(table), 1))
-                with unfinished.open("rb") as file:
-                    os.fsync(file.fileno())
-                    name = f"{time.time_ns()}-{short_hash(file.read())}.parquet"
-                part = path or self.folder / name
-                os.replace(unfinished, part)
-                _keep_name(part.parent)
+            with write_errors_of(path or self.folder):
+                self._write_tables(unfinished, tables, notes, options)
+                content_hash = _flush(unfinished)
+                part = self.folder / f"{time.time_ns()}-{content_hash}.parquet"
+                finished = path or part
+                os.replace(unfinished, finished)
+                _flush_names(finished.parent)
         finally:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
+
+    def _write_tables(
+        self,
+        path: Path,
+        tables: Iterable[pa.Table],
+        notes: Mapping[bytes, bytes],
+        options: Mapping[str, Any],
+    ) -> None:
+        rest = iter(tables)
+        first = next(rest)
+        metadata = {_FINGERPRINT_KEY: _as_json(self.fingerprint), **notes}
+        with pq.ParquetWriter(path, first.schema.with_metadata(metadata), **options) as writer:
+            for table in itertools.chain([first], rest):
+                writer.write_table(table, row_group_size=max(len(table), 1))
 
     def remove(self) -> None:
         """Remove the parts once all is in the results, as far as that can be done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def warn(self, n_bad: int, n_records: int, bad: Iterable[tuple[Any, Any]], level: int) -> None:
-        """Name the first bad records, (id, error), and damaged parts; `level` as in `warnings`."""
-        errors = [f"{identity!r}: {error}" for identity, error in itertools.islice(bad, _SHOWN)]
-        damages = [f"{path}: {reason}" for path, reason in self.damaged.items()]
-        missing = f"{n_bad} of {n_records} records have no numbers (column 'error'):"
-        again = f"{len(damages)} files of finished records could not be read, and are run again:"
-        for fact, count, lines in ((missing, n_bad, errors), (again, len(damages), damages)):
-            if count:
-                more = [f"… and {count - _SHOWN} more"] if count > _SHOWN else []
-                text = "\n  ".join([f"{self.path}: {fact}", *lines[:_SHOWN], *more])
-                warn(text, stacklevel=level + 1)
+    # --- What is write_errors_of
+
+    def warn_of_bad_records(
+        self, bad: Iterable[tuple[Any, Any]], n_bad: int, n_records: int, level: int
+    ) -> None:
+        """Warn of records without numbers, and name the first of them.
+
+        Args:
+            bad: (id, error) of each.
+            n_bad: how many they are.
+            n_records: how many records there are.
+            level: as `stacklevel` of `warnings.warn`.
+        """
+        if n_bad:
+            listed = [
+                f"{identity!r}: {error}" for identity, error in itertools.islice(bad, _LISTED)
+            ]
+            fact = f"{n_bad} of {n_records} records have no numbers (column 'error'):"
+            warn(self._list(fact, listed, n_bad), stacklevel=level + 1)
+
+    def warn_of_damaged_parts(self, level: int) -> None:
+        """Warn of parts that could not be read, and name the first of them.
+
+        Args:
+            level: as `stacklevel` of `warnings.warn`.
+        """
+        count = len(self.damaged)
+        if count:
+            damages = [f"{path}: {reason}" for path, reason in self.damaged.items()]
+            fact = f"{count} files of finished records could not be read, and are run again:"
+            warn(self._list(fact, damages[:_LISTED], count), stacklevel=level + 1)
+
+    def _list(self, fact: str, listed: Sequence[str], count: int) -> str:
+        more = [f"… and {count - _LISTED} more"] if count > _LISTED else []
+        return "\n  ".join([f"{self.path}: {fact}", *listed, *more])
 
     def lacking(self, records: str) -> SweepError:
         """The error of parts that another machine wrote elsewhere."""
@@ -182,14 +257,6 @@ class Store:
             f"{self.folder} lacks {records}: several machines must write to one shared folder. Run "
             "it again to resume."
         )
-
-    def _part_paths(self) -> list[Path]:
-        return sorted(self.folder.glob("*.parquet"))
-
-    def _require_same(self, about: Fingerprint, path: Path) -> None:
-        differ = differences(about, self.fingerprint)
-        if differ:
-            raise other_sweep(f"{path} holds another sweep: {'; '.join(differ)}")
 
 
 def other_sweep(fact: str) -> SweepError:
@@ -202,16 +269,20 @@ def other_sweep(fact: str) -> SweepError:
 
 
 class Unchanged:
-    """A result's file, to be read while its notes are those that the result's labels are of."""
+    """The file of a result, which is read only while it is the one that the result was made of."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._notes = pq.read_schema(path).metadata
+        self._metadata = pq.read_schema(path).metadata
 
     @property
     def path(self) -> Path:
-        """Where it lies, unless another file is in its place."""
-        if pq.read_schema(self._path).metadata != self._notes:
+        """Where it lies.
+
+        Raises:
+            SweepError: another file is in its place.
+        """
+        if pq.read_schema(self._path).metadata != self._metadata:
             raise SweepError(
                 f"{self._path} was replaced after this result was made, by another sweep or one of "
                 "more records. Use what that one returned, or run this one with another out."
@@ -219,10 +290,14 @@ class Unchanged:
         return self._path
 
 
-def about_of(path: Path) -> Fingerprint:
-    """The fingerprint in a result file."""
+def fingerprint_of(path: Path) -> Fingerprint:
+    """The fingerprint of the run that wrote this result.
+
+    Raises:
+        SweepError: a file that cannot be read, or that no run wrote.
+    """
     try:
-        return _about_in(pq.read_schema(path))
+        return _fingerprint_in(pq.read_schema(path))
     except KeyError as error:
         raise SweepError(
             f"{path} exists and is not the result of a sweep",
@@ -238,12 +313,12 @@ def about_of(path: Path) -> Fingerprint:
         ) from error
 
 
-def _as_json(about: Fingerprint) -> bytes:
-    return json.dumps(about, ensure_ascii=True, sort_keys=True).encode()
+def _as_json(fingerprint: Fingerprint) -> bytes:
+    return json.dumps(fingerprint, ensure_ascii=True, sort_keys=True).encode()
 
 
-def _about_in(schema: pa.Schema) -> Fingerprint:
-    return json.loads((schema.metadata or {})[_ABOUT])
+def _fingerprint_in(schema: pa.Schema) -> Fingerprint:
+    return json.loads((schema.metadata or {})[_FINGERPRINT_KEY])
 
 
 def _read_part(path: Path) -> pa.Table | str:
@@ -256,14 +331,22 @@ def _read_part(path: Path) -> pa.Table | str:
         if short_hash(content) != name[1]:
             return "damaged, its contents do not match the hash in its name"
         table = pq.read_table(pa.BufferReader(content))
-        _about_in(table.schema)
+        _fingerprint_in(table.schema)
         return table
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        return f"{'cannot be read' if is_of_the_system(error) else 'damaged'} ({error})"
+        fault = "cannot be read" if is_of_the_system(error) else "damaged"
+        return f"{fault} ({error})"
 
 
-def _keep_name(folder: Path) -> None:
-    """Wait until the folder's own entries are on the disk, where its file system can say so."""
+def _flush(path: Path) -> str:
+    """Wait until a file's bytes are on the disk; their hash."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return short_hash(file.read())
+
+
+def _flush_names(folder: Path) -> None:
+    """Wait until a folder's own entries are on the disk, where its file system can say so."""
     with contextlib.suppress(OSError):  # Windows opens no folder
         handle = os.open(folder, os.O_RDONLY)
         try:

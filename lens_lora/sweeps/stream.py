@@ -63,8 +63,8 @@ from lens_lora.hidden.examples import (
 )
 from lens_lora.hidden.site_activations import activation_ranks, site_activations
 from lens_lora.runs.fingerprint import Fingerprint, fingerprint
-from lens_lora.runs.processes import Processes, launched, told
-from lens_lora.runs.store import Store, Unchanged, about_of, other_sweep
+from lens_lora.runs.processes import Processes, launched, write_errors_of
+from lens_lora.runs.store import Store, Unchanged, fingerprint_of, other_sweep
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record, options_of
 
@@ -145,7 +145,7 @@ class ActivationsFile:
         self.path: Path = Path(path)
         if not self.path.is_file():
             raise SweepError(f"{self.path}: there is no such file of activations.")
-        about, schema = about_of(self.path), pq.read_schema(self.path)
+        about, schema = fingerprint_of(self.path), pq.read_schema(self.path)
         self._file, spans = Unchanged(self.path), spans_of(self.path)
         self.sites: tuple[Site, ...] = tuple(Site(**s) for s in json.loads(schema.metadata[SITES]))
         self.ranks: tuple[int, ...] = tuple(site.rank for site in self.sites)
@@ -373,7 +373,7 @@ class Source:
 
 
 def digest_of(records: Iterable[Record]) -> str:
-    """The hash of ids and prompts, conversations told from texts."""
+    """The hash of ids and prompts, conversations write_errors_of from texts."""
     hashed = hashlib.sha256()
     for record in records:
         fields = (str(record.id), record.prompt, record.chat)
@@ -590,7 +590,7 @@ class TokenStore(Store):
         """Remove parts whose records have changed."""
         for source in stale:
             if source.path != self.path:
-                with told(source.path):
+                with write_errors_of(source.path):
                     source.path.unlink(missing_ok=True)
 
     def merge(self, records: int) -> None:
