@@ -229,9 +229,8 @@ class Store:
             level: as `stacklevel` of `warnings.warn`.
         """
         if n_bad:
-            listed = [
-                f"{identity!r}: {error}" for identity, error in itertools.islice(bad, _LISTED)
-            ]
+            first = itertools.islice(bad, _LISTED)
+            listed = [f"{identity!r}: {error}" for identity, error in first]
             fact = f"{n_bad} of {n_records} records have no numbers (column 'error'):"
             warn(self._list(fact, listed, n_bad), stacklevel=level + 1)
 

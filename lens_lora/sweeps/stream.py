@@ -343,7 +343,9 @@ def token_sweep(
         file = ActivationsFile(store.path)
     if processes.is_main:
         bad = file.bad()[["id", "error"]] if file.errors else pd.DataFrame()
-        store.warn(file.errors, file.texts, bad.itertuples(index=False), level=3)
+        rows = bad.itertuples(index=False)
+        store.warn_of_bad_records(rows, file.errors, file.texts, level=3)
+        store.warn_of_damaged_parts(level=3)
     return file
 
 
@@ -373,7 +375,7 @@ class Source:
 
 
 def digest_of(records: Iterable[Record]) -> str:
-    """The hash of ids and prompts, conversations write_errors_of from texts."""
+    """The hash of ids and prompts, which tells conversations from texts."""
     hashed = hashlib.sha256()
     for record in records:
         fields = (str(record.id), record.prompt, record.chat)

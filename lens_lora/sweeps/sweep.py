@@ -286,7 +286,8 @@ def sweep(
         processes.by_main(lambda: store.merge(checked, before))
         result = _result(lens, store, names, resumed, readout)
     if processes.is_main:
-        store.warn(len(result.errors), len(rows), result.errors, level=2)
+        store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=2)
+        store.warn_of_damaged_parts(level=2)
     return result
 
 
