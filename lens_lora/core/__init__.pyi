@@ -98,6 +98,7 @@ from .readout.readout import Logit as Logit
 from .readout.readout import LogProb as LogProb
 from .readout.readout import Margin as Margin
 from .readout.readout import Readout as Readout
+from .readout.readout import require_readout as require_readout
 from .readout.responses import AnswerLike as AnswerLike
 from .readout.responses import Generated as Generated
 from .results import drawing as drawing

@@ -1,10 +1,10 @@
-"""What a sweep is asked for, read without torch: its records, and the names of its analyses.
+"""The records of a sweep and the names of its analyses, read without torch.
 
 1. Each row of a JSONL or CSV file, a data frame, a Dataset or any iterable becomes a `Record`, in
    order, with its own id or the row's number (from 0). A string or a conversation is a prompt, as
-   it is everywhere: a record of its own where no answers are needed.
-2. An error in one row is kept in its record, with its line; the other rows are read as usual.
-3. An error in all of them (a missing column, no row at all) is raised. So is an object of Python
+   it is everywhere: where no answers are needed, it is a record by itself.
+2. A mistake in one row is kept in its record, with its line, and the other rows are read as usual.
+3. A mistake in all of them (a missing column, no row at all) is raised. So is an object of Python
    that can be no record, before anything is run: it is a mistake in the call, not in the data.
 
 pandas is not imported: a data frame is recognised by its attributes.
@@ -28,14 +28,16 @@ from lens_lora.errors import SweepError
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a column of a sweep means.
+    """An analysis of a sweep, which becomes a column of its table.
 
     Attributes:
         at: the gate value at which it is taken; NaN along a path.
-        alone: prompts are run one at a time, because the numbers of each depend on its batch.
-        many: takes tens of passes a prompt, so that each prompt is a batch, and kept once it is
-            done: what a kill loses is one prompt's work.
-        has_remainder: its sum over sites estimates the shift, so the table has shift − sum too.
+        alone: whether prompts are run one at a time, because the numbers of each would depend on
+            its batch.
+        many: whether it takes tens of passes a prompt. Then each prompt is a batch, which is kept
+            once it is done, so that a kill loses one prompt's work.
+        has_remainder: whether its sum over sites estimates the shift. Then the table also has
+            shift − sum.
         options: arguments that it is called with besides lens, prompts and readout.
     """
 
@@ -76,8 +78,13 @@ BY_TOKEN: dict[str, Analysis] = {
 
 
 def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
-    """The names, each once, in the order given."""
-    names = tuple(dict.fromkeys([analyses] if isinstance(analyses, str) else analyses))
+    """The names of the analyses, each once, in the order given.
+
+    Raises:
+        SweepError: an unknown name, no name, or an analysis by token beside another one.
+    """
+    given = [analyses] if isinstance(analyses, str) else analyses
+    names = tuple(dict.fromkeys(given))
     unknown = [name for name in names if name not in ANALYSES | BY_TOKEN]
     if unknown or not names:
         raise SweepError(
@@ -86,9 +93,10 @@ def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
         )
     by_token = [name for name in names if name in BY_TOKEN]
     if by_token and len(names) > 1:
+        others = [name for name in names if name != by_token[0]]
         raise SweepError(
             f"{by_token[0]!r} is written token by token, into a file of its own; run it alone, and "
-            f"{', '.join(repr(name) for name in names if name != by_token[0])} with another out."
+            f"{', '.join(map(repr, others))} with another out."
         )
     return names
 
@@ -102,9 +110,12 @@ def options_of(analyses: Iterable[str]) -> dict[str, Mapping[str, Any]]:
 
 
 ANSWERS = ("doc", "pre")
-READ = ("id", "prompt", "messages", *ANSWERS, "response")  # whatever else a table holds is left
-_LONGEST = 1000  # characters of an error, which may quote the record
-_LARGEST = 2**63
+# The columns that are read; whatever else a table holds is left alone.
+READ = ("id", "prompt", "messages", *ANSWERS, "response")
+# The most characters of an error, which may quote the record.
+_LONGEST_ERROR = 1000
+# Ids from −2**63 to below 2**63 fit into a column of 64 bits.
+_LARGEST_ID = 2**63
 _NOT_TEXT = (
     "which is not Unicode text (a surrogate pair cut in two, or bytes that were not UTF-8); save "
     "it as UTF-8 again."
@@ -113,13 +124,13 @@ _NOT_TEXT = (
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One prompt and its two answers.
+    """One prompt, and what is read of it.
 
     Attributes:
-        id: its own, or the row's number from 0.
+        id: the id that the record came with, or the row's number from 0.
         where: 'line 3' of a file, 'row 2' of anything else.
-        prompt: read at its last token; of a conversation, what the chat template makes of it, which
-            is known once the model is.
+        prompt: the text, read at its last token. That of a conversation is what the chat template
+            makes of it, which is known once the model is.
         doc, pre: the two answers; None where one readout is given for all records.
         error: the fault of a bad record, whose other fields may be None; else None.
         messages: a conversation, in place of the prompt's text.
@@ -145,7 +156,8 @@ class Record:
     def bad(self, error: object) -> Record:
         """The same record, marked as bad."""
         line = _escaped(" ".join(str(error).split()))
-        line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
+        if len(line) > _LONGEST_ERROR:
+            line = f"{line[:_LONGEST_ERROR]} …"
         return dataclasses.replace(self, error=f"{self.where}: {line}")
 
 
@@ -173,7 +185,13 @@ def read_records(
 ) -> list[Record]:
     """Every record in order, bad ones included.
 
-    A record's own id goes before the number that stands in for another one's.
+    A record whose id another one has already is bad. An id that came with a record goes before the
+    number that stands in for a missing one.
+
+    Args:
+        records: a file, a data frame, or an iterable of records.
+        with_answers: whether each record needs `doc` and `pre`.
+        with_response: whether each record needs a `response`.
 
     Raises:
         SweepError: no record, a file that cannot be read, or an object that can be no record.
@@ -181,100 +199,143 @@ def read_records(
     if isinstance(records, Iterable) and not isinstance(records, str | Mapping | Frame):
         records = list(records)
     read = list(each_record(records, with_answers=with_answers, with_response=with_response))
-    owners: dict[str, Record] = {}
-    for record in sorted(read, key=lambda record: not record.has_own_id):
-        if record.error is None:
-            owners.setdefault(str(record.id), record)
+    owners = _owners(read)
     for number, record in enumerate(read):
         owner = owners.get(str(record.id), record)
         if record.error is None and owner is not record:
-            fact = f"its id {record.id!r} is already that of {owner.where}"
-            if not record.has_own_id:
-                fact = f"it has no id, and its number {record.id} is the id of {owner.where}"
-            read[number] = record.bad(f"{fact}; give each record its own.")
+            read[number] = record.bad(_taken(record, owner))
     return read
+
+
+def _owners(records: Sequence[Record]) -> dict[str, Record]:
+    """The good record that each id belongs to."""
+    owners: dict[str, Record] = {}
+    for record in sorted(records, key=lambda record: not record.has_own_id):
+        if record.error is None:
+            owners.setdefault(str(record.id), record)
+    return owners
+
+
+def _taken(record: Record, owner: Record) -> str:
+    """The fault of a record whose id belongs to another one."""
+    if record.has_own_id:
+        fact = f"its id {record.id!r} is already that of {owner.where}"
+    else:
+        fact = f"it has no id, and its number {record.id} is the id of {owner.where}"
+    return f"{fact}; give each record its own."
 
 
 def each_record(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> Iterator[Record]:
-    """As `read_records`, one after another; whether an id occurs twice is not looked at.
+    """Read the records one after another, without noticing an id that occurs twice.
 
-    Objects of a list are looked at before the first is read; of a stream each is when it comes.
+    The objects of a list are looked at before the first is read, those of a stream when they come.
+
+    Args:
+        records, with_answers, with_response: as for `read_records`.
+
+    Raises:
+        SweepError: as `read_records`.
     """
-    answers, said = ANSWERS if with_answers else (), ("response",) if with_response else ()
-    needed, number = ("prompt", *answers, *said), -1
+    needed = ["prompt"]
+    if with_answers:
+        needed += ANSWERS
+    if with_response:
+        needed.append("response")
     _require_records(records, needed)
+    is_empty = True
     for number, (where, row) in enumerate(_rows(records, needed)):
-        yield _storable(row if isinstance(row, Record) else _record(number, where, row, needed))
-    if number < 0:
+        is_empty = False
+        record = row if isinstance(row, Record) else _record(number, where, row, needed)
+        yield _storable(record)
+    if is_empty:
         name = str(records) if isinstance(records, str | Path) else "the records"
         raise SweepError(f"{name}: no record found; each needs {', '.join(needed)}.")
 
 
-def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
+def _rows(records: RecordsLike, needed: Sequence[str]) -> Iterator[_Row]:
+    """Where each row stands, and what it holds."""
     if isinstance(records, str | Path):
-        path, kind = Path(records), Path(records).suffix.lower()
-        if kind not in (".jsonl", ".csv"):
-            raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
-        if not path.is_file():
-            raise SweepError(f"{path}: there is no such file of records.")
-        with path.open("rb") as file:
-            if is_utf16(file.read(len(codecs.BOM_UTF16))):
-                raise SweepError(f"{path} is UTF-16; save it as UTF-8.")
-        yield from _jsonl(path) if kind == ".jsonl" else _csv(path, needed)
+        yield from _rows_of_file(Path(records), needed)
         return
     if isinstance(records, Mapping):
         raise SweepError(
             f"records are one mapping with the keys {', '.join(map(str, records))}; give a list of "
             "mappings, one per prompt (of a DatasetDict, one of its splits)."
         )
-    if isinstance(records, Frame):
-        _require_once("the data frame", [_stripped(name) for name in records.columns])
-        rows = records.to_dict("records")
-        records = [{_stripped(name): value for name, value in row.items()} for row in rows]
-    for number, row in enumerate(records):
+    rows = _rows_of_frame(records) if isinstance(records, Frame) else records
+    for number, row in enumerate(rows):
         yield f"row {number}", row
 
 
+def _rows_of_file(path: Path, needed: Sequence[str]) -> Iterator[_Row]:
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".csv"):
+        raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
+    if not path.is_file():
+        raise SweepError(f"{path}: there is no such file of records.")
+    with path.open("rb") as file:
+        if is_utf16(file.read(len(codecs.BOM_UTF16))):
+            raise SweepError(f"{path} is UTF-16; save it as UTF-8.")
+    return _jsonl(path) if kind == ".jsonl" else _csv(path, needed)
+
+
+def _rows_of_frame(frame: Frame) -> list[dict[Any, Any]]:
+    """The rows of a data frame, without spaces around the names of its columns."""
+    _require_once("the data frame", [_stripped(name) for name in frame.columns])
+    rows: list[dict[Any, Any]] = []
+    for row in frame.to_dict("records"):
+        rows.append({_stripped(name): value for name, value in row.items()})
+    return rows
+
+
 def is_utf16(start: bytes) -> bool:
-    """Whether a file that begins so is UTF-16, by its mark or the zeros between ASCII."""
+    """Whether a file that begins with these bytes is UTF-16.
+
+    It has a byte order mark, or zeros between the letters of ASCII.
+    """
     return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start
 
 
-def _require_records(records: object, needed: tuple[str, ...]) -> None:
+def _require_records(records: object, needed: Sequence[str]) -> None:
     """Refuse objects of Python that can be no record.
 
     Raises:
         SweepError: naming the first of them, and what to give instead.
     """
-    columns = ", ".join(needed)
     if not isinstance(records, str | Path | Frame | Iterable):
         raise SweepError(
             f"records are a {type(records).__name__}",
-            remedy=f"give a list of prompts, of mappings with {columns}, or a file of them.",
+            remedy=f"give a list of prompts, of mappings with {', '.join(needed)}, or a file of "
+            "them.",
         )
     rows = records if isinstance(records, list | tuple) else ()
     for number, row in enumerate(rows):
-        if isinstance(row, Mapping) and _is_message(row) and "prompt" not in row:
-            raise SweepError(
-                f"row {number} is one message of a conversation, and a record is a whole one",
-                remedy='put it into a list, [[{"role": "user", "content": "…"}]], or give '
-                '{"messages": […]}.',
-            )
-        if isinstance(row, Mapping | Record):
-            continue
-        if not isinstance(row, str) and not _is_conversation(row):
-            raise SweepError(
-                f"row {number} is a {type(row).__name__}, and no record",
-                remedy=f"give strings, conversations, or mappings with {columns}.",
-            )
-        if needed != ("prompt",):
-            raise SweepError(
-                f"row {number} is a prompt alone, and each record needs {', '.join(needed[1:])}",
-                remedy=f"give mappings with {columns}, or what is read of every prompt: "
-                "readout=ll.LogProb(' Paris').",
-            )
+        _require_row(number, row, needed)
+
+
+def _require_row(number: int, row: object, needed: Sequence[str]) -> None:
+    columns = ", ".join(needed)
+    if isinstance(row, Mapping) and _is_message(row) and "prompt" not in row:
+        raise SweepError(
+            f"row {number} is one message of a conversation, and a record is a whole one",
+            remedy='put it into a list, [[{"role": "user", "content": "…"}]], or give '
+            '{"messages": […]}.',
+        )
+    if isinstance(row, Mapping | Record):
+        return
+    if not isinstance(row, str) and not _is_conversation(row):
+        raise SweepError(
+            f"row {number} is a {type(row).__name__}, and no record",
+            remedy=f"give strings, conversations, or mappings with {columns}.",
+        )
+    if len(needed) > 1:
+        raise SweepError(
+            f"row {number} is a prompt alone, and each record needs {', '.join(needed[1:])}",
+            remedy=f"give mappings with {columns}, or what is read of every prompt: "
+            "readout=ll.LogProb(' Paris').",
+        )
 
 
 def _is_message(row: Any) -> bool:
@@ -290,14 +351,14 @@ def _stripped(name: Any) -> Any:
 
 
 def _require_once(table: object, columns: Sequence[Any]) -> None:
-    """Raise an error if a column that is read is there twice; the last one would be taken."""
+    """Refuse a table with a column twice that is read: only the last one would be."""
     for name in READ:
         if columns.count(name) > 1:
             raise SweepError(f"{table} has the column {name} twice; rename or remove one of them.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that it has twice is an error, as only the last one would be kept."""
+    """A JSON object. A key that it has twice is an error: only the last one would be kept."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
@@ -307,32 +368,39 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _jsonl(path: Path) -> Iterator[_Row]:
-    """Line by line; a line that is not JSON yields its error. Blank lines are skipped."""
+    """The lines of a file, or the error of one that is not JSON. Blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            row: Any
-            try:
-                text = line.strip().decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text, object_pairs_hook=_object)
-            except json.JSONDecodeError as error:
-                row = ValueError(f"{error.msg} at column {error.colno}")
-            except RecursionError:
-                row = ValueError("nested too deeply")
-            except ValueError as error:
-                row = error
-            yield f"line {number}", row
+            if line.strip():
+                # The first line may begin with a byte order mark.
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                yield f"line {number}", _parsed(line.strip(), encoding)
 
 
-def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
-    """Row by row, each with the line on which it ends; what is not UTF-8 becomes surrogates."""
+def _parsed(line: bytes, encoding: str) -> Any:
+    """What a line of JSON holds, or the error that it cannot be read with."""
+    try:
+        return json.loads(line.decode(encoding), object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        return ValueError(f"{error.msg} at column {error.colno}")
+    except RecursionError:
+        return ValueError("nested too deeply")
+    except ValueError as error:
+        return error
+
+
+def _csv(path: Path, needed: Sequence[str]) -> Iterator[_Row]:
+    """The rows of a file, each with the line on which it ends, or the error of one.
+
+    Bytes that are not UTF-8 become surrogates.
+    """
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         try:
-            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
+            columns = [name.strip() for name in reader.fieldnames or ()]
         except csv.Error as error:
             raise SweepError(f"{path}: its first line is not one of a CSV ({error}).") from error
+        reader.fieldnames = columns
         _require_once(path, columns)
         lacking = [name for name in needed if name not in columns]
         if lacking:
@@ -341,8 +409,9 @@ def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
                 f"{', '.join(lacking)}; its first line must name them."
             )
         while True:
+            row: Any
             try:
-                row: Any = next(reader)
+                row = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
@@ -350,50 +419,66 @@ def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
             yield f"line {reader.line_num}", row
 
 
-def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Record:
-    plain = Record(number, where, has_own_id=False)
+def _record(number: int, where: str, row: Any, needed: Sequence[str]) -> Record:
+    """The record of a row, which may be bad."""
+    empty = Record(number, where, has_own_id=False)
     if isinstance(row, csv.Error | ValueError):
-        return plain.bad(f"unreadable ({row}).")
+        return empty.bad(f"unreadable ({row}).")
     if isinstance(row, str):
         row = {"prompt": row}
     elif _is_conversation(row):
         row = {"messages": row}
     if not isinstance(row, Mapping):
-        return plain.bad(f"{row!r} is not a record with the columns {', '.join(needed)}.")
-    identity: Any = row.get("id")
-    if not _is_missing(identity):
-        fault = _fault_of_id(identity)
-        if fault is not None:
-            return plain.bad(fault)
-        own = identity if isinstance(identity, str) else int(identity)
-        plain = dataclasses.replace(plain, id=own, has_own_id=True)
+        return empty.bad(f"{row!r} is not a record with the columns {', '.join(needed)}.")
+    named = _with_id(empty, row)
+    if named.error is not None:
+        return named
     if None in row:
-        return plain.bad("more fields than columns; quote a field that holds commas.")
-    if not _is_missing(row.get("messages")):
-        plain, needed = _with_messages(plain, row), needed[1:]
-        if plain.error is not None:
-            return plain
+        return named.bad("more fields than columns; quote a field that holds commas.")
+    if _is_missing(row.get("messages")):
+        return _with_texts(named, row, needed)
+    conversation = _with_messages(named, row)
+    if conversation.error is not None:
+        return conversation
+    return _with_texts(conversation, row, [name for name in needed if name != "prompt"])
+
+
+def _with_id(record: Record, row: Mapping[Any, Any]) -> Record:
+    """The record with the id of its row, if there is one."""
+    identity: Any = row.get("id")
+    if _is_missing(identity):
+        return record
+    fault = _fault_of_id(identity)
+    if fault is not None:
+        return record.bad(fault)
+    own = identity if isinstance(identity, str) else int(identity)
+    return dataclasses.replace(record, id=own, has_own_id=True)
+
+
+def _with_texts(record: Record, row: Mapping[Any, Any], needed: Sequence[str]) -> Record:
+    """The record with the texts that are needed of its row."""
     fields = {name: row.get(name) for name in needed}
     texts = {name: text for name, text in fields.items() if isinstance(text, str)}
-    record = dataclasses.replace(plain, **texts)
+    filled = dataclasses.replace(record, **texts)
     for name, text in fields.items():
         if _is_missing(text):
-            return record.bad(f"no {name}.")
+            return filled.bad(f"no {name}.")
         if name not in texts:
-            return record.bad(f"its {name} is {text!r}, not a string.")
-    if record.doc is not None and record.doc == record.pre:
-        return record.bad(
-            f"doc and pre are both {record.doc!r}, so their margin is zero whatever the model does."
+            return filled.bad(f"its {name} is {text!r}, not a string.")
+    if filled.doc is not None and filled.doc == filled.pre:
+        return filled.bad(
+            f"doc and pre are both {filled.doc!r}, so their margin is zero whatever the model does."
         )
-    return record
+    return filled
 
 
 def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
     """The record with its conversation, which a table may hold as an array."""
-    messages: Any = row["messages"]
     if not _is_missing(row.get("prompt")):
         return record.bad("it has both a prompt and messages; give one of them.")
-    messages = messages.tolist() if hasattr(messages, "tolist") else messages
+    messages: Any = row["messages"]
+    if hasattr(messages, "tolist"):
+        messages = messages.tolist()
     is_list = isinstance(messages, list | tuple) and bool(messages)
     if not is_list or not all(isinstance(message, Mapping) for message in messages):
         return record.bad(
@@ -404,24 +489,25 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
 
 
 def _fault_of_id(identity: Any) -> str | None:
-    """What is wrong with an id; None if it can be one."""
+    """The fault of an id; None of a good one."""
     if isinstance(identity, str):
         return None if _is_text(identity) else f"its id is {identity!r}, {_NOT_TEXT}"
     if isinstance(identity, bool) or not isinstance(identity, numbers.Integral):
         return f"its id is {identity!r}; expected a string or an integer."
-    if not -_LARGEST <= int(identity) < _LARGEST:
+    if not -_LARGEST_ID <= int(identity) < _LARGEST_ID:
         return f"its id {identity} does not fit into 64 bits; give it as a string."
     return None
 
 
 def _storable(record: Record) -> Record:
-    """The record; bad, and with its text escaped, where some of it is not text."""
+    """The record as a file can hold it: what is not Unicode text is escaped, and makes it bad."""
     for name in ("prompt", *ANSWERS, "response"):
         text = getattr(record, name)
-        if text is not None and not _is_text(text):
-            escaped = dataclasses.replace(record, **{name: _escaped(text)})
-            fault = f"its {name} is {text!r}, {_NOT_TEXT}"
-            record = escaped if record.error is not None else escaped.bad(fault)
+        if text is None or _is_text(text):
+            continue
+        record = dataclasses.replace(record, **{name: _escaped(text)})
+        if record.error is None:
+            record = record.bad(f"its {name} is {text!r}, {_NOT_TEXT}")
     return record
 
 

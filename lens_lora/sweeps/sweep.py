@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast, overload
+from typing import Any, TypedDict, cast, overload
 
 import pandas as pd
 import torch
@@ -28,19 +28,20 @@ from lens_lora.core import (
     Readout,
     Site,
     drawing,
+    require_readout,
 )
-from lens_lora.core.readout import bound
 from lens_lora.errors import PromptError, SweepError, TokenError, setting
 from lens_lora.responses.answers import KL
 from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, strings_of
-from lens_lora.runs.processes import launched
+from lens_lora.runs.processes import Processes, launched
 from lens_lora.runs.store import Store, Unchanged
 from lens_lora.sweeps import batches
-from lens_lora.sweeps.batches import Job, Make, content, prepare
+from lens_lora.sweeps.batches import Content, Job, Make, Row, RowStore, content, prepare
 from lens_lora.sweeps.records import (
     ANALYSES,
     BY_TOKEN,
     ByToken,
+    Record,
     RecordsLike,
     chosen,
     options_of,
@@ -83,9 +84,12 @@ class SweepResult:
     readout: str
     units: str
     meta: Mapping[str, str]
+    _sites_file: Unchanged = dataclasses.field(init=False, repr=False)
+    _prompts_file: Unchanged = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        vars(self).update(_rows=Unchanged(self.path), _prompts=Unchanged(self.prompts_path))
+        object.__setattr__(self, "_sites_file", Unchanged(self.path))
+        object.__setattr__(self, "_prompts_file", Unchanged(self.prompts_path))
 
     @property
     def done(self) -> int:
@@ -94,11 +98,11 @@ class SweepResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: `pd.read_parquet(path)`."""
-        return pd.read_parquet(vars(self)["_rows"].path)
+        return pd.read_parquet(self._sites_file.path)
 
     def prompts(self) -> pd.DataFrame:
         """One row per record: `pd.read_parquet(prompts_path)`."""
-        return pd.read_parquet(vars(self)["_prompts"].path)
+        return pd.read_parquet(self._prompts_file.path)
 
     def attribution(self, analysis: str) -> Attribution:
         """One analysis of all prompts without an error, with its tables, sums and figures.
@@ -115,20 +119,18 @@ class SweepResult:
             raise SweepError(
                 f"{analysis!r} of {self.done} prompts: the sweep holds {', '.join(self.analyses)}."
             )
-        file = vars(self)["_rows"].path
-        column = pd.read_parquet(file, columns=[analysis])[analysis].to_numpy(copy=True)
-        prompts = self.prompts()
-        prompts = prompts[prompts["error"].isna()]
-        ends = [prompts[name].tolist() for name in ("base", "adapted")]
-        base, adapted = torch.tensor(ends, dtype=torch.float64)
+        column = pd.read_parquet(self._sites_file.path, columns=[analysis])[analysis]
+        values = torch.from_numpy(column.to_numpy(copy=True))
+        every = self.prompts()
+        good = every[every["error"].isna()]
         return Attribution(
-            values=torch.from_numpy(column).view(-1, len(self.sites)),
+            values=values.view(-1, len(self.sites)),
             by=(),
             sites=self.sites,
             heads=(0,) * len(self.sites),
-            base=base,
-            adapted=adapted,
-            str_tokens=tuple((text,) for text in prompts["prompt"]),
+            base=torch.tensor(good["base"].tolist(), dtype=torch.float64),
+            adapted=torch.tensor(good["adapted"].tolist(), dtype=torch.float64),
+            str_tokens=tuple((text,) for text in good["prompt"]),
             readout=self.readout,
             units=self.units,
             method=analysis.removesuffix("_at_1"),
@@ -144,23 +146,21 @@ class SweepResult:
         """
         return self.attribution(analysis or self.analyses[0]).plot()
 
-    @property
-    def _strings(self) -> str:
-        """How prompts that are strings were read, to follow what they were run on."""
-        strings = self.meta.get("strings")
-        return f", prompts {strings}" if strings else ""
-
     def __repr__(self) -> str:
-        before = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
+        prompts = f"prompts ({self.resumed} before this run)" if self.resumed else "prompts"
         flips = f"{self.flips} flip, " if "margin" in self.readout else ""
-        return (
-            f"SweepResult: {self.done} of {self.records} {before} × {len(self.sites)} sites\n"
-            f"  {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}\n"
-            f"  {flips}{len(self.errors)} with errors\n"
-            f"  {self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}"
-            f"{self._strings}\n"
-            f"One row per prompt and site: {self.path}\nOne row per prompt: {self.prompts_path}"
-        )
+        model = f"{self.meta['adapter']} over {self.meta['model']} as {self.meta['model_class']}"
+        if self.meta.get("strings"):
+            model += f", prompts {self.meta['strings']}"
+        lines = [
+            f"SweepResult: {self.done} of {self.records} {prompts} × {len(self.sites)} sites",
+            f"  {', '.join(self.analyses)} of {self.readout} in {self.units or 'no units'}",
+            f"  {flips}{len(self.errors)} with errors",
+            f"  {model}",
+            f"One row per prompt and site: {self.path}",
+            f"One row per prompt: {self.prompts_path}",
+        ]
+        return "\n".join(lines)
 
 
 # --- The sweep
@@ -239,51 +239,47 @@ def sweep(
 
     Raises:
         SweepError: there are no records, an analysis is unknown, a file is of another kind, an
-            object can be no record, or
-            `out` holds results of another lens, readout, choice of analyses or prompts, or of code
-            of your own without a version, or is being written by another sweep, or cannot be
-            written or read.
+            object can be no record, or `out` holds results of another lens, readout, choice of
+            analyses or prompts, or of code of your own without a version, or is being written by
+            another sweep, or cannot be written or read.
         TokenError: the readout fits no record's prompt.
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        expected = "expected a whole number of at least 1"
-        raise SweepError(f"{setting('batch_size', batch_size)}: {expected}.")
+    _require_batch_size(batch_size)
     names = chosen(analyses)
     if names[0] in BY_TOKEN:
         if readout is not None:
             raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
         return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
+
     has_response = batches.is_make(readout)
     plain = read_records(records, with_answers=readout is None, with_response=has_response)
     rows = [batches.with_text(lens, record) for record in plain]
     if readout is not None and not has_response:
-        _require_for_all(lens, rows, cast(Readout, readout))
-        lens = _reached(lens, rows, cast(Readout, readout))
+        one_for_all = require_readout(readout)
+        _require_fits_some_prompt(lens, rows, one_for_all)
+        lens = _sites_that_matter(lens, rows, one_for_all)
     require_slopes(names, readout)
+
     processes = launched()
-    about = fingerprint(lens, options_of(names), readout, version)
-    store = batches.RowStore(out, about, lens.sites, names)
-    shown = progress and processes.is_main
+    depends_on = fingerprint(lens, options_of(names), readout, version)
+    store = RowStore(out, depends_on, lens.sites, names)
+    is_shown = progress and processes.is_main
     with store.writing(processes):
-        before = store.done(rows) if resume else {}
-        reading = tqdm(rows, "reading records", leave=False, disable=not shown, unit="record")
-        with reading as bar:
-            prepared = [r if content(r) in before else prepare(lens, r, readout) for r in bar]
+        finished = store.done(rows) if resume else {}
+        checked, jobs = _prepared(lens, rows, readout, finished, is_shown)
         processes.by_main(lambda: store.begin(anew=not resume))
-        jobs = [job for job in prepared if isinstance(job, Job)]
-        checked = [job.record if isinstance(job, Job) else job for job in prepared]
-        resumed = sum(r.error is None and content(r) in before for r in checked)
-        size = 1 if any(ANALYSES[name].many for name in names) else batch_size
-        own_share = batches.make_batches(jobs, size)[processes.index :: processes.count]
-        begun = 0 if processes.count > 1 else resumed
-        total = begun + sum(map(len, own_share))
-        title = f"sweep{processes.share}"
-        with tqdm(total=total, initial=begun, desc=title, unit="prompt", disable=not shown) as bar:
-            for batch in own_share:
+
+        keeps_each_prompt = any(ANALYSES[name].many for name in names)
+        all_batches = batches.make_batches(jobs, 1 if keeps_each_prompt else batch_size)
+        share = all_batches[processes.index :: processes.count]
+        resumed = sum(record.error is None and content(record) in finished for record in checked)
+        with _bar(share, resumed, processes, is_shown) as bar:
+            for batch in share:
                 store.add(batches.measure(lens, batch, names))
                 bar.update(len(batch))
-        processes.by_main(lambda: store.merge(checked, before))
+
+        processes.by_main(lambda: store.merge(checked, finished))
         result = _result(lens, store, names, resumed, readout)
     if processes.is_main:
         store.warn_of_bad_records(result.errors, len(result.errors), len(rows), level=2)
@@ -291,8 +287,62 @@ def sweep(
     return result
 
 
+def _require_batch_size(batch_size: object) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        expected = "expected a whole number of at least 1"
+        raise SweepError(f"{setting('batch_size', batch_size)}: {expected}.")
+
+
+def _prepared(
+    lens: LoraLens,
+    records: Sequence[Record],
+    readout: Readout | Make | None,
+    finished: Mapping[Content, Row],
+    is_shown: bool,
+) -> tuple[list[Record], list[Job]]:
+    """All records, with what is wrong with each, and a job for each good one not yet finished."""
+    checked: list[Record] = []
+    jobs: list[Job] = []
+    shown = tqdm(records, "reading records", leave=False, disable=not is_shown, unit="record")
+    with shown as bar:
+        for record in bar:
+            if content(record) in finished:
+                checked.append(record)
+                continue
+            prepared = prepare(lens, record, readout)
+            if isinstance(prepared, Job):
+                jobs.append(prepared)
+                checked.append(prepared.record)
+            else:
+                checked.append(prepared)
+    return checked, jobs
+
+
+def _bar(
+    share: Sequence[Sequence[Job]], resumed: int, processes: Processes, is_shown: bool
+) -> tqdm:
+    """The progress over this process's share; a single process counts finished prompts, too."""
+    begun = 0 if processes.count > 1 else resumed
+    return tqdm(
+        total=begun + sum(len(batch) for batch in share),
+        initial=begun,
+        desc=f"sweep{processes.share}",
+        unit="prompt",
+        disable=not is_shown,
+    )
+
+
+# --- What is refused before anything is run
+
+
 def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None:
-    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here."""
+    """Refuse the derivatives of a KL in a sweep.
+
+    It has none at ε = 0, and a sweep does not hold the base's distributions for those elsewhere.
+
+    Raises:
+        SweepError: naming an analysis that needs them.
+    """
     read = readout(["", ""]) if batches.is_make(readout) else readout
     without = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
     if isinstance(read, KL) and without:
@@ -305,9 +355,13 @@ def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None
 def require_resumable(
     out: str | Path, adapter: Adapter, analyses: Sequence[str], readout: Readout | Make | None
 ) -> None:
-    """Check, before a model is loaded, that results at `out` belong to the same sweep."""
-    about = fingerprint_without_model(adapter, options_of(analyses), readout)
-    batches.RowStore(out, about, (), analyses).require_same_sweep()
+    """Check, before a model is loaded, that results at `out` belong to the same sweep.
+
+    Raises:
+        SweepError: they belong to another one.
+    """
+    known = fingerprint_without_model(adapter, options_of(analyses), readout)
+    RowStore(out, known, (), analyses).require_same_sweep()
 
 
 def is_begun(out: str | Path) -> bool:
@@ -316,27 +370,38 @@ def is_begun(out: str | Path) -> bool:
     return store.path.exists() or any(store.folder.glob("*.parquet"))
 
 
-def _require_for_all(lens: LoraLens, records: Sequence[batches.Record], readout: Readout) -> None:
-    """Check that the readout fits some prompt, and no list of them: batches regroup the prompts."""
+def _require_fits_some_prompt(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
+    """Refuse a readout that fits no record's prompt, or that names a token for each prompt.
+
+    Batches regroup the prompts, so what is read must fit one prompt as well as two.
+
+    Raises:
+        TokenError: what is wrong with it on the first prompt that can be read.
+    """
+    # A prompt of one token, until a record's own can be read.
     token = torch.ones(1, 1, dtype=torch.long, device=lens.device)
     prompt = Prompts(token, token[:, 0])
-    first: TokenError | None = None
+    first_error: TokenError | None = None
     for record in records:
         try:
-            prompt = batches.tokenised(lens, record) if record.error is None else prompt
+            if record.error is None:
+                prompt = batches.tokenised(lens, record)
             for count in (1, 2):
-                bound(readout, lens.model, prompt.repeat(count))
+                readout.over(lens.model, prompt.repeat(count))
             return
         except PromptError:
             continue
         except TokenError as error:
-            first = first or error
-    if first is not None:
-        raise first
+            first_error = first_error or error
+    if first_error is not None:
+        raise first_error
 
 
-def _reached(lens: LoraLens, records: Sequence[batches.Record], readout: Readout) -> LoraLens:
-    """The lens of those sites alone that can move what is read, which is all of them of logits."""
+def _sites_that_matter(lens: LoraLens, records: Sequence[Record], readout: Readout) -> LoraLens:
+    """The lens of those sites alone that can move what is read.
+
+    For what is read from the logits these are all of them.
+    """
     for record in records:
         if record.error is None:
             f = lens.function(batches.tokenised(lens, record), progress=False)
@@ -344,22 +409,19 @@ def _reached(lens: LoraLens, records: Sequence[batches.Record], readout: Readout
     return lens
 
 
+# --- What is returned
+
+
 def _result(
     lens: LoraLens,
-    store: batches.RowStore,
+    store: RowStore,
     analyses: tuple[str, ...],
     resumed: int,
     readout: Readout | Make | None,
 ) -> SweepResult:
     rows = batches.read(store.prompts_path).to_pylist()
     good = [row for row in rows if row["error"] is None]
-    readouts = {row["readout"] for row in good}
-    units = {row["units"] for row in good}
-    given = readout(["", ""]) if batches.is_make(readout) else cast(Readout | None, readout)
-    # What was asked for has its name also where no record could be read.
-    several = "margin(doc − pre)" if given is None else given.label
-    if given is not None and not units:
-        units = {given.units}
+    label, units = _label_and_units(good, readout)
     return SweepResult(
         path=store.path,
         prompts_path=store.prompts_path,
@@ -370,7 +432,25 @@ def _result(
         damaged=tuple(f"{path}: {reason}" for path, reason in store.damaged.items()),
         sites=lens.sites,
         analyses=analyses,
-        readout=readouts.pop() if len(readouts) == 1 else several,
-        units=" and ".join(sorted(units)),
+        readout=label,
+        units=units,
         meta={**lens.describe(), "strings": strings_of(lens) or ""},
     )
+
+
+def _label_and_units(
+    good: Sequence[Mapping[str, Any]], readout: Readout | Make | None
+) -> tuple[str, str]:
+    """What was read of all good prompts, and in which units.
+
+    A readout that was asked for has its name and units also where no prompt could be read.
+    """
+    labels = {row["readout"] for row in good}
+    units = {row["units"] for row in good}
+    asked = readout(["", ""]) if batches.is_make(readout) else cast(Readout | None, readout)
+    if asked is not None and not units:
+        units = {asked.units}
+    all_units = " and ".join(sorted(units))
+    if len(labels) == 1:
+        return labels.pop(), all_units
+    return "margin(doc − pre)" if asked is None else asked.label, all_units
