@@ -50,10 +50,14 @@ from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.readout.positions import positions_text
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden.cosines import cosine_table
-from lens_lora.hidden.point_activations import activations_at, positions_in
+from lens_lora.hidden.point_activations import (
+    TextsLike,
+    activations_at,
+    positions_in,
+    text_rows,
+)
 from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
-from lens_lora.responses.answers import continued
 
 # Texts of each set that are compared in pairs, evenly spread: all pairs of more take long.
 _HELD_OUT = 128
@@ -166,8 +170,8 @@ class Contrast(Readable, Pictured):
 @alone
 def contrast(
     lens: LoraLens,
-    positive: Any,
-    negative: Any,
+    positive: TextsLike,
+    negative: TextsLike,
     names: Names,
     positions: Positions | Literal["last"] = "response",
     scale: Scale = 1.0,
@@ -180,15 +184,16 @@ def contrast(
 
     Args:
         lens: the adapter over the model.
-        positive: texts as every analysis takes prompts, or a tuple (prompts, responses), as
-            `ll.activations` takes them. A text that is there twice counts once.
+        positive: texts as every analysis takes prompts; a tuple (prompts, responses), as
+            `ll.activations` takes them; or what `lens.generate` returned. A text that is there
+            twice counts once.
         negative: the other set; the direction points away from it.
         names: a hook point, several, globs, or a predicate. A name in full must fire and hold
             activations by position, [batch, pos, …]; globs and predicates choose among the points
             that do.
         positions: what a text's mean is over: 'response', the tokens of the response, or of a text
-            without one every token; 'prompt', those before it; None or 'each' for every token;
-            'last', an index, a slice or indices, negative ones from the text's end.
+            without one every token; 'prompt', those before it; None or 'each' for every token; an
+            index, a slice or indices, negative ones from the text's end. 'last' is the same as −1.
         scale: the gates of the model, as for `LoraLens.gates`: 0 for the base, 1 for the adapted.
         sinks: count sinks, too: each text's first token, and at each hook point tokens whose ‖h‖
             there is an outlier.
@@ -238,13 +243,9 @@ def _positions_text(positions: Any, *, sinks: bool) -> str:
 # --- The two sets of texts
 
 
-def _distinct(lens: LoraLens, texts: Any) -> Prompts:
+def _distinct(lens: LoraLens, texts: TextsLike) -> Prompts:
     """The different texts, each with its response where it has one."""
-    if isinstance(texts, tuple) and len(texts) == 2:
-        prompts, responses = texts
-        rows = continued(lens.model, lens.prompts(prompts), responses)
-    else:
-        rows = lens.function(texts).prompts
+    rows = text_rows(lens, texts)
     first: dict[tuple[int, ...], int] = {}
     for index, key in enumerate(_keys(rows)):
         first.setdefault(key, index)

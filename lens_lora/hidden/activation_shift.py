@@ -28,7 +28,6 @@ from lens_lora.core import (
     Names,
     Positions,
     Prompts,
-    PromptsLike,
     Scale,
     alone,
     beginnings,
@@ -41,10 +40,15 @@ from lens_lora.core import (
     tokens_at,
 )
 from lens_lora.errors import ArgumentError
-from lens_lora.formats.directions import is_stream
+from lens_lora.formats.directions import directions_of, is_stream
 from lens_lora.hidden.cosines import cosine_table
 from lens_lora.hidden.held_out import held_out_share
-from lens_lora.hidden.point_activations import activations_at, positions_in
+from lens_lora.hidden.point_activations import (
+    TextsLike,
+    activations_at,
+    positions_in,
+    text_rows,
+)
 from lens_lora.hidden.readable import Readable, readable
 from lens_lora.hidden.site_activations import sinks_among
 from lens_lora.hidden.stream_reading import over_scale, read_through
@@ -192,6 +196,61 @@ class ActivationShift(Readable, Drawn):
         """
         return cosine_table(self.mean(prompt), directions)
 
+    def project(self, directions: Any, *, by: By = None) -> pd.DataFrame:
+        """The projection d · Δh on directions, of each text in the mean over its counted tokens.
+
+        It is what `ll.Projection(direction, name, positions)` reads, adapted less base. Directions
+        are used as they are; normalise them to read lengths. Of an autoencoder it is the change of
+        a feature's pre-activation.
+
+        Args:
+            directions: [d], [direction, d], {label: either}, a Contrast, or a sparse autoencoder,
+                alone or as (autoencoder, indices).
+            by: 'position' for d · Δh of every token that was asked for, sinks as well.
+
+        Returns:
+            A data frame with one row for each text, hook point and direction: prompt, name,
+            direction, index, tokens (how many the mean is over) and value, NaN where no token
+            counts. By position there are position, token and counted in place of tokens.
+
+        Raises:
+            ArgumentError: directions of another width, or none at a point; another `by`.
+        """
+        if by is not None:
+            word("by", by, ["position"])
+        rows: list[dict[str, Any]] = []
+        for name, shift in self.values.items():
+            found = directions_of(directions, name).at(name, shift.shape[-1])
+            values = shift.double() @ found.rows.to(shift.device).double().T
+            for column, (direction, index) in enumerate(found.labels):
+                labels = {"name": name, "direction": direction, "index": index}
+                along = values[:, :, column]
+                rows += self._projections(along, labels, by_position=by is not None)
+        return pd.DataFrame(rows)
+
+    def _projections(
+        self, along: Float[Tensor, "batch token"], labels: Mapping[str, Any], *, by_position: bool
+    ) -> list[dict[str, Any]]:
+        """The rows of a table of d · Δh at one hook point along one direction."""
+        rows: list[dict[str, Any]] = []
+        for prompt, tokens in enumerate(self.str_tokens):
+            counted = self.counted[prompt]
+            if not by_position:
+                of_text = along[prompt][counted]
+                mean = float(of_text.mean())
+                rows.append({"prompt": prompt, **labels, "tokens": len(of_text), "value": mean})
+                continue
+            asked = (~along[prompt].isnan()).nonzero().flatten().tolist()
+            for position in asked:
+                place = {
+                    "position": position,
+                    "token": tokens[position],
+                    "counted": bool(counted[position]),
+                    "value": float(along[prompt, position]),
+                }
+                rows.append({"prompt": prompt, **labels, **place})
+        return rows
+
     def to_frame(self) -> pd.DataFrame:
         """One row per text, hook point and token asked for, with the sizes of h(0) and Δh."""
         means = self.mean()
@@ -225,7 +284,7 @@ class ActivationShift(Readable, Drawn):
 @alone
 def activation_shift(
     lens: LoraLens,
-    texts: PromptsLike,
+    texts: TextsLike,
     names: Names,
     *,
     positions: Positions = None,
@@ -240,13 +299,14 @@ def activation_shift(
 
     Args:
         lens: the adapter over the model.
-        texts: strings, conversations, ids, or `Prompts`.
+        texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses), of which
+            each pair is one text; or what `lens.generate` returned.
         names: a hook point, several, globs, or a predicate. A name in full must fire and hold
             activations by position, [batch, pos, …]; globs and predicates choose among the points
             that do.
-        positions: which tokens are shown: None or 'each' for all, 'prompt' and 'response' of texts
-            that hold one (`lens.prompts(prompts, response)`), or of each text an index, a slice or
-            indices; negative ones count from its end, and those beyond a text are not there.
+        positions: which tokens are shown: None or 'each' for all; 'prompt' or 'response', the
+            tokens before the response or those of it; or in each text an index, a slice or
+            indices. Negative ones count from its end, and those beyond a text are not there.
         scale: the gates of h(1), as for `LoraLens.gates`.
         sinks: count sinks in the means too.
         by: 'position' to read Δh of each token in logits, too, at points of the residual stream:
@@ -260,7 +320,7 @@ def activation_shift(
         PromptError: a text that does not fit the model.
         NumericsError: non-finite activations.
     """
-    rows = lens.function(texts).prompts
+    rows = text_rows(lens, texts)
     if by is not None:
         word("by", by, ["position"])
     asked = _asked(positions, rows)

@@ -205,8 +205,8 @@ class Activations(OfSites):
         Where several prompts begin alike, a token with the same tokens before it counts once.
 
         Args:
-            positions: None for all tokens, 'response', or of each prompt an index, a slice or
-                indices; negative ones count from its end.
+            positions: None or 'each' for all tokens, 'prompt' or 'response', or in each prompt an
+                index, a slice or indices; negative ones count from its end.
             sinks: count sinks too.
 
         Raises:

@@ -12,7 +12,7 @@ feature is read:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, final
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from lens_lora.core import (
     LoraLens,
     OfSites,
+    Positions,
     Prompts,
     ScaleInject,
     chosen_sites,
@@ -36,7 +37,7 @@ from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.core.results.base import largest
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
-from lens_lora.hidden.projection import FeatureProjection, activation_at
+from lens_lora.hidden.projection import FeatureProjection, activation_at, positions_label
 from lens_lora.hidden.stream_writers import stream_writers
 
 # What to do about a norm between a site and the stream.
@@ -55,7 +56,8 @@ class FeatureWrites(OfSites):
 
     Attributes:
         values: [batch, site, feature], at one position.
-        positions: the index within each prompt.
+        positions: the index within each prompt, or in words the tokens that values are the mean
+            over, such as 'response'.
         at: the gates at which z was read.
         name: the hook point where the features are read, to which all of `sites` write; '' for the
             residual stream as a whole.
@@ -63,7 +65,7 @@ class FeatureWrites(OfSites):
     """
 
     values: Float[Tensor, "batch site feature"]
-    positions: int
+    positions: int | str
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
     features: str
     units: str
@@ -134,7 +136,7 @@ def feature_writes(
     features: Directions,
     name: str | None,
     at: float,
-    position: int | Literal["each"],
+    positions: Positions,
 ) -> FeatureWrites:
     """How much each site writes to each feature, d·δz_l, at the gates `at`.
 
@@ -146,12 +148,13 @@ def feature_writes(
         features: the directions.
         name: the hook point where they are read; None for the residual stream as a whole.
         at: the gates at which z is read.
-        position: the index within each prompt.
+        positions: the tokens of each prompt, over which a mean is taken.
 
     Raises:
         SiteError: no site of the adapter writes there.
         ModelStateError: a norm that changes what a site writes before it joins the stream.
-        ArgumentError: directions of another width, a position outside a prompt.
+        ArgumentError: directions of another width.
+        PromptError: a prompt without one of these positions.
         NumericsError: a non-finite write.
     """
     if name is not None:
@@ -164,14 +167,14 @@ def feature_writes(
     groups: list[Tensor] = []
     for first in range(0, prompts.batch, step):
         group = prompts.cut(first, min(first + step, prompts.batch))
-        project = FeatureProjection(group, features, position)
+        project = FeatureProjection(group, features, positions)
         groups.append(_writes(lens, group, writers, features, name or STREAM, project, at))
     values = torch.cat(groups)
     require_finite(values, "a site's δz")
     return FeatureWrites(
         values=values,
         sites=tuple(lens.sites[index] for index in writers),
-        positions=int(position),
+        positions=positions_label(positions),
         at=at,
         name=name or "",
         features=features.kind,

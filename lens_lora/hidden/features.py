@@ -30,8 +30,8 @@ from lens_lora.arguments import number, one_entry, word
 from lens_lora.core import (
     Described,
     LoraLens,
+    Positions,
     Prompts,
-    PromptsLike,
     Scale,
     ScaleInject,
     alone,
@@ -49,7 +49,13 @@ from lens_lora.core.results.base import largest
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
 from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes
-from lens_lora.hidden.projection import FeatureProjection, activation_at, tangent_at
+from lens_lora.hidden.point_activations import TextsLike, text_rows
+from lens_lora.hidden.projection import (
+    FeatureProjection,
+    activation_at,
+    positions_label,
+    tangent_at,
+)
 
 _Values = Float[Tensor, "batch feature *position"]
 
@@ -68,7 +74,8 @@ class FeatureShift(Described):
         activations: an autoencoder's activations at ε = 0 and at ε = scale; None for directions,
             or where the autoencoder has no `encode`.
         name: the hook point where h is.
-        positions: the index within each prompt, or 'each' for one number per position.
+        positions: 'each' where every position has its own values; else the index within each
+            prompt, or in words the tokens that values are the mean over, such as 'response'.
         str_tokens: each prompt's tokens.
         features: the kind of directions: 'directions' or 'encoder'.
         units: the unit of the values.
@@ -82,7 +89,7 @@ class FeatureShift(Described):
     noise_floor: Float[Tensor, " batch *position"]
     activations: tuple[_Values, _Values] | None
     name: str
-    positions: int | Literal["each"]
+    positions: int | str
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
     features: str
     units: str
@@ -189,13 +196,13 @@ class FeatureShift(Described):
 @alone
 def feature_shift(
     lens: LoraLens,
-    prompts: PromptsLike,
+    prompts: TextsLike,
     directions: Any,
     name: str | None = None,
     *,
     scale: Scale | None = None,
     at: float = 0.0,
-    positions: int | Literal["each"] = -1,
+    positions: Positions = -1,
     by: Literal["site"] | None = None,
 ) -> FeatureShift | FeatureWrites:
     """How far the adapter moves each feature at a hook point: exactly, and to first order.
@@ -211,7 +218,8 @@ def feature_shift(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, conversations, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses); or what
+            `lens.generate` returned.
         directions: [d], [feature, d], {label: either} or a Contrast, used as they are (normalise
             them to read lengths); or a sparse autoencoder with W_enc (SAELens's, or any with such
             attributes), alone or as (autoencoder, indices).
@@ -220,8 +228,10 @@ def feature_shift(
         scale: the sites and their strength, 1 by default: the shift is h(scale) − h(0).
         at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
             By site, the gates at which z is read.
-        positions: an index within each prompt, negative ones from its own end; 'each' for every
-            position: values are [batch, feature, position].
+        positions: an index within each prompt, negative ones from its own end; a slice, indices,
+            'prompt' or 'response' for the mean over these tokens; None for the mean over every
+            token but the first, which is a sink; 'each' for every position: values are then
+            [batch, feature, position].
         by: 'site' for what each site writes; there is then no `scale`, and `name` may be left out
             for directions of the residual stream.
 
@@ -238,11 +248,12 @@ def feature_shift(
             site, a norm that changes what a site writes before it joins the residual stream (o and
             down of Gemma 2 and 3, Bloom's embedding).
         ArgumentError: directions of another width, an autoencoder that is not linear up to its
-            pre-activations, a position outside a prompt; by site, a scale, or every position.
+            pre-activations; by site, a scale, or every position.
+        PromptError: a prompt without one of these positions.
         NumericsError: non-finite activations.
     """
     strength = number("at", at)
-    rows = lens.function(prompts).prompts
+    rows = text_rows(lens, prompts)
     features = directions_of(directions, name)
     if name is None:
         name = features.hook_name
@@ -251,8 +262,8 @@ def feature_shift(
     word("by", by, ["site"])
     if scale is not None or one_entry(positions) == "each":
         raise ArgumentError(
-            "by='site' is what each site writes at one position, at the gates `at`; leave out "
-            "scale=, and give positions an index, such as -1."
+            "by='site' is what each site writes at the gates `at`, in one number; leave out "
+            "scale=, and give positions an index, such as -1, or tokens to take the mean over."
         )
     return feature_writes(lens, rows, features, name, strength, positions)
 
@@ -264,7 +275,7 @@ def _shift(
     name: str | None,
     scale: Scale | None,
     at: float,
-    positions: int | Literal["each"],
+    positions: Positions,
 ) -> FeatureShift:
     """The shift d·(h(scale) − h(0)) at one hook point, and its first order."""
     gates = lens.gates(1.0 if scale is None else scale)
@@ -297,7 +308,7 @@ def _shift(
         noise_floor=noise.square().mean(1).sqrt(),
         activations=activations,
         name=name,
-        positions="each" if positions == "each" else int(positions),
+        positions=positions_label(positions),
         at=at,
         features=features.kind,
         units=features.units,

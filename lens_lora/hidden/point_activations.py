@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.core import (
+    AnswerLike,
+    Generated,
     LoraLens,
     Names,
     Prompts,
+    PromptsLike,
     Scale,
     require_finite,
 )
@@ -23,6 +26,29 @@ from lens_lora.texts.batches import by_length
 
 # By hook point, h of a batch of texts at each scale that was asked for.
 ActivationsAtScales = dict[str, list[Float[Tensor, "text token _d"]]]
+
+
+# Texts alone, or with what is said after each of them.
+TextsLike = PromptsLike | tuple[PromptsLike, AnswerLike] | Generated
+
+
+def text_rows(lens: LoraLens, texts: TextsLike) -> Prompts:
+    """The texts as rows of tokens, each with its response where it has one.
+
+    Args:
+        lens: the adapter over the model.
+        texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses); or what a
+            model generated, whose own tokens are the responses.
+
+    Raises:
+        TokenError, PromptError: a text or response that does not fit the model.
+    """
+    if isinstance(texts, Generated):
+        return lens.prompts(texts.prompts, texts)
+    if isinstance(texts, tuple) and len(texts) == 2 and not isinstance(texts[1], Mapping):
+        prompts, responses = cast("tuple[PromptsLike, AnswerLike]", texts)
+        return lens.prompts(prompts, responses)
+    return lens.function(cast("PromptsLike", texts)).prompts
 
 
 def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:

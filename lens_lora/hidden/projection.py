@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, one_entry
-from lens_lora.core import Inject, LoraLens, Prompts, attached, require_finite
+from lens_lora.core import Inject, LoraLens, Positions, Prompts, attached, require_finite
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_duals, rows_of_pass
-from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.core.readout.positions import chosen_positions, positions_text
+from lens_lora.errors import ModelStateError, PromptError
 from lens_lora.formats.directions import Directions
 
 _Activation = Float[Tensor, "batch pos *d"]
@@ -21,22 +22,29 @@ _Projected = Float[Tensor, "batch feature *pos"]
 
 
 class FeatureProjection:
-    """A function from activations h to d·h, [batch, feature] or [batch, feature, position]."""
+    """A function from activations h to d·h, [batch, feature] or [batch, feature, position].
 
-    def __init__(
-        self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
-    ) -> None:
+    Over several positions it is the mean of d·h. Every position has a number of its own where they
+    are 'each'.
+    """
+
+    def __init__(self, prompts: Prompts, features: Directions, positions: Positions) -> None:
         self._real = prompts.real
         self._features = features
-        self._index = None if positions == "each" else _indices(prompts, positions)
+        is_by_position = one_entry(positions) == "each"
+        self._counted = None if is_by_position else positions_counted(prompts, positions)
 
     def __call__(self, h: _Activation) -> _Projected:
         """Project h in float32 or better; by position, padding is NaN."""
         directions = self._features.rows
-        read = self._at_positions(h.flatten(2))
         wide = torch.promote_types(h.dtype, directions.dtype)
         wide = torch.promote_types(wide, torch.float32)
-        return self._laid_out(read.to(wide) @ directions.to(h.device, wide).T)
+        directions = directions.to(h.device, wide)
+        flat = h.flatten(2).to(wide)
+        if self._counted is None:
+            return self._by_position(flat @ directions.T)
+        # The mean of projections is the projection of the mean.
+        return self._mean(flat[self._counted.to(h.device)]) @ directions.T
 
     def encoded(self, h: _Activation) -> _Projected:
         """The autoencoder's activations, in its own dtype and computed on its own device."""
@@ -44,37 +52,61 @@ class FeatureProjection:
         assert encode is not None, "directions have no autoencoder"
         if not self._features.by_head:
             h = h.flatten(2)
-        read = self._at_positions(h)
-        return self._laid_out(encode(read.to(self._features.rows)).to(h.device))
+        if self._counted is None:
+            return self._by_position(encode(h.to(self._features.rows)).to(h.device))
+        tokens = h[self._counted.to(h.device)]
+        return self._mean(encode(tokens.to(self._features.rows)).to(h.device))
 
-    def _at_positions(self, h: Tensor) -> Tensor:
-        """Take h at one position of each prompt; by position, all of it."""
-        if self._index is None:
-            return h
-        prompts = torch.arange(len(h), device=h.device)
-        return h[prompts, self._index.to(h.device)]
-
-    def _laid_out(self, values: Tensor) -> Tensor:
+    def _by_position(self, values: Float[Tensor, "batch pos feature"]) -> Tensor:
         """Make positions the last axis, with NaN at padding."""
-        if self._index is not None:
-            return values
         padding = ~self._real.to(values.device)[:, None]
         return values.transpose(1, 2).masked_fill(padding, float("nan"))
 
+    def _mean(self, tokens: Float[Tensor, "token d"]) -> Float[Tensor, "batch d"]:
+        """The mean over each prompt's counted tokens, which follow one another."""
+        assert self._counted is not None, "a mean is over counted positions"
+        counts = self._counted.sum(1)
+        prompt_of_token = counts.new_tensor(range(len(counts))).repeat_interleave(counts)
+        sums = tokens.new_zeros(len(counts), tokens.shape[1])
+        sums = sums.index_add(0, prompt_of_token.to(tokens.device), tokens)
+        return sums / counts[:, None].to(tokens)
 
-def _indices(prompts: Prompts, index: object) -> Int[Tensor, " batch"]:
-    """The position in each prompt, counted from its start."""
-    index = one_entry(index)
-    if not is_whole(index):
-        raise ArgumentError(f"positions={index!r}: expected an index, such as -1, or 'each'.")
-    lengths = prompts.lengths
-    outside = ((index >= lengths) | (index < -lengths)).nonzero().flatten().tolist()
-    if outside:
-        prompt = outside[0]
-        raise ArgumentError(
-            f"positions={index}: prompt {prompt} has {int(lengths[prompt])} tokens."
-        )
-    return index % lengths
+
+def positions_counted(prompts: Prompts, positions: Positions) -> Bool[Tensor, "row pos"]:
+    """Whether a mean over positions is over each token.
+
+    Without positions it is over every token but the first, which is a sink.
+
+    Args:
+        prompts: the rows.
+        positions: as `core/readout/positions.py` says.
+
+    Raises:
+        PromptError: a prompt without one of these tokens.
+    """
+    counted = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
+    starts = prompts.asked_lengths
+    for row, length in enumerate(prompts.lengths.tolist()):
+        chosen = chosen_positions(positions, length, starts[row])
+        if positions is None:
+            chosen[0] = False
+        if not chosen.any():
+            raise PromptError(
+                f"positions={positions_text(positions)}: prompt {row} has {length} tokens and "
+                "none of these",
+                remedy="name tokens that every prompt has; without positions= the first token "
+                "is left out, as it is a sink.",
+            )
+        counted[row, :length] = torch.from_numpy(chosen)
+    return counted
+
+
+def positions_label(positions: Positions) -> int | str:
+    """A single index as it is; else the positions in words, such as 'response' or '1:4'."""
+    plain = one_entry(positions)
+    if is_whole(plain):
+        return int(plain)
+    return positions_text(positions)
 
 
 def activation_at(

@@ -21,15 +21,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core import LoraLens, Prompts, Reading, Readout, attached
-from lens_lora.core.readout.positions import Positions, chosen_positions, positions_text
+from lens_lora.core.readout.positions import Positions, positions_text
 from lens_lora.core.readout.reading import AtPoint, one_row_each
 from lens_lora.core.readout.readout import BaseFunction
-from lens_lora.errors import ArgumentError, ModelStateError, PromptError
+from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, setting_of
+from lens_lora.hidden.projection import positions_counted
 
 # The length of the pass that shows which sites write before the point.
 _TRIED_TOKENS = 4
@@ -119,29 +120,8 @@ class Projection(Readout):
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The rows of the prompts, each read at the point."""
         del model
-        return one_row_each(prompts, AtPoint(self.name, self._value(), self._counted(prompts)))
-
-    def _counted(self, prompts: Prompts) -> Bool[Tensor, "row pos"]:
-        """Whether the mean is over each token.
-
-        Raises:
-            PromptError: a prompt without one of these tokens.
-        """
-        counted = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
-        starts = prompts.asked_lengths
-        for row, length in enumerate(prompts.lengths.tolist()):
-            chosen = chosen_positions(self.positions, length, starts[row])
-            if self.positions is None:
-                chosen[0] = False
-            if not chosen.any():
-                raise PromptError(
-                    f"prompt {row} has {length} tokens and none at positions "
-                    f"{positions_text(self.positions)}",
-                    remedy="name tokens that every prompt has; without positions= the first token "
-                    "is left out, as it is a sink.",
-                )
-            counted[row, :length] = torch.from_numpy(chosen)
-        return counted
+        counted = positions_counted(prompts, self.positions)
+        return one_row_each(prompts, AtPoint(self.name, self._value(), counted))
 
     def _value(self) -> Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]:
         """The number of each token."""

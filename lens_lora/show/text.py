@@ -74,8 +74,17 @@ def points(change: float) -> str:
 
 
 def position_text(position: int | str) -> str:
-    """'position 3', with a minus sign before one that is counted from the end."""
-    return f"position {position}".replace("-", "−")
+    """The position in words, such as 'position 3', or those that a mean is over.
+
+    A minus sign stands before a position that is counted from the end.
+    """
+    if position in ("prompt", "response"):
+        return f"mean over the {position}"
+    if position == "all":
+        return "mean over all tokens but the first"
+    is_single = str(position).removeprefix("-").isdigit()
+    words = f"position {position}" if is_single else f"mean over positions {position}"
+    return words.replace("-", "−")
 
 
 def share_text(share: float) -> str:

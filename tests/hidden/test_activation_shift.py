@@ -234,6 +234,82 @@ def test_positions_and_sinks():
     assert len(table) == sum(LENGTHS) and (~table["counted"]).sum() == 2
 
 
+def said(seed: int = 3) -> list[Tensor]:
+    """Ids of a response to each prompt, of three tokens and of two."""
+    ids = models.tokens(2, 3, seed)
+    return [ids[0], ids[1, :2]]
+
+
+def shift_by_peft(case: cases.Case, module: str, row: Tensor) -> Tensor:
+    """h(1) − h(0) at a module's input on one row: PEFT's own adapter on and off."""
+    model = case.peft.base_model.model
+    with case.peft.disable_adapter():
+        base = seen(model, module, row)
+    return seen(model, module, row) - base
+
+
+@pytest.mark.parametrize(("family", "cls"), [(f, c) for f in FINAL_NORM for c in CLASSES])
+def test_the_projection_of_what_is_said_is_hugging_face_s(family: str, cls: str):
+    """d · Δh over the response's tokens alone, from PEFT on prompt + response in one row."""
+    case = built(family, cls, "raw")
+    responses = said()
+    d = torch.randn(16, generator=models.seeded(4), dtype=torch.float64)
+    asked = (texts(), responses)
+    found = ll.activation_shift(case.lens, asked, LAST, positions="response")
+    table = found.project({"persona": d})
+    by_position = found.project(d, by="position")
+    for text, (length, ids) in enumerate(zip(LENGTHS, responses, strict=True)):
+        row = torch.cat([models.tokens()[text, :length], ids])[None]
+        along = shift_by_peft(case, FINAL_NORM[family], row)[length:] @ d
+        assert abs(table["value"][text] - float(along.mean())) < TINY
+        of_text = by_position[by_position["prompt"] == text]
+        assert of_text["position"].tolist() == list(range(length, length + len(ids)))
+        assert abs(of_text["value"].to_numpy() - along.numpy()).max() < TINY
+        # The response without its prompt, and the prompt's own tokens, are something else.
+        alone = shift_by_peft(case, FINAL_NORM[family], ids[None])[:] @ d
+        assert abs(table["value"][text] - float(alone.mean())) > 1e-3
+    assert table["tokens"].tolist() == [3, 2]
+    assert table["direction"].unique().tolist() == ["persona"]
+    readout = ll.Projection(d, LAST, positions="response")
+    shift = case.lens.function(case.lens.prompts(*asked), readout).shift
+    assert (torch.tensor(table["value"]) - shift).abs().max() < TINY
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_was_generated_is_a_text(cls: str):
+    """The ids that `generate` returned go on as they are, in every call that takes texts."""
+    lens = cases.case("llama", cls, "raw").lens
+    said_by_model = lens.generate(texts(), max_new_tokens=3)
+    pair = (texts(), list(said_by_model.ids))
+    for positions in ("response", "prompt", None):
+        own = ll.activation_shift(lens, said_by_model, LAST, positions=positions)
+        given = ll.activation_shift(lens, pair, LAST, positions=positions)
+        assert torch.equal(own.counted, given.counted)
+        assert torch.equal(own.values[LAST].nan_to_num(), given.values[LAST].nan_to_num())
+    d = torch.ones(16, dtype=torch.float64)
+    by_feature = ll.feature_shift(lens, said_by_model, d, LAST, positions="response").shift[:, 0]
+    own = ll.activation_shift(lens, said_by_model, LAST, positions="response").project(d)
+    assert (torch.tensor(own["value"]) - by_feature).abs().max() < TINY
+
+
+def test_projections_of_several_directions_and_points():
+    """One row for each text, point and direction; NaN where no token counts."""
+    lens = lens_of()
+    rows = torch.randn(2, 16, generator=models.seeded(4), dtype=torch.float64)
+    found = ll.activation_shift(lens, texts(), [MIDDLE, LAST], positions=slice(5, 7))
+    table = found.project({"a": rows})
+    assert table[["prompt", "name", "index"]].drop_duplicates().shape[0] == len(table) == 8
+    none = table[table["prompt"] == 1]
+    assert none["value"].isna().all() and (none["tokens"] == 0).all()
+    mean = found.mean(0)[LAST]
+    of_last = table[(table["prompt"] == 0) & (table["name"] == LAST)]["value"].to_numpy()
+    assert abs(of_last - (rows @ mean).numpy()).max() < TINY
+    with pytest.raises(ll.errors.ArgumentError, match="3 numbers"):
+        found.project(torch.ones(3))
+    with pytest.raises(ll.errors.ArgumentError, match="by='token': expected 'position'"):
+        found.project(rows, by="token")
+
+
 def test_cosine():
     """With what a site writes, a direction of one's own, and only where both have one width."""
     lens = lens_of()

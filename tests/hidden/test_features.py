@@ -223,6 +223,30 @@ def test_an_autoencoder_s_features(cls: str):
     assert (by_position.activations[1][..., -1] - found.activations[1]).abs().max() < 1e-12
 
 
+POSITIONS = [
+    (None, [[1, 2, 3, 4, 5, 6], [1, 2, 3]], "all"),
+    (slice(1, 3), [[1, 2], [1, 2]], "1:3"),
+    ([0, -1], [[0, 6], [0, 3]], "0, -1"),
+    ("prompt", [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3]], "prompt"),
+]
+
+
+@pytest.mark.parametrize(("positions", "expected", "label"), POSITIONS)
+def test_over_several_positions_it_is_the_mean(positions: Any, expected: Any, label: str, cls: str):
+    """Of d·Δh and of an autoencoder's activations, which are not linear in h."""
+    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
+    base, merged = cached(case.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
+    sae = autoencoder(16, out(cls))
+    prompts = ll.results.Prompts(tokens, torch.tensor([7, 4]))
+    found = ll.feature_shift(case.lens, prompts, sae, positions=positions)
+    assert found.positions == label and found.activations is not None
+    for text, chosen in enumerate(expected):
+        h0, h1 = base[out(cls)][text, chosen], merged[out(cls)][text, chosen]
+        assert (found.shift[text] - (sae.pre(h1) - sae.pre(h0)).mean(0)).abs().max() < EXACT
+        assert (found.activations[1][text] - sae.encode(h1).mean(0)).abs().max() < EXACT
+    assert "mean over" in found.plot(prompt=0).layout.title.text
+
+
 def test_an_autoencoder_of_heads(cls: str):
     """At z it sees heads as SAELens does, and its directions the heads laid flat."""
     case, tokens = cases.case("llama", cls, "raw"), models.tokens()
