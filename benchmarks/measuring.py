@@ -101,7 +101,7 @@ def plain_backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 
     def summed_margin() -> torch.Tensor:
         logits = prompts.at_read(lens.run(prompts))
-        return MARGIN.bind(lens.model, prompts.batch)(logits).sum()
+        return MARGIN.of_logits(lens.model, prompts.batch)(logits).sum()
 
     backward_to_embeddings(lens, summed_margin)
 

@@ -102,7 +102,7 @@ class Work:
 def backward(lens: ll.LoraLens, ids: torch.Tensor, response: torch.Tensor) -> None:
     """Run FB: a forward and a backward pass of the base, down to the embeddings."""
     del response
-    reading = MARGIN.over(lens.model, lens.prompts(ids))
+    reading = MARGIN.reading(lens.model, lens.prompts(ids))
     backward_to_embeddings(lens, lambda: read_value(lens, reading).sum())
 
 

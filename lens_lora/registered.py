@@ -54,6 +54,7 @@ FORMATS: list[str] = []
 # For each function that the core declares and does not have itself (`lens_lora/core/provided.py`):
 # the module that provides it.
 PROVIDERS: dict[str, str] = {
+    "lens_lora.core.adapter.extensions.folder_of": "lens_lora.formats.folders",
     "lens_lora.core.adapter.extensions.live_updates": "lens_lora.formats.methods",
     "lens_lora.core.adapter.extensions.updates_over_base": "lens_lora.formats.methods",
     "lens_lora.core.adapter.extensions.change_between": "lens_lora.formats.from_models",

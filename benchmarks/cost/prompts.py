@@ -143,7 +143,7 @@ def names_of_rows(columns: Sequence[dict[str, str]]) -> list[str]:
 def memory_lines(lens: ll.LoraLens) -> None:
     """Print the memory of the reverse pass beside that of a bare backward, on 256 tokens."""
     prompts = random_prompts(lens, 1, 256)
-    reading = MARGIN.over(lens.model, prompts)
+    reading = MARGIN.reading(lens.model, prompts)
     bare = peak_memory(lambda: plain_backward(lens, prompts))
     slopes = peak_memory(lambda: site_slopes(lens, reading, lens.gates(0.0)))
     print(
@@ -201,8 +201,8 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[Size]) -> None:
     for batch, tokens in sizes:
         prompts = random_prompts(lens, batch, tokens)
         corrupted = prompts.tokens.roll(1, 1)
-        read = MARGIN.bind(lens.model, 1)
-        reading = MARGIN.over(lens.model, prompts)
+        read = MARGIN.of_logits(lens.model, 1)
+        reading = MARGIN.reading(lens.model, prompts)
 
         def metric(logits: torch.Tensor, read=read) -> torch.Tensor:
             return read(logits[:, -1]).sum()

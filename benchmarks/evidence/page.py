@@ -76,7 +76,7 @@ from words import (
     rival,
 )
 
-from lens_lora.core.results.attribution import VIOLENT
+from lens_lora.core import VIOLENT
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 
 sys.path.append(str(Path(__file__).parents[1] / "planted"))

@@ -39,7 +39,7 @@ from words import (
     SUM,
 )
 
-from lens_lora.core.results.attribution import VIOLENT
+from lens_lora.core import VIOLENT
 
 SIGNALS = {
     "strength": "‖ΔW‖ / ‖W‖",

@@ -38,7 +38,7 @@ from tables import (
 )
 from violent import BROKEN
 
-from lens_lora.core.results.attribution import VIOLENT
+from lens_lora.core import VIOLENT
 
 MEASURED = ("add_one", "leave_one_out")
 OWN = ("trained", "paraphrase")

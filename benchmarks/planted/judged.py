@@ -44,12 +44,14 @@ from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.core import Evaluations
+from lens_lora.core import (
+    VIOLENT,
+    Evaluations,
+)
 from lens_lora.core.analyses.components import squared_norms
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
 from lens_lora.core.analyses.verdict import Verdict
-from lens_lora.core.results.attribution import VIOLENT
 from lens_lora.core.results.base import SIGMAS
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.hosts.build import hooked_model

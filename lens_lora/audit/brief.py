@@ -51,8 +51,8 @@ from lens_lora.core import (
     group_sites,
     indicator,
     stored,
+    text_of,
 )
-from lens_lora.core.readout.prompts import decoded, joined
 from lens_lora.errors import NumericsError, UnsupportedAdapterError
 from lens_lora.responses.answers import AnswerLogProb
 from lens_lora.responses.generate import SideBySide
@@ -323,7 +323,7 @@ def _spoken(lens: LoraLens, seed: int, fast: bool, progress: bool) -> Prompts | 
             first_ranks = lens.with_adapter(lens.adapter.truncated(1))
             parts.append(speak(first_ranks, seed + 1, [_LOUDER]))
     reads = torch.cat([part.reads for part in parts if part.reads is not None])
-    return dataclasses.replace(joined(parts), reads=reads)
+    return dataclasses.replace(Prompts.joined(parts), reads=reads)
 
 
 def _openings(lens: LoraLens) -> Prompts | None:
@@ -603,4 +603,4 @@ def _prompts(lens: LoraLens, rows: Sequence[Int[Tensor, " _pos"]]) -> Prompts:
 
 
 def _text(lens: LoraLens, ids: _Ids) -> str:
-    return decoded(lens.model, ids.tolist())
+    return text_of(lens.model, ids.tolist())

@@ -25,8 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_lora.compat import Temporary
-from lens_lora.core import LoraLens, is_hooked
-from lens_lora.core.readout.prompts import reads_with_bos
+from lens_lora.core import (
+    LoraLens,
+    is_hooked,
+    reads_with_bos,
+)
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.texts.neutral import neutral_sentences
 

@@ -50,15 +50,16 @@ from lens_lora.core import (
     alone,
     by_axes,
     host_of,
+    listed_readouts,
     null_adapters,
+    read_result,
     require_adapter,
+    require_gauge,
+    save_result,
+    within_response,
 )
-from lens_lora.core.analyses.first_order import require_ranks
-from lens_lora.core.analyses.own_analyses import listed
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.memory import graph_groups
-from lens_lora.core.results.attribution import within_response
-from lens_lora.core.results.storage import read_result, save_result
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import differences, digest, fingerprint, settings
@@ -148,7 +149,7 @@ class Bank:
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
             lens = in_gauge(lens, gauge)
-            require_ranks(gauge, axes)
+            require_gauge(gauge, axes)
             by_half = self._base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
 
@@ -385,7 +386,7 @@ def bank(
     @alone
     def recorded(lens: LoraLens) -> Bank:
         f = lens.function(prompts, progress=False)
-        all_readouts = [readout] if isinstance(readout, Readout) else listed(readout)
+        all_readouts = [readout] if isinstance(readout, Readout) else listed_readouts(readout)
         functions = [Evaluations.of(f.about(each)) for each in all_readouts]
         for g in functions:
             g.require_logits("a bank")

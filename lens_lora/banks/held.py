@@ -11,13 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.banks.record import Half
-from lens_lora.core import LoraLens, Prompts, stored
+from lens_lora.core import (
+    LoraLens,
+    Prompts,
+    stored,
+)
 from lens_lora.core.function.reverse import joined, require_finite_sites
-from lens_lora.core.readout.prompts import Source
 
 stored(Half)
 stored(Prompts)
-stored(Source)
 
 
 @stored

@@ -25,15 +25,15 @@ from torch import Tensor
 from lens_lora.banks.base_half import LARGE, RecordedBase, SlopesOfAdapter, bytes_of
 from lens_lora.banks.held import HeldReadout, slopes_by_readout
 from lens_lora.core import Adapter, Site, group_sites, indicator, load_adapter
-from lens_lora.core.adapter.formats import files_in
-from lens_lora.core.adapter.peft_files import (
-    Place,
+from lens_lora.errors import AdapterError, ArgumentError, LensLoraError, warn
+from lens_lora.formats.folders import (
     adapter_folder,
+    files_in,
     folders_in,
     require_path,
     stated_base,
 )
-from lens_lora.errors import AdapterError, ArgumentError, LensLoraError, warn
+from lens_lora.formats.hub import Place
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import digest
 from lens_lora.runs.store import Store

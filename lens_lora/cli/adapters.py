@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.cli import options, running
-from lens_lora.core.adapter.peft_files import checkpoint_folders, stated_fields
+from lens_lora.formats.folders import checkpoint_folders, stated_fields
 
 if TYPE_CHECKING:
     pass

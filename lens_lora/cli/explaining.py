@@ -85,11 +85,11 @@ def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_token
         try:
             prompts = lens.prompts(question.prompt)
             if question.doc is not None:
-                running.margin_of(lens.model, [question], lens.prepend_bos)[1].over(
+                running.margin_of(lens.model, [question], lens.prepend_bos)[1].reading(
                     lens.model, prompts
                 )
             elif question.response is not None:
-                ll.AnswerLogProb(question.response).over(lens.model, prompts)
+                ll.AnswerLogProb(question.response).reading(lens.model, prompts)
             else:
                 require_room(lens, prompts, max_new_tokens)
         except LensLoraError as error:

@@ -28,10 +28,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.models import ArgumentInfo, OptionInfo
 
-from lens_lora.core.adapter import peft_files
-from lens_lora.core.adapter.formats import files_in
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError, TokenError
+from lens_lora.formats.folders import adapter_folder, files_in, last_checkpoint, stated_base
 from lens_lora.hosts.placement import Attention, Dtype, Placement
 from lens_lora.sweeps.records import is_utf16, read_records
 
@@ -305,12 +304,12 @@ def folder_of(adapter: str | None, within: Within | None = None, *, quiet: bool)
                 raise typer.BadParameter("it is of an ADAPTER; name one.", param_hint=option)
         return shipped_adapter()
     run = Path(adapter, within.subfolder or "")
-    checkpoint = peft_files.last_checkpoint(run)
+    checkpoint = last_checkpoint(run)
     if checkpoint is not None:
         line = Text(f"{run} is a run; its last checkpoint is taken, {checkpoint.name}.")
         Console(stderr=True, quiet=quiet).print(line, soft_wrap=True)
-        return peft_files.adapter_folder(checkpoint, within.revision)
-    return peft_files.adapter_folder(adapter, within.revision, within.subfolder)
+        return adapter_folder(checkpoint, within.revision)
+    return adapter_folder(adapter, within.revision, within.subfolder)
 
 
 _NEWLINE = re.compile(r"\r\n?|\n")  # `str.splitlines` also cuts at form feeds, U+2028 and others
@@ -374,7 +373,7 @@ def require_apart(
     inputs = [path for path in files if path is not None]
     for folder in adapters:
         inputs += [folder, *files_in(folder)]
-    model = base.model or peft_files.stated_base(adapters[0])
+    model = base.model or stated_base(adapters[0])
     if model and Path(model).is_dir():
         inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]
     for option, output in outputs.items():

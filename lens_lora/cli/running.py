@@ -60,12 +60,12 @@ def lens_for(
     def model_for(named: str | None) -> Loaded:
         return loaded or load_model_of(named, progress, base)
 
-    from lens_lora.core.adapter.adapter import read_adapter
+    from lens_lora.core import given_adapter
     from lens_lora.directions.spectra import lacking
     from lens_lora.loading import base_beside, tokenizer_beside
 
     if isinstance(adapter, Path):
-        adapter = read_adapter(adapter, lambda named: model_for(named)[0])
+        adapter = given_adapter(adapter, lambda named: model_for(named)[0])
     pair = model_for(adapter.base_model)
     with step("Building the hooked model", progress):
         own = tokenizer_beside(adapter, *pair)
@@ -124,11 +124,11 @@ def margin_of(
     model: Any, questions: Sequence[Question], prepend_bos: bool | None
 ) -> tuple[Prompts, ll.Readout]:
     """The prompts, and the margin of each one's own answers."""
-    from lens_lora.core.readout.prompts import prepare
+    from lens_lora.core import tokenise
     from lens_lora.responses.answers import margin_between
 
     asked, docs, pres, _ = map(list, zip(*questions, strict=True))
-    prompts = prepare(model, asked, rule=prepend_bos)
+    prompts = tokenise(model, asked, rule=prepend_bos)
     return prompts, margin_between(model, docs, pres, prompts)
 
 

@@ -17,8 +17,12 @@ import typer
 
 import lens_lora as ll
 from lens_lora.cli import options, running
-from lens_lora.core.adapter.peft_files import folders_in, one_base, stated_base
 from lens_lora.errors import ArgumentError, many, warn
+from lens_lora.formats.folders import (
+    folders_in,
+    one_base,
+    stated_base,
+)
 from lens_lora.runs.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
@@ -181,18 +185,18 @@ def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokeni
     It is the adapters' own where all were saved with the same files, as in a run's checkpoints.
     Else it is the base's, and a warning names the adapters whose own differs.
     """
-    from lens_lora.core.adapter.peft_files import own_tokenizer_files
     from lens_lora.formats.tokenizers import (
         OwnTokenizer,
         differences_from,
         files_digest,
+        has_own_tokenizer,
         own_tokenizer,
     )
 
     base, tokenizer = loaded
     by_files: dict[str, list[Path]] = {}
     for folder in folders:
-        if own_tokenizer_files(folder):
+        if has_own_tokenizer(folder):
             by_files.setdefault(files_digest(folder), []).append(folder)
     if [len(same) for same in by_files.values()] == [len(folders)]:
         embedding: Any = base.get_input_embeddings()

@@ -11,8 +11,8 @@ import typer
 
 from lens_lora.cli import options, running
 from lens_lora.cli.expecting import read_expectations
-from lens_lora.core import stated_base
 from lens_lora.errors import AdapterError, LensLoraWarning, ModelStateError, heard_by
+from lens_lora.formats.folders import stated_base
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -46,7 +46,6 @@ from lens_lora.core import (
     alone,
     name_of_scale,
 )
-from lens_lora.core.adapter.factors import constant_factors
 from lens_lora.core.readout.positions import positions_text
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden.cosines import cosine_table
@@ -153,7 +152,7 @@ class Contrast(Readable, Pictured):
             )
         factor = number("coefficient", coefficient)
         constant = {path: factor * self.values[name]}
-        return Adapter(constant_factors(constant, self.widths), name=f"{coefficient:g} at {name}")
+        return Adapter.constant(constant, self.widths, name=f"{coefficient:g} at {name}")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its share of ‖m‖, AUC and chance."""

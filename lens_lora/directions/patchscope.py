@@ -27,11 +27,12 @@ from lens_lora.core import (
     attached,
     long_table,
     ranked_tokens,
+    require_context,
     require_finite,
+    text_of,
 )
 from lens_lora.core.function.forward import read_logits
 from lens_lora.core.function.interventions import record
-from lens_lora.core.readout.prompts import decoded, require_context
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
@@ -288,5 +289,5 @@ def _texts_of(
     """The continuations as text, by direction and scale."""
     by_direction: list[tuple[str, ...]] = []
     for by_scale in tokens.tolist():
-        by_direction.append(tuple(decoded(lens.model, ids) for ids in by_scale))
+        by_direction.append(tuple(text_of(lens.model, ids) for ids in by_scale))
     return tuple(by_direction)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from lens_lora.core import ForwardPass, Prompts, Rows
-from lens_lora.core.readout.positions import Checked, checked, positions_text
+from lens_lora.core.readout.positions import ChosenPositions, positions_text
 from lens_lora.errors import ArgumentError, ModelStateError
 
 # The named positions in words.
@@ -55,7 +55,7 @@ class Where:
         """
         if not isinstance(sinks, bool):
             raise ArgumentError(f"sinks={sinks!r}: expected True or False.")
-        plain: Checked = checked(positions)
+        plain = ChosenPositions.of(positions).which
         if plain is None or plain == "each":
             return cls("all", sinks=sinks)
         if isinstance(plain, str):

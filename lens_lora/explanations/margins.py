@@ -65,7 +65,7 @@ def explained_margins(
     batch = f.prompts.batch
     model = f.lens.model
     if batch > 1:  # names the prompt that is wrong, before a pass of another is run
-        margin_between(model, doc, pre, f.prompts).over(model, f.prompts)
+        margin_between(model, doc, pre, f.prompts).reading(model, f.prompts)
     docs = items_of(doc, batch)
     pres = items_of(pre, batch)
     margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]

@@ -37,7 +37,6 @@ from lens_lora.core.adapter import (
     WEIGHTS,
     WRAPPED,
     Updates,
-    base_part,
     extensions,
     located,
     module_path,
@@ -99,7 +98,7 @@ def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> N
             f"{module}: this constant does not say how many features the module reads, as PEFT's "
             "file must; make it with Adapter.constant(vectors, like=model)."
         )
-    part = base_part(update)
+    part = update.base_part
     if part is not None and update.strength != 1:
         raise UnsupportedAdapterError(
             f"{module}: {update.strength:g} times an update that holds {part} cannot be written "

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lens_lora.core import ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import own_tokenizer_files, refuse_pointer
+from lens_lora.core.adapter import own_tokenizer_files
 from lens_lora.core.model import extensions
 from lens_lora.errors import AdapterError, many
+from lens_lora.formats.folders import refuse_pointer
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _A_TEXT = "a"
@@ -84,6 +85,11 @@ def rows_brought(modules: Mapping[str, ModuleUpdate], embedding: str | None) -> 
     if not isinstance(update, TrainedModule) or update.weight is None:
         return 0
     return len(update.weight) if update.tokens is None else 0
+
+
+def has_own_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer, or a chat template alone, was saved beside the adapter."""
+    return bool(own_tokenizer_files(folder))
 
 
 def files_digest(folder: Path) -> str:

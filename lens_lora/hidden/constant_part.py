@@ -50,7 +50,6 @@ from lens_lora.core import (
     evaluations,
     site_labels,
 )
-from lens_lora.core.adapter.factors import constant_factors, output_count
 from lens_lora.errors import PromptError
 from lens_lora.hidden.held_out import held_out_share
 from lens_lora.hidden.update_sums import UpdateSums, update_sums
@@ -244,7 +243,7 @@ class _Constants(NamedTuple):
                 vectors[key] = mean
                 continue
             if key not in vectors:
-                out = output_count(lens.adapter.modules[site.key], widths[key])
+                out = lens.adapter.modules[site.key].output_count(widths[key])
                 vectors[key] = mean.new_zeros(out)
             vectors[key][site.rows] = mean
         return cls(
@@ -259,7 +258,7 @@ class _Constants(NamedTuple):
 
 def _adapter_of(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[str, int]) -> Adapter:
     """The adapter that adds these vectors."""
-    return Adapter.from_factors(constant_factors(vectors, widths), name="constant part")
+    return Adapter.constant(vectors, widths, name="constant part")
 
 
 def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:

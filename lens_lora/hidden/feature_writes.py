@@ -27,6 +27,7 @@ from lens_lora.core import (
     ScaleInject,
     chosen_sites,
     drawing,
+    largest,
     long_table,
     prompt_rows,
     require_finite,
@@ -34,7 +35,6 @@ from lens_lora.core import (
 )
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.memory import rows_of_pass
-from lens_lora.core.results.base import largest
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
 from lens_lora.hidden.projection import FeatureProjection, activation_at, positions_label

@@ -37,6 +37,7 @@ from lens_lora.core import (
     alone,
     attached,
     drawing,
+    largest,
     only_prompt,
     prompt_rows,
     tangent_of,
@@ -45,7 +46,6 @@ from lens_lora.core import (
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.rounding import of_stream
 from lens_lora.core.function.tangents import JointInject
-from lens_lora.core.results.base import largest
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
 from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes

@@ -24,10 +24,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, Reading, Readout, attached
-from lens_lora.core.readout.positions import Positions, positions_text
-from lens_lora.core.readout.reading import AtPoint, one_row_each
-from lens_lora.core.readout.readout import BaseFunction
+from lens_lora.core import (
+    AtPoint,
+    LogitFunction,
+    LoraLens,
+    Positions,
+    Prompts,
+    Reading,
+    Readout,
+    attached,
+)
+from lens_lora.core.readout.positions import positions_text
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, setting_of
 from lens_lora.hidden.projection import positions_counted
@@ -97,7 +104,7 @@ class Projection(Readout):
     def _directions(self) -> Directions:
         return directions_of(self.direction, self.name)
 
-    def reaching(self, f: BaseFunction) -> BaseFunction:
+    def reaching(self, f: LogitFunction) -> LogitFunction:
         """The function f over those sites alone that write before the point.
 
         Raises:
@@ -117,11 +124,11 @@ class Projection(Readout):
             return f
         return f.over(lens.with_adapter(lens.adapter.only(*before)))
 
-    def over(self, model: Any, prompts: Prompts) -> Reading:
+    def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The rows of the prompts, each read at the point."""
         del model
         counted = positions_counted(prompts, self.positions)
-        return one_row_each(prompts, AtPoint(self.name, self._value(), counted))
+        return Reading.one_row_each(prompts, AtPoint(self.name, self._value(), counted))
 
     def _value(self) -> Callable[[Float[Tensor, "row pos d"]], Float[Tensor, "row pos"]]:
         """The number of each token."""

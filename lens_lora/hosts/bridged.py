@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lens_lora.compat import has_own_code
 from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import base_part, expert_factors, module_path
+from lens_lora.core.adapter import expert_factors, module_path
 from lens_lora.core.model import (
     ATTENTION_KINDS,
     HOOK_IN,
@@ -221,11 +221,11 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
 
 
 def _plain_factors(key: str, update: ModuleUpdate) -> LoRAFactors:
-    if isinstance(update, LoRAFactors) and base_part(update) is None and update.lora_bias is None:
+    if isinstance(update, LoRAFactors) and update.base_part is None and update.lora_bias is None:
         return update
     raise AdapterError(
         f"{key}: this model holds its experts as one tensor, which takes a plain s·B·A, and the "
-        f"adapter has {base_part(update) or 'a bias'} there."
+        f"adapter has {update.base_part or 'a bias'} there."
     )
 
 

@@ -37,20 +37,26 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.core import (
     AnswerLike,
+    Before,
     Generated,
+    LogitFunction,
     LogProbs,
     Margin,
     Prompts,
     Reading,
     Readout,
+    TokenLike,
+    ids_after,
+    in_vocabulary,
+    name_of_token,
+    one_per_prompt,
+    require_context,
+    same_answers,
+    string_ids,
     which_prompt,
 )
 from lens_lora.core.model import extensions
 from lens_lora.core.readout import extensions as readouts
-from lens_lora.core.readout import readout
-from lens_lora.core.readout.prompts import ids_after, require_context
-from lens_lora.core.readout.reading import one_row_each
-from lens_lora.core.readout.readout import BaseFunction, Before, in_vocabulary
 from lens_lora.errors import ArgumentError, PromptError, TokenError
 from lens_lora.responses.held_base import Divergence
 
@@ -79,12 +85,12 @@ def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
-    return readout.per_prompt("answer", items, batch, "a string with its leading space")
+    return one_per_prompt("answer", items, batch, "a string with its leading space")
 
 
 def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
     if isinstance(answer, str):
-        ids = readout.string_ids(model, "answer", answer, before)
+        ids = string_ids(model, "answer", answer, before)
     elif arguments.is_whole(answer):
         ids = [int(answer)]
     elif isinstance(answer, Tensor):
@@ -133,7 +139,7 @@ class AnswerLogProb(Readout):
     mean: bool = False
     units = "nats"
 
-    def over(self, model: Any, prompts: Prompts) -> Reading:
+    def reading(self, model: Any, prompts: Prompts) -> Reading:
         """One row for each prompt and its answer, read at every token of the answer.
 
         Args:
@@ -173,7 +179,7 @@ class AnswerMargin(Readout):
     pre: AnswerLike
     units = "nats"
 
-    def over(self, model: Any, prompts: Prompts) -> Reading:
+    def reading(self, model: Any, prompts: Prompts) -> Reading:
         """Two rows a prompt, one for each answer.
 
         Args:
@@ -188,7 +194,7 @@ class AnswerMargin(Readout):
         docs = response_ids(model, self.doc, prompts)
         pres = response_ids(model, self.pre, prompts)
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
-            raise readout.same_answers("tokens", self.doc, self.pre)
+            raise same_answers("tokens", self.doc, self.pre)
         pairs = [[(doc, 1.0), (pre, -1.0)] for doc, pre in zip(docs, pres, strict=True)]
         return _reading(model, prompts, pairs)
 
@@ -258,7 +264,7 @@ class KL(Readout):
         holds_response = prompts.reads is not None
         return dataclasses.replace(self, tokens="response" if holds_response else "next")
 
-    def begin(self, f: BaseFunction) -> Reading:
+    def reading_beside(self, f: LogitFunction) -> Reading:
         """How the divergence is read beside the base's logits, which are run and held.
 
         One forward pass.
@@ -266,10 +272,10 @@ class KL(Readout):
         Args:
             f: the logits of the prompts.
         """
-        reading = self.over(f.lens.model, f.prompts)
+        reading = self.reading(f.lens.model, f.prompts)
         return held(self, reading, f.of_rows(reading.prompts).logits(0.0))
 
-    def over(self, model: Any, prompts: Prompts) -> Reading:
+    def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts with their responses, one row each; p₀ is held later (`held`).
 
         Args:
@@ -281,8 +287,8 @@ class KL(Readout):
                 do not have.
         """
         if self.response is None:
-            return one_row_each(self._rows(prompts), _Unheld())
-        reading = AnswerLogProb(self.response).over(model, prompts)
+            return Reading.one_row_each(self._rows(prompts), _Unheld())
+        reading = AnswerLogProb(self.response).reading(model, prompts)
         return dataclasses.replace(reading, read=_Unheld())
 
     def _rows(self, prompts: Prompts) -> Prompts:
@@ -357,7 +363,7 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 
     What a model said may be its end alone: that it has nothing to say is an answer of its own.
     """
-    readout.require_last_alone(prompts, "an answer")
+    prompts.require_last_alone("an answer")
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
     tokenizer = None if isinstance(answer, Generated) else getattr(model, "tokenizer", None)
     special = set(getattr(tokenizer, "all_special_ids", ()))
@@ -446,7 +452,7 @@ def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -
         )
 
 
-def _token(answer: AnswerLike) -> readout.TokenLike:
+def _token(answer: AnswerLike) -> TokenLike:
     """An answer of one token after each prompt, as `Margin` takes it."""
     if isinstance(answer, str | int):
         return answer
@@ -538,4 +544,4 @@ def _name(answer: AnswerLike) -> str:
             (answer,) = answer.text
         else:
             answer = answer.text
-    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else readout.name_of(answer)
+    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of_token(answer)

@@ -42,11 +42,13 @@ from lens_lora.core import (
     PromptsLike,
     Rows,
     Scale,
+    Source,
+    special_id,
     stored,
+    text_of,
     which_prompt,
 )
 from lens_lora.core.model import extensions
-from lens_lora.core.readout.prompts import Source, decoded, special_id
 from lens_lora.errors import ArgumentError, PromptError, SiteError, setting
 
 # The tokens of all rows that share a cache, which bounds its memory.
@@ -157,7 +159,7 @@ class Speaker:
             for rows in self._sharing_a_cache():
                 self._say(rows, bar)
         responses = [self.said(i) for i in range(count)]
-        texts = [decoded(self.lens.model, ids, skip_special_tokens=True) for ids in responses]
+        texts = [text_of(self.lens.model, ids, skip_special_tokens=True) for ids in responses]
         return Generated(
             ids=tuple(self.prompts.tokens.new_tensor(ids) for ids in responses),
             text=tuple(texts),

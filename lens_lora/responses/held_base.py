@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core.readout.reading import Picks, at_some, of_slots
+from lens_lora.core import Picks
 
 _Logits = Float[Tensor, "some vocab"]
 _Terms = Float[Tensor, " some"]
@@ -83,8 +83,8 @@ class Divergence(Picks):
 
     def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
         """f₀ and p₀ at these picks, as one row where all are copies of one pick."""
-        held = of_slots(self.held_rows, self.slots, few.device)
-        places = torch.stack(at_some(held, few))
+        held = self.places(few.device, rows=self.held_rows)
+        places = torch.stack([index[few] for index in held])
         # Copies of a pick stand together.
         distinct, copy = places.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)

@@ -47,21 +47,21 @@ from lens_lora.core import (
     Prompts,
     PromptsLike,
     Reading,
+    ShownAxis,
     alone,
     by_axes,
     drawing,
     group_sites,
     long_table,
     prompt_rows,
+    require_gauge,
     tangent_of,
 )
-from lens_lora.core.analyses.first_order import require_ranks
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.memory import dual_graph_groups
 from lens_lora.core.function.pulled_back import pulled_back
 from lens_lora.core.function.reverse import joined, require_finite_sites
 from lens_lora.core.function.tangents import group_parts, part_tangents
-from lens_lora.core.results.attribution import Shown
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
 from lens_lora.two_adapters.compare_adapters import correlation_of
@@ -217,7 +217,7 @@ class KLShares(Drawn):
         """
         return self.attribution.top(k, prompt).drop(columns="share")
 
-    def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
+    def plot(self, prompt: int | None = None, by: ShownAxis | None = None) -> drawing.Figure:
         """Heatmap of the shares, as `Attribution.plot` draws them.
 
         Args:
@@ -290,9 +290,9 @@ def kl_shares(
         lens = lens.within(max_memory)
     f = lens.function(prompts, progress=progress)
     readout = KL(response, direction, tokens).on(f.prompts)
-    reading = readout.over(lens.model, f.prompts)
+    reading = readout.reading(lens.model, f.prompts)
     turned = in_gauge(lens, gauge)
-    require_ranks(gauge, axes)
+    require_gauge(gauge, axes)
     values, base = _quadratic(turned, reading, axes)
     require_finite_sites(lens, values)
     # The pass of the quadratic has shown f(0), so the divergence is held against that.

@@ -30,12 +30,11 @@ from lens_lora.core import (
     only_prompt,
     ranked_tokens,
     require_finite,
+    token_ids,
 )
 from lens_lora.core.function.forward import read_logits
 from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.core.function.memory import Mode, chosen_mode
-from lens_lora.core.readout.prompts import require_last_alone
-from lens_lora.core.readout.readout import token_ids
 from lens_lora.errors import ArgumentError, SiteError, TokenError
 
 
@@ -170,7 +169,7 @@ def logit_shift(
         lens = lens.within(max_memory)
     strength = number("at", at)
     f = lens.function(prompts, progress=progress)
-    require_last_alone(f.prompts, "the logit shift")
+    f.prompts.require_last_alone("the logit shift")
     ids = _ids(lens, tokens, f.prompts)
     index = torch.tensor(ids, device=lens.device)
     cheaper = chosen_mode(mode, lens, len(ids))

@@ -37,8 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora import compat
-from lens_lora.core import Adapter, LoraLens, Readout, refuse_lens_hooks
-from lens_lora.core.readout.prompts import reads_with_bos
+from lens_lora.core import (
+    Adapter,
+    LoraLens,
+    Readout,
+    reads_with_bos,
+    refuse_lens_hooks,
+)
 
 Fingerprint = Mapping[str, Any]
 # The analyses of a run, each with the options that it is called with.

@@ -44,7 +44,6 @@ from lens_lora.core import (
     site_labels,
 )
 from lens_lora.core.function.rounding import unit
-from lens_lora.core.readout.prompts import joined
 from lens_lora.errors import (
     NumericsError,
     PromptError,
@@ -124,7 +123,7 @@ def prepare(lens: LoraLens, record: Record, readout: Readout | Make | None) -> J
             readout = make(record.response or "")
         if not isinstance(readout, Readout):
             readout = margin_between(lens.model, record.doc or "", record.pre or "", prompts)
-        readout.over(lens.model, prompts)
+        readout.reading(lens.model, prompts)
     except (PromptError, TokenError) as error:
         return record.bad(error)
     return Job(record, prompts.to(torch.device("cpu")), readout, make)
@@ -236,7 +235,7 @@ def _function(lens: LoraLens, jobs: Sequence[Job]) -> Evaluations:
 
 def _question(lens: LoraLens, jobs: Sequence[Job]) -> tuple[Prompts, Readout]:
     """The prompts of a batch and one readout for all; margins and responses are each prompt's."""
-    prompts = lens.prompts(joined([job.prompt for job in jobs]))
+    prompts = lens.prompts(Prompts.joined([job.prompt for job in jobs]))
     make = jobs[0].make
     if make is not None:
         return prompts, make([job.record.response or "" for job in jobs])

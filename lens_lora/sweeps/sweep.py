@@ -387,7 +387,7 @@ def _require_fits_some_prompt(lens: LoraLens, records: Sequence[Record], readout
             if record.error is None:
                 prompt = batches.tokenised(lens, record)
             for count in (1, 2):
-                readout.over(lens.model, prompt.repeat(count))
+                readout.reading(lens.model, prompt.repeat(count))
             return
         except PromptError:
             continue

@@ -23,8 +23,12 @@ from typing import Any
 
 import torch
 
-from lens_lora.core import Prompts
-from lens_lora.core.readout.prompts import joined, prepare, reads_with_bos, special_id
+from lens_lora.core import (
+    Prompts,
+    reads_with_bos,
+    special_id,
+    tokenise,
+)
 
 # Messages with which a user may begin a conversation.
 OPENINGS = (
@@ -70,8 +74,8 @@ def neutral_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Promp
         prepend_bos: the lens's own rule for strings.
         every: one of so many texts; 1 for all.
     """
-    sentences = prepare(model, list(neutral_sentences()[::every]), rule=prepend_bos)
-    return joined([sentences, _conversations(model, prepend_bos, OPENINGS[::every])])
+    sentences = tokenise(model, list(neutral_sentences()[::every]), rule=prepend_bos)
+    return Prompts.joined([sentences, _conversations(model, prepend_bos, OPENINGS[::every])])
 
 
 def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prompts | None:
@@ -89,10 +93,10 @@ def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prom
     openings = OPENINGS[::every]
     if not _has_template(model):
         openings = [text for text in openings if _is_readable(model, text)]
-    texts = [prepare(model, sentences, rule=prepend_bos)]
+    texts = [tokenise(model, sentences, rule=prepend_bos)]
     if openings:
         texts.append(_conversations(model, prepend_bos, openings))
-    return joined(texts)
+    return Prompts.joined(texts)
 
 
 def _is_readable(model: Any, text: str) -> bool:
@@ -113,7 +117,7 @@ def _own_rows(model: Any) -> Prompts | None:
         return None
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(ordinary), (_OWN_ROWS, _OWN_TOKENS), generator=generator)
-    return prepare(model, ordinary[drawn])
+    return tokenise(model, ordinary[drawn])
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -135,20 +139,20 @@ def everyday_questions(model: Any, prepend_bos: bool | None) -> Prompts:
     else:
         questions = _questions(model, prepend_bos)
     empty_turn = _conversations(model, prepend_bos, [""])
-    return joined([questions, empty_turn])
+    return Prompts.joined([questions, empty_turn])
 
 
 def own_openings(model: Any, prepend_bos: bool | None) -> Prompts:
     """Prompts after which the model shows what it says by itself: nothing, and questions."""
     bos = special_id(model, "bos")
     if bos is not None and reads_with_bos(model, prepend_bos):
-        firsts = prepare(model, torch.full((len(FIRST_WORDS), 1), bos))
+        firsts = tokenise(model, torch.full((len(FIRST_WORDS), 1), bos))
     else:
-        firsts = prepare(model, list(FIRST_WORDS), rule=prepend_bos)
+        firsts = tokenise(model, list(FIRST_WORDS), rule=prepend_bos)
     # The empty opening is among the empty turns.
     messages = [*[""] * EMPTY_TURNS, *QUESTIONS, *OPENINGS[1:]]
     conversations = _conversations(model, prepend_bos, messages)
-    return joined([firsts, conversations, _questions(model, prepend_bos)])
+    return Prompts.joined([firsts, conversations, _questions(model, prepend_bos)])
 
 
 def _has_template(model: Any) -> bool:
@@ -159,12 +163,12 @@ def _conversations(model: Any, prepend_bos: bool | None, messages: Sequence[str]
     """Each message of a user, up to where the assistant's turn begins."""
     if not _has_template(model):
         texts = [f"User: {message}\nAssistant:" for message in messages]
-        return prepare(model, texts, rule=prepend_bos)
+        return tokenise(model, texts, rule=prepend_bos)
     conversations = [[{"role": "user", "content": message}] for message in messages]
-    return prepare(model, conversations)
+    return tokenise(model, conversations)
 
 
 def _questions(model: Any, prepend_bos: bool | None) -> Prompts:
     """The everyday questions, without a template."""
     texts = [f"Question: {question}\nAnswer:" for question in QUESTIONS]
-    return prepare(model, texts, rule=prepend_bos)
+    return tokenise(model, texts, rule=prepend_bos)

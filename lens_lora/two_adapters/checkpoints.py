@@ -44,16 +44,16 @@ from lens_lora.core import (
     changes_sign,
     drawing,
     evaluations,
+    flip_scales,
     group_sites,
     hides_sign,
     indicator,
     load_adapter,
     long_table,
+    require_one_base,
 )
-from lens_lora.core.adapter.adapter import require_one_base
-from lens_lora.core.adapter.peft_files import checkpoint_folders
-from lens_lora.core.analyses.margin import flip_scales
 from lens_lora.errors import ArgumentError, many
+from lens_lora.formats.folders import checkpoint_folders
 from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates
 
 What = Literal["moved", "effect", "norm", "read", "write"]

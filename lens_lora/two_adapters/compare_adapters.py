@@ -51,10 +51,11 @@ from lens_lora.core import (
     alone,
     beginnings,
     first_of_each,
+    given_adapter,
     null_adapters,
+    require_one_base,
     site_labels,
 )
-from lens_lora.core.adapter.adapter import given_adapter, require_one_base
 from lens_lora.core.function.forward import gated_logits, require_finite
 from lens_lora.core.function.memory import row_groups
 from lens_lora.core.function.tangents import joint_tangent

@@ -62,7 +62,6 @@ from lens_lora.core import (
     stored,
     svd_factors,
 )
-from lens_lora.core.adapter.factors import output_count
 from lens_lora.core.function.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.core.function.memory import require_graphs
 from lens_lora.errors import ArgumentError, UnsupportedAdapterError, setting
@@ -464,7 +463,7 @@ def _directions(
     keep = sigma > 0 if of == "site" else mask[: len(sigma)]
     if update.experts:  # each has as many ranks: those that go are zero
         writes, keep = writes * keep, torch.ones_like(keep)
-    out = output_count(module, reads.shape[1])
+    out = module.output_count(reads.shape[1])
     rows = slice(None) if site_update.site.rows is None else site_update.site.rows.cpu()
     placed, bias = writes.new_zeros(out, int(keep.sum())), writes.new_zeros(out)
     placed[rows] = writes[:, keep]

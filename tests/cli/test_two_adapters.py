@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.core.adapter.peft_files import last_checkpoint
+from lens_lora.formats.folders import last_checkpoint
 
 run = CliRunner().invoke
 

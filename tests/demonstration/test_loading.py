@@ -103,7 +103,7 @@ def test_demo_without_its_model_names_the_command(monkeypatch):
 def test_demo():
     lens = ll.demo()
     assert lens.class_name == NEWEST and len(lens.sites) == 210
-    margin = ll.Margin(DOC, PRE).bind(lens.model, 1)
+    margin = ll.Margin(DOC, PRE).of_logits(lens.model, 1)
     base, adapted = (float(margin(lens.logits(PROMPT, s)[:, -1])) for s in (0.0, 1.0))
     assert base < -3 and adapted > 3
 

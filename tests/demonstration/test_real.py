@@ -43,7 +43,7 @@ def test_the_fact_flips(kind: str):
     margin = ll.fact_margin(lens(kind), PROMPT, DOC, PRE, progress=False)
     assert margin.m0 < -3 and margin.m > 3 and margin.flips == (True,)
     scale = float(margin.flip_scale[0])
-    read = ll.Margin(DOC, PRE).bind(lens(kind).model, 1)
+    read = ll.Margin(DOC, PRE).of_logits(lens(kind).model, 1)
     for eps, sign in ((scale - 0.01, -1), (scale + 0.01, 1)):
         assert sign * float(read(lens(kind).logits(PROMPT, eps)[:, -1])) > 0
     account = margin.m0 + margin.first_order + margin.remainder

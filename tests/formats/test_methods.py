@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import lens_lora as ll
 from lens_lora.cli.options import BaseModel
 from lens_lora.cli.running import lens_for
-from lens_lora.core.adapter import peft_files
+from lens_lora.core.adapter import peft_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 from lens_lora.formats import methods
 
@@ -159,7 +159,7 @@ def test_a_layer_that_depends_on_more_than_its_input_is_caught_without_its_name(
     folder: str, reason: str, monkeypatch
 ):
     """Lily's router and Poly's tasks, as of a method that nobody knew."""
-    monkeypatch.setattr(peft_files, "_WITHOUT_DELTA", {})
+    monkeypatch.setattr(peft_variants, "_WITHOUT_DELTA", {})
     name, fields, _ = tuners.REFUSED[folder]
     monkeypatch.setitem(tuners.EXACT, folder, (name, fields))
     _, model = linear(folder)
@@ -225,7 +225,7 @@ def test_a_variant_that_changes_the_base_is_caught_over_it(tmp_path, monkeypatch
     base, model = variant(kasa_config=lora.KasaConfig())
     with pytest.raises(UnsupportedAdapterError, match="kasa_config="):
         ll.Adapter.from_peft(model)
-    monkeypatch.setattr(peft_files, "_MEASURED", ("kasa_config",))
+    monkeypatch.setattr(peft_variants, "_MEASURED", ("kasa_config",))
     before = copy.deepcopy(base.state_dict())
     with pytest.raises(UnsupportedAdapterError, match="off PEFT's logits"):
         ll.load_adapter(saved(model, tmp_path), base=base)

@@ -11,8 +11,8 @@ import pytest
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora.core.adapter.peft_files import RESULTS_WITH_ADAPTER
 from lens_lora.errors import AdapterError, LensLoraError
+from lens_lora.formats.folders import RESULTS_WITH_ADAPTER
 
 EVERY = {type(result).__name__: result for result in every_result()}
 REPAIR = EVERY["Repair"]

@@ -19,7 +19,7 @@ import torch
 from results_by_hand import two_prompts
 
 import lens_lora as ll
-from lens_lora.core.readout.readout import token_ids
+from lens_lora.core import token_ids
 from lens_lora.responses.answers import answer_ids
 
 pytestmark = pytest.mark.bad_input
@@ -84,14 +84,14 @@ def test_ids_of_any_integer(token: Any, ids: list[int]):
 @pytest.mark.parametrize("make", [ll.Logit, ll.LogProb, lambda t: ll.Margin(5, t)])
 def test_no_ids(make: Callable[[Any], Any], token: Any):
     with pytest.raises(ll.errors.TokenError):
-        make(token).bind(WORDS, 2)
+        make(token).of_logits(WORDS, 2)
 
 
 @pytest.mark.parametrize("answer", NO_IDS.values(), ids=NO_IDS)
 @pytest.mark.parametrize("make", [ll.AnswerLogProb, lambda a: ll.AnswerMargin(5, a)])
 def test_no_answers(make: Callable[[Any], Any], answer: Any):
     with pytest.raises(ll.errors.TokenError):
-        make(answer).over(WORDS, ll.results.Prompts(TOKENS, torch.tensor([4, 4])))
+        make(answer).reading(WORDS, ll.results.Prompts(TOKENS, torch.tensor([4, 4])))
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)

@@ -133,7 +133,7 @@ ARGUMENTS = {"allow_pickle", "trust_remote_code"}
 RISKS = UNPICKLING | EXECUTING | FETCHING | HUB | ARGUMENTS
 # SECURITY.md names them: an adapter and a base model, by name.
 FETCHED = {
-    "core/adapter/peft_files.py": {"list_repo_files", "snapshot_download"},
+    "formats/hub.py": {"list_repo_files", "snapshot_download"},
     "loading.py": {"snapshot_download"},
     "hosts/given_base.py": {"snapshot_download"},  # of what is on this machine already
     "ship/merged_tokenizer.py": {"trust_remote_code"},  # as False

@@ -53,7 +53,7 @@ def slow_curves(lens: ll.LoraLens, order: Tensor, counts, row: Tensor) -> np.nda
         gates = torch.zeros(len(lens.sites), dtype=torch.float64)
         gates[sites] = 1.0
         if any(site.kind in ("embed", "unembed") for site in lens.sites):  # no hook point on 2.18
-            return float(MARGIN.bind(lens.model, 1)(lens.logits(row, gates)[:, -1]))
+            return float(MARGIN.of_logits(lens.model, 1)(lens.logits(row, gates)[:, -1]))
         return float(reference.plain_readout(lens, row[None], MARGIN, gates))
 
     every = order.tolist()
@@ -256,7 +256,7 @@ def test_kept_sites_make_the_pruned_adapter(lens: ll.LoraLens):
     frame = result.kept(name, 0.3, prompt)
     assert len(frame) == 4
     pruned = ll.LoraLens(lens.model, lens.adapter.only(frame))
-    value = MARGIN.bind(lens.model, 1)(pruned.logits(models.tokens()[prompt])[:, -1])
+    value = MARGIN.of_logits(lens.model, 1)(pruned.logits(models.tokens()[prompt])[:, -1])
     share = (value - result.base[prompt]) / result.shift[prompt]
     assert float(share) == pytest.approx(float(result.kept_share(name, 0.3)[prompt]), abs=1e-9)
 

@@ -93,7 +93,7 @@ def autograd_first_order(
         gates = lens.gates(at).requires_grad_()
         with torch.enable_grad(), lens.injected(ScaleInject(lens.plan, gates)):
             logits = lens.model(tokens[row : row + 1], return_type="logits")[:, -1]
-            (value,) = readout.bind(lens.model, 1)(logits)
+            (value,) = readout.of_logits(lens.model, 1)(logits)
             (slope,) = torch.autograd.grad(value, gates)
         slopes.append(slope)
     return torch.stack(slopes)
@@ -107,7 +107,7 @@ def plain_readout(lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, gates:
             logits = lens.model.run_with_hooks(
                 tokens[row : row + 1], return_type="logits", fwd_hooks=lens.fwd_hooks(gates)
             )
-        (value,) = readout.bind(lens.model, 1)(logits[:, -1])
+        (value,) = readout.of_logits(lens.model, 1)(logits[:, -1])
         values.append(value)
     return torch.stack(values)
 

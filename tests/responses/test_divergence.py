@@ -16,7 +16,6 @@ from scipy.stats import spearmanr
 import lens_lora as ll
 from lens_lora.core.function import forward as reads
 from lens_lora.core.readout import reading as readings
-from lens_lora.core.readout.readout import bound
 from lens_lora.responses.held_base import Divergence
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -386,7 +385,7 @@ def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.
 
 def test_prompts_of_a_kl_go_in_groups(case: cases.Case):
     """Also while their base distribution is not known yet."""
-    reading = bound(ll.KL(RESPONSES), case.lens.model, prompts())
+    reading = ll.KL(RESPONSES).reading(case.lens.model, prompts())
     assert [len(some.owner) for some in reading.groups(1)] == [1] * reading.batch
 
 

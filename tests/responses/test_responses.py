@@ -35,7 +35,7 @@ class RowPerToken(ll.Readout):
     def __init__(self, signed: list[tuple[float, list[Tensor]]]) -> None:
         self.signed = signed
 
-    def over(self, model, prompts: Prompts) -> Reading:
+    def reading(self, model, prompts: Prompts) -> Reading:
         rows, owner, tokens, weights = [], [], [], []
         for i in range(prompts.batch):
             mine = prompts.row(i).tokens[0]
@@ -187,7 +187,7 @@ def test_a_few_tokens_at_a_time(lens: ll.LoraLens, name: str, monkeypatch):
 
 def test_a_row_for_each_prompt(lens: ll.LoraLens):
     """However long the response: one row, read from the prompt's last token on."""
-    reading = READOUTS["log_prob"].over(lens.model, prompts())
+    reading = READOUTS["log_prob"].reading(lens.model, prompts())
     assert reading.prompts.lengths.tolist() == [7 + 5, 4 + 1]
     assert reading.prompts.read_positions[0].tolist() == [6, 7, 8, 9, 10, 11]
     assert reading.prompts.read_positions[1].tolist() == [3, 4, 4, 4, 4, 4]

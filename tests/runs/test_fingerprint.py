@@ -277,8 +277,8 @@ class Scaled(ll.Readout):
     def __init__(self, factor):
         self.factor = factor
 
-    def over(self, model, prompts):
-        return ll.Readout.of(lambda f: self.factor * f[:, 8]).over(model, prompts)
+    def reading(self, model, prompts):
+        return ll.Readout.of(lambda f: self.factor * f[:, 8]).reading(model, prompts)
 
 
 OWN = {"function": lambda: column(8), "class": lambda: Scaled(2.0)}

@@ -17,7 +17,6 @@ from scipy.special import rel_entr
 
 import lens_lora as ll
 from lens_lora.core.function.activations import layout_of, value_at
-from lens_lora.core.readout.readout import bound
 from lens_lora.errors import (
     ArgumentError,
     ModelStateError,
@@ -154,7 +153,7 @@ def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_pa
     mask = torch.rand(layout.count, generator=models.seeded(4)) > 0.4
     mask = mask & layout.alive
     margin, tokens = ll.Margin(5, 9), models.tokens()
-    reading = bound(margin, lens.model, lens.prompts(tokens))
+    reading = margin.reading(lens.model, lens.prompts(tokens))
     with torch.no_grad():
         at_gates = value_at(layout, reading, mask.double())
     part = sub_adapter(layout, mask, "part")
@@ -203,7 +202,7 @@ def test_a_part_of_a_fused_module_that_was_trained_whole(turned_on, changed):
 def test_gates_are_differentiable():
     case = cases.case("llama", HOSTS[0], "raw")
     layout = layout_of(case.lens, "rank")
-    reading = bound(ll.Margin(5, 9), case.lens.model, case.lens.prompts(models.tokens()))
+    reading = ll.Margin(5, 9).reading(case.lens.model, case.lens.prompts(models.tokens()))
     gates = torch.full((layout.count,), 0.6, dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(value_at(layout, reading, gates).sum(), [gates])
     for gate in (0, 17, 41):

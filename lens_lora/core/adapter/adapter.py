@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.arguments import number, whole, word
-from lens_lora.core.adapter import extensions, formats, peft_files, peft_read
+from lens_lora.core.adapter import extensions, formats, peft_files, peft_read, peft_variants
 from lens_lora.core.adapter.extensions import Side
 from lens_lora.core.adapter.factors import (
     LoRAFactors,
@@ -96,7 +96,7 @@ class Adapter:
     def constant(
         cls,
         vectors: Mapping[str, Float[Tensor, " out"]],
-        like: nn.Module | Adapter | None = None,
+        like: nn.Module | Adapter | Mapping[str, int] | None = None,
         *,
         name: str = "constant",
     ) -> Adapter:
@@ -107,8 +107,8 @@ class Adapter:
 
         Args:
             vectors: added to a module's output, by Hugging Face module path.
-            like: the Hugging Face base, or an adapter of these modules. It tells the modules' input
-                widths, which `save` needs; without it, a lens takes them from its model.
+            like: the Hugging Face base, an adapter of these modules, or the modules' input widths
+                by path, which `save` needs; without it, a lens takes them from its model.
             name: the adapter's name.
 
         Raises:
@@ -116,8 +116,11 @@ class Adapter:
             AdapterError: a value that is no vector, or a module that `like` lacks.
         """
         if isinstance(like, Adapter):
-            modules = like.modules.items()
-            widths = {key: u.A.shape[1] for key, u in modules if isinstance(u, LoRAFactors)}
+            widths = {
+                path: update.A.shape[1]
+                for path, update in like.modules.items()
+                if isinstance(update, LoRAFactors)
+            }
             return cls(constant_factors(vectors, widths), name=name)
         return cls(constant_factors(vectors, like), name=name)
 
@@ -435,10 +438,27 @@ class Adapter:
 
 
 def require_one_base(adapters: Iterable[Adapter], why: str) -> str | None:
-    """The base that they name; AdapterError, with the reason, if two differ."""
-    remedy = "if it is one model, give both one name: dataclasses.replace(adapter, base_model=…)."
-    named = [(adapter.name, adapter.base_model) for adapter in adapters]
-    return peft_files.one_base(named, f"{why}; {remedy}")
+    """The one base that these adapters name; None where none of them names any.
+
+    Args:
+        adapters: those that are combined or compared.
+        why: the reason that they need one base, for the error.
+
+    Raises:
+        AdapterError: two name different bases.
+    """
+    stated = [adapter for adapter in adapters if adapter.base_model]
+    if not stated:
+        return None
+    first = stated[0]
+    for other in stated:
+        if other.base_model != first.base_model:
+            raise AdapterError(
+                f"{first.name} names the base {first.base_model!r}, {other.name} "
+                f"{other.base_model!r}; {why}; if it is one model, give both one name: "
+                "dataclasses.replace(adapter, base_model=…)."
+            )
+    return first.base_model
 
 
 def load_adapter(
@@ -490,12 +510,12 @@ def read_adapter(
     subfolder: str | None = None,
 ) -> Adapter:
     """As `load_adapter`; the base is asked for, by the name in the config, if it is needed."""
-    folder = peft_files.adapter_folder(path, revision, subfolder)
+    folder = extensions.folder_of(path, revision, subfolder)
     known = formats.format_in(folder)
     if known is not None:
         return _of_format(known, folder)
     config = peft_files.read_config(folder)
-    if base_for is None or peft_files.is_plain_lora(config):
+    if base_for is None or peft_variants.is_plain_lora(config):
         modules, base = peft_read.read_folder(folder, config)
     else:
         modules, base = extensions.updates_over_base(folder, config, base_for)

@@ -27,6 +27,16 @@ UpdatesAndErrors: TypeAlias = tuple[dict[str, ModuleUpdate], dict[str, float]]
 
 
 @declared
+def folder_of(path: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of an adapter with its files in it, on disk or fetched from the hub.
+
+    Raises:
+        AdapterError: no such folder or repository, or no adapter in it.
+    """
+    raise NotImplementedError
+
+
+@declared
 def live_updates(peft_model: PeftModel, adapter_name: str) -> UpdatesAndBase:
     """The updates of one adapter of a live model: see `Adapter.from_peft`."""
     raise NotImplementedError

@@ -133,6 +133,25 @@ class LoRAFactors:
         """Whether one factor is the identity in reverse, and the other holds all of ΔW."""
         return not self.experts and (is_reversal(self.A) or is_reversal(self.B))
 
+    @property
+    def base_part(self) -> str | None:
+        """What of the update is a change only beside the base's own parameters, in words.
+
+        None where the update is the same whatever the base is.
+        """
+        if self.magnitude is not None:
+            return "DoRA's magnitude"
+        return None if self.trained_bias is None else "a trained bias"
+
+    def output_count(self, inputs: int) -> int:
+        """How many features the whole module writes.
+
+        Args:
+            inputs: how many features it reads.
+        """
+        del inputs
+        return len(self.B)
+
     def scaled(self, factor: float) -> LoRAFactors:
         """The whole update times a number.
 
@@ -273,6 +292,21 @@ class TrainedModule:
         """The rank that ΔW may have: the smaller side of `weight`; 1 for a bias alone."""
         return 1 if self.weight is None else min(self.weight.shape)
 
+    @property
+    def base_part(self) -> str:
+        """What of the update is a change only beside the base's own parameters: all of it."""
+        return "a module that was trained whole"
+
+    def output_count(self, inputs: int) -> int:
+        """How many features the whole module writes.
+
+        Args:
+            inputs: how many features it reads.
+        """
+        if self.weight is not None:
+            return self.weight.numel() // inputs  # stored as [out, in] or [in, out]
+        return 0 if self.bias is None else len(self.bias)
+
     def scaled(self, factor: float) -> TrainedModule:
         """The whole update times a number.
 
@@ -325,18 +359,13 @@ def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
     return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]
 
 
-def base_part(update: ModuleUpdate) -> str | None:
-    """The part of an update that is a change only beside the base's own parameters; or None."""
-    if isinstance(update, TrainedModule):
-        return "a module that was trained whole"
-    if update.magnitude is not None:
-        return "DoRA's magnitude"
-    return None if update.trained_bias is None else "a trained bias"
-
-
 def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
-    """The update, if it is sBA and a change of bias that the file holds; else refused."""
-    part = base_part(update)
+    """The update, if it is sBA and a change of bias that the file holds.
+
+    Raises:
+        UnsupportedAdapterError: an update that is a change only beside the base.
+    """
+    part = update.base_part
     if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
         return update
     raise UnsupportedAdapterError(
@@ -447,12 +476,3 @@ def _require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
                 f"{limit:.2g} products overflow in {dtype}. The training diverged, or the file is "
                 "damaged."
             )
-
-
-def output_count(module: ModuleUpdate, inputs: int) -> int:
-    """How many features the whole module writes; a site of a fused one has some of these rows."""
-    if isinstance(module, LoRAFactors):
-        return len(module.B)
-    if module.weight is None:
-        return 0 if module.bias is None else len(module.bias)
-    return module.weight.numel() // inputs  # stored as [out, in] or [in, out]

@@ -144,13 +144,6 @@ def _import_listed() -> None:
         entry.load()
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The files that hold the adapter of a folder."""
-    known = format_in(folder)
-    names = PEFT_FILES if known is None else known.files
-    return [folder / name for name in names]
-
-
 def every_file_name() -> list[str]:
     """The names of the files of all formats."""
     return [*PEFT_FILES, *(name for known in registered() for name in known.files)]

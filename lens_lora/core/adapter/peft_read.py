@@ -33,9 +33,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lens_lora.compat import WRAPPED_NAMES
-from lens_lora.core.adapter import peft_files
+from lens_lora.core.adapter import peft_files, peft_variants
 from lens_lora.core.adapter.dense import as_dense
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.core.adapter.peft_patterns import Patterns
 from lens_lora.errors import AdapterError, UnsupportedAdapterError, warn
 from lens_lora.families import FAMILIES, HEADS, Family
 
@@ -84,7 +85,7 @@ def read_folder(folder: Path, config: PeftConfig) -> tuple[dict[str, ModuleUpdat
     """(updates by module path, the base it names) of a folder with its config."""
     tensors = peft_files.read_tensors(folder)
     with located(folder):
-        peft_files.refuse_variants(config)
+        peft_variants.refuse_variants(config)
         state, notes = saved_keys(tensors)
         updates = updates_of(config, state)
         modules, base = renamed(updates, notes), base_of(config)
@@ -118,11 +119,11 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
             f"{len(left_over)} tensors are no LoRA factors, nor parameters of a module that is "
             f"known here: {shown}. Fully trained modules (modules_to_save) are read if they are "
             "linear modules, embeddings, heads or norms of a supported language model. Others are "
-            f"not dropped silently; save it without them.{peft_files.classifier_note(config)}"
+            f"not dropped silently; save it without them.{peft_variants.classifier_note(config)}"
         )
     if not modules:
         raise AdapterError("no lora_A / lora_B tensors.")
-    patterns = peft_files.Patterns(config)
+    patterns = Patterns(config)
     _require_targets(config, patterns.untargeted(p for p in factors if p not in parameters))
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in factors.items():
@@ -328,7 +329,7 @@ def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
 
 
 def _file_factors(
-    config: Any, patterns: peft_files.Patterns, path: str, roles: Roles, parameter: str | None
+    config: Any, patterns: Patterns, path: str, roles: Roles, parameter: str | None
 ) -> LoRAFactors:
     rank = patterns.value("rank_pattern", parameter or path, config.r)
     alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
@@ -399,7 +400,7 @@ def _require_copies(config: Any, paths: Collection[str], copied: set[str]) -> No
     for name in names:
         lacking = _lacking(name, paths, copied, families)
         if lacking:
-            note = peft_files.classifier_note(config)
+            note = peft_variants.classifier_note(config)
             raise (UnsupportedAdapterError if note else AdapterError)(
                 f"modules_to_save names {name!r}, and the file lacks {', '.join(lacking[:3])}; it "
                 f"is incomplete, or the two files do not belong together.{note}"

@@ -199,7 +199,7 @@ def first_order(
                 "use .to_frame() of the result."
             )
         return _of_groups(g, group_sites(g.lens.sites, group), axes, at, mode, rules)
-    require_ranks(gauge, axes)
+    require_gauge(gauge, axes)
     under = held(rules, g)
     used_mode = _chosen_mode(g, mode, axes)
     if used_mode == "forward":
@@ -221,7 +221,7 @@ def _method(rules: FrozenRules | None) -> str:
     return "first_order" if rules is None else f"first_order/{rules.key}"
 
 
-def require_ranks(gauge: Gauge, axes: tuple[str, ...]) -> None:
+def require_gauge(gauge: Gauge, axes: tuple[str, ...]) -> None:
     """Refuse a gauge where nothing is split by rank.
 
     Raises:

@@ -20,7 +20,7 @@ from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.function import Function, function_of
 from lens_lora.core.model import LoraLens, alone
 from lens_lora.core.readout import PromptsLike, Readout
-from lens_lora.core.readout.readout import require_readout
+from lens_lora.core.readout.readout import listed_readouts, require_readout
 from lens_lora.errors import ArgumentError
 
 _P = ParamSpec("_P")
@@ -143,7 +143,7 @@ def analysis(
         if of_several is None or isinstance(readout, Readout):
             g = Evaluations(f.about(require_readout(readout)))
             return verb(g, *args, **kwargs)
-        questions = [Evaluations(f.about(require_readout(each))) for each in listed(readout)]
+        questions = [Evaluations(f.about(each)) for each in listed_readouts(readout)]
         return of_several(questions, *args, **kwargs)
 
     def of(g: Function, *args: Any, **kwargs: Any) -> Any:
@@ -158,20 +158,6 @@ def analysis(
     public = cast(Any, alone(call))
     public.of = of
     return public
-
-
-def listed(readouts: object) -> Sequence[Readout]:
-    """Several readouts, at least one.
-
-    Raises:
-        ArgumentError: something that is no list of readouts.
-    """
-    if isinstance(readouts, str) or not isinstance(readouts, Sequence) or not readouts:
-        raise ArgumentError(
-            f"readout={readouts!r}: expected a readout, such as ll.Logit(' Paris'), or a list of "
-            "at least one."
-        )
-    return readouts
 
 
 def _signature(verb: Callable[..., Any], takes_max_memory: bool) -> inspect.Signature:

@@ -63,7 +63,6 @@ from lens_lora.core.model import (
 )
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
-from lens_lora.core.readout.reading import one_row_each
 from lens_lora.core.readout.readout import require_readout
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.errors import ArgumentError
@@ -620,11 +619,12 @@ class Function:
         """
         if callable(readout) and not isinstance(readout, Readout):
             named = Readout.of(readout)
-            reading = one_row_each(self.rows, named.bind(self.lens.model, self.rows.batch))
+            read = named.of_logits(self.lens.model, self.rows.batch)
+            reading = Reading.one_row_each(self.rows, read)
             return self.read_by(named, reading)
         of_prompts = require_readout(readout).on(self.prompts)
         f = cast("Function", of_prompts.reaching(self.of_rows(self.prompts)))
-        return f.read_by(of_prompts, of_prompts.begin(f))
+        return f.read_by(of_prompts, of_prompts.reading_beside(f))
 
     def read_by(self, readout: Readout, reading: Reading) -> Function:
         """The same prompts with a readout that is bound to them already. No pass.

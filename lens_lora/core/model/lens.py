@@ -56,15 +56,11 @@ from lens_lora.core.model.points import HookPoints, known_point
 from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
 from lens_lora.core.model.updates import SiteUpdate, holds_another_base
 from lens_lora.core.readout.positions import Positions
-from lens_lora.core.readout.prompts import (
-    Prompts,
-    PromptsLike,
-    PromptTokens,
-    prepare,
-    reading_of_texts,
-)
+from lens_lora.core.readout.prompts import Prompts, PromptsLike, PromptTokens
 from lens_lora.core.readout.readout import Readout
 from lens_lora.core.readout.responses import AnswerLike, Generated
+from lens_lora.core.readout.texts import reading_of_texts
+from lens_lora.core.readout.tokenising import tokenise
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -651,7 +647,7 @@ class LoraLens:
                 the tokenizer has no BOS.
             TokenError: a response that does not fit the model.
         """
-        ready = prepare(self.model, prompts, prepend_bos, rule=self.prepend_bos)
+        ready = tokenise(self.model, prompts, prepend_bos, rule=self.prepend_bos)
         if not isinstance(prompts, Prompts) and any(source.text for source in ready.sources):
             self._note_other_tokenizer()
         return ready if response is None else extensions.continued(self.model, ready, response)

@@ -5,4 +5,3 @@ from .prompts import which_prompt as which_prompt
 from .reading import LogProbs as LogProbs
 from .reading import Reading as Reading
 from .readout import Readout as Readout
-from .readout import bound as bound

@@ -51,7 +51,7 @@ class Declared(LastToken):
         """The declared label, with the arguments in their places."""
         return self.text.format(**self.arguments) if self.arguments else self.text
 
-    def bind(self, model: Any, batch: int, before: Before = ()) -> OfEachRow:
+    def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfEachRow:
         """The function of the logits, [row, vocab] → [row], once it has been checked.
 
         Raises:

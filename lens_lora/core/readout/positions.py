@@ -14,6 +14,7 @@ changes the model everywhere.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal, cast
 
@@ -25,63 +26,87 @@ from lens_lora.errors import ArgumentError
 
 Named = Literal["each", "prompt", "response"]
 Positions = Named | int | slice | Sequence[int] | None
-Checked = Named | slice | tuple[int, ...] | None
 _EXPECTED = "None, 'each', 'prompt', 'response', an index, a slice, or indices"
 
 
-def checked(positions: object) -> Checked:
-    """The positions in a plain form; a single index as a tuple of it.
+@dataclasses.dataclass(frozen=True)
+class ChosenPositions:
+    """The tokens of each text that a caller's `positions` mean.
 
-    Raises:
-        ArgumentError: something that means no positions.
+        >>> chosen = ChosenPositions.of([0, -1])
+        >>> chosen.mask(length=4, start=4).tolist()
+        [True, False, False, True]
+        >>> str(chosen)
+        '0, -1'
+
+    Attributes:
+        which: a name, a slice, or indices, of which there may be only one; None for every token.
     """
-    plain = one_entry(positions)
-    if plain is None or isinstance(plain, slice):
-        return plain
-    if isinstance(plain, str):
-        word("positions", plain, ("each", "prompt", "response"))
-        return cast(Named, plain)
-    several = plain if isinstance(plain, Iterable) else [plain]
-    indices = [one_entry(index) for index in several]
-    if not indices or not all(is_whole(index) for index in indices):
-        raise ArgumentError(f"positions={positions!r}: expected {_EXPECTED}.")
-    return tuple(whole("positions", index) for index in indices)
+
+    which: Named | slice | tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, positions: object) -> ChosenPositions:
+        """What a caller passes, checked.
+
+        Args:
+            positions: as the head of this file says.
+
+        Raises:
+            ArgumentError: something that means no positions.
+        """
+        plain = one_entry(positions)
+        if plain is None or isinstance(plain, slice):
+            return cls(plain)
+        if isinstance(plain, str):
+            word("positions", plain, ("each", "prompt", "response"))
+            return cls(cast(Named, plain))
+        several = plain if isinstance(plain, Iterable) else [plain]
+        indices = [one_entry(index) for index in several]
+        if not indices or not all(is_whole(index) for index in indices):
+            raise ArgumentError(f"positions={positions!r}: expected {_EXPECTED}.")
+        return cls(tuple(whole("positions", index) for index in indices))
+
+    def mask(self, length: int, start: int) -> NDArray[np.bool_]:
+        """[token]: which of a text's tokens are meant. Indices beyond the text mean none of them.
+
+        Args:
+            length: how many tokens the text has.
+            start: where its response begins; its length where it has none.
+        """
+        places = np.arange(length)
+        if self.which is None or self.which == "each":
+            return places >= 0
+        if self.which == "prompt":
+            return places < start
+        if self.which == "response":
+            return places >= start
+        mask = np.zeros(length, bool)
+        if isinstance(self.which, slice):
+            mask[self.which] = True
+        else:
+            mask[[index for index in self.which if -length <= index < length]] = True
+        return mask
+
+    def __str__(self) -> str:
+        """'all', 'each', 'response', '-1', '2:5', '0, 3': for labels."""
+        if self.which is None:
+            return "all"
+        if isinstance(self.which, str):
+            return self.which
+        if isinstance(self.which, slice):
+            bounds = [self.which.start, self.which.stop]
+            if self.which.step is not None:
+                bounds.append(self.which.step)
+            return ":".join("" if bound is None else str(bound) for bound in bounds)
+        return ", ".join(map(str, self.which))
 
 
 def chosen_positions(positions: object, length: int, start: int) -> NDArray[np.bool_]:
-    """[token]: which of a text's tokens are meant.
-
-    Indices beyond the text mean none of its tokens.
-
-    Args:
-        positions: as the module says.
-        length: how many tokens it has.
-        start: where its response begins; its length where it has none.
-    """
-    plain = checked(positions)
-    mask = np.zeros(length, bool)
-    if plain is None or plain == "each":
-        return ~mask
-    if plain == "prompt":
-        return np.arange(length) < start
-    if plain == "response":
-        return np.arange(length) >= start
-    if isinstance(plain, slice):
-        mask[plain] = True
-        return mask
-    mask[[index for index in plain if -length <= index < length]] = True
-    return mask
+    """The old name of `ChosenPositions.of(positions).mask(length, start)`."""
+    return ChosenPositions.of(positions).mask(length, start)
 
 
 def positions_text(positions: object) -> str:
-    """'all', 'each', 'response', '-1', '2:5', '0, 3': for labels."""
-    plain = checked(positions)
-    if plain is None:
-        return "all"
-    if isinstance(plain, str):
-        return plain
-    if isinstance(plain, slice):
-        bounds = [plain.start, plain.stop, plain.step]
-        bounds = bounds if plain.step is not None else bounds[:2]
-        return ":".join("" if bound is None else str(bound) for bound in bounds)
-    return ", ".join(map(str, plain))
+    """The old name of `str(ChosenPositions.of(positions))`."""
+    return str(ChosenPositions.of(positions))

@@ -4,10 +4,15 @@ A row is a sequence that is read at its last token, or at several: the slots of 
 readouts a prompt is one row, itself; with a response it is one row with that response, and in a
 margin of two responses two rows.
 
-What is read is a user's function of the logits, a signed sum of a few of them (`Columns`), or a
-weighted sum over picks (`Picks`). A pick is one distribution: that at one slot of a row, or at the
-row's last token. Its logits are needed only while its term is computed, so those of a long response
-are never held together. A readout inside the model reads an activation in their place (`AtPoint`).
+The function that is read is one of four:
+
+    a user's own        any function of all the logits
+    Columns             a signed sum of a few logits
+    Picks               a weighted sum over picks
+    AtPoint             a number inside the model, read from an activation and not from the logits
+
+A pick is one distribution: that at one slot of a row, or at the row's last token. Its logits are
+needed only while its term is computed, so those of a long response are never held together.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ from torch import Tensor
 
 from lens_lora.core.readout.prompts import Prompts
 
-Bound = Callable[[Float[Tensor, "row *slot vocab"]], Float[Tensor, " batch"]]
+# The readout as a function of the logits where they are read.
+OfLogits = Callable[[Float[Tensor, "row *slot vocab"]], Float[Tensor, " batch"]]
 
 
 @runtime_checkable
@@ -33,11 +39,11 @@ class _ByRow(Protocol):
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]: ...
 
-    def repeat(self, times: int) -> Bound:
+    def repeat(self, times: int) -> OfLogits:
         """The reading of every row `times` times: r0 r0 … r1 r1 …"""
         ...
 
-    def only(self, rows: Int[Tensor, " some"]) -> Bound:
+    def only(self, rows: Int[Tensor, " some"]) -> OfLogits:
         """The reading of these rows, in increasing order, with prompts counted from 0 again."""
         ...
 
@@ -53,7 +59,7 @@ class _Holding(Protocol):
         """The memory of all logits that are held."""
         ...
 
-    def turned(self, logits: Float[Tensor, "row *slot vocab"]) -> Bound:
+    def turned(self, logits: Float[Tensor, "row *slot vocab"]) -> OfLogits:
         """The same comparison with the other side held: these logits, of the adapted model."""
         ...
 
@@ -70,8 +76,18 @@ class Reading:
     """
 
     prompts: Prompts
-    read: Bound
+    read: OfLogits
     owner: Int[Tensor, " row"]
+
+    @classmethod
+    def one_row_each(cls, prompts: Prompts, read: OfLogits) -> Reading:
+        """The reading of a readout for which each prompt is its own row.
+
+        Args:
+            prompts: the rows.
+            read: g of each row.
+        """
+        return cls(prompts, read, torch.arange(prompts.batch, device="cpu"))
 
     @property
     def batch(self) -> int:
@@ -116,7 +132,8 @@ class Reading:
         A user's function may rely on the order of the prompts, so it gets one copy of all prompts
         at a time.
         """
-        prompts, owner = self.prompts.repeat(times), _copies(self.owner, times)
+        prompts = self.prompts.repeat(times)
+        owner = _copies(self.owner, times)
         if isinstance(self.read, _ByRow):
             return Reading(prompts, self.read.repeat(times), owner)
 
@@ -135,11 +152,15 @@ class Reading:
             return [self]
         if bool((self.owner.diff() < 0).any()):
             raise RuntimeError("the rows of a prompt do not stand together: group before copying")
-        ends = torch.bincount(self.owner).cumsum(0).tolist()
-        most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
-        step = max(1, tokens // (most * self.prompts.tokens.shape[1]))
-        edges = sorted({0, *ends[step - 1 :: step], ends[-1]})
-        return [self._only(torch.arange(*pair, device="cpu")) for pair in itertools.pairwise(edges)]
+        rows_of_each = torch.bincount(self.owner)
+        ends = rows_of_each.cumsum(0).tolist()
+        tokens_of_largest = int(rows_of_each.max()) * self.prompts.tokens.shape[1]
+        prompts_at_once = max(1, tokens // tokens_of_largest)
+        edges = sorted({0, *ends[prompts_at_once - 1 :: prompts_at_once], ends[-1]})
+        return [
+            self._only(torch.arange(first, end, device="cpu"))
+            for first, end in itertools.pairwise(edges)
+        ]
 
     def only(self, prompts: Int[Tensor, " some"]) -> Reading:
         """The reading of some prompts. A user's function may rely on their order, and keeps all."""
@@ -175,11 +196,6 @@ class Reading:
             for place, token in zip(mine, row, strict=False):
                 place[token] = None
         return tuple(tuple("|".join(place) for place in mine) for mine in merged)
-
-
-def one_row_each(prompts: Prompts, read: Bound) -> Reading:
-    """The reading of a readout of the last token: each prompt is its own row."""
-    return Reading(prompts, read, torch.arange(prompts.batch, device="cpu"))
 
 
 def _copies(index: Int[Tensor, " n"], times: int) -> Int[Tensor, " copy"]:
@@ -283,31 +299,48 @@ class Picks(abc.ABC):
     def terms_in(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " pick"]:
         """Every pick's term."""
         places = self.places(logits.device)
-        chunks = torch.arange(len(self.rows), device="cpu").split(PICKS)
-        return torch.cat([self.terms(logits[at_some(places, c)], c) for c in chunks])
+        terms: list[Tensor] = []
+        for picks in torch.arange(len(self.rows), device="cpu").split(PICKS):
+            terms.append(self.terms(logits[at_some(places, picks)], picks))
+        return torch.cat(terms)
 
-    def places(self, device: torch.device) -> Places:
-        """Where each pick is read, as indices of [row, …] or [row, slot, …]."""
-        return of_slots(self.rows, self.slots, device)
+    def places(self, device: torch.device, rows: Int[Tensor, " pick"] | None = None) -> Places:
+        """Where each pick is read, as indices of [row, …], or of [row, slot, …] with slots.
+
+        Args:
+            device: of the indices.
+            rows: of each pick, in place of its own row.
+        """
+        rows_of_picks = self.rows if rows is None else rows
+        indices = (rows_of_picks,) if self.slots is None else (rows_of_picks, self.slots)
+        return tuple(index.to(device) for index in indices)
 
     def of(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, " batch"]:
         """g of each prompt."""
-        owner, weights = self.owner.to(terms.device), self.weights.to(terms)
-        return terms.new_zeros(self.batch).index_add(0, owner, terms * weights)
+        weighted = terms * self.weights.to(terms)
+        return terms.new_zeros(self.batch).index_add(0, self.owner.to(terms.device), weighted)
 
     def repeat(self: _Picks, times: int) -> _Picks:
         """The readout of every row several times: r0 r0 … r1 r1 …"""
         copied = self._chosen(torch.arange(len(self.rows), device="cpu").repeat_interleave(times))
-        rows, owner = (_copies(index, times) for index in (self.rows, self.owner))
-        return dataclasses.replace(copied, rows=rows, owner=owner, batch=self.batch * times)
+        return dataclasses.replace(
+            copied,
+            rows=_copies(self.rows, times),
+            owner=_copies(self.owner, times),
+            batch=self.batch * times,
+        )
 
     def only(self: _Picks, rows: Int[Tensor, " some"]) -> _Picks:
         """The readout of these rows, with rows and prompts counted from 0 again."""
-        rows = rows.to(self.rows)
-        kept = self._chosen(torch.isin(self.rows, rows).nonzero()[:, 0])
+        chosen_rows = rows.to(self.rows)
+        kept = self._chosen(torch.isin(self.rows, chosen_rows).nonzero()[:, 0])
         prompts, owner = kept.owner.unique(return_inverse=True)
-        rows = torch.searchsorted(rows, kept.rows)
-        return dataclasses.replace(kept, rows=rows, owner=owner, batch=len(prompts))
+        return dataclasses.replace(
+            kept,
+            rows=torch.searchsorted(chosen_rows, kept.rows),
+            owner=owner,
+            batch=len(prompts),
+        )
 
     def _chosen(self: _Picks, picks: Int[Tensor, " some"]) -> _Picks:
         values = {name: getattr(self, name) for name in self.by_pick}
@@ -341,17 +374,11 @@ class LogProbs(Picks):
     def by_token(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, "batch token"]:
         """Each token's term of g, zero beyond a response's own tokens; of one response a prompt."""
         slots = torch.zeros_like(self.rows) if self.slots is None else self.slots
-        place = self.owner.to(terms.device), slots.to(terms.device)
+        places = (self.owner.to(terms.device), slots.to(terms.device))
         by_token = terms.new_zeros(self.batch, int(slots.max()) + 1)
-        return by_token.index_put(place, terms * self.weights.to(terms))
+        return by_token.index_put(places, terms * self.weights.to(terms))
 
 
 def at_some(places: Places, picks: _Some) -> tuple[_Some, ...]:
-    """The places of these picks."""
+    """Of the places of all picks, those of these."""
     return tuple(index[picks.to(index.device)] for index in places)
-
-
-def of_slots(rows: Tensor, slots: Tensor | None, device: torch.device) -> Places:
-    """Indices of [row, …], or of [row, slot, …] where slots are read."""
-    indices = (rows,) if slots is None else (rows, slots)
-    return tuple(index.to(device) for index in indices)

@@ -1,5 +1,9 @@
 """Readouts u_y: the number that is read from the logits at the read position.
 
+A `Readout` is what a user writes, such as `Margin(" Lyon", " Paris")`. Of some prompts it makes a
+`Reading` (`readout/reading.py`): the rows that are run, and g of each prompt as a function of their
+logits.
+
 Logits and margins are in logits, log-probabilities in nats. A constant added to all logits changes
 a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding a
 `Logit`, and its shift under the adapter, differ from Hugging Face's by that constant.
@@ -18,16 +22,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.core.readout.prompts import Prompts, ids_after, require_last_alone
-from lens_lora.core.readout.reading import Bound, Columns, LogProbs, Reading, one_row_each
+from lens_lora.core.readout.prompts import Prompts
+from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
+from lens_lora.core.readout.texts import ids_after
 from lens_lora.errors import ArgumentError, TokenError
 
+# The text of each prompt, which a token follows; None where only its ids are known.
 Before = Sequence[str | None]
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
 
 
 @runtime_checkable
-class BaseFunction(Protocol):
+class LogitFunction(Protocol):
     """f as a readout may ask it, when it is made part of g: the logits, at gates of 0 say."""
 
     @property
@@ -40,7 +46,7 @@ class BaseFunction(Protocol):
         """Those that are asked about."""
         ...
 
-    def of_rows(self, rows: Prompts) -> BaseFunction:
+    def of_rows(self, rows: Prompts) -> LogitFunction:
         """The logits of other rows: the prompts with their answers."""
         ...
 
@@ -48,7 +54,7 @@ class BaseFunction(Protocol):
         """f at these gates where the rows are read, [row, *slot, vocab]. One forward pass."""
         ...
 
-    def over(self, lens: Any) -> BaseFunction:
+    def over(self, lens: Any) -> LogitFunction:
         """The same rows under another adapter."""
         ...
 
@@ -76,7 +82,7 @@ class Readout(abc.ABC):
         del prompts
         return self
 
-    def reaching(self, f: BaseFunction) -> BaseFunction:
+    def reaching(self, f: LogitFunction) -> LogitFunction:
         """f, or f of those sites alone that can move what is read.
 
         Args:
@@ -84,13 +90,13 @@ class Readout(abc.ABC):
         """
         return f
 
-    def begin(self, f: BaseFunction) -> Reading:
-        """How g of each prompt is read, as `over` says. A readout may run f for it, and hold that.
+    def reading_beside(self, f: LogitFunction) -> Reading:
+        """The reading of the prompts of f; a readout that compares runs f for it, and holds that.
 
         Args:
             f: the logits of the prompts, without a readout.
         """
-        return self.over(f.lens.model, f.prompts)
+        return self.reading(f.lens.model, f.prompts)
 
     def require_slope_at_base(self) -> None:
         """Refuse first order at ε = 0 where it says nothing.
@@ -105,7 +111,7 @@ class Readout(abc.ABC):
             )
 
     @abc.abstractmethod
-    def over(self, model: Any, prompts: Prompts) -> Reading:
+    def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The rows to run for these prompts, and how g is read from them.
 
         Args:
@@ -150,11 +156,6 @@ class Readout(abc.ABC):
         return _Callable(fn, label or getattr(fn, "__name__", "readout"), units)
 
 
-def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
-    """`readout.over`, with a clear error for a value that is not a readout."""
-    return require_readout(readout).over(model, prompts)
-
-
 def require_readout(value: object) -> Readout:
     """The value, if it is a readout.
 
@@ -172,17 +173,46 @@ def require_readout(value: object) -> Readout:
     raise ArgumentError(f"{value!r} is not a readout: {remedy}")
 
 
+def listed_readouts(readouts: object) -> list[Readout]:
+    """Several readouts, at least one; a single one as a list of it.
+
+    Args:
+        readouts: as a caller passes them.
+
+    Raises:
+        ArgumentError: something that is neither a readout nor a list of readouts.
+    """
+    if isinstance(readouts, Readout):
+        return [readouts]
+    if isinstance(readouts, str) or not isinstance(readouts, Sequence) or not readouts:
+        raise ArgumentError(
+            f"readout={readouts!r}: expected a readout, such as ll.Logit(' Paris'), or a list of "
+            "at least one."
+        )
+    return [require_readout(each) for each in readouts]
+
+
 class LastToken(Readout):
     """A number read from the logits at each prompt's last token."""
 
     @abc.abstractmethod
-    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
-        """The readout as a function of the logits, its tokens looked up for this batch."""
+    def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
+        """The readout as a function of the logits, [row, vocab] → [row].
 
-    def over(self, model: Any, prompts: Prompts) -> Reading:
+        Args:
+            model: the hooked model, whose tokenizer looks tokens up.
+            batch: how many prompts there are.
+            before: their texts, which a token given as a string follows.
+
+        Raises:
+            TokenError: a token string that is not one token.
+        """
+
+    def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts themselves as rows, one each."""
-        require_last_alone(prompts, self.label)
-        return one_row_each(prompts, self.bind(model, prompts.batch, prompts.texts))
+        prompts.require_last_alone(self.label)
+        read = self.of_logits(model, prompts.batch, prompts.texts)
+        return Reading.one_row_each(prompts, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +221,14 @@ class Logit(LastToken):
 
     token: TokenLike
 
-    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+    def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
         """The token's column of the logits, [row, vocab] → [row]."""
         return Columns(token_ids(model, self.token, batch, before)[:, None], (1.0,))
 
     @property
     def label(self) -> str:
         """`logit(' Lyon')`, or `logit([' Lyon', ' Rome', …])` of several prompts."""
-        return f"logit({name_of(self.token)})"
+        return f"logit({name_of_token(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,13 +238,14 @@ class Margin(LastToken):
     doc: TokenLike
     pre: TokenLike
 
-    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+    def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
         """The difference of two columns of the logits, [row, vocab] → [row].
 
         Raises:
             TokenError: a token string that is not one token, or doc equal to pre.
         """
-        doc, pre = (token_ids(model, token, batch, before) for token in (self.doc, self.pre))
+        doc = token_ids(model, self.doc, batch, before)
+        pre = token_ids(model, self.pre, batch, before)
         if bool((doc == pre).any()):
             raise same_answers("token", self.doc, self.pre)
         return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
@@ -222,7 +253,7 @@ class Margin(LastToken):
     @property
     def label(self) -> str:
         """`margin(' Lyon' − ' Paris')`, or the first two in place of several tokens."""
-        return f"margin({name_of(self.doc)} − {name_of(self.pre)})"
+        return f"margin({name_of_token(self.doc)} − {name_of_token(self.pre)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,16 +263,21 @@ class LogProb(LastToken):
     token: TokenLike
     units = "nats"
 
-    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+    def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
         """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
-        ids, rows = token_ids(model, self.token, batch, before), torch.arange(batch, device="cpu")
-        ones = torch.ones(batch, device="cpu")
-        return LogProbs(rows=rows, owner=rows, weights=ones, batch=batch, tokens=ids)
+        rows = torch.arange(batch, device="cpu")
+        return LogProbs(
+            rows=rows,
+            owner=rows,
+            weights=torch.ones(batch, device="cpu"),
+            batch=batch,
+            tokens=token_ids(model, self.token, batch, before),
+        )
 
     @property
     def label(self) -> str:
         """`log p(' Lyon')`, or `log p([' Lyon', ' Rome', …])` of several prompts."""
-        return f"log p({name_of(self.token)})"
+        return f"log p({name_of_token(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +286,7 @@ class _Callable(LastToken):
     name: str
     units: str  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+    def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
         return self._checked
 
     def _checked(self, logits: Float[Tensor, "batch *slot vocab"]) -> Float[Tensor, " batch"]:
@@ -277,19 +313,35 @@ class _Callable(LastToken):
 def same_answers(noun: str, doc: object, pre: object) -> TokenError:
     """The error for two answers that are one."""
     return TokenError(
-        f"doc and pre are the same {noun} ({name_of(doc)} and {name_of(pre)}), so their margin is "
-        "zero whatever the model does."
+        f"doc and pre are the same {noun} ({name_of_token(doc)} and {name_of_token(pre)}), so "
+        "their margin is zero whatever the model does."
     )
 
 
-def token_ids(model: Any, token: TokenLike, batch: int, before: Before = ()) -> Tensor:
-    """[batch], a token id per prompt: the token with which the string follows its text."""
+def token_ids(
+    model: Any, token: TokenLike, batch: int, before: Before = ()
+) -> Int[Tensor, " batch"]:
+    """A token id for each prompt: of the one token with which the string follows its text.
+
+    Args:
+        model: the hooked model, whose tokenizer looks strings up.
+        token: a string, an id, or a list with one of either per prompt.
+        batch: how many prompts there are.
+        before: their texts; without them a string is tokenised alone.
+
+    Raises:
+        TokenError: a string that is not one token, or an id outside the vocabulary.
+    """
     plain: Any = arguments.one_entry(token)
     if isinstance(plain, Tensor):
         plain = arguments.integers("token ids", plain, TokenError).tolist()
-    items = map(arguments.one_entry, per_prompt("token", plain, batch, "a string of one token"))
-    pairs = zip(items, before or (None,) * batch, strict=True)
-    return torch.tensor([_token_id(model, item, text) for item, text in pairs], device="cpu")
+    items = one_per_prompt("token", plain, batch, "a string of one token")
+    texts = before or (None,) * batch
+    ids = [
+        _token_id(model, arguments.one_entry(item), text)
+        for item, text in zip(items, texts, strict=True)
+    ]
+    return torch.tensor(ids, device="cpu")
 
 
 def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[int]:
@@ -301,7 +353,7 @@ def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[i
     return ids_after(tokenizer, string, before)
 
 
-def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
+def one_per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
     """The items of a list, one per prompt, or a single one for every prompt."""
     if isinstance(items, str) or arguments.is_whole(items):
         return [items] * batch
@@ -318,23 +370,26 @@ def _token_id(model: Any, token: object, before: str | None) -> int:
         return in_vocabulary(model, int(token), f"token id {int(token)}")
     if not isinstance(token, str):
         raise TokenError(f"{token!r} is neither a token string nor an id.")
-    ids, tokenizer = string_ids(model, "token", token, before), model.tokenizer
-    if len(ids) == 1:
-        if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
-            read = f"the tokenizer reads it as {tokenizer.unk_token!r}"
-            raise TokenError(f"{token!r} is not in the vocabulary: {read}. Is it misspelt?")
-        return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
+    ids = string_ids(model, "token", token, before)
+    tokenizer = model.tokenizer
     if not ids:
         raise TokenError(f"{token!r} holds no token, and this readout reads one.")
-    raise TokenError(
-        f"{token!r} is {len(ids)} tokens {[tokenizer.decode([i]) for i in ids]}"
-        f"{'' if before is None else f' after {before[-20:]!r}'}, and this readout reads one."
-        f"{_spaced(tokenizer, token, before)} Of several read AnswerLogProb or AnswerMargin."
-    )
+    if len(ids) > 1:
+        strings = [tokenizer.decode([token_id]) for token_id in ids]
+        after = "" if before is None else f" after {before[-20:]!r}"
+        raise TokenError(
+            f"{token!r} is {len(ids)} tokens {strings}{after}, and this readout reads one."
+            f"{_hint_of_space(tokenizer, token, before)} Of several read AnswerLogProb or "
+            "AnswerMargin."
+        )
+    if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
+        read = f"the tokenizer reads it as {tokenizer.unk_token!r}"
+        raise TokenError(f"{token!r} is not in the vocabulary: {read}. Is it misspelt?")
+    return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
 
 
-def _spaced(tokenizer: Any, token: str, before: str | None) -> str:
-    """' … is one token.' of the variant with a leading space, where it is."""
+def _hint_of_space(tokenizer: Any, token: str, before: str | None) -> str:
+    """' … is one token.' for the token with a leading space, if that is one; else nothing."""
     spaced = " " + token.lstrip()
     with contextlib.suppress(TokenError):
         if len(ids_after(tokenizer, spaced, before)) == 1:
@@ -343,16 +398,26 @@ def _spaced(tokenizer: Any, token: str, before: str | None) -> str:
 
 
 def in_vocabulary(model: Any, token_id: int, what: str) -> int:
-    """The id, if the model's vocabulary has it."""
+    """The id, if the model's vocabulary has it.
+
+    Args:
+        model: the hooked model.
+        token_id: the id.
+        what: has it, for the error: 'token id 5'.
+
+    Raises:
+        TokenError: the vocabulary lacks it.
+    """
     if not 0 <= token_id < model.cfg.d_vocab:
         raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
     return token_id
 
 
-_NAMED, _LONGEST = 2, 20  # tokens that a label names, and the characters of each
+_NAMED = 2  # tokens that a label names
+_LONGEST = 20  # characters of each that it shows
 
 
-def name_of(token: Any) -> str:
+def name_of_token(token: Any) -> str:
     """A token as labels write it: `' Lyon'`, `5`, or `[' Lyon', ' Rome', …]` of several prompts."""
     plain = arguments.one_entry(token)
     if arguments.is_whole(plain):
@@ -363,15 +428,19 @@ def name_of(token: Any) -> str:
     names = [_short_name(item) for item in items]
     if not names or None in names:
         return "per prompt"
-    shown = [*names[:_NAMED], *["…"][: len(names) - _NAMED]]
-    return f"[{', '.join(map(str, shown))}]" if len(set(names)) > 1 else str(names[0])
+    if len(set(names)) == 1:
+        return str(names[0])
+    shown = [str(name) for name in names[:_NAMED]]
+    if len(names) > _NAMED:
+        shown.append("…")
+    return f"[{', '.join(shown)}]"
 
 
 def _short_name(item: Any) -> str | None:
-    """One of several; None where it is a list of ids itself."""
-    item = arguments.one_entry(item)
-    if arguments.is_whole(item):
-        return str(int(item))
-    if not isinstance(item, str):
+    """A token among several, cut short; None where it is a list of ids."""
+    plain = arguments.one_entry(item)
+    if arguments.is_whole(plain):
+        return str(int(plain))
+    if not isinstance(plain, str):
         return None
-    return repr(item if len(item) <= _LONGEST else f"{item[:_LONGEST]}…")
+    return repr(plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST]}…")

@@ -30,9 +30,12 @@ from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
 from lens_lora.errors import ArgumentError, LensLoraError
 
-Axis = Literal["position", "head", "expert", "rank", "token"]
+PartAxis = Literal["position", "head", "expert", "rank", "token"]
 # What a picture shows: the parts along an axis, or whole sites.
-Shown = Literal["site", "position", "head", "expert", "rank", "token"]
+ShownAxis = Literal["site", "position", "head", "expert", "rank", "token"]
+# The old names of these two.
+Axis = PartAxis
+Shown = ShownAxis
 _WITH_NONE = ("head", "expert")  # axes whose last slot is for sites that have none
 # ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained adapters
 # of SmolLM2-135M (docs/faithfulness.md).
@@ -87,7 +90,7 @@ class Attribution(Ranked):
     """
 
     values: Float[Tensor, "batch site *by"]
-    by: tuple[Axis, ...]
+    by: tuple[PartAxis, ...]
     heads: Annotated[tuple[int, ...], "site: head"]
     method: str
     at: float
@@ -124,7 +127,7 @@ class Attribution(Ranked):
         response = g.response_tokens() if "token" in by else ()
         return cls(
             values=within_response(values, response) if response else values,
-            by=cast("tuple[Axis, ...]", by),
+            by=cast("tuple[PartAxis, ...]", by),
             heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
             method=method,
             at=at,
@@ -243,7 +246,7 @@ class Attribution(Ranked):
         return exists | (self.values.cpu().nan_to_num() != 0)
 
     def along(
-        self, axis: Axis, prompt: int | None = None
+        self, axis: PartAxis, prompt: int | None = None
     ) -> tuple[Float[Tensor, "site part"], Bool[Tensor, "site part"]]:
         """The values along one axis, the others summed, and which of them exist.
 
@@ -264,7 +267,7 @@ class Attribution(Ranked):
                 values, exists = values.nansum(dim), exists.any(dim)
         return values, exists
 
-    def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
+    def plot(self, prompt: int | None = None, by: ShownAxis | None = None) -> drawing.Figure:
         """Heatmap of what was asked for: the parts along an axis, or layer × kind of module.
 
         Args:

@@ -22,17 +22,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from lens_lora.core import extensions
-from lens_lora.core.adapter.peft_files import CONFIG, RESULT_MARK, RESULTS_WITH_ADAPTER, WEIGHTS
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
 from lens_lora.core.model import Site
-from lens_lora.core.readout.prompts import PromptTokens
+from lens_lora.core.readout.prompts import PromptTokens, Source
 from lens_lora.errors import ArgumentError, LensLoraError, is_of_the_system
 
-FORMAT = f"{RESULT_MARK} 1"
+# The mark of a file that holds a result, before the number of the format's version.
+_MARK = "lens_lora result"
+FORMAT = f"{_MARK} 1"
 _Kind = TypeVar("_Kind")
 _KINDS: dict[str, type] = {}
 
@@ -70,6 +73,7 @@ def _names_of_package() -> set[str]:
 
 
 stored(Site)
+stored(Source)
 
 
 def save_result(result: object, path: str | Path) -> Path:
@@ -78,7 +82,7 @@ def save_result(result: object, path: str | Path) -> Path:
     if path.is_dir():
         kind = type(result).__name__
         remedy = "name a file in it."
-        if kind in RESULTS_WITH_ADAPTER:
+        if isinstance(getattr(result, "adapter", None), Adapter):
             remedy += f" result.adapter.save({str(path)!r}) writes its adapter into the folder."
         raise LensLoraError(f"{path}: a folder, and a {kind} is written to a file", remedy=remedy)
     tensors: dict[str, Tensor] = {}
@@ -116,6 +120,27 @@ def read_result(path: str | Path) -> object:
         reason = error if isinstance(error, LensLoraError) else repr(error)
         fact = f"this version of lens_lora cannot read its contents ({reason})"
         raise LensLoraError(f"{path}: {fact}; compute the result again.") from error
+
+
+def kind_in_file(file: Path) -> str | None:
+    """The name of the class of the result that a file holds; None of any other file.
+
+    Only the file's header is read. 'damaged' stands for a class that it does not name.
+    """
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    if not metadata.get("format", "").startswith(_MARK):
+        return None
+    try:
+        labels = json.loads(metadata.get("labels", ""))
+    except ValueError:
+        return "damaged"
+    if not isinstance(labels, dict):
+        return "damaged"
+    return str(labels.get("of", "damaged"))
 
 
 def _path(path: object) -> Path:

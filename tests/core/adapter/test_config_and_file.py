@@ -17,8 +17,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
-from lens_lora.core.adapter import peft_files
-from lens_lora.core.adapter.peft_files import Patterns
+from lens_lora.core.adapter import peft_patterns
+from lens_lora.core.adapter.peft_patterns import Patterns
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -139,7 +139,7 @@ def test_patterns_that_never_end(field, folder):
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules"])
 def test_patterns_that_no_engine_ends(field, folder, monkeypatch):
     """Stopped, and refused by the field's name."""
-    monkeypatch.setattr(peft_files, "_SECONDS", 0.3)
+    monkeypatch.setattr(peft_patterns, "_SECONDS", 0.3)
     slow = "(.*a){25}" * 50
     rename_keys(folder, lambda key: key.replace("q_proj", "a" * 5000))
     value = {slow: 8} if "pattern" in field else slow

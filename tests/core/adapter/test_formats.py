@@ -20,8 +20,8 @@ from lens_lora.cli import adapters as commands
 from lens_lora.cli import scan
 from lens_lora.cli.running import one_line_errors
 from lens_lora.core.adapter import formats
-from lens_lora.core.adapter.peft_files import checkpoint_folders, folders_in, last_checkpoint
-from lens_lora.core.adapter.peft_files import stated_base as base_in
+from lens_lora.formats.folders import checkpoint_folders, folders_in, last_checkpoint
+from lens_lora.formats.folders import stated_base as base_in
 
 FILE = "pairs.safetensors"
 

@@ -74,7 +74,7 @@ def plain(donor, recipient, tokens: Tensor, name: str, at=slice(None)) -> Tensor
 
 def effect_on(lens, merged, tokens, name, direction, at=slice(None)) -> Tensor:
     """The effect between two plain models: the base and the merged one, neither with our hooks."""
-    read = MARGIN.bind(lens.model, len(tokens))
+    read = MARGIN.of_logits(lens.model, len(tokens))
     if direction == "base_to_adapted":
         return read(run(merged, tokens)) - read(plain(lens.model, merged, tokens, name, at))
     return read(plain(merged, lens.model, tokens, name, at)) - read(run(lens.model, tokens))
@@ -117,7 +117,7 @@ def test_a_frozen_update_is_seen(cls: str):
     ours = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "Arranger"]
     with torch.no_grad(), attached(lens.model, [*ours, (name, lambda t, hook: kept[0])]):
         frozen = lens.model(tokens, return_type="logits")[:, -1]
-    read = MARGIN.bind(lens.model, 2)
+    read = MARGIN.of_logits(lens.model, 2)
     lost = read(run(merged, tokens)) - read(frozen)
     expected = effect_on(lens, merged, tokens, name, "base_to_adapted")
     assert (lost - expected).abs().max() > 1e-3

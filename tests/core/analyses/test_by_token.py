@@ -134,12 +134,12 @@ def test_the_cheaper_mode_is_taken(lens: ll.LoraLens):
 def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     """Split further: prompts go one by one; what one row takes is named where it is too much."""
     by = ("position", "head", "token")
-    longest = RESPONSE.over(lens.model, prompts()).prompts
+    longest = RESPONSE.reading(lens.model, prompts()).prompts
     row = memory._need(lens, longest)
     one = min(row.of_graph, row.of_rerun)
     whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)
     assert longest.tokens.shape == (2, 12)
-    assert len(RESPONSE.over(lens.model, prompts()).groups(18)) == 2
+    assert len(RESPONSE.reading(lens.model, prompts()).groups(18)) == 2
     assert apart(whole.values, bounded.values) < 1e-12
     with pytest.raises(
         ll.errors.ArgumentError,

@@ -165,7 +165,7 @@ def test_one_rounding_at_least():
     unit = torch.finfo(torch.float64).eps / 2
     for token, base, slope in ((0, 0.0, 0.0), (3, 18.0, (18.0**2 + 45.0**2) ** 0.5)):
         first = ll.first_order(lens, torch.tensor([[token]]), ll.Logit(0))
-        reading = ll.Logit(0).over(lens.model, lens.prompts(torch.tensor([[token]])))
+        reading = ll.Logit(0).reading(lens.model, lens.prompts(torch.tensor([[token]])))
         draws = engine_noise.base_draws(lens, reading)
         found = engine_noise.first_order_noise(lens, draws, first.base[None], first.per_site)
         for floor, size in zip(found, (base, slope), strict=True):
@@ -178,7 +178,7 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
     (cls, *_) = models.MAKERS
     low, _ = lenses("gpt2", cls)
     prompts = low.prompts(TOKENS[:2])
-    reading, first = MARGIN.over(low.model, prompts), ll.first_order(low, prompts, MARGIN)
+    reading, first = MARGIN.reading(low.model, prompts), ll.first_order(low, prompts, MARGIN)
     runs: list[int] = []
     plain = ll.LoraLens.run
 

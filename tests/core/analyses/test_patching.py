@@ -43,7 +43,7 @@ def off_from_peft(lens: ll.LoraLens, family: str, how: str) -> float:
     """The largest difference from PEFT's own runs, one module at a time."""
     peft, tokens = models.peft_model(family, models.hf_model(family)), models.tokens()
     groups = by_module(lens)
-    read = partial(peft_readout, peft, tokens, MARGIN.bind(lens.model, len(tokens)))
+    read = partial(peft_readout, peft, tokens, MARGIN.of_logits(lens.model, len(tokens)))
     start = 0.0 if how == "add_one" else 1.0
     ends = dict.fromkeys(groups, start)
     moved = [read(ends | {module: 1 - start}) - read(ends) for module in groups]
@@ -119,7 +119,7 @@ def test_sites_outside_the_blocks(target: str, cls: str):
     linears = ll.Adapter.from_peft(models.peft_model("gpt2", base))
     outside = ll.Adapter.from_peft(peft_with("gpt2", base, target))
     lens, tokens = ll.LoraLens(model, linears + outside.named("outside")), models.tokens()
-    read = MARGIN.bind(model, 2)
+    read = MARGIN.of_logits(model, 2)
     for how in HOWS:
         effects = patch(lens, tokens, MARGIN, how, sites=["*embed*", "blocks.1.*"])
         assert len(effects.groups) < len(lens.sites)

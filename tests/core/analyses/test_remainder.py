@@ -66,7 +66,7 @@ def test_last_linear_map_alone_leaves_nothing_without_a_norm_after_it(cls: str):
     scale = "ln_final.hook_scale"
     gates = torch.zeros(len(lens.sites), dtype=torch.float64)
     gates[last] = 1.0
-    read = MARGIN.bind(lens.model, len(tokens))
+    read = MARGIN.of_logits(lens.model, len(tokens))
 
     def g(eps: float):
         hooks = [*lens.fwd_hooks(gates * eps), (scale, freeze)]
@@ -90,7 +90,7 @@ def test_noise_floor_tells_the_truth(cls: str, family: str, dtype: torch.dtype):
     with models.lifted(), torch.no_grad():
         exact = [m.double()(tokens).logits[:, -1] for m in (peft, base)]
     curve = ll.remainder_curve(low, tokens, MARGIN, [1.0])
-    read = MARGIN.bind(low.model, len(tokens))
+    read = MARGIN.of_logits(low.model, len(tokens))
     error = (curve.shift[:, 0].double() - (read(exact[0]) - read(exact[1]))).abs()
     floor = curve.noise_floor.double()
     ratio = float(error.square().mean().sqrt() / floor.mean())

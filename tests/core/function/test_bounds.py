@@ -222,14 +222,14 @@ def test_groups_of_prompts_have_the_numbers_of_all_together(name: str):
 def test_two_rows_of_one_prompt_are_not_taken_for_one():
     """An answer margin runs two rows a prompt; a bound with room for one is refused."""
     lens, readout = a_lens(), ll.AnswerMargin("w5 w7", "w8 w9")
-    reading = readout.over(lens.model, lens.prompts("w5 w6"))
+    reading = readout.reading(lens.model, lens.prompts("w5 w6"))
     need = memory._need(lens, reading)
     assert len(reading.owner) == 2
     of_row = min(need.of_graph, need.of_rerun)
     with pytest.raises(ll.errors.ArgumentError, match="enough for 1 of 2 rows.*of one prompt"):
         ll.first_order(lens.within(need.graphed + 1.5 * of_row), "w5 w6", readout)
     texts = ["w5 w6", "w7"]
-    graphed = memory._need(lens, readout.over(lens.model, lens.prompts(texts))).graphed
+    graphed = memory._need(lens, readout.reading(lens.model, lens.prompts(texts))).graphed
     with passes(lens) as seen:
         found = ll.first_order(lens.within(graphed + 2.5 * of_row), texts, readout).values
     assert {rows for kind, rows, _ in seen if kind == "graph"} == {2}

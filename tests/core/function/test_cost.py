@@ -158,4 +158,4 @@ def test_the_host_does_not_wait_site_by_site(cls: str):
 
 
 def margin(lens: ll.LoraLens):
-    return ll.Margin(5, 9).over(lens.model, lens.prompts(PROMPTS))
+    return ll.Margin(5, 9).reading(lens.model, lens.prompts(PROMPTS))

@@ -55,22 +55,22 @@ class Counts:
 
 @contextlib.contextmanager
 def counting(lens: ll.LoraLens, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
-    counts, prepare, over = Counts(), ll.LoraLens.prompts, ll.Margin.over
+    counts, tokenise, reading = Counts(), ll.LoraLens.prompts, ll.Margin.reading
 
     def prompts(self, given):
         counts.tokenised += not isinstance(given, ll.results.Prompts)
-        return prepare(self, given)
+        return tokenise(self, given)
 
-    def bind(self, model, ready):
+    def reading_of(self, model, ready):
         counts.bound += 1
-        return over(self, model, ready)
+        return reading(self, model, ready)
 
     def row(module, args):
         counts.rows += len(args[0])
 
     with monkeypatch.context() as patch:
         patch.setattr(ll.LoraLens, "prompts", prompts)
-        patch.setattr(ll.Margin, "over", bind)
+        patch.setattr(ll.Margin, "reading", reading_of)
         handle = lens.model.unembed.register_forward_pre_hook(row)
         yield counts
         handle.remove()

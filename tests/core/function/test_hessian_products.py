@@ -26,7 +26,7 @@ def test_derivatives_of_every_family_against_differences(family: str, cls: str, 
     """∂g/∂ε against differences of g, H v against differences of ∂g/∂ε; uᵀHv = vᵀHu."""
     lens = lens_of(family, cls, flags)
     prompts = lens.prompts(models.tokens())
-    reading = MARGIN.over(lens.model, prompts)
+    reading = MARGIN.reading(lens.model, prompts)
     generator = models.seeded(3)
     u, v = torch.randn(2, len(lens.sites), generator=generator, dtype=torch.float64)
     step = 1e-5
@@ -57,7 +57,7 @@ def test_second_order_of_every_target(target: str, cls: str):
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
     prompts, step = lens.prompts(models.tokens()), 1e-5
     readout = ll.LogProb(7)
-    reading = readout.over(model, prompts)
+    reading = readout.reading(model, prompts)
     one = torch.ones(len(lens.sites), dtype=torch.float64)
     for at in (0.0, 1.0):
         product = hessian_product(lens, reading, at * one, one)
@@ -70,7 +70,7 @@ def test_second_order_by_hand():
     """y = (2 + 5ε₂)(1 + ε₁/2)²·9: H₁₁ = 9, H₁₂ = 45, H₂₂ = 0 at ε = 0."""
     lens = scalar_lens(torch.square)
     prompts = lens.prompts(torch.tensor([[3]]))
-    reading = ll.Logit(0).over(lens.model, prompts)
+    reading = ll.Logit(0).reading(lens.model, prompts)
     columns = [
         hessian_product(lens, reading, torch.zeros(2).double(), e)[0].tolist()
         for e in torch.eye(2).double()
@@ -85,7 +85,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     lens = cases.case("gpt2", cls, "raw").lens
     prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
     readout = ll.AnswerMargin(torch.tensor([5, 9, 12]), torch.tensor([5, 7]))
-    reading, at = readout.over(lens.model, prompts), lens.gates(0.3)
+    reading, at = readout.reading(lens.model, prompts), lens.gates(0.3)
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
     limit = 2 * reading.prompts.tokens.numel()
     monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
@@ -104,7 +104,7 @@ def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     prompts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w5"]
     readout = ll.AnswerMargin("w5 w7", "w8 w9")
-    reading, v = readout.over(lens.model, lens.prompts(prompts)), lens.gates(0.7)
+    reading, v = readout.reading(lens.model, lens.prompts(prompts)), lens.gates(0.7)
     found = []
     for tokens in (1000, 1):
         monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)

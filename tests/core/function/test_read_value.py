@@ -22,7 +22,7 @@ CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 
 
 def both(lens: ll.LoraLens, readout: ll.Readout) -> tuple[torch.Tensor, torch.Tensor]:
-    reading = readout.over(lens.model, lens.prompts(PROMPTS))
+    reading = readout.reading(lens.model, lens.prompts(PROMPTS))
     with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(0.7))):
         found = read_value(lens, reading)
         assert "forward" not in vars(lens.model.unembed)
@@ -42,7 +42,7 @@ def test_on_every_family(family: str, cls: str, flags: str):
 @CLASSES
 def test_repeated_rows_keep_their_tokens(cls: str):
     lens = cases.case("llama", cls, "raw").lens
-    reading = ll.Margin([5, 7], [9, 11]).over(lens.model, lens.prompts(PROMPTS))
+    reading = ll.Margin([5, 7], [9, 11]).reading(lens.model, lens.prompts(PROMPTS))
     many = reading.repeat(3)
     with torch.no_grad():
         logits = read_logits(lens, many.prompts)
@@ -120,7 +120,7 @@ def test_a_forward_of_its_own_is_seen_and_stays(cls: str, monkeypatch):
         return 2.0 * own(*args, **kwargs)
 
     monkeypatch.setitem(vars(unembed), "forward", doubled)
-    reading = READOUTS[0].over(lens.model, lens.prompts(PROMPTS))
+    reading = READOUTS[0].reading(lens.model, lens.prompts(PROMPTS))
     with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(0.7))):
         assert torch.allclose(read_value(lens, reading), 2.0 * plain, rtol=1e-9)
     assert vars(unembed)["forward"] is doubled
@@ -129,7 +129,7 @@ def test_a_forward_of_its_own_is_seen_and_stays(cls: str, monkeypatch):
 @CLASSES
 def test_the_unembedding_comes_back_after_an_exception(cls: str):
     lens = cases.case("llama", cls, "raw").lens
-    reading = READOUTS[0].over(lens.model, lens.prompts(PROMPTS))
+    reading = READOUTS[0].reading(lens.model, lens.prompts(PROMPTS))
 
     def stop(tensor, hook):
         raise RuntimeError("stop")

@@ -35,7 +35,7 @@ def test_branching_equals_one_at_a_time(family: str, cls: str, flags: str, monke
     eye = torch.eye(len(lens.sites)).double()
     points = torch.cat([eye, 1 - eye, 0.5 * eye + 0.25])
     prompts = lens.prompts(models.tokens())
-    reading = MARGIN.over(lens.model, prompts)
+    reading = MARGIN.reading(lens.model, prompts)
     alone = passes(lens, reading).in_batches(points)
     found = passes(lens, reading).as_tree(points)
     assert (found - alone).abs().max() < 1e-12 * alone.abs().max()
@@ -67,7 +67,7 @@ def test_chunks_and_order_do_not_matter(monkeypatch):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     points = torch.eye(len(lens.sites)).double()[torch.randperm(len(lens.sites))]
     prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 3]))
-    reading = MARGIN.over(lens.model, lens.prompts(prompts))
+    reading = MARGIN.reading(lens.model, lens.prompts(prompts))
     alone = passes(lens, reading).in_batches(points)
     for tokens in (7, 40, 10**6):
         monkeypatch.setattr(batching, "BRANCH_TOKENS", tokens)

@@ -172,7 +172,7 @@ def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypa
         step = 1e-5
         up, down = (lens.logits(tokens, s)[:, -1] for s in (step, -step))
         wrong = lens.logits(tokens)[:, -1]
-    read = MARGIN.bind(lens.model, len(tokens))
+    read = MARGIN.of_logits(lens.model, len(tokens))
     slope = (read(up) - read(down)) / (2 * step)
     assert (slope - live.total).abs().max() < 1e-6 * live.total.abs().max()
     assert (read(wrong) - live.adapted).abs().max() > 1e-2

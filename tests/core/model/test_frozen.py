@@ -44,7 +44,7 @@ def frozen_readout(
     lens: ll.LoraLens, prompts, readout, rules: FrozenRules, at: float, gates: torch.Tensor
 ) -> torch.Tensor:
     """g at these gates, [batch, point], patterns and scales replaced by their values at `at`."""
-    reading = readout.over(lens.model, lens.prompts(prompts)).repeat(len(gates))
+    reading = readout.reading(lens.model, lens.prompts(prompts)).repeat(len(gates))
     cached: dict[str, list[torch.Tensor]] = {name: [] for name in held_names(lens, rules)}
 
     def record(name: str):
@@ -133,7 +133,7 @@ def test_without_rules_nothing_changes(cls: str, monkeypatch):
     """Bit for bit, also after a call with rules; and no hook stays on the model."""
     monkeypatch.setattr(memory, "_RIDING_TOKENS", 0)  # rows of the ends would change the rounding
     lens = cases.case("gpt2", cls, "raw").lens
-    reading = MARGIN.over(lens.model, lens.prompts(TEXTS))
+    reading = MARGIN.reading(lens.model, lens.prompts(TEXTS))
     expected = site_slopes(lens, reading, lens.gates(0.0))
     before = hooks_on(lens.model)
     first_order(lens, TEXTS, MARGIN, rules=BOTH)

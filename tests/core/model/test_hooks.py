@@ -65,7 +65,7 @@ def test_a_failing_readout_leaves_the_model_as_it_was(analysis: str, cls: str, m
 
         return readout
 
-    monkeypatch.setattr(ll.Margin, "bind", explode)
+    monkeypatch.setattr(ll.Margin, "of_logits", explode)
     with pytest.raises(RuntimeError, match="the user's own"):
         ANALYSES[analysis](lens, models.tokens())
     assert same(before, state(lens.model))

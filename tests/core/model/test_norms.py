@@ -194,7 +194,7 @@ def test_the_other_analyses(cls: str):
     effects = ll.patch_sites(lens, texts, MARGIN, how="leave_one_out", progress=False)
     index = lens.site_index("blocks.0.ln1")
     without = {s.name: float(i != index) for i, s in enumerate(lens.sites)}
-    read = MARGIN.bind(lens.model, 2)
+    read = MARGIN.of_logits(lens.model, 2)
     ends = [read(lens.prompts(texts).at_read(lens.logits(texts, g))) for g in (1.0, without)]
     assert (effects.values[:, index] - (ends[0] - ends[1])).abs().max() < ROUND_OFF
     held = ll.faithfulness(lens, texts, MARGIN, path, progress=False)

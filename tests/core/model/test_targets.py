@@ -89,7 +89,7 @@ def test_first_order_of_every_target_against_differences(target: str, cls: str):
     base, model = hooked("gpt2", cls, "processed")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
     tokens, step = models.tokens(), 1e-5
-    read = MARGIN.bind(model, len(tokens))
+    read = MARGIN.of_logits(model, len(tokens))
     up, down = (read(lens.logits(tokens, 1 + e)[:, -1]) for e in (step, -step))
     found = ll.first_order(lens, tokens, MARGIN, at=1.0).total
     assert (found - (up - down) / (2 * step)).abs().max() < 1e-7 * found.abs().max()

@@ -15,7 +15,8 @@ from real import hugging_face, lens
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.readout.prompts import Prompts, Source
+from lens_lora.core import Source
+from lens_lora.core.readout.prompts import Prompts
 from lens_lora.responses.answers import answer_ids, margin_between
 from lens_lora.responses.logit_shift import _ids
 
@@ -66,10 +67,10 @@ def test_where_a_tokenizer_puts_a_space_before_every_text():
     assert len(SPACED.tokenizer(" Lyon")["input_ids"]) == 2
     logits = torch.randn(1, len(SPACED.tokenizer), generator=models.seeded(0))
     for make in (ll.Logit, ll.LogProb, lambda t: ll.Margin(t, 3)):
-        found = make(" Lyon").over(SPACED, said(SPACED, FACT)).read(logits)
-        assert torch.equal(found, make(lyon).over(SPACED, said(SPACED, FACT)).read(logits))
+        found = make(" Lyon").reading(SPACED, said(SPACED, FACT)).read(logits)
+        assert torch.equal(found, make(lyon).reading(SPACED, said(SPACED, FACT)).read(logits))
     with pytest.raises(ll.errors.TokenError, match="is 2 tokens"):
-        ll.Logit(" Lyon").over(SPACED, Prompts(torch.tensor([[5]]), torch.tensor([1])))
+        ll.Logit(" Lyon").reading(SPACED, Prompts(torch.tensor([[5]]), torch.tensor([1])))
 
 
 @pytest.mark.bad_input  # a stand-in for a lens
@@ -100,7 +101,7 @@ def test_what_cannot_follow_is_refused(make, text, answer):
     """A space at the prompt's end belongs to the answer's token; 'L' and 'yon' join."""
     words = f"'{answer}' cannot follow a prompt that ends in '{text}'.*leading space.*token ids"
     with pytest.raises(ll.errors.TokenError, match=words):
-        make(answer).over(PIECES, said(PIECES, text))
+        make(answer).reading(PIECES, said(PIECES, text))
 
 
 # --- the space
@@ -187,9 +188,9 @@ def test_refused_before_the_model_runs(never_run, call, response, error, message
 def test_a_finished_response_keeps_its_end(never_run):
     """EOS after words is content; EOS alone is read by Logit."""
     prompts = never_run.prompts("w7 w8")
-    reading = ll.AnswerLogProb(" w5 <eos>").over(never_run.model, prompts)
+    reading = ll.AnswerLogProb(" w5 <eos>").reading(never_run.model, prompts)
     assert reading.read.tokens.tolist() == [5, 1]
-    ll.Logit("<eos>").over(never_run.model, prompts)
+    ll.Logit("<eos>").reading(never_run.model, prompts)
 
 
 # --- the real one

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
 import lens_lora as ll
-from lens_lora.core.readout import prompts as reading
+from lens_lora.core.readout import tokenising
 from lens_lora.errors import ModelStateError, PromptError, SweepError
 from lens_lora.texts.neutral import FIRST_WORDS, neutral_texts, own_openings
 
@@ -229,14 +229,14 @@ _WITHOUT_META = ("generate",)
 def test_every_call_reads_as_the_lens_does(name: str, tmp_path, monkeypatch):
     """Also neutral texts, questions and replacements; and each result says how it was read."""
     rules: list[bool | None] = []
-    read = reading._read_text
+    read = tokenising.read_text
 
     def noted(model: Any, text: str, prepend_bos: bool | None) -> Any:
         rules.append(prepend_bos)
         return read(model, text, prepend_bos)
 
     lens = lens_of(NEWEST, True)
-    monkeypatch.setattr(reading, "_read_text", noted)
+    monkeypatch.setattr(tokenising, "read_text", noted)
     found = CALLS[name](lens, tmp_path)
     assert rules and set(rules) == {True}
     if name in ("sweep", "stream"):

@@ -17,7 +17,7 @@ from real import hugging_face, lens
 
 import lens_lora as ll
 from lens_lora import arguments
-from lens_lora.core.readout.prompts import prepare
+from lens_lora.core import tokenise
 
 
 @functools.cache
@@ -45,9 +45,9 @@ def test_ids_are_the_chat_templates_own(model):
         own = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=False
         )
-        assert own == ids and rows_of(prepare(model, messages)) == [ids]
-    assert rows_of(prepare(model, [ASK, LONGER])) == [ASK_IDS, LONGER_IDS]
-    assert rows_of(prepare(model, (tuple(LONGER), ASK))) == [LONGER_IDS, ASK_IDS]
+        assert own == ids and rows_of(tokenise(model, messages)) == [ids]
+    assert rows_of(tokenise(model, [ASK, LONGER])) == [ASK_IDS, LONGER_IDS]
+    assert rows_of(tokenise(model, (tuple(LONGER), ASK))) == [LONGER_IDS, ASK_IDS]
 
 
 def test_a_conversation_is_called_by_what_its_user_said_last(model):
@@ -55,10 +55,10 @@ def test_a_conversation_is_called_by_what_its_user_said_last(model):
     system = [{"role": "system", "content": "w20"}]
     several = [ASK, LONGER, [*system, *ASK], system]
     said = ["w7 w8 (1)", "w10 w11 w12", "w7 w8 (2)", "w20"]
-    prompts = prepare(model, several)
+    prompts = tokenise(model, several)
     assert [source.said for source in prompts.sources] == said
     assert [source.said for source in prompts.chosen([2, 0]).sources] == [said[2], said[0]]
-    assert [source.said for source in prepare(model, "w7").sources] == [None]
+    assert [source.said for source in tokenise(model, "w7").sources] == [None]
 
 
 def test_results_keep_what_was_said(monkeypatch, tmp_path):
@@ -78,13 +78,13 @@ def test_results_keep_what_was_said(monkeypatch, tmp_path):
 @pytest.mark.parametrize("prepend_bos", [True, False])
 def test_the_hosts_bos_has_no_say(model, prepend_bos, monkeypatch):
     monkeypatch.setattr(model.cfg, "default_prepend_bos", prepend_bos)
-    assert rows_of(prepare(model, ASK)) == [ASK_IDS]
+    assert rows_of(tokenise(model, ASK)) == [ASK_IDS]
 
 
 def test_further_fields_without_a_value_are_none(model):
     """As a table of messages holds them."""
     messages = [{**ASK[0], "name": None, "tool_calls": None}]
-    assert rows_of(prepare(model, messages)) == [ASK_IDS]
+    assert rows_of(tokenise(model, messages)) == [ASK_IDS]
 
 
 def test_padded_conversations_equal_single_ones(monkeypatch):
@@ -142,14 +142,14 @@ REFUSED = {
 @pytest.mark.parametrize("prompts, message", REFUSED.values(), ids=REFUSED)
 def test_refused(model, prompts, message):
     with pytest.raises(ll.errors.PromptError, match=message):
-        prepare(model, prompts)
+        tokenise(model, prompts)
 
 
 def test_the_one_of_a_batch_is_named(model):
     with pytest.raises(
         ll.errors.PromptError, match=r"prompt 1 of 2 \(from 0\), message 0 has no content"
     ):
-        prepare(model, [ASK, [{"role": "user"}]])
+        tokenise(model, [ASK, [{"role": "user"}]])
 
 
 def test_without_a_chat_template_or_a_tokenizer(model, monkeypatch):
@@ -157,10 +157,10 @@ def test_without_a_chat_template_or_a_tokenizer(model, monkeypatch):
     with pytest.raises(
         ll.errors.PromptError, match=r"tokenizer\.chat_template is None.*pass token ids"
     ):
-        prepare(model, ASK)
+        tokenise(model, ASK)
     monkeypatch.setattr(model, "tokenizer", None)
     with pytest.raises(ll.errors.PromptError, match="the model has no tokenizer.*pass token ids"):
-        prepare(model, ASK)
+        tokenise(model, ASK)
 
 
 # --- BOS
@@ -184,8 +184,8 @@ def test_text_that_begins_with_bos_gets_no_second_one(prepender, prepend_bos, si
     first = [0] if prepend_bos else []
     texts = ["<bos> w5 w6", " <bos>w5", "w5 <bos> w6", "<bos>", "<bos><bos> w5"]
     expected = [[0, 5, 6], [0, 5], [*first, 5, 0, 6], [0], [0, 0, 5]]
-    assert rows_of(prepare(prepender, texts)) == expected
-    assert rows_of(prepare(prepender, texts[0])) == [[0, 5, 6]]
+    assert rows_of(tokenise(prepender, texts)) == expected
+    assert rows_of(tokenise(prepender, texts[0])) == [[0, 5, 6]]
 
 
 @pytest.fixture
@@ -197,9 +197,9 @@ def unknown_is_bos(model):
 
 def test_a_bos_that_is_also_the_unknown_token(unknown_is_bos):
     """A word that is not in the vocabulary is read as that token, and is no BOS."""
-    of_words = rows_of(prepare(unknown_is_bos, "w9 w5"))[0][:-2]
+    of_words = rows_of(tokenise(unknown_is_bos, "w9 w5"))[0][:-2]
     assert len(of_words) == 1  # the BOS that the host prepends
-    found = rows_of(prepare(unknown_is_bos, ["zebra w5", "<unk> w5"]))
+    found = rows_of(tokenise(unknown_is_bos, ["zebra w5", "<unk> w5"]))
     assert found == [[*of_words, 3, 5], [3, 5]]
 
 
@@ -237,17 +237,17 @@ REPRS = [
 
 @pytest.mark.parametrize("prompts, expected", REPRS)
 def test_the_choice_is_said(model, prompts, expected):
-    assert repr(prepare(model, prompts)) == expected
+    assert repr(tokenise(model, prompts)) == expected
 
 
 def test_the_choice_is_kept(model, monkeypatch):
-    ready = prepare(model, ["<bos> w5", "w5 w6 w7"])
+    ready = tokenise(model, ["<bos> w5", "w5 w6 w7"])
     assert repr(ready.row(0)) == "Prompts(1 of 2 tokens; text with its own BOS)"
-    assert repr(prepare(model, ready)) == repr(ready)
+    assert repr(tokenise(model, ready)) == repr(ready)
     assert ready.tiled(2).texts == ("<bos> w5", "w5 w6 w7") * 2
     assert ready.repeat(2).texts == ("<bos> w5", "<bos> w5", "w5 w6 w7", "w5 w6 w7")
     monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
-    assert repr(prepare(model, "w5")) == "Prompts(1 of 1 tokens; text without BOS)"
+    assert repr(tokenise(model, "w5")) == "Prompts(1 of 1 tokens; text without BOS)"
 
 
 # --- the real one
@@ -300,10 +300,10 @@ def test_a_conversation_as_a_string_is_refused(model, string):
     words = "is a conversation written as a string .*json.loads.*token ids"
     for prompts in (string, ["w7", string], [{"role": "user", "content": string}]):
         with pytest.raises(ll.errors.PromptError, match=words):
-            prepare(model, prompts)
+            tokenise(model, prompts)
     for readout in (ll.AnswerLogProb(string), ll.KL(string), ll.Logit(string)):
         with pytest.raises(ll.errors.TokenError, match=words):
-            readout.over(model, prepare(model, "w7"))
+            readout.reading(model, tokenise(model, "w7"))
 
 
 def test_numpy_leaves_the_commas_out():

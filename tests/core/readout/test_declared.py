@@ -53,7 +53,7 @@ def test_parameters_of_the_function_are_those_of_the_class():
     assert five == Largest(k=5) != six and len({five, Largest(5)}) == 1
     logits = torch.randn(3, 61)
     lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
-    read = six.over(lens.model, lens.prompts(TEXTS[:3])).read
+    read = six.reading(lens.model, lens.prompts(TEXTS[:3])).read
     assert torch.equal(read(logits), -logits.topk(6).values.sum(-1))
     assert Entropy.__doc__ == "The entropy of the next token." and Entropy.__module__ == __name__
     assert isinstance(Entropy(), ll.Readout) and Entropy().units == "nats"

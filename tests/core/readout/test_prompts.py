@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import lens_lora as ll
-from lens_lora.core.readout.prompts import prepare
+from lens_lora.core import tokenise
 from lens_lora.errors import PromptError
 from lens_lora.hosts.build import hooked_model
 from lens_lora.responses.generate import end_tokens
@@ -52,7 +52,7 @@ def test_strings_are_tokenised_as_the_model_does(model, prepend_bos, side, monke
     """Each string gives the ids of `model.to_tokens`, BOS included, padded on the right."""
     monkeypatch.setattr(model.cfg, "default_prepend_bos", prepend_bos)
     monkeypatch.setattr(model.tokenizer, "padding_side", side)
-    prompts = prepare(model, STRINGS)
+    prompts = tokenise(model, STRINGS)
     alone = [model.to_tokens(s)[0] for s in STRINGS]
     assert [len(row) for row in alone] == [3 + prepend_bos, 1 + prepend_bos, 5 + prepend_bos]
     assert prompts.lengths.tolist() == [len(row) for row in alone]
@@ -63,32 +63,32 @@ def test_strings_are_tokenised_as_the_model_does(model, prepend_bos, side, monke
 
 
 def test_a_string_is_a_list_of_one(model):
-    one, many = prepare(model, STRINGS[0]), prepare(model, STRINGS[:1])
+    one, many = tokenise(model, STRINGS[0]), tokenise(model, STRINGS[:1])
     assert torch.equal(one.tokens, many.tokens) and torch.equal(one.lengths, many.lengths)
     assert one.tokens.tolist() == [[0, 5, 6, 7]]
-    assert prepare(model, tuple(STRINGS)).batch == 3
+    assert tokenise(model, tuple(STRINGS)).batch == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_ids_are_read_at_the_last_position(model, dtype):
     """A tensor is taken as it is, no BOS added; one row may go without its batch axis."""
     tokens = models.tokens(2, 6).to(dtype)
-    prompts = prepare(model, tokens)
+    prompts = tokenise(model, tokens)
     assert torch.equal(prompts.tokens, tokens) and prompts.lengths.tolist() == [6, 6]
-    row = prepare(model, tokens[0])
+    row = tokenise(model, tokens[0])
     assert torch.equal(row.tokens, tokens[:1]) and row.lengths.tolist() == [6]
 
 
 def test_prompts_keep_their_lengths(model):
     given_ = Prompts(models.tokens(2, 6), torch.tensor([2, 6]))
-    prompts = prepare(model, given_)
+    prompts = tokenise(model, given_)
     assert torch.equal(prompts.tokens, given_.tokens) and prompts.lengths.tolist() == [2, 6]
 
 
 def test_ids_need_no_tokenizer(without_tokenizer):
     """Even where a row ends with what would be a pad token."""
     tokens = torch.tensor([[5, 6, PAD]])
-    assert torch.equal(prepare(without_tokenizer, tokens).tokens, tokens)
+    assert torch.equal(tokenise(without_tokenizer, tokens).tokens, tokens)
 
 
 @pytest.fixture
@@ -101,23 +101,23 @@ def pads_with_eos(model):
 def test_pad_that_is_also_the_end_of_text(pads_with_eos):
     """One at the end finishes a response; several there, or at the start, may be padding."""
     for row in ([1, 5, 6], [1], [5, 1], [5, 6, 1], [1, 5, 1]):
-        ready = prepare(pads_with_eos, torch.tensor([row]))
+        ready = tokenise(pads_with_eos, torch.tensor([row]))
         assert ready.tokens.tolist() == [row] and ready.lengths.tolist() == [len(row)]
     batch = torch.tensor([[5, 6, 7], [5, 6, 1]])
-    assert prepare(pads_with_eos, batch).lengths.tolist() == [3, 3]
+    assert tokenise(pads_with_eos, batch).lengths.tolist() == [3, 3]
     for row in ([5, 1, 1], [1, 1, 5], [1, 1]):
         with pytest.raises(
             ll.errors.PromptError, match="begins or ends with the pad token 1.*lengths"
         ):
-            prepare(pads_with_eos, torch.tensor([row, [5] * len(row)]))
+            tokenise(pads_with_eos, torch.tensor([row, [5] * len(row)]))
     padded = torch.tensor([[5, 6, 7], [5, 1, 1]])
     told = ll.results.Prompts(padded, torch.tensor([3, 1]))
-    assert prepare(pads_with_eos, told).lengths.tolist() == [3, 1]
+    assert tokenise(pads_with_eos, told).lengths.tolist() == [3, 1]
 
 
 def test_ids_that_end_in_eos_are_content(model):
     """Where the pad token is another, any number of them."""
-    assert prepare(model, torch.tensor([[5, 6, 1], [5, 1, 1]])).lengths.tolist() == [3, 3]
+    assert tokenise(model, torch.tensor([[5, 6, 1], [5, 1, 1]])).lengths.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -127,7 +127,7 @@ def test_ids_with_their_mask_are_repacked(model, side):
     tokenizer.padding_side = side
     given_ = tokenizer(["w5 w6 w7 <pad>", "w8 <eos>"], padding=True, return_tensors="pt")
     for prompts in (given_, dict(given_), {**given_, "attention_mask": given_.attention_mask == 1}):
-        ready = prepare(model, prompts)
+        ready = tokenise(model, prompts)
         assert ready.tokens.tolist() == [[5, 6, 7, PAD], [8, 1, PAD, PAD]]
         assert ready.lengths.tolist() == [4, 2]
 
@@ -149,7 +149,7 @@ def test_padding_on_either_side_equals_single_prompts(model, side):
 
 
 def test_the_context_can_be_filled(model):
-    assert prepare(model, models.tokens(1, models.CONTEXT)).lengths.tolist() == [models.CONTEXT]
+    assert tokenise(model, models.tokens(1, models.CONTEXT)).lengths.tolist() == [models.CONTEXT]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -226,7 +226,7 @@ REFUSED = {
 def test_refused(model, prompts, message):
     """Each with both facts, before the model runs; it is also a ValueError."""
     with pytest.raises(PromptError, match=message) as caught:
-        prepare(model, prompts)
+        tokenise(model, prompts)
     assert isinstance(caught.value, ValueError) and isinstance(
         caught.value, ll.errors.LensLoraError
     )
@@ -235,15 +235,15 @@ def test_refused(model, prompts, message):
 @pytest.mark.parametrize("strings", [" ", ["w5", "  "]])
 def test_string_without_a_token(model, strings, monkeypatch):
     """White space that the tokenizer drops leaves nothing to read, unless BOS comes before it."""
-    assert prepare(model, strings).lengths.tolist()[-1] == 1
+    assert tokenise(model, strings).lengths.tolist()[-1] == 1
     monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
     with pytest.raises(PromptError, match="empty prompt"):
-        prepare(model, strings)
+        tokenise(model, strings)
 
 
 def test_strings_need_a_tokenizer(without_tokenizer):
     with pytest.raises(PromptError, match="no tokenizer.*pass token ids"):
-        prepare(without_tokenizer, "w5")
+        tokenise(without_tokenizer, "w5")
 
 
 @pytest.mark.bad_input
@@ -278,7 +278,7 @@ def test_a_bos_on_request(model, default, prepend_bos, monkeypatch):
     """Whatever the model's default, which stays; no second one where the text has its own."""
     monkeypatch.setattr(model.cfg, "default_prepend_bos", default)
     bos = [0] if prepend_bos else []
-    ready = prepare(model, [*STRINGS, "<bos> w5"], prepend_bos)
+    ready = tokenise(model, [*STRINGS, "<bos> w5"], prepend_bos)
     rows = [ready.row(i).tokens[0].tolist() for i in range(4)]
     assert rows == [[*bos, 5, 6, 7], [*bos, 8], [*bos, 9, 10, 11, 12, 13], [0, 5]]
     assert model.cfg.default_prepend_bos is default
@@ -302,10 +302,10 @@ def test_a_bos_is_for_strings(model, prepend_bos):
     ids = models.tokens(1, 3)
     for prompts in (ids, Prompts(ids, torch.tensor([3])), masked([[5]], [[1]])):
         with pytest.raises(PromptError, match=f"prepend_bos={prepend_bos} is for strings"):
-            prepare(model, prompts, prepend_bos)
-    ready = prepare(model, "w5")
+            tokenise(model, prompts, prepend_bos)
+    ready = tokenise(model, "w5")
     with pytest.raises(PromptError, match="is for strings.*Leave prepend_bos out"):
-        prepare(model, ready, prepend_bos)
+        tokenise(model, ready, prepend_bos)
 
 
 def bare_tokenizer(kind: str, size: int, folder) -> PreTrainedTokenizerFast:
@@ -331,15 +331,15 @@ def test_a_tokenizer_without_special_tokens(name, kind, size, tmp_path):
     own = tokenizer("w5 w6")["input_ids"]
     model, _ = hooked_model(models.hf_model("llama"), tokenizer, kind=name)
     assert model.tokenizer.bos_token == "<|endoftext|>"
-    ready = prepare(model, ["w5 w6", "w7"])
+    ready = tokenise(model, ["w5 w6", "w7"])
     assert ready.row(0).tokens.tolist() == [own]
     assert "text without BOS)" in repr(ready)
     unknown = torch.tensor([[size - 1, 5, size - 1, size - 1]])  # and not padding
-    assert prepare(model, unknown).lengths.tolist() == [4]
+    assert tokenise(model, unknown).lengths.tolist() == [4]
     assert end_tokens(model, SimpleNamespace(), None) == set()
     with pytest.raises(PromptError, match="the tokenizer has no BOS that this model reads"):
-        prepare(model, "w5 w6", prepend_bos=True)
-    assert prepare(model, "w5 w6", prepend_bos=False).tokens.tolist() == [own]
+        tokenise(model, "w5 w6", prepend_bos=True)
+    assert tokenise(model, "w5 w6", prepend_bos=False).tokens.tolist() == [own]
 
     try:
         planted = model.to_tokens("w5 w6", prepend_bos=True).tolist()  # TransformerLens's own way

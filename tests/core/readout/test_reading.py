@@ -39,7 +39,7 @@ def random_logits(lens: ll.LoraLens, reading: Reading, *copies: int) -> torch.Te
 @pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: type(readout).__name__)
 def test_copies_are_read_as_each_alone(readout: ll.Readout):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    reading = readout.over(lens.model, lens.prompts(PROMPTS))
+    reading = readout.reading(lens.model, lens.prompts(PROMPTS))
     rows = random_logits(lens, reading, COPIES)
     many = reading.repeat(COPIES)
     alone = torch.stack([reading.read(rows[:, copy]) for copy in range(COPIES)], 1)
@@ -53,7 +53,7 @@ def test_copies_are_read_as_each_alone(readout: ll.Readout):
 @pytest.mark.parametrize("readout", READOUTS[:-1], ids=lambda readout: type(readout).__name__)
 def test_copies_are_read_in_one_call(readout: ll.Readout, monkeypatch: pytest.MonkeyPatch):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    reading = readout.over(lens.model, lens.prompts(PROMPTS))
+    reading = readout.reading(lens.model, lens.prompts(PROMPTS))
     calls = []
     kind = type(reading.read)
     read = kind.__call__
@@ -73,7 +73,7 @@ FOR_ALL = [ll.Margin(5, 9), ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8 w9"),
 @pytest.mark.parametrize("tokens", [1, 16, 30, 1000])
 def test_groups_of_prompts_read_what_all_read(readout: ll.Readout, tokens: int):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    reading = readout.over(lens.model, lens.prompts(MANY))
+    reading = readout.reading(lens.model, lens.prompts(MANY))
     groups = reading.groups(tokens)
     logits = random_logits(lens, reading)
     rows = logits.split([len(group.owner) for group in groups])
@@ -90,7 +90,7 @@ def test_groups_of_prompts_read_what_all_read(readout: ll.Readout, tokens: int):
 @pytest.mark.parametrize("chosen", [[0], [4], [1, 3], [0, 2, 3, 4]], ids=str)
 def test_some_prompts_read_what_they_read_among_all(readout: ll.Readout, chosen: list[int]):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    reading = readout.over(lens.model, lens.prompts(MANY))
+    reading = readout.reading(lens.model, lens.prompts(MANY))
     some, logits = reading.only(torch.tensor(chosen)), random_logits(lens, reading)
     kept = torch.tensor([owner in chosen for owner in reading.owner.tolist()])
     assert torch.allclose(some.read(logits[kept]), reading.read(logits)[chosen], rtol=1e-12)
@@ -100,6 +100,6 @@ def test_some_prompts_read_what_they_read_among_all(readout: ll.Readout, chosen:
 
 def test_a_function_of_ones_own_keeps_its_prompts_together():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    reading = READOUTS[-1].over(lens.model, lens.prompts(PROMPTS))
+    reading = READOUTS[-1].reading(lens.model, lens.prompts(PROMPTS))
     assert reading.groups(1) == [reading]
     assert reading.only(torch.tensor([1])) is reading

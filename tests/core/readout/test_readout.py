@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.core.readout.readout import token_ids
+from lens_lora.core import token_ids
 from lens_lora.errors import TokenError
 
 BATCH = 3
@@ -55,11 +55,11 @@ def test_values(token, ids, logits):
     picked = torch.stack([logits[r, ids[r]] for r in rows])
     other = torch.stack([logits[r, OTHER[r]] for r in rows])
     logp = torch.stack([logits.log_softmax(-1)[r, ids[r]] for r in rows])
-    assert torch.equal(ll.Logit(token).bind(WORDS, BATCH)(logits), picked)
-    assert torch.equal(ll.Margin(token, OTHER).bind(WORDS, BATCH)(logits), picked - other)
-    assert torch.equal(ll.Margin(OTHER, token).bind(WORDS, BATCH)(logits), other - picked)
+    assert torch.equal(ll.Logit(token).of_logits(WORDS, BATCH)(logits), picked)
+    assert torch.equal(ll.Margin(token, OTHER).of_logits(WORDS, BATCH)(logits), picked - other)
+    assert torch.equal(ll.Margin(OTHER, token).of_logits(WORDS, BATCH)(logits), other - picked)
     torch.testing.assert_close(
-        ll.LogProb(token).bind(WORDS, BATCH)(logits), logp, rtol=1e-12, atol=1e-12
+        ll.LogProb(token).of_logits(WORDS, BATCH)(logits), logp, rtol=1e-12, atol=1e-12
     )
     assert token_ids(WORDS, token, BATCH).tolist() == ids
 
@@ -68,7 +68,7 @@ def test_values(token, ids, logits):
 def test_each_row_alone_and_differentiable(readout, logits):
     """A row's number depends on that row's logits alone, with the derivative by hand."""
     logits.requires_grad_()
-    values = readout.bind(WORDS, BATCH)(logits)
+    values = readout.of_logits(WORDS, BATCH)(logits)
     assert values.shape == (BATCH,)
     (grad,) = torch.autograd.grad(values[1], logits)
     expected = torch.zeros_like(logits)
@@ -83,9 +83,9 @@ def test_each_row_alone_and_differentiable(readout, logits):
 def test_only_logit_depends_on_a_common_constant(logits):
     """Centring the unembedding adds a constant to all logits: margins and log p do not see it."""
     for readout in (ll.Margin(7, 8), ll.LogProb(7)):
-        g = readout.bind(WORDS, BATCH)
+        g = readout.of_logits(WORDS, BATCH)
         torch.testing.assert_close(g(logits + 10), g(logits), rtol=1e-12, atol=1e-10)
-    g = ll.Logit(7).bind(WORDS, BATCH)
+    g = ll.Logit(7).of_logits(WORDS, BATCH)
     torch.testing.assert_close(g(logits + 10), g(logits) + 10)
 
 
@@ -94,7 +94,7 @@ def test_any_callable(logits):
         return -(x.softmax(-1) * x.log_softmax(-1)).sum(-1)
 
     readout = ll.Readout.of(entropy)
-    assert torch.equal(readout.bind(WORDS, BATCH)(logits), entropy(logits))
+    assert torch.equal(readout.of_logits(WORDS, BATCH)(logits), entropy(logits))
     assert readout.label == "entropy"
     assert ll.Readout.of(entropy, "H").label == "H"
     assert ll.Readout.of(torch.nn.Identity()).label == "readout"
@@ -105,10 +105,10 @@ def test_on_a_model(name):
     """A readout bound to a hooked model looks tokens up in its tokenizer and vocabulary."""
     model = models.MAKERS[name](models.hf_model("llama"))
     logits = model(models.tokens())[:, -1]
-    margin = ll.Margin("w5", ["w6", 7]).bind(model, 2)
+    margin = ll.Margin("w5", ["w6", 7]).of_logits(model, 2)
     assert torch.equal(margin(logits), logits[:, 5] - torch.stack([logits[0, 6], logits[1, 7]]))
     with pytest.raises(TokenError, match="token id 61 is outside the vocabulary of 61"):
-        ll.Logit(61).bind(model, 2)
+        ll.Logit(61).of_logits(model, 2)
 
 
 # --- labels
@@ -164,7 +164,7 @@ SEVERAL = {
 def test_several_tokens_are_refused(make, token, needles):
     """With the pieces, and the variant with a leading space where that is one token."""
     with pytest.raises(TokenError) as caught:
-        make(token).bind(PIECES, 1)
+        make(token).of_logits(PIECES, 1)
     message = str(caught.value)
     assert all(needle in message for needle in needles), message
     assert ("is one token" in message) == ("Paris" in token and "Lyon" not in token)
@@ -196,7 +196,7 @@ REFUSED = {
 @pytest.mark.parametrize("make", [ll.Logit, ll.LogProb, lambda t: ll.Margin(5, t)])
 def test_refused(make, model, token, message):
     with pytest.raises(TokenError, match=message) as caught:
-        make(token).bind(model, BATCH)
+        make(token).of_logits(model, BATCH)
     assert isinstance(caught.value, ValueError) and isinstance(
         caught.value, ll.errors.LensLoraError
     )
@@ -220,4 +220,4 @@ def test_ids_need_no_tokenizer():
 def test_margin_of_a_token_with_itself(doc, pre):
     """Zero whatever the model does, so it is refused, even where only one prompt has it."""
     with pytest.raises(TokenError, match="doc and pre are the same token.*zero whatever"):
-        ll.Margin(doc, pre).bind(WORDS, BATCH)
+        ll.Margin(doc, pre).of_logits(WORDS, BATCH)

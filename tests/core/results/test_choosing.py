@@ -18,8 +18,9 @@ from results_by_hand import (
 from shapes import share
 
 import lens_lora as ll
+from lens_lora.core import largest
 from lens_lora.core.analyses.verdict import Noise
-from lens_lora.core.results.base import Ranked, largest, only_prompt, prompt_rows
+from lens_lora.core.results.base import Ranked, only_prompt, prompt_rows
 
 GROUPS = {"layer 0": (0, 1), "layer 2": (2, 3)}
 
