@@ -51,7 +51,7 @@ def function_of(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.Function:
 
 
 def one_gradient(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    function_of(lens, prompts).visit(lambda *visit: None)
+    function_of(lens, prompts).passes.visit(lambda *visit: None)
 
 
 def slopes(*axes: str) -> Run:

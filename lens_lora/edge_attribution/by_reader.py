@@ -216,7 +216,7 @@ class Pass:
         write = _WriteWithTangent(lens, gates)
         # Where a block is run again for its gradient, the tangents would be lost.
         lens.check_backward(once=False)
-        return self._g.visit(
+        return self._g.passes.visit(
             self._visit, gates, write=write, primal=value_of, under=self._hooks(by_head)
         )
 
@@ -226,7 +226,7 @@ class Pass:
         Cost: one forward pass.
         """
         write = _WriteWithTangent(self._lens, self._lens.gates(at))
-        self._g.observe(write, under=self._hooks())
+        self._g.passes.observe(write, under=self._hooks())
         names = list(self.readers)
         found: set[tuple[int, str]] = set()
         for written in self._written:

@@ -35,16 +35,15 @@ from lens_lora.core import (
     Scale,
     ScaleInject,
     alone,
-    attached,
     drawing,
     largest,
     only_prompt,
     prompt_rows,
+    rounding_noise,
     tangent_of,
     tokens_at,
 )
 from lens_lora.core.function.duals import dual_forward
-from lens_lora.core.function.rounding import of_stream
 from lens_lora.core.function.tangents import JointInject
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
@@ -291,7 +290,7 @@ def _shift(
         _require_width(lens, prompts, features, name)
         base = run(at_base)
         adapted = run(at_scale)
-        with attached(lens.model, of_stream(lens)):
+        with rounding_noise(lens):
             noisy = run(at_scale)
         if features.encode is not None:
             activations = project.encoded(base), project.encoded(adapted)

@@ -147,5 +147,5 @@ def _update_norms(g: Function) -> BySite:
         sums = delta.square().flatten(1).sum(1) / injection.ports.repeats
         squares[:, injection.site] += sums.to(home)
 
-    g.observe(add_square)
+    g.passes.observe(add_square)
     return g.reading.by_prompt(squares).sqrt()

@@ -481,7 +481,7 @@ def test_the_noise_of_a_sum_is_what_planted_rounding_does(
     points = torch.stack([torch.ones_like(first), first, second, first * second])
     factors = torch.tensor(coefficients, dtype=torch.float64)
     exact = factors @ g(points)
-    rounding = engine_noise.of_stream(lens, generator=models.seeded(0))
+    rounding = engine_noise.rounding_hooks(lens, generator=models.seeded(0))
     with attached(lens.model, rounding):
         drawn = torch.stack([factors @ g(points) for _ in range(60)])
     deviation = (drawn - exact).square().mean(0).sqrt()

@@ -162,7 +162,7 @@ def test_components(lens: ll.LoraLens):
             products = (delta * delta, gradient * gradient, delta * gradient)
             sums[:, :, place.site] += torch.stack([product.sum(1) for product in products])
 
-    g.visit(visit)
+    g.passes.visit(visit)
     delta, gradient = sums[:2].sqrt()
     tangents = g.tangent(torch.eye(len(lens.sites)))
     moved = (tangents - tangents.mean(-1, keepdim=True)).norm(dim=-1).T

@@ -132,8 +132,8 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
     assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
     floor = low.function(texts, ll.Logit(PRE)).floor
-    whole = noise.of_stream
-    monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])
+    whole = noise.rounding_hooks
+    monkeypatch.setattr(noise, "rounding_hooks", lambda *args, **named: whole(*args, **named)[:1])
     at_the_embedding = low.function(texts, ll.Logit(PRE)).floor
     assert (floor / at_the_embedding).median() > 1.25
 

@@ -26,17 +26,15 @@ point for interventions, about half of that where they branch; a pass as any oth
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.arguments import word
 from lens_lora.core.function.forward import (
     gated_readout,
     read_value,
@@ -61,11 +59,7 @@ from lens_lora.errors import (
 
 def in_gauge(lens: LoraLens, gauge: Gauge) -> LoraLens:
     """The same function f(ε), each rank space in the coordinates of the gauge."""
-    if word("gauge", gauge, get_args(Gauge)) == "trained":
-        return lens
-    other = copy.copy(lens)
-    other._plan = lens.plan.in_svd_gauge
-    return other
+    return lens.in_gauge(gauge)
 
 
 # --- What stands in for δ

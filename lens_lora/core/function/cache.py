@@ -77,7 +77,7 @@ class Evaluations(Function):
         """
         if isinstance(g, Evaluations):
             return g
-        g._require_same_model()
+        g.require_same_model()
         return cls(g)
 
     def know(self, at: float, value: _ByPrompt) -> None:
@@ -115,7 +115,7 @@ class Evaluations(Function):
         self._memory.slope_draws = draws
         self.know(0.0, base)
         self._draw(_ENDS, beside=along, progress=self.progress)
-        reverse.require_finite_sites(self.lens, slopes)
+        reverse.require_finite_slopes(self.lens, slopes)
         self._remember_slopes(0.0, slopes)
         return slopes
 
@@ -138,7 +138,7 @@ class Evaluations(Function):
 
     # --- What `Function` evaluates anew, from memory
 
-    def _require_same_model(self) -> None:
+    def require_same_model(self) -> None:
         """The model was checked when this was made, and stays as it is within the call."""
 
     def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:

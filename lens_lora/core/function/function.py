@@ -26,23 +26,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Real
 from torch import Tensor
+from torch.nn import functional
 
 from lens_lora.arguments import number, numbers_of, word
 from lens_lora.compat import Temporary
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import gate_graph, memory, reverse, rounding, tree
-from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
+from lens_lora.core.function.exclusive import exclusive
 from lens_lora.core.function.noise import Noise
+from lens_lora.core.function.own_passes import OwnPasses
+from lens_lora.core.function.pulled_back import Covector, pulled_back
 from lens_lora.core.function.tangents import (
     JointInject,
     group_parts,
@@ -51,11 +53,9 @@ from lens_lora.core.function.tangents import (
 )
 from lens_lora.core.model import (
     Gauge,
-    Inject,
     LoraLens,
     Scale,
     ScaleInject,
-    alone,
     by_axes,
     chosen_sites,
     extensions,
@@ -75,27 +75,7 @@ Corners = Literal["add_one", "leave_one_out"]
 # The sites of each corner: a name or a glob, or several of them.
 SitesOfCorners = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _Points = Float[Tensor, "point site"]
-
-
-def _public(
-    method: Callable[Concatenate[Function, _P], _R],
-) -> Callable[Concatenate[Function, _P], _R]:
-    """The method, which no other call on the same model interrupts; the model is checked first."""
-
-    @functools.wraps(method)
-    def run(self: Function, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        @alone
-        def once(lens: LoraLens) -> _R:
-            del lens
-            self._require_same_model()
-            return method(self, *args, **kwargs)
-
-        return once(self.lens)
-
-    return run
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -151,7 +131,7 @@ class Function:
 
     # --- Values
 
-    @_public
+    @exclusive
     def __call__(self, gates: Gates) -> Float[Tensor, "*point batch"]:
         """g at these gates, in the readout's units.
 
@@ -172,7 +152,7 @@ class Function:
             return self._with_graph(points).view(*shape, -1)
         return self._values(points, "values of g").reshape(*shape, -1)
 
-    @_public
+    @exclusive
     def along(
         self, scales: Sequence[float] | Float[Tensor, " point"]
     ) -> Float[Tensor, "point batch"]:
@@ -202,7 +182,7 @@ class Function:
         base, adapted = self.ends
         return adapted - base
 
-    @_public
+    @exclusive
     def corners(
         self,
         which: Corners | Gates | None = None,
@@ -232,7 +212,7 @@ class Function:
         what = which.replace("_", " ") if isinstance(which, str) else "corners"
         return self._values(self._corner_gates(which, on, off), what)
 
-    @_public
+    @exclusive
     def each_prompt(self, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
         """g where each prompt has gates of its own. At most a forward pass a point, batched.
 
@@ -246,7 +226,7 @@ class Function:
         values = function.gated_readout(self.lens, self.reading, by_prompt, progress=self.progress)
         return values.T
 
-    @_public
+    @exclusive
     def logits(self, gates: Gates) -> Float[Tensor, "*point row *slot vocab"]:
         """f at these gates, where it is read: the logits of the next token, or of a response's.
 
@@ -266,9 +246,34 @@ class Function:
         function.require_finite(values, "the model's output")
         return values.view(*shape, *values.shape[1:])
 
+    @exclusive
+    def token_values(self, gates: Gates) -> Float[Tensor, "*point batch token"]:
+        """ℓ_t = log p(y_t | x, y_<t) of each token t of a response, at these gates.
+
+        Zero beyond a prompt's own tokens. Cost: as for g itself.
+
+        Args:
+            gates: as for the function itself.
+
+        Raises:
+            ArgumentError: a readout of something else than one response for each prompt.
+            NumericsError: a value that is not finite.
+        """
+        self.require_one_response()
+        points, shape = self._points(gates)
+        values = function.gated_readout(
+            self.lens,
+            self.reading,
+            points,
+            read=function.read_tokens,
+            progress=self.progress,
+            what="log-probabilities of tokens",
+        ).movedim(1, 0)
+        return values.reshape(*shape, *values.shape[1:])
+
     # --- Derivatives
 
-    @_public
+    @exclusive
     def slopes(
         self,
         at: Gates = 0.0,
@@ -310,18 +315,18 @@ class Function:
         has_slope_at_base = not self._named_readout().no_slope_at_base
         if not has_slope_at_base and not shape and not bool(points.any()):
             self.require_slope_at_base()
-        gauged = in_gauge(self.lens, gauge)
+        gauged = self.lens.in_gauge(gauge)
         if weights is not None:
             with under or contextlib.nullcontext():
                 total = self._weighted_slopes(points, weights, axes, gauged)
-            reverse.require_finite_sites(self.lens, total)
+            reverse.require_finite_slopes(self.lens, total)
             return total
         if under is None:
             values = self._slopes(points, axes, gauged)
         else:
             with under:
                 values = self._slopes(points, axes, gauged, remember=False)
-        reverse.require_finite_sites(self.lens, values.flatten(0, 1))
+        reverse.require_finite_slopes(self.lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
 
     def require_slope_at_base(self) -> None:
@@ -348,7 +353,7 @@ class Function:
                 remedy="ask first_order, patch_sites, path_attribution or remainder of it.",
             )
 
-    @_public
+    @exclusive
     def tangent(
         self,
         direction: Direction,
@@ -380,7 +385,7 @@ class Function:
         function.require_finite(values, "the tangent of the logits")
         return values.view(*shape, *values.shape[1:])
 
-    @_public
+    @exclusive
     def curvature(
         self, direction: Direction, at: Gates = 0.0
     ) -> Float[Tensor, "*direction batch site"]:
@@ -412,7 +417,7 @@ class Function:
         values = gate_graph.in_groups(self.lens, self.reading, products)
         return values.movedim(0, 1).reshape(*shape, *values[:, 0].shape)
 
-    @_public
+    @exclusive
     def graphed(self, gates: Gates) -> Float[Tensor, "*point batch"]:
         """g with the graph of whatever needs a gradient: the gates, or tensors of your own hooks.
 
@@ -428,50 +433,112 @@ class Function:
         points, shape = self._points(gates)
         return self._with_graph(points).view(*shape, -1)
 
-    @_public
-    def visit(
-        self,
-        visitor: reverse.Visit,
-        at: Gates = 0.0,
-        *,
-        write: Inject | None = None,
-        primal: Callable[[Tensor], Tensor] | None = None,
-        under: AbstractContextManager[object] | None = None,
-    ) -> Float[Tensor, " batch"]:
-        """Show each site on the way back; returns g. One forward and one backward pass.
+    @exclusive
+    def slopes_of(
+        self, read: Callable[[Tensor], Float[Tensor, "value row"]], at: Gates = 0.0
+    ) -> Float[Tensor, "value row site"]:
+        """∂/∂ε_l of each of many values that are read of the logits of one pass.
 
-        The slope of a site is the sum of weight · ⟨G, δ(z)⟩ over the places where it writes.
+        Cost: one forward pass, and a backward pass for each value, batched; where the graph is
+        beyond the bound of the lens, one more forward pass for each.
 
         Args:
-            visitor: called with (the place, an `Injection`; its weight, or None for 1; G = ∂g/∂(its
-                output) [row, pos, out]; z, what the site reads [row, pos, in]).
-            at: the gates, one point.
-            write: what each site writes in place of ε_l ΔW_l z_l; it should have the same value.
-            primal: the value of a tensor in which `write` lets something ride along.
-            under: what holds during the passes and no longer, such as hooks.
+            read: from what `logits` returns, [row, *slot, vocab], to the values of each row.
+            at: the gates at which the derivative is taken, one point.
 
         Raises:
-            ModelStateError: a gradient did not reach some site.
+            NumericsError: a derivative that is not finite, naming the site.
         """
-        memory.require_rows_of_graph(self.lens, self.reading)
-        gates = self._one_point(at)
-        with under or contextlib.nullcontext():
-            return reverse.site_gradients(self.lens, self.reading, gates, visitor, write, primal)
 
-    @_public
-    def observe(
-        self, watch: Inject, *, under: AbstractContextManager[object] | None = None
-    ) -> None:
-        """One forward pass, without a graph, for what `watch` sees of it.
+        def values() -> Float[Tensor, "value row"]:
+            return read(function.read_logits(self.lens, self.rows))
+
+        return self._slopes_of_each(self.rows, values, at)
+
+    @exclusive
+    def slopes_of_tokens(
+        self, tokens: Sequence[int], at: Gates = 0.0
+    ) -> Float[Tensor, "token batch site"]:
+        """∂ℓ_t/∂ε_l of some tokens t of a response, with ℓ_t = log p(y_t | x, y_<t).
+
+        Cost: one forward pass, and a backward pass for each token, batched.
 
         Args:
-            watch: called at every place where a site writes, with the index of the injection
-                (`lens.injections`), the output there and what the site reads. What it returns
-                takes the place of the output; None leaves it as in the base model.
-            under: what holds during the pass and no longer, such as hooks.
+            tokens: their indices in the response.
+            at: the gates at which the derivative is taken, one point.
+
+        Raises:
+            ArgumentError: a readout of something else than one response for each prompt.
+            NumericsError: a derivative that is not finite, naming the site.
         """
-        with torch.no_grad(), under or contextlib.nullcontext(), self.lens.injected(watch):
-            function.read_logits(self.lens, self.rows)
+        self.require_one_response()
+        chosen = list(tokens)
+
+        def values() -> Float[Tensor, "token row"]:
+            return function.differentiable_tokens(self.lens, self.reading)[:, chosen].T
+
+        return self._slopes_of_each(self.reading, values, at)
+
+    def _slopes_of_each(
+        self, run: memory.Run, values: Callable[[], Tensor], at: Gates
+    ) -> Float[Tensor, "value row site"]:
+        gates = self._one_point(at)
+        slopes = gate_graph.slopes_of_each(self.lens, run, gates, values, progress=self.progress)
+        reverse.require_finite_slopes(self.lens, slopes.flatten(0, 1))
+        return slopes
+
+    @exclusive
+    def pulled_back(
+        self, covector: Covector, by: tuple[str, ...] | str = (), *, gauge: Gauge = "trained"
+    ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "row *slot vocab"]]:
+        """wᵀ J δz_l at the base, with w made of the logits f(0) and their tangent v; and f(0).
+
+        v = Σ_l J δz_l is the first-order shift of the logits. With w = F v, where F is the Fisher
+        information of the base's distribution, the values are the shares of vᵀF v.
+
+        Cost: one dual forward and one backward pass; two forward passes more where the graph is
+        beyond the bound of the lens.
+
+        Args:
+            covector: w from f(0) and v of some rows, and these rows.
+            by: any of 'position', 'head', 'expert' and 'rank', as for `slopes`.
+            gauge: of parts by rank, as for `slopes`.
+
+        Raises:
+            ModelStateError: the model has an operation without a forward-mode derivative.
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        lens = self.lens.in_gauge(gauge)
+        values: list[Tensor] = []
+        logits: list[Tensor] = []
+        for group in memory.dual_graph_groups(lens, self.reading):
+            of_group, base = pulled_back(lens, group, by_axes(by), covector)
+            values.append(of_group)
+            if base.ndim == 3:
+                # Slots that no row of the group has.
+                missing = self.rows.slots - group.prompts.slots
+                base = functional.pad(base, (0, 0, 0, missing))
+            logits.append(base)
+        slopes = reverse.join_groups(values)
+        reverse.require_finite_slopes(lens, slopes)
+        return slopes, torch.cat(logits)
+
+    def chosen_mode(self, mode: memory.Mode, readouts: int) -> Literal["forward", "reverse"]:
+        """The mode of differentiation: as given, or for 'auto' the one that takes less work.
+
+        Args:
+            mode: 'auto', 'forward' or 'reverse'.
+            readouts: of how many numbers the derivative by every site is taken.
+
+        Raises:
+            ArgumentError: another mode.
+        """
+        return memory.chosen_mode(mode, self.lens, readouts)
+
+    @property
+    def passes(self) -> OwnPasses:
+        """Passes over the same rows under hooks of your own."""
+        return OwnPasses(self)
 
     # --- Some of its prompts, or another adapter
 
@@ -524,7 +591,7 @@ class Function:
         """σ of `shift` from rounding alone, in the readout's units. Ten forward passes, batched."""
         return rounding.noise_of_ends(*self._draws_of_ends())
 
-    @_public
+    @exclusive
     def noise(
         self, coefficients: Sequence[float], at: float | Sequence[float] = 1.0
     ) -> Float[Tensor, " batch"]:
@@ -565,7 +632,7 @@ class Function:
         squares = [(c * sigma[s]).square() for c, s in zip(factors, strengths, strict=True)]
         return torch.stack(squares).sum(0).sqrt()
 
-    @_public
+    @exclusive
     def remainder_noise(self, slopes: Float[Tensor, "batch site"]) -> Noise:
         """σ of g(ε) − g(0), and of what first order leaves of it, at any strength ε.
 
@@ -589,7 +656,7 @@ class Function:
         )
         return Noise(of_shift, near_base, of_slopes)
 
-    @_public
+    @exclusive
     def curvature_noise(
         self, half_row_sums: Float[Tensor, "batch site"]
     ) -> Float[Tensor, " batch"]:
@@ -604,7 +671,7 @@ class Function:
 
     # --- The same function otherwise, and what results say of it
 
-    @_public
+    @exclusive
     def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
         """The same prompts with another readout. One forward pass of a `KL`, for its base.
 
@@ -695,19 +762,26 @@ class Function:
         Raises:
             ArgumentError: another readout.
         """
-        response = self._one_response()
+        response = self.require_one_response()
         ids = [response.tokens[response.owner == i].tolist() for i in range(response.batch)]
         return tuple(tuple(self.lens.decode(row)) for row in ids)
 
-    # --- How it is evaluated; `Evaluations` answers some of these from what it remembers
+    # --- What is refused
 
-    def _named_readout(self) -> Readout:
-        _ = self.reading  # which refuses a function without a readout
-        assert self.readout is not None, "a reading has a readout"
-        return self.readout
+    def require_same_model(self) -> None:
+        """Check that the model is as it was when the lens was made.
 
-    def _one_response(self) -> LogProbs:
-        """The reading of one response a prompt, token by token."""
+        Raises:
+            ModelStateError: naming what changed.
+        """
+        self.lens.check_state()
+
+    def require_one_response(self) -> LogProbs:
+        """The reading of one response for each prompt, token by token.
+
+        Raises:
+            ArgumentError: another readout.
+        """
         read = self.reading.read
         if isinstance(read, LogProbs) and read.is_one_response:
             return read
@@ -717,9 +791,12 @@ class Function:
             remedy="use AnswerLogProb(response), for a margin once for each answer.",
         )
 
-    def _require_same_model(self) -> None:
-        """Check that the model is as it was when the lens was made."""
-        self.lens.check_state()
+    # --- How it is evaluated; `Evaluations` answers some of these from what it remembers
+
+    def _named_readout(self) -> Readout:
+        _ = self.reading  # which refuses a function without a readout
+        assert self.readout is not None, "a reading has a readout"
+        return self.readout
 
     def _values(self, points: _Points, what: str) -> Float[Tensor, "point batch"]:
         """g at these gates; `what` is how a bar calls them."""
@@ -785,7 +862,7 @@ class Function:
         del remember  # a function has no memory
         reading = self.reading
         if "token" in axes:
-            self._one_response()
+            self.require_one_response()
             each = [
                 gate_graph.token_slopes(lens, reading, point, axes[:-1], progress=self.progress)
                 for point in points
@@ -796,7 +873,7 @@ class Function:
             step = memory.slopes_at_once(lens, group)
             chunks = [_slopes_at(lens, group, some, axes) for some in points.split(step)]
             groups.append(torch.cat(chunks, 1))
-        return reverse.joined(groups).movedim(1, 0)
+        return reverse.join_groups(groups).movedim(1, 0)
 
     def _weighted_slopes(
         self, points: _Points, weights: Tensor, axes: tuple[str, ...], lens: LoraLens
@@ -819,7 +896,7 @@ class Function:
                     total = total + torch.einsum("bk...,k->b...", slopes, their)
                     bar.update(len(some))
                 sums.append(total)
-        return reverse.joined(sums)
+        return reverse.join_groups(sums)
 
     def _logits(self, points: _Points) -> Float[Tensor, "point row *slot vocab"]:
         """As many rows at a time as there is memory for beside the logits, which are all kept."""

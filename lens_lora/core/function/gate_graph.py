@@ -139,7 +139,9 @@ def token_slopes(
     has_own_passes = bool(axes) or memory.must_rerun(lens, reading)
     if has_own_passes or not memory.fits_with_covectors(lens, reading.prompts):
         groups = memory.graph_groups(lens, reading)
-        return reverse.joined([reverse.token_slopes(lens, group, at, axes) for group in groups])
+        return reverse.join_groups(
+            [reverse.token_slopes(lens, group, at, axes) for group in groups]
+        )
 
     def tokens() -> Float[Tensor, "token row"]:
         return function.differentiable_tokens(lens, reading).T
@@ -195,6 +197,6 @@ def hessian_products(
             covectors = chunk[:, None].expand(-1, *graph.gates.shape)
             products = graph.pulled_back(slopes, covectors).transpose(0, 1)
             products = reading.by_prompt(products)
-            reverse.require_finite_sites(lens, products.transpose(1, 2))
+            reverse.require_finite_slopes(lens, products.transpose(1, 2))
             yield products
             bar.update(len(chunk))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -422,11 +421,4 @@ def head_parts(
 
 def head_points(lens: LoraLens, kinds: Iterable[str] = "qkvo") -> dict[str, str]:
     """The hook points of q, k, v and z ('o', which reads it) → the kind of module."""
-    points, host, known = dict[str, str](), lens.host, lens.model.hook_dict
-    for layer, kind in itertools.product(range(host.n_layers), kinds):
-        ports = host.ports(layer, kind)
-        point = (ports.read if kind == "o" else ports.write) or ""
-        usual = f"blocks.{layer}.attn.hook_{'z' if kind == 'o' else kind}"
-        if point in known:
-            points[usual if known.get(usual) is known[point] else point] = kind
-    return points
+    return lens.head_points(kinds)

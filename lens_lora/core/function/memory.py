@@ -408,14 +408,17 @@ def require_graph(lens: LoraLens, run: Run) -> None:
         )
 
 
+def graph_bytes(lens: LoraLens, reading: Reading) -> float:
+    """About how many bytes a graph of all rows takes, with what the reading holds."""
+    need = _need(lens, reading)
+    return len(reading.owner) * need.of_graph + need.graphed + need.always
+
+
 def require_graphs(lens: LoraLens, readings: Sequence[Reading]) -> None:
     """Check that the graphs of all of these, which are held together, are within the bound."""
     if lens.max_memory is None:
         return
-    total = 0.0
-    for reading in readings:
-        need = _need(lens, reading)
-        total += len(reading.owner) * need.of_graph + need.graphed + need.always
+    total = sum(graph_bytes(lens, reading) for reading in readings)
     if total > lens.max_memory:
         raise ArgumentError(
             f"{_bound(lens)}, and the graphs of {many(len(readings), 'question')}, which are held "

@@ -26,11 +26,12 @@ from lens_lora.core.model.plan import Plan
 from lens_lora.core.readout import Prompts, Reading
 
 _RowLogits = Float[Tensor, "row *slot vocab"]
-_Covector = Callable[[_RowLogits, _RowLogits], _RowLogits]  # from f(0) and v
+# w, from f(0), v and the rows of both.
+Covector = Callable[[_RowLogits, _RowLogits, Prompts], _RowLogits]
 
 
 def pulled_back(
-    lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: _Covector
+    lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: Covector
 ) -> tuple[Float[Tensor, "batch site *by"], _RowLogits]:
     """wᵀ J δz_l of every site and its parts, and f(0). One dual forward and one backward pass.
 
@@ -45,14 +46,16 @@ def pulled_back(
             base, v = _read(lens, prompts)
         with reverse.tapped(lens, reading, base_gates) as (taps, leaves):
             taps.visit = slopes.visit
-            torch.autograd.grad(function.read_logits(lens, prompts), leaves, covector(base, v))
+            torch.autograd.grad(
+                function.read_logits(lens, prompts), leaves, covector(base, v, prompts)
+            )
     else:
         lens.check_backward(once=False)  # the tangents end where a block is run again
         push = _push(lens.plan)
         with dual_forward(), reverse.tapped(lens, reading, base_gates, push) as (taps, leaves):
             base, v = _read(lens, prompts)
         taps.visit = slopes.visit
-        torch.autograd.grad(base, leaves, covector(base.detach(), v))
+        torch.autograd.grad(base, leaves, covector(base.detach(), v, prompts))
     taps.require_all_seen()
     return slopes.by_prompt(reading), base.detach()
 

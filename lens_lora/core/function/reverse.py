@@ -87,10 +87,12 @@ def _slopes_and_values(
         slopes = Slopes(lens, group.prompts, axes)
         values.append(site_gradients(lens, group, gates, slopes.visit))
         groups.append(slopes.by_prompt(group))
-    return joined(groups), torch.cat(values)
+    return join_groups(groups), torch.cat(values)
 
 
-def joined(groups: Sequence[Float[Tensor, "_some site ..."]]) -> Float[Tensor, "batch site ..."]:
+def join_groups(
+    groups: Sequence[Float[Tensor, "_some site ..."]],
+) -> Float[Tensor, "batch site ..."]:
     """Groups of prompts as one, with zeros where one is shorter than the longest."""
     sizes = [max(axis) for axis in zip(*(group.shape[2:] for group in groups), strict=True)]
 
@@ -234,7 +236,7 @@ def _at_read_positions(
     return spread.index_put((rows.expand_as(positions), positions), values, accumulate=True)
 
 
-def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
+def require_finite_slopes(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
     """Refuse NaN and infinity, naming the first such site.
 
     Raises:
@@ -249,6 +251,10 @@ def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]
             "names the first hook point with non-finite activations, if the model has one."
         )
     require_finite(values, "the first-order shift")
+
+
+joined = join_groups
+require_finite_sites = require_finite_slopes
 
 
 # --- Parts of a site, without δz

@@ -45,10 +45,10 @@ from lens_lora.core.readout.reading import AtPoint, Columns, Picks, Reading
 
 def unit(lens: LoraLens) -> float:
     """Of rounding, relative: the dtype's, or that of activations which a kernel rounds to 8 bit."""
-    return max(lens.eps / 2, lens.plan.activation_rounding)
+    return lens.unit_roundoff
 
 
-def of_stream(
+def rounding_hooks(
     lens: LoraLens,
     rows: Bool[Tensor, " row"] | None = None,
     generator: torch.Generator | None = None,
@@ -89,7 +89,7 @@ def rounding_noise(lens: LoraLens) -> Generator[None]:
     Args:
         lens: the lens whose model is run.
     """
-    with attached(lens.model, of_stream(lens)):
+    with attached(lens.model, rounding_hooks(lens)):
         yield
 
 
@@ -164,7 +164,7 @@ def _draws_of(
 
     def run(chunk: Sequence[_Copy]) -> Float[Tensor, "some chunk"]:
         gates, is_drawn = zip(*chunk, strict=True)
-        perturb = of_stream(lens, torch.tensor(is_drawn).repeat_interleave(rows), generator)
+        perturb = rounding_hooks(lens, torch.tensor(is_drawn).repeat_interleave(rows), generator)
         scaled = ScaleInject(lens.plan, torch.stack(gates).repeat_interleave(rows, 0))
         with torch.no_grad(), lens.injected(scaled, before=perturb):
             return torch.stack(_values_of(lens, reading, is_drawn, of_logits), 1)
@@ -213,7 +213,7 @@ def base_draws(lens: LoraLens, reading: Reading) -> Draws:
     groups = []
     for group in memory.graph_groups(lens, reading):
         chunks = torch.arange(DRAWS).split(memory.slopes_at_once(lens, group))
-        with attached(lens.model, of_stream(lens, generator=_others())):
+        with attached(lens.model, rounding_hooks(lens, generator=_others())):
             draws = [_drawn(lens, group.repeat(len(c)), group.batch) for c in chunks]
         groups.append(_joined(draws, 1))
     return _joined(groups, 0)
@@ -237,7 +237,7 @@ def slopes_and_draws(
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         exact.visit(injection, weight, gradient[::copies], z[::copies])
 
-    with attached(lens.model, of_stream(lens, is_drawn, _others())):
+    with attached(lens.model, rounding_hooks(lens, is_drawn, _others())):
         drawn = _drawn(lens, many, reading.batch, visit)
     draws = Draws(drawn.values[:, 1:], drawn.sums[:, 1:])
     return exact.by_prompt(reading), drawn.values[:, 0], draws
@@ -284,7 +284,7 @@ def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) ->
             sums.append(product[:, 0].sum(1).unflatten(0, (group.batch, len(draws))))
         return torch.cat(sums, 1) / 2
 
-    with attached(lens.model, of_stream(lens)):
+    with attached(lens.model, rounding_hooks(lens)):
         return _of_sum(lens, in_groups(lens, reading, half_sums), half_row_sums) / _TWO_RUNS
 
 

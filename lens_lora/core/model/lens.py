@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lens_lora import errors
 from lens_lora._version import versions
-from lens_lora.arguments import number
+from lens_lora.arguments import number, word
 from lens_lora.compat import (
     Temporary,
     home_of,
@@ -38,6 +38,7 @@ from lens_lora.core.model import sites as model_sites
 from lens_lora.core.model.bases import names_of
 from lens_lora.core.model.basis import SiteMap, Update
 from lens_lora.core.model.gates import Scale, gates_of
+from lens_lora.core.model.gauge import Gauge
 from lens_lora.core.model.hooks import (
     HookFn,
     alone,
@@ -260,6 +261,21 @@ class LoraLens:
         other.max_memory = max_memory
         return other
 
+    def in_gauge(self, gauge: Gauge) -> LoraLens:
+        """The same function f(ε), each site's ranks in the coordinates of a gauge.
+
+        Args:
+            gauge: 'trained', the factors' own ranks, or 'svd', the singular directions of ΔW.
+
+        Raises:
+            ArgumentError: another gauge.
+        """
+        if word("gauge", gauge, get_args(Gauge)) == "trained":
+            return self
+        other = copy.copy(self)
+        other._plan = self._plan.in_svd_gauge
+        return other
+
     def __copy__(self) -> LoraLens:
         other = object.__new__(type(self))
         vars(other).update(vars(self))
@@ -343,6 +359,30 @@ class LoraLens:
     def gate_dtype(self) -> torch.dtype:
         """The dtype of gates and updates: the model's, never below float32."""
         return self.maps[0].dtype
+
+    @property
+    def unit_roundoff(self) -> float:
+        """The relative size of one rounding: of the dtype, or of a kernel's 8-bit activations."""
+        return max(self.eps / 2, self._plan.activation_rounding)
+
+    def head_points(self, kinds: Iterable[str] = "qkvo") -> dict[str, str]:
+        """The hook points of q, k, v and z, each with the kind of module that it belongs to.
+
+        Args:
+            kinds: 'q', 'k', 'v', and 'o', which reads z.
+        """
+        known = self.model.hook_dict
+        points: dict[str, str] = {}
+        for layer in range(self.host.n_layers):
+            for kind in kinds:
+                ports = self.host.ports(layer, kind)
+                point = ports.read if kind == "o" else ports.write
+                if point is None or point not in known:
+                    continue
+                usual = f"blocks.{layer}.attn.hook_{'z' if kind == 'o' else kind}"
+                is_usual = known.get(usual) is known[point]
+                points[usual if is_usual else point] = kind
+        return points
 
     def site_index(self, name: str) -> int:
         """The index of a site in `sites`.

@@ -201,7 +201,7 @@ def test_rows_that_ride_take_no_draw():
     stream = torch.randn(5, 7, 16)
     rows = torch.tensor([False, True, False, True, True])
     alone, beside = (
-        [hook(part, None) for _, hook in engine_noise.of_stream(low, moved)]
+        [hook(part, None) for _, hook in engine_noise.rounding_hooks(low, moved)]
         for part, moved in ((stream[rows], None), (stream, rows))
     )
     for drawn, both in zip(alone, beside, strict=True):

@@ -73,7 +73,7 @@ def test_a_floor_has_the_rounding_of_every_block():
     lens, _ = lenses("llama", torch.bfloat16)
     host = lens.plan.host
     points = [lens.embedding_output, *map(host.block_input, range(1, host.n_layers))]
-    drawn = rounding.of_stream(lens)
+    drawn = rounding.rounding_hooks(lens)
     assert [name for name, _ in drawn] == points and len(points) == models.LAYERS
     stream = torch.ones(4, 5, lens.model.cfg.d_model)
     for _, move in drawn:
@@ -163,7 +163,7 @@ def test_the_ends_have_floors_of_their_own():
 
 def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
     """They pass hooks in half precision: their floor has that rounding, whatever comes before."""
-    monkeypatch.setattr(rounding, "of_stream", lambda *_, **__: [])
+    monkeypatch.setattr(rounding, "rounding_hooks", lambda *_, **__: [])
     base = models.hf_model("llama", dtype=torch.bfloat16)
     noise = {}
     for target in ("lm_head", "q_proj"):

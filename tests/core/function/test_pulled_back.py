@@ -31,6 +31,6 @@ def test_equals_two_passes(family: str, cls: str, flags: str):
     read = dataclasses.replace(reading, read=lambda f: (covectors * f).flatten(1).sum(1))
     axes = ("position", "head", "rank")
     expected = site_slopes(lens, read, none, axes)
-    found, at_base = pulled_back(lens, reading, axes, lambda f, moved: f.softmax(-1) * moved)
+    found, at_base = pulled_back(lens, reading, axes, lambda f, moved, _: f.softmax(-1) * moved)
     assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
     assert (at_base - base).abs().max() < 1e-11 and not at_base.requires_grad
