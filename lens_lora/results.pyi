@@ -55,5 +55,5 @@ from .ship.verify import Verification as Verification
 from .sweeps.stream import ActivationsFile as ActivationsFile
 from .sweeps.sweep import SweepResult as SweepResult
 from .two_adapters.checkpoints import Checkpoints as Checkpoints
-from .two_adapters.compare_adapters import AdapterComparison as AdapterComparison
+from .two_adapters.comparison import AdapterComparison as AdapterComparison
 from .two_adapters.repair import Repair as Repair

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from measuring import cpu_seconds, plain_forward, random_ids
 
 import lens_lora as ll
-from lens_lora.two_adapters.compare_adapters import products
+from lens_lora.two_adapters.shift_products import shift_products
 
 __all__ = ["text_table"]
 
@@ -67,7 +67,7 @@ def cosine_line(lens: ll.LoraLens, rows: ll.results.Prompts, turns: int) -> None
     least = float("inf")
     for _ in range(turns):
         joint = cpu_seconds(lambda: logits.tangent(1.0))
-        both = cpu_seconds(lambda: products(lens, lambda: [other], tokens))
+        both = cpu_seconds(lambda: shift_products(lens, lambda: [other], tokens))
         least = min(least, both / joint)
     what = f"cosine under F of two adapters, first order and exact, {tokens.batch} texts"
     print(f"| {what} | ≤ 2 joint shifts | {least:.2f} joint shifts |", flush=True)

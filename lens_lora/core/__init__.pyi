@@ -168,6 +168,8 @@ from .results.base import per_prompt as per_prompt
 from .results.base import prompt_rows as prompt_rows
 from .results.base import site_labels as site_labels
 from .results.base import tokens_at as tokens_at
+from .results.correlation import correlation as correlation
+from .results.correlation import is_constant as is_constant
 from .results.drawing import TokenView as TokenView
 from .results.labelled import Labelled as Labelled
 from .results.storage import kind_in_file as kind_in_file

@@ -31,7 +31,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 
 from lens_lora.arguments import whole, word
@@ -42,12 +41,15 @@ from lens_lora.core import (
     Read,
     Site,
     asked_of,
+    correlation,
     group_sites,
     hides_sign,
+    is_constant,
 )
 from lens_lora.edge_attribution.edges import Edges
 from lens_lora.errors import ArgumentError
-from lens_lora.two_adapters.compare_adapters import Vector, correlation, is_constant
+
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 _PERCENTILES = (2.5, 97.5)  # of a 95 % interval
 STATISTICS = (
@@ -311,8 +313,8 @@ def _statistics_of(
     """All of one prompt; NaN where one does not exist."""
     has_same_sign = (np.sign(a) == np.sign(e))[clear]
     return {
-        "pearson": correlation(a, e, eps),
-        "spearman": correlation(rankdata(a), rankdata(e), eps),
+        "pearson": correlation(a, e, eps=eps),
+        "spearman": correlation(a, e, ranked=True, eps=eps),
         "slope": _slope(a, e, eps),
         "sign_agreement": float(has_same_sign.mean()) if len(has_same_sign) else np.nan,
         "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,

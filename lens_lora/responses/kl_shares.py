@@ -50,6 +50,7 @@ from lens_lora.core import (
     ShownAxis,
     alone,
     by_axes,
+    correlation,
     drawing,
     group_sites,
     long_table,
@@ -64,7 +65,6 @@ from lens_lora.core.function.reverse import joined, require_finite_sites
 from lens_lora.core.function.tangents import group_parts, part_tangents
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
-from lens_lora.two_adapters.compare_adapters import correlation_of
 
 _Kernel = Literal["site", "layer", "kind"]
 # The strengths at which the divergence is held against its quadratic part.
@@ -135,7 +135,7 @@ class KLShares(Drawn):
         shares = self.attribution.per_site.cpu().double().numpy()
         slopes = self.midpoint.cpu().double().numpy()
         correlations = [
-            correlation_of(of_prompt, slope, ranked=True)
+            correlation(of_prompt, slope, ranked=True)
             for of_prompt, slope in zip(shares, slopes, strict=True)
         ]
         return torch.tensor(correlations, dtype=torch.float64)

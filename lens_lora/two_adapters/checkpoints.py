@@ -2,15 +2,15 @@
 
 1. Checkpoints: adapters in order, or a trainer's run folder with `checkpoint-<step>` in it.
 2. At each: the readout and its first order by site, the readout along ε, and where it flips there.
-3. Of the weights, from thin factors: ‖ΔW_k‖, how far ΔW moved since the checkpoint before, its
-   cosine to the last one's, site by site and over all of them; and how far what it reads and what
-   it writes turned since the checkpoint before (arXiv 2506.11613).
-4. Phase changes: a series changes at once over a span of consecutive steps if, in each of its
-   intervals, the change per step is more than `TIMES` times the median over all intervals, and the
-   change is in one direction, at least `PART` of the range of the series, and more than three noise
-   floors (σ of a change is √(σ_a² + σ_b²) of its two values); and the whole span makes up at least
-   `SHARE` of that range. With fewer than four intervals there is no usual pace to stand out from,
-   and the series is not judged.
+3. Of the weights, from the SVD of each ΔW: ‖ΔW_k‖, how far ΔW moved since the checkpoint before,
+   and its cosine to the last one's, site by site and over all of them; and how far what it reads
+   and what it writes turned since the checkpoint before (arXiv 2506.11613).
+4. Phase changes: a series changes at once over a span of consecutive steps if it changes in one
+   direction there and the whole span makes up at least `SHARE` of the range of the series. In each
+   interval of the span the change per step must be more than `TIMES` times the median over all
+   intervals, and the change itself at least `PART` of the range, and more than three noise floors
+   (σ of a change is √(σ_a² + σ_b²) of its two values). With fewer than four intervals there is no
+   usual pace to stand out from, and the series is not judged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, final, get_args
+from typing import Annotated, Literal, NamedTuple, final, get_args
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,7 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError, many
 from lens_lora.formats.folders import checkpoint_folders
-from lens_lora.two_adapters.overlap import Pair, Thin, compared, thin_updates
+from lens_lora.two_adapters.overlap import Overlap, ThinSVD, overlap_of, svd_of_sites
 
 What = Literal["moved", "effect", "norm", "read", "write"]
 GroupName = Literal["site", "layer", "kind"]
@@ -110,54 +110,56 @@ class Checkpoints(Read, Paged, Pictured):
 
     @property
     def shift(self) -> Float[Tensor, "step batch"]:
-        """g(1) − g(0) at each checkpoint, exact."""
+        """The exact shift g(1) − g(0) at each checkpoint."""
         return self.adapted - self.base
 
     @property
     def noise_floor(self) -> Float[Tensor, "step batch"]:
-        """σ of each checkpoint's shift from rounding."""
+        """The noise floor of each checkpoint's shift: its σ from rounding alone."""
         return (self.noise[:1].square() + self.noise[1:].square()).sqrt()
 
     @property
     def first_order(self) -> Float[Tensor, "step batch"]:
-        """Σ_l a_l at each checkpoint."""
+        """The sum of first order over the sites, Σ_l a_l, at each checkpoint."""
         return self.effects.sum(2)
 
     @property
     def remainder(self) -> Float[Tensor, "step batch"]:
-        """Shift minus first order."""
+        """What first order leaves of each checkpoint's shift."""
         return self.shift - self.first_order
 
     @property
     def flips(self) -> Float[Tensor, "step batch"]:
-        """1 where the readout has another sign than at the base, else 0.
+        """Whether the readout has another sign than at the base: 1 where it has, else 0.
 
-        0 where either is within three noise floors of zero, so that rounding hides its sign.
+        It is 0 where either is within three noise floors of zero, so that rounding hides its sign.
         """
         base = self.base.expand_as(self.adapted)
-        base_noise = self.noise[:1]
-        return changes_sign(base, self.adapted, base_noise, self.noise[1:]).double()
+        return changes_sign(base, self.adapted, self.noise[:1], self.noise[1:]).double()
 
     @property
     def hidden(self) -> Bool[Tensor, "step batch"]:
-        """Where rounding hides a sign, of the base or of the checkpoint."""
+        """Whether rounding hides a sign, of the base or of the checkpoint."""
         at_base = hides_sign(self.base, self.noise[0])
         return at_base | hides_sign(self.adapted, self.noise[1:])
 
     @property
     def flip_step(self) -> Float[Tensor, " batch"]:
-        """The step at which the readout first changes sign, linear between checkpoints; NaN where
-        it never does, or rounding hides it."""
+        """The step at which the readout first changes sign, linear between checkpoints.
+
+        It is NaN where the readout never changes sign, or rounding hides it.
+        """
         steps = torch.tensor([0.0, *self.steps], dtype=torch.float64)
         values = torch.cat([self.base[None], self.adapted]).cpu().double()
-        crossed = self.flips.cpu().int()
-        first = crossed.argmax(0)
-        columns = torch.arange(values.shape[1])
-        low = values[first, columns]
-        high = values[first + 1, columns]
-        share = (low / (low - high)).clamp(0, 1)  # `low` may have crossed within rounding
-        crossing = steps[first] + (steps[first + 1] - steps[first]) * share
-        return torch.where(crossed.any(0), crossing, torch.nan)
+        flips = self.flips.cpu().int()
+        before = flips.argmax(0)  # in `values`, the row before the first flip
+        prompts = torch.arange(values.shape[1])
+        value_before = values[before, prompts]
+        value_after = values[before + 1, prompts]
+        # The value before may have crossed zero already, within rounding.
+        share = (value_before / (value_before - value_after)).clamp(0, 1)
+        crossing = steps[before] + (steps[before + 1] - steps[before]) * share
+        return torch.where(flips.any(0), crossing, torch.nan)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per checkpoint and prompt."""
@@ -188,16 +190,22 @@ class Checkpoints(Read, Paged, Pictured):
         """
         word("what", what, get_args(What))
         groups = group_sites(self.sites, group)
-        members = indicator(groups, len(self.sites)).double()
-        if what == "effect":
-            values = self.effects.cpu().double().mean(1) @ members.T
-        elif what in ("read", "write"):
-            angles = (self.read_angle if what == "read" else self.write_angle).cpu().double()
-            counted = (~angles.isnan()).double() @ members.T
-            values = angles.nan_to_num() @ members.T / counted
-        else:
-            sizes = self.moved if what == "moved" else self.norms
-            values = (sizes.cpu().double().square() @ members.T).sqrt()
+        members = indicator(groups, len(self.sites)).double().T
+
+        def sums(values: Float[Tensor, "step site"]) -> Float[Tensor, "step group"]:
+            return values.cpu().double() @ members
+
+        match what:
+            case "effect":
+                values = sums(self.effects.cpu().double().mean(1))
+            case "moved":
+                values = sums(self.moved.cpu().double().square()).sqrt()
+            case "norm":
+                values = sums(self.norms.cpu().double().square()).sqrt()
+            case "read" | "write":
+                angles = self.read_angle if what == "read" else self.write_angle
+                counts = sums(~angles.isnan())
+                values = sums(angles.nan_to_num()) / counts
         return pd.DataFrame(values.T.numpy(), index=list(groups), columns=list(self.steps))
 
     def story(self) -> str:
@@ -205,7 +213,7 @@ class Checkpoints(Read, Paged, Pictured):
         return drawing.story(self)
 
     def plot_modules(self, what: What = "moved", group: GroupName = "layer") -> drawing.Figure:
-        """Which modules move when: heatmap of groups by step.
+        """A heatmap of groups by step, which shows which modules move when.
 
         Args:
             what, group: as for `by_group`.
@@ -255,27 +263,30 @@ def checkpoints(
     """
     run, run_steps = _in_order(adapters, steps, revision, subfolder)
     _require_one_training(run)
+
     g = evaluations(lens.with_adapter(run[0]), prompts, readout, progress=False)
     g.require_logits("checkpoints")
     g.require_slope_at_base()
     base_noise = g.noise((1.0,), at=0.0)
     (base,) = g.along((0.0,))
-    rows: list[dict[str, Tensor]] = []
-    updates: list[dict[str, Thin]] = []
+
+    measurements: list[_Measured] = []
+    updates: list[dict[str, ThinSVD]] = []
     sites: tuple[Site, ...] = ()
     with tqdm(run, desc="checkpoints", leave=False, disable=not progress) as bar:
         for adapter in bar:
             checkpoint = lens.with_adapter(adapter)
             sites = _same_sites(sites, checkpoint, adapter)
-            of_step = Evaluations.of(g.over(checkpoint))
-            of_step.know(0.0, base)
-            rows.append(_measured(of_step))
-            updates.append(thin_updates(checkpoint))
-    series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            g_of_checkpoint = Evaluations.of(g.over(checkpoint))
+            g_of_checkpoint.know(0.0, base)
+            measurements.append(_measured(g_of_checkpoint))
+            updates.append(svd_of_sites(checkpoint))
     effects = first_orders(g.lens, run, g.reading, lambda: run, sites)
     weights = _weights(updates)
+
     base = base.cpu().double()
-    noise = torch.cat([base_noise[None].cpu().double(), series.pop("noise")])
+    adapted = torch.stack([each.adapted for each in measurements])
+    noise = torch.stack([base_noise.cpu().double(), *(each.noise for each in measurements)])
     labels = g.labels()
     labels["meta"] = {**labels["meta"], "adapter": run[-1].name}
     return Checkpoints(
@@ -283,13 +294,28 @@ def checkpoints(
         names=tuple(adapter.name for adapter in run),
         sites=sites,
         base=base,
+        adapted=adapted,
         effects=effects.cpu().double(),
-        **series,
-        **weights,
-        phases=_phases(run_steps, base, series["adapted"], weights["angle"], noise),
+        flip_scale=torch.stack([each.flip_scale for each in measurements]),
         noise=noise,
+        **weights,
+        phases=_phases(run_steps, torch.cat([base[None], adapted]), weights["angle"], noise),
         **labels,
     )
+
+
+class _Measured(NamedTuple):
+    """What is run of one checkpoint.
+
+    Attributes:
+        adapted: g(1).
+        flip_scale: the first ε at which the readout changes sign; NaN where it does not.
+        noise: σ of g(1) from rounding.
+    """
+
+    adapted: Float[Tensor, " batch"]
+    flip_scale: Float[Tensor, " batch"]
+    noise: Float[Tensor, " batch"]
 
 
 def _in_order(
@@ -298,12 +324,13 @@ def _in_order(
     revision: str | None,
     subfolder: str | None,
 ) -> tuple[tuple[Adapter, ...], tuple[float, ...]]:
+    """The adapters in the order of training, and their steps."""
     if isinstance(adapters, str | Path):
         if steps is not None:
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
         folders = checkpoint_folders(adapters, revision, subfolder)
-        run = (load_adapter(path).named(path.name) for path in folders.values())
-        return tuple(run), tuple(map(float, folders))
+        run = [load_adapter(path).named(path.name) for path in folders.values()]
+        return tuple(run), tuple(float(step) for step in folders)
     is_list = isinstance(adapters, list | tuple)
     if not is_list or not all(isinstance(adapter, Adapter) for adapter in adapters):
         raise ArgumentError(
@@ -318,8 +345,8 @@ def _in_order(
             in_shell="of one adapter use `lens-lora explain`.",
         )
     numbers = numbers_of("steps", range(1, count + 1) if steps is None else steps)
-    increasing = all(a < b for a, b in itertools.pairwise([0.0, *numbers]))
-    if len(numbers) != count or not increasing:
+    is_increasing = all(a < b for a, b in itertools.pairwise([0.0, *numbers]))
+    if len(numbers) != count or not is_increasing:
         raise ArgumentError(
             f"steps={numbers} for {count} checkpoints; expected one each, above 0 and increasing."
         )
@@ -327,128 +354,169 @@ def _in_order(
 
 
 def _require_one_training(adapters: Sequence[Adapter]) -> None:
+    """Refuse checkpoints that adapt different modules, or name different bases."""
     first = adapters[0]
     for other in adapters[1:]:
-        if odd := sorted(set(first.modules) ^ set(other.modules)):
-            has, lacks = (first, other) if odd[0] in first.modules else (other, first)
-            raise ArgumentError(
-                f"{has.name} adapts {odd[0]} and {lacks.name} does not ({len(odd)} such modules); "
-                "checkpoints of one training adapt the same modules.",
-                remedy="Two trainings are compared by ll.compare_adapters.",
-            )
+        unshared = sorted(set(first.modules) ^ set(other.modules))
+        if not unshared:
+            continue
+        module = unshared[0]
+        has = first if module in first.modules else other
+        lacks = other if has is first else first
+        raise ArgumentError(
+            f"{has.name} adapts {module} and {lacks.name} does not ({len(unshared)} such modules); "
+            "checkpoints of one training adapt the same modules.",
+            remedy="Two trainings are compared by ll.compare_adapters.",
+        )
     require_one_base(adapters, "checkpoints of one training have one base model")
 
 
 def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tuple[Site, ...]:
+    """The sites of this checkpoint, which are those of the ones before it."""
     names = [site.name for site in lens.sites]
     expected = [site.name for site in sites]
     if sites and names != expected:
-        odd = sorted(set(names) ^ set(expected))
+        unshared = sorted(set(names) ^ set(expected))
         raise ArgumentError(
-            f"{adapter.name}: {odd[0]} is as in the base in one checkpoint and changed in another",
+            f"{adapter.name}: {unshared[0]} is as in the base in one checkpoint and changed in "
+            "another",
             remedy="leave such modules out: adapter.without(…).",
         )
     return lens.sites
 
 
-def _measured(g: Evaluations) -> dict[str, Tensor]:
-    """What is run of one checkpoint, of which g at the base is known.
+def _measured(g: Evaluations) -> _Measured:
+    """Run one checkpoint, of which g at the base is known.
 
-    Ten forward passes along the path and four for the noise floor, and those that refine a flip.
+    Cost: ten forward passes along the path and four for the noise floor, and those that refine a
+    flip.
     """
     scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=g.lens.gate_dtype)
     values = g.along(scales.tolist())
     base, adapted = g.ends
-    return {
-        "adapted": adapted.cpu().double(),
-        "flip_scale": flip_scales(g, base, scales.to(values.device), values.T),
-        "noise": g.noise((1.0,), at=1.0).cpu().double(),
-    }
+    return _Measured(
+        adapted=adapted.cpu().double(),
+        flip_scale=flip_scales(g, base, scales.to(values.device), values.T),
+        noise=g.noise((1.0,), at=1.0).cpu().double(),
+    )
 
 
-def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
-    """Norms, moves and cosines of every site at every checkpoint."""
+# --- Weights
+
+
+def _weights(updates: Sequence[Mapping[str, ThinSVD]]) -> dict[str, Tensor]:
+    """The fields of `Checkpoints` that say how large ΔW is and where it points."""
     norms = torch.stack([_norms(of_step) for of_step in updates])
-    with_last = _inner([_pairs(of_step, updates[-1]) for of_step in updates])
-    since = [_pairs(later, prior) for prior, later in itertools.pairwise(updates)]
-    before = _inner(since)
     squares = norms.square()
-    steps = squares[1:] + squares[:-1] - 2 * before
-    moved = torch.cat([norms[:1], steps.clamp(min=0).sqrt()])
+
+    # ‖ΔW_k − ΔW_{k−1}‖² = ‖ΔW_k‖² + ‖ΔW_{k−1}‖² − 2⟨ΔW_k, ΔW_{k−1}⟩
+    with_previous = [_overlaps(later, prior) for prior, later in itertools.pairwise(updates)]
+    square_moves = squares[1:] + squares[:-1] - 2 * _inner(with_previous)
+    moved = torch.cat([norms[:1], square_moves.clamp(min=0).sqrt()])
+
+    inner_with_last = _inner([_overlaps(of_step, updates[-1]) for of_step in updates])
     sizes = squares.sum(1).sqrt()
-    cosines = (with_last.sum(1) / (sizes * sizes[-1])).clamp(-1, 1)
+    cosines = (inner_with_last.sum(1) / (sizes * sizes[-1])).clamp(-1, 1)
+    read = [[overlap.read for overlap in of_step] for of_step in with_previous]
+    write = [[overlap.write for overlap in of_step] for of_step in with_previous]
     return {
         "norms": norms,
         "moved": moved,
-        "to_final": with_last / (norms * norms[-1]),
-        "read_angle": _turned([[pair.read for pair in pairs] for pairs in since]),
-        "write_angle": _turned([[pair.write for pair in pairs] for pairs in since]),
+        "to_final": inner_with_last / (norms * norms[-1]),
+        "read_angle": _mean_angles(read),
+        "write_angle": _mean_angles(write),
         "angle": torch.rad2deg(cosines.acos()),
     }
 
 
-def _norms(updates: Mapping[str, Thin]) -> Float[Tensor, " site"]:
+def _norms(updates: Mapping[str, ThinSVD]) -> Float[Tensor, " site"]:
     return torch.stack([update.sigma.norm() for update in updates.values()])
 
 
-def _pairs(mine: Mapping[str, Thin], theirs: Mapping[str, Thin]) -> list[Pair]:
-    return [compared(update, theirs[name]) for name, update in mine.items()]
+def _overlaps(mine: Mapping[str, ThinSVD], theirs: Mapping[str, ThinSVD]) -> list[Overlap]:
+    return [overlap_of(update, theirs[name]) for name, update in mine.items()]
 
 
-def _inner(pairs: Sequence[Sequence[Pair]]) -> Float[Tensor, "step site"]:
-    return torch.tensor([[pair.inner for pair in row] for row in pairs], dtype=torch.float64)
+def _inner(overlaps: Sequence[Sequence[Overlap]]) -> Float[Tensor, "step site"]:
+    """⟨ΔW, ΔW′⟩ of each pair of updates."""
+    rows = [[overlap.inner for overlap in of_step] for of_step in overlaps]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
-def _turned(cosines: Sequence[Sequence[Tensor]]) -> Float[Tensor, "step site"]:
-    """acos √(mean cos²), in degrees, beneath a row of NaN for the first checkpoint."""
-    rows = [torch.stack([site.square().mean() for site in row]) for row in cosines]
-    shared = torch.stack(rows)
-    angles = torch.rad2deg(shared.clamp(max=1).sqrt().acos())
+def _mean_angles(cosines: Sequence[Sequence[Tensor]]) -> Float[Tensor, "step site"]:
+    """The angles acos √(mean cos²) in degrees, after a row of NaN for the first checkpoint.
+
+    Args:
+        cosines: of the principal angles to the checkpoint before, of each later one and each site.
+    """
+    mean_squares: list[Tensor] = []
+    for of_step in cosines:
+        mean_squares.append(torch.stack([of_site.square().mean() for of_site in of_step]))
+    shared = torch.stack(mean_squares).clamp(max=1)
+    angles = torch.rad2deg(shared.sqrt().acos())
     return torch.cat([torch.full_like(angles[:1], torch.nan), angles])
 
 
-# --- phase changes
+# --- Phase changes
 
+# From the first step of a phase change to its last.
+Span = tuple[float, float]
 
-TIMES = 3.0  # the pace of a change, over the usual one
-PART = 0.1  # of the range of the series, that each interval changes at least
-SHARE = 0.25  # of the range, that the whole span changes at least
-_FEWEST = 4  # intervals of a series that can be judged
-_TURNED = 0.1  # degrees by which saving in half precision turns ΔW
+# How many times the usual pace the change per step must be, in each interval.
+TIMES = 3.0
+# The share of the range of the series that each interval must change.
+PART = 0.1
+# The share of the range that the whole span must change.
+SHARE = 0.25
+# How many intervals a series has at least that is judged.
+_FEWEST = 4
+# By how many degrees saving in half precision turns ΔW.
+_TURNED = 0.1
 
 
 def _phases(
-    steps: tuple[float, ...], base: Tensor, adapted: Tensor, angle: Tensor, noise: Tensor
-) -> dict[str, tuple[tuple[float, float], ...]]:
-    """The phase changes of each prompt's readout, and of the direction of ΔW."""
-    values = torch.cat([base[None], adapted])
-    judged: dict[str, tuple[tuple[float, float], ...] | None] = {}
-    for p in range(len(base)):
-        judged[f"prompt {p}"] = phase_changes(
-            (0.0, *steps), values[:, p].tolist(), noise[:, p].tolist()
-        )
+    steps: tuple[float, ...],
+    values: Float[Tensor, "step+1 batch"],
+    angle: Float[Tensor, " step"],
+    noise: Float[Tensor, "step+1 batch"],
+) -> dict[str, tuple[Span, ...]]:
+    """The phase changes of each prompt's readout, from the base on, and of the direction of ΔW."""
+    from_base = (0.0, *steps)
+    judged: dict[str, tuple[Span, ...] | None] = {}
+    for p, (series, floors) in enumerate(zip(values.T.tolist(), noise.T.tolist(), strict=True)):
+        judged[f"prompt {p}"] = phase_changes(from_base, series, floors)
     judged["angle"] = phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))
     return {name: spans for name, spans in judged.items() if spans is not None}
 
 
 def phase_changes(
     steps: Sequence[float], values: Sequence[float], floors: Sequence[float] | None = None
-) -> tuple[tuple[float, float], ...] | None:
-    """(first step, last step) of each phase change; None of a series that is too short to judge."""
+) -> tuple[Span, ...] | None:
+    """The spans in which a series changes at once; None of a series that is too short to judge.
+
+    Args:
+        steps: where the values were taken, increasing.
+        values: the series.
+        floors: σ of each value from rounding; zero by default.
+    """
     changes = np.diff(values)
     if len(changes) < _FEWEST:
         return None
     noise = np.zeros(len(values)) if floors is None else np.array(floors)
-    span = np.ptp(values)
+    value_range = np.ptp(values)
     paces = np.abs(changes) / np.diff(steps)
-    usual = np.sort(paces)[(len(paces) - 1) // 2]
-    least = np.maximum(PART * span, SIGMAS * np.hypot(noise[:-1], noise[1:]))
-    stands_out = (paces > TIMES * usual) & (np.abs(changes) > least)
-    spans: list[tuple[float, float]] = []
+    usual_pace = np.sort(paces)[(len(paces) - 1) // 2]
+    noise_of_changes = np.hypot(noise[:-1], noise[1:])
+    least_change = np.maximum(PART * value_range, SIGMAS * noise_of_changes)
+    stands_out = (paces > TIMES * usual_pace) & (np.abs(changes) > least_change)
+
+    # Intervals in a row that stand out in one direction are one span.
+    directions = np.where(stands_out, np.sign(changes), 0.0)
+    spans: list[Span] = []
     start = 0
-    for sign, run in itertools.groupby(np.where(stands_out, np.sign(changes), 0.0)):
-        end = start + len(list(run))
-        if sign and abs(values[end] - values[start]) >= SHARE * span:
+    for direction, intervals in itertools.groupby(directions):
+        end = start + len(list(intervals))
+        if direction and abs(values[end] - values[start]) >= SHARE * value_range:
             spans.append((float(steps[start]), float(steps[end])))
         start = end
     return tuple(spans)

@@ -25,7 +25,7 @@ from lens_lora.show.text import (
     short_prompt,
 )
 from lens_lora.two_adapters.checkpoints import Checkpoints
-from lens_lora.two_adapters.compare_adapters import AdapterComparison
+from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
 from lens_lora.two_adapters.words import too_few
 

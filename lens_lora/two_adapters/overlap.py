@@ -7,8 +7,7 @@ With ΔW = UΣVᵀ and ΔW′ = U′Σ′V′ᵀ,
 and the cosines of the principal angles are the singular values of VᵀV′ (of what is read) and of
 UᵀU′ (of what is written). A rotation (GA, BG⁻¹) of the factors changes none of these.
 
-The null scale is the same with U′ and V′ replaced by uniformly random frames, and Σ′ kept. A random
-frame lies to every fixed one alike, so the fixed one is that of the first coordinates.
+The null scale is the same with U′ and V′ replaced by uniformly random frames, and Σ′ kept.
 
 Changes of bias are left out. A norm has a cosine, and no frames. No forward pass.
 """
@@ -28,24 +27,25 @@ from lens_lora.formats.arithmetic import orthonormal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Thin:
-    """ΔW = UΣVᵀ in float64, the directions with σ > 0.
+class ThinSVD:
+    """ΔW = UΣVᵀ of one site in float64, with the directions of σ > 0 alone.
 
     Attributes:
-        U: the directions that are written.
-        sigma: the largest first; of a stack of experts those of each, one after another.
-        V: those that are read; None of a norm, whose σ is Δγ itself.
-        parts: of a stack, each expert's own; U and V are None, as experts share no space.
+        U: the directions that are written; None of a norm, and of a stack of experts.
+        sigma: the singular values, the largest first. Of a norm it is Δγ itself; of a stack of
+            experts, those of each expert, one after another.
+        V: the directions that are read; None where U is.
+        experts: of a stack, the SVD of each expert, as experts share no space.
     """
 
     U: Float[Tensor, "out few"] | None
     sigma: Float[Tensor, " few"]
     V: Float[Tensor, "in few"] | None
-    parts: tuple[Thin, ...] = ()
+    experts: tuple[ThinSVD, ...] = ()
 
 
-class Pair(NamedTuple):
-    """Two updates of one site.
+class Overlap(NamedTuple):
+    """How two updates of one site lie to each other.
 
     Attributes:
         inner: ⟨ΔW, ΔW′⟩.
@@ -57,49 +57,51 @@ class Pair(NamedTuple):
     write: Float[Tensor, " angle"]
 
 
-def thin_updates(lens: LoraLens) -> dict[str, Thin]:
+def svd_of_sites(lens: LoraLens) -> dict[str, ThinSVD]:
     """The SVD of each site's ΔW, by site name.
 
     Args:
         lens: the adapter over the model.
     """
-    thin: dict[str, Thin] = {}
+    by_site: dict[str, ThinSVD] = {}
     for site, site_update in zip(lens.sites, lens.updates, strict=True):
-        thin[site.name] = _thin(site_update.update)
-    return thin
+        by_site[site.name] = _svd(site_update.update)
+    return by_site
 
 
-def _thin(update: Update | NormUpdate) -> Thin:
-    """The SVD of one update."""
+def _svd(update: Update | NormUpdate) -> ThinSVD:
     if isinstance(update, NormUpdate):
-        return Thin(None, update.gamma.detach().cpu().double(), None)
+        return ThinSVD(None, update.gamma.detach().cpu().double(), None)
     if update.experts:
-        parts = tuple(_thin(expert) for expert in update.by_expert())
-        return Thin(None, torch.cat([part.sigma for part in parts]), None, parts)
+        experts = tuple(_svd(expert) for expert in update.by_expert())
+        return ThinSVD(None, torch.cat([expert.sigma for expert in experts]), None, experts)
     reads, writes, sigma = svd_factors(update)
     kept = sigma > 0
-    return Thin(writes[:, kept], sigma[kept], reads[kept].T / sigma[kept])
+    U = writes[:, kept]
+    V = reads[kept].T / sigma[kept]
+    return ThinSVD(U, sigma[kept], V)
 
 
-def compared(mine: Thin, theirs: Thin, generator: torch.Generator | None = None) -> Pair:
+def overlap_of(mine: ThinSVD, theirs: ThinSVD, generator: torch.Generator | None = None) -> Overlap:
     """Inner product and principal angles of two updates of one site.
 
-    Of stacks of experts it is the sum over experts, and the angles of each expert with the same one
-    of the other adapter.
+    Of stacks of experts the inner product is the sum over experts, and the angles are those of each
+    expert with the same expert of the other adapter.
 
     Args:
-        mine, theirs: the two.
+        mine, theirs: the SVD of each.
         generator: with one, `theirs` is turned into random directions first.
     """
-    if mine.parts:
-        return _compared_experts(mine, theirs, generator)
+    if mine.experts:
+        return _overlap_of_experts(mine, theirs, generator)
     nothing = mine.sigma.new_zeros(0)
     if mine.U is None or mine.V is None or theirs.U is None or theirs.V is None:
-        # Norms: Δγ alone, of which there is no random direction.
+        # Of norms there is Δγ alone, which has no random direction.
         inner = math.nan
         if mine.U is None and theirs.U is None and generator is None:
             inner = float(mine.sigma @ theirs.sigma)
-        return Pair(inner, nothing, nothing)
+        return Overlap(inner, nothing, nothing)
+
     if generator is None:
         read = mine.V.T @ theirs.V
         write = mine.U.T @ theirs.U
@@ -107,24 +109,35 @@ def compared(mine: Thin, theirs: Thin, generator: torch.Generator | None = None)
         read = _with_random_frame(mine.V, theirs.V.shape[1], generator)
         write = _with_random_frame(mine.U, theirs.U.shape[1], generator)
     inner = float(torch.einsum("i,j,ij,ij->", mine.sigma, theirs.sigma, read, write))
-    return Pair(inner, _cosines(read), _cosines(write))
+    return Overlap(inner, _cosines(read), _cosines(write))
 
 
-def _compared_experts(mine: Thin, theirs: Thin, generator: torch.Generator | None) -> Pair:
-    """The sum over experts, and the angles of each expert with the same one."""
-    pairs = [
-        compared(own, other, generator) for own, other in zip(mine.parts, theirs.parts, strict=True)
+def _overlap_of_experts(
+    mine: ThinSVD, theirs: ThinSVD, generator: torch.Generator | None
+) -> Overlap:
+    overlaps = [
+        overlap_of(expert, same_expert, generator)
+        for expert, same_expert in zip(mine.experts, theirs.experts, strict=True)
     ]
-    read = torch.cat([pair.read for pair in pairs]).sort(descending=True).values
-    write = torch.cat([pair.write for pair in pairs]).sort(descending=True).values
-    return Pair(math.fsum(pair.inner for pair in pairs), read, write)
+    inner = math.fsum(overlap.inner for overlap in overlaps)
+    read = torch.cat([overlap.read for overlap in overlaps])
+    write = torch.cat([overlap.write for overlap in overlaps])
+    return Overlap(inner, _largest_first(read), _largest_first(write))
+
+
+def _largest_first(cosines: Float[Tensor, " angle"]) -> Float[Tensor, " angle"]:
+    return cosines.sort(descending=True).values
 
 
 def _with_random_frame(
     frame: Float[Tensor, "d few"], width: int, generator: torch.Generator
 ) -> Float[Tensor, "few width"]:
-    """The products of a frame with a uniformly random one of so many vectors."""
-    return orthonormal(len(frame), width, generator)[: frame.shape[1]]
+    """The products of a frame with a uniformly random one of so many vectors.
+
+    A random frame lies to every fixed one alike, so the fixed one is that of the first coordinates.
+    """
+    count = frame.shape[1]
+    return orthonormal(len(frame), width, generator)[:count]
 
 
 def _cosines(product: Float[Tensor, "few few2"]) -> Float[Tensor, " angle"]:

@@ -12,7 +12,7 @@ from lens_lora.show.text import (
     reading_text,
 )
 from lens_lora.two_adapters.checkpoints import Checkpoints
-from lens_lora.two_adapters.compare_adapters import AdapterComparison
+from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
 
 

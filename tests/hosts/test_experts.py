@@ -31,7 +31,7 @@ from lens_lora.errors import (
     SiteError,
     UnsupportedAdapterError,
 )
-from lens_lora.two_adapters.overlap import compared, thin_updates
+from lens_lora.two_adapters.overlap import overlap_of, svd_of_sites
 
 pytestmark = models.NEEDS_NEWEST
 MARGIN = architectures.MARGIN
@@ -364,11 +364,11 @@ def test_two_stacks_are_compared_expert_by_expert(case):
     """⟨ΔW, ΔW′⟩ of the whole tensors; products of different experts are no part of it."""
     lens, other = case.lens, case.lens.adapter.null(5)
     mixed = case.lens.adapter.mixed(other, 0.3)
-    updates, others = thin_updates(lens), thin_updates(lens.with_adapter(mixed))
+    updates, others = svd_of_sites(lens), svd_of_sites(lens.with_adapter(mixed))
     for index in stacks(lens):
         site = lens.sites[index]
         ours, theirs = (a.modules[site.module] for a in (lens.adapter, mixed))
-        pair = compared(updates[site.name], others[site.name])
+        pair = overlap_of(updates[site.name], others[site.name])
         expected = float((ours.materialise() * theirs.materialise()).sum())
         across = float(((ours.B.T @ theirs.B) * (ours.A @ theirs.A.T)).sum())
         across *= ours.scale * theirs.scale

@@ -188,7 +188,7 @@ def test_a_shared_beginning_counts_once(monkeypatch):
     expected = sum(found.function[..., 0] for found in each) - part.function[..., 0]
     assert torch.allclose(shared.function.sum(-1), expected, rtol=1e-9)
     assert shared.by_prompt().isna().all(axis=1).tolist() == [False, False, False, True]
-    monkeypatch.setattr("lens_lora.two_adapters.compare_adapters._TOKENS", 7)
+    monkeypatch.setattr("lens_lora.two_adapters.shift_products._TOKENS", 7)
     single = ll.compare_adapters(
         lens, other, ll.results.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0
     )
@@ -205,7 +205,7 @@ def test_the_bar_ends_at_its_total(monkeypatch):
             super().close()
 
     monkeypatch.setattr("lens_lora.two_adapters.compare_adapters.tqdm", Bar)
-    monkeypatch.setattr("lens_lora.two_adapters.compare_adapters._TOKENS", 7)
+    monkeypatch.setattr("lens_lora.two_adapters.shift_products._TOKENS", 7)
     ll.compare_adapters(case.lens, other_of(case), models.tokens(3), draws=2)
     assert set(ends) == {(6, 6)}
 

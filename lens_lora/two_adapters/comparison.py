@@ -1,0 +1,224 @@
+"""What a comparison of two adapters holds, and what is worked out from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core import OfSites, Pictured, Site, correlation, site_labels
+from lens_lora.errors import ArgumentError
+from lens_lora.two_adapters.shift_products import cosine_of
+
+_QUANTILES = [0.025, 0.5, 0.975]
+# What two adapters read that begin alike overlaps by at least so much.
+_READ_ALIKE = 0.5
+# What they write, and what random directions read, overlaps by at most this share of that.
+_OTHERS_APART = 0.5
+
+
+@final
+class AdapterComparison(OfSites, Pictured):
+    """Two adapters beside one another, and beside random directions.
+
+    `plot` is the cosine of ΔW, layer × kind of module.
+
+    Attributes:
+        names: the two adapters' names.
+        only: sites that the first adapter alone adapts, and those that the second alone does.
+        norms: [adapter, site], ‖ΔW‖_F of the shared sites.
+        rest: [adapter], √Σ‖ΔW‖² over the sites that the adapter alone adapts.
+        inner: [site], ⟨ΔW, ΔW′⟩.
+        read, write: [site, angle], cosines of the principal angles between what both read and what
+            both write, the largest first; NaN beyond a site's own.
+        null_inner: [draw, site]; null_read, null_write: [draw, site], overlaps.
+        function: [kind, pair, batch], vᵀFv′, vᵀFv and v′ᵀFv′ of the first-order shifts, then of
+            the exact ones, over the tokens that no earlier prompt has after the same ones. The
+            batch is empty where there are no prompts.
+        null_function: [kind, draw, pair, batch], the same with random directions in place of the
+            second adapter.
+        effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
+        readout: that of the effects; '' without one.
+        draws, seed: how many random directions, and their seed.
+        sites, meta: the sites that both adapt, and the names of the first adapter; see `OfSites`.
+    """
+
+    names: tuple[str, str]
+    only: tuple[tuple[Site, ...], tuple[Site, ...]]
+    norms: Float[Tensor, "2 site"]
+    rest: Float[Tensor, " 2"]
+    inner: Float[Tensor, " site"]
+    read: Float[Tensor, "site angle"]
+    write: Float[Tensor, "site angle"]
+    null_inner: Float[Tensor, "draw site"]
+    null_read: Float[Tensor, "draw site"]
+    null_write: Float[Tensor, "draw site"]
+    function: Float[Tensor, "kind=2 pair=3 batch"]
+    null_function: Float[Tensor, "kind=2 function_draw pair=3 batch"]
+    effects: Float[Tensor, "2 read_prompt site"]
+    null_effects: Float[Tensor, "effect_draw read_prompt site"]
+    readout: str
+    draws: Annotated[int, "draw"]
+    seed: int
+
+    @property
+    def cosines(self) -> Float[Tensor, " site"]:
+        """The cosine of ΔW and ΔW′ at each shared site."""
+        return self.inner / self.norms.prod(0)
+
+    @property
+    def cosine(self) -> float:
+        """The cosine over all sites: Σ⟨ΔW, ΔW′⟩ / √(Σ‖ΔW‖² Σ‖ΔW′‖²).
+
+        A site of one adapter alone counts in that adapter's norm.
+        """
+        return float(self.inner.sum() / self._sizes.prod())
+
+    @property
+    def read_overlap(self) -> Float[Tensor, " site"]:
+        """Mean squared cosine of the principal angles of what is read: 1 for one space."""
+        return self.read.square().nanmean(1)
+
+    @property
+    def write_overlap(self) -> Float[Tensor, " site"]:
+        """Mean squared cosine of the principal angles of what is written: 1 for one space."""
+        return self.write.square().nanmean(1)
+
+    @property
+    def begin_alike(self) -> bool:
+        """Whether what is read overlaps, as of adapters that begin alike, and what is written not.
+
+        Adapters of one seed share A, which training moves little: their reading overlaps whatever
+        they were taught, and says nothing of what they do.
+        """
+        read = float(self.read_overlap.nanmean())
+        write = float(self.write_overlap.nanmean())
+        by_chance = float(self.null_read.nanmean()) if self.draws else 0.0
+        return read >= _READ_ALIKE and max(write, by_chance) <= _OTHERS_APART * read
+
+    @property
+    def note(self) -> str:
+        """What to make of reading that overlaps where writing does not; '' where it is not so."""
+        if not self.begin_alike:
+            return ""
+        read = float(self.read_overlap.nanmean())
+        write = float(self.write_overlap.nanmean())
+        return (
+            f"What is read overlaps ({read:.2f}) as of adapters that begin alike: from one seed "
+            "both have the same A, which training moves little. That, and the cosine of ΔW that "
+            "comes of it, says nothing of what they were taught; what is written overlaps by "
+            f"{write:.2f}."
+        )
+
+    def angles(self, site: str) -> pd.DataFrame:
+        """Principal angles of one site, in degrees: what both read, and what both write.
+
+        Args:
+            site: its name.
+
+        Raises:
+            ArgumentError: no shared site of this name.
+        """
+        names = [shared.name for shared in self.sites]
+        if site not in names:
+            raise ArgumentError(f"{site!r} is no site that both adapters adapt; see .sites.")
+        index = names.index(site)
+        degrees = {
+            "read": torch.rad2deg(self.read[index].acos()).tolist(),
+            "write": torch.rad2deg(self.write[index].acos()).tolist(),
+        }
+        return pd.DataFrame(degrees).dropna(how="all")
+
+    def summary(self) -> pd.DataFrame:
+        """One row per number, beside its quantiles with the second in random directions."""
+        numbers = {
+            "cosine of ΔW": self.cosine,
+            "overlap of what is read": float(self.read_overlap.nanmean()),
+            "overlap of what is written": float(self.write_overlap.nanmean()),
+        }
+        nulls = {
+            "cosine of ΔW": (self.null_inner.nansum(1) / self._sizes.prod()).tolist(),
+            "overlap of what is read": self.null_read.nanmean(1).tolist(),
+            "overlap of what is written": self.null_write.nanmean(1).tolist(),
+        }
+        if self.function.shape[-1]:
+            cosines = cosine_of(self.function)
+            null_cosines = cosine_of(self.null_function)
+            for kind, name in enumerate(("first order", "exact")):
+                row = f"cosine under F, {name}"
+                numbers[row] = float(cosines[kind])
+                nulls[row] = null_cosines[kind].tolist()
+        if self.readout:
+            for name, ranked in (("pearson", False), ("spearman", True)):
+                row = f"effects by site, {name}"
+                numbers[row], *nulls[row] = self._correlations(ranked=ranked)
+
+        table: dict[str, list[float]] = {}
+        for row, number in numbers.items():
+            quantiles = pd.Series(nulls[row], dtype=float).quantile(_QUANTILES)
+            table[row] = [number, *quantiles]
+        columns = ["value", *(f"null {q:.1%}" for q in _QUANTILES)]
+        return pd.DataFrame.from_dict(table, orient="index", columns=columns).rename_axis("number")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site; sites of one adapter alone say whose they are, and have no numbers."""
+        numbers = {
+            "cosine": self.cosines,
+            "null std": self._null_std,
+            "read overlap": self.read_overlap,
+            "write overlap": self.write_overlap,
+            "null read": self.null_read.mean(0),
+            "null write": self.null_write.mean(0),
+            "norm": self.norms[0],
+            "other norm": self.norms[1],
+        }
+        shared = _labelled(self.sites, "both")
+        for name, values in numbers.items():
+            shared[name] = values.tolist()
+        frames = [shared]
+        for sites, name in zip(self.only, self.names, strict=True):
+            if sites:
+                frames.append(_labelled(sites, name))
+        return pd.concat(frames, ignore_index=True)
+
+    def by_prompt(self) -> pd.DataFrame:
+        """One row per prompt: both cosines under F.
+
+        NaN of a prompt with which an earlier one begins, as all its tokens were counted there.
+        """
+        count = self.function.shape[-1]
+        rows = [cosine_of(self.function, prompt).tolist() for prompt in range(count)]
+        return pd.DataFrame(rows, columns=pd.Index(["first order", "exact"]))
+
+    @property
+    def _sizes(self) -> Float[Tensor, " 2"]:
+        """‖ΔW‖ of each adapter, over all of its sites."""
+        return (self.norms.square().sum(1) + self.rest.square()).sqrt()
+
+    @property
+    def _null_std(self) -> Float[Tensor, " site"]:
+        if len(self.null_inner) < 2:
+            return torch.full_like(self.inner, torch.nan)
+        return self.null_inner.std(0) / self.norms.prod(0)
+
+    def _correlations(self, *, ranked: bool) -> list[float]:
+        """Of the effects of both adapters, then of the first and each null; mean over prompts."""
+        first, *others = torch.cat([self.effects, self.null_effects]).double().numpy()
+        means: list[float] = []
+        for other in others:
+            by_prompt = [
+                correlation(mine, theirs, ranked=ranked)
+                for mine, theirs in zip(first, other, strict=True)
+            ]
+            means.append(float(np.nanmean(by_prompt)))
+        return means
+
+
+def _labelled(sites: Sequence[Site], name: str) -> pd.DataFrame:
+    """The names, layers and kinds of the sites, and whose they are."""
+    return pd.DataFrame({**site_labels(sites), "in": [name] * len(sites)})

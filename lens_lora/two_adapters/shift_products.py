@@ -1,0 +1,116 @@
+"""What two adapters do to all logits, as vectors of one metric.
+
+With p₀ the base's distribution of the next token, and v and v′ the shifts of its logits,
+
+    cos_F = vᵀFv′ / √(vᵀFv · v′ᵀFv′),    F_t = diag p₀,t − p₀,t p₀,tᵀ
+
+so that vᵀFv′ is the covariance of the two shifts under p₀.
+
+1. v is the joint first-order shift Σ_l J δz_l, from one pass of dual numbers, and beside it the
+   exact shift f(1) − f(0), which at full strength may be something else.
+2. Every token but a prompt's first is read. Where prompts begin alike, a token with the same tokens
+   before it counts once.
+3. Products are summed over tokens. A cosine sums them over prompts as well, inside each root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.core import LoraLens, Prompts, beginnings, first_of_each
+from lens_lora.core.function.forward import gated_logits, require_finite
+from lens_lora.core.function.memory import row_groups
+from lens_lora.core.function.tangents import joint_tangent
+
+# How many tokens are read at once: each holds its logits and four shifts.
+_TOKENS = 512
+
+
+def groups_of(lens: LoraLens, prompts: Prompts) -> list[list[int]]:
+    """The prompts, by index, in groups that are read at once."""
+    return row_groups(lens, prompts, _TOKENS, "dual")
+
+
+def shift_products(
+    lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
+) -> Float[Tensor, "kind other pair batch"]:
+    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: of first-order shifts, then of exact ones.
+
+    Cost: a forward pass of the base; of each adapter a forward pass and one of dual numbers.
+
+    Args:
+        lens: the first adapter over the model.
+        others: makes the other adapters, over the same model; called for each group of prompts.
+        prompts: read at each token that counts.
+
+    Raises:
+        NumericsError: a shift that is not finite.
+    """
+    marks = beginnings(prompts).gather(1, prompts.read_positions.cpu())
+    is_first = first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy())
+    counted = torch.from_numpy(is_first)
+    groups: list[Tensor] = []
+    for rows in groups_of(lens, prompts):
+        groups.append(_products_of(lens, others(), prompts.chosen(rows), counted[rows]))
+    products = torch.cat(groups, -1)
+    require_finite(products, "the shift of the logits")
+    return products
+
+
+@torch.no_grad()
+def _products_of(
+    lens: LoraLens,
+    others: Iterable[LoraLens],
+    prompts: Prompts,
+    counted: Bool[Tensor, "batch some_slot"],
+) -> Float[Tensor, "kind other pair batch"]:
+    """The products of one group of prompts."""
+    base = gated_logits(lens, prompts, lens.gates(0.0))
+    p = base.softmax(-1)
+    mask = counted[:, : prompts.slots].to(base)[..., None]
+
+    def weighted(shift: Float[Tensor, "batch slot vocab"]) -> Float[Tensor, "batch slot_and_vocab"]:
+        """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
+        centred = shift - (p * shift).sum(-1, keepdim=True)
+        return (p.sqrt() * centred * mask).flatten(1)
+
+    def shifts_of(adapter: LoraLens) -> tuple[Tensor, Tensor]:
+        """The first-order shift, and the exact one."""
+        gates = adapter.gates(0.0)
+        first = joint_tangent(adapter, prompts, gates, torch.ones_like(gates))
+        exact = gated_logits(adapter, prompts, adapter.gates(1.0)) - base
+        return weighted(first), weighted(exact)
+
+    first, exact = shifts_of(lens)
+    products: list[Tensor] = []
+    for other in others:
+        other_first, other_exact = shifts_of(other)
+        kinds = [_inner_products(first, other_first), _inner_products(exact, other_exact)]
+        products.append(torch.stack(kinds))
+    return torch.stack(products, 1).cpu()
+
+
+def _inner_products(
+    v: Float[Tensor, "batch entry"], w: Float[Tensor, "batch entry"]
+) -> Float[Tensor, "pair batch"]:
+    """⟨v, w⟩, ⟨v, v⟩ and ⟨w, w⟩ of each prompt."""
+    return torch.stack([(v * w).sum(1), (v * v).sum(1), (w * w).sum(1)])
+
+
+def cosine_of(
+    products: Float[Tensor, "*kind pair batch"], prompt: int | None = None
+) -> Float[Tensor, "*kind"]:
+    """The cosine under F: vᵀFv′ / √(vᵀFv · v′ᵀFv′); NaN where a shift is zero.
+
+    Args:
+        products: from `shift_products`.
+        prompt: of one prompt alone; over all of them by default.
+    """
+    if prompt is not None:
+        products = products[..., prompt : prompt + 1]
+    both, mine, theirs = products.double().sum(-1).unbind(-1)
+    return both / (mine * theirs).sqrt()
