@@ -27,8 +27,8 @@ from measuring import (
 from memory import WORKS, Run, in_child
 
 import lens_lora as ll
-from lens_lora.core.model.kernels import each_shape, is_experts, stacks_of
 from lens_lora.hosts.bridged import names_by_path
+from lens_lora.hosts.experts import each_shape, is_experts, stacks_of
 
 TURNS = 5
 TOKENS = 64

@@ -69,7 +69,6 @@ from .model.host import Host as Host
 from .model.injections import Inject as Inject
 from .model.injections import ScaleInject as ScaleInject
 from .model.injections import refuse_lens_hooks as refuse_lens_hooks
-from .model.kernels import as_one_map as as_one_map
 from .model.lengths import Rotary as Rotary
 from .model.lens import LoraLens as LoraLens
 from .model.lens import Scale as Scale

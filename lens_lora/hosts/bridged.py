@@ -8,7 +8,7 @@
 3. Where a component takes a fused projection apart, a weight that holds the index of each row goes
    through the component's own split, and says which rows each part has.
 4. A stack of experts, and the weight of a router, is a place by the path of the parameter
-   (`kernels`).
+   (`experts`).
 
 `probe` compares the result with the Hugging Face model.
 """
@@ -30,24 +30,21 @@ from lens_lora.core.model import (
     ATTENTION_KINDS,
     HOOK_IN,
     Heads,
-    each_shape,
     extensions,
     is_conv1d,
-    is_experts,
     is_linear,
     is_norm,
-    is_router,
     module_at,
     modules_in,
     names_by_path,
     outside_layer,
     shape_of,
-    stacks_of,
     unwrapped,
 )
 from lens_lora.errors import AdapterError
 from lens_lora.families import NORM_KINDS, BridgedFamily, Place
 from lens_lora.formats import own_forward
+from lens_lora.hosts.experts import each_shape, is_experts, is_router, stacks_of
 
 # The components of usual attention and MLPs, and their kinds.
 _ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}

@@ -37,12 +37,8 @@ from lens_lora.core.model import (
     HookedTransformerHost,
     base_logits,
     context_of_copy,
-    differentiable_products,
     eps_of,
-    fuse_attention,
     note_that_it_ran,
-    quantised_linears,
-    replaced_attentions,
     require_running,
     require_same_logits,
 )
@@ -55,6 +51,8 @@ from lens_lora.errors import (
     warn,
 )
 from lens_lora.formats.tokenizers import OwnTokenizer
+from lens_lora.hosts.attention import fuse_attention, replaced_attentions
+from lens_lora.hosts.quantised import differentiable_products, quantised_linears
 from lens_lora.hosts.quirks import mends_of
 
 if TYPE_CHECKING:

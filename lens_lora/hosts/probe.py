@@ -36,24 +36,22 @@ from lens_lora.core.model import (
     TOKENS,
     Plan,
     Shell,
-    each_shape,
     extensions,
     host_of,
-    is_experts,
     is_linear,
     is_norm,
-    is_router,
     make_plan,
     names_by_path,
     normalised,
     plain_logits,
-    quantised_name,
     shape_of,
     site_hooks,
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
 from lens_lora.formats.methods import lora_output
+from lens_lora.hosts.experts import each_shape, is_experts, is_router
+from lens_lora.hosts.quantised import quantised_name
 
 # ‖ΔW‖ / ‖W‖, and from how many of W's entries its size is estimated.
 _SIZE, _ENTRIES = 0.3, 2**16

@@ -23,7 +23,7 @@ Other things that an architecture may need have their place elsewhere:
 
     the paths of its modules, which norm reads what, what is folded     an entry in `families.py`
     a fused projection that the bridge takes apart                      nothing: it is measured
-    experts, by the flags of their class                                `core/model/kernels.py`
+    experts, by the flags of their class                                `hosts/experts.py`
     rotary tables that depend on the length of a row                    `compat.rotary_rules`
     another class of hooked models altogether                           `register_host`
 """
@@ -42,7 +42,7 @@ from lens_lora.compat import (
     modules_in,
     wraps_nothing,
 )
-from lens_lora.core.model import drop_unused_caps
+from lens_lora.hosts.attention import drop_unused_caps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule, as_one_map
+from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
 from lens_lora.formats.own_forward import is_transposed
+from lens_lora.hosts.experts import as_one_map
 from lens_lora.ship.merged_folder import sharing_in
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.compat import own_forward
 from lens_lora.core.adapter.factors import expert_factors
-from lens_lora.core.model import kernels as experts
 from lens_lora.directions.spectra import summarise
 from lens_lora.errors import (
     AdapterError,
@@ -31,6 +30,7 @@ from lens_lora.errors import (
     SiteError,
     UnsupportedAdapterError,
 )
+from lens_lora.hosts import experts
 from lens_lora.two_adapters.overlap import overlap_of, svd_of_sites
 
 pytestmark = models.NEEDS_NEWEST
@@ -524,7 +524,8 @@ def test_blocks_on_stacks_end_in_any_order(case):
 def test_a_wrong_order_of_experts_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
     base = architectures.hf_model(name, dtype=torch.float32)
     adapter = ll.Adapter.from_peft(architectures.peft_model(name, base)).only("*experts*")
-    monkeypatch.setattr("lens_lora.core.model.basis.expert_of", lambda z: experts.expert_of(z) ^ 1)
+    expert_of = experts.expert_of
+    monkeypatch.setattr(experts, "expert_of", lambda z: expert_of(z) ^ 1)
     with pytest.raises(ModelStateError, match="with random updates"):
         ll.load(base, adapter, tokenizer=models.tokenizer())
 

@@ -13,7 +13,7 @@ from saved_tensors import saved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
-from lens_lora.core.model.bridge import fuse_attention
+from lens_lora.hosts.attention import fuse_attention
 from lens_lora.hosts.build import hooked_model
 
 pytestmark = models.NEEDS_BRIDGE

@@ -17,8 +17,8 @@ import lens_lora as ll
 from lens_lora.audit import brief
 from lens_lora.audit import what_changed as changes
 from lens_lora.compat import computing_attribute
-from lens_lora.core.model.kernels import dequantised, quantised_linears
 from lens_lora.hosts.build import hooked_model
+from lens_lora.hosts.quantised import dequantised, quantised_linears
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = models.NEEDS_BRIDGE

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 import lens_lora as ll
-from lens_lora.core.model import bridge as host_bridge
+from lens_lora.hosts import unusable
 from lens_lora.hosts.build import hooked_model
 
 pytestmark = [models.NEEDS_BRIDGE, pytest.mark.usefixtures("float64")]
@@ -46,6 +46,6 @@ def test_a_bridge_of_another_function_is_refused(monkeypatch: pytest.MonkeyPatch
     adapter, tokens = ll.Adapter.from_peft(peft), models.tokens()
     with pytest.raises(ll.errors.ModelStateError, match=r"attn_logit_softcapping = 0\.5.*None"):
         ll.LoraLens(model, adapter)
-    monkeypatch.setattr(host_bridge, "refuse_unused_caps", lambda model: None)
+    monkeypatch.setattr(unusable, "refuse_unused_caps", lambda model: None)
     off = ll.LoraLens(model, adapter).logits(tokens) - peft(tokens).logits
     assert off.abs().max() > 1e-2

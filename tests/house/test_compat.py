@@ -29,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.core.model.kernels import _FLAGS
 from lens_lora.errors import ModelStateError
+from lens_lora.hosts.experts import _FLAGS
 
 PACKAGE = Path(inspect.getfile(compat)).parent
 

@@ -36,9 +36,8 @@ from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.forward import run_without_logits
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.memory import pass_groups
-from lens_lora.core.model import LoraLens, ScaleInject
+from lens_lora.core.model import LoraLens, ScaleInject, extensions
 from lens_lora.core.model.hooks import add_pre_hook
-from lens_lora.core.model.kernels import experts_by_layer
 from lens_lora.core.readout import Prompts
 from lens_lora.core.results import base as results_base
 from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt
@@ -151,7 +150,7 @@ def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
     Two forward passes; none where the model has no stacks of experts.
     """
     lens = g.lens
-    stacks = experts_by_layer(lens.model)
+    stacks = extensions.experts_by_layer(lens.model)
     if not stacks:
         return {}
     counts: dict[str, list[Tensor]] = {f"layer {layer}": [] for layer in stacks}

@@ -43,7 +43,7 @@ from lens_lora.core.function.forward import (
 )
 from lens_lora.core.function.memory import ROW_TOKENS, pass_groups, row_groups
 from lens_lora.core.model import LoraLens
-from lens_lora.core.model.basis import ExpertMap, NormUpdate
+from lens_lora.core.model.basis import NormUpdate
 from lens_lora.core.model.gauge import Gauge
 from lens_lora.core.model.injections import Inject, ScaleInject
 from lens_lora.core.model.plan import Injection
@@ -184,7 +184,7 @@ _Keeper = Callable[[int, Tensor], None]
 def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _Keeper) -> None:
     """Run the texts at these gates, and hand each injection's u to `keep`."""
     for site, delta in zip(lens.sites, lens.maps, strict=True):
-        if isinstance(delta, ExpertMap):
+        if delta.experts:
             raise UnsupportedAdapterError(
                 f"{site.name} ({site.module}): another token's experts are not this one's, so "
                 "nothing can stand in for what they write. Use replace='zero', or leave the "

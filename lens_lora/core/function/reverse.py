@@ -35,7 +35,7 @@ from lens_lora.core.function import memory
 from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes, require_finite
 from lens_lora.core.function.memory import Run, prompts_of
 from lens_lora.core.model import Inject, Injection, LoraLens, ScaleInject
-from lens_lora.core.model.basis import ExpertMap, NormMap, SiteMap
+from lens_lora.core.model.basis import SiteMap
 from lens_lora.core.model.sites import require_heads
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError, NumericsError
@@ -286,8 +286,9 @@ def parts(
 def _by_head(
     site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
 ) -> Float[Tensor, "batch pos head rank"]:
-    if isinstance(site, NormMap | ExpertMap):
-        return site.by_head(gradient, z, heads)
+    own = site.own_by_head(gradient, z, heads)
+    if own is not None:
+        return own
     if kind == "o":
         return (gradient @ site.sB)[:, :, None] * input_by_head(site, heads, z)
     if site.sB_by_head is not None:

@@ -143,7 +143,7 @@ def draws_at(
     """g at some strengths as it is, and at some in four draws. A pass for each, batched.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁸ for bfloat16, and 1/254 where a
-    kernel rounds activations to 8 bit (`model/kernels.py`).
+    kernel rounds activations to 8 bit (`hosts/quantised.py`).
     """
     copies = [(lens.gates(strength), False) for strength in exact]
     copies += [(lens.gates(strength), True) for strength in scales for _ in range(DRAWS)]

@@ -2,13 +2,13 @@
 
 from . import extensions as extensions
 from .bases import is_same as is_same
+from .basis import Input as Input
 from .basis import NormUpdate as NormUpdate
 from .basis import SiteMap as SiteMap
 from .basis import Update as Update
+from .basis import norm_of_product as norm_of_product
 from .bridge import BridgeHost as BridgeHost
-from .bridge import drop_unused_caps as drop_unused_caps
-from .bridge import fuse_attention as fuse_attention
-from .bridge import replaced_attentions as replaced_attentions
+from .bridge import attentions as attentions
 from .check import AGREEMENT as AGREEMENT
 from .check import SKIP as SKIP
 from .check import TOKENS as TOKENS
@@ -37,13 +37,6 @@ from .injections import Inject as Inject
 from .injections import ScaleInject as ScaleInject
 from .injections import refuse_lens_hooks as refuse_lens_hooks
 from .injections import site_hooks as site_hooks
-from .kernels import differentiable_products as differentiable_products
-from .kernels import each_shape as each_shape
-from .kernels import is_experts as is_experts
-from .kernels import is_router as is_router
-from .kernels import quantised_linears as quantised_linears
-from .kernels import quantised_name as quantised_name
-from .kernels import stacks_of as stacks_of
 from .lengths import Rotary as Rotary
 from .lengths import context_of_copy as context_of_copy
 from .lens import LoraLens as LoraLens

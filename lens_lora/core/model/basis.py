@@ -29,7 +29,6 @@ from torch import Tensor
 
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.adapter.dense import applied, converted, is_reversal
-from lens_lora.core.model.kernels import ID_COLUMNS, expert_of
 
 # What a site reads: activations, or an embedding's token ids.
 Input = Float[Tensor, "... in"] | Int[Tensor, "..."]
@@ -120,6 +119,15 @@ class SiteMap:
             return applied(u, self.sB)
         B = self.sB.unflatten(0, (u.shape[-2], -1))
         return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
+
+    def own_by_head(
+        self, gradient: Float[Tensor, "batch pos _out"], z: Input, heads: int
+    ) -> Float[Tensor, "batch pos head rank"] | None:
+        """⟨G, δ⟩ by head and coordinate, where the heads are not those of usual attention.
+
+        None for a map of usual attention, whose heads lie in its input or in its output.
+        """
+        del gradient, z, heads
 
     def added(
         self, out: Float[Tensor, "..."], u: Float[Tensor, "... rank"], gate: Float[Tensor, "*batch"]
@@ -273,65 +281,6 @@ def norm_of_product(B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]) -
     return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
 
 
-# --- experts
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertMap(SiteMap):
-    """δ(x, e) = s·B_e A_e x of a stack of experts.
-
-    Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
-    """
-
-    def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
-        """x of z = (x, e)."""
-        return z[..., :-ID_COLUMNS]
-
-    def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
-        """The sum over slots: each of a token's experts has ranks of its own."""
-        return u.sum(2)
-
-    def norm(self) -> float:
-        """√Σ_e ‖B_e A_e‖_F²."""
-        return float(self.weight_norm())
-
-    def weight_norm(self) -> Float[Tensor, ""]:
-        """√Σ_e ‖B_e A_e‖_F²."""
-        pairs = zip(self.sB.chunk(self.experts, 1), self.A.chunk(self.experts), strict=True)
-        return torch.stack([norm_of_product(*pair) for pair in pairs]).norm()
-
-    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(B, A) of [W_1 … W_E], [out, expert · in]."""
-        return self.sB, torch.block_diag(*self.A.chunk(self.experts))
-
-    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
-        """A x at the ranks of expert e, and 0 at all others."""
-        owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)
-        return (self.inputs(z).to(self.dtype) @ self.A.T) * (owners == expert_of(z)[..., None])
-
-    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
-        """δ = Bu of each slot, one slot's features after another's."""
-        delta = u @ self.sB.T
-        return delta.flatten(2) if u.ndim == 4 else delta
-
-    def by_head(
-        self,
-        gradient: Float[Tensor, "batch pos slot_and_out"],
-        z: Float[Tensor, "batch pos slot in"],
-        heads: int,
-    ) -> Float[Tensor, "batch pos 1 rank"]:
-        """⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
-        gradient = gradient.unflatten(-1, (z.shape[2], -1))
-        return (self.back(gradient) * self.coordinates(z)).sum(2, keepdim=True)
-
-
-def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> ExpertMap:
-    """δ of a stack of experts, where the model lies."""
-    factors = (in_float64(update.A), in_float64(update.B) * update.scale)
-    reads, writes = (factor.to(dtype).to(device) for factor in factors)
-    return ExpertMap(reads, writes, None, experts=update.experts)
-
-
 # --- norms
 
 
@@ -418,7 +367,7 @@ class NormMap(SiteMap):
             return by_feature
         return torch.cat([by_feature, (gradient @ self.beta)[..., None]], -1)
 
-    def by_head(
+    def own_by_head(
         self,
         gradient: Float[Tensor, "batch pos out"],
         z: Float[Tensor, "batch pos *head d"],

@@ -9,21 +9,12 @@ Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual,
 d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
 weight. So the copies are read at that hook point and normalised in the same way.
 
-A bridge of most families computes attention itself, from its formula and whatever the config says,
-so that patterns have hook points. Two consequences:
-
-- `fuse_attention` lets each block's attention be Hugging Face's own, by torch's fused kernel, which
-  makes no [head, query, key]. Hook points of scores, patterns and rotated q and k then never fire;
-  a hook there is warned of when a pass begins, whoever put it on.
-- Gemma 3's attention holds `attn_logit_softcapping` and leaves it out of its forward pass; the
-  bridge computes it. So such a cap is taken away (`drop_unused_caps`), or refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, TypeVar, final
 
@@ -32,7 +23,7 @@ from torch import Tensor, nn
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.core.model import extensions, kernels
+from lens_lora.core.model import extensions
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
@@ -46,127 +37,21 @@ from lens_lora.core.model.sites import (
     SiteFactors,
     site_name,
 )
-from lens_lora.errors import ModelStateError, setting, warn
+from lens_lora.errors import ModelStateError, setting
 from lens_lora.families import BridgedFamily, Family, find_family, listed_family
 
 _R = TypeVar("_R")
 
-# --- attention by torch's fused kernels
 
-_CAP = "attn_logit_softcapping"
-_DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
-# Bridges whose q, k and v are modules of Hugging Face's own attention.
-_SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
-
-
-def fuse_attention(model: Any) -> None:
-    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good."""
-    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-
-    attentions, why = _attentions(model), None
-    if len(attentions) < len(model.blocks):
-        why = "some layers have no attention"
-    elif any(type(attention).__name__ not in _SEPARATE for attention in attentions):
-        why = "q, k and v are one module"
-    elif any(getattr(a.original_component, _CAP, None) is not None for a in attentions):
-        why = "attention scores are capped"
-    elif not compat.supports_sdpa(model.original_model):
-        why = "transformers has none for this family"
-    if why is not None:
-        raise ModelStateError(
-            f"{setting('attn', 'sdpa')}: {why}, so a TransformerBridge of "
-            f"{type(model.original_model).__name__} cannot use a fused kernel.",
-            remedy="Leave attn out, and bound the memory of long prompts by "
-            "lens.within(max_memory).",
-            in_shell="Leave --attn out, and bound the memory of long prompts by --max-memory.",
-        )
-    model.original_model.set_attn_implementation("sdpa")
-    for attention in attentions:
-        compat.set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
-
-
-def _attentions(model: Any) -> list[Any]:
+def attentions(model: Any) -> list[Any]:
     """Those of the blocks that have attention under the usual name."""
     return [block.attn for block in getattr(model, "blocks", ()) if hasattr(block, "attn")]
 
 
-def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
-    hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
-    if hooked:
-        warn(
-            f"{hooked[0]}: attn='sdpa' makes no attention scores, patterns or rotated q and k, so "
-            "hooks there never fire. Load the model with attn='eager'."
-        )
-    return forward(attention, *args, **kwargs)
-
-
-def _has_hooks(point: Any) -> bool:
-    return point is not None and any(compat.hooks_of(point)[:3])
-
-
-def replaced_attentions(model: Any) -> list[str]:
-    """The blocks' attentions in a bridge whose Hugging Face module has a forward of its own."""
-    replaced: list[str] = []
-    for layer, block in enumerate(getattr(model, "blocks", ())):
-        attention = getattr(getattr(block, "attn", None), "original_component", None)
-        if compat.is_forward_replaced(attention):
-            replaced.append(f"blocks.{layer}.attn")
-    return replaced
-
-
 def has_fused_attention(model: Any) -> bool:
     """Whether `fuse_attention` was called on this TransformerBridge."""
-    attentions = _attentions(model)
-    return bool(attentions) and all(compat.own_forward(attn) is not None for attn in attentions)
-
-
-# --- soft-caps of attention scores that Hugging Face never computes
-
-
-def drop_unused_caps(hf_model: nn.Module) -> None:
-    """Take the caps away; what Hugging Face computes stays the same."""
-    for attention in _with_unused_cap(hf_model):
-        setattr(attention, _CAP, None)
-
-
-def refuse_unused_caps(bridge: nn.Module) -> None:
-    """Check that the bridge computes no cap that its Hugging Face model leaves out."""
-    for attention in _with_unused_cap(bridge):
-        raise ModelStateError(
-            f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
-            "TransformerBridge caps attention scores by it, and transformers ignores it, so their "
-            "logits differ. Set it to None on the Hugging Face model's attention modules (and in "
-            "its config), or load by ll.load, which does."
-        )
-
-
-def _with_unused_cap(model: nn.Module) -> list[Any]:
-    return [
-        module
-        for module in model.modules()
-        if getattr(module, "__dict__", {}).get(_CAP) is not None and not _uses_cap(type(module))
-    ]
-
-
-def _uses_cap(attention: type[nn.Module]) -> bool:
-    code = getattr(inspect.unwrap(attention.forward), "__code__", None)
-    return code is None or _CAP in code.co_names
-
-
-# --- modules that a model does without
-
-
-def refuse_empty_components(model: Any) -> None:
-    """Check that each component of a bridge wraps a module, without which it cannot run."""
-    for name, component in model.original_model.named_modules():
-        if compat.wraps_nothing(component):
-            kind = type(model.original_model).__name__
-            raise ModelStateError(
-                f"{name}: this {kind} does without such a module, and TransformerLens has put a "
-                f"{type(component).__name__} there, which cannot run.",
-                remedy="Let ll.load make the bridge, which leaves that place empty: "
-                "ll.load(hf_model, adapter).",
-            )
+    found = attentions(model)
+    return bool(found) and all(compat.own_forward(attention) is not None for attention in found)
 
 
 # --- the host
@@ -194,9 +79,7 @@ class BridgeHost(HookedHost):
 
     def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
         _refuse_unknown_copies(model)
-        refuse_unused_caps(model)
-        refuse_empty_components(model)
-        kernels.refuse_without_float64(model)
+        extensions.refuse_unusable_bridge(model)
         cfg, architecture = model.cfg, type(model.original_model).__name__
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
@@ -297,9 +180,9 @@ class BridgeHost(HookedHost):
             return held
         linear = self._wrapped(layer, kind)
         if isinstance(linear, nn.Parameter):
-            return self._of_parameter(layer, kind, kernels.as_one_map)
-        if kernels.quantised_name(linear) is not None:
-            return kernels.dequantised(linear)
+            return self._of_parameter(layer, kind, extensions.as_one_map)
+        if extensions.quantised_name(linear) is not None:
+            return extensions.dequantised(linear)
         with compat.brought_in(linear):
             weight = stored_weight(linear)
         scale = self.embedding_scale(kind)
@@ -315,7 +198,7 @@ class BridgeHost(HookedHost):
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
         """(out, in) of the weight; of a stack of experts that of each."""
         if isinstance(self._wrapped(layer, kind), nn.Parameter):
-            return self._of_parameter(layer, kind, kernels.each_shape)
+            return self._of_parameter(layer, kind, extensions.each_shape)
         return super().shape(layer, kind)
 
     def stack(self, layer: int, kind: str) -> Tensor | None:
@@ -346,7 +229,7 @@ class BridgeHost(HookedHost):
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site; a dequantised weight is only near it."""
-        if kernels.quantised_name(self._wrapped(site.layer, site.kind)) is not None:
+        if extensions.quantised_name(self._wrapped(site.layer, site.kind)) is not None:
             raise ModelStateError(
                 f"{site.label}: {update} depends on the base's own weight, and this model's is "
                 "quantised: a plain LoRA needs no weight, this one does. Load the base in bfloat16 "
@@ -405,7 +288,7 @@ class BridgeHost(HookedHost):
         self, tokens: Int[Tensor, "row new"], cache: Any
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
-        with _cache_is_shown(_attentions(self.model)):
+        with _cache_is_shown(attentions(self.model)):
             return self.model(
                 tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
             )
@@ -422,7 +305,7 @@ def _family_of(
         _refuse_processed(architecture)
     if listed is not None and compat.is_processed(model):
         return listed, {}
-    has_experts = any(map(kernels.is_experts, model.modules()))
+    has_experts = bool(extensions.experts_by_layer(model))
     if listed is not None and not has_experts:
         return listed, {}
     read = extensions.family_of_bridge(model, heads)
@@ -474,7 +357,7 @@ def _named_as_before(
 def _refuse_unknown_copies(model: Any) -> None:
     """Refuse a flag under which a transformer-lens does something else to the copies."""
     for flag in COPIED_INPUTS:
-        is_known = all(map(compat.can_norm_per_head, _attentions(model)))
+        is_known = all(map(compat.can_norm_per_head, attentions(model)))
         if getattr(model.cfg, flag, False) and not is_known:
             raise ModelStateError(
                 f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "

@@ -45,14 +45,13 @@ from lens_lora.compat import (
     parameters_in,
 )
 from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.model import extensions
 from lens_lora.core.model.hooks import attached
-from lens_lora.core.model.kernels import quantised_name, refuse_without_float64
 from lens_lora.errors import (
     AdapterError,
     LensLoraError,
     ModelStateError,
     is_of_the_system,
-    named,
 )
 
 TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
@@ -94,8 +93,7 @@ def refuse_unusable(model: nn.Module) -> None:
                 in_shell="name the base alone with --model, not a folder that holds an adapter.",
             )
     refuse_compiled(modules)
-    _refuse_sharded(model, modules)
-    _refuse_unknown_quantisation(model, modules)
+    extensions.refuse_unusable_weights(model, modules)
 
 
 def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
@@ -111,75 +109,6 @@ def refuse_compiled(modules: Mapping[nn.Module, str]) -> None:
                 remedy="Make the lens of a model that is not compiled; ll.load(hf_model, adapter) "
                 "sets the compiled code aside.",
             )
-
-
-def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    """Check that each module computes with whole weights, as under FSDP2, and not with its part."""
-    ranks = getattr(getattr(model, "original_model", model), "tp_size", None)
-    if ranks is not None and ranks > 1:
-        raise _tensor_parallel(f"the model was loaded for {ranks} processes by tp_plan=")
-    gathered: set[nn.Module] = set()
-    for module in modules:
-        if compat.gathers_weights(module):
-            gathered.update(module.modules())
-    for module, path in modules.items():
-        for name, parameter in compat.own_parameters(module).items():
-            if not compat.is_sharded(parameter):
-                continue
-            mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-            if module not in gathered or mesh.ndim > 1:
-                raise _tensor_parallel(f"{_within(path, name)} is a DTensor")
-
-
-def _tensor_parallel(fact: str) -> ModelStateError:
-    return ModelStateError(
-        f"{fact}: tensor parallelism (tp_plan=, parallelize_module) splits the model's weights "
-        "over processes, and a lens adds to the whole output of a map.",
-        remedy="Load the model without tp_plan: on one device, or over several by "
-        "ll.load(name, adapter, device_map='balanced').",
-        in_shell="Load the model on one device, or over several by --device-map balanced.",
-    )
-
-
-def _refuse_unknown_quantisation(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    config = getattr(getattr(model, "original_model", model), "config", None)
-    method = _method(getattr(config, "quantization_config", None))
-    if method not in (None, "bitsandbytes"):
-        raise _unknown_quantisation("the base", method)
-    for module, path in modules.items():
-        if quantised_name(module) is not None:
-            continue
-        for name, parameter in compat.own_parameters(module).items():
-            if type(parameter.data).__module__.startswith("torchao."):
-                raise _unknown_quantisation(_within(path, name), "torchao")
-            if not parameter.is_floating_point():
-                raise ModelStateError(
-                    f"{_within(path, name)} is {parameter.dtype}, and {type(module).__name__} is "
-                    "no linear module of bitsandbytes; load the model in a floating-point dtype, "
-                    "or by bitsandbytes as a TransformerBridge."
-                )
-
-
-def _within(path: str, name: str) -> str:
-    """The name of a parameter of the module at this path."""
-    return f"{path}.{name}" if path else name
-
-
-def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError:
-    return ModelStateError(
-        f"{quantised} is quantised by {method}, whose products have no derivative that is known "
-        f"here; load the base by bitsandbytes ({named('load_in_4bit')} or "
-        f"{named('load_in_8bit')}) or in bfloat16."
-    )
-
-
-def _method(config: Any) -> str | None:
-    """'bitsandbytes', 'gptq', …, of a configuration as an object or as a mapping."""
-    if config is None:
-        return None
-    held = config if isinstance(config, dict) else vars(config)
-    method = held.get("quant_method", "an unnamed method")
-    return str(getattr(method, "value", method))
 
 
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
@@ -312,7 +241,7 @@ def known_eps(model: nn.Module) -> float | None:
 def _has_other_code(model: nn.Module) -> bool:
     """Whether some module may compute in another dtype than that of its weights."""
     modules = list(model.modules())
-    return any(map(compat.has_own_code, modules)) or any(map(quantised_name, modules))
+    return any(map(compat.has_own_code, modules)) or bool(extensions.quantised_linears(model))
 
 
 def eps_of(model: Any, embedding: str) -> float:
@@ -384,7 +313,7 @@ def require_running(run: Callable[[], _R], which: str, remedy: str) -> _R:
 
 def plain_logits(hf_model: nn.Module) -> _Logits:
     """The same in any dtype."""
-    refuse_without_float64(hf_model)
+    extensions.refuse_without_float64(hf_model)
     with torch.no_grad(), Temporary(functools.partial(_switch_adapters_off, hf_model)):
         return hf_model(TOKENS.to(home_of(hf_model))).logits
 

@@ -6,13 +6,17 @@ text or comparing its base with the one that the adapter names, stands in a fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.model.basis import SiteMap, Update
 from lens_lora.core.model.sites import Heads, Names
 from lens_lora.core.provided import declared
 from lens_lora.core.readout.prompts import Prompts, PromptsLike
@@ -23,6 +27,10 @@ from lens_lora.families import BridgedFamily
 if TYPE_CHECKING:
     from lens_lora.compat import Temporary
     from lens_lora.core import Function, LoraLens, Scale
+
+
+# From (what the map read, as arguments of a call, and what it made): another output, or None.
+Writer = Callable[[tuple[Tensor, ...], Tensor], Tensor | None]
 
 
 @runtime_checkable
@@ -94,6 +102,99 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
 @declared
 def note_on_names(named: str | None, names: Sequence[str]) -> str:
     """What the names alone say of a base: that of the adapter's, and those of the model's."""
+    raise NotImplementedError
+
+
+# --- Modules that a lens cannot be laid over, or that compute otherwise while its hooks are on
+
+
+@declared
+def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Refuse weights that are split over processes, or quantised by an unknown method.
+
+    Raises:
+        ModelStateError: naming such a weight.
+    """
+    raise NotImplementedError
+
+
+@declared
+def refuse_unusable_bridge(model: Any) -> None:
+    """Refuse a TransformerBridge that computes another function than its Hugging Face model.
+
+    Raises:
+        ModelStateError: naming the module, with the remedy.
+    """
+    raise NotImplementedError
+
+
+@declared
+def refuse_without_float64(model: nn.Module) -> None:
+    """Refuse stacks of experts in float64 that are computed by a kernel which lacks it.
+
+    Raises:
+        ModelStateError: naming the experts, with the remedy.
+    """
+    raise NotImplementedError
+
+
+@declared
+def quantised_linears(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Every quantised linear module of a model."""
+    raise NotImplementedError
+
+
+@declared
+def quantised_name(module: nn.Module) -> str | None:
+    """'4 bit' or '8 bit' for a quantised linear module, None for any other."""
+    raise NotImplementedError
+
+
+@declared
+def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+    """Ŵ of a quantised linear module, made anew at each call."""
+    raise NotImplementedError
+
+
+@declared
+def differentiable_products(modules: tuple[nn.Module, ...]) -> AbstractContextManager[None]:
+    """Within the block these quantised modules have derivatives of every order."""
+    raise NotImplementedError
+
+
+@declared
+def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
+    """The stack of experts of each layer that has one, by the layer's number."""
+    raise NotImplementedError
+
+
+@declared
+def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
+    """The weights of all experts, [W_1 … W_E], [out, expert · in]; a router's weight as it is."""
+    raise NotImplementedError
+
+
+@declared
+def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
+    """(out, in) of each expert's map, or of a router's."""
+    raise NotImplementedError
+
+
+@declared
+def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> SiteMap:
+    """δ of a stack of experts, where the model lies."""
+    raise NotImplementedError
+
+
+@declared
+def write_at(span: Temporary, module: nn.Module, name: str, writer: Writer) -> None:
+    """Until the span ends, `writer` changes what the map of this parameter makes.
+
+    The module is a stack of experts or a router, and has no hook points.
+
+    Raises:
+        ModelStateError: the experts are spread over processes.
+    """
     raise NotImplementedError
 
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lens_lora.core.model import extensions
 from lens_lora.core.model.bridge import BridgeHost
 from lens_lora.core.model.check import refuse_unusable
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
-from lens_lora.core.model.kernels import quantised_linears
 from lens_lora.errors import ModelStateError
 
 # What makes a host of a hooked model and its base, by the name of the hooked model's class.
@@ -58,7 +58,7 @@ def host_of(model: Any, hf_model: nn.Module | None = None) -> HookedHost:
         )
     refuse_unusable(model)
     host = _HOSTS[name](model, hf_model)
-    if host.needs_base() and quantised_linears(model):
+    if host.needs_base() and extensions.quantised_linears(model):
         raise ModelStateError(
             f"this {name} is quantised and processed: folding needs the weights themselves. Use it "
             "before enable_compatibility_mode(), or load the base in bfloat16 or float32."

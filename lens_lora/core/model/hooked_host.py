@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, float32_products, in_float64, wraps_nothing
+from lens_lora.core.model import extensions
 from lens_lora.core.model.bases import BaseWeights, Processing, infer_processing, is_centred
 from lens_lora.core.model.basis import (
     Basis,
@@ -29,7 +30,6 @@ from lens_lora.core.model.basis import (
     NormUpdate,
     SiteMap,
     Update,
-    expert_map,
     site_map,
 )
 from lens_lora.core.model.host import Ports
@@ -428,7 +428,8 @@ class HookedHost(abc.ABC):
         """
         place = site.layer, site.kind
         if self.experts(*place):
-            return expert_map(update, self.working_dtype, cast(Tensor, self.stack(*place)).device)
+            stack = cast(Tensor, self.stack(*place))
+            return extensions.expert_map(update, self.working_dtype, stack.device)
         basis = self.basis_of(site, behind_norm)
         factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
         return site_map(dataclasses.replace(update, scale=update.scale * factor), basis)

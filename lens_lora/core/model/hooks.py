@@ -46,7 +46,8 @@ from torch.nn.functional import linear
 
 from lens_lora import compat
 from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
-from lens_lora.core.model.kernels import differentiable_products, is_weight, write_at
+from lens_lora.core.model import extensions
+from lens_lora.core.model.modules import is_weight
 from lens_lora.errors import (
     ArgumentError,
     LensLoraError,
@@ -103,7 +104,7 @@ def attached(
     At a module without hook points the method `at_module(args, output)` of a hook is called, where
     it has one, in place of the hook itself: before the hooks that others put on the module, and
     after those of this call that stand before it. At a parameter it is called with what the map of
-    that weight reads and makes (`kernels`).
+    that weight reads and makes (`extensions.write_at`).
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
@@ -118,7 +119,7 @@ def attached(
             owner, _, parameter = name.rpartition(".")
             if is_weight(model, owner, parameter):
                 at_module: Any = getattr(fn, "at_module", fn)
-                write_at(span, model.get_submodule(owner), parameter, at_module)
+                extensions.write_at(span, model.get_submodule(owner), parameter, at_module)
                 continue
             add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
             modules.add(name)
@@ -444,8 +445,8 @@ def _prepare(lens: Any, span: Temporary) -> None:
     span.way_back(functools.partial(setattr, _CALL, "token", _CALL.token))
     _CALL.token = object()
     plan = getattr(lens, "_plan", None)
-    if plan is not None:
-        span.enter_context(differentiable_products(plan.quantised))
+    if plan is not None and plan.quantised:
+        span.enter_context(extensions.differentiable_products(plan.quantised))
     span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     if torch.is_inference_mode_enabled():
         span.enter_context(torch.inference_mode(False))

@@ -49,7 +49,6 @@ from lens_lora.core.model.hooks import (
 )
 from lens_lora.core.model.host import Host
 from lens_lora.core.model.injections import Inject, ScaleInject, site_hooks
-from lens_lora.core.model.kernels import differentiable_products
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.passes import OpenBlock, Rows
 from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
@@ -181,12 +180,12 @@ class LoraLens:
             if self._eps is None:
                 self._eps = self._measured_eps()
             else:
-                with differentiable_products(self._plan.quantised):
+                with extensions.differentiable_products(self._plan.quantised):
                     checks.run_once(self.model)
             checks.note_that_it_ran(self.model)
 
     def _measured_eps(self) -> float:
-        with differentiable_products(self._plan.quantised):
+        with extensions.differentiable_products(self._plan.quantised):
             return checks.eps_of(self.model, self.embedding_output)
 
     @property
@@ -636,7 +635,7 @@ class LoraLens:
         """Until the span ends, the sites' hooks are on the model."""
         self.hold(span)
         self._plan.check_state(entries=False)
-        span.enter_context(differentiable_products(self._plan.quantised))
+        span.enter_context(extensions.differentiable_products(self._plan.quantised))
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
         hooks = site_hooks(self._plan, inject, points, before)

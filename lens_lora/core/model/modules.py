@@ -88,3 +88,8 @@ class Shell(nn.Module):
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear module, which holds its weight as [in, out]."""
     return type(module).__name__ == "Conv1D"
+
+
+def is_weight(model: nn.Module, owner: str, name: str) -> bool:
+    """Whether a module of this path holds a parameter of this name."""
+    return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)

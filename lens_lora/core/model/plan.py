@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.model import gauge, hooks, value_constants
+from lens_lora.core.model import extensions, gauge, hooks, value_constants
 from lens_lora.core.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.core.model.check import (
     Watch,
@@ -35,7 +35,6 @@ from lens_lora.core.model.check import (
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
-from lens_lora.core.model.kernels import quantised_linears, quantised_name
 from lens_lora.core.model.sites import Site, points_between, resolve_sites
 from lens_lora.core.model.updates import SiteUpdate, site_updates
 from lens_lora.errors import ModelStateError
@@ -158,7 +157,7 @@ class Plan:
     @property
     def quantisation(self) -> str:
         """', linear modules in 4 bit', for people; nothing where none is quantised."""
-        bits = sorted({str(quantised_name(module)) for module in self.quantised})
+        bits = sorted({str(extensions.quantised_name(module)) for module in self.quantised})
         return f", linear modules in {' and '.join(bits)}" if bits else ""
 
     @property
@@ -237,7 +236,7 @@ def make_plan(
     """
     if earlier is None:
         host = host_of(model, hf_model)
-        quantised = quantised_linears(model)
+        quantised = extensions.quantised_linears(model)
         of_model = Watch.of_module(model, "the model's ")
         base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
     else:

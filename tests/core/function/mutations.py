@@ -402,7 +402,7 @@ BASIS = [
     ),
     Mutation(
         "an expert has the ranks of another",
-        "core/model/basis.py",
+        "hosts/experts.py",
         "owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)",
         "owners = torch.arange(self.rank, device=z.device) % self.experts",
         EXPERTS,

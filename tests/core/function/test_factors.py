@@ -24,8 +24,8 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.banks.plain_factors import SharedPlan
 from lens_lora.core.function import memory, reverse
-from lens_lora.core.model.basis import Update, expert_map
-from lens_lora.core.model.kernels import with_expert
+from lens_lora.core.model.basis import Update
+from lens_lora.hosts.experts import expert_map, with_expert
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10

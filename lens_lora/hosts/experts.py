@@ -1,6 +1,6 @@
-"""Modules that compute otherwise for the span of a lens's hooks: experts, routers, quantised ones.
+"""Stacks of experts and routers: the places in them at which an adapter writes.
 
-**Experts.** A layer of experts holds one tensor for all of them, W [expert, out, in], and the
+A layer of experts holds one tensor for all of them, W [expert, out, in], and the
 router sends each token to k of them. What expert e computes for a token in its slot j is W_e x, so
 an update is a site like any other, with
 
@@ -14,40 +14,30 @@ without. That is exact in every dtype, with derivatives in both modes, whatever
 
 A router is one linear map, W [expert, in], within a module of its own. It is computed by the
 module's own code, in which what `F.linear` makes of W is the place to write.
-
-**Quantised linears** of bitsandbytes, in 4 and 8 bit. A LoRA's δ = s·B·A·z needs no W, so only the
-base's own products need care. With Ŵ the dequantised weight:
-
-    4 bit    y = x Ŵᵀ + b, in every run. bitsandbytes computes the same, but for a kernel on CPUs
-             with AVX512-BF16, which rounds to bfloat16, repacks the weight and has no derivative.
-    8 bit    y is the kernel's, which rounds x to 8 bit as well and so has steps for slopes.
-             Derivatives are straight through: those of x Ŵᵀ + b. What adds up exactly elsewhere
-             (first order of a linear model, the path integral) does so up to that rounding.
-
-bitsandbytes' own products have first derivatives in reverse mode only.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
+from lens_lora.compat import Temporary, in_float64
+from lens_lora.core import SiteMap, Update
+from lens_lora.core.model import Input, extensions, norm_of_product
 from lens_lora.errors import ModelStateError
 
 # What an expert's number is stored in, beside x: float types are exact up to 256.
 _DIGIT = 256
 ID_COLUMNS = 2
-Writer = Callable[[tuple[Tensor, ...], Tensor], Tensor | None]
 _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.type_as)
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
@@ -68,6 +58,7 @@ def is_router(module: object) -> bool:
     return is_matrix and type(module).__name__ != "Conv1D"
 
 
+@extensions.refuse_without_float64.provide
 def refuse_without_float64(model: nn.Module) -> None:
     """Check that no stack of experts in float64 is computed by a kernel that lacks it."""
     for experts in filter(is_experts, model.modules()):
@@ -87,6 +78,7 @@ def stacks_of(experts: Any) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
+@extensions.as_one_map.provide
 def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
     """[W_1 … W_E] of a stack, [out, expert · in], as a copy; a router's weight as it is."""
     weights = weight.detach()
@@ -96,6 +88,7 @@ def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
     return weights.transpose(0, 1).flatten(1)
 
 
+@extensions.each_shape.provide
 def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
     """(out, in) of each expert's map, or of a router's."""
     out, width = weight.shape[-2:]
@@ -188,12 +181,8 @@ class _AtWeight(TorchFunctionMode):
         return any(tensor is form for form in self._forms)
 
 
-def is_weight(model: nn.Module, owner: str, name: str) -> bool:
-    """Whether a module of this path holds a parameter of this name."""
-    return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)
-
-
-def write_at(span: compat.Temporary, module: nn.Module, name: str, writer: Writer) -> None:
+@extensions.write_at.provide
+def write_at(span: Temporary, module: nn.Module, name: str, writer: extensions.Writer) -> None:
     """The writer sees z and changes the output of this parameter's map, until the span ends."""
     if compat.is_split_over_processes(module):
         raise ModelStateError(
@@ -203,6 +192,7 @@ def write_at(span: compat.Temporary, module: nn.Module, name: str, writer: Write
     (_Experts if is_experts(module) else _Router).until(span, module, (name, writer))
 
 
+@extensions.experts_by_layer.provide
 def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
     """{layer: its stack of experts}; a layer's number is the first in the module's name."""
     stacks = ((name, module) for name, module in model.named_modules() if is_experts(module))
@@ -210,76 +200,61 @@ def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
     return {int(match[1]): module for match, module in numbered if match}
 
 
-_NAMES = {"Linear4bit": "4 bit", "Linear8bitLt": "8 bit"}
+# --- δ of a stack
 
 
-def quantised_name(module: nn.Module) -> str | None:
-    """'4 bit' or '8 bit' for a linear module of bitsandbytes, None for any other."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in _NAMES and cls.__module__.startswith("bitsandbytes."):
-            return _NAMES[cls.__name__]
-    return None
+@dataclasses.dataclass(frozen=True)
+class ExpertMap(SiteMap):
+    """δ(x, e) = s·B_e A_e x of a stack of experts.
+
+    Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
+    """
+
+    def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
+        """x of z = (x, e)."""
+        return z[..., :-ID_COLUMNS]
+
+    def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
+        """The sum over slots: each of a token's experts has ranks of its own."""
+        return u.sum(2)
+
+    def norm(self) -> float:
+        """√Σ_e ‖B_e A_e‖_F²."""
+        return float(self.weight_norm())
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """√Σ_e ‖B_e A_e‖_F²."""
+        pairs = zip(self.sB.chunk(self.experts, 1), self.A.chunk(self.experts), strict=True)
+        return torch.stack([norm_of_product(*pair) for pair in pairs]).norm()
+
+    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(B, A) of [W_1 … W_E], [out, expert · in]."""
+        return self.sB, torch.block_diag(*self.A.chunk(self.experts))
+
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
+        """A x at the ranks of expert e, and 0 at all others."""
+        owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)
+        return (self.inputs(z).to(self.dtype) @ self.A.T) * (owners == expert_of(z)[..., None])
+
+    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
+        """δ = Bu of each slot, one slot's features after another's."""
+        delta = u @ self.sB.T
+        return delta.flatten(2) if u.ndim == 4 else delta
+
+    def own_by_head(
+        self,
+        gradient: Float[Tensor, "batch pos slot_and_out"],
+        z: Float[Tensor, "batch pos slot in"],
+        heads: int,
+    ) -> Float[Tensor, "batch pos 1 rank"]:
+        """⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
+        gradient = gradient.unflatten(-1, (z.shape[2], -1))
+        return (self.back(gradient) * self.coordinates(z)).sum(2, keepdim=True)
 
 
-def quantised_linears(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Every linear module of bitsandbytes."""
-    return tuple(module for module in model.modules() if quantised_name(module) is not None)
-
-
-def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
-    """Ŵ, made anew at each call."""
-    of = _of_4bit if quantised_name(module) == "4 bit" else _of_8bit
-    return of(module, dtype)
-
-
-@compat.temporary
-def differentiable_products(span: compat.Temporary, modules: tuple[nn.Module, ...]) -> None:
-    """Within the block these modules have derivatives of every order, and values as above."""
-    for module in modules:
-        product = _Product if quantised_name(module) == "4 bit" else _StraightThrough
-        product.until(span, module, object(), compat.computing_attribute(module))
-
-
-class _Product(compat.SharedForward):
-    def __call__(self, x: Tensor) -> Tensor:
-        """x Ŵᵀ + b in the module's compute dtype, as bitsandbytes chooses it."""
-        module: Any = self.module
-        dtype = module.compute_dtype if module.compute_type_is_set else None
-        if dtype is None and x.dtype in (torch.float32, torch.bfloat16):
-            dtype = x.dtype
-        dtype = dtype or x.dtype
-        bias = None if module.bias is None else module.bias.to(dtype)
-        return linear(x.to(dtype), _of_4bit(module, dtype), bias).to(x.dtype)
-
-
-class _StraightThrough(compat.SharedForward):
-    def __call__(self, x: Tensor) -> Tensor:
-        """The kernel's value; where a derivative is asked for, with that of x Ŵᵀ + b."""
-        module: Any = self.module
-        primal, tangent = fwad.unpack_dual(x)
-        value = self.before(primal.detach())
-        if tangent is None and not (torch.is_grad_enabled() and x.requires_grad):
-            return value
-        bias = None if module.bias is None else module.bias.to(x.dtype)
-        smooth = linear(x, _of_8bit(module, x.dtype), bias)
-        return value + (smooth - fwad.unpack_dual(smooth).primal.detach())
-
-
-def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
-    from bitsandbytes import functional
-
-    held = getattr(module.weight, "quant_state", None) or module.quant_state
-    packed, state = module.weight.data, copy.copy(held)
-    if getattr(state, "packing_format_for_cpu", False):
-        # The scales of blocks stay as they were packed: transposed, in bfloat16, and not nested.
-        state.original_nested = False
-        packed, state = compat.unpacked_4bit(packed, state)
-        state.absmax = held.absmax.T.reshape(-1).float()
-    target = dtype or state.dtype
-    state.dtype = torch.float32 if target == torch.float64 else target
-    return functional.dequantize_4bit(packed, state).to(target)
-
-
-def _of_8bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
-    state = module.weight if module.state.CB is None else module.state
-    return state.CB.to(dtype or torch.float32) * (state.SCB.unsqueeze(1) / 127.0)
+@extensions.expert_map.provide
+def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> ExpertMap:
+    """δ of a stack of experts, where the model lies."""
+    factors = (in_float64(update.A), in_float64(update.B) * update.scale)
+    reads, writes = (factor.to(dtype).to(device) for factor in factors)
+    return ExpertMap(reads, writes, None, experts=update.experts)

@@ -1,0 +1,114 @@
+"""Attention of a TransformerBridge: by its formula, or by torch's fused kernels.
+
+A bridge of most families computes attention itself, from its formula and whatever the config says,
+so that patterns have hook points. Two consequences:
+
+- `fuse_attention` lets each block's attention be Hugging Face's own, by torch's fused kernel, which
+  makes no [head, query, key]. Hook points of scores, patterns and rotated q and k then never fire;
+  a hook there is warned of when a pass begins, whoever put it on.
+- Gemma 3's attention holds `attn_logit_softcapping` and leaves it out of its forward pass; the
+  bridge computes it. So such a cap is taken away (`drop_unused_caps`), or refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lens_lora import compat
+from lens_lora.core.model import attentions
+from lens_lora.errors import ModelStateError, setting, warn
+
+# --- attention by torch's fused kernels
+
+_CAP = "attn_logit_softcapping"
+_DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
+# Bridges whose q, k and v are modules of Hugging Face's own attention.
+_SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
+
+
+def fuse_attention(model: Any) -> None:
+    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    found, why = attentions(model), None
+    if len(found) < len(model.blocks):
+        why = "some layers have no attention"
+    elif any(type(attention).__name__ not in _SEPARATE for attention in found):
+        why = "q, k and v are one module"
+    elif any(getattr(a.original_component, _CAP, None) is not None for a in found):
+        why = "attention scores are capped"
+    elif not compat.supports_sdpa(model.original_model):
+        why = "transformers has none for this family"
+    if why is not None:
+        raise ModelStateError(
+            f"{setting('attn', 'sdpa')}: {why}, so a TransformerBridge of "
+            f"{type(model.original_model).__name__} cannot use a fused kernel.",
+            remedy="Leave attn out, and bound the memory of long prompts by "
+            "lens.within(max_memory).",
+            in_shell="Leave --attn out, and bound the memory of long prompts by --max-memory.",
+        )
+    model.original_model.set_attn_implementation("sdpa")
+    for attention in found:
+        compat.set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
+
+
+def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+    hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
+    if hooked:
+        warn(
+            f"{hooked[0]}: attn='sdpa' makes no attention scores, patterns or rotated q and k, so "
+            "hooks there never fire. Load the model with attn='eager'."
+        )
+    return forward(attention, *args, **kwargs)
+
+
+def _has_hooks(point: Any) -> bool:
+    return point is not None and any(compat.hooks_of(point)[:3])
+
+
+def replaced_attentions(model: Any) -> list[str]:
+    """The blocks' attentions in a bridge whose Hugging Face module has a forward of its own."""
+    replaced: list[str] = []
+    for layer, block in enumerate(getattr(model, "blocks", ())):
+        attention = getattr(getattr(block, "attn", None), "original_component", None)
+        if compat.is_forward_replaced(attention):
+            replaced.append(f"blocks.{layer}.attn")
+    return replaced
+
+
+# --- soft-caps of attention scores that Hugging Face never computes
+
+
+def drop_unused_caps(hf_model: nn.Module) -> None:
+    """Take the caps away; what Hugging Face computes stays the same."""
+    for attention in _with_unused_cap(hf_model):
+        setattr(attention, _CAP, None)
+
+
+def refuse_unused_caps(bridge: nn.Module) -> None:
+    """Check that the bridge computes no cap that its Hugging Face model leaves out."""
+    for attention in _with_unused_cap(bridge):
+        raise ModelStateError(
+            f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
+            "TransformerBridge caps attention scores by it, and transformers ignores it, so their "
+            "logits differ. Set it to None on the Hugging Face model's attention modules (and in "
+            "its config), or load by ll.load, which does."
+        )
+
+
+def _with_unused_cap(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "__dict__", {}).get(_CAP) is not None and not _uses_cap(type(module))
+    ]
+
+
+def _uses_cap(attention: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(attention.forward), "__code__", None)
+    return code is None or _CAP in code.co_names

@@ -1,0 +1,118 @@
+"""Models over which no lens can be laid, as their weights or their code are not those of a model.
+
+1. Weights that are split over processes, or quantised in a way of which no derivative is known
+   (`refuse_unusable_weights`).
+2. A bridge that computes another function than its Hugging Face model, or cannot run
+   (`refuse_unusable_bridge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lens_lora import compat
+from lens_lora.core.model import extensions
+from lens_lora.errors import ModelStateError, named
+from lens_lora.hosts.attention import refuse_unused_caps
+from lens_lora.hosts.experts import refuse_without_float64
+from lens_lora.hosts.quantised import quantised_name
+
+
+@extensions.refuse_unusable_weights.provide
+def refuse_unusable_weights(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Refuse weights that are split over processes, or quantised by an unknown method."""
+    _refuse_sharded(model, modules)
+    _refuse_unknown_quantisation(model, modules)
+
+
+@extensions.refuse_unusable_bridge.provide
+def refuse_unusable_bridge(model: Any) -> None:
+    """Refuse a TransformerBridge that computes another function than its Hugging Face model."""
+    refuse_unused_caps(model)
+    refuse_empty_components(model)
+    refuse_without_float64(model)
+
+
+def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Check that each module computes with whole weights, as under FSDP2, and not with its part."""
+    ranks = getattr(getattr(model, "original_model", model), "tp_size", None)
+    if ranks is not None and ranks > 1:
+        raise _tensor_parallel(f"the model was loaded for {ranks} processes by tp_plan=")
+    gathered: set[nn.Module] = set()
+    for module in modules:
+        if compat.gathers_weights(module):
+            gathered.update(module.modules())
+    for module, path in modules.items():
+        for name, parameter in compat.own_parameters(module).items():
+            if not compat.is_sharded(parameter):
+                continue
+            mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+            if module not in gathered or mesh.ndim > 1:
+                raise _tensor_parallel(f"{_within(path, name)} is a DTensor")
+
+
+def _tensor_parallel(fact: str) -> ModelStateError:
+    return ModelStateError(
+        f"{fact}: tensor parallelism (tp_plan=, parallelize_module) splits the model's weights "
+        "over processes, and a lens adds to the whole output of a map.",
+        remedy="Load the model without tp_plan: on one device, or over several by "
+        "ll.load(name, adapter, device_map='balanced').",
+        in_shell="Load the model on one device, or over several by --device-map balanced.",
+    )
+
+
+def _refuse_unknown_quantisation(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    config = getattr(getattr(model, "original_model", model), "config", None)
+    method = _method(getattr(config, "quantization_config", None))
+    if method not in (None, "bitsandbytes"):
+        raise _unknown_quantisation("the base", method)
+    for module, path in modules.items():
+        if quantised_name(module) is not None:
+            continue
+        for name, parameter in compat.own_parameters(module).items():
+            if type(parameter.data).__module__.startswith("torchao."):
+                raise _unknown_quantisation(_within(path, name), "torchao")
+            if not parameter.is_floating_point():
+                raise ModelStateError(
+                    f"{_within(path, name)} is {parameter.dtype}, and {type(module).__name__} is "
+                    "no linear module of bitsandbytes; load the model in a floating-point dtype, "
+                    "or by bitsandbytes as a TransformerBridge."
+                )
+
+
+def _within(path: str, name: str) -> str:
+    """The name of a parameter of the module at this path."""
+    return f"{path}.{name}" if path else name
+
+
+def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError:
+    return ModelStateError(
+        f"{quantised} is quantised by {method}, whose products have no derivative that is known "
+        f"here; load the base by bitsandbytes ({named('load_in_4bit')} or "
+        f"{named('load_in_8bit')}) or in bfloat16."
+    )
+
+
+def _method(config: Any) -> str | None:
+    """'bitsandbytes', 'gptq', …, of a configuration as an object or as a mapping."""
+    if config is None:
+        return None
+    held = config if isinstance(config, dict) else vars(config)
+    method = held.get("quant_method", "an unnamed method")
+    return str(getattr(method, "value", method))
+
+
+def refuse_empty_components(model: Any) -> None:
+    """Check that each component of a bridge wraps a module, without which it cannot run."""
+    for name, component in model.original_model.named_modules():
+        if compat.wraps_nothing(component):
+            kind = type(model.original_model).__name__
+            raise ModelStateError(
+                f"{name}: this {kind} does without such a module, and TransformerLens has put a "
+                f"{type(component).__name__} there, which cannot run.",
+                remedy="Let ll.load make the bridge, which leaves that place empty: "
+                "ll.load(hf_model, adapter).",
+            )
