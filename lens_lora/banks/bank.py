@@ -20,7 +20,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pandas as pd
 import pyarrow as pa
@@ -40,6 +40,7 @@ from lens_lora.compat import uncompiled
 from lens_lora.core import (
     AXES,
     Adapter,
+    AdapterLike,
     Attribution,
     Evaluations,
     Function,
@@ -49,6 +50,7 @@ from lens_lora.core import (
     Readout,
     alone,
     by_axes,
+    given_adapter,
     host_of,
     listed_readouts,
     null_adapters,
@@ -100,7 +102,7 @@ class Bank:
     @alone
     def first_order(
         self,
-        adapter: Adapter,
+        adapter: AdapterLike,
         *,
         by: tuple[str, ...] | str = (),
         gauge: Gauge = "trained",
@@ -111,7 +113,8 @@ class Bank:
         Cost: no pass; with `exact` one forward pass for each readout.
 
         Args:
-            adapter: any adapter of the bank's base.
+            adapter: any adapter of the bank's base: an `Adapter`, its folder or hub id as for
+                `load_adapter`, or a lens over it.
             by: any of 'position', 'head', 'expert' and 'rank'; of a bank by token also 'token'.
             gauge: the meaning of a rank, as for `ll.first_order`.
             exact: whether the adapted model is run for the exact shift, which is NaN otherwise.
@@ -138,7 +141,7 @@ class Bank:
                 "by='token': the bank holds one gradient for a whole readout",
                 remedy="make it with ll.bank(…, by_token=True).",
             )
-        require_adapter(adapter)
+        adapter = _given(adapter)
         plan = self._base.plan_of(adapter)
         if isinstance(plan, SharedPlan) and not (axes or exact) and gauge == "trained":
             self._warn_of_other_base(adapter)
@@ -206,14 +209,15 @@ class Bank:
 
     @alone
     def null(
-        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
+        self, adapter: AdapterLike, *, draws: int = 1000, seed: int = 0, progress: bool = True
     ) -> Float[Tensor, "draw batch site"] | tuple[Float[Tensor, "draw batch site"], ...]:
         """First order of the null adapters that `ll.null_test` draws, a tuple of several readouts.
 
         Cost: no pass.
 
         Args:
-            adapter, draws, seed, progress: as for `ll.null_test`.
+            adapter: as for `first_order`.
+            draws, seed, progress: as for `ll.null_test`.
 
         Raises:
             UnsupportedAdapterError: DoRA, or modules and biases that were trained.
@@ -223,7 +227,7 @@ class Bank:
         draws = whole("draws", draws, 1)
         seed = whole("seed", seed, 0)
         self._require_same_model(entries=True)
-        drawn = null_adapters(self._lens.with_adapter(adapter), seed, draws)
+        drawn = null_adapters(self._lens.with_adapter(_given(adapter)), seed, draws)
         by_draw: list[list[Tensor]] = []
         with tqdm(drawn, "null adapters", draws, leave=False, disable=not progress) as bar:
             for null in bar:
@@ -335,6 +339,18 @@ class Bank:
                 f"the model is not as it was when the bank was made: {'; '.join(differ)}",
                 remedy="set it back (hooks of your own off), or make the bank anew: ll.bank(…).",
             )
+
+
+def _given(adapter: AdapterLike) -> Adapter:
+    """The adapter itself, that of a lens, or the one that lies there.
+
+    Raises:
+        AdapterError: something that is no adapter.
+    """
+    if isinstance(adapter, str | Path | LoraLens):
+        adapter = given_adapter(adapter)
+    require_adapter(adapter)
+    return cast("Adapter", adapter)
 
 
 # --- Making and reading a bank

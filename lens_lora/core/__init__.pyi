@@ -1,6 +1,7 @@
 """The door of the core: what the other folders use of it, and where each name lives."""
 
 from .adapter.adapter import Adapter as Adapter
+from .adapter.adapter import AdapterLike as AdapterLike
 from .adapter.adapter import given_adapter as given_adapter
 from .adapter.adapter import load_adapter as load_adapter
 from .adapter.adapter import require_one_base as require_one_base

@@ -97,7 +97,7 @@ class Intruders(OfSites):
         return drawing.figure(self, index)
 
     def _index(self, site: str) -> int:
-        return one_site([known.name for known in self.sites], site)
+        return one_site(self.sites, site)
 
 
 @alone

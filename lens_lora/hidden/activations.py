@@ -109,7 +109,7 @@ class Activations(OfSites):
         Raises:
             SiteError: no such site, or several.
         """
-        index = one_site([s.name for s in self.sites], site)
+        index = one_site(self.sites, site)
         return self.values[:, index, :, : self.ranks[index]]
 
     def directions(self, site: str | None = None) -> list[tuple[int, int]]:

@@ -123,7 +123,7 @@ class LogitShift(Described):
             raise SiteError(
                 "this shift was computed for all sites together", remedy="use by_site=True."
             )
-        index = one_site([known.name for known in self.sites], site)
+        index = one_site(self.sites, site)
         return self.values[prompt, index]
 
 

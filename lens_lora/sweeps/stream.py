@@ -202,7 +202,7 @@ class ActivationsFile:
             ArgumentError: no such rank, another sign, or a k or context below 0.
         """
         k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
-        index = one_site([s.name for s in self.sites], site)
+        index = one_site(self.sites, site)
         name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
         texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
         values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)

@@ -29,6 +29,7 @@ from lens_lora.arguments import whole
 from lens_lora.banks.base_half import first_orders
 from lens_lora.core import (
     Adapter,
+    AdapterLike,
     Function,
     LoraLens,
     PromptsLike,
@@ -49,7 +50,7 @@ from lens_lora.two_adapters.shift_products import groups_of, shift_products
 @alone
 def compare_adapters(
     lens: LoraLens,
-    other: Adapter | str | Path,
+    other: AdapterLike,
     prompts: PromptsLike | None = None,
     readout: Readout | None = None,
     *,
@@ -70,7 +71,8 @@ def compare_adapters(
 
     Args:
         lens: the first adapter over the model.
-        other: the second, of the same base; or its folder or hub id, as of `load_adapter`.
+        other: the second, of the same base: an `Adapter`, its folder or hub id as for
+            `load_adapter`, or a lens over it.
         prompts: on which both are run; read at every token but the first, those with the same
             tokens before them once.
         readout: whose first order by site is correlated; read at each prompt's last token.
@@ -91,19 +93,20 @@ def compare_adapters(
     """
     draws = whole("draws", draws, 0)
     seed = whole("seed", seed, 0)
-    other = _adapter_of(other, revision, subfolder)
-    require_one_base([lens.adapter, other], "changes of different models cannot be compared")
+    second_adapter = _adapter_of(other, revision, subfolder)
+    bases = [lens.adapter, second_adapter]
+    require_one_base(bases, "changes of different models cannot be compared")
     if readout is not None and prompts is None:
         raise ArgumentError(
             "a readout is read on prompts, and there are none", remedy="pass prompts=…"
         )
-    second = lens.with_adapter(other)
+    second = lens.with_adapter(second_adapter)
     names_of_first = {site.name for site in lens.sites}
     names_of_second = {site.name for site in second.sites}
     shared = tuple(site for site in lens.sites if site.name in names_of_second)
     if not shared and prompts is None:
         raise ArgumentError(
-            f"{lens.adapter.name} and {other.name} adapt no site in common ("
+            f"{lens.adapter.name} and {second_adapter.name} adapt no site in common ("
             f"{lens.sites[0].name}, … and {second.sites[0].name}, …), so their ΔW cannot be "
             "compared",
             remedy="give prompts, on which what both do is compared.",
@@ -118,7 +121,7 @@ def compare_adapters(
         meta = lens.describe(f.prompts)
         fields |= _on_prompts(f, readout, second, shared, draws, seed)
     return AdapterComparison(
-        names=(lens.adapter.name, other.name),
+        names=(lens.adapter.name, second_adapter.name),
         sites=shared,
         only=(
             tuple(site for site in lens.sites if site.name not in names_of_second),
@@ -133,10 +136,10 @@ def compare_adapters(
 
 
 def _adapter_of(other: object, revision: str | None, subfolder: str | None) -> Adapter:
-    if not isinstance(other, Adapter | str | Path):
+    if not isinstance(other, Adapter | LoraLens | str | Path):
         raise ArgumentError(
-            f"the other adapter is a {type(other).__name__}; pass an ll.Adapter, or its folder or "
-            "hub id."
+            f"the other adapter is a {type(other).__name__}; pass an ll.Adapter, its folder or hub "
+            "id, or a lens over it."
         )
     return given_adapter(other, None, revision, subfolder)
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import OfSites, Pictured, Site, correlation, site_labels
-from lens_lora.errors import ArgumentError
+from lens_lora.core import OfSites, Pictured, Site, correlation, one_site, site_labels
+from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.two_adapters.shift_products import cosine_of
 
 _QUANTILES = [0.025, 0.5, 0.975]
@@ -124,10 +124,12 @@ class AdapterComparison(OfSites, Pictured):
         Raises:
             ArgumentError: no shared site of this name.
         """
-        names = [shared.name for shared in self.sites]
-        if site not in names:
-            raise ArgumentError(f"{site!r} is no site that both adapters adapt; see .sites.")
-        index = names.index(site)
+        try:
+            index = one_site(self.sites, site)
+        except SiteError as error:
+            raise ArgumentError(
+                f"{site!r} is no site that both adapters adapt; see .sites."
+            ) from error
         degrees = {
             "read": torch.rad2deg(self.read[index].acos()).tolist(),
             "write": torch.rad2deg(self.write[index].acos()).tolist(),

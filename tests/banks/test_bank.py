@@ -57,6 +57,20 @@ def test_equals_first_order(family: str, cls: str, flags: str):
     assert off(bank.first_order(lens.adapter, **svd).values, expected.values) < ROUND_OFF
 
 
+def test_an_adapter_is_given_as_itself_a_folder_or_a_lens(tmp_path):
+    """The same first order and null adapters of each; a model in its place is refused."""
+    lens = lens_of("llama", BRIDGE, "raw")
+    bank = bank_of(lens)
+    lens.adapter.named("one").save(tmp_path / "one")
+    expected = bank.first_order(lens.adapter).values
+    nulls = bank.null(lens.adapter, draws=2)
+    for given in (lens, tmp_path / "one", str(tmp_path / "one")):
+        assert torch.allclose(bank.first_order(given).values, expected)
+        assert torch.allclose(bank.null(given, draws=2), nulls)
+    with pytest.raises(ll.errors.AdapterError, match="the adapter is a"):
+        bank.first_order(lens.model)
+
+
 SOME = [case for case in EVERY_TARGET if case[0] in ("gpt2", "llama", "gemma2", "neox")]
 
 
@@ -394,7 +408,7 @@ def test_bad_arguments():
     for call, words in (
         (lambda: bank.first_order(lens.adapter, by="layer"), "by='layer'"),
         (lambda: bank.first_order(lens.adapter, gauge="svd"), "decides what a rank is"),
-        (lambda: bank.first_order("folder"), "ll.load_adapter"),
+        (lambda: bank.first_order("folder"), "folder: no such folder, nor a hub id"),
         (lambda: bank_of(lens, readout=ll.KL()), "least at ε = 0"),
         (lambda: bank_of(lens, readout=[]), "at least one"),
         (lambda: bank_of(lens, max_memory=-1), "max_memory"),

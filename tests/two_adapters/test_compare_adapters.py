@@ -288,8 +288,8 @@ def test_bad_input_is_refused():
         ll.compare_adapters(lens.with_adapter(adapter.only("*.q_proj")), adapter.only("*.k_proj"))
     one = lens.with_adapter(adapter.only("*.q_proj"))
     assert not ll.compare_adapters(one, adapter.only("*.k_proj"), models.tokens(), draws=0).sites
-    for wrong in (lens, None):
-        with pytest.raises(ArgumentError, match="pass an ll.Adapter, or its folder or hub id"):
+    for wrong in (lens.model, None):
+        with pytest.raises(ArgumentError, match="its folder or hub id, or a lens over it"):
             ll.compare_adapters(lens, wrong)
     with pytest.raises(AdapterError, match="nowhere: no such folder"):
         ll.compare_adapters(lens, "nowhere")
@@ -321,3 +321,16 @@ def test_it_is_drawn_and_told():
     assert "null" in repr(found) and "both" in repr(found)
     z = np.array(found.plot().data[0].z, dtype=float)
     assert np.isfinite(z).sum() == len(found.sites)
+
+
+def test_the_second_adapter_is_given_as_itself_a_folder_or_a_lens(tmp_path):
+    """The numbers are the same, and so is what they are of."""
+    lens = cases.case(*HOSTS[0]).lens
+    other = lens.adapter.scaled(0.5).named("other")
+    other.save(tmp_path / "other")
+    expected = ll.compare_adapters(lens, other, draws=2)
+    for given in (tmp_path / "other", str(tmp_path / "other"), lens.with_adapter(other)):
+        found = ll.compare_adapters(lens, given, draws=2)
+        assert torch.allclose(found.cosines, expected.cosines)
+        assert torch.allclose(found.norms, expected.norms)
+        assert found.names == expected.names

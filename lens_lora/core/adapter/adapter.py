@@ -10,7 +10,15 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Protocol,
+    SupportsFloat,
+    cast,
+    get_args,
+    runtime_checkable,
+)
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -390,10 +398,14 @@ class Adapter:
         return dataclasses.replace(self, modules=modules)
 
     def _matching(self, glob: Any) -> set[str]:
-        """The keys that match the glob, with or without the name of their part of a sum."""
+        """The keys that match the glob, with or without the name of their part of a sum.
+
+        The glob may begin with 'base_model.model.', as the names in PEFT's files do.
+        """
         if not isinstance(glob, str):
             raise ArgumentError(f"{glob!r}: expected a glob of module paths, like '*.q_proj'.")
-        keys = {k for k in self.modules if any(fnmatch.filter((k, module_path(k)), glob))}
+        path = glob.removeprefix(peft_read.PREFIX)
+        keys = {key for key in self.modules if any(fnmatch.filter((key, module_path(key)), path))}
         if not keys:
             shown = ", ".join([*self.modules][:4])
             raise SiteError(f"{glob!r} matches no module of {self.name}, which has {shown}, …")
@@ -551,15 +563,31 @@ def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
         )
 
 
+@runtime_checkable
+class HasAdapter(Protocol):
+    """What an adapter is laid over, such as a lens: its adapter may be taken from it."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter."""
+        ...
+
+
+# An adapter as a caller may give it: itself, a lens over it, its folder or its hub id.
+AdapterLike = Adapter | HasAdapter | str | Path
+
+
 def given_adapter(
-    adapter: Adapter | str | Path,
+    adapter: AdapterLike,
     base_for: Callable[[str | None], nn.Module] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> Adapter:
-    """An adapter as a caller gives it: the object itself, or where it lies (`load_adapter`)."""
+    """An adapter as a caller gives it: itself, that of a lens, or by its place (`load_adapter`)."""
+    if isinstance(adapter, HasAdapter) and isinstance(adapter.adapter, Adapter):
+        adapter = adapter.adapter
     if not isinstance(adapter, Adapter):
-        return read_adapter(adapter, base_for, revision, subfolder)
+        return read_adapter(cast("str | Path", adapter), base_for, revision, subfolder)
     where = {"revision": revision, "subfolder": subfolder}
     for name, value in where.items():
         if value is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lens_lora.arguments import number, one_entry
 from lens_lora.compat import is_wrapped
-from lens_lora.core.model.sites import match_sites
+from lens_lora.core.model.sites import Site, match_sites
 from lens_lora.errors import ArgumentError, SiteError
 
 _Number = float | Real[Tensor, ""]
@@ -19,7 +19,7 @@ Scale = _Number | Real[Tensor, "*batch site"] | Mapping[str, _Number]
 
 
 def gates_of(
-    scale: Scale, names: Sequence[str], dtype: torch.dtype
+    scale: Scale, sites: Sequence[Site], dtype: torch.dtype
 ) -> Float[Tensor, "*batch site"]:
     """ε, through which derivatives pass to the tensors that were given.
 
@@ -28,12 +28,12 @@ def gates_of(
         ArgumentError: what is no number, tensor or mapping; NaN, infinity, a truth value.
     """
     if isinstance(scale, Mapping):
-        by_site = match_sites(names, scale)
-        gates = torch.stack([_number(by_site.get(i, 0.0), dtype) for i in range(len(names))])
+        by_site = match_sites(sites, scale)
+        gates = torch.stack([_number(by_site.get(i, 0.0), dtype) for i in range(len(sites))])
     elif not isinstance(scale, Tensor) or not scale.ndim:
-        gates = _number(scale, dtype).repeat(len(names))
-    elif scale.shape[-1] != len(names):
-        raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
+        gates = _number(scale, dtype).repeat(len(sites))
+    elif scale.shape[-1] != len(sites):
+        raise SiteError(f"{scale.shape[-1]} gates for {len(sites)} sites: pass one per site.")
     else:
         gates = _real(scale).to(dtype)
     # Within a `torch.func` transform their values are not known.

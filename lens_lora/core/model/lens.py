@@ -392,7 +392,7 @@ class LoraLens:
         Raises:
             SiteError: no such site, or a glob that matches several.
         """
-        return model_sites.one_site([s.name for s in self.sites], name)
+        return model_sites.one_site(self.sites, name)
 
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
@@ -424,7 +424,7 @@ class LoraLens:
             SiteError: a name that matches no site, or a tensor without one gate per site.
             ArgumentError: what is no number, tensor or mapping.
         """
-        return gates_of(scale, [s.name for s in self.sites], self.gate_dtype).to(self.device)
+        return gates_of(scale, self.sites, self.gate_dtype).to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.

@@ -4,8 +4,9 @@
    output belongs to the kind that the family's layout names, and the site takes those rows of B
    (`resolve_sites`). A module that the model lacks is refused, with the nearest that it has.
 2. Parameters that were trained whole are turned to [out, in], as factors are.
-3. Sites are chosen by name or glob (`match_sites`), and grouped by layer, kind of module or named
-   subset (`group_sites`). A site's number may be split along `AXES` (`by_axes`).
+3. Sites are chosen by their own name, by their module's path as Hugging Face or PEFT writes it, or
+   by a glob of either (`match_sites`). They are grouped by layer, kind of module or named subset
+   (`group_sites`). A site's number may be split along `AXES` (`by_axes`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError
+from lens_lora.core.adapter.peft_read import PREFIX
+from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError, first_few
 from lens_lora.families import NORM_KINDS, Family, Place
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -125,20 +127,43 @@ def points_between(writers: Iterable[tuple[Site, str]]) -> tuple[str, ...]:
     return tuple(points)
 
 
-def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:
-    """Site index → value, for a mapping from site names or globs; later keys win."""
-    names = list(names)
-    index = {name: i for i, name in enumerate(names)}
+def match_sites(sites: Sequence[Site], values: Mapping[str, Any]) -> dict[int, Any]:
+    """Site index → value, for a mapping from names or globs of sites; later keys win.
+
+    Each key is a site's name or its module's path, or a glob of either.
+
+    Raises:
+        SiteError: a key that matches no site, with the nearest names.
+    """
     chosen: dict[int, Any] = {}
     for glob, value in values.items():
         if not isinstance(glob, str):
             raise SiteError(f"{glob!r} names no site; give a name or a glob, such as '*.attn.v'.")
-        hits = fnmatch.filter(names, glob)
-        if not hits:
-            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
-            raise SiteError(f"{glob!r} matches no site; the nearest are {near or names[:3]}.")
-        chosen.update({index[name]: value for name in hits})
+        for index in _sites_named(sites, glob):
+            chosen[index] = value
     return chosen
+
+
+def _sites_named(sites: Sequence[Site], glob: str) -> list[int]:
+    """The sites whose name the glob matches; if there are none, those whose module it matches.
+
+    A module's path may begin as PEFT's own names do: 'base_model.model.model.layers.3.…'.
+    """
+    by_name = [i for i, site in enumerate(sites) if fnmatch.fnmatchcase(site.name, glob)]
+    if by_name:
+        return by_name
+    path = glob.removeprefix(PREFIX)
+    by_module: list[int] = []
+    for index, site in enumerate(sites):
+        part_of_a_sum = f"{site.module}@{site.adapter}"
+        if fnmatch.fnmatchcase(site.module, path) or fnmatch.fnmatchcase(part_of_a_sum, path):
+            by_module.append(index)
+    if by_module:
+        return by_module
+    names = [site.name for site in sites]
+    modules = list(dict.fromkeys(site.module for site in sites))
+    near = difflib.get_close_matches(path, [*names, *modules], n=3, cutoff=0.3)
+    raise SiteError(f"{glob!r} matches no site; the nearest are {near or names[:3]}.")
 
 
 def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tuple[int, ...]:
@@ -148,14 +173,15 @@ def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tu
     patterns = [names] if isinstance(names, str) else list(names)
     if not patterns:
         raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
-    return tuple(sorted(match_sites([s.name for s in sites], dict.fromkeys(patterns, True))))
+    return tuple(sorted(match_sites(sites, dict.fromkeys(patterns, True))))
 
 
-def one_site(names: Iterable[str], name: str) -> int:
-    """The index of the only site that a name or glob matches."""
-    hits = list(match_sites(names, {name: 0}))
+def one_site(sites: Sequence[Site], name: str) -> int:
+    """The index of the only site that a name, a module's path, or a glob matches."""
+    hits = list(match_sites(sites, {name: 0}))
     if len(hits) > 1:
-        raise SiteError(f"{name!r} matches {len(hits)} sites; name one.")
+        found = first_few([sites[index].name for index in hits])
+        raise SiteError(f"{name!r} matches {len(hits)} sites; name one of {found}.")
     return hits[0]
 
 

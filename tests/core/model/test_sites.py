@@ -191,7 +191,10 @@ def test_gates_per_prompt(lens):
     [
         ({"blocks.0.attn.k": 1}, r"'blocks.0.attn.k' matches no site.*'blocks.0.attn.[qv]'"),
         ({"*": 1, "blocks.7.*": 0}, r"'blocks.7.\*' matches no site; the nearest are \['blocks"),
-        ({"model.layers.0.self_attn.q_proj": 1}, "matches no site"),
+        (
+            {"model.layers.7.self_attn.q_proj": 1},
+            r"matches no site.*'model.layers.1.self_attn.q_proj'",
+        ),
         ({"": 1}, r"'' matches no site; the nearest are \['blocks.0.attn.q'"),
         (torch.ones(5), "5 gates for 6 sites"),
         (torch.ones(6, 2), "2 gates for 6 sites"),
