@@ -67,7 +67,7 @@ def cosine_line(lens: ll.LoraLens, rows: ll.results.Prompts, turns: int) -> None
     least = float("inf")
     for _ in range(turns):
         joint = cpu_seconds(lambda: logits.tangent(1.0))
-        both = cpu_seconds(lambda: shift_products(lens, lambda: [other], tokens))
+        both = cpu_seconds(lambda: shift_products(logits, lambda: [other]))
         least = min(least, both / joint)
     what = f"cosine under F of two adapters, first order and exact, {tokens.batch} texts"
     print(f"| {what} | ≤ 2 joint shifts | {least:.2f} joint shifts |", flush=True)

@@ -238,8 +238,8 @@ def _on_prompts(
         g.require_logits("compare_adapters")
         g.require_slope_at_base()
 
-    each_token = f.prompts.at_each_token()
-    total = draws * len(groups_of(f.lens, each_token))
+    at_each_token = f.of_rows(f.prompts.at_each_token())
+    total = draws * len(groups_of(at_each_token))
     is_silent = not f.progress or not draws
     with tqdm(total=total, desc="null adapters", leave=False, disable=is_silent) as bar:
 
@@ -249,7 +249,7 @@ def _on_prompts(
                 yield second.with_adapter(null)
                 bar.update()
 
-        products = shift_products(f.lens, others, each_token)
+        products = shift_products(at_each_token, others)
     fields = {"function": products[:, 0], "null_function": products[:, 1:]}
     if g is None:
         return fields | _no_effects(len(shared))

@@ -18,44 +18,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, beginnings, first_of_each
-from lens_lora.core.function.forward import gated_logits, require_finite
-from lens_lora.core.function.memory import row_groups
-from lens_lora.core.function.tangents import joint_tangent
+from lens_lora.core import Function, LoraLens, beginnings, first_of_each, require_finite
 
 # How many tokens are read at once: each holds its logits and four shifts.
 _TOKENS = 512
 
 
-def groups_of(lens: LoraLens, prompts: Prompts) -> list[list[int]]:
-    """The prompts, by index, in groups that are read at once."""
-    return row_groups(lens, prompts, _TOKENS, "dual")
+def groups_of(f: Function) -> list[Int[Tensor, " some"]]:
+    """The rows of f, by index, in groups that are read at once."""
+    rows = torch.arange(f.rows.batch, device="cpu")
+    return list(rows.split(f.passes.rows_at_once("dual", tokens=_TOKENS)))
 
 
 def shift_products(
-    lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
+    f: Function, others: Callable[[], Iterable[LoraLens]]
 ) -> Float[Tensor, "kind other pair batch"]:
     """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: of first-order shifts, then of exact ones.
 
     Cost: a forward pass of the base; of each adapter a forward pass and one of dual numbers.
 
     Args:
-        lens: the first adapter over the model.
+        f: the logits under the first adapter, at the tokens that are read.
         others: makes the other adapters, over the same model; called for each group of prompts.
-        prompts: read at each token that counts.
 
     Raises:
         NumericsError: a shift that is not finite.
     """
-    marks = beginnings(prompts).gather(1, prompts.read_positions.cpu())
-    is_first = first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy())
+    rows = f.rows
+    marks = beginnings(rows).gather(1, rows.read_positions.cpu())
+    is_first = first_of_each(marks.numpy(), rows.read_mask.cpu().numpy())
     counted = torch.from_numpy(is_first)
     groups: list[Tensor] = []
-    for rows in groups_of(lens, prompts):
-        groups.append(_products_of(lens, others(), prompts.chosen(rows), counted[rows]))
+    for some in groups_of(f):
+        of_group = f.of_rows(rows.chosen(some.tolist()))
+        groups.append(_products_of(of_group, others(), counted[some]))
     products = torch.cat(groups, -1)
     require_finite(products, "the shift of the logits")
     return products
@@ -63,15 +62,12 @@ def shift_products(
 
 @torch.no_grad()
 def _products_of(
-    lens: LoraLens,
-    others: Iterable[LoraLens],
-    prompts: Prompts,
-    counted: Bool[Tensor, "batch some_slot"],
+    f: Function, others: Iterable[LoraLens], counted: Bool[Tensor, "batch some_slot"]
 ) -> Float[Tensor, "kind other pair batch"]:
     """The products of one group of prompts."""
-    base = gated_logits(lens, prompts, lens.gates(0.0))
+    base = f.passes.logits()
     p = base.softmax(-1)
-    mask = counted[:, : prompts.slots].to(base)[..., None]
+    mask = counted[:, : f.rows.slots].to(base)[..., None]
 
     def weighted(shift: Float[Tensor, "batch slot vocab"]) -> Float[Tensor, "batch slot_and_vocab"]:
         """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
@@ -80,12 +76,12 @@ def _products_of(
 
     def shifts_of(adapter: LoraLens) -> tuple[Tensor, Tensor]:
         """The first-order shift, and the exact one."""
-        gates = adapter.gates(0.0)
-        first = joint_tangent(adapter, prompts, gates, torch.ones_like(gates))
-        exact = gated_logits(adapter, prompts, adapter.gates(1.0)) - base
+        g = f.over(adapter)
+        first = g.tangent(1.0)
+        exact = g.passes.logits(under=adapter.adapted(1.0)) - base
         return weighted(first), weighted(exact)
 
-    first, exact = shifts_of(lens)
+    first, exact = shifts_of(f.lens)
     products: list[Tensor] = []
     for other in others:
         other_first, other_exact = shifts_of(other)
