@@ -52,10 +52,10 @@ BRIEFLY = (
     ("texts.neutral", "OPENINGS", ("", "Hello!")),
     ("texts.neutral", "FIRST_WORDS", ("The", "In")),
     *(
-        ("two_adapters.repair", "_THRESHOLDS", (0.9, 0.5, 0.0)),
-        ("two_adapters.repair", "_BISECTIONS", 2),
+        ("two_adapters.gate_search", "_THRESHOLDS", (0.9, 0.5, 0.0)),
+        ("two_adapters.repair_judging", "_BISECTIONS", 2),
     ),
-    ("two_adapters.repair", "_SCALES", (0.0, 0.5, 1.0)),
+    ("two_adapters.repair_judging", "_SCALES", (0.0, 0.5, 1.0)),
 )
 # In a notebook's kernel, where an adapter is trained for a third of its steps.
 IN_A_KERNEL = f"""import importlib

@@ -16,14 +16,14 @@ from reference import peft_scales
 from scipy.special import rel_entr
 
 import lens_lora as ll
-from lens_lora.core.function.activations import layout_of, value_at
 from lens_lora.errors import (
     ArgumentError,
     ModelStateError,
     TokenError,
     UnsupportedAdapterError,
 )
-from lens_lora.two_adapters.repair import sub_adapter
+from lens_lora.two_adapters.rank_gates import layout_of
+from lens_lora.two_adapters.sub_adapter import sub_adapter
 
 pytestmark = pytest.mark.usefixtures("float64")
 HOSTS = list(models.MAKERS)
@@ -153,9 +153,9 @@ def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_pa
     mask = torch.rand(layout.count, generator=models.seeded(4)) > 0.4
     mask = mask & layout.alive
     margin, tokens = ll.Margin(5, 9), models.tokens()
-    reading = margin.reading(lens.model, lens.prompts(tokens))
+    g = lens.function(tokens, margin)
     with torch.no_grad():
-        at_gates = value_at(layout, reading, mask.double())
+        at_gates = layout.value(g, mask.double())
     part = sub_adapter(layout, mask, "part")
     own = ll.first_order(lens.with_adapter(part), tokens, margin).adapted
     assert torch.allclose(own, at_gates, atol=1e-9)
@@ -202,14 +202,14 @@ def test_a_part_of_a_fused_module_that_was_trained_whole(turned_on, changed):
 def test_gates_are_differentiable():
     case = cases.case("llama", HOSTS[0], "raw")
     layout = layout_of(case.lens, "rank")
-    reading = ll.Margin(5, 9).reading(case.lens.model, case.lens.prompts(models.tokens()))
+    g = case.lens.function(models.tokens(), ll.Margin(5, 9))
     gates = torch.full((layout.count,), 0.6, dtype=torch.float64, requires_grad=True)
-    (slopes,) = torch.autograd.grad(value_at(layout, reading, gates).sum(), [gates])
+    (slopes,) = torch.autograd.grad(layout.value(g, gates).sum(), [gates])
     for gate in (0, 17, 41):
         h = torch.zeros_like(gates)
         h[gate] = 1e-5
         with torch.no_grad():
-            pair = [value_at(layout, reading, gates + s * h).sum() for s in (1, -1)]
+            pair = [layout.value(g, gates + s * h).sum() for s in (1, -1)]
         assert float(slopes[gate]) == pytest.approx(float(pair[0] - pair[1]) / 2e-5, abs=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""u_l = A_l z_l of every site: replaced by something else, or gated rank by rank.
+"""u_l = A_l z_l of every site, replaced by something else.
 
 1. `replaced_readout`: g with the δ = B u of some sites replaced, u ← u + P(ū − u). A whole site:
    P = 1. A single rank j: P = e_j e_jᵀ, in the coordinates of the SVD of ΔW (`in_gauge`), so that
@@ -15,21 +15,15 @@
    follows): it is in no mean, gives nothing to another text, and keeps its own δ. Text i mod N
    stands in for prompt i. It has at least as many tokens as the prompt's rows, so that a row's
    second token never gets a text's first.
-3. `value_at`: g differentiable in a gate for each rank, u ← ε ∘ u, or for each site. Ranks are
-   those of the SVD, so that one of them means something by itself; a change of bias is one more
-   coordinate, and a gate of its own. Directions with σ = 0 do nothing; their gates are held at
-   zero. All gates are one vector, site after site (`GateLayout`).
 
 Cost: one forward pass, of the prompts or of the texts, without the unembedding; a forward pass a
-point for interventions, about half of that where they branch; a pass as any other for gates.
+point for interventions, about half of that where they branch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,11 +31,9 @@ from torch import Tensor
 
 from lens_lora.core.function.forward import (
     gated_readout,
-    read_value,
-    require_finite,
     run_without_logits,
 )
-from lens_lora.core.function.memory import ROW_TOKENS, pass_groups, row_groups
+from lens_lora.core.function.memory import ROW_TOKENS, row_groups
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.basis import NormUpdate
 from lens_lora.core.model.gauge import Gauge
@@ -50,7 +42,6 @@ from lens_lora.core.model.plan import Injection
 from lens_lora.core.readout import Prompts, Reading, which_prompt
 from lens_lora.errors import (
     ArgumentError,
-    ModelStateError,
     PromptError,
     UnsupportedAdapterError,
     setting,
@@ -229,7 +220,7 @@ def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
         if isinstance(lens.updates[index].update, NormUpdate):
             raise ArgumentError(
                 f"{lens.sites[index].name} is a norm that was trained, whose update has no ranks; "
-                "choose other sites (sites=…), or {setting('of', 'site')}."
+                f"choose other sites (sites=…), or {setting('of', 'site')}."
             )
 
 
@@ -297,90 +288,3 @@ class _ReplaceInject:
 def _over(values: Tensor, u: Tensor) -> Tensor:
     """Of each row, or of each row and token: as wide as u."""
     return values.view(*values.shape, *[1] * (u.ndim - values.ndim))
-
-
-# --- A gate for each rank, or for each site
-
-
-Of = Literal["rank", "site"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class GateLayout:
-    """Which gate is where in the one vector of gates.
-
-    Attributes:
-        lens: the adapter over the model; for ranks in the coordinates of the SVD.
-        of: 'rank' or 'site', each of which has a gate.
-        sizes: how many gates each site has.
-    """
-
-    lens: LoraLens
-    of: Of
-    sizes: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """The number of gates."""
-        return sum(self.sizes)
-
-    @functools.cached_property
-    def alive(self) -> Bool[Tensor, " gate"]:
-        """Which gates move anything; of ranks those with σ > 0, and changes of bias."""
-        if self.of == "site":
-            return torch.ones(self.count, dtype=torch.bool)
-        alive = []
-        for turn, size in zip(self.lens.plan.turns, self.sizes, strict=True):
-            sigma = torch.zeros(0) if turn is None else turn.sigma.cpu()
-            alive += [sigma > 0, torch.ones(size - len(sigma), dtype=torch.bool)]
-        return torch.cat(alive)
-
-    def by_site(self, gates: Tensor) -> tuple[Tensor, ...]:
-        """Each site's own gates."""
-        return gates.split(self.sizes)
-
-
-def layout_of(lens: LoraLens, of: Of) -> GateLayout:
-    """The gates of a lens.
-
-    Raises:
-        ArgumentError: ranks of a norm.
-        ModelStateError: ranks, where value biases were folded and updates of v and o multiply.
-    """
-    if of == "site":
-        return GateLayout(lens, of, (1,) * len(lens.sites))
-    require_ranks(lens, range(len(lens.sites)))
-    partnered = [i.site for i in lens.injections if i.partner is not None]
-    if partnered:
-        raise ModelStateError(
-            f"{lens.sites[partnered[0]].name}: value biases of this model were folded into b_O, so "
-            "its update multiplies that of v there, and single ranks of the two have no gates of "
-            "their own. Load the model unprocessed (from_pretrained_no_processing), or use "
-            f"{setting('of', 'site')}."
-        )
-    turned = in_gauge(lens, "svd")
-    return GateLayout(turned, of, tuple(site_map.rank for site_map in turned.maps))
-
-
-def value_at(
-    layout: GateLayout, reading: Reading, gates: Float[Tensor, " gate"]
-) -> Float[Tensor, " batch"]:
-    """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass.
-
-    Without a graph it is taken in groups of prompts that fit within the bound of the lens.
-    """
-    by_site, unit = layout.by_site(gates), gates.new_ones(())
-
-    def inject(index: int, out: Tensor, z: Tensor) -> Tensor:
-        injection = layout.lens.injections[index]
-        u = injection.map.coordinates(z)
-        gate = by_site[injection.site].to(u.device, u.dtype)
-        if injection.partner is not None:
-            gate = gate * by_site[injection.partner].to(gate) / 2
-        return injection.map.added(out, u * gate, unit)
-
-    groups = [reading] if torch.is_grad_enabled() else pass_groups(layout.lens, reading)
-    with layout.lens.injected(inject):
-        values = torch.cat([read_value(layout.lens, group) for group in groups])
-    require_finite(values.detach(), "the readout")
-    return values
