@@ -52,7 +52,7 @@ from .responses.kl_shares import KLShares as KLShares
 from .responses.logit_shift import LogitShift as LogitShift
 from .responses.token_shifts import TokenShifts as TokenShifts
 from .ship.verify import Verification as Verification
-from .sweeps.stream import ActivationsFile as ActivationsFile
+from .sweeps.activations_file import ActivationsFile as ActivationsFile
 from .sweeps.sweep import SweepResult as SweepResult
 from .two_adapters.checkpoints import Checkpoints as Checkpoints
 from .two_adapters.comparison import AdapterComparison as AdapterComparison

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lens_lora.core import drawing
 from lens_lora.show import go
 from lens_lora.show.spread import spread_figure
-from lens_lora.sweeps.stream import ActivationsFile
+from lens_lora.sweeps.activations_file import ActivationsFile
 
 
 @drawing.figure.register(ActivationsFile)

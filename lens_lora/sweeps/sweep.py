@@ -36,7 +36,8 @@ from lens_lora.runs.fingerprint import fingerprint, fingerprint_without_model, s
 from lens_lora.runs.processes import Processes, launched
 from lens_lora.runs.store import Store, Unchanged
 from lens_lora.sweeps import batches
-from lens_lora.sweeps.batches import Content, Job, Make, Row, RowStore, content, prepare
+from lens_lora.sweeps.activations_file import ActivationsFile
+from lens_lora.sweeps.batches import Job, Make, prepare
 from lens_lora.sweeps.records import (
     ANALYSES,
     BY_TOKEN,
@@ -47,7 +48,8 @@ from lens_lora.sweeps.records import (
     options_of,
     read_records,
 )
-from lens_lora.sweeps.stream import ActivationsFile, token_sweep
+from lens_lora.sweeps.rows import Content, Row, RowStore, content, read
+from lens_lora.sweeps.stream import token_sweep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -419,7 +421,7 @@ def _result(
     resumed: int,
     readout: Readout | Make | None,
 ) -> SweepResult:
-    rows = batches.read(store.prompts_path).to_pylist()
+    rows = read(store.prompts_path).to_pylist()
     good = [row for row in rows if row["error"] is None]
     label, units = _label_and_units(good, readout)
     return SweepResult(

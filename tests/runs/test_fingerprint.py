@@ -324,7 +324,7 @@ def test_an_interrupted_sweep_with_own_code_takes_a_version(float64, tmp_path, m
     point.add_hook(scale_hook(0.5))
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("lens_lora.sweeps.batches.RowStore.merge", _stop)
+            patch.setattr("lens_lora.sweeps.rows.RowStore.merge", _stop)
             patch.setattr("lens_lora.sweeps.stream.TokenStore.merge", _stop)
             ll.sweep(lens, records, name, out=tmp_path / "r.parquet", progress=False)
         assert list(folder.glob("*.parquet")) and not (tmp_path / "r.parquet").exists()

@@ -39,7 +39,7 @@ import sweep_runs  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
 from lens_lora.sweeps import sweep as sweeps  # noqa: E402, F401
-from lens_lora.sweeps.batches import RowStore  # noqa: E402
+from lens_lora.sweeps.rows import RowStore  # noqa: E402
 
 RECORDS = [
     *sweep_runs.WITH_A_BAD_ONE,

@@ -27,7 +27,7 @@ from safetensors.torch import save
 import lens_lora as ll
 from fuzz.guard import Case, Chance, Wrong, require_close
 from lens_lora.core.results import storage
-from lens_lora.sweeps.batches import RowStore
+from lens_lora.sweeps.rows import RowStore
 
 GOOD = sweep_runs.GOOD
 FILES = ["r.parquet", "r.prompts.parquet"]
