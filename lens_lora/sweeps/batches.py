@@ -1,11 +1,12 @@
-"""Records → jobs → batches → rows: what is run, and what is kept of it.
+"""How the prompts of a sweep are run: records become jobs, jobs batches, and batches rows.
 
-1. Every record is tokenised and its readout bound on its own, so that a bad one is found, with its
-   line, before anything is run.
+1. Each record is tokenised by itself, and the tokens of its readout are looked up, so that a bad
+   one is found, with its line, before anything is run. A good one is a job.
 2. Prompts of similar length share a batch; margins of single tokens (logits) and of answers of
    several tokens (nats) do not. Right padding is exact, so a prompt's numbers do not depend on its
-   batch beyond rounding. A batch with a non-finite number is run again prompt by prompt, and only
-   that record fails.
+   batch beyond rounding.
+3. A batch with a number that is not finite is run again prompt by prompt, and only that record
+   fails.
 """
 
 from __future__ import annotations
@@ -46,19 +47,20 @@ from lens_lora.sweeps.rows import Row, row_of
 # --- How each column is computed
 
 
-SiteValues = Float[Tensor, "batch site"]  # in the readout's units
+# In the readout's units.
+SiteValues = Float[Tensor, "batch site"]
 
 
 def _values_of(name: str, g: Evaluations) -> SiteValues:
-    """What an analysis gives each site."""
+    """The number that an analysis gives each site on each prompt."""
     analysis = ANALYSES[name]
     options: Mapping[str, Any] = analysis.options
     if name == "path":
         return path_attribution.of(g, **options).values
     if name in ("add_one", "leave_one_out"):
         return patch_sites.of(g, **options).values
-    if name == "second_order":  # ½(H·1)_l
-        return g.curvature(1.0, at=analysis.at) / 2
+    if name == "second_order":
+        return g.curvature(1.0, at=analysis.at) / 2  # ½(H·1)_l
     return g.slopes(analysis.at)
 
 
@@ -82,9 +84,10 @@ class Job:
 
     Attributes:
         record: the record that was read.
-        prompt: its prompt, tokenised, on the CPU.
-        readout: its own margin or response, or the readout given for all records.
-        make: makes a readout of one response a prompt, where each record has a response.
+        prompt: its tokens, on the CPU.
+        readout: the margin of the record's own answers, the readout of its own response, or the
+            one that was given for all records.
+        make: where each record has a response, what makes a readout of a batch's responses.
     """
 
     record: Record
@@ -94,34 +97,45 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """The length of its prompt."""
+        """The length of the prompt."""
         return int(self.prompt.lengths[0])
 
 
 def prepare(lens: LoraLens, record: Record, readout: Readout | Make | None) -> Job | Record:
-    """The record as a job, or the record with its error. Tokenises; no forward pass."""
+    """The record as a job, or the record with its error. No forward pass.
+
+    Args:
+        lens: the adapter over the model.
+        record: a record that was read.
+        readout: the one for all records, what makes one of responses, or None for the margin of
+            each record's own answers.
+    """
     if record.error is not None:
         return record
+    make = readout if is_make(readout) else None
     try:
-        prompts = tokenised(lens, record)
-        make = readout if is_make(readout) else None
-        if make is not None:
-            readout = make(record.response or "")
-        if not isinstance(readout, Readout):
-            readout = margin_between(lens.model, record.doc or "", record.pre or "", prompts)
-        readout.reading(lens.model, prompts)
+        prompt = tokenised(lens, record)
+        if isinstance(readout, Readout):
+            read = readout
+        elif make is not None:
+            read = make(record.response or "")
+        else:
+            read = margin_between(lens.model, record.doc or "", record.pre or "", prompt)
+        read.reading(lens.model, prompt)
     except (PromptError, TokenError) as error:
         return record.bad(error)
-    return Job(record, prompts.to(torch.device("cpu")), readout, make)
+    return Job(record, prompt.to(torch.device("cpu")), read, make)
 
 
 def tokenised(lens: LoraLens, record: Record) -> Prompts:
-    """The prompt of a good record. No forward pass."""
-    return lens.prompts(record.prompt or "" if record.messages is None else record.messages)
+    """The tokens of a good record's prompt. No forward pass."""
+    if record.messages is not None:
+        return lens.prompts(record.messages)
+    return lens.prompts(record.prompt or "")
 
 
 def with_text(lens: LoraLens, record: Record) -> Record:
-    """The record, a conversation with the text that the chat template makes of it."""
+    """The record; of a conversation, with the text that the chat template makes of it."""
     if record.error is not None or record.messages is None:
         return record
     try:
@@ -136,40 +150,46 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     So a batch that does not fit into memory fails at the start, and the first estimate of the time
     left is not too low.
     """
-    kinds: dict[type[Readout], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: -job.tokens):
-        kinds.setdefault(type(job.readout), []).append(job)
+    longest_first = sorted(jobs, key=lambda job: job.tokens, reverse=True)
+    by_kind: dict[type[Readout], list[Job]] = {}
+    for job in longest_first:
+        by_kind.setdefault(type(job.readout), []).append(job)
     batches: list[list[Job]] = []
-    for alike in kinds.values():
-        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
-    return sorted(batches, key=lambda batch: -batch[0].tokens)
+    for alike in by_kind.values():
+        for start in range(0, len(alike), size):
+            batches.append(alike[start : start + size])
+    return sorted(batches, key=lambda batch: batch[0].tokens, reverse=True)
 
 
 # --- Jobs → rows
 
 
 Vector = NDArray[np.float64]
-_ROUNDINGS = 2**16  # of one logit: no margin above so many is within three noise floors
+# No margin of more roundings of one logit than this is within three noise floors.
+_ROUNDINGS = 2**16
 
 
 @alone
 def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
-    """The jobs' rows.
+    """The rows of a batch; where it fails, its jobs are run one by one.
 
     Cost: one batched forward pass for each of the two ends, and what the analyses cost; ten more
     where rounding may hide the sign of a margin, as it may in half precision.
     """
     try:
-        return _measure(lens, jobs, analyses)
+        return _measured(lens, jobs, analyses)
     except (NumericsError, PromptError, TokenError) as error:
         if len(jobs) == 1:
             return [row_of(jobs[0].record.bad(error))]
-    return [row for job in jobs for row in measure(lens, [job], analyses)]
+    rows: list[Row] = []
+    for job in jobs:
+        rows += measure(lens, [job], analyses)
+    return rows
 
 
-def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
+def _measured(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
     g = _function(lens, jobs)
-    base, adapted = _numbers(g.ends)
+    base, adapted = _as_numpy(g.ends)
     values = {name: _values(g, jobs, name) for name in analyses}
     flips = _flips(g, base, adapted)
     rows: list[Row] = []
@@ -190,33 +210,32 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
 
 
 def _values(g: Evaluations, jobs: Sequence[Job], name: str) -> Vector:
-    """An analysis of the jobs of g, together or one by one."""
+    """The values of one analysis, of all jobs together or of one after another."""
     batches = [g]
     if ANALYSES[name].alone and len(jobs) > 1:
         batches = [_function(g.lens, [job]) for job in jobs]
     values = torch.cat([VALUES[name](batch) for batch in batches])
     if not bool(values.isfinite().all()):
         raise NumericsError(f"{name} is not finite.")
-    return _numbers(values)
+    return _as_numpy(values)
 
 
 def _function(lens: LoraLens, jobs: Sequence[Job]) -> Evaluations:
-    """The readout of these jobs, as a function of the gates that remembers."""
-    prompts, readout = _question(lens, jobs)
-    return evaluations(lens, prompts, readout, progress=False)
-
-
-def _question(lens: LoraLens, jobs: Sequence[Job]) -> tuple[Prompts, Readout]:
-    """The prompts of a batch and one readout for all; margins and responses are each prompt's."""
+    """g of these jobs, which remembers what it has evaluated."""
     prompts = lens.prompts(Prompts.joined([job.prompt for job in jobs]))
+    return evaluations(lens, prompts, _readout(lens, jobs, prompts), progress=False)
+
+
+def _readout(lens: LoraLens, jobs: Sequence[Job], prompts: Prompts) -> Readout:
+    """The readout of a batch: that for all records, or of each prompt's own response or answers."""
     make = jobs[0].make
     if make is not None:
-        return prompts, make([job.record.response or "" for job in jobs])
+        return make([job.record.response or "" for job in jobs])
     if jobs[0].record.doc is None:
-        return prompts, jobs[0].readout
+        return jobs[0].readout
     docs = [job.record.doc or "" for job in jobs]
     pres = [job.record.pre or "" for job in jobs]
-    return prompts, margin_between(lens.model, docs, pres, prompts)
+    return margin_between(lens.model, docs, pres, prompts)
 
 
 def _flips(g: Evaluations, base: Vector, adapted: Vector) -> Sequence[bool | None]:
@@ -224,11 +243,10 @@ def _flips(g: Evaluations, base: Vector, adapted: Vector) -> Sequence[bool | Non
     if not isinstance(g.readout, Margin | AnswerMargin):
         return [None] * len(base)
     ends = torch.from_numpy(np.stack([base, adapted]))
-    floor = ends.new_zeros(len(base))
-    if float(ends.abs().min()) <= 2 * _ROUNDINGS * unit(g.lens):
-        floor = g.floor.cpu().double()
+    may_be_rounding = float(ends.abs().min()) <= 2 * _ROUNDINGS * unit(g.lens)
+    floor = g.floor.cpu().double() if may_be_rounding else ends.new_zeros(len(base))
     return changes_sign(ends[0], ends[1], floor).tolist()
 
 
-def _numbers(values: Tensor) -> Vector:
+def _as_numpy(values: Tensor) -> Vector:
     return values.detach().cpu().double().numpy()

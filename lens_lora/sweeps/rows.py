@@ -9,7 +9,7 @@ earlier results, and rows that no longer have that hash are not taken.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ from lens_lora.sweeps.records import ANALYSES, Record
 # --- A row
 
 
-# What decides the numbers of a record. Its id does not, so a record whose id is corrected keeps its
-# row. The prompt of a conversation is what its template made of it: it may write today's date.
+# The fields that decide the numbers of a record. Its id does not, so a record whose id is corrected
+# keeps its row. The prompt of a conversation is what its template made of it, which may write
+# today's date.
 CONTENT = ("prompt", "doc", "pre", "response", "chat")
-# One value for each of `FIELDS`, and for each analysis its [site], None of a bad record.
+# A value for each of `FIELDS`, and for each analysis an array [site], or None for a bad record.
 Row = dict[str, Any]
+Content = tuple[str | bool | None, ...]
 
 
 def row_of(record: Record, **numbers: Any) -> Row:
-    """The row of a record; without numbers that of a bad one."""
+    """The row of a record. That of a bad one has no numbers."""
     shared = {name: getattr(record, name) for name in (*CONTENT, "error")}
     return {"id": str(record.id), **shared, **numbers}
 
@@ -48,25 +50,33 @@ _NUMBER = pa.float64()
 FIELDS = {
     "id": _TEXT,
     "prompt": _TEXT,
-    "chat": pa.bool_(),  # whether the prompt is what a chat template made of messages
+    # Whether the prompt is what a chat template made of messages.
+    "chat": pa.bool_(),
     "doc": _TEXT,
     "pre": _TEXT,
     "response": _TEXT,
-    "tokens": pa.int64(),  # of the prompt
+    # The length of the prompt.
+    "tokens": pa.int64(),
     "readout": _TEXT,
     "units": _TEXT,
-    "base": _NUMBER,  # g(0), exact
-    "adapted": _NUMBER,  # g(1), exact
-    "shift": _NUMBER,  # g(1) − g(0)
-    # Of a margin; not where either end is within three noise floors of zero. Else null.
+    # g(0), g(1) and g(1) − g(0), exact.
+    "base": _NUMBER,
+    "adapted": _NUMBER,
+    "shift": _NUMBER,
+    # Whether a margin changes its sign. An end within three noise floors of zero has none. Null of
+    # other readouts.
     "flips": pa.bool_(),
     "error": _TEXT,
 }
-_PROMPTS_AT_ONCE = 256  # in one group of rows of the table of sites
+# So many prompts make one group of rows of the table of sites.
+_PROMPTS_AT_ONCE = 256
 
 
 def _prompts_table(rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array) -> pa.Table:
-    """One row per prompt; of each analysis also the sum, and what that leaves of the shift."""
+    """The table with one row per prompt.
+
+    Each analysis has a column of its sum over sites, and one of what the sum leaves of the shift.
+    """
     frame = pd.DataFrame(rows, columns=[*FIELDS, *analyses])
     table = pa.Table.from_pandas(frame[[*FIELDS]], pa.schema(FIELDS), preserve_index=False)
     table = table.set_column(0, "id", ids).drop_columns("error")
@@ -74,15 +84,16 @@ def _prompts_table(rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array) 
         sums = frame[name].map(np.sum, na_action="ignore").astype(float)
         table = table.append_column(f"{name}_sum", pa.array(sums, from_pandas=True))
         if ANALYSES[name].has_remainder:
-            left = pa.array(frame["shift"].astype(float) - sums, from_pandas=True)
-            table = table.append_column(f"{name}_remainder", left)
+            remainder = frame["shift"].astype(float) - sums
+            column = pa.array(remainder, from_pandas=True)
+            table = table.append_column(f"{name}_remainder", column)
     return table.append_column("error", pa.array(frame["error"], _TEXT))
 
 
 def _sites_table(
     rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array, sites: Sequence[Site]
 ) -> pa.Table:
-    """One row per prompt and site, of the prompts without an error."""
+    """The table with one row per prompt and site, without the prompts that have an error."""
     good = [i for i, row in enumerate(rows) if row["error"] is None]
     by_prompt = pa.array(np.repeat(good, len(sites)).astype(np.int64))
     by_site = pa.array(np.tile(np.arange(len(sites)), len(good)))
@@ -99,9 +110,11 @@ def _sites_table(
 
 
 def _rows_of_results(prompts: pa.Table, sites: pa.Table, analyses: Sequence[str]) -> list[Row]:
-    """The prompts without an error, from the two tables that were written together."""
-    plain = prompts.select(list(FIELDS)).to_pylist()
-    rows = [{**row, "id": str(row["id"])} for row in plain if row["error"] is None]
+    """The rows without an error, from the two tables that were written together."""
+    rows: list[Row] = []
+    for row in prompts.select(list(FIELDS)).to_pylist():
+        if row["error"] is None:
+            rows.append({**row, "id": str(row["id"])})
     if not rows:
         return []
     for name in analyses:
@@ -112,20 +125,22 @@ def _rows_of_results(prompts: pa.Table, sites: pa.Table, analyses: Sequence[str]
 
 
 def _mark(rows: Iterable[Row], analyses: Sequence[str]) -> bytes:
-    """The hash of everything that rows without an error hold but their ids."""
+    """The hash of all rows without an error, of everything that they hold but their ids."""
     hashed = hashlib.sha256()
     for row in rows:
-        if row["error"] is None:
-            hashed.update(repr([row[name] for name in FIELDS if name != "id"]).encode())
-            for name in analyses:
-                hashed.update(np.ascontiguousarray(row[name], np.float64).tobytes())
+        if row["error"] is not None:
+            continue
+        fields = [row[name] for name in FIELDS if name != "id"]
+        hashed.update(repr(fields).encode())
+        for name in analyses:
+            hashed.update(np.ascontiguousarray(row[name], np.float64).tobytes())
     return hashed.hexdigest().encode()
 
 
 # --- The files
 
 
-Content = tuple[str | bool | None, ...]
+# Where the hash of all rows stands in the metadata of both results.
 _MARK = b"lens_lora.mark"
 
 
@@ -157,14 +172,24 @@ class RowStore(Store):
         self._schema = pa.schema(FIELDS | dict.fromkeys(analyses, pa.list_(_NUMBER)))
 
     def done(self, records: Sequence[Record]) -> Mapping[Content, Row]:
-        """What earlier runs finished without an error, by prompt and answers. Changes nothing."""
-        rows = [row for row in [*self._in_results(), *self._in_parts()] if row["error"] is None]
+        """The rows that earlier runs finished without an error, by their `content`.
+
+        Changes nothing.
+
+        Raises:
+            SweepError: the files are of another sweep or of other records, or are damaged.
+        """
+        found = [*self._in_results(), *self._in_parts()]
         self.require_version()
-        contents = set(map(content, records))
-        for row in rows:
+        contents = {content(record) for record in records}
+        finished: dict[Content, Row] = {}
+        for row in found:
+            if row["error"] is not None:
+                continue
             if content(row) not in contents:
                 raise other_sweep(_unknown(row, records, self.prompts_path))
-        return {content(row): row for row in rows}
+            finished[content(row)] = row
+        return finished
 
     def add(self, rows: Sequence[Row]) -> None:
         """Write a part with all of these rows; if that is interrupted, none of them is kept."""
@@ -173,14 +198,22 @@ class RowStore(Store):
     def merge(self, records: Sequence[Record], before: Mapping[Content, Row]) -> None:
         """Write both result files, in the order of the records, and remove the parts."""
         if before and self.path.exists():
+            # The parts hold every row until both results are written.
             self.add(list(before.values()))
+        # Where a record ran several times, a row without an error goes before one with it.
         good_last = sorted(self._in_parts(), key=lambda row: row["error"] is None)
         known = {content(row): row for row in good_last}
-        lost = [r for r in records if r.error is None and content(r) not in known]
+        rows: list[Row] = []
+        lost: list[Record] = []
+        for record in records:
+            if record.error is not None:
+                rows.append(row_of(record))
+            elif content(record) in known:
+                rows.append(known[content(record)])
+            else:
+                lost.append(record)
         if lost:
-            missing = f"{len(lost)} of {len(records)} records, {lost[0].where} among them"
-            raise self.lacking(missing)
-        rows = [row_of(r) if r.error is not None else known[content(r)] for r in records]
+            raise self.lacking(f"{len(lost)} of {len(records)} records, {lost[0].where} among them")
         self._write(rows, [record.id for record in records])
         self.remove()
 
@@ -193,11 +226,13 @@ class RowStore(Store):
         return rows
 
     def _in_results(self) -> list[Row]:
-        """Rows of the two results; none if one was deleted, or not yet written."""
-        present = [self.require_result(path) for path in self.results]
-        if not all(present):
+        """The rows of the two results; none if one of them was deleted, or not yet written."""
+        has_sites = self.require_result(self.path)
+        has_prompts = self.require_result(self.prompts_path)
+        if not (has_sites and has_prompts):
             return []
-        sites, prompts = map(read, self.results)
+        sites = read(self.path)
+        prompts = read(self.prompts_path)
         mark = prompts.schema.metadata.get(_MARK)
         if mark != sites.schema.metadata.get(_MARK):
             return []
@@ -210,18 +245,27 @@ class RowStore(Store):
         return rows
 
     def _write(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
-        """Ids are integers where all are, else strings."""
-        is_whole = all(isinstance(identity, int) for identity in ids)
-        column = pa.array(ids, pa.int64()) if is_whole else pa.array(list(map(str, ids)), _TEXT)
-        cuts = [slice(i, i + _PROMPTS_AT_ONCE) for i in range(0, len(rows), _PROMPTS_AT_ONCE)]
-        tables = (_sites_table(rows[cut], self._analyses, column[cut], self._sites) for cut in cuts)
+        """Write both tables, with one hash of all rows in both files.
+
+        The ids are a column of integers where all are integers, else of strings.
+        """
+        if all(isinstance(identity, int) for identity in ids):
+            id_column = pa.array(ids, pa.int64())
+        else:
+            id_column = pa.array([str(identity) for identity in ids], _TEXT)
         notes = {_MARK: _mark(rows, self._analyses)}
-        self.write(tables, notes, self.path)
-        self.write([_prompts_table(rows, self._analyses, column)], notes, self.prompts_path)
+        self.write(self._site_tables(rows, id_column), notes, self.path)
+        self.write([_prompts_table(rows, self._analyses, id_column)], notes, self.prompts_path)
+
+    def _site_tables(self, rows: Sequence[Row], ids: pa.Array) -> Iterator[pa.Table]:
+        """The table of prompts and sites, some prompts at a time."""
+        for start in range(0, len(rows), _PROMPTS_AT_ONCE):
+            some = slice(start, start + _PROMPTS_AT_ONCE)
+            yield _sites_table(rows[some], self._analyses, ids[some], self._sites)
 
 
 def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
-    """A finished row that belongs to no record, in words."""
+    """The words for a finished row that belongs to no record."""
     record = next((record for record in records if str(record.id) == row["id"]), None)
     if record is None:
         return (
@@ -236,7 +280,11 @@ def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
 
 
 def read(path: Path) -> pa.Table:
-    """The file alone: folders named 'a=b' add no columns."""
+    """Read one file, to which folders named 'a=b' add no columns.
+
+    Raises:
+        SweepError: a file that cannot be read.
+    """
     try:
         return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:
