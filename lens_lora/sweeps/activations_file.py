@@ -46,7 +46,9 @@ from lens_lora.hidden.examples import (
 )
 from lens_lora.runs.store import Unchanged, fingerprint_of
 
-SITES, SPANS = b"lens_lora.sites", b"lens_lora.spans"
+# Where the sites, and the spans of the groups of rows, stand in the file's metadata.
+SITES = b"lens_lora.sites"
+SPANS = b"lens_lora.spans"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Span:
     """A run of finished records.
 
     Attributes:
-        first, last: their numbers, from 0.
-        digest: the hash of their ids and prompts.
-        tokens: how many they have in all.
-        errors: how many of them are bad.
+        first, last: the numbers of its first and last record, from 0.
+        digest: the hash of the records' ids and prompts.
+        tokens: how many tokens they have in all.
+        errors: how many of the records are bad.
     """
 
     first: int
@@ -68,7 +70,11 @@ class Span:
 
 
 def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
-    """The spans of a file's groups of rows."""
+    """The spans of a file's groups of rows.
+
+    Raises:
+        SweepError: a file without spans.
+    """
     spans = (schema.metadata or {}).get(SPANS)
     if spans is None:
         raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
@@ -76,13 +82,21 @@ def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
 
 
 def spans_of(path: Path) -> list[Span]:
-    """The spans of a result, each of which is one group of its rows."""
+    """The spans of a result, each of which is one group of its rows.
+
+    Raises:
+        SweepError: a file without spans, or with other rows than they say.
+    """
     with pq.ParquetFile(path) as file:
-        spans, about = spans_in(file.schema_arrow, path), file.metadata
-        rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-    # A text without numbers has one row, however many tokens.
-    known = [(n, span.tokens) for n, span in zip(rows, spans, strict=False) if not span.errors]
-    if len(rows) != len(spans) or any(n != total for n, total in known):
+        spans = spans_in(file.schema_arrow, path)
+        groups = range(file.metadata.num_row_groups)
+        rows = [file.metadata.row_group(group).num_rows for group in groups]
+    fits = len(rows) == len(spans)
+    for count, span in zip(rows, spans, strict=False):
+        # A text without numbers has one row, however many tokens.
+        if not span.errors and count != span.tokens:
+            fits = False
+    if not fits:
         raise _changed(path, f"{sum(rows)} rows in {len(rows)} groups for {len(spans)} spans")
     return spans
 
@@ -95,7 +109,8 @@ def _changed(path: Path, fact: str) -> SweepError:
     )
 
 
-_COLUMNS = ["rank", "record", "id", "position", "token", "value", "context"]
+# The columns of a table of examples.
+_EXAMPLE = ["rank", "record", "id", "position", "token", "value", "context"]
 
 
 @final
@@ -121,22 +136,32 @@ class ActivationsFile:
         self.path: Path = Path(path)
         if not self.path.is_file():
             raise SweepError(f"{self.path}: there is no such file of activations.")
-        about, schema = fingerprint_of(self.path), pq.read_schema(self.path)
-        self._file, spans = Unchanged(self.path), spans_of(self.path)
-        self.sites: tuple[Site, ...] = tuple(Site(**s) for s in json.loads(schema.metadata[SITES]))
+        fingerprint = fingerprint_of(self.path)
+        schema = pq.read_schema(self.path)
+        spans = spans_of(self.path)
+        self._file = Unchanged(self.path)
+
+        fields_of_sites = json.loads(schema.metadata[SITES])
+        self.sites: tuple[Site, ...] = tuple(Site(**fields) for fields in fields_of_sites)
         self.ranks: tuple[int, ...] = tuple(site.rank for site in self.sites)
-        held = {name: getattr(schema.field(name).type, "list_size", 0) for name in schema.names}
-        for site in self.sites:
-            if held.get(site.name) != site.rank:
-                fact = f"{site.name} has {held.get(site.name, 'no')} numbers, and rank {site.rank}"
-                raise _changed(self.path, fact)
-        self.gauge: str = next(iter(about["options"].values()))["gauge"]
+        self._require_columns(schema)
+
+        (options,) = fingerprint["options"].values()
+        self.gauge: str = options["gauge"]
         self.texts: int = sum(span.last - span.first + 1 for span in spans)
         self.tokens: int = sum(span.tokens for span in spans)
         self.errors: int = sum(span.errors for span in spans)
         labels = ("model", "model_class", "dtype", "adapter")
-        self.meta: dict[str, str] = {name: about[name] for name in labels}
-        self.meta["strings"] = about.get("strings") or ""
+        self.meta: dict[str, str] = {name: fingerprint[name] for name in labels}
+        self.meta["strings"] = fingerprint.get("strings") or ""
+
+    def _require_columns(self, schema: pa.Schema) -> None:
+        """Refuse a file whose columns do not hold as many numbers as their sites have ranks."""
+        widths = {name: getattr(schema.field(name).type, "list_size", 0) for name in schema.names}
+        for site in self.sites:
+            width = widths.get(site.name, "no")
+            if width != site.rank:
+                raise _changed(self.path, f"{site.name} has {width} numbers, and rank {site.rank}")
 
     @property
     def done(self) -> int:
@@ -145,11 +170,13 @@ class ActivationsFile:
 
     @property
     def repeated(self) -> int:
-        """How many tokens beside sinks an earlier text has after the same ones; they count once.
+        """How many tokens, sinks left out, an earlier text has after the same tokens.
 
-        Reads 17 bytes a token of the file.
+        Such a token counts once. 17 bytes a token are read of the file.
         """
-        return self._counted(None, sinks=False)[1]
+        table = self._table_of_tokens()
+        chosen = self._chosen(table, None, sinks=False)
+        return int(chosen.sum() - self._once(table, chosen).sum())
 
     def top(
         self,
@@ -177,17 +204,19 @@ class ActivationsFile:
             SiteError: no such site, or several.
             ArgumentError: no such rank, another sign, or a k or context below 0.
         """
-        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
-        index = one_site([s.name for s in self.sites], site)
-        name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
+        k = whole("k", k, 0)
+        context = whole("context", context, 0)
+        sign = require_sign(sign)
+        index = one_site([each.name for each in self.sites], site)
+        ranks = require_ranks(rank, self.ranks[index])
         texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
-        values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)
-        rows = [
-            _example(texts, r, int(row), float(values[row, r]), context)
-            for r in ranks
-            for row in strongest(values[:, r], way, k)
-        ]
-        return pd.DataFrame(rows, columns=_COLUMNS)
+        counted = self._counted(None, sinks)
+        values = np.where(counted[:, None], self._numbers(self.sites[index].name), np.nan)
+        examples: list[tuple[Any, ...]] = []
+        for r in ranks:
+            for row in strongest(values[:, r], sign, k):
+                examples.append(_example(texts, r, int(row), float(values[row, r]), context))
+        return pd.DataFrame(examples, columns=_EXAMPLE)
 
     def mean(
         self, positions: Positions = None, *, sinks: bool = False
@@ -205,7 +234,7 @@ class ActivationsFile:
             ArgumentError: positions at which there is no token.
         """
         mean = np.full((len(self.sites), max(self.ranks)), np.nan)
-        once = require_some(positions, self._counted(positions, sinks)[0])
+        once = require_some(positions, self._counted(positions, sinks))
         for slot, site in enumerate(self.sites):
             mean[slot, : site.rank] = self._numbers(site.name)[once].mean(0, dtype=float)
         return torch.from_numpy(mean)
@@ -213,7 +242,7 @@ class ActivationsFile:
     def spread(self, site: str | None = None) -> pd.DataFrame:
         """How each direction's values are spread over the tokens of all texts.
 
-        As `Activations.spread`. Reads one site's numbers at a time.
+        The table is that of `Activations.spread`. One site's numbers are read at a time.
 
         Args:
             site: a name or glob: every rank of these. Without it, the first rank of each site.
@@ -222,17 +251,18 @@ class ActivationsFile:
             SiteError: no such site.
             ArgumentError: no token that is not a sink.
         """
-        once = require_some(None, self._counted(None, sinks=False)[0])
-        names = [s.name for s in self.sites]
-        rows = []
+        once = require_some(None, self._counted(None, sinks=False))
+        rows: list[dict[str, Any]] = []
         for index in chosen_sites(self.sites, site or "*"):
-            values = self._numbers(names[index])[once]
-            for r in range(1 if site is None else self.ranks[index]):
-                rows.append({"site": names[index], "rank": r} | spread_of(values[:, r]))
+            name = self.sites[index].name
+            values = self._numbers(name)[once]
+            shown = 1 if site is None else self.ranks[index]
+            for rank in range(shown):
+                rows.append({"site": name, "rank": rank, **spread_of(values[:, rank])})
         return pd.DataFrame(rows)
 
     def plot(self, site: str | None = None) -> drawing.Figure:
-        """How each direction is spread over the tokens of all texts, as `spread` has it.
+        """A box for each direction: how its values are spread over the tokens of all texts.
 
         Of more than 40 directions those of largest |u| are shown, and the title says so.
 
@@ -247,17 +277,31 @@ class ActivationsFile:
 
     def bad(self) -> pd.DataFrame:
         """The records without numbers: record, id, error."""
-        columns, bad = ["record", "id", "error"], [("error", "!=", "")]
-        return pd.read_parquet(self._file.path, columns=columns, filters=bad)
+        has_error = [("error", "!=", "")]
+        columns = ["record", "id", "error"]
+        return pd.read_parquet(self._file.path, columns=columns, filters=has_error)
 
-    def _counted(self, positions: Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
-        """[row]: the tokens at these positions, repeats left out; and how many those are."""
-        table = pq.read_table(self._file.path, columns=["record", "prefix", "sink"])
-        lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
-        chosen = np.concatenate([chosen_positions(positions, n, n) for n in lengths])
-        chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
-        once = first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
-        return once, int(chosen.sum() - once.sum())
+    def _counted(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
+        """[row]: the tokens at these positions, without those that an earlier text has, too."""
+        table = self._table_of_tokens()
+        return self._once(table, self._chosen(table, positions, sinks))
+
+    def _table_of_tokens(self) -> pa.Table:
+        return pq.read_table(self._file.path, columns=["record", "prefix", "sink"])
+
+    @staticmethod
+    def _chosen(table: pa.Table, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
+        """[row]: the tokens at these positions of their texts; sinks only if asked for."""
+        _, lengths = np.unique(table["record"].to_numpy(), return_counts=True)
+        by_text = [chosen_positions(positions, length, length) for length in lengths.tolist()]
+        is_token = table["prefix"].is_valid().to_numpy()
+        is_sink = table["sink"].to_numpy()
+        return np.concatenate(by_text) & is_token & (sinks | ~is_sink)
+
+    @staticmethod
+    def _once(table: pa.Table, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[row]: of the chosen tokens with the same tokens before them, the first."""
+        return first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
 
     def _numbers(self, site: str) -> NDArray[np.floating]:
         """[row, rank] of one site."""
@@ -265,18 +309,27 @@ class ActivationsFile:
         return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
 
     def __repr__(self) -> str:
-        strings = self.meta["strings"]
+        texts = f"{self.texts} texts ({self.errors} with errors)"
+        tokens = (
+            f"{self.tokens} tokens ({self.repeated} after the same tokens as earlier, which count "
+            "once)"
+        )
+        sites = f"{len(self.sites)} sites of rank {max(self.ranks)}"
+        if self.meta["strings"]:
+            sites += f", texts {self.meta['strings']}"
         return (
-            f"ActivationsFile in gauge {self.gauge!r}: {self.texts} texts ({self.errors} with "
-            f"errors), {self.tokens} tokens ({self.repeated} after the same tokens as earlier, "
-            f"which count once) × {len(self.sites)} sites of rank "
-            f"{max(self.ranks)}{f', texts {strings}' if strings else ''}\n  {self.path}"
+            f"ActivationsFile in gauge {self.gauge!r}: {texts}, {tokens} × {sites}\n  {self.path}"
         )
 
 
 def _example(texts: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
+    """A row of the table of examples: one token, and so many tokens on either side of it."""
     records = texts["record"].to_numpy()
-    low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
-    text = [token or "" for token in texts["token"].slice(low, high - low).to_pylist()]
-    place = int(records[row]), texts["id"][row].as_py(), row - low, text[row - low]
-    return (rank, *place, value, context_of(text, row - low, width))
+    record = records[row]
+    first = int(np.searchsorted(records, record, "left"))
+    end = int(np.searchsorted(records, record, "right"))
+    text = [token or "" for token in texts["token"].slice(first, end - first).to_pylist()]
+    position = row - first
+    identity = texts["id"][row].as_py()
+    context = context_of(text, position, width)
+    return (rank, int(record), identity, position, text[position], value, context)

@@ -1,4 +1,4 @@
-"""What a file of activations shows."""
+"""The figure of a file of activations."""
 
 from __future__ import annotations
 

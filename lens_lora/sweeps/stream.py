@@ -1,18 +1,16 @@
-"""Texts, of any number, through `activations`, into a Parquet file with a row per token.
+"""A sweep of activations: any number of texts, into a Parquet file with a row per token.
 
 1. Records are read, tokenised and run window by window: consecutive records of about
    `WINDOW_TOKENS` tokens in all. Of n processes each takes every n-th block of records.
-2. Each window is a part (`store.py`), written before the next begins, with its span of records in
-   its metadata. Finished spans are passed over once a hash of ids and prompts shows that their
+2. Each window is a part (`runs/store.py`), written before the next begins, with its span of records
+   in its metadata. Finished spans are passed over once a hash of ids and prompts shows that their
    records are the same. A span with bad records whose records have changed is run again; any other
    difference is refused.
 3. At the end the parts are written into the result in the order of the records, one group of rows
-   each. It holds the spans of its groups, so it can be resumed and extended as the parts can. One
-   window, or the records of one span, is all that is held, whatever the number of texts.
-4. A row holds `record` (from 0), `id`, `position`, `token`, `prefix`, `sink`, `error`, and `rank`
-   numbers for each site. A bad record has one row, without a token. Tokens with the same tokens
-   before them have the same `prefix` (`core/readout/beginnings.py`), and the same numbers:
-   examples and means count one of them.
+   each (`activations_file.py`). The result holds the spans of its groups, so it can be resumed and
+   extended as the parts can.
+
+Whatever the number of texts, only one window, or the records of one span, is held.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -60,8 +57,10 @@ from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record,
 # --- The sweep
 
 
+# A window ends with the text that brings it to so many tokens.
 WINDOW_TOKENS = 4096
-BLOCK = 64  # records in a row that one process takes
+# So many records in a row are one process's.
+BLOCK = 64
 
 
 def token_sweep(
@@ -81,11 +80,12 @@ def token_sweep(
     store = TokenStore(out, fingerprint(lens, options_of([name]), None, version), lens.sites, ranks)
     shown = progress and processes.is_main
     with store.writing(processes):
-        done = store.sources() if resume else []
+        done: list[Source] = []
         if resume:
+            done = store.sources()
             store.require_version()
         processes.by_main(lambda: store.begin(anew=not resume))
-        windows = Windows(lens, _counted(records, processes, shown), done, processes)
+        windows = Windows(lens, _with_bar(records, processes, shown), done, processes)
         turned = in_gauge(lens, gauge)
         for window in windows:
             store.drop(windows.stale)
@@ -93,18 +93,24 @@ def token_sweep(
         processes.by_main(lambda: store.merge(windows.seen))
         file = ActivationsFile(store.path)
     if processes.is_main:
-        bad = file.bad()[["id", "error"]] if file.errors else pd.DataFrame()
-        rows = bad.itertuples(index=False)
-        store.warn_of_bad_records(rows, file.errors, file.texts, level=3)
+        if file.errors:
+            bad = file.bad()[["id", "error"]].itertuples(index=False)
+            store.warn_of_bad_records(bad, file.errors, file.texts, level=3)
         store.warn_of_damaged_parts(level=3)
     return file
 
 
-def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterator[Record]:
-    """The records, with a bar that counts them; of several processes, the first one's."""
-    total = len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
-    plain, title = each_record(records, with_answers=False), f"sweep{processes.share}"
-    yield from tqdm(plain, title, total, leave=total is not None, unit="text", disable=not shown)
+def _with_bar(records: RecordsLike, processes: Processes, shown: bool) -> Iterator[Record]:
+    """The records, counted by a bar where one is shown."""
+    is_counted = isinstance(records, Sized) and not isinstance(records, str)
+    yield from tqdm(
+        each_record(records, with_answers=False),
+        desc=f"sweep{processes.share}",
+        total=len(records) if is_counted else None,
+        leave=is_counted,
+        unit="text",
+        disable=not shown,
+    )
 
 
 # --- Windows: which records are run
@@ -115,9 +121,9 @@ class Source:
     """Where the rows of a span lie.
 
     Attributes:
-        span: the records.
-        path: the file.
-        group: the number of the group of its rows in that file.
+        span: the records that the rows are of.
+        path: the file in which they lie.
+        group: the number of their group of rows in that file.
     """
 
     span: Span
@@ -139,9 +145,9 @@ class Text:
     """A record of the stream.
 
     Attributes:
-        number: its place, from 0.
+        number: its place in the stream, from 0.
         record: the record that was read, perhaps with its error.
-        ids: its tokens; none of a bad record.
+        ids: its tokens; a bad record has none.
     """
 
     number: int
@@ -154,6 +160,10 @@ class Windows:
     """The windows that this process runs, one after another.
 
     Attributes:
+        lens: the adapter over the model.
+        records: all records, read as they are needed.
+        done: where the rows of finished spans lie.
+        processes: this process among the others.
         seen: how many records have come by.
         stale: sources whose records have changed, and are run again.
     """
@@ -168,55 +178,71 @@ class Windows:
     def __iter__(self) -> Iterator[list[Text]]:
         window: list[Text] = []
         for number, record in self._unfinished():
-            is_full = sum(max(len(text.ids), 1) for text in window) >= WINDOW_TOKENS
-            if window and (is_full or number != window[-1].number + 1):
-                yield window
-                window = []
-            if number // BLOCK % self.processes.count == self.processes.index:
+            if window:
+                follows = number == window[-1].number + 1
+                is_full = sum(max(len(text.ids), 1) for text in window) >= WINDOW_TOKENS
+                if is_full or not follows:
+                    yield window
+                    window = []
+            block = number // BLOCK
+            if block % self.processes.count == self.processes.index:
                 window.append(self._text(number, record))
         if window:
             yield window
 
     def _text(self, number: int, record: Record) -> Text:
+        """The record, tokenised; a bad one has no tokens."""
         if record.error is not None:
             return Text(number, record)
         try:
-            return Text(number, record, tuple(tokenised(self.lens, record).tokens[0].tolist()))
+            tokens = tokenised(self.lens, record).tokens[0]
         except PromptError as error:
             return Text(number, record.bad(error))
+        return Text(number, record, tuple(tokens.tolist()))
 
     def _unfinished(self) -> Iterator[tuple[int, Record]]:
-        """The records that no span holds, with their numbers."""
-        done = {source.span.first: source for source in self.done}
-        numbered = enumerate(with_text(self.lens, plain) for plain in self.records)
-        for number, record in numbered:
-            self.seen = number + 1
-            source = done.get(number)
+        """The records that no finished span holds, with their numbers.
+
+        Raises:
+            SweepError: the records of a finished span have changed, or are missing.
+        """
+        source_at = {source.span.first: source for source in self.done}
+        records = (with_text(self.lens, record) for record in self.records)
+        for record in records:
+            number = self.seen
+            self.seen += 1
+            source = source_at.get(number)
             if source is None:
                 yield number, record
                 continue
-            span = source.span
-            rest = itertools.islice(numbered, span.last - number)
-            held = [record, *(record for _, record in rest)]
-            self.seen = number + len(held)
-            if self.seen <= span.last or digest_of(held) == span.digest:
-                continue
-            if not span.errors:
-                raise other_sweep(
-                    f"{source.path} holds records {span.first} to {span.last} (from 0) with other "
-                    f"ids or prompts than {held[0].where} to {held[-1].where}"
-                )
-            self.stale.append(source)
-            yield from enumerate(held, start=number)
+            rest = itertools.islice(records, source.span.last - number)
+            of_span = [record, *rest]
+            self.seen = number + len(of_span)
+            if self._must_rerun(source, of_span):
+                self.stale.append(source)
+                yield from enumerate(of_span, start=number)
         n_done = max((source.span.last + 1 for source in self.done), default=0)
         if self.seen < n_done:
             raise other_sweep(f"the results hold {n_done} records, and there are {self.seen}")
+
+    def _must_rerun(self, source: Source, records: Sequence[Record]) -> bool:
+        """Whether records have changed since their span was run, some of which were bad."""
+        span = source.span
+        is_cut_short = len(records) < span.last - span.first + 1
+        if is_cut_short or digest_of(records) == span.digest:
+            return False
+        if not span.errors:
+            raise other_sweep(
+                f"{source.path} holds records {span.first} to {span.last} (from 0) with other "
+                f"ids or prompts than {records[0].where} to {records[-1].where}"
+            )
+        return True
 
 
 # --- A window of texts → a table: one row per token, one column per site with `rank` numbers
 
 
-# Of a text its u [site, token, rank] and which of its tokens are sinks, or what is wrong with it.
+# A text's u [site, token, rank] and which of its tokens are sinks; or what is wrong with it.
 Outcome = tuple[NDArray[np.floating], NDArray[np.bool_]] | str
 
 
@@ -224,27 +250,37 @@ Outcome = tuple[NDArray[np.floating], NDArray[np.bool_]] | str
 def window_table(
     lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], batch_size: int
 ) -> tuple[pa.Table, Span]:
-    """The rows of a window, and its span. One forward pass per batch."""
+    """The rows of a window, and its span. One forward pass per batch.
+
+    Args:
+        lens: the adapter over the model, in the gauge whose coordinates are written.
+        texts: the texts of the window.
+        ranks: how many coordinates each site has.
+        batch_size: how many texts are run together.
+    """
     lens.check_state()
-    by_text: dict[int, Outcome] = {}
+    outcomes: dict[int, Outcome] = {}
     for i, text in enumerate(texts):
         if text.record.error:
-            by_text[i] = text.record.error
+            outcomes[i] = text.record.error
     readable = [i for i, text in enumerate(texts) if text.ids]
-    order = sorted(readable, key=lambda i: -len(texts[i].ids))
-    for begin in range(0, len(order), batch_size):
-        by_text |= _run(lens, texts, order[begin : begin + batch_size], ranks)
-    digest = digest_of(text.record for text in texts)
-    tokens = sum(len(text.ids) for text in texts)
-    errors = sum(isinstance(outcome, str) for outcome in by_text.values())
-    span = Span(texts[0].number, texts[-1].number, digest, tokens, errors)
-    return _table(lens, texts, ranks, by_text), span
+    longest_first = sorted(readable, key=lambda i: len(texts[i].ids), reverse=True)
+    for begin in range(0, len(longest_first), batch_size):
+        outcomes |= _run(lens, texts, longest_first[begin : begin + batch_size], ranks)
+    span = Span(
+        first=texts[0].number,
+        last=texts[-1].number,
+        digest=digest_of(text.record for text in texts),
+        tokens=sum(len(text.ids) for text in texts),
+        errors=sum(isinstance(outcome, str) for outcome in outcomes.values()),
+    )
+    return _table(lens, texts, ranks, outcomes), span
 
 
 def _run(
     lens: LoraLens, texts: Sequence[Text], batch: Sequence[int], ranks: Sequence[int]
 ) -> dict[int, Outcome]:
-    """The outcomes of the texts of one batch, which are given by their index."""
+    """The outcomes of one batch of texts, by index; where it fails, they are run one by one."""
     ids = [torch.tensor(texts[i].ids, device=lens.device) for i in batch]
     lengths = torch.tensor([len(row) for row in ids], device=lens.device)
     prompts = Prompts(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), lengths)
@@ -253,7 +289,10 @@ def _run(
     except NumericsError as error:
         if len(batch) == 1:
             return {batch[0]: texts[batch[0]].record.bad(error).error or str(error)}
-        return {i: _run(lens, texts, [i], ranks)[i] for i in batch}
+        alone: dict[int, Outcome] = {}
+        for i in batch:
+            alone |= _run(lens, texts, [i], ranks)
+        return alone
     values = seen.values.cpu().numpy()
     sinks = seen.sinks.cpu().numpy()
     outcomes: dict[int, Outcome] = {}
@@ -264,7 +303,7 @@ def _run(
 
 
 class _TokenRow(NamedTuple):
-    """A row of the table of tokens; a bad text has one, without a token."""
+    """A row of the table of tokens. A bad text has one row, without a token."""
 
     text: Text
     position: int | None
@@ -276,7 +315,10 @@ class _TokenRow(NamedTuple):
 def _table(
     lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], outcomes: Mapping[int, Outcome]
 ) -> pa.Table:
-    """One row per token; of a bad text one without a token, whose numbers are NaN."""
+    """The table with one row per token.
+
+    A bad text has one row without a token, whose numbers are NaN.
+    """
     dtype = torch.empty(0, dtype=lens.gate_dtype).numpy().dtype
     no_numbers = np.full((len(ranks), 1, max(ranks)), np.nan, dtype)
     no_sink = np.zeros(1, bool)
@@ -290,14 +332,13 @@ def _table(
             numbers.append(no_numbers)
             sinks.append(no_sink)
             continue
-        for position, (token, prefix) in enumerate(zip(text.ids, marks_of(text.ids), strict=True)):
-            rows.append(_TokenRow(text, position, token, prefix, None))
+        prefixes = marks_of(text.ids)
+        for position, token in enumerate(text.ids):
+            rows.append(_TokenRow(text, position, token, prefixes[position], None))
         values_of_text, sinks_of_text = outcome
         numbers.append(values_of_text)
         sinks.append(sinks_of_text)
-    distinct = sorted({row.token for row in rows if row.token is not None})
-    words: dict[int | None, str | None] = dict(zip(distinct, lens.decode(distinct), strict=True))
-    words[None] = None
+    words = _words(lens, rows)
     columns: dict[str, pa.Array] = {
         "record": pa.array([row.text.number for row in rows], pa.int64()),
         "id": pa.array([str(row.text.record.id) for row in rows], pa.string()),
@@ -314,11 +355,20 @@ def _table(
     return pa.table(columns)
 
 
+def _words(lens: LoraLens, rows: Sequence[_TokenRow]) -> dict[int | None, str | None]:
+    """The text of each token that occurs, by its id; None of a row without a token."""
+    distinct = sorted({row.token for row in rows if row.token is not None})
+    words: dict[int | None, str | None] = {None: None}
+    words.update(zip(distinct, lens.decode(distinct), strict=True))
+    return words
+
+
 # --- The files
 
 
-# Numbers of activations repeat nothing, so a dictionary or statistics of them would be lost work.
-_HOW: Mapping[str, Any] = {
+# How Parquet writes them. Activations repeat nothing, so a dictionary or statistics of their
+# numbers would be lost work.
+_PARQUET: Mapping[str, Any] = {
     "use_dictionary": ["id", "token", "error"],
     "write_statistics": ["record"],
     "compression": "snappy",
@@ -332,12 +382,14 @@ class TokenStore(Store):
         self, out: str | Path, fingerprint: Fingerprint, sites: Sequence[Site], ranks: Sequence[int]
     ) -> None:
         super().__init__(out, fingerprint)
-        columns = [{**dataclasses.asdict(s), "rank": r} for s, r in zip(sites, ranks, strict=True)]
+        columns: list[dict[str, Any]] = []
+        for site, rank in zip(sites, ranks, strict=True):
+            columns.append({**dataclasses.asdict(site), "rank": rank})
         self._sites = json.dumps(columns).encode()
 
     def add(self, table: pa.Table, span: Span) -> None:
         """Write a window, whole or not at all."""
-        self.write([table], self._notes([span]), **_HOW)
+        self.write([table], self._notes([span]), **_PARQUET)
 
     def drop(self, stale: Sequence[Source]) -> None:
         """Remove parts whose records have changed."""
@@ -347,8 +399,16 @@ class TokenStore(Store):
                     source.path.unlink(missing_ok=True)
 
     def merge(self, records: int) -> None:
-        """Write the result, part by part, and remove the parts."""
-        sources, expected = self.sources(), 0
+        """Write the result, part by part, and remove the parts.
+
+        Args:
+            records: how many there are.
+
+        Raises:
+            SweepError: a part is missing.
+        """
+        sources = self.sources()
+        expected = 0
         for source in sources:
             if source.span.first != expected:
                 break
@@ -357,23 +417,29 @@ class TokenStore(Store):
             raise self.lacking(f"record {expected} (from 0) of {records}")
         if any(source.path != self.path for source in sources):
             spans = [source.span for source in sources]
-            self.write(map(_rows_of, sources), self._notes(spans), self.path, **_HOW)
+            self.write(map(_rows_of, sources), self._notes(spans), self.path, **_PARQUET)
         self.remove()
 
     def sources(self) -> list[Source]:
-        """Where each finished span lies, in order; a part goes before what it replaces."""
+        """Where the rows of each finished span lie, in the order of the records.
+
+        A part takes the place of what the result holds of the same records.
+        """
         parts = [Source(spans_in(table.schema, path)[0], path) for path, table in self.parts()]
-        taken = [(source.span.first, source.span.last) for source in parts]
         rest: list[Source] = []
         if self.require_result(self.path):
             for group, span in enumerate(spans_of(self.path)):
-                if all(span.last < first or last < span.first for first, last in taken):
+                if not any(_overlap(span, part.span) for part in parts):
                     rest.append(Source(span, self.path, group))
         return sorted([*parts, *rest], key=lambda source: source.span.first)
 
     def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
-        rows = json.dumps([dataclasses.astuple(span) for span in spans])
-        return {SITES: self._sites, SPANS: rows.encode()}
+        fields = json.dumps([dataclasses.astuple(span) for span in spans])
+        return {SITES: self._sites, SPANS: fields.encode()}
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one.first <= other.last and other.first <= one.last
 
 
 def _rows_of(source: Source) -> pa.Table:
