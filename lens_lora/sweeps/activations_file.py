@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.core import (
+    ChosenPositions,
     Positions,
     Site,
     chosen_sites,
@@ -34,7 +35,6 @@ from lens_lora.core import (
     first_of_each,
     one_site,
 )
-from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.errors import SweepError
 from lens_lora.hidden.examples import (
     Sign,
@@ -293,7 +293,8 @@ class ActivationsFile:
     def _chosen(table: pa.Table, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
         """[row]: the tokens at these positions of their texts; sinks only if asked for."""
         _, lengths = np.unique(table["record"].to_numpy(), return_counts=True)
-        by_text = [chosen_positions(positions, length, length) for length in lengths.tolist()]
+        which = ChosenPositions.of(positions)
+        by_text = [which.mask(length, length) for length in lengths.tolist()]
         is_token = table["prefix"].is_valid().to_numpy()
         is_sink = table["sink"].to_numpy()
         return np.concatenate(by_text) & is_token & (sinks | ~is_sink)

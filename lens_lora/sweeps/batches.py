@@ -33,7 +33,6 @@ from lens_lora.core import (
     evaluations,
     patch_sites,
 )
-from lens_lora.core.function.rounding import unit
 from lens_lora.errors import (
     NumericsError,
     PromptError,
@@ -243,7 +242,7 @@ def _flips(g: Evaluations, base: Vector, adapted: Vector) -> Sequence[bool | Non
     if not isinstance(g.readout, Margin | AnswerMargin):
         return [None] * len(base)
     ends = torch.from_numpy(np.stack([base, adapted]))
-    may_be_rounding = float(ends.abs().min()) <= 2 * _ROUNDINGS * unit(g.lens)
+    may_be_rounding = float(ends.abs().min()) <= 2 * _ROUNDINGS * g.lens.unit_roundoff
     floor = g.floor.cpu().double() if may_be_rounding else ends.new_zeros(len(base))
     return changes_sign(ends[0], ends[1], floor).tolist()
 

@@ -37,7 +37,6 @@ from lens_lora.core import (
     alone,
     marks_of,
 )
-from lens_lora.core.function.activations import in_gauge
 from lens_lora.errors import NumericsError, PromptError
 from lens_lora.hidden.site_activations import activation_ranks, site_activations
 from lens_lora.runs.fingerprint import Fingerprint, fingerprint
@@ -86,7 +85,7 @@ def token_sweep(
             store.require_version()
         processes.by_main(lambda: store.begin(anew=not resume))
         windows = Windows(lens, _with_bar(records, processes, shown), done, processes)
-        turned = in_gauge(lens, gauge)
+        turned = lens.in_gauge(gauge)
         for window in windows:
             store.drop(windows.stale)
             store.add(*window_table(turned, window, ranks, batch_size))
@@ -102,12 +101,14 @@ def token_sweep(
 
 def _with_bar(records: RecordsLike, processes: Processes, shown: bool) -> Iterator[Record]:
     """The records, counted by a bar where one is shown."""
-    is_counted = isinstance(records, Sized) and not isinstance(records, str)
+    total: int | None = None
+    if isinstance(records, Sized) and not isinstance(records, str):
+        total = len(records)
     yield from tqdm(
         each_record(records, with_answers=False),
         desc=f"sweep{processes.share}",
-        total=len(records) if is_counted else None,
-        leave=is_counted,
+        total=total,
+        leave=total is not None,
         unit="text",
         disable=not shown,
     )
