@@ -206,15 +206,15 @@ class ActivationsFile:
         """
         k = whole("k", k, 0)
         context = whole("context", context, 0)
-        sign = require_sign(sign)
-        index = one_site([each.name for each in self.sites], site)
+        towards = require_sign(sign)
+        index = one_site(self.sites, site)
         ranks = require_ranks(rank, self.ranks[index])
         texts = pq.read_table(self._file.path, columns=["record", "id", "token"]).combine_chunks()
         counted = self._counted(None, sinks)
         values = np.where(counted[:, None], self._numbers(self.sites[index].name), np.nan)
         examples: list[tuple[Any, ...]] = []
         for r in ranks:
-            for row in strongest(values[:, r], sign, k):
+            for row in strongest(values[:, r], towards, k):
                 examples.append(_example(texts, r, int(row), float(values[row, r]), context))
         return pd.DataFrame(examples, columns=_EXAMPLE)
 
