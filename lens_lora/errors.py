@@ -202,6 +202,19 @@ class LensLoraError(_Message):
         return [*lines, "", f"{type(self).__name__}: {self}"]
 
 
+@contextlib.contextmanager
+def located(place: object) -> Generator[None]:
+    """Within the block, an error about an adapter begins with the place that it is about.
+
+    Args:
+        place: a file, or a module.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        raise error.at(place) from error
+
+
 class ArgumentError(LensLoraError, ValueError):
     """An invalid value for an argument."""
 

@@ -46,7 +46,6 @@ from lens_lora.core.adapter import (
     extensions,
     head_follows,
     is_plain_lora,
-    located,
     lora_factors,
     of_experts,
     parameter_holder,
@@ -56,7 +55,13 @@ from lens_lora.core.adapter import (
     saved_keys,
     trained_module,
 )
-from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError, warn
+from lens_lora.errors import (
+    AdapterError,
+    ArgumentError,
+    UnsupportedAdapterError,
+    located,
+    warn,
+)
 from lens_lora.families import FAMILIES, NORM_KINDS
 from lens_lora.formats.configurations import differing_fields
 from lens_lora.formats.own_forward import TOKENS, apart, calls_of, require_own_parameters, weight_of

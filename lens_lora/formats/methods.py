@@ -37,7 +37,6 @@ from lens_lora.core.adapter import (
     converted,
     dense_factors,
     extensions,
-    located,
     refuse_without_delta,
 )
 from lens_lora.errors import (
@@ -45,6 +44,7 @@ from lens_lora.errors import (
     ArgumentError,
     UnsupportedAdapterError,
     is_of_the_system,
+    located,
 )
 from lens_lora.formats import from_models
 from lens_lora.formats.own_forward import apart, is_transposed

@@ -38,11 +38,14 @@ from lens_lora.core.adapter import (
     WRAPPED,
     Updates,
     extensions,
-    located,
     module_path,
     updates_of,
 )
-from lens_lora.errors import AdapterError, UnsupportedAdapterError
+from lens_lora.errors import (
+    AdapterError,
+    UnsupportedAdapterError,
+    located,
+)
 from lens_lora.families import FAMILIES, HEADS
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from lens_lora.core.adapter.factors import (
     module_path,
     natural,
 )
-from lens_lora.errors import AdapterError, ArgumentError, SiteError, many, setting
+from lens_lora.errors import AdapterError, ArgumentError, SiteError, located, many, setting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -546,7 +546,7 @@ def _own_tokenizer_in(folder: Path) -> Path | None:
 
 def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
     """The adapter of a folder of a registered format, named after the folder."""
-    with peft_read.located(folder):
+    with located(folder):
         found = known.read(folder)
         if isinstance(found, Adapter):
             return found

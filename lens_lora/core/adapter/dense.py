@@ -58,12 +58,12 @@ def converted(
 def applied(
     x: Float[Tensor, "*token column"], matrix: Float[Tensor, "row column"]
 ) -> Float[Tensor, "*token row"]:
-    """x Mᵀ: the matrix applied to each token; of a J without a product."""
+    """Apply a matrix M to each token, x Mᵀ; a J without computing a product."""
     return x.flip(-1) if is_reversal(matrix) else x @ matrix.T
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """What a tensor takes in memory."""
+    """The memory that a tensor takes; a J is a view of few numbers."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 

@@ -1,6 +1,8 @@
-"""What other folders do for an adapter: declared here, provided in `formats/`.
+"""Functions that `Adapter` calls and `formats/` provides (`lens_lora/registered.py` lists where).
 
-Each function takes and returns updates by module path; `Adapter` has the public methods.
+Most of them take and return updates by module path; `Adapter` has the public methods.
+
+Torch is not imported here, so that a wrong folder is reported at once.
 """
 
 from __future__ import annotations
@@ -9,19 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from torch import nn
-
-from lens_lora.core.adapter.factors import ModuleUpdate, Parts, Updates
 from lens_lora.core.provided import declared
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from torch import nn
+
+    from lens_lora.core.adapter.factors import ModuleUpdate, Parts, Updates
 
 Side = Literal["write", "read"]
 # Updates by module path, and the name of the base that they belong to.
-UpdatesAndBase: TypeAlias = tuple[dict[str, ModuleUpdate], str | None]
+UpdatesAndBase: TypeAlias = "tuple[dict[str, ModuleUpdate], str | None]"
 # Updates by module path, and the relative error of each where it was cut to a rank.
-UpdatesAndErrors: TypeAlias = tuple[dict[str, ModuleUpdate], dict[str, float]]
+UpdatesAndErrors: TypeAlias = "tuple[dict[str, ModuleUpdate], dict[str, float]]"
 
 # --- From where an adapter comes
 

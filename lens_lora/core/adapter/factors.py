@@ -29,7 +29,9 @@ from lens_lora.compat import in_float64
 from lens_lora.core.adapter.dense import is_reversal, reversal, written_out
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 
+# The fields of `LoRAFactors` with a number for each output feature,
 _VECTORS = ("lora_bias", "trained_bias", "magnitude")
+# and those of `TrainedModule` with a row for each.
 _TRAINED = ("weight", "bias", "base_weight")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,7 +83,7 @@ class LoRAFactors:
         _require_numbers(tensors)
         _require_finite(scale=self.scale, strength=self.strength)
         self._require_shapes()
-        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        sizes = {name: norm_of(tensor) for name, tensor in tensors.items()}
         sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
         _require_products(sizes, torch.promote_types(self.A.dtype, self.B.dtype))
 
@@ -101,21 +103,27 @@ class LoRAFactors:
 
     @property
     def rank(self) -> int:
-        """r, the number of A's rows and of B's columns."""
+        """The rank r: the number of A's rows and of B's columns."""
         return self.A.shape[0]
 
     def by_expert(self) -> list[LoRAFactors]:
         """The factors of each expert; of any other map, these."""
         if self.experts < 2:
             return [self]
-        As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
-        return [dataclasses.replace(self, A=A, B=B, experts=0) for A, B in zip(As, Bs, strict=True)]
+        rows_of_A = self.A.chunk(self.experts)
+        columns_of_B = self.B.chunk(self.experts, 1)
+        return [
+            dataclasses.replace(self, A=A, B=B, experts=0)
+            for A, B in zip(rows_of_A, columns_of_B, strict=True)
+        ]
 
     @property
     def width(self) -> int | None:
         """How many features A reads; None where a constant leaves it open (Adapter.constant)."""
-        is_open = self.A.shape[1] == 1 and self.lora_bias is not None
-        return None if is_open and not bool(self.A.any()) else self.A.shape[1]
+        may_be_open = self.A.shape[1] == 1 and self.lora_bias is not None
+        if may_be_open and not bool(self.A.any()):
+            return None
+        return self.A.shape[1]
 
     @property
     def is_plain(self) -> bool:
@@ -186,7 +194,8 @@ class LoRAFactors:
         if self.experts > 1:
             return torch.cat([each.materialise() for each in self.by_expert()], 1)
         dtype = torch.promote_types(self.A.dtype, self.B.dtype)
-        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
         plain = self.scale * self._product(dtype)
         if self.magnitude is None:
             return self.strength * plain
@@ -218,16 +227,17 @@ class LoRAFactors:
             return math.hypot(*(each.norm() for each in self.by_expert()))
         if self.is_dense:
             change = self.A if is_reversal(self.B) else self.B
-            return abs(self.scale * self.strength) * size_of(change)
-        A, B = in_float64(self.A), in_float64(self.B)
-        squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
-        return abs(self.scale * self.strength) * math.sqrt(squared)
+            return abs(self.scale * self.strength) * norm_of(change)
+        A = in_float64(self.A)
+        B = in_float64(self.B)
+        squared = float(((B.T @ B) * (A @ A.T)).sum())
+        return abs(self.scale * self.strength) * math.sqrt(max(squared, 0.0))
 
     def bias_norm(self) -> float:
         """‖Δb‖, added whatever the input; NaN for a trained bias, as that needs the base's."""
         if self.trained_bias is not None:
             return math.nan
-        return abs(self.scale * self.strength) * size_of(self.lora_bias)
+        return abs(self.scale * self.strength) * norm_of(self.lora_bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +282,7 @@ class TrainedModule:
         if self.bias is not None and (self.bias.ndim != 1 or not len(self.bias)):
             raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
         self._require_tokens()
-        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        sizes = {name: norm_of(tensor) for name, tensor in tensors.items()}
         _require_products(sizes, next(iter(tensors.values())).dtype)
 
     def _require_tokens(self) -> None:
@@ -281,7 +291,8 @@ class TrainedModule:
         is_tensor = isinstance(self.tokens, Tensor)
         if not is_tensor or self.tokens.dtype not in (torch.int32, torch.int64):
             raise AdapterError(f"tokens are {self.tokens!r}; expected a tensor of ids.")
-        ids, shape = self.tokens.tolist(), () if self.weight is None else self.weight.shape
+        ids = self.tokens.tolist()
+        shape = () if self.weight is None else self.weight.shape
         if self.tokens.ndim != 1 or len(shape) != 2 or len(ids) not in shape:
             raise AdapterError(f"tokens are {ids}, weight {tuple(shape)}; expected one row each.")
         if len(set(ids)) < len(ids) or min(ids) < 0:
@@ -316,10 +327,13 @@ class TrainedModule:
         return dataclasses.replace(self, strength=self.strength * factor)
 
     def turned(self) -> TrainedModule:
-        """With `weight` and `base_weight` transposed; a norm's vector is its own."""
-        weights = _tensors(self, ("weight", "base_weight"))
-        turned = {name: weight.T for name, weight in weights.items() if weight.ndim == 2}
-        return dataclasses.replace(self, **turned)
+        """The same module with its weights transposed; a norm's vector stays as it is."""
+        matrices = {
+            name: weight.T
+            for name, weight in _tensors(self, ("weight", "base_weight")).items()
+            if weight.ndim == 2
+        }
+        return dataclasses.replace(self, **matrices)
 
     def rows(self, rows: Tensor) -> TrainedModule:
         """The update of some output features only, of parameters turned to [out, in].
@@ -355,8 +369,12 @@ def module_path(key: str) -> str:
 
 
 def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
-    """Sort key: 'layers.2' before 'layers.10'."""
-    return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]
+    """A sort key of (module path, anything), with 'layers.2' before 'layers.10'."""
+    path, _ = item
+    parts: list[tuple[int, int, str]] = []
+    for part in path.split("."):
+        parts.append((0, len(part), part) if part.isdigit() else (1, 0, part))
+    return parts
 
 
 def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
@@ -375,7 +393,11 @@ def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
 
 
 def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
-    """Any ΔW as factors, without loss: on its smaller side stands what `dense.reversal` makes."""
+    """Any ΔW as factors, without loss; one is the identity in reverse (`core/adapter/dense.py`).
+
+    Args:
+        delta: ΔW.
+    """
     out, inputs = delta.shape
     if out <= inputs:
         return LoRAFactors(delta.flip(0), reversal(out, delta.dtype, delta.device))
@@ -383,12 +405,19 @@ def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
 
 
 def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
-    """The factors of each expert as those of the stack; shorter ones are filled up with zeros."""
+    """The factors of a stack of experts; those of a lower rank are filled up with zeros.
+
+    Args:
+        parts: the factors of each expert.
+    """
     rank = max(part.rank for part in parts)
-    As = [functional.pad(part.A, (0, 0, 0, rank - part.rank)) for part in parts]
-    Bs = [part.scale * part.strength * part.B for part in parts]
-    Bs = [functional.pad(B, (0, rank - B.shape[1])) for B in Bs]
-    return LoRAFactors(torch.cat(As), torch.cat(Bs, 1), experts=len(parts))
+    rows_of_A: list[Tensor] = []
+    columns_of_B: list[Tensor] = []
+    for part in parts:
+        missing = rank - part.rank
+        rows_of_A.append(functional.pad(part.A, (0, 0, 0, missing)))
+        columns_of_B.append(functional.pad(part.scale * part.strength * part.B, (0, missing)))
+    return LoRAFactors(torch.cat(rows_of_A), torch.cat(columns_of_B, 1), experts=len(parts))
 
 
 def constant_factors(
@@ -396,9 +425,16 @@ def constant_factors(
 ) -> dict[str, LoRAFactors]:
     """Factors that add each vector to its module's output, whatever the input: ΔW = 0, and Δb.
 
-    In PEFT's format a LoRA with A = 0, B = 0 and a bias of B's own (`lora_bias`). A has as many
-    columns as the module has inputs, which `like` tells: the base, or widths by path. Without it A
-    has one column, which fits every module (`LoRAFactors.width`).
+    PEFT stores that as a LoRA with A = 0, B = 0 and a bias of B's own (`lora_bias`).
+
+    Args:
+        vectors: by module path.
+        like: the base, or the modules' input widths by path: A has as many columns. Without it A
+            has one column, which fits every module (`LoRAFactors.width`).
+
+    Raises:
+        ArgumentError: no vectors by module path, or another `like`.
+        AdapterError: a value that is no vector, or a module that `like` lacks.
     """
     if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors):
         expected = "{module path: vector}, such as {'model.layers.3.mlp.down_proj': vector}"
@@ -410,8 +446,12 @@ def _constant(path: str, vector: Any, like: Any) -> LoRAFactors:
     if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
         shown = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise AdapterError(f"{path}: {shown}; expected a vector of floating point, [out].")
-    A = vector.new_zeros(1, 1 if like is None else _input_width(path, like))
-    return LoRAFactors(A, vector.new_zeros(len(vector), 1), lora_bias=vector.detach().clone())
+    width = 1 if like is None else _input_width(path, like)
+    return LoRAFactors(
+        A=vector.new_zeros(1, width),
+        B=vector.new_zeros(len(vector), 1),
+        lora_bias=vector.detach().clone(),
+    )
 
 
 def _input_width(path: str, like: Any) -> int:
@@ -432,8 +472,8 @@ def _input_width(path: str, like: Any) -> int:
     return int(width)
 
 
-def size_of(tensor: Tensor | None) -> float:
-    """The norm of a tensor's entries in float64; 0 for None."""
+def norm_of(tensor: Tensor | None) -> float:
+    """The Euclidean norm of a tensor's entries in float64; 0 for None."""
     if tensor is None:
         return 0.0
     if is_reversal(tensor):
@@ -441,9 +481,13 @@ def size_of(tensor: Tensor | None) -> float:
     return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
 
 
+size_of = norm_of  # its old name
+
+
 def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
-    """Those of the named tensors that the update has."""
-    return {name: held for name in names if (held := getattr(update, name)) is not None}
+    """The named tensors of an update, without those that it does not have."""
+    tensors = {name: getattr(update, name) for name in names}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _require_numbers(tensors: Mapping[str, Any]) -> None:
@@ -454,8 +498,9 @@ def _require_numbers(tensors: Mapping[str, Any]) -> None:
         if tensor.dtype not in _DTYPES:
             fact = f"factors must be floating point of 16 bits or more, and {key} is {tensor.dtype}"
             raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
-        # A finite sum has finite terms, and takes a tenth as long; one that overflows says nothing.
-        if not (math.isfinite(tensor.sum().item()) or torch.isfinite(tensor).all()):
+        # A finite sum has finite terms, and takes a tenth as long; a sum may also overflow.
+        is_finite = math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+        if not is_finite:
             raise AdapterError(f"the factors contain NaN or infinite entries (in {key}).")
 
 

@@ -1,9 +1,9 @@
-"""Formats of adapters: what a folder is, asked in one place by all that read adapters.
+"""Formats of adapters: all that read adapters ask here what a folder is.
 
     @ll.adapter_format(files=("pairs.safetensors",))
     def pairs(folder):
         tensors = safetensors.torch.load_file(folder / "pairs.safetensors")
-        return {module: ll.LoRAFactors(A, B, scale) for module, A, B, scale in … }
+        return {module: ll.LoRAFactors(A, B, scale) for module, A, B, scale in …}
 
 1. PEFT's format is built in (`peft_files`). Another one is a function of a folder, registered by
    the names of the files that make a folder one of its adapters.
@@ -99,18 +99,22 @@ def adapter_format(
     def register(read: _Read) -> _Read:
         if not callable(read):
             raise ArgumentError(f"{read!r} is no function of a folder.")
-        name, module = read.__name__, read.__module__
+        name = read.__name__
+        module = read.__module__
         earlier = _FORMATS.get(name)
         if earlier is not None and earlier.module != module:
             raise ArgumentError(
                 f"a format {name!r} is registered by {earlier.module} already",
                 remedy="rename the function.",
             )
-        base_of = base_model or (lambda folder: None)
-        _FORMATS[name] = AdapterFormat(name, module, names, read, base_of)
+        _FORMATS[name] = AdapterFormat(name, module, names, read, base_model or _names_no_base)
         return read
 
     return register
+
+
+def _names_no_base(folder: Path) -> None:
+    """The base of a format whose files do not name one."""
 
 
 def format_in(folder: Path) -> AdapterFormat | None:
@@ -120,8 +124,9 @@ def format_in(folder: Path) -> AdapterFormat | None:
         AdapterError: the folder is an adapter of two formats.
     """
     found = [known for known in registered() if known.is_in(folder)]
-    is_peft = all((folder / name).is_file() for name in PEFT_FILES)
-    names = [*(known.name for known in found), *(["PEFT's"] if is_peft else [])]
+    names = [known.name for known in found]
+    if all((folder / name).is_file() for name in PEFT_FILES):
+        names.append("PEFT's")
     if len(names) > 1:
         raise AdapterError(
             f"{folder}: an adapter of the formats {' and '.join(names)} at once, which may differ",
