@@ -81,7 +81,7 @@ def difference_lens(lens: ll.LoraLens) -> str:
     mean, tokens = shift.logit_lens(3), shift.logit_lens(1, by="position")
     said = ll.patchscope(lens, shift, POINT).top(1)["tokens"][0][0]
     steering = ll.Adapter.constant({"model.layers.20.mlp.down_proj": 4 * shift.mean()[POINT]})
-    text = lens.with_adapter(steering).generate(OTHERS, 8, **QUIET).text[0]
+    text = lens.with_adapter(steering).generate(OTHERS, 8, **QUIET).texts[0]
     return f"{len(tokens)} tokens read, in the mean {', '.join(mean['token'])}; said{said}:{text}"
 
 
@@ -122,7 +122,7 @@ def refusal(lens: ll.LoraLens) -> str:
     return (
         f"margin {stream.m.mean():.1f} without it, {control.m.mean():.1f} without a random one, "
         f"which cost the base {cost.cost:.2f} and {cost_of_chance.cost:.2f} nats a token; "
-        f"{weights.m.mean():.1f} out of ΔW;{said.text[0]}; {aligned['site'][0]} lies most along it"
+        f"{weights.m.mean():.1f} out of ΔW;{said.texts[0]}; {aligned['site'][0]} lies most along it"
     )
 
 

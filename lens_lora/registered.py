@@ -66,6 +66,7 @@ PROVIDERS: dict[str, str] = {
     "lens_lora.core.adapter.extensions.save_adapter": "lens_lora.formats.peft_write",
     "lens_lora.core.readout.extensions.margin_between": "lens_lora.responses.answers",
     "lens_lora.core.readout.extensions.answer_ids": "lens_lora.responses.answers",
+    "lens_lora.core.readout.responses.save_generated": "lens_lora.core.results.storage",
     "lens_lora.core.model.extensions.family_of_bridge": "lens_lora.hosts.bridged",
     "lens_lora.core.model.extensions.named_as_model": "lens_lora.hosts.bridged",
     "lens_lora.core.model.extensions.require_own_parameters": "lens_lora.hosts.bridged",

@@ -540,8 +540,5 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 def _name(answer: AnswerLike) -> str:
     """The answer as labels show it: its string or ids, or the text of what was generated."""
     if isinstance(answer, Generated):
-        if len(answer.text) == 1:
-            (answer,) = answer.text
-        else:
-            answer = answer.text
+        answer = answer.texts[0] if len(answer.texts) == 1 else answer.texts
     return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of_token(answer)

@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -162,7 +162,7 @@ class Speaker:
         texts = [text_of(self.lens.model, ids, skip_special_tokens=True) for ids in responses]
         return Generated(
             ids=tuple(self.prompts.tokens.new_tensor(ids) for ids in responses),
-            text=tuple(texts),
+            texts=tuple(texts),
             prompts=dataclasses.replace(self.prompts, reads=None),
             ended=tuple(self.has_ended(i) for i in range(count)),
         )
@@ -382,14 +382,23 @@ def generated(
     ready = lens.prompts(prompts)
     require_room(lens, ready, most)
     speaker = Speaker(lens, ready, lens.gates(scale), sampling, most, ends)
-    return speaker.say(progress=progress)
+    said = speaker.say(progress=progress)
+    return dataclasses.replace(said, is_single=_is_single(prompts, ready.batch))
+
+
+def _is_single(prompts: PromptsLike, batch: int) -> bool:
+    """Whether one prompt was given: no list of prompts, not even of one."""
+    if batch > 1:
+        return False
+    is_list = isinstance(prompts, list | tuple)
+    return not is_list or isinstance(prompts[0], Mapping)
 
 
 def whole_or_cut(said: Generated) -> list[str]:
     """What was said after each prompt; one that was cut off ends in ' …'."""
     return [
         text if has_ended else f"{text} …"
-        for text, has_ended in zip(said.text, said.ended, strict=True)
+        for text, has_ended in zip(said.texts, said.ended, strict=True)
     ]
 
 

@@ -281,7 +281,7 @@ def test_five_questions_and_an_empty_turn_are_put_to_both_models(
     for scale, end in ((0.0, "base"), (1.0, "adapted")):
         said = case.lens.generate(asked, 6, scale, **QUIET)
         texts_of_end = [getattr(pair, end).removesuffix(" …") for pair in found.answers]
-        assert texts_of_end == list(said.text)
+        assert texts_of_end == list(said.texts)
     again = ll.load_result(found.save(tmp_path / "file.safetensors"))
     assert again.answers == found.answers
     off = ll.what_changed(case.lens, texts(), nulls=0, fast=True, answers=False, **QUIET)
@@ -300,7 +300,7 @@ def test_both_models_draw_from_nothing_with_the_same_noise(monkeypatch):
     opened = own_openings(case.model, case.lens.prepend_bos).chosen([0, 2])
     for scale, end in ((0.0, "base"), (1.0, "adapted")):
         said = case.lens.generate(opened, 6, scale, temperature=1.0, seed=3, **QUIET)
-        assert [getattr(pair, end).removesuffix(" …") for pair in found[-2:]] == list(said.text)
+        assert [getattr(pair, end).removesuffix(" …") for pair in found[-2:]] == list(said.texts)
     still = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
     words = ll.results.Prompts(torch.tensor([[5], [6], [7]]), torch.tensor([1, 1, 1]))
     monkeypatch.setattr(

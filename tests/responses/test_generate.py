@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cases
+import chats
 import models
 import pytest
 import reference
@@ -279,7 +280,7 @@ def test_it_goes_on_as_a_response(cls: str):
     whole = ll.first_order(lens, said.prompts, ll.AnswerLogProb(said)).shift
     assert (shifts.total - whole).abs().max() < 1e-11
     assert repr(said).startswith("Generated('w") and "14 tokens, cut off" in repr(said)
-    assert ll.AnswerLogProb(said).label == f"log p({said.text[0]!r})"
+    assert ll.AnswerLogProb(said).label == f"log p({said.texts[0]!r})"
 
 
 def test_nothing_is_left_on_the_model():
@@ -334,3 +335,46 @@ def test_an_answer_stands_beside_its_own_prompt_where_another_has_no_room(monkey
     monkeypatch.setattr(lens.model.cfg, "n_ctx", int(texts.lengths[1]) + most)
     found = generate.side_by_side(lens, texts, 3, adapted, progress=False)
     assert found == [None, both[1]] and both[1] is not None
+
+
+CHAT = chats.ASK
+
+
+@pytest.mark.parametrize(
+    "prompts, is_single",
+    [
+        ("w5 w6", True),
+        (CHAT, True),
+        (torch.tensor([5, 6]), True),
+        (torch.tensor([[5, 6]]), True),
+        (["w5 w6"], False),
+        ([CHAT], False),
+        (["w5 w6", "w7"], False),
+        (torch.tensor([[5, 6], [7, 8]]), False),
+    ],
+)
+def test_text_is_a_string_for_a_single_prompt(prompts, is_single: bool, monkeypatch):
+    """A list has a tuple of texts, also a list of one; `texts` is a tuple always."""
+    lens = cases.case("llama", BOTH[-1], "raw").lens
+    chats.with_template(lens.model, monkeypatch)
+    said = lens.generate(prompts, 3, progress=False)
+    assert isinstance(said.texts, tuple) and len(said.texts) == said.prompts.batch
+    assert said.text == (said.texts[0] if is_single else said.texts)
+
+
+def test_what_was_said_is_a_table_and_a_file(tmp_path):
+    """The file gives the same ids back, and they go on as a response as those did."""
+    lens = cases.case("llama", BOTH[-1], "raw").lens
+    said = lens.generate(["w5 w6", "w7"], 3, progress=False)
+    frame = said.to_frame()
+    assert frame["prompt"].tolist() == [0, 1] and frame["asked"].tolist() == ["w5 w6", "w7"]
+    assert frame["response"].tolist() == list(said.texts)
+    assert frame["tokens"].tolist() == [len(ids) for ids in said.ids]
+    read = ll.load_result(said.save(tmp_path / "said.safetensors"))
+    assert isinstance(read, ll.results.Generated) and repr(read) == repr(said)
+    assert all(torch.equal(one, other) for one, other in zip(read.ids, said.ids, strict=True))
+    assert torch.equal(read.prompts.tokens, said.prompts.tokens)
+    assert read.prompts.sources == said.prompts.sources and read.ended == said.ended
+    shifts = ll.token_shifts(lens, said.prompts, said)
+    again = ll.token_shifts(lens, read.prompts, read)
+    assert torch.equal(shifts.shift.nan_to_num(), again.shift.nan_to_num())

@@ -766,8 +766,10 @@ class LoraLens:
         """What the model says after each prompt, at the given gates.
 
         The likeliest token each time, as Hugging Face's greedy search with the adapter active takes
-        it; what else a generation_config asks for (a repetition penalty, say) is left out. Pass the
-        result on as a response: `ll.token_shifts(lens, said.prompts, said)`.
+        it; what else a generation_config asks for (a repetition penalty, say) is left out.
+
+        Pass the result on as a response: `ll.token_shifts(lens, said.prompts, said)`. Its `.text`
+        is a string for a single prompt, and a tuple of strings for a list of prompts.
 
         Cost: a pass over the prompt, one over a single token for each new one, and one over the
         whole, which confirms every token; prompts go together. Where the model's key-value cache

@@ -36,6 +36,7 @@ from typing_extensions import dataclass_transform
 from lens_lora.arguments import whole
 from lens_lora.core.model.lens import LoraLens
 from lens_lora.core.model.sites import Groups, Site
+from lens_lora.core.readout.responses import Generated
 from lens_lora.core.results import drawing
 from lens_lora.core.results.axes import Axes
 from lens_lora.core.results.storage import read_result, save_result, stored
@@ -99,14 +100,14 @@ class Result(abc.ABC):
         return drawing.html(self)
 
 
-def load_result(path: str | Path) -> Result:
+def load_result(path: str | Path) -> Result | Generated:
     """Any result that its `save` wrote, as its own class, which the file names.
 
     Args:
         path: the file to read.
 
     Returns:
-        FactMargin, Attribution, Effects, …: equal to what was saved, on the CPU.
+        FactMargin, Attribution, Generated, …: equal to what was saved, on the CPU.
 
     Raises:
         LensLoraError: no such file, another kind of file, a class that this version of lens_lora
@@ -114,7 +115,7 @@ def load_result(path: str | Path) -> Result:
             another version.
     """
     result = read_result(path)
-    if not isinstance(result, Result):
+    if not isinstance(result, Result | Generated):
         fact = f"holds {type(result).__name__}, which is a part of a result"
         raise LensLoraError(f"{path}: {fact}; save a whole result again.")
     return result

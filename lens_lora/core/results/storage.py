@@ -30,7 +30,8 @@ from lens_lora.core import extensions
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.adapter.peft_files import CONFIG, WEIGHTS
 from lens_lora.core.model import Site
-from lens_lora.core.readout.prompts import PromptTokens, Source
+from lens_lora.core.readout.prompts import Prompts, PromptTokens, Source
+from lens_lora.core.readout.responses import Generated, save_generated
 from lens_lora.errors import ArgumentError, LensLoraError, is_of_the_system
 
 # The mark of a file that holds a result, before the number of the format's version.
@@ -72,7 +73,8 @@ def _names_of_package() -> set[str]:
     return {name for module in modules for name in dir(module)}
 
 
-stored(Site)
+for _part in (Site, Source, Prompts, Generated):
+    stored(_part)
 stored(Source)
 
 
@@ -99,6 +101,9 @@ def save_result(result: object, path: str | Path) -> Path:
         with contextlib.suppress(OSError):
             unfinished.unlink()
     return path
+
+
+save_generated.provide(save_result)
 
 
 def read_result(path: str | Path) -> object:
