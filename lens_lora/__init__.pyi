@@ -25,6 +25,7 @@ from .directions.contrast import contrast
 from .directions.intruders import intruders
 from .directions.patchscope import patchscope
 from .directions.removal_cost import removal_cost
+from .directions.scaled_intruders import scale_intruders
 from .edge_attribution.edges import edges, patch_edges
 from .explanations.explain import explain
 from .hidden.activation_shift import activation_shift
@@ -116,6 +117,7 @@ __all__ = [
     "intruders",
     "patchscope",
     "removal_cost",
+    "scale_intruders",
     # auditing
     "activation_shift",
     "constant_part",

@@ -27,6 +27,7 @@ from .directions.contrast import Contrast as Contrast
 from .directions.intruders import Intruders as Intruders
 from .directions.patchscope import Patchscope as Patchscope
 from .directions.removal_cost import RemovalCost as RemovalCost
+from .directions.scaled_intruders import ScaledIntruders as ScaledIntruders
 from .directions.spectra import AdapterSummary as AdapterSummary
 from .edge_attribution.edges import Edges as Edges
 from .explanations.explanation import Explanation as Explanation

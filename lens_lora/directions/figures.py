@@ -6,6 +6,7 @@ from lens_lora.core import drawing, layer_order
 from lens_lora.directions.alignment import Alignment
 from lens_lora.directions.contrast import Contrast
 from lens_lora.directions.intruders import Intruders
+from lens_lora.directions.scaled_intruders import SCALED, ScaledIntruders
 from lens_lora.errors import many
 from lens_lora.show import figures, go
 from lens_lora.show.figures import heatmap, names_axis
@@ -62,6 +63,35 @@ def intruders_figure(intruders: Intruders, index: int | None = None) -> go.Figur
     found = many(sum(counts), "intruder")
     titles = f"{found} among the leading {k} directions of each site", below
     return figures.kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")
+
+
+@drawing.figure.register(ScaledIntruders)
+def scaled_intruders_figure(result: ScaledIntruders) -> go.Figure:
+    """The KL on ordinary text over the share that is kept, of the intruders and the whole adapter.
+
+    Each point is one factor, which stands beside it.
+    """
+    figure = go.Figure()
+    looks = ((figures.EXACT, "circle"), (figures.INK, "square"))
+    factors = [f"{scale:g}" for scale in result.scales]
+    for row, (what, (colour, symbol)) in enumerate(zip(SCALED, looks, strict=True)):
+        shares = result.share[row].tolist()
+        kl = result.mean_kl[row].tolist()
+        hover = [
+            f"<b>{what} times {factor}</b><br>{percent(share)} kept, KL {value:.3g} nats a token"
+            for factor, share, value in zip(factors, shares, kl, strict=True)
+        ]
+        line = figures.curve(
+            shares, kl, f"{what} scaled", colour, hover, marker={"size": 8, "symbol": symbol}
+        )
+        position = "top left" if row == 0 else "bottom right"
+        figure.add_trace(
+            line.update(mode="lines+markers+text", text=factors, textposition=position)
+        )
+    below = f"{many(result.count, 'intruder')} times each factor, and the whole adapter"
+    titles = "What scaling intruders down keeps, and what it costs", below
+    axes = f"share kept of the shift of {label(result.readout)}", "KL from the base, nats a token"
+    return figures.finish(figure, titles, axes)
 
 
 def _overlaps_figure(intruders: Intruders, index: int) -> go.Figure:

@@ -2,14 +2,18 @@
 
 With W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, each leading left singular direction u'_j of the tuned weight is
 compared with all of W's own. Where the largest |⟨u_i, u'_j⟩| is small, the base does not write
-along u'_j, and the direction is an intruder.
+along u'_j, and the direction is an intruder. Scaled by a factor c, the intruders J leave the update
+
+    ΔW + (c − 1) Σ_{j∈J} σ'_j u'_j v'_jᵀ,
+
+which is an adapter again: 0 takes them out of W + ΔW, and 1 changes nothing.
 
 Cost: two dense singular value decompositions for each site, in float64 and in Hugging Face's basis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, final
 
 import pandas as pd
@@ -22,9 +26,12 @@ from tqdm import tqdm
 from lens_lora.arguments import number, whole
 from lens_lora.compat import in_float64
 from lens_lora.core import (
+    Adapter,
+    LoRAFactors,
     LoraLens,
     OfSites,
     SiteUpdate,
+    TrainedModule,
     Update,
     alone,
     chosen_sites,
@@ -32,8 +39,13 @@ from lens_lora.core import (
     long_table,
     one_site,
     site_labels,
+    stored,
 )
 from lens_lora.errors import ArgumentError, SiteError
+
+# A result that holds an adapter is saved with it.
+for _kind in (Adapter, LoRAFactors, TrainedModule):
+    stored(_kind)
 
 
 @final
@@ -48,6 +60,9 @@ class Intruders(OfSites):
         nearest: the index of that direction of W; −1 beyond the weight's size.
         overlap: [site, direction, direction of W], |cosine| of the leading directions of both.
         threshold: below it a direction is an intruder.
+        written: by module, σ'_j u'_j of its intruders, in Hugging Face's basis.
+        read: by module, v'_j of its intruders.
+        original: the adapter whose updates these are.
         sites, meta: see `OfSites`; those with a weight of its own.
     """
 
@@ -56,6 +71,9 @@ class Intruders(OfSites):
     nearest: Int[Tensor, "site direction"]
     overlap: Float[Tensor, "site direction direction"]
     threshold: float
+    written: Mapping[str, Float[Tensor, "_intruder _out"]]
+    read: Mapping[str, Float[Tensor, "_intruder _in"]]
+    original: Adapter
 
     @property
     def counts(self) -> Int[Tensor, " site"]:
@@ -71,6 +89,58 @@ class Intruders(OfSites):
             nearest=self.nearest.flatten().tolist(), intruder=table["cosine"] < self.threshold
         )
         return table.drop(columns="module").dropna(subset=["sigma"]).reset_index(drop=True)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k intruders of largest singular value, over all sites.
+
+        Args:
+            k: how many.
+
+        Returns:
+            A data frame: site, layer, kind, direction, sigma, cosine, nearest.
+
+        Raises:
+            ArgumentError: a k that is no whole number, or below 0.
+        """
+        count = whole("k", k, 0)
+        table = self.to_frame()
+        intruding = table.loc[table["intruder"]].drop(columns="intruder")
+        largest_first = intruding["sigma"].sort_values(ascending=False, kind="stable").index
+        return intruding.loc[largest_first[:count]].reset_index(drop=True)
+
+    def adapter(self, scale: float) -> Adapter:
+        """The adapter with its intruders scaled: ΔW + (scale − 1) Σ σ'_j u'_j v'_jᵀ.
+
+        Only what ΔW adds to the weight is an adapter's to change, but an intruder is a direction of
+        W + ΔW. So at scale 0 the tuned weight has nothing along u'_j and v'_j any more, which also
+        takes away what little of W lies there. `ll.scale_intruders` says what that does.
+
+        Args:
+            scale: 0 to take them out, 1 to leave them as they are.
+
+        Returns:
+            An adapter, whose rank in each module is larger by its number of intruders; the
+            adapter itself where there are none.
+
+        Raises:
+            ArgumentError: a scale that is no finite number; a sum of adapters.
+            AdapterError: a module with intruders whose update is no product of factors (DoRA,
+                trained whole, a trained bias).
+        """
+        factor = number("scale", scale)
+        if any("@" in key for key in self.original.modules):
+            raise ArgumentError(
+                f"{self.original.name!r} is a sum of adapters, which were decomposed one by one",
+                remedy="make one adapter of them, a.mixed(b), or take each by itself.",
+            )
+        if not self.written:
+            return self.original
+        intruders_alone: dict[str, LoRAFactors] = {}
+        for path, written in self.written.items():
+            intruders_alone[path] = LoRAFactors(A=self.read[path], B=written.T.contiguous())
+        taken_away = Adapter.from_factors(intruders_alone, name="intruders").scaled(1 - factor)
+        remaining = self.original - taken_away
+        return remaining.named(f"{self.original.name}, intruders times {factor:g}")
 
     def overlaps(self, site: str) -> pd.DataFrame:
         """|cosine| of one site's leading directions of W + ΔW (rows) and of W (columns).
@@ -136,17 +206,32 @@ def intruders(
     if not chosen:
         raise SiteError("norms and experts alone were chosen, and no weight of a module.")
     found: list[_Leading] = []
+    written: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
     for index in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
         site_update = lens.updates[index]
         assert isinstance(site_update.update, Update), "norms are left out above"
         weight = lens.host.base_weight(site_update.site, "the SVD of W + ΔW")
-        found.append(_leading_directions(weight, site_update.update, count))
+        leading = _leading_directions(weight, site_update.update, count)
+        found.append(leading)
+        # A module that the base ties to the adapted one changes with it.
+        is_own = site_update.site.path == site_update.site.module
+        intruding = (leading.cosine < below).nonzero().flatten()
+        if is_own and len(intruding):
+            key = site_update.site.key
+            rows = _in_rows_of_module(leading.written[intruding], site_update, lens)
+            written[key] = torch.cat([written.get(key, rows[:0]), rows]).to(lens.gate_dtype)
+            reads = leading.read[intruding]
+            read[key] = torch.cat([read.get(key, reads[:0]), reads]).to(lens.gate_dtype)
     return Intruders(
         sigma=torch.stack([leading.sigma for leading in found]),
         cosine=torch.stack([leading.cosine for leading in found]),
         nearest=torch.stack([leading.nearest for leading in found]),
         overlap=torch.stack([leading.overlap for leading in found]),
         threshold=below,
+        written=written,
+        read=read,
+        original=lens.adapter,
         sites=tuple(lens.sites[index] for index in chosen),
         meta=lens.describe(),
     )
@@ -157,16 +242,41 @@ def _is_weight(site_update: SiteUpdate) -> bool:
     return isinstance(site_update.update, Update) and not site_update.update.experts
 
 
-class _Leading(NamedTuple):
-    """The first k left singular directions of one W + ΔW.
+def _in_rows_of_module(
+    written: Float[Tensor, "intruder out"], site_update: SiteUpdate, lens: LoraLens
+) -> Float[Tensor, "intruder out_of_module"]:
+    """What a site writes, at its own rows of a fused module such as GPT-2's c_attn."""
+    site = site_update.site
+    if site.rows is None:
+        return written
+    module = lens.adapter.modules[site.key]
+    outputs = module.B if isinstance(module, LoRAFactors) else module.weight
+    assert outputs is not None, "a site with a weight changes it"
+    of_module = written.new_zeros(len(written), len(outputs))
+    of_module[:, site.rows] = written
+    return of_module
 
-    Beyond the weight's size, values are NaN and indices −1.
+
+class _Leading(NamedTuple):
+    """The first k singular directions of one W + ΔW.
+
+    Beyond the weight's size, values are NaN and indices −1, and `written` and `read` end.
+
+    Attributes:
+        sigma: σ'_j.
+        cosine: the largest |cosine| of u'_j with a left singular direction of W.
+        nearest: the index of that direction.
+        overlap: |cosine| of the first k directions of both.
+        written: σ'_j u'_j.
+        read: v'_j.
     """
 
     sigma: Float[Tensor, " direction"]
     cosine: Float[Tensor, " direction"]
     nearest: Int[Tensor, " direction"]
     overlap: Float[Tensor, "direction direction"]
+    written: Float[Tensor, "known out"]
+    read: Float[Tensor, "known in"]
 
 
 def _leading_directions(weight: Float[Tensor, "out in"], update: Update, k: int) -> _Leading:
@@ -175,7 +285,7 @@ def _leading_directions(weight: Float[Tensor, "out in"], update: Update, k: int)
     A = in_float64(update.A).to(W)
     B = in_float64(update.B).to(W)
     U, _, _ = torch.linalg.svd(W, full_matrices=False)
-    U_tuned, sigma, _ = torch.linalg.svd(W + update.scale * B @ A, full_matrices=False)
+    U_tuned, sigma, Vh_tuned = torch.linalg.svd(W + update.scale * B @ A, full_matrices=False)
     cosines = (U.T @ U_tuned[:, :k]).abs().clamp(max=1.0).cpu()
     largest, nearest = cosines.max(0)
     missing = k - cosines.shape[1]
@@ -184,4 +294,6 @@ def _leading_directions(weight: Float[Tensor, "out in"], update: Update, k: int)
         cosine=pad(largest, (0, missing), value=torch.nan),
         nearest=pad(nearest, (0, missing), value=-1),
         overlap=pad(cosines[:k].T, (0, missing, 0, missing), value=torch.nan),
+        written=(sigma[:k, None] * U_tuned[:, :k].T).cpu(),
+        read=Vh_tuned[:k].cpu(),
     )

@@ -17,9 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts
+from lens_lora.core import LoraLens, Prompts, PromptsLike
+from lens_lora.errors import PromptError
 from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
 from lens_lora.texts.distribution_shift import distribution_shift
+from lens_lora.texts.neutral import readable_texts
+
+# Of the neutral texts, every eighth is read. These are enough to tell what a change costs.
+_EVERY = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +77,8 @@ def losses(
         def summed(values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
             return values.masked_fill(~is_predicted, 0.0).cpu().double().sum(1)
 
-        plain[index] = summed(_surprisal(before, next_ids))
-        hooked[index] = summed(_surprisal(after, next_ids))
+        plain[index] = summed(surprisal(before, next_ids))
+        hooked[index] = summed(surprisal(after, next_ids))
         shift = distribution_shift(before, before.softmax(-1), after - before)
         kl[index] = summed(shift.kl)
 
@@ -81,7 +86,23 @@ def losses(
     return Losses(plain, hooked, kl, (texts.lengths - 1).cpu())
 
 
-def _surprisal(
+def texts_or_neutral(lens: LoraLens, texts: PromptsLike | None) -> PromptsLike:
+    """The caller's texts, or else some of the package's neutral ones.
+
+    Raises:
+        PromptError: no texts, and a tokenizer that reads no neutral ones.
+    """
+    if texts is None and getattr(lens.model, "tokenizer", None) is not None:
+        texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)
+    if texts is None:
+        raise PromptError(
+            "the model has no tokenizer that reads the neutral texts",
+            remedy="pass texts= of your own.",
+        )
+    return texts
+
+
+def surprisal(
     logits: Float[Tensor, "row pos vocab"], ids: Int[Tensor, "row pos"]
 ) -> Float[Tensor, "row pos"]:
     """The surprisal −log p of these tokens, in nats."""

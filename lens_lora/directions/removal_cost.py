@@ -16,14 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.core import Described, LoraLens, Prompts, PromptsLike, alone
-from lens_lora.directions.losses import losses
+from lens_lora.directions.losses import losses, texts_or_neutral
 from lens_lora.directions.removal import Removed, put_back, removed_from
-from lens_lora.errors import ModelStateError, PromptError
+from lens_lora.errors import ModelStateError
 from lens_lora.texts.batches import require_second_token
-from lens_lora.texts.neutral import readable_texts
-
-# Of the neutral texts, every eighth is read. These are enough to tell what a removal costs.
-_EVERY = 8
 
 
 @final
@@ -106,7 +102,7 @@ def removal_cost(
             remedy="make the call within the block: "
             "`with lens.without(direction): ll.removal_cost(lens)`.",
         )
-    rows = lens.function(_texts_or_neutral(lens, texts)).prompts
+    rows = lens.function(texts_or_neutral(lens, texts)).prompts
     require_second_token(rows, "the loss")
     _require_counted(rows, removed)
     found = losses(lens, rows, functools.partial(put_back, lens.model), progress=progress)
@@ -118,18 +114,6 @@ def removal_cost(
         what="; ".join(block.says for block in removed),
         meta=lens.describe(rows),
     )
-
-
-def _texts_or_neutral(lens: LoraLens, texts: PromptsLike | None) -> PromptsLike:
-    """The caller's texts, or else some of the package's neutral ones."""
-    if texts is None and getattr(lens.model, "tokenizer", None) is not None:
-        texts = readable_texts(lens.model, lens.prepend_bos, _EVERY)
-    if texts is None:
-        raise PromptError(
-            "the model has no tokenizer that reads the neutral texts",
-            remedy="pass texts= of your own.",
-        )
-    return texts
 
 
 def _require_counted(rows: Prompts, removed: Sequence[Removed]) -> None:

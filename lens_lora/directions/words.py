@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from lens_lora.core import drawing
 from lens_lora.directions.alignment import Alignment
 from lens_lora.directions.intruders import Intruders
 from lens_lora.directions.patchscope import Patchscope
 from lens_lora.directions.removal_cost import RemovalCost
+from lens_lora.directions.scaled_intruders import ScaledIntruders
 from lens_lora.directions.spectra import AdapterSummary
 from lens_lora.errors import many
+from lens_lora.show.text import percent
 
 
 @drawing.body.register(Alignment)
@@ -26,6 +30,24 @@ def intruders_body(intruders: Intruders) -> str:
     compared = int((intruders.nearest >= 0).sum())
     of_sites = many(len(intruders.sites), "site")
     return f"{found} intruders among {compared} leading directions of {of_sites}"
+
+
+@drawing.body.register(ScaledIntruders)
+def scaled_intruders_body(result: ScaledIntruders) -> str:
+    """What the smallest factor keeps and costs, beside the whole adapter, and the table."""
+    table = result.to_frame().to_string(index=False)
+    if not result.count:
+        return f"no intruders, so that scaling them changes nothing\n{table}"
+    share = float(result.share[0, 0])
+    kl = float(result.mean_kl[0, 0])
+    sentence = (
+        f"{many(result.count, 'intruder')} times {result.scales[0]:g}: {percent(share)} of the "
+        f"shift is kept, KL on ordinary text {kl:.3g} nats a token"
+    )
+    whole = float(result.whole_at_same_share[0])
+    if not math.isnan(whole):
+        sentence += f"; the whole adapter scaled down to that share has {whole:.3g}"
+    return f"{sentence}\n{table}"
 
 
 @drawing.body.register(RemovalCost)

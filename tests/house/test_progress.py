@@ -103,6 +103,9 @@ CALLS = {
         t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
     ),
     "removal_cost": _cost,
+    "scale_intruders": lambda t, folder, **o: ll.scale_intruders(
+        t.lens, PROMPT, R, k=2, texts=[PROMPT, LONG], **o
+    ),
     "repair": lambda t, folder, **o: ll.repair(
         t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
     ),

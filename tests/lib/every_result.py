@@ -500,7 +500,27 @@ def of_directions() -> list[Result]:
             nearest=torch.zeros(count, 2, dtype=torch.int64),
             overlap=torch.full((count, 2, 2), 0.5),
             threshold=0.5,
+            written={"m.q_proj": torch.ones(1, 2)},
+            read={"m.q_proj": torch.ones(1, 3)},
+            original=ll.Adapter.from_factors(
+                {"m.q_proj": ll.LoRAFactors(A=torch.ones(1, 3), B=torch.ones(2, 1), scale=0.5)}
+            ),
             sites=SITES,
+            meta=META,
+        ),
+        ll.results.ScaledIntruders(
+            scales=(0.0, 1.0),
+            count=3,
+            base=torch.tensor([-1.0, 0.5]),
+            adapted=torch.tensor([1.0, 2.5]),
+            values=torch.tensor([[[0.5, 2.0], [1.0, 2.5]], [[-1.0, 0.5], [1.0, 2.5]]]),
+            base_loss=torch.tensor([3.0, 2.5]),
+            loss=torch.tensor([[[3.1, 2.7], [3.2, 2.9]], [[3.0, 2.5], [3.2, 2.9]]]),
+            kl=torch.tensor([[[0.1, 0.2], [0.2, 0.3]], [[0.0, 0.0], [0.2, 0.3]]]),
+            tokens=torch.tensor([7, 3]),
+            readout="logit",
+            units="logits",
+            str_tokens=TOKENS,
             meta=META,
         ),
         ll.results.RemovalCost(

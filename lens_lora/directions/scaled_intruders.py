@@ -1,0 +1,245 @@
+"""What scaling an adapter's intruders down does to the taught behaviour, and to ordinary text.
+
+The intruders of an adapter are taken times a factor c, and the whole adapter times the same factor
+for comparison (`directions/intruders.py`). For each of both and each c there are
+
+    share   Σ_p s_p (g_p(c) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|    of the taught behaviour, with s_p
+            the sign of prompt p's shift: 1 with the adapter as it is, 0 with the base model;
+    KL      Σ_t KL(base ‖ scaled) / tokens                       on texts about other things;
+    loss    Σ_t −log p(y_t) / tokens, less that of the base      on these texts: what is forgotten.
+
+Any way to weaken an adapter lowers both the share and the KL. So the number to look at is the KL
+beside that of the whole adapter, scaled down to the same share.
+
+Cost: the SVDs of `intruders`; a forward pass of the prompts and one of the texts for each factor,
+twice, and one of each for the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, final
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.arguments import numbers_of
+from lens_lora.core import (
+    Evaluations,
+    LoraLens,
+    Pictured,
+    Prompts,
+    PromptsLike,
+    Read,
+    analysis,
+    long_table,
+)
+from lens_lora.directions.intruders import intruders
+from lens_lora.directions.losses import surprisal, texts_or_neutral
+from lens_lora.errors import ArgumentError
+from lens_lora.texts.batches import (
+    TOKENS_AT_ONCE,
+    Gated,
+    logits_of,
+    over_texts,
+    require_second_token,
+)
+from lens_lora.texts.distribution_shift import distribution_shift
+
+# What is scaled, along the first axis of a result.
+SCALED = ("intruders", "whole adapter")
+
+
+@final
+class ScaledIntruders(Read, Pictured):
+    """What scaling the intruders does, beside scaling the whole adapter by the same factors.
+
+    `plot` shows the KL on ordinary text over the share of the behaviour that is kept.
+
+    Attributes:
+        scales: the factors, the smallest first.
+        count: how many intruders there are.
+        base, adapted: [batch], g with the base model and with the adapter as it is.
+        values: [what, scale, batch], g with the intruders scaled, and with the whole adapter.
+        base_loss: [text], the mean of −log p(y_t) of the base, in nats per token after the first.
+        loss: [what, scale, text], the same with the intruders, or the whole adapter, scaled.
+        kl: [what, scale, text], the mean of KL(base ‖ scaled), in nats per token.
+        tokens: [text], how many tokens the means are over.
+        str_tokens, readout, units, meta: see `Read`.
+    """
+
+    scales: Annotated[tuple[float, ...], "scale"]
+    count: int
+    base: Float[Tensor, " batch"]
+    adapted: Float[Tensor, " batch"]
+    values: Float[Tensor, "what=2 scale batch"]
+    base_loss: Float[Tensor, " text"]
+    loss: Float[Tensor, "what=2 scale text"]
+    kl: Float[Tensor, "what=2 scale text"]
+    tokens: Int[Tensor, " text"]
+
+    @property
+    def share(self) -> Float[Tensor, "what scale"]:
+        """How much of the taught behaviour is kept: 1 as the adapter is, 0 as the base."""
+        shift = (self.adapted - self.base).double()
+        along = (self.values - self.base).double() * shift.sign()
+        return along.sum(2) / shift.abs().sum()
+
+    @property
+    def mean_kl(self) -> Float[Tensor, "what scale"]:
+        """KL(base ‖ scaled) in nats per token, over all texts."""
+        return self._over_texts(self.kl)
+
+    @property
+    def forgetting(self) -> Float[Tensor, "what scale"]:
+        """The rise of the base's loss in nats per token, over all texts."""
+        return self._over_texts(self.loss - self.base_loss)
+
+    @property
+    def whole_at_same_share(self) -> Float[Tensor, " scale"]:
+        """The KL of the whole adapter, scaled down until it keeps the same share.
+
+        It is interpolated between the factors that were tried, and the base, which keeps nothing
+        and has a KL of 0. NaN where the whole adapter keeps that share at none of them.
+        """
+        shares, whole = self.share.tolist()
+        _, kl = self.mean_kl.tolist()
+        path = [(0.0, 0.0), *zip(whole, kl, strict=True)]
+        return torch.tensor([_interpolated(path, share) for share in shares]).double()
+
+    def _over_texts(self, means: Float[Tensor, "what scale text"]) -> Float[Tensor, "what scale"]:
+        weights = self.tokens.double()
+        return (means.double() * weights).sum(2) / weights.sum()
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for what is scaled and each factor: value, share, KL and forgetting.
+
+        The value is g in the mean over prompts.
+        """
+        numbers = {
+            "value": self.values.double().mean(2),
+            "share": self.share,
+            "kl": self.mean_kl,
+            "forgetting": self.forgetting,
+        }
+        return long_table(numbers, {"scaled": SCALED}, {"scale": self.scales})
+
+
+def _interpolated(path: Sequence[tuple[float, float]], share: float) -> float:
+    """The KL at the first place of a path of (share, KL) at which this share is kept."""
+    for (before, kl_before), (after, kl_after) in zip(path, path[1:], strict=False):
+        if min(before, after) <= share <= max(before, after):
+            if before == after:
+                return kl_after
+            weight = (share - before) / (after - before)
+            return kl_before + weight * (kl_after - kl_before)
+    return math.nan
+
+
+@analysis
+def scale_intruders(
+    g: Evaluations,
+    scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    k: int = 10,
+    threshold: float = 0.5,
+    sites: str | Sequence[str] | None = None,
+    texts: PromptsLike | None = None,
+) -> ScaledIntruders:
+    """Scale an adapter's intruders, and measure the taught behaviour and ordinary text.
+
+    `ll.intruders(lens, k, threshold).adapter(scale)` is the adapter that this measures.
+
+    Cost: two dense SVDs for each site; a forward pass of the prompts, and one of the texts, for
+    each factor, twice, and one of each for the base.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`, that ask for the taught behaviour.
+        readout: what the adapter moves there.
+        scales: the factors, of which 0 takes intruders out and 1 leaves them.
+        k, threshold, sites: which directions are intruders, as for `ll.intruders`.
+        texts: texts about other things, of two tokens at least; None for an eighth of the package's
+            neutral texts.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: no scales, or one below 0; a readout inside the model; a sum of adapters.
+        AdapterError: a module with intruders whose update is no product of factors.
+        SiteError: a name that matches no site, or no site with a weight.
+        ModelStateError: a processed or quantised model without `hf_model`.
+        TokenError, PromptError: a readout, prompt or text that does not fit the model.
+        NumericsError: a logit that is not finite.
+    """
+    g.require_logits("scale_intruders")
+    factors = _factors(scales)
+    rows = g.lens.function(texts_or_neutral(g.lens, texts)).prompts
+    require_second_token(rows, "the loss")
+    found = intruders(g.lens, k, threshold, sites=sites, progress=g.progress)
+    lenses = [g.lens.with_adapter(found.adapter(factor)) for factor in factors]
+    with_intruders_scaled = torch.stack([g.over(lens)(1.0) for lens in lenses])
+    with_whole_scaled = g.along(factors)
+    base, adapted = g.ends
+    models: list[Gated] = [(lens, lens.gates(1.0)) for lens in lenses]
+    models += [(g.lens, g.lens.gates(factor)) for factor in factors]
+    base_loss, loss, kl = _on_texts(g.lens, models, rows, progress=g.progress)
+    tokens = (rows.lengths - 1).cpu()
+    shape = len(SCALED), len(factors)
+    return ScaledIntruders(
+        scales=tuple(factors),
+        count=int(found.counts.sum()),
+        base=base,
+        adapted=adapted,
+        values=torch.stack([with_intruders_scaled, with_whole_scaled]),
+        base_loss=base_loss / tokens,
+        loss=(loss / tokens).unflatten(0, shape),
+        kl=(kl / tokens).unflatten(0, shape),
+        tokens=tokens,
+        **g.labels(),
+    )
+
+
+def _factors(scales: Sequence[float]) -> list[float]:
+    """The factors in order, the smallest first.
+
+    Raises:
+        ArgumentError: none, or one below 0.
+    """
+    factors = sorted(numbers_of("scales", scales))
+    if not factors or factors[0] < 0:
+        raise ArgumentError(
+            f"scales={scales!r}: expected factors of at least 0", remedy="write (0, 0.5, 1), say."
+        )
+    return factors
+
+
+def _on_texts(
+    lens: LoraLens, models: Sequence[Gated], texts: Prompts, *, progress: bool
+) -> tuple[Float[Tensor, " text"], Float[Tensor, "model text"], Float[Tensor, "model text"]]:
+    """The base's Σ_t −log p(y_t), those of the models, and Σ_t KL(base ‖ model), in nats."""
+    base_loss = torch.zeros(texts.batch, dtype=torch.float64)
+    loss = torch.zeros(len(models), texts.batch, dtype=torch.float64)
+    kl = torch.zeros_like(loss)
+    base_model = lens, lens.gates(0.0)
+
+    def visit(index: list[int], rows: Prompts) -> None:
+        # The logits at a token predict the next one; after the last token there is none.
+        base = logits_of(base_model, rows)[:, :-1]
+        p = base.softmax(-1)
+        is_predicted = rows.after_first[:, 1:].to(base.device)
+        next_ids = rows.tokens[:, 1:].to(base.device)
+
+        def summed(values: Float[Tensor, "row pos"]) -> Float[Tensor, " row"]:
+            return values.masked_fill(~is_predicted, 0.0).cpu().double().sum(1)
+
+        base_loss[index] = summed(surprisal(base, next_ids))
+        for row, model in enumerate(models):
+            logits = logits_of(model, rows)[:, :-1]
+            loss[row, index] = summed(surprisal(logits, next_ids))
+            kl[row, index] = summed(distribution_shift(base, p, logits - base).kl)
+
+    over_texts(lens, texts, TOKENS_AT_ONCE, visit, "ordinary text", progress)
+    return base_loss, loss, kl
