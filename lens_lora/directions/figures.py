@@ -69,7 +69,7 @@ def intruders_figure(intruders: Intruders, index: int | None = None) -> go.Figur
 def scaled_intruders_figure(result: ScaledIntruders) -> go.Figure:
     """The KL on ordinary text over the share that is kept, of the intruders and the whole adapter.
 
-    Each point is one factor, which stands beside it.
+    Each point is one factor; the smallest stands beside its point.
     """
     figure = go.Figure()
     looks = ((figures.EXACT, "circle"), (figures.INK, "square"))

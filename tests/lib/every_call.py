@@ -155,9 +155,9 @@ CALLS: dict[str, Call] = {
         lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
     ).values["blocks.0.hook_resid_post"],
     "removal_cost": _cost,
-    "scale_intruders": lambda lens, t: ll.scale_intruders(
-        lens, t, MARGIN, (0.0, 1.0), k=2, threshold=0.9, texts=t, **QUIET
-    ).values,
+    "scale_intruders": lambda lens, t: (
+        ll.scale_intruders(lens, t, MARGIN, (0.0, 1.0), k=2, threshold=0.9, texts=t, **QUIET).values
+    ),
     "patchscope": lambda lens, t: (
         ll.patchscope(
             lens, _directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"
