@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,8 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.core import Evaluations, Function, first_order, group_sites, indicator
-from lens_lora.core.function import forward as function
-from lens_lora.core.function.gate_graph import slopes_of_each
 from lens_lora.explanations.explanation import ResponseExplanation
 from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
 from lens_lora.path.path_attribution import path_attribution
@@ -28,7 +25,8 @@ from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb
 from lens_lora.responses.generate import side_by_side
 from lens_lora.responses.token_shifts import token_shifts_of
 
-_TOKENS_MOVED = 8  # the tokens that changed most, of which it is said which module moved them
+# Of how many tokens, those that changed most, it is said which modules moved them.
+_TOKENS_MOVED = 8
 
 
 def explained_response(
@@ -56,7 +54,7 @@ def explained_response(
             modules = first_order.of(kl, at=1.0)
         with step(bar, "modules of the tokens that changed most"):
             largest = shifts.kl[0, 0].argsort(descending=True)[:_TOKENS_MOVED].tolist()
-            moved = _slopes_of_tokens(log_p, largest)
+            moved = log_p.with_progress(False).slopes_of_tokens(largest, at=1.0)[:, 0]
         quick = ResponseExplanation(
             is_generated=is_generated,
             shifts=shifts,
@@ -66,16 +64,6 @@ def explained_response(
             answers=answers,
         )
         return quick if fast else _in_full(log_p, kl, quick, bar)
-
-
-def _slopes_of_tokens(g: Function, tokens: Sequence[int]) -> Float[Tensor, "token site"]:
-    """∂ℓ_t/∂ε_l at ε = 1 of some tokens: a covector for each of them, through one graph."""
-
-    def log_ps() -> Float[Tensor, "token row"]:
-        return function.differentiable_tokens(g.lens, g.reading)[:, tokens].T
-
-    slopes = slopes_of_each(g.lens, g.reading, g.lens.gates(1.0), log_ps, progress=False)
-    return slopes[:, 0]
 
 
 def _in_full(
@@ -99,18 +87,13 @@ def _in_full(
 def _layers_by_token(
     g: Function, members: Float[Tensor, "group site"]
 ) -> tuple[Float[Tensor, "group token"], Float[Tensor, "group token"]]:
-    """ℓ_t(e_G) − ℓ_t(0), and ℓ_t(1) − ℓ_t(1 − e_G). Two forward passes, and two for each group."""
-    lens = g.lens
+    """Exact effects on log p of each token: ℓ_t(e_G) − ℓ_t(0), and ℓ_t(1) − ℓ_t(1 − e_G).
+
+    Cost: two forward passes, and two for each group.
+    """
     count = len(members)
-    ends = (torch.zeros_like(members[:1]), torch.ones_like(members[:1]))
-    points = torch.cat([*ends, members, 1 - members]).to(lens.device, lens.gate_dtype)
-    (values,) = function.gated_readout(
-        lens,
-        g.reading,
-        points,
-        read=function.read_tokens,
-        progress=g.progress,
-        what="each layer added and left out",
-    )
+    none = torch.zeros_like(members[:1])
+    points = torch.cat([none, 1 - none, members, 1 - members])
+    values = g.token_values(points)[:, 0]
     base, adapted, alone, without = values.split([1, 1, count, count])
     return alone - base, adapted - without

@@ -279,7 +279,6 @@ class Speaker:
         return torch.tensor(rows, device=home_of(self.lens.model))
 
 
-@stored
 class _Steps:
     """Rows that share a cache, which go in step: so many tokens first, then one token a pass.
 

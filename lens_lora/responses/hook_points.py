@@ -23,18 +23,13 @@ from lens_lora.core import (
     PromptsLike,
     Readout,
     Scale,
-    ScaleInject,
     alone,
     attached,
     evaluations,
     require_finite,
     tangent_of,
 )
-from lens_lora.core.function.duals import dual_forward
-from lens_lora.core.function.forward import read_for_slopes
-from lens_lora.core.function.memory import require_graph, require_tangents
-from lens_lora.core.function.tangents import JointInject
-from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError, named, worded
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -50,7 +45,9 @@ def tangents(
     at: float = 0.0,
     max_memory: float | None = None,
 ) -> ActivationCache:
-    """d/dt of every hooked activation along ε = at + t·scale, at t = 0. One dual forward pass.
+    """The derivative d/dt of every hooked activation along ε = at + t·scale, at t = 0.
+
+    Cost: one dual forward pass.
 
     Args:
         lens: the adapter over the model.
@@ -70,24 +67,21 @@ def tangents(
         ArgumentError: a scale or `at` that is no number, or tangents beyond the bound.
     """
     bounded = lens if max_memory is None else lens.within(max_memory)
-    prompts = lens.function(prompts).prompts
+    f = bounded.function(prompts)
     strength = number("at", at)
-    named = lens.points(names)
-    lens.require_update(named.in_full)
-    wanted = [name for name in named.wanted if name not in lens.plan.points_without_update]
+    points = lens.points(names)
+    lens.require_update(points.in_full)
+    wanted = [name for name in points.wanted if name not in lens.plan.points_without_update]
     aliases = _aliases(lens, wanted)
-    require_tangents(bounded, prompts, [known_as[0] for known_as in aliases])
+    _require_room(f, [known_as[0] for known_as in aliases])
     kept: dict[str, Tensor] = {}
 
     def keep(known_as: list[str], tensor: Tensor) -> None:
         kept.update(dict.fromkeys(known_as, tangent_of(tensor)))
 
     hooks = _hooks_that_show(keep, aliases)
-    with dual_forward():
-        inject = JointInject(lens, lens.gates(strength), lens.gates(scale))
-        with lens.injected(inject), attached(lens.model, hooks):
-            lens.run(prompts)
-    return _cache(lens, named.wanted, kept)
+    f.passes.observe_tangents(scale, strength, under=attached(lens.model, hooks))
+    return _cache(lens, points.wanted, kept)
 
 
 @alone
@@ -131,18 +125,13 @@ def gradients(
     if strength == 0:
         g.require_slope_at_base()
     _require_one_row_each(g)
-    named = lens.points(names)
-    aliases = _aliases(lens, named.wanted)
-    require_tangents(g.lens, g.rows, [known_as[0] for known_as in aliases])
-    require_graph(g.lens, g.reading)
-    # The hooks are off by the time of the backward pass, and a block that runs again then would
-    # run without them.
-    lens.check_backward(once=False)
+    points = lens.points(names)
+    aliases = _aliases(lens, points.wanted)
+    _require_room(g, [known_as[0] for known_as in aliases])
     seen, values = _seen_in_graph(g, strength, aliases)
-    fired = [name for known_as, _ in seen for name in known_as]
-    named.fired(fired)
+    points.fired([name for known_as, _ in seen for name in known_as])
     kept = _gradients_at(seen, values)
-    for name in named.in_full:
+    for name in points.in_full:
         if name not in kept:
             raise ModelStateError(
                 f"{name}: {readout.label} does not depend on the tensor that this point shows (a "
@@ -151,7 +140,27 @@ def gradients(
             )
     for name, gradient in kept.items():
         require_finite(gradient, f"the gradient at {name}")
-    return _cache(lens, named.wanted, kept)
+    return _cache(lens, points.wanted, kept)
+
+
+def _require_room(f: Function, names: Sequence[str]) -> None:
+    """Refuse tensors at all of these hook points, which are kept, beyond the bound of the lens."""
+    lens = f.lens
+    if lens.max_memory is None:
+        return
+    cfg = lens.model.cfg
+    longest = f.rows.tokens.shape[1]
+    widest = max(int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 0))
+    patterns = [name for name in names if name.endswith(("hook_pattern", "hook_attn_scores"))]
+    others = len(names) - len(patterns)
+    entries_of_token = others * widest + len(patterns) * int(cfg.n_heads) * longest
+    needed = f.rows.tokens.numel() * lens.dtype.itemsize * entries_of_token
+    if needed > lens.max_memory:
+        raise ArgumentError(
+            f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes, and the tangents "
+            f"of {len(names)} hook points take about {needed:.3g}; name fewer, as in "
+            "names='blocks.*.hook_out', or allow more."
+        )
 
 
 def _require_one_row_each(g: Function) -> None:
@@ -173,7 +182,6 @@ def _seen_in_graph(
     g: Function, at: float, aliases: Sequence[list[str]]
 ) -> tuple[list[_Seen], Tensor]:
     """The activations at these points as nodes of one graph, and g at its end. A forward pass."""
-    lens = g.lens
     seen: list[_Seen] = []
 
     def keep(known_as: list[str], tensor: Tensor) -> Tensor:
@@ -184,10 +192,8 @@ def _seen_in_graph(
         seen.append((known_as, node))
         return node
 
-    inject = ScaleInject(lens.plan, lens.gates(at))
     hooks = _hooks_that_show(keep, aliases)
-    with torch.enable_grad(), lens.injected(inject), attached(lens.model, hooks):
-        values = read_for_slopes(lens, g.reading)
+    values = g.passes.with_graph(at, under=attached(g.lens.model, hooks))
     return seen, values
 
 

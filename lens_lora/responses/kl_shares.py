@@ -8,7 +8,7 @@ At every token t of the response, with p₀ the base model's distribution,
 1. One dual forward pass gives p₀ and v, the tangent of all sites together, and keeps the graph of
    f(0).
 2. The covector F v goes back through the graph: ∂/∂ε_l of (F v)ᵀf is v_lᵀ F v. Its parts by
-   position, head and rank come as those of any readout (`core/function/pulled_back.py`).
+   position, head and rank come as those of any readout (`g.pulled_back`).
 3. On request, the kernel between sites or groups,
 
        K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m,    w_l = √p₀ ∘ (v_l − p₀ᵀv_l),
@@ -34,35 +34,29 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from lens_lora.arguments import word
 from lens_lora.core import (
     Attribution,
     Drawn,
     Evaluations,
+    Function,
     Gauge,
     Groups,
     LoraLens,
     Prompts,
     PromptsLike,
-    Reading,
     ShownAxis,
     alone,
     by_axes,
     correlation,
     drawing,
     group_sites,
+    indicator,
     long_table,
     prompt_rows,
     require_gauge,
-    tangent_of,
 )
-from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.function.memory import dual_graph_groups
-from lens_lora.core.function.pulled_back import pulled_back
-from lens_lora.core.function.reverse import joined, require_finite_sites
-from lens_lora.core.function.tangents import group_parts, part_tangents
 from lens_lora.errors import ArgumentError
 from lens_lora.responses.answers import KL, AnswerLike, ReadTokens, held
 
@@ -108,8 +102,9 @@ class KLShares(Drawn):
         divergence: [batch, scale], D(ε·1), exact.
         midpoint: [batch, site], ∂D/∂ε_l at ε = ½, in nats: the path integral of the divergence by
             one node, and q_l, were D quadratic.
-        gram: K of the groups, in nats; None where it was not asked for.
-        groups: of the kernel, {name: indices into sites}.
+        gram: [batch, group, group], the kernel K between the groups, in nats; None where it was
+            not asked for.
+        groups: the groups of the kernel, {name: indices into sites}.
     """
 
     attribution: Attribution
@@ -135,8 +130,8 @@ class KLShares(Drawn):
         shares = self.attribution.per_site.cpu().double().numpy()
         slopes = self.midpoint.cpu().double().numpy()
         correlations = [
-            correlation(of_prompt, slope, ranked=True)
-            for of_prompt, slope in zip(shares, slopes, strict=True)
+            correlation(shares_of_prompt, slopes_of_prompt, ranked=True)
+            for shares_of_prompt, slopes_of_prompt in zip(shares, slopes, strict=True)
         ]
         return torch.tensor(correlations, dtype=torch.float64)
 
@@ -246,7 +241,7 @@ def kl_shares(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> KLShares:
-    """q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
+    """The share q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
 
     Both directions have the same quadratic; they differ in the divergence that it is held against.
     A trained adapter at full strength is seldom near enough to the base for these shares to rank
@@ -290,25 +285,24 @@ def kl_shares(
         lens = lens.within(max_memory)
     f = lens.function(prompts, progress=progress)
     readout = KL(response, direction, tokens).on(f.prompts)
-    reading = readout.reading(lens.model, f.prompts)
-    turned = in_gauge(lens, gauge)
+    in_gauge = f.over(lens.in_gauge(gauge))
     require_gauge(gauge, axes)
-    values, base = _quadratic(turned, reading, axes)
-    require_finite_sites(lens, values)
-    # The pass of the quadratic has shown f(0), so the divergence is held against that.
+
+    # p₀ is not known yet, and the pass of the quadratic does without: it shows f(0).
+    reading = readout.reading(lens.model, f.prompts)
+    doubled, base = in_gauge.read_by(readout, reading).pulled_back(_times_fisher, axes)
+    # The divergence is held against that f(0).
     g = Evaluations(f.read_by(readout, held(readout, reading, base)))
     # D(0) = 0 by definition.
     g.know(0.0, torch.zeros(reading.batch, dtype=lens.gate_dtype, device=lens.device))
     strengths = [*sorted(scales), 1.0]
     divergence = g.along(strengths).T
     midpoint = g.slopes(0.5)
-    gram = None
-    if groups:
-        gram = _gram(lens, reading.prompts, base.softmax(-1), groups, progress)
+    gram = _gram(g, base.softmax(-1), groups) if groups else None
     return KLShares(
         attribution=Attribution.of(
             g,
-            values,
+            doubled / 2,
             axes,
             method="kl_quadratic",
             at=0.0,
@@ -322,51 +316,31 @@ def kl_shares(
     )
 
 
-def _quadratic(
-    lens: LoraLens, reading: Reading, axes: tuple[str, ...]
-) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "row *slot vocab"]]:
-    """q_l and its parts, and f(0), as many prompts at a time as there is memory for."""
-    values: list[Tensor] = []
-    base: list[Tensor] = []
-    for group in dual_graph_groups(lens, reading):
-        rows = group.prompts
-
-        def covector(f: Tensor, v: Tensor, rows: Prompts = rows) -> Tensor:
-            """F v = p₀ ∘ (v − p₀ᵀv) at each slot that holds a token, zero elsewhere."""
-            p = f.softmax(-1)
-            return p * _centred(p, v) * _mask(rows, v)
-
-        doubled, f = pulled_back(lens, group, axes, covector)
-        values.append(doubled / 2)
-        if f.ndim == 3:
-            # Slots that no row of the group has.
-            missing = reading.prompts.slots - rows.slots
-            f = functional.pad(f, (0, 0, 0, missing))
-        base.append(f)
-    return joined(values), torch.cat(base)
+def _times_fisher(
+    f: Float[Tensor, "row *slot vocab"], v: Float[Tensor, "row *slot vocab"], rows: Prompts
+) -> Float[Tensor, "row *slot vocab"]:
+    """F v = p₀ ∘ (v − p₀ᵀv) at each slot that holds a token, and zero elsewhere."""
+    p = f.softmax(-1)
+    return p * _centred(p, v) * _mask(rows, v)
 
 
 def _centred(p: Tensor, v: Tensor) -> Tensor:
-    """v − p₀ᵀv."""
+    """The shift less its mean: v − p₀ᵀv."""
     return v - (p * v).sum(-1, keepdim=True)
 
 
 def _gram(
-    lens: LoraLens,
-    rows: Prompts,
-    p: Float[Tensor, "row *slot vocab"],
-    groups: Groups,
-    progress: bool,
+    g: Function, p: Float[Tensor, "row *slot vocab"], groups: Groups
 ) -> Float[Tensor, "row group group"]:
-    """K, from w of every group."""
-    root = (p * _mask(rows, p)).sqrt()[:, None]
+    """The kernel K, from a tangent for each group."""
+    root = (p * _mask(g.rows, p)).sqrt()[:, None]
 
-    def read(logits: Tensor) -> Float[Tensor, "row group *slot vocab"]:
-        return root * _centred(p[:, None], tangent_of(logits))
+    def weighted(tangents: Tensor) -> Float[Tensor, "row group *slot vocab"]:
+        """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
+        return root * _centred(p[:, None], tangents)
 
-    parts = group_parts(lens, groups)
-    tangents = part_tangents(lens, rows, lens.gates(0.0), parts, read, progress=progress)
-    w = tangents.flatten(2)
+    members = indicator(groups, len(g.lens.sites))
+    w = g.tangent(members, read=weighted).movedim(0, 1).flatten(2)
     return w @ w.transpose(1, 2)
 
 

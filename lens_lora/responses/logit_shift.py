@@ -1,8 +1,8 @@
 """First-order changes of the next token's logits: J δz_l (note, Prop. 1).
 
 1. For every token and site, in forward mode: a tangent for each site gives the whole vocabulary.
-2. In reverse mode: a covector for each token gives every site. `core/function/memory.py` says which
-   of the two is cheaper, and how many go at once.
+2. In reverse mode: a covector for each token gives every site. `f.chosen_mode` says which of the
+   two takes less work.
 3. All sites together are one tangent.
 """
 
@@ -21,6 +21,7 @@ from lens_lora.core import (
     Described,
     Function,
     LoraLens,
+    Mode,
     Prompts,
     PromptsLike,
     Site,
@@ -32,9 +33,6 @@ from lens_lora.core import (
     require_finite,
     token_ids,
 )
-from lens_lora.core.function.forward import read_logits
-from lens_lora.core.function.gate_graph import slopes_of_each
-from lens_lora.core.function.memory import Mode, chosen_mode
 from lens_lora.errors import ArgumentError, SiteError, TokenError
 
 
@@ -57,7 +55,7 @@ class LogitShift(Described):
 
     @property
     def joint(self) -> Float[Tensor, "batch vocab"]:
-        """All sites together: Σ_l J δz_l."""
+        """The shift of all sites together, Σ_l J δz_l."""
         return self.values.sum(1) if self.sites else self.values
 
     def promoted(
@@ -139,7 +137,7 @@ def logit_shift(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> LogitShift:
-    """J δz_l of every site, for the whole vocabulary (or some tokens), at the read position.
+    """The first-order shift J δz_l of every site, of all logits or some, at the read position.
 
     Cost: in forward mode a tangent per site, from its block on, many of them in one pass; in
     reverse mode one forward pass and a backward pass per token, many as one; with by_site=False
@@ -172,12 +170,12 @@ def logit_shift(
     f.prompts.require_last_alone("the logit shift")
     ids = _ids(lens, tokens, f.prompts)
     index = torch.tensor(ids, device=lens.device)
-    cheaper = chosen_mode(mode, lens, len(ids))
+    derivatives = f.chosen_mode(mode, len(ids))
     strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
     if not by_site:
         values = f.tangent(1.0, strength)[:, index]
         return _labelled(f, values, (), ids, strings)
-    if cheaper == "forward":
+    if derivatives == "forward":
         values = _by_tangents(f, strength, index)
     else:
         values = _by_covectors(f, strength, index)
@@ -197,12 +195,7 @@ def _by_covectors(
     f: Function, at: float, index: Int[Tensor, " token"]
 ) -> Float[Tensor, "batch site token"]:
     """A covector for each token, back through one graph."""
-    lens = f.lens
-
-    def chosen_logits() -> Float[Tensor, "token batch"]:
-        return read_logits(lens, f.prompts)[:, index].T
-
-    slopes = slopes_of_each(lens, f.prompts, lens.gates(at), chosen_logits, progress=f.progress)
+    slopes = f.slopes_of(lambda logits: logits[:, index].T, at)
     return slopes.permute(1, 2, 0)
 
 
@@ -222,7 +215,7 @@ def _labelled(
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:
-    """Their ids; without tokens those of the whole vocabulary."""
+    """The ids of the tokens; without any, those of the whole vocabulary."""
     if tokens is None:
         return list(range(int(lens.model.cfg.d_vocab_out)))
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):

@@ -445,22 +445,6 @@ def rows_of_duals(lens: LoraLens, prompts: Prompts) -> int | None:
     return _rows(lens, prompts, sizes, "a pass of dual numbers of one prompt")
 
 
-def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> None:
-    """Check that the tangents of these hook points, which are all kept, are within the bound."""
-    if lens.max_memory is None:
-        return
-    cfg, longest = lens.model.cfg, prompts.tokens.shape[1]
-    wide = max(int(cfg.d_model), int(getattr(cfg, "d_mlp", None) or 0))
-    patterns = sum(name.endswith(("hook_pattern", "hook_attn_scores")) for name in names)
-    of_token = (len(names) - patterns) * wide + patterns * int(cfg.n_heads) * longest
-    needed = prompts.tokens.numel() * lens.dtype.itemsize * of_token
-    if needed > lens.max_memory:
-        raise ArgumentError(
-            f"{_bound(lens)}, and the tangents of {len(names)} hook points "
-            f"take about {needed:.3g}; name fewer, as in names='blocks.*.hook_out', or allow more."
-        )
-
-
 def _bound(lens: LoraLens) -> str:
     """The bound of a lens as its user wrote it, for messages."""
     return f"{named('max_memory')}{worded('=', ' ')}{lens.max_memory:.3g} bytes"
