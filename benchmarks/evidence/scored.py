@@ -101,7 +101,7 @@ def held_out(
         measured = attribution_of(g, effect.double(), how)
         for key, values in scores.items():
             made = attribution_of(trained, values.double(), key)
-            found = ll.compare(made, measured, held_out=True, bootstrap=0)
+            found = ll.compare(made, measured, across_prompts=True, bootstrap=0)
             rows += [
                 {
                     "prompts": kind,

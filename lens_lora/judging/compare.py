@@ -12,9 +12,9 @@
        relative_error         Σ|a_l − e_l| / Σ|e_l|
        sum_ratio              Σ a_l / Σ e_l
 
-3. With `held_out` the attribution is of other prompts than the effects: its mean over them, each
-   value in the direction of its prompt's shift, meets every prompt's effects in the direction of
-   theirs.
+3. With `across_prompts` the attribution is of other prompts than the effects. Its values are turned
+   to the direction of their prompt's shift and averaged over its prompts; that mean is compared
+   with each prompt's effects, turned to the direction of their own shift.
 4. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
 
 A correlation is blind to size and to the sum; the slope, the relative error and the sum ratio are
@@ -47,7 +47,7 @@ from lens_lora.core import (
     is_constant,
 )
 from lens_lora.edge_attribution.edges import Edges
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, warn
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -137,10 +137,11 @@ def compare(
     attribution: Attribution | Effects | Edges,
     effects: Attribution | Effects,
     *,
-    held_out: bool = False,
+    across_prompts: bool = False,
     k: int = 10,
     bootstrap: int = 1000,
     seed: int = 0,
+    held_out: bool | None = None,
 ) -> Comparison:
     """How well an attribution, or one kind of effect, agrees with effects. No forward pass.
 
@@ -148,28 +149,36 @@ def compare(
         attribution, effects: results over the same prompts, sites and readout. An attribution is
             summed over the groups of the effects it meets; of `Edges`, those are taken that
             `patch_edges` measured.
-        held_out: the effects are of other prompts, on which what was made on the attribution's is
-            judged; readouts may differ in their tokens, not in their units.
+        across_prompts: whether the two results are of different prompts: what was attributed on the
+            one is judged by effects on the other. Their readouts may differ in their tokens, not in
+            their units.
         k: how many count as the top.
         bootstrap, seed: resamplings of the prompts; 0 for no intervals.
+        held_out: the former name of `across_prompts`, which warns.
 
     Raises:
         ArgumentError: other sites, prompts, readouts or groups, naming both; numbers that are not
             finite; k below 1.
     """
+    if held_out is not None:
+        warn(
+            "compare: held_out= is called across_prompts= now, and the old name will go",
+            remedy=f"write across_prompts={held_out}.",
+        )
+        across_prompts = held_out
     k = whole("k", k, 1)
     bootstrap = whole("bootstrap", bootstrap, 0)
     seed = whole("seed", seed, 0)
     if isinstance(attribution, Edges):
         attribution = attribution.along(effects)
-    _require_same(attribution, effects, held_out)
+    _require_same(attribution, effects, across_prompts)
     grouped = next((r for r in (effects, attribution) if isinstance(r, Effects)), None)
     groups = group_sites(effects.sites) if grouped is None else grouped.groups
     a = _over_groups(attribution, grouped)
     e = _over_groups(effects, grouped)
     floor_of_a = None if isinstance(attribution, Attribution) else attribution.noise_floor
     floor_of_e = None if isinstance(effects, Attribution) else effects.noise_floor
-    if held_out:
+    if across_prompts:
         if floor_of_a is not None:
             # The floor of a mean over prompts is the same for each prompt that is judged.
             floor_of_a = (floor_of_a.norm() / len(floor_of_a)).expand(len(e))
@@ -203,7 +212,7 @@ def compare(
         readout=effects.readout,
         units=effects.units,
         meta=attribution.meta,
-        made_on=attribution.str_tokens if held_out else (),
+        made_on=attribution.str_tokens if across_prompts else (),
     )
 
 
@@ -244,7 +253,9 @@ def _require_finite(key: str, values: Grouped, labels: list[str]) -> None:
         )
 
 
-def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
+def _require_same(
+    one: Attribution | Effects, other: Attribution | Effects, across_prompts: bool
+) -> None:
     """Check that two results can be held against each other."""
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
@@ -252,7 +263,7 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects, held
             raise ArgumentError(f"compare takes attributions and effects, and this is a {kind}.")
     mine = _facts(one)
     theirs = _facts(other)
-    if held_out:
+    if across_prompts:
         compared = ["sites", "units"]
     else:
         # A file of an earlier version does not say where in its rows the prompts end. The label of
@@ -263,7 +274,9 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects, held
         compared.append("groups")
     for fact in compared:
         if mine[fact] != theirs[fact]:
-            otherwise = "" if held_out else ", or judge on other prompts: held_out=True"
+            otherwise = ""
+            if not across_prompts:
+                otherwise = ", or compare results of different prompts: across_prompts=True"
             raise ArgumentError(
                 f"the two results are of different {fact}: {one.key} has "
                 f"{_shown(mine[fact], theirs[fact])}, {other.key} has "

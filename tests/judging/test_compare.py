@@ -252,7 +252,7 @@ def test_what_is_not_finite_agrees_with_nothing(odd: float, which: int):
         ll.compare(*pair)
 
 
-def test_held_out_is_the_mean_of_the_one_against_each_of_the_other():
+def test_across_prompts_is_the_mean_of_the_one_against_each_of_the_other():
     """By a loop; each prompt in the direction of its own shift, readouts of other tokens."""
     made = attribution(torch.randn(3, COUNT, dtype=torch.float64))
     made = dataclasses.replace(made, adapted=torch.tensor([1.0, -2.0, 3.0]).double())
@@ -260,7 +260,7 @@ def test_held_out_is_the_mean_of_the_one_against_each_of_the_other():
     shift = torch.tensor([1.0, -1.0, 2.0, -3.0]).double()
     others = tuple((f"q{i}", " was") for i in range(BATCH))
     judged = dataclasses.replace(judged, adapted=shift, str_tokens=others, readout="margin(1 − 2)")
-    found = compare(made, judged, held_out=True)
+    found = compare(made, judged, across_prompts=True)
     mean = (made.values[0] - made.values[1] + made.values[2]) / 3
     for i, sign in enumerate((1, -1, 1, -1)):
         truth = sign * judged.values[i]
@@ -272,12 +272,25 @@ def test_held_out_is_the_mean_of_the_one_against_each_of_the_other():
     assert "made on 3 other prompts" in repr(found)
 
 
-def test_other_prompts_are_refused_unless_held_out():
+def test_other_prompts_are_refused_unless_across_prompts():
     made, judged = attribution(torch.randn(3, COUNT)), effects(torch.randn(BATCH, COUNT))
-    with pytest.raises(ll.errors.ArgumentError, match=r"different prompts.*held_out=True"):
+    with pytest.raises(ll.errors.ArgumentError, match=r"different prompts.*across_prompts=True"):
         compare(made, judged)
     assert compare(attribution(torch.randn(BATCH, COUNT)), judged).made_on == ()
     with pytest.raises(ll.errors.ArgumentError, match="different units"):
-        compare(made, dataclasses.replace(judged, units="nats"), held_out=True)
+        compare(made, dataclasses.replace(judged, units="nats"), across_prompts=True)
     with pytest.raises(ll.errors.ArgumentError, match="different sites"):
-        compare(attribution(torch.randn(3, COUNT - 1)), judged, held_out=True)
+        compare(attribution(torch.randn(3, COUNT - 1)), judged, across_prompts=True)
+
+
+def test_the_former_name_of_across_prompts_warns():
+    """One release long the old name works, and says what to write."""
+    made = attribution(torch.randn(3, COUNT, dtype=torch.float64))
+    made = dataclasses.replace(made, adapted=torch.tensor([1.0, -2.0, 3.0]).double())
+    judged = effects(torch.randn(BATCH, COUNT, dtype=torch.float64))
+    judged = dataclasses.replace(judged, adapted=torch.ones(BATCH, dtype=torch.float64))
+    with pytest.warns(ll.errors.LensLoraWarning, match="write across_prompts=True"):
+        former = compare(made, judged, held_out=True)
+    now = compare(made, judged, across_prompts=True)
+    assert former.made_on == now.made_on and former.pearson.isfinite().all()
+    assert torch.equal(former.pearson, now.pearson)
