@@ -60,8 +60,6 @@ from lens_lora.core import (
     save_result,
     within_response,
 )
-from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.function.memory import graph_groups
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import differences, digest, fingerprint, settings
@@ -151,7 +149,7 @@ class Bank:
             relative_norm = plan.relative_norm(factors)
         else:
             lens = plan if isinstance(plan, LoraLens) else self._lens.with_adapter(adapter)
-            lens = in_gauge(lens, gauge)
+            lens = lens.in_gauge(gauge)
             require_gauge(gauge, axes)
             by_half = self._base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
@@ -432,8 +430,8 @@ def _recorded(
     """The base's half for one readout, and g(0)."""
     response = g.response_tokens() if by_token else ()
     halves: list[Half] = []
-    for group in graph_groups(g.lens, g.reading):
-        halves.append(record(lenses, group, pool, by_token=by_token))
+    for group in g.groups(graph=True):
+        halves.append(record(group, lenses, pool, by_token=by_token))
     (base,) = g.along((0.0,))
     labels = g.labels()
     kept = {name: labels[name] for name in ("readout", "units", "str_tokens")}

@@ -22,10 +22,8 @@ from torch import Tensor
 
 from lens_lora.banks.plain_factors import Shapes, SharedPlan, can_share_plan, shapes_of
 from lens_lora.banks.record import Half, Stacks, TensorPool, record
-from lens_lora.core import Adapter, LoraLens, Reading, Site
-from lens_lora.core.adapter.dense import stored_bytes
-from lens_lora.core.function.memory import graph_groups
-from lens_lora.core.function.reverse import require_finite_sites
+from lens_lora.core import Adapter, Function, LoraLens, Site, require_finite_slopes
+from lens_lora.core.model import extensions
 from lens_lora.errors import LensLoraError
 
 # How many plans are kept, each with the first adapter of its modules and shapes.
@@ -121,43 +119,31 @@ def bytes_of(adapter: Adapter) -> int:
     for update in adapter.modules.values():
         for part in vars(update).values():
             if isinstance(part, Tensor):
-                total += stored_bytes(part)
+                # Of a view that repeats its entries only these are stored.
+                total += min(part.nbytes, part.untyped_storage().nbytes())
     return total
 
 
-def first_orders(
-    lens: LoraLens,
-    like: Sequence[Adapter],
-    reading: Reading,
+@extensions.slopes_of_adapters.provide
+def slopes_of_adapters(
+    g: Function,
     adapters: Callable[[], Iterable[Adapter]],
     sites: Sequence[Site],
+    like: Sequence[Adapter],
 ) -> Float[Tensor, "adapter batch site"]:
-    """∂g/∂ε_l at 0 of many adapters, over the sites of these names.
-
-    Cost: one forward and one backward pass, and one of each for every adapter of `like` that reads
-    or writes where no earlier one does.
-
-    Args:
-        lens: any adapter over the model.
-        like: adapters that read and write wherever the others do.
-        reading: the rows, and g of them.
-        adapters: makes the adapters. Where the prompts go in groups it is called for each group.
-        sites: which sites are returned, in this order.
-
-    Raises:
-        NumericsError: a derivative that is not finite, naming the site.
-    """
+    """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
     by_group: list[Tensor] = []
-    for group in graph_groups(lens, reading):
+    for group in g.groups(graph=True):
         pool = TensorPool()
-        laid = (lens.with_adapter(adapter) for adapter in like)
-        half = record(laid, group, pool, by_token=False)
-        base = RecordedBase(lens, [half], pool.stacks())
+        # One at a time, as there may be many.
+        lenses = (g.lens.with_adapter(adapter) for adapter in like)
+        half = record(group, lenses, pool, by_token=False)
+        base = RecordedBase(g.lens, [half], pool.stacks())
         rows: list[Tensor] = []
         for adapter in adapters():
-            of_adapter, (slopes,) = base.slopes(adapter)
-            require_finite_sites(of_adapter, slopes)
-            index = {site.name: i for i, site in enumerate(of_adapter.sites)}
+            lens, (slopes,) = base.slopes(adapter)
+            require_finite_slopes(lens, slopes)
+            index = {site.name: i for i, site in enumerate(lens.sites)}
             rows.append(slopes[:, [index[site.name] for site in sites]])
         by_group.append(torch.stack(rows))
     return torch.cat(by_group, 1)

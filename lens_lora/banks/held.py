@@ -11,12 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.banks.record import Half
-from lens_lora.core import (
-    LoraLens,
-    Prompts,
-    stored,
-)
-from lens_lora.core.function.reverse import joined, require_finite_sites
+from lens_lora.core import LoraLens, Prompts, join_groups, require_finite_slopes, stored
 
 stored(Half)
 stored(Prompts)
@@ -79,7 +74,7 @@ def slopes_by_readout(
     values: list[Tensor] = []
     for readout in readouts:
         groups = list(itertools.islice(halves, len(readout.halves)))
-        slopes = joined(groups)
-        require_finite_sites(lens, slopes)
+        slopes = join_groups(groups)
+        require_finite_slopes(lens, slopes)
         values.append(slopes)
     return values

@@ -18,9 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import Injection, LoraLens, Prompts, Reading
-from lens_lora.core.function.forward import differentiable_tokens, read_for_slopes
-from lens_lora.core.function.reverse import Slopes, Visit, go_back
+from lens_lora.core import Function, Injection, LoraLens, Prompts, Reading, Slopes, Visit
 from lens_lora.errors import SiteError
 
 # Tensors of one shape, by the name that `TensorPool` gives the shape.
@@ -101,16 +99,14 @@ class Half:
         return torch.stack(by_column).sum(0)
 
 
-def record(
-    lenses: Iterable[LoraLens], reading: Reading, pool: TensorPool, *, by_token: bool
-) -> Half:
+def record(g: Function, lenses: Iterable[LoraLens], pool: TensorPool, *, by_token: bool) -> Half:
     """The base's half at every place where a site of these lenses reads and writes.
 
     A lens is run only if one of its places was not seen under an earlier one.
 
     Args:
+        g: the function, of prompts that one pass has room for.
         lenses: adapters over the same model.
-        reading: the rows that are run, and g of them.
         pool: takes the tensors.
         by_token: whether each token's log p of a response is kept apart.
     """
@@ -121,12 +117,12 @@ def record(
         }
         if columns and places <= columns[0].keys():
             continue
-        seen = _run(lens, reading, pool, by_token)
+        seen = _run(g.over(lens), pool, by_token)
         if columns:
             for of_this_lens, of_earlier_ones in zip(seen, columns, strict=True):
                 of_this_lens.update(of_earlier_ones)
         columns = seen
-    return Half(reading.prompts, reading.owner, tuple(columns))
+    return Half(g.rows, g.reading.owner, tuple(columns))
 
 
 def place_of(lens: LoraLens, injection: Injection) -> str:
@@ -136,25 +132,20 @@ def place_of(lens: LoraLens, injection: Injection) -> str:
     return f"{kind} {ports.read} {ports.write} {ports.firing}"
 
 
-def _run(lens: LoraLens, reading: Reading, pool: TensorPool, by_token: bool) -> list[Addresses]:
+def _run(g: Function, pool: TensorPool, by_token: bool) -> list[Addresses]:
     """What one forward pass and its backward passes show: one for g, or one for each token."""
     columns: list[Addresses] = []
     # Several updates of one module share a place, and show the same tensors there.
     shown_by: dict[str, Injection] = {}
 
-    def read() -> Float[Tensor, "row value"]:
-        if by_token:
-            return differentiable_tokens(lens, reading)
-        return read_for_slopes(lens, reading)[:, None]
-
-    def visit_of(column: int) -> Visit:
+    def visitor_of(column: int) -> Visit:
         columns.append({})
 
         def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
             del weight
             if injection.partner is not None:  # what waits for a partner's gate is 0
                 return
-            place = place_of(lens, injection)
+            place = place_of(g.lens, injection)
             if shown_by.setdefault(place, injection) is not injection:
                 return
             address_of_gradient = pool.address_of(gradient)
@@ -166,7 +157,11 @@ def _run(lens: LoraLens, reading: Reading, pool: TensorPool, by_token: bool) -> 
 
         return visit
 
-    go_back(lens, reading, lens.gates(0.0), read, visit_of)
+    # A module on which g does not depend is not recorded. An adapter of it is refused later.
+    if by_token:
+        g.passes.visit_tokens(visitor_of, require_all=False)
+    else:
+        g.passes.visit(visitor_of(0), require_all=False)
     return columns
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import whole
-from lens_lora.banks.base_half import first_orders
 from lens_lora.compat import in_float64
 from lens_lora.core import Adapter, Attribution, Drawn, Function, analysis, flat, null_adapters
 from lens_lora.judging.verdict import NullVerdict, null_verdict
@@ -177,7 +176,7 @@ def beside_first_order(
                 adapted = g.over(lens.with_adapter(null)).with_progress(False)(1.0)
                 shifts.append(adapted - first.base)
 
-    slopes = first_orders(lens, [lens.adapter], g.reading, nulls, lens.sites)
+    slopes = g.slopes_of_adapters(nulls, lens.sites, like=[lens.adapter])
     missing = shifts[0].new_full((draws - len(shifts), len(shifts[0])), torch.nan)
     return NullTest(
         observed=first,

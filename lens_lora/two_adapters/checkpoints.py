@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import numbers_of, word
-from lens_lora.banks.base_half import first_orders
 from lens_lora.core import (
     SIGMAS,
     Adapter,
@@ -240,7 +239,7 @@ def checkpoints(
 
     Cost per checkpoint: 14 forward passes, ten along the path and four for its noise floor, about
     ten more where a prompt flips, and two thin products a module for its first order; once six
-    forward passes and one backward of the base (`banks/base_half.py`).
+    forward passes and one backward of the base.
 
     Args:
         lens: any adapter over the base model, such as the last checkpoint's.
@@ -281,7 +280,7 @@ def checkpoints(
             g_of_checkpoint.know(0.0, base)
             measurements.append(_measured(g_of_checkpoint))
             updates.append(svd_of_sites(checkpoint))
-    effects = first_orders(g.lens, run, g.reading, lambda: run, sites)
+    effects = g.slopes_of_adapters(lambda: run, sites, like=run)
     weights = _weights(updates)
 
     base = base.cpu().double()

@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.arguments import whole
-from lens_lora.banks.base_half import first_orders
 from lens_lora.core import (
     Adapter,
     AdapterLike,
@@ -260,5 +259,5 @@ def _on_prompts(
         yield from given
         yield from null_adapters(second, seed, draws)
 
-    effects = first_orders(g.lens, given, g.reading, given_and_nulls, shared).cpu().double()
+    effects = g.slopes_of_adapters(given_and_nulls, shared, like=given).cpu().double()
     return fields | {"effects": effects[:2], "null_effects": effects[2:]}

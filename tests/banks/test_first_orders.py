@@ -16,7 +16,6 @@ from targets import EVERY as EVERY_TARGET
 from targets import base_for, hooked, peft_with
 
 import lens_lora as ll
-from lens_lora.banks import base_half
 from lens_lora.banks.record import TensorPool
 from lens_lora.core.model.lens import fused_parts
 
@@ -96,7 +95,7 @@ def test_a_sum_and_groups_of_prompts():
     lens = lens.with_adapter(both)
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20", "w21 w22"]
     few = lens.within(1e5)
-    assert len(base_half.graph_groups(few, MARGIN.reading(lens.model, lens.prompts(texts)))) > 1
+    assert len(few.function(texts, MARGIN).groups(graph=True)) > 1
     expected = ll.null_test(lens, texts, MARGIN, draws=2, exact=2, **QUIET)
     found = ll.null_test(few, texts, MARGIN, draws=2, exact=2, **QUIET)
     assert off(expected.null, each(lens, nulls(lens, 0, 2), texts)) < ROUND_OFF

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from lens_lora.arguments import number, numbers_of, word
 from lens_lora.compat import Temporary
+from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.function import forward as function
 from lens_lora.core.function import gate_graph, memory, reverse, rounding, tree
 from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
@@ -61,7 +62,7 @@ from lens_lora.core.model import (
     extensions,
     indicator,
 )
-from lens_lora.core.model.sites import AXES
+from lens_lora.core.model.sites import AXES, Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
 from lens_lora.core.readout.readout import require_readout
 from lens_lora.core.readout.responses import AnswerLike
@@ -478,6 +479,30 @@ class Function:
             return function.differentiable_tokens(self.lens, self.reading)[:, chosen].T
 
         return self._slopes_of_each(self.reading, values, at)
+
+    def slopes_of_adapters(
+        self,
+        adapters: Callable[[], Iterable[Adapter]],
+        sites: Sequence[Site],
+        like: Sequence[Adapter],
+    ) -> Float[Tensor, "adapter batch site"]:
+        """∂g/∂ε_l at the base of many adapters, at the sites of these names.
+
+        What a site reads and its gradient are those of the base whatever the adapter, so they are
+        run once.
+
+        Cost: one forward and one backward pass, and one of each for every adapter of `like` that
+        reads or writes where no earlier one does.
+
+        Args:
+            adapters: makes the adapters. Where the prompts go in groups it is called for each.
+            sites: which sites are returned, in this order; every adapter has them.
+            like: adapters that read and write wherever the others do.
+
+        Raises:
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        return extensions.slopes_of_adapters(self, adapters, sites, like)
 
     def _slopes_of_each(
         self, run: memory.Run, values: Callable[[], Tensor], at: Gates

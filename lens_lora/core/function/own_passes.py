@@ -268,6 +268,7 @@ class OwnPasses:
         write: Inject | None = None,
         primal: Callable[[Tensor], Tensor] | None = None,
         under: Under = None,
+        require_all: bool = True,
     ) -> Float[Tensor, " batch"]:
         """Show each site on the way back; returns g. One forward and one backward pass.
 
@@ -281,17 +282,33 @@ class OwnPasses:
             write: what each site writes in place of ε_l ΔW_l z_l; it should have the same value.
             primal: the value of a tensor in which `write` lets something ride along.
             under: what holds during the passes and no longer, such as hooks.
+            require_all: whether a site that no gradient reaches is refused.
 
         Raises:
             ModelStateError: a gradient did not reach some site.
         """
         memory.require_rows_of_graph(self.lens, self.reading)
         gates = self._one_point(at)
+
+        def value() -> Float[Tensor, "row value=1"]:
+            return forward.read_for_slopes(self.lens, self.reading)[:, None]
+
         with _entered(under):
-            return reverse.site_gradients(self.lens, self.reading, gates, visitor, write, primal)
+            values, taps = reverse.go_back(
+                self.lens, self.reading, gates, value, lambda column: visitor, write, primal
+            )
+        if require_all:
+            taps.require_all_seen()
+        return values[:, 0]
 
     @exclusive
-    def visit_tokens(self, visitor_of: Callable[[int], reverse.Visit], at: Scale = 0.0) -> None:
+    def visit_tokens(
+        self,
+        visitor_of: Callable[[int], reverse.Visit],
+        at: Scale = 0.0,
+        *,
+        require_all: bool = True,
+    ) -> None:
         """Show each site on the way back from the log-probability of each token of a response.
 
         One forward pass, and a backward pass for each token.
@@ -299,6 +316,7 @@ class OwnPasses:
         Args:
             visitor_of: the visitor of a token's way back, from the token's index; see `visit`.
             at: the gates, one point.
+            require_all: whether a site that no gradient reaches is refused.
 
         Raises:
             ArgumentError: a readout of something else than one response for each prompt.
@@ -312,7 +330,8 @@ class OwnPasses:
             return forward.differentiable_tokens(self.lens, self.reading)
 
         _, taps = reverse.go_back(self.lens, self.reading, gates, tokens, visitor_of)
-        taps.require_all_seen()
+        if require_all:
+            taps.require_all_seen()
 
     @exclusive
     def gradient(self, of: Tensor, *, under: Under = None) -> Tensor:

@@ -6,7 +6,7 @@ text or comparing its base with the one that the adapter names, stands in a fold
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model.basis import SiteMap, Update
-from lens_lora.core.model.sites import Heads, Names
+from lens_lora.core.model.sites import Heads, Names, Site
 from lens_lora.core.provided import declared
 from lens_lora.core.readout.prompts import Prompts, PromptsLike
 from lens_lora.core.readout.readout import Readout
@@ -256,4 +256,15 @@ def function_of(
     progress: bool = True,
 ) -> Function:
     """g(ε) over these prompts: see `LoraLens.function`."""
+    raise NotImplementedError
+
+
+@declared
+def slopes_of_adapters(
+    g: Function,
+    adapters: Callable[[], Iterable[Adapter]],
+    sites: Sequence[Site],
+    like: Sequence[Adapter],
+) -> Float[Tensor, "adapter batch site"]:
+    """∂g/∂ε_l at 0 of many adapters: see `Function.slopes_of_adapters`."""
     raise NotImplementedError
