@@ -23,7 +23,7 @@ from lens_lora.core.adapter import CONFIG, given_adapter
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
 from lens_lora.families import listed_family
-from lens_lora.formats.from_models import base_within
+from lens_lora.formats.live_layers import base_within
 from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
 from lens_lora.hosts.bridged import on_stacks
 from lens_lora.hosts.build import Kind, hooked_model

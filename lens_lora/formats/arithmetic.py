@@ -87,14 +87,17 @@ def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate
 
     Parts of a sum, 'path@name', are updates of one module too.
     """
-    updates: dict[str, list[ModuleUpdate]] = {}
+    parts_of: dict[str, list[ModuleUpdate]] = {}
     for modules, weight in weighted:
         for key, update in modules.items():
-            updates.setdefault(module_path(key), []).append(update.scaled(weight))
-    return {
-        path: parts[0] if len(parts) == 1 else _stack(path, [plain(path, p) for p in parts])
-        for path, parts in updates.items()
-    }
+            parts_of.setdefault(module_path(key), []).append(update.scaled(weight))
+    updates: dict[str, ModuleUpdate] = {}
+    for path, parts in parts_of.items():
+        if len(parts) == 1:
+            updates[path] = parts[0]
+        else:
+            updates[path] = _stack(path, [plain(path, part) for part in parts])
+    return updates
 
 
 def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -143,7 +146,10 @@ _Rows = Sequence[Int[Tensor, " _row"]]
 def null_updates(modules: Updates, seed: int, draw: int, parts: Parts) -> dict[str, LoRAFactors]:
     """The draw-th update of each module in random directions, in float64; see `Adapter.null`."""
     generator = torch.Generator().manual_seed(draw_seeds(seed, draw + 1)[draw])
-    return {k: _null(_directed(k, u), parts.get(k), generator) for k, u in modules.items()}
+    return {
+        key: _null(_with_directions(key, update), parts.get(key), generator)
+        for key, update in modules.items()
+    }
 
 
 def draw_seeds(seed: int, draws: int) -> list[int]:
@@ -152,9 +158,17 @@ def draw_seeds(seed: int, draws: int) -> list[int]:
 
 
 def _null(factors: LoRAFactors, parts: _Rows | None, generator: torch.Generator) -> LoRAFactors:
+    """One module's factors in random directions.
+
+    Args:
+        factors: the module's own.
+        parts: its output rows, part by part, where several sites share it.
+        generator: of the random numbers.
+    """
     if factors.experts > 1:
         return expert_factors([_null(each, parts, generator) for each in factors.by_expert()])
-    A, B = factors.A.cpu().double(), factors.B.cpu().double()
+    A = factors.A.cpu().double()
+    B = factors.B.cpu().double()
     size = factors.scale * factors.strength
     _, right = torch.linalg.qr(A.T)
     reads = orthonormal(A.shape[1], len(right), generator)
@@ -170,10 +184,13 @@ def _null(factors: LoRAFactors, parts: _Rows | None, generator: torch.Generator)
     return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias, experts=factors.experts)
 
 
-def _directed(key: str, update: ModuleUpdate) -> LoRAFactors:
-    if isinstance(update, LoRAFactors):  # a stored weight of the base is no part of a draw
-        is_stored = update.base_weight is not None
-        return plain(key, dataclasses.replace(update, base_weight=None) if is_stored else update)
+def _with_directions(key: str, update: ModuleUpdate) -> LoRAFactors:
+    """The factors of an update that has directions to draw; else it is refused."""
+    if isinstance(update, LoRAFactors):
+        if update.base_weight is not None:
+            # A stored weight of the base is no part of a draw.
+            update = dataclasses.replace(update, base_weight=None)
+        return plain(key, update)
     if update.weight is not None and update.weight.ndim == 1:
         why = "a norm's γ and β have no directions to draw at random; leave it out"
         raise UnsupportedAdapterError(f"{key}: {why}: adapter.without({key!r}).")
@@ -181,7 +198,10 @@ def _directed(key: str, update: ModuleUpdate) -> LoRAFactors:
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "row column"]:
-    """Uniform over orthonormal frames: the signs of R's diagonal would favour some."""
+    """Draw an orthonormal frame, uniformly.
+
+    Without the signs of R's diagonal, QR would favour some frames.
+    """
     gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     frame, triangle = torch.linalg.qr(gaussian)
     return frame * triangle.diagonal().sign()

@@ -11,18 +11,25 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
+# Globs of the names of these fields, by what they are about.
+_NAMES_AND_VERSIONS = """
+    _name_or_path *architectures *auto_map transformers_version unsloth*
+"""
+_TOKENS = "*_token_id *_token chat_template"
+_STORAGE_AND_OUTPUT = """
+    *dtype tie_word_embeddings quantization_config* torchscript pretraining_tp
+    *attn_implementation* *experts_implementation* use_cache return_dict*
+    output_attentions output_hidden_states output_router_logits output_past
+"""
+_TRAINING_AND_OTHER_TASKS = """
+    *dropout* *pdrop *drop_rate initializer_* gradient_checkpointing router_aux_loss_coef
+    *id2label* *label2id* num_labels problem_type task_specific_params* summary_*
+"""
 _DECIDES_NO_LOGITS = (
-    # names, versions and tokens
-    *("_name_or_path", "*architectures", "*auto_map", "transformers_version", "unsloth*"),
-    *("*_token_id", "*_token", "chat_template"),
-    # how it is stored, computed and given back
-    *("*dtype", "tie_word_embeddings", "quantization_config*", "torchscript", "pretraining_tp"),
-    *("*attn_implementation*", "*experts_implementation*", "use_cache", "return_dict*"),
-    *("output_attentions", "output_hidden_states", "output_router_logits", "output_past"),
-    # training, and heads of other tasks
-    *("*dropout*", "*pdrop", "*drop_rate", "initializer_*", "gradient_checkpointing"),
-    *("*id2label*", "*label2id*", "num_labels", "problem_type", "task_specific_params*"),
-    *("router_aux_loss_coef", "summary_*"),
+    *_NAMES_AND_VERSIONS.split(),
+    *_TOKENS.split(),
+    *_STORAGE_AND_OUTPUT.split(),
+    *_TRAINING_AND_OTHER_TASKS.split(),
 )
 
 
@@ -33,19 +40,24 @@ def differing_fields(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     """
     ours = _deciding_fields(one)
     theirs = _deciding_fields(other)
-    pairs = {name: (ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs)}
-    return {name: values for name, values in pairs.items() if values[0] != values[1]}
+    differing: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            differing[name] = (ours.get(name), theirs.get(name))
+    return differing
 
 
 def known_fields(config: Any) -> set[str]:
     """The fields that the configuration's own class has, which are those that its model reads."""
     try:
-        return {name.partition(".")[0] for name in _flat(type(config)().to_dict())}
+        fields = type(config)().to_dict()
     except (TypeError, ValueError):  # a class that needs arguments: then each of its fields counts
-        return {name.partition(".")[0] for name in _flat(config.to_dict())}
+        fields = config.to_dict()
+    return {name.partition(".")[0] for name in _flat(fields)}
 
 
 def _deciding_fields(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that decide logits, flat."""
     fields = _flat(config.to_dict())
     if not fields.get("use_sliding_window", True):
         for inert in ("sliding_window", "max_window_layers"):
@@ -63,7 +75,7 @@ def _deciding_fields(config: Any) -> dict[str, Any]:
 
 
 def _fields_of_generation() -> set[str]:
-    """What says how tokens are drawn from the logits; older configurations hold it, too."""
+    """The fields that say how tokens are drawn from logits; older configurations hold them, too."""
     from transformers import GenerationConfig
 
     return set(GenerationConfig().to_dict())

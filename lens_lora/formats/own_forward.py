@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +92,47 @@ def _random_input(module: nn.Module) -> Tensor:
     return torch.randn(1, TOKENS, width, generator=generator).to(weight.dtype)
 
 
+def logits_of(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    """A model's logits on a few tokens, in float64 on the CPU.
+
+    Args:
+        model: a Hugging Face model. It is run without dropout, and is then in its former mode.
+        parameters: by name, in place of its own.
+    """
+    vocabulary = getattr(model.config, "vocab_size", None) or 1 + TOKENS
+    device = next(model.parameters()).device
+    tokens = torch.arange(1, 1 + TOKENS, device=device)[None] % vocabulary
+    with torch.no_grad(), _in_eval(model):
+        out = functional_call(model, dict(parameters), (tokens,))
+    logits = out.logits if hasattr(out, "logits") else out[0]
+    return logits.cpu().double()
+
+
+@contextlib.contextmanager
+def _in_eval(model: nn.Module) -> Generator[None]:
+    """Within the block, no dropout; afterwards every module is in its former mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 # --- The comparison
 
 
 def apart(a: Tensor, b: Tensor, weights: Iterable[Tensor]) -> tuple[float, float, bool]:
-    """(largest difference of two outputs, their range, whether it is one of rounding)."""
-    off, span = float((a - b).abs().max()), float(b.max() - b.min())
+    """The largest difference of two outputs, their range, and whether rounding explains it.
+
+    Args:
+        a: the output of one function.
+        b: that of the other.
+        weights: of both, whose dtypes say how large a rounding is.
+    """
+    off = float((a - b).abs().max())
+    span = float(b.max() - b.min())
     eps = max(torch.finfo(weight.dtype).eps for weight in weights)
     return off, span, off <= max(_AGREEMENT, _ROUNDINGS * eps) * span
 

@@ -51,10 +51,23 @@ from lens_lora.families import FAMILIES, HEADS
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_EMBEDDINGS = {path.rpartition(".")[2] for f in FAMILIES for path in (f.embed, f.pos_embed) if path}
 _Factors = Mapping[str, LoRAFactors]
 _Trained = Mapping[str, TrainedModule]
-_NO_TARGETS = "dummy-target-modules"  # PEFT's own word for none
+# PEFT's own word for no targets.
+_NO_TARGETS = "dummy-target-modules"
+# PEFT's own default of both r and α, for an adapter without factors.
+_DEFAULT_SIZE = 8
+
+
+def _names_of_embeddings() -> set[str]:
+    """The last part of the paths of embeddings, of every family."""
+    paths: list[str | None] = []
+    for family in FAMILIES:
+        paths += [family.embed, family.pos_embed]
+    return {path.rpartition(".")[2] for path in paths if path is not None}
+
+
+_EMBEDDINGS = _names_of_embeddings()
 
 
 @extensions.save_adapter.provide
@@ -67,10 +80,15 @@ def save_adapter(modules: Updates, name: str, base_model: str | None, path: str 
     updates = _without_tags(modules, name)
     for module, update in updates.items():
         _require_writable(module, update, len(updates))
-    trained = {module: u for module, u in updates.items() if isinstance(u, TrainedModule)}
-    factors = {module: u for module, u in updates.items() if isinstance(u, LoRAFactors)}
-    _refuse_mixtures(name, factors)
-    factors = _plain(factors)
+    trained: dict[str, TrainedModule] = {}
+    unscaled: dict[str, LoRAFactors] = {}
+    for module, update in updates.items():
+        if isinstance(update, TrainedModule):
+            trained[module] = update
+        else:
+            unscaled[module] = update
+    _refuse_mixtures(name, unscaled)
+    factors = _plain(unscaled)
     config = _config(factors, trained, base_model)
     tensors = _tensors(factors | trained)
     with located("the adapter as it would be saved"):
@@ -110,7 +128,10 @@ def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> N
 
 
 def _refuse_mixtures(name: str, modules: _Factors) -> None:
-    """DoRA and lora_bias are settings of a whole LoraConfig, and do not go together."""
+    """Refuse what is a setting of a whole LoraConfig, if only some modules have it.
+
+    DoRA and lora_bias are such settings, and do not go together.
+    """
     dora = [module for module, f in modules.items() if f.magnitude is not None]
     biased = [module for module, f in modules.items() if f.lora_bias is not None]
     embeddings = [module for module in modules if _is_embedding(module)]
@@ -144,18 +165,19 @@ def _is_embedding(module: str) -> bool:
 
 
 def _plain(modules: _Factors) -> dict[str, LoRAFactors]:
-    """With the strength in the scale, and a zero lora_bias where other modules have one."""
+    """Move each strength into the scale, and give all modules a lora_bias if some have one."""
     has_biases = any(factors.lora_bias is not None for factors in modules.values())
     plain: dict[str, LoRAFactors] = {}
-    for module, f in modules.items():
-        bias = f.B.new_zeros(len(f.B)) if f.lora_bias is None and has_biases else f.lora_bias
-        scale = f.scale * f.strength
-        plain[module] = dataclasses.replace(f, scale=scale, strength=1.0, lora_bias=bias)
+    for module, factors in modules.items():
+        bias = factors.lora_bias
+        if bias is None and has_biases:
+            bias = factors.B.new_zeros(len(factors.B))
+        scale = factors.scale * factors.strength
+        plain[module] = dataclasses.replace(factors, scale=scale, strength=1.0, lora_bias=bias)
     return plain
 
 
-# PEFT's own default of both r and α, for an adapter without factors.
-_DEFAULT_SIZE = 8
+# --- The config
 
 
 def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> LoraConfig:
@@ -166,13 +188,19 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
     alphas: dict[str, float] = {}
     for module, factors in modules.items():
         target = parameters.get(module, module)
-        ranks[target], alphas[target] = _rank_and_alpha(factors)
+        rank_of_module, alpha_of_module = _rank_and_alpha(factors)
+        ranks[target] = rank_of_module
+        alphas[target] = alpha_of_module
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
-    ids = {module: u.tokens.tolist() for module, u in trained.items() if u.tokens is not None}
-    wholes = {m: u for m, u in trained.items() if u.weight is not None and m not in ids}
-    # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
-    copies = [module for module, update in wholes.items() if not update.tied]
+    ids: dict[str, list[int]] = {}
+    copies: list[str] = []
+    for module, update in trained.items():
+        if update.tokens is not None:
+            ids[module] = update.tokens.tolist()
+        elif update.weight is not None and not update.tied:
+            # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
+            copies.append(module)
     return LoraConfig(
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
@@ -192,7 +220,7 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
 
 
 def _parameters(modules: _Factors) -> dict[str, str]:
-    """{module: the parameter that PEFT targets in its place}: a stack of experts, or a router's."""
+    """The parameters (stacks of experts, routers) that PEFT targets in place of modules."""
     parameters: dict[str, str] = {}
     for module, factors in modules.items():
         if factors.experts == 1:
@@ -215,29 +243,41 @@ def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_
 
 
 def _rank_and_alpha(factors: LoRAFactors) -> tuple[int, float]:
-    """r, that of one expert; and α with α/r = s, a whole number where that is exact."""
+    """The rank of one expert; and α with α/r = s, a whole number where that is exact."""
     rank = factors.rank // max(factors.experts, 1)
     alpha = factors.scale * rank
-    return rank, round(alpha) if round(alpha) / rank == factors.scale else alpha
+    whole = round(alpha)
+    return rank, whole if whole / rank == factors.scale else alpha
+
+
+# --- The tensors
 
 
 def _tensors(modules: Updates) -> dict[str, Tensor]:
+    """The tensors by PEFT's keys."""
+    stacks = [module for module, update in modules.items() if _is_stack(update)]
+    holders = [module.rpartition(".")[0] for module in stacks]
     tensors: dict[str, Tensor] = {}
-    holders = [module.rpartition(".")[0] for module, update in modules.items() if _is_stack(update)]
     for module, update in modules.items():
         path = module
         if isinstance(update, LoRAFactors) and _is_stack(update):
             path, _, parameter = module.rpartition(".")
-            is_inner = holders.count(path) > 1 and parameter != "down_proj"
-            path += WRAPPED if is_inner else ""
-            by_rank = update.B.unflatten(1, (update.experts, -1)).mT.flatten(1)
-            update = dataclasses.replace(update, B=by_rank)
+            # PEFT wraps the parameters of one module within one another.
+            if holders.count(path) > 1 and parameter != "down_proj":
+                path += WRAPPED
+            update = _by_rank(update)
         for role, suffix in _keys(module, update).items():
             tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
                 key = PREFIX + path + suffix
                 tensors[key] = tensor.detach().cpu().clone().contiguous()
     return tensors
+
+
+def _by_rank(factors: LoRAFactors) -> LoRAFactors:
+    """Factors of a stack of experts, with B's columns by rank and then by expert, as in PEFT."""
+    by_expert = factors.B.unflatten(1, (factors.experts, -1))
+    return dataclasses.replace(factors, B=by_expert.mT.flatten(1))
 
 
 def _is_stack(update: ModuleUpdate) -> bool:
@@ -251,7 +291,7 @@ def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
 
 
 def _require_same_scales(modules: _Factors, updates: Updates) -> None:
-    """PEFT's patterns are regular expressions: refuse paths that they take for one another."""
+    """Refuse paths that PEFT's patterns, which are regular expressions, take for one another."""
     for module, factors in modules.items():
         scale = cast(LoRAFactors, updates[module]).scale
         if abs(scale - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):

@@ -55,7 +55,7 @@ def own_tokenizer(
     Args:
         folder: of the adapter; it holds at least one of a tokenizer's files.
         base: the base's tokenizer; None where it has none, so that nothing is compared with it.
-        rows: how many tokens the base's embedding has; None where nobody knows.
+        rows: how many tokens the base's embedding has; None where that is not known.
         brought: how many the adapter's own embedding has; 0 where it brings none.
         config: the base's configuration, for a tokenizer that does not name its class.
 
@@ -104,7 +104,7 @@ def files_digest(folder: Path) -> str:
 
 
 def _read(folder: Path, base: Any, config: Any) -> Any:
-    """The tokenizer, or the base's with the template that lies here alone."""
+    """The folder's tokenizer; the base's with the folder's template, where that is there alone."""
     files = own_tokenizer_files(folder)
     for file in files:
         refuse_pointer(file)
@@ -168,14 +168,14 @@ def _require_same_ids(folder: Path, base: Any, own: Any) -> None:
     """Refuse a token that has another id than in the base, and an id that means another token."""
     ids_of_base = base.get_vocab()
     ids_of_own = own.get_vocab()
-    moved = [
-        (token, index)
+    moved = {
+        token: index
         for token, index in ids_of_own.items()
         if ids_of_base.get(token, index) != index
-    ]
+    }
     if moved:
-        token, index = min(moved, key=lambda pair: pair[1])
-        more = f", and {many(len(moved) - 1, 'other token')} differ, too" if moved[1:] else ""
+        token, index = _lowest(moved)
+        more = f", and {many(len(moved) - 1, 'other token')} differ, too" if len(moved) > 1 else ""
         raise _other_vocabulary(
             f"{folder}: the tokenizer saved with the adapter gives {token!r} the id {index}, and "
             f"the base's gives it {ids_of_base[token]}{more}."
@@ -190,6 +190,12 @@ def _require_same_ids(folder: Path, base: Any, own: Any) -> None:
                 f"{folder}: the id {index} is {token!r} to the tokenizer saved with the adapter, "
                 f"and {before!r} to the base's."
             )
+
+
+def _lowest(ids: Mapping[str, int]) -> tuple[str, int]:
+    """The token with the lowest id, and that id."""
+    token = min(ids, key=lambda token: ids[token])
+    return token, ids[token]
 
 
 def _other_vocabulary(fact: str) -> AdapterError:
@@ -207,10 +213,10 @@ def _require_rows(
 ) -> None:
     """Refuse tokens that the base's tokenizer does not know, and nobody has a row for."""
     added = {token: index for token, index in own.get_vocab().items() if token not in known}
-    lacking = {token: i for token, i in added.items() if i >= max(rows, brought)}
+    lacking = {token: index for token, index in added.items() if index >= max(rows, brought)}
     if not lacking:
         return
-    token, index = min(lacking.items(), key=lambda pair: pair[1])
+    token, index = _lowest(lacking)
     more = f" (and {many(len(lacking) - 1, 'other')})" if len(lacking) > 1 else ""
     raise AdapterError(
         f"{folder}: the tokenizer saved with the adapter has the token {token!r} with the id "
@@ -224,21 +230,24 @@ def _require_rows(
 
 
 def differences(base: Any, own: Any) -> list[str]:
-    """How two tokenizers of one vocabulary differ, in words; none where they read alike."""
-    said: list[str] = []
+    """How two tokenizers of one vocabulary differ, in words; none where they read alike.
+
+    Args:
+        base: the base's tokenizer.
+        own: the adapter's.
+    """
+    facts: list[str] = []
     known = base.get_vocab()
     added = sorted((index, token) for token, index in own.get_vocab().items() if token not in known)
     if added:
         first = ", ".join(repr(token) for _, token in added[:3])
-        said.append(f"{many(len(added), 'added token')}: {first}{', …' if added[3:] else ''}")
+        others = ", …" if added[3:] else ""
+        facts.append(f"{many(len(added), 'added token')}: {first}{others}")
     if own.chat_template not in (None, base.chat_template):
-        said.append("its own chat template")
-    begins, begins_in_base = (_special_ids_around(each) for each in (own, base))
-    if begins != begins_in_base:
-        named = [own.convert_ids_to_tokens(ids) for ids in begins]
-        before = [base.convert_ids_to_tokens(ids) for ids in begins_in_base]
-        said.append(f"{_around(*named)}, the base's {_around(*before)}")
-    return said
+        facts.append("its own chat template")
+    if _special_ids_around(own) != _special_ids_around(base):
+        facts.append(f"{_around_in_words(own)}, the base's {_around_in_words(base)}")
+    return facts
 
 
 def _special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -251,9 +260,11 @@ def _special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole, []
 
 
-def _around(before: list[str], behind: list[str]) -> str:
+def _around_in_words(tokenizer: Any) -> str:
     """'puts <s> before a text and nothing behind it'."""
-    first, last = (" ".join(tokens) or "nothing" for tokens in (before, behind))
+    before, behind = _special_ids_around(tokenizer)
+    first = " ".join(tokenizer.convert_ids_to_tokens(before)) or "nothing"
+    last = " ".join(tokenizer.convert_ids_to_tokens(behind)) or "nothing"
     return f"puts {first} before a text and {last} behind it"
 
 

@@ -49,7 +49,7 @@ from lens_lora.core.model import (
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
-from lens_lora.formats.methods import lora_output
+from lens_lora.formats.measured import lora_output
 from lens_lora.hosts.experts import each_shape, is_experts, is_router
 from lens_lora.hosts.quantised import quantised_name
 

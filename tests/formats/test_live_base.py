@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_lora as ll
-from lens_lora.formats.from_models import base_within
+from lens_lora.formats.live_layers import base_within
 
 TOKENS = torch.tensor([[5, 6, 7, 1, 2, 3]])
 CAN_TIE = hasattr(peft.LoraConfig(), "ensure_weight_tying")

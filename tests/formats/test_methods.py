@@ -23,7 +23,7 @@ from lens_lora.cli.options import BaseModel
 from lens_lora.cli.running import lens_for
 from lens_lora.core.adapter import peft_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
-from lens_lora.formats import methods
+from lens_lora.formats import measured
 
 CASES = [(folder, place) for folder in tuners.EXACT for place in tuners.places(folder)]
 DOCS = Path(__file__).parents[2] / "docs"
@@ -192,12 +192,12 @@ def test_a_small_dependence_on_the_input_is_caught(change):
 def test_a_wrong_transposition_is_caught(monkeypatch):
     """Of square modules, whose shape does not tell."""
     model = tuners.tuned("loha", tuners.base_of("Linear"), "Linear")
-    factors = methods._factors
+    factors = measured._factors
 
     def turned(delta: torch.Tensor, *rest: Any) -> ll.LoRAFactors:
         return factors(delta.T if delta.shape == (16, 16) else delta, *rest)
 
-    monkeypatch.setattr(methods, "_factors", turned)
+    monkeypatch.setattr(measured, "_factors", turned)
     with pytest.raises(UnsupportedAdapterError, match="off PEFT's logits"):
         ll.Adapter.from_peft(model)
 
@@ -205,7 +205,7 @@ def test_a_wrong_transposition_is_caught(monkeypatch):
 def test_a_stale_layer_is_caught(monkeypatch):
     """One whose parameters are not those that the model runs with."""
     _, model = linear("boft")
-    fresh, seen = methods._in_float64, []
+    fresh, seen = measured._in_float64, []
 
     def stale(layer: Any) -> Any:
         twin = fresh(layer)
@@ -215,7 +215,7 @@ def test_a_stale_layer_is_caught(monkeypatch):
                 p.data.mul_(1.1)
         return twin
 
-    monkeypatch.setattr(methods, "_in_float64", stale)
+    monkeypatch.setattr(measured, "_in_float64", stale)
     with pytest.raises(UnsupportedAdapterError, match="off PEFT's logits"):
         ll.Adapter.from_peft(model)
 

@@ -15,7 +15,6 @@ from typing import (
     Any,
     Protocol,
     SupportsFloat,
-    cast,
     get_args,
     runtime_checkable,
 )
@@ -223,7 +222,7 @@ class Adapter:
         keep = set[str]()
         for item in which:
             keep |= self._in_table(item) if hasattr(item, "columns") else self._matching(item)
-        return self._with({path: f for path, f in self.modules.items() if path in keep})
+        return self._with({path: self.modules[path] for path in self.modules if path in keep})
 
     def without(self, *globs: str) -> Adapter:
         """The modules whose path matches none of the globs.
@@ -237,7 +236,7 @@ class Adapter:
             ArgumentError: a glob that is no string.
         """
         drop: set[str] = set().union(*map(self._matching, globs))
-        return self._with({path: f for path, f in self.modules.items() if path not in drop})
+        return self._with({path: self.modules[path] for path in self.modules if path not in drop})
 
     def without_direction(
         self, directions: Any, side: Side = "write", sites: str | Iterable[str] = "*"
@@ -431,6 +430,7 @@ class Adapter:
         return keys
 
     def _common_base(self, other: Any, operation: str) -> str | None:
+        """The base of this adapter and another one, with which it is combined."""
         if not isinstance(other, Adapter):
             fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
             raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
@@ -440,12 +440,16 @@ class Adapter:
         return len(self.modules)
 
     def __repr__(self) -> str:
-        ranks = {f.rank for f in self.modules.values() if isinstance(f, LoRAFactors)}
-        whole = sum(isinstance(f, TrainedModule) for f in self.modules.values())
+        updates = self.modules.values()
+        ranks = {update.rank for update in updates if isinstance(update, LoRAFactors)}
+        without_factors = sum(isinstance(update, TrainedModule) for update in updates)
         parts = [many(len(self), "module")]
-        parts += [f"rank {sorted(ranks)}"] if ranks else []
-        parts += [f"{whole} without factors"] if whole else []
-        parts += [f"base {self.base_model!r}"] if self.base_model else []
+        if ranks:
+            parts.append(f"rank {sorted(ranks)}")
+        if without_factors:
+            parts.append(f"{without_factors} without factors")
+        if self.base_model:
+            parts.append(f"base {self.base_model!r}")
         return f"Adapter({self.name!r}: {', '.join(parts)})"
 
 
@@ -521,7 +525,15 @@ def read_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> Adapter:
-    """As `load_adapter`; the base is asked for, by the name in the config, if it is needed."""
+    """An adapter that lies in a folder, or on the hub.
+
+    Args:
+        path: as for `load_adapter`.
+        base_for: from the base's name, as the config states it, to the base; it is asked for if
+            reading the adapter takes it.
+        revision: as for `load_adapter`.
+        subfolder: as for `load_adapter`.
+    """
     folder = extensions.folder_of(path, revision, subfolder)
     known = formats.format_in(folder)
     if known is not None:
@@ -564,17 +576,22 @@ def _of_format(known: formats.AdapterFormat, folder: Path) -> Adapter:
 
 
 @runtime_checkable
-class HasAdapter(Protocol):
-    """What an adapter is laid over, such as a lens: its adapter may be taken from it."""
+class AdapterOverModel(Protocol):
+    """A lens, as far as this file knows one: its adapter may be taken from it."""
 
     @property
     def adapter(self) -> Adapter:
         """The adapter."""
         ...
 
+    @property
+    def model(self) -> Any:
+        """The hooked model."""
+        ...
+
 
 # An adapter as a caller may give it: itself, a lens over it, its folder or its hub id.
-AdapterLike = Adapter | HasAdapter | str | Path
+AdapterLike = Adapter | AdapterOverModel | str | Path
 
 
 def given_adapter(
@@ -583,11 +600,23 @@ def given_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> Adapter:
-    """An adapter as a caller gives it: itself, that of a lens, or by its place (`load_adapter`)."""
-    if isinstance(adapter, HasAdapter) and isinstance(adapter.adapter, Adapter):
+    """An adapter as a caller gives it.
+
+    Args:
+        adapter: itself, a lens over it, its folder or its hub id (`load_adapter`).
+        base_for: from the base's name, as the adapter states it, to the base; it is asked for if
+            reading the adapter takes it.
+        revision: branch, tag or commit of the hub repository.
+        subfolder: the adapter's folder within the folder or repository.
+
+    Raises:
+        ArgumentError: a revision or a subfolder of an adapter that is read already.
+        AdapterError: what is no adapter, or cannot be read.
+    """
+    if isinstance(adapter, AdapterOverModel):
         adapter = adapter.adapter
     if not isinstance(adapter, Adapter):
-        return read_adapter(cast("str | Path", adapter), base_for, revision, subfolder)
+        return read_adapter(adapter, base_for, revision, subfolder)
     where = {"revision": revision, "subfolder": subfolder}
     for name, value in where.items():
         if value is not None:

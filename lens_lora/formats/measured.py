@@ -1,0 +1,344 @@
+"""The updates of any PEFT method, measured by running its layers.
+
+What a tuner layer adds to its base layer is δ(x) = layer(x) − base(x). If that is a change of
+weights, then δ(x) = ΔW x + Δb, so that
+
+    Δb = δ(0),   ΔW = δ(I) − Δb    (the rows of I are inputs),   of an embedding  ΔW = δ(every id).
+
+1. No name of a method is trusted: `get_delta_weight` is a rotation in one and a factor in another,
+   and what `merge` leaves is not what every layer computes.
+2. δ is compared with ΔW x + Δb on random input of three sizes. A layer that computes anything else
+   (a router, a mean over the batch) is refused.
+3. The base with all these changes must give PEFT's logits, since a method may change more.
+
+A layer is copied to float64, so that the difference loses nothing of ΔW, which is rounded once: to
+the base's dtype, or float32. Where PEFT itself computes in float32 (DeFT, C3A), its error remains.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora.compat import float64_device, is_memory_short
+from lens_lora.core import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.core.adapter import (
+    MERGED,
+    MERGED_FOLDER,
+    converted,
+    dense_factors,
+    refuse_without_delta,
+)
+from lens_lora.errors import UnsupportedAdapterError, located
+from lens_lora.formats.live_layers import (
+    base_within,
+    configs_and_base,
+    require_unmerged,
+    updates_of_layers,
+)
+from lens_lora.formats.own_forward import apart, is_transposed, logits_of
+
+# Rows of the identity that are run at a time: 64 MB for a width of 4096.
+_INPUTS = 2048
+# Sizes of random input: a function that bends shows at one of them.
+_SIZES = (0.1, 1.0, 10.0)
+# Random inputs of each size.
+_DRAWS = 8
+# How far δ may be from ΔW x + Δb, relative to δ. Where PEFT computes in float32, a δ that is small
+# beside the output is lost in its rounding, and the second number holds.
+_AGREEMENT = 1e-4
+_LOST = 1e-2
+# Machine precisions of the output within which a difference counts as rounding.
+_ROUNDINGS = 16
+# Up to a quarter of the smaller side, factors take less memory than ΔW.
+_RANK_SHARE = 4
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_Size = TypeVar("_Size", float, Tensor)
+
+
+# --- An adapter
+
+
+def measured_updates(
+    model: Any, name: str, config: Any, base: Any = None
+) -> dict[str, ModuleUpdate]:
+    """What each layer of this adapter adds when it is run, and the modules trained beside them.
+
+    Args:
+        model: with the adapter live in it. It stays as it is.
+        name: of the adapter.
+        config: the adapter's.
+        base: the true base, with which the updates are checked; None for the base that the model
+            holds.
+
+    Raises:
+        UnsupportedAdapterError: a method that changes something else than weights.
+    """
+    refuse_without_delta(config)
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise UnsupportedAdapterError(
+            f"bias={bias!r} trains biases in the base itself.",
+            remedy=f"Merge it and compare with the true base: {MERGED}.",
+            in_shell=f"Give the folder that {MERGED_FOLDER} writes.",
+        )
+    require_unmerged(model)
+    peft_model = twin(model)
+    layers = _active_layers(peft_model, name)
+    _, live = configs_and_base(peft_model)
+    updates = updates_of_layers(live, name, config)
+    for path, layer in layers.items():
+        with located(f"module {path}"):
+            update = _layer_update(layer)
+        if update is not None:
+            updates[path] = update
+    plain_base = base_within(peft_model) if base is None else twin(base)
+    _require_peft_s_logits(peft_model, plain_base, updates)
+    return updates
+
+
+def twin(model: _Model) -> _Model:
+    """A copy of a model in evaluation mode, with parameters of its own over the same memory."""
+    memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        is_plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), parameter.requires_grad) if is_plain else parameter
+        )
+    return copy.deepcopy(model, memo).eval()
+
+
+def _active_layers(peft_model: Any, name: str) -> dict[str, Any]:
+    """The tuner layers that are in no other one, by path, with this adapter switched on."""
+    from peft.functional import set_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    set_adapter(peft_model, name)
+    outer: dict[str, Any] = {}
+    _, live = configs_and_base(peft_model)
+    for path, module in live.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            module.enable_adapters(True)
+            if not any(path.startswith(f"{before}.") for before in outer):
+                outer[path] = module
+    return {path: module for path, module in outer.items() if isinstance(module, BaseTunerLayer)}
+
+
+def _require_peft_s_logits(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdate]) -> None:
+    """Refuse updates that, added to the base, do not give the PeftModel's logits.
+
+    Layers may be all that a method changes, or not. Trained rows and stored embeddings, which a
+    tied head may follow, are PEFT's own wrappers and are not compared.
+    """
+    trained = [update for update in updates.values() if isinstance(update, TrainedModule)]
+    if any(update.tied or update.tokens is not None for update in trained):
+        return
+    for path, update in updates.items():
+        module = base.get_submodule(path)
+        if isinstance(update, LoRAFactors):
+            module.register_forward_hook(functools.partial(_add_update, update))
+        else:
+            _replace_parameters(module, update)
+    off, span, is_near = apart(logits_of(base, {}), logits_of(peft_model, {}), base.parameters())
+    if not is_near:
+        raise UnsupportedAdapterError(
+            f"the base with the changes of all layers is {off:.2g} off PEFT's logits, of a range "
+            f"of {span:.2g}: the method changes more than the weights of these layers."
+        )
+
+
+def _replace_parameters(module: nn.Module, update: TrainedModule) -> None:
+    for key in ("weight", "bias"):
+        value = getattr(update, key)
+        if value is not None:
+            parameter = nn.Parameter(value.to(getattr(module, key)), requires_grad=False)
+            module.register_parameter(key, parameter)
+
+
+def _add_update(update: LoRAFactors, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook that adds an update to a module's output."""
+    change = lora_output(update, module, args[0].to(output.device), output.dtype)
+    if update.lora_bias is not None:
+        change = change + update.lora_bias.to(output)
+    return output + change
+
+
+def lora_output(update: LoRAFactors, module: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """s·BA of a module's input, which is multiplied as the module's own output is.
+
+    Args:
+        update: the factors.
+        module: whose input it is; an embedding may scale its output.
+        inputs: token ids of an embedding, else activations.
+        dtype: in which it is computed.
+    """
+    A = update.A.to(inputs.device, dtype)
+    B = update.B.to(inputs.device, dtype)
+    u = inputs.to(dtype) @ A.T if inputs.is_floating_point() else A.T[inputs]
+    return u @ B.T * (update.scale * float(getattr(module, "embed_scale", 1.0)))
+
+
+# --- A layer
+
+
+def _layer_update(layer: Any) -> ModuleUpdate | None:
+    """What a tuner layer's active adapter adds to its base layer; None if that is nothing."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
+        kind = type(base).__name__
+        raise _refusal(layer, f"its {kind} is quantised, not in memory, or no linear module")
+    if weight.ndim == 1:
+        return _trained_norm(layer)
+    if weight.ndim != 2:
+        raise _refusal(layer, f"its weight is {tuple(weight.shape)}; expected a matrix")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        bias, delta, size = _measured_change(_in_float64(layer))
+        if not delta.any() and not bias.any():
+            return None
+        factors = _factors(delta, _rounding(size), dtype)
+    cpu = torch.device("cpu")
+    return dataclasses.replace(
+        factors,
+        A=converted(factors.A, factors.A.dtype, cpu),
+        B=converted(factors.B, factors.B.dtype, cpu),
+        lora_bias=bias.to(cpu, dtype) if bias.any() else None,
+    )
+
+
+def _in_float64(layer: Any) -> Any:
+    """A copy of the layer, and of the tensors in dictionaries of its own, which torch leaves."""
+    device = float64_device(layer.get_base_layer().weight.device)
+    wide = copy.deepcopy(layer).to(device).double()
+    for module in wide.modules():
+        for held in vars(module).values():
+            if isinstance(held, dict):
+                _widen_tensors(held)
+    return wide.eval()
+
+
+def _widen_tensors(held: dict[Any, Any]) -> None:
+    for name, tensor in held.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            held[name] = tensor.double()
+
+
+def _measured_change(
+    layer: Any,
+) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"], float]:
+    """Δb and ΔW of a layer, checked on random input, and the size of what they are differences of.
+
+    Args:
+        layer: in float64.
+    """
+    base = layer.get_base_layer()
+    weight = base.weight
+    is_embedding = isinstance(base, nn.Embedding)
+    width = weight.shape[0 if is_transposed(base) else 1]
+    added = functools.partial(_added_by, layer, base)
+
+    identity = torch.arange(width) if is_embedding else torch.eye(width, dtype=torch.float64)
+    rows = torch.cat([added(part.to(weight.device)[None])[0] for part in identity.split(_INPUTS)])
+    bias = torch.zeros_like(rows[0])
+    if not is_embedding:
+        bias = added(weight.new_zeros(1, 1, width))[0, 0]
+    change = (rows - bias).T
+
+    inputs = _random_inputs(width, is_embedding).to(weight.device)
+    expected = change.T[inputs] if is_embedding else inputs @ change.T + bias
+    _require_same(layer, added(inputs), expected, layer(inputs))
+    scale = float(getattr(base, "embed_scale", 1.0)) if is_embedding else 1.0
+    return bias, change / scale, float(weight.norm() + change.norm()) / scale
+
+
+def _added_by(layer: Any, base: Any, inputs: Tensor) -> Tensor:
+    """δ: what the layer adds to its base layer."""
+    try:
+        return layer(inputs) - base(inputs)
+    except Exception as error:
+        if is_memory_short(error):
+            raise
+        raise _refusal(layer, f"it cannot be run alone in float64 ({error})") from error
+
+
+def _random_inputs(width: int, is_embedding: bool) -> Tensor:
+    """Random token ids, [size, draw]; or activations of three sizes, [size, draw, in]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(_SIZES), _DRAWS)
+    if is_embedding:
+        return torch.randint(width, shape, generator=generator)
+    inputs = torch.randn((*shape, width), generator=generator, dtype=torch.float64)
+    return inputs * inputs.new_tensor(_SIZES)[:, None, None]
+
+
+def _require_same(layer: Any, change: Tensor, expected: Tensor, output: Tensor) -> None:
+    """Refuse a layer of which the change on random input is not that of its ΔW and Δb."""
+    off = _largest_by_size(change - expected)
+    size = _largest_by_size(change)
+    whole = _largest_by_size(output)
+    in_float32 = _ROUNDINGS * torch.finfo(torch.float32).eps * whole
+    allowed = (_AGREEMENT * size).maximum(in_float32).minimum(_LOST * size)
+    if not bool((off <= allowed + _rounding(whole)).all()):
+        share = float((off / size).max())
+        raise _refusal(
+            layer,
+            "what it adds is a function of its input, and no change of weights, or so small that "
+            f"PEFT's rounding to float32 shows: on random input ΔW x + Δb is off by {share:.1g} "
+            "of it",
+        )
+
+
+def _largest_by_size(outputs: Float[Tensor, "size draw out"]) -> Float[Tensor, " size"]:
+    return outputs.abs().flatten(1).amax(1)
+
+
+def _rounding(size: _Size) -> _Size:
+    """What rounding to float64 makes of numbers of this size."""
+    return _ROUNDINGS * torch.finfo(torch.float64).eps * size
+
+
+def _factors(delta: Float[Tensor, "out in"], rounding: float, dtype: torch.dtype) -> LoRAFactors:
+    """ΔW as factors of its rank where that is small, else whole; nothing but rounding is cut.
+
+    The columns of ΔW times a few random vectors span those of ΔW, if its rank is that small.
+    """
+    count = min(delta.shape) // _RANK_SHARE
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(delta.shape[1], count, generator=generator, dtype=torch.float64)
+    span, _ = torch.linalg.qr(delta @ drawn.to(delta.device))
+    if not count or float((delta - span @ (span.T @ delta)).norm()) > rounding:
+        return dense_factors(delta.to(dtype))
+    left, sizes, right = torch.linalg.svd(span.T @ delta, full_matrices=False)
+    rank = max(int((sizes > rounding).sum()), 1)
+    B = span @ (left[:, :rank] * sizes[:rank])
+    A = right[:rank]
+    return LoRAFactors(A.to(dtype), B.to(dtype))
+
+
+def _trained_norm(layer: Any) -> TrainedModule | None:
+    """A norm that LN Tuning trained: its layer runs a copy of the norm with other parameters."""
+    copies = getattr(layer, "ln_tuning_layers", None)
+    if copies is None:
+        raise _refusal(layer, "its weight is a vector, and only LN Tuning of norms is read")
+    (name,) = layer.active_adapters
+    if name not in copies:
+        return None
+    trained = {
+        key: parameter.detach().clone().cpu() for key, parameter in copies[name].named_parameters()
+    }
+    return TrainedModule(weight=trained.get("weight"), bias=trained.get("bias"))
+
+
+def _refusal(layer: Any, why: str) -> UnsupportedAdapterError:
+    method = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    return UnsupportedAdapterError(f"a {type(layer).__name__} of PEFT's {method}: {why}.")
