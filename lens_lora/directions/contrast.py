@@ -37,6 +37,7 @@ from torch import Tensor
 from lens_lora.arguments import number
 from lens_lora.core import (
     Adapter,
+    ChosenPositions,
     LoraLens,
     Names,
     Pictured,
@@ -46,7 +47,6 @@ from lens_lora.core import (
     alone,
     name_of_scale,
 )
-from lens_lora.core.readout.positions import positions_text
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hidden.cosines import cosine_table
 from lens_lora.hidden.point_activations import (
@@ -233,7 +233,9 @@ def contrast(
 
 def _positions_text(positions: Any, *, sinks: bool) -> str:
     """The tokens that the means are over, in words."""
-    tokens = "last" if positions == -1 else positions_text(positions)
+    tokens = str(ChosenPositions.of(positions))
+    if tokens == "-1":
+        tokens = "last"
     if tokens in ("all", "each"):
         tokens = "every token"
     return tokens if sinks else f"{tokens}, without sinks"

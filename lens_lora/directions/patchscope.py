@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, final
 
 import pandas as pd
@@ -21,6 +23,7 @@ from torch import Tensor
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.core import (
     Described,
+    Function,
     LoraLens,
     Prompts,
     alone,
@@ -31,8 +34,6 @@ from lens_lora.core import (
     require_finite,
     text_of,
 )
-from lens_lora.core.function.forward import read_logits
-from lens_lora.core.function.interventions import record
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
@@ -187,7 +188,8 @@ def patchscope(
     str_tokens = lens.str_tokens(row)[0]
     place = _place(str_tokens, placeholder)
     require_context(lens.model, len(str_tokens) + length - 1, "the prompt with its continuation")
-    size = _mean_size(lens, row, gates, name, place)
+    f = lens.function(row)
+    size = _mean_size(f, gates, name, place)
     by_size = unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None] * size
     vectors = by_size.flatten(0, 1)
 
@@ -195,10 +197,13 @@ def patchscope(
         del hook
         return h.select_scatter(vectors.to(h), 1, place)
 
-    with torch.no_grad(), lens.adapted(gates):
-        plain = read_logits(lens, row)[0].softmax(-1)
-        with attached(lens.model, [(name, put_in_place)]):
-            logits, tokens = _continued(lens, row, len(vectors), length)
+    @contextlib.contextmanager
+    def with_vectors() -> Generator[None]:
+        with lens.adapted(gates), attached(lens.model, [(name, put_in_place)]):
+            yield
+
+    plain = f.passes.logits(under=lens.adapted(gates))[0].softmax(-1)
+    logits, tokens = _continued(f, with_vectors, len(vectors), length)
     require_finite(logits, "a logit")
     p = logits.softmax(-1)
     likeliest = p.topk(min(count, p.shape[-1]))
@@ -248,17 +253,15 @@ def _place(tokens: Sequence[str], placeholder: str) -> int:
     return places[-1]
 
 
-def _mean_size(
-    lens: LoraLens, row: Prompts, gates: Float[Tensor, " site"], name: str, place: int
-) -> float:
+def _mean_size(f: Function, gates: Float[Tensor, " site"], name: str, place: int) -> float:
     """The mean ‖h‖ of the prompt's tokens, without sinks and the placeholder. One forward pass.
 
     Where no other token is left, it is ‖h‖ of the placeholder.
     """
-    firings = record(lens, row, gates, [name]).firings
-    lens.points(name).fired(firings, updated=True)
+    firings = f.passes.record([name], gates).firings
+    f.lens.points(name).fired(firings, updated=True)
     norms = firings[name][-1].cpu().double().norm(dim=-1)
-    is_counted = ~sinks_among([norms], row.real.cpu())[0]
+    is_counted = ~sinks_among([norms], f.rows.real.cpu())[0]
     is_counted[0] = False
     is_counted[place] = False
     if not bool(is_counted.any()):
@@ -267,14 +270,18 @@ def _mean_size(
 
 
 def _continued(
-    lens: LoraLens, row: Prompts, count: int, length: int
+    f: Function, under: Callable[[], AbstractContextManager[None]], count: int, length: int
 ) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
-    """The logits of the next token in so many copies of a row, and the likeliest continuations."""
-    tokens = row.tokens.repeat(count, 1)
-    lengths = row.lengths.repeat(count)
+    """The logits of the next token in so many copies of the row, and the likeliest continuations.
+
+    Every pass is run under the hooks of a context that `under` makes.
+    """
+    tokens = f.rows.tokens.repeat(count, 1)
+    lengths = f.rows.lengths.repeat(count)
     first_logits: Tensor | None = None
     for step in range(length):
-        logits = read_logits(lens, Prompts(tokens, lengths + step))
+        rows = Prompts(tokens, lengths + step)
+        logits = f.of_rows(rows).passes.logits(under=under())
         if first_logits is None:
             first_logits = logits
         likeliest = logits.argmax(-1)[:, None].to(tokens)

@@ -40,7 +40,6 @@ from lens_lora.core import (
     host_of,
     stored,
 )
-from lens_lora.core.adapter.factors import size_of
 from lens_lora.families import FAMILIES
 
 # The parts of an update that was trained whole, and of all updates without factors.
@@ -328,11 +327,16 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
             _module_spectrum(site.key, lens.adapter.modules[site.key]),
             site=site.name,
             singular_values=sigma,
-            weight_norm=size_of(weight),
-            bias_norm=size_of(bias),
+            weight_norm=_size_of(weight),
+            bias_norm=_size_of(bias),
         )
         rows.append(row)
     return tuple(rows)
+
+
+def _size_of(tensor: Tensor | None) -> float:
+    """‖t‖ in float64; 0 where there is none."""
+    return 0.0 if tensor is None else float(in_float64(tensor.detach()).norm())
 
 
 def _singular_values_at(update: Update) -> Float[Tensor, " direction"]:

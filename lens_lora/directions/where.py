@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from lens_lora.core import ForwardPass, Prompts, Rows
-from lens_lora.core.readout.positions import ChosenPositions, positions_text
+from lens_lora.core import ChosenPositions, ForwardPass, Prompts, Rows
 from lens_lora.errors import ArgumentError, ModelStateError
 
 # The named positions in words.
@@ -82,9 +81,9 @@ class Where:
         if self.named:
             tokens = _NAMED[self.named]
         elif self.bounds is not None:
-            tokens = f"positions {positions_text(slice(*self.bounds))}"
+            tokens = f"positions {ChosenPositions.of(slice(*self.bounds))}"
         else:
-            tokens = f"positions {positions_text(self.indices)}"
+            tokens = f"positions {ChosenPositions.of(self.indices)}"
         return tokens if self.sinks else f"{tokens} but each text's first"
 
     def among(self, prompts: Prompts) -> Bool[Tensor, "#row pos"]:

@@ -31,11 +31,19 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm import tqdm
 
-from lens_lora.core import Function, HookFn, Injection, LoraLens, ScaleInject, attached
-from lens_lora.core.function.duals import dual_level
-from lens_lora.core.function.forward import bar_of
-from lens_lora.core.function.reverse import Slopes, joined
+from lens_lora.core import (
+    Function,
+    HookFn,
+    Injection,
+    LoraLens,
+    ScaleInject,
+    Slopes,
+    attached,
+    dual_level,
+    join_groups,
+)
 from lens_lora.edge_attribution.readers import (
     QKV,
     block_reader,
@@ -85,14 +93,12 @@ def edge_values(
         ModelStateError: edges that do not sum to first order, or heads that are not known.
     """
     groups = g.groups(graph=True, beside=held_bytes(g, by_head))
-    with bar_of(len(groups), g.progress, "edges") as bar:
-        parts: list[EdgeValues] = []
-        for group in groups:
-            parts.append(_edges_of_group(group, at, by_head, by_position))
-            bar.update(1)
+    parts: list[EdgeValues] = []
+    for group in tqdm(groups, desc="edges", leave=False, disable=not g.progress):
+        parts.append(_edges_of_group(group, at, by_head, by_position))
     return EdgeValues(
         readers=parts[0].readers,
-        values=joined([part.values for part in parts]),
+        values=join_groups([part.values for part in parts]),
         exists=parts[0].exists,
         value=torch.cat([part.value for part in parts]),
     )

@@ -50,9 +50,9 @@ from lens_lora.core import (
     indicator,
     is_hooked,
     long_table,
+    require_finite,
     tokens_at,
 )
-from lens_lora.core.function.forward import require_finite
 from lens_lora.edge_attribution.by_reader import edge_values
 from lens_lora.edge_attribution.path_patching import Path, patched_edges
 from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers

@@ -15,19 +15,18 @@ Cost: a forward pass for each path, batched, and one with tangents if a path is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
-from lens_lora.core import Function, LoraLens, ScaleInject, attached
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory
-from lens_lora.core.function.forward import bar_of, in_chunks, require_finite
+from lens_lora.core import Function, HookFn, LoraLens, ScaleInject, attached
 from lens_lora.edge_attribution.by_reader import Pass, held_bytes
 from lens_lora.edge_attribution.readers import (
     LOGITS,
@@ -71,14 +70,25 @@ def patched_edges(g: Function, paths: Sequence[Path], at: float) -> Float[Tensor
     reaching = _with_sites_that_reach(g, paths, at)
     # A plain row stands beside a patched one.
     groups = g.groups(copies=2)
+    count = len(reaching) * len(groups)
     values: list[Tensor] = []
-    with bar_of(len(reaching) * len(groups), g.progress, "path patches") as bar:
+    with tqdm(total=count, desc="path patches", leave=False, disable=not g.progress) as bar:
         for group in groups:
-            step = max(1, memory.rows_at_once(group.lens, group.reading) - 1)
-            starts = range(0, len(reaching), step)
-            runs = (_Run(group, reaching[start : start + step], at) for start in starts)
-            values.append(in_chunks(runs, _Run.effects, bar))
+            values.append(_patched_in_group(group, reaching, at, bar))
     return torch.cat(values)
+
+
+def _patched_in_group(
+    g: Function, paths: Sequence[Path], at: float, bar: tqdm[Any]
+) -> Float[Tensor, "batch path"]:
+    """How g of some prompts changes along each path, as many paths at a time as fit."""
+    step = max(1, g.passes.copies_at_once - 1)
+    values: list[Tensor] = []
+    for first in range(0, len(paths), step):
+        some = paths[first : first + step]
+        values.append(_Run(g, some, at).effects())
+        bar.update(len(some))
+    return torch.cat(values, 1)
 
 
 def _with_sites_that_reach(g: Function, paths: Sequence[Path], at: float) -> list[Path]:
@@ -127,8 +137,8 @@ class _Run:
     """One run of a plain row of each prompt, and of a row for each path."""
 
     def __init__(self, g: Function, paths: Sequence[Path], at: float) -> None:
+        self._g = g
         self._lens = g.lens
-        self._reading = g.reading
         self._gates = g.lens.gates(at).repeat(1 + len(paths), 1)
         # The reader of each row but the plain one.
         self._readers: dict[int, str] = {}
@@ -145,27 +155,35 @@ class _Run:
 
     def effects(self) -> Float[Tensor, "batch path"]:
         """The g of each path's row less that of the plain row. One forward pass of each row."""
+        by_row = self._g.passes.side_by_side(len(self._gates), under=self._hooks())
+        for row in self._rows_of_heads():
+            if row not in self._split:
+                raise unknown_heads(block_reader(self._readers[row]))
+        return by_row[:, 1:] - by_row[:, :1]
+
+    def _rows_of_heads(self) -> list[int]:
+        """The rows whose reader is one head."""
+        return [row for row, name in self._readers.items() if block_reader(name) != name]
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Generator[None]:
+        """Within the span, switched gates reach their readers and nothing else."""
         lens = self._lens
         host = lens.host
         block_inputs = [
             (host.block_input(layer), functools.partial(self._begin_block, layer))
             for layer in range(host.n_layers)
         ]
-        of_heads = [row for row, name in self._readers.items() if block_reader(name) != name]
-        scaled = ScaleInject(lens.plan, self._gates.repeat(len(self._reading.owner), 1))
+        scaled = ScaleInject(lens.plan, self._gates.repeat(len(self._g.reading.owner), 1))
+        hooks_of_heads: list[tuple[str, HookFn]] = []
+        if self._rows_of_heads():
+            hooks_of_heads = head_hooks(lens, self._only_head)
         with (
-            torch.no_grad(),
             lens.injected(scaled, before=block_inputs),
             readers_shown(lens, self._read),
-            attached(lens.model, head_hooks(lens, self._only_head) if of_heads else []),
+            attached(lens.model, hooks_of_heads),
         ):
-            values = function.read_value(lens, self._reading.repeat(len(self._gates)))
-        require_finite(values, "the patched readout")
-        for row in of_heads:
-            if row not in self._split:
-                raise unknown_heads(block_reader(self._readers[row]))
-        by_row = values.unflatten(0, (self._reading.batch, -1))
-        return by_row[:, 1:] - by_row[:, :1]
+            yield
 
     def _by_row(self, tensor: Tensor) -> Float[Tensor, "prompt_row row *rest"]:
         """A copy, in which the plain row and those of the paths have an axis of their own."""

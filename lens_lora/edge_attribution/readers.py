@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
 from lens_lora.core import HookFn, Host, LoraLens, add_pre_hook, add_to_module
-from lens_lora.core.function.interventions import head_points
 from lens_lora.errors import ModelStateError
 from lens_lora.hosts.bridged import is_linear, unwrapped
 
@@ -235,7 +234,7 @@ def head_hooks(
 
     return [
         (point, functools.partial(at_heads, block_reader(point), kind))
-        for point, kind in head_points(lens, QKV).items()
+        for point, kind in lens.head_points(QKV).items()
     ]
 
 

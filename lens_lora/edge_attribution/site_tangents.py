@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lens_lora import compat
-from lens_lora.core.function.duals import MATMULS, rows_and_weight
+from lens_lora.core import MATMULS, rows_and_weight
 from lens_lora.errors import ModelStateError
 
 _Args = tuple[Any, ...]

@@ -29,6 +29,7 @@ from torch import Tensor
 from lens_lora.arguments import whole
 from lens_lora.core import (
     AnswerLike,
+    ChosenPositions,
     Gauge,
     LoraLens,
     OfSites,
@@ -38,6 +39,7 @@ from lens_lora.core import (
     alone,
     beginnings,
     chosen_sites,
+    context_of,
     drawing,
     first_of_each,
     long_table,
@@ -47,9 +49,6 @@ from lens_lora.core import (
     site_labels,
     tokens_at,
 )
-from lens_lora.core.function.activations import in_gauge
-from lens_lora.core.readout.positions import chosen_positions
-from lens_lora.core.results.tokens import context_of
 from lens_lora.hidden.examples import (
     Sign,
     require_ranks,
@@ -283,11 +282,12 @@ class Activations(OfSites):
 
     def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
         """Whether each token is at these positions of its row, as [batch, token]."""
+        asked = ChosenPositions.of(positions)
         chosen = np.zeros(self.sinks.shape, bool)
         starts = self.starts.tolist()
         for prompt, tokens in enumerate(self.str_tokens):
             length = len(tokens)
-            chosen[prompt, :length] = chosen_positions(positions, length, starts[prompt])
+            chosen[prompt, :length] = asked.mask(length, starts[prompt])
         if sinks:
             return chosen
         return chosen & ~self.sinks.cpu().numpy()
@@ -342,12 +342,13 @@ def activations(
         ModelStateError: a site that did not run.
         NumericsError: non-finite activations.
     """
-    ready = lens.function(prompts).prompts
+    f = lens.function(prompts)
     chosen = chosen_sites(lens.sites, sites)
-    turned = in_gauge(lens, gauge)
+    in_gauge = lens.in_gauge(gauge)
     ranks = activation_ranks(lens, chosen, gauge)
-    rows = lens.prompts(ready, response)
-    seen = site_activations(turned, rows, lens.gates(scale), chosen, ranks)
+    rows = lens.prompts(f.prompts, response)
+    of_rows = f.over(in_gauge).of_rows(rows)
+    seen = site_activations(of_rows, lens.gates(scale), chosen, ranks)
     return Activations(
         values=seen.values,
         sites=tuple(lens.sites[i] for i in chosen),

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core import (
+    Function,
     LoraLens,
     OfSites,
     Positions,
@@ -33,11 +34,10 @@ from lens_lora.core import (
     require_finite,
     site_labels,
 )
-from lens_lora.core.function.forward import run_without_logits
-from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
-from lens_lora.hidden.projection import FeatureProjection, activation_at, positions_label
+from lens_lora.hidden.projection import FeatureProjection, positions_label
+from lens_lora.hidden.readout import Projection, modules_before
 from lens_lora.hidden.stream_writers import stream_writers
 
 # What to do about a norm between a site and the stream.
@@ -131,8 +131,7 @@ class FeatureWrites(OfSites):
 
 
 def feature_writes(
-    lens: LoraLens,
-    prompts: Prompts,
+    f: Function,
     features: Directions,
     name: str | None,
     at: float,
@@ -143,8 +142,7 @@ def feature_writes(
     Cost: one forward pass, and for a point between the two branches of a block a backward pass.
 
     Args:
-        lens: the adapter over the model.
-        prompts: the rows.
+        f: the function, whose rows are run.
         features: the directions.
         name: the hook point where they are read; None for the residual stream as a whole.
         at: the gates at which z is read.
@@ -157,18 +155,19 @@ def feature_writes(
         PromptError: a prompt without one of these positions.
         NumericsError: a non-finite write.
     """
+    lens = f.lens
     if name is not None:
         lens.require_update([lens.known_point(name)])
-    writers = _writers_to(lens, prompts, name)
+    writers = _writers_to(lens, f.rows, name)
     _require_writers(writers, name)
     if name is None or is_residual(name):
         features = features.at(name or STREAM, int(lens.model.cfg.d_model))
-    step = rows_of_pass(lens, prompts) or prompts.batch
+    step = f.passes.rows_at_once(logits=False)
     groups: list[Tensor] = []
-    for first in range(0, prompts.batch, step):
-        group = prompts.cut(first, min(first + step, prompts.batch))
-        project = FeatureProjection(group, features, positions)
-        groups.append(_writes(lens, group, writers, features, name or STREAM, project, at))
+    for first in range(0, f.rows.batch, step):
+        group = f.of_rows(f.rows.cut(first, min(first + step, f.rows.batch)))
+        project = FeatureProjection(group.rows, features, positions)
+        groups.append(_writes(group, writers, features, name or STREAM, project, at))
     values = torch.cat(groups)
     require_finite(values, "a site's δz")
     return FeatureWrites(
@@ -179,8 +178,8 @@ def feature_writes(
         name=name or "",
         features=features.kind,
         units=features.units,
-        str_tokens=lens.str_tokens(prompts),
-        meta=lens.describe(prompts),
+        str_tokens=f.str_tokens,
+        meta=lens.describe(f.rows),
     )
 
 
@@ -196,8 +195,7 @@ def _require_writers(writers: list[int], name: str | None) -> None:
 
 
 def _writes(
-    lens: LoraLens,
-    prompts: Prompts,
+    f: Function,
     writers: list[int],
     features: Directions,
     name: str,
@@ -205,6 +203,7 @@ def _writes(
     at: float,
 ) -> Float[Tensor, "batch site feature"]:
     """The writers' d·δz_l. Cost: one forward pass, without the unembedding."""
+    lens = f.lens
     gates = lens.gates(at)
     scaled = ScaleInject(lens.plan, gates)
     written: dict[int, Tensor] = {}
@@ -221,8 +220,7 @@ def _writes(
             written[injection.site] = written.get(injection.site, 0.0) + write
         return scaled(index, out, z)
 
-    with torch.no_grad(), lens.injected(inject):
-        run_without_logits(lens, prompts)
+    f.passes.observe(inject, logits=False)
     return torch.stack([written[index].to(lens.device) for index in writers], 1)
 
 
@@ -274,18 +272,15 @@ def _writers_before(lens: LoraLens, prompts: Prompts, name: str) -> list[int]:
 def _sites_that_move(lens: LoraLens, prompts: Prompts, name: str) -> set[int]:
     """The sites on whose gates the activation at a point depends, on the first prompt.
 
-    One forward and one backward pass.
+    Cost: a pass of a few tokens, and one forward and one backward pass.
     """
-    # The hooks are off by the time of the backward pass, and a block that runs again then would
-    # run without them.
-    lens.check_backward(once=False)
-    gates = lens.gates(0.5).requires_grad_()
-    with torch.enable_grad():
-        h = activation_at(lens, prompts.row(0), name, ScaleInject(lens.plan, gates))
-        if not h.requires_grad:
-            return set()
-        # A random covector is orthogonal to no derivative.
-        generator = torch.Generator().manual_seed(0)
-        covector = torch.randn(h.shape, generator=generator).to(h)
-        (slopes,) = torch.autograd.grad((h * covector).sum(), gates)
-    return set(slopes.nonzero().flatten().tolist())
+    first = prompts.row(0)
+    if not modules_before(lens, first, name):
+        return set()
+    # A random direction is orthogonal to no derivative.
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(int(lens.model.cfg.d_model), generator=generator)
+    g = lens.function(first, Projection(direction, name, positions=slice(None)))
+    slopes = g.slopes(at=0.5)[0]
+    moving = {g.lens.sites[index].name for index in slopes.nonzero().flatten().tolist()}
+    return {index for index, site in enumerate(lens.sites) if site.name in moving}

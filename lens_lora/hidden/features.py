@@ -17,7 +17,6 @@ is d·h.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, final
 
@@ -29,22 +28,18 @@ from torch import Tensor
 from lens_lora.arguments import number, one_entry, word
 from lens_lora.core import (
     Described,
+    Function,
     LoraLens,
     Positions,
     Prompts,
     Scale,
-    ScaleInject,
     alone,
     drawing,
     largest,
     only_prompt,
     prompt_rows,
-    rounding_noise,
-    tangent_of,
     tokens_at,
 )
-from lens_lora.core.function.duals import dual_forward
-from lens_lora.core.function.tangents import JointInject
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
 from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes
@@ -252,24 +247,23 @@ def feature_shift(
         NumericsError: non-finite activations.
     """
     strength = number("at", at)
-    rows = text_rows(lens, prompts)
+    f = lens.function(text_rows(lens, prompts))
     features = directions_of(directions, name)
     if name is None:
         name = features.hook_name
     if by is None:
-        return _shift(lens, rows, features, name, scale, strength, positions)
+        return _shift(f, features, name, scale, strength, positions)
     word("by", by, ["site"])
     if scale is not None or one_entry(positions) == "each":
         raise ArgumentError(
             "by='site' is what each site writes at the gates `at`, in one number; leave out "
             "scale=, and give positions an index, such as -1, or tokens to take the mean over."
         )
-    return feature_writes(lens, rows, features, name, strength, positions)
+    return feature_writes(f, features, name, strength, positions)
 
 
 def _shift(
-    lens: LoraLens,
-    prompts: Prompts,
+    f: Function,
     features: Directions,
     name: str | None,
     scale: Scale | None,
@@ -277,26 +271,21 @@ def _shift(
     positions: Positions,
 ) -> FeatureShift:
     """The shift d·(h(scale) − h(0)) at one hook point, and its first order."""
+    lens = f.lens
     gates = lens.gates(1.0 if scale is None else scale)
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
     lens.require_update([lens.known_point(name)])
-    project = FeatureProjection(prompts, features.at(name), positions)
-    at_base = ScaleInject(lens.plan, 0 * gates)
-    at_scale = ScaleInject(lens.plan, gates)
-    run = functools.partial(activation_at, lens, prompts, name)
+    project = FeatureProjection(f.rows, features.at(name), positions)
+    _require_width(f, features, name)
     activations: tuple[_Values, _Values] | None = None
     with torch.no_grad():
-        _require_width(lens, prompts, features, name)
-        base = run(at_base)
-        adapted = run(at_scale)
-        with rounding_noise(lens):
-            noisy = run(at_scale)
+        base = activation_at(f, name, 0 * gates)
+        adapted = activation_at(f, name, gates)
+        noisy = activation_at(f, name, gates, with_noise=True)
         if features.encode is not None:
             activations = project.encoded(base), project.encoded(adapted)
-    with dual_forward():
-        dual = JointInject(lens, at * gates, gates)
-        tangent = tangent_at(lens, prompts, name, dual, tangent_of)
+    tangent = tangent_at(f, name, gates, at * gates)
     dtype = lens.gate_dtype
     noise = project(noisy.to(dtype) - adapted.to(dtype))
     return FeatureShift(
@@ -311,13 +300,14 @@ def _shift(
         at=at,
         features=features.kind,
         units=features.units,
-        str_tokens=lens.str_tokens(prompts),
-        meta=lens.describe(prompts),
+        str_tokens=f.str_tokens,
+        meta=lens.describe(f.rows),
     )
 
 
-def _require_width(lens: LoraLens, prompts: Prompts, features: Directions, name: str) -> None:
+def _require_width(f: Function, features: Directions, name: str) -> None:
     """Refuse directions of another width than the activation. Cost: a pass of one token."""
-    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
-    h = activation_at(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
+    rows = f.rows
+    token = Prompts(rows.tokens[:1, :1], torch.ones_like(rows.lengths[:1]))
+    h = activation_at(f.of_rows(token), name, 0.0)
     features.at(name, h[0, 0].numel())

@@ -11,17 +11,16 @@ from torch import Tensor
 
 from lens_lora.core import (
     AnswerLike,
+    ChosenPositions,
     Generated,
     LoraLens,
     Names,
     Prompts,
     PromptsLike,
+    Recording,
     Scale,
     require_finite,
 )
-from lens_lora.core.function.interventions import Recording, positioned, record
-from lens_lora.core.function.memory import ROW_TOKENS
-from lens_lora.core.readout.positions import chosen_positions
 from lens_lora.texts.batches import by_length
 
 # By hook point, h of a batch of texts at each scale that was asked for.
@@ -61,10 +60,11 @@ def positions_in(rows: Prompts, positions: Any) -> Bool[Tensor, "text token"]:
     Raises:
         ArgumentError: something that means no positions.
     """
+    asked = ChosenPositions.of(positions)
     chosen = torch.zeros_like(rows.real, device="cpu")
     starts = rows.asked_lengths
     for text, length in enumerate(rows.lengths.tolist()):
-        chosen[text, :length] = torch.from_numpy(chosen_positions(positions, length, starts[text]))
+        chosen[text, :length] = torch.from_numpy(asked.mask(length, starts[text]))
     return chosen
 
 
@@ -89,16 +89,18 @@ def activations_at(
             position; globs that match no other.
         NumericsError: an activation that is not finite.
     """
+    f = lens.function(rows)
     named = lens.points(names).computed()
     in_full = named.in_full
     points = named.wanted
     is_first = True
-    for index, batch in by_length(rows, ROW_TOKENS):
-        runs = [record(lens, batch, scale, points, in_full) for scale in scales]
+    for index, batch in by_length(rows, f.passes.tokens_at_once()):
+        passes = f.of_rows(batch).passes
+        runs = [passes.record(points, scale, in_full) for scale in scales]
         if is_first:
             # The first batch shows which of the points that globs match hold activations.
             points = named.fired(runs[0].firings)
-            points = positioned(lens, batch, runs[0], points, in_full, 0.0)
+            points = passes.positioned(runs[0], points, in_full)
             is_first = False
         yield index, {name: _at_point(lens, batch, name, runs) for name in points}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,10 +12,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import is_whole, one_entry
-from lens_lora.core import Inject, LoraLens, Positions, Prompts, attached, require_finite
-from lens_lora.core.function.forward import run_without_logits
-from lens_lora.core.function.memory import rows_of_duals, rows_of_pass
-from lens_lora.core.readout.positions import chosen_positions, positions_text
+from lens_lora.core import (
+    ChosenPositions,
+    Function,
+    LoraLens,
+    Positions,
+    Prompts,
+    Scale,
+    ScaleInject,
+    attached,
+    require_finite,
+    rounding_noise,
+    tangent_of,
+)
 from lens_lora.errors import ModelStateError, PromptError
 from lens_lora.formats.directions import Directions
 
@@ -84,16 +95,16 @@ def positions_counted(prompts: Prompts, positions: Positions) -> Bool[Tensor, "r
     Raises:
         PromptError: a prompt without one of these tokens.
     """
+    asked = ChosenPositions.of(positions)
     counted = torch.zeros(prompts.tokens.shape, dtype=torch.bool)
     starts = prompts.asked_lengths
     for row, length in enumerate(prompts.lengths.tolist()):
-        chosen = chosen_positions(positions, length, starts[row])
+        chosen = asked.mask(length, starts[row])
         if positions is None:
             chosen[0] = False
         if not chosen.any():
             raise PromptError(
-                f"positions={positions_text(positions)}: prompt {row} has {length} tokens and "
-                "none of these",
+                f"positions={asked}: prompt {row} has {length} tokens and none of these",
                 remedy="name tokens that every prompt has; without positions= the first token "
                 "is left out, as it is a sink.",
             )
@@ -106,90 +117,109 @@ def positions_label(positions: Positions) -> int | str:
     plain = one_entry(positions)
     if is_whole(plain):
         return int(plain)
-    return positions_text(positions)
+    return str(ChosenPositions.of(positions))
 
 
 def activation_at(
-    lens: LoraLens, prompts: Prompts, name: str, inject: Inject
+    f: Function, name: str, gates: Scale, *, with_noise: bool = False
 ) -> Float[Tensor, "batch pos *d"]:
     """The activation at one hook point. One forward pass, without the unembedding.
 
     Prompts are run in groups where all of them are beyond the bound of the lens.
 
     Args:
-        lens: the adapter over the model.
-        prompts: the rows.
+        f: the function, whose rows are run.
         name: the hook point.
-        inject: what each site writes in this pass.
+        gates: those of the pass.
+        with_noise: whether noise of about one rounding is added to the residual stream.
 
     Raises:
         ModelStateError: a point that does not fire, or holds no activation by position.
         NumericsError: an activation that is not finite.
     """
-    rows = rows_of_pass(lens, prompts)
-    return _in_groups(prompts, rows, lambda group: _run(lens, group, name, inject, _copied))
+    write = ScaleInject(f.lens.plan, f.lens.gates(gates))
+
+    def of_group(group: Function) -> _Activation:
+        def run(hooks: AbstractContextManager[None]) -> None:
+            under = _with_noise(f.lens, hooks) if with_noise else hooks
+            group.passes.observe(write, under=under, logits=False)
+
+        return _kept(group, name, torch.clone, run)
+
+    return _in_groups(f, f.passes.rows_at_once(logits=False), of_group)
+
+
+@contextlib.contextmanager
+def _with_noise(lens: LoraLens, hooks: AbstractContextManager[None]) -> Generator[None]:
+    with rounding_noise(lens), hooks:
+        yield
 
 
 def tangent_at(
-    lens: LoraLens,
-    prompts: Prompts,
-    name: str,
-    inject: Inject,
-    tangent: Callable[[Tensor], Tensor],
+    f: Function, name: str, direction: Scale, at: Scale
 ) -> Float[Tensor, "batch pos *d"]:
     """The tangent of the activation at one hook point. One dual forward pass.
 
     Args:
-        lens, prompts, name: as for `activation_at`.
-        inject: what each site writes, in dual numbers.
-        tangent: a dual activation's tangent.
+        f, name: as for `activation_at`.
+        direction: of the gates, along which the tangent is taken.
+        at: the gates at which it is taken.
 
     Raises:
         ModelStateError, NumericsError: as for `activation_at`.
     """
-    rows = rows_of_duals(lens, prompts)
-    return _in_groups(prompts, rows, lambda group: _run(lens, group, name, inject, tangent))
+
+    def of_group(group: Function) -> _Activation:
+        def run(hooks: AbstractContextManager[None]) -> None:
+            group.passes.observe_tangents(direction, at, under=hooks)
+
+        return _kept(group, name, tangent_of, run)
+
+    return _in_groups(f, f.passes.rows_at_once("dual", logits=False), of_group)
 
 
 def _in_groups(
-    prompts: Prompts, rows: int | None, run: Callable[[Prompts], _Activation]
+    f: Function, rows_at_once: int, run: Callable[[Function], _Activation]
 ) -> _Activation:
-    """Run so many prompts at a time, or all at once where `rows` is None."""
-    step = rows or prompts.batch
+    """Run so many rows at a time, and join what comes of them."""
     groups: list[Tensor] = []
-    for first in range(0, prompts.batch, step):
-        end = min(first + step, prompts.batch)
-        groups.append(run(prompts.cut(first, end)))
+    for first in range(0, f.rows.batch, rows_at_once):
+        end = min(first + rows_at_once, f.rows.batch)
+        groups.append(run(f.of_rows(f.rows.cut(first, end))))
     return torch.cat(groups)
 
 
-def _copied(activation: Tensor) -> Tensor:
-    return activation.clone()
-
-
-def _run(
-    lens: LoraLens,
-    prompts: Prompts,
+def _kept(
+    f: Function,
     name: str,
-    inject: Inject,
     keep: Callable[[Tensor], Tensor],
+    run: Callable[[AbstractContextManager[None]], None],
 ) -> _Activation:
-    """Run one pass, and return what `keep` makes of the activation at a point's last firing."""
-    kept: list[Tensor] = []
+    """Run one pass under a hook, and return what `keep` makes of a point's last firing."""
+    firings: list[Tensor] = []
 
     def hook_fn(tensor: Any, hook: Any) -> None:
         del hook
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            kept.append(keep(tensor))
+            firings.append(keep(tensor))
 
-    with lens.injected(inject), attached(lens.model, [(name, hook_fn)]):
-        run_without_logits(lens, prompts)
-    if not kept:
+    run(attached(f.lens.model, [(name, hook_fn)]))
+    return _last(firings, name, f.rows)
+
+
+def _last(firings: Sequence[Tensor], name: str, prompts: Prompts) -> _Activation:
+    """The last of the activations, if they are by prompt and position.
+
+    Raises:
+        ModelStateError: none, or one that is not by position.
+        NumericsError: an activation that is not finite.
+    """
+    if not firings:
         raise ModelStateError(
             f"{name}: the hook point exists but no activation passes it in a forward pass; a flag "
             "of the model or its class bypasses it. Name another point."
         )
-    activation = kept[-1]
+    activation = firings[-1]
     if activation.ndim < 3 or activation.shape[:2] != prompts.tokens.shape:
         raise ModelStateError(
             f"{name} holds a tensor {tuple(activation.shape)} for {tuple(prompts.tokens.shape)} "

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lens_lora.core import (
     AtPoint,
+    ChosenPositions,
     LogitFunction,
     LoraLens,
     Positions,
@@ -34,7 +35,6 @@ from lens_lora.core import (
     Readout,
     attached,
 )
-from lens_lora.core.readout.positions import positions_text
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.formats.directions import Directions, directions_of, setting_of
 from lens_lora.hidden.projection import positions_counted
@@ -71,7 +71,7 @@ class Projection(Readout):
         """Refuse several directions, and positions that give more than one number."""
         if not isinstance(self.activated, bool):
             raise ArgumentError(f"activated={self.activated!r}: expected True or False.")
-        if positions_text(self.positions) == "each":
+        if ChosenPositions.of(self.positions).which == "each":
             raise ArgumentError(
                 "positions='each' is a number for every token, and a readout is one number",
                 remedy="name tokens, or split the result: first_order(…, by='position').",
@@ -97,7 +97,9 @@ class Projection(Readout):
     def label(self) -> str:
         """What is read, such as 'given at blocks.12.hook_resid_post', and at which tokens."""
         (name,) = self._directions.names
-        tokens = "" if self.positions is None else f", positions {positions_text(self.positions)}"
+        tokens = ""
+        if self.positions is not None:
+            tokens = f", positions {ChosenPositions.of(self.positions)}"
         return f"{name} at {self.name}{tokens}"
 
     @property
@@ -113,7 +115,7 @@ class Projection(Readout):
         """
         lens: LoraLens = f.lens
         lens.known_point(self.name)
-        before = _modules_before(lens, f.prompts, self.name)
+        before = modules_before(lens, f.prompts, self.name)
         if not before:
             raise ModelStateError(
                 f"{self.name}: every adapted module writes after this hook point, so the adapter "
@@ -205,10 +207,15 @@ def _require_own_activation(found: Directions, offset: float) -> None:
             )
 
 
-def _modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
+def modules_before(lens: LoraLens, prompts: Prompts, name: str) -> list[str]:
     """The adapter's modules that have a site which writes before the point.
 
     Cost: one pass of a few tokens.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: the rows, of which the beginning of the first is run.
+        name: the hook point.
 
     Raises:
         ModelStateError: nothing passes the point, or several tensors do in one pass.

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.core import (
+    Function,
     Gauge,
     Injection,
     LoRAFactors,
@@ -30,8 +31,6 @@ from lens_lora.core import (
     SiteUpdate,
     require_finite,
 )
-from lens_lora.core.function.forward import run_without_logits
-from lens_lora.core.function.memory import rows_of_pass
 from lens_lora.errors import ModelStateError, UnsupportedAdapterError
 
 # A trained model's sinks have up to hundreds of times the other tokens' ‖z‖.
@@ -87,8 +86,7 @@ def _rank(site_update: SiteUpdate, gauge: Gauge) -> int:
 
 
 def site_activations(
-    lens: LoraLens,
-    prompts: Prompts,
+    f: Function,
     gates: Float[Tensor, "*batch site"],
     sites: Sequence[int],
     ranks: Sequence[int],
@@ -98,8 +96,7 @@ def site_activations(
     Cost: one forward pass, in groups of prompts that fit within the lens's memory bound.
 
     Args:
-        lens: the adapter over the model, in the gauge whose coordinates are asked for.
-        prompts: the rows.
+        f: the function, whose rows are run; its lens is in the gauge whose coordinates are meant.
         gates: of all rows, or of each.
         sites: their indices.
         ranks: how many coordinates each has, from `activation_ranks`.
@@ -108,34 +105,31 @@ def site_activations(
         ModelStateError: a site's hook did not fire, or the heads of one have inputs of their own.
         NumericsError: non-finite activations.
     """
-    # Nothing is unembedded, so a row takes as much memory as without a response.
-    step = rows_of_pass(lens, dataclasses.replace(prompts, reads=None)) or prompts.batch
+    step = f.passes.rows_at_once(logits=False)
     seen: list[Seen] = []
-    for first in range(0, prompts.batch, step):
-        last = min(first + step, prompts.batch)
+    for first in range(0, f.rows.batch, step):
+        last = min(first + step, f.rows.batch)
         gates_of_group = gates if gates.ndim == 1 else gates[first:last]
-        group = prompts.cut(first, last)
-        seen.append(_seen_in_pass(lens, group, gates_of_group, sites, ranks))
+        group = f.of_rows(f.rows.cut(first, last))
+        seen.append(_seen_in_pass(group, gates_of_group, sites, ranks))
     values = torch.cat([group.values for group in seen])
     sinks = torch.cat([group.sinks for group in seen])
     return Seen(values, sinks)
 
 
 def _seen_in_pass(
-    lens: LoraLens,
-    prompts: Prompts,
+    f: Function,
     gates: Float[Tensor, "*batch site"],
     sites: Sequence[int],
     ranks: Sequence[int],
 ) -> Seen:
     """Run one pass, and return the activations u of these sites."""
-    keep = _Keep(lens, prompts, gates, sites, ranks)
-    with torch.no_grad(), lens.injected(keep):
-        run_without_logits(lens, prompts)
+    keep = _Keep(f.lens, f.rows, gates, sites, ranks)
+    f.passes.observe(keep, logits=False)
     keep.require_all_seen()
     keep.add_what_v_adds()
     keep.require_finite()
-    real = prompts.real.to(keep.values.device)
+    real = f.rows.real.to(keep.values.device)
     keep.values.masked_fill_(~real[:, None, :, None], torch.nan)
     return Seen(keep.values, sinks_among(keep.sizes, real) & real)
 

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.core import LoraLens, NormUpdate, Prompts, SiteUpdate, distinct_tokens
-from lens_lora.core.function.memory import ROW_TOKENS
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.hidden.site_activations import site_activations
 from lens_lora.texts.batches import over_texts
@@ -76,6 +75,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
         UnsupportedAdapterError: the adapter changes norms, or stacks of experts.
         NumericsError: non-finite activations.
     """
+    f = lens.function(texts)
     writes = tuple(_writes(site_update) for site_update in lens.updates)
     roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
     ranks = [W.shape[1] for W in writes]
@@ -88,7 +88,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
     first = torch.zeros(texts.batch, len(writes), dtype=torch.float64)
 
     def visit(index: list[int], rows: Prompts) -> None:
-        seen = site_activations(lens, rows, lens.gates(1.0), sites, ranks)
+        seen = site_activations(f.of_rows(rows), lens.gates(1.0), sites, ranks)
         activations = seen.values.cpu().double()
         width = rows.tokens.shape[1]
         is_counted = distinct[index, :width]
@@ -102,7 +102,7 @@ def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"])
             squares[index, site] = square.masked_fill(~is_counted, 0.0).sum(1)
             first[index, site] = square[:, 0].sqrt()
 
-    over_texts(lens, texts, ROW_TOKENS, visit, "activations", progress=False)
+    over_texts(lens, texts, f.passes.tokens_at_once(), visit, "activations", progress=False)
     return UpdateSums(
         writes=writes,
         roots=roots,

@@ -286,7 +286,7 @@ def _run(
     lengths = torch.tensor([len(row) for row in ids], device=lens.device)
     prompts = Prompts(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), lengths)
     try:
-        seen = site_activations(lens, prompts, lens.gates(1.0), range(len(ranks)), ranks)
+        seen = site_activations(lens.function(prompts), lens.gates(1.0), range(len(ranks)), ranks)
     except NumericsError as error:
         if len(batch) == 1:
             return {batch[0]: texts[batch[0]].record.bad(error).error or str(error)}

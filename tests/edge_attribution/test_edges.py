@@ -16,7 +16,7 @@ import torch
 from reference import Stream
 
 import lens_lora as ll
-from lens_lora.core import attached
+from lens_lora.core import OwnPasses, attached
 from lens_lora.edge_attribution import by_reader as engine
 from lens_lora.edge_attribution import edges as edge_names
 from lens_lora.edge_attribution import path_patching, readers
@@ -411,7 +411,7 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
     edges = ll.edges(lens, TEXTS, MARGIN, "head", progress=False)
     pairs = edges.top(12)[["writer", "reader"]].values.tolist()
     together = ll.patch_edges(lens, TEXTS, MARGIN, pairs, progress=False)
-    monkeypatch.setattr(path_patching.memory, "rows_at_once", lambda *_: 2)
+    monkeypatch.setattr(OwnPasses, "copies_at_once", property(lambda _: 2))
     each = ll.patch_edges(lens, TEXTS, MARGIN, pairs, progress=False)
     assert relative(each.values, together.values) < ROUND_OFF
 
