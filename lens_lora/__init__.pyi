@@ -48,6 +48,7 @@ from .responses.hook_points import gradients, tangents
 from .responses.kl_shares import kl_shares
 from .responses.logit_shift import logit_shift
 from .responses.token_shifts import token_shifts
+from .ship.served import verify_served
 from .sweeps.sweep import sweep
 from .two_adapters.checkpoints import checkpoints
 from .two_adapters.compare_adapters import compare_adapters
@@ -122,6 +123,8 @@ __all__ = [
     "activation_shift",
     "constant_part",
     "what_changed",
+    # shipping
+    "verify_served",
     # sweeps
     "ShiftCallback",
     "bank",

@@ -253,3 +253,7 @@ class NumericsError(LensLoraError, ArithmeticError):
 
 class SweepError(LensLoraError, ValueError):
     """Records, analyses or an output file that a sweep cannot use."""
+
+
+class ServerError(LensLoraError, RuntimeError):
+    """A server that cannot be asked, or whose answer cannot be read."""

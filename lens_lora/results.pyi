@@ -52,6 +52,7 @@ from .responses.generate import SideBySide as SideBySide
 from .responses.kl_shares import KLShares as KLShares
 from .responses.logit_shift import LogitShift as LogitShift
 from .responses.token_shifts import TokenShifts as TokenShifts
+from .ship.served import ServedVerification as ServedVerification
 from .ship.verify import Verification as Verification
 from .sweeps.activations_file import ActivationsFile as ActivationsFile
 from .sweeps.sweep import SweepResult as SweepResult

@@ -1,4 +1,4 @@
-"""The file of `lens-lora verify --expect`: margins that an adapter is to reach, one a line."""
+"""The files of `lens-lora verify`: margins that an adapter is to reach, and texts to ask for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lens_lora.cli import options
 from lens_lora.errors import LensLoraError
 from lens_lora.sweeps.records import Record, read_records
 
@@ -51,6 +52,27 @@ def read_expectations(file: Path) -> list[ExpectedMargin]:
             raise LensLoraError(f"{file}, {record.bad(fault).error}")
         expectations.append(_expectation(record, fields))
     return expectations
+
+
+def prompts_of(file: Path) -> list[str | Sequence[Mapping[str, str]]]:
+    """The texts of a file: one a line, or those of a .jsonl file's `prompt` or `messages`.
+
+    Args:
+        file: is read as records if its name ends in .jsonl.
+
+    Raises:
+        LensLoraError: no text, or a record that is none, by its line.
+    """
+    if file.suffix.lower() != ".jsonl":
+        return list(options.texts_of(file))
+    prompts: list[str | Sequence[Mapping[str, str]]] = []
+    for record in read_records(file):
+        if record.error is not None:
+            raise LensLoraError(f"{file}, {record.error}")
+        prompt = record.prompt if record.messages is None else record.messages
+        assert prompt is not None  # a record without an error has one
+        prompts.append(prompt)
+    return prompts
 
 
 def _expectation(record: Record, fields: Mapping[str, Any]) -> ExpectedMargin:

@@ -5,25 +5,39 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from lens_lora.cli import options, running
-from lens_lora.cli.expecting import read_expectations
-from lens_lora.errors import AdapterError, LensLoraWarning, ModelStateError, heard_by
+from lens_lora.cli.expecting import prompts_of, read_expectations
+from lens_lora.errors import (
+    AdapterError,
+    LensLoraError,
+    LensLoraWarning,
+    ModelStateError,
+    heard_by,
+)
 from lens_lora.formats.folders import stated_base
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lens_lora.cli.running import Loaded
-    from lens_lora.core import Adapter
+    from lens_lora.core import Adapter, LoraLens
+    from lens_lora.ship.checks import Check
+    from lens_lora.ship.served import ServedVerification
     from lens_lora.ship.verify import Verification
 
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at_least."
+_SERVED = "A server that is to answer as the adapter does. Its log-probabilities are asked for."
+_TEXTS = "Texts to ask the server for: one a line, or .jsonl with prompt or messages."
+ServedDtype = Literal["float32", "float16", "bfloat16", "int8"]
+# Adapters beside this one that a server may have in its place.
+_CHECKPOINTS = "checkpoint-*"
+_MOST_OTHERS = 8
 _LABELS = {"--json": "JSON", "--junit": "JUnit", "--report": "Report"}
 
 
@@ -39,6 +53,10 @@ def verify(
     max_kl: Annotated[
         float | None, options.least(0, "Nats per token allowed on neutral texts.")
     ] = None,
+    served: Annotated[str | None, typer.Option(metavar="URL", help=_SERVED)] = None,
+    name: Annotated[str | None, "By which the server knows the adapter."] = None,
+    texts: Annotated[Path | None, options.input_file(_TEXTS)] = None,
+    served_dtype: Annotated[ServedDtype, "What the server computes in."] = "bfloat16",
     json_file: Annotated[Path | None, _to_write("--json", help="The checks as JSON.")] = None,
     junit: Annotated[Path | None, _to_write(help="The checks as JUnit's XML.")] = None,
     report: Annotated[Path | None, _to_write(help="HTML page to write.")] = None,
@@ -49,20 +67,28 @@ def verify(
     """Did this adapter ship as trained? Exit 0 passed, 1 failed, 2 unreadable, 3 undecided.
 
     lens-lora verify path/to/adapter --merged path/to/merged --expect facts.jsonl
+
+    lens-lora verify path/to/adapter --served http://127.0.0.1:8000 --name my-adapter
     """
     outputs = options.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else read_expectations(expect)
+    own_texts = [] if texts is None else prompts_of(texts)
     folder = options.folder_of(adapter, within, quiet=quiet)
     merged_files = [] if merged is None else list(merged.iterdir())
-    options.require_apart(outputs, base, [folder], expect, *merged_files)
+    options.require_apart(outputs, base, [folder], expect, texts, *merged_files)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.ship.expectations import Expectation
-        from lens_lora.ship.page import verification_table
+        from lens_lora.ship.page import explanations_table, verification_table
         from lens_lora.ship.verify import verify as verification_of
 
         base = base.placed("cpu")
         given = _read(folder, base, progress)
+        question = None
+        if served is not None:
+            question = _Question(
+                served, name, own_texts, served_dtype, _others_beside(folder), quiet=quiet
+            )
         with running.quiet_libraries():
             verification = verification_of(
                 given.adapter,
@@ -75,10 +101,15 @@ def verify(
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
                 notes=given.notes,
+                ask_server=question,
                 progress=not quiet,
             )
-        _write(verification, outputs)
-        running.tell(verification.story()).print(verification_table(verification))
+        answered = None if question is None else question.answered
+        _write(verification, answered, outputs)
+        console = running.tell(verification.story())
+        console.print(verification_table(verification))
+        if answered is not None:
+            console.print(explanations_table(answered))
         for option, path in outputs.items():
             running.say(f"{_LABELS[option]}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
@@ -133,11 +164,62 @@ def _training_tokenizer(given: _Given) -> Any:
     return None
 
 
-def _write(verification: Verification, outputs: dict[str, Path]) -> None:
+class _Question:
+    """Asks a server, over the lens that the checks have made.
+
+    Attributes:
+        answered: what the server answered; None before it was asked.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str | None,
+        texts: list[Any],
+        dtype: ServedDtype,
+        others: list[Adapter],
+        *,
+        quiet: bool,
+    ) -> None:
+        self.answered: ServedVerification | None = None
+        self._url = url
+        self._options: dict[str, Any] = {
+            "name": name,
+            "texts": texts,
+            "dtype": dtype,
+            "others": others,
+            "progress": not quiet,
+        }
+
+    def __call__(self, lens: LoraLens) -> tuple[Check, ...]:
+        from lens_lora.ship.served import verify_served
+
+        running.say(f"Server:  {self._url} is asked for log-probabilities, once for each text")
+        self.answered = verify_served(lens, self._url, **self._options)
+        return self.answered.checks
+
+
+def _others_beside(folder: Path) -> list[Adapter]:
+    """Other checkpoints of the same run, which a server may have in the adapter's place."""
+    from lens_lora.core import load_adapter
+
+    others: list[Adapter] = []
+    for place in sorted(folder.parent.glob(_CHECKPOINTS)):
+        if place.samefile(folder) or not place.is_dir():
+            continue
+        # One that cannot be read is not what is verified.
+        with contextlib.suppress(LensLoraError), heard_by(lambda _: None):
+            others.append(load_adapter(place))
+    return others[-_MOST_OTHERS:]
+
+
+def _write(
+    verification: Verification, served: ServedVerification | None, outputs: dict[str, Path]
+) -> None:
     from lens_lora.ship.files import as_json, as_junit
 
     if "--json" in outputs:
-        outputs["--json"].write_text(as_json(verification), encoding="utf-8")
+        outputs["--json"].write_text(as_json(verification, served), encoding="utf-8")
     if "--junit" in outputs:
         tree = as_junit(verification)
         tree.write(outputs["--junit"], encoding="utf-8", xml_declaration=True)

@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from lens_lora.ship.checks import Check, MergedTensor, Outcome
+from lens_lora.ship.served import ServedInstead, ServedVerification
 from lens_lora.ship.verify import Verification
 
 SCHEMA = "lens_lora verification 1"
@@ -24,11 +25,12 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _REPLACEMENT = "\ufffd"
 
 
-def as_json(verification: Verification) -> str:
+def as_json(verification: Verification, served: ServedVerification | None = None) -> str:
     """The checks and tensors as JSON of `SCHEMA`; a missing number is null.
 
     Args:
         verification: what is written.
+        served: what a server answered; None if none was asked.
     """
     fields: dict[str, Any] = {
         "schema": SCHEMA,
@@ -39,17 +41,26 @@ def as_json(verification: Verification) -> str:
         "checks": [_fields_of(check) for check in verification.checks],
         "tensors": [_fields_of(tensor) for tensor in verification.tensors],
     }
+    if served is not None:
+        fields["served"] = {
+            name: _number_or_null(getattr(served, name))
+            for name in ("name", "url", "way", "c", "residual", "floor", "effect", "tokens")
+        }
+        fields["served"]["requests"] = served.requests_sent
+        fields["served"]["explanations"] = [_fields_of(e) for e in served.explanations]
     return json.dumps(fields, ensure_ascii=False, indent=1) + "\n"
 
 
-def _fields_of(part: Check | MergedTensor) -> dict[str, Any]:
-    """The fields of a check or tensor, with None for NaN, which JSON does not have."""
+def _fields_of(part: Check | MergedTensor | ServedInstead) -> dict[str, Any]:
+    """The fields of a dataclass, with None for numbers that JSON does not have."""
     fields = dataclasses.asdict(part)
-    return {name: None if _is_nan(value) else value for name, value in fields.items()}
+    return {name: _number_or_null(value) for name, value in fields.items()}
 
 
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _number_or_null(value: object) -> object:
+    """The value itself, or None for a number that is not finite."""
+    is_number = isinstance(value, float)
+    return None if is_number and not math.isfinite(value) else value
 
 
 def as_junit(verification: Verification) -> ElementTree.ElementTree:

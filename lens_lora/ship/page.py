@@ -8,6 +8,7 @@ from collections import Counter
 from lens_lora.core import drawing
 from lens_lora.ship.checks import Check, MergedTensor, Outcome
 from lens_lora.ship.expectations import EXPECTATION
+from lens_lora.ship.served import ServedVerification
 from lens_lora.ship.verify import Verification
 from lens_lora.show import page, tables, text
 from lens_lora.show.text import beginning_of
@@ -27,6 +28,8 @@ _EXPECTATIONS_SHOWN = 6
 _TENSORS_SHOWN = 40
 # How many lines of the story the page has as its headline.
 _HEADLINES = 3
+# How many explanations of a server's answers are shown.
+_EXPLANATIONS = 5
 # Characters of a cell, and of a headline.
 _CELL = 72
 _HEADLINE = 240
@@ -66,6 +69,27 @@ def verification_table(verification: Verification, *, every: bool = False) -> ta
     if is_shortened:
         rows.append(("expectations", "passed", f"{len(met)} of them", "each its own"))
     return tables.Table(("check", "outcome", "measured", "expected"), rows, texts=(0, 1, 2, 3))
+
+
+def explanations_table(served: ServedVerification) -> tables.Table:
+    """What the server may be running, the nearest first.
+
+    Args:
+        served: what a server answered.
+    """
+    residuals = [("the adapter", served.residual)]
+    residuals += [(each.words, each.residual) for each in served.explanations[:_EXPLANATIONS]]
+    rows = [(words, f"{residual:.3g}") for words, residual in residuals]
+    return tables.Table(("is it served?", "residual"), rows, texts=(0,))
+
+
+@drawing.body.register(ServedVerification)
+def _served_body(served: ServedVerification) -> str:
+    lines = [f"  {check.name}: {check.outcome}; {check.facts}" for check in served.checks]
+    lines += [
+        f"  {each.residual:.3g}  {each.words}" for each in served.explanations[:_EXPLANATIONS]
+    ]
+    return "\n".join(lines)
 
 
 def _is_met_expectation(check: Check) -> bool:

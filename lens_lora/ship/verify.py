@@ -25,6 +25,7 @@ from lens_lora.ship.checks import Check, MergedTensor, Outcome, first_of, worst
 from lens_lora.ship.expectations import EXPECTATION, Expectation, expectation_check
 from lens_lora.ship.merged_checks import MERGED, merged_checks
 from lens_lora.ship.neutral_kl import EFFECT, KL, neutral_checks
+from lens_lora.ship.served import SERVED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,9 +80,10 @@ def verify(
     expectations: Sequence[Expectation] = (),
     max_kl: float | None = None,
     notes: Sequence[str] = (),
+    ask_server: Callable[[LoraLens], Sequence[Check]] | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Check an adapter, and the merged folder that was made of it.
+    """Check an adapter, and the merged folder or the server that was made of it.
 
     Cost: that of `neutral_kl.neutral_checks`, and ten forward passes for each expectation; none for
     a folder.
@@ -96,6 +98,8 @@ def verify(
         expectations: margins that are to hold.
         max_kl: the largest mean KL on neutral texts, in nats per token; None if there is no bound.
         notes: what reading the adapter warned of.
+        ask_server: asks a server that is to answer as the lens does, and returns the checks; None
+            if there is none.
         progress: show bars.
 
     Raises:
@@ -111,10 +115,12 @@ def verify(
     loads, lens = _loaded(adapter, base, lens_over, notes)
     checks = [loads, _modules_check(adapter, lens)]
     if lens is None:
-        checks += _unloaded_checks(expectations, max_kl)
+        checks += _unloaded_checks(expectations, max_kl, is_served=ask_server is not None)
     else:
         checks += neutral_checks(lens, max_kl, progress)
         checks += [expectation_check(lens, expectation) for expectation in expectations]
+        if ask_server is not None:
+            checks += ask_server(lens)
     checks += folder_checks
     if not expectations:
         checks.append(Check(EXPECTATION, "not asked", "no file given"))
@@ -153,12 +159,16 @@ def _lacks_modules(base: PreTrainedModel, adapter: Adapter) -> bool:
     return any(key not in modules and key not in parameters for key in adapter.modules)
 
 
-def _unloaded_checks(expectations: Sequence[Expectation], max_kl: float | None) -> list[Check]:
+def _unloaded_checks(
+    expectations: Sequence[Expectation], max_kl: float | None, *, is_served: bool
+) -> list[Check]:
     """The checks that need a lens, undecided as there is none."""
     names = [EFFECT]
     if max_kl is not None:
         names.append(KL)
     names += [f"{EXPECTATION}, {expectation.where}" for expectation in expectations]
+    if is_served:
+        names.append(SERVED)
     return [Check(name, "undecided", "the adapter is not loaded") for name in names]
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
+import models
 import no_ops
 import pytest
 from exports import BROKEN, GOOD
+from loopback import Engine, served
 from no_ops import NO_OPS
+from peft import PeftModel
 from typer.testing import CliRunner
 
 from lens_lora import cli
@@ -170,3 +174,49 @@ def test_what_cannot_be_read_is_2(out, tmp_path):
     assert "vocab_size" in json.loads(index.read_text())
     (out / "adapter" / no_ops.WEIGHTS).write_bytes(b"cut")
     assert verified(out).exit_code == 2
+
+
+# --- A server
+
+
+def test_a_server_that_answers_as_trained(out):
+    """Passed, with the comparison in the JSON."""
+    file = out / "checks.json"
+    with served(engine_of(out)) as (url, _):
+        result = verified(out, *asked(out, url), "--json", str(file))
+    assert result.exit_code == 0, result.output
+    comparison = json.loads(file.read_text())["served"]
+    assert comparison["c"] == pytest.approx(1, abs=1e-3) and comparison["url"] == url
+    assert comparison["requests"] == 19
+
+
+def test_a_server_that_answers_as_the_base(out):
+    """Failed, and said to be the base; also in JUnit."""
+    file = out / "checks.xml"
+    with served(Engine(no_ops.base_of(out), models.tokenizer())) as (url, _):
+        result = verified(out, *asked(out, url), "--junit", str(file))
+    assert result.exit_code == 1, result.output
+    assert "the server answers as the base, without the adapter" in said(result)
+    (failure,) = ElementTree.parse(file).getroot().iter("failure")
+    assert "c = " in failure.get("message")
+
+
+def test_a_server_that_cannot_be_asked_is_2(out):
+    result = verified(out, "--served", "http://127.0.0.1:1", "--name", "tuned")
+    assert result.exit_code == 2 and "no answer" in said(result)
+
+
+def engine_of(out) -> Engine:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Engine(
+            PeftModel.from_pretrained(no_ops.base_of(out), out / "adapter").eval(),
+            models.tokenizer(),
+        )
+
+
+def asked(out, url: str) -> list[str]:
+    """Two texts of a file, and the neutral ones."""
+    texts = out / "texts.txt"
+    texts.write_text("w5 w6 w7 w8 w9\nw10 w11 w12\n")
+    return ["--served", url, "--texts", str(texts), "--served-dtype", "float32"]

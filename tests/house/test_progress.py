@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 import transformers as hf
+from loopback import serving
 from sweep_runs import GOOD
 from tqdm import tqdm
 
@@ -55,6 +56,17 @@ def _points(t, folder, **options):
 def _halves(t) -> dict[str, ll.Adapter]:
     adapter = t.lens.adapter
     return {"attention": adapter.only("*attn*"), "MLPs": adapter.only("*mlp*")}
+
+
+def _served(t, folder, **options):
+    """A server on loopback that knows no better than 0 for each token."""
+
+    def answer(path, body):
+        entries = [None, *({str(token): {"logprob": 0.0}} for token in body["prompt"][1:])]
+        return {"choices": [{"prompt_logprobs": entries}]}
+
+    with serving(answer) as (url, _):
+        return ll.verify_served(t.lens, url, name="tuned", **options)
 
 
 def _cost(t, folder, **options):
@@ -124,6 +136,7 @@ CALLS = {
         t.lens, [LONG] * 10, R, self_curvature=True, **o
     ),
     "sweep": _sweep,
+    "verify_served": _served,
 }
 SHORT = {
     "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),

@@ -20,6 +20,7 @@ from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.results.base import Measured, Result
 from lens_lora.directions.spectra import AdapterSummary, Spectrum
 from lens_lora.ship.checks import Check, MergedTensor
+from lens_lora.ship.served import ServedInstead
 
 # What every result of `two_prompts` has in common.
 HEADER = {field.name: getattr(two_prompts(), field.name) for field in dataclasses.fields(Measured)}
@@ -458,6 +459,31 @@ def verification() -> ll.results.Verification:
     return ll.results.Verification("lyon", checks, tensors, META)
 
 
+def served() -> ll.results.ServedVerification:
+    """A server that answers as the base."""
+    checks = (
+        Check("served tokens", "passed", "2 texts read alike"),
+        Check("served as trained", "failed", "c = 0", "c = 1", "the server answers as the base"),
+    )
+    return ll.results.ServedVerification(
+        name="lyon",
+        url="http://127.0.0.1:8000",
+        way="prompt_logprobs of the completions API",
+        c=0.0,
+        residual=1.0,
+        floor=0.02,
+        effect=1.5,
+        tokens=40,
+        requests_sent=4,
+        explanations=(
+            ServedInstead("the base, without the adapter", 0.01),
+            ServedInstead("the adapter without its layer 1", 0.5),
+        ),
+        checks=checks,
+        meta=META,
+    )
+
+
 def contrast() -> ll.results.Contrast:
     """Two points of the residual stream."""
     names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -591,6 +617,7 @@ def every_result() -> list[Result]:
         reconciled(),
         best_subset(),
         verification(),
+        served(),
         summary(),
         explained,
         explained.margin,

@@ -52,6 +52,7 @@ def rounding_hooks(
     lens: LoraLens,
     rows: Bool[Tensor, " row"] | None = None,
     generator: torch.Generator | None = None,
+    relative: float | None = None,
 ) -> list[tuple[str, HookFn]]:
     """Hooks that move the embedding, and what each later block reads, by about one rounding.
 
@@ -59,7 +60,10 @@ def rounding_hooks(
     draw, and its error is in none of their differences. Blocks take the draw of the embedding, one
     coordinate further each: the same one where a block is run again. Where the embedding is
     narrower than the stream (OPT-350m), it takes the first coordinates of the draw.
+
+    `relative` is the size of one rounding, relative to the value; None for the model's own.
     """
+    size = unit(lens) if relative is None else relative
     draw = torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
     noise: list[Tensor] = []  # of the pass that is going on
 
@@ -71,7 +75,7 @@ def rounding_hooks(
             width = max(values.shape[-1], int(lens.model.cfg.d_model))
             shape = *values.shape[:-1], width
             drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
-            noise[:] = [(unit(lens) * drawn).to(values)]
+            noise[:] = [(size * drawn).to(values)]
         of_layer = noise[0].to(values).roll(layer, -1)
         shift = values * of_layer[..., : values.shape[-1]]
         return tensor.index_add(0, moved, shift.to(tensor))
@@ -83,13 +87,14 @@ def rounding_hooks(
 
 
 @contextlib.contextmanager
-def rounding_noise(lens: LoraLens) -> Generator[None]:
+def rounding_noise(lens: LoraLens, relative: float | None = None) -> Generator[None]:
     """Within the block, every forward pass has noise of about one rounding in its residual stream.
 
     Args:
         lens: the lens whose model is run.
+        relative: the size of one rounding, relative to the value; None for the model's own dtype.
     """
-    with attached(lens.model, rounding_hooks(lens)):
+    with attached(lens.model, rounding_hooks(lens, relative=relative)):
         yield
 
 

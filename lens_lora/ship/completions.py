@@ -1,0 +1,319 @@
+"""The ways in which servers tell the log-probabilities of tokens, from the most to the least exact.
+
+| way | asked with | told of | servers |
+| --- | --- | --- | --- |
+| `PromptLogProbs` | token ids | the prompt's tokens | vLLM |
+| `Echo` | token ids | the prompt's tokens | vLLM, SGLang, older servers of the completions API |
+| `Prefill` | text | the prompt's tokens | text-generation-inference |
+| `Continuation` | token ids | generated tokens | llama.cpp, and any other |
+| `Chat` | messages | generated tokens | where there is no completions API |
+
+Each way is a request and how its answer is read. An answer that does not hold what was asked for
+raises `Unsupported`, and the next way is tried. No sampling changes what is told: the temperature
+is 0, and log-probabilities are those of the model.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+from lens_lora.errors import ServerError
+from lens_lora.ship.server import Server
+
+Messages = Sequence[Mapping[str, str]]
+
+_COMPLETIONS = "/v1/completions"
+_CHAT = "/v1/chat/completions"
+_GENERATE = "/generate"
+# vLLM writes a token as this and its id, where it is asked to.
+_ID_PREFIX = "token_id:"
+
+
+class Unsupported(ServerError):
+    """The server answers, and does not tell log-probabilities in this way."""
+
+
+class Asked(NamedTuple):
+    """One text as it is sent.
+
+    Attributes:
+        ids: as the adapter's tokenizer reads it.
+        text: the same as a string, which has the same ids; None if there is none.
+        messages: the conversation that it was made of; None if it is no conversation.
+    """
+
+    ids: list[int]
+    text: str | None
+    messages: Messages | None
+
+
+class Told(NamedTuple):
+    """Log-probabilities of consecutive tokens, as a server tells them.
+
+    Attributes:
+        log_p: in nats; None where a server tells none, as of a prompt's first token.
+        ids: the tokens' ids; None if the server does not tell them.
+        pieces: the tokens as strings; None if the server does not tell them.
+    """
+
+    log_p: list[float | None]
+    ids: list[int] | None
+    pieces: list[str] | None
+
+
+class Way(abc.ABC):
+    """One way to ask a server for log-probabilities.
+
+    Attributes:
+        words: how the way is called in a sentence.
+        is_of_prompt: whether it tells of the prompt's tokens, and not of generated ones.
+        sends_ids: whether the prompt is sent as token ids, which the server cannot read otherwise.
+    """
+
+    words: str
+    is_of_prompt: bool
+    sends_ids: bool
+
+    @abc.abstractmethod
+    def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
+        """Ask for one text. One request.
+
+        Args:
+            server: is asked.
+            name: of the served model or adapter.
+            asked: the text.
+            new_tokens: how many tokens are generated, where the way is told of generated ones.
+
+        Raises:
+            Unsupported: the server does not tell log-probabilities in this way.
+            ServerError: the server cannot be asked at all.
+        """
+
+
+@final
+class PromptLogProbs(Way):
+    """Of the prompt's tokens, by the field `prompt_logprobs` of vLLM."""
+
+    words = "prompt_logprobs of the completions API"
+    is_of_prompt = True
+    sends_ids = True
+
+    def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
+        """Ask with `prompt_logprobs`, and one token to generate, as vLLM asks for at least one."""
+        body = {
+            "model": name,
+            "prompt": asked.ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+        }
+        choice = _choice(server.post(_COMPLETIONS, body))
+        entries = choice.get("prompt_logprobs")
+        if not isinstance(entries, list) or not entries:
+            raise Unsupported("no prompt_logprobs in the answer")
+        log_p: list[float | None] = []
+        ids: list[int] = []
+        for position, entry in enumerate(entries):
+            if entry is None:
+                expected = asked.ids[position] if position < len(asked.ids) else -1
+                ids.append(expected)
+                log_p.append(None)
+                continue
+            chosen = _chosen_token(entry, asked.ids, position, len(entries))
+            ids.append(chosen)
+            log_p.append(_number(entry[str(chosen)]))
+        return Told(log_p, ids, None)
+
+
+def _chosen_token(entry: Any, ids: Sequence[int], position: int, length: int) -> int:
+    """The id of the prompt's own token among those of an entry, which may hold likelier ones."""
+    if not isinstance(entry, dict) or not entry:
+        raise Unsupported("prompt_logprobs of another form")
+    from_end = position - length
+    expected = ids[from_end] if -from_end <= len(ids) else None
+    if str(expected) in entry:
+        return int(str(expected))
+    return int(next(iter(entry)))
+
+
+@final
+class Echo(Way):
+    """Of the prompt's tokens, which the completions API repeats with `echo`."""
+
+    words = "logprobs with echo of the completions API"
+    is_of_prompt = True
+    sends_ids = True
+
+    def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
+        """Ask with `echo`; the token that is generated beside the prompt is left out."""
+        body = {
+            "model": name,
+            "prompt": asked.ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": 1,
+            "echo": True,
+        }
+        choice = _choice(server.post(_COMPLETIONS, body))
+        told = _of_completions(choice)
+        generated = 1
+        if len(told.log_p) <= generated or told.log_p[0] is not None:
+            raise Unsupported("the prompt is not repeated")
+        return Told(
+            told.log_p[:-generated],
+            None if told.ids is None else told.ids[:-generated],
+            None if told.pieces is None else told.pieces[:-generated],
+        )
+
+
+@final
+class Prefill(Way):
+    """Of the prompt's tokens, by `decoder_input_details` of text-generation-inference."""
+
+    words = "decoder_input_details of /generate"
+    is_of_prompt = True
+    sends_ids = False
+
+    def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
+        """Ask with the text, which the server tokenises itself."""
+        if asked.text is None:
+            raise Unsupported("these tokens are not those of a string")
+        parameters: dict[str, Any] = {
+            "max_new_tokens": 1,
+            "details": True,
+            "decoder_input_details": True,
+        }
+        if name:
+            parameters["adapter_id"] = name
+        answer = server.post(_GENERATE, {"inputs": asked.text, "parameters": parameters})
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        details = answer.get("details") if isinstance(answer, dict) else None
+        entries = details.get("prefill") if isinstance(details, dict) else None
+        if not entries:
+            raise Unsupported("no details of the prompt's tokens in the answer")
+        log_p = [_number_or_none(entry.get("logprob")) for entry in entries]
+        ids = [int(entry["id"]) for entry in entries]
+        return Told(log_p, ids, [str(entry.get("text", "")) for entry in entries])
+
+
+@final
+class Continuation(Way):
+    """Of tokens that the server generates after the prompt."""
+
+    words = "logprobs of generated tokens of the completions API"
+    is_of_prompt = False
+    sends_ids = True
+
+    def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
+        """Ask for the likeliest tokens, one after another."""
+        body = {
+            "model": name,
+            "prompt": asked.ids,
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "logprobs": 1,
+        }
+        return _of_completions(_choice(server.post(_COMPLETIONS, body)))
+
+
+@final
+class Chat(Way):
+    """Of tokens that the server generates as the assistant's turn."""
+
+    words = "logprobs of the chat API"
+    is_of_prompt = False
+    sends_ids = False
+
+    def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
+        """Ask with the messages, to which the server applies its own template."""
+        if asked.messages is None:
+            raise Unsupported("this text is no conversation")
+        body = {
+            "model": name,
+            "messages": list(asked.messages),
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "logprobs": True,
+        }
+        return _of_completions(_choice(server.post(_CHAT, body)))
+
+
+# In the order in which they are tried.
+WAYS: tuple[Way, ...] = (PromptLogProbs(), Echo(), Prefill(), Continuation(), Chat())
+
+
+def served_names(server: Server) -> list[str]:
+    """The names that a server answers to. One request.
+
+    Raises:
+        Unsupported: the server lists none.
+        ServerError: it cannot be asked at all.
+    """
+    answer = server.get("/v1/models")
+    entries = answer.get("data") if isinstance(answer, dict) else None
+    names = [str(entry["id"]) for entry in entries or [] if isinstance(entry, dict)]
+    if not names:
+        raise Unsupported("it lists no models")
+    return names
+
+
+# --- Reading answers
+
+
+def _choice(answer: Any) -> dict[str, Any]:
+    """The first choice of an answer of the completions or the chat API."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise Unsupported("an answer without choices")
+    return choices[0]
+
+
+def _of_completions(choice: Mapping[str, Any]) -> Told:
+    """The tokens of a choice, in the form of the completions API or in that of the chat API."""
+    log_probs = choice.get("logprobs")
+    if not isinstance(log_probs, dict):
+        raise Unsupported("no logprobs in the answer")
+    if isinstance(log_probs.get("content"), list):
+        return _of_content(log_probs["content"])
+    values = log_probs.get("token_logprobs")
+    pieces = log_probs.get("tokens")
+    if not isinstance(values, list) or not isinstance(pieces, list) or len(values) != len(pieces):
+        raise Unsupported("logprobs of another form")
+    log_p = [_number_or_none(value) for value in values]
+    return _with_ids(log_p, [str(piece) for piece in pieces], None)
+
+
+def _of_content(entries: Sequence[Any]) -> Told:
+    """The form of the chat API: one object per token, which llama.cpp gives the token's id as well.
+
+    llama.cpp uses it in its completions API, too.
+    """
+    if not all(isinstance(entry, dict) and "logprob" in entry for entry in entries):
+        raise Unsupported("logprobs of another form")
+    log_p = [_number_or_none(entry["logprob"]) for entry in entries]
+    pieces = [str(entry.get("token", "")) for entry in entries]
+    ids = [entry.get("id") for entry in entries]
+    if all(isinstance(number, int) for number in ids):
+        return Told(log_p, [int(number) for number in ids], pieces)
+    return _with_ids(log_p, pieces, None)
+
+
+def _with_ids(log_p: list[float | None], pieces: list[str], ids: list[int] | None) -> Told:
+    """The same, with ids where the pieces are written as 'token_id:17'."""
+    if pieces and all(piece.startswith(_ID_PREFIX) for piece in pieces):
+        ids = [int(piece.removeprefix(_ID_PREFIX)) for piece in pieces]
+        return Told(log_p, ids, None)
+    return Told(log_p, ids, pieces)
+
+
+def _number(entry: Any) -> float:
+    value = entry.get("logprob") if isinstance(entry, dict) else entry
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Unsupported(f"a log-probability is {value!r}")
+    return float(value)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _number(value)

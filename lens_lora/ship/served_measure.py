@@ -1,0 +1,128 @@
+"""How much of an adapter's effect a server shows: c, the residual, and the floor of rounding.
+
+With ℓ the served log p of each token, ℓ₀ the base's and ℓ₁ the adapted model's own, over all tokens
+that the server told of:
+
+    c = ⟨ℓ − ℓ₀, ℓ₁ − ℓ₀⟩ / ‖ℓ₁ − ℓ₀‖²        1 if the adapter is served, 0 if the base is
+    residual = ‖ℓ − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖            0 if the adapter is served, 1 if the base is
+
+The floor is the residual that rounding gives a right server: ‖ℓ₁' − ℓ₁‖ / ‖ℓ₁ − ℓ₀‖, where ℓ₁' has
+noise of the size of the served dtype's rounding in the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core import LoraLens, Prompts, rounding_noise
+from lens_lora.ship.served_rows import ServedRow
+from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
+
+# The relative rounding of what a model computes in. 'int8': an engine that rounds activations to
+# 8 bit, with a scale for each block, as llama.cpp does for quantised weights on a CPU.
+ROUNDING: dict[str, float] = {
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "int8": 1 / 254,
+}
+
+
+class ServedTokens:
+    """The tokens that a server told of, and the log-probabilities of models there.
+
+    Attributes:
+        served: ℓ, in nats, one per token.
+        rows: the rows that hold the tokens.
+    """
+
+    def __init__(self, lens: LoraLens, rows: Sequence[ServedRow]) -> None:
+        self.lens = lens
+        self.rows = list(rows)
+        self._told = _padded([row.log_p for row in rows], math.nan).double()
+        self._is_told = self._told.isfinite()
+        self.served: Float[Tensor, " token"] = self._told[self._is_told]
+
+    def at(self, gates: Float[Tensor, " site"]) -> Float[Tensor, " token"]:
+        """The log p of each token at these gates. One forward pass.
+
+        Args:
+            gates: of the lens that the object was made with.
+        """
+        return self.of(self.lens, gates)
+
+    def of(self, lens: LoraLens, gates: Float[Tensor, " site"]) -> Float[Tensor, " token"]:
+        """The log p of each token in another lens. One forward pass.
+
+        Args:
+            lens: over a model with the same vocabulary.
+            gates: of its sites.
+        """
+        log_p = _log_probs(lens, gates, [row.ids for row in self.rows])
+        return log_p[self._is_told]
+
+    def behind(self, rows: Sequence[list[int]]) -> Float[Tensor, " token"]:
+        """The log p of each token if its row begins with other tokens. One forward pass.
+
+        A token that is the first of its row then has none: NaN.
+
+        Args:
+            rows: the ids of each row, which end as the rows that were asked for.
+        """
+        gates = self.lens.gates(1.0)
+        found = _log_probs(self.lens, gates, rows)
+        aligned = torch.full(self._told.shape, math.nan, dtype=torch.float64)
+        for index, (other, row) in enumerate(zip(rows, self.rows, strict=True)):
+            kept = min(len(other), len(row.ids))
+            end = len(row.ids)
+            aligned[index, end - kept : end] = found[index, len(other) - kept : len(other)]
+        return aligned[self._is_told]
+
+    def rounded(self, relative: float) -> Float[Tensor, " token"]:
+        """The adapted model's log p with noise of this relative size in its residual stream.
+
+        One forward pass.
+
+        Args:
+            relative: the standard deviation of the noise, relative to what it is added to.
+        """
+        with rounding_noise(self.lens, relative):
+            return self.at(self.lens.gates(1.0))
+
+
+def _log_probs(
+    lens: LoraLens, gates: Float[Tensor, " site"], rows: Sequence[list[int]]
+) -> Float[Tensor, "row pos"]:
+    """The log p of each token given those before it; NaN for first tokens and padding."""
+    tokens = _padded(rows, 0).long()
+    lengths = torch.tensor([len(row) for row in rows])
+    texts = Prompts(tokens.to(lens.device), lengths.to(lens.device))
+    log_p = torch.full(tokens.shape, math.nan, dtype=torch.float64)
+
+    def visit(index: list[int], batch: Prompts) -> None:
+        distribution = logits_of((lens, gates), batch)[:, :-1].log_softmax(-1)
+        following = batch.tokens[:, 1:]
+        chosen = distribution.gather(2, following[..., None])[..., 0].cpu().double()
+        for row, values in zip(index, chosen, strict=True):
+            length = len(rows[row])
+            log_p[row, 1:length] = values[: length - 1]
+
+    over_texts(lens, texts, TOKENS_AT_ONCE, visit, "log-probabilities", progress=False)
+    return log_p
+
+
+def _padded(rows: Sequence[Sequence[float]], padding: float) -> Tensor:
+    """Rows of unequal length as one tensor, padded on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+
+
+def projection(vector: Float[Tensor, " token"], onto: Float[Tensor, " token"]) -> float:
+    """⟨vector, onto⟩ / ‖onto‖²; NaN if `onto` is zero."""
+    size = float(onto.square().sum())
+    return float((vector * onto).sum()) / size if size > 0 else math.nan

@@ -1,0 +1,224 @@
+"""Texts as a server was asked for them, with the log-probability that it told of each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from lens_lora.core import LoraLens, Prompts
+from lens_lora.errors import ArgumentError, ServerError, named
+from lens_lora.ship.completions import (
+    WAYS,
+    Asked,
+    Messages,
+    Told,
+    Unsupported,
+    Way,
+    served_names,
+)
+from lens_lora.ship.server import Refused, Server
+
+
+class ServedRow(NamedTuple):
+    """One row of tokens, as the adapter's tokenizer reads it, and what the server told of it.
+
+    Attributes:
+        ids: the prompt, and the generated tokens if the server told of these.
+        log_p: in nats, one per token; NaN where the server told none.
+        prompt_length: how many of the tokens were sent.
+        messages: what was sent in their place, if the server made the prompt of a conversation;
+            else None.
+    """
+
+    ids: list[int]
+    log_p: list[float]
+    prompt_length: int
+    messages: Messages | None = None
+
+    @property
+    def generated(self) -> list[int]:
+        """The ids of the tokens that the server generated."""
+        return self.ids[self.prompt_length :]
+
+
+class ServedRows(NamedTuple):
+    """All rows, and how they were asked for.
+
+    Attributes:
+        name: by which the server was asked.
+        way: how it tells log-probabilities.
+        rows: one per text that could be asked in this way.
+        put_in_front: how many texts the server read with one more token in front, such as a BOS.
+        differing: texts that the server read as other tokens, with both readings; these have no
+            row.
+    """
+
+    name: str
+    way: Way
+    rows: list[ServedRow]
+    put_in_front: int
+    differing: list[str]
+
+
+def texts_to_ask(texts: Prompts, messages: Sequence[Messages | None]) -> list[Asked]:
+    """The texts as they may be sent: as ids, as strings, or as messages.
+
+    Args:
+        texts: as tokens.
+        messages: the conversation of each text; None for one that is none.
+    """
+    asked: list[Asked] = []
+    pairs = zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True)
+    for index, (row, length) in enumerate(pairs):
+        asked.append(Asked(row[:length], texts.sources[index].text, messages[index]))
+    return asked
+
+
+def ask_all(
+    lens: LoraLens,
+    server: Server,
+    name: str | None,
+    texts: Sequence[Asked],
+    new_tokens: int,
+    progress: bool,
+) -> ServedRows:
+    """Ask for every text, in the first way that the server supports. A request for each.
+
+    Args:
+        lens: its vocabulary tells the ids of generated tokens.
+        server: is asked.
+        name: of the served adapter; None for the only name that the server lists.
+        texts: what is asked for.
+        new_tokens: how many tokens are generated for each, where the server tells of these alone.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: the server lists several names, and none was given.
+        ServerError: it cannot be asked, or tells no log-probabilities.
+    """
+    name = _only_name(server) if name is None else name
+    way, first, told = _first_answer(server, name, texts, new_tokens)
+    remaining = [text for text in texts if text is not first and _can_ask(way, text)]
+    answers = [(first, told)]
+    for text in tqdm(remaining, desc="server", leave=False, disable=not progress):
+        answers.append((text, way.told(server, name, text, new_tokens)))
+
+    rows: list[ServedRow] = []
+    differing: list[str] = []
+    put_in_front = 0
+    for text, answer in answers:
+        if not way.is_of_prompt:
+            rows.append(_with_generated(lens, way, text, answer))
+            continue
+        difference = _difference(lens, text, answer)
+        if difference is not None:
+            differing.append(difference)
+            continue
+        put_in_front += len(answer.log_p) > len(text.ids)
+        rows.append(ServedRow(text.ids, _aligned(answer, len(text.ids)), len(text.ids)))
+    return ServedRows(name, way, rows, put_in_front, differing)
+
+
+def _only_name(server: Server) -> str:
+    try:
+        names = served_names(server)
+    except (Unsupported, Refused):
+        return ""
+    if len(names) == 1:
+        return names[0]
+    raise ArgumentError(
+        f"{server.url} serves {', '.join(map(repr, names))}",
+        remedy=f"say which of them the adapter is, with {named('name')}.",
+        in_shell="say which of them the adapter is, with --name.",
+    )
+
+
+def _can_ask(way: Way, text: Asked) -> bool:
+    if way.sends_ids:
+        return True
+    return text.text is not None if way.is_of_prompt else text.messages is not None
+
+
+def _first_answer(
+    server: Server, name: str, texts: Sequence[Asked], new_tokens: int
+) -> tuple[Way, Asked, Told]:
+    """The first way in which the server tells log-probabilities, and its answer to one text."""
+    refusals: list[str] = []
+    for way in WAYS:
+        text = next((text for text in texts if _can_ask(way, text)), None)
+        if text is None:
+            refusals.append(f"{way.words}: no text that can be sent so")
+            continue
+        try:
+            return way, text, way.told(server, name, text, new_tokens)
+        except (Unsupported, Refused) as error:
+            refusals.append(f"{way.words}: {error}")
+    raise ServerError(
+        f"{server.url} tells no log-probabilities of {name or 'its model'!r}: "
+        f"{'; '.join(refusals)}",
+        remedy="Start it with log-probabilities (vLLM and SGLang have them), and check the name.",
+    )
+
+
+# --- What was told, beside the ids that were sent
+
+
+def _aligned(told: Told, length: int) -> list[float]:
+    """One log-probability per token that was sent, NaN for the first, aligned at the end."""
+    missing = length - len(told.log_p)
+    log_p = [math.nan] * length
+    for position in range(1, length):
+        source = position - missing
+        if source >= 1 and told.log_p[source] is not None:
+            log_p[position] = float(told.log_p[source] or 0.0)
+    return log_p
+
+
+def _difference(lens: LoraLens, text: Asked, told: Told) -> str | None:
+    """How the server's tokens differ from those that it was to read; None if they do not.
+
+    One token more or less in front is no such difference, as it may be a BOS.
+    """
+    surplus = len(told.log_p) - len(text.ids)
+    if abs(surplus) > 1:
+        return f"{_shown(text)} is {len(told.log_p)} tokens there, and {len(text.ids)} here"
+    if told.ids is None:
+        return None
+    ours = text.ids[max(1, 1 - surplus) :]
+    theirs = told.ids[len(told.ids) - len(ours) :] if ours else []
+    for our_id, their_id in zip(ours, theirs, strict=True):
+        if our_id != their_id:
+            there, here = lens.decode([their_id, our_id])
+            return f"{_shown(text)} has the token {there!r} there, and {here!r} here"
+    return None
+
+
+def _shown(text: Asked) -> str:
+    words = text.text if text.text is not None else f"a text of {len(text.ids)} ids"
+    return repr(words if len(words) <= 40 else f"{words[:39]}…")
+
+
+def _with_generated(lens: LoraLens, way: Way, text: Asked, told: Told) -> ServedRow:
+    """The prompt with the tokens that the server generated, as far as their ids are known."""
+    ids = told.ids if told.ids is not None else _ids_of(lens, told.pieces or [])
+    log_p = [math.nan if value is None else value for value in told.log_p[: len(ids)]]
+    unknown = [math.nan] * len(text.ids)
+    messages = None if way.sends_ids else text.messages
+    return ServedRow([*text.ids, *ids], [*unknown, *log_p], len(text.ids), messages)
+
+
+def _ids_of(lens: LoraLens, pieces: Sequence[str]) -> list[int]:
+    """The ids of tokens that are given as strings, up to the first that two tokens share."""
+    ids_of_piece: dict[str, list[int]] = {}
+    for number, piece in enumerate(lens.vocabulary):
+        ids_of_piece.setdefault(piece, []).append(number)
+    ids: list[int] = []
+    for piece in pieces:
+        found = ids_of_piece.get(piece, [])
+        if len(found) != 1:
+            break
+        ids.append(found[0])
+    return ids

@@ -1,0 +1,158 @@
+"""A server that is asked over HTTP, by the standard library: a bounded number of requests.
+
+- A request is sent once: nothing is tried again, as each may be charged.
+- No redirect is followed, as it could lead to another host.
+- An answer is waited for no longer than a time-out, and read up to a bound of bytes.
+- A key is taken from the environment alone (`LENS_LORA_API_KEY`). It is sent to this host only, and
+  taken out of every message.
+- Proxies of the environment are not used.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from lens_lora.errors import ArgumentError, ServerError
+
+KEY = "LENS_LORA_API_KEY"
+
+_MOST_BYTES = 64_000_000
+# Characters of a server's own message that an error repeats.
+_MESSAGE = 200
+
+
+class Refused(ServerError):
+    """The server answered a request with an error of 400 to 499: it does not take such requests.
+
+    Attributes:
+        status: the HTTP status.
+    """
+
+    def __init__(self, fact: str, *, status: int) -> None:
+        super().__init__(fact)
+        self.status = status
+
+
+class Server:
+    """A server, by its URL, and how many requests it may still be sent.
+
+    Args:
+        url: such as http://127.0.0.1:8000; a final /v1 is left out.
+        timeout: seconds until an answer has to begin, and between its parts.
+        most_requests: how many requests are sent at most.
+
+    Attributes:
+        requests: how many were sent.
+
+    Raises:
+        ArgumentError: no URL of http or https, or one that holds a password.
+    """
+
+    def __init__(self, url: str, timeout: float, most_requests: int) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ArgumentError(f"{url!r} is no URL of a server; expected http://host:port.")
+        if parts.username or parts.password:
+            fact = "a URL with a user or password is not sent"
+            raise ArgumentError(fact, remedy=f"put a key into the environment, as {KEY}.")
+        if parts.query or parts.fragment:
+            raise ArgumentError(f"{url!r} has more than host, port and path; leave it out.")
+        self.url = url
+        self.requests = 0
+        self._is_secure = parts.scheme == "https"
+        self._host = parts.hostname
+        self._port = _port_of(parts, url)
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._timeout = timeout
+        self._most_requests = most_requests
+        self._key = os.environ.get(KEY, "")
+
+    def get(self, path: str) -> Any:
+        """The JSON that the server gives at a path. One request.
+
+        Args:
+            path: begins with a slash.
+
+        Raises:
+            Refused: an error of 400 to 499.
+            ServerError: no answer, no JSON, or another error.
+        """
+        return self._ask("GET", path, None)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that the server answers. One request.
+
+        Args:
+            path: begins with a slash.
+            body: is sent as JSON.
+
+        Raises:
+            Refused: an error of 400 to 499.
+            ServerError: no answer, no JSON, or another error.
+        """
+        return self._ask("POST", path, json.dumps(body).encode("utf-8"))
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> Any:
+        if self.requests >= self._most_requests:
+            raise self._error(f"{self.requests} requests were sent, which is the bound")
+        self.requests += 1
+        kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self._timeout)
+        try:
+            connection.request(method, self._path + path, body, self._headers(body))
+            answer = connection.getresponse()
+            content = answer.read(_MOST_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise self._error(f"no answer to {method} {path} ({reason})") from error
+        finally:
+            connection.close()
+        self._require_success(answer, path, content)
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise self._error(f"the answer to {path} is no JSON") from error
+
+    def _headers(self, body: bytes | None) -> dict[str, str]:
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        return headers
+
+    def _require_success(self, answer: http.client.HTTPResponse, path: str, content: bytes) -> None:
+        if len(content) > _MOST_BYTES:
+            raise self._error(f"the answer to {path} is longer than {_MOST_BYTES:,} bytes")
+        status = answer.status
+        if 200 <= status < 300:
+            return
+        if 300 <= status < 400:
+            place = answer.getheader("Location") or "nowhere"
+            raise self._error(f"{path} redirects to {place}, which is not followed")
+        if status in (401, 403):
+            remedy = f"put its key into the environment, as {KEY}."
+            raise self._error(f"it refuses access to {path} ({status})", remedy)
+        message = " ".join(content.decode("utf-8", "replace").split())[:_MESSAGE]
+        fact = f"{path} is answered with {status}: {message}"
+        if 400 <= status < 500:
+            raise Refused(self._without_key(f"{self.url}: {fact}."), status=status)
+        raise self._error(fact)
+
+    def _error(self, fact: str, remedy: str = "") -> ServerError:
+        return ServerError(self._without_key(f"{self.url}: {fact}."), remedy=remedy)
+
+    def _without_key(self, message: str) -> str:
+        return message.replace(self._key, "(key)") if self._key else message
+
+
+def _port_of(parts: Any, url: str) -> int | None:
+    try:
+        return parts.port
+    except ValueError as error:
+        raise ArgumentError(f"{url!r}: {error}.") from error
