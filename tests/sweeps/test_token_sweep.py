@@ -166,9 +166,9 @@ def test_an_interrupted_run_is_resumed(lens, tmp_path, monkeypatch, window: int)
     assert len(list((stopped / "u.parts").glob("*.parquet"))) == window - 1
     rows, plain = [], stream.site_activations
 
-    def counted(lens, prompts, *args):
-        rows.append(prompts.batch)
-        return plain(lens, prompts, *args)
+    def counted(f, *args):
+        rows.append(f.rows.batch)
+        return plain(f, *args)
 
     monkeypatch.setattr(stream, "site_activations", counted)
     with pytest.warns(UserWarning, match="1 of 9 records"):
