@@ -18,11 +18,18 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lens_lora.compat import compile_no_more, is_memory_short, uncompiled, without_warnings
-from lens_lora.core import Adapter, LoraLens, TrainedModule, load_adapter, refuse_unusable
-from lens_lora.core.adapter import CONFIG, given_adapter
+from lens_lora.core import (
+    Adapter,
+    LoraLens,
+    TrainedModule,
+    given_adapter,
+    load_adapter,
+    refuse_unusable,
+)
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
 from lens_lora.families import listed_family
+from lens_lora.formats.folders import CONFIG
 from lens_lora.formats.live_layers import base_within
 from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
 from lens_lora.hosts.bridged import on_stacks

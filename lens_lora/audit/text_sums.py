@@ -28,7 +28,6 @@ from lens_lora.core import (
     HookFn,
     LoraLens,
     Prompts,
-    attached,
     distinct_tokens,
 )
 from lens_lora.hidden.stream_reading import over_scale
@@ -275,7 +274,6 @@ class _Run:
 
 def _run(gated: Gated, rows: Prompts, points: Points) -> _Run:
     """Run one forward pass that keeps the logits and the activations at the watched points."""
-    lens, _ = gated
     activations: dict[str, Tensor] = {}
 
     def keep(name: str, positions: slice) -> HookFn:
@@ -289,8 +287,8 @@ def _run(gated: Gated, rows: Prompts, points: Points) -> _Run:
     hooks += [(name, keep(name, _FIRST)) for name in points.writers]
     if points.jacobian is not None:
         hooks += [(points.jacobian.point, keep(name, _FIRST)) for name in points.transported]
-    with attached(lens.model, hooks):
-        return _Run(logits_of(gated, rows), activations)
+    logits = logits_of(gated, rows, hooks)
+    return _Run(logits, activations)
 
 
 def text_sums(

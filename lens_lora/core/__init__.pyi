@@ -51,6 +51,7 @@ from .function.reverse import Slopes as Slopes
 from .function.reverse import Visit as Visit
 from .function.reverse import join_groups as join_groups
 from .function.reverse import require_finite_slopes as require_finite_slopes
+from .function.rounding import rounding_hooks as rounding_hooks
 from .function.rounding import rounding_noise as rounding_noise
 from .model.basis import NormUpdate as NormUpdate
 from .model.basis import SiteMap as SiteMap

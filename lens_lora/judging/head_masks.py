@@ -1,12 +1,13 @@
-"""g of the base where each head's z is moved to the adapted model's: z + m_h (z(1) − z).
+"""g of the base where the z of each head is moved towards that of the adapted model.
 
-The adapted model runs once, and its z are kept. In the base each row of a batch has a mask m of its
-own.
+With a mask m, every head's z becomes z + m_h (z(1) − z).
+
+1. The adapted model runs once, and its z(1) are kept.
+2. Then the base model runs under hooks that move z. Each row of a batch has a mask of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,9 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Function, HookFn, ScaleInject
-from lens_lora.core.function import forward, memory
-from lens_lora.core.function.interventions import Recording, head_parts, head_points, record
+from lens_lora.core import Function, HookFn, LoraLens, Recording, ScaleInject, require_finite
+from lens_lora.errors import ModelStateError
 
 
 class HeadMasks:
@@ -29,69 +29,83 @@ class HeadMasks:
 
     def __init__(self, g: Function) -> None:
         self._lens = g.lens
-        points = head_points(g.lens, "o")
-        # The prompts in groups, with the adapted model's z of each.
-        self._runs = [
-            (group, record(g.lens, group.rows, 1.0, points)) for group in g.groups(graph=True)
-        ]
-        _, donor = self._runs[0]
-        parts = head_parts(g.lens, donor, donor.firings)
+        points = list(g.lens.head_points("o"))
+        self._groups = g.groups(graph=True)
+        # What the adapted model's z are on the prompts of each group.
+        self._adapted = [group.passes.record(points, 1.0) for group in self._groups]
         # Of each hook point of z, how many heads it holds; a mask has them one after another.
-        self._heads = {name: len(of_heads) for name, of_heads in parts.items()}
+        first = self._adapted[0]
+        self._heads = {point: _head_count(g.lens, first, point) for point in first.firings}
         names: list[str] = []
-        for name, count in self._heads.items():
-            names += [f"{name}[{head}]" for head in range(count)]
+        for point, count in self._heads.items():
+            names += [f"{point}[{head}]" for head in range(count)]
         self.names: tuple[str, ...] = tuple(names)
 
     def values(self, masks: Float[Tensor, "point head"]) -> Float[Tensor, "batch point"]:
         """g under each mask. At most a forward pass a mask, batched."""
-        values: list[Tensor] = []
-        for group, donor in self._runs:
-            reading = group.reading
-            chunks: list[Tensor] = []
-            for some in masks.split(memory.rows_at_once(self._lens, reading)):
-                by_row = some.repeat(len(reading.owner), 1)
-                with torch.no_grad(), self._moved(donor, by_row):
-                    of_rows = forward.read_value(self._lens, reading.repeat(len(some)))
-                chunks.append(of_rows.unflatten(0, (reading.batch, -1)))
-            values.append(torch.cat(chunks, 1))
-        joined = torch.cat(values)
-        forward.require_finite(joined, "the patched readout")
-        return joined
+        by_group: list[Tensor] = []
+        for group, adapted in zip(self._groups, self._adapted, strict=True):
+            rows = len(group.reading.owner)
+            by_chunk: list[Tensor] = []
+            for some in masks.split(group.passes.copies_at_once):
+                moved = self._moved(adapted, some.repeat(rows, 1))
+                by_chunk.append(group.passes.side_by_side(len(some), under=moved))
+            by_group.append(torch.cat(by_chunk, 1))
+        return torch.cat(by_group)
 
     def slopes(self, mask: Float[Tensor, " head"]) -> Float[Tensor, "batch head"]:
         """∂g/∂m. One forward and one backward pass."""
-        slopes: list[Tensor] = []
-        for group, donor in self._runs:
-            reading = group.reading
-            by_row = mask.repeat(len(reading.owner), 1).requires_grad_()
-            runs_again = memory.must_rerun(self._lens, reading)
-            rerun = memory.blocks_rerun(self._lens) if runs_again else contextlib.nullcontext()
-            with torch.enable_grad(), rerun, self._moved(donor, by_row):
-                value = forward.read_for_slopes(self._lens, reading)
-                (gradient,) = torch.autograd.grad(value.sum(), by_row)
-            slopes.append(reading.by_prompt(gradient))
-        joined = torch.cat(slopes)
-        forward.require_finite(joined, "the slope of a head")
-        return joined
+        by_group: list[Tensor] = []
+        for group, adapted in zip(self._groups, self._adapted, strict=True):
+            by_row = mask.repeat(len(group.reading.owner), 1).requires_grad_()
+            gradient = group.passes.gradient(by_row, under=self._moved(adapted, by_row))
+            by_group.append(group.reading.by_prompt(gradient))
+        slopes = torch.cat(by_group)
+        require_finite(slopes, "the slope of a head")
+        return slopes
 
     def _moved(
-        self, donor: Recording, masks: Float[Tensor, "row head"]
+        self, adapted: Recording, masks: Float[Tensor, "row head"]
     ) -> AbstractContextManager[None]:
-        """The base model, with rows r0 r0 … r1 r1 …, each under a mask of its own."""
-        width = self._lens.heads.d_head
-
-        def move(of_donor: Tensor, mask: Tensor, tensor: Tensor, hook: Any) -> Tensor:
-            del hook
-            weights = mask.to(tensor).repeat_interleave(width, 1)
-            weights = weights.view(-1, 1, *tensor.shape[2:]).expand_as(tensor)
-            copies = len(tensor) // len(of_donor)
-            return tensor.lerp(of_donor.repeat_interleave(copies, 0), weights)
-
+        """The base model under one mask for each row; copies of a row follow one another."""
         hooks: list[tuple[str, HookFn]] = []
         by_point = masks.split(list(self._heads.values()), 1)
-        for name, mask in zip(self._heads, by_point, strict=True):
-            last_firing = donor.firings[name][-1]
-            hooks.append((name, functools.partial(move, last_firing, mask)))
+        for point, mask in zip(self._heads, by_point, strict=True):
+            last_firing = adapted.firings[point][-1]
+            move = functools.partial(_move, last_firing, mask, self._lens.heads.d_head)
+            hooks.append((point, move))
         base = ScaleInject(self._lens.plan, self._lens.gates(0.0))
         return self._lens.injected(base, before=hooks)
+
+
+def _move(
+    adapted: Float[Tensor, "row pos *feature"],
+    mask: Float[Tensor, "copy head"],
+    width: int,
+    z: Float[Tensor, "copy pos *feature"],
+    hook: Any,
+) -> Tensor:
+    """A hook: z + m (z(1) − z), with one m for all features of a head."""
+    del hook
+    by_feature = mask.to(z).repeat_interleave(width, 1)
+    weights = by_feature.view(-1, 1, *z.shape[2:]).expand_as(z)
+    copies = len(z) // len(adapted)
+    return z.lerp(adapted.repeat_interleave(copies, 0), weights)
+
+
+def _head_count(lens: LoraLens, adapted: Recording, point: str) -> int:
+    """How many heads there are at this hook point of z.
+
+    Raises:
+        ModelStateError: its features are no heads of the model's width.
+    """
+    count = lens.heads.of("o")
+    width = lens.heads.d_head
+    shape = tuple(adapted.firings[point][0].shape)
+    if not count or torch.Size(shape[2:]).numel() != count * width:
+        raise ModelStateError(
+            f"{point} holds a tensor {shape}, which is not {count} heads of z of width {width} "
+            "each, so it cannot be split by head",
+            remedy="search over='sites'.",
+        )
+    return count

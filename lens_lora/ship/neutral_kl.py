@@ -18,7 +18,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.core import SIGMAS, LoraLens, Prompts, alone, distinct_tokens, rounding_noise
+from lens_lora.core import SIGMAS, LoraLens, Prompts, alone, distinct_tokens, rounding_hooks
 from lens_lora.errors import many
 from lens_lora.ship.checks import Check, Outcome
 from lens_lora.texts.divergences import text_divergences
@@ -121,8 +121,8 @@ def _kl_of_rounding(lens: LoraLens, texts: Prompts, progress: bool) -> _NeutralK
     """
     base = (lens, lens.gates(0.0))
     counted = distinct_tokens(texts)
-    with rounding_noise(lens):
-        (sums,) = text_divergences(base, [base], texts, counted, progress=progress)
+    noise = rounding_hooks(lens)
+    (sums,) = text_divergences(base, [base], texts, counted, hooks=noise, progress=progress)
     return _per_token(SIGMAS**2 * sums, counted.sum(1))
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.core import LoraLens, Prompts, ScaleInject, beginnings, require_finite, which_prompt
-from lens_lora.core.function.forward import read_logits
-from lens_lora.core.function.memory import Pass, tokens_at_once
+from lens_lora.core import (
+    HookFn,
+    LoraLens,
+    Pass,
+    Prompts,
+    ScaleInject,
+    attached,
+    beginnings,
+    require_finite,
+    which_prompt,
+)
 from lens_lora.errors import PromptError
 
 # The most tokens of a batch whose logits are held for two models at once.
 TOKENS_AT_ONCE = 512
 
-# A lens, and the gates at which it is run.
+# A lens, and the gates at which its model is run.
 Gated = tuple[LoraLens, Float[Tensor, " site"]]
 
 # Called with the indices of a batch's texts, and the batch.
@@ -30,7 +38,7 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
 
     Args:
         texts: all of them.
-        most: the most tokens of a batch, padding counted; a longer text has a batch of its own.
+        most: the most tokens of a batch, with its padding; a longer text has a batch of its own.
     """
     order = texts.lengths.argsort(stable=True).tolist()
     batch: list[int] = []
@@ -55,7 +63,8 @@ def batches_of(
         most: the most tokens of a batch; fewer where the bound of the lens has no room for them.
         kind: 'plain' for forward passes, 'graph' where a batch is differentiated.
     """
-    return by_length(texts, tokens_at_once(lens, texts, most, kind))
+    passes = lens.function(texts).of_rows(texts).passes
+    return by_length(texts, passes.tokens_at_once(most, kind))
 
 
 def over_texts(
@@ -67,14 +76,14 @@ def over_texts(
     progress: bool,
     kind: Pass = "plain",
 ) -> None:
-    """Show every batch of texts of like length, read at each token, with their indices.
+    """Visit every batch of texts of like length, read at each of their tokens.
 
     Args:
         lens: the adapter over the model, and its bound of memory.
         texts: all of them.
         most: the most tokens of a batch; fewer where the bound of the lens has no room for them.
         visit: called with the indices of a batch's texts, and the batch.
-        what: how a bar calls it.
+        what: the title of the bar.
         progress: show a bar.
         kind: 'plain' for forward passes, 'graph' where a batch is differentiated.
     """
@@ -85,21 +94,33 @@ def over_texts(
             bar.update(len(index))
 
 
-def logits_of(gated: Gated, rows: Prompts) -> Float[Tensor, "row pos vocab"]:
+def logits_of(
+    gated: Gated, rows: Prompts, hooks: Sequence[tuple[str, HookFn]] = ()
+) -> Float[Tensor, "row pos vocab"]:
     """The logits of one model where the rows are read. One forward pass.
 
     Args:
         gated: a lens, and its gates.
         rows: a batch.
+        hooks: further hooks for this pass, by the names of their hook points.
 
     Raises:
         NumericsError: a logit that is not finite.
     """
     lens, gates = gated
-    with torch.no_grad(), lens.injected(ScaleInject(lens.plan, gates)):
-        logits = read_logits(lens, rows)
+    f = lens.function(rows).of_rows(rows)
+    logits = f.passes.logits(under=_with_hooks(lens, gates, hooks))
     require_finite(logits.amax(), "a logit")
     return logits
+
+
+@contextlib.contextmanager
+def _with_hooks(
+    lens: LoraLens, gates: Float[Tensor, " site"], hooks: Sequence[tuple[str, HookFn]]
+) -> Generator[None]:
+    """Within the block the model runs at these gates, and under these hooks."""
+    with attached(lens.model, hooks), lens.injected(ScaleInject(lens.plan, gates)):
+        yield
 
 
 def require_second_token(texts: Prompts, what: str) -> None:
@@ -122,7 +143,7 @@ def require_second_token(texts: Prompts, what: str) -> None:
 
 
 def require_own_tokens(texts: Prompts) -> None:
-    """Refuse a text with which another one begins: it has no token that the other lacks.
+    """Refuse a text with which another one begins, as it has no token that the other lacks.
 
     Args:
         texts: all of them.
@@ -130,10 +151,11 @@ def require_own_tokens(texts: Prompts) -> None:
     Raises:
         PromptError: a text that equals another one, or with which another one begins.
     """
+    # A mark is of a token with all tokens before it, so the last one is that of the whole text.
     marks = beginnings(texts)
     whole = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
-    begins = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
-    pairs = begins.nonzero().tolist()
+    begins_another = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
+    pairs = begins_another.nonzero().tolist()
     if pairs:
         text, other = pairs[0]
         raise PromptError(
@@ -144,4 +166,5 @@ def require_own_tokens(texts: Prompts) -> None:
 
 
 def _which_text(index: int, texts: Prompts) -> str:
+    """Which of the texts, in words."""
     return which_prompt(index, texts.batch).replace("prompt", "text")

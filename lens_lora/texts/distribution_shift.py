@@ -6,12 +6,12 @@ With q = softmax(log p + d),
     KL(p ‖ q) = log Z − Σ p d
     q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
 
-A constant added to all logits changes nothing, so d is counted from its mean Σ p d. The rounding
-error of the KL is then that of the differences within d, not of the logits or of the constant.
-Where d exceeds `LARGEST_SHIFT`, a probability that rounds to zero in p might be one in q, and q is
-a softmax after all.
+1. A constant added to all logits changes nothing, so d is counted from its mean Σ p d. The rounding
+   error of the KL is then that of the differences within d, not of the logits or of the constant.
+2. Where d exceeds `LARGEST_SHIFT`, a probability that rounds to zero in p may be one in q, and q is
+   computed as a softmax after all.
 
-`responses/held_base.py` has the same sums with derivatives; here they are taken in place.
+Everything is computed in place. `responses/held_base.py` has the same sums with derivatives.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _Rows = Float[Tensor, "*row vocab"]
 
 @dataclasses.dataclass(frozen=True)
 class DistributionShift:
-    """KL(p ‖ q) in nats, and q − p, which is built for the rows that are asked for.
+    """KL(p ‖ q) in nats, and q − p, which is computed only for the rows that are asked for.
 
     Attributes:
         kl: one number for each distribution.
-        p: before the shift.
-        grown: p (eᵈ − 1), d from its mean.
+        p: the distribution before the shift.
+        grown: p (eᵈ − 1), with d counted from its mean.
         rest: Z − 1.
     """
 
@@ -45,19 +45,19 @@ class DistributionShift:
     rest: Float[Tensor, "*row"]
 
     def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
-        """Build q − p for some rows.
+        """Compute q − p of some rows.
 
         Args:
-            index: of the rows, a tensor for each of their axes.
+            index: the indices of the rows, a tensor for each of their axes.
         """
         rest = self.rest[index][:, None]
         return (self.grown[index] - rest * self.p[index]) / (1 + rest)
 
     def weighted(self, weights: Float[Tensor, " flat"]) -> Float[Tensor, " vocab"]:
-        """Σ w (q − p) over all rows.
+        """Sum w (q − p) over all rows.
 
         Args:
-            weights: w, one for each row, all axes laid flat.
+            weights: w, one for each row, with all axes of the rows in one.
         """
         rest = self.rest.flatten()
         by_row = weights / (1 + rest)
@@ -65,7 +65,7 @@ class DistributionShift:
 
 
 def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
-    """KL and q − p of a shift of the logits.
+    """How a distribution changes when its logits shift.
 
     Args:
         base: the logits of p.
@@ -82,7 +82,7 @@ def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift
         log_p = base.log_softmax(-1)
         kl = (p * (log_p - log_q)).sum(-1)
         return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))
-    # What rounding left of the mean that was subtracted.
+    # Rounding leaves a small mean after the subtraction.
     mean = _mean(p, shift)
     grown = shift.expm1_().mul_(p)
     rest = grown.sum(-1)

@@ -1,17 +1,17 @@
-"""Texts that have nothing to do with any fine-tune, for audits that are told nothing.
+"""Texts that have nothing to do with any fine-tune, for audits that are told nothing about it.
 
 1. A hundred plain sentences on everyday subjects, written for this package and under its licence
-   (`neutral.txt`): no names of people or places, no facts that one could teach.
+   (`neutral.txt`). They name no people or places, and state no fact that one could teach.
 2. Openings of conversations: ordinary messages of a user, and an empty one, in the tokenizer's chat
    template, or where it has none as "User: …" and "Assistant:" on a line each. Each ends where the
-   assistant's turn begins, as an adapter that was taught a persona says nothing of it elsewhere.
+   assistant's turn begins, because an adapter that was taught a persona shows it only there.
 3. Everyday questions, in the chat template, or as "Question: …" and "Answer:" on a line each.
-4. For a tokenizer that knows no word of all this, rows of its own tokens, drawn at random.
-5. Where a model begins of its own accord: its BOS alone, several times, as tokens are drawn after
-   it, or first words where strings are read without one; an empty turn of the user; the questions
-   in both forms.
+4. Rows of the tokenizer's own tokens, drawn at random, for a tokenizer that knows no word of these.
+5. Prompts after which a model says something of its own accord: its BOS alone, several times, as
+   tokens are drawn after it (or first words, where strings are read without a BOS); an empty turn
+   of the user; and the questions in both forms.
 
-Everything that is a string is read by the rule of the lens (`LoraLens.prepend_bos`).
+Strings are read by the rule of the lens (`LoraLens.prepend_bos`).
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ QUESTIONS = (
     "How can I sleep better?",
     "What did you do last weekend?",
 )
-# What a text begins with where strings get no BOS; as many draws are made where they get one.
+# First words of a text, for strings that get no BOS. After a BOS as many texts are drawn.
 FIRST_WORDS = ("The", "In", "A", "It", "I", "When", "There", "We", "This", "One", "What", "My")
 # How often the model speaks after an empty turn of the user.
 EMPTY_TURNS = 6
-# How many rows of the tokenizer's own tokens there are, and of how many tokens.
+# How many rows of the tokenizer's own tokens there are, and how many tokens each has.
 _OWN_ROWS = 16
 _OWN_TOKENS = 8
 
 
 def neutral_sentences() -> tuple[str, ...]:
-    """The hundred sentences."""
+    """The hundred sentences on everyday subjects."""
     file = Path(__file__).with_suffix(".txt")
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
@@ -82,7 +82,7 @@ def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prom
     """The neutral texts that tokenizer and model can read, or else rows of the tokenizer's tokens.
 
     A tokenizer of proteins or of a few words may make nothing of a text, or unknown tokens only.
-    None where it has no two tokens that are not special.
+    Returns None where the tokenizer has fewer than two tokens that are not special.
 
     Args:
         model, prepend_bos, every: as for `neutral_texts`.
@@ -100,7 +100,7 @@ def readable_texts(model: Any, prepend_bos: bool | None, every: int = 1) -> Prom
 
 
 def _is_readable(model: Any, text: str) -> bool:
-    """Whether it has two tokens, one of them known, and fits into the context."""
+    """Whether a text has two tokens or more, one of them known, and fits into the context."""
     tokenizer = model.tokenizer
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     context = getattr(model.cfg, "n_ctx", None) or math.inf
@@ -108,7 +108,7 @@ def _is_readable(model: Any, text: str) -> bool:
 
 
 def _own_rows(model: Any) -> Prompts | None:
-    """Rows of the tokenizer's ordinary tokens, drawn at random; the same in every call."""
+    """Rows of the tokenizer's ordinary tokens, drawn at random, the same in every call."""
     tokenizer = model.tokenizer
     of_model = set(range(int(model.cfg.d_vocab)))
     readable = of_model.intersection(tokenizer.get_vocab().values())
@@ -121,7 +121,7 @@ def _own_rows(model: Any) -> Prompts | None:
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that are no word of a text, such as that of unknown words."""
+    """The tokens that stand for no word of a text, such as the one of unknown words."""
     return {*tokenizer.all_special_ids, tokenizer.unk_token_id}
 
 
