@@ -24,35 +24,38 @@ from lens_lora.responses.token_shifts import TokenShifts
 Said = Mapping[str, tuple[tuple[str, float], ...]]
 
 
-class _Figured(Paged):
+class _WithFigures(Paged):
+    """An explanation, which has several pictures."""
+
     def figures(self) -> dict[str, drawing.Figure]:
         """The report's pictures by key; the docstring of each class says which."""
         return drawing.figures(self)
 
 
 @final
-class Explanation(_Figured):
+class Explanation(_WithFigures):
     """One prompt's margin between two answers, explained; every part has a batch of one.
 
     `figures` has `"path"`, `"positions"`, `"reliability/add_one"`, ….
 
     Attributes:
-        prompt: its tokens.
+        prompt: the prompt's tokens.
         margin: the margin's account and path, its first order split by position.
         said: {'base' or 'adapted': ((token, probability), …)}, the likeliest next tokens.
-        probabilities: of every next token, in the base and in the adapted model.
-        shift: first-order logit shift of the next token, of all sites together.
+        probabilities: the probability of every next token, in the base and in the adapted model.
+        shift: the first-order logit shift of the next token, of all sites together.
         module_shift: the same of each of the largest sites.
         adapted_end: first order at ε = 1.
         second_order: ½(H·1)_l at ε = 0, and what remains after it.
         reliability: flags on first order at each question's own end, by question ('add_one',
             'leave_one_out'); empty if fast.
-        coupling: between layers; None if fast, as all that follows.
-        add_one, leave_one_out: effects of every site, measured.
+        coupling: the coupling between layers; None if fast, and so are the four that follow.
+        add_one, leave_one_out: the measured effects of every site.
         path: the path integral.
         faithfulness: keep and drop curves.
-        null: None unless asked for.
-        answers: both models' own, 48 tokens at most (fast: 12); None where they have no room.
+        null: the comparison with null adapters; None unless it was asked for.
+        answers: what both models answer, 48 tokens at most (fast: 12); None where the context has
+            no room for them.
     """
 
     prompt: tuple[str, ...]
@@ -92,30 +95,41 @@ class Explanation(_Figured):
         """First order at 0 against adding and leaving out, and at 1 against leaving out."""
         if self.add_one is None or self.leave_one_out is None:
             return ()
-        first, end, left_out = self.first_order, self.adapted_end, self.leave_one_out
-        return compare(first, self.add_one), compare(first, left_out), compare(end, left_out)
+        return (
+            compare(self.first_order, self.add_one),
+            compare(self.first_order, self.leave_one_out),
+            compare(self.adapted_end, self.leave_one_out),
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site: every number that was computed of it, in the readout's units."""
-        sites = self.first_order.sites
-        first, end = self.first_order.per_site, self.adapted_end.per_site
-        columns = {"first_order": first, "first_order_at_1": end}
-        columns["half_row_sum"] = self.second_order.half_row_sums
-        if self.add_one is not None and self.leave_one_out is not None:
-            columns |= {"add_one": self.add_one.values, "leave_one_out": self.leave_one_out.values}
+        numbers = {
+            "first_order": self.first_order.per_site,
+            "first_order_at_1": self.adapted_end.per_site,
+            "half_row_sum": self.second_order.half_row_sums,
+        }
+        if self.add_one is not None:
+            numbers["add_one"] = self.add_one.values
+        if self.leave_one_out is not None:
+            numbers["leave_one_out"] = self.leave_one_out.values
         if self.path is not None:
-            columns["path"] = self.path.per_site
-        labels = {"site": [s.name for s in sites], "module": [s.module for s in sites]}
-        numbers = {name: values[0].cpu().double().tolist() for name, values in columns.items()}
-        flags = {f"flagged_{how}": r.flagged[0].tolist() for how, r in self.reliability.items()}
-        return pd.DataFrame({**labels, **numbers, **flags})
+            numbers["path"] = self.path.per_site
+
+        frame = pd.DataFrame()
+        frame["site"] = [site.name for site in self.first_order.sites]
+        frame["module"] = [site.module for site in self.first_order.sites]
+        for name, values in numbers.items():
+            frame[name] = values[0].cpu().double().tolist()
+        for question, reliability in self.reliability.items():
+            frame[f"flagged_{question}"] = reliability.flagged[0].tolist()
+        return frame
 
 
 @final
-class Explanations(_Figured):
+class Explanations(_WithFigures):
     """Several prompts' margins, each explained.
 
-    `figures` has `"margins"`, and `"layers"`, first order by layer, of all prompts.
+    `figures` has `"margins"` of all prompts, and `"layers"`, their first order by layer.
 
     Attributes:
         each: an explanation a prompt, in their order.
@@ -139,7 +153,7 @@ class Explanations(_Figured):
 
 
 @final
-class ResponseExplanation(_Figured):
+class ResponseExplanation(_WithFigures):
     """One prompt's response, explained; every part has a batch of one.
 
     `figures` has `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`.
@@ -150,13 +164,13 @@ class ResponseExplanation(_Figured):
         modules: first order of KL(response) at ε = 1, by site.
         moved: [token, site], first order of log p(y_t) at ε = 1, of the tokens that changed most.
         moved_tokens: which tokens those are, by KL.
-        path: the path integral of KL(response), by site; None if fast, as what follows.
+        path: the path integral of KL(response), by site; None if fast, and so are the next two.
         add_one: [group, token], ℓ_t(e_G) − ℓ_t(0): what a layer alone adds to the base model's
             log-probability of a token, exactly.
-        leave_one_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving it out takes away.
-        groups: those layers.
-        answers: both models' own. A response that was generated is the adapted model's, and the
-            base's is at most as long.
+        leave_one_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving the layer out takes away.
+        groups: the layers.
+        answers: what both models answer. A response that was generated is the adapted model's
+            answer, and the base's is at most as long.
     """
 
     is_generated: bool
@@ -172,12 +186,12 @@ class ResponseExplanation(_Figured):
 
     @property
     def prompt(self) -> tuple[str, ...]:
-        """Its tokens."""
+        """The prompt's tokens."""
         return self.shifts.str_tokens[0]
 
     @property
     def response(self) -> tuple[str, ...]:
-        """Its tokens y_1 … y_T."""
+        """The response's tokens y_1 … y_T."""
         return self.shifts.response[0]
 
     @property
@@ -189,7 +203,8 @@ class ResponseExplanation(_Figured):
         """One row per token: as of `shifts`, and unless fast what each layer does to log p."""
         frame = self.shifts.to_frame()
         for how, values in (("add_one", self.add_one), ("leave_one_out", self.leave_one_out)):
-            if values is not None:
-                rows = zip(self.groups, values.cpu().double().tolist(), strict=True)
-                frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
+            if values is None:
+                continue
+            for name, of_layer in zip(self.groups, values.cpu().double().tolist(), strict=True):
+                frame[f"{how}, {name}"] = of_layer
         return frame

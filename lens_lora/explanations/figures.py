@@ -1,4 +1,4 @@
-"""What an explanation shows: every figure of what was computed, and those of several prompts."""
+"""The figures of an explanation, of whatever was computed, and those of several prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPARED = {
 
 @drawing.figures.register(Explanation)
 def explanation_figures(e: Explanation) -> dict[str, go.Figure]:
-    """What there is to see; nothing that compares effects within rounding."""
+    """The figures by name; effects that are all within rounding are not compared."""
     account = words.explained_account(e)
     first = e.first_order
     drawn = {
@@ -48,7 +48,7 @@ def explanation_figures(e: Explanation) -> dict[str, go.Figure]:
 
 @drawing.figures.register(Explanations)
 def overview_figures(explanations: Explanations) -> dict[str, go.Figure]:
-    """Both pictures by name."""
+    """The figures of several prompts by name."""
     margins = explanations.each
     return {"margins": margins_figure(margins), "layers": layers_figure(margins)}
 
@@ -61,8 +61,9 @@ def margins_figure(explanations: Sequence[Explanation]) -> go.Figure:
     ends: list[float | None] = []
     rows: list[str] = []
     for name, account in zip(names, accounts, strict=True):
-        ends += [account.m0, account.m, None]  # None ends the line
-        rows += [name] * 3
+        # None ends the line.
+        ends += [account.m0, account.m, None]
+        rows += [name, name, name]
     figure = go.Figure(curve(ends, rows, "", NOISE, showlegend=False))
     for model, margins, colour in (
         ("base model", [account.m0 for account in accounts], NOISE),

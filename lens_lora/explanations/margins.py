@@ -1,13 +1,15 @@
 """The margin between two answers, explained: of one prompt or several.
 
-1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
-2. What the two models answer and say next, and the tokens that all and the largest sites promote.
-3. First order at the adapted end; second order, from one Hessian product; on request null adapters.
+1. The margin along the path, its first-order parts by site and position, and the flip
+   (`fact_margin`).
+2. What the two models answer and say next, and the tokens that all sites and the largest ones
+   promote.
+3. First order at the adapted end; second order, from one Hessian product; null adapters on request.
 4. Unless fast: every site added and left out, and where first order is not to be trusted; coupling
    of layers, the path integral, keep and drop curves.
 
-1 to 3 share their passes among prompts of like length with margins in the same units, and each
-prompt's share is cut out of the results; 4 fills its passes with one prompt's sites.
+Steps 1 to 3 share their passes among prompts of like length with margins in the same units, and
+each prompt's share is cut out of the results. Step 4 fills its passes with one prompt's sites.
 """
 
 from __future__ import annotations
@@ -43,10 +45,15 @@ from lens_lora.responses.generate import side_by_side
 from lens_lora.responses.logit_shift import LogitShift, logit_shift
 from lens_lora.texts.batches import by_length
 
-_MODULES = 8  # the largest ones, of which it is said what they promote
+# Of how many sites, the largest ones, it is said which tokens they promote.
+_MODULES = 8
+# How many of the likeliest next tokens are kept.
 _NEXT_TOKENS = 5
-_FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)  # of the sites, that are kept and dropped
-_TOKENS_AT_ONCE = 2048  # of prompts of like length, padded
+# The shares of the sites that are kept and dropped.
+_FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
+# How many tokens, with their padding, prompts have together that share their passes.
+_TOKENS_AT_ONCE = 2048
+# The steps of the bar: of each group of prompts, and of each prompt unless fast.
 _QUICK_STEPS = 5
 _SLOW_STEPS = 5
 
@@ -64,13 +71,16 @@ def explained_margins(
     """
     batch = f.prompts.batch
     model = f.lens.model
-    if batch > 1:  # names the prompt that is wrong, before a pass of another is run
+    if batch > 1:
+        # An answer that does not fit is refused, with its prompt's number, before any pass.
         margin_between(model, doc, pre, f.prompts).reading(model, f.prompts)
     docs = items_of(doc, batch)
     pres = items_of(pre, batch)
     margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
     groups = list(_together(f, margins))
-    steps = (_QUICK_STEPS + (null > 0)) * len(groups) + (0 if fast else _SLOW_STEPS * batch)
+    quick_steps = _QUICK_STEPS + (1 if null else 0)
+    slow_steps = 0 if fast else _SLOW_STEPS
+    steps = quick_steps * len(groups) + slow_steps * batch
     explanations: dict[int, Explanation] = {}
     with tqdm(total=steps, desc="explain", leave=False, disable=not f.progress) as bar:
         for indices in groups:
@@ -128,7 +138,7 @@ def _quick(
     null: int,
     bar: tqdm,
 ) -> list[Explanation]:
-    """What takes few passes, for all prompts of g in the same ones."""
+    """The part of the explanation that takes few passes, which all prompts of g share."""
     lens = g.lens
     silent = g.with_progress(False)
     with step(bar, "the margin along the path"):
@@ -149,6 +159,7 @@ def _quick(
     if null:
         with step(bar, f"{null} null adapters"):
             test = null_test.of(g, draws=null)
+
     explanations: list[Explanation] = []
     for i, tokens in enumerate(lens.str_tokens(g.prompts)):
         label = labels[i]
@@ -170,20 +181,20 @@ def _quick(
 
 
 def _probabilities_at_both_ends(g: Function) -> Float[Tensor, "batch end vocab"]:
-    """p of the next token under the base and the adapted model. Two forward passes."""
+    """The distribution of the next token in the base and the adapted model. Two forward passes."""
     f = g.lens.function(g.prompts)
     ends = [in_float64(f.logits(end)).softmax(-1) for end in (0.0, 1.0)]
     return torch.stack(ends, dim=1)
 
 
 def _shifts_of_the_largest(g: Function, shift: LogitShift, first: Attribution) -> list[LogitShift]:
-    """J δz_l over the whole vocabulary of each prompt's largest sites; a dual forward pass each."""
+    """The logit shift J δz_l of each prompt's largest sites. A dual forward pass each."""
     lens = g.lens
     each_site = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
     shifts: list[LogitShift] = []
-    for i, values in enumerate(first.values):
+    for prompt, values in enumerate(first.values):
         largest = values.abs().argsort(descending=True)[:_MODULES].tolist()
-        f = lens.function(g.prompts.chosen([i]), progress=False)
+        f = lens.function(g.prompts.chosen([prompt]), progress=False)
         tangents = f.tangent(each_site[largest])
         sites = tuple(lens.sites[index] for index in largest)
         shifts.append(dataclasses.replace(shift, values=tangents.movedim(1, 0), sites=sites))

@@ -6,8 +6,7 @@ section appears when what it shows was computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -27,94 +26,142 @@ from lens_lora.show.tables import margin_table
 from lens_lora.show.text import magnitude, short_prompt
 from lens_lora.show.words import Account
 
-# --- The page of explanations
+Explained = Explanation | ResponseExplanation
 
+# How many modules the table of the largest has.
 _MODULES = 20
-_TOKENS, _TOKENS_OF_A_SITE = 8, 4
+# How many tokens a table names that are promoted, and as many that are suppressed.
+_TOKENS = 8
+_TOKENS_OF_A_SITE = 4
 
 
 @drawing.report.register(ResponseExplanation)
 @drawing.report.register(Explanation)
+def _report(explanation: Explained, *, title: str | None = None) -> str:
+    return explanation_report([explanation], title=title)
+
+
 @drawing.report.register(Explanations)
-def _report(explained: Any, *, title: str | None = None) -> str:
-    return explanation_report(getattr(explained, "each", (explained,)), title=title)
-
-
-Explained = Explanation | ResponseExplanation
+def _report_of_several(explanations: Explanations, *, title: str | None = None) -> str:
+    return explanation_report(explanations.each, title=title)
 
 
 def explanation_report(explanations: Sequence[Explained], *, title: str | None = None) -> str:
-    """The page of one or several explanations, as a string."""
+    """The page of one or several explanations, as a string.
+
+    Args:
+        explanations: of margins or of responses.
+        title: the page's title; by default it says what is explained.
+
+    Raises:
+        ArgumentError: no explanation.
+    """
     if not explanations:
         raise ArgumentError("no explanation to report; give at least one.")
     numbered = list(enumerate(explanations, start=1))
-    parts, titles = zip(*(_part(e, number) for number, e in numbered), strict=True)
-    name = titles[0] if len(set(titles)) == 1 else f"{len(parts)} prompts explained"
-    return page.page_html(title or name, parts, _overview(numbered) if len(parts) > 1 else ())
+    parts = [_part(explanation, number) for number, explanation in numbered]
+    overview = _overview(numbered) if len(parts) > 1 else []
+    return page.page_html(title or _title(explanations), parts, overview)
 
 
-def _part(e: Explained, number: int) -> tuple[page.Part, str]:
-    """One explanation's share of the page, and the page's title were it alone."""
+def _title(explanations: Sequence[Explained]) -> str:
+    """What a page is about if all its parts are about one thing, else how many they are."""
+    subjects = {_subject(explanation) for explanation in explanations}
+    if len(subjects) == 1:
+        return subjects.pop()
+    return f"{len(explanations)} prompts explained"
+
+
+def _subject(e: Explained) -> str:
     if isinstance(e, ResponseExplanation):
-        return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
-    a, figures, first = words.explained_account(e), explanation_figures(e), e.first_order
+        return f"The response to “{short_prompt(e.prompt)}”"
+    account = words.explained_account(e)
+    return f"{account.doc} against {account.pre}"
+
+
+def _part(e: Explained, number: int) -> page.Part:
+    """One explanation's share of the page."""
+    if isinstance(e, ResponseExplanation):
+        return response_part(e)
+    figures = explanation_figures(e)
+    meta = e.first_order.meta
+    prompt = text.shortened(words.explained_account(e).prompt)
+    about = [e.first_order.readout, f"“{prompt}”", page.made_by(meta)]
     sentences, numbers = words.headline(e)
-    facts, prompt = f"{a.doc} against {a.pre}", text.shortened(a.prompt)
     numbers_file = page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
-    story, sections = words.explanation_story(e), _sections(e, figures)
-    part = page.Part(
-        name=f"{prompt} — {facts}",
-        subtitle=" · ".join(filter(None, (first.readout, f"“{prompt}”", page.made_by(first.meta)))),
+    story = words.explanation_story(e)
+    return page.Part(
+        name=f"{prompt} — {_subject(e)}",
+        subtitle=" · ".join(filter(None, about)),
         headline=sentences,
         numbers=numbers,
         top=[*page.answers_of([e.answers]), figures["path"], numbers_file],
-        sections=page.folded(story, sections, "margin", first.meta),
-        warnings=page.warned(first.meta),
+        sections=page.folded(story, _sections(e, figures), "margin", meta),
+        warnings=page.warned(meta),
     )
-    return part, facts
 
 
 def _sections(e: Explanation, figures: dict[str, go.Figure]) -> list[page.Section]:
-    """What there is, in the order in which one reads it."""
-    a = words.explained_account(e)
+    """The sections in the order in which one reads them; an empty one is left out of the page."""
+    account = words.explained_account(e)
 
-    def drawn(*names: str) -> list[page.Plot]:
-        chosen = (name for name in figures if name.partition("/")[0] in names)
-        return [page.plot(figures[name], heading=COMPARED.get(name, "")) for name in chosen]
+    def plots_of(*names: str) -> list[page.Plot]:
+        """The figures of these names, and those whose names begin with one of them and '/'."""
+        plots: list[page.Plot] = []
+        for name, figure in figures.items():
+            if name.partition("/")[0] in names:
+                plots.append(page.plot(figure, heading=COMPARED.get(name, "")))
+        return plots
 
-    numbers = (margin_table(a), tables.said_table(e))
+    side_by_side = (margin_table(account), tables.said_table(e))
+    remainder = [*plots_of("remainder"), tables.remainder_table(e)]
+    largest = [tables.sites_table(e, _MODULES)]
+    coupling = [*plots_of("coupling"), tables.pairs_table(e)]
+    flags = [tables.flags_table(e), *plots_of("reliability")]
+    kept = [*plots_of("faithfulness"), tables.curves_table(e)]
+    return [
+        page.Section("The margin in numbers", [side_by_side]),
+        page.Section("The remainder and its parts", remainder),
+        page.Section("Second order", plots_of("second_order")),
+        page.Section("Where first order finds the shift", plots_of("sites")),
+        page.Section("Largest modules", largest, _modules_lead(e)),
+        page.Section("Tokens promoted and suppressed", _token_blocks(e)),
+        page.Section("Where in the prompt", plots_of("positions"), _positions_lead(e)),
+        page.Section("Coupling between layers", coupling),
+        _measured(e, account, plots_of(*COMPARED)),
+        page.Section("Reliability flags", flags),
+        page.Section("Which few modules carry the shift", kept),
+        page.Section("Against random directions", plots_of("null"), _null_lead(e)),
+    ]
+
+
+def _token_blocks(e: Explanation) -> list[page.Block]:
+    """What happens to the next token's probabilities, by the largest modules, and to its logits."""
     moves = page.TokenTable(
         tables.site_moves(e, _TOKENS_OF_A_SITE),
         heads=("site", "raises", "lowers"),
         heading="The largest modules: change of probability to first order, and of the logit",
     )
-    by_site, joint = e.module_shift, tables.token_pairs(e.shift, None, _TOKENS)
-    names = [site.name for site in by_site.sites]
-    tokens = [(name, *tables.token_pairs(by_site, name, _TOKENS_OF_A_SITE)) for name in names]
-    rare = "By raw logit to first order: rare tokens come first"
-    by_logit = page.TokenTable([("all modules together", *joint), *tokens], heading=rare)
-    written = "First order at ε = 0, by the token at which a module writes, summed over each layer."
+    by_logit = [("all modules together", *tables.token_pairs(e.shift, None, _TOKENS))]
+    for site in e.module_shift.sites:
+        pairs = tables.token_pairs(e.module_shift, site.name, _TOKENS_OF_A_SITE)
+        by_logit.append((site.name, *pairs))
+    logits = page.TokenTable(
+        by_logit, heading="By raw logit to first order: rare tokens come first"
+    )
+    return [tables.moved_table(e, _TOKENS), moves, logits]
+
+
+def _positions_lead(e: Explanation) -> str:
+    lead = "First order at ε = 0, by the token at which a module writes, summed over each layer."
     if len(e.first_order.str_tokens[0]) > len(e.prompt):
-        written += " After the prompt come the answers' tokens; a|b is where the two differ."
-    null = "" if e.null is None else str(e.null.verdict[0])
-    remainder = [*drawn("remainder"), tables.remainder_table(e)]
-    changed_most = [tables.moved_table(e, _TOKENS), moves, by_logit]
-    random = f"Adapters of the same sizes in random directions: {null}."
-    kept = [*drawn("faithfulness"), tables.curves_table(e)]
-    return [
-        page.Section("The margin in numbers", [numbers]),
-        page.Section("The remainder and its parts", remainder),
-        page.Section("Second order", drawn("second_order")),
-        page.Section("Where first order finds the shift", drawn("sites")),
-        page.Section("Largest modules", [tables.sites_table(e, _MODULES)], _modules_lead(e)),
-        page.Section("Tokens promoted and suppressed", changed_most),
-        page.Section("Where in the prompt", drawn("positions"), written),
-        page.Section("Coupling between layers", [*drawn("coupling"), tables.pairs_table(e)]),
-        _measured(e, a, drawn(*COMPARED)),
-        page.Section("Reliability flags", [tables.flags_table(e), *drawn("reliability")]),
-        page.Section("Which few modules carry the shift", kept),
-        page.Section("Against random directions", drawn("null"), random),
-    ]
+        lead += " After the prompt come the answers' tokens; a|b is where the two differ."
+    return lead
+
+
+def _null_lead(e: Explanation) -> str:
+    verdict = "" if e.null is None else str(e.null.verdict[0])
+    return f"Adapters of the same sizes in random directions: {verdict}."
 
 
 def _modules_lead(e: Explanation) -> str:
@@ -126,17 +173,20 @@ def _modules_lead(e: Explanation) -> str:
     return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
 
 
-def _measured(e: Explanation, a: Account, plots: Sequence[page.Plot]) -> page.Section:
+def _measured(e: Explanation, account: Account, plots: Sequence[page.Plot]) -> page.Section:
+    """First order beside the measured effects of single modules."""
+    heading = "First order against measurements"
     table = tables.agreement_table(e)
     if not table.rows and not e.is_fast:
-        none = f"No single module moves the margin by more than rounding ({magnitude(a.floor)})."
-        return page.Section("First order against measurements", [none])
+        floor = magnitude(account.floor)
+        none = f"No single module moves the margin by more than rounding ({floor})."
+        return page.Section(heading, [none])
     lead = (
         "Each point is a module: the prediction on the horizontal axis, the measured effect on the "
         "vertical one. On the dashed line they agree. A correlation does not see a difference in "
         "size; the slope does."
     )
-    return page.Section("First order against measurements", [table, *plots], lead)
+    return page.Section(heading, [table, *plots], lead)
 
 
 # --- What stands before the prompts of a page of several
@@ -144,31 +194,42 @@ def _measured(e: Explanation, a: Account, plots: Sequence[page.Plot]) -> page.Se
 
 def _overview(numbered: Sequence[tuple[int, Explained]]) -> list[page.Block]:
     """A table and pictures of the margins, and a table of the responses."""
-    margins = [(n, e) for n, e in numbered if isinstance(e, Explanation)]
-    responses = [(n, e) for n, e in numbered if isinstance(e, ResponseExplanation)]
+    margins = [(number, e) for number, e in numbered if isinstance(e, Explanation)]
+    responses = [(number, e) for number, e in numbered if isinstance(e, ResponseExplanation)]
     blocks = page.answers_of([e.answers for _, e in numbered])
     if margins:
-        blocks += [
-            *_by_units(margins, margins_figure),
-            tables.margins_table(margins),
-            page.Download("prompts.csv", _margins_frame(margins).to_csv(index=False)),
-            *_by_units(margins, layers_figure),
-        ]
+        numbers_file = page.Download("prompts.csv", _margins_frame(margins).to_csv(index=False))
+        blocks += _plots_by_units(margins, margins_figure)
+        blocks += [tables.margins_table(margins), numbers_file]
+        blocks += _plots_by_units(margins, layers_figure)
     return [*blocks, responses_table(responses)]
 
 
-def _by_units(margins: tables.Numbered, draw: Callable[..., go.Figure]) -> list[page.Plot]:
-    """A picture of the margins in each unit."""
-    units = dict.fromkeys(e.units for _, e in margins)
-    return [page.plot(draw([e for _, e in margins if e.units == unit])) for unit in units]
+def _plots_by_units(
+    margins: tables.Numbered, draw: Callable[[Sequence[Explanation]], go.Figure]
+) -> list[page.Plot]:
+    """A picture of the margins in logits, and one of those in nats."""
+    by_units: dict[str, list[Explanation]] = {}
+    for _, e in margins:
+        by_units.setdefault(e.units, []).append(e)
+    return [page.plot(draw(of_unit)) for of_unit in by_units.values()]
 
 
 def _margins_frame(margins: tables.Numbered) -> pd.DataFrame:
     """The table of the margins as numbers."""
-    rows = []
+    rows: list[Mapping[str, object]] = []
     for number, e in margins:
-        a, asked = words.explained_account(e), {"prompt": number, "text": short_prompt(e.prompt)}
-        answers = {"doc": e.margin.doc[0], "pre": e.margin.pre[0], "units": e.units}
-        numbers = {"base": a.m0, "adapted": a.m, "first_order": a.first_order}
-        rows.append({**asked, **answers, **numbers, "flip_scale": a.flip_scale})
+        account = words.explained_account(e)
+        row = {
+            "prompt": number,
+            "text": short_prompt(e.prompt),
+            "doc": e.margin.doc[0],
+            "pre": e.margin.pre[0],
+            "units": e.units,
+            "base": account.m0,
+            "adapted": account.m,
+            "first_order": account.first_order,
+            "flip_scale": account.flip_scale,
+        }
+        rows.append(row)
     return pd.DataFrame(rows)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from jaxtyping import Float
 from rich.console import Group
+from torch import Tensor
 
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
@@ -28,73 +30,110 @@ from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, percent, short_prompt, signed, visible
 
 _DONE = {"add_one": "added alone to the base", "leave_one_out": "left out of the adapted model"}
+# How many tokens are named that were promoted at a token of the response, and that were suppressed.
+_CHANGES = 3
+# How many modules are named that raise a token, and that lower it.
+_RAISERS = 4
+# Of how many tokens and modules, the largest first, the page has rows.
+_TOKENS_SHOWN = 12
+_MODULES_SHOWN = 20
+# In nats: above it log p moves by 3 % at most of what the token's margin moves by.
+_SATURATED = -0.03
+
+
+# --- Figures
 
 
 @drawing.figures.register(ResponseExplanation)
 def response_figures(e: ResponseExplanation) -> dict[str, go.Figure]:
-    """What there is to see; the last two, what each layer does to log p of each token, exactly."""
+    """The figures by name; 'add_one' and 'leave_one_out' are of layers, and exact."""
     figures = {"text": e.shifts.plot_text(), "tokens": e.shifts.plot()}
-    shift = signed(float(e.shifts.total[0]))
-    for how, done in _DONE.items():
-        if (values := getattr(e, how)) is not None:
-            total = signed(float(values.double().sum()))
-            below = f"exact; {total} nats over all layers, the shift is {shift}"
-            titles = f"log p of each token: each layer {done}", below
-
-            def says(name: str, value: float, done: str = done) -> str:
-                return f"<b>{text.label(name)}</b> {done}: {signed(value)} nats"
-
-            z, names = values.tolist(), list(e.groups)
-            figures[how] = maps.groups_by_token(titles, names, e.response, z, "nats", says)
+    if e.add_one is not None:
+        figures["add_one"] = _layers_figure(e, e.add_one, _DONE["add_one"])
+    if e.leave_one_out is not None:
+        figures["leave_one_out"] = _layers_figure(e, e.leave_one_out, _DONE["leave_one_out"])
     return figures
 
 
-_CHANGES, _RAISERS = 3, 4
+def _layers_figure(
+    e: ResponseExplanation, values: Float[Tensor, "group token"], done: str
+) -> go.Figure:
+    """What each layer does to log p of each token; `done` says how the layer was intervened on."""
+    shift = signed(float(e.shifts.total[0]))
+    total = signed(float(values.double().sum()))
+    heading = f"log p of each token: each layer {done}"
+    below = f"exact; {total} nats over all layers, the shift is {shift}"
+
+    def hover(name: str, value: float) -> str:
+        return f"<b>{text.label(name)}</b> {done}: {signed(value)} nats"
+
+    layers = list(e.groups)
+    cells = values.tolist()
+    return maps.groups_by_token((heading, below), layers, e.response, cells, "nats", hover)
+
+
+# --- Tables
 
 
 def _tokens_table(e: ResponseExplanation, k: int) -> Table:
     """The tokens whose distribution moved most."""
     frame = e.shifts.top(k, 0)
-    frame["share"] = frame["kl_base_to_adapted"] / (float(e.shifts.kl[0, 0].nansum()) or 1.0)
+    total = float(e.shifts.kl[0, 0].nansum()) or 1.0
     rows = frame.to_dict("records")
     frame["place"] = [placed_token(e, row["t"]) for row in rows]
-    frame["log p"] = list(map(log_p_pair, rows))
+    frame["share"] = frame["kl_base_to_adapted"] / total
+    frame["log p"] = [log_p_pair(row) for row in rows]
     frame["rank"] = [f"{row['rank_base'] + 1} → {row['rank_adapted'] + 1}" for row in rows]
-    heads = {"place": "token", "kl_base_to_adapted": "KL, nats", "share": "of all"}
-    heads |= {"log p": "log p", "rank": "rank"}
+    heads = {
+        "place": "token",
+        "kl_base_to_adapted": "KL, nats",
+        "share": "of all",
+        "log p": "log p",
+        "rank": "rank",
+    }
     return table_of(frame, heads, texts=(0,), title="tokens that changed most")
 
 
 def _changes_table(e: ResponseExplanation, k: int) -> page.TokenTable:
-    """What is promoted and suppressed where the distribution moved most."""
+    """The tokens promoted and suppressed at the places where the distribution moved most."""
     shifts = e.shifts
 
-    def pairs(ids: Any, changes: Any, t: int) -> Pairs:
-        largest = zip(*(x[0, t, :_CHANGES].tolist() for x in (ids, changes)), strict=True)
-        return [(visible(shifts.strings[str(i)]), signed(change)) for i, change in largest]
+    def largest_changes(ids: Tensor, changes: Tensor, t: int) -> Pairs:
+        pairs: list[tuple[str, str]] = []
+        for i, change in zip(ids[0, t].tolist(), changes[0, t].tolist(), strict=True):
+            pairs.append((visible(shifts.strings[str(i)]), signed(change)))
+        return pairs[:_CHANGES]
 
-    ends = (shifts.promoted_ids, shifts.promoted), (shifts.suppressed_ids, shifts.suppressed)
-    order = shifts.kl[0, 0].argsort(descending=True)[:k].tolist()
-    rows = [(placed_token(e, t), pairs(*ends[0], t), pairs(*ends[1], t)) for t in order]
+    rows: list[tuple[str, Pairs, Pairs]] = []
+    for t in shifts.kl[0, 0].argsort(descending=True)[:k].tolist():
+        promoted = largest_changes(shifts.promoted_ids, shifts.promoted, t)
+        suppressed = largest_changes(shifts.suppressed_ids, shifts.suppressed, t)
+        rows.append((placed_token(e, t), promoted, suppressed))
     return page.TokenTable(rows, heads=("token", "promoted", "suppressed"))
 
 
 def _modules_table(e: ResponseExplanation, k: int) -> Table:
     """The modules that hold most of the divergence."""
-    ranked, first = ranked_attribution(e), e.modules.per_site[0]
-    values, shift = ranked.per_site[0], ranked.shift[0]
+    ranked = ranked_attribution(e)
+    values = ranked.per_site[0]
+    first_order = e.modules.per_site[0]
+    heads = ["site", "module", "first order at ε = 1, nats"]
+    if e.path is not None:
+        heads[2:2] = ["path integral, nats", "of the divergence"]
     rows: list[Row] = []
     for i in values.abs().argsort(descending=True)[:k].tolist():
-        share, site = percent(float(values[i] / shift)), ranked.sites[i]
-        along = () if e.path is None else (signed(float(values[i])), share)
-        rows.append((site.name, site.module, *along, signed(float(first[i]))))
-    along = () if e.path is None else ("path integral, nats", "of the divergence")
-    heads = ("site", "module", *along, "first order at ε = 1, nats")
-    return Table(heads, rows, texts=(0, 1), title="modules of the divergence")
+        site = ranked.sites[i]
+        cells = [site.name, site.module]
+        if e.path is not None:
+            share = percent(float(values[i] / ranked.shift[0]))
+            cells += [signed(float(values[i])), share]
+        cells.append(signed(float(first_order[i])))
+        rows.append(tuple(cells))
+    return Table(tuple(heads), rows, texts=(0, 1), title="modules of the divergence")
 
 
 def _moved_by_table(e: ResponseExplanation) -> page.TokenTable:
-    """Of the tokens that changed most: the modules that raise them, and those that lower them."""
+    """The modules that raise each of the tokens that changed most, and those that lower it."""
     rows: list[tuple[str, Pairs, Pairs]] = []
     for t, values in zip(e.moved_tokens, e.moved.tolist(), strict=True):
         if _is_saturated(e, t):
@@ -108,57 +147,78 @@ def _moved_by_table(e: ResponseExplanation) -> page.TokenTable:
     return page.TokenTable(rows, heads=("token", "raised by", "lowered by"))
 
 
-_SATURATED = -0.03  # nats: then log p moves by 3% at most of what the token's margin moves by
-
-
 def _is_saturated(e: ResponseExplanation, t: int) -> bool:
     """Whether the adapted model is so sure of a token that a module's share of log p is tiny."""
     return float(e.shifts.log_p[1, 0, t]) > _SATURATED
 
 
-def _saturation(e: ResponseExplanation) -> list[page.Block]:
-    """What to ask where log p is saturated; nothing where it is not."""
-    names = [named_token(e, t) for t in e.moved_tokens if _is_saturated(e, t)][:MODULES_NAMED]
+def _advice_on_saturation(e: ResponseExplanation) -> list[page.Block]:
+    """A paragraph on what to ask where log p is saturated; empty where it is not."""
+    names = [named_token(e, t) for t in e.moved_tokens if _is_saturated(e, t)]
+    if not names:
+        return []
     with_answers = worded("ll.explain with doc and pre", "explain with --doc and --pre")
     advice = (
-        f"At {', '.join(names)} log p is saturated: the adapted model is so sure of the token that "
-        "no module seems to move it. Ask there for the margin between it and the token that lost "
-        f"most ({with_answers}), or for KL (“Which modules changed them”)."
+        f"At {', '.join(names[:MODULES_NAMED])} log p is saturated: the adapted model is so sure "
+        "of the token that no module seems to move it. Ask there for the margin between it and the "
+        f"token that lost most ({with_answers}), or for KL (“Which modules changed them”)."
     )
-    return [advice] if names else []
+    return [advice]
 
 
 def response_tables(e: ResponseExplanation, k: int = 10) -> Group:
-    """The tokens that changed most and the modules of the divergence, for the terminal."""
+    """The tokens that changed most and the modules of the divergence, for the terminal.
+
+    Args:
+        e: the explanation.
+        k: how many rows each table has.
+    """
     return in_terminal(_tokens_table(e, k), _modules_table(e, k))
 
 
 def responses_table(numbered: Sequence[tuple[int, ResponseExplanation]]) -> Table:
-    """What happened to each of several responses."""
+    """One row for each of several responses: how far its distributions moved, and where most.
+
+    Args:
+        numbered: the explanations, each with the number of its prompt on the page.
+    """
     rows: list[Row] = []
     for number, e in numbered:
-        asked = (f"{number}. {short_prompt(e.prompt)}", str(len(e.response)))
         total, share = kl_and_most(e)
-        moved = signed(float(e.shifts.total[0]))
-        rows.append((*asked, magnitude(total), named_token(e, e.moved_tokens[0]), share, moved))
+        row = (
+            f"{number}. {short_prompt(e.prompt)}",
+            str(len(e.response)),
+            magnitude(total),
+            named_token(e, e.moved_tokens[0]),
+            share,
+            signed(float(e.shifts.total[0])),
+        )
+        rows.append(row)
     heads = ("prompt", "tokens", "KL, nats", "most at", "its share", "shift of log p")
     return Table(heads, rows, texts=(0, 3), links=[f"#prompt-{number}" for number, _ in numbered])
 
 
-_TOKENS_SHOWN, _MODULES_SHOWN = 12, 20
+# --- The page
 
 
 def response_part(e: ResponseExplanation) -> page.Part:
-    """The text on top, shaded; below it what is folded."""
-    prompt, meta = text.shortened(text.prompt_text(e.prompt)), e.shifts.meta
+    """The share of a page: the shaded text on top, below it what is folded.
+
+    Args:
+        e: the explanation.
+    """
+    meta = e.shifts.meta
+    prompt = text.shortened(text.prompt_text(e.prompt))
+    about = [f"“{prompt}”", page.made_by(meta)]
     noted, most = noted_tokens(e.shifts, 0)
+    # A shade is a square root, so half of the darkest is a quarter of its KL.
     scale = ("0", magnitude(most / 4), f"{magnitude(most)} nats")
-    numbers_file = page.Download("tokens.csv", e.to_frame().to_csv(index=False))
     shaded = page.ShadedText(noted, scale, chosen=e.moved_tokens[0])
+    numbers_file = page.Download("tokens.csv", e.to_frame().to_csv(index=False))
     return page.Part(
         name=short_prompt(e.prompt),
-        subtitle=" · ".join(filter(None, (f"“{prompt}”", page.made_by(meta)))),
-        headline=[sentences[0] for sentences in (moved_texts(e), token_texts(e), modules_texts(e))],
+        subtitle=" · ".join(filter(None, about)),
+        headline=[moved_texts(e)[0], token_texts(e)[0], modules_texts(e)[0]],
         numbers=_numbers(e),
         top=[*page.answers_of([e.answers]), shaded, numbers_file],
         sections=page.folded(response_story(e), _sections(e), "response", meta),
@@ -167,33 +227,48 @@ def response_part(e: ResponseExplanation) -> page.Part:
 
 
 def _numbers(e: ResponseExplanation) -> Pairs:
-    t, ranked = e.moved_tokens[0], ranked_attribution(e)
+    """The four numbers on top of the page."""
+    most_moved = e.moved_tokens[0]
     total, share = kl_and_most(e)
-    before, after = (percent(float(end[0, t].exp())) for end in e.shifts.log_p)
-    most = percent(float(ranked.per_site[0].abs().max() / ranked.shift[0]))
+    probabilities = [percent(float(end[0, most_moved].exp())) for end in e.shifts.log_p]
+    ranked = ranked_attribution(e)
+    largest = percent(float(ranked.per_site[0].abs().max() / ranked.shift[0]))
     method = "the path integral" if e.path is not None else "first order at ε = 1"
     return (
         (magnitude(total), f"nats, KL over {many(len(e.response), 'token')}"),
-        (share, f"of it at {named_token(e, t)}"),
-        (f"{before} → {after}", "probability of that token, base → adapted"),
-        (most, f"of KL at the largest module, by {method}"),
+        (share, f"of it at {named_token(e, most_moved)}"),
+        (" → ".join(probabilities), "probability of that token, base → adapted"),
+        (largest, f"of KL at the largest module, by {method}"),
     )
 
 
 def _sections(e: ResponseExplanation) -> list[page.Section]:
-    """What there is, in the order in which one reads it."""
+    """The sections in the order in which one reads them; an empty one is left out of the page."""
     figures = response_figures(e)
-    modules = "First order at ε = 1 is what leaving a module out takes from KL of the response."
-    if e.path is not None:
-        splits = "The path integral splits KL of the response completely: over all modules it sums"
-        modules = f"{splits} to it. {modules}"
-        if e.path.quadrature is not None:
-            modules += f" Taken with {text.quadrature_text(e.path.quadrature)}."
-    tokens = _tokens_table(e, _TOKENS_SHOWN), _changes_table(e, _TOKENS_SHOWN)
+    tokens = [
+        figures["tokens"],
+        _tokens_table(e, _TOKENS_SHOWN),
+        _changes_table(e, _TOKENS_SHOWN),
+    ]
+    modules = [_modules_table(e, _MODULES_SHOWN)]
+    moved = [_moved_by_table(e), *_advice_on_saturation(e)]
     layers = [figures[how] for how in _DONE if how in figures]
     return [
-        page.Section("Which tokens changed", [figures["tokens"], *tokens]),
-        page.Section("Which modules changed them", [_modules_table(e, _MODULES_SHOWN)], modules),
-        page.Section("Which module moved which token", [_moved_by_table(e), *_saturation(e)]),
+        page.Section("Which tokens changed", tokens),
+        page.Section("Which modules changed them", modules, _modules_lead(e)),
+        page.Section("Which module moved which token", moved),
         page.Section("Layer by layer, token by token", layers),
     ]
+
+
+def _modules_lead(e: ResponseExplanation) -> str:
+    lead = "First order at ε = 1 is what leaving a module out takes from KL of the response."
+    if e.path is None:
+        return lead
+    lead = (
+        "The path integral splits KL of the response completely: over all modules it sums to it. "
+        f"{lead}"
+    )
+    if e.path.quadrature is not None:
+        lead += f" Taken with {text.quadrature_text(e.path.quadrature)}."
+    return lead

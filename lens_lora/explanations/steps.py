@@ -1,4 +1,4 @@
-"""What explanations of margins and of responses share: their bar, and how long an answer is."""
+"""Constants and the bar of steps that explanations of margins and of responses share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from tqdm import tqdm
 # The path integral of an explanation: 1 % of the shift is enough for a ranking.
 PATH_TOLERANCE = 1e-2
 PATH_NODES = 16
-_ANSWER_TOKENS = 48  # that both models say
+# How many tokens both models say in answer.
+_ANSWER_TOKENS = 48
 _ANSWER_TOKENS_FAST = 12
 
 
