@@ -97,7 +97,7 @@ class Coupling(Ranked):
 
     @property
     def asymmetry(self) -> Float[Tensor, " batch"]:
-        """max |H − Hᵀ| / max |H|: the rounding in this matrix; zero where H is."""
+        """The rounding in this matrix, max |H − Hᵀ| / max |H|; zero where H is."""
         largest = self.matrix.abs().amax((1, 2))
         difference = (self.matrix - self.matrix.mT).abs().amax((1, 2))
         return torch.where(largest > 0, difference / largest, 0.0)

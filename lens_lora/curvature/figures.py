@@ -1,4 +1,4 @@
-"""What second order and coupling show."""
+"""The figures of second order and of coupling."""
 
 from __future__ import annotations
 

@@ -60,42 +60,42 @@ class SecondOrder(Drawn):
 
     @property
     def shift(self) -> Float[Tensor, " batch"]:
-        """g(1) − g(0), exact."""
+        """The exact shift, g(1) − g(0)."""
         return self.first_order.shift
 
     @property
     def curvature(self) -> Float[Tensor, " batch"]:
-        """½ 1ᵀH1."""
+        """The second-order part of the shift, ½ 1ᵀH1."""
         return self.half_row_sums.sum(1)
 
     @property
     def predicted(self) -> Float[Tensor, " batch"]:
-        """Σ_l a_l + ½ 1ᵀH1; see `verdict` before it is used for anything."""
+        """The shift to second order, Σ_l a_l + ½ 1ᵀH1; see `verdict` before it is used."""
         return self.first_order.total + self.curvature
 
     @property
     def remainder(self) -> Float[Tensor, " batch"]:
-        """What remains of the shift after second order."""
+        """The exact shift minus what second order predicts."""
         return self.shift - self.predicted
 
     @property
     def first_order_remainder(self) -> Float[Tensor, " batch"]:
-        """R_y, what remains after first order."""
+        """The exact shift minus what first order predicts: R_y of the note."""
         return self.first_order.remainder
 
     @property
     def noise_floor(self) -> Float[Tensor, " batch"]:
-        """σ of a difference of two readouts from rounding alone."""
+        """The noise floor of the shift: its σ from rounding alone."""
         return self.curve.noise_floor
 
     @property
     def remainder_floor(self) -> Float[Tensor, " batch"]:
-        """σ of `remainder` from rounding alone, first and second order's own included."""
+        """The noise floor of `remainder`, with the rounding in first and second order."""
         return self.curve.noise.of_remainder(1.0, self.curvature_noise)
 
     @property
     def corrected(self) -> Float[Tensor, "batch site"]:
-        """a_l + ½(H1)_l: the sites' shares of `predicted`, with its warning."""
+        """The share of each site in `predicted`, a_l + ½(H1)_l, with the same warning."""
         return self.first_order.per_site + self.half_row_sums
 
     @property
@@ -114,7 +114,7 @@ class SecondOrder(Drawn):
     def predicted_at(
         self, scale: float | Float[Tensor, " scale"]
     ) -> Float[Tensor, " batch *scale"]:
-        """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several.
+        """The shift predicted at strength ε, ε Σ_l a_l + ½ε² 1ᵀH1.
 
         Args:
             scale: ε, or several.
@@ -129,7 +129,7 @@ class SecondOrder(Drawn):
 
     @property
     def path_remainder(self) -> Float[Tensor, "batch scale"]:
-        """What remains after second order at each of `curve.scales`; of order ε³."""
+        """The exact shift minus second order at each of `curve.scales`; of order ε³."""
         return self.curve.shift - self.predicted_at(self.curve.scales)
 
     @property
@@ -173,7 +173,7 @@ class SecondOrder(Drawn):
         return tuple(SecondVerdict(*of_prompt) for of_prompt in by_prompt)
 
     def attribution(self) -> Attribution:
-        """`corrected` as an attribution: to compare with effects, to save; with its warning."""
+        """The values of `corrected` as an attribution, to be compared with effects or saved."""
         return self._as_attribution(self.corrected, "second_order")
 
     def to_frame(self) -> pd.DataFrame:
@@ -212,7 +212,7 @@ class SecondOrder(Drawn):
 
 @analysis
 def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder:
-    """½(H1)_l of every site at the base model, and what remains of the shift after it.
+    """Second order at the base model, ½(H1)_l of every site, and what it leaves of the shift.
 
     Cost: one forward and two backward passes, and 40 forward and 13 backward for first order, the
     path and the noise floors, batched; with self_curvature two backward passes more per site.
@@ -239,10 +239,15 @@ def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder
 
 
 def beside_first_order(g: Function, first: Attribution, curve: RemainderCurve) -> SecondOrder:
-    """½(H1)_l, where first order and the curve of g are known already.
+    """Second order, where first order and the curve of g are known already.
 
     Cost: five forward and ten backward passes, batched; eight of the backward ones and four of the
     forward ones are for the noise floor.
+
+    Args:
+        g: the function.
+        first: its first order at ε = 0, by site.
+        curve: its values along the path.
     """
     half_row_sums = g.curvature(1.0) / 2
     return SecondOrder(

@@ -15,10 +15,10 @@ class SecondVerdict:
 
     Attributes:
         shift: g(1) − g(0).
-        first, second: the remainders that first order, and second order, leave.
+        first, second: what first order and what second order leave of the shift.
         floor: three noise floors of the shift.
-        remainder_floor: three of what second order leaves.
-        helps_up_to: the strength up to which second order is nowhere farther.
+        remainder_floor: three noise floors of what second order leaves.
+        helps_up_to: the strength up to which second order is nowhere farther than first order.
     """
 
     shift: float
@@ -33,9 +33,11 @@ class SecondVerdict:
 
     @property
     def kind(self) -> Literal["no_shift", "neither", "farther", "nearer", "coincidence"]:
-        """'no_shift', the shift itself is within rounding; 'neither', the two leave the same at
-        ε = 1, within rounding; 'farther', second order leaves more; 'nearer', it leaves less, all
-        along the path; 'coincidence', less at ε = 1, but more on the way.
+        """Which of the two is nearer at ε = 1.
+
+        'no_shift' if the shift itself is within rounding; 'neither' if both leave the same, within
+        rounding; 'farther' if second order leaves more; 'nearer' if it leaves less, all along the
+        path; 'coincidence' if it leaves less at ε = 1, but more on the way.
         """
         nearer_by = abs(self.first) - abs(self.second)
         if abs(self.shift) <= self.floor:

@@ -1,4 +1,4 @@
-"""What second order and coupling say."""
+"""The words of second order and of coupling."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
+from jaxtyping import Float
 from rich.console import Group
+from torch import Tensor
 
 from lens_lora.core import SIGMAS
 from lens_lora.explanations import words
@@ -15,20 +17,8 @@ from lens_lora.responses.logit_shift import LogitShift
 from lens_lora.show import text
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, margin_table, roundings, table_of
 
-
-def token_pairs(shift: LogitShift, site: str | None, k: int) -> tuple[Pairs, Pairs]:
-    """(token, shift) of the only prompt's tokens promoted most, and of those suppressed most."""
-
-    def pairs(frame: pd.DataFrame) -> Pairs:
-        tokens, shifts = map(text.visible, frame["token"]), map(text.signed, frame["shift"])
-        return list(zip(tokens, shifts, strict=True))
-
-    return pairs(shift.promoted(site, k, 0)), pairs(shift.suppressed(site, k, 0))
-
-
 _ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
-
-
+# The columns of the table of modules, by their name in `Explanation.to_frame`.
 _NUMBERS = {
     "first_order": "a at ε = 0",
     "add_one": "added",
@@ -38,7 +28,26 @@ _NUMBERS = {
 }
 
 
-_RARE = 1e-4  # a probability: what neither model might say is left out
+# A token is left out whose probability is below this in both models.
+_RARE = 1e-4
+
+
+def token_pairs(shift: LogitShift, site: str | None, k: int) -> tuple[Pairs, Pairs]:
+    """The tokens promoted most and suppressed most, each with its shift, of the only prompt.
+
+    Args:
+        shift: logit shifts of one prompt.
+        site: one of its sites; None for all of them together.
+        k: how many tokens of each kind.
+    """
+    promoted = shift.promoted(site, k, 0)
+    suppressed = shift.suppressed(site, k, 0)
+    return _pairs_of(promoted), _pairs_of(suppressed)
+
+
+def _pairs_of(frame: pd.DataFrame) -> Pairs:
+    pairs = zip(frame["token"], frame["shift"], strict=True)
+    return [(text.visible(token), text.signed(shift)) for token, shift in pairs]
 
 
 def said_table(e: Explanation) -> Table:
@@ -79,16 +88,19 @@ def moved_table(e: Explanation, k: int) -> Table:
 
 
 def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
-    """What each of the largest sites does to the next token's probabilities, to first order.
+    """The next tokens whose probability each of the largest sites raises and lowers most.
+
+    To first order a shift v of the logits changes the probabilities p of the base by p (v − pᵀv).
 
     Returns:
-        (site, (token, change of probability and logit shift) of each raised, of each lowered).
+        For each site its name, the tokens that it raises and those that it lowers, each with the
+        changes of its probability and of its logit.
     """
-    p, _ = e.probabilities
+    p = e.probabilities[0]
     moves: list[tuple[str, Pairs, Pairs]] = []
     for site, shift in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
         logits = shift.to(p)
-        change = p * (logits - (p * logits).sum())  # of the softmax, to first order
+        change = p * (logits - (p * logits).sum())
         relative = logits - logits.mean()
         up, down = _most_moved(e, change.tolist(), k)
         raised = [_moved_token(e, i, change, relative) for i in up]
@@ -97,24 +109,26 @@ def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
     return moves
 
 
-def _moved_token(e: Explanation, i: int, change: Any, logits: Any) -> tuple[str, str]:
+def _moved_token(
+    e: Explanation, i: int, change: Float[Tensor, " vocab"], logits: Float[Tensor, " vocab"]
+) -> tuple[str, str]:
     """A token, with the changes of its probability and of its logit."""
     moved = f"{text.points(float(change[i]))}, {text.signed(float(logits[i]))}"
     return text.visible(e.shift.strings[i]), moved
 
 
 def _most_moved(e: Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:
-    """The k that rise most and the k that fall most, of the tokens that a model might say."""
+    """The k tokens that rise most and the k that fall most, of those that a model might say."""
     likely = (e.probabilities.amax(0) >= _RARE).nonzero().flatten().tolist()
-    rising = sorted(likely, key=lambda i: -change[i])
-    falling = rising[::-1]
-    up = [i for i in rising[:k] if change[i] > 0]
-    down = [i for i in falling[:k] if change[i] < 0]
+    largest_rise_first = sorted(likely, key=lambda i: -change[i])
+    largest_fall_first = largest_rise_first[::-1]
+    up = [i for i in largest_rise_first[:k] if change[i] > 0]
+    down = [i for i in largest_fall_first[:k] if change[i] < 0]
     return up, down
 
 
 def remainder_table(e: Explanation) -> Table:
-    """What the remainder at ε = 1 is made of."""
+    """The remainder at ε = 1 and its parts: of single modules, of curvature, and of rounding."""
     a = words.explained_account(e)
     second = e.second_order
     floor_after = SIGMAS * float(second.remainder_floor[0])
@@ -184,7 +198,7 @@ def agreement_table(e: Explanation) -> Table:
 
 
 def flags_table(e: Explanation, k: int = 5) -> Table:
-    """Which modules are flagged as answers to each question."""
+    """The modules whose first order is flagged, as the answer to each question."""
     rows: list[Row] = []
     for question, flags in e.reliability.items():
         names = flags.flagged_sites(0)
@@ -211,17 +225,21 @@ def pairs_table(e: Explanation, k: int = 5) -> Table:
 
 
 def curves_table(e: Explanation) -> Table:
-    """What each ranking of the modules keeps and drops; no row where the shift is noise."""
+    """The share of the shift that each ranking keeps and drops; no row where the shift is noise."""
     top = words.kept_by_top(e)
     curves = e.faithfulness
     if top is None or curves is None:
         return Table((), ())
-    fraction, _, kept = top
     rows: list[Row] = []
     for i, name in enumerate(curves.names):
-        areas = (_number(float(curves.area_keep[i, 0])), _number(float(curves.area_drop[i, 0])))
-        rows.append((text.key_text(name), text.percent(kept[name]), *areas))
-    heads = ("ranking", f"top {text.percent(fraction)} keeps", "area, kept", "area, dropped")
+        row = (
+            text.key_text(name),
+            text.percent(top.kept[name]),
+            _number(float(curves.area_keep[i, 0])),
+            _number(float(curves.area_drop[i, 0])),
+        )
+        rows.append(row)
+    heads = ("ranking", f"top {text.percent(top.share)} keeps", "area, kept", "area, dropped")
     return Table(heads, rows, title="kept and dropped, share of the shift")
 
 
@@ -240,14 +258,14 @@ def explanation_tables(e: Explanation, k: int = 10) -> Group:
 
 
 def _number(value: float) -> str:
-    return "—" if value != value else f"{value:.3f}"
+    return "—" if math.isnan(value) else f"{value:.3f}"
 
 
 Numbered = Sequence[tuple[int, Explanation]]
 
 
 def margins_table(numbered: Numbered) -> Table:
-    """What happened to each margin."""
+    """One row for each of several margins: both ends, first order, the flip, the largest part."""
     rows: list[Row] = []
     for number, e in numbered:
         a = words.explained_account(e)

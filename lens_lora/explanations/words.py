@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lens_lora.core import drawing
 from lens_lora.explanations.explanation import Explanation, Explanations
@@ -35,15 +36,19 @@ from lens_lora.show.words import (
     largest_text,
 )
 
+# How many modules the headline names.
 _MODULES_IN_HEADLINE = 3
 # An attribution is called a good guide to measured effects if it orders them at least so closely,
 # and the slope between the two is within these bounds.
 PEARSON = 0.95
 SPEARMAN = 0.9
 SLOPE = (0.8, 1.25)
-_TOP_SHARE = 0.2  # of the modules: what they keep is told
+# Of which share of the modules, the top of each ranking, it is said what they keep.
+_TOP_SHARE = 0.2
+# How many flagged modules are named.
 _FLAGGED_NAMED = 3
-_REDUNDANT = 0.5  # of the shift: less than this is lost by leaving out, summed over modules
+# Modules are called redundant if leaving each out takes less than this share of the shift in all.
+_REDUNDANT = 0.5
 _DONE = {
     "add_one": "adding one module (at ε = 0)",
     "leave_one_out": "leaving one module out (at ε = 1)",
@@ -82,7 +87,7 @@ _NO_SHARES = (
 
 
 def headline(e: Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
-    """What a reader in a hurry takes away: three sentences of the story, and four numbers."""
+    """Three sentences of the story and four numbers, for a reader in a hurry."""
     a = explained_account(e)
     flip = "no flip" if a.flip_scale is None else f"ε = {a.flip_scale:.2g}"
     sentences = (
@@ -102,34 +107,49 @@ def headline(e: Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
 @drawing.story.register(Explanations)
 def explanations_story(explanations: Explanations) -> str:
     """Each prompt by number, with its headline."""
-    return "\n".join(
-        f"{n}. “{text.short_prompt(e.prompt)}”: {' '.join(headline(e)[0])}"
-        for n, e in enumerate(explanations, start=1)
-    )
+    lines: list[str] = []
+    for number, e in enumerate(explanations, start=1):
+        sentences, _ = headline(e)
+        lines.append(f"{number}. “{text.short_prompt(e.prompt)}”: {' '.join(sentences)}")
+    return "\n".join(lines)
 
 
 def _said(e: Explanation) -> str:
-    answers = (e.margin.doc[0], e.margin.pre[0])
+    """The likeliest next token of both models, and whether it begins one of the answers."""
     base, base_share = e.said["base"][0]
     adapted, adapted_share = e.said["adapted"][0]
     likeliest = (
         f"The likeliest next token is “{visible(base)}” ({percent(base_share)}) for the base model "
         f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
     )
-    is_apart = [not t or not any(a.startswith(t) for a in answers) for t in (base, adapted)]
-    if not any(is_apart):
+    base_begins = _begins_an_answer(base, e)
+    adapted_begins = _begins_an_answer(adapted, e)
+    if base_begins and adapted_begins:
         return likeliest
-    begins = "Neither begins one of the two answers"
-    if not all(is_apart):
-        begins = f"That of the {'base' if is_apart[0] else 'adapted'} model begins neither answer"
+    if base_begins:
+        begins = "That of the adapted model begins neither answer"
+    elif adapted_begins:
+        begins = "That of the base model begins neither answer"
+    else:
+        begins = "Neither begins one of the two answers"
     return f"{likeliest} {begins}, so the margin is not about what would be said first."
 
 
+def _begins_an_answer(token: str, e: Explanation) -> bool:
+    answers = (e.margin.doc[0], e.margin.pre[0])
+    return bool(token) and any(answer.startswith(token) for answer in answers)
+
+
 def interactions(e: Explanation) -> tuple[float, float] | None:
-    """What first order misses of single modules, and what modules do together; if measured."""
+    """The remainder in two parts: what first order misses of single modules, and what is left.
+
+    The second is what modules do together. None where single modules were not measured.
+    """
     if e.add_one is None:
         return None
-    return float(e.add_one.values.sum() - e.first_order.total), float(e.add_one.interaction)
+    single = float(e.add_one.values.sum() - e.first_order.total)
+    together = float(e.add_one.interaction)
+    return single, together
 
 
 def is_rounding(total: float, e: Explanation, a: Account) -> bool:
@@ -138,16 +158,17 @@ def is_rounding(total: float, e: Explanation, a: Account) -> bool:
 
 
 def _parts(e: Explanation, a: Account) -> str:
-    """What the remainder is made of: exactly, by single modules, and to second order."""
+    """The parts of the remainder: exactly, by single modules, and to second order."""
     second = e.second_order
     measured = ""
     shares = ""
     parts = interactions(e)
     if parts is not None and abs(a.remainder) > a.remainder_floor:
-        note = ", which rounding alone could make" if is_rounding(parts[0], e, a) else ""
+        single, together = parts
+        note = ", which rounding alone could make" if is_rounding(single, e, a) else ""
         measured = (
-            f"Of the remainder of {signed(a.remainder)}, {signed(parts[0])} is what first order "
-            f"misses of the modules one by one{note}, and {signed(parts[1])} what they do "
+            f"Of the remainder of {signed(a.remainder)}, {signed(single)} is what first order "
+            f"misses of the modules one by one{note}, and {signed(together)} what they do "
             "together; both from runs of the model."
         )
     curvature = signed(float(second.curvature))
@@ -169,7 +190,7 @@ def _agreement(e: Explanation, a: Account) -> str:
     comparisons = [c for c in e.comparisons if is_comparable(c, a)]
     if len(comparisons) < 3:
         return ""
-    adding, leaving, at_end = map(_judged, comparisons)
+    adding, leaving, at_end = [_judged(comparison) for comparison in comparisons]
     return (
         f"Measured, adding one module at a time agrees with first order at ε = 0 to {adding}. "
         f"Leaving one out agrees with it to {leaving}; and with first order at ε = 1 to {at_end}."
@@ -191,13 +212,17 @@ def _judged(c: Comparison) -> str:
 
 
 def _redundancy(e: Explanation, a: Account) -> str:
-    together = math.nan if e.leave_one_out is None else float(e.leave_one_out.values.sum())
-    share = together / a.shift
-    if not share < _REDUNDANT or is_rounding(together, e, a):
+    """How little leaving out one module at a time takes, where it is little in all."""
+    if e.leave_one_out is None:
         return ""
-    together = f"all modules together account for {percent(share)} of the shift"
-    why = "they stand in for one another, or the margin saturates"
-    return f"Left out one at a time, {together}: {why}."
+    lost = float(e.leave_one_out.values.sum())
+    share = lost / a.shift
+    if not share < _REDUNDANT or is_rounding(lost, e, a):
+        return ""
+    return (
+        f"Left out one at a time, all modules together account for {percent(share)} of the shift: "
+        "they stand in for one another, or the margin saturates."
+    )
 
 
 def _flags(e: Explanation) -> str:
@@ -216,40 +241,58 @@ def _flags(e: Explanation) -> str:
     )
 
 
-def kept_by_top(e: Explanation) -> tuple[float, int, dict[str, float]] | None:
-    """What the top of each ranking keeps of the shift, at the run size nearest to a fifth.
+class KeptByTop(NamedTuple):
+    """The share of the shift that the top of each ranking keeps.
 
-    Returns:
-        the size as a share of the modules and as a number of them, and what each ranking keeps;
-        None where curves were not computed, or the shift is noise.
+    Attributes:
+        share: how many modules the top is, as a share of all.
+        modules: how many modules it is.
+        kept: the share of the shift that it keeps, by ranking.
+    """
+
+    share: float
+    modules: int
+    kept: dict[str, float]
+
+
+def kept_by_top(e: Explanation) -> KeptByTop | None:
+    """What the top of each ranking keeps, at the size nearest to a fifth of those that were run.
+
+    None where curves were not computed, or the shift is noise.
     """
     curves = e.faithfulness
     if curves is None or bool(curves.keep.isnan().all()):
         return None
     index = int((curves.fractions - _TOP_SHARE).abs().argmin())
-    fraction = float(curves.fractions[index])
-    kept = {name: float(curves.kept_share(name, fraction)[0]) for name in curves.names}
-    return fraction, curves.counts[index], kept
+    share = float(curves.fractions[index])
+    kept = {name: float(curves.kept_share(name, share)[0]) for name in curves.names}
+    return KeptByTop(share, curves.counts[index], kept)
 
 
 def _carried(e: Explanation) -> str:
+    """What the top of each ranking keeps of the shift."""
     top = kept_by_top(e)
     if top is None:
         return ""
-    fraction, count, kept = top
-    ways = {name: f"by {text.key_text(name)}" for name in kept} | {RANDOM: "at random"}
-    shares = ", ".join(f"{percent(share)} {ways[name]}" for name, share in kept.items())
-    top = f"the top {percent(fraction)} of the modules ({count})"
-    return f"Measured, {top} alone keep, of the shift: {shares}."
+    shares: list[str] = []
+    for name, share in top.kept.items():
+        ranking = "at random" if name == RANDOM else f"by {text.key_text(name)}"
+        shares.append(f"{percent(share)} {ranking}")
+    return (
+        f"Measured, the top {percent(top.share)} of the modules ({top.modules}) alone keep, of the "
+        f"shift: {', '.join(shares)}."
+    )
 
 
 def _limits(e: Explanation) -> str:
-    tested = "" if e.null is None else f"Against random directions: {e.null.verdict[0]}."
-    missing = ["single modules added or left out", "keep and drop curves"] if e.is_fast else []
+    """What was not measured, and how far the explanation reaches."""
+    missing: list[str] = []
+    if e.is_fast:
+        missing += ["single modules added or left out", "keep and drop curves"]
     if e.null is None:
         missing.append("whether random directions of the same size do as much")
     return joined(
-        tested,
+        "" if e.null is None else f"Against random directions: {e.null.verdict[0]}.",
         f"Not measured: {', '.join(missing)}." if missing else "",
         "All this is one prompt and one pair of answers; it says how much the modules move this "
         "margin, not by what mechanism.",

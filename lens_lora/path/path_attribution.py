@@ -38,7 +38,7 @@ _ByPrompt = Float[Tensor, " batch"]
 def path_attribution(
     g: Function, *, tol: float = 1e-3, by: tuple[str, ...] | str = (), max_nodes: int = 64
 ) -> Attribution:
-    """c_l of every site, split by position, head, expert and rank as asked: they sum to the shift.
+    """The integral c_l of every site, split as asked; over all sites it sums to the shift.
 
     Where the tolerance cannot be met (rounding, kinks of ReLU models, experts that switch) the
     values are those of the last rule, and `quadrature` says what was reached and probably why.
@@ -71,8 +71,7 @@ def path_attribution(
     axes = by_axes(by)
     rules = _Rules(g, tol)
     nodes = _FIRST_NODES
-    silent = not g.progress
-    with tqdm(desc="path integral", unit="node", leave=False, disable=silent) as bar:
+    with tqdm(desc="path integral", unit="node", leave=False, disable=not g.progress) as bar:
         while True:
             bar.reset(total=nodes)
             values = _integral(g, nodes, axes)
@@ -139,7 +138,11 @@ class _Rules:
         return self._errors[-1] > torch.maximum(self._allowed, self._floor)
 
     def quadrature(self, nodes: int) -> Quadrature:
-        """What was reached with the last rule, which has this many nodes."""
+        """How the integral was taken, and how far it was reached, by the last rule.
+
+        Args:
+            nodes: how many nodes that rule has.
+        """
         obstacles = [self._rounding_text(), self._shape_text(nodes)]
         known_error = torch.maximum(self._errors[-1], self._floor)
         return Quadrature(
@@ -152,7 +155,7 @@ class _Rules:
         )
 
     def _rounding_text(self) -> str:
-        """Where the exact shift is itself not known to the tolerance; else nothing."""
+        """A note where the exact shift is itself not known to the tolerance; else nothing."""
         if not (self._floor > self._allowed).any():
             return ""
         i = int(_share(self._floor, self._size).argmax())
@@ -163,7 +166,7 @@ class _Rules:
         )
 
     def _shape_text(self, nodes: int) -> str:
-        """What the error says of g, where it is above rounding and tolerance; else nothing."""
+        """A note on the shape of g, where the error is above rounding and tolerance."""
         if not self._is_open.any():
             return ""
         share = _share(self._errors[-1], self._size)
@@ -180,12 +183,12 @@ class _Rules:
 
 
 def _share(size: _ByPrompt, whole: _ByPrompt) -> _ByPrompt:
-    """size / whole; zero where the size is, infinite where only the whole is zero."""
+    """The size over the whole; zero where the size is, infinite where only the whole is zero."""
     return torch.where(size == 0, 0.0, size / whole)
 
 
 def _is_stuck(by_rule: list[_ByPrompt]) -> Bool[Tensor, " *batch"]:
-    """Whether the last two of these numbers are no better than the best before them."""
+    """Whether the last two rules have no smaller number than the best rule before them."""
     if len(by_rule) < 3:
         return torch.tensor(False)
     numbers = torch.stack(by_rule)
