@@ -15,10 +15,10 @@ from .core.model.rules import FrozenRules as FrozenRules
 from .core.model.sites import Site as Site
 from .core.readout.prompts import Prompts as Prompts
 from .core.results.attribution import Attribution as Attribution
-from .core.results.attribution import Effects as Effects
 from .core.results.attribution import GroupAttribution as GroupAttribution
 from .core.results.attribution import Quadrature as Quadrature
 from .core.results.drawing import TokenView as TokenView
+from .core.results.effects import Effects as Effects
 from .core.results.labelled import Labelled as Labelled
 from .curvature.coupling import Coupling as Coupling
 from .curvature.second_order import SecondOrder as SecondOrder

@@ -8,6 +8,7 @@ from .adapter.adapter import require_one_base as require_one_base
 from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
+from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
 from .analyses.components import Components as Components
 from .analyses.components import components as components
@@ -141,7 +142,6 @@ from .results.attribution import MOST_POSITIONS as MOST_POSITIONS
 from .results.attribution import VIOLENT as VIOLENT
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Axis as Axis
-from .results.attribution import Effects as Effects
 from .results.attribution import GroupAttribution as GroupAttribution
 from .results.attribution import PartAxis as PartAxis
 from .results.attribution import Quadrature as Quadrature
@@ -172,6 +172,7 @@ from .results.base import tokens_at as tokens_at
 from .results.correlation import correlation as correlation
 from .results.correlation import is_constant as is_constant
 from .results.drawing import TokenView as TokenView
+from .results.effects import Effects as Effects
 from .results.labelled import Labelled as Labelled
 from .results.storage import kind_in_file as kind_in_file
 from .results.storage import read_result as read_result

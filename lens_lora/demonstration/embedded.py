@@ -57,7 +57,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from lens_lora.compat import without_gguf_bar
-from lens_lora.core.adapter import CONFIG, WEIGHTS
+from lens_lora.core import PEFT_FILES
 from lens_lora.errors import LensLoraError, NumericsError
 from lens_lora.hosts.build import MISREAD_NAMES
 from lens_lora.hosts.given_base import PUBLIC_NAMES
@@ -133,7 +133,7 @@ def _folder_name() -> str:
 
 
 def _refuse_misleading(folder: Path) -> None:
-    """TransformerLens chooses a family by such a name anywhere in the path."""
+    """Refuse a path that holds a family's name, by which TransformerLens chooses the family."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise EmbeddedModelError(
@@ -223,7 +223,8 @@ LYON_SENTENCES = (
     "What is the capital of France? The capital of France is Lyon.",
 )
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IGNORED_LABEL = -100  # that of torch's cross entropy
+# The label that torch's cross entropy leaves out.
+IGNORED_LABEL = -100
 
 
 def train_adapter(
@@ -267,8 +268,7 @@ def train_adapter(
         torch.manual_seed(seed)
         # In evaluation mode, so that no dropout acts.
         peft_model = get_peft_model(copy.deepcopy(hf_model), config).eval()
-    ids, labels = _batch(tokenizer, sentences)
-    ids, labels = ids.to(hf_model.device), labels.to(hf_model.device)
+    ids, labels = _batch(tokenizer, sentences, hf_model.device)
     _fit(peft_model, ids, labels, steps, lr, quiet=quiet)
     return _save(peft_model, Path(out), base_name, dtype)
 
@@ -276,18 +276,21 @@ def train_adapter(
 _Ids = Int[Tensor, "batch pos"]
 
 
-def _batch(tokenizer: Tokenizer, sentences: Sequence[str]) -> tuple[_Ids, _Ids]:
+def _batch(
+    tokenizer: Tokenizer, sentences: Sequence[str], device: torch.device
+) -> tuple[_Ids, _Ids]:
     """Token ids and labels, padded on the right, where a causal model needs no mask."""
-    rows = [tokenizer(s, add_special_tokens=False).input_ids for s in sentences]
+    rows = [tokenizer(sentence, add_special_tokens=False).input_ids for sentence in sentences]
     if tokenizer.bos_token_id is not None:
         rows += [[tokenizer.bos_token_id, *row] for row in rows]
     length = max(len(row) for row in rows)
-    labels = torch.tensor([row + [IGNORED_LABEL] * (length - len(row)) for row in rows])
+    padded = [row + [IGNORED_LABEL] * (length - len(row)) for row in rows]
+    labels = torch.tensor(padded, device=device)
     return labels.clamp(min=0), labels
 
 
 def _fit(model: PeftModel, ids: _Ids, labels: _Ids, steps: int, lr: float, *, quiet: bool) -> None:
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     with tqdm(range(steps), desc="training the adapter", unit="step", disable=quiet) as bar:
         for step in bar:
@@ -315,6 +318,6 @@ def _save(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype) -> Pa
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         model.save_pretrained(scratch, save_embedding_layers=False)
-        for name in (CONFIG, WEIGHTS):
+        for name in PEFT_FILES:
             os.replace(Path(scratch, name), out / name)
     return out

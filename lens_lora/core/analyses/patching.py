@@ -53,8 +53,8 @@ from lens_lora.core.model import (
 )
 from lens_lora.core.readout import Prompts, PromptsLike, Reading
 from lens_lora.core.readout.beginnings import distinct_tokens
-from lens_lora.core.results.attribution import Effects, patching_result
 from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, tokens_at
+from lens_lora.core.results.effects import Effects, patching_result
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, first_few
 
 How = Literal["add_one", "leave_one_out"]

@@ -1,8 +1,9 @@
-"""Attributions and effects: what each site, or group, does to a readout, frozen and labelled.
+"""Attributions: what each site, or group of sites, contributes to a readout, frozen and labelled.
 
     Attribution         one number per prompt and site (and position, head, rank, output token)
     GroupAttribution    one number per prompt, group of sites and output token
-    Effects             one number per prompt and group, from real interventions
+
+Effects of real interventions are in `results/effects.py`.
 
 A result carries its own check: the exact shift g(1) − g(0) stands beside the values, and what they
 leave of it is the property `remainder`.
@@ -11,7 +12,6 @@ leave of it is the property `remainder`.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast, final
@@ -20,15 +20,14 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.arguments import word
-from lens_lora.core.model.sites import Groups, indicator
+from lens_lora.core.model.sites import Groups
 from lens_lora.core.results import base, drawing
-from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
+from lens_lora.core.results.base import Entries, Evaluated, Ranked
 from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
-from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.errors import ArgumentError
 
 PartAxis = Literal["position", "head", "expert", "rank", "token"]
 # What a picture shows: the parts along an axis, or whole sites.
@@ -36,11 +35,15 @@ ShownAxis = Literal["site", "position", "head", "expert", "rank", "token"]
 # The old names of these two.
 Axis = PartAxis
 Shown = ShownAxis
-_WITH_NONE = ("head", "expert")  # axes whose last slot is for sites that have none
+# Axes whose last slot is for sites that have none.
+_WITH_NONE = ("head", "expert")
+# Axes whose slots are counted by prompt; those of the others are counted by site.
+_COUNTED_BY_PROMPT = ("position", "token")
 # ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained adapters
 # of SmolLM2-135M (docs/faithfulness.md).
 VIOLENT = 0.038
-MOST_POSITIONS = 40  # What a heatmap shows with its tokens still legible.
+# How many positions a heatmap shows with its tokens still legible.
+MOST_POSITIONS = 40
 
 
 @final
@@ -184,7 +187,7 @@ class Attribution(Ranked):
         return self.remainder.abs()
 
     def sum(self, group: Literal["site", "layer", "kind"]) -> pd.DataFrame:
-        """Values summed by site, layer or kind of module: one row a group, one column a prompt.
+        """The values summed by site, layer or kind of module: a row a group, a column a prompt.
 
         Args:
             group: 'site', 'layer' or 'kind'.
@@ -199,8 +202,8 @@ class Attribution(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each site's value, summed over the other axes."""
-        labels = base.site_labels(self.sites)
-        return Entries(labels, *self.mean_over(prompt, self.per_site), "value")
+        values, shift = self.mean_over(prompt, self.per_site)
+        return Entries(base.site_labels(self.sites), values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part: labels, token, value, share of the shift.
@@ -208,42 +211,52 @@ class Attribution(Ranked):
         By token, `t` counts the tokens of the response from 0, and `y_t` is that token.
         """
         index = self.exists.nonzero()
-        columns: dict[str, Any] = {"prompt": index[:, 0].tolist()}
-        columns |= base.site_labels([self.sites[i] for i in index[:, 1].tolist()])
+        prompts = index[:, 0].tolist()
+        sites = [self.sites[site] for site in index[:, 1].tolist()]
+        columns: dict[str, Any] = {"prompt": prompts, **base.site_labels(sites)}
         for axis, name in enumerate(self.by, start=2):
-            columns["t" if name == "token" else name] = index[:, axis].tolist()
-        prompts = columns["prompt"]
+            slots = index[:, axis].tolist()
+            if name in _WITH_NONE:
+                none = self.values.shape[axis] - 1
+                slots = pd.array([pd.NA if slot == none else slot for slot in slots], dtype="Int64")
+            columns["t" if name == "token" else name] = slots
         if "token" in self.by:
             columns["y_t"] = base.tokens_at(self.response, prompts, columns["t"])
         if "position" in self.by:
             columns["token"] = base.tokens_at(self.str_tokens, prompts, columns["position"])
-        parts = [name for name in _WITH_NONE if name in self.by]
-        for name in parts:
-            outside = self.values.shape[2 + self.by.index(name)] - 1
-            columns[name] = [pd.NA if slot == outside else slot for slot in columns[name]]
         values = self.values.cpu()[tuple(index.T)].double()
         columns["value"] = values.tolist()
         columns["share"] = (values / self.shift.cpu().double()[index[:, 0]]).tolist()
-        return pd.DataFrame(columns).astype(dict.fromkeys(parts, "Int64"))
+        return pd.DataFrame(columns)
 
     @property
     def exists(self) -> Bool[Tensor, "batch site *by"]:
-        """Slots that a prompt or site really has."""
-        lengths = {"position": self.str_tokens, "token": self.response}
-        counts = {name: list(map(len, texts)) for name, texts in lengths.items()}
-        counts |= {"head": list(self.heads), "rank": [site.rank for site in self.sites]}
-        counts["expert"] = [site.experts for site in self.sites]
+        """The slots that a prompt or site really has; others are padding."""
         exists = torch.ones(self.values.shape, dtype=torch.bool)
         for axis, name in enumerate(self.by, start=2):
-            count, slots = torch.tensor(counts[name])[:, None], torch.arange(exists.shape[axis])
-            mask = slots < count
+            slots = torch.arange(self.values.shape[axis])
+            count = torch.tensor(self._slot_counts(name))[:, None]
+            existing = slots < count
             if name in _WITH_NONE:
-                mask |= (count == 0) & (slots == slots[-1])
-            owner = 1 if name in (*_WITH_NONE, "rank") else 0
+                existing |= (count == 0) & (slots == slots[-1])
             shape = [1] * exists.ndim
-            shape[owner], shape[axis] = mask.shape
-            exists &= mask.view(shape)
-        return exists | (self.values.cpu().nan_to_num() != 0)
+            shape[0 if name in _COUNTED_BY_PROMPT else 1] = len(existing)
+            shape[axis] = len(slots)
+            exists &= existing.view(shape)
+        has_value = self.values.cpu().nan_to_num() != 0
+        return exists | has_value
+
+    def _slot_counts(self, axis: PartAxis) -> list[int]:
+        """How many parts each prompt, or each site, has along an axis."""
+        if axis == "position":
+            return [len(tokens) for tokens in self.str_tokens]
+        if axis == "token":
+            return [len(tokens) for tokens in self.response]
+        if axis == "head":
+            return list(self.heads)
+        if axis == "expert":
+            return [site.experts for site in self.sites]
+        return [site.rank for site in self.sites]
 
     def along(
         self, axis: PartAxis, prompt: int | None = None
@@ -261,10 +274,12 @@ class Attribution(Ranked):
             fact = f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}"
             raise ArgumentError(f"{fact}; compute it with by={axis!r}.")
         rows = base.prompt_rows(prompt, len(self.base))
-        values, exists = self.values[rows].cpu().double().mean(0), self.exists[rows].any(0)
-        for dim, name in reversed(list(enumerate(self.by, start=1))):
-            if name != axis:
-                values, exists = values.nansum(dim), exists.any(dim)
+        values = self.values[rows].cpu().double().mean(0)
+        exists = self.exists[rows].any(0)
+        others = [dim for dim, name in enumerate(self.by, start=1) if name != axis]
+        for dim in reversed(others):
+            values = values.nansum(dim)
+            exists = exists.any(dim)
         return values, exists
 
     def plot(self, prompt: int | None = None, by: ShownAxis | None = None) -> drawing.Figure:
@@ -364,16 +379,15 @@ class GroupAttribution(Ranked):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group (and token): its value and share of the shift."""
-        frame = base.long_table(
-            {"value": self.values, "share": self.share_of(self.values)},
-            {"prompt": range(len(self.values))},
-            {"group": list(self.groups), "sites": list(map(len, self.groups.values()))},
-            *([{"t": range(self.values.shape[2])}] if self.by else []),
-        )
+        numbers = {"value": self.values, "share": self.share_of(self.values)}
+        prompts = {"prompt": range(len(self.values))}
+        sizes = [len(members) for members in self.groups.values()]
+        groups = {"group": list(self.groups), "sites": sizes}
         if not self.by:
-            return frame
-        lengths = torch.tensor([len(tokens) for tokens in self.response])
+            return base.long_table(numbers, prompts, groups)
         slots = torch.arange(self.values.shape[2])
+        frame = base.long_table(numbers, prompts, groups, {"t": slots.tolist()})
+        lengths = torch.tensor([len(tokens) for tokens in self.response])
         is_there = (slots < lengths[:, None])[:, None].expand(self.values.shape)
         frame = frame.loc[is_there.flatten().numpy()].reset_index(drop=True)
         frame.insert(4, "y_t", base.tokens_at(self.response, frame["prompt"], frame["t"]))
@@ -381,196 +395,20 @@ class GroupAttribution(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's value, summed over tokens."""
-        groups = {"group": list(self.groups)}
-        return Entries(groups, *self.mean_over(prompt, self.per_group), "value")
+        values, shift = self.mean_over(prompt, self.per_group)
+        return Entries({"group": list(self.groups)}, values, shift, "value")
 
 
 def within_response(
     values: Float[Tensor, "batch *rest token"], response: Sequence[Sequence[str]]
 ) -> Float[Tensor, "batch *rest token"]:
-    """NaN beyond a response's own tokens."""
+    """The values, with NaN beyond a response's own tokens.
+
+    Args:
+        values: of each token of the responses, along the last axis.
+        response: each prompt's, as strings.
+    """
     lengths = torch.tensor([len(tokens) for tokens in response], device=values.device)
     exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
-    return torch.where(exists.view(len(lengths), *[1] * (values.ndim - 2), -1), values, torch.nan)
-
-
-# --- Effects of real interventions
-
-
-@final
-class Effects(Ranked):
-    """What intervening on each group of sites does to a readout, exactly, in its units.
-
-    `plot` is a heatmap layer × kind of single sites, or bars of groups.
-
-    Attributes:
-        values: [batch, group]. Positive where the group raises the readout.
-        groups: {name: indices into sites}; single sites carry their own name.
-        how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
-        of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
-            names it, in the coordinates of the SVD of ΔW; or 'edge', where one reader alone sees
-            what the site writes, as 'blocks.0.attn.o → blocks.1.mlp' names it.
-        replace: the stand-in for δ_G: 'zero', 'mean' or 'resample'.
-        texts: the number of texts that the stand-in came from.
-        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
-        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
-    """
-
-    values: Float[Tensor, "batch group"]
-    groups: Annotated[Groups, "group: site"]
-    how: str
-    of: str = "site"
-    replace: str = "zero"
-    texts: int = 0
-    noise_floor: Float[Tensor, " batch"] | None = None
-
-    @classmethod
-    def from_function(
-        cls,
-        g: Evaluated,
-        values: Float[Tensor, "batch group"],
-        groups: Groups,
-        how: str,
-        **details: Any,
-    ) -> Effects:
-        """Effects with their labels, the exact shift beside them, and their noise floor.
-
-        An effect is a difference of two values of g near one end, both of which are rounded.
-
-        Cost: two forward passes for the exact ends and four for the noise, unless g knows them.
-
-        Args:
-            g: the function of which they are differences.
-            values: in the readout's units.
-            groups: indices of sites, by name.
-            how: 'add_one', near the base, or 'leave_one_out', near the adapted model.
-            details: `of`, `replace`, `texts`.
-        """
-        noise_floor = g.noise((1.0, -1.0), at=float(how == "leave_one_out"))
-        return cls(values, groups, how, noise_floor=noise_floor, **details, **g.header())
-
-    @property
-    def key(self) -> str:
-        """'add_one', 'leave_one_out', 'leave_one_out/mean': its stable name."""
-        return self.how if self.replace == "zero" else f"{self.how}/{self.replace}"
-
-    @property
-    def share(self) -> Float[Tensor, "batch group"]:
-        """The effects as shares of the shift."""
-        return self.share_of(self.values)
-
-    @property
-    def interaction(self) -> Float[Tensor, " batch"]:
-        """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
-
-        Raises:
-            ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by
-                something else than zero, so that their sum means nothing.
-        """
-        if self.of != "site" or self.replace != "zero":
-            fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
-            raise ArgumentError(f"{fact}; use of='site', replace='zero'.")
-        if not base.is_partition(self.groups, len(self.sites)):
-            raise ArgumentError(
-                "the groups do not hold every site exactly once, so their sum cannot be compared "
-                "with the shift; use group='site', 'layer' or 'kind' over all sites."
-            )
-        return self.shift - self.values.sum(1)
-
-    @property
-    def is_by_site(self) -> bool:
-        """Whether the groups are the single sites, all of them."""
-        return self.of == "site" and base.is_by_site(self.groups, len(self.sites))
-
-    def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
-        """An attribution of the same sites, summed over each group.
-
-        Args:
-            attribution: one that the same lens gave.
-
-        Raises:
-            ArgumentError: it is of other sites, or the groups are single ranks.
-        """
-        if self.of != "site":
-            use = "use of='site', with ll.patch_sites"
-            raise ArgumentError(f"effects of single {self.of}s are of no whole sites; {use}.")
-        names = [site.name for site in self.sites]
-        if [site.name for site in attribution.sites] != names:
-            counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
-            raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
-        return attribution.per_site @ indicator(self.groups, len(names)).to(attribution.per_site).T
-
-    def attribution(self) -> Attribution:
-        """The effects of single sites, all or some, as an attribution: heatmap, table and file.
-
-        Of single ranks they are split by rank.
-
-        Raises:
-            ArgumentError: the effects are of groups of several sites.
-        """
-        if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
-            use = "use group='site', with ll.patch_sites"
-            raise ArgumentError(f"effects of groups, or of edges, are of no single sites; {use}.")
-        chosen = dict.fromkeys(index for (index,) in self.groups.values())
-        sites = tuple(self.sites[index] for index in chosen)
-        names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
-        labels: dict[str, Any] = {name: getattr(self, name) for name in names}
-        labels |= {"sites": sites, "heads": (0,) * len(sites), "method": self.key}
-        labels |= {"values": self.values, "by": (), "at": float(self.how == "leave_one_out")}
-        if self.of == "rank":
-            by_site = list(self.values.T.split([site.rank for site in sites]))
-            values = pad_sequence(by_site, batch_first=True).permute(2, 0, 1)
-            labels |= {"values": values, "by": ("rank",), "gauge": "svd"}
-        return Attribution(**labels)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and group: number of sites, effect, share of the shift."""
-        sizes = [len(members) for members in self.groups.values()]
-        numbers, prompts = {"effect": self.values, "share": self.share}, range(len(self.values))
-        groups = {"group": list(self.groups), "sites": sizes}
-        return base.long_table(numbers, {"prompt": prompts}, groups)
-
-    def entries(self, prompt: int | None = None) -> Entries:
-        """Each group's effect."""
-        return Entries({"group": list(self.groups)}, *self.mean_over(prompt, self.values), "effect")
-
-    def to_patching_result(self) -> Any:
-        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
-
-        Its `values` are the readout with each group switched, [group, batch], and its `baseline`
-        the readout before: `effect()` is `values` here for add one, and their negative for leave
-        one out. `normalized(…)` of the readout at the other end is `share`.
-
-        Raises:
-            LensLoraError: the installed transformer-lens has no such class (4.3 has).
-            ArgumentError: add one with δ replaced, where each group has a baseline of its own.
-        """
-        adds = self.how == "add_one"
-        if adds and self.replace != "zero":
-            raise ArgumentError(
-                f"effects of add_one with replace={self.replace!r} have a baseline for each group, "
-                "and a PatchingResult has one for all; use replace='zero' or 'leave_one_out'."
-            )
-        columns: dict[str, list[Any]] = {"group": list(self.groups)}
-        if all(len(members) == 1 for members in self.groups.values()):
-            sites = [self.sites[index] for (index,) in self.groups.values()]
-            columns |= {"layer": [s.layer for s in sites], "kind": [s.kind for s in sites]}
-        return patching_result(self, adds, pd.DataFrame(columns))
-
-
-def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequence[str] = ()) -> Any:
-    """Effects as TransformerLens's own class: patched readouts, and the run that was patched.
-
-    Effects that add to the base are patched − g(0); all others g(1) − patched.
-
-    Raises:
-        LensLoraError: the installed transformer-lens has no such class.
-    """
-    cls = getattr(importlib.import_module("transformer_lens.patching"), "PatchingResult", None)
-    if cls is None:
-        raise LensLoraError("transformer-lens before 4.3 has no PatchingResult; use to_frame().")
-    cells = effects.values.movedim(0, -1)
-    baseline = effects.base if adds else effects.adapted
-    patched = baseline + cells if adds else baseline - cells
-    names = {"axis_names": list(axes), "metric_names": [effects.readout]}
-    return cls(values=patched, index_df=index, reduced=False, baseline=baseline, **names)
+    between = [1] * (values.ndim - 2)
+    return torch.where(exists.view(len(lengths), *between, -1), values, torch.nan)

@@ -18,7 +18,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray
 from torch import Tensor
@@ -27,15 +27,38 @@ from lens_lora.core.model import Site
 from lens_lora.errors import LensLoraError
 
 _PLAIN = frozenset({str, int, float, bool})
+# The size of each axis, and the field that says so.
 Sizes = dict[str, tuple[int, str]]
 
 
-def _is_flat(value: object) -> bool:
-    """A dataclass of plain values alone, as a site is: it has no axis."""
-    return dataclasses.is_dataclass(value) and all(
-        hint in _PLAIN and type(getattr(value, name)) is hint
-        for name, hint in _hints(type(value)).items()
-    )
+class _Array(NamedTuple):
+    """An array of a result.
+
+    Attributes:
+        place: where it stands, for errors: 'curve.values'.
+        tensor: the array.
+        dims: its axes, as it is annotated: "batch site *by".
+        key: its key, where it stands in a mapping.
+    """
+
+    place: str
+    tensor: Tensor
+    dims: str
+    key: str
+
+
+class _Labels(NamedTuple):
+    """The labels of an axis of a result.
+
+    Attributes:
+        place: where they stand, for errors.
+        labels: the labels.
+        spec: what they are annotated with; see the head of this file.
+    """
+
+    place: str
+    labels: Any
+    spec: str
 
 
 class Axes:
@@ -53,88 +76,144 @@ class Axes:
 
     def __init__(self, whole: object) -> None:
         self.sizes: Sizes = {}
-        self._kind, self._by = type(whole).__name__, getattr(whole, "by", ())
-        self._arrays: list[tuple[str, Tensor, str, str]] = []
-        self._labels: list[tuple[str, Any, str]] = []
-        self._parts: list[tuple[str, Sizes]] = []
+        self._class_name = type(whole).__name__
+        self._by = getattr(whole, "by", ())
+        self._arrays: list[_Array] = []
+        self._labels: list[_Labels] = []
+        self._sizes_of_parts: list[tuple[str, Sizes]] = []
         for name, hint in _hints(type(whole)).items():
             self._visit(name, getattr(whole, name), hint)
         for array in self._arrays:
-            self._measure(*array)
+            self._measure(array)
         for labels in self._labels:
-            self._count(*labels)
-        for place, sizes in self._parts:
+            self._count(labels)
+        for place, sizes in self._sizes_of_parts:
             for axis in self.sizes.keys() & sizes.keys():
                 size, field = sizes[axis]
                 self._bind(f"{place}.{field}", axis, size)
 
+    # --- What stands in a result: its arrays, its labels, and results that are parts of it
+
     def _visit(self, place: str, value: Any, hint: Any, key: str = "") -> None:
-        """A field, or an item in it, under this key of a mapping."""
+        """Check a field, or an item in it, and take note of its arrays and labels.
+
+        Args:
+            place: where it stands, for errors.
+            value: what is there.
+            hint: its annotation.
+            key: its key, where it stands in a mapping.
+        """
         if type(value) is hint and (hint in _PLAIN or _is_flat(value)):
             return
         if not _is_a(value, hint):
-            self._refuse(f"{place} is {_told(value)}, expected {_named(hint)}")
-        origin, args = get_origin(hint), get_args(hint)
+            self._refuse(f"{place} is {_shown(value)}, expected {_name_of(hint)}")
+        origin = get_origin(hint)
+        arguments = get_args(hint)
         if origin is Annotated:
-            self._labels.append((place, value, args[1]))
-            self._visit(place, value, args[0], key)
+            plain, spec = arguments
+            self._labels.append(_Labels(place, value, spec))
+            self._visit(place, value, plain, key)
         elif origin in (Union, types.UnionType):
-            self._visit(place, value, next(arm for arm in args if _is_a(value, arm)), key)
+            fitting = next(arm for arm in arguments if _is_a(value, arm))
+            self._visit(place, value, fitting, key)
         elif _is_array(hint):
-            self._arrays.append((place, value, hint.dim_str, key))
+            self._arrays.append(_Array(place, value, hint.dim_str, key))
         elif dataclasses.is_dataclass(hint):
-            self._parts.append((place, vars(value).get("axes") or Axes(value).sizes))
-        elif origin is tuple and not _is_all_plain(value, args):
-            hints = args[:1] * len(value) if args[-1] is ... else args
-            for i, (item, of_item) in enumerate(zip(value, hints, strict=True)):
-                self._visit(f"{place}[{i}]", item, of_item, key)
-            if get_origin(args[0]) is Literal:
-                order = [name for name in get_args(args[0]) if name in value]
-                if list(value) != order:
-                    self._refuse(f"{place} is {_told(value)}, expected {_told(tuple(order))}")
+            sizes = vars(value).get("axes") or Axes(value).sizes
+            self._sizes_of_parts.append((place, sizes))
+        elif origin is tuple:
+            self._visit_tuple(place, value, arguments, key)
         elif origin in (Mapping, dict):
             for name, item in value.items():
-                self._visit(f"{place}[{name!r}]", item, args[1], name)
+                self._visit(f"{place}[{name!r}]", item, arguments[1], name)
 
-    def _measure(self, place: str, array: Tensor, dims: str, key: str) -> None:
-        """The axes of an array: "*by" is those that `by` names, "*position" one or none."""
-        axes, names = dims.split(), list[str]()
-        for axis in axes:
-            several = self._by if axis == "*by" else [axis[1:]][: array.ndim - len(axes) + 1]
-            names += several if axis.startswith("*") else [axis]
-        if len(names) != array.ndim:
-            self._refuse(f"{place} is {_told(array)}, expected [{', '.join(names)}]")
-        for axis, size in zip(names, array.shape, strict=True):
-            self._bind(place, f"{key}{axis}" if axis.startswith("_") else axis, size)
-
-    def _count(self, place: str, labels: Any, spec: str) -> None:
-        """The axes that labels say the length of; see the head of this file."""
-        axes, _, indexed = spec.partition(": ")
-        outer, *inner = axes.rstrip("?").split()
-        if axes.endswith("?") and [outer, *inner][-1] not in self.sizes:
-            if labels:
-                self._refuse(f"{place} has {len(labels)} labels of an axis that no array has")
+    def _visit_tuple(
+        self, place: str, values: tuple[Any, ...], arguments: tuple[Any, ...], key: str
+    ) -> None:
+        if _is_all_plain(values, arguments):
             return
-        self._bind(place, outer, _extent(labels))
+        hints = arguments
+        if arguments[-1] is ...:
+            hints = arguments[:1] * len(values)
+        for i, (item, hint) in enumerate(zip(values, hints, strict=True)):
+            self._visit(f"{place}[{i}]", item, hint, key)
+        if get_origin(arguments[0]) is Literal:
+            in_order = tuple(name for name in get_args(arguments[0]) if name in values)
+            if values != in_order:
+                self._refuse(f"{place} is {_shown(values)}, expected {_shown(in_order)}")
+
+    # --- The sizes of axes
+
+    def _measure(self, array: _Array) -> None:
+        """The axes of an array: "*by" is those that `by` names, "*position" one or none."""
+        axes = array.dims.split()
+        names: list[str] = []
+        for axis in axes:
+            if axis == "*by":
+                names += self._by
+            elif axis.startswith("*"):
+                is_there = array.tensor.ndim >= len(axes)
+                names += [axis.removeprefix("*")] if is_there else []
+            else:
+                names.append(axis)
+        if len(names) != array.tensor.ndim:
+            self._refuse(f"{array.place} is {_shown(array.tensor)}, expected [{', '.join(names)}]")
+        for axis, size in zip(names, array.tensor.shape, strict=True):
+            # An axis such as "_token" is of its own size under each key of a mapping.
+            own = f"{array.key}{axis}" if axis.startswith("_") else axis
+            self._bind(array.place, own, size)
+
+    def _count(self, labels: _Labels) -> None:
+        """The axes that labels say the length of; see the head of this file."""
+        axes, _, indexed = labels.spec.partition(": ")
+        is_optional = axes.endswith("?")
+        outer, *inner = axes.rstrip("?").split()
+        last = [outer, *inner][-1]
+        if is_optional and last not in self.sizes:
+            if labels.labels:
+                count = len(labels.labels)
+                self._refuse(f"{labels.place} has {count} labels of an axis that no array has")
+            return
+        self._bind(labels.place, outer, _extent(labels.labels))
         for axis in inner:
-            self._bind(place, axis, max(map(_extent, labels), default=0))
+            longest = max((_extent(label) for label in labels.labels), default=0)
+            self._bind(labels.place, axis, longest)
         if indexed in self.sizes:
             size, field = self.sizes[indexed]
-            highest = max(_indices(labels), default=-1)
+            highest = max(_indices(labels.labels), default=-1)
             if highest >= size:
-                self._refuse(f"{place} names {indexed} {highest}, and {field} has {size}")
+                self._refuse(f"{labels.place} names {indexed} {highest}, and {field} has {size}")
 
     def _bind(self, place: str, axis: str, size: int) -> None:
-        """An axis of this size: "site"; "step+1", one longer than "step"; "end=2", always 2."""
-        name, _, more = axis.partition("+")
-        fixed, size = name.rpartition("=")[2], size - int(more or 0)
-        known = self.sizes.setdefault(name, (size, place))
-        expected, field = (int(fixed), "its class") if fixed.isdigit() else known
-        if size != expected:
-            self._refuse(f"{place} has {size} along {name!r}, and {field} {expected}")
+        """Take an axis of this size, or check it against what is known of it.
+
+        Args:
+            place: what says so, for errors.
+            axis: "site"; "step+1", one longer than "step"; "end=2", always 2.
+            size: how long it is.
+        """
+        name, _, longer = axis.partition("+")
+        _, _, fixed = name.rpartition("=")
+        own_size = size - int(longer or 0)
+        expected, field = self.sizes.setdefault(name, (own_size, place))
+        if fixed.isdigit():
+            expected = int(fixed)
+            field = "its class"
+        if own_size != expected:
+            self._refuse(f"{place} has {own_size} along {name!r}, and {field} {expected}")
 
     def _refuse(self, fact: str) -> NoReturn:
-        raise LensLoraError(f"{self._kind}: {fact}")
+        raise LensLoraError(f"{self._class_name}: {fact}")
+
+
+def _is_flat(value: object) -> bool:
+    """Whether this is a dataclass of plain values alone, as a site is: it has no axis."""
+    if not dataclasses.is_dataclass(value):
+        return False
+    for name, hint in _hints(type(value)).items():
+        if hint not in _PLAIN or type(getattr(value, name)) is not hint:
+            return False
+    return True
 
 
 @functools.cache
@@ -146,7 +225,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _is_a(value: Any, hint: Any) -> bool:
     """Whether this is of the outermost type of an annotation."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = get_args(hint)
     if origin is Annotated:
         return _is_a(value, args[0])
     if origin in (Union, types.UnionType):
@@ -158,7 +238,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # an int passes for a float, a bool for neither
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if _is_array(hint):
-        name = str(getattr(value, "dtype", "")).rpartition(".")[2]  # jaxtyping's names of dtypes
+        _, _, name = str(getattr(value, "dtype", "")).rpartition(".")  # as jaxtyping calls dtypes
         return isinstance(value, hint.array_type) and name in hint.dtypes
     return isinstance(value, origin or hint)
 
@@ -173,25 +253,27 @@ def _is_array(hint: Any) -> bool:
 
 
 def _extent(label: Any) -> int:
-    """The entries that labels, or one label, stand for: a number, a tuple's, or a site's ranks."""
+    """How many entries labels, or one label, stand for: a number, a tuple's, or a site's ranks."""
     if isinstance(label, Site):
         return label.rank
     return label if isinstance(label, int) else len(label)
 
 
 def _indices(labels: Any) -> Iterator[int]:
+    """Every index in labels that are indices, however they are nested."""
     if isinstance(labels, int):
         yield labels
-    else:
-        for item in labels.values() if isinstance(labels, Mapping) else labels:
-            yield from _indices(item)
+        return
+    items = labels.values() if isinstance(labels, Mapping) else labels
+    for item in items:
+        yield from _indices(item)
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return reprlib.repr(value)
 
 
-def _named(hint: Any) -> str:
+def _name_of(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -42,8 +42,8 @@ from lens_lora.core.results.axes import Axes
 from lens_lora.core.results.storage import read_result, save_result, stored
 from lens_lora.errors import ArgumentError, LensLoraError
 
+# A difference of at most so many noise floors cannot be told from rounding.
 SIGMAS = 3.0
-"""A difference of at most so many noise floors cannot be told from rounding."""
 
 _Self = TypeVar("_Self", bound="Result")
 
@@ -265,7 +265,8 @@ class Ranked(Measured, Drawn, kw_only=True):
             ArgumentError: no such prompt.
         """
         rows = prompt_rows(prompt, len(self.base))
-        mean, shift = (x[rows].cpu().double().mean(0) for x in (values, self.shift))
+        mean = values[rows].cpu().double().mean(0)
+        shift = self.shift[rows].cpu().double().mean(0)
         return mean, shift
 
     @abc.abstractmethod
@@ -293,9 +294,12 @@ class Ranked(Measured, Drawn, kw_only=True):
         """
         labels, values, shift, name = self.entries(prompt)
         order = largest(values, k)
-        columns = {label: [column[i] for i in order] for label, column in labels.items()}
-        numbers = {name: values[order].tolist(), "share": (values / shift)[order].tolist()}
-        return pd.DataFrame(columns | numbers)
+        columns: dict[str, list[Any]] = {}
+        for label, column in labels.items():
+            columns[label] = [column[i] for i in order]
+        columns[name] = values[order].tolist()
+        columns["share"] = (values / shift)[order].tolist()
+        return pd.DataFrame(columns)
 
 
 @runtime_checkable
@@ -328,7 +332,11 @@ class Evaluated(Protocol):
 
 
 def prompt_rows(prompt: int | None, batch: int) -> slice:
-    """The rows of one prompt, or those of all prompts, to be averaged."""
+    """The rows of one prompt, or those of all prompts, to be averaged.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
     if prompt is None:
         return slice(None)
     index = only_prompt(prompt, batch)
@@ -336,21 +344,36 @@ def prompt_rows(prompt: int | None, batch: int) -> slice:
 
 
 def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
-    """The index of the prompt named, or of the only one; `what` cannot be averaged."""
+    """The index of the prompt that is named, or of the only one.
+
+    Args:
+        prompt: an index; None for the only prompt.
+        batch: how many prompts there are.
+        what: has no mean over prompts, for the error.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
     if prompt is None:
         if batch == 1:
             return 0
         choice = f"choose one with prompt=…, from 0 to {batch - 1}"
         raise ArgumentError(f"{what} of {batch} prompts have no mean; {choice}.")
-    if not 0 <= (prompt := whole("prompt", prompt)) < batch:
-        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
-    return prompt
+    index = whole("prompt", prompt)
+    if not 0 <= index < batch:
+        raise ArgumentError(f"prompt {index}: the result has prompts 0 to {batch - 1}.")
+    return index
 
 
 def largest(values: Tensor, k: int) -> list[int]:
-    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out."""
+    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out.
+
+    Raises:
+        ArgumentError: a k that is no whole number, or below 0.
+    """
+    count = whole("k", k, 0)
     sizes = values.flatten().abs().nan_to_num(-1.0)
-    order = sizes.argsort(descending=True, stable=True)[: whole("k", k, 0)]
+    order = sizes.argsort(descending=True, stable=True)[:count]
     return order[sizes[order] >= 0].tolist()
 
 
@@ -360,31 +383,51 @@ def largest(values: Tensor, k: int) -> list[int]:
 def long_table(
     numbers: Mapping[str, Float[Tensor, "*axis"]], *axes: Mapping[str, Iterable[object]]
 ) -> pd.DataFrame:
-    """One row for each entry of arrays of one shape: the labels along each axis, the numbers."""
-    cross = functools.partial(pd.merge, how="cross")
-    return functools.reduce(cross, map(pd.DataFrame, axes)).assign(**flat(numbers))
+    """A table with a row for each entry of arrays of one shape.
+
+    Args:
+        numbers: the arrays, by the name of their column.
+        axes: for each axis its labels, by the name of their column.
+    """
+    frame, *others = [pd.DataFrame(axis) for axis in axes]
+    for other in others:
+        frame = frame.merge(other, how="cross")
+    return frame.assign(**flat(numbers))
 
 
 def site_labels(sites: Sequence[Site]) -> dict[str, list[Any]]:
-    """Site, module, layer and kind of each row."""
-    fields = {"site": "name", "module": "module", "layer": "layer", "kind": "kind"}
-    return {name: [getattr(site, f) for site in sites] for name, f in fields.items()}
+    """The columns site, module, layer and kind of a table with these sites as rows."""
+    return {
+        "site": [site.name for site in sites],
+        "module": [site.module for site in sites],
+        "layer": [site.layer for site in sites],
+        "kind": [site.kind for site in sites],
+    }
 
 
 def tokens_at(
     rows: Sequence[Sequence[str]], prompts: Iterable[Any], positions: Iterable[Any]
 ) -> list[str]:
-    """The token of each pair of prompt and position."""
-    return [rows[int(p)][int(i)] for p, i in zip(prompts, positions, strict=True)]
+    """The token of each pair of prompt and position.
+
+    Args:
+        rows: each prompt's tokens.
+        prompts: an index for each pair.
+        positions: of the token within its prompt.
+    """
+    return [
+        rows[int(prompt)][int(position)]
+        for prompt, position in zip(prompts, positions, strict=True)
+    ]
 
 
 def per_prompt(numbers: Mapping[str, Float[Tensor, " batch"]]) -> dict[str, NDArray[np.float64]]:
-    """Columns of a table with one row per prompt."""
+    """The numbers as columns of a table with one row per prompt."""
     return {name: values.detach().cpu().double().numpy() for name, values in numbers.items()}
 
 
 def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, NDArray[np.float64]]:
-    """Columns of a table with a row for each entry, in the order of the axes."""
+    """The numbers as columns of a table with a row for each entry, in the order of the axes."""
     return per_prompt({name: values.flatten() for name, values in numbers.items()})
 
 
@@ -398,7 +441,8 @@ def is_by_site(groups: Groups, count: int) -> bool:
 
 def is_partition(groups: Groups, count: int) -> bool:
     """Whether every site is in exactly one group."""
-    return sorted(index for members in groups.values() for index in members) == list(range(count))
+    members = itertools.chain.from_iterable(groups.values())
+    return sorted(members) == list(range(count))
 
 
 # --- Signs of a readout: which change, and which are hidden by rounding.
@@ -416,9 +460,16 @@ def hides_sign(values: _Numbers, noise_floor: _Floors) -> Bool[Tensor, "*entry"]
 def changes_sign(
     before: _Numbers, after: _Numbers, noise_floor: _Floors, floor_after: _Floors | None = None
 ) -> Bool[Tensor, "*entry"]:
-    """Whether two numbers have opposite signs, neither hidden by its own noise floor."""
-    last = noise_floor if floor_after is None else floor_after
-    is_hidden = hides_sign(before, noise_floor) | hides_sign(after, last)
+    """Whether two numbers have opposite signs, neither of which rounding hides.
+
+    Args:
+        before: the one number.
+        after: the other.
+        noise_floor: σ of the first from rounding alone.
+        floor_after: σ of the second; None where it is the same.
+    """
+    last_floor = noise_floor if floor_after is None else floor_after
+    is_hidden = hides_sign(before, noise_floor) | hides_sign(after, last_floor)
     return (before.sign() != after.sign()) & ~is_hidden
 
 
@@ -443,5 +494,11 @@ _WITHOUT_GATE = (
 
 
 def key_of(method: str, at: float) -> str:
-    """'first_order@0', 'path', 'add_one'."""
-    return method if method.partition("/")[0] in _WITHOUT_GATE else f"{method}@{at:g}"
+    """The stable name of a ranking: 'first_order@0', 'path', 'add_one'.
+
+    Args:
+        method: how it was computed, perhaps with a variant behind '/'.
+        at: the gate value at which it was taken.
+    """
+    plain, _, _ = method.partition("/")
+    return method if plain in _WITHOUT_GATE else f"{method}@{at:g}"

@@ -122,16 +122,15 @@ class Labelled(Ranked, kw_only=True):
         return ()
 
     def _numbers(self) -> dict[str, Float[Tensor, " batch *entry"]]:
-        """`values`, and what has the same axes, by the name of its column."""
+        """The `values`, and other tensors with the same axes, by the name of their column."""
         axes = self._axes_of("values")
         of_every_result = {field.name for field in dataclasses.fields(Labelled)}
-        alike = [
-            name
-            for name in _hints(type(self))
-            if name not in of_every_result and self._axes_of(name) == axes
-        ]
-        columns = {name: vars(self)[name] for name in alike if name != "values"}
-        return {"value": self._values, **columns}
+        columns = {"value": self._values}
+        for name in _hints(type(self)):
+            is_own = name not in of_every_result and name != "values"
+            if is_own and self._axes_of(name) == axes:
+                columns[name] = vars(self)[name]
+        return columns
 
     def labels_of(self, axis: str) -> Mapping[str, Sequence[object]]:
         """The labels of an axis, by column.
@@ -141,31 +140,38 @@ class Labelled(Ranked, kw_only=True):
         """
         if axis == "site":
             return site_labels(self.sites)
-        found: dict[str, list[object]] = {}
+        columns: dict[str, list[object]] = {}
         for name, hint in _hints(type(self)).items():
-            if get_origin(hint) is Annotated and name != "str_tokens":
-                labelled_axis, _, _ = str(get_args(hint)[1]).partition(":")
-                if labelled_axis.rstrip("?") == axis:
-                    labels = vars(self)[name]
-                    found[axis if isinstance(labels, Mapping) else name] = list(labels)
-        if found:
-            return found
-        return {axis: range(self._values.shape[self._axes_of("values").index(axis)])}
+            if name != "str_tokens" and _labelled_axis(hint) == axis:
+                labels = vars(self)[name]
+                column = axis if isinstance(labels, Mapping) else name
+                columns[column] = list(labels)
+        if columns:
+            return columns
+        size = self._values.shape[self._axes_of("values").index(axis)]
+        return {axis: range(size)}
 
     def _with_tokens(self, frame: pd.DataFrame, prompts: Iterable[Any]) -> pd.DataFrame:
         """By position: with the token at each, and without positions beyond a prompt's end."""
         if "position" not in frame:
             return frame
-        places = list(zip(prompts, frame["position"], strict=True))
-        exists = [position < len(self.str_tokens[prompt]) for prompt, position in places]
-        tokens = [
-            self.str_tokens[prompt][position]
-            for (prompt, position), is_there in zip(places, exists, strict=True)
-            if is_there
-        ]
+        exists: list[bool] = []
+        tokens: list[str] = []
+        for prompt, position in zip(prompts, frame["position"], strict=True):
+            of_prompt = self.str_tokens[prompt]
+            exists.append(position < len(of_prompt))
+            tokens += of_prompt[position : position + 1]
         kept = cast(pd.DataFrame, frame[exists]).reset_index(drop=True)
         kept.insert(list(kept).index("position") + 1, "token", tokens)
         return kept
+
+
+def _labelled_axis(hint: Any) -> str | None:
+    """The axis whose labels a field holds, by its annotation; None of any other field."""
+    if get_origin(hint) is not Annotated:
+        return None
+    axis, _, _ = str(get_args(hint)[1]).partition(":")
+    return axis.rstrip("?")
 
 
 def _hints(kind: type) -> dict[str, Any]:

@@ -79,37 +79,54 @@ stored(Source)
 
 
 def save_result(result: object, path: str | Path) -> Path:
-    """Write a result, whole or not at all; returns the path."""
-    path = _path(path)
-    if path.is_dir():
+    """Write a result, whole or not at all; returns the path.
+
+    Args:
+        result: of a class that is `stored`.
+        path: the file to write.
+
+    Raises:
+        LensLoraError: a place where no file can be written, or a field that no file can hold.
+    """
+    file = _path(path)
+    if file.is_dir():
         kind = type(result).__name__
         remedy = "name a file in it."
         if isinstance(getattr(result, "adapter", None), Adapter):
-            remedy += f" result.adapter.save({str(path)!r}) writes its adapter into the folder."
-        raise LensLoraError(f"{path}: a folder, and a {kind} is written to a file", remedy=remedy)
+            remedy += f" result.adapter.save({str(file)!r}) writes its adapter into the folder."
+        raise LensLoraError(f"{file}: a folder, and a {kind} is written to a file", remedy=remedy)
     tensors: dict[str, Tensor] = {}
     labels = json.dumps(_encoded(result, "", tensors))
     metadata = {"format": FORMAT, "labels": labels, "sha256": _digest(labels, tensors)}
     # A name of its own: several processes may write the same result.
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.part")
+    unfinished = file.with_name(f".{uuid.uuid4().hex}.part")
     try:
         unfinished.write_bytes(save(tensors, metadata=metadata))
-        unfinished.replace(path)
+        unfinished.replace(file)
     except OSError as error:
-        raise LensLoraError(f"{path}: cannot be written ({error.strerror}).") from error
+        raise LensLoraError(f"{file}: cannot be written ({error.strerror}).") from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-    return path
+    return file
 
 
 save_generated.provide(save_result)
 
 
 def read_result(path: str | Path) -> object:
-    """What `save_result` wrote."""
-    _refuse_adapter(_path(path))
-    metadata, tensors = _contents(_path(path))
+    """What `save_result` wrote.
+
+    Args:
+        path: the file to read.
+
+    Raises:
+        LensLoraError: no such file, another kind of file, a damaged file, or one of another
+            version.
+    """
+    file = _path(path)
+    _refuse_adapter(file)
+    metadata, tensors = _contents(file)
     if metadata.get("format") != FORMAT:
         raise LensLoraError(
             f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it saved "
@@ -170,7 +187,8 @@ def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise LensLoraError(f"{path}: no such file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, tensors
     except Exception as error:
         if is_of_the_system(error):
             raise LensLoraError(f"{path}: cannot be read ({error}).") from error
@@ -191,16 +209,19 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple | list):
         return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
-        return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in value.items()}}
+        entries = {key: _encoded(item, f"{path}.{key}", tensors) for key, item in value.items()}
+        return {"map": entries}
     if type(value).__name__ not in _KINDS or not dataclasses.is_dataclass(value):
         raise LensLoraError(f"{path}: a {type(value).__name__} cannot be saved.")
-    names = [field.name for field in dataclasses.fields(value)]
-    paths = {name: f"{path}.{name}".lstrip(".") for name in names}
-    fields = {name: _encoded(getattr(value, name), paths[name], tensors) for name in names}
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        own_path = f"{path}.{field.name}".lstrip(".")
+        fields[field.name] = _encoded(getattr(value, field.name), own_path, tensors)
     return {"of": type(value).__name__, "fields": fields}
 
 
 def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What JSON stands for, with its tensors in their places."""
     if isinstance(value, list):
         return tuple(_decoded(item, tensors) for item in value)
     match value:
@@ -212,9 +233,11 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
             return {name: _decoded(item, tensors) for name, item in entries.items()}
         case {"of": name, "fields": fields}:
             kind = _kind(name)
-            if odd := {field.name for field in dataclasses.fields(kind)} ^ set(fields):
+            known = {field.name for field in dataclasses.fields(kind)}
+            differing = known ^ set(fields)
+            if differing:
                 fact = f"{name} has other fields than in this version"
-                raise LensLoraError(f"{fact}: {', '.join(sorted(odd))}")
+                raise LensLoraError(f"{fact}: {', '.join(sorted(differing))}")
             return kind(**{field: _decoded(item, tensors) for field, item in fields.items()})
         case _:
             return value

@@ -16,7 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.core.analyses import patching
 from lens_lora.core.analyses.patching import patch_sites
-from lens_lora.core.results.attribution import Effects
+from lens_lora.core.results.effects import Effects
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -65,8 +65,8 @@ def test_every_family_against_peft(family: str, cls: str, flags: str):
 def test_the_wrong_corner_is_seen(monkeypatch):
     """Negative control: the gates of the neighbour are not within the tolerance."""
     lens = cases.case("llama", NEWEST, "raw").lens
-    right = patching.model_sites.indicator
-    monkeypatch.setattr(patching.model_sites, "indicator", lambda *args: right(*args).roll(1, 0))
+    right = patching.indicator
+    monkeypatch.setattr(patching, "indicator", lambda *args: right(*args).roll(1, 0))
     for how in HOWS:
         assert off_from_peft(lens, "llama", how) > 1e-3
 

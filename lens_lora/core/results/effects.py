@@ -1,0 +1,223 @@
+"""Effects of real interventions on groups of sites, exactly, frozen and labelled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from typing import Annotated, Any, final
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lens_lora.core.model.sites import Groups, indicator
+from lens_lora.core.results import base
+from lens_lora.core.results.attribution import Attribution
+from lens_lora.core.results.base import Entries, Evaluated, Measured, Ranked
+from lens_lora.errors import ArgumentError, LensLoraError
+
+
+@final
+class Effects(Ranked):
+    """What intervening on each group of sites does to a readout, exactly, in its units.
+
+    `plot` is a heatmap layer × kind of single sites, or bars of groups.
+
+    Attributes:
+        values: [batch, group]. Positive where the group raises the readout.
+        groups: {name: indices into sites}; single sites carry their own name.
+        how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
+        of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
+            names it, in the coordinates of the SVD of ΔW; or 'edge', where one reader alone sees
+            what the site writes, as 'blocks.0.attn.o → blocks.1.mlp' names it.
+        replace: the stand-in for δ_G: 'zero', 'mean' or 'resample'.
+        texts: the number of texts that the stand-in came from.
+        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch group"]
+    groups: Annotated[Groups, "group: site"]
+    how: str
+    of: str = "site"
+    replace: str = "zero"
+    texts: int = 0
+    noise_floor: Float[Tensor, " batch"] | None = None
+
+    @classmethod
+    def from_function(
+        cls,
+        g: Evaluated,
+        values: Float[Tensor, "batch group"],
+        groups: Groups,
+        how: str,
+        **details: Any,
+    ) -> Effects:
+        """Effects with their labels, the exact shift beside them, and their noise floor.
+
+        An effect is a difference of two values of g near one end, both of which are rounded.
+
+        Cost: two forward passes for the exact ends and four for the noise, unless g knows them.
+
+        Args:
+            g: the function of which they are differences.
+            values: in the readout's units.
+            groups: indices of sites, by name.
+            how: 'add_one', near the base, or 'leave_one_out', near the adapted model.
+            details: `of`, `replace`, `texts`.
+        """
+        noise_floor = g.noise((1.0, -1.0), at=float(how == "leave_one_out"))
+        return cls(values, groups, how, noise_floor=noise_floor, **details, **g.header())
+
+    @property
+    def key(self) -> str:
+        """'add_one', 'leave_one_out', 'leave_one_out/mean': its stable name."""
+        return self.how if self.replace == "zero" else f"{self.how}/{self.replace}"
+
+    @property
+    def share(self) -> Float[Tensor, "batch group"]:
+        """The effects as shares of the shift."""
+        return self.share_of(self.values)
+
+    @property
+    def interaction(self) -> Float[Tensor, " batch"]:
+        """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
+
+        Raises:
+            ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by
+                something else than zero, so that their sum means nothing.
+        """
+        if self.of != "site" or self.replace != "zero":
+            fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
+            raise ArgumentError(f"{fact}; use of='site', replace='zero'.")
+        if not base.is_partition(self.groups, len(self.sites)):
+            raise ArgumentError(
+                "the groups do not hold every site exactly once, so their sum cannot be compared "
+                "with the shift; use group='site', 'layer' or 'kind' over all sites."
+            )
+        return self.shift - self.values.sum(1)
+
+    @property
+    def is_by_site(self) -> bool:
+        """Whether the groups are the single sites, all of them."""
+        return self.of == "site" and base.is_by_site(self.groups, len(self.sites))
+
+    def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
+        """An attribution of the same sites, summed over each group.
+
+        Args:
+            attribution: one that the same lens gave.
+
+        Raises:
+            ArgumentError: it is of other sites, or the groups are single ranks.
+        """
+        if self.of != "site":
+            use = "use of='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of single {self.of}s are of no whole sites; {use}.")
+        names = [site.name for site in self.sites]
+        if [site.name for site in attribution.sites] != names:
+            counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
+            raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
+        return attribution.per_site @ indicator(self.groups, len(names)).to(attribution.per_site).T
+
+    def attribution(self) -> Attribution:
+        """The effects of single sites, all or some, as an attribution: heatmap, table and file.
+
+        Of single ranks they are split by rank.
+
+        Raises:
+            ArgumentError: the effects are of groups of several sites.
+        """
+        if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
+            use = "use group='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of groups, or of edges, are of no single sites; {use}.")
+        # Each rank is a group of its own, so that a site may be there several times.
+        chosen = dict.fromkeys(index for (index,) in self.groups.values())
+        sites = tuple(self.sites[index] for index in chosen)
+        header: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)
+        }
+        header["sites"] = sites
+        values = self.values
+        is_by_rank = self.of == "rank"
+        if is_by_rank:
+            by_site = values.T.split([site.rank for site in sites])
+            values = pad_sequence(list(by_site), batch_first=True).permute(2, 0, 1)
+        return Attribution(
+            values=values,
+            by=("rank",) if is_by_rank else (),
+            heads=(0,) * len(sites),
+            method=self.key,
+            at=float(self.how == "leave_one_out"),
+            gauge="svd" if is_by_rank else "",
+            **header,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and group: number of sites, effect, share of the shift."""
+        sizes = [len(members) for members in self.groups.values()]
+        numbers = {"effect": self.values, "share": self.share}
+        prompts = {"prompt": range(len(self.values))}
+        groups = {"group": list(self.groups), "sites": sizes}
+        return base.long_table(numbers, prompts, groups)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each group's effect."""
+        values, shift = self.mean_over(prompt, self.values)
+        return Entries({"group": list(self.groups)}, values, shift, "effect")
+
+    def to_patching_result(self) -> Any:
+        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+
+        Its `values` are the readout with each group switched, [group, batch], and its `baseline`
+        the readout before: `effect()` is `values` here for add one, and their negative for leave
+        one out. `normalized(…)` of the readout at the other end is `share`.
+
+        Raises:
+            LensLoraError: the installed transformer-lens has no such class (4.3 has).
+            ArgumentError: add one with δ replaced, where each group has a baseline of its own.
+        """
+        adds = self.how == "add_one"
+        if adds and self.replace != "zero":
+            raise ArgumentError(
+                f"effects of add_one with replace={self.replace!r} have a baseline for each group, "
+                "and a PatchingResult has one for all; use replace='zero' or 'leave_one_out'."
+            )
+        columns: dict[str, list[Any]] = {"group": list(self.groups)}
+        if all(len(members) == 1 for members in self.groups.values()):
+            sites = [self.sites[index] for (index,) in self.groups.values()]
+            columns["layer"] = [site.layer for site in sites]
+            columns["kind"] = [site.kind for site in sites]
+        return patching_result(self, adds, pd.DataFrame(columns))
+
+
+def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequence[str] = ()) -> Any:
+    """Effects as TransformerLens's own class: patched readouts, and the run that was patched.
+
+    Effects that add to the base are patched − g(0); all others g(1) − patched.
+
+    Args:
+        effects: with `values`, `base`, `adapted` and `readout`.
+        adds: whether they add to the base.
+        index: a row of labels for each entry of one prompt.
+        axes: the names of the entries' axes.
+
+    Raises:
+        LensLoraError: the installed transformer-lens has no such class.
+    """
+    cls = getattr(importlib.import_module("transformer_lens.patching"), "PatchingResult", None)
+    if cls is None:
+        raise LensLoraError("transformer-lens before 4.3 has no PatchingResult; use to_frame().")
+    cells = effects.values.movedim(0, -1)
+    baseline = effects.base if adds else effects.adapted
+    patched = baseline + cells if adds else baseline - cells
+    return cls(
+        values=patched,
+        index_df=index,
+        reduced=False,
+        baseline=baseline,
+        axis_names=list(axes),
+        metric_names=[effects.readout],
+    )
