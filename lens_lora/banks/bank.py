@@ -106,7 +106,7 @@ class Bank:
         gauge: Gauge = "trained",
         exact: bool = False,
     ) -> Attribution | tuple[Attribution, ...]:
-        """a_l of every site of an adapter at ε = 0, equal to `ll.first_order`.
+        """First order of an adapter at ε = 0, equal to that of `ll.first_order`.
 
         Cost: no pass; with `exact` one forward pass for each readout.
 

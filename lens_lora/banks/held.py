@@ -1,4 +1,4 @@
-"""What a bank holds, and writes to its file: values alone, and no readout or model."""
+"""The content of a bank and of its file: values alone, and no readout or model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HeldReadout:
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeldBank:
-    """What the file of a bank holds.
+    """The content of a bank's file.
 
     Attributes:
         stacks: z and G, those of one shape together.

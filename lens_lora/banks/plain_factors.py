@@ -30,9 +30,10 @@ Shapes = tuple[object, ...]
 
 
 def shapes_of(adapter: Adapter) -> Shapes:
-    """What adapters of plain factors agree in if they share a plan; empty for any other adapter.
+    """The modules and shapes of an adapter of plain factors; adapters of the same share a plan.
 
-    A dense ΔW shares none either: stacked with others, its second factor would be written out.
+    Empty for any other adapter, and where a ΔW is dense: stacked with others, its second factor
+    would be written out.
     """
     shapes: list[object] = [*adapter.modules]
     for update in adapter.modules.values():
@@ -158,7 +159,7 @@ class _RecordedMap(NamedTuple):
 
 
 def _kind(lens: LoraLens, injection: Injection, recorded: _RecordedMap) -> tuple[object, ...]:
-    """What maps agree in that are contracted as one batch."""
+    """The key by which maps are contracted as one batch."""
     has_offset = injection.map.a0 is not None
     stacks = [stack for stack, _ in recorded.addresses]
     return (lens.sites[injection.site].kind, injection.map.rank, has_offset, *stacks)

@@ -1,4 +1,4 @@
-"""What is kept of the base: G and z of every module that an adapter may target, at ε = 0.
+"""The record of the base: G and z of every module that an adapter may target, at ε = 0.
 
     a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what a map reads, G_l = ∂g/∂(its output)
 
@@ -133,7 +133,7 @@ def place_of(lens: LoraLens, injection: Injection) -> str:
 
 
 def _run(g: Function, pool: TensorPool, by_token: bool) -> list[Addresses]:
-    """What one forward pass and its backward passes show: one for g, or one for each token."""
+    """Record one forward pass and its backward passes: one for g, or one for each token."""
     columns: list[Addresses] = []
     # Several updates of one module share a place, and show the same tensors there.
     shown_by: dict[str, Injection] = {}

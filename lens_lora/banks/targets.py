@@ -1,4 +1,4 @@
-"""What an adapter may target in a model: stand-ins, which add nothing, at every such module.
+"""Stand-ins, which add nothing, at every module of a model that an adapter may target.
 
 The base's half of first order is recorded under stand-ins, whose sites are those of every adapter
 that a bank may be asked about later.

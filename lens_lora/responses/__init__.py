@@ -1,1 +1,1 @@
-"""What the model says: responses of several tokens, KL, token shifts, generation."""
+"""Responses of several tokens: log-probabilities, KL, shifts of logits and tokens, generation."""

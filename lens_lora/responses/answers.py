@@ -5,22 +5,22 @@
 1. One row holds them all: prompt + a_1 … a_{T−1}, read from the prompt's last token on, since no
    token attends to a later one.
 2. A string has the tokens with which it follows that very prompt: ids(prompt + answer) beyond
-   ids(prompt), and nothing is added to it; after ids it is tokenised alone.
-3. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
+   ids(prompt), and nothing is added to it. After a prompt of ids it is tokenised alone.
+3. Log-probabilities that two answers share cancel in a margin. Where one answer's row begins with
    the other's, there is one row.
+4. What a model said (`Generated`) is an answer too: its ids follow the prompt, never its text.
 
-Beside them the KL of a response, between the base's distribution and that at the gates:
+The KL of a response stands here as well. It is that between the base's distribution and the
+distribution at the gates:
 
     D(ε) = Σ_t KL(p_0,t ‖ p_ε,t),   or the other way round   Σ_t KL(p_ε,t ‖ p_0,t).
 
 The tokens t are those that its label names: the next one after each prompt, the response's, or all
-of a text but the first.
+of a text but the first. f₀ is run once, at gates of zero, and held.
 
-f₀ is run once, at gates of zero, and held. D(0) = 0 and ∇D(0) = 0, as a
-divergence is least where the two agree; so first order at ε = 0 says nothing, and is refused.
-`kl_shares`, `path_attribution` and first order at ε = 1 do.
-
-What a model said (`Generated`) is an answer too: its ids go on, never its text.
+D(0) = 0 and ∇D(0) = 0, as a divergence is least where the two distributions agree. So first order
+at ε = 0 says nothing, and is refused; `kl_shares`, `path_attribution` and first order at ε = 1 say
+what moves the divergence.
 """
 
 from __future__ import annotations
@@ -60,9 +60,6 @@ from lens_lora.core.readout import extensions as readouts
 from lens_lora.errors import ArgumentError, PromptError, TokenError
 from lens_lora.responses.held_base import Divergence
 
-# --- The tokens of an answer
-
-
 Ids = tuple[int, ...]
 Way = Literal["base_to_adapted", "adapted_to_base"]
 ReadTokens = Literal["next", "response", "prompt"]
@@ -71,6 +68,9 @@ _OF_TOKENS: dict[ReadTokens, str] = {
     "response": "after each token of the response",
     "prompt": "after each token of its text but the first",
 }
+
+
+# --- The tokens of an answer
 
 
 @readouts.answer_ids.provide
@@ -125,7 +125,7 @@ def pieces(model: Any, ids: Ids) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerLogProb(Readout):
-    """log p(answer | prompt), in nats.
+    """The log-probability of an answer, log p(answer | prompt), in nats.
 
     Cost: one row of the batch, whatever its length.
 
@@ -166,7 +166,7 @@ class AnswerLogProb(Readout):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerMargin(Readout):
-    """log p(doc | prompt) − log p(pre | prompt), in nats.
+    """The margin between two answers, log p(doc | prompt) − log p(pre | prompt), in nats.
 
     For two answers of one token each it equals `Margin`, as the log-normalisers cancel.
 
@@ -206,10 +206,10 @@ class AnswerMargin(Readout):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KL(Readout):
-    """KL between the base model's distribution and that at the gates, in nats.
+    """The KL between the base model's distribution and that at the gates, in nats.
 
-    Its value at the base is zero, at the adapted model the divergence itself. Every analysis takes
-    it but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
+    It is zero at the base, and the divergence itself at the adapted model. Every analysis takes it
+    but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
     computed once and held; the rounding in it is part of the noise floors.
 
     It reads one distribution, or sums over several; `label` says which:
@@ -365,8 +365,9 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
     """
     prompts.require_last_alone("an answer")
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
-    tokenizer = None if isinstance(answer, Generated) else getattr(model, "tokenizer", None)
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+    if isinstance(answer, Generated):
+        return answers
+    special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", ()))
     for i, ids in enumerate(answers):
         if special.issuperset(ids):
             raise TokenError(

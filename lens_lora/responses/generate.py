@@ -1,15 +1,18 @@
-"""What the adapted model says, token by token, exactly as passes over whole sequences choose it.
+"""Generation: each token is the one that a pass over the whole sequence chooses.
 
-1. Draft with a key-value cache. Rows go in step and without padding: first as many tokens as the
-   shortest row has, then one token a pass, a longer row's own next token while it has one. Rows
-   whose prompts are longer by more than is to be said have a cache of their own.
-2. Confirm: one pass without a cache, over rows and drafts of one length, chooses a token at each
-   place. A row keeps its draft as far as both agree, and one token more, which the pass chose.
-3. Go on from there until every row has ended. Where draft and confirmation part within a few tokens
-   the cache is wrong for this model, or for hooks that count positions, and is not used again.
+1. A draft is made with a key-value cache. Rows go in step and without padding: the first pass runs
+   as many tokens as the shortest row has, and every further pass runs one token of each row, a
+   longer row's own next token while it has one. Rows whose prompts are longer by more than is to be
+   said have a cache of their own.
+2. The draft is confirmed: one pass without a cache, over rows and drafts of one length, chooses a
+   token at each place. A row keeps its draft as far as both agree, and takes one token more, which
+   the pass chose.
+3. This goes on from there until every row has ended. Where draft and confirmation part within a few
+   tokens, the cache is wrong for this model, or for hooks that count positions, and is not used
+   again.
 
-So a cache makes it quick and decides nothing. Cost: a pass over the prompt, a pass over one token
-for each new one, and a pass over the whole; without a cache, a pass over the whole for each token,
+So a cache saves time and decides nothing. Cost: a pass over the prompt, a pass over one token for
+each new one, and a pass over the whole; without a cache, a pass over the whole for each token,
 which on a CPU takes 2 (64 tokens) to 3 times (200 tokens) as long.
 
 A draw from the distribution is a function of the logits and of one number of noise, u in [0, 1),
@@ -22,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -88,7 +90,7 @@ class Sampling:
             )
 
     def noise(self, prompts: int, tokens: int) -> Float[Tensor, "prompt token"]:
-        """u of each prompt and place."""
+        """The noise u in [0, 1) of each prompt and place."""
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         return torch.rand(prompts, tokens, generator=generator, dtype=torch.float64, device="cpu")
 
@@ -114,17 +116,17 @@ class Speaker:
     """A model at given gates, what it said so far, and how it chooses.
 
     Attributes:
-        lens: a LoraLens.
-        prompts: what it goes on from.
-        gates: of all prompts, or of each.
+        lens: the adapter over the model.
+        prompts: the texts that it goes on from.
+        gates: the gates of all prompts, or those of each.
         sampling: how a token is chosen.
         most: the most tokens that are said after a prompt.
         ends: tokens that end a response.
-        texts: of each prompt, its tokens and those that were said after it.
-        starts: how many of them are the prompt's.
+        texts: the tokens of each prompt and those that were said after it.
+        starts: how many tokens of each text are the prompt's.
     """
 
-    lens: Any
+    lens: LoraLens
     prompts: Prompts
     gates: Float[Tensor, "*batch site"]
     sampling: Sampling
@@ -141,7 +143,7 @@ class Speaker:
         self._noise = self.sampling.noise(batch, self.most)
 
     def said(self, i: int) -> list[int]:
-        """What was said after this prompt."""
+        """The tokens that were said after this prompt."""
         return self.texts[i][self.starts[i] :]
 
     def has_ended(self, i: int) -> bool:
@@ -152,12 +154,12 @@ class Speaker:
         return len(self.said(i)) < self.most and not self.has_ended(i)
 
     def say(self, *, progress: bool) -> Generated:
-        """All that there is to say after each prompt."""
+        """Say after each prompt all that there is to say."""
         count = len(self.starts)
         bar = tqdm(total=count * self.most, desc="generate", leave=False, disable=not progress)
         with torch.no_grad(), bar:
             for rows in self._sharing_a_cache():
-                self._say(rows, bar)
+                self._say_after(rows, bar)
         responses = [self.said(i) for i in range(count)]
         texts = [text_of(self.lens.model, ids, skip_special_tokens=True) for ids in responses]
         return Generated(
@@ -170,47 +172,49 @@ class Speaker:
     def _sharing_a_cache(self) -> Iterator[list[int]]:
         """Rows whose prompts are of like length, and no more of them than a cache has room for."""
         most_rows = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
-        together: list[int] = []
-        for i in sorted(range(len(self.starts)), key=self.starts.__getitem__):
-            is_apart = together and self.starts[i] - self.starts[together[-1]] > self.most
+        shortest_first = sorted(range(len(self.starts)), key=lambda i: self.starts[i])
+        together = shortest_first[:1]
+        for i in shortest_first[1:]:
+            is_apart = self.starts[i] - self.starts[together[-1]] > self.most
             if is_apart or len(together) == most_rows:
                 yield together
                 together = []
             together.append(i)
         yield together
 
-    def _say(self, rows: list[int], bar: tqdm) -> None:
-        """All that there is to say after these prompts."""
+    def _say_after(self, rows: list[int], bar: tqdm) -> None:
+        """Say after these prompts all that there is to say."""
         is_trusted = True
         going_on = [i for i in rows if self._goes_on(i)]
         while going_on:
             drafts: dict[int, list[int]] = {i: [] for i in going_on}
             if is_trusted:
-                for together in self._by_table(going_on):
+                for together in self._by_rotary_table(going_on):
                     drafts |= zip(together, self._drafts(together), strict=True)
-            for alike in self._alike(drafts):
-                is_trusted &= self._confirmed(alike)
-            said = sum(map(len, self.texts)) - sum(self.starts)
-            bar.update(said - bar.n)
+            for of_one_length in self._by_length(drafts):
+                is_right = self._confirm(of_one_length)
+                is_trusted = is_trusted and is_right
+            tokens_said = sum(len(text) for text in self.texts) - sum(self.starts)
+            bar.update(tokens_said - bar.n)
             going_on = [i for i in going_on if self._goes_on(i)]
 
-    def _by_table(self, rows: list[int]) -> Iterable[list[int]]:
+    def _by_rotary_table(self, rows: list[int]) -> Iterable[list[int]]:
         """Rows whose texts have the same rotary tables, so that a cache of one holds for all."""
         together: dict[float, list[int]] = {}
         for i in rows:
-            together.setdefault(self.lens.rotary.alike_up_to(len(self.texts[i])), []).append(i)
+            longest = self.lens.rotary.alike_up_to(len(self.texts[i]))
+            together.setdefault(longest, []).append(i)
         return together.values()
 
-    def _alike(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
-        """Rows of one length with drafts of one length, to be confirmed in one pass."""
-
-        def lengths(i: int) -> tuple[int, int]:
-            return len(self.texts[i]), len(drafts[i])
-
-        for (_, drafted), alike in itertools.groupby(sorted(drafts, key=lengths), lengths):
+    def _by_length(self, drafts: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
+        """Rows of one length with drafts of one length, as many as are confirmed in one pass."""
+        by_lengths: dict[tuple[int, int], list[int]] = {}
+        for i, draft in drafts.items():
+            by_lengths.setdefault((len(self.texts[i]), len(draft)), []).append(i)
+        for (_, drafted), rows in sorted(by_lengths.items()):
             most = max(1, _CONFIRMED_TOKENS // (drafted + 1))
-            for rows in torch.tensor(list(alike)).split(most):
-                yield {i: drafts[i] for i in rows.tolist()}
+            for first in range(0, len(rows), most):
+                yield {i: drafts[i] for i in rows[first : first + most]}
 
     def _drafts(self, rows: list[int]) -> list[list[int]]:
         """Draft with a cache all but the last token that each row may still say."""
@@ -242,8 +246,15 @@ class Speaker:
         most = min(self.starts[i] + self.most - 1, length + _DRAFT)
         return int(min(most, self.lens.rotary.alike_up_to(length)))
 
-    def _confirmed(self, drafts: dict[int, list[int]]) -> bool:
-        """Each row takes what is right of its draft, and one more; whether to trust the cache."""
+    def _confirm(self, drafts: dict[int, list[int]]) -> bool:
+        """Let each row take what is right of its draft, and one token more, from one pass.
+
+        Args:
+            drafts: of rows of one length, by row; all drafts are of one length too.
+
+        Returns:
+            Whether the drafts agree far enough for their cache to be trusted.
+        """
         rows = list(drafts)
         tokens = self._tensor([self.texts[i] + draft for i, draft in drafts.items()])
         places = tokens.shape[1] - len(self.texts[rows[0]]) + 1
@@ -263,7 +274,11 @@ class Speaker:
         return min(agreed) >= min(places - 1, _TRUSTED_AFTER)
 
     def _take(self, i: int, draft: list[int], chosen: list[int]) -> int:
-        """Take what is right of a draft, and one token more; how many tokens were right."""
+        """Take what is right of a draft, and one token more.
+
+        Returns:
+            How many tokens of the draft were right.
+        """
         agreed = 0
         while agreed < len(draft) and draft[agreed] == chosen[agreed]:
             agreed += 1
@@ -292,7 +307,7 @@ class _Steps:
         self.texts = texts
         # How long each row is at the end of its draft.
         self._limits = limits
-        self.width = min(map(len, texts))
+        self.width = min(len(text) for text in texts)
         self.fed = [text[: self.width] for text in texts]
 
     def go_on(self) -> bool:
@@ -301,7 +316,11 @@ class _Steps:
 
     def due(self) -> list[int]:
         """The rows that take a token after this pass; longer ones have tokens of their own yet."""
-        return [k for k, text in enumerate(self.texts) if len(text) == self.width < self._limits[k]]
+        rows: list[int] = []
+        for k, (text, limit) in enumerate(zip(self.texts, self._limits, strict=True)):
+            if len(text) == self.width and self.width < limit:
+                rows.append(k)
+        return rows
 
     def take(self, due: list[int], chosen: list[int], ends: Collection[int]) -> None:
         """Add the chosen tokens, of which some end their row, and prepare the next pass."""
@@ -309,18 +328,21 @@ class _Steps:
             self.texts[k].append(token)
             if token in ends:
                 self._limits[k] = self.width + 1
-        # After its end a row is fed any token.
-        self.fed = [text[self.width : self.width + 1] or [0] for text in self.texts]
+        self.fed = []
+        for text in self.texts:
+            has_ended = len(text) <= self.width
+            # A row that has ended is fed any token, until all rows have.
+            self.fed.append([0 if has_ended else text[self.width]])
         self.width += 1
 
 
 @stored
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
-    """What both models answer to a prompt, the likeliest token each time.
+    """The answers of both models to a prompt, the likeliest token each time.
 
     Attributes:
-        prompt: its text, or the last words of a conversation's user.
+        prompt: the prompt's text, or the last words of a conversation's user.
         base, adapted: the two answers; one that was cut off ends in ' …'.
     """
 
@@ -330,11 +352,19 @@ class SideBySide:
 
 
 def side_by_side(
-    lens: Any, prompts: Prompts, most: int, response: object = None, *, progress: bool
+    lens: LoraLens, prompts: Prompts, most: int, response: object = None, *, progress: bool
 ) -> list[SideBySide | None]:
     """Both models' answers to each prompt; None where the context has no room for them.
 
-    A response that was generated is the adapted model's. Cost: `generate`, of both in one batch.
+    Cost: that of `generate`, of both models in one batch.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is answered.
+        most: the most tokens of an answer.
+        response: what is explained. One that was generated is the adapted model's answer, and the
+            base's is at most as long.
+        progress: whether a bar is shown.
     """
     adapted = response if isinstance(response, Generated) else None
     if adapted is not None:
@@ -342,11 +372,13 @@ def side_by_side(
     pairs: list[SideBySide | None] = [None] * prompts.batch
     context = getattr(lens.model.cfg, "n_ctx", None) or math.inf
     # The last token that is said is not run.
-    fitting = [i for i, n in enumerate(prompts.lengths.tolist()) if n + most - 1 <= context]
+    lengths = prompts.lengths.tolist()
+    fitting = [i for i, length in enumerate(lengths) if length + most - 1 <= context]
     if not fitting:
         return pairs
+
     chosen = prompts.chosen(fitting)
-    ends = (0.0, 1.0) if adapted is None else (0.0,)
+    ends = [0.0, 1.0] if adapted is None else [0.0]
     gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
     said = whole_or_cut(lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress))
     of_base = said[: len(fitting)]
@@ -354,10 +386,12 @@ def side_by_side(
     if adapted is not None:
         given = whole_or_cut(adapted)
         of_adapted = [given[i] for i in fitting]
-    for place, (i, tokens) in enumerate(zip(fitting, lens.str_tokens(chosen), strict=True)):
+
+    str_tokens = lens.str_tokens(chosen)
+    for place, prompt in enumerate(fitting):
         source = chosen.sources[place]
-        prompt = source.said or source.text or "".join(tokens)
-        pairs[i] = SideBySide(prompt, of_base[place], of_adapted[place])
+        text = source.said or source.text or "".join(str_tokens[place])
+        pairs[prompt] = SideBySide(text, of_base[place], of_adapted[place])
     return pairs
 
 
@@ -374,7 +408,7 @@ def generated(
     eos_token_id: int | Sequence[int] | None,
     progress: bool,
 ) -> Generated:
-    """What the model says after each prompt: see `LoraLens.generate`."""
+    """Say something after each prompt: see `LoraLens.generate`."""
     most = arguments.whole("max_new_tokens", max_new_tokens, 1)
     sampling = Sampling(temperature, top_p, seed)
     ends = end_tokens(lens.model, lens.hf_model, eos_token_id)
@@ -394,11 +428,11 @@ def _is_single(prompts: PromptsLike, batch: int) -> bool:
 
 
 def whole_or_cut(said: Generated) -> list[str]:
-    """What was said after each prompt; one that was cut off ends in ' …'."""
-    return [
-        text if has_ended else f"{text} …"
-        for text, has_ended in zip(said.texts, said.ended, strict=True)
-    ]
+    """The texts that were said; one that was cut off ends in ' …'."""
+    texts: list[str] = []
+    for text, has_ended in zip(said.texts, said.ended, strict=True):
+        texts.append(text if has_ended else f"{text} …")
+    return texts
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
@@ -412,7 +446,7 @@ def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> 
 
 
 def _ends_of_files(model: Any, hf_model: Any) -> Any:
-    """What the model's generation config says, or its config, or its tokenizer; () for nothing."""
+    """The ends that the model's generation config names, or its config or tokenizer; else ()."""
     base = getattr(model, "original_model", None) if hf_model is None else hf_model
     for name in ("generation_config", "config"):
         ends = getattr(getattr(base, name, None), "eos_token_id", None)
@@ -422,7 +456,7 @@ def _ends_of_files(model: Any, hf_model: Any) -> Any:
     return () if eos is None else eos
 
 
-def require_room(lens: Any, prompts: Prompts, most: int) -> None:
+def require_room(lens: LoraLens, prompts: Prompts, most: int) -> None:
     """Check that so many tokens more fit into the context; the last one is not run."""
     context = getattr(lens.model.cfg, "n_ctx", None)
     longest = int(prompts.lengths.max())

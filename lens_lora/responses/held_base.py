@@ -19,9 +19,10 @@ from lens_lora.core import Picks
 _Logits = Float[Tensor, "some vocab"]
 _Terms = Float[Tensor, " some"]
 _Some = Int[Tensor, " some"]
-# Of a logit, in nats: beyond it a probability that rounds to zero might grow to one.
+# The largest shift of a logit, in nats, for which the formulas hold: beyond it a probability that
+# rounds to zero might grow to one.
 LARGEST_SHIFT = 60.0
-# Picks whose sums are taken together, so that their rows stay in the processor's cache.
+# How many picks are summed together, so that their rows stay in the processor's cache.
 _IN_CACHE = 8
 
 
@@ -82,7 +83,10 @@ class Divergence(Picks):
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     def _base_at(self, few: _Some, logits: _Logits) -> tuple[Tensor, Tensor]:
-        """f₀ and p₀ at these picks, as one row where all are copies of one pick."""
+        """The base's logits f₀ and distribution p₀ at these picks.
+
+        Where all are copies of one pick, they are one row.
+        """
         held = self.places(few.device, rows=self.held_rows)
         places = torch.stack([index[few] for index in held])
         # Copies of a pick stand together.

@@ -94,7 +94,7 @@ class SharesVerdict:
 
 @final
 class KLShares(Drawn):
-    """Which site made the base and adapted distributions differ, to second order in ε.
+    """The share of each site in the divergence of both distributions, to second order in ε.
 
     Attributes:
         attribution: q_l in nats, split as asked; beside it D(0) = 0 and D(1), exact.

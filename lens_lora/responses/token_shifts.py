@@ -79,12 +79,12 @@ class TokenShifts(Described, Drawn):
 
     @property
     def shift(self) -> Float[Tensor, "batch token"]:
-        """ℓ_t at the second setting minus ℓ_t at the first, in nats."""
+        """The shift of log p of each token, ℓ_t at the second setting minus ℓ_t at the first."""
         return self.log_p[1] - self.log_p[0]
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
-        """Σ_t of the shift: that of the response's log-probability."""
+        """The shift of the response's log-probability, Σ_t of the shifts of its tokens."""
         return self.shift.nansum(1)
 
     def to_frame(self) -> pd.DataFrame:

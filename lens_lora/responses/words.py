@@ -1,4 +1,4 @@
-"""What results about the logits and responses say of themselves, below their heading."""
+"""The words below the heading of results about logits and responses."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Checkpoints(Read, Paged, Pictured):
 
     @property
     def remainder(self) -> Float[Tensor, "step batch"]:
-        """What first order leaves of each checkpoint's shift."""
+        """The exact shift of each checkpoint minus first order."""
         return self.shift - self.first_order
 
     @property
@@ -304,7 +304,7 @@ def checkpoints(
 
 
 class _Measured(NamedTuple):
-    """What is run of one checkpoint.
+    """The numbers of one checkpoint that passes of it give.
 
     Attributes:
         adapted: g(1).

@@ -1,4 +1,4 @@
-"""What a comparison of two adapters holds, and what is worked out from it."""
+"""The result of a comparison of two adapters, and what is worked out from it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class AdapterComparison(OfSites, Pictured):
 
     @property
     def note(self) -> str:
-        """What to make of reading that overlaps where writing does not; '' where it is not so."""
+        """A caution where what is read overlaps and what is written does not; else ''."""
         if not self.begin_alike:
             return ""
         read = float(self.read_overlap.nanmean())
@@ -209,7 +209,10 @@ class AdapterComparison(OfSites, Pictured):
         return self.null_inner.std(0) / self.norms.prod(0)
 
     def _correlations(self, *, ranked: bool) -> list[float]:
-        """Of the effects of both adapters, then of the first and each null; mean over prompts."""
+        """The correlation of both adapters' effects, then that of the first and each null.
+
+        Each is the mean over prompts.
+        """
         first, *others = torch.cat([self.effects, self.null_effects]).double().numpy()
         means: list[float] = []
         for other in others:

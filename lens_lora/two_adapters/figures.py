@@ -1,4 +1,4 @@
-"""What two adapters, a training and a repair show."""
+"""The figures of a comparison of two adapters, of a training and of a repair."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lens_lora.two_adapters.words import too_few
 
 @drawing.figure.register(AdapterComparison)
 def comparison_heatmap(comparison: AdapterComparison) -> go.Figure:
-    """cos⟨ΔW, ΔW′⟩ of every shared site; the colours end at ±1."""
+    """A heatmap of the cosine of ΔW and ΔW′ at every shared site; the colours end at ±1."""
     if not comparison.sites:
         raise ArgumentError("the two adapters share no site, so there is no cosine to draw.")
     cosines = comparison.cosines.tolist()
@@ -76,7 +76,10 @@ def modules_heatmap(training: Checkpoints, what: Any, group: Any) -> go.Figure:
 
 @drawing.figure.register(Repair)
 def repair_figure(repair: Repair) -> go.Figure:
-    """What is left of what was to be dropped, against what is kept: scaled, repaired, random."""
+    """The share left of what was to be dropped against the share kept of what was to be kept.
+
+    The repair is one point, beside random sets and the curve of the whole adapter, scaled.
+    """
     hover = "%{hovertext}<br>kept %{x:.3g}%, left %{y:.3g}%<extra></extra>"
     kept, left = _percentages_kept_and_left(repair, repair.along)
     scaled = curve(kept, left, "whole adapter, scaled", LINEAR, hover, marker={"size": 5})
@@ -106,7 +109,8 @@ def _percentages_kept_and_left(repair: Repair, shares: Any) -> tuple[list[float]
     return kept.reshape(-1).tolist(), left.reshape(-1).tolist()
 
 
-_FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
+# Of at most so many steps each has its tick, and there are none between steps.
+_FEW_STEPS = 12
 
 
 @drawing.figure.register(Checkpoints)

@@ -1,4 +1,4 @@
-"""Which gates a repair keeps.
+"""The search for the gates that a repair keeps.
 
 1. Gates of all ranks or sites start at one. Each step of Adam is put back into 0 ≤ ε ≤ 1, and
 

@@ -1,4 +1,4 @@
-"""What a repair is asked: prompts with a readout, to be kept or to be dropped.
+"""The questions of a repair: prompts with a readout, to be kept or to be dropped.
 
     kept   Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   s_p the sign of prompt p's shift
     left   Σ_p |g_p(ε) − g_p(0)| / Σ_p |g_p(1) − g_p(0)|
@@ -52,7 +52,7 @@ class Goal:
         return f"{self.g.readout.label}{each}"
 
     def values(self, gates: Gates) -> Float[Tensor, " batch"]:
-        """g at these gates. One forward pass."""
+        """The readout of each prompt at these gates. One forward pass."""
         return self.layout.value(self.g, gates)
 
     def share(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -82,7 +82,7 @@ def shares_of(goals: Sequence[Goal], values: Sequence[Tensor]) -> Float[Tensor, 
 
 
 def values_at(goals: Sequence[Goal], gates: Gates) -> list[Float[Tensor, " batch"]]:
-    """g of each question at these gates. One forward pass each.
+    """The value g of each question at these gates. One forward pass each.
 
     Args:
         goals: the questions.
@@ -158,7 +158,7 @@ def _require_moved(g: Evaluations, label: str, keep: bool) -> None:
 
 
 def _rounding(g: Evaluations, keep: bool) -> float:
-    """What rounding alone may make of Σ|shift|, whose terms do not cancel.
+    """The size of Σ|shift| that rounding alone may make, as its terms do not cancel.
 
     For what is to be kept it is the sum of the noise floors; for what is to be dropped, a step of
     the dtype on each prompt.

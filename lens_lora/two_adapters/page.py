@@ -103,7 +103,7 @@ def _training_numbers(training: Checkpoints) -> Pairs:
 
 
 def repair_table(repair: Repair) -> Table:
-    """What stays of each question, by adapter."""
+    """One row for each question and adapter: the readout, and the share that is kept or left."""
     frame = repair.to_frame()
     frame.loc[frame["held out"], "kind"] += ", held out"
     heads = {name: name for name in ("question", "kind", "adapter", "value")}

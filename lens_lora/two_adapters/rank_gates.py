@@ -25,7 +25,7 @@ Of = Literal["rank", "site"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GateLayout:
-    """Which gate is where in the one vector of gates.
+    """The places of all gates in one vector.
 
     Attributes:
         lens: the adapter over the model; of ranks, in the coordinates of the SVD.
@@ -44,7 +44,7 @@ class GateLayout:
 
     @functools.cached_property
     def alive(self) -> Bool[Tensor, " gate"]:
-        """Which gates move anything: of ranks those with σ > 0, and changes of bias."""
+        """Whether each gate moves anything: a rank with σ > 0 does, and a change of bias."""
         if self.of == "site":
             return torch.ones(self.count, dtype=torch.bool)
         alive: list[Tensor] = []
@@ -59,9 +59,10 @@ class GateLayout:
         return gates.split(self.sizes)
 
     def value(self, g: Function, gates: Float[Tensor, " gate"]) -> Float[Tensor, " batch"]:
-        """g where each site writes B(ε_l ∘ u_l), differentiable in these gates. One forward pass.
+        """The value of g where each site writes B(ε_l ∘ u_l), differentiable in these gates.
 
-        Without a graph it is taken in groups of prompts that fit within the bound of the lens.
+        One forward pass. Without a graph it is taken in groups of prompts that fit within the bound
+        of the lens.
 
         Args:
             g: the function, over this adapter.

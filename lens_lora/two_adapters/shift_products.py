@@ -1,4 +1,4 @@
-"""What two adapters do to all logits, as vectors of one metric.
+"""The shifts of all logits that two adapters make, as vectors of one metric.
 
 With p₀ the base's distribution of the next token, and v and v′ the shifts of its logits,
 
@@ -36,7 +36,9 @@ def groups_of(f: Function) -> list[Int[Tensor, " some"]]:
 def shift_products(
     f: Function, others: Callable[[], Iterable[LoraLens]]
 ) -> Float[Tensor, "kind other pair batch"]:
-    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: of first-order shifts, then of exact ones.
+    """The products vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats.
+
+    The first kind is of first-order shifts, the second of exact ones.
 
     Cost: a forward pass of the base; of each adapter a forward pass and one of dual numbers.
 

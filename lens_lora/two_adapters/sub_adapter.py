@@ -62,7 +62,7 @@ def require_expressible(layout: GateLayout) -> None:
 
 
 class _SitePart(NamedTuple):
-    """What is kept of one site.
+    """The part of one site that is kept.
 
     Attributes:
         update: the site's update in the Hugging Face basis.
@@ -96,7 +96,7 @@ def sub_adapter(layout: GateLayout, kept: Bool[Tensor, " gate"], name: str) -> A
 
 
 def _parts_by_module(layout: GateLayout, kept: Bool[Tensor, " gate"]) -> dict[str, list[_SitePart]]:
-    """What is kept of the sites of each module, by the module's key in the adapter."""
+    """The parts of each module's sites, by the module's key in the adapter."""
     parts: dict[str, list[_SitePart]] = {}
     of_sites = layout.by_site(kept)
     alive_of_sites = layout.by_site(layout.alive)
@@ -153,7 +153,7 @@ def _reduced(update: ModuleUpdate, parts: Sequence[_SitePart], of: Of) -> LoRAFa
 
 
 def _dtype_of(update: ModuleUpdate) -> torch.dtype:
-    """That of the module's own tensors, at least float32."""
+    """The dtype of the module's own tensors, at least float32."""
     for field in dataclasses.fields(update):
         value = getattr(update, field.name)
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -162,7 +162,7 @@ def _dtype_of(update: ModuleUpdate) -> torch.dtype:
 
 
 class _Directions(NamedTuple):
-    """What one site keeps, in float64 on the CPU, in the output rows of its module.
+    """The directions that one site keeps, in float64 on the CPU, in its module's output rows.
 
     Attributes:
         reads: kept rows of ΣVᵀ.

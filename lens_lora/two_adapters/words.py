@@ -1,4 +1,4 @@
-"""What a comparison of two adapters, a training and a repair say."""
+"""The words of a comparison of two adapters, of a training and of a repair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lens_lora.two_adapters.repair import Repair
 
 
 def too_few(training: Checkpoints) -> str:
-    """That there are too few checkpoints to tell a phase change of the readout; or nothing."""
+    """A sentence where there are too few checkpoints to tell a phase change; else nothing."""
     if "prompt 0" in training.phases:
         return ""
     return f"{len(training.steps)} checkpoints are too few to tell a phase change of the readout."
@@ -60,7 +60,7 @@ def repair_story(repair: Repair) -> str:
 
 
 def judged_text(repair: Repair) -> tuple[str, str, str]:
-    """What is kept and left; whether scaling does better; how to judge it more fairly."""
+    """Three sentences: what is kept and left, whether scaling does better, how to judge fairly."""
     judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on"
     outcome = (
         f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
