@@ -73,6 +73,8 @@ PROVIDERS: dict[str, str] = {
     "lens_lora.core.model.extensions.probed": "lens_lora.hosts.probe",
     "lens_lora.core.model.extensions.note_on_base": "lens_lora.hosts.given_base",
     "lens_lora.core.model.extensions.note_on_names": "lens_lora.hosts.given_base",
+    "lens_lora.core.model.extensions.processing_of": "lens_lora.hosts.processed",
+    "lens_lora.core.model.extensions.folded_value_bias": "lens_lora.hosts.processed",
     "lens_lora.core.model.extensions.refuse_unusable_weights": "lens_lora.hosts.unusable",
     "lens_lora.core.model.extensions.refuse_unusable_bridge": "lens_lora.hosts.unusable",
     "lens_lora.core.model.extensions.refuse_without_float64": "lens_lora.hosts.experts",

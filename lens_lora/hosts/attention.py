@@ -23,9 +23,10 @@ from lens_lora import compat
 from lens_lora.core.model import attentions
 from lens_lora.errors import ModelStateError, setting, warn
 
-# --- attention by torch's fused kernels
+# --- Attention by torch's fused kernels
 
 _CAP = "attn_logit_softcapping"
+# The hook points that never fire then.
 _DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
 # Bridges whose q, k and v are modules of Hugging Face's own attention.
 _SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
@@ -35,7 +36,8 @@ def fuse_attention(model: Any) -> None:
     """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-    found, why = attentions(model), None
+    found = attentions(model)
+    why = None
     if len(found) < len(model.blocks):
         why = "some layers have no attention"
     elif any(type(attention).__name__ not in _SEPARATE for attention in found):
@@ -58,6 +60,7 @@ def fuse_attention(model: Any) -> None:
 
 
 def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run Hugging Face's attention within a bridge, and warn of hooks that never fire."""
     hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
     if hooked:
         warn(
@@ -72,7 +75,7 @@ def _has_hooks(point: Any) -> bool:
 
 
 def replaced_attentions(model: Any) -> list[str]:
-    """The blocks' attentions in a bridge whose Hugging Face module has a forward of its own."""
+    """The names of attentions in a bridge whose Hugging Face module has a forward of its own."""
     replaced: list[str] = []
     for layer, block in enumerate(getattr(model, "blocks", ())):
         attention = getattr(getattr(block, "attn", None), "original_component", None)
@@ -81,7 +84,7 @@ def replaced_attentions(model: Any) -> list[str]:
     return replaced
 
 
-# --- soft-caps of attention scores that Hugging Face never computes
+# --- Soft-caps of attention scores that Hugging Face never computes
 
 
 def drop_unused_caps(hf_model: nn.Module) -> None:
@@ -102,13 +105,16 @@ def refuse_unused_caps(bridge: nn.Module) -> None:
 
 
 def _with_unused_cap(model: nn.Module) -> list[Any]:
-    return [
-        module
-        for module in model.modules()
-        if getattr(module, "__dict__", {}).get(_CAP) is not None and not _uses_cap(type(module))
-    ]
+    """The modules that hold a cap which their forward pass does not read."""
+    found: list[Any] = []
+    for module in model.modules():
+        cap = getattr(module, "__dict__", {}).get(_CAP)
+        if cap is not None and not _uses_cap(type(module)):
+            found.append(module)
+    return found
 
 
 def _uses_cap(attention: type[nn.Module]) -> bool:
+    """Whether the code of its forward pass names the cap."""
     code = getattr(inspect.unwrap(attention.forward), "__code__", None)
     return code is None or _CAP in code.co_names

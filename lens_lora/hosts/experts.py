@@ -35,10 +35,13 @@ from lens_lora.core import SiteMap, Update
 from lens_lora.core.model import Input, extensions, norm_of_product
 from lens_lora.errors import ModelStateError
 
-# What an expert's number is stored in, beside x: float types are exact up to 256.
+# The number of an expert stands beside x as two digits of this base, up to which float types are
+# exact.
 _DIGIT = 256
 ID_COLUMNS = 2
+# What a router may do to its weight before it is multiplied.
 _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.type_as)
+# What transformers' modules of experts say of themselves.
 _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
@@ -60,7 +63,7 @@ def is_router(module: object) -> bool:
 
 @extensions.refuse_without_float64.provide
 def refuse_without_float64(model: nn.Module) -> None:
-    """Check that no stack of experts in float64 is computed by a kernel that lacks it."""
+    """Refuse stacks of experts in float64 that are computed by a kernel which lacks it."""
     for experts in filter(is_experts, model.modules()):
         kernel = compat.experts_implementation(experts)
         if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
@@ -80,45 +83,55 @@ def stacks_of(experts: Any) -> tuple[str, str]:
 
 @extensions.as_one_map.provide
 def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
-    """[W_1 … W_E] of a stack, [out, expert · in], as a copy; a router's weight as it is."""
+    """The weights of all experts side by side, [W_1 … W_E], as a copy; a router's as it is."""
     weights = weight.detach()
     if weights.ndim == 2:
         return weights
-    weights = weights.mT if owner.is_transposed else weights
+    if owner.is_transposed:
+        weights = weights.mT
     return weights.transpose(0, 1).flatten(1)
 
 
 @extensions.each_shape.provide
 def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
     """(out, in) of each expert's map, or of a router's."""
-    out, width = weight.shape[-2:]
-    return (width, out) if weight.ndim == 3 and owner.is_transposed else (out, width)
+    rows, columns = weight.shape[-2:]
+    if weight.ndim == 3 and owner.is_transposed:
+        return columns, rows
+    return rows, columns
 
 
 def with_expert(
     x: Float[Tensor, "*token slot in"], expert: Int[Tensor, "*token slot"]
 ) -> Float[Tensor, "*token slot in_and_expert"]:
-    """z = (x, e)."""
+    """Put the number of the expert beside x: z = (x, e)."""
     digits = torch.stack([expert // _DIGIT, expert % _DIGIT], -1)
     return torch.cat([x, digits.to(x.dtype)], -1)
 
 
 def expert_of(z: Float[Tensor, "... in_and_expert"]) -> Int[Tensor, "..."]:
-    """e of z = (x, e)."""
+    """Read the number of the expert from z = (x, e)."""
     high, low = z.detach()[..., -ID_COLUMNS:].long().unbind(-1)
     return high * _DIGIT + low
 
 
 class _Written(compat.SharedForward):
+    """The forward of a module, with writers at its parameters."""
+
     def written(self, name: str, z: Tensor, out: Tensor) -> Tensor:
         """The output of the map, after all writers at this parameter."""
         for parameter, writer in self.asked:
-            moved = writer((z,), out) if parameter == name else None
-            out = out if moved is None else moved
+            if parameter != name:
+                continue
+            changed = writer((z,), out)
+            if changed is not None:
+                out = changed
         return out
 
 
 class _Experts(_Written):
+    """The forward of a stack of experts, computed map by map."""
+
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts: Any = self.module
         into, out_of = stacks_of(experts)
@@ -134,25 +147,27 @@ class _Experts(_Written):
     def _mapped(self, name: str, x: Tensor, index: Int[Tensor, "token slot"]) -> Tensor:
         """W_e x of every token and slot, one product for each expert."""
         experts: Any = self.module
-        stack, biases = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+        stack = getattr(experts, name)
+        biases = getattr(experts, f"{name}_bias", None)
+        # The rows of each expert follow one another.
         order = index.flatten().argsort(stable=True)
         counts = torch.bincount(index.flatten(), minlength=experts.num_experts).tolist()
-        outs = [
-            linear(rows, stack[e].T if experts.is_transposed else stack[e], _row(biases, e))
-            for e, rows in enumerate(x.flatten(0, 1)[order].split(counts))
-            if len(rows)
-        ]
+        outs: list[Tensor] = []
+        for expert, rows in enumerate(x.flatten(0, 1)[order].split(counts)):
+            if not len(rows):
+                continue
+            weight = stack[expert].T if experts.is_transposed else stack[expert]
+            bias = None if biases is None else biases[expert]
+            outs.append(linear(rows, weight, bias))
         out = torch.cat(outs)[order.argsort()].unflatten(0, index.shape)
         if not any(parameter == name for parameter, _ in self.asked):
             return out
         return self.written(name, with_expert(x, index), out)
 
 
-def _row(biases: Tensor | None, expert: int) -> Tensor | None:
-    return None if biases is None else biases[expert]
-
-
 class _Router(_Written):
+    """The forward of a router: its own code, with writers at what it makes of its weight."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         with compat.brought_in(module), _AtWeight(module.get_parameter("weight"), self.written):
@@ -164,7 +179,8 @@ class _AtWeight(TorchFunctionMode):
 
     def __init__(self, weight: Tensor, write: Callable[[str, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self._forms, self._write = [weight], write
+        self._forms = [weight]
+        self._write = write
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -174,48 +190,54 @@ class _AtWeight(TorchFunctionMode):
         if func is linear:
             operands = [*args, *(named[key] for key in ("input", "weight") if key in named)]
             inputs, weight = operands[:2]
-            return self._write("weight", inputs, result) if self._is_weight(weight) else result
+            if self._is_weight(weight):
+                return self._write("weight", inputs, result)
         return result
 
     def _is_weight(self, tensor: object) -> bool:
+        """Whether it is the weight, in whatever dtype."""
         return any(tensor is form for form in self._forms)
 
 
 @extensions.write_at.provide
 def write_at(span: Temporary, module: nn.Module, name: str, writer: extensions.Writer) -> None:
-    """The writer sees z and changes the output of this parameter's map, until the span ends."""
+    """Let the writer change the output of a parameter's map, until the span ends."""
     if compat.is_split_over_processes(module):
         raise ModelStateError(
             f"{name}: the experts of {type(module).__name__} are spread over processes, so no "
             "process has all of them. Load the model without expert parallelism."
         )
-    (_Experts if is_experts(module) else _Router).until(span, module, (name, writer))
+    kind = _Experts if is_experts(module) else _Router
+    kind.until(span, module, (name, writer))
 
 
 @extensions.experts_by_layer.provide
 def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
-    """{layer: its stack of experts}; a layer's number is the first in the module's name."""
-    stacks = ((name, module) for name, module in model.named_modules() if is_experts(module))
-    numbered = ((re.search(r"\.(\d+)\.", name), module) for name, module in stacks)
-    return {int(match[1]): module for match, module in numbered if match}
+    """The stack of experts of each layer; a layer's number is the first in the module's name."""
+    stacks: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        number = re.search(r"\.(\d+)\.", name)
+        if number and is_experts(module):
+            stacks[int(number[1])] = module
+    return stacks
 
 
-# --- δ of a stack
+# --- The map of a stack
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMap(SiteMap):
-    """δ(x, e) = s·B_e A_e x of a stack of experts.
+    """The map δ(x, e) = s·B_e A_e x of a stack of experts.
 
     Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
     """
 
     def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
-        """x of z = (x, e)."""
+        """The input x of z = (x, e)."""
         return z[..., :-ID_COLUMNS]
 
     def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
-        """The sum over slots: each of a token's experts has ranks of its own."""
+        """Sum u over slots: each of a token's experts has ranks of its own."""
         return u.sum(2)
 
     def norm(self) -> float:
@@ -228,16 +250,17 @@ class ExpertMap(SiteMap):
         return torch.stack([norm_of_product(*pair) for pair in pairs]).norm()
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(B, A) of [W_1 … W_E], [out, expert · in]."""
+        """The factors (sB, A) of the change of [W_1 … W_E], [out, expert · in]."""
         return self.sB, torch.block_diag(*self.A.chunk(self.experts))
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
-        """A x at the ranks of expert e, and 0 at all others."""
+        """Compute Ax at the ranks of expert e, and 0 at all others."""
         owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)
-        return (self.inputs(z).to(self.dtype) @ self.A.T) * (owners == expert_of(z)[..., None])
+        is_own = owners == expert_of(z)[..., None]
+        return (self.inputs(z).to(self.dtype) @ self.A.T) * is_own
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
-        """δ = Bu of each slot, one slot's features after another's."""
+        """Compute δ = sB·u of each slot, one slot's features after another's."""
         delta = u @ self.sB.T
         return delta.flatten(2) if u.ndim == 4 else delta
 
@@ -247,14 +270,19 @@ class ExpertMap(SiteMap):
         z: Float[Tensor, "batch pos slot in"],
         heads: int,
     ) -> Float[Tensor, "batch pos 1 rank"]:
-        """⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
+        """Split ⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
         gradient = gradient.unflatten(-1, (z.shape[2], -1))
         return (self.back(gradient) * self.coordinates(z)).sum(2, keepdim=True)
 
 
 @extensions.expert_map.provide
 def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> ExpertMap:
-    """δ of a stack of experts, where the model lies."""
-    factors = (in_float64(update.A), in_float64(update.B) * update.scale)
-    reads, writes = (factor.to(dtype).to(device) for factor in factors)
-    return ExpertMap(reads, writes, None, experts=update.experts)
+    """The map of a stack of experts, on the device where the model lies."""
+    reads = in_float64(update.A)
+    writes = in_float64(update.B) * update.scale
+    return ExpertMap(
+        A=reads.to(dtype).to(device),
+        sB=writes.to(dtype).to(device),
+        a0=None,
+        experts=update.experts,
+    )

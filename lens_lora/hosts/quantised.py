@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 from lens_lora import compat
 from lens_lora.core.model import extensions
 
+# The classes of bitsandbytes, as people call them.
 _NAMES = {"Linear4bit": "4 bit", "Linear8bitLt": "8 bit"}
 
 
@@ -47,8 +48,9 @@ def quantised_linears(model: nn.Module) -> tuple[nn.Module, ...]:
 @extensions.dequantised.provide
 def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
     """Ŵ, made anew at each call."""
-    of = _of_4bit if quantised_name(module) == "4 bit" else _of_8bit
-    return of(module, dtype)
+    if quantised_name(module) == "4 bit":
+        return _of_4bit(module, dtype)
+    return _of_8bit(module, dtype)
 
 
 @extensions.differentiable_products.provide
@@ -61,8 +63,10 @@ def differentiable_products(span: compat.Temporary, modules: tuple[nn.Module, ..
 
 
 class _Product(compat.SharedForward):
+    """The product of a module in 4 bit."""
+
     def __call__(self, x: Tensor) -> Tensor:
-        """x Ŵᵀ + b in the module's compute dtype, as bitsandbytes chooses it."""
+        """Compute x Ŵᵀ + b in the module's compute dtype, as bitsandbytes chooses it."""
         module: Any = self.module
         dtype = module.compute_dtype if module.compute_type_is_set else None
         if dtype is None and x.dtype in (torch.float32, torch.bfloat16):
@@ -73,8 +77,10 @@ class _Product(compat.SharedForward):
 
 
 class _StraightThrough(compat.SharedForward):
+    """The product of a module in 8 bit."""
+
     def __call__(self, x: Tensor) -> Tensor:
-        """The kernel's value; where a derivative is asked for, with that of x Ŵᵀ + b."""
+        """Return the kernel's value, with the derivative of x Ŵᵀ + b where one is asked for."""
         module: Any = self.module
         primal, tangent = fwad.unpack_dual(x)
         value = self.before(primal.detach())
@@ -89,7 +95,8 @@ def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
     from bitsandbytes import functional
 
     held = getattr(module.weight, "quant_state", None) or module.quant_state
-    packed, state = module.weight.data, copy.copy(held)
+    packed = module.weight.data
+    state = copy.copy(held)
     if getattr(state, "packing_format_for_cpu", False):
         # The scales of blocks stay as they were packed: transposed, in bfloat16, and not nested.
         state.original_nested = False

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.audit import brief, what_changed
-from lens_lora.core.model.lens import null_adapters
+from lens_lora.core.model.null_draws import null_adapters
 from lens_lora.responses.generate import SideBySide
 from lens_lora.texts.neutral import own_openings
 

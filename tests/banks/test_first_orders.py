@@ -17,7 +17,7 @@ from targets import base_for, hooked, peft_with
 
 import lens_lora as ll
 from lens_lora.banks.record import TensorPool
-from lens_lora.core.model.lens import fused_parts
+from lens_lora.core.model.null_draws import fused_parts
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9

@@ -14,7 +14,7 @@ import torch
 from targets import hooked, peft_with
 
 import lens_lora as ll
-from lens_lora.core.model.lens import fused_parts
+from lens_lora.core.model.null_draws import fused_parts
 from lens_lora.judging.null_test import NullTest, null_test
 
 MARGIN = ll.Margin(5, 9)

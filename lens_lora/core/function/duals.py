@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
-from lens_lora.core.model.hooks import ONE_IN_A_PROCESS, hold
+from lens_lora.core.model.locks import ONE_IN_A_PROCESS, hold
 from lens_lora.errors import ModelStateError
 
 # --- Rules for products and attention

@@ -37,7 +37,7 @@ from lens_lora.compat import Temporary, hooks_of, own_forward, replace_forward
 from lens_lora.core.function import memory
 from lens_lora.core.function.tree import Tree, pays, sites_by_block
 from lens_lora.core.model import Inject, LoraLens, ScaleInject, attached
-from lens_lora.core.model.hooks import unembed, unembedded_only, unrounded
+from lens_lora.core.model.unembedding import unembed, unembedded_only, unrounded
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import (
     PICKS,

@@ -1,7 +1,14 @@
 """Sites, hooks and gates for the core; for `hosts/` also the hosts, and what may be provided."""
 
 from . import extensions as extensions
+from .adapted_modules import SiteFactors as SiteFactors
+from .adapted_modules import fused_rows as fused_rows
+from .bases import BaseWeights as BaseWeights
+from .bases import Processing as Processing
+from .bases import chunks_of as chunks_of
 from .bases import is_same as is_same
+from .bases import largest_entry as largest_entry
+from .bases import mean_row as mean_row
 from .basis import Input as Input
 from .basis import NormUpdate as NormUpdate
 from .basis import SiteMap as SiteMap
@@ -9,26 +16,20 @@ from .basis import Update as Update
 from .basis import norm_of_product as norm_of_product
 from .bridge import BridgeHost as BridgeHost
 from .bridge import attentions as attentions
-from .check import AGREEMENT as AGREEMENT
 from .check import SKIP as SKIP
-from .check import TOKENS as TOKENS
-from .check import base_logits as base_logits
-from .check import eps_of as eps_of
-from .check import note_that_it_ran as note_that_it_ran
-from .check import plain_logits as plain_logits
 from .check import refuse_unusable as refuse_unusable
 from .check import require_adapter as require_adapter
-from .check import require_running as require_running
-from .check import require_same_logits as require_same_logits
 from .find_host import host_of as host_of
 from .find_host import register_host as register_host
+from .gates import Scale as Scale
+from .gates import name_of_scale as name_of_scale
 from .gauge import Gauge as Gauge
 from .gauge import svd_factors as svd_factors
+from .hooked_host import HookedHost as HookedHost
 from .hooked_transformer import HookedTransformerHost as HookedTransformerHost
 from .hooks import HookFn as HookFn
 from .hooks import add_pre_hook as add_pre_hook
 from .hooks import add_to_module as add_to_module
-from .hooks import alone as alone
 from .hooks import attached as attached
 from .hooks import is_hooked as is_hooked
 from .host import Host as Host
@@ -40,9 +41,6 @@ from .injections import site_hooks as site_hooks
 from .lengths import Rotary as Rotary
 from .lengths import context_of_copy as context_of_copy
 from .lens import LoraLens as LoraLens
-from .lens import Scale as Scale
-from .lens import name_of_scale as name_of_scale
-from .lens import null_adapters as null_adapters
 from .modules import HOOK_IN as HOOK_IN
 from .modules import Shell as Shell
 from .modules import is_conv1d as is_conv1d
@@ -54,6 +52,7 @@ from .modules import names_by_path as names_by_path
 from .modules import normalised as normalised
 from .modules import shape_of as shape_of
 from .modules import unwrapped as unwrapped
+from .null_draws import null_adapters as null_adapters
 from .passes import ForwardPass as ForwardPass
 from .passes import OpenBlock as OpenBlock
 from .passes import Rows as Rows
@@ -61,6 +60,15 @@ from .plan import Injection as Injection
 from .plan import Plan as Plan
 from .plan import make_plan as make_plan
 from .points import HookPoints as HookPoints
+from .precision import eps_of as eps_of
+from .public_call import alone as alone
+from .running import AGREEMENT as AGREEMENT
+from .running import TOKENS as TOKENS
+from .running import base_logits as base_logits
+from .running import note_that_it_ran as note_that_it_ran
+from .running import plain_logits as plain_logits
+from .running import require_running as require_running
+from .running import require_same_logits as require_same_logits
 from .sites import ATTENTION_KINDS as ATTENTION_KINDS
 from .sites import AXES as AXES
 from .sites import EMBEDDING_KINDS as EMBEDDING_KINDS
@@ -70,7 +78,6 @@ from .sites import Groups as Groups
 from .sites import Heads as Heads
 from .sites import Names as Names
 from .sites import Site as Site
-from .sites import SiteFactors as SiteFactors
 from .sites import by_axes as by_axes
 from .sites import chosen_sites as chosen_sites
 from .sites import group_sites as group_sites

@@ -1,12 +1,10 @@
-"""The unprocessed Hugging Face base, and how the hooked model's weights differ from it.
+"""The unprocessed Hugging Face base: its weights, by module path.
 
 Processing (folded norms, centred weights, folded value biases) removes from the hooked model
 something that the adapter was trained with. The base still has it.
 
 1. `BaseWeights` reads W, b, γ and β by module path, without a copy.
-2. `infer_processing` finds out which processing was done to a weight. It does not trust the options
-   of loading: it processes the base's weight in each known way and compares.
-3. `is_same` tells whether two tensors are one up to rounding: what an adapter's file repeats of the
+2. `is_same` tells whether two tensors are one up to rounding: what an adapter's file repeats of the
    base is no update.
 
 Comparisons are in float64, some rows at a time: a large head is never copied whole.
@@ -14,9 +12,7 @@ Comparisons are in float64, some rows at a time: a large head is never copied wh
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,6 +50,7 @@ class BaseWeights:
         self._family = family
 
     def _module(self, path: str) -> nn.Module:
+        """The module at a path, within a layer of PEFT where one is there."""
         try:
             module = self._model.get_submodule(path)
         except AttributeError as error:
@@ -64,14 +61,16 @@ class BaseWeights:
         return getattr(module, "base_layer", module)
 
     def weight(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out in"]:
-        """W of a linear, or of an embedding with the vocabulary as its input.
+        """The weight W of a linear map, or of an embedding with the vocabulary as its input.
 
-        `rows` are the output rows of a fused projection; None for all.
+        Args:
+            path: that of the module.
+            rows: the output rows of a fused projection; None for all.
         """
         return _rows(stored_weight(self._module(path)), rows)
 
     def bias(self, path: str, rows: Tensor | None = None) -> Float[Tensor, " out"] | None:
-        """b of a linear; None where it has none."""
+        """The bias b of a linear map; None where it has none."""
         bias = getattr(self._module(path), "bias", None)
         return None if bias is None else _rows(bias.detach(), rows)
 
@@ -86,7 +85,7 @@ class BaseWeights:
         return bool(getattr(self._model.config, "tie_word_embeddings", False))
 
     def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """(γ, β) of a norm; β is None for an RMS norm, and γ is 1 for a norm without one."""
+        """The parameters (γ, β) of a norm; γ is 1 where it has none, and β None."""
         norm = self._module(path)
         bias = getattr(norm, "bias", None) if self._family.norm == "LN" else None
         weight = cast("Tensor | None", norm.weight)
@@ -109,77 +108,21 @@ def _rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
 
 
 class Processing(NamedTuple):
-    """What was done to one weight.
+    """How a hooked model's weight was processed.
 
     Attributes:
-        folded: γ and β of the norm before it were multiplied in.
-        centred: what it writes sums to zero over the residual stream.
+        folded: whether γ and β of the norm before it were multiplied in.
+        centred: whether what it writes sums to zero over the residual stream.
     """
 
     folded: bool
     centred: bool
 
 
-def infer_processing(
-    name: str,
-    weight: Float[Tensor, "out in"],
-    base: Float[Tensor, "out in"],
-    gamma: Float[Tensor, " in"] | None,
-    centres_reads: bool,
-    centres_writes: bool,
-) -> Processing:
-    """Which processing turns the base's weight into the model's, found by comparing them.
-
-    `gamma` is that of the norm which the linear reads. What the weight reads may have been centred
-    as well where that is a LayerNorm, and what it writes where that is the residual stream.
-
-    Raises:
-        ModelStateError: no processing does, so the model was not made from this base.
-    """
-    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
-    chunks = list(zip(_chunks(weight), _chunks(base), strict=True))
-    reads: list[tuple[Tensor | None, bool]] = [(None, False)]  # γ folded in, and centred or not
-    if gamma is not None:
-        reads += [(gamma, False), (gamma, True)] if centres_reads else [(gamma, False)]
-    errors: list[tuple[float, Processing]] = []
-    for (factor, centre), centred in itertools.product(reads, (False, True)[: 1 + centres_writes]):
-        processed = functools.partial(_as_processed, gamma=factor, centre_read=centre)
-        error = _largest_error(chunks, processed, centred)
-        errors.append((error, Processing(factor is not None, centred)))
-    error, processing = min(errors, key=lambda pair: pair[0])
-    size = max(_largest(base), _largest(weight))
-    if error > 16 * eps * size:
-        raise ModelStateError(
-            f"{name}: no known processing turns hf_model's weight into the model's (they differ by "
-            f"{error:.3g}, and the largest entry is {size:.3g}). Pass the base that this hooked "
-            "model was made from; refactor_factored_attn_matrices is not supported."
-        )
-    return processing
-
-
-def _as_processed(
-    rows: Float[Tensor, "some in"], gamma: Float[Tensor, " in"] | None, centre_read: bool
-) -> Float[Tensor, "some in"]:
-    wide = in_float64(rows)
-    wide = wide if gamma is None else wide * in_float64(gamma).to(wide.device)
-    return wide - wide.mean(1, keepdim=True) if centre_read else wide
-
-
-def _largest_error(
-    chunks: Sequence[tuple[Tensor, Tensor]], processed: Callable[[Tensor], Tensor], centred: bool
-) -> float:
-    """Between the model's rows and the base's, processed in one way."""
-    mean = _mean_row(processed(base) for _, base in chunks) if centred else 0.0
-    return max(
-        float((wide - (processed(base) - mean).to(wide.device)).abs().max())
-        for wide, base in ((in_float64(weight), base) for weight, base in chunks)
-    )
-
-
 def is_centred(weight: Float[Tensor, "out in"]) -> bool:
     """Whether every column of a writing weight sums to zero over the residual stream."""
-    mean = _mean_row(map(in_float64, _chunks(weight)))
-    return float(mean.abs().max()) <= 8 * torch.finfo(weight.dtype).eps * _largest(weight)
+    mean = mean_row(map(in_float64, chunks_of(weight)))
+    return float(mean.abs().max()) <= 8 * torch.finfo(weight.dtype).eps * largest_entry(weight)
 
 
 def is_same(held: Tensor, base: Tensor) -> bool:
@@ -198,20 +141,27 @@ def is_same(held: Tensor, base: Tensor) -> bool:
             rtol=limits.eps,
             atol=limits.smallest_normal * limits.eps,
         )
-        for chunk, expected in zip(_chunks(held), _chunks(base), strict=True)
+        for chunk, expected in zip(chunks_of(held), chunks_of(base), strict=True)
     )
 
 
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+def chunks_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in parts of some rows, so that a large one is never copied whole."""
     return tensor.split(max(1, _ENTRIES // max(1, tensor[:1].numel())))
 
 
-def _mean_row(chunks: Iterable[Float[Tensor, "some in"]]) -> Float[Tensor, " in"]:
-    sums, counts = zip(*((chunk.sum(0), len(chunk)) for chunk in chunks), strict=True)
-    return functools.reduce(torch.add, sums) / sum(counts)
+def mean_row(chunks: Iterable[Float[Tensor, "some in"]]) -> Float[Tensor, " in"]:
+    """The mean over the rows of all chunks."""
+    total: Tensor | float = 0.0
+    count = 0
+    for chunk in chunks:
+        total = total + chunk.sum(0)
+        count += len(chunk)
+    return cast(Tensor, total) / count
 
 
-def _largest(weight: Tensor) -> float:
+def largest_entry(weight: Tensor) -> float:
+    """The largest magnitude of an entry."""
     low, high = weight.aminmax()
     return max(-float(low), float(high))
 

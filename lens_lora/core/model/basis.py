@@ -1,4 +1,4 @@
-"""δ of a site in the basis of the hooked model, processed or not, and in which coordinates.
+"""What a site adds, δ(z), in the basis of the hooked model, whether that was processed or not.
 
 An adapter was trained on x, the input of the Hugging Face linear; a hook shows z. They differ by
 
@@ -20,7 +20,6 @@ No forward pass.
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
 import torch
 from einops import einsum
@@ -36,11 +35,13 @@ Input = Float[Tensor, "... in"] | Int[Tensor, "..."]
 
 @dataclasses.dataclass(frozen=True)
 class SiteMap:
-    """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
+    """A site's map δ(z) = sB(Az + a₀), with A, B and a₀ in the model's basis.
+
+    Its coordinates u = Az + a₀ span the rank space of the site.
 
     Attributes:
-        A: reads z; γ is in it.
-        sB: writes δ: s·B, and centred where the model's writing weights are.
+        A: reads z; it contains γ.
+        sB: writes δ. It contains s, and is centred where the model's writing weights are.
         a0: the coordinates that β, folded value biases and a change of bias give for z = 0.
         a0_by_head: a₀ split over the heads of an input that has them (o).
         sB_by_head: sB split over heads that write to one output: the constant part of v, at o.
@@ -58,63 +59,64 @@ class SiteMap:
 
     @property
     def rank(self) -> int:
-        """The number of coordinates of u."""
+        """The number of coordinates in u."""
         return self.A.shape[0]
 
     @property
     def width(self) -> int:
-        """The number of features of z."""
+        """The number of features in z."""
         return self.A.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of δ."""
+        """The dtype of δ."""
         return self.A.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where δ is computed."""
+        """The device on which δ is computed."""
         return self.A.device
 
     def norm(self) -> float:
-        """‖BA‖_F; what is constant is left out."""
+        """‖sBA‖_F, without what is constant."""
         return float(norm_of_product(self.sB, self.A))
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(B, A) with BA the change of the model's own weight by merging, without a change of bias.
+        """The factors (sB, A) of ΔW, the change that merging makes to the model's own weight.
 
-        Where the model itself applies γ, A does not contain it.
+        A change of bias is left out. Where the model itself applies γ, A does not contain it.
         """
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.sB[:, : len(A)], A
 
     def weight_norm(self) -> Float[Tensor, ""]:
-        """‖ΔW‖_F of the change of the model's own weight; see `of_weight`."""
+        """‖ΔW‖_F of the change that `of_weight` factors."""
         return norm_of_product(*self.of_weight())
 
     def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
-        """What z holds beside the number of an expert."""
+        """What the map reads of z, which may also hold the number of an expert."""
         return z
 
     def by_token(self, u: Float[Tensor, "*token rank"]) -> Float[Tensor, "*token rank"]:
-        """u of each token, whatever reads it in several slots."""
+        """Sum u over the slots of a token, where a token has several."""
         return u
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
-        """u = Az + a₀; of token ids, each id picks a column of A."""
-        u = applied(z.to(self.A.dtype), self.A) if z.is_floating_point() else self.A.T[z]
+        """Compute u = Az + a₀; a token id picks its column of A."""
+        holds_ids = not z.is_floating_point()
+        u = self.A.T[z] if holds_ids else applied(z.to(self.A.dtype), self.A)
         return u if self.a0 is None else u + self.a0
 
     def __call__(self, z: Input) -> Float[Tensor, "... out"]:
-        """δ = Bu = s·B·A·x."""
+        """Compute δ(z)."""
         return self.write(self.coordinates(z))
 
     def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
-        """GᵀB, the derivative by u."""
+        """Compute Gᵀ·sB: the derivative by u, where G is the one by δ."""
         return applied(gradient, self.sB.T)
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
-        """δ = Bu; [batch, pos, head, rank] gives each head its own rows of B."""
+        """Compute δ = sB·u; of u [batch, pos, head, rank], each head has its own rows of sB."""
         if u.ndim < 4:
             return applied(u, self.sB)
         B = self.sB.unflatten(0, (u.shape[-2], -1))
@@ -123,16 +125,16 @@ class SiteMap:
     def own_by_head(
         self, gradient: Float[Tensor, "batch pos _out"], z: Input, heads: int
     ) -> Float[Tensor, "batch pos head rank"] | None:
-        """⟨G, δ⟩ by head and coordinate, where the heads are not those of usual attention.
+        """Split ⟨G, δ⟩ by head and coordinate, where the map itself says how.
 
-        None for a map of usual attention, whose heads lie in its input or in its output.
+        None for a linear map of attention, whose heads lie in its input or in its output.
         """
         del gradient, z, heads
 
     def added(
         self, out: Float[Tensor, "..."], u: Float[Tensor, "... rank"], gate: Float[Tensor, "*batch"]
     ) -> Float[Tensor, "..."]:
-        """out + B(gate · u), computed at its own precision and cast to the model's.
+        """Compute out + sB(gate · u), at the precision of the map, and cast it to the model's.
 
         The gate multiplies u and not δ = Bu: u has only `rank` numbers, and so has its derivative.
         """
@@ -145,15 +147,15 @@ class SiteMap:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update:
-    """What the adapter adds to one linear map, s·BAx + Δb, in the Hugging Face basis.
+    """The update s·BAx + Δb of one linear map, in the Hugging Face basis.
 
     Attributes:
         A: reads x, the input of the Hugging Face linear.
         B: writes.
-        scale: s, with the adapter's strength and the model's own factor of an embedding.
-        bias: Δb, if the adapter changes the bias.
-        experts: of a stack of experts how many it has, each with as many ranks, one expert's after
-            another's.
+        scale: s, times the adapter's strength and the model's own factor of an embedding.
+        bias: Δb, where the adapter changes the bias.
+        experts: how many experts share the ranks, each with as many, one after another; 0 where
+            the weight is no stack.
     """
 
     A: Float[Tensor, "rank in"]
@@ -163,11 +165,11 @@ class Update:
     experts: int = 0
 
     def by_expert(self) -> list[Update]:
-        """The update of each expert; of any other map itself."""
+        """The update of each expert; this one alone where the weight is no stack."""
         if not self.experts:
             return [self]
-        As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
-        return [Update(A, B, self.scale) for A, B in zip(As, Bs, strict=True)]
+        factors = zip(self.A.chunk(self.experts), self.B.chunk(self.experts, 1), strict=True)
+        return [Update(A, B, self.scale) for A, B in factors]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,14 +177,14 @@ class Basis:
     """How a site's z and output in the hooked model differ from the Hugging Face linear's.
 
     Attributes:
-        dtype: that of the site's δ.
+        dtype: the dtype of δ.
         device: where the model's weight lies.
         gamma: γ with x = γ ⊙ z + β; None for 1.
-        gamma_is_own: the model still applies γ itself, after the hook point that shows z.
+        gamma_is_own: whether the model applies γ itself, after the hook point that shows z.
         beta: β, or Rep(b̂_V) at o; None for 0.
-        centre_read: z is centred, so what A reads along 1 is dropped.
-        centre_write: writing weights are centred, so B is too.
-        n_heads: into which the input is split (o); 0 where it is not.
+        centre_read: whether z is centred, so that what A reads along 1 is dropped.
+        centre_write: whether writing weights are centred, so that B is centred, too.
+        n_heads: the number of heads into which the input is split (o); 0 where it is not split.
         kv_copies: how often the model repeats each head of k and v.
         d_head: the width of a head.
     """
@@ -200,7 +202,7 @@ class Basis:
 
 
 def site_map(update: Update, basis: Basis) -> SiteMap:
-    """A site's δ in the model's basis: A' = A diag(γ), a₀ = Aβ, B' = s·PB.
+    """Compute a site's map in the model's basis: A' = A diag(γ), a₀ = Aβ, B' = s·PB.
 
     A change of bias becomes the last direction of rank space, with coordinate 1. It belongs to no
     head: split by head, it has a slot of its own after the heads.
@@ -211,86 +213,103 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
     home = float64_device(basis.device)
     reads = in_float64(update.A).to(home)
     writes = in_float64(update.B).to(home) * update.scale
-    a0, heads = _offset(reads, basis)
-    behind = reads if basis.gamma_is_own and basis.gamma is not None else None
+    a0, a0_by_head = _offset(reads, basis)
+    reads_behind_gamma = None
     if basis.gamma is not None:
+        if basis.gamma_is_own:
+            reads_behind_gamma = reads
         reads = reads * in_float64(basis.gamma).to(home)
     if basis.centre_read:
         reads = reads - reads.mean(1, keepdim=True)
     if update.bias is not None:
         writes = torch.cat([writes, in_float64(update.bias).to(home)[:, None]], 1)
-        reads, a0, heads = _with_bias_coordinate(reads, a0, heads, basis.n_heads)
+        reads, a0, a0_by_head = _with_bias_coordinate(reads, a0, a0_by_head, basis.n_heads)
     if basis.centre_write:
         writes = writes - writes.mean(0, keepdim=True)
     if basis.kv_copies > 1:
         by_head = writes.unflatten(0, (-1, basis.d_head))
         writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)
-    A, B, a0, heads, behind = (
-        None if tensor is None else tensor.to(basis.dtype).to(basis.device)
-        for tensor in (reads, writes, a0, heads, behind)
+
+    def rounded(exact: Tensor) -> Tensor:
+        return exact.to(basis.dtype).to(basis.device)
+
+    return SiteMap(
+        A=rounded(reads),
+        sB=rounded(writes),
+        a0=None if a0 is None else rounded(a0),
+        a0_by_head=None if a0_by_head is None else rounded(a0_by_head),
+        A_behind_gamma=None if reads_behind_gamma is None else rounded(reads_behind_gamma),
     )
-    return SiteMap(cast(Tensor, A), cast(Tensor, B), a0, heads, A_behind_gamma=behind)
 
 
 def _dense_map(update: Update, basis: Basis) -> SiteMap | None:
-    """The map of a dense ΔW whose factors this basis leaves as they are; None of any other.
+    """The map of a dense ΔW where this basis leaves its factors as they are; None for any other.
 
-    So it holds ΔW alone, as the adapter does.
+    One of the two factors is a view, the reversal of the features (`dense`), so the map holds ΔW
+    alone, as the adapter does.
     """
     is_dense = is_reversal(update.A) or is_reversal(update.B)
-    is_as_read = basis.gamma is None and basis.beta is None and not basis.centre_read
-    is_as_written = not basis.centre_write and basis.kv_copies == 1
-    if not (is_dense and is_as_read and is_as_written) or update.bias is not None:
+    reads_x = basis.gamma is None and basis.beta is None and not basis.centre_read
+    writes_as_is = not basis.centre_write and basis.kv_copies == 1
+    if not (is_dense and reads_x and writes_as_is) or update.bias is not None:
         return None
-    A, B = (converted(factor, basis.dtype, basis.device) for factor in (update.A, update.B))
+    A = converted(update.A, basis.dtype, basis.device)
+    B = converted(update.B, basis.dtype, basis.device)
     if update.scale == 1:
         return SiteMap(A, B, None)
-    return (
-        SiteMap(A, update.scale * B, None) if is_reversal(A) else SiteMap(update.scale * A, B, None)
-    )
+    # The scale goes into the factor that holds ΔW, so that the other one stays a view.
+    if is_reversal(A):
+        return SiteMap(A, update.scale * B, None)
+    return SiteMap(update.scale * A, B, None)
 
 
 def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
-    """a₀ = Aβ, and its split over the heads of the input where it has them."""
+    """Compute a₀ = Aβ, and its split over the heads of the input, where it has heads."""
     if basis.beta is None or not bool((basis.beta != 0).any()):
         return None, None
     beta = in_float64(basis.beta).to(reads.device)
     a0 = reads @ beta
     if not basis.n_heads:
         return a0, None
-    return a0, (reads * beta).unflatten(1, (basis.n_heads, -1)).sum(-1).T.contiguous()
+    by_head = (reads * beta).unflatten(1, (basis.n_heads, -1)).sum(-1).T
+    return a0, by_head.contiguous()
 
 
 def _with_bias_coordinate(
-    reads: Tensor, a0: Tensor | None, heads: Tensor | None, n_heads: int
+    reads: Tensor, a0: Tensor | None, a0_by_head: Tensor | None, n_heads: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    a0 = torch.cat([reads.new_zeros(len(reads)) if a0 is None else a0, reads.new_ones(1)])
+    """A, a₀ and its split over heads with one more coordinate, which is 1 whatever z is."""
+    if a0 is None:
+        a0 = reads.new_zeros(len(reads))
+    a0 = torch.cat([a0, reads.new_ones(1)])
     reads = torch.cat([reads, reads.new_zeros(1, reads.shape[1])])
     if not n_heads:
         return reads, a0, None
-    spread = reads.new_zeros(n_heads + 1, len(reads))
-    if heads is not None:
-        spread[:n_heads, :-1] = heads
-    spread[n_heads, -1] = 1.0
-    return reads, a0, spread
+    by_slot = reads.new_zeros(n_heads + 1, len(reads))
+    if a0_by_head is not None:
+        by_slot[:n_heads, :-1] = a0_by_head
+    by_slot[n_heads, -1] = 1.0
+    return reads, a0, by_slot
 
 
 def norm_of_product(B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]) -> Float[Tensor, ""]:
-    """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
-    left, right = in_float64(B), in_float64(A)
-    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+    """Compute ‖BA‖_F without building BA: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
+    writes = in_float64(B)
+    reads = in_float64(A)
+    square = ((writes.T @ writes) * (reads @ reads.T)).sum()
+    return square.clamp(min=0).sqrt()
 
 
-# --- norms
+# --- Norms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormUpdate:
-    """What the adapter adds to one norm, as the Hugging Face module has it.
+    """The update of one norm's parameters, as the Hugging Face module has them.
 
     Attributes:
         gamma: Δγ.
-        beta: Δβ, or None.
+        beta: Δβ; None where β stays.
     """
 
     gamma: Float[Tensor, " d"]
@@ -298,11 +317,18 @@ class NormUpdate:
 
 
 class NormMap(SiteMap):
-    """δ(n) = Δγ ⊙ n + Δβ."""
+    """A norm's map δ(n) = Δγ ⊙ n + Δβ.
+
+    Args:
+        gamma: Δγ.
+        beta: Δβ, where β changes.
+    """
 
     def __init__(self, gamma: Float[Tensor, " d"], beta: Float[Tensor, " d"] | None = None) -> None:
-        for name, value in (("gamma", gamma), ("beta", beta), ("a0", None)):
-            object.__setattr__(self, name, value)
+        # A and sB are properties here, so the dataclass' own constructor cannot be used.
+        object.__setattr__(self, "gamma", gamma)
+        object.__setattr__(self, "beta", beta)
+        object.__setattr__(self, "a0", None)
 
     gamma: Float[Tensor, " d"]
     beta: Float[Tensor, " d"] | None
@@ -317,51 +343,56 @@ class NormMap(SiteMap):
 
     @property
     def sB(self) -> Float[Tensor, "out rank"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """diag(Δγ), and Δβ as a last column."""
+        """The matrix diag(Δγ), with Δβ as a last column where there is one."""
         diagonal = torch.diag(self.gamma)
-        return diagonal if self.beta is None else torch.cat([diagonal, self.beta[:, None]], 1)
+        if self.beta is None:
+            return diagonal
+        return torch.cat([diagonal, self.beta[:, None]], 1)
 
     @property
     def rank(self) -> int:
-        """One for each feature, and one for Δβ."""
+        """The number of coordinates: one for each feature, and one for Δβ."""
         return len(self.gamma) + (self.beta is not None)
 
     @property
     def width(self) -> int:
-        """Of n."""
+        """The number of features in n."""
         return len(self.gamma)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of δ."""
+        """The dtype of δ."""
         return self.gamma.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where δ is computed."""
+        """The device on which δ is computed."""
         return self.gamma.device
 
     def norm(self) -> float:
-        """‖diag(Δγ)‖_F = ‖Δγ‖."""
+        """‖Δγ‖, which is ‖diag(Δγ)‖_F."""
         return float(in_float64(self.gamma).norm())
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(diag(Δγ), I)."""
+        """The factors diag(Δγ) and I."""
         return torch.diag(self.gamma), torch.eye(self.width, dtype=self.dtype, device=self.device)
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
-        """u = (n, 1)."""
+        """Compute u = (n, 1), without the 1 where β stays."""
         u = z.to(self.dtype)
-        return u if self.beta is None else torch.cat([u, torch.ones_like(u[..., :1])], -1)
+        if self.beta is None:
+            return u
+        return torch.cat([u, torch.ones_like(u[..., :1])], -1)
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
-        """Δγ ⊙ u, plus Δβ times the last coordinate."""
+        """Compute Δγ ⊙ u, plus Δβ times the last coordinate."""
         delta = u[..., : self.width] * self.gamma
-        delta = delta if self.beta is None else delta + u[..., self.width :] * self.beta
+        if self.beta is not None:
+            delta = delta + u[..., self.width :] * self.beta
         return delta if u.ndim < 4 else delta.flatten(2)
 
     def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
-        """Gᵀ B."""
+        """Compute Gᵀ·sB, the derivative by u."""
         by_feature = gradient * self.gamma
         if self.beta is None:
             return by_feature
@@ -373,7 +404,7 @@ class NormMap(SiteMap):
         z: Float[Tensor, "batch pos *head d"],
         heads: int,
     ) -> Float[Tensor, "batch pos head rank"]:
-        """⟨G, δ⟩ by head and coordinate: of a norm's own heads, or of inputs that have heads."""
+        """Split ⟨G, δ⟩ by head and coordinate: by a norm's own heads, or those of its inputs."""
         if z.ndim == 4:
             gradient = gradient.unflatten(-1, (z.shape[2], -1))
         products = self.back(gradient) * self.coordinates(z)

@@ -1,13 +1,13 @@
-"""TransformerBridge (transformer-lens 3.x, 4.x): hook names, weights, attention.
+"""The host of a TransformerBridge (transformer-lens 3.x, 4.x): its hook points and weights.
 
-Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
-bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
-input x; once the norm is folded it is n. Names are those of `families`, or read from the model
-(`hosts/bridged.py`) where a family has no entry.
-
-Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
-d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
-weight. So the copies are read at that hook point and normalised in the same way.
+1. Each linear component has its own `hook_in` and `hook_out`. The bridge splits a fused projection
+   into components of q, k and v. Unprocessed, `hook_in` is the Hugging Face linear's input x; once
+   the norm is folded, it is n.
+2. The names of modules are those of `families`. Where a family has no entry, they are read from the
+   model (`extensions.family_of_bridge`).
+3. Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual stream, [batch,
+   pos, head, d_model]. The bridge normalises them after their last hook point, then multiplies each
+   by its head's weight. So the copies are read at that hook point and normalised in the same way.
 
 """
 
@@ -24,28 +24,23 @@ from torch import Tensor, nn
 from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.core.model import extensions
+from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.bases import stored_weight
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import add_pre_hook, computes, of_the_base
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.modules import HOOK_IN, module_at, normalised, unwrapped
-from lens_lora.core.model.sites import (
-    MLP_KINDS,
-    NORM_READ_BY,
-    USUAL_KINDS,
-    Heads,
-    SiteFactors,
-    site_name,
-)
+from lens_lora.core.model.sites import MLP_KINDS, NORM_READ_BY, USUAL_KINDS, Heads, site_name
 from lens_lora.errors import ModelStateError, setting
-from lens_lora.families import BridgedFamily, Family, find_family, listed_family
+from lens_lora.families import BridgedFamily, Family, Place, find_family, listed_family
 
 _R = TypeVar("_R")
 
 
 def attentions(model: Any) -> list[Any]:
-    """Those of the blocks that have attention under the usual name."""
-    return [block.attn for block in getattr(model, "blocks", ()) if hasattr(block, "attn")]
+    """The attentions of a bridge's blocks, where they have the usual name."""
+    blocks = getattr(model, "blocks", ())
+    return [block.attn for block in blocks if hasattr(block, "attn")]
 
 
 def has_fused_attention(model: Any) -> bool:
@@ -53,8 +48,6 @@ def has_fused_attention(model: Any) -> bool:
     found = attentions(model)
     return bool(found) and all(compat.own_forward(attention) is not None for attention in found)
 
-
-# --- the host
 
 _PROCESSED_GATED = ("gate", "up")
 # Under which names tools read a component's parameters.
@@ -80,10 +73,10 @@ class BridgeHost(HookedHost):
     def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
         _refuse_unknown_copies(model)
         extensions.refuse_unusable_bridge(model)
-        cfg, architecture = model.cfg, type(model.original_model).__name__
+        cfg = model.cfg
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
-        family, homes = _family_of(model, architecture, heads)
+        family, homes = _family_of(model, heads)
         super().__init__(model, family, heads, hf_model)
         self._homes: Mapping[tuple[int, str], str] = homes
         self._is_listed: bool = not isinstance(family, BridgedFamily)
@@ -95,24 +88,30 @@ class BridgeHost(HookedHost):
         name = self._component(layer, kind)
         if self._homes and kind not in USUAL_KINDS:
             return self._ports_by_path(layer, name)
-        copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
-        if copies is not None:
-            return Ports(copies, f"{name}.hook_out", through=self._norm_per_head(layer, kind))
+        read = f"{name}.hook_in"
+        write = f"{name}.hook_out"
+        if kind in ("q", "k", "v"):
+            copies = self._copies(layer, kind)
+            if copies is not None:
+                return Ports(copies, write, through=self._norm_per_head(layer, kind))
         if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
-            return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
+            return Ports(f"blocks.{layer}.mlp.hook_in", write)
         if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
-            return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
-        return Ports(f"{name}.hook_in", f"{name}.hook_out")
+            return Ports(read, f"blocks.{layer}.attn.hook_out")
+        return Ports(read, write)
 
     def _ports_by_path(self, layer: int, name: str) -> Ports:
-        """Those of a component or a module that may see the tokens of all rows as one axis."""
-        like = self.block_input(layer) if 0 <= layer < self.n_layers else None
-        weight = module_at(self.model, name)
-        if isinstance(weight, nn.Parameter):
-            return Ports(name, name, like=like, layout="slots" if weight.ndim == 3 else "rows")
-        ends = (f"{name}{HOOK_IN}", f"{name}.hook_out")
-        read, write = ends if ends[0] in self.model.hook_dict else (name, name)
-        return Ports(read, write, like=like)
+        """Where a module reads and writes that may see the tokens of all rows as one axis."""
+        is_in_block = 0 <= layer < self.n_layers
+        like = self.block_input(layer) if is_in_block else None
+        module = module_at(self.model, name)
+        if isinstance(module, nn.Parameter):
+            is_stack = module.ndim == 3
+            return Ports(name, name, like=like, layout="slots" if is_stack else "rows")
+        read = f"{name}{HOOK_IN}"
+        if read in self.model.hook_dict:
+            return Ports(read, f"{name}.hook_out", like=like)
+        return Ports(name, name, like=like)
 
     def _component(self, layer: int, kind: str) -> str:
         """The name, in the bridge, of a linear map, an embedding or a norm."""
@@ -154,11 +153,15 @@ class BridgeHost(HookedHost):
 
     def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
         """What the bridge does to the copies before the weight; k and v take the first heads'."""
-        attn, heads = self.model.blocks[layer].attn, self.heads.of(kind)
-        return lambda copies: compat.normed_per_head(attn, copies[:, :, :heads])
+        attention = self.model.blocks[layer].attn
+        heads = self.heads.of(kind)
+        return lambda copies: compat.normed_per_head(attention, copies[:, :, :heads])
 
     def _computes_gated_mlp(self, layer: int) -> bool:
-        """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
+        """Whether the bridge itself computes this MLP, past the hook_in of gate and up.
+
+        It does so for processed gated MLPs.
+        """
         mlp = self.model.blocks[layer].mlp
         return compat.uses_processed_weights(mlp) and hasattr(mlp, "gate")
 
@@ -175,9 +178,10 @@ class BridgeHost(HookedHost):
 
         Of a quantised module, the dequantised weight, made anew at each call.
         """
-        held = self._held(layer, kind) if kind in (*_PROCESSED_GATED, "down") else None
-        if held is not None:
-            return held
+        if kind in (*_PROCESSED_GATED, "down"):
+            processed = self._processed_weight(layer, kind)
+            if processed is not None:
+                return processed
         linear = self._wrapped(layer, kind)
         if isinstance(linear, nn.Parameter):
             return self._of_parameter(layer, kind, extensions.as_one_map)
@@ -186,10 +190,12 @@ class BridgeHost(HookedHost):
         with compat.brought_in(linear):
             weight = stored_weight(linear)
         scale = self.embedding_scale(kind)
-        return weight if scale == 1 else weight * scale
+        if scale == 1:
+            return weight
+        return weight * scale
 
     def _of_parameter(self, layer: int, kind: str, look: Callable[[nn.Module, Tensor], _R]) -> _R:
-        """What `look` makes of a module and its weight, where no linear module holds it."""
+        """What `look` makes of a module and its parameter, where no linear module holds the map."""
         name, _, parameter = self._component(layer, kind).rpartition(".")
         owner = module_at(self.model, name)
         with compat.brought_in(owner):
@@ -202,24 +208,28 @@ class BridgeHost(HookedHost):
         return super().shape(layer, kind)
 
     def stack(self, layer: int, kind: str) -> Tensor | None:
-        """The parameter of a module of experts."""
+        """The parameter of a stack of experts; None of any other kind."""
         weight = self._wrapped(layer, kind)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 3:
             return None
         return self._of_parameter(layer, kind, lambda _, stack: stack.detach())
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
-        """A component computes by the module that it wraps; its own `weight` is for tools, and for
-        the passes of a processed gated MLP (transformer-lens 4).
+        """Refuse the reading of a component's parameters, by which tools compute.
+
+        The component itself computes by the module that it wraps, but for a processed gated MLP
+        (transformer-lens 4): there the MLP's own passes read them.
         """
         component = module_at(self.model, self._component(site.layer, site.kind))
         if not isinstance(component, nn.Module) or unwrapped(component) is component:
             return
-        names = [name for parameter in parameters for name in _READ_AS[parameter]]
+        names: list[str] = []
+        for parameter in parameters:
+            names += _READ_AS[parameter]
         why = functools.partial(of_the_base, site.name)
         if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
-            passes = computes(span, self.model.blocks[site.layer].mlp)
-            compat.refuse_reading(span, component, names, why, unless=passes)
+            is_computing = computes(span, self.model.blocks[site.layer].mlp)
+            compat.refuse_reading(span, component, names, why, unless=is_computing)
         else:
             compat.refuse_reading(span, component, names, why)
 
@@ -228,7 +238,7 @@ class BridgeHost(HookedHost):
         return unwrapped(module_at(self.model, self._component(layer, kind)))
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
-        """W at a site; a dequantised weight is only near it."""
+        """W at a site, where the model has it: a dequantised weight is only near it."""
         if extensions.quantised_name(self._wrapped(site.layer, site.kind)) is not None:
             raise ModelStateError(
                 f"{site.label}: {update} depends on the base's own weight, and this model's is "
@@ -237,10 +247,13 @@ class BridgeHost(HookedHost):
             )
         return super().base_weight(site, update)
 
-    def _held(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
+    def _processed_weight(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
-        held = compat.processed_weight(self.model.blocks[layer].mlp, _COMPONENTS.get(kind, kind))
-        return held.detach() if held is not None and self._computes_gated_mlp(layer) else None
+        name = _COMPONENTS.get(kind, kind)
+        held = compat.processed_weight(self.model.blocks[layer].mlp, name)
+        if held is None or not self._computes_gated_mlp(layer):
+            return None
+        return held.detach()
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """The wrapped module's bias, of any kind."""
@@ -250,35 +263,41 @@ class BridgeHost(HookedHost):
             return None if bias is None else bias.detach().flatten()
 
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        """The wrapped norm's own."""
+        """(γ, β) of the wrapped norm; None also where its class has a γ and it has none."""
         norm = self._wrapped(layer, kind)
-        if getattr(norm, "weight", None) is None:  # also one that has a γ by its class, not here
+        if getattr(norm, "weight", None) is None:
             return None
         with compat.brought_in(norm):
-            bias, gamma = getattr(norm, "bias", None), norm.weight.detach()
+            gamma = norm.weight.detach()
+            beta = getattr(norm, "bias", None)
         if self.family.gamma_offset:
             has_float64 = compat.float64_device(gamma.device) == gamma.device
             wide = gamma.double() if has_float64 else gamma.float()
             gamma = wide + self.family.gamma_offset
-        return gamma, None if bias is None else bias.detach()
+        return gamma, None if beta is None else beta.detach()
 
     def reads_folded_norm(self, layer: int, kind: str) -> bool:
         """True where weights were processed and the norm has weight 1 and bias 0."""
         if not self.needs_base():
             return False
         norm = self._wrapped(layer, NORM_READ_BY.get(kind, "ln_final"))
-        norm = self._wrapped(layer, "ln1") if norm is None else norm
-        gamma, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        is_one = gamma is None or bool((gamma + self.family.gamma_offset == 1).all())
-        return is_one and (bias is None or not bool(bias.any()))
+        if norm is None:
+            norm = self._wrapped(layer, "ln1")
+        gamma = getattr(norm, "weight", None)
+        if gamma is not None and bool((gamma + self.family.gamma_offset != 1).any()):
+            return False
+        beta = getattr(norm, "bias", None)
+        return beta is None or not bool(beta.any())
 
     def is_tied(self) -> bool | None:
-        """As the wrapped model's config says."""
+        """Whether the wrapped model's config ties the head to the embedding."""
         return bool(getattr(self.model.original_model.config, "tie_word_embeddings", False))
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
-        """As of any host; None also where it is not known what follows before the logits."""
-        return super().unembedding() if self._is_listed else None
+        """(W_U, bias); None also where it is not known what follows them before the logits."""
+        if not self._is_listed:
+            return None
+        return super().unembedding()
 
     def needs_base(self) -> bool:
         """Whether the bridge's compatibility mode processed the weights."""
@@ -287,36 +306,37 @@ class BridgeHost(HookedHost):
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
-        """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
+        """Run with Hugging Face's own cache, which attention is given by the name that it knows."""
         with _cache_is_shown(attentions(self.model)):
             return self.model(
                 tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
             )
 
 
-def _family_of(
-    model: Any, architecture: str, heads: Heads
-) -> tuple[Family, Mapping[tuple[int, str], str]]:
-    """The family, and the names of what was read from the model: all of it where none is listed,
-    stacks of experts and routers where one is.
+def _family_of(model: Any, heads: Heads) -> tuple[Family, Mapping[tuple[int, str], str]]:
+    """The family, and by layer and kind the names of what was read from the model itself.
+
+    Where no family is listed, all of it is read from the model; where one is, only the stacks of
+    experts and routers are.
     """
     listed = listed_family(model.original_model)
-    if listed is None and compat.is_processed(model):
-        _refuse_processed(architecture)
-    if listed is not None and compat.is_processed(model):
+    if compat.is_processed(model):
+        if listed is None:
+            _refuse_processed(type(model.original_model).__name__)
         return listed, {}
-    has_experts = bool(extensions.experts_by_layer(model))
-    if listed is not None and not has_experts:
+    if listed is not None and not extensions.experts_by_layer(model):
         return listed, {}
     read = extensions.family_of_bridge(model, heads)
     if listed is None:
         return read, read.homes
-    homes = {
-        key: name
-        for key, name in read.homes.items()
-        if isinstance(module_at(model, name), nn.Parameter)
-    }
-    stacks = {p: place for p, place in read.places.items() if (place.layer, *place.kinds) in homes}
+    homes: dict[tuple[int, str], str] = {}
+    for place, name in read.homes.items():
+        if isinstance(module_at(model, name), nn.Parameter):
+            homes[place] = name
+    stacks: dict[str, Place] = {}
+    for path, place in read.places.items():
+        if (place.layer, *place.kinds) in homes:
+            stacks[path] = place
     return dataclasses.replace(listed, stacks=stacks), homes
 
 
@@ -340,6 +360,7 @@ def _usual_name(layer: int, kind: str) -> str:
 
 @compat.temporary
 def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
+    """Within the block, each attention is given the cache by the name that it looks for."""
     span.enter_context(compat.without_warnings(".past_key_values. is deprecated"))
     for attention in attentions:
         add_pre_hook(span, attention, _named_as_before, with_kwargs=True)
@@ -348,7 +369,7 @@ def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
 def _named_as_before(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Attention of transformers 5.24 is given `cache`; the bridge looks for `past_key_values`."""
+    """Rename the cache: attention of transformers 5.24 is given `cache`, not `past_key_values`."""
     if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
         kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
     return args, kwargs
@@ -356,8 +377,8 @@ def _named_as_before(
 
 def _refuse_unknown_copies(model: Any) -> None:
     """Refuse a flag under which a transformer-lens does something else to the copies."""
+    is_known = all(compat.can_norm_per_head(attention) for attention in attentions(model))
     for flag in COPIED_INPUTS:
-        is_known = all(map(compat.can_norm_per_head, attentions(model)))
         if getattr(model.cfg, flag, False) and not is_known:
             raise ModelStateError(
                 f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "

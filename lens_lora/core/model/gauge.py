@@ -19,7 +19,7 @@ A change of bias keeps its own last coordinate, and a norm's update is diagonal 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,8 @@ from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.model.basis import SiteMap, Update
 
 Gauge = Literal["svd", "trained"]
-_TIE = 1e-6  # entries of U that differ by less are of one magnitude
+# Entries of U whose magnitudes differ by less, relatively, count as a tie.
+_TIE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Turn:
 
 
 def svd_turn(update: Update) -> Turn:
-    """The SVD of sBA as a change of coordinates; of experts, that of each."""
+    """The SVD of sBA as a change of coordinates; of a stack of experts, the SVD of each."""
     if update.experts:
         turns = [svd_turn(each) for each in update.by_expert()]
         to_svd = torch.block_diag(*[turn.to_svd for turn in turns])
@@ -56,28 +57,37 @@ def svd_turn(update: Update) -> Turn:
         return Turn(to_svd, from_svd, torch.cat([turn.sigma for turn in turns]))
     A = in_float64(update.A)
     B = in_float64(update.B).to(A.device) * update.scale
-    rank, few = len(A), min(len(A), len(B), A.shape[1])
-    u, back, sigma = A.new_zeros(rank, rank), A.new_zeros(rank, rank), A.new_zeros(rank)
-    if few:
-        (writes, R_B), (_, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-        left, values, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        factors = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
-        rounding = max(len(B), A.shape[1]) * torch.finfo(values.dtype).eps * factors
-        values = torch.where(values > rounding, values, 0.0)
-        signs = _signs(writes @ left)
-        left, right = left * signs, right * signs[:, None]
-        present = (values > 0).to(values)
-        inverse = present / torch.where(values > 0, values, 1.0)
-        u[:few] = present[:, None] * (left.T @ R_B)
-        back[:, :few] = (right @ R_A).T * inverse
-        sigma[:few] = values
-    return Turn(u, back, sigma)
+    out, width = len(B), A.shape[1]
+    rank = len(A)
+    to_svd = A.new_zeros(rank, rank)
+    from_svd = A.new_zeros(rank, rank)
+    sigma = A.new_zeros(rank)
+    count = min(rank, out, width)  # of singular values
+    if count == 0:
+        return Turn(to_svd, from_svd, sigma)
+
+    Q_B, R_B = torch.linalg.qr(B)
+    _, R_A = torch.linalg.qr(A.T)
+    left, values, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    size = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
+    rounding = max(out, width) * torch.finfo(values.dtype).eps * size
+    is_present = values > rounding
+    values = torch.where(is_present, values, 0.0)
+    inverse = torch.where(is_present, 1 / values, 0.0)
+    signs = _signs(Q_B @ left)
+    left = left * signs
+    right = right * signs[:, None]
+
+    to_svd[:count] = is_present[:, None].to(values) * (left.T @ R_B)
+    from_svd[:, :count] = (right @ R_A).T * inverse
+    sigma[:count] = values
+    return Turn(to_svd, from_svd, sigma)
 
 
 def svd_factors(
     update: Update,
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
-    """(ΣVᵀ, U, σ) of sBA = UΣVᵀ, in float64 on the CPU; zero where σ is."""
+    """Decompose sBA = UΣVᵀ into ΣVᵀ, U and σ, in float64 on the CPU; zeros where σ is zero."""
     turn = svd_turn(update)
     reads = turn.to_svd @ update.A.double()
     writes = update.scale * update.B.double() @ turn.from_svd.to(update.B.device)
@@ -86,23 +96,26 @@ def svd_factors(
 
 def turned(site: SiteMap, turn: Turn) -> SiteMap:
     """The same δ in the coordinates of the SVD."""
-    u, back = _padded(turn.to_svd, site), _padded(turn.from_svd, site)
+    to_svd = _padded(turn.to_svd, site)
+    from_svd = _padded(turn.from_svd, site)
 
-    def product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-        if left is None or right is None:
-            return None
-        exact = in_float64(left).to(u.device) @ in_float64(right).to(u.device)
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        exact = in_float64(left).to(to_svd.device) @ in_float64(right).to(to_svd.device)
         return exact.to(site.dtype).to(site.device)
 
-    return dataclasses.replace(
-        site,
-        A=cast(Tensor, product(u, site.A)),
-        sB=cast(Tensor, product(site.sB, back)),
-        a0=product(site.a0, u.T),
-        a0_by_head=product(site.a0_by_head, u.T),
-        sB_by_head=product(site.sB_by_head, back),
-        A_behind_gamma=product(turn.to_svd, site.A_behind_gamma),
-    )
+    changed: dict[str, Tensor] = {
+        "A": product(to_svd, site.A),
+        "sB": product(site.sB, from_svd),
+    }
+    if site.a0 is not None:
+        changed["a0"] = product(site.a0, to_svd.T)
+    if site.a0_by_head is not None:
+        changed["a0_by_head"] = product(site.a0_by_head, to_svd.T)
+    if site.sB_by_head is not None:
+        changed["sB_by_head"] = product(site.sB_by_head, from_svd)
+    if site.A_behind_gamma is not None:
+        changed["A_behind_gamma"] = product(turn.to_svd, site.A_behind_gamma)
+    return dataclasses.replace(site, **changed)
 
 
 def _padded(matrix: Float[Tensor, "rank rank"], site: SiteMap) -> Tensor:
@@ -112,7 +125,9 @@ def _padded(matrix: Float[Tensor, "rank rank"], site: SiteMap) -> Tensor:
 
 
 def _signs(U: Float[Tensor, "out few"]) -> Float[Tensor, " few"]:
-    """±1 of each column, so that its entry of largest magnitude is positive; the first on ties."""
+    """The sign of each column's entry of largest magnitude, the first one on ties."""
     sizes = U.abs()
-    first = (sizes >= (1 - _TIE) * sizes.amax(0)).to(torch.int8).argmax(0)
-    return torch.where(U.gather(0, first[None])[0] < 0, -1.0, 1.0).to(U)
+    is_largest = sizes >= (1 - _TIE) * sizes.amax(0)
+    first = is_largest.to(torch.int8).argmax(0)
+    entries = U.gather(0, first[None])[0]
+    return torch.where(entries < 0, -1.0, 1.0).to(U)

@@ -1,11 +1,11 @@
 """What the hosts of TransformerLens's two classes have in common: the bases of sites, and the base.
 
-What differs (names, weights, norms, flags) is in `bridge` and `hooked_transformer`. All that the
-rest of the package asks of a host is `Host`, in `host`.
+What differs between the two (names, weights, norms, flags) is in `bridge` and `hooked_transformer`.
+What the rest of the package asks of a host is `Host`, in `host`.
 
-1. Infer from the weights what processing was applied: norms folded, weights centred.
-2. Put together the basis of a site (`basis`) for its update (`updates`).
-3. Where processing removed something that is needed, take it from the base, `hf_model`; without
+1. Put together the basis of a site (`Basis`) for its update. What processing did to its weight,
+   such as folding a norm, is told by `extensions.processing_of`.
+2. Where processing removed something that is needed, take it from the base, `hf_model`; without
    one, raise an error that names it.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, float32_products, in_float64, wraps_nothing
 from lens_lora.core.model import extensions
-from lens_lora.core.model.bases import BaseWeights, Processing, infer_processing, is_centred
+from lens_lora.core.model.adapted_modules import SiteFactors
+from lens_lora.core.model.bases import BaseWeights, is_centred
 from lens_lora.core.model.basis import (
     Basis,
     NormMap,
@@ -34,15 +35,13 @@ from lens_lora.core.model.basis import (
 )
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
-from lens_lora.core.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
+from lens_lora.core.model.sites import WRITER_KINDS, Heads
 from lens_lora.errors import ModelStateError, SiteError
-from lens_lora.families import HEADS, NORM_KINDS, Family, Place
+from lens_lora.families import HEADS, NORM_KINDS, Family
 
 _Fact = TypeVar("_Fact")
 # A map that reads each norm which processing may fold.
 _READER_OF_NORM = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}
-
-
 # Flags under which q, k and v read copies of the residual stream.
 COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 
@@ -52,12 +51,13 @@ class HookedHost(abc.ABC):
 
     Attributes:
         class_name: the class's name in errors and saved results.
-        pass_overhead: memory of a forward pass beside that of its rows, measured, in sizes of W_U.
-        embedding_output: hook point, or module, of the token embedding's output.
-        flags: fields of the configuration that change what hook points show.
+        pass_overhead: the memory of a forward pass beside that of its rows, measured, in sizes of
+            W_U.
+        embedding_output: the hook point, or module, of the token embedding's output.
+        flags: the fields of the configuration that change what hook points show.
         says_folded_biases: whether the model says that its biases were processed.
-        heads: those of the weights; `kv_copies` says how often a flag repeats those of k and v
-            before their hook points.
+        heads: the heads of the weights.
+        kv_copies: how often a flag repeats the heads of k and v before their hook points.
         base: the unprocessed base, where `hf_model` was given.
         grows: whether rows may be added to the batch of a single prompt at a block's input. They
             may if the other inputs of a block (masks, positions) are the same for each row.
@@ -114,7 +114,7 @@ class HookedHost(abc.ABC):
         """The rotary embeddings whose table depends on how many positions a pass has."""
         return self.known("rotary", make=lambda: Rotary.of(self.model))
 
-    # --- hook points
+    # --- Hook points
 
     @abc.abstractmethod
     def ports(self, layer: int, kind: str) -> Ports:
@@ -132,7 +132,7 @@ class HookedHost(abc.ABC):
     def block_input(self, layer: int) -> str:
         """The first hook point of a block, or of what comes after the last."""
 
-    # --- the model's own weights and state
+    # --- The model's own weights and state
 
     @abc.abstractmethod
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
@@ -149,10 +149,12 @@ class HookedHost(abc.ABC):
 
     def experts(self, layer: int, kind: str) -> int:
         """How many experts the weights are of; 0 of any other kind."""
-        stack = functools.partial(self.stack, layer, kind)
-        return self.known(
-            "experts", layer, kind, make=lambda: len(() if (s := stack()) is None else s)
-        )
+
+        def count() -> int:
+            stack = self.stack(layer, kind)
+            return 0 if stack is None else len(stack)
+
+        return self.known("experts", layer, kind, make=count)
 
     @abc.abstractmethod
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
@@ -244,7 +246,7 @@ class HookedHost(abc.ABC):
             )
         return affine
 
-    # --- the base's parameters: those of `hf_model`, else the model's own where it has them
+    # --- The base's parameters, of `hf_model`, or of the model itself where it has them
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site, on which an update depends that is no plain product of factors.
@@ -255,8 +257,9 @@ class HookedHost(abc.ABC):
         if self.base is not None:
             return self.base.weight(site.path, site.rows)
         weight = self.weight(site.layer, site.kind)
-        if self.needs_base() or self.is_centred(site.kind, weight):
-            change = "processed" if self.needs_base() else "centred"
+        is_processed = self.needs_base()
+        if is_processed or self.is_centred(site.kind, weight):
+            change = "processed" if is_processed else "centred"
             raise self.needs(
                 site,
                 f"{update} depends on the base model's own weight, and this model's was {change}",
@@ -287,7 +290,7 @@ class HookedHost(abc.ABC):
         """
         if self.base is not None:
             return self.base.bias(site.path, site.rows)
-        if self._may_have_folded_biases():
+        if self.may_have_folded_biases():
             raise self.needs(
                 site,
                 "the adapter holds a trained bias, and this "
@@ -295,7 +298,8 @@ class HookedHost(abc.ABC):
             )
         return self.bias(site.layer, site.kind)
 
-    def _may_have_folded_biases(self) -> bool:
+    def may_have_folded_biases(self) -> bool:
+        """Whether value biases were folded, as far as the model tells."""
         return self.needs_base() or not self.says_folded_biases
 
     def base_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
@@ -304,7 +308,9 @@ class HookedHost(abc.ABC):
         Raises:
             SiteError: the model has no such norm.
         """
-        return self.norm_affine(site) if self.base is None else self.base.affine(site.path)
+        if self.base is None:
+            return self.norm_affine(site)
+        return self.base.affine(site.path)
 
     def ties_head(self, site: SiteFactors) -> bool:
         """Whether the base's head is tied to its embedding.
@@ -328,7 +334,15 @@ class HookedHost(abc.ABC):
             f"hf_model=AutoModelForCausalLM.from_pretrained(base)){otherwise}."
         )
 
-    # --- what processing did to the model
+    # --- What processing did to the model
+
+    def folded_value_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
+        """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head]; None where it was not.
+
+        Raises:
+            ModelStateError: b̂_V was folded, or may have been, and the base was not given.
+        """
+        return extensions.folded_value_bias(self, site)
 
     @property
     def centres_stream(self) -> bool:
@@ -339,74 +353,18 @@ class HookedHost(abc.ABC):
 
     def is_centred(self, kind: str, weight: Float[Tensor, "out in"]) -> bool:
         """Whether processing centred what this weight writes to the residual stream."""
-        return self._may_be_centred(kind) and is_centred(weight)
+        return self.may_be_centred(kind) and is_centred(weight)
 
-    def _may_be_centred(self, kind: str) -> bool:
+    def may_be_centred(self, kind: str) -> bool:
+        """Whether processing may centre what a map of this kind writes."""
         return kind == "unembed" or (self.family.norm == "LN" and kind in WRITER_KINDS)
 
-    def folded_value_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
-        """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head]; None where it was not.
+    def required_base(self, site: SiteFactors, parameter: str) -> BaseWeights:
+        """The unprocessed base, for a parameter of it that processing removed.
 
         Raises:
-            ModelStateError: b̂_V was folded, or may have been, and the base was not given.
+            ModelStateError: no base was given.
         """
-        if not self._may_have_folded_biases():
-            return None
-        bias = self.bias(site.layer, "v")
-        if bias is not None and bool((bias != 0).any()):
-            return None
-        if self.base is None:
-            b_O = self.bias(site.layer, "o")
-            if b_O is None or bool((b_O == 0).all()):
-                return None
-            if not self.family.value_bias and not self.is_folded(site.layer, "v"):
-                return None
-        total = self._value_bias(site.layer, self._required_base(site, "value biases"))
-        if not bool(total.any()):
-            return None
-        heads = total.view(self.heads.n_kv, self.heads.d_head)
-        return heads.repeat_interleave(self.heads.n_heads // self.heads.n_kv, dim=0).flatten()
-
-    def _value_bias(self, layer: int, base: BaseWeights) -> Float[Tensor, " kv_out"]:
-        """b̂_V = b_V + W_V β, with β where the norm was folded; in float64."""
-        path, norm_path = self.family.path(layer, "v"), self.family.norm_path(layer, "v")
-        place = cast(Place, self.family.place(path))
-        rows = fused_rows(place, "v", self.heads, len(base.weight(path)))
-        bias = base.bias(path, rows)
-        beta = base.affine(norm_path)[1] if norm_path and self.is_folded(layer, "v") else None
-        total = torch.zeros(self.heads.n_kv * self.heads.d_head, dtype=torch.float64)
-        if bias is not None:
-            total += bias.cpu().double()
-        if beta is not None:
-            total += (in_float64(base.weight(path, rows)) @ in_float64(beta)).cpu()
-        return total
-
-    def _processing(self, site: SiteFactors, weight: Float[Tensor, "out in"]) -> Processing:
-        """What was done to the model's weight; the model itself must agree on folded norms."""
-        norm_path = self.family.norm_path(site.layer, site.kind)
-        if self.base is None and not self.needs_base():
-            return Processing(folded=False, centred=self.is_centred(site.kind, weight))
-        base = self._required_base(site, norm_path or "value biases")
-        gamma = None if norm_path is None else base.affine(norm_path)[0]
-        unprocessed = base.weight(site.path, site.rows) * self.embedding_scale(site.kind)
-        inferred = infer_processing(
-            site.name,
-            weight,
-            unprocessed,
-            gamma,
-            centres_reads=self.family.norm == "LN",
-            centres_writes=self._may_be_centred(site.kind),
-        )
-        folded = norm_path is not None and self.is_folded(site.layer, site.kind)
-        if gamma is not None and folded != inferred.folded and bool((gamma != 1).any()):
-            says, shows = ("were" if folded else "were not"), ("were not" if folded else "were")
-            raise ModelStateError(
-                f"{site.name}: the model says its norms {says} folded, its weights show that they "
-                f"{shows}. Load the model again from the base."
-            )
-        return Processing(folded, inferred.centred)
-
-    def _required_base(self, site: SiteFactors, parameter: str) -> BaseWeights:
         if self.base is not None:
             return self.base
         raise self.needs(
@@ -421,14 +379,16 @@ class HookedHost(abc.ABC):
     def map_of(self, site: SiteFactors, update: Update, *, behind_norm: bool = False) -> SiteMap:
         """δ of a site in this model's basis. No forward pass.
 
-        With `behind_norm`, z is read behind γ and β, at `ports_behind_norm`.
+        Args:
+            site: the site.
+            update: its update in the Hugging Face basis.
+            behind_norm: whether z is read behind γ and β, at `ports_behind_norm`.
 
         Raises:
             ModelStateError: the base is needed and was not given, or is another model's.
         """
-        place = site.layer, site.kind
-        if self.experts(*place):
-            stack = cast(Tensor, self.stack(*place))
+        if self.experts(site.layer, site.kind):
+            stack = cast(Tensor, self.stack(site.layer, site.kind))
             return extensions.expert_map(update, self.working_dtype, stack.device)
         basis = self.basis_of(site, behind_norm)
         factor = self.known("factor", site.kind, make=lambda: self.embedding_scale(site.kind))
@@ -436,39 +396,46 @@ class HookedHost(abc.ABC):
 
     def basis_of(self, site: SiteFactors, behind_norm: bool = False) -> Basis:
         """How z and the output of a site's map differ from the Hugging Face linear's."""
-        place = site.layer, site.kind, behind_norm
-        return self.known("basis", *place, make=lambda: self._basis(site, behind_norm))
+        make = functools.partial(self._basis, site, behind_norm)
+        return self.known("basis", site.layer, site.kind, behind_norm, make=make)
 
     def _basis(self, site: SiteFactors, behind_norm: bool) -> Basis:
         weight = self.weight(site.layer, site.kind)
-        done = self._processing(site, weight)
-        gamma, beta = (None, None) if behind_norm else self._affine(site, done.folded)
+        processing = extensions.processing_of(self, site, weight)
+        gamma = None
+        beta = None
+        if not behind_norm:
+            gamma, beta = self._affine(site, processing.folded)
         return Basis(
             dtype=self.working_dtype,
             device=weight.device,
             gamma=gamma,
-            gamma_is_own=not done.folded,
+            gamma_is_own=not processing.folded,
             beta=beta,
-            centre_read=done.folded and self.family.norm == "LN",
-            centre_write=done.centred,
+            centre_read=processing.folded and self.family.norm == "LN",
+            centre_write=processing.centred,
             n_heads=self.heads.n_heads if site.kind == "o" else 0,
             kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
             d_head=self.heads.d_head,
         )
 
     def _affine(self, site: SiteFactors, folded: bool) -> tuple[Tensor | None, Tensor | None]:
-        """(γ, β) with x = γ ⊙ z + β; at o, β is Rep(b̂_V)."""
+        """(γ, β) with x = γ ⊙ z + β; None for 1 and for 0. At o, β is Rep(b̂_V)."""
         norm_path = self.family.norm_path(site.layer, site.kind)
         if folded and self.base is not None and norm_path is not None:
             return self.base.affine(norm_path)
         gamma, beta = self.own_affine(site.layer, site.kind) or (None, None)
-        return gamma, self.folded_value_bias(site) if site.kind == "o" else beta
+        if site.kind == "o":
+            beta = self.folded_value_bias(site)
+        return gamma, beta
 
     def norm_map(self, site: SiteFactors, update: NormUpdate) -> NormMap:
-        """δ of a norm that is not folded; that of q and k repeats for every head."""
-        device, copies = self.norm_affine(site)[0].device, self.heads_at_hooks.of(site.kind) or 1
+        """δ of a norm that is not folded; a norm of q and k repeats for every head."""
+        device = self.norm_affine(site)[0].device
+        heads = self.heads_at_hooks.of(site.kind)
 
-        def spread(vector: Tensor) -> Tensor:
-            return vector.to(device, self.working_dtype).repeat(copies)
+        def of_every_head(vector: Tensor) -> Tensor:
+            return vector.to(device, self.working_dtype).repeat(max(heads, 1))
 
-        return NormMap(spread(update.gamma), None if update.beta is None else spread(update.beta))
+        beta = None if update.beta is None else of_every_head(update.beta)
+        return NormMap(of_every_head(update.gamma), beta)

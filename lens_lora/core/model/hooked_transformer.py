@@ -1,4 +1,4 @@
-"""HookedTransformer (transformer-lens 2.x, 3.x): hook names, weights and norms.
+"""The host of a HookedTransformer (transformer-lens 2.x, 3.x): its hook points, weights and norms.
 
 `ln1.hook_normalized` fires three times a block, for q, k and v in that order. It shows n before the
 affine for RMS norms and, from 3.x on, for LayerNorm; after it for LayerNorm of 2.x. This is
@@ -19,16 +19,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, in_float64, parameters_in, refuse_reading
+from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.hooked_host import COPIED_INPUTS, HookedHost
 from lens_lora.core.model.hooks import computes, of_the_base
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import context_of_copy
 from lens_lora.core.model.modules import module_at
-from lens_lora.core.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, SiteFactors, site_name
+from lens_lora.core.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, site_name
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 
-# Of transformer-lens 3, and of 2.
+# The class of key-value caches, in transformer-lens 3 and in 2.
 _CACHES = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")
 # Where each weight stands, in the model or in a block; those of attention have an axis of heads.
 _WEIGHTS = {
@@ -76,7 +77,7 @@ class HookedTransformerHost(HookedHost):
             _refuse_longer_context(cfg, hf_model)
 
     def _refuse_refactored(self) -> None:
-        """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
+        """Refuse refactored attention, where the rows of each head in W_O are orthonormal."""
         for layer, block in enumerate(self.model.blocks):
             heads = in_float64(_held(block.attn, "W_O"))
             gram = heads @ heads.transpose(1, 2)
@@ -99,10 +100,16 @@ class HookedTransformerHost(HookedHost):
             return Ports("unembed.hook_in", "unembed.hook_out")
         if kind in ("embed", "pos_embed", "unembed"):
             return Ports(kind, kind)
-        block = f"blocks.{layer}"
+        return self._block_ports(f"blocks.{layer}", kind)
+
+    def _block_ports(self, block: str, kind: str) -> Ports:
         if kind in ("q", "k", "v"):
-            read = f"{block}.ln1.hook_normalized"
-            return Ports(read, f"{block}.attn.hook_{kind}", "qkv".index(kind), 3)
+            return Ports(
+                f"{block}.ln1.hook_normalized",
+                f"{block}.attn.hook_{kind}",
+                firing="qkv".index(kind),
+                firings=3,
+            )
         if kind == "o":
             write = "attn" if self.family.post_norm else "hook_attn_out"
             return Ports(f"{block}.attn.hook_z", f"{block}.{write}")
@@ -113,49 +120,62 @@ class HookedTransformerHost(HookedHost):
         return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
 
     def _norm(self, layer: int, kind: str) -> tuple[str, Any]:
-        """A norm by name; None where the model has none."""
+        """The name of a norm, and the norm itself; None where the model has none."""
         name = "embed.ln" if kind == "embed_ln" else site_name(layer, kind)
         return name, module_at(self.model, name)
 
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        """(w, b) of a norm that is not folded."""
+        """The parameters (w, b) of a norm that is not folded."""
         _, norm = self._norm(layer, kind)
         if not hasattr(norm, "w"):
             return None
-        bias = getattr(norm, "b", None)
-        return norm.w.detach(), None if bias is None else bias.detach()
+        beta = getattr(norm, "b", None)
+        return norm.w.detach(), None if beta is None else beta.detach()
 
     def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
-        """n at `hook_normalized`; δ at the norm's own module, or at the hook point next to it.
+        """Where a norm shows n and δ is added: at its module, or at the hook point behind it.
 
         ln1 runs three times a block. A Hugging Face norm that attention and MLP share is ln1 and
         ln2 here.
         """
-        block, (name, _) = f"blocks.{layer}", self._norm(layer, kind)
+        block = f"blocks.{layer}"
+        name, _ = self._norm(layer, kind)
+        read = f"{name}.hook_normalized"
         if kind in ("q_norm", "k_norm"):
             like = f"{block}.attn.hook_{kind[0]}"
-            return (Ports(f"{name}.hook_normalized", name, layout="flat", like=like),)
-        if kind in ("ln1_post", "ln2_post"):
-            write = f"{block}.hook_{'attn' if kind == 'ln1_post' else 'mlp'}_out"
-            return (Ports(f"{name}.hook_normalized", write),)
+            return (Ports(read, name, layout="flat", like=like),)
+        if kind == "ln1_post":
+            return (Ports(read, f"{block}.hook_attn_out"),)
+        if kind == "ln2_post":
+            return (Ports(read, f"{block}.hook_mlp_out"),)
         if kind == "ln1" and self.family.ln1 == self.family.ln2:
             return tuple(self._norm_port(layer, place, repeats=4) for place in ("ln1", "ln2"))
         return (self._norm_port(layer, kind, repeats=3 if kind == "ln1" else 1),)
 
     def _norm_port(self, layer: int, kind: str, repeats: int) -> Ports:
         name, norm = self._norm(layer, kind)
-        read, firings = f"{name}.hook_normalized", 3 if kind == "ln1" else 1
+        read = f"{name}.hook_normalized"
+        firings = 3 if kind == "ln1" else 1
         write = self.embedding_output if kind == "embed_ln" else name
         if not fires_after_affine(type(norm)):
-            return Ports(read, write, -1, firings, repeats=repeats)
-        gamma, beta = norm.w.detach(), norm.b.detach()
+            return Ports(read, write, firing=-1, firings=firings, repeats=repeats)
+        gamma = norm.w.detach()
+        beta = norm.b.detach()
         if bool((gamma == 0).any()):
             raise ModelStateError(
                 f"{name}: the adapter changes this norm, some of its γ are 0, and transformer-lens "
                 "2 has no hook point before γ. Use transformer-lens 3 or later."
             )
-        write = read if name == write else write
-        return Ports(read, write, -1, firings, lambda y: (y - beta) / gamma, repeats=repeats)
+        if write == name:
+            write = read
+        return Ports(
+            read,
+            write,
+            firing=-1,
+            firings=firings,
+            through=lambda y: (y - beta) / gamma,
+            repeats=repeats,
+        )
 
     def ports_behind_norm(self, layer: int, kind: str) -> Ports:
         """At the norm's module, where `hook_normalized` does not show its output."""
@@ -163,10 +183,12 @@ class HookedTransformerHost(HookedHost):
         if kind == "unembed":
             return ports
         name, norm = self._norm(layer, NORM_READ_BY[kind])
-        return ports if fires_after_affine(type(norm)) else dataclasses.replace(ports, read=name)
+        if fires_after_affine(type(norm)):
+            return ports
+        return dataclasses.replace(ports, read=name)
 
     def is_tied(self) -> bool | None:
-        """False if W_E and W_U differ; if not, they may be tied or not."""
+        """False if W_E and W_U differ; None if they are equal, as they may then be tied or not."""
         embed = self.weight(-1, "embed").T / self.embedding_scale("embed")
         head = self.weight(self.n_layers, "unembed")
         eps = torch.finfo(head.dtype).eps
@@ -174,11 +196,11 @@ class HookedTransformerHost(HookedHost):
         return None if is_equal else False
 
     def block_input(self, layer: int) -> str:
-        """`hook_resid_pre` of the block, or the scale of the final norm."""
+        """The block's `hook_resid_pre`, or the scale of the final norm."""
         return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
 
     def embedding_scale(self, kind: str) -> float:
-        """√d for Gemma's token embedding, as W_E contains that factor."""
+        """√d_model for Gemma's token embedding, as W_E contains that factor; else 1."""
         is_scaled = kind == "embed" and self.family.gamma_offset
         return self.model.cfg.d_model**0.5 if is_scaled else 1.0
 
@@ -196,19 +218,20 @@ class HookedTransformerHost(HookedHost):
         return held.flatten(0, -2).T
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
-        """W_Q and b_Q of an attention, say, which its own passes go on to read."""
+        """Refuse the reading of W_Q and b_Q of an attention, say, but by its own passes."""
         module, weight = self._parameter(site.layer, site.kind)
-        names = [weight if parameter == "weight" else f"b{weight[1:]}" for parameter in parameters]
+        by_parameter = {"weight": weight, "bias": _bias_name(weight)}
+        names = [by_parameter[parameter] for parameter in parameters]
         why = functools.partial(of_the_base, site.name)
         refuse_reading(span, module, names, why, unless=computes(span, module))
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
-        """b_V, b_O or b_U."""
+        """The parameter b_V, b_O or b_U."""
         module, weight = self._parameter(layer, kind)
-        return _held(module, f"b{weight[1:]}").flatten()
+        return _held(module, _bias_name(weight)).flatten()
 
     def base_bias(self, site: SiteFactors) -> Tensor | None:
-        """None also for a head of an unprocessed model whose b_U is zero.
+        """b at a site; None also for a head of an unprocessed model whose b_U is zero.
 
         Raises:
             ModelStateError: no base was given. A HookedTransformer does not say whether its biases
@@ -222,24 +245,30 @@ class HookedTransformerHost(HookedHost):
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
-        """TransformerLens' own cache; without a mask it would take pad tokens for padding."""
+        """Run with TransformerLens's own cache.
+
+        The mask is given, as without one pad tokens would be taken for padding.
+        """
         if cache is None:
-            lines = vars(importlib.import_module("transformer_lens.HookedTransformer"))
-            name = next(name for name in _CACHES if name in lines)
-            cache = lines[name].init_cache(self.model.cfg, tokens.device, len(tokens))
+            known = vars(importlib.import_module("transformer_lens.HookedTransformer"))
+            name = next(name for name in _CACHES if name in known)
+            cache = known[name].init_cache(self.model.cfg, tokens.device, len(tokens))
         mask = torch.ones_like(tokens)
         return self.model(tokens, past_kv_cache=cache, attention_mask=mask), cache
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        """(w, b) of an unfolded norm, unless its hook point fires after them."""
-        norm = NORM_READ_BY.get(kind)
-        affine = self.norm_parameters(layer, norm) if norm else None
-        if norm and affine and fires_after_affine(type(self._norm(layer, norm)[1])):
+        """(w, b) of the norm that a map reads, unless its hook point fires after them."""
+        kind_of_norm = NORM_READ_BY.get(kind)
+        if kind_of_norm is None:
+            return None
+        _, norm = self._norm(layer, kind_of_norm)
+        affine = self.norm_parameters(layer, kind_of_norm)
+        if affine is None or fires_after_affine(type(norm)):
             return None
         return affine
 
     def reads_folded_norm(self, layer: int, kind: str) -> bool:
-        """All norms are folded, or none."""
+        """Whether the weights were processed: then all norms are folded, else none."""
         return self.needs_base()
 
     def needs_base(self) -> bool:
@@ -248,7 +277,7 @@ class HookedTransformerHost(HookedHost):
 
 
 def _refuse_longer_context(cfg: Any, hf_model: Any) -> None:
-    """Check that the model takes no prompt so long that it computes another function."""
+    """Refuse a model that takes prompts so long that it computes another function than its base."""
     longest = context_of_copy(hf_model, cfg)
     if cfg.n_ctx > longest:
         raise ModelStateError(
@@ -261,10 +290,17 @@ def _refuse_longer_context(cfg: Any, hf_model: Any) -> None:
         )
 
 
+def _bias_name(weight: str) -> str:
+    """'b_Q' of 'W_Q'."""
+    return f"b{weight.removeprefix('W')}"
+
+
 def _held(module: nn.Module, name: str) -> Tensor:
     """A parameter, within an open block, too; K and V of grouped heads without their copies."""
     parameters = parameters_in(module)
-    return cast("Tensor", parameters[name if name in parameters else f"_{name}"]).detach()
+    if name not in parameters:
+        name = f"_{name}"
+    return cast("Tensor", parameters[name]).detach()
 
 
 @functools.cache

@@ -1,95 +1,60 @@
-"""Hooks on a model for a span of time, and public calls, which leave nothing behind.
+"""Hooks on a model for a span of time: put on, kept in order, and taken off whatever happens.
 
-**Hooks** are put on, kept in order, and taken off whatever happens.
-
-1. One thread at a time has hooks on a model: the lock is the model's, and a thread that has it may
-   take it again (`hold`).
+1. One thread at a time has hooks on a model (`locks`).
 2. Each hook is found again by what it calls, so it can be taken off before its handle is known.
 3. Order matters among all hooks of a point, a user's own included. What reads must see its input as
    the others left it, so it runs last; what writes must do so before the others see the output, so
    it runs first. An `Arranger` at each block's input puts them in this order at every forward pass,
    whenever they were registered.
-
-**A public call** (`alone`) runs by itself on its model, in torch's plain settings.
-
-1. A second thread waits for it.
-2. Inference mode, autocast, anomaly detection and a default device are off within the call,
-   whatever they are around it: within inference mode no derivative exists, autocast rounds to half
-   precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
-   are made on the CPU.
-3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
-4. Only hooks that the call itself has laid may take part in the model's passes: those of an open
-   block would make its adapted model the call's base (`require_own_hooks`). A call from a hook or
-   readout of the caller's within another call is refused where that one's hooks are on the model.
-5. Where memory runs out, the error names what bounds it.
-6. At its end, whatever interrupts it, its hooks, grad mode and all else that it changed are as
-   before (`Temporary`).
-
-**Logits** are computed in float32 or better where they are read. In half precision each would be
-rounded to 8 or 11 bits at the end, and what is read is a difference of two that are nearly equal.
-Slopes have no such difference: theirs are the model's own.
+4. Hooks know by which public call they were laid (`call_under_way`): those of an open block would
+   make its adapted model the base of a call within it.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from traceback import clear_frames
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lens_lora import compat
-from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
+from lens_lora.compat import Temporary, hooks_of, temporary
 from lens_lora.core.model import extensions
+from lens_lora.core.model.locks import hold, lock_of
 from lens_lora.core.model.modules import is_weight
-from lens_lora.errors import (
-    ArgumentError,
-    LensLoraError,
-    ModelStateError,
-    OutOfMemoryError,
-    named,
-    warn,
-)
+from lens_lora.errors import ModelStateError
 
 HookFn = Callable[..., Tensor | None]
-# Seconds until a thread that waits for another one says so.
-_PATIENCE = 60.0
 
 
-class Lock:
-    """Held by one thread at a time, in any number of spans: {a token of each: the thread}."""
-
-    def __init__(self) -> None:
-        self.changed: threading.Condition = threading.Condition()
-        self.holders: dict[object, int] = {}
-
-
-# For what a process has once: torch's dual level and its choice of attention kernels. A thread that
-# takes it has its model's lock already.
-ONE_IN_A_PROCESS = Lock()
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, Lock] = weakref.WeakKeyDictionary()
-
-
-class _Call(threading.local):
+class _CurrentCall(threading.local):
     """The innermost public call that is under way in this thread, as an object of its own."""
 
     token: object | None = None
 
 
-class _Laid(NamedTuple):
-    """On which model a span has hooks, and the call that has laid them."""
+CURRENT_CALL = _CurrentCall()
+
+
+def call_under_way() -> object | None:
+    """What tells the hooks of this call from all others; None outside of a call."""
+    return CURRENT_CALL.token
+
+
+class LaidHooks(NamedTuple):
+    """What a span that has hooks on a model is about.
+
+    Attributes:
+        model: the hooked model.
+        call: the public call that has laid them; None outside of a call.
+    """
 
     model: nn.Module
     call: object | None
-
-
-_CALL = _Call()
 
 
 @temporary
@@ -109,55 +74,80 @@ def attached(
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
     hold(span, lock_of(model))
-    span.about = _Laid(model, _CALL.token)
+    span.about = LaidHooks(model, call_under_way())
     known = model.hook_dict if points is None else points
-    places: list[tuple[Any, HookFn, set[int]]] = []
-    span.way_back(functools.partial(_take_off, places))
+    at_points: list[_AtPoint] = []
+    span.way_back(functools.partial(_take_off, at_points))
     modules: set[str] = set()
     for name, fn in hooks:
-        if name not in known:
-            owner, _, parameter = name.rpartition(".")
-            if is_weight(model, owner, parameter):
-                at_module: Any = getattr(fn, "at_module", fn)
-                extensions.write_at(span, model.get_submodule(owner), parameter, at_module)
-                continue
-            add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
-            modules.add(name)
-        elif isinstance(fn, Arranger):
-            add_pre_hook(span, known[name], fn)
-        else:
-            forward, before, *_ = hooks_of(known[name])
-            places.append((known[name], fn, {*forward, *before}))
-            known[name].add_hook(fn, is_permanent=True)
-            known[name].fwd_hooks[-1].hook.remove = _refuse_removal
+        if name in known:
+            if isinstance(fn, Arranger):
+                add_pre_hook(span, known[name], fn)
+            else:
+                _add_to_point(known[name], fn, at_points)
+            continue
+        owner, _, parameter = name.rpartition(".")
+        if is_weight(model, owner, parameter):
+            writer: Any = getattr(fn, "at_module", fn)
+            extensions.write_at(span, model.get_submodule(owner), parameter, writer)
+            continue
+        add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
+        modules.add(name)
 
 
-def _refuse_removal() -> None:  # which `reset_hooks(including_permanent=True)` asks for
+class _AtPoint(NamedTuple):
+    """A hook of ours at a hook point, and the keys of the hooks that were there before it."""
+
+    point: Any
+    fn: HookFn
+    others: set[int]
+
+
+def _add_to_point(point: Any, fn: HookFn, at_points: list[_AtPoint]) -> None:
+    forward, before, *_ = hooks_of(point)
+    # Noted first: what is interrupted in between is taken off as well.
+    at_points.append(_AtPoint(point, fn, {*forward, *before}))
+    point.add_hook(fn, is_permanent=True)
+    point.fwd_hooks[-1].hook.remove = _refuse_removal
+
+
+def _refuse_removal() -> None:
+    """Stand in for `remove` of our handles, which `reset_hooks(including_permanent=True)` calls."""
     raise ModelStateError(
         "hooks of an open block or call of a lens are on the model, and without them it would run "
         "the base. Leave the block first; model.reset_hooks() takes off your own hooks alone."
     )
 
 
-def _take_off(places: list[tuple[Any, HookFn, set[int]]]) -> None:
-    """Hooks at points that had others' before; a second call does what the first did not."""
-    while places:
-        point, fn, others = places[-1]
+def _take_off(at_points: list[_AtPoint]) -> None:
+    """Take our hooks off; where that is interrupted, a second call does what is left."""
+    while at_points:
+        point, fn, others = at_points[-1]
         forward, before, *_ = hooks_of(point)
-        ours = {key for hooks in (forward, before) for key in _keys_of(hooks, fn)} - others
+        ours = {*_keys_of(forward, fn), *_keys_of(before, fn)} - others
         point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.hook.id not in ours]
         for key in ours:
             forward.pop(key, None)
             before.pop(key, None)
-        places.pop()
+        at_points.pop()
 
 
 def add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool) -> None:
-    """A forward hook, until the span ends; `attached` says what of it is called."""
+    """Put a forward hook on a module until the span ends.
+
+    Args:
+        span: how long.
+        module: one without hook points.
+        fn: a hook of a hook point; its method `at_module(args, output)` is called in its place,
+            where it has one.
+        is_first: whether a hook with that method comes before all others of the module.
+    """
     at_module = getattr(fn, "at_module", None)
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return fn(output, hook=module) if at_module is None else at_module(args, output)
+        if at_module is None:
+            return fn(output, hook=module)
+        return at_module(args, output)
 
     span.way_back(functools.partial(_remove, hooks_of(module).forward, hook))
     module.register_forward_hook(hook, prepend=is_first and at_module is not None)
@@ -166,13 +156,15 @@ def add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool
 def add_pre_hook(
     span: Temporary, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False
 ) -> None:
-    """A forward pre-hook, until the span ends."""
+    """Put a forward pre-hook on a module until the span ends."""
     hooks = hooks_of(module)
     span.way_back(functools.partial(_remove, hooks.before, hook, hooks.takes_kwargs))
     module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
 
 class _Counted(compat.SharedForward):
+    """A module's forward that counts how many of its passes are under way."""
+
     passes = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,38 +187,8 @@ def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
             table.pop(key, None)
 
 
-def lock_of(model: nn.Module) -> Lock:
-    """The model's lock, to be taken with `hold`."""
-    return _LOCKS.setdefault(model, Lock())
-
-
-def hold(span: Temporary, lock: Lock) -> None:
-    """The lock is this thread's until the last of its spans that asked for it ends."""
-    token = object()
-
-    def is_free() -> bool:
-        return {*lock.holders.values()} <= {threading.get_ident()}
-
-    # A span may end in another thread: that of the garbage collector, or the next one of a server
-    # that resumes a suspended generator in whichever is free.
-    def leave() -> None:
-        with lock.changed:
-            lock.holders.pop(token, None)
-            lock.changed.notify_all()
-
-    span.way_back(leave)
-    with lock.changed:
-        while not lock.changed.wait_for(is_free, _PATIENCE):
-            warn(
-                f"{threading.current_thread().name} has waited a minute for a thread that runs a "
-                "lens on the same model. If that thread waits for this one, neither will go on: "
-                "leave its `with lens.applied():` first."
-            )
-        lock.holders[token] = threading.get_ident()
-
-
 class Arranger:
-    """At a block's input: what reads runs last, what writes first, among all hooks of its point.
+    """A hook at a block's input that puts the hooks in order: what writes first, what reads last.
 
     Where a user's own pre-hook stands at a point that is written, the writer becomes one too.
     """
@@ -275,28 +237,36 @@ class _Early:
         self.forward_hook = forward_hook
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        out = self.forward_hook(module, args, args[0])
-        return None if out is None else (out, *args[1:])
+        changed = self.forward_hook(module, args, args[0])
+        if changed is None:
+            return None
+        return (changed, *args[1:])
 
 
 def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
-    """Where this function stands among a module's hooks."""
-    return [key for key, hook in list(hooks.items()) if compat.calls(_registered(hook), fn)]
+    """The keys under which this function stands among a module's hooks."""
+    keys: list[int] = []
+    for key, hook in list(hooks.items()):
+        if compat.calls(_registered(hook), fn):
+            keys.append(key)
+    return keys
 
 
 def functions_at(point: nn.Module) -> list[object]:
-    """What the hooks on a module call."""
+    """The functions that the hooks on a module call."""
     forward, before, *_ = hooks_of(point)
-    registered = map(_registered, (*forward.values(), *before.values()))
-    return list(map(compat.hook_function, registered))
+    registered = (*forward.values(), *before.values())
+    return [compat.hook_function(_registered(hook)) for hook in registered]
 
 
 def is_hooked(places: Iterable[nn.Module]) -> bool:
-    """Whether one of them has a hook that no library hung there by itself."""
-    return any(fn is not None for place in places for fn in functions_at(place))
+    """Whether one of these modules has a hook that no library hung there by itself."""
+    functions = itertools.chain.from_iterable(functions_at(place) for place in places)
+    return any(function is not None for function in functions)
 
 
 def _registered(hook: Any) -> Any:
+    """The hook as it was registered, before it was turned into a pre-hook."""
     return hook.forward_hook if isinstance(hook, _Early) else hook
 
 
@@ -330,10 +300,12 @@ def without_update(name: str, adapter: str) -> ModelStateError:
 
 
 class Unread:
-    """At such a point: refuses all hooks but its own kind."""
+    """A hook at a point that never holds the adapted model's value: it refuses all other hooks."""
 
     def __init__(self, point: nn.Module, name: str, adapter: str) -> None:
-        self._point, self._name, self._adapter = point, name, adapter
+        self._point = point
+        self._name = name
+        self._adapter = adapter
 
     def __call__(self, tensor: Tensor, hook: object) -> None:
         """Raise an error if there is another hook."""
@@ -341,67 +313,6 @@ class Unread:
         others = [fn for fn in functions_at(self._point) if not isinstance(fn, Unread)]
         if others or any(hooks_of(self._point)[2:4]):
             raise without_update(self._name, self._adapter)
-
-
-# --- A public call
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
-
-
-def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function whose first argument is a lens, or a method of a lens."""
-    first_parameter = next(iter(inspect.signature(call).parameters))
-
-    @functools.wraps(call)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        lens: Any = kwargs.get("lens", args[0] if args else None)
-        if first_parameter == "lens" and (args or "lens" in kwargs):
-            _require_lens(lens)
-        others, span = open_spans(), Temporary(functools.partial(_prepare, lens))
-        try:
-            try:
-                span.__enter__()
-                result = call(*args, **kwargs)
-                # What is open still is the caller's own, such as a block in a suspended generator.
-                others = [other for other in open_spans() if other is not span]
-                return result
-            except (RuntimeError, MemoryError) as error:
-                if isinstance(error, LensLoraError):
-                    raise
-                if compat.is_memory_short(error):
-                    clear_frames(error.__traceback__)  # which hold what takes the memory
-                    raise _too_much(lens, error) from error
-                if "nference tensor" not in str(error):
-                    raise
-                raise ModelStateError(f"{_made_there(lens)} Torch says: {error}") from error
-            finally:
-                close_but(others)
-        finally:
-            close_but(others)
-
-    return run
-
-
-def _require_lens(lens: object) -> None:
-    """Refuse what is no lens, such as an adapter or the model, before anything is asked of it."""
-    if not hasattr(lens, "plan"):
-        raise ArgumentError(
-            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
-        )
-
-
-def call_under_way() -> object | None:
-    """What tells the hooks of this call from all others; None outside of a call."""
-    return _CALL.token
-
-
-def require_own_hooks(laid_by: object | None, adapter: str) -> None:
-    """Check that the call that is under way, if any, has laid the hook that runs now."""
-    if _CALL.token not in (None, laid_by):
-        raise open_block(adapter)
 
 
 def open_block(adapter: str) -> ModelStateError:
@@ -423,106 +334,3 @@ def of_the_base(site: str) -> ModelStateError:
         "peft_model.merge_and_unload() (docs/your_model.md). The change itself is "
         f"lens.delta_w({site!r}); the base's weight can be read outside of the block."
     )
-
-
-def _prepare(lens: Any, span: Temporary) -> None:
-    if compat.is_within_transform():
-        raise ModelStateError(
-            "this is within a torch.func transform (grad, jvp, vmap, …), and the call takes "
-            "derivatives of its own. Call it outside; to differentiate through the adapted model, "
-            "run the model itself within `with lens.applied(gates):`."
-        )
-    model = getattr(lens, "model", None)
-    if isinstance(model, nn.Module):
-        hold(span, lock_of(model))
-    for laid in (other.about for other in open_spans()):
-        if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:
-            raise ModelStateError(
-                "this call is made within another one, by a hook or a readout of yours, while "
-                "hooks of that call are on the model, which would change the numbers. Make it "
-                "beforehand, and let the hook or the readout use what it returned."
-            )
-    span.way_back(functools.partial(setattr, _CALL, "token", _CALL.token))
-    _CALL.token = object()
-    plan = getattr(lens, "_plan", None)
-    if plan is not None and plan.quantised:
-        span.enter_context(extensions.differentiable_products(plan.quantised))
-    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-    if torch.is_inference_mode_enabled():
-        span.enter_context(torch.inference_mode(False))
-    for device in _DEVICES:
-        if torch.is_autocast_enabled(device):
-            span.enter_context(torch.autocast(device, enabled=False))
-    if torch.get_default_device().type != "cpu":
-        span.enter_context(torch.device("cpu"))
-    if torch.is_anomaly_enabled():
-        span.enter_context(torch.autograd.set_detect_anomaly(False))
-
-
-def _too_much(lens: Any, error: BaseException) -> OutOfMemoryError:
-    bound = getattr(lens, "max_memory", None)
-    now = f"{named('max_memory')} is {bound:.3g} bytes" if bound else "no bound is set"
-    says = str(error).strip() or "no more memory"
-    return OutOfMemoryError(
-        f"memory ran out ({says.splitlines()[0]}), and {now}.",
-        remedy="Bound it: lens.within(max_memory=…), in bytes, for every analysis of the lens that "
-        "it returns; or pass fewer or shorter prompts, fewer tokens=, or fewer hook points in "
-        "names=. Attention patterns of long prompts take most: ll.load(…, attn='sdpa') makes none.",
-        in_shell="Bound it: --max-memory, in bytes; or pass fewer or shorter prompts. Attention "
-        "patterns of long prompts take most: --attn sdpa makes none.",
-    )
-
-
-def _made_there(lens: Any) -> str:
-    model = getattr(lens, "model", None)
-    named = model.named_parameters() if isinstance(model, nn.Module) else ()
-    weights = [f"the weight {name}" for name, weight in named if weight.is_inference()]
-    holder = next(iter(weights), "what the adapter, a readout or a hook holds")
-    return (
-        f"{holder} was made within torch.inference_mode(), where no tensor keeps what a derivative "
-        "needs. Load or make it outside of that mode (torch.no_grad() has no such effect), or pass "
-        "its clone()."
-    )
-
-
-# --- The unembedding
-
-
-# Rows of W_U that are cast at a time, so that no copy of all of it is held.
-_CAST_ROWS = 4096
-
-
-@temporary
-def unembedded_only(span: Temporary, model: Any, select: Callable[[Tensor], Tensor]) -> None:
-    """Within the block, only what `select` takes of the final residual stream is unembedded."""
-
-    def selected(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        del module
-        return (select(unrounded(args[0])), *args[1:])
-
-    add_pre_hook(span, model.unembed, selected)
-
-
-def unrounded(residual: Tensor) -> Tensor:
-    """The same, unless the model's own forward pass turned autocast on."""
-    if torch.is_autocast_enabled(residual.device.type):
-        raise ModelStateError(
-            "the model turns autocast on in its forward pass (a model prepared by accelerate for "
-            "mixed precision does), which rounds to half precision. Take the wrapper off: "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
-        )
-    return residual
-
-
-def unembed(residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """residual · W_Uᵀ + b_U, summed in `dtype`, with the derivative of the model's own product."""
-    if weight.dtype == residual.dtype == dtype:
-        return linear(residual, weight, bias)
-    native = None
-    if torch.is_grad_enabled() and residual.requires_grad:
-        native = linear(residual.to(weight.dtype), weight, bias).to(dtype)
-        residual = residual.detach()
-    wide = residual.to(dtype)
-    logits = torch.cat([linear(wide, rows.to(dtype)) for rows in weight.split(_CAST_ROWS)], -1)
-    logits = logits if bias is None else logits + bias.to(dtype)
-    return logits if native is None else native + (logits - native.detach())

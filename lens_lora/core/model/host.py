@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lens_lora.core.model.adapted_modules import SiteFactors
 from lens_lora.core.model.basis import Basis
 from lens_lora.core.model.lengths import Rotary
-from lens_lora.core.model.sites import Heads, SiteFactors
+from lens_lora.core.model.sites import Heads
 from lens_lora.families import Family
 
 # How the axes lie at a norm of each head: [row, head, pos, d], or [row · pos · head, d]; and at

@@ -1,9 +1,12 @@
 """The hooks that let each site write W z + ε ΔW z, with z live.
 
-Each site has a reader at its input hook and a writer at its output hook (`site_hooks`). What the
-writer does is an `Inject`: from the injection's index, the running output and z it makes the new
-output. A scaled run, a reverse-mode tap and a forward-mode tangent are three injections through the
-same hooks.
+1. A reader at the site's input hook keeps z, and a writer at its output hook changes the output
+   W z (`site_hooks`).
+2. What the writer does is an `Inject`: a function of the injection's index, the running output and
+   z that returns the new output. A run at given gates (`ScaleInject`), a tap of the reverse mode
+   and a tangent of the forward mode are three of them, through the same hooks.
+3. An `Arranger` at each block's input keeps the order: readers run after all other hooks of their
+   point, writers before them.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from lens_lora.core.model.gates import Scale
 from lens_lora.core.model.hooks import HookFn
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.plan import AS_ONE, Injection, Plan
+from lens_lora.core.model.public_call import require_own_hooks
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 
@@ -50,15 +54,22 @@ class ScaleInject:
     """
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"], scale: Scale = 0.0) -> None:
-        # `scale` is what the gates were made of. Where it is the gates, and is differentiated, it
-        # may change between passes, as an optimiser changes it. Else it was copied, or read here.
-        held = scale.values() if isinstance(scale, Mapping) else (scale,)
-        copied = (t for t in held if isinstance(t, Tensor) and not (t is gates and t.requires_grad))
-        self._copied = [(t, edits_of(t)) for t in copied if not t.is_inference()]
-        self._injections, self._gates = plan.injections, {gates.device: gates}
+        self._injections = plan.injections
+        self._gates = {gates.device: gates}
+        # The caller's tensors whose values were copied, or read here: a later edit would not be
+        # seen. Where the gates are the caller's own tensor and need a gradient, they may change
+        # between passes, as an optimiser changes them.
+        self._copied: list[tuple[Tensor, int]] = []
+        for held in scale.values() if isinstance(scale, Mapping) else (scale,):
+            if isinstance(held, Tensor) and not (held is gates and held.requires_grad):
+                self._note_copied(held)
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
             self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
+
+    def _note_copied(self, tensor: Tensor) -> None:
+        if not tensor.is_inference():
+            self._copied.append((tensor, edits_of(tensor)))
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """out + ε_l ΔW_l z_l, or None where the gate is switched off."""
@@ -76,14 +87,15 @@ class ScaleInject:
         if device not in self._gates:
             gates = next(iter(self._gates.values()))
             self._gates[device] = gates.to(device)
-            self._copied += [] if gates.is_inference() else [(gates, edits_of(gates))]
+            self._note_copied(gates)
         return self._gates[device]
 
     def is_active(self, index: int) -> bool:
         """Whether anything is added at this injection."""
         injection = self._injections[index]
-        partner = injection.site if injection.partner is None else injection.partner
-        return self._active[injection.site] and self._active[partner]
+        if not self._active[injection.site]:
+            return False
+        return injection.partner is None or self._active[injection.partner]
 
 
 def _is_differentiated(gates: Tensor) -> bool:
@@ -93,11 +105,18 @@ def _is_differentiated(gates: Tensor) -> bool:
 
 
 class _Reader:
-    """Keeps the last firings of a read point until the next block begins."""
+    """Keeps the last firings of a read point until the next block begins.
+
+    Attributes:
+        kept: the tensors that the point has shown.
+        site: the name of a site that reads here; '' where only the layout of rows is read.
+    """
 
     def __init__(self, firings: int, name: str, point: nn.Module | None) -> None:
         self.kept: collections.deque[Tensor] = collections.deque(maxlen=firings)
-        self.site, self._name, self._point = "", name, point
+        self.site: str = ""
+        self._name = name
+        self._point = point
         self._laid_by = hooks.call_under_way()
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
@@ -109,6 +128,16 @@ class _Reader:
 # Without a repr: TransformerLens names a hook by it, and an injection's holds all its tensors.
 @dataclasses.dataclass(eq=False, repr=False)
 class _AtSite:
+    """What the writers of a site share.
+
+    Attributes:
+        index: that of the injection.
+        inject: what is written.
+        like: reads how the host lays out rows, where the site's own points do not show it.
+        adapter: its name, for errors.
+        laid_by: the public call that has laid the hook.
+    """
+
     index: int
     inject: Inject
     like: _Reader | None
@@ -116,31 +145,40 @@ class _AtSite:
     laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way, kw_only=True)
 
     def begun(self) -> Tensor | None:
-        """What shows how the host lays out rows, after the check that the hook is still ours."""
-        hooks.require_own_hooks(self.laid_by, self.adapter)
+        """The tensor that shows how the host lays out rows; the hook must be this call's own."""
+        require_own_hooks(self.laid_by, self.adapter)
         return None if self.like is None else self.like.kept[-1]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Writer(_AtSite):
+    """A writer at a hook point, which takes z from a reader."""
+
     injection: Injection
     name: str
     reader: _Reader | None
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
-        like, ports = self.begun(), self.injection.ports
+        like = self.begun()
+        ports = self.injection.ports
         out = ports.in_rows(tensor, like)
-        moved = self.inject(self.index, out, self._z(ports, out, like))
-        if moved is None:
+        z = self._z(ports, out, like)
+        changed = self.inject(self.index, out, z)
+        if changed is None:
             return None
         if self.injection.is_constant_of_v:
             self._require_own_update_of_o(hook)
-        return ports.as_at_point(moved, tensor)
+        return ports.as_at_point(changed, tensor)
 
     def _require_own_update_of_o(self, point: nn.Module) -> None:
-        """The constant part of v passes through the update of o in the same plan, and no other."""
-        for fn in (fn for fn in hooks.functions_at(point) if isinstance(fn, _Writer)):
-            if fn.inject is not self.inject and not fn.injection.is_constant_of_v:
+        """Refuse the constant part of v beside an update of o of another plan.
+
+        It passes through the update of o in its own plan, and through no other.
+        """
+        for fn in hooks.functions_at(point):
+            if not isinstance(fn, _Writer) or fn.inject is self.inject:
+                continue
+            if not fn.injection.is_constant_of_v:
                 raise ModelStateError(
                     f"{self.name} and {fn.name} are changed by two blocks, of {self.adapter!r} and "
                     f"{fn.adapter!r}, which do not add up where value biases are folded: the "
@@ -148,6 +186,7 @@ class _Writer(_AtSite):
                 )
 
     def _z(self, ports: Ports, out: Tensor, like: Tensor | None) -> Tensor:
+        """What the site's map reads, with as many rows as the output."""
         if ports.read is None:
             return out.new_zeros(*out.shape[:2], self.injection.map.width)
         if self.reader is None:
@@ -185,14 +224,19 @@ class _ModuleWriter(_AtSite):
     ports: Ports
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        like, z = self.begun(), args[0].to(output.device)
+        """Change the output of the module, or of the map of a parameter."""
+        like = self.begun()
+        z = args[0].to(output.device)
         if self.kind == "pos_embed":
+            # Its input holds the tokens, and it reads their positions.
             offset = args[1] if len(args) > 1 else 0
-            z = torch.arange(output.shape[1], device=output.device).expand(output.shape[:2])
-            z = z + offset
-        rows = self.ports.in_rows(output, like)
-        moved = self.inject(self.index, rows, self.ports.in_rows(z, like))
-        return None if moved is None else self.ports.as_at_point(moved, output)
+            positions = torch.arange(output.shape[1], device=output.device)
+            z = positions.expand(output.shape[:2]) + offset
+        out = self.ports.in_rows(output, like)
+        changed = self.inject(self.index, out, self.ports.in_rows(z, like))
+        if changed is None:
+            return None
+        return self.ports.as_at_point(changed, output)
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         raise ModelStateError(f"{self.kind} has no hook point; use `with lens.applied():`.")
@@ -203,33 +247,41 @@ def site_hooks(
 ) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection.
 
-    At the input of each block an `Arranger` puts the hooks of the block in order; the hooks of
-    `before` come first, and then what guards hook points that are not read.
+    At the input of each block an `Arranger` puts the hooks of the block in order.
+
+    Args:
+        plan: where the sites read and write.
+        inject: what is written.
+        points: the model's hook points by name.
+        before: hooks that come before all of these.
     """
     readers: dict[str, _Reader] = {}
-    by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
+    # The hooks of each block, by the point at which it begins.
+    by_block: dict[str | None, list[tuple[str, HookFn]]] = {}
     for index in _norms_first(plan):
         injection = plan.injections[index]
-        site = plan.sites[injection.site]
-        start = plan.host.block_input(site.layer) if site.layer >= 0 else injection.ports.read
-        placed = by_start.setdefault(start, [])
-        placed += _new_readers(injection.ports, readers, points)
-        placed.append((injection.ports.write, _writer(plan, index, inject, readers, points)))
+        layer = plan.sites[injection.site].layer
+        begins_at = plan.host.block_input(layer) if layer >= 0 else injection.ports.read
+        of_block = by_block.setdefault(begins_at, [])
+        of_block += _new_readers(injection.ports, readers, points)
+        writer = _writer(plan, index, inject, readers, points)
+        of_block.append((injection.ports.write, writer))
 
-    def begin() -> None:
+    def begin_block() -> None:
         plan.check_flags()
         for reader in readers.values():
             reader.kept.clear()
 
-    unread = [name for name in plan.points_without_update if name in points]
-    guards = [(name, hooks.Unread(points[name], name, plan.adapter)) for name in unread]
-    arranged = [*before, *guards]
-    for start, placed in by_start.items():
-        if start is not None and start in points:
-            ours = _in_order(placed, before, points)
-            arranged.append((start, hooks.Arranger(points, ours, begin)))
-        arranged.extend(placed)
-    return arranged
+    placed = list(before)
+    for name in plan.points_without_update:
+        if name in points:
+            placed.append((name, hooks.Unread(points[name], name, plan.adapter)))
+    for begins_at, of_block in by_block.items():
+        if begins_at is not None and begins_at in points:
+            arranged = _in_order(of_block, before, points)
+            placed.append((begins_at, hooks.Arranger(points, arranged, begin_block)))
+        placed += of_block
+    return placed
 
 
 def _new_readers(
@@ -265,21 +317,27 @@ def _writer(
 
 
 def _in_order(
-    placed: Sequence[tuple[str, HookFn]],
+    of_block: Sequence[tuple[str, HookFn]],
     before: Sequence[tuple[str, HookFn]],
     points: Mapping[str, Any],
 ) -> list[tuple[str, HookFn, bool]]:
-    """A block's hooks for its `Arranger`, each with whether it reads.
+    """The hooks of a block for its `Arranger`, each with whether it reads.
 
     Hooks of `before` at points that are written are arranged too, so that they stay first.
     """
-    written = {name for name, fn in placed if not isinstance(fn, _Reader)}
+    written = {name for name, fn in of_block if not isinstance(fn, _Reader)}
     first = [(name, fn) for name, fn in reversed(before) if name in written]
-    known = [(name, fn) for name, fn in [*placed, *first] if name in points]
-    return [(name, fn, isinstance(fn, _Reader)) for name, fn in known]
+    arranged: list[tuple[str, HookFn, bool]] = []
+    for name, fn in (*of_block, *first):
+        if name in points:
+            arranged.append((name, fn, isinstance(fn, _Reader)))
+    return arranged
 
 
 def _norms_first(plan: Plan) -> list[int]:
-    """The injections' indices: what reads at a norm's module must see what was added there."""
+    """The indices of the injections, those of norms first.
+
+    What reads at a norm's module must see what was added there.
+    """
     kinds = [plan.sites[injection.site].kind for injection in plan.injections]
     return sorted(range(len(kinds)), key=lambda index: kinds[index] not in NORM_KINDS)

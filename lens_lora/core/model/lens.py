@@ -1,18 +1,22 @@
-"""LoraLens: an adapter over a hooked model: the function f(ε) that every analysis evaluates.
+"""`LoraLens` lays an adapter over a hooked model: the function f(ε) that every analysis evaluates.
 
-ε has one gate per site; f(0) is the base model, f(1) the adapted one.
+The gates ε have one entry for each site; f(0) is the base model, and f(1) the adapted one.
+
+1. Making a lens makes its `Plan`: where each site reads and writes, and its map z → δ(z). Then it
+   checks that the model runs, that it computes what its base does, and that the base is the right
+   one (`running`, and what is registered in `extensions`).
+2. `applied`, `fwd_hooks` and `injected` put the sites' hooks on the model (`injections`).
+3. `run` is the one place in which the package runs the model over prompts.
+4. `function` is g(ε), of which every analysis is a part.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -25,36 +29,29 @@ from lens_lora.arguments import number, word
 from lens_lora.compat import (
     Temporary,
     home_of,
-    known_of_tokenizer,
     open_spans,
-    tokenizer_as_saved,
     uncompiled,
 )
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.adapter.factors import LoRAFactors, module_path
-from lens_lora.core.model import check as checks
-from lens_lora.core.model import extensions
-from lens_lora.core.model import sites as model_sites
+from lens_lora.core.model import extensions, precision, running
 from lens_lora.core.model.bases import names_of
-from lens_lora.core.model.basis import SiteMap, Update
+from lens_lora.core.model.basis import SiteMap
+from lens_lora.core.model.check import require_kinds
 from lens_lora.core.model.gates import Scale, gates_of
 from lens_lora.core.model.gauge import Gauge
-from lens_lora.core.model.hooks import (
-    HookFn,
-    alone,
-    attached,
-    hold,
-    lock_of,
-    unembedded_only,
-)
+from lens_lora.core.model.hooks import HookFn, attached
 from lens_lora.core.model.host import Host
 from lens_lora.core.model.injections import Inject, ScaleInject, site_hooks
 from lens_lora.core.model.lengths import Rotary
+from lens_lora.core.model.locks import hold, lock_of
 from lens_lora.core.model.passes import OpenBlock, Rows
 from lens_lora.core.model.plan import Injection, Plan, make_plan, require_sum
 from lens_lora.core.model.points import HookPoints, known_point
-from lens_lora.core.model.sites import Heads, Names, Site, SiteFactors
-from lens_lora.core.model.updates import SiteUpdate, holds_another_base
+from lens_lora.core.model.public_call import alone
+from lens_lora.core.model.sites import Heads, Names, Site, one_site
+from lens_lora.core.model.tokenizers import note_other_tokenizer, tokenizer_origin
+from lens_lora.core.model.unembedding import unembedded_only
+from lens_lora.core.model.updates import SiteUpdate
 from lens_lora.core.readout.positions import Positions
 from lens_lora.core.readout.prompts import Prompts, PromptsLike, PromptTokens
 from lens_lora.core.readout.readout import Readout
@@ -124,7 +121,7 @@ class LoraLens:
     ) -> None:
         model = uncompiled(model)
         hf_model = uncompiled(hf_model)
-        checks.require_kinds(adapter, hf_model)
+        require_kinds(adapter, hf_model)
         adapter = extensions.named_as_model(adapter, model)
         self.model = model
         self.prepend_bos: bool | None = prepend_bos
@@ -133,31 +130,42 @@ class LoraLens:
         self._plan = make_plan(model, adapter, hf_model)
         if check is not False:
             extensions.require_own_parameters(model, adapter)
-        self._eps: float | None = checks.known_eps(model)
-        if self._eps is None or not checks.has_run(model):
-            checks.require_running(
-                self._run_once,
-                f"this {self.class_name} of {checks.kind_of(model)}",
-                "Let ll.load make the hooked model, which mends what it knows of; or use another "
-                "version of TransformerLens.",
-            )
+        self._eps: float | None = precision.known_eps(model)
+        self._require_running()
         if hf_model is not None:
-            checks.require_same_logits(
-                checks.base_logits(hf_model, self.dtype),
-                lambda tokens: self.logits(tokens.to(self.device), 0.0),
-                f"without the adapter this {self.class_name} computes other logits than hf_model",
-                checks.OF_A_GIVEN_BASE,
-                lambda: self.eps,
-            )
-        is_probed = check is not False and self._plan.host.family.is_probed
-        self._probed: frozenset[str] | None = frozenset() if is_probed else None
-        if is_probed and check is not None:
-            probe = None if isinstance(check, bool) else check
-            self._probed = self._probed_with(adapter, frozenset(), probe)
+            self._require_same_logits(hf_model)
+        # The modules that were probed; None for a model of which none are.
+        self._probed: frozenset[str] | None = None
+        if check is not False and self.host.family.is_probed:
+            self._probed = frozenset()
+            if check is not None:
+                probe = None if isinstance(check, bool) else check
+                self._probed = self._probed_with(adapter, self._probed, probe)
         self.base_note: str = ""
         if check is not None:
             self.base_note = extensions.note_on_base(self, is_refused=check is not False)
             self._warn_of_base(stacklevel=4)
+
+    def _require_running(self) -> None:
+        """Check that the model runs, unless it was seen to run as it is now."""
+        if self._eps is not None and running.has_run(self.model):
+            return
+        running.require_running(
+            self._run_once,
+            f"this {self.class_name} of {running.kind_of(self.model)}",
+            "Let ll.load make the hooked model, which mends what it knows of; or use another "
+            "version of TransformerLens.",
+        )
+
+    def _require_same_logits(self, hf_model: nn.Module) -> None:
+        """Check that without the adapter the model computes the logits of its unprocessed base."""
+        running.require_same_logits(
+            running.base_logits(hf_model, self.dtype),
+            lambda tokens: self.logits(tokens.to(self.device), 0.0),
+            f"without the adapter this {self.class_name} computes other logits than hf_model",
+            running.OF_A_GIVEN_BASE,
+            lambda: self.eps,
+        )
 
     def _probed_with(
         self, adapter: Adapter, done: frozenset[str], probe: extensions.Probe | None = None
@@ -181,12 +189,12 @@ class LoraLens:
                 self._eps = self._measured_eps()
             else:
                 with extensions.differentiable_products(self._plan.quantised):
-                    checks.run_once(self.model)
-            checks.note_that_it_ran(self.model)
+                    running.run_once(self.model)
+            running.note_that_it_ran(self.model)
 
     def _measured_eps(self) -> float:
         with extensions.differentiable_products(self._plan.quantised):
-            return checks.eps_of(self.model, self.embedding_output)
+            return precision.eps_of(self.model, self.embedding_output)
 
     @property
     def eps(self) -> float:
@@ -214,7 +222,7 @@ class LoraLens:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
                 changed since this one was made.
         """
-        checks.require_kinds(adapter, None)
+        require_kinds(adapter, None)
         self._plan.check_state()
         if self._plan.base is not None:
             self._plan.base.require_same(entries=True)
@@ -392,7 +400,7 @@ class LoraLens:
         Raises:
             SiteError: no such site, or a glob that matches several.
         """
-        return model_sites.one_site(self.sites, name)
+        return one_site(self.sites, name)
 
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
@@ -409,10 +417,11 @@ class LoraLens:
         Raises:
             SiteError: no such site, or a glob that matches several.
         """
-        index = self.site_index(site if isinstance(site, str) else site.name)
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
-        return FactoredMatrix(*(factor.clone() for factor in self.maps[index].of_weight()))
+        name = site if isinstance(site, str) else site.name
+        B, A = self.maps[self.site_index(name)].of_weight()
+        return FactoredMatrix(B.clone(), A.clone())
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
@@ -442,16 +451,18 @@ class LoraLens:
         """
         self._check_blocks()
         points = self.model.hook_dict
-        if hidden := [site.name for site in self.sites if site.write not in points]:
-            raise errors.ModelStateError(
-                f"{hidden[0]}: no hook point of this model shows its output, so a list of "
-                "hooks cannot hold its δ; use `with lens.applied():`."
-            )
+        for site in self.sites:
+            if site.write not in points:
+                raise errors.ModelStateError(
+                    f"{site.name}: no hook point of this model shows its output, so a list of "
+                    "hooks cannot hold its δ; use `with lens.applied():`."
+                )
         inject = ScaleInject(self._plan, self.gates(scale), scale)
         hooks = site_hooks(self._plan, inject, points)
+        if getattr(self.model.cfg, "use_attn_result", False):
+            return hooks
         # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
-        fires = getattr(self.model.cfg, "use_attn_result", False)
-        silent = () if fires else self._plan.points_without_update
+        silent = self._plan.points_without_update
         return [(name, fn) for name, fn in hooks if name not in silent]
 
     def known_point(self, name: str) -> str:
@@ -540,7 +551,7 @@ class LoraLens:
 
         def apply(span: Temporary) -> Any:
             span.enter_context(self.adapted(scale))
-            for site, parameters in _changed_parameters(self._plan):
+            for site, parameters in self._plan.changed_parameters():
                 self._plan.host.refuse_reading(span, site, parameters)
             return self.model
 
@@ -688,7 +699,7 @@ class LoraLens:
         """
         ready = tokenise(self.model, prompts, prepend_bos, rule=self.prepend_bos)
         if not isinstance(prompts, Prompts) and any(source.text for source in ready.sources):
-            self._note_other_tokenizer()
+            note_other_tokenizer(self.model, self.adapter)
         return ready if response is None else extensions.continued(self.model, ready, response)
 
     @alone
@@ -748,7 +759,7 @@ class LoraLens:
         Args:
             run: the same pass once more; the error names the first hook point with NaN or infinity.
         """
-        return errors.NumericsError(checks.first_non_finite(self.model, run))
+        return errors.NumericsError(running.first_non_finite(self.model, run))
 
     @alone
     def generate(
@@ -814,8 +825,11 @@ class LoraLens:
         Args:
             prompts: as tokens.
         """
-        left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
-        mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
+        tokenizer = getattr(self.model, "tokenizer", None)
+        mask: dict[str, Tensor] = {}
+        if getattr(tokenizer, "padding_side", None) == "left":
+            # Without one, TransformerLens would take tokens on the left for padding.
+            mask["attention_mask"] = torch.ones_like(prompts.tokens)
         tables = contextlib.nullcontext()
         if self.rotary:
             tables = self.rotary.by_row(prompts.lengths.tolist())
@@ -833,10 +847,11 @@ class LoraLens:
         Args:
             prompts: as tokens.
         """
-        return tuple(
-            PromptTokens(self.decode(prompts.row(i).tokens[0].tolist()), source.said, source.length)
-            for i, source in enumerate(prompts.sources)
-        )
+        shown: list[PromptTokens] = []
+        for index, source in enumerate(prompts.sources):
+            ids = prompts.row(index).tokens[0].tolist()
+            shown.append(PromptTokens(self.decode(ids), source.said, source.length))
+        return tuple(shown)
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Token ids as strings, one by one.
@@ -845,33 +860,14 @@ class LoraLens:
             ids: of any tokens.
         """
         tokenizer = getattr(self.model, "tokenizer", None)
-        return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
+        if tokenizer is None:
+            return [str(token) for token in ids]
+        return [tokenizer.decode([token]) for token in ids]
 
     @functools.cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every token of the model's output as a string."""
         return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
-
-    def _note_other_tokenizer(self) -> None:
-        """Warn once where the adapter was saved with a tokenizer that differs from the model's."""
-        folder = self.adapter.tokenizer_folder
-        known = known_of_tokenizer(getattr(self.model, "tokenizer", None))
-        compared = _compared_tokenizers.setdefault(self.model, set())
-        if folder is None or folder in compared or (known and known.folder == folder):
-            return
-        compared.add(folder)
-        as_saved = tokenizer_as_saved(self.model.tokenizer)
-        differing = []
-        if as_saved is not None:
-            differing = extensions.tokenizer_differences(as_saved, folder)
-        if differing:
-            errors.warn(
-                f"{self.adapter.name}: the tokenizer saved with the adapter differs from the "
-                f"model's, by which prompts are read: {'; '.join(differing)}.",
-                remedy="ll.load(base, adapter) reads prompts by the adapter's.",
-                in_shell="",
-                stacklevel=4,
-            )
 
     @property
     def reads_strings(self) -> str:
@@ -881,8 +877,7 @@ class LoraLens:
     @property
     def tokenizer_origin(self) -> str:
         """Where the tokenizer is from, and how it differs from the base's; '' of the base's own."""
-        known = known_of_tokenizer(getattr(self.model, "tokenizer", None))
-        return known.origin if known else ""
+        return tokenizer_origin(self.model)
 
     def describe(self, *prompts: Prompts) -> dict[str, str]:
         """The names of model and adapter, and versions: saved with every result.
@@ -890,20 +885,22 @@ class LoraLens:
         Args:
             prompts: what the result is of; how they were read is said, too.
         """
-        origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
-        removed = [block.says for block in OpenBlock.open_on(self.model)]
-        return {
+        always = {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,
             "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
-            **({"prompts": "; ".join(origins)} if origins else {}),
-            **({"tokenizer": self.tokenizer_origin} if self.tokenizer_origin else {}),
-            **({"without": "; ".join(removed)} if removed else {}),
-            **({"warning": self.base_note} if self.base_note else {}),
-            **versions(),
         }
+        origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
+        where_there = {
+            "prompts": "; ".join(origins),
+            "tokenizer": self.tokenizer_origin,
+            "without": "; ".join(block.says for block in OpenBlock.open_on(self.model)),
+            "warning": self.base_note,
+        }
+        given = {name: text for name, text in where_there.items() if text}
+        return {**always, **given, **versions()}
 
     def __repr__(self) -> str:
         layers = errors.many(len({site.layer for site in self.sites}), "layer")
@@ -914,58 +911,3 @@ class LoraLens:
         if self.tokenizer_origin:
             parts.append(f"tokenizer: {self.tokenizer_origin}")
         return f"LoraLens({self.adapter!r} over {self.class_name}: {'; '.join(parts)})"
-
-
-# The adapters' folders whose tokenizers have been compared with a model's.
-_compared_tokenizers: weakref.WeakKeyDictionary[Any, set[Path]] = weakref.WeakKeyDictionary()
-
-
-def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
-    """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
-    host = lens.plan.host
-    parts: dict[str, list[Tensor]] = {}
-    for key, factors in lens.adapter.modules.items():
-        place = host.family.place(module_path(key))
-        if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
-            continue
-        rows = [
-            model_sites.fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds
-        ]
-        parts[key] = [of_kind for of_kind in rows if of_kind is not None]
-    return parts
-
-
-def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
-    """The adapter's null draws, which keep the spectrum of each fused part.
-
-    Raises:
-        UnsupportedAdapterError: a module whose size is not that of its factors.
-    """
-    for site in (pair.site for pair in lens.plan.updates) if draws else ():
-        if holds_another_base(site, lens.plan.host):
-            raise errors.UnsupportedAdapterError(
-                f"{site.label}: the adapter's file holds another weight of the base than this "
-                "model's, and the difference is a part of its change, which a null adapter lacks.",
-                remedy="Load the base that it was trained on, or leave the module out with "
-                "adapter.without(…).",
-                in_shell="Name the base that it was trained on with --model.",
-            )
-    parts = fused_parts(lens)
-    for draw in range(draws):
-        yield lens.adapter.null(seed, draw, parts=parts)
-
-
-def _changed_parameters(plan: Plan) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:
-    """Parameters of linear sites that the adapter changes; of o also the bias into which an update
-    of v would be folded.
-    """
-    for pair in plan.updates:
-        if isinstance(pair.update, Update):
-            yield pair.site, ("weight",) if pair.update.bias is None else ("weight", "bias")
-    for index in plan.with_constants:
-        yield dataclasses.replace(plan.updates[index].site, kind="o"), ("bias",)
-
-
-def name_of_scale(scale: Scale) -> str:
-    """Gates as results state them: 'ε = 0.5', or that they are the caller's own."""
-    return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"

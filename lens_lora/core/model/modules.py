@@ -1,12 +1,7 @@
-"""The modules of a hooked model: by path, what a bridge's component wraps, what a norm computes.
-
-A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
-whatever its formula.
-"""
+"""The modules of a hooked model: found by path, within a bridge's components, and what they are."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +17,19 @@ HOOK_IN = ".hook_in"
 
 def module_at(model: Any, path: str) -> Any:
     """A module by its path; None where the model has none."""
-    return functools.reduce(lambda owner, name: getattr(owner, name, None), path.split("."), model)
+    found = model
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(Hugging Face path, module or the component in its place, what it is in)."""
+    """Every module within another one.
+
+    Yields:
+        Its Hugging Face path; the module, or the component that stands in its place; and the module
+        that holds it.
+    """
     for name, module in unwrapped(model).named_children():
         yield f"{before}{name}", module, model
         yield from modules_in(module, f"{before}{name}.")
@@ -38,11 +41,14 @@ def unwrapped(module: Any) -> Any:
 
 
 def names_by_path(model: Any) -> dict[str, str]:
-    """Hugging Face path → name in this model, which may be a bridge; of every module in it."""
+    """The name of every module in this model, which may be a bridge, by its Hugging Face path."""
     names = {id(module): name for name, module in model.named_modules()}
-    within = getattr(model, "original_model", model)
-    modules = ((path, id(unwrapped(module))) for path, module, _ in modules_in(within))
-    return {path: names[module] for path, module in modules if module in names}
+    by_path: dict[str, str] = {}
+    for path, module, _ in modules_in(getattr(model, "original_model", model)):
+        wrapped = unwrapped(module)
+        if id(wrapped) in names:
+            by_path[path] = names[id(wrapped)]
+    return by_path
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -51,7 +57,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(out, in)."""
+    """(out, in) of a linear module's weight."""
     if isinstance(linear, nn.Linear):  # the weight of a quantised one is packed
         return linear.out_features, linear.in_features
     out, width = stored_weight(linear).shape
@@ -60,20 +66,32 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a norm with a γ."""
-    weight = getattr(module, "weight", None) if "Norm" in type(module).__name__ else None
+    if "Norm" not in type(module).__name__:
+        return False
+    weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 1
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """n of a norm γ ⊙ n + β, or (1 + γ) ⊙ n: what it computes at γ = 1 less that at γ = 0."""
+    """n = (x − mean x) / s(x) of a norm γ ⊙ n + β, or (1 + γ) ⊙ n, whatever its formula.
+
+    It is what the norm computes at γ = 1 less what it computes at γ = 0.
+    """
     computed = Shell(norm)
-    zeros = {name: torch.zeros_like(p) for name, p in computed.named_parameters()}
-    ones = {n: torch.ones_like(p) if n.endswith("weight") else p for n, p in zeros.items()}
-    return functional_call(computed, ones, (x,)) - functional_call(computed, zeros, (x,))
+    at_zero: dict[str, Tensor] = {}
+    at_one: dict[str, Tensor] = {}
+    for name, parameter in computed.named_parameters():
+        at_zero[name] = torch.zeros_like(parameter)
+        is_gamma = name.endswith("weight")
+        at_one[name] = torch.ones_like(parameter) if is_gamma else at_zero[name]
+    return functional_call(computed, at_one, (x,)) - functional_call(computed, at_zero, (x,))
 
 
 class Shell(nn.Module):
-    """What a module computes, past its hooks: a call with other parameters passes `forward` by."""
+    """What a module computes, past its hooks.
+
+    `functional_call` with other parameters would run the hooks of the module itself.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
 """The plan of a lens: where each site of an adapter reads and writes in a hooked model, and what.
 
 1. Each adapted module becomes one site or several, with its update in the Hugging Face basis
-   (`updates`).
-2. The host says where a site reads and writes (`Ports`), and what its δ is in the model's basis;
-   what reads a norm that changes too is read behind it.
-3. Where value biases were folded, the constant part of an update of v is added at o (`basis`).
+   (`adapted_modules`, `updates`).
+2. The host says where a site reads and writes (`Ports`), and what its δ is in the model's basis.
+   A map that reads a norm which changes as well is read behind that norm.
+3. Where value biases were folded, the constant part of an update of v is added at o
+   (`value_constants`).
 
 A plan also knows in which state the model was when it was made, and refuses another.
 """
@@ -15,7 +16,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions, gauge, hooks, value_constants
+from lens_lora.core.model.adapted_modules import SiteFactors, resolve_sites
 from lens_lora.core.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.core.model.check import (
-    Watch,
     modules_of,
     refuse_checkpointing,
     refuse_compiled,
@@ -35,23 +36,24 @@ from lens_lora.core.model.check import (
 from lens_lora.core.model.find_host import host_of
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
-from lens_lora.core.model.sites import Site, points_between, resolve_sites
+from lens_lora.core.model.sites import Site, points_between
 from lens_lora.core.model.updates import SiteUpdate, site_updates
+from lens_lora.core.model.watch import Watch
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """What one site adds at one place: gate_site · gate_partner · δ.
+    """What one site adds at one place: its gate times δ.
 
     Attributes:
-        site: its index.
+        site: the index of the site.
         ports: where z is read and δ is added.
         map: δ.
-        partner: index of a second site by whose gate δ is multiplied too. Both sites then have this
-            δ, each in its own rank space, and each adds half of it, so that each can be split.
-        whole: at v's own output, δ with its constant part, where that is added at o.
+        partner: the index of a second site by whose gate δ is multiplied, too. Both sites then have
+            this δ, each in its own rank space, and each adds half of it, so that each can be split.
+        whole: at v's own output, δ with its constant part, where that part is added at o.
         is_constant_of_v: whether this is that constant part, at o.
     """
 
@@ -63,7 +65,7 @@ class Injection:
     is_constant_of_v: bool = False
 
     def gate(self, gates: Float[Tensor, "*batch site"]) -> Float[Tensor, "*batch"]:
-        """What multiplies δ: ε_site, or half of ε_site ε_partner."""
+        """The number that multiplies δ: ε_site, or half of ε_site · ε_partner."""
         gate = gates[..., self.site]
         if self.partner is None:
             return gate
@@ -71,7 +73,7 @@ class Injection:
 
     @property
     def map_by_position(self) -> SiteMap | None:
-        """δ as it is split over positions; None where that is done at another injection.
+        """The map by which δ is split over positions; None where another injection does it.
 
         Attention passes v's constant part on from the positions of v, so it is split there.
         """
@@ -84,15 +86,16 @@ class Plan:
 
     Attributes:
         host: the hooked model.
-        sites: as data, in the order in which a forward pass meets them.
+        sites: the sites as data, in the order in which a forward pass meets them.
         maps: each site's own δ.
-        injections: first one for each site, in the same order; v may have more.
-        state: of the host when the plan was made.
-        updates: each site's own in the Hugging Face basis.
+        injections: what is added: first one injection for each site, in the same order; a norm or v
+            may have more.
+        state: the state of the host when the plan was made.
+        updates: each site's own update in the Hugging Face basis.
         watched: the weights of model and adapter when the plan was made.
-        base: those of `hf_model`, from which a further adapter's plan would be made.
-        quantised: linear modules of bitsandbytes.
-        adapter: its name.
+        base: the weights of `hf_model`, from which a further adapter's plan would be made.
+        quantised: the quantised linear modules.
+        adapter: the name of the adapter.
     """
 
     host: HookedHost
@@ -108,24 +111,28 @@ class Plan:
 
     @property
     def with_constants(self) -> list[int]:
-        """Indices of sites of v whose constant part is added at o."""
+        """The indices of sites of v whose constant part is added at o."""
         return [injection.site for injection in self.injections if injection.whole is not None]
 
     @functools.cached_property
     def relative_norm(self) -> float:
-        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the adapted linear maps, as the model has them; NaN of norms
-        alone. No forward pass; every such W is read once.
+        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the adapted linear maps, as the model has them.
+
+        NaN where norms alone change. No forward pass; every such W is read once.
         """
         linear = [delta for delta in self.maps if not isinstance(delta, NormMap)]
-        changes = _root_of_squares(delta.weight_norm() for delta in linear)
-        return changes / self.base_norm if linear else math.nan
+        if not linear:
+            return math.nan
+        return _root_of_squares(delta.weight_norm() for delta in linear) / self.base_norm
 
     @functools.cached_property
     def base_norm(self) -> float:
         """√Σ‖W‖_F² over the adapted linear maps."""
-        pairs = zip(self.sites, self.maps, strict=True)
-        linear = [pair for pair in pairs if not isinstance(pair[1], NormMap)]
-        return _root_of_squares(self._weight_norm(site, delta.dtype) for site, delta in linear)
+        norms: list[Float[Tensor, ""]] = []
+        for site, delta in zip(self.sites, self.maps, strict=True):
+            if not isinstance(delta, NormMap):
+                norms.append(self._weight_norm(site, delta.dtype))
+        return _root_of_squares(norms)
 
     def _weight_norm(self, site: Site, dtype: torch.dtype) -> Float[Tensor, ""]:
         def norm() -> Tensor:
@@ -135,30 +142,36 @@ class Plan:
 
     @functools.cached_property
     def turns(self) -> tuple[gauge.Turn | None, ...]:
-        """Each site's own change to the coordinates of its SVD; None of a norm."""
-        updates = (pair.update for pair in self.updates)
-        return tuple(gauge.svd_turn(u) if isinstance(u, Update) else None for u in updates)
+        """For each site, the change of coordinates to those of its SVD; None for a norm."""
+        turns: list[gauge.Turn | None] = []
+        for pair in self.updates:
+            update = pair.update
+            turns.append(gauge.svd_turn(update) if isinstance(update, Update) else None)
+        return tuple(turns)
 
     @functools.cached_property
     def in_svd_gauge(self) -> Plan:
-        """The same plan, each rank space in the coordinates of its SVD (`basis`)."""
-
-        def in_svd(site: int, delta: SiteMap | None) -> SiteMap | None:
-            turn = self.turns[site]
-            return delta if delta is None or turn is None else gauge.turned(delta, turn)
-
-        injections = tuple(
-            dataclasses.replace(i, map=in_svd(i.site, i.map), whole=in_svd(i.site, i.whole))
-            for i in self.injections
-        )
+        """The same plan, each rank space in the coordinates of its SVD (`gauge`)."""
+        injections = tuple(self._in_svd(injection) for injection in self.injections)
         maps = tuple(injection.map for injection in injections[: len(self.sites)])
         return dataclasses.replace(self, maps=maps, injections=injections)
 
+    def _in_svd(self, injection: Injection) -> Injection:
+        turn = self.turns[injection.site]
+        if turn is None:
+            return injection
+        whole = injection.whole
+        if whole is not None:
+            whole = gauge.turned(whole, turn)
+        return dataclasses.replace(injection, map=gauge.turned(injection.map, turn), whole=whole)
+
     @property
     def quantisation(self) -> str:
-        """', linear modules in 4 bit', for people; nothing where none is quantised."""
+        """', linear modules in 4 bit', for people; '' where none is quantised."""
+        if not self.quantised:
+            return ""
         bits = sorted({str(extensions.quantised_name(module)) for module in self.quantised})
-        return f", linear modules in {' and '.join(bits)}" if bits else ""
+        return f", linear modules in {' and '.join(bits)}"
 
     @property
     def activation_rounding(self) -> float:
@@ -180,7 +193,11 @@ class Plan:
             watch.require_same(entries=entries)
 
     def check_flags(self) -> None:
-        """The part of `check_state` that each pass repeats: a tool may set flags by itself."""
+        """Check the flags alone, as each pass does: a tool may set flags by itself.
+
+        Raises:
+            ModelStateError: naming the flag that changed.
+        """
         for (name, then), (_, now) in zip(self.state, self.host.state(), strict=True):
             if then != now:
                 raise ModelStateError(
@@ -207,6 +224,20 @@ class Plan:
         """Hook points between a site's input and the point at which its δ is added."""
         return points_between((self.sites[i.site], i.ports.write) for i in self.injections)
 
+    def changed_parameters(self) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:
+        """The parameters of linear sites that the adapter changes, by name.
+
+        Where value biases are folded, the bias of o is among them, into which an update of v would
+        be folded.
+        """
+        for pair in self.updates:
+            if not isinstance(pair.update, Update):
+                continue
+            changes_bias = pair.update.bias is not None
+            yield pair.site, ("weight", "bias") if changes_bias else ("weight",)
+        for index in self.with_constants:
+            yield dataclasses.replace(self.updates[index].site, kind="o"), ("bias",)
+
     def require_update(self, points: Iterable[str]) -> None:
         """Refuse hook points that never hold the adapted model's value."""
         for name in self.points_without_update:
@@ -215,19 +246,25 @@ class Plan:
 
 
 def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
-    """√Σ‖·‖²; the host reads one number from each device."""
+    """Compute √Σ‖·‖². One number is read from each device."""
     by_device: dict[torch.device, list[Tensor]] = collections.defaultdict(list)
     for norm in norms:
         by_device[norm.device].append(norm)
-    return math.hypot(*(float(torch.stack(part).detach().norm()) for part in by_device.values()))
+    totals = [float(torch.stack(part).detach().norm()) for part in by_device.values()]
+    return math.hypot(*totals)
 
 
 def make_plan(
     model: Any, adapter: Adapter, hf_model: nn.Module | None, earlier: Plan | None = None
 ) -> Plan:
-    """Where each site of the adapter reads and writes in this model. No forward pass.
+    """Plan where each site of the adapter reads and writes in this model. No forward pass.
 
-    What `earlier`, another adapter's plan of the unchanged model, knows of it is taken from there.
+    Args:
+        model: the hooked model.
+        adapter: the adapter, its modules named as the model names them.
+        hf_model: the unprocessed Hugging Face base, where it is given.
+        earlier: another adapter's plan of the same, unchanged model; what it knows of the model is
+            taken from there.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -248,18 +285,20 @@ def make_plan(
     factors = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, factors)
     placed = _placed(host, updates)
-    ports = [places[0] for places, _ in placed]
     deltas = [delta for _, delta in placed]
     maps, at_o = _with_constants_at_o(host, updates, deltas)
+
+    sites: list[Site] = []
     injections: list[Injection] = []
-    for index, port in enumerate(ports):
-        whole = None if maps[index] is deltas[index] else deltas[index]
-        injections.append(Injection(index, port, maps[index], whole=whole))
+    for index, (places, delta) in enumerate(placed):
+        sites.append(_site(updates[index], places[0], delta))
+        whole = None if maps[index] is delta else delta
+        injections.append(Injection(index, places[0], maps[index], whole=whole))
     for index, (places, delta) in enumerate(placed):
         injections += [Injection(index, other, delta) for other in places[1:]]
     return Plan(
         host=host,
-        sites=tuple(map(_site, updates, ports, deltas)),
+        sites=tuple(sites),
         maps=maps,
         injections=(*injections, *at_o),
         state=host.state(),
@@ -274,22 +313,25 @@ def make_plan(
 def _placed(
     host: HookedHost, updates: Sequence[SiteUpdate]
 ) -> list[tuple[tuple[Ports, ...], SiteMap]]:
-    """Of each site where it reads and writes, and its δ in the model's basis.
+    """For each site, the places where it reads and writes, and its δ in the model's basis.
 
-    A norm that the model runs twice has two places. What reads a norm that changes is read behind
-    it, where the change of the norm is in z already.
+    A norm that the model runs twice has two places. A map that reads a norm which changes is read
+    behind it, where the change of the norm is in z already.
     """
     changed_norms = {pair.site.path for pair in updates if pair.site.kind in NORM_KINDS}
     placed: list[tuple[tuple[Ports, ...], SiteMap]] = []
-    for site, update in ((pair.site, pair.update) for pair in updates):
-        place = site.layer, site.kind
-        if isinstance(update, NormUpdate):
-            placed.append((host.norm_ports(*place), host.norm_map(site, update)))
+    for pair in updates:
+        site = pair.site
+        layer = site.layer
+        kind = site.kind
+        if isinstance(pair.update, NormUpdate):
+            placed.append((host.norm_ports(layer, kind), host.norm_map(site, pair.update)))
             continue
-        is_behind = host.family.norm_path(*place) in changed_norms
+        is_behind = host.family.norm_path(layer, kind) in changed_norms
         ports_of = host.ports_behind_norm if is_behind else host.ports
-        port = host.known("ports", *place, is_behind, make=functools.partial(ports_of, *place))
-        placed.append(((port,), host.map_of(site, update, behind_norm=is_behind)))
+        make = functools.partial(ports_of, layer, kind)
+        ports = host.known("ports", layer, kind, is_behind, make=make)
+        placed.append(((ports,), host.map_of(site, pair.update, behind_norm=is_behind)))
     return placed
 
 
@@ -311,15 +353,22 @@ def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
 def _with_constants_at_o(
     host: HookedHost, updates: Sequence[SiteUpdate], deltas: Sequence[SiteMap]
 ) -> tuple[tuple[SiteMap, ...], list[Injection]]:
-    """Where value biases are folded, v loses its constant part, which is added at o instead."""
-    maps, at_o, heads = list(deltas), list[Injection](), host.heads_at_hooks
-    for v, (site, update) in enumerate((pair.site, pair.update) for pair in updates):
+    """Each site's own map, and the injections at o of the constant parts of updates of v.
+
+    Where value biases are folded, v loses its constant part, which is added at o instead.
+    """
+    heads = host.heads_at_hooks
+    maps = list(deltas)
+    at_o: list[Injection] = []
+    for v, pair in enumerate(updates):
+        site = pair.site
         if site.kind != "v":
             continue
-        has_bias = isinstance(update, Update) and update.bias is not None
-        norm_folded = host.is_folded(site.layer, "v")
         constant = value_constants.constant_of_v(
-            maps[v], heads, norm_folded=norm_folded, has_bias=has_bias
+            maps[v],
+            heads,
+            norm_folded=host.is_folded(site.layer, "v"),
+            has_bias=isinstance(pair.update, Update) and pair.update.bias is not None,
         )
         if constant is None or host.folded_value_bias(site) is None:
             continue
@@ -327,8 +376,8 @@ def _with_constants_at_o(
         port = Ports(None, host.ports(site.layer, "o").write)
         through = value_constants.through_o(constant, host.weight(site.layer, "o"), heads)
         at_o.append(Injection(v, port, through, is_constant_of_v=True))
-        for o, other in enumerate(pair.site for pair in updates):
-            if other.kind == "o" and other.layer == site.layer:
+        for o, other in enumerate(updates):
+            if other.site.kind == "o" and other.site.layer == site.layer:
                 by_v, by_o = value_constants.through_update_of_o(constant, maps[o], heads)
                 at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))
                 at_o.append(Injection(o, port, by_o, v))
@@ -339,14 +388,16 @@ AS_ONE = "Make one lens of the sum of both adapters: lens.with_adapter(a + b)."
 
 
 def require_sum(plan: Plan, others: Sequence[Plan]) -> None:
-    """Check that blocks of these plans, one within another, add up.
+    """Check that a block of this plan adds up with the blocks that it lies within.
 
     Raises:
         ModelStateError: a norm that changes in one of them; another one's z may be read before it.
     """
     for other in others:
+        if other is plan:
+            continue
         norms = [site.name for site in (*plan.sites, *other.sites) if site.kind in NORM_KINDS]
-        if norms and other is not plan:
+        if norms:
             raise ModelStateError(
                 f"{norms[0]} is a norm that one of two blocks changes, of {other.adapter!r} and "
                 f"{plan.adapter!r}, and the other one's δ depends on it: they do not add up. "

@@ -46,8 +46,9 @@ from lens_lora.core.model.hooks import Arranger, HookFn, add_pre_hook, attached
 from lens_lora.core.model.host import Host
 from lens_lora.errors import ArgumentError, ModelStateError
 
-_PATTERN, _SCALE = "hook_pattern", "hook_scale"
-# TransformerBridge warns of what `require_held` checks.
+_PATTERN = "hook_pattern"
+_SCALE = "hook_scale"
+# How TransformerBridge warns of what `require_held` checks.
 _EDITED = "A forward hook edited hook_scale"
 _REFUSED = "So identity_rule and half_rule cannot be kept here; leave them out."
 _Run = Callable[[], Float[Tensor, "row pos vocab"]]
@@ -93,7 +94,7 @@ class FrozenRules:
     @classmethod
     def relp(cls) -> FrozenRules:
         """All four, as relevance patching (arXiv 2508.21258) has them."""
-        return cls(True, True, True, True)
+        return cls(attention_patterns=True, norm_scales=True, identity_rule=True, half_rule=True)
 
     @property
     def of_mlps(self) -> bool:
@@ -102,8 +103,14 @@ class FrozenRules:
 
     @property
     def _keys(self) -> list[str]:
-        keys = ("patterns", "norm_scales", "identity", "half")
-        return [key for key, on in zip(keys, dataclasses.astuple(self), strict=True) if on]
+        """The names of the rules that hold, as files have them."""
+        rules = {
+            "patterns": self.attention_patterns,
+            "norm_scales": self.norm_scales,
+            "identity": self.identity_rule,
+            "half": self.half_rule,
+        }
+        return [key for key, holds in rules.items() if holds]
 
     @property
     def key(self) -> str:
@@ -113,33 +120,47 @@ class FrozenRules:
     @property
     def label(self) -> str:
         """'patterns fixed', 'patterns and norm scales fixed, identity rule, half rule', …."""
-        rules = [f"{key} rule" for key in self._keys if key in ("identity", "half")]
-        parts = [key.replace("_", " ") for key in self._keys if key in ("patterns", "norm_scales")]
-        return ", ".join([f"{' and '.join(parts)} fixed", *rules] if parts else rules)
+        fixed: list[str] = []
+        said: list[str] = []
+        for key in self._keys:
+            if key in ("patterns", "norm_scales"):
+                fixed.append(key.replace("_", " "))
+            else:
+                said.append(f"{key} rule")
+        if fixed:
+            said.insert(0, f"{' and '.join(fixed)} fixed")
+        return ", ".join(said)
 
 
 def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
-    """The hook points that these rules hold, each under one name."""
+    """The hook points that these rules hold fixed, each under one name."""
     is_held = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
-    names = [name for name in model.hook_dict if is_held.get(name.rpartition(".")[2], False)]
-    return list({id(model.hook_dict[name]): name for name in names}.values())
+    names: dict[int, str] = {}
+    for name, point in model.hook_dict.items():
+        if is_held.get(name.rpartition(".")[2], False):
+            names[id(point)] = name
+    return list(names.values())
 
 
 @temporary
 def held_fixed(span: Temporary, host: Host, rules: FrozenRules) -> None:
     """Within the block derivatives of both modes follow the rules; no value changes."""
-    hooks: list[tuple[str, HookFn]] = [
-        (name, _without_derivative) for name in frozen_points(host.model, rules)
-    ]
-    for mlp in _mlps(host) if rules.of_mlps else ():
-        if len(mlp.inputs) > 1 or rules.identity_rule:
-            hooks += _mlp_hooks(host, mlp, rules)
+    hooks: list[tuple[str, HookFn]] = []
+    for name in frozen_points(host.model, rules):
+        hooks.append((name, _without_derivative))
+    if rules.of_mlps:
+        for mlp in _mlps(host):
+            if mlp.is_gated or rules.identity_rule:
+                hooks += _mlp_hooks(host, mlp, rules)
     span.enter_context(attached(host.model, hooks))
     span.enter_context(without_warnings(_EDITED))
 
 
 def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
-    """The same value. Zero gradients go on to q and k, so that none of them seems unreached."""
+    """The same value without its derivative.
+
+    Zero gradients go on to q and k, so that none of them seems unreached.
+    """
     primal = fwad.unpack_dual(tensor).primal
     primal = primal.view_as(primal)
     if primal.requires_grad:
@@ -152,26 +173,45 @@ def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Mlp:
-    """An MLP's hook points: its block's input, g (and u, where it is gated), and p."""
+    """The hook points of an MLP.
+
+    Attributes:
+        block: the input of its block.
+        inputs: g, and u where it is gated.
+        post: p.
+    """
 
     block: str
     inputs: tuple[str, ...]
     post: str
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether p is a product of two inputs."""
+        return len(self.inputs) > 1
+
 
 def _mlps(host: Host) -> list[_Mlp]:
-    """Those of every block."""
-    kinds = {kind for linears in host.family.linears.values() for kind in linears}
+    """The MLP of every block.
+
+    Raises:
+        ModelStateError: MLPs whose activations no hook point shows.
+    """
+    kinds: set[str] = set()
+    for linears in host.family.linears.values():
+        kinds.update(linears)
     if not kinds & {"gate", "fc_in"}:
         raise ModelStateError(
             f"this is a {host.family.architectures[0]}, whose MLPs are experts: no hook point "
             f"shows their activations. {_REFUSED}"
         )
-    *before, after = ("gate", "up", "down") if "gate" in kinds else ("fc_in", "fc_out")
+    is_gated = "gate" in kinds
+    into = ("gate", "up") if is_gated else ("fc_in",)
+    out_of = "down" if is_gated else "fc_out"
     mlps: list[_Mlp] = []
     for layer in range(host.n_layers):
-        inputs = tuple(host.ports(layer, kind).write for kind in before)
-        post = host.ports(layer, after).read or ""
+        inputs = tuple(host.ports(layer, kind).write for kind in into)
+        post = host.ports(layer, out_of).read or ""
         for name in (*inputs, post):
             if name not in host.model.hook_dict:
                 raise ModelStateError(
@@ -187,9 +227,12 @@ def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, Hoo
     inputs: dict[str, Tensor] = {}
 
     def at_post(post: Tensor, hook: Any) -> Tensor | None:
-        ruled = _ruled(post, [inputs[name] for name in mlp.inputs], rules) if inputs else None
+        del hook
+        if not inputs:
+            return None
+        kept = [inputs[name] for name in mlp.inputs]
         inputs.clear()
-        return ruled
+        return _ruled(post, kept, rules)
 
     hooks: list[tuple[str, HookFn, bool]] = [
         (name, functools.partial(_keep, inputs, name), True) for name in mlp.inputs
@@ -200,6 +243,7 @@ def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, Hoo
 
 
 def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:
+    del hook
     inputs[name] = tensor
 
 
@@ -212,15 +256,15 @@ def _ruled(post: Tensor, inputs: list[Tensor], rules: FrozenRules) -> Tensor:
 
 
 def _as_linear(post: Tensor, inputs: list[Tensor]) -> Tensor:
-    """Σ (p/x) x over the inputs, the fractions held fixed; p itself where an input is zero."""
+    """Compute Σ (p/x) x over the inputs, the fractions held fixed; p itself where an x is zero."""
     values = [_primal(x) for x in inputs]
-    usable = torch.stack([x != 0 for x in values]).all(0)
+    is_usable = torch.stack([value != 0 for value in values]).all(0)
     ones = torch.ones_like(values[0])
-    terms = [
-        _primal(post) / torch.where(usable, value, ones) * x
-        for x, value in zip(inputs, values, strict=True)
-    ]
-    return torch.where(usable, sum(terms[1:], terms[0]), post)
+    total = torch.zeros_like(values[0])
+    for x, value in zip(inputs, values, strict=True):
+        fraction = _primal(post) / torch.where(is_usable, value, ones)
+        total = total + fraction * x
+    return torch.where(is_usable, total, post)
 
 
 def _primal(tensor: Tensor) -> Tensor:
@@ -232,7 +276,17 @@ def _primal(tensor: Tensor) -> Tensor:
 
 
 def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
-    """Check that the model computes with what a hook returns at every point of the rules."""
+    """Check that the model computes with what a hook returns at every point of the rules.
+
+    Args:
+        host: the hooked model.
+        rules: the rules.
+        run: runs the model on a few tokens.
+        eps: the precision in which it computes.
+
+    Raises:
+        ModelStateError: it does not, naming the point.
+    """
     if rules.of_mlps:
         _require_mlps(host, run)
     names = frozen_points(host.model, rules)
@@ -248,7 +302,8 @@ def require_held(host: Host, rules: FrozenRules, run: _Run, eps: float) -> None:
             "denominator cannot be held fixed. On a TransformerBridge turn use_split_qkv_input and "
             "use_attn_in off, which cause this; or leave out norm_scales."
         )
-    error, span = float((logits.detach() - bare).abs().max()), float(bare.max() - bare.min())
+    error = float((logits.detach() - bare).abs().max())
+    span = float(bare.max() - bare.min())
     if not error <= eps**0.5 * span:
         raise ModelStateError(
             f"this {host.class_name} computes other logits ({error:.2g} off, of a range of "
@@ -269,12 +324,14 @@ def _probed(host: Host, names: Iterable[str], run: _Run) -> tuple[Tensor, dict[s
 
 
 def _add_zeros(firings: list[Tensor], tensor: Tensor, hook: Any) -> Tensor:
-    firings.append(tensor + torch.zeros_like(tensor).detach().requires_grad_())
-    return firings[-1]
+    del hook
+    passed = tensor + torch.zeros_like(tensor).detach().requires_grad_()
+    firings.append(passed)
+    return passed
 
 
 def _slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
-    """∂(Σ value)/∂input; None of what the value does not depend on."""
+    """∂(Σ value)/∂input for each input; None where the value does not depend on it."""
     if not inputs or not value.requires_grad:
         return [None] * len(inputs)
     with torch.enable_grad():
@@ -283,9 +340,12 @@ def _slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
 
 
 def _require_mlps(host: Host, run: _Run) -> None:
-    """Each MLP's p is act(g), or act(g) · u, of what hooks return at g and u."""
+    """Check that each MLP's p is act(g), or act(g) · u, of what hooks return at g and u."""
     mlps = _mlps(host)
-    _, passed = _probed(host, [name for mlp in mlps for name in (*mlp.inputs, mlp.post)], run)
+    names: list[str] = []
+    for mlp in mlps:
+        names += [*mlp.inputs, mlp.post]
+    _, passed = _probed(host, names, run)
     for name, firings in passed.items():
         if len(firings) != 1:
             raise ModelStateError(
@@ -293,24 +353,32 @@ def _require_mlps(host: Host, run: _Run) -> None:
                 f"and once is expected. {_REFUSED}"
             )
     for mlp in mlps:
-        inputs, post = [passed[name][0] for name in mlp.inputs], passed[mlp.post][0]
-        for name, value, slope in zip(mlp.inputs, inputs, _slopes(post, inputs), strict=True):
-            if slope is None:
-                raise ModelStateError(
-                    f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores "
-                    f"what a hook returns there. {_REFUSED}"
-                )
-            # ∂p/∂u · u is p.
-            error = float((slope * value - post).detach().abs().max())
-            room = torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max())
-            if name != mlp.inputs[0] and not error <= room:
-                raise ModelStateError(
-                    f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
-                    f"{_REFUSED}"
-                )
+        _require_product(host, mlp, {name: firings[0] for name, firings in passed.items()})
+
+
+def _require_product(host: Host, mlp: _Mlp, values: dict[str, Tensor]) -> None:
+    """Check that p depends on every input, and that ∂p/∂u · u is p."""
+    post = values[mlp.post]
+    inputs = [values[name] for name in mlp.inputs]
+    room = torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max())
+    for name, value, slope in zip(mlp.inputs, inputs, _slopes(post, inputs), strict=True):
+        if slope is None:
+            raise ModelStateError(
+                f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores "
+                f"what a hook returns there. {_REFUSED}"
+            )
+        if name == mlp.inputs[0]:
+            continue  # p need not be linear in g
+        error = float((slope * value - post).detach().abs().max())
+        if not error <= room:
+            raise ModelStateError(
+                f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
+                f"{_REFUSED}"
+            )
 
 
 def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
+    """Check that the model has the hook points that the rules need."""
     patterns = sum(name.endswith(_PATTERN) for name in names)
     if rules.attention_patterns and patterns < host.n_layers:
         raise ModelStateError(
@@ -322,7 +390,9 @@ def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
         raise ModelStateError(
             f"this {host.class_name} has no hook point of a norm's scale; leave out norm_scales."
         )
-    for name, module in host.model.named_modules() if rules.norm_scales else ():
+    if not rules.norm_scales:
+        return
+    for name, module in host.model.named_modules():
         if "Norm" in type(module).__name__ and is_offloaded(module):
             raise ModelStateError(
                 f"{name} is offloaded, and its denominator can be held fixed only where γ stays on "
@@ -332,10 +402,14 @@ def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
 
 
 def _require_used(host: Host, logits: Tensor, passed: dict[str, list[Tensor]]) -> None:
-    """Each hook point fired, and the logits depend on what each firing returned."""
-    slopes = iter(_slopes(logits, [value for firings in passed.values() for value in firings]))
-    came = {name: [next(slopes) is not None for _ in firings] for name, firings in passed.items()}
-    unused = [name for name, firings in came.items() if not firings or not all(firings)]
+    """Check that each hook point fired, and that the logits depend on what each firing returned."""
+    values = [value for firings in passed.values() for value in firings]
+    slopes = iter(_slopes(logits, values))
+    unused: list[str] = []
+    for name, firings in passed.items():
+        is_used = [next(slopes) is not None for _ in firings]
+        if not is_used or not all(is_used):
+            unused.append(name)
     if not unused:
         return
     name = unused[0]

@@ -1,7 +1,7 @@
-"""An adapter's sites with their updates in the Hugging Face basis, in the order of a forward pass.
+"""The update of each site in the Hugging Face basis: A, B and Δb, or Δγ and Δβ.
 
-1. Shapes are compared with the model's own weights, and what has no low rank with free memory.
-2. Each site's update is made plain: A, B and Δb, or Δγ and Δβ.
+1. Shapes are compared with the model's own weights, and dense updates with the memory that is free.
+2. Each site's update is made plain:
 
        factors           s·B·A,  Δb = s·b_B + (b' − b)
        DoRA              ΔW = m/‖W₀ + sBA‖_row ⊙ (W₀ + sBA) − W
@@ -12,8 +12,8 @@
    W, b, γ and β are the base's (`HookedHost.base_weight` and others). W₀ = W, unless PEFT wrote an
    embedding of the file into the base: then ΔW has W₀ − W beside s·B·A. What equals the base to one
    rounding of the coarser dtype is no update, and a site without one is left out.
-3. What the base ties to an embedding or a head follows it, as PEFT treats it. All that one site
-   gets is one update.
+3. Where the base ties its head to its embedding, an update of the one may be an update of the other
+   as well, as PEFT treats it. All that one site gets is one update.
 4. Where norms are folded, readers' A' = A diag(γ) would depend on γ's gate: γ and β are refused.
 """
 
@@ -33,10 +33,11 @@ from torch import Tensor
 from lens_lora import errors
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.core.adapter.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.core.model.adapted_modules import SiteFactors, in_order
 from lens_lora.core.model.bases import is_same
 from lens_lora.core.model.basis import NormUpdate, Update
 from lens_lora.core.model.hooked_host import HookedHost
-from lens_lora.core.model.sites import SiteFactors, in_order, outside_layer, site_name
+from lens_lora.core.model.sites import outside_layer, site_name
 from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
 from lens_lora.families import NORM_KINDS
 
@@ -47,14 +48,19 @@ _COPIES = 2
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SiteUpdate:
-    """A site as the adapter holds it, and what it adds in the Hugging Face basis."""
+    """A site as the adapter holds it, and what it adds in the Hugging Face basis.
+
+    Attributes:
+        site: the site, with the adapter's own factors.
+        update: what they add to the base's module.
+    """
 
     site: SiteFactors
     update: Update | NormUpdate
 
 
 def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUpdate, ...]:
-    """Every site that differs from the base. No forward pass.
+    """The updates of all sites that differ from the base. No forward pass.
 
     Raises:
         AdapterError: shapes that do not fit the model's, or nothing differs.
@@ -68,7 +74,8 @@ def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUp
     _require_memory(host, sites)
     updates: dict[str, SiteUpdate] = {}
     for site in sites:
-        for part in filter(None, (site, follower(site, by_kind, host))):
+        tied = follower(site, by_kind, host)
+        for part in (site,) if tied is None else (site, tied):
             update = _update_of(part, host)
             if update is not None:
                 updates[part.name] = _joined(updates.get(part.name), SiteUpdate(part, update))
@@ -81,23 +88,24 @@ def site_updates(host: HookedHost, sites: Sequence[SiteFactors]) -> tuple[SiteUp
 
 
 def _update_of(site: SiteFactors, host: HookedHost) -> Update | NormUpdate | None:
-    """None where the adapter holds what the base has."""
+    """The update of a site; None where the adapter holds what the base has."""
     if site.kind not in NORM_KINDS:
         return _linear_update(site, host)
-    is_folded = host.is_folded(site.layer, site.kind)
-    update = None if is_folded and host.base is None else _norm_update(site, host)
-    if is_folded and (host.base is None or update is not None):
+    if not host.is_folded(site.layer, site.kind):
+        return _norm_update(site, host)
+    # Without the base it is not known whether the norm changes.
+    if host.base is None or _norm_update(site, host) is not None:
         raise ModelStateError(
             f"{site.label}: the adapter changes this norm's γ or β, and this {host.class_name} has "
             "them folded into the weights that read the norm, whose own updates would then depend "
             "on it. Load the hooked model unprocessed (from_pretrained_no_processing, or a "
             "TransformerBridge before enable_compatibility_mode)."
         )
-    return update
+    return None
 
 
 def _joined(earlier: SiteUpdate | None, later: SiteUpdate) -> SiteUpdate:
-    """Both as one, under the module that the adapter names there itself."""
+    """Both updates of one site as one, under the module that the adapter itself names there."""
     if earlier is None:
         return later
     site = earlier.site if earlier.site.path == earlier.site.module else later.site
@@ -107,14 +115,16 @@ def _joined(earlier: SiteUpdate | None, later: SiteUpdate) -> SiteUpdate:
 
 
 def _summed(*updates: Update) -> Update:
+    """The sum of updates of one map, with the ranks of all."""
     device = float64_device(updates[0].A.device)
-    A = torch.cat([in_float64(u.A).to(device) for u in updates])
-    B = torch.cat([in_float64(u.B).to(device) * u.scale for u in updates], 1)
-    biases = [u.bias.to(device) for u in updates if u.bias is not None]
-    return Update(A, B, 1.0, torch.stack(biases).sum(0) if biases else None)
+    A = torch.cat([in_float64(update.A).to(device) for update in updates])
+    B = torch.cat([in_float64(update.B).to(device) * update.scale for update in updates], 1)
+    biases = [update.bias.to(device) for update in updates if update.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    return Update(A, B, 1.0, bias)
 
 
-# --- shapes
+# --- Shapes
 
 
 def _require_fit(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
@@ -122,15 +132,16 @@ def _require_fit(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
     for site in sites:
         if site.kind in NORM_KINDS:
             continue
-        place = site.layer, site.kind
-        out, width = host.known("shape", *place, make=functools.partial(host.shape, *place))
-        for theirs in _shapes(site, (out, width)):
-            if theirs != (out, width):
-                maps = f"{theirs[1]}→{theirs[0]}, the model {width}→{out}"
+        measure = functools.partial(host.shape, site.layer, site.kind)
+        out, width = host.known("shape", site.layer, site.kind, make=measure)
+        for held_out, held_width in _shapes(site, (out, width)):
+            if (held_out, held_width) != (out, width):
+                maps = f"{held_width}→{held_out}, the model {width}→{out}"
                 raise site.misfit(f"the adapter maps {maps}")
-        experts = host.experts(*place)
-        if experts != _experts_of(site.factors):
-            counts = f"{_experts_of(site.factors)} experts, the model's stack {experts}"
+        experts = host.experts(site.layer, site.kind)
+        held_experts = _experts_of(site.factors)
+        if experts != held_experts:
+            counts = f"{held_experts} experts, the model's stack {experts}"
             raise site.misfit(f"the adapter's factors are of {counts}")
 
 
@@ -141,19 +152,32 @@ def _experts_of(update: ModuleUpdate) -> int:
 
 
 def _shapes(site: SiteFactors, ours: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(out, in) as each of the adapter's tensors has them; an open side is the model's."""
+    """(out, in) as each of the adapter's tensors has them.
+
+    A side that a tensor leaves open is the model's own.
+
+    Args:
+        site: the site, with the adapter's tensors.
+        ours: (out, in) of the model's weight.
+    """
+    model_out, model_width = ours
     factors = site.factors
     if isinstance(factors, LoRAFactors):
-        yield len(factors.B), factors.width or ours[1]
+        yield len(factors.B), factors.width or model_width
         return
     if factors.bias is not None:
-        yield len(factors.bias), ours[1]
-    if factors.weight is not None:
-        out, width = factors.weight.reshape(len(factors.weight), -1).shape
-        if factors.tokens is not None:
-            _require_tokens(site, factors.weight, factors.tokens, ours)
-            out, width = (ours[0], width) if site.kind == "unembed" else (out, ours[1])
+        yield len(factors.bias), model_width
+    if factors.weight is None:
+        return
+    out, width = factors.weight.reshape(len(factors.weight), -1).shape
+    if factors.tokens is None:
         yield out, width
+        return
+    _require_tokens(site, factors.weight, factors.tokens, ours)
+    if site.kind == "unembed":
+        yield model_out, width
+    else:
+        yield out, model_width
 
 
 def _require_tokens(
@@ -163,7 +187,8 @@ def _require_tokens(
         raise UnsupportedAdapterError(
             f"{site.label}: trained rows are read of embeddings and heads only."
         )
-    axis, last = _token_axis(site.kind), int(tokens.max())
+    axis = _token_axis(site.kind)
+    last = int(tokens.max())
     if weight.shape[axis] != len(tokens):
         raise AdapterError(
             f"{site.label}: the adapter holds {weight.shape[axis]} rows of {len(tokens)} tokens."
@@ -181,7 +206,7 @@ def _token_axis(kind: str) -> int:
     return 0 if kind == "unembed" else 1
 
 
-# --- memory
+# --- Memory
 
 
 def _require_memory(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
@@ -211,10 +236,12 @@ def _require_memory(host: HookedHost, sites: Sequence[SiteFactors]) -> None:
 
 
 def free_bytes(device: torch.device) -> float | None:
-    """What is free on a device; None where it does not tell."""
+    """The bytes that are free on a device; None where it does not tell."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available) if device.type == "cpu" else None
+    if device.type == "cpu":
+        return float(psutil.virtual_memory().available)
+    return None
 
 
 def _is_dense(site: SiteFactors) -> bool:
@@ -229,38 +256,44 @@ def _has_bias(factors: ModuleUpdate) -> bool:
     return bias is not None
 
 
-# --- updates of linear modules, embeddings and heads
+# --- Updates of linear modules, embeddings and heads
 
 
 def _linear_update(site: SiteFactors, host: HookedHost) -> Update | None:
-    """ΔW and Δb; None where nothing differs."""
+    """ΔW and Δb of a linear map; None where nothing differs from the base."""
     factors = site.factors
     if isinstance(factors, LoRAFactors):
         update = _of_factors(site, factors, host)
     else:
         update = _of_trained(site, factors, host)
     bias = _bias_change(site, host)
-    if update is None and bias is not None:
-        out, width = host.weight(site.layer, site.kind).shape
-        update = Update(torch.zeros(0, width), torch.zeros(out, 0), 1.0)
-    return None if update is None else dataclasses.replace(update, bias=bias)
+    if update is not None:
+        return dataclasses.replace(update, bias=bias)
+    if bias is None:
+        return None
+    out, width = host.weight(site.layer, site.kind).shape
+    return Update(torch.zeros(0, width), torch.zeros(out, 0), 1.0, bias)
 
 
 def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Update:
-    """s·BA, or DoRA's dense ΔW; and W₀ − W where the file holds another W₀."""
+    """s·BA, or DoRA's dense ΔW; with W₀ − W beside it where the file holds another W₀."""
+    is_dora = factors.needs_base_weight
     stored = _unlike_base(site, factors.base_weight, host)
-    width = factors.width or host.weight(site.layer, site.kind).shape[1]
-    A = factors.A if factors.width else factors.A.new_zeros(factors.rank, width)
-    update = Update(A, factors.B, factors.scale * factors.strength, experts=_experts_of(factors))
-    if stored is None and not factors.needs_base_weight:
+    reads = factors.A
+    if not factors.width:  # no row of A tells how wide the input is
+        reads = reads.new_zeros(factors.rank, host.weight(site.layer, site.kind).shape[1])
+    scale = factors.scale * factors.strength
+    update = Update(reads, factors.B, scale, experts=_experts_of(factors))
+    if stored is None and not is_dora:
         return update
-    named = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"
-    base = host.base_weight(site, named)
+
+    base = host.base_weight(site, "DoRA's ΔW" if is_dora else "ΔW of a stored weight")
     W = in_float64(base)
-    if factors.needs_base_weight:
-        delta = factors.materialise((W if stored is None else stored).to(W))
+    if is_dora:
+        W0 = W if stored is None else stored.to(W)
         # A dense ΔW is kept in the base's dtype: half as large as in float64.
-        update = _dense(delta.to(torch.promote_types(base.dtype, torch.float32)))
+        kept_dtype = torch.promote_types(base.dtype, torch.float32)
+        update = _dense(factors.materialise(W0).to(kept_dtype))
     if stored is None:
         return update
     return _summed(update, _dense(factors.strength * _difference(stored, W)))
@@ -268,29 +301,33 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: HookedHost) -> Up
 
 def holds_another_base(site: SiteFactors, host: HookedHost) -> bool:
     """Whether W₀ − W is a part of the update, beside that of the factors."""
-    stored = site.factors.base_weight if isinstance(site.factors, LoRAFactors) else None
-    return _unlike_base(site, stored, host) is not None
+    if not isinstance(site.factors, LoRAFactors):
+        return False
+    return _unlike_base(site, site.factors.base_weight, host) is not None
 
 
 def _of_trained(site: SiteFactors, trained: TrainedModule, host: HookedHost) -> Update | None:
-    """ΔW of a weight, or of rows of it; None where it is the base's."""
-    weight, tokens = trained.weight, trained.tokens
-    if weight is not None and tokens is not None:
+    """ΔW of a weight that was trained whole, or of rows of it; None where it is the base's."""
+    weight = trained.weight
+    if weight is None:
+        return None
+    if trained.tokens is not None:
         stored = _unlike_base(site, trained.base_weight, host)
         if stored is None:
-            return _of_rows(site, weight, tokens, trained.strength, host)
-        weight = stored.index_copy(_token_axis(site.kind), tokens, weight.to(stored))
+            return _of_rows(site, weight, trained.tokens, trained.strength, host)
+        weight = stored.index_copy(_token_axis(site.kind), trained.tokens, weight.to(stored))
     if _unlike_base(site, weight, host) is None:
         return None
     W = host.base_weight(site, "ΔW of a trained weight")
-    return _dense(trained.strength * _difference(cast(Tensor, weight), W))
+    return _dense(trained.strength * _difference(weight, W))
 
 
 def _of_rows(
     site: SiteFactors, rows: Tensor, tokens: Int[Tensor, " row"], strength: float, host: HookedHost
 ) -> Update | None:
     """One factor selects the rows, the other is their change; dense where they are many."""
-    W, axis = host.base_weight(site, "ΔW of trained rows"), _token_axis(site.kind)
+    W = host.base_weight(site, "ΔW of trained rows")
+    axis = _token_axis(site.kind)
     tokens = tokens.to(W.device)
     before = W.index_select(axis, tokens)
     if is_same(rows, before):
@@ -300,28 +337,49 @@ def _of_rows(
         return _dense(torch.zeros_like(W, dtype=change.dtype).index_copy(axis, tokens, change))
     select = change.new_zeros(len(tokens), W.shape[axis])
     select[torch.arange(len(tokens)), tokens] = 1
-    return Update(select, change, 1.0) if axis else Update(change, select.T, 1.0)
+    if axis == 1:
+        return Update(select, change, 1.0)
+    return Update(change, select.T, 1.0)
 
 
 def _bias_change(site: SiteFactors, host: HookedHost) -> Float[Tensor, " out"] | None:
     """Δb = strength · (s·b_B + b' − b); None where the bias stays."""
-    factors, change = site.factors, None
-    trained = factors.trained_bias if isinstance(factors, LoRAFactors) else factors.bias
-    if isinstance(factors, LoRAFactors) and factors.lora_bias is not None:
-        change = factors.scale * in_float64(factors.lora_bias)
-    if trained is not None:
-        bias = host.base_bias(site)
-        if bias is None:
-            raise site.misfit("the adapter holds a trained bias, the base model has none there")
-        if not is_same(trained, bias):
-            wide = in_float64(trained)
-            moved = wide - in_float64(bias).to(wide.device)
-            change = moved if change is None else change + moved
-    elif isinstance(factors, TrainedModule) and factors.tokens is not None:
-        # In PEFT's layer of trained rows a head has no bias.
-        bias = host.base_bias(site) if site.kind == "unembed" else None
-        change = None if bias is None or not bool(bias.any()) else -in_float64(bias)
-    return None if change is None else change * factors.strength
+    factors = site.factors
+    if isinstance(factors, LoRAFactors):
+        changes = [_trained_bias_change(site, factors.trained_bias, host)]
+        if factors.lora_bias is not None:
+            changes.insert(0, factors.scale * in_float64(factors.lora_bias))
+    elif factors.bias is None and factors.tokens is not None:
+        changes = [_lost_bias(site, host)]
+    else:
+        changes = [_trained_bias_change(site, factors.bias, host)]
+    present = [change for change in changes if change is not None]
+    if not present:
+        return None
+    return sum(present[1:], present[0]) * factors.strength
+
+
+def _trained_bias_change(
+    site: SiteFactors, trained: Tensor | None, host: HookedHost
+) -> Float[Tensor, " out"] | None:
+    """b' − b of a bias that was trained; None where it is the base's, or was not trained."""
+    if trained is None:
+        return None
+    bias = host.base_bias(site)
+    if bias is None:
+        raise site.misfit("the adapter holds a trained bias, the base model has none there")
+    if is_same(trained, bias):
+        return None
+    wide = in_float64(trained)
+    return wide - in_float64(bias).to(wide.device)
+
+
+def _lost_bias(site: SiteFactors, host: HookedHost) -> Float[Tensor, " out"] | None:
+    """−b of a head whose rows were trained: PEFT's layer of trained rows has no bias."""
+    bias = host.base_bias(site) if site.kind == "unembed" else None
+    if bias is None or not bool(bias.any()):
+        return None
+    return -in_float64(bias)
 
 
 def _unlike_base(site: SiteFactors, held: Tensor | None, host: HookedHost) -> Tensor | None:
@@ -365,22 +423,29 @@ def _dense(delta: Float[Tensor, "out in"]) -> Update:
     return Update(factors.A, factors.B, 1.0)
 
 
-# --- updates of norms
+# --- Updates of norms
 
 
 def _norm_update(site: SiteFactors, host: HookedHost) -> NormUpdate | None:
-    """Δγ and Δβ of a norm; None where nothing differs."""
-    trained, (gamma, beta) = cast(TrainedModule, site.factors), host.base_affine(site)
-    weight = None if trained.weight is None else trained.weight + host.family.gamma_offset
+    """Δγ and Δβ of a norm; None where nothing differs from the base."""
+    trained = cast(TrainedModule, site.factors)
+    gamma, beta = host.base_affine(site)
+    weight = trained.weight
+    if weight is not None:
+        weight = weight + host.family.gamma_offset
     d_gamma = _vector_change(site, weight, gamma)
     d_beta = _vector_change(site, trained.bias, beta)
     if d_gamma is None and d_beta is None:
         return None
-    d_gamma = torch.zeros_like(gamma) if d_gamma is None else d_gamma * trained.strength
-    return NormUpdate(d_gamma, None if d_beta is None else d_beta * trained.strength)
+    if d_gamma is None:
+        d_gamma = torch.zeros_like(gamma)
+    if d_beta is not None:
+        d_beta = d_beta * trained.strength
+    return NormUpdate(d_gamma * trained.strength, d_beta)
 
 
 def _vector_change(site: SiteFactors, held: Tensor | None, base: Tensor | None) -> Tensor | None:
+    """How a norm's vector differs from the base's; None where it does not."""
     if held is None:
         return None
     if base is None or held.shape != base.shape:
@@ -391,20 +456,23 @@ def _vector_change(site: SiteFactors, held: Tensor | None, base: Tensor | None) 
     return None if is_same(held, base) else _difference(held, base)
 
 
-# --- what the base ties to an embedding or a head
+# --- What the base ties to an embedding or a head
 
 
 def follower(
     site: SiteFactors, sites: Mapping[tuple[str, str], SiteFactors], host: HookedHost
 ) -> SiteFactors | None:
-    """The head, or the embedding, that changes with this site; None where none does.
+    """The head, or the embedding, that changes with this site; None where neither does.
 
     1. Trained rows of an embedding are the tied head's as well, unless it has rows of other tokens.
     2. A weight that PEFT writes into the base's own parameter is that of both.
     3. A module of `modules_to_save` is a copy: nothing follows it, and it follows nothing.
     4. Factors are each module's own.
 
-    `sites` are the adapter's own, by kind and part of a sum.
+    Args:
+        site: an embedding or a head, say.
+        sites: the adapter's own sites, by kind and part of a sum.
+        host: the hooked model.
 
     Raises:
         UnsupportedAdapterError: the two are tied, and the adapter holds different parameters.
@@ -428,7 +496,10 @@ def follower(
 
 
 def _shared_parameters(site: SiteFactors, host: HookedHost) -> TrainedModule | None:
-    """What a tied module would have of this one, turned to its own [out, in]."""
+    """The parameters that a tied module shares with this one, as its own [out, in].
+
+    None where nothing is shared.
+    """
     factors = site.factors
     if site.kind not in _TIED:
         return None
@@ -440,16 +511,17 @@ def _shared_parameters(site: SiteFactors, host: HookedHost) -> TrainedModule | N
 
 def _holds(other: SiteFactors, site: SiteFactors, shared: TrainedModule) -> bool:
     """Whether the adapter itself holds, for the tied module, what that would follow."""
-    factors, weight = other.factors, cast(Tensor, shared.weight)
+    factors = other.factors
     if isinstance(factors, LoRAFactors) and factors.base_weight is None:
         return False
-    is_trained = isinstance(factors, TrainedModule)
+    weight = cast(Tensor, shared.weight)
+    held = None
     if shared.tokens is not None:
-        tokens = factors.tokens if is_trained else None
-        is_of_rows = tokens is not None and torch.equal(tokens, shared.tokens)
-        held = factors.weight if is_trained and is_of_rows else None
-    elif is_trained and factors.tokens is None and not factors.tied:
-        held = weight
+        if isinstance(factors, TrainedModule) and factors.tokens is not None:
+            is_of_these = torch.equal(factors.tokens, shared.tokens)
+            held = factors.weight if is_of_these else None
+    elif isinstance(factors, TrainedModule) and factors.tokens is None and not factors.tied:
+        held = weight  # a copy of its own, of `modules_to_save`
     else:
         held = _written_to_base(factors)
     if held is None or not is_same(held, weight):

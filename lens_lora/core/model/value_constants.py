@@ -1,9 +1,8 @@
 """The constant part of an update of v, which is added at o where value biases were folded.
 
-A folded model's v and z have no bias: b̂_V is
-in b_O. An update of v has a constant part as well, c_v = B_v u with u = s A_v β (+ Δb), and folding
-merged weights would move it to b_O too. So v's own output gets B_v A_v' n only, and attention's
-output gets, at every position,
+A folded model's v and z have no bias: b̂_V is in b_O. An update of v has a constant part as well,
+c_v = B_v u with u = s A_v β (+ Δb), and folding merged weights would move it to b_O, too. So v's
+own output gets B_v A_v' n only, and attention's output gets, at every position,
 
     ε_v W_O Rep(c_v)  +  ε_o ε_v s_o B_o A_o Rep(c_v)
 
@@ -32,7 +31,12 @@ from lens_lora.core.model.sites import Heads
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """c_v in v's rank space: c_v = B u, and Rep B per KV head: [kv, n_heads · d_head, rank]."""
+    """The constant c_v = B u of an update of v, in v's rank space.
+
+    Attributes:
+        u: its coordinates.
+        spread: Rep B of each head of keys and values: [kv, n_heads · d_head, rank].
+    """
 
     u: Float[Tensor, " rank"]
     spread: Float[Tensor, "kv out rank"]
@@ -50,32 +54,37 @@ def constant_of_v(
         return None
     u = site.a0.clone()
     if not norm_folded:
-        u[: len(u) - 1 if has_bias else len(u)] = 0
+        of_beta = len(u) - 1 if has_bias else len(u)
+        u[:of_beta] = 0
     if not bool(u.any()):
         return None
     by_kv = site.sB.unflatten(0, (heads.n_kv, -1))
-    reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)
+    queries_of_each = heads.n_heads // heads.n_kv
+    reads_kv = torch.eye(heads.n_kv).repeat_interleave(queries_of_each, 1)
     spread = reads_kv.to(by_kv)[:, :, None, None] * by_kv[:, None]
     return Constant(u, spread.flatten(1, 2))
 
 
 def without_constant(site: SiteMap, constant: Constant) -> SiteMap:
     """δ of v without its constant part."""
-    return dataclasses.replace(site, a0=None if site.a0 is None else site.a0 - constant.u)
+    if site.a0 is None:
+        return site
+    return dataclasses.replace(site, a0=site.a0 - constant.u)
 
 
 def through_o(constant: Constant, W_O: Float[Tensor, "d_model out"], heads: Heads) -> SiteMap:
-    """W_O Rep(c_v), in v's rank space."""
+    """The map that adds W_O Rep(c_v), in v's rank space."""
     return _constant_map(W_O.to(constant.spread) @ constant.spread, constant.u, heads)
 
 
 def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[SiteMap, SiteMap]:
-    """s_o B_o A_o Rep(c_v) twice: in v's rank space, and in o's."""
+    """The map that adds s_o B_o A_o Rep(c_v), once in v's rank space and once in o's."""
     of_v = _constant_map(o.sB @ (o.A @ constant.spread), constant.u, heads)
     shift = constant.spread.sum(0) @ constant.u
     by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T
     if o.a0_by_head is not None:
-        by_head = torch.nn.functional.pad(by_head, (0, 0, 0, len(o.a0_by_head) - len(by_head)))
+        slots_behind_heads = len(o.a0_by_head) - len(by_head)
+        by_head = torch.nn.functional.pad(by_head, (0, 0, 0, slots_behind_heads))
     nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
     return of_v, SiteMap(nothing, o.sB, o.A @ shift, by_head.contiguous())
 

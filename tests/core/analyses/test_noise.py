@@ -20,7 +20,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.core.analyses.verdict import Noise
 from lens_lora.core.function import rounding as engine_noise
-from lens_lora.core.model.check import eps_of
+from lens_lora.core.model.precision import eps_of
 
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)
 SCALES = [0.01, 0.1, 0.25, 0.5, 0.75, 1.0]

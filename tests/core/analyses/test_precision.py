@@ -15,7 +15,7 @@ import lens_lora as ll
 from lens_lora.core import evaluations
 from lens_lora.core.function import function as functions
 from lens_lora.core.function import rounding
-from lens_lora.core.model.hooks import unembed
+from lens_lora.core.model.unembedding import unembed
 from lens_lora.core.results.base import SIGMAS
 
 HALF = (torch.bfloat16, torch.float16)

@@ -337,9 +337,9 @@ BASIS = [
     ),
     Mutation(
         "s is squared in a stack of experts",
-        "core/model/basis.py",
-        "factors = (in_float64(update.A), in_float64(update.B) * update.scale)",
-        "factors = (in_float64(update.A), in_float64(update.B) * update.scale**2)",
+        "hosts/experts.py",
+        "writes = in_float64(update.B) * update.scale",
+        "writes = in_float64(update.B) * update.scale**2",
         EXPERTS,
     ),
     Mutation(
@@ -352,8 +352,8 @@ BASIS = [
     Mutation(
         "γ is applied to the wrong side of β",
         "core/model/basis.py",
-        "    a0, heads = _offset(reads, basis)\n",
-        "    a0, heads = _offset(\n"
+        "    a0, a0_by_head = _offset(reads, basis)\n",
+        "    a0, a0_by_head = _offset(\n"
         "        reads if basis.gamma is None else reads * basis.gamma.to(reads), basis\n"
         "    )\n",
         EVERY_PART,
@@ -389,15 +389,15 @@ BASIS = [
     Mutation(
         "query heads get the constant of another group",
         "core/model/value_constants.py",
-        "reads_kv = torch.eye(heads.n_kv).repeat_interleave(heads.n_heads // heads.n_kv, 1)",
-        "reads_kv = torch.eye(heads.n_kv).repeat(1, heads.n_heads // heads.n_kv)",
+        "reads_kv = torch.eye(heads.n_kv).repeat_interleave(queries_of_each, 1)",
+        "reads_kv = torch.eye(heads.n_kv).repeat(1, queries_of_each)",
         EVERY_PART,
     ),
     Mutation(
         "a change of bias belongs to the last head",
         "core/model/basis.py",
-        "spread[n_heads, -1] = 1.0",
-        "spread[n_heads - 1, -1] = 1.0",
+        "by_slot[n_heads, -1] = 1.0",
+        "by_slot[n_heads - 1, -1] = 1.0",
         EVERY_PART,
     ),
     Mutation(
@@ -410,8 +410,8 @@ BASIS = [
     Mutation(
         "Δβ is multiplied by n",
         "core/model/basis.py",
-        "delta = delta if self.beta is None else delta + u[..., self.width :] * self.beta",
-        "delta = delta if self.beta is None else delta + u[..., : self.width] * self.beta",
+        "delta = delta + u[..., self.width :] * self.beta",
+        "delta = delta + u[..., : self.width] * self.beta",
         NORMS,
     ),
     Mutation(
@@ -424,15 +424,15 @@ BASIS = [
     Mutation(
         "s is dropped from singular values",
         "core/model/gauge.py",
-        "    B = in_float64(update.B).to(A.device) * update.scale\n    rank, few",
-        "    B = in_float64(update.B).to(A.device)\n    rank, few",
+        "    B = in_float64(update.B).to(A.device) * update.scale\n    out, width",
+        "    B = in_float64(update.B).to(A.device)\n    out, width",
         SINGULAR,
     ),
     Mutation(
         "u and B are turned by different signs",
         "core/model/gauge.py",
-        "left, right = left * signs, right * signs[:, None]",
-        "left = left * signs",
+        "    right = right * signs[:, None]\n",
+        "",
         SINGULAR,
     ),
 ]
@@ -513,7 +513,7 @@ HOOKS = [
     ),
     Mutation(
         "what is unembedded is another position",
-        "core/model/hooks.py",
+        "core/model/unembedding.py",
         "return (select(unrounded(args[0])), *args[1:])",
         "return (select(unrounded(args[0]).roll(1, 1)), *args[1:])",
         EVERY_PART,
@@ -532,15 +532,15 @@ UPDATES = [
     Mutation(
         "the strength of factors is dropped",
         "core/model/updates.py",
-        "factors.scale * factors.strength, experts",
-        "factors.scale, experts",
+        "scale = factors.scale * factors.strength",
+        "scale = factors.scale",
         STRENGTHS,
     ),
     Mutation(
         "the strength of a trained weight is dropped",
         "core/model/updates.py",
-        "return _dense(trained.strength * _difference(cast(Tensor, weight), W))",
-        "return _dense(_difference(cast(Tensor, weight), W))",
+        "return _dense(trained.strength * _difference(weight, W))",
+        "return _dense(_difference(weight, W))",
         STRENGTHS,
     ),
     Mutation(
@@ -553,22 +553,22 @@ UPDATES = [
     Mutation(
         "the strength of a change of bias is dropped",
         "core/model/updates.py",
-        "return None if change is None else change * factors.strength",
-        "return change",
+        "return sum(present[1:], present[0]) * factors.strength",
+        "return sum(present[1:], present[0])",
         STRENGTHS,
     ),
     Mutation(
         "the strength of a change of γ is dropped",
         "core/model/updates.py",
-        "torch.zeros_like(gamma) if d_gamma is None else d_gamma * trained.strength",
-        "torch.zeros_like(gamma) if d_gamma is None else d_gamma",
+        "return NormUpdate(d_gamma * trained.strength, d_beta)",
+        "return NormUpdate(d_gamma, d_beta)",
         STRENGTHS,
     ),
     Mutation(
         "the strength of a change of β is dropped",
         "core/model/updates.py",
-        "None if d_beta is None else d_beta * trained.strength",
-        "d_beta",
+        "d_beta = d_beta * trained.strength",
+        "pass",
         STRENGTHS,
     ),
     Mutation(

@@ -15,6 +15,7 @@ from lens_lora.core.function import forward as function
 from lens_lora.core.function import memory, reverse
 from lens_lora.core.model import bases as processing
 from lens_lora.core.model import injections
+from lens_lora.hosts.processed import infer_processing
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 # Whatever runs backward passes of its own: each way in which blocks are run again.
@@ -237,7 +238,7 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(processing, "_ENTRIES", entries)
         with _Widest() as widest:
             found = [
-                processing.infer_processing("a site", weight, base, gamma, **known)
+                infer_processing("a site", weight, base, gamma, **known)
                 for weight in (base, centred, both)
             ]
             assert processing.is_centred(both) and not processing.is_centred(centred)
@@ -250,7 +251,7 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
         ]
         assert widest.entries == (512 if entries > 512 else 40)
         with pytest.raises(ll.errors.ModelStateError, match="no known processing"):
-            processing.infer_processing("a site", both + 0.1 * base, base, gamma, **known)
+            infer_processing("a site", both + 0.1 * base, base, gamma, **known)
 
 
 @CLASSES

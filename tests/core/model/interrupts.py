@@ -19,7 +19,8 @@ from torch._C import _len_torch_function_stack
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
 import lens_lora
-from lens_lora.core.model.hooks import ONE_IN_A_PROCESS, call_under_way, lock_of
+from lens_lora.core.model.hooks import call_under_way
+from lens_lora.core.model.locks import ONE_IN_A_PROCESS, lock_of
 
 PACKAGE = str(Path(lens_lora.__file__).parent)
 Call = Callable[[], object]

@@ -22,8 +22,8 @@ from interrupts import held
 
 import lens_lora as ll
 from lens_lora.core.function import forward as function
-from lens_lora.core.model import hooks as alone_module
-from lens_lora.core.model import hooks as unembedded
+from lens_lora.core.model import public_call as alone_module
+from lens_lora.core.model import unembedding as unembedded
 
 R = ll.Margin(5, 9)
 

@@ -387,7 +387,7 @@ def test_blocks_of_a_norm_and_of_what_reads_it(family: str, norm: str, cls: str,
 def test_without_the_check_the_adapter_is_applied_twice(cls: str, monkeypatch):
     of = lenses(cls)
     assert expected(cls)  # made without the fault
-    monkeypatch.setattr(injections.hooks, "require_own_hooks", lambda laid_by, adapter: None)
+    monkeypatch.setattr(injections, "require_own_hooks", lambda laid_by, adapter: None)
     with of.own.applied():
         assert {outcome(of, name, "") for name in ("logits", "first_order")} == {"wrong"}
         twice = of.own.logits(tokens())

@@ -27,7 +27,7 @@ import lens_lora as ll
 from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.core.function import duals, memory
-from lens_lora.core.model import hooks as alone
+from lens_lora.core.model import public_call as alone
 
 pytestmark = pytest.mark.usefixtures("float64", "swallowed")
 ALL = os.environ.get("LENS_LORA_INTERRUPTS") == "all"

@@ -16,8 +16,8 @@ import rounded
 import torch
 
 import lens_lora as ll
-from lens_lora.core.model.check import eps_of
 from lens_lora.core.model.extensions import probed
+from lens_lora.core.model.precision import eps_of
 from lens_lora.hosts import build
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps

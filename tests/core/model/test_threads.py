@@ -20,6 +20,7 @@ import lens_lora as ll
 from lens_lora.compat import Temporary, without_warnings
 from lens_lora.core.model import hooks as attaching
 from lens_lora.core.model import lens as lens_module
+from lens_lora.core.model import locks, public_call
 
 NAMES = ("logits", "first_order", "forward", "frozen", "tangents", "second_order", "patch_sites")
 LONG = 60
@@ -81,7 +82,7 @@ def test_a_block_keeps_others_out_until_it_ends(two):
 
 
 def test_a_thread_that_waits_long_says_so(two, monkeypatch):
-    monkeypatch.setattr(attaching, "_PATIENCE", 0.01)
+    monkeypatch.setattr(locks, "_PATIENCE", 0.01)
     (first, second), _ = two
     said: list[str] = []
     waits = threading.Event()
@@ -101,10 +102,10 @@ def test_a_thread_that_waits_long_says_so(two, monkeypatch):
 
 
 def test_a_lock_is_let_go_once_however_many_blocks_hold_it():
-    lock = attaching.Lock()
+    lock = locks.Lock()
 
     def hold(span: Temporary) -> None:
-        attaching.hold(span, lock)
+        locks.hold(span, lock)
 
     with Temporary(hold):
         with Temporary(hold):
@@ -191,7 +192,8 @@ def test_quiet_blocks_that_say_the_same_do_not_end_one_another():
 def test_without_the_lock_it_shows(two, monkeypatch):
     """The control: errors, other numbers, or hooks left behind."""
     (first, second), _ = two
-    monkeypatch.setattr(attaching, "hold", lambda span, lock: None)
+    for module in (attaching, public_call, lens_module):
+        monkeypatch.setattr(module, "hold", lambda span, lock: None)
     expected = [lens.logits(tokens()) for lens in (first, second)]
     barrier = threading.Barrier(2)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.core.model.check import Watch
+from lens_lora.core.model.watch import Watch
 
 MARGIN = ll.Margin(5, 9)
 TOKENS = models.tokens()

@@ -1,0 +1,57 @@
+"""Null adapters of a lens: random directions in place of the adapter's own, of the same spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lens_lora import errors
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.core.adapter.factors import LoRAFactors, module_path
+from lens_lora.core.model.adapted_modules import fused_rows
+from lens_lora.core.model.updates import holds_another_base
+
+if TYPE_CHECKING:
+    from lens_lora.core.model.lens import LoraLens
+
+
+def null_adapters(lens: LoraLens, seed: int, draws: int) -> Iterator[Adapter]:
+    """The adapter's null draws, which keep the spectrum of each fused part.
+
+    Raises:
+        UnsupportedAdapterError: a module whose size is not that of its factors.
+    """
+    if not draws:
+        return
+    host = lens.plan.host
+    for pair in lens.updates:
+        if holds_another_base(pair.site, host):
+            raise errors.UnsupportedAdapterError(
+                f"{pair.site.label}: the adapter's file holds another weight of the base than this "
+                "model's, and the difference is a part of its change, which a null adapter lacks.",
+                remedy="Load the base that it was trained on, or leave the module out with "
+                "adapter.without(…).",
+                in_shell="Name the base that it was trained on with --model.",
+            )
+    parts = fused_parts(lens)
+    for draw in range(draws):
+        yield lens.adapter.null(seed, draw, parts=parts)
+
+
+def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
+    """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
+    host = lens.plan.host
+    parts: dict[str, list[Tensor]] = {}
+    for key, factors in lens.adapter.modules.items():
+        place = host.family.place(module_path(key))
+        if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
+            continue
+        of_kinds: list[Tensor] = []
+        for kind in place.kinds:
+            rows = fused_rows(place, kind, host.heads, len(factors.B))
+            if rows is not None:
+                of_kinds.append(rows)
+        parts[key] = of_kinds
+    return parts

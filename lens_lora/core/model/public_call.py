@@ -1,0 +1,169 @@
+"""A public call runs by itself on its model, in torch's plain settings, and leaves nothing behind.
+
+1. A second thread waits for it.
+2. Inference mode, autocast, anomaly detection and a default device are off within the call,
+   whatever they are around it: within inference mode no derivative exists, autocast rounds to half
+   precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
+   are made on the CPU.
+3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
+4. Only hooks that the call itself has laid may take part in the model's passes: those of an open
+   block would make its adapted model the call's base (`require_own_hooks`). A call from a hook or
+   readout of the caller's within another call is refused where that one's hooks are on the model.
+5. Where memory runs out, the error names what bounds it.
+6. At its end, whatever interrupts it, its hooks, grad mode and all else that it changed are as
+   before (`Temporary`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from traceback import clear_frames
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from lens_lora import compat
+from lens_lora.compat import Temporary, close_but, open_spans
+from lens_lora.core.model import extensions
+from lens_lora.core.model.hooks import CURRENT_CALL, LaidHooks, open_block
+from lens_lora.core.model.locks import hold, lock_of
+from lens_lora.errors import (
+    ArgumentError,
+    LensLoraError,
+    ModelStateError,
+    OutOfMemoryError,
+    named,
+)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function whose first argument is a lens, or a method of a lens."""
+    first_parameter = next(iter(inspect.signature(call).parameters))
+
+    @functools.wraps(call)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        lens: Any = kwargs.get("lens", args[0] if args else None)
+        if first_parameter == "lens" and (args or "lens" in kwargs):
+            _require_lens(lens)
+        others = open_spans()
+        span = Temporary(functools.partial(_prepare, lens))
+        # Twice, as an interrupt may come while the first one closes what the call has opened.
+        try:
+            try:
+                span.__enter__()
+                result = call(*args, **kwargs)
+                # What is open still is the caller's own, such as a block in a suspended generator.
+                others = [other for other in open_spans() if other is not span]
+                return result
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, LensLoraError):
+                    raise
+                if compat.is_memory_short(error):
+                    clear_frames(error.__traceback__)  # which hold what takes the memory
+                    raise _out_of_memory(lens, error) from error
+                if "nference tensor" not in str(error):
+                    raise
+                raise ModelStateError(
+                    f"{_made_in_inference_mode(lens)} Torch says: {error}"
+                ) from error
+            finally:
+                close_but(others)
+        finally:
+            close_but(others)
+
+    return run
+
+
+def _require_lens(lens: object) -> None:
+    """Refuse what is no lens, such as an adapter or the model, before anything is asked of it."""
+    if not hasattr(lens, "plan"):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+        )
+
+
+def require_own_hooks(laid_by: object | None, adapter: str) -> None:
+    """Check that the call that is under way, if any, has laid the hook that runs now."""
+    if CURRENT_CALL.token not in (None, laid_by):
+        raise open_block(adapter)
+
+
+def _prepare(lens: Any, span: Temporary) -> None:
+    """Take the model for this call, and torch's plain settings, until the span ends."""
+    if compat.is_within_transform():
+        raise ModelStateError(
+            "this is within a torch.func transform (grad, jvp, vmap, …), and the call takes "
+            "derivatives of its own. Call it outside; to differentiate through the adapted model, "
+            "run the model itself within `with lens.applied(gates):`."
+        )
+    model = getattr(lens, "model", None)
+    if isinstance(model, nn.Module):
+        hold(span, lock_of(model))
+    _refuse_calls_within(model)
+    span.way_back(functools.partial(setattr, CURRENT_CALL, "token", CURRENT_CALL.token))
+    CURRENT_CALL.token = object()
+    plan = getattr(lens, "_plan", None)
+    if plan is not None and plan.quantised:
+        span.enter_context(extensions.differentiable_products(plan.quantised))
+    _take_plain_settings(span)
+
+
+def _refuse_calls_within(model: object) -> None:
+    """Refuse a call within another one whose hooks are on the model."""
+    for span in open_spans():
+        laid = span.about
+        if isinstance(laid, LaidHooks) and laid.model is model and laid.call is not None:
+            raise ModelStateError(
+                "this call is made within another one, by a hook or a readout of yours, while "
+                "hooks of that call are on the model, which would change the numbers. Make it "
+                "beforehand, and let the hook or the readout use what it returned."
+            )
+
+
+def _take_plain_settings(span: Temporary) -> None:
+    """Switch off what is on around the call, until the span ends."""
+    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    if torch.is_inference_mode_enabled():
+        span.enter_context(torch.inference_mode(False))
+    for device in _DEVICES:
+        if torch.is_autocast_enabled(device):
+            span.enter_context(torch.autocast(device, enabled=False))
+    if torch.get_default_device().type != "cpu":
+        span.enter_context(torch.device("cpu"))
+    if torch.is_anomaly_enabled():
+        span.enter_context(torch.autograd.set_detect_anomaly(False))
+
+
+def _out_of_memory(lens: Any, error: BaseException) -> OutOfMemoryError:
+    """The error of memory that ran out, which says what bounds it."""
+    bound = getattr(lens, "max_memory", None)
+    now = f"{named('max_memory')} is {bound:.3g} bytes" if bound else "no bound is set"
+    says = str(error).strip() or "no more memory"
+    return OutOfMemoryError(
+        f"memory ran out ({says.splitlines()[0]}), and {now}.",
+        remedy="Bound it: lens.within(max_memory=…), in bytes, for every analysis of the lens that "
+        "it returns; or pass fewer or shorter prompts, fewer tokens=, or fewer hook points in "
+        "names=. Attention patterns of long prompts take most: ll.load(…, attn='sdpa') makes none.",
+        in_shell="Bound it: --max-memory, in bytes; or pass fewer or shorter prompts. Attention "
+        "patterns of long prompts take most: --attn sdpa makes none.",
+    )
+
+
+def _made_in_inference_mode(lens: Any) -> str:
+    """A sentence that names the tensor of which no derivative exists."""
+    model = getattr(lens, "model", None)
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    weights = [f"the weight {name}" for name, weight in named if weight.is_inference()]
+    holder = next(iter(weights), "what the adapter, a readout or a hook holds")
+    return (
+        f"{holder} was made within torch.inference_mode(), where no tensor keeps what a derivative "
+        "needs. Load or make it outside of that mode (torch.no_grad() has no such effect), or pass "
+        "its clone()."
+    )

@@ -1,0 +1,250 @@
+"""Whether the weights of a model and an adapter are as they were when a lens was made.
+
+Each update is computed once, from the adapter's factors and the model's own γ, β, W and b, and a
+later change would leave it wrong. A `Watch` remembers and compares
+
+1. which tensor stands in which place of which module, and which module in which place of another;
+2. each tensor's address, which changes with `.to(…)`, `.half()` and `p.data = …`;
+3. each tensor's version, which PyTorch counts up at every edit in place, also under no_grad;
+4. entries of each, all those of a vector: an edit through `p.data` counts nothing up.
+
+One change may go unseen: an edit through `.data`, of a small part of a matrix. Tensors that were
+made in inference mode have no version, so of them the other three are compared. Quantised and
+offloaded tensors are left out: they are repacked or replaced in a forward pass, and no update is
+made from them.
+
+A watch runs no forward pass. At 210 adapted sites of 135 million parameters the first three
+comparisons take 0.2 ms, at every run; the fourth takes 2.5 ms, at every call. A run of eight tokens
+takes 120 ms there, on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from lens_lora import compat
+from lens_lora.compat import (
+    edits_of,
+    parameters_in,
+)
+from lens_lora.core.adapter.adapter import Adapter
+from lens_lora.errors import (
+    ModelStateError,
+)
+
+# How many entries of a matrix are compared.
+_ENTRIES = 64
+# The longest vector that is compared whole.
+_WHOLE_VECTOR = 2**15
+# How many columns lie between two entries, as a share of the width: the golden section spreads
+# them evenly.
+_GOLDEN = 0.382
+
+_Named = tuple[str, Tensor]
+# A name, its tensor, and the tensor's address or version.
+_Counted = tuple[str, Tensor, int]
+
+
+class _Place(NamedTuple):
+    """The place where a tensor or a module stands.
+
+    Attributes:
+        holder: the dictionary of the module that holds it.
+        key: its key there.
+        held: what stands there.
+        name: the place, for people.
+    """
+
+    holder: Mapping[str, Any]
+    key: str
+    held: Any
+    name: str
+
+
+class _Spacing(NamedTuple):
+    """Some entries of a tensor at even distances in memory.
+
+    Attributes:
+        entries: how many.
+        step: how far apart.
+    """
+
+    entries: int
+    step: int
+
+
+class _Group:
+    """Tensors of one dtype and device: some entries of each, compared in one go."""
+
+    def __init__(self, tensors: list[_Named]) -> None:
+        self._tensors = tensors
+        self._spacings = [_spacing(tensor) for _, tensor in tensors]
+        self._then = self._entries()
+
+    def _entries(self) -> UInt8[Tensor, " byte"]:
+        """The entries bit for bit, so that NaN equals itself."""
+        parts: list[Tensor] = []
+        for (_, tensor), spacing in zip(self._tensors, self._spacings, strict=True):
+            parts.append(tensor.data.as_strided((spacing.entries,), (spacing.step,)))
+        return torch.cat(parts).view(torch.uint8)
+
+    def edited(self) -> str | None:
+        """The name of the first tensor whose entries are others; None where none is."""
+        now = self._entries()
+        if torch.equal(now, self._then):
+            return None
+        first_byte = int((now != self._then).nonzero()[0])
+        itemsize = self._tensors[0][1].element_size()
+        end = 0
+        for (name, _), spacing in zip(self._tensors, self._spacings, strict=True):
+            end += spacing.entries * itemsize
+            if first_byte < end:
+                return name
+        raise AssertionError("a byte beyond the last tensor")
+
+
+class Watch:
+    """Tensors, and the places where they stand, as they are when this is made.
+
+    Args:
+        tensors: each with its name.
+        places: where these and the modules that hold them stand.
+    """
+
+    def __init__(self, tensors: Iterable[_Named], places: Iterable[_Place] = ()) -> None:
+        self._places: list[_Place] = list(places)
+        self._addresses: list[_Counted] = []
+        self._versions: list[_Counted] = []
+        by_kind: dict[tuple[torch.dtype, torch.device], list[_Named]] = {}
+        for name, tensor in tensors:
+            if not _is_watched(tensor):
+                continue
+            self._addresses.append((name, tensor, tensor.data_ptr()))
+            if not tensor.is_inference():
+                self._versions.append((name, tensor, edits_of(tensor)))
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append((name, tensor))
+        self._groups: list[_Group] = [_Group(alike) for alike in by_kind.values()]
+
+    @classmethod
+    def of_module(cls, module: nn.Module, owner: str) -> Watch:
+        """Every weight of a module, and the modules that hold them.
+
+        Args:
+            module: the module.
+            owner: what its places are called in errors, such as "the model's ".
+        """
+        places = [place._replace(name=f"{owner}{place.name}") for place in _places_of(module)]
+        # A tensor that stands in several places is named by the first of them.
+        tensors: dict[int, _Named] = {}
+        for place in places:
+            if isinstance(place.held, Tensor):
+                tensors.setdefault(id(place.held), (place.name, place.held))
+        return cls(tensors.values(), places)
+
+    @classmethod
+    def of_adapter(cls, adapter: Adapter) -> Watch:
+        """Every update by its module, and its tensors."""
+        updates = adapter.modules
+        places: list[_Place] = []
+        tensors: list[_Named] = []
+        for module, update in updates.items():
+            places.append(_Place(updates, module, update, f"the adapter's update of {module}"))
+            for name, held in vars(update).items():
+                if isinstance(held, Tensor):
+                    tensors.append((f"the adapter's {name} of {module}", held))
+        return cls(tensors, places)
+
+    def changed(self, *, entries: bool) -> str | None:
+        """What changed, as the beginning of a sentence; None where nothing did.
+
+        Args:
+            entries: whether entries are compared, too.
+        """
+        for place in self._places:
+            if place.holder.get(place.key) is not place.held:
+                return f"{place.name} was replaced"
+        for name, tensor, address in self._addresses:
+            if tensor.data_ptr() != address:
+                return f"{name} was moved or cast, or got other data"
+        for name, tensor, version in self._versions:
+            if edits_of(tensor) != version:
+                return f"{name} was edited in place"
+        if not entries:
+            return None
+        for group in self._groups:
+            edited = group.edited()
+            if edited is not None:
+                return f"{edited} was edited in place"
+        return None
+
+    def require_same(self, *, entries: bool) -> None:
+        """Check that nothing changed.
+
+        Args:
+            entries: whether entries are compared, too.
+
+        Raises:
+            ModelStateError: naming the first change.
+        """
+        changed = self.changed(entries=entries)
+        if changed is not None:
+            raise ModelStateError(
+                f"{changed} after the lens was made, and its updates were computed from what was "
+                "there before",
+                remedy="make a new LoraLens.",
+            )
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether it has entries in memory that can be compared."""
+    is_plain = type(tensor.data) is Tensor and tensor.layout is torch.strided
+    return is_plain and tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
+
+
+def _places_of(module: nn.Module) -> Iterator[_Place]:
+    """Where every weight stands in its module, and every module with weights in the one above."""
+    modules = dict(module.named_modules())
+    passed: set[str] = set()
+    for path, owner in modules.items():
+        parameters = parameters_in(owner)
+        held = {key: tensor for key, tensor in parameters.items() if tensor is not None}
+        yield from _tensors_in(parameters, held, path)
+        yield from _tensors_in(vars(owner), compat.processed_tensors(owner), path)
+        while held and path and path not in passed:
+            passed.add(path)
+            above, _, key = path.rpartition(".")
+            yield _Place(compat.modules_in(modules[above]), key, modules[path], path)
+            path = above
+
+
+def _tensors_in(
+    holder: Mapping[str, Any], held: Mapping[str, Tensor], path: str
+) -> Iterator[_Place]:
+    for key, tensor in held.items():
+        if _is_watched(tensor):
+            yield _Place(holder, key, tensor, f"{path}.{key}".lstrip("."))
+
+
+def _spacing(tensor: Tensor) -> _Spacing:
+    """The entries of a tensor that are compared.
+
+    They are all entries of a vector. Of a matrix they are some, each in another row and column, or
+    along the diagonal of one that is not contiguous.
+    """
+    if not tensor.is_contiguous():
+        count = min(max(tensor.shape), _ENTRIES)
+        step = 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            step += stride * ((size - 1) // max(count - 1, 1))
+        return _Spacing(count, step)
+    size = tensor.numel()
+    is_whole = tensor.ndim < 2 and size <= _WHOLE_VECTOR
+    count = size if is_whole else min(size, _ENTRIES)
+    step = size // count
+    aside = int(_GOLDEN * tensor.shape[-1]) | 1 if tensor.ndim else 0
+    return _Spacing(count, step - aside if step > aside else step)
