@@ -32,10 +32,10 @@ from lens_lora.families import listed_family
 from lens_lora.formats.folders import CONFIG
 from lens_lora.formats.live_layers import base_within
 from lens_lora.formats.tokenizers import OwnTokenizer, own_tokenizer, rows_brought
-from lens_lora.hosts.bridged import on_stacks
 from lens_lora.hosts.build import Kind, hooked_model
 from lens_lora.hosts.placement import Attention, DeviceMap, Placement
 from lens_lora.hosts.probe import Probe
+from lens_lora.hosts.single_experts import on_stacks
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,7 +1,7 @@
 """A family that no entry in `families` lists, read from the raw TransformerBridge itself.
 
 1. Every linear module, embedding and norm of the wrapped model is a place, by its Hugging Face
-   path; but for norms of each head.
+   path, except for norms of each head.
 2. It reads at `hook_in` and writes at `hook_out` of the component that wraps it; where none does,
    at its own input and output. Its kind is the usual one of usual attention and MLPs, else the name
    of the component, or its path, within the block.
@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Container
 from typing import Any
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora.compat import has_own_code
-from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.core.adapter import expert_factors, module_path
+from lens_lora.core import Adapter, TrainedModule
+from lens_lora.core.adapter import module_path
 from lens_lora.core.model import (
     ATTENTION_KINDS,
     HOOK_IN,
@@ -41,10 +40,9 @@ from lens_lora.core.model import (
     shape_of,
     unwrapped,
 )
-from lens_lora.errors import AdapterError
 from lens_lora.families import NORM_KINDS, BridgedFamily, Place
 from lens_lora.formats import own_forward
-from lens_lora.hosts.experts import each_shape, is_experts, is_router, stacks_of
+from lens_lora.hosts.experts import is_experts, is_router, stacks_of
 
 # The components of usual attention and MLPs, and their kinds.
 _ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}
@@ -108,9 +106,10 @@ class _Reader:
         self._components: dict[int, str] = {}
         self._first_paths: dict[int, str] = {}
         self._layouts: _Layouts = {}
-        components = [n.removesuffix(HOOK_IN) for n in self._points if n.endswith(HOOK_IN)]
-        for name in reversed(components):
-            self._components[id(unwrapped(module_at(model, name)))] = name
+        for point in self._points:
+            if point.endswith(HOOK_IN):
+                name = point.removesuffix(HOOK_IN)
+                self._components.setdefault(id(unwrapped(module_at(model, name))), name)
 
     def module(self, path: str, module: nn.Module, parent: nn.Module) -> None:
         """Read one module, or the component that stands in its place.
@@ -147,109 +146,42 @@ class _Reader:
     ) -> None:
         """A linear module, an embedding or a norm; or each part of a fused projection."""
         wrapped = unwrapped(module)
+        own_name = self._names.get(id(module)) or f"original_model.{path}"
+        is_turned = is_conv1d(wrapped) or isinstance(wrapped, nn.Embedding)
         parts = _parts_of(parent, path.rpartition(".")[2], wrapped, self._layouts)
         rows: dict[str, Tensor] = {}
         for part, index in parts or [(module, torch.arange(0))]:
             component = self._components.get(id(unwrapped(part)))
-            name = within if component is None else component.removeprefix(f"blocks.{layer}.")
+            name = within
+            if component is not None:
+                name = component.removeprefix(f"blocks.{layer}.")
             kind = _kind(name, unwrapped(part), self._heads, self._points, layer)
             rows[kind] = index
-            place = outside_layer(kind, self._n_layers) if layer is None else layer
-            own_name = self._names.get(id(module)) or f"original_model.{path}"
+            place = layer
+            if place is None:
+                place = outside_layer(kind, self._n_layers)
             self.homes[place, kind] = component or own_name
-            if is_conv1d(wrapped) or isinstance(wrapped, nn.Embedding):
+            if is_turned:
                 self.turned.add(kind)
         if is_linear(wrapped) or set(rows) <= _ROW_NORMS:
-            layout = "measured" if parts else "whole"
-            self.places[path] = Place(layer, tuple(rows), layout, rows if parts else {})
+            if parts:
+                self.places[path] = Place(layer, tuple(rows), "measured", rows)
+            else:
+                self.places[path] = Place(layer, tuple(rows), "whole", {})
 
 
 def _parameters_of(module: Any, within: str) -> dict[str, str]:
-    """{kind: parameter} of a module whose parameters are linear maps, by its path in the block."""
+    """The parameters of a module that are linear maps, by their kinds.
+
+    Args:
+        module: perhaps a stack of experts, or a router.
+        within: its path in the block.
+    """
     if is_experts(module):
         return {f"{within}.{name}": name for name in stacks_of(module)}
-    return {within: "weight"} if is_router(module) else {}
-
-
-# --- adapters that name each expert
-
-
-# As transformers 4 named them: (stack, which of its two halves).
-_OF_EXPERT = {
-    **{"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)},
-    **{"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1)},
-    **{"down_proj": ("down_proj", 0), "w2": ("down_proj", 0)},
-}
-_EXPERT = re.compile(rf"(.*\.\d+\.)(?:.*\.)?experts\.(\d+)\.({'|'.join(_OF_EXPERT)})(@.*)?")
-_Halves = dict[int, dict[int, LoRAFactors]]
-
-
-@extensions.named_as_model.provide
-def on_stacks(adapter: Adapter, model: Any) -> Adapter:
-    """The adapter, with factors of single experts as those of the stack that this model has.
-
-    What an adapter of transformers 4 holds for one expert's gate and up becomes, as in PEFT,
-    A = [A_gate; A_up] and B = diag(B_gate, B_up); an expert without factors gets none. Where a
-    layer has no such stack, or several, the adapter's names stay, and are refused as unknown.
-
-    Raises:
-        AdapterError: an expert that the model lacks, or an update that is no plain s·B·A.
-    """
-    of_experts = {key: match for key in adapter.modules if (match := _EXPERT.fullmatch(key))}
-    names = names_by_path(model) if of_experts else {}
-    of_stacks = {p: m for p, n in names.items() if is_experts(m := model.get_submodule(n))}
-    groups: dict[str, _Halves] = {}
-    moved: set[str] = set()
-    for key, (layer, expert, name, tag) in ((k, m.groups()) for k, m in of_experts.items()):
-        stack, half = _OF_EXPERT[name]
-        paths = [path for path in of_stacks if path.startswith(layer)]
-        is_there = key.partition("@")[0] in names  # as a module of its own
-        if is_there or len(paths) != 1 or stack not in stacks_of(of_stacks[paths[0]]):
-            continue
-        (path,) = paths
-        halves = groups.setdefault(f"{path}.{stack}{tag or ''}", {})
-        halves.setdefault(int(expert), {})[half] = _plain_factors(key, adapter.modules[key])
-        moved.add(key)
-    modules = {key: update for key, update in adapter.modules.items() if key not in moved}
-    for path, halves in groups.items():
-        owner, _, stack = path.partition("@")[0].rpartition(".")
-        modules[path] = _as_stack(path, halves, of_stacks[owner], stack)
-    return dataclasses.replace(adapter, modules=modules) if moved else adapter
-
-
-def _plain_factors(key: str, update: ModuleUpdate) -> LoRAFactors:
-    if isinstance(update, LoRAFactors) and update.base_part is None and update.lora_bias is None:
-        return update
-    raise AdapterError(
-        f"{key}: this model holds its experts as one tensor, which takes a plain s·B·A, and the "
-        f"adapter has {update.base_part or 'a bias'} there."
-    )
-
-
-def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFactors:
-    out, width = each_shape(experts, experts.get_parameter(stack))
-    if max(halves) >= experts.num_experts:
-        raise AdapterError(
-            f"{path}: the adapter has factors of expert {max(halves)}, and the model's "
-            f"{type(experts).__name__} has {experts.num_experts} of them. Was it trained on "
-            "another base model?"
-        )
-    like = next(iter(next(iter(halves.values())).values()))
-    rows = torch.arange(out)[None]
-    if stack == "gate_up_proj":  # one half after the other, or in turn
-        rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
-    parts: list[LoRAFactors] = []
-    for expert in range(experts.num_experts):
-        held = halves.get(expert, {})
-        As, Bs = [like.A.new_zeros(0, width)], [like.B.new_zeros(out, 0)]
-        for half, factors in held.items():
-            placed = like.B.new_zeros(out, factors.rank)
-            placed[rows[half]] = factors.scale * factors.strength * factors.B
-            As, Bs = [*As, factors.A], [*Bs, placed]
-        if not held:
-            As, Bs = [like.A.new_zeros(1, width)], [like.B.new_zeros(out, 1)]
-        parts.append(LoRAFactors(torch.cat(As), torch.cat(Bs, 1)))
-    return expert_factors(parts)
+    if is_router(module):
+        return {within: "weight"}
+    return {}
 
 
 @extensions.require_own_parameters.provide
@@ -279,12 +211,16 @@ def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: i
     split by head.
     """
     if name in _ATTENTION and is_linear(linear):
-        out, width = shape_of(linear)
         kind = _ATTENTION[name]
-        return kind if (width if kind == "o" else out) == heads.of(kind) * heads.d_head else name
-    kinds = _GATED if f"blocks.{layer}.mlp.gate{HOOK_IN}" in points else _UNGATED
-    is_usual = f"blocks.{layer}.mlp.out{HOOK_IN}" in points
-    return kinds.get(name, name) if is_usual else name
+        out, width = shape_of(linear)
+        split_over_heads = width if kind == "o" else out
+        return kind if split_over_heads == heads.of(kind) * heads.d_head else name
+    has_usual_mlp = f"blocks.{layer}.mlp.out{HOOK_IN}" in points
+    if not has_usual_mlp:
+        return name
+    is_gated = f"blocks.{layer}.mlp.gate{HOOK_IN}" in points
+    kinds = _GATED if is_gated else _UNGATED
+    return kinds.get(name, name)
 
 
 def _parts_of(
@@ -294,29 +230,39 @@ def _parts_of(
 
     `layouts` keeps the rows for the same projection of further layers.
     """
+    if not is_linear(linear):
+        return []
     for attribute, parts in _SPLITS.items():
         split = getattr(parent, attribute, None)
-        if split is not None and is_linear(linear):
-            key = (attribute, name, *shape_of(linear))
-            if key not in layouts:
-                indexed = _Indexed(parent.original_component, name, linear)
-                rows = [part.weight[:, 0].long() for part in split(indexed)]
-                layouts[key] = rows if indexed.is_read else []
-            if layouts[key]:
-                components = (getattr(parent, part) for part in parts)
-                return list(zip(components, layouts[key], strict=True))
+        if split is None:
+            continue
+        key = (attribute, name, *shape_of(linear))
+        if key not in layouts:
+            indexed = _Indexed(parent.original_component, name, linear)
+            rows = [part.weight[:, 0].long() for part in split(indexed)]
+            layouts[key] = rows if indexed.is_read else []
+        if layouts[key]:
+            components = [getattr(parent, part) for part in parts]
+            return list(zip(components, layouts[key], strict=True))
     return []
 
 
 class _Indexed:
-    """A module in which one linear module's weight is, at each input, the index of the row."""
+    """A module in which the weight of one linear module holds the index of each row.
+
+    Attributes:
+        is_read: whether that linear module was asked for.
+    """
 
     def __init__(self, module: nn.Module, name: str, linear: nn.Module) -> None:
-        self._module, self._name, self.is_read = module, name, False
+        self.is_read: bool = False
+        self._module = module
+        self._name = name
         out, width = shape_of(linear)
         index = torch.arange(out, dtype=torch.float32)[:, None].expand(out, width)
         self._linear = nn.Linear(width, out, bias=False, device="meta")
-        self._linear.weight = nn.Parameter(index.T if is_conv1d(linear) else index, False)
+        stored = index.T if is_conv1d(linear) else index
+        self._linear.weight = nn.Parameter(stored, requires_grad=False)
 
     def __getattr__(self, name: str) -> Any:
         if name != self._name:

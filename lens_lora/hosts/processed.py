@@ -26,16 +26,21 @@ from lens_lora.core.model import (
     HookedHost,
     Processing,
     chunks_of,
-    extensions,
     fused_rows,
     largest_entry,
     mean_row,
+)
+from lens_lora.core.model import (
+    folded_value_bias as declared_value_bias,
+)
+from lens_lora.core.model import (
+    processing_of as declared_processing,
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Place
 
 
-@extensions.processing_of.provide
+@declared_processing.provide
 def processing_of(
     host: HookedHost, site: SiteFactors, weight: Float[Tensor, "out in"]
 ) -> Processing:
@@ -70,7 +75,7 @@ def processing_of(
     return Processing(folded, inferred.centred)
 
 
-@extensions.folded_value_bias.provide
+@declared_value_bias.provide
 def folded_value_bias(host: HookedHost, site: SiteFactors) -> Float[Tensor, " out"] | None:
     """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head]; None where it was not.
 

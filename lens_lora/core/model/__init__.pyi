@@ -26,6 +26,8 @@ from .gates import name_of_scale as name_of_scale
 from .gauge import Gauge as Gauge
 from .gauge import svd_factors as svd_factors
 from .hooked_host import HookedHost as HookedHost
+from .hooked_host import folded_value_bias as folded_value_bias
+from .hooked_host import processing_of as processing_of
 from .hooked_transformer import HookedTransformerHost as HookedTransformerHost
 from .hooks import HookFn as HookFn
 from .hooks import add_pre_hook as add_pre_hook

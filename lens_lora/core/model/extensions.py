@@ -27,9 +27,6 @@ from lens_lora.families import BridgedFamily
 if TYPE_CHECKING:
     from lens_lora.compat import Temporary
     from lens_lora.core import Function, LoraLens, Scale
-    from lens_lora.core.model.adapted_modules import SiteFactors
-    from lens_lora.core.model.bases import Processing
-    from lens_lora.core.model.hooked_host import HookedHost
 
 
 # From (what the map read, as arguments of a call, and what it made): another output, or None.
@@ -105,31 +102,6 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
 @declared
 def note_on_names(named: str | None, names: Sequence[str]) -> str:
     """What the names alone say of a base: that of the adapter's, and those of the model's."""
-    raise NotImplementedError
-
-
-# --- Processed weights
-
-
-@declared
-def processing_of(
-    host: HookedHost, site: SiteFactors, weight: Float[Tensor, "out in"]
-) -> Processing:
-    """How the model's weight at a site was processed: a norm folded in, what it writes centred.
-
-    Raises:
-        ModelStateError: the model was processed, and its base is not given or is another one.
-    """
-    raise NotImplementedError
-
-
-@declared
-def folded_value_bias(host: HookedHost, site: SiteFactors) -> Float[Tensor, " out"] | None:
-    """Rep(b̂_V) where value biases were folded into b_O; None where they were not.
-
-    Raises:
-        ModelStateError: they may have been folded, and the base was not given.
-    """
     raise NotImplementedError
 
 

@@ -4,7 +4,7 @@ What differs between the two (names, weights, norms, flags) is in `bridge` and `
 What the rest of the package asks of a host is `Host`, in `host`.
 
 1. Put together the basis of a site (`Basis`) for its update. What processing did to its weight,
-   such as folding a norm, is told by `extensions.processing_of`.
+   such as folding a norm, is told by `processing_of`.
 2. Where processing removed something that is needed, take it from the base, `hf_model`; without
    one, raise an error that names it.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lens_lora.compat import Temporary, float32_products, in_float64, wraps_nothing
 from lens_lora.core.model import extensions
 from lens_lora.core.model.adapted_modules import SiteFactors
-from lens_lora.core.model.bases import BaseWeights, is_centred
+from lens_lora.core.model.bases import BaseWeights, Processing, is_centred
 from lens_lora.core.model.basis import (
     Basis,
     NormMap,
@@ -36,6 +36,7 @@ from lens_lora.core.model.basis import (
 from lens_lora.core.model.host import Ports
 from lens_lora.core.model.lengths import Rotary
 from lens_lora.core.model.sites import WRITER_KINDS, Heads
+from lens_lora.core.provided import declared
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import HEADS, NORM_KINDS, Family
 
@@ -342,7 +343,7 @@ class HookedHost(abc.ABC):
         Raises:
             ModelStateError: b̂_V was folded, or may have been, and the base was not given.
         """
-        return extensions.folded_value_bias(self, site)
+        return folded_value_bias(self, site)
 
     @property
     def centres_stream(self) -> bool:
@@ -401,7 +402,7 @@ class HookedHost(abc.ABC):
 
     def _basis(self, site: SiteFactors, behind_norm: bool) -> Basis:
         weight = self.weight(site.layer, site.kind)
-        processing = extensions.processing_of(self, site, weight)
+        processing = processing_of(self, site, weight)
         gamma = None
         beta = None
         if not behind_norm:
@@ -439,3 +440,28 @@ class HookedHost(abc.ABC):
 
         beta = None if update.beta is None else of_every_head(update.beta)
         return NormMap(of_every_head(update.gamma), beta)
+
+
+# --- What `hosts/processed.py` provides
+
+
+@declared
+def processing_of(
+    host: HookedHost, site: SiteFactors, weight: Float[Tensor, "out in"]
+) -> Processing:
+    """How the model's weight at a site was processed: a norm folded in, what it writes centred.
+
+    Raises:
+        ModelStateError: the model was processed, and its base is not given or is another one.
+    """
+    raise NotImplementedError
+
+
+@declared
+def folded_value_bias(host: HookedHost, site: SiteFactors) -> Float[Tensor, " out"] | None:
+    """Rep(b̂_V) where value biases were folded into b_O; None where they were not.
+
+    Raises:
+        ModelStateError: they may have been folded, and the base was not given.
+    """
+    raise NotImplementedError

@@ -1,0 +1,160 @@
+"""Adapters that name each expert by itself, for a model that holds its experts in one tensor.
+
+transformers 4 had a module for each expert and each of its maps; transformers 5 has a stack,
+[expert, out, in], in which gate and up are one parameter. What an adapter holds for one expert's
+gate and up becomes, as in PEFT,
+
+    A = [A_gate; A_up],     B = diag(B_gate, B_up);
+
+an expert without factors gets none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import torch
+
+from lens_lora.core import Adapter, LoRAFactors, ModuleUpdate
+from lens_lora.core.adapter import expert_factors
+from lens_lora.core.model import extensions, names_by_path
+from lens_lora.errors import AdapterError
+from lens_lora.hosts.experts import each_shape, is_experts, stacks_of
+
+# The names that transformers 4 gave to the maps of one expert: the stack in which each is now, and
+# which of its two halves it is.
+_STACK_OF = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", 0),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", 0),
+}
+_EXPERT = re.compile(rf"(.*\.\d+\.)(?:.*\.)?experts\.(\d+)\.({'|'.join(_STACK_OF)})(@.*)?")
+# The factors of a stack by expert, then by half.
+_Halves = dict[int, dict[int, LoRAFactors]]
+
+
+class _OfExpert(NamedTuple):
+    """What a key of an adapter says where it names a single expert.
+
+    Attributes:
+        layer: the beginning of the path, to the layer's number.
+        expert: the number of the expert.
+        stack: the name of the parameter that holds the map now.
+        half: which of its halves the map is.
+        tag: the part of a sum, with its '@'; '' of none.
+    """
+
+    layer: str
+    expert: int
+    stack: str
+    half: int
+    tag: str
+
+    @classmethod
+    def of(cls, key: str) -> _OfExpert | None:
+        match = _EXPERT.fullmatch(key)
+        if match is None:
+            return None
+        layer, expert, name, tag = match.groups()
+        stack, half = _STACK_OF[name]
+        return cls(layer, int(expert), stack, half, tag or "")
+
+
+@extensions.named_as_model.provide
+def on_stacks(adapter: Adapter, model: Any) -> Adapter:
+    """The adapter, with factors of single experts as those of the stack that this model has.
+
+    Where a layer has no such stack, or several, the adapter's names stay, and are refused as
+    unknown.
+
+    Raises:
+        AdapterError: an expert that the model lacks, or an update that is no plain s·B·A.
+    """
+    named: dict[str, _OfExpert] = {}
+    for key in adapter.modules:
+        of_expert = _OfExpert.of(key)
+        if of_expert is not None:
+            named[key] = of_expert
+    if not named:
+        return adapter
+    names = names_by_path(model)
+    stacks: dict[str, Any] = {}
+    for path, name in names.items():
+        module = model.get_submodule(name)
+        if is_experts(module):
+            stacks[path] = module
+
+    groups: dict[str, _Halves] = {}
+    moved: set[str] = set()
+    for key, of_expert in named.items():
+        if key.partition("@")[0] in names:
+            continue  # the model has the expert as a module of its own
+        paths = [path for path in stacks if path.startswith(of_expert.layer)]
+        if len(paths) != 1 or of_expert.stack not in stacks_of(stacks[paths[0]]):
+            continue
+        halves = groups.setdefault(f"{paths[0]}.{of_expert.stack}{of_expert.tag}", {})
+        factors = _plain_factors(key, adapter.modules[key])
+        halves.setdefault(of_expert.expert, {})[of_expert.half] = factors
+        moved.add(key)
+    if not moved:
+        return adapter
+
+    modules = {key: update for key, update in adapter.modules.items() if key not in moved}
+    for path, halves in groups.items():
+        owner, _, stack = path.partition("@")[0].rpartition(".")
+        modules[path] = _as_stack(path, halves, stacks[owner], stack)
+    return dataclasses.replace(adapter, modules=modules)
+
+
+def _plain_factors(key: str, update: ModuleUpdate) -> LoRAFactors:
+    """The update, where it is a plain s·B·A."""
+    if isinstance(update, LoRAFactors) and update.base_part is None and update.lora_bias is None:
+        return update
+    raise AdapterError(
+        f"{key}: this model holds its experts as one tensor, which takes a plain s·B·A, and the "
+        f"adapter has {update.base_part or 'a bias'} there."
+    )
+
+
+def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFactors:
+    """The factors of a whole stack.
+
+    Args:
+        path: that of the stack, for errors.
+        halves: the adapter's factors.
+        experts: the module that holds the stack.
+        stack: the name of its parameter.
+    """
+    count = experts.num_experts
+    if max(halves) >= count:
+        raise AdapterError(
+            f"{path}: the adapter has factors of expert {max(halves)}, and the model's "
+            f"{type(experts).__name__} has {count} of them. Was it trained on "
+            "another base model?"
+        )
+    out, width = each_shape(experts, experts.get_parameter(stack))
+    like = next(iter(next(iter(halves.values())).values()))
+    rows = torch.arange(out)[None]
+    if stack == "gate_up_proj":
+        # One half after the other, or in turn.
+        rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
+    parts: list[LoRAFactors] = []
+    for expert in range(count):
+        held = halves.get(expert, {})
+        As = [like.A.new_zeros(0, width)]
+        Bs = [like.B.new_zeros(out, 0)]
+        for half, factors in held.items():
+            placed = like.B.new_zeros(out, factors.rank)
+            placed[rows[half]] = factors.scale * factors.strength * factors.B
+            As.append(factors.A)
+            Bs.append(placed)
+        if not held:
+            As.append(like.A.new_zeros(1, width))
+            Bs.append(like.B.new_zeros(out, 1))
+        parts.append(LoRAFactors(torch.cat(As), torch.cat(Bs, 1)))
+    return expert_factors(parts)
