@@ -42,7 +42,7 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.arithmetic import draw_seeds
 from lens_lora.two_adapters.comparison import AdapterComparison
-from lens_lora.two_adapters.overlap import Overlap, ThinSVD, overlap_of, svd_of_sites
+from lens_lora.two_adapters.overlap import ThinSVD, overlap_of, svd_of_sites
 from lens_lora.two_adapters.shift_products import groups_of, shift_products
 
 
@@ -152,30 +152,45 @@ def _geometry(
     """The fields of `AdapterComparison` that need no prompts."""
     shared = [name for name in mine if name in theirs]
     overlaps = [overlap_of(mine[name], theirs[name]) for name in shared]
-    nulls: list[list[Overlap]] = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        nulls.append([overlap_of(mine[name], theirs[name], generator) for name in shared])
-
-    norms: list[list[float]] = []
-    rest: list[float] = []
-    for updates in (mine, theirs):
-        norms.append([float(updates[name].sigma.norm()) for name in shared])
-        rest.append(_norm_of_others(updates, shared))
-    null_inner = [[overlap.inner for overlap in draw] for draw in nulls]
-    null_read = [[_mean_square(overlap.read) for overlap in draw] for draw in nulls]
-    null_write = [[_mean_square(overlap.write) for overlap in draw] for draw in nulls]
-    width = len(shared)
+    norms = [_norms_of(updates, shared) for updates in (mine, theirs)]
+    rest = [_norm_of_others(updates, shared) for updates in (mine, theirs)]
     return {
-        "norms": _matrix(norms, width),
+        "norms": _matrix(norms, len(shared)),
         "rest": torch.tensor(rest, dtype=torch.float64),
         "inner": torch.tensor([overlap.inner for overlap in overlaps], dtype=torch.float64),
         "read": _padded([overlap.read for overlap in overlaps]),
         "write": _padded([overlap.write for overlap in overlaps]),
-        "null_inner": _matrix(null_inner, width),
-        "null_read": _matrix(null_read, width),
-        "null_write": _matrix(null_write, width),
+        **_null_geometry(mine, theirs, shared, seeds),
     }
+
+
+def _null_geometry(
+    mine: Mapping[str, ThinSVD],
+    theirs: Mapping[str, ThinSVD],
+    shared: Sequence[str],
+    seeds: Sequence[int],
+) -> dict[str, Tensor]:
+    """The same with the second adapter in random directions, once for each seed."""
+    inner: list[list[float]] = []
+    read: list[list[float]] = []
+    write: list[list[float]] = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        overlaps = [overlap_of(mine[name], theirs[name], generator) for name in shared]
+        inner.append([overlap.inner for overlap in overlaps])
+        read.append([_mean_square(overlap.read) for overlap in overlaps])
+        write.append([_mean_square(overlap.write) for overlap in overlaps])
+    width = len(shared)
+    return {
+        "null_inner": _matrix(inner, width),
+        "null_read": _matrix(read, width),
+        "null_write": _matrix(write, width),
+    }
+
+
+def _norms_of(updates: Mapping[str, ThinSVD], names: Sequence[str]) -> list[float]:
+    """The norm of ΔW at each of these sites."""
+    return [float(updates[name].sigma.norm()) for name in names]
 
 
 def _norm_of_others(updates: Mapping[str, ThinSVD], shared: Sequence[str]) -> float:
