@@ -15,15 +15,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import pandas as pd
-import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -63,7 +60,6 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, many, warn
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import differences, digest, fingerprint, settings
-from lens_lora.runs.processes import launched
 from lens_lora.runs.store import Store
 
 
@@ -141,7 +137,9 @@ class Bank:
             )
         adapter = _given(adapter)
         plan = self._base.plan_of(adapter)
-        if isinstance(plan, SharedPlan) and not (axes or exact) and gauge == "trained":
+        # A split needs a lens of the adapter itself, and so does a pass.
+        is_plan_enough = not axes and not exact and gauge == "trained"
+        if isinstance(plan, SharedPlan) and is_plan_enough:
             self._warn_of_other_base(adapter)
             lens = plan.lens
             factors = plan.factors_of(adapter)
@@ -154,6 +152,7 @@ class Bank:
             by_half = self._base.split(lens, axes)
             relative_norm = lens.plan.relative_norm
 
+        # What the results of all readouts share.
         fields = {
             "sites": lens.sites,
             "by": axes,
@@ -280,32 +279,10 @@ class Bank:
         names = self._base_names or scan.first_base(sources)
         bases = scan.BasesOfScan(names, takes_any=any_base)
         rows = scan.Scan(self._base, self._held.readouts, group, bases)
-        bar = functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
-            tables: list[pa.Table] = []
-            with bar(sources, disable=not progress) as shown:
-                for few in rows.tables(iter(shown)):
-                    tables += few
-            return scan.ranked(tables).drop_columns("weights").to_pandas()
-
-        processes = launched()
+            return rows.in_memory(sources, progress=progress)
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
-        store = Store(out, about)
-        finished: list[str] = []
-        with store.writing(processes):
-            known = scan.tables_in(store) if resume else {}
-            processes.by_main(lambda: store.begin(anew=not resume))
-            share = itertools.islice(sources, processes.index, None, processes.count)
-            with bar(share, disable=not (progress and processes.is_main)) as shown:
-                for few in rows.tables(iter(shown), known):
-                    by_key = {scan.key_of(table): table for table in few}
-                    new = [table for key, table in by_key.items() if table is not known.get(key)]
-                    if new:
-                        store.write(new, {})
-                    finished += by_key
-            every_key = list(itertools.chain.from_iterable(processes.gather(finished)))
-            processes.by_main(lambda: scan.merge(store, every_key))
-        return pd.read_parquet(store.path).drop(columns="weights")
+        return rows.written_to(Store(out, about), sources, resume=resume, progress=progress)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, with the model's fingerprint; returns the path.

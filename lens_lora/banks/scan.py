@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from lens_lora.banks.base_half import LARGE, RecordedBase, SlopesOfAdapter, bytes_of
 from lens_lora.banks.held import HeldReadout, slopes_by_readout
@@ -36,6 +37,7 @@ from lens_lora.formats.folders import (
 from lens_lora.formats.hub import Place
 from lens_lora.hosts.given_base import note_of_names
 from lens_lora.runs.fingerprint import digest
+from lens_lora.runs.processes import launched
 from lens_lora.runs.store import Store
 
 Adapters = str | Path | Iterable[str | Path | Adapter]
@@ -131,6 +133,55 @@ class Scan:
         self._readouts = readouts
         self._group: GroupName = group
         self._bases = bases
+
+    def in_memory(self, sources: Iterable[NamedSource], *, progress: bool) -> pd.DataFrame:
+        """The table of all adapters.
+
+        Args:
+            sources: the adapters.
+            progress: whether a bar is shown.
+
+        Raises:
+            ArgumentError: no adapter at all.
+        """
+        tables: list[pa.Table] = []
+        with tqdm(sources, "scan", unit="adapter", disable=not progress) as shown:
+            for few in self.tables(iter(shown)):
+                tables += few
+        return ranked(tables).drop_columns("weights").to_pandas()
+
+    def written_to(
+        self, store: Store, sources: Iterable[NamedSource], *, resume: bool, progress: bool
+    ) -> pd.DataFrame:
+        """The table of all adapters, written part by part; each process takes its share of them.
+
+        Args:
+            store: where it is written.
+            sources: the adapters, the same in every process.
+            resume: go on with what is there, or start over.
+            progress: whether a bar is shown.
+
+        Raises:
+            ArgumentError: no adapter at all.
+            SweepError: another scan is there, or nothing can be written.
+        """
+        processes = launched()
+        finished: list[str] = []
+        with store.writing(processes):
+            known = tables_in(store) if resume else {}
+            processes.by_main(lambda: store.begin(anew=not resume))
+            share = itertools.islice(sources, processes.index, None, processes.count)
+            is_silent = not (progress and processes.is_main)
+            with tqdm(share, "scan", unit="adapter", disable=is_silent) as shown:
+                for few in self.tables(iter(shown), known):
+                    by_key = {key_of(table): table for table in few}
+                    new = [table for key, table in by_key.items() if table is not known.get(key)]
+                    if new:
+                        store.write(new, {})
+                    finished += by_key
+            every_key = list(itertools.chain.from_iterable(processes.gather(finished)))
+            processes.by_main(lambda: merge(store, every_key))
+        return pd.read_parquet(store.path).drop(columns="weights")
 
     def tables(
         self, adapters: Iterator[NamedSource], known: Mapping[str, pa.Table] | None = None

@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import lens_lora as ll
-from lens_lora.banks import bank as bank_module
 from lens_lora.banks import base_half
 from lens_lora.banks import scan as scan_module
 from lens_lora.runs.processes import Processes
@@ -343,15 +342,15 @@ def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
     alone = bank.scan(folder, progress=False)
     out, names = tmp_path / "scan.parquet", []
     monkeypatch.setattr(scan_module, "merge", lambda store, keys: None)
-    monkeypatch.setattr(bank_module.pd, "read_parquet", lambda path: pd.DataFrame({"weights": []}))
-    plain_begin = bank_module.Store.begin
+    monkeypatch.setattr(scan_module.pd, "read_parquet", lambda path: pd.DataFrame({"weights": []}))
+    plain_begin = scan_module.Store.begin
     begun = itertools.count()
 
     def begin(store, *, anew):
         if not next(begun):
             plain_begin(store, anew=anew)
 
-    monkeypatch.setattr(bank_module.Store, "begin", begin)
+    monkeypatch.setattr(scan_module.Store, "begin", begin)
     for index in (0, 1):
 
         def gather(value):
@@ -359,7 +358,7 @@ def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
             return [value]
 
         both = Processes(index, 2, gather=gather)
-        monkeypatch.setattr(bank_module, "launched", lambda both=both: both)
+        monkeypatch.setattr(scan_module, "launched", lambda both=both: both)
         bank.scan(folder, out=out, resume=False, progress=False)
     monkeypatch.undo()
     assert [len(part) for part in names] == [3, 2]
