@@ -10,10 +10,11 @@ from .core import Function, LoraLens, analysis
 from .core.adapter.adapter import Adapter, load_adapter
 from .core.adapter.factors import LoRAFactors
 from .core.adapter.formats import adapter_format
+from .core.analyses.activation_patching import patch_activations
 from .core.analyses.components import components
 from .core.analyses.first_order import first_order
 from .core.analyses.margin import fact_margin
-from .core.analyses.patching import patch_activations, patch_sites
+from .core.analyses.patching import patch_sites
 from .core.analyses.remainder import remainder, remainder_curve
 from .core.readout.declared import readout
 from .core.readout.readout import Logit, LogProb, Margin, Readout

@@ -6,9 +6,9 @@ from .audit.what_changed import Changes as Changes
 from .audit.what_changed import WhatChanged as WhatChanged
 from .banks.bank import Bank as Bank
 from .core.adapter.factors import TrainedModule as TrainedModule
+from .core.analyses.activation_patching import ActivationEffects as ActivationEffects
 from .core.analyses.components import Components as Components
 from .core.analyses.margin import FactMargin as FactMargin
-from .core.analyses.patching import ActivationEffects as ActivationEffects
 from .core.analyses.remainder import Remainder as Remainder
 from .core.analyses.remainder import RemainderCurve as RemainderCurve
 from .core.model.rules import FrozenRules as FrozenRules

@@ -10,6 +10,8 @@ from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
+from .analyses.activation_patching import ActivationEffects as ActivationEffects
+from .analyses.activation_patching import patch_activations as patch_activations
 from .analyses.components import Components as Components
 from .analyses.components import components as components
 from .analyses.components import squared_norms as squared_norms
@@ -21,9 +23,7 @@ from .analyses.margin import flip_scales as flip_scales
 from .analyses.margin import margin_of as margin_of
 from .analyses.own_analyses import Analysis as Analysis
 from .analyses.own_analyses import analysis as analysis
-from .analyses.patching import ActivationEffects as ActivationEffects
 from .analyses.patching import How as How
-from .analyses.patching import patch_activations as patch_activations
 from .analyses.patching import patch_sites as patch_sites
 from .analyses.remainder import Remainder as Remainder
 from .analyses.remainder import RemainderCurve as RemainderCurve

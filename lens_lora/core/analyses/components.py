@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import NamedTuple, final
 
 import pandas as pd
 import torch
@@ -83,7 +83,9 @@ def components(g: Function) -> Components:
     lens = g.lens
     by_prompt = g.reading.by_prompt
     squares = {name: by_prompt(rows) for name, rows in squared_norms(g).items()}
-    z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
+    z = squares["z"].sqrt()
+    delta = squares["delta"].sqrt()
+    gradient = squares["gradient"].sqrt()
 
     def centred_square(tangent: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
         square = (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
@@ -91,62 +93,111 @@ def components(g: Function) -> Components:
         return (square.view(*square.shape[:2], -1) * mask).sum(-1)
 
     each_site = torch.eye(len(lens.sites))
-    moved = by_prompt(g.tangent(each_site, read=centred_square).T)
+    moved = by_prompt(g.tangent(each_site, read=centred_square).T).sqrt()
+    product = delta * gradient
     return Components(
         sites=lens.sites,
         z_norm=z,
         delta_norm=delta,
         sensitivity=gradient,
-        cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), torch.nan),
-        gain=torch.where(delta > 0, moved.sqrt() / delta, torch.nan),
+        cosine=torch.where(product > 0, squares["inner"] / product, torch.nan),
+        gain=torch.where(delta > 0, moved / delta, torch.nan),
         meta=lens.describe(g.prompts),
     )
 
 
 def squared_norms(g: Function) -> dict[str, Float[Tensor, "row site"]]:
-    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward."""
-    groups = graph_groups(g.lens, g.reading)
-    squares = [_squared_norms(g.lens, group) for group in groups]
-    return {name: torch.cat([of_group[name] for of_group in squares]) for name in squares[0]}
+    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, as 'z', 'delta', 'gradient' and 'inner'.
+
+    One forward and one backward pass.
+
+    Args:
+        g: the function.
+    """
+    of_groups: list[dict[str, Tensor]] = []
+    for group in graph_groups(g.lens, g.reading):
+        sums = _SquaredNorms(g.lens, group)
+        site_gradients(g.lens, group, g.lens.gates(0.0), sums.visit)
+        of_groups.append(sums.finished())
+    return {name: torch.cat([sums[name] for sums in of_groups]) for name in of_groups[0]}
 
 
-def _squared_norms(lens: LoraLens, reading: Reading) -> dict[str, Float[Tensor, "row site"]]:
-    real, read = (mask[..., None] for mask in (reading.prompts.real, reading.prompts.read_mask))
-    shape = (len(reading.owner), len(lens.sites))
-    squares = {
-        name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-        for name in ("z", "delta", "gradient", "inner")
-    }
-    repeated: dict[int, tuple[Injection, Tensor | None, Tensor, Tensor]] = {}
+class _Visited(NamedTuple):
+    """What a pass shows of an injection: its input, and the gradient at its output.
 
-    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+    Attributes:
+        injection: where a site's update is added.
+        weight: the partner's gate that it waits for; None for none.
+        gradient: Jᵀu_y, [row, pos, out].
+        z: the site's input.
+    """
+
+    injection: Injection
+    weight: Tensor | None
+    gradient: Tensor
+    z: Tensor
+
+
+class _SquaredNorms:
+    """Sums of squares and products over the positions and features of each row, site by site."""
+
+    def __init__(self, lens: LoraLens, reading: Reading) -> None:
+        self._lens = lens
+        self._real = reading.prompts.real[..., None]
+        self._read = reading.prompts.read_mask[..., None]
+        shape = (len(reading.owner), len(lens.sites))
+        self._squares = {
+            name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+            for name in ("z", "delta", "gradient", "inner")
+        }
+        # Norms that the model runs several times, by site, with the sum of their gradients.
+        self._repeated: dict[int, _Visited] = {}
+
+    def visit(
+        self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor
+    ) -> None:
+        """Take what a pass shows of an injection."""
+        visited = _Visited(injection, weight, gradient, z)
         if injection.ports.repeats == 1:
-            add(injection, weight, gradient, z)
+            self._add(visited)
             return
-        # A norm that the model runs several times adds the same δ each time.
-        if injection.site in repeated:
-            gradient = gradient + repeated[injection.site][2]
-        repeated[injection.site] = (injection, weight, gradient, z)
+        # A norm that is run several times adds the same δ each time.
+        earlier = self._repeated.get(injection.site)
+        if earlier is not None:
+            visited = visited._replace(gradient=gradient + earlier.gradient)
+        self._repeated[injection.site] = visited
 
-    def add(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+    def finished(self) -> dict[str, Float[Tensor, "row site"]]:
+        """The sums of the whole pass."""
+        for visited in self._repeated.values():
+            self._add(visited)
+        self._repeated.clear()
+        return self._squares
+
+    def _add(self, visited: _Visited) -> None:
+        injection, weight, gradient, z = visited
+        site = injection.site
         delta = injection.map(z)
         # The unembedding is run at the positions that are read alone.
-        kept = (read if lens.sites[injection.site].kind == "unembed" else real).to(delta.device)
-        delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
-        # An embedding's input is one-hot.
-        held = injection.map.inputs(z)
-        inputs = held.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
-        copies = z.shape[2] if z.ndim == 4 else 1
-        sums = {"z": (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies}
-        # What waits for a partner's gate is nothing at the base model.
-        if weight is None:
-            sums["delta"] = delta.flatten(1).square().sum(1)
-            sums["gradient"] = gradient.flatten(1).square().sum(1)
-            sums["inner"] = (gradient * delta).flatten(1).sum(1)
-        for name, total in sums.items():
-            squares[name][:, injection.site] += total.to(lens.device)
+        is_unembedding = self._lens.sites[site].kind == "unembed"
+        counted = (self._read if is_unembedding else self._real).to(delta.device)
+        self._count("z", site, self._square_of_inputs(injection, z, counted, delta.dtype))
+        if weight is not None:
+            return  # what waits for a partner's gate is nothing at the base model
+        delta = delta * counted
+        gradient = gradient.to(delta.dtype) * counted
+        self._count("delta", site, delta.flatten(1).square().sum(1))
+        self._count("gradient", site, gradient.flatten(1).square().sum(1))
+        self._count("inner", site, (gradient * delta).flatten(1).sum(1))
 
-    site_gradients(lens, reading, lens.gates(0.0), visit)
-    for once in repeated.values():
-        add(*once)
-    return squares
+    def _square_of_inputs(
+        self, injection: Injection, z: Tensor, counted: Tensor, dtype: torch.dtype
+    ) -> Float[Tensor, " row"]:
+        inputs = torch.ones_like(counted * 1.0)  # an embedding's input is one-hot
+        if z.is_floating_point():
+            inputs = injection.map.inputs(z).to(dtype)
+        copies = z.shape[2] if z.ndim == 4 else 1
+        return (inputs.flatten(2) * counted).flatten(1).square().sum(1) / copies
+
+    def _count(self, name: str, site: int, totals: Float[Tensor, " row"]) -> None:
+        self._squares[name][:, site] += totals.to(self._lens.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.analyses.patching import patch_activations
+from lens_lora.core.analyses.activation_patching import patch_activations
 from lens_lora.core.function import interventions as swap
 from lens_lora.core.function import memory as batching
 from lens_lora.core.model.hooks import attached

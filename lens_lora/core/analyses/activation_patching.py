@@ -1,0 +1,363 @@
+"""Real interventions on activations: set to those of the other model, at any hook point.
+
+    base to adapted   g(1) − g(1 | h ← h of base)       what is lost when h is set back
+    adapted to base   g(0 | h ← h of adapted) − g(0)    what h alone brings to the base model
+
+1. An activation h comes from the other model, the donor, which runs once. The recipient runs once
+   for each patch, as rows of a batch: at one hook point, or one head of q, k, v or z there, and one
+   position, several of them, or all (`function/interventions.py`).
+2. In an adapted recipient the updates stay live: a patch at or before a site's input changes its δ,
+   and a patch at its output replaces W z + δ, as in a model of the merged weights.
+3. Points without an effect are tried with noise: where that has none either, the model ignores the
+   value that a hook leaves there, and the call raises an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, final
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.arguments import word
+from lens_lora.core.analyses.own_analyses import analysis
+from lens_lora.core.function import interventions
+from lens_lora.core.function.function import Function
+from lens_lora.core.model import Names
+from lens_lora.core.readout import Prompts, Reading
+from lens_lora.core.readout.positions import ChosenPositions
+from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, tokens_at
+from lens_lora.core.results.effects import patching_result
+from lens_lora.errors import ArgumentError, ModelStateError, first_few
+
+PatchedPositions = Literal["each"] | int | slice | Sequence[int] | None
+Direction = Literal["base_to_adapted", "adapted_to_base"]
+# The gates of the donor, and those of the recipient.
+_DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
+_IN_BLOCK = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<hook>.+)")
+# An effect below a thousandth of the shift, or below 64 roundings of the readout, may be none at
+# all: then the point is tried with noise.
+_SMALL = 1e-3
+_ROUNDINGS = 64
+
+
+@final
+class ActivationEffects(Ranked):
+    """What replacing one activation by the other model's does to a readout, in its units.
+
+    `plot` is hook point × position, or layer × hook point, or layer × head.
+
+    Attributes:
+        values: [batch, name], or [batch, name, position] where each position was patched alone;
+            NaN where a prompt has no such position. Positive where the adapted model's activation
+            raises the readout.
+        names: hook points; where each head was patched alone 'blocks.3.attn.hook_z[5]', with the
+            heads of keys and values at k and v.
+        direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
+        positions: the positions patched: 'all', 'each', or indices, together.
+        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch name *position"]
+    names: Annotated[tuple[str, ...], "name"]
+    direction: str
+    positions: str
+    noise_floor: Float[Tensor, " batch"] | None = None
+
+    @property
+    def share(self) -> Float[Tensor, "batch name *position"]:
+        """The effects as shares of the shift: 1 where the activation carries all of it."""
+        return self.share_of(self.values)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether each position was patched alone."""
+        return self.values.ndim == 3
+
+    @property
+    def places(self) -> tuple[tuple[int | None, str], ...]:
+        """Each name's layer and the rest of it: (3, 'hook_resid_pre'); None outside the blocks."""
+        places: list[tuple[int | None, str]] = []
+        for name in self.names:
+            match = _IN_BLOCK.fullmatch(name)
+            if match is None:
+                places.append((None, name))
+            else:
+                places.append((int(match["layer"]), match["hook"]))
+        return tuple(places)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, hook point (or head of it) and existing position: effect, share."""
+        axes: list[dict[str, Any]] = [{"prompt": range(len(self.values))}, self._labels]
+        if self.by_position:
+            axes.append({"position": range(self.values.shape[2])})
+        frame = long_table({"effect": self.values, "share": self.share}, *axes)
+        frame = frame.dropna(subset="effect", ignore_index=True)
+        if self.by_position:
+            frame.insert(5, "token", tokens_at(self.str_tokens, frame["prompt"], frame["position"]))
+        return frame
+
+    @property
+    def _labels(self) -> dict[str, Any]:
+        layers = [layer for layer, _ in self.places]
+        hooks = [hook for _, hook in self.places]
+        return {"name": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each hook point's effect, or that of each of its positions."""
+        values, shift = self.of_prompt(prompt)
+        if not self.by_position:
+            return Entries({"name": self.names}, values, shift, "effect")
+        count, width = values.shape
+        tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
+        labels = {
+            "name": [name for name in self.names for _ in range(width)],
+            "position": [*range(width)] * count,
+            "token": [*tokens, *[""] * (width - len(tokens))] * count,
+        }
+        return Entries(labels, values.flatten(), shift, "effect")
+
+    def of_prompt(
+        self, prompt: int | None
+    ) -> tuple[Float[Tensor, " name *position"], Float[Tensor, ""]]:
+        """One prompt's effects and shift in float64, or the mean over prompts.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        if self.by_position:
+            prompt = only_prompt(prompt, len(self.base), "positions")
+        return self.mean_over(prompt, self.values)
+
+    def to_patching_result(self) -> Any:
+        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+
+        Its `values` are the patched readout, [name, batch] or [name, pos, batch] (NaN where a
+        prompt has no such position), and its `baseline` the readout before: `effect()` is `values`
+        here from adapted to base, and their negative from base to adapted. `normalized(…)` of the
+        readout at the other end is `share`.
+
+        Raises:
+            LensLoraError: the installed transformer-lens has no such class (4.3 has).
+        """
+        index = pd.DataFrame(self._labels)
+        axes: list[str] = []
+        if self.by_position:
+            positions = pd.DataFrame({"pos": range(self.values.shape[2])})
+            index = index.merge(positions, how="cross")
+            axes = ["name", "pos"]
+        return patching_result(self, self.direction == "adapted_to_base", index, axes)
+
+
+@analysis
+def patch_activations(
+    g: Function,
+    names: Names,
+    *,
+    direction: Direction = "base_to_adapted",
+    positions: PatchedPositions = None,
+    heads: Literal["each"] | None = None,
+) -> ActivationEffects:
+    """What one activation carries of the shift: replaced by the other model's, at each hook point.
+
+    Cost: three forward passes, four for the noise floor, and one per name (and position, and head,
+    with 'each'), batched; rows begin at the block in which they patch, where the model's batch may
+    grow (not Bloom and OPT on a Bridge). One short pass more for positions, and one for each name
+    without an effect.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        names: a hook point, several, globs, or a predicate. A name in full must fire and hold
+            activations by prompt (and by position, with positions); globs and predicates choose
+            among the points that do.
+        direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
+        positions: None for the whole sequence at once; 'each' for one number per position; an
+            index, a slice, or indices, replaced together. They count within each prompt, negative
+            ones from its own end; an answer's tokens, after the prompt, are in None and 'each'.
+        heads: 'each' for one number per head, at hook points of q, k, v and z. The other heads keep
+            what they have; with grouped queries k and v have as many heads as there are groups.
+        progress: show a bar.
+
+    Returns:
+        ActivationEffects with values [batch, name], or [batch, name, position] with 'each' position
+        (NaN where a prompt has no such position), in the readout's units; with heads a name for
+        each head.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: a point whose value the model ignores; one named in full that never fires,
+            does not hold activations by prompt (and by position, with positions), or lies between a
+            site's input and output, where the adapted model's value does not exist; no point that a
+            glob matches; with heads, one that is none of q, k, v and z, or whose heads are laid out
+            otherwise.
+        ArgumentError: a position outside a prompt, another direction, other heads.
+        NumericsError: a non-finite readout.
+    """
+    donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
+    chosen = _chosen_positions(positions)
+    is_each_position = chosen.which == "each"
+    by_head = heads is not None and bool(word("heads", heads, ["each"]))
+    lens = g.lens
+    reading = g.reading
+    masks = _masks(chosen, g.prompts, reading)
+
+    named = lens.points(names).computed()
+    donor = interventions.record(lens, reading.prompts, donor_scale, named.wanted, named.in_full)
+    points = named.fired(donor.firings)
+    if chosen.which is not None:
+        points = interventions.positioned(
+            lens, reading.prompts, donor, points, named.in_full, donor_scale
+        )
+    places = [_Place(name, name, None) for name in points]
+    if by_head:
+        places = _places_of_heads(interventions.head_parts(lens, donor, points))
+    patches = [
+        interventions.Patch(place.point, _both(place.features, mask))
+        for place in places
+        for mask in masks
+    ]
+    patched = interventions.patched_readout(
+        lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=g.progress
+    ).unflatten(1, (len(places), len(masks)))
+
+    base, adapted = g.ends[..., None, None]
+    values = adapted - patched if direction == "base_to_adapted" else patched - base
+    _require_heard(g, scale, [place.point for place in places], values)
+    if is_each_position:
+        is_real = reading.prompts.real.float()
+        some_row_has_it = reading.by_prompt(is_real).to(values.device) > 0
+        values = values.masked_fill(~some_row_has_it[:, None], float("nan"))
+    return ActivationEffects(
+        values=values if is_each_position else values[..., 0],
+        names=tuple(place.label for place in places),
+        direction=direction,
+        positions=str(chosen),
+        noise_floor=g.noise((1.0, -1.0), at=scale),
+        **g.header(),
+    )
+
+
+class _Place(NamedTuple):
+    """Where activations are replaced.
+
+    Attributes:
+        label: what the result calls it: 'blocks.3.attn.hook_z[5]'.
+        point: the hook point.
+        features: those of one head; None for all.
+    """
+
+    label: str
+    point: str
+    features: Tensor | None
+
+
+def _places_of_heads(heads_of: Mapping[str, Sequence[Tensor]]) -> list[_Place]:
+    """A place for each head of each point, in order.
+
+    Args:
+        heads_of: the features of each head, by hook point.
+    """
+    places: list[_Place] = []
+    for point, heads in heads_of.items():
+        for head, features in enumerate(heads):
+            places.append(_Place(f"{point}[{head}]", point, features))
+    return places
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The entries that are in both masks; None is a mask of all."""
+    if one is None:
+        return other
+    return one if other is None else one & other
+
+
+def _require_heard(
+    g: Function, scale: float, points: Sequence[str], values: Float[Tensor, "batch place position"]
+) -> None:
+    """Refuse points without an effect at which nothing at all would have one.
+
+    Args:
+        g: the function.
+        scale: the gates of the recipient.
+        points: of each place.
+        values: the effects.
+
+    Raises:
+        ModelStateError: the model ignores what a hook leaves at a point.
+    """
+    ends = g.ends
+    rounding = _ROUNDINGS * g.lens.eps * float(ends.abs().max())
+    largest_shift = float((ends[1] - ends[0]).abs().max())
+    least = max(_SMALL * largest_shift, rounding)
+    is_heard = values.abs().amax((0, 2)) > least
+    heard = {
+        point for point, has_effect in zip(points, is_heard.tolist(), strict=True) if has_effect
+    }
+    doubtful = [point for point in dict.fromkeys(points) if point not in heard]
+    if not doubtful:
+        return
+    silent = interventions.unheard(g.lens, g.rows.row(0), scale, doubtful)
+    if silent:
+        raise ModelStateError(
+            f"{first_few(silent)}: the hook point fires, but the model ignores what a hook "
+            "makes of its value, so a patch there says nothing; leave it out."
+        )
+
+
+# --- Positions
+
+
+def _chosen_positions(positions: object) -> ChosenPositions:
+    """The positions of a caller, who may not name the prompt or the response."""
+    if isinstance(positions, str):
+        word("positions", positions, ["each"])
+    if isinstance(positions, Sequence) and not positions:
+        raise ArgumentError(f"positions={positions!r}: there is no position in this choice.")
+    return ChosenPositions.of(positions)
+
+
+def _masks(
+    positions: ChosenPositions, prompts: Prompts, reading: Reading
+) -> list[Bool[Tensor, "row pos 1"] | None]:
+    """The masks to patch under, one for each number of the result; None for the whole sequence.
+
+    Raises:
+        ArgumentError: a position outside a prompt.
+    """
+    if positions.which is None:
+        return [None]
+    real = reading.prompts.real.cpu()
+    if positions.which == "each":
+        slots = torch.arange(real.shape[1])
+        return [(real & (slots == slot))[..., None] for slot in slots]
+    mask = torch.zeros_like(real)
+    lengths = prompts.lengths.tolist()
+    for row, prompt in enumerate(reading.owner.tolist()):
+        length = lengths[prompt]
+        _require_within(positions, length, prompt)
+        mask[row, :length] = torch.from_numpy(positions.mask(length, length))
+    return [mask[..., None]]
+
+
+def _require_within(positions: ChosenPositions, length: int, prompt: int) -> None:
+    """Refuse positions that a prompt of this length does not have."""
+    if isinstance(positions.which, tuple):
+        lacking = [index for index in positions.which if not -length <= index < length]
+        if not lacking:
+            return
+        fact = f"no position {lacking[0]}"
+    elif positions.mask(length, length).any():
+        return
+    else:
+        fact = "no position in this choice"
+    raise ArgumentError(f"positions={positions}: prompt {prompt} has {length} tokens and {fact}.")
