@@ -74,24 +74,41 @@ def test_imports_point_downward():
     assert {m: names for m in LENS_LORA.files if (names := upward(LENS_LORA, m))} == {}
 
 
-# What of the core a folder below the questions may use.
-DOORS = {
-    "formats": ("core", "core.adapter", "core.adapter.extensions", "core.model.extensions"),
-    "hosts": ("core", "core.adapter", "core.model", "core.model.extensions"),
+# What of the core a folder may use beside its door, `lens_lora.core`: those that register what the
+# core reads have the door of what they register with.
+DOORS: dict[str, set[str]] = {
+    "formats": {"core.adapter", "core.adapter.extensions", "core.model.extensions"},
+    "hosts": {"core.adapter", "core.model", "core.model.extensions"},
+    # They provide functions that the core declares.
+    "banks": {"core.model.extensions"},
+    "directions": {"core.model.extensions"},
+    "responses": {"core.model.extensions", "core.readout.extensions"},
+    # The package itself finds by name what is registered.
+    "__init__": {"core.extensions"},
 }
 
 
-@pytest.mark.parametrize("folder", DOORS)
-def test_formats_and_hosts_use_the_doors_of_the_core(folder: str):
-    allowed = {f"lens_lora.{door}" for door in DOORS[folder]}
-    used = {
-        name
-        for module in LENS_LORA.files
-        if layer(module) == folder
-        for name in LENS_LORA.imports[module]
-        if name.startswith("lens_lora.core")
-    }
-    assert used <= allowed
+def past_the_door(package: Package, module: str) -> list[str]:
+    """What this module imports of the core from behind its door."""
+    folder = layer(module)
+    if folder == "core":
+        return []
+    allowed = {"lens_lora.core", *(f"lens_lora.{door}" for door in DOORS.get(folder, ()))}
+    of_the_core = {n for n in package.imports[module] if f"{n}.".startswith("lens_lora.core.")}
+    return sorted(of_the_core - allowed)
+
+
+def test_nothing_of_the_core_is_taken_from_behind_its_door():
+    found = {m: names for m in LENS_LORA.files if (names := past_the_door(LENS_LORA, m))}
+    assert found == {}
+
+
+def test_a_planted_import_past_the_door_is_seen(tmp_path: Path):
+    """Negative control: a question that takes a function of the core from its own file."""
+    source = "def f():\n    from lens_lora.core.reverse import site_slopes"
+    package = planted(tmp_path, core__reverse="", path__rules=source)
+    found = past_the_door(package, "lens_lora.path.rules")
+    assert found == ["lens_lora.core.reverse"]
 
 
 def test_no_circles():
