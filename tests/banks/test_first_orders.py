@@ -17,7 +17,7 @@ from targets import base_for, hooked, peft_with
 
 import lens_lora as ll
 from lens_lora.banks.record import TensorPool
-from lens_lora.core.model.null_draws import fused_parts
+from lens_lora.core import null_adapters
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9
@@ -38,8 +38,7 @@ def each(lens: ll.LoraLens, adapters, prompts) -> torch.Tensor:
 
 
 def nulls(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.Adapter]:
-    parts = fused_parts(lens)
-    return [lens.adapter.null(seed, draw, parts=parts) for draw in range(draws)]
+    return list(null_adapters(lens, seed, draws))
 
 
 @pytest.mark.sample(4)

@@ -11,7 +11,7 @@ import reference
 import torch
 
 import lens_lora as ll
-from lens_lora.core.model.hooks import attached
+from lens_lora.core import attached
 
 MARGIN = ll.Margin(5, 9)
 BUILT = [

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.core import LogProbs, Prompts, Reading
 from lens_lora.core.function import forward as function
-from lens_lora.core.readout.prompts import Prompts
-from lens_lora.core.readout.reading import LogProbs, Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
