@@ -21,7 +21,7 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, overload, runtime_checkable
 
 import torch
@@ -45,7 +45,8 @@ from lens_lora.core.readout import Prompts, PromptsLike, Readout
 from lens_lora.core.results.attribution import Attribution, GroupAttribution, within_response
 from lens_lora.errors import ArgumentError
 
-_TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
+# A pass of so few tokens shows whether the model's hooks keep the rules.
+_TRIED_TOKENS = 8
 
 
 def _of_several(
@@ -53,7 +54,13 @@ def _of_several(
 ) -> GroupAttribution | tuple[Attribution, ...]:
     """First order of each readout of the same prompts.
 
-    Those of the prompts' own rows share one graph, unless something but whole sites is asked for.
+    Readouts of the prompts' own rows share one graph, if whole sites are asked for and no option
+    needs a graph of its own.
+
+    Args:
+        questions: g of each readout.
+        group: as for `first_order`.
+        options: as for `first_order`.
     """
     if group is not None:
         if len(questions) > 1:
@@ -65,12 +72,9 @@ def _of_several(
     if at == 0:
         for g in questions:
             g.require_slope_at_base()
-    share_a_graph = not any(options.get(name) for name in ("by", "rules"))
-    share_a_graph &= options.get("mode", "auto") == "auto"
-    share_a_graph &= options.get("gauge", "trained") == "trained"
-    shared = [
-        g for g in questions if share_a_graph and g.rows is g.prompts and g.reading.reads_logits
-    ]
+    shared: list[Evaluations] = []
+    if _may_share_a_graph(options):
+        shared = [g for g in questions if g.rows is g.prompts and g.reading.reads_logits]
     slopes_of: dict[Evaluations, Tensor] = {}
     if shared:
         slopes_of.update(zip(shared, _slopes_of_several(shared, at), strict=True))
@@ -82,6 +86,15 @@ def _of_several(
         else:
             found.append(first_order.of(g, **options))
     return tuple(found)
+
+
+def _may_share_a_graph(options: Mapping[str, Any]) -> bool:
+    """Whether slopes by whole sites are asked for, in whatever mode is cheapest."""
+    if options.get("by") or options.get("rules"):
+        return False
+    is_usual_mode = options.get("mode", "auto") == "auto"
+    is_usual_gauge = options.get("gauge", "trained") == "trained"
+    return is_usual_mode and is_usual_gauge
 
 
 class _Options(TypedDict, total=False):
@@ -224,6 +237,10 @@ def _method(rules: FrozenRules | None) -> str:
 def require_gauge(gauge: Gauge, axes: tuple[str, ...]) -> None:
     """Refuse a gauge where nothing is split by rank.
 
+    Args:
+        gauge: the meaning of a rank.
+        axes: what values are split by.
+
     Raises:
         ArgumentError: a gauge other than 'trained', and no ranks.
     """
@@ -236,7 +253,13 @@ def require_gauge(gauge: Gauge, axes: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def held(rules: FrozenRules | None, g: Function) -> Generator[None]:
-    """Within the block, derivatives take what the rules name for constants; tried on a few tokens.
+    """Within the block, derivatives take what the rules name for constants.
+
+    The rules are tried on a few tokens first.
+
+    Args:
+        rules: None for none.
+        g: the function.
 
     Raises:
         ArgumentError: something that is no rules.
@@ -249,8 +272,8 @@ def held(rules: FrozenRules | None, g: Function) -> Generator[None]:
         raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
     lens = g.lens
     first = g.rows.row(0)
-    few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
-    require_held(lens.host, rules, lambda: lens.run(few), lens.eps)
+    few_tokens = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
+    require_held(lens.host, rules, lambda: lens.run(few_tokens), lens.eps)
     with held_fixed(lens.host, rules):
         yield
 
@@ -258,7 +281,11 @@ def held(rules: FrozenRules | None, g: Function) -> Generator[None]:
 def _chosen_mode(
     g: Function, mode: Mode, axes: tuple[str, ...], groups: Groups | None = None
 ) -> str:
-    """The given mode, or the cheaper one: by token a covector for each, against the tangents."""
+    """The given mode, or of 'auto' the cheaper one.
+
+    By token, reverse mode takes a covector for each token, and forward mode a tangent for each
+    site, group or part, from its block on.
+    """
     if "token" not in axes:
         return chosen_mode(mode, g.lens, 1)
     covectors = len(max(g.response_tokens(), key=len))
@@ -274,7 +301,16 @@ def _of_groups(
     mode: Mode,
     rules: FrozenRules | None,
 ) -> GroupAttribution:
-    """Σ_{l in G} a_l of every group G, of the whole readout or by token."""
+    """Σ_{l in G} a_l of every group G, of the whole readout or by token.
+
+    Args:
+        g: the function.
+        groups: indices of sites, by name.
+        axes: ('token',), or () for the whole readout.
+        at: the gate value at which the derivative is taken.
+        mode: as for `first_order`.
+        rules: as for `first_order`.
+    """
     under = held(rules, g)
     used_mode = _chosen_mode(g, mode, axes, groups)
     if used_mode == "forward":
@@ -300,27 +336,34 @@ def _of_groups(
 def _slopes_of_several(
     questions: Sequence[Evaluations], at: float
 ) -> Float[Tensor, "readout batch site"]:
-    """∂g/∂ε_l of readouts of the same rows, which share the passes of their ends."""
+    """∂g/∂ε_l of readouts of the same rows, which share one graph, and the passes of their ends.
+
+    Each g is told its ends, so that it need not run them again.
+
+    Args:
+        questions: g of each readout.
+        at: the gate value at which the derivative is taken.
+    """
     lens = questions[0].lens
     prompts = questions[0].prompts
-    seen: list[Float[Tensor, "readout batch"]] = []
+    values_at: dict[float, Float[Tensor, "readout batch"]] = {}
 
-    def values(logits: Tensor) -> Float[Tensor, "readout batch"]:
+    def values_of(logits: Tensor) -> Float[Tensor, "readout batch"]:
         return torch.stack([g.reading.read(logits) for g in questions])
 
     def values_here() -> Float[Tensor, "readout batch"]:
-        seen.append(values(read_logits(lens, prompts)))
-        return seen[-1]
+        values = values_of(read_logits(lens, prompts))
+        values_at[at] = values.detach()
+        return values
 
     slopes = slopes_of_each(
         lens, prompts, lens.gates(at), values_here, progress=questions[0].progress
     )
-    ends = {at: seen[0].detach()}
     with torch.no_grad():
         for end in {0.0, 1.0} - {at}:
-            ends[end] = values(gated_logits(lens, prompts, lens.gates(end)))
+            values_at[end] = values_of(gated_logits(lens, prompts, lens.gates(end)))
     for i, g in enumerate(questions):
-        for strength, of_readouts in ends.items():
-            g.know(strength, of_readouts[i])
+        for strength, values in values_at.items():
+            g.know(strength, values[i])
         require_finite_sites(lens, slopes[i])
     return slopes

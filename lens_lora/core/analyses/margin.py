@@ -95,15 +95,20 @@ class FactMargin(Drawn):
 
     @property
     def flip_predicted(self) -> tuple[bool, ...]:
-        """Whether first order alone, m₀ + Σ a_l, says so; False where rounding hides a sign."""
-        floors = self.noise_floor, self.remainder_floor
-        return tuple(changes_sign(self.m0, self.m0 + self.first_order, *floors).tolist())
+        """Whether the preferred fact changes by first order alone, from m₀ to m₀ + Σ a_l.
+
+        False where rounding hides the sign of either.
+        """
+        predicted = self.m0 + self.first_order
+        does_flip = changes_sign(self.m0, predicted, self.noise_floor, self.remainder_floor)
+        return tuple(does_flip.tolist())
 
     @property
     def flip_verdict(self) -> tuple[FlipVerdict, ...]:
         """For each prompt, whether the margin flips, or rounding hides it."""
-        rows = torch.stack([self.m0, self.m, self.noise_floor.to(self.m)], 1).cpu().double()
-        return tuple(FlipVerdict(m0, m, SIGMAS * floor) for m0, m, floor in rows.tolist())
+        columns = torch.stack([self.m0, self.m, self.noise_floor.to(self.m)], 1)
+        by_prompt = columns.cpu().double().tolist()
+        return tuple(FlipVerdict(m0, m, SIGMAS * floor) for m0, m, floor in by_prompt)
 
     @property
     def verdict(self) -> tuple[Verdict, ...]:
@@ -210,32 +215,48 @@ def flip_scales(
     scales: Float[Tensor, " scale"],
     values: Float[Tensor, "batch scale"],
 ) -> Float[Tensor, " batch"]:
-    """Each prompt's first sign change along ε, refined; NaN without one.
+    """The first ε at which each prompt's g changes its sign; NaN where it does not.
 
     All prompts are refined together, two points of each in a pass: mostly two forward passes.
+
+    Args:
+        g: the function.
+        base: g(0).
+        scales: the ε at which g is known, rising.
+        values: g(ε·1) there.
     """
-    steps = torch.cat([scales.new_zeros(1), scales]).cpu().double()
-    values = torch.cat([base[:, None], values], 1).cpu().double()
-    crosses = (values[:, :-1] != 0) & (values[:, :-1] * values[:, 1:] <= 0)
-    flips = torch.full((len(values),), float("nan"), dtype=torch.float64)
+    known_scales = torch.cat([scales.new_zeros(1), scales]).cpu().double()
+    known_values = torch.cat([base[:, None], values], 1).cpu().double()
+    before = known_values[:, :-1]
+    after = known_values[:, 1:]
+    crosses = (before != 0) & (before * after <= 0)
     flipping = crosses.any(1).nonzero()[:, 0]
-    first = crosses[flipping].int().argmax(1).tolist()
-    rows = zip(values[flipping].numpy(), first, strict=True)
-    crossings = [_Crossing(steps.numpy(), *row) for row in rows]
+    crossings: list[_Crossing] = []
+    for prompt in flipping.tolist():
+        low = int(crosses[prompt].int().argmax())
+        crossings.append(_Crossing(known_scales.numpy(), known_values[prompt].numpy(), low))
+
     for _ in range(_MOST_PASSES):
         wide = [i for i, crossing in enumerate(crossings) if not crossing.is_narrow]
         if not wide:
             break
         probes = torch.tensor([crossings[i].probes for i in wide])
-        for i, between in zip(wide, _values_at(g, flipping[wide], probes).numpy(), strict=True):
+        found = _values_at(g, flipping[wide], probes).numpy()
+        for i, between in zip(wide, found, strict=True):
             crossings[i] = crossings[i].narrowed(between)
-    flips[flipping] = torch.tensor([c.root for c in crossings], dtype=torch.float64)
+
+    flips = torch.full((len(known_values),), float("nan"), dtype=torch.float64)
+    roots = [crossing.root for crossing in crossings]
+    flips[flipping] = torch.tensor(roots, dtype=torch.float64)
     return flips
 
 
-_PRECISION = 1e-5  # of a flip; nearer to it the rounding of float32 hides a margin's sign
-_NODES = 6  # of the interpolant: with more of them rounding grows
-_MOST_PASSES = 16  # a smooth margin takes two or three, one that jumps (experts switch) many
+# The precision of a flip: nearer to it, the rounding of float32 hides a margin's sign.
+_PRECISION = 1e-5
+# The nodes of the interpolant: with more of them rounding grows.
+_NODES = 6
+# A smooth margin takes two or three passes; one that jumps, where experts switch, takes many.
+_MOST_PASSES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +285,7 @@ class _Crossing:
 
     @property
     def root(self) -> float:
-        """That of the polynomial through the nearest points, the two neighbours among them."""
+        """The root of the polynomial through the nearest points, the two neighbours among them."""
         low, high = self.step
         nearest = np.abs(self.scales - (low + high) / 2).argsort()[:_NODES]
         # Without `rng` it draws from numpy's global state.
@@ -273,30 +294,44 @@ class _Crossing:
 
     @property
     def probes(self) -> tuple[float, float]:
-        """Either side of that root, by about what it may be off, and apart from the neighbours."""
-        (low, high), root = self.step, self.root
+        """Two ε on either side of that root, by about what it may be off.
+
+        They keep a gap from each other and from the two neighbours.
+        """
+        low, high = self.step
+        root = self.root
         reach = max(0.4 * _PRECISION, (high - low) ** 2 / 8)
         gap = min(reach, high - low) / 8
         left = min(max(root - reach, low + gap), high - 2 * gap)
-        return left, min(max(root + reach, left + gap), high - gap)
+        right = min(max(root + reach, left + gap), high - gap)
+        return left, right
 
     def narrowed(self, between: NDArray[np.float64]) -> _Crossing:
         """The part of the step with the first change, g being known at the probes as well."""
         scales = np.insert(self.scales, self.low + 1, self.probes)
         values = np.insert(self.values, self.low + 1, between)
+        # The old neighbours, with the two probes between them.
         inner = values[self.low : self.low + 4]
-        return _Crossing(scales, values, self.low + int((inner[:-1] * inner[1:] <= 0).argmax()))
+        changes = inner[:-1] * inner[1:] <= 0
+        return _Crossing(scales, values, self.low + int(changes.argmax()))
 
 
 def _values_at(
     g: Function, chosen: Int[Tensor, " chosen"], scales: Float[Tensor, "chosen point"]
 ) -> Float[Tensor, "chosen point"]:
-    """g(ε·1) of some prompts, each at its own ε."""
+    """g(ε·1) of some prompts, each at its own ε.
+
+    Args:
+        g: the function.
+        chosen: indices of prompts.
+        scales: the ε of each of them.
+    """
     lens = g.lens
-    reading = g.reading
-    rows = reading.only(chosen)
-    if rows is reading:  # a user's function reads all prompts
-        scales = scales.new_zeros(reading.batch, scales.shape[1]).index_copy(0, chosen, scales)
+    some = g.reading.only(chosen)
+    takes_all = some is g.reading  # a user's function reads all prompts together
+    if takes_all:
+        of_all = scales.new_zeros(some.batch, scales.shape[1])
+        scales = of_all.index_copy(0, chosen, scales)
     gates = scales[..., None].expand(-1, -1, len(lens.sites))
-    values = gated_readout(lens, rows, lens.gates(gates), progress=False).cpu().double()
-    return values[chosen] if rows is reading else values
+    values = gated_readout(lens, some, lens.gates(gates), progress=False).cpu().double()
+    return values[chosen] if takes_all else values

@@ -161,19 +161,26 @@ def analysis(
 
 
 def _signature(verb: Callable[..., Any], takes_max_memory: bool) -> inspect.Signature:
-    """(lens, prompts, readout, …, max_memory=None, progress=True), for help and editors."""
+    """The signature of the call, for help and editors.
+
+    (lens, prompts, readout, …, max_memory=None, progress=True) in place of (g, …).
+    """
     inner = inspect.signature(verb)
-    _, *own = inner.parameters.values()
-    common = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-        for name, kind in (("lens", LoraLens), ("prompts", PromptsLike), ("readout", Readout))
-    ]
-    last: list[inspect.Parameter] = []
-    while own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        last.append(own.pop())
+    _, *parameters = inner.parameters.values()
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [inspect.Parameter("progress", keyword, default=True, annotation=bool)]
+    first = [
+        inspect.Parameter("lens", positional, annotation=LoraLens),
+        inspect.Parameter("prompts", positional, annotation=PromptsLike),
+        inspect.Parameter("readout", positional, annotation=Readout),
+    ]
+    added: list[inspect.Parameter] = []
     if takes_max_memory:
         bound = inspect.Parameter("max_memory", keyword, default=None, annotation=float | None)
-        added.insert(0, bound)
-    return inner.replace(parameters=[*common, *own, *added, *last])
+        added.append(bound)
+    added.append(inspect.Parameter("progress", keyword, default=True, annotation=bool))
+    # Python wants `**options` behind everything else.
+    is_last = inspect.Parameter.VAR_KEYWORD
+    own = [parameter for parameter in parameters if parameter.kind is not is_last]
+    last = [parameter for parameter in parameters if parameter.kind is is_last]
+    return inner.replace(parameters=[*first, *own, *added, *last])

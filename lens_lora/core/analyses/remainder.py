@@ -43,11 +43,16 @@ from lens_lora.core.results import base as results_base
 from lens_lora.core.results.base import Drawn, Measured, long_table, per_prompt
 from lens_lora.errors import ArgumentError
 
-# Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
-USUAL_SCALES = (
-    *np.geomspace(1e-4, 8e-2, 10).tolist(),
-    *sorted({*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS}),
-)
+# Small strengths show the order of the remainder: 0.0001 … 0.08.
+_SMALL_SCALES: list[float] = np.geomspace(1e-4, 8e-2, 10).tolist()
+# Even ones show the path: 0.1, 0.2, 0.25, 0.3, … 1.
+_EVEN_SCALES: list[float] = np.linspace(0.1, 1.0, 10).round(3).tolist()
+USUAL_SCALES = (*_SMALL_SCALES, *sorted({*_EVEN_SCALES, *CHECKPOINTS}))
+# A remainder counts for its order if it stands out of so many noise floors, where rounding moves
+# its logarithm by a tenth.
+_CLEAR = 10
+# How many strengths, at least, the order is fitted to.
+_FEWEST_POINTS = 3
 
 
 @final
@@ -101,12 +106,13 @@ class Remainder(Measured):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift, first order, remainder, both floors, the verdict's kind.
 
-        With experts also `rerouted`, in how many layers' choices of a token one or more differ.
+        With experts also `rerouted`: the tokens that go to other experts, counted in each layer.
         """
         names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
         frame = pd.DataFrame(per_prompt({name: getattr(self, name) for name in names}))
         if self.rerouted:
-            frame["rerouted"] = torch.stack(list(self.rerouted.values())).sum(0).int().tolist()
+            by_layer = torch.stack(list(self.rerouted.values()))
+            frame["rerouted"] = by_layer.sum(0).int().tolist()
         return frame.assign(verdict=[verdict.kind for verdict in self.verdict])
 
 
@@ -148,6 +154,9 @@ def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
     """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
 
     Two forward passes; none where the model has no stacks of experts.
+
+    Args:
+        g: the function.
     """
     lens = g.lens
     stacks = extensions.experts_by_layer(lens.model)
@@ -169,7 +178,14 @@ def rerouted_tokens(g: Function) -> dict[str, Float[Tensor, " batch"]]:
 def _chosen(
     lens: LoraLens, rows: Prompts, scale: float, stacks: Mapping[int, nn.Module]
 ) -> dict[int, Int[Tensor, "token slot"]]:
-    """The experts of every token at this strength, in order."""
+    """The experts of every token at this strength, in order, by layer.
+
+    Args:
+        lens: the adapter over the model.
+        rows: the tokens that are run.
+        scale: the strength.
+        stacks: the modules that run experts, by layer.
+    """
     chosen: dict[int, Tensor] = {}
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, layer: int) -> None:
@@ -255,8 +271,13 @@ class RemainderCurve(results_base.Read, Drawn):
             prompt: its index.
         """
         inner = [point for point in self.points[prompt] if 0 < point.scale < 1]
-        near = [min(inner, key=lambda point: abs(point.scale - c)) for c in CHECKPOINTS if inner]
-        return list(dict.fromkeys(near))
+        if not inner:
+            return []
+        nearest = [
+            min(inner, key=lambda point: abs(point.scale - checkpoint))
+            for checkpoint in CHECKPOINTS
+        ]
+        return list(dict.fromkeys(nearest))
 
 
 @analysis
@@ -325,23 +346,38 @@ def orders(
     rest: Float[Tensor, "batch scale"],
     floor: Float[Tensor, "batch scale"],
 ) -> Float[Tensor, " batch"]:
-    """`fitted_order` of each prompt."""
-    return torch.stack([fitted_order(scales, *row) for row in zip(rest, floor, strict=True)])
+    """The order of each prompt's remainder, as `fitted_order` fits it.
+
+    Args:
+        scales: the strengths ε.
+        rest: R(ε) of each prompt.
+        floor: σ of it from rounding alone.
+    """
+    by_prompt = zip(rest, floor, strict=True)
+    return torch.stack([fitted_order(scales, *of_prompt) for of_prompt in by_prompt])
 
 
 def fitted_order(
     scales: Float[Tensor, " scale"], rest: Float[Tensor, " scale"], floor: Float[Tensor, " scale"]
 ) -> Float[Tensor, ""]:
-    """Slope of log|R| on log ε over the first decade of scales, 2 for a remainder of second order.
+    """The slope of log|R| on log ε, 2 for a remainder of second order.
 
-    A remainder counts from ten noise floors on, which is where rounding moves its logarithm by a
-    tenth; NaN where fewer than three scales count.
+    It is fitted over the first decade of strengths at which R stands out of the noise, and at three
+    of them at least. NaN where fewer than three stand out.
+
+    Args:
+        scales: the strengths ε, rising.
+        rest: R(ε).
+        floor: σ of it from rounding alone.
     """
-    clear = (scales > 0) & (rest.abs() > 10 * floor)
-    scales, rest = in_float64(scales[clear]), in_float64(rest[clear])
-    if len(scales) < 3:
-        return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
-    fitted = max(3, int((scales <= 10 * scales[0]).sum()))
-    log_scale, log_rest = scales[:fitted].log(), rest[:fitted].abs().log()
+    is_clear = (scales > 0) & (rest.abs() > _CLEAR * floor)
+    clear_scales = in_float64(scales[is_clear])
+    clear_rest = in_float64(rest[is_clear])
+    if len(clear_scales) < _FEWEST_POINTS:
+        return torch.tensor(float("nan"), dtype=torch.float64, device=clear_rest.device)
+    in_first_decade = int((clear_scales <= 10 * clear_scales[0]).sum())
+    fitted = max(_FEWEST_POINTS, in_first_decade)
+    log_scale = clear_scales[:fitted].log()
+    log_rest = clear_rest[:fitted].abs().log()
     centred = log_scale - log_scale.mean()
     return (centred @ log_rest) / (centred @ centred)

@@ -1,7 +1,8 @@
 """What one prompt's numbers say, decided here and nowhere else; `show/words.py` words it.
 
-0. A number counts where it stands out of three noise floors (`Noise`): σ from rounding alone, of a
-   shift and of what first or second order leaves of it.
+A number counts where it stands out of three noise floors (`Noise`): σ from rounding alone, of a
+shift and of what first or second order leaves of it.
+
 1. First order (`Verdict`): the remainder against the shift, at ε = 1 and at a quarter, half and
    three quarters of the strength. Each has its own noise floor: where an adapter moves much, the
    remainder's is far above the shift's, as first order has rounding of its own.
@@ -24,9 +25,12 @@ from lens_lora.core import Noise
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import SIGMAS
 
-CHECKPOINTS = (0.25, 0.5, 0.75)  # The strengths at which every result looks at the path.
-_SMALL = 0.1  # A remainder of at most a tenth of the shift is small,
-_LARGE = 0.2  # and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
+# The strengths at which every result looks at the path.
+CHECKPOINTS = (0.25, 0.5, 0.75)
+# A remainder of at most a tenth of the shift is small,
+_SMALL = 0.1
+# and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
+_LARGE = 0.2
 
 
 class Point(NamedTuple):
@@ -59,12 +63,23 @@ def points_of(
     noise: Noise,
     curvature_noise: Float[Tensor, " batch"] | None = None,
 ) -> list[list[Point]]:
-    """The points of each prompt."""
-    floor = noise.of_remainder(scales, curvature_noise)
-    rows = (remainder, shift, floor, noise.of_shift(scales))
-    by_prompt = zip(*(values.cpu().double().tolist() for values in rows), strict=True)
+    """The points of each prompt.
+
+    Args:
+        scales: the strengths ε.
+        remainder: R(ε) of each prompt.
+        shift: g(ε) − g(0).
+        noise: of a shift and a remainder.
+        curvature_noise: σ of the curvature from rounding alone, where R is what second order
+            leaves; None where it is what first order leaves.
+    """
+    floors = noise.of_remainder(scales, curvature_noise)
+    fields = (remainder, shift, floors, noise.of_shift(scales))
     strengths = scales.cpu().double().tolist()
-    return [[Point(*point) for point in zip(strengths, *row, strict=True)] for row in by_prompt]
+    points: list[list[Point]] = []
+    for of_prompt in zip(*(values.cpu().double().tolist() for values in fields), strict=True):
+        points.append([Point(*point) for point in zip(strengths, *of_prompt, strict=True)])
+    return points
 
 
 def points_at_end(
@@ -73,9 +88,10 @@ def points_at_end(
     noise: Noise,
     curvature_noise: Float[Tensor, " batch"] | None = None,
 ) -> list[Point]:
-    """Each prompt's point at ε = 1."""
-    columns = remainder[:, None], shift[:, None]
-    return [p for (p,) in points_of(shift.new_ones(1), *columns, noise, curvature_noise)]
+    """Each prompt's point at ε = 1; the arguments are those of `points_of`."""
+    one = shift.new_ones(1)
+    points = points_of(one, remainder[:, None], shift[:, None], noise, curvature_noise)
+    return [point for (point,) in points]
 
 
 class _Worded:
@@ -131,11 +147,27 @@ class Verdict(_Worded):
 
 
 def verdict_of(end: Point, way: Sequence[Point]) -> Verdict:
-    """The verdict on one prompt's remainder, at ε = 1 and on the way."""
-    clear = [(point.share, point.scale) for point in way if point.share is not None]
-    worst = max(clear, default=(None, None), key=lambda pair: pair[0])
-    floors = SIGMAS * end.noise_floor, SIGMAS * end.remainder_floor
-    return Verdict(end.shift, end.remainder, *floors, *worst)
+    """The verdict on one prompt's remainder, at ε = 1 and on the way.
+
+    Args:
+        end: its point at ε = 1.
+        way: its points before that.
+    """
+    worst: float | None = None
+    worst_scale: float | None = None
+    for point in way:
+        share = point.share
+        if share is not None and (worst is None or share > worst):
+            worst = share
+            worst_scale = point.scale
+    return Verdict(
+        shift=end.shift,
+        remainder=end.remainder,
+        floor=SIGMAS * end.noise_floor,
+        remainder_floor=SIGMAS * end.remainder_floor,
+        worst=worst,
+        worst_scale=worst_scale,
+    )
 
 
 @final
