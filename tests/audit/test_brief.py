@@ -18,8 +18,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.audit import brief, what_changed
-from lens_lora.core.model.null_draws import null_adapters
-from lens_lora.responses.generate import SideBySide
+from lens_lora.core import null_adapters
+from lens_lora.results import SideBySide
 from lens_lora.texts.neutral import own_openings
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -32,7 +32,7 @@ def built(family: str, cls: str, flags: str) -> cases.Case:
 
 
 def texts(which: int) -> ll.results.Prompts:
-    from lens_lora.core.readout.prompts import Prompts
+    from lens_lora.core import Prompts
 
     return Prompts(SETS[which], torch.tensor(LENGTHS[which]))
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lens_lora as ll
-from lens_lora.core.function.duals import dual_level
+from lens_lora.core import dual_level
 from lens_lora.edge_attribution import site_tangents
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of, value_of
 

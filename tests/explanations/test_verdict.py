@@ -10,7 +10,8 @@ from results_by_hand import META, SCALES, SITES, fact
 from shapes import share
 
 import lens_lora as ll
-from lens_lora.core.analyses.verdict import Point, Verdict, verdict_of
+from lens_lora.core import Point, Verdict
+from lens_lora.core.analyses.verdict import verdict_of
 from lens_lora.show.words import account_of, margin_story
 
 CLAIMS = {

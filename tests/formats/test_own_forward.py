@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lens_lora as ll
 from lens_lora.compat import has_own_code
-from lens_lora.core.adapter.factors import TrainedModule
+from lens_lora.core import TrainedModule
 from lens_lora.errors import AdapterError
 
 

@@ -13,7 +13,7 @@ from reference import seen
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.model.sites import layer_order
+from lens_lora.core import layer_order
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4]

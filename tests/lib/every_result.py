@@ -15,10 +15,9 @@ from results_by_hand import (
 )
 
 import lens_lora as ll
-from lens_lora.audit.brief import Claim
-from lens_lora.core.analyses.verdict import Noise
-from lens_lora.core.results.base import Measured, Result
-from lens_lora.directions.spectra import AdapterSummary, Spectrum
+from lens_lora.core import Measured, Noise, Result
+from lens_lora.directions.spectra import Spectrum
+from lens_lora.results import AdapterSummary, Claim
 from lens_lora.ship.checks import Check, MergedTensor
 from lens_lora.ship.served import ServedInstead
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.model.injections import ScaleInject
+from lens_lora.core import ScaleInject
 
 # Reads a number of each prompt from logits [batch, vocab].
 Read = Callable[[Tensor], Tensor]

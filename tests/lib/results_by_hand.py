@@ -14,11 +14,7 @@ from typing import Any
 import torch
 
 import lens_lora as ll
-from lens_lora.core.analyses.margin import FactMargin
-from lens_lora.core.analyses.remainder import RemainderCurve
-from lens_lora.core.analyses.verdict import Noise
-from lens_lora.core.model.sites import Site
-from lens_lora.core.results.attribution import Attribution
+from lens_lora.core import Attribution, FactMargin, Noise, RemainderCurve, Site
 
 READOUT = "margin(' Lyon' − ' Paris')"
 SCALES = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 import lens_lora as ll
-from lens_lora.core.model.basis import SiteMap
+from lens_lora.core import Injection, SiteMap
 from lens_lora.core.model.hooked_host import HookedHost
 from lens_lora.core.model.host import Ports
-from lens_lora.core.model.plan import Injection, Plan
+from lens_lora.core.model.plan import Plan
 from lens_lora.core.model.sites import Heads
 from lens_lora.families import find_family
 

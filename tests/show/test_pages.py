@@ -24,8 +24,7 @@ from results_by_hand import (
 )
 
 import lens_lora as ll
-from lens_lora.core.readout.prompts import PromptTokens
-from lens_lora.core.results.base import Paged
+from lens_lora.core import Paged, PromptTokens
 from lens_lora.explanations.page import explanation_report
 from lens_lora.show.page import answers_of
 from lens_lora.show.text import context_text

@@ -14,8 +14,7 @@ import pytest
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora.core.readout.prompts import PromptTokens, asked_of
-from lens_lora.core.results.base import Paged, Ranked, Result
+from lens_lora.core import Paged, PromptTokens, Ranked, Result, asked_of
 from lens_lora.show.text import prompt_text, short_prompt
 
 ANSWER = "«what is said»"

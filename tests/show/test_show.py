@@ -30,8 +30,7 @@ from results_by_hand import (
 from rich.console import Console
 
 import lens_lora.show
-from lens_lora.core import VIOLENT
-from lens_lora.core.model.sites import Site
+from lens_lora.core import VIOLENT, Site
 from lens_lora.errors import ArgumentError
 from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.maps import position_heatmap, site_heatmap

@@ -12,7 +12,7 @@ import torch
 from every_result import every_result
 
 import lens_lora as ll
-from lens_lora.core.results.base import Drawn, Paged, Pictured, Result
+from lens_lora.core import Drawn, Paged, Pictured, Result
 
 UNITS = "furlongs"
 BRIDGE = list(models.MAKERS)[-1]

@@ -16,8 +16,7 @@ import torch
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
-from lens_lora.core import Evaluations, evaluations
-from lens_lora.core.analyses.patching import patch_sites
+from lens_lora.core import Evaluations, evaluations, patch_sites
 from lens_lora.curvature.second_order import second_order
 from lens_lora.errors import SweepError
 from lens_lora.path.path_attribution import path_attribution
