@@ -15,7 +15,7 @@ from scipy.special import rel_entr
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.core.function import memory as batching
+from lens_lora.core.function.footprint import dual_pass_bytes
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -129,7 +129,7 @@ def test_memory_of_the_kernel_is_bounded(case: cases.Case):
     options = {"kernel": "site", "scales": (), "progress": False}
     found = [
         ll.kl_shares(case.lens, prompts(), RESPONSES, max_memory=memory, **options).gram
-        for memory in (None, batching.pass_bytes(case.lens) + 2e6)
+        for memory in (None, dual_pass_bytes(case.lens) + 2e6)
     ]
     assert (found[0] - found[1]).abs().max() < 1e-12
     with pytest.raises(ll.errors.ArgumentError, match="allow more"):

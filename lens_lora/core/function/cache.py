@@ -1,4 +1,4 @@
-"""A function that remembers: the cache of one public call.
+"""g(ε) with a memory: the cache of one public call.
 
 Several analyses ask the same of one g: both ends, g along the path, what rounding does. Within one
 public call the model and its hooks stay as they are, so each is run once. What was not run yet goes
@@ -14,21 +14,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, reverse, rounding
+from lens_lora.core.function import forward, memory, reverse, rounding
+from lens_lora.core.function.corners import Points, strengths
 from lens_lora.core.function.function import Function, function_of
 from lens_lora.core.model import LoraLens, by_axes
 from lens_lora.core.model.sites import AXES
 from lens_lora.core.readout import PromptsLike, Readout
 from lens_lora.core.readout.readout import require_readout
 
-_ENDS = (0.0, 1.0)  # the base model and the adapted one
+# The base model and the adapted one.
+_ENDS = (0.0, 1.0)
 _ByPrompt = Float[Tensor, " batch"]
 
 
 @dataclasses.dataclass
 class _Memory:
-    """What was evaluated of one g.
+    """The numbers of one g that were evaluated already.
 
     Attributes:
         values: g at strengths ε.
@@ -90,7 +91,7 @@ class Evaluations(Function):
         Raises:
             NumericsError: a value that is not finite.
         """
-        function.require_finite(value, "the readout")
+        forward.require_finite(value, "the readout")
         self._memory.values[at] = value
 
     def slopes_with_noise(
@@ -139,19 +140,17 @@ class Evaluations(Function):
     # --- What `Function` evaluates anew, from memory
 
     def require_same_model(self) -> None:
-        """The model was checked when this was made, and stays as it is within the call."""
+        """Nothing: the model was checked when this was made, and stays as it is within the call."""
 
-    def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
-        missing = self._unknown(dict.fromkeys(strengths))
-        if missing:
-            values = self._run(self._strengths(missing), "along the path", self.progress)
-            self._know_all(missing, values)
-        values = [self._memory.values[strength] for strength in strengths]
+    def _along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
+        unknown = self._unknown(dict.fromkeys(scales))
+        if unknown:
+            values = self._run(strengths(self.lens, unknown), "along the path", self.progress)
+            self._know_all(unknown, values)
+        values = [self._memory.values[scale] for scale in scales]
         return torch.stack([value.to(values[-1]) for value in values])
 
-    def _values(
-        self, points: Float[Tensor, "point site"], what: str
-    ) -> Float[Tensor, "point batch"]:
+    def _values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
         """Points with the same gate at every site are strengths, which are remembered.
 
         Both ends ride along with others, where they are not known yet.
@@ -159,26 +158,22 @@ class Evaluations(Function):
         is_uniform = (points == points[:, :1]).all(1)
         if bool(is_uniform.all()):
             return self._along(points[:, 0].tolist())
-        is_end = torch.stack([(points == strength).all(1) for strength in _ENDS])
-        others = points[~is_end.any(0)]  # at least one, or all were strengths
-        missing = self._unknown(_ENDS)
-        if missing:
-            others = torch.cat([self._strengths(missing).to(others), others])
-        values = self._run(others, what, self.progress)
-        self._know_all(missing, values[: len(missing)])
+        is_end = torch.stack([(points == scale).all(1) for scale in _ENDS])
+        is_other = ~is_end.any(0)
+        to_run = points[is_other]  # At least one, or all were strengths.
+        unknown_ends = self._unknown(_ENDS)
+        if unknown_ends:
+            to_run = torch.cat([strengths(self.lens, unknown_ends).to(to_run), to_run])
+        values = self._run(to_run, shown_as, self.progress)
+        self._know_all(unknown_ends, values[: len(unknown_ends)])
         at_points = values.new_empty(len(points), values.shape[1])
-        at_points[~is_end.any(0)] = values[len(missing) :]
-        for strength, points_there in zip(_ENDS, is_end, strict=True):
-            at_points[points_there] = self._memory.values[strength].to(at_points)
+        at_points[is_other] = values[len(unknown_ends) :]
+        for scale, points_there in zip(_ENDS, is_end, strict=True):
+            at_points[points_there] = self._memory.values[scale].to(at_points)
         return at_points
 
     def _slopes(
-        self,
-        points: Float[Tensor, "point site"],
-        axes: tuple[str, ...],
-        lens: LoraLens,
-        *,
-        remember: bool = True,
+        self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
     ) -> Float[Tensor, "point batch site *by"]:
         """At one strength g is seen on the way, and both ends ride along where that is cheaper."""
         if len(points) > 1 or "token" in axes:
@@ -189,58 +184,63 @@ class Evaluations(Function):
             return super()._slopes(points, axes, lens)
         if remember and not axes and at in self._memory.slopes:
             return self._memory.slopes[at][None]
-        riding = [strength for strength in self._unknown(_ENDS) if strength != at]
-        if not memory.rides_along(self.lens, self.reading, 1 + len(riding)):
-            riding = []
-        strengths = [at, *riding]
+        scales = [at, *self._riding_ends(at)]
         slopes, values = reverse.slopes_of_first(
-            lens, self.reading, self._strengths(strengths), axes
+            lens, self.reading, strengths(self.lens, scales), axes
         )
-        self._know_all(strengths, values.T)
+        self._know_all(scales, values.T)
         if remember:
             self._remember_slopes(at, slopes)
         return slopes[None]
+
+    def _riding_ends(self, at: float) -> list[float]:
+        """The ends that are not known yet and cost less in the pass of the slopes than alone."""
+        ends = [scale for scale in self._unknown(_ENDS) if scale != at]
+        rides = memory.rides_along(self.lens, self.reading, 1 + len(ends))
+        return ends if rides else []
 
     def _remember_slopes(self, at: float, slopes: Float[Tensor, "batch site *by"]) -> None:
         of_sites = slopes if slopes.ndim == 2 else slopes.flatten(2).sum(2)
         self._memory.slopes[at] = of_sites
 
-    def _draws(self, strengths: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
-        return self._draw(strengths)
+    def _draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
+        return self._draw(scales)
 
     def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
         base, adapted = self._draw(_ENDS)
         return base, adapted
 
     def _draw(
-        self, strengths: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
+        self, scales: Sequence[float], beside: Sequence[float] = (), *, progress: bool = False
     ) -> list[Float[Tensor, "draw batch"]]:
-        """g and its draws; what was not run yet is one batch, with g at strengths beside them."""
+        """g and draws of it at these strengths; in the same batch g at the strengths `beside`."""
         known = self._memory.draws
-        if self.reading.holds_base and 0.0 in strengths and 0.0 not in known:
+        if self.reading.holds_base and 0.0 in scales and 0.0 not in known:
             known[0.0] = self._draws_of_held_base()
-        new = [strength for strength in strengths if strength not in known]
+        new = [scale for scale in scales if scale not in known]
         if new:
             exact = self._unknown(dict.fromkeys([*new, *beside]))
-            values, draws = self._exact_and_draws(exact, new, progress)
+            values, draws = rounding.exact_and_draws(
+                self.lens, self.reading, exact, new, progress=progress
+            )
             self._know_all(exact, values)
-            for strength, drawn in zip(new, draws, strict=True):
-                value = self._memory.values[strength].to(drawn)
-                known[strength] = torch.cat([value[None], drawn])
-        return [known[strength] for strength in strengths]
+            for scale, drawn in zip(new, draws, strict=True):
+                value = self._memory.values[scale].to(drawn)
+                known[scale] = torch.cat([value[None], drawn])
+        return [known[scale] for scale in scales]
 
     def _slope_draws(self) -> rounding.Draws:
         if self._memory.slope_draws is None:
             self._memory.slope_draws = super()._slope_draws()
         return self._memory.slope_draws
 
-    def _unknown(self, strengths: Iterable[float]) -> list[float]:
-        """Those at which g is not known yet."""
-        return [strength for strength in strengths if strength not in self._memory.values]
+    def _unknown(self, scales: Iterable[float]) -> list[float]:
+        """The strengths at which g is not known yet."""
+        return [scale for scale in scales if scale not in self._memory.values]
 
-    def _know_all(self, strengths: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
-        function.require_finite(values, "the readout")  # all of them in one read of a device
-        self._memory.values.update(zip(strengths, values, strict=True))
+    def _know_all(self, scales: Sequence[float], values: Float[Tensor, "point batch"]) -> None:
+        forward.require_finite(values, "the readout")  # All of them in one read of a device.
+        self._memory.values.update(zip(scales, values, strict=True))
 
 
 def evaluations(
@@ -251,7 +251,7 @@ def evaluations(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Evaluations:
-    """g over these prompts with a memory, for one public call.
+    """Bind g to these prompts, with a memory for one public call.
 
     Args:
         lens: the adapter over the model.

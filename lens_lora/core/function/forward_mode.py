@@ -29,6 +29,7 @@ from lens_lora.core.function import forward as function
 from lens_lora.core.function import reverse
 from lens_lora.core.function.activations import in_gauge
 from lens_lora.core.function.cache import Evaluations
+from lens_lora.core.function.contraction import axis_sizes
 from lens_lora.core.function.duals import tangent_of
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.tangents import Part, all_parts, group_parts, part_tangents
@@ -71,7 +72,7 @@ def slopes(
         return _tangents(g, lens, at, parts, tokens)
 
     parts = all_parts(lens, g.rows, axes_of_sites)
-    sizes = [*reverse.part_slots(lens, g.rows, axes_of_sites)]
+    sizes = [*axis_sizes(lens, g.rows, axes_of_sites)]
     if tokens is not None:
         sizes.append(g.rows.slots)
     shape = (g.reading.batch, len(lens.sites), *sizes)

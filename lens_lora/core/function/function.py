@@ -17,9 +17,13 @@ Each adapted module, a site, has a gate ε_l and writes W_l z_l + ε_l ΔW_l z_l
    the prompts.
 3. Every call runs the model under the hooks that are on it at that moment, a user's own among them.
    How many rows go at once, and whether points that share their first blocks are run together, is
-   decided below this file (`function/memory.py`) and changes no number but by rounding.
-4. A `Function` keeps no number, so what is asked for twice is run twice. `Evaluations`
-   (`function/cache.py`) is the same function with a memory.
+   decided below this file (`memory.py`) and changes no number but by rounding.
+4. A `Function` keeps no number, so what is asked for twice is run twice. `Evaluations` (`cache.py`)
+   is the same function with a memory: it overrides the methods of the last section.
+5. What each value is made of stands in a file of its own: g in `forward.py`, f in `logits.py`,
+   points and corners in `corners.py`, Prop. 1 in `slopes.py` and `reverse.py`, forward mode in
+   `tangents.py`, second order in `gate_graph.py`, noise in `rounding.py`, and passes under hooks of
+   your own in `own_passes.py`.
 """
 
 from __future__ import annotations
@@ -34,49 +38,37 @@ import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Real
 from torch import Tensor
-from torch.nn import functional
 
-from lens_lora.arguments import number, numbers_of, word
+from lens_lora.arguments import number, numbers_of
 from lens_lora.compat import Temporary
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import gate_graph, memory, reverse, rounding, tree
-from lens_lora.core.function.duals import attention_from_formula, dual_forward, tangent_of
+from lens_lora.core.function import forward, gate_graph, memory, reverse, rounding, slopes, tangents
+from lens_lora.core.function.corners import (
+    Corners,
+    Gates,
+    Points,
+    SitesOfCorners,
+    corner_gates,
+    one_point,
+    points_of,
+    strengths,
+)
+from lens_lora.core.function.duals import attention_from_formula
 from lens_lora.core.function.exclusive import exclusive
+from lens_lora.core.function.logits import logits_at_points
 from lens_lora.core.function.noise import Noise
 from lens_lora.core.function.own_passes import OwnPasses
-from lens_lora.core.function.pulled_back import Covector, pulled_back
-from lens_lora.core.function.tangents import (
-    JointInject,
-    group_parts,
-    joint_tangent,
-    part_tangents,
-)
-from lens_lora.core.model import (
-    Gauge,
-    LoraLens,
-    Scale,
-    ScaleInject,
-    by_axes,
-    chosen_sites,
-    extensions,
-    indicator,
-)
+from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
+from lens_lora.core.model import Gauge, LoraLens, ScaleInject, by_axes, extensions
 from lens_lora.core.model.sites import AXES, Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
 from lens_lora.core.readout.readout import require_readout
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.errors import ArgumentError
 
-Gates = Scale
-# As gates, or several: the axes of directions are none of the point's.
+# A direction is given as gates are, or several of them: then their axes come first.
 _Number = float | Real[Tensor, ""]
 Direction = _Number | Real[Tensor, "*direction site"] | Mapping[str, _Number]
-Corners = Literal["add_one", "leave_one_out"]
-# The sites of each corner: a name or a glob, or several of them.
-SitesOfCorners = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
-
-_Points = Float[Tensor, "point site"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -110,10 +102,10 @@ class Function:
     progress: bool = True
 
     def __repr__(self) -> str:
-        said = "logits"
+        read = "logits"
         if self.readout is not None:
-            said = f"{self.readout.label}, in {self.readout.units}"
-        return f"{type(self).__name__}({said}; {self.prompts!r}; {len(self.lens.sites)} gates)"
+            read = f"{self.readout.label}, in {self.readout.units}"
+        return f"{type(self).__name__}({read}; {self.prompts!r}; {len(self.lens.sites)} gates)"
 
     @property
     def reading(self) -> Reading:
@@ -148,7 +140,7 @@ class Function:
             SiteError, ArgumentError: as for `LoraLens.gates`; no readout.
             NumericsError: a readout that is not finite.
         """
-        points, shape = self._points(gates)
+        points, shape = points_of(self.lens, gates)
         if _is_differentiated(points):
             return self._with_graph(points).view(*shape, -1)
         return self._values(points, "values of g").reshape(*shape, -1)
@@ -165,12 +157,12 @@ class Function:
         Raises:
             ArgumentError: anything but a list of finite numbers.
         """
-        strengths = numbers_of("scales", scales)
-        if not strengths:
+        given = numbers_of("scales", scales)
+        if not given:
             raise ArgumentError(
                 "scales=[] asks for nothing", remedy="give at least one strength ε."
             )
-        return self._along(strengths)
+        return self._along(given)
 
     @property
     def ends(self) -> Float[Tensor, "end=2 batch"]:
@@ -210,8 +202,9 @@ class Function:
             ArgumentError: none of the three, or more than one of them.
             SiteError: a name or a glob that matches no site, with the nearest names.
         """
-        what = which.replace("_", " ") if isinstance(which, str) else "corners"
-        return self._values(self._corner_gates(which, on, off), what)
+        points = corner_gates(self.lens, which, on, off)
+        shown_as = which.replace("_", " ") if isinstance(which, str) else "corners"
+        return self._values(points, shown_as)
 
     @exclusive
     def each_prompt(self, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
@@ -224,7 +217,7 @@ class Function:
             NumericsError: a readout that is not finite.
         """
         by_prompt = gates.movedim(1, 0)
-        values = function.gated_readout(self.lens, self.reading, by_prompt, progress=self.progress)
+        values = forward.gated_readout(self.lens, self.reading, by_prompt, progress=self.progress)
         return values.T
 
     @exclusive
@@ -242,9 +235,9 @@ class Function:
         Raises:
             NumericsError: logits that are not finite.
         """
-        points, shape = self._points(gates)
+        points, shape = points_of(self.lens, gates)
         values = self._logits(points)
-        function.require_finite(values, "the model's output")
+        forward.require_finite(values, "the model's output")
         return values.view(*shape, *values.shape[1:])
 
     @exclusive
@@ -261,18 +254,19 @@ class Function:
             NumericsError: a value that is not finite.
         """
         self.require_one_response()
-        points, shape = self._points(gates)
-        values = function.gated_readout(
+        points, shape = points_of(self.lens, gates)
+        by_prompt = forward.gated_readout(
             self.lens,
             self.reading,
             points,
-            read=function.read_tokens,
+            read=forward.read_tokens,
             progress=self.progress,
             what="log-probabilities of tokens",
-        ).movedim(1, 0)
+        )
+        values = by_prompt.movedim(1, 0)
         return values.reshape(*shape, *values.shape[1:])
 
-    # --- Derivatives
+    # --- Slopes
 
     @exclusive
     def slopes(
@@ -311,48 +305,125 @@ class Function:
             NumericsError: a derivative that is not finite, naming the site.
         """
         axes = by_axes(by, (*AXES, "token"))
-        points, shape = self._points(at)
-        # Only a readout without a slope at 0 waits for a device to say whether the point is 0.
-        has_slope_at_base = not self._named_readout().no_slope_at_base
-        if not has_slope_at_base and not shape and not bool(points.any()):
-            self.require_slope_at_base()
-        gauged = self.lens.in_gauge(gauge)
-        if weights is not None:
-            with under or contextlib.nullcontext():
-                total = self._weighted_slopes(points, weights, axes, gauged)
-            reverse.require_finite_slopes(self.lens, total)
-            return total
-        if under is None:
-            values = self._slopes(points, axes, gauged)
-        else:
-            with under:
-                values = self._slopes(points, axes, gauged, remember=False)
-        reverse.require_finite_slopes(self.lens, values.flatten(0, 1))
+        points, shape = points_of(self.lens, at)
+        self._require_slope_at(points, is_single=not shape)
+        lens = self.lens.in_gauge(gauge)
+        with under or contextlib.nullcontext():
+            if weights is not None:
+                total = slopes.weighted_slopes(
+                    lens, self.reading, points, weights, axes, progress=self.progress
+                )
+                reverse.require_finite_slopes(lens, total)
+                return total
+            values = self._slopes(points, axes, lens, remember=under is None)
+        reverse.require_finite_slopes(lens, values.flatten(0, 1))
         return values.view(*shape, *values.shape[1:])
 
-    def require_slope_at_base(self) -> None:
-        """Refuse a readout that has no slope at ε = 0, as a `KL` has none. No pass.
+    @exclusive
+    def slopes_of(
+        self, read: Callable[[Tensor], Float[Tensor, "value row"]], at: Gates = 0.0
+    ) -> Float[Tensor, "value row site"]:
+        """∂/∂ε_l of each of many values that are read of the logits of one pass.
 
-        Raises:
-            ArgumentError: naming what says something there.
-        """
-        self._named_readout().require_slope_at_base()
-
-    def require_logits(self, who: str) -> None:
-        """Refuse a readout inside the model, where the way from the logits back is what is asked.
+        Cost: one forward pass, and a backward pass for each value, batched; where the graph is
+        beyond the bound of the lens, one more forward pass for each.
 
         Args:
-            who: the analysis, for the error.
+            read: from what `logits` returns, [row, *slot, vocab], to the values of each row.
+            at: the gates at which the derivative is taken, one point.
 
         Raises:
-            ArgumentError: naming what takes such a readout.
+            NumericsError: a derivative that is not finite, naming the site.
         """
-        if not self.reading.reads_logits:
-            raise ArgumentError(
-                f"{who} is of what is read from the logits, and {self._named_readout().label} is "
-                "read inside the model",
-                remedy="ask first_order, patch_sites, path_attribution or remainder of it.",
-            )
+
+        def values() -> Float[Tensor, "value row"]:
+            return read(forward.read_logits(self.lens, self.rows))
+
+        return self._slopes_of_each(self.rows, values, at)
+
+    @exclusive
+    def slopes_of_tokens(
+        self, tokens: Sequence[int], at: Gates = 0.0
+    ) -> Float[Tensor, "token batch site"]:
+        """∂ℓ_t/∂ε_l of some tokens t of a response, with ℓ_t = log p(y_t | x, y_<t).
+
+        Cost: one forward pass, and a backward pass for each token, batched.
+
+        Args:
+            tokens: their indices in the response.
+            at: the gates at which the derivative is taken, one point.
+
+        Raises:
+            ArgumentError: a readout of something else than one response for each prompt.
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        self.require_one_response()
+        chosen = list(tokens)
+
+        def values() -> Float[Tensor, "token row"]:
+            return forward.differentiable_tokens(self.lens, self.reading)[:, chosen].T
+
+        return self._slopes_of_each(self.reading, values, at)
+
+    def _slopes_of_each(
+        self, run: memory.Run, values: Callable[[], Tensor], at: Gates
+    ) -> Float[Tensor, "value row site"]:
+        gates = one_point(self.lens, at)
+        of_each = gate_graph.slopes_of_each(self.lens, run, gates, values, progress=self.progress)
+        reverse.require_finite_slopes(self.lens, of_each.flatten(0, 1))
+        return of_each
+
+    def slopes_of_adapters(
+        self,
+        adapters: Callable[[], Iterable[Adapter]],
+        sites: Sequence[Site],
+        like: Sequence[Adapter],
+    ) -> Float[Tensor, "adapter batch site"]:
+        """∂g/∂ε_l at the base of many adapters, at the sites of these names.
+
+        What a site reads and its gradient are those of the base whatever the adapter, so they are
+        run once.
+
+        Cost: one forward and one backward pass, and one of each for every adapter of `like` that
+        reads or writes where no earlier one does.
+
+        Args:
+            adapters: makes the adapters. Where the prompts go in groups it is called for each.
+            sites: which sites are returned, in this order; every adapter has them.
+            like: adapters that read and write wherever the others do.
+
+        Raises:
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        return extensions.slopes_of_adapters(self, adapters, sites, like)
+
+    @exclusive
+    def pulled_back(
+        self, covector: Covector, by: tuple[str, ...] | str = (), *, gauge: Gauge = "trained"
+    ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "row *slot vocab"]]:
+        """wᵀ J δz_l at the base, with w made of the logits f(0) and their tangent v; and f(0).
+
+        v = Σ_l J δz_l is the first-order shift of the logits. With w = F v, where F is the Fisher
+        information of the base's distribution, the values are the shares of vᵀF v.
+
+        Cost: one dual forward and one backward pass; two forward passes more where the graph is
+        beyond the bound of the lens.
+
+        Args:
+            covector: w from f(0) and v of some rows, and these rows.
+            by: any of 'position', 'head', 'expert' and 'rank', as for `slopes`.
+            gauge: of parts by rank, as for `slopes`.
+
+        Raises:
+            ModelStateError: the model has an operation without a forward-mode derivative.
+            NumericsError: a derivative that is not finite, naming the site.
+        """
+        lens = self.lens.in_gauge(gauge)
+        values, base_logits = pulled_back_in_groups(lens, self.reading, by_axes(by), covector)
+        reverse.require_finite_slopes(lens, values)
+        return values, base_logits
+
+    # --- Tangents, curvature, and g with its graph
 
     @exclusive
     def tangent(
@@ -381,9 +452,16 @@ class Function:
             ModelStateError: the model has an operation without a forward-mode derivative.
             NumericsError: a tangent that is not finite.
         """
-        directions, shape = self._points(direction)
-        values = self._tangents(directions, self._one_point(at), read or _as_it_is)
-        function.require_finite(values, "the tangent of the logits")
+        directions, shape = points_of(self.lens, direction)
+        values = tangents.tangents_along(
+            self.lens,
+            self.rows,
+            one_point(self.lens, at),
+            directions,
+            read,
+            progress=self.progress,
+        )
+        forward.require_finite(values, "the tangent of the logits")
         return values.view(*shape, *values.shape[1:])
 
     @exclusive
@@ -406,8 +484,8 @@ class Function:
             ArgumentError: several points in `at`; a graph beyond the bound of the lens.
             NumericsError: a derivative that is not finite, naming the site.
         """
-        directions, shape = self._points(direction)
-        gates = self._one_point(at)
+        directions, shape = points_of(self.lens, direction)
+        gates = one_point(self.lens, at)
 
         def products(group: Reading) -> Float[Tensor, "some direction site"]:
             chunks = gate_graph.hessian_products(
@@ -415,8 +493,9 @@ class Function:
             )
             return torch.cat(list(chunks), 1)
 
-        values = gate_graph.in_groups(self.lens, self.reading, products)
-        return values.movedim(0, 1).reshape(*shape, *values[:, 0].shape)
+        by_prompt = gate_graph.in_groups(self.lens, self.reading, products)
+        values = by_prompt.movedim(1, 0)
+        return values.reshape(*shape, *values.shape[1:])
 
     @exclusive
     def graphed(self, gates: Gates) -> Float[Tensor, "*point batch"]:
@@ -431,122 +510,8 @@ class Function:
         Raises:
             ArgumentError: a graph beyond the bound of the lens.
         """
-        points, shape = self._points(gates)
+        points, shape = points_of(self.lens, gates)
         return self._with_graph(points).view(*shape, -1)
-
-    @exclusive
-    def slopes_of(
-        self, read: Callable[[Tensor], Float[Tensor, "value row"]], at: Gates = 0.0
-    ) -> Float[Tensor, "value row site"]:
-        """∂/∂ε_l of each of many values that are read of the logits of one pass.
-
-        Cost: one forward pass, and a backward pass for each value, batched; where the graph is
-        beyond the bound of the lens, one more forward pass for each.
-
-        Args:
-            read: from what `logits` returns, [row, *slot, vocab], to the values of each row.
-            at: the gates at which the derivative is taken, one point.
-
-        Raises:
-            NumericsError: a derivative that is not finite, naming the site.
-        """
-
-        def values() -> Float[Tensor, "value row"]:
-            return read(function.read_logits(self.lens, self.rows))
-
-        return self._slopes_of_each(self.rows, values, at)
-
-    @exclusive
-    def slopes_of_tokens(
-        self, tokens: Sequence[int], at: Gates = 0.0
-    ) -> Float[Tensor, "token batch site"]:
-        """∂ℓ_t/∂ε_l of some tokens t of a response, with ℓ_t = log p(y_t | x, y_<t).
-
-        Cost: one forward pass, and a backward pass for each token, batched.
-
-        Args:
-            tokens: their indices in the response.
-            at: the gates at which the derivative is taken, one point.
-
-        Raises:
-            ArgumentError: a readout of something else than one response for each prompt.
-            NumericsError: a derivative that is not finite, naming the site.
-        """
-        self.require_one_response()
-        chosen = list(tokens)
-
-        def values() -> Float[Tensor, "token row"]:
-            return function.differentiable_tokens(self.lens, self.reading)[:, chosen].T
-
-        return self._slopes_of_each(self.reading, values, at)
-
-    def slopes_of_adapters(
-        self,
-        adapters: Callable[[], Iterable[Adapter]],
-        sites: Sequence[Site],
-        like: Sequence[Adapter],
-    ) -> Float[Tensor, "adapter batch site"]:
-        """∂g/∂ε_l at the base of many adapters, at the sites of these names.
-
-        What a site reads and its gradient are those of the base whatever the adapter, so they are
-        run once.
-
-        Cost: one forward and one backward pass, and one of each for every adapter of `like` that
-        reads or writes where no earlier one does.
-
-        Args:
-            adapters: makes the adapters. Where the prompts go in groups it is called for each.
-            sites: which sites are returned, in this order; every adapter has them.
-            like: adapters that read and write wherever the others do.
-
-        Raises:
-            NumericsError: a derivative that is not finite, naming the site.
-        """
-        return extensions.slopes_of_adapters(self, adapters, sites, like)
-
-    def _slopes_of_each(
-        self, run: memory.Run, values: Callable[[], Tensor], at: Gates
-    ) -> Float[Tensor, "value row site"]:
-        gates = self._one_point(at)
-        slopes = gate_graph.slopes_of_each(self.lens, run, gates, values, progress=self.progress)
-        reverse.require_finite_slopes(self.lens, slopes.flatten(0, 1))
-        return slopes
-
-    @exclusive
-    def pulled_back(
-        self, covector: Covector, by: tuple[str, ...] | str = (), *, gauge: Gauge = "trained"
-    ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "row *slot vocab"]]:
-        """wᵀ J δz_l at the base, with w made of the logits f(0) and their tangent v; and f(0).
-
-        v = Σ_l J δz_l is the first-order shift of the logits. With w = F v, where F is the Fisher
-        information of the base's distribution, the values are the shares of vᵀF v.
-
-        Cost: one dual forward and one backward pass; two forward passes more where the graph is
-        beyond the bound of the lens.
-
-        Args:
-            covector: w from f(0) and v of some rows, and these rows.
-            by: any of 'position', 'head', 'expert' and 'rank', as for `slopes`.
-            gauge: of parts by rank, as for `slopes`.
-
-        Raises:
-            ModelStateError: the model has an operation without a forward-mode derivative.
-            NumericsError: a derivative that is not finite, naming the site.
-        """
-        lens = self.lens.in_gauge(gauge)
-        values: list[Tensor] = []
-        logits: list[Tensor] = []
-        for group in memory.dual_graph_groups(lens, self.reading):
-            of_group, base = pulled_back(lens, group, by_axes(by), covector)
-            values.append(of_group)
-            if base.ndim == 3:
-                # Slots that no row of the group has.
-                missing = self.rows.slots - group.prompts.slots
-                base = functional.pad(base, (0, 0, 0, missing))
-            logits.append(base)
-        slopes = reverse.join_groups(values)
-        reverse.require_finite_slopes(lens, slopes)
-        return slopes, torch.cat(logits)
 
     def chosen_mode(self, mode: memory.Mode, readouts: int) -> Literal["forward", "reverse"]:
         """The mode of differentiation: as given, or for 'auto' the one that takes less work.
@@ -560,61 +525,13 @@ class Function:
         """
         return memory.chosen_mode(mode, self.lens, readouts)
 
-    @property
-    def passes(self) -> OwnPasses:
-        """Passes over the same rows under hooks of your own."""
-        return OwnPasses(self)
-
-    # --- Some of its prompts, or another adapter
-
-    def groups(
-        self, *, graph: bool = False, copies: int = 1, beside: int | None = None
-    ) -> list[Function]:
-        """The prompts in groups, each of which one pass may take within the bound of the lens.
-
-        Args:
-            graph: whether the pass is walked back.
-            copies: how many copies of the rows go side by side.
-            beside: of a pass that is walked back, with tangents beside its values: how many bytes
-                of each row are held beside its graph.
-
-        Raises:
-            ArgumentError: rows that cannot be run apart are more than the bound has room for.
-        """
-        if beside is not None:
-            readings = memory.groups_beside(self.lens, self.reading, beside)
-        elif graph:
-            readings = memory.graph_groups(self.lens, self.reading)
-        else:
-            readings = memory.pass_groups(self.lens, self.reading, copies)
-        groups: list[Function] = []
-        first = 0
-        for reading in readings:
-            groups.append(self._of(range(first, first + reading.batch), reading))
-            first += reading.batch
-        return groups
-
-    def only(self, prompts: Sequence[int]) -> Function:
-        """The same function of some of the prompts, in increasing order.
-
-        A readout of your own may read all prompts together; such a function keeps them all.
-
-        Args:
-            prompts: their indices.
-        """
-        reading = self.reading.only(torch.tensor(list(prompts)))
-        return self if reading is self.reading else self._of(prompts, reading)
-
-    def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
-        chosen = self.prompts.chosen(prompts)
-        return Function(self.lens, chosen, reading.prompts, self.readout, reading, self.progress)
-
     # --- What rounding alone does
 
     @property
     def floor(self) -> Float[Tensor, " batch"]:
         """σ of `shift` from rounding alone, in the readout's units. Ten forward passes, batched."""
-        return rounding.noise_of_ends(*self._draws_of_ends())
+        base, adapted = self._draws_of_ends()
+        return rounding.noise_of_ends(base, adapted)
 
     @exclusive
     def noise(
@@ -640,21 +557,14 @@ class Function:
             ArgumentError: no coefficients, or another number of strengths.
         """
         factors = numbers_of("coefficients", coefficients)
-        if isinstance(at, Sequence) or (isinstance(at, Tensor) and at.ndim):
-            strengths = numbers_of("at", at)
-        else:
-            strengths = [number("at", at)] * len(factors)
-        if not factors or len(strengths) != len(factors):
-            raise ArgumentError(
-                f"{len(factors)} coefficients and {len(strengths)} strengths",
-                remedy="give each value of g its coefficient, and one strength for all or one for "
-                "each.",
-            )
+        scales = _scale_of_each(at, len(factors))
         sigma: dict[float, Tensor] = {}
-        for strength in dict.fromkeys(strengths):
-            (draws,) = self._draws([strength])
-            sigma[strength] = rounding.noise_of_draws(draws)
-        squares = [(c * sigma[s]).square() for c, s in zip(factors, strengths, strict=True)]
+        for scale in dict.fromkeys(scales):
+            (draws,) = self._draws([scale])
+            sigma[scale] = rounding.noise_of_draws(draws)
+        squares = [
+            (factor * sigma[scale]).square() for factor, scale in zip(factors, scales, strict=True)
+        ]
         return torch.stack(squares).sum(0).sqrt()
 
     @exclusive
@@ -694,7 +604,55 @@ class Function:
         """
         return rounding.curvature_noise(self.lens, self.reading, half_row_sums)
 
-    # --- The same function otherwise, and what results say of it
+    # --- Passes of your own, some of the prompts, another readout or adapter
+
+    @property
+    def passes(self) -> OwnPasses:
+        """Passes over the same rows under hooks of your own."""
+        return OwnPasses(self)
+
+    def groups(
+        self, *, graph: bool = False, copies: int = 1, beside: int | None = None
+    ) -> list[Function]:
+        """The prompts in groups, each of which one pass may take within the bound of the lens.
+
+        Args:
+            graph: whether the pass is walked back.
+            copies: how many copies of the rows go side by side.
+            beside: of a pass that is walked back, with tangents beside its values: how many bytes
+                of each row are held beside its graph.
+
+        Raises:
+            ArgumentError: rows that cannot be run apart are more than the bound has room for.
+        """
+        if beside is not None:
+            readings = memory.groups_beside(self.lens, self.reading, beside)
+        elif graph:
+            readings = memory.graph_groups(self.lens, self.reading)
+        else:
+            readings = memory.pass_groups(self.lens, self.reading, copies)
+        groups: list[Function] = []
+        first = 0
+        for reading in readings:
+            end = first + reading.batch
+            groups.append(self._of(range(first, end), reading))
+            first = end
+        return groups
+
+    def only(self, prompts: Sequence[int]) -> Function:
+        """The same function of some of the prompts, in increasing order.
+
+        A readout of your own may read all prompts together; such a function keeps them all.
+
+        Args:
+            prompts: their indices.
+        """
+        reading = self.reading.only(torch.tensor(list(prompts)))
+        return self if reading is self.reading else self._of(prompts, reading)
+
+    def _of(self, prompts: Sequence[int], reading: Reading) -> Function:
+        chosen = self.prompts.chosen(prompts)
+        return Function(self.lens, chosen, reading.prompts, self.readout, reading, self.progress)
 
     @exclusive
     def about(self, readout: Readout | Callable[[Tensor], Tensor]) -> Function:
@@ -751,6 +709,8 @@ class Function:
         """
         return Function(self.lens, self.prompts, rows, None, None, self.progress)
 
+    # --- What results say of it
+
     def header(self) -> dict[str, Any]:
         """The fields that every measured result has: sites, both ends, and `labels`.
 
@@ -788,18 +748,37 @@ class Function:
             ArgumentError: another readout.
         """
         response = self.require_one_response()
-        ids = [response.tokens[response.owner == i].tolist() for i in range(response.batch)]
-        return tuple(tuple(self.lens.decode(row)) for row in ids)
+        strings: list[tuple[str, ...]] = []
+        for prompt in range(response.batch):
+            ids = response.tokens[response.owner == prompt].tolist()
+            strings.append(tuple(self.lens.decode(ids)))
+        return tuple(strings)
 
     # --- What is refused
 
-    def require_same_model(self) -> None:
-        """Check that the model is as it was when the lens was made.
+    def require_slope_at_base(self) -> None:
+        """Refuse a readout that has no slope at ε = 0, as a `KL` has none. No pass.
 
         Raises:
-            ModelStateError: naming what changed.
+            ArgumentError: naming what says something there.
         """
-        self.lens.check_state()
+        self._named_readout().require_slope_at_base()
+
+    def require_logits(self, who: str) -> None:
+        """Refuse a readout inside the model, where the way from the logits back is what is asked.
+
+        Args:
+            who: the analysis, for the error.
+
+        Raises:
+            ArgumentError: naming what takes such a readout.
+        """
+        if not self.reading.reads_logits:
+            raise ArgumentError(
+                f"{who} is of what is read from the logits, and {self._named_readout().label} is "
+                "read inside the model",
+                remedy="ask first_order, patch_sites, path_attribution or remainder of it.",
+            )
 
     def require_one_response(self) -> LogProbs:
         """The reading of one response for each prompt, token by token.
@@ -816,226 +795,100 @@ class Function:
             remedy="use AnswerLogProb(response), for a margin once for each answer.",
         )
 
-    # --- How it is evaluated; `Evaluations` answers some of these from what it remembers
-
     def _named_readout(self) -> Readout:
-        _ = self.reading  # which refuses a function without a readout
+        _ = self.reading  # This refuses a function without a readout.
         assert self.readout is not None, "a reading has a readout"
         return self.readout
 
-    def _values(self, points: _Points, what: str) -> Float[Tensor, "point batch"]:
-        """g at these gates; `what` is how a bar calls them."""
-        return self._run(points, what, self.progress)
+    def _require_slope_at(self, points: Points, *, is_single: bool) -> None:
+        """Refuse a readout without a slope at the base where that is the only point."""
+        # Only such a readout waits for a device to say whether the point is 0.
+        if self._named_readout().no_slope_at_base and is_single and not bool(points.any()):
+            self.require_slope_at_base()
 
-    def _run(self, points: _Points, what: str, progress: bool) -> Float[Tensor, "point batch"]:
-        return function.gated_readout(
-            self.lens, self.reading, points, progress=progress, what=what
-        ).T
+    # --- How it is evaluated; `Evaluations` answers these from what it remembers, where it can
 
-    def _along(self, strengths: Sequence[float]) -> Float[Tensor, "point batch"]:
-        return self._run(self._strengths(strengths), "along the path", self.progress)
+    def require_same_model(self) -> None:
+        """Check that the model is as it was when the lens was made.
+
+        Raises:
+            ModelStateError: naming what changed.
+        """
+        self.lens.check_state()
+
+    def _values(self, points: Points, shown_as: str) -> Float[Tensor, "point batch"]:
+        """g at these gates; a bar calls them `shown_as`."""
+        return self._run(points, shown_as, self.progress)
+
+    def _along(self, scales: Sequence[float]) -> Float[Tensor, "point batch"]:
+        return self._run(strengths(self.lens, scales), "along the path", self.progress)
+
+    def _slopes(
+        self, points: Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
+    ) -> Float[Tensor, "point batch site *by"]:
+        """∂g/∂ε_l at each point; `lens` is that of the gauge."""
+        del remember  # A function has no memory.
+        if "token" in axes:
+            self.require_one_response()
+        return slopes.slopes_at_points(lens, self.reading, points, axes, progress=self.progress)
 
     def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
         (base,) = self._draws([0.0])
         (adapted,) = self._draws([1.0])
         return base, adapted
 
-    def _draws(self, strengths: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
+    def _draws(self, scales: Sequence[float]) -> list[Float[Tensor, "draw batch"]]:
         """g at each of these strengths, and then draws of it with noise at the embedding.
 
         At the base of a readout that holds the base's logits: g(1), and draws in which these move.
         """
         drawn: dict[float, Tensor] = {}
-        if self.reading.holds_base and 0.0 in strengths:
+        if self.reading.holds_base and 0.0 in scales:
             drawn[0.0] = self._draws_of_held_base()
-        others = [strength for strength in strengths if strength not in drawn]
+        others = [scale for scale in scales if scale not in drawn]
         if others:
-            exact, draws = self._exact_and_draws(others, others, progress=False)
-            for strength, value, of_strength in zip(others, exact, draws, strict=True):
-                drawn[strength] = torch.cat([value.to(of_strength)[None], of_strength])
-        return [drawn[strength] for strength in strengths]
-
-    def _exact_and_draws(
-        self, exact: Sequence[float], drawn: Sequence[float], progress: bool
-    ) -> tuple[Float[Tensor, "exact batch"], Float[Tensor, "drawn draw batch"]]:
-        """g as it is at some strengths, and draws of it at some; one batch if that is cheaper."""
-        lens, reading = self.lens, self.reading
-        copies = len(exact) + 2 * rounding.DRAWS
-        share_one_pass = memory.shares_pass(lens, reading, copies)
-        if exact and (tree.pays(lens, self._strengths(exact)) or not share_one_pass):
-            values = self._run(self._strengths(exact), "along the path", progress)
-            _, draws = rounding.draws_at(lens, reading, drawn, progress=progress)
-            return values, draws
-        values, draws = rounding.draws_at(lens, reading, drawn, exact=exact, progress=progress)
-        return values.T, draws
-
-    def _draws_of_held_base(self) -> Float[Tensor, "draw batch"]:
-        """g(1), and then draws of it in which the held logits of the base are what moves."""
-        (adapted_logits,) = self._logits(self._strengths([1.0]))
-        turned = self.reading.redrawn(adapted_logits)
-        _, (draws,) = rounding.draws_at(self.lens, turned, [0.0])
-        return torch.cat([self._along([1.0]).to(draws), draws])
+            exact, draws = rounding.exact_and_draws(
+                self.lens, self.reading, others, others, progress=False
+            )
+            for scale, value, of_scale in zip(others, exact, draws, strict=True):
+                drawn[scale] = torch.cat([value.to(of_scale)[None], of_scale])
+        return [drawn[scale] for scale in scales]
 
     def _slope_draws(self) -> rounding.Draws:
         """Draws of g(0) and Σ a. Four forward and backward passes."""
         return rounding.base_draws(self.lens, self.reading)
 
-    def _slopes(
-        self, points: _Points, axes: tuple[str, ...], lens: LoraLens, *, remember: bool = True
-    ) -> Float[Tensor, "point batch site *by"]:
-        """Some prompts at a time, and as many points of them as go into one batch."""
-        del remember  # a function has no memory
-        reading = self.reading
-        if "token" in axes:
-            self.require_one_response()
-            each = [
-                gate_graph.token_slopes(lens, reading, point, axes[:-1], progress=self.progress)
-                for point in points
-            ]
-            return torch.stack(each)
-        groups: list[Tensor] = []
-        for group in memory.graph_groups(lens, reading):
-            step = memory.slopes_at_once(lens, group)
-            chunks = [_slopes_at(lens, group, some, axes) for some in points.split(step)]
-            groups.append(torch.cat(chunks, 1))
-        return reverse.join_groups(groups).movedim(1, 0)
+    # --- Passes that nothing remembers
 
-    def _weighted_slopes(
-        self, points: _Points, weights: Tensor, axes: tuple[str, ...], lens: LoraLens
-    ) -> Float[Tensor, "batch site *by"]:
-        """Σ_k w_k ∂g/∂ε_l at the points, summed up one batch after another."""
-        if weights.shape != points.shape[:1] or "token" in axes:
-            raise ArgumentError(
-                f"{tuple(weights.shape)} weights of {len(points)} points, by={axes!r}",
-                remedy="give each point of at a weight, and no by='token'.",
-            )
-        weights = weights.to(points)
-        groups = memory.graph_groups(lens, self.reading)
-        sums: list[Tensor] = []
-        with function.bar_of(len(points) * len(groups), self.progress, "slopes") as bar:
-            for group in groups:
-                step = memory.slopes_at_once(lens, group)
-                total = weights.new_zeros(())
-                for some, their in zip(points.split(step), weights.split(step), strict=True):
-                    slopes = _slopes_at(lens, group, some, axes)
-                    total = total + torch.einsum("bk...,k->b...", slopes, their)
-                    bar.update(len(some))
-                sums.append(total)
-        return reverse.join_groups(sums)
-
-    def _logits(self, points: _Points) -> Float[Tensor, "point row *slot vocab"]:
-        """As many rows at a time as there is memory for beside the logits, which are all kept."""
-        lens, rows = self.lens, self.rows
-        slots = [] if rows.reads is None else [rows.slots]
-        vocabulary = int(lens.model.cfg.d_vocab_out)
-        logits = torch.empty(
-            (len(points), rows.batch, *slots, vocabulary), dtype=lens.gate_dtype, device=lens.device
+    def _run(self, points: Points, shown_as: str, progress: bool) -> Float[Tensor, "point batch"]:
+        values = forward.gated_readout(
+            self.lens, self.reading, points, progress=progress, what=shown_as
         )
-        held = logits.nbytes
-        if self._reading is not None:
-            held += self._reading.held_bytes
-        step = memory.rows_of_logits(lens, rows, held) or rows.batch
-        for gates, out in zip(points, logits, strict=True):
-            inject = ScaleInject(lens.plan, gates)
-            for first in range(0, rows.batch, step):
-                group = rows.cut(first, first + step)
-                with torch.no_grad(), lens.injected(inject):
-                    _read_into(lens, group, out[first : first + step])
-        return logits
+        return values.T
 
-    def _tangents(
-        self,
-        directions: _Points,
-        at: Float[Tensor, " site"],
-        read: Callable[[Tensor], Tensor],
-    ) -> Float[Tensor, "direction row *out"]:
-        lens, rows = self.lens, self.rows
-        if len(directions) == 1:
-            tangent = joint_tangent(lens, rows, at, directions[0])
-            return read(tangent[:, None])[:, 0][None]
-        is_switch = (directions == 0) | (directions == 1)
-        if bool(is_switch.all() & directions.any(1).all()):
-            groups = {str(i): tuple(d.nonzero()[:, 0].tolist()) for i, d in enumerate(directions)}
-            parts = group_parts(lens, groups)
-            tangents = part_tangents(
-                lens, rows, at, parts, lambda dual: read(tangent_of(dual)), progress=self.progress
-            )
-            return tangents.movedim(1, 0)
-        step = memory.tangents_at_once(lens, rows, read=rows.batch)
-        chunks = [read(_tangents_of(lens, rows, at, some)) for some in directions.split(step)]
-        return torch.cat(chunks, 1).movedim(1, 0)
+    def _logits(self, points: Points) -> Float[Tensor, "point row *slot vocab"]:
+        held_bytes = 0 if self._reading is None else self._reading.held_bytes
+        return logits_at_points(self.lens, self.rows, points, held_bytes)
 
-    def _with_graph(self, points: _Points) -> Float[Tensor, "point batch"]:
+    def _with_graph(self, points: Points) -> Float[Tensor, "point batch"]:
         """Every row once for each point. Attention from its formula, which has all derivatives."""
         reading = self.reading
-        many = reading.repeat(len(points))
-        memory.require_graph(self.lens, many)
+        copies = reading.repeat(len(points))
+        memory.require_graph(self.lens, copies)
         self.lens.check_backward(once=False)
-        inject = ScaleInject(self.lens.plan, points.repeat(len(reading.owner), 1))
+        gates_of_rows = points.repeat(len(reading.owner), 1)
+        write = ScaleInject(self.lens.plan, gates_of_rows)
         formula = Temporary(attention_from_formula)
-        with torch.enable_grad(), self.lens.injected(inject), formula:
-            values = function.read_value(self.lens, many)
+        with torch.enable_grad(), self.lens.injected(write), formula:
+            values = forward.read_value(self.lens, copies)
         return values.unflatten(0, (reading.batch, len(points))).T
 
-    # --- Gates as points
-
-    def _strengths(self, strengths: Sequence[float]) -> _Points:
-        """ε·1 for each strength ε."""
-        return torch.stack([self.lens.gates(strength) for strength in strengths])
-
-    def _points(self, gates: Gates) -> tuple[_Points, torch.Size]:
-        """The gates as [point, site], and the axes that the points had."""
-        tensor = self.lens.gates(gates)
-        return tensor.reshape(-1, tensor.shape[-1]), tensor.shape[:-1]
-
-    def _one_point(self, gates: Gates) -> Float[Tensor, " site"]:
-        points, shape = self._points(gates)
-        if shape:
-            raise ArgumentError(
-                f"at holds several points, {tuple(shape)}",
-                remedy="give one, and make a call for each.",
-            )
-        return points[0]
-
-    def _corner_gates(
-        self,
-        which: Corners | Gates | None,
-        on: SitesOfCorners | None,
-        off: SitesOfCorners | None,
-    ) -> _Points:
-        given = [
-            name
-            for name, value in (("which", which), ("on", on), ("off", off))
-            if value is not None
-        ]
-        if len(given) != 1:
-            raise ArgumentError(
-                f"corners takes one of which=, on= and off=, and {' and '.join(given) or 'none'} "
-                "came",
-                remedy="for each site in turn: g.corners('leave_one_out').",
-            )
-        if on is not None:
-            return self._indicator("on", on)
-        if off is not None:
-            return 1 - self._indicator("off", off)
-        if not isinstance(which, str):
-            assert which is not None
-            return self._points(which)[0]
-        each_site = torch.eye(len(self.lens.sites), dtype=self.lens.gate_dtype)
-        is_added = word("which", which, ("add_one", "leave_one_out")) == "add_one"
-        return self.lens.gates(each_site if is_added else 1 - each_site)
-
-    def _indicator(self, name: str, corners: SitesOfCorners) -> _Points:
-        """1 at the sites of each corner, 0 elsewhere."""
-        listed = corners.values() if isinstance(corners, Mapping) else corners
-        if isinstance(corners, str) or not isinstance(corners, Sequence | Mapping) or not corners:
-            raise ArgumentError(
-                f"{name}={corners!r}: expected a list with the sites of each corner",
-                remedy=f"write {name}=['*.attn.*', ('blocks.0.attn.q', 'blocks.0.attn.k')], say.",
-            )
-        sites = self.lens.sites
-        groups = {str(i): chosen_sites(sites, names) for i, names in enumerate(listed)}
-        return self.lens.gates(indicator(groups, len(sites)).to(self.lens.gate_dtype))
+    def _draws_of_held_base(self) -> Float[Tensor, "draw batch"]:
+        """g(1), and then draws of it in which the held logits of the base are what moves."""
+        (adapted_logits,) = self._logits(strengths(self.lens, [1.0]))
+        turned = self.reading.redrawn(adapted_logits)
+        _, (draws,) = rounding.draws_at(self.lens, turned, [0.0])
+        return torch.cat([self._along([1.0]).to(draws), draws])
 
 
 @extensions.function_of.provide
@@ -1047,7 +900,7 @@ def function_of(
     *,
     progress: bool = True,
 ) -> Function:
-    """g over these prompts, bound once; see `LoraLens.function`."""
+    """Bind g to these prompts, once; see `LoraLens.function`."""
     if not isinstance(lens, LoraLens):
         raise ArgumentError(
             f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
@@ -1070,45 +923,20 @@ def _is_differentiated(gates: Tensor) -> bool:
     return is_in_graph or fwad.unpack_dual(gates).tangent is not None
 
 
-def _as_it_is(tangents: Tensor) -> Tensor:
-    return tangents
+def _scale_of_each(at: float | Sequence[float], count: int) -> list[float]:
+    """The strength of each value: one for all, or a list with one for each.
 
-
-def _slopes_at(
-    lens: LoraLens, reading: Reading, points: _Points, axes: tuple[str, ...]
-) -> Float[Tensor, "batch point site *by"]:
-    """Every row of the reading once for each point, in one forward and one backward pass."""
-    many = reading
-    gates = points[0]
-    if len(points) > 1:
-        many = reading.repeat(len(points))
-        gates = points.repeat(len(reading.owner), 1)  # of each row
-    slopes = reverse.Slopes(lens, many.prompts, axes)
-    reverse.site_gradients(lens, many, gates, slopes.visit)
-    return slopes.by_prompt(many).unflatten(0, (reading.batch, len(points)))
-
-
-def _read_into(lens: LoraLens, rows: Prompts, out: Float[Tensor, "some *slot vocab"]) -> None:
-    """The logits of one forward pass under the hooks now on the model, straight to where they stay.
-
-    Where only the unembedding comes after the final residual stream, some tokens at a time. Rows
-    with fewer slots than there are repeat their last one.
+    Raises:
+        ArgumentError: no values, or another number of strengths.
     """
-    own = out if rows.reads is None else out[:, : rows.slots]
-    if function.ends_plainly(lens):
-        function.logits_of_final(lens, function.read_final(lens, rows), own)
+    if isinstance(at, Sequence) or (isinstance(at, Tensor) and at.ndim):
+        scales = list(numbers_of("at", at))
     else:
-        own.copy_(function.read_logits(lens, rows))
-    if rows.reads is not None:
-        out[:, rows.slots :] = out[:, rows.slots - 1 : rows.slots]
-
-
-def _tangents_of(
-    lens: LoraLens, rows: Prompts, at: Float[Tensor, " site"], directions: _Points
-) -> Float[Tensor, "row direction *slot vocab"]:
-    """Every row once for each direction, in one dual forward pass."""
-    many = rows.repeat(len(directions))
-    by_row = directions.repeat(rows.batch, 1)
-    with dual_forward(), lens.injected(JointInject(lens, at, by_row)):
-        tangents = tangent_of(function.read_logits(lens, many))
-    return tangents.unflatten(0, (rows.batch, len(directions)))
+        scales = [number("at", at)] * count
+    if not count or len(scales) != count:
+        raise ArgumentError(
+            f"{count} coefficients and {len(scales)} strengths",
+            remedy="give each value of g its coefficient, and one strength for all or one for "
+            "each.",
+        )
+    return scales

@@ -27,12 +27,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.core.function import forward, interventions, memory, reverse
+from lens_lora.core.function.corners import one_point
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.exclusive import OverALens, exclusive
+from lens_lora.core.function.rerun import blocks_rerun
 from lens_lora.core.function.tangents import JointInject
 from lens_lora.core.model import Inject, LoraLens, Scale, ScaleInject
 from lens_lora.core.readout import Prompts, Reading
-from lens_lora.errors import ArgumentError
 
 Under = AbstractContextManager[object] | None
 
@@ -288,7 +289,7 @@ class OwnPasses:
             ModelStateError: a gradient did not reach some site.
         """
         memory.require_rows_of_graph(self.lens, self.reading)
-        gates = self._one_point(at)
+        gates = one_point(self.lens, at)
 
         def value() -> Float[Tensor, "row value=1"]:
             return forward.read_for_slopes(self.lens, self.reading)[:, None]
@@ -324,7 +325,7 @@ class OwnPasses:
         """
         self.g.require_one_response()
         memory.require_rows_of_graph(self.lens, self.reading)
-        gates = self._one_point(at)
+        gates = one_point(self.lens, at)
 
         def tokens() -> Float[Tensor, "row token"]:
             return forward.differentiable_tokens(self.lens, self.reading)
@@ -342,7 +343,7 @@ class OwnPasses:
             under: what holds during the passes and no longer: gates, and the hooks that use t.
         """
         runs_again = memory.must_rerun(self.lens, self.reading)
-        blocks = memory.blocks_rerun(self.lens) if runs_again else contextlib.nullcontext()
+        blocks = blocks_rerun(self.lens) if runs_again else contextlib.nullcontext()
         with torch.enable_grad(), blocks, _entered(under):
             value = forward.read_for_slopes(self.lens, self.reading)
             (gradient,) = torch.autograd.grad(value.sum(), of)
@@ -365,18 +366,9 @@ class OwnPasses:
         memory.require_graph(self.lens, self.reading)
         # A block that ran again on the way back would run without the hooks.
         self.lens.check_backward(once=False)
-        inject = ScaleInject(self.lens.plan, self._one_point(at))
+        inject = ScaleInject(self.lens.plan, one_point(self.lens, at))
         with torch.enable_grad(), self.lens.injected(inject), _entered(under):
             return forward.read_for_slopes(self.lens, self.reading)
-
-    def _one_point(self, at: Scale) -> Float[Tensor, " site"]:
-        gates = self.lens.gates(at)
-        if gates.ndim > 1:
-            raise ArgumentError(
-                f"at holds several points, {tuple(gates.shape[:-1])}",
-                remedy="give one, and make a call for each.",
-            )
-        return gates
 
 
 def _entered(under: Under) -> AbstractContextManager[object]:

@@ -1,9 +1,9 @@
 """wᵀ J δz_l at ε = 0, with w made of the logits f and of their joint tangent v = Σ_l J δz_l.
 
 One forward pass of dual numbers gives f and v, and keeps the graph of the values but none of the
-tangents. w goes back through that graph, whose sites are tapped (`function/reverse.py`). Where the
-graph is beyond the bound of the lens, the dual pass keeps none, and w goes back through a second
-pass whose blocks run again.
+tangents. w goes back through that graph, whose sites are tapped (`reverse.py`). Where the graph is
+beyond the bound of the lens, the dual pass keeps none, and w goes back through a second pass whose
+blocks run again.
 
 Cost: one dual forward and one backward pass, and two forward passes more where blocks run again.
 """
@@ -16,9 +16,9 @@ import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, reverse
+from lens_lora.core.function import forward, memory, reverse
 from lens_lora.core.function.duals import dual_forward, tangent_of
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.injections import Inject
@@ -30,6 +30,23 @@ _RowLogits = Float[Tensor, "row *slot vocab"]
 Covector = Callable[[_RowLogits, _RowLogits, Prompts], _RowLogits]
 
 
+def pulled_back_in_groups(
+    lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: Covector
+) -> tuple[Float[Tensor, "batch site *by"], _RowLogits]:
+    """wᵀ J δz_l and f(0), as many prompts at a time as the bound of the lens has room for."""
+    values: list[Tensor] = []
+    base_logits: list[Tensor] = []
+    for group in memory.dual_graph_groups(lens, reading):
+        of_group, base = pulled_back(lens, group, axes, covector)
+        values.append(of_group)
+        if base.ndim == 3:
+            # Slots that no row of the group has.
+            missing_slots = reading.prompts.slots - group.prompts.slots
+            base = functional.pad(base, (0, 0, 0, missing_slots))
+        base_logits.append(base)
+    return reverse.join_groups(values), torch.cat(base_logits)
+
+
 def pulled_back(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: Covector
 ) -> tuple[Float[Tensor, "batch site *by"], _RowLogits]:
@@ -39,43 +56,65 @@ def pulled_back(
         ModelStateError: a gradient did not reach some site, a split does not exist, or the model
             has an operation without a forward-mode derivative.
     """
-    prompts, base_gates = reading.prompts, lens.gates(0.0)
-    slopes = reverse.Slopes(lens, prompts, axes)
+    slopes = reverse.Slopes(lens, reading.prompts, axes)
     if memory.must_rerun(lens, reading, duals=True):
-        with torch.no_grad(), dual_forward(), lens.injected(_push(lens.plan)):
-            base, v = _read(lens, prompts)
-        with reverse.tapped(lens, reading, base_gates) as (taps, leaves):
-            taps.visit = slopes.visit
-            torch.autograd.grad(
-                function.read_logits(lens, prompts), leaves, covector(base, v, prompts)
-            )
+        base, taps = _in_two_passes(lens, reading, slopes, covector)
     else:
-        lens.check_backward(once=False)  # the tangents end where a block is run again
-        push = _push(lens.plan)
-        with dual_forward(), reverse.tapped(lens, reading, base_gates, push) as (taps, leaves):
-            base, v = _read(lens, prompts)
-        taps.visit = slopes.visit
-        torch.autograd.grad(base, leaves, covector(base.detach(), v, prompts))
+        base, taps = _in_one_pass(lens, reading, slopes, covector)
     taps.require_all_seen()
     return slopes.by_prompt(reading), base.detach()
 
 
+def _in_one_pass(
+    lens: LoraLens, reading: Reading, slopes: reverse.Slopes, covector: Covector
+) -> tuple[_RowLogits, reverse.Taps]:
+    """Go back through the graph of the dual pass itself."""
+    prompts = reading.prompts
+    # Where a block is run again on the way back, the tangents would be lost.
+    lens.check_backward(once=False)
+    add_to_tangent = _adding_to_tangents(lens.plan)
+    tapped = reverse.tapped(lens, reading, lens.gates(0.0), add_to_tangent)
+    with dual_forward(), tapped as (taps, leaves):
+        base, v = _read(lens, prompts)
+    taps.visit = slopes.visit
+    w = covector(base.detach(), v, prompts)
+    torch.autograd.grad(base, leaves, w)
+    return base, taps
+
+
+def _in_two_passes(
+    lens: LoraLens, reading: Reading, slopes: reverse.Slopes, covector: Covector
+) -> tuple[_RowLogits, reverse.Taps]:
+    """Take f and v from a dual pass without a graph, and go back through another pass."""
+    prompts = reading.prompts
+    with torch.no_grad(), dual_forward(), lens.injected(_adding_to_tangents(lens.plan)):
+        base, v = _read(lens, prompts)
+    with reverse.tapped(lens, reading, lens.gates(0.0)) as (taps, leaves):
+        taps.visit = slopes.visit
+        logits = forward.read_logits(lens, prompts)
+        torch.autograd.grad(logits, leaves, covector(base, v, prompts))
+    return base, taps
+
+
 def _read(lens: LoraLens, prompts: Prompts) -> tuple[_RowLogits, _RowLogits]:
-    logits = function.read_logits(lens, prompts)
+    """f(0) and v, from a pass of dual numbers."""
+    logits = forward.read_logits(lens, prompts)
     return fwad.unpack_dual(logits).primal, tangent_of(logits).detach()
 
 
-def _push(plan: Plan) -> Inject:
+def _adding_to_tangents(plan: Plan) -> Inject:
     """Every gate is the dual number 0 + d, so δ_l is added to the tangent alone."""
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = plan.injections[index]
         if injection.partner is not None:
-            return None  # ½ ε_l ε_m has no derivative at zero
-        z = fwad.unpack_dual(z).primal.detach()
-        delta = injection.map.write(injection.map.coordinates(z))
-        primal, tangent = fwad.unpack_dual(out)
+            return None  # ½ ε_l ε_m has no derivative at zero.
+        z_alone = fwad.unpack_dual(z).primal.detach()
+        delta = injection.map.write(injection.map.coordinates(z_alone))
         delta = delta.to(out.dtype).view(out.shape)
-        return fwad.make_dual(primal, delta if tangent is None else tangent.detach() + delta)
+        primal, tangent = fwad.unpack_dual(out)
+        if tangent is not None:
+            delta = tangent.detach() + delta
+        return fwad.make_dual(primal, delta)
 
     return inject

@@ -3,13 +3,15 @@
     site or part p:   output_l ← output_l + d·(p's part of δ_l(z)),   d dual with derivative 1
     all together:     every gate is the dual number at_l + direction_l·d
 
-1. Each pass runs within `dual_forward` (`function/duals.py`).
+1. Each pass runs within `dual_forward` (`duals.py`).
 2. `joint_tangent`: all sites along one direction of gates, in one row a prompt.
 3. `part_tangents`: each site, position, head or rank has its own tangent, in its own row. Before
    its block a part has no tangent, and its row would only repeat the base. So a pass starts with
    one row, without a tangent; at each block's input rows are added for that block's parts, as
    copies of the first row. Where a model's batch cannot grow, and for parts of the embeddings,
    every row starts at once.
+4. `tangents_along`: any directions of gates. Directions of ones and zeros are parts; others have a
+   row each, from the start.
 
 Cost: one dual forward pass (about 2.5 F) for all together; at most one a part, and about half of
 that for every site of a model in turn.
@@ -29,14 +31,19 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, reverse, tree
+from lens_lora.core.function import forward, memory, tree
+from lens_lora.core.function.contraction import Slots, part_deltas
 from lens_lora.core.function.duals import OneProduct, dual_forward, tangent_of
-from lens_lora.core.function.memory import tangents_at_once
 from lens_lora.core.model import Groups, HookFn, LoraLens
 from lens_lora.core.model.injections import ScaleInject
 from lens_lora.core.readout import Prompts
 from lens_lora.errors import ArgumentError
+
+_Logits = Float[Tensor, "batch part *slot vocab"]
+Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
+
+
+# --- Along directions of the gates
 
 
 class JointInject(ScaleInject):
@@ -56,21 +63,90 @@ def joint_tangent(
 
     In groups of prompts, where all of them are beyond the bound of the lens.
     """
-    rows = prompts.batch
-    fitting = memory.rows_of_duals(lens, prompts) or rows
+    rows_at_once = memory.rows_of_duals(lens, prompts) or prompts.batch
     tangents: list[Tensor] = []
-    for first in range(0, rows, fitting):
-        group = prompts.cut(first, min(first + fitting, rows))
+    for first in range(0, prompts.batch, rows_at_once):
+        group = prompts.cut(first, min(first + rows_at_once, prompts.batch))
         with dual_forward(), lens.injected(JointInject(lens, at, direction)):
-            tangent = tangent_of(function.read_logits(lens, group))
-        if prompts.reads is not None:  # slots that none of the group has hold nothing
-            tangent = functional.pad(tangent, (0, 0, 0, prompts.slots - group.slots))
+            tangent = tangent_of(forward.read_logits(lens, group))
+        if prompts.reads is not None:
+            # Slots that none of the group has hold nothing.
+            missing_slots = prompts.slots - group.slots
+            tangent = functional.pad(tangent, (0, 0, 0, missing_slots))
         tangents.append(tangent)
     return torch.cat(tangents)
 
 
-_Logits = Float[Tensor, "batch part *slot vocab"]
-Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
+def tangents_along(
+    lens: LoraLens,
+    rows: Prompts,
+    at: Float[Tensor, " site"],
+    directions: Float[Tensor, "direction site"],
+    read: Callable[[Tensor], Tensor] | None,
+    *,
+    progress: bool,
+) -> Float[Tensor, "direction row *out"]:
+    """Σ_l v_l ∂f/∂ε_l along each direction v.
+
+    Args:
+        lens: the adapter over the model.
+        rows: what is run.
+        at: the gates at which the derivative is taken.
+        directions: the v.
+        read: what is kept of the tangents of some directions, [row, direction, *slot, vocab]; None
+            for all of them.
+        progress: show a bar.
+
+    Raises:
+        ModelStateError: the model has an operation without a forward-mode derivative.
+    """
+    keep = read or _as_it_is
+    if len(directions) == 1:
+        tangent = joint_tangent(lens, rows, at, directions[0])
+        return keep(tangent[:, None])[:, 0][None]
+    if _are_groups(directions):
+        groups = {str(i): _members(direction) for i, direction in enumerate(directions)}
+
+        def read_dual(logits: Tensor) -> Tensor:
+            return keep(tangent_of(logits))
+
+        parts = group_parts(lens, groups)
+        by_row = part_tangents(lens, rows, at, parts, read_dual, progress=progress)
+        return by_row.movedim(1, 0)
+    step = memory.tangents_at_once(lens, rows, read=rows.batch)
+    chunks = [keep(_of_each_direction(lens, rows, at, some)) for some in directions.split(step)]
+    return torch.cat(chunks, 1).movedim(1, 0)
+
+
+def _are_groups(directions: Float[Tensor, "direction site"]) -> bool:
+    """Whether every direction is that of a group of sites: ones and zeros, and not all zeros."""
+    is_switch = (directions == 0) | (directions == 1)
+    return bool(is_switch.all() & directions.any(1).all())
+
+
+def _members(direction: Float[Tensor, " site"]) -> tuple[int, ...]:
+    return tuple(direction.nonzero()[:, 0].tolist())
+
+
+def _of_each_direction(
+    lens: LoraLens,
+    rows: Prompts,
+    at: Float[Tensor, " site"],
+    directions: Float[Tensor, "direction site"],
+) -> Float[Tensor, "row direction *slot vocab"]:
+    """Run every row once for each direction, in one dual forward pass."""
+    many = rows.repeat(len(directions))
+    by_row = directions.repeat(rows.batch, 1)
+    with dual_forward(), lens.injected(JointInject(lens, at, by_row)):
+        tangents = tangent_of(forward.read_logits(lens, many))
+    return tangents.unflatten(0, (rows.batch, len(directions)))
+
+
+def _as_it_is(tangents: Tensor) -> Tensor:
+    return tangents
+
+
+# --- Of single sites and their parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +165,35 @@ class Part:
     expert: int | None = None
     rank: int | None = None
     others: tuple[int, ...] = ()
+
+
+def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
+    """The direction in gate space of each group of sites: all together, Σ_{l in G} ∂/∂ε_l."""
+    parts: list[Part] = []
+    for group in groups.values():
+        first, *others = sorted(group, key=lambda site: lens.sites[site].layer)
+        parts.append(Part(first, others=tuple(others)))
+    return parts
+
+
+def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
+    """Every part of every site."""
+    parts: list[Part] = []
+    for index, site in enumerate(lens.sites):
+        heads = lens.heads.of(site.kind)
+        by_head = lens.maps[index].a0_by_head
+        if heads and by_head is not None:
+            heads = len(by_head)  # One slot more where a bias belongs to none of the heads.
+        slots: dict[str, Sequence[int | None]] = {
+            "position": range(prompts.tokens.shape[1]),
+            "head": range(heads) if heads else [None],
+            "expert": range(site.experts) if site.experts else [None],
+            "rank": range(site.rank),
+        }
+        options = [of_axis if axis in axes else [None] for axis, of_axis in slots.items()]
+        for position, head, expert, rank in itertools.product(*options):
+            parts.append(Part(index, position, head, expert, rank))
+    return parts
 
 
 def part_tangents(
@@ -110,34 +215,44 @@ def part_tangents(
         ArgumentError: no parts, or less memory than one part takes.
         ModelStateError: the model uses an operation without a forward-mode derivative.
     """
+    if not parts:
+        raise ArgumentError("parts=[] asks for nothing; give at least one.")
     layers = [lens.sites[part.site].layer for part in parts]
-    order = sorted(range(len(parts)), key=layers.__getitem__)
-    branching = [j for j in order if lens.host.grows and layers[j] >= 0]
-    whole = [j for j in order if j not in set(branching)]
-    tangents: Tensor | None = None
+    in_order = sorted(range(len(parts)), key=layers.__getitem__)
+    branching = [index for index in in_order if lens.host.grows and layers[index] >= 0]
+    whole = [index for index in in_order if index not in set(branching)]
+    passes = _Passes(lens, prompts, at, forward.read_final if final else forward.read_logits)
     longest = prompts.row(int(prompts.lengths.argmax()))
-    passes = _Passes(lens, prompts, at, function.read_final if final else function.read_logits)
     ways = ((whole, passes.in_rows, prompts), (branching, passes.branching, longest))
+    tangents: Tensor | None = None
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
-        for indices, run, at_once in ways:
+        for indices, run, rows_at_once in ways:
             if not indices:
                 continue
-            step = tangents_at_once(lens, at_once, read=0 if final else prompts.batch)
+            step = memory.tangents_at_once(lens, rows_at_once, read=0 if final else prompts.batch)
             for start in range(0, len(indices), step):
                 chunk = indices[start : start + step]
                 with dual_forward() as products:
-                    values = read(run([parts[j] for j in chunk], products))
+                    values = read(run([parts[index] for index in chunk], products))
                 if tangents is None:
                     tangents = values.new_empty(len(values), len(parts), *values.shape[2:])
                 tangents[:, chunk] = values
                 bar.update(len(chunk))
-    if tangents is None:
-        raise ArgumentError("parts=[] asks for nothing; give at least one.")
+    assert tangents is not None, "there are parts"
     return tangents
 
 
 @dataclasses.dataclass(frozen=True)
 class _Passes:
+    """Dual forward passes in which each part of some sites has a row of its own.
+
+    Attributes:
+        lens: the adapter over the model.
+        prompts: the prompts.
+        gates: the gates at which the derivative is taken.
+        end: what a pass ends with: the logits, or the final residual stream.
+    """
+
     lens: LoraLens
     prompts: Prompts
     gates: Float[Tensor, " site"]
@@ -145,26 +260,34 @@ class _Passes:
 
     def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
         """Every part of every prompt in a row of one batch, from the embeddings on."""
-        batch, count = self.prompts.batch, len(parts)
-        rows = [(b * count + j, part) for b in range(batch) for j, part in enumerate(parts)]
-        many = self.prompts.repeat(count)
+        del products  # Rows have different primals from the start.
+        rows: list[tuple[int, Part]] = []
+        for prompt in range(self.prompts.batch):
+            first = prompt * len(parts)
+            rows += enumerate(parts, start=first)
+        many = self.prompts.repeat(len(parts))
         inject = _PartsInject(self.lens, self.gates, rows, many.read_positions)
         with self.lens.injected(inject):
-            return self.end(self.lens, many).unflatten(0, (batch, count))
+            ends = self.end(self.lens, many)
+        return ends.unflatten(0, (self.prompts.batch, len(parts)))
 
     def branching(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
         """One prompt at a time, without its padding; each part's row begins at its block."""
-        logits, rows = [], list(enumerate(parts, start=1))
+        rows = list(enumerate(parts, start=1))
         grow = self._growing(parts, products)
-        for prompt in map(self.prompts.row, range(self.prompts.batch)):
-            read = prompt.read_positions.expand(len(parts) + 1, -1)
-            inject = _PartsInject(self.lens, self.gates, rows, read)
+        ends: list[Tensor] = []
+        for index in range(self.prompts.batch):
+            prompt = self.prompts.row(index)
+            read_positions = prompt.read_positions.expand(len(parts) + 1, -1)
+            inject = _PartsInject(self.lens, self.gates, rows, read_positions)
             try:
                 with self.lens.injected(inject, before=grow):
-                    logits.append(self._widened(self.end(self.lens, prompt)[1:]))
+                    end = self.end(self.lens, prompt)
             finally:
                 products.rows = 1
-        return torch.stack(logits)
+            without_first = end[1:]
+            ends.append(self._widened(without_first))
+        return torch.stack(ends)
 
     def _widened(self, out: Float[Tensor, "part *own vocab"]) -> Float[Tensor, "part *slot vocab"]:
         """With as many slots as the longest response of the batch; the last one is repeated."""
@@ -175,16 +298,19 @@ class _Passes:
 
     def _growing(self, parts: Sequence[Part], products: OneProduct) -> list[tuple[str, HookFn]]:
         """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
-        host, hooks = self.lens.host, []
+        host = self.lens.host
         blocks = [min(self.lens.sites[part.site].layer, host.n_layers - 1) for part in parts]
 
-        def tell(tensor: Tensor, hook: Any) -> None:
-            products.rows = len(tensor)  # all of which have the same primal
+        def tell_rows(tensor: Tensor, hook: Any) -> None:
+            del hook
+            products.rows = len(tensor)  # All of them have the same primal.
 
+        hooks: list[tuple[str, HookFn]] = []
         for layer in sorted(set(blocks)):
-            hooks.append((host.block_input(layer), tree.more_copies(blocks.count(layer))))
+            point = host.block_input(layer)
+            hooks.append((point, tree.more_copies(blocks.count(layer))))
             if host.keeps_rows:
-                hooks.append((host.block_input(layer), tell))
+                hooks.append((point, tell_rows))
         return hooks
 
 
@@ -196,72 +322,63 @@ class _PartsInject:
         lens: LoraLens,
         at: Float[Tensor, " site"],
         rows: Sequence[tuple[int, Part]],
-        read: Int[Tensor, "row slot"],
+        read_positions: Int[Tensor, "row slot"],
     ) -> None:
-        self._scaled, self._at, self._lens = ScaleInject(lens.plan, at), at.tolist(), lens
+        self._lens = lens
+        self._at = at.tolist()
+        self._scaled = ScaleInject(lens.plan, at)
         by_site: dict[int, list[tuple[int, Part]]] = {}
         for row, part in rows:
             for site in (part.site, *part.others):
                 by_site.setdefault(site, []).append((row, part))
-        self._rows = {site: self._gather(site, moved, read) for site, moved in by_site.items()}
+        # Of each site: the rows in which it has a tangent, and which of its slots each keeps.
+        self._rows: dict[int, tuple[Int[Tensor, " part"], Slots]] = {}
+        for site, moved in by_site.items():
+            self._rows[site] = self._rows_and_slots(site, moved, read_positions)
 
-    def _gather(
-        self, site: int, moved: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
-    ) -> tuple[Int[Tensor, " part"], reverse.Slots]:
+    def _rows_and_slots(
+        self, site: int, moved: Sequence[tuple[int, Part]], read_positions: Int[Tensor, "row slot"]
+    ) -> tuple[Int[Tensor, " part"], Slots]:
         device = self._lens.maps[site].device
         rows = torch.tensor([row for row, _ in moved], device=device)
-        position = _slot([part.position for _, part in moved], device)
+        parts = [part for _, part in moved]
+        position = _slot_of_each([part.position for part in parts], device)
         if position is not None and self._lens.sites[site].kind == "unembed":
-            same = read.to(device)[rows] == position[:, None]
+            # The unembedding runs at the positions that are read only.
+            same = read_positions.to(device)[rows] == position[:, None]
             slot = torch.where(same.any(1), same.int().argmax(1), -2)
             position = torch.where(position == -1, -1, slot)
-        others = ([getattr(part, axis) for _, part in moved] for axis in ("head", "expert", "rank"))
-        return rows, reverse.Slots(position, *(_slot(slots, device) for slots in others))
+        slots = Slots(
+            position=position,
+            head=_slot_of_each([part.head for part in parts], device),
+            expert=_slot_of_each([part.expert for part in parts], device),
+            rank=_slot_of_each([part.rank for part in parts], device),
+        )
+        return rows, slots
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        moved = self._scaled(index, out, z)
+        """Write what the gates write, and the tangents of the parts of this site."""
+        written = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
         weight = 1.0 if injection.partner is None else self._at[injection.partner]
         if injection.site not in self._rows or not weight:
-            return moved
+            return written
         rows, slots = self._rows[injection.site]
         split = injection.map if slots.position is None else injection.map_by_position
         if split is None:
-            return moved
+            return written
         kind = self._lens.sites[injection.site].kind
-        primal = fwad.unpack_dual(z).primal[rows]
-        delta = reverse.part_deltas(split, kind, self._lens.heads.of(kind), primal, slots)
+        z_of_rows = fwad.unpack_dual(z).primal[rows]
+        delta = part_deltas(split, kind, self._lens.heads.of(kind), z_of_rows, slots)
         tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
         tangent[rows] = (weight * delta).to(out.dtype)
-        moved = out if moved is None else moved
-        return moved + fwad.make_dual(torch.zeros_like(out), tangent.view(out.shape))
+        if written is None:
+            written = out
+        return written + fwad.make_dual(torch.zeros_like(out), tangent.view(out.shape))
 
 
-def _slot(kept: Sequence[int | None], device: torch.device) -> Int[Tensor, " part"] | None:
+def _slot_of_each(slots: Sequence[int | None], device: torch.device) -> Int[Tensor, " part"] | None:
     """The slot that each part keeps, −1 for all; None where every part keeps all."""
-    if all(slot is None for slot in kept):
+    if all(slot is None for slot in slots):
         return None
-    return torch.tensor([-1 if slot is None else slot for slot in kept], device=device)
-
-
-def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
-    """The direction in gate space of each group of sites: all together, Σ_{l in G} ∂/∂ε_l."""
-    ordered = (sorted(group, key=lambda i: lens.sites[i].layer) for group in groups.values())
-    return [Part(first, others=tuple(rest)) for first, *rest in ordered]
-
-
-def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
-    """Every part of every site."""
-    parts = []
-    for index, site in enumerate(lens.sites):
-        heads, by_head = lens.heads.of(site.kind), lens.maps[index].a0_by_head
-        ranges = {
-            "position": range(prompts.tokens.shape[1]),
-            # One slot more where a bias belongs to none of the heads.
-            "head": range(heads if by_head is None else len(by_head)) if heads else [None],
-            "expert": range(site.experts) if site.experts else [None],
-            "rank": range(site.rank),
-        }
-        options = [slots if axis in axes else [None] for axis, slots in ranges.items()]
-        parts += [Part(index, p, h, e, r) for p, h, e, r in itertools.product(*options)]
-    return parts
+    return torch.tensor([-1 if slot is None else slot for slot in slots], device=device)

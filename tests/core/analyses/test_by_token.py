@@ -10,8 +10,7 @@ import torch
 
 import lens_lora as ll
 from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory
-from lens_lora.core.function import memory as batching
+from lens_lora.core.function.footprint import dual_pass_bytes, footprint_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
@@ -135,7 +134,7 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     """Split further: prompts go one by one; what one row takes is named where it is too much."""
     by = ("position", "head", "token")
     longest = RESPONSE.reading(lens.model, prompts()).prompts
-    row = memory._need(lens, longest)
+    row = footprint_of(lens, longest)
     one = min(row.of_graph, row.of_rerun)
     whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)
     assert longest.tokens.shape == (2, 12)
@@ -149,7 +148,7 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     for options in ({"mode": "forward", "group": "layer"}, {"mode": "forward", "by": by}):
         with pytest.raises(ll.errors.ArgumentError, match="a pass of two rows"):
             of(lens, max_memory=100, **options)
-    few = batching.pass_bytes(lens) + 2e6
+    few = dual_pass_bytes(lens) + 2e6
     forward, heads = (
         of(lens, by=("head", "token"), mode="forward", max_memory=m) for m in (few, None)
     )

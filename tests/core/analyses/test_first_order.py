@@ -12,7 +12,7 @@ import reference
 import torch
 
 import lens_lora as ll
-from lens_lora.core.function.reverse import Slots, part_deltas
+from lens_lora.core.function.contraction import Slots, part_deltas
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF = 1e-10

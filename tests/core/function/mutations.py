@@ -166,17 +166,15 @@ REVERSE = [
     Mutation(
         "a partner's gate is dropped",
         "core/function/reverse.py",
-        "            if weight is not None:\n"
-        "                values = weight.to(values.device).view(-1, *[1] * (values.ndim - 1)) "
-        "* values\n",
-        "",
+        "            values = weight_of_row * values\n",
+        "            pass\n",
         EVERY_PART,
     ),
     Mutation(
         "a site's own gate in place of its partner's",
         "core/function/reverse.py",
-        "partner = None if injection.partner is None else self._gates[..., injection.partner]",
-        "partner = None if injection.partner is None else self._gates[..., injection.site] ** 2",
+        "weight = self._gates[..., injection.partner]",
+        "weight = self._gates[..., injection.site] ** 2",
         EVERY_PART,
     ),
     Mutation(
@@ -188,52 +186,52 @@ REVERSE = [
     ),
     Mutation(
         "a tangent of a position is that of all positions",
-        "core/function/reverse.py",
-        "delta = delta * kept(slots.position, delta.shape[1], delta)[:, :, None]",
-        "delta = delta",
+        "core/function/contraction.py",
+        "delta = delta * positions_kept[:, :, None]",
+        "pass",
         EVERY_PART,
     ),
     Mutation(
         "a tangent of a rank is that of its mirror image",
-        "core/function/reverse.py",
-        "masks = [] if slots.rank is None else [kept(slots.rank, u.shape[-1], u)]",
-        "masks = [] if slots.rank is None else [kept(slots.rank, u.shape[-1], u).flip(1)]",
+        "core/function/contraction.py",
+        "masks.append(kept(slots.rank, u.shape[-1], u))",
+        "masks.append(kept(slots.rank, u.shape[-1], u).flip(1))",
         EVERY_PART,
     ),
     Mutation(
         "a tangent of a head has another head's features",
-        "core/function/reverse.py",
-        "delta = delta * mask.repeat_interleave(delta.shape[-1] // heads, 1)[:, None]",
-        "delta = delta * mask.repeat(1, delta.shape[-1] // heads)[:, None]",
+        "core/function/contraction.py",
+        "features_kept = heads_kept.repeat_interleave(delta.shape[-1] // heads, 1)",
+        "features_kept = heads_kept.repeat(1, delta.shape[-1] // heads)",
         EVERY_PART,
     ),
     Mutation(
         "heads of o are interleaved",
-        "core/function/reverse.py",
-        "z.to(site.A.dtype).unflatten(-1, (heads, -1)),\n"
-        "        site.A.unflatten(-1, (heads, -1)),",
-        "z.to(site.A.dtype).unflatten(-1, (-1, heads)).mT,\n"
-        "        site.A.unflatten(-1, (-1, heads)).mT,",
+        "core/function/contraction.py",
+        "z_by_head = z.to(site.A.dtype).unflatten(-1, (heads, -1))\n"
+        "    A_by_head = site.A.unflatten(-1, (heads, -1))",
+        "z_by_head = z.to(site.A.dtype).unflatten(-1, (-1, heads)).mT\n"
+        "    A_by_head = site.A.unflatten(-1, (-1, heads)).mT",
         EVERY_PART,
     ),
     Mutation(
         "the constant of o belongs to no head",
-        "core/function/reverse.py",
-        "return functional.pad(u, (0, 0, 0, len(site.a0_by_head) - heads)) + site.a0_by_head",
-        "return functional.pad(u, (0, 0, 0, len(site.a0_by_head) - heads))",
+        "core/function/contraction.py",
+        "return functional.pad(u, (0, 0, 0, missing_heads)) + site.a0_by_head",
+        "return functional.pad(u, (0, 0, 0, missing_heads))",
         EVERY_PART,
     ),
     Mutation(
         "G of a copy that runs at another gate",
         "core/function/reverse.py",
-        "first.visit(injection, weight, gradient[::copies], z[::copies])",
-        "first.visit(injection, weight, gradient[1::copies], z[::copies])",
+        "at_first.visit(injection, weight, gradient[::copies], z[::copies])",
+        "at_first.visit(injection, weight, gradient[1::copies], z[::copies])",
         EVERY_PART,
     ),
     Mutation(
         "v's constant part stays at o when it is split by position",
         "core/function/reverse.py",
-        'split = injection.map_by_position if "position" in axes else injection.map',
+        "split = injection.map_by_position",
         "split = injection.map",
         EVERY_PART,
     ),
@@ -270,8 +268,8 @@ DERIVATIVES = [
     Mutation(
         "a joint tangent forgets what earlier sites moved",
         "core/function/pulled_back.py",
-        "delta if tangent is None else tangent.detach() + delta",
-        "delta",
+        "delta = tangent.detach() + delta",
+        "pass",
         SHARES,
     ),
     Mutation(

@@ -14,7 +14,8 @@ import torch.autograd.forward_ad as fwad
 from every_call import CALLS, MARGIN, QUIET, numbers
 
 import lens_lora as ll
-from lens_lora.core.function import memory
+from lens_lora.core.function import footprint, memory
+from lens_lora.core.function.footprint import Footprint, dual_pass_bytes, footprint_of
 from lens_lora.edge_attribution.site_tangents import value_of
 from lens_lora.responses.generate import Speaker
 
@@ -28,11 +29,11 @@ def a_lens() -> ll.LoraLens:
     return cases.case("llama", BRIDGE, "raw").lens
 
 
-def need_of_a_row(lens: ll.LoraLens, length: int) -> memory._Need:
+def need_of_a_row(lens: ll.LoraLens, length: int) -> Footprint:
     """What a row of so many tokens takes, without its logits: of what is read not all are held."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_unembedded", lambda *_: (0, 0))
-        return memory._need(lens, lens.prompts(torch.ones(1, length, dtype=torch.long)))
+        patch.setattr(footprint, "_logits_held", lambda *_: (0, 0))
+        return footprint_of(lens, lens.prompts(torch.ones(1, length, dtype=torch.long)))
 
 
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ def beyond(lens: ll.LoraLens, seen: list[tuple[str, int, int]]) -> list[tuple[st
 def bounds() -> list[float]:
     """What two rows of dual numbers take, which is the most of any row; twice, and all of it."""
     lens = a_lens()
-    least = memory.pass_bytes(lens) + 2.2 * memory._need(lens, lens.prompts(tokens()[:1])).of_duals
+    least = dual_pass_bytes(lens) + 2.2 * footprint_of(lens, lens.prompts(tokens()[:1])).of_duals
     return [least, 2 * least, 40 * least]
 
 
@@ -202,14 +203,14 @@ def test_groups_of_prompts_have_the_numbers_of_all_together(name: str):
     kind, call = NUMBERS[name]
     lens = a_lens()
     prompts = lens.prompts(["w5 w6 w7 w8", "w9", "w10 w11 w12", "w13 w14"] * 4)
-    need = memory._need(lens, prompts.at_each_token())
+    need = footprint_of(lens, prompts.at_each_token())
     of_row = {
         "plain": need.in_pass,
         "graph": need.of_graph,
-        "second": memory._SECOND * need.of_graph,
+        "second": memory.SECOND_ORDER_GRAPHS * need.of_graph,
         "dual": need.of_duals,
     }[kind]
-    few = lens.within(5.5 * of_row + (memory.pass_bytes(lens) if kind == "dual" else 0))
+    few = lens.within(5.5 * of_row + (dual_pass_bytes(lens) if kind == "dual" else 0))
     with passes(lens) as seen:
         found = call(few, prompts)
     # Beside a second derivative there are first ones, of which more rows fit.
@@ -223,13 +224,13 @@ def test_two_rows_of_one_prompt_are_not_taken_for_one():
     """An answer margin runs two rows a prompt; a bound with room for one is refused."""
     lens, readout = a_lens(), ll.AnswerMargin("w5 w7", "w8 w9")
     reading = readout.reading(lens.model, lens.prompts("w5 w6"))
-    need = memory._need(lens, reading)
+    need = footprint_of(lens, reading)
     assert len(reading.owner) == 2
     of_row = min(need.of_graph, need.of_rerun)
     with pytest.raises(ll.errors.ArgumentError, match="enough for 1 of 2 rows.*of one prompt"):
         ll.first_order(lens.within(need.graphed + 1.5 * of_row), "w5 w6", readout)
     texts = ["w5 w6", "w7"]
-    graphed = memory._need(lens, readout.reading(lens.model, lens.prompts(texts))).graphed
+    graphed = footprint_of(lens, readout.reading(lens.model, lens.prompts(texts))).graphed
     with passes(lens) as seen:
         found = ll.first_order(lens.within(graphed + 2.5 * of_row), texts, readout).values
     assert {rows for kind, rows, _ in seen if kind == "graph"} == {2}
@@ -245,7 +246,7 @@ def test_a_function_that_reads_all_prompts_together_is_refused():
         return logits[torch.arange(6), wanted]
 
     readout = ll.Readout.of(each_its_own, "each its own", "logits")
-    need = memory._need(lens, lens.prompts(models.tokens(6, 3)))
+    need = footprint_of(lens, lens.prompts(models.tokens(6, 3)))
     few = lens.within(3.5 * min(need.of_graph, need.of_rerun))
     with pytest.raises(ll.errors.ArgumentError, match="a function of yours reads them together"):
         ll.first_order(few, models.tokens(6, 3), readout)

@@ -10,18 +10,13 @@ from every_family import EVERY, lens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
-from lens_lora.core.function import function as functions
+from lens_lora.core.function import gate_graph, tangents
 from lens_lora.core.function import memory as batching
+from lens_lora.core.function.footprint import dual_copy_bytes, dual_pass_bytes
 from lens_lora.core.function.gate_graph import hessian_product
-from lens_lora.core.function.memory import (
-    chosen_mode,
-    pass_bytes,
-    row_bytes,
-    tangent_passes,
-    tangents_at_once,
-)
+from lens_lora.core.function.memory import tangents_at_once
+from lens_lora.core.function.modes import chosen_mode, tangent_passes
 from lens_lora.core.function.reverse import site_slopes
-from lens_lora.responses import logit_shift as logit_shifts
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
@@ -62,7 +57,7 @@ def test_the_mode_is_chosen_by_the_work_of_each(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     assert len(lens.sites) == 14 and tangent_passes(lens) == 10.5
     taken: list[str] = []
-    for module, name in ((logit_shifts, "slopes_of_each"), (functions, "part_tangents")):
+    for module, name in ((gate_graph, "slopes_of_each"), (tangents, "part_tangents")):
         real = getattr(module, name)
 
         def spy(*args, name=name, real=real, **options):
@@ -94,7 +89,7 @@ def test_memory_bounds_the_rows_and_changes_nothing(cls: str, monkeypatch):
     lens = cases.case("gpt2", cls, "raw").lens
     prompts = lens.prompts(PROMPTS)
     longest = prompts.row(1)
-    row, always = row_bytes(lens, longest, 2), pass_bytes(lens)
+    row, always = dual_copy_bytes(lens, longest, 2), dual_pass_bytes(lens)
     bounded = [lens.within(always + m * row) for m in (2, 3.5, 9)]
     found = [tangents_at_once(one, longest, read=2) for one in bounded]
     assert found == [1, 2, 8]
@@ -103,7 +98,7 @@ def test_memory_bounds_the_rows_and_changes_nothing(cls: str, monkeypatch):
         found = ll.logit_shift(lens, prompts, mode="forward", max_memory=memory, progress=False)
         assert relative(found.values, whole.values) < 1e-12
     some = ll.logit_shift(lens, prompts, tokens=[5, 9, 7], mode="reverse", progress=False)
-    memory = always + 3 * row_bytes(lens, prompts, 2)
+    memory = always + 3 * dual_copy_bytes(lens, prompts, 2)
     few = ll.logit_shift(
         lens, prompts, tokens=[5, 9, 7], mode="reverse", max_memory=memory, progress=False
     )

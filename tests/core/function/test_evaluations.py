@@ -126,12 +126,12 @@ def test_what_is_handed_on_is_what_the_verbs_find(cls: str):
 @CLASSES
 def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monkeypatch):
     """Fewer rows at once, the same numbers; less than one site takes is refused."""
-    from lens_lora.core.function.memory import pass_bytes, row_bytes
+    from lens_lora.core.function.footprint import dual_copy_bytes, dual_pass_bytes
 
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
         R, longest = ll.Margin(5, 9), lens.prompts(PROMPTS[1])
-        bytes_of_three = pass_bytes(lens) + 3 * row_bytes(lens, longest, 2)
+        bytes_of_three = dual_pass_bytes(lens) + 3 * dual_copy_bytes(lens, longest, 2)
         calls: dict[str, Call] = {
             "first_order": lambda lens, bound: (
                 ll.first_order(
@@ -194,7 +194,7 @@ def test_the_pass_of_slopes_shows_the_ends(cls: str, name: str, at: float, monke
         ends = evaluations(lens, PROMPTS, READOUTS[name]).ends
         found = []
         for bound in (10**6, 0):
-            monkeypatch.setattr(memory, "_RIDING_TOKENS", bound)
+            monkeypatch.setattr(memory, "RIDING_TOKENS", bound)
             with counting(lens, monkeypatch) as counts:
                 found.append(ll.first_order(lens, PROMPTS, READOUTS[name], at=at))
             if name == "margin":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.banks.plain_factors import SharedPlan
-from lens_lora.core.function import memory, reverse
+from lens_lora.core.function import contraction, memory
 from lens_lora.core.model.basis import Update
 from lens_lora.hosts.experts import expert_map, with_expert
 
@@ -404,13 +404,13 @@ def test_experts_one_by_one():
             expected[row, token, expert, r] += scale * back * coordinate
     assert off(site(z), delta.flatten(2)) < ROUND_OFF
     of_output = gradient.flatten(2)
-    by_rank = reverse.parts(site, "gate", 0, of_output, z, ("position", "rank"))
+    by_rank = contraction.parts(site, "gate", 0, of_output, z, ("position", "rank"))
     assert off(by_rank, expected.flatten(2)) < ROUND_OFF
-    by_expert = reverse.parts(site, "gate", 0, of_output, z, ("expert",))
+    by_expert = contraction.parts(site, "gate", 0, of_output, z, ("expert",))
     assert off(by_expert, expected.sum((1, 3))) < ROUND_OFF
     for expert in range(experts):
-        slots = reverse.Slots(expert=torch.full((2,), expert))
-        only = reverse.part_deltas(site, "gate", 0, z, slots).unflatten(2, (2, out))
+        slots = contraction.Slots(expert=torch.full((2,), expert))
+        only = contraction.part_deltas(site, "gate", 0, z, slots).unflatten(2, (2, out))
         here = (chosen == expert)[..., None]
         assert off(only, delta * here) < ROUND_OFF
     dense = [scale * b @ a for a, b in zip(A.chunk(experts), B.chunk(experts, 1), strict=True)]

@@ -39,12 +39,12 @@ def test_each_equals_its_own_first_order(family: str, flags: str, at: float, cls
 
 @CLASSES
 def test_any_number_at_once(cls: str):
-    from lens_lora.core.function.memory import pass_bytes, row_bytes
+    from lens_lora.core.function.footprint import dual_copy_bytes, dual_pass_bytes
 
     lens = cases.case("llama", cls, "raw").lens
     readouts = [ll.Logit(i) for i in range(7)]
     whole = ll.first_order(lens, PROMPTS, readouts, progress=False)
-    memory = pass_bytes(lens) + 3 * row_bytes(lens, lens.prompts(PROMPTS), 2)
+    memory = dual_pass_bytes(lens) + 3 * dual_copy_bytes(lens, lens.prompts(PROMPTS), 2)
     few = ll.first_order(lens, PROMPTS, readouts, max_memory=memory, progress=False)
     for one, other in zip(whole, few, strict=True):
         assert torch.allclose(one.values, other.values, rtol=1e-11, atol=1e-14)

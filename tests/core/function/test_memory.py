@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
+from lens_lora.core.function import footprint, memory, rerun, reverse
 from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, reverse
+from lens_lora.core.function.footprint import dual_pass_bytes, footprint_of
 from lens_lora.core.model import bases as processing
 from lens_lora.core.model import injections
 from lens_lora.hosts.processed import infer_processing
@@ -30,14 +31,14 @@ FAMILIES = ("llama", "gpt2", "neox", "gemma2", "gemma3", "mixtral", "gpt_neo", "
 def runs_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Blocks run again under any bound; the names of those that did."""
     ran: list[str] = []
-    own = memory._require_same
+    own = rerun._require_same
 
     def note(name: str, first: torch.Tensor, second: torch.Tensor) -> None:
         ran.append(name)
         own(name, first, second)
 
     monkeypatch.setattr(memory, "must_rerun", lambda lens, *_, **__: lens.max_memory is not None)
-    monkeypatch.setattr(memory, "_require_same", note)
+    monkeypatch.setattr(rerun, "_require_same", note)
     return ran
 
 
@@ -95,11 +96,11 @@ def test_split_by_everything(cls: str, runs_again: list[str]):
 def test_prompts_go_in_groups_that_fit(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     prompts = lens.prompts(["w5 w6 w7 w8 w9 w10", "w11 w12", "w13 w14 w15"])
-    row = memory._need(lens, prompts)
+    row = footprint_of(lens, prompts)
     with models.lifted():
         for name in ("first_order", "patch_sites", "path_attribution", "kl_shares"):
             # One row, and the base's distribution that a KL holds; of a KL one of dual numbers.
-            of_dual = memory.pass_bytes(lens) + row.of_duals
+            of_dual = dual_pass_bytes(lens) + row.of_duals
             bound = of_dual if name == "kl_shares" else row.of_graph
             few = CALLS[name](lens.within(1.03 * bound), prompts)
             every = CALLS[name](lens, prompts)
@@ -172,7 +173,7 @@ def test_a_large_activation_hides_no_other_tokens_change(runs_again: list[str]):
 @CLASSES
 def test_what_does_not_fit_is_refused(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    row = memory._need(lens, lens.prompts(tokens))
+    row = footprint_of(lens, lens.prompts(tokens))
     too_little = {
         "first_order": row.of_rerun / 3,
         "patch_sites": row.in_pass / 2,
@@ -280,8 +281,8 @@ def test_interventions_on_more_prompts_than_fit(
     """Prompts go a few at a time, each group padded to its own longest, with a donor of its own."""
     lens = cases.case("llama", cls, "raw").lens
     prompts = lens.prompts(["w5 w6 w7 w8 w9 w10", "w11 w12", "w13 w14 w15"])
-    monkeypatch.setattr(memory, "_unembedded", lambda *_: (0, 0))  # a margin's logits are few
-    bound = (rows + 0.1) * memory._need(lens, prompts).in_pass
+    monkeypatch.setattr(footprint, "_logits_held", lambda *_: (0, 0))  # a margin's logits are few
+    bound = (rows + 0.1) * footprint_of(lens, prompts).in_pass
     few = lens.within(bound)
     last = lens.plan.host.block_input(1)
     calls = {
@@ -298,7 +299,7 @@ def test_interventions_on_more_prompts_than_fit(
     own = type(lens).run
 
     def run(self: ll.LoraLens, some: ll.results.Prompts) -> torch.Tensor:
-        widest.append(len(some.tokens) * memory._need(lens, some).in_pass)
+        widest.append(len(some.tokens) * footprint_of(lens, some).in_pass)
         return own(self, some)
 
     monkeypatch.setattr(memory, "BRANCHING_PAYS", 0.0)  # whole rows, not begun at their patch

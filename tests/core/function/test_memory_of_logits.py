@@ -9,7 +9,8 @@ import torch
 from every_call import MARGIN
 
 import lens_lora as ll
-from lens_lora.core.function import memory
+from lens_lora.core.function import footprint, memory
+from lens_lora.core.function.footprint import footprint_of
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 
@@ -18,13 +19,14 @@ CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.MonkeyPatch):
     """None of a margin's, some of a response's at a time; a divergence holds its base's."""
     monkeypatch.setattr(memory, "PICKS", 3)
+    monkeypatch.setattr(footprint, "PICKS", 3)
     lens, response = cases.case("llama", cls, "raw").lens, torch.arange(5, 13)
     readouts = MARGIN, ll.AnswerLogProb(response), ll.KL(response)
     readings = [lens.function(models.tokens(), readout).reading for readout in readouts]
     size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
     held = 8 * len(models.tokens())
     for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
-        need, every = memory._need(lens, reading), memory._need(lens, reading.prompts)
+        need, every = footprint_of(lens, reading), footprint_of(lens, reading.prompts)
         found = need.picked, need.graphed, need.always
         assert found == (3 * 2 * picks * size, 8 * picks * size, base * size)
         slots = reading.prompts.slots
@@ -32,7 +34,7 @@ def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.Monke
         assert every.of_graph - need.of_graph == every.of_rerun - need.of_rerun == 8 * slots * size
     adapted = cases.case("llama", cls, "raw", ("lm_head",)).lens
     reading = adapted.function(models.tokens(), ll.AnswerLogProb(response)).reading
-    assert memory._unembedded(adapted, reading) == (8, 0)
+    assert footprint._logits_held(adapted, reading) == (8, 0)
 
 
 @CLASSES
@@ -42,14 +44,14 @@ def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.
     response = torch.arange(5, 25)
     log_prob = ll.AnswerLogProb(response)
     readings = [lens.function(tokens, readout).reading for readout in (log_prob, ll.KL(response))]
-    needs = [memory._need(lens, reading) for reading in readings]
+    needs = [footprint_of(lens, reading) for reading in readings]
     few = lens.within(sum(n.always + n.graphed + min(n.of_rerun, n.of_graph) for n in needs) / 2)
     with models.lifted():
         found = ll.first_order(few, tokens, log_prob).values
         assert torch.allclose(found, ll.first_order(lens, tokens, log_prob).values, rtol=1e-10)
         with pytest.raises(ll.errors.ArgumentError, match=r"max_memory=.*20 of them read"):
             ll.first_order(few, tokens, ll.KL(response), at=1.0)
-        whole = memory._need(lens, readings[1].prompts)
+        whole = footprint_of(lens, readings[1].prompts)
         few = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
         with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
             ll.kl_shares(few, tokens, response=response, progress=False)

@@ -131,7 +131,7 @@ def test_the_last_parallel_block_is_linear_once_frozen(cls: str):
 @CLASSES
 def test_without_rules_nothing_changes(cls: str, monkeypatch):
     """Bit for bit, also after a call with rules; and no hook stays on the model."""
-    monkeypatch.setattr(memory, "_RIDING_TOKENS", 0)  # rows of the ends would change the rounding
+    monkeypatch.setattr(memory, "RIDING_TOKENS", 0)  # rows of the ends would change the rounding
     lens = cases.case("gpt2", cls, "raw").lens
     reading = MARGIN.reading(lens.model, lens.prompts(TEXTS))
     expected = site_slopes(lens, reading, lens.gates(0.0))

@@ -26,7 +26,7 @@ from shapes import share
 import lens_lora as ll
 from lens_lora import compat
 from lens_lora.compat import Temporary
-from lens_lora.core.function import duals, memory
+from lens_lora.core.function import duals, memory, rerun
 from lens_lora.core.model import public_call as alone
 
 pytestmark = pytest.mark.usefixtures("float64", "swallowed")
@@ -124,7 +124,7 @@ def test_blocks_that_run_again(cls: str, monkeypatch: pytest.MonkeyPatch):
         ll.first_order(lens, tokens, MARGIN)
 
     points = points_in(
-        call, memory.blocks_rerun, memory._run_twice, compat.replace_forward, compat._put_back
+        call, rerun.blocks_rerun, rerun._run_twice, compat.replace_forward, compat._put_back
     )
     assert len(points) > 20
     assert leaks(call, lens.model, points.items()) == {}

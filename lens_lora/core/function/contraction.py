@@ -1,0 +1,188 @@
+"""⟨G, δz⟩ of one site and its parts (note, Prop. 1), without building δz.
+
+    a = Σ_pos Σ_rank (G·sB)_rank · u_rank,     G = Jᵀu_y at the site's output,  u = A z + a₀
+
+1. `parts` keeps the sum apart by position, head, expert and rank, as asked. Heads are those of the
+   output for q, k and v (rows of B), and those of the input for o (columns of A).
+2. `part_deltas` is δz with everything but one part set to zero. Forward mode needs it, as a tangent
+   goes through the model once for each part.
+3. Heads have one slot more than the model has heads: what belongs to none of them, such as a change
+   of bias, is last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from lens_lora.core.model import LoraLens
+from lens_lora.core.model.basis import SiteMap
+from lens_lora.core.model.sites import require_heads
+from lens_lora.core.readout import Prompts
+
+# --- ⟨G, δz⟩, split
+
+
+def axis_sizes(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """The size of each axis of parts.
+
+    That is: positions of the longest row, heads (or experts) and 'none', ranks of the largest site.
+
+    Raises:
+        ArgumentError: an axis of heads, and no site of attention.
+    """
+    if "head" in axes:
+        require_heads(lens.sites)
+    sizes = {
+        "position": prompts.tokens.shape[1],
+        "head": lens.heads.n_heads + 1,
+        "expert": max(site.experts for site in lens.sites) + 1,
+        "rank": max(site.rank for site in lens.sites),
+    }
+    return tuple(sizes[axis] for axis in axes)
+
+
+def parts(
+    site: SiteMap,
+    kind: str,
+    heads: int,
+    gradient: Float[Tensor, "batch pos out"],
+    z: Float[Tensor, "batch pos *head in"] | Int[Tensor, "batch pos"],
+    by: tuple[str, ...],
+) -> Float[Tensor, " batch *by"]:
+    """⟨G, δz⟩ of one site, kept apart along the axes of `by`.
+
+    Args:
+        site: the site's map z → δz.
+        kind: its kind, such as 'q' or 'o'.
+        heads: how many heads its input or output has; 0 outside attention.
+        gradient: G, at the site's output.
+        z: what the site reads; with an axis of heads where each head reads something else.
+        by: any of 'position', 'head', 'expert' and 'rank', in this order.
+    """
+    gradient = gradient.to(site.dtype)
+    if z.ndim == 4 or ("head" in by and heads):
+        by_rank = _products_by_head(site, kind, heads, gradient, z)
+    else:
+        products = site.back(gradient) * site.coordinates(z)
+        if not by:
+            return products.sum((1, 2))
+        by_rank = products[:, :, None]
+    # Axes: row, position, head, rank.
+    last_axis = "rank"
+    if "expert" in by:
+        by_expert = by_rank.unflatten(3, (max(site.experts, 1), -1))
+        by_rank = by_expert.sum(4)
+        last_axis = "expert"
+    names = {1: "position", 2: "head", 3: last_axis}
+    summed = [axis for axis, name in names.items() if name not in by]
+    return by_rank.sum(summed) if summed else by_rank
+
+
+def _products_by_head(
+    site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
+) -> Float[Tensor, "batch pos head rank"]:
+    """(G·sB)_rank · u_rank of each head."""
+    own = site.own_by_head(gradient, z, heads)
+    if own is not None:
+        return own
+    if kind == "o":
+        back = gradient @ site.sB
+        return back[:, :, None] * input_by_head(site, heads, z)
+    if site.sB_by_head is not None:
+        back = einsum(gradient, site.sB_by_head, "b p d, h d r -> b p h r")
+    else:
+        gradient_by_head = gradient.unflatten(-1, (heads, -1))
+        sB_by_head = site.sB.unflatten(0, (heads, -1))
+        back = einsum(gradient_by_head, sB_by_head, "b p h d, h d r -> b p h r")
+    u = site.coordinates(z)
+    if z.ndim != 4:
+        u = u[:, :, None]
+    return back * u
+
+
+def input_by_head(
+    site: SiteMap, heads: int, z: Float[Tensor, "row pos in"]
+) -> Float[Tensor, "row pos head rank"]:
+    """u of a site whose input has heads (o), kept apart by head; what belongs to none is last."""
+    z_by_head = z.to(site.A.dtype).unflatten(-1, (heads, -1))
+    A_by_head = site.A.unflatten(-1, (heads, -1))
+    u = einsum(z_by_head, A_by_head, "b p h d, r h d -> b p h r")
+    if site.a0_by_head is None:
+        return u
+    missing_heads = len(site.a0_by_head) - heads
+    return functional.pad(u, (0, 0, 0, missing_heads)) + site.a0_by_head
+
+
+# --- δz of one part alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The slot of each axis that each row keeps: −1 for all slots, None for all in every row."""
+
+    position: Int[Tensor, " row"] | None = None
+    head: Int[Tensor, " row"] | None = None
+    expert: Int[Tensor, " row"] | None = None
+    rank: Int[Tensor, " row"] | None = None
+
+
+def part_deltas(
+    site: SiteMap,
+    kind: str,
+    heads: int,
+    z: Float[Tensor, "_row pos *head in"] | Int[Tensor, "_row pos"],
+    slots: Slots,
+) -> Float[Tensor, "row pos out"]:
+    """δz of one site in each row, with everything but the row's own part set to zero.
+
+    z may have one row, which is then every row's.
+    """
+    u = _coordinates_of_parts(site, kind, heads, z, slots)
+    if slots.head is not None and site.sB_by_head is not None:
+        heads_kept = kept(slots.head, len(site.sB_by_head), u)
+        sB = einsum(heads_kept, site.sB_by_head, "b h, h d r -> b d r")
+        delta = u @ sB.transpose(1, 2)
+    elif slots.head is not None and kind != "o":
+        delta = site.write(u)
+        heads_kept = kept(slots.head, heads, delta)
+        features_kept = heads_kept.repeat_interleave(delta.shape[-1] // heads, 1)
+        delta = delta * features_kept[:, None]
+    else:
+        delta = site.write(u)
+    if slots.position is not None:
+        positions_kept = kept(slots.position, delta.shape[1], delta)
+        delta = delta * positions_kept[:, :, None]
+    return delta
+
+
+def _coordinates_of_parts(
+    site: SiteMap, kind: str, heads: int, z: Tensor, slots: Slots
+) -> Float[Tensor, "row pos *head rank"]:
+    """u in each row, with everything but the row's own head (of o), expert and rank set to zero."""
+    u = site.coordinates(z)
+    if slots.head is not None and kind == "o":
+        by_head = input_by_head(site, heads, z)
+        heads_kept = kept(slots.head, by_head.shape[2], u)
+        u = einsum(by_head, heads_kept, "b p h r, b h -> b p r")
+    masks: list[Tensor] = []
+    if slots.rank is not None:
+        masks.append(kept(slots.rank, u.shape[-1], u))
+    if slots.expert is not None and site.experts:
+        experts_kept = kept(slots.expert, site.experts, u)
+        masks.append(experts_kept.repeat_interleave(site.rank // site.experts, 1))
+    for mask in masks:
+        u = u * mask.view(len(mask), *[1] * (u.ndim - 2), -1)
+    return u
+
+
+def kept(slot: Int[Tensor, " row"], size: int, like: Tensor) -> Float[Tensor, "row size"]:
+    """1 where the row keeps the slot, else 0."""
+    slot = slot.to(like.device)[:, None]
+    places = torch.arange(size, device=like.device)
+    return ((slot == places) | (slot == -1)).to(like.dtype)

@@ -1,0 +1,88 @@
+"""Blocks that keep their inputs alone, and run once more on the way back.
+
+1. Each block runs under torch's non-reentrant checkpointing: the graph is the same, but what its
+   nodes save is thrown away. On the way back a block runs once more, when the first of these
+   tensors is asked for, so one block's tensors are held at a time.
+2. Hooks within a block therefore fire twice, a user's own too, and must be on the model until the
+   way back is done. They see the same numbers, with the same draws of torch's random numbers.
+3. A second run that returns something else than the first (a hook that counts its calls, say) would
+   give wrong derivatives: it is refused.
+
+Cost: one more forward pass for each way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from lens_lora.compat import Temporary, replace_forward
+from lens_lora.core.model import LoraLens
+from lens_lora.core.model.passes import ForwardPass
+from lens_lora.errors import ModelStateError, named
+
+# A second run would append to a key-value cache, so there is none.
+_CACHES = ("cache", "layer_past", "past_key_value", "past_key_values", "past_kv_cache_entry")
+
+
+def blocks_rerun(lens: LoraLens) -> AbstractContextManager[None]:
+    """Within the block, passes with a graph keep no more than the inputs of the model's blocks.
+
+    The lens's hooks must stay on until the way back is done.
+    """
+
+    def replace(span: Temporary) -> None:
+        for layer, block in enumerate(lens.model.blocks):
+            twice = functools.partial(_run_twice, f"blocks.{layer}", block.forward)
+            replace_forward(span, block, twice)
+
+    return Temporary(replace)
+
+
+def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A block's forward, which runs again on the way back where there is a graph."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
+    first_residual: Tensor | None = None
+    first_pass = ForwardPass.under_way()  # It is over when the block runs again.
+
+    def run(*args: Any) -> Any:
+        nonlocal first_residual
+        with contextlib.nullcontext() if first_pass is None else first_pass.goes_on():
+            out = forward(*args, **kwargs)
+        residual = (out[0] if isinstance(out, tuple) else out).detach()
+        if first_residual is None:
+            first_residual = residual
+        else:
+            _require_same(name, first_residual, residual)
+        return out
+
+    # To its end, so that there is an output to compare.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+def _require_same(name: str, first: Tensor, second: Tensor) -> None:
+    """Refuse a second run that returned something else than the first.
+
+    Raises:
+        ModelStateError: naming the block.
+    """
+    # Token by token: some have entries that are thousands of times those of the others.
+    room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().amax(-1)
+    is_same = ((first - second).abs().amax(-1) <= room).all()
+    if not bool(is_same | first.isnan().any()):
+        raise ModelStateError(
+            f"{name}: within {named('max_memory')} a block runs again on the way back, and it "
+            "returned something else than the first time. A hook of yours depends on how often it "
+            "was called, or draws numbers of its own. Make it return the same each time, or allow "
+            "more memory."
+        )

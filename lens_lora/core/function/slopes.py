@@ -1,0 +1,88 @@
+"""∂g/∂ε_l at many points, as many of them in one batch as the bound of the lens has room for.
+
+1. A point is one forward and one backward pass (`reverse.py`). Every row runs once for each point
+   of a batch, with the gates of that point.
+2. Prompts that are too many for one graph go in groups.
+3. By output token, ∂ℓ_t/∂ε_l comes from a covector for each token (`gate_graph.py`).
+4. A weighted sum over points, Σ_k w_k ∂g/∂ε_l at ε_k, is what an integral along a path needs. Only
+   the slopes of one batch are held.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.core.function import forward, gate_graph, memory, reverse
+from lens_lora.core.function.corners import Points
+from lens_lora.core.model import LoraLens
+from lens_lora.core.readout import Reading
+from lens_lora.errors import ArgumentError
+
+
+def slopes_at_points(
+    lens: LoraLens, reading: Reading, points: Points, axes: tuple[str, ...], *, progress: bool
+) -> Float[Tensor, "point batch site *by"]:
+    """∂g/∂ε_l at each point, split along the axes; by token on the last axis where asked for."""
+    if "token" in axes:
+        at_each: list[Tensor] = []
+        for point in points:
+            slopes = gate_graph.token_slopes(lens, reading, point, axes[:-1], progress=progress)
+            at_each.append(slopes)
+        return torch.stack(at_each)
+    groups: list[Tensor] = []
+    for group in memory.graph_groups(lens, reading):
+        points_at_once = memory.slopes_at_once(lens, group)
+        chunks = [_in_one_batch(lens, group, some, axes) for some in points.split(points_at_once)]
+        groups.append(torch.cat(chunks, 1))
+    return reverse.join_groups(groups).movedim(1, 0)
+
+
+def weighted_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    points: Points,
+    weights: Float[Tensor, " point"],
+    axes: tuple[str, ...],
+    *,
+    progress: bool,
+) -> Float[Tensor, "batch site *by"]:
+    """Σ_k w_k ∂g/∂ε_l at the points ε_k, summed up one batch after another.
+
+    Raises:
+        ArgumentError: another number of weights than of points, or slopes by token.
+    """
+    if weights.shape != points.shape[:1] or "token" in axes:
+        raise ArgumentError(
+            f"{tuple(weights.shape)} weights of {len(points)} points, by={axes!r}",
+            remedy="give each point of at a weight, and no by='token'.",
+        )
+    weights = weights.to(points)
+    groups = memory.graph_groups(lens, reading)
+    sums: list[Tensor] = []
+    with forward.bar_of(len(points) * len(groups), progress, "slopes") as bar:
+        for group in groups:
+            step = memory.slopes_at_once(lens, group)
+            total = weights.new_zeros(())
+            batches = zip(points.split(step), weights.split(step), strict=True)
+            for some_points, their_weights in batches:
+                slopes = _in_one_batch(lens, group, some_points, axes)
+                total = total + torch.einsum("bk...,k->b...", slopes, their_weights)
+                bar.update(len(some_points))
+            sums.append(total)
+    return reverse.join_groups(sums)
+
+
+def _in_one_batch(
+    lens: LoraLens, reading: Reading, points: Points, axes: tuple[str, ...]
+) -> Float[Tensor, "batch point site *by"]:
+    """Run every row once for each point, in one forward and one backward pass."""
+    many = reading
+    gates = points[0]
+    if len(points) > 1:
+        many = reading.repeat(len(points))
+        gates = points.repeat(len(reading.owner), 1)  # Those of each row.
+    slopes = reverse.Slopes(lens, many.prompts, axes)
+    reverse.site_gradients(lens, many, gates, slopes.visit)
+    return slopes.by_prompt(many).unflatten(0, (reading.batch, len(points)))
