@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import LoraLens, Prompts, rounding_noise
+from lens_lora.core import HookFn, LoraLens, Prompts, rounding_hooks
 from lens_lora.ship.served_rows import ServedRow
 from lens_lora.texts.batches import TOKENS_AT_ONCE, logits_of, over_texts
 
@@ -91,21 +91,33 @@ class ServedTokens:
         Args:
             relative: the standard deviation of the noise, relative to what it is added to.
         """
-        with rounding_noise(self.lens, relative):
-            return self.at(self.lens.gates(1.0))
+        noise = rounding_hooks(self.lens, relative=relative)
+        ids = [row.ids for row in self.rows]
+        log_p = _log_probs(self.lens, self.lens.gates(1.0), ids, hooks=noise)
+        return log_p[self._is_told]
 
 
 def _log_probs(
-    lens: LoraLens, gates: Float[Tensor, " site"], rows: Sequence[list[int]]
+    lens: LoraLens,
+    gates: Float[Tensor, " site"],
+    rows: Sequence[list[int]],
+    hooks: Sequence[tuple[str, HookFn]] = (),
 ) -> Float[Tensor, "row pos"]:
-    """The log p of each token given those before it; NaN for first tokens and padding."""
+    """The log p of each token given those before it; NaN for first tokens and padding.
+
+    Args:
+        lens: the adapter over the model.
+        gates: of its sites.
+        rows: the ids of each row.
+        hooks: further hooks for these passes.
+    """
     tokens = _padded(rows, 0).long()
     lengths = torch.tensor([len(row) for row in rows])
     texts = Prompts(tokens.to(lens.device), lengths.to(lens.device))
     log_p = torch.full(tokens.shape, math.nan, dtype=torch.float64)
 
     def visit(index: list[int], batch: Prompts) -> None:
-        distribution = logits_of((lens, gates), batch)[:, :-1].log_softmax(-1)
+        distribution = logits_of((lens, gates), batch, hooks)[:, :-1].log_softmax(-1)
         following = batch.tokens[:, 1:]
         chosen = distribution.gather(2, following[..., None])[..., 0].cpu().double()
         for row, values in zip(index, chosen, strict=True):
