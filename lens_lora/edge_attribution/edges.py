@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Literal, final, get_args
 
 import pandas as pd
@@ -29,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.arguments import number, word
+from lens_lora.arguments import number, whole, word
 from lens_lora.core import (
     Attribution,
     Effects,
@@ -50,11 +52,13 @@ from lens_lora.core import (
     indicator,
     is_hooked,
     long_table,
+    only_prompt,
     require_finite,
     tokens_at,
 )
 from lens_lora.edge_attribution.by_reader import edge_values
-from lens_lora.edge_attribution.path_patching import Path, patched_edges
+from lens_lora.edge_attribution.graph_file import EdgesOfPrompt, graph_of
+from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
 from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 
@@ -190,7 +194,7 @@ class Edges(Ranked):
         return parts if sorted(covered) == sorted(wanted) else None
 
     def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
-        """The k strongest edges, from the writer's layer to the reader's.
+        """The k strongest edges, from writers on the left to readers on the right.
 
         Args:
             k: how many.
@@ -200,6 +204,46 @@ class Edges(Ranked):
             ArgumentError: no such prompt; k below 1.
         """
         return drawing.graph(self, k, prompt)
+
+    def save_graph(self, path: str | Path, prompt: int | None = None, k: int | None = None) -> Path:
+        """Write the graph of one prompt in the JSON that circuit-tracer and Neuronpedia read.
+
+        Nodes are writers, readers and the readout, at the token at which an edge is read, where the
+        edges were split by position, and else at the last token. A reader's link to the readout
+        is the sum of the edges into it.
+
+        Args:
+            path: the file, whose name without its suffix becomes the graph's.
+            prompt: an index; without it, the only prompt.
+            k: how many of the strongest edges; without it, all.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArgumentError: several prompts and none named, no such prompt, a k below 1.
+        """
+        path = Path(path)
+        index = only_prompt(prompt, len(self.base), "graphs")
+        most = None if k is None else whole("k", k, 1)
+        graph = graph_of(self._of_prompt(index), path.stem, most)
+        path.write_text(json.dumps(graph, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        return path
+
+    def _of_prompt(self, index: int) -> EdgesOfPrompt:
+        tokens = self.str_tokens[index]
+        values = self.values[index, :, :, : len(tokens)] if self.by else self.per_edge[index]
+        return EdgesOfPrompt(
+            tokens=tokens,
+            values=values if self.by else values[..., None],
+            writers={name: self.sites[sites[0]].layer for name, sites in self.groups.items()},
+            readers=self.readers,
+            readout=self.readout,
+            units=self.units,
+            at=self.at,
+            model=self.meta["model"],
+            adapter=self.meta["adapter"],
+        )
 
 
 @analysis
@@ -326,7 +370,7 @@ def patch_edges(
     )
 
 
-def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[Path]:
+def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[EdgePath]:
     """The different pairs as paths, after their names and directions were checked."""
     try:
         names = [(writer, reader) for writer, reader in pairs]
@@ -338,13 +382,13 @@ def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> li
             f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
         )
     readers = _reader_names(lens)
-    paths: list[Path] = []
+    paths: list[EdgePath] = []
     for writer, reader in dict.fromkeys(names):
         if reader not in readers:
             near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3)
             near = near or readers[:3]
             raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
-        path = Path(writer, _writer_sites(lens, writer, groups), reader)
+        path = EdgePath(writer, _writer_sites(lens, writer, groups), reader)
         _require_downstream(lens, path)
         _require_no_hook_behind(lens, path)
         paths.append(path)
@@ -379,7 +423,7 @@ def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...
         ) from error
 
 
-def _require_downstream(lens: LoraLens, path: Path) -> None:
+def _require_downstream(lens: LoraLens, path: EdgePath) -> None:
     """Refuse a reader that comes before all of the writer's sites."""
     layer = reader_layer(lens, path.reader)
     blocks = {lens.sites[site].layer for site in path.sites}
@@ -390,7 +434,7 @@ def _require_downstream(lens: LoraLens, path: Path) -> None:
         )
 
 
-def _require_no_hook_behind(lens: LoraLens, path: Path) -> None:
+def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
     """Refuse a path within a block behind which a hook of the caller's own is.
 
     What a reader in the site's own block saw is taken off the stream behind that block, which has

@@ -40,7 +40,7 @@ from lens_lora.errors import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class EdgePath:
     """From sites that are switched together to one reader.
 
     Attributes:
@@ -54,7 +54,7 @@ class Path:
     reader: str
 
 
-def patched_edges(g: Function, paths: Sequence[Path], at: float) -> Float[Tensor, "batch path"]:
+def patched_edges(g: Function, paths: Sequence[EdgePath], at: float) -> Float[Tensor, "batch path"]:
     """How g at this strength changes along each path.
 
     Cost: at most a forward pass for each path, batched.
@@ -79,7 +79,7 @@ def patched_edges(g: Function, paths: Sequence[Path], at: float) -> Float[Tensor
 
 
 def _patched_in_group(
-    g: Function, paths: Sequence[Path], at: float, bar: tqdm[Any]
+    g: Function, paths: Sequence[EdgePath], at: float, bar: tqdm[Any]
 ) -> Float[Tensor, "batch path"]:
     """How g of some prompts changes along each path, as many paths at a time as fit."""
     step = max(1, g.passes.copies_at_once - 1)
@@ -91,7 +91,7 @@ def _patched_in_group(
     return torch.cat(values, 1)
 
 
-def _with_sites_that_reach(g: Function, paths: Sequence[Path], at: float) -> list[Path]:
+def _with_sites_that_reach(g: Function, paths: Sequence[EdgePath], at: float) -> list[EdgePath]:
     """The paths, each with those of its writer's sites whose writes reach the reader."""
     lens = g.lens
     within = _within_blocks(g, paths, at)
@@ -101,7 +101,7 @@ def _with_sites_that_reach(g: Function, paths: Sequence[Path], at: float) -> lis
             return (site, block_reader(reader)) in within
         return lens.sites[site].layer <= reader_layer(lens, reader)
 
-    reaching: list[Path] = []
+    reaching: list[EdgePath] = []
     for path in paths:
         sites = tuple(site for site in path.sites if reaches(site, path.reader))
         if not sites:
@@ -113,7 +113,7 @@ def _with_sites_that_reach(g: Function, paths: Sequence[Path], at: float) -> lis
     return reaching
 
 
-def _within_blocks(g: Function, paths: Sequence[Path], at: float) -> set[tuple[int, str]]:
+def _within_blocks(g: Function, paths: Sequence[EdgePath], at: float) -> set[tuple[int, str]]:
     """The (site, reader) of one block whose reader sees the site's write.
 
     A pass with tangents shows them. Where no path is within a block, nothing is run.
@@ -125,7 +125,7 @@ def _within_blocks(g: Function, paths: Sequence[Path], at: float) -> set[tuple[i
     return found
 
 
-def _has_site_in_block_of_reader(lens: LoraLens, path: Path) -> bool:
+def _has_site_in_block_of_reader(lens: LoraLens, path: EdgePath) -> bool:
     return any(_is_in_own_block(lens, site, path.reader) for site in path.sites)
 
 
@@ -136,7 +136,7 @@ def _is_in_own_block(lens: LoraLens, site: int, reader: str) -> bool:
 class _Run:
     """One run of a plain row of each prompt, and of a row for each path."""
 
-    def __init__(self, g: Function, paths: Sequence[Path], at: float) -> None:
+    def __init__(self, g: Function, paths: Sequence[EdgePath], at: float) -> None:
         self._g = g
         self._lens = g.lens
         self._gates = g.lens.gates(at).repeat(1 + len(paths), 1)

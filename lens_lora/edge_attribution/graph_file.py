@@ -1,0 +1,234 @@
+"""Edges as an attribution graph in the JSON that circuit-tracer and Neuronpedia read.
+
+A node is a writer, a reader, or the readout, at one token. Links are
+
+    writer → reader     the edge ⟨δ_l, G_m⟩
+    writer → readout    the edge to the reader 'logits', which no block reads any more
+    reader → readout    Σ_l of the edges into this reader: what goes through it from here on
+
+so that every path from a writer leads to the readout. A writer adds to the residual stream at the
+token at which its reader reads, so both stand at that token. Where edges are summed over positions,
+all nodes stand at the last token.
+
+The fields are those of `circuit_tracer/frontend/graph_models.py` (github.com/safety-research/
+circuit-tracer) and of the graph schema of Neuronpedia (github.com/hijohnnylin/neuronpedia), which
+both draw nodes by layer and token. `influence` is the cumulative share of Σ|link| over nodes, the
+strongest first, by which both hide weak nodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora._version import __version__
+from lens_lora.edge_attribution.readers import LOGITS
+
+# Up to which share of Σ|link| nodes are shown at first.
+_SHOWN_SHARE = 0.8
+# How many nodes are pinned, so that the viewer's subgraph is not empty.
+_PINNED = 10
+_GENERATOR = {"name": "lens_lora", "version": __version__}
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgesOfPrompt:
+    """The edges of one prompt.
+
+    Attributes:
+        tokens: the prompt's tokens.
+        values: the edges, at each position or with a single last entry, the sum over positions.
+        writers: by name, the layer of the writer's first site.
+        readers: their names, in the order of a forward pass.
+        readout, units: what is read of the logits.
+        at: the gate value at which first order is taken.
+        model, adapter: their names.
+    """
+
+    tokens: Sequence[str]
+    values: Float[Tensor, "writer reader position"]
+    writers: Mapping[str, int]
+    readers: Sequence[str]
+    readout: str
+    units: str
+    at: float
+    model: str
+    adapter: str
+
+
+class _Node(NamedTuple):
+    """What a node is, before it has its links.
+
+    Attributes:
+        name: of the writer or reader.
+        is_writer: whether it writes.
+        layer: as the viewers count layers.
+        feature: a number of its own among all writers and readers.
+        position: the token at which it stands.
+    """
+
+    name: str
+    is_writer: bool
+    layer: str
+    feature: int
+    position: int
+
+    @property
+    def node_id(self) -> str:
+        """The node's name in links: layer, feature and token."""
+        return f"{self.layer}_{self.feature}_{self.position}"
+
+
+class _Link(NamedTuple):
+    source: str
+    target: str
+    weight: float
+
+
+def graph_of(edges: EdgesOfPrompt, slug: str, k: int | None) -> dict[str, Any]:
+    """The graph of one prompt, as plain data for JSON.
+
+    Args:
+        edges: the prompt's edges.
+        slug: what the graph is called.
+        k: how many of the strongest edges; None for all that are not zero.
+    """
+    last = len(edges.tokens) - 1
+    n_layers = _layer_count(edges.readers)
+    readout = _Node(edges.readout, False, str(n_layers + 1), 0, last)
+    nodes = {readout.node_id: readout}
+    links: list[_Link] = []
+    through: dict[str, float] = {}
+    for row, column, position, value in _strongest(edges, k):
+        writer = _writer_node(edges, row, n_layers, position)
+        nodes[writer.node_id] = writer
+        if edges.readers[column] == LOGITS:
+            links.append(_Link(writer.node_id, readout.node_id, value))
+            continue
+        reader = _reader_node(edges, column, position)
+        nodes[reader.node_id] = reader
+        links.append(_Link(writer.node_id, reader.node_id, value))
+        through[reader.node_id] = through.get(reader.node_id, 0.0) + value
+    for node_id, value in through.items():
+        links.append(_Link(node_id, readout.node_id, value))
+
+    influence = _influence(links)
+    return {
+        "metadata": _metadata(edges, slug),
+        "qParams": {
+            "pinnedIds": _pinned(links),
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": readout.node_id,
+            "sg_pos": "",
+        },
+        "nodes": [_node_fields(node, readout, influence) for node in nodes.values()],
+        "links": [link._asdict() for link in links],
+    }
+
+
+def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[tuple[int, int, int, float]]:
+    """The k strongest edges, as (writer, reader, token, value)."""
+    values = edges.values.double()
+    _, n_readers, n_positions = values.shape
+    # Sums over positions stand at the last token.
+    first_position = len(edges.tokens) - 1 if n_positions == 1 else 0
+    order = values.abs().flatten().argsort(descending=True, stable=True)
+    for place in order[:k].tolist():
+        value = float(values.flatten()[place])
+        if value == 0:
+            return
+        pair, position = divmod(place, n_positions)
+        row, column = divmod(pair, n_readers)
+        yield row, column, first_position + position, value
+
+
+def _layer_count(readers: Iterable[str]) -> int:
+    """The number of the model's blocks, every one of which has readers."""
+    return 1 + max(int(name.split(".")[1]) for name in readers if name != LOGITS)
+
+
+def _writer_node(edges: EdgesOfPrompt, row: int, n_layers: int, position: int) -> _Node:
+    """The node of a writer, in the layer of its first site."""
+    name, layer = list(edges.writers.items())[row]
+    if layer < 0:
+        # The viewers call the layer of embeddings so.
+        return _Node(name, True, "E", row, position)
+    return _Node(name, True, str(min(layer, n_layers)), row, position)
+
+
+def _reader_node(edges: EdgesOfPrompt, column: int, position: int) -> _Node:
+    """The node of a reader in a block."""
+    name = edges.readers[column]
+    return _Node(name, False, name.split(".")[1], len(edges.writers) + column, position)
+
+
+def _metadata(edges: EdgesOfPrompt, slug: str) -> dict[str, Any]:
+    return {
+        "slug": slug,
+        "scan": edges.model,
+        "transcoder_list": [],
+        "prompt_tokens": list(edges.tokens),
+        "prompt": "".join(edges.tokens),
+        "node_threshold": _SHOWN_SHARE,
+        "schema_version": 1,
+        "info": {
+            "description": f"Edges of the adapter {edges.adapter} by first order: "
+            f"{edges.readout}, in {edges.units}, at ε = {edges.at:g}.",
+            "generator": _GENERATOR,
+        },
+        "generation_settings": {
+            "adapter": edges.adapter,
+            "readout": edges.readout,
+            "units": edges.units,
+            "at": edges.at,
+        },
+    }
+
+
+def _pinned(links: Sequence[_Link]) -> list[str]:
+    """The nodes of the strongest links."""
+    pinned: dict[str, None] = {}
+    for link in sorted(links, key=lambda link: -abs(link.weight)):
+        if len(pinned) >= _PINNED:
+            break
+        pinned |= {link.source: None, link.target: None}
+    return list(pinned)
+
+
+def _influence(links: Sequence[_Link]) -> dict[str, float]:
+    """For each source of links, the cumulative share of Σ|link|, the strongest first."""
+    sizes: dict[str, float] = {}
+    for link in links:
+        sizes[link.source] = sizes.get(link.source, 0.0) + abs(link.weight)
+    total = sum(sizes.values())
+    shares: dict[str, float] = {}
+    so_far = 0.0
+    for node_id, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        so_far += size
+        shares[node_id] = so_far / total
+    return shares
+
+
+def _node_fields(node: _Node, readout: _Node, influence: Mapping[str, float]) -> dict[str, Any]:
+    is_readout = node is readout
+    kind = "lora writer" if node.is_writer else "reader"
+    return {
+        "node_id": node.node_id,
+        "feature": node.feature,
+        "layer": node.layer,
+        "ctx_idx": node.position,
+        "feature_type": "logit" if is_readout else kind,
+        "token_prob": 0.0,
+        "is_target_logit": is_readout,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": f"{node.layer}_{node.feature}-{node.position}",
+        "clerp": node.name if is_readout or node.is_writer else f"{node.name} reads",
+        "influence": influence.get(node.node_id),
+        "activation": None,
+    }
