@@ -12,7 +12,9 @@ x for reader m alone, before its norm.
    branch and nothing that reads it. At the end of a block the tangents are complete, and end there.
 3. The way back through the graph of the values gives every G_m, and every a_l. By head, the
    gradient at q, k or v goes on to x one head at a time, through these maps and their norm alone.
-4. Σ_m ⟨δ_l, G_m⟩ is compared with a_l. A model that does more than x + branch(norm(x)), such as a
+4. A readout inside the model, at a point of the stream, is the last reader in place of the final
+   norm. The pass ends there.
+5. Σ_m ⟨δ_l, G_m⟩ is compared with a_l. A model that does more than x + branch(norm(x)), such as a
    norm in the stream itself, or a hook in between leaves a gap, and is refused.
 
 Cost: one forward and one backward pass, in which each site has a tangent through the rest of its
@@ -34,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.core import (
+    AtPoint,
     Function,
     HookFn,
     Injection,
@@ -102,6 +105,12 @@ def edge_values(
         exists=parts[0].exists,
         value=torch.cat([part.value for part in parts]),
     )
+
+
+def point_of(g: Function) -> str | None:
+    """The hook point that a readout inside the model reads; None for one of the logits."""
+    read = g.reading.read
+    return read.name if isinstance(read, AtPoint) else None
 
 
 def held_bytes(g: Function, by_head: bool = False) -> int:
@@ -210,6 +219,9 @@ class Pass:
         hooks: list[tuple[str, HookFn]] = [
             (host.block_input(layer), self._end_block) for layer in range(host.n_layers)
         ]
+        point = point_of(self._g)
+        if point is not None:
+            hooks.append((point, functools.partial(self._read_at_point, point)))
         if by_head:
             hooks += head_hooks(lens, self._read_heads)
         with dual_level(), readers_shown(lens, self._read), attached(lens.model, hooks):
@@ -247,6 +259,11 @@ class Pass:
         del hook
         self._keep_written(stream, is_within_block=False)
         return value_of(stream)
+
+    def _read_at_point(self, name: str, stream: Tensor, hook: Any) -> Tensor:
+        """Show a readout inside the model, the last reader, the stream at its hook point."""
+        del hook
+        return self._read(name, stream)
 
     def _read(self, name: str, x: Tensor) -> Tensor:
         """Show a reader x without its tangents, and keep the gradient of x on the way back."""

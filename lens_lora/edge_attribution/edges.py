@@ -5,7 +5,7 @@
 δ_l is the derivative, by ε_l, of what the site's own branch (attention, or the MLP) adds to the
 residual stream. G_m is the gradient of g by the input of reader m alone, before its norm. So an
 edge ⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
-any way. The reader 'logits' is the final norm, behind all blocks.
+any way. The last reader is the final norm, 'logits', or the point of a readout inside the model.
 
 1. `edges` gives all of them at one gate value, from one pass forward with tangents for δ, and back
    for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks.
@@ -56,11 +56,12 @@ from lens_lora.core import (
     require_finite,
     tokens_at,
 )
-from lens_lora.edge_attribution.by_reader import edge_values
+from lens_lora.edge_attribution.by_reader import edge_values, point_of
 from lens_lora.edge_attribution.graph_file import EdgesOfPrompt, graph_of
 from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
 from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.formats.directions import is_stream
 
 Readers = Literal["block", "head"]
 _ARROW = " → "
@@ -79,8 +80,9 @@ class Edges(Ranked):
         values: [batch, group, reader], or with a last axis of positions; zero where the reader is
             not downstream. Summed over readers, first order.
         groups: {name: indices into sites}; single sites carry their own name.
-        readers: 'blocks.5.attn', 'blocks.5.mlp', …, 'logits'; by head 'blocks.5.attn.3.q', where k
-            and v count the heads of keys and values.
+        readers: 'blocks.5.attn', 'blocks.5.mlp', …, and last 'logits', or the hook point of a
+            `Projection`; by head 'blocks.5.attn.3.q', where k and v count the heads of keys and
+            values.
         exists: [group, reader], whether the reader is downstream of a site of the group.
         at: the gate value at which first order is split.
         by: () or ('position',), where the reader reads it.
@@ -264,7 +266,9 @@ def edges(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, what is read of the logits; or a `Projection` at a point of the residual
+            stream. The readers are then those before the point, and the point itself in place of
+            'logits'.
         readers: 'block' for attention and MLP of each block, or 'head', where attention is split
             into each head's q, k and v.
         at: the gate value at which first order is taken: 0 base, 1 adapted.
@@ -277,14 +281,15 @@ def edges(
         first order.
 
     Raises:
-        ArgumentError: other readers, another axis or group, a KL at 0, too little memory.
+        ArgumentError: other readers, another axis or group, a KL at 0, too little memory, a
+            `Projection` elsewhere than in the residual stream.
         SiteError: a glob of a group that matches no site.
         ModelStateError: a model whose edges do not sum to first order, naming the site; heads that
             are not known; an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives.
     """
-    g.require_logits("edges")
+    _require_stream(g)
     word("readers", readers, get_args(Readers))
     at = number("at", at)
     axes = by_axes(by, ("position",))
@@ -305,6 +310,25 @@ def edges(
         by=axes,
         **g.header(),
     )
+
+
+def _require_stream(g: Function) -> None:
+    """Refuse a readout inside the model that does not read the residual stream of a block."""
+    point = point_of(g)
+    if point is None:
+        return
+    last = f"blocks.{g.lens.host.n_layers - 1}.hook_resid_post"
+    if not is_stream(point):
+        raise ArgumentError(
+            f"{point} is no point of the residual stream, at which edges end",
+            remedy=f"read the direction at a point such as {last!r}, or use ll.first_order, which "
+            "takes any point.",
+        )
+    if not point.startswith("blocks."):
+        raise ArgumentError(
+            f"{point} is within the final norm, which is a reader itself",
+            remedy=f"name the point before it, {last!r}, which holds the same.",
+        )
 
 
 @analysis

@@ -3,7 +3,7 @@
 A node is a writer, a reader, or the readout, at one token. Links are
 
     writer → reader     the edge ⟨δ_l, G_m⟩
-    writer → readout    the edge to the reader 'logits', which no block reads any more
+    writer → readout    the edge to the last reader: 'logits', or the point of a `Projection`
     reader → readout    Σ_l of the edges into this reader: what goes through it from here on
 
 so that every path from a writer leads to the readout. A writer adds to the residual stream at the
@@ -26,7 +26,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora._version import __version__
-from lens_lora.edge_attribution.readers import LOGITS
 
 # Up to which share of Σ|link| nodes are shown at first.
 _SHOWN_SHARE = 0.8
@@ -106,7 +105,7 @@ def graph_of(edges: EdgesOfPrompt, slug: str, k: int | None) -> dict[str, Any]:
     for row, column, position, value in _strongest(edges, k):
         writer = _writer_node(edges, row, n_layers, position)
         nodes[writer.node_id] = writer
-        if edges.readers[column] == LOGITS:
+        if column == len(edges.readers) - 1:
             links.append(_Link(writer.node_id, readout.node_id, value))
             continue
         reader = _reader_node(edges, column, position)
@@ -148,8 +147,9 @@ def _strongest(edges: EdgesOfPrompt, k: int | None) -> Iterator[tuple[int, int, 
 
 
 def _layer_count(readers: Iterable[str]) -> int:
-    """The number of the model's blocks, every one of which has readers."""
-    return 1 + max(int(name.split(".")[1]) for name in readers if name != LOGITS)
+    """The number of blocks that have readers."""
+    in_blocks = [name for name in readers if name.startswith("blocks.")]
+    return 1 + max(int(name.split(".")[1]) for name in in_blocks)
 
 
 def _writer_node(edges: EdgesOfPrompt, row: int, n_layers: int, position: int) -> _Node:

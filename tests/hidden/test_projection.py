@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import cases
 import models
 import pytest
@@ -230,6 +232,102 @@ def test_a_feature_of_an_autoencoder():
         assert (active - autoencoder.encode(h)[..., index].mean(1)).abs().max() < EXACT
 
 
+class JumpReLU:
+    """An autoencoder with the attributes and the arithmetic of SAELens's JumpReLU one.
+
+    b_dec is taken off its input where its configuration says so, and a feature is off unless its
+    pre-activation is above the feature's own threshold.
+    """
+
+    def __init__(self, width: int, features: int = 6) -> None:
+        generator = models.seeded(9)
+        self.W_enc = torch.randn(width, features, generator=generator, dtype=torch.float64)
+        self.W_dec = self.W_enc.T.clone()
+        self.b_enc = torch.randn(features, generator=generator, dtype=torch.float64)
+        self.b_dec = torch.randn(width, generator=generator, dtype=torch.float64)
+        self.threshold = torch.rand(features, generator=generator, dtype=torch.float64)
+        metadata = SimpleNamespace(hook_name=POINT, hook_head_index=None)
+        self.cfg = SimpleNamespace(
+            metadata=metadata, normalize_activations="none", apply_b_dec_to_input=True
+        )
+
+    def pre(self, h: Tensor) -> Tensor:
+        return (h - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, h: Tensor) -> Tensor:
+        before = self.pre(h)
+        return before.relu() * (before > self.threshold)
+
+
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_a_feature_of_saelens_s_form(cls: str, activated: bool):
+    """Values and slopes of each feature from PEFT's model, a hook, and the autoencoder's own code.
+
+    At the positions of one token, as a threshold is crossed token by token.
+    """
+    case = cases.case("llama", cls, "raw")
+    sae = JumpReLU(width_of(case))
+    block = case.peft.base_model.model.get_submodule(BLOCKS["llama"])
+    read = sae.encode if activated else sae.pre
+    is_off: list[bool] = []
+
+    def by_peft(index: int, factors: dict[str, float]) -> Tensor:
+        with reference.peft_scales(case.peft, factors), kept(block) as seen:
+            case.peft(TOKENS)
+        return read(seen[-1])[:, -1, index]
+
+    for index in range(len(sae.b_enc)):
+        readout = ll.Projection((sae, index), POINT, positions=-1, activated=activated)
+        g = case.lens.function(TOKENS, readout)
+        modules = sorted({site.module for site in g.lens.sites})
+        for strength in (0.0, 0.5, 1.0):
+            expected = by_peft(index, dict.fromkeys(modules, strength))
+            assert (g(strength) - expected).abs().max() < EXACT
+        is_off.append(bool((g(1.0) == 0).any()))
+        slopes = ll.first_order(case.lens, TOKENS, readout, at=1.0).values
+        step = 1e-6
+        for module in modules[:3]:
+            factors = dict.fromkeys(modules, 1.0)
+            above = by_peft(index, factors | {module: 1.0 + step})
+            below = by_peft(index, factors | {module: 1.0 - step})
+            sites = [i for i, site in enumerate(g.lens.sites) if site.module == module]
+            expected = (above - below) / (2 * step)
+            assert (slopes[:, sites].sum(1) - expected).abs().max() < 1e-5
+    assert any(is_off) is activated
+    assert all(is_off) is False
+
+
+@models.NEEDS_NEWEST
+@pytest.mark.parametrize("name", ["OLMo 2", "Cohere"])
+def test_values_and_slopes_are_those_of_peft_without_a_table(name: str):
+    """Two decoders that families.py does not have."""
+    case = architectures.case(name)
+    d = direction(width_of(case))
+    readout = ll.Projection(d, POINT)
+    g = case.lens.function(TOKENS, readout)
+    modules = sorted({site.module for site in g.lens.sites})
+    block = case.peft.base_model.model.get_submodule("model.layers.0")
+
+    def by_peft(factors: dict[str, float]) -> Tensor:
+        with reference.peft_scales(case.peft, factors), kept(block) as seen:
+            case.peft(TOKENS)
+        return (seen[-1] @ d)[:, 1:].mean(1)
+
+    for strength in (0.0, 0.5, 1.0):
+        expected = by_peft(dict.fromkeys(modules, strength))
+        assert (g(strength) - expected).abs().max() < EXACT
+    slopes = ll.first_order(case.lens, TOKENS, readout, at=1.0).values
+    step = 1e-5
+    for module in modules:
+        factors = dict.fromkeys(modules, 1.0)
+        above = by_peft(factors | {module: 1.0 + step})
+        below = by_peft(factors | {module: 1.0 - step})
+        sites = [i for i, site in enumerate(g.lens.sites) if site.module == module]
+        expected = (above - below) / (2 * step)
+        assert (slopes[:, sites].sum(1) - expected).abs().max() < 1e-6
+
+
 def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
     """Its rows are those of direct calls."""
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
@@ -244,7 +342,6 @@ def test_a_sweep_has_the_sites_before_the_point(tmp_path: Path):
 
 
 OF_THE_LOGITS: dict[str, Callable[..., Any]] = {
-    "edges": lambda *q: ll.edges(*q),
     "patch_edges": lambda *q: ll.patch_edges(*q, [("blocks.0.attn.q", "blocks.0.mlp")]),
     "bank": lambda *q: ll.bank(*q),
     "checkpoints": lambda lens, *q: ll.checkpoints(lens, [lens.adapter, lens.adapter], *q),
