@@ -17,7 +17,7 @@ from lens_lora.core import Drawn, Paged, Pictured, Result
 UNITS = "furlongs"
 BRIDGE = list(models.MAKERS)[-1]
 # Classes whose picture shows shares, which have no units.
-SHARES = ("Faithfulness", "BestSubset", "KLShares", "ConstantPart")
+SHARES = ("Faithfulness", "BestSubset", "KLShares", "ConstantPart", "ScaledIntruders")
 # Classes whose story is of steps at which a sign changes, and holds no value of the readout.
 OF_STEPS = ("Checkpoints",)
 
