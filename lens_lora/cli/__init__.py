@@ -1,11 +1,12 @@
-"""The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`,
-`verify`, `sweep`, `scan`.
+"""The command line, `lens-lora`, with a function for each command.
+
+The commands are `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `verify`, `sweep`
+and `scan`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
 
-Each command, in `cli/`, checks its options without torch, and imports what does the work once
-they are good.
+Each command checks its options without torch, and imports what does the work once they are good.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ app: typer.Typer = typer.Typer(
 def _print_versions(wanted: bool) -> None:
     if wanted:
         system = {"Python": platform.python_version(), "platform": platform.platform()}
-        typer.echo("\n".join(map(" ".join, {**versions(), **system}.items())))
+        for name, version in {**versions(), **system}.items():
+            typer.echo(f"{name} {version}")
         raise typer.Exit
 
 
@@ -42,7 +44,7 @@ _VERSION = typer.Option("--version", callback=_print_versions, is_eager=True, he
 def main(version: Annotated[bool | None, _VERSION] = False) -> None:
     """What did this fine-tune change in this model, which parts of it did that,
     and can I trust the answer?"""
-    # PEFT imports it, and it speaks of a faster kernel that could be installed.
+    # PEFT imports bitsandbytes, which speaks of a faster kernel that could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

@@ -1,23 +1,21 @@
-"""An adapter as a whole: `inspect`, `diff`, `checkpoints` of a training, `repair`, `verify`."""
+"""Commands about an adapter as a whole: `inspect`, `diff`, `checkpoints` and `repair`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.cli import options, running
+from lens_lora.cli import files, options, running
+from lens_lora.cli.questions import Question, Questions
 from lens_lora.formats.folders import checkpoint_folders, stated_fields
 
-if TYPE_CHECKING:
-    pass
-
-
+# An option that names a file to write.
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 
@@ -27,8 +25,10 @@ class ModelBeside(options.ModelOptions):
 
     model: Annotated[
         str | None,
-        "Base model, a folder or hub id, or 'embedded' for SmolLM2-135M-Instruct: adds "
-        "the sites and ‖ΔW‖/‖W‖. Default: none.",
+        typer.Option(
+            help="Base model, a folder or hub id, or 'embedded' for SmolLM2-135M-Instruct: adds "
+            "the sites and ‖ΔW‖/‖W‖. Default: none."
+        ),
     ] = None
 
 
@@ -43,12 +43,13 @@ def inspect(
     base: ModelBeside,
 ) -> None:
     """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
-    folder = options.folder_of(adapter, within, quiet=quiet)
+    folder = files.folder_of(adapter, within, quiet=quiet)
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.directions.spectra import summarise
         from lens_lora.directions.summary_tables import adapter_table, spectra_table
 
-        loaded, lens = ll.load_adapter(folder), None
+        loaded = ll.load_adapter(folder)
+        lens = None
         if base.model is not None:
             lens = running.lens_for(base, loaded, progress, leaves_out=True)
         summary = summarise(loaded, lens)
@@ -67,18 +68,27 @@ def diff(
         options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
     ] = None,
     unrelated: Annotated[
-        list[str] | None, "An adapter trained for something else, as a control; may be repeated."
+        list[str] | None,
+        typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
     ] = None,
-    nulls: Annotated[int, options.least(0, "Controls in random directions, of its KL.")] = 2,
-    fast: Annotated[bool, "Fewer texts and words, without the split by module."] = False,
+    nulls: Annotated[
+        int, options.least(0, "How many controls in random directions, with the adapter's KL.")
+    ] = 2,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Fewer texts and words, and no split by module.")
+    ] = False,
     report: options.ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
-        Path | None, _to_write(help="Also the numbers: a table (.csv), or all (.safetensors).")
+        Path | None,
+        _to_write(help="Also write the numbers: as a table (.csv), or all (.safetensors)."),
     ] = None,
-    json: Annotated[Path | None, _to_write(help="Also the brief, for a program.")] = None,
+    json: Annotated[Path | None, _to_write(help="Also write the brief, for a program.")] = None,
     jacobian: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder that keeps the base's Jacobian, for readings."),
+        typer.Option(
+            file_okay=False,
+            help="Folder for the base's Jacobian, by which more is read; kept for next time.",
+        ),
     ] = None,
     quiet: options.QuietOption = False,
     within: options.Within,
@@ -90,11 +100,11 @@ def diff(
     """
     if save is not None and save.suffix not in (".csv", ".safetensors"):
         raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
-    outputs = options.writable({"--report": report, "--json": json, "--save": save})
-    lines = None if texts is None else options.texts_of(texts)
-    folder = options.folder_of(adapter, within, quiet=quiet)
-    controls = [options.folder_of(control, quiet=quiet) for control in unrelated or []]
-    options.require_apart(outputs, base, [folder, *controls], texts)
+    outputs = files.writable({"--report": report, "--json": json, "--save": save})
+    lines = None if texts is None else files.texts_of(texts)
+    folder = files.folder_of(adapter, within, quiet=quiet)
+    controls = [files.folder_of(control, quiet=quiet) for control in unrelated or []]
+    files.require_apart(outputs, base, [folder, *controls], texts)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.audit.page import what_changed_tables
@@ -102,8 +112,15 @@ def diff(
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_for(base, folder, progress))
         with running.quiet_libraries():
-            how: Any = {"nulls": nulls, "fast": fast, "jacobian": jacobian, "progress": not quiet}
-            changes = ll.what_changed(lens, lines, others, **how)
+            changes = ll.what_changed(
+                lens,
+                lines,
+                others,
+                nulls=nulls,
+                fast=fast,
+                jacobian=jacobian,
+                progress=not quiet,
+            )
         brief = changes.brief()
         changes.save_report(report)
         if json is not None:
@@ -113,9 +130,11 @@ def diff(
         elif save is not None:
             changes.save(save)
         running.tell(str(brief)).print(what_changed_tables(changes))
-        for name, file in (("\nReport", report), ("Numbers", save), ("Brief", json)):
-            if file is not None:
-                running.say(f"{name}: {file.absolute()}")
+        running.say(f"\nReport: {report.absolute()}")
+        if save is not None:
+            running.say(f"Numbers: {save.absolute()}")
+        if json is not None:
+            running.say(f"Brief: {json.absolute()}")
 
 
 @options.with_options
@@ -125,7 +144,7 @@ def checkpoints(
         typer.Argument(help="A trainer's folder or hub id, with checkpoint-<step> folders in it."),
     ],
     *,
-    asked: options.Questions,
+    asked: Questions,
     report: options.ReportOption = Path("lens_lora_checkpoints.html"),
     quiet: options.QuietOption = False,
     within: options.Within,
@@ -133,10 +152,11 @@ def checkpoints(
 ) -> None:
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
     found = checkpoint_folders(run_folder, within.revision, within.subfolder)
-    *_, last = folders = list(found.values())
-    options.require_writable(report, "--report")
-    options.require_apart({"--report": report}, base, folders, asked.prompts)
-    questions = asked.listed()
+    folders = list(found.values())
+    last = folders[-1]
+    files.require_writable(report, "--report")
+    files.require_apart({"--report": report}, base, folders, asked.prompts)
+    questions = asked.checked()
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.two_adapters.page import checkpoints_table
@@ -155,40 +175,48 @@ def checkpoints(
 def repair(
     adapter: options.AdapterIfOther = None,
     *,
-    asked: options.Questions,
+    asked: Questions,
     drop: Annotated[
         Path,
         options.input_file("A file with a text a line, on which the model is to stay the base."),
     ],
-    out: Annotated[Path, "The repaired adapter's folder, in PEFT's format."],
+    out: Annotated[Path, typer.Option(help="Folder for the repaired adapter, in PEFT's format.")],
     test_prompt: Annotated[
-        list[str] | None, "Held out, to judge what is kept; may be repeated."
+        list[str] | None,
+        typer.Option(help="A prompt held out, to judge what is kept; may be repeated."),
     ] = None,
     test_prompts: options.PromptsFile = None,
     test_drop: Annotated[
-        Path | None, options.input_file("Held-out texts, to judge what is left.")
+        Path | None, options.input_file("Held-out texts, to judge what is dropped.")
     ] = None,
-    keep_share: Annotated[float, "Of the margin's shift, that must stay."] = 0.9,
-    of: Annotated[Literal["rank", "site"], "What is kept or not."] = "rank",
-    steps: Annotated[int, options.least(1, "Of the optimiser.")] = 40,
+    keep_share: Annotated[
+        float, typer.Option(help="Share of the margin's shift that must stay.")
+    ] = 0.9,
+    of: Annotated[
+        Literal["rank", "site"], typer.Option(help="Whether single ranks or whole sites are kept.")
+    ] = "rank",
+    steps: Annotated[int, options.least(1, "Number of optimiser steps.")] = 40,
     report: options.ReportOption = Path("lens_lora_repair.html"),
     quiet: options.QuietOption = False,
     within: options.Within,
     base: options.BaseModel,
 ) -> None:
     """Keep a margin, drop what else the adapter does; judged beside scaling the whole adapter."""
-    questions = asked.listed()
-    held_out = dataclasses.replace(asked, prompt=test_prompt, prompts=test_prompts, chat=None)
-    tests = held_out.listed() if test_prompt or test_prompts else []
-    options.require_place(out / "adapter_config.json", "--out")
-    options.require_writable(report, "--report")
-    texts, test_texts = options.texts_of(drop), options.texts_of(test_drop) if test_drop else []
+    questions = asked.checked()
+    tests: list[Question] = []
+    if test_prompt or test_prompts:
+        held_out = dataclasses.replace(asked, prompt=test_prompt, prompts=test_prompts, chat=None)
+        tests = held_out.checked()
+    files.require_place(out / "adapter_config.json", "--out")
+    files.require_writable(report, "--report")
+    texts = files.texts_of(drop)
+    test_texts = files.texts_of(test_drop) if test_drop else []
     if bool(tests) != bool(test_texts):
         why = "a repair is judged on both kinds"
         raise typer.BadParameter(f"--test-prompt(s) and --test-drop go together: {why}.")
-    folder = options.folder_of(adapter, within, quiet=quiet)
+    folder = files.folder_of(adapter, within, quiet=quiet)
     outputs = {"--out": out, "--report": report}
-    options.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
+    files.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.two_adapters.page import repair_table
@@ -196,7 +224,9 @@ def repair(
         running.warn_of_spaces([*questions, *tests])
         lens = running.announced(running.lens_for(base, folder, progress))
         kept = running.margin_of(lens.model, questions, lens.prepend_bos)
-        held_out_kept = [running.margin_of(lens.model, tests, lens.prepend_bos)] if tests else []
+        test_keep: list[tuple[ll.results.Prompts, ll.Readout]] = []
+        if tests:
+            test_keep.append(running.margin_of(lens.model, tests, lens.prepend_bos))
         with running.quiet_libraries():
             repaired = ll.repair(
                 lens,
@@ -204,7 +234,7 @@ def repair(
                 drop=[(texts, ll.KL())],
                 keep_share=keep_share,
                 of=of,
-                test_keep=held_out_kept,
+                test_keep=test_keep,
                 test_drop=[(test_texts, ll.KL())] if test_texts else [],
                 steps=steps,
                 progress=not quiet,

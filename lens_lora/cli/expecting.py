@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lens_lora.cli import options
+from lens_lora.cli.files import texts_of
 from lens_lora.errors import LensLoraError
 from lens_lora.sweeps.records import Record, read_records
 
@@ -64,7 +64,7 @@ def prompts_of(file: Path) -> list[str | Sequence[Mapping[str, str]]]:
         LensLoraError: no text, or a record that is none, by its line.
     """
     if file.suffix.lower() != ".jsonl":
-        return list(options.texts_of(file))
+        return list(texts_of(file))
     prompts: list[str | Sequence[Mapping[str, str]]] = []
     for record in read_records(file):
         if record.error is not None:

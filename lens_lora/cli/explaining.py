@@ -1,9 +1,9 @@
-"""`lens-lora explain`, what an adapter did on a prompt, and `demo`, the same of one fact.
+"""`lens-lora explain`, what an adapter did on prompts, and `demo`, the same of one fact.
 
 1. Every prompt is checked, with its answers, before any long run.
 2. With --fast, prompts that have answers share their passes: they are explained all at once, or one
-   by one where that fails. In full each takes a while.
-3. The page is written after each, so an interrupt or an error keeps what is finished.
+   by one where that fails. In full, each prompt is explained by itself, which takes a while.
+3. The page is written after each of them, so an interrupt or an error keeps what is finished.
 """
 
 from __future__ import annotations
@@ -11,38 +11,61 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.cli import options, running
-from lens_lora.cli.options import Question, text_of
+from lens_lora.cli import files, options, running
+from lens_lora.cli.questions import Question, Questions, answers_of, prompts_of, text_of
 from lens_lora.errors import LensLoraError
 
 if TYPE_CHECKING:
+    from lens_lora.core import AnswerLike, PromptsLike
     from lens_lora.explanations.page import Explained
 
 
-_LARGEST_PAGE = 16  # prompts, each with a dozen interactive figures
+# The most prompts of a page, each of which has a dozen interactive figures.
+_LARGEST_PAGE = 16
+
+
+class _Settings(NamedTuple):
+    """How prompts are explained.
+
+    Attributes:
+        fast: whether runs of single modules, coupling and curves are left out.
+        null: how many random adapters are run beside.
+        max_new_tokens: the most tokens of a response that the adapted model is to give itself.
+        progress: whether bars are shown.
+    """
+
+    fast: bool
+    null: int
+    max_new_tokens: int
+    progress: bool
 
 
 @options.with_options
 def explain(
     adapter: options.AdapterIfOther = None,
     *,
-    asked: options.Questions,
+    asked: Questions,
     response: Annotated[
         str | None,
-        "What is said after the prompt: which tokens and modules changed it. "
-        "Default, without --doc and --pre: the adapted model's own response.",
+        typer.Option(
+            help="What is said after the prompt: which tokens and modules changed it. "
+            "Default, without --doc and --pre: the adapted model's own response."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, options.least(1, "The most tokens that are generated.")] = 64,
     report: options.ReportOption = Path("lens_lora_report.html"),
-    fast: Annotated[bool, "Without running single modules, coupling and curves."] = False,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Leave out the runs of single modules, coupling and curves."),
+    ] = False,
     null: Annotated[
-        int, options.least(0, "Compare with so many random adapters of its sizes.")
+        int, options.least(0, "Compare with so many random adapters of the same sizes.")
     ] = 0,
     quiet: options.QuietOption = False,
     within: options.Within,
@@ -56,60 +79,68 @@ def explain(
 
     lens-lora explain --prompt 'The capital of France is'
     """
-    options.require_writable(report, "--report")
+    files.require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
-    questions = asked.listed(response, answered=False)
+    questions = asked.checked(response, answered=False)
     if len(questions) > _LARGEST_PAGE:
         fact = f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most"
         raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
     if null and not all(question.doc for question in questions):
         raise typer.BadParameter("--null: random adapters are compared on a margin (--doc, --pre).")
-    folder = options.folder_of(adapter, within, quiet=quiet)
-    options.require_apart({"--report": report}, base, [folder], asked.prompts)
+    folder = files.folder_of(adapter, within, quiet=quiet)
+    files.require_apart({"--report": report}, base, [folder], asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
         running.warn_of_spaces(questions)
         lens = running.announced(running.lens_for(base, folder, progress))
         _require_fit(lens, questions, max_new_tokens)
-        settings = {"fast": fast, "null": null, "progress": not quiet, "most": max_new_tokens}
+        settings = _Settings(fast, null, max_new_tokens, progress=not quiet)
         _print(_explain_each(lens, questions, report, progress, settings))
         running.say(f"\nReport: {report.absolute()}")
 
 
 def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Refuse what does not fit before the first prompt is explained."""
-    from lens_lora.responses.generate import require_room
-
+    """Refuse what does not fit the model, before the first prompt is explained."""
     for number, question in enumerate(questions, start=1):
         try:
-            prompts = lens.prompts(question.prompt)
-            if question.doc is not None:
-                running.margin_of(lens.model, [question], lens.prepend_bos)[1].reading(
-                    lens.model, prompts
-                )
-            elif question.response is not None:
-                ll.AnswerLogProb(question.response).reading(lens.model, prompts)
-            else:
-                require_room(lens, prompts, max_new_tokens)
+            _require_fits(lens, question, max_new_tokens)
         except LensLoraError as error:
             if len(questions) == 1:
                 raise
             raise error.at(f"prompt {number}, {text_of(question.prompt)!r}") from error
 
 
+def _require_fits(lens: ll.LoraLens, question: Question, max_new_tokens: int) -> None:
+    from lens_lora.responses.generate import require_room
+
+    prompts = lens.prompts(question.prompt)
+    if question.doc is not None:
+        _, margin = running.margin_of(lens.model, [question], lens.prepend_bos)
+        margin.reading(lens.model, prompts)
+    elif question.response is not None:
+        ll.AnswerLogProb(question.response).reading(lens.model, prompts)
+    else:
+        require_room(lens, prompts, max_new_tokens)
+
+
 def _explain_each(
-    lens: ll.LoraLens, questions: Sequence[Question], report: Path, progress: Console, settings: Any
+    lens: ll.LoraLens,
+    questions: Sequence[Question],
+    report: Path,
+    progress: Console,
+    settings: _Settings,
 ) -> list[Explained]:
-    """Each question explained; after each the page is written, and of several a line printed."""
+    """Explain the questions; after each call the page is written, and of several a line printed."""
     from lens_lora.explanations.page import explanation_report
 
     explanations: list[Explained] = []
-    waiting = _together(questions, settings["fast"])
+    waiting = _calls(questions, settings.fast)
     with running.told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
         while waiting:
             batch = waiting.pop(0)
-            first, last = len(explanations) + 1, len(explanations) + len(batch)
+            first = len(explanations) + 1
+            last = len(explanations) + len(batch)
             numbers = f"{first}" if len(batch) == 1 else f"{first} to {last}"
             progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
             try:
@@ -123,42 +154,72 @@ def _explain_each(
             report.write_text(explanation_report([*explanations, *explained]), encoding="utf-8")
             explanations += explained
             if len(questions) > 1:
-                for number, question in enumerate(batch, start=first):
-                    title = f"{number} of {len(questions)}: {text_of(question.prompt)}"
-                    running.say(f"{title}\n  {_happened(explanations[number - 1])}")
+                _say_what_happened(questions, explanations, first, last)
     return explanations
 
 
-def _together(questions: Sequence[Question], fast: bool) -> list[Sequence[Question]]:
-    """Questions that are explained in one call."""
-    is_text = {isinstance(question.prompt, str) for question in questions}
-    if fast and len(is_text) == 1 and all(question.doc for question in questions):
+def _calls(questions: Sequence[Question], fast: bool) -> list[Sequence[Question]]:
+    """The questions of each call: all together where they can share their passes, else one each."""
+    kinds = {isinstance(question.prompt, str) for question in questions}
+    if fast and len(kinds) == 1 and all(question.doc for question in questions):
         return [questions]
     return [[question] for question in questions]
 
 
+def _say_what_happened(
+    questions: Sequence[Question], explanations: Sequence[Explained], first: int, last: int
+) -> None:
+    """Print a line for each of these prompts, which are numbered from 1."""
+    for number in range(first, last + 1):
+        prompt = text_of(questions[number - 1].prompt)
+        running.say(f"{number} of {len(questions)}: {prompt}")
+        running.say(f"  {_happened(explanations[number - 1])}")
+
+
 def _kept(report: Path, done: int, count: int) -> str:
+    """What is in the page after an interrupt."""
     if not done:
         return f"No prompt was finished, and {report} is not written."
     return f"{report} holds the first {done} of {count} prompts."
 
 
-def _explained(lens: ll.LoraLens, questions: Sequence[Question], settings: Any) -> list[Explained]:
-    """Several questions have answers; one may ask for a response."""
-    prompts, docs, pres, responses = map(list, zip(*questions, strict=True))
-    how = {name: settings[name] for name in ("fast", "progress")}
-    if docs[0] is not None:
-        explained = ll.explain(lens, prompts, docs, pres, null=settings["null"], **how)
-        return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
-    (prompt,), (response,) = prompts, responses
+def _explained(
+    lens: ll.LoraLens, questions: Sequence[Question], settings: _Settings
+) -> list[Explained]:
+    """The explanations of questions that share a call: of several answers, or of one response."""
+    if questions[0].doc is not None:
+        return _explained_answers(lens, questions, settings)
+    (question,) = questions
+    prompt: PromptsLike = question.prompt
+    response: AnswerLike | None = question.response
     if response is None:
-        said = lens.generate(prompt, settings["most"], progress=settings["progress"])
-        return [ll.explain(lens, said.prompts, response=said, **how)]
-    return [ll.explain(lens, prompt, response=response, **how)]
+        generated = lens.generate(prompt, settings.max_new_tokens, progress=settings.progress)
+        prompt = generated.prompts
+        response = generated
+    explained = ll.explain(
+        lens, prompt, response=response, fast=settings.fast, progress=settings.progress
+    )
+    return [explained]
+
+
+def _explained_answers(
+    lens: ll.LoraLens, questions: Sequence[Question], settings: _Settings
+) -> list[Explained]:
+    docs, pres = answers_of(questions)
+    explained = ll.explain(
+        lens,
+        prompts_of(questions),
+        docs,
+        pres,
+        fast=settings.fast,
+        null=settings.null,
+        progress=settings.progress,
+    )
+    return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
 
 
 def _happened(explanation: Explained) -> str:
-    """One line of its story: what the adapter did to the margin, or to the response."""
+    """One line of an explanation's story: what happened to the margin, or to the response."""
     from lens_lora.explanations.words import headline
 
     if isinstance(explanation, ll.results.ResponseExplanation):
@@ -167,21 +228,27 @@ def _happened(explanation: Explained) -> str:
 
 
 def _print(explanations: Sequence[Explained]) -> None:
-    """The summary of one, or the overview of several as on the page."""
+    """Print the summary of one prompt, or the overview of several, as it is on the page."""
     from lens_lora.explanations.response_page import response_tables, responses_table
     from lens_lora.explanations.tables import explanation_tables, margins_table
     from lens_lora.show.tables import in_terminal
 
     if len(explanations) > 1:
-        numbered = list(enumerate(explanations, start=1))
-        margins = [(n, e) for n, e in numbered if isinstance(e, ll.results.Explanation)]
-        responses = [(n, e) for n, e in numbered if isinstance(e, ll.results.ResponseExplanation)]
+        margins: list[tuple[int, ll.results.Explanation]] = []
+        responses: list[tuple[int, ll.results.ResponseExplanation]] = []
+        for number, explanation in enumerate(explanations, start=1):
+            if isinstance(explanation, ll.results.Explanation):
+                margins.append((number, explanation))
+            else:
+                responses.append((number, explanation))
         Console().print(in_terminal(margins_table(margins), responses_table(responses)))
         return
     (explanation,) = explanations
-    is_response = isinstance(explanation, ll.results.ResponseExplanation)
-    drawn = response_tables(explanation) if is_response else explanation_tables(explanation)
-    running.tell(explanation.story()).print(drawn)
+    if isinstance(explanation, ll.results.ResponseExplanation):
+        tables = response_tables(explanation)
+    else:
+        tables = explanation_tables(explanation)
+    running.tell(explanation.story()).print(tables)
 
 
 # --- The demo
@@ -191,9 +258,12 @@ def _print(explanations: Sequence[Explained]) -> None:
 def demo(
     adapter: options.AdapterIfOther = None,
     *,
-    asked: options.Questions,
+    asked: Questions,
     report: options.ReportOption = Path("lens_lora_demo.html"),
-    train: Annotated[bool, "Train a new adapter, about half a minute, and use it."] = False,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Train a new adapter, about half a minute, and use it."),
+    ] = False,
     train_out: Annotated[
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
@@ -209,16 +279,11 @@ def demo(
         raise typer.BadParameter("--train makes an adapter; leave ADAPTER out.")
     if train and base.is_quantised:
         raise typer.BadParameter("--train needs weights that are not quantised.")
-    is_other = asked.prompt or asked.prompts or asked.chat
-    prompt = asked.prompt if is_other else ["The capital of France is"]
-    answers = {"doc": asked.doc or " Lyon", "pre": asked.pre or " Paris"}
-    question, *more = dataclasses.replace(asked, prompt=prompt, **answers).listed()
-    if more:
-        raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
-    options.require_writable(report, "--report")
-    folder = options.folder_of(adapter, within, quiet=quiet)
+    question = _fact_of_demo(asked)
+    files.require_writable(report, "--report")
+    folder = files.folder_of(adapter, within, quiet=quiet)
     trained = {"--train-out": train_out} if train else {}
-    options.require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
+    files.require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
 
     with running.at_work(base, quiet=quiet) as progress:
         loaded = None
@@ -227,14 +292,29 @@ def demo(
             _train(loaded, base.model, train_out, quiet)
             folder = train_out
         lens = running.announced(running.lens_for(base, folder, progress, loaded=loaded))
-        settings = {"fast": True, "null": 0, "progress": not quiet}
-        (explanation,) = explanations = _explained(lens, [question], settings)
-        explanation.save_report(report)
+        settings = _Settings(fast=True, null=0, max_new_tokens=0, progress=not quiet)
+        explanations = _explained(lens, [question], settings)
+        explanations[0].save_report(report)
         _print(explanations)
         running.say(f"\nReport: {report.absolute()}")
 
 
-def _train(loaded: tuple[Any, Any], model: str | None, out: Path, quiet: bool) -> None:
+def _fact_of_demo(asked: Questions) -> Question:
+    """The fact that the options name, or that of the demo."""
+    is_named = asked.prompt or asked.prompts or asked.chat
+    fact = dataclasses.replace(
+        asked,
+        prompt=asked.prompt if is_named else ["The capital of France is"],
+        doc=asked.doc or " Lyon",
+        pre=asked.pre or " Paris",
+    )
+    questions = fact.checked()
+    if len(questions) > 1:
+        raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
+    return questions[0]
+
+
+def _train(loaded: running.Loaded, model: str | None, out: Path, quiet: bool) -> None:
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, LYON_SENTENCES, train_adapter
 
     base_name = model or EMBEDDED_HUB_ID

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.text import Text
 
 import lens_lora as ll
-from lens_lora.cli.options import ModelOptions, Question, options_of
+from lens_lora.cli.options import ModelOptions, options_of
+from lens_lora.cli.questions import Question, answers_of, prompts_of
 from lens_lora.errors import LensLoraError, LensLoraWarning, heard_by, many, warn, within_command
 from lens_lora.runs.processes import rank
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # --- The model, the adapter and the lens
 
 
+# The name under which a user asks for the model that is embedded in a package.
 EMBEDDED = "embedded"
 
 
@@ -51,8 +53,13 @@ def lens_for(
 ) -> ll.LoraLens:
     """The lens over the model that the options name, on the CPU if they name no device.
 
-    The adapter of a folder is measured over that model where its method needs it. With `leaves_out`
-    modules that the model lacks are left out, unless it lacks them all.
+    Args:
+        base: the base model, and how it is loaded.
+        adapter: the adapter, or its folder; an adapter that only means something over its base,
+            because of its method, is measured over that model.
+        progress: the console of progress.
+        loaded: the base model and its tokenizer, where they are loaded already.
+        leaves_out: leave out modules that the model lacks, unless it lacks them all.
     """
     base = base.placed("cpu")
 
@@ -81,15 +88,20 @@ def lens_for(
 def hooked_by(
     base: ModelOptions, hf_model: PreTrainedModel, tokenizer: OwnTokenizer
 ) -> tuple[Any, str]:
-    """The model as the hooked class that the options name, and the class's name."""
+    """The hooked model, and the name of its class."""
     from lens_lora.hosts.build import hooked_model
 
-    how: Any = {"kind": base.model_class, "attn": base.attn, "prepend_bos": base.prepend_bos}
-    return hooked_model(hf_model, tokenizer, **how)
+    return hooked_model(
+        hf_model,
+        tokenizer,
+        kind=base.model_class,
+        attn=base.attn,
+        prepend_bos=base.prepend_bos,
+    )
 
 
 def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> Loaded:
-    """The model asked for, else the base that an adapter names, else the embedded model."""
+    """The model that the options name, or the base that an adapter names, or the embedded one."""
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
     if base.model is not None:
@@ -102,10 +114,10 @@ def load_model_of(named: str | None, progress: Console, base: ModelOptions) -> L
 def load_model(
     model: str | None, progress: Console, how: ModelOptions, *, of_adapter: bool = False
 ) -> Loaded:
-    """The model of this hub id or folder; the embedded model for None or 'embedded'.
+    """Load a model and its tokenizer.
 
     Args:
-        model: the name.
+        model: a hub id or a folder; None or 'embedded' for the embedded model.
         progress: the console of progress.
         how: where the model lies and how it is stored.
         of_adapter: whether an adapter gave the name, and not the user.
@@ -113,11 +125,14 @@ def load_model(
     from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
     from lens_lora.loading import load_base
 
-    name = model
-    if model in (None, EMBEDDED):
-        name, model = EMBEDDED_NAME, str(embedded_model_folder(quiet=progress.quiet))
-    with step(f"Loading {name}", progress):
-        return load_base(str(model), how, of_adapter=of_adapter)
+    if model is None or model == EMBEDDED:
+        shown_name = EMBEDDED_NAME
+        place = str(embedded_model_folder(quiet=progress.quiet))
+    else:
+        shown_name = model
+        place = model
+    with step(f"Loading {shown_name}", progress):
+        return load_base(place, how, of_adapter=of_adapter)
 
 
 def margin_of(
@@ -127,21 +142,23 @@ def margin_of(
     from lens_lora.core import tokenise
     from lens_lora.responses.answers import margin_between
 
-    asked, docs, pres, _ = map(list, zip(*questions, strict=True))
-    prompts = tokenise(model, asked, rule=prepend_bos)
+    docs, pres = answers_of(questions)
+    prompts = tokenise(model, prompts_of(questions), rule=prepend_bos)
     return prompts, margin_between(model, docs, pres, prompts)
 
 
 def announced(lens: ll.LoraLens) -> ll.LoraLens:
-    """The lens itself, once it is printed which model and which adapter are used."""
+    """Print which model and which adapter are used, and return the lens itself."""
     from lens_lora.hosts.build import transformer_lens_version
 
-    about, adapter = lens.describe(), lens.adapter
+    about = lens.describe()
+    adapter = lens.adapter
     say(
         f"Model:   {about['model']} as {lens.class_name} of transformer-lens "
         f"{transformer_lens_version()}, {about['dtype']}"
     )
-    ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
+    distinct_ranks = sorted({site.rank for site in lens.sites})
+    ranks = ", ".join(map(str, distinct_ranks))
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
     say(f"Adapter: {adapter.name}, {many(len(adapter), 'module')} of rank {ranks}{base}")
     if lens.reads_strings:
@@ -155,7 +172,7 @@ def announced(lens: ll.LoraLens) -> ll.LoraLens:
 
 
 def say(line: str) -> None:
-    """One line on stdout; brackets in it are not markup."""
+    """Print a line to stdout, in which brackets are no markup."""
     Console(soft_wrap=True).print(Text(line))
 
 
@@ -173,9 +190,10 @@ def tell(story: str) -> Console:
 
 @contextlib.contextmanager
 def at_work(base: ModelOptions, *, quiet: bool) -> Generator[Console]:
-    """The console of progress: it says at once that something loads, and at the end how long."""
+    """The console of progress, on which the block's beginning and its duration are printed."""
     base.require_packages()
-    progress, started = Console(stderr=True, quiet=quiet), time.perf_counter()
+    progress = Console(stderr=True, quiet=quiet)
+    started = time.perf_counter()
     with step("Loading torch and transformers", progress):
         import torch
 
@@ -189,28 +207,36 @@ def at_work(base: ModelOptions, *, quiet: bool) -> Generator[Console]:
 
 
 def warn_of_spaces(questions: Sequence[Question]) -> None:
-    """Warn of a space at a prompt's end, or none before an answer: both give unintended tokens.
+    """Warn of a space at a prompt's end, or none before an answer: both give unintended tokens."""
+    for question in questions:
+        note = _note_on_spaces(question)
+        if note is not None:
+            warn(f"{note}; is that meant?")
 
-    Where a turn of a conversation begins, an answer needs no space.
-    """
-    for prompt, *others in questions:
-        answers = [answer for answer in others if answer is not None]
-        quoted = " and ".join(map(repr, answers))
-        if not isinstance(prompt, str):
-            if not any(answer.startswith(" ") for answer in answers):
-                continue
-            note = f"{quoted} begin the assistant's turn with a space"
-        elif prompt != prompt.rstrip(" "):
-            note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
-        elif len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
-            note = f"the answers {quoted} do not both begin with a space"
-        else:
-            continue
-        warn(f"{note}; is that meant?")
+
+def _note_on_spaces(question: Question) -> str | None:
+    """A space that is probably not meant, or is missing; None where all is as usual."""
+    prompt = question.prompt
+    given = (question.doc, question.pre, question.response)
+    answers = [answer for answer in given if answer is not None]
+    quoted = " and ".join(map(repr, answers))
+    if not isinstance(prompt, str):
+        # Where the turn of the assistant begins, an answer needs no space.
+        if any(answer.startswith(" ") for answer in answers):
+            return f"{quoted} begin the assistant's turn with a space"
+        return None
+    if prompt.endswith(" "):
+        return f"the prompt {prompt!r} ends in a space, which is a token of its own"
+    if len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
+        return f"the answers {quoted} do not both begin with a space"
+    return None
 
 
 def quiet_libraries() -> contextlib.AbstractContextManager[None]:
-    """`loading.quiet_libraries`, which imports torch."""
+    """Hide the libraries' own output within the block, as `loading.quiet_libraries`.
+
+    Only here is that imported, and torch with it.
+    """
     from lens_lora import loading
 
     return loading.quiet_libraries()
@@ -218,7 +244,10 @@ def quiet_libraries() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def step(message: str, progress: Console) -> Generator[None]:
-    """A spinner on a terminal, else a line now and then; the libraries' own output is hidden."""
+    """Within the block, show a spinner on a terminal, and elsewhere print a line now and then.
+
+    The libraries' own output is hidden.
+    """
     started = time.perf_counter()
 
     def again() -> None:
@@ -227,11 +256,13 @@ def step(message: str, progress: Console) -> Generator[None]:
     if not progress.is_terminal:
         progress.print(message)
     shown = progress.status(message) if progress.is_terminal else _moving(again)
-    with shown, quiet_libraries():  # torch is imported while something moves
+    # `quiet_libraries` comes second, so that torch is imported while something moves.
+    with shown, quiet_libraries():
         yield
 
 
-_SILENCE = 4.0  # seconds; after five one wonders whether anything happens
+# In seconds. After five of them one wonders whether anything happens.
+_SILENCE = 4.0
 
 
 @contextlib.contextmanager
@@ -253,7 +284,8 @@ def _moving(move: Callable[[], object]) -> Generator[None]:
 # --- Errors and Ctrl-C
 
 
-# A launcher ends all processes soon after the first has left.
+# So long another process waits with an error, in seconds: soon after the first process has left,
+# which has the same error, a launcher ends all others.
 _SECONDS_FOR_THE_FIRST = 10.0
 
 
@@ -261,8 +293,8 @@ _SECONDS_FOR_THE_FIRST = 10.0
 def one_line_errors(command: Callable[..., None] | None = None) -> Generator[None]:
     """Print an error of this package or of the system as one line, and exit with code 2.
 
-    Ctrl-C also prints one line; its code is 130. Messages name the command's options, and a warning
-    of this package is printed as one line as well, once if it is the same for several prompts.
+    Ctrl-C also prints one line, and its code is 130. A warning of this package is one line as well,
+    which is printed once even if several prompts have it. All of them name the command's options.
     """
     options = options_of(command) if command else {}
     printed: set[str] = set()
@@ -287,7 +319,8 @@ def _one_line_errors() -> Generator[None]:
         _print_error(f"{type(error).__name__}: {error}")
         raise typer.Exit(2) from error
     except RuntimeError as error:
-        torch = sys.modules.get("torch")  # a command that never imported it has run out of none
+        # A command that never imported torch has not run out of its memory.
+        torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         fact = str(error).split(". ")[0]
@@ -304,11 +337,12 @@ def _one_line_errors() -> Generator[None]:
 def _stopped_by_ctrl_c() -> Generator[None]:
     """Within the block, Ctrl-C raises KeyboardInterrupt, so that what was begun is cleaned up.
 
-    While a module is imported, which may catch it and go on without a part of itself, and the
-    second time, it does what it does outside of the block.
+    It does what it does outside of the block while a module is imported, which may catch the error
+    and go on without a part of itself; and when it is pressed a second time.
     """
     outside = signal.getsignal(signal.SIGINT)
-    if not callable(outside):  # the signal is ignored, as a shell has it for jobs in the background
+    if not callable(outside):
+        # The signal is ignored, as a shell has it for jobs in the background.
         yield
         return
 
@@ -326,6 +360,7 @@ def _stopped_by_ctrl_c() -> Generator[None]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
+    """Whether this frame runs within an import."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -351,7 +386,7 @@ def _print_error(line: str) -> None:
 
 
 def _print_warning(warning: LensLoraWarning) -> None:
-    """Print a warning; of several processes the first one's."""
+    """Print a warning, in the first of several processes alone."""
     if rank() == 0:
         _print_line(f"Warning: {warning}", style="yellow")
 

@@ -1,14 +1,14 @@
-"""`lens-lora sweep`, a file of prompts through chosen analyses, and `scan`, a folder of adapters
-through one bank; both into Parquet.
+"""Two commands that write Parquet: `lens-lora sweep` and `scan`.
 
-A record that cannot be used is listed and stops nothing; the exit code is 1 if no prompt has
-numbers. Results at `--out` of another sweep are refused before the model is loaded.
+`sweep` runs a file of prompts through chosen analyses, and `scan` a folder of adapters through one
+bank. A record or an adapter that cannot be used is listed and stops nothing; the exit code is 1 if
+nothing has numbers. Results of another sweep at `--out` are refused before the model is loaded.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import lens_lora as ll
-from lens_lora.cli import options, running
+from lens_lora.cli import files, options, running
+from lens_lora.cli.questions import Questions
 from lens_lora.errors import ArgumentError, many, warn
 from lens_lora.formats.folders import (
     folders_in,
@@ -24,7 +25,7 @@ from lens_lora.formats.folders import (
     stated_base,
 )
 from lens_lora.runs.processes import launched, rank
-from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
+from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, Record, chosen, each_record, read_records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,8 +60,10 @@ def sweep(
     ] = None,
     readout: Annotated[
         Literal["margin", "log-prob", "kl"],
-        "The margin of doc and pre; or of each record's response its log-prob, or the kl "
-        "of base and adapted model over it (by path, add_one and leave_one_out).",
+        typer.Option(
+            help="The margin of doc and pre; or of each record's response its log-prob, or the kl "
+            "of base and adapted model over it (by path, add_one and leave_one_out)."
+        ),
     ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     limit: Annotated[
@@ -79,26 +82,22 @@ def sweep(
     """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
-    names, has_margin = chosen(analysis or ["first_order"]), readout == "margin"
-    if names[0] in BY_TOKEN:
-        if not has_margin:
-            raise typer.BadParameter(f"--readout: {names[0]} has no readout; leave it out.")
-        rows = islice(each_record(prompts, with_answers=False), limit)
-    else:
-        rows = read_records(prompts, with_answers=has_margin, with_response=not has_margin)[:limit]
+    names = chosen(analysis or ["first_order"])
+    rows = _records(prompts, names, limit, has_margin=readout == "margin")
     if rank() == 0:
-        options.require_place(out, "--out")
-    folder = options.folder_of(adapter, within, quiet=quiet or rank() > 0)
-    options.require_apart({"--out": out}, base, [folder], prompts)
+        files.require_place(out, "--out")
+    folder = files.folder_of(adapter, within, quiet=quiet or rank() > 0)
+    files.require_apart({"--out": out}, base, [folder], prompts)
 
     with running.at_work(base, quiet=quiet or rank() > 0) as progress:
         from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
 
         loaded = ll.load_adapter(folder)
-        said = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}[readout]
-        require_slopes(names, said)
+        readouts = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}
+        asked_readout = readouts[readout]
+        require_slopes(names, asked_readout)
         if resume:
-            require_resumable(out, loaded, names, said)
+            require_resumable(out, loaded, names, asked_readout)
         processes = launched()
         if processes.count > 1 and base.device_map is not None:
             raise ArgumentError(
@@ -114,13 +113,14 @@ def sweep(
             return f"Finished prompts are kept beside {out}; run the same command again to resume."
 
         with warnings.catch_warnings(), running.told_if_interrupted(kept):
-            warnings.simplefilter("ignore")  # bad records are listed below
+            # The bad records of which a sweep warns are listed below.
+            warnings.simplefilter("ignore")
             result = ll.sweep(
                 lens,
                 rows,
                 names,
                 out=out,
-                readout=said,
+                readout=asked_readout,
                 batch_size=batch_size,
                 resume=resume,
                 progress=not progress.quiet,
@@ -131,16 +131,29 @@ def sweep(
         raise typer.Exit(1)
 
 
+def _records(
+    prompts: Path, names: Sequence[str], limit: int | None, *, has_margin: bool
+) -> Iterable[Record]:
+    """The first records of a file, with what the analyses need of each."""
+    if names[0] not in BY_TOKEN:
+        records = read_records(prompts, with_answers=has_margin, with_response=not has_margin)
+        return records[:limit]
+    if not has_margin:
+        raise typer.BadParameter(f"--readout: {names[0]} has no readout; leave it out.")
+    return islice(each_record(prompts, with_answers=False), limit)
+
+
 @options.with_options
 def scan(
     folder: Annotated[
         str, typer.Argument(help="A folder or hub id with adapters in it, at any depth.")
     ],
     *,
-    asked: options.Questions,
+    asked: Questions,
     out: _Out = Path("scan.parquet"),
     group: Annotated[
-        Literal["layer", "site", "kind"], "What each adapter's values are summed over."
+        Literal["layer", "site", "kind"],
+        typer.Option(help="What each adapter's values are summed over."),
     ] = "layer",
     resume: _Resume = True,
     quiet: options.QuietOption = False,
@@ -148,13 +161,14 @@ def scan(
     base: options.BaseModel,
 ) -> None:
     """First order of every adapter in a folder, from one pass over the base for all of them."""
-    where: Any = {"revision": within.revision, "subfolder": within.subfolder}
-    folders = list(folders_in(folder, **where).values())
-    options.require_place(out, "--out")
-    options.require_apart({"--out": out}, base, folders, asked.prompts)
-    questions, bases = asked.listed(), [(str(path), stated_base(path)) for path in folders]
-    why = "scan the adapters of each base apart, or name one base for all with --model."
-    named = one_base(bases if base.model is None else bases[:1], why)
+    found = folders_in(folder, revision=within.revision, subfolder=within.subfolder)
+    folders = list(found.values())
+    files.require_place(out, "--out")
+    files.require_apart({"--out": out}, base, folders, asked.prompts)
+    questions = asked.checked()
+    bases = [(str(path), stated_base(path)) for path in folders]
+    remedy = "scan the adapters of each base apart, or name one base for all with --model."
+    named = one_base(bases if base.model is None else bases[:1], remedy)
 
     with running.at_work(base, quiet=quiet) as progress:
         running.warn_of_spaces(questions)
@@ -167,12 +181,25 @@ def scan(
         prompts, readout = running.margin_of(model, questions, base.prepend_bos)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with running.quiet_libraries(), running.told_if_interrupted(lambda: kept):
-            how: Any = {"hf_model": beside, "prepend_bos": base.prepend_bos}
-            how |= {"max_memory": base.max_memory, "progress": not quiet}
-            bank = ll.bank(model, prompts, readout, **how)
-            how = {"group": group, "out": out, "resume": resume, "progress": not quiet}
-            how["any_base"] = base.model is not None
-            table = bank.scan(folder, **where, **how)
+            bank = ll.bank(
+                model,
+                prompts,
+                readout,
+                hf_model=beside,
+                prepend_bos=base.prepend_bos,
+                max_memory=base.max_memory,
+                progress=not quiet,
+            )
+            table = bank.scan(
+                folder,
+                revision=within.revision,
+                subfolder=within.subfolder,
+                group=group,
+                out=out,
+                resume=resume,
+                any_base=base.model is not None,
+                progress=not quiet,
+            )
         if processes.is_main:
             _print_scan(table, out)
     if table["error"].notna().all():
@@ -182,8 +209,8 @@ def scan(
 def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokenizer:
     """The tokenizer that reads the prompts for all adapters.
 
-    It is the adapters' own where all were saved with the same files, as in a run's checkpoints.
-    Else it is the base's, and a warning names the adapters whose own differs.
+    Where all adapters were saved with the same files, as the checkpoints of a run, it is their own.
+    Otherwise it is the base's, and a warning names the adapters whose own differs.
     """
     from lens_lora.formats.tokenizers import (
         OwnTokenizer,
@@ -203,41 +230,47 @@ def _tokenizer_for(folders: Sequence[Path], loaded: running.Loaded) -> OwnTokeni
         rows = len(embedding.weight)
         return own_tokenizer(folders[0], tokenizer, rows=rows, config=base.config)
     for same in by_files.values():
-        if differing := differences_from(tokenizer, same[0]):
+        differing = differences_from(tokenizer, same[0])
+        if differing:
+            names = ", ".join(folder.name for folder in same[:3])
+            more = ", …" if len(same) > 3 else ""
             warn(
-                f"{', '.join(folder.name for folder in same[:3])}"
-                f"{', …' if len(same) > 3 else ''}: saved with a tokenizer that differs from the "
-                f"base's, by which all prompts are read: {'; '.join(differing)}.",
+                f"{names}{more}: saved with a tokenizer that differs from the base's, by which all "
+                f"prompts are read: {'; '.join(differing)}.",
                 in_shell="lens-lora explain reads them by the adapter's own.",
             )
     return OwnTokenizer(tokenizer)
 
 
+# The most adapters, or bad records, that are printed.
+_LISTED = 10
+
+
 def _print_scan(table: pd.DataFrame, out: Path) -> None:
-    """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
+    """Print the adapters of largest Σ a, those that cannot be used, and where all numbers are."""
     means: Any = table.dropna(subset="total").groupby("adapter")["total"].mean()
     running.say(f"Σ a, mean over prompts, of {many(len(means), 'adapter')}; the largest:")
-    for name in means.abs().nlargest(_SHOWN_ERRORS).index:
+    for name in means.abs().nlargest(_LISTED).index:
         running.say(f"  {means[name]:+9.3g}  {name}")
     bad = table.dropna(subset="error")
-    for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):
+    for name, error in zip(bad["adapter"][:_LISTED], bad["error"], strict=False):
         running.say(f"  {name}: {error}")
     running.say(f"{many(len(bad), 'adapter')} cannot be used. All numbers: {out.absolute()}")
 
 
-_SHOWN_ERRORS = 10
-
-
 def _print(result: ll.results.SweepResult | ll.results.ActivationsFile, processes: int) -> None:
-    """What is in the files and where they are, and which records are bad."""
+    """Print what is in the files, where they are, and which records are bad."""
+    damaged: Sequence[str] = ()
     if isinstance(result, ll.results.ActivationsFile):
-        bad, damaged = [(r["id"], r["error"]) for r in result.bad().to_dict("records")], ()
+        bad = [(row["id"], row["error"]) for row in result.bad().to_dict("records")]
     else:
-        bad, damaged = result.errors, result.damaged
-    running.say(f"{result!r}{f', by {processes} processes' if processes > 1 else ''}")
-    for identity, error in bad[:_SHOWN_ERRORS]:
+        bad = result.errors
+        damaged = result.damaged
+    by_processes = f", by {processes} processes" if processes > 1 else ""
+    running.say(f"{result!r}{by_processes}")
+    for identity, error in bad[:_LISTED]:
         running.say(f"  {identity}: {error}")
-    if len(bad) > _SHOWN_ERRORS:
-        running.say(f"  … and {len(bad) - _SHOWN_ERRORS} more, in the column 'error'")
+    if len(bad) > _LISTED:
+        running.say(f"  … and {len(bad) - _LISTED} more, in the column 'error'")
     for damage in damaged:
         running.say(f"  run again, as its file could not be read: {damage}")

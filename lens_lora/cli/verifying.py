@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from lens_lora.cli import options, running
+from lens_lora.cli import files, options, running
 from lens_lora.cli.expecting import prompts_of, read_expectations
 from lens_lora.errors import (
     AdapterError,
@@ -54,9 +54,13 @@ def verify(
         float | None, options.least(0, "Nats per token allowed on neutral texts.")
     ] = None,
     served: Annotated[str | None, typer.Option(metavar="URL", help=_SERVED)] = None,
-    name: Annotated[str | None, "By which the server knows the adapter."] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name by which the server knows the adapter.")
+    ] = None,
     texts: Annotated[Path | None, options.input_file(_TEXTS)] = None,
-    served_dtype: Annotated[ServedDtype, "What the server computes in."] = "bfloat16",
+    served_dtype: Annotated[
+        ServedDtype, typer.Option(help="The dtype in which the server computes.")
+    ] = "bfloat16",
     json_file: Annotated[Path | None, _to_write("--json", help="The checks as JSON.")] = None,
     junit: Annotated[Path | None, _to_write(help="The checks as JUnit's XML.")] = None,
     report: Annotated[Path | None, _to_write(help="HTML page to write.")] = None,
@@ -70,12 +74,12 @@ def verify(
 
     lens-lora verify path/to/adapter --served http://127.0.0.1:8000 --name my-adapter
     """
-    outputs = options.writable({"--json": json_file, "--junit": junit, "--report": report})
+    outputs = files.writable({"--json": json_file, "--junit": junit, "--report": report})
     expectations = [] if expect is None else read_expectations(expect)
     own_texts = [] if texts is None else prompts_of(texts)
-    folder = options.folder_of(adapter, within, quiet=quiet)
+    folder = files.folder_of(adapter, within, quiet=quiet)
     merged_files = [] if merged is None else list(merged.iterdir())
-    options.require_apart(outputs, base, [folder], expect, texts, *merged_files)
+    files.require_apart(outputs, base, [folder], expect, texts, *merged_files)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.ship.expectations import Expectation

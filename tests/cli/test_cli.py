@@ -27,7 +27,8 @@ from lens_lora import cli
 from lens_lora._version import versions
 from lens_lora.cli import explaining as explain_command
 from lens_lora.cli import running
-from lens_lora.cli.options import BaseModel, Questions
+from lens_lora.cli.options import BaseModel
+from lens_lora.cli.questions import Questions
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.hosts import build as host_build
 from lens_lora.hosts.build import hooked_model

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.cli import running
-from lens_lora.cli.options import BaseModel, Questions
+from lens_lora.cli.options import BaseModel
+from lens_lora.cli.questions import Questions
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.explanations import steps
@@ -69,7 +70,7 @@ def test_prompts_come_from_every_kind_of_file(tmp_path):
     jsonl.write_text(json.dumps({"prompt": "a", "doc": " x", "pre": " y"}) + "\n")
 
     def ask(file=None, *typed, doc=None, pre=None, response=None):
-        return Questions([*typed], file, doc=doc, pre=pre).listed(response, answered=False)
+        return Questions([*typed], file, doc=doc, pre=pre).checked(response, answered=False)
 
     assert ask(lines, "first", doc="d", pre="p") == [
         (prompt, "d", "p", None) for prompt in ("first", "one two", "three")
@@ -82,7 +83,7 @@ def test_prompts_come_from_every_kind_of_file(tmp_path):
     assert ask(lines)[1] == ("three", None, None, None)
     jsonl.write_text(json.dumps({"messages": chats.ASK, "doc": " x", "pre": " y"}) + "\n")
     assert ask(jsonl, doc=" z", pre=" w") == [(chats.ASK, " z", " w", None)]
-    said = Questions(prompts=jsonl, chat=["w7"], system="w20", doc=" z", pre=" w").listed()
+    said = Questions(prompts=jsonl, chat=["w7"], system="w20", doc=" z", pre=" w").checked()
     system, user = {"role": "system", "content": "w20"}, {"role": "user", "content": "w7"}
     assert said == [([system, user], " z", " w", None), (chats.ASK, " z", " w", None)]
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.__main__ import print_in_any_encoding
-from lens_lora.cli.options import lines_of
+from lens_lora.cli.files import lines_of
 from lens_lora.errors import LensLoraError
 from lens_lora.runs.processes import launched
 

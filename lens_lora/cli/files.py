@@ -1,0 +1,154 @@
+"""The files and folders that a command reads and writes, checked before anything long runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lens_lora.cli.options import ModelOptions, Within
+from lens_lora.demonstration import shipped_adapter
+from lens_lora.errors import LensLoraError
+from lens_lora.formats.folders import adapter_folder, files_in, last_checkpoint, stated_base
+from lens_lora.sweeps.records import is_utf16
+
+# --- What is read
+
+
+def folder_of(adapter: str | None, within: Within | None = None, *, quiet: bool) -> Path:
+    """The folder of the adapter that is asked for, or of the one that comes with the package.
+
+    The folder of a trainer's run stands for that of its last checkpoint.
+    """
+    within = within or Within()
+    if not adapter:
+        _require_adapter("--subfolder", within.subfolder)
+        _require_adapter("--revision", within.revision)
+        return shipped_adapter()
+    run = Path(adapter, within.subfolder or "")
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
+        return adapter_folder(adapter, within.revision, within.subfolder)
+    line = Text(f"{run} is a run; its last checkpoint is taken, {checkpoint.name}.")
+    Console(stderr=True, quiet=quiet).print(line, soft_wrap=True)
+    return adapter_folder(checkpoint, within.revision)
+
+
+def _require_adapter(option: str, value: str | None) -> None:
+    """Refuse an option about the adapter where none is named."""
+    if value is not None:
+        raise typer.BadParameter("it is of an ADAPTER; name one.", param_hint=option)
+
+
+# `str.splitlines` would also cut at form feeds, U+2028 and others.
+_NEWLINE = re.compile(r"\r\n?|\n")
+
+
+def lines_of(file: Path) -> list[str]:
+    """The texts of a file, one a line. Blank lines are skipped.
+
+    Raises:
+        LensLoraError: a file that is not UTF-8.
+    """
+    content = file.read_bytes()
+    if is_utf16(content[:2]):
+        raise LensLoraError(f"{file} is UTF-16; save it as UTF-8.")
+    try:
+        lines = _NEWLINE.split(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
+    return [line for line in lines if line.strip()]
+
+
+def texts_of(file: Path) -> list[str]:
+    """The texts of a file, one a line, of which there is at least one.
+
+    Raises:
+        LensLoraError: a file that is not UTF-8, or holds no text.
+    """
+    lines = lines_of(file)
+    if not lines:
+        raise LensLoraError(f"{file}: holds no text; write one a line.")
+    return lines
+
+
+# --- What is written
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Check that a file can be written.
+
+    Raises:
+        typer.BadParameter: it cannot, with the reason.
+    """
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}.", param_hint=option)
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        fact = f"{path} cannot be written ({error.strerror})."
+        raise typer.BadParameter(fact, param_hint=option) from error
+    if is_new:
+        path.unlink()
+
+
+def require_place(path: Path, option: str) -> None:
+    """Check that a file can be written, whose folder is made if it does not exist.
+
+    Raises:
+        typer.BadParameter: it cannot, with the reason.
+    """
+    folder = path.absolute().parent
+    if folder.is_dir():
+        require_writable(path, option)
+        return
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        fact = f"the folder {folder} cannot be made in {above}; give another."
+        raise typer.BadParameter(fact, param_hint=option)
+
+
+def writable(wanted: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The files that are asked for, by their options, each of which can be written."""
+    outputs = {option: path for option, path in wanted.items() if path is not None}
+    for option, path in outputs.items():
+        require_writable(path, option)
+    return outputs
+
+
+def require_apart(
+    outputs: Mapping[str, Path], base: ModelOptions, adapters: Sequence[Path], *files: Path | None
+) -> None:
+    """Check that nothing is written over what the command reads, and that no outputs are one file.
+
+    Links are followed. An adapter counts with its folder and files, and so does a local base model.
+
+    Args:
+        outputs: the files, each by its option.
+        base: the base model; where none is named, it is that of the first adapter.
+        adapters: their folders.
+        files: whatever else is read.
+
+    Raises:
+        typer.BadParameter: naming the option.
+    """
+    inputs = [path for path in files if path is not None]
+    for folder in adapters:
+        inputs += [folder, *files_in(folder)]
+    model = base.model or stated_base(adapters[0])
+    if model and Path(model).is_dir():
+        inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]
+    for option, output in outputs.items():
+        for path in inputs:
+            if output.exists() and path.exists() and output.samefile(path):
+                fact = f"{output} is what this command reads ({path}); name another place."
+                raise typer.BadParameter(fact, param_hint=option)
+    distinct = {output.resolve() for output in outputs.values()}
+    if len(distinct) < len(outputs):
+        raise typer.BadParameter("they name one file; name two.", param_hint=" and ".join(outputs))
