@@ -1,4 +1,4 @@
-"""Which fields of a Hugging Face configuration decide what a model computes, and where two differ.
+"""The fields of a Hugging Face configuration that decide what a model computes.
 
 Two models with the same parameters are the same function only if these fields agree: the norm's ε,
 the activation function, the rotary embedding, the number of heads, a soft cap. What names a model,

@@ -91,7 +91,7 @@ def refuse_other_folder(place: Place) -> None:
 
 
 def likeliest(folders: Iterable[str]) -> tuple[str, str]:
-    """Of several adapters' folders the one that is probably meant, and a note of the others.
+    """The folder that is probably meant, of several adapters' folders, and a note of the others.
 
     Args:
         folders: at least one.

@@ -1,4 +1,4 @@
-"""What the layers of a live PeftModel hold: an adapter's tensors, and the base model under them.
+"""The layers of a live PeftModel: an adapter's tensors, and the base model under them.
 
 PEFT's `get_peft_model_state_dict` leaves out modules whose path contains another adapter's name. So
 each LoRA layer is read itself, with the scale that it applies now, and so are PEFT's wrappers of
@@ -130,7 +130,7 @@ def _without_base(why: str) -> UnsupportedAdapterError:
 
 @dataclasses.dataclass(frozen=True)
 class _LiveState:
-    """What the layers of a live model hold of one adapter.
+    """The tensors of one adapter in the layers of a live model, and how they are to be read.
 
     Attributes:
         tensors: by the keys of a live model.

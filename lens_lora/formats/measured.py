@@ -70,7 +70,7 @@ _Size = TypeVar("_Size", float, Tensor)
 def measured_updates(
     model: Any, name: str, config: Any, base: Any = None
 ) -> dict[str, ModuleUpdate]:
-    """What each layer of this adapter adds when it is run, and the modules trained beside them.
+    """Run each layer of an adapter for its update; with the modules trained beside them.
 
     Args:
         model: with the adapter live in it. It stays as it is.
@@ -173,7 +173,7 @@ def _add_update(update: LoRAFactors, module: Any, args: tuple[Any, ...], output:
 
 
 def lora_output(update: LoRAFactors, module: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """s·BA of a module's input, which is multiplied as the module's own output is.
+    """The product s·BA of a module's input, scaled as the module scales its own output.
 
     Args:
         update: the factors.
@@ -191,7 +191,7 @@ def lora_output(update: LoRAFactors, module: Any, inputs: Tensor, dtype: torch.d
 
 
 def _layer_update(layer: Any) -> ModuleUpdate | None:
-    """What a tuner layer's active adapter adds to its base layer; None if that is nothing."""
+    """The change of a base layer by its tuner layer's active adapter; None if it is zero."""
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
@@ -262,7 +262,7 @@ def _measured_change(
 
 
 def _added_by(layer: Any, base: Any, inputs: Tensor) -> Tensor:
-    """δ: what the layer adds to its base layer."""
+    """The change δ(x) that the layer adds to the output of its base layer."""
     try:
         return layer(inputs) - base(inputs)
     except Exception as error:
@@ -303,7 +303,7 @@ def _largest_by_size(outputs: Float[Tensor, "size draw out"]) -> Float[Tensor, "
 
 
 def _rounding(size: _Size) -> _Size:
-    """What rounding to float64 makes of numbers of this size."""
+    """The error that rounding to float64 may make in numbers of this size."""
     return _ROUNDINGS * torch.finfo(torch.float64).eps * size
 
 

@@ -39,7 +39,7 @@ _SIZE_OF_INPUT = 10.0
 
 
 class Call(NamedTuple):
-    """What went into a module, and what came out; on the CPU."""
+    """The input and the output of a module in one call, on the CPU."""
 
     inputs: Any
     output: Any

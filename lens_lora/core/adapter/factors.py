@@ -143,7 +143,7 @@ class LoRAFactors:
 
     @property
     def base_part(self) -> str | None:
-        """What of the update is a change only beside the base's own parameters, in words.
+        """The part of the update that is a change only beside the base's own parameters, in words.
 
         None where the update is the same whatever the base is.
         """
@@ -305,7 +305,7 @@ class TrainedModule:
 
     @property
     def base_part(self) -> str:
-        """What of the update is a change only beside the base's own parameters: all of it."""
+        """The part of the update that is a change only beside the base's parameters: all of it."""
         return "a module that was trained whole"
 
     def output_count(self, inputs: int) -> int:

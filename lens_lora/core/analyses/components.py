@@ -1,4 +1,4 @@
-"""What makes a first-order shift large or small (note, §3, after Prop. 1).
+"""The three components of a first-order shift, and the gain (note, §3, after Prop. 1).
 
     a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
 
@@ -47,7 +47,7 @@ class Components(OfSites):
 
     @property
     def first_order(self) -> Float[Tensor, "batch site"]:
-        """a_l, as the product of its three components."""
+        """The first-order shift a_l, as the product of its three components."""
         product = self.delta_norm * self.sensitivity * self.cosine
         return torch.where(self.cosine.isnan(), torch.zeros_like(product), product)
 
@@ -123,7 +123,7 @@ def squared_norms(g: Function) -> dict[str, Float[Tensor, "row site"]]:
 
 
 class _Visited(NamedTuple):
-    """What a pass shows of an injection: its input, and the gradient at its output.
+    """An injection as a pass shows it, with its input and the gradient at its output.
 
     Attributes:
         injection: where a site's update is added.

@@ -112,7 +112,7 @@ class _CallOptions(_Options, total=False):
 
 @runtime_checkable
 class _FirstOrder(Protocol):
-    """What a call of `first_order` returns, for type checkers."""
+    """The calls of `first_order`, for type checkers: the result follows from the arguments."""
 
     @overload
     def __call__(

@@ -77,12 +77,12 @@ class FactMargin(Drawn):
 
     @property
     def noise_floor(self) -> Float[Tensor, " batch"]:
-        """σ of a difference of two margins from rounding alone."""
+        """The noise floor σ of a difference of two margins, from rounding alone."""
         return self.curve.noise_floor
 
     @property
     def remainder_floor(self) -> Float[Tensor, " batch"]:
-        """σ of R_m from rounding alone: of the margins' and of first order's."""
+        """The noise floor σ of R_m, from the rounding of the margins and of first order."""
         return self.curve.noise.of_remainder(1.0)
 
     @property
@@ -274,7 +274,7 @@ class _Crossing:
 
     @property
     def step(self) -> tuple[float, float]:
-        """ε of the two neighbours."""
+        """The ε of the two neighbours."""
         return float(self.scales[self.low]), float(self.scales[self.low + 1])
 
     @property
@@ -319,7 +319,7 @@ class _Crossing:
 def _values_at(
     g: Function, chosen: Int[Tensor, " chosen"], scales: Float[Tensor, "chosen point"]
 ) -> Float[Tensor, "chosen point"]:
-    """g(ε·1) of some prompts, each at its own ε.
+    """Run some prompts, each at its own ε: g(ε·1).
 
     Args:
         g: the function.

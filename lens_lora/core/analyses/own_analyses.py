@@ -30,7 +30,7 @@ _Call = TypeVar("_Call")
 
 @runtime_checkable
 class Analysis(Protocol[_P, _R]):
-    """What `analysis` makes of a function of g: a call of (lens, prompts, readout, …)."""
+    """A function of g that `analysis` has made a call of (lens, prompts, readout, …)."""
 
     @overload
     def __call__(

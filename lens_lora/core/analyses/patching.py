@@ -187,7 +187,7 @@ def _each_rank(lens: LoraLens, groups: Groups) -> tuple[Groups, list[int]]:
 def _stand_in(
     lens: LoraLens, reading: Reading, how: How, replace: Replace, texts: Prompts
 ) -> activations.StandIn:
-    """What stands in for δ: from the texts, run on the model that the intervention is made on."""
+    """The stand-in for δ, from the texts, run on the model that the intervention is made on."""
     gates = lens.gates(float(how == "leave_one_out"))
     if replace == "mean":
         return mean_over(lens, texts, distinct_tokens(texts), gates, reading)
@@ -202,7 +202,7 @@ def _replaced(
     how: How,
     stand_in: activations.StandIn | None,
 ) -> Float[Tensor, "batch group"]:
-    """g with each group's own δ, less g with what stands in for it.
+    """The effects: g with each group's own δ, less g with what stands in for it.
 
     Args:
         g: the function.

@@ -1,4 +1,4 @@
-"""What first order leaves of the exact shift, at full strength and along ε·1.
+"""The remainder: the exact shift less first order, at full strength and along ε·1.
 
     single site   u_yᵀ r_l = g(e_l) − g(0) − a_l                          (note, §3)
     all sites     R_y = g(1) − g(0) − Σ_l a_l                             (note, §4)
@@ -81,17 +81,17 @@ class Remainder(Measured):
 
     @property
     def remainder(self) -> Float[Tensor, " batch"]:
-        """R_y."""
+        """The remainder R_y."""
         return self.shift - self.first_order
 
     @property
     def noise_floor(self) -> Float[Tensor, " batch"]:
-        """σ of the shift from rounding alone."""
+        """The noise floor σ of the shift, from rounding alone."""
         return self.noise.shift
 
     @property
     def remainder_floor(self) -> Float[Tensor, " batch"]:
-        """σ of the remainder from rounding alone: of the shift's and of first order's."""
+        """The noise floor σ of the remainder, from the rounding of the shift and of first order."""
         return self.noise.of_remainder(1.0)
 
     @property
@@ -228,27 +228,27 @@ class RemainderCurve(results_base.Read, Drawn):
 
     @property
     def noise_floor(self) -> Float[Tensor, " batch"]:
-        """σ of the shift at ε = 1 from rounding alone."""
+        """The noise floor σ of the shift at ε = 1, from rounding alone."""
         return self.noise.shift
 
     @property
     def remainder_floor(self) -> Float[Tensor, "batch scale"]:
-        """σ of R_y(ε) from rounding alone: of the shift's and of first order's."""
+        """The noise floor σ of R_y(ε), from the rounding of the shift and of first order."""
         return self.noise.of_remainder(self.scales)
 
     @property
     def shift(self) -> Float[Tensor, "batch scale"]:
-        """g(ε) − g(0)."""
+        """The exact shift g(ε) − g(0)."""
         return self.values - self.base[:, None]
 
     @property
     def first_order(self) -> Float[Tensor, "batch scale"]:
-        """ε Σ_l a_l."""
+        """The first-order line ε Σ_l a_l."""
         return self.slope[:, None] * self.scales
 
     @property
     def remainder(self) -> Float[Tensor, "batch scale"]:
-        """R_y(ε)."""
+        """The remainder R_y(ε)."""
         return self.shift - self.first_order
 
     def to_frame(self) -> pd.DataFrame:

@@ -21,7 +21,13 @@ _IDS = "pass the ids that the template gives: tokenizer.apply_chat_template(…,
 
 
 def conversations_in(prompts: object) -> list[Conversation] | None:
-    """One conversation as a list of one, several as they are; None where prompts are none."""
+    """The conversations that a caller passes, of which a single one becomes a list of it.
+
+    None for prompts that are no conversations.
+
+    Raises:
+        PromptError: conversations beside something else, or a message that is in no list.
+    """
     if isinstance(prompts, Mapping) and "role" in prompts:
         raise PromptError("prompts hold one message; put it in a list: [message].")
     if not isinstance(prompts, list | tuple):
@@ -77,17 +83,22 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
 
 
 def names_of(conversations: Sequence[Conversation]) -> list[str]:
-    """The last words of each user, or of the last message; numbered where they are equal."""
-    said = [_last_said(messages) for messages in conversations]
-    return [
-        f"{text} ({said[: i + 1].count(text)})" if said.count(text) > 1 else text
-        for i, text in enumerate(said)
-    ]
+    """What each conversation is called by: its user's last words, numbered where they are equal."""
+    last_words = [_last_words(messages) for messages in conversations]
+    names: list[str] = []
+    for i, words in enumerate(last_words):
+        if last_words.count(words) == 1:
+            names.append(words)
+        else:
+            names.append(f"{words} ({last_words[: i + 1].count(words)})")
+    return names
 
 
-def _last_said(messages: Conversation) -> str:
-    users = [message for message in messages if message["role"] == "user"]
-    return (users or messages)[-1]["content"] or "(nothing said)"
+def _last_words(messages: Conversation) -> str:
+    """The user's last message; the last one of all where the user has none."""
+    of_user = [message for message in messages if message["role"] == "user"]
+    last = (of_user or messages)[-1]
+    return last["content"] or "(nothing said)"
 
 
 def _checked(messages: Conversation, which: str) -> list[dict[str, str]]:

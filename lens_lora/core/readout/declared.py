@@ -27,7 +27,8 @@ from torch import Tensor
 from lens_lora.core.readout.readout import Before, LastToken
 from lens_lora.errors import ArgumentError
 
-_ROWS = 3  # of random logits on which a declaration is checked
+# How many rows of random logits a declaration is checked on.
+_ROWS = 3
 
 
 class Declared(LastToken):
@@ -42,9 +43,9 @@ class Declared(LastToken):
     text: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = type(self).parameters.bind(*args, **kwargs)
-        bound.apply_defaults()
-        self.arguments: dict[str, Any] = dict(bound.arguments)
+        given = type(self).parameters.bind(*args, **kwargs)
+        given.apply_defaults()
+        self.arguments: dict[str, Any] = dict(given.arguments)
 
     @property
     def label(self) -> str:
@@ -87,7 +88,7 @@ class OfEachRow:
     name: str
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        """g of each row."""
+        """Read g of each row."""
         values = self.fn(logits)
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -128,6 +129,26 @@ class OfEachRow:
             )
 
 
+def _own_parameters(function: Callable[..., Tensor]) -> inspect.Signature:
+    """The parameters of a function of the logits, without the logits."""
+    if not callable(function) or not inspect.signature(function).parameters:
+        raise ArgumentError(f"{function!r} is no function of the logits.")
+    signature = inspect.signature(function)
+    _, *own = signature.parameters.values()
+    return signature.replace(parameters=own)
+
+
+def _require_parameters_in_braces(label: str, names: list[str]) -> None:
+    """Refuse a label that names something else in braces than these parameters."""
+    try:
+        label.format(**dict.fromkeys(names, ""))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ArgumentError(
+            f"label={label!r} names {error}, and the function has {names} beside the logits.",
+            remedy="name only those in braces.",
+        ) from error
+
+
 def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type[Declared]]:
     """Decorate a function of the logits: it becomes a class of readouts, as `Logit` is one.
 
@@ -159,19 +180,9 @@ def readout(*, units: str, label: str) -> Callable[[Callable[..., Tensor]], type
             raise ArgumentError(f"{name}={text!r}: expected a string.")
 
     def declare(function: Callable[..., Tensor]) -> type[Declared]:
-        if not callable(function) or not inspect.signature(function).parameters:
-            raise ArgumentError(f"{function!r} is no function of the logits.")
-        signature = inspect.signature(function)
-        own = signature.replace(parameters=list(signature.parameters.values())[1:])
-        names = dict.fromkeys(own.parameters, "")
-        try:
-            label.format(**names) if names else None
-        except (KeyError, IndexError, ValueError) as error:
-            raise ArgumentError(
-                f"label={label!r} names {error}, and the function has {list(names)} beside the "
-                "logits.",
-                remedy="name only those in braces.",
-            ) from error
+        own = _own_parameters(function)
+        if own.parameters:
+            _require_parameters_in_braces(label, list(own.parameters))
         members = {
             "__doc__": function.__doc__,
             "__module__": function.__module__,

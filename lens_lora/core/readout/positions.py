@@ -47,7 +47,7 @@ class ChosenPositions:
 
     @classmethod
     def of(cls, positions: object) -> ChosenPositions:
-        """What a caller passes, checked.
+        """Check what a caller passes.
 
         Args:
             positions: as the head of this file says.

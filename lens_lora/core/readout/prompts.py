@@ -30,7 +30,7 @@ WITHOUT_EOS = ", its tokenizer's EOS left out"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a prompt's ids were made of.
+    """The origin of a prompt's ids.
 
     Attributes:
         text: the string, or what the chat template made of the messages; None of ids.
@@ -69,7 +69,7 @@ class PromptTokens(tuple[str, ...]):
 
 
 def asked_of(tokens: Sequence[str]) -> Sequence[str]:
-    """Of the tokens of a prompt's row those that were asked, without an answer after them."""
+    """The tokens of a prompt's row that were asked, without an answer after them."""
     return tokens[: tokens.length] if isinstance(tokens, PromptTokens) else tokens
 
 
@@ -235,12 +235,12 @@ class Prompts:
 
     @property
     def read_mask(self) -> Bool[Tensor, "batch slot"]:
-        """Which slots hold a position of their own."""
+        """A mask of the slots that hold a position of their own."""
         reads = torch.ones_like(self.lengths) if self.reads is None else self.reads
         return torch.arange(self.slots, device=reads.device) < reads[:, None]
 
     def at_slots(self, values: Float[Tensor, "row pos d"]) -> Float[Tensor, "row slot d"]:
-        """What stands at the positions that are read.
+        """The values at the positions that are read.
 
         Args:
             values: those of these prompts; of a single prompt, in any number of rows.

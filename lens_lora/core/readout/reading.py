@@ -66,7 +66,7 @@ class _Holding(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is run, and what is read from it.
+    """A readout over some prompts: the rows that are run, and what is read from them.
 
     Attributes:
         prompts: the rows.
@@ -110,7 +110,7 @@ class Reading:
         return isinstance(self.read, _Holding)
 
     def redrawn(self, logits: Float[Tensor, "row *slot vocab"]) -> Reading:
-        """g(1) as a function of the base's logits, for the noise that is in these.
+        """Read g(1) as a function of the base's logits, for the noise that is in these.
 
         Args:
             logits: those of the adapted model, where the reading reads them.
@@ -189,13 +189,17 @@ class Reading:
 
     def tokens_of(self, rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens, merged from its rows; 'a|b' where rows have different tokens."""
-        merged: list[list[dict[str, None]]] = [[] for _ in range(self.batch)]
-        for owner, row in zip(self.owner.tolist(), rows, strict=True):
-            mine = merged[owner]
-            mine += [{} for _ in range(len(row) - len(mine))]
-            for place, token in zip(mine, row, strict=False):
-                place[token] = None
-        return tuple(tuple("|".join(place) for place in mine) for mine in merged)
+        rows_of: list[list[Sequence[str]]] = [[] for _ in range(self.batch)]
+        for prompt, row in zip(self.owner.tolist(), rows, strict=True):
+            rows_of[prompt].append(row)
+        merged: list[tuple[str, ...]] = []
+        for rows_of_prompt in rows_of:
+            by_position: list[str] = []
+            for position in range(max(len(row) for row in rows_of_prompt)):
+                tokens = [row[position] for row in rows_of_prompt if position < len(row)]
+                by_position.append("|".join(dict.fromkeys(tokens)))
+            merged.append(tuple(by_position))
+        return tuple(merged)
 
 
 def _copies(index: Int[Tensor, " n"], times: int) -> Int[Tensor, " copy"]:
@@ -220,7 +224,7 @@ class AtPoint:
     counted: Bool[Tensor, "row pos"]
 
     def __call__(self, activation: Float[Tensor, "row pos *d"]) -> Float[Tensor, " row"]:
-        """g of each row from the activation at the point."""
+        """Read g of each row from the activation at the point."""
         by_token = self.value(activation.flatten(2))
         counted = self.counted[:, : by_token.shape[1]].to(by_token.device)
         return by_token.where(counted, 0.0).sum(1) / counted.sum(1)
@@ -245,12 +249,19 @@ class Columns:
     signs: tuple[float, ...]
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        """g of each row from all its logits."""
+        """Read g of each row from all its logits."""
         return self.of(logits.gather(-1, self.ids.to(logits.device)))
 
     def of(self, few: Float[Tensor, "row token"]) -> Float[Tensor, " row"]:
-        """g of each row from the logits of its `ids` only."""
-        return sum((few[:, k] * sign for k, sign in enumerate(self.signs)), few.new_zeros(()))
+        """Read g of each row from the logits of its `ids` only.
+
+        Args:
+            few: those logits.
+        """
+        total = few.new_zeros(())
+        for k, sign in enumerate(self.signs):
+            total = total + few[:, k] * sign
+        return total
 
     def repeat(self, times: int) -> Columns:
         """The readout of every row several times: r0 r0 … r1 r1 …"""
@@ -266,7 +277,8 @@ _Logits = Float[Tensor, "some vocab"]
 _Terms = Float[Tensor, " some"]
 _Some = Int[Tensor, " some"]
 Places = tuple[Int[Tensor, " pick"], ...]
-PICKS = 128  # whose logits are held together in a graph; twice as many without one
+# How many picks' logits are held together in a graph; twice as many without one.
+PICKS = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -293,7 +305,7 @@ class Picks(abc.ABC):
         """The terms of these picks from their logits, in the readout's units, not yet weighted."""
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " batch"]:
-        """g of each prompt from the logits of its rows."""
+        """Read g of each prompt from the logits of its rows."""
         return self.of(self.terms_in(logits))
 
     def terms_in(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " pick"]:
@@ -316,7 +328,7 @@ class Picks(abc.ABC):
         return tuple(index.to(device) for index in indices)
 
     def of(self, terms: Float[Tensor, " pick"]) -> Float[Tensor, " batch"]:
-        """g of each prompt."""
+        """Sum the weighted terms of each prompt: its g."""
         weighted = terms * self.weights.to(terms)
         return terms.new_zeros(self.batch).index_add(0, self.owner.to(terms.device), weighted)
 
@@ -343,8 +355,11 @@ class Picks(abc.ABC):
         )
 
     def _chosen(self: _Picks, picks: Int[Tensor, " some"]) -> _Picks:
-        values = {name: getattr(self, name) for name in self.by_pick}
-        chosen = {name: value[picks] for name, value in values.items() if value is not None}
+        chosen: dict[str, Tensor] = {}
+        for name in self.by_pick:
+            values = getattr(self, name)
+            if values is not None:
+                chosen[name] = values[picks]
         return dataclasses.replace(self, **chosen)
 
 
@@ -362,7 +377,7 @@ class LogProbs(Picks):
     tokens: Int[Tensor, " pick"]
 
     def terms(self, logits: _Logits, picks: _Some) -> _Terms:
-        """log p of the tokens of these picks, in nats."""
+        """The log-probability of the token of each of these picks, in nats."""
         tokens = self.tokens[picks.to(self.tokens.device)].to(logits.device)
         return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
@@ -380,5 +395,5 @@ class LogProbs(Picks):
 
 
 def at_some(places: Places, picks: _Some) -> tuple[_Some, ...]:
-    """Of the places of all picks, those of these."""
+    """The places of these picks, among those of all."""
     return tuple(index[picks.to(index.device)] for index in places)

@@ -34,7 +34,7 @@ TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " ba
 
 @runtime_checkable
 class LogitFunction(Protocol):
-    """f as a readout may ask it, when it is made part of g: the logits, at gates of 0 say."""
+    """The logits f as a readout may ask for them, such as those of the base at gates of 0."""
 
     @property
     def lens(self) -> Any:
@@ -43,7 +43,7 @@ class LogitFunction(Protocol):
 
     @property
     def prompts(self) -> Prompts:
-        """Those that are asked about."""
+        """The prompts that are asked about."""
         ...
 
     def of_rows(self, rows: Prompts) -> LogitFunction:
@@ -51,7 +51,7 @@ class LogitFunction(Protocol):
         ...
 
     def logits(self, gates: float) -> Tensor:
-        """f at these gates where the rows are read, [row, *slot, vocab]. One forward pass."""
+        """The logits at these gates, where the rows are read, [row, *slot, vocab]. One pass."""
         ...
 
     def over(self, lens: Any) -> LogitFunction:
@@ -83,7 +83,7 @@ class Readout(abc.ABC):
         return self
 
     def reaching(self, f: LogitFunction) -> LogitFunction:
-        """f, or f of those sites alone that can move what is read.
+        """Take f, or f of those sites alone that can move what is read.
 
         Args:
             f: the logits of the prompts, without a readout.
@@ -233,7 +233,10 @@ class Logit(LastToken):
 
 @dataclasses.dataclass(frozen=True)
 class Margin(LastToken):
-    """m = f_doc − f_pre, in logits: the document's fact minus the pretrained one (note, §5)."""
+    """The margin m = f_doc − f_pre, in logits (note, §5).
+
+    It is positive where the document's fact is preferred to the pretrained one.
+    """
 
     doc: TokenLike
     pre: TokenLike
@@ -258,13 +261,13 @@ class Margin(LastToken):
 
 @dataclasses.dataclass(frozen=True)
 class LogProb(LastToken):
-    """log p(token | prompt), in nats."""
+    """The log-probability of a token after the prompt, log p(token | prompt), in nats."""
 
     token: TokenLike
     units = "nats"
 
     def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
-        """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
+        """The log-softmax at the token, logit(token) − logsumexp(logits), [row, vocab] → [row]."""
         rows = torch.arange(batch, device="cpu")
         return LogProbs(
             rows=rows,

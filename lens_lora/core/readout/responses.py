@@ -1,4 +1,4 @@
-"""What is said after a prompt: a string, ids, or what the model itself said (`Generated`)."""
+"""Responses: strings, ids, or what the model itself said after a prompt (`Generated`)."""
 
 from __future__ import annotations
 

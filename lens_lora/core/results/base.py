@@ -1,4 +1,4 @@
-"""What results share: abstract bases, each with more of it than the one above.
+"""The abstract bases of results, each with more than the one above.
 
     Result      a table, a file, its text
     Described   and of which model, adapter and versions
@@ -77,7 +77,7 @@ class Result(abc.ABC):
 
     @classmethod
     def load(cls: type[_Self], path: str | Path) -> _Self:
-        """What `save` wrote, of this class; `ll.load_result` reads a file of any class.
+        """Read a result of this class that `save` wrote; `ll.load_result` reads any class.
 
         Args:
             path: the file to read.
@@ -157,7 +157,7 @@ class Paged(Result):
         return drawing.report(self, title=title)
 
     def story(self) -> str:
-        """What it says in plain words, a paragraph a line, claiming no more than the numbers."""
+        """The result in plain words, a paragraph a line, claiming no more than the numbers."""
         return drawing.story(self)
 
     def save_report(self, path: str | Path) -> Path:
@@ -304,7 +304,10 @@ class Ranked(Measured, Drawn, kw_only=True):
 
 @runtime_checkable
 class Evaluated(Protocol):
-    """g as a result sees it: what stands beside its values (`core.function.Function`)."""
+    """The function g as a result sees it: the source of what stands beside the values.
+
+    `core.function.Function` is one.
+    """
 
     @property
     def lens(self) -> LoraLens:
@@ -320,7 +323,7 @@ class Evaluated(Protocol):
         ...
 
     def noise(self, coefficients: Sequence[float], at: float) -> Float[Tensor, " batch"]:
-        """σ of a sum of values of g, from rounding alone."""
+        """The noise floor σ of a sum of values of g, from rounding alone."""
         ...
 
     def response_tokens(self) -> tuple[tuple[str, ...], ...]:

@@ -83,7 +83,7 @@ class Effects(Ranked):
 
     @property
     def interaction(self) -> Float[Tensor, " batch"]:
-        """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
+        """The part of the shift that no group does on its own, g(1) − g(0) − Σ effects.
 
         Raises:
             ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by

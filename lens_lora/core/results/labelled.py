@@ -92,7 +92,7 @@ class Labelled(Ranked, kw_only=True):
         return Entries({name: frame[name].tolist() for name in frame}, kept, shift, "value")
 
     def picture(self, prompt: int | None = None) -> drawing.Figure:
-        """What `plot` draws: sites by layer and kind, two axes as a heatmap, else bars.
+        """The figure that `plot` draws: sites by layer and kind, two axes as a heatmap, else bars.
 
         Write it anew for a figure of your own, which is any plotly figure.
 
@@ -102,7 +102,7 @@ class Labelled(Ranked, kw_only=True):
         return drawing.labelled(self, prompt)
 
     def words(self, prompt: int | None = None) -> str:
-        """What it says in words above its largest entries; by default nothing.
+        """A sentence above the largest entries; by default nothing.
 
         Args:
             prompt: an index; without it the mean over prompts, or by position the only prompt.

@@ -115,7 +115,7 @@ save_generated.provide(save_result)
 
 
 def read_result(path: str | Path) -> object:
-    """What `save_result` wrote.
+    """Read what `save_result` wrote.
 
     Args:
         path: the file to read.
@@ -221,7 +221,7 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What JSON stands for, with its tensors in their places."""
+    """The value that JSON stands for, with its tensors in their places."""
     if isinstance(value, list):
         return tuple(_decoded(item, tensors) for item in value)
     match value:

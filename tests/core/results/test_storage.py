@@ -67,7 +67,7 @@ def test_every_final_class_is_among_them():
     """A class is abstract or final: nothing that can be made has a subclass."""
     classes = {kind for kind in descendants(Result) if kind.__module__.startswith("lens_lora.")}
     abstract = {Drawn, Paged, Read, Measured, Ranked, Readable}
-    abstract |= {base.Described, base.OfSites, base.Pictured, explain._Figured}
+    abstract |= {base.Described, base.OfSites, base.Pictured, explain._WithFigures}
     classes -= {Labelled}  # for classes of one's own; whole but for its values
     assert classes - abstract == {type(result) for result in RESULTS}
     for kind in classes - abstract:
