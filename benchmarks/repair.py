@@ -108,11 +108,11 @@ def measure(spec: Trained, lens: ll.LoraLens) -> dict[str, Any]:
         "strength": found.matched[-1],
     }
     frame = found.to_frame()
-    for kind, rows in frame[frame["held out"]].groupby("kind"):
-        row[f"{kind}, base"] = float(rows["base"].iloc[0])
+    for role, rows in frame[frame["held_out"]].groupby("role"):
+        row[f"{role}, base"] = float(rows["base"].iloc[0])
         for _, state in rows.iterrows():
-            row[f"{kind}, {state['adapter']}"] = float(state["value"])
-            row[f"{kind} share, {state['adapter']}"] = float(state["share"])
+            row[f"{role}, {state['state']}"] = float(state["value"])
+            row[f"{role} share, {state['state']}"] = float(state["share"])
     return {name: short(value) for name, value in row.items()}
 
 

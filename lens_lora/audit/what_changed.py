@@ -380,7 +380,10 @@ class WhatChanged(OfSites, Paged):
         return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
-        """Every finding in one table: which, its rank, label, value, and the largest control's."""
+        """Every finding in one table: which, its place, label, value, and the largest control's.
+
+        Findings on modules have the labels of their sites.
+        """
         findings: list[tuple[str, pd.DataFrame, str, str]] = [
             (f"promoted by {by}", self.promoted(20, by), "token", by) for by in BY
         ]
@@ -391,8 +394,9 @@ class WhatChanged(OfSites, Paged):
         frames: list[pd.DataFrame] = []
         for finding, frame, label, value in findings:
             named = frame.rename(columns={label: "label", value: "value"})
-            frames.append(named.assign(finding=finding, rank=range(1, len(frame) + 1)))
-        columns = ["finding", "rank", "label", "value", "null", "unrelated", "promoted"]
+            frames.append(named.assign(finding=finding, place=range(1, len(frame) + 1)))
+        labels = ["finding", "place", "label", "module", "layer", "kind"]
+        columns = [*labels, "value", "null", "unrelated", "promoted"]
         return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
 
     def brief(self) -> Brief:

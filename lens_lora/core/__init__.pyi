@@ -161,6 +161,7 @@ from .results.base import Read as Read
 from .results.base import Result as Result
 from .results.base import changes_sign as changes_sign
 from .results.base import flat as flat
+from .results.base import group_labels as group_labels
 from .results.base import hides_sign as hides_sign
 from .results.base import largest as largest
 from .results.base import long_table as long_table

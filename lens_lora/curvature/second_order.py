@@ -189,7 +189,8 @@ class SecondOrder(Drawn):
             "remainder_floor": self.remainder_floor,
         }
         kinds = [verdict.kind for verdict in self.verdict]
-        return pd.DataFrame(per_prompt(columns)).assign(verdict=kinds)
+        prompts = {"prompt": range(len(kinds))}
+        return pd.DataFrame({**prompts, **per_prompt(columns), "verdict": kinds})
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """Heatmap of ½(H1)_l, layer × kind of module."""

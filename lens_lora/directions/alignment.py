@@ -77,7 +77,7 @@ class Alignment(OfSites):
             ArgumentError: a k that is no whole number, or below 0.
         """
         count = whole("k", k, 0)
-        table = self.to_frame().drop(columns="module")
+        table = self.to_frame()
         beyond_chance = table["value"] / table["quantile"]
         order = beyond_chance.sort_values(ascending=False).index[:count]
         return table.loc[order].reset_index(drop=True)

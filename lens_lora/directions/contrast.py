@@ -158,7 +158,7 @@ class Contrast(Readable, Pictured):
         """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its share of ‖m‖, AUC and chance."""
         sizes = [float(value.double().norm()) for value in self.values.values()]
         noise = [float(error.double().norm()) for error in self.errors.values()]
-        table = pd.DataFrame({"name": self.names, "size": sizes, "noise": noise})
+        table = pd.DataFrame({"point": self.names, "size": sizes, "standard_error": noise})
         return table.assign(
             share=table["size"] / list(self.sizes.values()),
             auc=list(self.auc.values()),

@@ -18,7 +18,7 @@ def contrast_figure(contrast: Contrast) -> go.Figure:
     """Held-out AUC and the direction's size by hook point, beside what chance gives."""
     names = [contrast.names[i] for i in layer_order(contrast.names)]
     table = contrast.to_frame()
-    shares = dict(zip(table["name"], table["share"], strict=True))
+    shares = dict(zip(table["point"], table["share"], strict=True))
     places = [float(place) for place in range(len(names))]
     figure = go.Figure()
     for name, values, colour, dash in (

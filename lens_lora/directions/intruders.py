@@ -88,7 +88,7 @@ class Intruders(OfSites):
         table = table.assign(
             nearest=self.nearest.flatten().tolist(), intruder=table["cosine"] < self.threshold
         )
-        return table.drop(columns="module").dropna(subset=["sigma"]).reset_index(drop=True)
+        return table.dropna(subset=["sigma"]).reset_index(drop=True)
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The k intruders of largest singular value, over all sites.
@@ -97,7 +97,7 @@ class Intruders(OfSites):
             k: how many.
 
         Returns:
-            A data frame: site, layer, kind, direction, sigma, cosine, nearest.
+            A data frame: site, module, layer, kind, direction, sigma, cosine, nearest.
 
         Raises:
             ArgumentError: a k that is no whole number, or below 0.

@@ -126,7 +126,7 @@ class Patchscope(Described):
             {"probability": self.probabilities, "unpatched": self.plain[self.ids]},
             {"direction": self.directions},
             {"scale": self.scales},
-            {"rank": range(1, self.ids.shape[2] + 1)},
+            {"place": range(1, self.ids.shape[2] + 1)},
         )
         ids = self.ids.flatten().tolist()
         return table.assign(token=[self.strings[i] for i in ids], id=ids)

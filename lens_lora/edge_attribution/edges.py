@@ -22,9 +22,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, final, get_args
+from typing import Annotated, Any, Literal, final, get_args
 
 import pandas as pd
 import torch
@@ -48,6 +48,7 @@ from lens_lora.core import (
     by_axes,
     chosen_sites,
     drawing,
+    group_labels,
     group_sites,
     indicator,
     is_hooked,
@@ -113,20 +114,20 @@ class Edges(Ranked):
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each edge's value, summed over positions."""
-        names = list(self.groups)
+        of_writers = self._writer_labels
         writers, readers = self.exists.nonzero(as_tuple=True)
-        labels = {
-            "writer": [names[i] for i in writers.tolist()],
-            "reader": [self.readers[i] for i in readers.tolist()],
-        }
+        labels: dict[str, list[object]] = {}
+        for name, column in of_writers.items():
+            labels[name] = [column[i] for i in writers.tolist()]
+        labels["reader"] = [self.readers[i] for i in readers.tolist()]
         values, shift = self.mean_over(prompt, self.per_edge[:, writers, readers])
         return Entries(labels, values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and edge (and position): writer, reader, value, share of the shift."""
-        axes: list[dict[str, Iterable[object]]] = [
+        axes: list[Mapping[str, Iterable[object]]] = [
             {"prompt": range(len(self.values))},
-            {"writer": list(self.groups)},
+            self._writer_labels,
             {"reader": self.readers},
         ]
         is_there = self.exists.expand(len(self.values), -1, -1)
@@ -138,8 +139,16 @@ class Edges(Ranked):
         frame = every.loc[is_there.flatten().numpy()].reset_index(drop=True)
         if self.by:
             tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
-            frame.insert(4, "token", tokens)
+            frame.insert(list(frame).index("position") + 1, "token", tokens)
         return frame
+
+    @property
+    def _writer_labels(self) -> dict[str, list[Any]]:
+        """The writer of each group; of a single site with its module, layer and kind."""
+        labels = group_labels(self.groups, self.sites)
+        if "site" not in labels:
+            return {"writer": list(self.groups)}
+        return {"writer": list(self.groups), **labels}
 
     @property
     def _has_position(self) -> Bool[Tensor, "batch position"]:

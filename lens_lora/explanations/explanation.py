@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Attribution, Effects, FactMargin, Paged, drawing
+from lens_lora.core import Attribution, Effects, FactMargin, Paged, drawing, site_labels
 from lens_lora.curvature.coupling import Coupling
 from lens_lora.curvature.second_order import SecondOrder
 from lens_lora.judging.compare import Comparison, compare
@@ -115,9 +115,7 @@ class Explanation(_WithFigures):
         if self.path is not None:
             numbers["path"] = self.path.per_site
 
-        frame = pd.DataFrame()
-        frame["site"] = [site.name for site in self.first_order.sites]
-        frame["module"] = [site.module for site in self.first_order.sites]
+        frame = pd.DataFrame(site_labels(self.first_order.sites))
         for name, values in numbers.items():
             frame[name] = values[0].cpu().double().tolist()
         for question, reliability in self.reliability.items():
@@ -149,7 +147,8 @@ class Explanations(_WithFigures):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: what `Explanation.to_frame` has."""
         frames = [explanation.to_frame() for explanation in self.each]
-        return pd.concat(frames, keys=range(len(frames)), names=["prompt", None]).reset_index(0)
+        table = pd.concat(frames, keys=range(len(frames)), names=["prompt", None])
+        return table.reset_index(0).reset_index(drop=True)
 
 
 @final

@@ -223,7 +223,7 @@ class ActivationShift(Readable, Drawn):
             found = directions_of(directions, name).at(name, shift.shape[-1])
             values = shift.double() @ found.rows.to(shift.device).double().T
             for column, (direction, index) in enumerate(found.labels):
-                labels = {"name": name, "direction": direction, "index": index}
+                labels = {"point": name, "direction": direction, "index": index}
                 along = values[:, :, column]
                 rows += self._projections(along, labels, by_position=by is not None)
         return pd.DataFrame(rows)
@@ -265,13 +265,13 @@ class ActivationShift(Readable, Drawn):
         text, position = (~sizes.isnan()).nonzero().T
         columns = {
             "prompt": text.tolist(),
-            "name": name,
+            "point": name,
             "position": position.tolist(),
             "token": tokens_at(self.str_tokens, text.tolist(), position.tolist()),
             "counted": self.counted[text, position].tolist(),
             "distinct": self.distinct[text, position].tolist(),
-            "base": self.base_norms[name][text, position].tolist(),
-            "shift": sizes[text, position].tolist(),
+            "base_norm": self.base_norms[name][text, position].tolist(),
+            "shift_norm": sizes[text, position].tolist(),
             "cosine_with_mean": along[text, position].tolist(),
         }
         return pd.DataFrame(columns)

@@ -130,7 +130,7 @@ class ConstantPart(OfSites, Pictured):
     def to_frame(self) -> pd.DataFrame:
         """One row per site: the share, and the sizes of δ, of its mean, and at first tokens."""
         columns = site_labels(self.sites)
-        columns["share"] = self.share.double().tolist()
+        columns["constant_share"] = self.share.double().tolist()
         columns["size"] = self.size.double().tolist()
         columns["mean_size"] = self.mean_size.double().tolist()
         columns["first_size"] = self.first_size.double().tolist()

@@ -42,7 +42,7 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
         directions = found.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         for (label, index), cosine in zip(directions.labels, cosines.tolist(), strict=True):
-            rows.append({"name": name, "direction": label, "index": index, "cosine": cosine})
+            rows.append({"point": name, "direction": label, "index": index, "cosine": cosine})
     if not rows:
         raise ArgumentError(
             f"no site of the lens writes at {list(vectors)}",

@@ -12,7 +12,7 @@ feature is read:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import pandas as pd
 import torch
@@ -88,23 +88,20 @@ class FeatureWrites(OfSites):
         values = self.of_prompt(prompt)[chosen]
         order = largest(values, k)
         width = values.shape[1]
-        columns: dict[str, Any] = {
-            "site": [self.sites[chosen[index // width]].name for index in order],
-            "feature": [index % width for index in order],
-            "write": values.flatten()[order].tolist(),
-        }
+        columns = site_labels([self.sites[chosen[index // width]] for index in order])
+        columns["feature"] = [index % width for index in order]
+        columns["value"] = values.flatten()[order].tolist()
         return pd.DataFrame(columns)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and feature."""
         batch, _, features = self.values.shape
-        table = long_table(
-            {"write": self.values},
+        return long_table(
+            {"value": self.values},
             {"prompt": range(batch)},
             site_labels(self.sites),
             {"feature": range(features)},
         )
-        return table.drop(columns="module")
 
     def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """Site × feature, of the k features that are written most.

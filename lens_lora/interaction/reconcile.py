@@ -84,11 +84,11 @@ class Reconciled(OfSites, Pictured):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per behaviour and state: the share held, on the prompts given and held out."""
-        numbers = {"held": self.held.T}
+        numbers = {"keep": self.held.T}
         if self.held_out is not None:
-            numbers["held out"] = self.held_out.T
+            numbers["keep_held_out"] = self.held_out.T
         named = {"behaviour": self.behaviours, "readout": self.readouts}
-        return long_table(numbers, named, {"adapters": STATES})
+        return long_table(numbers, named, {"state": STATES})
 
 
 @alone

@@ -142,24 +142,24 @@ class Together(Ranked):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and pair of adapters, or per pair of their groups of modules."""
         prompts = {"prompt": range(len(self.base))}
-        pairs = {"first": self.first, "second": self.second}
+        pairs = {"adapter_a": self.first, "adapter_b": self.second}
         if self.parts is None:
-            return long_table({"interaction": self.interaction}, prompts, pairs)
-        of_first = {"group_of_first": self.groups}
-        of_second = {"group_of_second": self.groups}
-        return long_table({"interaction": self.parts}, prompts, pairs, of_first, of_second)
+            return long_table({"value": self.interaction}, prompts, pairs)
+        of_first = {"group_a": self.groups}
+        of_second = {"group_b": self.groups}
+        return long_table({"value": self.parts}, prompts, pairs, of_first, of_second)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """The interaction of each pair of adapters, or of groups of their modules."""
         if self.parts is None:
-            labels = {"first": self.first, "second": self.second}
-            return Entries(labels, *self.mean_over(prompt, self.interaction), "interaction")
+            labels = {"adapter_a": self.first, "adapter_b": self.second}
+            return Entries(labels, *self.mean_over(prompt, self.interaction), "value")
         table = self.to_frame()
         labels_of_one_prompt = table[table["prompt"] == 0]
-        columns = ("first", "second", "group_of_first", "group_of_second")
+        columns = ("adapter_a", "adapter_b", "group_a", "group_b")
         labels = {name: labels_of_one_prompt[name].tolist() for name in columns}
         values, shift = self.mean_over(prompt, self.parts.flatten(1))
-        return Entries(labels, values, shift, "interaction")
+        return Entries(labels, values, shift, "value")
 
 
 @alone

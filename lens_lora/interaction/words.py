@@ -41,9 +41,9 @@ def _where(result: Together, index: int) -> str:
     """The largest pair of groups of modules, and what the parts miss."""
     largest = result.top(1, index).iloc[0]
     where = (
-        f"The largest part, {signed(largest['interaction'])}, is between "
-        f"{largest['group_of_first']} of {largest['first']} and "
-        f"{largest['group_of_second']} of {largest['second']}."
+        f"The largest part, {signed(largest['value'])}, is between "
+        f"{largest['group_a']} of {largest['adapter_a']} and "
+        f"{largest['group_b']} of {largest['adapter_b']}."
     )
     if bool(result.is_complete[index].all()):
         return where

@@ -116,9 +116,8 @@ class BestSubset(Measured):
         """
         members = self.members[self.row(count)].nonzero()[:, 0].tolist()
         if self.over == "heads":
-            return pd.DataFrame({"name": [self.names[i] for i in members]})
-        sites = site_labels([self.sites[i] for i in members])
-        return pd.DataFrame(sites, columns=["site", "module"])
+            return pd.DataFrame({"point": [self.names[i] for i in members]})
+        return pd.DataFrame(site_labels([self.sites[i] for i in members]))
 
     def row(self, count: int | None = None) -> int:
         """Which set has so many sites or heads.
@@ -151,8 +150,8 @@ class BestSubset(Measured):
         columns = {
             "fraction": self.fractions.tolist(),
             "count": self.counts,
-            "kept": self.kept.tolist(),
-            "kept_held_out": self.kept_held_out.tolist(),
+            "keep": self.kept.tolist(),
+            "keep_held_out": self.kept_held_out.tolist(),
             "found_by": self.found_by,
         }
         return pd.DataFrame(columns)

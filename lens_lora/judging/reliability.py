@@ -195,7 +195,7 @@ class Reliability(Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: first order, share, correction, score, fixed, flagged."""
-        frame = self.attribution.to_frame().rename(columns={"value": "first_order"})
+        frame = self.attribution.to_frame()
         numbers = {"correction": self.correction, "score": self.score}
         if self.fixed is not None:
             numbers["fixed"] = self.fixed

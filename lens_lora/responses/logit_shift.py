@@ -31,6 +31,7 @@ from lens_lora.core import (
     only_prompt,
     ranked_tokens,
     require_finite,
+    site_labels,
     token_ids,
 )
 from lens_lora.errors import ArgumentError, SiteError, TokenError
@@ -98,9 +99,8 @@ class LogitShift(Described):
         prompts = {"prompt": range(len(self.values))}
         tokens = {"token": self.strings, "id": self.tokens}
         if not self.sites:
-            return long_table({"shift": self.values}, prompts, tokens)
-        sites = {"site": [site.name for site in self.sites]}
-        return long_table({"shift": self.values}, prompts, sites, tokens)
+            return long_table({"value": self.values}, prompts, tokens)
+        return long_table({"value": self.values}, prompts, site_labels(self.sites), tokens)
 
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool

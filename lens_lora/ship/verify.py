@@ -67,7 +67,8 @@ class Verification(Paged):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per check."""
-        return pd.DataFrame([dataclasses.asdict(check) for check in self.checks])
+        frame = pd.DataFrame([dataclasses.asdict(check) for check in self.checks])
+        return frame.rename(columns={"name": "check"})
 
 
 def verify(

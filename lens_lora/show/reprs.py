@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup, escape
 
 from lens_lora.core import (
@@ -162,7 +163,7 @@ def _story(result: Paged) -> str:
 
 @drawing.body.register(Ranked)
 def _largest(result: Any) -> str:
-    return f"{result.top(k=5).to_string()}{_within_rounding(result)}"
+    return f"{_in_short(result.top(k=5))}{_within_rounding(result)}"
 
 
 @drawing.body.register(ActivationEffects)
@@ -171,8 +172,17 @@ def _largest_of_a_prompt(result: Any) -> str:
     if not result.by_position or prompts == 1:
         return _largest(result)
     # Positions have no mean over prompts.
-    shown = result.top(5, prompt=0).to_string()
+    shown = _in_short(result.top(5, prompt=0))
     return f"prompt 0 of {prompts}:\n{shown}{_within_rounding(result)}"
+
+
+def _in_short(top: pd.DataFrame) -> str:
+    """A table for the terminal: a site's name says where it is, so its module is left out."""
+    if "writer" in top:
+        top = top.drop(columns="site", errors="ignore")
+    if "module" in top:
+        top = top.drop(columns=["module", "layer", "kind"])
+    return top.to_string()
 
 
 @drawing.body.register(Components)

@@ -163,7 +163,7 @@ class Checkpoints(Read, Paged, Pictured):
     def to_frame(self) -> pd.DataFrame:
         """One row per checkpoint and prompt."""
         numbers = {
-            "value": self.adapted,
+            "adapted": self.adapted,
             "shift": self.shift,
             "first_order": self.first_order,
             "remainder": self.remainder,

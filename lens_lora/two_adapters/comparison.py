@@ -171,13 +171,13 @@ class AdapterComparison(OfSites, Pictured):
         """One row per site; sites of one adapter alone say whose they are, and have no numbers."""
         numbers = {
             "cosine": self.cosines,
-            "null std": self._null_std,
-            "read overlap": self.read_overlap,
-            "write overlap": self.write_overlap,
-            "null read": self.null_read.mean(0),
-            "null write": self.null_write.mean(0),
+            "null_std": self._null_std,
+            "read_overlap": self.read_overlap,
+            "write_overlap": self.write_overlap,
+            "null_read": self.null_read.mean(0),
+            "null_write": self.null_write.mean(0),
             "norm": self.norms[0],
-            "other norm": self.norms[1],
+            "other_norm": self.norms[1],
         }
         shared = _labelled(self.sites, "both")
         for name, values in numbers.items():
@@ -226,4 +226,4 @@ class AdapterComparison(OfSites, Pictured):
 
 def _labelled(sites: Sequence[Site], name: str) -> pd.DataFrame:
     """The names, layers and kinds of the sites, and whose they are."""
-    return pd.DataFrame({**site_labels(sites), "in": [name] * len(sites)})
+    return pd.DataFrame({**site_labels(sites), "adapters": [name] * len(sites)})

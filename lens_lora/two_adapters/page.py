@@ -105,9 +105,14 @@ def _training_numbers(training: Checkpoints) -> Pairs:
 def repair_table(repair: Repair) -> Table:
     """One row for each question and adapter: the readout, and the share that is kept or left."""
     frame = repair.to_frame()
-    frame.loc[frame["held out"], "kind"] += ", held out"
-    heads = {name: name for name in ("question", "kind", "adapter", "value")}
-    heads["share"] = "kept or left"
+    frame.loc[frame["held_out"], "role"] += ", held out"
+    heads = {
+        "question": "question",
+        "role": "to keep or drop",
+        "state": "adapter",
+        "value": "value",
+        "share": "kept or left",
+    }
     return table_of(frame, heads, texts=(0, 1, 2), title="What stays of each")
 
 

@@ -152,13 +152,13 @@ class Repair(OfSites, Paged, Pictured):
     def to_frame(self) -> pd.DataFrame:
         """One row per question and state: the readout, and the share kept or left."""
         kinds = ["keep" if keep else "drop" for keep in self.keeps]
-        questions = {"question": self.labels, "kind": kinds, "held out": self.held_out}
+        questions = {"question": self.labels, "role": kinds, "held_out": self.held_out}
         numbers = {
             "value": self.values[1:].T,
             "base": self.values[:1].expand_as(self.shares).T,
             "share": self.shares.T,
         }
-        return long_table(numbers, questions, {"adapter": STATES})
+        return long_table(numbers, questions, {"state": STATES})
 
     def judging(self, *, keep: bool) -> list[int]:
         """Indices of the questions of a kind that judge: those held out, or those given.

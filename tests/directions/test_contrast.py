@@ -187,7 +187,7 @@ def test_planted_difference_is_told_and_none_is_not():
     told = ll.contrast(case.lens, marked[:20], marked[20:], first, "last")
     assert told.auc[first] == 1 > told.chance[first]
     table = told.to_frame()
-    assert float(table["size"][0]) > 3 * float(table["noise"][0])
+    assert float(table["size"][0]) > 3 * float(table["standard_error"][0])
 
 
 def test_reading_cosine_and_every_taker():
@@ -196,8 +196,8 @@ def test_reading_cosine_and_every_taker():
     found = ll.contrast(lens, texts(0), texts(1), "blocks.*.hook_resid_post")
     for name, vector in found.values.items():
         table = found.cosine(found)
-        assert table[table["name"] == name]["cosine"].iloc[0] == pytest.approx(1)
-        assert table[table["name"] == name]["direction"].iloc[0] == name
+        assert table[table["point"] == name]["cosine"].iloc[0] == pytest.approx(1)
+        assert table[table["point"] == name]["direction"].iloc[0] == name
         h = torch.cat([means(case, "raw", "llama", i, 1.0, slice(1, None)) for i in (0, 1)])
         if name == LAST:
             scale = (h.square().mean(-1) + case.model.cfg.eps).rsqrt().mean()

@@ -667,7 +667,8 @@ def test_tables(tmp_path):
         row, column = list(edges.groups).index(writer), edges.readers.index(reader)
         assert value == pytest.approx(float(edges.per_edge[prompt, row, column]), abs=1e-12)
     top = edges.top(3, prompt=1)
-    assert list(top) == ["writer", "reader", "value", "share"]
+    labels = ["writer", "site", "module", "layer", "kind", "reader"]
+    assert list(top) == [*labels, "value", "share"]
     assert top["value"].abs().is_monotonic_decreasing
     again = ll.load_result(edges.save(tmp_path / "edges.safetensors"))
     assert isinstance(again, ll.results.Edges) and torch.equal(again.values, edges.values)

@@ -302,7 +302,7 @@ def test_projections_of_several_directions_and_points():
     none = table[table["prompt"] == 1]
     assert none["value"].isna().all() and (none["tokens"] == 0).all()
     mean = found.mean(0)[LAST]
-    of_last = table[(table["prompt"] == 0) & (table["name"] == LAST)]["value"].to_numpy()
+    of_last = table[(table["prompt"] == 0) & (table["point"] == LAST)]["value"].to_numpy()
     assert abs(of_last - (rows @ mean).numpy()).max() < TINY
     with pytest.raises(ll.errors.ArgumentError, match="3 numbers"):
         found.project(torch.ones(3))

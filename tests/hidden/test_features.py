@@ -567,9 +567,9 @@ def test_the_results_tell_and_draw(cls: str):
     assert largest(drawn.z) == each.shift[1].abs().max()
     writes = ll.feature_shift(lens, tokens, rows, by="site")
     assert len(writes.to_frame()) == writes.values.numel()
-    assert writes.to_frame()["write"].tolist() == writes.values.flatten().tolist()
+    assert writes.to_frame()["value"].tolist() == writes.values.flatten().tolist()
     assert set(writes.top(writes.sites[0].name, 4)["site"]) == {writes.sites[0].name}
-    assert writes.top(k=1)["write"].abs().item() == writes.values.mean(0).abs().max()
+    assert writes.top(k=1)["value"].abs().item() == writes.values.mean(0).abs().max()
     assert largest(writes.plot().data[0].z) == writes.values.mean(0).abs().max()
     for result in (found, each, writes):
         assert "features" in repr(result) and result.meta["dtype"] == "float64"

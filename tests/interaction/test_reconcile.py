@@ -90,7 +90,7 @@ def test_where_nothing_is_in_the_way_nothing_is_left_out():
     found = ll.reconcile(lens, apart, hold, "two", **QUIET)
     assert found.held[1].min() >= found.held[0].min()
     frame = found.to_frame()
-    assert frame["held"].tolist() == found.held.T.flatten().tolist()
+    assert frame["keep"].tolist() == found.held.T.flatten().tolist()
 
 
 def test_it_comes_back_from_a_file(tmp_path: Any):

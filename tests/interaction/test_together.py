@@ -159,8 +159,8 @@ def test_a_planted_collision_is_found():
         lens, {"one": one, "two": two}, TOKENS, MARGIN, group="kind", max_nodes=3, **QUIET
     )
     top = found.top(1, prompt=0).iloc[0]
-    assert top["group_of_first"] == "q"
-    assert top["group_of_second"] == "k"
+    assert top["group_a"] == "q"
+    assert top["group_b"] == "k"
 
 
 def _louder(adapter: ll.Adapter, loud: str) -> ll.Adapter:
@@ -186,11 +186,11 @@ def test_adapters_of_which_one_does_nothing_do_not_interact():
 def test_tables_and_files(tmp_path: Path):
     _, lens, adapters = asked("llama", next(iter(models.MAKERS)))
     plain = ll.together(lens, adapters, TOKENS, MARGIN, **QUIET)
-    assert plain.to_frame().columns.tolist() == ["prompt", "first", "second", "interaction"]
+    assert plain.to_frame().columns.tolist() == ["prompt", "adapter_a", "adapter_b", "value"]
     split = ll.together(lens, gentle(adapters), TOKENS, MARGIN, group="layer", max_nodes=3, **QUIET)
     frame = split.to_frame()
     assert len(frame) == 2 * 2 * 2
-    assert frame["interaction"].sum() == pytest.approx(float(split.interaction.sum()), abs=1e-3)
+    assert frame["value"].sum() == pytest.approx(float(split.interaction.sum()), abs=1e-3)
     for result in (plain, split):
         again = ll.load_result(result.save(tmp_path / "together.safetensors"))
         assert again.to_frame().equals(result.to_frame())

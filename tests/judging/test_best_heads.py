@@ -144,7 +144,7 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
         for row, members in enumerate(found.members):
             kept = kept_of(held.peft, "llama", tokens[1::2], members)
             assert float(found.kept_held_out[row]) == pytest.approx(kept, abs=ROUND_OFF)
-    assert found.to_frame()["kept_held_out"].tolist() == found.kept_held_out.tolist()
+    assert found.to_frame()["keep_held_out"].tolist() == found.kept_held_out.tolist()
     assert alone.kept_held_out.isnan().all()
 
 
@@ -187,7 +187,7 @@ def test_one_head_is_the_strongest_of_those_patched_alone(cls: str, tmp_path):
     found = best(lens, tokens, MARGIN, k=1)
     strongest = (single.values * single.shift.sign()[:, None]).sum(0) / single.shift.abs().sum()
     assert float(found.kept[0]) == pytest.approx(float(strongest.max()))
-    assert found.chosen()["name"].tolist() == [single.names[int(strongest.argmax())]]
+    assert found.chosen()["point"].tolist() == [single.names[int(strongest.argmax())]]
     loaded = BestSubset.load(found.save(tmp_path / "heads.safetensors"))
     assert loaded.names == found.names and loaded.over == "heads"
     drawn = found.plot().data[0]

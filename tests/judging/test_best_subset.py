@@ -92,7 +92,7 @@ def test_what_is_reported_is_what_the_sets_keep():
             assert float(share) == pytest.approx(kept_of(lens, row[None], members), abs=ROUND_OFF)
     assert found.kept[-1] == pytest.approx(1.0) and found.found_by[-1] == "all"
     frame = found.to_frame()
-    assert frame["kept"].tolist() == found.kept.tolist() and list(frame["count"]) == [1, 2, 5, 10]
+    assert frame["keep"].tolist() == found.kept.tolist() and list(frame["count"]) == [1, 2, 5, 10]
     chosen = found.chosen(2)
     assert set(chosen["site"]) == {
         s.name for s, on in zip(lens.sites, found.members[1], strict=True) if on

@@ -219,9 +219,9 @@ def test_null_scale_has_the_spectrum_and_no_direction():
     row = found.to_frame().set_index("site").loc[q]
     assert abs(float(found.null_inner.mean(0)[0] / found.norms[:, 0].prod())) < 0.02
     # E‖V₁ᵀV′‖² / 2 = 3/16 with 3 fixed and 2 random directions among 16
-    assert row["null read"] == pytest.approx(3 / 16, abs=0.02)
+    assert row["null_read"] == pytest.approx(3 / 16, abs=0.02)
     # Var cos = 1 / (16 · 16) whatever the spectra
-    assert row["null std"] == pytest.approx(1 / 16, rel=0.2)
+    assert row["null_std"] == pytest.approx(1 / 16, rel=0.2)
     again = ll.compare_adapters(case.lens, other_of(case), draws=200, seed=3)
     assert torch.equal(found.null_inner, again.null_inner)
 
@@ -252,7 +252,7 @@ def test_sites_of_one_alone_are_listed_and_count_in_its_norm():
     found = ll.compare_adapters(case.lens, part, draws=0)
     assert len(found.sites) == 4 and len(found.only[0]) == 10 and found.only[1] == ()
     frame = found.to_frame()
-    alone = frame[frame["in"] == case.lens.adapter.name]
+    alone = frame[frame["adapters"] == case.lens.adapter.name]
     assert len(alone) == 10 and set(frame["module"]) == set(case.lens.adapter.modules)
     assert frame["layer"].dtype.kind == "i" and alone["cosine"].isna().all()
     size = {k: f.norm() for k, f in case.lens.adapter.modules.items()}

@@ -96,8 +96,8 @@ class ActivationEffects(Ranked):
         axes: list[dict[str, Any]] = [{"prompt": range(len(self.values))}, self._labels]
         if self.by_position:
             axes.append({"position": range(self.values.shape[2])})
-        frame = long_table({"effect": self.values, "share": self.share}, *axes)
-        frame = frame.dropna(subset="effect", ignore_index=True)
+        frame = long_table({"value": self.values, "share": self.share}, *axes)
+        frame = frame.dropna(subset="value", ignore_index=True)
         if self.by_position:
             frame.insert(5, "token", tokens_at(self.str_tokens, frame["prompt"], frame["position"]))
         return frame
@@ -106,21 +106,21 @@ class ActivationEffects(Ranked):
     def _labels(self) -> dict[str, Any]:
         layers = [layer for layer, _ in self.places]
         hooks = [hook for _, hook in self.places]
-        return {"name": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
+        return {"point": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each hook point's effect, or that of each of its positions."""
         values, shift = self.of_prompt(prompt)
         if not self.by_position:
-            return Entries({"name": self.names}, values, shift, "effect")
+            return Entries({"point": self.names}, values, shift, "value")
         count, width = values.shape
         tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
         labels = {
-            "name": [name for name in self.names for _ in range(width)],
+            "point": [name for name in self.names for _ in range(width)],
             "position": [*range(width)] * count,
             "token": [*tokens, *[""] * (width - len(tokens))] * count,
         }
-        return Entries(labels, values.flatten(), shift, "effect")
+        return Entries(labels, values.flatten(), shift, "value")
 
     def of_prompt(
         self, prompt: int | None

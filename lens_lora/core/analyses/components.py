@@ -53,11 +53,10 @@ class Components(OfSites):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site."""
-        labels = site_labels(self.sites)
-        sites = {name: labels[name] for name in ("site", "layer", "kind")}
         fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
         numbers = {name: getattr(self, name) for name in fields}
-        return long_table(numbers, {"prompt": range(len(self.z_norm))}, sites)
+        prompts = {"prompt": range(len(self.z_norm))}
+        return long_table(numbers, prompts, site_labels(self.sites))
 
 
 @analysis(takes_max_memory=True)

@@ -117,10 +117,20 @@ class FactMargin(Drawn):
         return tuple(verdict_of(end, self.curve.way_of(i)) for i, end in enumerate(ends))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign."""
-        floors = ("noise_floor", "remainder_floor")
-        names = ("m0", "first_order", "remainder", "m", *floors, "flip_scale")
-        columns = per_prompt({name: getattr(self, name) for name in names})
+        """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign.
+
+        `base` is m₀, and `adapted` is m.
+        """
+        numbers = {
+            "base": self.m0,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+            "adapted": self.m,
+            "noise_floor": self.noise_floor,
+            "remainder_floor": self.remainder_floor,
+            "flip_scale": self.flip_scale,
+        }
+        columns = {"prompt": range(len(self.m)), **per_prompt(numbers)}
         return pd.DataFrame(columns).assign(
             flips=self.flips,
             flip_predicted=self.flip_predicted,

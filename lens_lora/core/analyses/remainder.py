@@ -109,7 +109,8 @@ class Remainder(Measured):
         With experts also `rerouted`: the tokens that go to other experts, counted in each layer.
         """
         names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
-        frame = pd.DataFrame(per_prompt({name: getattr(self, name) for name in names}))
+        columns = per_prompt({name: getattr(self, name) for name in names})
+        frame = pd.DataFrame({"prompt": range(len(self.shift)), **columns})
         if self.rerouted:
             by_layer = torch.stack(list(self.rerouted.values()))
             frame["rerouted"] = by_layer.sum(0).int().tolist()

@@ -381,8 +381,7 @@ class GroupAttribution(Ranked):
         """One row per prompt and group (and token): its value and share of the shift."""
         numbers = {"value": self.values, "share": self.share_of(self.values)}
         prompts = {"prompt": range(len(self.values))}
-        sizes = [len(members) for members in self.groups.values()]
-        groups = {"group": list(self.groups), "sites": sizes}
+        groups = base.group_labels(self.groups, self.sites)
         if not self.by:
             return base.long_table(numbers, prompts, groups)
         slots = torch.arange(self.values.shape[2])
@@ -390,13 +389,15 @@ class GroupAttribution(Ranked):
         lengths = torch.tensor([len(tokens) for tokens in self.response])
         is_there = (slots < lengths[:, None])[:, None].expand(self.values.shape)
         frame = frame.loc[is_there.flatten().numpy()].reset_index(drop=True)
-        frame.insert(4, "y_t", base.tokens_at(self.response, frame["prompt"], frame["t"]))
+        tokens = base.tokens_at(self.response, frame["prompt"], frame["t"])
+        frame.insert(list(frame).index("t") + 1, "y_t", tokens)
         return frame
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's value, summed over tokens."""
         values, shift = self.mean_over(prompt, self.per_group)
-        return Entries({"group": list(self.groups)}, values, shift, "value")
+        labels = base.group_labels(self.groups, self.sites, sizes=False)
+        return Entries(labels, values, shift, "value")
 
 
 def within_response(

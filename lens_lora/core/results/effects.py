@@ -156,17 +156,20 @@ class Effects(Ranked):
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and group: number of sites, effect, share of the shift."""
-        sizes = [len(members) for members in self.groups.values()]
-        numbers = {"effect": self.values, "share": self.share}
+        """One row per prompt and group: its labels, effect, and share of the shift.
+
+        A group of a single site has that site's labels; another one has its number of sites.
+        """
+        numbers = {"value": self.values, "share": self.share}
         prompts = {"prompt": range(len(self.values))}
-        groups = {"group": list(self.groups), "sites": sizes}
+        groups = base.group_labels(self.groups, self.sites)
         return base.long_table(numbers, prompts, groups)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's effect."""
         values, shift = self.mean_over(prompt, self.values)
-        return Entries({"group": list(self.groups)}, values, shift, "effect")
+        labels = base.group_labels(self.groups, self.sites, sizes=False)
+        return Entries(labels, values, shift, "value")
 
     def to_patching_result(self) -> Any:
         """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.

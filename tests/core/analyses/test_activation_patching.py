@@ -355,8 +355,8 @@ def test_the_result_tells_and_draws(cls: str):
     names = [n for n in points(cls) if "pattern" not in n]
     effects = patch(lens, prompts, MARGIN, names, positions="each")
     frame = effects.to_frame()
-    assert len(frame) == len(names) * (7 + 3) and not frame["effect"].isna().any()
-    last = frame[(frame["prompt"] == 1) & (frame["name"] == LAST[cls])]
+    assert len(frame) == len(names) * (7 + 3) and not frame["value"].isna().any()
+    last = frame[(frame["prompt"] == 1) & (frame["point"] == LAST[cls])]
     assert last["position"].tolist() == [0, 1, 2] and set(last["layer"]) == {1}
     assert last["token"].tolist() == list(effects.str_tokens[1])
     assert last["share"].tolist()[-1] == pytest.approx(1.0)
@@ -373,7 +373,7 @@ def test_the_result_tells_and_draws(cls: str):
     bars = patch(lens, prompts, MARGIN, names[1:3], positions=[0, -1])
     assert bars.positions == "0, -1" and bars.by_position is False
     assert list(bars.plot(prompt=0).data[0].x) == bars.values[0].tolist()
-    assert whole.top(1)["effect"].abs().item() == pytest.approx(
+    assert whole.top(1)["value"].abs().item() == pytest.approx(
         float(whole.values.mean(0).abs().max())
     )
     assert whole.meta["dtype"] == "float64" and "base_to_adapted" in repr(whole)

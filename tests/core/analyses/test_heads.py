@@ -146,7 +146,7 @@ def test_the_result_draws(cls: str):
     assert [value for row in drawn.z for value in row] == pytest.approx(
         effects.values.mean(0).tolist()
     )
-    assert effects.top(1)["name"][0] in effects.names and "hook_z[" in repr(effects)
+    assert effects.top(1)["point"][0] in effects.names and "hook_z[" in repr(effects)
 
 
 @pytest.mark.bad_input

@@ -216,7 +216,7 @@ def test_the_result_tells_saves_and_draws(tmp_path):
         assert dict(back.meta) == dict(effects.meta) and back.meta["dtype"] == "float64"
         frame = effects.to_frame()
         assert len(frame) == effects.values.numel()
-        assert frame["effect"].tolist() == effects.values.flatten().tolist()
+        assert frame["value"].tolist() == effects.values.flatten().tolist()
         top = effects.top(1, prompt=1)
         largest = int(effects.values[1].abs().argmax())
         assert top["group"].item() == list(effects.groups)[largest]
