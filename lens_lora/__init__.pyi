@@ -50,6 +50,7 @@ from .responses.kl_shares import kl_shares
 from .responses.logit_shift import logit_shift
 from .responses.token_shifts import token_shifts
 from .ship.served import verify_served
+from .show.compose import panel, table
 from .sweeps.sweep import sweep
 from .two_adapters.checkpoints import checkpoints
 from .two_adapters.compare_adapters import compare_adapters
@@ -133,6 +134,8 @@ __all__ = [
     "sweep",
     # results
     "load_result",
+    "panel",
+    "table",
     # your own
     "analysis",
     "readout",

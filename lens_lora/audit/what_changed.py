@@ -397,7 +397,8 @@ class WhatChanged(OfSites, Paged):
             frames.append(named.assign(finding=finding, place=range(1, len(frame) + 1)))
         labels = ["finding", "place", "label", "module", "layer", "kind"]
         columns = [*labels, "value", "null", "unrelated", "promoted"]
-        return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
+        table = pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
+        return table.astype({"layer": "Int64"})
 
     def brief(self) -> Brief:
         """A summary of the audit in at most 2,000 tokens of text; `to_json` is for a program.

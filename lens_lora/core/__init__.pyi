@@ -12,6 +12,7 @@ from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
 from .analyses.activation_patching import ActivationEffects as ActivationEffects
 from .analyses.activation_patching import patch_activations as patch_activations
+from .analyses.components import Component as Component
 from .analyses.components import Components as Components
 from .analyses.components import components as components
 from .analyses.components import squared_norms as squared_norms

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 
+from lens_lora.arguments import whole
 from lens_lora.core import TokenView, drawing, only_prompt
+from lens_lora.responses.logit_shift import LogitShift
 from lens_lora.responses.token_shifts import TokenShifts
 from lens_lora.show import go, page, text
-from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
+from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, bars, finish, tokens_axis
 from lens_lora.show.text import magnitude, short_prompt, signed, visible
 
 
@@ -31,6 +33,33 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)
     figure.update_xaxes(title_text="token of the response", row=2)
     return figure.update_yaxes(title_text="shift of log p (nats)", zeroline=True, row=2)
+
+
+@drawing.figure.register(LogitShift)
+def logit_shift_figure(
+    shift: LogitShift, site: str | None = None, k: int = 10, prompt: int | None = None
+) -> go.Figure:
+    """The tokens whose logits rise most, and below them those whose logits fall most."""
+    k = whole("k", k, 1)
+    raised = shift.promoted(site, k, prompt).to_dict("records")
+    lowered = shift.suppressed(site, k, prompt).to_dict("records")
+    # Of few tokens both lists would have all of them.
+    ids = {row["id"] for row in raised}
+    rows = raised + [row for row in reversed(lowered) if row["id"] not in ids]
+    names = [f"{place} {visible(row['token'])}" for place, row in enumerate(rows, start=1)]
+    values = [row["shift"] for row in rows]
+    hover = [
+        f"{text.label(repr(row['token']))}, id {row['id']}<br>{signed(row['shift'])} logits"
+        for row in rows
+    ]
+    count = len(shift.values)
+    of_prompt = f"mean of {count} prompts"
+    if prompt is not None or count == 1:
+        of_prompt = f"prompt {prompt or 0} of {count}"
+    heading = f"First-order shift of logits by {site or 'all sites together'}"
+    below = f"less its mean over the tokens · {of_prompt}"
+    figure = bars((heading, below), names, values, hover, "logits")
+    return figure.update_traces(showlegend=False)
 
 
 @drawing.tokens.register(TokenShifts)

@@ -26,9 +26,10 @@ from lens_lora.core import (
     PromptsLike,
     Site,
     alone,
+    drawing,
     long_table,
     one_site,
-    only_prompt,
+    prompt_rows,
     ranked_tokens,
     require_finite,
     site_labels,
@@ -70,11 +71,11 @@ class LogitShift(Described):
         Args:
             site: its name; without it, all sites together.
             k: how many.
-            prompt: an index; without it, the only prompt.
+            prompt: an index; without it, the mean over prompts.
 
         Raises:
             SiteError: no such site, or a glob that matches several.
-            ArgumentError: no such prompt, or several and none named.
+            ArgumentError: no such prompt.
         """
         return self._ranked(site, k, prompt, largest=True)
 
@@ -86,13 +87,29 @@ class LogitShift(Described):
         Args:
             site: its name; without it, all sites together.
             k: how many.
-            prompt: an index; without it, the only prompt.
+            prompt: an index; without it, the mean over prompts.
 
         Raises:
             SiteError: no such site, or a glob that matches several.
-            ArgumentError: no such prompt, or several and none named.
+            ArgumentError: no such prompt.
         """
         return self._ranked(site, k, prompt, largest=False)
+
+    def plot(
+        self, site: str | None = None, k: int = 10, prompt: int | None = None
+    ) -> drawing.Figure:
+        """Bars of the k tokens that are raised most, and of the k that are lowered most.
+
+        Args:
+            site: its name; without it, all sites together.
+            k: how many of each.
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+            ArgumentError: no such prompt, or a k below 1.
+        """
+        return drawing.figure(self, site, k, prompt)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token, and per site if split by site: the shift in logits."""
@@ -105,24 +122,24 @@ class LogitShift(Described):
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool
     ) -> pd.DataFrame:
-        index = only_prompt(prompt, len(self.values), "rankings of tokens")
-        shift = self._shift_of(site, index)
+        shift = self._shift_of(site, prompt)
         relative = shift - shift.mean()
         frame = ranked_tokens(relative, self.strings, k, "shift", largest=largest)
         # A place along the axis becomes the token's id.
         frame["id"] = [self.tokens[place] for place in frame["id"]]
         return frame.drop(columns="rank")
 
-    def _shift_of(self, site: str | None, prompt: int) -> Float[Tensor, " vocab"]:
-        """One site's shift, or that of all sites together."""
+    def _shift_of(self, site: str | None, prompt: int | None) -> Float[Tensor, " vocab"]:
+        """The shift by one site or by all together, of one prompt or in the mean over prompts."""
+        rows = prompt_rows(prompt, len(self.values))
         if site is None:
-            return self.joint[prompt]
+            return self.joint[rows].mean(0)
         if not self.sites:
             raise SiteError(
                 "this shift was computed for all sites together", remedy="use by_site=True."
             )
         index = one_site(self.sites, site)
-        return self.values[prompt, index]
+        return self.values[rows, index].mean(0)
 
 
 @alone

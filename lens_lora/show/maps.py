@@ -13,6 +13,8 @@ from lens_lora.core import (
     ActivationEffects,
     Attribution,
     Axis,
+    Component,
+    Components,
     Effects,
     GroupAttribution,
     Shown,
@@ -200,6 +202,50 @@ def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
     """A heading that names the readout and the method, and below it what is shown."""
     heading = f"{result.readout}, {key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
+
+
+# --- The components of first order
+
+# How each component is called, and how it is coloured.
+_COMPONENTS: dict[Component, tuple[str, figures.Scale]] = {
+    "z_norm": ("‖z‖", "amount"),
+    "delta_norm": ("‖δz‖", "amount"),
+    "sensitivity": ("‖Jᵀu‖", "amount"),
+    "cosine": ("cos(δz, Jᵀu)", "signed"),
+    "gain": ("‖J δz‖ / ‖δz‖", "amount"),
+    "first_order": ("a = ‖δz‖ · ‖Jᵀu‖ · cos", "pushes"),
+}
+
+
+@drawing.figure.register(Components)
+def components_figure(
+    components: Components, of: Component = "first_order", prompt: int | None = None
+) -> go.Figure:
+    """Draw one component, layer × kind of module; a hover has all of them."""
+    count = len(components.z_norm)
+    rows = slice(None)
+    whose_numbers = f"mean of {count} prompts"
+    if prompt is not None or count == 1:
+        index = only_prompt(prompt, count)
+        rows = slice(index, index + 1)
+        whose_numbers = f"prompt {index} of {count}"
+    by_component = {
+        name: getattr(components, name)[rows].cpu().double().nanmean(0).tolist()
+        for name in _COMPONENTS
+    }
+    hover: list[str] = []
+    for site in range(len(components.sites)):
+        lines = [
+            f"{called} {signed(by_component[name][site])}"
+            for name, (called, _) in _COMPONENTS.items()
+        ]
+        hover.append("<br>".join(lines))
+    called, scale = _COMPONENTS[of]
+    reach = 1.0 if of == "cosine" else None
+    titles = (f"{called} at the base model", f"by layer and kind of module · {whose_numbers}")
+    return figures.kinds_by_layer(
+        titles, components.sites, by_component[of], hover, called, scale, reach=reach
+    )
 
 
 # --- Effects, and groups of sites

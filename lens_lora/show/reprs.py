@@ -104,7 +104,7 @@ _COUNTED = {
 @drawing.text.register(Result)
 def result_text(result: Result) -> str:
     """Write the heading, and below it the body that is registered for the class."""
-    read = _part_with_readout(result)
+    read = part_with_readout(result)
     heading = type(result).__name__
     if hasattr(read, "readout"):
         heading += f" of {read.readout}"
@@ -116,7 +116,7 @@ def result_text(result: Result) -> str:
     return f"{heading}\n{drawing.body(result)}"
 
 
-def _part_with_readout(result: Any) -> Any:
+def part_with_readout(result: Any) -> Any:
     """The result itself, or the attribution in it that knows the readout."""
     parts = (result, getattr(result, "attribution", None), getattr(result, "first_order", None))
     for part in parts:

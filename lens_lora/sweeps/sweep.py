@@ -106,6 +106,20 @@ class SweepResult:
         """One row per record: `pd.read_parquet(prompts_path)`."""
         return pd.read_parquet(self._prompts_file.path)
 
+    def plot_prompts(self, column: str = "shift", k: int = 40) -> drawing.Figure:
+        """A bar for each record: one column of `prompts`, the largest number on top.
+
+        Args:
+            column: a column of numbers, such as 'shift', 'base', 'adapted' or
+                'first_order_remainder'.
+            k: how many records are shown, those of largest magnitude.
+
+        Raises:
+            ArgumentError: no such column of numbers, or a k below 1.
+            SweepError: every record has an error.
+        """
+        return drawing.figure(self, column, k)
+
     def attribution(self, analysis: str) -> Attribution:
         """One analysis of all prompts without an error, with its tables, sums and figures.
 

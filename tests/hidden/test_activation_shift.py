@@ -298,7 +298,7 @@ def test_projections_of_several_directions_and_points():
     rows = torch.randn(2, 16, generator=models.seeded(4), dtype=torch.float64)
     found = ll.activation_shift(lens, texts(), [MIDDLE, LAST], positions=slice(5, 7))
     table = found.project({"a": rows})
-    assert table[["prompt", "name", "index"]].drop_duplicates().shape[0] == len(table) == 8
+    assert table[["prompt", "point", "index"]].drop_duplicates().shape[0] == len(table) == 8
     none = table[table["prompt"] == 1]
     assert none["value"].isna().all() and (none["tokens"] == 0).all()
     mean = found.mean(0)[LAST]

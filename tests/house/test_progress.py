@@ -172,7 +172,7 @@ DEEP = {
 }
 NO_PASS = {
     *("adapter_format", "alignment", "analysis", "compare", "demo", "load", "load_adapter"),
-    *("load_bank", "load_result", "readout"),
+    *("load_bank", "load_result", "panel", "readout", "table"),
 }
 
 

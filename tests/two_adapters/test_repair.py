@@ -233,7 +233,7 @@ def test_shares_and_scaling_are_those_of_peft():
         return last[:, 5] - last[:, 9], log_p
 
     (m0, p0), (m1, p1) = shares(0.0), shares(1.0)
-    frame = found.to_frame().set_index(["kind", "adapter"])
+    frame = found.to_frame().set_index(["role", "state"])
     kl = rel_entr(p0, p1).sum() / p0[..., 0].size
     assert frame.loc[("drop", "whole"), "value"] == pytest.approx(kl, abs=1e-9)
     at, p = shares(found.matched[-1])
@@ -284,7 +284,7 @@ def test_what_keeps_more_than_the_whole_adapter_is_held_against_it():
         of="site", steps=30, rate=0.1, progress=False, draws=1,
     )  # fmt: skip
     assert found.kept_share > 1 and found.matched[-1] == 1.0 and found.exceeds
-    whole = found.to_frame().set_index(["kind", "adapter"])["share"]
+    whole = found.to_frame().set_index(["role", "state"])["share"]
     assert whole["drop", "scaled"] == pytest.approx(1) and whole["keep", "scaled"] == pytest.approx(
         1
     )

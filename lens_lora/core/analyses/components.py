@@ -11,20 +11,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final, get_args
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.arguments import word
 from lens_lora.core.analyses.own_analyses import analysis
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.memory import graph_groups
 from lens_lora.core.function.reverse import site_gradients
 from lens_lora.core.model import Injection, LoraLens
 from lens_lora.core.readout import Reading
+from lens_lora.core.results import drawing
 from lens_lora.core.results.base import OfSites, long_table, site_labels
+
+Component = Literal["z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order"]
 
 
 @final
@@ -53,10 +57,21 @@ class Components(OfSites):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site."""
-        fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
-        numbers = {name: getattr(self, name) for name in fields}
+        numbers = {name: getattr(self, name) for name in get_args(Component)}
         prompts = {"prompt": range(len(self.z_norm))}
         return long_table(numbers, prompts, site_labels(self.sites))
+
+    def plot(self, of: Component = "first_order", prompt: int | None = None) -> drawing.Figure:
+        """One of the numbers, layer × kind of module; the hover of a site has all of them.
+
+        Args:
+            of: 'z_norm', 'delta_norm', 'sensitivity', 'cosine', 'gain' or 'first_order'.
+            prompt: an index; without it, the mean over the prompts in which the number exists.
+
+        Raises:
+            ArgumentError: another number, or no such prompt.
+        """
+        return drawing.figure(self, word("of", of, get_args(Component)), prompt)
 
 
 @analysis(takes_max_memory=True)

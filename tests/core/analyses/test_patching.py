@@ -219,7 +219,8 @@ def test_the_result_tells_saves_and_draws(tmp_path):
         assert frame["value"].tolist() == effects.values.flatten().tolist()
         top = effects.top(1, prompt=1)
         largest = int(effects.values[1].abs().argmax())
-        assert top["group"].item() == list(effects.groups)[largest]
+        label = "group" if "group" in top else "site"
+        assert top[label].item() == list(effects.groups)[largest]
         assert top["share"].item() == pytest.approx(float(effects.share[1, largest]))
         drawn = effects.plot(prompt=1).data[0]
         shown = drawn.x if group == "layer" else [v for row in drawn.z for v in row]
