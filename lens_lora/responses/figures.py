@@ -45,8 +45,13 @@ def logit_shift_figure(
     lowered = shift.suppressed(site, k, prompt).to_dict("records")
     # Of few tokens both lists would have all of them.
     ids = {row["id"] for row in raised}
-    rows = raised + [row for row in reversed(lowered) if row["id"] not in ids]
-    names = [f"{place} {visible(row['token'])}" for place, row in enumerate(rows, start=1)]
+    fallen = [row for row in reversed(lowered) if row["id"] not in ids]
+    rows = raised + fallen
+    # Raised tokens are counted from the first, and fallen ones from the last.
+    places = [*range(1, len(raised) + 1), *range(-len(fallen), 0)]
+    names: list[str] = []
+    for place, row in zip(places, rows, strict=True):
+        names.append(f"{place} {visible(row['token'])}".replace("-", "−", 1))
     values = [row["shift"] for row in rows]
     hover = [
         f"{text.label(repr(row['token']))}, id {row['id']}<br>{signed(row['shift'])} logits"
