@@ -27,7 +27,6 @@ from lens_lora.core import (
     Attribution,
     Drawn,
     Evaluations,
-    Function,
     RemainderCurve,
     analysis,
     drawing,
@@ -230,31 +229,12 @@ def second_order(g: Evaluations, *, self_curvature: bool = False) -> SecondOrder
         NumericsError: a derivative that is not finite, naming the site.
     """
     curve = remainder_curve.of(g)
-    slopes = g.slopes_with_noise()  # Known from the curve.
-    first = Attribution.of(g, slopes, method="first_order", at=0.0, mode="reverse")
-    found = beside_first_order(g, first, curve)
-    if not self_curvature:
-        return found
-    of_sites = coupling.of(g)
-    return dataclasses.replace(found, self_curvature=of_sites.self_curvature)
-
-
-def beside_first_order(g: Function, first: Attribution, curve: RemainderCurve) -> SecondOrder:
-    """Second order, where first order and the curve of g are known already.
-
-    Cost: five forward and ten backward passes, batched; eight of the backward ones and four of the
-    forward ones are for the noise floor.
-
-    Args:
-        g: the function.
-        first: its first order at ε = 0, by site.
-        curve: its values along the path.
-    """
+    slopes = g.slopes_with_noise()  # known from the curve
     half_row_sums = g.curvature(1.0) / 2
     return SecondOrder(
-        first_order=first,
+        first_order=Attribution.of(g, slopes, method="first_order", at=0.0, mode="reverse"),
         half_row_sums=half_row_sums,
-        self_curvature=None,
+        self_curvature=coupling.of(g).self_curvature if self_curvature else None,
         curve=curve,
         curvature_noise=g.curvature_noise(half_row_sums),
     )

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from lens_lora.compat import in_float64
 from lens_lora.core import (
-    Attribution,
     Evaluations,
     Function,
     first_order,
@@ -32,7 +31,7 @@ from lens_lora.core import (
     patch_sites,
 )
 from lens_lora.curvature.coupling import coupling
-from lens_lora.curvature.second_order import beside_first_order
+from lens_lora.curvature.second_order import second_order
 from lens_lora.explanations.explanation import Explanation, Said
 from lens_lora.explanations.one_prompt import one_prompt
 from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_tokens, step
@@ -143,10 +142,9 @@ def _quick(
     silent = g.with_progress(False)
     with step(bar, "the margin along the path"):
         margin = margin_of(silent, list(docs), list(pres), by="position")
-    first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
     with step(bar, "tokens promoted and suppressed"):
         shift = logit_shift(lens, g.prompts, by_site=False, progress=False)
-        module_shifts = _shifts_of_the_largest(g, shift, first)
+        module_shifts = _shifts_of_the_largest(g, shift, margin.attribution.per_site)
         probabilities = _probabilities_at_both_ends(g)
     with step(bar, "what both models answer"):
         most = answer_tokens(fast=fast)
@@ -154,7 +152,8 @@ def _quick(
     with step(bar, "first order at the adapted end"):
         adapted_end = first_order.of(silent, at=1.0)
     with step(bar, "second order"):
-        second = beside_first_order(silent, first, margin.curve)
+        # First order and the curve are known from the margin.
+        second = second_order.of(silent)
     test: NullTest | None = None
     if null:
         with step(bar, f"{null} null adapters"):
@@ -187,12 +186,14 @@ def _probabilities_at_both_ends(g: Function) -> Float[Tensor, "batch end vocab"]
     return torch.stack(ends, dim=1)
 
 
-def _shifts_of_the_largest(g: Function, shift: LogitShift, first: Attribution) -> list[LogitShift]:
+def _shifts_of_the_largest(
+    g: Function, shift: LogitShift, first_order_of_sites: Float[Tensor, "batch site"]
+) -> list[LogitShift]:
     """The logit shift J δz_l of each prompt's largest sites. A dual forward pass each."""
     lens = g.lens
     each_site = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
     shifts: list[LogitShift] = []
-    for prompt, values in enumerate(first.values):
+    for prompt, values in enumerate(first_order_of_sites):
         largest = values.abs().argsort(descending=True)[:_MODULES].tolist()
         f = lens.function(g.prompts.chosen([prompt]), progress=False)
         tangents = f.tangent(each_site[largest])
