@@ -23,7 +23,7 @@ from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_toke
 from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb
 from lens_lora.responses.generate import side_by_side
-from lens_lora.responses.token_shifts import token_shifts_of
+from lens_lora.responses.token_shifts import token_shifts
 
 # Of how many tokens, those that changed most, it is said which modules moved them.
 _TOKENS_MOVED = 8
@@ -49,7 +49,7 @@ def explained_response(
         with step(bar, "what both models answer"):
             (answers,) = side_by_side(lens, f.prompts, most, response, progress=progress)
         with step(bar, "each token's distribution"):
-            shifts = token_shifts_of(log_p)
+            shifts = token_shifts(lens, f.prompts, response)
         with step(bar, "modules of the divergence"):
             modules = first_order.of(kl, at=1.0)
         with step(bar, "modules of the tokens that changed most"):

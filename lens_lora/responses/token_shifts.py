@@ -26,8 +26,6 @@ from lens_lora.core import (
     AnswerLike,
     Described,
     Drawn,
-    Function,
-    LogProbs,
     LoraLens,
     PromptsLike,
     Scale,
@@ -189,25 +187,8 @@ def token_shifts(
     if not isinstance(k, int) or k < 1 or not is_pair:
         raise ArgumentError(f"k={k!r}, between={between!r}: expected at least 1, and two settings.")
     g = lens.function(prompts, AnswerLogProb(response))
-    return token_shifts_of(g, between=between, k=k)
-
-
-def token_shifts_of(
-    g: Function, *, between: tuple[Scale, Scale] = (0.0, 1.0), k: int = 5
-) -> TokenShifts:
-    """`token_shifts` of a function at hand, which reads one response of each prompt.
-
-    Args:
-        g: with the readout `AnswerLogProb`.
-        between, k: as for `token_shifts`.
-
-    Raises:
-        NumericsError: non-finite logits.
-    """
-    lens = g.lens
     first, second = (lens.gates(scale) for scale in between)
-    read = g.reading.read
-    assert isinstance(read, LogProbs), "the readout is AnswerLogProb"
+    read = g.require_one_response()
     responses = [read.tokens[read.owner == prompt] for prompt in range(read.batch)]
     rows: list[_Moved] = []
     for prompt, ids in enumerate(responses):
