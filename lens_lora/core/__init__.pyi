@@ -28,7 +28,6 @@ from .analyses.patching import How as How
 from .analyses.patching import patch_sites as patch_sites
 from .analyses.remainder import Remainder as Remainder
 from .analyses.remainder import RemainderCurve as RemainderCurve
-from .analyses.remainder import curve_beside as curve_beside
 from .analyses.remainder import orders as orders
 from .analyses.remainder import remainder as remainder
 from .analyses.remainder import remainder_curve as remainder_curve
@@ -139,15 +138,12 @@ from .readout.texts import special_id as special_id
 from .readout.texts import text_of as text_of
 from .readout.tokenising import tokenise as tokenise
 from .results import drawing as drawing
-from .results.attribution import MOST_POSITIONS as MOST_POSITIONS
 from .results.attribution import VIOLENT as VIOLENT
 from .results.attribution import Attribution as Attribution
 from .results.attribution import Axis as Axis
 from .results.attribution import GroupAttribution as GroupAttribution
-from .results.attribution import PartAxis as PartAxis
 from .results.attribution import Quadrature as Quadrature
 from .results.attribution import Shown as Shown
-from .results.attribution import ShownAxis as ShownAxis
 from .results.attribution import within_response as within_response
 from .results.base import SIGMAS as SIGMAS
 from .results.base import Described as Described

@@ -46,7 +46,7 @@ from lens_lora.core import (
     LoraLens,
     Prompts,
     PromptsLike,
-    ShownAxis,
+    Shown,
     alone,
     by_axes,
     correlation,
@@ -212,7 +212,7 @@ class KLShares(Drawn):
         """
         return self.attribution.top(k, prompt).drop(columns="share")
 
-    def plot(self, prompt: int | None = None, by: ShownAxis | None = None) -> drawing.Figure:
+    def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
         """Heatmap of the shares, as `Attribution.plot` draws them.
 
         Args:

@@ -481,9 +481,6 @@ def norm_of(tensor: Tensor | None) -> float:
     return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
 
 
-size_of = norm_of  # its old name
-
-
 def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
     """The named tensors of an update, without those that it does not have."""
     tensors = {name: getattr(update, name) for name in names}

@@ -100,13 +100,3 @@ class ChosenPositions:
                 bounds.append(self.which.step)
             return ":".join("" if bound is None else str(bound) for bound in bounds)
         return ", ".join(map(str, self.which))
-
-
-def chosen_positions(positions: object, length: int, start: int) -> NDArray[np.bool_]:
-    """The old name of `ChosenPositions.of(positions).mask(length, start)`."""
-    return ChosenPositions.of(positions).mask(length, start)
-
-
-def positions_text(positions: object) -> str:
-    """The old name of `str(ChosenPositions.of(positions))`."""
-    return str(ChosenPositions.of(positions))

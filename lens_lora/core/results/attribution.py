@@ -29,12 +29,9 @@ from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
 from lens_lora.errors import ArgumentError
 
-PartAxis = Literal["position", "head", "expert", "rank", "token"]
+Axis = Literal["position", "head", "expert", "rank", "token"]
 # What a picture shows: the parts along an axis, or whole sites.
-ShownAxis = Literal["site", "position", "head", "expert", "rank", "token"]
-# The old names of these two.
-Axis = PartAxis
-Shown = ShownAxis
+Shown = Literal["site", "position", "head", "expert", "rank", "token"]
 # Axes whose last slot is for sites that have none.
 _WITH_NONE = ("head", "expert")
 # Axes whose slots are counted by prompt; those of the others are counted by site.
@@ -93,7 +90,7 @@ class Attribution(Ranked):
     """
 
     values: Float[Tensor, "batch site *by"]
-    by: tuple[PartAxis, ...]
+    by: tuple[Axis, ...]
     heads: Annotated[tuple[int, ...], "site: head"]
     method: str
     at: float
@@ -130,7 +127,7 @@ class Attribution(Ranked):
         response = g.response_tokens() if "token" in by else ()
         return cls(
             values=within_response(values, response) if response else values,
-            by=cast("tuple[PartAxis, ...]", by),
+            by=cast("tuple[Axis, ...]", by),
             heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
             method=method,
             at=at,
@@ -246,7 +243,7 @@ class Attribution(Ranked):
         has_value = self.values.cpu().nan_to_num() != 0
         return exists | has_value
 
-    def _slot_counts(self, axis: PartAxis) -> list[int]:
+    def _slot_counts(self, axis: Axis) -> list[int]:
         """How many parts each prompt, or each site, has along an axis."""
         if axis == "position":
             return [len(tokens) for tokens in self.str_tokens]
@@ -259,7 +256,7 @@ class Attribution(Ranked):
         return [site.rank for site in self.sites]
 
     def along(
-        self, axis: PartAxis, prompt: int | None = None
+        self, axis: Axis, prompt: int | None = None
     ) -> tuple[Float[Tensor, "site part"], Bool[Tensor, "site part"]]:
         """The values along one axis, the others summed, and which of them exist.
 
@@ -282,7 +279,7 @@ class Attribution(Ranked):
             exists = exists.any(dim)
         return values, exists
 
-    def plot(self, prompt: int | None = None, by: ShownAxis | None = None) -> drawing.Figure:
+    def plot(self, prompt: int | None = None, by: Shown | None = None) -> drawing.Figure:
         """Heatmap of what was asked for: the parts along an axis, or layer × kind of module.
 
         Args:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.cli.options import options_of
-from lens_lora.core.adapter.peft_files import CONFIG, name_of
+from lens_lora.core.adapter import CONFIG, name_of
 from lens_lora.errors import AdapterError, ArgumentError
 
 run = CliRunner().invoke
