@@ -24,7 +24,10 @@ DRAWERS: dict[str, tuple[str, ...]] = {
     ),
     "lens_lora.curvature": ("lens_lora.curvature.figures", "lens_lora.curvature.words"),
     "lens_lora.directions": ("lens_lora.directions.figures", "lens_lora.directions.words"),
-    "lens_lora.edge_attribution": ("lens_lora.edge_attribution.figures",),
+    "lens_lora.edge_attribution": (
+        "lens_lora.edge_attribution.figures",
+        "lens_lora.edge_attribution.graph_figure",
+    ),
     "lens_lora.explanations": (
         "lens_lora.explanations.figures",
         "lens_lora.explanations.words",

@@ -72,22 +72,25 @@ def scaled_intruders_figure(result: ScaledIntruders) -> go.Figure:
     Each point is one factor; the smallest stands beside its point.
     """
     figure = go.Figure()
-    looks = ((figures.EXACT, "circle"), (figures.INK, "square"))
-    factors = [f"{scale:g}" for scale in result.scales]
-    for row, (what, (colour, symbol)) in enumerate(zip(SCALED, looks, strict=True)):
-        shares = result.share[row].tolist()
-        kl = result.mean_kl[row].tolist()
+    looks = ((figures.EXACT, "circle", "top left"), (figures.INK, "square", "bottom right"))
+    table = result.to_frame()
+    for what, (colour, symbol, place) in zip(SCALED, looks, strict=True):
+        rows = table[table["scaled"] == what]
         hover = [
-            f"<b>{what} times {factor}</b><br>{percent(share)} kept, KL {value:.3g} nats a token"
-            for factor, share, value in zip(factors, shares, kl, strict=True)
+            f"<b>{what} times {scale:g}</b><br>{value:.3g} {label(result.units)}, "
+            f"{percent(share)} kept<br>KL {kl:.3g} nats a token"
+            for scale, value, share, kl in zip(
+                rows["scale"], rows["value"], rows["share"], rows["kl"], strict=True
+            )
         ]
+        marker = {"size": 8, "symbol": symbol}
+        name = f"{what} scaled"
         line = figures.curve(
-            shares, kl, f"{what} scaled", colour, hover, marker={"size": 8, "symbol": symbol}
+            rows["share"].tolist(), rows["kl"].tolist(), name, colour, hover, marker=marker
         )
-        position = "top left" if row == 0 else "bottom right"
-        figure.add_trace(
-            line.update(mode="lines+markers+text", text=factors, textposition=position)
-        )
+        smallest = f"{result.scales[0]:g}"
+        line.update(mode="lines+markers+text", text=[smallest], textposition=place)
+        figure.add_trace(line)
     below = f"{many(result.count, 'intruder')} times each factor, and the whole adapter"
     titles = "What scaling intruders down keeps, and what it costs", below
     axes = f"share kept of the shift of {label(result.readout)}", "KL from the base, nats a token"

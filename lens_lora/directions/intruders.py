@@ -245,7 +245,7 @@ def _is_weight(site_update: SiteUpdate) -> bool:
 def _in_rows_of_module(
     written: Float[Tensor, "intruder out"], site_update: SiteUpdate, lens: LoraLens
 ) -> Float[Tensor, "intruder out_of_module"]:
-    """What a site writes, at its own rows of a fused module such as GPT-2's c_attn."""
+    """A site's writes, laid into its own rows of a fused module such as GPT-2's c_attn."""
     site = site_update.site
     if site.rows is None:
         return written

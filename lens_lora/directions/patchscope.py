@@ -145,7 +145,7 @@ def patchscope(
     k: int = 10,
     max_new_tokens: int = 5,
 ) -> Patchscope:
-    """What the model calls a vector that is put in the place of one token's h, at several sizes.
+    """Put a vector in the place of one token's h, at several sizes, and see what the model says.
 
     Cost: one forward pass of the prompt for each vector, scale and new token, batched.
 

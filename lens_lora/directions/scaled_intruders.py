@@ -1,4 +1,4 @@
-"""What scaling an adapter's intruders down does to the taught behaviour, and to ordinary text.
+"""`scale_intruders` measures what scaled intruders do to the taught behaviour and ordinary text.
 
 The intruders of an adapter are taken times a factor c, and the whole adapter times the same factor
 for comparison (`directions/intruders.py`). For each of both and each c there are
@@ -55,7 +55,7 @@ SCALED = ("intruders", "whole adapter")
 
 @final
 class ScaledIntruders(Read, Pictured):
-    """What scaling the intruders does, beside scaling the whole adapter by the same factors.
+    """The effects of scaling the intruders, and of scaling the whole adapter by the same factors.
 
     `plot` shows the KL on ordinary text over the share of the behaviour that is kept.
 

@@ -158,7 +158,7 @@ class AdapterSummary(Result):
 
     @property
     def targets(self) -> dict[str, int]:
-        """In how many layers each target, such as 'self_attn.q_proj', is adapted."""
+        """The number of layers in which each target, such as 'self_attn.q_proj', is adapted."""
         return dict(Counter(row.target for row in self._modules()))
 
     @property

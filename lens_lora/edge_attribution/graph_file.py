@@ -60,7 +60,7 @@ class EdgesOfPrompt:
 
 
 class _Node(NamedTuple):
-    """What a node is, before it has its links.
+    """A writer, a reader or the readout, at one token.
 
     Attributes:
         name: of the writer or reader.

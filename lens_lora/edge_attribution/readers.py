@@ -42,7 +42,7 @@ _READ_THROUGH: weakref.WeakKeyDictionary[Host, _ReadThrough] = weakref.WeakKeyDi
 
 
 def stream_readers(host: Host, layer: int) -> _Readers:
-    """What reads the residual stream of a block, by name, in modules whose input that is.
+    """The readers of the residual stream in a block, by name, as modules whose input it is.
 
     Beside them stand the block's norms, where a module may read the output of one of these instead.
     """

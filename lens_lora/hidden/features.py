@@ -91,7 +91,7 @@ class FeatureShift(Described):
 
     @property
     def remainder(self) -> Float[Tensor, "batch feature *position"]:
-        """What the model's nonlinearity adds: the shift less its first order."""
+        """The shift less its first order, which the model's nonlinearity adds."""
         return self.shift - self.first_order
 
     @property

@@ -1,1 +1,1 @@
-"""What several adapters do together beyond what each of them does alone."""
+"""Several adapters at once, which may do more together than each of them does alone."""

@@ -1,4 +1,4 @@
-"""Which modules of one adapter to leave out, so that the behaviours of several adapters all hold.
+"""`reconcile` leaves out modules of one adapter, so that the behaviours of several all hold.
 
 With the adapters' gates all at one except those of left-out modules,
 
@@ -103,7 +103,7 @@ def reconcile(
     seed: int = 0,
     progress: bool = True,
 ) -> Reconciled:
-    """Which modules of one adapter to leave out, so that several adapters' behaviours all hold.
+    """Find modules of one adapter to leave out, so that several adapters' behaviours all hold.
 
     Cost: for each behaviour a forward pass for each module of `leave_out_of`, and some 40 more,
     batched; about twenty of them for what is held out.

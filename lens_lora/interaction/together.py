@@ -1,4 +1,4 @@
-"""What several adapters do together, beyond what each of them does alone.
+"""`together` measures what several adapters do beyond what each of them does alone.
 
 Let s be the gate of all modules of adapter a, t that of all modules of adapter b, and all other
 adapters off. The interaction of the two is

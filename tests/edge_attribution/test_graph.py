@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.edge_attribution import figures
+from lens_lora.edge_attribution.graph_figure import short_name
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPT = "w5 w6 w7 w8"
@@ -186,7 +186,7 @@ def test_every_node_has_its_name_in_the_picture(readers: str):
     drawn = edges.top(12)
     names = texts_of(figure)
     for name in {*drawn["writer"], *drawn["reader"]}:
-        assert figures._short(name) in names
+        assert short_name(name) in names
     assert len(names) == 2 + drawn["writer"].nunique() + drawn["reader"].nunique()
     assert not figure.layout.xaxis.visible and not figure.layout.yaxis.visible
 
@@ -200,13 +200,23 @@ def test_every_node_has_its_name_in_the_picture(readers: str):
         ("blocks.5.attn", "5 attention"),
         ("blocks.5.attn.3.q", "5 head 3 q"),
         ("blocks.7.ln1", "7 ln1"),
+        ("blocks.3.attn.q@v1.5", "3 q@v1.5"),
+        ("blocks.20.hook_resid_post", "20 hook_resid_post"),
         ("logits", "logits"),
         ("layer 3", "layer 3"),
         ("embed", "embed"),
     ],
 )
 def test_names_are_short(name: str, short: str):
-    assert figures._short(name) == short
+    assert short_name(name) == short
+
+
+def test_a_group_may_be_called_as_a_reader():
+    """Each name is looked for on its own side."""
+    groups = {"logits": "*.attn.*", "blocks.0.mlp": "*.mlp.*"}
+    edges = ll.edges(lens_of(), PROMPT, MARGIN, group=groups, progress=False)
+    names = texts_of(edges.plot_graph())
+    assert names.count("logits") == 2 and names.count("0 MLP") == 2
 
 
 def test_lines_meet_a_node_one_beside_another():
