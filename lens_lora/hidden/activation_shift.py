@@ -209,7 +209,7 @@ class ActivationShift(Readable, Drawn):
             by: 'position' for d · Δh of every token that was asked for, sinks as well.
 
         Returns:
-            A data frame with one row for each text, hook point and direction: prompt, name,
+            A data frame with one row for each text, hook point and direction: prompt, point,
             direction, index, tokens (how many the mean is over) and value, NaN where no token
             counts. By position there are position, token and counted in place of tokens.
 
