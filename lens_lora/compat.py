@@ -54,12 +54,13 @@ _R = TypeVar("_R")
 
 
 class Temporary(contextlib.ExitStack):
-    """`with Temporary(change):` calls change(span), and at its end takes back what that registered.
+    """A change for a span of time: `with Temporary(change):` calls change(span).
 
-    What `change` returns is bound by `as`. `enter_context` and `push` are those of ExitStack.
+    What that registered is taken back at the end of the block. What `change` returns is bound by
+    `as`. `enter_context` and `push` are those of ExitStack.
 
     Attributes:
-        about: what the change is of, where others look for it among `open_spans`.
+        about: what the span is about, where others look for it among `open_spans`.
     """
 
     about: object = None
@@ -118,18 +119,21 @@ _OPEN = _Open()
 
 
 def _forget(span: weakref.ref[Temporary]) -> None:
-    if (ended := span()) is not None:
+    """Take a span off the list of open ones, and others that are gone."""
+    ended = span()
+    if ended is not None:
         ended._is_open = False
     _OPEN.spans = [other for other in _OPEN.spans if other is not span and other() is not None]
 
 
 def open_spans() -> list[Temporary]:
-    """Those of this thread, the newest last."""
-    return [span for span in (ref() for ref in _OPEN.spans) if span is not None]
+    """The open spans of this thread, the newest last."""
+    spans = [ref() for ref in _OPEN.spans]
+    return [span for span in spans if span is not None]
 
 
 def close_but(others: Collection[Temporary]) -> None:
-    """Close every open span of this thread, the newest first."""
+    """Close the open spans of this thread but for these, the newest first."""
     for span in reversed(open_spans()):
         if span not in others:
             span.close()
@@ -137,7 +141,7 @@ def close_but(others: Collection[Temporary]) -> None:
 
 @temporary
 def without_warnings(span: Temporary, message: str = "") -> None:
-    """No warning that begins so is shown until the span ends.
+    """Show no warning that begins with this message, until the span ends.
 
     `warnings.catch_warnings` puts a whole list of filters back, and where two threads' blocks
     overlap, the wrong one: a filter stays for good. Here one filter is put in, and the same one
@@ -169,32 +173,44 @@ class _OneFilter(tuple[Any, ...]):
 
 
 def is_memory_short(error: BaseException) -> bool:
-    """Whether this says that memory ran out, on any device."""
-    says = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in says for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(word in text for word in words)
 
 
 # --- torch: modules
 
 
 class Hooks(NamedTuple):
-    """A module's own dictionaries, {key: hook} in the order in which hooks run."""
+    """A module's own dictionaries of hooks by key, in the order in which they run.
 
-    forward: Any  # as OrderedDict, although torch annotates a dict
+    Attributes:
+        forward: forward hooks; an OrderedDict, although torch annotates a dict.
+        before: forward pre-hooks, likewise.
+        backward: backward hooks.
+        before_backward: backward pre-hooks.
+        takes_kwargs: which of the forward pre-hooks take keyword arguments.
+    """
+
+    forward: Any
     before: Any
     backward: dict[int, Any]
     before_backward: dict[int, Any]
-    takes_kwargs: dict[int, bool]  # which of `before` do
+    takes_kwargs: dict[int, bool]
 
 
 def hooks_of(module: nn.Module) -> Hooks:
     """All hooks on a module: torch has functions that add one, and none that lists or orders."""
-    forward, before = module._forward_hooks, module._forward_pre_hooks
-    backward, before_backward = module._backward_hooks, module._backward_pre_hooks
-    kwargs = module._forward_pre_hooks_with_kwargs
-    return Hooks(forward, before, backward, before_backward, kwargs)
+    return Hooks(
+        forward=module._forward_hooks,
+        before=module._forward_pre_hooks,
+        backward=module._backward_hooks,
+        before_backward=module._backward_pre_hooks,
+        takes_kwargs=module._forward_pre_hooks_with_kwargs,
+    )
 
 
 def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -213,7 +229,7 @@ def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def replace_forward(span: Temporary, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """The module computes `forward` until the span ends.
+    """Let the module compute `forward` until the span ends.
 
     A hook cannot keep a module from computing. The change is made in the module's own dictionary,
     as a bridge's component passes attributes on to the module that it wraps.
@@ -224,6 +240,7 @@ def replace_forward(span: Temporary, module: nn.Module, forward: Callable[..., A
 
 
 def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
+    """Set an attribute as it was before; None where there was none."""
     if before is None:
         attributes.pop(name, None)
     else:
@@ -231,20 +248,35 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
 
 
 class SharedForward:
-    """What a module computes until the last span ends that asked for it, in whatever order."""
+    """What a module computes until the last span ends that asked for it, in whatever order.
+
+    Args:
+        module: the module.
+        name: the attribute that computes, 'forward' in most modules.
+
+    Attributes:
+        module: see above.
+        before: what it computed before.
+        asked: an entry for each span.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module: nn.Module = module
-        self._name, self._own = name, vars(module).get(name)
+        self._name = name
+        self._own = vars(module).get(name)
         of_class = functools.partial(type(module).forward, module)
         self.before: Callable[..., Any] = self._own or of_class
         self.asked: list[Any] = []
 
     @classmethod
     def until(cls, span: Temporary, module: nn.Module, entry: object, name: str = "forward") -> Any:
-        """What stands there is shared; `entry` is in `asked` until the span ends."""
+        """Let the module compute this, with `entry` in `asked`, until the span ends.
+
+        Where one of this class stands there already, it is shared.
+        """
         shared = vars(module).get(name)
-        shared = shared if isinstance(shared, cls) else cls(module, name)
+        if not isinstance(shared, cls):
+            shared = cls(module, name)
         span.way_back(functools.partial(shared._leave, entry))
         shared.asked.append(entry)
         vars(module)[name] = shared
@@ -257,12 +289,20 @@ class SharedForward:
 
 
 class _Guard(NamedTuple):
+    """Attributes of a module that may not be read.
+
+    Attributes:
+        names: those of the attributes.
+        why: makes the error.
+        unless: whether they may be read at this moment.
+    """
+
     names: frozenset[str]
     why: Callable[[], Exception]
     unless: Callable[[], bool]
 
 
-# Of each module that has guards: its own class, and them.
+# For each module that has guards, its own class and the guards.
 _Guarded: TypeAlias = weakref.WeakKeyDictionary[nn.Module, tuple[type, list[_Guard]]]
 _GUARDED: _Guarded = weakref.WeakKeyDictionary()
 
@@ -274,14 +314,16 @@ def refuse_reading(
     why: Callable[[], Exception],
     unless: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Attributes of these names raise this error until the span ends, `unless` a pass reads them.
+    """Let attributes of these names raise an error where they are read, until the span ends.
 
     No hook sees that a weight is read. A module's class is made another one for a while, as a
     property stands in a class; a bridge's component hands attributes on to what it wraps.
     """
-    kind, guards = _GUARDED.get(module, (None, []))
-    if not guards:
-        _GUARDED[module] = kind, guards = type(module), []
+    known = _GUARDED.get(module)
+    if known is None or not known[1]:
+        known = type(module), []
+        _GUARDED[module] = known
+    kind, guards = known
     guard = _Guard(frozenset(names), why, unless)
 
     def guard_by(others: list[_Guard]) -> None:  # spans may end in any order
@@ -309,11 +351,11 @@ def _guarded(kind: type, names: frozenset[str]) -> type:
 
 
 def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """The module computes `forward` for good."""
+    """Let the module compute `forward` for good."""
     vars(module)["forward"] = forward
 
 
-# Whose code is known to compute W z + b in the dtype of W, by the beginning of its module's name.
+# The beginnings of the names of modules whose code is known to compute W z + b in the dtype of W.
 _KNOWN_CODE = ("torch.", "transformers.", "peft.", "bitsandbytes.", "transformer_lens.")
 
 
@@ -333,7 +375,7 @@ def has_own_code(module: nn.Module) -> bool:
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """What the module computes in place of its class's `forward`; None where it is that."""
+    """The function that a module computes in place of its class's `forward`; None without one."""
     return vars(module).get("forward")
 
 
@@ -341,12 +383,15 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def gated(experts: Any, hidden: Tensor) -> Tensor:
-    """act(gate) · up of what the first stack makes: each family's own, called by no public name."""
+    """Compute act(gate) · up of what the first stack makes, as each family does.
+
+    No public name calls it.
+    """
     return experts._apply_gate(hidden)
 
 
 def experts_implementation(experts: Any) -> str | None:
-    """By which kernel experts are computed: there is a public way to set it, and none to ask."""
+    """The kernel by which experts are computed; a public way sets it, and none tells it."""
     return experts.config._experts_implementation
 
 
@@ -394,7 +439,7 @@ class RotaryRule(NamedTuple):
 
 
 def rotary_rules(module: nn.Module) -> list[RotaryRule]:
-    """One for each table of a rotary embedding that depends on the number of positions.
+    """The rules of a rotary embedding's tables that depend on the number of positions.
 
     transformers says what kind a table is by an attribute that it does not document, and chooses
     the table by others.
@@ -407,29 +452,38 @@ def rotary_rules(module: nn.Module) -> list[RotaryRule]:
     rules: list[RotaryRule] = []
     for prefix, kind in by_prefix.items():
         if isinstance(kind, str) and "dynamic" in kind:
-            rules.append(RotaryRule(True, int(vars(module)["original_max_seq_len"]), prefix))
+            limit = int(vars(module)["original_max_seq_len"])
+            rules.append(RotaryRule(True, limit, prefix))
         elif kind == "longrope":
-            rules.append(
-                RotaryRule(False, _original_context(vars(module)["config"], prefix[:-1]), prefix)
-            )
+            layer_type = prefix.removesuffix("_")
+            limit = _original_context(vars(module)["config"], layer_type)
+            rules.append(RotaryRule(False, limit, prefix))
     return rules
 
 
 def _original_context(config: Any, layer_type: str) -> int:
-    """Beyond how many positions longrope uses its long factors, as transformers 5 or 4 reads it."""
+    """The number of positions beyond which longrope uses its long factors.
+
+    transformers 5 has it in `rope_parameters`, and transformers 4 in the configuration itself.
+    """
     name = "original_max_position_embeddings"
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
         return int(getattr(config, name, config.max_position_embeddings))
-    return int((parameters[layer_type] if layer_type else parameters)[name])
+    if layer_type:
+        parameters = parameters[layer_type]
+    return int(parameters[name])
 
 
 def rotary_state(module: nn.Module) -> Callable[[], None]:
-    """What puts a rotary embedding's tables back as they are now, whatever passes made of them."""
+    """Note a rotary embedding's tables, and return what puts them back as they are now."""
     attributes = vars(module)
     plain = {name: value for name, value in attributes.items() if not name.startswith("_")}
     buffers = dict(module._buffers)
-    entries = {name: None if held is None else held.clone() for name, held in buffers.items()}
+    entries: dict[str, Tensor] = {}
+    for name, held in buffers.items():
+        if held is not None:
+            entries[name] = held.clone()
 
     def put_back() -> None:
         for name in [name for name in attributes if not name.startswith("_")]:
@@ -439,9 +493,8 @@ def rotary_state(module: nn.Module) -> Callable[[], None]:
         module._buffers.clear()
         module._buffers.update(buffers)
         for name, held in buffers.items():
-            then = entries[name]
-            if held is not None and then is not None and not torch.equal(held, then):
-                held.copy_(then)
+            if held is not None and not torch.equal(held, entries[name]):
+                held.copy_(entries[name])
 
     return put_back
 
@@ -470,7 +523,7 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 
 
 def compile_no_more(model: nn.Module) -> None:
-    """Its modules compute what they did before `compile()`, for good."""
+    """Let the modules of a model compute what they did before `compile()`, for good."""
     for module in model.modules():
         module._compiled_call_impl = None
 
@@ -557,7 +610,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def allow_forward_mode(span: Temporary) -> None:
-    """Forward-mode derivatives are computed until the span ends, also where they were turned off.
+    """Compute forward-mode derivatives until the span ends, also where they were turned off.
 
     The public switches of grad mode leave it as it is, and inference mode turns it off.
     """
@@ -567,7 +620,7 @@ def allow_forward_mode(span: Temporary) -> None:
 
 
 def enter_mode(span: Temporary, mode: TorchFunctionMode) -> None:
-    """The mode is in force until the span ends.
+    """Put a mode of torch functions in force until the span ends.
 
     Its own `__exit__` pops whatever mode is the innermost, so an interrupt before `__enter__` would
     pop someone else's; the depth of torch's stack has no public name.
@@ -588,7 +641,10 @@ def attention_kernels() -> list[SDPBackend]:
 
 
 def use_attention_kernels(span: Temporary, kernels: Sequence[SDPBackend]) -> None:
-    """Attention uses one of these until the span ends; `sdpa_kernel` would suspend a generator."""
+    """Let attention use one of these kernels until the span ends.
+
+    The public `sdpa_kernel` would suspend a generator.
+    """
     span.way_back(functools.partial(_sdpa_kernel, attention_kernels()))
     _sdpa_kernel(kernels)
 
@@ -615,12 +671,14 @@ def home_of(model: nn.Module) -> torch.device:
     first = next(model.parameters())
     if not first.is_meta:
         return first.device
-    owner = next(m for m in model.modules() if any(p is first for p in m.parameters(recurse=False)))
-    return torch.device(_hook_of(owner).execution_device)
+    for module in model.modules():
+        if any(parameter is first for parameter in module.parameters(recurse=False)):
+            return torch.device(_hook_of(module).execution_device)
+    raise AssertionError("a parameter of no module")
 
 
 def refuse_out_of_reach(model: nn.Module) -> None:
-    """Check that each weight lies on a device, or is brought to one by accelerate's hooks."""
+    """Refuse weights that lie on no device and are not brought to one by accelerate's hooks."""
     for path, module in model.named_modules():
         for name, weight in own_parameters(module).items():
             if not is_offloaded(module) and weight.is_meta:
@@ -652,6 +710,7 @@ def drop_new_biases(bridge: Any) -> None:
 
 
 def _knows(module: nn.Module, name: str) -> bool:
+    """Whether accelerate's hook on a module knows a parameter."""
     try:
         return _hook_of(module).weights_map[name] is not None
     except KeyError:
@@ -700,9 +759,9 @@ def cached_tokens(cache: Any) -> int:
 
 
 def cached_mask(cache: Any) -> Tensor | None:
-    """[row, cached]: which tokens in a cache of transformer-lens are no padding.
+    """Which tokens in a cache of transformer-lens are no padding, [row, cached].
 
-    None of another cache: transformers' classes hold no mask, and each pass brings the whole one.
+    None for another cache: transformers' classes hold no mask, and each pass brings the whole one.
     """
     mask = getattr(cache, "previous_attention_mask", None)
     return mask if isinstance(mask, Tensor) else None
@@ -751,12 +810,13 @@ def calls(hook: Any, fn: object) -> bool:
 
 
 def _cells_of(fn: object) -> dict[str, object]:
-    """{name: content} of what a function closes over, but for cells that are empty."""
+    """What a function closes over, by name, but for cells that are empty."""
     cells: dict[str, object] = {}
-    if isinstance(fn, FunctionType):
-        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):
-                cells[name] = cell.cell_contents
+    if not isinstance(fn, FunctionType):
+        return cells
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):
+            cells[name] = cell.cell_contents
     return cells
 
 
@@ -771,14 +831,22 @@ def uses_processed_weights(component: Any) -> bool:
 
 
 def processed_weight(component: Any, name: str) -> Tensor | None:
-    """One of those weights ('gate', 'in', 'out'), which no module registers as a parameter."""
+    """A weight that a bridge's component holds itself, and no module registers as a parameter.
+
+    Args:
+        component: an MLP of a bridge.
+        name: 'gate', 'in' or 'out'.
+    """
     return getattr(component, f"_processed_W_{name}", None)
 
 
 def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All of them that a module holds, by the name of the attribute."""
-    tensors = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
-    return {name: value for name, value in tensors.items() if name.startswith("_processed_")}
+    """The processed weights that a module of a bridge holds itself, by the names of attributes."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in vars(module).items():
+        if name.startswith("_processed_") and isinstance(value, Tensor):
+            tensors[name] = value
+    return tensors
 
 
 def wraps_nothing(module: Any) -> bool:
@@ -788,7 +856,7 @@ def wraps_nothing(module: Any) -> bool:
 
 
 def keep_rows_at_last_norms(bridge: Any) -> None:
-    """Norms behind an OPT's branches see [batch, pos, d], and pass on the same.
+    """Let norms behind an OPT's branches see [batch, pos, d], and pass on the same.
 
     A bridge takes the norm before the MLP for one within the part that OPT computes on flattened
     positions. In an OPT that normalises after each branch it is not, and a hook there would hand
@@ -835,8 +903,9 @@ def can_norm_per_head(attention: Any) -> bool:
 
 def normed_per_head(attention: Any, copies: Tensor) -> Tensor:
     """What a bridge's attention makes of its copies of the residual after their last hook point."""
-    is_before_norm = attention._captured_pre_ln_residual is not None
-    return attention._apply_ln1_per_head(copies) if is_before_norm else copies
+    if attention._captured_pre_ln_residual is None:
+        return copies
+    return attention._apply_ln1_per_head(copies)
 
 
 # --- transformers, bitsandbytes, PEFT
@@ -848,7 +917,7 @@ def supports_sdpa(hf_model: Any) -> bool:
 
 
 def attention_of(hf_model: Any) -> str | None:
-    """By which kernel a model was loaded to compute attention: 'eager', 'sdpa', …"""
+    """The kernel by which a model was loaded to compute attention: 'eager', 'sdpa', …"""
     return getattr(hf_model.config, "_attn_implementation", None)
 
 
@@ -894,8 +963,10 @@ def tokenizer_as_saved(tokenizer: Any) -> Any:
 
 
 def known_of_tokenizer(tokenizer: Any) -> Any:
-    """What was known of a hooked model's tokenizer when it was made; None of other tokenizers."""
-    return None if tokenizer is None else _kept_tokenizers.get(tokenizer)
+    """What was known of a hooked model's tokenizer when it was made; None for other tokenizers."""
+    if tokenizer is None:
+        return None
+    return _kept_tokenizers.get(tokenizer)
 
 
 # How a tokenizer is read again: from files that are there, and none of its own code is run.
@@ -914,9 +985,9 @@ def _read_again(name: str) -> Any:
 
 
 def plain_bloom_gelu(span: Temporary) -> None:
-    """Bloom computes GELU from its formula until the span ends.
+    """Let Bloom compute GELU from its formula until the span ends.
 
-    It wraps it in a Function that has no forward-mode derivative, and the model is not ours.
+    Its own is wrapped in a Function that has no forward-mode derivative.
     """
     bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
     if bloom is not None:
@@ -960,6 +1031,7 @@ def peft_adapts(config: Any, path: str) -> bool:
 # --- float64
 
 
+# The types of devices that have no float64.
 _WITHOUT = {"mps"}
 
 
@@ -969,5 +1041,5 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """In float64, on its own device if that has it, else on the CPU."""
+    """A tensor in float64, on its own device if that has it, else on the CPU."""
     return tensor.to(float64_device(tensor.device)).double()

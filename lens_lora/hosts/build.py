@@ -6,7 +6,7 @@
    unless the caller says otherwise. Left alone, TransformerLens puts a BOS in front of each string,
    also where neither training nor serving had one.
 3. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
-4. The hooked model's logits on a few tokens must equal the Hugging Face model's (`check`):
+4. The hooked model's logits on a few tokens must equal the Hugging Face model's (`core/model/running.py`):
    TransformerLens 2 reads some configurations with a wrong rotary base, without a warning.
 
 Cost: two short forward passes, and one copy of the weights for HookedTransformer.
@@ -153,7 +153,8 @@ def _usable(given: OwnTokenizer) -> tuple[Any, Callable[[], None]]:
 
 def _begins_text(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a token in front of a text."""
-    whole, plain = (tokenizer("a", add_special_tokens=how)["input_ids"] for how in (True, False))
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     return bool(whole) and whole[:1] != plain[:1]
 
 
@@ -234,16 +235,24 @@ def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
             in_shell="Take --class TransformerBridge, or bound the memory of long prompts by "
             "--max-memory.",
         )
-    is_offloaded_anywhere = any(map(is_offloaded, hf_model.modules()))
-    if is_offloaded_anywhere or quantised_linears(hf_model):
-        raise ModelStateError(
-            "a HookedTransformer copies its weights, and some of these are "
-            f"{'offloaded' if is_offloaded_anywhere else 'quantised'}; take a TransformerBridge "
-            "(transformer-lens 3 or newer), which wraps the model itself."
-        )
+    if any(is_offloaded(module) for module in hf_model.modules()):
+        state = "offloaded"
+    elif quantised_linears(hf_model):
+        state = "quantised"
+    else:
+        return
+    raise ModelStateError(
+        f"a HookedTransformer copies its weights, and some of these are {state}; take a "
+        "TransformerBridge (transformer-lens 3 or newer), which wraps the model itself."
+    )
 
 
 def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Make the hooked model of a class.
+
+    Raises:
+        ModelStateError: TransformerLens cannot make it.
+    """
     make = _hooked_transformer if kind == "HookedTransformer" else _bridge
     try:
         return make(hf_model, tokenizer).eval()
@@ -252,10 +261,10 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     except Exception as error:  # a family that the host lacks, or builds wrongly, fails anyhow
         if is_of_the_system(error) or is_memory_short(error):
             raise
-        says = (str(error).splitlines() or [""])[0][:200]
+        first_line = next(iter(str(error).splitlines()), "")[:200]
         raise ModelStateError(
             f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "
-            f"{type(hf_model).__name__}, {type(error).__name__}: {says} The other class "
+            f"{type(hf_model).__name__}, {type(error).__name__}: {first_line} The other class "
             f"({named('kind')}) may do, or another version of TransformerLens."
         ) from error
 
@@ -266,6 +275,7 @@ def transformer_lens_version() -> str:
 
 
 def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """A HookedTransformer with copies of the model's weights."""
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
@@ -279,7 +289,8 @@ def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
             dtype=base.dtype,
         )
         state = loading.get_pretrained_state_dict(folder, cfg, base, dtype=base.dtype)
-    cfg.tokenizer_name, cfg.model_name = None, _name(base)
+    cfg.tokenizer_name = None
+    cfg.model_name = _name(base)
     if cfg.positional_embedding_type == "rotary":
         cfg.rotary_base = _rotary_base(base) or cfg.rotary_base
         cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
@@ -293,6 +304,7 @@ def _hooked_transformer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """A TransformerBridge around the model, with what its architecture needs."""
     from transformer_lens.model_bridge import TransformerBridge
 
     mends = mends_of(hf_model)
@@ -309,17 +321,20 @@ def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _rotary_base(hf_model: PreTrainedModel) -> float | None:
-    """As transformers 5 or 4 name it; None where layers differ or none is named."""
+    """The base of rotary embeddings; None where layers differ or none is named."""
     config = hf_model.config.to_dict()
-    return (config.get("rope_parameters") or config).get("rope_theta")
+    # transformers 5 has a dictionary for it, and transformers 4 has it in the configuration.
+    holder = config.get("rope_parameters") or config
+    return holder.get("rope_theta")
 
 
 def _name(hf_model: PreTrainedModel) -> str:
+    """The last part of the name by which the model was loaded."""
     return Path(hf_model.name_or_path or "").name or "model"
 
 
 def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
-    """config.json as TransformerLens reads it: GPT-2's context under its old name too."""
+    """Write config.json as TransformerLens reads it: GPT-2's context under its old name, too."""
     misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if misread:
         raise ModelStateError(

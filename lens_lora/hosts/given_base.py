@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,19 +57,21 @@ _ENTRIES = 2**27
 # sequential test: a base that holds ΔW comes there at most once in e¹⁰ times, by these two
 # hypotheses.
 _SETTLED = -10.0
-_READ = 4  # modules of which a file is read
-_LARGEST_RANK = 256  # of a dense ΔW the singular vectors would take too long
+# How many modules are read from a file.
+_READ = 4
+# The singular vectors of a ΔW of higher rank would take too long.
+_LARGEST_RANK = 256
 
 # How far c may be from 1 to be called 1, and ‖W − W₀ − c ΔW‖ from 0 beside ‖W − W₀‖.
 _NEAR = 0.02
-# Beside the rounding of an entry, along ΔW: below it W − W₀ may be rounding alone.
+# W − W₀ is more than rounding if it is so many roundings of an entry, along ΔW.
 _SEEN = 5.0
-# Of W alone: the log-likelihood ratio, and the distance of the likeliest c from 1, as it is or in
-# its standard errors.
+# By W alone the adapter is in it if the log-likelihood ratio is above this,
 _LIKELIHOOD = 25.0
+# if the likeliest c is so near to 1, in itself or in its standard errors,
 _WHOLE = 0.15
 _ERRORS = 2.0
-# What c = 1 leaves on the diagonal: at most so many v an entry, or this share of what is there.
+# and if c = 1 leaves at most so many v an entry on the diagonal, or this share of what is there.
 _MISFIT = 3.0
 _LEFT = 0.1
 
@@ -76,7 +79,7 @@ _LEFT = 0.1
 
 
 class Verdict(NamedTuple):
-    """What is known of a base beside the one that its adapter names.
+    """The judgement of a base beside the one that its adapter names.
 
     Attributes:
         note: what its user should be warned of; '' where there is nothing.
@@ -89,7 +92,7 @@ class Verdict(NamedTuple):
 
 @extensions.note_on_base.provide
 def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
-    """What a user should be warned of in the base of a new lens; '' for nothing.
+    """The warning about the base of a new lens; '' where there is none.
 
     Args:
         lens: the new lens.
@@ -157,7 +160,7 @@ def _is_own_copy(named: str, names: Sequence[str]) -> bool:
 
 @extensions.note_on_names.provide
 def note_of_names(named: str | None, names: Sequence[str]) -> str:
-    """What the names alone say of a base, as of `judged`; '' where they agree or one is missing."""
+    """The warning about a base by names alone; '' where they agree, or one is missing."""
     if named is None or not names or short_name(named) in map(short_name, names):
         return ""
     made_from = stated_origin(names[0])
@@ -181,7 +184,8 @@ def short_name(name: str) -> str:
 def stated_origin(name: str) -> str | None:
     """The model that a local folder's own files say it was made from: its card, or its config."""
     folder = Path(name)
-    card, config = folder / "README.md", folder / "config.json"
+    card = folder / "README.md"
+    config = folder / "config.json"
     if card.is_file():
         found = _CARD.search(card.read_text(encoding="utf-8", errors="replace"))
         if found is not None:
@@ -220,8 +224,10 @@ class Beside(NamedTuple):
 def _beside(plan: Plan, named: str) -> Beside | None:
     """None where the named base is not on this machine, or the two cannot be compared."""
     files = {} if plan.quantised else files_at_hand(named)
+    if not files:
+        return None
     compared: list[_Compared] = []
-    for site in _largest(plan) if files else []:
+    for site in _largest(plan):
         try:
             weight = plan.host.base_weight(site, "a comparison with the named base")
         except ModelStateError:  # the model was processed, and its base is not there
@@ -236,11 +242,13 @@ def _beside(plan: Plan, named: str) -> Beside | None:
 def _largest(plan: Plan) -> list[SiteFactors]:
     """The sites of the largest ΔW of factors: a merge shows there first. DoRA's counts by s·B·A."""
     sizes: list[tuple[float, SiteFactors]] = []
-    for site in (pair.site for pair in plan.updates):
-        factors = site.factors
-        if isinstance(factors, LoRAFactors) and not factors.experts and factors.base_weight is None:
+    for pair in plan.updates:
+        factors = pair.site.factors
+        if not isinstance(factors, LoRAFactors) or factors.experts:
+            continue
+        if factors.base_weight is None:
             plain = dataclasses.replace(factors, magnitude=None)
-            sizes.append((plain.norm(), site))
+            sizes.append((plain.norm(), pair.site))
     sizes.sort(key=lambda pair: -pair[0])
     return [site for size, site in sizes[:_READ] if size > 0]
 
@@ -254,7 +262,13 @@ def _change(site: SiteFactors, stored: Tensor) -> Float[Tensor, "out in"]:
 
 
 class _Compared(NamedTuple):
-    """One module: W, the W₀ of the named base, and ΔW; [out, in]."""
+    """One module of both bases.
+
+    Attributes:
+        weight: W, [out, in].
+        stored: W₀ of the named base, [out, in].
+        change: ΔW, [out, in].
+    """
 
     weight: Tensor
     stored: Tensor
@@ -262,26 +276,32 @@ class _Compared(NamedTuple):
 
 
 def _summary(compared: Sequence[_Compared]) -> Beside:
+    """Whether W is W₀ in all modules, or W₀ + c ΔW with one c, in the sense of least squares."""
     if all(is_same(each.weight, each.stored) for each in compared):
         return Beside(is_same=True, strength=0.0)
-    excess = [in_float64(c.weight).cpu() - in_float64(c.stored).cpu() for c in compared]
-    changes = [in_float64(c.change).cpu() for c in compared]
-    size = sum(float(change.square().sum()) for change in changes)
-    products = zip(excess, changes, strict=True)
-    c = sum(float((D * change).sum()) for D, change in products) / max(size, 1e-300)
+    differences: list[Tensor] = []
+    changes: list[Tensor] = []
     # The entries of W and W₀ are rounded, each to its dtype.
-    rounding, along = 0.0, 0.0
+    rounding = 0.0
+    largest_step = 0.0
     for each in compared:
-        dtypes = (each.weight.dtype, each.stored.dtype)
-        step = max(torch.finfo(dtype).eps for dtype in dtypes)
-        rounding += (step * float(in_float64(each.stored).norm())) ** 2
-        along = max(along, step * float(each.stored.abs().max()))
-    left = sum(
-        float((D - c * change).square().sum()) for D, change in zip(excess, changes, strict=True)
-    )
-    whole = sum(float(D.square().sum()) for D in excess)
+        differences.append(in_float64(each.weight).cpu() - in_float64(each.stored).cpu())
+        changes.append(in_float64(each.change).cpu())
+        eps = max(torch.finfo(each.weight.dtype).eps, torch.finfo(each.stored.dtype).eps)
+        rounding += (eps * float(in_float64(each.stored).norm())) ** 2
+        largest_step = max(largest_step, eps * float(each.stored.abs().max()))
+
+    size = sum(float(change.square().sum()) for change in changes)
+    product = 0.0
+    for difference, change in zip(differences, changes, strict=True):
+        product += float((difference * change).sum())
+    c = product / max(size, 1e-300)
+    left = 0.0
+    for difference, change in zip(differences, changes, strict=True):
+        left += float((difference - c * change).square().sum())
+    whole = sum(float(difference.square().sum()) for difference in differences)
     is_multiple = left <= _NEAR**2 * whole + rounding
-    is_seen = abs(c) * size**0.5 > _SEEN * along
+    is_seen = abs(c) * size**0.5 > _SEEN * largest_step
     return Beside(is_same=False, strength=c if is_multiple and is_seen else 0.0)
 
 
@@ -295,7 +315,8 @@ def files_at_hand(name: str) -> dict[str, Path]:
             folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
         except Exception:  # it is no hub id, or nothing of it was ever fetched
             return {}
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     try:
         if whole.is_file():
             with safe_open(str(whole), framework="pt") as opened:
@@ -310,10 +331,7 @@ def files_at_hand(name: str) -> dict[str, Path]:
 
 def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Tensor | None:
     """W₀ of a site, [out, in], from the named base's files; None where it is not found there."""
-    key = f"{site.path}.weight"
-    # A model may be saved without its head, or with it: the first part of each key comes or goes.
-    ends = [known for known in files if known.endswith(f".{key}") or key.endswith(f".{known}")]
-    found = key if key in files else next(iter(ends), None)
+    found = _key_in(files, f"{site.path}.weight")
     if found is None or not _is_readable(weight):
         return None
     try:
@@ -322,20 +340,38 @@ def _stored(files: Mapping[str, Path], site: SiteFactors, weight: Tensor) -> Ten
     except (OSError, SafetensorError):
         return None
     # GPT-2 stores [in, out], which shows in no shape where the two are equal.
-    parts = [turned if site.rows is None else turned[site.rows] for turned in (stored, stored.T)]
-    fitting = [part for part in parts if part.shape == weight.shape]
-    return min(
-        fitting,
-        key=lambda part: float((in_float64(part).cpu() - in_float64(weight).cpu()).norm()),
-        default=None,
-    )
+    expected = in_float64(weight).cpu()
+    best: Tensor | None = None
+    smallest = float("inf")
+    for turned in (stored, stored.T):
+        part = turned if site.rows is None else turned[site.rows]
+        if part.shape != weight.shape:
+            continue
+        distance = float((in_float64(part).cpu() - expected).norm())
+        if best is None or distance < smallest:
+            best = part
+            smallest = distance
+    return best
+
+
+def _key_in(files: Mapping[str, Path], key: str) -> str | None:
+    """The key of a tensor as the files have it; None where they lack it.
+
+    A model may be saved without its head, or with it: the first part of each key comes or goes.
+    """
+    if key in files:
+        return key
+    for known in files:
+        if known.endswith(f".{key}") or key.endswith(f".{known}"):
+            return known
+    return None
 
 
 # --- W alone
 
 
 class Evidence(NamedTuple):
-    """What W alone says about whether ΔW is in it.
+    """The evidence in W alone of whether ΔW is in it.
 
     Attributes:
         likelihood: log-likelihood ratio of c = 1 against c = 0.
@@ -358,7 +394,11 @@ class Evidence(NamedTuple):
         It ends with the round that settles that ΔW was not merged, as almost every base does.
         """
         count = 0
-        diagonals, leftovers, products, sizes = 0.0, 0.0, 0.0, 0.0  # sums of squares by v
+        # Sums over the directions of all modules, each divided by its v.
+        diagonals = 0.0
+        leftovers = 0.0
+        products = 0.0
+        sizes = 0.0
         for looked_at, (weight, B, A) in enumerate(parts):
             is_round_over = looked_at > 0 and looked_at % _ROUND == 0
             if is_round_over and (diagonals - leftovers) / 2 < _SETTLED:
@@ -403,7 +443,7 @@ class Along(NamedTuple):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"], U: Float[Tensor, "out rank"], V: Tensor) -> Along:
-        """With the two large products in float32, where W lies."""
+        """Measure W along U and V, with the two large products in float32 and where W lies."""
         wide = weight.detach().to(torch.float32)
         read = (wide @ V.to(wide)).cpu().double()
         written = (wide.T @ U.to(wide)).cpu().double()
@@ -418,7 +458,7 @@ class Along(NamedTuple):
 def singular(
     B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in k"]]:
-    """U, σ and V with BA = U diag(σ) Vᵀ, without building BA."""
+    """Decompose BA = U diag(σ) Vᵀ into U, σ and V, without building BA."""
     Q_B, R_B = torch.linalg.qr(in_float64(B).cpu())
     Q_A, R_A = torch.linalg.qr(in_float64(A).cpu().T)
     left, sigma, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -427,24 +467,30 @@ def singular(
 
 def _parts(plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """W, B and A of modules spread over the layers, in the model's own basis."""
-    usable = [
-        index for index, pair in enumerate(plan.updates) if _is_usable(plan, index, pair.site)
-    ]
-    entries = sum(len(plan.maps[index].sB) * plan.maps[index].width for index in usable)
-    step = max(1, -(-len(usable) // _LOOKED_AT))
-    walks = range(step) if entries <= _ENTRIES else range(1)
-    for index in (index for first in walks for index in _spread(usable[first::step])):
-        site = plan.updates[index].site
-        weight = plan.host.weight(site.layer, site.kind)
-        B, A = plan.maps[index].of_weight()
-        if _is_readable(weight) and weight.shape == (len(B), A.shape[1]):
-            yield weight, B, A
+    usable: list[int] = []
+    entries = 0
+    for index, (pair, site_map) in enumerate(zip(plan.updates, plan.maps, strict=True)):
+        if _is_usable(plan, index, pair.site):
+            usable.append(index)
+            entries += len(site_map.sB) * site_map.width
+    step = max(1, math.ceil(len(usable) / _LOOKED_AT))
+    walks = step if entries <= _ENTRIES else 1
+    for first in range(walks):
+        for index in _spread(usable[first::step]):
+            site = plan.updates[index].site
+            weight = plan.host.weight(site.layer, site.kind)
+            B, A = plan.maps[index].of_weight()
+            if _is_readable(weight) and weight.shape == (len(B), A.shape[1]):
+                yield weight, B, A
 
 
 def _spread(indices: Sequence[int]) -> list[int]:
     """The same indices, so that each round has some of all layers."""
     step = max(1, len(indices) // _ROUND)
-    return [index for first in range(step) for index in indices[first::step]]
+    spread: list[int] = []
+    for first in range(step):
+        spread += indices[first::step]
+    return spread
 
 
 def _is_readable(weight: Tensor) -> bool:
@@ -455,10 +501,9 @@ def _is_readable(weight: Tensor) -> bool:
 
 def _is_usable(plan: Plan, index: int, site: SiteFactors) -> bool:
     """Whether ΔW is a product of few factors that does not depend on W."""
+    if site.kind in (*OUTSIDE_KINDS, *NORM_KINDS):
+        return False
     factors = site.factors
     if not isinstance(factors, LoRAFactors) or factors.needs_base_weight or factors.experts:
         return False
-    return 0 < plan.maps[index].rank <= _LARGEST_RANK and site.kind not in _NO_MAPS
-
-
-_NO_MAPS = (*OUTSIDE_KINDS, *NORM_KINDS)
+    return 0 < plan.maps[index].rank <= _LARGEST_RANK

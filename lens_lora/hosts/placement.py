@@ -34,18 +34,13 @@ class Placement:
     attn: str = "eager"
 
     def __post_init__(self) -> None:
-        for name, value, words in (
-            ("dtype", self.dtype, (None, *get_args(Dtype))),
-            ("attn", self.attn, get_args(Attention)),
-        ):
-            if value not in words:
-                shown = ", ".join(repr(word) for word in words if word)
-                raise ArgumentError(f"{setting(name, value)}; expected {shown}.")
+        if self.dtype is not None:
+            _require_word("dtype", self.dtype, get_args(Dtype))
+        _require_word("attn", self.attn, get_args(Attention))
         if self.load_in_4bit and self.load_in_8bit:
             both = f"{named('load_in_4bit')} and {named('load_in_8bit')}"
             raise ArgumentError(f"{both} exclude each other; choose one.")
-        places = () if not isinstance(self.device_map, Mapping) else self.device_map.values()
-        if "disk" in places:
+        if isinstance(self.device_map, Mapping) and "disk" in self.device_map.values():
             raise ArgumentError(
                 f"{named('device_map')} puts modules on 'disk', and a lens needs its weights at "
                 "hand. Leave 'disk' out: load in 4 bit or in bfloat16, or over more devices."
@@ -88,6 +83,14 @@ class Placement:
 
     @property
     def weights(self) -> str:
-        """The dtype of the weights, by the rule above."""
-        on_cpu = self.device_map is None and (self.device or "cpu").startswith("cpu")
-        return self.dtype or ("float32" if on_cpu and not self.is_quantised else "auto")
+        """The dtype of the weights: the given one; else float32 on a CPU, and that of the files."""
+        if self.dtype is not None:
+            return self.dtype
+        is_on_cpu = self.device_map is None and (self.device or "cpu").startswith("cpu")
+        return "float32" if is_on_cpu and not self.is_quantised else "auto"
+
+
+def _require_word(name: str, value: str, words: tuple[str, ...]) -> None:
+    if value not in words:
+        shown = ", ".join(repr(word) for word in words)
+        raise ArgumentError(f"{setting(name, value)}; expected {shown}.")

@@ -20,6 +20,7 @@ Cost: two passes over eight tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
@@ -53,18 +54,34 @@ from lens_lora.formats.measured import lora_output
 from lens_lora.hosts.experts import each_shape, is_experts, is_router
 from lens_lora.hosts.quantised import quantised_name
 
-# ‖ΔW‖ / ‖W‖, and from how many of W's entries its size is estimated.
-_SIZE, _ENTRIES = 0.3, 2**16
+# ‖ΔW‖ / ‖W‖ of the random updates.
+_SIZE = 0.3
+# From how many of W's entries its size is estimated.
+_ENTRIES = 2**16
 
 
 class _Added:
-    """A forward hook that adds a random update, and keeps what the last token then has."""
+    """A forward hook that adds a random update, and keeps what the last token then has.
+
+    Args:
+        module: a linear module, an embedding or a norm.
+        rank: that of a LoRA.
+        seed: of the draw.
+
+    Attributes:
+        update: what is added.
+        runs: how often the module ran.
+        last: what the last token had behind the module.
+    """
 
     def __init__(self, module: nn.Module, rank: int, seed: int) -> None:
-        self._module, self.runs, self.last = module, 0, torch.empty(0)
-        size = _SIZE * _root_mean_square(module, cast(Tensor, module.weight))
+        self.runs: int = 0
+        self.last: Tensor = torch.empty(0)
+        self._module = module
+        weight = cast(Tensor, module.weight)
+        size = _SIZE * _root_mean_square(module, weight)
         if is_norm(module):
-            gamma = cast(Tensor, module.weight).detach()
+            gamma = weight.detach()
             drawn = torch.Generator().manual_seed(seed)
             self._change = size * torch.randn(gamma.shape, generator=drawn).to(gamma)
             self.update: LoRAFactors | TrainedModule = TrainedModule(gamma + self._change)
@@ -72,12 +89,15 @@ class _Added:
             self.update = _random_factors(*shape_of(module), rank, size, seed)
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The module's output and the update's."""
-        moved = output + self._delta(args[0].to(output.device), output.dtype).to(output.dtype)
-        self.runs, self.last = self.runs + 1, moved.flatten(0, -2)[-1].clone()
-        return moved
+        """Add the update's output to the module's."""
+        delta = self._delta(args[0].to(output.device), output.dtype)
+        changed = output + delta.to(output.dtype)
+        self.runs += 1
+        self.last = changed.flatten(0, -2)[-1].clone()
+        return changed
 
     def _delta(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """The update's output at the input z."""
         if isinstance(self.update, TrainedModule):
             return normalised(self._module, z) * self._change
         dtype = torch.promote_types(dtype, torch.float32)
@@ -90,51 +110,70 @@ class _Added:
 def _random_factors(
     out: int, width: int, rank: int, size: float, seed: int, experts: int = 0
 ) -> LoRAFactors:
-    drawn, each = torch.Generator().manual_seed(seed), rank // max(experts, 1)
-    A, B = (torch.randn(shape, generator=drawn) for shape in ((rank, width), (out, rank)))
-    return LoRAFactors(A, B, scale=size / each**0.5, experts=experts)
+    """Factors whose product has entries of this root mean square."""
+    drawn = torch.Generator().manual_seed(seed)
+    A = torch.randn((rank, width), generator=drawn)
+    B = torch.randn((out, rank), generator=drawn)
+    rank_of_each = rank // max(experts, 1)
+    return LoRAFactors(A, B, scale=size / rank_of_each**0.5, experts=experts)
 
 
 class _Changed:
-    """A parameter with a random update in it, for as long as its module runs."""
+    """A parameter with a random update in it, for as long as its module runs.
+
+    Args:
+        module: a stack of experts or a router.
+        name: that of the parameter.
+        rank: the rank of the update.
+        seed: of the draw.
+
+    Attributes:
+        update: what is added to the parameter.
+        runs: how often the module ran.
+    """
 
     def __init__(self, module: nn.Module, name: str, rank: int, seed: int) -> None:
-        self._module, self._name, self.runs = module, name, 0
+        self.runs: int = 0
+        self._module = module
+        self._name = name
         weight = module.get_parameter(name)
+        out, width = each_shape(module, weight)
         size = _SIZE * _root_mean_square(module, weight)
-        shape, experts = each_shape(module, weight), len(weight) if weight.ndim == 3 else 1
-        self.update = _random_factors(*shape, rank, size, seed, experts)
+        experts = len(weight) if weight.ndim == 3 else 1
+        self.update = _random_factors(out, width, rank, size, seed, experts)
 
     def __call__(self) -> Tensor:
-        """W + ΔW, as the module stores it."""
+        """Make W + ΔW, as the module stores it."""
         self.runs += 1
         weight = self._module.get_parameter(self._name).detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        A, B = (factor.to(weight.device, dtype) for factor in (self.update.A, self.update.B))
-        parts = dataclasses.replace(self.update, A=A, B=B).by_expert()
-        changes = torch.stack([part.materialise() for part in parts])
-        is_turned = weight.ndim == 3 and bool(cast(Any, self._module).is_transposed)
-        return (weight + (changes.mT if is_turned else changes)).to(weight).view(weight.shape)
+        update = dataclasses.replace(
+            self.update,
+            A=self.update.A.to(weight.device, dtype),
+            B=self.update.B.to(weight.device, dtype),
+        )
+        changes = torch.stack([part.materialise() for part in update.by_expert()])
+        if weight.ndim == 3 and bool(cast(Any, self._module).is_transposed):
+            changes = changes.mT
+        return (weight + changes).to(weight).view(weight.shape)
 
 
 @temporary
 def _changed(span: Temporary, model: nn.Module, weights: Mapping[str, _Changed]) -> None:
-    """Each module of these parameters computes with others in their place."""
+    """Within the block, each module of these parameters computes with others in their place."""
     by_owner: dict[str, dict[str, _Changed]] = {}
     for name, change in weights.items():
         owner, _, parameter = name.rpartition(".")
         by_owner.setdefault(owner, {})[parameter] = change
     for owner, changes in by_owner.items():
         module = model.get_submodule(owner)
-        shell = Shell(module)
+        replace_forward(span, module, functools.partial(_run_changed, Shell(module), changes))
 
-        def forward(
-            *args: Any, _shell: Shell = shell, _of: Mapping[str, _Changed] = changes, **kwargs: Any
-        ) -> Any:
-            parameters = {f"module.{name}": change() for name, change in _of.items()}
-            return functional_call(_shell, parameters, args, kwargs)
 
-        replace_forward(span, module, forward)
+def _run_changed(shell: Shell, changes: Mapping[str, _Changed], *args: Any, **kwargs: Any) -> Any:
+    """Run a module with changed parameters."""
+    parameters = {f"module.{name}": change() for name, change in changes.items()}
+    return functional_call(shell, parameters, args, kwargs)
 
 
 class Probe:
@@ -148,24 +187,29 @@ class Probe:
 
     def __init__(self, reference: Any, adapter: Adapter, done: Collection[str] = ()) -> None:
         names = names_by_path(reference)
-        paths = {module_path(key): update for key, update in adapter.modules.items()}
+        updates = {module_path(key): update for key, update in adapter.modules.items()}
         self.added: dict[str, _Added | _Changed] = {}
         hooks: list[tuple[str, HookFn]] = []
         weights: dict[str, _Changed] = {}
-        for seed, (path, update) in enumerate(paths.items()):
+        for seed, (path, update) in enumerate(updates.items()):
             if path in done:
                 continue
             rank = update.rank if isinstance(update, LoRAFactors) else 1
             held = _parameter_at(reference, names, path)
             if held is not None:
                 module, name = held
-                weights[name] = _Changed(module, name.rpartition(".")[2], rank, seed)
-                self.added[path] = weights[name]
+                changed = _Changed(module, name.rpartition(".")[2], rank, seed)
+                weights[name] = changed
+                self.added[path] = changed
                 continue
-            name = names.get(f"{path}.base_layer", names.get(path))  # of a PEFT layer
-            module = None if name is None else reference.get_submodule(name)
-            if name is not None and module is not None and (is_linear(module) or is_norm(module)):
-                added = self.added[path] = _Added(module, rank, seed)
+            # Within a layer of PEFT, where there is one.
+            name = names.get(f"{path}.base_layer", names.get(path))
+            if name is None:
+                continue
+            module = reference.get_submodule(name)
+            if is_linear(module) or is_norm(module):
+                added = _Added(module, rank, seed)
+                self.added[path] = added
                 hooks.append((name, added))
         with attached(reference, hooks, {}), _changed(reference, weights):
             self.logits: Tensor = plain_logits(getattr(reference, "original_model", reference))
@@ -174,12 +218,16 @@ class Probe:
 def _parameter_at(
     reference: nn.Module, names: Mapping[str, str], path: str
 ) -> tuple[nn.Module, str] | None:
-    """(module, name of its parameter) where the path is that of a stack of experts or a router."""
-    owner, _, leaf = path.rpartition(".")
-    for place, parameter, is_held in ((owner, leaf, is_experts), (path, "weight", is_router)):
-        module = reference.get_submodule(names[place]) if place in names else None
-        if module is not None and is_held(module):
-            return module, f"{names[place]}.{parameter}"
+    """The module and the name of its parameter, where a path is that of experts or a router."""
+    owner, _, parameter = path.rpartition(".")
+    if owner in names:
+        module = reference.get_submodule(names[owner])
+        if is_experts(module):
+            return module, f"{names[owner]}.{parameter}"
+    if path in names:
+        module = reference.get_submodule(names[path])
+        if is_router(module):
+            return module, f"{names[path]}.weight"
     return None
 
 
@@ -210,6 +258,7 @@ def probed(
 
 
 def _refuse_parts(family: Family, paths: Collection[str]) -> None:
+    """Refuse projections that the bridge takes apart, where there is nothing to compare with."""
     for path in paths:
         place = family.place(path)
         if place is not None and place.rows:
@@ -225,7 +274,11 @@ def _refuse_parts(family: Family, paths: Collection[str]) -> None:
 def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: float) -> None:
     """Check that a lens over this bridge does what the probe's forward hooks did. One pass.
 
-    `eps` is the precision in which the bridge computes.
+    Args:
+        model: the bridge.
+        hf_model: the unprocessed base, where it is given.
+        probe: random updates, and what the Hugging Face model made of them.
+        eps: the precision in which the bridge computes.
 
     Raises:
         ModelStateError: a site that does not write as often as its module runs, or more than once;
@@ -235,11 +288,13 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
         return
     random = Adapter({path: added.update for path, added in probe.added.items()}, name="random")
     plan = make_plan(model, random, hf_model)
-    inject, points = _Seen(plan), model.hook_dict
+    inject = _Seen(plan)
+    points = model.hook_dict
     with torch.no_grad(), attached(model, site_hooks(plan, inject, points), points):
         logits = model(TOKENS.to(home_of(model)), return_type="logits")
     for index, site in enumerate(plan.sites):
-        added, writes = probe.added[site.module], len(inject.last[index])
+        added = probe.added[site.module]
+        writes = len(inject.last[index])
         if not writes == added.runs == 1:
             raise ModelStateError(
                 f"{site.name} ({site.module}): in one pass this module runs {added.runs} times and "
@@ -252,7 +307,9 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
         if isinstance(added, _Changed):
             continue
         rows = plan.updates[index].site.rows
-        expected = added.last if rows is None else added.last[rows.to(added.last.device)]
+        expected = added.last
+        if rows is not None:
+            expected = expected[rows.to(expected.device)]
         if site.kind != "embed":  # whose hook point may show a multiple
             claim = f"{site.name} ({site.module}) writes"
             _require_near(inject.last[index][0], expected, claim, eps)
@@ -260,21 +317,27 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe, eps: flo
 
 
 class _Seen:
-    """An injection at gates of 1 that keeps what the last token has at each site."""
+    """An injection at gates of 1 that keeps what the last token has at each site.
+
+    Attributes:
+        last: for each site what the last token had, at every write.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        self._inject = ScaleInject(plan, torch.ones(len(plan.sites), device=plan.maps[0].device))
+        gates = torch.ones(len(plan.sites), device=plan.maps[0].device)
+        self._inject = ScaleInject(plan, gates)
         self._widths = [len(delta.sB) for delta in plan.maps]
         self.last: list[list[Tensor]] = [[] for _ in plan.sites]
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        moved = self._inject(index, out, z)
-        kept = out if moved is None else moved
-        self.last[index].append(kept.reshape(-1, self._widths[index])[-1].clone())
-        return moved
+        changed = self._inject(index, out, z)
+        shown = out if changed is None else changed
+        self.last[index].append(shown.reshape(-1, self._widths[index])[-1].clone())
+        return changed
 
 
 def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> None:
+    """Check that two results are equal up to rounding."""
     off = float((ours.to(expected) - expected).abs().max())
     size = float(expected.abs().max())
     if not off <= max(AGREEMENT, eps**0.5) * size:
@@ -289,7 +352,7 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str, eps: float) -> Non
 
 
 def _root_mean_square(module: nn.Module, weight: Tensor) -> float:
-    """Of the first entries of W; where they are out of reach, that of a usual start."""
+    """The root mean square of W's first entries, or that of a usual start where they are away."""
     if quantised_name(module) is not None:
         return shape_of(module)[1] ** -0.5
     if is_offloaded(module) or weight.is_meta:

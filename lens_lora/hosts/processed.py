@@ -1,4 +1,4 @@
-"""What TransformerLens did to a weight when it processed the model: folded norms, centred weights.
+"""How TransformerLens processed the weights of a model: folded norms, centred weights.
 
 1. `infer_processing` processes the base's weight in each known way and compares. It does not trust
    the options of loading.
@@ -44,7 +44,7 @@ from lens_lora.families import Place
 def processing_of(
     host: HookedHost, site: SiteFactors, weight: Float[Tensor, "out in"]
 ) -> Processing:
-    """What was done to the model's weight at a site.
+    """Find how the model's weight at a site was processed.
 
     Raises:
         ModelStateError: the model was processed and no base was given; or it says of its norms what
@@ -102,7 +102,7 @@ def folded_value_bias(host: HookedHost, site: SiteFactors) -> Float[Tensor, " ou
 
 
 def _value_bias(host: HookedHost, layer: int, base: BaseWeights) -> Float[Tensor, " kv_out"]:
-    """b̂_V = b_V + W_V β, with β where the norm was folded; in float64."""
+    """Compute b̂_V = b_V + W_V β, with β where the norm was folded, in float64."""
     path = host.family.path(layer, "v")
     norm_path = host.family.norm_path(layer, "v")
     place = cast(Place, host.family.place(path))

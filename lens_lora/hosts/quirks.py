@@ -64,7 +64,7 @@ def quirk(function: _Quirk) -> _Quirk:
 
 
 def mends_of(hf_model: PreTrainedModel) -> list[Mend]:
-    """What mends the bridge of this model, in order, after the model itself was made ready."""
+    """Make a model ready for its bridge, and return what mends the bridge, in order."""
     mends = [function(hf_model) for function in _QUIRKS]
     return [mend for mend in mends if mend is not None]
 

@@ -39,7 +39,7 @@ _Halves = dict[int, dict[int, LoRAFactors]]
 
 
 class _OfExpert(NamedTuple):
-    """What a key of an adapter says where it names a single expert.
+    """The parts of a key of an adapter that names a single expert.
 
     Attributes:
         layer: the beginning of the path, to the layer's number.

@@ -37,7 +37,7 @@ def refuse_unusable_bridge(model: Any) -> None:
 
 
 def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
-    """Check that each module computes with whole weights, as under FSDP2, and not with its part."""
+    """Refuse modules that compute with a part of a weight; under FSDP2 they gather the whole."""
     ranks = getattr(getattr(model, "original_model", model), "tp_size", None)
     if ranks is not None and ranks > 1:
         raise _tensor_parallel(f"the model was loaded for {ranks} processes by tp_plan=")
@@ -50,11 +50,13 @@ def _refuse_sharded(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
             if not compat.is_sharded(parameter):
                 continue
             mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-            if module not in gathered or mesh.ndim > 1:
+            is_gathered = module in gathered and mesh.ndim == 1
+            if not is_gathered:
                 raise _tensor_parallel(f"{_within(path, name)} is a DTensor")
 
 
 def _tensor_parallel(fact: str) -> ModelStateError:
+    """The error of a model whose weights are split over processes."""
     return ModelStateError(
         f"{fact}: tensor parallelism (tp_plan=, parallelize_module) splits the model's weights "
         "over processes, and a lens adds to the whole output of a map.",
@@ -65,6 +67,7 @@ def _tensor_parallel(fact: str) -> ModelStateError:
 
 
 def _refuse_unknown_quantisation(model: nn.Module, modules: Mapping[nn.Module, str]) -> None:
+    """Refuse weights that are quantised by any library but bitsandbytes."""
     config = getattr(getattr(model, "original_model", model), "config", None)
     method = _method(getattr(config, "quantization_config", None))
     if method not in (None, "bitsandbytes"):
@@ -89,6 +92,7 @@ def _within(path: str, name: str) -> str:
 
 
 def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError:
+    """The error of weights whose products have no derivative that is known here."""
     return ModelStateError(
         f"{quantised} is quantised by {method}, whose products have no derivative that is known "
         f"here; load the base by bitsandbytes ({named('load_in_4bit')} or "
@@ -97,7 +101,7 @@ def _unknown_quantisation(quantised: str, method: str | None) -> ModelStateError
 
 
 def _method(config: Any) -> str | None:
-    """'bitsandbytes', 'gptq', …, of a configuration as an object or as a mapping."""
+    """The method of a quantisation's configuration: 'bitsandbytes', 'gptq', …; None without one."""
     if config is None:
         return None
     held = config if isinstance(config, dict) else vars(config)
@@ -106,7 +110,7 @@ def _method(config: Any) -> str | None:
 
 
 def refuse_empty_components(model: Any) -> None:
-    """Check that each component of a bridge wraps a module, without which it cannot run."""
+    """Refuse a bridge with a component that wraps no module, without which it cannot run."""
     for name, component in model.original_model.named_modules():
         if compat.wraps_nothing(component):
             kind = type(model.original_model).__name__

@@ -1,4 +1,25 @@
-"""Where the adapter meets the hooked model: the names that other folders use together."""
+"""The adapter meets the hooked model here: sites, their maps z → δ(z), hooks and gates, the lens.
+
+To read it, begin at the top:
+
+    sites, adapted_modules          an adapter's modules as sites of a model
+    updates                         what each site adds, in the Hugging Face basis
+    basis, gauge, value_constants   the same in the basis of the model, as a map z → δ(z)
+    host                            what is asked of a hooked model
+    hooked_host, bridge,            TransformerLens's two classes of hooked models
+      hooked_transformer, bases,
+      modules, lengths, find_host
+    plan                            where each site reads and writes, and what
+    injections, hooks, locks        the hooks that do it
+    gates, lens                     LoraLens: the function of the gates, f(ε)
+    public_call, passes, points,    what a public call may rely on, and what it may be asked of
+      unembedding, tokenizers,
+      null_draws
+    check, watch, running,          whether the model can be trusted
+      precision
+    rules                           the rules of LRP, for first order
+    extensions                      what other folders register
+"""
 
 import lazy_loader
 

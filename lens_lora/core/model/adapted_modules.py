@@ -163,7 +163,7 @@ def _out(factors: ModuleUpdate) -> int:
 
 
 def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
-    """Which output rows of a fused projection belong to a kind; None where it is not fused.
+    """The output rows of a fused projection that belong to a kind; None where it is not fused.
 
     Layout "blocks" is q|k|v one after another, or gate|up; "interleaved" is (head, 3, d_head).
     """

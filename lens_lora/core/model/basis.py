@@ -1,4 +1,4 @@
-"""What a site adds, δ(z), in the basis of the hooked model, whether that was processed or not.
+"""The maps z → δ(z) of sites, in the basis of the hooked model, processed or not.
 
 An adapter was trained on x, the input of the Hugging Face linear; a hook shows z. They differ by
 
@@ -94,7 +94,7 @@ class SiteMap:
         return norm_of_product(*self.of_weight())
 
     def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
-        """What the map reads of z, which may also hold the number of an expert."""
+        """The part of z that the map reads; z may also hold the number of an expert."""
         return z
 
     def by_token(self, u: Float[Tensor, "*token rank"]) -> Float[Tensor, "*token rank"]:

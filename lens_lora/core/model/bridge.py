@@ -152,7 +152,7 @@ class BridgeHost(HookedHost):
         return None
 
     def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
-        """What the bridge does to the copies before the weight; k and v take the first heads'."""
+        """The norm that the bridge applies to the copies; k and v take those of the first heads."""
         attention = self.model.blocks[layer].attn
         heads = self.heads.of(kind)
         return lambda copies: compat.normed_per_head(attention, copies[:, :, :heads])
@@ -195,14 +195,14 @@ class BridgeHost(HookedHost):
         return weight * scale
 
     def _of_parameter(self, layer: int, kind: str, look: Callable[[nn.Module, Tensor], _R]) -> _R:
-        """What `look` makes of a module and its parameter, where no linear module holds the map."""
+        """Call `look` with the module that holds a parameter, and the parameter."""
         name, _, parameter = self._component(layer, kind).rpartition(".")
         owner = module_at(self.model, name)
         with compat.brought_in(owner):
             return look(owner, owner.get_parameter(parameter))
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; of a stack of experts that of each."""
+        """(out, in) of the weight; of a stack of experts, of the weight of each."""
         if isinstance(self._wrapped(layer, kind), nn.Parameter):
             return self._of_parameter(layer, kind, extensions.each_shape)
         return super().shape(layer, kind)

@@ -1,4 +1,4 @@
-"""What other folders do for a lens: declared here, provided as `lens_lora/registered.py` says.
+"""Functions that the lens calls and other folders provide, as `lens_lora/registered.py` says.
 
 A lens is sites, maps, hooks and gates over a host. What it does beside that, such as generating
 text or comparing its base with the one that the adapter names, stands in a folder above the core.
@@ -89,9 +89,11 @@ def probed(
 
 @declared
 def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
-    """What a user should be warned of in the base of a new lens; '' for nothing. No forward pass.
+    """The warning about the base of a new lens; '' where there is none. No forward pass.
 
-    With `is_refused`, a base that holds the adapter already is refused, and else warned of.
+    Args:
+        lens: the new lens.
+        is_refused: whether a base that holds the adapter already is refused, or else warned of.
 
     Raises:
         ModelStateError: the base holds the adapter already.
@@ -101,7 +103,12 @@ def note_on_base(lens: LoraLens, *, is_refused: bool) -> str:
 
 @declared
 def note_on_names(named: str | None, names: Sequence[str]) -> str:
-    """What the names alone say of a base: that of the adapter's, and those of the model's."""
+    """The warning about the base by names alone; '' where they agree, or one is missing.
+
+    Args:
+        named: the base that the adapter names.
+        names: those by which the model's base is known.
+    """
     raise NotImplementedError
 
 
@@ -182,7 +189,7 @@ def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
 
 @declared
 def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> SiteMap:
-    """δ of a stack of experts, where the model lies."""
+    """The map of a stack of experts, on the device where the model lies."""
     raise NotImplementedError
 
 
@@ -226,7 +233,7 @@ def generated(
     eos_token_id: int | Sequence[int] | None,
     progress: bool,
 ) -> Generated:
-    """What the model says after each prompt: see `LoraLens.generate`."""
+    """Generate text after each prompt: see `LoraLens.generate`."""
     raise NotImplementedError
 
 
@@ -255,7 +262,7 @@ def function_of(
     *,
     progress: bool = True,
 ) -> Function:
-    """g(ε) over these prompts: see `LoraLens.function`."""
+    """Make g(ε) over these prompts: see `LoraLens.function`."""
     raise NotImplementedError
 
 

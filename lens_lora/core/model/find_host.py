@@ -1,4 +1,4 @@
-"""The host that fits a hooked model, by the name of its class.
+"""The host that fits a hooked model is found by the name of the model's class.
 
     @register_host("MyHookedModel")
     class MyHost(HookedHost): ...

@@ -1,4 +1,4 @@
-"""ε: the strength that a caller gives, as gates, one for each site."""
+"""The strength ε that a caller gives is turned into gates, one for each site."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ Scale = _Number | Real[Tensor, "*batch site"] | Mapping[str, _Number]
 def gates_of(
     scale: Scale, sites: Sequence[Site], dtype: torch.dtype
 ) -> Float[Tensor, "*batch site"]:
-    """ε, through which derivatives pass to the tensors that were given.
+    """Turn a strength into gates, through which derivatives pass to the tensors that were given.
+
+    Args:
+        scale: one number for all sites, one for each, or {site name or glob: number}, others 0.
+        sites: all sites.
+        dtype: that of the gates.
 
     Raises:
         SiteError: a name that matches no site, or a tensor without one gate per site.
@@ -36,14 +41,15 @@ def gates_of(
         raise SiteError(f"{scale.shape[-1]} gates for {len(sites)} sites: pass one per site.")
     else:
         gates = _real(scale).to(dtype)
-    # Within a `torch.func` transform their values are not known.
+    # Within a `torch.func` transform the values are not known.
     if not is_wrapped(gates) and not bool(torch.isfinite(gates.detach()).all()):
-        # A HookedTransformer would drop the attention and return finite logits.
+        # With NaN a HookedTransformer would drop the attention and return finite logits.
         raise ArgumentError("a gate is NaN or infinite; expected finite numbers.")
     return gates
 
 
 def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:
+    """One number as a tensor; a tensor keeps its graph."""
     if isinstance(value, Tensor) and not value.ndim:
         return _real(value).to(dtype)
     plain = one_entry(value)

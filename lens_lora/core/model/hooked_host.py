@@ -1,4 +1,4 @@
-"""What the hosts of TransformerLens's two classes have in common: the bases of sites, and the base.
+"""The common part of the hosts of TransformerLens's two classes: the bases of sites, and the base.
 
 What differs between the two (names, weights, norms, flags) is in `bridge` and `hooked_transformer`.
 What the rest of the package asks of a host is `Host`, in `host`.
@@ -95,13 +95,13 @@ class HookedHost(abc.ABC):
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """What norms the residual stream before the head; None where the model has no such norm."""
+        """The norm between the residual stream and the head; None where the model has none."""
         norm = getattr(self.model, "ln_final", None)
         return None if norm is None or wraps_nothing(norm) else norm
 
     @property
     def after_the_stream(self) -> tuple[nn.Module, ...]:
-        """What projects the residual stream to the width that the head reads, as in OPT-350m."""
+        """The modules that project the residual stream to the width of the head, as in OPT-350m."""
         projection = getattr(self.model, "project_out", None)
         return () if projection is None else (projection,)
 
@@ -126,7 +126,7 @@ class HookedHost(abc.ABC):
         """Where a norm shows n and δ is added; several where the model runs it twice."""
 
     def ports_behind_norm(self, layer: int, kind: str) -> Ports:
-        """As `ports`, with z read behind the norm's γ and β."""
+        """Where z is read and δ is added, with z read behind the norm's γ and β."""
         return self.ports(layer, kind)
 
     @abc.abstractmethod
@@ -140,16 +140,16 @@ class HookedHost(abc.ABC):
         """The model's own weight of this kind, heads flattened."""
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; of a stack of experts that of each."""
+        """(out, in) of the weight; of a stack of experts, of the weight of each."""
         out, width = self.weight(layer, kind).shape
         return out, width
 
     def stack(self, layer: int, kind: str) -> Tensor | None:
-        """The weights of all experts of a layer, one after another; None of any other kind."""
+        """The weights of all experts of a layer, one after another; None for any other kind."""
         del layer, kind
 
     def experts(self, layer: int, kind: str) -> int:
-        """How many experts the weights are of; 0 of any other kind."""
+        """How many experts the weight has; 0 for a weight of any other kind."""
 
         def count() -> int:
             stack = self.stack(layer, kind)
@@ -167,7 +167,7 @@ class HookedHost(abc.ABC):
 
     @abc.abstractmethod
     def embedding_scale(self, kind: str) -> float:
-        """κ, the factor that the model's own embedding has and Hugging Face's weight lacks."""
+        """The factor κ that the model's own embedding has and Hugging Face's weight lacks."""
 
     @abc.abstractmethod
     def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
@@ -203,7 +203,7 @@ class HookedHost(abc.ABC):
         """Whether the weights were processed, so that the base is needed for what was removed."""
 
     def state(self) -> tuple[tuple[str, Any], ...]:
-        """What must not change after the lens is made: (name, value) pairs."""
+        """The settings that must not change after the lens is made, as (name, value) pairs."""
         flags = [(f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in self.flags]
         products = "torch's precision of float32 products", float32_products()
         return (*flags, ("processed weights", self.needs_base()), products)
@@ -252,6 +252,10 @@ class HookedHost(abc.ABC):
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site, on which an update depends that is no plain product of factors.
 
+        Args:
+            site: the site.
+            update: what depends on the weight, for the error.
+
         Raises:
             ModelStateError: the model's own is quantised, or was processed and no base was given.
         """
@@ -284,7 +288,7 @@ class HookedHost(abc.ABC):
         return in_float64(weight) / self.embedding_scale(site.kind)
 
     def base_bias(self, site: SiteFactors) -> Float[Tensor, " out"] | None:
-        """b at a site; None where the base has none.
+        """The base's bias b at a site; None where it has none.
 
         Raises:
             ModelStateError: no base was given, and the model may not have kept it.
@@ -378,7 +382,7 @@ class HookedHost(abc.ABC):
     # --- δ in this model's basis
 
     def map_of(self, site: SiteFactors, update: Update, *, behind_norm: bool = False) -> SiteMap:
-        """δ of a site in this model's basis. No forward pass.
+        """The map z → δ(z) of a site in this model's basis. No forward pass.
 
         Args:
             site: the site.
@@ -431,7 +435,7 @@ class HookedHost(abc.ABC):
         return gamma, beta
 
     def norm_map(self, site: SiteFactors, update: NormUpdate) -> NormMap:
-        """δ of a norm that is not folded; a norm of q and k repeats for every head."""
+        """The map of a norm that is not folded; a norm of q and k repeats for every head."""
         device = self.norm_affine(site)[0].device
         heads = self.heads_at_hooks.of(site.kind)
 

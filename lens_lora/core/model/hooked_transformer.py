@@ -231,7 +231,7 @@ class HookedTransformerHost(HookedHost):
         return _held(module, _bias_name(weight)).flatten()
 
     def base_bias(self, site: SiteFactors) -> Tensor | None:
-        """b at a site; None also for a head of an unprocessed model whose b_U is zero.
+        """The base's bias b at a site; None also for an unprocessed model's head whose b_U is zero.
 
         Raises:
             ModelStateError: no base was given. A HookedTransformer does not say whether its biases

@@ -41,12 +41,12 @@ CURRENT_CALL = _CurrentCall()
 
 
 def call_under_way() -> object | None:
-    """What tells the hooks of this call from all others; None outside of a call."""
+    """The public call that is under way in this thread, as an object; None outside of one."""
     return CURRENT_CALL.token
 
 
 class LaidHooks(NamedTuple):
-    """What a span that has hooks on a model is about.
+    """The model on which a span has hooks, and the call that has laid them.
 
     Attributes:
         model: the hooked model.

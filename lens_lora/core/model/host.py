@@ -1,6 +1,6 @@
 """A hooked model as this package sees it: hook points, weights and norms, layer by layer.
 
-`Host` is all that is asked of one outside of `core/model` and `hosts`.
+`Host` is all that the package asks of a hooked model outside of `core/model` and `hosts`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ class Ports:
     """A site's hook points, and which firing of its read point in one block is the site's.
 
     Attributes:
-        read: hook point, or module, of z; None for a constant, which needs no z.
-        write: hook point, or module, at which δ is added.
-        firing: counted from 0 in each block; −1 for the last one before the write point fires.
+        read: the hook point, or module, that shows z; None for a constant, which needs no z.
+        write: the hook point, or module, at which δ is added.
+        firing: the firing of the read point that is the site's, counted from 0 in each block; −1
+            for the last one before the write point fires.
         firings: how often the read point fires in one block.
         through: computes z from the tensor that was read, while the block runs, where no hook point
             shows z itself.
         layout: how the axes lie at both points.
-        like: hook point that fires before both and has the axes [row, pos, …], where they do not.
+        like: a hook point that fires before both and has the axes [row, pos, …], where they lack
+            them.
         repeats: how often, in all its places, the model adds this site's δ to the same z.
     """
 
@@ -52,9 +54,11 @@ class Ports:
         """A tensor at one of the points as [row, pos, feature], the heads one after another."""
         if self.layout == "heads_first":
             return tensor.transpose(1, 2).flatten(2)
-        if self.layout == "slots" and like is not None:
+        if like is None:
+            return tensor
+        if self.layout == "slots":
             return tensor.unflatten(0, like.shape[:2])
-        return tensor.reshape(*like.shape[:2], -1) if like is not None else tensor
+        return tensor.reshape(*like.shape[:2], -1)
 
     def as_at_point(self, rows: Tensor, tensor: Tensor) -> Tensor:
         """[row, pos, feature] in the shape of the tensor at the point: the inverse of `in_rows`."""
@@ -72,8 +76,9 @@ class Host(Protocol):
 
     Attributes:
         class_name: the class's name in errors and saved results.
-        embedding_output: hook point, or module, of the token embedding's output.
-        pass_overhead: memory of a forward pass beside that of its rows, measured, in sizes of W_U.
+        embedding_output: the hook point, or module, of the token embedding's output.
+        pass_overhead: the memory of a forward pass beside that of its rows, measured, in sizes of
+            W_U.
     """
 
     class_name: ClassVar[str]
@@ -153,15 +158,19 @@ class Host(Protocol):
         ...
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
-        """(out, in) of the weight; of a stack of experts that of each."""
+        """(out, in) of the weight; of a stack of experts, of the weight of each."""
         ...
 
     def experts(self, layer: int, kind: str) -> int:
-        """How many experts the weights are of; 0 of any other kind."""
+        """How many experts the weight has; 0 for a weight of any other kind."""
         ...
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
-        """W at a site as Hugging Face has it; `update` says in an error what depends on it.
+        """W at a site as Hugging Face has it.
+
+        Args:
+            site: the site.
+            update: what depends on the weight, for the error.
 
         Raises:
             ModelStateError: the model's own is quantised, or was processed and no base was given.
@@ -185,12 +194,12 @@ class Host(Protocol):
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """What norms the residual stream before the head; None where the model has no such norm."""
+        """The norm between the residual stream and the head; None where the model has none."""
         ...
 
     @property
     def after_the_stream(self) -> tuple[nn.Module, ...]:
-        """What projects the residual stream to the width that the head reads, as in OPT-350m."""
+        """The modules that project the residual stream to the width of the head, as in OPT-350m."""
         ...
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:

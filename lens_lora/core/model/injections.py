@@ -34,7 +34,7 @@ from lens_lora.families import NORM_KINDS
 
 @runtime_checkable
 class Inject(Protocol):
-    """What a writer does: (index of the injection, running output, z) → output.
+    """A writer's function: (index of the injection, running output, z) → new output.
 
     z is [batch, pos, in], or [batch, pos, head, in] where each head of q, k or v has an input of
     its own; for a constant it is zero.
@@ -46,7 +46,7 @@ class Inject(Protocol):
 
 
 class ScaleInject:
-    """out + ε_l ΔW_l z_l, with gates ε of shape [site] or [batch, site].
+    """The injection of a run at gates ε, [site] or [batch, site]: out + ε_l ΔW_l z_l.
 
     A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
     One that is differentiated (in reverse mode, in forward mode, or within a torch.func transform)
@@ -72,7 +72,7 @@ class ScaleInject:
             self._copied.append((tensor, edits_of(tensor)))
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        """out + ε_l ΔW_l z_l, or None where the gate is switched off."""
+        """Compute out + ε_l ΔW_l z_l; None where the gate is switched off."""
         if any(edits_of(tensor) != edits for tensor, edits in self._copied):
             raise ModelStateError("the gates were edited in place; begin another block, or list.")
         if not self.is_active(index):
@@ -128,7 +128,7 @@ class _Reader:
 # Without a repr: TransformerLens names a hook by it, and an injection's holds all its tensors.
 @dataclasses.dataclass(eq=False, repr=False)
 class _AtSite:
-    """What the writers of a site share.
+    """The common part of the writers of a site.
 
     Attributes:
         index: that of the injection.
@@ -186,7 +186,7 @@ class _Writer(_AtSite):
                 )
 
     def _z(self, ports: Ports, out: Tensor, like: Tensor | None) -> Tensor:
-        """What the site's map reads, with as many rows as the output."""
+        """The input z of the site's map, with as many rows as the output."""
         if ports.read is None:
             return out.new_zeros(*out.shape[:2], self.injection.map.width)
         if self.reader is None:
@@ -303,7 +303,7 @@ def _writer(
     readers: Mapping[str, _Reader],
     points: Mapping[str, Any],
 ) -> HookFn:
-    """What writes at an injection: at its hook point, or at a module that has none."""
+    """The writer of an injection, for its hook point, or for a module that has none."""
     injection = plan.injections[index]
     site = plan.sites[injection.site]
     ports = injection.ports

@@ -45,7 +45,7 @@ class Rotary:
 
     @classmethod
     def of(cls, model: nn.Module) -> Rotary:
-        """Those of a model. No forward pass."""
+        """Find the rotary embeddings of a model that depend on it. No forward pass."""
         rules: list[tuple[nn.Module, RotaryRule]] = []
         for module in model.modules():
             rules += [(module, rule) for rule in rotary_rules(module)]
@@ -131,7 +131,7 @@ class _TablesByRow:
         self._table_of_row = [list(longest).index(table) for table in by_row]
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What transformers computes, cos and sin or one tensor: [row, position, …]."""
+        """Compute what transformers computes, cos and sin or one tensor: [row, position, …]."""
         positions = position_ids.shape[-1]
         computed: list[Any] = []
         for longest in self._longest:

@@ -319,7 +319,7 @@ class LoraLens:
 
     @property
     def injections(self) -> tuple[Injection, ...]:
-        """What the hooks add, and where: first one for each site, in the order of `sites`."""
+        """The places at which hooks add something: first one for each site, as in `sites`."""
         return self._plan.injections
 
     @property
@@ -354,7 +354,7 @@ class LoraLens:
 
     @property
     def device(self) -> torch.device:
-        """Of the model's first parameter; where that is offloaded, the device on which it runs."""
+        """The device of the model's first parameter; where that is offloaded, where it runs."""
         return home_of(self.model)
 
     @property
@@ -424,7 +424,7 @@ class LoraLens:
         return FactoredMatrix(B.clone(), A.clone())
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
-        """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
+        """The gates ε on the model's device; derivatives pass through them to a tensor `scale`.
 
         Args:
             scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
@@ -558,7 +558,7 @@ class LoraLens:
         return Temporary(apply)
 
     def adapted(self, scale: Scale) -> AbstractContextManager[Any]:
-        """As `applied`, for code that reads no weight of the model.
+        """Within the block the model is the adapted one, for code that reads none of its weights.
 
         Args:
             scale: as for `gates`.

@@ -73,7 +73,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """n = (x − mean x) / s(x) of a norm γ ⊙ n + β, or (1 + γ) ⊙ n, whatever its formula.
+    """Compute n = (x − mean x) / s(x) of a norm γ ⊙ n + β, or (1 + γ) ⊙ n, whatever its formula.
 
     It is what the norm computes at γ = 1 less what it computes at γ = 0.
     """
@@ -88,7 +88,7 @@ def normalised(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Shell(nn.Module):
-    """What a module computes, past its hooks.
+    """A module's own computation, past its hooks.
 
     `functional_call` with other parameters would run the hooks of the module itself.
     """

@@ -1,4 +1,4 @@
-"""Which pass of a model is under way, and which of its tokens stand where.
+"""The pass of a model that is under way, and where its tokens stand.
 
 A hook sees a tensor, and not which of its tokens are which. What removes directions at some tokens
 only (`directions/passes.py`) therefore watches the model's own forward pass: each `ForwardPass` is
@@ -39,7 +39,7 @@ _PASSES = _Passes()
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which tokens of the rows of a pass are the prompt's.
+    """The tokens of a pass's rows that are the prompt's.
 
     Attributes:
         prompts: [row], how many tokens each prompt has.
@@ -51,7 +51,7 @@ class Rows:
 
     @classmethod
     def of(cls, prompts: Prompts) -> Rows:
-        """What is known of rows that a lens runs."""
+        """Note which tokens are the prompt's, of rows that a lens runs."""
         asked = torch.tensor(prompts.asked_lengths)
         return cls(asked, has_response=prompts.holds_responses)
 
@@ -91,7 +91,7 @@ class ForwardPass:
 
     @staticmethod
     def module_of(model: Any) -> nn.Module:
-        """What a pass runs: the Hugging Face model of a bridge, which may be called by itself."""
+        """The module of a pass: a bridge's Hugging Face model, which may be called by itself."""
         return getattr(model, "original_model", model)
 
     @staticmethod
@@ -111,7 +111,7 @@ class ForwardPass:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OpenBlock:
-    """What an open block of the caller's leaves out of every pass of a model.
+    """A note of what an open block of the caller's leaves out of every pass of a model.
 
     Attributes:
         model: the hooked model.

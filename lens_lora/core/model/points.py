@@ -55,7 +55,7 @@ class HookPoints:
 
     @classmethod
     def of(cls, plan: Plan, names: Names | None) -> HookPoints:
-        """Those that these names mean; None for every hook point of the model.
+        """Find the hook points that these names mean; None means every one of the model.
 
         Raises:
             SiteError: a name that the model lacks, a glob or a predicate that matches nothing.

@@ -78,7 +78,7 @@ def has_run(model: nn.Module) -> bool:
 
 
 def _makeup(model: Any) -> object:
-    """What decides whether a model runs, apart from the numbers in its weights."""
+    """All that decides whether a model runs, apart from the numbers in its weights."""
     flags = {name: str(value) for name, value in vars(model.cfg).items()}
     modules = [(id(module), type(module)) for module in model.modules()]
     weights = [(id(p), p.shape, p.dtype, p.device) for p in model.parameters()]

@@ -50,7 +50,7 @@ def unrounded(residual: Tensor) -> Tensor:
 
 
 def unembed(residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """residual · W_Uᵀ + b_U, summed in `dtype`, with the derivative of the model's own product."""
+    """Compute residual · W_Uᵀ + b_U in `dtype`, with the derivative of the model's own product."""
     if weight.dtype == residual.dtype == dtype:
         return linear(residual, weight, bias)
     keeps_graph = torch.is_grad_enabled() and residual.requires_grad
