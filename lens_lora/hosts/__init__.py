@@ -2,7 +2,7 @@
 
     build, placement, quirks        a Hugging Face model becomes a hooked model
     attention                       by torch's fused kernels, or with hook points of its patterns
-    bridged, probe                  architectures that no table lists, read from the bridge and tried
+    bridged, probe                  architectures that no table lists, read from the bridge
     experts, single_experts         stacks of experts and routers
     quantised                       linear modules in 4 and 8 bit
     processed                       folded norms, centred weights, folded value biases

@@ -6,8 +6,9 @@
    unless the caller says otherwise. Left alone, TransformerLens puts a BOS in front of each string,
    also where neither training nor serving had one.
 3. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
-4. The hooked model's logits on a few tokens must equal the Hugging Face model's (`core/model/running.py`):
-   TransformerLens 2 reads some configurations with a wrong rotary base, without a warning.
+4. The hooked model's logits on a few tokens must equal the Hugging Face model's
+   (`core/model/running.py`): TransformerLens 2 reads some configurations with a wrong rotary base,
+   without a warning.
 
 Cost: two short forward passes, and one copy of the weights for HookedTransformer.
 """
