@@ -1,11 +1,11 @@
 """All that a hooked model may be beside a plain one, and how a base is built, placed and checked.
 
-    build, placement, quirks        a Hugging Face model becomes a hooked model
-    attention                       by torch's fused kernels, or with hook points of its patterns
-    bridged, probe                  architectures that no table lists, read from the bridge
-    experts, single_experts         stacks of experts and routers
-    quantised                       linear modules in 4 and 8 bit
-    processed                       folded norms, centred weights, folded value biases
-    given_base                      whether the base is the one that the adapter was trained on
-    unusable                        models over which no lens can be laid
+build, placement, quirks        a Hugging Face model becomes a hooked model
+attention                       by torch's fused kernels, or with hook points of its patterns
+bridged, probe                  architectures that no table lists, read from the bridge
+experts, single_experts         stacks of experts and routers
+quantised                       linear modules in 4 and 8 bit
+processed                       folded norms, centred weights, folded value biases
+given_base                      whether the base is the one that the adapter was trained on
+unusable                        models over which no lens can be laid
 """

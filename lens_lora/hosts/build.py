@@ -87,10 +87,12 @@ def hooked_model(
 ) -> tuple[Any, str]:
     """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
 
-    Without `kind` a TransformerBridge where the installed TransformerLens has it. The hooked model
-    may use the Hugging Face model's own weights: do not change it afterwards. It has a copy of the
-    tokenizer, and knows where that is from. Without `prepend_bos` strings get a BOS where this
-    tokenizer adds one.
+    Args:
+        hf_model: the hooked model may use its own weights, so it must not be changed afterwards.
+        tokenizer: the hooked model has a copy of it, and knows where it is from.
+        kind: the class; None for a TransformerBridge where the installed TransformerLens has it.
+        attn: 'eager' for attention with hook points of its patterns, or 'sdpa'.
+        prepend_bos: whether strings get a BOS; None for what the tokenizer does.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
@@ -98,8 +100,9 @@ def hooked_model(
             class or the family does not have; or a tokenizer that reads no text.
     """
     chosen = kind or bridge_if_there()
-    given = tokenizer if isinstance(tokenizer, OwnTokenizer) else OwnTokenizer(tokenizer)
-    own, set_back = _usable(given)
+    if not isinstance(tokenizer, OwnTokenizer):
+        tokenizer = OwnTokenizer(tokenizer)
+    own, set_back = _usable(tokenizer)
     if chosen == "HookedTransformer":
         _refuse_copying(hf_model, attn)
     refuse_out_of_reach(hf_model)
