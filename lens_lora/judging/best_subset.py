@@ -3,24 +3,26 @@
     maximise   kept(ε) = Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   ε ∈ {0, 1}^S, Σ ε = k
 
 Here s_p is the sign of prompt p's shift. There is one set for all prompts, judged by the ratio of
-means of CPR. With heads in place of sites, the base model runs, and gate m_h moves a head's z from
-the base's to the adapted model's (desiderata-based component masking, arXiv 2402.14811). What a set
-of heads keeps is less than the shift even for all heads, as MLPs write as well.
+means that CPR also takes (`circuit_scores.py`).
 
-1. Gates in [0, 1] with Σ ε = k start at k/S. Each step goes along the gradient (Adam), and back to
-   the nearest gates that are allowed. The k largest gates after each step are a candidate, and so
-   are the tops of the slopes at 0, ½ and 1, and those of rankings that the caller gives.
+With heads in place of sites, the base model runs, and gate m_h moves the z of a head from the
+base's to the adapted model's (desiderata-based component masking, arXiv 2402.14811). Even all heads
+together need not keep the whole shift, as MLPs write as well.
+
+1. Gates in [0, 1] with Σ ε = k start at k/S. Each step follows the gradient (Adam), and then goes
+   back to the nearest gates that are allowed. The k largest gates after each step are a candidate,
+   and so are the sites of the k largest slopes at ε = 0, ½ and 1, and those at the top of rankings
+   that the caller gives.
 2. All candidates are run, and swaps start from the best few. At a set's own corner the slopes say
-   what adding each other site and taking out each of its own would do. The most promising
+   what adding each other site, and taking out each of its own, would do. The most promising
    exchanges, of one pair and of several pairs at once, are run. The best of them is taken if it
    keeps more, until none does.
 3. Where there are few exchanges of one pair, all of them are run before a set is called the best.
 
 With prompts held out, the search sees the others alone, and each set is run on both. Every value is
-one of an exact run at the corner itself, so none is above what is attainable. It is the best set
-that was found, and need not be the best there is; on ten sites or fewer a search of all sets rarely
-finds another. A ranking's own share, as a share of this one, says how much of what is attainable it
-keeps.
+that of an exact run at the corner itself, so none is above what is attainable. The result is the
+best set that was found, and there may be a better one; on ten sites or fewer a search of all sets
+rarely finds another. How much of what is attainable a ranking keeps is its own share over this one.
 """
 
 from __future__ import annotations
@@ -68,10 +70,12 @@ class BestSubset(Measured):
     Attributes:
         counts: how many sites or heads each set has.
         members: [size, name], which of them are in it.
-        names: of the sites; or of the heads, 'blocks.3.attn.hook_z[5]'.
+        names: the names of the sites; or of the heads, 'blocks.3.attn.hook_z[5]'.
         over: 'sites' or 'heads'.
-        kept: [size], share of the shift of the prompts that were searched on together, measured.
-        kept_by_prompt: [size, batch], of each prompt's own shift; NaN within three noise floors.
+        kept: [size], the share of the shift that is kept, measured, of all prompts together that
+            were searched on.
+        kept_by_prompt: [size, batch], the share of each prompt's own shift; NaN for a shift within
+            three noise floors.
         held_out: indices of the prompts that the search did not see.
         found_by: of each set, where the search that found it began ('gates', or the key of a
             ranking), with '+swaps' where exchanges improved on it.
@@ -93,12 +97,15 @@ class BestSubset(Measured):
 
     @property
     def fractions(self) -> Float[Tensor, " size"]:
-        """Of all sites, or of all heads."""
+        """[size], the share of all sites, or of all heads, that each set has."""
         return torch.tensor(self.counts, dtype=torch.float64) / len(self.names)
 
     @property
     def kept_held_out(self) -> Float[Tensor, " size"]:
-        """[size], of the held-out prompts together, without those that have no shift; else NaN."""
+        """[size], the share that is kept of the shift of the held-out prompts together.
+
+        Prompts without a shift are left out. NaN where no prompts were held out.
+        """
         prompts = list(self.held_out)
         shares = self.kept_by_prompt[:, prompts]
         sizes = self.shift[prompts].abs().double().cpu()
@@ -120,7 +127,7 @@ class BestSubset(Measured):
         return pd.DataFrame(site_labels([self.sites[i] for i in members]))
 
     def row(self, count: int | None = None) -> int:
-        """Which set has so many sites or heads.
+        """The index of the set that has so many sites or heads.
 
         Args:
             count: how many; without it, the only set.
@@ -236,7 +243,7 @@ def best_subset(
 def _kept_by_prompt(
     g: Function, values: Float[Tensor, "batch size"]
 ) -> Float[Tensor, "size batch"]:
-    """Shares of each prompt's own shift; NaN where it is within three noise floors."""
+    """What each set keeps of each prompt's own shift; NaN for one within three noise floors."""
     base, adapted = g.ends.cpu()
     shift = (adapted - base).double()
     clear = torch.where(shift.abs() > SIGMAS * g.floor.cpu(), shift, torch.nan)
@@ -266,17 +273,30 @@ def _split(batch: int, held_out: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _counts(over: Over, every: int, size: Any, k: Any) -> tuple[int, ...]:
-    if k is not None:
-        counts = [whole("k", count, 1) for count in (k if _is_several(k) else [k])]
+    """How many sites or heads each set is to have, in increasing order.
+
+    Args:
+        over: 'sites' or 'heads'.
+        every: how many there are.
+        size: a fraction of them, or several.
+        k: in place of it a number, or several.
+    """
+    if k is None:
+        counts = [max(1, round(fraction * every)) for fraction in _fractions(size)]
     else:
-        fractions = numbers_of("size", size) if _is_several(size) else [number("size", size)]
-        for fraction in fractions:
-            if not 0 < fraction <= 1:
-                raise ArgumentError(f"size {fraction:g}: expected a fraction above 0, at most 1.")
-        counts = [max(1, round(fraction * every)) for fraction in fractions]
+        given = k if _is_several(k) else [k]
+        counts = [whole("k", count, 1) for count in given]
     if not counts or max(counts) > every:
         raise ArgumentError(f"{k=}: expected numbers of {over} from 1 to {every}.")
     return tuple(sorted(set(counts)))
+
+
+def _fractions(size: Any) -> list[float]:
+    fractions = numbers_of("size", size) if _is_several(size) else [number("size", size)]
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise ArgumentError(f"size {fraction:g}: expected a fraction above 0, at most 1.")
+    return list(fractions)
 
 
 def _is_several(value: object) -> bool:
@@ -288,15 +308,15 @@ def _is_several(value: object) -> bool:
 
 @runtime_checkable
 class _Switches(Protocol):
-    """g as a function of the gates of sites, or of heads."""
+    """The protocol of gates, of sites or of heads, by which g is switched."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each gate switches."""
+        """The names of what is switched, one for each gate."""
         ...
 
     def values(self, gates: Float[Tensor, "point site"], /) -> Float[Tensor, "batch point"]:
-        """g at several gate vectors. At most a forward pass each, batched."""
+        """The values of g at several gate vectors. At most a forward pass each, batched."""
         ...
 
     def slopes(self, gates: Float[Tensor, " site"], /) -> Float[Tensor, "batch site"]:
@@ -331,10 +351,13 @@ def _switches(g: Function, over: Over) -> _Switches:
 
 @dataclasses.dataclass(frozen=True)
 class _Best:
-    """The best set so far, the share of the shift that it keeps, and where its search began.
+    """The best set so far.
 
     Attributes:
-        start: 'gates', or the key of a ranking; with '+swaps' where exchanges improved on it.
+        members: which sites are in it.
+        kept: the share of the shift that it keeps.
+        start: where its search began: 'gates', or the key of a ranking; with '+swaps' where
+            exchanges improved on it.
     """
 
     members: Bool[Tensor, " site"]
@@ -343,7 +366,14 @@ class _Best:
 
 
 class _Search:
-    """kept(ε) and its gradient on some of the prompts, and how often each was run."""
+    """The function kept(ε) of some of the prompts, with its gradient.
+
+    Attributes:
+        steps: how often the gates are moved.
+        bar: the progress, one for each of these steps.
+        sites: how many gates there are.
+        forwards, gradients: how often kept and its gradient were computed.
+    """
 
     def __init__(self, g: Function, over: Over, prompts: list[int], steps: int, bar: tqdm) -> None:
         some = g.only(prompts).with_progress(False)
@@ -362,7 +392,7 @@ class _Search:
         self.gradients = 0
 
     def kept(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, " point"]:
-        """kept(ε) at several gate vectors. A forward pass each, batched."""
+        """The share that is kept at several gate vectors. A forward pass each, batched."""
         values = self._switches.values(gates)[self._rows]
         self.forwards += len(gates)
         moved = (values.double().cpu() - self._base[:, None]) * self._signs[:, None]
@@ -381,26 +411,37 @@ def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " 
         search.bar.update(search.steps)
         every = torch.ones(1, count, dtype=torch.bool)
         return _Best(every[0], float(search.kept(every.double())[0]), "all")
-    climbed = _climbed(search, count)
-    ranked = [_top(score, count) for score in scores.values()]
-    starts = [*scores, *["gates"] * len(climbed)]
-    sets, index = torch.unique(torch.stack([*ranked, *climbed]), dim=0, return_inverse=True)
-    kept = search.kept(sets.double())
-    first_candidate = index.tolist().index
-    candidates = [
-        _Best(sets[i], float(kept[i]), starts[first_candidate(i)])
-        for i in kept.argsort(descending=True)[:_STARTS].tolist()
-    ]
-    swapped = [_swapped(search, candidate) for candidate in candidates]
+    swapped = [_swapped(search, candidate) for candidate in _candidates(search, count, scores)]
     return max(swapped, key=lambda best: best.kept)
 
 
+def _candidates(
+    search: _Search, count: int, scores: Mapping[str, Float[Tensor, " site"]]
+) -> list[_Best]:
+    """The best few of the tops of all scores, and of the gates on their way."""
+    tops = [_top(score, count) for score in scores.values()]
+    on_the_way = _climbed(search, count)
+    starts = [*scores, *["gates"] * len(on_the_way)]
+    sets, set_of_candidate = torch.unique(
+        torch.stack([*tops, *on_the_way]), dim=0, return_inverse=True
+    )
+    kept = search.kept(sets.double())
+    owners = set_of_candidate.tolist()
+    best: list[_Best] = []
+    for i in kept.argsort(descending=True)[:_STARTS].tolist():
+        first_candidate = owners.index(i)
+        best.append(_Best(sets[i], float(kept[i]), starts[first_candidate]))
+    return best
+
+
 def _top(score: Float[Tensor, " site"], count: int) -> Bool[Tensor, " site"]:
-    return by_score(score).argsort() < count
+    """Which sites are among the first so many by score."""
+    rank = by_score(score).argsort()
+    return rank < count
 
 
 def _climbed(search: _Search, count: int) -> list[Bool[Tensor, " site"]]:
-    """The k largest gates, after each step."""
+    """The sets of the k largest gates, after each step along the gradient."""
     gates = torch.full((search.sites,), count / search.sites, dtype=torch.float64)
     adam = torch.optim.Adam([gates], lr=_RATE, maximize=True)
     tops: list[Tensor] = []
@@ -414,7 +455,7 @@ def _climbed(search: _Search, count: int) -> list[Bool[Tensor, " site"]]:
 
 
 def _allowed(gates: Float[Tensor, " site"], count: int) -> Float[Tensor, " site"]:
-    """The nearest ε with 0 ≤ ε ≤ 1 and Σ ε = k: clamp(ε + c)."""
+    """The nearest ε with 0 ≤ ε ≤ 1 and Σ ε = k, which is clamp(ε + c) for some c."""
     lowest = -float(gates.max())
     highest = 1 - float(gates.min())
 
@@ -426,15 +467,17 @@ def _allowed(gates: Float[Tensor, " site"], count: int) -> Float[Tensor, " site"
 
 
 def _swapped(search: _Search, start: _Best) -> _Best:
-    """Exchanges that keep more, until none of those tried does."""
+    """Exchange sites for others while that keeps more."""
     best = start
     for _ in range(_ROUNDS):
         members = best.members
-        better = _best_of(search, best, _exchanges(members, search.gradient(members.double())))
+        slopes = search.gradient(members.double())
+        better = _best_of(search, best, _exchanges(members, slopes))
         inside = int(members.sum())
-        if better is None and inside * (len(members) - inside) <= _FEW_PAIRS:
-            every = _pairs(members, members.nonzero(), (~members).nonzero())
-            better = _best_of(search, best, every)
+        pairs = inside * (len(members) - inside)
+        if better is None and pairs <= _FEW_PAIRS:
+            every_pair = _pairs(members, members.nonzero(), (~members).nonzero())
+            better = _best_of(search, best, every_pair)
         if better is None:
             return best
         best = better
@@ -452,25 +495,29 @@ def _best_of(search: _Search, best: _Best, tried: Sets) -> _Best | None:
 
 
 def _exchanges(members: Bool[Tensor, " site"], slopes: Float[Tensor, " site"]) -> Sets:
-    """The least of the set for the most promising outside: one pair, or the first 2, 4, 8, …."""
+    """The sets after exchanging sites of least slope within for those of most slope outside.
+
+    One pair is exchanged, or the first 2, 4, 8, … pairs at once.
+    """
     rising = slopes.argsort()
     falling = slopes.argsort(descending=True)
     outs = rising[members[rising]]
     ins = falling[~members[falling]]
+    sets = [_pairs(members, outs[:_OUTS, None], ins[:_INS, None])]
     most = min(len(outs), len(ins))
-    several = [2**i for i in range(1, most.bit_length())]
-    pairs = _pairs(members, outs[:_OUTS, None], ins[:_INS, None])
-    blocks = [_exchanged(members, outs[:n], ins[:n]) for n in several]
-    return torch.cat([pairs, *blocks])
+    for power in range(1, most.bit_length()):
+        several = 2**power
+        sets.append(_exchanged(members, outs[:several], ins[:several]))
+    return torch.cat(sets)
 
 
 def _pairs(members: Tensor, outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]) -> Sets:
-    """The set with each of these sites exchanged for each of those."""
-    return torch.cat([_exchanged(members, *pair) for pair in itertools.product(outs, ins)])
+    """The sets after exchanging each site of `outs` for each of `ins`."""
+    return torch.cat([_exchanged(members, out, into) for out, into in itertools.product(outs, ins)])
 
 
 def _exchanged(members: Tensor, outs: Int[Tensor, " out"], ins: Int[Tensor, " out"]) -> Sets:
-    """The set without the first of these sites, and with the second."""
+    """The set without the sites `outs` and with the sites `ins`."""
     changed = members.clone()
     changed[outs] = False
     changed[ins] = True

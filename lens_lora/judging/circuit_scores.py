@@ -1,13 +1,14 @@
-"""CPR and CMD of an order of the sites, on prompts that it was not made on.
+"""Two scores of a circuit benchmark, CPR and CMD, for orders of the sites on held-out prompts.
 
     CPR = ∫ f dk, ranked by signed score: higher is better
     CMD = ∫ |1 − f| dk, ranked by magnitude: lower is better
 
     f(k) = mean s(g(e_T) − g(0)) / mean s(g(1) − g(0)),   T the first int(k·S) sites
 
-f is a ratio of means over the prompts judged, and 0 for no site. The sign s is that of the prompt's
-shift: without it, shifts of two signs would cancel. (MIB has no s, as all its readouts move one
-way.) The integrals are taken by the trapezoid rule over MIB's ten sizes, in linear k.
+1. f is a ratio of means over the prompts that are judged, and 0 for no site.
+2. The sign s is that of the prompt's shift: without it, shifts of two signs would cancel. (MIB has
+   no s, as all its readouts move one way.)
+3. The integrals are taken by the trapezoid rule over MIB's ten sizes, in linear k.
 
 Source: Mueller et al., "MIB: A Mechanistic Interpretability Benchmark" (arXiv 2504.13151).
 """
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from lens_lora.core import SIGMAS, Function
 
+# The shares of all sites at which the benchmark runs circuits.
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Orders = Int[Tensor, "order batch site"]
 
 
 class Scored(NamedTuple):
-    """What orders of the sites are worth.
+    """The scores of several orders of the sites.
 
     Attributes:
         cpr: CPR of each order by signed score.
@@ -80,15 +82,17 @@ def _mean_moved(g: Function, orders: Orders, counts: list[int]) -> Float[Tensor,
     """The mean over prompts of g(e_T) − g(0), in the direction of their shifts."""
     if not counts:
         return torch.zeros(len(orders), 0, dtype=torch.float64)
-    gates = torch.stack([top_gates(order, counts) for order in orders]).movedim(1, 2).flatten(0, 1)
-    values = _values(g, gates).cpu().double()
+    # [order, batch, count, site]
+    by_order = torch.stack([top_gates(order, counts) for order in orders])
+    points = by_order.movedim(1, 2).flatten(0, 1)
+    values = _values(g, points).cpu().double()
     base, adapted = g.ends.cpu().double()
     moved = (values - base) * (adapted - base).sign()
     return moved.mean(1).view(len(orders), len(counts))
 
 
 def _values(g: Function, gates: Float[Tensor, "point batch site"]) -> Float[Tensor, "point batch"]:
-    """g; where all prompts have the same gates, each point is run once."""
+    """The values of g. Where all prompts have the same gates, each point is run once."""
     if not bool((gates == gates[:, :1]).all()):
         return g.each_prompt(gates)
     distinct, index = torch.unique(gates[:, 0], dim=0, return_inverse=True)
@@ -105,7 +109,7 @@ def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, 
 def top_gates(
     order: Int[Tensor, "batch site"], counts: list[int] | tuple[int, ...]
 ) -> Float[Tensor, "batch count site"]:
-    """1 at the first `count` sites of each prompt's order, 0 at the others."""
+    """Gates that are 1 at the first `count` sites of each prompt's order, and 0 at the others."""
     rank = order.argsort(-1)[:, None]
     return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
 
@@ -113,7 +117,7 @@ def top_gates(
 def mean_of_draws(
     values: Float[Tensor, " order *rest"], named: int
 ) -> Float[Tensor, " method *rest"]:
-    """Those of the named orders, and the mean of those of the random ones after them."""
+    """The values of the named orders, and after them the mean over the random ones."""
     if len(values) == named:
         return values
     return torch.cat([values[:named], values[named:].mean(0, keepdim=True)])

@@ -51,7 +51,8 @@ from lens_lora.errors import ArgumentError, warn
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
-_PERCENTILES = (2.5, 97.5)  # of a 95 % interval
+# The ends of a 95 % interval.
+_PERCENTILES = (2.5, 97.5)
 STATISTICS = (
     "pearson",
     "spearman",
@@ -72,10 +73,11 @@ class Comparison(Read, Drawn):
     `plot` is effect against attribution, with the identity line.
 
     Attributes:
-        labels, kinds: of the sites or groups; a group of several kinds is of kind 'group'.
+        labels, kinds: the names of the sites or groups, and their kinds; that of a group of
+            several kinds is 'group'.
         attribution, effects: [batch, group], in the readout's units.
         attribution_name, effects_name: their keys, as in `results.keys`.
-        k: of the top-k overlap (all groups, where there are fewer).
+        k: how many groups the top-k overlap is of (all, where there are fewer).
         pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
             [batch]; without unit. Sign agreement counts every group alike whose effect stands out
             of rounding, and zero agrees with zero only.
@@ -172,12 +174,13 @@ def compare(
     if isinstance(attribution, Edges):
         attribution = attribution.along(effects)
     _require_same(attribution, effects, across_prompts)
-    grouped = next((r for r in (effects, attribution) if isinstance(r, Effects)), None)
+
+    grouped = _grouped_one(attribution, effects)
     groups = group_sites(effects.sites) if grouped is None else grouped.groups
     a = _over_groups(attribution, grouped)
     e = _over_groups(effects, grouped)
-    floor_of_a = None if isinstance(attribution, Attribution) else attribution.noise_floor
-    floor_of_e = None if isinstance(effects, Attribution) else effects.noise_floor
+    floor_of_a = _floor(attribution)
+    floor_of_e = _floor(effects)
     if across_prompts:
         if floor_of_a is not None:
             # The floor of a mean over prompts is the same for each prompt that is judged.
@@ -187,6 +190,7 @@ def compare(
         a = a.mean(0).expand_as(e)
     _require_finite(attribution.key, a, list(groups))
     _require_finite(effects.key, e, list(groups))
+
     eps = max(torch.finfo(a.dtype).eps, torch.finfo(e.dtype).eps)
     a = a.detach().cpu().double()
     e = e.detach().cpu().double()
@@ -197,9 +201,10 @@ def compare(
         beyond_noise = clear.double().mean(1)
     k = min(k, len(groups))
     statistics = _statistics(a, e, clear, k, eps)
+    kinds = [_kind_of([effects.sites[i] for i in members]) for members in groups.values()]
     return Comparison(
         labels=tuple(groups),
-        kinds=tuple(_kind_of([effects.sites[i] for i in members]) for members in groups.values()),
+        kinds=tuple(kinds),
         attribution=a,
         effects=e,
         attribution_name=attribution.key,
@@ -216,6 +221,22 @@ def compare(
     )
 
 
+def _grouped_one(
+    attribution: Attribution | Effects, effects: Attribution | Effects
+) -> Effects | None:
+    """The result whose groups are compared; None where both are of single sites."""
+    if isinstance(effects, Effects):
+        return effects
+    if isinstance(attribution, Effects):
+        return attribution
+    return None
+
+
+def _floor(result: Attribution | Effects) -> Float[Tensor, " batch"] | None:
+    """The noise floor of effects; an attribution states none."""
+    return None if isinstance(result, Attribution) else result.noise_floor
+
+
 def _kind_of(sites: Sequence[Site]) -> str:
     """The kind that all of these sites have; 'group' where there are several."""
     kinds = {site.kind for site in sites}
@@ -223,14 +244,14 @@ def _kind_of(sites: Sequence[Site]) -> str:
 
 
 def _over_groups(result: Attribution | Effects, grouped: Effects | None) -> Grouped:
-    """An attribution summed over the groups of the effects that it meets."""
+    """The values by group: an attribution is summed over the groups of the effects."""
     if isinstance(result, Effects):
         return result.values
     return result.per_site if grouped is None else grouped.summed(result)
 
 
 def _clear(values: Grouped, floor: Tensor | None) -> Bool[Tensor, "batch group"]:
-    """Which effects stand out of rounding; all where no floor is stated."""
+    """Whether each value stands out of rounding. Where no floor is stated, all do."""
     if floor is None:
         return torch.ones_like(values, dtype=torch.bool)
     return ~hides_sign(values, floor.to(values)[:, None])
@@ -272,11 +293,11 @@ def _require_same(
         compared = ["sites", *prompts, "readouts", "responses"]
     if isinstance(one, Effects) and isinstance(other, Effects):
         compared.append("groups")
+    otherwise = ", or compare results of different prompts: across_prompts=True"
+    if across_prompts:
+        otherwise = ""
     for fact in compared:
         if mine[fact] != theirs[fact]:
-            otherwise = ""
-            if not across_prompts:
-                otherwise = ", or compare results of different prompts: across_prompts=True"
             raise ArgumentError(
                 f"the two results are of different {fact}: {one.key} has "
                 f"{_shown(mine[fact], theirs[fact])}, {other.key} has "
@@ -286,7 +307,7 @@ def _require_same(
 
 
 def _facts(result: Attribution | Effects) -> dict[str, list[str]]:
-    """What two results must have in common, in words."""
+    """The words for everything that two results may have to have in common."""
     facts = {
         "sites": [site.name for site in result.sites],
         "prompts": ["|".join(asked_of(tokens)) for tokens in result.str_tokens],
@@ -300,30 +321,33 @@ def _facts(result: Attribution | Effects) -> dict[str, list[str]]:
 
 
 def _shown(mine: Sequence[str], theirs: Sequence[str]) -> str:
-    """What one has and the other has not; all of it, where only the order differs."""
-    odd = [item for item in mine if item not in theirs] or list(mine)
-    more = ", …" if len(odd) > 2 else ""
-    return f"{len(mine)} ({', '.join(odd[:2])}{more})"
+    """The first items that the other result lacks; where only the order differs, the first."""
+    different = [item for item in mine if item not in theirs] or list(mine)
+    more = ", …" if len(different) > 2 else ""
+    return f"{len(mine)} ({', '.join(different[:2])}{more})"
 
 
 def _statistics(
     a: Grouped, e: Grouped, clear: Bool[Tensor, "batch group"], k: int, eps: float
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Every statistic of each prompt, by name."""
-    by_prompt = [
-        _statistics_of(*numbers, k, eps)
-        for numbers in zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
-    ]
-    return {
-        name: torch.tensor([of_prompt[name] for of_prompt in by_prompt], dtype=torch.float64)
-        for name in STATISTICS
-    }
+    by_prompt: list[dict[str, float]] = []
+    for a_of_prompt, e_of_prompt, clear_of_prompt in zip(a, e, clear, strict=True):
+        statistics = _statistics_of(
+            a_of_prompt.numpy(), e_of_prompt.numpy(), clear_of_prompt.numpy(), k, eps
+        )
+        by_prompt.append(statistics)
+    columns: dict[str, Tensor] = {}
+    for name in STATISTICS:
+        values = [statistics[name] for statistics in by_prompt]
+        columns[name] = torch.tensor(values, dtype=torch.float64)
+    return columns
 
 
 def _statistics_of(
     a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
 ) -> dict[str, float]:
-    """All of one prompt; NaN where one does not exist."""
+    """Every statistic of one prompt; NaN where it does not exist."""
     has_same_sign = (np.sign(a) == np.sign(e))[clear]
     return {
         "pearson": correlation(a, e, eps=eps),
@@ -337,7 +361,7 @@ def _statistics_of(
 
 
 def _slope(a: Vector, e: Vector, eps: float) -> float:
-    """Of the least-squares line of e on a, with an intercept."""
+    """The slope of the least-squares line of e on a, with an intercept."""
     if is_constant(a, eps):
         return np.nan
     centred = a - a.mean()
@@ -355,7 +379,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _intervals_of(values_of: Mapping[str, Tensor], draws: int, seed: int) -> dict[str, Interval]:
-    """Bootstrap intervals of the mean over prompts; every statistic has the same draws."""
+    """Bootstrap intervals of the mean over prompts, by the same draws for every statistic."""
     batch = len(values_of["pearson"])
     intervals = dict.fromkeys(values_of, (np.nan, np.nan))
     if batch == 1 or not draws:

@@ -1,4 +1,4 @@
-"""Which few modules carry the shift? Keep or drop the top k of a ranking, by real interventions.
+"""Curves of the shift that remains where the top k of a ranking are kept, or dropped.
 
 1. Rank each prompt's sites by value · sign(shift), the largest first: what pushes the readout the
    way the adapter moved it comes first. Norms (‖ΔW‖, ‖δz‖) are ranked as they are.
@@ -11,10 +11,10 @@
 3. The area under each curve is taken by the trapezoid rule over the fraction of sites. A good
    ranking has a large area under keep and a small one under drop.
 4. With `test` the sites are ranked once, by the mean over the prompts of value · sign(shift), and
-   that order is judged on the test prompts. On the prompts that it was made on, a ranking knows
-   more than an explanation can.
-5. On test prompts there are also CPR and CMD (`circuit_scores.py`).
-6. The greedy oracle begins at g(0). At each step it adds the site that moves the readout furthest
+   that order is judged on the test prompts, by curves as well as by CPR and CMD
+   (`circuit_scores.py`). On the prompts that it was made on, a ranking knows more than an
+   explanation can.
+5. The greedy oracle begins at g(0). At each step it adds the site that moves the readout furthest
    towards g(1), and runs every site that is left to find it.
 """
 
@@ -54,32 +54,35 @@ _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 MOST_GREEDY = 40
 # The mean of so many random orders is a curve as smooth as the others.
 RANDOM_DRAWS = 5
-# What a summary says: the share that a fifth of the sites keeps, and how many carry 90 % of it.
+# A summary has the share of the shift that this fraction of the sites keeps,
 _SHOWN = 0.2
+# and the smallest fraction of the sites that carries this share of the shift.
 _CARRIED = 0.9
 
-Counts = tuple[int, ...]  # How many sites, increasing.
+# How many sites are kept or dropped, in increasing order.
+Counts = tuple[int, ...]
 _Named = Mapping[str, Int[Tensor, "batch site"]]
 
 
 @final
 class Faithfulness(Measured, Drawn):
-    """Share of the shift that remains where the top of a ranking is kept, or dropped.
+    """Shares of the shift that remain where the top of a ranking is kept, or dropped.
 
     `plot` is both curves, one colour a ranking.
 
     Attributes:
-        names: the rankings' keys: 'first_order@0', 'path', 'weight_norm', 'random', …, or names
-            that the caller gave.
-        fractions: shares of the sites, from 0 to 1.
+        names: the keys of the rankings: 'first_order@0', 'path', 'weight_norm', 'random', …, or
+            names that the caller gave.
+        fractions: the fractions of the sites at which the curves were measured, from 0 to 1.
         counts: how many sites each fraction is.
         keep, drop: [method, batch, fraction], shares of the prompt's shift; NaN for a prompt whose
             shift is within three noise floors.
         orders: name → [batch, site], indices into sites, first ranked first; 'random' has none.
         noise_floor: [batch], σ of the shift from rounding.
-        draws: random orders that the random curve is the mean of.
-        cpr, cmd: [method], of the test prompts together; None without `test`.
-        ranked_on: the tokens of the prompts that the sites were ranked on, where others are judged.
+        draws: how many random orders the random curve is the mean of.
+        cpr, cmd: [method], the scores on the test prompts together; None without `test`.
+        ranked_on: the tokens of the prompts that the sites were ranked on, where the curves are
+            those of other prompts.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
@@ -160,8 +163,8 @@ class Faithfulness(Measured, Drawn):
     def summary(self) -> pd.DataFrame:
         """One row per ranking: areas, the share a fifth keeps, the fraction that carries 90 %.
 
-        Means over prompts; of the last, over those where some fraction does. With `test` also CPR
-        and CMD.
+        The numbers are means over prompts, for the last one over those where some fraction carries
+        90 %. With `test` there are also CPR and CMD.
         """
         shown = float(self.fractions[self._nearest(_SHOWN)])
         kept = [float(self.kept_share(name).nanmean()) for name in self.names]
@@ -264,7 +267,7 @@ def _held_out(g: Function, test: object) -> Evaluations:
 
 
 def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: int) -> Faithfulness:
-    """The curves of these orders, and the mean of those of random ones."""
+    """The curves of these orders, and the mean of the curves of random ones."""
     base, adapted = g.ends.cpu().double()
     floor = g.floor.cpu().double()
     shift = adapted - base
@@ -272,11 +275,12 @@ def _curves(g: Evaluations, orders: _Named, counts: Counts, draws: int, seed: in
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.nan)
     moved = _moved(g, _with_random(orders, draws, seed), counts)
     keep, drop = moved / clear[:, None]
+    names = [*orders, rankings.RANDOM] if draws else list(orders)
     labels: dict[str, Any] = g.header()
     labels["base"] = base
     labels["adapted"] = adapted
     return Faithfulness(
-        names=(*orders, rankings.RANDOM) if draws else tuple(orders),
+        names=tuple(names),
         fractions=torch.tensor(counts, dtype=torch.float64) / len(g.lens.sites),
         counts=counts,
         keep=mean_of_draws(keep, len(orders)),
@@ -297,7 +301,7 @@ def _with_random(orders: _Named, draws: int, seed: int) -> Orders:
 
 
 def _counts_of(fractions: Sequence[float], sites: int) -> Counts:
-    """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
+    """How many sites each fraction is, without repeats. No site, one and all are always there."""
     shares = numbers_of("fractions", fractions)
     for share in shares:
         if not 0 <= share <= 1:
@@ -309,21 +313,24 @@ def _counts_of(fractions: Sequence[float], sites: int) -> Counts:
 def _moved(
     g: Function, orders: Orders, counts: Counts
 ) -> Float[Tensor, "side=2 order batch count"]:
-    """g − g(0) where the top is kept, and where it is dropped."""
+    """The change g − g(0) where the top is kept, and where it is dropped."""
     base, adapted = g.ends.cpu().double()
     kept = base.new_zeros(len(orders), len(base), len(counts))
     dropped = torch.zeros_like(kept)
+    # With no site and with all of them, the values are those of the ends.
     kept[..., -1] = adapted - base
     dropped[..., 0] = adapted - base
     inner = counts[1:-1]
-    if inner:
-        on = torch.stack([top_gates(order, inner) for order in orders])
-        gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, side, order, count, site
-        points = gates.flatten(1, 3).movedim(1, 0)
-        values = g.each_prompt(points).T.cpu().double()
-        change = values.view(gates.shape[:-1]) - base[:, None, None, None]
-        kept[..., 1:-1] = change[:, 0].movedim(0, 1)
-        dropped[..., 1:-1] = change[:, 1].movedim(0, 1)
+    if not inner:
+        return torch.stack([kept, dropped])
+
+    on = torch.stack([top_gates(order, inner) for order in orders])
+    gates = torch.stack([on, 1 - on]).movedim(2, 0)  # [batch, side, order, count, site]
+    points = gates.flatten(1, 3).movedim(1, 0)
+    values = g.each_prompt(points).T.cpu().double()
+    change = values.view(gates.shape[:-1]) - base[:, None, None, None]
+    kept[..., 1:-1] = change[:, 0].movedim(0, 1)
+    dropped[..., 1:-1] = change[:, 1].movedim(0, 1)
     return torch.stack([kept, dropped])
 
 
@@ -335,8 +342,9 @@ def _require_few(sites: int, held_out: Function | None) -> None:
     if held_out is not None:
         raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
     if sites > MOST_GREEDY:
+        passes = sites * (sites + 1) // 2
         raise ArgumentError(
-            f"greedy on {sites} sites takes {sites * (sites + 1) // 2} passes a prompt; at most "
+            f"greedy on {sites} sites takes {passes} passes a prompt; at most "
             f"{MOST_GREEDY} are run: LoraLens(model, adapter.only(attribution.top(20)))."
         )
 
@@ -354,10 +362,12 @@ def _greedy_order(g: Function) -> Int[Tensor, "batch site"]:
     steps = tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not g.progress)
     with steps as bar:
         for left in bar:
+            # The sites of each prompt that are off still, each of which is switched on in turn.
             free = (on == 0).nonzero()[:, 1].view(batch, left)
             tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
             values = silent.each_prompt(tried.movedim(1, 0)).T
-            best = free[rows, (values * towards[:, None]).argmax(1)]
+            furthest = (values * towards[:, None]).argmax(1)
+            best = free[rows, furthest]
             on[rows, best] = 1.0
             order.append(best)
     return torch.stack(order, 1)

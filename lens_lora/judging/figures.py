@@ -1,4 +1,4 @@
-"""What a comparison, flags, a null test, a ranking and the best sets show."""
+"""The figures of a comparison, of flags, a null test, the curves of rankings and the best sets."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _kept_or_dropped(
 
 
 def _percentages(shares: Sequence[float]) -> list[float | None]:
-    """In percent; a gap where there is none."""
+    """The shares in percent, with a gap for NaN."""
     return [None if math.isnan(share) else 100 * share for share in shares]
 
 
@@ -130,7 +130,10 @@ def best_subset_figure(subset: BestSubset, count: int | None = None) -> go.Figur
 
 
 def _each_prompt(subset: BestSubset, sizes: Sequence[float]) -> list[go.Scatter]:
-    """What the sets keep of each prompt's shift; one line of the legend stands for all."""
+    """A line for each prompt, of what the sets keep of its shift.
+
+    One line of the legend stands for all.
+    """
     lines: list[go.Scatter] = []
     for tokens, shares in zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True):
         said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the {subset.over}: {_KEPT}"
@@ -140,7 +143,7 @@ def _each_prompt(subset: BestSubset, sizes: Sequence[float]) -> list[go.Scatter]
 
 
 def members_figure(subset: BestSubset, row: int) -> go.Figure:
-    """Which sites, or heads, are in one of the best sets."""
+    """A map of the sites, or heads, that are in one of the best sets."""
     members = subset.members[row].tolist()
     kept = percent(float(subset.kept[row]))
     heading = f"{subset.counts[row]} of {len(subset.names)} {subset.over} keep {kept} of the shift"
@@ -157,7 +160,7 @@ def members_figure(subset: BestSubset, row: int) -> go.Figure:
 
 
 def _of_head(name: str) -> types.SimpleNamespace:
-    """'blocks.3.attn.hook_z[5]' as if it were a site."""
+    """A head, such as 'blocks.3.attn.hook_z[5]', as if it were a site."""
     _, layer, rest = name.split(".", 2)
     return types.SimpleNamespace(name=name, module="z of one head", layer=int(layer), kind=rest)
 
@@ -180,10 +183,14 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
     attribution = key_text(comparison.attribution_name)
     across = label(attribution)
     upwards = label(key_text(comparison.effects_name))
-    hover = [
-        f"<b>{label(name)}</b><br>{signed(a)} {units}, {across}<br>{signed(e)} {units}, {upwards}"
-        for name, a, e in zip(comparison.labels, x, y, strict=True)
-    ]
+    hover: list[str] = []
+    for name, a, e in zip(comparison.labels, x, y, strict=True):
+        lines = [
+            f"<b>{label(name)}</b>",
+            f"{signed(a)} {units}, {across}",
+            f"{signed(e)} {units}, {upwards}",
+        ]
+        hover.append("<br>".join(lines))
     ends = _with_room([*x, *y], _BEYOND_POINTS)
     identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
     looks = _looks_of_kinds(comparison.kinds)
@@ -200,10 +207,10 @@ def _looks_of_kinds(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and a symbol for each kind of module, groups of several kinds first."""
     ordered = sorted(set(kinds), key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
     marks = itertools.product(_SYMBOLS, figures.PALETTE)
-    return {
-        kind: {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75}
-        for kind, (symbol, colour) in zip(ordered, marks, strict=False)
-    }
+    looks: dict[str, dict[str, Any]] = {}
+    for kind, (symbol, colour) in zip(ordered, marks, strict=False):
+        looks[kind] = {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75}
+    return looks
 
 
 def _with_room(values: Sequence[float], share: float) -> list[float]:
@@ -235,9 +242,10 @@ _QUESTIONS = {"add_one": "adding one site", "leave_one_out": "leaving one site o
 
 @drawing.figure.register(Reliability)
 def reliability_figure(flags: Reliability, prompt: int | None = None) -> go.Figure:
-    """a_l (x) against a_l + correction (y); flagged are material ones off the band.
+    """First order a_l (x) against a_l + correction (y), with a band where the two agree.
 
-    The band is where a + correction is from threshold · a to a / threshold.
+    In the band a + correction is from threshold · a to a / threshold. Flagged are the material
+    sites off it.
     """
     index = only_prompt(prompt, len(flags.flagged), "flags")
     units = label(flags.units)
@@ -279,7 +287,7 @@ def _band(reach: float, threshold: float) -> tuple[go.Scatter, go.Scatter]:
 
 
 def _flag_text(flags: Reliability, prompt: int, site: int, a: float, corrected: float) -> str:
-    """What hovers over a site: its first order, and what was measured of it."""
+    """The hover text of a site: its first order, and what was measured of it."""
     units = label(flags.units)
     lines = [
         f"<b>{label(flags.attribution.sites[site].name)}</b>",
@@ -302,11 +310,15 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
     units = label(test.units)
     values = test.observed.per_site[index].cpu().double().tolist()
     largest = test.null[:, index].abs().amax(0).cpu().double().tolist()
-    hover = [
-        f"<b>{label(site.name)}</b><br>{signed(value)} {units}<br>largest of the draws "
-        f"{magnitude(most)}<br>z = {signed(float(z))}"
-        for site, value, most, z in zip(sites, values, largest, test.z[index], strict=True)
-    ]
+    hover: list[str] = []
+    for site, value, most, z in zip(sites, values, largest, test.z[index].tolist(), strict=True):
+        lines = [
+            f"<b>{label(site.name)}</b>",
+            f"{signed(value)} {units}",
+            f"largest of the draws {magnitude(most)}",
+            f"z = {signed(z)}",
+        ]
+        hover.append("<br>".join(lines))
     order = list(range(len(sites)))
     draws = go.Bar(
         x=order,
@@ -330,7 +342,7 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
 
 
 def _layer_ticks(sites: Sequence[Site]) -> dict[str, Any]:
-    """The number of a layer at its first site, of every few layers."""
+    """Ticks with the numbers of every few layers, each at the layer's first site."""
     firsts: dict[int, int] = {}
     for index, site in enumerate(sites):
         if site.layer >= 0:

@@ -1,4 +1,6 @@
-"""Scores that know a part of what first order knows, and are to be beaten before it is believed.
+"""Foils: scores that know only a part of what first order knows.
+
+A method that does not beat them has not been shown to know more.
 
        sign(a_l) · ‖ΔW_l‖_F       the sign of first order, and the size of the weight change
        s ‖δz_l‖ · ‖Jᵀu_y‖         both norms of a_l, without the cosine between them
@@ -35,10 +37,10 @@ SIGNED_RANDOM = "signed_random"
 def foils(
     lens: LoraLens, prompts: PromptsLike, readout: Readout, *, seed: int = 0
 ) -> dict[str, Attribution]:
-    """Scores of equal information beside first order at the base model, by their keys.
+    """Scores that know a part of first order at the base model, by their keys.
 
-    For `compare` and `faithfulness`: a method that a foil ties with has not been shown to know
-    more. Their numbers are in no unit that can be summed.
+    They are meant for `compare` and `faithfulness`: a method that a foil ties with has not been
+    shown to know more. Their numbers are in no unit that can be summed.
 
     Cost: two forward passes and two forward and backward passes.
 
@@ -70,7 +72,7 @@ def foils(
         NORM_PRODUCT: towards * delta * gradient,
         SIGNED_RANDOM: signs * noise.to(signs),
     }
-    return {
-        key: dataclasses.replace(first, values=values.to(signs), method=key)
-        for key, values in scores.items()
-    }
+    attributions: dict[str, Attribution] = {}
+    for key, values in scores.items():
+        attributions[key] = dataclasses.replace(first, values=values.to(signs), method=key)
+    return attributions

@@ -57,12 +57,12 @@ class NullTest(Drawn):
 
     @property
     def readout(self) -> str:
-        """What was read."""
+        """The label of the readout."""
         return self.observed.readout
 
     @property
     def units(self) -> str:
-        """Of all numbers."""
+        """The units of all numbers."""
         return self.observed.units
 
     @property
@@ -84,7 +84,7 @@ class NullTest(Drawn):
 
     @property
     def q(self) -> Float[Tensor, "batch site"]:
-        """p over each prompt's sites after Benjamini and Hochberg.
+        """The p-values of each prompt's sites after Benjamini and Hochberg.
 
         A list of the sites with q ≤ x holds at most a share x of false ones, on average.
         """
@@ -93,7 +93,7 @@ class NullTest(Drawn):
 
     @property
     def shift_p(self) -> Float[Tensor, " batch"]:
-        """p of the exact shift, among the draws that were run."""
+        """The p-value of the exact shift, among the draws that were run."""
         return _p(self.observed.shift, self._run_shift)
 
     @property
@@ -102,12 +102,12 @@ class NullTest(Drawn):
 
     @property
     def exceeds_all(self) -> Float[Tensor, " batch"]:
-        """The share of sites whose |a_l| exceeds every draw's; 1/(1 + draws) by chance."""
+        """The share of sites whose |a_l| exceeds that of every draw; 1/(1 + draws) by chance."""
         return in_float64(self.observed.per_site.abs() > self.null.abs().amax(0)).mean(1)
 
     @property
     def verdict(self) -> tuple[NullVerdict, ...]:
-        """For each prompt, how far shift and sites stand out; str() words it."""
+        """How far shift and sites stand out, for each prompt; str() says it in words."""
         run = self._run_shift
         columns = [
             self.observed.shift,
@@ -117,10 +117,11 @@ class NullTest(Drawn):
             self.exceeds_all,
         ]
         by_prompt = torch.stack([in_float64(column) for column in columns], 1).tolist()
-        return tuple(
-            null_verdict(shift, floor, null, p, exceeds_all, self.draws, len(run))
-            for shift, floor, null, p, exceeds_all in by_prompt
-        )
+        verdicts: list[NullVerdict] = []
+        for shift, floor, null, p, exceeds_all in by_prompt:
+            verdict = null_verdict(shift, floor, null, p, exceeds_all, self.draws, len(run))
+            verdicts.append(verdict)
+        return tuple(verdicts)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
@@ -153,7 +154,8 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: a readout or derivative that is not finite.
     """
-    draws = whole("draws", draws, 2)  # At least two, for a spread.
+    # A spread needs two draws or more.
+    draws = whole("draws", draws, 2)
     seed = whole("seed", seed, 0)
     run = draws if exact is None else min(whole("exact", exact, 2), draws)
     first = Attribution.of(g, g.slopes(0.0), method="first_order", at=0.0, mode="reverse")
@@ -163,7 +165,15 @@ def null_test(g: Function, *, draws: int = 20, exact: int | None = None, seed: i
 def beside_first_order(
     g: Function, first: Attribution, draws: int, run: int, seed: int
 ) -> NullTest:
-    """The null adapters, where first order is known already; so many of them are run."""
+    """The null test where first order is known already.
+
+    Args:
+        g: the function that first order is of.
+        first: first order of the real adapter at the base model.
+        draws: how many null adapters are drawn.
+        run: how many of them are run for their exact shift.
+        seed: the seed of the draws.
+    """
     lens = g.lens
     shifts: list[Float[Tensor, " batch"]] = []
 
@@ -177,17 +187,18 @@ def beside_first_order(
                 shifts.append(adapted - first.base)
 
     slopes = g.slopes_of_adapters(nulls, lens.sites, like=[lens.adapter])
-    missing = shifts[0].new_full((draws - len(shifts), len(shifts[0])), torch.nan)
+    of_run = torch.stack(shifts)
+    of_others = of_run.new_full((draws - len(of_run), of_run.shape[1]), torch.nan)
     return NullTest(
         observed=first,
         null=slopes,
-        null_shift=torch.cat([torch.stack(shifts), missing]),
+        null_shift=torch.cat([of_run, of_others]),
         seed=seed,
         noise_floor=g.floor,
     )
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:
-    """The share of draws, the observed one counted as one, that are at least as large."""
+    """The share of draws that are at least as large; what was observed counts as one of them."""
     reach = in_float64(null.abs() >= observed.abs()).sum(0)
     return (1 + reach) / (1 + len(null))

@@ -1,6 +1,6 @@
-"""Which sites first: orders in which to switch them on.
+"""Orders of the sites, in which they are switched on one after another.
 
-1. Scores (attributions, effects, tensors) become an order per prompt, the largest first; equal
+1. Scores (attributions, effects, tensors) become an order for each prompt, the largest first. Equal
    scores keep the sites' order.
 2. Two baselines know no readout: ‖ΔW_l‖_F, from the factors, and ‖δz_l‖ at the base model, recorded
    in one forward pass.
@@ -29,7 +29,11 @@ BySite = Float[Tensor, "batch site"]
 
 
 def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
-    """{name: score}; a single attribution or effect goes by its key, a tensor by 'given'."""
+    """The scores by name. A single attribution or effect goes by its key, a tensor by 'given'.
+
+    Raises:
+        ArgumentError: no scores, or names of baselines.
+    """
     if isinstance(attribution, Attribution | Effects):
         return {attribution.key: attribution}
     if isinstance(attribution, Tensor):
@@ -49,7 +53,15 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
 
 
 def scores_towards(g: Function, given: Mapping[str, Scores], baselines: bool) -> dict[str, BySite]:
-    """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g."""
+    """Each score times the sign of the shift, by name.
+
+    The largest then pushes furthest in the direction in which the adapter moved g.
+
+    Args:
+        g: the function that is ranked for.
+        given: the scores by name.
+        baselines: whether ‖ΔW‖ and ‖δz‖ are among the results.
+    """
     towards = g.shift.sign()[:, None].to(float64_device(g.lens.device))
     scores = {name: _values_of(name, score, g) * towards for name, score in given.items()}
     if baselines:
@@ -129,7 +141,7 @@ def update_norms(g: Function) -> BySite:
 
 
 def _update_norms(g: Function) -> BySite:
-    """The same, of prompts that go through the model together."""
+    """‖δz_l‖ of prompts that go through the model together."""
     lens = g.lens
     real = g.rows.real[..., None]
     home = float64_device(lens.device)
@@ -139,10 +151,12 @@ def _update_norms(g: Function) -> BySite:
         """Sum δ² of each row and site; the output stays as it is."""
         del out
         injection = lens.injections[index]
-        if injection.partner is not None:  # Its gate is zero at the base model.
+        if injection.partner is not None:
+            # It waits for the gate of its partner, which is zero at the base model.
             return
         delta = in_float64(injection.map(z))
-        if delta.shape[1] == real.shape[1]:  # The unembedding is run at the read position alone.
+        # The unembedding is run at the read position alone, where there is no padding.
+        if delta.shape[1] == real.shape[1]:
             delta = delta * real.to(delta.device)
         sums = delta.square().flatten(1).sum(1) / injection.ports.repeats
         squares[:, injection.site] += sums.to(home)

@@ -53,11 +53,11 @@ from lens_lora.errors import ArgumentError
 _THRESHOLD = 0.5
 # A site is material from this share of Σ|a| on.
 _FLOOR = 0.01
-# Where first order is taken to answer each question.
+# The gate value at which first order answers each question.
 _END: dict[str, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 _BySite = Float[Tensor, "batch site"]
-# From which sites are to be run to the effect of each of them.
+# Called with the sites that are to be run; returns the effect of each of them.
 _EffectsOf = Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch some"]]
 
 
@@ -88,17 +88,17 @@ class Reliability(Drawn):
 
     @property
     def readout(self) -> str:
-        """What was read."""
+        """The label of the readout."""
         return self.attribution.readout
 
     @property
     def units(self) -> str:
-        """Of all numbers."""
+        """The units of all numbers."""
         return self.attribution.units
 
     @property
     def score(self) -> Float[Tensor, "batch site"]:
-        """Of a and a + correction, the smaller over the larger; NaN where not screened."""
+        """The smaller of a and a + correction over the larger; NaN where not screened."""
         return score_of(self.attribution.per_site, self.correction)
 
     @property
@@ -108,12 +108,12 @@ class Reliability(Drawn):
 
     @property
     def screened(self) -> Bool[Tensor, "batch site"]:
-        """Where the correction is known."""
+        """Whether the correction of each site is known."""
         return ~self.correction.isnan()
 
     @property
     def corrected(self) -> Float[Tensor, "batch site"]:
-        """a_l + correction; a_l where not screened."""
+        """First order with the correction; a_l alone where it is not screened."""
         return self.attribution.per_site + self.correction.nan_to_num()
 
     def _is_wrong(self, missed: _BySite) -> Bool[Tensor, "batch site"]:
@@ -155,6 +155,7 @@ class Reliability(Drawn):
         a = self.attribution.per_site.to(truth)
         wrong = self._is_wrong(truth - a)
         flagged = self.flagged
+
         counts = {
             "sites": torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long),
             "wrong": wrong.sum(1),
@@ -165,12 +166,15 @@ class Reliability(Drawn):
         if self.fixed is not None:
             numbers["error_fixed"] = self.fixed.to(truth)
         errors = {name: (truth - values).abs().sum(1) for name, values in numbers.items()}
-        columns = {name: column.cpu().numpy() for name, column in (counts | errors).items()}
-        frame = pd.DataFrame(columns)
+
+        frame = pd.DataFrame()
+        for name, column in (counts | errors).items():
+            frame[name] = column.cpu().numpy()
         size = pd.Series(truth.abs().sum(1).cpu().numpy())
         frame.loc["all"] = frame.sum()
         size.loc["all"] = size.sum()
-        frame[list(errors)] = frame[list(errors)].div(size, axis=0)
+        for name in errors:
+            frame[name] = frame[name] / size
         frame["precision"] = frame["hit"] / frame["flagged"]
         frame["recall"] = frame["hit"] / frame["wrong"]
         frame["base_rate"] = frame["wrong"] / frame["sites"]
@@ -203,7 +207,14 @@ class Reliability(Drawn):
 
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
-    """min / max of a and a + missed: 0 where their signs differ, 1 where both are zero."""
+    """The smaller of a and a + missed over the larger.
+
+    It is 0 where their signs differ, and 1 where both are zero.
+
+    Args:
+        a: first order.
+        missed: what it misses of the effect.
+    """
     effect = a + missed
     ratio = torch.minimum(a / effect, effect / a).clamp(min=0)
     score = torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
@@ -280,9 +291,16 @@ def judged(
     *,
     fix: bool = False,
 ) -> Reliability:
-    """First order at the question's end, against the effects of the sites that carry it.
+    """Judge first order by the effects of the sites that carry it.
 
-    Four forward passes for the noise floor, and those of `effects_of`.
+    Cost: four forward passes for the noise floor, and those of `effects_of`.
+
+    Args:
+        g: the function that first order is of.
+        first: first order at the question's own end.
+        how: the question: 'add_one' or 'leave_one_out'.
+        effects_of: the effect of each site that is to be run.
+        threshold, floor, fix: as for `reliability`.
     """
     a = first.per_site
     noise_floor = g.noise((1.0, -1.0), at=first.at).to(a)

@@ -1,4 +1,4 @@
-"""Random directions: how far a shift stands out from those of null adapters."""
+"""The verdict on how far a shift stands out from those of adapters in random directions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal, final
 
 from lens_lora.core import SIGMAS, drawing
 
-_LEVEL = 0.05  # The usual level of significance.
+# The usual level of significance.
+_LEVEL = 0.05
 
 
 @final
@@ -18,8 +19,8 @@ class NullVerdict:
     Attributes:
         shift: g(1) − g(0).
         floor: three noise floors.
-        null: root mean square of the draws' shifts, at least one noise floor.
-        is_least: whether theirs is below that floor, so that the ratio is a lower bound.
+        null: the root mean square of the draws' shifts, or one noise floor if that is larger.
+        is_least: whether it is the noise floor, so that the ratio is a lower bound.
         p: the share of draws, the real adapter counted as one, that reach the shift.
         exceeds_all: the share of sites that exceed every draw.
         draws, run: how many random adapters were drawn, and run for their shift.
@@ -39,16 +40,19 @@ class NullVerdict:
 
     @property
     def kind(self) -> Literal["no_shift", "as_random", "stands_out"]:
-        """'no_shift', the shift itself is within rounding; 'as_random', as many draws reach it as
-        chance allows; 'stands_out'.
+        """The outcome in a word.
+
+        'no_shift': the shift itself is within rounding. 'as_random': as many draws reach it as
+        chance allows. 'stands_out': fewer do.
         """
         if abs(self.shift) <= self.floor:
             return "no_shift"
-        return "as_random" if self.p > max(_LEVEL, 1 / (1 + self.run)) else "stands_out"
+        smallest_p = 1 / (1 + self.run)
+        return "as_random" if self.p > max(_LEVEL, smallest_p) else "stands_out"
 
     @property
     def ratio(self) -> float:
-        """|shift| over the draws'."""
+        """The size of the shift over that of the draws."""
         return abs(self.shift) / self.null
 
     @property
@@ -66,7 +70,14 @@ def null_verdict(
     draws: int,
     run: int,
 ) -> NullVerdict:
-    """The verdict on one prompt's null test, of so many draws, of which so many were run."""
+    """The verdict on one prompt's null test.
+
+    Args:
+        shift: g(1) − g(0).
+        noise_floor: σ of the shift from rounding alone.
+        null: the root mean square of the draws' shifts.
+        p, exceeds_all, draws, run: see `NullVerdict`.
+    """
     return NullVerdict(
         shift=shift,
         floor=SIGMAS * noise_floor,

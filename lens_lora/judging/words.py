@@ -1,4 +1,4 @@
-"""What a comparison, flags, a null test and a ranking say."""
+"""The words for a comparison, for flags, a null test and the curves of rankings."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _faithfulness(curves: Faithfulness) -> str:
     noisy = int((curves.shift.abs() <= SIGMAS * curves.noise_floor).sum())
     if not noisy:
         return table
-    have = f"{many(noisy, 'prompt')} {'has' if noisy == 1 else 'have'}"
-    return f"{table}\n{have} no shift above the noise: left out."
+    verb = "has" if noisy == 1 else "have"
+    return f"{table}\n{many(noisy, 'prompt')} {verb} no shift above the noise: left out."
 
 
 @drawing.body.register(Reliability)
@@ -63,6 +63,7 @@ def _comparison(comparison: Comparison) -> str:
     else:
         table = summary.to_string()
     every = comparison.effects.numel()
+    # Effects that state no floor count as clear.
     clear_share = float(comparison.beyond_noise.nan_to_num(1.0).mean())
     small = every - round(clear_share * every)
     if not small:
