@@ -29,12 +29,11 @@ from lens_lora.core.function import interventions
 from lens_lora.core.function.function import Function
 from lens_lora.core.model import Names
 from lens_lora.core.readout import Prompts, Reading
-from lens_lora.core.readout.positions import ChosenPositions
+from lens_lora.core.readout.positions import ChosenPositions, Positions
 from lens_lora.core.results.base import Entries, Ranked, long_table, only_prompt, tokens_at
 from lens_lora.core.results.effects import patching_result
 from lens_lora.errors import ArgumentError, ModelStateError, first_few
 
-PatchedPositions = Literal["each"] | int | slice | Sequence[int] | None
 Direction = Literal["base_to_adapted", "adapted_to_base"]
 # The gates of the donor, and those of the recipient.
 _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
@@ -163,7 +162,7 @@ def patch_activations(
     names: Names,
     *,
     direction: Direction = "base_to_adapted",
-    positions: PatchedPositions = None,
+    positions: Positions = None,
     heads: Literal["each"] | None = None,
 ) -> ActivationEffects:
     """What one activation carries of the shift: replaced by the other model's, at each hook point.
@@ -182,8 +181,9 @@ def patch_activations(
             among the points that do.
         direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
         positions: None for the whole sequence at once; 'each' for one number per position; an
-            index, a slice, or indices, replaced together. They count within each prompt, negative
-            ones from its own end; an answer's tokens, after the prompt, are in None and 'each'.
+            index, a slice, or indices, replaced together, which count within each prompt, negative
+            ones from its own end; 'prompt', or 'response' for the tokens after the prompt, those of
+            a response or of an answer, which are in None and 'each' as well.
         heads: 'each' for one number per head, at hook points of q, k, v and z. The other heads keep
             what they have; with grouped queries k and v have as many heads as there are groups.
         progress: show a bar.
@@ -318,9 +318,7 @@ def _require_heard(
 
 
 def _chosen_positions(positions: object) -> ChosenPositions:
-    """The positions of a caller, who may not name the prompt or the response."""
-    if isinstance(positions, str):
-        word("positions", positions, ["each"])
+    """The positions of a caller, of which there must be one."""
     if isinstance(positions, Sequence) and not positions:
         raise ArgumentError(f"positions={positions!r}: there is no position in this choice.")
     return ChosenPositions.of(positions)
@@ -341,22 +339,26 @@ def _masks(
         slots = torch.arange(real.shape[1])
         return [(real & (slots == slot))[..., None] for slot in slots]
     mask = torch.zeros_like(real)
-    lengths = prompts.lengths.tolist()
+    starts = prompts.asked_lengths
+    # Indices count within the prompt; 'response' names what comes after it in the row.
+    is_by_name = isinstance(positions.which, str)
+    of_prompts = prompts.lengths.tolist()
+    of_rows = reading.prompts.lengths.tolist()
     for row, prompt in enumerate(reading.owner.tolist()):
-        length = lengths[prompt]
-        _require_within(positions, length, prompt)
-        mask[row, :length] = torch.from_numpy(positions.mask(length, length))
+        length = of_rows[row] if is_by_name else of_prompts[prompt]
+        _require_within(positions, length, starts[prompt], prompt)
+        mask[row, :length] = torch.from_numpy(positions.mask(length, starts[prompt]))
     return [mask[..., None]]
 
 
-def _require_within(positions: ChosenPositions, length: int, prompt: int) -> None:
-    """Refuse positions that a prompt of this length does not have."""
+def _require_within(positions: ChosenPositions, length: int, start: int, prompt: int) -> None:
+    """Refuse positions that a row of this length, with a response from here on, does not have."""
     if isinstance(positions.which, tuple):
         lacking = [index for index in positions.which if not -length <= index < length]
         if not lacking:
             return
         fact = f"no position {lacking[0]}"
-    elif positions.mask(length, length).any():
+    elif positions.mask(length, start).any():
         return
     else:
         fact = "no position in this choice"

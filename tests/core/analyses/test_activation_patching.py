@@ -107,6 +107,46 @@ def test_every_point_against_the_merged_model(family: str, flags: str, direction
             assert (single.values[:, column, position] - expected).abs().max() < 1e-9, name
 
 
+@pytest.mark.parametrize("positions", ["prompt", "response"])
+def test_the_prompt_and_what_comes_after_it_have_names(positions: str, cls: str):
+    """Of an answer of three tokens, from plain hooks on the row of prompt and answer."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    merged = merged_model("llama", cls, "raw")
+    answer = torch.tensor([4, 7, 2])
+    name = {"HookedTransformer": "blocks.1.hook_resid_pre"}.get(cls, "blocks.1.hook_in")
+    start = tokens.shape[1]
+    at = slice(0, start) if positions == "prompt" else slice(start, None)
+    found = patch(lens, tokens, ll.AnswerLogProb(answer), name, positions=positions)
+    assert found.positions == positions
+    for row, prompt in enumerate(tokens):
+        whole = torch.cat([prompt, answer[:-1]])[None]
+        with torch.no_grad():
+            _, cache = lens.model.run_with_cache(whole)
+
+            def put(tensor, hook, kept=cache[name]):
+                tensor = tensor.clone()
+                tensor[:, at] = kept[:, at]
+                return tensor
+
+            adapted = merged(whole)
+            patched = merged.run_with_hooks(whole, fwd_hooks=[(name, put)])
+        log_p = torch.stack([adapted[0], patched[0]]).log_softmax(-1)[:, start - 1 :]
+        g = log_p.gather(2, answer.expand(2, -1)[..., None])[..., 0].sum(1)
+        assert abs(float(found.values[row, 0]) - float(g[0] - g[1])) < 1e-9
+        assert abs(float(g[0] - g[1])) > 1e-3
+
+
+@pytest.mark.bad_input
+def test_a_prompt_without_a_response_has_no_positions_there(cls: str):
+    lens = cases.case("llama", cls, "raw").lens
+    with pytest.raises(ValueError, match="positions=response: prompt 0 has 7 tokens and no pos"):
+        patch(lens, models.tokens(), MARGIN, LAST[cls], positions="response")
+    said = lens.prompts(models.tokens(pos=4), torch.tensor([3, 6]))
+    by_name = patch(lens, said, ll.KL(), LAST[cls], positions="response")
+    by_index = patch(lens, said, ll.KL(), LAST[cls], positions=[4, 5])
+    assert torch.equal(by_name.values, by_index.values)
+
+
 def test_a_frozen_update_is_seen(cls: str):
     """Negative control: δ of the unpatched z, instead of the live one, is far off."""
     lens, tokens = cases.case("gpt2", cls, "raw").lens, models.tokens()
