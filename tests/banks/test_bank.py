@@ -24,7 +24,8 @@ import lens_lora as ll
 from lens_lora.banks import bank as bank_module
 
 pytestmark = pytest.mark.usefixtures("float64")
-MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9
+MARGIN = ll.Margin(5, 9)
+ROUND_OFF = 1e-9
 AXES = [(), ("position",), ("head",), ("rank",), ("position", "head", "rank")]
 BRIDGE = list(models.MAKERS)[-1]
 
@@ -45,7 +46,8 @@ def bank_of(lens: ll.LoraLens, prompts=None, readout=MARGIN, **options):
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_equals_first_order(family: str, cls: str, flags: str):
     """Sixteen families, both classes, raw and processed; whole, and split by every axis."""
-    lens, tokens = lens_of(family, cls, flags), models.tokens()
+    lens = lens_of(family, cls, flags)
+    tokens = models.tokens()
     bank = bank_of(lens)
     for by in AXES:
         expected = ll.first_order(lens, tokens, MARGIN, by=by)
@@ -105,7 +107,8 @@ def test_every_target_equals_first_order_or_is_refused(family, cls, flags, targe
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_equals_differences_of_peft(family: str, cls: str, flags: str):
     """Against central differences in ε of Hugging Face with PEFT's adapter, module by module."""
-    case, tokens = cases.case(family, cls, flags), models.tokens()
+    case = cases.case(family, cls, flags)
+    tokens = models.tokens()
     found = bank_of(case.lens).first_order(case.lens.adapter)
     modules = list(case.lens.adapter.modules)
 
@@ -124,7 +127,8 @@ def test_equals_differences_of_peft(family: str, cls: str, flags: str):
 def test_decoders_that_no_table_lists(name: str):
     """Sites read from the bridge: stacks of experts, routers, projections taken apart."""
     with architectures.in_float64():
-        case, tokens = architectures.case(name), models.tokens()
+        case = architectures.case(name)
+        tokens = models.tokens()
         bank = ll.bank(case.model, tokens, MARGIN, hf_model=case.base, progress=False)
         for by in ((), "rank", "expert"):
             expected = ll.first_order(case.lens, tokens, MARGIN, by=by)
@@ -146,7 +150,8 @@ def test_norms_without_gamma(flags: str):
         layer_norm_elementwise_affine=False,
     )
     base = models.randomised(transformers.OPTForCausalLM(config), 0, torch.float64)
-    peft, tokens = models.peft_model("opt", base), models.tokens()
+    peft = models.peft_model("opt", base)
+    tokens = models.tokens()
     adapter = ll.Adapter.from_peft(peft)
     model = models.bridge(base, **cases.FLAGS[flags])
     lens = ll.LoraLens(model, adapter, hf_model=base)
@@ -204,7 +209,8 @@ RESPONSES = ["w5 w7", "w8 w9 w5"]
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_responses_padding_and_several_readouts(cls: str):
     """Texts of two lengths; a margin of two answers has rows of its own."""
-    lens, texts = cases.case("qwen2", cls, "processed").lens, ["w5 w7 w8", "w9 w10 w11 w12"]
+    lens = cases.case("qwen2", cls, "processed").lens
+    texts = ["w5 w7 w8", "w9 w10 w11 w12"]
     readouts = [
         MARGIN, ll.LogProb("w7"), ll.AnswerLogProb(RESPONSES), ll.AnswerMargin("w5 w7", "w8"),
         ll.Readout.of(lambda logits: logits.softmax(-1).square().sum(-1)),
@@ -221,7 +227,8 @@ def test_responses_padding_and_several_readouts(cls: str):
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_by_token(cls: str):
-    lens, texts = cases.case("llama", cls, "raw").lens, ["w5 w7 w8", "w9 w10 w11 w12"]
+    lens = cases.case("llama", cls, "raw").lens
+    texts = ["w5 w7 w8", "w9 w10 w11 w12"]
     readout = ll.AnswerLogProb(RESPONSES)
     bank = bank_of(lens, texts, readout, by_token=True)
     for by in ("token", ("rank", "token"), ("position",), ()):
@@ -282,7 +289,8 @@ def test_within_a_bound_of_memory_and_of_sums():
 
 def test_the_exact_shift_is_run_only_where_it_is_asked_for():
     lens = cases.case("llama", BRIDGE, "raw").lens
-    bank, expected = bank_of(lens), ll.first_order(lens, models.tokens(), MARGIN)
+    bank = bank_of(lens)
+    expected = ll.first_order(lens, models.tokens(), MARGIN)
     assert bank.first_order(lens.adapter).shift.isnan().all()
     found = bank.first_order(lens.adapter, exact=True)
     assert off(found.shift, expected.shift) < ROUND_OFF
@@ -353,8 +361,10 @@ def test_hooks_of_transformers_that_only_look_are_no_hooks_of_one_s_own():
 @pytest.mark.parametrize("name", HOOKED)
 def test_hooks_of_one_s_own_are_refused(cls: str, name: str, monkeypatch):
     """When the bank is made, and when it is used; unrefused its numbers would be others."""
-    lens, tokens = cases.case("gpt2", cls, "processed").lens, models.tokens()
-    bank, point = bank_of(lens), lens.model.hook_dict[name]
+    lens = cases.case("gpt2", cls, "processed").lens
+    tokens = models.tokens()
+    bank = bank_of(lens)
+    point = lens.model.hook_dict[name]
     point.add_hook(_double)
     try:
         with pytest.raises(ll.errors.ModelStateError, match="hooks of your own are on the model"):
@@ -376,12 +386,11 @@ def test_hooks_of_one_s_own_are_refused(cls: str, name: str, monkeypatch):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_changed_base_is_refused(cls: str):
     """A weight, a norm's ε, an adapter that is on the model, a hook of `without`."""
-    base, adapter = models.hf_model("llama"), cases.case("llama", cls, "raw").lens.adapter
+    base = models.hf_model("llama")
+    adapter = cases.case("llama", cls, "raw").lens.adapter
     model = models.MAKERS[cls](base)
-    bank, lens = (
-        ll.bank(model, models.tokens(), MARGIN, progress=False),
-        ll.LoraLens(model, adapter),
-    )
+    bank = ll.bank(model, models.tokens(), MARGIN, progress=False)
+    lens = ll.LoraLens(model, adapter)
     before = bank.first_order(adapter).values
     for block in (lens.applied(), lens.without(torch.eye(16).double()[:1])):
         with block, pytest.raises(ll.errors.ModelStateError):
@@ -421,7 +430,8 @@ def test_bad_arguments():
 def test_a_planted_error_is_seen():
     """Negative control: one wrong gradient of seventy is far beyond the tolerance."""
     lens = cases.case("llama", BRIDGE, "raw").lens
-    bank, expected = bank_of(lens), ll.first_order(lens, models.tokens(), MARGIN).values
+    bank = bank_of(lens)
+    expected = ll.first_order(lens, models.tokens(), MARGIN).values
     (half,) = bank._held.readouts[0].halves
     gradient, _ = next(pairs for place, pairs in half.columns[0].items() if place[0] == "v")[0]
     name, index = gradient
@@ -436,7 +446,8 @@ def test_a_planted_error_is_seen():
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_a_second_adapter_of_the_same_shapes(family: str, cls: str, flags: str):
     """By the products of the first one's plan: other factors, another scale, some modules."""
-    lens, tokens = lens_of(family, cls, flags), models.tokens()
+    lens = lens_of(family, cls, flags)
+    tokens = models.tokens()
     bank = bank_of(lens, readout=[MARGIN, ll.LogProb(3)])
     bank.scan([lens.adapter], progress=False)
     with torch.random.fork_rng([]):

@@ -20,7 +20,8 @@ from lens_lora.banks.record import TensorPool
 from lens_lora.core import null_adapters
 
 pytestmark = pytest.mark.usefixtures("float64")
-MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9
+MARGIN = ll.Margin(5, 9)
+ROUND_OFF = 1e-9
 BRIDGE = list(models.MAKERS)[-1]
 QUIET = {"progress": False}
 
@@ -45,7 +46,8 @@ def nulls(lens: ll.LoraLens, seed: int, draws: int) -> list[ll.Adapter]:
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
 def test_a_null_test_is_first_order_of_each_draw(family: str, cls: str, flags: str):
     """The draws' mean and each of them, and the exact shift of those that are run."""
-    lens, tokens = lens_of(family, cls, flags), models.tokens()
+    lens = lens_of(family, cls, flags)
+    tokens = models.tokens()
     found = ll.null_test(lens, tokens, MARGIN, draws=3, exact=2, seed=4, **QUIET)
     drawn = nulls(lens, 4, 3)
     expected = each(lens, drawn, tokens)
@@ -104,7 +106,8 @@ def test_a_sum_and_groups_of_prompts():
 
 def test_nulls_of_answers_of_several_tokens():
     """Two rows a prompt, of several read positions."""
-    lens, tokens = cases.case("llama", BRIDGE, "raw").lens, models.tokens()
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    tokens = models.tokens()
     readout = ll.AnswerMargin(torch.tensor([5, 6, 7]), torch.tensor([9, 3]))
     found = ll.null_test(lens, tokens, readout, draws=2, **QUIET)
     drawn = [lens.with_adapter(null) for null in nulls(lens, 0, 2)]
@@ -114,7 +117,8 @@ def test_nulls_of_answers_of_several_tokens():
 
 def test_draws_cost_no_pass():
     """As many forward passes for thirty draws as for two; one more for each that is run."""
-    lens, passes = cases.case("llama", BRIDGE, "raw").lens, []
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    passes = []
     handle = lens.model.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
     counts = []
     for draws, exact in ((2, 2), (30, 2), (30, 5), (5, None)):
@@ -127,8 +131,10 @@ def test_draws_cost_no_pass():
 
 def test_a_planted_error_is_seen(monkeypatch):
     """Negative control: one recorded gradient of fourteen, a thousandth too large."""
-    lens, tokens = cases.case("llama", BRIDGE, "raw").lens, models.tokens()
-    expected, plain = each(lens, nulls(lens, 0, 2), tokens), TensorPool.stacks
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    tokens = models.tokens()
+    expected = each(lens, nulls(lens, 0, 2), tokens)
+    plain = TensorPool.stacks
 
     def planted(pool: TensorPool) -> dict[str, torch.Tensor]:
         stacks = plain(pool)
@@ -183,7 +189,8 @@ def test_checkpoints_are_first_order_of_each(family: str, target: str):
 
 def test_a_checkpoint_costs_what_is_stated():
     """Ten points of the path and four draws of its end; first order none, the base once."""
-    lens, rows = cases.case("llama", BRIDGE, "raw").lens, []
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    rows = []
     readout = ll.Margin(5, 9)
     handle = lens.model.blocks[0].register_forward_pre_hook(
         lambda _, inputs: rows.append(len(inputs[0])) if inputs else None
@@ -201,7 +208,8 @@ def test_a_checkpoint_costs_what_is_stated():
 
 def test_two_adapters_and_the_nulls_of_the_second():
     """Each has modules of its own; shared sites are in the first one's order."""
-    case, tokens = cases.case("llama", BRIDGE, "raw"), models.tokens()
+    case = cases.case("llama", BRIDGE, "raw")
+    tokens = models.tokens()
     mine = case.lens.with_adapter(case.lens.adapter.without("*.up_proj"))
     other = ll.Adapter.from_peft(models.peft_model("llama", case.base, seed=5)).without("*.k_proj")
     found = ll.compare_adapters(mine, other, tokens, MARGIN, draws=2, seed=3, **QUIET)

@@ -21,7 +21,8 @@ from lens_lora.banks import base_half
 from lens_lora.banks import scan as scan_module
 from lens_lora.runs.processes import Processes
 
-MARGIN, BRIDGE = ll.Margin(5, 9), list(models.MAKERS)[-1]
+MARGIN = ll.Margin(5, 9)
+BRIDGE = list(models.MAKERS)[-1]
 
 
 def made(cls: str = BRIDGE, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -64,7 +65,8 @@ def test_what_was_given_and_what_came_back_may_be_edited(cls: str):
     bank = ll.bank(model, ids, MARGIN, progress=False)
     prompts = ll.LoraLens(model, adapter).prompts(ids)
     expected = bank.first_order(adapter, exact=True)
-    shift, tokens = expected.shift.clone(), prompts.tokens.clone()
+    shift = expected.shift.clone()
+    tokens = prompts.tokens.clone()
     ids.fill_(7)
     expected.base.fill_(7)
     assert torch.equal(bank.first_order(adapter, exact=True).shift, shift)
@@ -80,14 +82,16 @@ OTHERS = {
 @pytest.mark.bad_input
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_bank_of_another_model_is_refused(other: str, tmp_path: Path):
-    path, (named, make) = bank_of(made()[0]).save(tmp_path / "b"), OTHERS[other]
+    path = bank_of(made()[0]).save(tmp_path / "b")
+    (named, make) = OTHERS[other]
     with pytest.raises(ll.errors.ModelStateError, match=rf"bank of another model.*{named}"):
         ll.load_bank(path, make())
 
 
 @pytest.mark.bad_input
 def test_a_bank_of_another_tokenizer_or_class_is_refused(tmp_path: Path):
-    path, model = bank_of(made()[0]).save(tmp_path / "b"), made()[0]
+    path = bank_of(made()[0]).save(tmp_path / "b")
+    model = made()[0]
     model.tokenizer.add_tokens(["w999"])
     with pytest.raises(ll.errors.ModelStateError, match="tokenizer"):
         ll.load_bank(path, model)
@@ -285,7 +289,8 @@ def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch
     bank, folder, adapter = scene
     whole = bank.scan(folder, progress=False)
     monkeypatch.setattr(scan_module, "AT_ONCE", 1)
-    table, done = scan_module.Scan._table, []
+    table = scan_module.Scan._table
+    done = []
 
     def interrupted(self, name, *args):
         if name == "runs/a3":
@@ -340,7 +345,8 @@ def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
     """Each takes every second adapter; the first one merges what both have written."""
     bank, folder, _ = scene
     alone = bank.scan(folder, progress=False)
-    out, names = tmp_path / "scan.parquet", []
+    out = tmp_path / "scan.parquet"
+    names = []
     monkeypatch.setattr(scan_module, "merge", lambda store, keys: None)
     monkeypatch.setattr(scan_module.pd, "read_parquet", lambda path: pd.DataFrame({"weights": []}))
     plain_begin = scan_module.Store.begin

@@ -59,7 +59,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def test_two_scalars_by_hand():
     """g = (2 + 5ε₂)(1 + ε₁/2)²·9: H = [[9, 45], [45, 0]] at 0; ½1ᵀH1 = 49.5 of what is 60.75."""
-    lens, prompt = scalar_lens(torch.square), torch.tensor([[3]])
+    lens = scalar_lens(torch.square)
+    prompt = torch.tensor([[3]])
     found = matrix_of(lens, ll.Logit(0), prompt)
     assert found.matrix.tolist() == [[[9.0, 45.0], [45.0, 0.0]]]
     assert found.self_curvature.tolist() == [[4.5, 0.0]]
@@ -79,7 +80,8 @@ def test_two_scalars_by_hand():
 
 def test_second_order_by_hand():
     """Shift 123.75 = 63 (first) + 49.5 (second) + 11.25: nearer, and nearer all the way."""
-    lens, prompt = scalar_lens(torch.square), torch.tensor([[3]])
+    lens = scalar_lens(torch.square)
+    prompt = torch.tensor([[3]])
     found = second_of(lens, ll.Logit(0), prompt, self_curvature=True)
     assert found.half_row_sums.tolist() == [[27.0, 22.5]]
     assert found.self_curvature.tolist() == [[4.5, 0.0]]
@@ -184,7 +186,8 @@ def test_chunks_do_not_matter(lens: ll.LoraLens, tokens: int, monkeypatch):
     """One direction at a time, or five (the last chunk is smaller): the same numbers."""
     whole = matrix_of(lens)
     monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)
-    chunks, pulled_back = [], GateGraph.pulled_back
+    chunks = []
+    pulled_back = GateGraph.pulled_back
 
     def counted(graph, values, covectors):
         chunks.append(len(covectors))
@@ -234,7 +237,8 @@ def test_half_of_the_curvature_would_show(lens: ll.LoraLens):
 
 def test_a_frozen_input_would_show(lens: ll.LoraLens, monkeypatch):
     """Negative control: δ from the base model's z has the same first order and another H."""
-    right, first = matrix_of(lens), ll.first_order(lens, padded(), LOG_PROB)
+    right = matrix_of(lens)
+    first = ll.first_order(lens, padded(), LOG_PROB)
     true = injections._Writer._z
 
     def frozen(self, *tensors):
@@ -249,7 +253,8 @@ def test_a_frozen_input_would_show(lens: ll.LoraLens, monkeypatch):
 
 def test_a_dropped_coupling_would_show(lens: ll.LoraLens):
     """Negative control: without one off-diagonal pair neither row sums nor symmetry hold."""
-    found, second = matrix_of(lens), second_of(lens)
+    found = matrix_of(lens)
+    second = second_of(lens)
     a, b = divmod(int(found.coupling[0].abs().argmax()), len(lens.sites))
     found.matrix[:, a, b] = 0
     assert error(found.row_sums / 2, second.half_row_sums) > 1e-3
@@ -272,7 +277,8 @@ def test_a_sum_of_adapters(lens: ll.LoraLens):
     """Two adapters on one module are two sites; halves of one adapter share its curvature."""
     half = lens.adapter.scaled(0.5)
     both = ll.LoraLens(lens.model, half + half.named("other"))
-    whole, found = matrix_of(lens), matrix_of(both)
+    whole = matrix_of(lens)
+    found = matrix_of(both)
     assert all("@" in name for name in found.groups) and len(found.groups) == 2 * len(lens.sites)
     assert error(found.total, whole.total) < 1e-10
     by_module = {

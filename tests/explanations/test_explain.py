@@ -23,7 +23,9 @@ from lens_lora.errors import PromptError, TokenError
 from lens_lora.explanations.tables import explanation_tables, remainder_table
 
 CLASSES = list(models.MAKERS)
-PROMPT, DOC, PRE = "w13 w14 w15", "w9", "w26"
+PROMPT = "w13 w14 w15"
+DOC = "w9"
+PRE = "w26"
 
 
 # --- the parts are what the functions give
@@ -215,7 +217,8 @@ def test_story_says_which_question_first_order_answers():
     assert "correlation of 1.000 (of ranks 1.000, slope 1.00)" in adding
     assert adding.rstrip().endswith(": a good guide here.")
     assert ": not a good guide here; and with first order at ε = 1" in leaving
-    adding, leaving_out = "adding one module (at ε = 0)", "leaving one module out (at ε = 1)"
+    adding = "adding one module (at ε = 0)"
+    leaving_out = "leaving one module out (at ε = 1)"
     assert f"flags 0 as the answer to {adding} and 0 as the answer to {leaving_out}" in leaving
     names = "blocks.2.mlp.down, blocks.2.mlp.up, blocks.0.attn.q"
     flagged = explanation(end=FIRST).story()

@@ -20,7 +20,8 @@ from lens_lora.explanations.one_prompt import one_prompt
 
 CLASSES = list(models.MAKERS)
 PROMPTS = ["w13 w14 w15", "w1 w2 w3 w4 w5 w6", "w7 w8", "w20 w21 w22"]
-DOC, PRE = ["w9", "w9", "w9 w4", "w30"], ["w26", "w25", "w24", "w26"]
+DOC = ["w9", "w9", "w9 w4", "w30"]
+PRE = ["w26", "w25", "w24", "w26"]
 OFF = {"progress": False}
 
 
@@ -38,7 +39,8 @@ def compared(one: Any, other: Any, path: str = "") -> None:
     elif dataclasses.is_dataclass(one):
         for field in dataclasses.fields(one):
             if field.name not in UNCERTAIN:
-                mine, its = getattr(one, field.name), getattr(other, field.name)
+                mine = getattr(one, field.name)
+                its = getattr(other, field.name)
                 compared(mine, its, f"{path}.{field.name}")
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), path

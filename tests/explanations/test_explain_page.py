@@ -249,7 +249,8 @@ def harmless(page_of):
 
 def differs(page_of, text):
     """Whether a name changes more of a page than the places where it stands."""
-    page, plain = Reader(without_plotly(page_of(text))), harmless(page_of)
+    page = Reader(without_plotly(page_of(text)))
+    plain = harmless(page_of)
     texts = [unquoted(t.replace(HARMLESS, shown(text))) for t in plain.texts]
     return page.elements != plain.elements or list(map(unquoted, page.texts)) != texts
 

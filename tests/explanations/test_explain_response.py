@@ -20,7 +20,8 @@ from lens_lora.responses import generate as generation
 from lens_lora.responses.figures import laid_out
 
 CLASSES = list(models.MAKERS)
-PROMPT, RESPONSE = "w13 w14 w15", torch.tensor([9, 26, 5, 9])
+PROMPT = "w13 w14 w15"
+RESPONSE = torch.tensor([9, 26, 5, 9])
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -42,7 +43,8 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
 @pytest.mark.slow
 def test_parts_are_the_functions_own(tiny):
     case, found = tiny
-    lens, kl = case.lens, ll.KL(RESPONSE)
+    lens = case.lens
+    kl = ll.KL(RESPONSE)
     same(found.shifts.kl, ll.token_shifts(lens, PROMPT, RESPONSE).kl)
     same(found.modules.values, ll.first_order(lens, PROMPT, kl, at=1.0).values)
     path = ll.path_attribution(lens, PROMPT, kl, tol=1e-2, max_nodes=16, progress=False)
@@ -114,7 +116,8 @@ def test_a_conversation_s_response(tiny):
     chat = [{"role": "user", "content": "w5 w6"}]
     template = "{% for m in messages %}<bos> {{ m.content }} {% endfor %}w7"
     tokenizer = case.lens.model.tokenizer
-    before, tokenizer.chat_template = tokenizer.chat_template, template
+    before = tokenizer.chat_template
+    tokenizer.chat_template = template
     try:
         said = case.lens.generate(chat, 5, eos_token_id=(), progress=False)
         ids = torch.tensor([[0, 5, 6, 7]])
@@ -138,7 +141,8 @@ def test_a_conversation_s_response(tiny):
 def spoken(case: cases.Case, prompts: ll.results.Prompts, tokens: int) -> list[str]:
     """What Hugging Face's greedy search says, with PEFT's adapter off and on."""
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
-    ids, texts = prompts.tokens, list[str]()
+    ids = prompts.tokens
+    texts = list[str]()
 
     def say() -> None:
         new = case.peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
@@ -234,7 +238,8 @@ def test_story_says_the_numbers():
 
 def test_story_of_a_path_that_is_not_complete():
     """Where experts switch along the path its nodes miss a part of the KL, which is said."""
-    e, of = response_explanation(), "The path integral splits KL"
+    e = response_explanation()
+    of = "The path integral splits KL"
     assert f"{of} completely among the 4 modules" in e.story()
     taken = ll.results.Quadrature(8, 0.01, 0.2, 0.1, False, "hardly falls")
     missed = dataclasses.replace(e, path=dataclasses.replace(e.path, quadrature=taken))

@@ -55,7 +55,8 @@ def test_results_and_words_agree(margins: list[float], first: list[float], noise
 def test_the_strengths_are_the_same_for_every_result():
     """A remainder at another ε than ¼, ½ and ¾ changes no verdict; one at ½ does."""
     even = [-4.0 + 8.0 * s for s in SCALES]
-    early, half = list(even), list(even)
+    early = list(even)
+    half = list(even)
     early[1] += 5.0
     half[3] += 5.0
     kinds = [fact(-4.0, [2.0] * 4, m).verdict[0].kind for m in (even, early, half)]

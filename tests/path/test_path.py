@@ -19,9 +19,11 @@ from lens_lora.path import path_attribution as path
 from lens_lora.path.path_attribution import path_attribution
 
 float64 = pytest.mark.usefixtures("float64")
-MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10
+MARGIN = ll.Margin(5, 9)
+ROUND_OFF = 1e-10
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20"]
-X, Y = torch.tensor([[3]]), ll.Logit(0)
+X = torch.tensor([[3]])
+Y = ll.Logit(0)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -46,7 +48,8 @@ def test_by_hand():
 def test_path_is_first_order_where_g_is_linear():
     """y = (2 + 5ε₂)·4: the slope does not depend on ε."""
     lens = scalar_lens(lambda y: 0 * y + 4)
-    found, first = integral(lens, X, Y), ll.first_order(lens, X, Y)
+    found = integral(lens, X, Y)
+    first = ll.first_order(lens, X, Y)
     assert found.values.tolist() == first.values.tolist() == [[0.0, 20.0]]
 
 
@@ -69,7 +72,9 @@ def test_path_is_first_order_of_a_head(cls: str):
 @float64
 def test_complete_on_every_family(family: str, cls: str, flags: str):
     """Σ c_l = g(1) − g(0), the ends run plainly, prompt by prompt."""
-    lens, tokens, tol = cases.case(family, cls, flags).lens, models.tokens(), 1e-7
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
+    tol = 1e-7
     found = integral(lens, tokens, MARGIN, tol=tol, max_nodes=256)
     base, adapted = (
         reference.plain_readout(lens, tokens, MARGIN, lens.gates(end)) for end in (0.0, 1.0)
@@ -88,11 +93,14 @@ def test_sites_equal_a_slow_integral(family: str, cls: str):
     """Simpson's rule on 65 points of ∂g/∂ε with ε in the graph."""
     whole = cases.case(family, cls, "processed")
     lens = ll.LoraLens(whole.model, whole.lens.adapter.scaled(0.07), hf_model=whole.base)
-    tokens, pieces = models.tokens(1), 64
+    tokens = models.tokens(1)
+    pieces = 64
     slopes = [
         reference.autograd_first_order(lens, tokens, MARGIN, i / pieces) for i in range(pieces + 1)
     ]
-    ends, odd, even = slopes[0] + slopes[-1], sum(slopes[1::2]), sum(slopes[2:-1:2])
+    ends = slopes[0] + slopes[-1]
+    odd = sum(slopes[1::2])
+    even = sum(slopes[2:-1:2])
     slow = (ends + 4 * odd + 2 * even) / (3 * pieces)
     found = integral(lens, tokens, MARGIN, tol=1e-12)
     assert relative(found.values, slow) < 1e-9

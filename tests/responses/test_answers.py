@@ -12,7 +12,8 @@ import lens_lora as ll
 from lens_lora.responses.answers import margin_between
 
 pytestmark = pytest.mark.usefixtures("float64")
-DOC, PRE = torch.tensor([5, 9, 12]), torch.tensor([5, 7])
+DOC = torch.tensor([5, 9, 12])
+PRE = torch.tensor([5, 7])
 READOUTS = [ll.AnswerLogProb(DOC), ll.AnswerMargin(DOC, PRE)]
 
 
@@ -46,7 +47,8 @@ def test_ends_equal_teacher_forcing(lens: ll.LoraLens, scale: float):
 @pytest.mark.parametrize("readout", READOUTS, ids=["logprob", "margin"])
 def test_first_order_and_its_parts(lens: ll.LoraLens, readout: ll.Readout):
     """Against differences; forward equals reverse; parts sum to sites; components multiply."""
-    tokens, step = models.tokens(), 1e-5
+    tokens = models.tokens()
+    step = 1e-5
     whole = ll.first_order(lens, tokens, readout, at=0.3)
     up, down = (
         ll.remainder_curve(lens, tokens, readout, [s]).values[:, 0]

@@ -62,7 +62,8 @@ def divergence(
 @each_response
 def test_ends_and_interventions(case: cases.Case, way: str, response):
     """Zero at the base; at the adapted model, and with a module left out or alone, as by PEFT."""
-    readout, modules = ll.KL(response, way), [site.module for site in case.lens.sites]
+    readout = ll.KL(response, way)
+    modules = [site.module for site in case.lens.sites]
     left_out = ll.patch_sites(case.lens, prompts(), readout, how="leave_one_out", progress=False)
     alone = ll.patch_sites(case.lens, prompts(), readout, how="add_one", progress=False)
     for i in range(2):
@@ -78,11 +79,13 @@ def test_ends_and_interventions(case: cases.Case, way: str, response):
 
 @each_way
 def test_path_is_complete_and_first_order_at_1(case: cases.Case, way: str):
-    readout, lens = ll.KL(RESPONSES, way), case.lens
+    readout = ll.KL(RESPONSES, way)
+    lens = case.lens
     gentle = lens.with_adapter(lens.adapter.scaled(0.1))
     path = ll.path_attribution(gentle, prompts(), readout, tol=1e-6, progress=False)
     assert path.quadrature.met and (path.completeness_error < 1e-6 * path.shift).all()
-    end, step = ll.first_order(lens, prompts(), readout, at=1.0), 1e-5
+    end = ll.first_order(lens, prompts(), readout, at=1.0)
+    step = 1e-5
     for site in (0, 9):
         module = lens.sites[site].module
         up, down = (divergence(case, 0, RESPONSES, {module: f}, way) for f in (1 + step, 1 - step))
@@ -96,7 +99,8 @@ def test_each_share_is_a_second_difference(case: cases.Case, response):
     """q_l = ½ (H1)_l with H of PEFT's KL at 0, one by one: the total would pass any split."""
     found = ll.kl_shares(case.lens, prompts(), response)
     modules = [site.module for site in case.lens.sites]
-    t, h = 1e-3, 1e-4
+    t = 1e-3
+    h = 1e-4
 
     def at(base: float, site: int, step: float) -> float:
         scales = dict.fromkeys(modules, base)
@@ -199,7 +203,8 @@ def by_peft_at(case: cases.Case, token: int, first: int, count: int, way: str = 
         base = case.peft(row).logits[0].log_softmax(-1)[first : first + count]
     with torch.no_grad():
         adapted = case.peft(row).logits[0].log_softmax(-1)[first : first + count]
-    p, q = base.exp().numpy(), adapted.exp().numpy()
+    p = base.exp().numpy()
+    q = adapted.exp().numpy()
     return float((rel_entr(p, q) if way == WAYS[0] else rel_entr(q, p)).sum())
 
 
@@ -368,7 +373,8 @@ def test_rounding_is_that_of_the_shift(way: str, size: float):
 @each_way
 def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.MonkeyPatch):
     """Unembedded in chunks: the same ends, slopes, second derivatives and effects."""
-    readout, lens = ll.KL(RESPONSES, way), case.lens
+    readout = ll.KL(RESPONSES, way)
+    lens = case.lens
 
     def each() -> list[torch.Tensor]:
         first = ll.first_order(lens, prompts(), readout, at=1.0)
@@ -396,7 +402,8 @@ def test_one_far_token_among_near_ones(way: str):
     logits = base + 0.1 * torch.randn_like(base)
     logits[1, 11, 4] += 100
     logits.requires_grad_()
-    found, expected = read(base, logits, way), by_scipy(base, logits.detach(), way).sum(1)
+    found = read(base, logits, way)
+    expected = by_scipy(base, logits.detach(), way).sum(1)
     assert torch.allclose(found.detach().double(), expected, rtol=1e-5)
     (slopes,) = torch.autograd.grad(found.sum(), logits)
     assert bool(slopes.isfinite().all())
@@ -405,16 +412,20 @@ def test_one_far_token_among_near_ones(way: str):
 @each_way
 def test_a_token_that_was_impossible(way: str):
     """Its p₀ rounds to zero, and it takes all."""
-    base, logits = torch.zeros(1, 1, 9), torch.zeros(1, 1, 9)
-    base[..., 0], logits[..., 0] = -300.0, 200.0
+    base = torch.zeros(1, 1, 9)
+    logits = torch.zeros(1, 1, 9)
+    base[..., 0] = -300.0
+    logits[..., 0] = 200.0
     expected = by_scipy(base.double(), logits.double(), way).sum(1)
     assert torch.allclose(read(base, logits, way).double(), expected, rtol=1e-5)
 
 
 def test_the_base_is_run_once(case: cases.Case, monkeypatch):
     """Its distribution is held, and D(0) is zero without a pass; four draws make the floor."""
-    run, rows = ll.LoraLens.run, []
-    evaluate, gates = reads.gated_readout, []
+    run = ll.LoraLens.run
+    rows = []
+    evaluate = reads.gated_readout
+    gates = []
 
     def counted(lens: ll.LoraLens, some: ll.results.Prompts):
         rows.append(len(some.tokens))

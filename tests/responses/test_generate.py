@@ -22,7 +22,9 @@ from lens_lora.responses import generate
 from lens_lora.responses.generate import Sampling, Speaker, end_tokens
 
 pytestmark = pytest.mark.usefixtures("float64")
-NEW, LENGTHS, PAD = 14, [7, 4, 6, 4], 2
+NEW = 14
+LENGTHS = [7, 4, 6, 4]
+PAD = 2
 QUIET: dict[str, Any] = {"eos_token_id": (), "progress": False}
 BOTH = list(models.MAKERS)
 
@@ -37,7 +39,8 @@ def prompts() -> ll.results.Prompts:
 def by_peft(case: cases.Case, *, base: bool = False, **options: Any) -> list[list[int]]:
     """Hugging Face's own greedy search, prompt by prompt."""
     options = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": PAD, **options}
-    found, ready = [], prompts()
+    found = []
+    ready = prompts()
     for i, length in enumerate(LENGTHS):
         model = case.base if base else case.peft
         ids = ready.row(i).tokens
@@ -106,7 +109,8 @@ def test_the_cache_is_right_in_every_family(family: str, cls: str, passes: list[
 @pytest.mark.parametrize("family", models.CORE)
 def test_draws_are_those_of_peft_s_distribution(family: str, cls: str):
     """With the same noise, PEFT's logits give the same tokens; they differ from the greedy ones."""
-    case, sampling = cases.case(family, cls, "raw"), Sampling(1.5, 0.9, seed=4)
+    case = cases.case(family, cls, "raw")
+    sampling = Sampling(1.5, 0.9, seed=4)
     said = case.lens.generate(prompts(), NEW, temperature=1.5, top_p=0.9, seed=4, **QUIET)
     noise = sampling.noise(len(LENGTHS), NEW)
     for i, ids in enumerate(said.ids):
@@ -165,7 +169,8 @@ def test_it_ends_where_peft_ends(cls: str):
 
 def test_the_model_s_own_end_is_the_default():
     """generation_config, then config, then the tokenizer; each may hold several ids."""
-    cfg, base = SimpleNamespace(d_vocab=models.VOCAB), SimpleNamespace()
+    cfg = SimpleNamespace(d_vocab=models.VOCAB)
+    base = SimpleNamespace()
     model = SimpleNamespace(tokenizer=models.tokenizer(), cfg=cfg)
     assert end_tokens(model, base, None) == {1}
     base.config = SimpleNamespace(eos_token_id=8)
@@ -184,8 +189,10 @@ def test_the_model_s_own_end_is_the_default():
 def test_a_wrong_cache_decides_nothing(cls: str, monkeypatch, passes: list[int]):
     """Negative control: a cache that forgets drafts other tokens, and PEFT's are said."""
     case = cases.case("llama", cls, "raw")
-    host, drafts = type(case.lens.plan.host), []
-    run, draft = host.run_cached, Speaker._drafts
+    host = type(case.lens.plan.host)
+    drafts = []
+    run = host.run_cached
+    draft = Speaker._drafts
     monkeypatch.setattr(host, "run_cached", lambda self, tokens, cache: run(self, tokens, None))
     monkeypatch.setattr(
         Speaker, "_drafts", lambda self, rows: drafts.append(draft(self, rows)) or drafts[-1]
@@ -208,7 +215,8 @@ def test_as_many_rows_are_confirmed_together_as_their_logits_allow(monkeypatch, 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_far_longer_prompts_have_a_cache_of_their_own(cls: str, monkeypatch):
     """They are not fed token by token to the cache of the short ones; the same tokens."""
-    case, fed = cases.case("llama", cls, "raw"), list[tuple[int, ...]]()
+    case = cases.case("llama", cls, "raw")
+    fed = list[tuple[int, ...]]()
     host = type(case.lens.plan.host)
     cached = host.run_cached
 
@@ -230,7 +238,8 @@ def test_far_longer_prompts_have_a_cache_of_their_own(cls: str, monkeypatch):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_gates_that_are_dropped_after_the_first_token_show(cls: str, monkeypatch):
     """Negative control: in the draft they cost a pass, in the confirming pass the answer."""
-    case, gated = cases.case("llama", cls, "raw"), Speaker._gated
+    case = cases.case("llama", cls, "raw")
+    gated = Speaker._gated
     asked: list[int] = []
 
     def dropped(self: Speaker, rows):

@@ -43,7 +43,8 @@ def block_inputs(lens: ll.LoraLens) -> list[str]:
 @pytest.mark.parametrize("at", [0.0, 0.37, 1.0])
 def test_blocks_equal_autograd_on_peft(family: str, cls: str, at: float):
     """The gradient of a margin at every block's input, in Hugging Face's model with PEFT's LoRA."""
-    case, tokens = cases.case(family, cls, "raw"), models.tokens()
+    case = cases.case(family, cls, "raw")
+    tokens = models.tokens()
     modules = {site.module: at for site in case.lens.sites}
     seen: list[torch.Tensor] = []
 
@@ -71,7 +72,9 @@ def test_blocks_equal_autograd_on_peft(family: str, cls: str, at: float):
 @pytest.mark.parametrize("name", READOUTS)
 def test_the_adjoint_law(family: str, cls: str, flags: str, name: str):
     """⟨∂g/∂h, ∂h⟩ at the last block's input is the first order of all sites before that block."""
-    lens, tokens, readout = cases.case(family, cls, flags).lens, models.tokens(), READOUTS[name]
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
+    readout = READOUTS[name]
     at = 1.0 if name == "a KL" else 0.37
     last = block_inputs(lens)[-1]
     before = [s for s in lens.sites if s.layer < models.LAYERS - 1]
@@ -91,7 +94,9 @@ def test_the_adjoint_law(family: str, cls: str, flags: str, name: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_every_point_against_differences(cls: str, flags: str):
     """A step along a random direction at one point, for every point of one block and the ends."""
-    lens, tokens, step = cases.case("gpt2", cls, flags).lens, models.tokens(1), 1e-5
+    lens = cases.case("gpt2", cls, flags).lens
+    tokens = models.tokens(1)
+    step = 1e-5
     cache = ll.gradients(lens, tokens, MARGIN, at=1.0)
     some = [name for name in cache if ".0." not in name]
     assert len(some) > 8
@@ -112,7 +117,8 @@ def test_every_point_against_differences(cls: str, flags: str):
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_padding_has_none_and_a_batch_is_its_prompts(cls: str):
     lens = cases.case("llama", cls, "raw").lens
-    texts, name = ["w5 w7 w8", "w9 w10 w11 w12 w13"], block_inputs(lens)[1]
+    texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
+    name = block_inputs(lens)[1]
     both = ll.gradients(lens, texts, MARGIN, name)[name]
     for row, text in enumerate(texts):
         alone = ll.gradients(lens, text, MARGIN, name)[name][0]
@@ -122,7 +128,8 @@ def test_padding_has_none_and_a_batch_is_its_prompts(cls: str):
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_what_is_refused(cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     with pytest.raises(ll.errors.ArgumentError, match="zero and says nothing"):
         ll.gradients(lens, tokens, ll.KL())
     with pytest.raises(ll.errors.ArgumentError, match="4 rows of 2 prompts"):
@@ -142,7 +149,8 @@ def test_what_is_refused(cls: str):
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_point_that_never_fires_is_named(cls: str, is_frozen: bool):
     """Whether or not the model's weights would have a gradient of their own."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     never = "blocks.0.attn.hook_result"
     assert never in lens.model.hook_dict
     first, last = block_inputs(lens)

@@ -56,7 +56,8 @@ def divergence(case: cases.Case, prompt: int, scales: dict[str, float]) -> float
 
 def slow_kernel(case: cases.Case, prompt: int, response) -> np.ndarray:
     """Σ_t v_lᵀ F_t v_m, from central differences of order four and dense F_t."""
-    none, h = dict.fromkeys(modules_of(case), 0.0), 2e-4
+    none = dict.fromkeys(modules_of(case), 0.0)
+    h = 2e-4
     p = logits_of(case, prompt, response, none).softmax(-1).numpy()
     F = np.stack([np.diag(row) - np.outer(row, row) for row in p])
 
@@ -78,7 +79,8 @@ def test_the_kernel_against_differences_of_peft(case: cases.Case, response):
     """Every entry; symmetric, positive semidefinite, its rows twice the shares."""
     found = ll.kl_shares(case.lens, prompts(), response, scales=(), kernel="site", progress=False)
     for prompt in range(2):
-        K, slow = found.kernel("site", prompt).to_numpy(), slow_kernel(case, prompt, response)
+        K = found.kernel("site", prompt).to_numpy()
+        slow = slow_kernel(case, prompt, response)
         assert np.abs(K - slow).max() < 1e-8 * np.abs(slow).max()
         assert np.abs(K - K.T).max() < 1e-14 * np.abs(K).max()
         assert np.linalg.eigvalsh(K).min() > -1e-12 * np.abs(K).max()
@@ -95,7 +97,8 @@ def test_groups_of_the_kernel(case: cases.Case, tmp_path):
     }
     sites = list(case.lens.sites)
     for of in ("layer", "kind"):
-        K, summed = every[of].kernel(of, 0), every["site"].kernel(of, 0)
+        K = every[of].kernel(of, 0)
+        summed = every["site"].kernel(of, 0)
         assert list(K.index) == list(summed.columns)
         assert np.abs(K.to_numpy() - summed.to_numpy()).max() < 1e-12
         own = [i for i, site in enumerate(sites) if str(getattr(site, of)) in str(K.index[0])]
@@ -172,8 +175,10 @@ def test_activations_patched(case: cases.Case, direction: str):
     found = ll.patch_activations(
         case.lens, prompts(), READOUT, [name], direction=direction, progress=False
     )
-    modules, block = modules_of(case), case.peft.base_model.model.model.layers[0]
-    none, every = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 1.0)
+    modules = modules_of(case)
+    block = case.peft.base_model.model.model.layers[0]
+    none = dict.fromkeys(modules, 0.0)
+    every = dict.fromkeys(modules, 1.0)
     source, run = (none, every) if direction == "base_to_adapted" else (every, none)
     sign = 1 if direction == "base_to_adapted" else -1
     for prompt in range(2):
@@ -221,7 +226,9 @@ def test_second_order(case: cases.Case):
     """½(H1)_l of the KL at 0, by second differences of PEFT's; first order is zero."""
     found = ll.second_order(case.lens, prompts(), READOUT, progress=False)
     assert found.first_order.values.abs().max() < 1e-12
-    modules, t, h = modules_of(case), 1e-3, 1e-4
+    modules = modules_of(case)
+    t = 1e-3
+    h = 1e-4
     for site in (0, 5, 13):
         slopes = []
         for base in (t, -t):

@@ -35,7 +35,10 @@ class RowPerToken(ll.Readout):
         self.signed = signed
 
     def reading(self, model, prompts: Prompts) -> Reading:
-        rows, owner, tokens, weights = [], [], [], []
+        rows = []
+        owner = []
+        tokens = []
+        weights = []
         for i in range(prompts.batch):
             mine = prompts.row(i).tokens[0]
             for sign, answers in self.signed:
@@ -46,7 +49,8 @@ class RowPerToken(ll.Readout):
                     weights.append(sign)
         lengths = torch.tensor([len(row) for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        owners, picks = torch.tensor(owner), torch.arange(len(rows))
+        owners = torch.tensor(owner)
+        picks = torch.arange(len(rows))
         read = LogProbs(
             rows=picks,
             owner=owners,
@@ -229,7 +233,8 @@ def test_a_kl_is_read_at_each_token_of_a_response():
     row = case.lens.prompts(prompts(), RESPONSES)
     expected = []
     for length, prompt, response in zip(LENGTHS, models.tokens(), RESPONSES, strict=True):
-        ids, both = torch.cat([prompt[:length], response])[None], (case.base, case.peft)
+        ids = torch.cat([prompt[:length], response])[None]
+        both = (case.base, case.peft)
         with torch.no_grad():
             p, q = (model(ids).logits[0, length:].log_softmax(-1) for model in both)
         expected.append((p.exp() * (p - q)).sum())
@@ -256,7 +261,8 @@ def term_by_peft(case: cases.Case, prompt: int, token: int, module: str, factor:
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_tokens_against_differences_of_peft(cls: str):
     """A_lt at ε = 1 by central differences of one module's scale in PEFT's model."""
-    case, step = cases.case("llama", cls, "raw"), 1e-5
+    case = cases.case("llama", cls, "raw")
+    step = 1e-5
     found = ll.first_order(case.lens, prompts(), READOUTS["log_prob"], at=1.0, by="token")
     assert found.values.shape == (2, len(case.lens.sites), 6)
     for prompt, site, token in ((0, 0, 0), (0, 5, 5), (1, 9, 1), (0, 13, 3)):

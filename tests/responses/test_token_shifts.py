@@ -25,7 +25,8 @@ def prompts() -> ll.results.Prompts:
 
 def by_peft(case: cases.Case, prompt: int) -> list[np.ndarray]:
     """log p [token, vocab] at the response's places, without and with the adapter."""
-    length, response = LENGTHS[prompt], RESPONSES[prompt]
+    length = LENGTHS[prompt]
+    response = RESPONSES[prompt]
     row = torch.cat([models.tokens()[prompt, :length], response])[None]
     with torch.no_grad():
         with case.peft.disable_adapter():
@@ -43,9 +44,11 @@ def test_equals_peft_and_scipy(family: str, cls: str, flags: str):
     case = cases.case(family, cls, flags)
     found = ll.token_shifts(case.lens, prompts(), RESPONSES, k=3)
     for i, response in enumerate(RESPONSES):
-        logs, count = by_peft(case, i), len(response)
+        logs = by_peft(case, i)
+        count = len(response)
         p0, p1 = map(np.exp, logs)
-        there, back = rel_entr(p0, p1).sum(-1), rel_entr(p1, p0).sum(-1)
+        there = rel_entr(p0, p1).sum(-1)
+        back = rel_entr(p1, p0).sum(-1)
         assert np.abs(found.kl[0, i, :count].numpy() - there).max() < 1e-10
         assert np.abs(found.kl[1, i, :count].numpy() - back).max() < 1e-10
         assert np.abs(there - back).max() > 1e-6

@@ -131,7 +131,8 @@ def test_a_turn_of_the_direction_is_an_angle_and_a_phase():
 def test_what_is_read_turns_apart_from_what_is_written(turned: str):
     """Rank 1, of which one factor alone turns by 30°: one angle is 30°, the other 0, for each site;
     `to_final` says cos 30° of either."""
-    lens, seed = cases.case("llama", HOSTS[0], "raw").lens, torch.Generator().manual_seed(5)
+    lens = cases.case("llama", HOSTS[0], "raw").lens
+    seed = torch.Generator().manual_seed(5)
 
     def orthonormal(width: int) -> tuple[torch.Tensor, torch.Tensor]:
         frame = torch.linalg.qr(torch.randn(width, 2, generator=seed, dtype=torch.float64)).Q
@@ -141,7 +142,8 @@ def test_what_is_read_turns_apart_from_what_is_written(turned: str):
     frames = {m: (orthonormal(f.A.shape[1]), orthonormal(f.B.shape[0])) for m, f in widths.items()}
 
     def at(degrees: float) -> ll.Adapter:
-        cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        cos = np.cos(np.radians(degrees))
+        sin = np.sin(np.radians(degrees))
         angles = {"read": ((cos, sin), (1, 0)), "write": ((1, 0), (cos, sin))}[turned]
         vectors = {
             module: [c * x + s * y for (c, s), (x, y) in zip(angles, frame, strict=True)]
@@ -181,7 +183,10 @@ def test_a_run_folder_is_read_in_the_order_of_its_steps(tmp_path):
 @pytest.mark.bad_input
 def test_bad_input_is_refused(tmp_path):
     case = cases.case("llama", HOSTS[0], "raw")
-    lens, run, tokens, readout = case.lens, training(case), models.tokens(), ll.Margin(5, 9)
+    lens = case.lens
+    run = training(case)
+    tokens = models.tokens()
+    readout = ll.Margin(5, 9)
 
     def refuses(error, match, adapters, read=readout, **options):
         with pytest.raises(error, match=match):

@@ -159,7 +159,8 @@ def test_function_is_that_of_peft_s_logits():
     for row in models.tokens():
         base = logits(case, None, 0.0, row)
         p = torch.tensor(base).softmax(-1).numpy()
-        pairs, h = [], 1e-4
+        pairs = []
+        h = 1e-4
         for of in (None, other):
             tangent = (
                 8 * (logits(case, of, h, row) - logits(case, of, -h, row))
@@ -176,9 +177,11 @@ def test_function_is_that_of_peft_s_logits():
 
 def test_a_shared_beginning_counts_once(monkeypatch):
     """In groups of any size; a prompt that an earlier one begins with has nothing of its own."""
-    case, rows = cases.case(*HOSTS[0]), models.tokens(3, 7)
+    case = cases.case(*HOSTS[0])
+    rows = models.tokens(3, 7)
     rows[1, :4] = rows[0, :4]
-    other, lens = other_of(case), case.lens
+    other = other_of(case)
+    lens = case.lens
     lengths = torch.tensor([7, 7, 7, 5])
     shared = ll.compare_adapters(
         lens, other, ll.results.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0, progress=False
@@ -197,7 +200,8 @@ def test_a_shared_beginning_counts_once(monkeypatch):
 
 def test_the_bar_ends_at_its_total(monkeypatch):
     """Prompts that run in several groups see each null adapter several times."""
-    case, ends = cases.case(*HOSTS[0]), []
+    case = cases.case(*HOSTS[0])
+    ends = []
 
     class Bar(tqdm):
         def close(self) -> None:
@@ -230,7 +234,8 @@ def test_null_scale_has_the_spectrum_and_no_direction():
 def test_an_independent_adapter_lies_within_the_null():
     """The negative control of a high cosine, and a shared part of its own is seen."""
     case = cases.case(*HOSTS[0])
-    tokens, lens = models.tokens(6, 8), case.lens
+    tokens = models.tokens(6, 8)
+    lens = case.lens
     found = ll.compare_adapters(lens, other_of(case), tokens, READOUT, draws=8, progress=False)
     frame = found.summary()
     low, high = frame.iloc[0][["null 2.5%", "null 97.5%"]]
@@ -280,7 +285,8 @@ def test_dora_and_trained_modules_have_the_change_that_the_base_gives_them():
 @pytest.mark.bad_input
 def test_bad_input_is_refused():
     case = cases.case(*HOSTS[0])
-    lens, adapter = case.lens, case.lens.adapter
+    lens = case.lens
+    adapter = case.lens.adapter
     based = [dataclasses.replace(adapter, base_model=name) for name in ("x/y", "x/z")]
     with pytest.raises(AdapterError, match="x/y.*x/z"):
         ll.compare_adapters(lens.with_adapter(based[0]), based[1])

@@ -27,7 +27,8 @@ from lens_lora.two_adapters.sub_adapter import sub_adapter
 
 pytestmark = pytest.mark.usefixtures("float64")
 HOSTS = list(models.MAKERS)
-TAUGHT, SPILLED = 5, 20
+TAUGHT = 5
+SPILLED = 20
 
 
 def rows(token: int, *others: int) -> torch.Tensor:
@@ -42,7 +43,8 @@ def planted(host: str) -> tuple[ll.LoraLens, ll.Margin]:
     with models.lifted():
         base = models.hf_model("llama")
         A = torch.zeros(2, models.VOCAB, dtype=torch.float64)
-        A[0, TAUGHT], A[1, SPILLED] = 1.0, 1.0
+        A[0, TAUGHT] = 1.0
+        A[1, SPILLED] = 1.0
         B = torch.linalg.qr(torch.randn(16, 2, generator=models.seeded(1), dtype=torch.float64)).Q
         factors = ll.LoRAFactors(A, B * torch.tensor([1.5, 2.0]).double(), 1.0)
         adapter = ll.Adapter.from_factors({"model.embed_tokens": factors}, name="planted")
@@ -152,7 +154,8 @@ def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_pa
     layout = layout_of(lens, of)
     mask = torch.rand(layout.count, generator=models.seeded(4)) > 0.4
     mask = mask & layout.alive
-    margin, tokens = ll.Margin(5, 9), models.tokens()
+    margin = ll.Margin(5, 9)
+    tokens = models.tokens()
     g = lens.function(tokens, margin)
     with torch.no_grad():
         at_gates = layout.value(g, mask.double())
@@ -192,7 +195,8 @@ def test_a_part_of_a_fused_module_that_was_trained_whole(turned_on, changed):
         for i in turned_on:
             site = lens.sites[i]
             start = 16 * "qkv".index(site.name[-1])
-            W, changed_to = base.get_submodule(site.module).weight, trained[site.module].weight
+            W = base.get_submodule(site.module).weight
+            changed_to = trained[site.module].weight
             W[:, start : start + 16] = changed_to[:, start : start + 16]
         logits = base(models.tokens()).logits[:, -1]
         ours = lens.with_adapter(part).logits(models.tokens())[:, -1]
@@ -219,7 +223,8 @@ def test_gates_are_differentiable():
 def test_shares_and_scaling_are_those_of_peft():
     """KL at every token but the first, by scipy; the matched strength keeps as much."""
     case = cases.case("llama", HOSTS[0], "raw")
-    prompts, texts = models.tokens(2, 5), models.tokens(2, 6, seed=8)
+    prompts = models.tokens(2, 5)
+    texts = models.tokens(2, 6, seed=8)
     found = ll.repair(
         case.lens, [(prompts, ll.Margin(5, 9))], [(texts, ll.KL())], 0.5, steps=20, rate=0.1,
         progress=False, draws=2,
@@ -232,7 +237,8 @@ def test_shares_and_scaling_are_those_of_peft():
             log_p = case.peft(texts).logits[:, 1:].log_softmax(-1).exp().numpy()
         return last[:, 5] - last[:, 9], log_p
 
-    (m0, p0), (m1, p1) = shares(0.0), shares(1.0)
+    m0, p0 = shares(0.0)
+    m1, p1 = shares(1.0)
     frame = found.to_frame().set_index(["role", "state"])
     kl = rel_entr(p0, p1).sum() / p0[..., 0].size
     assert frame.loc[("drop", "whole"), "value"] == pytest.approx(kl, abs=1e-9)
@@ -270,7 +276,8 @@ def test_the_verdict_is_that_of_the_gain(gain, verdict, said):
     found = repaired(HOSTS[0])
     shares = found.shares.clone()
     dropped = found.judging(keep=False)
-    shares[1, dropped], shares[2, dropped] = 0.25, 0.25 * gain
+    shares[1, dropped] = 0.25
+    shares[2, dropped] = 0.25 * gain
     found = dataclasses.replace(found, shares=shares)
     assert found.gain == pytest.approx(gain) and found.verdict == verdict
     assert said in " ".join(found.story().split())
@@ -299,14 +306,16 @@ def test_it_is_drawn_told_saved_and_laid(tmp_path):
     assert len(found.plot().data) == 3
     again = ll.results.Repair.load(found.save(tmp_path / "r.safetensors"))
     assert again.gain == found.gain
-    (one,), (two,) = found.adapter.modules.values(), again.adapter.modules.values()
+    (one,) = found.adapter.modules.values()
+    (two,) = again.adapter.modules.values()
     assert torch.equal(one.materialise(), two.materialise())
 
 
 @pytest.mark.bad_input
 def test_bad_input_is_refused():
     lens, margin = planted(HOSTS[0])
-    keep, drop = [(rows(TAUGHT), margin)], [(rows(SPILLED), ll.KL())]
+    keep = [(rows(TAUGHT), margin)]
+    drop = [(rows(SPILLED), ll.KL())]
 
     def refuses(error, match, *args, **options):
         with pytest.raises(error, match=match):
@@ -334,7 +343,8 @@ def test_bad_input_is_refused():
 
 @pytest.mark.bad_input
 def test_what_has_no_rank_gates_is_refused():
-    tokens, base = models.tokens(), models.hf_model("gpt2")
+    tokens = models.tokens()
+    base = models.hf_model("gpt2")
     asked = [[(tokens, ll.Margin(5, 9))], [(tokens, ll.KL())]]
     processed = cases.case("gpt2", HOSTS[0], "processed").lens
     with pytest.raises(ModelStateError, match="of='site'"):
