@@ -25,14 +25,22 @@ _BOOLEAN = bool | np.bool_
 
 
 def one_entry(value: object) -> object:
-    """A tensor or array without axes as Python's own number; all else as it is."""
+    """Make a tensor or array without axes Python's own number; leave all else as it is."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         return value.item()
     return value
 
 
 def number(name: str, value: object) -> float:
-    """A finite real number."""
+    """Check that a value is a finite real number.
+
+    Args:
+        name: of the argument, for the error.
+        value: as a caller gives it.
+
+    Raises:
+        ArgumentError: anything else.
+    """
     plain = one_entry(value)
     if isinstance(plain, _BOOLEAN) or not isinstance(plain, numbers.Real):
         raise ArgumentError(f"{setting(name, value)}: expected a number.")
@@ -43,7 +51,15 @@ def number(name: str, value: object) -> float:
 
 
 def numbers_of(name: str, values: object) -> list[float]:
-    """Several finite real numbers, in a list, a tuple, an array or a tensor."""
+    """Check that values are finite real numbers, in a list, a tuple, an array or a tensor.
+
+    Args:
+        name: of the argument, for the error.
+        values: as a caller gives them.
+
+    Raises:
+        ArgumentError: anything else.
+    """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ArgumentError(f"{setting(name, values)}: expected a list of numbers.")
     if isinstance(values, Tensor | np.ndarray) and values.ndim != 1:
@@ -57,7 +73,16 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def whole(name: str, value: object, least: int | None = None) -> int:
-    """A whole number."""
+    """Check that a value is a whole number.
+
+    Args:
+        name: of the argument, for the error.
+        value: as a caller gives it.
+        least: the least that is allowed; None for no bound.
+
+    Raises:
+        ArgumentError: anything else.
+    """
     plain = one_entry(value)
     if not is_whole(plain):
         raise ArgumentError(f"{setting(name, value)}: expected a whole number.")
@@ -67,7 +92,16 @@ def whole(name: str, value: object, least: int | None = None) -> int:
 
 
 def word(name: str, value: object, known: Iterable[str]) -> str:
-    """One of some words."""
+    """Check that a value is one of some words.
+
+    Args:
+        name: of the argument, for the error.
+        value: as a caller gives it.
+        known: the words.
+
+    Raises:
+        ArgumentError: anything else.
+    """
     if isinstance(value, str) and value in known:
         return value
     *others, last = map(repr, known)
@@ -76,7 +110,16 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
 
 
 def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
-    """A tensor of integers as int64, in which every id fits and no operation is missing."""
+    """Make a tensor of integers int64, in which every id fits and no operation is missing.
+
+    Args:
+        what: the values are, for the error.
+        values: as a caller gives them.
+        error: the class of the error.
+
+    Raises:
+        LensLoraError: of that class, for anything but a tensor of integers.
+    """
     if not isinstance(values, Tensor):
         raise error(f"{what} are a {type(values).__name__}; expected a tensor of integers.")
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -85,7 +128,16 @@ def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
 
 
 def text(what: str, value: str, error: type[LensLoraError]) -> str:
-    """Text that can be encoded, as a tokenizer does, and is no conversation written as a string."""
+    """Check that text can be encoded, and is no conversation that was written as a string.
+
+    Args:
+        what: the text is, for the error.
+        value: the text.
+        error: the class of the error.
+
+    Raises:
+        LensLoraError: of that class.
+    """
     try:
         value.encode()
     except UnicodeEncodeError as cause:

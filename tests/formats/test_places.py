@@ -134,7 +134,9 @@ def test_checkpoints_and_comparison(hub):
             lens, path, draws=0, revision="v2", subfolder=subfolder, progress=False
         )
         assert compared.names == ("a", "b [v2]")
-    with pytest.raises(ArgumentError, match="other adapter is a int; pass an ll.Adapter, its folder"):
+    with pytest.raises(
+        ArgumentError, match="other adapter is a int; pass an ll.Adapter, its folder"
+    ):
         ll.compare_adapters(lens, 3)
 
 

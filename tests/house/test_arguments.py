@@ -381,7 +381,7 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
         lambda lens: ll.activation_shift(lens, TOKENS, "*resid_post", by=["position"]), "by="),
     "a float for a position": (
         lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", positions=[1.0]),
-        "positions=1.0"),
+        r"positions=\[1.0\]"),
     "names": (lambda lens: ll.tangents(lens, TOKENS, 3), "names=3"),
     "names of a number": (lambda lens: ll.tangents(lens, TOKENS, [3]), "3 names no hook point"),
     "a name": (

@@ -81,7 +81,6 @@ def without_a_mean():
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,
         flip_scale=margin.flip_scale.expand(2),
     )  # fmt: skip
-    shift = ll.results.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), meta={})
     flags = explanation().reliability["add_one"]
     flags = dataclasses.replace(
         flags, attribution=by_position, correction=flags.correction.expand(2, -1),
@@ -92,8 +91,6 @@ def without_a_mean():
         curves.plot,
         two.plot,
         two.story,
-        shift.promoted,
-        shift.suppressed,
         flags.flagged_sites,
         features(by_position=True).top,
         features(by_position=True).plot,
@@ -111,6 +108,15 @@ def test_what_has_no_mean_asks_for_a_prompt(call):
     call(prompt=1)
     with pytest.raises(ll.errors.ArgumentError, match="prompt 2: the result has prompts 0 to 1"):
         call(prompt=2)
+
+
+def test_ranked_tokens_are_of_the_mean_over_prompts():
+    values = torch.tensor([[2.0, -2.0], [4.0, -4.0]])
+    shift = ll.results.LogitShift(values, (), (0, 1), ("a", "b"), meta={})
+    assert shift.promoted(k=1)["shift"].tolist() == [3.0]
+    assert shift.promoted(k=1, prompt=1)["shift"].tolist() == [4.0]
+    with pytest.raises(ll.errors.ArgumentError, match="prompt 2: the result has prompts 0 to 1"):
+        shift.suppressed(prompt=2)
 
 
 def test_the_only_prompt_needs_no_name():
