@@ -67,6 +67,7 @@ PROVIDERS: dict[str, str] = {
     "lens_lora.core.adapter.extensions.without_direction": "lens_lora.formats.projected",
     "lens_lora.core.adapter.extensions.truncated": "lens_lora.formats.projected",
     "lens_lora.core.adapter.extensions.save_adapter": "lens_lora.formats.peft_write",
+    "lens_lora.core.adapter.extensions.save_gguf": "lens_lora.formats.gguf_write",
     "lens_lora.core.readout.extensions.margin_between": "lens_lora.responses.answers",
     "lens_lora.core.readout.extensions.answer_ids": "lens_lora.responses.answers",
     "lens_lora.core.readout.responses.save_generated": "lens_lora.core.results.storage",

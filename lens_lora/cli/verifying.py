@@ -47,8 +47,9 @@ def verify(
     *,
     merged: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="A folder, to be base plus adapter."),
+        typer.Option(exists=True, help="A folder or a .gguf file, to be base plus adapter."),
     ] = None,
+    lora: Annotated[Path | None, options.input_file("A .gguf file, to be the adapter.")] = None,
     expect: Annotated[Path | None, options.input_file(_EXPECT)] = None,
     max_kl: Annotated[
         float | None, options.least(0, "Nats per token allowed on neutral texts.")
@@ -78,8 +79,8 @@ def verify(
     expectations = [] if expect is None else read_expectations(expect)
     own_texts = [] if texts is None else prompts_of(texts)
     folder = files.folder_of(adapter, within, quiet=quiet)
-    merged_files = [] if merged is None else list(merged.iterdir())
-    files.require_apart(outputs, base, [folder], expect, texts, *merged_files)
+    read = [expect, texts, lora, *_files_of(merged)]
+    files.require_apart(outputs, base, [folder], *read)
 
     with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.ship.expectations import Expectation
@@ -101,6 +102,7 @@ def verify(
                     running.lens_for(base, given.adapter, progress, loaded=given.loaded)
                 ),
                 merged=merged,
+                lora=lora,
                 tokenizer=_training_tokenizer(given),
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
@@ -133,6 +135,13 @@ class _Given(NamedTuple):
     notes: list[str]
     loaded: Loaded | None
     why_no_base: str
+
+
+def _files_of(merged: Path | None) -> list[Path]:
+    """The files of a merged folder, or the one file."""
+    if merged is None:
+        return []
+    return [merged] if merged.is_file() else list(merged.iterdir())
 
 
 def _read(folder: Path, base: options.ModelOptions, progress: Console) -> _Given:

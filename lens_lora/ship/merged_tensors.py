@@ -255,10 +255,10 @@ class _Change:
             return f"neither base nor base + ΔW: off by {off:.2g} ‖ΔW‖"
         near = self.spread + _CLOSE
         looks = f"base + {ratio:.2f} ΔW" if abs(ratio) > near else "the base"
-        mistakes = [mistake for c, mistake in _mistakes(update) if abs(ratio - c) <= near]
-        if not mistakes:
+        causes = [cause for c, cause in mistakes(update) if abs(ratio - c) <= near]
+        if not causes:
             return looks
-        return f"{looks} ({'; or '.join(mistakes)})"
+        return f"{looks} ({'; or '.join(causes)})"
 
     def _is_multiple_of_change(self) -> bool:
         """Whether R is c D, up to rounding."""
@@ -268,8 +268,12 @@ class _Change:
         return rest <= _STRAIGHT * length + 2 * noise
 
 
-def _mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
-    """Known mistakes of a merge, each with the c that it gives."""
+def mistakes(update: ModuleUpdate) -> Iterator[tuple[float, str]]:
+    """Known mistakes of a merge, each with the c that it gives.
+
+    Args:
+        update: of the module.
+    """
     yield 0.0, "nothing was merged"
     yield 0.5, "α halved"
     yield -1.0, "subtracted"

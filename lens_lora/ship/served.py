@@ -77,7 +77,8 @@ class ServedVerification(Described):
         effect: the root mean square of ℓ₁ − ℓ₀, in nats per token.
         tokens: how many tokens the server told of.
         requests_sent: how many requests there were.
-        explanations: what may be served instead, the nearest first.
+        explanations: what may be served instead, the nearest first; none where the residual is
+            within the floor, so that nothing else was run.
         checks: each with its outcome.
         meta: model, adapter, dtype and versions.
     """
@@ -142,9 +143,9 @@ def verify_served(
         timeout: seconds to wait for an answer.
         progress: show bars.
 
-    Cost: a forward pass of the texts for each candidate: about as many as twice the layers, and
-        thirty more; and three copies of the model, one after another, where none of these explains
-        what is served.
+    Cost: three forward passes of the texts. Where the residual is beyond the floor, one for each
+        candidate, which are about as many as the layers and forty more; and three copies of the
+        model, one after another, where none of these explains what is served.
 
     Raises:
         ServerError: the server cannot be asked, or tells no log-probabilities.
@@ -232,6 +233,8 @@ class _Comparison:
     @property
     def is_explained(self) -> bool:
         """Whether the nearest candidate is what is served, rather than the adapter."""
+        if not self.explanations:
+            return False
         leaves_little = self.nearest.residual <= max(_LEAVES * self.residual, self.floor)
         is_beyond_rounding = self.residual > self.floor
         return leaves_little and is_beyond_rounding and _FAR[0] <= self.along_nearest <= _FAR[1]
@@ -251,6 +254,9 @@ def _compared(
     floor = float((tokens.rounded(relative) - adapted).norm()) / effect
     c = projection(served - base, shift)
     residual = float((served - adapted).norm()) / effect
+    if residual <= floor:
+        # No candidate could be told from the adapter.
+        return _with([], c, residual, floor, shift)
     likely = tqdm(
         list(candidates(tokens, others)), desc="candidates", leave=False, disable=not progress
     )
@@ -272,7 +278,7 @@ def _with(
     ordered = sorted(found, key=lambda pair: pair[0].residual)
     explanations = tuple(explanation for explanation, _ in ordered)
     root_mean_square = float(shift.square().mean().sqrt())
-    _, along = ordered[0]
+    along = ordered[0][1] if ordered else math.nan
     return _Comparison(c, residual, floor, root_mean_square, len(shift), explanations, along)
 
 

@@ -5,7 +5,9 @@
 2. A merged folder, as transformers would load it, is base plus adapter in every tensor
    (`merged_tensors`), and has the base's configuration (`merged_settings`) and the tokenizer of the
    adapter's training (`merged_tokenizer`).
-3. Margins are as expected (`expectations`), and the mean KL is within a bound (`neutral_kl`).
+3. A GGUF file is the adapter, or base plus adapter (`gguf_checks`).
+4. Margins are as expected (`expectations`), and the mean KL is within a bound (`neutral_kl`).
+5. A server answers as the adapted model does (`served`).
 
 A check is undecided where rounding could hide a fault, or where something could not be asked.
 """
@@ -23,6 +25,7 @@ from lens_lora.core import Adapter, LoraLens, ModuleUpdate, Paged, TrainedModule
 from lens_lora.errors import AdapterError, ModelStateError, SiteError, UnsupportedAdapterError
 from lens_lora.ship.checks import Check, MergedTensor, Outcome, first_of, worst
 from lens_lora.ship.expectations import EXPECTATION, Expectation, expectation_check
+from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
 from lens_lora.ship.merged_checks import MERGED, merged_checks
 from lens_lora.ship.neutral_kl import EFFECT, KL, neutral_checks
 from lens_lora.ship.served import SERVED
@@ -77,6 +80,7 @@ def verify(
     lens_over: Callable[[], LoraLens],
     *,
     merged: Path | None = None,
+    lora: Path | None = None,
     tokenizer: Any = None,
     expectations: Sequence[Expectation] = (),
     max_kl: float | None = None,
@@ -93,7 +97,8 @@ def verify(
         adapter: as it was read.
         base: the model, before it is hooked; or why there is none.
         lens_over: makes the lens over the adapter and the base, which it may take over.
-        merged: a folder that is to be base plus adapter.
+        merged: a folder, or a GGUF file, that is to be base plus adapter.
+        lora: a GGUF file that is to be the adapter, as llama.cpp loads it.
         tokenizer: the one that the adapter was trained with, which a merged folder is to hold; None
             if it is not at hand.
         expectations: margins that are to hold.
@@ -104,14 +109,11 @@ def verify(
         progress: show bars.
 
     Raises:
-        ModelStateError: the merged folder cannot be read.
+        ModelStateError: the merged folder or a GGUF file cannot be read.
         PromptError: an expectation that does not fit the model, by its line.
     """
-    # The folder is compared first, as the lens may take the base over.
-    folder_checks = [Check(MERGED, "not asked", "no folder given")]
-    tensors: tuple[MergedTensor, ...] = ()
-    if merged is not None:
-        folder_checks, tensors = merged_checks(merged, adapter, base, tokenizer)
+    # Files are compared first, as the lens may take the base over.
+    file_checks, tensors = _file_checks(adapter, base, merged, lora, tokenizer)
 
     loads, lens = _loaded(adapter, base, lens_over, notes)
     checks = [loads, _modules_check(adapter, lens)]
@@ -122,11 +124,33 @@ def verify(
         checks += [expectation_check(lens, expectation) for expectation in expectations]
         if ask_server is not None:
             checks += ask_server(lens)
-    checks += folder_checks
+    checks += file_checks
     if not expectations:
         checks.append(Check(EXPECTATION, "not asked", "no file given"))
     meta = {"adapter": adapter.name} if lens is None else lens.describe()
     return Verification(adapter.name, tuple(checks), tensors, meta)
+
+
+def _file_checks(
+    adapter: Adapter,
+    base: PreTrainedModel | str,
+    merged: Path | None,
+    lora: Path | None,
+    tokenizer: Any,
+) -> tuple[list[Check], tuple[MergedTensor, ...]]:
+    """The checks of what was made of the adapter: a merged model, and a GGUF file of it."""
+    if merged is None:
+        checks = [Check(MERGED, "not asked", "no folder given")]
+        tensors: tuple[MergedTensor, ...] = ()
+    elif merged.is_file():
+        checks, tensors = merged_gguf_checks(merged, adapter, base)
+    else:
+        checks, tensors = merged_checks(merged, adapter, base, tokenizer)
+    if lora is not None:
+        lora_part, modules = lora_checks(lora, adapter, base)
+        checks += lora_part
+        tensors += modules
+    return checks, tensors
 
 
 def _loaded(

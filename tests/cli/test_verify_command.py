@@ -13,11 +13,13 @@ import models
 import no_ops
 import pytest
 from exports import BROKEN, GOOD
+from llama_engine import write_base
 from loopback import Engine, served
 from no_ops import NO_OPS
 from peft import PeftModel
 from typer.testing import CliRunner
 
+import lens_lora as ll
 from lens_lora import cli
 from lens_lora.ship.files import SCHEMA
 
@@ -220,3 +222,22 @@ def asked(out, url: str) -> list[str]:
     texts = out / "texts.txt"
     texts.write_text("w5 w6 w7 w8 w9\nw10 w11 w12\n")
     return ["--served", url, "--texts", str(texts), "--served-dtype", "float32"]
+
+
+# --- GGUF files
+
+
+def test_gguf_files(out):
+    """The adapter's file passes, another one fails, a folder without config is 2."""
+    pytest.importorskip("gguf")
+    adapter = ll.load_adapter(out / "adapter")
+    right = adapter.save(out / "right.gguf", format="gguf", base=out / "base")
+    wrong = adapter.scaled(2.0).save(out / "wrong.gguf", format="gguf", base=out / "base")
+    assert verified(out, "--lora", str(right)).exit_code == 0
+    result = verified(out, "--lora", str(wrong))
+    assert result.exit_code == 1 and "merged twice, or α doubled" in said(result)
+    merged = write_base(no_ops.base_of(out), out / "merged.gguf")
+    result = verified(out, "--merged", str(merged))
+    assert result.exit_code == 1 and "no ΔW (nothing was merged)" in said(result)
+    (out / "none.gguf").write_bytes(b"x")
+    assert verified(out, "--merged", str(out / "none.gguf")).exit_code == 2

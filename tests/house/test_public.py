@@ -137,6 +137,7 @@ FETCHED = {
     "loading.py": {"snapshot_download"},
     "hosts/given_base.py": {"snapshot_download"},  # of what is on this machine already
     "ship/merged_tokenizer.py": {"trust_remote_code"},  # as False
+    "formats/gguf_layout.py": {"trust_remote_code"},  # as False
     "ship/server.py": {"http", "urllib"},  # of the server that the user names
 }
 

@@ -373,7 +373,8 @@ def test_a_chat_template_of_the_server(name: str, shipment):
     engine = Engine(adapted(out), with_template(template))
     result = verified(lens, engine, chat, name="tuned", texts=CONVERSATIONS)
     assert result.outcome == outcome, result.to_frame()
-    assert says in result.explanations[0].words
+    if says:
+        assert says in result.explanations[0].words
 
 
 def test_another_tokenizer_of_the_server(shipment):

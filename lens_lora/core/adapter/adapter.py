@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
+    Literal,
     Protocol,
     SupportsFloat,
     get_args,
@@ -373,24 +374,35 @@ class Adapter:
         label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
         return Adapter(modules, name=f"null {label} of {self.name}", base_model=self.base_model)
 
-    def save(self, path: str | Path) -> Path:
+    def save(
+        self, path: str | Path, *, format: Literal["peft", "gguf"] = "peft", base: Any = None
+    ) -> Path:
         """Write the adapter to a folder in PEFT's format; `PeftModel.from_pretrained` loads it.
+
+        With `format="gguf"` it is one file instead, which llama.cpp loads (`--lora`), and needs the
+        package gguf.
 
         Files of the same names are replaced. Ranks and scales are each module's own; rsLoRA's s
         is written as the α/r that equals it, and dense differences as LoRA of full rank. The parts
         of a sum become one adapter where they share no module.
 
         Args:
-            path: the folder; created if it is missing.
+            path: the folder; created if it is missing. Of GGUF the file.
+            format: 'peft' or 'gguf'.
+            base: the base model, its configuration or its folder, whose layout GGUF depends on;
+                None for the folder that the adapter names.
 
         Returns:
-            The folder.
+            The path.
 
         Raises:
+            ArgumentError: another format.
             AdapterError: a module whose scale is zero.
             UnsupportedAdapterError: something that PEFT's format cannot hold: two updates of one
                 module, DoRA on some modules only, a part of a trained bias or of DoRA's update.
         """
+        if word("format", format, ("peft", "gguf")) == "gguf":
+            return extensions.save_gguf(self.modules, self.name, self.base_model, path, base)
         return extensions.save_adapter(self.modules, self.name, self.base_model, path)
 
     def _with(self, modules: Mapping[str, ModuleUpdate]) -> Adapter:

@@ -111,3 +111,11 @@ def truncated(modules: Updates, rank: int) -> UpdatesAndErrors:
 def save_adapter(modules: Updates, name: str, base_model: str | None, path: str | Path) -> Path:
     """Write the updates to a folder in PEFT's format: see `Adapter.save`."""
     raise NotImplementedError
+
+
+@declared
+def save_gguf(
+    modules: Updates, name: str, base_model: str | None, path: str | Path, base: Any
+) -> Path:
+    """Write the updates to a GGUF file, as llama.cpp loads it: see `Adapter.save`."""
+    raise NotImplementedError

@@ -1,0 +1,238 @@
+"""How llama.cpp names and lays out the tensors of a Hugging Face model.
+
+Names are those of the `gguf` package's own tables: model.layers.3.self_attn.q_proj is blk.3.attn_q.
+A weight is [out, in] as in Hugging Face, but for the rows of q and k in the Llama family: the two
+rows that a rotary embedding turns together lie side by side there, and half a head apart in Hugging
+Face,
+
+    row (head, pair, half) of llama.cpp = row (head, half, pair) of Hugging Face.
+
+Families whose converter changes more than that (fused projections, Conv1D) are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lens_lora.errors import ModelStateError, UnsupportedAdapterError
+
+# Model types of Hugging Face, and the architectures of llama.cpp that run them.
+_PERMUTED = {"llama": "llama", "mistral": "llama"}
+_PLAIN = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+_QUERY = ".q_proj"
+_KEY = ".k_proj"
+# Gemma's converter adds the one that Hugging Face adds to a norm's weight.
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3_text")
+
+
+def require_gguf() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        ModelStateError: it is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelStateError(
+            "GGUF files need the package gguf, which is not installed",
+            remedy='pip install gguf (this package\'s extra: "[gguf]").',
+        )
+    import gguf
+
+    return gguf
+
+
+class Layout(NamedTuple):
+    """The names and rows of one base model in GGUF.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        blocks: how many layers it has.
+        query_heads: heads of q, if the rows of q and k are permuted; else 0.
+        key_heads: heads of k, likewise.
+        is_norm_plus_one: whether a norm's weight is stored with one added.
+    """
+
+    architecture: str
+    blocks: int
+    query_heads: int
+    key_heads: int
+    is_norm_plus_one: bool
+
+    def name_of(self, module: str) -> str | None:
+        """The name of a module in GGUF, without .weight; None if llama.cpp has none for it.
+
+        Args:
+            module: its path in the Hugging Face model.
+        """
+        gguf = require_gguf()
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        names = gguf.get_tensor_name_map(numbers[self.architecture], self.blocks)
+        return names.get_name(module)
+
+    def rows(self, module: str, matrix: Tensor) -> Tensor:
+        """The rows of a module's matrix [out, …] in the order of llama.cpp.
+
+        Args:
+            module: its path in the Hugging Face model.
+            matrix: in the order of Hugging Face.
+        """
+        heads = self._heads_of(module)
+        if not heads:
+            return matrix
+        split = matrix.reshape(heads, 2, len(matrix) // heads // 2, *matrix.shape[1:])
+        return split.transpose(1, 2).reshape(matrix.shape)
+
+    def rows_back(self, module: str, matrix: Tensor) -> Tensor:
+        """The rows of a matrix of a GGUF file in the order of Hugging Face.
+
+        Args:
+            module: its path in the Hugging Face model.
+            matrix: [out, …], in the order of llama.cpp.
+        """
+        heads = self._heads_of(module)
+        if not heads:
+            return matrix
+        split = matrix.reshape(heads, len(matrix) // heads // 2, 2, *matrix.shape[1:])
+        return split.transpose(1, 2).reshape(matrix.shape)
+
+    def is_permuted(self, module: str) -> bool:
+        """Whether a module's rows lie otherwise than in Hugging Face.
+
+        Args:
+            module: its path in the Hugging Face model.
+        """
+        return self._heads_of(module) > 0
+
+    def _heads_of(self, module: str) -> int:
+        if module.endswith(_QUERY):
+            return self.query_heads
+        if module.endswith(_KEY):
+            return self.key_heads
+        return 0
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout of the base model with this configuration.
+
+    Args:
+        config: a Hugging Face configuration.
+
+    Raises:
+        UnsupportedAdapterError: a family whose layout is not known here.
+    """
+    kind = str(getattr(config, "model_type", ""))
+    is_permuted = kind in _PERMUTED
+    architecture = {**_PERMUTED, **_PLAIN}.get(kind)
+    if architecture is None:
+        known = ", ".join(sorted({**_PERMUTED, **_PLAIN}))
+        raise UnsupportedAdapterError(
+            f"the layout of {kind or 'this model'!r} in GGUF is not known here (known: {known})",
+            remedy="convert it with convert_lora_to_gguf.py of llama.cpp.",
+        )
+    heads = int(config.num_attention_heads)
+    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    return Layout(
+        architecture=architecture,
+        blocks=int(config.num_hidden_layers),
+        query_heads=heads if is_permuted else 0,
+        key_heads=key_heads if is_permuted else 0,
+        is_norm_plus_one=kind in _NORMS_PLUS_ONE,
+    )
+
+
+def config_of(base: Any) -> Any:
+    """The configuration of a base: a model's own, one that is given, or that of a folder.
+
+    Args:
+        base: a Hugging Face model, its configuration, or a local folder.
+
+    Raises:
+        ModelStateError: none of these.
+    """
+    if isinstance(base, nn.Module):
+        return base.config
+    if hasattr(base, "model_type"):
+        return base
+    if isinstance(base, str | Path) and (Path(base) / "config.json").is_file():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
+    raise ModelStateError(
+        f"the layout in GGUF depends on the base, and {base!r} is no local folder of one",
+        remedy="pass the base model: adapter.save(path, format='gguf', base=model).",
+    )
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a GGUF file.
+
+    Attributes:
+        values: dequantised, float32, in Hugging Face's order of dimensions.
+        kind: the name of its type, such as Q4_1.
+    """
+
+    values: Tensor
+    kind: str
+
+
+class GGUFFile:
+    """A GGUF file, whose tensors are dequantised when they are asked for.
+
+    Attributes:
+        path: the file.
+        names: its tensors' names.
+
+    Raises:
+        ModelStateError: it is no GGUF file, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        gguf = require_gguf()
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ModelStateError(f"{path}: no GGUF file, or damaged ({error}).") from error
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.names = list(self._tensors)
+
+    def field(self, name: str) -> Any:
+        """The value of a field; None if the file has none of this name.
+
+        Args:
+            name: such as general.architecture.
+        """
+        found = self._reader.get_field(name)
+        return None if found is None else found.contents()
+
+    def tensor(self, name: str) -> StoredTensor:
+        """One of the tensors.
+
+        Args:
+            name: one of `names`.
+
+        Raises:
+            ModelStateError: a type that the gguf package does not dequantise, or damaged data.
+        """
+        gguf = require_gguf()
+        stored = self._tensors[name]
+        kind = stored.tensor_type.name
+        try:
+            values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            fact = f"{self.path}: {name} is {kind}, which is not dequantised here ({error})"
+            raise ModelStateError(f"{fact}.") from error
+        shape = [int(size) for size in reversed(stored.shape)]
+        return StoredTensor(torch.from_numpy(values.copy()).float().reshape(shape), kind)

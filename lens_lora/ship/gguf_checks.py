@@ -1,0 +1,292 @@
+"""Is a GGUF file the adapter, or the base with the adapter merged into it?
+
+An adapter's file (`--lora x.gguf`) holds A and B of each module: ΔW there is α/r · B A, with the
+rows of q and k turned back. With D = s·B·A of the trained adapter and R what the file adds,
+
+    c = ⟨R, D⟩ / ‖D‖²        and        off = ‖R − D‖ / ‖D‖,
+
+c is 1 and off at most what rounding to the file's types makes of A and B.
+
+A merged model's file (`--merged x.gguf`) holds one tensor M for each of the base's W, quantised.
+D = E − W is what a merge adds and R = M − W what was added. The rounding of a quantised type is of
+the size of ΔW or larger, and as good as independent of it, so that over the whole tensor c is known
+to σ = ‖(M − E) ∘ D‖ / ‖D‖², which is small; and ‖M − E‖ / ‖E‖ is at most what the type rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lens_lora.core import SIGMAS, Adapter, LoRAFactors, ModuleUpdate
+from lens_lora.errors import LensLoraError, many
+from lens_lora.formats.gguf_layout import GGUFFile, Layout, StoredTensor, layout_of
+from lens_lora.formats.gguf_write import A_SUFFIX, ALPHA, B_SUFFIX
+from lens_lora.ship.checks import Check, MergedTensor, first_of, worst
+from lens_lora.ship.expected_tensors import Expected, ExpectedTensors
+from lens_lora.ship.merged_tensors import mistakes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LORA = "GGUF adapter"
+MERGED_GGUF = "merged GGUF"
+
+# ‖rounded − exact‖ / ‖exact‖ that a type gives weights at most: about twice what it gives normally
+# distributed ones.
+_ROUNDS = {
+    "F32": 1e-6,
+    "F16": 2.0**-11,
+    "BF16": 2.0**-8,
+    "Q8_0": 0.012,
+    "Q6_K": 0.04,
+    "Q5_0": 0.08,
+    "Q5_1": 0.08,
+    "Q5_K": 0.08,
+    "Q4_0": 0.2,
+    "Q4_1": 0.16,
+    "Q4_K": 0.16,
+    "Q3_K": 0.35,
+    "Q2_K": 0.6,
+}
+# c of a right file is 1 but for rounding, and the next mistake is further from it.
+_NEAR = 0.05
+# A mistake is named if c is this close to its own.
+_CLOSE = 0.02
+# What the file adds counts as a multiple of ΔW if the part orthogonal to ΔW is below this of ‖ΔW‖.
+_STRAIGHT = 0.05
+# Beyond this uncertainty of c, a merge and the base are hard to tell apart.
+_UNCERTAIN = 0.25
+# Tensors that llama.cpp computes from the configuration, and a Hugging Face model does not hold.
+_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def lora_checks(
+    path: Path, adapter: Adapter, base: PreTrainedModel | str
+) -> tuple[list[Check], tuple[MergedTensor, ...]]:
+    """Check that a GGUF file holds the adapter, module by module.
+
+    Args:
+        path: the file.
+        adapter: what it is to hold.
+        base: the model, whose layout decides rows and names; or why there is none.
+
+    Raises:
+        ModelStateError: no GGUF file, a damaged one, or the package gguf is not installed.
+    """
+    if isinstance(base, str):
+        return [Check(LORA, "undecided", "no base at hand")], ()
+    file = GGUFFile(path)
+    kind = file.field("general.type")
+    if kind != "adapter":
+        return [Check(LORA, "failed", f"general.type is {kind!r}", "'adapter'", path.name)], ()
+    try:
+        layout = layout_of(base.config)
+    except LensLoraError as error:
+        return [Check(LORA, "undecided", str(error))], ()
+    architecture = file.field("general.architecture")
+    if architecture != layout.architecture:
+        bound = repr(layout.architecture)
+        return [Check(LORA, "failed", f"general.architecture is {architecture!r}", bound)], ()
+    tensors = tuple(_compared_modules(file, adapter, layout))
+    return [_summary(LORA, tensors, "s·B·A of the adapter")], tensors
+
+
+def merged_gguf_checks(
+    path: Path, adapter: Adapter, base: PreTrainedModel | str
+) -> tuple[list[Check], tuple[MergedTensor, ...]]:
+    """Check that a GGUF file holds base + ΔW, tensor by tensor.
+
+    Its tokenizer and its fields are not compared: they are undecided.
+
+    Args:
+        path: the file.
+        adapter: what is to be merged in it.
+        base: the model, before it is hooked; or why there is none.
+
+    Raises:
+        ModelStateError: no GGUF file, a damaged one, or the package gguf is not installed.
+    """
+    if isinstance(base, str):
+        return [Check(MERGED_GGUF, "undecided", "no base at hand")], ()
+    file = GGUFFile(path)
+    try:
+        layout = layout_of(base.config)
+    except LensLoraError as error:
+        return [Check(MERGED_GGUF, "undecided", str(error))], ()
+    tensors = tuple(_compared_tensors(file, adapter, base, layout))
+    return [_summary(MERGED_GGUF, tensors, "base + ΔW, to the rounding of each type")], tensors
+
+
+def _summary(name: str, tensors: tuple[MergedTensor, ...], bound: str) -> Check:
+    outcome = worst(tensors)
+    changed = [tensor for tensor in tensors if tensor.is_changed]
+    if outcome == "passed":
+        return Check(name, outcome, f"{many(len(changed), 'tensor')} changed as trained", bound)
+    bad = [tensor for tensor in tensors if tensor.outcome == outcome]
+    measured = f"{len(bad)} of {len(tensors)} tensors: {bad[0].looks}"
+    return Check(name, outcome, measured, bound, first_of([tensor.name for tensor in bad]))
+
+
+# --- An adapter's file
+
+
+def _compared_modules(file: GGUFFile, adapter: Adapter, layout: Layout) -> Iterator[MergedTensor]:
+    known: set[str] = set()
+    alpha = float(file.field(ALPHA) or 0.0)
+    for module, update in adapter.modules.items():
+        name = layout.name_of(module)
+        if name is None:
+            yield MergedTensor(module, "undecided", "a module that llama.cpp does not know")
+            continue
+        held = {name + A_SUFFIX, name + B_SUFFIX}
+        known |= held
+        if not isinstance(update, LoRAFactors) or not update.is_plain:
+            yield MergedTensor(module, "failed", "no s·B·A, which is all that such a file can hold")
+        elif not held <= set(file.names):
+            yield MergedTensor(module, "failed", "not in the file")
+        else:
+            yield _compared_module(file, name, module, update, layout, alpha)
+    for name in file.names:
+        if name not in known:
+            yield MergedTensor(name, "failed", "in the file, and the adapter has no such module")
+
+
+def _compared_module(
+    file: GGUFFile, name: str, module: str, update: LoRAFactors, layout: Layout, alpha: float
+) -> MergedTensor:
+    a = file.tensor(name + A_SUFFIX)
+    b = file.tensor(name + B_SUFFIX)
+    fits = (len(b.values), a.values.shape[-1]) == (len(update.B), update.A.shape[1])
+    if not fits or b.values.shape[-1] != len(a.values):
+        return MergedTensor(module, "failed", "of other shapes than the adapter's")
+    rank = len(a.values)
+    scale = alpha / rank if alpha else 1.0
+    as_stored = scale * b.values.double() @ a.values.double()
+    added = layout.rows_back(module, as_stored)
+    D = update.materialise().double()
+    size = float(D.square().sum())
+    c = float((added * D).sum()) / size
+    off = float((added - D).norm()) / math.sqrt(size)
+    rounds = _rounds(a) + _rounds(b) + 1e-6
+    if off <= rounds and abs(c - 1) <= _NEAR:
+        return MergedTensor(module, "passed", f"ΔW in {a.kind}", c, 1.0)
+    if layout.is_permuted(module) and float((as_stored - D).norm()) <= rounds * math.sqrt(size):
+        looks = "its rows are in Hugging Face's order: q and k are not permuted"
+        return MergedTensor(module, "failed", looks, c, 1.0)
+    return MergedTensor(module, "failed", _looks(added, D, c, 0.0, update), c, 1.0)
+
+
+# --- A merged model's file
+
+
+def _compared_tensors(
+    file: GGUFFile, adapter: Adapter, base: PreTrainedModel, layout: Layout
+) -> Iterator[MergedTensor]:
+    expected = ExpectedTensors(adapter, base)
+    for key in expected.unknown:
+        yield MergedTensor(key, "failed", "a module that the base lacks")
+    for name in expected.added_biases:
+        yield MergedTensor(name, "failed", "a bias that the base's map does not have")
+    read: set[str] = set()
+    for name, W in expected.state.items():
+        module, _, part = name.rpartition(".")
+        place = layout.name_of(module)
+        stored_name = f"{place}.{part}"
+        read.add(stored_name)
+        if place is None:
+            yield MergedTensor(name, "undecided", "a tensor that llama.cpp does not know")
+        elif stored_name in file.names:
+            stored = file.tensor(stored_name)
+            yield _compared_tensor(name, W.detach().cpu(), stored, expected, layout)
+        elif not expected.tied[name]:
+            yield MergedTensor(name, "failed", "not in the file")
+        elif name in expected.changed and not _is_changed_alike(name, expected):
+            yield MergedTensor(name, "failed", "not in the file, and what it is tied to differs")
+    for name in file.names:
+        if name not in read and name not in _COMPUTED:
+            yield MergedTensor(name, "failed", "in the file, and the base has no such tensor")
+
+
+def _is_changed_alike(name: str, expected: ExpectedTensors) -> bool:
+    """Whether the tensors that are tied to one are changed in the same way."""
+    changes = [expected.changed.get(other) for other in expected.tied[name]]
+    return all(change is expected.changed[name] for change in changes)
+
+
+def _compared_tensor(
+    name: str, W: Tensor, stored: StoredTensor, expected: ExpectedTensors, layout: Layout
+) -> MergedTensor:
+    module = name.rpartition(".")[0]
+    if stored.values.shape != W.shape:
+        shapes = f"{tuple(stored.values.shape)}, the base's is {tuple(W.shape)}"
+        return MergedTensor(name, "failed", shapes)
+    M = _in_order_of_hugging_face(layout, module, stored)
+    before = W.double()
+    after: Expected | None = expected.changed.get(name)
+    E = before if after is None else after.tensor(before)
+    if E is None:
+        return MergedTensor(name, "failed", "of another shape than the adapter's")
+    rounds = _rounds(stored)
+    off = float((M - E).norm()) / max(float(E.norm()), 1e-300)
+    if after is None or E.equal(before):
+        if off <= rounds:
+            return MergedTensor(name, "passed", f"the base's in {stored.kind}")
+        unturned = _unturned(layout, module, stored, E, rounds)
+        looks = unturned or "changed, and the adapter adds nothing there"
+        return MergedTensor(name, "failed", looks)
+    D = E - before
+    size = float(D.square().sum())
+    c = float(((M - before) * D).sum()) / size
+    sigma = SIGMAS * float(((M - E) * D).norm()) / size
+    if off <= rounds and abs(c - 1) <= _NEAR + sigma:
+        if sigma > _UNCERTAIN:
+            looks = f"{stored.kind} rounds so coarsely that ΔW is hardly seen"
+            return MergedTensor(name, "undecided", looks, c, 1.0)
+        return MergedTensor(name, "passed", f"base + ΔW in {stored.kind}", c, 1.0)
+    unturned = _unturned(layout, module, stored, E, rounds)
+    noise = rounds * float(before.norm()) if stored.kind != "F32" else 0.0
+    looks = unturned or _looks(M - before, D, c, noise, after.update, sigma)
+    return MergedTensor(name, "failed", looks, c, 1.0)
+
+
+def _in_order_of_hugging_face(layout: Layout, module: str, stored: StoredTensor) -> Tensor:
+    values = layout.rows_back(module, stored.values).double()
+    is_shifted = layout.is_norm_plus_one and "norm" in module
+    return values - 1 if is_shifted else values
+
+
+def _unturned(
+    layout: Layout, module: str, stored: StoredTensor, E: Tensor, rounds: float
+) -> str | None:
+    """What is wrong if the rows of q or k are in Hugging Face's order; None if they are not."""
+    if not layout.is_permuted(module):
+        return None
+    is_plain = float((stored.values.double() - E).norm()) <= rounds * float(E.norm())
+    return "its rows are in Hugging Face's order: q and k are not permuted" if is_plain else None
+
+
+# --- What a wrong tensor looks like
+
+
+def _rounds(stored: StoredTensor) -> float:
+    """The relative rounding of a type; of one that is not known, none that is called right."""
+    return _ROUNDS.get(stored.kind, 0.0)
+
+
+def _looks(
+    added: Tensor, D: Tensor, c: float, noise: float, update: ModuleUpdate, sigma: float = 0.0
+) -> str:
+    """What was added as c ΔW, with the mistake that gives this c; or neither."""
+    length = float(D.norm())
+    rest = float((added - c * D).norm())
+    if rest > _STRAIGHT * max(1.0, abs(c)) * length + noise:
+        return f"neither the base nor ΔW: off by {float((added - D).norm()) / length:.2g} ‖ΔW‖"
+    near = _CLOSE + sigma
+    looks = f"{c:.2f} ΔW" if abs(c) > near else "no ΔW"
+    causes = [cause for ratio, cause in mistakes(update) if abs(c - ratio) <= near]
+    return f"{looks} ({'; or '.join(causes)})" if causes else looks

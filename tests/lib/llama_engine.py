@@ -1,0 +1,117 @@
+"""llama.cpp itself, by the C interface of llama-cpp-py-sync: an oracle that shares no code with us.
+
+A GGUF base is either the embedded model's, or one written here of a tiny Llama in float32, in the
+order of rows that llama.cpp has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loopback import Engine
+
+
+class LlamaCpp(Engine):
+    """A GGUF base, and perhaps a GGUF adapter over it.
+
+    Args:
+        base: a .gguf file.
+        adapter: a .gguf file, or None.
+        strength: multiplies the adapter.
+    """
+
+    def __init__(
+        self, base: Path, adapter: Path | None = None, strength: float = 1.0, tokenizer=None
+    ) -> None:
+        bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
+        super().__init__(None, tokenizer)
+        self.lib = lib = bindings.get_lib()
+        self.ffi = ffi = bindings.get_ffi()
+        self.silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", _nothing)
+        lib.llama_log_set(self.silent, ffi.NULL)
+        lib.llama_backend_init()
+        options = lib.llama_model_default_params()
+        options.n_gpu_layers = 0
+        self.llama = lib.llama_model_load_from_file(str(base).encode(), options)
+        assert self.llama != ffi.NULL, base
+        context = lib.llama_context_default_params()
+        context.n_ctx = 512
+        context.n_batch = 512
+        context.n_threads = context.n_threads_batch = 1
+        # The cache of keys and values in float32; it would be float16.
+        context.type_k = context.type_v = 0
+        self.context = lib.llama_init_from_model(self.llama, context)
+        assert self.context != ffi.NULL
+        if adapter is not None:
+            lora = lib.llama_adapter_lora_init(self.llama, str(adapter).encode())
+            assert lora != ffi.NULL, adapter
+            adapters = ffi.new("struct llama_adapter_lora *[]", [lora])
+            scales = ffi.new("float[]", [strength])
+            assert lib.llama_set_adapters_lora(self.context, adapters, 1, scales) == 0
+        vocabulary = lib.llama_model_get_vocab(self.llama)
+        self.vocabulary = lib.llama_vocab_n_tokens(vocabulary)
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """[token, vocabulary]."""
+        lib = self.lib
+        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for position, token in enumerate(ids):
+            batch.token[position] = token
+            batch.pos[position] = position
+            batch.n_seq_id[position] = 1
+            batch.seq_id[position][0] = 0
+            batch.logits[position] = 1
+        assert lib.llama_decode(self.context, batch) == 0
+        size = 4 * len(ids) * self.vocabulary
+        data = self.ffi.buffer(lib.llama_get_logits(self.context), size)
+        logits = np.frombuffer(data, dtype=np.float32).copy()
+        lib.llama_batch_free(batch)
+        return torch.from_numpy(logits).reshape(len(ids), self.vocabulary)
+
+    def log_p(self, ids: list[int]) -> torch.Tensor:
+        return self.logits(ids).log_softmax(-1)
+
+
+def _nothing(*args: object) -> None:
+    pass
+
+
+def write_base(model, path: Path, kind: str = "F32", permuted: bool = True) -> Path:
+    """A Llama of Hugging Face as a GGUF file, linear maps in one type of GGUF."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    width = config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in model.state_dict().items():
+        tensor = parameter.float()
+        for module, count in heads.items():
+            if module in name and permuted:
+                halves = tensor.reshape(count, 2, width // 2, -1)
+                tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+        module = name.removesuffix(".weight")
+        type_of = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
+        data = gguf.quants.quantize(tensor.contiguous().numpy(), type_of)
+        writer.add_tensor(f"{names.get_name(module)}.weight", data, raw_dtype=type_of)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

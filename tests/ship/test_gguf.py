@@ -1,0 +1,231 @@
+"""GGUF files: what is written, and what is compared with one. The oracle is llama.cpp."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+
+import models
+import no_ops
+import pytest
+import torch
+from llama_engine import LlamaCpp, write_base
+from loopback import llama_cpp, served
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lens_lora as ll
+from lens_lora.errors import ArgumentError, ModelStateError, UnsupportedAdapterError
+from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
+
+gguf = pytest.importorskip("gguf")
+IDS = [5, 9, 33, 17, 4, 60, 21, 8]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """A tiny Llama, an adapter of all its linear maps, and the base as a GGUF file in float32."""
+    out = no_ops.ship(tmp_path_factory.mktemp("gguf"), merged=False, targets=LINEAR)
+    write_base(no_ops.base_of(out), out / "base.gguf")
+    return out
+
+
+def peft_logits(out) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(no_ops.base_of(out), out / "adapter").eval()
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0]
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_llama_cpp_runs_what_was_saved(shipped, tmp_path):
+    """Its logits are PEFT's, in which q and k are permuted and each module has its own s."""
+    file = ll.load_adapter(shipped / "adapter").save(
+        tmp_path / "adapter.gguf", format="gguf", base=shipped / "base"
+    )
+    expected = peft_logits(shipped)
+    engine = LlamaCpp(shipped / "base.gguf", file)
+    assert off(engine.logits(IDS), expected) < 2e-3
+    base = LlamaCpp(shipped / "base.gguf").logits(IDS)
+    with torch.no_grad():
+        assert off(base, no_ops.base_of(shipped)(torch.tensor([IDS])).logits[0]) < 2e-3
+    assert off(base, expected) > 0.1, "control"
+
+
+def test_rows_that_are_not_permuted_are_seen(shipped, tmp_path, monkeypatch):
+    """The negative control of the same oracle."""
+    monkeypatch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")
+    monkeypatch.setattr("lens_lora.formats.gguf_layout._QUERY", ".no")
+    file = ll.load_adapter(shipped / "adapter").save(
+        tmp_path / "adapter.gguf", format="gguf", base=shipped / "base"
+    )
+    engine = LlamaCpp(shipped / "base.gguf", file)
+    assert off(engine.logits(IDS), peft_logits(shipped)) > 0.02
+
+
+# --- An adapter's file
+
+
+def lora(shipped, file, adapter=None):
+    adapter = ll.load_adapter(shipped / "adapter") if adapter is None else adapter
+    (check,), tensors = lora_checks(file, adapter, no_ops.base_of(shipped))
+    return check, tensors
+
+
+def written(shipped, tmp_path, adapter=None):
+    adapter = ll.load_adapter(shipped / "adapter") if adapter is None else adapter
+    return adapter.save(tmp_path / "x.gguf", format="gguf", base=no_ops.base_of(shipped))
+
+
+def test_what_was_saved_passes(shipped, tmp_path):
+    check, tensors = lora(shipped, written(shipped, tmp_path))
+    assert check.outcome == "passed" and len(tensors) == 14
+    assert all(abs(tensor.ratio - 1) < 1e-6 for tensor in tensors)
+
+
+def test_ranks_and_scales_of_their_own(tmp_path):
+    """s and r of each module; one α for the file."""
+    out = no_ops.ship(
+        tmp_path / "out", merged=False, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 9}
+    )
+    check, _ = lora(out, written(out, tmp_path))
+    assert check.outcome == "passed"
+
+
+def edited(modules, edit):
+    return ll.Adapter({module: edit(module, update) for module, update in modules.items()})
+
+
+LORA_FAULTS = {
+    "α doubled": (lambda m, u: u.scaled(2.0), "2.00 ΔW (merged twice, or α doubled)"),
+    "α lost": (lambda m, u: dataclasses.replace(u, scale=1.0), "α is lost, s = 1"),
+    "another": (lambda m, u: dataclasses.replace(u, B=u.B.flip(0)), "neither the base nor ΔW"),
+    "subtracted": (lambda m, u: u.scaled(-1.0), "-1.00 ΔW (subtracted)"),
+}
+
+
+@pytest.mark.parametrize("name", LORA_FAULTS)
+def test_a_wrong_adapter_fails(name: str, shipped, tmp_path):
+    edit, says = LORA_FAULTS[name]
+    wrong = edited(ll.load_adapter(shipped / "adapter").modules, edit)
+    check, _ = lora(shipped, written(shipped, tmp_path, wrong))
+    assert check.outcome == "failed" and says in check.measured
+
+
+def test_a_file_that_lacks_modules_or_has_more(shipped, tmp_path):
+    adapter = ll.load_adapter(shipped / "adapter")
+    few = written(shipped, tmp_path, adapter.only("*self_attn*"))
+    check, _ = lora(shipped, few)
+    assert check.outcome == "failed" and check.measured == "6 of 14 tensors: not in the file"
+    check, _ = lora(shipped, written(shipped, tmp_path), adapter.only("*self_attn*"))
+    assert check.outcome == "failed" and "the adapter has no such module" in check.measured
+
+
+def test_q_and_k_that_are_not_permuted(shipped, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")
+        patch.setattr("lens_lora.formats.gguf_layout._QUERY", ".no")
+        file = written(shipped, tmp_path)
+    check, _ = lora(shipped, file)
+    assert check.outcome == "failed"
+    assert check.measured == (
+        "4 of 14 tensors: its rows are in Hugging Face's order: q and k are not permuted"
+    )
+
+
+def test_what_a_gguf_adapter_cannot_hold_is_refused(shipped, tmp_path):
+    adapter = ll.load_adapter(shipped / "adapter")
+    base = no_ops.base_of(shipped)
+    module = next(iter(adapter.modules))
+    dora = dataclasses.replace(adapter.modules[module], magnitude=torch.ones(16))
+    with pytest.raises(UnsupportedAdapterError, match="llama.cpp adds s·B·A"):
+        ll.Adapter({module: dora}).save(tmp_path / "x.gguf", format="gguf", base=base)
+    with pytest.raises(UnsupportedAdapterError, match="layout of 'gpt2'"):
+        adapter.save(tmp_path / "x.gguf", format="gguf", base=models.hf_model("gpt2"))
+    with pytest.raises(ModelStateError, match="pass the base model"):
+        adapter.save(tmp_path / "x.gguf", format="gguf", base="no/such")
+    with pytest.raises(ArgumentError, match="format"):
+        adapter.save(tmp_path / "x", format="onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_gguf(shipped, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"no such thing")
+    with pytest.raises(ModelStateError, match="no GGUF file"):
+        lora(shipped, tmp_path / "x.gguf")
+    check, _ = lora(shipped, shipped / "base.gguf")
+    assert check.outcome == "failed" and "general.type" in check.measured
+
+
+# --- A merged model's file
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A Llama whose rows are as wide as a block of quantised types."""
+    config = LlamaConfig(**{**models._ROTARY, "hidden_size": 64, "intermediate_size": 128})
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).eval()
+    peft = models.peft_model("llama", copy.deepcopy(base), targets=LINEAR)
+    models.with_random_factors(peft, base, size=0.3)
+    adapter = ll.Adapter.from_peft(peft)
+    merged = peft.merge_and_unload()
+    return base, adapter, merged
+
+
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_merged_gguf(kind: str, wide, tmp_path):
+    """A right merge passes in every type, the base in its place fails, and q alone is found."""
+    base, adapter, merged = wide
+    (check,), tensors = merged_gguf_checks(
+        write_base(merged, tmp_path / "x.gguf", kind), adapter, base
+    )
+    assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
+    (check,), _ = merged_gguf_checks(write_base(base, tmp_path / "b.gguf", kind), adapter, base)
+    assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
+    some = copy.deepcopy(merged)
+    some.load_state_dict(
+        {name: t for name, t in base.state_dict().items() if "q_proj" in name}, strict=False
+    )
+    (check,), tensors = merged_gguf_checks(
+        write_base(some, tmp_path / "s.gguf", kind), adapter, base
+    )
+    assert {t.name for t in tensors if t.outcome == "failed"} == {
+        f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)
+    }
+
+
+def test_a_merged_gguf_whose_rows_are_not_permuted(wide, tmp_path):
+    base, adapter, merged = wide
+    file = write_base(merged, tmp_path / "x.gguf", "Q8_0", permuted=False)
+    (check,), tensors = merged_gguf_checks(file, adapter, base)
+    failed = [tensor for tensor in tensors if tensor.outcome == "failed"]
+    assert len(failed) == 4 and all("not permuted" in tensor.looks for tensor in failed)
+
+
+# --- The engine behind a server
+
+
+@pytest.mark.slow
+def test_a_server_that_runs_llama_cpp(shipped, tmp_path):
+    """The right adapter passes, with generated tokens alone; the base is found."""
+    lens = ll.load(
+        no_ops.base_of(shipped), shipped / "adapter", tokenizer=models.tokenizer(), check=False
+    )
+    file = written(shipped, tmp_path)
+    options = {"name": "tuned", "dtype": "float16", "progress": False}
+    with served(LlamaCpp(shipped / "base.gguf", file), llama_cpp) as (url, _):
+        right = ll.verify_served(lens, url, **options)
+    assert right.outcome == "passed", right.checks
+    with served(LlamaCpp(shipped / "base.gguf"), llama_cpp) as (url, _):
+        wrong = ll.verify_served(lens, url, **options)
+    assert wrong.explanations[0].words == "the base, without the adapter"
