@@ -39,7 +39,8 @@ def texts(which: int) -> ll.results.Prompts:
 
 def means(case: cases.Case, flags: str, family: str, which: int, at: float, take: slice) -> Tensor:
     """m_i of each text, from the input of the final norm."""
-    rows, model = list[Tensor](), case.peft.base_model.model
+    rows = list[Tensor]()
+    model = case.peft.base_model.model
     for tokens, length in zip(SETS[which], LENGTHS[which], strict=True):
         row = tokens[None, :length]
         if at:
@@ -78,11 +79,13 @@ def test_means_errors_and_held_out_pairs_by_hand(family: str, cls: str, flags: s
 
 def test_responses_count_from_their_first_token():
     case = cases.case("llama", CLASSES[-1], "raw")
-    prompts, said = SETS[0][:, :4], [row.tolist() for row in SETS[0][:, 4:]]
+    prompts = SETS[0][:, :4]
+    said = [row.tolist() for row in SETS[0][:, 4:]]
     responses = [torch.tensor(ids) for ids in said]
     others = [torch.tensor([9, 8]), torch.tensor([9, 7]), torch.tensor([9]), torch.tensor([8, 9])]
     found = ll.contrast(case.lens, (prompts, responses), (prompts, others), LAST)
-    model, sides = case.peft.base_model.model, []
+    model = case.peft.base_model.model
+    sides = []
     for answers in (responses, others):
         rows = [
             seen(model, FINAL_NORM["llama"], torch.cat([prompt, ids])[None])[4:].mean(0)
@@ -97,7 +100,8 @@ def test_responses_count_from_their_first_token():
 def test_sinks_are_in_no_mean(cls: str):
     """None is every token but the first; an outlier is left out at its own point, and said."""
     case = cases.case("llama", cls, "raw")
-    lens, name = case.lens, "blocks.0.hook_resid_post"
+    lens = case.lens
+    name = "blocks.0.hook_resid_post"
     rows = texts(0), texts(1)
     plain = ll.contrast(lens, *rows, name, None)
     assert plain.positions == "every token, without sinks"
@@ -283,7 +287,8 @@ def test_globs_choose_among_points_with_positions(family: str, cls: str):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_patches_at_globs_leave_out_what_holds_no_activation(cls: str):
-    lens, prompt = cases.case("llama", cls, "raw").lens, SETS[0][:2]
+    lens = cases.case("llama", cls, "raw").lens
+    prompt = SETS[0][:2]
     names = ["*mbed*", "blocks.0.attn.hook_[pz]*", "blocks.1.hook_resid_pre"]
     patched = {
         positions: ll.patch_activations(

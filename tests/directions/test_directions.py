@@ -122,7 +122,9 @@ def test_one_rule_takes_every_form():
 def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
     """Base and adapted logits; first order by central differences; two directions at once."""
     case = cases.case(family, cls, flags)
-    lens, tokens, model = case.lens, models.tokens(), held_by(case)
+    lens = case.lens
+    tokens = models.tokens()
+    model = held_by(case)
     for v in (direction_of(case, flags), direction_of(case, flags, 2)):
         change = away(v)
         with contextlib.ExitStack() as stack:
@@ -133,7 +135,8 @@ def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
                 with case.peft.disable_adapter():
                     base = model(tokens).logits
             module = list(lens.adapter.modules)[0]
-            ends, step = [], 1e-5
+            ends = []
+            step = 1e-5
             for sign in (1, -1):
                 old = cases.set_peft_scale(case.peft, module, 1 + sign * step)
                 with torch.no_grad():
@@ -161,7 +164,9 @@ def test_without_is_hooks_on_peft(family: str, cls: str, flags: str):
 def test_without_at_every_point_of_the_stream(cls: str):
     """Also between attention and MLP, by the norm that reads there; greedy tokens."""
     case = cases.case("llama", cls, "raw")
-    v, tokens, model = drawn(case.model.cfg.d_model), models.tokens(1, 5), held_by(case)
+    v = drawn(case.model.cfg.d_model)
+    tokens = models.tokens(1, 5)
+    model = held_by(case)
     change = away(v)
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -236,10 +241,12 @@ def test_a_direction_of_ones_is_not_in_a_centred_stream(cls: str):
 @pytest.mark.bad_input
 def test_adapter_without_direction_is_projected_dense():
     case = cases.case("llama", CLASSES[-1], "raw")
-    adapter, v = case.lens.adapter, drawn(16)
+    adapter = case.lens.adapter
+    v = drawn(16)
     V = (v / v.norm())[:, None]
     P = torch.eye(16, dtype=v.dtype) - V @ V.T
-    written, read = adapter.without_direction(v), adapter.without_direction(v, "read")
+    written = adapter.without_direction(v)
+    read = adapter.without_direction(v, "read")
     for path, update in adapter.modules.items():
         dense = update.materialise()
         is_writer = path.endswith(("o_proj", "down_proj", "embed_tokens"))
@@ -304,7 +311,8 @@ POST = {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
 @pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
 def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
     case = cases.case(family, cls, flags)
-    lens, is_ln = case.lens, family in ("gpt2", "neox")
+    lens = case.lens
+    is_ln = family in ("gpt2", "neox")
     v = drawn(2, 16)
     found = ll.alignment(lens, v)
     centre = torch.eye(16, dtype=v.dtype) - is_ln / 16
@@ -320,11 +328,13 @@ def test_alignment_is_of_dense_matrices(family: str, cls: str, flags: str):
                 delta = (1 + case.base.get_submodule(f"{path}.{POST[site.kind]}").weight)[
                     :, None
                 ] * delta
-            dense, is_write = (centre @ delta).T, True
+            dense = (centre @ delta).T
+            is_write = True
         else:
             norm = GAMMA[family][site.kind not in ("q", "k", "v")]
             gamma = offset + case.base.get_submodule(f"{path}.{norm}").weight
-            dense, is_write = (delta * gamma) @ centre, False
+            dense = (delta * gamma) @ centre
+            is_write = False
         assert side == ("write" if is_write else "read")
         expected = (dense @ unit.T).norm(dim=0) / dense.norm()
         assert (found.values[row] - expected).abs().max() < TINY, site.name
@@ -357,7 +367,8 @@ def test_alignment_finds_what_was_planted_and_refuses():
 @pytest.mark.parametrize("cls", CLASSES)
 def test_intruders_are_dense_svds(cls: str):
     case = cases.case("llama", cls, "raw")
-    lens, k = case.lens, 5
+    lens = case.lens
+    k = 5
     big = lens.with_adapter(lens.adapter.scaled(30.0))
     found = ll.intruders(big, k=k, threshold=0.6, progress=False)
     for row, site in enumerate(found.sites):
@@ -398,13 +409,17 @@ def test_intruders_of_a_processed_model_are_its_base_s(cls: str):
 @pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
 def test_patchscope_is_a_hook_on_hugging_face(family: str, cls: str, flags: str, at: float):
     case = cases.case(family, cls, flags)
-    lens, model, v = case.lens, held_by(case), direction_of(case, flags, 2)
-    prompt, name = "w3 w4 w5 w6 w7", "blocks.1.hook_resid_pre"
+    lens = case.lens
+    model = held_by(case)
+    v = direction_of(case, flags, 2)
+    prompt = "w3 w4 w5 w6 w7"
+    name = "blocks.1.hook_resid_pre"
     said = ll.patchscope(
         lens, v, name, (0.5, 2.0), prompt=prompt, placeholder="w5", at=at, k=61, max_new_tokens=3
     )
     tokens = lens.prompts(prompt).tokens
-    place, seen = said.position, list[Tensor]()
+    place = said.position
+    seen = list[Tensor]()
     path = LAYERS[family].format(0)
     is_centred = flags == "processed" and family in ("gpt2", "neox")
 
@@ -452,16 +467,19 @@ FINAL_NORM = {
 def test_what_an_update_writes_is_read_as_tokens(family: str, cls: str, flags: str):
     """Left singular vectors of PEFT's own ΔW through the final norm and the head of the base."""
     case = cases.case(family, cls, flags)
-    is_ln, lens = family in ("gpt2", "neox"), case.lens
+    is_ln = family in ("gpt2", "neox")
+    lens = case.lens
     (site,) = (s for s in lens.sites if s.layer == 1 and s.kind == "o")
     change = held_by(case).get_submodule(site.module).get_delta_weight("default")
     change = change.T if family == "gpt2" else change
     centred = is_ln and flags == "processed"
     U = torch.linalg.svd(change - change.mean(0) if centred else change)[0][:, :2]
-    columns, name = lens.delta_w(site).U.T[:2], "blocks.1.hook_resid_pre"
+    columns = lens.delta_w(site).U.T[:2]
+    name = "blocks.1.hook_resid_pre"
     asked = {"prompt": "w3 w4 w5", "placeholder": "w4", "max_new_tokens": 1}
     said = ll.patchscope(lens, columns, name, [1.0], **asked)
-    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    norm = case.base.get_submodule(FINAL_NORM[family])
+    head = case.base.get_output_embeddings()
     gamma = 1 + norm.weight if family == "gemma2" else norm.weight
     for i, (mine, direction) in enumerate(zip(columns, said.directions, strict=True)):
         u = U[:, i] * (U[:, i] @ mine).sign() * said.size
@@ -481,7 +499,8 @@ def test_what_an_update_writes_is_read_as_tokens(family: str, cls: str, flags: s
 
 @pytest.mark.bad_input
 def test_patchscope_refuses():
-    lens, v = cases.case("llama", CLASSES[-1], "raw").lens, drawn(16)
+    lens = cases.case("llama", CLASSES[-1], "raw").lens
+    v = drawn(16)
     name = "blocks.1.hook_resid_pre"
     asked = {"prompt": "w3 w4 w5", "placeholder": "w4"}
     with pytest.raises(ll.errors.ArgumentError, match="none of the tokens"):
@@ -505,7 +524,8 @@ def test_patchscope_refuses():
 
 def test_results_are_saved_drawn_and_told(tmp_path):
     lens = cases.case("llama", CLASSES[-1], "raw").lens
-    v, name = drawn(2, 16), "blocks.1.hook_resid_pre"
+    v = drawn(2, 16)
+    name = "blocks.1.hook_resid_pre"
     asked = {"prompt": "w3 w4 w5", "placeholder": "w4"}
     every = [
         ll.alignment(lens, v),

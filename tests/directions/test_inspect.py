@@ -293,7 +293,8 @@ def test_modules_that_the_model_lacks_are_listed(tmp_path):
     partial = dataclasses.replace(adapter, modules=renamed)
     missing = lacking(partial, hooked("llama")[1])
     assert missing == tuple(f"model.layers.7.mlp.{n}_proj" for n in ("down", "gate", "up"))
-    base, quiet = ModelBeside(model="llama"), Console(quiet=True)
+    base = ModelBeside(model="llama")
+    quiet = Console(quiet=True)
     summary = summarise(partial, running.lens_for(base, partial, quiet, leaves_out=True))
     assert summary.missing == missing
     assert {row.module for row in summary.rows if row.site is None} == set(missing)

@@ -97,7 +97,8 @@ def direction_of(case: cases.Case, flags: str) -> Tensor:
 def test_each_spelling_of_positions(family: str, flags: str, cls: str, asked: str):
     """Logits of both models on padded prompts, and log p of responses in rows of their own."""
     case = cases.case(family, cls, flags)
-    lens, v = case.lens, direction_of(case, flags)
+    lens = case.lens
+    v = direction_of(case, flags)
     positions, tokens_of = POSITIONS[asked]
     with lens.without(v, POST, positions):
         ends = [lens.logits(prompts(), at) for at in (0.0, 1.0)]
@@ -123,7 +124,9 @@ def test_each_spelling_of_positions(family: str, flags: str, cls: str, asked: st
 def test_interventions_and_slopes_with_the_first_token_kept(family: str, cls: str, monkeypatch):
     """Leaving modules out, in batches that grow; first order by both modes, in blocks run twice."""
     case = cases.case(family, cls, "raw")
-    lens, v, readout = case.lens, drawn(case.model.cfg.d_model), ll.Margin(5, 9)
+    lens = case.lens
+    v = drawn(case.model.cfg.d_model)
+    readout = ll.Margin(5, 9)
     modules = list(dict.fromkeys(site.module for site in lens.sites))
     groups = {m: [s.name for s in lens.sites if s.module == m] for m in modules}
     with lens.without(v, POST):
@@ -169,7 +172,9 @@ def test_interventions_and_slopes_with_the_first_token_kept(family: str, cls: st
 def test_the_sink_changes_everything_and_is_left_out(cls: str):
     """With it the numbers are those of every token; without it the first token's h is untouched."""
     case = cases.case("llama", cls, "raw")
-    lens, v, tokens = case.lens, drawn(16), models.tokens(1, 5)
+    lens = case.lens
+    v = drawn(16)
+    tokens = models.tokens(1, 5)
     name = "blocks.0.hook_resid_post"
     seen: dict[bool, Tensor] = {}
     for sinks in (False, True):
@@ -196,7 +201,8 @@ def test_the_sink_changes_everything_and_is_left_out(cls: str):
 def test_generated_tokens_are_those_of_hooks(cls: str, asked: str):
     """Prompts of two lengths, drafted with a cache and confirmed; 'response' is what is said."""
     case = cases.case("llama", cls, "raw")
-    lens, v = case.lens, drawn(16)
+    lens = case.lens
+    v = drawn(16)
     positions, tokens_of = POSITIONS[asked]
     with lens.without(v, POST, positions):
         said = lens.generate(prompts(), 4, eos_token_id=(), progress=False)
@@ -211,7 +217,9 @@ def test_generated_tokens_are_those_of_hooks(cls: str, asked: str):
 def test_passes_of_ones_own(cls: str):
     """Whole rows, by whatever tool, and rows that continue a cache; and what is refused."""
     case = cases.case("llama", cls, "raw")
-    lens, v, tokens = case.lens, drawn(16), models.tokens(2, 6)
+    lens = case.lens
+    v = drawn(16)
+    tokens = models.tokens(2, 6)
     base = torch.stack([row_logits(case, v, row, range(1, 6), "llama", 0.0) for row in tokens])
     lens.model.run_with_cache(tokens)  # a Bridge of later versions keeps hooks of its own after it
     before = state(lens.model)
@@ -221,7 +229,9 @@ def test_passes_of_ones_own(cls: str):
             assert (lens.model.forward(tokens) - base).abs().max() < TINY
             hooked = lens.model.run_with_hooks(tokens, fwd_hooks=[])
             cached, _ = lens.model.run_with_cache(tokens)
-            host, cache, parts = lens.plan.host, None, list[Tensor]()
+            host = lens.plan.host
+            cache = None
+            parts = list[Tensor]()
             for piece in (tokens[:, :3], tokens[:, 3:5], tokens[:, 5:]):
                 logits, cache = host.run_cached(piece, cache)
                 parts.append(logits)
@@ -245,7 +255,9 @@ def test_passes_of_ones_own(cls: str):
 @models.NEEDS_BRIDGE
 def test_padding_on_the_left_is_told_by_the_mask():
     case = cases.case("llama", "TransformerBridge", "raw")
-    lens, v, row = case.lens, drawn(16), models.tokens(1, 5)[0]
+    lens = case.lens
+    v = drawn(16)
+    row = models.tokens(1, 5)[0]
     padded = torch.stack([torch.cat([row.new_zeros(2), row[:3]]), row])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     expected = row_logits(case, v, row[:3], range(1, 3), "llama", 0.0)
@@ -272,7 +284,9 @@ def test_padding_on_the_left_without_a_mask_is_refused(monkeypatch):
 def test_a_cache_keeps_the_mask_of_padding_on_the_left():
     """Later passes of transformer-lens bring the mask of their own tokens alone."""
     case = cases.case("llama", "HookedTransformer", "raw")
-    lens, v, row = case.lens, drawn(16), models.tokens(1, 5)[0]
+    lens = case.lens
+    v = drawn(16)
+    row = models.tokens(1, 5)[0]
     padded = torch.cat([row.new_zeros(2), row])[None]
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     lines = vars(importlib.import_module("transformer_lens.HookedTransformer"))
@@ -329,7 +343,8 @@ def test_a_contrast_of_several_points_is_removed_at_each_of_its_own(cls: str):
 
 
 def test_globs_leave_out_what_holds_no_activation_by_position(cls: str):
-    lens, v = cases.case("llama", cls, "raw").lens, drawn(16)
+    lens = cases.case("llama", cls, "raw").lens
+    v = drawn(16)
     with lens.without(v, ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"][:1]):
         expected = lens.logits(models.tokens())
     with lens.without(v, ["blocks.*.hook_resid_post", "blocks.0.attn.hook_patter*"]):
@@ -348,7 +363,8 @@ def test_globs_leave_out_what_holds_no_activation_by_position(cls: str):
 def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
     """Σ −log p of each token after the first by Hugging Face; KL of the same distributions."""
     case = cases.case("llama", cls, "raw")
-    lens, v = case.lens, drawn(16)
+    lens = case.lens
+    v = drawn(16)
     with lens.without(v, POST, sinks=sinks):
         found = ll.removal_cost(lens, prompts(), progress=False)
         inside = lens.logits(prompts(), 0.0)
@@ -376,7 +392,9 @@ def test_the_cost_is_the_rise_of_the_base_s_loss(cls: str, sinks: bool):
 
 
 def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):
-    lens, v, w = cases.case("llama", cls, "raw").lens, drawn(16), drawn(16, seed=8)
+    lens = cases.case("llama", cls, "raw").lens
+    v = drawn(16)
+    w = drawn(16, seed=8)
     with lens.without(v, POST), lens.without(w, POST):
         both = ll.removal_cost(lens, prompts(), progress=False)
     with lens.without(torch.stack([v, w]), POST):
@@ -397,7 +415,8 @@ def test_the_cost_of_nested_blocks_and_of_none(cls: str, tmp_path):
 
 @pytest.mark.bad_input
 def test_positions_that_mean_nothing_are_refused(cls: str):
-    lens, v = cases.case("llama", cls, "raw").lens, drawn(16)
+    lens = cases.case("llama", cls, "raw").lens
+    v = drawn(16)
 
     def entered(positions: Any = None, **options: Any) -> None:
         with lens.without(v, POST, positions, **options):
@@ -416,7 +435,8 @@ def test_positions_that_mean_nothing_are_refused(cls: str):
 
 def test_a_cost_that_no_text_can_show_is_refused(cls: str):
     """At a text's last token, or at responses of texts without one, no loss would change."""
-    lens, v = cases.case("llama", cls, "raw").lens, drawn(16)
+    lens = cases.case("llama", cls, "raw").lens
+    v = drawn(16)
     held = lens.prompts(models.tokens(2, 4), RESPONSES)
     for positions in (-1, "response", 90, slice(6, None)):
         with (

@@ -22,7 +22,8 @@ from lens_lora.edge_attribution import edges as edge_names
 from lens_lora.edge_attribution import path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of
 
-ROUND_OFF, DIFFERENCES = 1e-10, 1e-7
+ROUND_OFF = 1e-10
+DIFFERENCES = 1e-7
 MARGIN = ll.Margin(5, 9)
 _LLAMA = Stream(
     layer="model.layers.{l}",
@@ -115,7 +116,8 @@ def held_against_peft(held, stream: Stream, at: float) -> float:
     if any(name.endswith("block_sparse_moe") for name, _ in held.base.named_modules()):
         experts = ("block_sparse_moe", stream.mlp[1], "block_sparse_moe")  # of transformers 4
         stream = dataclasses.replace(stream, mlp=experts)
-    modules, tokens = list(held.lens.adapter.modules), models.tokens(pos=5)
+    modules = list(held.lens.adapter.modules)
+    tokens = models.tokens(pos=5)
     names, expected = reference.peft_edges(held.peft, tokens, read, stream, modules, at)
     ours = ll.edges(held.lens, tokens, MARGIN, at=at, progress=False)
     assert list(ours.readers) == names
@@ -235,7 +237,8 @@ def test_within_less_memory_the_numbers_are_the_same(cls: str):
     """One prompt at a time, fewer rows in a pass, and blocks that run twice."""
     lens = cases.case("gemma2", cls, "raw").lens
     free = ll.edges(lens, TEXTS, MARGIN, "head", at=0.37, progress=False)
-    bounds, refused = [10**8, 10**6, 4 * 10**5, 3 * 10**5, 2 * 10**5], 0
+    bounds = [10**8, 10**6, 4 * 10**5, 3 * 10**5, 2 * 10**5]
+    refused = 0
     for bound in bounds:
         try:
             bounded = ll.edges(lens.within(bound), TEXTS, MARGIN, "head", at=0.37, progress=False)
@@ -251,7 +254,8 @@ def test_within_less_memory_the_numbers_are_the_same(cls: str):
 @pytest.mark.parametrize("name", ["Granite", "Granite hybrid", "Qwen3.5", "LFM2", "GLM 4", "MPT"])
 def test_sum_to_first_order_without_a_table(name: str):
     """Scaled branches, three branches in a block, linear attention, convolutions."""
-    lens, tokens = architectures.case(name).lens, models.tokens(pos=5)
+    lens = architectures.case(name).lens
+    tokens = models.tokens(pos=5)
     edges = ll.edges(lens, tokens, MARGIN, at=0.37, progress=False)
     assert relative(edges.first_order, ll.first_order(lens, tokens, MARGIN, at=0.37).values) < 1e-9
 
@@ -261,7 +265,8 @@ def test_sum_to_first_order_without_a_table(name: str):
 
 def patched(held, stream: Stream, how: str, pairs: list[tuple[str, str]]) -> float:
     """The largest error of these edges, against hooks of Hugging Face by hand."""
-    modules, tokens = list(held.lens.adapter.modules), models.tokens(pos=5)
+    modules = list(held.lens.adapter.modules)
+    tokens = models.tokens(pos=5)
     ours = ll.patch_edges(held.lens, tokens, MARGIN, pairs, how, progress=False)
     of_site = {site.name: site.module for site in held.lens.sites}
     expected = [
@@ -285,11 +290,15 @@ def test_groups_and_globs_equal_hooks_by_hand(family: str, cls: str, how: str):
     """Sites of both branches and of both layers, and readers in the block of some of them."""
     if not models.is_built_right(family, cls, "raw"):
         pytest.skip("this version of transformer-lens builds another model")
-    held, tokens = cases.case(family, cls, "raw"), models.tokens(pos=5)
-    modules, sites = list(held.lens.adapter.modules), held.lens.sites
+    held = cases.case(family, cls, "raw")
+    tokens = models.tokens(pos=5)
+    modules = list(held.lens.adapter.modules)
+    sites = held.lens.sites
     names = [site.name for site in sites]
-    stream, layers = STREAMS[family], models.LAYERS
-    pairs, expected = [], []
+    stream = STREAMS[family]
+    layers = models.LAYERS
+    pairs = []
+    expected = []
     for writer in WRITERS:
         patterns = GROUPS.get(writer, writer)
         patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -425,7 +434,8 @@ def test_all_patches_at_once_or_one_by_one(monkeypatch):
 def test_rounding_between_rows_is_no_edge(cls: str, family: str, monkeypatch):
     """A reader in the site's own block comes after it or is refused, whatever rows' last bits."""
     lens = cases.case(family, cls, "raw").lens
-    edges, by_row = ll.edges(lens, "w5 w6", MARGIN, progress=False), path_patching._Run._by_row
+    edges = ll.edges(lens, "w5 w6", MARGIN, progress=False)
+    by_row = path_patching._Run._by_row
     named = itertools.product(enumerate(edges.sites), enumerate(edges.readers))
     within = {
         (site.name, reader): bool(edges.exists[i, j])
@@ -493,7 +503,8 @@ def test_a_hook_where_every_reader_sees_it_is_followed(cls: str, how: str):
     what is left of first order.
     """
     held = cases.case("llama", cls, "raw").lens
-    at, errors = float(how == "leave_one_out"), []
+    at = float(how == "leave_one_out")
+    errors = []
     for size in (1e-2, 1e-4):
         lens = held.with_adapter(held.adapter.scaled(size))
         with attached(lens.model, [(lens.plan.host.block_input(1), doubled)]):
@@ -530,7 +541,8 @@ def test_a_hook_in_the_stream_is_refused(cls: str):
 def test_a_hook_behind_a_block_is_refused_for_edges_within_it(cls: str):
     """What the reader saw is taken off there, and the hook may have changed it; later ones hold."""
     lens = cases.case("llama", cls, "raw").lens
-    within, later = ("blocks.0.attn.o", "blocks.0.mlp"), ("blocks.0.attn.o", "blocks.1.mlp")
+    within = ("blocks.0.attn.o", "blocks.0.mlp")
+    later = ("blocks.0.attn.o", "blocks.1.mlp")
     for name in ("blocks.0.hook_resid_post", lens.plan.host.block_input(1)):
         with attached(lens.model, [(name, lambda tensor, hook: 2 * tensor)]):
             with pytest.raises(ll.errors.ModelStateError, match="a hook of yours on block 0, or"):
@@ -664,7 +676,8 @@ def test_tables(tmp_path):
     assert len(frame) == int(edges.exists.sum()) * sum(map(len, edges.str_tokens))
     sums = frame.groupby(["prompt", "writer", "reader"], sort=False)["value"].sum()
     for (prompt, writer, reader), value in sums.items():
-        row, column = list(edges.groups).index(writer), edges.readers.index(reader)
+        row = list(edges.groups).index(writer)
+        column = edges.readers.index(reader)
         assert value == pytest.approx(float(edges.per_edge[prompt, row, column]), abs=1e-12)
     top = edges.top(3, prompt=1)
     labels = ["writer", "site", "module", "layer", "kind", "reader"]

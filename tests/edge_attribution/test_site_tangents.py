@@ -21,7 +21,9 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-W, B, MASK = draw(4, 6, seed=0), draw(6, seed=1), draw(3, 4, seed=2) > 0
+W = draw(4, 6, seed=0)
+B = draw(6, seed=1)
+MASK = draw(3, 4, seed=2) > 0
 INDEX = torch.tensor([2, 0])
 INTEGERS = INDEX[:, None, None]
 
@@ -103,7 +105,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def both(name: str) -> tuple[list[Tensor], list[Tensor]]:
     """(value, tangent of each site) by our rules, and by torch. Site 1 is carried by both."""
-    function, x, y = FUNCTIONS[name], draw(2, 3, 4, seed=3), draw(2, 3, 4, seed=4)
+    function = FUNCTIONS[name]
+    x = draw(2, 3, 4, seed=3)
+    y = draw(2, 3, 4, seed=4)
     zero, a, b = torch.zeros_like(x), *(draw(2, 3, 4, seed=seed) for seed in (5, 6))
     directions = {0: (a, zero), 1: (b, a), 2: (zero, b)}
     with dual_level():
@@ -176,7 +180,8 @@ def test_writes_that_are_not_followed_are_refused(name: str):
 
 @pytest.mark.bad_input
 def test_writes_into_what_has_a_graph_and_no_tangents_are_refused():
-    x, y = moving(draw(3, seed=3), {0: draw(3, seed=5)}), draw(3, seed=4).requires_grad_()
+    x = moving(draw(3, seed=3), {0: draw(3, seed=5)})
+    y = draw(3, seed=4).requires_grad_()
     with dual_level(), torch.enable_grad():
         made = y * 2
         with pytest.raises(ll.errors.ModelStateError, match="another tensor shares"):
@@ -199,14 +204,17 @@ def test_values_stand_there_once(monkeypatch):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_keep_their_graph_and_tangents_have_none(name: str):
     """The way back is that of the function of the values alone, in-place writes included."""
-    function, x, y = FUNCTIONS[name], draw(2, 3, 4, seed=3), draw(2, 3, 4, seed=4)
+    function = FUNCTIONS[name]
+    x = draw(2, 3, 4, seed=3)
+    y = draw(2, 3, 4, seed=4)
     gradients = []
     for is_moving in (True, False):
         leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
         with dual_level(), torch.enable_grad():
             a, b = (leaf * 1 for leaf in leaves)
             if is_moving:
-                a, b = moving(a, {0: draw(2, 3, 4, seed=5)}), moving(b, {1: draw(2, 3, 4, seed=6)})
+                a = moving(a, {0: draw(2, 3, 4, seed=5)})
+                b = moving(b, {1: draw(2, 3, 4, seed=6)})
             result = function(a, b)
             assert not any(tangent.requires_grad for tangent in tangents_of(result).values())
             result = value_of(result)

@@ -17,7 +17,8 @@ from lens_lora.core import layer_order
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4]
-LAST, MIDDLE = f"blocks.{models.LAYERS - 1}.hook_resid_post", "blocks.0.hook_resid_post"
+LAST = f"blocks.{models.LAYERS - 1}.hook_resid_post"
+MIDDLE = "blocks.0.hook_resid_post"
 TINY = 1e-10
 CLASSES = list(models.MAKERS)
 
@@ -28,7 +29,8 @@ def texts() -> ll.results.Prompts:
 
 def by_peft(case: cases.Case, module: str, of: Callable[[Tensor], Tensor]) -> list[tuple]:
     """(h(0), h(1)) of each text at a module's input: PEFT's own adapter off and on."""
-    found, model = [], case.peft.base_model.model
+    found = []
+    model = case.peft.base_model.model
     for text, length in enumerate(LENGTHS):
         row = models.tokens()[text : text + 1, :length]
         with case.peft.disable_adapter():
@@ -67,9 +69,11 @@ def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str)
     # A processed model's writing weights are centred, so its residual stream is.
     ends = by_peft(case, FINAL_NORM[family], centred if flags == "processed" else lambda h: h)
     found = ll.activation_shift(case.lens, texts(), LAST)
-    shifts, shifted = [], 0.0
+    shifts = []
+    shifted = 0.0
     for text, (base, adapted) in enumerate(ends):
-        mine, length = found.values[LAST][text], LENGTHS[text]
+        mine = found.values[LAST][text]
+        length = LENGTHS[text]
         assert (mine[:length] - (adapted - base)).abs().max() < TINY
         assert mine[length:].isnan().all()
         assert (found.first[LAST][text] - (adapted - base)[0]).abs().max() < TINY
@@ -82,7 +86,8 @@ def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str)
     assert (found.mean()[LAST] - with_first).abs().max() > 1e-3  # the first token in the mean
     assert shifted > 1e-3  # a position off
 
-    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    norm = case.base.get_submodule(FINAL_NORM[family])
+    head = case.base.get_output_embeddings()
     eps = case.model.cfg.eps
     over = [
         centred(adapted - base) / (centred(base).square().mean(-1, keepdim=True) + eps).sqrt()
@@ -97,10 +102,12 @@ def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str)
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_the_reading_of_each_token_is_hugging_face_s(family: str, cls: str, flags: str):
     """γ, ‖h(0)‖ and the head of the base; at the positions asked for, and nowhere else."""
-    case, is_ln = built(family, cls, flags), family != "llama"
+    case = built(family, cls, flags)
+    is_ln = family != "llama"
     found = ll.activation_shift(case.lens, texts(), [LAST, MIDDLE], by="position")
     last = ll.activation_shift(case.lens, texts(), LAST, by="position", positions=-1)
-    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    norm = case.base.get_submodule(FINAL_NORM[family])
+    head = case.base.get_output_embeddings()
     assert set(found.token_readings) == {LAST, MIDDLE}
     frame = found.logit_lens(3, LAST, by="position")
     for text, (base, adapted) in enumerate(by_peft(case, FINAL_NORM[family], lambda h: h)):
@@ -170,7 +177,8 @@ def test_maps_have_layers_in_their_order(cls: str):
     """Whatever the order in which points were named; each row keeps its numbers."""
     lens = cases.case("llama", cls, "raw").lens
     points = ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post"]
-    tokens, margin = models.tokens(1), ll.Margin(5, 9)
+    tokens = models.tokens(1)
+    margin = ll.Margin(5, 9)
     patched = ll.patch_activations(lens, tokens, margin, points, positions="each", progress=False)
     moved = ll.activation_shift(lens, tokens, points)
     sizes = [moved.values[name][0].norm(dim=-1) / moved.base_norms[name][0] for name in points]
@@ -205,7 +213,8 @@ def test_laws():
 
 def test_a_shared_beginning_counts_once_in_the_constant_share():
     """By causality Δh is the same there, so it is not held out from the text that has it first."""
-    lens, rows = lens_of(), models.tokens(2, 7)
+    lens = lens_of()
+    rows = models.tokens(2, 7)
     rows[1, :4] = rows[0, :4]
     found = ll.activation_shift(lens, rows, LAST)
 
@@ -342,7 +351,8 @@ def test_cosine_of_nothing_and_behind_a_norm(cls: str):
 
 def test_a_shared_beginning_counts_once_in_means():
     """Also where a token is asked for that an earlier text has, but not at the same place."""
-    lens, rows = lens_of(), models.tokens(3, 7)
+    lens = lens_of()
+    rows = models.tokens(3, 7)
     rows[1:, :4] = rows[0, :4]
     both = ll.results.Prompts(rows, torch.tensor([7, 7, 4]))
     found = ll.activation_shift(lens, both, LAST)
@@ -362,7 +372,8 @@ def test_a_shared_beginning_counts_once_in_means():
 
 def test_a_base_that_moves_is_seen():
     """A hook that differs between the two runs: the shift is then not the adapter's."""
-    lens, runs = lens_of(), []
+    lens = lens_of()
+    runs = []
 
     def move(tensor: Tensor, hook: Any) -> Tensor:
         runs.append(0)

@@ -35,7 +35,8 @@ def rows() -> list[Tensor]:
 @functools.cache
 def of_row(case: cases.Case, p: int, without_first: bool = False) -> dict[str, Tensor]:
     """`by_peft` of one prompt and its response, or of what is left without its first token."""
-    row, at = rows()[p], LENGTHS[p]
+    row = rows()[p]
+    at = LENGTHS[p]
     return by_peft(case, torch.cat([row[:, :at], row[:, at + 1 :]], 1) if without_first else row)
 
 
@@ -106,11 +107,13 @@ def test_svd_writes_the_same_delta(family: str, cls: str, flags: str):
         update = case.lens.plan.updates[slot].update
         dense = update.scale * update.B @ update.A
         U, sigma, _ = torch.linalg.svd(dense, full_matrices=False)
-        U, rank = U[:, : len(update.A)], found.ranks[slot]
+        U = U[:, : len(update.A)]
+        rank = found.ranks[slot]
         U = U * U.gather(0, U.abs().argmax(0)[None]).sign()
         for p, row in enumerate(rows()):
             own = slice(0, row.shape[1])
-            u, x = found.values[p, slot, own, :rank], trained.values[p, slot, own, :rank]
+            u = found.values[p, slot, own, :rank]
+            x = trained.values[p, slot, own, :rank]
             delta = update.scale * x @ update.B.T
             assert (u @ U.T - delta).abs().max() < TINY
             assert (u - delta @ U).abs().max() < TINY
@@ -120,7 +123,8 @@ def test_svd_writes_the_same_delta(family: str, cls: str, flags: str):
 def test_svd_is_unchanged_by_any_other_factors():
     """The same ΔW as (GA, BG⁻¹): 'svd' is what it was, 'trained' is not."""
     lens = cases.case("gpt2", list(models.MAKERS)[0], "processed").lens
-    modules, generator = {}, models.seeded(5)
+    modules = {}
+    generator = models.seeded(5)
     for name, factors in lens.adapter.modules.items():
         G = torch.randn(factors.rank, factors.rank, generator=generator, dtype=torch.float64)
         modules[name] = ll.LoRAFactors(G @ factors.A, factors.B @ G.inverse(), factors.scale)
@@ -232,7 +236,8 @@ def test_dora_has_the_svd_of_its_dense_update(cls: str):
 def test_one_pass_without_logits():
     """One forward pass; the head's weight is not read."""
     case = cases.case("llama", list(models.MAKERS)[0], "raw")
-    passes, logits = [], []
+    passes = []
+    logits = []
     block = case.model.blocks[0].register_forward_pre_hook(lambda m, a: passes.append(1))
     multiply = torch.nn.functional.linear
 
@@ -296,7 +301,8 @@ def test_examples_and_means(tmp_path):
         best = flat.sort(descending=True).values[:3]
         assert (sign * top["value"]).tolist() == best[best > 0].tolist()
         row = top.iloc[0]
-        tokens, at = found.str_tokens[row["prompt"]], int(row["position"])
+        tokens = found.str_tokens[row["prompt"]]
+        at = int(row["position"])
         around = "".join(tokens[at - 1 : at]) + f"⟦{tokens[at]}⟧" + "".join(tokens[at + 1 : at + 2])
         assert row["context"] == around and row["token"] == tokens[at]
     assert set(found.top(site, 2)["rank"]) == {0, 1, 2}
@@ -321,7 +327,8 @@ def test_examples_and_means(tmp_path):
 
 def test_a_shared_beginning_counts_once():
     """Of examples and means over all prompts; of a single prompt every token is its own."""
-    lens, rows = cases.case("llama", list(models.MAKERS)[0], "raw").lens, models.tokens(3, 7)
+    lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
+    rows = models.tokens(3, 7)
     rows[1:, :4] = rows[0, :4]
     found = ll.activations(lens, ll.results.Prompts(rows, torch.tensor([7, 7, 4])))
     site = "blocks.1.mlp.down"
@@ -343,10 +350,13 @@ def test_a_shared_beginning_counts_once():
 
 def test_a_row_for_each_token_and_what_stands_there():
     """For an autoencoder of one's own: a column for each direction; repeated tokens count once."""
-    lens, rows = cases.case("llama", list(models.MAKERS)[0], "raw").lens, models.tokens(2, 7)
+    lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
+    rows = models.tokens(2, 7)
     rows[1, :4] = rows[0, :4]
     found = ll.activations(lens, rows)
-    matrix, contexts, directions = found.matrix(), found.contexts(context=1), found.directions("*")
+    matrix = found.matrix()
+    contexts = found.contexts(context=1)
+    directions = found.directions("*")
     assert matrix.shape == (len(contexts), len(directions)) and len(contexts) == 6 + 3
     for row, (p, t) in zip(
         matrix, contexts[["prompt", "position"]].itertuples(index=False), strict=True

@@ -36,7 +36,8 @@ def found_of(family: str, cls: str, flags: str) -> ll.results.ConstantPart:
 @functools.cache
 def deltas(family: str) -> list[dict[str, Tensor]]:
     """Of each text, {module: what PEFT's layer adds to its base layer, [token, out]}."""
-    peft, found = cases.case(family, CLASSES[0], "raw").peft, []
+    peft = cases.case(family, CLASSES[0], "raw").peft
+    found = []
     for text, length in enumerate(LENGTHS):
         kept: dict[str, Tensor] = {}
         handles = []
@@ -68,7 +69,8 @@ def share_by_hand(parts: list[Tensor]) -> float:
 
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_shares_and_vectors_are_peft_s(family: str, cls: str, flags: str):
-    case, found = cases.case(family, cls, flags), found_of(family, cls, flags)
+    case = cases.case(family, cls, flags)
+    found = found_of(family, cls, flags)
     in_sample = with_first = 0.0
     for index, site in enumerate(found.sites):
         rows = case.lens.plan.updates[index].site.rows
@@ -100,7 +102,8 @@ def with_constants(family: str, vectors: dict[str, Tensor], tokens: Tensor) -> T
 @pytest.mark.parametrize(("family", "cls", "flags"), CASES)
 def test_kept_is_judged_on_the_other_half(family: str, cls: str, flags: str):
     """KL of PEFT's adapted model from the base with the constants of the other texts alone."""
-    case, found = cases.case(family, cls, flags), found_of(family, cls, flags)
+    case = cases.case(family, cls, flags)
+    found = found_of(family, cls, flags)
     for text, length in enumerate(LENGTHS):
         row = texts().tokens[text : text + 1, :length]
         half = [kept for i, kept in enumerate(deltas(family)) if i % 2 != text % 2]
@@ -119,7 +122,8 @@ def test_kept_is_judged_on_the_other_half(family: str, cls: str, flags: str):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_adapter_and_steering_vectors_do_the_same(cls: str, flags: str, tmp_path):
     """Applied, saved and read again, and as vectors added by hooks of one's own."""
-    lens, found = cases.case("gpt2", cls, flags).lens, found_of("gpt2", cls, flags)
+    lens = cases.case("gpt2", cls, flags).lens
+    found = found_of("gpt2", cls, flags)
     tokens = models.tokens()
     expected = cases.centred(with_constants("gpt2", dict(found.vectors), tokens))
     folder = found.adapter.save(tmp_path / "constant")
@@ -139,10 +143,13 @@ def test_adapter_and_steering_vectors_do_the_same(cls: str, flags: str, tmp_path
 
 def test_shared_beginnings_count_once():
     """Texts that begin alike hold the same δ there, which is not held out from one another."""
-    case, rows = cases.case("llama", CLASSES[0], "raw"), models.tokens(3, 7)
+    case = cases.case("llama", CLASSES[0], "raw")
+    rows = models.tokens(3, 7)
     rows[2, :4] = rows[1, :4]
-    found, own = ll.constant_part(case.lens, rows), [slice(1, 7), slice(1, 7), slice(4, 7)]
-    path, kept = DOWN, list[Tensor]()
+    found = ll.constant_part(case.lens, rows)
+    own = [slice(1, 7), slice(1, 7), slice(4, 7)]
+    path = DOWN
+    kept = list[Tensor]()
     layer = case.peft.base_model.model.get_submodule(path)
     handle = layer.register_forward_hook(
         lambda module, args, out: kept.append(out - module.base_layer(args[0]))
@@ -164,7 +171,8 @@ def test_shared_beginnings_count_once():
 
 def test_a_half_s_constants_have_nothing_of_the_other_half():
     """Texts 1 and 2 begin alike and stand in two halves: their beginning is in no constants."""
-    case, rows = cases.case("llama", CLASSES[0], "raw"), models.tokens(3, 7)
+    case = cases.case("llama", CLASSES[0], "raw")
+    rows = models.tokens(3, 7)
     rows[2, :4] = rows[1, :4]
     found = ll.constant_part(case.lens, rows, ll.Margin(5, 9))
     kept = {site.module: list[Tensor]() for site in case.lens.sites}
@@ -219,7 +227,8 @@ def test_planted():
 
 def test_a_readout():
     """(g_constant − g₀)/(g₁ − g₀) by the constants of the other half; and tables, files, names."""
-    case, readout = cases.case("llama", CLASSES[0], "raw"), ll.Margin(5, 9)
+    case = cases.case("llama", CLASSES[0], "raw")
+    readout = ll.Margin(5, 9)
     found = ll.constant_part(case.lens, texts(), readout)
     ends = ll.first_order(case.lens, texts(), readout)
     assert (found.base - ends.base).abs().max() < 1e-12
@@ -234,7 +243,8 @@ def test_a_readout():
 
 def test_a_readout_has_both_numbers():
     """The margin's share by hand from PEFT's logits, the KL's as without a readout; in words."""
-    case, by_kl = cases.case("llama", CLASSES[0], "raw"), found_of("llama", CLASSES[0], "raw")
+    case = cases.case("llama", CLASSES[0], "raw")
+    by_kl = found_of("llama", CLASSES[0], "raw")
     found = ll.constant_part(case.lens, texts(), ll.Margin(5, 9))
     margins = torch.zeros(3, 3, dtype=torch.float64)  # [base, constant, adapted; text]
     for text, length in enumerate(LENGTHS):
@@ -261,7 +271,9 @@ def test_a_readout_has_both_numbers():
 def test_a_constant_that_keeps_the_kl_and_loses_the_margin():
     """Planted: a vector moves every token's logits alike, a fact the margin at each text's end."""
     case = cases.case("llama", CLASSES[0], "raw")
-    lens, rows, head = case.lens, texts(), case.base.lm_head.weight.detach()
+    lens = case.lens
+    rows = texts()
+    head = case.base.lm_head.weight.detach()
     margin = head[5] - head[9]
     write = margin / margin.square().sum()
     vector = torch.randn(16, generator=models.seeded(7), dtype=torch.float64)
@@ -282,7 +294,8 @@ def test_a_constant_that_keeps_the_kl_and_loses_the_margin():
 
 def test_a_fused_module_that_was_trained_whole():
     """μ has all rows of the module, which GPT-2 stores as [in, out]; as factors it is the same."""
-    base, name = models.hf_model("gpt2"), "transformer.h.0.attn.c_attn"
+    base = models.hf_model("gpt2")
+    name = "transformer.h.0.attn.c_attn"
     W = base.get_submodule(name).weight.detach()
     change = 0.3 * torch.randn(W.shape, generator=models.seeded(6), dtype=torch.float64)
     factors = ll.LoRAFactors(torch.eye(len(W)).double(), change.T.contiguous())

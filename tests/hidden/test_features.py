@@ -20,7 +20,8 @@ import lens_lora as ll
 from lens_lora.families import Family
 
 pytestmark = pytest.mark.usefixtures("float64")
-EXACT, FEATURES = 1e-9, 5
+EXACT = 1e-9
+FEATURES = 5
 OUT = {"HookedTransformer": "hook_resid_post", "TransformerBridge": "hook_out"}
 
 
@@ -57,8 +58,10 @@ def cached(model: Any, tokens: Tensor) -> dict[str, Tensor]:
 )
 def test_points_of_every_kind_against_the_merged_model(family: str, flags: str, cls: str):
     """d·(h(1) − h(0)) from plain caches of the base and of the merged weights, to 1e-9."""
-    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
-    base, merged = cached(lens.model, tokens), cached(merged_model(family, cls, flags), tokens)
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
+    base = cached(lens.model, tokens)
+    merged = cached(merged_model(family, cls, flags), tokens)
     names = [name for name in base if name in merged][:: 2 if cls == "HookedTransformer" else 7]
     assert len(names) > 10
     for name in names:
@@ -71,7 +74,9 @@ def test_points_of_every_kind_against_the_merged_model(family: str, flags: str, 
 
 def test_permuted_directions_are_seen(cls: str):
     """Negative control: the features follow their rows, and other rows are far off."""
-    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
+    rows = directions(16)
     order = torch.tensor([1, 2, 3, 4, 0])
     found = ll.feature_shift(lens, tokens, rows, out(cls))
     permuted = ll.feature_shift(lens, tokens, rows[order], out(cls))
@@ -93,7 +98,9 @@ def peft_projected(case: cases.Case, tokens: Tensor, rows: Tensor, factors: dict
 @pytest.mark.parametrize("chosen", ["*", "*.mlp.*"])
 def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: str):
     """d·∂h/∂t at ε = at·scale against PEFT's hidden states; the shift against them exactly."""
-    case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
+    rows = directions(16)
     modules = [m for m in case.lens.adapter.modules if chosen == "*" or ".mlp." in m]
     others = dict.fromkeys(set(case.lens.adapter.modules) - set(modules), 0.0)
 
@@ -101,7 +108,8 @@ def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: 
         return peft_projected(case, tokens, rows, others | dict.fromkeys(modules, t))
 
     step = 1e-3
-    near, far = h(at + step) - h(at - step), h(at + 2 * step) - h(at - 2 * step)
+    near = h(at + step) - h(at - step)
+    far = h(at + 2 * step) - h(at - 2 * step)
     slope = (8 * near - far) / (12 * step)
     found = ll.feature_shift(case.lens, tokens, rows, out(cls, 0), scale={chosen: 1.0}, at=at)
     assert (found.shift - (h(1.0) - h(0.0))).abs().max() < EXACT
@@ -112,7 +120,8 @@ def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: 
 
 def test_by_hand():
     """φ(y) = y², x = 3: y₂ goes from 18 to 141.75, with slopes 18 and 45."""
-    lens, tokens = scalar_lens(torch.square), torch.tensor([[1, 3]])
+    lens = scalar_lens(torch.square)
+    tokens = torch.tensor([[1, 3]])
     found = ll.feature_shift(lens, tokens, torch.tensor([[1.0], [-2.0]]).double(), "out2")
     assert found.base.tolist() == [[18.0, -36.0]]
     assert found.shift.tolist() == [[123.75, -247.5]]
@@ -123,7 +132,9 @@ def test_by_hand():
 
 def test_a_linear_point_has_no_remainder_and_an_earlier_one_no_shift(cls: str):
     """What one site writes is linear in its gate; upstream of it nothing moves at all."""
-    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
+    rows = directions(16)
     last = next(s for s in lens.sites if s.kind == "down" and s.layer == 1)
     own = ll.feature_shift(lens, tokens, rows, last.write, scale={last.name: 1.0})
     assert own.remainder.abs().max() < 1e-12 < own.shift.abs().min()
@@ -134,7 +145,9 @@ def test_a_linear_point_has_no_remainder_and_an_earlier_one_no_shift(cls: str):
 
 def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
     """Positions count within each prompt; padding is NaN by position, and in no table."""
-    lens, rows, lengths = cases.case("llama", cls, "raw").lens, directions(16), [7, 4]
+    lens = cases.case("llama", cls, "raw").lens
+    rows = directions(16)
+    lengths = [7, 4]
     prompts = ll.results.Prompts(models.tokens(), torch.tensor(lengths))
     by_position = ll.feature_shift(lens, prompts, rows, out(cls), positions="each")
     for row, length in enumerate(lengths):
@@ -162,7 +175,8 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
 
 def test_position_0_sets_neither_the_colours_nor_the_features(cls: str):
     """Its shifts made a thousand times larger: they are drawn at the end of the scale."""
-    lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
+    lens = cases.case("llama", cls, "raw").lens
+    rows = directions(16)
     found = ll.feature_shift(lens, models.tokens(1), rows, out(cls), positions="each")
     larger = torch.ones_like(found.shift)
     larger[..., 0] = 1000.0
@@ -203,8 +217,10 @@ def autoencoder(width: int, name: str | None, by_head: bool = False, **cfg: Any)
 
 def test_an_autoencoder_s_features(cls: str):
     """The shift is that of its pre-activations; its activations stand beside, at both ends."""
-    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
-    base, merged = cached(case.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
+    base = cached(case.model, tokens)
+    merged = cached(merged_model("llama", cls, "raw"), tokens)
     sae = autoencoder(16, out(cls))
     found = ll.feature_shift(case.lens, tokens, sae)
     ends = [h[out(cls)][:, -1] for h in (base, merged)]
@@ -234,14 +250,17 @@ POSITIONS = [
 @pytest.mark.parametrize(("positions", "expected", "label"), POSITIONS)
 def test_over_several_positions_it_is_the_mean(positions: Any, expected: Any, label: str, cls: str):
     """Of d·Δh and of an autoencoder's activations, which are not linear in h."""
-    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
-    base, merged = cached(case.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
+    base = cached(case.model, tokens)
+    merged = cached(merged_model("llama", cls, "raw"), tokens)
     sae = autoencoder(16, out(cls))
     prompts = ll.results.Prompts(tokens, torch.tensor([7, 4]))
     found = ll.feature_shift(case.lens, prompts, sae, positions=positions)
     assert found.positions == label and found.activations is not None
     for text, chosen in enumerate(expected):
-        h0, h1 = base[out(cls)][text, chosen], merged[out(cls)][text, chosen]
+        h0 = base[out(cls)][text, chosen]
+        h1 = merged[out(cls)][text, chosen]
         assert (found.shift[text] - (sae.pre(h1) - sae.pre(h0)).mean(0)).abs().max() < EXACT
         assert (found.activations[1][text] - sae.encode(h1).mean(0)).abs().max() < EXACT
     assert "mean over" in found.plot(prompt=0).layout.title.text
@@ -249,7 +268,8 @@ def test_over_several_positions_it_is_the_mean(positions: Any, expected: Any, la
 
 def test_an_autoencoder_of_heads(cls: str):
     """At z it sees heads as SAELens does, and its directions the heads laid flat."""
-    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
     name = next(s.read for s in case.lens.sites if s.kind == "o" and s.layer == 1)
     with torch.no_grad():
         h = merged_model("llama", cls, "raw").run_with_cache(tokens)[1][name][:, -1]
@@ -261,7 +281,8 @@ def test_an_autoencoder_of_heads(cls: str):
 
 
 def test_autoencoders_that_are_not_linear_are_refused(cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     sae = autoencoder(16, out(cls))
     sae.cfg.normalize_activations = "layer_norm"
     with pytest.raises(ValueError, match="normalises its input .*'layer_norm'.*fold"):
@@ -273,7 +294,9 @@ def test_autoencoders_that_are_not_linear_are_refused(cls: str):
 
 def test_writes_against_peft_s_own_layers(cls: str):
     """d · s·B·A·z from PEFT's layers of the base (at=0) and of the adapted model (at=1)."""
-    case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
+    rows = directions(16)
     for at in (0.0, 1.0):
         found = ll.feature_shift(case.lens, tokens, rows, at=at, positions=-2, by="site")
         assert [s.kind for s in found.sites] == ["o", "down"] * models.LAYERS
@@ -287,7 +310,8 @@ def test_writes_against_peft_s_own_layers(cls: str):
             ):
                 case.peft(tokens)
             handle.remove()
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            A = layer.lora_A["default"].weight
+            B = layer.lora_B["default"].weight
             delta = layer.scaling["default"] * z[0][:, -2] @ A.T @ B.T
             assert (found.values[:, column] - delta @ rows.T).abs().max() < EXACT, site.name
     assert (
@@ -298,7 +322,9 @@ def test_writes_against_peft_s_own_layers(cls: str):
 @pytest.mark.parametrize(("family", "flags"), [("gpt2", "processed"), ("neox", "raw")])
 def test_writes_are_the_shift_at_the_site_s_output(family: str, flags: str, cls: str):
     """With one site on, nothing but its own write moves at its output, folded biases included."""
-    lens, tokens, rows = cases.case(family, cls, flags).lens, models.tokens(), directions(16)
+    lens = cases.case(family, cls, flags).lens
+    tokens = models.tokens()
+    rows = directions(16)
     found = ll.feature_shift(lens, tokens, rows, by="site")
     for column, site in enumerate(found.sites):
         own = ll.feature_shift(lens, tokens, rows, site.write, scale={site.name: 1.0})
@@ -308,8 +334,10 @@ def test_writes_are_the_shift_at_the_site_s_output(family: str, flags: str, cls:
 def test_writes_of_an_embedding(cls: str):
     base, model = hooked("gpt2", cls, "raw")
     peft = peft_with("gpt2", base, "embedding")
-    lens, tokens = ll.LoraLens(model, ll.Adapter.from_peft(peft)), models.tokens()
-    found, rows = ll.feature_shift(lens, tokens, directions(16), by="site"), directions(16)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    tokens = models.tokens()
+    found = ll.feature_shift(lens, tokens, directions(16), by="site")
+    rows = directions(16)
     layer = peft.base_model.model.get_submodule(lens.sites[0].module)
     delta = layer.get_delta_weight("default")[tokens[:, -1]]
     assert (found.values[:, 0] - delta @ rows.T).abs().max() < EXACT
@@ -318,7 +346,8 @@ def test_writes_of_an_embedding(cls: str):
 
 def test_writes_that_have_no_meaning_are_refused(cls: str):
     """No site that writes to the residual stream; a norm between δz and the stream."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     queries = lens.with_adapter(lens.adapter.only("*.q_proj"))
     with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to the residual"):
         ll.feature_shift(queries, tokens, directions(16), by="site")
@@ -337,7 +366,9 @@ def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
 
     In a parallel block attention does not move what the MLP reads.
     """
-    case, tokens, rows = cases.case(family, cls, "raw"), models.tokens(), directions(16)
+    case = cases.case(family, cls, "raw")
+    tokens = models.tokens()
+    rows = directions(16)
     lens = case.lens
     everywhere = ll.feature_shift(lens, tokens, rows, by="site")
     assert everywhere.name == ""
@@ -365,7 +396,9 @@ def test_only_sites_that_can_move_a_point_are_listed(family: str, cls: str):
 
 def test_sites_that_move_the_stream_by_peft(cls: str):
     """The hidden state after block 0 moves with a module's scale, or the module is not listed."""
-    case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
+    case = cases.case("llama", cls, "raw")
+    tokens = models.tokens()
+    rows = directions(16)
     found = ll.feature_shift(case.lens, tokens, rows, out(cls, 0), by="site")
     modules = list(case.lens.adapter.modules)
     plain = peft_projected(case, tokens, rows, dict.fromkeys(modules, 0.0))
@@ -377,7 +410,8 @@ def test_sites_that_move_the_stream_by_peft(cls: str):
 
 
 def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     sae = autoencoder(16, out(cls, 0))
     found = ll.feature_shift(lens, tokens, (sae, [0, 3]), by="site")
     assert {site.layer for site in found.sites} == {0} and found.name == out(cls, 0)
@@ -389,7 +423,8 @@ def test_an_autoencoder_and_a_contrast_bring_their_point(cls: str):
 
 def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
     """A site's own output, what attention adds to the stream, and points that none writes to."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     up = next(site for site in lens.sites if site.kind == "up" and site.layer == 1)
     rows = directions(lens.plan.host.shape(1, "up")[0])
     found = ll.feature_shift(lens, tokens, rows, up.write, by="site")
@@ -406,7 +441,8 @@ def test_sites_that_write_to_a_point_outside_the_stream(cls: str):
 
 @pytest.mark.bad_input
 def test_by_site_takes_one_position_and_no_scale(cls: str):
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     for odd in ({"scale": 0.5}, {"positions": "each"}):
         with pytest.raises(ll.errors.ArgumentError, match=r"leave out scale="):
             ll.feature_shift(lens, tokens, directions(16), by="site", **odd)
@@ -455,7 +491,8 @@ def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: 
     apart = float(
         (ll.feature_shift(lens, tokens, rows, by="site").values.sum(1) - moved).abs().max()
     )
-    table, mean = shift.cosine(lens), shift.mean()[point]
+    table = shift.cosine(lens)
+    mean = shift.mean()[point]
     # Columns of B of an SVD are orthogonal, and Δh is a sum of them.
     within = table["cosine"].pow(2).sum()
     assert mean.norm() > 1e-3
@@ -480,8 +517,10 @@ def test_an_adapted_head_s_own_output(cls: str):
     base, model = hooked("llama", cls, "raw")
     if "unembed.hook_out" not in model.hook_dict:
         pytest.skip("this class has no such point")
-    peft, tokens = peft_with("llama", base, "lm_head"), models.tokens()
-    lens, rows = ll.LoraLens(model, ll.Adapter.from_peft(peft)), directions(models.VOCAB)
+    peft = peft_with("llama", base, "lm_head")
+    tokens = models.tokens()
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    rows = directions(models.VOCAB)
     found = ll.feature_shift(lens, tokens, rows, "unembed.hook_out")
     with torch.no_grad():
         expected = (peft(tokens).logits - base(tokens).logits)[:, -1] @ rows.T
@@ -490,7 +529,8 @@ def test_an_adapted_head_s_own_output(cls: str):
 
 
 def test_bad_input_is_named(cls: str):
-    lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
+    lens = cases.case("llama", cls, "raw").lens
+    rows = directions(16)
     prompts = ll.results.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
     shift = ll.feature_shift
     with pytest.raises(ll.errors.SiteError, match="'blocks.1.hook_residpost'; the nearest are"):
@@ -514,10 +554,8 @@ def test_bad_input_is_named(cls: str):
             shift(lens, prompts, wrong, out(cls))
     with pytest.raises(ValueError, match="directions are a list; expected a tensor"):
         shift(lens, prompts, [1.0], out(cls))
-    found, writes = (
-        shift(lens, prompts, rows, out(cls)),
-        ll.feature_shift(lens, prompts, rows, by="site"),
-    )
+    found = shift(lens, prompts, rows, out(cls))
+    writes = ll.feature_shift(lens, prompts, rows, by="site")
     for wrong in (lambda: found.top(prompt=2), lambda: writes.top(prompt=-1)):
         with pytest.raises(ValueError, match="the result has prompts 0 to 1"):
             wrong()
@@ -527,7 +565,8 @@ def test_bad_input_is_named(cls: str):
 
 def test_the_model_is_left_as_it_was(cls: str):
     """Also after an exception in the middle of the dual pass, beside a user's own hook."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
     lens.model.hook_dict[lens.sites[0].read].add_hook(lambda tensor, hook: None)
     before = state(lens.model)
     try:
@@ -549,12 +588,15 @@ def largest(grid: Any) -> float:
 
 
 def test_the_results_tell_and_draw(cls: str):
-    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
+    rows = directions(16)
     found = ll.feature_shift(lens, tokens, rows, out(cls))
     frame = found.to_frame()
     assert list(frame) == ["prompt", "feature", "base", "shift", "first_order", "remainder"]
     assert frame["shift"].tolist() == found.shift.flatten().tolist()
-    top, mean = found.top(3), found.shift.mean(0)
+    top = found.top(3)
+    mean = found.shift.mean(0)
     assert top["feature"].tolist() == mean.abs().argsort(descending=True)[:3].tolist()
     assert top["shift"].tolist() == mean[top["feature"].tolist()].tolist()
     bars, marks = found.plot(3, prompt=1).data
@@ -577,8 +619,11 @@ def test_the_results_tell_and_draw(cls: str):
 
 def test_the_noise_floor_is_of_the_size_of_the_error(cls: str):
     """σ of a shift from rounding, against its distance from the merged model's."""
-    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16, 200)
-    base, merged = cached(lens.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
+    lens = cases.case("llama", cls, "raw").lens
+    tokens = models.tokens()
+    rows = directions(16, 200)
+    base = cached(lens.model, tokens)
+    merged = cached(merged_model("llama", cls, "raw"), tokens)
     found = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
     expected = ((merged[out(cls)] - base[out(cls)]) @ rows.T).transpose(1, 2)
     error = (found.shift - expected).square().mean().sqrt()
