@@ -16,6 +16,7 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.show.curves",
         "lens_lora.show.tables",
         "lens_lora.show.words",
+        "lens_lora.show.reports",
     ),
     "lens_lora.audit": (
         "lens_lora.audit.figures",

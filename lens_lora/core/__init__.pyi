@@ -155,6 +155,7 @@ from .results.base import Paged as Paged
 from .results.base import Pictured as Pictured
 from .results.base import Ranked as Ranked
 from .results.base import Read as Read
+from .results.base import Reported as Reported
 from .results.base import Result as Result
 from .results.base import changes_sign as changes_sign
 from .results.base import flat as flat

@@ -27,7 +27,7 @@ from lens_lora.show.text import Answered, readable, short_prompt
 
 # --- The blocks of a section
 
-Kind = Literal["margin", "response", "changes", "training", "repair", "verification"]
+Kind = Literal["margin", "attribution", "response", "changes", "training", "repair", "verification"]
 # A token, its shade from 0 to 1, and a note on it, line by line.
 Noted = tuple[str, float, Sequence[str]]
 

@@ -159,7 +159,7 @@ def happened_text(a: Account) -> str:
     unit = ""
     if a.units == "nats":
         unit = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
-    return joined(base, unit, adapted_text(a), _flip_text(a))
+    return joined(base, unit, adapted_text(a), flip_sentence(a))
 
 
 def joined(*sentences: str) -> str:
@@ -201,7 +201,7 @@ def adapted_text(a: Account) -> str:
     return f"With the adapter it {prefers} {winner}, by {magnitude(a.m)}: {moved}."
 
 
-def _flip_text(a: Account) -> str:
+def flip_sentence(a: Account) -> str:
     """State whether and where the preference flips; '' where the shift is within rounding."""
     if a.is_noise(a.m0) or a.is_noise(a.m):
         return "Rounding hides whether the preference flips: rerun at a higher precision."

@@ -24,7 +24,7 @@ from results_by_hand import (
 )
 
 import lens_lora as ll
-from lens_lora.core import Paged, PromptTokens
+from lens_lora.core import PromptTokens, Reported
 from lens_lora.explanations.page import explanation_report
 from lens_lora.show.page import answers_of
 from lens_lora.show.text import context_text
@@ -32,13 +32,15 @@ from lens_lora.show.text import context_text
 ASKED = ll.results.SideBySide(
     "What is the capital?", "It is Paris.\n\nA big city …", f"It is Lyon.\n\nA city {EVIL}"
 )
-PAGES: dict[str, tuple[Paged, int]] = {
+PAGES: dict[str, tuple[Reported, int]] = {
     "explanation": (dataclasses.replace(explanation(), answers=ASKED), 1),
     "response": (dataclasses.replace(response_explanation(), answers=ASKED), 0),
     "changes": (dataclasses.replace(what_changed(), answers=(ASKED,) * 5), 1),
     "training": (checkpoints(), 1),
     "repair": (repair(), 1),
     "verification": (verification(), 0),
+    "margin": (explanation().margin, 1),
+    "attribution": (explanation().margin.attribution, 1),
 }
 KINDS = pytest.mark.parametrize("kind", PAGES)
 

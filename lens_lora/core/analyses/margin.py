@@ -32,11 +32,11 @@ from lens_lora.core.readout.prompts import PromptsLike
 from lens_lora.core.readout.responses import AnswerLike
 from lens_lora.core.results import drawing
 from lens_lora.core.results.attribution import Attribution
-from lens_lora.core.results.base import SIGMAS, Drawn, changes_sign, per_prompt
+from lens_lora.core.results.base import SIGMAS, Drawn, Reported, changes_sign, per_prompt
 
 
 @final
-class FactMargin(Drawn):
+class FactMargin(Drawn, Reported):
     """Does the document's fact overtake the pretrained one, where on the way, because of what?
 
     `plot` is the margin along ε, its first-order line, and the flip.

@@ -24,7 +24,7 @@ from torch import Tensor
 from lens_lora.arguments import word
 from lens_lora.core.model.sites import Groups
 from lens_lora.core.results import base, drawing
-from lens_lora.core.results.base import Entries, Evaluated, Ranked
+from lens_lora.core.results.base import Entries, Evaluated, Ranked, Reported
 from lens_lora.core.results.drawing import TokenView
 from lens_lora.core.results.storage import stored
 from lens_lora.errors import ArgumentError
@@ -68,7 +68,7 @@ class Quadrature:
 
 
 @final
-class Attribution(Ranked):
+class Attribution(Ranked, Reported):
     """What each site contributes to a readout, in the readout's units.
 
     Attributes:

@@ -4,7 +4,7 @@
     Described   and of which model, adapter and versions
     OfSites     and of which sites: what has no readout
     Pictured    and a picture; Drawn: of one prompt, or of the mean over prompts
-    Paged       and a page of its own
+    Reported    and a page of its own; Paged: and a story
     Read        and of which readout
     Measured    and the header: of which sites and prompts, between which exact ends
     Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
@@ -145,8 +145,8 @@ class Drawn(Result):
         return drawing.figure(self, prompt)
 
 
-class Paged(Result):
-    """A result that has a page of its own, and a story."""
+class Reported(Result):
+    """A result that has a page of its own."""
 
     def report(self, title: str | None = None) -> str:
         """A self-contained HTML page.
@@ -155,10 +155,6 @@ class Paged(Result):
             title: the page's title; by default it names what the page is about.
         """
         return drawing.report(self, title=title)
-
-    def story(self) -> str:
-        """The result in plain words, a paragraph a line, claiming no more than the numbers."""
-        return drawing.story(self)
 
     def save_report(self, path: str | Path) -> Path:
         """Write `report` to a file; returns the path.
@@ -169,6 +165,14 @@ class Paged(Result):
         path = Path(path)
         path.write_text(self.report(), encoding="utf-8")
         return path
+
+
+class Paged(Reported):
+    """A result that has a page of its own, and a story."""
+
+    def story(self) -> str:
+        """The result in plain words, a paragraph a line, claiming no more than the numbers."""
+        return drawing.story(self)
 
 
 class Described(Result, kw_only=True):

@@ -1,0 +1,180 @@
+"""The pages of an attribution and of a fact margin: one part for each prompt.
+
+Every sentence and every table of a page is one that the result shows elsewhere, too.
+"""
+
+from __future__ import annotations
+
+from lens_lora.core import Attribution, FactMargin, drawing
+from lens_lora.errors import many
+from lens_lora.show import text
+from lens_lora.show.curves import margin_figure, remainder_figure
+from lens_lora.show.maps import attribution_figure, site_heatmap
+from lens_lora.show.page import Block, Part, Section, folded, made_by, page_html, warned
+from lens_lora.show.tables import (
+    Table,
+    attribution_heading,
+    margin_table,
+    modules_table,
+    prompts_table,
+)
+from lens_lora.show.text import percent, short_prompt, signed
+from lens_lora.show.words import (
+    Account,
+    account_of,
+    adapted_text,
+    base_text,
+    conclusion_text,
+    flip_sentence,
+    joined,
+    margin_story,
+)
+
+_MODULES = 30
+# A page has a part for each of so many prompts; the overview lists as many.
+_MOST_PROMPTS = 20
+_MODULES_IN_HEADLINE = 3
+
+
+# --- A fact margin
+
+
+@drawing.report.register(FactMargin)
+def margin_report(margin: FactMargin, *, title: str | None = None) -> str:
+    """Write a fact margin as a page, with a part for each prompt."""
+    count = min(len(margin.doc), _MOST_PROMPTS)
+    accounts = [account_of(margin, prompt) for prompt in range(count)]
+    parts = [_margin_part(margin, prompt, account) for prompt, account in enumerate(accounts)]
+    first = accounts[0]
+    name = f"{first.doc} against {first.pre}"
+    if count > 1:
+        name = f"Margins on {many(len(margin.doc), 'prompt')}"
+    overview: list[Block] = [_margins_table(accounts)] if count > 1 else []
+    return page_html(title or name, parts, overview)
+
+
+def _margin_part(margin: FactMargin, prompt: int, account: Account) -> Part:
+    """One prompt's part of the page."""
+    attribution = margin.attribution
+    shown = text.shortened(account.prompt)
+    sections = [
+        Section("The margin in numbers", [margin_table(account)]),
+        Section(
+            "The remainder along the path",
+            [remainder_figure(margin.curve, prompt)],
+            "The share of the exact shift that first order leaves, at each strength that was run.",
+        ),
+        Section("Where first order finds the shift", [site_heatmap(attribution, prompt)]),
+        Section(
+            "Largest modules",
+            [modules_table(attribution, _MODULES, prompt)],
+            f"In {account.units}, by size of first order at ε = 0.",
+        ),
+    ]
+    flip = "none" if account.flip_scale is None else f"ε = {account.flip_scale:.3g}"
+    return Part(
+        name=f"{shown} — {account.doc} against {account.pre}",
+        subtitle=" · ".join(
+            filter(None, (attribution.readout, f"“{shown}”", made_by(attribution.meta)))
+        ),
+        headline=(
+            base_text(account),
+            joined(adapted_text(account), flip_sentence(account)),
+            conclusion_text(account),
+        ),
+        numbers=(
+            (signed(account.m0), f"{account.units}, the base model's margin"),
+            (signed(account.m), f"{account.units}, the adapted model's margin"),
+            (flip, "where the preference flips"),
+            (account.share(account.first_order), "of the shift is the sum of first-order parts"),
+        ),
+        top=[margin_figure(margin, prompt)],
+        sections=folded(margin_story(margin, prompt), sections, "margin", attribution.meta),
+        warnings=warned(attribution.meta),
+    )
+
+
+def _margins_table(accounts: list[Account]) -> Table:
+    """A row for each prompt, which leads to its part of the page."""
+    rows = [
+        (
+            account.prompt,
+            f"{account.doc} − {account.pre}",
+            signed(account.m0),
+            signed(account.m),
+            "none" if account.flip_scale is None else f"{account.flip_scale:.3g}",
+            account.share(account.first_order),
+        )
+        for account in accounts
+    ]
+    heads = ("prompt", "margin", "base", "adapted", "flips at ε", "first order, of the shift")
+    links = [f"#prompt-{number}" for number in range(1, len(rows) + 1)]
+    return Table(heads, rows, texts=(0, 1), links=links)
+
+
+# --- An attribution
+
+
+@drawing.report.register(Attribution)
+def attribution_report(attribution: Attribution, *, title: str | None = None) -> str:
+    """Write an attribution as a page, with a part for each prompt."""
+    count = min(len(attribution.base), _MOST_PROMPTS)
+    parts = [_attribution_part(attribution, prompt) for prompt in range(count)]
+    name = f"{attribution.readout}: {text.key_text(attribution.key)}"
+    overview: list[Block] = []
+    if count > 1:
+        overview = [
+            site_heatmap(attribution),
+            modules_table(attribution, _MODULES),
+            prompts_table(attribution),
+        ]
+    return page_html(title or name, parts, overview)
+
+
+def _attribution_part(attribution: Attribution, prompt: int) -> Part:
+    """One prompt's part of the page."""
+    units = attribution.units
+    base = float(attribution.base[prompt])
+    adapted = float(attribution.adapted[prompt])
+    shift = float(attribution.shift[prompt])
+    total = float(attribution.total[prompt])
+    method = text.key_text(attribution.key)
+    share = percent(total / shift) if shift else "—"
+    largest = [
+        f"{site} {value} ({of_shift})"
+        for site, _, value, of_shift in text.top_rows(attribution, _MODULES_IN_HEADLINE, prompt)
+    ]
+    heading, *notes = attribution_heading(attribution)
+    sentences = (
+        f"The adapter moves {attribution.readout} by {signed(shift)} {units}.",
+        f"The modules' parts, {method}, sum to {signed(total)} {units}, {share} of the shift.",
+        f"The largest are {', '.join(largest)}.",
+    )
+    split: list[Block] = []
+    if attribution.by:
+        split = [site_heatmap(attribution, prompt)]
+    sections = [
+        Section("By layer and kind of module", split),
+        Section(
+            "Largest modules",
+            [modules_table(attribution, _MODULES, prompt)],
+            f"In {units}, by size, with the share of the shift.",
+        ),
+    ]
+    shown = text.shortened(text.prompt_text(attribution.str_tokens[prompt]))
+    return Part(
+        name=short_prompt(attribution.str_tokens[prompt]),
+        subtitle=" · ".join(filter(None, (method, f"“{shown}”", made_by(attribution.meta)))),
+        headline=sentences,
+        numbers=(
+            (signed(base), f"{units}, the base model"),
+            (signed(adapted), f"{units}, the adapted model"),
+            (signed(total), f"{units}, the sum of all modules"),
+            (signed(shift - total), f"{units}, what the sum leaves of the shift"),
+        ),
+        top=[attribution_figure(attribution, prompt)],
+        sections=folded(
+            "\n".join((heading, *notes, *sentences)), sections, "attribution", attribution.meta
+        ),
+        warnings=warned(attribution.meta),
+    )
