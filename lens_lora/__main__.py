@@ -1,8 +1,10 @@
-"""`lens-lora`, and `python -m lens_lora` as `accelerate launch -m lens_lora` and torchrun need it.
+"""What `lens-lora` starts, and `python -m lens_lora`, as accelerate launch and torchrun need it.
 
-1. Ctrl-C ends the process at once, with one line and exit code 130, until a command begins its
-   work and after it (`running.one_line_errors`): while modules are imported, say.
-2. A character that the terminal's encoding lacks is replaced; a minus sign stays one.
+1. Before a command begins its work, as while modules are imported, and after it has ended, Ctrl-C
+   ends the process at once, with one line and exit code 130. In between `running.one_line_errors`
+   decides.
+2. A character that the terminal's encoding lacks is replaced by one that looks like it, as a minus
+   sign by '-'.
 """
 
 from __future__ import annotations
@@ -16,15 +18,31 @@ import sys
 
 from lens_lora.runs.processes import rank
 
-_ASCII = dict(zip("\N{MINUS SIGN}–—“”’…·×→‖█", '---""\'..x>|#', strict=True))
-_CLEAR = b"\r\x1b[K\x1b[?25h"  # the line of a spinner, and the cursor that it hides
+# What stands for a character that an encoding lacks.
+_ASCII = {
+    "\N{MINUS SIGN}": "-",
+    "–": "-",
+    "—": "-",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+    "…": ".",
+    "·": ".",
+    "×": "x",
+    "→": ">",
+    "‖": "|",
+    "█": "#",
+}
+# Clears the line of a spinner, and shows the cursor that it hides.
+_CLEAR = b"\r\x1b[K\x1b[?25h"
 
 
 def main() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
-        # Registered first, so called last: then the interpreter takes its handlers away.
+        # What is registered first is called last, just before the interpreter takes its handlers
+        # away.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     print_in_any_encoding()
 
@@ -42,12 +60,15 @@ def print_in_any_encoding() -> None:
 
 
 def _end(*_signal: object) -> None:
+    """End the process; the first of several says so."""
     if rank() == 0:
-        os.write(2, (_CLEAR if os.isatty(2) else b"") + b"Interrupted.\n")
+        clear = _CLEAR if os.isatty(2) else b""
+        os.write(2, clear + b"Interrupted.\n")
     os._exit(130)
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """What is written in place of characters that cannot be encoded, and where they end."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]

@@ -1,4 +1,4 @@
-"""From names to a lens: load a base model and an adapter, and build the hooked model.
+"""From names to a lens: a base model and an adapter are loaded, and the hooked model is built.
 
 `load` and `demo` build a TransformerBridge, TransformerLens's newer class, if it is installed. The
 command line and `hooked_model` build a HookedTransformer if the installed version has it.
@@ -66,14 +66,16 @@ def load_base(name: str, how: Placement | None = None, *, of_adapter: bool = Fal
     how = how or Placement()
     how.require_packages()
     if how.device is not None:
-        moved(torch.empty(0), how.device)  # a wrong device is reported before anything is loaded
+        # So a wrong device is reported before anything is loaded.
+        moved(torch.empty(0), how.device)
     _require_decoder(name, of_adapter=of_adapter)
     options = _options(how)
     with _read_by_transformers(name, f"{name}: transformers cannot load its weights"):
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     with _read_by_transformers(name, f"{name}: transformers cannot load its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **_NO_CODE)
-    return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
+    device = None if "device_map" in options else how.device
+    return moved(model.eval(), device), tokenizer
 
 
 def _require_decoder(name: str, *, of_adapter: bool) -> None:
@@ -91,11 +93,13 @@ def _require_decoder(name: str, *, of_adapter: bool) -> None:
     if of_adapter:
         remedy = "The adapter names it as its base; pass another as the first argument."
         in_shell = "The adapter names it as its base; name another with --model."
-    fact = "neither a folder nor a reachable hub id of a causal language model"
-    fact = f"{name}: {fact} that transformers can read"
+    fact = (
+        f"{name}: neither a folder nor a reachable hub id of a causal language model that "
+        "transformers can read"
+    )
     with _read_by_transformers(name, fact, remedy, in_shell):
         if not Path(name).exists():
-            # At one attempt; transformers makes several for each file.
+            # This asks the hub once; transformers would ask several times for each file.
             huggingface_hub.snapshot_download(name, allow_patterns=["config.json"])
         config = AutoConfig.from_pretrained(name, **_NO_CODE)
         has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -107,9 +111,14 @@ def _require_decoder(name: str, *, of_adapter: bool) -> None:
 def _read_by_transformers(
     name: str, fact: str, remedy: str = "", in_shell: str = ""
 ) -> Generator[None]:
-    """Within the block, what transformers refuses is told with its own words, and this remedy.
+    """Within the block, what transformers refuses becomes an error of ours.
 
     Errors of the system (a full disk, no permission) and a lack of memory stay what they are.
+
+    Args:
+        name: the model.
+        fact: what could not be read; the words of transformers are put after it.
+        remedy, in_shell: what to do about it, in Python and at the command line.
     """
     try:
         yield
@@ -132,12 +141,14 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
         return model
     try:
         return model.to(device=device, dtype=dtype)
-    except (RuntimeError, AssertionError, ValueError) as error:  # torch, or transformers
+    except (RuntimeError, AssertionError, ValueError) as error:
+        # The first two are of torch, the last of transformers.
         wanted = " and ".join(repr(str(item)) for item in (device, dtype) if item is not None)
         raise ModelStateError(f"{wanted} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _options(how: Placement) -> dict[str, Any]:
+    """The arguments of `from_pretrained` by which a model is placed."""
     dtype = how.weights
     options: dict[str, Any] = {**_NO_CODE, "attn_implementation": how.attn}
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -196,7 +207,7 @@ def load(
         device: such as 'cuda'; by default the CPU, or the device of a loaded model.
         device_map: 'auto', 'balanced', or {module: device}: over several devices, by accelerate.
         load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
-        load_in_8bit: … to 8 bit.
+        load_in_8bit: whether it quantises them to 8 bit.
         attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns: each
             block's attention is then the model's own. A loaded model whose attention only its own
             forward computes, and which was loaded with 'sdpa', is taken so, with a warning.
@@ -222,10 +233,16 @@ def load(
     is_peft = isinstance(getattr(model, "peft_config", None), dict)
     if adapter is None:
         adapter = _active_adapter(model, is_peft)
-    model = cast("PreTrainedModel", base_within(model)) if is_peft else model
-    place = None if device is None else str(device)
-    weights = None if dtype is None else str(dtype).removeprefix("torch.")
-    how = Placement(weights, place, device_map, load_in_4bit, load_in_8bit, attn)
+    if is_peft:
+        model = cast("PreTrainedModel", base_within(model))
+    how = Placement(
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        device=None if device is None else str(device),
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        attn=attn,
+    )
 
     @functools.cache
     def loaded(named: str | None) -> Base:
@@ -233,11 +250,14 @@ def load(
 
     adapter = given_adapter(adapter, lambda named: loaded(named)[0], revision, subfolder)
     base, base_tokenizer = loaded(adapter.base_model)
-    own = OwnTokenizer(tokenizer)
     if tokenizer is None:
         own = tokenizer_beside(adapter, base, base_tokenizer)
-    is_listed = listed_family(base) is not None
-    probe = Probe(base, on_stacks(adapter, base)) if check and not is_listed else check
+    else:
+        own = OwnTokenizer(tokenizer)
+    # A family that is not listed is compared with the base, module by module.
+    probe: Probe | bool = check
+    if check and listed_family(base) is None:
+        probe = Probe(base, on_stacks(adapter, base))
     hooked, host = hooked_model(
         base,
         own,
@@ -255,10 +275,11 @@ def load(
 
 
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
+    """The one adapter that is active in a PeftModel."""
     if not is_peft:
         kind = type(model).__name__
         raise ArgumentError(f"no adapter for {kind}: ll.load(base, adapter), or a PeftModel alone.")
-    # Of transformers a method, of PEFT a property.
+    # transformers has a method of this name, PEFT a property.
     names = cast("Callable[[], list[str]] | list[str]", model.active_adapters)
     active = names if isinstance(names, list) else names()
     if len(active) != 1:
@@ -268,7 +289,12 @@ def _active_adapter(model: Any, is_peft: bool) -> Adapter:
 
 
 def tokenizer_beside(adapter: Adapter, base: PreTrainedModel, tokenizer: Any) -> OwnTokenizer:
-    """The tokenizer that was saved with the adapter, else the base's own.
+    """The tokenizer that was saved with the adapter, or else the base's own.
+
+    Args:
+        adapter: the adapter, which knows the folder of its tokenizer.
+        base: the base model.
+        tokenizer: the base's own; None where it has none.
 
     Raises:
         AdapterError: the adapter's cannot be read, or does not fit the base.
@@ -294,18 +320,19 @@ def tokenizer_beside(adapter: Adapter, base: PreTrainedModel, tokenizer: Any) ->
 
 
 def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
-    """The base for a lens over a hooked model of this class, made from it; None if not needed.
+    """The base, where a lens over this class of hooked model needs it beside; else None.
 
-    A HookedTransformer does not keep all that trained biases and modules are compared with; a
+    A HookedTransformer does not keep all that trained biases and modules are compared with. A
     TransformerBridge wraps the base itself.
     """
-    is_compared = any(
-        isinstance(update, TrainedModule)
-        or update.trained_bias is not None
-        or update.base_weight is not None
-        for update in adapter.modules.values()
-    )
-    return base if host == "HookedTransformer" and is_compared else None
+    if host != "HookedTransformer":
+        return None
+    for update in adapter.modules.values():
+        if isinstance(update, TrainedModule):
+            return base
+        if update.trained_bias is not None or update.base_weight is not None:
+            return base
+    return None
 
 
 def demo(*, kind: Kind | None = None, prepend_bos: bool | None = None) -> LoraLens:
@@ -355,9 +382,10 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     if model is None:
         return load_base(str(named), how, of_adapter=True)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
-        expected = "a hub id, a folder or a loaded Hugging Face model"
-        remedy = f"pass {expected}. For a hooked model: LoraLens(model, adapter)"
-        raise ModelStateError(f"the model is a {type(model).__name__}; {remedy}.")
+        raise ModelStateError(
+            f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
+            "Face model. For a hooked model: LoraLens(model, adapter)."
+        )
     if how.says_how_to_load:
         raise ArgumentError(
             "device_map, load_in_4bit and load_in_8bit say how a model is loaded, and this "
@@ -367,9 +395,12 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
     base = cast("PreTrainedModel", model.eval())
     compile_no_more(base)
     refuse_unusable(base)
-    dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
-    chosen = _tokenizer_of(base) if tokenizer is None else tokenizer
-    return moved(base, how.device, dtype), chosen
+    dtype: torch.dtype | None = None
+    if how.dtype is not None and how.dtype != "auto":
+        dtype = getattr(torch, how.dtype)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(base)
+    return moved(base, how.device, dtype), tokenizer
 
 
 def _tokenizer_of(model: PreTrainedModel) -> Any:
