@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import cases
+import limits
 import models
 import pytest
 import torch
@@ -13,8 +14,6 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.core import group_sites, indicator
-from lens_lora.core.function import memory as batching
-from lens_lora.core.function.gate_graph import GateGraph
 from lens_lora.core.model import injections
 from lens_lora.curvature import second_order as curvature
 from lens_lora.curvature.coupling import Coupling, coupling
@@ -185,15 +184,8 @@ def test_groups_that_do_not_partition_have_no_row_sums(lens: ll.LoraLens, group:
 def test_chunks_do_not_matter(lens: ll.LoraLens, tokens: int, monkeypatch):
     """One direction at a time, or five (the last chunk is smaller): the same numbers."""
     whole = matrix_of(lens)
-    monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)
-    chunks = []
-    pulled_back = GateGraph.pulled_back
-
-    def counted(graph, values, covectors):
-        chunks.append(len(covectors))
-        return pulled_back(graph, values, covectors)
-
-    monkeypatch.setattr(GateGraph, "pulled_back", counted)
+    limits.tokens_at_once(monkeypatch, GRAPH_TOKENS=tokens)
+    chunks = limits.covectors_at_once(monkeypatch)
     assert error(matrix_of(lens).matrix, whole.matrix) < 1e-12
     groups = 2 if tokens < 14 else 1
     assert max(chunks) == max(1, tokens // 14) and sum(chunks) == groups * len(lens.sites)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cases
+import limits
 import models
 import pytest
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.compat import cached_tokens
-from lens_lora.core.function import memory
-from lens_lora.core.model.hooked_transformer import _CACHES
 from lens_lora.directions.removal import removed_from
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -138,7 +137,7 @@ def test_interventions_and_slopes_with_the_first_token_kept(family: str, cls: st
         answer = ll.AnswerLogProb(RESPONSES)
         of_answer = ll.first_order(lens, prompts(), answer, at=1.0)
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "must_rerun", lambda *_, **__: True)
+            limits.every_block_runs_again(patch)
             again = ll.first_order(lens, prompts(), answer, at=1.0)
         edges = ll.edges(lens, prompts(), readout, at=1.0, progress=False)
     assert (forward.values - slopes.values).abs().max() < TINY
@@ -290,7 +289,8 @@ def test_a_cache_keeps_the_mask_of_padding_on_the_left():
     padded = torch.cat([row.new_zeros(2), row])[None]
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     lines = vars(importlib.import_module("transformer_lens.HookedTransformer"))
-    kind = next(lines[name] for name in _CACHES if name in lines)
+    names = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")
+    kind = next(lines[name] for name in names if name in lines)
     cache = kind.init_cache(lens.model.cfg, padded.device, 1)
     expected = row_logits(case, v, row, range(1, 5), "llama", 0.0)
     parts = []

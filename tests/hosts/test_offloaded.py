@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import accelerate
+import limits
 import models
 import pytest
 import torch
@@ -12,7 +13,6 @@ from every_call import CALLS, numbers
 
 import lens_lora as ll
 from lens_lora.compat import brought_in, home_of
-from lens_lora.core.function import memory
 
 pytestmark = [models.NEEDS_BRIDGE, pytest.mark.usefixtures("float64")]
 NAMES = (
@@ -65,7 +65,7 @@ def test_blocks_that_run_again_bring_their_weights_in_again(monkeypatch: pytest.
     adapter, tokens = ll.Adapter.from_peft(models.peft_model("llama", base)), models.tokens(1)
     lens, readout = made(offloaded(base), adapter), ll.Margin(5, 9)
     expected = ll.first_order(lens, tokens, readout).values
-    monkeypatch.setattr(memory, "must_rerun", lambda *_: True)
+    limits.every_block_runs_again(monkeypatch)
     found = ll.first_order(lens.within(1e9), tokens, readout).values
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 

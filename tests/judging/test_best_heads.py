@@ -7,6 +7,7 @@ import itertools
 
 import architectures
 import cases
+import limits
 import models
 import pytest
 import torch
@@ -14,7 +15,6 @@ from heads import features, margin, swapped
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.function import memory
 from lens_lora.judging.best_subset import BestSubset
 from lens_lora.judging.head_masks import HeadMasks
 
@@ -110,7 +110,7 @@ def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
         assert (few.slopes(mask) - slopes).abs().max() < 1e-10 * slopes.abs().max()
         assert (few.values(mask[None]) - masks.values(mask[None])).abs().max() < 1e-10
         groups.add(len(few._groups))
-        reruns |= {memory.must_rerun(group.lens, group.reading) for group in few._groups}
+        reruns |= {limits.blocks_run_again(group) for group in few._groups}
     assert max(groups) > 1 and reruns == {True, False}
     with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
         HeadMasks(lens.within(1e3).function(prompts, readout)).values(mask[None])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core.function.forward import gated_logits
 from lens_lora.judging import best_subset as subset_search
 from lens_lora.judging.best_subset import BestSubset, best_subset
 
@@ -40,10 +39,9 @@ def kept_of_each(lens: ll.LoraLens, tokens: Tensor, gates: Tensor) -> list[float
     """The ratio of means over prompts of each set, [set, site], from plain passes."""
 
     def margins(gates: Tensor) -> Tensor:
-        many = lens.prompts(tokens.repeat(len(gates), 1))
-        with torch.no_grad():
-            rows = gates.double().repeat_interleave(len(tokens), 0)
-            logits = gated_logits(lens, many, rows)
+        rows = gates.double().repeat_interleave(len(tokens), 0)
+        with torch.no_grad(), lens.applied(rows) as model:
+            logits = model(tokens.repeat(len(gates), 1))[:, -1]
         return (logits[:, 5] - logits[:, 9]).view(len(gates), -1)
 
     base, adapted = margins(torch.stack([lens.gates(0.0), lens.gates(1.0)]))

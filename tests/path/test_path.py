@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import cases
+import limits
 import models
 import pytest
 import reference
@@ -14,7 +15,6 @@ from targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.core.function import memory as batching
 from lens_lora.path import path_attribution as path
 from lens_lora.path.path_attribution import path_attribution
 
@@ -139,7 +139,7 @@ def test_batches_chunks_and_answers_change_nothing(cls: str, monkeypatch):
         width = alone.values.shape[-1]
         assert relative(together.values[i : i + 1, :, :width], alone.values) < ROUND_OFF
         assert not together.values[i, :, width:].any()
-    monkeypatch.setattr(batching, "SLOPE_TOKENS", 1)
+    limits.tokens_at_once(monkeypatch, SLOPE_TOKENS=1)
     one_by_one = integral(lens, TEXTS, ll.AnswerMargin(answers, other), **options)
     assert relative(one_by_one.values, together.values) < ROUND_OFF
 
