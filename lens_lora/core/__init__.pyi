@@ -66,8 +66,8 @@ from .model.gates import name_of_scale as name_of_scale
 from .model.gauge import Gauge as Gauge
 from .model.gauge import svd_factors as svd_factors
 from .model.hooks import HookFn as HookFn
+from .model.hooks import add_forward_hook as add_forward_hook
 from .model.hooks import add_pre_hook as add_pre_hook
-from .model.hooks import add_to_module as add_to_module
 from .model.hooks import attached as attached
 from .model.hooks import is_hooked as is_hooked
 from .model.host import Host as Host
@@ -76,6 +76,8 @@ from .model.injections import ScaleInject as ScaleInject
 from .model.injections import refuse_lens_hooks as refuse_lens_hooks
 from .model.lengths import Rotary as Rotary
 from .model.lens import LoraLens as LoraLens
+from .model.modules import is_linear as is_linear
+from .model.modules import unwrapped as unwrapped
 from .model.null_draws import null_adapters as null_adapters
 from .model.passes import ForwardPass as ForwardPass
 from .model.passes import OpenBlock as OpenBlock

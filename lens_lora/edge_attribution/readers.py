@@ -16,9 +16,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.compat import Temporary, temporary
-from lens_lora.core import HookFn, Host, LoraLens, add_pre_hook, add_to_module
+from lens_lora.core import (
+    HookFn,
+    Host,
+    LoraLens,
+    add_forward_hook,
+    add_pre_hook,
+    is_linear,
+    unwrapped,
+)
 from lens_lora.errors import ModelStateError
-from lens_lora.hosts.bridged import is_linear, unwrapped
 
 LOGITS = "logits"
 QKV = ("q", "k", "v")
@@ -105,7 +112,7 @@ def readers_shown(span: Temporary, lens: LoraLens, read: _Read) -> None:
         of_one_reader = {norm for norm in norms if fed[norm] == 1}
         runs = _Runs(maxlen=_LAST_RUNS)
         for norm in set(norms) - of_one_reader:
-            add_to_module(span, norm, _KeepRun(norm, runs), is_first=False)
+            add_forward_hook(span, norm, _KeepRun(norm, runs), is_first=False)
         for name, module in readers.items():
             norm = read_through.get(name)
             if norm is not None and norm in of_one_reader:

@@ -30,8 +30,8 @@ from .hooked_host import folded_value_bias as folded_value_bias
 from .hooked_host import processing_of as processing_of
 from .hooked_transformer import HookedTransformerHost as HookedTransformerHost
 from .hooks import HookFn as HookFn
+from .hooks import add_forward_hook as add_forward_hook
 from .hooks import add_pre_hook as add_pre_hook
-from .hooks import add_to_module as add_to_module
 from .hooks import attached as attached
 from .hooks import is_hooked as is_hooked
 from .host import Host as Host

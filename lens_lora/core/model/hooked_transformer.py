@@ -150,7 +150,8 @@ class HookedTransformerHost(HookedHost):
             return (Ports(read, f"{block}.hook_mlp_out"),)
         if kind == "ln1" and self.family.ln1 == self.family.ln2:
             return tuple(self._norm_port(layer, place, repeats=4) for place in ("ln1", "ln2"))
-        return (self._norm_port(layer, kind, repeats=3 if kind == "ln1" else 1),)
+        runs = 3 if kind == "ln1" else 1
+        return (self._norm_port(layer, kind, repeats=runs),)
 
     def _norm_port(self, layer: int, kind: str, repeats: int) -> Ports:
         name, norm = self._norm(layer, kind)
@@ -193,7 +194,9 @@ class HookedTransformerHost(HookedHost):
         head = self.weight(self.n_layers, "unembed")
         eps = torch.finfo(head.dtype).eps
         is_equal = embed.shape == head.shape and torch.allclose(embed, head, 4 * eps, 0.0)
-        return None if is_equal else False
+        if is_equal:
+            return None
+        return False
 
     def block_input(self, layer: int) -> str:
         """The block's `hook_resid_pre`, or the scale of the final norm."""

@@ -91,7 +91,7 @@ def attached(
             writer: Any = getattr(fn, "at_module", fn)
             extensions.write_at(span, model.get_submodule(owner), parameter, writer)
             continue
-        add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
+        add_forward_hook(span, model.get_submodule(name), fn, is_first=name not in modules)
         modules.add(name)
 
 
@@ -132,7 +132,7 @@ def _take_off(at_points: list[_AtPoint]) -> None:
         at_points.pop()
 
 
-def add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool) -> None:
+def add_forward_hook(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool) -> None:
     """Put a forward hook on a module until the span ends.
 
     Args:

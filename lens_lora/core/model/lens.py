@@ -386,9 +386,11 @@ class LoraLens:
                 point = ports.read if kind == "o" else ports.write
                 if point is None or point not in known:
                     continue
-                usual = f"blocks.{layer}.attn.hook_{'z' if kind == 'o' else kind}"
-                is_usual = known.get(usual) is known[point]
-                points[usual if is_usual else point] = kind
+                shown = "z" if kind == "o" else kind
+                usual = f"blocks.{layer}.attn.hook_{shown}"
+                if known.get(usual) is known[point]:
+                    point = usual
+                points[point] = kind
         return points
 
     def site_index(self, name: str) -> int:
@@ -700,7 +702,9 @@ class LoraLens:
         ready = tokenise(self.model, prompts, prepend_bos, rule=self.prepend_bos)
         if not isinstance(prompts, Prompts) and any(source.text for source in ready.sources):
             note_other_tokenizer(self.model, self.adapter)
-        return ready if response is None else extensions.continued(self.model, ready, response)
+        if response is None:
+            return ready
+        return extensions.continued(self.model, ready, response)
 
     @alone
     def function(

@@ -77,7 +77,9 @@ class Injection:
 
         Attention passes v's constant part on from the positions of v, so it is split there.
         """
-        return None if self.is_constant_of_v else self.whole or self.map
+        if self.is_constant_of_v:
+            return None
+        return self.map if self.whole is None else self.whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,8 @@ class Plan:
     @property
     def activation_rounding(self) -> float:
         """Half a step of an 8-bit kernel, relative to a row's largest entry; 0 without one."""
-        return 1 / 254 if "8 bit" in self.quantisation else 0.0
+        is_in_8bit = "8 bit" in self.quantisation
+        return 1 / 254 if is_in_8bit else 0.0
 
     def check_state(self, *, entries: bool = True) -> None:
         """Check that flags, mode and weights are as they were when the plan was made.
@@ -233,8 +236,10 @@ class Plan:
         for pair in self.updates:
             if not isinstance(pair.update, Update):
                 continue
-            changes_bias = pair.update.bias is not None
-            yield pair.site, ("weight", "bias") if changes_bias else ("weight",)
+            if pair.update.bias is None:
+                yield pair.site, ("weight",)
+            else:
+                yield pair.site, ("weight", "bias")
         for index in self.with_constants:
             yield dataclasses.replace(self.updates[index].site, kind="o"), ("bias",)
 

@@ -88,7 +88,8 @@ class HookPoints:
         """
         never = self._plan.points_without_update
         kept = tuple(name for name in self.wanted if name not in never)
-        self._plan.require_update(self.in_full if kept else self.wanted)
+        required = self.in_full if kept else self.wanted
+        self._plan.require_update(required)
         return dataclasses.replace(self, wanted=kept)
 
     def fired(self, seen: Container[str], *, updated: bool = False) -> tuple[str, ...]:

@@ -108,7 +108,8 @@ def _joined(earlier: SiteUpdate | None, later: SiteUpdate) -> SiteUpdate:
     """Both updates of one site as one, under the module that the adapter itself names there."""
     if earlier is None:
         return later
-    site = earlier.site if earlier.site.path == earlier.site.module else later.site
+    is_named = earlier.site.path == earlier.site.module
+    site = earlier.site if is_named else later.site
     if isinstance(earlier.update, NormUpdate) or isinstance(later.update, NormUpdate):
         raise AdapterError(f"{site.label}: the adapter holds two updates of it.")
     return SiteUpdate(site, _summed(earlier.update, later.update))

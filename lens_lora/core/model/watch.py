@@ -246,5 +246,8 @@ def _spacing(tensor: Tensor) -> _Spacing:
     is_whole = tensor.ndim < 2 and size <= _WHOLE_VECTOR
     count = size if is_whole else min(size, _ENTRIES)
     step = size // count
-    aside = int(_GOLDEN * tensor.shape[-1]) | 1 if tensor.ndim else 0
-    return _Spacing(count, step - aside if step > aside else step)
+    if tensor.ndim:
+        aside = int(_GOLDEN * tensor.shape[-1]) | 1
+        if step > aside:
+            step -= aside
+    return _Spacing(count, step)

@@ -14,8 +14,7 @@ import lens_lora as ll
 from lens_lora.core.function import footprint, memory, rerun, reverse
 from lens_lora.core.function import forward as function
 from lens_lora.core.function.footprint import dual_pass_bytes, footprint_of
-from lens_lora.core.model import bases as processing
-from lens_lora.core.model import injections
+from lens_lora.core.model import bases, injections
 from lens_lora.hosts.processed import infer_processing
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
@@ -236,15 +235,15 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
     both = centred - centred.mean(0, keepdim=True)
     known = {"centres_reads": True, "centres_writes": True}
     for entries in (2**23, 40):
-        monkeypatch.setattr(processing, "_ENTRIES", entries)
+        monkeypatch.setattr(bases, "_ENTRIES", entries)
         with _Widest() as widest:
             found = [
                 infer_processing("a site", weight, base, gamma, **known)
                 for weight in (base, centred, both)
             ]
-            assert processing.is_centred(both) and not processing.is_centred(centred)
-            assert processing.is_same(base.clone(), base)
-            assert not processing.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
+            assert bases.is_centred(both) and not bases.is_centred(centred)
+            assert bases.is_same(base.clone(), base)
+            assert not bases.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
         assert [(f.folded, f.centred) for f in found] == [
             (False, False),
             (True, False),

@@ -22,8 +22,7 @@ from interrupts import held
 
 import lens_lora as ll
 from lens_lora.core.function import forward as function
-from lens_lora.core.model import public_call as alone_module
-from lens_lora.core.model import unembedding as unembedded
+from lens_lora.core.model import public_call, unembedding
 
 R = ll.Margin(5, 9)
 
@@ -248,7 +247,7 @@ def test_every_public_call_on_a_lens_is_alone():
 
 
 def is_alone(fn: Any) -> bool:
-    return inspect.unwrap(fn) is not fn and fn.__code__.co_filename == alone_module.__file__
+    return inspect.unwrap(fn) is not fn and fn.__code__.co_filename == public_call.__file__
 
 
 # --- planted faults
@@ -257,8 +256,8 @@ def is_alone(fn: Any) -> bool:
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", ["inference_mode", "autocast"])
 def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
-    monkeypatch.setattr(alone_module, "_prepare", lambda lens, span: None)
-    for module in (function, unembedded):
+    monkeypatch.setattr(public_call, "_prepare", lambda lens, span: None)
+    for module in (function, unembedding):
         monkeypatch.setattr(module, "unrounded", lambda residual: residual)
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())

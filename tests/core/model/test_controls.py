@@ -18,7 +18,7 @@ from lens_lora import families
 from lens_lora.core.function import reverse as contract
 from lens_lora.core.function import reverse as slopes
 from lens_lora.core.model import hooked_host, injections
-from lens_lora.core.model import hooks as attaching
+from lens_lora.core.model import hooks as model_hooks
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
 from lens_lora.core.model.host import Ports
 
@@ -145,7 +145,7 @@ def test_unarranged_hooks_show(cls: str, monkeypatch):
             )
 
     right = run()
-    monkeypatch.setattr(attaching.Arranger, "__call__", lambda self, tensor, hook: None)
+    monkeypatch.setattr(model_hooks.Arranger, "__call__", lambda self, tensor, hook: None)
     assert (run() - right).abs().max() > 1e-2
 
 

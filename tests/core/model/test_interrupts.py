@@ -27,7 +27,7 @@ import lens_lora as ll
 from lens_lora import compat
 from lens_lora.compat import Temporary
 from lens_lora.core.function import duals, memory, rerun
-from lens_lora.core.model import public_call as alone
+from lens_lora.core.model import public_call
 
 pytestmark = pytest.mark.usefixtures("float64", "swallowed")
 ALL = os.environ.get("LENS_LORA_INTERRUPTS") == "all"
@@ -185,6 +185,6 @@ def test_a_way_back_that_is_registered_once_shows(cls: str, monkeypatch, repaire
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_a_call_that_closes_no_span_shows(cls: str, monkeypatch, repaired):
-    for module in (alone, compat):
+    for module in (public_call, compat):
         monkeypatch.setattr(module, "close_but", lambda others: None)
     assert leaks_of("logits", cls)

@@ -18,7 +18,7 @@ from interrupts import held
 
 import lens_lora as ll
 from lens_lora.compat import Temporary, without_warnings
-from lens_lora.core.model import hooks as attaching
+from lens_lora.core.model import hooks as model_hooks
 from lens_lora.core.model import lens as lens_module
 from lens_lora.core.model import locks, public_call
 
@@ -192,7 +192,7 @@ def test_quiet_blocks_that_say_the_same_do_not_end_one_another():
 def test_without_the_lock_it_shows(two, monkeypatch):
     """The control: errors, other numbers, or hooks left behind."""
     (first, second), _ = two
-    for module in (attaching, public_call, lens_module):
+    for module in (model_hooks, public_call, lens_module):
         monkeypatch.setattr(module, "hold", lambda span, lock: None)
     expected = [lens.logits(tokens()) for lens in (first, second)]
     barrier = threading.Barrier(2)

@@ -19,7 +19,7 @@ from every_call import CALLS, same
 from model_state import merged_model
 
 import lens_lora as ll
-from lens_lora.core.model import hooks as attaching
+from lens_lora.core.model import hooks as model_hooks
 
 pytestmark = pytest.mark.usefixtures("float64")
 Registered = Any
@@ -310,6 +310,6 @@ def test_a_writer_behind_a_pre_hook_shows(cls: str, monkeypatch):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(batch=1, pos=4)
     name = points(lens)[0]
     right = within(lens, HOOKS["pre-hook"], name, tokens, "before applied")
-    monkeypatch.setattr(attaching, "_move_before_pre_hooks", lambda point, fn: None)
+    monkeypatch.setattr(model_hooks, "_move_before_pre_hooks", lambda point, fn: None)
     wrong = within(lens, HOOKS["pre-hook"], name, tokens, "before applied")
     assert (wrong - right).abs().max() > 1e-3
