@@ -27,7 +27,8 @@ from .directions.intruders import intruders
 from .directions.patchscope import patchscope
 from .directions.removal_cost import removal_cost
 from .directions.scaled_intruders import scale_intruders
-from .edge_attribution.edges import edges, patch_edges
+from .edge_attribution.edges import edges
+from .edge_attribution.patch_edges import patch_edges
 from .explanations.explain import explain
 from .hidden.activation_shift import activation_shift
 from .hidden.activations import activations

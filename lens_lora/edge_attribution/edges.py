@@ -11,8 +11,7 @@ any way. The last reader is the final norm, 'logits', or the point of a readout 
    for G (`edge_attribution/by_reader.py`). They sum to first order, which each call checks.
 2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
    over the tokens at which it is read.
-3. `patch_edges` is the exact intervention, path patching. One reader alone sees what switching a
-   site on, or off, makes of the site's branch, and the model runs on from there.
+3. The exact intervention is `patch_edges` (`edge_attribution/patch_edges.py`).
 
 An edge says nothing about what two modules do together. That is measured by `coupling`.
 """
@@ -20,7 +19,6 @@ An edge says nothing about what two modules do together. That is measured by `co
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,18 +38,14 @@ from lens_lora.core import (
     Function,
     Group,
     Groups,
-    How,
-    LoraLens,
     Measured,
     Ranked,
     analysis,
     by_axes,
-    chosen_sites,
     drawing,
     group_labels,
     group_sites,
     indicator,
-    is_hooked,
     long_table,
     only_prompt,
     require_finite,
@@ -59,13 +53,12 @@ from lens_lora.core import (
 )
 from lens_lora.edge_attribution.by_reader import edge_values, point_of
 from lens_lora.edge_attribution.graph_file import EdgesOfPrompt, graph_of
-from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
-from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import is_stream
 
 Readers = Literal["block", "head"]
-_ARROW = " → "
+# Between writer and reader in the name of a measured edge.
+ARROW = " → "
 # As many edges as a person can still follow in a graph.
 _DRAWN = 30
 
@@ -173,7 +166,7 @@ class Edges(Ranked):
             )
         values: list[Tensor] = []
         for name, members in effects.groups.items():
-            writer, _, reader = name.rpartition(_ARROW)
+            writer, _, reader = name.rpartition(ARROW)
             rows = self._rows_of(members)
             if rows is None or reader not in self.readers:
                 raise ArgumentError(
@@ -337,155 +330,4 @@ def _require_stream(g: Function) -> None:
         raise ArgumentError(
             f"{point} is within the final norm, which is a reader itself",
             remedy=f"name the point before it, {last!r}, which holds the same.",
-        )
-
-
-@analysis
-def patch_edges(
-    g: Function,
-    pairs: Iterable[Sequence[str]],
-    how: How = "add_one",
-    *,
-    group: Group = "site",
-) -> Effects:
-    """The exact effect of one site, or group of sites, through one reader alone (path patching).
-
-    With 'add_one' the base model runs. What switching the site on makes of its branch's output is
-    added to the input of the reader, before its norm, and no other reader sees it. With
-    'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
-    for that reader alone.
-
-    The sites of a group are switched together. Each block's branches read the stream as it is
-    without the switch, so that sites of one group do not read each other across blocks, and the
-    reader gets the sum. Sites of a group that are behind the reader do not count.
-
-    Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
-    one block one more, with tangents.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
-        pairs: (writer, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
-            'blocks.5.attn.3.q', or 'logits'. The writer is a site, a glob for all sites that it
-            matches, or the name of a group; `edges(…).top(20)[["writer", "reader"]].values` gives
-            the strongest.
-        how: 'add_one', on the base model, or 'leave_one_out', in the adapted model.
-        group: the writers that may be named: 'layer', 'kind' or {name: site names or globs}, as for
-            `edges`.
-        progress: show a bar.
-
-    Returns:
-        Effects of edges with values [batch, pair], in the readout's units, positive where the edge
-        raises the readout.
-
-    Raises:
-        SiteError: a site, group or reader that there is not, with the nearest.
-        ArgumentError: a reader that is not downstream of any of the writer's sites, no pairs,
-            another `how` or group.
-        ModelStateError: heads that are not known; for a pair within one block, a hook of yours
-            behind it, or an operation without a forward-mode derivative.
-        TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: a non-finite readout.
-    """
-    g.require_logits("patch_edges")
-    word("how", how, get_args(How))
-    paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group))
-    at = 0.0 if how == "add_one" else 1.0
-    moved = patched_edges(g, paths, at)
-    return Effects(
-        values=moved if how == "add_one" else -moved,
-        groups={f"{path.writer}{_ARROW}{path.reader}": path.sites for path in paths},
-        how=how,
-        of="edge",
-        noise_floor=g.noise((1.0, -1.0), at=at),
-        **g.header(),
-    )
-
-
-def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[EdgePath]:
-    """The different pairs as paths, after their names and directions were checked."""
-    try:
-        names = [(writer, reader) for writer, reader in pairs]
-    except (TypeError, ValueError):
-        # These are no pairs, which is refused below.
-        names = []
-    if not names:
-        raise ArgumentError(
-            f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
-        )
-    readers = _reader_names(lens)
-    paths: list[EdgePath] = []
-    for writer, reader in dict.fromkeys(names):
-        if reader not in readers:
-            near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3)
-            near = near or readers[:3]
-            raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
-        path = EdgePath(writer, _writer_sites(lens, writer, groups), reader)
-        _require_downstream(lens, path)
-        _require_no_hook_behind(lens, path)
-        paths.append(path)
-    return paths
-
-
-def _reader_names(lens: LoraLens) -> list[str]:
-    """Every reader of the model, blocks first, then heads."""
-    host = lens.host
-    blocks: list[str] = []
-    for layer in range(host.n_layers):
-        readers, _ = stream_readers(host, layer)
-        blocks += readers
-    heads: list[str] = []
-    for name in blocks:
-        heads += [head for head in head_readers(lens, name) if head != name]
-    return [*blocks, LOGITS, *heads]
-
-
-def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...]:
-    """The sites of a group of this name, or those that a name or glob matches."""
-    if writer in groups:
-        return tuple(groups[writer])
-    try:
-        return chosen_sites(lens.sites, [writer])
-    except SiteError as error:
-        names = list(groups)
-        if names == [site.name for site in lens.sites]:
-            raise
-        raise SiteError(
-            f"{writer!r} is none of the groups {names[:6]}, and it matches no site."
-        ) from error
-
-
-def _require_downstream(lens: LoraLens, path: EdgePath) -> None:
-    """Refuse a reader that comes before all of the writer's sites."""
-    layer = reader_layer(lens, path.reader)
-    blocks = {lens.sites[site].layer for site in path.sites}
-    if layer < min(blocks):
-        raise ArgumentError(
-            f"{path.writer}{_ARROW}{path.reader}: the reader comes before the site, and what a "
-            "site writes is read downstream."
-        )
-
-
-def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
-    """Refuse a path within a block behind which a hook of the caller's own is.
-
-    What a reader in the site's own block saw is taken off the stream behind that block, which has
-    to be unchanged by then.
-    """
-    host = lens.host
-    layer = reader_layer(lens, path.reader)
-    blocks = {lens.sites[site].layer for site in path.sites}
-    if path.reader == LOGITS or layer not in blocks:
-        return
-    behind = (
-        f"blocks.{layer}.hook_resid_post",
-        host.block_input(min(layer + 1, host.n_layers - 1)),
-    )
-    points = [lens.model.hook_dict[name] for name in behind]
-    if is_hooked([lens.model.blocks[layer], *points]):
-        raise ModelStateError(
-            f"{path.writer}{_ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
-            f"{behind}, may change what this reader saw before it is taken off the stream again. "
-            "Remove that hook, or ask for a later reader."
         )

@@ -18,8 +18,7 @@ from reference import Stream
 import lens_lora as ll
 from lens_lora.core import OwnPasses, attached
 from lens_lora.edge_attribution import by_reader as engine
-from lens_lora.edge_attribution import edges as edge_names
-from lens_lora.edge_attribution import path_patching, readers
+from lens_lora.edge_attribution import patch_edges, path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of
 
 ROUND_OFF = 1e-10
@@ -484,7 +483,7 @@ def test_a_lost_reader_is_refused(cls: str, monkeypatch):
         shown, norms = found(host, layer)
         return {name: module for name, module in shown.items() if "mlp" not in name}, norms
 
-    for module in (readers, edge_names):
+    for module in (readers, patch_edges):
         monkeypatch.setattr(module, "stream_readers", without_mlp)
     with pytest.raises(ll.errors.ModelStateError, match="its edges sum to"):
         ll.edges(lens, TEXTS, MARGIN, progress=False)

@@ -1,0 +1,181 @@
+"""`patch_edges` measures edges exactly: path patching (`edge_attribution/path_patching.py`).
+
+One reader alone sees what switching a writer's sites on, or off, makes of their branches, and the
+model runs on from there. Here pairs of names become paths: a writer is a site, a glob, or a group,
+and a reader must be downstream of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+from lens_lora.arguments import word
+from lens_lora.core import (
+    Effects,
+    Function,
+    Group,
+    Groups,
+    How,
+    LoraLens,
+    analysis,
+    chosen_sites,
+    group_sites,
+    is_hooked,
+)
+from lens_lora.edge_attribution.edges import ARROW
+from lens_lora.edge_attribution.path_patching import EdgePath, patched_edges
+from lens_lora.edge_attribution.readers import LOGITS, head_readers, reader_layer, stream_readers
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+
+
+@analysis
+def patch_edges(
+    g: Function,
+    pairs: Iterable[Sequence[str]],
+    how: How = "add_one",
+    *,
+    group: Group = "site",
+) -> Effects:
+    """The exact effect of one site, or group of sites, through one reader alone (path patching).
+
+    With 'add_one' the base model runs. What switching the site on makes of its branch's output is
+    added to the input of the reader, before its norm, and no other reader sees it. With
+    'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
+    for that reader alone.
+
+    The sites of a group are switched together. Each block's branches read the stream as it is
+    without the switch, so that sites of one group do not read each other across blocks, and the
+    reader gets the sum. Sites of a group that are behind the reader do not count.
+
+    Cost: two forward passes, four for the noise floor, and one per pair, batched; for pairs within
+    one block one more, with tangents.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        pairs: (writer, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
+            'blocks.5.attn.3.q', or 'logits'. The writer is a site, a glob for all sites that it
+            matches, or the name of a group; `edges(…).top(20)[["writer", "reader"]].values` gives
+            the strongest.
+        how: 'add_one', on the base model, or 'leave_one_out', in the adapted model.
+        group: the writers that may be named: 'layer', 'kind' or {name: site names or globs}, as for
+            `edges`.
+        progress: show a bar.
+
+    Returns:
+        Effects of edges with values [batch, pair], in the readout's units, positive where the edge
+        raises the readout.
+
+    Raises:
+        SiteError: a site, group or reader that there is not, with the nearest.
+        ArgumentError: a reader that is not downstream of any of the writer's sites, no pairs,
+            another `how` or group.
+        ModelStateError: heads that are not known; for a pair within one block, a hook of yours
+            behind it, or an operation without a forward-mode derivative.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a non-finite readout.
+    """
+    g.require_logits("patch_edges")
+    word("how", how, get_args(How))
+    paths = _paths(g.lens, pairs, group_sites(g.lens.sites, group))
+    at = 0.0 if how == "add_one" else 1.0
+    moved = patched_edges(g, paths, at)
+    return Effects(
+        values=moved if how == "add_one" else -moved,
+        groups={f"{path.writer}{ARROW}{path.reader}": path.sites for path in paths},
+        how=how,
+        of="edge",
+        noise_floor=g.noise((1.0, -1.0), at=at),
+        **g.header(),
+    )
+
+
+def _paths(lens: LoraLens, pairs: Iterable[Sequence[str]], groups: Groups) -> list[EdgePath]:
+    """The different pairs as paths, after their names and directions were checked."""
+    try:
+        names = [(writer, reader) for writer, reader in pairs]
+    except (TypeError, ValueError):
+        # These are no pairs, which is refused below.
+        names = []
+    if not names:
+        raise ArgumentError(
+            f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
+        )
+    readers = _reader_names(lens)
+    paths: list[EdgePath] = []
+    for writer, reader in dict.fromkeys(names):
+        if reader not in readers:
+            near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3)
+            near = near or readers[:3]
+            raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
+        path = EdgePath(writer, _writer_sites(lens, writer, groups), reader)
+        _require_downstream(lens, path)
+        _require_no_hook_behind(lens, path)
+        paths.append(path)
+    return paths
+
+
+def _reader_names(lens: LoraLens) -> list[str]:
+    """Every reader of the model, blocks first, then heads."""
+    host = lens.host
+    blocks: list[str] = []
+    for layer in range(host.n_layers):
+        readers, _ = stream_readers(host, layer)
+        blocks += readers
+    heads: list[str] = []
+    for name in blocks:
+        heads += [head for head in head_readers(lens, name) if head != name]
+    return [*blocks, LOGITS, *heads]
+
+
+def _writer_sites(lens: LoraLens, writer: str, groups: Groups) -> tuple[int, ...]:
+    """The sites of a group of this name, or those that a name or glob matches."""
+    if writer in groups:
+        return tuple(groups[writer])
+    try:
+        return chosen_sites(lens.sites, [writer])
+    except SiteError as error:
+        names = list(groups)
+        if names == [site.name for site in lens.sites]:
+            raise
+        raise SiteError(
+            f"{writer!r} is none of the groups {names[:6]}, and it matches no site."
+        ) from error
+
+
+def _require_downstream(lens: LoraLens, path: EdgePath) -> None:
+    """Refuse a reader that comes before all of the writer's sites."""
+    layer = reader_layer(lens, path.reader)
+    blocks = {lens.sites[site].layer for site in path.sites}
+    if layer < min(blocks):
+        raise ArgumentError(
+            f"{path.writer}{ARROW}{path.reader}: the reader comes before the site, and what a "
+            "site writes is read downstream."
+        )
+
+
+def _require_no_hook_behind(lens: LoraLens, path: EdgePath) -> None:
+    """Refuse a path within a block behind which a hook of the caller's own is.
+
+    What a reader in the site's own block saw is taken off the stream behind that block, which has
+    to be unchanged by then.
+    """
+    host = lens.host
+    layer = reader_layer(lens, path.reader)
+    blocks = {lens.sites[site].layer for site in path.sites}
+    if path.reader == LOGITS or layer not in blocks:
+        return
+    behind = (
+        f"blocks.{layer}.hook_resid_post",
+        host.block_input(min(layer + 1, host.n_layers - 1)),
+    )
+    points = [lens.model.hook_dict[name] for name in behind]
+    if is_hooked([lens.model.blocks[layer], *points]):
+        raise ModelStateError(
+            f"{path.writer}{ARROW}{path.reader}: a hook of yours on block {layer}, or at one of "
+            f"{behind}, may change what this reader saw before it is taken off the stream again. "
+            "Remove that hook, or ask for a later reader."
+        )
