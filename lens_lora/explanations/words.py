@@ -17,12 +17,7 @@ from lens_lora.explanations.explanation import Explanation, Explanations
 from lens_lora.judging.compare import Comparison
 from lens_lora.judging.rankings import RANDOM
 from lens_lora.show import text
-from lens_lora.show.text import (
-    caution_text,
-    percent,
-    signed,
-    visible,
-)
+from lens_lora.show.text import caution_text, percent, signed, visible
 from lens_lora.show.words import (
     MODULES_NAMED,
     Account,

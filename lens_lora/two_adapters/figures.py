@@ -20,11 +20,8 @@ from lens_lora.show.figures import (
     kinds_by_layer,
     names_axis,
 )
-from lens_lora.show.text import (
-    label,
-    short_prompt,
-)
-from lens_lora.two_adapters.checkpoints import Checkpoints
+from lens_lora.show.text import label, short_prompt
+from lens_lora.two_adapters.checkpoints import Checkpoints, GroupName, What
 from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
 from lens_lora.two_adapters.words import too_few
@@ -47,23 +44,24 @@ def comparison_heatmap(comparison: AdapterComparison) -> go.Figure:
     return kinds_by_layer(titles, comparison.sites, cosines, hover, "cosine", "signed", reach=1.0)
 
 
-_MOVES = {
+# The heading of each heatmap of modules by step, and the line below it.
+_HEADINGS = {
     "moved": ("Which modules move when", "how far ΔW moved since the checkpoint before"),
     "effect": ("First order through the training", "Σ of each group, mean over prompts"),
     "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
     "read": ("How far what ΔW reads turns", "mean angle to the checkpoint before"),
     "write": ("How far what ΔW writes turns", "mean angle to the checkpoint before"),
 }
-
-
+# What the colours of those heatmaps mean that are of sizes; 'effect' is signed, in the readout's
+# units.
 _AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "write": "degrees"}
 
 
 @drawing.modules.register(Checkpoints)
-def modules_heatmap(training: Checkpoints, what: Any, group: Any) -> go.Figure:
-    """Groups of modules by step."""
+def modules_heatmap(training: Checkpoints, what: What, group: GroupName) -> go.Figure:
+    """A heatmap of groups of modules by step."""
     frame = training.by_group(what, group)
-    heading, below = _MOVES[what]
+    heading, below = _HEADINGS[what]
     titles = (f"{heading}, by {group}", below)
     hover = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
     x = names_axis((f"{step:g}" for step in frame.columns), "step")

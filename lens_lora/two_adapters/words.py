@@ -7,10 +7,7 @@ import math
 from lens_lora.core import drawing
 from lens_lora.errors import many, named, worded
 from lens_lora.show import text
-from lens_lora.show.text import (
-    percent,
-    reading_text,
-)
+from lens_lora.show.text import percent, reading_text
 from lens_lora.two_adapters.checkpoints import Checkpoints
 from lens_lora.two_adapters.comparison import AdapterComparison
 from lens_lora.two_adapters.repair import Repair
