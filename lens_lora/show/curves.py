@@ -6,7 +6,15 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from lens_lora.core import SIGMAS, FactMargin, Point, RemainderCurve, drawing, only_prompt
+from lens_lora.core import (
+    SIGMAS,
+    FactMargin,
+    Point,
+    RemainderCurve,
+    drawing,
+    only_prompt,
+    prompt_rows,
+)
 from lens_lora.show import go
 from lens_lora.show.figures import (
     EPSILON,
@@ -20,7 +28,7 @@ from lens_lora.show.figures import (
     finish,
     whose,
 )
-from lens_lora.show.text import label, signed
+from lens_lora.show.text import label, short_prompt, signed
 
 _HIGHEST_SHARE = 300.0  # % of the shift: a share above this would flatten the others
 
@@ -32,19 +40,18 @@ def remainder_figure(path: RemainderCurve, prompt: int | None = None) -> go.Figu
     Strengths at which |R| is under three of its own noise floors are greyed: rounding alone may
     make such a share.
     """
-    index = only_prompt(prompt, len(path.base), "curves along ε")
-    points = path.points[index]
+    points = _points_of(path, prompt)
     scales = [point.scale for point in points]
     is_noise = [abs(point.remainder) <= SIGMAS * point.remainder_floor for point in points]
     shares = [_share_in_percent(point) for point in points]
     remainders = _remainder_curve(points, shares, is_noise, label(path.units))
 
     figure = go.make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    figure.add_traces(_exact_and_line(path, index), rows=[1, 1], cols=[1, 1])
+    figure.add_traces(_exact_and_line(path, prompt), rows=[1, 1], cols=[1, 1])
     figure.add_trace(remainders, row=2, col=1)
     _mark_noise(figure, scales, is_noise)
     heading = f"{path.readout} along ε, and what first order leaves"
-    titles = (heading, whose(index, path.str_tokens))
+    titles = (heading, whose(prompt, path.str_tokens))
     finish(figure, titles, ("", label(path.units)), 520)
 
     # The axis reaches to the largest share that stands out of rounding.
@@ -58,6 +65,29 @@ def remainder_figure(path: RemainderCurve, prompt: int | None = None) -> go.Figu
     top = max(min(1.12 * largest, _HIGHEST_SHARE), 1.0)
     figure.update_xaxes(title_text=EPSILON, row=2)
     return figure.update_yaxes(title_text=f"|R| / |shift|, %{cut}", range=[0, top], row=2)
+
+
+def _points_of(path: RemainderCurve, prompt: int | None) -> list[Point]:
+    """Each strength of one prompt, or of the mean over prompts.
+
+    Rounding of different prompts is independent, so the σ of a mean over n prompts is √Σσ²/n.
+    """
+    count = len(path.base)
+    if prompt is not None or count == 1:
+        return path.points[only_prompt(prompt, count)]
+    means: list[Point] = []
+    for of_prompts in zip(*path.points, strict=True):
+        remainder_floors = [point.remainder_floor for point in of_prompts]
+        noise_floors = [point.noise_floor for point in of_prompts]
+        mean = Point(
+            scale=of_prompts[0].scale,
+            remainder=sum(point.remainder for point in of_prompts) / count,
+            shift=sum(point.shift for point in of_prompts) / count,
+            remainder_floor=math.hypot(*remainder_floors) / count,
+            noise_floor=math.hypot(*noise_floors) / count,
+        )
+        means.append(mean)
+    return means
 
 
 def _share_in_percent(point: Point) -> float | None:
@@ -105,13 +135,17 @@ def _mark_noise(figure: go.Figure, scales: Sequence[float], is_noise: Sequence[b
         )
 
 
-def _exact_and_line(path: RemainderCurve, index: int) -> list[go.Scatter]:
-    """The exact g(ε), beginning at the base model, and the line g(0) + ε Σ a_l."""
-    base = float(path.base[index])
-    slope = float(path.slope[index])
+def _exact_and_line(path: RemainderCurve, prompt: int | None) -> list[go.Scatter]:
+    """The exact g(ε), beginning at the base model, and the line g(0) + ε Σ a_l.
+
+    They are those of one prompt, or the means over prompts.
+    """
+    rows = prompt_rows(prompt, len(path.base))
+    base = float(path.base[rows].cpu().double().mean())
+    slope = float(path.slope[rows].cpu().double().mean())
     units = label(path.units)
     scales = [0.0, *path.scales.cpu().double().tolist()]
-    exact = [base, *path.values[index].cpu().double().tolist()]
+    exact = [base, *path.values[rows].cpu().double().mean(0).tolist()]
     line = [base + scale * slope for scale in scales]
     exact_hover = along_hover("exact", units)
     line_hover = along_hover("first order", units)
@@ -144,18 +178,40 @@ _ROOM_FOR_THE_LABEL = 0.25
 
 @drawing.figure.register(FactMargin)
 def margin_figure(fact_margin: FactMargin, prompt: int | None = None) -> go.Figure:
-    """Draw the margin along ε, its first-order line, the zero line and the flip."""
+    """Draw the margin along ε, its first-order line, the zero line and the flip.
+
+    Of several prompts it is the mean margin, with each prompt's own as a thin line.
+    """
     path = fact_margin.curve
-    index = only_prompt(prompt, len(path.base), "curves along ε")
-    figure = go.Figure(_exact_and_line(path, index))
+    is_mean = prompt is None and len(path.base) > 1
+    figure = go.Figure()
+    if is_mean:
+        figure.add_traces(_line_of_each(path))
+    figure.add_traces(_exact_and_line(path, prompt))
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
-    flip = float(fact_margin.flip_scale[index])
-    if math.isfinite(flip):
-        _mark_flip(figure, flip, is_base_negative=float(path.base[index]) < 0)
+    if not is_mean:
+        index = only_prompt(prompt, len(path.base))
+        flip = float(fact_margin.flip_scale[index])
+        if math.isfinite(flip):
+            _mark_flip(figure, flip, is_base_negative=float(path.base[index]) < 0)
     heading = f"{path.readout} along ε"
-    below = f"from the base model to the adapted · {whose(index, path.str_tokens)}"
+    below = f"from the base model to the adapted · {whose(prompt, path.str_tokens)}"
     axes = (EPSILON, f"margin, {label(path.units)}")
     return finish(figure, (heading, below), axes, 380)
+
+
+def _line_of_each(path: RemainderCurve) -> list[go.Scatter]:
+    """A thin line for each prompt, with one entry in the legend for all of them."""
+    scales = [0.0, *path.scales.cpu().double().tolist()]
+    lines: list[go.Scatter] = []
+    for index, tokens in enumerate(path.str_tokens):
+        values = [float(path.base[index]), *path.values[index].cpu().double().tolist()]
+        hover = (
+            f"prompt {index}, {label(short_prompt(tokens))}<br>{along_hover('exact', path.units)}"
+        )
+        line = curve(scales, values, "each prompt", NOISE, hover, width=1, opacity=0.5)
+        lines.append(line.update(showlegend=index == 0))
+    return lines
 
 
 def _mark_flip(figure: go.Figure, flip: float, *, is_base_negative: bool) -> None:

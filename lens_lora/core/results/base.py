@@ -13,8 +13,8 @@ Each is a frozen dataclass, as it is below `Result`, and abstract or final, as a
 are. The header is keyword-only, so that a subclass keeps its own fields first.
 
 `prompt=None` is the mean over prompts where the values of different prompts can be averaged (sites,
-groups, hook points), and the only prompt where they cannot (positions, curves along ε, stories,
-rankings of tokens).
+groups, hook points, curves along ε, tokens of the vocabulary), and the only prompt where they
+cannot (positions, tokens of a response, stories).
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Drawn(Result):
 
         Args:
             prompt: an index; without it, the mean over prompts, or where they have none (by
-                position or token, along ε) the only prompt.
+                position or token) the only prompt.
 
         Raises:
             ArgumentError: no such prompt, or several where they have no mean and none was named.
