@@ -88,8 +88,6 @@ def without_a_mean():
     )  # fmt: skip
     return [
         by_position.plot_positions,
-        curves.plot,
-        two.plot,
         two.story,
         flags.flagged_sites,
         features(by_position=True).top,
