@@ -7,9 +7,10 @@ from .audit.what_changed import what_changed
 from .banks.bank import bank, load_bank
 from .banks.training import ShiftCallback
 from .core import Function, LoraLens, analysis
-from .core.adapter.adapter import Adapter, load_adapter
+from .core.adapter.adapter import Adapter
 from .core.adapter.factors import LoRAFactors
 from .core.adapter.formats import adapter_format
+from .core.adapter.loading import load_adapter
 from .core.analyses.activation_patching import patch_activations
 from .core.analyses.components import components
 from .core.analyses.first_order import first_order

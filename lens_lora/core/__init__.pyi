@@ -1,15 +1,15 @@
 """The door of the core: what the other folders use of it, and where each name lives."""
 
 from .adapter.adapter import Adapter as Adapter
-from .adapter.adapter import AdapterLike as AdapterLike
-from .adapter.adapter import given_adapter as given_adapter
-from .adapter.adapter import load_adapter as load_adapter
 from .adapter.adapter import require_one_base as require_one_base
 from .adapter.factors import LoRAFactors as LoRAFactors
 from .adapter.factors import ModuleUpdate as ModuleUpdate
 from .adapter.factors import TrainedModule as TrainedModule
 from .adapter.formats import PEFT_FILES as PEFT_FILES
 from .adapter.formats import adapter_format as adapter_format
+from .adapter.loading import AdapterLike as AdapterLike
+from .adapter.loading import given_adapter as given_adapter
+from .adapter.loading import load_adapter as load_adapter
 from .analyses.activation_patching import ActivationEffects as ActivationEffects
 from .analyses.activation_patching import patch_activations as patch_activations
 from .analyses.components import Component as Component

@@ -155,7 +155,7 @@ def test_message_with_brackets_is_printed_whole(monkeypatch):
     def fail(*path):
         raise LensLoraError("rank [8]\nand [red]more")
 
-    monkeypatch.setattr("lens_lora.core.adapter.adapter.read_adapter", fail)
+    monkeypatch.setattr("lens_lora.core.adapter.loading.read_adapter", fail)
     result = run(cli.app, ["demo", "--quiet"])
     assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
 
@@ -164,7 +164,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     def fail(*path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lens_lora.core.adapter.adapter.read_adapter", fail)
+    monkeypatch.setattr("lens_lora.core.adapter.loading.read_adapter", fail)
     result = run(cli.app, ["demo"])
     assert isinstance(result.exception, RuntimeError)
 

@@ -2,8 +2,6 @@
 
 from . import extensions as extensions
 from .adapter import Adapter as Adapter
-from .adapter import given_adapter as given_adapter
-from .adapter import load_adapter as load_adapter
 from .dense import converted as converted
 from .extensions import Side as Side
 from .factors import LoRAFactors as LoRAFactors
@@ -20,6 +18,8 @@ from .formats import adapter_format as adapter_format
 from .formats import every_file_name as every_file_name
 from .formats import format_in as format_in
 from .formats import registered as registered
+from .loading import given_adapter as given_adapter
+from .loading import load_adapter as load_adapter
 from .module_paths import renamed as renamed
 from .peft_files import CONFIG as CONFIG
 from .peft_files import MLX_WEIGHTS as MLX_WEIGHTS
