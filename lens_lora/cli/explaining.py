@@ -177,7 +177,7 @@ def _say_what_happened(
 
 
 def _kept(report: Path, done: int, count: int) -> str:
-    """What is in the page after an interrupt."""
+    """The words, after an interrupt, for what is in the page."""
     if not done:
         return f"No prompt was finished, and {report} is not written."
     return f"{report} holds the first {done} of {count} prompts."

@@ -110,7 +110,7 @@ def prompts_of(questions: Sequence[Question]) -> PromptsLike:
 
 
 def answers_of(questions: Sequence[Question]) -> tuple[list[str], list[str]]:
-    """doc and pre of each of these questions, all of which have both."""
+    """The answers doc and pre of each of these questions, all of which have both."""
     docs = [question.doc or "" for question in questions]
     pres = [question.pre or "" for question in questions]
     return docs, pres
@@ -122,7 +122,7 @@ def text_of(prompt: Prompt) -> str:
 
 
 def _conversation(said: str, system: str | None) -> Prompt:
-    """What a user says, after the system's message if there is one."""
+    """The conversation in which a user says this, after the system's message if there is one."""
     if not said.strip():
         raise typer.BadParameter("it is empty: the user says nothing.", param_hint="--chat")
     messages = [{"role": "user", "content": said}]

@@ -1,4 +1,4 @@
-"""What commands share while they run: a model and an adapter, progress, and errors as one line.
+"""Running a command: its model and adapter, its progress, and its errors as one line.
 
 Results go to stdout, progress and errors to stderr. Of several processes only the first reports an
 error that all of them have; an error in one process is reported by that process. torch is imported

@@ -378,7 +378,7 @@ def _jsonl(path: Path) -> Iterator[_Row]:
 
 
 def _parsed(line: bytes, encoding: str) -> Any:
-    """What a line of JSON holds, or the error that it cannot be read with."""
+    """The content of a line of JSON, or the error with which it cannot be read."""
     try:
         return json.loads(line.decode(encoding), object_pairs_hook=_object)
     except json.JSONDecodeError as error:

@@ -268,10 +268,8 @@ def sweep(
             raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
         return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
 
-    has_response = batches.is_make(readout)
-    plain = read_records(records, with_answers=readout is None, with_response=has_response)
-    rows = [batches.with_text(lens, record) for record in plain]
-    if readout is not None and not has_response:
+    rows = _read(lens, records, readout)
+    if readout is not None and not batches.is_make(readout):
         one_for_all = require_readout(readout)
         _require_fits_some_prompt(lens, rows, one_for_all)
         lens = _sites_that_matter(lens, rows, one_for_all)
@@ -307,6 +305,13 @@ def _require_batch_size(batch_size: object) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         expected = "expected a whole number of at least 1"
         raise SweepError(f"{setting('batch_size', batch_size)}: {expected}.")
+
+
+def _read(lens: LoraLens, records: RecordsLike, readout: Readout | Make | None) -> list[Record]:
+    """All records, with what the readout needs of each, and the texts of conversations."""
+    has_response = batches.is_make(readout)
+    read = read_records(records, with_answers=readout is None, with_response=has_response)
+    return [batches.with_text(lens, record) for record in read]
 
 
 def _prepared(
@@ -457,7 +462,7 @@ def _result(
 def _label_and_units(
     good: Sequence[Mapping[str, Any]], readout: Readout | Make | None
 ) -> tuple[str, str]:
-    """What was read of all good prompts, and in which units.
+    """The label and the units of what was read of all good prompts.
 
     A readout that was asked for has its name and units also where no prompt could be read.
     """
