@@ -35,7 +35,7 @@ import lens_lora as ll
 from lens_lora.core import Evaluations, evaluations
 from lens_lora.core.analyses.first_order import first_order
 from lens_lora.core.analyses.patching import How
-from lens_lora.core.function.forward import gated_readout
+from lens_lora.core.function.many_gates import gated_readout
 from lens_lora.judging.reliability import judged
 
 FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps")

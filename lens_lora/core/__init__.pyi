@@ -43,11 +43,11 @@ from .function.duals import tangent_of as tangent_of
 from .function.forward import require_finite as require_finite
 from .function.function import Function as Function
 from .function.function import Gates as Gates
-from .function.interventions import Recording as Recording
 from .function.memory import Mode as Mode
 from .function.memory import Pass as Pass
 from .function.noise import Noise as Noise
 from .function.own_passes import OwnPasses as OwnPasses
+from .function.recording import Recording as Recording
 from .function.reverse import Slopes as Slopes
 from .function.reverse import Visit as Visit
 from .function.reverse import join_groups as join_groups

@@ -15,7 +15,7 @@ from every_result import response_explanation
 from results_by_hand import without_plotly
 
 import lens_lora as ll
-from lens_lora.core.function import forward as branching
+from lens_lora.core.function import many_gates as branching
 from lens_lora.responses import generate as generation
 from lens_lora.responses.figures import laid_out
 

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 
 import lens_lora as ll
 from lens_lora.core.function import forward as reads
+from lens_lora.core.function import many_gates
 from lens_lora.core.readout import reading as readings
 from lens_lora.responses.held_base import Divergence
 
@@ -424,7 +425,7 @@ def test_the_base_is_run_once(case: cases.Case, monkeypatch):
     """Its distribution is held, and D(0) is zero without a pass; four draws make the floor."""
     run = ll.LoraLens.run
     rows = []
-    evaluate = reads.gated_readout
+    evaluate = many_gates.gated_readout
     gates = []
 
     def counted(lens: ll.LoraLens, some: ll.results.Prompts):
@@ -436,7 +437,7 @@ def test_the_base_is_run_once(case: cases.Case, monkeypatch):
         return evaluate(lens, reading, points, **options)
 
     monkeypatch.setattr(ll.LoraLens, "run", counted)
-    monkeypatch.setattr(reads, "gated_readout", noted)
+    monkeypatch.setattr(many_gates, "gated_readout", noted)
     ll.patch_sites(
         case.lens, prompts(), ll.KL(), how="leave_one_out", group="layer", progress=False
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lens_lora.arguments import word
 from lens_lora.core.analyses.own_analyses import analysis
-from lens_lora.core.function import interventions
+from lens_lora.core.function import interventions, recording
 from lens_lora.core.function.function import Function
 from lens_lora.core.model import Names
 from lens_lora.core.readout import Prompts, Reading
@@ -212,15 +212,15 @@ def patch_activations(
     masks = _masks(chosen, g.prompts, reading)
 
     named = lens.points(names).computed()
-    donor = interventions.record(lens, reading.prompts, donor_scale, named.wanted, named.in_full)
+    donor = recording.record(lens, reading.prompts, donor_scale, named.wanted, named.in_full)
     points = named.fired(donor.firings)
     if chosen.which is not None:
-        points = interventions.positioned(
+        points = recording.positioned(
             lens, reading.prompts, donor, points, named.in_full, donor_scale
         )
     places = [_Place(name, name, None) for name in points]
     if by_head:
-        places = _places_of_heads(interventions.head_parts(lens, donor, points))
+        places = _places_of_heads(recording.head_parts(lens, donor, points))
     patches = [
         interventions.Patch(place.point, _both(place.features, mask))
         for place in places

@@ -24,8 +24,8 @@ from torch import Tensor
 from lens_lora.core.analyses.remainder import USUAL_SCALES, RemainderCurve, curve_beside
 from lens_lora.core.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
 from lens_lora.core.function.cache import Evaluations
-from lens_lora.core.function.forward import gated_readout
 from lens_lora.core.function.function import Function, function_of
+from lens_lora.core.function.many_gates import gated_readout
 from lens_lora.core.model import LoraLens, alone, by_axes
 from lens_lora.core.readout import extensions
 from lens_lora.core.readout.prompts import PromptsLike

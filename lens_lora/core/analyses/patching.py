@@ -115,7 +115,7 @@ def patch_sites(
             )
         activations.require_ranks(lens, [index for (index,) in groups.values()])
         groups, rank_of_group = _each_rank(lens, groups)
-        lens = activations.in_gauge(lens, "svd")
+        lens = lens.in_gauge("svd")
     stand_in = None
     if replacing is not None:
         stand_in = _stand_in(lens, g.reading, how, replace, replacing)

@@ -1,8 +1,8 @@
-"""u_l = A_l z_l of every site, replaced by something else.
+"""g with δ_l = B_l u_l replaced at some sites: u_l ← u_l + P(ū_l − u_l), where u_l = A_l z_l.
 
-1. `replaced_readout`: g with the δ = B u of some sites replaced, u ← u + P(ū − u). A whole site:
-   P = 1. A single rank j: P = e_j e_jᵀ, in the coordinates of the SVD of ΔW (`in_gauge`), so that
-   σ_j v_jᵀx is replaced. All that follows is live: other sites read the changed residual stream.
+1. `replaced_readout`: g with the δ of some sites replaced. A whole site: P = 1. A single rank j:
+   P = e_j e_jᵀ, in the coordinates of the SVD of ΔW (`LoraLens.in_gauge`), so that σ_j v_jᵀx is
+   replaced. All that follows is live: other sites read the changed residual stream.
 2. What stands in, ū:
 
        zero       ū = 0 at every token
@@ -29,14 +29,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_lora.core.function.forward import (
-    gated_readout,
-    run_without_logits,
-)
+from lens_lora.core.function.forward import run_without_logits
+from lens_lora.core.function.many_gates import gated_readout
 from lens_lora.core.function.memory import ROW_TOKENS, row_groups
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.basis import NormUpdate
-from lens_lora.core.model.gauge import Gauge
 from lens_lora.core.model.injections import Inject, ScaleInject
 from lens_lora.core.model.plan import Injection
 from lens_lora.core.readout import Prompts, Reading, which_prompt
@@ -47,12 +44,6 @@ from lens_lora.errors import (
     setting,
 )
 
-
-def in_gauge(lens: LoraLens, gauge: Gauge) -> LoraLens:
-    """The same function f(ε), each rank space in the coordinates of the gauge."""
-    return lens.in_gauge(gauge)
-
-
 # --- What stands in for δ
 
 
@@ -61,7 +52,7 @@ Coordinates = Float[Tensor, "_row _pos *_head _rank"]
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """ū of every injection, and where it stands in.
+    """What stands in for u at every injection, and where it does.
 
     Attributes:
         u: ū of each injection, [row, pos, …, rank], or [1, 1, …, rank] for all rows and tokens.
@@ -87,17 +78,21 @@ def mean_over(
             "texts: none has a token after its first, which is left out of the mean as a sink; "
             "give longer texts."
         )
-    sums, rest = dict[int, Tensor](), counted
-    for batch in map(texts.chosen, row_groups(lens, texts, ROW_TOKENS)):
-        mask, rest = rest[: batch.batch, : batch.tokens.shape[1]], rest[batch.batch :]
+    sums: dict[int, Tensor] = {}
+    first = 0
+    for rows in row_groups(lens, texts, ROW_TOKENS):
+        batch = texts.chosen(rows)
+        end = first + batch.batch
+        mask = counted[first:end, : batch.tokens.shape[1]]
+        first = end
 
         def add(index: int, u: Tensor, mask: Tensor = mask) -> None:
             sums[index] = sums.get(index, 0) + u[mask.to(u.device)].sum(0)
 
         _run(lens, batch, gates, add)
     count = int(counted.sum())
-    u = tuple(sums[index][None, None] / count for index in range(len(lens.injections)))
-    return _over_rows(u, reading.prompts)
+    means = [sums[index][None, None] / count for index in range(len(lens.injections))]
+    return _over_rows(tuple(means), reading.prompts)
 
 
 def resampled(
@@ -112,35 +107,42 @@ def resampled(
     rows = reading.prompts
     text_of = (reading.owner % texts.batch).to(texts.tokens.device)
     _require_room(rows, texts, text_of)
-    used, used_of = torch.unique(text_of, return_inverse=True)
-    batches: dict[int, list[Tensor]] = {}
-    width = int(texts.lengths[used].max())
+    used, index_of = torch.unique(text_of, return_inverse=True)
     once = Prompts(texts.tokens[used], texts.lengths[used])
-    for batch in map(once.chosen, row_groups(lens, once, ROW_TOKENS)):
+    width = int(once.lengths.max())
+    batches: dict[int, list[Tensor]] = {}
 
-        def keep(index: int, u: Tensor) -> None:
-            padded = u.new_zeros(len(u), width, *u.shape[2:])
-            padded[:, : u.shape[1]] = u
-            batches.setdefault(index, []).append(padded)
+    def keep(index: int, u: Tensor) -> None:
+        padded = u.new_zeros(len(u), width, *u.shape[2:])
+        padded[:, : u.shape[1]] = u
+        batches.setdefault(index, []).append(padded)
 
-        _run(lens, batch, gates, keep)
+    for group in row_groups(lens, once, ROW_TOKENS):
+        _run(lens, once.chosen(group), gates, keep)
+    # How many places later the text's token stands, counted from both ends.
     later = (texts.lengths[text_of] - rows.lengths.to(text_of.device))[:, None]
     places = torch.arange(rows.tokens.shape[1], device=text_of.device)
     everywhere = (places + later).clamp(max=width - 1)
     at_slots = rows.read_positions.to(text_of.device) + later
-    kinds = [lens.sites[injection.site].kind for injection in lens.injections]
-    u = tuple(
-        _picked(torch.cat(batches[i]), used_of, at_slots if kind == "unembed" else everywhere)
-        for i, kind in enumerate(kinds)
-    )
-    return _over_rows(u, rows)
+    coordinates: list[Tensor] = []
+    for index, injection in enumerate(lens.injections):
+        is_unembedding = lens.sites[injection.site].kind == "unembed"
+        at = at_slots if is_unembedding else everywhere
+        coordinates.append(_picked(torch.cat(batches[index]), index_of, at))
+    return _over_rows(tuple(coordinates), rows)
 
 
 def _picked(u: Tensor, text_of: Int[Tensor, " row"], places: Int[Tensor, "row pos"]) -> Coordinates:
+    """The text's u for each row, at these places of the text."""
     return u[text_of.to(u.device)[:, None], places.to(u.device)]
 
 
 def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
+    """Let u stand in at every token of the rows but the first.
+
+    Raises:
+        PromptError: a row of one token.
+    """
     is_later = rows.after_first
     without = (~is_later.any(1)).nonzero().flatten()
     if len(without):
@@ -153,8 +155,10 @@ def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
 
 
 def _require_room(rows: Prompts, texts: Prompts, text_of: Int[Tensor, " row"]) -> None:
+    """Check that each row's text is at least as long as the row, and another text."""
     for row, text in enumerate(text_of.tolist()):
-        needed, length = int(rows.lengths[row]), int(texts.lengths[text])
+        needed = int(rows.lengths[row])
+        length = int(texts.lengths[text])
         if length < needed:
             raise PromptError(
                 f"text {text} of {texts.batch} (from 0) has {length} tokens, and what it stands in "
@@ -198,14 +202,14 @@ def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _K
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """What each run does.
+    """The interventions: what each run does at every site.
 
     Attributes:
         states: 0 where a site is off, 1 where it is on and the run is not about it, 2 where the run
             is about it, or 2 + j where it is about its rank j.
         of_ranks: whether the runs are about single ranks.
-        alone: whether of its site only that rank writes.
-        replaced: whether its δ is replaced.
+        alone: whether only that rank of the site writes.
+        replaced: whether the δ of the site or rank is replaced.
     """
 
     states: Float[Tensor, "point site"]
@@ -233,7 +237,19 @@ def replaced_readout(
     progress: bool,
     what: str,
 ) -> Float[Tensor, "batch point"]:
-    """g of every prompt in every run. At most a forward pass a point, batched."""
+    """g of every prompt in every run. At most a forward pass a point, batched.
+
+    Args:
+        lens: the adapter over the model; for ranks in the coordinates of the SVD.
+        reading: what is run and read.
+        points: the interventions.
+        stand_in: what stands in for δ; None for zero.
+        progress: show a bar.
+        what: the title of the bar.
+
+    Raises:
+        NumericsError: a readout that is not finite.
+    """
 
     def inject(states: Float[Tensor, "row site"], rows: Int[Tensor, " row"]) -> Inject:
         return _ReplaceInject(lens, dataclasses.replace(points, states=states), rows, stand_in)
@@ -242,17 +258,24 @@ def replaced_readout(
 
 
 class _ReplaceInject:
-    """What each row of a run writes: its point, and which row of the reading it belongs to."""
+    """Writes δ as the point of each row says: as it is, one rank of it, or something else.
+
+    `rows` are the rows of the reading of which the rows of the batch are copies.
+    """
 
     def __init__(
         self, lens: LoraLens, points: Points, rows: Int[Tensor, " row"], stand_in: StandIn | None
     ) -> None:
-        self._lens, self._points, self._rows, self._stand_in = lens, points, rows, stand_in
+        self._lens = lens
+        self._points = points
+        self._rows = rows
+        self._stand_in = stand_in
         self._gates = (points.states > 0).to(lens.gate_dtype)
         self._ranks = (points.states.amax(1) - 2).long()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = self._lens.plan.injections[index]
+        """Write B u at one injection, with u moved in the rows that are about its site."""
+        injection = self._lens.injections[index]
         gate = injection.gate(self._gates)
         if not bool((gate != 0).any()):
             return None
@@ -260,31 +283,43 @@ class _ReplaceInject:
         return injection.map.added(out, u, gate)
 
     def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
+        """u + P(ū − u) in the rows that are about this site; P u where the rank is alone."""
         is_about = (self._points.states[:, injection.site] >= 2).to(u.device)
         if not bool(is_about.any()):
             return u
-        start = torch.where(_over(is_about, u), self._part(u), u) if self._points.alone else u
+        start = u
+        if self._points.alone:
+            start = torch.where(_as_wide_as(u, is_about), self._part(u), u)
         if not self._points.replaced:
             return start
+        gap, is_replaced = self._gap(index, injection, u, is_about)
+        return start + torch.where(_as_wide_as(u, is_replaced), self._part(gap), 0.0)
+
+    def _gap(
+        self, index: int, injection: Injection, u: Tensor, is_about: Bool[Tensor, " row"]
+    ) -> tuple[Tensor, Bool[Tensor, "row _pos"]]:
+        """ū − u, and at which tokens of each row it is added."""
         if self._stand_in is None:
             # Each of two partners adds half of what they add together: all of the rank's is out.
-            gap, mask = -u if injection.partner is None else -2 * u, is_about[:, None]
-        else:
-            other, rows = self._stand_in.u[index], self._rows
-            gap = (other if len(other) == 1 else other[rows.to(other.device), : u.shape[1]]) - u
-            is_head = self._lens.sites[injection.site].kind == "unembed"
-            tokens = self._stand_in.at_slots if is_head else self._stand_in.at
-            mask = is_about[:, None] & tokens.to(u.device)[rows.to(u.device), : u.shape[1]]
-        return start + torch.where(_over(mask, u), self._part(gap), 0.0)
+            gap = -u if injection.partner is None else -2 * u
+            return gap, is_about[:, None]
+        other = self._stand_in.u[index]
+        if len(other) > 1:
+            other = other[self._rows.to(other.device), : u.shape[1]]
+        is_unembedding = self._lens.sites[injection.site].kind == "unembed"
+        tokens = self._stand_in.at_slots if is_unembedding else self._stand_in.at
+        of_rows = tokens.to(u.device)[self._rows.to(u.device), : u.shape[1]]
+        return other - u, is_about[:, None] & of_rows
 
     def _part(self, u: Tensor) -> Tensor:
         """P u, with each row's own rank."""
         if not self._points.of_ranks:
             return u
-        is_rank = self._ranks.to(u.device)[:, None] == torch.arange(u.shape[-1], device=u.device)
+        ranks = torch.arange(u.shape[-1], device=u.device)
+        is_rank = self._ranks.to(u.device)[:, None] == ranks
         return u * is_rank.view(len(is_rank), *[1] * (u.ndim - 2), -1)
 
 
-def _over(values: Tensor, u: Tensor) -> Tensor:
-    """Of each row, or of each row and token: as wide as u."""
+def _as_wide_as(u: Tensor, values: Tensor) -> Tensor:
+    """Values of each row, or of each row and token, with axes of one entry for the others of u."""
     return values.view(*values.shape, *[1] * (u.ndim - values.ndim))

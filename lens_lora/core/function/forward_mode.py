@@ -1,9 +1,9 @@
-"""Forward mode: the slopes of `Function.slopes` by the other route, a tangent for each part.
+"""∂g/∂ε_p = d/dt readout(f + t J δ_p) at t = 0, for each site, group of sites or part p.
 
-    ∂g/∂ε_p = d/dt readout(f + t J δ_p)  at t = 0,    for each site, group of sites or part p
+Forward mode gives the slopes of `Function.slopes` (note, Prop. 1) by the other route:
 
-1. The tangent J δ_p of the logits comes from a pass of dual numbers (`function/tangents.py`), and
-   goes through the readout. It is the check of reverse mode.
+1. The tangent J δ_p of the logits comes from a pass of dual numbers (`tangents.py`), and goes
+   through the readout. It is the check of reverse mode.
 2. By output token it is c_t · ẋ_t of the final residual stream x, with c_t = ∂ℓ_t/∂x_t of
    ℓ_t = log p(y_t | x, y_<t): where the model only unembeds x, no tangent is unembedded.
 3. Where the constant part of v is added at o, its parts by position are compared with the whole
@@ -25,9 +25,7 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import reverse
-from lens_lora.core.function.activations import in_gauge
+from lens_lora.core.function import forward, reverse
 from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.contraction import axis_sizes
 from lens_lora.core.function.duals import tangent_of
@@ -64,7 +62,7 @@ def slopes(
         NumericsError: a derivative that is not finite, naming the site.
     """
     _require_logits(g)
-    lens = in_gauge(g.lens, gauge)
+    lens = g.lens.in_gauge(gauge)
     axes_of_sites = tuple(axis for axis in axes if axis != "token")
     tokens = TokenTangents(lens, g.reading) if "token" in axes else None
 
@@ -72,11 +70,11 @@ def slopes(
         return _tangents(g, lens, at, parts, tokens)
 
     parts = all_parts(lens, g.rows, axes_of_sites)
-    sizes = [*axis_sizes(lens, g.rows, axes_of_sites)]
+    shape = [g.reading.batch, len(lens.sites), *axis_sizes(lens, g.rows, axes_of_sites)]
     if tokens is not None:
-        sizes.append(g.rows.slots)
-    shape = (g.reading.batch, len(lens.sites), *sizes)
+        shape.append(g.rows.slots)
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+    # Where each part stands: its site, and its slot of each axis. The last slot is 'none'.
     places = [[part.site for part in parts]]
     for axis in axes_of_sites:
         slots = [getattr(part, axis) for part in parts]
@@ -190,7 +188,7 @@ class TokenTangents:
         self._reading = reading
         self._read = cast(LogProbs, reading.read)
         self._covectors: Tensor | None = None
-        self.final: bool = function.ends_plainly(lens)
+        self.final: bool = forward.ends_plainly(lens)
         self.value: Tensor | None = None
 
     def __call__(self, rows: Float[Tensor, "row part slot d"]) -> Float[Tensor, "row part token"]:
@@ -201,7 +199,7 @@ class TokenTangents:
         """c_t · ẋ_t; every part has the same x, and so has every pass."""
         if self._covectors is None:
             x = fwad.unpack_dual(rows).primal[:, 0]
-            self._covectors, log_probs = function.token_covectors(self._lens, self._reading, x)
+            self._covectors, log_probs = forward.token_covectors(self._lens, self._reading, x)
             self.value = self._read.of(log_probs)
         return (self._covectors[:, None] * tangent_of(rows)).sum(-1)
 

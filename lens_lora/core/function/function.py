@@ -42,7 +42,16 @@ from torch import Tensor
 from lens_lora.arguments import number, numbers_of
 from lens_lora.compat import Temporary
 from lens_lora.core.adapter.adapter import Adapter
-from lens_lora.core.function import forward, gate_graph, memory, reverse, rounding, slopes, tangents
+from lens_lora.core.function import (
+    forward,
+    gate_graph,
+    many_gates,
+    memory,
+    reverse,
+    rounding,
+    slopes,
+    tangents,
+)
 from lens_lora.core.function.corners import (
     Corners,
     Gates,
@@ -217,7 +226,9 @@ class Function:
             NumericsError: a readout that is not finite.
         """
         by_prompt = gates.movedim(1, 0)
-        values = forward.gated_readout(self.lens, self.reading, by_prompt, progress=self.progress)
+        values = many_gates.gated_readout(
+            self.lens, self.reading, by_prompt, progress=self.progress
+        )
         return values.T
 
     @exclusive
@@ -255,7 +266,7 @@ class Function:
         """
         self.require_one_response()
         points, shape = points_of(self.lens, gates)
-        by_prompt = forward.gated_readout(
+        by_prompt = many_gates.gated_readout(
             self.lens,
             self.reading,
             points,
@@ -861,7 +872,7 @@ class Function:
     # --- Passes that nothing remembers
 
     def _run(self, points: Points, shown_as: str, progress: bool) -> Float[Tensor, "point batch"]:
-        values = forward.gated_readout(
+        values = many_gates.gated_readout(
             self.lens, self.reading, points, progress=progress, what=shown_as
         )
         return values.T

@@ -4,7 +4,7 @@
     (H v)_l    = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
 
 1. One forward pass with ε as a leaf; each row of the batch has its own gates, so each prompt has
-   its own derivatives. Unlike in `function/reverse.py`, the whole graph is kept until it is
+   its own derivatives. Unlike in `reverse.py`, the whole graph is kept until it is
    released.
 2. Many readouts: a covector for each goes back through the graph, as one batch.
 3. Second order: one backward pass that is itself in the graph gives the slopes ∂g/∂ε_l. For each
@@ -28,10 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import Temporary, without_warnings
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, reverse
+from lens_lora.core.function import forward, memory, reverse
 from lens_lora.core.function.duals import attention_from_formula
-from lens_lora.core.function.memory import Run, prompts_of
+from lens_lora.core.function.footprint import Run, prompts_of
 from lens_lora.core.model import LoraLens
 from lens_lora.core.model.injections import ScaleInject
 from lens_lora.core.readout import Prompts, Reading
@@ -39,7 +38,7 @@ from lens_lora.core.readout import Prompts, Reading
 
 @dataclasses.dataclass(frozen=True)
 class GateGraph:
-    """Gates and what was read of a forward pass, with the graph between them.
+    """The gates of a forward pass and what was read of it, with the graph between them.
 
     Attributes:
         gates: [row, site], the leaf.
@@ -109,13 +108,15 @@ def slopes_of_each(
     prompts = prompts_of(run)
     if memory.must_rerun(lens, run):
         memory.require_rows_of_graph(lens, run)
-        values = reverse.slopes_by_value(lens, prompts, at, lambda: read().T)
-        return torch.stack([slopes.by_row for slopes in values])
+        by_value = reverse.slopes_by_value(lens, prompts, at, lambda: read().T)
+        return torch.stack([slopes.by_row for slopes in by_value])
     step = memory.derivatives_at_once(memory.COVECTOR_TOKENS, lens, prompts, prompts.batch)
     graph = gate_graph(lens, prompts, at, read)
-    values, slopes = graph.out, []
+    values = graph.out
+    slopes: list[Tensor] = []
     with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
         for chunk in torch.arange(len(values), device=values.device).split(step):
+            # A covector of each value of the chunk: 1 at that value, in every row.
             covectors = torch.zeros(len(chunk), *values.shape, device=values.device)
             covectors[torch.arange(len(chunk), device=values.device), chunk] = 1
             slopes.append(graph.pulled_back(values, covectors))
@@ -138,13 +139,13 @@ def token_slopes(
     """
     has_own_passes = bool(axes) or memory.must_rerun(lens, reading)
     if has_own_passes or not memory.fits_with_covectors(lens, reading.prompts):
-        groups = memory.graph_groups(lens, reading)
-        return reverse.join_groups(
-            [reverse.token_slopes(lens, group, at, axes) for group in groups]
-        )
+        by_group: list[Tensor] = []
+        for group in memory.graph_groups(lens, reading):
+            by_group.append(reverse.token_slopes(lens, group, at, axes))
+        return reverse.join_groups(by_group)
 
     def tokens() -> Float[Tensor, "token row"]:
-        return function.differentiable_tokens(lens, reading).T
+        return forward.differentiable_tokens(lens, reading).T
 
     slopes = slopes_of_each(lens, reading, at, tokens, progress=progress)
     return slopes.permute(1, 2, 0)
@@ -162,7 +163,8 @@ def hessian_product(
     """
 
     def product(group: Reading) -> Float[Tensor, "batch site"]:
-        return next(hessian_products(lens, group, at, direction[None], progress=False))[:, 0]
+        (of_direction,) = hessian_products(lens, group, at, direction[None], progress=False)
+        return of_direction[:, 0]
 
     return in_groups(lens, reading, product)
 
@@ -183,20 +185,20 @@ def hessian_products(
     progress: bool = True,
     what: str = "Hessian products",
 ) -> Iterator[Float[Tensor, "batch chunk site"]]:
-    """H v of many directions, a chunk of them at a time, in their order.
+    """Yield H v of many directions, a chunk of them at a time, in their order.
 
     Cost: one forward and one backward, and a backward through both for each direction, batched.
     """
     directions = directions.to(at)
     step = memory.directions_at_once(reading.prompts)
-    silent = not progress or len(directions) <= step
-    graph = gate_graph(lens, reading.prompts, at, lambda: function.read_value(lens, reading))
+    is_silent = not progress or len(directions) <= step
+    graph = gate_graph(lens, reading.prompts, at, lambda: forward.read_value(lens, reading))
     slopes = graph.slopes()
-    with tqdm(total=len(directions), desc=what, leave=False, disable=silent) as bar:
+    with tqdm(total=len(directions), desc=what, leave=False, disable=is_silent) as bar:
         for chunk in directions.split(step):
             covectors = chunk[:, None].expand(-1, *graph.gates.shape)
-            products = graph.pulled_back(slopes, covectors).transpose(0, 1)
-            products = reading.by_prompt(products)
+            by_row = graph.pulled_back(slopes, covectors).transpose(0, 1)
+            products = reading.by_prompt(by_row)
             reverse.require_finite_slopes(lens, products.transpose(1, 2))
             yield products
             bar.update(len(chunk))

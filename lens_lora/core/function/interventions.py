@@ -1,6 +1,6 @@
-"""Runs in which one activation is replaced by another run's, a different one in each row.
+"""g(ε | h ← h'): runs in which an activation is replaced by another run's, another in each row.
 
-1. The donor runs once; what fires at the points is kept, for each time it fires (`record`).
+1. The donor runs once; what fires at the points is kept, for each time it fires (`recording.py`).
 2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
 3. Before block L, a row that patches in block L equals the unpatched run. So where rows may be
    added, it begins at the input of block L, as a copy of the unpatched row.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,106 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.compat import in_float64
-from lens_lora.core.function import forward as function
-from lens_lora.core.function import memory, tree
+from lens_lora.core.function import forward, many_gates, memory, tree
+from lens_lora.core.function.recording import Recording, record
 from lens_lora.core.model import HookFn, LoraLens, Scale, attached
 from lens_lora.core.readout import Prompts, Reading
 from lens_lora.errors import ModelStateError
 
-# --- Activations, recorded
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """A run's activations.
-
-    Attributes:
-        firings: per hook point that fired, its tensor at each firing.
-        layers: per hook point, the block in which it first fires; −1 before the blocks.
-    """
-
-    firings: dict[str, list[Tensor]]
-    layers: dict[str, int]
-
-
-def record(
-    lens: LoraLens,
-    prompts: Prompts,
-    scale: Scale,
-    names: Iterable[str],
-    in_full: Iterable[str] | None = None,
-) -> Recording:
-    """The activations at these hook points with the adapter at `scale`. One forward pass.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: the rows.
-        scale: the gates.
-        names: hook points.
-        in_full: those that must hold activations with the batch as first axis; others of `names`
-            that hold something else are left out. Without it, all must.
-
-    Raises:
-        ModelStateError: a point that must hold such activations, and does not.
-    """
-    count, names = prompts.batch, list(names)
-    must = set(names if in_full is None else in_full)
-    step = memory.rows_of_pass(lens, prompts) or count
-    if step >= count:
-        return _recorded(lens, prompts, scale, names, must)
-    groups = [prompts.cut(start, start + step) for start in range(0, count, step)]
-    return _joined([_recorded(lens, group, scale, names, must) for group in groups], step)
-
-
-def _joined(parts: list[Recording], rows: int) -> Recording:
-    """Runs of so many rows each, as one; what the rows of a run share is kept once."""
-    firings: dict[str, list[Tensor]] = {}
-    for name in parts[0].firings:
-        by_run = zip(*(part.firings[name] for part in parts), strict=True)
-        firings[name] = [torch.cat(run) if len(run[0]) == rows else run[0] for run in by_run]
-    return Recording(firings, parts[0].layers)
-
-
-def _recorded(
-    lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str], must: Container[str]
-) -> Recording:
-    recording, entered = Recording({}, {}), [-1]
-
-    def keep(name: str, tensor: Any, hook: Any) -> None:
-        del hook
-        fault = _no_activation(name, tensor, prompts.batch)
-        if fault is not None:
-            if name in must:
-                raise ModelStateError(fault)
-            return
-        recording.firings.setdefault(name, []).append(tensor.detach().clone())
-        recording.layers.setdefault(name, entered[-1])
-
-    view = lens.host
-    hooks: list[tuple[str, HookFn]] = [
-        (view.block_input(layer), lambda tensor, hook, layer=layer: entered.append(layer))
-        for layer in range(view.n_layers)
-    ]
-    hooks += [(name, functools.partial(keep, name)) for name in names]
-    with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
-        function.read_logits(lens, prompts)
-    return recording
-
-
-def _no_activation(name: str, tensor: Any, rows: int) -> str | None:
-    """Why this is no activation by prompt; None where it is one."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        value = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        return f"{name} holds {value}, not activations; leave this point out."
-    if tensor.ndim < 3 or tensor.shape[0] not in (1, rows):
-        return (
-            f"{name} holds a tensor {tuple(tensor.shape)} for {rows} rows: its first axis is not "
-            "the prompts, so one prompt cannot be patched alone; leave this point out."
-        )
-    return None
-
-
-# --- Patched runs
+# --- Patches, and the hooks that make them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +54,17 @@ class Patch:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class _Swap:
-    """Puts rows of the donor's activation into rows of the batch, firing by firing."""
+    """A hook that puts rows of the donor's activation into rows of the batch.
+
+    Attributes:
+        name: the hook point.
+        donor: the donor's activation at each firing.
+        rows: how many rows the batch has here, where a tensor that all rows share has one.
+        patched: which of them are patched.
+        donor_rows: the donor's row of each of these.
+        where: the positions and features that are replaced; None for all.
+        fired: how often the point has fired in this pass.
+    """
 
     name: str
     donor: list[Tensor]
@@ -161,19 +78,60 @@ class _Swap:
         del hook
         donor = self.donor[min(self.fired, len(self.donor) - 1)]
         self.fired += 1
-        out = tensor.expand(max(self.rows, len(tensor)), *tensor.shape[1:]).clone()
+        rows = max(self.rows, len(tensor))
+        out = tensor.expand(rows, *tensor.shape[1:]).clone()
         if self.fired > len(self.donor) or out.shape[1:] != donor.shape[1:]:
             raise ModelStateError(
                 f"{self.name} fired as {tuple(tensor.shape)} where the donor's run has "
                 f"{tuple(donor.shape)}; the two runs do not correspond at this point, leave it out."
             )
         patched = self.patched.to(out.device)
-        values = donor[(self.donor_rows % len(donor)).to(donor.device)]
+        donor_rows = (self.donor_rows % len(donor)).to(donor.device)
+        values = donor[donor_rows]
         if self.where is not None:
-            sides = values.flatten(2), out[patched].flatten(2)
-            values = torch.where(self.where.to(out.device), *sides).view(values.shape)
+            own = out[patched]
+            mixed = torch.where(self.where.to(out.device), values.flatten(2), own.flatten(2))
+            values = mixed.view(values.shape)
         out[patched] = values
         return out
+
+
+def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, _Swap]]:
+    """Hooks for a batch in which row r · patches + i is the donor's row r under patch i."""
+    by_point: dict[str, list[int]] = {}
+    for index, patch in enumerate(patches):
+        by_point.setdefault(patch.name, []).append(index)
+    hooks: list[tuple[str, _Swap]] = []
+    for name, indices in by_point.items():
+        masks = [patches[index].where for index in indices]
+        given = [mask for mask in masks if mask is not None]
+        where = torch.stack(given, 1).flatten(0, 1) if given else None
+        donor_rows = torch.arange(rows).repeat_interleave(len(indices))
+        patched = donor_rows * len(patches) + torch.tensor(indices).repeat(rows)
+        batch = rows * len(patches)
+        swap = _Swap(name, donor.firings[name], batch, patched, donor_rows, where)
+        hooks.append((name, swap))
+    return hooks
+
+
+def _growing_swaps(
+    lens: LoraLens, donor: Recording, patches: Sequence[Patch]
+) -> list[tuple[str, HookFn]]:
+    """Hooks that append a row for each patch at its block; patches must be in that order."""
+    layers = [donor.layers[patch.name] for patch in patches]
+    hooks: list[tuple[str, HookFn]] = []
+    for layer in sorted(set(layers)):
+        append_rows = tree.more_copies(layers.count(layer))
+        hooks.append((lens.host.block_input(layer), append_rows))
+    for name, swap in swaps(donor, patches, 1):
+        rows_so_far = 1 + sum(layer <= donor.layers[name] for layer in layers)
+        # The first row is the unpatched one.
+        after_first = dataclasses.replace(swap, rows=rows_so_far, patched=1 + swap.patched)
+        hooks.append((name, after_first))
+    return hooks
+
+
+# --- Patched runs
 
 
 def patched_readout(
@@ -186,28 +144,52 @@ def patched_readout(
     scale: Scale,
     progress: bool,
 ) -> Float[Tensor, "batch patch"]:
-    """g of the model at `scale` under each patch. At most one forward pass a patch, batched."""
+    """g of the model at `scale` under each patch. At most one forward pass a patch, batched.
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run and read.
+        donor: the activations of the other run.
+        patches: the interventions.
+        donor_scale: the gates of the donor, should it be run again.
+        scale: the gates of the model that is patched.
+        progress: show a bar.
+
+    Raises:
+        ModelStateError: a point at which the two runs do not correspond.
+        NumericsError: a readout that is not finite.
+    """
     layers = torch.tensor([donor.layers[patch.name] for patch in patches])
-    order = layers.argsort(stable=True)
-    within = order[layers[order] >= 0]
-    count = lens.host.n_layers
-    blocks = int((count - layers[within]).sum()) + count  # that run if rows begin at their patch
-    if not lens.host.grows or blocks > memory.BRANCHING_PAYS * len(within) * count:
-        within = order[:0]
-    outside = order[~torch.isin(order, within)]
+    in_order = layers.argsort(stable=True)
+    branching = in_order[layers[in_order] >= 0]
+    if not _branching_pays(lens, layers[branching]):
+        branching = in_order[:0]
+    whole = in_order[~torch.isin(in_order, branching)]
     values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
-    bar = tqdm(total=len(patches), desc="patches", leave=False, disable=not progress)
     runs = _Runs(lens, reading, donor, donor_scale, scale)
+    bar = tqdm(total=len(patches), desc="patches", leave=False, disable=not progress)
     with torch.no_grad(), bar:
-        for indices, run in ((outside, runs.in_batches), (within, runs.as_tree)):
+        for indices, run in ((whole, runs.in_batches), (branching, runs.as_tree)):
             if len(indices):
-                values[:, indices] = run([patches[i] for i in indices.tolist()], bar)
-    function.require_finite(values, "the patched readout")
+                values[:, indices] = run([patches[index] for index in indices.tolist()], bar)
+    forward.require_finite(values, "the patched readout")
     return values
+
+
+def _branching_pays(lens: LoraLens, layers: Int[Tensor, " patch"]) -> bool:
+    """Whether rows that begin at the block of their patch are cheaper than whole rows."""
+    if not lens.host.grows:
+        return False
+    blocks = lens.host.n_layers
+    # The unpatched row runs through all blocks, each other one through those from its own on.
+    blocks_run = int((blocks - layers).sum()) + blocks
+    return blocks_run <= memory.BRANCHING_PAYS * len(layers) * blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class _Runs:
+    """The runs of one call of `patched_readout`, whose arguments these are."""
+
     lens: LoraLens
     reading: Reading
     donor: Recording
@@ -216,26 +198,29 @@ class _Runs:
 
     def in_batches(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
         """Rows run whole: all prompts together, or groups of them with a donor's run each."""
-        groups, values, first = memory.pass_groups(self.lens, self.reading), [], 0
-        names = {patch.name for patch in patches}
+        groups = memory.pass_groups(self.lens, self.reading)
+        points = {patch.name for patch in patches}
+        values: list[Tensor] = []
+        first = 0
         for group in groups:
-            rows = slice(first, first := first + group.prompts.batch)
+            rows = slice(first, first + group.prompts.batch)
+            first = rows.stop
             donor = self.donor
             if len(groups) > 1:
-                donor = record(self.lens, group.prompts, self.donor_scale, names)
+                donor = record(self.lens, group.prompts, self.donor_scale, points)
             patches_here = [patch.cut(rows, group.prompts.tokens.shape[1]) for patch in patches]
             run = functools.partial(self._whole_rows, group, donor)
             chunks = _chunks(patches_here, memory.rows_at_once(self.lens, group))
-            values.append(function.in_chunks(chunks, run, bar))
+            values.append(many_gates.in_chunks(chunks, run, bar))
         return torch.cat(values)
 
     def _whole_rows(
         self, reading: Reading, donor: Recording, patches: Sequence[Patch]
     ) -> Float[Tensor, "batch patch"]:
-        """Every row of the reading once for each patch."""
+        """Run every row of the reading once for each patch."""
         hooks = swaps(donor, patches, reading.prompts.batch)
         with self.lens.adapted(self.scale), attached(self.lens.model, hooks):
-            values = function.read_value(self.lens, reading.repeat(len(patches)))
+            values = forward.read_value(self.lens, reading.repeat(len(patches)))
         return values.view(reading.batch, -1)
 
     def as_tree(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
@@ -243,54 +228,24 @@ class _Runs:
 
         The donor runs once more for each row alone, without its padding.
         """
-        lens, names = self.lens, sorted({patch.name for patch in patches})
-        rows = [self.reading.prompts.row(i) for i in range(self.reading.prompts.batch)]
-        donors = [record(lens, row, self.donor_scale, names) for row in rows]
+        lens = self.lens
+        points = sorted({patch.name for patch in patches})
+        rows = [self.reading.prompts.row(index) for index in range(self.reading.prompts.batch)]
+        donors = [record(lens, row, self.donor_scale, points) for row in rows]
 
         def branched(chunk: Sequence[Patch]) -> Float[Tensor, "batch patch"]:
-            def run(row: int, forward: Callable[[], Tensor]) -> Float[Tensor, " patch *out"]:
+            def run(row: int, pass_of_row: Callable[[], Tensor]) -> Float[Tensor, " patch *out"]:
                 width = rows[row].tokens.shape[1]
                 patches_here = [patch.cut(slice(row, row + 1), width) for patch in chunk]
                 hooks = _growing_swaps(lens, donors[row], patches_here)
                 with lens.adapted(self.scale), attached(lens.model, hooks):
-                    return forward()[1:]
+                    values = pass_of_row()
+                return values[1:]  # Without the unpatched row.
 
-            return function.row_by_row(lens, self.reading, len(chunk), 1 + len(chunk), run)
+            return many_gates.row_by_row(lens, self.reading, len(chunk), 1 + len(chunk), run)
 
-        return function.in_chunks(
-            _chunks(patches, memory.branches_at_once(lens, self.reading)), branched, bar
-        )
-
-
-def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, _Swap]]:
-    """Hooks for a batch in which row r · patches + i is the donor's row r under patch i."""
-    by_name: dict[str, list[int]] = {}
-    for index, patch in enumerate(patches):
-        by_name.setdefault(patch.name, []).append(index)
-    count, hooks = len(patches), list[tuple[str, _Swap]]()
-    for name, indices in by_name.items():
-        masks = [mask for i in indices if (mask := patches[i].where) is not None]
-        where = torch.stack(masks, 1).flatten(0, 1) if masks else None
-        donor_rows = torch.arange(rows).repeat_interleave(len(indices))
-        patched = donor_rows * count + torch.tensor(indices).repeat(rows)
-        swap = _Swap(name, donor.firings[name], rows * count, patched, donor_rows, where)
-        hooks.append((name, swap))
-    return hooks
-
-
-def _growing_swaps(
-    lens: LoraLens, donor: Recording, patches: Sequence[Patch]
-) -> list[tuple[str, HookFn]]:
-    """Hooks that append a row for each patch at its block; patches must be in that order."""
-    layers = [donor.layers[patch.name] for patch in patches]
-    hooks: list[tuple[str, HookFn]] = [
-        (lens.host.block_input(layer), tree.more_copies(layers.count(layer)))
-        for layer in sorted(set(layers))
-    ]
-    for name, swap in swaps(donor, patches, 1):
-        present = 1 + sum(layer <= donor.layers[name] for layer in layers)
-        hooks.append((name, dataclasses.replace(swap, rows=present, patched=1 + swap.patched)))
-    return hooks
+        chunks = _chunks(patches, memory.branches_at_once(lens, self.reading))
+        return many_gates.in_chunks(chunks, branched, bar)
 
 
 _Item = TypeVar("_Item")
@@ -300,7 +255,10 @@ def _chunks(items: Sequence[_Item], step: int) -> list[Sequence[_Item]]:
     return [items[start : start + step] for start in range(0, len(items), step)]
 
 
-_TRIED_TOKENS = 4  # a short row is lengthened: a single token attends to itself whatever its scores
+# --- Points that the model ignores
+
+# A short row is lengthened: a single token attends to itself whatever its scores.
+_TRIED_TOKENS = 4
 
 
 def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]) -> list[str]:
@@ -310,115 +268,34 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
     """
     width = max(_TRIED_TOKENS, prompts.tokens.shape[1])
     longer = prompts.tokens.repeat(1, _TRIED_TOKENS)[:, :width]
-    prompts = Prompts(longer, torch.full_like(prompts.lengths, width))
-    recording = record(lens, prompts, scale, names)
-    noisy = {name: [_noisy(t) for t in firings] for name, firings in recording.firings.items()}
+    tried = Prompts(longer, torch.full_like(prompts.lengths, width))
+    own = record(lens, tried, scale, names)
+    noisy_firings: dict[str, list[Tensor]] = {}
+    for name, firings in own.firings.items():
+        noisy_firings[name] = [_with_noise(tensor) for tensor in firings]
+    noisy = dataclasses.replace(own, firings=noisy_firings)
     silent: list[str] = []
-    for chunk in _chunks(names, memory.rows_at_once(lens, prompts)):
-        patches, many = [Patch(name, None) for name in chunk], prompts.repeat(len(chunk))
-        logits: list[Tensor] = []
-        for donor in (recording, dataclasses.replace(recording, firings=noisy)):
-            hooks = swaps(donor, patches, 1)
-            with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
-                logits.append(function.read_logits(lens, many))
-        same = (logits[0] == logits[1]).all(-1).tolist()
-        silent += [name for name, is_same in zip(chunk, same, strict=True) if is_same]
+    for chunk in _chunks(names, memory.rows_at_once(lens, tried)):
+        patches = [Patch(name, None) for name in chunk]
+        with_own = _patched_logits(lens, tried, scale, own, patches)
+        with_noise = _patched_logits(lens, tried, scale, noisy, patches)
+        is_same = (with_own == with_noise).all(-1).tolist()
+        silent += [name for name, same in zip(chunk, is_same, strict=True) if same]
     return silent
 
 
-def _noisy(tensor: Tensor) -> Tensor:
+def _patched_logits(
+    lens: LoraLens, row: Prompts, scale: Scale, donor: Recording, patches: Sequence[Patch]
+) -> Float[Tensor, "patch vocab"]:
+    """The logits of one row under each patch. One forward pass of each."""
+    hooks = swaps(donor, patches, 1)
+    with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
+        return forward.read_logits(lens, row.repeat(len(patches)))
+
+
+def _with_noise(tensor: Tensor) -> Tensor:
+    """The tensor with noise of its own root mean square; of ones, where it is zero."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
     size = in_float64(tensor[tensor.isfinite()]).square().mean().sqrt().to(tensor)
     return tensor + noise * torch.where(size > 0, size, torch.ones_like(size))
-
-
-# --- Hook points without positions
-
-
-def positioned(
-    lens: LoraLens,
-    prompts: Prompts,
-    donor: Recording,
-    points: Sequence[str],
-    in_full: Sequence[str],
-    scale: float,
-) -> tuple[str, ...]:
-    """The points that hold [batch, pos, …], of which one token has one entry.
-
-    One pass of two rows of a token each. In what all rows share, such as rotary angles, no prompt
-    has an activation of its own.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: the rows of the donor.
-        donor: what the points held there.
-        points: those that fired.
-        in_full: those that were named in full, whose second axis must be the position. Others are
-            left out where it is not, and where all rows share one.
-        scale: the gates of the donor.
-
-    Raises:
-        ModelStateError: a point named in full that holds no activations by position, or no point
-            that does.
-    """
-    tokens = prompts.tokens[:1, :1].repeat(2, 1)
-    pair = Prompts(tokens, torch.ones_like(tokens[:, 0]))
-    short = record(lens, pair, scale, points, in_full).firings
-    count = prompts.tokens.shape[1]
-
-    def is_positioned(name: str) -> bool:
-        runs = zip(donor.firings[name], short.get(name, []), strict=False)
-        return name in short and all(
-            long.shape[1] == count and of_one.shape[1] == 1 for long, of_one in runs
-        )
-
-    def has_rows(name: str) -> bool:
-        return all(len(of_one) == len(tokens) for of_one in short[name])
-
-    by_position = [name for name in points if is_positioned(name)]
-    others = [name for name in points if name not in by_position]
-    refused = [name for name in others if name in in_full or not by_position]
-    if refused:
-        shape = tuple(donor.firings[refused[0]][0].shape)
-        raise ModelStateError(
-            f"{refused[0]} holds a tensor {shape} for {count} positions: its second axis is not "
-            "the position (attention patterns have the heads there), so single positions cannot be "
-            "told apart; leave this point out, or patch all of it with positions=None."
-        )
-    held = tuple(name for name in by_position if name in in_full or has_rows(name))
-    if not held:
-        raise ModelStateError(
-            f"{by_position[0]}: what this point holds is the same for every row, so no prompt has "
-            "an activation of its own there; name another point."
-        )
-    return held
-
-
-# --- Heads
-
-
-def head_parts(
-    lens: LoraLens, donor: Recording, points: Iterable[str]
-) -> dict[str, list[Bool[Tensor, "row 1 feature"]]]:
-    """Of each hook point where each head is, for `Patch`."""
-    hooked, known, width = lens.model.hook_dict, head_points(lens), lens.heads.d_head
-    kinds = {id(hooked[point]): kind for point, kind in known.items()}
-    parts: dict[str, list[Tensor]] = {}
-    for name in points:
-        count = lens.host.heads_at_hooks.of(kinds.get(id(hooked[name]), ""))
-        shape = donor.firings[name][0].shape
-        if not count or shape[2:].numel() != count * width:
-            raise ModelStateError(
-                f"{name} holds a tensor {tuple(shape)}, which is not all heads of q, k, v or z, of "
-                f"width {width} each, so it cannot be split by head; name points such as "
-                f"{', '.join(list(known)[:4])}, or patch all of it: heads=None."
-            )
-        owner = torch.arange(count * width).expand(shape[0], 1, -1) // width
-        parts[name] = [owner == head for head in range(count)]
-    return parts
-
-
-def head_points(lens: LoraLens, kinds: Iterable[str] = "qkvo") -> dict[str, str]:
-    """The hook points of q, k, v and z ('o', which reads it) → the kind of module."""
-    return lens.head_points(kinds)

@@ -1,4 +1,8 @@
-"""What rounding alone makes of a shift, and of what first order leaves of it, at any strength."""
+"""σ of g(ε) − g(0), and of what first order leaves of it, from rounding alone, at any strength ε.
+
+σ(ε)²            = (1 − ε²) σ_base² + ε² σ_shift²     of g(ε) − g(0), for ε up to 1
+σ_remainder(ε)²  = σ(ε)² + (ε σ_a)² (+ (ε² σ_H)²)     of what first (second) order leaves
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,9 @@ class Noise:
 
     def of_shift(self, scale: _Scale) -> Float[Tensor, " batch *scale"]:
         """σ of g(ε) − g(0): from `base` to `shift`, its square with ε²."""
-        eps, shift, base = self._beside(scale, self.shift, self.base)
+        eps = self._as_tensor(scale)
+        base = self._beside(eps, self.base)
+        shift = self._beside(eps, self.shift)
         share = eps.square().clamp(max=1)
         return ((1 - share) * base.square() + share * shift.square()).sqrt()
 
@@ -40,14 +46,17 @@ class Noise:
         self, scale: _Scale, curvature: Float[Tensor, " batch"] | None = None
     ) -> Float[Tensor, " batch *scale"]:
         """σ of g(ε) − g(0) − ε Σ a, or of what second order leaves as well."""
-        eps, slope = self._beside(scale, self.slope)
+        eps = self._as_tensor(scale)
+        slope = self._beside(eps, self.slope)
         square = self.of_shift(scale).square() + (eps * slope).square()
         if curvature is not None:
-            eps, bend = self._beside(scale, curvature)
-            square = square + (eps.square() * bend).square()
+            square = square + (eps.square() * self._beside(eps, curvature)).square()
         return square.sqrt()
 
-    def _beside(self, scale: _Scale, *numbers: Float[Tensor, " batch"]) -> tuple[Tensor, ...]:
-        """ε, and numbers of each prompt in shapes that go with it."""
-        eps = torch.as_tensor(scale, dtype=self.shift.dtype, device=self.shift.device)
-        return eps, *(row[:, None] if eps.ndim else row for row in numbers)
+    def _as_tensor(self, scale: _Scale) -> Float[Tensor, " *scale"]:
+        return torch.as_tensor(scale, dtype=self.shift.dtype, device=self.shift.device)
+
+    @staticmethod
+    def _beside(eps: Tensor, numbers: Float[Tensor, " batch"]) -> Tensor:
+        """The numbers of each prompt, with an axis for the strengths where there are several."""
+        return numbers[:, None] if eps.ndim else numbers

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import forward, interventions, memory, reverse
+from lens_lora.core.function import forward, memory, recording, reverse
 from lens_lora.core.function.corners import one_point
 from lens_lora.core.function.duals import dual_forward
 from lens_lora.core.function.exclusive import OverALens, exclusive
@@ -220,7 +220,7 @@ class OwnPasses:
     @exclusive
     def record(
         self, points: Iterable[str], at: Scale, in_full: Iterable[str] | None = None
-    ) -> interventions.Recording:
+    ) -> recording.Recording:
         """The activations at hook points. One forward pass, in groups that fit within the bound.
 
         Args:
@@ -232,12 +232,12 @@ class OwnPasses:
         Raises:
             ModelStateError: a point that must hold such activations, and does not.
         """
-        return interventions.record(self.lens, self.rows, at, points, in_full)
+        return recording.record(self.lens, self.rows, at, points, in_full)
 
     @exclusive
     def positioned(
         self,
-        recording: interventions.Recording,
+        kept: recording.Recording,
         points: Sequence[str],
         in_full: Sequence[str] = (),
         at: float = 0.0,
@@ -247,7 +247,7 @@ class OwnPasses:
         In what all rows share, such as rotary angles, no prompt has an activation of its own.
 
         Args:
-            recording: what the points held in these rows.
+            kept: what the points held in these rows.
             points: those that fired.
             in_full: those that were named in full, which must hold such activations.
             at: the gates of the recording.
@@ -256,7 +256,7 @@ class OwnPasses:
             ModelStateError: a point named in full that holds no activations by position, or no
                 point that does.
         """
-        return interventions.positioned(self.lens, self.rows, recording, points, in_full, at)
+        return recording.positioned(self.lens, self.rows, kept, points, in_full, at)
 
     # --- Forward and back
 

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.core.function import forward, memory, tree
+from lens_lora.core.function import forward, many_gates, memory, tree
 from lens_lora.core.function.corners import strengths
 from lens_lora.core.function.gate_graph import hessian_products, in_groups
 from lens_lora.core.function.reverse import Slopes, Visit, site_gradients, slopes_of_first
@@ -200,7 +200,9 @@ def exact_and_draws(
     if share_one_pass and not tree.pays(lens, points):
         values, draws = draws_at(lens, reading, drawn, exact=exact, progress=progress)
         return values.T, draws
-    values = forward.gated_readout(lens, reading, points, progress=progress, what="along the path")
+    values = many_gates.gated_readout(
+        lens, reading, points, progress=progress, what="along the path"
+    )
     _, draws = draws_at(lens, reading, drawn, progress=progress)
     return values.T, draws
 
@@ -224,8 +226,8 @@ def _values_of_copies(
             return torch.stack(_values_in_pass(lens, reading, is_drawn, draws_of_logits), 1)
 
     chunks = [copies[start : start + step] for start in range(0, len(copies), step)]
-    with forward.bar_of(len(copies), progress, "along the path") as bar:
-        return forward.in_chunks(chunks, run, bar)
+    with many_gates.bar_of(len(copies), progress, "along the path") as bar:
+        return many_gates.in_chunks(chunks, run, bar)
 
 
 def _values_in_pass(

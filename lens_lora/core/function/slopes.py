@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core.function import forward, gate_graph, memory, reverse
+from lens_lora.core.function import gate_graph, many_gates, memory, reverse
 from lens_lora.core.function.corners import Points
 from lens_lora.core.model import LoraLens
 from lens_lora.core.readout import Reading
@@ -61,7 +61,7 @@ def weighted_slopes(
     weights = weights.to(points)
     groups = memory.graph_groups(lens, reading)
     sums: list[Tensor] = []
-    with forward.bar_of(len(points) * len(groups), progress, "slopes") as bar:
+    with many_gates.bar_of(len(points) * len(groups), progress, "slopes") as bar:
         for group in groups:
             step = memory.slopes_at_once(lens, group)
             total = weights.new_zeros(())

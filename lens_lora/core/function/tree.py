@@ -1,4 +1,4 @@
-"""Gate vectors that agree in the first blocks run those blocks once.
+"""g at many corners of the cube at once: gates that agree in the first blocks run those once.
 
 Gate vectors that agree on every site up to block L have the same residual stream there.
 
@@ -42,17 +42,20 @@ class Tree:
     @classmethod
     def of(cls, lens: LoraLens, gates: Float[Tensor, "point site"]) -> Tree:
         """The smallest tree of these points, which must agree on the embeddings."""
+        points = torch.arange(len(gates), device=gates.device)
+        # Of each point, the row of the last block that it shares with others of the same gates.
         history = torch.zeros(len(gates), dtype=torch.long, device=gates.device)
-        parents, rows = [], []
+        parents: list[Tensor] = []
+        rows: list[Tensor] = []
         for columns in sites_by_block(lens):
             so_far = torch.cat([history[:, None].to(gates), gates[:, columns]], 1)
-            _, now = torch.unique(so_far, dim=0, return_inverse=True)
-            first = torch.full((int(now.max()) + 1,), len(gates), device=gates.device)
-            points = torch.arange(len(gates), device=gates.device)
-            first = first.scatter_reduce(0, now, points, "amin")
+            _, row_of_point = torch.unique(so_far, dim=0, return_inverse=True)
+            # The first point of each row stands for all of its points.
+            first = torch.full((int(row_of_point.max()) + 1,), len(gates), device=gates.device)
+            first = first.scatter_reduce(0, row_of_point, points, "amin")
             parents.append(history[first])
             rows.append(gates[first])
-            history = now
+            history = row_of_point
         return cls(tuple(parents), tuple(rows), history)
 
     @property
@@ -63,7 +66,8 @@ class Tree:
     @property
     def cost(self) -> float:
         """The number of block passes, as a share of what running each point alone takes."""
-        return sum(len(p) for p in self.parents) / (len(self.leaf) * len(self.parents))
+        rows_run = sum(len(of_block) for of_block in self.parents)
+        return rows_run / (len(self.leaf) * len(self.parents))
 
     def run(
         self,
@@ -72,15 +76,17 @@ class Tree:
         inject: Callable[[Float[Tensor, "row site"]], Inject],
     ) -> Float[Tensor, " point *out"]:
         """The forward pass of one row, for every point."""
-        grow = [
-            (lens.host.block_input(layer), _continued(parent))
-            for layer, parent in enumerate(self.parents)
-            if len(parent) > 1
-        ]
-        last = len(self.gates) - 1
-        before, by_block = inject(self.gates[0][:1]), [inject(rows) for rows in self.gates]
-        layers = [lens.sites[i.site].layer for i in lens.injections]
-        writers = [before if layer < 0 else by_block[min(layer, last)] for layer in layers]
+        grow: list[tuple[str, HookFn]] = []
+        for layer, parent in enumerate(self.parents):
+            if len(parent) > 1:
+                grow.append((lens.host.block_input(layer), _continued(parent)))
+        before_blocks = inject(self.gates[0][:1])
+        by_block = [inject(rows) for rows in self.gates]
+        writers: list[Inject] = []
+        for injection in lens.injections:
+            layer = lens.sites[injection.site].layer
+            last = len(by_block) - 1
+            writers.append(before_blocks if layer < 0 else by_block[min(layer, last)])
 
         def write(index: int, out: Tensor, z: Tensor) -> Tensor | None:
             return writers[index](index, out, z)
@@ -93,8 +99,9 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
     """Whether branching is cheaper: points share blocks, and the batch may grow on the way."""
     if len(gates) < 2 or not lens.host.grows:
         return False
-    embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
-    if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
+    embeddings = [index for index, site in enumerate(lens.sites) if site.layer < 0]
+    agree_on_embeddings = gates[:, embeddings] == gates[:1, embeddings]
+    if not bool(agree_on_embeddings.all()):
         return False
     return Tree.of(lens, gates).cost < memory.BRANCHING_PAYS
 
@@ -114,9 +121,19 @@ def more_copies(count: int) -> HookFn:
     If the batch is dual, the first row must have no tangent.
     """
 
-    return lambda tensor, hook: torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
+    def append(tensor: Tensor, hook: object) -> Tensor:
+        del hook
+        copies = tensor[:1].expand(count, *tensor.shape[1:])
+        return torch.cat([tensor, copies])
+
+    return append
 
 
 def _continued(parent: Int[Tensor, " row"]) -> HookFn:
     """A hook after which each row continues its parent."""
-    return lambda tensor, hook: tensor[parent.to(tensor.device)]
+
+    def continue_parents(tensor: Tensor, hook: object) -> Tensor:
+        del hook
+        return tensor[parent.to(tensor.device)]
+
+    return continue_parents

@@ -468,15 +468,15 @@ FUNCTION = [
     Mutation(
         "b_U is forgotten where few logits are read",
         "core/function/forward.py",
-        "few = few if bias is None else few + bias[ids.to(bias.device)].to(final)",
-        "few = few",
+        "few_logits = few_logits + bias[ids.to(bias.device)].to(final)",
+        "pass",
         BOTH_ENDS,
     ),
     Mutation(
         "points that share blocks come back in another order",
-        "core/function/forward.py",
-        "in_chunks(chunks, self._branched, bar)[:, order.argsort()]",
-        "in_chunks(chunks, self._branched, bar)[:, order]",
+        "core/function/many_gates.py",
+        "return in_order[:, order.argsort()]",
+        "return in_order[:, order]",
         INTERVENTIONS,
     ),
     Mutation(

@@ -15,7 +15,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.core import evaluations
 from lens_lora.core.function import memory
-from lens_lora.core.function.forward import gated_readout
+from lens_lora.core.function.many_gates import gated_readout
 from lens_lora.core.readout.reading import Reading
 
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -230,7 +230,7 @@ def test_an_end_among_the_points_is_not_run_again(
         run.append(len(gates))
         return gated_readout(lens, reading, gates, **said)
 
-    monkeypatch.setattr("lens_lora.core.function.forward.gated_readout", counted)
+    monkeypatch.setattr("lens_lora.core.function.many_gates.gated_readout", counted)
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
         g = evaluations(lens, PROMPTS, ll.Margin(5, 9))

@@ -9,7 +9,7 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.core.function import forward, tree
+from lens_lora.core.function import many_gates, tree
 from lens_lora.core.function import memory as batching
 from lens_lora.core.function.forward import read_value
 from lens_lora.core.model.injections import ScaleInject
@@ -19,11 +19,11 @@ MARGIN = ll.Margin(5, 9)
 FIXED = [(f, c, p) for f, c, p in EVERY if c == "TransformerBridge" and f in ("bloom", "opt")]
 
 
-def passes(lens: ll.LoraLens, reading) -> forward._Passes:
+def passes(lens: ll.LoraLens, reading) -> many_gates._Passes:
     def inject(gates, rows):
         return ScaleInject(lens.plan, gates)
 
-    return forward._Passes(lens, reading, read_value, inject, False, "")
+    return many_gates._Passes(lens, reading, read_value, inject, False, "")
 
 
 @pytest.mark.sample(6)
