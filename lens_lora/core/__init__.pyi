@@ -43,8 +43,8 @@ from .function.duals import tangent_of as tangent_of
 from .function.forward import require_finite as require_finite
 from .function.function import Function as Function
 from .function.function import Gates as Gates
-from .function.memory import Mode as Mode
 from .function.memory import Pass as Pass
+from .function.modes import Mode as Mode
 from .function.noise import Noise as Noise
 from .function.own_passes import OwnPasses as OwnPasses
 from .function.recording import Recording as Recording

@@ -36,8 +36,8 @@ from lens_lora.core.function.cache import Evaluations
 from lens_lora.core.function.forward import gated_logits, read_logits, require_finite
 from lens_lora.core.function.function import Function
 from lens_lora.core.function.gate_graph import slopes_of_each
-from lens_lora.core.function.memory import Mode, chosen_mode
-from lens_lora.core.function.reverse import require_finite_sites
+from lens_lora.core.function.modes import Mode, chosen_mode
+from lens_lora.core.function.reverse import require_finite_slopes
 from lens_lora.core.model import Gauge, LoraLens
 from lens_lora.core.model.rules import FrozenRules, held_fixed, require_held
 from lens_lora.core.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
@@ -365,5 +365,5 @@ def _slopes_of_several(
     for i, g in enumerate(questions):
         for strength, values in values_at.items():
             g.know(strength, values[i])
-        require_finite_sites(lens, slopes[i])
+        require_finite_slopes(lens, slopes[i])
     return slopes

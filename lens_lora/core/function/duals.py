@@ -1,4 +1,4 @@
-"""A forward pass of dual numbers x + ẋd, without the products that torch wastes on zeros.
+"""J δz by dual numbers x + ẋd, without the products that torch wastes on zeros.
 
     (x + ẋd) W + b = (xW + b) + (ẋW) d              c(x + ẋd) + b = (cx + b) + (cẋ) d
     (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ) d             P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
@@ -44,9 +44,11 @@ from lens_lora.errors import ModelStateError
 
 _Args = tuple[Any, ...]
 _Named = dict[str, Any]
-_Rule = Callable[..., "Tensor | None"]  # from the rows with one primal, and torch's arguments
+# A rule takes the number of rows with one primal, and torch's arguments.
+_Rule = Callable[..., "Tensor | None"]
+
 # Beyond so many rows of one primal, copying it beside the tangents costs more than it saves.
-_APART = 4
+_MOST_ROWS_BESIDE = 4
 
 
 class OneProduct(TorchFunctionMode):
@@ -69,14 +71,18 @@ class OneProduct(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        result = None if rule is None else rule(self.rows, *args, **kwargs)
+        result = None
+        if rule is not None:
+            result = rule(self.rows, *args, **kwargs)
         if result is None and func in _SAVING:
-            result = _apart(func, args, kwargs, self._kernels)
-        return func(*args, **kwargs) if result is None else result
+            result = _value_and_tangent_apart(func, args, kwargs, self._kernels)
+        if result is None:
+            result = func(*args, **kwargs)
+        return result
 
 
-class _Known(torch.autograd.Function):
-    """xW, computed already: only the way back to x."""
+class _KnownProduct(torch.autograd.Function):
+    """The way back from xW to x, where xW itself is computed already."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
@@ -93,57 +99,88 @@ def _affine(func: Any, rows: int, *args: Any, **factors: Any) -> Tensor | None:
     """A constant times, or added to, a dual number; None where neither or both are dual."""
     if factors or len(args) != 2:
         return None
-    (a, da), (b, db) = map(_parts_of, args)
-    if (da is None) == (db is None):
+    a, da = _parts_of(args[0])
+    b, db = _parts_of(args[1])
+    if da is not None and db is None:
+        tangent = da
+        constant = b
+    elif db is not None and da is None:
+        tangent = db
+        constant = a
+    else:
         return None
-    moving, constant = cast("tuple[Tensor, Any]", (da, b) if db is None else (db, a))
-    # A tangent of its own: what is later done in place to the sum is not done to the summand.
-    moved = moving.clone() if func in _SUMS else moving * _alone(constant)
+    # A sum has a tangent of its own: what is later done in place to it is not done to the summand.
+    moved = tangent.clone() if func in _SUMS else tangent * _detached(constant)
     value = func(a, b)
-    is_dual = value.shape == moved.shape and value.dtype == moved.dtype
-    return fwad.make_dual(value, moved) if is_dual else None
+    if value.shape != moved.shape or value.dtype != moved.dtype:
+        return None
+    return fwad.make_dual(value, moved)
 
 
 def _product(func: Any, rows: int, *args: Any, **named: Any) -> Tensor | None:
-    """xW + b, or AB; None where this is no dual number times a constant, or torch has to do it."""
+    """Compute xW + b, or AB.
+
+    None where this is no dual number times a constant, or torch has to do it.
+    """
     operands = rows_and_weight(func, args, named)
     if operands is None:
         return None if named or func not in MATMULS else _batched_product(rows, *args)
-    (primal, tangent), weight, bias = _parts_of(operands[0]), *operands[1:]
-    if tangent is None or any(_parts_of(held)[1] is not None for held in (weight, bias)):
+    x, weight, bias = operands
+    primal, tangent = _parts_of(x)
+    if tangent is None or _has_tangent(weight) or _has_tangent(bias):
         return None
-    first = _common(primal, rows)
-    if len(primal) > _APART * len(first):
-        value, moved = first @ weight, tangent @ _alone(weight)
+    first_rows = _rows_of_one_primal(primal, rows)
+    if len(primal) > _MOST_ROWS_BESIDE * len(first_rows):
+        value = first_rows @ weight
+        moved = tangent @ _detached(weight)
     else:
-        both = torch.cat([_alone(first), tangent]) @ _alone(weight)
-        value, moved = both[: len(first)], both[len(first) :]
-        if first.requires_grad:
-            value = cast("Tensor", _Known.apply(first, _alone(weight), value))
-    value = value if bias is None else value + bias
-    return fwad.make_dual(_spread(value, primal), moved)
+        both = torch.cat([_detached(first_rows), tangent]) @ _detached(weight)
+        value = both[: len(first_rows)]
+        moved = both[len(first_rows) :]
+        if first_rows.requires_grad:
+            value = cast("Tensor", _KnownProduct.apply(first_rows, _detached(weight), value))
+    if bias is not None:
+        value = value + bias
+    return fwad.make_dual(_repeated_like(primal, value), moved)
 
 
 def rows_and_weight(func: Any, args: _Args, named: _Named) -> _Args | None:
-    """x, W and b of a product xW + b of rows with a matrix; None of another product."""
-    x, weight, bias = cast("tuple[Any, Any, Any]", (*args, None, None)[:3])
+    """The operands x, W and b of a product xW + b of rows with a matrix; None of another product.
+
+    Args:
+        func: torch's function.
+        args: its arguments.
+        named: its named arguments.
+    """
+    first, second, third = cast("tuple[Any, Any, Any]", (*args, None, None)[:3])
     if func is torch.addmm:
-        x, weight, bias = weight, bias, x
+        bias, x, weight = first, second, third
     elif func is functional.linear:
-        weight = weight.transpose(0, -1)
-    is_plain = not named and x.ndim > 1 and weight.ndim == 2 and (bias is None or bias.ndim == 1)
-    return (x, weight, bias) if is_plain else None
+        x, weight, bias = first, second.transpose(0, -1), third
+    else:
+        x, weight, bias = first, second, third
+    if named or x.ndim < 2 or weight.ndim != 2:
+        return None
+    if bias is not None and bias.ndim != 1:
+        return None
+    return x, weight, bias
 
 
 def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
     """(A + Ȧd)(B + Ḃd) of two batches of matrices; None where torch has to do it."""
-    (a, da), (b, db) = _parts_of(left), _parts_of(right)
-    alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
-    if not alike or (da is None and db is None):
+    a, da = _parts_of(left)
+    b, db = _parts_of(right)
+    are_batches = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
+    if not are_batches or (da is None and db is None):
         return None
-    value, a, b = _spread(_common(a, rows) @ _common(b, rows), a), _alone(a), _alone(b)
-    if da is None or db is None:
-        return fwad.make_dual(value, da @ b if db is None else a @ db)
+    of_one_primal = _rows_of_one_primal(a, rows) @ _rows_of_one_primal(b, rows)
+    value = _repeated_like(a, of_one_primal)
+    a = _detached(a)
+    b = _detached(b)
+    if da is None:
+        return fwad.make_dual(value, a @ db)
+    if db is None:
+        return fwad.make_dual(value, da @ b)
     moved = (da @ b).flatten(0, -3)
     moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
     return fwad.make_dual(value, moved.view(value.shape))
@@ -158,63 +195,76 @@ def _softmax(
     _stacklevel: int = 3,
     **other: Any,
 ) -> Tensor | None:
-    """P along `dim`; None where torch has to do it."""
+    """P = softmax(S) along `dim`; None where torch has to do it."""
     x, dx = _parts_of(input)
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
-    P = torch.softmax(_common(x, rows), dim, dtype)
-    spread = _alone(P) if len(P) == 1 else _spread(_alone(P), x)  # one row broadcasts
-    moved = spread * dx.to(P.dtype)
-    moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)
-    return fwad.make_dual(_spread(P, x), moved)
+    P = torch.softmax(_rows_of_one_primal(x, rows), dim, dtype)
+    P_of_rows = _detached(P)
+    if len(P) > 1:  # A single row broadcasts.
+        P_of_rows = _repeated_like(x, P_of_rows)
+    moved = P_of_rows * dx.to(P.dtype)
+    moved.addcmul_(P_of_rows, moved.sum(dim, keepdim=True), value=-1)
+    return fwad.make_dual(_repeated_like(x, P), moved)
 
 
 def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
-    """x and ẋ; ẋ is None of a constant, which need not be a tensor."""
+    """Split x + ẋd into x and ẋ; ẋ is None of a constant, which need not be a tensor."""
     if not isinstance(value, Tensor):
         return value, None
     primal, tangent = fwad.unpack_dual(value)
-    return primal, None if tangent is None else _alone(tangent)
+    return primal, None if tangent is None else _detached(tangent)
 
 
-def _apart(
+def _has_tangent(value: Any) -> bool:
+    _, tangent = _parts_of(value)
+    return tangent is not None
+
+
+def _value_and_tangent_apart(
     func: Callable[..., Any], args: _Args, named: _Named, kernels: list[SDPBackend]
 ) -> Tensor | None:
     """The value with its graph, and the tangent without; None where no dual number has a graph."""
-    both = [_parts_of(arg) for arg in (*args, *named.values())]
-    if not any(moved is not None and value.requires_grad for value, moved in both):
+    operands = [_parts_of(arg) for arg in (*args, *named.values())]
+    is_graphed = [tangent is not None and value.requires_grad for value, tangent in operands]
+    if not any(is_graphed):
         return None
 
-    def run(operands: Sequence[Any]) -> Tensor:
-        return func(*operands[: len(args)], **dict(zip(named, operands[len(args) :], strict=True)))
+    def run(given: Sequence[Any]) -> Tensor:
+        given_by_name = dict(zip(named, given[len(args) :], strict=True))
+        return func(*given[: len(args)], **given_by_name)
 
+    duals: list[Any] = []
+    for value, tangent in operands:
+        alone = _detached(value)
+        duals.append(alone if tangent is None else fwad.make_dual(alone, tangent))
     with torch.no_grad():
-        alone = [_alone(x) if dx is None else fwad.make_dual(_alone(x), dx) for x, dx in both]
-        moved = fwad.unpack_dual(run(alone)).tangent
+        moved = fwad.unpack_dual(run(duals)).tangent
     with sdpa_kernel(kernels):
-        return fwad.make_dual(run([value for value, _ in both]), moved)
+        value = run([value for value, _ in operands])
+    return fwad.make_dual(value, moved)
 
 
-def _alone(value: Any) -> Any:
-    """The same without its graph."""
+def _detached(value: Any) -> Any:
+    """The same value without its graph."""
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
-def _common(x: Tensor, rows: int) -> Tensor:
-    """The first of `rows` equal rows; all of x, if it has no such rows."""
+def _rows_of_one_primal(x: Tensor, rows: int) -> Tensor:
+    """The first of each `rows` equal rows; all of x, if it has no such rows."""
     if rows == 1 or x.ndim == 0 or len(x) % rows:
         return x
     return x[: len(x) // rows]
 
 
-def _spread(value: Tensor, like: Tensor) -> Tensor:
-    """What was computed of the first row, for as many rows as `like` has."""
+def _repeated_like(like: Tensor, value: Tensor) -> Tensor:
+    """What was computed of the first rows, repeated for as many rows as `like` has."""
     if value.ndim == 0 or len(value) == len(like):
         return value
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
 
 
-# What torch saves their operands for.
+# Functions whose operands torch saves for the way back.
 _SAVING = frozenset(
     {
         *(torch.mul, Tensor.mul, Tensor.__mul__, torch.div, Tensor.div, Tensor.__truediv__),
@@ -225,10 +275,10 @@ _SAVING = frozenset(
         *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.gather, Tensor.gather),
     }
 )
-_SUMS = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
-_MULTIPLES = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
-MATMULS = torch.matmul, Tensor.matmul, Tensor.__matmul__
-_PRODUCTS = functional.linear, torch.addmm, *MATMULS
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_MULTIPLES = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_PRODUCTS = (functional.linear, torch.addmm, *MATMULS)
 _RULES: dict[Callable[..., Any], _Rule] = {
     **{func: functools.partial(_product, func) for func in _PRODUCTS},
     **dict.fromkeys((torch.softmax, Tensor.softmax, functional.softmax), _softmax),
@@ -255,7 +305,10 @@ def dual_forward() -> AbstractContextManager[OneProduct]:
 
 
 def dual_level() -> AbstractContextManager[None]:
-    """As `dual_forward`, with torch's own products and whatever attention is in force."""
+    """Within the block forward-mode derivatives are computed by torch's own products.
+
+    Attention is whatever is in force. For the rules of this file take `dual_forward`.
+    """
     return compat.Temporary(_begin_level)
 
 

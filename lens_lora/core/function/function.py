@@ -47,6 +47,7 @@ from lens_lora.core.function import (
     gate_graph,
     many_gates,
     memory,
+    modes,
     reverse,
     rounding,
     slopes,
@@ -524,7 +525,7 @@ class Function:
         points, shape = points_of(self.lens, gates)
         return self._with_graph(points).view(*shape, -1)
 
-    def chosen_mode(self, mode: memory.Mode, readouts: int) -> Literal["forward", "reverse"]:
+    def chosen_mode(self, mode: modes.Mode, readouts: int) -> Literal["forward", "reverse"]:
         """The mode of differentiation: as given, or for 'auto' the one that takes less work.
 
         Args:
@@ -534,7 +535,7 @@ class Function:
         Raises:
             ArgumentError: another mode.
         """
-        return memory.chosen_mode(mode, self.lens, readouts)
+        return modes.chosen_mode(mode, self.lens, readouts)
 
     # --- What rounding alone does
 

@@ -30,9 +30,6 @@ from lens_lora.core.function.footprint import (
     footprint_of,
     prompts_of,
 )
-from lens_lora.core.function.modes import Mode as Mode
-from lens_lora.core.function.modes import chosen_mode as chosen_mode
-from lens_lora.core.function.rerun import blocks_rerun as blocks_rerun
 from lens_lora.core.model import LoraLens
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import PICKS, Reading

@@ -110,9 +110,6 @@ def join_groups(
     return torch.cat([_padded(group, sizes) for group in groups])
 
 
-joined = join_groups
-
-
 def _padded(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """The values with zeros at the end of each axis after the second, up to these sizes."""
     edges: list[int] = []
@@ -291,9 +288,6 @@ def require_finite_slopes(lens: LoraLens, values: Float[Tensor, "batch site *by"
             "names the first hook point with non-finite activations, if the model has one."
         )
     require_finite(values, "the first-order shift")
-
-
-require_finite_sites = require_finite_slopes
 
 
 # --- A backward pass that shows G and z of each site to a visitor

@@ -445,22 +445,22 @@ DUALS = [
     Mutation(
         "the derivative of the softmax without its mean",
         "core/function/duals.py",
-        "    moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)\n",
+        "    moved.addcmul_(P_of_rows, moved.sum(dim, keepdim=True), value=-1)\n",
         "",
         EVERY_PART,
     ),
     Mutation(
         "a tangent is not multiplied by a constant factor",
         "core/function/duals.py",
-        "moved = moving.clone() if func in _SUMS else moving * _alone(constant)",
-        "moved = moving.clone()",
+        "moved = tangent.clone() if func in _SUMS else tangent * _detached(constant)",
+        "moved = tangent.clone()",
         EVERY_PART,
     ),
     Mutation(
         "a bias is added to a tangent",
         "core/function/duals.py",
-        "value = value if bias is None else value + bias\n",
-        "value, moved = (value, moved) if bias is None else (value + bias, moved + bias)\n",
+        "        value = value + bias\n",
+        "        value = value + bias\n        moved = moved + bias\n",
         EVERY_PART,
     ),
 ]
