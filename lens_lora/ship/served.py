@@ -39,7 +39,7 @@ READING = "served tokens"
 _EIGHTH = 8
 # Requests beside one per text: the list of names, and a failed try of each way of asking.
 _REQUESTS_BESIDE = 1 + len(WAYS)
-# Above this floor the effect of the adapter is too small, beside rounding, for a verdict.
+# Above this floor the effect of the adapter is too small, beside rounding, to be called served.
 _VISIBLE = 0.2
 # A candidate explains a deviation if it leaves at most half of it (a quarter of its square), and
 # the deviation goes that far in its direction: 1 is all the way.
@@ -217,7 +217,7 @@ class _Comparison:
 
     @property
     def is_visible(self) -> bool:
-        """Whether the adapter moves the texts enough, beside rounding, for a verdict."""
+        """Whether the adapter moves the texts enough, beside rounding, to be called served."""
         return self.floor <= _VISIBLE
 
     @property
@@ -233,11 +233,12 @@ class _Comparison:
     @property
     def is_explained(self) -> bool:
         """Whether the nearest candidate is what is served, rather than the adapter."""
-        if not self.explanations:
+        if not self.explanations or not _FAR[0] <= self.along_nearest <= _FAR[1]:
             return False
-        leaves_little = self.nearest.residual <= max(_LEAVES * self.residual, self.floor)
-        is_beyond_rounding = self.residual > self.floor
-        return leaves_little and is_beyond_rounding and _FAR[0] <= self.along_nearest <= _FAR[1]
+        left = self.nearest.residual
+        if self.residual > self.bound:
+            return left <= max(_LEAVES * self.residual, self.bound)
+        return left <= _LEAVES * self.residual and self.residual > self.floor
 
 
 def _compared(
@@ -324,9 +325,6 @@ def _served_check(comparison: _Comparison, dtype: str) -> Check:
         f"whose log p the adapter moves by {comparison.effect:.2g} nats"
     )
     bound = f"c = 1, residual at most {comparison.bound:.2g} ({dtype})"
-    if not comparison.is_visible:
-        where = "the adapter hardly moves these texts: give texts on which it shows"
-        return Check(SERVED, "undecided", measured, bound, where, c)
     if comparison.is_explained:
         nearest = comparison.nearest
         where = f"the server answers as {nearest.words} (residual {nearest.residual:.2g})"
@@ -338,6 +336,9 @@ def _served_check(comparison: _Comparison, dtype: str) -> Check:
             f"(residual {nearest.residual:.2g})"
         )
         return Check(SERVED, "failed", measured, bound, where, c)
+    if not comparison.is_visible:
+        where = "the adapter hardly moves these texts: give texts on which it shows"
+        return Check(SERVED, "undecided", measured, bound, where, c)
     return Check(SERVED, "passed", measured, bound, value=c)
 
 

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, ServerError
+from lens_lora.ship import served as served_module
 
 QUIET = {"progress": False}
 TEXTS = [f"w{i} w{i + 7} w{2 * i} w{i + 20} w{60 - i}" for i in range(4, 14)]
@@ -484,3 +485,16 @@ def test_a_url_that_is_none(url: str, shipment):
     with pytest.raises(ArgumentError) as raised:
         ll.verify_served(lens_of(shipment(family="llama")), url, **QUIET)
     assert "secret" not in str(raised.value)
+
+
+def test_rounding_is_not_explained_by_a_candidate():
+    """A candidate that takes a little of the rounding away is no explanation of it."""
+    near = served_module.ServedInstead("the adapter without its layer 4", 0.18)
+    for residual, along, is_explained in (
+        (0.21, 1.0, False),
+        (0.40, 1.0, True),
+        (0.40, 0.3, False),
+        (0.90, 1.1, True),
+    ):
+        comparison = served_module._Comparison(1.0, residual, 0.2, 0.7, 206, (near,), along)
+        assert comparison.is_explained == is_explained
