@@ -81,6 +81,22 @@ def test_rows_equal_direct_calls(lens, tmp_path):
         assert row["tokens"] == int(lens.prompts(record["prompt"]).lengths)
 
 
+def test_prompts_are_drawn_by_one_of_their_numbers(lens, tmp_path):
+    """A bar for each prompt without an error, the largest number on top; others are refused."""
+    bad = {"prompt": "w5", "doc": "w8", "pre": "w8 w9 and what is no word"}
+    result = run(lens, [*GOOD, bad], tmp_path, "first_order")
+    prompts = result.prompts()
+    good = prompts[prompts["error"].isna()]
+    assert len(good) >= len(GOOD)
+    for column in ("shift", "first_order_remainder"):
+        (bars,) = result.plot_prompts(column).data
+        assert list(bars.x) == sorted(good[column], reverse=True)
+    (largest,) = result.plot_prompts("shift", k=1).data
+    assert abs(largest.x[0]) == good["shift"].abs().max()
+    with pytest.raises(ll.errors.ArgumentError, match="column='error'"):
+        result.plot_prompts("error")
+
+
 def test_second_order_is_half_the_row_sums(lens, tmp_path):
     """Its sum is no estimate of the shift, and no remainder is told."""
     result = run(lens, GOOD[:2], tmp_path, "second_order")
