@@ -94,7 +94,7 @@ class Way(abc.ABC):
 
 @final
 class PromptLogProbs(Way):
-    """Of the prompt's tokens, by the field `prompt_logprobs` of vLLM."""
+    """The prompt's tokens, by the field `prompt_logprobs` of vLLM."""
 
     words = "prompt_logprobs of the completions API"
     is_of_prompt = True
@@ -140,7 +140,7 @@ def _chosen_token(entry: Any, ids: Sequence[int], position: int, length: int) ->
 
 @final
 class Echo(Way):
-    """Of the prompt's tokens, which the completions API repeats with `echo`."""
+    """The prompt's tokens, which the completions API repeats with `echo`."""
 
     words = "logprobs with echo of the completions API"
     is_of_prompt = True
@@ -170,7 +170,7 @@ class Echo(Way):
 
 @final
 class Prefill(Way):
-    """Of the prompt's tokens, by `decoder_input_details` of text-generation-inference."""
+    """The prompt's tokens, by `decoder_input_details` of text-generation-inference."""
 
     words = "decoder_input_details of /generate"
     is_of_prompt = True
@@ -200,7 +200,7 @@ class Prefill(Way):
 
 @final
 class Continuation(Way):
-    """Of tokens that the server generates after the prompt."""
+    """Tokens that the server generates after the prompt."""
 
     words = "logprobs of generated tokens of the completions API"
     is_of_prompt = False
@@ -220,7 +220,7 @@ class Continuation(Way):
 
 @final
 class Chat(Way):
-    """Of tokens that the server generates as the assistant's turn."""
+    """Tokens that the server generates as the assistant's turn."""
 
     words = "logprobs of the chat API"
     is_of_prompt = False

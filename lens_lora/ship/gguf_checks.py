@@ -263,7 +263,7 @@ def _in_order_of_hugging_face(layout: Layout, module: str, stored: StoredTensor)
 def _unturned(
     layout: Layout, module: str, stored: StoredTensor, E: Tensor, rounds: float
 ) -> str | None:
-    """What is wrong if the rows of q or k are in Hugging Face's order; None if they are not."""
+    """A sentence if the rows of q or k are in Hugging Face's order; None if they are not."""
     if not layout.is_permuted(module):
         return None
     is_plain = float((stored.values.double() - E).norm()) <= rounds * float(E.norm())
@@ -281,7 +281,7 @@ def _rounds(stored: StoredTensor) -> float:
 def _looks(
     added: Tensor, D: Tensor, c: float, noise: float, update: ModuleUpdate, sigma: float = 0.0
 ) -> str:
-    """What was added as c ΔW, with the mistake that gives this c; or neither."""
+    """Describe what was added as c ΔW, with the mistake that gives this c if one does."""
     length = float(D.norm())
     rest = float((added - c * D).norm())
     if rest > _STRAIGHT * max(1.0, abs(c)) * length + noise:

@@ -72,7 +72,7 @@ def verification_table(verification: Verification, *, every: bool = False) -> ta
 
 
 def explanations_table(served: ServedVerification) -> tables.Table:
-    """What the server may be running, the nearest first.
+    """A table of the models that the server may be running, the nearest first.
 
     Args:
         served: what a server answered.

@@ -52,7 +52,7 @@ _KEPT = 10
 @stored
 @dataclasses.dataclass(frozen=True)
 class ServedInstead:
-    """What the server may be running, and how well that agrees with what it told.
+    """A model that the server may be running, and how well it agrees with what the server told.
 
     Attributes:
         words: the candidate.
@@ -319,7 +319,8 @@ def _reading_check(rows: ServedRows, asked: int) -> Check:
 
 
 def _served_check(comparison: _Comparison, dtype: str) -> Check:
-    c, residual = comparison.c, comparison.residual
+    c = comparison.c
+    residual = comparison.residual
     measured = (
         f"c = {c:.3g}, residual {residual:.2g} over {many(comparison.tokens, 'token')}, "
         f"whose log p the adapter moves by {comparison.effect:.2g} nats"

@@ -1,4 +1,4 @@
-"""What a server may be running in place of the adapter, each as a model whose log p is computed.
+"""Models that a server may be running in place of the adapter, with the log p of each.
 
 A candidate is the same model
 
