@@ -147,8 +147,9 @@ class Server:
     def _error(self, fact: str, remedy: str = "") -> ServerError:
         return ServerError(self._without_key(f"{self.url}: {fact}."), remedy=remedy)
 
-    def _without_key(self, message: str) -> str:
-        return message.replace(self._key, "(key)") if self._key else message
+    def _without_key(self, text: str) -> str:
+        """The text, which may quote what the server said, without the secret that was sent."""
+        return text.replace(self._key, "(key)") if self._key else text
 
 
 def _port_of(parts: Any, url: str) -> int | None:
