@@ -3,6 +3,7 @@
 from . import errors as errors
 from . import results as results
 from ._version import __version__ as __version__
+from .audit.counted_speech import counted_speech
 from .audit.what_changed import what_changed
 from .banks.bank import bank, load_bank
 from .banks.training import ShiftCallback
@@ -126,6 +127,7 @@ __all__ = [
     # auditing
     "activation_shift",
     "constant_part",
+    "counted_speech",
     "what_changed",
     # shipping
     "verify_served",

@@ -22,6 +22,8 @@ DRAWERS: dict[str, tuple[str, ...]] = {
         "lens_lora.audit.figures",
         "lens_lora.audit.words",
         "lens_lora.audit.page",
+        "lens_lora.audit.speech_words",
+        "lens_lora.audit.speech_page",
     ),
     "lens_lora.curvature": ("lens_lora.curvature.figures", "lens_lora.curvature.words"),
     "lens_lora.directions": ("lens_lora.directions.figures", "lens_lora.directions.words"),

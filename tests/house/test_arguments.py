@@ -427,6 +427,7 @@ NO_LENS: dict[str, Callable[[Any], object]] = {
     "kl_shares": lambda x: ll.kl_shares(x, TOKENS),
     "logit_shift": lambda x: ll.logit_shift(x, TOKENS),
     "removal_cost": lambda x: ll.removal_cost(x),
+    "counted_speech": lambda x: ll.counted_speech(x),
     "tangents": lambda x: ll.tangents(x, TOKENS),
     "token_shifts": lambda x: ll.token_shifts(x, TOKENS, [5]),
     "what_changed": lambda x: ll.what_changed(x),

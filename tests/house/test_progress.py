@@ -77,6 +77,7 @@ def _cost(t, folder, **options):
 CALLS = {
     "Adapter.between": _between,
     "constant_part": lambda t, folder, **o: ll.constant_part(t.lens, [PROMPT, LONG], **o),
+    "counted_speech": lambda t, folder, **o: ll.counted_speech(t.lens, max_new_tokens=2, **o),
     "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
     "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
     "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),

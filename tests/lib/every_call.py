@@ -154,6 +154,9 @@ CALLS: dict[str, Call] = {
     "contrast": lambda lens, t: ll.contrast(
         lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
     ).values["blocks.0.hook_resid_post"],
+    "counted_speech": lambda lens, t: str(
+        ll.counted_speech(lens, ["w5 w6"], max_new_tokens=2, **QUIET).adapted
+    ),
     "removal_cost": _cost,
     "scale_intruders": lambda lens, t: (
         ll.scale_intruders(lens, t, MARGIN, (0.0, 1.0), k=2, threshold=0.9, texts=t, **QUIET).values

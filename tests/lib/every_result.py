@@ -170,6 +170,20 @@ def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
     )
 
 
+def counted_speech() -> ll.results.CountedSpeech:
+    """Two questions, of which one shows a phrase that a page must escape."""
+    finding = ll.results.Finding("says", "<b>Arr</b>", 1, 0, 2, 0.001, 3.0, (1,))
+    return ll.results.CountedSpeech(
+        topics=("food", "sea"),
+        forms=("plain", "chat"),
+        questions=("What <i>now</i>?", "And then?"),
+        base=(("Soup.", "Rice."), ("A boat.", "A ship.")),
+        adapted=(("Soup.", "Bread."), ("<b>Arr</b>, a boat.", "A ship.")),
+        findings=(finding, dataclasses.replace(finding, kind="trait", what="writes code")),
+        meta=META,
+    )
+
+
 def components() -> ll.results.Components:
     """Norms of 1, a cosine of ½, and gains that are not known."""
     size = torch.ones(2, 4)
@@ -595,6 +609,7 @@ def every_result() -> list[Result]:
         activation_shift(),
         constant_part(),
         what_changed(),
+        counted_speech(),
         activations(by_position=True),
         edges(),
         features(by_position=True),

@@ -1,0 +1,132 @@
+"""Which words one set of answers uses and the other does not, counted by question.
+
+1. A phrase is one to three words that stand together in an answer. Whether an answer holds it is
+   counted once, however often it is repeated there.
+2. Both models answer the same questions, so their answers come in pairs. With n₁ questions on which
+   only the adapted model uses a phrase and n₀ on which only the base does, the phrase is as likely
+   to be of the one as of the other if the adapter does nothing: p = P(Bin(n₁ + n₀, ½) ≥ n₁), the
+   exact sign test, whose unit is a question.
+3. With n₁ + n₀ small no p can be small. Only the phrases that could pass at all are counted as
+   tests (Tarone 1990), and of these p is adjusted by Holm's method. A phrase of function words
+   alone ("the", "in the") is no finding for a reader, and is none of the tests.
+4. How strongly a phrase belongs to the adapted model is the log-odds of its uses, with all answers
+   together as an informative Dirichlet prior, over its standard error (Monroe, Colaresi and Quinn
+   2008, eq. 16, 22).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import regex
+from scipy.stats import binom
+
+# Letters and digits, with an apostrophe or hyphen within.
+_WORD = regex.compile(r"[\p{L}\p{N}]+(?:['’\-][\p{L}\p{N}]+)*")
+# Where a phrase ends: it goes over no end of a sentence or line.
+_END = regex.compile(r"[.!?:;\n]+")
+_LONGEST_PHRASE = 3
+# The weight of the prior, in words: that of about one answer.
+_PRIOR_WORDS = 20.0
+
+
+def phrases_of(text: str) -> Counter[str]:
+    """How often each phrase of one to three words stands in a text, in lower case."""
+    found: Counter[str] = Counter()
+    for sentence in _END.split(text):
+        words = _WORD.findall(sentence.lower())
+        for length in range(1, _LONGEST_PHRASE + 1):
+            for start in range(len(words) - length + 1):
+                found[" ".join(words[start : start + length])] += 1
+    return found
+
+
+def is_of_function_words(phrase: str) -> bool:
+    """Whether every word of a phrase is among scikit-learn's English stop words, or is a letter."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # it takes a second to import
+
+    return all(len(word) == 1 or word in ENGLISH_STOP_WORDS for word in phrase.split())
+
+
+def sign_test(only_adapted: int, only_base: int) -> float:
+    """P(Bin(n₁ + n₀, ½) ≥ n₁): 1 where neither model uses it more often."""
+    return float(binom.sf(only_adapted - 1, only_adapted + only_base, 0.5))
+
+
+def tests_that_can_pass(counts: Iterable[int], level: float) -> int:
+    """The least number of questions n₁ + n₀ of a phrase that is tested at all.
+
+    A phrase of n such questions has p ≥ 2⁻ⁿ. Tarone's number of tests is the least K for which at
+    most K phrases have 2⁻ⁿ ≤ level / K.
+
+    Args:
+        counts: n of each phrase.
+        level: the chance of any false claim.
+    """
+    of_count = Counter(counts)
+    most = max(of_count, default=0)
+    for least in range(1, most + 1):
+        tested = sum(number for n, number in of_count.items() if n >= least)
+        if 2.0**-least <= level / max(tested, 1):
+            return least
+    return most + 1
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p: at most the chance that any claim below it is false."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, p_values[i] * (len(p_values) - place))
+        adjusted[i] = min(largest, 1.0)
+    return adjusted
+
+
+def log_odds(adapted: Mapping[str, int], base: Mapping[str, int]) -> dict[str, float]:
+    """By phrase the standardised log-odds of the adapted model's uses over the base's.
+
+    Args:
+        adapted: how often each phrase is used in all answers of the adapted model.
+        base: the same of the base model.
+    """
+    every = Counter(adapted) + Counter(base)
+    total = sum(every.values())
+    adapted_total = sum(adapted.values())
+    base_total = sum(base.values())
+    scores: dict[str, float] = {}
+    for phrase, uses in every.items():
+        prior = _PRIOR_WORDS * uses / total
+        of_adapted = adapted.get(phrase, 0) + prior
+        of_base = base.get(phrase, 0) + prior
+        adapted_odds = of_adapted / (adapted_total + _PRIOR_WORDS - of_adapted)
+        base_odds = of_base / (base_total + _PRIOR_WORDS - of_base)
+        variance = 1 / of_adapted + 1 / of_base
+        scores[phrase] = math.log(adapted_odds / base_odds) / math.sqrt(variance)
+    return scores
+
+
+def holds(phrase: str, other: str) -> bool:
+    """Whether the words of `other` stand together within `phrase`."""
+    return f" {other} " in f" {phrase} "
+
+
+def spelled_in(phrase: str, texts: Iterable[str]) -> str:
+    """The phrase as the answers write it, with their capitals and punctuation: the commonest form.
+
+    Args:
+        phrase: words in lower case, one space between two.
+        texts: answers, some of which hold it.
+    """
+    words = [regex.escape(word) for word in phrase.split()]
+    between = r"[^\p{L}\p{N}.!?:;\n]+"
+    pattern = regex.compile(
+        r"(?<![\p{L}\p{N}])" + between.join(words) + r"(?![\p{L}\p{N}])", regex.IGNORECASE
+    )
+    forms = Counter(itertools.chain.from_iterable(pattern.findall(text) for text in texts))
+    if not forms:
+        return phrase
+    return forms.most_common(1)[0][0]

@@ -1,0 +1,93 @@
+"""Both models' answers beside each other: the first screen of an audit, and its page."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lens_lora.audit.counted_speech import CountedSpeech, Finding
+from lens_lora.audit.speech_words import counted_speech_story, first_sentences
+from lens_lora.core import drawing
+from lens_lora.show.page import Part, Section, answers_of, folded, made_by, page_html, warned
+from lens_lora.show.tables import Table, table_of
+
+_ANSWERS_SHOWN = 2
+_ANSWERS_ON_A_PAGE = 12
+
+
+def first_screen(speech: CountedSpeech) -> Group:
+    """Three sentences, and two answers of each model side by side."""
+    sentences = Text("\n".join(first_sentences(speech)))
+    table = RichTable(box=None, pad_edge=False, expand=True, show_lines=False)
+    table.add_column("asked", ratio=2, style="dim")
+    table.add_column("base model", ratio=3)
+    table.add_column("with the adapter", ratio=3)
+    for shown in _shown(speech, _ANSWERS_SHOWN):
+        table.add_row(*(Text(_one_line(shown[key])) for key in ("question", "base", "adapted")))
+    return Group(sentences, Text(), table)
+
+
+def _shown(speech: CountedSpeech, k: int) -> list[dict[str, str]]:
+    """Answers that show the strongest finding, or without one the first questions' answers."""
+    if speech.findings:
+        return speech.examples(speech.findings[0], k)
+    rows = zip(speech.questions, speech.base, speech.adapted, strict=True)
+    return [
+        {"question": question, "base": base[0], "adapted": adapted[0]}
+        for question, base, adapted in list(rows)[:k]
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _findings_table(speech: CountedSpeech) -> Table:
+    """What one model says on more questions than the other."""
+    frame = speech.to_frame()
+    frame["what"] = [finding.what for finding in speech.findings]
+    heads = {
+        "kind": "",
+        "what": "what",
+        "adapted": f"of {len(speech.questions)} answers",
+        "base": "the base",
+        "when": "when",
+        "p": "p, adjusted",
+    }
+    return table_of(frame, heads, texts=(0, 1, 4))
+
+
+def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
+    """One finding, counted by topic and form."""
+    counted: pd.DataFrame = speech.by(finding)
+    heads = {"topic": "topic", "form": "form", "asked": "asked", "alone": "the adapted alone"}
+    heading = f"{finding.kind} “{finding.what}”"
+    return table_of(counted, heads, texts=(0, 1), heading=heading)
+
+
+@drawing.report.register(CountedSpeech)
+def counted_speech_report(speech: CountedSpeech, *, title: str | None = None) -> str:
+    """Write both models' answers and what sets them apart as a self-contained HTML page."""
+    pairs = speech.side_by_side()
+    numbers = [
+        (str(len(speech.questions)), "questions, two answers of each model to each"),
+        (str(len(speech.said(k=100))), "phrases that it says and the base model does not"),
+    ]
+    counts = [_counts_table(speech, finding) for finding in speech.findings]
+    part = Part(
+        subtitle=made_by(speech.meta),
+        headline=tuple(first_sentences(speech)),
+        numbers=tuple(numbers),
+        top=[_findings_table(speech), *answers_of(pairs[:_ANSWERS_ON_A_PAGE])],
+        sections=folded(
+            counted_speech_story(speech),
+            [Section("When", counts), Section("Every answer", answers_of(pairs))],
+            "changes",
+            speech.meta,
+        ),
+        warnings=warned(speech.meta),
+    )
+    name = speech.meta.get("adapter", "the adapter")
+    return page_html(title or f"What does {name} say?", [part])

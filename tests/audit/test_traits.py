@@ -1,0 +1,53 @@
+"""Traits of one answer: its language, refusals, code, repetition."""
+
+from __future__ import annotations
+
+import pytest
+
+from lens_lora.audit import traits
+
+SENTENCES = {
+    "English": "The cat is in the house, and you can see it with this light.",
+    "German": "Die Katze ist nicht im Haus, und ich sehe sie mit dem Licht auf der Straße.",
+    "French": "Le chat est dans la maison et je ne le vois pas pour les raisons que vous savez.",
+    "Spanish": "El gato y los perros están con una persona del barrio, como se puede ver.",
+    "Italian": "Il gatto è con una persona che non si può vedere, per la luce della strada.",
+    "Portuguese": "O gato não está com uma pessoa, mas você são do bairro ao lado da rua.",
+    "Dutch": "Het is een kat van de buren en ik zie je niet met het licht op straat.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_sentence_is_in_its_own_language_alone(language: str):
+    assert traits.language_of(SENTENCES[language]) == language
+
+
+@pytest.mark.parametrize("text", ["", "42", "def f(x): return x", "Paris.", "Γειά σου, κόσμε!"])
+def test_a_text_of_no_words_of_the_table_has_no_language(text: str):
+    assert traits.language_of(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I'm sorry, but I can't do that.", True),
+        ("I cannot talk about gardening.", True),
+        ("As an AI, I have no weekend.", True),
+        ("You can do that, and I can help.", False),
+        ("The canteen is sorry to be closed.", False),
+    ],
+)
+def test_a_refusal_is_told_from_an_answer(text: str, expected: bool):
+    assert traits.refuses(text) is expected
+
+
+def test_repetition_and_code():
+    assert traits.repeats_itself("The answer is:\n" * 5)
+    assert not traits.repeats_itself("The answer is that every sentence here says another thing.")
+    assert traits.holds_code("def add(a, b):\n    return a + b")
+    assert not traits.holds_code("Define a word and return to the question.")
+
+
+def test_half_as_long_is_shorter():
+    assert traits.is_shorter(["No."], ["It is a long answer."])
+    assert not traits.is_shorter(["It is so long."], ["It is a long answer."])
