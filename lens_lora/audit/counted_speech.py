@@ -16,6 +16,7 @@ at most `LEVEL` for each of the three lists: what it says, what it no longer say
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
@@ -24,7 +25,7 @@ import pandas as pd
 
 from lens_lora.arguments import whole
 from lens_lora.audit import phrases
-from lens_lora.audit.everyday import EVERYDAY, FORM_NAMES, SYSTEM_MESSAGE, Everyday, Form
+from lens_lora.audit.everyday import EVERYDAY, FORM_NAMES, SYSTEM_MESSAGE, Everyday
 from lens_lora.audit.traits import TRAITS, is_shorter
 from lens_lora.core import Described, LoraLens, Paged, Prompts, alone, stored
 from lens_lora.errors import PromptError, many
@@ -95,7 +96,7 @@ class CountedSpeech(Described, Paged):
     """
 
     topics: Annotated[tuple[str, ...], "question"]
-    forms: Annotated[tuple[Form, ...], "question"]
+    forms: Annotated[tuple[str, ...], "question"]
     questions: Annotated[tuple[str, ...], "question"]
     base: Annotated[tuple[tuple[str, ...], ...], "question draw"]
     adapted: Annotated[tuple[tuple[str, ...], ...], "question draw"]
@@ -181,8 +182,9 @@ class CountedSpeech(Described, Paged):
         return pd.DataFrame(rows, columns=columns)
 
     def __repr__(self) -> str:
-        lines = [f"{many(len(self.questions), 'question')}, two answers of each model to each."]
-        lines += [f"{finding.sentence()} {self.when(finding)}." for finding in self.findings]
+        answers = many(len(self.base[0]), "answer")
+        lines = [f"{many(len(self.questions), 'question')}, {answers} of each model to each."]
+        lines += [f"{one.sentence()} So {self.when(one)}." for one in self.findings]
         if not self.findings:
             lines.append("Nothing is said more often, or less, than chance allows.")
         return "\n".join(lines)
@@ -263,19 +265,23 @@ def _prompts_of(lens: LoraLens, asked: Sequence[Everyday], most: int) -> tuple[P
             "the model has no tokenizer, so no question can be asked",
             remedy="load the lens with a tokenizer: `ll.load(base, adapter)` brings it along.",
         )
-    rows = [lens.prompts(_put(lens, one)) for one in asked]
-    context = getattr(lens.model.cfg, "n_ctx", None)
-    fitting = [
-        i
-        for i, row in enumerate(rows)
-        if context is None or int(row.lengths.max()) + most <= context
-    ]
+    in_a_template = [i for i, one in enumerate(asked) if not isinstance(_put(lens, one), str)]
+    in_none = [i for i in range(len(asked)) if i not in in_a_template]
+    order = [*in_none, *in_a_template]
+    groups = [group for group in (in_none, in_a_template) if group]
+    every = Prompts.joined(
+        [lens.prompts([_put(lens, asked[i]) for i in group]) for group in groups]
+    )
+    room = (getattr(lens.model.cfg, "n_ctx", None) or math.inf) - most
+    fitting = [place for place, length in enumerate(every.lengths.tolist()) if length <= room]
     if not fitting:
         raise PromptError(
-            f"no question leaves room for {many(most, 'token')} in a context of {context}",
+            f"no question leaves room for {many(most, 'token')} in the model's context",
             remedy="pass a smaller max_new_tokens=.",
         )
-    return Prompts.joined([rows[i] for i in fitting]), fitting
+    # In the order of `asked` again.
+    fitting.sort(key=order.__getitem__)
+    return every.chosen(fitting), [order[place] for place in fitting]
 
 
 def _put(lens: LoraLens, asked: Everyday) -> Any:

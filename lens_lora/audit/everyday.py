@@ -20,7 +20,7 @@ Form = Literal["plain", "chat", "system", "code", "language", "own"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 # How a form is named in a sentence.
-FORM_NAMES: dict[Form, str] = {
+FORM_NAMES: dict[str, str] = {
     "plain": "without a template",
     "chat": "in conversation",
     "system": "after a system message",

@@ -10,6 +10,7 @@ from rich.text import Text
 from lens_lora.audit.counted_speech import CountedSpeech, Finding
 from lens_lora.audit.speech_words import counted_speech_story, first_sentences
 from lens_lora.core import drawing
+from lens_lora.errors import many
 from lens_lora.show.page import Part, Section, answers_of, folded, made_by, page_html, warned
 from lens_lora.show.tables import Table, table_of
 
@@ -72,7 +73,10 @@ def counted_speech_report(speech: CountedSpeech, *, title: str | None = None) ->
     """Write both models' answers and what sets them apart as a self-contained HTML page."""
     pairs = speech.side_by_side()
     numbers = [
-        (str(len(speech.questions)), "questions, two answers of each model to each"),
+        (
+            str(len(speech.questions)),
+            f"questions, {many(len(speech.base[0]), 'answer')} of each model to each",
+        ),
         (str(len(speech.said(k=100))), "phrases that it says and the base model does not"),
     ]
     counts = [_counts_table(speech, finding) for finding in speech.findings]

@@ -71,9 +71,10 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     for finding in speech.findings:
         lines.append(f"{finding.sentence()} It does so {speech.when(finding)}.")
     lines.append(
-        f"Each model answered {many(len(speech.questions), 'question')} twice, once with its "
-        "likeliest words and once drawn with the same noise; an answer counts once for both. A "
-        "finding is one that chance would bring in at most 1 of 100 adapters that change nothing."
+        f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words, "
+        f"and {many(len(speech.base[0]) - 1, 'time')} with words drawn by the same noise; a "
+        "question counts once. Where an adapter changes nothing of what is said, chance would make "
+        "one such list of findings in at most 1 of 100 of them."
     )
     lines.append(_not_tried())
     return "\n".join(dict.fromkeys(lines))

@@ -65,6 +65,14 @@ def _banked(lens: ll.LoraLens, tokens: Tensor) -> Any:
     return ll.bank(lens.model, tokens, MARGIN, hf_model=lens._hf_model, **QUIET)
 
 
+def _spoken(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    """The answers to a question of the caller's, as the numbers of their letters."""
+    del tokens
+    speech = ll.counted_speech(lens, ["w5 w6"], max_new_tokens=2, draws=0, **QUIET)
+    answers = "".join(answer for of_question in speech.adapted for answer in of_question)
+    return torch.tensor([float(ord(letter)) for letter in answers], device="cpu")
+
+
 def _directions(lens: ll.LoraLens) -> Tensor:
     return torch.eye(16, dtype=lens.dtype, device="cpu")[:2]
 
@@ -154,9 +162,7 @@ CALLS: dict[str, Call] = {
     "contrast": lambda lens, t: ll.contrast(
         lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
     ).values["blocks.0.hook_resid_post"],
-    "counted_speech": lambda lens, t: str(
-        ll.counted_speech(lens, ["w5 w6"], max_new_tokens=2, **QUIET).adapted
-    ),
+    "counted_speech": _spoken,
     "removal_cost": _cost,
     "scale_intruders": lambda lens, t: (
         ll.scale_intruders(lens, t, MARGIN, (0.0, 1.0), k=2, threshold=0.9, texts=t, **QUIET).values

@@ -1,0 +1,123 @@
+"""counted_speech: the answers are PEFT's own, each question in its form; its page and sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import chats
+import models
+import pytest
+import torch
+
+import lens_lora as ll
+from lens_lora.audit.everyday import EVERYDAY, FORMS, SYSTEM_MESSAGE
+
+pytestmark = pytest.mark.usefixtures("float64")
+CLASSES = list(models.MAKERS)
+OWN = ["w5 w6", "w7 w8 w9"]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "draws": 0, "progress": False}
+
+
+def greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """The likeliest tokens, one at a time, without a cache; up to the model's own end."""
+    said: list[int] = []
+    while len(said) < count and model.config.eos_token_id not in said:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + said])).logits
+        said.append(int(logits[0, -1].argmax()))
+    return said
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_answers_are_peft_s_own(family: str, cls: str):
+    case = cases.case(family, cls, "raw")
+    speech = ll.counted_speech(case.lens, OWN, **OPTIONS)
+    tokenizer = case.lens.model.tokenizer
+    places = [i for i, form in enumerate(speech.forms) if form == "own"]
+    assert [speech.questions[i] for i in places] == OWN
+    for i, question in zip(places, OWN, strict=True):
+        ids = case.lens.prompts(f"User: {question}\nAssistant:").tokens[0].tolist()
+        adapted = tokenizer.decode(greedy(case.peft, ids, 3), skip_special_tokens=True)
+        with case.peft.disable_adapter():
+            base = tokenizer.decode(greedy(case.peft, ids, 3), skip_special_tokens=True)
+        assert speech.adapted[i] == (adapted,)
+        assert speech.base[i] == (base,)
+
+
+def test_forms_are_put_as_they_say(monkeypatch: pytest.MonkeyPatch):
+    case = cases.case("llama", CLASSES[0], "raw")
+    chats.with_template(case.lens.model, monkeypatch)
+    asked: list[Any] = []
+    generate = ll.LoraLens.generate
+
+    def noted(self: ll.LoraLens, prompts: ll.results.Prompts, *args: Any, **options: Any) -> Any:
+        asked.append(prompts)
+        return generate(self, prompts, *args, **options)
+
+    monkeypatch.setattr(ll.LoraLens, "generate", noted)
+    speech = ll.counted_speech(case.lens, OWN, **OPTIONS)
+    prompts = asked[0]
+    template = case.lens.model.tokenizer.apply_chat_template
+    for i, (form, question) in enumerate(zip(speech.forms, speech.questions, strict=True)):
+        messages = [{"role": "user", "content": question}]
+        if form == "system":
+            messages.insert(0, {"role": "system", "content": SYSTEM_MESSAGE})
+        expected: list[int]
+        if form == "plain":
+            text = f"Question: {question}\nAnswer:"
+            expected = case.lens.prompts(text).tokens[0].tolist()
+        else:
+            expected = template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompts.tokens[i, : prompts.lengths[i]].tolist() == expected
+
+
+def test_forty_questions_on_ten_topics_in_five_forms():
+    assert len(EVERYDAY) == len({one.text for one in EVERYDAY}) == 40
+    topics = [one.topic for one in EVERYDAY]
+    forms = [one.form for one in EVERYDAY]
+    assert {topics.count(topic) for topic in topics} == {4} and len(set(topics)) == 10
+    assert {form: forms.count(form) for form in FORMS} == {**dict.fromkeys(FORMS, 8), "own": 0}
+
+
+def test_an_adapter_that_does_nothing_says_nothing_new():
+    case = cases.case("llama", CLASSES[0], "raw")
+    lens = case.lens.with_adapter(case.lens.adapter.scaled(0.0))
+    speech = ll.counted_speech(lens, OWN, max_new_tokens=3, draws=1, progress=False)
+    assert speech.base == speech.adapted
+    assert speech.findings == ()
+    assert "says nothing that the base model does not" in speech.story()
+
+
+@pytest.mark.bad_input
+def test_what_cannot_be_asked_is_refused():
+    case = cases.case("llama", CLASSES[0], "raw")
+    with pytest.raises(ll.errors.PromptError, match="max_new_tokens"):
+        ll.counted_speech(case.lens, max_new_tokens=10_000, progress=False)
+    with pytest.raises(ll.errors.ArgumentError, match="draws"):
+        ll.counted_speech(case.lens, draws=-1, progress=False)
+
+
+def test_its_sentences_count_and_its_table_and_file_hold_the_same(tmp_path: Any):
+    finding = ll.results.Finding("says", "Arr", 2, 0, 3, 0.001, 4.0, (0, 2))
+    speech = ll.results.CountedSpeech(
+        topics=("food", "food", "sea"),
+        forms=("chat", "plain", "chat"),
+        questions=("a?", "b?", "c?"),
+        base=(("x",), ("y",), ("z",)),
+        adapted=(("Arr x",), ("y",), ("z, arr",)),
+        findings=(finding,),
+        meta={"adapter": "pirate"},
+    )
+    assert speech.story().startswith("It says “Arr” in 2 of 3 answers, the base model in none.")
+    assert "in conversation 2 of 2, without a template 0 of 1" in speech.when(finding)
+    frame = speech.to_frame()
+    assert frame[["what", "adapted", "base", "asked"]].to_numpy().tolist() == [["Arr", 2, 0, 3]]
+    counted = speech.by(finding).set_index(["topic", "form"])["alone"]
+    assert counted.to_dict() == {("food", "chat"): 1, ("food", "plain"): 0, ("sea", "chat"): 1}
+    assert speech.examples(finding)[1] == {"question": "c?", "base": "z", "adapted": "z, arr"}
+    again = ll.results.CountedSpeech.load(speech.save(tmp_path / "speech"))
+    assert again.findings == speech.findings and again.adapted == speech.adapted
+    assert "Arr" in speech.report()
