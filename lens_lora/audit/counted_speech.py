@@ -171,15 +171,22 @@ class CountedSpeech(Described, Paged):
         return [SideBySide(self.questions[i], self.base[i][0], self.adapted[i][0]) for i in order]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per finding: kind, what, adapted, base, asked, p, log_odds, when."""
-        rows: list[dict[str, Any]] = []
-        for finding in self.findings:
-            row = dataclasses.asdict(finding)
-            del row["questions"]
-            row["when"] = self.when(finding)
-            rows.append(row)
-        columns = ["kind", "what", "adapted", "base", "asked", "p", "log_odds", "when"]
-        return pd.DataFrame(rows, columns=columns)
+        """One row per finding: what it is, on how many questions each model has it, and when."""
+        rows = [
+            {
+                "finding": finding.kind,
+                "label": finding.what,
+                "questions": finding.asked,
+                "answers_base": finding.base,
+                "answers_adapted": finding.adapted,
+                "q": finding.p,
+                "log_odds": finding.log_odds,
+                "when": self.when(finding),
+            }
+            for finding in self.findings
+        ]
+        columns = ["finding", "label", "questions", "answers_base", "answers_adapted"]
+        return pd.DataFrame(rows, columns=[*columns, "q", "log_odds", "when"])
 
     def __repr__(self) -> str:
         answers = many(len(self.base[0]), "answer")

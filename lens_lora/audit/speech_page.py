@@ -47,17 +47,15 @@ def _one_line(text: str) -> str:
 
 def _findings_table(speech: CountedSpeech) -> Table:
     """What one model says on more questions than the other."""
-    frame = speech.to_frame()
-    frame["what"] = [finding.what for finding in speech.findings]
     heads = {
-        "kind": "",
-        "what": "what",
-        "adapted": f"of {len(speech.questions)} answers",
-        "base": "the base",
+        "finding": "",
+        "label": "what",
+        "answers_adapted": f"of {len(speech.questions)} answers",
+        "answers_base": "the base",
         "when": "when",
-        "p": "p, adjusted",
+        "q": "p, adjusted",
     }
-    return table_of(frame, heads, texts=(0, 1, 4))
+    return table_of(speech.to_frame(), heads, texts=(0, 1, 4))
 
 
 def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:

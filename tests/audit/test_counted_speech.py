@@ -113,8 +113,8 @@ def test_its_sentences_count_and_its_table_and_file_hold_the_same(tmp_path: Any)
     )
     assert speech.story().startswith("It says “Arr” in 2 of 3 answers, the base model in none.")
     assert "in conversation 2 of 2, without a template 0 of 1" in speech.when(finding)
-    frame = speech.to_frame()
-    assert frame[["what", "adapted", "base", "asked"]].to_numpy().tolist() == [["Arr", 2, 0, 3]]
+    counts = ["label", "answers_adapted", "answers_base", "questions"]
+    assert speech.to_frame()[counts].to_numpy().tolist() == [["Arr", 2, 0, 3]]
     counted = speech.by(finding).set_index(["topic", "form"])["alone"]
     assert counted.to_dict() == {("food", "chat"): 1, ("food", "plain"): 0, ("sea", "chat"): 1}
     assert speech.examples(finding)[1] == {"question": "c?", "base": "z", "adapted": "z, arr"}
