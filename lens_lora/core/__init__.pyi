@@ -1,5 +1,11 @@
-"""The door of the core: what the other folders use of it, and where each name lives."""
+"""The door of the core: what the other folders use of it, and where each name lives.
 
+An analysis needs the first three sections. The others are for those who add a readout, a format, a
+host or a picture, or who run passes of their own.
+"""
+
+# isort: split
+# --- An adapter over a model, prompts, a readout, and g.
 from .adapter.adapter import Adapter as Adapter
 from .adapter.adapter import require_one_base as require_one_base
 from .adapter.factors import LoRAFactors as LoRAFactors
@@ -10,6 +16,30 @@ from .adapter.formats import adapter_format as adapter_format
 from .adapter.loading import AdapterLike as AdapterLike
 from .adapter.loading import given_adapter as given_adapter
 from .adapter.loading import load_adapter as load_adapter
+from .analyses.own_analyses import Analysis as Analysis
+from .analyses.own_analyses import analysis as analysis
+from .function.cache import Evaluations as Evaluations
+from .function.cache import evaluations as evaluations
+from .function.function import Function as Function
+from .function.function import Gates as Gates
+from .function.noise import Noise as Noise
+from .model.gates import Scale as Scale
+from .model.lens import LoraLens as LoraLens
+from .model.public_call import alone as alone
+from .model.sites import Site as Site
+from .readout.positions import Positions as Positions
+from .readout.prompts import Prompts as Prompts
+from .readout.prompts import PromptsLike as PromptsLike
+from .readout.reading import Reading as Reading
+from .readout.readout import Logit as Logit
+from .readout.readout import LogProb as LogProb
+from .readout.readout import Margin as Margin
+from .readout.readout import Readout as Readout
+from .readout.responses import AnswerLike as AnswerLike
+from .readout.responses import Generated as Generated
+
+# isort: split
+# --- What the core itself answers.
 from .analyses.activation_patching import ActivationEffects as ActivationEffects
 from .analyses.activation_patching import patch_activations as patch_activations
 from .analyses.components import Component as Component
@@ -17,13 +47,10 @@ from .analyses.components import Components as Components
 from .analyses.components import components as components
 from .analyses.components import squared_norms as squared_norms
 from .analyses.first_order import first_order as first_order
-from .analyses.first_order import require_gauge as require_gauge
 from .analyses.margin import FactMargin as FactMargin
 from .analyses.margin import fact_margin as fact_margin
 from .analyses.margin import flip_scales as flip_scales
 from .analyses.margin import margin_of as margin_of
-from .analyses.own_analyses import Analysis as Analysis
-from .analyses.own_analyses import analysis as analysis
 from .analyses.patching import How as How
 from .analyses.patching import patch_sites as patch_sites
 from .analyses.remainder import Remainder as Remainder
@@ -34,111 +61,9 @@ from .analyses.remainder import remainder_curve as remainder_curve
 from .analyses.verdict import FlipVerdict as FlipVerdict
 from .analyses.verdict import Point as Point
 from .analyses.verdict import Verdict as Verdict
-from .function.cache import Evaluations as Evaluations
-from .function.cache import evaluations as evaluations
-from .function.duals import MATMULS as MATMULS
-from .function.duals import dual_level as dual_level
-from .function.duals import rows_and_weight as rows_and_weight
-from .function.duals import tangent_of as tangent_of
-from .function.forward import require_finite as require_finite
-from .function.function import Function as Function
-from .function.function import Gates as Gates
-from .function.memory import Pass as Pass
-from .function.modes import Mode as Mode
-from .function.noise import Noise as Noise
-from .function.own_passes import OwnPasses as OwnPasses
-from .function.recording import Recording as Recording
-from .function.reverse import Slopes as Slopes
-from .function.reverse import Visit as Visit
-from .function.reverse import join_groups as join_groups
-from .function.reverse import require_finite_slopes as require_finite_slopes
-from .function.rounding import rounding_hooks as rounding_hooks
-from .function.rounding import rounding_noise as rounding_noise
-from .model.adapted_modules import SiteFactors as SiteFactors
-from .model.basis import NormUpdate as NormUpdate
-from .model.basis import SiteMap as SiteMap
-from .model.basis import Update as Update
-from .model.check import refuse_unusable as refuse_unusable
-from .model.check import require_adapter as require_adapter
-from .model.find_host import host_of as host_of
-from .model.gates import Scale as Scale
-from .model.gates import name_of_scale as name_of_scale
-from .model.gauge import Gauge as Gauge
-from .model.gauge import svd_factors as svd_factors
-from .model.hooks import HookFn as HookFn
-from .model.hooks import add_forward_hook as add_forward_hook
-from .model.hooks import add_pre_hook as add_pre_hook
-from .model.hooks import attached as attached
-from .model.hooks import is_hooked as is_hooked
-from .model.host import Host as Host
-from .model.injections import Inject as Inject
-from .model.injections import ScaleInject as ScaleInject
-from .model.injections import refuse_lens_hooks as refuse_lens_hooks
-from .model.lengths import Rotary as Rotary
-from .model.lens import LoraLens as LoraLens
-from .model.modules import is_linear as is_linear
-from .model.modules import unwrapped as unwrapped
-from .model.null_draws import null_adapters as null_adapters
-from .model.passes import ForwardPass as ForwardPass
-from .model.passes import OpenBlock as OpenBlock
-from .model.passes import Rows as Rows
-from .model.plan import Injection as Injection
-from .model.points import HookPoints as HookPoints
-from .model.public_call import alone as alone
-from .model.sites import AXES as AXES
-from .model.sites import EMBEDDING_KINDS as EMBEDDING_KINDS
-from .model.sites import OUTSIDE_KINDS as OUTSIDE_KINDS
-from .model.sites import Group as Group
-from .model.sites import Groups as Groups
-from .model.sites import Names as Names
-from .model.sites import Site as Site
-from .model.sites import by_axes as by_axes
-from .model.sites import chosen_sites as chosen_sites
-from .model.sites import group_sites as group_sites
-from .model.sites import indicator as indicator
-from .model.sites import layer_order as layer_order
-from .model.sites import one_site as one_site
-from .model.sites import outside_layer as outside_layer
-from .model.updates import SiteUpdate as SiteUpdate
-from .readout.beginnings import beginnings as beginnings
-from .readout.beginnings import distinct_tokens as distinct_tokens
-from .readout.beginnings import first_of_each as first_of_each
-from .readout.beginnings import marks_of as marks_of
-from .readout.positions import ChosenPositions as ChosenPositions
-from .readout.positions import Positions as Positions
-from .readout.prompts import Prompts as Prompts
-from .readout.prompts import PromptsLike as PromptsLike
-from .readout.prompts import PromptTokens as PromptTokens
-from .readout.prompts import Source as Source
-from .readout.prompts import asked_of as asked_of
-from .readout.prompts import which_prompt as which_prompt
-from .readout.reading import AtPoint as AtPoint
-from .readout.reading import LogProbs as LogProbs
-from .readout.reading import Picks as Picks
-from .readout.reading import Reading as Reading
-from .readout.readout import Before as Before
-from .readout.readout import Logit as Logit
-from .readout.readout import LogitFunction as LogitFunction
-from .readout.readout import LogProb as LogProb
-from .readout.readout import Margin as Margin
-from .readout.readout import Readout as Readout
-from .readout.readout import TokenLike as TokenLike
-from .readout.readout import in_vocabulary as in_vocabulary
-from .readout.readout import listed_readouts as listed_readouts
-from .readout.readout import name_of_token as name_of_token
-from .readout.readout import one_per_prompt as one_per_prompt
-from .readout.readout import require_readout as require_readout
-from .readout.readout import same_answers as same_answers
-from .readout.readout import string_ids as string_ids
-from .readout.readout import token_ids as token_ids
-from .readout.responses import AnswerLike as AnswerLike
-from .readout.responses import Generated as Generated
-from .readout.texts import ids_after as ids_after
-from .readout.texts import reads_with_bos as reads_with_bos
-from .readout.texts import require_context as require_context
-from .readout.texts import special_id as special_id
-from .readout.texts import text_of as text_of
-from .readout.tokenising import tokenise as tokenise
+
+# isort: split
+# --- Results: what they share, and what their tables and figures are made of.
 from .results import drawing as drawing
 from .results.attribution import VIOLENT as VIOLENT
 from .results.attribution import Attribution as Attribution
@@ -181,3 +106,95 @@ from .results.storage import save_result as save_result
 from .results.storage import stored as stored
 from .results.tokens import context_of as context_of
 from .results.tokens import ranked_tokens as ranked_tokens
+
+# isort: split
+# --- Sites, their groups and hook points.
+from .model.gates import name_of_scale as name_of_scale
+from .model.sites import AXES as AXES
+from .model.sites import OUTSIDE_KINDS as OUTSIDE_KINDS
+from .model.sites import Group as Group
+from .model.sites import Groups as Groups
+from .model.sites import Names as Names
+from .model.sites import by_axes as by_axes
+from .model.sites import chosen_sites as chosen_sites
+from .model.sites import group_sites as group_sites
+from .model.sites import indicator as indicator
+from .model.sites import layer_order as layer_order
+from .model.sites import one_site as one_site
+from .model.sites import outside_layer as outside_layer
+
+# isort: split
+# --- For a readout or a prompt of another kind.
+from .readout.beginnings import beginnings as beginnings
+from .readout.beginnings import distinct_tokens as distinct_tokens
+from .readout.beginnings import first_of_each as first_of_each
+from .readout.beginnings import marks_of as marks_of
+from .readout.positions import ChosenPositions as ChosenPositions
+from .readout.prompts import PromptTokens as PromptTokens
+from .readout.prompts import Source as Source
+from .readout.prompts import asked_of as asked_of
+from .readout.prompts import which_prompt as which_prompt
+from .readout.reading import AtPoint as AtPoint
+from .readout.reading import LogProbs as LogProbs
+from .readout.reading import Picks as Picks
+from .readout.readout import Before as Before
+from .readout.readout import LogitFunction as LogitFunction
+from .readout.readout import TokenLike as TokenLike
+from .readout.readout import in_vocabulary as in_vocabulary
+from .readout.readout import listed_readouts as listed_readouts
+from .readout.readout import name_of_token as name_of_token
+from .readout.readout import one_per_prompt as one_per_prompt
+from .readout.readout import require_readout as require_readout
+from .readout.readout import same_answers as same_answers
+from .readout.readout import string_ids as string_ids
+from .readout.readout import token_ids as token_ids
+from .readout.texts import ids_after as ids_after
+from .readout.texts import reads_with_bos as reads_with_bos
+from .readout.texts import require_context as require_context
+from .readout.texts import special_id as special_id
+from .readout.texts import text_of as text_of
+from .readout.tokenising import tokenise as tokenise
+
+# isort: split
+# --- Below g: passes with hooks of one's own, dual numbers, updates in the model's basis.
+from .analyses.first_order import require_gauge as require_gauge
+from .function.duals import MATMULS as MATMULS
+from .function.duals import dual_level as dual_level
+from .function.duals import rows_and_weight as rows_and_weight
+from .function.duals import tangent_of as tangent_of
+from .function.forward import require_finite as require_finite
+from .function.memory import Pass as Pass
+from .function.modes import Mode as Mode
+from .function.own_passes import OwnPasses as OwnPasses
+from .function.recording import Recording as Recording
+from .function.reverse import Slopes as Slopes
+from .function.reverse import Visit as Visit
+from .function.reverse import join_groups as join_groups
+from .function.reverse import require_finite_slopes as require_finite_slopes
+from .function.rounding import rounding_hooks as rounding_hooks
+from .function.rounding import rounding_noise as rounding_noise
+from .model.adapted_modules import SiteFactors as SiteFactors
+from .model.basis import NormUpdate as NormUpdate
+from .model.basis import SiteMap as SiteMap
+from .model.basis import Update as Update
+from .model.check import refuse_unusable as refuse_unusable
+from .model.check import require_adapter as require_adapter
+from .model.find_host import host_of as host_of
+from .model.gauge import Gauge as Gauge
+from .model.gauge import svd_factors as svd_factors
+from .model.hooks import HookFn as HookFn
+from .model.hooks import add_forward_hook as add_forward_hook
+from .model.hooks import add_pre_hook as add_pre_hook
+from .model.hooks import attached as attached
+from .model.hooks import is_hooked as is_hooked
+from .model.host import Host as Host
+from .model.injections import ScaleInject as ScaleInject
+from .model.injections import refuse_lens_hooks as refuse_lens_hooks
+from .model.modules import is_linear as is_linear
+from .model.modules import unwrapped as unwrapped
+from .model.null_draws import null_adapters as null_adapters
+from .model.passes import ForwardPass as ForwardPass
+from .model.passes import OpenBlock as OpenBlock
+from .model.passes import Rows as Rows
+from .model.plan import Injection as Injection
+from .model.updates import SiteUpdate as SiteUpdate
