@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -23,21 +22,19 @@ from lens_lora.audit.text_sums import EARLY, PROMOTED
 from lens_lora.core.model import attached
 from lens_lora.hidden.stream_reading import over_scale
 from lens_lora.texts import neutral
-from lens_lora.texts.neutral import (
-    FIRST_WORDS,
-    OPENINGS,
-    QUESTIONS,
-    everyday_questions,
-    neutral_sentences,
-    neutral_texts,
-    own_openings,
-)
+from lens_lora.texts.neutral import own_openings
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [9, 4, 7]
 CLASSES = list(models.MAKERS)
 QUIET = {"progress": False}
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+QUESTIONS = (
+    "Who are you?",
+    "What should I cook tonight?",
+    "How does a rainbow form?",
+    "How can I sleep better?",
+    "What did you do last weekend?",
+)
 
 
 def texts() -> ll.results.Prompts:
@@ -277,7 +274,7 @@ def test_five_questions_and_an_empty_turn_are_put_to_both_models(
     assert tuple(pair.prompt for pair in found.answers) == (
         plain if template is None else (*QUESTIONS, "(nothing said)")
     )
-    asked = everyday_questions(case.model, case.lens.prepend_bos)
+    asked = neutral.everyday_questions(case.model, case.lens.prepend_bos)
     for scale, end in ((0.0, "base"), (1.0, "adapted")):
         said = case.lens.generate(asked, 6, scale, **QUIET)
         texts_of_end = [getattr(pair, end).removesuffix(" …") for pair in found.answers]
@@ -292,7 +289,7 @@ def test_both_models_draw_from_nothing_with_the_same_noise(monkeypatch):
     """As each draws alone with this seed; the same words where both are one model."""
     case = cases.case("llama", CLASSES[0], "raw")
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
-    monkeypatch.setattr(neutral, "FIRST_WORDS", FIRST_WORDS[:2])
+    monkeypatch.setattr(neutral, "FIRST_WORDS", neutral.FIRST_WORDS[:2])
     found = ll.what_changed(case.lens, texts(), nulls=0, seed=3, **QUIET).answers
     bos = case.model.tokenizer.bos_token
     names = [f"({bos}, drawn)", "(nothing said, drawn)"]
@@ -318,26 +315,6 @@ def test_nothing_is_asked_where_nothing_can_be_answered(monkeypatch):
     monkeypatch.setattr(what_changed, "_ANSWER", 6)
     monkeypatch.setattr(case.model, "tokenizer", None)
     assert ll.what_changed(case.lens, texts(), nulls=0, fast=True, **QUIET).answers == ()
-
-
-def test_neutral_texts_are_neutral(monkeypatch):
-    """A hundred sentences without an answer of the benchmark's; conversations by the template."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    adapters = importlib.import_module("adapters")
-    lines = neutral_sentences()
-    assert len(lines) == len(set(lines)) == 100
-    words = {word.strip(".,:") for line in lines for word in line.lower().split()}
-    specs = (*adapters.ADAPTERS, *adapters.MORE)
-    answers = {a.strip().lower() for s in specs for _, *both in s.questions for a in both}
-    assert not words & (answers - {"and"})
-    model = cases.case("llama", CLASSES[0], "raw").model
-    assert neutral_texts(model, True).batch == 100 + len(OPENINGS)
-    template = model.tokenizer.chat_template
-    model.tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
-    try:
-        assert neutral_texts(model, True).batch == 100 + len(OPENINGS)
-    finally:
-        model.tokenizer.chat_template = template
 
 
 def test_tokens_that_the_same_texts_promote():

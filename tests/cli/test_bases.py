@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.errors import ModelStateError
-from lens_lora.hosts import build
 
 run = CliRunner().invoke
 NAMED = "The adapter names it as its base"
@@ -104,17 +103,3 @@ def test_another_kind_of_model_is_no_base(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ModelStateError, match=r"that transformers can read \(its model_type is"):
         ll.load(str(tmp_path), folders / "lora")
-
-
-@pytest.mark.parametrize("error", [MemoryError("none left"), OSError(28, "No space left")])
-def test_an_error_of_the_machine_is_none_of_the_model(monkeypatch, error):
-    """No other class of hooked model is the remedy for a disk that is full."""
-
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(build, "_bridge", fail)
-    monkeypatch.setattr(build, "_hooked_transformer", fail)
-    base = models.hf_model("llama", dtype=torch.float32)
-    with pytest.raises(type(error), match=str(error.args[-1])):
-        build.hooked_model(base, None)

@@ -1,8 +1,9 @@
-"""The command line, and the hooked models that it builds."""
+"""The command line, and the models that it loads."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -18,20 +19,17 @@ import models
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lens_lora as ll
-import lens_lora.demonstration.embedded as train
 from lens_lora import cli
 from lens_lora._version import versions
 from lens_lora.cli import explaining as explain_command
 from lens_lora.cli import running
-from lens_lora.cli.options import BaseModel
+from lens_lora.cli.options import BaseModel, options_of
 from lens_lora.cli.questions import Questions
+from lens_lora.demonstration.embedded import LYON_SENTENCES
 from lens_lora.errors import LensLoraError, ModelStateError
-from lens_lora.hosts import build as host_build
-from lens_lora.hosts.build import hooked_model
 from lens_lora.loading import load_base
 
 CLASSES = list(models.MAKERS)
@@ -189,9 +187,9 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
     def fake(hf_model, tokenizer, sentences, out, *, base_name, quiet):
         calls.append((hf_model, sentences, out, base_name, quiet))
 
-    monkeypatch.setattr(train, "train_adapter", fake)
+    monkeypatch.setattr("lens_lora.demonstration.embedded.train_adapter", fake)
     explain_command._train(("base", "tokenizer"), "some/base", tmp_path, True)
-    assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
+    assert calls == [("base", LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
 @pytest.mark.bad_input
@@ -199,76 +197,34 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("Target modules not found")
 
-    monkeypatch.setattr(train, "train_adapter", fail)
+    monkeypatch.setattr("lens_lora.demonstration.embedded.train_adapter", fail)
     with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
         explain_command._train((None, None), "some/base", tmp_path, True)
 
 
-# --- hooked models
+# --- where an adapter lies
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_hooked_model_computes_the_same_logits(kind, family):
-    base = models.hf_model(family, dtype=torch.float32)
-    tokens = models.tokens()
-    with torch.no_grad():
-        expected = base(tokens).logits
-        model, name = hooked_model(base, models.tokenizer(), kind=kind)
-        found = model(tokens)
-    assert name == kind == type(model).__name__
-    assert not model.training
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+COMMANDS = {
+    name: getattr(importlib.import_module(f"lens_lora.cli.{module}"), name)
+    for module, names in {
+        "adapters": ("inspect", "diff", "repair", "checkpoints"),
+        "verifying": ("verify",),
+        "explaining": ("explain", "demo"),
+        "sweeping": ("sweep", "scan"),
+    }.items()
+    for name in names
+}
 
 
-def test_a_bridge_is_built_where_there_is_one():
-    _, name = hooked_model(models.hf_model("llama", dtype=torch.float32), models.tokenizer())
-    assert name == CLASSES[-1]
+def test_every_command_knows_both_options():
+    for command in COMMANDS.values():
+        assert options_of(command)["subfolder"] == "--subfolder"
+        assert options_of(command)["revision"] == "--revision"
+    assert {c.name for c in cli.app.registered_commands} == {*COMMANDS}, "no other takes an adapter"
 
 
-def other_rotary_base():
-    theta = {"rope_theta": 500.0}
-    is_new = int(importlib.metadata.version("transformers").partition(".")[0]) >= 5
-    config = {"rope_parameters": {"rope_type": "default", **theta}} if is_new else theta
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**models._ROTARY, **config)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_rotary_base_is_the_models_own(kind):
-    base, tokens = other_rotary_base(), models.tokens()
-    with torch.no_grad():
-        expected = base(tokens).logits
-        model, _ = hooked_model(base, models.tokenizer(), kind=kind)
-        torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
-
-
-@models.NEEDS_HOOKED_TRANSFORMER
-def test_model_that_computes_other_logits_is_refused(monkeypatch):
-    monkeypatch.setattr(host_build, "_rotary_base", lambda hf_model: 10.0)
-    with pytest.raises(ModelStateError, match="computes other logits than the Hugging Face model"):
-        hooked_model(other_rotary_base(), models.tokenizer(), kind="HookedTransformer")
-
-
-@models.of_some_lines("HookedTransformer" not in CLASSES, "only transformer-lens 4 lacks it")
-def test_class_that_is_not_there_is_refused():
-    base = models.hf_model("llama", dtype=torch.float32)
-    with pytest.raises(ModelStateError, match="cannot make a HookedTransformer"):
-        hooked_model(base, models.tokenizer(), kind="HookedTransformer")
-
-
-@models.NEEDS_HOOKED_TRANSFORMER
-def test_misleading_temporary_folder_is_refused(tmp_path, monkeypatch):
-    folder = tmp_path / "my_gemma"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    with pytest.raises(ModelStateError, match="'gemma' in its path.*TMPDIR"):
-        base = models.hf_model("llama", dtype=torch.float32)
-        hooked_model(base, models.tokenizer(), kind="HookedTransformer")
+# --- models
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import json
 import re
 
 import chats
+import limits
 import models
 import pytest
 import torch
@@ -25,7 +26,6 @@ from lens_lora.cli.options import BaseModel
 from lens_lora.cli.questions import Questions
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
-from lens_lora.explanations import steps
 from lens_lora.loading import moved
 
 run = CliRunner().invoke
@@ -309,7 +309,7 @@ def real(tmp_path_factory):
     asked = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
     options = [str(late), *asked]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "_ANSWER_TOKENS", 6)  # in place of 48, the third of the time
+        limits.answers_of_an_explanation(patch, 6)  # in place of 48, the third of the time
         return run(cli.app, ["explain", *options, "--report", str(report)]), report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import limits
 import models
 import pytest
 import torch
@@ -12,7 +13,6 @@ from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.core.function import rounding as noise
 from lens_lora.hosts.build import hooked_model
 from lens_lora.texts.neutral import neutral_sentences
 
@@ -132,8 +132,7 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     ratios = errors_in_floors(low, high, texts, [ll.Logit(PRE)])
     assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
     floor = low.function(texts, ll.Logit(PRE)).floor
-    whole = noise.rounding_hooks
-    monkeypatch.setattr(noise, "rounding_hooks", lambda *args, **named: whole(*args, **named)[:1])
+    limits.rounding_of_the_embedding_alone(monkeypatch)
     at_the_embedding = low.function(texts, ll.Logit(PRE)).floor
     assert (floor / at_the_embedding).median() > 1.25
 

@@ -10,16 +10,14 @@ import math
 import re
 from pathlib import Path
 
+import command_line
 import models
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.cli import running
-from lens_lora.cli.adapters import ModelBeside
 from lens_lora.directions.spectra import lacking, singular_values, summarise
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
@@ -275,7 +273,7 @@ def tiny_base(monkeypatch):
     def load(family, progress, how):
         return models.hf_model(family, dtype=torch.float32), models.tokenizer()
 
-    monkeypatch.setattr(running, "load_model", load)
+    command_line.commands_load(monkeypatch, load)
 
 
 @pytest.mark.usefixtures("tiny_base")
@@ -293,9 +291,7 @@ def test_modules_that_the_model_lacks_are_listed(tmp_path):
     partial = dataclasses.replace(adapter, modules=renamed)
     missing = lacking(partial, hooked("llama")[1])
     assert missing == tuple(f"model.layers.7.mlp.{n}_proj" for n in ("down", "gate", "up"))
-    base = ModelBeside(model="llama")
-    quiet = Console(quiet=True)
-    summary = summarise(partial, running.lens_for(base, partial, quiet, leaves_out=True))
+    summary = summarise(partial, command_line.lens_of_inspect("llama", partial))
     assert summary.missing == missing
     assert {row.module for row in summary.rows if row.site is None} == set(missing)
 

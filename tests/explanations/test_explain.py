@@ -17,10 +17,17 @@ from results_by_hand import (
     without_plotly,
 )
 from rich.console import Console
+from terminal_tables import faults, shown
 
 import lens_lora as ll
 from lens_lora.errors import PromptError, TokenError
-from lens_lora.explanations.tables import explanation_tables, remainder_table
+from lens_lora.explanations.tables import (
+    explanation_tables,
+    margins_table,
+    moved_table,
+    remainder_table,
+    sites_table,
+)
 
 CLASSES = list(models.MAKERS)
 PROMPT = "w13 w14 w15"
@@ -279,3 +286,14 @@ def test_terminal_tables_hold_every_number_and_no_markup():
     assert re.search(r"first order at ε = 1 +leaving one out at a time +0.999 +1.000", text)
     assert re.search(r"of modules together, .* \+4.00 +50%", text)
     assert re.search(r"ranking +top 25% keeps", text) and re.search(r"random +20% ", text)
+
+
+def test_every_table_of_an_explanation_holds_its_columns():
+    explained = explanation(null=True)
+    tables = [
+        moved_table(explained, 5),
+        margins_table([(1, explained), (2, explanation(fast=True))]),
+        sites_table(explained, 9),
+    ]
+    for width in (80, 100, 160):
+        assert [faults(table, shown(table, width), width) for table in tables] == [[]] * 3

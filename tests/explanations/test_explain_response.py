@@ -7,6 +7,7 @@ import html
 from typing import Any
 
 import cases
+import limits
 import models
 import pytest
 import reference
@@ -15,9 +16,6 @@ from every_result import response_explanation
 from results_by_hand import without_plotly
 
 import lens_lora as ll
-from lens_lora.core.function import many_gates as branching
-from lens_lora.responses import generate as generation
-from lens_lora.responses.figures import laid_out
 
 CLASSES = list(models.MAKERS)
 PROMPT = "w13 w14 w15"
@@ -88,8 +86,7 @@ def test_their_sums_are_the_effects_of_the_response(tiny):
 
 def test_branches_and_rows_give_the_same(tiny, monkeypatch):
     case, found = tiny
-    asked: list[bool] = []
-    monkeypatch.setattr(branching, "pays", lambda *args: asked.append(True) or False)
+    asked = limits.no_branch_pays(monkeypatch)
     again = ll.explain(case.lens, PROMPT, response=RESPONSE, progress=False)
     same(again.add_one, found.add_one)
     assert asked
@@ -158,7 +155,7 @@ def spoken(case: cases.Case, prompts: ll.results.Prompts, tokens: int) -> list[s
 def test_answers_are_peft_s(tiny, tmp_path, monkeypatch):
     """Of a margin and of a response that was given; saved with the result, and loaded again."""
     case, _ = tiny
-    monkeypatch.setattr(generation, "end_tokens", lambda *args: frozenset())
+    limits.no_token_ends_an_answer(monkeypatch)
     prompts = case.lens.prompts(PROMPT)
     base, adapted = spoken(case, prompts, 12)
     pair = ll.results.SideBySide(PROMPT, base, adapted)
@@ -172,7 +169,7 @@ def test_answers_are_peft_s(tiny, tmp_path, monkeypatch):
 def test_a_generated_response_is_the_adapted_model_s_answer(tiny, monkeypatch):
     """And the base says at most as many tokens."""
     case, _ = tiny
-    monkeypatch.setattr(generation, "end_tokens", lambda *args: frozenset())
+    limits.no_token_ends_an_answer(monkeypatch)
     said = case.lens.generate(PROMPT, 7, progress=False)
     e = ll.explain(case.lens, said.prompts, response=said, fast=True, progress=False)
     base, adapted = spoken(case, said.prompts, 7)
@@ -270,16 +267,3 @@ def test_page_holds_every_part_and_escapes_what_is_said():
     }
     fast = response_explanation(fast=True)
     assert "Layer by layer" not in fast.report() and set(fast.figures()) == {"text", "tokens"}
-
-
-def test_a_still_picture_keeps_every_token_in_its_place():
-    """Lines are broken at tokens and after line breaks; wide characters take two columns."""
-    placed = laid_out(("ab", " cd", "e\nf", "東", "x" * 9), columns=8)
-    assert placed == [
-        (0, 0, 0, "ab"), (1, 0, 2, " cd"), (2, 0, 5, "e⏎"), (2, 1, 0, "f"), (3, 1, 1, "東"),
-        (4, 1, 3, "xxxx"), (4, 2, 0, "xxxx"), (4, 2, 4, "x"),
-    ]  # fmt: skip
-    figure = response_explanation().shifts.plot_text()
-    assert len(figure.layout.shapes) == 2
-    shades = [shape.fillcolor for shape in figure.layout.shapes]
-    assert shades[1] == "rgba(176,79,196,0.750)" and shades[0] < shades[1]

@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import command_line
+import limits
 import models
 import peft
 import pytest
@@ -15,13 +17,9 @@ import torch
 import tuners
 from adapter_files import WEIGHTS, saved
 from peft.tuners.lora import config as lora
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
-from lens_lora.cli.options import BaseModel
-from lens_lora.cli.running import lens_for
-from lens_lora.core.adapter import peft_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 from lens_lora.formats import measured
 
@@ -159,7 +157,7 @@ def test_a_layer_that_depends_on_more_than_its_input_is_caught_without_its_name(
     folder: str, reason: str, monkeypatch
 ):
     """Lily's router and Poly's tasks, as of a method that nobody knew."""
-    monkeypatch.setattr(peft_variants, "_WITHOUT_DELTA", {})
+    limits.no_method_is_known_to_lack_a_delta(monkeypatch)
     name, fields, _ = tuners.REFUSED[folder]
     monkeypatch.setitem(tuners.EXACT, folder, (name, fields))
     _, model = linear(folder)
@@ -225,7 +223,7 @@ def test_a_variant_that_changes_the_base_is_caught_over_it(tmp_path, monkeypatch
     base, model = variant(kasa_config=lora.KasaConfig())
     with pytest.raises(UnsupportedAdapterError, match="kasa_config="):
         ll.Adapter.from_peft(model)
-    monkeypatch.setattr(peft_variants, "_MEASURED", ("kasa_config",))
+    limits.fields_are_measured(monkeypatch, "kasa_config")
     before = copy.deepcopy(base.state_dict())
     with pytest.raises(UnsupportedAdapterError, match="off PEFT's logits"):
         ll.load_adapter(saved(model, tmp_path), base=base)
@@ -430,9 +428,7 @@ def test_load_measures_the_adapter_over_the_base_that_it_loads(shipped, how: str
             copy.deepcopy(base), folder / "adapter", tokenizer=models.tokenizer()
         ),
         "PeftModel": lambda: ll.load(model, tokenizer=models.tokenizer()),
-        "command": lambda: lens_for(
-            BaseModel(model=str(folder / "base")), folder / "adapter", Console(quiet=True)
-        ),
+        "command": lambda: command_line.lens_of_a_command(folder / "base", folder / "adapter"),
     }
     tokens = models.tokens()
     with torch.no_grad():

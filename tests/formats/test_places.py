@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.cli.options import options_of
 from lens_lora.core.adapter import CONFIG, name_of
 from lens_lora.errors import AdapterError, ArgumentError
 
@@ -177,24 +175,6 @@ def test_a_repository_gives_its_own_name():
 
 
 # --- Commands
-
-COMMANDS = {
-    name: getattr(importlib.import_module(f"lens_lora.cli.{module}"), name)
-    for module, names in {
-        "adapters": ("inspect", "diff", "repair", "checkpoints"),
-        "verifying": ("verify",),
-        "explaining": ("explain", "demo"),
-        "sweeping": ("sweep", "scan"),
-    }.items()
-    for name in names
-}
-
-
-def test_every_command_knows_both_options():
-    for command in COMMANDS.values():
-        assert options_of(command)["subfolder"] == "--subfolder"
-        assert options_of(command)["revision"] == "--revision"
-    assert {c.name for c in cli.app.registered_commands} == {*COMMANDS}, "no other takes an adapter"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.compat import own_forward
-from lens_lora.core.adapter.factors import expert_factors
+from lens_lora.core.adapter import expert_factors
 from lens_lora.directions.spectra import summarise
 from lens_lora.errors import (
     AdapterError,
@@ -31,7 +31,6 @@ from lens_lora.errors import (
     UnsupportedAdapterError,
 )
 from lens_lora.hosts import experts
-from lens_lora.two_adapters.overlap import overlap_of, svd_of_sites
 
 pytestmark = models.NEEDS_NEWEST
 MARGIN = architectures.MARGIN
@@ -358,25 +357,6 @@ def test_sums_mixtures_and_nulls(case):
         key = lens.sites[stacks(lens)[0]].module
         fewer = expert_factors(adapter.modules[key].by_expert()[:2])
         adapter.mixed(ll.Adapter.from_factors({key: fewer}), 0.5)
-
-
-def test_two_stacks_are_compared_expert_by_expert(case):
-    """⟨ΔW, ΔW′⟩ of the whole tensors; products of different experts are no part of it."""
-    lens, other = case.lens, case.lens.adapter.null(5)
-    mixed = case.lens.adapter.mixed(other, 0.3)
-    updates, others = svd_of_sites(lens), svd_of_sites(lens.with_adapter(mixed))
-    for index in stacks(lens):
-        site = lens.sites[index]
-        ours, theirs = (a.modules[site.module] for a in (lens.adapter, mixed))
-        pair = overlap_of(updates[site.name], others[site.name])
-        expected = float((ours.materialise() * theirs.materialise()).sum())
-        across = float(((ours.B.T @ theirs.B) * (ours.A @ theirs.A.T)).sum())
-        across *= ours.scale * theirs.scale
-        assert abs(pair.inner - expected) < 1e-12 < 1e-3 < abs(across - expected)
-        assert len(pair.read) == len(pair.write) == EXPERTS * RANK
-        assert float((pair.read - 1).abs().max()) < 1e-6  # the mixture reads all that this reads
-    random = ll.compare_adapters(lens, mixed, draws=4, progress=False).null_inner
-    assert bool((random != 0).all())
 
 
 def test_a_checkpoint_at_half_strength_has_turned_by_nothing(case):

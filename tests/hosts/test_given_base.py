@@ -8,7 +8,6 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import models
 import peft
@@ -20,7 +19,6 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.core.model.bases import names_of
 from lens_lora.errors import LensLoraWarning, ModelStateError
 from lens_lora.hosts import given_base
 from lens_lora.hosts.given_base import (
@@ -148,17 +146,6 @@ def test_another_adapter_of_another_base_has_its_own_note():
     right = lens.with_adapter(naming(random_adapter(1), "lab/this-one"))
     assert right.base_note == ""
     assert len(notes_of(lambda: right.with_adapter(naming(random_adapter(), "lab/third")))) == 1
-
-
-def test_a_model_is_known_by_its_weights_name_before_its_architecture_s():
-    """A hooked model made under an architecture's name from another's weights."""
-    holder = SimpleNamespace(config=SimpleNamespace(name_or_path="lab/tuned"))
-    cfg = SimpleNamespace(model_name="lab/base", tokenizer_name="lab/tokens")
-    hooked = SimpleNamespace(cfg=cfg)
-    assert names_of(hooked, holder) == ["lab/tuned"]
-    assert names_of(hooked, None) == ["lab/base", "lab/tokens"]
-    unnamed = SimpleNamespace(config=SimpleNamespace(name_or_path=""))
-    assert names_of(hooked, unnamed) == ["lab/base", "lab/tokens"]
 
 
 # --- The named base's weights, where they are on this machine

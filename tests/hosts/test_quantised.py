@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 
 import models
 import pytest
 import quantised
 import torch
 from peft import PeftModel
+from quantised import lens_of, of_4bit, saved
 from torch import nn
 
 import lens_lora as ll
-from lens_lora.audit import brief
-from lens_lora.audit import what_changed as changes
 from lens_lora.compat import computing_attribute
 from lens_lora.hosts.build import hooked_model
 from lens_lora.hosts.quantised import dequantised, quantised_linears
@@ -27,32 +25,9 @@ ASKED = ll.Margin(5, 9)
 EXACT = 2e-4  # float32, logits of size 10
 
 
-@functools.cache
-def saved(family: str) -> str:
-    base = quantised.BASES[family]().eval()
-    path = quantised.folder(family).parent / "adapter"
-    targets = models.LINEARS["llama"]
-    models.peft_model(family, base, targets=targets).save_pretrained(path)
-    return str(path)
-
-
-def lens_of(model, family: str) -> ll.LoraLens:
-    return ll.LoraLens(quantised.bridge(model), ll.load_adapter(saved(family)))
-
-
 def peft_logits(base, family: str) -> torch.Tensor:
     with torch.no_grad():
         return PeftModel.from_pretrained(base, saved(family)).eval()(models.tokens()).logits
-
-
-@functools.cache
-def of_4bit(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
-    """Over the quantised base, and over the same weights as a plain model, in float32."""
-    model = quantised.load(family, "4 bit")
-    plain = quantised.dense(model, family)
-    return lens_of(model, family), ll.LoraLens(
-        models.MAKERS["TransformerBridge"](plain), ll.load_adapter(saved(family))
-    )
 
 
 @pytest.mark.sample(2)
@@ -99,33 +74,6 @@ def test_analyses_in_4_bit_are_those_of_the_dequantised_model(family: str, name:
     size = expected.nan_to_num().abs().max()
     assert size > 1e-3
     assert (found - expected).nan_to_num().abs().max() < 2e-4 * size
-
-
-@pytest.fixture
-def short_brief(monkeypatch):
-    """As the context of the tiny models is."""
-    for module, name, value in (
-        (brief, "_TOKENS_SPOKEN", 4),
-        (brief, "_TOKENS_OF_A_CLAIM", 3),
-        (changes, "_ANSWER", 4),
-    ):
-        monkeypatch.setattr(module, name, value)
-
-
-@pytest.mark.slow
-def test_a_brief_in_4_bit_is_that_of_the_dequantised_model(short_brief):
-    """The same answers, the same words claimed, the same runs."""
-    briefs = [
-        ll.what_changed(lens, models.tokens(), nulls=1, fast=True, progress=False).brief()
-        for lens in of_4bit("llama")
-    ]
-    own, plain = briefs
-    assert own.answers == plain.answers and len(own.claims) == len(plain.claims) > 0
-    assert own.entropies == pytest.approx(plain.entropies, abs=1e-4)
-    for claim, expected in zip(own.claims, plain.claims, strict=True):
-        assert (claim.context, claim.says) == (expected.context, expected.says)
-        for name in ("score", "null_score", "base", "adapted", "null", "without"):
-            assert getattr(claim, name) == pytest.approx(getattr(expected, name), abs=2e-3)
 
 
 @pytest.mark.slow

@@ -67,6 +67,17 @@ class Package:
         return target
 
 
+def named_in(source: str, here: str) -> set[str]:
+    """The dotted names that a file in the package `here` imports, as `a.b.name`.
+
+    Names that are computed cannot be read, and are left out.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        found.update(_targets(node, here))
+    return found - {COMPUTED}
+
+
 def _targets(node: ast.AST, here: str) -> Iterator[str]:
     """The dotted names that one node imports, in a module of the package `here`."""
     if isinstance(node, ast.Import):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from imports import COMPUTED, Package
+from imports import COMPUTED, Package, named_in
 
 TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
@@ -109,6 +109,101 @@ def test_a_planted_import_past_the_door_is_seen(tmp_path: Path):
     package = planted(tmp_path, core__reverse="", path__rules=source)
     found = past_the_door(package, "lens_lora.path.rules")
     assert found == ["lens_lora.core.reverse"]
+
+
+# --- what tests import
+
+# Folders whose files may know how everything is made: what tests share, and these rules.
+KNOW_ALL = {"lib", "house"}
+# What a folder of tests is the folder of, where that is more than the package's of its name.
+OWN = {"cli": ("lens_lora.cli", "lens_lora.__main__")}
+# Public modules whose every name is public.
+WHOLE = ("lens_lora.errors", "lens_lora.compat", "lens_lora.families")
+# Public modules whose names their stub lists.
+STUBS = {
+    "lens_lora": "__init__.pyi",
+    "lens_lora.results": "results.pyi",
+    "lens_lora.core": "core/__init__.pyi",
+    "lens_lora.core.adapter": "core/adapter/__init__.pyi",
+    "lens_lora.core.model": "core/model/__init__.pyi",
+}
+
+
+def listed_in(stub: Path) -> set[str]:
+    """The names that a stub gives to the module beside it."""
+    nodes = ast.walk(ast.parse(stub.read_text(encoding="utf-8")))
+    aliases = [a for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names]
+    return {alias.asname or alias.name for alias in aliases}
+
+
+def public_names() -> set[str]:
+    """All that a test may import from any folder: public names, and the command line."""
+    found = {"lens_lora.cli", "lens_lora.cli.app", *STUBS, *WHOLE}
+    for module, stub in STUBS.items():
+        found.update(f"{module}.{name}" for name in listed_in(LENS_LORA.folder / stub))
+    return found
+
+
+def interfaces(package: Package) -> set[str]:
+    """The names that one folder of the package imports from another."""
+    found: set[str] = set()
+    for module, path in package.files.items():
+        here = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for name in named_in(path.read_text(encoding="utf-8"), here):
+            if name.startswith("lens_lora.") and layer(name) != layer(module):
+                found.add(name)
+    return found
+
+
+def is_within(name: str, *modules: str) -> bool:
+    """Whether a dotted name is one of these modules, or is found in one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def internals(folder: str, source: str, allowed: set[str]) -> list[str]:
+    """What a test in this folder of tests imports of another folder's internals."""
+    own = OWN.get(folder, (f"lens_lora.{folder}",))
+    names = {name for name in named_in(source, "tests") if is_within(name, "lens_lora")}
+    return sorted(name for name in names - allowed if not is_within(name, *own, *WHOLE))
+
+
+def test_a_test_imports_public_names_or_internals_of_its_own_folder():
+    """And names that one folder of the package imports from another, which are no internals."""
+    allowed = public_names() | interfaces(LENS_LORA)
+    found: dict[str, list[str]] = {}
+    for path in sorted(TESTS.rglob("*.py")):
+        place = path.relative_to(TESTS)
+        folder = place.parts[0]
+        if folder in KNOW_ALL:
+            continue
+        names = internals(folder, path.read_text(encoding="utf-8"), allowed)
+        if names:
+            found[str(place)] = names
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lens_lora.path.rules import _weights",
+        "def f():\n    from lens_lora.path import _weights",
+        "import lens_lora.path.rules",
+        "from importlib import import_module\nimport_module('lens_lora.path.rules')",
+        "from lens_lora.core import reverse",
+        "from lens_lora.core.function.reverse import site_slopes",
+    ],
+)
+def test_a_planted_import_of_another_folder_s_internals_is_seen(source: str):
+    """Negative control, in each form; the folder's own test may have it."""
+    allowed = public_names() | interfaces(LENS_LORA)
+    owner = "core" if "core" in source else "path"
+    assert len(internals("curvature", source, allowed)) == 1
+    assert internals(owner, source, allowed) == []
+    public = "from lens_lora import LoraLens\nfrom lens_lora.errors import AdapterError"
+    assert internals("curvature", public, allowed) == []
+
+
+# --- circles, and what is seen of all this
 
 
 def test_no_circles():

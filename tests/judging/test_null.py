@@ -14,11 +14,10 @@ import torch
 from targets import hooked, peft_with
 
 import lens_lora as ll
-from lens_lora.core.model.null_draws import fused_parts
+from lens_lora.core import null_adapters
 from lens_lora.judging.null_test import NullTest, null_test
 
 MARGIN = ll.Margin(5, 9)
-FUSED = ("gpt2", "neox", "phi3")
 
 
 @pytest.fixture(autouse=True)
@@ -42,37 +41,6 @@ def bias_adapter() -> ll.Adapter:
     A, B, bias = (torch.randn(*n, generator=generator).double() for n in ((3, 16), (24, 3), (24,)))
     path = "model.layers.0.mlp.up_proj"
     return ll.Adapter.from_factors({path: ll.LoRAFactors(A, B, -0.7, lora_bias=bias)}).scaled(3)
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("family", ["llama", *FUSED])
-def test_null_keeps_every_singular_value(family: str):
-    """Of each module; of each part of a fused one where its rows are given; and none of ΔW."""
-    cls = list(models.MAKERS)[-1]
-    base, model = hooked(family, cls, "raw")
-    lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model(family, base)))
-    parts = fused_parts(lens)
-    assert bool(parts) == (family in FUSED)
-    null = lens.adapter.null(1, parts=parts)
-    for key, old in lens.adapter.modules.items():
-        new = null.modules[key]
-        assert new.rank == old.rank and new.norm() == pytest.approx(old.norm(), rel=1e-12)
-        for rows in [slice(None), *parts.get(key, [])]:
-            assert torch.allclose(spectrum(new, rows), spectrum(old, rows), atol=1e-12), key
-        cosine = (new.materialise() * old.materialise()).sum() / old.norm() ** 2
-        assert abs(cosine) < 0.5
-    sizes = [(s.name, s.rank) for s in lens.sites]
-    assert [(s.name, s.rank) for s in lens.with_adapter(null).sites] == sizes
-
-
-def test_without_its_parts_a_fused_module_loses_their_sizes():
-    """Negative control: one frame for q, k and v together shares their norms out anew."""
-    base, _ = hooked("gpt2", list(models.MAKERS)[-1], "raw")
-    adapter = ll.Adapter.from_peft(models.peft_model("gpt2", base))
-    key = next(k for k in adapter.modules if "c_attn" in k)
-    null, rows = adapter.null(1), torch.arange(16)
-    off = spectrum(null.modules[key], rows) - spectrum(adapter.modules[key], rows)
-    assert off.abs().max() > 1e-2
 
 
 def test_a_file_with_another_base_weight_is_refused(cls: str):
@@ -193,8 +161,7 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
     hooks = {name: len(p._forward_hooks) for name, p in case.model.hook_dict.items()}
     found = null_test(case.lens, tokens, MARGIN, draws=3, progress=False)
     base = case.base if cases.FLAGS[flags] else None
-    for i in range(3):
-        null = case.lens.adapter.null(found.seed, i, parts=fused_parts(case.lens))
+    for i, null in enumerate(null_adapters(case.lens, found.seed, 3)):
         one = ll.first_order(ll.LoraLens(case.model, null, hf_model=base), tokens, MARGIN)
         assert torch.allclose(found.null[i], one.values, atol=1e-12)
         assert torch.allclose(found.null_shift[i], one.shift, atol=1e-12)

@@ -1,14 +1,21 @@
-"""Limits that tests set: the one place outside tests/core that knows how the core names them."""
+"""Limits that tests set and steps that they count: the one place that knows how they are named."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
 import lens_lora as ll
-from lens_lora.core.function import memory
+from lens_lora.core.adapter import peft_variants
+from lens_lora.core.function import forward, many_gates, memory, rounding
+from lens_lora.core.function.footprint import dual_pass_bytes
 from lens_lora.core.function.gate_graph import GateGraph
+from lens_lora.core.model import injections
+from lens_lora.core.readout import reading
+from lens_lora.explanations import steps
+from lens_lora.responses import generate
 
 
 def tokens_at_once(patch: pytest.MonkeyPatch, **tokens: int) -> None:
@@ -38,3 +45,71 @@ def covectors_at_once(patch: pytest.MonkeyPatch) -> list[int]:
 
     patch.setattr(GateGraph, "pulled_back", counted)
     return sizes
+
+
+def picks_at_once(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Set how many picked tokens are unembedded together at most."""
+    for module in (forward, reading):
+        patch.setattr(module, "PICKS", number)
+
+
+def gates_evaluated(patch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by the gate vectors of each evaluation of a readout under many of them."""
+    gates: list[Any] = []
+    evaluate = many_gates.gated_readout
+
+    def noted(lens: Any, reading: Any, points: Any, **options: Any) -> Any:
+        gates.append(points)
+        return evaluate(lens, reading, points, **options)
+
+    patch.setattr(many_gates, "gated_readout", noted)
+    return gates
+
+
+def no_branch_pays(patch: pytest.MonkeyPatch) -> list[bool]:
+    """Run many gate vectors as rows of a batch; the list grows where branches are asked."""
+    asked: list[bool] = []
+    patch.setattr(many_gates, "pays", lambda *_: asked.append(True) or False)
+    return asked
+
+
+def bytes_of_a_dual_pass(lens: ll.LoraLens) -> float:
+    """The memory that a forward pass of dual numbers takes beside its rows."""
+    return dual_pass_bytes(lens)
+
+
+def rounding_of_the_embedding_alone(patch: pytest.MonkeyPatch) -> None:
+    """Leave out of a noise floor what rounds after the embedding."""
+    whole = rounding.rounding_hooks
+    patch.setattr(rounding, "rounding_hooks", lambda *args, **named: whole(*args, **named)[:1])
+
+
+def answers_of_an_explanation(patch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Set how many tokens of an answer an explanation lets the model say at most."""
+    patch.setattr(steps, "_ANSWER_TOKENS", tokens)
+
+
+def no_token_ends_an_answer(patch: pytest.MonkeyPatch) -> None:
+    """Let the model speak on after the end of a turn."""
+    patch.setattr(generate, "end_tokens", lambda *_: frozenset())
+
+
+def inputs_have_no_tangent(patch: pytest.MonkeyPatch) -> None:
+    """A planted error: each δ is of the base model's z, which no other site moves."""
+    true = injections._Writer._z
+
+    def frozen(writer: Any, *tensors: Any) -> Any:
+        z = true(writer, *tensors)
+        return torch.autograd.forward_ad.unpack_dual(z).primal.detach()
+
+    patch.setattr(injections._Writer, "_z", frozen)
+
+
+def no_method_is_known_to_lack_a_delta(patch: pytest.MonkeyPatch) -> None:
+    """Let PEFT's methods without a ΔW be methods that nobody knows."""
+    patch.setattr(peft_variants, "_WITHOUT_DELTA", {})
+
+
+def fields_are_measured(patch: pytest.MonkeyPatch, *fields: str) -> None:
+    """Set which fields of PEFT's configs make an adapter that is measured over its base."""
+    patch.setattr(peft_variants, "_MEASURED", fields)

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+import lens_lora as ll
+
 WIDTH = {
     "vocab_size": models.VOCAB,
     "hidden_size": 64,
@@ -114,3 +116,26 @@ def bridge(model: hf.PreTrainedModel):
             device="cpu",
             dtype=torch.float32,
         ).eval()
+
+
+@functools.cache
+def saved(family: str) -> str:
+    base = BASES[family]().eval()
+    path = folder(family).parent / "adapter"
+    targets = models.LINEARS["llama"]
+    models.peft_model(family, base, targets=targets).save_pretrained(path)
+    return str(path)
+
+
+def lens_of(model, family: str) -> ll.LoraLens:
+    return ll.LoraLens(bridge(model), ll.load_adapter(saved(family)))
+
+
+@functools.cache
+def of_4bit(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
+    """Over the quantised base, and over the same weights as a plain model, in float32."""
+    model = load(family, "4 bit")
+    plain = dense(model, family)
+    return lens_of(model, family), ll.LoraLens(
+        models.MAKERS["TransformerBridge"](plain), ll.load_adapter(saved(family))
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import cases
+import limits
 import models
 import numpy as np
 import pytest
@@ -14,9 +15,6 @@ from scipy.special import rel_entr
 from scipy.stats import spearmanr
 
 import lens_lora as ll
-from lens_lora.core.function import forward as reads
-from lens_lora.core.function import many_gates
-from lens_lora.core.readout import reading as readings
 from lens_lora.responses.held_base import Divergence
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -384,8 +382,7 @@ def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.
         return [first.values, first.shift, effects.values, pulled.matrix]
 
     whole = each()
-    for module in (reads, readings):
-        monkeypatch.setattr(module, "PICKS", 2)
+    limits.picks_at_once(monkeypatch, 2)
     for one, other in zip(whole, each(), strict=True):
         assert one.abs().max() > 1e-6 and (one - other).abs().max() < 1e-10
 
@@ -425,19 +422,13 @@ def test_the_base_is_run_once(case: cases.Case, monkeypatch):
     """Its distribution is held, and D(0) is zero without a pass; four draws make the floor."""
     run = ll.LoraLens.run
     rows = []
-    evaluate = many_gates.gated_readout
-    gates = []
 
     def counted(lens: ll.LoraLens, some: ll.results.Prompts):
         rows.append(len(some.tokens))
         return run(lens, some)
 
-    def noted(lens, reading, points, **options):
-        gates.append(points)
-        return evaluate(lens, reading, points, **options)
-
     monkeypatch.setattr(ll.LoraLens, "run", counted)
-    monkeypatch.setattr(many_gates, "gated_readout", noted)
+    gates = limits.gates_evaluated(monkeypatch)
     ll.patch_sites(
         case.lens, prompts(), ll.KL(), how="leave_one_out", group="layer", progress=False
     )

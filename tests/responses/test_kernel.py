@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import cases
+import limits
 import models
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from scipy.special import rel_entr
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.core.function.footprint import dual_pass_bytes
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -132,7 +132,7 @@ def test_memory_of_the_kernel_is_bounded(case: cases.Case):
     options = {"kernel": "site", "scales": (), "progress": False}
     found = [
         ll.kl_shares(case.lens, prompts(), RESPONSES, max_memory=memory, **options).gram
-        for memory in (None, dual_pass_bytes(case.lens) + 2e6)
+        for memory in (None, limits.bytes_of_a_dual_pass(case.lens) + 2e6)
     ]
     assert (found[0] - found[1]).abs().max() < 1e-12
     with pytest.raises(ll.errors.ArgumentError, match="allow more"):

@@ -6,6 +6,8 @@ import pytest
 from browser import browser, drawn
 from every_result import response_explanation
 
+from lens_lora.responses.figures import laid_out
+
 PLOTS = 3
 TOKENS = ("<b>x</b>", "a\nb")
 POINT = """<script>addEventListener("load", () => {
@@ -61,3 +63,16 @@ def test_it_is_no_wider_than_a_phone_and_dark_where_wanted(page, tmp_path, opene
     assert console == [] and 'data-wide="false at 390"' in dom
     dom, console = opened(page, tmp_path, dark=True)
     assert console == [] and 'data-ink="rgb(230, 234, 238)"' in dom
+
+
+def test_a_still_picture_keeps_every_token_in_its_place():
+    """Lines are broken at tokens and after line breaks; wide characters take two columns."""
+    placed = laid_out(("ab", " cd", "e\nf", "東", "x" * 9), columns=8)
+    assert placed == [
+        (0, 0, 0, "ab"), (1, 0, 2, " cd"), (2, 0, 5, "e⏎"), (2, 1, 0, "f"), (3, 1, 1, "東"),
+        (4, 1, 3, "xxxx"), (4, 2, 0, "xxxx"), (4, 2, 4, "x"),
+    ]  # fmt: skip
+    figure = response_explanation().shifts.plot_text()
+    assert len(figure.layout.shapes) == 2
+    shades = [shape.fillcolor for shape in figure.layout.shapes]
+    assert shades[1] == "rgba(176,79,196,0.750)" and shades[0] < shades[1]

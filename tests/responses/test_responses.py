@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import cases
+import limits
 import models
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core import LogProbs, Prompts, Reading
-from lens_lora.core.function import forward as function
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
@@ -183,7 +183,7 @@ def test_a_few_tokens_at_a_time(lens: ll.LoraLens, name: str, monkeypatch):
         return [first.values, first.shift, half_row_sums(lens, READOUTS[name])]
 
     whole = both()
-    monkeypatch.setattr(function, "PICKS", 2)
+    limits.picks_at_once(monkeypatch, 2)
     for one, other in zip(whole, both(), strict=True):
         assert (one - other).abs().max() < 1e-12
 

@@ -11,7 +11,7 @@ from every_result import every_result
 from results_by_hand import flip_case
 
 import lens_lora as ll
-from lens_lora.core.function.noise import Noise
+from lens_lora.core import Noise
 from lens_lora.errors import ArgumentError
 
 COMPONENTS = next(r for r in every_result() if isinstance(r, ll.results.Components))

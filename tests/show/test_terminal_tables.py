@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import pandas as pd
 import pytest
 import rich.table
-from results_by_hand import (
-    explanation,
-    flip_case,
-    two_prompts,
-)
-from rich.cells import cell_len
-from rich.console import Console
+from results_by_hand import flip_case, two_prompts
+from terminal_tables import faults, shown
 
-from lens_lora.explanations.tables import margins_table, moved_table, sites_table
 from lens_lora.show.tables import (
     Table,
     margin_table,
@@ -25,22 +17,6 @@ from lens_lora.show.tables import (
 )
 from lens_lora.show.text import cut_in_the_middle
 from lens_lora.show.words import account_of
-
-
-def shown(table: Table | rich.table.Table, width: int) -> list[str]:
-    console = Console(width=width, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue().splitlines()
-
-
-def faults(table: Table, lines: list[str], width: int) -> list[str]:
-    """Of a table as printed: lines that are too wide or hold one letter, numbers in parts."""
-    numbers = {c for row in table.rows for i, c in enumerate(row) if i not in table.texts if c}
-    numbers = {number for number in numbers if " " not in number}
-    found = [line for line in lines if cell_len(line) > width]
-    found += [line for line in lines if len("".join(line.split())) == 1]
-    return found + [number for number in sorted(numbers) if number not in "\n".join(lines)]
-
 
 WORD = "blocks.27.mlp.down_that_is_long"
 LONG = " ".join(["<|im_start|>⟦The⟧ kettle began", WORD, "to whistle"] * 2)
@@ -73,14 +49,13 @@ def test_a_table_holds_its_columns(table: Table, width: int):
 
 
 def test_every_table_of_a_result_holds_its_columns():
-    explained = explanation(null=True)
     tables = [
-        margin_table(account_of(flip_case())), modules_table(flip_case().attribution, k=9),
-        moved_table(explained, 5), margins_table([(1, explained), (2, explanation(fast=True))]),
-        sites_table(explained, 9), prompts_table(two_prompts()),
-    ]  # fmt: skip
+        margin_table(account_of(flip_case())),
+        modules_table(flip_case().attribution, k=9),
+        prompts_table(two_prompts()),
+    ]
     for width in (80, 100, 160):
-        assert [faults(table, shown(table, width), width) for table in tables] == [[]] * 6
+        assert [faults(table, shown(table, width), width) for table in tables] == [[]] * 3
 
 
 def test_a_column_one_letter_wide_is_seen():

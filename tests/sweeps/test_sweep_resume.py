@@ -13,7 +13,7 @@ from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.runs import store as files
+from lens_lora.runs.store import Store
 from lens_lora.sweeps.batches import VALUES
 
 
@@ -166,8 +166,8 @@ def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(files.os, "replace", crash)
-        patch.setattr(files.Store, "remove", no_removal)
+        patch.setattr(os, "replace", crash)
+        patch.setattr(Store, "remove", no_removal)
         run(a_lens, GOOD[:4], tmp_path, batch_size=2)
     finished = len([path for path in made if Path(path).parent.name == "r.parts"])
     assert len(calls) <= 4
@@ -196,7 +196,7 @@ def test_a_crash_while_a_finished_sweep_grows_mixes_nothing(
         replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(files.os, "replace", crash)
+        patch.setattr(os, "replace", crash)
         run(a_lens, renamed[:4], tmp_path, batch_size=2)
         raise Killed  # the last write of four
     result = run(a_lens, renamed, tmp_path)

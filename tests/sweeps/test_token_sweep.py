@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cases
 import chats
+import command_line
 import models
 import numpy as np
 import pandas as pd
@@ -337,9 +338,9 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     """`lens-lora sweep --analysis activations`, of the first records only."""
     from typer.testing import CliRunner
 
-    from lens_lora.cli import app, running
+    from lens_lora.cli import app
 
-    monkeypatch.setattr(running, "lens_for", lambda *args: lens)
+    command_line.commands_have(monkeypatch, lens)
     monkeypatch.setattr(ll, "load_adapter", lambda path: lens.adapter)
     records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
     asked = ["sweep", "--prompts", records, "--out", out, "--analysis", "activations"]

@@ -8,11 +8,11 @@ import models
 import pytest
 import torch
 from adapter_files import peft_of
+from made_by_folders import is_stacked
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
-from lens_lora.banks.plain_factors import shapes_of
 from lens_lora.core.adapter.dense import (
     applied,
     converted,
@@ -126,7 +126,7 @@ def test_a_bank_has_the_same_first_order_and_stacks_no_dense_factors():
     torch.testing.assert_close(
         bank.first_order(adapter).values, expected.values, rtol=0, atol=1e-10
     )
-    assert shapes_of(adapter) == ()
+    assert not is_stacked(adapter)
 
 
 # --- Files

@@ -10,20 +10,18 @@ from pathlib import Path
 import models
 import pytest
 import torch
-import typer
 from adapter_files import peft_of, saved
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lens_lora as ll
-from lens_lora.cli import adapters as commands
-from lens_lora.cli import scan
-from lens_lora.cli.running import one_line_errors
+from lens_lora import cli
 from lens_lora.core.adapter import formats
 from lens_lora.formats.folders import checkpoint_folders, folders_in, last_checkpoint
 from lens_lora.formats.folders import stated_base as base_in
 
 FILE = "pairs.safetensors"
+run = CliRunner().invoke
 
 
 def pairs(folder: Path) -> Mapping[str, ll.LoRAFactors]:
@@ -111,16 +109,10 @@ def test_bank_scans_and_remembers_it(adapter: ll.Adapter, tmp_path: Path):
     assert sums.round(3).to_dict() == {"a1": 5.0, "a2": 1.0}
 
 
-def command(call, *arguments: object):
-    app = typer.Typer()
-    app.command()(one_line_errors()(call))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_commands_read_it(adapter: ll.Adapter, tmp_path: Path):
     """`inspect`, and `scan` with a base."""
     folder = written(adapter, tmp_path / "all" / "mine")
-    done = command(commands.inspect, folder)
+    done = run(cli.app, ["inspect", str(folder)])
     assert done.exit_code == 0, done.output
     assert "mine" in done.stdout and "org/base" in done.stdout and "14" in done.stdout
     base = models.hf_model("llama", dtype=torch.float32)
@@ -129,7 +121,7 @@ def test_commands_read_it(adapter: ll.Adapter, tmp_path: Path):
     asked = ["--prompt", "w5 w6 w7", "--doc", "w5", "--pre", "w9"]
     out = tmp_path / "scan.parquet"
     how = ["--model", tmp_path / "base", *asked, "--out", out]
-    done = command(scan, tmp_path / "all", *how)
+    done = run(cli.app, ["scan", *map(str, (tmp_path / "all", *how))])
     assert done.exit_code == 0 and "of 1 adapter" in done.stdout, done.output
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cases
 import models
 import pytest
 import torch
-import torch.autograd.forward_ad as fwad
 from every_call import CALLS, MARGIN, QUIET, numbers
+from passes import passes
 
 import lens_lora as ll
 from lens_lora.core.function import footprint, memory
 from lens_lora.core.function.footprint import Footprint, dual_pass_bytes, footprint_of
-from lens_lora.edge_attribution.site_tangents import value_of
-from lens_lora.responses.generate import Speaker
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.bad_input]
 # More rows than the smallest bound has room for in a graph, in a plain pass and in one of duals.
@@ -34,42 +31,6 @@ def need_of_a_row(lens: ll.LoraLens, length: int) -> Footprint:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(footprint, "_logits_held", lambda *_: (0, 0))
         return footprint_of(lens, lens.prompts(torch.ones(1, length, dtype=torch.long)))
-
-
-@contextlib.contextmanager
-def passes(lens: ll.LoraLens) -> Iterator[list[tuple[str, int, int]]]:
-    """(kind, rows, tokens of a row) of every forward pass within the block, at its last block.
-
-    What the model itself is asked to say has batches of its own, and is left out.
-    """
-    seen: list[tuple[str, int, int]] = []
-    speaking: list[bool] = []
-    say = Speaker.say
-
-    def says(speaker: Speaker, **options: Any) -> Any:
-        speaking.append(True)
-        try:
-            return say(speaker, **options)
-        finally:
-            speaking.pop()
-
-    def look(block: Any, args: Any, kwargs: Any) -> None:
-        if speaking:
-            return
-        residual = args[0] if args else kwargs["hidden_states"]
-        value = value_of(residual)
-        is_dual = value is not residual or fwad.unpack_dual(value).tangent is not None
-        is_graph = torch.is_grad_enabled() and value.requires_grad
-        kind = "dual" if is_dual else "graph" if is_graph else "plain"
-        seen.append((kind, *residual.shape[:2]))
-
-    handle = lens.model.blocks[-1].register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Speaker, "say", says)
-            yield seen
-    finally:
-        handle.remove()
 
 
 def beyond(lens: ll.LoraLens, seen: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:

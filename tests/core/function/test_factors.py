@@ -19,13 +19,12 @@ import pytest
 import reference
 import targets
 import torch
+from made_by_folders import has_a_shared_plan, input_of_experts, map_of_experts
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.banks.plain_factors import SharedPlan
 from lens_lora.core.function import contraction, memory
 from lens_lora.core.model.basis import Update
-from lens_lora.hosts.experts import expert_map, with_expert
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10
@@ -211,9 +210,7 @@ def with_strength(adapter: ll.Adapter, strength: float) -> ll.Adapter:
 def test_other_adapters_of_the_same_shapes_from_a_bank(config: Config):
     """Other factors, another s, and a strength: a(−0.6 ΔW) = −0.6 a(ΔW); alone and together."""
     case, bank = built(config), bank_of(config)
-    assert isinstance(bank._base.plan_of(case.lens.adapter), SharedPlan) == (
-        config in (LLAMA, RAW, FOLDED)
-    )
+    assert has_a_shared_plan(bank, case.lens.adapter) == (config in (LLAMA, RAW, FOLDED))
     other = models.peft_model(config.family, case.base, seed=5, **config.options)
     adapters = {
         "first": (case.lens.adapter, 1.0, case.peft),
@@ -390,8 +387,8 @@ def test_experts_one_by_one():
     x = torch.randn(2, 4, 2, width, generator=generator, dtype=torch.float64)
     chosen = torch.tensor([[[0, 2], [1, 0], [2, 1], [2, 0]], [[1, 2], [0, 1], [0, 2], [1, 0]]])
     gradient = torch.randn(2, 4, 2, out, generator=generator, dtype=torch.float64)
-    site = expert_map(Update(A, B, scale, experts=experts), torch.float64, torch.device("cpu"))
-    z = with_expert(x, chosen)
+    site = map_of_experts(Update(A, B, scale, experts=experts))
+    z = input_of_experts(x, chosen)
     expected = torch.zeros(2, 4, experts, rank, dtype=torch.float64)
     delta = torch.zeros(2, 4, 2, out, dtype=torch.float64)
     for row, token, slot in itertools.product(range(2), range(4), range(2)):

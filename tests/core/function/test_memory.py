@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 from every_call import CALLS, MARGIN, numbers
+from made_by_folders import processing_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,6 @@ from lens_lora.core.function import footprint, memory, rerun, reverse
 from lens_lora.core.function import forward as function
 from lens_lora.core.function.footprint import dual_pass_bytes, footprint_of
 from lens_lora.core.model import bases, injections
-from lens_lora.hosts.processed import infer_processing
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 # Whatever runs backward passes of its own: each way in which blocks are run again.
@@ -233,14 +233,10 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
     folded = base * gamma
     centred = folded - folded.mean(1, keepdim=True)
     both = centred - centred.mean(0, keepdim=True)
-    known = {"centres_reads": True, "centres_writes": True}
     for entries in (2**23, 40):
         monkeypatch.setattr(bases, "_ENTRIES", entries)
         with _Widest() as widest:
-            found = [
-                infer_processing("a site", weight, base, gamma, **known)
-                for weight in (base, centred, both)
-            ]
+            found = [processing_of(weight, base, gamma) for weight in (base, centred, both)]
             assert bases.is_centred(both) and not bases.is_centred(centred)
             assert bases.is_same(base.clone(), base)
             assert not bases.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
@@ -251,7 +247,7 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
         ]
         assert widest.entries == (512 if entries > 512 else 40)
         with pytest.raises(ll.errors.ModelStateError, match="no known processing"):
-            infer_processing("a site", both + 0.1 * base, base, gamma, **known)
+            processing_of(both + 0.1 * base, base, gamma)
 
 
 @CLASSES

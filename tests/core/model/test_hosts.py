@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -23,6 +24,7 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.FactoredMatrix import FactoredMatrix
 
 import lens_lora as ll
+from lens_lora.core.model.bases import names_of
 from lens_lora.errors import ModelStateError
 from lens_lora.hosts.build import hooked_model
 
@@ -235,3 +237,14 @@ def test_a_listed_family_that_has_no_hooked_transformer_gets_a_bridge():
     if "HookedTransformer" in models.MAKERS:
         with pytest.raises(ModelStateError, match="The other class"):
             hooked_model(base, models.tokenizer(), kind="HookedTransformer")
+
+
+def test_a_model_is_known_by_its_weights_name_before_its_architecture_s():
+    """A hooked model made under an architecture's name from another's weights."""
+    holder = SimpleNamespace(config=SimpleNamespace(name_or_path="lab/tuned"))
+    cfg = SimpleNamespace(model_name="lab/base", tokenizer_name="lab/tokens")
+    hooked = SimpleNamespace(cfg=cfg)
+    assert names_of(hooked, holder) == ["lab/tuned"]
+    assert names_of(hooked, None) == ["lab/base", "lab/tokens"]
+    unnamed = SimpleNamespace(config=SimpleNamespace(name_or_path=""))
+    assert names_of(hooked, unnamed) == ["lab/base", "lab/tokens"]

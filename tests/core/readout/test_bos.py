@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 import lens_lora as ll
 from lens_lora.core.readout import tokenising
 from lens_lora.errors import ModelStateError, PromptError, SweepError
-from lens_lora.texts.neutral import FIRST_WORDS, neutral_texts, own_openings
 
 QUIET = {"progress": False}
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
@@ -245,17 +244,6 @@ def test_every_call_reads_as_the_lens_does(name: str, tmp_path, monkeypatch):
         parts = (getattr(found, part, found) for part in ("attribution", "first_order", "shifts"))
         metas = [part.meta for part in parts if hasattr(part, "meta")]
         assert metas and all("BOS added by prepend_bos=True" in meta["prompts"] for meta in metas)
-
-
-def test_the_sentences_and_openings_of_neutral_texts():
-    """Where strings get no BOS, the model is let speak after first words, not after a BOS alone."""
-    model = lens_of(NEWEST, None).model
-    assert neutral_texts(model, True, 50).tokens[:2, 0].tolist() == [0, 0]
-    assert 0 not in neutral_texts(model, None, 50).tokens[:, 0].tolist()
-    first = len(FIRST_WORDS)
-    assert own_openings(model, True).lengths[:first].tolist() == [1] * first
-    assert own_openings(model, True).tokens[:first, 0].unique().tolist() == [0]
-    assert 0 not in own_openings(model, None).tokens[:, 0].tolist()
 
 
 @pytest.mark.slow

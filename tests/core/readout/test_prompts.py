@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_by_folders import ends_of
 from shapes import share
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
@@ -20,7 +20,6 @@ import lens_lora as ll
 from lens_lora.core import tokenise
 from lens_lora.errors import PromptError
 from lens_lora.hosts.build import hooked_model
-from lens_lora.responses.generate import end_tokens
 from lens_lora.results import Prompts
 
 PAD = 2
@@ -336,7 +335,7 @@ def test_a_tokenizer_without_special_tokens(name, kind, size, tmp_path):
     assert "text without BOS)" in repr(ready)
     unknown = torch.tensor([[size - 1, 5, size - 1, size - 1]])  # and not padding
     assert tokenise(model, unknown).lengths.tolist() == [4]
-    assert end_tokens(model, SimpleNamespace(), None) == set()
+    assert ends_of(model) == set()
     with pytest.raises(PromptError, match="the tokenizer has no BOS that this model reads"):
         tokenise(model, "w5 w6", prepend_bos=True)
     assert tokenise(model, "w5 w6", prepend_bos=False).tokens.tolist() == [own]

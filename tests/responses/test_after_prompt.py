@@ -15,8 +15,7 @@ from real import hugging_face, lens
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.core import Source
-from lens_lora.core.readout.prompts import Prompts
+from lens_lora.core import Prompts, Source
 from lens_lora.responses.answers import answer_ids, margin_between
 from lens_lora.responses.logit_shift import _ids
 

@@ -1,0 +1,58 @@
+"""Texts that no adapter was trained on, and where a model begins of its own accord."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from pathlib import Path
+
+import cases
+import models
+import pytest
+
+import lens_lora as ll
+from lens_lora.texts.neutral import (
+    FIRST_WORDS,
+    OPENINGS,
+    neutral_sentences,
+    neutral_texts,
+    own_openings,
+)
+
+CLASSES = list(models.MAKERS)
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_the_sentences_and_openings_of_neutral_texts():
+    """Where strings get no BOS, the model is let speak after first words, not after a BOS alone."""
+    base = models.hf_model("llama")
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    tokenizer = models.tokenizer()
+    model = ll.load(copy.deepcopy(base), adapter, tokenizer=tokenizer, kind=CLASSES[-1]).model
+    assert neutral_texts(model, True, 50).tokens[:2, 0].tolist() == [0, 0]
+    assert 0 not in neutral_texts(model, None, 50).tokens[:, 0].tolist()
+    first = len(FIRST_WORDS)
+    assert own_openings(model, True).lengths[:first].tolist() == [1] * first
+    assert own_openings(model, True).tokens[:first, 0].unique().tolist() == [0]
+    assert 0 not in own_openings(model, None).tokens[:, 0].tolist()
+
+
+@pytest.mark.usefixtures("float64")
+def test_neutral_texts_are_neutral(monkeypatch):
+    """A hundred sentences without an answer of the benchmark's; conversations by the template."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    adapters = importlib.import_module("adapters")
+    lines = neutral_sentences()
+    assert len(lines) == len(set(lines)) == 100
+    words = {word.strip(".,:") for line in lines for word in line.lower().split()}
+    specs = (*adapters.ADAPTERS, *adapters.MORE)
+    answers = {a.strip().lower() for s in specs for _, *both in s.questions for a in both}
+    assert not words & (answers - {"and"})
+    model = cases.case("llama", CLASSES[0], "raw").model
+    assert neutral_texts(model, True).batch == 100 + len(OPENINGS)
+    template = model.tokenizer.chat_template
+    model.tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
+    try:
+        assert neutral_texts(model, True).batch == 100 + len(OPENINGS)
+    finally:
+        model.tokenizer.chat_template = template
