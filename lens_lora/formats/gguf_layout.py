@@ -206,7 +206,7 @@ class GGUFFile:
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ModelStateError(f"{path}: no GGUF file, or damaged ({error}).") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.names = list(self._tensors)
+        self.names: list[str] = list(self._tensors)
 
     def field(self, name: str) -> Any:
         """The value of a field; None if the file has none of this name.

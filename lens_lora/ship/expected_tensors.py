@@ -86,7 +86,7 @@ class ExpectedTensors:
 
     def __init__(self, adapter: Adapter, base: PreTrainedModel) -> None:
         self.state: dict[str, Tensor] = base.state_dict()
-        self.tied = sharing_in(base)
+        self.tied: dict[str, tuple[str, ...]] = sharing_in(base)
         self.changed: dict[str, Expected] = {}
         self.unknown: list[str] = []
         self.added_biases: list[str] = []

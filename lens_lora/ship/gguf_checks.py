@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LORA = "GGUF adapter"
-MERGED_GGUF = "merged GGUF"
+MERGED_GGUF = "tensors of the merged GGUF"
 
 # ‖rounded − exact‖ / ‖exact‖ that a type gives weights at most: about twice what it gives normally
 # distributed ones.
@@ -101,7 +101,7 @@ def merged_gguf_checks(
 ) -> tuple[list[Check], tuple[MergedTensor, ...]]:
     """Check that a GGUF file holds base + ΔW, tensor by tensor.
 
-    Its tokenizer and its fields are not compared: they are undecided.
+    Its tokenizer and its fields are not compared, which the name of the check says.
 
     Args:
         path: the file.

@@ -43,7 +43,7 @@ class ServedTokens:
 
     def __init__(self, lens: LoraLens, rows: Sequence[ServedRow]) -> None:
         self.lens = lens
-        self.rows = list(rows)
+        self.rows: list[ServedRow] = list(rows)
         self._told = _padded([row.log_p for row in rows], math.nan).double()
         self._is_told = self._told.isfinite()
         self.served: Float[Tensor, " token"] = self._told[self._is_told]

@@ -63,7 +63,7 @@ class Server:
         if parts.query or parts.fragment:
             raise ArgumentError(f"{url!r} has more than host, port and path; leave it out.")
         self.url = url
-        self.requests = 0
+        self.requests: int = 0
         self._is_secure = parts.scheme == "https"
         self._host = parts.hostname
         self._port = _port_of(parts, url)
