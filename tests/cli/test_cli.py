@@ -15,6 +15,7 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
+import limits
 import models
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_version_names_a_package_that_is_missing(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(package)
         return "1.2"
 
-    monkeypatch.setattr("lens_lora._version.version", version)
+    limits.versions_are_found_by(monkeypatch, version)
     versions.cache_clear()
     printed = printed_versions()
     versions.cache_clear()
@@ -153,7 +154,7 @@ def test_message_with_brackets_is_printed_whole(monkeypatch):
     def fail(*path):
         raise LensLoraError("rank [8]\nand [red]more")
 
-    monkeypatch.setattr("lens_lora.core.adapter.loading.read_adapter", fail)
+    limits.adapters_are_read_by(monkeypatch, fail)
     result = run(cli.app, ["demo", "--quiet"])
     assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
 
@@ -162,7 +163,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     def fail(*path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lens_lora.core.adapter.loading.read_adapter", fail)
+    limits.adapters_are_read_by(monkeypatch, fail)
     result = run(cli.app, ["demo"])
     assert isinstance(result.exception, RuntimeError)
 

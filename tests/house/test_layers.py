@@ -160,10 +160,22 @@ def is_within(name: str, *modules: str) -> bool:
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
+def patched_in(source: str) -> set[str]:
+    """The dotted names that a file patches by their text: `patch.setattr("a.b.name", 1)`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and node.args:
+            first = node.args[0]
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                found.add(first.value)
+    return found
+
+
 def internals(folder: str, source: str, allowed: set[str]) -> list[str]:
-    """What a test in this folder of tests imports of another folder's internals."""
+    """What a test in this folder of tests imports, or patches, of another folder's internals."""
     own = OWN.get(folder, (f"lens_lora.{folder}",))
-    names = {name for name in named_in(source, "tests") if is_within(name, "lens_lora")}
+    every_name = named_in(source, "tests") | patched_in(source)
+    names = {name for name in every_name if is_within(name, "lens_lora")}
     return sorted(name for name in names - allowed if not is_within(name, *own, *WHOLE))
 
 
@@ -189,6 +201,7 @@ def test_a_test_imports_public_names_or_internals_of_its_own_folder():
         "def f():\n    from lens_lora.path import _weights",
         "import lens_lora.path.rules",
         "from importlib import import_module\nimport_module('lens_lora.path.rules')",
+        "def f(patch):\n    patch.setattr('lens_lora.path.rules._weights', 1)",
         "from lens_lora.core import reverse",
         "from lens_lora.core.function.reverse import site_slopes",
     ],

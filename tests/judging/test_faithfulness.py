@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import cases
+import limits
 import models
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_same_seed_same_numbers(one_lens: ll.LoraLens, monkeypatch):
     assert torch.equal(one.keep, two.keep)
     assert torch.equal(one.keep[:-1], other.keep[:-1])
     assert (one.keep[-1] - other.keep[-1]).abs().max() > 1e-3
-    monkeypatch.setattr("lens_lora.core.function.memory.ROW_TOKENS", 40)
+    limits.tokens_at_once(monkeypatch, ROW_TOKENS=40)
     assert (run(one_lens).keep - one.keep).abs().max() < EXACT
 
 

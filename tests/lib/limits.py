@@ -1,7 +1,8 @@
-"""Limits that tests set and steps that they count: the one place that knows how they are named."""
+"""What tests limit, count or plant within the package: the one place that knows how it is named."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,3 +114,25 @@ def no_method_is_known_to_lack_a_delta(patch: pytest.MonkeyPatch) -> None:
 def fields_are_measured(patch: pytest.MonkeyPatch, *fields: str) -> None:
     """Set which fields of PEFT's configs make an adapter that is measured over its base."""
     patch.setattr(peft_variants, "_MEASURED", fields)
+
+
+def adapters_are_read_by(patch: pytest.MonkeyPatch, read: Callable[..., Any]) -> None:
+    """Read the folder of an adapter by this function."""
+    patch.setattr("lens_lora.core.adapter.loading.read_adapter", read)
+
+
+def versions_are_found_by(patch: pytest.MonkeyPatch, version: Callable[[str], str]) -> None:
+    """Look up the versions of installed packages by this function."""
+    patch.setattr("lens_lora._version.version", version)
+
+
+def sweeps_are_merged_by(patch: pytest.MonkeyPatch, merge: Callable[..., Any]) -> None:
+    """Make one file of the parts of a sweep by this function."""
+    patch.setattr("lens_lora.sweeps.rows.RowStore.merge", merge)
+    patch.setattr("lens_lora.sweeps.stream.TokenStore.merge", merge)
+
+
+def rows_of_gguf_stay(patch: pytest.MonkeyPatch) -> None:
+    """A planted error: rows of q and k are written to a GGUF in the order of Hugging Face."""
+    patch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")
+    patch.setattr("lens_lora.formats.gguf_layout._QUERY", ".no")

@@ -11,6 +11,7 @@ import functools
 import json
 from pathlib import Path
 
+import limits
 import models
 import numpy as np
 import pytest
@@ -324,8 +325,7 @@ def test_an_interrupted_sweep_with_own_code_takes_a_version(float64, tmp_path, m
     point.add_hook(scale_hook(0.5))
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("lens_lora.sweeps.rows.RowStore.merge", _stop)
-            patch.setattr("lens_lora.sweeps.stream.TokenStore.merge", _stop)
+            limits.sweeps_are_merged_by(patch, _stop)
             ll.sweep(lens, records, name, out=tmp_path / "r.parquet", progress=False)
         assert list(folder.glob("*.parquet")) and not (tmp_path / "r.parquet").exists()
         with pytest.raises(SweepError, match="without a version"):

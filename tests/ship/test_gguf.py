@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import warnings
 
+import limits
 import models
 import no_ops
 import pytest
@@ -60,8 +61,7 @@ def test_llama_cpp_runs_what_was_saved(shipped, tmp_path):
 
 def test_rows_that_are_not_permuted_are_seen(shipped, tmp_path, monkeypatch):
     """The negative control of the same oracle."""
-    monkeypatch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")
-    monkeypatch.setattr("lens_lora.formats.gguf_layout._QUERY", ".no")
+    limits.rows_of_gguf_stay(monkeypatch)
     file = ll.load_adapter(shipped / "adapter").save(
         tmp_path / "adapter.gguf", format="gguf", base=shipped / "base"
     )
@@ -129,8 +129,7 @@ def test_a_file_that_lacks_modules_or_has_more(shipped, tmp_path):
 
 def test_q_and_k_that_are_not_permuted(shipped, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")
-        patch.setattr("lens_lora.formats.gguf_layout._QUERY", ".no")
+        limits.rows_of_gguf_stay(patch)
         file = written(shipped, tmp_path)
     check, _ = lora(shipped, file)
     assert check.outcome == "failed"
