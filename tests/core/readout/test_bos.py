@@ -54,6 +54,10 @@ TOKENIZERS: dict[str, tuple[Callable[[], Any], list[int], list[int]]] = {
 }
 
 
+# The models are made once: by a test without float64 they would have tables of float32.
+pytestmark = pytest.mark.usefixtures("float64")
+
+
 @functools.cache
 def tiny() -> tuple[Any, PeftModel]:
     base = models.hf_model("llama")
