@@ -27,6 +27,8 @@ from .model.gates import Scale as Scale
 from .model.lens import LoraLens as LoraLens
 from .model.public_call import alone as alone
 from .model.sites import Site as Site
+from .readout.declared import DeclaredReadout as DeclaredReadout
+from .readout.declared import declared_readout as declared_readout
 from .readout.positions import Positions as Positions
 from .readout.prompts import Prompts as Prompts
 from .readout.prompts import PromptsLike as PromptsLike

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from lens_lora import compat
 from lens_lora.core import (
     Adapter,
+    DeclaredReadout,
     LoraLens,
     Readout,
     reads_with_bos,
@@ -176,6 +177,8 @@ def _plain(value: Any, own_code: list[object]) -> Any:
     items = _items(value)
     if items is not None:
         return [_plain(item, own_code) for item in items]
+    if isinstance(value, DeclaredReadout):
+        return _plain_declared(value, own_code)
     return _plain_object(value, own_code)
 
 
@@ -190,6 +193,19 @@ def _items(value: Any) -> list[Any] | None:
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     return None
+
+
+def _plain_declared(readout: DeclaredReadout, own_code: list[object]) -> Any:
+    """A readout that `@readout` declared, by its name and its arguments.
+
+    It is code of the caller's own if its function is, or if its class is a subclass that is.
+    """
+    kind = type(readout)
+    if _is_own(kind):
+        own_code.append(kind)
+    function = _plain(kind.function, own_code)
+    arguments = _plain(readout.arguments, own_code)
+    return [kind.__qualname__, function, arguments]
 
 
 def _plain_object(value: Any, own_code: list[object]) -> Any:

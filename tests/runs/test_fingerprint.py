@@ -366,6 +366,76 @@ def test_readouts_of_the_package_are_compared_by_their_data(float64, tmp_path):
     refused(lens, tmp_path, readout=ll.Logit(torch.tensor(9)), words="readout")
 
 
+DECLARED = """
+@readout(units="nats", label="H(next token)")
+def Entropy(logits):
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+@readout(units="logits", label="a sum of logits")
+def Weighted(logits, weights=None):
+    return (logits * weights).sum(-1)
+"""
+
+
+def declared_in(module: str) -> dict:
+    """The names that a module of this name has, which declares two readouts."""
+    names = {"__name__": module, "readout": ll.readout}
+    exec(DECLARED, names)
+    return names
+
+
+def test_a_readout_that_the_package_declares_is_data(float64, tmp_path):
+    """Its class is made by `@readout`, and is no dataclass: it needs no version to be resumed."""
+    lens = sweep_runs.a_lens()
+    declared = declared_in("lens_lora.responses.entropies")
+    run(lens, PROMPTS, tmp_path, readout=declared["Entropy"]())
+    assert run(lens, PROMPTS, tmp_path, readout=declared["Entropy"]()).resumed == 2
+    own = declared_in("entropies_of_ones_own")
+    refused(lens, tmp_path, readout=own["Weighted"](torch.ones(61)), words="readout")
+    run(lens, PROMPTS, tmp_path, readout=own["Entropy"](), resume=False)
+    words = r"code of your own, the readout 'H\(next token\)', and without a version"
+    refused(lens, tmp_path, readout=own["Entropy"](), words=words)
+
+
+def test_a_declared_readout_is_known_by_its_arguments():
+    """A label need not name them; and what it is given may be code, or have a state."""
+    weighted = declared_in("lens_lora.responses.sums")["Weighted"]
+    arguments = [None, 1.0, torch.ones(61), torch.arange(61.0), torch.sum]
+    known = [
+        fingerprint_without_model(big_adapter(), {}, weighted(given), None) for given in arguments
+    ]
+    assert len({fields["readout"] for fields in known}) == len(arguments)
+    assert [fields["own_code"] for fields in known] == [[]] * len(arguments)
+    again = fingerprint_without_model(big_adapter(), {}, weighted(torch.ones(61)), None)
+    assert again == known[2]
+    for own in (column, torch.nn.Linear(61, 1)):
+        assert fingerprint_without_model(big_adapter(), {}, weighted(own))["own_code"]
+
+    class Mine(weighted):
+        """A subclass of the caller's own, which may read something else."""
+
+    assert fingerprint_without_model(big_adapter(), {}, Mine())["own_code"]
+
+
+EVERY_KIND = {
+    "Logit": lambda: ll.Logit(8),
+    "LogProb": lambda: ll.LogProb(8),
+    "Margin": lambda: ll.Margin(8, 9),
+    "AnswerLogProb": lambda: ll.AnswerLogProb([8, 9]),
+    "AnswerMargin": lambda: ll.AnswerMargin([8], [9]),
+    "KL": ll.KL,
+    "Projection": lambda: ll.Projection(torch.ones(16), "blocks.0.hook_resid_post"),
+    "Readout.of": lambda: ll.Readout.of(torch.logsumexp),
+}
+
+
+@pytest.mark.parametrize("make", EVERY_KIND.values(), ids=EVERY_KIND)
+def test_every_kind_of_readout_of_the_package_is_data(make):
+    one, other = (fingerprint_without_model(big_adapter(), {}, make()) for _ in range(2))
+    assert one["own_code"] == [] and one == other
+
+
 # --- the hash itself
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -156,6 +157,20 @@ class Readout(abc.ABC):
         return _Callable(fn, label or getattr(fn, "__name__", "readout"), units)
 
 
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal, where tensors may be in them, whose == is no truth value."""
+    if isinstance(one, Tensor | np.ndarray) or isinstance(other, Tensor | np.ndarray):
+        if type(one) is not type(other) or one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return bool((one == other).all())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        is_alike = type(one) is type(other) and len(one) == len(other)
+        return is_alike and all(map(_are_equal, one, other))
+    return bool(one == other)
+
+
 def require_readout(value: object) -> Readout:
     """The value, if it is a readout.
 
@@ -193,7 +208,18 @@ def listed_readouts(readouts: object) -> list[Readout]:
 
 
 class LastToken(Readout):
-    """A number read from the logits at each prompt's last token."""
+    """A number read from the logits at each prompt's last token.
+
+    Two are equal if they are of one class and were given the same, entry by entry where that is a
+    tensor.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and _are_equal(vars(self), vars(other))
+
+    def __hash__(self) -> int:
+        # A tensor's hash is that of the object, which equal tensors do not share.
+        return hash((type(self), tuple(vars(self))))
 
     @abc.abstractmethod
     def of_logits(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
@@ -215,7 +241,7 @@ class LastToken(Readout):
         return Reading.one_row_each(prompts, read)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Logit(LastToken):
     """The logit of a token: a string of one token, an id, or one of either per prompt."""
 
@@ -231,7 +257,7 @@ class Logit(LastToken):
         return f"logit({name_of_token(self.token)})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Margin(LastToken):
     """The margin m = f_doc − f_pre, in logits (note, §5).
 
@@ -259,7 +285,7 @@ class Margin(LastToken):
         return f"margin({name_of_token(self.doc)} − {name_of_token(self.pre)})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LogProb(LastToken):
     """The log-probability of a token after the prompt, log p(token | prompt), in nats."""
 
@@ -283,7 +309,7 @@ class LogProb(LastToken):
         return f"log p({name_of_token(self.token)})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Callable(LastToken):
     fn: Callable[[Tensor], Tensor]
     name: str

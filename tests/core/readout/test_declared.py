@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import cases
 import models
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.core import DeclaredReadout, declared_readout
 
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12", "w4", "w6 w7"]
 
@@ -90,3 +94,45 @@ def test_a_declaration_that_says_nothing_is_refused():
         ll.readout(units="logits", label="the {n} largest")(Largest.function)
     with pytest.raises(ll.errors.ArgumentError, match="no function of the logits"):
         ll.readout(units="logits", label="own")(lambda: 0)
+
+
+@ll.readout(units="logits", label="a weighted sum")
+def Weighted(logits: Tensor, weights: object) -> Tensor:
+    return (logits * weights).sum(-1)
+
+
+READOUTS_OF_A_VALUE = {
+    "declared": Weighted,
+    "Logit": ll.Logit,
+    "LogProb": ll.LogProb,
+    "Margin": lambda value: ll.Margin(3, value),
+}
+DIFFERENT_VALUES = {
+    "another entry": torch.tensor([5, 8]),
+    "another size": torch.tensor([5, 7, 7]),
+    "another dtype": torch.tensor([5, 7], dtype=torch.int32),
+    "a list": [5, 7],
+    "a list of tensors": [torch.tensor(5), torch.tensor(7)],
+    "an array": np.array([5, 7]),
+    "a string": "w5",
+    "a dict of tensors": {"ids": torch.tensor([5, 7])},
+}
+
+
+@pytest.mark.parametrize("make", READOUTS_OF_A_VALUE.values(), ids=READOUTS_OF_A_VALUE)
+def test_readouts_are_equal_where_their_tensors_are(make):
+    """Entry by entry: the == of two tensors of several entries is no truth value."""
+    one = make(torch.tensor([5, 7]))
+    same = make(torch.tensor([5, 7]))
+    assert one == same and len({one, same}) == 1
+    for value in DIFFERENT_VALUES.values():
+        other = make(value)
+        assert one != other and other != one
+        assert other == make(copy.deepcopy(value)) and hash(other) == hash(make(value))
+    assert one != ll.Readout.of(torch.logsumexp) and one != 5
+
+
+def test_the_door_has_the_decorator_under_a_name_that_is_no_package():
+    """`lens_lora.core.readout` is the package of that name."""
+    assert declared_readout is ll.readout
+    assert isinstance(Entropy(), DeclaredReadout)
