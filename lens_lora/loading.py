@@ -27,7 +27,7 @@ from lens_lora.core import (
     refuse_unusable,
 )
 from lens_lora.demonstration import shipped_adapter
-from lens_lora.errors import ArgumentError, ModelStateError, is_of_the_system
+from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, is_of_the_system
 from lens_lora.families import listed_family
 from lens_lora.formats.folders import CONFIG
 from lens_lora.formats.live_layers import base_within
@@ -194,9 +194,9 @@ def load(
 
     Args:
         model: a hub id, a folder, or a loaded Hugging Face model, which the lens takes over: it is
-            wrapped, so do not run or change it afterwards, but `copy.deepcopy` it before. A
-            PeftModel stays as it is: its base is wrapped as modules of their own on the same
-            weights. None for the base that the adapter names.
+            wrapped, so do not run or change it afterwards, nor make a second lens of it, but
+            `copy.deepcopy` it before. A PeftModel stays as it is: its base is wrapped as modules of
+            their own on the same weights. None for the base that the adapter names.
         adapter: a hub id ('owner/repo', or 'owner/repo/sub/folder'), a folder, or an `Adapter`;
             left out, the active one of a PeftModel. The ΔW of a method other than LoRA is measured
             over the base first (`load_adapter`).
@@ -254,24 +254,49 @@ def load(
         own = tokenizer_beside(adapter, base, base_tokenizer)
     else:
         own = OwnTokenizer(tokenizer)
-    # A family that is not listed is compared with the base, module by module.
-    probe: Probe | bool = check
-    if check and listed_family(base) is None:
-        probe = Probe(base, on_stacks(adapter, base))
-    hooked, host = hooked_model(
-        base,
-        own,
-        kind=kind,
-        attn=attn,
-        prepend_bos=prepend_bos,
+    with _remedy_for_a_wrapped_base(base):
+        # A family that is not listed is compared with the base, module by module.
+        probe: Probe | bool = check
+        if check and listed_family(base) is None:
+            probe = Probe(base, on_stacks(adapter, base))
+        hooked, host = hooked_model(
+            base,
+            own,
+            kind=kind,
+            attn=attn,
+            prepend_bos=prepend_bos,
+        )
+        return LoraLens(
+            hooked,
+            adapter,
+            hf_model=base_beside(host, base, adapter),
+            check=probe,
+            prepend_bos=prepend_bos,
+        )
+
+
+@contextlib.contextmanager
+def _remedy_for_a_wrapped_base(base: nn.Module) -> Generator[None]:
+    """Within the block, an error over a base that a lens has wrapped before says what to do.
+
+    A TransformerBridge puts modules of its own into the model. Of some architectures a second one
+    can be made of the result; of others (OPT that normalises after each branch, CodeGen, GPT-2) it
+    finds no module where the adapter has one, or another one.
+    """
+    is_wrapped = any(
+        type(module).__module__.startswith("transformer_lens") for module in base.modules()
     )
-    return LoraLens(
-        hooked,
-        adapter,
-        hf_model=base_beside(host, base, adapter),
-        check=probe,
-        prepend_bos=prepend_bos,
-    )
+    try:
+        yield
+    except LensLoraError as error:
+        if not is_wrapped:
+            raise
+        raise error.at(
+            "a lens was made of this base before, and its TransformerBridge put modules of its own "
+            "into it; load the base anew, and give each lens a copy of its own, "
+            "ll.load(copy.deepcopy(base), adapter), or load one lens and take the other adapters "
+            "over it, lens.with_adapter(adapter)"
+        ) from error
 
 
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:

@@ -69,10 +69,8 @@ def explained_margins(
         null: how many null adapters to compare with.
     """
     batch = f.prompts.batch
-    model = f.lens.model
     if batch > 1:
-        # An answer that does not fit is refused, with its prompt's number, before any pass.
-        margin_between(model, doc, pre, f.prompts).reading(model, f.prompts)
+        _require_answers_that_fit(f, doc, pre)
     docs = items_of(doc, batch)
     pres = items_of(pre, batch)
     margins = [_margin(f, [i], docs[i], pres[i]) for i in range(batch)]
@@ -95,6 +93,18 @@ def explained_margins(
                 for i in indices:
                     explanations[i] = _in_full(margins[i], explanations[i], bar)
     return tuple(explanations[i] for i in range(batch))
+
+
+def _require_answers_that_fit(f: Function, doc: AnswerLike, pre: AnswerLike) -> None:
+    """Refuse an answer that does not fit its prompt, before any pass. The error has its number.
+
+    Raises:
+        TokenError: an answer that is empty or cannot follow its prompt, or doc equal to pre.
+        PromptError: a prompt that is too long for the context with its answer.
+    """
+    margin = margin_between(f.lens.model, doc, pre, f.prompts)
+    # Binding the readout to the prompts makes the rows of every answer; they are not kept.
+    margin.reading(f.lens.model, f.prompts)
 
 
 def _margin(f: Function, indices: Sequence[int], doc: AnswerLike, pre: AnswerLike) -> Evaluations:

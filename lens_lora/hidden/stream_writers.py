@@ -11,10 +11,11 @@ def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
 
     Args:
         lens: the adapter over the model.
-        remedy: what to do where a norm changes what a site writes, beside leaving such sites out.
+        remedy: what to do where a norm or factor changes what a site writes, beside leaving such
+            sites out.
 
     Raises:
-        ModelStateError: a norm stands between one of them and the stream.
+        ModelStateError: a norm or factor stands between one of them and the stream.
     """
     writers: list[int] = []
     for index, site in enumerate(lens.sites):
@@ -23,8 +24,8 @@ def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
         norm = lens.host.family.norm_behind(site.kind)
         if norm is not None:
             raise ModelStateError(
-                f"{site.name}: a norm ({norm}) stands between this site and the residual stream, "
-                "so what it writes is no direction of the stream.",
+                f"{site.name}: a norm or factor ({norm}) stands between this site and the residual "
+                "stream, so what it writes is no direction of the stream.",
                 remedy=f"{remedy}; or leave such modules out, "
                 "lens.with_adapter(lens.adapter.without(…)).",
             )

@@ -101,6 +101,36 @@ def test_logits_and_slopes_are_peft_s(name: str):
         torch.testing.assert_close(ours[:, sites].sum(1), value, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["OPT, norms after", "CodeGen"])
+def test_a_second_lens_of_one_base_names_the_copy(name: str):
+    """Its bridge finds the modules that the first one put into the base."""
+    base, peft = base_and_peft(name)
+    adapter = ll.Adapter.from_peft(peft)
+    options: Any = {"kind": "TransformerBridge", "tokenizer": models.tokenizer()}
+    copied = copy.deepcopy(base)
+    ll.load(base, adapter, **options)
+    with pytest.raises(ll.errors.LensLoraError) as error:
+        ll.load(base, adapter, **options)
+    for remedy in ("ll.load(copy.deepcopy(base), adapter)", "lens.with_adapter(adapter)"):
+        assert remedy in str(error.value)
+    lens = ll.load(copy.deepcopy(copied), adapter, **options)
+    again = ll.load(copied, adapter.scaled(0.5), **options).with_adapter(adapter)
+    with torch.no_grad():
+        expected = peft(models.tokens()).logits
+    for made in (lens, again):
+        torch.testing.assert_close(made.logits(models.tokens()), expected, rtol=0, atol=1e-11)
+
+
+def test_an_error_over_a_fresh_base_says_nothing_of_a_copy():
+    """Negative control: an adapter of another architecture."""
+    base, _ = base_and_peft("CodeGen")
+    _, peft = base_and_peft("OPT, norms after")
+    adapter = ll.Adapter.from_peft(peft)
+    with pytest.raises(ll.errors.LensLoraError) as error:
+        ll.load(base, adapter, kind="TransformerBridge", tokenizer=models.tokenizer())
+    assert "deepcopy" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_interventions_are_peft_s(name: str):
     """With their noise floors, for which the stream is moved at every block."""

@@ -1,8 +1,15 @@
 """g(ε) with a memory: the cache of one public call.
 
 Several analyses ask the same of one g: both ends, g along the path, what rounding does. Within one
-public call the model and its hooks stay as they are, so each is run once. What was not run yet goes
-in one batch: the ends ride along with the first corners, or with the first slopes.
+public call the model and its hooks stay as they are, so what is asked for most is kept:
+
+1. g at strengths, ε·1, the base and the adapted model among them, with draws of its rounding;
+2. ∂g/∂ε_l of whole sites at strengths, with draws of the sum.
+
+These are a few numbers for each prompt and site. Everything else is run each time that it is asked
+for: corners, points with a gate of each site's own, and slopes by position, head, expert, rank or
+token, which may be large. What is not known yet goes in one batch: the ends ride along with the
+first corners, or with the first slopes.
 """
 
 from __future__ import annotations
@@ -47,7 +54,9 @@ class _Memory:
 
 
 class Evaluations(Function):
-    """The same function, which runs each point once. It is a cache, and lives within one call.
+    """The same function, which keeps g and whole slopes at strengths ε·1. It lives within one call.
+
+    Corners and split slopes are not kept, and are run again when they are asked for again.
 
     Hooks that you put on the model, or take off it, in the meantime are not seen in what it has
     run already. `lens_lora.analysis` makes one for each call; a `Function` of your own becomes one
