@@ -42,6 +42,7 @@ SHARES = f"{_FACTORS}test_shares_of_a_divergence"
 INTEGRAL = f"{_FACTORS}test_the_path_integral"
 STRENGTHS = f"{_FACTORS}test_the_strength_of_every_kind_of_update"
 INTERVENTIONS = f"{_FACTORS}test_interventions"
+DENSE = "tests/core/adapter/test_dense.py::test_a_lens_holds_the_change_alone_and_is_exact"
 _LIBRARIES = ("torch", "transformers", "peft", "transformer_lens", "pandas", "pytest")
 _QUICK = "not slow and not exhaustive and not browser and not real"
 
@@ -332,6 +333,20 @@ BASIS = [
         "writes = in_float64(update.B).to(home) * update.scale",
         "writes = in_float64(update.B).to(home)",
         EVERY_PART,
+    ),
+    Mutation(
+        "s is dropped from a dense ΔW that B holds",
+        "core/model/basis.py",
+        "return SiteMap(A, update.scale * B, None)",
+        "return SiteMap(A, B, None)",
+        DENSE,
+    ),
+    Mutation(
+        "s is dropped from a dense ΔW that A holds",
+        "core/model/basis.py",
+        "return SiteMap(update.scale * A, B, None)",
+        "return SiteMap(A, B, None)",
+        DENSE,
     ),
     Mutation(
         "s is squared in a stack of experts",
