@@ -2,8 +2,8 @@
 
 The decorator does what every public call does before its own work: it takes the model for itself,
 tokenises the prompts, looks up the readout's tokens, checks that the model is as it was when the
-lens was made, and hands out a function g that remembers what it has evaluated. After the call, also
-after an error, the model has its own hooks again.
+lens was made, and hands out a function g that remembers its values and whole slopes at strengths
+(`core/function/cache.py`). After the call, also after an error, the model has its own hooks again.
 
 The docstring of such a function is that of the call: it documents lens, prompts, readout and
 progress in place of g.
@@ -105,8 +105,8 @@ def analysis(
         half_way.of(lens.function(prompts, readout))  # the same
 
     Args:
-        verb: its first parameter is g, a `Function` that remembers what it has evaluated; all
-            others follow the readout in the call.
+        verb: its first parameter is g, a `Function` that remembers its values and the slopes of
+            whole sites at strengths; all others follow the readout in the call.
         takes_max_memory: whether the call has a keyword `max_memory`, a bound in bytes that
             replaces that of the lens.
         of_several: what is called, with a list of functions in place of g, where the readout is a
