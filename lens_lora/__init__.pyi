@@ -48,10 +48,10 @@ from .judging.reliability import reliability
 from .loading import demo, load
 from .path.path_attribution import path_attribution
 from .responses.answers import KL, AnswerLogProb, AnswerMargin
-from .responses.hook_points import gradients, tangents
-from .responses.kl_shares import kl_shares
-from .responses.logit_shift import logit_shift
-from .responses.token_shifts import token_shifts
+from .shifts.hook_points import gradients, tangents
+from .shifts.kl_shares import kl_shares
+from .shifts.logit_shift import logit_shift
+from .shifts.token_shifts import token_shifts
 from .ship.served import verify_served
 from .show.compose import panel, table
 from .sweeps.sweep import sweep

@@ -41,7 +41,7 @@ DRAWERS: dict[str, tuple[str, ...]] = {
     "lens_lora.hidden": ("lens_lora.hidden.figures", "lens_lora.hidden.words"),
     "lens_lora.interaction": ("lens_lora.interaction.figures", "lens_lora.interaction.words"),
     "lens_lora.judging": ("lens_lora.judging.figures", "lens_lora.judging.words"),
-    "lens_lora.responses": ("lens_lora.responses.figures", "lens_lora.responses.words"),
+    "lens_lora.shifts": ("lens_lora.shifts.figures", "lens_lora.shifts.words"),
     "lens_lora.ship": ("lens_lora.ship.page",),
     "lens_lora.sweeps": ("lens_lora.sweeps.figures",),
     "lens_lora.two_adapters": (

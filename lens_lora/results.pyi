@@ -51,9 +51,9 @@ from .judging.null_test import NullTest as NullTest
 from .judging.reliability import Reliability as Reliability
 from .responses.answers import Generated as Generated
 from .responses.generate import SideBySide as SideBySide
-from .responses.kl_shares import KLShares as KLShares
-from .responses.logit_shift import LogitShift as LogitShift
-from .responses.token_shifts import TokenShifts as TokenShifts
+from .shifts.kl_shares import KLShares as KLShares
+from .shifts.logit_shift import LogitShift as LogitShift
+from .shifts.token_shifts import TokenShifts as TokenShifts
 from .ship.served import ServedVerification as ServedVerification
 from .ship.verify import Verification as Verification
 from .sweeps.activations_file import ActivationsFile as ActivationsFile

@@ -30,7 +30,7 @@ from lens_lora.core import (
     Prompts,
     distinct_tokens,
 )
-from lens_lora.hidden.stream_reading import over_scale
+from lens_lora.stream.stream_reading import over_scale
 from lens_lora.texts.batches import (
     TOKENS_AT_ONCE,
     Gated,

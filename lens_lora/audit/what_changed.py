@@ -57,9 +57,9 @@ from lens_lora.core import (
     stored,
 )
 from lens_lora.errors import ArgumentError, TokenError, many
-from lens_lora.hidden.held_out import held_out_share
-from lens_lora.hidden.stream_reading import read_through
 from lens_lora.responses.generate import SideBySide, side_by_side, whole_or_cut
+from lens_lora.stream.held_out import held_out_share
+from lens_lora.stream.stream_reading import read_through
 from lens_lora.texts import neutral
 from lens_lora.texts.batches import require_second_token
 from lens_lora.texts.divergences import text_divergences

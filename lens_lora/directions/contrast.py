@@ -16,7 +16,7 @@
    compared with the 95 % quantile of the same share with the labels shuffled.
 4. At points of the residual stream the direction is read through the final norm and the
    unembedding. The norm's denominator is that of the texts' means, averaged
-   (`hidden/stream_reading.py`).
+   (`stream/stream_reading.py`).
 
 Cost: one forward pass.
 """
@@ -48,15 +48,15 @@ from lens_lora.core import (
     name_of_scale,
 )
 from lens_lora.errors import ArgumentError, SiteError
-from lens_lora.hidden.cosines import cosine_table
-from lens_lora.hidden.point_activations import (
+from lens_lora.stream.cosines import cosine_table
+from lens_lora.stream.point_activations import (
     TextsLike,
     activations_at,
     positions_in,
     text_rows,
 )
-from lens_lora.hidden.readable import Readable, readable
-from lens_lora.hidden.site_activations import sinks_among
+from lens_lora.stream.readable import Readable, readable
+from lens_lora.stream.site_activations import sinks_among
 
 # Texts of each set that are compared in pairs, evenly spread: all pairs of more take long.
 _HELD_OUT = 128

@@ -37,8 +37,8 @@ from lens_lora.core import (
 from lens_lora.directions.alignment import direction_index
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.formats.directions import directions_of, is_stream
-from lens_lora.hidden.site_activations import sinks_among
-from lens_lora.hidden.stream_reading import over_scale, read_through
+from lens_lora.stream.site_activations import sinks_among
+from lens_lora.stream.stream_reading import over_scale, read_through
 
 # The paper's prompt of identities.
 IDENTITY = "cat -> cat; 135 -> 135; hello -> hello; ? ->"

@@ -17,8 +17,8 @@ from lens_lora.judging.faithfulness import Faithfulness
 from lens_lora.judging.null_test import NullTest
 from lens_lora.judging.reliability import Reliability
 from lens_lora.responses.generate import SideBySide
-from lens_lora.responses.logit_shift import LogitShift
-from lens_lora.responses.token_shifts import TokenShifts
+from lens_lora.shifts.logit_shift import LogitShift
+from lens_lora.shifts.token_shifts import TokenShifts
 
 # {'base' or 'adapted': ((token, its probability), …)}
 Said = Mapping[str, tuple[tuple[str, float], ...]]

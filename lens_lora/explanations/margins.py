@@ -41,7 +41,7 @@ from lens_lora.judging.reliability import judged
 from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import AnswerLike, items_of, margin_between
 from lens_lora.responses.generate import side_by_side
-from lens_lora.responses.logit_shift import LogitShift, logit_shift
+from lens_lora.shifts.logit_shift import LogitShift, logit_shift
 from lens_lora.texts.batches import by_length
 
 # Of how many sites, the largest ones, it is said which tokens they promote.

@@ -24,7 +24,7 @@ from lens_lora.explanations.response_words import (
     response_story,
     token_texts,
 )
-from lens_lora.responses.figures import log_p_pair, noted_tokens
+from lens_lora.shifts.figures import log_p_pair, noted_tokens
 from lens_lora.show import go, maps, page, text
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, percent, short_prompt, signed, visible

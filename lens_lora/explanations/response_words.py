@@ -15,7 +15,7 @@ from torch import Tensor
 from lens_lora.core import Attribution, context_of, drawing
 from lens_lora.errors import many
 from lens_lora.explanations.explanation import ResponseExplanation
-from lens_lora.responses.token_shifts import TokenShifts
+from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import text
 from lens_lora.show.text import magnitude, percent, points, short_prompt, signed, visible
 

@@ -23,7 +23,7 @@ from lens_lora.explanations.steps import PATH_NODES, PATH_TOLERANCE, answer_toke
 from lens_lora.path.path_attribution import path_attribution
 from lens_lora.responses.answers import KL, AnswerLike, AnswerLogProb
 from lens_lora.responses.generate import side_by_side
-from lens_lora.responses.token_shifts import token_shifts
+from lens_lora.shifts.token_shifts import token_shifts
 
 # Of how many tokens, those that changed most, it is said which modules moved them.
 _TOKENS_MOVED = 8

@@ -13,7 +13,7 @@ from torch import Tensor
 from lens_lora.core import SIGMAS
 from lens_lora.explanations import words
 from lens_lora.explanations.explanation import Explanation
-from lens_lora.responses.logit_shift import LogitShift
+from lens_lora.shifts.logit_shift import LogitShift
 from lens_lora.show import text
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, margin_table, roundings, table_of
 

@@ -5,7 +5,7 @@
    whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
    is kept apart. Where texts begin alike, a token with the same tokens before it counts once.
 3. At points of the residual stream the mean is read through the final norm and the unembedding,
-   with the norm's denominator held at the base's (`hidden/stream_reading.py`).
+   with the norm's denominator held at the base's (`stream/stream_reading.py`).
 
 Cost: two forward passes, and two vectors unembedded for each point.
 """
@@ -41,17 +41,17 @@ from lens_lora.core import (
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import directions_of, is_stream
-from lens_lora.hidden.cosines import cosine_table
-from lens_lora.hidden.held_out import held_out_share
-from lens_lora.hidden.point_activations import (
+from lens_lora.stream.cosines import cosine_table
+from lens_lora.stream.held_out import held_out_share
+from lens_lora.stream.point_activations import (
     TextsLike,
     activations_at,
     positions_in,
     text_rows,
 )
-from lens_lora.hidden.readable import Readable, readable
-from lens_lora.hidden.site_activations import sinks_among
-from lens_lora.hidden.stream_reading import over_scale, read_through
+from lens_lora.stream.readable import Readable, readable
+from lens_lora.stream.site_activations import sinks_among
+from lens_lora.stream.stream_reading import over_scale, read_through
 
 By = Literal["position"] | None
 

@@ -49,7 +49,7 @@ from lens_lora.core import (
     site_labels,
     tokens_at,
 )
-from lens_lora.hidden.examples import (
+from lens_lora.stream.examples import (
     Sign,
     require_ranks,
     require_sign,
@@ -57,7 +57,7 @@ from lens_lora.hidden.examples import (
     spread_of,
     strongest,
 )
-from lens_lora.hidden.site_activations import activation_ranks, site_activations
+from lens_lora.stream.site_activations import activation_ranks, site_activations
 
 # The columns of a table of examples.
 _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]

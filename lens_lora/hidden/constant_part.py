@@ -51,8 +51,8 @@ from lens_lora.core import (
     site_labels,
 )
 from lens_lora.errors import PromptError
-from lens_lora.hidden.held_out import held_out_share
 from lens_lora.hidden.update_sums import UpdateSums, update_sums
+from lens_lora.stream.held_out import held_out_share
 from lens_lora.texts.batches import require_own_tokens, require_second_token
 from lens_lora.texts.divergences import text_divergences
 

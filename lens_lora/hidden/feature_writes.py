@@ -38,7 +38,7 @@ from lens_lora.errors import SiteError
 from lens_lora.formats.directions import STREAM, Directions, is_residual, is_stream
 from lens_lora.hidden.projection import FeatureProjection, positions_label
 from lens_lora.hidden.readout import Projection, modules_before
-from lens_lora.hidden.stream_writers import stream_writers
+from lens_lora.stream.stream_writers import stream_writers
 
 # What to do about a norm between a site and the stream.
 _BY_SHIFT = "Use feature_shift(…, scale={site: 1.0}), which is exact"

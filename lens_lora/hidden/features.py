@@ -43,13 +43,13 @@ from lens_lora.core import (
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of
 from lens_lora.hidden.feature_writes import FeatureWrites, feature_writes
-from lens_lora.hidden.point_activations import TextsLike, text_rows
 from lens_lora.hidden.projection import (
     FeatureProjection,
     activation_at,
     positions_label,
     tangent_at,
 )
+from lens_lora.stream.point_activations import TextsLike, text_rows
 
 _Values = Float[Tensor, "batch feature *position"]
 

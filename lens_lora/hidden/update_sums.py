@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_lora.core import LoraLens, NormUpdate, Prompts, SiteUpdate, distinct_tokens
 from lens_lora.errors import UnsupportedAdapterError
-from lens_lora.hidden.site_activations import site_activations
+from lens_lora.stream.site_activations import site_activations
 from lens_lora.texts.batches import over_texts
 
 

@@ -36,7 +36,8 @@ from lens_lora.core import (
     one_site,
 )
 from lens_lora.errors import SweepError
-from lens_lora.hidden.examples import (
+from lens_lora.runs.store import Unchanged, fingerprint_of
+from lens_lora.stream.examples import (
     Sign,
     require_ranks,
     require_sign,
@@ -44,7 +45,6 @@ from lens_lora.hidden.examples import (
     spread_of,
     strongest,
 )
-from lens_lora.runs.store import Unchanged, fingerprint_of
 
 # Where the sites, and the spans of the groups of rows, stand in the file's metadata.
 SITES = b"lens_lora.sites"

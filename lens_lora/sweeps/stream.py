@@ -38,10 +38,10 @@ from lens_lora.core import (
     marks_of,
 )
 from lens_lora.errors import NumericsError, PromptError
-from lens_lora.hidden.site_activations import activation_ranks, site_activations
 from lens_lora.runs.fingerprint import Fingerprint, fingerprint
 from lens_lora.runs.processes import Processes, launched, write_errors_of
 from lens_lora.runs.store import Store, other_sweep
+from lens_lora.stream.site_activations import activation_ranks, site_activations
 from lens_lora.sweeps.activations_file import (
     SITES,
     SPANS,

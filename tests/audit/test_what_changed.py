@@ -20,7 +20,7 @@ import lens_lora as ll
 from lens_lora.audit import jacobian, what_changed
 from lens_lora.audit.text_sums import EARLY, PROMOTED
 from lens_lora.core.model import attached
-from lens_lora.hidden.stream_reading import over_scale
+from lens_lora.stream.stream_reading import over_scale
 from lens_lora.texts import neutral
 from lens_lora.texts.neutral import own_openings
 

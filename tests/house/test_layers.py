@@ -13,8 +13,8 @@ from imports import COMPUTED, Package, named_in
 TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 QUESTIONS = {
-    *("path", "curvature", "responses", "hidden", "edge_attribution", "directions", "texts"),
-    *("audit", "two_adapters", "judging", "interaction", "explanations", "banks", "sweeps", "ship"),
+    *("path", "curvature", "shifts", "hidden", "edge_attribution", "directions", "audit"),
+    *("two_adapters", "judging", "interaction", "banks", "sweeps", "ship"),
 }
 LAYERS = [
     {"errors", "_version", "families", "registered"},
@@ -25,7 +25,11 @@ LAYERS = [
     {"demonstration"},
     {"loading"},
     {"show", "runs"},
+    {"responses"},
+    {"texts"},
+    {"stream"},
     QUESTIONS,
+    {"explanations"},
     {"results"},
     {"__init__"},
     {"cli"},
@@ -217,6 +221,42 @@ def test_a_planted_import_of_another_folder_s_internals_is_seen(source: str):
 
 
 # --- circles, and what is seen of all this
+
+
+def inside_of_another_question(package: Package, module: str) -> list[str]:
+    """What a question imports of another question that is no public name of the package."""
+    folder = layer(module)
+    if folder not in QUESTIONS:
+        return []
+    others = [f"lens_lora.{other}" for other in QUESTIONS - {folder}]
+    public = {name.rpartition(".")[2] for name in public_names()}
+    source = package.files[module].read_text(encoding="utf-8")
+    return [
+        name
+        for name in sorted(named_in(source, module.rpartition(".")[0]))
+        if is_within(name, *others) and name.rpartition(".")[2] not in public
+    ]
+
+
+def test_a_question_uses_another_by_its_public_names():
+    """`explanations` stands above the questions, as it puts all of them on one page."""
+    found: dict[str, list[str]] = {}
+    for module in LENS_LORA.files:
+        names = inside_of_another_question(LENS_LORA, module)
+        if names:
+            found[module] = names
+    assert found == {}
+
+
+def test_a_planted_inside_of_another_question_is_seen(tmp_path: Path):
+    """Negative control: a helper of judging is seen, a public function of it is not."""
+    source = (
+        "from lens_lora.judging.compare import compare\n"
+        "def f():\n    from lens_lora.judging.compare import _ranks"
+    )
+    package = planted(tmp_path, judging__compare="", path__rules=source)
+    found = inside_of_another_question(package, "lens_lora.path.rules")
+    assert found == ["lens_lora.judging.compare._ranks"]
 
 
 def test_no_circles():

@@ -17,7 +17,6 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.core import Prompts, Source
 from lens_lora.responses.answers import answer_ids, margin_between
-from lens_lora.responses.logit_shift import _ids
 
 FACT, TURN = "The capital is", "The capital\n"
 
@@ -70,17 +69,6 @@ def test_where_a_tokenizer_puts_a_space_before_every_text():
         assert torch.equal(found, make(lyon).reading(SPACED, said(SPACED, FACT)).read(logits))
     with pytest.raises(ll.errors.TokenError, match="is 2 tokens"):
         ll.Logit(" Lyon").reading(SPACED, Prompts(torch.tensor([[5]]), torch.tensor([1])))
-
-
-@pytest.mark.bad_input  # a stand-in for a lens
-def test_tokens_of_a_shift_are_those_of_readouts():
-    """' Lyon' is looked up after the prompts' text, alone after ids."""
-    prompts = said(SPACED, FACT, FACT)
-    (lyon,) = SPACED.tokenizer(FACT + " Lyon")["input_ids"][len(FACT) + 1 :]
-    lens: Any = SimpleNamespace(model=SPACED)
-    assert _ids(lens, [" Lyon", 3], prompts) == [lyon, 3]
-    with pytest.raises(ll.errors.TokenError, match="is 2 tokens"):
-        _ids(lens, [" Lyon"], Prompts(torch.tensor([[5]]), torch.tensor([1])))
 
 
 def test_after_ids_an_answer_is_tokenised_alone():

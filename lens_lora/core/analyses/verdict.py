@@ -9,7 +9,7 @@ shift and of what first or second order leaves of it.
 2. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
 
 What other questions conclude stands with them: `curvature/verdict.py`, `judging/verdict.py`,
-`responses/kl_shares.py`.
+`shifts/kl_shares.py`.
 """
 
 from __future__ import annotations

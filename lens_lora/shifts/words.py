@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lens_lora.core import drawing
 from lens_lora.errors import many, worded
-from lens_lora.responses.kl_shares import KLShares, SharesVerdict
-from lens_lora.responses.logit_shift import LogitShift
+from lens_lora.shifts.kl_shares import KLShares, SharesVerdict
+from lens_lora.shifts.logit_shift import LogitShift
 
 
 @drawing.body.register(KLShares)

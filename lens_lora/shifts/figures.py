@@ -9,8 +9,8 @@ from rich.cells import cell_len
 
 from lens_lora.arguments import whole
 from lens_lora.core import TokenView, drawing, only_prompt
-from lens_lora.responses.logit_shift import LogitShift
-from lens_lora.responses.token_shifts import TokenShifts
+from lens_lora.shifts.logit_shift import LogitShift
+from lens_lora.shifts.token_shifts import TokenShifts
 from lens_lora.show import go, page, text
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, bars, finish, tokens_axis
 from lens_lora.show.text import magnitude, short_prompt, signed, visible

@@ -6,7 +6,7 @@ import pytest
 from browser import browser, drawn
 from every_result import response_explanation
 
-from lens_lora.responses.figures import laid_out
+from lens_lora.shifts.figures import laid_out
 
 PLOTS = 3
 TOKENS = ("<b>x</b>", "a\nb")

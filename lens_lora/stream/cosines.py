@@ -13,7 +13,7 @@ from torch.nn import functional
 from lens_lora.core import LoraLens
 from lens_lora.errors import ArgumentError
 from lens_lora.formats.directions import Directions, directions_of, is_residual
-from lens_lora.hidden.stream_writers import stream_writers
+from lens_lora.stream.stream_writers import stream_writers
 
 # What to do about a norm between a site and the stream.
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"

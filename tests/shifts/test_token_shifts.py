@@ -12,7 +12,7 @@ import torch
 from scipy.special import rel_entr
 
 import lens_lora as ll
-from lens_lora.responses import token_shifts as module
+from lens_lora.shifts import token_shifts as module
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]

@@ -1,0 +1,1 @@
+"""How far the outputs move: shifts of logits and of tokens, KL, and derivatives at hook points."""
