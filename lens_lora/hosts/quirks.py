@@ -17,7 +17,13 @@ of them; one that has nothing to do with a model leaves it alone. To teach anoth
 2. Names that a library keeps to itself are read in `compat.py`, by a function with a test in
    `tests/house/test_compat.py`.
 3. Add the architecture to `tests/lib/architectures.py`: then `tests/hosts/` compares lenses over it
-   with PEFT, in float64, and the logits of the bridge with those of the model.
+   with PEFT, in float64, and the logits of the bridge with those of the model. A row there is a
+   class of transformers; one that transformers lacks, such as a model's own code, has no row.
+4. Test the mend alone in `tests/hosts/test_variants.py`, with the bridge as it is without it as the
+   negative control. The tests of a class that transformers lacks are all there.
+
+A mend of what attention writes, such as a factor, acts behind `o.hook_out`. The site of o writes
+there, and what an adapter adds, ΔW z, must go through the mend as W z does.
 
 Other things that an architecture may need have their place elsewhere:
 
