@@ -1,9 +1,11 @@
-"""Who warns of plants whose effects do not add up: counts of right and false alarms, from numbers.
+"""Count right and false alarms: which warnings notice plants whose effects do not add up.
 
-A question of a plant is *broken* where its interaction, which interventions measured, is above
-`INTERACTS`. Thresholds are chosen on plants of even seeds and confirmed on those of odd seeds, all
-of them of kinds that are trained at corners. Smooth plants choose nothing: they judge what was
-chosen (`on_smooth`).
+All counts come from the stored numbers of docs/planted.json; `told.py` puts them into the page.
+
+A question of a plant is *broken* if its interaction, which interventions measured, is above
+`INTERACTS`. Thresholds are chosen on plants of even seeds and confirmed on plants of odd seeds, all
+of them of kinds that are trained at corners. Smooth plants take no part in the choice: they judge
+the thresholds that were chosen (`on_smooth`).
 """
 
 from __future__ import annotations
@@ -81,87 +83,102 @@ def of_kind(plants: Plants, kind: str) -> dict[str, Mapping[str, Any]]:
 
 def cases(plants: Plants) -> pd.DataFrame:
     """One row per plant and question: signals, what the package says, whether it interacts."""
-    return pd.DataFrame(
-        [
-            {
+    rows = []
+    for name, plant in entered(plants).items():
+        for case, check in zip(plant["cases"], plant["confirmed"], strict=True):
+            says = case["says"]
+            is_flagged = says["flags, add_one"] or says["flags, leave_one_out"]
+            row = {
                 "plant": name,
                 "kind": plant["kind"],
                 "confirms": plant["seed"] % 2 == 1,
                 "broken": check["interaction"] > INTERACTS,
                 **case["signals"],
-                "remainder": float(case["says"]["remainder"] in REMAINDERS),
+                "remainder": float(says["remainder"] in REMAINDERS),
                 "kl": float(case["kl"] == "fails"),
-                "violent": float(case["says"]["violent"]),
-                "flags": float(
-                    any(case["says"][f"flags, {how}"] for how in ("add_one", "leave_one_out"))
-                ),
+                "violent": float(says["violent"]),
+                "flags": float(bool(is_flagged)),
             }
-            for name, plant in entered(plants).items()
-            for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
-        ]
-    )
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def counted(counts: Counts) -> str:
+    """Hits, false alarms, missed cases and rightly silent cases, as a cell."""
     return f"{counts.hit} · {counts.false} · {counts.missed} · {counts.silent}"
+
+
+def signals_by_f1(results: Mapping[str, tuple[float, Counts, Counts]]) -> list[str]:
+    """The signals, the one with the best F1 on the half that chooses first."""
+    return sorted(results, key=lambda signal: -results[signal][1].f1)
 
 
 def warnings(plants: Plants) -> str:
     """Thresholds chosen on half of the plants and confirmed on the other half, best first."""
     rows = cases(plants)
     results = {signal: confusion(rows, signal) for signal in SIGNALS}
-    order = sorted(results, key=lambda signal: -results[signal][1].f1)
-    lines = [
-        [
+    lines = []
+    for signal in signals_by_f1(results):
+        threshold, chooses, confirms = results[signal]
+        line = [
             SIGNALS[signal],
-            f"{results[signal][0]:.3g}",
-            *map(counted, results[signal][1:]),
-            shares(results[signal][2]),
+            f"{threshold:.3g}",
+            counted(chooses),
+            counted(confirms),
+            shares(confirms),
         ]
-        for signal in order
-    ]
+        lines.append(line)
     head = [
         "warning: … above",
         "threshold",
         "on the half that chooses",
         "on the half that confirms",
+        "flagged, false alarms",
     ]
-    return markdown([*head, "flagged, false alarms"], lines)
+    return markdown(head, lines)
 
 
 def shares(counts: Counts) -> str:
-    """The share of broken cases that is flagged, and the share of sound ones, in a half."""
+    """The share of broken cases that a warning flags, and the share of sound cases."""
     broken = counts.hit + counts.missed
     sound = counts.false + counts.silent
     return f"{counts.hit / broken:.0%}, {counts.false / sound:.0%}"
 
 
 def shipped(plants: Plants) -> str:
-    """What the package says as it ships, on all plants, by kind."""
+    """How often each warning of the package speaks on all plants of each kind, as it ships.
+
+    The last row is of the signal that was chosen on one half, at its threshold, on both halves.
+    """
     rows = cases(plants)
-    lines = []
     best = chosen(rows)
     threshold = confusion(rows, best)[0]
     rows["chosen"] = (rows[best] >= threshold).astype(float).where(rows[best].notna())
     named_says = {**SAYS, "chosen": f"{SIGNALS[best]}: above {threshold:.2g}, both halves"}
-    groups = [(kind, rows[rows["kind"] == kind]) for kind in KINDS]
-    groups = [(kind, group) for kind, group in groups if len(group)]
-    interact = ["interacts, by interventions"]
-    interact += [f"{int(group['broken'].sum())} of {len(group)}" for _, group in groups]
-    lines.append(interact)
+    groups = {}
+    for kind, words in KINDS.items():
+        group = rows[rows["kind"] == kind]
+        if len(group):
+            groups[words] = group
+    lines = [["interacts, by interventions", *(of_all(g["broken"]) for g in groups.values())]]
     for key, words in named_says.items():
-        counts = [(int(group[key].sum()), int(group[key].count())) for _, group in groups]
-        lines.append([words, *(f"{flagged} of {known}" for flagged, known in counts)])
-    return markdown(["", *(KINDS[kind] for kind, _ in groups)], lines)
+        line = [words]
+        for group in groups.values():
+            flagged = int(group[key].sum())
+            # A signal that could not be computed on a question is NaN and not counted.
+            known = int(group[key].count())
+            line.append(f"{flagged} of {known}")
+        lines.append(line)
+    return markdown(["", *groups], lines)
 
 
 def chosen(rows: pd.DataFrame) -> str:
-    """The signal of the best F1 on the half that chooses."""
+    """The signal with the best F1 on the half that chooses."""
     return max(SIGNALS, key=lambda signal: confusion(rows, signal)[1].f1)
 
 
 def confirmed(plants: Plants) -> str:
-    """How the chosen signal fares on the half that chose nothing, in a sentence."""
+    """A sentence: how often the chosen signal flags each group on the half that confirms."""
     rows = cases(plants)
     best = chosen(rows)
     half = rows[rows["confirms"]].dropna(subset=[best])
@@ -177,7 +194,12 @@ def confirmed(plants: Plants) -> str:
 
 
 def carried(plants: Plants, others: Plants) -> str:
-    """How the signal that one base's plants chose fares on another's, at the same threshold."""
+    """How often a signal flags another base's plants, with its threshold as it is on the first.
+
+    Args:
+        plants: of the first base, on which the signal and its threshold were chosen.
+        others: of the other base.
+    """
     rows = cases(plants)
     rows_elsewhere = cases(others)
     best = chosen(rows)
@@ -189,42 +211,38 @@ def carried(plants: Plants, others: Plants) -> str:
     )
 
 
-# --- Smooth plants, which chose no threshold
+# --- Smooth plants, on which no threshold was chosen
 
 
 def on_smooth(plants: Plants, groups: Mapping[str, Plants]) -> str:
-    """Who flags smooth plants, by groups of them: warnings at the thresholds that `plants` chose.
+    """How many smooth plants of each group every warning flags.
 
     Args:
-        plants: of kinds that are trained at corners.
-        groups: smooth plants that entered, by what heads their column.
+        plants: of kinds that are trained at corners. The thresholds are those chosen on them.
+        groups: smooth plants that entered, by the head of their column.
     """
     rows = cases(plants)
     tables = {head: cases(group) for head, group in groups.items()}
-    lines = [
-        [
-            "interacts, by interventions",
-            "",
-            *(of_all(table["broken"]) for table in tables.values()),
-        ]
-    ]
+    broken = [of_all(table["broken"]) for table in tables.values()]
+    lines = [["interacts, by interventions", "", *broken]]
     results = {signal: confusion(rows, signal) for signal in SIGNALS}
-    order = sorted(results, key=lambda signal: -results[signal][1].f1)
-    for signal in order:
+    for signal in signals_by_f1(results):
         threshold = results[signal][0]
         counts = [of_all(table[signal] >= threshold) for table in tables.values()]
         lines.append([SIGNALS[signal], f"{threshold:.3g}", *counts])
     for key, words in SAYS.items():
-        lines.append([words, "as it ships", *(of_all(table[key] > 0) for table in tables.values())])
+        counts = [of_all(table[key] > 0) for table in tables.values()]
+        lines.append([words, "as it ships", *counts])
     return markdown(["warning: … above", "threshold", *tables], lines)
 
 
 def of_all(flagged: pd.Series) -> str:
+    """How many of all rows are flagged, as a cell."""
     return f"{int(flagged.sum())} of {len(flagged)}"
 
 
 def missed(plants: Plants, conjunctions: Plants) -> dict[str, Any]:
-    """How the warning that was chosen on `plants` fares on smooth conjunctions.
+    """How many smooth conjunctions the warning that was chosen on `plants` misses.
 
     Returns:
         its threshold; its values on the conjunctions, the smallest first; how many it misses, and
@@ -246,7 +264,7 @@ def missed(plants: Plants, conjunctions: Plants) -> dict[str, Any]:
 
 
 def by_largest_effect(plant: Mapping[str, Any]) -> float:
-    """The same sums off the shift, by the larger of the shift and the largest single effect.
+    """The error of the sums, divided by the larger of the shift and the largest single effect.
 
         max(|Σ corrected at 0 − shift|, |Σ corrected at 1 − shift|) / max(|shift|, max_l |e_l|)
 
@@ -258,19 +276,22 @@ def by_largest_effect(plant: Mapping[str, Any]) -> float:
     shift = adapted - base
     corrected = [case["sizes"][f"corrected, {how}"] for how in ("add_one", "leave_one_out")]
     off = max(abs(sizes["sum"] - shift) for sizes in corrected)
-    effects = [abs(value) for sizes in corrected for value in sizes["pair"]]
-    effects += [extremes["strongest other"] for extremes in case["effects"].values()]
+    effects = [extremes["strongest other"] for extremes in case["effects"].values()]
+    for sizes in corrected:
+        effects += [abs(value) for value in sizes["pair"]]
     return off / max(abs(shift), *effects)
 
 
 def diluted(groups: Mapping[str, Plants], sums: Plants) -> dict[str, Any]:
-    """What the sum of sizes costs the warning: its lowest value, and the other divisor's.
+    """The warning where its divisor, the sum of sizes, makes it smallest, beside the other divisor.
 
     Args:
-        groups: conjunctions, by what heads their column.
+        groups: conjunctions, by the head of their column.
         sums: smooth sums, the control.
     """
-    conjunctions = [plant for group in groups.values() for plant in group.values()]
+    conjunctions: list[Mapping[str, Any]] = []
+    for group in groups.values():
+        conjunctions += group.values()
     lowest = min(conjunctions, key=lambda plant: plant["cases"][0]["signals"]["screened"])
     others = [by_largest_effect(plant) for plant in conjunctions]
     controls = [by_largest_effect(plant) for plant in sums.values()]
@@ -285,23 +306,28 @@ def diluted(groups: Mapping[str, Plants], sums: Plants) -> dict[str, Any]:
 
 
 def on_fresh(plants: Plants, fresh: Plants) -> str:
-    """Both divisors on plants of seeds that chose neither, by kind: those that interact first.
+    """How often the warning is right with each divisor, on plants of seeds that chose neither.
+
+    The column of the questions that interact comes first.
 
     Args:
-        plants: of kinds that are trained at corners, which chose the threshold of the one. That of
-            the other is `INTERACTS`, by definition.
+        plants: of kinds that are trained at corners. The threshold of the first divisor was chosen
+            on them; that of the second is `INTERACTS`, by definition.
         fresh: from `fresh.py`.
     """
     rows = cases(plants)
     threshold = confusion(rows, "screened")[0]
-    questions = [case for plant in fresh.values() for case in plant["cases"]]
+    questions: list[Mapping[str, Any]] = []
+    for plant in fresh.values():
+        questions += plant["cases"]
     interacting = [case for case in questions if case["interaction"] > INTERACTS]
     others = [case for case in questions if case["interaction"] <= INTERACTS]
-    lines = []
-    for key, words, least in (
+    divisors = (
         ("by sizes", "by the larger sum of sizes", threshold),
         ("by largest", "by the larger of the shift and the largest single effect", INTERACTS),
-    ):
+    )
+    lines = []
+    for key, words, least in divisors:
         cells = []
         for group in (interacting, others):
             values = [case[key] for case in group]

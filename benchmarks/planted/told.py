@@ -1,4 +1,8 @@
-"""The section on planted causes of docs/faithfulness.md, from docs/planted.json."""
+"""Render the section on planted causes of docs/faithfulness.md from stored numbers.
+
+The numbers are those of docs/planted.json (`judged.py`) and docs/planted_fresh.json (`fresh.py`),
+the text is `planted.md.jinja`. `benchmarks/evidence/page.py` puts the section into the page.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +42,12 @@ from tables import markdown, named  # noqa: E402
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
 FRESH = NUMBERS.with_name("planted_fresh.json")
 TEMPLATE = Path(__file__).with_name("planted.md.jinja")
+# The AUROC, or the recovery of a pair, from which on a score is said to find the causes.
 GOAL = 0.95
 EMBEDDED = "SmolLM2-135M-Instruct"
-TENTH = 0.1  # of the shift, by which a number of a module is off
+# A number of a module counts as wrong from this error on, as a share of the shift.
+TENTH = 0.1
+# The kinds whose causes a score per site is asked to find.
 AIMED = ("confined", "two facts", "gated", "constant")
 FIRST = {"first_order@0": "0", "first_order@0.5": "½", "first_order@1": "1"}
 PAIRED = ("redundant", "masked", "opposed")
@@ -54,6 +61,7 @@ METHODS = {
 
 
 def read() -> dict[str, Any]:
+    """The numbers of docs/planted.json."""
     return json.loads(NUMBERS.read_text())
 
 
@@ -64,27 +72,34 @@ def auroc(places: Sequence[float], sites: int) -> float:
 
 
 def recovery(places: Sequence[float], sites: int) -> float:
-    """The share of the k causes among the first k sites."""
-    del sites
+    """The share of the k causes that stand among the first k sites."""
+    del sites  # `auroc`, which is called in the same way, needs it
     return sum(place <= len(places) for place in places) / len(places)
 
 
 def scored(plants: Plants, measure: Any) -> pd.DataFrame:
-    """[plant, method], the mean over a plant's questions; and its kind."""
+    """A score of every plant and method, the mean over the plant's questions, [plant, method].
+
+    Args:
+        plants: those that did not enter are left out.
+        measure: `auroc` or `recovery`.
+
+    Returns:
+        a column for each method, and the column `kind`.
+    """
     rows = {}
     for name, plant in entered(plants).items():
-        cases = [case["places"] for case in plant["cases"]]
-        rows[name] = {
-            "kind": plant["kind"],
-            **{
-                method: float(np.mean([measure(case[method], plant["sites"]) for case in cases]))
-                for method in cases[0]
-            },
-        }
+        questions = [case["places"] for case in plant["cases"]]
+        row = {"kind": plant["kind"]}
+        for method in questions[0]:
+            scores = [measure(places[method], plant["sites"]) for places in questions]
+            row[method] = float(np.mean(scores))
+        rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def cell(values: pd.Series) -> str:
+    """The median, its interval where there is one, and the worst plant."""
     told = summary(values)
     span = f" [{told.low:.2f}, {told.high:.2f}]" if np.isfinite(told.low) else ""
     return f"{told.median:.2f}{span} · {told.worst:.2f}"
@@ -95,10 +110,10 @@ def table(plants: Plants, measure: Any) -> str:
     scores = scored(plants, measure)
     by_kind = scores.groupby("kind")
     kinds = kinds_of(scores)
-    rows = [
-        [label(method), *(cell(by_kind.get_group(kind)[method]) for kind in kinds)]
-        for method in best_first(scores)
-    ]
+    rows = []
+    for method in best_first(scores):
+        cells = [cell(by_kind.get_group(kind)[method]) for kind in kinds]
+        rows.append([label(method), *cells])
     return markdown(["score", *(KINDS[kind] for kind in kinds)], rows)
 
 
@@ -109,70 +124,71 @@ def kinds_of(scores: pd.DataFrame) -> list[str]:
 
 
 def best_first(scores: pd.DataFrame) -> list[str]:
-    """Methods by their mean over the kinds of the goal."""
+    """The methods, the one with the largest mean over the kinds of `AIMED` first."""
     means = scores.groupby("kind").mean()
     aimed = means.loc[[kind for kind in AIMED if kind in means.index]]
     return list(aimed.mean().sort_values(ascending=False).index)
 
 
 def label(method: str) -> str:
+    """What the page calls a method."""
     return METHODS.get(method, named(method))
 
 
 def confirmation(plants: Plants, kinds: Mapping[str, str] = KINDS) -> str:
-    """One line a kind: how many entered, and the worst that interventions say of those."""
+    """One line a kind: how many plants entered, and the worst that interventions say of them."""
     rows = []
     for kind, words in kinds.items():
         drawn = {name: plant for name, plant in plants.items() if plant["kind"] == kind}
-        there = entered(drawn).values()
-        if not there:
-            continue
-        checks = pd.DataFrame([check for plant in there for check in plant["confirmed"]])
-        extremes = [case["effects"] for plant in there for case in plant["cases"]]
-        sizes = [abs(check["effect"]) for plant in there for check in plant["confirmed"]]
-        others = [
-            max(extreme[how]["strongest other"] for how in extreme) / size
-            for extreme, size in zip(extremes, sizes, strict=True)
-        ]
-        count = [len(paths) for plant in there for paths in plant["causes"]]
-        rows.append(
-            [
-                words,
-                f"{len(there)} of {len(drawn)}",
-                f"{min(count)} to {max(count)}" if min(count) < max(count) else str(count[0]),
-                f"{(checks['kept'] - 1).abs().max():.1%}",
-                f"{checks['lost'].min():.1%}",
-                f"{max(others):.0%}",
-                f"{checks['interaction'].median():.2f}, {checks['interaction'].max():.2f}",
-            ]
-        )
+        there = list(entered(drawn).values())
+        if there:
+            rows.append([words, f"{len(there)} of {len(drawn)}", *confirmed_cells(there)])
     head = [
         "kind",
         "entered",
         "causes",
         "off without the others, at most",
         "lost without the causes, at least",
+        "largest effect of any other site",
+        "interaction: median, largest",
     ]
-    return markdown(
-        [*head, "largest effect of any other site", "interaction: median, largest"], rows
-    )
+    return markdown(head, rows)
+
+
+def confirmed_cells(plants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cells of `confirmation` on plants of one kind that entered."""
+    checks = []
+    others = []
+    counts = []
+    for plant in plants:
+        counts += [len(paths) for paths in plant["causes"]]
+        checks += plant["confirmed"]
+        for case, check in zip(plant["cases"], plant["confirmed"], strict=True):
+            strongest = max(extremes["strongest other"] for extremes in case["effects"].values())
+            others.append(strongest / abs(check["effect"]))
+    table = pd.DataFrame(checks)
+    fewest = min(counts)
+    most = max(counts)
+    interaction = table["interaction"]
+    return [
+        f"{fewest} to {most}" if fewest < most else str(most),
+        f"{(table['kept'] - 1).abs().max():.1%}",
+        f"{table['lost'].min():.1%}",
+        f"{max(others):.0%}",
+        f"{interaction.median():.2f}, {interaction.max():.2f}",
+    ]
 
 
 def reached(plants: Plants) -> list[tuple[str, list[str]]]:
-    """The scores whose interval lies above the goal, for each of its kinds."""
+    """For each kind of `AIMED`, the scores whose whole interval lies above the goal."""
     by_kind = scored(plants, auroc).groupby("kind")
-    return [
-        (
-            KINDS[kind],
-            [
-                label(method)
-                for method in by_kind.get_group(kind).columns.drop("kind")
-                if summary(by_kind.get_group(kind)[method]).low >= GOAL
-            ],
-        )
-        for kind in AIMED
-        if kind in by_kind.groups
-    ]
+    found = []
+    for kind in AIMED:
+        if kind in by_kind.groups:
+            scores = by_kind.get_group(kind).drop(columns="kind")
+            above = [label(method) for method in scores if summary(scores[method]).low >= GOAL]
+            found.append((KINDS[kind], above))
+    return found
 
 
 def pairs(plants: Plants) -> list[str]:
@@ -182,49 +198,43 @@ def pairs(plants: Plants) -> list[str]:
     for kind in PAIRED:
         means = by_kind.get_group(kind).drop(columns="kind").mean()
         first = ", ".join(f"{means[key]:.2f} at {words}" for key, words in FIRST.items())
-        seen = [
-            f"{label(m)} ({v:.2f})"
-            for m, v in means.sort_values(ascending=False).items()
-            if v >= GOAL
-        ]
+        ordered = means.sort_values(ascending=False)
+        best = ordered[ordered >= GOAL]
+        seen = [f"{label(method)} ({mean:.2f})" for method, mean in best.items()]
         found = "; ".join(seen) if seen else "none"
         sentences.append(f"{KINDS[kind]}: first order recovers {first}; {found}.")
     return sentences
 
 
 def edges(plants: Plants) -> str:
-    """Where the edge from writer to gate stands in gated plants, by the gate value."""
+    """Where the edge from writer to gate stands among edges of gated plants, at ε = 0, ½ and 1."""
     there = [plant["edges"] for plant in entered(plants).values() if "edges" in plant]
     rows = []
     for at, words in (("0", "0"), ("0.5", "½"), ("1", "1")):
         ranks = pd.DataFrame([plant["places"][at] for plant in there])
         everywhere = ranks["among all"]
         writers = ranks["of its writer"]
-        scores = [
-            auroc([place], plant["edges"]) for place, plant in zip(everywhere, there, strict=True)
+        counts = [plant["edges"] for plant in there]
+        scores = [auroc([place], n) for place, n in zip(everywhere, counts, strict=True)]
+        row = [
+            f"edges at {words}",
+            cell(pd.Series(scores)),
+            f"{int((everywhere == 1).sum())} of {len(everywhere)}",
+            f"{int((writers == 1).sum())} of {len(writers)}",
+            f"{everywhere.median():.0f}",
         ]
-        rows.append(
-            [
-                f"edges at {words}",
-                cell(pd.Series(scores)),
-                *(
-                    f"{int((places == 1).sum())} of {len(places)}"
-                    for places in (everywhere, writers)
-                ),
-                f"{everywhere.median():.0f}",
-            ]
-        )
+        rows.append(row)
     head = ["", "AUROC", "first of all edges", "first of its writer's", "median place"]
     return markdown(head, rows)
 
 
 def way(plants: Plants) -> tuple[float, float]:
-    """The share of the effect that leaving out a direct edge costs: median, and most."""
-    costs = [
-        abs(plant["edges"]["left out"] / plant["confirmed"][0]["effect"])
-        for plant in entered(plants).values()
-        if "edges" in plant
-    ]
+    """The share of the effect that is lost without the direct edge: the median and the largest."""
+    costs = []
+    for plant in entered(plants).values():
+        if "edges" in plant:
+            effect = plant["confirmed"][0]["effect"]
+            costs.append(abs(plant["edges"]["left out"] / effect))
     return float(np.median(costs)), max(costs)
 
 
@@ -232,26 +242,28 @@ def way(plants: Plants) -> tuple[float, float]:
 
 
 def every_plant(plants: Plants) -> str:
-    """One line a method: of each plant of a kind the AUROC, and in brackets the recovery."""
+    """One line a method: the AUROC of each plant of a kind, and in brackets the recovery."""
     aurocs = scored(plants, auroc)
     recoveries = scored(plants, recovery)
     kinds = kinds_of(aurocs)
-    rows = [
-        [label(method)]
-        + [
-            " · ".join(
-                f"{aurocs[method][name]:.2f} ({recoveries[method][name]:.2f})"
-                for name in aurocs.index[aurocs["kind"] == kind]
-            )
-            for kind in kinds
-        ]
-        for method in best_first(aurocs)
-    ]
+    rows = []
+    for method in best_first(aurocs):
+        row = [label(method)]
+        for kind in kinds:
+            names = aurocs.index[aurocs["kind"] == kind]
+            pairs = zip(aurocs[method][names], recoveries[method][names], strict=True)
+            row.append(" · ".join(f"{area:.2f} ({share:.2f})" for area, share in pairs))
+        rows.append(row)
     return markdown(["score", *(KINDS[kind] for kind in kinds)], rows)
 
 
 def repeated(plants: Plants, others: Plants) -> str:
-    """Whether what reached the goal on one base does on another's plants, for each kind of it."""
+    """For each kind of `AIMED`, which scores reach the goal on one base, on another, and on both.
+
+    Args:
+        plants: of the first base, where the whole interval of a score has to lie above the goal.
+        others: of the other base, where every plant has to.
+    """
     scores = scored(others, auroc).rename(columns=label)
     rows = []
     for kind, methods in reached(plants):
@@ -271,19 +283,20 @@ def repeated(plants: Plants, others: Plants) -> str:
 
 
 def with_values(scores: pd.Series) -> str:
+    """The methods with their scores, or a dash where there is none."""
     return ", ".join(f"{method} ({score:.2f})" for method, score in scores.items()) or "—"
 
 
 def choice(others: Plants) -> str:
-    """First order at 0, in a sentence: AUROC and recovery on two facts, and at least elsewhere."""
+    """A sentence on first order at 0: its scores on two facts, and the lowest on all others."""
     parts = []
     for words, measure in (("AUROC", auroc), ("recovery", recovery)):
         scores = scored(others, measure)
         facts = scores["kind"] == "two facts"
         values = " and ".join(f"{score:.2f}" for score in scores["first_order@0"][facts])
-        least = f"{scores['first_order@0'][~facts].min():.2f}"
-        least = least if least == "1.00" else f"at least {least}"
-        parts.append(f"{words} {values} on two facts, {least} on all others")
+        lowest = f"{scores['first_order@0'][~facts].min():.2f}"
+        elsewhere = lowest if lowest == "1.00" else f"at least {lowest}"
+        parts.append(f"{words} {values} on two facts, {elsewhere} on all others")
     return f"First order at 0: {'; '.join(parts)}."
 
 
@@ -292,10 +305,9 @@ def edge_places(plants: Plants) -> str:
     parts = []
     for plant in entered(plants).values():
         if "edges" in plant:
-            ranks = (plant["edges"]["places"][gate]["among all"] for gate in ("0", "0.5", "1"))
-            parts.append(
-                ", ".join(f"{rank:.0f}" for rank in ranks) + f" of {plant['edges']['edges']}"
-            )
+            by_gate = plant["edges"]["places"]
+            ranks = [f"{by_gate[gate]['among all']:.0f}" for gate in ("0", "0.5", "1")]
+            parts.append(f"{', '.join(ranks)} of {plant['edges']['edges']}")
     return " and ".join(parts)
 
 
@@ -351,10 +363,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def shares_of_pair(plants: Plants, score: str) -> pd.DataFrame:
-    """[plant], of one score, by the plant's shift: the pair's numbers, the sum, and the error.
+    """What one score says of each plant's pair, as shares of the plant's shift, [plant].
 
-    The error is of the worse of the two modules: |a_l − e_l| with e_l the effect that the score is
-    asked to predict; NaN where it is asked for none.
+    The error is that of the worse of the two modules, |a_l − e_l| with e_l the effect that the
+    score is asked to predict; it is NaN where the score is asked to predict none.
+
+    Returns:
+        the columns `first`, `second`, `sum` over all sites, and `error`.
     """
     rows = {}
     for name, plant in plants.items():
@@ -375,17 +390,21 @@ def shares_of_pair(plants: Plants, score: str) -> pd.DataFrame:
 
 
 def sizes_table(plants: Plants) -> str:
-    """One line a score: how often it puts the pair first, and what it says of it."""
+    """One line a score: how often it ranks the pair above all sites, and what it says of it."""
     rows = []
     for score, words in SIZED_NAMES.items():
         shares = shares_of_pair(plants, score)
         found = "—"
         places = [plant["cases"][0]["places"].get(score) for plant in plants.values()]
         if None not in places:
-            found = f"{sum(max(pair) <= 2 for pair in places)} of {len(places)}"
-        error = spread(list(shares["error"])) if score in PREDICTS else "—"
+            count = sum(max(pair) <= 2 for pair in places)
+            found = f"{count} of {len(places)}"
         columns = [spread(list(shares[key])) for key in ("first", "second", "sum")]
-        rows.append([words, found, *columns, error.replace("+", "")])
+        error = "—"
+        if score in PREDICTS:
+            # An error has no sign.
+            error = spread(list(shares["error"])).replace("+", "")
+        rows.append([words, found, *columns, error])
     head = [
         "score",
         "pair is first and second",
@@ -409,7 +428,8 @@ def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
             continue
         confirmations[base] = confirmation(plants, SMOOTH_KINDS)
         for kind, words in SMOOTH_KINDS.items():
-            if there := of_kind(plants, kind):
+            there = of_kind(plants, kind)
+            if there:
                 columns[f"{words}, {base}"] = there
     products = {head: there for head, there in columns.items() if SMOOTH_KINDS[SUM] not in head}
     groups = [{"head": head, **conjunctions(above, there)} for head, there in products.items()]
@@ -424,7 +444,7 @@ def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fresh(above: Plants) -> dict[str, Any]:
-    """The two divisors on plants that chose neither."""
+    """Both divisors of the warning on plants on which neither was chosen."""
     stored = json.loads(FRESH.read_text())
     there = entered(stored)
     return {"drawn": len(stored), "entered": len(there), "table": on_fresh(above, there)}
@@ -451,11 +471,11 @@ def off_grid(plants: Plants) -> tuple[float, float]:
 
 
 def wrong(plants: Plants) -> dict[str, int]:
-    """How many plants have a first order off its own effect, on the worse module of the pair.
+    """How many plants have a wrong first order, on the worse module of the pair.
 
     Returns:
-        of either end, plants where it is off by more than a tenth of the shift; and plants where it
-        has the wrong sign at that size, at either end.
+        `at 0` and `at 1`, the plants where it is off the effect at that end by more than a tenth of
+        the shift; and `sign`, those where at either end it has the wrong sign and is as large.
     """
     counts = {"at 0": 0, "at 1": 0, "sign": 0}
     for plant in plants.values():
