@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def pack(folder: Path) -> Numbers:
 
 
 def joined(stored: Numbers, packed: Numbers) -> Numbers:
-    """What is stored, with the adapters that are packed added or replaced."""
+    """The stored numbers, with the packed adapters added, or put in place of their older ones."""
     return {**stored, "adapters": {**stored["adapters"], **packed["adapters"]}}
 
 
@@ -77,43 +79,45 @@ def _apart(stored: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _adapter(one: dict[str, Any]) -> dict[str, Any]:
-    costs = {
-        key: {name: rounded(cost[name]) for name in ("passes", "time")}
-        for key, cost in one["costs"].items()
-    }
-    return {
-        "base": Path(one["base"]).name,
-        **({"lean": True} if one.get("lean") else {}),
-        **{field: one[field] for field in KEPT_FIELDS},
-        "ends": {k: _ends(q) for k, q in one["questions"].items()},
-        "signals": {
-            kind: {name: rounded(value) for name, value in signals.items()}
-            for kind, signals in one["signals"].items()
-        },
-        "ceilings": one["ceilings"],
-        "left_out": one["left_out"],
-        "versions": one["versions"],
-        "costs": costs,
-        "scores": _nested(one["scores"]),
-    }
+    """One adapter's numbers in the order in which they are stored."""
+    costs = {}
+    for method, cost in one["costs"].items():
+        costs[method] = {"passes": rounded(cost["passes"]), "time": rounded(cost["time"])}
+    signals = {}
+    for kind, values in one["signals"].items():
+        signals[kind] = {name: rounded(value) for name, value in values.items()}
+    kept: dict[str, Any] = {"base": Path(one["base"]).name}
+    if one.get("lean"):
+        kept["lean"] = True
+    for field in KEPT_FIELDS:
+        kept[field] = one[field]
+    kept["ends"] = {kind: _ends(question) for kind, question in one["questions"].items()}
+    kept["signals"] = signals
+    kept["ceilings"] = one["ceilings"]
+    kept["left_out"] = one["left_out"]
+    kept["versions"] = one["versions"]
+    kept["costs"] = costs
+    kept["scores"] = _nested(one["scores"])
+    return kept
 
 
 def _ends(question: dict[str, Any]) -> list[list[float]]:
     """[base, adapted] of each prompt."""
-    return [
-        [round(a, 2), round(b, 2)]
-        for a, b in zip(question["base"], question["adapted"], strict=True)
-    ]
+    pairs = zip(question["base"], question["adapted"], strict=True)
+    return [[round(base, 2), round(adapted, 2)] for base, adapted in pairs]
 
 
 def _nested(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores by question, metric, method and kind of prompt; held out, of the main methods."""
     found: dict[str, Any] = {}
     for row in rows:
         elsewhere = row["question"].endswith("/held_out")
         if elsewhere and (row["metric"] != "spearman" or row["method"] not in MAIN):
             continue
-        of = found.setdefault(row["question"], {}).setdefault(row["metric"], {})
-        of.setdefault(row["method"], {})[row["prompts"]] = rounded(row["value"])
+        metrics = found.setdefault(row["question"], {})
+        methods = metrics.setdefault(row["metric"], {})
+        kinds = methods.setdefault(row["method"], {})
+        kinds[row["prompts"]] = rounded(row["value"])
     return found
 
 
@@ -121,47 +125,57 @@ def rounded(value: Any) -> Any:
     """Four digits are more than another machine reproduces; what does not exist is null."""
     if not isinstance(value, float):
         return value
-    return float(f"{value:.4g}") if value == value else None
+    if math.isnan(value):
+        return None
+    return float(f"{value:.4g}")
 
 
 def write(numbers: Numbers) -> None:
-    """One line an adapter."""
-    parts = (f"{json.dumps(key)}: {{\n{_lines(held)}\n}}" for key, held in numbers.items())
+    """Store all numbers in docs/faithfulness.json, with one line for each adapter."""
+    parts = [f"{json.dumps(key)}: {{\n{_lines(value)}\n}}" for key, value in numbers.items()]
     NUMBERS.write_text(f"{{{', '.join(parts)}}}\n")
 
 
-def _lines(held: dict[str, Any]) -> str:
-    rows = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(held.items()))
+def _lines(entries: dict[str, Any]) -> str:
+    rows = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(entries.items())]
     return ",\n".join(rows)
 
 
 def read() -> Numbers:
+    """All that docs/faithfulness.json holds."""
     return json.loads(NUMBERS.read_text())
 
 
 def bases_of(numbers: Numbers) -> list[str]:
-    """Bases, that of the most adapters first."""
-    return list(pd.Series([a["base"] for a in numbers["adapters"].values()]).value_counts().index)
+    """The names of the bases, that of the most adapters first."""
+    bases = pd.Series([one["base"] for one in numbers["adapters"].values()])
+    return list(bases.value_counts().index)
 
 
 def scores_of(numbers: Numbers) -> pd.DataFrame:
     """One row per adapter, kind of prompt, question, metric and method; derived metrics too."""
-    rows = [
-        (name, one["cluster"], one["base"], kind, question, metric, method, value)
-        for name, one in numbers["adapters"].items()
-        for question, metrics in _as_called(one)["scores"].items()
-        for metric, methods in metrics.items()
-        for method, kinds in methods.items()
-        for kind, value in kinds.items()
-        if value is not None
-    ]
+    rows = []
+    for name, one in numbers["adapters"].items():
+        start = (name, one["cluster"], one["base"])
+        for row in _flat(_as_called(one)["scores"]):
+            rows.append((*start, *row))
     columns = ["adapter", "cluster", "base", "prompts", "question", "metric", "method", "value"]
     scores = pd.DataFrame(rows, columns=columns)
     return pd.concat([scores, _of_the_best(scores), _incomplete(scores)], ignore_index=True)
 
 
+def _flat(scores: dict[str, Any]) -> Iterator[tuple[str, str, str, str, float]]:
+    """Undo the nesting of one adapter's scores: kind of prompt, question, metric, method, value."""
+    for question, metrics in scores.items():
+        for metric, methods in metrics.items():
+            for method, kinds in methods.items():
+                for kind, value in kinds.items():
+                    if value is not None:
+                        yield kind, question, metric, method, value
+
+
 def _of_the_best(scores: pd.DataFrame) -> pd.DataFrame:
-    """What a ranking's top fifth keeps, as a share of what the best set found keeps there."""
+    """Score a ranking's top fifth by the share that it keeps of what the best set found keeps."""
     kept = scores[(scores["question"] == "keep") & (scores["metric"] == "kept")]
     parts = []
     for kind, ceiling in CEILING.items():
@@ -190,9 +204,12 @@ def _as_called(one: Numbers) -> Numbers:
         return one
     four = sums["path/4"]
     eight = sums["path/8"]
-    last = {kind: four[kind] if is_met(four[kind]) else eight[kind] for kind in eight}
-    rules = [costs[rule] for rule in RULES[: 2 if is_met(four["trained"]) else 3]]
-    cost = {of: sum(rule[of] for rule in rules) for of in rules[0]}
+    last = {}
+    for kind, sum_of_eight in eight.items():
+        last[kind] = four[kind] if is_met(four[kind]) else sum_of_eight
+    rules_run = RULES[:2] if is_met(four["trained"]) else RULES
+    rules = [costs[rule] for rule in rules_run]
+    cost = {unit: sum(rule[unit] for rule in rules) for unit in rules[0]}
     scores = {**one["scores"], "sum": {"sum": {**sums, CALLED: last}}}
     return {**one, "scores": scores, "costs": {**costs, CALLED: cost}}
 
@@ -206,11 +223,10 @@ def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
 
 def costs_of(numbers: Numbers) -> pd.DataFrame:
     """The cost of each method on a prompt: passes, a backward one as two, and F by process time."""
-    rows = [
-        (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
-        for name, one in numbers["adapters"].items()
-        for method, cost in _as_called(one)["costs"].items()
-    ]
+    rows = []
+    for name, one in numbers["adapters"].items():
+        for method, cost in _as_called(one)["costs"].items():
+            rows.append((name, one["cluster"], one["base"], method, cost["passes"], cost["time"]))
     return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "passes", "time"])
 
 
@@ -218,13 +234,11 @@ def cases_of(numbers: Numbers, scores: pd.DataFrame, question: str) -> pd.DataFr
     """One row per adapter, kind of prompt and method: its rank correlation, and all signals."""
     chosen = (scores["question"] == question) & (scores["metric"] == "spearman")
     rows = scores[chosen].rename(columns={"value": "agreement"})
-    signals = pd.DataFrame(
-        [
-            {"adapter": name, "prompts": kind, **signals}
-            for name, one in numbers["adapters"].items()
-            for kind, signals in one["signals"].items()
-        ]
-    )
+    signal_rows = []
+    for name, one in numbers["adapters"].items():
+        for kind, values in one["signals"].items():
+            signal_rows.append({"adapter": name, "prompts": kind, **values})
+    signals = pd.DataFrame(signal_rows)
     for at in ("0", "1"):
         signals[f"sum_off_{at}"] = (signals[f"sum_at_{at}"] - 1).abs()
     return rows.merge(signals, on=["adapter", "prompts"])

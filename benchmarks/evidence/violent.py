@@ -44,18 +44,16 @@ def curve(cases: pd.DataFrame, bins: int = BINS) -> dict[str, list[tuple[float, 
 
 def warned_cases(warned: dict[str, Any], question: str) -> pd.DataFrame:
     """One row per adapter and kind of prompt: its signals, and whether the estimate is broken."""
-    return pd.DataFrame(
-        [
-            {
+    rows = []
+    for name, one in warned.items():
+        for kind in one["kinds"].values():
+            case = {
                 "adapter": name,
                 "confirms": one["confirms"],
-                "broken": of["agreement"][question] < BROKEN,
-                **of["signals"],
+                "broken": kind["agreement"][question] < BROKEN,
             }
-            for name, one in warned.items()
-            for of in one["kinds"].values()
-        ]
-    )
+            rows.append({**case, **kind["signals"]})
+    return pd.DataFrame(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +73,31 @@ class Counts:
 
     @property
     def f1(self) -> float:
+        """2 hits / (2 hits + false alarms + missed), and 0 where nothing is broken or warned of."""
         known = 2 * self.hit + self.false + self.missed
-        return 2 * self.hit / known if known else 0.0
+        if not known:
+            return 0.0
+        return 2 * self.hit / known
 
 
 def confusion(cases: pd.DataFrame, signal: str) -> tuple[float, Counts, Counts]:
     """The threshold that tasks choose, with its counts on them, and on tasks that chose nothing."""
     known = cases.dropna(subset=[signal])
-    choosing, confirming = (known[known["confirms"] == confirms] for confirms in (False, True))
+    is_confirming = known["confirms"].astype(bool)
+    choosing = known[~is_confirming]
+    confirming = known[is_confirming]
     threshold = threshold_of(choosing[signal], choosing["broken"])
-    return threshold, *(_counts(rows, signal, threshold) for rows in (choosing, confirming))
+    on_choosing = _counts(choosing, signal, threshold)
+    on_confirming = _counts(confirming, signal, threshold)
+    return threshold, on_choosing, on_confirming
 
 
 def _counts(cases: pd.DataFrame, signal: str, threshold: float) -> Counts:
     warned = cases[signal] >= threshold
     broken = cases["broken"]
-    pairs = ((warned, broken), (warned, ~broken), (~warned, broken), (~warned, ~broken))
-    return Counts(*(int((left & right).sum()) for left, right in pairs))
+    return Counts(
+        hit=int((warned & broken).sum()),
+        false=int((warned & ~broken).sum()),
+        missed=int((~warned & broken).sum()),
+        silent=int((~warned & ~broken).sum()),
+    )
