@@ -7,6 +7,7 @@ prompt, question, metric and method; `costs` one per adapter and method, in forw
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -59,12 +60,12 @@ KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked of a method, and how an answer is scored.
+    """A question that methods answer, and the score that an answer gets.
 
     Attributes:
-        key, metric: as in `scores`.
+        key, metric: the question and the metric, as they are called in `scores`.
         larger: whether a larger score is better.
-        prompts: the kinds of prompt that the score is of.
+        prompts: the kinds of prompt over which the score is averaged.
         words: the question, in words.
         short: the same in a table.
     """
@@ -78,6 +79,7 @@ class Question:
 
     @property
     def label(self) -> str:
+        """The question and its metric, as the head of a table's line."""
         return f"{self.short}: {self.metric}"
 
 
@@ -120,33 +122,49 @@ def median_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    """A table in markdown: its head, and a line for each row."""
+    lines = [_table_line(head), "| --- " * len(head) + "|"]
+    lines += [_table_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Above a hundred without digits, and next to zero with one that says something."""
-    if 0 < abs(value) < 0.5 * 10**-digits:
+    """Write a number: from a hundred on without decimals, next to zero with one digit."""
+    is_next_to_zero = 0 < abs(value) < 0.5 * 10**-digits
+    if is_next_to_zero:
         return f"{value:.1g}"
-    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
+    if abs(value) < 100:
+        return f"{value:.{digits}f}"
+    return f"{value:.0f}"
 
 
 def span(found: Summary) -> str:
     """`0.98 [0.96, 0.99]`, the median and its interval."""
-    if found.low != found.low:
-        return number(found.median) if found.tasks else "—"
+    if not found.tasks:
+        return "—"
+    if math.isnan(found.low):
+        return number(found.median)
     return f"{number(found.median)} [{number(found.low)}, {number(found.high)}]"
 
 
 def with_worst(found: Summary) -> str:
     """`0.98 (0.75)`, the median and the worst task."""
-    return f"{number(found.median)} ({number(found.worst)})" if found.tasks else "—"
+    if not found.tasks:
+        return "—"
+    return f"{number(found.median)} ({number(found.worst)})"
 
 
 def cost_in_words(cost: float | None) -> str:
+    """Write a cost: below ten with two digits, above without decimals; a dash if there is none."""
     if cost is None:
         return "—"
-    return f"{cost:.2g}" if cost < 10 else f"{cost:.0f}"
+    if cost < 10:
+        return f"{cost:.2g}"
+    return f"{cost:.0f}"
 
 
 def question_table(
@@ -171,8 +189,11 @@ def question_table(
         head += [question.metric, "worst", "behind the best"][:width]
     if prices:
         head += ["passes", "F"]
+    methods: dict[str, None] = {}
+    for column in columns:
+        methods.update(dict.fromkeys(column))
     rows: list[list[str]] = []
-    for method in dict.fromkeys(method for column in columns for method in column):
+    for method in methods:
         found = [column.get(method) for column in columns]
         tasks = next(one.score.tasks for one in found if one is not None)
         row = [named(method), str(tasks)]
@@ -192,27 +213,35 @@ def _cells(standing: Standing | None) -> tuple[str, str, str]:
     """The score, the worst task, and how far behind the best in the median, unless it is a tie."""
     if standing is None:
         return "—", "—", "—"
-    is_worse = standing.verdict == "worse"
-    told = number(standing.behind, 3) if is_worse else standing.verdict
-    return span(standing.score), number(standing.score.worst), told
+    behind = standing.verdict
+    if standing.verdict == "worse":
+        behind = number(standing.behind, 3)
+    return span(standing.score), number(standing.score.worst), behind
 
 
 def cost_table(costs: pd.DataFrame, base: str) -> str:
     """Passes and time of every method that the page names, the dearest first."""
-    passes, time = (median_costs(costs, base, of) for of in ("passes", "time"))
-    order = sorted((m for m in passes if named(m) != m), key=lambda method: -time[method])
-    rows = [[named(m), cost_in_words(passes[m]), cost_in_words(time[m])] for m in order]
+    passes = median_costs(costs, base, "passes")
+    time = median_costs(costs, base, "time")
+    shown = [method for method in passes if named(method) != method]
+    rows = []
+    for method in sorted(shown, key=lambda method: -time[method]):
+        row = [named(method), cost_in_words(passes[method]), cost_in_words(time[method])]
+        rows.append(row)
     return markdown(["method", "passes", "F"], rows)
 
 
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:
     """The chosen methods by kind of prompt: the median over clusters, and the worst."""
-    every = of_question(scores, dataclasses.replace(question, prompts=KINDS), base)
+    on_every_kind = dataclasses.replace(question, prompts=KINDS)
+    measured = set(of_question(scores, on_every_kind, base)["prompts"])
+    kinds = [kind for kind in KINDS if kind in measured]
     rows = []
-    kinds = [kind for kind in KINDS if kind in set(every["prompts"])]
     for method in methods:
-        asked = (dataclasses.replace(question, prompts=(kind,)) for kind in kinds)
-        found = [summary_of(scores, of, base, method) for of in asked]
-        tasks = max((of.tasks for of in found), default=0)
+        found = []
+        for kind in kinds:
+            on_kind = dataclasses.replace(question, prompts=(kind,))
+            found.append(summary_of(scores, on_kind, base, method))
+        tasks = max((one.tasks for one in found), default=0)
         rows.append([named(method), str(tasks), *map(with_worst, found)])
     return markdown(["method", "tasks", *kinds], rows)

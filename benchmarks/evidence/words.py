@@ -43,7 +43,12 @@ from lens_lora.core import VIOLENT
 MEASURED = ("add_one", "leave_one_out")
 OWN = ("trained", "paraphrase")
 ADD = Question(
-    "add_one", "spearman", True, OWN, "What would adding this module to the base do?", "adding one"
+    key="add_one",
+    metric="spearman",
+    larger=True,
+    prompts=OWN,
+    words="What would adding this module to the base do?",
+    short="adding one",
 )
 OUT = dataclasses.replace(
     ADD,
@@ -51,17 +56,25 @@ OUT = dataclasses.replace(
     words="What would removing it from the adapted model do?",
     short="leaving one out",
 )
-ADD_ERROR, OUT_ERROR = (dataclasses.replace(q, metric="error", larger=False) for q in (ADD, OUT))
-ADD_ELSEWHERE, OUT_ELSEWHERE = (
-    dataclasses.replace(
-        question,
-        key=f"{question.key}/held_out",
-        words=f"{question.words} With the numbers of the trained wording:",
-    )
-    for question in (ADD, OUT)
+ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
+OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+ADD_ELSEWHERE = dataclasses.replace(
+    ADD,
+    key=f"{ADD.key}/held_out",
+    words=f"{ADD.words} With the numbers of the trained wording:",
+)
+OUT_ELSEWHERE = dataclasses.replace(
+    OUT,
+    key=f"{OUT.key}/held_out",
+    words=f"{OUT.words} With the numbers of the trained wording:",
 )
 KEEP = Question(
-    "keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?", "what carries it"
+    key="keep",
+    metric="cpr",
+    larger=True,
+    prompts=("paraphrase",),
+    words="Which modules carry the shift?",
+    short="what carries it",
 )
 CLOSE = dataclasses.replace(
     KEEP, metric="cmd", larger=False, words="Which modules reproduce the adapted model's readout?"
@@ -73,12 +86,12 @@ FEW = dataclasses.replace(
     short="the best fifth",
 )
 SUM = Question(
-    "sum",
-    "incompleteness",
-    False,
-    OWN,
-    "How is the shift divided among the modules?",
-    "dividing it",
+    key="sum",
+    metric="incompleteness",
+    larger=False,
+    prompts=OWN,
+    words="How is the shift divided among the modules?",
+    short="dividing it",
 )
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
 ERRORS = {ADD: ADD_ERROR, OUT: OUT_ERROR}
@@ -89,6 +102,7 @@ STABLE = 0.8  # of the resamples of tasks that must choose a method before it is
 ONE = ("trained, first",)
 RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}  # by metric
 WORST = 3  # adapters that are named
+SHOWN = 4  # methods of a tie that are named with their share of the resamples
 # Question, method, what it would replace.
 COMPARED = (
     (KEEP, HALF, FIRST),
@@ -112,9 +126,10 @@ COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What the tables say about one question.
+    """The estimate that the tables advise for one question.
 
     Attributes:
+        question: what is asked.
         method: the cheapest of the tie with the best, as a call runs it.
         members: the whole tie.
         shares: of the resamples of tasks, by what they choose, the most first.
@@ -134,13 +149,15 @@ class Advice:
 
 
 def as_run(question: Question, method: str) -> str:
-    """A rule of the path is one of those that `ll.path_attribution` runs."""
-    return CALLED if question == SUM and method.startswith("path/") else method
+    """Name the call `ll.path_attribution` in place of a rule of the path that it runs."""
+    is_rule = question == SUM and method.startswith("path/")
+    return CALLED if is_rule else method
 
 
 def is_estimate(method: str) -> bool:
-    """Not one that runs every site, or a searched set, or a ranking that is no answer."""
-    return not any(word in method for word in (*MEASURED, "best_subset", "null_adapter"))
+    """Whether a method is neither a run of every site, nor a searched set, nor a null ranking."""
+    others = (*MEASURED, "best_subset", "null_adapter")
+    return not any(word in method for word in others)
 
 
 def estimates(
@@ -149,12 +166,14 @@ def estimates(
     """[cluster, method] of all that a recommendation may choose among, and their passes."""
     passes = median_costs(costs, base)
     means = means_of(scores, question, base)
-    return means[[m for m in means if m in passes and is_estimate(m)]], passes
+    chosen = [method for method in means if method in passes and is_estimate(method)]
+    return means[chosen], passes
 
 
 def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
     """The advice on each question."""
     costs = costs_of(numbers)
+    time = median_costs(costs, base, "time")
     found = []
     for question in ASKED:
         means, passes = estimates(scores, costs, question, base)
@@ -162,7 +181,6 @@ def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
         members = tied(means, larger_is_better=question.larger)
         shares = numbers["resampled"]["choices"][question.label]
         method = as_run(question, chosen)
-        time = median_costs(costs, base, "time")
         found.append(Advice(question, method, members, shares, time))
     return found
 
@@ -174,18 +192,37 @@ def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
     ties = []
     for found in advice(numbers, scores, base):
         question = found.question
-        score = summary_of(scores, found.question, base, found.method)
-        is_stable = found.chosen >= STABLE
-        many = len(found.members)
-        word = "recommended" if is_stable else f"a tie of {many}" if many > 1 else "unstable"
-        told = [_percent(found.chosen), word, span(score), number(score.worst), str(score.tasks)]
-        rows.append([question.label, named(found.method), *told])
-        if not is_stable:
-            won = [f"{named(m)} {_percent(share)}" for m, share in list(found.shares.items())[:4]]
-            members = "; ".join(map(named, found.members))
-            ties.append(f"**{question.label}**: {members}. Chosen most: {'; '.join(won)}.")
-    head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks"]
-    return markdown(head, rows), ties
+        score = summary_of(scores, question, base, found.method)
+        cells = {
+            "question": question.label,
+            "cheapest of the tie": named(found.method),
+            "chosen": _percent(found.chosen),
+            "so": _verdict_of_resamples(found),
+            "median": span(score),
+            "worst": number(score.worst),
+            "tasks": str(score.tasks),
+        }
+        rows.append(cells)
+        if found.chosen < STABLE:
+            ties.append(_tie_in_words(found))
+    return markdown(list(rows[0]), [list(cells.values()) for cells in rows]), ties
+
+
+def _verdict_of_resamples(found: Advice) -> str:
+    """Whether the method is recommended, which other tasks must choose too."""
+    if found.chosen >= STABLE:
+        return "recommended"
+    if len(found.members) > 1:
+        return f"a tie of {len(found.members)}"
+    return "unstable"
+
+
+def _tie_in_words(found: Advice) -> str:
+    """The members of a tie, and the four that the resamples choose most."""
+    members = "; ".join(map(named, found.members))
+    most_chosen = list(found.shares.items())[:SHOWN]
+    won = "; ".join(f"{named(method)} {_percent(share)}" for method, share in most_chosen)
+    return f"**{found.question.label}**: {members}. Chosen most: {won}."
 
 
 def _percent(share: float) -> str:
@@ -200,27 +237,31 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
 
 def compared(scores: pd.DataFrame, base: str) -> list[list[str]]:
     """The cells of `comparisons`, of the pairs that a base has."""
-    columns = {}
-    cells = []
+    improvements = {}
+    cells_of = {}
     for row, (question, method, other) in enumerate(COMPARED):
         means = cluster_means(of_question(scores, question, base))
         if method in means and other in means:
             difference = means[method] - means[other]
-            columns[row] = difference if question.larger else -difference
+            improvements[row] = difference if question.larger else -difference
             found = summary(difference, larger_is_better=question.larger)
-            cells.append([named(method), named(other), question.label, _signed(found)])
-    apart = pd.DataFrame(columns)
-    ahead = (f"{(apart[row] > 0).sum()} of {apart[row].count()}" for row in apart)
-    told = zip(cells, verdicts(apart), ahead, strict=True)
-    return [[*cell, word, of] for cell, word, of in told]
+            cells_of[row] = [named(method), named(other), question.label, _signed(found)]
+    answers = verdicts(pd.DataFrame(improvements))
+    rows = []
+    for row, cells in cells_of.items():
+        improvement = improvements[row]
+        ahead = f"{(improvement > 0).sum()} of {improvement.count()}"
+        rows.append([*cells, answers[row], ahead])
+    return rows
 
 
 def _signed(found: Summary) -> str:
+    """`+0.012 (-0.100)`, the median difference and that of the worst task."""
     return f"{found.median:+.3f} ({number(found.worst, 3)})"
 
 
 def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
-    """What the first page says of each question; the estimate is that of the first base."""
+    """Each question's line on the first page; the estimate is that of the first base."""
     scores = scores_of(numbers)
     every = advice(numbers, scores, bases[0])
     return {found.question.short: _line(numbers, scores, found, bases) for found in every}
@@ -229,7 +270,7 @@ def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
 def _line(
     numbers: Numbers, scores: pd.DataFrame, found: Advice, bases: list[str]
 ) -> dict[str, Any]:
-    """What the page says of one question: the answer, its cost, and how far it is to be trusted."""
+    """One question's line: the answer, its cost, and how far it is to be trusted."""
     question = found.question
     method = found.method
     base = bases[0]
@@ -246,6 +287,9 @@ def _line(
         cost = f"{cost_in_words(exact)}; {cost}"
     worst = [_worst(values, question.larger, name) for name, values in off.items() if len(values)]
     slopes = [calibration(scores, question, name, method) for name in bases]
+    factor = "any size"
+    if error.worst < 1:
+        factor = number(1 / (1 - error.worst), 1)
     return {
         "words": question.words,
         "answer": answer,
@@ -258,7 +302,7 @@ def _line(
         "violent": sum(strength > VIOLENT for strength in strengths),
         "error": with_worst(error),
         "slope": "; ".join(filter(None, slopes)),
-        "factor": number(1 / (1 - error.worst), 1) if error.worst < 1 else "any size",
+        "factor": factor,
         "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
         "most": number(each[base].max()),
     }
@@ -278,9 +322,12 @@ def _estimate(scores: pd.DataFrame, found: Advice, base: str) -> str:
 
 def _strengths(numbers: Numbers, off: dict[str, pd.Series]) -> list[float]:
     """How strong each adapter is on which the estimate is not right."""
-    names = [name for values in off.values() for name in values.index]
-    signals = [numbers["adapters"][name]["signals"] for name in names]
-    return [of_adapter["trained"]["strength"] for of_adapter in signals]
+    strengths = []
+    for values in off.values():
+        for name in values.index:
+            signals = numbers["adapters"][name]["signals"]
+            strengths.append(signals["trained"]["strength"])
+    return strengths
 
 
 def _counts_of_right(each: dict[str, pd.Series], off: dict[str, pd.Series]) -> str:
@@ -293,8 +340,11 @@ def _counts_of_right(each: dict[str, pd.Series], off: dict[str, pd.Series]) -> s
 
 
 def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
-    """The adapters beyond the bound; of a share of the shift, which has none, nothing."""
-    return values[:0] if bound is None else values[values < bound if larger else values > bound]
+    """The adapters beyond the bound; of a share of the shift, which has no bound, none."""
+    if bound is None:
+        return values[:0]
+    is_off = values < bound if larger else values > bound
+    return values[is_off]
 
 
 def paired_test(means: pd.DataFrame, method: str, other: str) -> tuple[float, int]:
@@ -309,30 +359,33 @@ def rival(scores: pd.DataFrame, question: Question, base: str, method: str, othe
     p, tasks = paired_test(means, method, other)
     medians = f"{means[method].median():.3f} and {means[other].median():.3f}"
     verdict = "differ" if p < ALPHA else "are a tie"
-    told = (
+    sentence = (
         f"{named(method)} and {named(other)}, which cost the same, {verdict} on {base}: medians "
         f"{medians}, exact sign-flip p = {p:.2f} over {tasks} tasks"
     )
-    return told[0].upper() + told[1:]
+    return sentence[0].upper() + sentence[1:]
 
 
 def floors(scores: pd.DataFrame, base: str) -> str:
-    """What cpr is without knowing anything, and with signs and sizes alone."""
+    """The cpr of random rankings, and of signs with ‖ΔW‖ as their size, in words."""
     each = {method: summary_of(scores, KEEP, base, method) for method in FLOORS}
     return ", ".join(f"{named(method)} {with_worst(found)}" for method, found in each.items())
 
 
 def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
-    """What the numbers of the trained wording are worth on paraphrases and on unrelated text."""
+    """The score of the trained wording's numbers on paraphrases, and on unrelated text."""
     if question not in ELSEWHERE:
         return "—"
-    kinds = ("paraphrase", "unrelated")
-    asked = (dataclasses.replace(ELSEWHERE[question], prompts=(kind,)) for kind in kinds)
-    found = [summary_of(scores, of, base, method) for of in asked]
-    return ", ".join(number(of.median) if of.tasks else "—" for of in found)
+    medians = []
+    for kind in ("paraphrase", "unrelated"):
+        on_kind = dataclasses.replace(ELSEWHERE[question], prompts=(kind,))
+        found = summary_of(scores, on_kind, base, method)
+        medians.append(number(found.median) if found.tasks else "—")
+    return ", ".join(medians)
 
 
 def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str) -> pd.Series:
+    """The score of a method on each adapter, in the mean over kinds of prompt."""
     rows = of_question(scores, question, base)
     return rows[rows["method"] == method].groupby("adapter")["value"].mean()
 
@@ -344,30 +397,37 @@ def calibration(scores: pd.DataFrame, question: Question, base: str, method: str
     if values.empty:
         return ""
     found = summary_of(scores, asked, base, method)
-    ends = (f"{number(values[name])} ({name})" for name in (values.idxmin(), values.idxmax()))
-    told = f"{base} {number(found.median)} in the median task, {' to '.join(ends)}"
-    left = _by_adapter(scores, question, base, method).index.difference(values.index)
-    if len(left):
-        told += f", without {', '.join(left)}, of which training again made another adapter"
-    return told
+    least = f"{number(values.min())} ({values.idxmin()})"
+    largest = f"{number(values.max())} ({values.idxmax()})"
+    sentence = f"{base} {number(found.median)} in the median task, {least} to {largest}"
+    left_out = _by_adapter(scores, question, base, method).index.difference(values.index)
+    if len(left_out):
+        names = ", ".join(left_out)
+        sentence += f", without {names}, of which training again made another adapter"
+    return sentence
 
 
 def _worst(off: pd.Series, larger: bool, base: str) -> str:
     """The adapters on which an estimate is furthest off, by name and score."""
     ordered = off.sort_values(ascending=larger)
     names = [f"{name} ({value:.2f})" for name, value in ordered.head(WORST).items()]
+    sentence = f"{base}: {', '.join(names)}"
     more = len(ordered) - len(names)
-    return f"{base}: {', '.join(names)}{f' and {more} more' if more else ''}"
+    if more:
+        sentence += f" and {more} more"
+    return sentence
 
 
 def path_called(scores: pd.DataFrame, base: str) -> str:
     """Where `ll.path_attribution` would stop, as far as its rules were run."""
-    sums = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
-    met = sums.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
-    met = met[["path/4", "path/8"]].dropna().map(is_met).groupby("adapter").all()
-    four = met["path/4"].sum()
-    eight = (met["path/8"] & ~met["path/4"]).sum()
+    rows = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
+    sums = rows.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
+    both_run = sums[["path/4", "path/8"]].dropna()
+    met = both_run.map(is_met).groupby("adapter").all()
+    at_four = met["path/4"].sum()
+    at_eight = (met["path/8"] & ~met["path/4"]).sum()
+    beyond = len(met) - at_four - at_eight
     return (
-        f"of {len(met)} adapters with all three it would stop at 4 nodes on {four} at most, at 8 "
-        f"on {eight}, and go on beyond 8 on {len(met) - four - eight}"
+        f"of {len(met)} adapters with all three it would stop at 4 nodes on {at_four} at most, at "
+        f"8 on {at_eight}, and go on beyond 8 on {beyond}"
     )
