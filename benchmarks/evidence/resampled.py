@@ -1,4 +1,4 @@
-"""What resampling training tasks shows: how often an interval covers, how stable a choice is.
+"""Resample the training tasks: how often does an interval cover, and how stable is a choice?
 
     python benchmarks/evidence/resampled.py      # minutes, into docs/faithfulness.json
 
@@ -22,7 +22,7 @@ from intervals import LEVEL, choice, summary
 from jaxtyping import Float
 from results import Numbers, bases_of, costs_of, read, scores_of, write
 from scipy import stats
-from tables import means_of
+from tables import Question, means_of
 from tqdm import tqdm
 from words import ASKED, ERRORS, as_run, estimates
 
@@ -33,7 +33,7 @@ SIZES = (17, 6)
 
 
 def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
-    """Shares of the resamples, by question."""
+    """Shares of the resamples: by what they choose, and in which the interval covers."""
     scores = scores_of(numbers)
     costs = costs_of(numbers)
     base = bases_of(numbers)[0]
@@ -41,14 +41,14 @@ def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
     coverage: dict[str, dict[str, Any]] = {}
     for question in tqdm(ASKED, desc="questions"):
         means, passes = estimates(scores, costs, question, base)
-        larger = question.larger
-        picked = [
-            as_run(question, choice(sample, passes, larger_is_better=larger))
-            for sample in resamples(means, draws)
-        ]
-        choices[question.label] = {m: n / draws for m, n in Counter(picked).most_common()}
-        method = as_run(question, choice(means, passes, larger_is_better=larger))
-        for asked in filter(None, (question, ERRORS.get(question))):
+        samples = resamples(means, draws)
+        counts = Counter(_chosen_from(sample, passes, question) for sample in samples)
+        choices[question.label] = {name: count / draws for name, count in counts.most_common()}
+        method = _chosen_from(means, passes, question)
+        opened_with = [question]
+        if question in ERRORS:
+            opened_with.append(ERRORS[question])
+        for asked in opened_with:
             values = means_of(scores, asked, base)[method].dropna().to_numpy()
             covered = {str(size): coverages(values, size, draws) for size in SIZES}
             coverage[asked.label] = {"method": method, **covered}
@@ -57,6 +57,12 @@ def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
         "coverage": coverage,
         "how": {"draws": draws, "bootstrap": BOOTSTRAP, "seed": SEED, "base": base},
     }
+
+
+def _chosen_from(means: pd.DataFrame, passes: dict[str, float], question: Question) -> str:
+    """The cheapest method of the tie on these tasks, named as the call that runs it."""
+    method = choice(means, passes, larger_is_better=question.larger)
+    return as_run(question, method)
 
 
 def resamples(means: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
@@ -68,17 +74,20 @@ def resamples(means: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
 def coverages(values: Float[np.ndarray, " task"], size: int, draws: int) -> dict[str, float]:
     """How often the interval of a sample of this size holds the number of all tasks."""
     samples = values[np.random.default_rng(SEED).integers(0, len(values), (draws, size))]
-    middle = [summary(sample) for sample in samples]
+    true_median = np.median(values)
+    summaries = [summary(sample) for sample in samples]
+    covers_median = [found.low <= true_median <= found.high for found in summaries]
     how = {"n_resamples": BOOTSTRAP, "batch": 50, "confidence_level": LEVEL, "rng": SEED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         low, high = stats.bootstrap((samples,), np.mean, axis=-1, **how).confidence_interval
-    # It has no interval of equal numbers, which are their own.
-    low, high = (np.where(np.isnan(end), samples.mean(1), end) for end in (low, high))
-    covers = (low <= values.mean()) & (values.mean() <= high)
+    # A bootstrap of equal numbers has no interval (NaN): their mean takes its place.
+    low = np.where(np.isnan(low), samples.mean(1), low)
+    high = np.where(np.isnan(high), samples.mean(1), high)
+    covers_mean = (low <= values.mean()) & (values.mean() <= high)
     return {
-        "median": float(np.mean([one.low <= np.median(values) <= one.high for one in middle])),
-        "mean": float(covers.mean()),
+        "median": float(np.mean(covers_median)),
+        "mean": float(covers_mean.mean()),
     }
 
 

@@ -1,4 +1,4 @@
-"""Sets of modules chosen on one wording or several, judged on others: from docs/subsets.json.
+"""The table of sets of modules chosen on some wordings and judged on others (docs/subsets.json).
 
 What a set keeps of a wording is (m − m₀) / (m₁ − m₀). An adapter's number is the mean over wordings
 (and over draws of random sets); adapters of one task, which share their first wording, count once.
@@ -22,17 +22,24 @@ GREEDY = "greedy"
 RANDOM = "random, 0"
 REFERENCE = f"{SEARCH}, 4"  # what the others are compared with, fixed before anything was measured
 CALLED = {SEARCH: "`ll.best_subset`", GREEDY: "greedy, by gradients", "random": "random, ten sets"}
-SHOWN = [f"{method}, {given}" for method in (SEARCH, GREEDY, PATH) for given in (4, 2, 1)]
-SHOWN += [f"{method}, 4" for method in (HALF, FIRST)] + [RANDOM]
+SHOWN = [
+    *(f"{SEARCH}, {given}" for given in (4, 2, 1)),
+    *(f"{GREEDY}, {given}" for given in (4, 2, 1)),
+    *(f"{PATH}, {given}" for given in (4, 2, 1)),
+    f"{HALF}, 4",
+    f"{FIRST}, 4",
+    RANDOM,
+]
 Subsets = dict[str, Any]
 
 
 def read() -> Subsets:
+    """All that docs/subsets.json holds."""
     return json.loads(NUMBERS.read_text())
 
 
 def shares(row: Subsets, method: str) -> np.ndarray:
-    """[wording], in the mean over the method's sets."""
+    """The kept share of the shift on each wording, in the mean over the method's sets."""
     base = np.array(row["base"])
     adapted = np.array(row["adapted"])
     margins = np.array(row["methods"][method]["margins"])
@@ -40,6 +47,7 @@ def shares(row: Subsets, method: str) -> np.ndarray:
 
 
 def _long(numbers: Subsets) -> Iterator[dict[str, Any]]:
+    """One row per adapter and method: what is kept held out and at home, and what it took."""
     for name, row in numbers["adapters"].items():
         for method, found in row["methods"].items():
             kept = shares(row, method)
@@ -64,8 +72,12 @@ def section(numbers: Subsets) -> dict[str, Any]:
     medians = apart.median()
     head = ["method", "wordings", "held out", "worst", "at home", "worst"]
     head += ["gradients", "forward passes", f"beside {CALLED[SEARCH]} on 4"]
-    told = {method: f"{medians[method]:+.3f}, {words[method]}" for method in words.index}
-    rows = [[*_cells(long, method), told.get(method, "—")] for method in SHOWN]
+    rows = []
+    for method in SHOWN:
+        beside = "—"
+        if method in words.index:
+            beside = f"{medians[method]:+.3f}, {words[method]}"
+        rows.append([*_cells(long, method), beside])
     return {
         "table": markdown(head, rows),
         "adapters": len(numbers["adapters"]),
@@ -77,22 +89,25 @@ def section(numbers: Subsets) -> dict[str, Any]:
 
 
 def _cells(long: pd.DataFrame, method: str) -> list[str]:
+    """The cells of one method: its wordings, its kept shares, and the passes of its choice."""
     rows = long[long["method"] == method]
-    name, given = method.rsplit(", ", 1)
-    cells = [CALLED.get(name, NAMES.get(name, name)), given if given != "0" else "—"]
-    for value in ("held out", "home"):
-        tasks = rows.groupby("cluster")[value].mean()
-        cells += [span(summary(tasks)), number(rows[value].min())]
-    return cells + [f"{rows[of].median():.0f}" for of in ("gradients", "forwards")]
+    words, given = _in_words(method)
+    cells = [words, given or "—"]
+    for place in ("held out", "home"):
+        tasks = rows.groupby("cluster")[place].mean()
+        cells += [span(summary(tasks)), number(rows[place].min())]
+    for passes in ("gradients", "forwards"):
+        cells.append(f"{rows[passes].median():.0f}")
+    return cells
 
 
 def _beside(words: pd.Series) -> str:
-    """The verdicts in a sentence's end."""
+    """End the sentence that begins with `best_subset`: how does it compare with the others?"""
     parts = []
-    for verdict, told in (("worse", "is better than"), ("better", "is worse than")):
+    for verdict, relation in (("worse", "is better than"), ("better", "is worse than")):
         named = [_named(method) for method in words.index[words == verdict]]
         if named:
-            parts.append(f"{told} {'; '.join(named)}")
+            parts.append(f"{relation} {'; '.join(named)}")
     ties = int((words == "tie").sum())
     if ties:
         parts.append(f"cannot be told from {ties} of the {len(words)} others")
@@ -100,6 +115,15 @@ def _beside(words: pd.Series) -> str:
 
 
 def _named(method: str) -> str:
+    """A method with the number of its wordings, in words."""
+    words, given = _in_words(method)
+    if not given:
+        return words
+    return f"{words}, on {given}"
+
+
+def _in_words(method: str) -> tuple[str, str]:
+    """The words for a method, and on how many wordings it chose; empty for random sets."""
     name, given = method.rsplit(", ", 1)
     words = CALLED.get(name, NAMES.get(name, name))
-    return words if given == "0" else f"{words}, on {given}"
+    return words, "" if given == "0" else given
