@@ -22,10 +22,6 @@ the diagonal of H. Four minutes of one core an adapter, some fifteen with long p
 With `--lean` it is a minute, for a base of a large vocabulary: one prompt of each kind and no
 neighbours, a response by its first three tokens, neither held rules nor the best fifth nor the
 diagonal of H; on unrelated text the main methods alone. `--only` is an order too.
-
-With `--slopes` it is another minute, for adapters that were measured without slopes of effects on
-numbers: first order at 0 and at 1 and the measured effects, on the own wordings alone. `page.py
---slopes` adds them to what is stored, where the rank correlations are those that are stored.
 """
 
 from __future__ import annotations
@@ -68,7 +64,6 @@ from lens_lora.judging.best_subset import best_subset
 
 OWN = ("trained", "paraphrase")
 FIFTH = 0.2
-SLOPES = ("first_order@0", "first_order@1", *EFFECTS)
 _CURVED = 1  # prompts of the diagonal of H
 _NULL_SEED = 0
 BASELINES = ("weight_norm", "update_norm")  # names that the library keeps for its own
@@ -163,21 +158,6 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
         "seconds": time.process_time() - start,
         "versions": versions(),
     }
-
-
-def measure_slopes(case: Case, most: int) -> dict[str, Any]:
-    """The agreement of one adapter's main numbers with measured effects, slopes among it."""
-    start = time.process_time()
-    lens = lens_of(case)
-    most = 1 if is_long(case, lens) else most
-    rows: list[Row] = []
-    for kind in OWN:
-        g = question(lens, chosen(case, kind, most))
-        parts = {key: PARTS[key](g).cpu().double() for key in SLOPES}
-        rows += agreement(kind, g, parts, {how: parts[how] for how in EFFECTS})
-    seconds = time.process_time() - start
-    scores = [clean(row) for row in rows if row["method"] in SLOPES]
-    return {"name": case.name, "scores": scores, "seconds": seconds, "versions": versions()}
 
 
 def described(g: Evaluations) -> dict[str, Any]:
@@ -302,7 +282,6 @@ def main() -> None:
     parser.add_argument(
         "--lean", action="store_true", help="one prompt of each kind, fewer methods"
     )
-    parser.add_argument("--slopes", action="store_true", help="slopes alone, of all adapters")
     given = parser.parse_args()
     every = cases_in(given.adapters)
     unknown = set(given.only or ()) - {case.name for case in every}
@@ -313,7 +292,7 @@ def main() -> None:
         (case for case in every if not given.only or case.name in given.only),
         key=lambda case: given.only.index(case.name) if given.only else case.task["kind"] != "fact",
     )
-    stored = set() if given.again or given.slopes else set(read()["adapters"])
+    stored = set() if given.again else set(read()["adapters"])
     left = [
         case
         for case in named
@@ -326,10 +305,7 @@ def main() -> None:
         )
     left.sort(key=lambda case: case.task["base"])
     for case in tqdm(left, desc="adapters"):
-        if given.slopes:
-            found = measure_slopes(case, given.most)
-        else:
-            found = measure(case, every, given.most, is_lean=given.lean)
+        found = measure(case, every, given.most, is_lean=given.lean)
         unfinished = given.out / f"{case.name}.json.part"
         unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         unfinished.rename(given.out / f"{case.name}.json")

@@ -1,8 +1,7 @@
-"""docs/faithfulness.md and its pictures from stored results.
+"""Write docs/faithfulness.md and its pictures from stored results.
 
     python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, resample, render
     python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
-    python benchmarks/evidence/page.py --slopes FOLDER    # add those of measure.py --slopes, render
     python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
 
 From nothing, hours on one core, each command resumable:
@@ -45,7 +44,6 @@ from results import (
     pack,
     read,
     scores_of,
-    with_slopes,
     write,
 )
 from sections import (
@@ -91,104 +89,112 @@ TEMPLATE = Path(__file__).with_name("faithfulness.md.jinja")
 
 
 def counted_bases(numbers: Numbers) -> str:
+    """The bases in words, each with what it is and how many tasks and adapters it has."""
     rows = pd.DataFrame(numbers["adapters"].values())
     parts = []
     for base in bases_of(numbers):
         here = rows[rows["base"] == base]
-        counted = f"{here['cluster'].nunique()} tasks, {len(here)} adapters"
-        parts.append(f"{base} ({'; '.join(filter(None, [ABOUT.get(base), counted]))})")
+        remarks = [f"{here['cluster'].nunique()} tasks, {len(here)} adapters"]
+        if base in ABOUT:
+            remarks.insert(0, ABOUT[base])
+        parts.append(f"{base} ({'; '.join(remarks)})")
     return " and ".join(parts)
 
 
 def page(numbers: Numbers) -> str:
-    """docs/faithfulness.md, of docs/faithfulness.json."""
+    """Render the text of docs/faithfulness.md from the numbers of docs/faithfulness.json."""
     scores = scores_of(numbers)
     costs = costs_of(numbers)
     bases = bases_of(numbers)
+    first = bases[0]
+    others = bases[1:]
     rows = pd.DataFrame(numbers["adapters"].values())
     tasks = rows.groupby("base")["cluster"].nunique().to_dict()
-    template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
-        TEMPLATE.read_text()
+    confirming = sum(one["confirms"] for one in numbers["warned"].values())
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text())
+    text = template.render(
+        adapters=numbers["adapters"],
+        clusters=rows["cluster"].nunique(),
+        counted_bases=counted_bases(numbers),
+        ranks=(rows["rank"].min(), rows["rank"].max()),
+        targets=rows["targets"].nunique(),
+        bases=bases,
+        tasks=tasks,
+        counts=rows["base"].value_counts().to_dict(),
+        missing=missing(numbers),
+        opening=opening(numbers, bases),
+        floors=floors(scores, first),
+        rival=rival(scores, KEEP, first, HALF, FIRST),
+        agreement={base: agreement(numbers, first, base) for base in others},
+        slopes={base: slopes(numbers, first, base) for base in bases},
+        lean=lean_bases(numbers),
+        recommendations=recommendations(numbers, first),
+        coverage=coverage(numbers["resampled"]),
+        resampled=numbers["resampled"]["how"],
+        path_called=path_called(scores, first),
+        comparisons={base: comparisons(scores, base) for base in bases},
+        sections={base: sections(scores, costs, base) for base in bases},
+        other_prompts=other_prompts(scores, first),
+        second_order=second_order(scores, costs, first),
+        flags=flags(numbers["warned"]),
+        warnings=warnings(numbers, scores, first),
+        warned_elsewhere=[warned_elsewhere(numbers, scores, base) for base in others],
+        violent_above=VIOLENT,
+        kl_ranks=kl_ranks(numbers["warned"]),
+        choosing=len(numbers["warned"]) - confirming,
+        confirming=confirming,
+        violent=violent(numbers, scores, first),
+        planted=told.section(told.read()),
+        several=several.section(several.read()),
+        adapter_table=adapters(numbers),
+        versions=versions(numbers),
     )
-    return (
-        template.render(
-            adapters=numbers["adapters"],
-            clusters=rows["cluster"].nunique(),
-            counted_bases=counted_bases(numbers),
-            ranks=(rows["rank"].min(), rows["rank"].max()),
-            targets=rows["targets"].nunique(),
-            bases=bases,
-            tasks=tasks,
-            counts=rows["base"].value_counts().to_dict(),
-            missing=missing(numbers),
-            opening=opening(numbers, bases),
-            floors=floors(scores, bases[0]),
-            rival=rival(scores, KEEP, bases[0], HALF, FIRST),
-            agreement={base: agreement(numbers, bases[0], base) for base in bases[1:]},
-            slopes={base: slopes(numbers, bases[0], base) for base in bases},
-            lean=lean_bases(numbers),
-            recommendations=recommendations(numbers, bases[0]),
-            coverage=coverage(numbers["resampled"]),
-            resampled=numbers["resampled"]["how"],
-            path_called=path_called(scores, bases[0]),
-            comparisons={base: comparisons(scores, base) for base in bases},
-            sections={base: sections(scores, costs, base) for base in bases},
-            other_prompts=other_prompts(scores, bases[0]),
-            second_order=second_order(scores, costs, bases[0]),
-            flags=flags(numbers["warned"]),
-            warnings=warnings(numbers, scores, bases[0]),
-            warned_elsewhere=[warned_elsewhere(numbers, scores, base) for base in bases[1:]],
-            violent_above=VIOLENT,
-            kl_ranks=kl_ranks(numbers["warned"]),
-            choosing=sum(not one["confirms"] for one in numbers["warned"].values()),
-            confirming=sum(one["confirms"] for one in numbers["warned"].values()),
-            violent=violent(numbers, scores, bases[0]),
-            planted=told.section(told.read()),
-            several=several.section(several.read()),
-            adapter_table=adapters(numbers),
-            versions=versions(numbers),
-        )
-        + "\n"
-    )
+    return text + "\n"
 
 
 def lean_bases(numbers: Numbers) -> list[str]:
     """The bases of which adapters were measured with `--lean`."""
-    return list(dict.fromkeys(a["base"] for a in numbers["adapters"].values() if "lean" in a))
+    lean = [one["base"] for one in numbers["adapters"].values() if "lean" in one]
+    return list(dict.fromkeys(lean))
 
 
 def versions(numbers: Numbers) -> str:
     """Each set of versions that something was measured with."""
-    every = [one["versions"] for one in numbers["adapters"].values()]
-    named = [", ".join(f"{k} {v}" for k, v in one.items()) for one in every]
+    named = []
+    for one in numbers["adapters"].values():
+        packages = [f"{package} {version}" for package, version in one["versions"].items()]
+        named.append(", ".join(packages))
     return "; ".join(dict.fromkeys(named))
 
 
 def missing(numbers: Numbers) -> str:
-    """Which of the adapters that `recipes.py` names were not measured, in a sentence."""
+    """Say in a sentence how many of the adapters that `recipes.py` names were not measured."""
     parts = []
     for base, recipes in EVERY.items():
         left = [recipe for recipe in recipes if recipe.name not in numbers["adapters"]]
         if left:
             tasks = len({recipe.cluster for recipe in left})
             parts.append(f"{len(left)} of {len(recipes)} adapters ({tasks} tasks) on {base}")
-    return f"Not measured yet: {' and '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    return f"Not measured yet: {' and '.join(parts)}."
 
 
 def draw(numbers: Numbers) -> None:
-    """Both pictures, on the base of the most adapters."""
+    """Draw both pictures, on the base of the most adapters."""
     scores = scores_of(numbers)
     costs = costs_of(numbers)
     base = bases_of(numbers)[0]
     cost = median_costs(costs, base)
-    titles = {"adding one: spearman": ADD, "leaving one out: spearman": OUT, "kept: cpr": KEEP}
-    panels = {
-        title: (ranked(means_of(scores, q, base).dropna(axis=1)), cost)
-        for title, q in titles.items()
-    }
+    panels = {}
+    titled = {"adding one: spearman": ADD, "leaving one out: spearman": OUT, "kept: cpr": KEEP}
+    for title, question in titled.items():
+        means = means_of(scores, question, base).dropna(axis=1)
+        panels[title] = (ranked(means), cost)
     save(pareto(panels), PARETO, 1500, 640)
     curves = {}
-    for title, question in (("adding one module", ADD), ("leaving one module out", OUT)):
+    for title, question in {"adding one module": ADD, "leaving one module out": OUT}.items():
         cases = own_cases(numbers, scores, question, base)
         curves[title] = curve(cases[cases["method"].isin(MAIN)])
     save(strength(curves), STRENGTH, 1200, 460)
@@ -198,19 +204,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The page on faithfulness.")
     parser.add_argument("--results", type=Path, help="folder of measure.py's files to add")
     parser.add_argument("--warned", type=Path, help="folder of warned.py's files")
-    parser.add_argument("--slopes", type=Path, help="folder of measure.py's slopes to add")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
     given = parser.parse_args()
-    packed = None if given.results is None else pack(given.results)
-    if packed is not None:
+    is_resampled = False
+    if given.results is not None:
+        packed = pack(given.results)
         write(joined(read(), packed))
-    if given.slopes is not None:
-        joined_slopes, others = with_slopes(read(), given.slopes)
-        write(joined_slopes)
-        print(*others, sep="\n")
+        is_resampled = bases_of(read())[0] in bases_of(packed)
     if given.warned is not None:
         write({**read(), "warned": pack_warned(given.warned)})
-    if packed is not None and bases_of(read())[0] in bases_of(packed):
+    if is_resampled:
         write({**read(), "resampled": study(read())})
     numbers = read()
     PAGE.write_text(page(numbers))

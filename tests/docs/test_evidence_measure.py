@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from scipy import stats
 
 import lens_lora as ll
 
-measure, cases, counted, methods, warned, sections, results = (
-    evidence.load(name)
-    for name in ("measure", "trained_cases", "counted", "methods", "warned", "sections", "results")
-)
+measure = evidence.load("measure")
+cases = evidence.load("trained_cases")
+methods = evidence.load("methods")
+warned = evidence.load("warned")
+sections = evidence.load("sections")
 FACTS = {
     "trained": ["w5 w7 w8", "w9 w10 w11"],
     "paraphrase": ["w12 w7 w8 w9", "w4 w10 w11"],
@@ -80,7 +80,7 @@ def test_every_method_is_scored_on_every_kind(found):
 
 @pytest.mark.slow
 def test_the_numbers_are_those_of_the_library(folder: Path, found):
-    """Agreement, CPR and CMD of first order, by the public calls."""
+    """Agreement with its slopes, CPR and CMD of first order, by the public calls."""
     case = cases.cases_in(folder / "adapters")[0]
     lens, readout = cases.lens_of(case), ll.Margin(" w5", " w9")
     trained, others = FACTS["trained"], FACTS["paraphrase"]
@@ -94,6 +94,13 @@ def test_the_numbers_are_those_of_the_library(folder: Path, found):
         of = {"prompts": "trained", "question": how, "method": "first_order@0"}
         assert value(found["fact"], metric="spearman", **of) == pytest.approx(
             sum(expected) / 2, abs=1e-3
+        )
+        slopes = [
+            stats.linregress(a, e).slope
+            for a, e in zip(first.values.numpy(), effects.values.numpy(), strict=True)
+        ]
+        assert value(found["fact"], metric="slope", **of) == pytest.approx(
+            sum(slopes) / 2, rel=1e-3
         )
     judged = ll.faithfulness(
         lens, trained, readout, first, test=(others, readout), baselines=False, progress=False
@@ -191,37 +198,6 @@ def test_the_lean_protocol_has_the_same_numbers_of_fewer_methods(folder: Path, f
             assert value(lean, **of) == value(whole, **of)
     of = {row["method"] for row in lean["scores"] if row["prompts"] == "unrelated"}
     assert of < {row["method"] for row in whole["scores"]} and "path/4" in of
-
-
-def test_slopes_alone_are_those_of_the_whole_protocol(folder: Path, found):
-    """Both adapters, row by row; and they join only numbers of the same adapter."""
-    out = folder / "slopes"
-    out.mkdir()
-    packed = {"adapters": {}}
-    for case in cases.cases_in(folder / "adapters"):
-        alone, whole = measure.measure_slopes(case, 2), found[case.name]
-        for row in alone["scores"]:
-            of = {key: row[key] for key in ("prompts", "question", "metric", "method")}
-            assert row["value"] == pytest.approx(value(whole, **of), rel=1e-3, abs=1e-4)
-        assert {row["method"] for row in alone["scores"]} == {*measure.SLOPES}
-        (out / f"{case.name}.json").write_text(json.dumps(alone))
-        packed["adapters"][case.name] = {"scores": results._nested(whole["scores"])}
-    stored = json.loads(json.dumps(packed))
-    for one in stored["adapters"].values():
-        assert one["scores"]["add_one"].pop("slope") and one["scores"]["leave_one_out"].pop("slope")
-    joined, others = results.with_slopes(stored, out)
-    assert others == []
-    for name, one in joined["adapters"].items():
-        of = one["scores"]["leave_one_out"]["slope"]["first_order@1"]
-        whole = packed["adapters"][name]["scores"]["leave_one_out"]["slope"]["first_order@1"]
-        assert set(of) == {"trained", "paraphrase"}
-        assert of["trained"] == pytest.approx(whole["trained"], rel=1e-3)
-        assert one["scores"]["keep"] == packed["adapters"][name]["scores"]["keep"]
-    stored["adapters"]["fact"]["scores"]["add_one"]["spearman"]["first_order@0"]["trained"] -= 0.01
-    joined, (other,) = results.with_slopes(stored, out)
-    assert re.match("fact is another .*: first_order@0, add_one, trained: Spearman", other)
-    assert joined["adapters"]["fact"] == stored["adapters"]["fact"]
-    assert "slope" in joined["adapters"]["habit"]["scores"]["add_one"]
 
 
 def test_the_lean_protocol_reads_a_response_by_its_first_tokens(folder: Path):
