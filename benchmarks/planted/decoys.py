@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 import lens_lora as ll
 
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
-ORDINARY = 64  # directions of ordinary inputs that a deaf one does not hear
+# How many leading directions of ordinary inputs a deaf update does not hear.
+ORDINARY = 64
 # The share of blocks whose q or k is mute, and the share of other modules that are stray.
 MUTE = 0.5
 STRAY = 0.15
@@ -37,7 +38,8 @@ _RELATIVE = 1e-5
 
 def spectrum(factors: ll.LoRAFactors) -> Float[Tensor, " rank"]:
     """Singular values of ΔW, from the factors."""
-    R_A, R_B = (torch.linalg.qr(m.double()).R for m in (factors.A.T, factors.B))
+    R_A = torch.linalg.qr(factors.A.T.double()).R
+    R_B = torch.linalg.qr(factors.B.double()).R
     return abs(factors.scale) * torch.linalg.svdvals(R_B @ R_A.T)
 
 
@@ -47,6 +49,7 @@ def of_spectrum(
     V: Float[Tensor, "in rank"],
     dtype: torch.dtype,
 ) -> ll.LoRAFactors:
+    """The factors of ΔW = U diag(values) Vᵀ."""
     return ll.LoRAFactors(V.T.to(dtype).contiguous(), (U * values).to(dtype).contiguous())
 
 
@@ -63,24 +66,37 @@ def frame(
     away: Float[Tensor, "d direction"] | None = None,
     first: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "d rank"]:
-    """Random orthonormal columns, orthogonal to a basis, the first one along a vector."""
+    """Random orthonormal columns.
+
+    Args:
+        width: d.
+        rank: how many columns.
+        generator: of the draw.
+        away: an orthonormal basis that all columns are orthogonal to.
+        first: a vector that the first column lies along, once it is made orthogonal to the basis.
+
+    Raises:
+        ValueError: the basis leaves no room for so many columns.
+    """
     columns = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     if first is not None:
         columns[:, 0] = first.double()
-    for _ in range(2 if away is not None else 0):  # twice is enough
-        columns = columns - away @ (away.T @ columns)
-    if away is not None and away.shape[1] + rank > width:
-        raise ValueError(f"{away.shape[1]} directions of {width} leave no room for rank {rank}")
+    if away is not None:
+        if away.shape[1] + rank > width:
+            raise ValueError(f"{away.shape[1]} directions of {width} leave no room for rank {rank}")
+        # A second projection takes away what rounding left of the first.
+        for _ in range(2):
+            columns = columns - away @ (away.T @ columns)
     return torch.linalg.qr(columns).Q
 
 
 @dataclasses.dataclass
 class Decoys:
-    """Makes decoys on one question.
+    """Makes decoys: updates that do nothing on one question.
 
     Attributes:
         gated: the model.
-        question: where they do nothing.
+        question: the question.
         causes: the updates that are there already.
         ordinary: by module, leading directions of its inputs on ordinary sentences, [d, few].
         generator: of all draws.
@@ -102,12 +118,13 @@ class Decoys:
         gates = torch.tensor(GATES)[:, None].expand(-1, count)
         if count == 2:
             gates = torch.cat([gates, torch.eye(2)])
-        self._corners = ((gates == 0) | (gates == 1)).all(1)  # where a mute one is exact
+        # The rows of gates at which a mute update is exactly mute.
+        self._corners = ((gates == 0) | (gates == 1)).all(1)
         self._seen = self.gated.recorded(self.causes, self.question, self._modules, gates)
         self._spectra = [spectrum(factors) for factors in self.causes.values()]
 
     def draw(self) -> tuple[Updates, dict[str, str]]:
-        """A decoy for every module that is no cause, and its sort."""
+        """A decoy for every module that is no cause, and by module its sort."""
         decoys: Updates = {}
         sorts: dict[str, str] = {}
         muted: set[int] = set()
@@ -125,19 +142,23 @@ class Decoys:
         return of_spectrum(values, *makes[sort](path, len(values)), self.gated.model.dtype)
 
     def _sort(self, path: str, muted: set[int]) -> str:
+        """Draw the sort of one decoy; a mute one puts its block into `muted`."""
         draw = float(torch.rand(1, generator=self.generator))
-        block = block_of(path)
+        if not path.endswith(("q_proj", "k_proj")):
+            return "stray" if draw < self.stray else "deaf"
         # Queries and keys that both change would meet in a product, so a block has one of the two.
-        partner = path.replace("q_proj", "k_proj") if "q_proj" in path else path
-        if path.endswith(("q_proj", "k_proj")):
-            is_free = not self._has_norms and block not in muted and partner not in self.causes
-            if is_free and path.replace("k_proj", "q_proj") not in self.causes and draw < MUTE:
-                muted.add(block)
-                return "mute"
-            return "deaf"
-        return "stray" if draw < self.stray else "deaf"
+        block = block_of(path)
+        query = path.replace("k_proj", "q_proj")
+        key = path.replace("q_proj", "k_proj")
+        has_cause = query in self.causes or key in self.causes
+        may_be_mute = not self._has_norms and block not in muted and not has_cause
+        if may_be_mute and draw < MUTE:
+            muted.add(block)
+            return "mute"
+        return "deaf"
 
     def _deaf(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        """U and V of a deaf update."""
         heard = self._seen[path][0].flatten(0, 1)
         sizes = heard.norm(dim=1, keepdim=True).clamp(min=1e-12)
         away = span(torch.cat([(heard / sizes).double(), self.ordinary[path].T.double()]))
@@ -145,10 +166,12 @@ class Decoys:
         return frame(out, rank, self.generator), frame(width, rank, self.generator, away)
 
     def _stray(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        """U and V of a stray update."""
         out, width = self._modules[path].weight.shape
         return frame(out, rank, self.generator), frame(width, rank, self.generator)
 
     def _mute(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        """U and V of a mute update of a query or key."""
         inputs = self._seen[path][0]
         earlier = inputs[:, :-1].flatten(0, 1)
         last = inputs[:, -1].mean(0)
@@ -160,29 +183,32 @@ class Decoys:
     def _compared(self, path: str) -> list[Float[Tensor, "d_head direction"]]:
         """What each head's query or key at the last token is multiplied with."""
         config = self.gated.model.config
-        queries = config.num_attention_heads
-        keys = config.num_key_value_heads
-        is_query = path.endswith("q_proj")
-        partner = path.replace("q_proj", "k_proj") if is_query else path.replace("k_", "q_")
-        out = self._seen[partner][1][self._corners].double()
-        by_head = out.unflatten(2, (keys if is_query else queries, -1))
-        per = queries // keys
-        if not is_query:
-            return [
-                span(by_head[:, -1, per * h : per * (h + 1)].flatten(0, 1)) for h in range(keys)
-            ]
-        turned = torch.einsum("pij,rphj->rphi", self._turns(out.shape[1]), by_head)
-        return [span(turned[:, :, head // per].flatten(0, 1)) for head in range(queries)]
+        n_queries = config.num_attention_heads
+        n_keys = config.num_key_value_heads
+        queries_per_key = n_queries // n_keys
+        if path.endswith("q_proj"):
+            partner = path.replace("q_proj", "k_proj")
+            keys = self._seen[partner][1][self._corners].double().unflatten(2, (n_keys, -1))
+            turned = torch.einsum("pij,rphj->rphi", self._turns(keys.shape[1]), keys)
+            key_of_head = [head // queries_per_key for head in range(n_queries)]
+            return [span(turned[:, :, key].flatten(0, 1)) for key in key_of_head]
+        partner = path.replace("k_", "q_")
+        queries = self._seen[partner][1][self._corners].double().unflatten(2, (n_queries, -1))
+        groups = queries[:, -1].unflatten(1, (n_keys, queries_per_key))
+        return [span(groups[:, key].flatten(0, 1)) for key in range(n_keys)]
 
     def _turns(self, length: int) -> Float[Tensor, "pos d d"]:
         """R_nᵀ R_j of the rotary embedding: key j as the query at the last token n meets it."""
         model = self.gated.model
         rotary: nn.Module = model.base_model.rotary_emb
         positions = torch.arange(length)[None]
-        cos, sin = (part[0].double() for part in rotary(torch.zeros(1), positions))
+        cosines, sines = rotary(torch.zeros(1), positions)
+        cos = cosines[0].double()
+        sin = sines[0].double()
         half = cos.shape[1] // 2
         swap = torch.zeros(2 * half, 2 * half, dtype=torch.float64)
-        swap[:half, half:], swap[half:, :half] = -torch.eye(half), torch.eye(half)
+        swap[:half, half:] = -torch.eye(half)
+        swap[half:, :half] = torch.eye(half)
         turns = torch.diag_embed(cos) + sin[:, :, None] * swap
         return turns[-1].T @ turns
 
@@ -190,18 +216,29 @@ class Decoys:
 def ordinary_directions(
     model: PreTrainedModel, rows: list[list[int]], few: int = ORDINARY
 ) -> dict[str, Float[Tensor, "d few"]]:
-    """Leading directions of each module's inputs on ordinary text."""
+    """Leading directions of each module's inputs on ordinary text.
+
+    Args:
+        model: the base.
+        rows: token ids of each text.
+        few: how many directions.
+    """
     gated = Gated(model)
+    no_gates = torch.zeros(1, 0)
     inputs: dict[str, list[Tensor]] = {}
     for ids in rows:
         question = Question("", tuple(ids), 0, 0, ("", ""))
-        for path, (z, _) in gated.recorded({}, question, linears(model), torch.zeros(1, 0)).items():
+        recorded = gated.recorded({}, question, linears(model), no_gates)
+        for path, (z, _) in recorded.items():
             inputs.setdefault(path, []).append(z[0])
     return {path: _leading(torch.cat(parts), few) for path, parts in inputs.items()}
 
 
 def _leading(inputs: Float[Tensor, "token d"], few: int) -> Float[Tensor, "d few"]:
-    """The first tokens' inputs, often far larger than all others, count as one token each."""
+    """Leading directions of the inputs, each token's scaled to length 1.
+
+    The first tokens' inputs are often far longer than all others, and would be the directions.
+    """
     unit = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
     _, _, Vh = torch.linalg.svd(unit, full_matrices=False)
     return Vh[:few].T

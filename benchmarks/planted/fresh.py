@@ -1,12 +1,13 @@
-"""Two divisors of the sums of `corrected`, on plants of seeds that chose neither.
+"""Test two divisors of a warning on plants of fresh seeds, on which neither was chosen.
 
     python benchmarks/planted/fresh.py --out docs/planted_fresh.json
 
-`alarms.by_largest_effect` was found on the smooth plants of `plants.py`. Here both warnings are
-computed on one plant or two of each kind, of seeds that no other table uses. Nothing is chosen on
-them: the threshold of the one is that of the page, that of the other the definition of *interacts*.
+The warning compares sums of `corrected` with the shift (`alarms.py`). Its second divisor,
+`alarms.by_largest_effect`, was found on the smooth plants of `plants.py`. Here both warnings are
+computed on one or two plants of each kind, of seeds that no other table uses. Nothing is chosen on
+them: the first threshold is that of the page, the second is the definition of *interacts*.
 
-Plants that are in the file already are left alone. About ten minutes of one core.
+Plants that are in the file already are left alone. It takes about ten minutes of one core.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from judged import ENDS, SCORES, _screened, _sums_off, question_of
+from judged import ENDS, SCORES, question_of, screened, sums_off
 from kinds import planted
 from plants import Bed, Recipe
 from tqdm import tqdm
@@ -46,13 +47,16 @@ DIGITS = 3
 
 
 def warned(bed: Bed, recipe: Recipe) -> dict[str, Any]:
-    """One plant: of each question its interaction, by interventions, and both warnings."""
+    """A plant's kind, whether it enters, and `cases`, with three numbers of each question.
+
+    These are its interaction, by interventions, and the warning with each divisor.
+    """
     plant = planted(bed, recipe)
     if not plant.enters:
         return {"kind": recipe.kind, "enters": False, "cases": []}
     g = question_of(bed, plant)
     scores = {key: SCORES[key](g) for key in NEEDED}
-    corrected = [_screened(g, how, at, scores).corrected for how, at in ENDS.items()]
+    corrected = [screened(g, how, at, scores).corrected for how, at in ENDS.items()]
     cases = []
     for row, check in enumerate(plant.confirmed):
         shift = float(g.ends[1, row] - g.ends[0, row])
@@ -60,7 +64,7 @@ def warned(bed: Bed, recipe: Recipe) -> dict[str, Any]:
         largest = max(float(values[row].abs().max()) for values in corrected)
         numbers = {
             "interaction": check["interaction"],
-            "by sizes": _sums_off(g, row, corrected),
+            "by sizes": sums_off(g, row, corrected),
             "by largest": off / max(abs(shift), largest),
         }
         cases.append({key: round(value, DIGITS) for key, value in numbers.items()})
@@ -73,9 +77,10 @@ def main() -> None:
     out = parser.parse_args().out
     stored = json.loads(out.read_text()) if out.is_file() else {}
     bed = Bed.of(*load_base(EMBEDDED_NAME))
-    for recipe in tqdm([recipe for recipe in FRESH if recipe.name not in stored]):
+    to_do = [recipe for recipe in FRESH if recipe.name not in stored]
+    for recipe in tqdm(to_do):
         stored[recipe.name] = warned(bed, recipe)
-        lines = (f"{json.dumps(name)}: {json.dumps(plant)}" for name, plant in stored.items())
+        lines = [f"{json.dumps(name)}: {json.dumps(plant)}" for name, plant in stored.items()]
         out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

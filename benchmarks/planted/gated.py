@@ -1,4 +1,4 @@
-"""Updates of modules behind gates, on the Hugging Face model: run, recorded, trained.
+"""Run, record and train updates of modules behind gates, on the Hugging Face model.
 
     out_l = W_l z_l + γ_rl (ΔW_l z_l + Δb_l)        row r, module l
 
@@ -29,7 +29,10 @@ import lens_lora as ll
 
 Updates = dict[str, ll.LoRAFactors]
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
-CLOSE = 0.04  # of the size: a fit whose rows are all this near is done
+# Training ends once every row is this near its target, as a share of `size`.
+CLOSE = 0.04
+# Rows that run together in `Gated.at_gates`.
+ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,7 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def block_of(path: str) -> int:
+    """The number of the block that a module lies in."""
     match = _BLOCK.search(path)
     if match is None:
         raise ValueError(f"{path} is in no block")
@@ -97,6 +101,7 @@ def constants(vectors: Mapping[str, Tensor], model: PreTrainedModel) -> Updates:
 
 
 def _trainable(factors: ll.LoRAFactors, names: Sequence[str]) -> ll.LoRAFactors:
+    """The same factors, of which the named tensors can be trained."""
     for name in names:
         getattr(factors, name).requires_grad_()
     return factors
@@ -104,15 +109,16 @@ def _trainable(factors: ll.LoRAFactors, names: Sequence[str]) -> ll.LoRAFactors:
 
 def detached(updates: Updates) -> Updates:
     """The same numbers, no longer trained."""
-    return {
-        path: dataclasses.replace(
+    copies: Updates = {}
+    for path, factors in updates.items():
+        bias = factors.lora_bias
+        copies[path] = dataclasses.replace(
             factors,
             A=factors.A.detach(),
             B=factors.B.detach(),
-            lora_bias=None if factors.lora_bias is None else factors.lora_bias.detach(),
+            lora_bias=None if bias is None else bias.detach(),
         )
-        for path, factors in updates.items()
-    }
+    return copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Gated:
     def margins(
         self, updates: Updates, questions: Sequence[Question], gates: Float[Tensor, "row module"]
     ) -> Float[Tensor, " row"]:
-        """The margin of each row's question; modules in the order of `updates`."""
+        """The margin of each row's question; columns of gates are in the order of `updates`."""
         ids, last = self._padded(questions)
         with self._hooked(updates, gates):
             stream = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -136,20 +142,20 @@ class Gated:
         self, updates: Updates, question: Question, sets: Sequence[Collection[str]]
     ) -> list[float]:
         """The values of g with the modules of each set switched on, and no others."""
-        gates = torch.tensor([[float(path in members) for path in updates] for members in sets])
-        return self.at_gates(updates, question, gates)
+        rows = []
+        for members in sets:
+            rows.append([float(path in members) for path in updates])
+        return self.at_gates(updates, question, torch.tensor(rows))
 
     def at_gates(
         self, updates: Updates, question: Question, gates: Float[Tensor, "row module"]
     ) -> list[float]:
-        """The values of g at each row of gates; modules are in the order of `updates`."""
-        rows = [question] * len(gates)
+        """The values of g at each row of gates; columns are in the order of `updates`."""
+        values: list[float] = []
         with torch.no_grad():
-            parts = [
-                self.margins(updates, rows[i : i + 16], gates[i : i + 16])
-                for i in range(0, len(gates), 16)
-            ]
-        return torch.cat(parts).tolist()
+            for part in gates.split(ROWS):
+                values += self.margins(updates, [question] * len(part), part).tolist()
+        return values
 
     def recorded(
         self,
@@ -158,7 +164,7 @@ class Gated:
         paths: Iterable[str],
         gates: Float[Tensor, "row module"],
     ) -> dict[str, tuple[Float[Tensor, "row pos in"], Float[Tensor, "row pos out"]]]:
-        """Input and output of modules, with the updates at each row of gates."""
+        """By module its input and its output, with the updates at each row of gates."""
         kept: dict[str, tuple[Tensor, Tensor]] = {}
         modules = linears(self.model)
 
@@ -175,9 +181,12 @@ class Gated:
 
     @contextlib.contextmanager
     def _hooked(self, updates: Updates, gates: Tensor) -> Generator[None]:
+        """Add each update, times its gates, to the output of its module while the context lasts."""
+
         def add(
             factors: ll.LoRAFactors, column: Tensor, module: Any, args: tuple[Tensor], out: Tensor
         ) -> Tensor:
+            """Return γ (ΔW z + Δb) added to the output."""
             written = factors.scale * (args[0] @ factors.A.T) @ factors.B.T
             if factors.lora_bias is not None:
                 written = written + factors.scale * factors.lora_bias
@@ -194,8 +203,12 @@ class Gated:
         self, questions: Sequence[Question]
     ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, " row"]]:
         """Ids padded on the right, where no causal model looks, and the positions that are read."""
-        lengths = [len(q.ids) for q in questions]
-        rows = [[*q.ids, *[0] * (max(lengths) - len(q.ids))] for q in questions]
+        lengths = [len(question.ids) for question in questions]
+        longest = max(lengths)
+        rows = []
+        for question in questions:
+            padding = [0] * (longest - len(question.ids))
+            rows.append([*question.ids, *padding])
         return torch.tensor(rows), torch.tensor(lengths) - 1
 
 
@@ -209,29 +222,46 @@ def fit(
     rate: float,
     seed: int,
 ) -> float:
-    """Train the updates in place; the largest miss of a row at the end, as a share of `size`."""
+    """Train the updates in place, until all margins are near their targets or the steps are done.
+
+    Args:
+        gated: the model.
+        updates: of which the tensors that require gradients are trained.
+        aims: the rows of training.
+        size: what errors are divided by, in logits.
+        steps: the largest number of steps.
+        rate: the learning rate at the first step; it falls to a twentieth at the last.
+        seed: of the gates that are drawn anew at each step.
+
+    Returns:
+        the largest error of a row at the last step, as a share of `size`.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tensors = [
-        tensor
-        for factors in updates.values()
-        for tensor in (factors.A, factors.B, factors.lora_bias)
-        if tensor is not None and tensor.requires_grad
-    ]
+    tensors: list[Tensor] = []
+    for factors in updates.values():
+        for tensor in (factors.A, factors.B, factors.lora_bias):
+            if tensor is not None and tensor.requires_grad:
+                tensors.append(tensor)
     optimizer = torch.optim.Adam(tensors, lr=rate)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    wanted = torch.tensor([[aim.gates.get(path, 0.0) for path in updates] for aim in aims])
+    rows = []
+    for aim in aims:
+        rows.append([aim.gates.get(path, 0.0) for path in updates])
+    wanted = torch.tensor(rows)
+    is_drawn = wanted.isnan()
     targets = torch.tensor([aim.target for aim in aims])
     questions = [aim.question for aim in aims]
     miss = float("inf")
     for _ in range(steps):
         drawn = torch.randint(2, wanted.shape, generator=generator).float()
-        gates = torch.where(wanted.isnan(), drawn, wanted)
-        off = (gated.margins(updates, questions, gates) - targets) / size
-        miss = float(off.detach().abs().max())
-        if miss < CLOSE and not bool(wanted.isnan().any()):
+        gates = torch.where(is_drawn, drawn, wanted)
+        errors = (gated.margins(updates, questions, gates) - targets) / size
+        miss = float(errors.detach().abs().max())
+        # Where gates are drawn, one draw near the target does not speak for the others.
+        if miss < CLOSE and not bool(is_drawn.any()):
             break
         optimizer.zero_grad()
-        off.square().sum().backward()
+        errors.square().sum().backward()
         optimizer.step()
         falling.step()
     return miss

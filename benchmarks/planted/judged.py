@@ -1,22 +1,23 @@
-"""Plant, confirm and judge: where each attribution puts the causes of a plant, and what warns.
+"""Plant, confirm and judge: where each attribution ranks the causes of a plant, and what warns.
 
     python benchmarks/planted/judged.py --cache FOLDER [--only NAME …] [--base NAME|FOLDER]
 
-One file a plant, FOLDER/<name>.json; those that are there are left alone, so a run may be
-interrupted. Then docs/planted.json is written from all of them: those of the embedded base as
-`plants`, those of another under its name in `elsewhere`. With --only, the plants that are not in
-the folder stay there as they were. About an hour of one core.
+Each plant has a file, FOLDER/<name>.json. Plants whose file is there are left alone, so a run may
+be interrupted. At the end docs/planted.json is written from all files: plants of the embedded base
+as `plants`, plants of another base under its name in `elsewhere`. With --only, plants without a
+file in the folder keep the numbers that are stored. It takes about an hour of one core.
 
 1. Every score of `SCORES` is computed on the plant's questions, by `benchmarks/evidence/methods.py`
    where that has it. Sites are ranked by magnitude.
-2. Kept of a ranking are the *places* of the causes, 1 the first, ties at their mean. With n sites
+2. Of a ranking the *places* of the causes are stored, 1 the first, ties at their mean. With n sites
    and k causes
 
        AUROC = 1 − (Σ places − k(k + 1)/2) / (k(n − k)),    recovery = share of places ≤ k
 
-3. Of a gated plant, the place and the effect of the edge from its writer to its gate's attention.
-   Of a smooth one, what the scores say of the pair in logits: `sizes`.
-4. Signals, of derivatives and of what `ll.reliability` measures; the package's own warnings.
+3. Of a gated plant, the place and the effect of the edge from its writer to its gate's attention
+   are stored; of a smooth plant, what the scores say of the pair in logits (`sizes`).
+4. So are the signals that might warn, from derivatives and from what `ll.reliability` measures,
+   and the warnings that the package gives.
 """
 
 from __future__ import annotations
@@ -44,10 +45,7 @@ from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.core import (
-    VIOLENT,
-    Evaluations,
-)
+from lens_lora.core import VIOLENT, Evaluations
 from lens_lora.core.analyses.components import squared_norms
 from lens_lora.core.analyses.patching import How
 from lens_lora.core.analyses.verdict import CHECKPOINTS as WAY
@@ -88,23 +86,26 @@ ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 def _norms(g: Evaluations) -> dict[str, Tensor]:
     """‖Jᵀu‖, ‖δz‖ and their product, from one pass."""
     squares = squared_norms(g)
-    gradient, delta = (g.reading.by_prompt(squares[key]).sqrt() for key in ("gradient", "delta"))
+    gradient = g.reading.by_prompt(squares["gradient"]).sqrt()
+    delta = g.reading.by_prompt(squares["delta"]).sqrt()
     return {"gradient": gradient, "update_norm": delta, "norm_product": gradient * delta}
 
 
 def _size_of_change(g: Evaluations) -> Tensor:
-    """‖ΔW‖, or ‖Δb‖ of a constant."""
-    modules = g.lens.adapter.modules
-    sizes = [float(np.hypot(f.norm(), f.bias_norm())) for f in map(modules.get, _paths(g.lens))]
+    """‖ΔW‖ of each site, or ‖Δb‖ of a constant, [prompt, site]."""
+    updates = [g.lens.adapter.modules[path] for path in _paths(g.lens)]
+    sizes = [float(np.hypot(update.norm(), update.bias_norm())) for update in updates]
     return torch.tensor(sizes).expand(g.reading.batch, -1)
 
 
 def _random(g: Evaluations) -> Tensor:
+    """Random scores, the chance level of every ranking, [prompt, site]."""
     generator = torch.Generator().manual_seed(len(g.reading.prompts.tokens[0]))
     return torch.rand(g.reading.batch, len(g.lens.sites), generator=generator)
 
 
 def _path(g: Evaluations) -> Tensor:
+    """The path integral to 1 %, or of 16 nodes, [prompt, site]."""
     return path_attribution.of(g, tol=1e-2, max_nodes=16).per_site
 
 
@@ -122,29 +123,36 @@ SCORES: dict[str, Callable[[Evaluations], Tensor]] = {
 
 
 def _paths(lens: ll.LoraLens) -> list[str]:
+    """The module of every site."""
     return [site.module for site in lens.sites]
 
 
 @functools.lru_cache(maxsize=1)
 def _hooked(model: Any, tokenizer: Any) -> Any:
-    # Of a copy: a bridge renames the modules of the model that it wraps, by which plants find them.
+    """A hooked model over a copy of the base.
+
+    A bridge renames the modules of the model that it wraps, and plants find modules by their names.
+    """
     return hooked_model(copy.deepcopy(model), tokenizer)[0]
 
 
 def question_of(bed: Bed, plant: Plant) -> Evaluations:
-    """g over the plant's questions, of its model."""
+    """The function g of the plant's lens over its questions, each with its margin."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
     # With a BOS before each prompt, as `prompt_ids` puts one where the plants are made.
     lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, prepend_bos=True)
-    questions = [
-        {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
-        for question in plant.questions
-    ]
+    questions = []
+    for question in plant.questions:
+        doc, pre = question.words
+        questions.append({"prompt": question.prompt, "doc": doc, "pre": pre})
     return bound(lens, questions)
 
 
 def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
-    """Everything that is stored of a plant, besides how it was made."""
+    """Everything that is stored of a plant besides how it was made: its `sites`, `cases`, `edges`.
+
+    `cases` has an entry for each question.
+    """
     g = question_of(bed, plant)
     lens = g.lens
     shares = ll.kl_shares(lens, g.prompts, scales=(), progress=False)
@@ -152,29 +160,32 @@ def measured(bed: Bed, plant: Plant, kind: str) -> dict[str, Any]:
     scores["kl_shares"] = shares.attribution.per_site
     scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
     scores = {key: values.cpu().double() for key, values in scores.items()}
-    cases = [
-        {
-            **_case(g, row, {key: values[row] for key, values in scores.items()}, causes),
-            "kl": shares.verdict[row].kind,
-        }
-        for row, causes in enumerate(plant.causes)
-    ]
-    screens = {how: _screened(g, how, at, scores) for how, at in ENDS.items()}
-    for row, case in enumerate(cases):
-        case["says"] |= {f"flags, {how}": s.flagged_sites(row) for how, s in screens.items()}
-        case["signals"]["screened"] = _sums_off(g, row, [s.corrected for s in screens.values()])
+    screens = {how: screened(g, how, at, scores) for how, at in ENDS.items()}
+    corrected = [screen.corrected for screen in screens.values()]
+    cases: list[dict[str, Any]] = []
+    for row, causes in enumerate(plant.causes):
+        scores_of_row = {key: values[row] for key, values in scores.items()}
+        case = _case(g, row, scores_of_row, causes)
+        case["kl"] = shares.verdict[row].kind
+        case["signals"]["screened"] = sums_off(g, row, corrected)
+        for how, screen in screens.items():
+            case["says"][f"flags, {how}"] = screen.flagged_sites(row)
         if kind in SMOOTH:
-            numbers = {key: scores[key][row] for key in SIZED}
-            numbers |= {f"corrected, {how}": s.corrected[row] for how, s in screens.items()}
+            numbers = {key: scores_of_row[key] for key in SIZED}
+            for how, screen in screens.items():
+                numbers[f"corrected, {how}"] = screen.corrected[row]
             case["sizes"] = _sizes(g.lens, plant.pair, numbers)
-    edges = {"edges": _edges(g, plant)} if kind == "gated" else {}
-    return {"sites": len(lens.sites), "cases": cases, **edges}
+        cases.append(case)
+    stored: dict[str, Any] = {"sites": len(lens.sites), "cases": cases}
+    if kind == "gated":
+        stored["edges"] = _edges(g, plant)
+    return stored
 
 
 def _case(
     g: Evaluations, row: int, scores: Mapping[str, Tensor], causes: Collection[str]
 ) -> dict[str, Any]:
-    """One question: places of its causes by score, effects, signals."""
+    """One question: the places of its causes by each score, the effects, and the signals."""
     members = np.array([path in causes for path in _paths(g.lens)])
     signals = _signals(g, row, scores)
     return {
@@ -208,16 +219,17 @@ def _extremes(effects: Tensor, members: np.ndarray) -> dict[str, float]:
 def _sizes(
     lens: ll.LoraLens, pair: Collection[str], numbers: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """The numbers of the pair by each score, the first module's first, and all sums, in logits."""
+    """What each score says of the pair, the first module first, and its sums, in logits."""
     paths = _paths(lens)
-    return {
-        key: {
-            "pair": [float(values[paths.index(path)]) for path in pair],
+    rows = [paths.index(path) for path in pair]
+    sizes: dict[str, dict[str, Any]] = {}
+    for key, values in numbers.items():
+        sizes[key] = {
+            "pair": [float(values[row]) for row in rows],
             "sum": float(values.sum()),
             "sum of sizes": float(values.abs().sum()),
         }
-        for key, values in numbers.items()
-    }
+    return sizes
 
 
 def _edges(g: Evaluations, plant: Plant) -> dict[str, Any]:
@@ -244,13 +256,18 @@ def _edges(g: Evaluations, plant: Plant) -> dict[str, Any]:
 
 
 def _signals(g: Evaluations, row: int, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """What costs no intervention; sums beside the shift, and beside Σ|a|, which is never small."""
-    first, half, last = (scores[f"first_order@{at}"] for at in ("0", "0.5", "1"))
+    """The signals that cost no intervention.
+
+    Sums are compared with the shift, and with Σ|a|, which is never small.
+    """
+    first = scores["first_order@0"]
+    half = scores["first_order@0.5"]
+    last = scores["first_order@1"]
     base, adapted = g.ends[:, row].tolist()
     shift = adapted - base
     size = float(first.abs().sum())
     largest = max(size, float(last.abs().sum()))
-    off = [abs(float(a.sum()) - shift) / abs(shift) for a in (first, last)]
+    off = [abs(float(slopes.sum()) - shift) / abs(shift) for slopes in (first, last)]
     strengths = torch.tensor(WAY, dtype=torch.float64)
     way = g.along(WAY)[:, row].cpu().double() - base
     left = ((way - strengths * first.sum()) / way).abs()
@@ -271,22 +288,29 @@ def _signals(g: Evaluations, row: int, scores: Mapping[str, Tensor]) -> dict[str
 
 
 def _verdict(g: Evaluations, row: int, total: float, worst: float) -> str:
-    """The kind of `ll.remainder`'s verdict; a shift of logits stands far above all rounding."""
+    """The kind of verdict that `ll.remainder` gives on one question.
+
+    Args:
+        g: the function.
+        row: the question.
+        total: the sum of first order at 0.
+        worst: the error of first order on the way, as a share (`way` of `_signals`).
+    """
     base, adapted = g.ends[:, row].tolist()
     floor = SIGMAS * float(g.floor[row])
     shift = adapted - base
     return Verdict(shift, shift - total, floor, floor, worst, None).kind
 
 
-def _screened(g: Evaluations, how: How, at: float, scores: Mapping[str, Tensor]) -> Reliability:
-    """`ll.reliability`, its screen taken from the effects that were measured anyway."""
+def screened(g: Evaluations, how: How, at: float, scores: Mapping[str, Tensor]) -> Reliability:
+    """The result of `ll.reliability`, from effects that are measured already."""
     first = attribution_of(g, scores[f"first_order@{at:g}"], "first_order")
     ended = dataclasses.replace(first, at=at)
     return judged(g, ended, how, lambda sites: scores[how][:, sites])
 
 
-def _sums_off(g: Evaluations, row: int, numbers: list[Tensor]) -> float:
-    """How far the worse of two sums is from the shift, by the largest sum of sizes."""
+def sums_off(g: Evaluations, row: int, numbers: list[Tensor]) -> float:
+    """The error of the worse of two sums, over the largest sum of sizes or the shift."""
     shift = float(g.ends[1, row] - g.ends[0, row])
     off = max(abs(float(values[row].sum()) - shift) for values in numbers)
     sizes = [float(values[row].abs().sum()) for values in numbers]
@@ -294,14 +318,17 @@ def _sums_off(g: Evaluations, row: int, numbers: list[Tensor]) -> float:
 
 
 def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
-    """How it was made, and what interventions say."""
+    """How a plant was made, and what interventions say of it."""
+    causes: set[str] = set()
+    for paths in plant.causes:
+        causes |= paths
     return {
         "kind": recipe.kind,
         "seed": recipe.seed,
         "facts": recipe.facts[: len(plant.questions)],
         "prompts": [question.prompt for question in plant.questions],
         "causes": [sorted(paths) for paths in plant.causes],
-        "ranks": sorted({plant.updates[path].rank for paths in plant.causes for path in paths}),
+        "ranks": sorted({plant.updates[path].rank for path in causes}),
         "decoys": Counter(plant.sorts.values()),
         "attempts": plant.attempts,
         "enters": plant.enters,
@@ -310,10 +337,12 @@ def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
 
 
 def short(value: Any) -> Any:
-    """Every number to four digits."""
+    """Round every number of nested lists and dictionaries to four digits."""
     if isinstance(value, Mapping):
         return {key: short(part) for key, part in value.items()}
-    return [short(part) for part in value] if isinstance(value, list | tuple) else rounded(value)
+    if isinstance(value, list | tuple):
+        return [short(part) for part in value]
+    return rounded(value)
 
 
 def recipes_of(base: str) -> tuple[Recipe, ...]:
@@ -323,8 +352,11 @@ def recipes_of(base: str) -> tuple[Recipe, ...]:
 
 def collected(folder: Path, base: str) -> dict[str, Any]:
     """What is stored of a base: the plants that are in the folder, and how they were made."""
-    files = {recipe.name: folder / f"{recipe.name}.json" for recipe in recipes_of(base)}
-    plants = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    plants = {}
+    for recipe in recipes_of(base):
+        file = folder / f"{recipe.name}.json"
+        if file.is_file():
+            plants[recipe.name] = json.loads(file.read_text())
     option = "" if is_embedded(base) else f" --base {Path(base).name}"
     return {"about": {"command": COMMAND + option, **versions()}, "plants": plants}
 
@@ -349,15 +381,13 @@ def write(folder: Path, base: str, *, are_some: bool = False) -> None:
         numbers |= there
     else:
         numbers["elsewhere"] = {**others, Path(base).name: there}
-    elsewhere = ",\n".join(
-        f"{json.dumps(name)}: {{{text(part)}}}"
-        for name, part in numbers.get("elsewhere", {}).items()
-    )
+    parts = numbers.get("elsewhere", {}).items()
+    elsewhere = ",\n".join(f"{json.dumps(name)}: {{{text(part)}}}" for name, part in parts)
     NUMBERS.write_text(f'{{{text(numbers)}, "elsewhere": {{\n{elsewhere}\n}}}}\n')
 
 
 def text(part: Mapping[str, Any]) -> str:
-    """One base in the file, without its braces."""
+    """One base as it stands in docs/planted.json, without its braces."""
     plants = part["plants"].items()
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(plant)}" for name, plant in plants)
     return f'"about": {json.dumps(part["about"])}, "plants": {{\n{lines}\n}}'
@@ -370,16 +400,19 @@ def main() -> None:
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
     asked = parser.parse_args()
     asked.cache.mkdir(parents=True, exist_ok=True)
-    chosen = [r for r in recipes_of(asked.base) if not asked.only or r.name in asked.only]
-    left = [r for r in chosen if not (asked.cache / f"{r.name}.json").is_file()]
-    bed = Bed.of(*load_base(asked.base)) if left else None
-    for recipe in tqdm(left, desc="plants"):
+    recipes = list(recipes_of(asked.base))
+    if asked.only:
+        recipes = [recipe for recipe in recipes if recipe.name in asked.only]
+    to_do = [recipe for recipe in recipes if not (asked.cache / f"{recipe.name}.json").is_file()]
+    bed = Bed.of(*load_base(asked.base)) if to_do else None
+    for recipe in tqdm(to_do, desc="plants"):
         start = time.process_time()
         plant = planted(bed, recipe)
         result = described(recipe, plant)
         if plant.enters:
             result |= measured(bed, plant, recipe.kind)
         result["seconds"] = time.process_time() - start
+        # The file appears under its name only when it is whole.
         unfinished = asked.cache / f"{recipe.name}.part"
         unfinished.write_text(json.dumps(short(result)) + "\n")
         unfinished.rename(asked.cache / f"{recipe.name}.json")

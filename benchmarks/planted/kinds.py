@@ -1,8 +1,9 @@
-"""How each kind of plant is made, and what confirms it; see `plants.py`."""
+"""Make a plant of each kind, and confirm it by interventions; `plants.py` says what kinds are."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Collection, Sequence
 
@@ -42,10 +43,9 @@ Confirm = Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, fl
 
 
 def planted(bed: Bed, recipe: Recipe) -> Plant:
-    """The plant of a recipe, of the first attempt that enters; else of the last."""
-    make = {"confined": confined, "two facts": two_facts, "constant": constant}.get(
-        recipe.kind, pair
-    )
+    """The plant of the first attempt that enters, or else of the last attempt."""
+    makers = {"confined": confined, "two facts": two_facts, "constant": constant}
+    make = makers.get(recipe.kind, pair)
     for attempt in range(ATTEMPTS):
         draw = random.Random(f"{recipe.kind} {recipe.seed} {attempt}")
         plant = make(bed, recipe, draw)
@@ -60,7 +60,7 @@ def planted(bed: Bed, recipe: Recipe) -> Plant:
 def taught(
     bed: Bed, updates: Updates, question: Question, draw: random.Random, rate: float
 ) -> Updates:
-    """The updates, trained to move the margin by `PUSH`, without those that do next to nothing."""
+    """Train the updates to move the margin by `PUSH`, and drop those that do next to nothing."""
     (base,) = bed.gated.corners(updates, question, [()])
     aims = [Aim(question, dict.fromkeys(updates, 1.0), base + PUSH)]
     seed = draw.randrange(2**31)
@@ -69,20 +69,25 @@ def taught(
 
 
 def strong(bed: Bed, updates: Updates, question: Question) -> Updates:
-    """The modules that move the margin alone, when added or when left out."""
+    """The updates that move the margin when they are added alone, or left out alone."""
     everything = set(updates)
-    sets = [(), everything, *({p} for p in updates), *(everything - {p} for p in updates)]
-    base, adapted, *singles = bed.gated.corners(updates, question, sets)
+    alone = [{path} for path in updates]
+    without = [everything - {path} for path in updates]
+    base, adapted, *singles = bed.gated.corners(
+        updates, question, [(), everything, *alone, *without]
+    )
     added = [g - base for g in singles[: len(updates)]]
     taken = [adapted - g for g in singles[len(updates) :]]
     least = LEAST * abs(adapted - base)
-    pairs = zip(updates.items(), added, taken, strict=True)
-    return {
-        path: factors for (path, factors), add, take in pairs if max(abs(add), abs(take)) >= least
-    }
+    kept = {}
+    for path, effect_added, effect_taken in zip(updates, added, taken, strict=True):
+        if max(abs(effect_added), abs(effect_taken)) >= least:
+            kept[path] = updates[path]
+    return kept
 
 
 def confined(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
+    """A few modules are trained to move a fact, and hidden among decoys."""
     question = bed.question(recipe.facts[0])
     paths = draw.sample(bed.modules(0.15, 0.95), draw.randint(4, 8))
     updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
@@ -91,7 +96,7 @@ def confined(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
 
 
 def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Both at once: each fact moves with its own part, whatever the gates of the other part."""
+    """Ten modules are trained so that each half moves its own fact, whatever the other does."""
     questions = tuple(map(bed.question, recipe.facts))
     paths = draw.sample(bed.modules(0.15, 0.95), 10)
     halves = (paths[:5], paths[5:])
@@ -104,32 +109,39 @@ def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
     seed = draw.randrange(2**31)
     fit(bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=CORNER_RATE, seed=seed)
-    updates = detached(updates)
-    parts = [
-        strong(bed, {path: updates[path] for path in part}, question)
-        for question, part in zip(questions, halves, strict=True)
-    ]
-    updates = {**parts[0], **parts[1]}
-    checks = [
-        confirmed_fact(bed, updates, question, set(part))
-        for question, part in zip(questions, parts, strict=True)
-    ]
-    confirmed, enters = zip(*checks, strict=True)
-    return Plant(updates, questions, tuple(map(frozenset, parts)), {}, confirmed, all(enters))
+    trained = detached(updates)
+    parts: list[Updates] = []
+    for question, part in zip(questions, halves, strict=True):
+        parts.append(strong(bed, {path: trained[path] for path in part}, question))
+    causes = {**parts[0], **parts[1]}
+    confirmed: list[dict[str, float]] = []
+    enters: list[bool] = []
+    for question, part in zip(questions, parts, strict=True):
+        shares, does_enter = confirmed_fact(bed, causes, question, set(part))
+        confirmed.append(shares)
+        enters.append(does_enter)
+    sets = tuple(frozenset(part) for part in parts)
+    return Plant(causes, questions, sets, {}, tuple(confirmed), all(enters))
 
 
 def confirmed_fact(
     bed: Bed, updates: Updates, question: Question, causes: Collection[str]
 ) -> tuple[dict[str, float], bool]:
-    """What the margin keeps without the others, and loses without the causes."""
+    """What the margin keeps without the other modules, and what it loses without the causes.
+
+    Returns:
+        numbers as shares of the shift, and whether the plant enters.
+    """
     everything = set(updates)
     ends = [(), everything, set(causes), everything - set(causes)]
-    singles = [*({path} for path in causes), *(everything - {path} for path in causes)]
-    base, adapted, kept, lost, *alone = bed.gated.corners(updates, question, [*ends, *singles])
+    alone = [{path} for path in causes]
+    without = [everything - {path} for path in causes]
+    values = bed.gated.corners(updates, question, [*ends, *alone, *without])
+    base, adapted, kept, lost, *singles = values
     shift = adapted - base
     count = len(causes)
-    added = sum(g - base for g in alone[:count])
-    left = sum(adapted - g for g in alone[count:])
+    added = sum(g - base for g in singles[:count])
+    left = sum(adapted - g for g in singles[count:])
     shares = {
         "shift": shift,
         "effect": shift,
@@ -141,7 +153,7 @@ def confirmed_fact(
 
 
 def is_inert(shares: dict[str, float]) -> bool:
-    """Whether what is no cause does nothing, beside the causes and without them."""
+    """Whether the modules that are no causes do nothing, beside the causes and without them."""
     return abs(shares["kept"] - 1) <= KEPT and abs(shares["lost"] - 1) <= 1 - LOST
 
 
@@ -153,17 +165,27 @@ def hidden(
     confirm: Confirm,
     stray: float = STRAY,
 ) -> Plant:
-    """The causes among decoys; fewer of them stray, until they do nothing together."""
+    """Put the causes among decoys; halve the stray ones until all decoys together do nothing.
+
+    Args:
+        bed: the model.
+        question: what is asked.
+        causes: the trained updates.
+        draw: of everything that is random.
+        confirm: whether the plant enters, and what interventions say.
+        stray: the share of stray ones among the decoys that are no query or key.
+    """
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     decoys = Decoys(bed.gated, question, causes, bed.ordinary, generator, stray)
     others, sorts = decoys.draw()
     while True:
-        updates = {path: {**causes, **others}[path] for path in linears(bed.model)}
+        every = {**causes, **others}
+        updates = {path: every[path] for path in linears(bed.model)}
         shares, enters = confirm(bed, updates, question, set(causes))
-        stray = [path for path, sort in sorts.items() if sort == "stray"]
-        if enters or not stray:
+        strays = [path for path, sort in sorts.items() if sort == "stray"]
+        if enters or not strays:
             break
-        for path in draw.sample(stray, (len(stray) + 1) // 2):
+        for path in draw.sample(strays, (len(strays) + 1) // 2):
             others[path] = decoys.of_sort("deaf", path)
             sorts[path] = "deaf"
     return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
@@ -173,7 +195,10 @@ def hidden(
 
 
 def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Two modules, the first before the second, trained at corners or, if smooth, on a grid."""
+    """Two modules are trained at the corners of their gates, or on a grid if the kind is smooth.
+
+    The first module lies before the second.
+    """
     question = bed.question(recipe.facts[0])
     first, second = paths_of_pair(bed, recipe.kind, draw)
     updates = fresh(bed.model, (first, second), 8, draw.randrange(2**31))
@@ -192,6 +217,7 @@ def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     def confirm(
         bed: Bed, updates: Updates, question: Question, causes: Collection[str]
     ) -> tuple[dict[str, float], bool]:
+        """Confirm the corners, and of a smooth kind the grid."""
         shares, enters = confirmed_pair(bed, recipe.kind, updates, question, (first, second))
         if not is_smooth:
             return shares, enters
@@ -222,41 +248,58 @@ def paths_of_pair(bed: Bed, kind: str, draw: random.Random) -> tuple[str, str]:
 def confirmed_pair(
     bed: Bed, kind: str, updates: Updates, question: Question, pair: tuple[str, str]
 ) -> tuple[dict[str, float], bool]:
-    """The corners of the pair, without decoys and among them, as shares of the effect."""
+    """The corners of the pair, without decoys and among them.
+
+    Returns:
+        numbers as shares of the effect, and whether the plant enters.
+    """
     first, second = pair
     everything = set(updates)
-    sets = [set(pair), {first}, {second}, everything, everything - {second}, everything - {first}]
-    base, none, *corners = bed.gated.corners(updates, question, [(), everything - set(pair), *sets])
-    both, one_first, one_second, *among = (g - base for g in corners)
-    effect = one_first if kind in ("masked", "opposed") else among[0]
-    added = one_first + one_second
-    left = 2 * among[0] - among[1] - among[2]
+    sets = [
+        (),
+        everything - {first, second},
+        {first, second},
+        {first},
+        {second},
+        everything,
+        everything - {second},
+        everything - {first},
+    ]
+    base, *values = bed.gated.corners(updates, question, sets)
+    shifts = [value - base for value in values]
+    neither, both, first_alone, second_alone, shift, without_second, without_first = shifts
+    effect = first_alone if kind in ("masked", "opposed") else shift
+    added = first_alone + second_alone
+    left = 2 * shift - without_second - without_first
     shares = {
-        "shift": among[0],
+        "shift": shift,
         "effect": effect,
-        "kept": 1 + (both - among[0]) / effect,
-        "lost": 1 - (none - base) / effect,
-        "first alone": one_first / effect,
-        "second alone": one_second / effect,
-        "second left out": among[1] / effect,
-        "first left out": among[2] / effect,
-        "interaction": max(abs(added - among[0]), abs(left - among[0])) / abs(effect),
+        "kept": 1 + (both - shift) / effect,
+        "lost": 1 - neither / effect,
+        "first alone": first_alone / effect,
+        "second alone": second_alone / effect,
+        "second left out": without_second / effect,
+        "first left out": without_first / effect,
+        "interaction": max(abs(added - shift), abs(left - shift)) / abs(effect),
     }
-    off = [abs(g / effect - share) for g, share in zip(among, PAIRS[kind], strict=True)]
+    among_decoys = (shift, without_second, without_first)
+    promised = zip(among_decoys, PAIRS[kind], strict=True)
+    off = [abs(value / effect - share) for value, share in promised]
     return shares, is_inert(shares) and max(off) <= OFF and effect > PUSH / 2
 
 
 def on_grid(values: Sequence[float]) -> list[tuple[float, float]]:
-    """Gates of both modules, without the base's: nothing is asked where both are off."""
-    return [(a, b) for a in values for b in values if a or b]
+    """All pairs of gates of the two modules, without (0, 0), where nothing is asked."""
+    return [(a, b) for a, b in itertools.product(values, values) if a or b]
 
 
 def misses_on_grid(
     bed: Bed, kind: str, updates: Updates, question: Question, pair: tuple[str, str]
 ) -> dict[str, float]:
-    """How far the margin is from its kind's, among decoys, at most: where trained, and between.
+    """The largest errors of the margin on the grid, where it was trained and between.
 
-    Gates of the decoys are 1 throughout, so the shift is counted from where both of the pair are 0.
+    An error is the distance from what the kind promises, as a share of the effect. The gates of all
+    decoys are 1, so the shift is counted from where both gates of the pair are 0.
     """
     first, second = pair
     points = [(0.0, 0.0), *on_grid(BETWEEN)]
@@ -270,8 +313,10 @@ def misses_on_grid(
     between = [0.0]
     for (a, b), value in zip(points[1:], values, strict=True):
         miss = abs((value - none) / effect - share_of_pair(kind, a, b))
-        is_trained = a in GRID and b in GRID
-        (trained if is_trained else between).append(miss)
+        if a in GRID and b in GRID:
+            trained.append(miss)
+        else:
+            between.append(miss)
     return {"off on the grid": max(trained), "off between": max(between)}
 
 
@@ -279,10 +324,11 @@ def misses_on_grid(
 
 
 def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Constants that were trained to move the fact, among the quietest of many random ones.
+    """Constants are trained to move a fact, and stand among the quietest of many random ones.
 
-    A constant cannot be deaf. So random vectors of the causes' lengths are added alone, to the base
-    and beside the causes, and the quietest are kept, each with the sign that balances the others.
+    A constant has no input that it could be deaf to. So each of many random vectors, as long as the
+    causes, is added to the base and beside the causes. The quietest are kept, each with the sign
+    that balances the others.
     """
     question = bed.question(recipe.facts[0])
     kinds = ("o_proj", "down_proj", "v_proj", "up_proj")
@@ -306,21 +352,30 @@ def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
 def quietest(
     bed: Bed, question: Question, causes: Updates, vectors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Constants that move the margin least; signs are chosen in the order of their effects."""
+    """The constants that move the margin least, each with the sign that balances those before it.
+
+    Signs are chosen in the order of the constants' effects, the largest first.
+    """
     updates = {**causes, **detached(constants(vectors, bed.model))}
-    sets = [(), set(causes), *({path} for path in vectors), *({path, *causes} for path in vectors)]
+    alone = [{path} for path in vectors]
+    beside = [{path, *causes} for path in vectors]
+    sets = [(), set(causes), *alone, *beside]
     base, adapted, *rest = bed.gated.corners(updates, question, sets)
-    alone = rest[: len(vectors)]
-    beside = rest[len(vectors) :]
-    effects = {
-        path: ((a - base) / (adapted - base), (b - adapted) / (adapted - base))
-        for path, a, b in zip(vectors, alone, beside, strict=True)
-    }
-    quiet = sorted(effects, key=lambda path: max(map(abs, effects[path])))[:QUIET]
+    shift = adapted - base
+    values_alone = rest[: len(vectors)]
+    values_beside = rest[len(vectors) :]
+    loudness: dict[str, float] = {}
+    effects: dict[str, float] = {}
+    for path, on_base, on_causes in zip(vectors, values_alone, values_beside, strict=True):
+        to_base = (on_base - base) / shift
+        to_causes = (on_causes - adapted) / shift
+        loudness[path] = max(abs(to_base), abs(to_causes))
+        effects[path] = to_base + to_causes
+    quiet = sorted(loudness, key=lambda path: loudness[path])[:QUIET]
     total = 0.0
     kept: dict[str, torch.Tensor] = {}
-    for path in sorted(quiet, key=lambda path: -abs(sum(effects[path]))):
-        sign = -1.0 if total * sum(effects[path]) > 0 else 1.0
-        total += sign * sum(effects[path])
+    for path in sorted(quiet, key=lambda path: -abs(effects[path])):
+        sign = -1.0 if total * effects[path] > 0 else 1.0
+        total += sign * effects[path]
         kept[path] = sign * vectors[path]
     return kept

@@ -1,4 +1,4 @@
-"""PlantedLoRA: adapters whose cause is known, as it was put there.
+"""PlantedLoRA: adapters whose cause is known, because it was planted.
 
     confined    a few modules are trained to move a fact; every other module holds a decoy
     two facts   a sum of two: each moves its own fact and was trained to leave the other's alone
@@ -12,24 +12,28 @@
     smooth sum           a pair, whose margin is the mean of its gates: the control of the product
     loud conjunction     a smooth conjunction among many decoys that do something, each on its own
 
-1. `RECIPES` say everything: kind, seed and facts. Modules, ranks and starts are drawn by the seed.
-2. Margins are trained to their targets (`gated.py`), at the corners that the kind is about. Those
-   of a smooth kind are trained on a grid of gates, four values of each of the two, to what
-   interpolates the corners bilinearly: a plant trained at corners alone may do anything between.
-3. A cause that does next to nothing is no cause: of what was trained for a fact, a module stays if
-   adding it alone or leaving it out alone moves the margin by `LEAST` of the effect.
+1. A recipe of `RECIPES` is a kind and a seed, which determine the facts. Modules, ranks and starts
+   are drawn by the seed.
+2. Margins are trained to their targets (`gated.py`) at the corners of the gates that the kind is
+   about. Smooth kinds are trained on a grid, four values of each of the two gates, to the bilinear
+   interpolation of the corners: a plant that is trained at corners alone may do anything between.
+3. A trained module that does next to nothing is no cause. It stays only if adding it alone, or
+   leaving it out alone, moves the margin by at least `LEAST` of the effect.
 4. Pairs and confined causes stand among decoys in all other modules, with the spectra of causes
-   (`decoys.py`). Where the stray ones together move too much, half of them become deaf, and so on.
-   A loud conjunction begins with about three times as many stray ones, which may move the margin
-   as long as the pair is a conjunction among them, on the grid.
-5. `confirmed` holds what interventions say of each question, and whether the plant enters. One that
-   fails is drawn again, up to `ATTEMPTS` times.
+   (`decoys.py`). If the stray decoys together move the margin too much, half of them become deaf,
+   and so on. A loud conjunction begins with about three times as many stray decoys. They may move
+   the margin as long as the pair is a conjunction among them, on the grid.
+5. Interventions confirm what the kind promises (`Plant.confirmed`), or the plant does not enter.
+   Then it is drawn again, up to `ATTEMPTS` times.
 6. `SECOND` are the plants on a second base: the first seeds of the same recipes, two of each kind
    that is trained at corners, and six smooth conjunctions.
 
-`interaction`, from interventions alone: how far the causes' effects are from adding up. With E the
-effect, it is max(|Σ add − shift|, |Σ leave − shift|) / E over the causes, added to the base or left
-out of the plant one at a time. Where it is large, no number per site can be its share of the shift.
+`interaction` says how far the causes' effects are from adding up, by interventions alone:
+
+    max(|Σ add − shift|, |Σ leave − shift|) / |E|
+
+with E the effect of the plant, and the sums over causes that are added to the base, or left out of
+the plant, one at a time. Where it is large, no number per site can be its share of the shift.
 """
 
 from __future__ import annotations
@@ -81,7 +85,9 @@ PAIRS = {
     "loud conjunction": (1.0, 0.0, 0.0),
 }
 SMOOTH = ("smooth conjunction", "smooth sum", "loud conjunction")
-LOUD = 0.5  # of the decoys of a loud conjunction that are no query or key, the share that stray
+# The share of stray ones among the decoys of a loud conjunction that are no query or key.
+LOUD = 0.5
+# How many plants of each kind there are.
 COUNTS = {
     "confined": 10,
     "two facts": 11,
@@ -95,7 +101,7 @@ COUNTS = {
     "smooth sum": 6,
     "loud conjunction": 6,
 }
-# A cancelling pair is masked once and opposed once.
+# The same on a second base. Of cancelling pairs one is masked and one opposed.
 SECOND_COUNTS = {
     "confined": 2,
     "two facts": 2,
@@ -107,12 +113,13 @@ SECOND_COUNTS = {
     "smooth conjunction": 6,
 }
 KINDS = tuple(COUNTS)
-ANY = float("nan")  # a gate that is drawn at every step
+# A gate that is drawn anew at every step of training.
+ANY = float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One plant."""
+    """What determines a plant: its kind, and the seed of all its draws."""
 
     kind: str
     seed: int
@@ -123,23 +130,24 @@ class Recipe:
 
     @property
     def facts(self) -> tuple[str, str]:
-        """The task whose fact moves, and another one; each kind goes through all of them."""
+        """The task whose fact moves, and a second task; seeds of a kind go through all tasks."""
         index = self.seed + 3 * KINDS.index(self.kind)
         return FACTS[index % len(FACTS)], FACTS[(index + 5) % len(FACTS)]
 
 
 def recipes(counts: Mapping[str, int]) -> tuple[Recipe, ...]:
-    """So many of each kind, the first of every kind before the second of any."""
-    return tuple(
-        Recipe(kind, seed)
-        for seed in range(max(counts.values()))
-        for kind, count in counts.items()
-        if seed < count
-    )
+    """So many recipes of each kind, seed 0 of every kind before seed 1 of any."""
+    found = []
+    for seed in range(max(counts.values())):
+        found += [Recipe(kind, seed) for kind, count in counts.items() if seed < count]
+    return tuple(found)
 
 
 def share_of_pair(kind: str, first: float, second: float) -> float:
-    """The bilinear interpolation of a pair's corners: s₁₀ a + s₀₁ b + (s₁₁ − s₁₀ − s₀₁) a b."""
+    """The bilinear interpolation of a pair's corners at its gates (a, b), as a share of `PUSH`.
+
+    s₁₀ a + s₀₁ b + (s₁₁ − s₁₀ − s₀₁) a b
+    """
     both, alone_first, alone_second = PAIRS[kind]
     together = both - alone_first - alone_second
     return alone_first * first + alone_second * second + together * first * second
@@ -154,14 +162,14 @@ class Plant:
     """An adapter and its cause.
 
     Attributes:
-        updates: by module.
+        updates: the adapter, by module.
         questions: what is asked of it.
-        causes: of each question, the modules that move its margin.
-        sorts: of each decoy, why it does nothing.
-        confirmed: of each question, what interventions say, as shares of the effect.
+        causes: for each question, the modules that move its margin.
+        sorts: for each decoy, why it does nothing.
+        confirmed: for each question, what interventions say, as shares of the effect.
         enters: whether they say what the kind promises.
         pair: of a pair, the first module and the second.
-        attempts: how many were drawn.
+        attempts: how many plants were drawn until this one.
     """
 
     updates: Updates
@@ -176,7 +184,13 @@ class Plant:
 
 @dataclasses.dataclass(frozen=True)
 class Bed:
-    """Where plants are planted: the model, and what its modules hear in ordinary sentences."""
+    """Where plants are planted: the model, and the inputs of its modules on ordinary sentences.
+
+    Attributes:
+        model: the base.
+        tokenizer: its tokenizer.
+        ordinary: by module, leading directions of its inputs on ordinary sentences, [d, few].
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -184,6 +198,7 @@ class Bed:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bed:
+        """The bed of a base, which is frozen."""
         model.requires_grad_(False)
         texts = [TASKS[name].texts[0] for name in FACTS]
         rows = [prompt_ids(tokenizer, text) for text in texts]
@@ -196,12 +211,22 @@ class Bed:
     def question(self, fact: str) -> Question:
         """The first trained wording of a fact."""
         asked = TASKS[fact].prompts["trained"][0]
-        doc, pre = (one_token(self.tokenizer, asked[key]) for key in ("doc", "pre"))
-        ids = tuple(prompt_ids(self.tokenizer, asked["prompt"]))
-        return Question(asked["prompt"], ids, doc, pre, (asked["doc"], asked["pre"]))
+        return Question(
+            prompt=asked["prompt"],
+            ids=tuple(prompt_ids(self.tokenizer, asked["prompt"])),
+            doc=one_token(self.tokenizer, asked["doc"]),
+            pre=one_token(self.tokenizer, asked["pre"]),
+            words=(asked["doc"], asked["pre"]),
+        )
 
     def modules(self, first: float, last: float, kinds: Collection[str] = ("",)) -> list[str]:
-        """Paths of the modules between two shares of the depth, those whose names end so."""
+        """Paths of the modules between two depths, as shares of all layers, in the model's order.
+
+        Args:
+            first: the depth of the first block.
+            last: the depth of the last block.
+            kinds: endings of paths; all modules by default.
+        """
         layers = self.model.config.num_hidden_layers
         blocks = range(int(first * layers), int(last * layers) + 1)
         paths = (path for path in linears(self.model) if block_of(path) in blocks)
