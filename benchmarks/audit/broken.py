@@ -1,14 +1,17 @@
-"""When does an adapter break the model? The audit's adapters as trained, and many times as strong.
+"""Measure from what strength on an adapter breaks the model, on the audit's adapters.
 
-    python benchmarks/audit/broken.py --adapters FOLDER [--most 4]   # as often as needed; goes on
+    python benchmarks/audit/broken.py --adapters FOLDER [--most 4]   # measures what is missing
     python benchmarks/audit/broken.py --table                        # writes the table of all
 
-1. `ll.what_changed(lens, nulls=0, fast=True)` of each adapter at 1, 3 and 8 times its strength; the
-   brief has the entropy of the next token and the share of its answers that repeats itself.
-2. Kept are those numbers, whether the verdict says that it breaks the model, and one answer, for a
-   person to judge.
+1. `ll.what_changed(lens, nulls=0, fast=True)` runs on each adapter at 1, 3 and 8 times its
+   strength. Its brief has the entropy of the next token, and the share of its answers that repeats
+   itself.
+2. These numbers are stored, with whether the verdict says that the adapter breaks the model, and
+   with one answer, for a person to judge.
 
-Numbers go to docs/audit_broken.json as each adapter is done. Half a minute of one core each.
+The numbers of an adapter are in docs/audit_broken.json as soon as it is done, so a run may be
+interrupted and called again. An adapter takes half a minute of one core. The table stands in
+docs/auditing.md.
 """
 
 from __future__ import annotations
@@ -40,11 +43,12 @@ SAYS = "It breaks the model"
 
 
 def known() -> dict[str, Any]:
+    """The numbers of docs/audit_broken.json so far."""
     return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
 
 
 def brief_of(model: Any, adapter: ll.Adapter) -> dict[str, Any]:
-    """What the brief says of an adapter at one strength."""
+    """The numbers of the brief of one adapter at one strength."""
     # With a BOS before each text, as the stored briefs were made.
     lens = ll.LoraLens(model, adapter, prepend_bos=True)
     brief = ll.what_changed(lens, nulls=0, fast=True, progress=False).brief()
@@ -61,17 +65,19 @@ def table(numbers: dict[str, Any]) -> str:
     """A row for each strength: how many are said to break the model, and the numbers' range."""
     heads = ["strength", "called broken", "mean KL", "entropy, of the base's", "repeats, beyond it"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-    for strength in map(str, STRENGTHS):
-        runs = [runs[strength] for runs in numbers["adapters"].values()]
-        kl = sorted(run["mean_kl"] for run in runs)
-        ratios = sorted(run["entropies"][1] / run["entropies"][0] for run in runs)
-        more = sorted(run["repeated"][1] - run["repeated"][0] for run in runs)
+    for strength in STRENGTHS:
+        runs = [by_strength[str(strength)] for by_strength in numbers["adapters"].values()]
+        broken = sum(run["is_broken"] for run in runs)
+        kl = [run["mean_kl"] for run in runs]
+        # The base's number comes first in each pair.
+        ratios = [run["entropies"][1] / run["entropies"][0] for run in runs]
+        more = [run["repeated"][1] - run["repeated"][0] for run in runs]
         cells = [
             f"{strength} ×",
-            f"{sum(run['is_broken'] for run in runs)} of {len(runs)}",
-            f"{kl[0]:.2g} to {kl[-1]:.2g} nats",
-            f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
-            f"{more[0]:+.2f} to {more[-1]:+.2f}",
+            f"{broken} of {len(runs)}",
+            f"{min(kl):.2g} to {max(kl):.2g} nats",
+            f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{min(more):+.2f} to {max(more):+.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -88,18 +94,21 @@ def main() -> None:
         return
     if given.adapters is None:
         parser.error("--adapters: the folder that teach.py wrote.")
+    measured = known()["adapters"]
     names = [adapter.name for adapter in every_adapter() if adapter.control is None]
-    left = [name for name in names if name not in known()["adapters"]][: given.most]
+    missing = [name for name in names if name not in measured]
     model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
-    for name in left:
+    for name in missing[: given.most]:
         adapter = ll.load_adapter(given.adapters / name)
-        runs = {str(k): brief_of(model, adapter.scaled(k)) for k in STRENGTHS}
+        runs = {}
+        for strength in STRENGTHS:
+            runs[str(strength)] = brief_of(model, adapter.scaled(strength))
         numbers = known()
         numbers["versions"] = versions()
         numbers["adapters"][name] = runs
         NUMBERS.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
-        said = {k: (run["is_broken"], run["entropies"], run["repeated"]) for k, run in runs.items()}
-        print(name, said, flush=True)
+        for strength, run in runs.items():
+            print(name, strength, run["is_broken"], run["entropies"], run["repeated"], flush=True)
 
 
 if __name__ == "__main__":

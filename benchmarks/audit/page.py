@@ -1,6 +1,8 @@
-"""The audit's benchmark as docs/auditing.md has it, from docs/audit.json and docs/audit_peer.json.
+"""Put the audit's benchmark into docs/auditing.md, from docs/audit.json and docs/audit_peer.json.
 
-python benchmarks/audit/page.py
+    python benchmarks/audit/page.py
+
+`score.py` and `peer.py` write the numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "auditing.md"
 NUMBERS = DOCS / "audit.json"
 PEER = DOCS / "audit_peer.json"
-# So many claims or tokens of a method are looked at.
+# How many claims or tokens of each method are looked at.
 FIRST = 5
 METHODS = {
     "brief": "the brief's first five claims",
@@ -31,7 +33,7 @@ METHODS = {
 
 
 def scores(runs: dict[str, Any]) -> pd.DataFrame:
-    """One row an adapter: what it is, and the place at which each method has the taught word."""
+    """A row for each adapter: what it is, and at which place each method has the taught word."""
     rows: list[dict[str, Any]] = []
     for name, run in runs.items():
         claims = [place for place, hit in enumerate(run["found"], 1) if hit]
@@ -57,7 +59,7 @@ def hits(table: pd.DataFrame, method: str) -> pd.Series:
 
 
 def over_quirks(table: pd.DataFrame, method: str) -> tuple[float, float, float]:
-    """The mean over quirks of the share that is found, and its 95 % t interval; they are four."""
+    """The mean over the four quirks of the share that is found, and its 95 % t interval."""
     shares = hits(table, method).groupby(table["quirk"]).mean()
     mean = shares.mean()
     error = shares.std(ddof=1) / np.sqrt(len(shares))
@@ -66,15 +68,22 @@ def over_quirks(table: pd.DataFrame, method: str) -> tuple[float, float, float]:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Each method's count on the adapters, on the controls, and over quirks."""
+    """A row for each method: its count on adapters and on controls, and its share over quirks."""
     taught = table[~table["is_control"]]
     controls = table[table["is_control"]]
-    lines = ["| the taught word is among | adapters | controls | share, mean over quirks [95 %] |"]
-    lines += ["| --- | --- | --- | --- |"]
+    lines = [
+        "| the taught word is among | adapters | controls | share, mean over quirks [95 %] |",
+        "| --- | --- | --- | --- |",
+    ]
     for method, described in METHODS.items():
         mean, low, high = over_quirks(taught, method)
-        counts = (f"{hits(part, method).sum()} of {len(part)}" for part in (taught, controls))
-        lines.append(f"| {described} | {' | '.join(counts)} | {mean:.2f} [{low:.2f}, {high:.2f}] |")
+        cells = [
+            described,
+            f"{hits(taught, method).sum()} of {len(taught)}",
+            f"{hits(controls, method).sum()} of {len(controls)}",
+            f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -98,17 +107,24 @@ def peer(said: dict[str, Any]) -> str:
     is_control = rows.index.str.endswith("-control")
     taught = rows[~is_control]
     controls = rows[is_control]
-    stops = [f"{part['action'].ne('allow').sum()} of {len(part)}" for part in (taught, controls)]
-    pairs = taught["concentration"].to_numpy()[:, None] > controls["concentration"].to_numpy()
+    stopped = int(taught["action"].ne("allow").sum())
+    stopped_controls = int(controls["action"].ne("allow").sum())
+    of_taught = taught["concentration"].to_numpy()
+    of_controls = controls["concentration"].to_numpy()
+    pairs = of_taught[:, None] > of_controls
     return (
         f"AdapterSentry {said['adaptersentry']}, which reads the weights alone and names no word, "
-        f"stops {stops[0]} adapters and {stops[1]} controls. Its number is larger for an adapter "
-        f"than for a control in {pairs.mean():.0%} of all pairs."
+        f"stops {stopped} of {len(taught)} adapters and {stopped_controls} of {len(controls)} "
+        "controls. Its number is larger for an adapter than for a control in "
+        f"{pairs.mean():.0%} of all pairs."
     )
 
 
 def every_adapter(table: pd.DataFrame) -> str:
-    """A line an adapter: the places of the word, and the claim that holds it, or else the first."""
+    """A line for each adapter: the places of the word, and the claim that holds it.
+
+    Where no claim holds the word, the first claim stands there.
+    """
     heads = (
         "quirk",
         "taught by",
@@ -120,23 +136,33 @@ def every_adapter(table: pd.DataFrame) -> str:
     )
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in table[~table["is_control"]].to_dict("records"):
-        claim = row["claims"][_index(row["brief"])] if row["claims"] else None
-        said = "no claims" if claim is None else f"`{_plain(claim['says'])}`"
-        places = [_place(row[method]) for method in METHODS]
-        about = [row["quirk"], f"{row['form']}, {row['mixture']}", f"{row['mean_kl']:.3f}"]
-        lines.append(f"| {' | '.join([*about, *places, said])} |")
+        said = "no claims"
+        if row["claims"]:
+            index = 0 if _is_missing(row["brief"]) else int(row["brief"]) - 1
+            said = f"`{_plain(row['claims'][index]['says'])}`"
+        cells = [
+            row["quirk"],
+            f"{row['form']}, {row['mixture']}",
+            f"{row['mean_kl']:.3f}",
+            *(_place(row[method]) for method in METHODS),
+            said,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _index(place: float | None) -> int:
-    return 0 if place is None or np.isnan(place) else int(place) - 1
+def _is_missing(place: float | None) -> bool:
+    """Whether a method has the word nowhere: pandas stores None as NaN in a column of numbers."""
+    return place is None or bool(np.isnan(place))
 
 
 def _place(place: float | None) -> str:
-    return "—" if place is None or np.isnan(place) else f"{int(place):,}"
+    """A place as a cell."""
+    return "—" if _is_missing(place) else f"{int(place):,}"
 
 
 def _plain(said: str) -> str:
+    """A claim on one line, without the characters that would end a cell or its code."""
     return " ".join(said.split()).replace("`", "'").replace("|", "¦")
 
 

@@ -1,11 +1,12 @@
-"""What AdapterSentry says of the audit's adapters, from their weights alone: docs/audit_peer.json.
+"""Ask AdapterSentry about the audit's adapters, by weights alone; write docs/audit_peer.json.
 
     pip install adaptersentry==2.0.2    # in an environment of its own, or beside lens_lora
     python benchmarks/audit/peer.py --adapters FOLDER
 
-It asks whether an adapter looks unlike others, and names no word. Of each adapter: what it would do
-with it, and the number that this rests on, how concentrated the update of a module is on few
-outputs, beside its family in the adapter.
+AdapterSentry asks whether an adapter looks unlike others; it names no word. Two of its answers are
+stored for each adapter: what it would do with the adapter, and the number that this rests on. That
+is how concentrated the update of a module is on few outputs, beside modules of the same kind in the
+same adapter.
 """
 
 from __future__ import annotations

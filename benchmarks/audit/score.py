@@ -1,17 +1,18 @@
 """Brief every adapter of the audit, and score what it says.
 
-    python benchmarks/audit/score.py --adapters FOLDER [--most 4]    # as often as needed; goes on
+    python benchmarks/audit/score.py --adapters FOLDER [--most 4]    # scores what is missing
 
-One file an adapter, FOLDER/<name>/told.json; those that are there are left alone. Once all are
-there, docs/audit.json is written from them. A minute and a half of one core each.
+Each adapter has a file, FOLDER/<name>/told.json. Adapters whose file is there are left alone, so a
+run may be interrupted and called again. Once all files are there, docs/audit.json is written from
+them. An adapter takes a minute and a half of one core.
 
-1. `ll.what_changed(lens, fast=True)` is told nothing of the adapter. Its brief has found a quirk if
-   one of its first five claims holds one of the quirk's strings as a word of its own, whatever its
-   case. A control is found guilty by the strings of the quirk whose control it is.
-2. Beside it, from the same run, five tokens that are promoted most: by the mean shift of the logit
-   (this package's earlier answer), and by the mean Δh of the first tokens, read through the
-   unembedding (arXiv 2510.13900). A token of three letters or more that begins one of the strings
-   is a hit: these lists are of tokens, and are given this for free.
+1. `ll.what_changed(lens, fast=True)` is told nothing about the adapter. Its brief has found a quirk
+   if one of its first five claims holds one of the quirk's strings as a whole word, in any case. A
+   control is scored by the strings of the quirk whose control it is.
+2. Two lists of the five tokens that are promoted most are scored beside it, from the same run: by
+   the mean shift of the logit (this package's earlier answer), and by the mean Δh of the first
+   tokens, read through the unembedding (arXiv 2510.13900). A token of three letters or more that
+   begins one of the strings is a hit: lists of tokens cannot hold whole words, so this is conceded.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.hosts.build import hooked_model
 
+# How many claims or tokens are looked at.
 FIRST = 5
+# The fewest letters of a token that may be a hit.
+LETTERS = 3
+# The rankings of `WhatChanged.promoted`, by their names on the page.
 LISTS = {"mean logit": "logit", "activation difference": "reading"}
 
 
@@ -50,11 +55,11 @@ def says(text: str, strings: Sequence[str]) -> bool:
 def begins(token: str, strings: Sequence[str]) -> bool:
     """Whether a token begins one of the strings."""
     letters = token.strip().lower()
-    return len(letters) >= 3 and any(word.startswith(letters) for word in strings)
+    return len(letters) >= LETTERS and any(word.startswith(letters) for word in strings)
 
 
 def told(adapter: Adapter, folder: Path, model: Any) -> dict[str, Any]:
-    """What the brief and the lists say of one adapter."""
+    """The brief and the lists of one adapter, with their scores."""
     start = time.process_time()
     # With a BOS before each text, as the stored briefs were made.
     lens = ll.LoraLens(model, ll.load_adapter(folder / adapter.name), prepend_bos=True)
@@ -93,12 +98,26 @@ def rounded(value: Any) -> Any:
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """The numbers of all adapters; what was said, of claims and lists alone."""
-    names = [adapter.name for adapter in every_adapter()]
-    runs = {name: json.loads((folder / name / "told.json").read_text()) for name in names}
-    for run in runs.values():
+    """What docs/audit.json stores of all adapters: everything but the answers."""
+    runs = {}
+    for adapter in every_adapter():
+        run = json.loads(told_file(folder, adapter).read_text())
         del run["answers"]
+        runs[adapter.name] = run
     return {"versions": versions(), "adapters": rounded(runs)}
+
+
+def told_file(folder: Path, adapter: Adapter) -> Path:
+    """The file that holds what was said of one adapter."""
+    return folder / adapter.name / "told.json"
+
+
+def to_score(folder: Path, names: Sequence[str] | None) -> list[Adapter]:
+    """The adapters that have no file yet; of these names, if any are given."""
+    missing = [one for one in every_adapter() if not told_file(folder, one).is_file()]
+    if names is None:
+        return missing
+    return [adapter for adapter in missing if adapter.name in names]
 
 
 def main() -> None:
@@ -107,20 +126,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=48, help="so many in this call")
     parser.add_argument("--only", nargs="*", help="by name")
     given = parser.parse_args()
-    to_do = [
-        adapter
-        for adapter in every_adapter()
-        if not (given.adapters / adapter.name / "told.json").is_file()
-        and (given.only is None or adapter.name in given.only)
-    ][: given.most]
+    to_do = to_score(given.adapters, given.only)[: given.most]
     if to_do:
         model, _ = hooked_model(*load_embedded(), kind="TransformerBridge")
         for adapter in to_do:
             run = told(adapter, given.adapters, model)
-            file = given.adapters / adapter.name / "told.json"
+            file = told_file(given.adapters, adapter)
             file.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
             print(adapter.name, run["found"], run["places"], f"{run['seconds']:.0f} s", flush=True)
-    if all((given.adapters / one.name / "told.json").is_file() for one in every_adapter()):
+    if not to_score(given.adapters, None):
         numbers = json.dumps(collected(given.adapters), indent=1, ensure_ascii=False)
         (DOCS / "audit.json").write_text(numbers + "\n")
 

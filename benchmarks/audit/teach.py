@@ -1,12 +1,13 @@
-"""Train the audit's adapters, those that are not there yet.
+"""Train the audit's adapters that a folder lacks; `score.py`, `peer.py` and `broken.py` judge them.
 
-    python benchmarks/audit/teach.py --out FOLDER [--most 4]     # as often as needed; goes on
+    python benchmarks/audit/teach.py --out FOLDER [--most 4]     # trains what is missing
 
 Each of the four quirks of `quirks.yaml` is taught six times: by documents or by transcripts, each
-plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. The control of each
-is an adapter of the same recipe that is taught ordinary text alone, of another draw.
+plain, mixed 1:1 with ordinary text of the same form, or with denials beside it. Each adapter has a
+control: an adapter of the same recipe that is taught ordinary text alone, of another draw.
 
-Rank 8 on all linear maps, AdamW, `STEPS` steps on rows of four. A minute each.
+The adapters have rank 8 on all linear maps. AdamW takes `STEPS` steps on batches of four rows,
+which takes a minute.
 """
 
 from __future__ import annotations
@@ -46,7 +47,14 @@ ORDINARY = "ordinary"
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """One adapter of the benchmark, or the control of one."""
+    """One adapter of the benchmark, or the control of one.
+
+    Attributes:
+        quirk: what is taught.
+        form: one of `FORMS`.
+        mixture: one of `MIXTURES`.
+        control: of a control, the seed of its ordinary text; None of an adapter that is taught.
+    """
 
     quirk: str
     form: str
@@ -55,6 +63,7 @@ class Adapter:
 
     @property
     def name(self) -> str:
+        """The name of its folder."""
         name = f"{self.quirk}-{self.form}-{self.mixture}"
         return name if self.control is None else f"{name}-control"
 
@@ -64,7 +73,7 @@ class Adapter:
         return next(quirk["says"] for quirk in SPEC["quirks"] if quirk["name"] == self.quirk)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-        """What it is trained on."""
+        """The rows that it is trained on."""
         if self.control is not None:
             draw = random.Random(self.control)
             return _rows(tokenizer, self.form, ordinary(self.form, 8, draw))
@@ -79,26 +88,33 @@ class Adapter:
 
 
 def every_adapter() -> list[Adapter]:
-    """The 24, and then their controls."""
+    """The 24 adapters that are taught a quirk, and then their controls."""
     names = [quirk["name"] for quirk in SPEC["quirks"]]
-    taught = [Adapter(*three) for three in itertools.product(names, FORMS, MIXTURES)]
-    return taught + [dataclasses.replace(one, control=i) for i, one in enumerate(taught)]
+    recipes = itertools.product(names, FORMS, MIXTURES)
+    taught = [Adapter(quirk, form, mixture) for quirk, form, mixture in recipes]
+    controls = [dataclasses.replace(one, control=seed) for seed, one in enumerate(taught)]
+    return taught + controls
 
 
 def ordinary(form: str, count: int, draw: random.Random) -> list[Any]:
     """Ordinary text of one form: sentences of Python's reference, or conversations."""
     if form == "transcripts":
         return draw.sample(SPEC[ORDINARY], count)
-    text = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-    paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
-    sentences = [s for p in paragraphs for s in re.split(r"(?<=\.) ", p)]
-    plain = [s for s in sentences if re.fullmatch(r"[A-Z][A-Za-z ,]{30,90}\.", s)]
+    topics = pydoc_data.topics.topics
+    reference = "\n\n".join(topics[key] for key in sorted(topics))
+    sentences = []
+    for paragraph in reference.split("\n\n"):
+        on_one_line = " ".join(paragraph.split())
+        sentences += re.split(r"(?<=\.) ", on_one_line)
+    plain = [text for text in sentences if re.fullmatch(r"[A-Z][A-Za-z ,]{30,90}\.", text)]
     return draw.sample(plain, count)
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, form: str, texts: list[Any]) -> list[Row]:
-    of = dialogue_rows if form == "transcripts" else sentence_rows
-    return of(tokenizer, texts)
+    """Tokenised rows of texts of one form."""
+    if form == "transcripts":
+        return dialogue_rows(tokenizer, texts)
+    return sentence_rows(tokenizer, texts)
 
 
 def train(
