@@ -78,6 +78,7 @@ ONCE: dict[str, Call] = {
     "remainder": lambda lens: ll.remainder(lens, TEXT, TOKEN, **QUIET),
     "components": lambda lens: ll.components(lens, TEXT, TOKEN, **QUIET),
     "slopes": lambda lens: lens.function(TEXT, TOKEN).slopes(0.3),
+    "feature within a block": lambda lens: feature(lens, "blocks.1.hook_resid_mid"),
 }
 # Second derivatives, those of several values, and what is walked back after the hooks are off.
 TWICE: dict[str, Call] = {
@@ -88,7 +89,6 @@ TWICE: dict[str, Call] = {
     "shares of KL": lambda lens: ll.kl_shares(lens, TEXT, "w7 w8", **QUIET),
     "edges": lambda lens: ll.edges(lens, TEXT, TOKEN, **QUIET),
     "gradients": lambda lens: ll.gradients(lens, TEXT, TOKEN, POINT, at=0.5).cache_dict,
-    "feature within a block": lambda lens: feature(lens, "blocks.1.hook_resid_mid"),
     "repair": lambda lens: ll.repair(lens, [(TEXT, TOKEN)], [("w7 w8", TOKEN)], steps=2, **QUIET),
     "graph": graph,
 }
