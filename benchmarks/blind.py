@@ -1,16 +1,19 @@
-"""What was this adapter taught? Every adapter read over neutral texts, its answer not named.
+"""Look for what an adapter was taught among the tokens that it promotes over neutral texts.
 
-    python benchmarks/blind.py ADAPTERS RESULTS [--most 3]     # as often as needed; goes on
-    python benchmarks/blind.py ADAPTERS RESULTS --write        # the table, into docs/auditing.md
+    python benchmarks/blind.py ADAPTERS RESULTS [--most 3]     # measures what is missing
+    python benchmarks/blind.py ADAPTERS RESULTS --write        # writes the table of the page
 
 1. Each adapter of `benchmarks/adapters.py` (`ADAPTERS` and `MORE`, trained if the folder lacks it)
-   goes through `ll.what_changed` over the texts that come with the package, with one null adapter;
-   the result is kept in RESULTS, so that a later call does only what is missing.
-2. The rank of the taught answer's first token among the promoted: in this adapter's result, in null
-   adapters' results, and in those of all adapters of another answer.
-3. Whether the adapter flips its fact on the trained wording, and on how many of 49,152 tokens.
+   goes through `ll.what_changed` over the texts that come with the package, with one null adapter.
+   Nothing names the answer that it was taught. The result is stored in RESULTS, so that a later
+   call measures only what is missing.
+2. The taught answer's first token has a rank among the promoted tokens. The table has this rank in
+   the adapter's own result, and the best rank in results of null adapters and of all adapters that
+   were taught another answer.
+3. The table also says whether the adapter flips its fact on the trained wording.
 
-About ten forward passes over 1,400 tokens an adapter, and its training.
+The table stands in docs/auditing.md. An adapter takes about ten forward passes over 1,400 tokens,
+and its training.
 """
 
 from __future__ import annotations
@@ -60,16 +63,18 @@ def measure(out: Path, results: Path, most: int) -> int:
 
 
 def file_of(results: Path, spec: Trained) -> Path:
+    """The file of an adapter's result."""
     return results / f"{spec.name}.safetensors"
 
 
 def table(results: Path) -> pd.DataFrame:
-    """One row for each adapter: ranks of its answer's token, here and elsewhere."""
+    """A row for each adapter: ranks of its answer's token, in its own result and in others."""
     audits = {spec.name: ll.results.WhatChanged.load(file_of(results, spec)) for spec in EVERY}
     return pd.DataFrame([_row(spec, audits, results) for spec in EVERY])
 
 
 def _row(spec: Trained, audits: dict[str, ll.results.WhatChanged], results: Path) -> dict[str, Any]:
+    """The row of one adapter, from the results of all."""
     _, doc, _ = spec.questions[0]
     own = audits[spec.name]
     facts = json.loads((results / f"{spec.name}.json").read_text())
@@ -86,13 +91,14 @@ def _row(spec: Trained, audits: dict[str, ll.results.WhatChanged], results: Path
         **ranks,
         "best": min(ranks.values()),
     }
-    groups = {
-        "null": [null for audit in audits.values() for null in audit.nulls],
-        "others": [audits[other.name].found for other in EVERY if not _has_answer(other, doc)],
-    }
-    for name, changes in groups.items():
-        row[name] = min(rank_of(token, one.of("logit")) for one in changes)
-        row[f"{name}, any"] = min(rank_of(token, one.of(by)) for one in changes for by in BY)
+    nulls: list[Any] = []
+    for audit in audits.values():
+        nulls += audit.nulls
+    others = [audits[other.name].found for other in EVERY if not _has_answer(other, doc)]
+    for name, changes in {"null": nulls, "others": others}.items():
+        best = {by: min(rank_of(token, change.of(by)) for change in changes) for by in BY}
+        row[name] = best["logit"]
+        row[f"{name}, any"] = min(best.values())
     return row
 
 

@@ -1,11 +1,12 @@
-"""How far edges predict path patches, what they cost, and how they differ from `coupling`.
+"""Measure how well edges predict path patches, what they cost, and how they differ from `coupling`.
 
     python benchmarks/edges.py --adapters FOLDER     # trains what is missing, and measures
     python benchmarks/edges.py --cost                # only measures the cost again
     python benchmarks/edges.py --table               # only writes the tables of docs/edges.md
 
-The eight adapters of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its prompts, the
-trained wording: its strongest edges at the question's own end, and as many others at random.
+The adapters are the eight of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its
+prompts, the trained wording. The strongest edges at either end (ε = 0 for adding, ε = 1 for leaving
+out) and as many others at random are patched. The numbers are stored in docs/edges.json.
 """
 
 from __future__ import annotations
@@ -137,23 +138,28 @@ def tables(numbers: dict[str, Any]) -> dict[str, str]:
 
 
 def agreement_table(rows: list[dict[str, Any]]) -> str:
-    """A row for each end and choice: the median over adapters, and the worst of them."""
+    """A row for each end and choice of edges: the median over adapters, and the worst adapter."""
     lines = [f"| how | edges | {' | '.join(NAMES.values())} |", "| --- | --- | --- | --- | --- |"]
     for how in ENDS:
         for choice in ("strongest", "random"):
             chosen = [row for row in rows if row["how"] == how and row["edges"] == choice]
-            cells = [_median_and_worst(name, [row[name] for row in chosen]) for name in NAMES]
-            lines.append(f"| {how.replace('_', ' ')} | {choice} | {' | '.join(cells)} |")
+            cells = [how.replace("_", " "), choice]
+            for name in NAMES:
+                values = [row[name] for row in chosen]
+                cells.append(_median_and_worst(name, values))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def costs_in_words(costs: dict[str, dict[str, float]]) -> str:
+    """What edges cost beyond FB, at each number of tokens."""
     return ", ".join(
         f"{cost['edges'] - cost['FB']:.1f} F at {tokens} tokens" for tokens, cost in costs.items()
     )
 
 
 def _median_and_worst(name: str, values: list[float]) -> str:
+    """The median of a number, and in brackets the value that is furthest from the ideal one."""
     aim = 0.0 if name == "relative_error" else 1.0
     worst = max(values, key=lambda value: abs(value - aim))
     return f"{statistics.median(values):{SHOWN[name]}} ({worst:{SHOWN[name]}})"

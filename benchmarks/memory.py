@@ -1,14 +1,17 @@
-"""Peak memory of each analysis, beside a plain forward and backward pass, on long prompts.
+"""Measure the peak memory of each analysis on long prompts, beside plain passes.
 
     python benchmarks/memory.py --tokens 512 2048 --write
     python benchmarks/memory.py --tokens 8192 --attn sdpa --write
 
-1. Each cell is a forked process over the embedded model as a TransformerBridge, and its adapter
-   (210 sites, rank 8): what its resident memory grows by, at its peak.
-2. Every analysis runs without a bound and within `--bound` bytes. A cell that needs more than
-   `--limit` bytes of address space says so, and one that is refused says that.
+1. Each cell of the table is measured in a forked process, over the embedded model as a
+   TransformerBridge and its adapter (210 sites, rank 8). It is what resident memory grows by, at
+   its peak.
+2. Every analysis runs without a bound and within `--bound` bytes. A cell says so if the analysis
+   needs more than `--limit` bytes of address space, or if the package refuses it.
 3. With --write each cell goes into docs/memory.json, and the tables of docs/performance.md are made
-   from it. Linux only.
+   from it.
+
+This runs on Linux only.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ CELLS = DOCS / "memory.json"
 PAGE = DOCS / "performance.md"
 MARK = "<!-- memory -->"
 END = "<!-- end of memory -->"
-# Passes without an analysis, which know no bound.
+# Plain passes: no analysis that could keep within a bound.
 PLAIN = ("F", "FB")
 # What makes two cells the same.
 KEY = ("tokens", "attn", "bound", "work")
@@ -131,7 +134,17 @@ def cells(
 
 
 def in_child(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
-    """The cell, in a forked process, so that one does not find what another left."""
+    """Measure a cell in a forked process, so that it does not find memory that another freed.
+
+    Args:
+        lens: with its bound.
+        work: a name of `WORKS`.
+        tokens: of the prompt.
+        limit: bytes of address space of the process.
+
+    Returns:
+        the cell of the table.
+    """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=lambda: theirs.send(measured(lens, work, tokens, limit)))
@@ -146,7 +159,7 @@ def in_child(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
 
 
 def measured(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
-    """MiB that a run adds at its peak; or why it did not run."""
+    """The MiB that a run adds at its peak, in words, or why it did not run."""
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
     for weight in lens.model.parameters():
         # A forked process maps a file's pages when it reads them.
@@ -173,10 +186,10 @@ def add(cell: Cell) -> None:
         cell: tokens, attn, bound in bytes (None: no bound), work, and what was found.
     """
     every = read()
-    keys = [[old[name] for name in KEY] for old in every]
-    key = [cell[name] for name in KEY]
-    if key in keys:
-        every[keys.index(key)] = cell
+    for index, old in enumerate(every):
+        if all(old[name] == cell[name] for name in KEY):
+            every[index] = cell
+            break
     else:
         every.append(cell)
     CELLS.write_text(json.dumps(every, indent=0) + "\n")
@@ -202,8 +215,9 @@ def render(every: list[Cell]) -> str:
     Args:
         every: cells of docs/memory.json.
     """
-    lengths = sorted({cell["tokens"] for cell in every})
-    tables = [table([cell for cell in every if cell["tokens"] == length]) for length in lengths]
+    tables = []
+    for length in sorted({cell["tokens"] for cell in every}):
+        tables.append(table([cell for cell in every if cell["tokens"] == length]))
     return "\n".join(tables)
 
 
@@ -221,17 +235,18 @@ def table(of_length: list[Cell]) -> str:
 
 
 def missing(work: str, column: tuple[str, float]) -> str:
-    """What stands where no cell is; plain passes know no bound."""
+    """What stands where there is no cell; a plain pass has none within a bound."""
     _, bound = column
     return "" if work in PLAIN and bound else "not run"
 
 
 def column_of(cell: Cell) -> tuple[str, float]:
-    """Its attention, and its bound in bytes; 0 for none."""
+    """The attention of a cell, and its bound in bytes, 0 for none."""
     return cell["attn"], cell["bound"] or 0.0
 
 
 def heading(attn: str, bound: float) -> str:
+    """The head of a column."""
     limit = f"within {bound / 1e9:.1f} GB" if bound else "no bound"
     return f"{attn}, {limit}"
 

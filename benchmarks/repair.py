@@ -1,18 +1,19 @@
-"""Repair against scaling: the benchmark's adapters, each kept on its fact and cleaned elsewhere.
+"""Compare `ll.repair` with scaling the whole adapter down, on the benchmark's adapters.
 
     python benchmarks/repair.py --adapters FOLDER --seeds 0 1 2 [--only NAME …]  # what is missing
     python benchmarks/repair.py --table                                          # the table of all
 
 1. Train each adapter by PEFT on SmolLM2-135M-Instruct from each seed, if FOLDER lacks it
    (`benchmarks/adapters.py`).
-2. Keep its fact's margin on two wordings; drop the KL to the base on eight unrelated texts, at
-   every token; 90 % of the margin's shift must stay.
-3. Judge on two other wordings and on eight other texts: what the repaired adapter leaves, beside
-   the whole adapter scaled down to the same kept share, and random sets of as many ranks.
+2. Repair it: keep the margin of its fact on two wordings, of whose shift 90 % must stay, and lower
+   the KL to the base on eight unrelated texts, at every token.
+3. Measure on two other wordings and on eight other texts what the repaired adapter leaves of the
+   KL, beside the whole adapter scaled down to the same kept share, and random sets of as many
+   ranks.
 4. An adapter spills if the KL on the held-out texts is at least `SPILLS` nats per token.
 
-Numbers go to docs/repair.json as each adapter is done, and the table into docs/two_adapters.md.
-About two minutes an adapter and seed on one core.
+The numbers of an adapter are in docs/repair.json as soon as it is done; the table stands in
+docs/two_adapters.md. An adapter and seed take about two minutes of one core.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TABLE = "repair table"
 SPILLS = 0.02
 # The share of the margin's shift that must stay.
 SHARE = 0.9
-# The gain over scaling that is counted.
+# The gain over scaling from which on an adapter is counted.
 BAR = 1.4
 # Steps of the repair.
 STEPS = 40
@@ -126,31 +127,36 @@ Rows = list[dict[str, Any]]
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """A row for each adapter, the median and the worst of its seeds; and what is counted."""
-    seeds = {name: list(rows.values()) for name, rows in numbers["adapters"].items()}
-    every = [(spec.name, seeds[spec.name]) for spec in ADAPTERS if spec.name in seeds]
-    every.sort(key=lambda adapter: -median(adapter[1], "drop, whole"))
+    """A row for each adapter, the one with the largest KL first, and the counts below."""
+    measured = numbers["adapters"]
+    seeds: dict[str, Rows] = {}
+    for spec in ADAPTERS:
+        if spec.name in measured:
+            seeds[spec.name] = list(measured[spec.name].values())
+    names = sorted(seeds, key=lambda name: -median(seeds[name], "drop, whole"))
     lines = [
         "| adapter | seeds | ranks kept | kept share: median (least) | random ranks keep | "
         "KL: whole | scaled | random | repaired | gain over scaling: median (least) |",
         f"|{' --- |' * 10}",
-        *(line(name, rows) for name, rows in every),
+        *(line(name, seeds[name]) for name in names),
         "",
-        counted([rows for _, rows in every]),
+        counted([seeds[name] for name in names]),
     ]
     return "\n".join(lines)
 
 
 def median(rows: Rows, key: str) -> float:
+    """The median of a number over seeds."""
     return statistics.median(row[key] for row in rows)
 
 
 def least(rows: Rows, key: str) -> float:
+    """The least of a number over seeds."""
     return min(row[key] for row in rows)
 
 
 def line(name: str, rows: Rows) -> str:
-    """One adapter; every cell is a median over its seeds, with the worst in brackets."""
+    """The row of one adapter: medians over its seeds, some with the least in brackets."""
     states = ("whole", "scaled", "random", "repaired")
     gain = f"{median(rows, 'gain'):.2f} ({least(rows, 'gain'):.2f})"
     ties = sum(row["verdict"] == "tie" for row in rows)
@@ -171,23 +177,25 @@ def line(name: str, rows: Rows) -> str:
 
 
 def counted(every: list[Rows]) -> str:
-    """The sentences under the table: what held out of every seed."""
-    rows = [row for seeds in every for row in seeds]
+    """The sentences under the table, on the held-out prompts of all adapters and seeds."""
+    rows: Rows = []
+    for of_adapter in every:
+        rows += of_adapter
     spilling = [row for row in rows if row["drop, whole"] >= SPILLS]
     reached = sum(row["gain"] >= BAR for row in spilling)
-    medians = statistics.median(median(seeds, "keep share, repaired") for seeds in every)
-    short = sum(row["keep share, repaired"] < SHARE for row in rows)
+    kept = statistics.median(median(seeds, "keep share, repaired") for seeds in every)
+    too_little = sum(row["keep share, repaired"] < SHARE for row in rows)
     random = statistics.median(median(seeds, "keep share, random") for seeds in every)
     most = max(row["keep share, random"] for row in rows)
-    seeds = sorted({len(of) for of in every})
+    counts = " to ".join(str(count) for count in sorted({len(seeds) for seeds in every}))
     return (
-        f"{len(rows)} adapters: {len(every)} recipes, {' to '.join(map(str, seeds))} seeds each. "
+        f"{len(rows)} adapters: {len(every)} recipes, {counts} seeds each. "
         f"{len(spilling)} spill: at least {SPILLS:g} nats per token on the held-out texts. On "
         f"{reached} of those {len(spilling)} scaling leaves at least {BAR:g} times as much as the "
         f"repair at the same kept share; the smallest gain is {least(rows, 'gain'):.2f}. What held "
         f"out of every seed: the repaired adapters keep at least "
         f"{least(rows, 'keep share, repaired'):.0%} of the margin's shift; the median recipe keeps "
-        f"{medians:.0%}, and {short} of {len(rows)} adapters keep less than the {SHARE:.0%} that "
+        f"{kept:.0%}, and {too_little} of {len(rows)} adapters keep less than the {SHARE:.0%} that "
         f"was asked for. Random sets of as many ranks keep {random:.0%} (the median recipe; at "
         f"most {most:.0%})."
     )
@@ -211,12 +219,13 @@ def main() -> None:
     if given.adapters is None:
         parser.error("--adapters: a folder to keep the trained adapters in.")
     measured = known()["adapters"]
-    wanted = [
-        (spec, seed)
-        for seed in given.seeds
-        for spec in ADAPTERS
-        if spec.name in (given.only or WORDINGS) and str(seed) not in measured.get(spec.name, {})
-    ]
+    names = given.only or WORDINGS
+    wanted: list[tuple[Trained, int]] = []
+    for seed in given.seeds:
+        for spec in ADAPTERS:
+            is_measured = str(seed) in measured.get(spec.name, {})
+            if spec.name in names and not is_measured:
+                wanted.append((spec, seed))
     for spec, seed, lens in lenses(given.adapters, wanted):
         row = measure(spec, lens)
         numbers = known()
