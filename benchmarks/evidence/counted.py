@@ -1,4 +1,4 @@
-"""What a method costs: passes that were counted, and process time beside that of a plain pass.
+"""Count what a method costs: its passes, and its process time beside that of a plain pass.
 
 1. A *row* is one prompt's pass through all blocks. Hooks on the blocks count rows forwards and, by
    the gradient of each block's output, backwards; rows that branch count as the blocks they run.
@@ -46,7 +46,7 @@ class Cost:
         )
 
     def in_plain_passes(self, prompts: int, plain_seconds: float) -> dict[str, float]:
-        """Per prompt, in F.
+        """The cost per prompt, in units of F.
 
         Args:
             prompts: how many rows one pass of all of them is.
@@ -72,13 +72,13 @@ class Counter:
         self._cost = Cost()
 
     def run(self, work: Callable[[], _T]) -> tuple[_T, Cost]:
-        """What the work returns, and what it cost."""
+        """Do the work, and return its result with its cost."""
         self._cost = Cost()
         with self._hooks():
             start = time.process_time()
-            found = work()
+            result = work()
             self._cost.seconds = time.process_time() - start
-        return found, self._cost
+        return result, self._cost
 
     @contextlib.contextmanager
     def _hooks(self) -> Generator[None]:
@@ -90,12 +90,13 @@ class Counter:
                 handle.remove()
 
     def _count(self, block: Any, args: Any, output: Any) -> None:
+        """Count the rows of one block's output as a share of a pass, and of its gradient later."""
         del block, args
         out: Tensor = output[0] if isinstance(output, tuple) else output
         share = 1 / len(self._blocks)
-        self._cost.forward += len(out) * share
+        rows = len(out) * share
+        self._cost.forward += rows
         if out.requires_grad:
-            rows = len(out) * share
 
             def on_gradient(gradient: Tensor) -> None:
                 del gradient
@@ -105,11 +106,11 @@ class Counter:
 
 
 def plain_seconds(lens: ll.LoraLens, prompts: ll.results.Prompts) -> float:
-    """Process time of a plain pass of the base on these prompts: the least of some."""
-    found: list[float] = []
+    """Process time of a plain pass of the base on these prompts: the least of a few repeats."""
+    seconds: list[float] = []
     with torch.no_grad():
         for _ in range(_REPEATS):
             start = time.process_time()
             lens.run(prompts)
-            found.append(time.process_time() - start)
-    return min(found)
+            seconds.append(time.process_time() - start)
+    return min(seconds)

@@ -1,7 +1,7 @@
 """Every score of sites that the evidence compares, by its key: values [prompt, site] in g's units.
 
-1. `PARTS` are computed, each from the question alone; `COMPOSED` from parts, at no further pass, so
-   the cost of a composed one is the sum of its parts'.
+1. `PARTS` are computed, each from the question alone. `COMPOSED` are made from parts without a
+   further pass, so their cost is the sum of their parts' costs.
 2. Second order of each effect, at its own end and across, needs the diagonal of H, dearer than
    running the sites: `curvature` takes few prompts.
 3. `hessian_steps/K` integrates along the path by K Hessian-vector products, the reading of "multi-
@@ -32,7 +32,7 @@ from lens_lora.judging import rankings
 Part = Callable[[Evaluations], Tensor]
 Parts = Mapping[str, Tensor]
 EFFECTS = ("add_one", "leave_one_out")
-_SEED = 0
+_SEED = 0  # of the sizes in `signed_random`
 
 
 def _first(at: float, g: Evaluations) -> Tensor:
@@ -44,9 +44,13 @@ def _ruled(rules: ll.results.FrozenRules, at: float, g: Evaluations) -> Tensor:
 
 
 def _path(nodes: int, g: Evaluations) -> Tensor:
+    """∫ a(ε) dε over [0, 1] by Gauss-Legendre, whose points are moved there from [−1, 1]."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
-    each = [w / 2 * _first((p + 1) / 2, g) for p, w in zip(points, weights, strict=True)]
-    return torch.stack(each).sum(0)
+    terms = []
+    for point, weight in zip(points, weights, strict=True):
+        at = (point + 1) / 2
+        terms.append(weight / 2 * _first(at, g))
+    return torch.stack(terms).sum(0)
 
 
 def _hessian(at: float, g: Evaluations) -> Tensor:
@@ -58,21 +62,28 @@ def _effects(how: str, g: Evaluations) -> Tensor:
     return patch_sites.of(g, how).values  # type: ignore[arg-type]
 
 
+def _towards(g: Evaluations) -> Tensor:
+    """[prompt, 1], the sign of each prompt's shift: norms, which have no sign, are given it."""
+    base, adapted = g.ends
+    return (adapted - base).sign()[:, None]
+
+
 def _weight_norm(g: Evaluations) -> Tensor:
-    towards = (g.ends[1] - g.ends[0]).sign()[:, None]
+    towards = _towards(g)
     return towards * rankings.weight_norms(g.lens).to(towards)
 
 
 def _update_norm(g: Evaluations) -> Tensor:
-    towards = (g.ends[1] - g.ends[0]).sign()[:, None]
+    towards = _towards(g)
     return towards * rankings.update_norms(g).to(towards)
 
 
 def _norm_product(g: Evaluations) -> Tensor:
+    """‖δz‖ · ‖Jᵀu‖ of each site and prompt."""
     squares = squared_norms(g)
-    by_prompt = g.reading.by_prompt
-    towards = (g.ends[1] - g.ends[0]).sign()[:, None]
-    return towards * (by_prompt(squares["delta"]) * by_prompt(squares["gradient"])).sqrt()
+    delta = g.reading.by_prompt(squares["delta"])
+    gradient = g.reading.by_prompt(squares["gradient"])
+    return _towards(g) * (delta * gradient).sqrt()
 
 
 HELD = ll.results.FrozenRules(attention_patterns=True, norm_scales=True)
@@ -96,6 +107,7 @@ PARTS: dict[str, Part] = {
 
 
 def _steps(count: int, parts: Parts) -> Tensor:
+    """Σ_k a(k/K)/K + ½ H(k/K)1/K² with K = `count` steps."""
     total = torch.zeros_like(parts["first_order@0"])
     for k in range(count):
         at = f"{k / count:g}"
@@ -119,8 +131,11 @@ def _signed_random(parts: Parts) -> Tensor:
 
 
 def _needs(count: int) -> tuple[str, ...]:
-    ats = [f"{k / count:g}" for k in range(count)]
-    return (*(f"first_order@{at}" for at in ats), *(f"hessian@{at}" for at in ats))
+    """The parts of so many Hessian steps."""
+    points = [f"{k / count:g}" for k in range(count)]
+    first_order_parts = [f"first_order@{at}" for at in points]
+    hessian_parts = [f"hessian@{at}" for at in points]
+    return (*first_order_parts, *hessian_parts)
 
 
 _PAIRS = (
@@ -145,25 +160,25 @@ ONLY_PARTS = frozenset(
 
 
 def methods_of(parts: Parts) -> dict[str, Tensor]:
-    """Every method's values, from those parts that are there."""
-    found = {key: values for key, values in parts.items() if key not in ONLY_PARTS}
+    """Every method's values, as far as its parts were run."""
+    values_of = {key: values for key, values in parts.items() if key not in ONLY_PARTS}
     for key, (needed, make) in COMPOSED.items():
         if all(part in parts for part in needed):
-            found[key] = make(parts)
-    return found
+            values_of[key] = make(parts)
+    return values_of
 
 
 def curvature(at: float, hows: tuple[str, ...], g: Evaluations) -> dict[str, Tensor]:
-    """Second order of effects, expanded at one gate value; one matrix H for all of them.
+    """Second order of effects, expanded at one gate value t; one matrix H serves them all.
 
-    Added to the base a_l − t (H1)_l + ½ H_ll,
-    taken out of the adapted a_l + (1 − t) (H1)_l − ½ H_ll.
+    Adding site l to the base: a_l − t (H1)_l + ½ H_ll.
+    Leaving it out of the adapted model: a_l + (1 − t) (H1)_l − ½ H_ll.
     """
     first = first_order.of(g, at=at).per_site
-    found = coupling.of(g, at=at)
+    hessian = coupling.of(g, at=at)
     effects = {
-        "add_one": first - at * found.row_sums + found.self_curvature,
-        "leave_one_out": first + (1 - at) * found.row_sums - found.self_curvature,
+        "add_one": first - at * hessian.row_sums + hessian.self_curvature,
+        "leave_one_out": first + (1 - at) * hessian.row_sums - hessian.self_curvature,
     }
     return {f"second_order/{how}@{at:g}": effects[how] for how in hows}
 
@@ -183,6 +198,10 @@ LEAN = (*LEAN_ELSEWHERE, "path/2", "path/8", "hessian@0", "hessian@0.5", "update
 def parts_for(kind: str, *, is_long: bool, is_lean: bool) -> dict[str, Part]:
     """The parts that are run on a kind of prompt: the dear ones not on every kind, nor if long."""
     is_own = kind in DEAR_ON
-    skipped = set() if is_own and not is_long else {*DEAR}
-    kept = (LEAN if is_own else LEAN_ELSEWHERE) if is_lean else PARTS
-    return {key: of for key, of in PARTS.items() if key in kept and key not in skipped}
+    keys = [*PARTS]
+    if is_long or not is_own:
+        keys = [key for key in keys if key not in DEAR]
+    if is_lean:
+        wanted = LEAN if is_own else LEAN_ELSEWHERE
+        keys = [key for key in keys if key in wanted]
+    return {key: PARTS[key] for key in keys}

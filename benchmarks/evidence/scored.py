@@ -1,4 +1,4 @@
-"""How well scores answer the questions, as rows of a long table.
+"""Judge how well scores answer the questions, as rows of a long table.
 
 add_one, leave_one_out    each prompt's own scores against its measured effects: Spearman,
                           Pearson, slope, Σ|error| / Σ|effect|; means over prompts
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from signals import share_of
 from torch import Tensor
 
 import lens_lora as ll
@@ -29,7 +30,13 @@ Row = dict[str, Any]
 DRAWS = 3
 SEED = 0
 FIFTH = 0.2
-STATISTICS = {of: of for of in ("spearman", "pearson", "slope")} | {"relative_error": "error"}
+# Statistics of `ll.compare`, and what they are called in the rows.
+STATISTICS = {
+    "spearman": "spearman",
+    "pearson": "pearson",
+    "slope": "slope",
+    "relative_error": "error",
+}
 OF_SIZE = ("slope", "error")
 # Scores that are in no unit: only what does not depend on their size is asked of them.
 WITHOUT_UNIT = (
@@ -43,7 +50,7 @@ WITHOUT_UNIT = (
 
 
 def attribution_of(g: Evaluations, values: Tensor, key: str) -> Attribution:
-    """Values of these prompts and sites, with their labels."""
+    """Label values [prompt, site] as an attribution of g's prompts and sites."""
     return Attribution(
         values=values,
         by=(),
@@ -64,28 +71,34 @@ def agreement(
     rows: list[Row] = []
     for how, effect in effects.items():
         measured = attribution_of(g, effect.double(), how)
-        every = {key: [values] for key, values in scores.items() if key != how}
-        for key, some in {**every, "random": list(draws)}.items():
-            found = [_statistics(g, values, key, measured) for values in some]
-            rows += [
-                {
+        values_of = {key: [values] for key, values in scores.items() if key != how}
+        values_of["random"] = list(draws)
+        for key, draws_of_key in values_of.items():
+            statistics = [_statistics(g, values, key, measured) for values in draws_of_key]
+            for metric in statistics[0]:
+                total = sum(of_draw[metric] for of_draw in statistics)
+                row: Row = {
                     "prompts": kind,
                     "question": how,
                     "metric": metric,
                     "method": key,
-                    "value": sum(one[metric] for one in found) / len(found),
+                    "value": total / len(statistics),
                 }
-                for metric in found[0]
-            ]
+                rows.append(row)
     return rows
 
 
 def _statistics(
     g: Evaluations, values: Tensor, key: str, measured: Attribution
 ) -> dict[str, float]:
+    """Compare one method's values with the measured effects, in the mean over prompts."""
     found = ll.compare(attribution_of(g, values.double(), key), measured, bootstrap=0)
-    chosen = {k: v for k, v in STATISTICS.items() if key not in WITHOUT_UNIT or v not in OF_SIZE}
-    return {name: found.mean(statistic) for statistic, name in chosen.items()}
+    statistics = {}
+    for statistic, name in STATISTICS.items():
+        is_meaningless = key in WITHOUT_UNIT and name in OF_SIZE
+        if not is_meaningless:
+            statistics[name] = found.mean(statistic)
+    return statistics
 
 
 def held_out(
@@ -102,45 +115,44 @@ def held_out(
         for key, values in scores.items():
             made = attribution_of(trained, values.double(), key)
             found = ll.compare(made, measured, across_prompts=True, bootstrap=0)
-            rows += [
-                {
+            for metric in ("spearman", "pearson"):
+                row: Row = {
                     "prompts": kind,
                     "question": f"{how}/held_out",
                     "metric": metric,
                     "method": key,
                     "value": found.mean(metric),
                 }
-                for metric in ("spearman", "pearson")
-            ]
+                rows.append(row)
     return rows
 
 
 def sums(kind: str, g: Evaluations, scores: Mapping[str, Tensor]) -> list[Row]:
     """Σ of each method's scores, as a share of the shift of all prompts together."""
     base, adapted = g.ends.cpu().double()
-    signs = (adapted - base).sign()
-    size = (adapted - base).abs().sum()
-    return [
-        {
+    rows: list[Row] = []
+    for key, values in scores.items():
+        if key in WITHOUT_UNIT:
+            continue
+        row: Row = {
             "prompts": kind,
             "question": "sum",
             "metric": "sum",
             "method": key,
-            "value": float((values.cpu().double().sum(1) * signs).sum() / size),
+            "value": share_of(adapted - base, values.cpu().double()),
         }
-        for key, values in scores.items()
-        if key not in WITHOUT_UNIT
-    ]
+        rows.append(row)
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Rankings made on the trained wording.
+    """Judges rankings that were made on the trained wording.
 
     Attributes:
-        trained: the prompts that they were made on.
-        scores: each method's, of those prompts.
-        sets: sets of sites that are no ranking, by key: [site], true for those in the set.
+        trained: g on the prompts that the rankings were made on.
+        scores: each method's values [prompt, site] on those prompts.
+        sets: sets of sites that are no ranking, by key: [site], true for the sites in the set.
     """
 
     trained: Evaluations
@@ -148,31 +160,39 @@ class Judge:
     sets: Mapping[str, Tensor]
 
     def rows(self, kind: str, g: Evaluations) -> list[Row]:
-        """How they do on other prompts."""
-        given = {**self.scores, **{key: of.double() for key, of in self.sets.items()}}
-        towards = (self.trained.ends[1] - self.trained.ends[0]).sign().double()[:, None]
-        means = {
-            key: of if key in self.sets else (of.double() * towards).mean(0)
-            for key, of in given.items()
-        }
+        """CPR, CMD and the kept share of a fifth, of each ranking and set on other prompts."""
+        means = self._means()
         batch = g.reading.batch
-        sites = len(g.lens.sites)
-        signed = torch.stack([rankings.by_score(mean) for mean in means.values()])
-        sized = torch.stack([rankings.by_score(mean.abs()) for mean in means.values()])
-        random = circuit_metrics.random_orders(sites, 1, DRAWS, SEED)[:, 0]
-        orders, by_size = (
-            torch.cat([some, random])[:, None].expand(-1, batch, -1) for some in (signed, sized)
-        )
-        found = circuit_metrics.scored(g, orders, by_size)
+        random = circuit_metrics.random_orders(len(g.lens.sites), 1, DRAWS, SEED)[:, 0]
+        by_value = [rankings.by_score(mean) for mean in means.values()]
+        by_size = [rankings.by_score(mean.abs()) for mean in means.values()]
+        orders = torch.cat([torch.stack(by_value), random])[:, None].expand(-1, batch, -1)
+        size_orders = torch.cat([torch.stack(by_size), random])[:, None].expand(-1, batch, -1)
+        found = circuit_metrics.scored(g, orders, size_orders)
         fifth = found.kept[:, circuit_metrics.MIB_SIZES.index(FIFTH)]
         metrics = {"cpr": found.cpr, "cmd": found.cmd, "kept": fifth}
         rows: list[Row] = []
         for metric, values in metrics.items():
-            named = dict(zip(means, values.tolist(), strict=False))
-            named["random"] = float(values[len(means) :].mean())
-            rows += [
-                {"prompts": kind, "question": "keep", "metric": metric, "method": k, "value": v}
-                for k, v in named.items()
-                if metric == "kept" or k not in self.sets
-            ]
+            value_of = dict(zip(means, values.tolist(), strict=False))
+            value_of["random"] = float(values[len(means) :].mean())
+            for method, value in value_of.items():
+                is_ranking = method not in self.sets
+                if is_ranking or metric == "kept":
+                    row: Row = {
+                        "prompts": kind,
+                        "question": "keep",
+                        "metric": metric,
+                        "method": method,
+                        "value": value,
+                    }
+                    rows.append(row)
         return rows
+
+    def _means(self) -> dict[str, Tensor]:
+        """One number a site for each ranking and set: the mean over prompts, towards the shift."""
+        base, adapted = self.trained.ends
+        towards = (adapted - base).sign().double()[:, None]
+        means = {key: (values.double() * towards).mean(0) for key, values in self.scores.items()}
+        for key, members in self.sets.items():
+            means[key] = members.double()
+        return means

@@ -1,4 +1,4 @@
-"""What may warn that an estimate is broken, without an intervention.
+"""Signals that may warn that an estimate is broken, without an intervention.
 
 strength                     ‖ΔW‖ / ‖W‖ over the adapted modules
 shift                        mean |g(1) − g(0)|, in the readout's units
@@ -20,30 +20,39 @@ from lens_lora.core import Evaluations
 
 
 def signals_of(g: Evaluations, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Every signal, the mean over prompts."""
+    """Every signal by its name, in the mean over prompts."""
     base, adapted = g.ends.cpu().double()
     shift = adapted - base
-    at = {key: parts[f"first_order@{key}"] for key in ("0", "0.5", "1")}
-    signs = shift.sign()
-    size = shift.abs().sum()
-
-    def share(values: Tensor) -> float:
-        return float((values.sum(1) * signs).sum() / size)
-
-    gap = (at["1"] - at["0"]).abs().sum() / at["0"].abs().sum()
+    at_0 = parts["first_order@0"]
+    at_half = parts["first_order@0.5"]
+    at_1 = parts["first_order@1"]
+    gap = (at_1 - at_0).abs().sum() / at_0.abs().sum()
     return {
         "strength": g.lens.plan.relative_norm,
         "shift": float(shift.abs().mean()),
-        "sum_at_0": share(at["0"]),
-        "sum_at_1": share(at["1"]),
-        "ends_apart": apart(at["0"], at["1"]),
-        "half_apart_0": apart(at["0.5"], at["0"]),
-        "half_apart_1": apart(at["0.5"], at["1"]),
+        "sum_at_0": share_of(shift, at_0),
+        "sum_at_1": share_of(shift, at_1),
+        "ends_apart": apart(at_0, at_1),
+        "half_apart_0": apart(at_half, at_0),
+        "half_apart_1": apart(at_half, at_1),
         "relative_gap": float(gap),
-        "path_gap": abs(share(parts["path/4"]) - 1),
+        "path_gap": abs(share_of(shift, parts["path/4"]) - 1),
     }
 
 
+def share_of(shift: Tensor, values: Tensor) -> float:
+    """Σ_l of the values over the shift, all prompts together; each counts towards its own shift.
+
+    Args:
+        shift: [prompt], g(1) − g(0).
+        values: [prompt, site].
+    """
+    sum_of_each = values.sum(1)
+    return float((sum_of_each * shift.sign()).sum() / shift.abs().sum())
+
+
 def apart(one: Tensor, other: Tensor) -> float:
-    found = [spearmanr(a, b).statistic for a, b in zip(one.numpy(), other.numpy(), strict=True)]
-    return float(1 - sum(found) / len(found))
+    """1 − Spearman's correlation of two sets of values [prompt, site], in the mean over prompts."""
+    pairs = zip(one.numpy(), other.numpy(), strict=True)
+    correlations = [spearmanr(a, b).statistic for a, b in pairs]
+    return float(1 - sum(correlations) / len(correlations))
