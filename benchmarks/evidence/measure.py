@@ -1,4 +1,4 @@
-"""Every method of attribution on every adapter of a folder, against real interventions.
+"""Measure every method of attribution on every adapter of a folder, against real interventions.
 
     python benchmarks/evidence/measure.py --adapters FOLDER --out RESULTS [--again] [--only NAME …]
 
@@ -30,7 +30,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,7 @@ from typing import Any
 
 from counted import Cost, Counter, plain_seconds
 from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
-from results import read
+from results import read, rounded
 from scored import Judge, Row, agreement, held_out, sums
 from signals import signals_of
 from torch import Tensor
@@ -74,14 +73,14 @@ class Run:
     """One adapter's measurements as they come.
 
     Attributes:
-        case: which.
-        lens: over its base.
-        rows: of the long table.
-        most: prompts of each kind.
-        is_long: whether they are long, so that less is run.
+        case: the adapter and its prompts.
+        lens: the lens over its base.
+        most: how many prompts of each kind are taken.
+        is_long: whether the prompts are long, so that less is run.
         is_lean: whether the protocol is the lean one.
-        costs: of each part or method, over the prompts that it was timed on.
-        left_out: what could not be run → why.
+        rows: the rows of the long table of scores.
+        costs: the cost of each part or method, over the prompts that it was timed on.
+        left_out: the reason for each part or method that the library refused to run.
     """
 
     case: Case
@@ -94,16 +93,17 @@ class Run:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def timed(self, key: str, work: Callable[[], Any]) -> Any:
-        """What the work returns, its cost kept; None where the library refuses it."""
+        """Do the work and keep its cost; None where the library refuses it."""
         try:
-            found, self.costs[key] = Counter(self.lens).run(work)
+            result, cost = Counter(self.lens).run(work)
         except LensLoraError as error:
             self.left_out[key] = str(error)
             return None
-        return found
+        self.costs[key] = cost
+        return result
 
     def parts(self, kind: str, g: Evaluations) -> dict[str, Tensor]:
-        """Every part on these prompts; what each costs is that on the trained wording."""
+        """Every part on these prompts; its cost is counted on the trained wording."""
         found: dict[str, Tensor] = {}
         works = parts_for(kind, is_long=self.is_long, is_lean=self.is_lean)
         for key in tqdm(works, desc=f"{self.case.name}, {kind}", leave=False):
@@ -117,42 +117,55 @@ class Run:
 
 
 def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) -> dict[str, Any]:
-    """All of one adapter, as written to its file."""
+    """Run the whole protocol on one adapter; the result is what its file holds."""
     start = time.process_time()
     lens = lens_of(case)
-    case = lean(case, lens.model.tokenizer) if is_lean else case
-    few = is_lean or is_long(case, lens)
-    run = Run(case, lens, 1 if few else most, is_long(case, lens), is_lean)
-    asked = questions_of(case, lens, run.most)
-    for one in asked.values():
-        one.ends, one.floor  # noqa: B018  # known once, so that no method is charged for them
-    parts = {kind: run.parts(kind, one) for kind, one in asked.items()}
-    plain = plain_seconds(run.lens, asked["trained"].reading.prompts)
-    every_score = {kind: methods_of(of) for kind, of in parts.items()}
+    if is_lean:
+        case = lean(case, lens.model.tokenizer)
+    prompts_are_long = is_long(case, lens)
+    takes_one = is_lean or prompts_are_long
+    run = Run(
+        case=case,
+        lens=lens,
+        most=1 if takes_one else most,
+        is_long=prompts_are_long,
+        is_lean=is_lean,
+    )
+    questions = questions_of(case, lens, run.most)
+    trained = questions["trained"]
+    for g in questions.values():
+        # Both are computed once here, so that no method is charged for them.
+        g.ends  # noqa: B018
+        g.floor  # noqa: B018
+    parts = {kind: run.parts(kind, g) for kind, g in questions.items()}
+    plain = plain_seconds(run.lens, trained.reading.prompts)
+    scores = {kind: methods_of(of_kind) for kind, of_kind in parts.items()}
     nulls = null_scores(run, every)
-    sets, ceilings = ({}, {}) if is_lean else ceilings_of(run, every_score)
-    judge = Judge(asked["trained"], {**every_score["trained"], **nulls}, sets)
-    for kind, g in asked.items():
+    sets: dict[str, Tensor] = {}
+    ceilings: dict[str, Any] = {}
+    if not is_lean:
+        sets, ceilings = ceilings_of(run, scores)
+    judge = Judge(trained, {**scores["trained"], **nulls}, sets)
+    for kind, g in questions.items():
         effects = {how: parts[kind][how] for how in EFFECTS}
-        run.rows += agreement(kind, g, every_score[kind], effects)
-        run.rows += sums(kind, g, every_score[kind])
+        run.rows += agreement(kind, g, scores[kind], effects)
+        run.rows += sums(kind, g, scores[kind])
         if kind != "trained":
-            run.rows += held_out(kind, asked["trained"], every_score["trained"], g, effects)
+            run.rows += held_out(kind, trained, scores["trained"], g, effects)
         run.rows += judge.rows(kind, g)
-    curved = {} if few else curvature_rows(run)
-    rows = asked["trained"].reading.prompts.tokens.shape[0]
+    curvature_costs: dict[str, dict[str, float]] = {}
+    if not takes_one:
+        curvature_costs = curvature_rows(run)
+    rows = trained.reading.prompts.tokens.shape[0]
     return {
         **case.described,
         "sites": len(run.lens.sites),
         "lean": is_lean,
-        "questions": {kind: described(one) for kind, one in asked.items()},
+        "questions": {kind: described(g) for kind, g in questions.items()},
         "scores": [clean(row) for row in run.rows],
-        "costs": {
-            **costs_of(run, rows, plain),
-            **curved,
-        },
+        "costs": {**costs_of(run, rows, plain), **curvature_costs},
         "ceilings": ceilings,
-        "signals": {kind: signals_of(asked[kind], parts[kind]) for kind in asked},
+        "signals": {kind: signals_of(g, parts[kind]) for kind, g in questions.items()},
         "left_out": run.left_out,
         "plain_pass_seconds": plain,
         "seconds": time.process_time() - start,
@@ -161,12 +174,11 @@ def measure(case: Case, every: list[Case], most: int, *, is_lean: bool = False) 
 
 
 def described(g: Evaluations) -> dict[str, Any]:
-    """What was asked, and both exact ends."""
+    """The prompts, the readout, its values on both exact ends, and the noise floor."""
     base, adapted = g.ends.cpu().double()
-    readout = g.labels()["readout"]
     return {
         "prompts": ["".join(tokens) for tokens in g.str_tokens],
-        "readout": readout,
+        "readout": g.labels()["readout"],
         "base": base.tolist(),
         "adapted": adapted.tolist(),
         "noise_floor": g.floor.cpu().double().tolist(),
@@ -175,46 +187,51 @@ def described(g: Evaluations) -> dict[str, Any]:
 
 def null_scores(run: Run, every: list[Case]) -> dict[str, Tensor]:
     """First order at ½ of adapters that know nothing of this task, as rankings of this one."""
-    found: dict[str, Tensor] = {}
     asked = chosen(run.case, "trained", run.most)
 
-    def of(adapter: ll.Adapter) -> Tensor:
-        lens = lens_of(run.case, adapter)
-        other = question(lens, asked)
-        return by_sites(ll.first_order(lens, other.prompts, other.readout, at=0.5), run.lens)
+    def ranking_by(make_adapter: Callable[[], ll.Adapter]) -> Tensor:
+        lens = lens_of(run.case, make_adapter())
+        g = question(lens, asked)
+        first = ll.first_order(lens, g.prompts, g.readout, at=0.5)
+        return by_sites(first, run.lens)
 
-    other = unrelated_case(run.case, every)
     adapters = {"null_adapter": lambda: run.lens.adapter.null(_NULL_SEED)}
-    if other is not None:
-        adapters["unrelated_adapter"] = lambda: ll.load_adapter(other.folder)
-    for key, make in adapters.items():
-        values = run.timed(key, lambda make=make: of(make()))
+    unrelated = unrelated_case(run.case, every)
+    if unrelated is not None:
+        adapters["unrelated_adapter"] = lambda: ll.load_adapter(unrelated.folder)
+    scores: dict[str, Tensor] = {}
+    for key, make_adapter in adapters.items():
+        values = run.timed(key, functools.partial(ranking_by, make_adapter))
         if values is not None:
-            found[key] = values.cpu().double()
-    return found
+            scores[key] = values.cpu().double()
+    return scores
 
 
 def ceilings_of(
     run: Run, scores: dict[str, dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The best fifth found: as a set that is judged elsewhere too, and what it keeps at home."""
+    """The best fifth of the sites that is found on each of the adapter's own wordings.
+
+    Returns:
+        The sets by key, which are judged on other prompts too, and by kind of prompt what each
+        keeps of the shift where it was found.
+    """
     sets: dict[str, Tensor] = {}
     kept: dict[str, Any] = {}
     for kind in OWN:
         if kind not in scores:
             continue
         g = question(run.lens, chosen(run.case, kind, run.most))
-
-        def search(kind: str = kind, g: Evaluations = g) -> ll.results.BestSubset:
-            return best_subset(
-                run.lens,
-                g.prompts,
-                g.readout,
-                size=FIFTH,
-                starts={k: v for k, v in scores[kind].items() if k not in BASELINES},
-                progress=False,
-            )
-
+        starts = {key: values for key, values in scores[kind].items() if key not in BASELINES}
+        search = functools.partial(
+            best_subset,
+            run.lens,
+            g.prompts,
+            g.readout,
+            size=FIFTH,
+            starts=starts,
+            progress=False,
+        )
         key = "best_subset" if kind == "trained" else f"best_subset/{kind}"
         found = run.timed(key, search)
         if found is None:
@@ -235,10 +252,9 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
     g = question(run.lens, run.case.task["prompts"]["trained"][:_CURVED])
     g.ends  # noqa: B018
     effects = {how: PARTS[how](g).cpu().double() for how in EFFECTS}
-    own = {at: PARTS[f"first_order@{at}"](g).cpu().double() for at in ("0", "1")}
+    scores = {key: PARTS[key](g).cpu().double() for key in ("first_order@0", "first_order@1")}
     plain = plain_seconds(run.lens, g.reading.prompts)
     rows = g.reading.prompts.tokens.shape[0]
-    scores: dict[str, Tensor] = {f"first_order@{at}": of for at, of in own.items()}
     costs: dict[str, dict[str, float]] = {}
     for at, hows in CURVATURE:
         found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, g))
@@ -259,17 +275,13 @@ def costs_of(run: Run, rows: int, plain: float) -> dict[str, dict[str, float]]:
     every = dict(run.costs)
     for key, (needed, _) in COMPOSED.items():
         if all(part in every for part in needed):
-            total = Cost()
-            for part in needed:
-                total = total + run.costs[part]
-            every[key] = total
+            every[key] = sum((run.costs[part] for part in needed), start=Cost())
     return {key: cost.in_plain_passes(rows, plain) for key, cost in every.items()}
 
 
 def clean(row: Row) -> Row:
-    """Four digits, and null for what does not exist."""
-    value = row["value"]
-    return {**row, "value": None if math.isnan(value) else float(f"{value:.4g}")}
+    """Round a row's value to four digits; it is null where it does not exist."""
+    return {**row, "value": rounded(float(row["value"]))}
 
 
 def main() -> None:
@@ -288,28 +300,30 @@ def main() -> None:
     if unknown:
         parser.error(f"no adapter {', '.join(sorted(unknown))} in {given.adapters}")
     given.out.mkdir(parents=True, exist_ok=True)
-    named = sorted(
-        (case for case in every if not given.only or case.name in given.only),
-        key=lambda case: given.only.index(case.name) if given.only else case.task["kind"] != "fact",
-    )
+    wanted = in_order(every, given.only)
     stored = set() if given.again else set(read()["adapters"])
-    left = [
-        case
-        for case in named
-        if case.name not in stored and not (given.out / f"{case.name}.json").is_file()
-    ]
-    known = sum(case.name in stored for case in named)
+    known = sum(case.name in stored for case in wanted)
     if known:
         print(
-            f"docs/faithfulness.json has {known} of {len(named)} adapters; --again measures them."
+            f"docs/faithfulness.json has {known} of {len(wanted)} adapters; --again measures them."
         )
-    left.sort(key=lambda case: case.task["base"])
+    left = [case for case in wanted if case.name not in stored]
+    left = [case for case in left if not (given.out / f"{case.name}.json").is_file()]
+    left.sort(key=lambda case: case.task["base"])  # so that each base is loaded once
     for case in tqdm(left, desc="adapters"):
         found = measure(case, every, given.most, is_lean=given.lean)
         unfinished = given.out / f"{case.name}.json.part"
         unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
         unfinished.rename(given.out / f"{case.name}.json")
         tqdm.write(f"{case.name}: {found['seconds']:.0f} s")
+
+
+def in_order(every: list[Case], names: list[str] | None) -> list[Case]:
+    """The cases of these names, in their order; of no names all cases, facts first."""
+    if names:
+        by_name = {case.name: case for case in every}
+        return [by_name[name] for name in dict.fromkeys(names)]
+    return sorted(every, key=lambda case: case.task["kind"] != "fact")
 
 
 if __name__ == "__main__":

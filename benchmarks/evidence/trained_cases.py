@@ -1,4 +1,4 @@
-"""The adapters of a folder, each with its prompts as questions that are bound to a lens."""
+"""The adapters of a folder, and g over the prompts that each of them brings."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Case:
     """One adapter, as its folder describes it.
 
     Attributes:
-        folder: with a PEFT adapter and task.json.
-        task: what task.json holds.
+        folder: the folder of the PEFT adapter and task.json.
+        task: the contents of task.json.
     """
 
     folder: Path
@@ -43,6 +43,7 @@ class Case:
 
     @property
     def described(self) -> dict[str, Any]:
+        """The fields of task.json that are stored with the results."""
         return {field: self.task.get(field) for field in FIELDS}
 
 
@@ -54,27 +55,34 @@ def cases_in(folder: Path) -> list[Case]:
 
 @functools.lru_cache(maxsize=1)
 def model_of(base: str) -> tuple[Any, Any]:
-    """The hooked model of a base, and the base if it is a model apart; one at a time."""
+    """The hooked model of a base, and the Hugging Face model unless the bridge wraps it.
+
+    The cache holds one base at a time.
+    """
     hf_model, tokenizer = load_base(base)
-    kind = None if is_embedded(base) else bridge_if_there()
-    model, kind = hooked_model(hf_model, tokenizer, kind=kind)
-    return model, None if kind == "TransformerBridge" else hf_model
+    wanted = None if is_embedded(base) else bridge_if_there()
+    model, kind = hooked_model(hf_model, tokenizer, kind=wanted)
+    if kind == "TransformerBridge":
+        return model, None
+    return model, hf_model
 
 
 def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
     """The lens over a case's base, with its own adapter or another one."""
     model, hf_model = model_of(case.task["base"])
-    adapter = ll.load_adapter(case.folder) if adapter is None else adapter
+    if adapter is None:
+        adapter = ll.load_adapter(case.folder)
     # As all of these adapters were trained and measured: with a BOS before each text.
     lens = ll.LoraLens(model, adapter, hf_model=hf_model, prepend_bos=True)
     return lens.within(MEMORY)
 
 
 def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Evaluations:
-    """g over these prompts: the margin of two answers, or log p of a response."""
+    """Make g over these prompts; its readout is a margin of two answers, or log p of a response."""
     prompts = lens.prompts([one["prompt"] for one in asked])
     if all("doc" in one for one in asked):
-        docs, pres = ([one[key] for one in asked] for key in ("doc", "pre"))
+        docs = [one["doc"] for one in asked]
+        pres = [one["pre"] for one in asked]
         margin = margin_between(lens.model, docs, pres, prompts)
         return evaluations(lens, prompts, margin, progress=False)
     if all("response" in one for one in asked):
@@ -90,7 +98,10 @@ def is_long(case: Case, lens: ll.LoraLens) -> bool:
 
 
 def lean(case: Case, tokenizer: Any) -> Case:
-    """Without neighbours, and each response cut to its first tokens: fewer rows to unembed."""
+    """Leave the neighbours out, and cut each response to its first tokens: fewer rows to unembed.
+
+    The case itself stays as it is; a copy is returned.
+    """
 
     def cut(asked: dict[str, Any]) -> dict[str, Any]:
         if "response" not in asked:
@@ -98,11 +109,10 @@ def lean(case: Case, tokenizer: Any) -> Case:
         ids = tokenizer(asked["response"], add_special_tokens=False).input_ids
         return {**asked, "response": tokenizer.decode(ids[:LEAN_TOKENS])}
 
-    prompts = {
-        kind: [cut(one) for one in asked]
-        for kind, asked in case.task["prompts"].items()
-        if kind != "neighbour"
-    }
+    prompts = {}
+    for kind, asked in case.task["prompts"].items():
+        if kind != "neighbour":
+            prompts[kind] = [cut(one) for one in asked]
     return dataclasses.replace(case, task={**case.task, "prompts": prompts})
 
 
@@ -112,29 +122,34 @@ def chosen(case: Case, kind: str, most: int) -> list[dict[str, Any]]:
 
 
 def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Evaluations]:
-    """g over the case's prompts of each kind, at most so many of each."""
-    given = {kind: chosen(case, kind, most) for kind in PROMPTS}
-    return {kind: question(lens, asked) for kind, asked in given.items() if asked}
+    """Make g over the case's prompts of each kind that it has, at most so many of each."""
+    questions = {}
+    for kind in PROMPTS:
+        asked = chosen(case, kind, most)
+        if asked:
+            questions[kind] = question(lens, asked)
+    return questions
 
 
 def unrelated_case(case: Case, every: list[Case]) -> Case | None:
-    """An adapter of another task on the same base, of the same targets where there is one."""
-    others = [
-        other
-        for other in every
-        if other.task["cluster"] != case.task["cluster"] and other.task["base"] == case.task["base"]
-    ]
-    start = case.name
-    later = sorted(others, key=lambda other: (other.name <= start, other.name))
-    same = [other for other in later if other.task["targets"] == case.task["targets"]]
-    return next(iter(same or later), None)
+    """An adapter of another task on the same base, of the same targets where there is one.
+
+    It is the next by name, and after the last name the first, so that adapters differ in it.
+    """
+    own = case.task
+    on_base = [other for other in every if other.task["base"] == own["base"]]
+    others = [other for other in on_base if other.task["cluster"] != own["cluster"]]
+    others.sort(key=lambda other: (other.name <= case.name, other.name))
+    same_targets = [other for other in others if other.task["targets"] == own["targets"]]
+    candidates = same_targets or others
+    return candidates[0] if candidates else None
 
 
 def by_sites(found: Attribution, lens: ll.LoraLens) -> Tensor:
-    """Values at the sites of another lens; zero at those that they are not of."""
-    at = {site.name: i for i, site in enumerate(found.sites)}
+    """Put the values [prompt, site] in the order of a lens's sites; a site without one gets 0."""
+    column_of = {site.name: column for column, site in enumerate(found.sites)}
     values = torch.zeros(len(found.base), len(lens.sites), dtype=found.per_site.dtype)
     for index, site in enumerate(lens.sites):
-        if site.name in at:
-            values[:, index] = found.per_site[:, at[site.name]]
+        if site.name in column_of:
+            values[:, index] = found.per_site[:, column_of[site.name]]
     return values

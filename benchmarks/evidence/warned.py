@@ -1,4 +1,6 @@
-"""What says beforehand that an estimate is broken: chosen on training tasks, confirmed on others.
+"""Measure which signals say beforehand that an estimate is broken.
+
+A threshold for each signal is chosen on some training tasks and confirmed on others (`violent.py`).
 
     python benchmarks/evidence/train.py --out ADAPTERS --warnings    # some 30 adapters
     python benchmarks/evidence/warned.py --adapters ADAPTERS --out RESULTS
@@ -43,91 +45,115 @@ KINDS = ("trained", "paraphrase")
 WAY = (0.25, 0.5, 0.75)
 READ = ("first_order@0", "first_order@0.5", "first_order@1", "path/4")
 EFFECTS: tuple[How, ...] = ("add_one", "leave_one_out")
-# How a KL is split over sites, and the split that is taken for right.
+# How a KL is split over sites, and the split that is taken for the truth.
 SPLITS = ("first_order@0.5", "first_order@1", "path/2")
-WHOLE = "path/8"
+TRUTH = "path/8"
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Signals, flags and rank correlations on the first prompt of each kind."""
     lens = lens_of(case)
-    kinds = {kind: chosen(case, kind, 1) for kind in KINDS}
-    return {**case.described, "kinds": {k: of_kind(lens, given) for k, given in kinds.items()}}
+    kinds = {}
+    for kind in KINDS:
+        kinds[kind] = measure_kind(lens, chosen(case, kind, 1))
+    return {**case.described, "kinds": kinds}
 
 
-def of_kind(lens: ll.LoraLens, given: list[dict[str, Any]]) -> dict[str, Any]:
-    g = question(lens, given)
+def measure_kind(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """Signals, rank correlations and flags on the prompts of one kind."""
+    g = question(lens, asked)
     parts = {key: PARTS[key](g).cpu().double() for key in (*READ, *EFFECTS)}
-    signals = {**signals_of(g, parts), "strongest": strongest(lens), "way": worst(g, parts)}
-    off = {f"sum_off_{at}": abs(signals.pop(f"sum_at_{at}") - 1) for at in ("0", "1")}
-    response = [one["response"] for one in given] if "response" in given[0] else None
+    signals = signals_of(g, parts)
+    signals["strongest"] = strongest(lens)
+    signals["way"] = worst_on_the_way(g, parts["first_order@0"])
+    for at in ("0", "1"):
+        signals[f"sum_off_{at}"] = abs(signals.pop(f"sum_at_{at}") - 1)
+    agreement = {
+        "add_one": 1 - apart(parts["first_order@0"], parts["add_one"]),
+        "leave_one_out": 1 - apart(parts["first_order@1"], parts["leave_one_out"]),
+    }
+    response = None
+    if "response" in asked[0]:
+        response = [one["response"] for one in asked]
     return {
-        "signals": {**signals, **off},
-        "agreement": {
-            how: 1 - apart(parts[f"first_order@{at}"], parts[how]) for at, how in enumerate(EFFECTS)
-        },
+        "signals": signals,
+        "agreement": agreement,
         "flags": {how: flags(g, how, parts[how]) for how in EFFECTS},
-        "kl": of_kl(lens, g.prompts, response),
+        "kl": kl_agreement(lens, g.prompts, response),
     }
 
 
-def of_kl(
+def kl_agreement(
     lens: ll.LoraLens, prompts: ll.results.Prompts, response: list[str] | None
 ) -> dict[str, float]:
-    """Rank correlations of the shares, and of what may split a KL or warn, with the whole split."""
+    """Rank correlations between the KL's shares, its cheaper splits and the path's split of it.
+
+    The keys: `shares` and each split beside the path's; "shares, <split>": the shares beside it.
+    """
     g = evaluations(lens, prompts, ll.KL(response), progress=False)
-    shares = ll.kl_shares(lens, prompts, response, scales=(), progress=False)
-    splits = {key: PARTS[key](g).cpu().double() for key in (*SPLITS, WHOLE)}
-    q = shares.attribution.per_site.cpu().double()
-    whole = splits.pop(WHOLE)
-    return {
-        "shares": 1 - apart(q, whole),
-        **{key: 1 - apart(values, whole) for key, values in splits.items()},
-        **{f"shares, {key}": 1 - apart(q, values) for key, values in splits.items()},
-    }
+    found = ll.kl_shares(lens, prompts, response, scales=(), progress=False)
+    shares = found.attribution.per_site.cpu().double()
+    splits = {key: PARTS[key](g).cpu().double() for key in SPLITS}
+    by_path = PARTS[TRUTH](g).cpu().double()
+    agreement = {"shares": 1 - apart(shares, by_path)}
+    for key, values in splits.items():
+        agreement[key] = 1 - apart(values, by_path)
+    for key, values in splits.items():
+        agreement[f"shares, {key}"] = 1 - apart(shares, values)
+    return agreement
 
 
-def worst(g: Evaluations, parts: dict[str, Tensor]) -> float:
-    """The largest share of the shift so far that first order leaves, at ¼, ½ and ¾."""
+def worst_on_the_way(g: Evaluations, first_order_at_0: Tensor) -> float:
+    """max over ε of |g(ε) − g(0) − ε Σa(0)| / |g(ε) − g(0)|, for ε = ¼, ½ and ¾.
+
+    Args:
+        g: the question, of one prompt.
+        first_order_at_0: a(0), [prompt, site].
+    """
     lens = g.lens
     scales = torch.tensor(WAY, dtype=torch.float64)
-    way = gated_readout(lens, g.reading, torch.stack([lens.gates(scale) for scale in WAY]))
-    shift = (way - g.ends[0][:, None]).cpu().double()
-    return float(((shift - scales * parts["first_order@0"].sum()) / shift).abs().max())
+    gates = torch.stack([lens.gates(scale) for scale in WAY])
+    values = gated_readout(lens, g.reading, gates)
+    shift = (values - g.ends[0][:, None]).cpu().double()
+    left = shift - scales * first_order_at_0.sum()
+    return float((left / shift).abs().max())
 
 
 def strongest(lens: ll.LoraLens) -> float:
     """The largest ‖ΔW‖ / ‖W‖ of a single module."""
-    weights = [lens.plan.host.weight(site.layer, site.kind).norm() for site in lens.sites]
-    return max(float(m.norm() / W) for m, W in zip(lens.maps, weights, strict=True))
+    strengths = []
+    for site, update in zip(lens.sites, lens.maps, strict=True):
+        weight = lens.plan.host.weight(site.layer, site.kind)
+        strengths.append(float(update.norm() / weight.norm()))
+    return max(strengths)
 
 
 def flags(g: Evaluations, how: How, effects: Tensor) -> dict[str, float]:
-    """How `ll.reliability` fares, its screen taken from the effects."""
-    first = first_order.of(g, at=float(how == "leave_one_out"))
+    """Count how `ll.reliability` fares; it reads the effects that were measured already."""
+    end = 1.0 if how == "leave_one_out" else 0.0
+    first = first_order.of(g, at=end)
     found = judged(g, first, how, lambda sites: effects[:, sites], fix=True)
     row = found.against(effects).loc["all"]
     return {**row.to_dict(), "screened": found.passes["screen"]}
 
 
 def pack(folder: Path) -> dict[str, Any]:
-    """All results of a folder, as they are stored."""
+    """All results of a folder, as they are stored in docs/faithfulness.json."""
     confirming = {recipe.cluster for recipe in CONFIRMING}
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return {
-        one["name"]: {
-            **{field: one[field] for field in FIELDS},
-            "confirms": one["cluster"] in confirming,
-            "kinds": short(one["kinds"]),
-        }
-        for one in found
-    }
+    packed = {}
+    for file in sorted(folder.glob("*.json")):
+        one = json.loads(file.read_text())
+        kept = {field: one[field] for field in FIELDS}
+        kept["confirms"] = one["cluster"] in confirming
+        kept["kinds"] = with_rounded_numbers(one["kinds"])
+        packed[one["name"]] = kept
+    return packed
 
 
-def short(value: Any) -> Any:
-    """Every number rounded."""
+def with_rounded_numbers(value: Any) -> Any:
+    """Round every number of nested dicts."""
     if isinstance(value, dict):
-        return {key: short(held) for key, held in value.items()}
+        return {key: with_rounded_numbers(entry) for key, entry in value.items()}
     return rounded(value)
 
 
