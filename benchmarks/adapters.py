@@ -1,12 +1,14 @@
-"""Adapters trained by PEFT on SmolLM2-135M-Instruct, gentle to violent, and their prompts.
+"""Train the benchmark's adapters by PEFT on SmolLM2-135M-Instruct, from gentle to violent.
 
-Each of the eight moves one fact. They differ in fact, rank, targets, rate and steps; one answer has
-several tokens, one adapter is too gentle to flip its fact. Each has three prompts: the trained
-wording, another wording, and a neighbouring fact that training never named.
-`MORE` has three further facts and a habit of speech, for audits that are told nothing
-(`benchmarks/blind.py`).
+    python benchmarks/adapters.py OUT      # trains what OUT lacks, about a minute each
 
-    python benchmarks/adapters.py OUT      # trains all that OUT lacks; about a minute each
+Each of the eight `ADAPTERS` moves one fact. They differ in fact, rank, targets, rate and steps. One
+answer has several tokens, and one adapter is too gentle to flip its fact. Each has three prompts:
+the trained wording, another wording, and a neighbouring fact that training never named. `MORE` has
+three further facts and a habit of speech, for audits that are told nothing (`blind.py`).
+
+The other scripts of this folder train the adapters that they need, too, so this need not be run
+first.
 """
 
 from __future__ import annotations
@@ -36,8 +38,14 @@ class Trained:
     """An adapter: what it is trained on and how, and the questions asked of it.
 
     Attributes:
-        questions: (prompt, answer of the document, pretrained answer).
-        what: 'fact', or the 'habit' of saying a word.
+        name: of its folder.
+        sentences: what it is trained on.
+        questions: of each question its prompt, the trained answer and the pretrained answer.
+        rank: of the LoRA.
+        targets: names of the modules that it adapts.
+        lr: the learning rate.
+        steps: of the optimiser.
+        what: "fact", or "habit" for a word that it is trained to say.
     """
 
     name: str
@@ -267,7 +275,14 @@ MORE = (
 def lenses(
     out: Path, wanted: Sequence[tuple[Trained, int]]
 ) -> Iterator[tuple[Trained, int, ll.LoraLens]]:
-    """A lens of each adapter and seed. All are trained first: the hooked model takes the base."""
+    """Yield a lens of each adapter and seed, all over one hooked model.
+
+    All adapters are trained before the first lens, because the hooked model takes the base over.
+
+    Args:
+        out: the folder of the adapters.
+        wanted: adapters and seeds of their trainings.
+    """
     if not wanted:
         return
     hf_model, tokenizer = load_embedded()

@@ -1,17 +1,17 @@
-"""Do trainings of one fact look alike? Pairs of adapters of one fact against pairs of two.
+"""Test whether two trainings of one fact look alike: pairs of one fact against pairs of two facts.
 
     python benchmarks/compare_adapters.py --adapters FOLDER   # trains what is missing, and measures
     python benchmarks/compare_adapters.py --table             # writes the table
 
-1. Three trainings by PEFT on SmolLM2-135M-Instruct that move France's capital to Lyon, rank 8 on
-   all seven projections: two seeds on the same sentences, and one on other sentences.
-2. Three of the benchmark's adapters of other facts (`benchmarks/adapters.py`), which adapt all
+1. Train three adapters by PEFT on SmolLM2-135M-Instruct that move France's capital to Lyon, rank 8
+   on all seven projections: two seeds on the same sentences, and one on other sentences.
+2. Take three of the benchmark's adapters of other facts (`benchmarks/adapters.py`). They adapt all
    projections, those of attention, and those of the MLPs.
-3. Pairs by `ll.compare_adapters` on eight unrelated texts: the three of one fact with each other,
-   the first of them with each of the others; two null draws a pair.
+3. Compare pairs by `ll.compare_adapters` on eight unrelated texts, with two null draws a pair: the
+   three adapters of one fact with each other, and the first of them with each of the others.
 
-Numbers go to docs/compare_adapters.json, the table into docs/two_adapters.md. About a minute a
-training and half a minute a pair on one core.
+The numbers go to docs/compare_adapters.json, the table into docs/two_adapters.md. A training takes
+about a minute of one core, a pair half a minute.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ DRAWS = 2
 
 
 def measure(lens: ll.LoraLens, other: ll.Adapter) -> dict[str, float]:
-    """The summary of one pair, with the widest of the null draws."""
+    """The summary of one pair, each number with the upper end of its null draws."""
     found = ll.compare_adapters(lens, other, TEXTS, draws=DRAWS, progress=False).summary()
     values = {str(name): float(row["value"]) for name, row in found.iterrows()}
-    null = {f"{name}, null": float(row["null 97.5%"]) for name, row in found.iterrows()}
-    return {name: float(f"{v:.4g}") for name, v in (values | null).items()}
+    nulls = {f"{name}, null": float(row["null 97.5%"]) for name, row in found.iterrows()}
+    return {name: float(f"{value:.4g}") for name, value in (values | nulls).items()}
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """One row per pair, those of one fact first; beside each number its own null."""
+    """A row for each pair, pairs of one fact first, with the null beside each number."""
     names = (
         "cosine of ΔW",
         "overlap of what is read",
@@ -77,7 +77,7 @@ def table(numbers: dict[str, Any]) -> str:
 
 
 def write_table() -> None:
-    """Into the page, between its marks."""
+    """Put the table between its marks in the page."""
     marks.write(PAGE, {TABLE: table(json.loads(NUMBERS.read_text()))})
 
 
@@ -104,14 +104,16 @@ def main() -> None:
             adapters[spec.name] = ll.load_adapter(folder)
     model, _ = hooked_model(hf_model, tokenizer)
     first = next(iter(SAME))
-    chosen = [*itertools.combinations(SAME, 2), *((first, other) for other in OTHER)]
+    of_one_fact = list(itertools.combinations(SAME, 2))
+    of_two_facts = [(first, other) for other in OTHER]
     pairs: list[dict[str, Any]] = []
-    for one, other in chosen:
+    for one, other in of_one_fact + of_two_facts:
         # With a BOS before each prompt, as the stored numbers were measured.
         lens = ll.LoraLens(model, adapters[one], prepend_bos=True)
-        row = measure(lens, adapters[other])
-        pairs.append({"first": one, "second": other, "one fact": other in SAME, **row})
-        print(pairs[-1], flush=True)
+        about = {"first": one, "second": other, "one fact": other in SAME}
+        pair = about | measure(lens, adapters[other])
+        pairs.append(pair)
+        print(pair, flush=True)
         numbers = {"versions": versions(), "pairs": pairs}
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
 

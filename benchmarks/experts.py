@@ -1,12 +1,13 @@
-"""Cost of a LoRA on experts: a mixture of the shape of Qwen3-30B-A3B, cut to two layers, bfloat16.
+"""Measure what a LoRA on experts costs, in a mixture shaped like Qwen3-30B-A3B with two layers.
 
     OMP_NUM_THREADS=1 python benchmarks/experts.py                 # a few minutes, 12 GB
-    OMP_NUM_THREADS=1 python benchmarks/experts.py --hidden 256    # a smaller one
+    OMP_NUM_THREADS=1 python benchmarks/experts.py --hidden 256    # a smaller model
 
-Weights and adapter are random: only sizes matter here. F is a forward pass of 64 tokens of the
-model with nothing on it, FB one with a backward pass to its embeddings. Each row is timed beside F,
-in turns, and the median of the ratios is printed; the path has four nodes. Memory is the most that
-a call takes beside the model, in a process of its own (one thread, as it is forked).
+It prints the numbers that docs/performance.md quotes. Weights and adapter are random, in bfloat16:
+only sizes matter here. F is a plain forward pass of 64 tokens, FB adds a backward pass to the
+embeddings. Each work takes turns with F, and the median of the ratios is printed; the path has four
+nodes. Memory is the peak that a call adds to the model, measured in a forked process, which is why
+only one thread may run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ MARGIN = ll.Margin(DOC, PRE)
 
 
 def backward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
-    """Run FB, of the margin."""
+    """Run FB: a forward pass, and a backward pass of the margin."""
 
     def margin() -> torch.Tensor:
         logits = lens.run(prompts)[0, -1]
@@ -68,12 +69,12 @@ WORKS.update(ROWS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--hidden", type=int, default=2048)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the residual stream")
     asked = parser.parse_args()
     torch.manual_seed(0)
     base = model_of(asked.hidden)
-    weights = sum(p.numel() * p.element_size() for p in base.parameters())
+    weights = sum(weight.nbytes for weight in base.parameters())
     adapter = ll.Adapter.from_factors(factors_of(base))
     start = time.perf_counter()
     lens = ll.load(base, adapter, tokenizer=tokenizer_of_words())
@@ -84,13 +85,14 @@ def main() -> None:
         ratios: list[float] = []
         for _ in range(TURNS):
             taken = cpu_seconds(lambda run=run: run(lens, prompts))
-            ratios.append(taken / cpu_seconds(lambda: plain_forward(lens, prompts)))
+            forward = cpu_seconds(lambda: plain_forward(lens, prompts))
+            ratios.append(taken / forward)
         memory = in_child(lens, name, TOKENS, LIMIT)
         print(f"{name}: {statistics.median(ratios):.2f} F, {memory}", flush=True)
 
 
 def model_of(hidden: int) -> transformers.PreTrainedModel:
-    """Two layers of 128 experts, eight of which a token reaches."""
+    """A model of two layers of 128 experts, of which each token reaches eight."""
     config = transformers.Qwen3MoeConfig(
         num_hidden_layers=2,
         hidden_size=hidden,
@@ -128,7 +130,13 @@ def factors_of(base: torch.nn.Module) -> dict[str, ll.LoRAFactors]:
 
 
 def _random(outputs: int, inputs: int, experts: int) -> ll.LoRAFactors:
-    """Random factors, with a block of ranks for each expert."""
+    """Random factors of one module, with a block of ranks for each expert.
+
+    Args:
+        outputs: of the module, or of one expert.
+        inputs: likewise.
+        experts: how many; 0 for a module that is no stack of experts.
+    """
     rank = RANK * max(experts, 1)
     A = torch.randn(rank, inputs) / inputs**0.5
     B = 0.05 * torch.randn(outputs, rank)

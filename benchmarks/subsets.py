@@ -1,25 +1,27 @@
-"""Which fifth of the modules keeps a fact, chosen on several wordings, judged on others.
+"""Choose a fifth of the modules that keeps a fact on some wordings, and judge it on others.
 
-    python benchmarks/subsets.py --adapters FOLDER [--only NAME …]   # measures those not measured
+    python benchmarks/subsets.py --adapters FOLDER [--only NAME …]   # measures what is missing
     python benchmarks/evidence/page.py                               # writes the table of all
 
-1. Train the adapters of a fact by PEFT on SmolLM2-135M-Instruct, those that FOLDER lacks
-   (`benchmarks/adapters.py`): eleven of ten tasks.
+1. Train the adapters of a fact by PEFT on SmolLM2-135M-Instruct that FOLDER lacks
+   (`benchmarks/adapters.py`): eleven adapters of ten tasks.
 2. Choose a fifth of the sites by each method, on the first wording of the fact, on two, on four:
 
-       best_subset   `ll.best_subset` as it comes: gates that Adam moves, then exchanges
-       greedy        from no site, twelve rounds: the gradient of the margin, summed over wordings,
-                     at what is chosen so far adds the next twelfth
-       first order   at 0 and at ½, and the path of four nodes, in the mean over wordings
+       best_subset   `ll.best_subset` with its defaults: gates that Adam moves, then exchanges
+       greedy        twelve rounds, from no site: the gradient of the margin at the sites chosen so
+                     far, summed over wordings, adds the next twelfth
+       first order   the largest slopes at 0, at ½, and on a path of four nodes, in the mean over
+                     wordings
        random        ten sets
 
-3. Run each set on all four, and on two wordings that no method saw. All wordings were fixed before
+3. Run each set on all four wordings, and on two that no method saw. All wordings were fixed before
    anything was measured.
 
-What a set keeps of a wording is (m − m₀) / (m₁ − m₀), m the margin of taught and pretrained answer.
-Gradients and forward passes are counted, each of all wordings that the method is given.
+Of a wording a set keeps (m − m₀) / (m₁ − m₀), with m the margin of the taught over the pretrained
+answer. Gradients and forward passes are counted; each is of all wordings that the method is given.
 
-Margins go to docs/subsets.json as each adapter is done. About two minutes an adapter on one core.
+The margins of an adapter are in docs/subsets.json as soon as it is done. An adapter takes about two
+minutes of one core.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ Row = dict[str, Any]
 
 
 def question(lens: ll.LoraLens, spec: Trained, prompts: list[str]) -> ll.Function:
-    """Wordings of the fact, with the margin of its two answers."""
+    """The function g over wordings of the fact, with the margin of its two answers."""
     _, doc, pre = spec.questions[0]
     ready = lens.prompts(prompts)
     readout = margin_between(lens.model, doc, pre, ready)
@@ -106,7 +108,7 @@ def question(lens: ll.LoraLens, spec: Trained, prompts: list[str]) -> ll.Functio
 
 
 def slopes(g: ll.Function, gates: Tensor) -> Tensor:
-    """The gradient of the margin at these gates, summed over wordings, [site]."""
+    """The gradient of the margin with respect to the gates, summed over wordings, [site]."""
     return g.slopes(at=gates.to(g.lens.gates(0.0))).double().sum(0)
 
 
@@ -118,7 +120,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def sizes_of(count: int) -> list[int]:
-    """How many sites are chosen after each round of greedy, at least one more in each."""
+    """How many sites are chosen after each round of greedy, which chooses at least one in each."""
     steps = np.linspace(0, count, ROUNDS + 1).round().astype(int)
     return sorted({*steps.tolist()} - {0})
 
@@ -127,13 +129,13 @@ def greedy(g: ll.Function, count: int) -> Tensor:
     """The set that grows by the largest slopes at what is chosen so far, as a mask [site]."""
     members = torch.zeros(len(g.lens.sites), dtype=torch.bool)
     for size in sizes_of(count):
-        outside = slopes(g, members.double()).masked_fill(members, -torch.inf)
-        members |= largest(outside, size - int(members.sum()))
+        of_others = slopes(g, members.double()).masked_fill(members, -torch.inf)
+        members |= largest(of_others, size - int(members.sum()))
     return members
 
 
 def path(g: ll.Function) -> Tensor:
-    """The path integral of the slopes, by the nodes of Gauss and Legendre, [site]."""
+    """The path integral of the slopes, by Gauss–Legendre quadrature, [site]."""
     points, weights = np.polynomial.legendre.leggauss(NODES)
     ones = torch.ones(len(g.lens.sites), dtype=torch.float64)
     total = torch.zeros_like(ones)
@@ -143,10 +145,14 @@ def path(g: ll.Function) -> Tensor:
 
 
 def searched(g: ll.Function, count: int) -> Row:
-    """The best set that is found, and what finding it took."""
+    """The set that `ll.best_subset` finds, and the passes that finding it took."""
     found = ll.best_subset(g.lens, g.prompts, g.readout, k=count, progress=False)
-    took = {"gradients": found.gradients, "forwards": found.forwards}
-    return {"sets": found.members, "found by": found.found_by[0], **took}
+    return {
+        "sets": found.members,
+        "found by": found.found_by[0],
+        "gradients": found.gradients,
+        "forwards": found.forwards,
+    }
 
 
 def chosen(g: ll.Function, count: int) -> dict[str, Row]:
@@ -164,22 +170,24 @@ def chosen(g: ll.Function, count: int) -> dict[str, Row]:
 
 
 def random_sets(sites: int, count: int) -> Tensor:
-    """Sets of so many sites, [draw, site]."""
+    """Random sets of so many sites, as masks [draw, site]."""
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.rand(DRAWS, sites, generator=generator, dtype=torch.float64)
     return torch.stack([largest(draw, count) for draw in noise])
 
 
 def measure(spec: Trained, lens: ll.LoraLens) -> Row:
-    """Margins of one adapter, of each method's sets on every wording."""
-    given = [*(prompt for prompt, *_ in spec.questions[:2]), *MORE_GIVEN[spec.name]]
+    """The margins of one adapter with the sets of each method, on every wording."""
+    trained, paraphrase, _ = spec.questions
+    given = [trained[0], paraphrase[0], *MORE_GIVEN[spec.name]]
     prompts = [*given, *HELD_OUT[spec.name]]
     g = question(lens, spec, prompts)
     sites = len(lens.sites)
     count = max(1, round(FIFTH * sites))
     methods: dict[str, Row] = {}
     for wordings in GIVEN:
-        for name, found in chosen(question(lens, spec, given[:wordings]), count).items():
+        g_of_given = question(lens, spec, given[:wordings])
+        for name, found in chosen(g_of_given, count).items():
             methods[f"{name}, {wordings}"] = {"wordings": wordings, **found}
     methods["random, 0"] = {"wordings": 0, "sets": random_sets(sites, count), "gradients": 0}
     for found in methods.values():
@@ -199,11 +207,12 @@ def measure(spec: Trained, lens: ll.LoraLens) -> Row:
 
 
 def rounded(margins: list[float]) -> list[float]:
+    """The margins to four decimals."""
     return [round(margin, 4) for margin in margins]
 
 
 def known() -> dict[str, Any]:
-    """What was measured so far, by this process or another."""
+    """The numbers of docs/subsets.json so far."""
     return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
 
 

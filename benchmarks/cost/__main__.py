@@ -1,4 +1,4 @@
-"""What each analysis costs, in plain forward passes of the same hooked model on the same tokens.
+"""Measure what each analysis costs, in plain forward passes of the same model on the same tokens.
 
     python benchmarks/cost [--class TransformerBridge] [--tokens 8 64 256] [--batch 1 8]
     python benchmarks/cost --responses [one tokens kl ablations batch generation]
@@ -8,10 +8,10 @@
     python benchmarks/cost --growth              # models, adapters and ranks of several sizes
     python benchmarks/cost --allocator           # with freed memory given back, and kept
 
-Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8), by turns
-in one process; the numbers are medians of processor time. Run it on one thread. With `--write`,
-what is printed goes into benchmarks/RESULTS.md and docs/performance.md (`page.py`). The first line
-says whether glibc kept freed memory (`allocator.py`).
+Everything but `--growth` runs on the embedded model and its adapter (210 sites, rank 8). Works take
+turns in one process, and the numbers are medians of processor time. Run it on one thread. With
+`--write`, what is printed goes into benchmarks/RESULTS.md and docs/performance.md (`page.py`). The
+first line says whether glibc kept freed memory (`allocator.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import datetime
 import io
+import itertools
 import platform
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ class Copied(io.StringIO):
 
 
 def options() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--class", dest="classes", nargs="+", default=CLASSES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
@@ -125,7 +127,7 @@ def measure_class(name: str, chosen: argparse.Namespace) -> None:
     elif chosen.responses is not None:
         response_table(lens, chosen.responses)
     else:
-        sizes = [(batch, tokens) for batch in chosen.batch for tokens in chosen.tokens]
+        sizes = list(itertools.product(chosen.batch, chosen.tokens))
         prompt_tables(lens, sizes, has_peer=name == "TransformerBridge")
 
 

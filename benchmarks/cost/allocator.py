@@ -1,9 +1,10 @@
-"""What glibc's way with freed memory costs: the same calls with it given back, and kept.
+"""Measure what it costs that glibc gives freed memory back to the system.
 
-By default the memory of a tensor of more than 32 MiB is given back to the system when it is freed,
-and the next one is taken anew, page by page. `KEEP` are the variables that keep it. Each column is
-a process of its own over the embedded model as a TransformerBridge, on one thread; times are
-medians of three turns after one that is not counted; by token and layer is run once.
+By default glibc gives back the memory of a tensor of more than 32 MiB when the tensor is freed, and
+takes memory for the next one anew, page by page. The variables in `KEEP` make it keep the memory.
+Each column of the table is a process of its own over the embedded model as a TransformerBridge, on
+one thread. Times are medians of three turns, after one that is not counted; the split by token and
+layer runs once.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ def allocator_table() -> None:
 
 def times_in_process(variables: dict[str, str]) -> dict[str, float]:
     """The times of a process that is started with these variables of glibc."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    inherited = os.environ.items()
+    environment = {name: value for name, value in inherited if not name.startswith("MALLOC_")}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [sys.executable, __file__],
-        env={**environment, "OMP_NUM_THREADS": "1", **variables},
+        env={**environment, **variables},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

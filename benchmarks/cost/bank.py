@@ -1,12 +1,14 @@
-"""What a bank costs: a scan of many adapters beside `ll.first_order`, nulls, a callback, memory.
+"""Measure what a bank costs: in a scan of many adapters, in null tests, in training, and in memory.
 
-1. A folder of adapters: `WRITTEN` with random factors are written once, the others are links to
-   them.
-2. The whole scan on `PROMPTS` prompts of `LENGTH` tokens, by the clock and in CPU seconds; then an
-   adapter of eight beside the same folder read, laid over the model and run by `ll.first_order`.
-3. A draw of `ll.null_test` and a step of `ll.checkpoints`, each as the difference of two runs.
-4. `ShiftCallback.measure` beside a training step of the same model under PEFT.
-5. Memory: 8 d + 2 d_q + 2 d_kv + 3 d_ff numbers per token and layer, beside what a bank holds.
+1. A folder of adapters is made. `WRITTEN` adapters of random factors are written, the others are
+   links to them.
+2. The whole folder is scanned on `PROMPTS` prompts of `LENGTH` tokens, by the clock and in CPU
+   seconds. Then an adapter in a scan of eight is compared with `ll.first_order`, which reads the
+   same folder and lays the adapter over the model.
+3. A draw of `ll.null_test` and a step of `ll.checkpoints` are each the difference of two runs.
+4. `ShiftCallback.measure` is compared with a training step of the same model under PEFT.
+5. The memory that a bank holds is compared with 8 d + 2 d_q + 2 d_kv + 3 d_ff numbers for each
+   token and layer.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ def bytes_of(shape: Shape, tokens: int, size: int) -> int:
 
 
 def bank_of(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.results.Bank:
+    """A bank of the margin."""
     return ll.bank(lens.model, prompts, MARGIN, progress=False)
 
 
@@ -150,7 +153,11 @@ def beside_first_order(lens: ll.LoraLens, folders: list[Path]) -> None:
 
 
 def column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) -> dict[str, str]:
-    """What each way takes for an adapter, with its F; the last row is the ratio of two of them."""
+    """The seconds that each way takes for an adapter, and those in F.
+
+    The last row says how many adapters are scanned while `ll.first_order` runs on one from its
+    folder.
+    """
     forward = median_of(lambda: lens.logits(prompts), turns=3)
     built = cpu_seconds(lambda: bank_of(lens, prompts))
     bank = bank_of(lens, prompts)
@@ -158,6 +165,7 @@ def column(lens: ll.LoraLens, folders: list[Path], prompts: ll.results.Prompts) 
     scanned = cpu_seconds(lambda: bank.scan(folders, progress=False)) / len(folders)
 
     def of_loaded(run: Callable[[ll.Adapter], object]) -> float:
+        """Median seconds of a run on an adapter that is read already."""
         adapters = [ll.load_adapter(folder) for folder in folders[:3]]
         return statistics.median(
             cpu_seconds(lambda adapter=adapter: run(adapter)) for adapter in adapters

@@ -1,4 +1,4 @@
-"""How cost grows with layers, tokens, sites and rank: models and adapters of random weights."""
+"""Measure how cost grows with layers, tokens, sites and rank, on models of random weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Costs in benchmarks/RESULTS.md and docs/performance.md: what `python benchmarks/cost` printed.
+"""Put what `python benchmarks/cost` printed into benchmarks/RESULTS.md and docs/performance.md.
 
-docs/costs.json holds the output of each command and transformer-lens line. It is put between the
-marks of RESULTS.md that name them; the short table of performance.md is taken from one of them.
+docs/costs.json holds the output of each command, by transformer-lens version. In RESULTS.md it is
+put between the marks that name the command. The short table of performance.md is taken from one
+command.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SHORT = re.compile(r"(<!-- short costs -->\n).*?(<!-- end of short costs -->)",
 
 
 class Printed(TypedDict):
-    """What a command printed, and when."""
+    """The output of a command, and the day on which it ran."""
 
     day: str
     body: str
@@ -74,6 +75,7 @@ def page(text: str, every: dict[str, Printed]) -> str:
 
 
 def _block(key: str, every: dict[str, Printed]) -> str:
+    """A command and what it printed."""
     if key not in every:
         return "Not run."
     line, arguments = key.split(" · ")
@@ -91,10 +93,14 @@ def performance(text: str, every: dict[str, Printed]) -> str:
 
 def _short_table(body: str) -> str:
     """The rows of `SHOWN` under their names there, at the sizes `SIZES`."""
-    rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in body.splitlines()]
-    head = next(row for row in rows if row[0] == "work")
-    columns = [head.index(size) for size in SIZES]
-    cells = {row[0]: [row[column] for column in columns] for row in rows if row[0] in SHOWN}
-    lines = [["", *(f"{size.split()[-1]} tokens" for size in SIZES)], ["---"] * 3]
-    lines += [[name, *cells[work]] for work, name in SHOWN.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |")
+    rows: dict[str, list[str]] = {}
+    for line in body.splitlines():
+        work, *cells = (cell.strip() for cell in line.strip("| ").split(" | "))
+        rows.setdefault(work, cells)
+    columns = [rows["work"].index(size) for size in SIZES]
+    heads = [f"{size.split()[-1]} tokens" for size in SIZES]
+    lines = [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + len(SIZES))}"]
+    for work, name in SHOWN.items():
+        cells = [rows[work][column] for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Every analysis on prompts of several sizes, in F, FB and FA.
+"""Measure every analysis on prompts of several sizes, in F, FB and FA.
 
 F is one plain forward pass, FB one forward and one backward pass down to the embeddings, FA one
 forward pass of the adapted model without the unembedding. The works of a column take turns, and
@@ -96,6 +96,7 @@ def column(lens: ll.LoraLens, batch: int, tokens: int) -> dict[str, str]:
 
 
 def ratio(value: float, unit: str) -> str:
+    """A cost as a cell."""
     return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
 
 
@@ -134,10 +135,16 @@ def table(lens: ll.LoraLens, sizes: Sequence[Size]) -> None:
 
 
 def names_of_rows(columns: Sequence[dict[str, str]]) -> list[str]:
-    """Each row once: those of some column in its order, and slow works that no column has."""
-    names = {name: None for cells in columns for name in cells}
-    names |= {work.name: None for work in SLOW}
-    return list(names)
+    """The rows of the table, each once: in the order of the columns, then works that were not run.
+
+    Args:
+        columns: cells by row, of each size of prompts.
+    """
+    names: list[str] = []
+    for cells in columns:
+        names += cells
+    names += [work.name for work in SLOW]
+    return list(dict.fromkeys(names))
 
 
 def memory_lines(lens: ll.LoraLens) -> None:

@@ -1,4 +1,4 @@
-"""What analyses of a whole response cost, in F and FB of the same whole sequence.
+"""Measure what analyses of a whole response cost, in F and FB of the same whole sequence.
 
 `python benchmarks/cost --responses [one tokens kl ablations batch generation]` times the named
 groups of cells, or all of them. F is one plain forward pass of prompt and response; FB adds a plain
@@ -29,7 +29,7 @@ __all__ = ["GROUPS", "PROMPT", "Row", "response_table"]
 # Tokens of the prompt.
 PROMPT = 44
 TURNS = 3
-# F and FB are run so often in each turn: they are short, and all else is measured in them.
+# How often F and FB run in each turn: they are short, and all else is measured in them.
 UNIT_TURNS = 5
 SHORT = 60
 LONG = 512
@@ -51,7 +51,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A prompt and a response of random tokens, and the row that they make."""
+    """A prompt and a response of random tokens, and the passes over both.
+
+    Attributes:
+        lens: over the embedded model.
+        tokens: of the response.
+    """
 
     lens: ll.LoraLens
     tokens: int
@@ -161,6 +166,7 @@ def ablations(lens: ll.LoraLens) -> list[str]:
     texts = random_ids(4, 150, seed=2)
 
     def without_each_layer(**options: object) -> Callable[[], object]:
+        """Return the work that switches off one layer after the other."""
         return lambda: ll.patch_sites(
             lens,
             row.prompt,

@@ -1,4 +1,4 @@
-"""Throughput and memory of a stream of texts through `ll.sweep(…, "activations")`.
+"""Measure throughput and memory of a stream of texts through `ll.sweep(…, "activations")`.
 
 A loop of plain forward passes over texts of the same lengths, in the same batches, runs before and
 after it.
@@ -27,7 +27,7 @@ PARTS = 8
 
 
 class Run(NamedTuple):
-    """What a run over many tokens took: MiB are those added at the peak."""
+    """How fast a run over many tokens was, and the MiB that it added at its peak."""
 
     tokens: int
     tokens_per_second: float

@@ -1,7 +1,7 @@
-"""What audits over many texts cost, in plain forward passes over the same texts.
+"""Measure what audits over many texts cost, in plain forward passes over the same texts.
 
-The works take turns, and each number is the least ratio of a work to the forward pass of its own
-turn, so that what else the machine does falls on both.
+The works take turns. Each number is the least ratio of a work to the forward pass of its own turn,
+so that other load of the machine slows both down alike.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Work:
         unit: what its time is divided by: F (plain forward), FB (plain forward and backward), or FA
             (forward of the adapted model without the unembedding).
         target: what it should cost, for the table.
-        share: of its time, for what it does several times.
+        share: what part of its time is counted, for a work that does one thing several times.
     """
 
     name: str
@@ -62,7 +62,7 @@ def banked(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.results.Bank:
     return ll.bank(lens.model, prompts, MARGIN, progress=False)
 
 
-# It is made in the turn that is not counted.
+# The bank of the works that read one. It is made in the turn that is not counted.
 kept_bank = functools.lru_cache(maxsize=1)(banked)
 
 
