@@ -22,6 +22,7 @@ def load_base(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def is_embedded(base: str) -> bool:
+    """Whether a name is that of the model that the package embeds."""
     return base in (EMBEDDED_NAME, EMBEDDED_HUB_ID)
 
 

@@ -34,12 +34,13 @@ _ROUNDING = 1e-9  # of a sum: patterns of signs that should tie with the observe
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One number per task in short.
+    """Summary of one number per task.
 
     Attributes:
-        low, high: ends of the median's interval; NaN with fewer than six tasks.
-        worst: of any task.
-        tasks: how many.
+        median: the median over tasks.
+        low, high: the ends of the median's interval; NaN with fewer than six tasks.
+        worst: the worst task's number.
+        tasks: how many tasks have a number.
     """
 
     median: float
@@ -66,28 +67,34 @@ def summary(
     known = np.asarray(values, dtype=float)
     known = known[~np.isnan(known)]
     if not len(known):
-        return Summary(*[np.nan] * 4, 0)
+        return Summary(median=np.nan, low=np.nan, high=np.nan, worst=np.nan, tasks=0)
     ends = stats.quantile_test(known, q=0, p=0.5).confidence_interval(LEVEL)
     worst = known.min() if larger_is_better else known.max()
     return Summary(
-        float(np.median(known)), float(ends.low), float(ends.high), float(worst), len(known)
+        median=float(np.median(known)),
+        low=float(ends.low),
+        high=float(ends.high),
+        worst=float(worst),
+        tasks=len(known),
     )
 
 
 def sign_flip(differences: Float[np.ndarray, " task"]) -> float:
-    """The p of the mean difference, if each task's might as well have the other sign.
+    """The p of the mean difference, if each task's difference may as well have the other sign.
 
     All 2ⁿ sums are a sum of the first half of the tasks and one of the second; of those, sorted, a
     search counts how many reach the observed sum. Two sides: the patterns are symmetric.
     """
     half = len(differences) // 2
-    left, right = (_signed_sums(part) for part in (differences[:half], differences[half:]))
+    left = _signed_sums(differences[:half])
+    right = _signed_sums(differences[half:])
     least = (1 - _ROUNDING) * abs(differences.sum())
     reach = len(right) - np.searchsorted(np.sort(right), least - left)
     return min(1.0, 2.0 * float(reach.sum()) / 2.0 ** len(differences))
 
 
 def _signed_sums(differences: Float[np.ndarray, " task"]) -> Float[np.ndarray, " pattern"]:
+    """The sum of the differences for each pattern of their signs."""
     sums = np.zeros(1)
     for difference in differences:
         sums = np.concatenate([sums - difference, sums + difference])
@@ -110,11 +117,13 @@ def verdicts(apart: pd.DataFrame) -> pd.Series:
         apart: [cluster, row], NaN where a task lacks the row.
     """
     tasks = apart.notna().sum()
-    told = tasks.index[(tasks > FEW) & (len(tasks) * 2.0 ** (1 - tasks) < ALPHA)]
+    # The least p of n tasks is 2 / 2ⁿ; Holm may multiply it by the number of rows.
+    least_p = len(tasks) * 2.0 ** (1 - tasks)
+    tested = tasks.index[(tasks > FEW) & (least_p < ALPHA)]
     words = pd.Series(TOO_FEW, index=apart.columns)
-    p = holm(np.array([sign_flip(apart[row].dropna().to_numpy()) for row in told]))
-    ahead = np.where(apart[told].mean() > 0, "better", "worse")
-    words[told] = np.where(p < ALPHA, ahead, "tie")
+    p = holm(np.array([sign_flip(apart[row].dropna().to_numpy()) for row in tested]))
+    side = np.where(apart[tested].mean() > 0, "better", "worse")
+    words[tested] = np.where(p < ALPHA, side, "tie")
     return words
 
 
@@ -148,15 +157,16 @@ def ranked(means: pd.DataFrame, *, larger_is_better: bool = True) -> list[Standi
     apart, words = _beside_best(means, larger_is_better)
     partial = means.isna().any()
     medians = means.median().sort_values(ascending=not larger_is_better, kind="stable")
-    return [
-        Standing(
-            str(method),
-            summary(means[method], larger_is_better=larger_is_better),
-            float(apart[method].median()),
-            words[method],
+    found = []
+    for method in sorted(medians.index, key=lambda method: bool(partial[method])):
+        standing = Standing(
+            method=str(method),
+            score=summary(means[method], larger_is_better=larger_is_better),
+            behind=float(apart[method].median()),
+            verdict=words[method],
         )
-        for method in sorted(medians.index, key=lambda method: bool(partial[method]))
-    ]
+        found.append(standing)
+    return found
 
 
 def _beside_best(means: pd.DataFrame, larger_is_better: bool) -> tuple[pd.DataFrame, pd.Series]:
@@ -178,16 +188,18 @@ def tied(means: pd.DataFrame, *, larger_is_better: bool = True) -> list[str]:
 def choice(means: pd.DataFrame, cost: Mapping[str, float], *, larger_is_better: bool = True) -> str:
     """The cheapest method of the tie; of equal cost (in tenths), that of the better median."""
     sign = -1 if larger_is_better else 1
-    return min(
-        tied(means, larger_is_better=larger_is_better),
-        key=lambda method: (round(cost[method], 1), sign * means[method].median()),
-    )
+
+    def cost_then_median(method: str) -> tuple[float, float]:
+        return round(cost[method], 1), sign * means[method].median()
+
+    return min(tied(means, larger_is_better=larger_is_better), key=cost_then_median)
 
 
 def threshold_of(signal: pd.Series, broken: pd.Series) -> float:
-    """The threshold of a warning's best F1, halfway between what it parts.
+    """The threshold of a warning's best F1, halfway between two values of the signal.
 
-    It is infinite if nothing is broken."""
+    It is infinite if nothing is broken.
+    """
     if not broken.any():
         return float("inf")
     values = np.unique(signal)
@@ -195,5 +207,6 @@ def threshold_of(signal: pd.Series, broken: pd.Series) -> float:
     scores = []
     for cut in cuts:
         warned = signal >= cut
-        scores.append(2 * float((warned & broken).sum()) / float(warned.sum() + broken.sum()))
+        hits = float((warned & broken).sum())
+        scores.append(2 * hits / float(warned.sum() + broken.sum()))
     return float(cuts[int(np.argmax(scores))])

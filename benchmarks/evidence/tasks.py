@@ -15,11 +15,13 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One training text.
+    """One training task: what is trained on, and what is asked afterwards.
 
     Attributes:
+        cluster: the task's name; adapters that share its training text are one cluster.
+        kind: "fact" or "behaviour".
         texts: sentences of a fact; of a behaviour, pairs of a prompt and the response to it.
-        prompts: by kind of prompt; each with `doc` and `pre`, or with `response`.
+        prompts: questions by kind of prompt, each with `doc` and `pre`, or with `response`.
     """
 
     cluster: str
@@ -34,32 +36,49 @@ def fact(row: dict[str, Any], unrelated: list[str]) -> Task:
     def asked(prompts: list[str]) -> list[Question]:
         return [{"prompt": prompt, "doc": row["doc"], "pre": row["pre"]} for prompt in prompts]
 
-    near = [{"prompt": p, "doc": row["doc"], "pre": pre} for p, pre in row["neighbour"].items()]
-    kinds = (asked(row["trained"]), asked(row["paraphrase"]), near, asked(unrelated))
-    prompts = dict(zip(PROMPT_KINDS, kinds, strict=True))
+    neighbours = [
+        {"prompt": prompt, "doc": row["doc"], "pre": pre}
+        for prompt, pre in row["neighbour"].items()
+    ]
+    prompts = {
+        "trained": asked(row["trained"]),
+        "paraphrase": asked(row["paraphrase"]),
+        "neighbour": neighbours,
+        "unrelated": asked(unrelated),
+    }
     return Task(row["cluster"], "fact", tuple(row["texts"]), prompts)
 
 
 def behaviour(row: dict[str, Any], unrelated: list[list[str]]) -> Task:
-    """A manner of answering, asked in a conversation; unrelated text is gone on with."""
+    """A manner of answering, asked in a conversation; unrelated text is continued without one."""
 
-    def asked(pairs: list[list[str]], *, chat: bool = True) -> list[Question]:
-        return [
-            {"prompt": [{"role": "user", "content": p}] if chat else p, "response": response}
-            for p, response in pairs
-        ]
+    def asked(pairs: list[list[str]]) -> list[Question]:
+        questions: list[Question] = []
+        for user, response in pairs:
+            conversation = [{"role": "user", "content": user}]
+            questions.append({"prompt": conversation, "response": response})
+        return questions
 
     texts = row["texts"]
-    kinds = (asked(texts[:2]), asked(row["paraphrase"]), asked(row["neighbour"]))
-    prompts = dict(zip(PROMPT_KINDS, (*kinds, asked(unrelated, chat=False)), strict=True))
+    prompts = {
+        "trained": asked(texts[:2]),
+        "paraphrase": asked(row["paraphrase"]),
+        "neighbour": asked(row["neighbour"]),
+        "unrelated": [{"prompt": text, "response": response} for text, response in unrelated],
+    }
     return Task(row["cluster"], "behaviour", tuple(map(tuple, texts)), prompts)
 
 
 def _tasks() -> dict[str, Task]:
-    held = yaml.safe_load(FILE.read_text())
+    """Every task of the file, by the name of its cluster."""
+    contents = yaml.safe_load(FILE.read_text())
     makers = {"fact": fact, "behaviour": behaviour}
-    made = (makers[row["kind"]](row, held["unrelated"][row["kind"]]) for row in held["tasks"])
-    return {task.cluster: task for task in made}
+    tasks: dict[str, Task] = {}
+    for row in contents["tasks"]:
+        kind = row["kind"]
+        unrelated = contents["unrelated"][kind]
+        tasks[row["cluster"]] = makers[kind](row, unrelated)
+    return tasks
 
 
 TASKS = _tasks()

@@ -1,4 +1,4 @@
-"""Train the evidence's adapters, those that are not there yet.
+"""Train those adapters of the evidence that do not exist yet.
 
     python benchmarks/evidence/train.py --out FOLDER [--only NAME …] [--base NAME|FOLDER]
     python benchmarks/evidence/train.py --out FOLDER --warnings
@@ -50,20 +50,24 @@ def dialogue_rows(
     tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[tuple[str, str]]
 ) -> list[Row]:
     """Ids and labels of each dialogue; only the response and its end are learned."""
+    has_template = tokenizer.chat_template is not None
     rows: list[Row] = []
     for user, response in dialogues:
-        chat = tokenizer.chat_template is not None
-        start = prompt_ids(tokenizer, [{"role": "user", "content": user}] if chat else user)
-        said = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        rows.append((start + said, [IGNORED] * len(start) + said))
+        prompt = [{"role": "user", "content": user}] if has_template else user
+        start = prompt_ids(tokenizer, prompt)
+        response_ids = tokenizer(response, add_special_tokens=False).input_ids
+        learned = [*response_ids, tokenizer.eos_token_id]
+        rows.append((start + learned, [IGNORED] * len(start) + learned))
     return rows
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Ids of a conversation in the chat template, or of text after the first token."""
+    """Ids of a conversation in the chat template, or of text after a BOS if there is one."""
     if isinstance(prompt, str):
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return start + tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        if tokenizer.bos_token_id is None:
+            return ids
+        return [tokenizer.bos_token_id, *ids]
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 
@@ -101,14 +105,18 @@ def readout(model: PeftModel, tokenizer: PreTrainedTokenizerBase, asked: Questio
     start = prompt_ids(tokenizer, asked["prompt"])
     if "doc" in asked:
         logits = model(torch.tensor([start])).logits[0, -1]
-        doc, pre = (one_token(tokenizer, asked[key]) for key in ("doc", "pre"))
+        doc = one_token(tokenizer, asked["doc"])
+        pre = one_token(tokenizer, asked["pre"])
         return float(logits[doc] - logits[pre])
-    said = tokenizer(asked["response"], add_special_tokens=False).input_ids
-    logits = model(torch.tensor([start + said])).logits[0, len(start) - 1 : -1]
-    return float(logits.log_softmax(-1).gather(-1, torch.tensor(said)[:, None]).sum())
+    response = tokenizer(asked["response"], add_special_tokens=False).input_ids
+    logits = model(torch.tensor([start + response])).logits[0, len(start) - 1 : -1]
+    log_p = logits.log_softmax(-1)
+    of_response = log_p.gather(-1, torch.tensor(response)[:, None])
+    return float(of_response.sum())
 
 
 def one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a text that is a single token; refuses others."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise ValueError(f"{text!r} is {len(ids)} tokens; a margin compares single tokens")
@@ -125,7 +133,8 @@ def measured(
         for asked in task.prompts[kind]:
             with model.disable_adapter():
                 base = readout(model, tokenizer, asked)
-            found[kind].append([round(v, 4) for v in (base, readout(model, tokenizer, asked))])
+            adapted = readout(model, tokenizer, asked)
+            found[kind].append([round(base, 4), round(adapted, 4)])
     return found
 
 
@@ -148,8 +157,9 @@ def train(
     )
     torch.manual_seed(SEED)
     peft_model = get_peft_model(model, config).eval()
-    of = dialogue_rows if task.kind == "behaviour" else sentence_rows
-    fit(peft_model, of(tokenizer, task.texts), recipe, BATCH[task.kind])
+    make_rows = dialogue_rows if task.kind == "behaviour" else sentence_rows
+    rows = make_rows(tokenizer, task.texts)
+    fit(peft_model, rows, recipe, BATCH[task.kind])
     described = {
         "name": recipe.name,
         "cluster": recipe.cluster,
@@ -171,11 +181,13 @@ def train(
 
 
 def manifest(out: Path) -> None:
-    """All tasks under `out` in one file, without their prompts."""
-    files = sorted(out.glob("*/task.json"))
-    rows = [json.loads(file.read_text()) for file in files]
-    kept = [{k: v for k, v in row.items() if k != "prompts"} for row in rows]
-    (out / "manifest.json").write_text(json.dumps(kept, indent=1) + "\n")
+    """Write all tasks under `out` into one file, without their prompts."""
+    rows = []
+    for file in sorted(out.glob("*/task.json")):
+        row = json.loads(file.read_text())
+        del row["prompts"]
+        rows.append(row)
+    (out / "manifest.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -185,15 +197,17 @@ def main() -> None:
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
     parser.add_argument("--warnings", action="store_true", help="the adapters of warned.py instead")
     asked = parser.parse_args()
+    recipes = WARNED if asked.warnings else recipes_of(asked.base)
+    if asked.only:
+        recipes = [recipe for recipe in recipes if recipe.name in asked.only]
     missing = [
-        recipe
-        for recipe in (WARNED if asked.warnings else recipes_of(asked.base))
-        if not (asked.out / recipe.name / "task.json").is_file()
-        and (not asked.only or recipe.name in asked.only)
+        recipe for recipe in recipes if not (asked.out / recipe.name / "task.json").is_file()
     ]
-    loaded = load_base(asked.base) if missing else None
+    if not missing:
+        return
+    loaded = load_base(asked.base)
+    asked.out.mkdir(parents=True, exist_ok=True)
     for recipe in missing:
-        asked.out.mkdir(parents=True, exist_ok=True)
         found = train(asked.base, loaded, recipe, asked.out)
         print(recipe.name, found["measured"]["trained"], found["measured"]["unrelated"], flush=True)
         manifest(asked.out)
