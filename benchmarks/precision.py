@@ -1,15 +1,16 @@
-"""What half precision does to each analysis: bfloat16 and float16 beside float64, same weights.
+"""Measure the error of each analysis in half precision, beside float64 on the same weights.
 
     python benchmarks/precision.py --write              # all of it; some minutes
     python benchmarks/precision.py --dtypes bfloat16 --works "leave one out"
-    python benchmarks/precision.py --floors --write     # how many floors a shift is off
+    python benchmarks/precision.py --floors --write     # errors of shifts, in noise floors
 
-1. The demo's model and adapter, and tiny models of several families, are rounded to half precision.
-   The float64 run has those rounded weights, with the libraries' float32 casts lifted.
-2. `tests/lib/half_precision.py` has the calls, and compares each with the floor that it states.
-3. With --floors, shifts alone, of many readouts and prompts, in units of their floors.
-4. With --write the numbers go into docs/precision.json (of --floors, docs/floors.json), and
-   docs/precision.md is made from them.
+1. The demo's model and adapter, and tiny models of several families, are rounded to bfloat16 and
+   float16. The float64 run has these rounded weights, with the libraries' casts to float32 lifted.
+2. `tests/lib/half_precision.py` makes the calls, and compares each error with the noise floor that
+   the call states.
+3. With --floors only shifts are measured, of many readouts and prompts, in units of their floors.
+4. With --write the numbers go into docs/precision.json (of --floors into docs/floors.json), and the
+   tables of docs/precision.md are made from them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PAGE = DOCS / "precision.md"
 # What makes two rows the same.
 KEY = ("model", "dtype", "analysis")
 REAL = "SmolLM2-135M"
-# A share or a rank correlation from which on a number is to be trusted.
+# A number is to be trusted if its share beyond 3 floors, or its rank correlation, is at least this.
 TRUSTED = 0.95
 Row = dict[str, Any]
 WORKS = STATED | ALONE
@@ -103,7 +104,7 @@ def tiny(family: str, dtype: torch.dtype) -> Pair:
 
 
 def rows(lenses: Pair, asked: Asked, work: str) -> Iterator[Row]:
-    """Each analysis of a work, compared."""
+    """A row for each analysis of a work: half precision compared with float64."""
     found = WORKS[work](lenses[0], asked)
     with models.lifted():
         exact = WORKS[work](lenses[1], asked)
@@ -131,15 +132,16 @@ def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[Row]:
 
 
 def floors(dtype: str) -> Iterator[Row]:
-    """How far shifts are off, in noise floors: of the demo's model, and of each tiny one."""
+    """The errors of shifts in noise floors, a row for each model and kind of readout."""
     rounded = getattr(torch, dtype)
     ids = (ll.Margin(5, 9), ll.LogProb(5), ll.Logit(9), ll.AnswerLogProb(torch.tensor([5, 9])))
     cases = {REAL: (functools.partial(real, rounded), TEXTS, READOUTS)}
     for family in FAMILIES:
         cases[family] = (functools.partial(tiny, family, rounded), models.tokens(24), ids)
-    for model, (made, prompts, readouts) in cases.items():
-        lenses = made()
-        for analysis, asked in (("margin, logit, log p", readouts), ("KL", (ll.KL(),))):
+    for model, (make, prompts, readouts) in cases.items():
+        lenses = make()
+        kinds = {"margin, logit, log p": readouts, "KL": (ll.KL(),)}
+        for analysis, asked in kinds.items():
             ratios = errors_in_floors(*lenses, prompts, asked)
             yield {
                 "model": model,
@@ -187,8 +189,7 @@ def add(row: Row, path: Path = RESULTS) -> None:
         row: of `measure` or `floors`.
         path: the file of such rows.
     """
-    key = [row.get(name) for name in KEY]
-    others = [old for old in read(path) if [old.get(name) for name in KEY] != key]
+    others = [old for old in read(path) if not _is_same(old, row)]
     path.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
 
@@ -202,12 +203,18 @@ def read(path: Path = RESULTS) -> list[Row]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def _is_same(old: Row, row: Row) -> bool:
+    """Whether two rows are of the same model, dtype and analysis."""
+    return all(old.get(name) == row.get(name) for name in KEY)
+
+
 def _rounded(row: Row) -> Row:
+    """The row with its numbers rounded."""
     return {key: _short(value) for key, value in row.items()}
 
 
 def _short(value: Any) -> Any:
-    """A number of three digits; None for what is not one."""
+    """A number rounded to three digits, None for NaN; anything else as it is."""
     if not isinstance(value, float):
         return value
     return None if math.isnan(value) else float(f"{value:.3g}")
@@ -223,7 +230,12 @@ def render(text: str, rows: list[Row]) -> str:
     real = [row for row in rows if row["model"] == REAL]
     tiny = [row for row in rows if row["model"] != REAL]
     order = list(dict.fromkeys(row["analysis"] for row in tiny))
-    real.sort(key=lambda row: order.index(row["analysis"]) if row["analysis"] in order else -1)
+
+    def place(row: Row) -> int:
+        """Put the analyses of the tiny models in their order, behind all others."""
+        return order.index(row["analysis"]) if row["analysis"] in order else -1
+
+    real.sort(key=place)
     tables = {
         "which to trust": _advice(real),
         "floors": _floors(read(FLOORS)),
@@ -282,6 +294,7 @@ HEAD_OF_REAL = [
 
 
 def _floor_line(model: str, rows: list[Row]) -> list[str]:
+    """The cells of these rows together."""
     shifts = sum(row["shifts"] for row in rows)
     beyond = sum(row["beyond"] for row in rows)
     rms = math.sqrt(sum(row["shifts"] * row["rms"] ** 2 for row in rows) / shifts)
@@ -316,6 +329,7 @@ def _trust(row: Row) -> str:
 
 
 def _line_of_real(row: Row) -> list[str]:
+    """The cells of an analysis on the real model."""
     spearman = _number(row["spearman"])
     has_share = row["clear"] is not None and spearman
     return [
@@ -330,6 +344,7 @@ def _line_of_real(row: Row) -> list[str]:
 
 
 def _line_of_tiny(name: str, rows: list[Row]) -> list[str]:
+    """The cells of an analysis on all tiny models: the worst errors, the range of their ratios."""
     worst: list[str] = []
     for dtype in ("bfloat16", "float16"):
         errors = [row["error"] for row in rows if row["dtype"] == dtype]
@@ -340,16 +355,19 @@ def _line_of_tiny(name: str, rows: list[Row]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
+    """A number as a cell."""
     return "" if value is None else f"{value:.2f}"
 
 
 def _percent(value: float | None) -> str:
+    """A share as a cell."""
     if value is None:
         return ""
     return f"{100 * value:.2g} %" if value < 1 else f"{100 * value:.0f} %"
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
     every = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
 

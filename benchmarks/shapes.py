@@ -1,16 +1,17 @@
-"""Time and peak memory on random weights in the shapes of known models; no hub is asked.
+"""Measure time and peak memory on random weights in the shapes of known models, without a network.
 
     python benchmarks/shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
     python benchmarks/shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
 
-1. A model of that configuration is made in the dtype and on the device that are asked for, in
-   place: weights are drawn where they stay, so no second copy is held. A LoRA of random factors
-   lies on every linear module of its blocks.
-2. Each piece of work runs once, between two plain forward passes (F) of the same tokens, whose mean
-   its time is divided by: on the CPU processor time. Its peak is memory beyond the model, the
-   adapter and the lens: resident memory on the CPU, what torch allocates on a GPU.
-3. With --write the cells go into docs/shapes.json, and docs/performance.md is made from it.
-4. `--sizes` counts what weights and factors take, without making them.
+1. A model of each shape is made in the dtype and on the device that are asked for. Its weights are
+   drawn where they stay, so no second copy is held. A LoRA of random factors lies on every linear
+   module of its blocks.
+2. Each work runs once, between two plain forward passes (F) of the same tokens. Its time is divided
+   by their mean: processor time on the CPU, the clock's on a GPU. Its peak is memory beyond the
+   model, the adapter and the lens: resident memory on the CPU, what torch allocates on a GPU.
+3. With --write the cells go into docs/shapes.json, and the tables of docs/performance.md are made
+   from it.
+4. With --sizes the memory of weights and factors is counted, without making them.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ PAGE = DOCS / "performance.md"
 # What makes two rows the same.
 KEY = ("machine", "dtype", "shape", "rank")
 Row = dict[str, Any]
-# Tokens.
+# Tokens of the prompt, of the response after it, and the most that a model takes.
 PROMPT = 64
 RESPONSE = 512
 CONTEXT = 2048
 DOC = 5
 PRE = 9
 MARGIN = ll.Margin(DOC, PRE)
-# Bits of a weight: 4 of its own, a scale of 8 bit for 64 weights, one of 32 for 256 of those.
+# Bits of a weight in NF4: 4 of its own, a scale of 8 bits for every 64 weights, and one of 32 bits
+# for every 256 of these scales.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 QUIET: dict[str, Any] = {"progress": False}
 QWEN = {
@@ -68,6 +70,7 @@ QWEN = {
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, int]:
+    """The options of a configuration that give its shape."""
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -92,7 +95,13 @@ SHAPES: dict[str, Callable[[], hf.PretrainedConfig]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A call, on a prompt of `PROMPT` tokens, or with a response of `RESPONSE` after it."""
+    """A call on a prompt of `PROMPT` tokens.
+
+    Attributes:
+        name: its column.
+        run: the call, of lens, ids of the prompt and ids of the response.
+        long: whether it reads the response of `RESPONSE` tokens, too.
+    """
 
     name: str
     run: Callable[[ll.LoraLens, torch.Tensor, torch.Tensor], object]
@@ -146,18 +155,22 @@ def linears(model: hf.PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def size_of(shape: str) -> dict[str, float | str]:
-    """Weights in GiB by dtype, and the float32 factors of rank 16 in MiB, counted."""
+    """Count the weights in GiB by dtype, and the float32 factors of rank 16 in MiB."""
     model = model_of(shape, "meta", torch.bfloat16)
-    every = sum({id(p): p.numel() for p in model.parameters()}.values())
-    inner = linears(model)
-    quantised = sum(out * wide for out, wide in inner.values())
-    per_rank = sum(out + wide for out, wide in inner.values())
+    # A tied weight is one parameter under two names.
+    weights = {id(weight): weight.numel() for weight in model.parameters()}
+    every = sum(weights.values())
+    modules = linears(model)
+    in_linears = sum(outputs * inputs for outputs, inputs in modules.values())
+    per_rank = sum(outputs + inputs for outputs, inputs in modules.values())
+    # The weights outside linear modules of blocks stay in bfloat16.
+    bytes_in_4_bit = in_linears * NF4_BITS / 8 + 2 * (every - in_linears)
     return {
         "shape": shape,
-        "sites": len(inner),
+        "sites": len(modules),
         "float32": 4 * every / 2**30,
         "bfloat16": 2 * every / 2**30,
-        "4 bit": (quantised * NF4_BITS / 8 + 2 * (every - quantised)) / 2**30,
+        "4 bit": bytes_in_4_bit / 2**30,
         "rank 16": 4 * 16 * per_rank / 2**20,
     }
 
@@ -166,20 +179,21 @@ def adapter_of(modules: dict[str, tuple[int, int]], rank: int) -> ll.Adapter:
     """Random factors on each module, about a hundredth of its weight."""
     generator = torch.Generator().manual_seed(1)
 
-    def factors(out: int, wide: int) -> ll.LoRAFactors:
-        A = torch.randn(rank, wide, generator=generator) / wide**0.5
-        B = torch.randn(out, rank, generator=generator) * 1e-2 / rank**0.5
-        return ll.LoRAFactors(A, B, 1.0)
-
-    return ll.Adapter.from_factors({path: factors(*shape) for path, shape in modules.items()})
+    factors: dict[str, ll.LoRAFactors] = {}
+    for path, (outputs, inputs) in modules.items():
+        A = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+        B = torch.randn(outputs, rank, generator=generator) * 1e-2 / rank**0.5
+        factors[path] = ll.LoRAFactors(A, B, 1.0)
+    return ll.Adapter.from_factors(factors)
 
 
 def measure(lens: ll.LoraLens, works: list[Work]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each work's time in F, and its peak in MiB."""
+    """Yield each work's name, with its time in F and its peak in MiB."""
     generator = torch.Generator().manual_seed(2)
     every = torch.randint(4, 1024, (1, PROMPT + RESPONSE), generator=generator)
     ids = every[:, :PROMPT]
     response = every[0, PROMPT:]
+    # This run loads what is loaded once.
     backward(lens, ids[:, :8], response)
     for work in works:
         prompts = lens.prompts(every if work.long else ids)
@@ -192,7 +206,7 @@ def measure(lens: ll.LoraLens, works: list[Work]) -> Iterator[tuple[str, dict[st
 
 
 def seconds(lens: ll.LoraLens, run: Callable[[], object]) -> float:
-    """Processor time on the CPU, by the clock on a GPU."""
+    """The seconds of a run: processor time on the CPU, the clock's on a GPU."""
     if lens.device.type != "cuda":
         return cpu_seconds(run)
     torch.cuda.synchronize()
@@ -203,7 +217,7 @@ def seconds(lens: ll.LoraLens, run: Callable[[], object]) -> float:
 
 
 class Peak:
-    """Memory that a block adds at its peak, in MiB."""
+    """A context that measures the memory which its block adds at the peak, in MiB."""
 
     mib = 0.0
 
@@ -277,7 +291,7 @@ def measured(asked: argparse.Namespace) -> Iterator[Row]:
 
 
 def mib_of(model: torch.nn.Module) -> float:
-    """MiB of its weights, those that are tied once."""
+    """MiB of a model's weights, in which tied weights count once."""
     sizes = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
     return sum(sizes.values()) / 2**20
 
@@ -312,6 +326,7 @@ def add_sizes(sizes: list[Row]) -> None:
 
 
 def _write(stored: dict[str, list[Row]]) -> None:
+    """Store the numbers, and render the page."""
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), stored), encoding="utf-8")
 
@@ -322,6 +337,7 @@ def read() -> dict[str, list[Row]]:
 
 
 def _rounded(value: Any) -> Any:
+    """Round every number of nested dictionaries to three digits."""
     if isinstance(value, dict):
         return {key: _rounded(below) for key, below in value.items()}
     return float(f"{value:.3g}") if isinstance(value, float) else value
@@ -336,9 +352,11 @@ def render(text: str, stored: dict[str, list[Row]]) -> str:
     """
     rows = stored["rows"]
     parts: list[str] = []
-    for machine_name, dtype in dict.fromkeys((row["machine"], row["dtype"]) for row in rows):
-        here = [row for row in rows if (row["machine"], row["dtype"]) == (machine_name, dtype)]
-        parts += [f"**{dtype} on {machine_name}**\n", _table(here)]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["machine"], row["dtype"]), []).append(row)
+    for (machine_name, dtype), group in groups.items():
+        parts += [f"**{dtype} on {machine_name}**\n", _table(group)]
     parts.append(not_run(rows, [size["shape"] for size in stored["sizes"]]))
     return put_in(text, {"sizes": sizes_table(stored["sizes"]), "shapes": "\n".join(parts)})
 
@@ -359,7 +377,11 @@ def sizes_table(sizes: list[Row]) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    works = list(dict.fromkeys(work for row in rows for work in row["cells"]))
+    """A row for each shape and rank, a column for each work."""
+    every_work: list[str] = []
+    for row in rows:
+        every_work += row["cells"]
+    works = list(dict.fromkeys(every_work))
     head = ["model", "weights, MiB", "rank", *works]
     lines: list[list[str]] = []
     for row in sorted(rows, key=lambda row: (row["weights"], row["rank"])):
@@ -369,11 +391,13 @@ def _table(rows: list[Row]) -> str:
 
 
 def _lines(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
     every = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in every) + "\n"
 
 
 def _cell(cell: dict[str, float] | None) -> str:
+    """Time and memory of a work, as a cell."""
     return "not run" if cell is None else f"{cell['F']:.1f} F, {cell['MiB']:.0f}"
 
 
@@ -388,7 +412,7 @@ def in_words(row: Row) -> str:
 
 
 def not_run(rows: list[Row], shapes: list[str]) -> str:
-    """Which shapes and devices no row is of.
+    """Say which shapes were not run, and whether nothing was run on a GPU.
 
     Args:
         rows: of docs/shapes.json.
