@@ -1,13 +1,15 @@
-"""What comes of mutated input: right, refused by an error of ours, or a fault.
+"""Run mutated input: count what is read correctly, what is refused by an error of ours, and faults.
 
     python benchmarks/fuzz.py --cases 10000 [--first 0] [--write]
 
-Adapter folders, result files, records, the files of half-finished sweeps, prompts, tokens, gates
-and hooks of users, from a seed: the same number gives the same case. Each runs within 10 seconds
-and 1 GB, with sockets, processes and unpickling trapped; what is read is compared with PEFT and
-Hugging Face in float64. The cases themselves are in tests/house/fuzz, and a few hundred of them
-run in the test suite. `--write` puts the table into docs/precision.md; the exit code is 1 if there
-is a fault.
+The input is adapter folders, result files, records, files of half-finished sweeps, prompts, tokens,
+gates and users' hooks. It is made from a seed: the same number gives the same case. Each case runs
+within 10 seconds and 1 GB, with sockets, processes and unpickling trapped. What is read is compared
+with PEFT and Hugging Face in float64.
+
+The cases themselves are in tests/house/fuzz, and a few hundred of them run in the test suite; the
+nightly job runs new numbers. `--write` puts the table into docs/precision.md. The exit code is 1 if
+there is a fault.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ END = "<!-- fuzz: end -->"
 
 
 def main() -> int:
+    """Run the cases; return the exit code."""
     asked = arguments()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.path[:0] = [str(ROOT / "tests" / "house"), str(ROOT / "tests" / "lib")]
@@ -50,6 +53,7 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")

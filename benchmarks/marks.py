@@ -1,4 +1,4 @@
-"""Tables of a page: each stands between two marks, and what is said about it is written by hand."""
+"""Put measured tables into a page, each between its two marks; the text around is left as it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def put_in(text: str, tables: Mapping[str, str]) -> str:
         tables: their bodies by name.
 
     Raises:
-        ValueError: a page that lacks the marks of a table.
+        ValueError: the page lacks the marks of a table.
     """
     for name, body in tables.items():
         before, mark, rest = text.partition(f"<!-- {name} -->")

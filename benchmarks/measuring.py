@@ -1,4 +1,4 @@
-"""What several benchmarks measure alike: processor time, peak memory, and plain passes.
+"""Measure processor time, peak memory and plain passes, for all benchmarks alike.
 
 Times are processor seconds of this process, which other work on the machine disturbs least; on
 several threads they are the sum over threads. Memory is what the process holds, in MiB (Linux).
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import lens_lora as ll
 from lens_lora.core import attached
 
-# What the demo's adapter changes.
+# The margin that the demo's adapter changes.
 MARGIN = ll.Margin(" Lyon", " Paris")
 
 # The ids that random prompts are drawn from: no special token, and in every vocabulary used here.
@@ -33,7 +33,7 @@ WORDS = 1024
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Processor seconds of one run."""
+    """Run once, and return the processor seconds that it took."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -46,8 +46,8 @@ def median_seconds(
 
     Args:
         works: each by its name.
-        turns: how many are counted; of several, one more comes before them.
-        repeats: how often a work runs in each turn, where that is not once.
+        turns: how many turns are counted. Where there are several, another comes before them.
+        repeats: how often a work runs in each turn; once, if it is not named here.
     """
     repeats = repeats or {}
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -114,14 +114,17 @@ def resident_mib(field: str) -> float:
 
 
 def forget_peak() -> float:
-    """Give freed memory back, let the peak start anew, and return the MiB that are still held."""
+    """Give freed memory back, reset the peak, and return the MiB that are still held."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident_mib("VmRSS")
 
 
 def peak_memory(run: Callable[[], object]) -> float:
-    """MiB that a run adds at its peak, after a first run, which loads what is loaded once."""
+    """MiB that a run adds at its peak.
+
+    It is the second of two runs: the first loads what is loaded once.
+    """
     run()
     before = forget_peak()
     run()
@@ -135,9 +138,9 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def tokenizer_of_words() -> PreTrainedTokenizerFast:
-    """One word for each id, for models of random weights, of which nothing is tokenised.
+    """A tokenizer with one word for each id, for models of random weights, which see ids alone.
 
-    It lies in a folder, as TransformerLens loads it once more from there.
+    It is loaded from a folder, because TransformerLens loads it from there once more.
     """
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     special = {"unk_token": "w0", "pad_token": "w1", "bos_token": "w2", "eos_token": "w3"}

@@ -1,10 +1,12 @@
-"""The steps of seven papers on fine-tunes, with our calls on the demo's model and adapter.
+"""Run the steps of seven papers on fine-tunes by lens_lora, on the demo's model and adapter.
 
     python benchmarks/seven_papers.py            # runs all seven; writes docs/seven_papers.json
     python benchmarks/seven_papers.py --table    # only writes the table of docs/recipes.md
 
-A paper is a function. The lines of its statements are counted: those that call lens_lora, and those
-that do not, written by hand. Its last statement, which says what was found, and the texts are not.
+Each paper is a function, whose docstring has its steps and its arXiv number. The lines of its
+statements are counted: those that call lens_lora, and those that do not and so are written by hand.
+Its last statement, which says what was found, and the prompts are not counted. The table has these
+counts, so a change of a paper's lines has to be measured again.
 """
 
 from __future__ import annotations
@@ -135,23 +137,26 @@ def edge_patching(lens: ll.LoraLens) -> str:
 
 
 def lines(paper: Callable) -> dict[str, int]:
-    """How many lines of its statements call something of ours, and how many do not.
+    """Count the lines of a paper's statements that call lens_lora, and those that do not.
 
-    A call is ours if it is of `ll`, of the lens, or of something that such a call returned.
+    A call is of lens_lora if it is of `ll`, of the lens, or of something that such a call returned.
+
+    Args:
+        paper: one of `PAPERS`.
     """
     _, *body, _ = ast.parse(inspect.getsource(paper)).body[0].body
-    known = {"ll", "lens"}
+    names_of_ours = {"ll", "lens"}
     counts = {"by_hand": 0, "ours": 0}
     for statement in body:
         for node in ast.walk(statement):
             if not isinstance(node, ast.stmt):
                 continue
-            # Of a block its head alone: the statements in it are walked as well.
+            # Only the head of a block is counted here: its statements are walked as well.
             end = node.body[0].lineno if isinstance(node, ast.With) else node.end_lineno + 1
             head = ast.unparse(node).split("\n")[0]
             called = set(re.findall(r"\b(\w+)(?:\.\w+)*\(", head))
-            if known & called:
-                known |= set(re.findall(r"\w+", head.split(" = ")[0]))
+            if names_of_ours & called:
+                names_of_ours |= set(re.findall(r"\w+", head.split(" = ")[0]))
                 counts["ours"] += end - node.lineno
             else:
                 counts["by_hand"] += end - node.lineno
@@ -165,13 +170,14 @@ def table(numbers: dict) -> str:
         link = f"[{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']})"
         counts = [str(paper["ours"]), str(paper["by_hand"])]
         rows.append([link, paper["steps"], *counts, paper["found"]])
-    sums = [str(sum(paper[name] for paper in numbers["rows"])) for name in ("ours", "by_hand")]
-    rows.append(["all", "", *sums, ""])
+    ours = sum(paper["ours"] for paper in numbers["rows"])
+    by_hand = sum(paper["by_hand"] for paper in numbers["rows"])
+    rows.append(["all", "", str(ours), str(by_hand), ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def measured() -> dict:
-    """The demo, and the row of each paper on it."""
+    """Run every paper on the demo; return its row, and what the demo is."""
     demo = ll.demo(prepend_bos=True)
     rows: list[dict] = []
     for paper in PAPERS:

@@ -1,10 +1,10 @@
-"""What `lens-lora verify` says of mistakes that other tools pass over in silence.
+"""Tabulate what `lens-lora verify` says of mistakes that other tools pass over in silence.
 
     python benchmarks/verify.py            # prints the table
     python benchmarks/verify.py --write    # puts it into docs/your_model.md
 
-Each mistake of tests/lib/no_ops.py is made on a tiny Llama, and verified by the command. Below the
-table stands what a right merge in bfloat16 keeps of the demo's adapter.
+Each mistake of tests/lib/no_ops.py is made on a tiny Llama, and the command verifies it. A sentence
+below the table says how much of the demo's adapter a correct merge in bfloat16 keeps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lens_lora.ship.merged_folder import MergedFolder  # noqa: E402
 from lens_lora.ship.merged_tensors import compared  # noqa: E402
 
 PAGE = ROOT / "docs" / "your_model.md"
-# Characters of a cell.
+# The most characters of a cell.
 LONGEST = 190
 
 
@@ -45,7 +45,7 @@ def table() -> str:
 
 
 def row(mistake: NoOp) -> str:
-    """Make the mistake, let the command verify it, and say what it says."""
+    """Make a mistake and verify it; return the row of the table, with the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         out = ship(Path(folder) / "out")
         checks = Path(folder) / "checks.json"
@@ -62,7 +62,7 @@ def row(mistake: NoOp) -> str:
 
 
 def decisive_check(verification: dict) -> str:
-    """The first check with the outcome of the whole."""
+    """The first check whose outcome is that of the whole verification, in words."""
     outcome = verification["outcome"]
     check = next(check for check in verification["checks"] if check["outcome"] == outcome)
     said = f"{check['name']}: {check['measured']}"
@@ -70,7 +70,10 @@ def decisive_check(verification: dict) -> str:
 
 
 def rounding() -> str:
-    """What c is for each tensor of the demo's adapter, merged by PEFT in bfloat16."""
+    """A sentence on c of the demo's adapter, merged by PEFT in bfloat16.
+
+    The merged weight of a tensor holds c ΔW: c is 1 if nothing was lost to rounding.
+    """
     base, _ = load_embedded()
     half, _ = load_embedded()
     half = half.to(torch.bfloat16)
