@@ -294,27 +294,27 @@ def main() -> None:
     parser.add_argument(
         "--lean", action="store_true", help="one prompt of each kind, fewer methods"
     )
-    given = parser.parse_args()
-    every = cases_in(given.adapters)
-    unknown = set(given.only or ()) - {case.name for case in every}
+    options = parser.parse_args()
+    every = cases_in(options.adapters)
+    unknown = set(options.only or ()) - {case.name for case in every}
     if unknown:
-        parser.error(f"no adapter {', '.join(sorted(unknown))} in {given.adapters}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    wanted = in_order(every, given.only)
-    stored = set() if given.again else set(read()["adapters"])
+        parser.error(f"no adapter {', '.join(sorted(unknown))} in {options.adapters}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    wanted = in_order(every, options.only)
+    stored = set() if options.again else set(read()["adapters"])
     known = sum(case.name in stored for case in wanted)
     if known:
         print(
             f"docs/faithfulness.json has {known} of {len(wanted)} adapters; --again measures them."
         )
     left = [case for case in wanted if case.name not in stored]
-    left = [case for case in left if not (given.out / f"{case.name}.json").is_file()]
+    left = [case for case in left if not (options.out / f"{case.name}.json").is_file()]
     left.sort(key=lambda case: case.task["base"])  # so that each base is loaded once
     for case in tqdm(left, desc="adapters"):
-        found = measure(case, every, given.most, is_lean=given.lean)
-        unfinished = given.out / f"{case.name}.json.part"
+        found = measure(case, every, options.most, is_lean=options.lean)
+        unfinished = options.out / f"{case.name}.json.part"
         unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-        unfinished.rename(given.out / f"{case.name}.json")
+        unfinished.rename(options.out / f"{case.name}.json")
         tqdm.write(f"{case.name}: {found['seconds']:.0f} s")
 
 

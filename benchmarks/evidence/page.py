@@ -205,19 +205,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of measure.py's files to add")
     parser.add_argument("--warned", type=Path, help="folder of warned.py's files")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
-    given = parser.parse_args()
+    options = parser.parse_args()
     is_resampled = False
-    if given.results is not None:
-        packed = pack(given.results)
+    if options.results is not None:
+        packed = pack(options.results)
         write(joined(read(), packed))
         is_resampled = bases_of(read())[0] in bases_of(packed)
-    if given.warned is not None:
-        write({**read(), "warned": pack_warned(given.warned)})
+    if options.warned is not None:
+        write({**read(), "warned": pack_warned(options.warned)})
     if is_resampled:
         write({**read(), "resampled": study(read())})
     numbers = read()
     PAGE.write_text(page(numbers))
-    if given.pictures:
+    if options.pictures:
         draw(numbers)
 
 

@@ -32,6 +32,7 @@ class Recipe:
 
     @property
     def alpha(self) -> int:
+        """The alpha of the LoRA config, from which PEFT makes the scale."""
         return 16 if self.rslora else 2 * self.rank
 
 

@@ -45,13 +45,13 @@ def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
         counts = Counter(_chosen_from(sample, passes, question) for sample in samples)
         choices[question.label] = {name: count / draws for name, count in counts.most_common()}
         method = _chosen_from(means, passes, question)
-        opened_with = [question]
+        scored_by = [question]
         if question in ERRORS:
-            opened_with.append(ERRORS[question])
-        for asked in opened_with:
-            values = means_of(scores, asked, base)[method].dropna().to_numpy()
+            scored_by.append(ERRORS[question])
+        for scored in scored_by:
+            values = means_of(scores, scored, base)[method].dropna().to_numpy()
             covered = {str(size): coverages(values, size, draws) for size in SIZES}
-            coverage[asked.label] = {"method": method, **covered}
+            coverage[scored.label] = {"method": method, **covered}
     return {
         "choices": choices,
         "coverage": coverage,

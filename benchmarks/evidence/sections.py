@@ -152,8 +152,8 @@ def warnings(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
     The adapters of the page choose too, where they were measured.
     """
     parts = []
-    for how, (words, asked, method) in WARNED_OF.items():
-        stored = own_cases(numbers, scores, asked, base)
+    for how, (words, question, method) in WARNED_OF.items():
+        stored = own_cases(numbers, scores, question, base)
         stored = stored[stored["method"] == method]
         of_page = stored.assign(confirms=False, broken=stored["agreement"] < BROKEN)
         cases = pd.concat([warned_cases(numbers["warned"], how), of_page], ignore_index=True)
@@ -186,8 +186,8 @@ def _signal_table(cases: pd.DataFrame) -> str:
 def warned_elsewhere(numbers: Numbers, scores: pd.DataFrame, base: str) -> str:
     """Count cases that the library warns of, on a base that chose and confirmed nothing."""
     parts = []
-    for words, asked, method in WARNED_OF.values():
-        cases = own_cases(numbers, scores, asked, base)
+    for words, question, method in WARNED_OF.values():
+        cases = own_cases(numbers, scores, question, base)
         cases = cases[cases["method"] == method]
         warned = cases["strength"] > VIOLENT
         broken = cases["agreement"] < BROKEN
@@ -260,9 +260,9 @@ def coverage(resampled: Numbers) -> str:
     columns = list(itertools.product(WAYS, ("17", "6")))
     head = [f"{WAYS[way]}, {size}" for way, size in columns]
     rows = []
-    for asked, found in resampled["coverage"].items():
+    for label, found in resampled["coverage"].items():
         shares = [f"{found[size][way]:.3f}" for way, size in columns]
-        rows.append([asked, named(found["method"]), *shares])
+        rows.append([label, named(found["method"]), *shares])
     return markdown(["number", "method", *head], rows)
 
 

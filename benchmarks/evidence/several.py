@@ -66,8 +66,8 @@ def _long(numbers: Subsets) -> Iterator[dict[str, Any]]:
 def section(numbers: Subsets) -> dict[str, Any]:
     """The table, what it is of, and how the others stand beside `best_subset`."""
     long = pd.DataFrame(_long(numbers))
-    held = cluster_means(long, "held out")[SHOWN]
-    apart = held.drop(columns=REFERENCE).sub(held[REFERENCE], axis=0)
+    held_out = cluster_means(long, "held out")[SHOWN]
+    apart = held_out.drop(columns=REFERENCE).sub(held_out[REFERENCE], axis=0)
     words = verdicts(apart)
     medians = apart.median()
     head = ["method", "wordings", "held out", "worst", "at home", "worst"]
@@ -81,7 +81,7 @@ def section(numbers: Subsets) -> dict[str, Any]:
     return {
         "table": markdown(head, rows),
         "adapters": len(numbers["adapters"]),
-        "tasks": len(held),
+        "tasks": len(held_out),
         "compared": len(words),
         "beside": _beside(words),
         "versions": ", ".join(f"{k} {v}" for k, v in numbers["versions"].items()),

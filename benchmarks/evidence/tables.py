@@ -115,9 +115,9 @@ def summary_of(scores: pd.DataFrame, question: Question, base: str, method: str)
     return summary(values, larger_is_better=question.larger)
 
 
-def median_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str, float]:
+def median_costs(costs: pd.DataFrame, base: str, unit: str = "passes") -> dict[str, float]:
     """The median cost of each method over clusters, as for scores."""
-    medians = cluster_means(costs[costs["base"] == base], of).median()
+    medians = cluster_means(costs[costs["base"] == base], unit).median()
     return {str(method): float(value) for method, value in medians.items()}
 
 
@@ -183,7 +183,7 @@ def question_table(
     width = 3 if any(map(_has_verdicts, columns)) else 2
     prices: list[dict[str, float]] = []
     if costs is not None:
-        prices = [median_costs(costs, base, of) for of in ("passes", "time")]
+        prices = [median_costs(costs, base, unit) for unit in ("passes", "time")]
     head = ["method", "tasks"]
     for question in questions:
         head += [question.metric, "worst", "behind the best"][:width]

@@ -196,21 +196,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of adapters")
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
     parser.add_argument("--warnings", action="store_true", help="the adapters of warned.py instead")
-    asked = parser.parse_args()
-    recipes = WARNED if asked.warnings else recipes_of(asked.base)
-    if asked.only:
-        recipes = [recipe for recipe in recipes if recipe.name in asked.only]
+    options = parser.parse_args()
+    recipes = WARNED if options.warnings else recipes_of(options.base)
+    if options.only:
+        recipes = [recipe for recipe in recipes if recipe.name in options.only]
     missing = [
-        recipe for recipe in recipes if not (asked.out / recipe.name / "task.json").is_file()
+        recipe for recipe in recipes if not (options.out / recipe.name / "task.json").is_file()
     ]
     if not missing:
         return
-    loaded = load_base(asked.base)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    loaded = load_base(options.base)
+    options.out.mkdir(parents=True, exist_ok=True)
     for recipe in missing:
-        found = train(asked.base, loaded, recipe, asked.out)
+        found = train(options.base, loaded, recipe, options.out)
         print(recipe.name, found["measured"]["trained"], found["measured"]["unrelated"], flush=True)
-        manifest(asked.out)
+        manifest(options.out)
 
 
 if __name__ == "__main__":

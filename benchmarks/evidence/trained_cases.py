@@ -104,6 +104,7 @@ def lean(case: Case, tokenizer: Any) -> Case:
     """
 
     def cut(asked: dict[str, Any]) -> dict[str, Any]:
+        """Keep the first tokens of a response; a prompt with two answers stays as it is."""
         if "response" not in asked:
             return asked
         ids = tokenizer(asked["response"], add_special_tokens=False).input_ids

@@ -42,7 +42,7 @@ from lens_lora.judging.reliability import judged
 
 FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps")
 KINDS = ("trained", "paraphrase")
-WAY = (0.25, 0.5, 0.75)
+WAY = (0.25, 0.5, 0.75)  # gate values between both ends, at which the readout is run
 READ = ("first_order@0", "first_order@0.5", "first_order@1", "path/4")
 EFFECTS: tuple[How, ...] = ("add_one", "leave_one_out")
 # How a KL is split over sites, and the split that is taken for the truth.
@@ -104,7 +104,9 @@ def kl_agreement(
 
 
 def worst_on_the_way(g: Evaluations, first_order_at_0: Tensor) -> float:
-    """max over ε of |g(ε) − g(0) − ε Σa(0)| / |g(ε) − g(0)|, for ε = ¼, ½ and ¾.
+    """The largest error of first order on the way, as a share of the shift so far.
+
+    max over ε of |g(ε) − g(0) − ε Σa(0)| / |g(ε) − g(0)|, for ε = ¼, ½ and ¾.
 
     Args:
         g: the question, of one prompt.
@@ -161,10 +163,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Warnings, chosen and confirmed.")
     parser.add_argument("--adapters", type=Path, required=True, help="folder of adapters")
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
-    asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    for case in tqdm(cases_in(asked.adapters), desc="adapters"):
-        file = asked.out / f"{case.name}.json"
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for case in tqdm(cases_in(options.adapters), desc="adapters"):
+        file = options.out / f"{case.name}.json"
         if not file.is_file():
             unfinished = file.with_suffix(".part")
             unfinished.write_text(json.dumps(measure(case)) + "\n")

@@ -392,11 +392,11 @@ def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str
 
 def calibration(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
     """Slopes of measured effects on the numbers: the median task, and the adapters at both ends."""
-    asked = dataclasses.replace(question, metric="slope")
-    values = _by_adapter(scores, asked, base, method)
+    of_slopes = dataclasses.replace(question, metric="slope")
+    values = _by_adapter(scores, of_slopes, base, method)
     if values.empty:
         return ""
-    found = summary_of(scores, asked, base, method)
+    found = summary_of(scores, of_slopes, base, method)
     least = f"{number(values.min())} ({values.idxmin()})"
     largest = f"{number(values.max())} ({values.idxmax()})"
     sentence = f"{base} {number(found.median)} in the median task, {least} to {largest}"
