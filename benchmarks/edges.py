@@ -152,7 +152,7 @@ def agreement_table(rows: list[dict[str, Any]]) -> str:
 
 
 def costs_in_words(costs: dict[str, dict[str, float]]) -> str:
-    """What edges cost beyond FB, at each number of tokens."""
+    """The cost of all edges beyond FB, at each number of tokens."""
     return ", ".join(
         f"{cost['edges'] - cost['FB']:.1f} F at {tokens} tokens" for tokens, cost in costs.items()
     )

@@ -235,7 +235,7 @@ def table(of_length: list[Cell]) -> str:
 
 
 def missing(work: str, column: tuple[str, float]) -> str:
-    """What stands where there is no cell; a plain pass has none within a bound."""
+    """The words in place of a missing cell; a plain pass has none within a bound."""
     _, bound = column
     return "" if work in PLAIN and bound else "not run"
 

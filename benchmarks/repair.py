@@ -202,7 +202,7 @@ def counted(every: list[Rows]) -> str:
 
 
 def known() -> dict[str, Any]:
-    """What was measured so far, by this process or another."""
+    """The numbers of docs/repair.json so far."""
     return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
 
 

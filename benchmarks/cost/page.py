@@ -70,7 +70,7 @@ def write(every: dict[str, Printed]) -> None:
 
 
 def page(text: str, every: dict[str, Printed]) -> str:
-    """RESULTS.md, with each block as its command printed it."""
+    """The text of RESULTS.md, with each block as its command printed it."""
     return _BLOCK.sub(lambda found: f"{found[1]}{_block(found[2], every)}\n{found[3]}", text)
 
 
@@ -86,7 +86,7 @@ def _block(key: str, every: dict[str, Printed]) -> str:
 
 
 def performance(text: str, every: dict[str, Printed]) -> str:
-    """docs/performance.md, with its short table."""
+    """The text of docs/performance.md, with its short table."""
     table = _short_table(every[SHORT]["body"])
     return _SHORT.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 

@@ -45,6 +45,7 @@ TARGETS = {AUDIT: "≤ 8 F", WITH_CONTROLS: "≤ 1.2 F each"}
 def text_table(lens: ll.LoraLens, texts: int, turns: int) -> None:
     """Print the table of so many texts of 64 random tokens."""
     rows = lens.prompts(random_ids(texts, SIZE_OF_TEXT))
+    # The least ratio of each work so far.
     least = dict.fromkeys(WORKS, float("inf"))
     for _ in range(turns):
         for name, work in WORKS.items():

@@ -1,4 +1,4 @@
-"""The pieces of work that `prompts.py` times, and the targets they were built for."""
+"""Define the works that `prompts.py` times, with the targets they were built for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from measuring import MARGIN
 import lens_lora as ll
 from lens_lora.core.function.forward import gated_logits, run_without_logits
 
-__all__ = ["QUICK", "SLOW", "Work", "adapted_forward", "edges", "loop_of_jvps"]
+__all__ = ["QUICK", "SLOW", "Work", "adapted_forward", "loop_of_jvps"]
 
 Run = Callable[[ll.LoraLens, ll.results.Prompts], object]
 # How many times a scan reads the adapter of the demo.
@@ -47,18 +47,22 @@ def adapted_forward(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 
 
 def function_of(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.Function:
+    """The function g of the margin over these prompts."""
     return lens.function(prompts, MARGIN, progress=False)
 
 
 def one_gradient(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Run the backward pass with its hooks, which compute nothing."""
     function_of(lens, prompts).passes.visit(lambda *visit: None)
 
 
 def slopes(*axes: str) -> Run:
+    """Return the work that takes the slopes of all sites, split along these axes."""
     return lambda lens, prompts: function_of(lens, prompts).slopes(by=axes)
 
 
 def banked(lens: ll.LoraLens, prompts: ll.results.Prompts) -> ll.results.Bank:
+    """Make a bank of the margin."""
     return ll.bank(lens.model, prompts, MARGIN, progress=False)
 
 
@@ -67,10 +71,12 @@ kept_bank = functools.lru_cache(maxsize=1)(banked)
 
 
 def scan(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Scan so many adapters against a bank that is there."""
     kept_bank(lens, prompts).scan([lens.adapter] * ADAPTERS, progress=False)
 
 
 def from_bank(*axes: str) -> Run:
+    """Return the work that attributes one adapter against a bank that is there."""
     return lambda lens, prompts: kept_bank(lens, prompts).first_order(lens.adapter, by=axes)
 
 
@@ -121,14 +127,17 @@ def four_nodes(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
 
 
 def joint_tangent(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Take the shift of the whole vocabulary to first order, of all sites together."""
     lens.function(prompts, progress=False).tangent(1.0)
 
 
 def curvature(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Take H·1: the curvature along all sites together."""
     function_of(lens, prompts).curvature(1.0)
 
 
 def hessian(lens: ll.LoraLens, prompts: ll.results.Prompts) -> None:
+    """Take the whole H, between all pairs of sites."""
     function_of(lens, prompts).curvature(torch.eye(len(lens.sites)))
 
 

@@ -131,7 +131,7 @@ def best_first(scores: pd.DataFrame) -> list[str]:
 
 
 def label(method: str) -> str:
-    """What the page calls a method."""
+    """The name of a method on the page."""
     return METHODS.get(method, named(method))
 
 
@@ -192,7 +192,7 @@ def reached(plants: Plants) -> list[tuple[str, list[str]]]:
 
 
 def pairs(plants: Plants) -> list[str]:
-    """What first order recovers of each kind of pair, and the scores that recover most."""
+    """A sentence on each kind of pair: the recovery of first order, and the best scores."""
     by_kind = scored(plants, recovery).groupby("kind")
     sentences = []
     for kind in PAIRED:
@@ -312,7 +312,7 @@ def edge_places(plants: Plants) -> str:
 
 
 def elsewhere(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the page says of the plants on each other base."""
+    """The numbers and tables on the plants of each other base, for the template."""
     above = at_corners(numbers["plants"])
     parts = []
     for base, part in numbers.get("elsewhere", {}).items():
@@ -363,7 +363,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def shares_of_pair(plants: Plants, score: str) -> pd.DataFrame:
-    """What one score says of each plant's pair, as shares of the plant's shift, [plant].
+    """The numbers that one score gives each plant's pair, as shares of the plant's shift, [plant].
 
     The error is that of the worse of the two modules, |a_l − e_l| with e_l the effect that the
     score is asked to predict; it is NaN where the score is asked to predict none.
@@ -417,7 +417,7 @@ def sizes_table(plants: Plants) -> str:
 
 
 def smooth(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page says of smooth conjunctions, on all bases."""
+    """The numbers and tables on smooth conjunctions of all bases, for the template."""
     above = at_corners(numbers["plants"])
     parts = {EMBEDDED: numbers["plants"]}
     parts |= {base: part["plants"] for base, part in numbers.get("elsewhere", {}).items()}
