@@ -26,7 +26,8 @@ DOCS, PACKAGE = ROOT / "docs", ROOT / "lens_lora"
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
 ROOT_PAGES = [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")]
-READ = [*PAGES, README, *ROOT_PAGES, ROOT / "benchmarks" / "RESULTS.md"]
+BENCHMARKS = [ROOT / "benchmarks" / f"{name}.md" for name in ("README", "RESULTS")]
+READ = [*PAGES, README, *ROOT_PAGES, *BENCHMARKS]
 NOTEBOOKS = sorted((ROOT / "demos").glob("*.ipynb"))
 SOURCES = [
     path
