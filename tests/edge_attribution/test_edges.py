@@ -14,6 +14,7 @@ import reference
 import targets
 import torch
 from reference import Stream
+from streams import DIFFERENCES, STREAMS, by_module, relative
 
 import lens_lora as ll
 from lens_lora.core import OwnPasses, attached
@@ -22,63 +23,7 @@ from lens_lora.edge_attribution import patch_edges, path_patching, readers
 from lens_lora.edge_attribution.site_tangents import moving, tangents_of
 
 ROUND_OFF = 1e-10
-DIFFERENCES = 1e-7
 MARGIN = ll.Margin(5, 9)
-_LLAMA = Stream(
-    layer="model.layers.{l}",
-    final="model.norm",
-    attn=("self_attn", "input_layernorm", "self_attn"),
-    mlp=("mlp", "post_attention_layernorm", "mlp"),
-)
-_POST_NORM = Stream(
-    layer="model.layers.{l}",
-    final="model.norm",
-    attn=("self_attn", "", "post_attention_layernorm"),
-    mlp=("mlp", "", "post_feedforward_layernorm"),
-)
-_SHARED = {"is_parallel": True, "layer": "model.layers.{l}"}
-STREAMS = {
-    **dict.fromkeys(("llama", "qwen3", "mixtral", "Qwen3-MoE", "gpt-oss"), _LLAMA),
-    "gpt2": Stream(
-        layer="transformer.h.{l}",
-        final="transformer.ln_f",
-        attn=("attn", "ln_1", "attn"),
-        mlp=("mlp", "ln_2", "mlp"),
-    ),
-    "neox": Stream(
-        layer="gpt_neox.layers.{l}",
-        final="gpt_neox.final_layer_norm",
-        attn=("attention", "input_layernorm", "attention"),
-        mlp=("mlp", "post_attention_layernorm", "mlp"),
-        is_parallel=True,
-    ),
-    "gemma2": Stream(
-        layer="model.layers.{l}",
-        final="model.norm",
-        attn=("self_attn", "input_layernorm", "post_attention_layernorm"),
-        mlp=("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ),
-    "phi": Stream(
-        final="model.final_layernorm",
-        attn=("self_attn", "input_layernorm", "self_attn"),
-        mlp=("mlp", "input_layernorm", "mlp"),
-        **_SHARED,
-    ),
-    "OLMo 2": _POST_NORM,
-    "Cohere": Stream(
-        final="model.norm",
-        attn=("self_attn", "input_layernorm", "self_attn"),
-        mlp=("mlp", "input_layernorm", "mlp"),
-        **_SHARED,
-    ),
-    "Falcon": Stream(
-        layer="transformer.h.{l}",
-        final="transformer.ln_f",
-        attn=("self_attention", "input_layernorm", "self_attention"),
-        mlp=("mlp", "input_layernorm", "mlp"),
-        is_parallel=True,
-    ),
-}
 SMALL = [
     (family, cls, flags)
     for family in ("llama", "gpt2", "neox", "gemma2", "qwen3", "phi", "mixtral")
@@ -97,18 +42,8 @@ def _float64():
 pytestmark = pytest.mark.usefixtures("_float64")
 
 
-def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((ours - expected).abs().max() / expected.abs().max())
-
-
 def read(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, 5] - logits[:, 9]
-
-
-def by_module(edges: ll.results.Edges, modules: list[str]) -> torch.Tensor:
-    """The sites of a fused projection summed, as PEFT has one gate for them."""
-    rows = [[site.module == module for site in edges.sites] for module in modules]
-    return torch.stack([edges.values[:, row].sum(1) for row in rows], 1)
 
 
 def held_against_peft(held, stream: Stream, at: float) -> float:

@@ -10,7 +10,7 @@ import models
 import pytest
 import reference
 import torch
-from test_edges import DIFFERENCES, STREAMS, by_module, relative
+from streams import DIFFERENCES, STREAMS, by_module, relative
 from torch import Tensor
 
 import lens_lora as ll

@@ -340,7 +340,7 @@ def test_browser_saves_pictures_and_numbers(page, tmp_path, opened):
     name = "margin-lyon-paris-along-ε"
     assert re.search(rf"\[{name}.svg: &lt;svg class=\"main-svg\" xmlns=", dom)
     assert re.search(rf"\[{name}.png: \S?PNG", dom)
-    assert "[modules-1.csv: site,module,first_order,first_order_at_1" in dom
+    assert "[modules-1.csv: site,module,layer,kind,first_order,first_order_at_1" in dom
 
 
 @pytest.mark.browser

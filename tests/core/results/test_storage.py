@@ -222,6 +222,7 @@ ALONE = re.compile(
     r"|AdapterComparison\.(null_effects axis 0|null_function axis 1)"
     r"|(ActivationEffects|BestSubset|Together)\.sites|Reconciled\.(sites|left_out)"
     r"|(Coupling|Edges|Effects|GroupAttribution)\.sites longer"
+    r"|Intruders\.(read|written)\[.+\] axis 1"
 )
 
 
