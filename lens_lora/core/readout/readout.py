@@ -26,7 +26,7 @@ from lens_lora import arguments
 from lens_lora.core.readout.prompts import Prompts
 from lens_lora.core.readout.reading import Columns, LogProbs, OfLogits, Reading
 from lens_lora.core.readout.texts import ids_after
-from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.errors import ArgumentError, TokenError, warn
 
 # The text of each prompt, which a token follows; None where only its ids are known.
 Before = Sequence[str | None]
@@ -235,6 +235,18 @@ class LastToken(Readout):
         Raises:
             TokenError: a token string that is not one token.
         """
+
+    def bind(self, model: Any, batch: int, before: Before = ()) -> OfLogits:
+        """The former name of `of_logits`, which warns.
+
+        Args:
+            model, batch, before: as for `of_logits`.
+        """
+        warn(
+            f"{type(self).__name__}.bind is called of_logits now, and the old name will go",
+            remedy="write readout.of_logits(model, batch).",
+        )
+        return self.of_logits(model, batch, before)
 
     def reading(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts themselves as rows, one each."""

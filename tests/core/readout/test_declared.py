@@ -136,3 +136,12 @@ def test_the_door_has_the_decorator_under_a_name_that_is_no_package():
     """`lens_lora.core.readout` is the package of that name."""
     assert declared_readout is ll.readout
     assert isinstance(Entropy(), DeclaredReadout)
+
+
+def test_the_former_name_of_of_logits_warns_and_does_the_same():
+    model = models.MAKERS[next(iter(models.MAKERS))](models.hf_model("llama"))
+    logits = torch.randn(2, model.cfg.d_vocab_out, generator=models.seeded(0))
+    margin = ll.Margin(5, 9)
+    with pytest.warns(ll.errors.LensLoraWarning, match=r"Margin\.bind is called of_logits now"):
+        read = margin.bind(model, 2)
+    assert torch.equal(read(logits), margin.of_logits(model, 2)(logits))
