@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from lens_lora.core.model import LoraLens, alone
 
 
+@runtime_checkable
 class OverALens(Protocol):
     """An object whose methods run the model of a lens."""
 

@@ -132,6 +132,14 @@ class Function:
             )
         return self._reading
 
+    def require_reading(self) -> Reading:
+        """The same as `reading`, for those who ask whether there is one.
+
+        Raises:
+            ArgumentError: a function without a readout.
+        """
+        return self.reading
+
     # --- Values
 
     @exclusive

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -38,17 +38,24 @@ from lens_lora.core.readout import Prompts, Reading
 Under = AbstractContextManager[object] | None
 
 
+@runtime_checkable
 class OfRows(OverALens, Protocol):
-    """What these passes need of a function: its rows, and how it is read from them."""
+    """What these passes need of a function: its rows, and how it is read from them.
+
+    A check at run time evaluates properties, so what a function may lack is a method.
+    """
 
     @property
     def rows(self) -> Prompts:
         """The rows that are run."""
         ...
 
-    @property
-    def reading(self) -> Reading:
-        """How g of each prompt is read from the logits of the rows."""
+    def require_reading(self) -> Reading:
+        """How g of each prompt is read from the logits of the rows.
+
+        Raises:
+            ArgumentError: a function without a readout.
+        """
         ...
 
     def require_one_response(self) -> object:
@@ -79,7 +86,7 @@ class OwnPasses:
     @property
     def reading(self) -> Reading:
         """How g of each prompt is read from the logits of the rows."""
-        return self.g.reading
+        return self.g.require_reading()
 
     def require_same_model(self) -> None:
         """Check that the model is as it was when the lens was made."""
