@@ -203,7 +203,7 @@ class Checkpoints(Read, Paged, Pictured):
                 values = sums(self.norms.cpu().double().square()).sqrt()
             case "read" | "write":
                 angles = self.read_angle if what == "read" else self.write_angle
-                counts = sums(~angles.isnan())
+                counts = sums((~angles.isnan()).double())
                 values = sums(angles.nan_to_num()) / counts
         return pd.DataFrame(values.T.numpy(), index=list(groups), columns=list(self.steps))
 
@@ -475,9 +475,9 @@ _TURNED = 0.1
 
 def _phases(
     steps: tuple[float, ...],
-    values: Float[Tensor, "step+1 batch"],
+    values: Float[Tensor, "point batch"],
     angle: Float[Tensor, " step"],
-    noise: Float[Tensor, "step+1 batch"],
+    noise: Float[Tensor, "point batch"],
 ) -> dict[str, tuple[Span, ...]]:
     """The phase changes of each prompt's readout, from the base on, and of the direction of ΔW."""
     from_base = (0.0, *steps)

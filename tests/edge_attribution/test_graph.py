@@ -151,6 +151,7 @@ def test_layers_are_those_of_the_viewers(tmp_path: Path):
     assert min(shares) > 0
 
 
+@pytest.mark.bad_input
 def test_some_edges_of_one_prompt_of_several(tmp_path: Path):
     both = ll.edges(lens_of(), [PROMPT, "w9 w2"], MARGIN, progress=False)
     second = read(both, tmp_path / "g.json", prompt=1, k=3)

@@ -301,6 +301,7 @@ def test_what_was_generated_is_a_text(cls: str):
     assert (torch.tensor(own["value"]) - by_feature).abs().max() < TINY
 
 
+@pytest.mark.bad_input
 def test_projections_of_several_directions_and_points():
     """One row for each text, point and direction; NaN where no token counts."""
     lens = lens_of()

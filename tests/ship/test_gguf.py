@@ -138,6 +138,7 @@ def test_q_and_k_that_are_not_permuted(shipped, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.bad_input
 def test_what_a_gguf_adapter_cannot_hold_is_refused(shipped, tmp_path):
     adapter = ll.load_adapter(shipped / "adapter")
     base = no_ops.base_of(shipped)

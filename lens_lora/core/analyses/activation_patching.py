@@ -147,7 +147,8 @@ class ActivationEffects(Ranked):
         Raises:
             LensLoraError: the installed transformer-lens has no such class (4.3 has).
         """
-        index = pd.DataFrame(self._labels)
+        # TransformerLens calls a hook point "name".
+        index = pd.DataFrame(self._labels).rename(columns={"point": "name"})
         axes: list[str] = []
         if self.by_position:
             positions = pd.DataFrame({"pos": range(self.values.shape[2])})
