@@ -60,6 +60,21 @@ class LogitFunction(Protocol):
         ...
 
 
+# The methods of a readout that had another name once, by that name.
+_FORMER_METHODS = {"over": "reading"}
+_FORMER_METHODS_OF_LAST_TOKEN = {"bind": "of_logits"}
+
+
+def _require_current_names(cls: type, new_by_former: Mapping[str, str]) -> None:
+    """Refuse a class that defines a former name and not the new one; it may define both."""
+    for former, new in new_by_former.items():
+        if former in vars(cls) and new not in vars(cls):
+            raise ArgumentError(
+                f"the readout class {cls.__name__} defines {former}, which is called {new} now",
+                remedy=f"rename the method {former} to {new}; its arguments are the same.",
+            )
+
+
 class Readout(abc.ABC):
     """A number read from the logits of each prompt.
 
@@ -73,6 +88,18 @@ class Readout(abc.ABC):
     units = "logits"
     base_value: ClassVar[float | None] = None
     no_slope_at_base: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that defines a method under its former name alone.
+
+        Nothing calls the former name, so that a class derived from `Logit`, say, would be read as
+        `Logit` is.
+
+        Raises:
+            ArgumentError: naming the method that is called now.
+        """
+        super().__init_subclass__(**kwargs)
+        _require_current_names(cls, _FORMER_METHODS)
 
     def on(self, prompts: Prompts) -> Readout:
         """The same readout, stating which tokens of these prompts it reads.
@@ -127,6 +154,18 @@ class Readout(abc.ABC):
     @abc.abstractmethod
     def label(self) -> str:
         """Its name in tables and plots."""
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The former name of `reading`, which warns.
+
+        Args:
+            model, prompts: as for `reading`.
+        """
+        warn(
+            f"{type(self).__name__}.over is called reading now, and the old name will go",
+            remedy="write readout.reading(model, prompts).",
+        )
+        return self.reading(model, prompts)
 
     @staticmethod
     def of(
@@ -215,6 +254,15 @@ class LastToken(Readout):
     Two are equal if they are of one class and were given the same, entry by entry where that is a
     tensor.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that defines a method under its former name alone.
+
+        Raises:
+            ArgumentError: naming the method that is called now.
+        """
+        super().__init_subclass__(**kwargs)
+        _require_current_names(cls, _FORMER_METHODS_OF_LAST_TOKEN)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and _are_equal(vars(self), vars(other))

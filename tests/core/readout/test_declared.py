@@ -13,8 +13,16 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.core import DeclaredReadout, declared_readout
+from lens_lora.core.readout.readout import LastToken
 
 TEXTS = ["w5 w7 w8", "w9 w10 w11 w12", "w4", "w6 w7"]
+FORMER_NAMES = [
+    (ll.Readout, "over", "reading"),
+    (LastToken, "over", "reading"),
+    (LastToken, "bind", "of_logits"),
+    (ll.Logit, "bind", "of_logits"),
+    (ll.Margin, "over", "reading"),
+]
 
 
 @ll.readout(units="nats", label="H(next token)")
@@ -146,3 +154,28 @@ def test_the_former_name_of_of_logits_warns_and_does_the_same():
     with pytest.warns(ll.errors.LensLoraWarning, match=r"Margin\.bind is called of_logits now"):
         read = margin.bind(model, 2)
     assert torch.equal(read(logits), margin.of_logits(model, 2)(logits))
+
+
+def test_the_former_name_of_reading_warns_and_does_the_same():
+    model = models.MAKERS[next(iter(models.MAKERS))](models.hf_model("llama"))
+    prompts = ll.results.Prompts(models.tokens(), torch.tensor([7, 4]))
+    logits = torch.randn(2, model.cfg.d_vocab_out, generator=models.seeded(0))
+    margin = ll.Margin(5, 9)
+    with pytest.warns(ll.errors.LensLoraWarning, match=r"Margin\.over is called reading now"):
+        reading = margin.over(model, prompts)
+    assert torch.equal(reading.read(logits), margin.reading(model, prompts).read(logits))
+
+
+@pytest.mark.parametrize(("base", "former", "new"), FORMER_NAMES)
+def test_a_class_of_ones_own_under_a_former_name_is_refused(base, former, new):
+    """Of a class derived from `Logit`, Logit's own method would be called in its place."""
+    method = {former: lambda self, *given: None}
+    with pytest.raises(ll.errors.ArgumentError, match=rf"Mine defines {former}, .* {new} now"):
+        type("Mine", (base,), method)
+
+
+@pytest.mark.parametrize(("base", "former", "new"), FORMER_NAMES)
+def test_a_class_of_ones_own_may_have_both_names(base, former, new):
+    """It is then one that works with the former release, too."""
+    methods = dict.fromkeys((former, new), lambda self, *given: None)
+    assert issubclass(type("Mine", (base,), methods), base)
