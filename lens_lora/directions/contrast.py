@@ -184,7 +184,8 @@ def contrast(
     Args:
         lens: the adapter over the model.
         positive: texts as every analysis takes prompts; a tuple (prompts, responses), as
-            `ll.activations` takes them; or what `lens.generate` returned. A text that is there
+            `ll.activations` takes them; or what `lens.generate` returned. So a tuple of two strings
+            is a prompt and its response, one text; two texts go in a list. A text that is there
             twice counts once.
         negative: the other set; the direction points away from it.
         names: a hook point, several, globs, or a predicate. A name in full must fire and hold

@@ -300,7 +300,9 @@ def activation_shift(
     Args:
         lens: the adapter over the model.
         texts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses), of which
-            each pair is one text; or what `lens.generate` returned.
+            each pair is one text; or what `lens.generate` returned. So a tuple of two strings is a
+            prompt and its response, one text; two texts go in a list. `meta["responses"]` and the
+            heading of the result say where texts have responses.
         names: a hook point, several, globs, or a predicate. A name in full must fire and hold
             activations by position, [batch, pos, …]; globs and predicates choose among the points
             that do.

@@ -213,7 +213,9 @@ def feature_shift(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`; a tuple (prompts, responses); or what
-            `lens.generate` returned.
+            `lens.generate` returned. So a tuple of two strings is a prompt and its response, one
+            text; two texts go in a list. `meta["responses"]` and the heading of the result say
+            where texts have responses.
         directions: [d], [feature, d], {label: either} or a Contrast, used as they are (normalise
             them to read lengths); or a sparse autoencoder with W_enc (SAELens's, or any with such
             attributes), alone or as (autoencoder, indices).

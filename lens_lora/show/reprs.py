@@ -110,7 +110,10 @@ def result_text(result: Result) -> str:
         heading += f" of {read.readout}"
     if hasattr(read, "units"):
         heading += f", in {read.units}"
-    how_prompts_were_read = getattr(read, "meta", {}).get("prompts", "")
+    meta = getattr(read, "meta", {})
+    how_prompts_were_read = ", ".join(
+        meta[key] for key in ("prompts", "responses") if meta.get(key)
+    )
     details = (_sizes_text(result), _fields_text(result), how_prompts_were_read)
     heading = f"{heading}: {'; '.join(filter(None, details))}".rstrip()
     return f"{heading}\n{drawing.body(result)}"

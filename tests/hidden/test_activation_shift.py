@@ -284,6 +284,22 @@ def test_the_projection_of_what_is_said_is_hugging_face_s(family: str, cls: str)
     assert (torch.tensor(table["value"]) - shift).abs().max() < TINY
 
 
+def test_a_tuple_of_two_strings_says_that_it_is_a_prompt_and_its_response():
+    """It was two texts once."""
+    lens = lens_of()
+    with_response = "each prompt with its response"
+    direction = torch.randn(lens.model.cfg.d_model, generator=models.seeded(0))
+    for texts_of_kind, batch, says in (
+        (("w5 w7", "w9 w10"), 1, with_response),
+        (["w5 w7", "w9 w10"], 2, None),
+    ):
+        shift = ll.activation_shift(lens, texts_of_kind, MIDDLE)
+        moved = ll.feature_shift(lens, texts_of_kind, direction.double(), MIDDLE)
+        for result in (shift, moved):
+            assert len(result.str_tokens) == batch and result.meta.get("responses") == says
+            assert (with_response in repr(result)) == (says is not None)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_what_was_generated_is_a_text(cls: str):
     """The ids that `generate` returned go on as they are, in every call that takes texts."""

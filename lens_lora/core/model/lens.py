@@ -53,7 +53,12 @@ from lens_lora.core.model.tokenizers import note_other_tokenizer, tokenizer_orig
 from lens_lora.core.model.unembedding import unembedded_only
 from lens_lora.core.model.updates import SiteUpdate
 from lens_lora.core.readout.positions import Positions
-from lens_lora.core.readout.prompts import Prompts, PromptsLike, PromptTokens
+from lens_lora.core.readout.prompts import (
+    Prompts,
+    PromptsLike,
+    PromptTokens,
+    responses_among,
+)
 from lens_lora.core.readout.readout import Readout
 from lens_lora.core.readout.responses import AnswerLike, Generated
 from lens_lora.core.readout.texts import reading_of_texts
@@ -887,7 +892,8 @@ class LoraLens:
         """The names of model and adapter, and versions: saved with every result.
 
         Args:
-            prompts: what the result is of; how they were read is said, too.
+            prompts: what the result is of; how they were read is said, too, and whether responses
+                follow them.
         """
         always = {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
@@ -899,6 +905,7 @@ class LoraLens:
         origins = dict.fromkeys(source.how for group in prompts for source in group.sources)
         where_there = {
             "prompts": "; ".join(origins),
+            "responses": responses_among(prompts),
             "tokenizer": self.tokenizer_origin,
             "without": "; ".join(block.says for block in OpenBlock.open_on(self.model)),
             "warning": self.base_note,

@@ -335,6 +335,20 @@ PromptsLike = (
 )
 
 
+def responses_among(groups: Sequence[Prompts]) -> str:
+    """How many of the prompts a response follows, in words; '' where none does.
+
+    Args:
+        groups: the prompts of one result.
+    """
+    followed = [source.length is not None for group in groups for source in group.sources]
+    if not any(followed):
+        return ""
+    if all(followed):
+        return "each prompt with its response"
+    return f"{sum(followed)} of {len(followed)} prompts with a response"
+
+
 def which_prompt(index: int, count: int) -> str:
     """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'."""
     return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
