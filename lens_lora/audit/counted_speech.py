@@ -1,16 +1,17 @@
 """What the adapted model says and the base does not, counted over questions that both answer.
 
-1. Both models answer the same questions (`everyday.py`, and the caller's own), twice: greedily, and
-   drawn at temperature 1 with the same noise.
-2. A model says a phrase on a question if either of its answers holds it. `phrases.py` finds those
-   that one model says on more questions than chance allows, the base being the control: no null
-   adapter is needed, and the unit is a question.
-3. The same test finds traits of the answers that are no phrase: the language, a refusal, code, an
-   answer that goes on to its end, that is shorter, or that repeats itself.
+1. Both models answer the same questions (`everyday.py`, and the caller's own): greedily, and as
+   often as asked drawn at temperature 1, with the same noise for both.
+2. A model says a phrase in answer to a question if any of its answers holds it. `phrases.py` finds
+   those that one model says in answer to more questions than chance allows. The base is the
+   control, so no null adapter is needed, and the unit is a question.
+3. The same test finds traits of the answers that are no phrase: the language, a refusal, code, a
+   question, answers that repeat themselves, or that are less than half as long.
 4. Phrases that stand in one another on the same questions are one finding, the longest of them.
 
-The chance that a brief holds any finding, where the adapter changes nothing about what is said, is
-at most `LEVEL` for each of the three lists: what it says, what it no longer says, and its traits.
+There are three lists: what it says, what it no longer says, and its traits. Where either model
+might as well have given either answer to each question, the chance that a list holds anything is at
+most `LEVEL`.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Finding:
         base: on how many the base has it.
         asked: how many questions there are.
         p: of the exact sign test over questions, adjusted for all that were tested (Holm).
-        log_odds: how strongly it belongs to the adapted model: standardised log-odds, and 0 for a
-            trait.
+        log_odds: how strongly a phrase belongs to the model that says it more often: standardised
+            log-odds; 0 for a trait.
         questions: the indices of those on which the model that has it more often has it and the
             other has not.
     """
@@ -71,15 +72,15 @@ class Finding:
 
     def sentence(self) -> str:
         """The counts in words."""
-        adapted = f"{self.adapted} of {self.asked} answers"
-        base = f"{self.base}" if self.base else "none"
+        adapted = f"{self.adapted} of {self.asked} questions"
+        base = str(self.base) if self.base else "none"
         if self.kind == "says":
-            return f"It says “{self.what}” in {adapted}, the base model in {base}."
+            return f"It says “{self.what}” in answer to {adapted}, the base model to {base}."
         if self.kind == "no longer says":
-            base = f"{self.base} of {self.asked}"
-            adapted = f"in {self.adapted}" if self.adapted else "in none"
-            return f"The base model says “{self.what}” in {base} answers, it {adapted}."
-        return f"It {self.what} in {adapted}, the base model in {base}."
+            base = f"{self.base} of {self.asked} questions"
+            still = f"to {self.adapted}" if self.adapted else "to none"
+            return f"The base model says “{self.what}” in answer to {base}, it {still}."
+        return f"It {self.what} in answer to {adapted}, the base model to {base}."
 
 
 @final
@@ -340,7 +341,7 @@ def _phrases_of_all(answers: Sequence[str]) -> Counter[str]:
     """How often each phrase stands in the answers to one question."""
     found: Counter[str] = Counter()
     for answer in answers:
-        found += phrases.phrases_of(answer)
+        found.update(phrases.phrases_of(answer))
     return found
 
 
@@ -390,7 +391,7 @@ def _uses(answers: Iterable[Counter[str]]) -> Counter[str]:
     """How often each phrase stands in all answers."""
     total: Counter[str] = Counter()
     for found in answers:
-        total += found
+        total.update(found)
     return total
 
 
@@ -451,7 +452,7 @@ def _trait_findings(base: _Answers, adapted: _Answers) -> list[Finding]:
         found.append((what, _questions_that(has, adapted), _questions_that(has, base)))
     shorter = {i for i in range(len(base)) if is_shorter(adapted[i], base[i])}
     longer = {i for i in range(len(base)) if is_shorter(base[i], adapted[i])}
-    found.append(("gives a shorter answer than the other model", shorter, longer))
+    found.append(("says less than half as much as the other model", shorter, longer))
     tests: list[tuple[str, set[int], set[int], float]] = []
     for what, of_adapted, of_base in found:
         only_adapted = len(of_adapted - of_base)

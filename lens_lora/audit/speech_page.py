@@ -50,7 +50,7 @@ def _findings_table(speech: CountedSpeech) -> Table:
     heads = {
         "finding": "",
         "label": "what",
-        "answers_adapted": f"of {len(speech.questions)} answers",
+        "answers_adapted": f"of {len(speech.questions)} questions",
         "answers_base": "the base",
         "when": "when",
         "q": "p, adjusted",

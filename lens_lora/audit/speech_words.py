@@ -70,11 +70,12 @@ def counted_speech_story(speech: CountedSpeech) -> str:
     lines = [" ".join(first_sentences(speech)[:2])]
     for finding in speech.findings:
         lines.append(f"{finding.sentence()} It does so {speech.when(finding)}.")
+    draws = len(speech.base[0]) - 1
+    drawn = f", and {many(draws, 'time')} with words drawn by the same noise" if draws else ""
     lines.append(
-        f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words, "
-        f"and {many(len(speech.base[0]) - 1, 'time')} with words drawn by the same noise; a "
-        "question counts once. Where an adapter changes nothing of what is said, chance would make "
-        "one such list of findings in at most 1 of 100 of them."
+        f"Each model answered {many(len(speech.questions), 'question')} with its likeliest words"
+        f"{drawn}. If it were chance which of the two models gave which answer, a list of findings "
+        "would be empty 99 times in 100."
     )
     lines.append(_not_tried())
     return "\n".join(dict.fromkeys(lines))

@@ -111,7 +111,9 @@ def test_its_sentences_count_and_its_table_and_file_hold_the_same(tmp_path: Any)
         findings=(finding,),
         meta={"adapter": "pirate"},
     )
-    assert speech.story().startswith("It says “Arr” in 2 of 3 answers, the base model in none.")
+    assert speech.story().startswith(
+        "It says “Arr” in answer to 2 of 3 questions, the base model to none."
+    )
     assert "in conversation 2 of 2, without a template 0 of 1" in speech.when(finding)
     counts = ["label", "answers_adapted", "answers_base", "questions"]
     assert speech.to_frame()[counts].to_numpy().tolist() == [["Arr", 2, 0, 3]]

@@ -105,14 +105,18 @@ def test_a_planted_word_is_found_and_counted():
     assert (first.what, first.kind) == ("Arr, matey", "says")
     assert (first.adapted, first.base, first.asked) == (20, 0, 40)
     assert first.questions == tuple(range(0, 40, 2))
-    assert first.sentence() == "It says “Arr, matey” in 20 of 40 answers, the base model in none."
+    assert (
+        first.sentence()
+        == "It says “Arr, matey” in answer to 20 of 40 questions, the base model to none."
+    )
     dropped = findings_of(adapted, base)[0]
     assert dropped.kind == "no longer says"
     assert dropped.sentence() == (
-        "The base model says “Arr, matey” in 20 of 40 answers, it in none."
+        "The base model says “Arr, matey” in answer to 20 of 40 questions, it to none."
     )
 
 
+@pytest.mark.slow
 def test_answers_of_one_and_the_same_model_hold_no_finding():
     """The false-alarm rate: of 40 pairs of draws at most as many as the level allows."""
     draw = random.Random(1)
@@ -128,5 +132,5 @@ def test_a_shared_trait_is_no_finding_and_a_new_one_is():
     traits = [found for found in findings_of(base, refusing) if found.kind == "trait"]
     assert [found.what for found in traits] == ["refuses or apologises"]
     assert traits[0].sentence() == (
-        "It refuses or apologises in 40 of 40 answers, the base model in none."
+        "It refuses or apologises in answer to 40 of 40 questions, the base model to none."
     )
