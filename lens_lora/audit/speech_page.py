@@ -55,7 +55,10 @@ def _findings_table(speech: CountedSpeech) -> Table:
         "when": "when",
         "q": "p, adjusted",
     }
-    return table_of(speech.to_frame(), heads, texts=(0, 1, 4))
+    frame = speech.to_frame()
+    # Written out, as a number of a table has a sign.
+    frame["q"] = [f"{q:.2g}" for q in frame["q"]]
+    return table_of(frame, heads, texts=(0, 1, 4))
 
 
 def _counts_table(speech: CountedSpeech, finding: Finding) -> Table:
