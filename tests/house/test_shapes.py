@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import types
+from pathlib import Path
 
 import beartype
 import models
@@ -61,3 +63,59 @@ def _shorter(x, cut):
 def test_bad_input_is_not_checked():
     with pytest.raises((RuntimeError, ValueError)):
         fitted_order(SCALES, SCALES[:2], SCALES)
+
+
+# --- Protocols in annotations
+
+LENS_LORA = Path(__file__).parents[2] / "lens_lora"
+
+
+def test_every_protocol_can_be_checked():
+    """The check of shapes asks by isinstance, which a Protocol allows as `@runtime_checkable`."""
+    found: dict[str, bool] = {}
+    for path in sorted(LENS_LORA.rglob("*.py")):
+        place = path.relative_to(LENS_LORA).as_posix()
+        for name, is_checkable in protocols(path.read_text(encoding="utf-8")).items():
+            found[f"{place} {name}"] = is_checkable
+    assert len(found) > 10
+    assert [protocol for protocol, is_checkable in found.items() if not is_checkable] == []
+
+
+PLANTED = """
+@runtime_checkable
+class Checkable(Protocol): ...
+
+@typing.runtime_checkable
+class WithItsModule(typing.Protocol[T]): ...
+
+@final
+class Planted(Protocol): ...
+
+def f():
+    class Within(Checkable, Protocol[T]): ...
+
+class AnImplementation(Checkable): ...
+"""
+
+
+def test_a_planted_protocol_is_seen():
+    """Negative control: two that cannot be checked, beside two that can and an implementation."""
+    assert protocols(PLANTED) == {
+        "Checkable": True, "WithItsModule": True, "Planted": False, "Within": False,
+    }  # fmt: skip
+
+
+def protocols(source: str) -> dict[str, bool]:
+    """The Protocols that this source defines, and whether each is `@runtime_checkable`."""
+    found: dict[str, bool] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef) and "Protocol" in map(name_of, node.bases):
+            found[node.name] = "runtime_checkable" in map(name_of, node.decorator_list)
+    return found
+
+
+def name_of(node: ast.expr) -> str:
+    """`Protocol` of Protocol, of Protocol[T] and of typing.Protocol."""
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    return ast.unparse(node).rpartition(".")[2]
