@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -217,29 +217,32 @@ def part_tangents(
     """
     if not parts:
         raise ArgumentError("parts=[] asks for nothing; give at least one.")
-    layers = [lens.sites[part.site].layer for part in parts]
-    in_order = sorted(range(len(parts)), key=layers.__getitem__)
-    branching = [index for index in in_order if lens.host.grows and layers[index] >= 0]
-    whole = [index for index in in_order if index not in set(branching)]
     passes = _Passes(lens, prompts, at, forward.read_final if final else forward.read_logits)
-    longest = prompts.row(int(prompts.lengths.argmax()))
-    ways = ((whole, passes.in_rows, prompts), (branching, passes.branching, longest))
+    unembedded = 0 if final else prompts.batch
     tangents: Tensor | None = None
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
-        for indices, run, rows_at_once in ways:
-            if not indices:
-                continue
-            step = memory.tangents_at_once(lens, rows_at_once, read=0 if final else prompts.batch)
-            for start in range(0, len(indices), step):
-                chunk = indices[start : start + step]
-                with dual_forward() as products:
-                    values = read(run([parts[index] for index in chunk], products))
-                if tangents is None:
-                    tangents = values.new_empty(len(values), len(parts), *values.shape[2:])
-                tangents[:, chunk] = values
-                bar.update(len(chunk))
+        for one_pass in passes.over(parts, unembedded):
+            some = [parts[index] for index in one_pass.indices]
+            with dual_forward() as products:
+                values = read(one_pass.run(some, products))
+            if tangents is None:
+                tangents = values.new_empty(len(values), len(parts), *values.shape[2:])
+            tangents[:, one_pass.indices] = values
+            bar.update(len(some))
     assert tangents is not None, "there are parts"
     return tangents
+
+
+class _OnePass(NamedTuple):
+    """The parts that are run in one dual forward pass.
+
+    Attributes:
+        indices: which of all parts they are.
+        run: computes the dual logits (or residual stream) of these parts.
+    """
+
+    indices: list[int]
+    run: Callable[[Sequence[Part], OneProduct], _Logits]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +260,30 @@ class _Passes:
     prompts: Prompts
     gates: Float[Tensor, " site"]
     end: Callable[[LoraLens, Prompts], Tensor]
+
+    def over(self, parts: Sequence[Part], unembedded: int) -> Iterator[_OnePass]:
+        """The passes that all parts take, in the order of their blocks.
+
+        Args:
+            parts: all parts.
+            unembedded: of how many prompts the logits are computed.
+        """
+        lens = self.lens
+        layers = [lens.sites[part.site].layer for part in parts]
+        in_order = sorted(range(len(parts)), key=layers.__getitem__)
+        # Parts of the embeddings have no block at whose input a row could begin.
+        branches = [lens.host.grows and layer >= 0 for layer in layers]
+        whole = [index for index in in_order if not branches[index]]
+        branching = [index for index in in_order if branches[index]]
+        if whole:
+            parts_at_once = memory.tangents_at_once(lens, self.prompts, read=unembedded)
+            for start in range(0, len(whole), parts_at_once):
+                yield _OnePass(whole[start : start + parts_at_once], self.in_rows)
+        if branching:
+            longest = self.prompts.row(int(self.prompts.lengths.argmax()))
+            parts_at_once = memory.tangents_at_once(lens, longest, read=unembedded)
+            for start in range(0, len(branching), parts_at_once):
+                yield _OnePass(branching[start : start + parts_at_once], self.branching)
 
     def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
         """Every part of every prompt in a row of one batch, from the embeddings on."""
