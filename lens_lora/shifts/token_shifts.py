@@ -187,30 +187,31 @@ def token_shifts(
     if not isinstance(k, int) or k < 1 or not is_pair:
         raise ArgumentError(f"k={k!r}, between={between!r}: expected at least 1, and two settings.")
     g = lens.function(prompts, AnswerLogProb(response))
-    first, second = (lens.gates(scale) for scale in between)
+    first = lens.gates(between[0])
+    second = lens.gates(between[1])
     read = g.require_one_response()
-    responses = [read.tokens[read.owner == prompt] for prompt in range(read.batch)]
-    rows: list[_Moved] = []
-    for prompt, ids in enumerate(responses):
+    by_prompt: list[_Moved] = []
+    for prompt in range(read.batch):
         # One prompt at a time: the logits of both settings are held.
         one = g.only([prompt])
         base = one.logits(first)[0]
         adapted = one.logits(second)[0]
-        rows.append(_moved(base, adapted, ids.to(base.device), k))
-    promoted_ids = _padded([row.promoted_ids for row in rows])
-    suppressed_ids = _padded([row.suppressed_ids for row in rows])
+        ids = read.tokens[read.owner == prompt].to(base.device)
+        by_prompt.append(_moved(base, adapted, ids, k))
+    numbers = _padded(by_prompt)
+    changed = torch.cat([numbers["promoted_ids"], numbers["suppressed_ids"]])
     return TokenShifts(
-        response=tuple(tuple(lens.decode(ids.tolist())) for ids in responses),
+        response=g.response_tokens(),
         # The two ends, or directions, come first.
-        log_p=_padded([row.log_p for row in rows]).movedim(-1, 0),
-        entropy=_padded([row.entropy for row in rows]).movedim(-1, 0),
-        rank=_padded([row.rank for row in rows]).movedim(-1, 0),
-        kl=_padded([row.kl for row in rows]).movedim(-1, 0),
-        promoted=_padded([row.promoted for row in rows]),
-        suppressed=_padded([row.suppressed for row in rows]),
-        promoted_ids=promoted_ids,
-        suppressed_ids=suppressed_ids,
-        strings=_strings_of(lens, torch.cat([promoted_ids, suppressed_ids])),
+        log_p=numbers["log_p"].movedim(-1, 0),
+        entropy=numbers["entropy"].movedim(-1, 0),
+        rank=numbers["rank"].movedim(-1, 0),
+        kl=numbers["kl"].movedim(-1, 0),
+        promoted=numbers["promoted"],
+        suppressed=numbers["suppressed"],
+        promoted_ids=numbers["promoted_ids"],
+        suppressed_ids=numbers["suppressed_ids"],
+        strings=_strings_of(lens, changed),
         between=(name_of_scale(between[0]), name_of_scale(between[1])),
         str_tokens=lens.str_tokens(g.prompts),
         meta=lens.describe(g.prompts),
@@ -282,10 +283,14 @@ def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
     return torch.where(p > 0, p * values, 0.0).sum(-1)
 
 
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """The rows as one tensor: beyond a row's own tokens NaN, of integers −1."""
-    filler = torch.nan if rows[0].is_floating_point() else -1
-    return pad_sequence([*rows], batch_first=True, padding_value=filler)
+def _padded(by_prompt: Sequence[_Moved]) -> dict[str, Tensor]:
+    """Each number of all responses as one tensor: beyond a response's own tokens NaN, or −1."""
+    padded: dict[str, Tensor] = {}
+    for name in _Moved._fields:
+        rows: list[Tensor] = [getattr(moved, name) for moved in by_prompt]
+        filler = torch.nan if rows[0].is_floating_point() else -1
+        padded[name] = pad_sequence(rows, batch_first=True, padding_value=filler)
+    return padded
 
 
 def _strings_of(lens: LoraLens, ids: Int[Tensor, "*any"]) -> dict[str, str]:
