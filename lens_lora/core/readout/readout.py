@@ -198,18 +198,23 @@ class Readout(abc.ABC):
 
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether two values are equal, where tensors may be in them, whose == is no truth value."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, Tensor | np.ndarray) or isinstance(other, Tensor | np.ndarray):
-        return False
+        return _are_equal_arrays(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         is_alike = type(one) is type(other) and len(one) == len(other)
         return is_alike and all(map(_are_equal, one, other))
     return bool(one == other)
+
+
+def _are_equal_arrays(one: Any, other: Any) -> bool:
+    """Whether both are tensors, or both are arrays of NumPy, of one dtype with equal entries."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return False
 
 
 def require_readout(value: object) -> Readout:
