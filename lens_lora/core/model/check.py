@@ -14,15 +14,10 @@ from typing import Any
 from torch import nn
 
 from lens_lora import compat
-from lens_lora.compat import (
-    activation_checkpointing,
-)
+from lens_lora.compat import activation_checkpointing
 from lens_lora.core.adapter.adapter import Adapter
 from lens_lora.core.model import extensions
-from lens_lora.errors import (
-    AdapterError,
-    ModelStateError,
-)
+from lens_lora.errors import AdapterError, ModelStateError
 
 SKIP = "Pass check=False to go on without this check, at your own risk."
 

@@ -57,7 +57,8 @@ def svd_turn(update: Update) -> Turn:
         return Turn(to_svd, from_svd, torch.cat([turn.sigma for turn in turns]))
     A = in_float64(update.A)
     B = in_float64(update.B).to(A.device) * update.scale
-    out, width = len(B), A.shape[1]
+    out = len(B)
+    width = A.shape[1]
     rank = len(A)
     to_svd = A.new_zeros(rank, rank)
     from_svd = A.new_zeros(rank, rank)

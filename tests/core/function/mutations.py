@@ -437,8 +437,8 @@ BASIS = [
     Mutation(
         "s is dropped from singular values",
         "core/model/gauge.py",
-        "    B = in_float64(update.B).to(A.device) * update.scale\n    out, width",
-        "    B = in_float64(update.B).to(A.device)\n    out, width",
+        "    B = in_float64(update.B).to(A.device) * update.scale\n    out = len(B)",
+        "    B = in_float64(update.B).to(A.device)\n    out = len(B)",
         SINGULAR,
     ),
     Mutation(
