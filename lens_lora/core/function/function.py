@@ -50,7 +50,6 @@ from lens_lora.core.function import (
     modes,
     reverse,
     rounding,
-    slopes,
     tangents,
 )
 from lens_lora.core.function.corners import (
@@ -69,6 +68,7 @@ from lens_lora.core.function.logits import logits_at_points
 from lens_lora.core.function.noise import Noise
 from lens_lora.core.function.own_passes import OwnPasses
 from lens_lora.core.function.pulled_back import Covector, pulled_back_in_groups
+from lens_lora.core.function.slopes import slopes_at_points, weighted_slopes
 from lens_lora.core.model import Gauge, LoraLens, ScaleInject, by_axes, extensions
 from lens_lora.core.model.sites import AXES, Site
 from lens_lora.core.readout import LogProbs, Prompts, PromptsLike, PromptTokens, Reading, Readout
@@ -330,7 +330,7 @@ class Function:
         lens = self.lens.in_gauge(gauge)
         with under or contextlib.nullcontext():
             if weights is not None:
-                total = slopes.weighted_slopes(
+                total = weighted_slopes(
                     lens, self.reading, points, weights, axes, progress=self.progress
                 )
                 reverse.require_finite_slopes(lens, total)
@@ -850,7 +850,7 @@ class Function:
         del remember  # A function has no memory.
         if "token" in axes:
             self.require_one_response()
-        return slopes.slopes_at_points(lens, self.reading, points, axes, progress=self.progress)
+        return slopes_at_points(lens, self.reading, points, axes, progress=self.progress)
 
     def _draws_of_ends(self) -> tuple[Float[Tensor, "draw batch"], Float[Tensor, "draw batch"]]:
         (base,) = self._draws([0.0])
