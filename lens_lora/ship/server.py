@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from lens_lora.errors import ArgumentError, ServerError
 
@@ -50,18 +50,12 @@ class Server:
         requests: how many were sent.
 
     Raises:
-        ArgumentError: no URL of http or https, or one that holds a password.
+        ArgumentError: no URL of http or https, one that may hold a key, or a key that no header can
+            hold.
     """
 
     def __init__(self, url: str, timeout: float, most_requests: int) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ArgumentError(f"{url!r} is no URL of a server; expected http://host:port.")
-        if parts.username or parts.password:
-            fact = "a URL with a user or password is not sent"
-            raise ArgumentError(fact, remedy=f"put a key into the environment, as {KEY}.")
-        if parts.query or parts.fragment:
-            raise ArgumentError(f"{url!r} has more than host, port and path; leave it out.")
+        parts = _parts_of(url)
         self.url = url
         self.requests: int = 0
         self._is_secure = parts.scheme == "https"
@@ -70,7 +64,7 @@ class Server:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout = timeout
         self._most_requests = most_requests
-        self._key = os.environ.get(KEY, "")
+        self._key = _key_of_environment()
 
     def get(self, path: str) -> Any:
         """The JSON that the server gives at a path. One request.
@@ -107,7 +101,8 @@ class Server:
             connection.request(method, self._path + path, body, self._headers(body))
             answer = connection.getresponse()
             content = answer.read(_MOST_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            # UnicodeError: a host name that no name server could know.
             reason = str(error) or type(error).__name__
             raise self._error(f"no answer to {method} {path} ({reason})") from error
         finally:
@@ -133,12 +128,15 @@ class Server:
         if 200 <= status < 300:
             return
         if 300 <= status < 400:
-            place = answer.getheader("Location") or "nowhere"
+            # What follows '?' may be a secret of the server's.
+            place = (answer.getheader("Location") or "nowhere").partition("?")[0]
             raise self._error(f"{path} redirects to {place}, which is not followed")
         if status in (401, 403):
             remedy = f"put its key into the environment, as {KEY}."
             raise self._error(f"it refuses access to {path} ({status})", remedy)
-        message = " ".join(content.decode("utf-8", "replace").split())[:_MESSAGE]
+        # The key is taken out first, lest a part of it stays where the message is cut.
+        whole_message = self._without_key(content.decode("utf-8", "replace"))
+        message = " ".join(whole_message.split())[:_MESSAGE]
         fact = f"{path} is answered with {status}: {message}"
         if 400 <= status < 500:
             raise Refused(self._without_key(f"{self.url}: {fact}."), status=status)
@@ -152,8 +150,35 @@ class Server:
         return text.replace(self._key, "(key)") if self._key else text
 
 
-def _port_of(parts: Any, url: str) -> int | None:
+def _parts_of(url: str) -> SplitResult:
+    """The parts of a server's URL, which is quoted in a message only if it can hold no key."""
+    if "@" in url:
+        fact = "a URL with a user or password is not sent"
+        raise ArgumentError(fact, remedy=f"put a key into the environment, as {KEY}.")
+    if "?" in url or "#" in url:
+        fact = "the URL has more than host, port and path, namely a part after '?' or '#'"
+        raise ArgumentError(fact, remedy=f"leave it out; a key goes into the environment as {KEY}.")
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+    except ValueError as error:
+        raise ArgumentError(f"{url!r}: {error}.") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ArgumentError(f"{url!r} is no URL of a server; expected http://host:port.")
+    return parts
+
+
+def _port_of(parts: SplitResult, url: str) -> int | None:
     try:
         return parts.port
     except ValueError as error:
         raise ArgumentError(f"{url!r}: {error}.") from error
+
+
+def _key_of_environment() -> str:
+    """The key, without the line break with which a file of it ends; empty if there is none."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        # The standard library would quote the whole key in its own error.
+        fact = f"the key in {KEY} has a character that cannot be sent in a header"
+        raise ArgumentError(fact, remedy="set it again: a key is printable ASCII on one line.")
+    return key

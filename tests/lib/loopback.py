@@ -143,8 +143,8 @@ class Log(list):
 def serving(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[tuple[str, Log]]:
     """A server on a free port of loopback, with its URL and the requests that it gets.
 
-    `answer` gives the JSON for a path and a body; None is answered with 404, and a pair (status,
-    headers) as it stands.
+    `answer` gives the JSON for a path and a body; None is answered with 404, and (status, headers)
+    or (status, headers, content) as it stands.
     """
     log = Log()
 
@@ -165,8 +165,8 @@ def serving(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[tuple[str,
                 status = 404
                 reply = {"error": {"message": f"no {self.path}"}}
             if isinstance(reply, tuple):
-                status, headers = reply
-                reply = {}
+                status, headers, *contents = reply
+                reply = contents[0] if contents else {}
             content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -178,7 +178,7 @@ def serving(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[tuple[str,
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", log

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, ServerError
 from lens_lora.ship import served as served_module
+from lens_lora.ship.server import Refused, Server
 
 QUIET = {"progress": False}
 TEXTS = [f"w{i} w{i + 7} w{2 * i} w{i + 20} w{60 - i}" for i in range(4, 14)]
@@ -458,6 +459,28 @@ def test_a_key_that_the_server_repeats_is_not_printed(shipment, monkeypatch):
     assert "secret" not in str(raised.value)
 
 
+def test_a_key_is_not_printed_in_part(monkeypatch):
+    """A message of the server is cut at 200 characters: here in the middle of the key."""
+    monkeypatch.setenv("LENS_LORA_API_KEY", "secret")
+    with serving(lambda path, body: (400, {}, 197 * b"x" + b"secret")) as (url, _):
+        with pytest.raises(Refused) as raised:
+            Server(url, 5.0, 1).get("/v1/models")
+    assert "xxx" in str(raised.value) and "sec" not in str(raised.value)
+
+
+def test_a_key_that_ends_in_a_line_break(monkeypatch):
+    """It is sent without; one with a line break inside is refused, and not quoted."""
+    monkeypatch.setenv("LENS_LORA_API_KEY", "secret\r\n")
+    with serving(lambda path, body: {}) as (url, log):
+        Server(url, 5.0, 1).get("/v1/models")
+    assert log[0][1]["Authorization"] == "Bearer secret"
+    for key in ("sec\nret", "secr\u2026et"):
+        monkeypatch.setenv("LENS_LORA_API_KEY", key)
+        with pytest.raises(ArgumentError, match="cannot be sent in a header") as raised:
+            Server("http://127.0.0.1:1", 5.0, 1)
+        assert key not in str(raised.value)
+
+
 def test_a_server_that_does_not_answer(shipment):
     """No connection, or nothing within the time-out."""
     out = shipment(family="llama")
@@ -478,12 +501,21 @@ def test_several_names_are_listed(shipment):
     assert refused(out, lambda path, body: listed, words, ArgumentError, name=None) == 1
 
 
-@pytest.mark.parametrize(
-    "url", ["ftp://x", "http://", "http://me:secret@x", "http://x?key=1", "http://x:99999999"]
-)
-def test_a_url_that_is_none(url: str, shipment):
-    with pytest.raises(ArgumentError) as raised:
-        ll.verify_served(lens_of(shipment(family="llama")), url, **QUIET)
+WRONG_URLS = {
+    "ftp://x": "no URL of a server",
+    "http://": "no URL of a server",
+    "http://me:secret@x": "user or password",
+    "ftp://me:secret@x": "user or password",
+    "http://x?key=secret": "after '[?]'",
+    "http://x:99999999": "out of range",
+    "http://[::1": "IPv6",
+}
+
+
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_a_url_that_is_none(url: str):
+    with pytest.raises(ArgumentError, match=WRONG_URLS[url]) as raised:
+        Server(url, 5.0, 1)
     assert "secret" not in str(raised.value)
 
 
