@@ -9,13 +9,15 @@
 | `Chat` | messages | generated tokens | where there is no completions API |
 
 Each way is a request and how its answer is read. An answer that does not hold what was asked for
-raises `Unsupported`, and the next way is tried. No sampling changes what is told: the temperature
-is 0, and log-probabilities are those of the model.
+raises `Unsupported`, and the next way is tried. A token without a number, which a broken model may
+give, is an error: left out, it would hide what is wrong. No sampling changes what is told: the
+temperature is 0, and log-probabilities are those of the model.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, final
 
@@ -29,6 +31,7 @@ _CHAT = "/v1/chat/completions"
 _GENERATE = "/generate"
 # vLLM writes a token as this and its id, where it is asked to.
 _ID_PREFIX = "token_id:"
+_OTHER_FORM = "log-probabilities of another form"
 
 
 class Unsupported(ServerError):
@@ -92,24 +95,29 @@ class Way(abc.ABC):
         """
 
 
+class _OfTokens(Way):
+    """A prompt of token ids, in the completions API."""
+
+    sends_ids = True
+
+    def _choice(
+        self, server: Server, name: str, asked: Asked, new_tokens: int, **options: Any
+    ) -> dict[str, Any]:
+        """The first choice of the answer. One request."""
+        body = {"model": name, "prompt": asked.ids, **_greedy(new_tokens), **options}
+        return _first_choice(server.post(_COMPLETIONS, body))
+
+
 @final
-class PromptLogProbs(Way):
+class PromptLogProbs(_OfTokens):
     """The prompt's tokens, by the field `prompt_logprobs` of vLLM."""
 
     words = "prompt_logprobs of the completions API"
     is_of_prompt = True
-    sends_ids = True
 
     def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
         """Ask with `prompt_logprobs`, and one token to generate, as vLLM asks for at least one."""
-        body = {
-            "model": name,
-            "prompt": asked.ids,
-            "max_tokens": 1,
-            "temperature": 0,
-            "prompt_logprobs": 0,
-        }
-        choice = _choice(server.post(_COMPLETIONS, body))
+        choice = self._choice(server, name, asked, 1, prompt_logprobs=0)
         entries = choice.get("prompt_logprobs")
         if not isinstance(entries, list) or not entries:
             raise Unsupported("no prompt_logprobs in the answer")
@@ -124,44 +132,36 @@ class PromptLogProbs(Way):
             chosen = _chosen_token(entry, asked.ids, position, len(entries))
             ids.append(chosen)
             log_p.append(_number(entry[str(chosen)]))
-        return Told(log_p, ids, None)
+        return _of_prompt(log_p, ids, None)
 
 
 def _chosen_token(entry: Any, ids: Sequence[int], position: int, length: int) -> int:
     """The id of the prompt's own token among those of an entry, which may hold likelier ones."""
-    if not isinstance(entry, dict) or not entry:
-        raise Unsupported("prompt_logprobs of another form")
+    if not isinstance(entry, dict) or not all(str(token).isdecimal() for token in entry):
+        raise Unsupported(_OTHER_FORM)
     from_end = position - length
     expected = ids[from_end] if -from_end <= len(ids) else None
     if str(expected) in entry:
         return int(str(expected))
+    if not entry:
+        raise Unsupported(_OTHER_FORM)
     return int(next(iter(entry)))
 
 
 @final
-class Echo(Way):
+class Echo(_OfTokens):
     """The prompt's tokens, which the completions API repeats with `echo`."""
 
     words = "logprobs with echo of the completions API"
     is_of_prompt = True
-    sends_ids = True
 
     def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
         """Ask with `echo`; the token that is generated beside the prompt is left out."""
-        body = {
-            "model": name,
-            "prompt": asked.ids,
-            "max_tokens": 1,
-            "temperature": 0,
-            "logprobs": 1,
-            "echo": True,
-        }
-        choice = _choice(server.post(_COMPLETIONS, body))
-        told = _of_completions(choice)
+        told = _of_completions(self._choice(server, name, asked, 1, logprobs=1, echo=True))
         generated = 1
         if len(told.log_p) <= generated or told.log_p[0] is not None:
             raise Unsupported("the prompt is not repeated")
-        return Told(
+        return _of_prompt(
             told.log_p[:-generated],
             None if told.ids is None else told.ids[:-generated],
             None if told.pieces is None else told.pieces[:-generated],
@@ -191,31 +191,26 @@ class Prefill(Way):
         answer = answer[0] if isinstance(answer, list) and answer else answer
         details = answer.get("details") if isinstance(answer, dict) else None
         entries = details.get("prefill") if isinstance(details, dict) else None
-        if not entries:
+        if not isinstance(entries, list) or not entries:
             raise Unsupported("no details of the prompt's tokens in the answer")
+        if not all(isinstance(entry, dict) and _is_id(entry.get("id")) for entry in entries):
+            raise Unsupported(_OTHER_FORM)
         log_p = [_number_or_none(entry.get("logprob")) for entry in entries]
-        ids = [int(entry["id"]) for entry in entries]
-        return Told(log_p, ids, [str(entry.get("text", "")) for entry in entries])
+        pieces = [str(entry.get("text", "")) for entry in entries]
+        return _of_prompt(log_p, [entry["id"] for entry in entries], pieces)
 
 
 @final
-class Continuation(Way):
+class Continuation(_OfTokens):
     """Tokens that the server generates after the prompt."""
 
     words = "logprobs of generated tokens of the completions API"
     is_of_prompt = False
-    sends_ids = True
 
     def told(self, server: Server, name: str, asked: Asked, new_tokens: int) -> Told:
         """Ask for the likeliest tokens, one after another."""
-        body = {
-            "model": name,
-            "prompt": asked.ids,
-            "max_tokens": new_tokens,
-            "temperature": 0,
-            "logprobs": 1,
-        }
-        return _of_completions(_choice(server.post(_COMPLETIONS, body)))
+        choice = self._choice(server, name, asked, new_tokens, logprobs=1)
+        return _all_told(_of_completions(choice))
 
 
 @final
@@ -230,14 +225,9 @@ class Chat(Way):
         """Ask with the messages, to which the server applies its own template."""
         if asked.messages is None:
             raise Unsupported("this text is no conversation")
-        body = {
-            "model": name,
-            "messages": list(asked.messages),
-            "max_tokens": new_tokens,
-            "temperature": 0,
-            "logprobs": True,
-        }
-        return _of_completions(_choice(server.post(_CHAT, body)))
+        messages = list(asked.messages)
+        body = {"model": name, "messages": messages, **_greedy(new_tokens), "logprobs": True}
+        return _all_told(_of_completions(_first_choice(server.post(_CHAT, body))))
 
 
 # In the order in which they are tried.
@@ -253,16 +243,23 @@ def served_names(server: Server) -> list[str]:
     """
     answer = server.get("/v1/models")
     entries = answer.get("data") if isinstance(answer, dict) else None
-    names = [str(entry["id"]) for entry in entries or [] if isinstance(entry, dict)]
+    if not isinstance(entries, list):
+        entries = []
+    names = [str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry]
     if not names:
         raise Unsupported("it lists no models")
     return names
 
 
+def _greedy(new_tokens: int) -> dict[str, Any]:
+    """The fields that ask for the likeliest tokens."""
+    return {"max_tokens": new_tokens, "temperature": 0}
+
+
 # --- Reading answers
 
 
-def _choice(answer: Any) -> dict[str, Any]:
+def _first_choice(answer: Any) -> dict[str, Any]:
     """The first choice of an answer of the completions or the chat API."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -280,9 +277,9 @@ def _of_completions(choice: Mapping[str, Any]) -> Told:
     values = log_probs.get("token_logprobs")
     pieces = log_probs.get("tokens")
     if not isinstance(values, list) or not isinstance(pieces, list) or len(values) != len(pieces):
-        raise Unsupported("logprobs of another form")
+        raise Unsupported(_OTHER_FORM)
     log_p = [_number_or_none(value) for value in values]
-    return _with_ids(log_p, [str(piece) for piece in pieces], None)
+    return _with_ids(log_p, [str(piece) for piece in pieces])
 
 
 def _of_content(entries: Sequence[Any]) -> Told:
@@ -291,27 +288,50 @@ def _of_content(entries: Sequence[Any]) -> Told:
     llama.cpp uses it in its completions API, too.
     """
     if not all(isinstance(entry, dict) and "logprob" in entry for entry in entries):
-        raise Unsupported("logprobs of another form")
+        raise Unsupported(_OTHER_FORM)
     log_p = [_number_or_none(entry["logprob"]) for entry in entries]
     pieces = [str(entry.get("token", "")) for entry in entries]
     ids = [entry.get("id") for entry in entries]
-    if all(isinstance(number, int) for number in ids):
-        return Told(log_p, [int(number) for number in ids], pieces)
-    return _with_ids(log_p, pieces, None)
+    if all(_is_id(number) for number in ids):
+        return Told(log_p, ids, pieces)
+    return _with_ids(log_p, pieces)
 
 
-def _with_ids(log_p: list[float | None], pieces: list[str], ids: list[int] | None) -> Told:
-    """The same, with ids where the pieces are written as 'token_id:17'."""
-    if pieces and all(piece.startswith(_ID_PREFIX) for piece in pieces):
-        ids = [int(piece.removeprefix(_ID_PREFIX)) for piece in pieces]
-        return Told(log_p, ids, None)
+def _with_ids(log_p: list[float | None], pieces: list[str]) -> Told:
+    """Tokens by their ids where all pieces are written as 'token_id:17', and else as strings."""
+    numbers = [piece.removeprefix(_ID_PREFIX) for piece in pieces if piece.startswith(_ID_PREFIX)]
+    are_all_ids = len(numbers) == len(pieces) and all(number.isdecimal() for number in numbers)
+    if pieces and are_all_ids:
+        return Told(log_p, [int(number) for number in numbers], None)
+    return Told(log_p, None, pieces)
+
+
+def _of_prompt(log_p: list[float | None], ids: list[int] | None, pieces: list[str] | None) -> Told:
+    """What was told of a prompt, of which the first token alone has no log-probability."""
+    if None in log_p[1:]:
+        raise ServerError(f"the server tells no log-probability of token {log_p.index(None, 1)}.")
     return Told(log_p, ids, pieces)
+
+
+def _all_told(told: Told) -> Told:
+    """What was told of generated tokens, each of which has a log-probability."""
+    if None in told.log_p:
+        place = told.log_p.index(None)
+        raise ServerError(f"the server tells no log-probability of generated token {place}.")
+    return told
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(entry: Any) -> float:
     value = entry.get("logprob") if isinstance(entry, dict) else entry
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unsupported(f"a log-probability is {value!r}")
+    if not math.isfinite(value):
+        # Left out, it would hide that the served model computes with numbers that are none.
+        raise ServerError(f"the server tells {value} as the log-probability of a token.")
     return float(value)
 
 

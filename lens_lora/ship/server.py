@@ -59,7 +59,7 @@ class Server:
         self.url = url
         self.requests: int = 0
         self._is_secure = parts.scheme == "https"
-        self._host = parts.hostname
+        self._host = parts.hostname or ""
         self._port = _port_of(parts, url)
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout = timeout

@@ -134,7 +134,7 @@ def test_each_way_to_ask(kind: str, shipment):
     """Prompt tokens or generated ones: the same verdict, and the base in its place is found."""
     out = shipment(family="llama")
     lens = lens_of(out)
-    options = {"name": "tuned", "texts": TEXTS}
+    options = {"name": "tuned", "texts": TEXTS, "new_tokens": 6}
     right = verified(lens, Engine(adapted(out), models.tokenizer()), KINDS[kind], **options)
     assert right.outcome == "passed", right.checks
     base = verified(lens, Engine(no_ops.base_of(out), models.tokenizer()), KINDS[kind], **options)
@@ -447,6 +447,68 @@ def test_a_server_without_log_probabilities(shipment):
     assert refused(out, lambda path, body: None, "no /v1/completions", texts=TEXTS) == 4
 
 
+def replaced(kind, edit):
+    """A server whose answers are edited."""
+
+    def answer(engine, path, body):
+        found = kind(engine, path, body)
+        if found is not None and path != "/v1/models":
+            edit(found)
+        return found
+
+    return answer
+
+
+def without_a_number(value):
+    """The third token's log p is this, in each form of an answer."""
+
+    def edit(answer) -> None:
+        if "details" in answer:
+            answer["details"]["prefill"][2]["logprob"] = value
+            return
+        (choice,) = answer["choices"]
+        if "prompt_logprobs" in choice:
+            (entry,) = choice["prompt_logprobs"][2].values()
+            entry["logprob"] = value
+        elif "content" in choice["logprobs"]:
+            choice["logprobs"]["content"][2]["logprob"] = value
+        else:
+            choice["logprobs"]["token_logprobs"][2] = value
+
+    return edit
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_without_a_number_is_not_left_out(kind: str, value, shipment):
+    """A served model that computes NaN: no verdict from the tokens that remain."""
+    out = shipment(family="llama")
+    broken = replaced(KINDS[kind], without_a_number(value))
+    options = {"name": "tuned", "texts": TEXTS[:1]}
+    with pytest.raises(ServerError, match="log-probabilit"):
+        verified(lens_of(out), Engine(adapted(out), models.tokenizer()), broken, **options)
+
+
+STRANGE = (
+    [],
+    {"data": [{}]},
+    {"data": 1},
+    {"choices": [{"prompt_logprobs": [None, {"x": {"logprob": -1.0}}]}]},
+    {"choices": [{"prompt_logprobs": [None, {}]}]},
+    {"choices": [{"logprobs": {"tokens": ["token_id:x"], "token_logprobs": ["a"]}}]},
+    {"choices": [{"logprobs": {"content": [1]}}]},
+    {"details": {"prefill": 3}},
+    {"details": {"prefill": [{"logprob": None}]}},
+)
+
+
+@pytest.mark.parametrize("answer", STRANGE, ids=str)
+def test_an_answer_of_another_form(answer, shipment):
+    out = shipment(family="llama")
+    options = {"texts": TEXTS[:1], "name": None}
+    assert refused(out, lambda path, body: answer, "tells no log-probabilities", **options) == 5
+
+
 def test_a_key_that_the_server_repeats_is_not_printed(shipment, monkeypatch):
     monkeypatch.setenv("LENS_LORA_API_KEY", "secret")
     out = shipment(family="llama")
@@ -462,9 +524,12 @@ def test_a_key_that_the_server_repeats_is_not_printed(shipment, monkeypatch):
 def test_a_key_is_not_printed_in_part(monkeypatch):
     """A message of the server is cut at 200 characters: here in the middle of the key."""
     monkeypatch.setenv("LENS_LORA_API_KEY", "secret")
-    with serving(lambda path, body: (400, {}, 197 * b"x" + b"secret")) as (url, _):
-        with pytest.raises(Refused) as raised:
-            Server(url, 5.0, 1).get("/v1/models")
+    answer = (400, {}, 197 * b"x" + b"secret")
+    with (
+        serving(lambda path, body: answer) as (url, _),
+        pytest.raises(Refused) as raised,
+    ):
+        Server(url, 5.0, 1).get("/v1/models")
     assert "xxx" in str(raised.value) and "sec" not in str(raised.value)
 
 
