@@ -236,3 +236,25 @@ class GGUFFile:
             raise ModelStateError(f"{fact}.") from error
         shape = [int(size) for size in reversed(stored.shape)]
         return StoredTensor(torch.from_numpy(values.copy()).float().reshape(shape), kind)
+
+
+def rounding_to(kind: str, exact: Tensor) -> float | None:
+    """‖rounded − exact‖ / ‖exact‖ of a tensor that is rounded to a type of GGUF.
+
+    Args:
+        kind: the name of the type, such as Q4_1.
+        exact: [..., in].
+
+    Returns:
+        None for a type to which the gguf package does not round, such as Q4_K.
+    """
+    gguf = require_gguf()
+    stored_as = gguf.GGMLQuantizationType[kind]
+    values = exact.detach().cpu().to(torch.float32).contiguous()
+    try:
+        data = gguf.quants.quantize(values.numpy(), stored_as)
+    except (NotImplementedError, ValueError):
+        return None
+    rounded = torch.from_numpy(gguf.quants.dequantize(data, stored_as).copy()).reshape(values.shape)
+    difference = float((rounded.double() - values.double()).norm())
+    return difference / max(float(values.double().norm()), 1e-300)

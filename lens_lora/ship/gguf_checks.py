@@ -11,6 +11,10 @@ A merged model's file (`--merged x.gguf`) holds one tensor M for each of the bas
 D = E − W is what a merge adds and R = M − W what was added. The rounding of a quantised type is of
 the size of ΔW or larger, and as good as independent of it, so that over the whole tensor c is known
 to σ = ‖(M − E) ∘ D‖ / ‖D‖², which is small; and ‖M − E‖ / ‖E‖ is at most what the type rounds.
+
+What a type rounds is measured: E itself is rounded to it by the gguf package. That package rounds
+to no K-quant (Q4_K and its like), so that a tensor of these is never called right: it fails if c is
+not 1, and is undecided if it is.
 """
 
 from __future__ import annotations
@@ -24,9 +28,15 @@ from torch import Tensor
 
 from lens_lora.core import SIGMAS, Adapter, LoRAFactors, ModuleUpdate
 from lens_lora.errors import LensLoraError, many
-from lens_lora.formats.gguf_layout import GGUFFile, Layout, StoredTensor, layout_of
+from lens_lora.formats.gguf_layout import (
+    GGUFFile,
+    Layout,
+    StoredTensor,
+    layout_of,
+    rounding_to,
+)
 from lens_lora.formats.gguf_write import A_SUFFIX, ALPHA, B_SUFFIX
-from lens_lora.ship.checks import Check, MergedTensor, first_of, worst
+from lens_lora.ship.checks import Check, MergedTensor, Outcome, first_of, worst
 from lens_lora.ship.expected_tensors import Expected, ExpectedTensors
 from lens_lora.ship.merged_tensors import mistakes
 
@@ -35,24 +45,22 @@ if TYPE_CHECKING:
 
 LORA = "GGUF adapter"
 MERGED_GGUF = "tensors of the merged GGUF"
+GGUF_REST = "tokenizer and settings of the merged GGUF"
 
-# ‖rounded − exact‖ / ‖exact‖ that a type gives weights at most: about twice what it gives normally
-# distributed ones.
-_ROUNDS = {
-    "F32": 1e-6,
-    "F16": 2.0**-11,
-    "BF16": 2.0**-8,
-    "Q8_0": 0.012,
-    "Q6_K": 0.04,
-    "Q5_0": 0.08,
-    "Q5_1": 0.08,
-    "Q5_K": 0.08,
-    "Q4_0": 0.2,
-    "Q4_1": 0.16,
-    "Q4_K": 0.16,
-    "Q3_K": 0.35,
-    "Q2_K": 0.6,
-}
+# What llama.cpp reads before it loads an adapter or a model.
+_TYPE = "general.type"
+_ADAPTER_TYPE = "adapter.type"
+_ARCHITECTURE = "general.architecture"
+
+# ‖rounded − exact‖ / ‖exact‖ of float32, in which llama.cpp's converters compute.
+_FLOAT32 = 1e-6
+# Two programs round to one type differently: by at most this factor, as one of them may weigh
+# entries by what goes through them.
+_OTHER_PROGRAM = 1.5
+# No type rounds more than this.
+_COARSEST = 0.6
+# What is said of a tensor that looks right, in a type to which the gguf package does not round.
+_UNKNOWN = ", as far as can be seen: how much this type rounds is not known here"
 # c of a right file is 1 but for rounding, and the next mistake is further from it.
 _NEAR = 0.05
 # A mistake is named if c is this close to its own.
@@ -81,13 +89,15 @@ def lora_checks(
     if isinstance(base, str):
         return [Check(LORA, "undecided", "no base at hand")], ()
     file = GGUFFile(path)
-    kind = file.field("general.type")
-    if kind != "adapter":
-        return [Check(LORA, "failed", f"general.type is {kind!r}", "'adapter'", path.name)], ()
     try:
         layout = layout_of(base.config)
     except LensLoraError as error:
         return [Check(LORA, "undecided", str(error))], ()
+    expected = {_TYPE: "adapter", _ADAPTER_TYPE: "lora", _ARCHITECTURE: layout.architecture}
+    for field, value in expected.items():
+        found = file.field(field)
+        if found != value:
+            return [Check(LORA, "failed", f"{field} is {found!r}", repr(value), path.name)], ()
     architecture = file.field("general.architecture")
     if architecture != layout.architecture:
         bound = repr(layout.architecture)
@@ -101,7 +111,8 @@ def merged_gguf_checks(
 ) -> tuple[list[Check], tuple[MergedTensor, ...]]:
     """Check that a GGUF file holds base + ΔW, tensor by tensor.
 
-    Its tokenizer and its fields are not compared, which the name of the check says.
+    Its tokenizer and its settings are not compared, which a check of their own says: it is
+    undecided, so that such a file never passes as a whole.
 
     Args:
         path: the file.
@@ -111,15 +122,27 @@ def merged_gguf_checks(
     Raises:
         ModelStateError: no GGUF file, a damaged one, or the package gguf is not installed.
     """
+    rest = Check(
+        GGUF_REST,
+        "undecided",
+        "the tokenizer, the chat template and the model's settings in the file are not compared",
+        "those of the adapter's training",
+    )
     if isinstance(base, str):
-        return [Check(MERGED_GGUF, "undecided", "no base at hand")], ()
+        return [Check(MERGED_GGUF, "undecided", "no base at hand"), rest], ()
     file = GGUFFile(path)
     try:
         layout = layout_of(base.config)
     except LensLoraError as error:
-        return [Check(MERGED_GGUF, "undecided", str(error))], ()
+        return [Check(MERGED_GGUF, "undecided", str(error)), rest], ()
+    architecture = file.field(_ARCHITECTURE)
+    if architecture != layout.architecture:
+        found = f"{_ARCHITECTURE} is {architecture!r}"
+        wrong = Check(MERGED_GGUF, "failed", found, repr(layout.architecture), path.name)
+        return [wrong, rest], ()
     tensors = tuple(_compared_tensors(file, adapter, base, layout))
-    return [_summary(MERGED_GGUF, tensors, "base + ΔW, to the rounding of each type")], tensors
+    bound = "base + ΔW, to the rounding of each type"
+    return [_summary(MERGED_GGUF, tensors, bound), rest], tensors
 
 
 def _summary(name: str, tensors: tuple[MergedTensor, ...], bound: str) -> Check:
@@ -170,11 +193,25 @@ def _compared_module(
     added = layout.rows_back(module, as_stored)
     D = update.materialise().double()
     size = float(D.square().sum())
+    if size == 0:
+        is_zero = not bool(added.any())
+        looks = "ΔW, which is zero" if is_zero else "not zero, and the adapter adds nothing there"
+        return MergedTensor(module, "passed" if is_zero else "failed", looks)
     c = float((added * D).sum()) / size
     off = float((added - D).norm()) / math.sqrt(size)
-    rounds = _rounds(a) + _rounds(b) + 1e-6
+    # A and B of the file may be scaled otherwise than the adapter's; relative rounding is the same.
+    rounds_a = _rounds(a, update.A.double())
+    rounds_b = _rounds(b, update.B.double())
+    outcome: Outcome = "passed"
+    looks = f"ΔW in {a.kind}"
+    if rounds_a is None or rounds_b is None:
+        outcome = "undecided"
+        looks += _UNKNOWN
+        rounds = _COARSEST
+    else:
+        rounds = rounds_a + rounds_b
     if off <= rounds and abs(c - 1) <= _NEAR:
-        return MergedTensor(module, "passed", f"ΔW in {a.kind}", c, 1.0)
+        return MergedTensor(module, outcome, looks, c, 1.0)
     if layout.is_permuted(module) and float((as_stored - D).norm()) <= rounds * math.sqrt(size):
         looks = "its rows are in Hugging Face's order: q and k are not permuted"
         return MergedTensor(module, "failed", looks, c, 1.0)
@@ -231,11 +268,14 @@ def _compared_tensor(
     E = before if after is None else after.tensor(before)
     if E is None:
         return MergedTensor(name, "failed", "of another shape than the adapter's")
-    rounds = _rounds(stored)
+    measured = _rounds(stored, E)
+    rounds = _COARSEST if measured is None else measured
+    outcome: Outcome = "undecided" if measured is None else "passed"
+    remark = _UNKNOWN if measured is None else ""
     off = float((M - E).norm()) / max(float(E.norm()), 1e-300)
     if after is None or E.equal(before):
         if off <= rounds:
-            return MergedTensor(name, "passed", f"the base's in {stored.kind}")
+            return MergedTensor(name, outcome, f"the base's in {stored.kind}{remark}")
         unturned = _unturned(layout, module, stored, E, rounds)
         looks = unturned or "changed, and the adapter adds nothing there"
         return MergedTensor(name, "failed", looks)
@@ -247,7 +287,7 @@ def _compared_tensor(
         if sigma > _UNCERTAIN:
             looks = f"{stored.kind} rounds so coarsely that ΔW is hardly seen"
             return MergedTensor(name, "undecided", looks, c, 1.0)
-        return MergedTensor(name, "passed", f"base + ΔW in {stored.kind}", c, 1.0)
+        return MergedTensor(name, outcome, f"base + ΔW in {stored.kind}{remark}", c, 1.0)
     unturned = _unturned(layout, module, stored, E, rounds)
     noise = rounds * float(before.norm()) if stored.kind != "F32" else 0.0
     looks = unturned or _looks(M - before, D, c, noise, after.update, sigma)
@@ -273,9 +313,23 @@ def _unturned(
 # --- What a wrong tensor looks like
 
 
-def _rounds(stored: StoredTensor) -> float:
-    """The relative rounding of a type; of one that is not known, none that is called right."""
-    return _ROUNDS.get(stored.kind, 0.0)
+def _rounds(stored: StoredTensor, exact: Tensor) -> float | None:
+    """The most that rounding to a tensor's type changes it, relative to its size.
+
+    Args:
+        stored: as it lies in the file.
+        exact: what it is to be before it is rounded; [out, in].
+
+    Returns:
+        None for a type to which the gguf package does not round.
+    """
+    measured = rounding_to(stored.kind, exact)
+    if measured is None:
+        return None
+    if bool((stored.values == stored.values.bfloat16()).all()):
+        # A model that was merged in bfloat16 and then converted.
+        measured = max(measured, rounding_to("BF16", exact) or 0.0)
+    return _OTHER_PROGRAM * measured + _FLOAT32
 
 
 def _looks(

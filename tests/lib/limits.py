@@ -132,6 +132,20 @@ def sweeps_are_merged_by(patch: pytest.MonkeyPatch, merge: Callable[..., Any]) -
     patch.setattr("lens_lora.sweeps.stream.TokenStore.merge", merge)
 
 
+def gguf_rounds_to_floats_alone(patch: pytest.MonkeyPatch) -> None:
+    """Quantised types of GGUF become ones to which the gguf package does not round."""
+    import gguf
+
+    rounded = gguf.quants.quantize
+
+    def quantize(values, kind):
+        if kind.name in ("F32", "F16", "BF16"):
+            return rounded(values, kind)
+        raise NotImplementedError(kind.name)
+
+    patch.setattr(gguf.quants, "quantize", quantize)
+
+
 def rows_of_gguf_stay(patch: pytest.MonkeyPatch) -> None:
     """A planted error: rows of q and k are written to a GGUF in the order of Hugging Face."""
     patch.setattr("lens_lora.formats.gguf_layout._KEY", ".no")

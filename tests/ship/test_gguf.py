@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_lora as ll
 from lens_lora.errors import ArgumentError, ModelStateError, UnsupportedAdapterError
+from lens_lora.formats.gguf_layout import rounding_to
 from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
 
 gguf = pytest.importorskip("gguf")
@@ -118,6 +119,16 @@ def test_a_wrong_adapter_fails(name: str, shipped, tmp_path):
     assert check.outcome == "failed" and says in check.measured
 
 
+def test_a_module_that_adds_nothing(shipped, tmp_path):
+    """ΔW of zero has no c: zero in the file is right, and anything else is not."""
+    adapter = ll.load_adapter(shipped / "adapter")
+    silent = edited(adapter.modules, lambda m, u: dataclasses.replace(u, B=torch.zeros_like(u.B)))
+    check, _ = lora(shipped, written(shipped, tmp_path, silent), silent)
+    assert check.outcome == "passed"
+    check, _ = lora(shipped, written(shipped, tmp_path, adapter), silent)
+    assert check.outcome == "failed" and "adds nothing there" in check.measured
+
+
 def test_a_file_that_lacks_modules_or_has_more(shipped, tmp_path):
     adapter = ll.load_adapter(shipped / "adapter")
     few = written(shipped, tmp_path, adapter.only("*self_attn*"))
@@ -179,24 +190,25 @@ def wide(tmp_path_factory):
     return base, adapter, merged
 
 
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_merged_gguf(kind: str, wide, tmp_path):
     """A right merge passes in every type, the base in its place fails, and q alone is found."""
     base, adapter, merged = wide
-    (check,), tensors = merged_gguf_checks(
+    (check, rest), tensors = merged_gguf_checks(
         write_base(merged, tmp_path / "x.gguf", kind), adapter, base
     )
+    assert rest.outcome == "undecided" and "tokenizer" in rest.measured
     assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
-    (check,), _ = merged_gguf_checks(write_base(base, tmp_path / "b.gguf", kind), adapter, base)
+    (check, _), _ = merged_gguf_checks(write_base(base, tmp_path / "b.gguf", kind), adapter, base)
     assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
     some = copy.deepcopy(merged)
     some.load_state_dict(
         {name: t for name, t in base.state_dict().items() if "q_proj" in name}, strict=False
     )
-    (check,), tensors = merged_gguf_checks(
+    (check, _), tensors = merged_gguf_checks(
         write_base(some, tmp_path / "s.gguf", kind), adapter, base
     )
     assert {t.name for t in tensors if t.outcome == "failed"} == {
@@ -207,9 +219,61 @@ def test_a_merged_gguf(kind: str, wide, tmp_path):
 def test_a_merged_gguf_whose_rows_are_not_permuted(wide, tmp_path):
     base, adapter, merged = wide
     file = write_base(merged, tmp_path / "x.gguf", "Q8_0", permuted=False)
-    (check,), tensors = merged_gguf_checks(file, adapter, base)
+    _, tensors = merged_gguf_checks(file, adapter, base)
     failed = [tensor for tensor in tensors if tensor.outcome == "failed"]
     assert len(failed) == 4 and all("not permuted" in tensor.looks for tensor in failed)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_another_weight_of_the_size_of_rounding_is_seen(kind: str, wide, tmp_path):
+    """A tensor that the adapter leaves alone, and that something else changed."""
+    base, adapter, merged = wide
+    changed = copy.deepcopy(merged)
+    name = "model.embed_tokens.weight"
+    with torch.no_grad():
+        weight = changed.get_parameter(name)
+        size = max(1.5 * rounding_to(kind, weight), 1e-5) * float(weight.norm())
+        noise = torch.randn(weight.shape, generator=models.seeded(1))
+        weight += size * noise / noise.norm()
+    file = write_base(changed, tmp_path / "x.gguf", kind)
+    _, tensors = merged_gguf_checks(file, adapter, base)
+    assert [t.name for t in tensors if t.outcome == "failed"] == [name]
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_a_merge_in_bfloat16_that_was_converted(kind: str, wide, tmp_path):
+    """Its rounding is that of bfloat16, in whichever type it lies."""
+    base, adapter, merged = wide
+    rounded = copy.deepcopy(merged).bfloat16()
+    file = write_base(rounded, tmp_path / "x.gguf", kind)
+    (check, _), tensors = merged_gguf_checks(file, adapter, base)
+    assert check.outcome == "passed", [t for t in tensors if t.outcome != "passed"]
+
+
+def test_a_type_whose_rounding_is_not_known_never_passes(wide, tmp_path, monkeypatch):
+    """As K-quants, to which the gguf package does not round; the base in its place still fails."""
+    base, adapter, merged = wide
+    right = write_base(merged, tmp_path / "x.gguf", "Q5_0")
+    wrong = write_base(base, tmp_path / "b.gguf", "Q5_0")
+    with monkeypatch.context() as patch:
+        limits.gguf_rounds_to_floats_alone(patch)
+        (check, _), _ = merged_gguf_checks(right, adapter, base)
+        assert check.outcome == "undecided" and "is not known here" in check.measured
+        (check, _), _ = merged_gguf_checks(wrong, adapter, base)
+        assert check.outcome == "failed" and "no ΔW (nothing was merged)" in check.measured
+    assert rounding_to("Q4_K", torch.ones(2, 256)) is None
+
+
+def test_a_file_of_another_architecture(wide, shipped, tmp_path):
+    """llama.cpp refuses such an adapter, and runs such a model otherwise."""
+    base, adapter, merged = wide
+    gemma = copy.deepcopy(base)
+    gemma.config.model_type = "qwen2"
+    file = write_base(merged, tmp_path / "x.gguf")
+    (check, _), _ = merged_gguf_checks(file, adapter, gemma)
+    assert check.outcome == "failed" and check.bound == "'qwen2'"
+    (check,), _ = lora_checks(written(shipped, tmp_path), adapter, gemma)
+    assert check.outcome == "failed" and check.measured == "general.architecture is 'llama'"
 
 
 # --- The engine behind a server
