@@ -121,7 +121,7 @@ class Contrast(Readable, Pictured):
                 what its sites write.
 
         Returns:
-            A data frame: name, direction, index, cosine.
+            A data frame: point, direction, index, cosine.
 
         Raises:
             ArgumentError: directions of another width or space, or none at a point.

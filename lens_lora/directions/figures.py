@@ -12,6 +12,9 @@ from lens_lora.show import figures, go
 from lens_lora.show.figures import heatmap, names_axis
 from lens_lora.show.text import label, percent
 
+# Up to so many factors are named one by one in a heading; of more, the first and the last.
+_FACTORS_NAMED = 5
+
 
 @drawing.figure.register(Contrast)
 def contrast_figure(contrast: Contrast) -> go.Figure:
@@ -88,10 +91,13 @@ def scaled_intruders_figure(result: ScaledIntruders) -> go.Figure:
         line = figures.curve(
             rows["share"].tolist(), rows["kl"].tolist(), name, colour, hover, marker=marker
         )
-        smallest = f"{result.scales[0]:g}"
+        smallest = f"× {result.scales[0]:g}"
         line.update(mode="lines+markers+text", text=[smallest], textposition=place)
         figure.add_trace(line)
-    below = f"{many(result.count, 'intruder')} times each factor, and the whole adapter"
+    factors = ", ".join(f"{scale:g}" for scale in result.scales)
+    if len(result.scales) > _FACTORS_NAMED:
+        factors = f"{result.scales[0]:g} to {result.scales[-1]:g}"
+    below = f"{many(result.count, 'intruder')}, or the whole adapter, times {factors}"
     titles = "What scaling intruders down keeps, and what it costs", below
     axes = f"share kept of the shift of {label(result.readout)}", "KL from the base, nats a token"
     return figures.finish(figure, titles, axes)

@@ -186,7 +186,7 @@ class ActivationShift(Readable, Drawn):
             prompt: an index; without it, the mean over all texts' tokens.
 
         Returns:
-            A data frame: name, direction, index, cosine. The cosine is NaN where the mean Δh is
+            A data frame: point, direction, index, cosine. The cosine is NaN where the mean Δh is
             exactly zero, as before the first module that the adapter changes, or a direction is.
 
         Raises:

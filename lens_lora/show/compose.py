@@ -249,7 +249,7 @@ def panel(
     _name_once(whole)
     below = "each figure has a scale of its own"
     if shared_scale:
-        below = "where units agree, a colour, a height or a length is the same number in all"
+        below = "figures of the same units share one scale of colours, heights and lengths"
     axis_titles = _axis_titles(whole)
     finish(whole, (_common_heading(results), below), ("", ""), rows * height, **_ROOM)
     return whole.update_layout(axis_titles)
