@@ -306,8 +306,10 @@ def _explanations(
 
 def _reading_check(rows: ServedRows, asked: int) -> Check:
     """Whether the server reads texts as the adapter's tokenizer does."""
+    left_out = asked - len(rows.rows) - len(rows.differing)
+    remark = f"; {left_out} of {asked} texts cannot be sent so" if left_out else ""
     if not rows.way.is_of_prompt:
-        return Check(READING, "not asked", f"asked by {rows.way.words}")
+        return Check(READING, "not asked", f"asked by {rows.way.words}{remark}")
     bound = "those of the adapter's tokenizer"
     if rows.differing:
         measured = f"{len(rows.differing)} of {asked} texts are read otherwise"
@@ -315,7 +317,7 @@ def _reading_check(rows: ServedRows, asked: int) -> Check:
     if rows.put_in_front:
         measured = f"{rows.put_in_front} of {asked} texts are read with a token more in front"
         return Check(READING, "failed", measured, bound, "a BOS that training did not have?")
-    return Check(READING, "passed", f"{many(len(rows.rows), 'text')} read alike", bound)
+    return Check(READING, "passed", f"{many(len(rows.rows), 'text')} read alike{remark}", bound)
 
 
 def _served_check(comparison: _Comparison, dtype: str) -> Check:

@@ -171,8 +171,10 @@ def serving(answer: Callable[[str, dict[str, Any]], Any]) -> Iterator[tuple[str,
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
+            # A client that timed out is gone.
+            with contextlib.suppress(BrokenPipeError):
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *args: object) -> None:
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -377,6 +378,20 @@ def test_a_chat_template_of_the_server(name: str, shipment):
     assert result.outcome == outcome, result.to_frame()
     if says:
         assert says in result.explanations[0].words
+
+
+def test_texts_that_a_way_cannot_send_are_counted(shipment):
+    """A chat API takes no plain text: what was not compared is said."""
+    out = shipment(family="llama")
+    lens = lens_of.__wrapped__(out)
+    lens.model.tokenizer.chat_template = TEMPLATE
+    engine = Engine(adapted(out), with_template(TEMPLATE))
+    left_out: list[int] = []
+    for texts in (CONVERSATIONS[:2], [*CONVERSATIONS[:2], *TEXTS[:3]]):
+        result = verified(lens, engine, chat, name="tuned", texts=texts, new_tokens=2)
+        found = re.search(r"; (\d+) of \d+ texts cannot be sent so", result.checks[0].measured)
+        left_out.append(int(found[1]) if found else 0)
+    assert left_out[1] - left_out[0] == 3
 
 
 def test_another_tokenizer_of_the_server(shipment):
