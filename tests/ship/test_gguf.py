@@ -20,6 +20,7 @@ import lens_lora as ll
 from lens_lora.errors import ArgumentError, ModelStateError, UnsupportedAdapterError
 from lens_lora.formats.gguf_layout import rounding_to
 from lens_lora.ship.gguf_checks import lora_checks, merged_gguf_checks
+from lens_lora.ship.verify import verify
 
 gguf = pytest.importorskip("gguf")
 IDS = [5, 9, 33, 17, 4, 60, 21, 8]
@@ -222,6 +223,24 @@ def test_a_merged_gguf_whose_rows_are_not_permuted(wide, tmp_path):
     _, tensors = merged_gguf_checks(file, adapter, base)
     failed = [tensor for tensor in tensors if tensor.outcome == "failed"]
     assert len(failed) == 4 and all("not permuted" in tensor.looks for tensor in failed)
+
+
+def test_a_right_merged_gguf_is_no_full_pass(wide, tmp_path):
+    """All tensors pass, and the exit code is 3, as the tokenizer is not compared."""
+    base, adapter, merged = wide
+    file = write_base(merged, tmp_path / "x.gguf")
+
+    def lens_over():
+        # A copy, as a lens may take the base over.
+        options = {"tokenizer": models.tokenizer(), "check": False}
+        return ll.load(copy.deepcopy(base), adapter, **options)
+
+    result = verify(adapter, base, lens_over, merged=file, progress=False)
+    outcomes = {check.name: check.outcome for check in result.checks}
+    assert outcomes["tensors of the merged GGUF"] == "passed"
+    undecided = [name for name, outcome in outcomes.items() if outcome == "undecided"]
+    assert undecided == ["tokenizer and settings of the merged GGUF"]
+    assert result.exit_code == 3 and "the tokenizer, the chat template" in result.story()
 
 
 @pytest.mark.parametrize("kind", TYPES)
