@@ -182,7 +182,9 @@ def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
 
 
 def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
-    for key in [key for key, other in hooks.items() if other is hook]:
+    """Remove a hook from a module's hooks, and its key from what else is kept by key."""
+    keys = [key for key, other in hooks.items() if other is hook]
+    for key in keys:
         for table in (*also, hooks):
             table.pop(key, None)
 
@@ -223,7 +225,8 @@ def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
     forward, before, *_ = hooks_of(point)
     for key in _keys_of(forward, fn):
         for handle in point.fwd_hooks:
-            if handle.hook.id == key:  # who removes the hook removes what stands for it
+            if handle.hook.id == key:
+                # Whoever removes the hook then removes the pre-hook that stands for it.
                 handle.hook.extra_dict_ref = (*handle.hook.extra_dict_ref, weakref.ref(before))
         before[key] = _Early(forward.pop(key))
     for key in _keys_of(before, fn):
@@ -281,13 +284,18 @@ def refuse_backward_hooks(point: nn.Module | None, name: str, site: str) -> None
     Torch wraps a module's output for them after all forward hooks: theirs would be the gradient of
     what the model itself makes of it, without that of δ.
     """
-    if point is not None and any(hooks_of(point)[2:4]):
+    if point is not None and _has_backward_hooks(point):
         raise ModelStateError(
             f"{name}: a backward hook is on the point at which {site} reads its input, and its "
             "gradient would lack what passes through the update. Keep the tensor by a forward hook "
             "that also returns it, and use torch.autograd.grad; leave this point out; or "
             f"{_MERGED}."
         )
+
+
+def _has_backward_hooks(point: nn.Module) -> bool:
+    hooks = hooks_of(point)
+    return bool(hooks.backward or hooks.before_backward)
 
 
 def without_update(name: str, adapter: str) -> ModelStateError:
@@ -311,7 +319,7 @@ class Unread:
         """Raise an error if there is another hook."""
         del tensor, hook
         others = [fn for fn in functions_at(self._point) if not isinstance(fn, Unread)]
-        if others or any(hooks_of(self._point)[2:4]):
+        if others or _has_backward_hooks(self._point):
             raise without_update(self._name, self._adapter)
 
 
