@@ -290,7 +290,10 @@ def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
     Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding, or one on the
     whole model.
     """
-    with contextlib.nullcontext() if _changes_logits(lens) else _no_unembedding(lens):
+    unembedding = _no_unembedding(lens)
+    if _changes_logits(lens):
+        unembedding = contextlib.nullcontext()
+    with unembedding:
         lens.run(prompts)
 
 

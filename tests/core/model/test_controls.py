@@ -15,8 +15,7 @@ import torch
 
 import lens_lora as ll
 from lens_lora import families
-from lens_lora.core.function import reverse as contract
-from lens_lora.core.function import reverse as slopes
+from lens_lora.core.function import reverse as reverse_mode
 from lens_lora.core.model import hooked_host, injections
 from lens_lora.core.model import hooks as model_hooks
 from lens_lora.core.model.hooked_transformer import HookedTransformerHost
@@ -181,12 +180,12 @@ def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypa
 def test_a_wrong_contraction_breaks_the_adjoint_identity(cls: str, monkeypatch):
     """a₀ = Aβ left out of the reverse contraction alone: forward and reverse disagree."""
     lens, tokens = cases.case("gpt2", cls, "processed").lens, models.tokens()
-    true = contract.parts
+    true = reverse_mode.parts
 
     def without_offset(site, *args):
         return true(dataclasses.replace(site, a0=None, a0_by_head=None), *args)
 
-    monkeypatch.setattr(slopes, "parts", without_offset)
+    monkeypatch.setattr(reverse_mode, "parts", without_offset)
     reverse = ll.first_order(lens, tokens, MARGIN).values
     forward = ll.first_order(lens, tokens, MARGIN, mode="forward", progress=False).values
     assert (reverse - forward).abs().max() > 1e-2 * forward.abs().max()
