@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, final
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.core import Noise
+from lens_lora.core.function.noise import Noise
 from lens_lora.core.results import drawing
 from lens_lora.core.results.base import SIGMAS
 
