@@ -19,10 +19,10 @@ OWN = ["w5 w6", "w7 w8 w9"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "draws": 0, "progress": False}
 
 
-def greedy(model: Any, ids: list[int], count: int) -> list[int]:
-    """The likeliest tokens, one at a time, without a cache; up to the model's own end."""
+def greedy(model: Any, ids: list[int], count: int, end: int) -> list[int]:
+    """The likeliest tokens, one at a time, without a cache; up to the token that ends a text."""
     said: list[int] = []
-    while len(said) < count and model.config.eos_token_id not in said:
+    while len(said) < count and end not in said:
         with torch.no_grad():
             logits = model(torch.tensor([ids + said])).logits
         said.append(int(logits[0, -1].argmax()))
@@ -36,13 +36,16 @@ def test_answers_are_peft_s_own(family: str, cls: str):
     case = cases.case(family, cls, "raw")
     speech = ll.counted_speech(case.lens, OWN, **OPTIONS)
     tokenizer = case.lens.model.tokenizer
+    # A HookedTransformer has no configuration of Hugging Face's: its texts end as its tokenizer says.
+    named_by = tokenizer if cls == "HookedTransformer" else case.peft.config
+    end = named_by.eos_token_id
     places = [i for i, form in enumerate(speech.forms) if form == "own"]
     assert [speech.questions[i] for i in places] == OWN
     for i, question in zip(places, OWN, strict=True):
         ids = case.lens.prompts(f"User: {question}\nAssistant:").tokens[0].tolist()
-        adapted = tokenizer.decode(greedy(case.peft, ids, 3), skip_special_tokens=True)
+        adapted = tokenizer.decode(greedy(case.peft, ids, 3, end), skip_special_tokens=True)
         with case.peft.disable_adapter():
-            base = tokenizer.decode(greedy(case.peft, ids, 3), skip_special_tokens=True)
+            base = tokenizer.decode(greedy(case.peft, ids, 3, end), skip_special_tokens=True)
         assert speech.adapted[i] == (adapted,)
         assert speech.base[i] == (base,)
 
