@@ -36,7 +36,7 @@ def test_answers_are_peft_s_own(family: str, cls: str):
     case = cases.case(family, cls, "raw")
     speech = ll.counted_speech(case.lens, OWN, **OPTIONS)
     tokenizer = case.lens.model.tokenizer
-    # A HookedTransformer has no configuration of Hugging Face's: its texts end as its tokenizer says.
+    # A HookedTransformer has no configuration of Hugging Face's: its tokenizer says how texts end.
     named_by = tokenizer if cls == "HookedTransformer" else case.peft.config
     end = named_by.eos_token_id
     places = [i for i, form in enumerate(speech.forms) if form == "own"]
