@@ -21,8 +21,8 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, overload, runtime_checkable
+from collections.abc import Generator, Sequence
+from typing import Protocol, TypedDict, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -50,30 +50,39 @@ _TRIED_TOKENS = 8
 
 
 def _of_several(
-    questions: Sequence[Evaluations], *, group: Group | None = None, **options: Any
+    questions: Sequence[Evaluations],
+    *,
+    at: float,
+    mode: Mode,
+    by: tuple[str, ...] | str,
+    group: Group | None,
+    gauge: Gauge,
+    rules: FrozenRules | None,
 ) -> GroupAttribution | tuple[Attribution, ...]:
     """First order of each readout of the same prompts.
 
-    Readouts of the prompts' own rows share one graph, if whole sites are asked for and no option
-    needs a graph of its own.
+    Readouts of the prompts' own rows share one graph, if whole sites are asked for in whatever mode
+    is cheapest, and nothing else needs a graph of its own.
 
     Args:
         questions: g of each readout.
-        group: as for `first_order`.
-        options: as for `first_order`.
+        at, mode, by, group, gauge, rules: as for `first_order`.
     """
+    options = _Options(at=at, mode=mode, by=by, gauge=gauge, rules=rules)
     if group is not None:
         if len(questions) > 1:
             raise ArgumentError(
                 f"group= takes one readout, and these are {len(questions)}: call it for each."
             )
         return first_order.of(questions[0], group=group, **options)
-    at = number("at", options.get("at", 0.0))
+    at = number("at", at)
     if at == 0:
         for g in questions:
             g.require_slope_at_base()
+    is_by_site = by_axes(by, (*AXES, "token")) == ()
+    is_plain = mode == "auto" and gauge == "trained" and rules is None
     shared: list[Evaluations] = []
-    if _may_share_a_graph(options):
+    if is_by_site and is_plain:
         shared = [g for g in questions if g.rows is g.prompts and g.reading.reads_logits]
     slopes_of: dict[Evaluations, Tensor] = {}
     if shared:
@@ -86,15 +95,6 @@ def _of_several(
         else:
             found.append(first_order.of(g, **options))
     return tuple(found)
-
-
-def _may_share_a_graph(options: Mapping[str, Any]) -> bool:
-    """Whether slopes by whole sites are asked for, in whatever mode is cheapest."""
-    if options.get("by") or options.get("rules"):
-        return False
-    is_usual_mode = options.get("mode", "auto") == "auto"
-    is_usual_gauge = options.get("gauge", "trained") == "trained"
-    return is_usual_mode and is_usual_gauge
 
 
 class _Options(TypedDict, total=False):

@@ -110,7 +110,8 @@ def analysis(
         takes_max_memory: whether the call has a keyword `max_memory`, a bound in bytes that
             replaces that of the lens.
         of_several: what is called, with a list of functions in place of g, where the readout is a
-            list of them; without it, a list is refused.
+            list of them; it is given all arguments of the verb, also those that were left out.
+            Without it, a list is refused.
         typed_as: a Protocol of the call, for type checkers, where what it returns depends on its
             arguments. It changes nothing at run time.
 
@@ -144,7 +145,10 @@ def analysis(
             g = Evaluations(f.about(require_readout(readout)))
             return verb(g, *args, **kwargs)
         questions = [Evaluations(f.about(each)) for each in listed_readouts(readout)]
-        return of_several(questions, *args, **kwargs)
+        # Whatever the verb would refuse for one readout is refused for several as well.
+        bound = inspect.signature(verb).bind(questions, *args, **kwargs)
+        bound.apply_defaults()
+        return of_several(*bound.args, **bound.kwargs)
 
     def of(g: Function, *args: Any, **kwargs: Any) -> Any:
         @alone

@@ -74,3 +74,30 @@ def test_readouts_that_are_mixed_up_would_show(cls: str, monkeypatch):
     )
     wrong = ll.first_order(lens, PROMPTS, READOUTS[:2], progress=False)
     assert (wrong[0].values - right[0].values).abs().max() > 1e-3
+
+
+ODD_OPTIONS = {
+    "a misspelt name": {"gague": "svd"},
+    "another misspelt name": {"ruels": 1},
+    "rules=False": {"rules": False},
+    "rules=0": {"rules": 0},
+    "by=0": {"by": 0},
+    "by=''": {"by": ""},
+    "by=None": {"by": None},
+    "mode=None": {"mode": None},
+    "gauge=None": {"gauge": None},
+    "a gauge without ranks": {"gauge": "svd"},
+    "at=None": {"at": None},
+    "group=0": {"group": 0},
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("options", ODD_OPTIONS.values(), ids=ODD_OPTIONS)
+def test_several_readouts_refuse_what_one_refuses(options: dict[str, object]):
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    with pytest.raises((ll.errors.ArgumentError, TypeError)) as of_one:
+        ll.first_order(lens, PROMPTS, READOUTS[0], **options)
+    for readouts in (READOUTS[:1], READOUTS[:2]):
+        with pytest.raises(of_one.type):
+            ll.first_order(lens, PROMPTS, readouts, progress=False, **options)
